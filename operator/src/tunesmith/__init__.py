@@ -1,0 +1,1 @@
+"""Tunesmith: FineTuneJob manifests become trained adapters, AdapterDeployment manifests become endpoints."""

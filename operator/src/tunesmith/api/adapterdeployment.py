@@ -1,0 +1,119 @@
+"""AdapterDeployment: a trained adapter, served under a model name from a pool."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Literal
+
+from pydantic import ConfigDict, Field
+
+from tunesmith.api.conditions import Condition  # noqa: TC001 - pydantic
+from tunesmith.api.model import API_VERSION, ApiModel, ObjectMeta, ResourceName, StatusModel, cel, validations
+from tunesmith.api.servingpool import ModelName
+
+
+class FineTuneJobReference(ApiModel):
+    """A FineTuneJob in the same namespace."""
+
+    name: ResourceName = Field(description="Name of the FineTuneJob. It may not exist yet: the deployment waits for it.")
+
+
+class AdapterSource(ApiModel):
+    """Where the adapter comes from."""
+
+    fine_tune_job: FineTuneJobReference = Field(description="The artifact of a FineTuneJob.")
+
+
+class PoolReference(ApiModel):
+    """A ServingPool."""
+
+    name: ResourceName = Field(description="Name of the ServingPool.")
+    namespace: ResourceName | None = Field(default=None, description="Its namespace. Absent: that of the AdapterDeployment.")
+
+
+class AdapterAutoscaling(ApiModel):
+    """On how many pods of its pool the adapter is resident."""
+
+    model_config = ConfigDict(
+        json_schema_extra=validations(cel("self.minReplicas <= self.maxReplicas", "autoscaling.minReplicas must not be above autoscaling.maxReplicas"))
+    )
+
+    min_replicas: int = Field(default=1, ge=1, le=1000, description="Fewest pods.")
+    max_replicas: int = Field(ge=1, le=1000, description="Most pods.")
+    target_concurrency: int = Field(default=8, ge=1, le=10000, description="Running and waiting requests for this adapter per pod that holds it.")
+    scale_down_delay_seconds: int = Field(default=120, ge=0, le=86400, description="Seconds that fewer copies must be enough before one is removed.")
+
+
+class AdapterDeploymentSpec(ApiModel):
+    """Which adapter to serve, where, and on how many pods."""
+
+    adapter_from: AdapterSource = Field(description="Where the adapter comes from.")
+    pool: PoolReference | None = Field(default=None, description="Absent: the one attachable pool whose base fingerprint matches.")
+    model_name: ModelName | None = Field(default=None, description="Name that clients call. Absent: metadata.name.")
+    replicas: int = Field(default=1, ge=1, le=1000, description="Pods that keep the adapter resident. With autoscaling it must stay as it is.")
+    autoscaling: AdapterAutoscaling | None = Field(default=None, description="Absent: replicas decides.")
+
+
+class RevisionState(StrEnum):
+    """How far a revision is."""
+
+    PENDING = "Pending"
+    LOADING = "Loading"
+    RESIDENT = "Resident"
+    FAILED = "Failed"
+
+
+class Revision(StatusModel):
+    """One immutable artifact under the model name."""
+
+    digest: str = Field(max_length=71, description="Digest of the artifact.")
+    engine_name: str = Field(max_length=256, description="Its name in the engine and in replies.")
+    state: RevisionState = Field(description="How far it is.")
+    ready_replicas: int = Field(default=0, ge=0, description="Ready pods on which it is resident.")
+    message: str | None = Field(default=None, max_length=2048, description="Why it is not resident everywhere.")
+
+
+class AdapterPhase(StrEnum):
+    """Derived from the conditions, for people."""
+
+    WAITING = "Waiting"
+    LOADING = "Loading"
+    READY = "Ready"
+    FAILED = "Failed"
+
+
+class AdapterDeploymentStatus(StatusModel):
+    """What was observed."""
+
+    phase: AdapterPhase | None = Field(default=None, description="Derived from the conditions.")
+    conditions: list[Condition] = Field(
+        default_factory=list, max_length=16, description="Resolved, Ready, Progressing.",
+        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
+    )
+    observed_generation: int | None = Field(default=None, description="The metadata.generation that was acted on.")
+    pool: PoolReference | None = Field(default=None, description="The pool that serves it.")
+    model: str | None = Field(default=None, max_length=320, description="Global id: <namespace>/<modelName>.")
+    revisions: list[Revision] = Field(default_factory=list, max_length=8, description="Revisions, newest first.")
+    desired_replicas: int | None = Field(default=None, description="Pods that should hold the adapter now.")
+    desired_reason: str | None = Field(default=None, max_length=1024, description="Why that many.")
+    replicas: int | None = Field(default=None, description="Pods that hold the adapter.")
+    ready_replicas: int | None = Field(default=None, description="Ready pods that hold the adapter.")
+    selector: str | None = Field(default=None, max_length=256, description="For /scale; matches no pod, since pods are shared between adapters.")
+    url: str | None = Field(default=None, max_length=512, description="The endpoint inside the cluster.")
+
+
+class AdapterDeployment(ApiModel):
+    """A trained adapter, served under a model name from a pool."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    api_version: Literal["tunesmith.dev/v1alpha1"] = API_VERSION
+    kind: Literal["AdapterDeployment"] = "AdapterDeployment"
+    metadata: ObjectMeta
+    spec: AdapterDeploymentSpec
+    status: AdapterDeploymentStatus = Field(default_factory=AdapterDeploymentStatus)
+
+    @property
+    def model(self) -> str:
+        """The global id, `<namespace>/<modelName>`."""
+        return f"{self.metadata.namespace}/{self.spec.model_name or self.metadata.name}"

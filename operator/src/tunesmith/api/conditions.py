@@ -1,0 +1,97 @@
+"""Condition types, reasons and the condition itself (Kubernetes API conventions, `metav1.Condition`)."""
+
+from __future__ import annotations
+
+from datetime import datetime  # noqa: TC003 - pydantic resolves annotations at run time
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from tunesmith.api.model import StatusModel
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+
+class ConditionStatus(StrEnum):
+    """Whether a condition holds."""
+
+    TRUE = "True"
+    FALSE = "False"
+    UNKNOWN = "Unknown"
+
+
+class Condition(StatusModel):
+    """One observation of a resource's state."""
+
+    type: str = Field(max_length=64, description="Type of the condition, in CamelCase.")
+    status: ConditionStatus = Field(description="True, False or Unknown.")
+    reason: str = Field(max_length=64, description="Why, as a CamelCase word for programs.")
+    message: str = Field(default="", max_length=4096, description="Why, as a sentence for people: what is wrong, where, and how to mend it.")
+    last_transition_time: datetime = Field(description="When the status last changed.")
+    observed_generation: int | None = Field(default=None, ge=0, description="The metadata.generation that the condition was set for.")
+
+
+class FineTuneJobCondition(StrEnum):
+    """Condition types of a FineTuneJob. Complete and Failed are terminal."""
+
+    VALIDATED = "Validated"
+    STARTED = "Started"
+    PUBLISHED = "Published"
+    COMPLETE = "Complete"
+    FAILED = "Failed"
+
+
+class ServingPoolCondition(StrEnum):
+    """Condition types of a ServingPool."""
+
+    AVAILABLE = "Available"
+    PROGRESSING = "Progressing"
+    DEGRADED = "Degraded"
+
+
+class AdapterDeploymentCondition(StrEnum):
+    """Condition types of an AdapterDeployment."""
+
+    RESOLVED = "Resolved"
+    READY = "Ready"
+    PROGRESSING = "Progressing"
+
+
+class FailureReason(StrEnum):
+    """Why a FineTuneJob failed. Each comes with a message that names the mend."""
+
+    INVALID_SPEC = "InvalidSpec"
+    BASE_MODEL_NOT_FOUND = "BaseModelNotFound"
+    SECRET_NOT_FOUND = "SecretNotFound"  # noqa: S105 - a reason, not a secret
+    ACCESS_DENIED = "AccessDenied"
+    DATASET_NOT_FOUND = "DatasetNotFound"
+    DATASET_INVALID = "DatasetInvalid"
+    OUT_OF_MEMORY = "OutOfMemory"
+    LOSS_DIVERGED = "LossDiverged"
+    STORAGE_UNAVAILABLE = "StorageUnavailable"
+    IMAGE_PULL_FAILED = "ImagePullFailed"
+    ATTEMPTS_EXHAUSTED = "AttemptsExhausted"
+    INTERNAL_ERROR = "InternalError"
+
+
+def find(conditions: Iterable[Condition], type_: str) -> Condition | None:
+    """The condition of that type, or None."""
+    return next((condition for condition in conditions if condition.type == type_), None)
+
+
+def is_true(conditions: Iterable[Condition], type_: str) -> bool:
+    """Whether the condition of that type is present with status True."""
+    condition = find(conditions, type_)
+    return condition is not None and condition.status is ConditionStatus.TRUE
+
+
+def set_condition(conditions: Sequence[Condition], new: Condition) -> list[Condition]:
+    """The list with `new` in place of its type; the transition time is kept while the status does not change."""
+    old = find(conditions, new.type)
+    if old is None:
+        return [*conditions, new]
+    if old.status is new.status:
+        new = new.model_copy(update={"last_transition_time": old.last_transition_time})
+    return [new if condition.type == new.type else condition for condition in conditions]

@@ -1,0 +1,1 @@
+"""The only Kubernetes input and output."""

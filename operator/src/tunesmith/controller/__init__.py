@@ -1,0 +1,1 @@
+"""The operator process: kopf entry, caches, work queue, leader election, metrics."""

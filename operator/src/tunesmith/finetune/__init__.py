@@ -1,0 +1,1 @@
+"""Decisions about a FineTuneJob: observe, plan, render, status. Pure: no I/O."""

@@ -1,0 +1,1 @@
+"""Decisions about ServingPools and AdapterDeployments: pool, placement, rollout. Pure: no I/O."""
