@@ -1,0 +1,61 @@
+"""The artifact's manifest, `tunesmith.json`: written last, only if absent; its SHA-256 is the artifact's digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import Field
+
+from tunesmith.api.finetunejob import EvaluationStatus, ServableStatus  # noqa: TC001 - pydantic
+from tunesmith.api.model import StatusModel
+
+
+class ArtifactFile(StatusModel):
+    """One file of the artifact, by its name in the folder."""
+
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    size_bytes: int = Field(ge=0)
+
+
+class ArtifactBase(StatusModel):
+    """The base that the adapter belongs to."""
+
+    fingerprint: str
+    uri: str
+    revision: str | None = None
+
+
+class ArtifactAdapter(StatusModel):
+    """What the engine must be able to hold."""
+
+    method: Literal["lora", "qlora"]
+    rank: int = Field(ge=1)
+    alpha: int
+    target_modules: list[str]
+
+
+class ArtifactManifest(StatusModel):
+    """`tunesmith.json`."""
+
+    schema_version: Literal[1] = 1
+    files: dict[str, ArtifactFile]
+    base: ArtifactBase
+    adapter: ArtifactAdapter
+    dataset_digest: str
+    hyperparameters: dict[str, Any]
+    versions: dict[str, str]
+    evaluation: EvaluationStatus | None = None
+    metrics: dict[str, float] = Field(default_factory=dict)
+    servable: ServableStatus
+
+    def to_bytes(self) -> bytes:
+        """The canonical form: sorted keys, UTF-8, one newline at the end."""
+        document = self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        return (json.dumps(document, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def digest_of(data: bytes) -> str:
+    """`sha256:<64 hex>` of the bytes of `tunesmith.json`."""
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"

@@ -1,0 +1,116 @@
+"""The base fingerprint: of content, never of names, which mirrors change.
+
+SHA-256 over, in this order: `config.json` (canonical JSON, without the keys that name places and versions), `tokenizer.json`,
+the chat template (`chat_template.jinja`, or `chat_template` of `tokenizer_config.json`), and for every safetensors file in
+order of tensor names: name, dtype, shape and 64 bytes sampled at the start, the middle and the end of the tensor's data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_PLACES = frozenset({"_name_or_path", "transformers_version", "_commit_hash", "name_or_path", "torch_dtype", "dtype"})
+_SAMPLE = 64
+_MAX_HEADER = 100_000_000
+
+
+class ModelFolder(Protocol):
+    """Random access to a model's files."""
+
+    def names(self) -> list[str]:
+        """Names of the files in the folder, without sub-folders."""
+
+    def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
+        """Bytes of one file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+
+
+class LocalModelFolder:
+    """A ModelFolder on this machine's disk."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def names(self) -> list[str]:
+        """Names of the regular files in the folder."""
+        return sorted(entry.name for entry in self._root.iterdir() if entry.is_file())
+
+    def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
+        """Bytes of one file."""
+        with (self._root / name).open("rb") as file:
+            file.seek(offset)
+            return file.read() if length is None else file.read(length)
+
+
+def base_fingerprint(folder: ModelFolder) -> str:
+    """`sha256:<64 hex>` of a base model's content.
+
+    Raises:
+        ValueError: the folder is no model: config, tokenizer or safetensors are missing or malformed.
+    """
+    names = set(folder.names())
+    weights = sorted(name for name in names if name.endswith(".safetensors"))
+    missing = [what for what, present in (("config.json", "config.json" in names), ("tokenizer.json", "tokenizer.json" in names), ("*.safetensors", bool(weights))) if not present]
+    if missing:
+        raise ValueError(f"the base model's folder has no {', no '.join(missing)}")
+    digest = hashlib.sha256()
+
+    def add(label: str, data: bytes) -> None:
+        digest.update(f"{label}\0{len(data)}\0".encode())
+        digest.update(data)
+
+    config = {key: value for key, value in _json(folder, "config.json").items() if key not in _PLACES}
+    add("config", json.dumps(config, sort_keys=True).encode())
+    add("tokenizer", folder.read("tokenizer.json"))
+    add("chat_template", _chat_template(folder, names))
+    for name, dtype, shape, sample in sorted(_tensors(folder, weights)):
+        add(f"tensor {name} {dtype} {list(shape)}", sample)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _json(folder: ModelFolder, name: str) -> dict[str, Any]:
+    try:
+        document = json.loads(folder.read(name))
+    except ValueError as error:
+        raise ValueError(f"{name} of the base model is not JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise ValueError(f"{name} of the base model is not a JSON object")  # noqa: TRY004 - content, not a type, is wrong
+    return document
+
+
+def _chat_template(folder: ModelFolder, names: set[str]) -> bytes:
+    if "chat_template.jinja" in names:
+        return folder.read("chat_template.jinja")
+    if "tokenizer_config.json" in names:
+        return json.dumps(_json(folder, "tokenizer_config.json").get("chat_template", ""), sort_keys=True).encode()
+    return b""
+
+
+def _tensors(folder: ModelFolder, weights: list[str]) -> list[tuple[str, str, tuple[int, ...], bytes]]:
+    found = []
+    for file in weights:
+        (size,) = struct.unpack("<Q", folder.read(file, 0, 8).ljust(8, b"\0"))
+        if not 0 < size <= _MAX_HEADER:
+            raise ValueError(f"{file} of the base model is not a safetensors file")
+        try:
+            header = json.loads(folder.read(file, 8, size))
+        except ValueError as error:
+            raise ValueError(f"{file} of the base model has a damaged safetensors header: {error}") from None
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            start, end = entry["data_offsets"]
+            length = min(_SAMPLE, end - start)
+            places = (start, start + (end - start - length) // 2, end - length)
+            sample = b"".join(folder.read(file, 8 + size + place, length) for place in places)
+            found.append((name, entry["dtype"], tuple(entry["shape"]), sample))
+    return found

@@ -1,0 +1,50 @@
+"""Where things lie in the store, and the names that are made from a resource. Computed by the operator, never by a pod."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+ARTIFACT_MANIFEST = "tunesmith.json"
+_DIGEST = re.compile(r"^sha256:([0-9a-f]{64})$")
+
+
+def job_folder(store: str, namespace: str, name: str, uid: str) -> str:
+    """The folder of a FineTuneJob: `<store>/<namespace>/<job>-<uid>`, without a slash at its end."""
+    return f"{store.rstrip('/')}/{namespace}/{name}-{uid}"
+
+
+def artifact_uri(store: str, namespace: str, name: str, uid: str) -> str:
+    """The folder of a FineTuneJob's artifact."""
+    return f"{job_folder(store, namespace, name, uid)}/artifact"
+
+
+def namespace_of_artifact(store: str, uri: str) -> str | None:
+    """The namespace whose prefix of the store holds `uri`; None where it lies outside the store."""
+    prefix = store.rstrip("/") + "/"
+    rest = uri.removeprefix(prefix)
+    if rest == uri or "/" not in rest or ".." in rest.split("/"):
+        return None
+    return rest.split("/", 1)[0]
+
+
+def short_uid(uid: str) -> str:
+    """Five hex digits that tell two resources of one name apart."""
+    return hashlib.sha256(uid.encode()).hexdigest()[:5]
+
+
+def owned_name(name: str, uid: str, suffix: str) -> str:
+    """`<name>-<uid5>-<suffix>`: the deterministic name of an object that belongs to a resource."""
+    return f"{name}-{short_uid(uid)}-{suffix}"
+
+
+def engine_name(namespace: str, model_name: str, digest: str) -> str:
+    """A revision's name in the engine: `<namespace>/<modelName>@<12 hex of its digest>`.
+
+    Raises:
+        ValueError: `digest` is not `sha256:<64 hex>`.
+    """
+    match = _DIGEST.match(digest)
+    if match is None:
+        raise ValueError(f"{digest!r} is not a digest of the form sha256:<64 hex digits>")
+    return f"{namespace}/{model_name}@{match.group(1)[:12]}"

@@ -1,0 +1,65 @@
+"""How a trainer process says how it ended: exit code and termination message (at most 4,096 bytes of JSON)."""
+
+from __future__ import annotations
+
+from enum import IntEnum, StrEnum
+
+from pydantic import Field
+
+from tunesmith.api.conditions import FailureReason  # noqa: TC001 - pydantic
+from tunesmith.api.finetunejob import ArtifactStatus, EvaluationStatus, Preflight, Resolved  # noqa: TC001 - pydantic
+from tunesmith.api.model import StatusModel
+
+TERMINATION_MESSAGE_PATH = "/dev/termination-log"
+TERMINATION_MESSAGE_MAX_BYTES = 4096
+
+
+class ExitCode(IntEnum):
+    """Exit codes of the trainer."""
+
+    DONE = 0
+    USER_FAULT = 2
+    RETRYABLE = 3
+    PREEMPTED = 143
+
+
+class Outcome(StrEnum):
+    """How the process ended."""
+
+    SUCCEEDED = "Succeeded"
+    FAILED = "Failed"
+    PREEMPTED = "Preempted"
+
+
+class TrainerResult(StatusModel):
+    """The termination message. `validate` fills preflight and resolved, `train` also artifact and evaluation."""
+
+    outcome: Outcome
+    reason: FailureReason | None = None
+    message: str = ""
+    retryable: bool = False
+    preflight: Preflight | None = None
+    resolved: Resolved | None = None
+    artifact: ArtifactStatus | None = None
+    evaluation: EvaluationStatus | None = None
+    metrics: dict[str, float] = Field(default_factory=dict)
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """The exit code that goes with the outcome."""
+        if self.outcome is Outcome.SUCCEEDED:
+            return ExitCode.DONE
+        if self.outcome is Outcome.PREEMPTED:
+            return ExitCode.PREEMPTED
+        return ExitCode.RETRYABLE if self.retryable else ExitCode.USER_FAULT
+
+    def termination_message(self) -> str:
+        """JSON of at most 4,096 bytes; a message that is too long is cut at its end."""
+        result = self
+        while len(text := result.model_dump_json(by_alias=True, exclude_none=True).encode()) > TERMINATION_MESSAGE_MAX_BYTES:
+            excess = len(text) - TERMINATION_MESSAGE_MAX_BYTES
+            result = result.model_copy(update={"message": result.message[: max(0, len(result.message) - excess - 3)] + "…"})
+            if not result.message.strip("…"):
+                result = result.model_copy(update={"message": "…", "metrics": {}, "resolved": None})
+                break
+        return result.model_dump_json(by_alias=True, exclude_none=True)
