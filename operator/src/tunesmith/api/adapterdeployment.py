@@ -8,14 +8,16 @@ from typing import Literal
 from pydantic import ConfigDict, Field
 
 from tunesmith.api.conditions import Condition  # noqa: TC001 - pydantic
-from tunesmith.api.model import API_VERSION, ApiModel, ObjectMeta, ResourceName, StatusModel, cel, validations
-from tunesmith.api.servingpool import ModelName
+from tunesmith.api.model import API_VERSION, ApiModel, ObjectMeta, ResourceName, Rule, StatusModel
+from tunesmith.api.servingpool import MAX_MODEL_NAME, ModelName, min_below_max, replicas_or_autoscaling
 
 
 class FineTuneJobReference(ApiModel):
     """A FineTuneJob in the same namespace."""
 
-    name: ResourceName = Field(description="Name of the FineTuneJob. It may not exist yet: the deployment waits for it.")
+    name: ResourceName = Field(
+        description="Name of the FineTuneJob. It may not exist yet: the deployment waits for it."
+    )
 
 
 class AdapterSource(ApiModel):
@@ -28,29 +30,42 @@ class PoolReference(ApiModel):
     """A ServingPool."""
 
     name: ResourceName = Field(description="Name of the ServingPool.")
-    namespace: ResourceName | None = Field(default=None, description="Its namespace. Absent: that of the AdapterDeployment.")
+    namespace: ResourceName | None = Field(
+        default=None, description="Its namespace. Absent: that of the AdapterDeployment."
+    )
 
 
 class AdapterAutoscaling(ApiModel):
     """On how many pods of its pool the adapter is resident."""
 
-    model_config = ConfigDict(
-        json_schema_extra=validations(cel("self.minReplicas <= self.maxReplicas", "autoscaling.minReplicas must not be above autoscaling.maxReplicas"))
-    )
+    rules = (min_below_max,)
 
     min_replicas: int = Field(default=1, ge=1, le=1000, description="Fewest pods.")
     max_replicas: int = Field(ge=1, le=1000, description="Most pods.")
-    target_concurrency: int = Field(default=8, ge=1, le=10000, description="Running and waiting requests for this adapter per pod that holds it.")
-    scale_down_delay_seconds: int = Field(default=120, ge=0, le=86400, description="Seconds that fewer copies must be enough before one is removed.")
+    target_concurrency: int = Field(
+        default=8, ge=1, le=10000, description="Running and waiting requests for this adapter per pod that holds it."
+    )
+    scale_down_delay_seconds: int = Field(
+        default=120, ge=0, le=86400, description="Seconds that fewer copies must be enough before one is removed."
+    )
 
 
 class AdapterDeploymentSpec(ApiModel):
     """Which adapter to serve, where, and on how many pods."""
 
+    rules = (replicas_or_autoscaling,)
+
     adapter_from: AdapterSource = Field(description="Where the adapter comes from.")
-    pool: PoolReference | None = Field(default=None, description="Absent: the one attachable pool whose base fingerprint matches.")
+    pool: PoolReference | None = Field(
+        default=None, description="Absent: the one attachable pool whose base fingerprint matches."
+    )
     model_name: ModelName | None = Field(default=None, description="Name that clients call. Absent: metadata.name.")
-    replicas: int = Field(default=1, ge=1, le=1000, description="Pods that keep the adapter resident. With autoscaling it must stay as it is.")
+    replicas: int = Field(
+        default=1,
+        ge=1,
+        le=1000,
+        description="Pods that keep the adapter resident. With autoscaling it must stay as it is.",
+    )
     autoscaling: AdapterAutoscaling | None = Field(default=None, description="Absent: replicas decides.")
 
 
@@ -87,7 +102,9 @@ class AdapterDeploymentStatus(StatusModel):
 
     phase: AdapterPhase | None = Field(default=None, description="Derived from the conditions.")
     conditions: list[Condition] = Field(
-        default_factory=list, max_length=16, description="Resolved, Ready, Progressing.",
+        default_factory=list,
+        max_length=16,
+        description="Resolved, Ready, Progressing.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
     )
     observed_generation: int | None = Field(default=None, description="The metadata.generation that was acted on.")
@@ -98,7 +115,9 @@ class AdapterDeploymentStatus(StatusModel):
     desired_reason: str | None = Field(default=None, max_length=1024, description="Why that many.")
     replicas: int | None = Field(default=None, description="Pods that hold the adapter.")
     ready_replicas: int | None = Field(default=None, description="Ready pods that hold the adapter.")
-    selector: str | None = Field(default=None, max_length=256, description="For /scale; matches no pod, since pods are shared between adapters.")
+    selector: str | None = Field(
+        default=None, max_length=256, description="For /scale; matches no pod, since pods are shared between adapters."
+    )
     url: str | None = Field(default=None, max_length=512, description="The endpoint inside the cluster.")
 
 
@@ -106,6 +125,13 @@ class AdapterDeployment(ApiModel):
     """A trained adapter, served under a model name from a pool."""
 
     model_config = ConfigDict(extra="ignore")
+    rules = (
+        Rule(
+            "has(self.spec.modelName) || size(self.metadata.name) <= 63",
+            "metadata.name has more than 63 characters and is the model's name: set spec.modelName to a shorter one",
+            lambda self: self.spec.model_name is not None or len(self.metadata.name) <= MAX_MODEL_NAME,
+        ),
+    )
 
     api_version: Literal["tunesmith.dev/v1alpha1"] = API_VERSION
     kind: Literal["AdapterDeployment"] = "AdapterDeployment"

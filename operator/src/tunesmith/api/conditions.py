@@ -28,9 +28,15 @@ class Condition(StatusModel):
     type: str = Field(max_length=64, description="Type of the condition, in CamelCase.")
     status: ConditionStatus = Field(description="True, False or Unknown.")
     reason: str = Field(max_length=64, description="Why, as a CamelCase word for programs.")
-    message: str = Field(default="", max_length=4096, description="Why, as a sentence for people: what is wrong, where, and how to mend it.")
+    message: str = Field(
+        default="",
+        max_length=4096,
+        description="Why, as a sentence for people: what is wrong, where, and how to mend it.",
+    )
     last_transition_time: datetime = Field(description="When the status last changed.")
-    observed_generation: int | None = Field(default=None, ge=0, description="The metadata.generation that the condition was set for.")
+    observed_generation: int | None = Field(
+        default=None, ge=0, description="The metadata.generation that the condition was set for."
+    )
 
 
 class FineTuneJobCondition(StrEnum):

@@ -2,67 +2,115 @@
 
 from __future__ import annotations
 
+import math
 from datetime import datetime  # noqa: TC003 - pydantic resolves annotations at run time
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field
 
 from tunesmith.api.conditions import Condition, FailureReason  # noqa: TC001 - pydantic
-from tunesmith.api.model import API_VERSION, ApiModel, ObjectMeta, SecretReference, StatusModel, Uri, cel, validations
+from tunesmith.api.model import (
+    API_VERSION,
+    MAX_NAME,
+    ApiModel,
+    Matches,
+    ObjectMeta,
+    Rule,
+    SecretReference,
+    StatusModel,
+    Uri,
+    in_cluster_only,
+)
 from tunesmith.api.placement import Resources, Scheduling
 
 ModuleName = Annotated[str, Field(min_length=1, max_length=128)]
 
 
+DEFAULT_EPOCHS = 3.0
+DEFAULT_LEARNING_RATE = 2e-4
+DEFAULT_BATCH_SIZE = 8
+DEFAULT_MICRO_BATCH_SIZE = 8
+"""Highest; batchSize where that is lower."""
+DEFAULT_VALIDATION_FRACTION = 0.1
+
+
+def _rounded(value: float | None) -> float | None:
+    """Four decimals, for people and the printer columns; a figure that is not finite has no JSON form and is left out."""
+    return round(value, 4) if value is not None and math.isfinite(value) else None
+
+
+Figure = Annotated[float | None, AfterValidator(_rounded)]
+
+
 class BaseModelSource(ApiModel):
     """Where the base model's folder is (config, tokenizer, safetensors)."""
 
+    rules = (in_cluster_only,)
+
     uri: Uri = Field(
-        pattern=r"^(hf|s3|gs|az|pvc|file)://.+$",
         description="hf://org/name, s3://bucket/folder, gs://…, az://…, pvc://claim/folder; file:// only where no cluster runs it.",
     )
-    revision: str | None = Field(default=None, max_length=128, description="Commit, tag or branch of an hf:// model; absent: main.")
-    secret_ref: SecretReference | None = Field(default=None, description="Credentials for the uri; absent: those of the store.")
+    revision: str | None = Field(
+        default=None, max_length=128, description="Commit, tag or branch of an hf:// model; absent: main."
+    )
+    secret_ref: SecretReference | None = Field(
+        default=None, description="Credentials for the uri; absent: those of the store."
+    )
 
 
 class DatasetSource(ApiModel):
     """One JSONL file of training rows."""
 
-    uri: Uri = Field(pattern=r"^(s3|gs|az|pvc|file|hf)://.+$", description="A .jsonl file; file:// only where no cluster runs it.")
-    secret_ref: SecretReference | None = Field(default=None, description="Credentials for the uri; absent: those of the store.")
+    rules = (in_cluster_only,)
+
+    uri: Uri = Field(description="A .jsonl file; file:// only where no cluster runs it.")
+    secret_ref: SecretReference | None = Field(
+        default=None, description="Credentials for the uri; absent: those of the store."
+    )
 
 
 class Dataset(ApiModel):
     """Rows to train on and rows held out."""
 
-    model_config = ConfigDict(
-        json_schema_extra=validations(
-            cel(
-                "!(has(self.validation) && has(self.validationFraction))",
-                "dataset.validation and dataset.validationFraction exclude each other: keep one of them",
-            )
-        )
+    rules = (
+        Rule(
+            "!(has(self.validation) && has(self.validationFraction))",
+            "dataset.validation and dataset.validationFraction exclude each other: keep one of them",
+            lambda self: self.validation is None or self.validation_fraction is None,
+        ),
     )
 
-    train: list[DatasetSource] = Field(min_length=1, max_length=64, description="Sources of the training rows, concatenated in this order.")
+    train: list[DatasetSource] = Field(
+        min_length=1, max_length=64, description="Sources of the training rows, concatenated in this order."
+    )
     validation: list[DatasetSource] | None = Field(
         default=None, min_length=1, max_length=64, description="Sources of the held-out rows."
     )
     validation_fraction: float | None = Field(
-        default=None, ge=0.001, le=0.5, description="Share of the training rows that is held out, chosen by the seed. Absent with no validation: 0.1."
+        default=None,
+        ge=0.001,
+        le=0.5,
+        description="Share of the training rows that is held out, chosen by the seed. Absent with no validation: 0.1.",
     )
-    max_length: int = Field(default=2048, ge=16, le=131072, description="Longest row, in tokens; longer rows are dropped and counted.")
+    max_length: int = Field(
+        default=2048, ge=16, le=131072, description="Longest row, in tokens; longer rows are dropped and counted."
+    )
 
 
 class LoraFields(ApiModel):
     """Low-rank adaptation (LoRA, arXiv:2106.09685)."""
 
     rank: int = Field(default=16, ge=1, le=512, description="Rank of the update matrices.")
-    alpha: int = Field(default=32, ge=1, le=4096, description="Scale numerator: the update is multiplied by alpha / rank.")
+    alpha: int = Field(
+        default=32, ge=1, le=4096, description="Scale numerator: the update is multiplied by alpha / rank."
+    )
     dropout: float = Field(default=0.0, ge=0.0, le=0.9, description="Dropout on the adapter's input.")
     target_modules: list[ModuleName] = Field(
-        default=["all-linear"], min_length=1, max_length=64, description="Linear modules that get an adapter, by name; all-linear for all but the head."
+        default=["all-linear"],
+        min_length=1,
+        max_length=64,
+        description="Linear modules that get an adapter, by name; all-linear for all but the head.",
     )
 
 
@@ -85,20 +133,16 @@ class QloraFields(LoraFields):
 class Method(ApiModel):
     """Exactly one fine-tuning method."""
 
-    model_config = ConfigDict(
-        json_schema_extra=validations(
-            cel("[has(self.lora), has(self.qlora)].filter(x, x).size() == 1", "method needs exactly one of lora and qlora: keep one and remove the other")
-        )
+    rules = (
+        Rule(
+            "has(self.lora) != has(self.qlora)",
+            "method needs exactly one of lora and qlora: keep one and remove the other",
+            lambda self: (self.lora is None) != (self.qlora is None),
+        ),
     )
 
     lora: LoraFields | None = Field(default=None, description="LoRA over the base in its own precision.")
     qlora: QloraFields | None = Field(default=None, description="LoRA over a base in 4 bits: less memory, slower.")
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> Method:
-        if (self.lora is None) == (self.qlora is None):
-            raise ValueError("method needs exactly one of lora and qlora: keep one and remove the other")
-        return self
 
     @property
     def fields(self) -> LoraFields:
@@ -111,31 +155,56 @@ class Method(ApiModel):
 class Hyperparameters(ApiModel):
     """How the optimizer runs. An absent field is decided for the user and told in status.resolved."""
 
-    model_config = ConfigDict(
-        json_schema_extra=validations(
-            cel("!(has(self.epochs) && has(self.maxSteps))", "hyperparameters.epochs and hyperparameters.maxSteps exclude each other: keep one of them")
-        )
+    rules = (
+        Rule(
+            "!(has(self.epochs) && has(self.maxSteps))",
+            "hyperparameters.epochs and hyperparameters.maxSteps exclude each other: keep one of them",
+            lambda self: self.epochs is None or self.max_steps is None,
+        ),
+        Rule(
+            # the guard against 0 keeps a second, arithmetic error away from the one that `minimum` gives
+            "!has(self.microBatchSize) || self.microBatchSize < 1 || "
+            f"(has(self.batchSize) ? self.batchSize : {DEFAULT_BATCH_SIZE}) % self.microBatchSize == 0",
+            f"hyperparameters.microBatchSize must divide batchSize ({DEFAULT_BATCH_SIZE} when absent): change one of them",
+            lambda self: (
+                not self.micro_batch_size or (self.batch_size or DEFAULT_BATCH_SIZE) % self.micro_batch_size == 0
+            ),
+        ),
     )
 
-    epochs: float | None = Field(default=None, ge=0.01, le=1000, description="Passes over the training rows. Absent with no maxSteps: 3.")
+    epochs: float | None = Field(
+        default=None, ge=0.01, le=1000, description="Passes over the training rows. Absent with no maxSteps: 3."
+    )
     max_steps: int | None = Field(default=None, ge=1, le=10_000_000, description="Optimizer steps.")
     learning_rate: float | None = Field(default=None, ge=1e-8, le=1.0, description="Peak learning rate. Absent: 2e-4.")
     batch_size: int | None = Field(default=None, ge=1, le=65536, description="Sequences per optimizer step. Absent: 8.")
-    micro_batch_size: int | None = Field(default=None, ge=1, le=4096, description="Sequences per forward pass; must divide batchSize. Absent: batchSize, at most 8.")
-    scheduler: Literal["Cosine", "Linear", "Constant"] = Field(default="Cosine", description="Shape of the learning rate after warm-up.")
-    warmup_ratio: float = Field(default=0.03, ge=0.0, le=0.5, description="Share of the steps that raise the learning rate from 0.")
+    micro_batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        le=4096,
+        description="Sequences per forward pass; must divide batchSize. Absent: batchSize, at most 8.",
+    )
+    scheduler: Literal["Cosine", "Linear", "Constant"] = Field(
+        default="Cosine", description="Shape of the learning rate after warm-up."
+    )
+    warmup_ratio: float = Field(
+        default=0.03, ge=0.0, le=0.5, description="Share of the steps that raise the learning rate from 0."
+    )
     weight_decay: float = Field(default=0.0, ge=0.0, le=1.0, description="AdamW weight decay.")
-    max_grad_norm: float = Field(default=1.0, ge=0.0, le=1000.0, description="Gradients are clipped to this norm; 0 does not clip.")
+    max_grad_norm: float = Field(
+        default=1.0, ge=0.0, le=1000.0, description="Gradients are clipped to this norm; 0 does not clip."
+    )
     seed: int = Field(default=42, ge=0, le=2_147_483_647, description="Seed of initialisation, order and dropout.")
 
 
 class FineTuneJobSpec(ApiModel):
     """What to train, on what, and how."""
 
-    model_config = ConfigDict(
-        json_schema_extra=validations(
-            cel("self == oldSelf", "spec is immutable: a FineTuneJob describes one training run; create another FineTuneJob under a new name")
-        )
+    rules = (
+        Rule(
+            "self == oldSelf",
+            "spec is immutable: a FineTuneJob describes one training run; create another FineTuneJob under a new name",
+        ),
     )
 
     base_model: BaseModelSource = Field(description="The model to adapt.")
@@ -144,7 +213,12 @@ class FineTuneJobSpec(ApiModel):
     hyperparameters: Hyperparameters = Field(default_factory=Hyperparameters, description="How the optimizer runs.")
     resources: Resources = Field(default_factory=Resources, description="What the training pod asks for.")
     scheduling: Scheduling = Field(default_factory=Scheduling, description="Where the pods may run.")
-    max_attempts: int = Field(default=3, ge=1, le=10, description="Attempts after failures that are worth a retry. Pre-emptions are not counted.")
+    max_attempts: int = Field(
+        default=3,
+        ge=1,
+        le=10,
+        description="Attempts after failures that are worth a retry. Pre-emptions are not counted.",
+    )
 
 
 class Stage(StrEnum):
@@ -172,13 +246,19 @@ class Phase(StrEnum):
 class Resolved(StatusModel):
     """What was decided for the user and what the inputs turned out to be. Frozen by the first attempt."""
 
-    base_model_fingerprint: str | None = Field(default=None, max_length=128, description="Content fingerprint of the base model.")
-    dataset_digest: str | None = Field(default=None, max_length=128, description="SHA-256 over the training and held-out rows.")
+    base_model_fingerprint: str | None = Field(
+        default=None, max_length=128, description="Content fingerprint of the base model."
+    )
+    dataset_digest: str | None = Field(
+        default=None, max_length=128, description="SHA-256 over the training and held-out rows."
+    )
     learning_rate: float | None = Field(default=None, description="Peak learning rate.")
     batch_size: int | None = Field(default=None, description="Sequences per optimizer step.")
     micro_batch_size: int | None = Field(default=None, description="Sequences per forward pass.")
     total_steps: int | None = Field(default=None, description="Optimizer steps.")
-    target_modules: list[ModuleName] | None = Field(default=None, max_length=64, description="Modules that get an adapter.")
+    target_modules: list[ModuleName] | None = Field(
+        default=None, max_length=64, description="Modules that get an adapter."
+    )
 
 
 class Preflight(StatusModel):
@@ -197,11 +277,11 @@ class ProgressStatus(StatusModel):
     stage: Stage | None = Field(default=None, description="What the trainer is doing.")
     step: int | None = Field(default=None, ge=0, description="Optimizer steps done.")
     total_steps: int | None = Field(default=None, ge=0, description="Optimizer steps in all.")
-    epoch: float | None = Field(default=None, description="Passes over the training rows.")
-    loss: float | None = Field(default=None, description="Training loss of the last logged step, nats per target token.")
-    evaluation_loss: float | None = Field(default=None, description="Held-out loss, nats per target token.")
+    epoch: Figure = Field(default=None, description="Passes over the training rows.")
+    loss: Figure = Field(default=None, description="Training loss of the last logged step, nats per target token.")
+    evaluation_loss: Figure = Field(default=None, description="Held-out loss, nats per target token.")
     learning_rate: float | None = Field(default=None, description="Learning rate of the last step.")
-    tokens_per_second: float | None = Field(default=None, description="Tokens trained per second.")
+    tokens_per_second: Figure = Field(default=None, description="Tokens trained per second.")
     memory_bytes: int | None = Field(default=None, description="Peak memory: of the GPU, or resident memory on a CPU.")
     eta_seconds: int | None = Field(default=None, ge=0, description="Seconds until the last step.")
     update_time: datetime | None = Field(default=None, description="When the trainer wrote this.")
@@ -238,7 +318,7 @@ class ServableStatus(StatusModel):
 class ArtifactStatus(StatusModel):
     """The published adapter."""
 
-    uri: Uri = Field(description="Folder in the store.")
+    uri: str = Field(max_length=1024, description="Folder in the store.")
     digest: str = Field(max_length=71, pattern=r"^sha256:[0-9a-f]{64}$", description="SHA-256 of tunesmith.json.")
     size_bytes: int = Field(ge=0, description="Size of the folder.")
     servable: ServableStatus = Field(description="Whether an engine can load it.")
@@ -247,9 +327,9 @@ class ArtifactStatus(StatusModel):
 class EvaluationStatus(StatusModel):
     """Scores of base and adapter on the held-out rows."""
 
-    base_loss: float | None = Field(default=None, description="Held-out loss of the base, nats per target token.")
-    loss: float | None = Field(default=None, description="Held-out loss of the adapter, nats per target token.")
-    loss_reduction_percent: float | None = Field(default=None, description="How far the held-out loss fell.")
+    base_loss: Figure = Field(default=None, description="Held-out loss of the base, nats per target token.")
+    loss: Figure = Field(default=None, description="Held-out loss of the adapter, nats per target token.")
+    loss_reduction_percent: Figure = Field(default=None, description="How far the held-out loss fell.")
 
 
 class FineTuneJobStatus(StatusModel):
@@ -257,7 +337,9 @@ class FineTuneJobStatus(StatusModel):
 
     phase: Phase | None = Field(default=None, description="Derived from the conditions.")
     conditions: list[Condition] = Field(
-        default_factory=list, max_length=16, description="Validated, Started, Published, and the terminal Complete or Failed.",
+        default_factory=list,
+        max_length=16,
+        description="Validated, Started, Published, and the terminal Complete or Failed.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
     )
     observed_generation: int | None = Field(default=None, description="The metadata.generation that was acted on.")
@@ -267,7 +349,9 @@ class FineTuneJobStatus(StatusModel):
     preflight: Preflight | None = Field(default=None, description="What the CPU stage counted.")
     progress: ProgressStatus | None = Field(default=None, description="How far the running attempt is.")
     attempts: list[Attempt] = Field(
-        default_factory=list, max_length=100, description="Attempts, oldest first.",
+        default_factory=list,
+        max_length=100,
+        description="Attempts, oldest first.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
     )
     evaluation: EvaluationStatus | None = Field(default=None, description="Held-out loss before and after.")
@@ -277,10 +361,12 @@ class FineTuneJobStatus(StatusModel):
 class FineTuneJob(ApiModel):
     """A base model, data and a method become a trained adapter."""
 
-    model_config = ConfigDict(
-        extra="ignore",
-        json_schema_extra=validations(
-            cel("size(self.metadata.name) <= 40", "metadata.name must have at most 40 characters: names of Jobs and pods are made from it")
+    model_config = ConfigDict(extra="ignore")
+    rules = (
+        Rule(
+            "size(self.metadata.name) <= 40",
+            "metadata.name must have at most 40 characters: names of Jobs and pods are made from it",
+            lambda self: len(self.metadata.name) <= MAX_NAME,
         ),
     )
 

@@ -2,31 +2,89 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable  # noqa: TC003 - pydantic resolves annotations at run time
+from dataclasses import dataclass
 from datetime import datetime  # noqa: TC003 - pydantic resolves annotations at run time
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
 from pydantic.alias_generators import to_camel
+from pydantic_core import core_schema
 
 GROUP = "tunesmith.dev"
 VERSION = "v1alpha1"
 API_VERSION = f"{GROUP}/{VERSION}"
+MAX_NAME = 40
+"""Longest metadata.name of a resource from which names of pods are made (63 characters at most)."""
+INT_OR_STRING = "x-kubernetes-int-or-string"
+VALIDATIONS = "x-kubernetes-validations"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule that the CRD states in CEL and pydantic in Python, with the one sentence that the user reads.
+
+    `holds` is None where only the API server can judge: transitions, and what is refused in a cluster alone.
+    `old` marks a rule that also runs at creation, where `oldSelf` is an optional.
+    """
+
+    cel: str
+    message: str
+    holds: Callable[[Any], bool] | None = None
+    old: bool = False
+
+    def schema(self) -> dict[str, Any]:
+        """The entry of `x-kubernetes-validations`."""
+        entry: dict[str, Any] = {"rule": self.cel, "message": self.message}
+        return entry | {"optionalOldSelf": True} if self.old else entry
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Metadata of a string: the whole of it matches `pattern` (RE2), or the user reads `message`."""
+
+    pattern: str
+    message: str
+
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        """The string's schema with the check behind it."""
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """The pattern for JSON schema, the same as a CEL rule with its sentence for the CRD."""
+        rule = Rule(f"self.matches(r'{self.pattern}')", self.message)
+        return handler(schema) | {"pattern": self.pattern, VALIDATIONS: [rule.schema()]}
+
+    def _check(self, value: str) -> str:
+        if re.search(self.pattern, value) is None:
+            raise ValueError(self.message)
+        return value
+
+
+ResourceName = Annotated[
+    str,
+    Field(min_length=1, max_length=253),
+    Matches(
+        r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$",
+        "a name has lower-case letters, digits, '-' and '.', and begins and ends with a letter or digit",
+    ),
+]
 
 Uri = Annotated[
     str,
-    Field(min_length=1, max_length=1024),
+    Field(max_length=1024),
+    Matches(
+        r"^(hf|s3|gs|az|pvc|file)://[^/]+/.*[^/]/?$|^file:///.+$",
+        "a uri is hf://organisation/name, s3://bucket/path, gs://bucket/path, az://container/path or pvc://claim/path",
+    ),
 ]
-ResourceName = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")]
 
-
-def cel(rule: str, message: str) -> dict[str, str]:
-    """One entry of `x-kubernetes-validations`: a CEL rule and the sentence that the user reads when it fails."""
-    return {"rule": rule, "message": message}
-
-
-def validations(*rules: dict[str, Any]) -> dict[str, Any]:
-    """The `json_schema_extra` that carries CEL rules into the CRD."""
-    return {"x-kubernetes-validations": list(rules)}
+LOCAL_ONLY = "file:// works only in a local run: tunesmith run; in a cluster use s3://, gs://, az:// or pvc://"
+in_cluster_only = Rule("!self.uri.startsWith('file://')", LOCAL_ONLY)
+"""For every model with a `uri`: the CRD refuses file://, a local run accepts it."""
 
 
 class ApiModel(BaseModel):
@@ -39,6 +97,26 @@ class ApiModel(BaseModel):
         validate_by_alias=True,
         serialize_by_alias=True,
     )
+
+    rules: ClassVar[tuple[Rule, ...]] = ()
+    """What must hold between the fields, checked here and, as CEL, by the API server."""
+
+    @model_validator(mode="after")
+    def _obey_rules(self) -> Self:
+        broken = [rule.message for rule in self.rules if rule.holds is not None and not rule.holds(self)]
+        if broken:
+            raise ValueError("; ".join(broken))
+        return self
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """The JSON schema with the rules as `x-kubernetes-validations`."""
+        result = handler.resolve_ref_schema(handler(schema))
+        if cls.rules:
+            result[VALIDATIONS] = [rule.schema() for rule in cls.rules]
+        return result
 
     def manifest(self) -> dict[str, Any]:
         """The JSON form, without absent fields, as Kubernetes stores it."""
@@ -68,4 +146,6 @@ class ObjectMeta(StatusModel):
 class SecretReference(ApiModel):
     """A Secret in the namespace of the resource that names it."""
 
-    name: ResourceName = Field(description="Name of the Secret. Its keys are the store's own variables, such as AWS_ACCESS_KEY_ID.")
+    name: ResourceName = Field(
+        description="Name of the Secret. Its keys are the store's own variables, such as AWS_ACCESS_KEY_ID."
+    )

@@ -9,10 +9,31 @@ from pydantic import ConfigDict, Field
 
 from tunesmith.api.conditions import Condition  # noqa: TC001 - pydantic
 from tunesmith.api.finetunejob import BaseModelSource
-from tunesmith.api.model import API_VERSION, ApiModel, ObjectMeta, StatusModel, cel, validations
+from tunesmith.api.model import API_VERSION, MAX_NAME, ApiModel, Matches, ObjectMeta, Rule, StatusModel
 from tunesmith.api.placement import Resources, Scheduling
 
-ModelName = Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[a-zA-Z0-9]([-a-zA-Z0-9._]*[a-zA-Z0-9])?$")]
+MAX_MODEL_NAME = 63
+ModelName = Annotated[
+    str,
+    Field(min_length=1, max_length=MAX_MODEL_NAME),
+    Matches(
+        r"^[a-zA-Z0-9]([-a-zA-Z0-9._]*[a-zA-Z0-9])?$",
+        "a model name has letters, digits, '-', '.' and '_', and begins and ends with a letter or digit",
+    ),
+]
+
+min_below_max = Rule(
+    "self.minReplicas <= self.maxReplicas",
+    "autoscaling.minReplicas must not be above autoscaling.maxReplicas",
+    lambda self: self.min_replicas <= self.max_replicas,
+)
+replicas_or_autoscaling = Rule(
+    # While autoscaling is set, replicas stays; when it comes, replicas is the default or what it was.
+    "!has(self.autoscaling) || (oldSelf.hasValue() && self.replicas == oldSelf.value().replicas) || "
+    "(self.replicas == 1 && !(oldSelf.hasValue() && has(oldSelf.value().autoscaling)))",
+    "replicas is decided by autoscaling: remove autoscaling first",
+    old=True,
+)
 
 
 class EnvironmentVariable(ApiModel):
@@ -25,45 +46,74 @@ class EnvironmentVariable(ApiModel):
 class Engine(ApiModel):
     """The vLLM server's settings."""
 
-    image: str | None = Field(default=None, min_length=1, max_length=512, description="vLLM's image. Absent: the installation's default.")
-    max_loras: int = Field(default=8, ge=1, le=256, description="Adapters that one pod keeps resident (vLLM's --max-loras).")
-    max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = Field(default=64, description="Highest rank that is accepted (vLLM's --max-lora-rank).")
-    max_model_length: int | None = Field(default=None, ge=16, le=10_000_000, description="Longest request, in tokens. Absent: the model's own limit.")
-    data_type: Literal["auto", "bfloat16", "float16", "float32"] = Field(default="auto", description="Precision of the weights.")
-    kv_cache_memory: str | None = Field(
-        default=None, max_length=32, pattern=r"^[0-9]+(Mi|Gi)$", description="KV cache size. Absent: decided by vLLM; needed on a CPU."
+    image: str | None = Field(
+        default=None, min_length=1, max_length=512, description="vLLM's image. Absent: the installation's default."
     )
-    args: list[Annotated[str, Field(max_length=1024)]] | None = Field(default=None, max_length=64, description="More arguments of `vllm serve`.")
-    env: list[EnvironmentVariable] | None = Field(default=None, max_length=64, description="More variables of the engine's container.")
+    max_loras: int = Field(
+        default=8, ge=1, le=256, description="Adapters that one pod keeps resident (vLLM's --max-loras)."
+    )
+    max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = Field(
+        default=64, description="Highest rank that is accepted (vLLM's --max-lora-rank)."
+    )
+    max_model_length: int | None = Field(
+        default=None, ge=16, le=10_000_000, description="Longest request, in tokens. Absent: the model's own limit."
+    )
+    data_type: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        default="auto", description="Precision of the weights."
+    )
+    kv_cache_memory: str | None = Field(
+        default=None,
+        max_length=32,
+        pattern=r"^[0-9]+(Mi|Gi)$",
+        description="KV cache size. Absent: decided by vLLM; needed on a CPU.",
+    )
+    args: list[Annotated[str, Field(max_length=1024)]] | None = Field(
+        default=None, max_length=64, description="More arguments of `vllm serve`."
+    )
+    env: list[EnvironmentVariable] | None = Field(
+        default=None, max_length=64, description="More variables of the engine's container."
+    )
 
 
 class PoolAutoscaling(ApiModel):
     """How many pods the pool has."""
 
-    model_config = ConfigDict(
-        json_schema_extra=validations(cel("self.minReplicas <= self.maxReplicas", "autoscaling.minReplicas must not be above autoscaling.maxReplicas"))
-    )
+    rules = (min_below_max,)
 
     min_replicas: int = Field(default=1, ge=1, le=1000, description="Fewest pods.")
     max_replicas: int = Field(ge=1, le=1000, description="Most pods.")
-    target_concurrency: int = Field(default=16, ge=1, le=10000, description="Requests, of all adapters and the base, that one pod should handle at once.")
-    scale_down_delay_seconds: int = Field(default=120, ge=0, le=86400, description="Seconds that fewer pods must be enough before one is removed.")
+    target_concurrency: int = Field(
+        default=16,
+        ge=1,
+        le=10000,
+        description="Requests, of all adapters and the base, that one pod should handle at once.",
+    )
+    scale_down_delay_seconds: int = Field(
+        default=120, ge=0, le=86400, description="Seconds that fewer pods must be enough before one is removed."
+    )
 
 
 class AllowedNamespaces(ApiModel):
     """Which namespaces may attach adapters and call the base."""
 
-    from_: Literal["Same", "All"] = Field(default="Same", alias="from", description="Same: the pool's own namespace. All: every namespace.")
+    from_: Literal["Same", "All"] = Field(
+        default="Same", alias="from", description="Same: the pool's own namespace. All: every namespace."
+    )
 
 
 class ServingPoolSpec(ApiModel):
     """A base model on vLLM pods."""
 
-    model_config = ConfigDict(
-        json_schema_extra=validations(
-            cel("self.baseModel == oldSelf.baseModel", "baseModel is immutable: adapters belong to one base; create another ServingPool"),
-            cel("self.modelName == oldSelf.modelName", "modelName is immutable: clients call the base under it; create another ServingPool"),
-        )
+    rules = (
+        Rule(
+            "self.baseModel == oldSelf.baseModel",
+            "baseModel is immutable: adapters belong to one base; create another ServingPool",
+        ),
+        Rule(
+            "self.modelName == oldSelf.modelName",
+            "modelName is immutable: clients call the base under it; create another ServingPool",
+        ),
+        replicas_or_autoscaling,
     )
 
     model_name: ModelName = Field(description="Name under which the base itself is callable.")
@@ -73,7 +123,9 @@ class ServingPoolSpec(ApiModel):
     scheduling: Scheduling = Field(default_factory=Scheduling, description="Where the pods may run.")
     replicas: int = Field(default=1, ge=0, le=1000, description="Pods. With autoscaling it must stay as it is.")
     autoscaling: PoolAutoscaling | None = Field(default=None, description="Absent: replicas decides.")
-    drain_seconds: int = Field(default=60, ge=0, le=3600, description="Seconds that a stopping pod waits for its running requests.")
+    drain_seconds: int = Field(
+        default=60, ge=0, le=3600, description="Seconds that a stopping pod waits for its running requests."
+    )
     allowed_namespaces: AllowedNamespaces = Field(default_factory=AllowedNamespaces, description="Who may attach.")
 
 
@@ -90,11 +142,15 @@ class ServingPoolStatus(StatusModel):
 
     phase: PoolPhase | None = Field(default=None, description="Derived from the conditions.")
     conditions: list[Condition] = Field(
-        default_factory=list, max_length=16, description="Available, Progressing, Degraded.",
+        default_factory=list,
+        max_length=16,
+        description="Available, Progressing, Degraded.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
     )
     observed_generation: int | None = Field(default=None, description="The metadata.generation that was acted on.")
-    base_model_fingerprint: str | None = Field(default=None, max_length=128, description="Content fingerprint of the base, as the pods report it.")
+    base_model_fingerprint: str | None = Field(
+        default=None, max_length=128, description="Content fingerprint of the base, as the pods report it."
+    )
     desired_replicas: int | None = Field(default=None, description="Pods that are wanted now.")
     desired_reason: str | None = Field(default=None, max_length=1024, description="Why that many.")
     replicas: int | None = Field(default=None, description="Pods that exist.")
@@ -108,10 +164,12 @@ class ServingPoolStatus(StatusModel):
 class ServingPool(ApiModel):
     """A base model on vLLM pods that many adapters share."""
 
-    model_config = ConfigDict(
-        extra="ignore",
-        json_schema_extra=validations(
-            cel("size(self.metadata.name) <= 40", "metadata.name must have at most 40 characters: names of pods are made from it")
+    model_config = ConfigDict(extra="ignore")
+    rules = (
+        Rule(
+            "size(self.metadata.name) <= 40",
+            "metadata.name must have at most 40 characters: names of pods are made from it",
+            lambda self: len(self.metadata.name) <= MAX_NAME,
         ),
     )
 
