@@ -1,0 +1,439 @@
+"""An asynchronous client of one cluster. Objects are plain dicts; kubernetes' exceptions do not leave this package."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+from urllib.parse import urlencode
+
+import aiohttp
+from kubernetes.aio import config as kubernetes_config
+from kubernetes.aio.client import ApiClient, Configuration
+
+from tunesmith.cluster.errors import (
+    ClusterError,
+    ConfigurationError,
+    NotFoundError,
+    UnavailableError,
+    error_of,
+)
+from tunesmith.cluster.resources import Object, Objects, Resource, named, resource_of
+from tunesmith.cluster.watch import WatchEvent, watch
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping
+
+FIELD_MANAGER = "tunesmith"
+PAGE_SIZE = 500
+_SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+_REQUEST_TIMEOUT = aiohttp.ClientTimeout(total=30)
+_STREAM_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=90)
+_HTTP_ERROR = 400
+
+PatchType = Literal["merge", "strategic", "json"]
+_PATCH_CONTENT_TYPES: dict[str, str] = {
+    "merge": "application/merge-patch+json",
+    "strategic": "application/strategic-merge-patch+json",
+    "json": "application/json-patch+json",
+}
+
+
+@dataclass(frozen=True, repr=False)
+class Connection:
+    """Where the API server is and how to log in there. Not printable: it holds credentials."""
+
+    server: str
+    ca_file: str | None
+    certificate_file: str | None
+    key_file: str | None
+    token: str | None
+    verify: bool
+
+
+class Cluster:
+    """One API server. Make it with `Cluster.connect()`; close it, or use it as `async with`."""
+
+    def __init__(
+        self,
+        configuration: Configuration,
+        *,
+        namespace: str = "default",
+        observer: Callable[[str, str, str], None] | None = None,
+    ) -> None:
+        self._configuration: Any = configuration
+        self._client: Any = ApiClient(configuration)
+        self._observer = observer
+        self.namespace = namespace
+        """The namespace of the kubeconfig's context, or that of the pod."""
+
+    @classmethod
+    async def connect(
+        cls,
+        *,
+        kubeconfig: str | os.PathLike[str] | None = None,
+        context: str | None = None,
+        observer: Callable[[str, str, str], None] | None = None,
+    ) -> Self:
+        """Read the credentials; no request is made yet.
+
+        Args:
+            kubeconfig: file to read; absent: $KUBECONFIG, the pod's service account, ~/.kube/config, in this order.
+            context: context of the kubeconfig; absent: $KUBECONTEXT, then the file's current one.
+            observer: called with (verb, kind, result) after each request, result being `ok` or an error's label.
+
+        Raises:
+            ConfigurationError: there are none, or they cannot be read.
+        """
+        configuration: Any = Configuration()
+        # Without a retry policy of the library's own: callers decide by the error's `retry`.
+        configuration.retries = None
+        load: Any = kubernetes_config
+        in_cluster = kubeconfig is None and "KUBECONFIG" not in os.environ and "KUBERNETES_SERVICE_HOST" in os.environ
+        path = _kubeconfig_path(kubeconfig)
+        if not in_cluster and not path.is_file():  # noqa: ASYNC240 - one stat
+            raise ConfigurationError(
+                f"there is no kubeconfig at {path}: set KUBECONFIG to one, or run `make cluster-up`"
+            )
+        try:
+            if in_cluster:
+                load.load_incluster_config(client_configuration=configuration)
+                return cls(configuration, namespace=_pod_namespace(), observer=observer)
+            loader = await load.load_kube_config(
+                config_file=str(path),
+                context=context or os.environ.get("KUBECONTEXT") or None,
+                client_configuration=configuration,
+                persist_config=False,
+            )
+            namespace = loader.current_context.get("context", {}).get("namespace") or "default"
+            return cls(configuration, namespace=namespace, observer=observer)
+        except Exception as error:  # the loader raises whatever YAML, files and exec plugins raise
+            place = "the pod's service account" if in_cluster else f"the kubeconfig {path}"
+            raise ConfigurationError(f"{place} cannot be used: {error}") from error
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.close()
+
+    @property
+    def server(self) -> str:
+        """The API server's address, `https://host:port`."""
+        return str(self._configuration.host)
+
+    async def connection(self) -> Connection:
+        """The address with current credentials, for another client of the same API server."""
+        settings = self._configuration
+        token = (await settings.auth_settings()).get("BearerToken", {}).get("value") or ""
+        return Connection(
+            server=settings.host,
+            ca_file=settings.ssl_ca_cert,
+            certificate_file=settings.cert_file,
+            key_file=settings.key_file,
+            token=token.split(" ", 1)[-1] or None,
+            verify=settings.verify_ssl,
+        )
+
+    async def get(self, kind: str, name: str, namespace: str | None = None) -> Object:
+        """An object.
+
+        Raises:
+            NotFoundError: there is none of that name.
+        """
+        resource = resource_of(kind)
+        return await self._json("get", resource, "GET", resource.path(self._in(resource, namespace), name))
+
+    async def find(self, kind: str, name: str, namespace: str | None = None) -> Object | None:
+        """An object, or None where there is none of that name."""
+        try:
+            return await self.get(kind, name, namespace)
+        except NotFoundError:
+            return None
+
+    async def list(self, kind: str, namespace: str | None = None, *, labels: str = "", fields: str = "") -> Objects:
+        """All objects of a kind; without `namespace` those of every namespace. `labels` and `fields` are selectors."""
+        return (await self.list_at(kind, namespace, labels=labels, fields=fields))[0]
+
+    async def list_at(
+        self, kind: str, namespace: str | None = None, *, labels: str = "", fields: str = ""
+    ) -> tuple[Objects, str]:
+        """As `list`, with the resourceVersion to watch from."""
+        resource = resource_of(kind)
+        items: Objects = []
+        query = {"labelSelector": labels, "fieldSelector": fields, "limit": str(PAGE_SIZE)}
+        while True:
+            page = await self._json("list", resource, "GET", resource.path(namespace), query=query)
+            items += [named(item, resource) for item in page.get("items") or []]
+            metadata = page.get("metadata", {})
+            if not metadata.get("continue"):
+                return items, metadata.get("resourceVersion", "")
+            query["continue"] = metadata["continue"]
+
+    async def create(self, manifest: Object, *, field_manager: str = FIELD_MANAGER) -> Object:
+        """Create an object.
+
+        Raises:
+            AlreadyExistsError: there is one of that name.
+            InvalidError: the API server refuses it.
+        """
+        resource = resource_of(manifest["kind"])
+        path = resource.path(self._in(resource, manifest["metadata"].get("namespace")))
+        return await self._json("create", resource, "POST", path, body=manifest, query={"fieldManager": field_manager})
+
+    async def apply(
+        self,
+        manifest: Object,
+        *,
+        force: bool = True,
+        field_manager: str = FIELD_MANAGER,
+        subresource: str | None = None,
+    ) -> Object:
+        """Server-side apply: `manifest` is the full intent, what it no longer holds is removed.
+
+        Raises:
+            ConflictError: `force` is off and somebody else owns a field.
+            InvalidError: the API server refuses it.
+        """
+        resource = resource_of(manifest["kind"])
+        metadata = manifest["metadata"]
+        return await self._json(
+            "apply",
+            resource,
+            "PATCH",
+            resource.path(self._in(resource, metadata.get("namespace")), metadata["name"], subresource),
+            body=manifest,
+            query={"fieldManager": field_manager, "force": str(force).lower()},
+            content_type="application/apply-patch+yaml",
+        )
+
+    async def replace(self, manifest: Object, *, subresource: str | None = None) -> Object:
+        """Write the object as read and changed: its resourceVersion must still be the current one.
+
+        Raises:
+            ConflictError: the object changed since it was read.
+        """
+        resource = resource_of(manifest["kind"])
+        metadata = manifest["metadata"]
+        path = resource.path(self._in(resource, metadata.get("namespace")), metadata["name"], subresource)
+        return await self._json("update", resource, "PUT", path, body=manifest, query={"fieldManager": FIELD_MANAGER})
+
+    async def replace_status(self, manifest: Object) -> Object:
+        """Write `status` of the object as read and changed, by its resourceVersion.
+
+        Raises:
+            ConflictError: the object changed since it was read.
+        """
+        return await self.replace(manifest, subresource="status")
+
+    async def patch(
+        self,
+        kind: str,
+        name: str,
+        namespace: str | None,
+        body: Object | Objects,
+        *,
+        type_: PatchType = "merge",
+        subresource: str | None = None,
+    ) -> Object:
+        """Change an object by a JSON merge patch, a strategic merge patch (built-in kinds only) or a JSON patch."""
+        resource = resource_of(kind)
+        return await self._json(
+            "patch",
+            resource,
+            "PATCH",
+            resource.path(self._in(resource, namespace), name, subresource),
+            body=body,
+            query={"fieldManager": FIELD_MANAGER},
+            content_type=_PATCH_CONTENT_TYPES[type_],
+        )
+
+    async def scale(self, kind: str, name: str, namespace: str | None, replicas: int) -> None:
+        """Set `spec.replicas` through the scale subresource.
+
+        Raises:
+            InvalidError: a rule of the kind refuses it, with its sentence.
+        """
+        await self.patch(kind, name, namespace, {"spec": {"replicas": replicas}}, subresource="scale")
+
+    async def delete(
+        self,
+        kind: str,
+        name: str,
+        namespace: str | None = None,
+        *,
+        propagation: Literal["Background", "Foreground", "Orphan"] = "Background",
+        grace_seconds: int | None = None,
+        uid: str | None = None,
+    ) -> bool:
+        """Delete an object; False where there was none.
+
+        Args:
+            kind: such as `Job`.
+            name: of the object.
+            namespace: absent: the connection's own.
+            propagation: what happens to the objects it owns.
+            grace_seconds: of a pod; absent: the pod's own.
+            uid: delete only this incarnation.
+
+        Raises:
+            ConflictError: the object has another uid.
+        """
+        resource = resource_of(kind)
+        body: Object = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": propagation}
+        if grace_seconds is not None:
+            body["gracePeriodSeconds"] = grace_seconds
+        if uid is not None:
+            body["preconditions"] = {"uid": uid}
+        try:
+            await self._json(
+                "delete", resource, "DELETE", resource.path(self._in(resource, namespace), name), body=body
+            )
+        except NotFoundError:
+            return False
+        return True
+
+    async def logs(
+        self,
+        pod: str,
+        namespace: str | None = None,
+        *,
+        container: str | None = None,
+        tail: int | None = None,
+        follow: bool = False,
+    ) -> AsyncIterator[str]:
+        """Lines of a container's log.
+
+        Raises:
+            InvalidError: the container has not started, or `container` is needed to choose one.
+        """
+        resource = resource_of("Pod")
+        query = {
+            "follow": str(follow).lower(),
+            "container": container or "",
+            "tailLines": "" if tail is None else str(tail),
+        }
+        path = resource.path(self._in(resource, namespace), pod, "log")
+        async with self._response("logs", resource, "GET", path, query=query, timeout=_STREAM_TIMEOUT) as response:
+            async for line in _lines(response):
+                yield line.decode(errors="replace")
+
+    async def request(self, path: str) -> Object:
+        """The JSON document at a path of the API server such as `/version`."""
+        return await self._json("get", Resource("", "v1", "", path.partition("?")[0], namespaced=False), "GET", path)
+
+    def watch(
+        self, kind: str, namespace: str | None = None, *, labels: str = "", fields: str = ""
+    ) -> AsyncIterator[WatchEvent]:
+        """Every object as ADDED, then SYNCED, then every change, without end: see `tunesmith.cluster.watch`."""
+        return watch(self, kind, namespace, labels=labels, fields=fields)
+
+    async def stream(
+        self, kind: str, namespace: str | None, query: Mapping[str, str], *, verb: str = "watch"
+    ) -> AsyncIterator[bytes]:
+        """Lines of a streamed answer about a collection."""
+        resource = resource_of(kind)
+        path = resource.path(namespace)
+        async with self._response(verb, resource, "GET", path, query=query, timeout=_STREAM_TIMEOUT) as response:
+            async for line in _lines(response):
+                yield line
+
+    def _in(self, resource: Resource, namespace: str | None) -> str | None:
+        return (namespace or self.namespace) if resource.namespaced else None
+
+    async def _json(
+        self,
+        verb: str,
+        resource: Resource,
+        method: str,
+        path: str,
+        *,
+        body: Object | Objects | None = None,
+        query: Mapping[str, str] | None = None,
+        content_type: str = "application/json",
+    ) -> Object:
+        async with self._response(
+            verb, resource, method, path, body=body, query=query, content_type=content_type, timeout=_REQUEST_TIMEOUT
+        ) as response:
+            document: Object = json.loads(await response.read())
+        return named(document, resource) if "metadata" in document and "items" not in document else document
+
+    @asynccontextmanager
+    async def _response(
+        self,
+        verb: str,
+        resource: Resource,
+        method: str,
+        path: str,
+        *,
+        timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109 - aiohttp's own
+        body: Object | Objects | None = None,
+        query: Mapping[str, str] | None = None,
+        content_type: str = "application/json",
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        result = "ok"
+        response: aiohttp.ClientResponse | None = None
+        filled = {key: value for key, value in (query or {}).items() if value}
+        url = f"{self.server}{path}" + (f"?{urlencode(filled)}" if filled else "")
+        headers = {"Accept": "application/json", "Content-Type": content_type, "User-Agent": FIELD_MANAGER}
+        try:
+            await self._client.update_params_for_auth(headers, [], ["BearerToken"], path, method, body)
+            answer = await self._client.rest_client.request(
+                method, url, headers=headers, body=body, _request_timeout=timeout
+            )
+            response = answer.response
+            if response.status >= _HTTP_ERROR:
+                raise await _error(response)
+            yield response
+        except ClusterError as error:
+            result = error.label
+            raise
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            result = UnavailableError.label
+            raise UnavailableError(
+                f"the API server at {self.server} cannot be reached: {error or type(error).__name__}"
+            ) from error
+        except ValueError as error:
+            result = UnavailableError.label
+            raise UnavailableError(f"the API server at {self.server} answered what is not JSON: {error}") from error
+        finally:
+            if response is not None:
+                # A stream that was not read to its end cannot be used again.
+                response.close() if timeout is _STREAM_TIMEOUT else response.release()
+            if self._observer is not None:
+                self._observer(verb, resource.kind, result)
+
+
+def _kubeconfig_path(kubeconfig: str | os.PathLike[str] | None) -> Path:
+    return Path(kubeconfig or os.environ.get("KUBECONFIG") or "~/.kube/config").expanduser()
+
+
+def _pod_namespace() -> str:
+    return (_SERVICE_ACCOUNT / "namespace").read_text().strip()
+
+
+async def _error(response: aiohttp.ClientResponse) -> ClusterError:
+    body = await response.read()
+    try:
+        status = json.loads(body)
+    except ValueError:
+        return error_of(response.status, "", body.decode(errors="replace").strip()[:500])
+    return error_of(response.status, str(status.get("reason") or ""), str(status.get("message") or ""))
+
+
+async def _lines(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    """Lines of any length, without their ends; not `StreamReader.readline`, which refuses long ones."""
+    rest = b""
+    async for chunk in response.content.iter_any():
+        *complete, rest = (rest + chunk).split(b"\n")
+        for line in complete:
+            yield line
+    if rest:
+        yield rest

@@ -1,0 +1,82 @@
+"""Kubernetes Events about a resource, one object per distinct event."""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Literal
+
+from tunesmith.cluster.errors import AlreadyExistsError, ClusterError
+
+if TYPE_CHECKING:
+    from tunesmith.cluster.client import Cluster
+    from tunesmith.cluster.resources import Object
+
+_SILENCE = timedelta(minutes=10)
+_MAX_REMEMBERED = 10_000
+_MAX_MESSAGE = 1024
+
+
+class EventRecorder:
+    """Writes core/v1 Events. The same event about the same object within 10 minutes is written once.
+
+    A failure to write one never disturbs the caller.
+    """
+
+    def __init__(self, cluster: Cluster, component: str = "tunesmith-operator") -> None:
+        self._cluster = cluster
+        self._component = component
+        self._written: dict[str, datetime] = {}
+
+    async def event(
+        self,
+        about: Object,
+        reason: str,
+        message: str,
+        *,
+        type_: Literal["Normal", "Warning"] = "Normal",
+        now: datetime | None = None,
+    ) -> None:
+        """Write an event about an object that has kind, apiVersion and metadata."""
+        now = now or datetime.now(UTC)
+        metadata = about["metadata"]
+        namespace = metadata.get("namespace") or "default"
+        digest = hashlib.sha256("\0".join((metadata["uid"], type_, reason, message)).encode()).hexdigest()[:16]
+        name = f"{metadata['name']}.{digest}"
+        last = self._written.get(name)
+        if last is not None and now - last < _SILENCE:
+            return
+        if len(self._written) >= _MAX_REMEMBERED:
+            self._written.clear()
+        self._written[name] = now
+        stamp = now.strftime("%Y-%m-%dT%H:%M:%SZ")
+        manifest: Object = {
+            "apiVersion": "v1",
+            "kind": "Event",
+            "metadata": {"name": name, "namespace": namespace},
+            "involvedObject": {
+                "apiVersion": about["apiVersion"],
+                "kind": about["kind"],
+                "name": metadata["name"],
+                "namespace": namespace,
+                "uid": metadata["uid"],
+                "resourceVersion": metadata.get("resourceVersion", ""),
+            },
+            "reason": reason,
+            "message": message[:_MAX_MESSAGE],
+            "type": type_,
+            "source": {"component": self._component},
+            "firstTimestamp": stamp,
+            "lastTimestamp": stamp,
+            "count": 1,
+        }
+        try:
+            try:
+                await self._cluster.create(manifest)
+            except AlreadyExistsError:
+                old = await self._cluster.get("Event", name, namespace)
+                count = int(old.get("count") or 1) + 1
+                await self._cluster.patch("Event", name, namespace, {"count": count, "lastTimestamp": stamp})
+        except ClusterError:
+            # Events are told once: the state they tell stands in the status.
+            self._written.pop(name, None)

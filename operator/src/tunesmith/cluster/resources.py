@@ -1,0 +1,76 @@
+"""The kinds that Tunesmith reads and writes, and their places in the API."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from tunesmith.api.model import GROUP, VERSION
+
+Object = dict[str, Any]
+"""A Kubernetes object as its JSON."""
+Objects = list[Object]
+
+
+class Resource(NamedTuple):
+    """A kind and where it is served."""
+
+    group: str
+    version: str
+    plural: str
+    kind: str
+    namespaced: bool = True
+
+    @property
+    def api_version(self) -> str:
+        """`group/version`, or `v1` for the core group."""
+        return f"{self.group}/{self.version}" if self.group else self.version
+
+    def path(self, namespace: str | None = None, name: str | None = None, subresource: str | None = None) -> str:
+        """The URL path of the collection, of an object or of its subresource."""
+        parts = ["/apis/" + self.api_version if self.group else "/api/" + self.version]
+        if namespace is not None and self.namespaced:
+            parts += ["namespaces", namespace]
+        parts += [part for part in (self.plural, name, subresource) if part is not None]
+        return "/".join(parts)
+
+
+_RESOURCES = (
+    Resource(GROUP, VERSION, "finetunejobs", "FineTuneJob"),
+    Resource(GROUP, VERSION, "servingpools", "ServingPool"),
+    Resource(GROUP, VERSION, "adapterdeployments", "AdapterDeployment"),
+    Resource("", "v1", "namespaces", "Namespace", namespaced=False),
+    Resource("", "v1", "nodes", "Node", namespaced=False),
+    Resource("", "v1", "pods", "Pod"),
+    Resource("", "v1", "secrets", "Secret"),
+    Resource("", "v1", "configmaps", "ConfigMap"),
+    Resource("", "v1", "services", "Service"),
+    Resource("", "v1", "serviceaccounts", "ServiceAccount"),
+    Resource("", "v1", "persistentvolumeclaims", "PersistentVolumeClaim"),
+    Resource("", "v1", "events", "Event"),
+    Resource("apps", "v1", "deployments", "Deployment"),
+    Resource("batch", "v1", "jobs", "Job"),
+    Resource("policy", "v1", "poddisruptionbudgets", "PodDisruptionBudget"),
+    Resource("coordination.k8s.io", "v1", "leases", "Lease"),
+    Resource("apiextensions.k8s.io", "v1", "customresourcedefinitions", "CustomResourceDefinition", namespaced=False),
+)
+BY_KIND = {resource.kind: resource for resource in _RESOURCES}
+
+
+def resource_of(kind: str) -> Resource:
+    """The resource of a kind such as `Job`.
+
+    Raises:
+        KeyError: Tunesmith does not use that kind.
+    """
+    return BY_KIND[kind]
+
+
+def named(item: Object, resource: Resource) -> Object:
+    """The object with kind and apiVersion, which items of a list lack, and without managedFields.
+
+    managedFields are half of an object's bytes, are never read, and must be absent in what is applied.
+    """
+    item.setdefault("kind", resource.kind)
+    item.setdefault("apiVersion", resource.api_version)
+    item["metadata"].pop("managedFields", None)
+    return item
