@@ -1,0 +1,83 @@
+# Tunesmith: `make` lists the targets. Each step prints its name and its elapsed time; what it printed lies in out/logs/.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+.PHONY: help demo test check generate images cluster-up cluster-down cluster-build clean \
+  environment environment-trainer environment-server model check-format check-types check-imports check-generated check-unit
+
+UV_VERSION := 0.13.9
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/tunesmith
+export UV := $(CACHE)/uv-$(UV_VERSION)/uv
+STEP := .ci/step
+RUN := $(UV) run --frozen --no-sync
+CLUSTER := $(RUN) python e2e/cluster/cluster.py
+UNIT_TESTS := tests/api tests/finetune tests/serving tests/autoscale tests/gateway tests/cli
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+demo: environment environment-trainer model ## Train and serve an adapter on a local cluster (KUBECONTEXT=name: on that cluster)
+	@$(MAKE) cluster-up images
+	@$(RUN) python e2e/demo.py
+
+test: environment environment-trainer environment-server model ## Run all tests, with a real cluster at their end
+	@.ci/test
+
+check: environment environment-trainer environment-server ## Format, lint, types, import contracts, generated files, unit tests
+	@$(MAKE) --jobs=2 check-format check-types check-unit check-imports check-generated
+
+generate: environment ## Write the CRDs, the chart's copy and the charts' schemas again
+	@$(STEP) "generate the CRDs" $(RUN) python -m tunesmith.api.crd
+	@$(STEP) "generate the values schema of charts/adapters" $(RUN) python charts/values_schema.py
+
+images: environment ## Build the images and bring them into the cluster
+	@$(STEP) --live "images" $(CLUSTER) images
+
+cluster-up: environment ## Start the local one-node Kubernetes (kubeconfig: .cluster/kubeconfig)
+	@$(STEP) --live "local cluster" $(CLUSTER) up
+
+cluster-build: environment
+	@$(STEP) "build the cluster's programs" $(CLUSTER) build
+
+cluster-down: environment ## Stop the local cluster and remove what it made
+	@$(STEP) "stop the local cluster" $(CLUSTER) down
+
+clean: ## Remove environments, logs and caches of this checkout (after cluster-down)
+	@if [ -e .cluster/kubeconfig ]; then $(MAKE) cluster-down; fi
+	@rm -rf out .venv trainer-image/.venv server-image/.venv server-image/engine-cpu/.venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(UV): .ci/fetch-uv
+	@$(STEP) "fetch uv $(UV_VERSION)" .ci/fetch-uv $(UV_VERSION) $@ && touch $@
+
+environment: $(UV)
+	@$(STEP) "environment: operator" $(UV) sync --frozen
+
+environment-trainer: $(UV)
+	@$(STEP) "environment: trainer" $(UV) sync --frozen --project trainer-image
+
+environment-server: $(UV)
+	@$(STEP) "environment: agent" $(UV) sync --frozen --project server-image
+	@$(STEP) "environment: engine" $(UV) sync --frozen --project server-image/engine-cpu
+
+model: environment-trainer
+	@$(STEP) "base model of the demo" python3 e2e/cluster/model.py
+
+check-format:
+	@$(STEP) "format" $(RUN) ruff format --check
+	@$(STEP) "lint" $(RUN) ruff check
+
+check-types:
+	@$(STEP) "types: operator" $(RUN) mypy
+	@$(STEP) "types: trainer" $(UV) run --frozen --no-sync --directory trainer-image mypy
+	@$(STEP) "types: agent" $(UV) run --frozen --no-sync --directory server-image mypy
+
+check-imports:
+	@$(STEP) "import contracts" $(RUN) lint-imports
+
+check-generated:
+	@$(STEP) "generated files" $(RUN) .ci/check-generated
+
+check-unit:
+	@$(STEP) --last ' (passed|failed).* in ' "unit tests" $(RUN) pytest $(UNIT_TESTS)
