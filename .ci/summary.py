@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Sums the results of the test parts: `summary.py FOLDER PART...` reads FOLDER/PART.xml (JUnit) of each part.
 
-A part without a readable result counts as one failure. The last line is `N passed, N failed`; exit code 1 if any failed.
+A part without a readable result counts as one failure. The last line is `N passed, N failed`; the exit code is 1 if any
+failed.
 """
 
 from __future__ import annotations

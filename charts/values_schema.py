@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes charts/adapters/values.schema.json from the API's models: Helm then checks every pool and adapter before it sends one."""
+"""Writes charts/adapters/values.schema.json from the API's models: Helm checks every pool and adapter before it sends one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic.json_schema import models_json_schema
-
 from tunesmith.api.adapterdeployment import AdapterDeploymentSpec
 from tunesmith.api.servingpool import ServingPoolSpec
 
