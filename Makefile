@@ -12,6 +12,8 @@ export UV := $(CACHE)/uv-$(UV_VERSION)/uv
 STEP := .ci/step
 RUN := $(UV) run --frozen --no-sync
 CLUSTER := $(RUN) python e2e/cluster/cluster.py
+GENERATE_CRDS := python -m tunesmith.api.crd --output crds --output charts/tunesmith/files/crds --schemas crds/schemas \
+  --reference docs/reference/api.md
 UNIT_TESTS := tests/api tests/finetune tests/serving tests/autoscale tests/gateway tests/cli
 
 help: ## List the targets
@@ -27,8 +29,8 @@ test: environment environment-trainer environment-server model ## Run all tests,
 check: environment environment-trainer environment-server ## Format, lint, types, import contracts, generated files, unit tests
 	@$(MAKE) --jobs=2 check-format check-types check-unit check-imports check-generated
 
-generate: environment ## Write the CRDs, the chart's copy and the charts' schemas again
-	@$(STEP) "generate the CRDs" $(RUN) python -m tunesmith.api.crd
+generate: environment ## Write the CRDs, the API reference and the schema of the charts' values again
+	@$(STEP) "generate the CRDs" $(RUN) $(GENERATE_CRDS)
 	@$(STEP) "generate the values schema of charts/adapters" $(RUN) python charts/values_schema.py
 
 images: environment ## Build the images and bring them into the cluster
@@ -77,7 +79,8 @@ check-imports:
 	@$(STEP) "import contracts" $(RUN) lint-imports
 
 check-generated:
-	@$(STEP) "generated files" $(RUN) .ci/check-generated
+	@$(STEP) "generated: CRDs and reference" $(RUN) $(GENERATE_CRDS) --check
+	@$(STEP) "generated: values schema" $(RUN) python charts/values_schema.py --check
 
 check-unit:
 	@$(STEP) --last ' (passed|failed).* in ' "unit tests" $(RUN) pytest $(UNIT_TESTS)

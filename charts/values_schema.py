@@ -1,9 +1,13 @@
 #!/usr/bin/env python3
-"""Writes charts/adapters/values.schema.json from the API's models: Helm checks every pool and adapter before it sends one."""
+"""Writes charts/adapters/values.schema.json from the API's models: Helm checks a pool or adapter before it sends it.
+
+With `--check` nothing is written: the exit code is 1 if the file would change.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,5 +61,16 @@ def schema() -> dict[str, Any]:
     }
 
 
+def main() -> int:
+    """Command line: see the module's docstring."""
+    text = json.dumps(schema(), indent=2) + "\n"
+    if "--check" not in sys.argv[1:]:
+        TARGET.write_text(text)
+    elif not TARGET.is_file() or TARGET.read_text() != text:
+        print(f"{TARGET} is not what the models say: run `make generate`")
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    TARGET.write_text(json.dumps(schema(), indent=2) + "\n")
+    sys.exit(main())
