@@ -1,0 +1,1 @@
+"""The agent of a serving pod, and the middleware that it puts into vLLM."""
