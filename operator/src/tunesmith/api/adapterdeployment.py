@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field
 
-from tunesmith.api.conditions import Condition  # noqa: TC001 - pydantic
+from tunesmith.api.conditions import Condition
 from tunesmith.api.model import API_VERSION, ApiModel, ObjectMeta, ResourceName, Rule, StatusModel
 from tunesmith.api.servingpool import MAX_MODEL_NAME, ModelName, min_below_max, replicas_or_autoscaling
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime  # noqa: TC003 - pydantic resolves annotations at run time
+from datetime import datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING
 

@@ -1,6 +1,7 @@
-"""Generates what the models say: the CRDs, JSON schemas for checks without a cluster, and the API reference.
+r"""Generates what the models say: the CRDs, JSON schemas for checks without a cluster, and the API reference.
 
-    python -m tunesmith.api.crd --output crds --output charts/tunesmith/files/crds --schemas crds/schemas --reference docs/reference/api.md
+    python -m tunesmith.api.crd --output crds --output charts/tunesmith/files/crds \
+        --schemas crds/schemas --reference docs/reference/api.md
 
 With `--check` nothing is written: the exit code is 1 and each file that would change is named.
 """

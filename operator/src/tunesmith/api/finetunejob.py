@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from datetime import datetime  # noqa: TC003 - pydantic resolves annotations at run time
+from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field
 
-from tunesmith.api.conditions import Condition, FailureReason  # noqa: TC001 - pydantic
+from tunesmith.api.conditions import Condition, FailureReason
 from tunesmith.api.model import (
     API_VERSION,
     MAX_NAME,
     ApiModel,
-    Matches,
     ObjectMeta,
     Rule,
     SecretReference,
@@ -36,7 +35,7 @@ DEFAULT_VALIDATION_FRACTION = 0.1
 
 
 def _rounded(value: float | None) -> float | None:
-    """Four decimals, for people and the printer columns; a figure that is not finite has no JSON form and is left out."""
+    """Four decimals are enough for people; what is not finite has no JSON form and is left out."""
     return round(value, 4) if value is not None and math.isfinite(value) else None
 
 
@@ -49,7 +48,7 @@ class BaseModelSource(ApiModel):
     rules = (in_cluster_only,)
 
     uri: Uri = Field(
-        description="hf://org/name, s3://bucket/folder, gs://…, az://…, pvc://claim/folder; file:// only where no cluster runs it.",
+        description="hf://org/name, s3://bucket/folder, gs://…, az://…, pvc://claim/path; file:// in a local run only.",
     )
     revision: str | None = Field(
         default=None, max_length=128, description="Commit, tag or branch of an hf:// model; absent: main."
@@ -64,7 +63,7 @@ class DatasetSource(ApiModel):
 
     rules = (in_cluster_only,)
 
-    uri: Uri = Field(description="A .jsonl file; file:// only where no cluster runs it.")
+    uri: Uri = Field(description="A .jsonl file; file:// in a local run only.")
     secret_ref: SecretReference | None = Field(
         default=None, description="Credentials for the uri; absent: those of the store."
     )
@@ -165,7 +164,8 @@ class Hyperparameters(ApiModel):
             # the guard against 0 keeps a second, arithmetic error away from the one that `minimum` gives
             "!has(self.microBatchSize) || self.microBatchSize < 1 || "
             f"(has(self.batchSize) ? self.batchSize : {DEFAULT_BATCH_SIZE}) % self.microBatchSize == 0",
-            f"hyperparameters.microBatchSize must divide batchSize ({DEFAULT_BATCH_SIZE} when absent): change one of them",
+            "hyperparameters.microBatchSize must divide hyperparameters.batchSize "
+            f"({DEFAULT_BATCH_SIZE} when absent): change one of them",
             lambda self: (
                 not self.micro_batch_size or (self.batch_size or DEFAULT_BATCH_SIZE) % self.micro_batch_size == 0
             ),

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable  # noqa: TC003 - pydantic resolves annotations at run time
 from dataclasses import dataclass
-from datetime import datetime  # noqa: TC003 - pydantic resolves annotations at run time
-from typing import Annotated, Any, ClassVar, Self
+from datetime import datetime
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
 from pydantic.alias_generators import to_camel
 from pydantic_core import core_schema
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 GROUP = "tunesmith.dev"
 VERSION = "v1alpha1"
-API_VERSION = f"{GROUP}/{VERSION}"
+API_VERSION: Final = "tunesmith.dev/v1alpha1"
 MAX_NAME = 40
 """Longest metadata.name of a resource from which names of pods are made (63 characters at most)."""
 INT_OR_STRING = "x-kubernetes-int-or-string"

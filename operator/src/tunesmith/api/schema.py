@@ -52,7 +52,7 @@ def structural_schema(model: type[ApiModel]) -> Schema:
 
 
 def resolved_schema(model: type[ApiModel]) -> Schema:
-    """pydantic's JSON schema of a model's spec and status with every reference inlined."""
+    """The JSON schema, as pydantic makes it, of a model's spec and status with every reference inlined."""
     root = model.model_json_schema(by_alias=True)
     # only what Tunesmith reads of metadata is in the model; its schema is the API server's
     del root["properties"]["metadata"]

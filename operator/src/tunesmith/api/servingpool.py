@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from tunesmith.api.conditions import Condition  # noqa: TC001 - pydantic
+from tunesmith.api.conditions import Condition
 from tunesmith.api.finetunejob import BaseModelSource
 from tunesmith.api.model import API_VERSION, MAX_NAME, ApiModel, Matches, ObjectMeta, Rule, StatusModel
 from tunesmith.api.placement import Resources, Scheduling

@@ -74,7 +74,9 @@ class PodState(StatusModel):
     engine_ready: bool = False
     draining: bool = False
     adapters: list[Residency] = Field(default_factory=list)
-    in_flight: dict[str, int] = Field(default_factory=dict, description="Requests in the engine by model (engine name, or the base's id).")
+    in_flight: dict[str, int] = Field(
+        default_factory=dict, description="Requests in the engine by model (engine name, or the base's id)."
+    )
 
 
 class AdapterDemand(StatusModel):
@@ -87,7 +89,9 @@ class AdapterDemand(StatusModel):
 class GatewayDemand(StatusModel):
     """One line of a gateway's `GET /v1/demand` (NDJSON), on its internal port: on change, at least every second."""
 
-    models: dict[str, AdapterDemand] = Field(default_factory=dict, description="By global id, <namespace>/<modelName>, of adapters and of pools' bases.")
+    models: dict[str, AdapterDemand] = Field(
+        default_factory=dict, description="By global id, <namespace>/<modelName>, of adapters and of pools' bases."
+    )
 
 
 GATEWAY_PORT = 8000

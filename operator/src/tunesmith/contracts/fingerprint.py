@@ -1,8 +1,9 @@
 """The base fingerprint: of content, never of names, which mirrors change.
 
-SHA-256 over, in this order: `config.json` (canonical JSON, without the keys that name places and versions), `tokenizer.json`,
-the chat template (`chat_template.jinja`, or `chat_template` of `tokenizer_config.json`), and for every safetensors file in
-order of tensor names: name, dtype, shape and 64 bytes sampled at the start, the middle and the end of the tensor's data.
+SHA-256 over, in this order: `config.json` (canonical JSON, without the keys that name places and versions),
+`tokenizer.json`, the chat template (`chat_template.jinja`, or `chat_template` of `tokenizer_config.json`), and for every
+safetensors file in order of tensor names: name, dtype, shape and 64 bytes sampled at the start, the middle and the end
+of the tensor's data.
 """
 
 from __future__ import annotations
@@ -59,7 +60,15 @@ def base_fingerprint(folder: ModelFolder) -> str:
     """
     names = set(folder.names())
     weights = sorted(name for name in names if name.endswith(".safetensors"))
-    missing = [what for what, present in (("config.json", "config.json" in names), ("tokenizer.json", "tokenizer.json" in names), ("*.safetensors", bool(weights))) if not present]
+    missing = [
+        what
+        for what, present in (
+            ("config.json", "config.json" in names),
+            ("tokenizer.json", "tokenizer.json" in names),
+            ("*.safetensors", bool(weights)),
+        )
+        if not present
+    ]
     if missing:
         raise ValueError(f"the base model's folder has no {', no '.join(missing)}")
     digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""Where things lie in the store, and the names that are made from a resource. Computed by the operator, never by a pod."""
+"""Where things lie in the store, and names made from a resource. The operator computes them, never a pod."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ from enum import IntEnum, StrEnum
 
 from pydantic import Field
 
-from tunesmith.api.conditions import FailureReason  # noqa: TC001 - pydantic
-from tunesmith.api.finetunejob import ArtifactStatus, EvaluationStatus, Preflight, Resolved  # noqa: TC001 - pydantic
+from tunesmith.api.conditions import FailureReason
+from tunesmith.api.finetunejob import ArtifactStatus, EvaluationStatus, Preflight, Resolved
 from tunesmith.api.model import StatusModel
 
 TERMINATION_MESSAGE_PATH = "/dev/termination-log"
@@ -56,9 +56,14 @@ class TrainerResult(StatusModel):
     def termination_message(self) -> str:
         """JSON of at most 4,096 bytes; a message that is too long is cut at its end."""
         result = self
-        while len(text := result.model_dump_json(by_alias=True, exclude_none=True).encode()) > TERMINATION_MESSAGE_MAX_BYTES:
+        while (
+            len(text := result.model_dump_json(by_alias=True, exclude_none=True).encode())
+            > TERMINATION_MESSAGE_MAX_BYTES
+        ):
             excess = len(text) - TERMINATION_MESSAGE_MAX_BYTES
-            result = result.model_copy(update={"message": result.message[: max(0, len(result.message) - excess - 3)] + "…"})
+            result = result.model_copy(
+                update={"message": result.message[: max(0, len(result.message) - excess - 3)] + "…"}
+            )
             if not result.message.strip("…"):
                 result = result.model_copy(update={"message": "…", "metrics": {}, "resolved": None})
                 break

@@ -1,0 +1,211 @@
+"""Reads a FineTuneJob from a YAML text outside the cluster: the CRD's rules, a sentence per mistake."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from pydantic import ValidationError
+
+from tunesmith.api.finetunejob import FineTuneJob
+from tunesmith.api.model import API_VERSION, LOCAL_ONLY
+from tunesmith.api.schema import resolved_schema
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterable, Iterator
+
+    from pydantic_core import ErrorDetails
+
+    from tunesmith.api.schema import Schema
+
+_MAX_SHOWN = 60
+
+
+class ManifestError(ValueError):
+    """A manifest that cannot be used. `problems` holds one sentence per mistake: where, what, and how to mend it."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+def parse_manifest(text: str, *, allow_file: bool = True) -> FineTuneJob:
+    """The FineTuneJob in a YAML (or JSON) text. Other documents in the text are not allowed.
+
+    Args:
+        text: The manifest, as `kubectl apply` takes it.
+        allow_file: Whether file:// uris may be used, as in a local run.
+
+    Raises:
+        ManifestError: the text is no FineTuneJob that the API server would take; all mistakes are told at once.
+    """
+    document = _document(text)
+    problems = [*_envelope(document), *_nulls(document.get("spec"), "spec")]
+    if problems:
+        raise ManifestError(problems)
+    try:
+        job = FineTuneJob.model_validate_json(json.dumps(document), strict=True, by_alias=True, by_name=False)
+    except ValidationError as error:
+        schema = resolved_schema(FineTuneJob)
+        raise ManifestError(dict.fromkeys(_sentence(detail, schema) for detail in error.errors())) from None
+    if not allow_file and (
+        local := [path for path, uri in _uris(document["spec"], "spec") if uri.startswith("file://")]
+    ):
+        raise ManifestError(f"{path}: {LOCAL_ONLY}" for path in local)
+    return job
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as Kubernetes reads it: 2e-4 is a number, dates are text, a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:  # noqa: FBT001, FBT002 - PyYAML's signature
+        seen = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _document(text: str) -> dict[str, Any]:
+    try:
+        documents = [document for document in yaml.load_all(text, Loader=_Loader) if document is not None]
+        json.dumps(documents)
+    except yaml.MarkedYAMLError as error:
+        place = f"line {error.problem_mark.line + 1}" if error.problem_mark else "the manifest"
+        raise ManifestError([f"{place}: the manifest is not valid YAML: {error.problem or error}"]) from None
+    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
+        raise ManifestError([f"the manifest is not valid YAML: {error}"]) from None
+    if not documents:
+        raise ManifestError(["the manifest is empty: write a FineTuneJob into it"])
+    if len(documents) > 1:
+        raise ManifestError([f"the manifest has {len(documents)} documents: keep one FineTuneJob"])
+    if not isinstance(documents[0], dict):
+        raise ManifestError(["the manifest is not a mapping: it begins with apiVersion and kind"])
+    return documents[0]
+
+
+def _envelope(document: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with the fields around spec, which Kubernetes checks before it looks at the CRD."""
+    for field, expected in (("apiVersion", API_VERSION), ("kind", "FineTuneJob")):
+        found = document.get(field)
+        if found is None:
+            yield f"{field} is missing: write {field}: {expected}"
+        elif found != expected:
+            yield f"{field} is {_shown(found)}: it must be {expected}"
+    known = ("apiVersion", "kind", "metadata", "spec", "status")
+    yield from (_unknown(str(field), str(field), known) for field in document if field not in known)
+    metadata = document.get("metadata")
+    if not isinstance(metadata, dict) or not metadata.get("name"):
+        yield "metadata.name is missing: give the job a name"
+    if not isinstance(document.get("spec"), dict):
+        yield "spec is missing: it says what to train, on what and how"
+
+
+def _nulls(node: object, path: str) -> Iterator[str]:
+    """Fields without a value. The API server refuses them, and dropping them could change what is meant."""
+    if isinstance(node, dict):
+        for key, child in node.items():
+            if child is None:
+                yield f"{path}.{key} has no value: give it one (an object with all defaults is {{}}) or remove the line"
+            yield from _nulls(child, f"{path}.{key}")
+    if isinstance(node, list):
+        for index, child in enumerate(node):
+            yield from _nulls(child, f"{path}[{index}]")
+
+
+def _uris(node: object, path: str) -> Iterator[tuple[str, str]]:
+    if isinstance(node, dict):
+        for key, child in node.items():
+            if key == "uri" and isinstance(child, str):
+                yield f"{path}.uri", child
+            yield from _uris(child, f"{path}.{key}")
+    if isinstance(node, list):
+        for index, child in enumerate(node):
+            yield from _uris(child, f"{path}[{index}]")
+
+
+def _sentence(detail: ErrorDetails, schema: Schema) -> str:
+    """One pydantic error as a sentence: the path, what is wrong and how to mend it."""
+    location = detail["loc"]
+    path = _path(location)
+    context = detail.get("ctx", {})
+    shown = _shown(detail["input"])
+    match detail["type"]:
+        case "missing":
+            return f"{path} is missing: {_node(schema, location).get('description', 'it is required')}"
+        case "extra_forbidden":
+            return _unknown(path, str(location[-1]), _node(schema, location[:-1]).get("properties", {}))
+        case "value_error":
+            return f"{path}: {context['error']}" if path else str(context["error"])
+        case "literal_error" | "enum":
+            values = [str(value) for value in _node(schema, location).get("enum", [])]
+            return f"{path} is {shown}: it must be {' or '.join(values)}{_meant(str(detail['input']), values)}"
+        case "greater_than_equal":
+            return f"{path} is {shown}: it must be at least {context['ge']}"
+        case "less_than_equal":
+            return f"{path} is {shown}: it must be at most {context['le']}"
+        case "too_short" | "string_too_short":
+            return f"{path} is empty: {_node(schema, location).get('description', 'it needs a value')}"
+        case "too_long" | "string_too_long":
+            return f"{path} is too long: at most {context['max_length']} are allowed"
+        case kind:
+            return f"{path} is {shown}: it must be {_EXPECTED.get(kind, detail['msg'])}"
+
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "int_parsing": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "text; put it in quotes",
+    "list_type": "a list",
+    "dict_type": "a mapping of names to text",
+    "model_type": "an object with fields",
+    "model_attributes_type": "an object with fields",
+}
+
+
+def _unknown(path: str, name: str, known: Iterable[str]) -> str:
+    names = list(known)
+    meant = _meant(name, names)
+    return f"{path} is not a known field{meant or ': known here are ' + ', '.join(names)}"
+
+
+def _meant(found: str, known: list[str]) -> str:
+    """`; did you mean …?`, where one of the known words is near, whatever its case."""
+    by_folded = {word.casefold().replace("_", ""): word for word in known}
+    near = difflib.get_close_matches(found.casefold().replace("_", ""), by_folded, n=1)
+    return f"; did you mean {by_folded[near[0]]}?" if near else ""
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
+
+
+def _node(schema: Schema, location: tuple[int | str, ...]) -> Schema:
+    """The schema at a location; an empty one where the location is unknown."""
+    for part in location:
+        schema = schema.get("items", {}) if isinstance(part, int) else schema.get("properties", {}).get(part, {})
+    return schema
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 1] + "…"

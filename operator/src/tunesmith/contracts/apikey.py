@@ -1,0 +1,126 @@
+"""API keys: made by the CLI, kept hashed in Secrets of the gateway's namespace, checked by the gateway."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import secrets
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+KEY_LABEL = "tunesmith.dev/api-key"
+"""Label, with the value "true", of the Secrets that hold a key."""
+SECRET_PREFIX = "api-key-"  # noqa: S105 - a name
+_ALL = "*"
+_HASH = re.compile(r"^[0-9a-f]{64}$")
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """What a key may do.
+
+    Attributes:
+        name: for people and logs.
+        digest: SHA-256 of the key.
+        home: the namespace in which bare model names are looked up.
+        namespaces: namespaces whose models may be called.
+        models: global ids that may be called; None: all of those namespaces.
+    """
+
+    name: str
+    digest: bytes
+    home: str
+    namespaces: frozenset[str]
+    models: frozenset[str] | None
+
+    def may_call(self, model: str) -> bool:
+        """Whether the list of models allows the global id (its namespace is checked apart)."""
+        return self.models is None or model in self.models
+
+
+def new_key() -> str:
+    """A fresh key: `sk-ts-<8 hex id>-<43 characters, 256 random bits>`."""
+    return f"sk-ts-{secrets.token_hex(4)}-{secrets.token_urlsafe(32)}"
+
+
+def key_digest(key: str) -> bytes:
+    """SHA-256 of a key. The key has 256 random bits, so a slow hash would add nothing."""
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def key_secret(
+    name: str, gateway_namespace: str, key: str, *, home: str, namespaces: Sequence[str], models: Sequence[str]
+) -> dict[str, Any]:
+    """The Secret that makes a key valid; it holds the key's hash only.
+
+    Args:
+        name: name of the key; the Secret is called `api-key-<name>`.
+        gateway_namespace: namespace of the gateway, in which the Secret lies.
+        key: the key itself.
+        home: namespace in which bare model names are looked up.
+        namespaces: namespaces that may be called.
+        models: global ids that may be called; `["*"]`: all.
+    """
+    return {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {
+            "name": f"{SECRET_PREFIX}{name}",
+            "namespace": gateway_namespace,
+            "labels": {KEY_LABEL: "true", "app.kubernetes.io/managed-by": "tunesmith"},
+        },
+        "type": "Opaque",
+        "stringData": {
+            "hash": key_digest(key).hex(),
+            "namespace": home,
+            "namespaces": json.dumps(list(namespaces)),
+            "models": json.dumps(list(models)),
+        },
+    }
+
+
+def parse_key_secret(secret: Mapping[str, Any]) -> ApiKey:
+    """The key that a Secret describes.
+
+    Raises:
+        ValueError: a field is missing or malformed; the message names it, never its value.
+    """
+    name = str(secret["metadata"]["name"]).removeprefix(SECRET_PREFIX)
+    data = {field: _decoded(field, value) for field, value in (secret.get("data") or {}).items()}
+    digest = data.get("hash", "").strip().lower()
+    if not _HASH.match(digest):
+        raise ValueError("`hash` must be the SHA-256 of the key as 64 hex digits")
+    home = data.get("namespace", "").strip()
+    if not home:
+        raise ValueError("`namespace` is missing")
+    namespaces = _strings("namespaces", data["namespaces"]) if "namespaces" in data else [home]
+    models = _strings("models", data.get("models", "[]"))
+    return ApiKey(
+        name=name,
+        digest=bytes.fromhex(digest),
+        home=home,
+        namespaces=frozenset(namespaces),
+        models=None if _ALL in models else frozenset(models),
+    )
+
+
+def _decoded(field: str, value: object) -> str:
+    try:
+        return base64.b64decode(str(value), validate=True).decode()
+    except ValueError:
+        raise ValueError(f"`{field}` is not base64 of UTF-8 text") from None
+
+
+def _strings(field: str, text: str) -> list[str]:
+    try:
+        values = json.loads(text)
+    except ValueError:
+        values = None
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ValueError(f"`{field}` must be a JSON list of strings")
+    return values
