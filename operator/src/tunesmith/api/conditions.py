@@ -65,6 +65,54 @@ class AdapterDeploymentCondition(StrEnum):
     PROGRESSING = "Progressing"
 
 
+class ServingPoolReason(StrEnum):
+    """Reasons of a ServingPool's conditions."""
+
+    PODS_READY = "PodsReady"
+    NO_POD_READY = "NoPodReady"
+    SCALED_TO_ZERO = "ScaledToZero"
+    ROLLING_OUT = "RollingOut"
+    SCALING = "Scaling"
+    SETTLED = "Settled"
+    AS_EXPECTED = "AsExpected"
+    INVALID_SPEC = "InvalidSpec"
+    MODEL_NAME_TAKEN = "ModelNameTaken"
+    UNSCHEDULABLE = "Unschedulable"
+    IMAGE_PULL_FAILED = "ImagePullFailed"
+    CONFIGURATION = "ContainerConfiguration"
+    BASE_MODEL_UNAVAILABLE = "BaseModelUnavailable"
+    ENGINE_FAILED = "EngineFailed"
+    AGENT_FAILED = "AgentFailed"
+    AGENT_SILENT = "AgentSilent"
+    PODS_REFUSED = "PodsRefused"
+    FINGERPRINTS_DIFFER = "FingerprintsDiffer"
+
+
+class AdapterDeploymentReason(StrEnum):
+    """Reasons of an AdapterDeployment's conditions."""
+
+    RESOLVED = "Resolved"
+    FINE_TUNE_JOB_NOT_FOUND = "FineTuneJobNotFound"
+    FINE_TUNE_JOB_RUNNING = "FineTuneJobRunning"
+    FINE_TUNE_JOB_FAILED = "FineTuneJobFailed"
+    NOT_SERVABLE = "NotServable"
+    POOL_NOT_FOUND = "PoolNotFound"
+    POOL_NOT_ALLOWED = "PoolNotAllowed"
+    POOL_NOT_REPORTED = "PoolNotReported"
+    NO_MATCHING_POOL = "NoMatchingPool"
+    SEVERAL_POOLS = "SeveralPools"
+    BASE_MODEL_MISMATCH = "BaseModelMismatch"
+    MODEL_NAME_TAKEN = "ModelNameTaken"
+    RESIDENT = "Resident"
+    PREVIOUS_REVISION = "PreviousRevision"
+    REVISION_FAILED = "RevisionFailed"
+    POOL_NOT_READY = "PoolNotReady"
+    NO_FREE_SLOT = "NoFreeSlot"
+    LOADING = "Loading"
+    SETTLED = "Settled"
+    WAITING = "Waiting"
+
+
 class FailureReason(StrEnum):
     """Why a FineTuneJob failed. Each comes with a message that names the mend."""
 

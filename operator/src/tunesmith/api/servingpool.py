@@ -178,3 +178,8 @@ class ServingPool(ApiModel):
     metadata: ObjectMeta
     spec: ServingPoolSpec
     status: ServingPoolStatus = Field(default_factory=ServingPoolStatus)
+
+    @property
+    def model(self) -> str:
+        """The global id of the base, `<namespace>/<modelName>`."""
+        return f"{self.metadata.namespace}/{self.spec.model_name}"
