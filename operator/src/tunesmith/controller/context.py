@@ -1,0 +1,64 @@
+"""What every reconciler gets: the caches, the queue, and writes whose answers go into the caches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from tunesmith.controller.cache import Caches
+from tunesmith.controller.workqueue import WorkQueue
+
+if TYPE_CHECKING:
+    from tunesmith.cluster.client import Cluster
+    from tunesmith.cluster.events import EventRecorder
+    from tunesmith.cluster.resources import Object
+    from tunesmith.controller.settings import Settings
+
+
+@dataclass
+class Context:
+    """The controller's state that reconcilers share."""
+
+    cluster: Cluster
+    settings: Settings
+    recorder: EventRecorder
+    caches: Caches = field(default_factory=Caches)
+    queue: WorkQueue = field(default_factory=WorkQueue)
+    epoch: int = 0
+    """Rises with each new leader; 0 while this process has not led yet."""
+    installation_key: bytes = b""
+    """The key that pool tokens and the gateways' token are derived from. Set before the first reconcile."""
+
+    def now(self) -> datetime:
+        """The time, UTC."""
+        return datetime.now(UTC)
+
+    async def create(self, manifest: Object) -> Object:
+        """Create an object.
+
+        Raises:
+            AlreadyExistsError: there is one of that name.
+        """
+        return self._seen(await self.cluster.create(manifest))
+
+    async def apply(self, manifest: Object) -> Object:
+        """Server-side apply of the full intent."""
+        return self._seen(await self.cluster.apply(manifest))
+
+    async def replace_status(self, manifest: Object) -> Object:
+        """Write the status of an object as it was read, with another `status`.
+
+        Raises:
+            ConflictError: the object changed since it was read; the key comes back by itself.
+        """
+        return self._seen(await self.cluster.replace_status(manifest))
+
+    async def delete(self, item: Object) -> bool:
+        """Delete this incarnation of an object and what it owns; False where it is gone already."""
+        metadata = item["metadata"]
+        return await self.cluster.delete(item["kind"], metadata["name"], metadata.get("namespace"), uid=metadata["uid"])
+
+    def _seen(self, item: Object) -> Object:
+        self.caches[item["kind"]].put(item)
+        return item

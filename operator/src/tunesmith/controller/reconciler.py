@@ -1,0 +1,97 @@
+"""What a reconciler is: the plug-in point of the controller."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from tunesmith.cluster.resources import Object
+
+MANAGED = {"app.kubernetes.io/managed-by": "tunesmith"}
+"""Labels of every object that Tunesmith owns."""
+
+
+class Key(NamedTuple):
+    """What is reconciled."""
+
+    kind: str
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.namespace}/{self.name}"
+
+
+class Result(NamedTuple):
+    """The outcome of a reconcile that raised nothing."""
+
+    requeue_after: float | None = None
+    """Seconds until the key is due again; None: when something changes."""
+
+
+def _no_keys(_: Object) -> Iterable[Key]:
+    return ()
+
+
+@dataclass(frozen=True)
+class Watch:
+    """A kind whose objects are cached, and the keys to reconcile when one changes."""
+
+    kind: str
+    keys: Callable[[Object], Iterable[Key]] = _no_keys
+    """Called with the object after each change, and with the last known one after its deletion."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Only objects with all of these labels; empty: every object of the kind."""
+
+    @property
+    def selector(self) -> str:
+        """The label selector of the API."""
+        return ",".join(f"{key}={value}" for key, value in sorted(self.labels.items()))
+
+    def matches(self, item: Object) -> bool:
+        """Whether the object has the labels."""
+        labels = item["metadata"].get("labels") or {}
+        return all(labels.get(key) == value for key, value in self.labels.items())
+
+
+class Reconciler(Protocol):
+    """Brings one kind to what its spec says."""
+
+    @property
+    def kind(self) -> str:
+        """The kind of its keys. Its objects are watched without being named in `watches`."""
+
+    @property
+    def watches(self) -> Sequence[Watch]:
+        """The other kinds that it reads."""
+
+    async def reconcile(self, key: Key) -> Result:
+        """Observe, decide, write. Called for one key at a time, for several keys at once."""
+
+    async def run(self) -> None:
+        """A task that lives while this process leads; it is cancelled when it no longer does."""
+
+
+def owner_keys(kind: str) -> Callable[[Object], Iterable[Key]]:
+    """The key of the controlling owner, where that is of `kind`."""
+
+    def keys(item: Object) -> Iterable[Key]:
+        for reference in item["metadata"].get("ownerReferences") or ():
+            if reference.get("controller") and reference["kind"] == kind:
+                yield Key(kind, item["metadata"].get("namespace", ""), reference["name"])
+
+    return keys
+
+
+def label_keys(kind: str, label: str) -> Callable[[Object], Iterable[Key]]:
+    """The key of the object of `kind` that a label names, in the same namespace."""
+
+    def keys(item: Object) -> Iterable[Key]:
+        name = (item["metadata"].get("labels") or {}).get(label)
+        if name:
+            yield Key(kind, item["metadata"].get("namespace", ""), name)
+
+    return keys

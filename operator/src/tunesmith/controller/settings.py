@@ -1,0 +1,97 @@
+"""Options of the operator: flags, each with an environment variable as its fallback."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import uuid
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the operator runs."""
+
+    store: str
+    """Where artifacts are published, such as s3://tunesmith/store."""
+    namespace: str
+    """The operator's own: its Lease, its installation key and the gateways are there."""
+    trainer_image: str
+    agent_image: str
+    engine_image: str
+    """The engine's image of pools that name none."""
+    gateway_url: str
+    """What AdapterDeployments tell as their url."""
+    image_pull_policy: str
+    lease_seconds: float
+    leader_election: bool
+    identity: str
+    workers: int
+    relist_seconds: float
+    probe_port: int
+    metrics_port: int
+    log_level: str
+
+
+_OPTIONS: tuple[tuple[str, str | None, str], ...] = (
+    ("store", None, "where artifacts are published, such as s3://tunesmith/store"),
+    ("namespace", None, "the operator's own namespace"),
+    ("trainer-image", None, "image of validation and training pods"),
+    ("agent-image", None, "image of the agent in pool pods"),
+    ("engine-image", None, "vLLM image of pools that name none"),
+    ("gateway-url", "", "URL that clients use, told in the status of AdapterDeployments"),
+    ("image-pull-policy", "IfNotPresent", "pull policy of all pods: Always, IfNotPresent or Never"),
+    ("lease-seconds", "5", "seconds after which another replica takes over from one that went silent"),
+    ("identity", "", "name of this replica in the Lease, unique; default: a random one"),
+    ("workers", "8", "reconciles that run at once"),
+    ("relist-seconds", "60", "seconds between complete lists, which repair whatever a watch missed"),
+    ("probe-port", "8080", "port of /healthz and /readyz; 0: any free one"),
+    ("metrics-port", "9090", "port of /metrics; 0: any free one"),
+    ("log-level", "INFO", "DEBUG, INFO, WARNING or ERROR"),
+)
+
+
+def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ) -> Settings:
+    """Read the command line; an absent flag is taken from `TUNESMITH_<FLAG>`.
+
+    Raises:
+        SystemExit: a flag is unknown, missing or malformed; told on stderr.
+    """
+    parser = argparse.ArgumentParser(
+        prog="tunesmith-operator",
+        description="Tunesmith's operator: trains FineTuneJobs and serves AdapterDeployments on ServingPools.",
+        epilog="Each flag can be given as an environment variable: --trainer-image is TUNESMITH_TRAINER_IMAGE.",
+    )
+    for name, default, text in _OPTIONS:
+        value = environment.get("TUNESMITH_" + name.upper().replace("-", "_"), default)
+        shown = f" (default {default})" if default else ""
+        parser.add_argument(f"--{name}", default=value, required=value is None, help=text + shown)
+    parser.add_argument(
+        "--no-leader-election", action="store_true", help="reconcile without a Lease: for one replica only"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        return Settings(
+            store=options.store.rstrip("/"),
+            namespace=options.namespace,
+            trainer_image=options.trainer_image,
+            agent_image=options.agent_image,
+            engine_image=options.engine_image,
+            gateway_url=options.gateway_url,
+            image_pull_policy=options.image_pull_policy,
+            lease_seconds=float(options.lease_seconds),
+            leader_election=not options.no_leader_election,
+            identity=options.identity or f"{socket.gethostname()}-{uuid.uuid4()}",
+            workers=int(options.workers),
+            relist_seconds=float(options.relist_seconds),
+            probe_port=int(options.probe_port),
+            metrics_port=int(options.metrics_port),
+            log_level=options.log_level.upper(),
+        )
+    except ValueError as error:
+        parser.error(f"a number is expected: {error}")

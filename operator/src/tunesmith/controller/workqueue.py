@@ -1,0 +1,112 @@
+"""One queue of keys: each is there once, is worked on by one worker at a time, and is delayed after failures."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import random
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tunesmith.controller.reconciler import Key
+
+_FIRST_BACKOFF_SECONDS = 0.1
+_MAX_BACKOFF_SECONDS = 30.0
+_PATIENCE = 3
+
+
+class WorkQueue:
+    """Keys that are due, being worked on, or due later. For one event loop."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._ready: deque[Key] = deque()
+        self._queued: set[Key] = set()
+        self._running: set[Key] = set()
+        self._again: set[Key] = set()
+        self._later: list[tuple[float, int, Key]] = []
+        self._due: dict[Key, float] = {}
+        self._failures: dict[Key, int] = {}
+        self._number = 0
+        self._wake = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._queued) + len(self._due)
+
+    @property
+    def depth(self) -> int:
+        """Keys that are due now and wait for a worker."""
+        return len(self._queued) + len(self._again)
+
+    def add(self, key: Key) -> None:
+        """The key is due now. While it is worked on, it becomes due again when that ends."""
+        if key in self._running:
+            self._again.add(key)
+        elif key not in self._queued:
+            self._queued.add(key)
+            self._ready.append(key)
+            self._wake.set()
+
+    def add_after(self, key: Key, seconds: float) -> None:
+        """The key is due in so many seconds, or earlier where it already was."""
+        due = self._clock() + seconds
+        if due < self._due.get(key, float("inf")):
+            self._due[key] = due
+            self._number += 1
+            heapq.heappush(self._later, (due, self._number, key))
+            self._wake.set()
+
+    async def get(self) -> Key:
+        """The next key that is due. `done` or `failed` must be called with it."""
+        while True:
+            now = self._clock()
+            while self._later and self._later[0][0] <= now:
+                due, _, key = heapq.heappop(self._later)
+                if self._due.get(key) == due:
+                    del self._due[key]
+                    self.add(key)
+            if self._ready:
+                key = self._ready.popleft()
+                self._queued.discard(key)
+                self._running.add(key)
+                if self._ready:
+                    self._wake.set()
+                return key
+            self._wake.clear()
+            timeout = self._later[0][0] - now if self._later else None
+            try:
+                await asyncio.wait_for(self._wake.wait(), timeout)
+            except TimeoutError:
+                continue
+
+    def done(self, key: Key, requeue_after: float | None = None) -> None:
+        """The work on the key ended well."""
+        self._failures.pop(key, None)
+        self._finish(key)
+        if requeue_after is not None:
+            self.add_after(key, requeue_after)
+
+    def failed(self, key: Key) -> float:
+        """The work on the key failed; it is due again after the seconds that are returned, doubled each time.
+
+        A change that came in meanwhile makes it due now, but only after the first failures.
+        """
+        failures = self._failures.get(key, 0)
+        self._failures[key] = failures + 1
+        delay = min(_MAX_BACKOFF_SECONDS, _FIRST_BACKOFF_SECONDS * 2.0 ** min(failures, 20)) * random.uniform(0.5, 1.0)  # noqa: S311 - spreads load
+        if failures >= _PATIENCE:
+            # A reconcile that fails again and again while it changes what it watches must not spin.
+            self._again.discard(key)
+        self._finish(key)
+        self.add_after(key, delay)
+        return delay
+
+    def _finish(self, key: Key) -> None:
+        self._running.discard(key)
+        if key in self._again:
+            self._again.discard(key)
+            self.add(key)
