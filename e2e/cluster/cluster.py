@@ -1,0 +1,231 @@
+#!/usr/bin/env python3
+"""A real one-node Kubernetes on this machine, for `make demo` and the end-to-end tests.
+
+    python3 e2e/cluster/cluster.py up        # build what is missing, start, wait until it is usable
+    python3 e2e/cluster/cluster.py down      # stop and leave nothing behind (built programs and image layers stay in the cache)
+
+State lies in .cluster/ of the checkout, the kubeconfig in .cluster/kubeconfig, logs in .cluster/log, programs (kubectl, helm,
+kubeconform) in .cluster/bin. With KUBECONTEXT=name in the environment that cluster of yours is used instead: nothing is started or stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import addons
+import binaries
+import certificates
+import host
+import node
+import processes
+import teardown
+from archive import ensure_program_image, program_reference
+from layout import NODE_NAME, ClusterError, Layout, cache_folder
+from steps import output_of, say, step, wait_until
+
+FREE_DISK = 3 << 30
+
+
+@contextmanager
+def only_one(name: str) -> Iterator[None]:
+    """Lets one process at a time into its block; a second one says that it waits."""
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"  waiting for another run that holds {lock.name}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def check_machine(layout: Layout) -> None:
+    """Raises ClusterError with everything that keeps a cluster from starting on this machine."""
+    problems = []
+    if os.geteuid() != 0:
+        problems.append("containers need root: run this as root")
+    if not any(host.cgroup_roots()):
+        problems.append("no cgroups are mounted below /sys/fs/cgroup: the kubelet needs them")
+    layout.state.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(layout.state).free
+    if free < FREE_DISK:
+        problems.append(f"only {free >> 20} MiB are free for {layout.state}: free at least {FREE_DISK >> 30} GiB")
+    marked = processes.marked_processes()
+    others = {process.state for process in marked} - {str(layout.state)}
+    if others:
+        problems.append(f"the cluster of {min(others)} runs on this machine: stop it with `make cluster-down` in its checkout")
+    elif not any(process.state == str(layout.state) for process in marked):
+        busy = host.ports_in_use()
+        if busy:
+            problems.append(f"in use: port {', '.join(busy)}: stop what listens there (see `ss -ltnp`)")
+    if problems:
+        raise ClusterError("; ".join(problems))
+
+
+def use_context(layout: Layout, context: str) -> None:
+    """Makes the user's context the one in .cluster/kubeconfig, after asking its API server whether it answers."""
+    layout.state.mkdir(parents=True, exist_ok=True)
+    binaries.link_programs(layout)
+    with step(f"asking the cluster of context {context}"):
+        kubectl = str(layout.bin / "kubectl")
+        flat = output_of([kubectl, "config", "view", "--minify", "--flatten", f"--context={context}"])
+        version = json.loads(output_of([kubectl, f"--context={context}", "--request-timeout=15s", "get", "--raw=/version"]))
+        layout.kubeconfig.touch(mode=0o600)
+        layout.kubeconfig.write_text(flat)
+    say(f"  Kubernetes {version['gitVersion']} answers; nothing was started")
+
+
+def ready_node(layout: Layout) -> str | None:
+    """None when the node is Ready, otherwise why not."""
+    found = addons.kubectl(layout, "get", "node", NODE_NAME, "--ignore-not-found", "-o", "json")
+    if not found:
+        return f"node {NODE_NAME} has not registered: see {layout.log}/kubelet.log"
+    for condition in json.loads(found)["status"].get("conditions", []):
+        if condition["type"] == "Ready":
+            return None if condition["status"] == "True" else f"node {NODE_NAME} is not Ready: {condition['message']}"
+    return f"node {NODE_NAME} has no Ready condition: see {layout.log}/kubelet.log"
+
+
+def up(layout: Layout) -> None:
+    """Starts what does not run and waits until the cluster is usable."""
+    context = os.environ.get("KUBECONTEXT")
+    if context:
+        use_context(layout, context)
+        return
+    check_machine(layout)
+    binaries.install_packages(layout)
+    binaries.link_programs(layout)
+    pause_program = binaries.build("pause") / "pause"
+    for name in ("coredns", "versitygw"):
+        binaries.build(name)
+    address = host.addresses()
+    with step("certificates"):
+        certificates.ensure_certificates(layout, address)
+    host.remember(layout)
+    host.prepare(layout)
+
+    components = node.control_plane(layout, address)
+    api_server = components[1]
+    containerd = node.containerd(layout, program_reference("pause", pause_program))
+    with step("etcd, API server and containerd"):
+        for component in (*components[:2], containerd):
+            processes.ensure(layout, component)
+
+        def api_missing() -> str | None:
+            for component in components[:2]:
+                processes.require_alive(layout, component)
+            try:
+                addons.kubectl(layout, "get", "--raw=/readyz", "--request-timeout=2s")
+            except ClusterError:
+                return f"the API server is not ready: see {processes.log_of(layout, api_server)}"
+            return None
+
+        wait_until(api_missing, 60)
+
+        def containerd_missing() -> str | None:
+            processes.require_alive(layout, containerd)
+            return None if layout.containerd_socket.is_socket() else f"containerd does not listen on {layout.containerd_socket}"
+
+        wait_until(containerd_missing, 60)
+        ensure_program_image(layout, "pause", pause_program)
+    workers = [*components[2:], node.kubelet(layout, address), node.kube_proxy(layout), node.volume_provisioner(layout)]
+    with step(f"node {NODE_NAME}"):
+        for component in workers:
+            processes.ensure(layout, component)
+        addons.apply_base(layout)
+
+        def node_missing() -> str | None:
+            for component in (containerd, *workers):
+                processes.require_alive(layout, component)
+            return ready_node(layout)
+
+        wait_until(node_missing, 90)
+    with step("name service"):
+        addons.apply_s3(layout)
+        addons.wait_available(layout, "kube-system", "coredns", 90)
+    with step("S3 server"):
+        addons.ensure_s3_bucket(layout)
+    say(f"  usable: export KUBECONFIG={layout.kubeconfig} PATH={layout.bin}:$PATH")
+
+
+def down(layout: Layout) -> None:
+    """Stops the cluster and removes everything of it but the cache."""
+    if os.environ.get("KUBECONTEXT"):
+        say("  KUBECONTEXT is set: that cluster is yours and stays as it is")
+        shutil.rmtree(layout.state, ignore_errors=True)
+        return
+    teardown.down(layout)
+
+
+def status(layout: Layout) -> None:
+    """Prints which processes run and what the cluster says of itself; raises ClusterError where it is not usable."""
+    own = [process for process in processes.marked_processes() if process.state == str(layout.state)]
+    for process in sorted(own, key=lambda process: process.pid):
+        name = Path(process.command[0]).name
+        if not name.startswith("containerd-shim"):
+            say(f"  {name:24} pid {process.pid}")
+    if not layout.kubeconfig.exists():
+        raise ClusterError(f"there is no cluster in {layout.state}: start it with `python3 e2e/cluster/cluster.py up`")
+    say(addons.kubectl(layout, "get", "nodes,pods", "--all-namespaces", "-o", "wide"))
+
+
+def main() -> int:
+    """Command line: see the module's docstring and `--help`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str, example: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name, help=text, description=text, epilog=f"example: {example}", formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+
+    command("up", "start the cluster, or what of it does not run, and wait until it is usable", "python3 e2e/cluster/cluster.py up")
+    command("down", "stop the cluster and leave nothing of it behind", "python3 e2e/cluster/cluster.py down")
+    command("status", "show processes, node and pods", "python3 e2e/cluster/cluster.py status")
+    command(
+        "assets",
+        "build etcd and kube-apiserver and print their folder, for tests against a bare API server",
+        "KUBEBUILDER_ASSETS=$(python3 e2e/cluster/cluster.py assets) uv run pytest tests/controlplane",
+    )
+    arguments = parser.parse_args()
+    layout = Layout()
+    try:
+        if arguments.command == "assets":
+            with only_one("build"), step_output_to_stderr():
+                folder = binaries.build("kubernetes")
+            print(folder)
+        elif arguments.command == "status":
+            status(layout)
+        else:
+            with only_one("cluster"):
+                {"up": up, "down": down}[arguments.command](layout)
+    except ClusterError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again, it goes on where this one was", file=sys.stderr)
+        return 130
+    return 0
+
+
+@contextmanager
+def step_output_to_stderr() -> Iterator[None]:
+    """Keeps standard output for the command's result."""
+    real, sys.stdout = sys.stdout, sys.stderr
+    try:
+        yield
+    finally:
+        sys.stdout = real
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,243 @@
+"""What the cluster changes on the machine outside its own folders, and how each change is undone."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from layout import BRIDGE, CNI_NETWORK, PORTS, ClusterError, Layout
+from steps import output_of
+
+CGROUPS = Path("/sys/fs/cgroup")
+# Everything kubelet, kube-proxy and the network plugins write under /proc/sys; saved before, restored after.
+SETTINGS = (
+    "net/ipv4/ip_forward",
+    "net/ipv4/conf/all/route_localnet",
+    "net/ipv4/conf/default/forwarding",
+    "net/ipv4/conf/all/forwarding",
+    "net/netfilter/nf_conntrack_max",
+    "net/netfilter/nf_conntrack_tcp_timeout_established",
+    "net/netfilter/nf_conntrack_tcp_timeout_close_wait",
+    "net/bridge/bridge-nf-call-iptables",
+    "vm/overcommit_memory",
+    "vm/panic_on_oom",
+    "kernel/panic",
+    "kernel/panic_on_oops",
+    "kernel/keys/root_maxkeys",
+    "kernel/keys/root_maxbytes",
+)
+# Places outside the state that the components' sources fix; removed again when they were not there before and are empty.
+FIXED_PLACES = (
+    "/var/lib/kubelet/device-plugins",
+    "/var/lib/kubelet",
+    "/var/log/containers",
+    "/var/log/pods",
+    "/var/lib/cni/results",
+    "/var/lib/cni/cache",
+    "/var/lib/cni",
+    "/run/containerd/s",
+    "/run/containerd/fifo",
+    "/run/containerd",
+    "/run/netns",
+    "/opt/containerd",
+    "/run/xtables.lock",
+    "/run/runc",
+)
+OWN_CHAINS = re.compile(r"^(KUBE-|CNI-)")
+
+
+def addresses() -> str:
+    """This machine's address, as other machines and the pods see it.
+
+    Raises:
+        ClusterError: there is none besides the loopback.
+    """
+    for address in output_of(["hostname", "-I"]).split():
+        if ":" not in address and not address.startswith(("10.244.", "10.96.")):
+            return address
+    raise ClusterError("this machine has no IPv4 address besides the loopback: the node needs one (see `ip address`)")
+
+
+def ports_in_use() -> list[str]:
+    """The cluster's ports that a process listens on, each with its purpose."""
+    busy = []
+    for purpose, port in PORTS.items():
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("0.0.0.0", port))  # noqa: S104  only asks whether the port is free
+            except OSError:
+                busy.append(f"{port} ({purpose})")
+    return busy
+
+
+def remember(layout: Layout) -> None:
+    """Saves the settings and the existence of the fixed places, once, before anything is changed."""
+    file = layout.state / "host-before.json"
+    if file.exists():
+        return
+    before = {
+        "settings": {name: Path("/proc/sys", name).read_text().strip() for name in SETTINGS if Path("/proc/sys", name).exists()},
+        "places": [place for place in FIXED_PLACES if Path(place).exists()],
+        "tables": {command: output_of([f"{command}-save"]) for command in ("iptables", "ip6tables") if shutil.which(command)},
+    }
+    temporary = file.with_suffix(".new")
+    temporary.write_text(json.dumps(before, indent=1))
+    temporary.replace(file)
+
+
+def cgroup_roots() -> Iterator[Path]:
+    """The mounted hierarchies: one per controller (version 1) or one in all (version 2)."""
+    if (CGROUPS / "cgroup.controllers").exists():
+        yield CGROUPS
+        return
+    for folder in sorted(CGROUPS.iterdir()):
+        if folder.is_dir() and not folder.is_symlink() and (folder / "cgroup.procs").exists():
+            yield folder
+
+
+def prepare(layout: Layout) -> None:
+    """Lets the machine forward packets and makes the cgroup that all pods live in."""
+    Path("/proc/sys/net/ipv4/ip_forward").write_text("1\n")
+    for root in cgroup_roots():
+        if (root / "cgroup.controllers").exists() and root == CGROUPS:
+            wanted = (root / "cgroup.controllers").read_text().split()
+            (root / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in wanted))
+        own = root / layout.cgroup
+        own.mkdir(exist_ok=True)
+        if root.name == "cpuset" or (root / "cpuset.cpus").exists():
+            for setting in ("cpuset.cpus", "cpuset.mems"):  # version 1 starts empty, and an empty set admits no process
+                if (own / setting).exists() and not (own / setting).read_text().strip():
+                    (own / setting).write_text((root / setting).read_text())
+
+
+def pod_processes(layout: Layout) -> list[int]:
+    """Processes inside the cluster's cgroup."""
+    found: set[int] = set()
+    for root in cgroup_roots():
+        for procs in (root / layout.cgroup).rglob("cgroup.procs"):
+            try:
+                found.update(int(line) for line in procs.read_text().split())
+            except OSError:
+                continue  # the group has been removed meanwhile
+    return sorted(found)
+
+
+def remove_cgroups(layout: Layout) -> None:
+    """Removes the cluster's cgroup from every hierarchy, innermost first."""
+    for root in cgroup_roots():
+        own = root / layout.cgroup
+        if not own.exists():
+            continue
+        for folder, _, _ in os.walk(own, topdown=False):
+            try:
+                Path(folder).rmdir()
+            except OSError as error:
+                raise ClusterError(f"cgroup {folder} cannot be removed ({error.strerror}): a process in it is still alive") from None
+
+
+def unmount_below(*folders: Path) -> None:
+    """Unmounts everything mounted below `folders`, innermost first."""
+    prefixes = tuple(f"{folder}/" for folder in folders)
+    mounted = []
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        place = line.split(" ")[4].encode().decode("unicode_escape")
+        if place.startswith(prefixes):
+            mounted.append(place)
+    for place in reversed(mounted):
+        if subprocess.run(["umount", place], check=False, capture_output=True).returncode:
+            output_of(["umount", "--lazy", place])
+
+
+def remove_interfaces() -> None:
+    """Removes the pods' bridge and the interfaces on it."""
+    if not Path("/sys/class/net", BRIDGE).exists():
+        return
+    for interface in Path("/sys/class/net", BRIDGE, "brif").iterdir():
+        subprocess.run(["ip", "link", "delete", interface.name], check=False, capture_output=True)
+    output_of(["ip", "link", "delete", BRIDGE])
+
+
+def remove_rules(before: dict[str, str]) -> None:
+    """Removes the chains of kubelet, kube-proxy and the network plugins, and the rules that lead into them.
+
+    Args:
+        before: what `<command>-save` printed before the cluster came; a table that was not there then and is empty now goes too.
+    """
+    for command in ("iptables", "ip6tables"):
+        if shutil.which(command) is None:
+            continue
+        table = ""
+        removals: dict[str, list[str]] = {}
+        for line in output_of([f"{command}-save"]).splitlines():
+            if line.startswith("*"):
+                table = line[1:]
+                removals[table] = []
+            elif line.startswith(":") and OWN_CHAINS.match(line[1:]):
+                chain = line[1:].split()[0]
+                # Flushing a chain first makes the order of the deletions irrelevant.
+                removals[table].insert(0, f"-F {chain}")
+                removals[table].append(f"-X {chain}")
+            elif line.startswith("-A ") and not OWN_CHAINS.match(line[3:]) and re.search(r" -[jg] (KUBE-|CNI-)", line):
+                removals[table].insert(0, "-D " + line[3:])
+        text = "".join(f"*{name}\n" + "\n".join(lines) + "\nCOMMIT\n" for name, lines in removals.items() if lines)
+        if text:
+            output_of([f"{command}-restore", "--noflush"], stdin=text.encode())
+        if shutil.which("nft"):
+            family = "ip" if command == "iptables" else "ip6"
+            after = output_of([f"{command}-save"])
+            for name in re.findall(r"^\*(\w+)$", after, re.MULTILINE):
+                empty = not re.search(rf"^\*{name}\n(?::.*\n)*-A", after, re.MULTILINE)
+                if before and empty and f"*{name}\n" not in before.get(command, ""):
+                    subprocess.run(["nft", "delete", "table", family, name], check=False, capture_output=True)
+
+
+def remove_stale_sockets() -> None:
+    """Removes the sockets of containerd's shims that nobody listens on any more: their folder is fixed in containerd's source."""
+    folder = Path("/run/containerd/s")
+    for path in folder.iterdir() if folder.is_dir() else ():
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            try:
+                probe.connect(str(path))
+            except (ConnectionRefusedError, FileNotFoundError):
+                path.unlink(missing_ok=True)
+
+
+def remove_fixed_places(layout: Layout, before: list[str]) -> None:
+    """Removes what the components leave at fixed places: our links and results, then the folders that were not there before."""
+    for link in Path("/var/log/containers").glob("*.log"):
+        if link.is_symlink() and str(link.readlink()).startswith(f"{layout.state}/"):
+            link.unlink()
+    for folder in ("/var/lib/cni/results", "/var/lib/cni/cache/results"):
+        for result in Path(folder).glob(f"{CNI_NETWORK}-*"):
+            result.unlink()
+    if "/var/lib/kubelet" not in before:
+        shutil.rmtree("/var/lib/kubelet", ignore_errors=True)
+    for place in map(Path, FIXED_PLACES):
+        if str(place) in before:
+            continue
+        try:
+            place.unlink() if place.is_file() else place.rmdir()
+        except OSError:
+            continue  # it is not there, or someone else's things are in it
+
+
+def restore(layout: Layout) -> dict[str, object]:
+    """Writes the saved settings back; returns everything that was remembered, empty where nothing was."""
+    file = layout.state / "host-before.json"
+    if not file.exists():
+        return {}
+    before: dict[str, object] = json.loads(file.read_text())
+    settings = before["settings"]
+    assert isinstance(settings, dict)
+    for name, value in settings.items():
+        path = Path("/proc/sys", name)
+        if path.exists() and path.read_text().strip() != value:
+            path.write_text(f"{value}\n")
+    return before
