@@ -107,6 +107,7 @@ class AdapterDeploymentReason(StrEnum):
     PREVIOUS_REVISION = "PreviousRevision"
     REVISION_FAILED = "RevisionFailed"
     POOL_NOT_READY = "PoolNotReady"
+    AGENT_SILENT = "AgentSilent"
     NO_FREE_SLOT = "NoFreeSlot"
     LOADING = "Loading"
     SETTLED = "Settled"

@@ -1,0 +1,235 @@
+"""Which pod of a pool holds which revisions.
+
+Stable: a revision stays where it is unless its pod leaves, its copies shrink, or `spread` asks for even pods. Nothing
+is taken from a pod before its replacement is resident (make before break), as far as slots allow. Ties are broken by
+rendezvous hashing, so two runs over the same input agree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A revision and the number of pods that should hold it."""
+
+    revision: str
+    copies: int
+
+
+@dataclass(frozen=True)
+class PlacementPod:
+    """A pod of the pool that is not stopping.
+
+    `ready`: its engine answers. `present`: revisions that it holds or is loading. `resident`: those it can answer for.
+    `age_rank`: 0 for the oldest. `victim`: it is to leave; it only keeps what is not resident elsewhere yet.
+    """
+
+    name: str
+    ready: bool
+    age_rank: int = 0
+    present: frozenset[str] = frozenset()
+    resident: frozenset[str] = frozenset()
+    victim: bool = False
+
+
+@dataclass(frozen=True)
+class Unplaced:
+    """Copies of a revision for which there is no place, with the reason as a sentence."""
+
+    revision: str
+    copies: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The whole assignment.
+
+    `pods`: revisions per pod, sorted; every pod has an entry. `targets`: the pods that are to hold a revision in the
+    end; the other holders of it in `pods` wait for these. `unplaced`: what found no place.
+    """
+
+    pods: Mapping[str, tuple[str, ...]]
+    targets: Mapping[str, frozenset[str]]
+    unplaced: tuple[Unplaced, ...] = ()
+
+    def unplaced_reason(self, revision: str) -> str | None:
+        """Why copies of the revision have no place; None when all have one."""
+        return next((entry.reason for entry in self.unplaced if entry.revision == revision), None)
+
+
+@dataclass
+class _Board:
+    slots: int
+    pods: list[PlacementPod]
+    targets: dict[str, set[str]] = field(default_factory=dict)
+    load: dict[str, int] = field(default_factory=dict)
+    claims: dict[str, int] = field(default_factory=dict)
+    """Copies that are on the pod already, are wanted, and are not assigned yet."""
+
+    def put(self, revision: str, pod: PlacementPod) -> None:
+        self.targets[revision].add(pod.name)
+        self.load[pod.name] += 1
+        if revision in pod.present:
+            self.claims[pod.name] -= 1
+
+    def open_to(self, revision: str) -> list[PlacementPod]:
+        return [pod for pod in self.pods if pod.name not in self.targets[revision] and self.load[pod.name] < self.slots]
+
+
+def place(wanted: Sequence[Wanted], pods: Iterable[PlacementPod], slots: int, *, spread: bool = False) -> Placement:
+    """Assign revisions to pods.
+
+    Args:
+        wanted: revisions in order of precedence: where slots are short, every revision gets its first copy before any
+            gets a second, and among equals the earlier one wins.
+        pods: the pool's pods, without those that are stopping.
+        slots: revisions that one pod can hold.
+        spread: whether revisions may move from full pods to pods that hold at least two fewer.
+
+    Returns:
+        An assignment in which no pod has more than `slots` revisions and none has one twice.
+    """
+    everyone = sorted(pods, key=lambda pod: (pod.age_rank, pod.name))
+    staying = [pod for pod in everyone if not pod.victim]
+    names = {item.revision for item in wanted}
+    board = _Board(
+        slots=slots,
+        pods=staying,
+        targets={item.revision: set() for item in wanted},
+        load={pod.name: 0 for pod in staying},
+        claims={pod.name: len(pod.present & names) for pod in staying},
+    )
+    for copy in range(max((item.copies for item in wanted), default=0)):
+        asking = [item.revision for item in wanted if item.copies > copy]
+        # First everybody keeps what is there, then the rest is handed out: no copy loses its place to a newcomer.
+        missing = [revision for revision in asking if not _keep(board, revision)]
+        for revision in missing:
+            _fill(board, revision)
+    if spread:
+        _even_out(board)
+    assigned = {
+        pod.name: {revision for revision, names in board.targets.items() if pod.name in names} for pod in everyone
+    }
+    _hold(wanted, everyone, board, assigned)
+    return Placement(
+        pods={name: tuple(sorted(revisions)) for name, revisions in assigned.items()},
+        targets={revision: frozenset(names) for revision, names in board.targets.items()},
+        unplaced=tuple(_unplaced(wanted, staying, board)),
+    )
+
+
+def victims(pods: Iterable[PlacementPod], wanted_pods: int, copies: Mapping[str, int]) -> frozenset[str]:
+    """The pods that leave when the pool shrinks: not ready ones, then those with the fewest copies, then the youngest.
+
+    Args:
+        pods: pods that are not stopping.
+        wanted_pods: pods that stay.
+        copies: revisions that each pod is to hold now, by pod name.
+    """
+    ranked = sorted(pods, key=lambda pod: (pod.ready, copies.get(pod.name, 0), -pod.age_rank, pod.name))
+    return frozenset(pod.name for pod in ranked[: max(0, len(ranked) - wanted_pods)])
+
+
+def evacuated(placement: Placement, pods: Iterable[PlacementPod]) -> bool:
+    """Whether no victim holds a revision that waits to become resident elsewhere."""
+    return not any(placement.pods.get(pod.name) for pod in pods if pod.victim)
+
+
+def _keep(board: _Board, revision: str) -> bool:
+    current = [pod for pod in board.open_to(revision) if revision in pod.present]
+    if not current:
+        return False
+    board.put(
+        revision,
+        min(
+            current,
+            key=lambda pod: (not (pod.ready and revision in pod.resident), not pod.ready, pod.age_rank, pod.name),
+        ),
+    )
+    return True
+
+
+def _fill(board: _Board, revision: str) -> bool:
+    candidates = board.open_to(revision)
+    if not candidates:
+        return False
+
+    def preference(pod: PlacementPod) -> tuple[bool, bool, int, str]:
+        displaces = board.load[pod.name] + board.claims[pod.name] >= board.slots
+        return (
+            displaces,
+            not pod.ready,
+            board.load[pod.name] + board.claims[pod.name],
+            _rendezvous(revision, pod.name),
+        )
+
+    board.put(revision, min(candidates, key=preference))
+    return True
+
+
+def _even_out(board: _Board) -> None:
+    ready = [pod for pod in board.pods if pod.ready]
+    while ready:
+        low = min(ready, key=lambda pod: (board.load[pod.name], pod.age_rank))
+        high = max(ready, key=lambda pod: (board.load[pod.name], -pod.age_rank))
+        movable = [
+            revision for revision, names in board.targets.items() if high.name in names and low.name not in names
+        ]
+        if board.load[high.name] - board.load[low.name] < 2 or not movable:  # noqa: PLR2004 - a difference of one cannot be evened out
+            return
+        # One that is on its way already goes first, so that the same input always continues the same move.
+        revision = min(movable, key=lambda name: (name not in low.present, _rendezvous(name, low.name)))
+        board.targets[revision].remove(high.name)
+        board.targets[revision].add(low.name)
+        board.load[high.name] -= 1
+        board.load[low.name] += 1
+
+
+def _hold(wanted: Sequence[Wanted], pods: Sequence[PlacementPod], board: _Board, assigned: dict[str, set[str]]) -> None:
+    """Keep copies that answer now while their targets do not."""
+    for item in wanted:
+        targets = board.targets[item.revision]
+        answering = sum(1 for pod in pods if pod.name in targets and pod.ready and item.revision in pod.resident)
+        spare = [
+            pod
+            for pod in pods
+            if pod.name not in targets and item.revision in pod.resident and len(assigned[pod.name]) < board.slots
+        ]
+        spare.sort(key=lambda pod: (not pod.ready, pod.victim, pod.age_rank, pod.name))
+        for pod in spare[: max(0, len(targets) - answering)]:
+            assigned[pod.name].add(item.revision)
+
+
+def _unplaced(wanted: Sequence[Wanted], staying: Sequence[PlacementPod], board: _Board) -> list[Unplaced]:
+    found = []
+    for item in wanted:
+        missing = item.copies - len(board.targets[item.revision])
+        if missing <= 0:
+            continue
+        if not staying:
+            reason = "the pool has no pod yet"
+        elif len(board.targets[item.revision]) == len(staying):
+            reason = (
+                f"the pool has {len(staying)} pod{'s' * (len(staying) != 1)} and two copies never "
+                "share one: raise its replicas or lower the copies"
+            )
+        else:
+            reason = (
+                f"all {len(staying) * board.slots} slots of the pool's {len(staying)} "
+                f"pod{'s' * (len(staying) != 1)} are taken: "
+                "raise its replicas or engine.maxLoras"
+            )
+        found.append(Unplaced(item.revision, missing, reason))
+    return found
+
+
+def _rendezvous(revision: str, pod: str) -> str:
+    return hashlib.sha256(f"{revision}\0{pod}".encode()).hexdigest()

@@ -1,0 +1,386 @@
+"""The objects of a ServingPool: Deployment, Secret, PodDisruptionBudget. Each builder returns the full intent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.api.model import API_VERSION
+from tunesmith.contracts.agent import AGENT_PORT, ENGINE_PORT
+from tunesmith.contracts.location import owned_name
+from tunesmith.serving.pod import AGENT_CONTAINER, BASE_MODEL_CONTAINER, ENGINE_CONTAINER, READINESS_GATE
+
+if TYPE_CHECKING:
+    from tunesmith.api.servingpool import ServingPool
+
+Manifest = dict[str, Any]
+
+POOL_LABEL = "tunesmith.dev/pool"
+POOL_UID_LABEL = "tunesmith.dev/pool-uid"
+STORE_SECRET = "tunesmith-store"  # noqa: S105 - the name of a Secret
+_USER = 65532
+_BASE = "/models/base"
+_FINGERPRINT = "/models/base.fingerprint"
+_RUN = "/var/run/tunesmith"
+_TOKEN_DIRECTORY = "/etc/tunesmith/pool"  # noqa: S105 - a folder
+_TOKEN_FILE = f"{_TOKEN_DIRECTORY}/token"
+_SECRETS = "/etc/tunesmith/secrets"
+_UNITS = {"Mi": 2**20, "Gi": 2**30}
+_GRACE_BEYOND_DRAIN = 30
+_START_SECONDS = 3600
+_PROBE_SECONDS = 5
+# The kubelet's own HTTP hooks cannot read the token, so the engine's container asks its agent itself.
+_DRAIN = (
+    "import urllib.request as r;"
+    f"t=open('{_TOKEN_FILE}').read().strip();"
+    f"q=r.Request('http://127.0.0.1:{AGENT_PORT}/drain',method='POST',headers={{'Authorization':'Bearer '+t}});"
+    "r.urlopen(q,timeout=%d)"
+)
+RESERVED_ARGUMENTS = frozenset(
+    {
+        "--api-key", "--enable-lora", "--host", "--kv-cache-memory-bytes", "--lora-modules", "--max-cpu-loras",
+        "--max-lora-rank", "--max-loras", "--max-model-len", "--middleware", "--model", "--port", "--root-path",
+        "--served-model-name", "--ssl-certfile", "--ssl-keyfile", "--uds",
+    }
+)  # fmt: skip
+"""Arguments of `vllm serve` that the pool sets, or that would open it to callers without a token."""
+RESERVED_VARIABLES = frozenset(
+    {
+        "HF_HUB_OFFLINE", "HOME", "PYTHONPATH", "TUNESMITH_ADMIN_TOKEN_FILE", "TUNESMITH_TOKEN_FILE", "USER",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_API_KEY", "VLLM_NO_USAGE_STATS", "VLLM_PLUGINS",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Images:
+    """What pool pods run, and where artifacts are."""
+
+    agent: str
+    engine: str
+    pull_policy: str
+    store: str
+
+
+def deployment_name(pool: ServingPool) -> str:
+    """Name of the pool's Deployment and of its disruption budget."""
+    return owned_name(pool.metadata.name, pool.metadata.uid, "pool")
+
+
+def secret_name(pool: ServingPool) -> str:
+    """Name of the Secret that holds the pool's token under the key `token`."""
+    return owned_name(pool.metadata.name, pool.metadata.uid, "token")
+
+
+def pod_selector(pool: ServingPool) -> dict[str, str]:
+    """Labels that the pool's pods have and no other pods."""
+    return {POOL_LABEL: pool.metadata.name, POOL_UID_LABEL: pool.metadata.uid}
+
+
+def selector_text(pool: ServingPool) -> str:
+    """The selector for /scale."""
+    return ",".join(f"{key}={value}" for key, value in pod_selector(pool).items())
+
+
+def reserved(pool: ServingPool) -> str | None:
+    """A sentence about arguments or variables of the spec that the pool sets itself; None when there are none."""
+    arguments = sorted(
+        {
+            word
+            for argument in pool.spec.engine.args or ()
+            if (word := argument.split("=", 1)[0].replace("_", "-")) in RESERVED_ARGUMENTS
+        }
+    )
+    if arguments:
+        return (
+            f"engine.args must not hold {', '.join(arguments)}: the pool sets or guards them; remove "
+            "them (there are fields for most, such as engine.maxLoras)"
+        )
+    variables = sorted(
+        {variable.name for variable in pool.spec.engine.env or () if variable.name in RESERVED_VARIABLES}
+    )
+    if variables:
+        return f"engine.env must not hold {', '.join(variables)}: the pool sets them; remove them"
+    return None
+
+
+def token_secret(pool: ServingPool, token: str) -> Manifest:
+    """The Secret that the pool's agents and engines demand the token of."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": _metadata(pool, secret_name(pool)),
+        "type": "Opaque",
+        "stringData": {"token": token},
+    }
+
+
+def disruption_budget(pool: ServingPool) -> Manifest:
+    """At most one pod is evicted at a time."""
+    return {
+        "apiVersion": "policy/v1",
+        "kind": "PodDisruptionBudget",
+        "metadata": _metadata(pool, deployment_name(pool)),
+        "spec": {"maxUnavailable": 1, "selector": {"matchLabels": pod_selector(pool)}},
+    }
+
+
+def deployment(pool: ServingPool, images: Images, replicas: int) -> Manifest:
+    """The pool's pods.
+
+    A changed template replaces pods one by one without a surge: a spare GPU for a surge pod is rarely there, and a
+    rollout that waits for one never ends.
+    """
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": _metadata(pool, deployment_name(pool)),
+        "spec": {
+            "replicas": replicas,
+            "revisionHistoryLimit": 2,
+            "progressDeadlineSeconds": _START_SECONDS,
+            "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}},
+            "selector": {"matchLabels": pod_selector(pool)},
+            "template": {
+                "metadata": {
+                    "labels": {**_labels(pool), POOL_UID_LABEL: pool.metadata.uid},
+                    "annotations": {"kubectl.kubernetes.io/default-container": ENGINE_CONTAINER},
+                },
+                "spec": _pod(pool, images),
+            },
+        },
+    }
+
+
+def _metadata(pool: ServingPool, name: str) -> Manifest:
+    owner = {
+        "apiVersion": API_VERSION,
+        "kind": pool.kind,
+        "name": pool.metadata.name,
+        "uid": pool.metadata.uid,
+        "controller": True,
+        "blockOwnerDeletion": True,
+    }
+    return {"name": name, "namespace": pool.metadata.namespace, "labels": _labels(pool), "ownerReferences": [owner]}
+
+
+def _labels(pool: ServingPool) -> dict[str, str]:
+    return {
+        "app.kubernetes.io/managed-by": "tunesmith",
+        "app.kubernetes.io/component": "pool",
+        POOL_LABEL: pool.metadata.name,
+    }
+
+
+def _pod(pool: ServingPool, images: Images) -> Manifest:
+    scheduling = pool.spec.scheduling
+    optional = {
+        "nodeSelector": scheduling.node_selector,
+        "tolerations": [toleration.manifest() for toleration in scheduling.tolerations or ()] or None,
+        "priorityClassName": scheduling.priority_class_name,
+        "runtimeClassName": scheduling.runtime_class_name,
+    }
+    return {
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": pool.spec.drain_seconds + _GRACE_BEYOND_DRAIN,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": _USER,
+            "runAsGroup": _USER,
+            "fsGroup": _USER,
+            "fsGroupChangePolicy": "OnRootMismatch",
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "readinessGates": [{"conditionType": READINESS_GATE}],
+        "initContainers": [_base_model(pool, images), _agent(pool, images)],
+        "containers": [_engine(pool, images)],
+        "volumes": _volumes(pool),
+        **{key: value for key, value in optional.items() if value},
+    }
+
+
+def _base_model(pool: ServingPool, images: Images) -> Manifest:
+    source = pool.spec.base_model
+    arguments = ["fetch-base", "--uri", source.uri, "--target", _BASE, "--fingerprint-file", _FINGERPRINT]
+    if source.revision is not None:
+        arguments += ["--revision", source.revision]
+    mounts = [*_models(pool, read_only=False), _mount("tmp-base-model", "/tmp")]  # noqa: S108 - an emptyDir of its own
+    if source.secret_ref is not None:
+        folder = f"{_SECRETS}/{source.secret_ref.name}"
+        arguments += ["--secret", folder]
+        mounts.append(_mount("base-model-secret", folder, read_only=True))
+    return {
+        "name": BASE_MODEL_CONTAINER,
+        **_small(images),
+        "command": ["tunesmith-agent"],
+        "args": arguments,
+        "volumeMounts": mounts,
+    }
+
+
+def _agent(pool: ServingPool, images: Images) -> Manifest:
+    engine = pool.spec.engine
+    probe = {"httpGet": {"path": "/healthz", "port": AGENT_PORT}, "timeoutSeconds": 5}
+    return {
+        "name": AGENT_CONTAINER,
+        "restartPolicy": "Always",
+        **_small(images),
+        "command": ["tunesmith-agent"],
+        "args": [
+            "serve",
+            "--engine-url", f"http://127.0.0.1:{ENGINE_PORT}",
+            "--port", str(AGENT_PORT),
+            "--token-file", _TOKEN_FILE,
+            "--state", _RUN,
+            "--adapters", "/adapters",
+            "--store", images.store,
+            "--base-fingerprint-file", _FINGERPRINT,
+            "--max-lora-rank", str(engine.max_lora_rank),
+            "--max-loras", str(engine.max_loras),
+            "--drain-seconds", str(pool.spec.drain_seconds),
+        ],
+        "ports": [{"name": "agent", "containerPort": AGENT_PORT, "protocol": "TCP"}],
+        "startupProbe": {**probe, "periodSeconds": 1, "failureThreshold": 120},
+        "livenessProbe": {**probe, "periodSeconds": 10, "failureThreshold": 6},
+        "volumeMounts": [
+            *_models(pool, read_only=True),
+            _mount("adapters", "/adapters"),
+            _mount("run", _RUN),
+            _mount("token", _TOKEN_DIRECTORY, read_only=True),
+            _mount("tmp-agent", "/tmp"),  # noqa: S108 - an emptyDir of its own
+        ],
+    }  # fmt: skip
+
+
+def _engine(pool: ServingPool, images: Images) -> Manifest:
+    resources = pool.spec.resources
+    gpus = {resources.gpu_resource: str(resources.gpus)} if resources.gpus else {}
+    health = {"httpGet": {"path": "/health", "port": ENGINE_PORT}, "timeoutSeconds": 10}
+    return {
+        "name": ENGINE_CONTAINER,
+        "image": pool.spec.engine.image or images.engine,
+        "imagePullPolicy": images.pull_policy,
+        "command": ["vllm", "serve", _BASE],
+        "args": _engine_arguments(pool),
+        "env": _engine_variables(pool),
+        "ports": [{"name": "engine", "containerPort": ENGINE_PORT, "protocol": "TCP"}],
+        "resources": {
+            "requests": {"cpu": resources.cpu, "memory": resources.memory, **gpus},
+            "limits": {"memory": resources.memory, **gpus},
+        },
+        "securityContext": _restricted(),
+        "startupProbe": {
+            **health,
+            "periodSeconds": _PROBE_SECONDS,
+            "failureThreshold": _START_SECONDS // _PROBE_SECONDS,
+        },
+        "readinessProbe": {**health, "periodSeconds": _PROBE_SECONDS, "failureThreshold": 3},
+        "livenessProbe": {**health, "periodSeconds": 10, "failureThreshold": 12},
+        "lifecycle": {"preStop": {"exec": {"command": ["python3", "-c", _DRAIN % (pool.spec.drain_seconds + 10)]}}},
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "volumeMounts": [
+            *_models(pool, read_only=True),
+            _mount("adapters", "/adapters", read_only=True),
+            _mount("run", _RUN, read_only=True),
+            _mount("token", _TOKEN_DIRECTORY, read_only=True),
+            _mount("shm", "/dev/shm"),  # noqa: S108 - the engine's processes share tensors here; a pod's own has 64 MiB
+            _mount("tmp-engine", "/tmp"),  # noqa: S108 - an emptyDir of its own
+        ],
+    }
+
+
+def _engine_arguments(pool: ServingPool) -> list[str]:
+    engine = pool.spec.engine
+    # On a CPU, base requests batched with LoRA requests get the last slot's adapter: one slot stays empty for them.
+    slots = engine.max_loras + (1 if pool.spec.resources.gpus == 0 else 0)
+    arguments = [
+        "--served-model-name", pool.model,
+        "--port", str(ENGINE_PORT),
+        "--enable-lora",
+        "--max-loras", str(slots),
+        "--max-lora-rank", str(engine.max_lora_rank),
+        "--max-cpu-loras", str(slots),
+        "--middleware", "tunesmith_middleware.Middleware",
+        "--dtype", engine.data_type,
+    ]  # fmt: skip
+    if engine.max_model_length is not None:
+        arguments += ["--max-model-len", str(engine.max_model_length)]
+    if engine.kv_cache_memory is not None:
+        arguments += ["--kv-cache-memory-bytes", str(_bytes(engine.kv_cache_memory))]
+    if pool.spec.resources.gpus > 1:
+        arguments += ["--tensor-parallel-size", str(pool.spec.resources.gpus)]
+    return [*arguments, *(engine.args or ())]
+
+
+def _engine_variables(pool: ServingPool) -> list[dict[str, str]]:
+    own = {
+        "PYTHONPATH": f"{_RUN}/middleware",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "TUNESMITH_TOKEN_FILE": _TOKEN_FILE,
+        "TUNESMITH_ADMIN_TOKEN_FILE": f"{_RUN}/admin-token",
+        # The engine's caches go under its home, and PyTorch asks for the name of a user that the image may not have.
+        "HOME": "/tmp",  # noqa: S108 - an emptyDir of its own
+        "USER": "tunesmith",
+    }
+    return [{"name": name, "value": value} for name, value in own.items()] + [
+        {"name": variable.name, "value": variable.value} for variable in pool.spec.engine.env or ()
+    ]
+
+
+def _small(images: Images) -> Manifest:
+    """What both containers of the agent's image share."""
+    return {
+        "image": images.agent,
+        "imagePullPolicy": images.pull_policy,
+        "envFrom": [{"secretRef": {"name": STORE_SECRET}}],
+        "env": [{"name": "HOME", "value": "/tmp"}],  # noqa: S108 - an emptyDir of its own
+        "resources": {"requests": {"cpu": "50m", "memory": "256Mi"}, "limits": {"memory": "1Gi"}},
+        "securityContext": _restricted(),
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+    }
+
+
+def _restricted() -> Manifest:
+    return {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
+
+
+def _models(pool: ServingPool, *, read_only: bool) -> list[Manifest]:
+    mounts = [_mount("models", "/models", read_only=read_only)]
+    claim = _claim(pool)
+    if claim is not None:
+        mounts.append({**_mount("base-model", _BASE, read_only=True), **({"subPath": claim[1]} if claim[1] else {})})
+    return mounts
+
+
+def _claim(pool: ServingPool) -> tuple[str, str] | None:
+    """Claim and folder of a `pvc://claim/folder` base model."""
+    uri = pool.spec.base_model.uri
+    if not uri.startswith("pvc://"):
+        return None
+    claim, _, folder = uri.removeprefix("pvc://").partition("/")
+    return claim, folder.strip("/")
+
+
+def _volumes(pool: ServingPool) -> list[Manifest]:
+    empty = ["models", "adapters", "run", "tmp-base-model", "tmp-agent", "tmp-engine"]
+    volumes: list[Manifest] = [
+        *({"name": name, "emptyDir": {}} for name in empty),
+        {"name": "shm", "emptyDir": {"medium": "Memory"}},
+        {"name": "token", "secret": {"secretName": secret_name(pool), "defaultMode": 0o440}},
+    ]
+    if (claim := _claim(pool)) is not None:
+        volumes.append({"name": "base-model", "persistentVolumeClaim": {"claimName": claim[0], "readOnly": True}})
+    if (secret := pool.spec.base_model.secret_ref) is not None:
+        volumes.append({"name": "base-model-secret", "secret": {"secretName": secret.name, "defaultMode": 0o440}})
+    return volumes
+
+
+def _mount(name: str, path: str, *, read_only: bool = False) -> Manifest:
+    return {"name": name, "mountPath": path, **({"readOnly": True} if read_only else {})}
+
+
+def _bytes(quantity: str) -> int:
+    return int(quantity[:-2]) * _UNITS[quantity[-2:]]

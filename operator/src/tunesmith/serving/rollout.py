@@ -1,0 +1,296 @@
+"""The status of an AdapterDeployment: which revisions it has, how far they are, and what it waits for.
+
+A new artifact becomes a revision beside the one that serves. The old one stays until the new one is resident on every
+pod that is to hold it, and goes on serving when the new one cannot be loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tunesmith.api.adapterdeployment import (
+    AdapterDeploymentStatus,
+    AdapterPhase,
+    PoolReference,
+    Revision,
+    RevisionState,
+)
+from tunesmith.api.conditions import AdapterDeploymentCondition, Condition, ConditionStatus, set_condition
+from tunesmith.api.conditions import AdapterDeploymentReason as Reason
+from tunesmith.api.servingpool import ServingPool
+from tunesmith.contracts.agent import ResidencyState
+from tunesmith.contracts.location import engine_name
+from tunesmith.serving.source import Artifact, Unresolved, reference, short
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from datetime import datetime
+
+    from tunesmith.api.adapterdeployment import AdapterDeployment
+    from tunesmith.autoscale.decide import Decision
+    from tunesmith.serving.claims import Claim
+    from tunesmith.serving.pod import PoolPod
+
+SELECTOR = "tunesmith.dev/none=pods-are-shared"
+_LONGEST = 2000
+_ON_ITS_WAY = (ResidencyState.DOWNLOADING, ResidencyState.LOADING)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the status is computed from.
+
+    `lost_to`: the older claim on the model name. `pods`: of the chosen pool, or of the one that goes on serving.
+    `unplaced`: by engine name, why copies have no place. `decision`: the wanted copies.
+    """
+
+    artifact: Artifact | Unresolved
+    pool: ServingPool | Unresolved
+    lost_to: Claim | None
+    pods: Sequence[PoolPod]
+    unplaced: Mapping[str, str]
+    decision: Decision
+    url: str
+
+
+def plan(adapter: AdapterDeployment, seen: Observation, now: datetime) -> AdapterDeploymentStatus:
+    """The whole status."""
+    verdict = _Verdict(adapter, seen, _revisions(adapter, seen))
+    conditions: Sequence[Condition] = adapter.status.conditions
+    for type_, (status, reason, message) in (
+        (AdapterDeploymentCondition.RESOLVED, verdict.resolved()),
+        (AdapterDeploymentCondition.READY, verdict.ready()),
+        (AdapterDeploymentCondition.PROGRESSING, verdict.progressing()),
+    ):
+        conditions = set_condition(
+            conditions,
+            Condition(
+                type=type_,
+                status=status,
+                reason=reason,
+                message=message[:_LONGEST],
+                last_transition_time=now,
+                observed_generation=adapter.metadata.generation,
+            ),
+        )
+    holders = [
+        pod
+        for pod in seen.pods
+        if not pod.stopping and any(revision.engine_name in pod.resident for revision in verdict.revisions)
+    ]
+    old = adapter.status
+    kept = seen.decision.replicas == old.desired_replicas and old.desired_reason is not None
+    return AdapterDeploymentStatus(
+        phase=verdict.phase(),
+        conditions=list(conditions),
+        observed_generation=adapter.metadata.generation,
+        pool=_pool(adapter, seen) if verdict.revisions or seen.lost_to is None else None,
+        model=adapter.model if seen.lost_to is None else None,
+        revisions=verdict.revisions,
+        desired_replicas=seen.decision.replicas,
+        desired_reason=old.desired_reason if kept else seen.decision.reason[:1024],
+        replicas=len(holders),
+        ready_replicas=sum(1 for pod in holders if pod.ready and pod.answering),
+        selector=SELECTOR,
+        url=seen.url or None,
+    )
+
+
+def _pool(adapter: AdapterDeployment, seen: Observation) -> PoolReference | None:
+    if isinstance(seen.pool, ServingPool):
+        return reference(seen.pool)
+    gone = seen.pool.reason in (Reason.POOL_NOT_FOUND, Reason.POOL_NOT_ALLOWED)
+    return None if gone or not adapter.status.revisions else adapter.status.pool
+
+
+def wanted_copies(revisions: Sequence[Revision], desired: int) -> list[tuple[Revision, int]]:
+    """Each revision with the pods that should hold it, those that serve first.
+
+    A revision that failed for good keeps one place, so that a pod that comes later tries it again.
+    """
+    if not revisions:
+        return []
+    newest, older = revisions[0], revisions[1:]
+    if newest.state is RevisionState.FAILED:
+        return [*((revision, desired) for revision in older), (newest, 1)]
+    return [*((revision, max(1, min(desired, revision.ready_replicas))) for revision in older), (newest, desired)]
+
+
+def _revisions(adapter: AdapterDeployment, seen: Observation) -> list[Revision]:
+    if seen.lost_to is not None:
+        return []
+    prefix = f"{adapter.model}@"
+    known = [revision for revision in adapter.status.revisions if revision.engine_name.startswith(prefix)]
+    if isinstance(seen.artifact, Artifact) and isinstance(seen.pool, ServingPool):
+        namespace, _, model_name = adapter.model.partition("/")
+        newest = Revision(
+            digest=seen.artifact.digest,
+            uri=seen.artifact.uri,
+            engine_name=engine_name(namespace, model_name, seen.artifact.digest),
+            state=RevisionState.PENDING,
+        )
+        known = [newest, *(revision for revision in known if revision.engine_name != newest.engine_name)]
+    observed = [_observed(revision, seen) for revision in known]
+    if not observed:
+        return []
+    newest, older = observed[0], observed[1:]
+    if _settled(newest, seen):
+        return [newest]
+    # Of older ones only what serves now is worth keeping; what was resident a moment ago may be again.
+    serving = [revision for revision in older if revision.ready_replicas > 0] or [
+        revision for revision in older if revision.state is RevisionState.RESIDENT
+    ]
+    return [newest, *(serving or older)[:1]]
+
+
+def _settled(revision: Revision, seen: Observation) -> bool:
+    answering = sum(1 for pod in seen.pods if pod.answering)
+    return revision.ready_replicas >= max(1, min(seen.decision.replicas, answering))
+
+
+def _observed(revision: Revision, seen: Observation) -> Revision:
+    found = [
+        (pod, entry)
+        for pod in seen.pods
+        if not pod.stopping and (entry := pod.residency(revision.engine_name)) is not None
+    ]
+    resident = [pod for pod, entry in found if entry.state is ResidencyState.RESIDENT]
+    failures = [(pod, entry) for pod, entry in found if entry.state is ResidencyState.FAILED]
+    message = (
+        f"{failures[0][1].message or 'it could not be loaded'} (pod {failures[0][0].name})"
+        if failures
+        else seen.unplaced.get(revision.engine_name)
+    )
+    if resident:
+        state = RevisionState.RESIDENT
+    elif any(entry.permanent for _, entry in failures):
+        state = RevisionState.FAILED
+    elif failures or any(entry.state in _ON_ITS_WAY for _, entry in found):
+        state = RevisionState.LOADING
+    else:
+        state = RevisionState.PENDING
+    return revision.model_copy(
+        update={
+            "state": state,
+            "ready_replicas": sum(1 for pod in resident if pod.ready and pod.answering),
+            "message": message[:_LONGEST] if message else None,
+        }
+    )
+
+
+_Outcome = tuple[ConditionStatus, Reason, str]
+
+
+class _Verdict:
+    """The conditions of one observation."""
+
+    def __init__(self, adapter: AdapterDeployment, seen: Observation, revisions: list[Revision]) -> None:
+        self.adapter = adapter
+        self.seen = seen
+        self.revisions = revisions
+        self.serving = next((revision for revision in revisions if revision.ready_replicas > 0), None)
+
+    def resolved(self) -> _Outcome:
+        taken = self.seen.lost_to
+        if taken is not None:
+            return (
+                ConditionStatus.FALSE,
+                Reason.MODEL_NAME_TAKEN,
+                (
+                    f"the model name {self.adapter.model} belongs to {taken.holder}, "
+                    "which is older: choose another spec.modelName"
+                ),
+            )
+        for part in (self.seen.artifact, self.seen.pool):
+            if isinstance(part, Unresolved):
+                goes_on = f"; revision {short(self.serving.digest)} goes on serving" if self.serving else ""
+                return ConditionStatus.FALSE, part.reason, part.message + goes_on
+        artifact, pool = self.seen.artifact, self.seen.pool
+        assert isinstance(artifact, Artifact)  # noqa: S101 - the loop above returned otherwise
+        assert isinstance(pool, ServingPool)  # noqa: S101
+        return (
+            ConditionStatus.TRUE,
+            Reason.RESOLVED,
+            (
+                f"{artifact.origin}, revision {short(artifact.digest)}, on ServingPool "
+                f"{pool.metadata.namespace}/{pool.metadata.name}"
+            ),
+        )
+
+    def ready(self) -> _Outcome:
+        if self.serving is not None:
+            newest = self.revisions[0]
+            if newest is not self.serving and newest.state is RevisionState.FAILED:
+                message = (
+                    f"revision {short(self.serving.digest)} goes on serving, since "
+                    f"{short(newest.digest)} cannot be loaded: {newest.message}"
+                )
+                return ConditionStatus.TRUE, Reason.PREVIOUS_REVISION, message
+            if newest is not self.serving:
+                message = f"revision {short(self.serving.digest)} serves until {short(newest.digest)} is resident"
+                return ConditionStatus.TRUE, Reason.PREVIOUS_REVISION, message
+            return (
+                ConditionStatus.TRUE,
+                Reason.RESIDENT,
+                f"revision {short(newest.digest)} is resident on a ready pod and answers under {self.adapter.model}",
+            )
+        silent = [
+            pod.name
+            for pod in self.seen.pods
+            if pod.ready and not pod.heard and any(revision.engine_name in pod.resident for revision in self.revisions)
+        ]
+        if silent:
+            return (
+                ConditionStatus.UNKNOWN,
+                Reason.AGENT_SILENT,
+                f"the agent of pod {silent[0]} says nothing: whether it still holds the adapter is unknown",
+            )
+        _, reason, message = self._what_is_missing()
+        return ConditionStatus.FALSE, reason, message
+
+    def progressing(self) -> _Outcome:
+        if self.revisions and _settled(self.revisions[0], self.seen):
+            return (
+                ConditionStatus.FALSE,
+                Reason.SETTLED,
+                f"revision {short(self.revisions[0].digest)} is on as many pods as are wanted and there",
+            )
+        moving, reason, message = self._what_is_missing()
+        return ConditionStatus.TRUE if moving else ConditionStatus.FALSE, reason, message
+
+    def phase(self) -> AdapterPhase:
+        if self.serving is not None:
+            return AdapterPhase.READY
+        if self.seen.lost_to is not None or (self.revisions and self.revisions[0].state is RevisionState.FAILED):
+            return AdapterPhase.FAILED
+        return AdapterPhase.LOADING if self.revisions else AdapterPhase.WAITING
+
+    def _what_is_missing(self) -> tuple[bool, Reason, str]:
+        """Whether something is under way, and what keeps the newest revision from being resident everywhere."""
+        _, reason, message = self.resolved()
+        if not self.revisions:
+            return False, reason, message
+        newest = self.revisions[0]
+        if newest.state is RevisionState.FAILED:
+            return False, Reason.REVISION_FAILED, f"revision {short(newest.digest)} cannot be loaded: {newest.message}"
+        if isinstance(self.seen.pool, Unresolved):
+            return False, reason, message
+        if newest.engine_name in self.seen.unplaced:
+            return (
+                True,
+                Reason.NO_FREE_SLOT,
+                f"revision {short(newest.digest)} waits for a place: {self.seen.unplaced[newest.engine_name]}",
+            )
+        if not any(pod.answering for pod in self.seen.pods):
+            pool = self.seen.pool
+            return (
+                True,
+                Reason.POOL_NOT_READY,
+                (
+                    f"no pod of ServingPool {pool.metadata.namespace}/{pool.metadata.name} "
+                    "is ready: its conditions say why"
+                ),
+            )
+        detail = f": {newest.message}" if newest.message else ""
+        return True, Reason.LOADING, f"revision {short(newest.digest)} is being loaded{detail}"

@@ -1,0 +1,184 @@
+"""What an AdapterDeployment serves, and on which pool."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tunesmith.api.adapterdeployment import PoolReference
+from tunesmith.api.conditions import AdapterDeploymentReason as Reason
+from tunesmith.api.conditions import FineTuneJobCondition, find, is_true
+from tunesmith.contracts.location import artifact_uri
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tunesmith.api.adapterdeployment import AdapterDeployment
+    from tunesmith.api.finetunejob import FineTuneJob
+    from tunesmith.api.servingpool import ServingPool
+
+
+@dataclass(frozen=True)
+class Unresolved:
+    """What is waited for or wrong, as a sentence."""
+
+    reason: Reason
+    message: str
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A published adapter. `fingerprint`: of the base that it was trained on; None when its job does not tell."""
+
+    digest: str
+    uri: str
+    fingerprint: str | None
+    origin: str
+
+
+def resolve_artifact(adapter: AdapterDeployment, job: FineTuneJob | None, store: str) -> Artifact | Unresolved:
+    """The artifact of the adapter's source, or why there is none yet.
+
+    Args:
+        adapter: the AdapterDeployment.
+        job: the FineTuneJob that it names; None: it does not exist.
+        store: the installation's store. The location is computed, never taken from what a pod said.
+    """
+    name, namespace = adapter.spec.adapter_from.fine_tune_job.name, adapter.metadata.namespace
+    if job is None:
+        return Unresolved(
+            Reason.FINE_TUNE_JOB_NOT_FOUND,
+            f"waits for FineTuneJob {name}, which does not exist in namespace "
+            f"{namespace}: create it, or correct spec.adapterFrom",
+        )
+    status = job.status
+    failed = find(status.conditions, FineTuneJobCondition.FAILED)
+    if failed is not None and is_true(status.conditions, FineTuneJobCondition.FAILED):
+        return Unresolved(
+            Reason.FINE_TUNE_JOB_FAILED,
+            f"FineTuneJob {name} failed with {failed.reason}: {failed.message}; "
+            "name another one in spec.adapterFrom".replace(".; ", "; "),
+        )
+    if not is_true(status.conditions, FineTuneJobCondition.COMPLETE) or status.artifact is None:
+        return Unresolved(Reason.FINE_TUNE_JOB_RUNNING, f"waits for FineTuneJob {name}, which is {_progress(job)}")
+    if not status.artifact.servable.vllm:
+        return Unresolved(
+            Reason.NOT_SERVABLE,
+            f"the engine cannot load the adapter of FineTuneJob {name}: "
+            f"{status.artifact.servable.reason or 'no reason was given'}",
+        )
+    return Artifact(
+        digest=status.artifact.digest,
+        uri=artifact_uri(store, namespace, name, job.metadata.uid),
+        fingerprint=status.resolved.base_model_fingerprint if status.resolved is not None else None,
+        origin=f"FineTuneJob {name}",
+    )
+
+
+def _progress(job: FineTuneJob) -> str:
+    phase = job.status.phase or "Pending"
+    progress = job.status.progress
+    if progress is None or progress.stage is None:
+        return str(phase)
+    if progress.step is None or not progress.total_steps:
+        return f"{phase} ({progress.stage})"
+    return f"{phase} ({progress.stage}, step {progress.step} of {progress.total_steps})"
+
+
+def may_attach(pool: ServingPool, namespace: str) -> bool:
+    """Whether the pool lets that namespace attach adapters."""
+    return pool.spec.allowed_namespaces.from_ == "All" or pool.metadata.namespace == namespace
+
+
+def choose_pool(
+    adapter: AdapterDeployment, fingerprint: str | None, pools: Sequence[ServingPool]
+) -> ServingPool | Unresolved:
+    """The pool that serves the adapter.
+
+    Args:
+        adapter: the AdapterDeployment.
+        fingerprint: of the base that the adapter was trained on; None when it is not known (its source is gone).
+        pools: all ServingPools.
+    """
+    if adapter.spec.pool is not None:
+        return _named(adapter, adapter.spec.pool, fingerprint, pools)
+    namespace = adapter.metadata.namespace
+    allowed = [pool for pool in pools if may_attach(pool, namespace)]
+    matching = [
+        pool for pool in allowed if fingerprint is not None and pool.status.base_model_fingerprint == fingerprint
+    ]
+    current = adapter.status.pool
+    kept = [
+        pool
+        for pool in (matching if fingerprint is not None else allowed)
+        if current is not None and reference(pool) == current
+    ]
+    if kept:
+        return kept[0]
+    if len(matching) == 1:
+        return matching[0]
+    if matching:
+        return Unresolved(
+            Reason.SEVERAL_POOLS, f"{_names(matching)} serve the base of this adapter: name one of them in spec.pool"
+        )
+    silent = [pool for pool in allowed if pool.status.base_model_fingerprint is None]
+    if silent:
+        return Unresolved(
+            Reason.POOL_NOT_REPORTED,
+            f"waits for {_names(silent)} to report the fingerprint of the base; spec.pool names a pool without waiting",
+        )
+    return Unresolved(
+        Reason.NO_MATCHING_POOL,
+        f"no ServingPool that namespace {namespace} may use serves the base of this adapter"
+        f"{' (' + short(fingerprint) + ')' if fingerprint else ''}: create a ServingPool "
+        "with the baseModel that the FineTuneJob names",
+    )
+
+
+def reference(pool: ServingPool) -> PoolReference:
+    """The pool's name and namespace."""
+    return PoolReference(name=pool.metadata.name, namespace=pool.metadata.namespace)
+
+
+def short(digest: str) -> str:
+    """A digest as people read it: its first 12 hex digits."""
+    return digest.removeprefix("sha256:")[:12]
+
+
+def _named(
+    adapter: AdapterDeployment, wanted: PoolReference, fingerprint: str | None, pools: Sequence[ServingPool]
+) -> ServingPool | Unresolved:
+    namespace = wanted.namespace or adapter.metadata.namespace
+    pool = next(
+        (pool for pool in pools if (pool.metadata.namespace, pool.metadata.name) == (namespace, wanted.name)), None
+    )
+    if pool is None:
+        return Unresolved(
+            Reason.POOL_NOT_FOUND,
+            f"waits for ServingPool {wanted.name}, which does not exist in namespace "
+            f"{namespace}: create it, or correct spec.pool",
+        )
+    if not may_attach(pool, adapter.metadata.namespace):
+        return Unresolved(
+            Reason.POOL_NOT_ALLOWED,
+            f"ServingPool {namespace}/{wanted.name} does not let namespace "
+            f"{adapter.metadata.namespace} attach adapters: "
+            "its allowedNamespaces.from would have to be All",
+        )
+    theirs = pool.status.base_model_fingerprint
+    if fingerprint is not None and theirs is not None and fingerprint != theirs:
+        return Unresolved(
+            Reason.BASE_MODEL_MISMATCH,
+            f"the adapter was trained on the base {short(fingerprint)} and ServingPool "
+            f"{namespace}/{wanted.name} serves {short(theirs)} "
+            f"({pool.spec.base_model.uri}): name a pool with the base that the FineTuneJob names",
+        )
+    return pool
+
+
+def _names(pools: Sequence[ServingPool]) -> str:
+    names = sorted(f"{pool.metadata.namespace}/{pool.metadata.name}" for pool in pools)
+    return (
+        f"ServingPool{'s' * (len(names) > 1)} "
+        f"{' and '.join([', '.join(names[:-1]), names[-1]] if len(names) > 1 else names)}"
+    )
