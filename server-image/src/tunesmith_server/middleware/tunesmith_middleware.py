@@ -1,8 +1,9 @@
 """ASGI middleware that the agent puts into vLLM (`--middleware tunesmith_middleware.Middleware`).
 
-It demands the pool's token on every route but `GET /health`, lets only the agent reach what clients do not need, makes `model` mandatory
-(without one vLLM answers with the base model), counts requests and tokens per model, and refuses work while draining. It runs inside
-vLLM's interpreter, so it uses the standard library only. Its state belongs to one process: vLLM must run with one API server.
+It demands the pool's token on every route but `GET /health`, lets only the agent reach what clients do not need, makes
+`model` mandatory (without one vLLM answers with the base model), counts requests and tokens per model, and refuses work
+while draining. It runs inside vLLM's interpreter, so it uses the standard library only. Its state belongs to one
+process: vLLM must run with one API server.
 
 Environment, both read when the module is imported, so that vLLM does not start without them:
     TUNESMITH_TOKEN_FILE: file with the token of the pool's clients.
@@ -47,17 +48,20 @@ def _token(variable: str) -> bytes:
     name = os.environ.get(variable)
     if not name:
         raise SystemExit(
-            f"The environment variable {variable} is not set. It must name the file with the token; set it in the engine's container."
+            f"The environment variable {variable} is not set. It must name the file with the token; "
+            "set it in the engine's container."
         )
     try:
         token = Path(name).read_bytes().strip()
     except OSError as error:
         raise SystemExit(
-            f"The token file {name} of {variable} cannot be read ({error.strerror}). Check that its volume is mounted and readable by this user."
+            f"The token file {name} of {variable} cannot be read ({error.strerror}). "
+            "Check that its volume is mounted and readable by this user."
         ) from None
     if len(token) < MIN_TOKEN_LENGTH:
         raise SystemExit(
-            f"The token file {name} of {variable} holds {len(token)} characters, fewer than {MIN_TOKEN_LENGTH}: write a real token into it."
+            f"The token file {name} of {variable} holds {len(token)} characters, fewer than {MIN_TOKEN_LENGTH}: "
+            "write a real token into it."
         )
     return token
 
@@ -69,10 +73,10 @@ ADMIN_TOKEN = _token("TUNESMITH_ADMIN_TOKEN_FILE")
 class Middleware:
     """The middleware around vLLM's application.
 
-    Routes of its own, for the agent: `GET /tunesmith/state` answers `{"bootId", "draining", "inFlight": {model: requests},
-    "totals": {model: {"requests", "promptTokens", "completionTokens"}}}`; `POST /tunesmith/drain` refuses new work from then on.
-    Errors have OpenAI's shape. A refusal while draining is 503 with code `not_started` and the header `x-tunesmith-not-started: true`:
-    such a request may be sent again elsewhere.
+    Routes of its own, for the agent: `GET /tunesmith/state` answers `{"bootId", "draining", "inFlight": {model:
+    requests}, "totals": {model: {"requests", "promptTokens", "completionTokens"}}}`; `POST /tunesmith/drain` refuses new
+    work from then on. Errors have OpenAI's shape. A refusal while draining is 503 with code `not_started` and the header
+    `x-tunesmith-not-started: true`: such a request may be sent again elsewhere.
     """
 
     def __init__(self, app: App) -> None:
@@ -155,7 +159,7 @@ class Middleware:
         if document.get("stream") is True and (
             options is None or (isinstance(options, dict) and not options.get("include_usage"))
         ):
-            # Tokens are counted from the usage that vLLM sends last; the client, who did not ask for it, does not see it.
+            # Tokens are counted from the usage that vLLM sends last; a client who did not ask for it does not see it.
             observer.hide_usage = True
             body = json.dumps({**document, "stream_options": {**(options or {}), "include_usage": True}}).encode()
             scope = {

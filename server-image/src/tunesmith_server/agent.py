@@ -1,0 +1,305 @@
+"""The agent's loop: observe the engine, plan, act, and publish the pod's state."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tunesmith.contracts.agent import DesiredAdapter, DesiredAdapters, PodState
+
+from tunesmith_server.artifact import (
+    PodLimits,
+    adapter_folder,
+    fetch_artifact,
+    remove_leftovers,
+    stored_digests,
+)
+from tunesmith_server.engine import EngineClient, EngineDownError, EngineSnapshot, LoadRefusedError
+from tunesmith_server.lora import UnfitAdapterError
+from tunesmith_server.residency import MAX_LOAD_REFUSALS, Failure, Observation, plan
+from tunesmith_server.store import StoreError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from tunesmith_server.desired import DesiredFile
+    from tunesmith_server.metrics import Metrics
+
+PERIOD_SECONDS = 0.5
+"""Time between two looks at the engine, unless something happens sooner."""
+PARALLEL_DOWNLOADS = 4
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class AgentSettings:
+    """How this pod serves. `drain_seconds`: how long `/drain` waits for running requests."""
+
+    adapters: Path
+    limits: PodLimits
+    max_loras: int
+    drain_seconds: float
+
+
+class Agent:
+    """Brings the engine to hold what is wanted.
+
+    Args:
+        settings: of the pod.
+        engine: vLLM beside the agent.
+        desired: the kept list.
+        secret: the store's credentials by name.
+        metrics: counters.
+    """
+
+    def __init__(
+        self,
+        settings: AgentSettings,
+        engine: EngineClient,
+        desired: DesiredFile,
+        secret: Mapping[str, str],
+        metrics: Metrics,
+    ) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._desired = desired
+        self._secret = secret
+        self._metrics = metrics
+        self._snapshot: EngineSnapshot | None = None
+        self._boot_id: str | None = None
+        self._stored = stored_digests(settings.adapters)
+        self._downloads: dict[str, asyncio.Task[None]] = {}
+        self._failures: dict[str, Failure] = {}
+        self._refused: set[str] = set()
+        self._unwanted_since: dict[str, float] = {}
+        self._wake = asyncio.Event()
+        self._changed = asyncio.Condition()
+        self._draining = False
+        self._slots = asyncio.Semaphore(PARALLEL_DOWNLOADS)
+        self.state = PodState(base_model_fingerprint=settings.limits.fingerprint)
+
+    async def put(self, wanted: DesiredAdapters) -> None:
+        """Take a new list over.
+
+        Raises:
+            OutdatedError: it is older than the known one.
+        """
+        before = {adapter.engine_name: adapter for adapter in self._wanted()}
+        self._desired.put(wanted)
+        after = {adapter.engine_name: adapter for adapter in wanted.adapters}
+        for name in [name for name in self._failures if after.get(name) != before.get(name)]:
+            self._forget(name)
+        await self._publish()
+        self._wake.set()
+
+    async def changed(self, than: PodState, seconds: float) -> PodState:
+        """The state as soon as it differs from `than`, or what it is after `seconds`."""
+        async with self._changed:
+            try:
+                async with asyncio.timeout(seconds):
+                    await self._changed.wait_for(lambda: self.state != than)
+            except TimeoutError:
+                pass
+            return self.state
+
+    async def drain(self) -> bool:
+        """Stop taking requests and wait for those that run; whether all ended within `drain_seconds`."""
+        self._draining = True
+        self._wake.set()
+        try:
+            async with asyncio.timeout(self._settings.drain_seconds):
+                while not await self._drained():  # noqa: ASYNC110 - the engine is another process: it is polled
+                    await asyncio.sleep(PERIOD_SECONDS / 2)
+        except TimeoutError:
+            log.warning("requests still run after %s s of draining", self._settings.drain_seconds)
+            return False
+        return True
+
+    async def _drained(self) -> bool:
+        try:
+            await self._engine.drain()
+            snapshot = await self._engine.observe()
+        except EngineDownError:
+            return True  # an engine that is down runs nothing
+        return snapshot.state.draining and not snapshot.state.in_flight
+
+    async def run(self) -> None:
+        """Reconcile until cancelled."""
+        remove_leftovers(self._settings.adapters)
+        try:
+            while True:
+                self._wake.clear()
+                await self._pass()
+                try:
+                    async with asyncio.timeout(PERIOD_SECONDS):
+                        await self._wake.wait()
+                except TimeoutError:
+                    pass
+        finally:
+            for task in self._downloads.values():
+                task.cancel()
+
+    async def _pass(self) -> None:
+        await self._observe()
+        await self._publish()
+        if self._draining:
+            if self._snapshot is not None and not self._snapshot.state.draining:
+                await self._try_drain()
+            return
+        steps = plan(self._observation())
+        for adapter in steps.downloads:
+            self._downloads[adapter.digest] = asyncio.create_task(self._download(adapter))
+        for name in steps.unloads:
+            await self._unload(name)
+        for adapter in steps.loads:
+            await self._load(adapter)
+        if steps.loads or steps.unloads:
+            await self._observe()
+            await self._publish()
+
+    async def _try_drain(self) -> None:
+        try:
+            await self._engine.drain()
+        except EngineDownError as error:
+            log.info("%s", error)
+
+    async def _observe(self) -> None:
+        try:
+            snapshot = await self._engine.observe()
+        except EngineDownError as error:
+            if self._snapshot is not None:
+                log.warning("engine down: %s", error)
+            self._snapshot = None
+            self._metrics.engine_ready(ready=False)
+            return
+        self._metrics.engine_ready(ready=True)
+        self._metrics.engine_totals(snapshot.state)
+        if snapshot.state.boot_id != self._boot_id:
+            self._engine_booted(snapshot)
+        self._snapshot = snapshot
+        folder = {a.engine_name: str(adapter_folder(self._settings.adapters, a.digest)) for a in self._wanted()}
+        now = time.monotonic()
+        self._unwanted_since = {
+            name: self._unwanted_since.get(name, now)
+            for name, path in snapshot.resident.items()
+            if folder.get(name) != path
+        }
+
+    def _engine_booted(self, snapshot: EngineSnapshot) -> None:
+        """Forget what belonged to the last process: its refusals, and the files that only it may still have read."""
+        log.info("engine up, boot %s", snapshot.state.boot_id)
+        for name in self._refused.copy():
+            self._forget(name)
+        if self._boot_id is not None:
+            wanted = {adapter.digest for adapter in self._wanted()}
+            in_use = set(snapshot.resident.values())
+            for digest in self._stored - wanted - set(self._downloads):
+                folder = adapter_folder(self._settings.adapters, digest)
+                if str(folder) not in in_use:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    self._stored.discard(digest)
+        self._boot_id = snapshot.state.boot_id
+
+    def _wanted(self) -> list[DesiredAdapter]:
+        return self._desired.current.adapters if self._desired.current else []
+
+    def _observation(self) -> Observation:
+        snapshot = self._snapshot
+        # Before the first list nothing is known to be unwanted.
+        known = self._desired.current is not None
+        return Observation(
+            now=time.monotonic(),
+            desired=self._wanted(),
+            folders={digest: str(adapter_folder(self._settings.adapters, digest)) for digest in self._stored},
+            downloading=frozenset(self._downloads),
+            failures=self._failures,
+            engine=None if snapshot is None else (snapshot.resident if known else {}),
+            in_flight={} if snapshot is None else snapshot.state.in_flight,
+            unwanted_since=self._unwanted_since,
+            max_loras=self._settings.max_loras,
+        )
+
+    async def _download(self, adapter: DesiredAdapter) -> None:
+        try:
+            async with self._slots:
+                await asyncio.to_thread(
+                    fetch_artifact,
+                    adapter,
+                    self._settings.limits,
+                    self._settings.adapters,
+                    self._secret,
+                    self._metrics.downloaded,
+                )
+            self._stored.add(adapter.digest)
+            for name in [a.engine_name for a in self._wanted() if a.digest == adapter.digest]:
+                self._forget(name)
+        except UnfitAdapterError as error:
+            self._fail(adapter, str(error), permanent=True)
+        except StoreError as error:
+            self._fail(adapter, str(error), permanent=error.permanent)
+        except OSError as error:
+            message = f"its files cannot be written to {self._settings.adapters}: {error.strerror or error}"
+            self._fail(adapter, message, permanent=False)
+        except Exception as error:
+            log.exception("download of %s", adapter.engine_name)
+            self._fail(adapter, f"the agent failed: {type(error).__name__}: {error}", permanent=False)
+        finally:
+            self._downloads.pop(adapter.digest, None)
+            self._wake.set()
+
+    async def _load(self, adapter: DesiredAdapter) -> None:
+        name = adapter.engine_name
+        try:
+            await self._engine.load(name, str(adapter_folder(self._settings.adapters, adapter.digest)))
+        except LoadRefusedError as error:
+            previous = self._failures.get(name)
+            final = name in self._refused and previous is not None and previous.attempts + 1 >= MAX_LOAD_REFUSALS
+            self._fail(adapter, str(error), permanent=final)
+            self._refused.add(name)
+        except EngineDownError as error:
+            log.warning("loading %s: %s", name, error)
+        else:
+            self._metrics.loaded()
+            self._forget(name)
+            log.info("loaded %s", name)
+
+    async def _unload(self, name: str) -> None:
+        try:
+            await self._engine.unload(name)
+            log.info("unloaded %s", name)
+        except (LoadRefusedError, EngineDownError) as error:
+            log.warning("unloading %s: %s", name, error)
+
+    def _fail(self, adapter: DesiredAdapter, message: str, *, permanent: bool) -> None:
+        name = adapter.engine_name
+        failure = Failure.after(self._failures.get(name), message, permanent=permanent, now=time.monotonic())
+        self._failures[name] = failure
+        self._metrics.failed(permanent=permanent)
+        log.warning("%s: %s", name, message)
+
+    def _forget(self, name: str) -> None:
+        self._failures.pop(name, None)
+        self._refused.discard(name)
+
+    async def _publish(self) -> None:
+        current = self._desired.current
+        snapshot = self._snapshot
+        state = PodState(
+            epoch=current.epoch if current else 0,
+            sequence=current.sequence if current else 0,
+            base_model_fingerprint=self._settings.limits.fingerprint,
+            engine_ready=snapshot is not None,
+            draining=self._draining,
+            adapters=plan(self._observation()).report,
+            in_flight={} if snapshot is None else snapshot.state.in_flight,
+        )
+        self._metrics.residencies(state)
+        async with self._changed:
+            self.state = state
+            self._changed.notify_all()

@@ -1,0 +1,174 @@
+"""Bringing the base model to the pod's disk, and its fingerprint."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
+
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
+
+from tunesmith_server.store import StoredFile, StoreError, StoreFolder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+PARALLEL_FILES = 4
+PROGRESS_SECONDS = 2.0
+MARKER = ".tunesmith-base.json"
+"""Written into the folder when it is whole: what it was made from, and the size of every file."""
+SUFFIXES = frozenset({".json", ".safetensors", ".jinja", ".txt", ".model"})
+"""What of a model is used: never code, never pickle."""
+
+log = logging.getLogger(__name__)
+
+
+class BaseModelError(Exception):
+    """The folder is no usable base model, or does not fit the disk."""
+
+
+@dataclass(frozen=True)
+class Marker:
+    """What a complete folder was made from."""
+
+    uri: str
+    revision: str | None
+    files: dict[str, int]
+
+
+class Progress:
+    """Writes a line about every two seconds."""
+
+    def __init__(self, total: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._total, self._clock = total, clock
+        self._done = 0
+        self._start = self._last = clock()
+        self._lock = threading.Lock()
+
+    def add(self, size: int) -> None:
+        """Count bytes that arrived."""
+        with self._lock:
+            self._done += size
+            now = self._clock()
+            if now - self._last < PROGRESS_SECONDS and self._done < self._total:
+                return
+            self._last = now
+            speed = self._done / max(now - self._start, 1e-3)
+            log.info(
+                "base model: %.1f of %.1f MiB (%d %%), %.1f MiB/s",
+                self._done / 2**20,
+                self._total / 2**20,
+                100 * self._done // max(self._total, 1),
+                speed / 2**20,
+            )
+
+
+def fetch_base(uri: str, revision: str | None, target: Path, secret: Mapping[str, str]) -> str:
+    """Download a base model into `target` unless it is there; its fingerprint.
+
+    Files that an interrupted download completed are kept.
+
+    Args:
+        uri: s3://bucket/folder, gs://…, az://… or hf://org/name.
+        revision: commit, tag or branch of an hf:// model.
+        target: folder; made when missing.
+        secret: credentials by name; HF_TOKEN for hf://.
+
+    Raises:
+        StoreError: the store does not give it.
+        BaseModelError: what it gives is no base model, or the disk is too small.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    if _is_complete(target, uri, revision):
+        log.info("base model: %s is here already", uri)
+    else:
+        files = _fetch_hub(uri, revision, target, secret) if uri.startswith("hf://") else _fetch(uri, target, secret)
+        marker = Marker(uri, revision, {file.name: file.size for file in files})
+        (target / MARKER).write_text(json.dumps(asdict(marker)))
+    try:
+        return base_fingerprint(LocalModelFolder(target))
+    except ValueError as error:
+        raise BaseModelError(f"{uri} is no base model: {error}.") from None
+
+
+def _is_complete(target: Path, uri: str, revision: str | None) -> bool:
+    try:
+        marker = Marker(**json.loads((target / MARKER).read_text()))
+    except (OSError, ValueError, TypeError):
+        return False
+    if (marker.uri, marker.revision) != (uri, revision):
+        for name in marker.files:  # of another model: nothing of it may stay
+            (target / name).unlink(missing_ok=True)
+        (target / MARKER).unlink()
+        return False
+    return all(
+        (target / name).is_file() and (target / name).stat().st_size == size for name, size in marker.files.items()
+    )
+
+
+def _selected(files: list[StoredFile], uri: str, target: Path) -> list[StoredFile]:
+    """The files of a model that are used, after a check that it is one and fits the disk."""
+    chosen = [file for file in files if PurePosixPath(file.name).suffix in SUFFIXES and not file.name.startswith(".")]
+    names = {file.name for file in chosen}
+    if "config.json" not in names:
+        raise BaseModelError(f"{uri} holds no config.json: it is no base model in the Hugging Face layout.")
+    if not any(name.endswith(".safetensors") for name in names):
+        raise BaseModelError(f"{uri} holds no .safetensors file; weights are read from safetensors only. Convert it.")
+    needed = sum(file.size for file in chosen)
+    free = shutil.disk_usage(target).free
+    if needed > free:
+        raise BaseModelError(f"{uri} has {needed} bytes and the volume at {target} has {free} free: make it larger.")
+    return chosen
+
+
+def _fetch(uri: str, target: Path, secret: Mapping[str, str]) -> list[StoredFile]:
+    folder = StoreFolder(uri, secret)
+    chosen = _selected(folder.list(), uri, target)
+    progress = Progress(sum(file.size for file in chosen))
+
+    def fetch(file: StoredFile) -> None:
+        place = target / file.name
+        if place.is_file() and place.stat().st_size == file.size:
+            progress.add(file.size)
+            return
+        part = target / f".{file.name}.part"
+        part.unlink(missing_ok=True)
+        folder.download(file.name, part, file.size, progress.add)
+        part.replace(place)
+
+    with ThreadPoolExecutor(PARALLEL_FILES) as pool:
+        for done in as_completed([pool.submit(fetch, file) for file in chosen]):
+            done.result()
+    return chosen
+
+
+def _fetch_hub(uri: str, revision: str | None, target: Path, secret: Mapping[str, str]) -> list[StoredFile]:
+    repository = uri.removeprefix("hf://").strip("/")
+    token = secret.get("HF_TOKEN")
+    try:
+        found = HfApi(token=token).model_info(repository, revision=revision, files_metadata=True)
+        files = [StoredFile(entry.rfilename, entry.size or 0) for entry in found.siblings or []]
+        chosen = _selected([file for file in files if "/" not in file.name], uri, target)
+        progress = Progress(sum(file.size for file in chosen))
+        for file in chosen:
+            hf_hub_download(repository, file.name, revision=found.sha, local_dir=target, token=token)
+            progress.add(file.size)
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        what = f"{uri}, revision {revision or 'main'}"
+        hint = "Check its name, and HF_TOKEN of the Secret if it is private or gated"
+        if isinstance(error, GatedRepoError):
+            hint = "It is gated: accept its terms and put HF_TOKEN into the Secret"
+        raise StoreError(f"{what} is not on the Hub, or not for this token. {hint}.", permanent=True) from None
+    except (HfHubHTTPError, OSError) as error:
+        raise StoreError(f"{uri} could not be read from the Hub: {error}.", permanent=False) from None
+    shutil.rmtree(target / ".cache", ignore_errors=True)
+    return chosen

@@ -1,0 +1,147 @@
+"""The agent's view of vLLM beside it: its state, the adapters it holds, loading and unloading."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.alias_generators import to_camel
+
+POLL_SECONDS = 5.0
+"""How long a question to a running engine may take. A dead one refuses the connection at once."""
+LOAD_SECONDS = 120.0
+
+
+class EngineDownError(Exception):
+    """The engine does not answer: it starts, ended, or hangs."""
+
+
+class LoadRefusedError(Exception):
+    """The engine answered that it does not load or unload an adapter."""
+
+
+class ModelTotals(BaseModel):
+    """What one process of the engine did for a model so far."""
+
+    model_config = ConfigDict(alias_generator=to_camel)
+
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class EngineState(BaseModel):
+    """`GET /tunesmith/state` of the middleware. `boot_id` is new with every process of the engine."""
+
+    model_config = ConfigDict(alias_generator=to_camel)
+
+    boot_id: str
+    draining: bool
+    in_flight: dict[str, int]
+    totals: dict[str, ModelTotals]
+
+
+@dataclass(frozen=True)
+class EngineSnapshot:
+    """One observation of a running engine: its state, and the path of every adapter that it holds by name."""
+
+    state: EngineState
+    resident: dict[str, str]
+
+
+class EngineClient:
+    """Calls vLLM's API as the agent.
+
+    Args:
+        session: HTTP session.
+        url: of the engine, http://127.0.0.1:8000.
+        admin_token: the middleware's admin token.
+    """
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, admin_token: str) -> None:
+        self._session = session
+        self._url = url.rstrip("/")
+        self._headers = {"Authorization": f"Bearer {admin_token}"}
+
+    async def observe(self) -> EngineSnapshot:
+        """What the engine holds and does now.
+
+        Raises:
+            EngineDownError: it does not answer, or its health check fails.
+        """
+        status, _ = await self._call("GET", "/health", POLL_SECONDS)
+        if status != 200:  # noqa: PLR2004 - HTTP
+            raise EngineDownError(f"the engine's health check answers {status}")
+        try:
+            state = EngineState.model_validate(await self._ask("GET", "/tunesmith/state"))
+            models = await self._ask("GET", "/v1/models")
+            resident = {entry["id"]: entry["root"] for entry in models["data"] if entry.get("parent") is not None}
+        except (ValidationError, KeyError, TypeError, AttributeError) as error:
+            raise EngineDownError(f"the engine's answer is not understood: {error}") from None
+        return EngineSnapshot(state, resident)
+
+    async def load(self, name: str, path: str) -> None:
+        """Load an adapter from a folder.
+
+        Raises:
+            LoadRefusedError: the engine does not load it, or holds the name with other weights.
+            EngineDownError: it does not answer.
+        """
+        status, text = await self._call(
+            "POST", "/v1/load_lora_adapter", LOAD_SECONDS, {"lora_name": name, "lora_path": path}
+        )
+        if status == 200 or (status == 400 and (await self.observe()).resident.get(name) == path):  # noqa: PLR2004 - HTTP
+            return
+        raise LoadRefusedError(f"vLLM does not load it ({status}): {text}")
+
+    async def unload(self, name: str) -> None:
+        """Unload an adapter; one that is not there is unloaded already.
+
+        Raises:
+            LoadRefusedError: the engine does not unload it.
+            EngineDownError: it does not answer.
+        """
+        status, text = await self._call("POST", "/v1/unload_lora_adapter", POLL_SECONDS, {"lora_name": name})
+        if status not in {200, 404}:
+            raise LoadRefusedError(f"vLLM does not unload it ({status}): {text}")
+
+    async def drain(self) -> None:
+        """Make the engine refuse new requests from now on.
+
+        Raises:
+            EngineDownError: it does not answer.
+        """
+        await self._ask("POST", "/tunesmith/drain")
+
+    async def _ask(self, method: str, path: str) -> Any:  # noqa: ANN401 - JSON
+        status, text = await self._call(method, path, POLL_SECONDS)
+        if status != 200:  # noqa: PLR2004 - HTTP
+            raise EngineDownError(f"the engine answers {status} to {method} {path}: {text}")
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise EngineDownError(f"the engine's answer to {path} is not JSON: {error}") from None
+
+    async def _call(
+        self, method: str, path: str, seconds: float, body: dict[str, str] | None = None
+    ) -> tuple[int, str]:
+        timeout = aiohttp.ClientTimeout(total=seconds)
+        try:
+            async with self._session.request(
+                method, self._url + path, json=body, headers=self._headers, timeout=timeout, allow_redirects=False
+            ) as response:
+                text = await response.text()
+                return response.status, _message(text) if body is not None else text
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise EngineDownError(f"the engine does not answer ({type(error).__name__})") from None
+
+
+def _message(text: str) -> str:
+    """The sentence in vLLM's error, at most 500 characters."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        text = json.loads(text)["error"]["message"]
+    return str(text)[:500]

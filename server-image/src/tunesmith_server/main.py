@@ -1,0 +1,189 @@
+"""`tunesmith-agent`: `serve` runs beside vLLM, `fetch-base` before it."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import secrets
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import aiohttp
+from aiohttp import web
+from tunesmith.contracts.agent import AGENT_PORT
+from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
+from tunesmith.contracts.result import TERMINATION_MESSAGE_MAX_BYTES, TERMINATION_MESSAGE_PATH, ExitCode
+
+from tunesmith_server import middleware
+from tunesmith_server.agent import Agent, AgentSettings
+from tunesmith_server.api import AgentApi
+from tunesmith_server.artifact import PodLimits
+from tunesmith_server.base_model import BaseModelError, fetch_base
+from tunesmith_server.desired import DesiredFile
+from tunesmith_server.engine import EngineClient
+from tunesmith_server.lora import base_shapes
+from tunesmith_server.metrics import Metrics
+from tunesmith_server.store import StoreError, secret_values
+
+MIDDLEWARE = "tunesmith_middleware.py"
+ADMIN_TOKEN = "admin-token"  # noqa: S105 - a file's name
+
+log = logging.getLogger("tunesmith-agent")
+
+
+class SetupError(Exception):
+    """The pod is not set up as the agent needs it."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; its exit code: 0, 2 for a mistake of the setup, 3 where trying again can help."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stdout)
+    logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
+    try:
+        if options.command == "serve":
+            asyncio.run(serve(options))
+        else:
+            _fetch_base(options)
+    except (SetupError, BaseModelError) as error:
+        return _end(str(error), ExitCode.USER_FAULT)
+    except StoreError as error:
+        return _end(str(error), ExitCode.USER_FAULT if error.permanent else ExitCode.RETRYABLE)
+    return ExitCode.DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tunesmith-agent", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    fetch = commands.add_parser("fetch-base", help="download the base model")
+    fetch.add_argument("--uri", required=True, help="s3://bucket/folder, gs://…, az://… or hf://org/name")
+    fetch.add_argument("--revision", help="commit, tag or branch of an hf:// model")
+    fetch.add_argument("--target", type=Path, required=True, help="folder to fill")
+    fetch.add_argument("--secret", type=Path, help="mounted Secret with the uri's credentials; else the environment's")
+    fetch.add_argument("--fingerprint-file", type=Path, help="where the fingerprint goes; default: TARGET.fingerprint")
+    run = commands.add_parser("serve", help="keep the engine's adapters as they are wanted")
+    run.add_argument("--engine-url", default="http://127.0.0.1:8000")
+    run.add_argument("--port", type=int, default=AGENT_PORT)
+    run.add_argument("--token-file", type=Path, default=Path("/etc/tunesmith/pool/token"), help="the pool's token")
+    run.add_argument("--state", type=Path, default=Path("/var/run/tunesmith"), help="folder shared with the engine")
+    run.add_argument("--adapters", type=Path, default=Path("/adapters"), help="folder of adapters, read by the engine")
+    run.add_argument("--base-model", type=Path, default=Path("/models/base"), help="the base model's folder")
+    run.add_argument("--base-fingerprint-file", type=Path, default=Path("/models/base.fingerprint"))
+    run.add_argument("--store", required=True, help="uri of the store; artifacts elsewhere are refused")
+    run.add_argument("--max-lora-rank", type=int, required=True)
+    run.add_argument("--max-loras", type=int, required=True, help="adapters that may be resident at once")
+    run.add_argument("--drain-seconds", type=float, default=60.0, help="how long /drain waits for running requests")
+    return parser
+
+
+def _fetch_base(options: argparse.Namespace) -> None:
+    target: Path = options.target
+    fingerprint = fetch_base(options.uri, options.revision, target, secret_values(options.secret))
+    place: Path = options.fingerprint_file or target.with_name(f"{target.name}.fingerprint")
+    place.write_text(fingerprint + "\n")
+    log.info("base model: %s, fingerprint %s", options.uri, fingerprint)
+
+
+async def serve(options: argparse.Namespace) -> None:
+    """Run the agent until SIGTERM or SIGINT.
+
+    Raises:
+        SetupError: a file or folder that the pod must bring is missing or damaged.
+    """
+    token = _read(options.token_file, "the pool's token").strip()
+    fingerprint = _fingerprint(options.base_fingerprint_file, options.base_model)
+    limits = PodLimits(options.store, fingerprint, _shapes(options.base_model), options.max_lora_rank)
+    settings = AgentSettings(options.adapters, limits, options.max_loras, options.drain_seconds)
+    try:
+        admin_token = prepare_engine(options.state)
+        options.adapters.mkdir(parents=True, exist_ok=True)
+        desired = DesiredFile(options.state)
+    except (OSError, ValueError) as error:
+        raise SetupError(f"The agent's folders cannot be used: {error}.") from None
+    metrics = Metrics()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    # vLLM closes an idle connection after 5 s; one that it is just closing must not be used.
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(keepalive_timeout=2)) as session:
+        agent = Agent(settings, EngineClient(session, options.engine_url, admin_token), desired, os.environ, metrics)
+        runner = web.AppRunner(AgentApi(agent, metrics, token).application(), shutdown_timeout=1)
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, port=options.port).start()
+            loop = asyncio.create_task(agent.run())
+            ended = asyncio.create_task(stop.wait())
+            log.info("agent serves on port %d for base %s", options.port, fingerprint)
+            await asyncio.wait({loop, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if loop.done():
+                loop.result()
+            loop.cancel()
+            ended.cancel()
+        except OSError as error:
+            raise SetupError(f"Port {options.port} cannot be listened on: {error.strerror}.") from None
+        finally:
+            await runner.cleanup()
+
+
+def prepare_engine(state: Path) -> str:
+    """Put the middleware and its admin token where vLLM finds them; the token. A restarted agent keeps the token.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    folder = state / "middleware"
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{MIDDLEWARE}"
+    shutil.copyfile(Path(middleware.__path__[0]) / MIDDLEWARE, temporary)
+    temporary.replace(folder / MIDDLEWARE)
+    path = state / ADMIN_TOKEN
+    if not path.exists():
+        temporary = state / f".{ADMIN_TOKEN}"
+        temporary.touch(mode=0o640)
+        temporary.write_text(secrets.token_hex(32))
+        temporary.chmod(0o440)
+        temporary.replace(path)
+    return path.read_text()
+
+
+def _fingerprint(file: Path, base_model: Path) -> str:
+    if file.exists():
+        return _read(file, "the base model's fingerprint").strip()
+    try:
+        return base_fingerprint(LocalModelFolder(base_model))  # a mounted volume, which nobody downloaded
+    except (OSError, ValueError) as error:
+        raise SetupError(f"The base model at {base_model} cannot be used: {error}.") from None
+
+
+def _shapes(base_model: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        shapes = base_shapes(base_model)
+    except (OSError, ValueError) as error:
+        raise SetupError(f"The base model at {base_model} cannot be used: {error}.") from None
+    if not shapes:
+        raise SetupError(f"The base model's folder {base_model} holds no safetensors files; mount it into the agent.")
+    return shapes
+
+
+def _read(path: Path, what: str) -> str:
+    try:
+        return path.read_text()
+    except OSError as error:
+        raise SetupError(f"{path} with {what} cannot be read: {error.strerror}. Check the pod's volumes.") from None
+
+
+def _end(message: str, code: ExitCode) -> int:
+    """Say why the process ends where Kubernetes and people look."""
+    sys.stderr.write(f"tunesmith-agent: {message}\n")
+    termination = Path(TERMINATION_MESSAGE_PATH)
+    if termination.exists():
+        termination.write_bytes(message.encode()[:TERMINATION_MESSAGE_MAX_BYTES])
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Modules that run inside vLLM; the agent copies them next to it."""

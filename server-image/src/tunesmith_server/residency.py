@@ -1,0 +1,135 @@
+"""What the agent does next: a pure decision from what is wanted, what the engine holds and what was tried."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from tunesmith.contracts.agent import DesiredAdapter, Residency, ResidencyState
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+UNLOAD_SECONDS = 30.0
+"""How long an adapter that is wanted no more stays for its running requests."""
+FIRST_RETRY_SECONDS = 1.0
+LAST_RETRY_SECONDS = 60.0
+MAX_LOAD_REFUSALS = 3
+"""After so many refusals by one engine process, the adapter is taken for unfit."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The last attempt at a revision failed. `retry_at`: monotonic seconds; unused where it is permanent."""
+
+    message: str
+    permanent: bool
+    attempts: int
+    retry_at: float
+
+    @classmethod
+    def after(cls, previous: Failure | None, message: str, *, permanent: bool, now: float) -> Failure:
+        """The failure that follows `previous`, with twice its delay."""
+        attempts = (previous.attempts if previous else 0) + 1
+        delay = min(LAST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2 ** (attempts - 1))
+        return cls(message, permanent, attempts, now + delay)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What is known at one moment.
+
+    Attributes:
+        now: monotonic seconds.
+        desired: the wanted revisions, the most important first.
+        folders: where a revision's files lie, by digest, for those that are here and checked.
+        downloading: digests that are being fetched.
+        failures: by engine name.
+        engine: paths of the adapters that the engine holds by name; None while it is not up.
+        in_flight: requests in the engine by model.
+        unwanted_since: when each adapter in the engine was first seen to be wanted no more.
+        max_loras: adapters that may be resident at once.
+    """
+
+    now: float
+    desired: Sequence[DesiredAdapter]
+    folders: Mapping[str, str]
+    downloading: frozenset[str]
+    failures: Mapping[str, Failure]
+    engine: Mapping[str, str] | None
+    in_flight: Mapping[str, int]
+    unwanted_since: Mapping[str, float]
+    max_loras: int
+
+
+@dataclass
+class Plan:
+    """What to do now, and what to report."""
+
+    downloads: list[DesiredAdapter] = field(default_factory=list)
+    loads: list[DesiredAdapter] = field(default_factory=list)
+    unloads: list[str] = field(default_factory=list)
+    report: list[Residency] = field(default_factory=list)
+
+
+def plan(seen: Observation) -> Plan:
+    """The next downloads, loads and unloads, and the state of every revision."""
+    result = Plan()
+    engine = seen.engine or {}
+    paths = {adapter.engine_name: seen.folders.get(adapter.digest) for adapter in seen.desired}
+    unwanted = [name for name, path in engine.items() if name not in paths or paths[name] != path]
+    for name in unwanted:
+        waited = seen.now - seen.unwanted_since.get(name, seen.now)
+        if not seen.in_flight.get(name) or waited >= UNLOAD_SECONDS:
+            result.unloads.append(name)
+    free = seen.max_loras - len(engine)
+    fetching: set[str] = set()
+    for place, adapter in enumerate(seen.desired):
+        if place >= seen.max_loras:
+            message = (
+                f"the pod keeps {seen.max_loras} adapters (engine.maxLoras) and {len(seen.desired)} are wanted: "
+                "raise maxLoras, add pods or detach adapters"
+            )
+            result.report.append(_residency(adapter, ResidencyState.FAILED, message))
+            continue
+        residency, needs = _next(adapter, seen, free)
+        result.report.append(residency)
+        if needs == "load":
+            free -= 1
+            result.loads.append(adapter)
+        elif needs == "download" and adapter.digest not in fetching:
+            fetching.add(adapter.digest)
+            result.downloads.append(adapter)
+    wanted = {residency.engine_name for residency in result.report}
+    result.report += [
+        Residency(engine_name=name, digest="", state=ResidencyState.UNLOADING, message="its requests end first")
+        for name in unwanted
+        if name not in wanted
+    ]
+    return result
+
+
+def _next(adapter: DesiredAdapter, seen: Observation, free: int) -> tuple[Residency, str]:
+    path = seen.folders.get(adapter.digest)
+    held = (seen.engine or {}).get(adapter.engine_name)
+    failure = seen.failures.get(adapter.engine_name)
+    if held is not None and held == path:
+        return _residency(adapter, ResidencyState.RESIDENT), ""
+    if failure is not None and (failure.permanent or seen.now < failure.retry_at):
+        return _residency(adapter, ResidencyState.FAILED, failure.message, permanent=failure.permanent), ""
+    if path is None:
+        needs = "" if adapter.digest in seen.downloading else "download"
+        return _residency(adapter, ResidencyState.DOWNLOADING), needs
+    if seen.engine is None:
+        return _residency(adapter, ResidencyState.LOADING, "the engine is not up"), ""
+    if held is not None or free <= 0:
+        return _residency(adapter, ResidencyState.LOADING, "waits until another adapter is unloaded"), ""
+    return _residency(adapter, ResidencyState.LOADING), "load"
+
+
+def _residency(
+    adapter: DesiredAdapter, state: ResidencyState, message: str = "", *, permanent: bool = False
+) -> Residency:
+    return Residency(
+        engine_name=adapter.engine_name, digest=adapter.digest, state=state, message=message, permanent=permanent
+    )

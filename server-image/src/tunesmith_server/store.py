@@ -1,0 +1,164 @@
+"""Reading object stores through fsspec: s3://, gs:// and az://."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import fsspec  # type: ignore[import-untyped]
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+CHUNK_BYTES = 8 * 1024 * 1024
+"""Bytes per request to the store."""
+CONNECT_SECONDS = 5
+READ_SECONDS = 30
+
+
+class StoreError(Exception):
+    """The store does not give what was asked for.
+
+    `permanent`: asking again cannot help, because the object or the right to read it is missing.
+    """
+
+    def __init__(self, message: str, *, permanent: bool) -> None:
+        super().__init__(message)
+        self.permanent = permanent
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file of a folder: its name without the folder, and its size in bytes."""
+
+    name: str
+    size: int
+
+
+def secret_values(folder: Path | None) -> dict[str, str]:
+    """The keys of a mounted Secret, each a file; the process's environment where there is none.
+
+    Raises:
+        StoreError: the folder cannot be read.
+    """
+    if folder is None:
+        return dict(os.environ)
+    try:
+        return {entry.name: entry.read_text().strip() for entry in folder.iterdir() if entry.is_file()}
+    except OSError as error:
+        message = f"The Secret mounted at {folder} cannot be read: {error.strerror}."
+        raise StoreError(message, permanent=True) from None
+
+
+def _options(scheme: str, secret: Mapping[str, str]) -> dict[str, Any]:
+    if scheme == "s3":
+        return {
+            "key": secret.get("AWS_ACCESS_KEY_ID"),
+            "secret": secret.get("AWS_SECRET_ACCESS_KEY"),
+            "token": secret.get("AWS_SESSION_TOKEN"),
+            "endpoint_url": secret.get("AWS_ENDPOINT_URL"),
+            "client_kwargs": {"region_name": secret.get("AWS_REGION") or "us-east-1"},
+            "config_kwargs": {
+                "connect_timeout": CONNECT_SECONDS,
+                "read_timeout": READ_SECONDS,
+                "retries": {"max_attempts": 2},
+            },
+        }
+    if scheme == "gs":
+        return {"token": secret.get("GOOGLE_APPLICATION_CREDENTIALS")}
+    if scheme == "az":
+        return {
+            "account_name": secret.get("AZURE_STORAGE_ACCOUNT_NAME"),
+            "account_key": secret.get("AZURE_STORAGE_ACCOUNT_KEY"),
+        }
+    raise StoreError(f"Locations of the kind {scheme}:// are not read: use s3://, gs:// or az://.", permanent=True)
+
+
+class StoreFolder:
+    """A folder of an object store, read with one set of credentials.
+
+    Args:
+        uri: s3://bucket/folder, gs://… or az://….
+        secret: credentials by the names of the Secret's keys, as `secret_values` gives them.
+
+    Raises:
+        StoreError: the scheme is not one of these.
+    """
+
+    def __init__(self, uri: str, secret: Mapping[str, str]) -> None:
+        self.uri = uri.rstrip("/")
+        scheme, _, self._path = self.uri.partition("://")
+        self._files = fsspec.filesystem(
+            scheme, skip_instance_cache=True, use_listings_cache=False, **_options(scheme, secret)
+        )
+
+    def list(self) -> list[StoredFile]:
+        """The files right in the folder, sorted by name.
+
+        Raises:
+            StoreError: the folder is missing or empty, or may not be read, or the store cannot be reached.
+        """
+        found = self._ask("", lambda: self._files.find(self._path, maxdepth=1, detail=True))
+        names = {path.removeprefix(self._path).lstrip("/"): entry for path, entry in found.items()}
+        files = [StoredFile(name, int(entry["size"])) for name, entry in names.items() if name and "/" not in name]
+        if not files:
+            message = f"{self.uri} is missing or holds no files. Check the location's spelling and the bucket."
+            raise StoreError(message, permanent=True)
+        return sorted(files, key=lambda file: file.name)
+
+    def read(self, name: str, limit: int) -> bytes:
+        """A small file.
+
+        Raises:
+            StoreError: it is missing, larger than `limit` bytes, may not be read, or the store cannot be reached.
+        """
+        data: bytes = self._ask(name, lambda: self._files.cat_file(f"{self._path}/{name}", start=0, end=limit + 1))
+        if len(data) > limit:
+            raise StoreError(f"{self.uri}/{name} has more than {limit} bytes.", permanent=True)
+        return data
+
+    def download(self, name: str, target: Path, size: int, progress: Callable[[int], None] = lambda _: None) -> str:
+        """Write a file of `size` bytes to `target`; `progress` gets the bytes of every piece. Returns its SHA-256, hex.
+
+        Raises:
+            StoreError: it is missing, has another size, may not be read, or the store cannot be reached.
+        """
+        digest = hashlib.sha256()
+        path = f"{self._path}/{name}"
+        actual = int(self._ask(name, lambda: self._files.size(path)))
+        if actual != size:
+            raise StoreError(f"{self.uri}/{name} has {actual} bytes instead of {size}.", permanent=True)
+        with target.open("xb") as file:
+            for start in range(0, size, CHUNK_BYTES):
+                end = min(size, start + CHUNK_BYTES)
+                piece = self._ask(name, partial(self._files.cat_file, path, start=start, end=end))
+                if len(piece) != end - start:
+                    raise StoreError(f"{self.uri}/{name} became shorter while it was read.", permanent=False)
+                digest.update(piece)
+                file.write(piece)
+                progress(len(piece))
+            file.flush()
+            os.fsync(file.fileno())
+        return digest.hexdigest()
+
+    def _ask(self, name: str, request: Callable[[], Any]) -> Any:  # noqa: ANN401 - what fsspec returns
+        location = f"{self.uri}/{name}".rstrip("/")
+        try:
+            return request()
+        except FileNotFoundError:
+            message = f"{location} does not exist. Check the location's spelling and the bucket."
+            raise StoreError(message, permanent=True) from None
+        except PermissionError as error:
+            message = f"Access to {location} was denied ({error}). Check the keys of the Secret with its credentials."
+            raise StoreError(message, permanent=True) from None
+        except Exception as error:  # noqa: BLE001
+            # Every SDK has exceptions of its own, without a common base; each means: not answered.
+            if "credential" in str(error).lower():
+                message = f"There are no usable credentials for {location}: {error}."
+                raise StoreError(message, permanent=True) from None
+            message = f"{location} could not be read: {type(error).__name__}: {error}."
+            raise StoreError(message, permanent=False) from None
