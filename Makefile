@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help demo test check generate images cluster-up cluster-down cluster-build clean \
+.PHONY: help demo test check generate images cluster-up cluster-down clean \
   environment environment-trainer environment-server model check-format check-types check-imports check-generated check-unit
 
 UV_VERSION := 0.13.9
@@ -38,9 +38,6 @@ images: environment ## Build the images and bring them into the cluster
 
 cluster-up: environment ## Start the local one-node Kubernetes (kubeconfig: .cluster/kubeconfig)
 	@$(STEP) --live "local cluster" $(CLUSTER) up
-
-cluster-build: environment
-	@$(STEP) "build the cluster's programs" $(CLUSTER) build
 
 cluster-down: environment ## Stop the local cluster and remove what it made
 	@$(STEP) "stop the local cluster" $(CLUSTER) down

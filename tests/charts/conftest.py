@@ -23,7 +23,7 @@ REGISTRY = "registry.example"
 def program(name: str) -> str:
     path = os.pathsep.join([str(REPOSITORY / ".cluster/bin"), os.environ["PATH"]])
     found = shutil.which(name, path=path)
-    assert found, f"{name} is neither in .cluster/bin nor on PATH: run `make cluster-build`"
+    assert found, f"{name} is neither in .cluster/bin nor on PATH: run `make cluster-up`"
     return found
 
 
