@@ -1,0 +1,57 @@
+"""What clients ask for right now, per model: the operator scales by it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from tunesmith.contracts.agent import HEARTBEAT_SECONDS, AdapterDemand, GatewayDemand
+from tunesmith.gateway.broadcast import Broadcast, within
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+MIN_INTERVAL_SECONDS = 0.1
+"""Changes within this time go into one line."""
+
+
+class Demand:
+    """Counts of running and waiting requests by global id."""
+
+    def __init__(self) -> None:
+        self.running: Counter[str] = Counter()
+        self.waiting: Counter[str] = Counter()
+        self._changed = Broadcast()
+
+    def add_running(self, model: str, count: int) -> None:
+        """Change the number of forwarded requests."""
+        self._add(self.running, model, count)
+
+    def add_waiting(self, model: str, count: int) -> None:
+        """Change the number of held requests."""
+        self._add(self.waiting, model, count)
+
+    def _add(self, counter: Counter[str], model: str, count: int) -> None:
+        counter[model] += count
+        if not counter[model]:
+            del counter[model]
+        self._changed.fire()
+
+    def snapshot(self) -> GatewayDemand:
+        """The counts now; a model without requests is absent."""
+        models = self.running.keys() | self.waiting.keys()
+        return GatewayDemand(
+            models={
+                model: AdapterDemand(running=self.running[model], waiting=self.waiting[model])
+                for model in sorted(models)
+            }
+        )
+
+    async def lines(self) -> AsyncIterator[bytes]:
+        """NDJSON lines: at once, on each change, and at least once per heartbeat."""
+        while True:
+            changed = self._changed.next()
+            yield self.snapshot().model_dump_json(by_alias=True).encode() + b"\n"
+            await asyncio.sleep(MIN_INTERVAL_SECONDS)
+            await within(changed, HEARTBEAT_SECONDS - MIN_INTERVAL_SECONDS)

@@ -1,0 +1,62 @@
+"""The internal port: demand for the operator, metrics, probes."""
+
+from __future__ import annotations
+
+import hmac
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+from prometheus_client import generate_latest
+
+from tunesmith.contracts.agent import gateway_token
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tunesmith.gateway.demand import Demand
+    from tunesmith.gateway.metrics import Metrics
+
+
+def internal_app(
+    demand: Demand, metrics: Metrics, installation_key: bytes, not_ready: Callable[[], str | None]
+) -> web.Application:
+    """The application of the internal port.
+
+    Args:
+        demand: what /v1/demand streams.
+        metrics: what /metrics shows.
+        installation_key: the token of /v1/demand derives from it.
+        not_ready: why the gateway should get no requests, or None.
+    """
+    token = f"Bearer {gateway_token(installation_key)}".encode()
+
+    async def stream_demand(request: web.Request) -> web.StreamResponse:
+        presented = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
+        if not hmac.compare_digest(presented, token):
+            raise web.HTTPUnauthorized(text="the demand stream needs the gateway token\n")
+        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+        await response.prepare(request)
+        async for line in demand.lines():
+            await response.write(line)
+        return response
+
+    async def show_metrics(_: web.Request) -> web.Response:
+        headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+        return web.Response(body=generate_latest(metrics.registry), headers=headers)
+
+    async def healthz(_: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def readyz(_: web.Request) -> web.Response:
+        reason = not_ready()
+        if reason is not None:
+            return web.Response(text=f"{reason}\n", status=HTTPStatus.SERVICE_UNAVAILABLE)
+        return web.Response(text="ok\n")
+
+    app = web.Application()
+    app.router.add_get("/v1/demand", stream_demand)
+    app.router.add_get("/metrics", show_metrics)
+    app.router.add_get("/healthz", healthz)
+    app.router.add_get("/readyz", readyz)
+    return app

@@ -1,0 +1,49 @@
+"""The table of valid API keys."""
+
+from __future__ import annotations
+
+import hmac
+from typing import TYPE_CHECKING
+
+from tunesmith.contracts.apikey import key_digest
+
+if TYPE_CHECKING:
+    from tunesmith.contracts.apikey import ApiKey
+
+_INDEX = 8
+
+
+class KeyTable:
+    """The valid keys by their digest."""
+
+    def __init__(self) -> None:
+        self._by_secret: dict[str, ApiKey] = {}
+        self._by_prefix: dict[bytes, list[ApiKey]] = {}
+
+    def put(self, secret_name: str, key: ApiKey) -> None:
+        """Add or replace the key of a Secret."""
+        self._by_secret[secret_name] = key
+        self._index()
+
+    def remove(self, secret_name: str) -> None:
+        """Forget the key of a Secret."""
+        if self._by_secret.pop(secret_name, None) is not None:
+            self._index()
+
+    def find(self, presented: str) -> ApiKey | None:
+        """The key that a client presents, or None.
+
+        The index sees only a prefix of the SHA-256; the whole digest is compared in constant time.
+        """
+        digest = key_digest(presented)
+        found = None
+        for key in self._by_prefix.get(digest[:_INDEX], ()):
+            if hmac.compare_digest(key.digest, digest):
+                found = key
+        return found
+
+    def _index(self) -> None:
+        index: dict[bytes, list[ApiKey]] = {}
+        for key in self._by_secret.values():
+            index.setdefault(key.digest[:_INDEX], []).append(key)
+        self._by_prefix = index

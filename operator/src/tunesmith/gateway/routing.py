@@ -1,0 +1,41 @@
+"""Which pod answers: consistent hashing with bounded loads. Pure.
+
+Rendezvous hashing (Thaler, Ravishankar 1998) orders the pods that hold a model; the first one whose load stays within
+`LOAD_FACTOR` times the mean takes the request (consistent hashing with bounded loads, arXiv:1608.01350). So a model's
+requests meet a warm prefix cache while there is room, and spread over all its pods when there is not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+LOAD_FACTOR = 1.25
+
+T = TypeVar("T")
+
+
+def rank(model: str, pods: Iterable[T], identity: Callable[[T], str]) -> tuple[T, ...]:
+    """The pods in the model's own order, which adding or removing a pod does not change for the others."""
+
+    def weight(pod: T) -> bytes:
+        return hashlib.blake2b(f"{model}\0{identity(pod)}".encode(), digest_size=8).digest()
+
+    return tuple(sorted(pods, key=weight))
+
+
+def choose(loads: Sequence[int]) -> int:
+    """The index of the pod that takes one more request.
+
+    Args:
+        loads: running requests per pod, in the model's order; not empty.
+    """
+    bound = math.ceil(LOAD_FACTOR * (sum(loads) + 1) / len(loads))
+    for index, load in enumerate(loads):
+        if load < bound:
+            return index
+    return min(range(len(loads)), key=loads.__getitem__)

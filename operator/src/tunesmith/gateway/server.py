@@ -1,0 +1,189 @@
+"""The gateway's process: its parts, put together, started and ended."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Self
+
+import aiohttp
+from aiohttp import web
+
+from tunesmith.contracts.agent import AGENT_PORT, ENGINE_PORT, GATEWAY_INTERNAL_PORT, GATEWAY_PORT
+from tunesmith.gateway.catalog import Catalog
+from tunesmith.gateway.demand import Demand
+from tunesmith.gateway.feed import Feed
+from tunesmith.gateway.internal import internal_app
+from tunesmith.gateway.keys import KeyTable
+from tunesmith.gateway.metrics import Metrics
+from tunesmith.gateway.proxy import Limits, Proxy
+from tunesmith.gateway.residency import Residency
+
+if TYPE_CHECKING:
+    from tunesmith.gateway.feed import Watcher
+
+LOG = logging.getLogger(__name__)
+
+_IDLE_SECONDS = 3.0
+"""Idle connections to engines close after this: vLLM closes them after 5 s, and a request would meet the closing."""
+_CONNECT_SECONDS = 2.0
+_INTERNAL_SHUTDOWN_SECONDS = 0.2
+_BACKLOG = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How the gateway runs.
+
+    Attributes:
+        namespace: its own, which holds the keys.
+        installation_key: bytes that the pools' tokens derive from.
+        limits: what it takes upon itself.
+        linger_seconds: how long it still accepts connections after SIGTERM, until nobody sends new ones.
+        drain_seconds: how long running requests may take after that.
+    """
+
+    namespace: str
+    installation_key: bytes = field(repr=False)
+    limits: Limits = field(default_factory=Limits)
+    host: str | None = None
+    port: int = GATEWAY_PORT
+    internal_port: int = GATEWAY_INTERNAL_PORT
+    linger_seconds: float = 3.0
+    drain_seconds: float = 60.0
+    engine_port: int = ENGINE_PORT
+    agent_port: int = AGENT_PORT
+
+
+class Gateway:
+    """A running gateway: `async with Gateway(settings, cluster) as gateway`."""
+
+    def __init__(self, settings: Settings, watcher: Watcher) -> None:
+        self._settings = settings
+        loop = asyncio.get_running_loop()
+        # No limit of connections: what limits is the pods. Pods' answers are never compressed.
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_SECONDS, socket_factory=_socket),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            skip_auto_headers=("Accept-Encoding", "User-Agent"),
+        )
+        self.demand = Demand()
+        self.metrics = Metrics(self.demand)
+        self.keys = KeyTable()
+        self.catalog = Catalog()
+        self.residency = Residency(
+            self._session,
+            settings.installation_key,
+            clock=loop.time,
+            engine_port=settings.engine_port,
+            agent_port=settings.agent_port,
+        )
+        self.feed = Feed(
+            watcher,
+            settings.namespace,
+            keys=self.keys,
+            catalog=self.catalog,
+            changed=lambda: self.residency.sync(self.catalog.pods()),
+        )
+        self.proxy = Proxy(
+            session=self._session,
+            keys=self.keys,
+            catalog=self.catalog,
+            residency=self.residency,
+            demand=self.demand,
+            metrics=self.metrics,
+            limits=settings.limits,
+            clock=loop.time,
+            synced=self.feed.synced,
+        )
+        self._clients = web.ServerRunner(
+            web.Server(
+                self.proxy.handle,
+                request_factory=self._request,
+                handler_cancellation=True,
+                access_log=None,
+                keepalive_timeout=75,
+            ),
+            shutdown_timeout=settings.drain_seconds,
+        )
+        self._internal = web.AppRunner(
+            internal_app(self.demand, self.metrics, settings.installation_key, self._not_ready),
+            handler_cancellation=True,
+            access_log=None,
+            shutdown_timeout=_INTERNAL_SHUTDOWN_SECONDS,
+        )
+        self._watching: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        await self._clients.setup()
+        await self._internal.setup()
+        settings = self._settings
+        await web.TCPSite(self._internal, settings.host, settings.internal_port).start()
+        await web.TCPSite(self._clients, settings.host, settings.port, backlog=_BACKLOG).start()
+        self._watching = asyncio.create_task(self.feed.run(), name="watches")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        # The order matters: running requests still need the pods' states, the operator still needs the demand.
+        await self._clients.cleanup()
+        await self._internal.cleanup()
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
+        await self.residency.close()
+        await self._session.close()
+
+    @property
+    def port(self) -> int:
+        """The clients' port, also where the system chose it."""
+        return int(self._clients.addresses[0][1])
+
+    @property
+    def internal_port(self) -> int:
+        """The internal port, also where the system chose it."""
+        return int(self._internal.addresses[0][1])
+
+    async def linger(self) -> None:
+        """Fail the readiness probe and go on serving until nobody sends new connections."""
+        self.proxy.closing = True
+        await asyncio.sleep(self._settings.linger_seconds)
+
+    def _not_ready(self) -> str | None:
+        if self.proxy.closing:
+            return "the gateway is about to end"
+        if self.feed.missing:
+            return f"not read yet: {', '.join(self.feed.missing)}"
+        return None
+
+    def _request(
+        self,
+        message: object,
+        payload: object,
+        protocol: object,
+        writer: object,
+        task: asyncio.Task[None],
+    ) -> web.BaseRequest:
+        return web.BaseRequest(
+            message,  # type: ignore[arg-type]
+            payload,  # type: ignore[arg-type]
+            protocol,  # type: ignore[arg-type]
+            writer,  # type: ignore[arg-type]
+            task,
+            asyncio.get_running_loop(),
+            client_max_size=self._settings.limits.body_bytes,
+        )
+
+
+def _socket(address: tuple[object, ...]) -> socket.socket:
+    """A socket that notices within 20 s that the other side's machine is gone: answers may be silent for minutes."""
+    family, type_, protocol = address[0], address[1], address[2]
+    made = socket.socket(family, type_, protocol)  # type: ignore[arg-type]
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_KEEPIDLE"):
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+    return made

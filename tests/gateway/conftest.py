@@ -1,0 +1,59 @@
+"""Starts gateways."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING
+
+import aiohttp
+import pytest
+from gateway_rig import INSTALLATION_KEY, OWN_NAMESPACE, Rig, Watches, eventually, free_ports
+from tunesmith.gateway.proxy import Limits
+from tunesmith.gateway.server import Gateway, Settings
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+
+@pytest.fixture
+async def start() -> AsyncIterator[Callable[..., Awaitable[Rig]]]:
+    """Starts a gateway with the given limits."""
+    async with AsyncExitStack() as stack:
+        rigs: list[Rig] = []
+
+        async def run(*, synced: bool = True, **limits: float) -> Rig:
+            engine_port, agent_port = free_ports(2)
+            watches = Watches()
+            if not synced:
+                watches.sync.clear()
+            settings = Settings(
+                namespace=OWN_NAMESPACE,
+                installation_key=INSTALLATION_KEY,
+                limits=Limits(**limits),  # type: ignore[arg-type]
+                host="127.0.0.1",
+                port=0,
+                internal_port=0,
+                linger_seconds=0.0,
+                drain_seconds=5.0,
+                engine_port=engine_port,
+                agent_port=agent_port,
+            )
+            gateway = await stack.enter_async_context(Gateway(settings, watches))
+            http = await stack.enter_async_context(aiohttp.ClientSession())
+            rig = Rig(gateway, watches, http, (engine_port, agent_port))
+            rigs.append(rig)
+            if synced:
+                await eventually(gateway.feed.synced, "the gateway has read everything")
+                await eventually(lambda: gateway.keys.find(rig.key), "the key is known")
+            return rig
+
+        yield run
+        for rig in rigs:
+            for pod in rig.pods:
+                await pod.stop()
+
+
+@pytest.fixture
+async def rig(start: Callable[..., Awaitable[Rig]]) -> Rig:
+    """A gateway that holds requests for at most half a second."""
+    return await start(hold_seconds=0.5)

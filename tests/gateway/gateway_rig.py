@@ -1,0 +1,373 @@
+"""What stands around a gateway: the cluster's watches, and pods that speak the agent's and the engine's protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import socket
+from typing import TYPE_CHECKING, Any, Literal
+
+import aiohttp
+from aiohttp import web
+from tunesmith.cluster.watch import WatchEvent
+from tunesmith.contracts.agent import PodState, Residency, ResidencyState, pool_token
+from tunesmith.contracts.apikey import key_secret, new_key
+from tunesmith.contracts.location import engine_name
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from multidict import CIMultiDictProxy
+    from tunesmith.gateway.server import Gateway
+
+INSTALLATION_KEY = b"an installation key of thirty-two"
+OWN_NAMESPACE = "tunesmith-system"
+DEADLINE = 10.0
+
+
+def digest(character: str) -> str:
+    return "sha256:" + character * 64
+
+
+async def eventually(condition: Callable[[], object], what: str) -> None:
+    async with asyncio.timeout(DEADLINE):
+        while not condition():  # noqa: ASYNC110 - any condition, also one that tells nobody
+            await asyncio.sleep(0.01)
+    assert condition(), what
+
+
+class Watches:
+    """The cluster's watches: tests put objects in, the gateway sees events."""
+
+    def __init__(self) -> None:
+        self._objects: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
+        self._queues: dict[str, asyncio.Queue[WatchEvent]] = {}
+        self.asked: dict[str, tuple[str | None, str]] = {}
+        self.sync = asyncio.Event()
+        self.sync.set()
+
+    def put(self, document: dict[str, Any]) -> None:
+        self._tell("MODIFIED", document)
+        metadata = document["metadata"]
+        self._objects.setdefault(document["kind"], {})[metadata["namespace"], metadata["name"]] = document
+
+    def delete(self, document: dict[str, Any]) -> None:
+        metadata = document["metadata"]
+        if self._objects.get(document["kind"], {}).pop((metadata["namespace"], metadata["name"]), None):
+            self._tell("DELETED", document)
+
+    def _tell(self, type_: Literal["MODIFIED", "DELETED"], document: dict[str, Any]) -> None:
+        if document["kind"] in self._queues:
+            self._queues[document["kind"]].put_nowait(WatchEvent(type_, document))
+
+    async def watch(self, kind: str, namespace: str | None = None, *, labels: str = "") -> AsyncIterator[WatchEvent]:
+        self.asked[kind] = (namespace, labels)
+        await self.sync.wait()
+        self._queues[kind] = asyncio.Queue()
+        for document in list(self._objects.get(kind, {}).values()):
+            yield WatchEvent("ADDED", document)
+        yield WatchEvent("SYNCED", {})
+        while True:
+            yield await self._queues[kind].get()
+
+
+class FakePod:
+    """A pool's pod: an agent and an engine behind the middleware, as contracts.agent and vLLM have them."""
+
+    def __init__(self, name: str, address: str, pool: dict[str, Any], ports: tuple[int, int]) -> None:
+        self.name, self.address, self.pool = name, address, pool
+        self._ports = ports
+        self.base = f"{pool['metadata']['namespace']}/{pool['spec']['modelName']}"
+        self.resident: set[str] = set()
+        self.announced: set[str] | None = None
+        self.engine_ready = True
+        self.draining = False
+        self.ready = True
+        self.seen: list[dict[str, Any]] = []
+        self.running = 0
+        self.most_running = 0
+        self.left = 0
+        self.answer: Callable[[web.Request, dict[str, Any]], Awaitable[web.StreamResponse | None]] | None = None
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.silent = False
+        self._told = asyncio.Condition()
+        self._runners: dict[str, web.AppRunner] = {}
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        metadata = self.pool["metadata"]
+        return {
+            "kind": "Pod",
+            "metadata": {
+                "name": self.name,
+                "namespace": metadata["namespace"],
+                "uid": f"uid-{self.name}",
+                "labels": {"tunesmith.dev/pool": metadata["name"], "tunesmith.dev/pool-uid": metadata["uid"]},
+            },
+            "status": {
+                "phase": "Running",
+                "podIP": self.address,
+                "conditions": [{"type": "Ready", "status": "True" if self.ready else "False"}],
+            },
+        }
+
+    def _token(self) -> str:
+        metadata = self.pool["metadata"]
+        return pool_token(INSTALLATION_KEY, metadata["namespace"], metadata["uid"])
+
+    async def start_engine(self) -> None:
+        engine = web.Application()
+        engine.router.add_post("/v1/chat/completions", self._generate)
+        engine.router.add_post("/v1/completions", self._generate)
+        await self._serve("engine", engine, self._ports[0])
+
+    async def start_agent(self) -> None:
+        agent = web.Application()
+        agent.router.add_get("/v1/events", self._events)
+        await self._serve("agent", agent, self._ports[1])
+
+    async def _serve(self, which: str, app: web.Application, port: int) -> None:
+        runner = self._runners[which] = web.AppRunner(
+            app, handler_cancellation=True, shutdown_timeout=0.05, access_log=None
+        )
+        await runner.setup()
+        await web.TCPSite(runner, self.address, port, reuse_address=True).start()
+
+    async def stop(self, *which: str) -> None:
+        for part in which or tuple(self._runners):
+            runner = self._runners.pop(part, None)
+            if runner is not None:
+                for connection in runner.server.connections if runner.server else []:
+                    connection.close()
+                await runner.cleanup()
+
+    async def tell(self) -> None:
+        async with self._told:
+            self._told.notify_all()
+
+    async def hold(self, *names: str) -> None:
+        self.resident |= set(names)
+        await self.tell()
+
+    async def _events(self, request: web.Request) -> web.StreamResponse:
+        if request.headers.get("Authorization") != f"Bearer {self._token()}":
+            raise web.HTTPUnauthorized
+        response = web.StreamResponse()
+        await response.prepare(request)
+        while not self.silent:
+            names = self.resident if self.announced is None else self.announced
+            state = PodState(
+                engine_ready=self.engine_ready,
+                draining=self.draining,
+                adapters=[
+                    Residency(engine_name=name, digest=digest("a"), state=ResidencyState.RESIDENT)
+                    for name in sorted(names)
+                ],
+            )
+            await response.write(state.model_dump_json(by_alias=True).encode() + b"\n")
+            async with self._told:
+                try:
+                    async with asyncio.timeout(0.5):
+                        await self._told.wait()
+                except TimeoutError:
+                    continue
+        await asyncio.Event().wait()
+        return response
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        if request.headers.get("Authorization") != f"Bearer {self._token()}":
+            raise web.HTTPUnauthorized
+        body = await request.json()
+        if self.draining:
+            return web.json_response(
+                {"error": {"message": "draining", "code": "not_started"}},
+                status=503,
+                headers={"x-tunesmith-not-started": "true"},
+            )
+        self.seen.append(body)
+        if self.answer is not None:
+            answer = await self.answer(request, body)
+            if answer is not None:
+                return answer
+        model = body["model"]
+        if model != self.base and model not in self.resident:
+            return web.json_response({"error": {"message": f"no {model}", "type": "NotFoundError"}}, status=404)
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        try:
+            if body.get("stream"):
+                return await self._stream(request, model)
+            await self.gate.wait()
+            return web.Response(body=_completion(model, self.name), content_type="application/json")
+        except (asyncio.CancelledError, ConnectionResetError):
+            self.left += 1
+            raise
+        finally:
+            self.running -= 1
+
+    async def _stream(self, request: web.Request, model: str) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+        await response.prepare(request)
+        for word in ("Ahoy", " there", f" from {self.name}"):
+            await response.write(_chunk(model, word))
+            await self.gate.wait()
+        await response.write(b"data: [DONE]\n\n")
+        await response.write_eof()
+        return response
+
+
+def _completion(model: str, text: str) -> bytes:
+    return (
+        b'{"id":"chatcmpl-1","object":"chat.completion","created":1,"model":"%s","choices":[{"index":0,"message":'
+        b'{"role":"assistant","content":"%s"},"finish_reason":"stop"}],'
+        b'"usage":{"prompt_tokens":1,"completion_tokens":1,"total_tokens":2}}' % (model.encode(), text.encode())
+    )
+
+
+def _chunk(model: str, text: str) -> bytes:
+    return (
+        b'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1,"model":"%s","choices":'
+        b'[{"index":0,"delta":{"content":"%s"},"finish_reason":null}]}\n\n' % (model.encode(), text.encode())
+    )
+
+
+def condition(type_: str, status: str, reason: str, message: str = "") -> dict[str, Any]:
+    return {
+        "type": type_,
+        "status": status,
+        "reason": reason,
+        "message": message,
+        "lastTransitionTime": "2026-01-01T00:00:00Z",
+    }
+
+
+def pool_manifest(
+    name: str = "pool", namespace: str = "serving", *, model: str = "base", open_to: str = "All"
+) -> dict[str, Any]:
+    return {
+        "kind": "ServingPool",
+        "apiVersion": "tunesmith.dev/v1alpha1",
+        "metadata": {
+            "name": name,
+            "namespace": namespace,
+            "uid": f"uid-{namespace}-{name}",
+            "creationTimestamp": "2026-01-01T00:00:00Z",
+        },
+        "spec": {
+            "modelName": model,
+            "baseModel": {"uri": "s3://models/base"},
+            "allowedNamespaces": {"from": open_to},
+        },
+    }
+
+
+def adapter_manifest(
+    name: str,
+    namespace: str = "team",
+    *,
+    model: str | None = None,
+    pool: tuple[str, str] | None = ("serving", "pool"),
+    digests: tuple[str, ...] = ("a",),
+    state: str = "Resident",
+    created: str = "2026-01-02T00:00:00Z",
+    conditions: list[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    status: dict[str, Any] = {"conditions": conditions or [condition("Resolved", "True", "Resolved")]}
+    if pool is not None:
+        status["pool"] = {"namespace": pool[0], "name": pool[1]}
+    status["revisions"] = [
+        {"digest": digest(one), "engineName": engine_name(namespace, model or name, digest(one)), "state": state}
+        for one in digests
+    ]
+    return {
+        "kind": "AdapterDeployment",
+        "apiVersion": "tunesmith.dev/v1alpha1",
+        "metadata": {
+            "name": name,
+            "namespace": namespace,
+            "uid": f"uid-{namespace}-{name}",
+            "creationTimestamp": created,
+        },
+        "spec": {"adapterFrom": {"fineTuneJob": {"name": "job"}}, "modelName": model or name},
+        "status": status,
+    }
+
+
+def stored(secret: dict[str, Any]) -> dict[str, Any]:
+    """The Secret as the API server gives it back."""
+    text = secret.pop("stringData")
+    return secret | {"data": {key: base64.b64encode(value.encode()).decode() for key, value in text.items()}}
+
+
+class Rig:
+    """A gateway, its cluster and its clients."""
+
+    def __init__(self, gateway: Gateway, watches: Watches, http: aiohttp.ClientSession, ports: tuple[int, int]) -> None:
+        self.gateway, self.watches, self.http = gateway, watches, http
+        self.pods: list[FakePod] = []
+        self._ports = ports
+        self.pool = pool_manifest()
+        self.url = f"http://127.0.0.1:{gateway.port}"
+        self.internal_url = f"http://127.0.0.1:{gateway.internal_port}"
+        self.key = self.add_key("default", home="team")
+
+    def add_key(
+        self, name: str, *, home: str, namespaces: list[str] | None = None, models: list[str] | None = None
+    ) -> str:
+        key = new_key()
+        secret = key_secret(
+            name, OWN_NAMESPACE, key, home=home, namespaces=namespaces or [home], models=models or ["*"]
+        )
+        self.watches.put(stored(secret))
+        return key
+
+    async def add_pod(self, *resident: str, pool: dict[str, Any] | None = None, announce: bool = True) -> FakePod:
+        number = len(self.pods) + 1
+        pod = FakePod(f"pod-{number}", f"127.0.1.{number}", pool or self.pool, self._ports)
+        pod.resident = set(resident)
+        self.pods.append(pod)
+        await pod.start_engine()
+        await pod.start_agent()
+        if announce:
+            self.watches.put(pod.pool)
+            self.watches.put(pod.manifest)
+            await self.settled(pod)
+        return pod
+
+    async def settled(self, pod: FakePod) -> None:
+        """The gateway knows what the pod holds."""
+        backends = self.gateway.residency._backends
+
+        def known() -> bool:
+            backend = backends.get(f"uid-{pod.name}")
+            announced = pod.resident if pod.announced is None else pod.announced
+            return backend is not None and backend.resident == announced and backend.heard > 0
+
+        await eventually(known, f"the state of {pod.name} is known")
+
+    async def post(
+        self,
+        body: object = None,
+        *,
+        path: str = "/v1/chat/completions",
+        key: str | None = None,
+    ) -> tuple[int, dict[str, Any], CIMultiDictProxy[str]]:
+        headers = {"Authorization": f"Bearer {key or self.key}"}
+        async with self.http.post(f"{self.url}{path}", json=body, headers=headers) as response:
+            return response.status, await response.json(), response.headers
+
+    async def chat(self, model: str, *, key: str | None = None, **fields: object) -> tuple[int, dict[str, Any]]:
+        body = {"model": model, "messages": [{"role": "user", "content": "Hello"}]} | fields
+        status, answer, _ = await self.post(body, key=key)
+        return status, answer
+
+
+def free_ports(count: int) -> tuple[int, ...]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("0.0.0.0", 0))  # noqa: S104 - free on every loopback address
+    ports = tuple(one.getsockname()[1] for one in sockets)
+    for one in sockets:
+        one.close()
+    return ports

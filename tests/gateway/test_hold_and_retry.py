@@ -1,0 +1,199 @@
+"""Pods that come late, refuse, die: what is held, what is tried again, what is not."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import openai
+import pytest
+from aiohttp import web
+from gateway_rig import adapter_manifest, eventually
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from gateway_rig import FakePod, Rig
+
+PIRATE = "team/pirate@aaaaaaaaaaaa"
+
+
+@pytest.fixture
+async def patient(start: Callable[..., Awaitable[Rig]]) -> Rig:
+    """A gateway that holds requests for long."""
+    rig = await start(hold_seconds=20)
+    rig.watches.put(adapter_manifest("pirate"))
+    return rig
+
+
+def waiting(rig: Rig) -> int:
+    return rig.gateway.demand.waiting["team/pirate"]
+
+
+async def test_a_request_waits_until_a_pod_holds_the_adapter(patient: Rig) -> None:
+    pod = await patient.add_pod()
+    request = asyncio.create_task(patient.chat("pirate"))
+    await eventually(lambda: waiting(patient) == 1, "the request is held")
+    await pod.hold(PIRATE)
+    status, answer = await request
+    assert (status, answer["model"]) == (200, PIRATE)
+    assert waiting(patient) == 0
+
+
+async def test_a_request_waits_for_the_first_pod_of_its_pool(patient: Rig) -> None:
+    patient.watches.put(patient.pool)
+    await eventually(lambda: len(patient.gateway.catalog._models) == 2, "adapter and pool are known")
+    request = asyncio.create_task(patient.chat("base"))
+    await eventually(lambda: patient.gateway.demand.waiting["serving/base"] == 1, "the request is held")
+    await patient.add_pod()
+    assert (await request)[1]["model"] == "serving/base"
+
+
+async def test_after_the_time_of_grace_it_is_a_503_that_says_when_to_come_back(rig: Rig) -> None:
+    rig.watches.put(adapter_manifest("pirate"))
+    await rig.add_pod()
+    status, answer, headers = await rig.post({"model": "pirate"})
+    assert (status, answer["error"]["code"], headers["Retry-After"]) == (503, "no_pod_ready", "5")
+    assert "0.5 s" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("limits", [{"held_requests": 2}, {"held_bytes": 200}])
+async def test_requests_above_the_bound_do_not_wait(
+    start: Callable[..., Awaitable[Rig]], limits: dict[str, int]
+) -> None:
+    rig = await start(hold_seconds=20, **limits)
+    rig.watches.put(adapter_manifest("pirate"))
+    pod = await rig.add_pod()
+    held = [asyncio.create_task(rig.chat("pirate")) for _ in range(2)]
+    await eventually(lambda: waiting(rig) == 2, "two are held")
+    status, answer = await rig.chat("pirate")
+    assert (status, answer["error"]["code"]) == (503, "too_many_waiting")
+    await pod.hold(PIRATE)
+    assert {status for status, _ in await asyncio.gather(*held)} == {200}
+
+
+async def test_a_client_that_leaves_while_it_waits_is_forgotten(patient: Rig) -> None:
+    pod = await patient.add_pod()
+    request = asyncio.create_task(patient.chat("pirate"))
+    await eventually(lambda: waiting(patient) == 1, "the request is held")
+    request.cancel()
+    await eventually(lambda: waiting(patient) == 0, "nobody waits")
+    await pod.hold(PIRATE)
+    assert pod.seen == []
+
+
+async def pair(rig: Rig) -> tuple[FakePod, FakePod]:
+    """Two pods that hold the adapter; the first is the one that is asked first."""
+    pods = [await rig.add_pod(PIRATE), await rig.add_pod(PIRATE)]
+    await rig.chat("pirate")
+    pods.sort(key=lambda pod: len(pod.seen), reverse=True)
+    for pod in pods:
+        pod.seen.clear()
+    return pods[0], pods[1]
+
+
+async def test_a_pod_whose_engine_refuses_connections_loses_no_request(patient: Rig) -> None:
+    dead, alive = await pair(patient)
+    await dead.stop("engine")
+    statuses = [await patient.chat("pirate") for _ in range(20)]
+    assert {status for status, _ in statuses} == {200}
+    assert len(alive.seen) == 20
+
+
+async def test_a_pod_that_dies_altogether_loses_no_request(patient: Rig) -> None:
+    dead, alive = await pair(patient)
+    await dead.stop()
+    requests = [asyncio.create_task(patient.chat("pirate")) for _ in range(20)]
+    assert {status for status, _ in await asyncio.gather(*requests)} == {200}
+    assert len(alive.seen) == 20
+
+
+async def test_a_draining_pod_passes_its_requests_on(patient: Rig) -> None:
+    draining, other = await pair(patient)
+    draining.draining = True  # its agent has not told yet
+    assert (await patient.chat("pirate"))[1]["choices"][0]["message"]["content"] == other.name
+
+
+async def test_an_engine_that_restarted_empty_passes_its_requests_on(patient: Rig) -> None:
+    restarted, other = await pair(patient)
+    restarted.announced = {PIRATE}  # what its agent still believes
+    restarted.resident.clear()
+    answer = (await patient.chat("pirate"))[1]
+    assert (answer["model"], answer["choices"][0]["message"]["content"]) == (PIRATE, other.name)
+    assert len(restarted.seen) == 1
+
+
+async def test_while_every_engine_restarts_requests_wait_and_none_is_answered_by_the_base(patient: Rig) -> None:
+    pod = await patient.add_pod(PIRATE)
+    pod.announced = {PIRATE}
+    pod.resident.clear()
+    requests = [asyncio.create_task(patient.chat("pirate")) for _ in range(5)]
+    await eventually(lambda: waiting(patient) == 5, "all are held")
+    await pod.stop("engine")
+    await pod.start_engine()
+    await pod.hold(PIRATE)
+    answers = await asyncio.gather(*requests)
+    assert {(status, answer["model"]) for status, answer in answers} == {(200, PIRATE)}
+
+
+async def test_a_pod_that_refuses_the_gateways_token_is_not_the_clients_fault(patient: Rig) -> None:
+    refusing, other = await pair(patient)
+
+    async def refuse(_: web.Request, __: dict[str, Any]) -> web.Response:
+        return web.json_response({"error": "who are you?"}, status=401)
+
+    refusing.answer = refuse
+    status, answer = await patient.chat("pirate")
+    assert (status, answer["choices"][0]["message"]["content"]) == (200, other.name)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_request_that_started_is_never_sent_twice(patient: Rig, stream: bool) -> None:  # noqa: FBT001
+    dying, other = await pair(patient)
+
+    async def die(request: web.Request, _: dict[str, Any]) -> web.StreamResponse:
+        assert request.transport is not None
+        request.transport.abort()
+        return web.Response()
+
+    dying.answer = die
+    status, answer = await patient.chat("pirate", stream=stream)
+    assert (status, answer["error"]["code"]) == (502, "engine_failed")
+    assert (len(dying.seen), len(other.seen)) == (1, 0)
+
+
+async def test_a_503_that_does_not_say_not_started_is_never_sent_twice(patient: Rig) -> None:
+    overloaded, other = await pair(patient)
+
+    async def refuse(_: web.Request, __: dict[str, Any]) -> web.Response:
+        return web.json_response({"error": {"message": "overloaded"}}, status=503)
+
+    overloaded.answer = refuse
+    assert (await patient.chat("pirate"))[0] == 503
+    assert (len(overloaded.seen), len(other.seen)) == (1, 0)
+
+
+async def test_a_stream_that_breaks_off_raises_in_the_stock_client(patient: Rig) -> None:
+    dying, other = await pair(patient)
+    dying.gate.clear()
+    async with openai.AsyncOpenAI(base_url=f"{patient.url}/v1", api_key=patient.key, max_retries=0) as client:
+        stream = await client.chat.completions.create(
+            model="pirate", messages=[{"role": "user", "content": "Hello"}], stream=True
+        )
+        assert (await anext(stream)).choices[0].delta.content == "Ahoy"
+        await dying.stop("engine")
+        with pytest.raises(openai.APIError, match="ended before its answer was complete"):
+            async for _ in stream:
+                pass
+    assert other.seen == []
+
+
+async def test_a_pod_that_is_deleted_finishes_what_it_works_on(patient: Rig) -> None:
+    pod = await patient.add_pod(PIRATE)
+    pod.gate.clear()
+    request = asyncio.create_task(patient.chat("pirate"))
+    await eventually(lambda: pod.running == 1, "the engine works on it")
+    patient.watches.delete(pod.manifest)
+    await eventually(lambda: not patient.gateway.residency._backends, "the pod is forgotten")
+    pod.gate.set()
+    assert (await request)[0] == 200

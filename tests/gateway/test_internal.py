@@ -1,0 +1,74 @@
+"""The internal port: demand, metrics, probes."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from gateway_rig import INSTALLATION_KEY, adapter_manifest, eventually
+
+from tunesmith.contracts.agent import AdapterDemand, GatewayDemand, gateway_token
+
+if TYPE_CHECKING:
+    from gateway_rig import Rig
+
+PIRATE = "team/pirate@aaaaaaaaaaaa"
+
+
+async def test_demand_is_streamed_to_whoever_has_the_token(rig: Rig) -> None:
+    rig.watches.put(adapter_manifest("pirate"))
+    pod = await rig.add_pod(PIRATE)
+    pod.gate.clear()
+    for token in ("", "Bearer ", "Bearer wrong", f"Bearer {rig.key}"):
+        async with rig.http.get(f"{rig.internal_url}/v1/demand", headers={"Authorization": token}) as response:
+            assert response.status == 401
+    headers = {"Authorization": f"Bearer {gateway_token(INSTALLATION_KEY)}"}
+    async with asyncio.timeout(10), rig.http.get(f"{rig.internal_url}/v1/demand", headers=headers) as response:
+
+        async def until(models: dict[str, AdapterDemand]) -> None:
+            while GatewayDemand.model_validate_json(await response.content.readline()).models != models:
+                pass
+
+        await until({})
+        await until({})
+        requests = [asyncio.create_task(rig.chat("pirate")) for _ in range(3)]
+        await until({"team/pirate": AdapterDemand(running=3)})
+        pod.gate.set()
+        await asyncio.gather(*requests)
+        await until({})
+
+
+async def test_held_requests_are_demand_too(rig: Rig) -> None:
+    rig.watches.put(adapter_manifest("pirate"))
+    await rig.add_pod()
+    request = asyncio.create_task(rig.chat("pirate"))
+    await eventually(
+        lambda: rig.gateway.demand.snapshot().models == {"team/pirate": AdapterDemand(waiting=1)}, "the request waits"
+    )
+    assert (await request)[0] == 503
+
+
+async def test_metrics_count_by_model_and_code_and_never_by_unknown_names(rig: Rig) -> None:
+    rig.watches.put(adapter_manifest("pirate"))
+    await rig.add_pod(PIRATE)
+    await rig.chat("pirate")
+    await rig.chat("team/pirate")
+    await rig.chat("unheard-of")
+    async with rig.http.get(f"{rig.internal_url}/metrics") as response:
+        text = await response.text()
+    assert 'tunesmith_gateway_requests_total{code="200",model="team/pirate"} 2.0' in text
+    assert 'tunesmith_gateway_requests_total{code="404",model=""} 1.0' in text
+    assert 'tunesmith_gateway_time_to_first_byte_seconds_count{model="team/pirate"} 2.0' in text
+    assert "unheard-of" not in text
+
+
+async def test_while_it_ends_it_is_not_ready_and_still_answers(rig: Rig) -> None:
+    rig.watches.put(adapter_manifest("pirate"))
+    await rig.add_pod(PIRATE)
+    await rig.gateway.linger()
+    async with rig.http.get(f"{rig.internal_url}/readyz") as response:
+        assert response.status == 503
+    async with rig.http.get(f"{rig.internal_url}/healthz") as response:
+        assert response.status == 200
+    status, _, headers = await rig.post({"model": "pirate"})
+    assert (status, headers["Connection"]) == (200, "close")
