@@ -6,7 +6,6 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from gateway_rig import INSTALLATION_KEY, adapter_manifest, eventually
-
 from tunesmith.contracts.agent import AdapterDemand, GatewayDemand, gateway_token
 
 if TYPE_CHECKING:
