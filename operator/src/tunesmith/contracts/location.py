@@ -6,6 +6,8 @@ import hashlib
 import re
 
 ARTIFACT_MANIFEST = "tunesmith.json"
+CLAIMS_FOLDER = "/mnt/claims"
+"""A training pod mounts the PersistentVolumeClaims that its job names here, each under its own name, read-only."""
 _DIGEST = re.compile(r"^sha256:([0-9a-f]{64})$")
 
 
@@ -48,3 +50,8 @@ def engine_name(namespace: str, model_name: str, digest: str) -> str:
     if match is None:
         raise ValueError(f"{digest!r} is not a digest of the form sha256:<64 hex digits>")
     return f"{namespace}/{model_name}@{match.group(1)[:12]}"
+
+
+def claim_path(uri: str) -> str:
+    """Where a pod that mounts its claims under `CLAIMS_FOLDER` finds `pvc://claim/folder`: `/mnt/claims/<claim>/<folder>`."""
+    return f"{CLAIMS_FOLDER}/{uri.removeprefix('pvc://')}"

@@ -1,0 +1,289 @@
+"""The command `tunesmith-trainer`: arguments, signals, exit codes and the termination message."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from tunesmith.api.conditions import FailureReason
+from tunesmith.api.finetunejob import EvaluationStatus, Stage
+from tunesmith.contracts.progress import PROGRESS_PORT
+from tunesmith.contracts.result import TERMINATION_MESSAGE_PATH, ExitCode, Outcome, TrainerResult
+from tunesmith_trainer.errors import InvalidSpecError, StorageUnavailableError, TrainerError
+from tunesmith_trainer.plan import check_spec
+from tunesmith_trainer.progress import Progress, serve
+from tunesmith_trainer.spec import load_job, spec_digest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from tunesmith.api.finetunejob import FineTuneJob
+    from tunesmith_trainer.store import Stores
+
+log = logging.getLogger("tunesmith_trainer")
+
+_EXAMPLES = """examples:
+  tunesmith-trainer validate --job job.yaml --allow-file
+      checks manifest, data and base model on the CPU, without loading weights
+  tunesmith-trainer train --job job.yaml --output out --allow-file
+      trains on this machine; the adapter is in out/artifact, the curves in out/metrics.csv
+  tunesmith-trainer train --job /etc/tunesmith/job/job.yaml --output s3://tunesmith/store/default/demo-1/artifact
+      what a training pod runs
+
+exit codes: 0 done, 2 the job must be changed, 3 worth another attempt, 143 stopped from outside
+"""
+# Libraries that would report to their makers, draw progress bars of their own or go to the network.
+_ENVIRONMENT = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+}
+
+
+def main() -> NoReturn:
+    """Entry point of the console script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Runs one command and returns its exit code."""
+    arguments = _parser().parse_args(argv)
+    os.environ.update(_ENVIRONMENT)
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(message)s")
+    logging.captureWarnings(capture=True)
+    for noisy in ("py.warnings", "bitsandbytes"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    progress = Progress(arguments.format)
+    ending = _Ending(progress, arguments.format, arguments.termination_message)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, ending.preempted)
+    try:
+        result = _execute(arguments, progress)
+    except TrainerError as error:
+        log.debug("failed", exc_info=error)
+        result = TrainerResult(outcome=Outcome.FAILED, reason=error.reason, message=str(error), retryable=error.retryable)
+    except Exception as error:
+        log.exception("unexpected error")
+        text = " ".join(str(error).split())[:300]
+        result = TrainerResult(
+            outcome=Outcome.FAILED,
+            reason=FailureReason.INTERNAL_ERROR,
+            message=f"unexpected {type(error).__name__}: {text}; the log has the traceback",
+            retryable=True,
+        )
+    ending.tell(result)
+    return int(result.exit_code)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tunesmith-trainer",
+        description="Trains a LoRA adapter from a FineTuneJob manifest.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (("validate", "check the job on the CPU, without weights"), ("train", "train, evaluate, package and publish")):
+        command = commands.add_parser(
+            name, help=text, description=text.capitalize() + ".", epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        command.add_argument("--job", type=Path, required=True, metavar="FILE", help="the FineTuneJob manifest, YAML or JSON")
+        if name == "train":
+            command.add_argument(
+                "--output", required=True, metavar="PLACE", help="uri of the artifact's folder, or a folder here that gets artifact/ and metrics.csv"
+            )
+        command.add_argument("--work", type=Path, metavar="DIR", help="for downloads and temporary files (default: $TUNESMITH_WORK, which the image sets to /work, or a temporary folder)")
+        command.add_argument("--secrets", type=Path, default=Path("/etc/tunesmith/secrets"), metavar="DIR", help="mounted Secrets (default: %(default)s)")
+        command.add_argument(
+            "--termination-message", type=Path, metavar="FILE", help=f"where the result goes as JSON (default: {TERMINATION_MESSAGE_PATH} if it is there)"
+        )
+        command.add_argument(
+            "--progress-port", type=int, default=PROGRESS_PORT, metavar="PORT", help="port of /progress and /metrics, 0 for none (default: %(default)s)"
+        )
+        command.add_argument("--allow-file", action="store_true", help="allow file:// and folders of this machine: where no cluster runs the job")
+        command.add_argument("-o", dest="format", choices=("text", "json"), default="text", help="progress as text or one JSON object per line (default: text)")
+    return parser
+
+
+def _execute(arguments: argparse.Namespace, progress: Progress) -> TrainerResult:
+    job = load_job(arguments.job)
+    check_spec(job.spec)
+    server = serve(progress, arguments.progress_port) if arguments.progress_port else None
+    # These imports take seconds: a wrong manifest is told before.
+    from tunesmith_trainer.store import Stores  # noqa: PLC0415
+
+    stores = Stores(secrets=arguments.secrets, allow_file=arguments.allow_file)
+    try:
+        with _work_folder(arguments.work) as work:
+            if arguments.command == "validate":
+                return _validate(job, stores, work, progress)
+            return _train(job, stores, work, progress, arguments)
+    finally:
+        if server is not None:
+            server.shutdown()
+            server.server_close()
+
+
+def _validate(job: FineTuneJob, stores: Stores, work: Path, progress: Progress) -> TrainerResult:
+    from tunesmith_trainer.prepare import prepare  # noqa: PLC0415
+
+    progress.update(stage=Stage.VALIDATING)
+    prepared = prepare(job, stores, work, weights=False)
+    counted = prepared.preflight
+    return TrainerResult(
+        outcome=Outcome.SUCCEEDED,
+        message=f"{counted.rows} rows to train on with {counted.tokens} tokens, {counted.validation_rows} held out, {counted.dropped_rows} dropped;"
+        f" {counted.trainable_parameters} trainable parameters, {prepared.resolved.total_steps} steps",
+        preflight=counted,
+        resolved=prepared.resolved,
+    )
+
+
+def _train(job: FineTuneJob, stores: Stores, work: Path, progress: Progress, arguments: argparse.Namespace) -> TrainerResult:
+    from tunesmith_trainer import package  # noqa: PLC0415
+
+    local, target = _target(arguments.output, stores, allow_file=arguments.allow_file)
+    found = package.find(target)
+    if found is not None:
+        manifest, artifact = found
+        if manifest.spec_digest not in (None, spec_digest(job)):
+            raise InvalidSpecError(f"{target.uri} already holds the artifact of another spec: choose another --output, or remove that folder")
+        return TrainerResult(
+            outcome=Outcome.SUCCEEDED,
+            message="an earlier attempt published this artifact; nothing was trained again",
+            artifact=artifact,
+            evaluation=manifest.evaluation,
+            metrics=manifest.metrics,
+        )
+
+    from tunesmith_trainer.prepare import prepare  # noqa: PLC0415
+    from tunesmith_trainer.train import choose_device, train  # noqa: PLC0415
+
+    choose_device(job.spec.resources.gpus)
+    progress.update(stage=Stage.PREPARING)
+    prepared = prepare(job, stores, work, weights=True)
+    counted = prepared.preflight
+    progress.say(f"  {counted.rows} rows, {counted.tokens} tokens, {counted.validation_rows} held out, {counted.dropped_rows} dropped")
+    trained = train(job, prepared, progress, work)
+    progress.update(stage=Stage.PACKAGING)
+    folder = work / "artifact"
+    shutil.rmtree(folder, ignore_errors=True)
+    manifest = package.build(job, prepared, trained, folder)
+    progress.update(stage=Stage.PUBLISHING)
+    artifact = package.publish(folder, manifest, target)
+    if local is not None:
+        package.write_curves(local / package.CURVES, trained.curve)
+    return TrainerResult(
+        outcome=Outcome.SUCCEEDED,
+        message=_summary(trained.evaluation),
+        preflight=counted,
+        resolved=prepared.resolved,
+        artifact=artifact,
+        evaluation=trained.evaluation,
+        metrics=package.metrics_of(trained.evaluation.base_loss, trained.evaluation.loss),
+    )
+
+
+def _summary(evaluation: EvaluationStatus) -> str:
+    return (
+        f"held-out loss {evaluation.base_loss:.3f} (base) to {evaluation.loss:.3f} (adapter),"
+        f" {-(evaluation.loss_reduction_percent or 0.0):+.0f} %"
+    )
+
+
+def _target(output: str, stores: Stores, *, allow_file: bool) -> tuple[Path | None, Any]:
+    """The folder of a local run, or None, and the artifact's folder."""
+    local = None
+    if "://" not in output:
+        if not allow_file:
+            raise InvalidSpecError(f"--output {output} is a folder of this machine, which is allowed only where no cluster runs the job: use a uri")
+        local = Path(output).resolve()
+        try:
+            local.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidSpecError(f"cannot make the folder {local}: {error.strerror}") from None
+        output = f"file://{local}/artifact"
+    return local, stores.folder(output, what="the artifact's folder", missing=StorageUnavailableError)
+
+
+@contextlib.contextmanager
+def _work_folder(asked: Path | None) -> Iterator[Path]:
+    default = os.environ.get("TUNESMITH_WORK")
+    folder = asked or (Path(default) if default else None)
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix="tunesmith-") as name:
+            os.environ.setdefault("HF_HOME", f"{name}/huggingface")
+            yield Path(name)
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidSpecError(f"cannot make the work folder {folder}: {error.strerror}; choose another with --work") from None
+    os.environ.setdefault("HF_HOME", str(folder / "huggingface"))
+    yield folder
+
+
+class _Ending:
+    """How the process tells its result: termination message, last line, exit code."""
+
+    def __init__(self, progress: Progress, form: str, path: Path | None) -> None:
+        self._progress = progress
+        self._form = form
+        default = Path(TERMINATION_MESSAGE_PATH)
+        self._path = path or (default if default.exists() else None)
+
+    def tell(self, result: TrainerResult) -> None:
+        """Writes the termination message and the last line of the output."""
+        self._write_message(result)
+        text = f"{result.outcome}: {result.message}"
+        if result.reason is not None:
+            text = f"{result.outcome} ({result.reason}): {result.message}"
+        if result.artifact is not None:
+            text += f"\n  artifact {result.artifact.uri}\n  digest   {result.artifact.digest}"
+        self._progress.finish(_document(result), text)
+
+    def preempted(self, number: int, frame: object) -> NoReturn:  # noqa: ARG002 - a signal handler's signature
+        """Ends the process at once; written without locks, which the interrupted code may hold."""
+        result = TrainerResult(
+            outcome=Outcome.PREEMPTED, message=f"stopped by {signal.Signals(number).name} in stage {self._progress.stage}", retryable=True
+        )
+        with contextlib.suppress(OSError):
+            self._write_message(result)
+            line = json.dumps(_document(result)) if self._form == "json" else f"{result.outcome}: {result.message}"
+            os.write(sys.stdout.fileno(), f"\n{line}\n".encode())
+        os._exit(ExitCode.PREEMPTED)
+
+    def _write_message(self, result: TrainerResult) -> None:
+        if self._path is not None:
+            self._path.write_text(result.termination_message(), encoding="utf-8")
+
+
+def _document(result: TrainerResult) -> dict[str, Any]:
+    artifact = result.artifact
+    return {
+        "outcome": result.outcome.value,
+        "reason": result.reason.value if result.reason else None,
+        "message": result.message,
+        "artifact": {"uri": artifact.uri, "digest": artifact.digest} if artifact else None,
+        "metrics": result.metrics,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Live progress: over HTTP for the operator and Prometheus, and as lines on standard output for people and programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Literal, TextIO
+
+from tunesmith.api.finetunejob import ProgressStatus, Stage
+from tunesmith_trainer.errors import InvalidSpecError
+
+Form = Literal["text", "json"]
+
+_GAUGES = {
+    "step": ("tunesmith_training_step", "Optimizer steps done."),
+    "total_steps": ("tunesmith_training_steps", "Optimizer steps in all."),
+    "epoch": ("tunesmith_training_epoch", "Passes over the training rows."),
+    "loss": ("tunesmith_training_loss", "Training loss of the last step, nats per target token."),
+    "evaluation_loss": ("tunesmith_evaluation_loss", "Held-out loss, nats per target token."),
+    "learning_rate": ("tunesmith_training_learning_rate", "Learning rate of the last step."),
+    "tokens_per_second": ("tunesmith_training_tokens_per_second", "Tokens trained per second."),
+    "memory_bytes": ("tunesmith_training_memory_bytes", "Peak memory: of the GPU, or resident memory on a CPU."),
+    "eta_seconds": ("tunesmith_training_eta_seconds", "Seconds until the last step."),
+}
+
+
+class Progress:
+    """What the trainer is doing now. Safe to read from other threads.
+
+    Args:
+        form: how a change is written to `out`: lines for people (one line that is rewritten on a terminal), or JSON.
+        out: where to.
+    """
+
+    def __init__(self, form: Form = "text", out: TextIO | None = None) -> None:
+        self._form = form
+        self._out = out or sys.stdout
+        self._lock = threading.Lock()
+        self._status = ProgressStatus(stage=Stage.PREPARING, update_time=datetime.now(UTC))
+        self._rewriting = False
+
+    @property
+    def status(self) -> ProgressStatus:
+        """The latest progress."""
+        with self._lock:
+            return self._status
+
+    @property
+    def stage(self) -> Stage | None:
+        """The stage, read without the lock: for signal handlers."""
+        return self._status.stage
+
+    def update(self, **changes: Any) -> None:  # noqa: ANN401 - the fields of ProgressStatus
+        """Changes some fields of the progress and tells it."""
+        with self._lock:
+            before = self._status
+            self._status = before.model_copy(update={**changes, "update_time": datetime.now(UTC)})
+            self._tell(before, self._status)
+
+    def say(self, text: str) -> None:
+        """One line for people; programs do not get it."""
+        with self._lock:
+            if self._form == "text":
+                self._write(text, rewrite=False)
+
+    def finish(self, document: dict[str, Any], text: str) -> None:
+        """The last line: the result, for programs or for people."""
+        with self._lock:
+            self._write(json.dumps(document) if self._form == "json" else text, rewrite=False)
+
+    def _tell(self, before: ProgressStatus, now: ProgressStatus) -> None:
+        if self._form == "json":
+            self._write(now.model_dump_json(by_alias=True, exclude_none=True), rewrite=False)
+        elif now.stage is not before.stage:
+            self._write(f"{now.stage}", rewrite=False)
+        elif now.step is not None and now.step != before.step and now.stage is Stage.TRAINING:
+            self._write(step_line(now), rewrite=self._out.isatty())
+
+    def _write(self, text: str, *, rewrite: bool) -> None:
+        if rewrite:
+            self._out.write(f"\r\x1b[2K{text}")
+        else:
+            self._out.write(f"\n{text}\n" if self._rewriting else f"{text}\n")
+        self._rewriting = rewrite
+        self._out.flush()
+
+
+def step_line(status: ProgressStatus) -> str:
+    """`  step 12/90  epoch 0.4  loss 1.234  rate 2.0e-04  410 tok/s  1.9 GB  ETA 2m30s`."""
+    parts = [f"  step {status.step}/{status.total_steps}"]
+    if status.epoch is not None:
+        parts.append(f"epoch {status.epoch:.1f}")
+    if status.loss is not None:
+        parts.append(f"loss {status.loss:.3f}")
+    if status.learning_rate is not None:
+        parts.append(f"rate {status.learning_rate:.1e}")
+    if status.tokens_per_second is not None:
+        parts.append(f"{status.tokens_per_second:.0f} tok/s")
+    if status.memory_bytes is not None:
+        parts.append(f"{status.memory_bytes / 1e9:.1f} GB")
+    if status.eta_seconds is not None:
+        minutes, seconds = divmod(status.eta_seconds, 60)
+        parts.append(f"ETA {minutes}m{seconds:02d}s" if minutes else f"ETA {seconds}s")
+    return "  ".join(parts)
+
+
+def prometheus(status: ProgressStatus) -> str:
+    """The progress in Prometheus' text format."""
+    lines = []
+    for field, (name, help_text) in _GAUGES.items():
+        value = getattr(status, field)
+        if value is not None:
+            lines += [f"# HELP {name} {help_text}", f"# TYPE {name} gauge", f"{name} {value}"]
+    if status.stage is not None:
+        name = "tunesmith_training_stage"
+        lines += [f"# HELP {name} What the trainer is doing.", f"# TYPE {name} gauge"]
+        lines += [f'{name}{{stage="{stage}"}} {int(stage is status.stage)}' for stage in Stage]
+    return "\n".join(lines) + "\n"
+
+
+def serve(progress: Progress, port: int) -> ThreadingHTTPServer:
+    """Serves `GET /progress` (JSON) and `GET /metrics` on all addresses, from a thread of its own.
+
+    Raises:
+        InvalidSpecError: the port is in use.
+    """
+
+    class Handler(BaseHTTPRequestHandler):
+        timeout = 5
+
+        def do_GET(self) -> None:  # noqa: N802 - the standard library's name
+            if self.path == "/progress":
+                self._answer("application/json", progress.status.model_dump_json(by_alias=True, exclude_none=True))
+            elif self.path == "/metrics":
+                self._answer("text/plain; version=0.0.4; charset=utf-8", prometheus(progress.status))
+            else:
+                self.send_error(404)
+
+        def _answer(self, kind: str, text: str) -> None:
+            body = text.encode()
+            self.send_response(200)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the standard library's name
+            """Requests are not logged: the operator asks every few seconds."""
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+
+        def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ANN401 - the standard library's signature
+            """A client that goes away in the middle of an answer is no event."""
+
+    try:
+        server = Server(("0.0.0.0", port), Handler)  # noqa: S104 - the operator asks from another pod
+    except OSError as error:
+        raise InvalidSpecError(f"cannot serve progress on port {port}: {error.strerror}; choose another with --progress-port, or 0 for none") from None
+    threading.Thread(target=server.serve_forever, name="progress", daemon=True).start()
+    return server

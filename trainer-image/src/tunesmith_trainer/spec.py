@@ -1,0 +1,61 @@
+"""Reading the FineTuneJob manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING
+
+import yaml
+from pydantic import ValidationError
+
+from tunesmith.api.finetunejob import FineTuneJob
+from tunesmith_trainer.errors import InvalidSpecError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_SHOWN_PROBLEMS = 5
+
+
+def load_job(path: Path) -> FineTuneJob:
+    """The FineTuneJob in a YAML or JSON file.
+
+    Raises:
+        InvalidSpecError: the file is missing, is not YAML or is no valid FineTuneJob.
+    """
+    try:
+        documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise InvalidSpecError(f"cannot read the manifest {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InvalidSpecError(f"the manifest {path} is not YAML: {error}") from None
+    documents = [document for document in documents if document is not None]
+    if len(documents) != 1 or not isinstance(documents[0], dict):
+        raise InvalidSpecError(f"the manifest {path} must hold exactly one FineTuneJob, it holds {len(documents)}")
+    kind = documents[0].get("kind")
+    if kind != "FineTuneJob":
+        raise InvalidSpecError(f"the manifest {path} is of kind {kind!r}, not FineTuneJob")
+    try:
+        return FineTuneJob.model_validate(documents[0])
+    except ValidationError as error:
+        raise InvalidSpecError(f"the manifest {path} is not valid: {_problems(error)}") from None
+
+
+def _problems(error: ValidationError) -> str:
+    """The problems as one line: `spec.method.lora.rank: Input should be greater than or equal to 1 (it is 0)`."""
+    lines = []
+    for problem in error.errors(include_url=False):
+        where = ".".join(str(part) for part in problem["loc"]) or "manifest"
+        text = problem["msg"].removeprefix("Value error, ")
+        given = problem.get("input")
+        shown = f" (it is {given!r})" if isinstance(given, str | int | float) else ""
+        lines.append(f"{where}: {text}{shown}")
+    rest = len(lines) - _SHOWN_PROBLEMS
+    return "; ".join(lines[:_SHOWN_PROBLEMS]) + (f"; and {rest} more" if rest > 0 else "")
+
+
+def spec_digest(job: FineTuneJob) -> str:
+    """`sha256:<64 hex>` of what determines the result: the spec without where and how often it runs."""
+    document = job.spec.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"resources", "scheduling", "max_attempts"})
+    return f"sha256:{hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()}"

@@ -1,0 +1,357 @@
+"""All input and output on stores: S3, Hugging Face, Google Cloud, Azure, mounted claims and, in local runs, files."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
+
+import fsspec
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, ParamValidationError, PartialCredentialsError
+
+from tunesmith.contracts.location import claim_path
+from tunesmith_trainer.errors import (
+    AccessDeniedError,
+    InvalidSpecError,
+    SecretNotFoundError,
+    StorageUnavailableError,
+    TrainerError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+_CHUNK = 8 * 2**20
+_SCHEMES = ("hf", "s3", "gs", "az", "pvc", "file")
+# Codes that botocore hands through and s3fs does not translate to PermissionError.
+_DENIED_CODES = frozenset({"SignatureDoesNotMatch", "InvalidAccessKeyId", "AccessDenied", "ExpiredToken", "403", "401", "InvalidToken"})
+_DENIED_STATUS = frozenset({401, 403})
+
+
+@dataclass(frozen=True)
+class Retry:
+    """How long an outage of a store is waited out: pauses of 1, 2, 4 … seconds, at most `longest` each."""
+
+    attempts: int = 8
+    first: float = 1.0
+    longest: float = 30.0
+
+    def pauses(self) -> Iterator[float]:
+        """Seconds before each further attempt."""
+        return (min(self.first * 2**number, self.longest) for number in range(self.attempts - 1))
+
+
+class Folder:
+    """A folder in a store (or one file of it, named by its last part). Every call waits out short outages.
+
+    Args:
+        uri: what the manifest says, for messages.
+        filesystem: the fsspec file system.
+        path: the folder inside it.
+        what: "the base model", "the data set" or "the artifact", for messages.
+        credentials: where the credentials come from, for messages.
+        missing: raised where something is not there.
+        retry: how long outages are waited out.
+    """
+
+    def __init__(
+        self, *, uri: str, filesystem: Any, path: str, what: str, credentials: str, missing: type[TrainerError], retry: Retry
+    ) -> None:
+        self.uri = uri
+        self._filesystem = filesystem
+        self._path = path.rstrip("/")
+        self._what = what
+        self._credentials = credentials
+        self._missing = missing
+        self._retry = retry
+
+    @property
+    def local(self) -> Path | None:
+        """The folder on this machine's disk, where it is one: nothing needs to be copied then."""
+        return Path(self._path) if self._is_local else None
+
+    def names(self) -> list[str]:
+        """Names of the files directly in the folder, sorted.
+
+        Raises:
+            TrainerError: there is no such folder, access is denied, or the store is unavailable.
+        """
+
+        def listed() -> list[str]:
+            entries = self._filesystem.ls(self._path, detail=True, refresh=True) if self._refreshes else self._filesystem.ls(self._path, detail=True)
+            return sorted(entry["name"].rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file" and entry["name"].rstrip("/") != self._path)
+
+        return self._attempted(listed)
+
+    def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
+        """Bytes of one file, by a ranged read."""
+
+        def got() -> bytes:
+            data: bytes = self._filesystem.cat_file(self._at(name), start=offset or None, end=None if length is None else offset + length)
+            return data
+
+        return b"" if length == 0 else self._attempted(got)
+
+    def exists(self, name: str) -> bool:
+        """Whether the file is there."""
+
+        def looked() -> bool:
+            try:
+                self._filesystem.info(self._at(name), **({"refresh": True} if self._refreshes else {}))
+            except FileNotFoundError:
+                return False
+            return True
+
+        return self._attempted(looked)
+
+    def download(self, name: str, target: Path) -> None:
+        """Copies one file to this machine, going on where an outage cut it off. The target appears when it is whole."""
+        partial = target.with_name(f".{target.name}.partial")
+        partial.unlink(missing_ok=True)
+
+        def size_of() -> int:
+            return int(self._filesystem.size(self._at(name)) or 0)
+
+        size = self._attempted(size_of)
+        while (done := partial.stat().st_size if partial.exists() else 0) < size or not partial.exists():
+            data = self.read(name, done, min(_CHUNK, size - done))
+            try:
+                with partial.open("ab") as file:
+                    file.write(data)
+            except OSError as error:
+                if error.errno == errno.ENOSPC:
+                    raise StorageUnavailableError(f"the work folder {target.parent} is full: {self._what} needs {size} bytes there") from None
+                raise
+            if not data and size:
+                raise StorageUnavailableError(f"{name} of {self._what} ({self.uri}) ended after {done} of {size} bytes: it changed while it was read")
+        partial.rename(target)
+
+    def upload(self, name: str, source: Path) -> None:
+        """Writes one file, over an older one of that name."""
+
+        def put() -> None:
+            if self._is_local:
+                Path(self._path).mkdir(parents=True, exist_ok=True)
+            self._filesystem.put_file(str(source), self._at(name))
+
+        self._attempted(put)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Writes one small file if there is none of that name; False where there is.
+
+        Where the store knows conditional writes, they are used, so that of two writers one wins.
+        """
+
+        def put() -> bool:
+            if self.exists(name):
+                return False
+            try:
+                if self._is_local:
+                    _write_exclusively(Path(self._at(name)), data)
+                else:
+                    self._filesystem.pipe_file(self._at(name), data, mode="create")
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if isinstance(error.__cause__, ClientError) and _status(error.__cause__) == 412:  # noqa: PLR2004 - HTTP Precondition Failed
+                    return False
+                raise
+            return True
+
+        return self._attempted(put)
+
+    @property
+    def _is_local(self) -> bool:
+        return isinstance(self._filesystem, fsspec.implementations.local.LocalFileSystem)
+
+    @property
+    def _refreshes(self) -> bool:
+        return "s3" in self._filesystem.protocol
+
+    def _at(self, name: str) -> str:
+        if "/" in name or name in {"", ".", ".."}:
+            raise ValueError(f"{name!r} is not the name of a file in a folder")
+        return f"{self._path}/{name}"
+
+    def _attempted(self, operation: Callable[[], T]) -> T:
+        pauses = self._retry.pauses()
+        while True:
+            try:
+                return operation()
+            except TrainerError:
+                raise
+            except Exception as error:  # noqa: BLE001 - every store has exceptions of its own; they end here
+                failure = self._understood(error)
+                pause = next(pauses, None) if failure.retryable else None
+                if pause is None:
+                    raise failure from error
+                log.warning("%s (%s) is not available: %s; next attempt in %.0f s", self._what, self.uri, _text(error), pause)
+                time.sleep(pause)
+
+    def _understood(self, error: Exception) -> TrainerError:
+        cause = error.__cause__ if isinstance(error.__cause__, ClientError) else error
+        where = f"{self._what} {self.uri}"
+        if isinstance(error, NoCredentialsError | PartialCredentialsError):
+            return AccessDeniedError(f"no complete credentials for {where}: {self._credentials} must give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        if isinstance(error, PermissionError) or _denied(cause):
+            return AccessDeniedError(
+                f"access to {where} was denied with the credentials of {self._credentials}: check the keys there and what they may read and write"
+            )
+        if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+            return self._missing(f"{where} does not exist: check the uri" + self._hint(error))
+        if isinstance(error, ParamValidationError) or (isinstance(error, OSError) and error.errno == errno.EINVAL):
+            return InvalidSpecError(f"the store does not accept the uri of {where}: {_text(error)}")
+        return StorageUnavailableError(f"{where} could not be reached, tried {self._retry.attempts} times: {_text(error)}")
+
+    def _hint(self, error: Exception) -> str:
+        cause = error.__cause__
+        if isinstance(cause, ClientError) and cause.response.get("Error", {}).get("Code") == "NoSuchBucket":
+            return f" (there is no bucket {self._path.split('/', 1)[0]!r})"
+        return ""
+
+
+class Stores:
+    """Opens the places that a manifest names.
+
+    Args:
+        secrets: folder with one sub-folder per mounted Secret, one file per key.
+        allow_file: whether file:// is allowed: in local runs only.
+        environ: the process' environment, with the credentials of the store.
+        retry: how long outages are waited out.
+    """
+
+    def __init__(self, *, secrets: Path, allow_file: bool, environ: Mapping[str, str] | None = None, retry: Retry | None = None) -> None:
+        self._secrets = secrets
+        self._allow_file = allow_file
+        self._environ = os.environ if environ is None else environ
+        self._retry = retry or Retry()
+
+    def folder(
+        self, uri: str, *, what: str, missing: type[TrainerError], secret: str | None = None, revision: str | None = None
+    ) -> Folder:
+        """The folder at `uri`.
+
+        Raises:
+            InvalidSpecError: the scheme is unknown or not allowed here.
+            SecretNotFoundError: the Secret is not mounted.
+        """
+        parts = urlsplit(uri)
+        scheme, place = parts.scheme, f"{parts.netloc}{parts.path}"
+        if scheme not in _SCHEMES or not place.strip("/"):
+            raise InvalidSpecError(f"the uri {uri} of {what} is none of {', '.join(f'{name}://' for name in _SCHEMES)} with a path")
+        if ".." in place.split("/"):
+            raise InvalidSpecError(f"the uri {uri} of {what} must not hold '..'")
+        if scheme == "file" and not self._allow_file:
+            raise InvalidSpecError(f"{what} is at {uri}, and file:// is allowed only where no cluster runs the job (tunesmith run): use s3:// or another store")
+        if scheme == "hf" and revision:
+            place = _hf_revision(place, revision)
+        if scheme == "pvc":
+            place = claim_path(uri)
+        values, credentials = self._values(secret)
+        try:
+            filesystem = _filesystem(scheme, values)
+        except ImportError as error:
+            raise InvalidSpecError(f"{what} is at {uri}, and this image cannot read {scheme}://: {error}") from None
+        if scheme == "file":
+            place = parts.path
+        return Folder(
+            uri=uri, filesystem=filesystem, path=place, what=what, credentials=credentials, missing=missing, retry=self._retry
+        )
+
+    def file(self, uri: str, *, what: str, missing: type[TrainerError], secret: str | None = None) -> tuple[Folder, str]:
+        """The folder that holds the file at `uri`, and the file's name."""
+        parent, _, name = uri.rstrip("/").rpartition("/")
+        folder = self.folder(parent, what=what, missing=missing, secret=secret)
+        folder.uri = uri
+        return folder, name
+
+    def _values(self, secret: str | None) -> tuple[Mapping[str, str], str]:
+        if secret is None:
+            return self._environ, "the environment (in a cluster: the Secret tunesmith-store)"
+        folder = self._secrets / secret
+        if not folder.is_dir():
+            raise SecretNotFoundError(f"the Secret {secret} is not mounted at {folder}: create it, or remove the secretRef to use the store's credentials")
+        # A mounted Secret holds links to hidden folders beside its keys.
+        values = {entry.name: entry.read_text(encoding="utf-8").strip() for entry in sorted(folder.iterdir()) if entry.is_file()}
+        return values, f"the Secret {secret}"
+
+
+def file_sha256(path: Path) -> str:
+    """The 64 hex digits of a file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hf_revision(place: str, revision: str) -> str:
+    parts = place.strip("/").split("/")
+    return "/".join([*parts[:1], f"{parts[1]}@{revision}", *parts[2:]]) if len(parts) > 1 else place
+
+
+def _filesystem(scheme: str, values: Mapping[str, str]) -> Any:
+    if scheme == "s3":
+        endpoint = values.get("AWS_ENDPOINT_URL") or None
+        region = values.get("AWS_REGION") or values.get("AWS_DEFAULT_REGION") or None
+        config: dict[str, Any] = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 2, "mode": "standard"}}
+        if endpoint:
+            # Stores that are not AWS know neither bucket host names nor the newer checksums.
+            config |= {"s3": {"addressing_style": "path"}, "request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
+        return fsspec.filesystem(
+            "s3",
+            key=values.get("AWS_ACCESS_KEY_ID") or None,
+            secret=values.get("AWS_SECRET_ACCESS_KEY") or None,
+            token=values.get("AWS_SESSION_TOKEN") or None,
+            endpoint_url=endpoint,
+            client_kwargs={"region_name": region} if region else {},
+            config_kwargs=config,
+            use_listings_cache=False,
+            skip_instance_cache=True,
+        )
+    if scheme == "hf":
+        return fsspec.filesystem("hf", token=values.get("HF_TOKEN") or None, skip_instance_cache=True)
+    if scheme == "gs":
+        return fsspec.filesystem("gs", skip_instance_cache=True)
+    if scheme == "az":
+        return fsspec.filesystem(
+            "az",
+            account_name=values.get("AZURE_STORAGE_ACCOUNT_NAME") or None,
+            account_key=values.get("AZURE_STORAGE_ACCOUNT_KEY") or None,
+            connection_string=values.get("AZURE_STORAGE_CONNECTION_STRING") or None,
+            skip_instance_cache=True,
+        )
+    return fsspec.filesystem("file", skip_instance_cache=True)
+
+
+def _write_exclusively(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = path.with_name(f".{path.name}.{os.getpid()}")
+    whole.write_bytes(data)
+    try:
+        os.link(whole, path)  # the name appears with its whole content, or not at all
+    finally:
+        whole.unlink()
+
+
+def _status(error: ClientError) -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def _denied(error: BaseException) -> bool:
+    if isinstance(error, ClientError):
+        return error.response.get("Error", {}).get("Code") in _DENIED_CODES or _status(error) in _DENIED_STATUS
+    response = getattr(error, "response", None)  # huggingface_hub
+    return getattr(response, "status_code", None) in _DENIED_STATUS
+
+
+def _text(error: Exception) -> str:
+    name = type(error).__name__
+    kind = name if isinstance(error, BotoCoreError) or not str(error) else ""
+    return " ".join(f"{kind} {error}".split())[:300] or name
