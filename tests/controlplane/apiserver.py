@@ -110,7 +110,9 @@ class ApiServer:
             "--secure-port=0",
         )
 
-    def kubectl(self, *arguments: str, manifest: dict[str, Any] | str | None = None) -> subprocess.CompletedProcess[str]:
+    def kubectl(
+        self, *arguments: str, manifest: dict[str, Any] | str | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """Runs kubectl as administrator. A manifest goes to its standard input (`-f -`). Does not raise on failure."""
         text = manifest if isinstance(manifest, str) or manifest is None else json.dumps(manifest)
         return subprocess.run(

@@ -6,6 +6,7 @@ import secrets
 from typing import TYPE_CHECKING
 
 import pytest
+
 from apiserver import ApiServer
 
 if TYPE_CHECKING:

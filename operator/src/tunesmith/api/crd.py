@@ -74,7 +74,7 @@ KINDS = (
             Column("Step", "integer", ".status.progress.step", "Optimizer steps done."),
             Column("Of", "integer", ".status.progress.totalSteps", "Optimizer steps in all."),
             Column("Loss", "number", ".status.progress.loss", "Training loss, nats per target token."),
-            Column("Held-out", "number", ".status.evaluation.loss", "Held-out loss of the adapter, nats per token."),
+            Column("Eval", "number", ".status.evaluation.loss", "Held-out loss of the adapter, nats per token."),
             _AGE,
             Column("Stage", "string", ".status.progress.stage", "What the trainer is doing.", wide=True),
             Column("ETA", "integer", ".status.progress.etaSeconds", "Seconds until the last step.", wide=True),

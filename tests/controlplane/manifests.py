@@ -1,0 +1,149 @@
+"""Minimal manifests, and FineTuneJobs that must be refused: by the API server and, with the same sentence, locally."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+API = "tunesmith.dev/v1alpha1"
+REMOVE = object()
+LOCAL_ONLY = "file:// works only in a local run: tunesmith run"
+ONE_METHOD = "method needs exactly one of lora and qlora: keep one and remove the other"
+
+
+def job(namespace: str, name: str = "tone", **changes: object) -> dict[str, Any]:
+    """A minimal FineTuneJob; changes are given as `hyperparameters__maxSteps=3`."""
+    spec = {
+        "baseModel": {"uri": "s3://models/base"},
+        "dataset": {"train": [{"uri": "s3://data/train.jsonl"}]},
+        "method": {"lora": {}},
+    }
+    return manifest("FineTuneJob", namespace, name, spec, changes)
+
+
+def pool(namespace: str, name: str = "small", **changes: object) -> dict[str, Any]:
+    spec = {"modelName": "base", "baseModel": {"uri": "s3://models/base"}}
+    return manifest("ServingPool", namespace, name, spec, changes)
+
+
+def adapter(namespace: str, name: str = "tone", **changes: object) -> dict[str, Any]:
+    return manifest("AdapterDeployment", namespace, name, {"adapterFrom": {"fineTuneJob": {"name": "tone"}}}, changes)
+
+
+def manifest(kind: str, namespace: str, name: str, spec: dict[str, Any], changes: dict[str, object]) -> dict[str, Any]:
+    spec = copy.deepcopy(spec)
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        node = spec
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        if value is REMOVE:
+            del node[last]
+        else:
+            node[last] = value
+    return {"apiVersion": API, "kind": kind, "metadata": {"name": name, "namespace": namespace}, "spec": spec}
+
+
+URI = "a uri is hf://organisation/name, s3://bucket/path, gs://bucket/path, az://container/path or pvc://claim/path"
+EPOCHS = "hyperparameters.epochs and hyperparameters.maxSteps exclude each other: keep one of them"
+DIVIDE = "hyperparameters.microBatchSize must divide hyperparameters.batchSize (8 when absent): change one of them"
+HELD_OUT = "dataset.validation and dataset.validationFraction exclude each other: keep one of them"
+QUANTITY = "a quantity is a number with an optional unit, such as 2, 500m, 8Gi or 1.5Gi"
+NAME = "a name has lower-case letters, digits, '-' and '.', and begins and ends with a letter or digit"
+UNSUPPORTED = 'Unsupported value: "int3": supported values: "nf4"'
+FROM_ONE = "in body should be greater than or equal to 1"
+UP_TO_512 = "in body should be less than or equal to 512"
+
+# case → (what is changed in a minimal job, what `kubectl apply` says, what a local run says)
+REFUSED_JOBS: dict[str, tuple[dict[str, Any], str, str]] = {
+    "no method": ({"method": {}}, ONE_METHOD, ONE_METHOD),
+    "two methods": ({"method__qlora": {}}, ONE_METHOD, ONE_METHOD),
+    "method left out": (
+        {"method": REMOVE},
+        "spec.method: Required value",
+        "spec.method is missing: Exactly one method.",
+    ),
+    "rank 0": (
+        {"method__lora__rank": 0},
+        f"spec.method.lora.rank: Invalid value: 0: spec.method.lora.rank {FROM_ONE}",
+        "spec.method.lora.rank is 0: it must be at least 1",
+    ),
+    "rank -4": (
+        {"method__lora__rank": -4},
+        f"spec.method.lora.rank {FROM_ONE}",
+        "spec.method.lora.rank is -4: it must be at least 1",
+    ),
+    "rank too high": (
+        {"method__lora__rank": 513},
+        f"spec.method.lora.rank {UP_TO_512}",
+        "spec.method.lora.rank is 513: it must be at most 512",
+    ),
+    "rank as text": (
+        {"method__lora__rank": "16"},
+        "spec.method.lora.rank: ",
+        'spec.method.lora.rank is "16": it must be a whole number',
+    ),
+    "rank of the other method": (
+        {"method": {"qlora": {"rank": 0}}},
+        f"spec.method.qlora.rank {FROM_ONE}",
+        "spec.method.qlora.rank is 0: it must be at least 1",
+    ),
+    "unknown quantization": (
+        {"method": {"qlora": {"quantization": {"type": "int3"}}}},
+        f"spec.method.qlora.quantization.type: {UNSUPPORTED}",
+        'spec.method.qlora.quantization.type is "int3": it must be nf4',
+    ),
+    "no data": (
+        {"dataset__train": []},
+        "spec.dataset.train in body should have at least 1 items",
+        "spec.dataset.train is empty: Sources of the training rows, concatenated in this order.",
+    ),
+    "validation twice": (
+        {"dataset__validation": [{"uri": "s3://data/held.jsonl"}], "dataset__validationFraction": 0.1},
+        f'spec.dataset: Invalid value: "object": {HELD_OUT}',
+        f"spec.dataset: {HELD_OUT}",
+    ),
+    "epochs and steps": ({"hyperparameters": {"epochs": 1, "maxSteps": 10}}, EPOCHS, EPOCHS),
+    "indivisible batch": ({"hyperparameters": {"batchSize": 8, "microBatchSize": 3}}, DIVIDE, DIVIDE),
+    "micro batch that does not divide the default batch": ({"hyperparameters": {"microBatchSize": 16}}, DIVIDE, DIVIDE),
+    "micro batch 0": (
+        {"hyperparameters": {"microBatchSize": 0}},
+        f"spec.hyperparameters.microBatchSize {FROM_ONE}",
+        "spec.hyperparameters.microBatchSize is 0: it must be at least 1",
+    ),
+    "file base model": (
+        {"baseModel__uri": "file:///models/base"},
+        f'spec.baseModel: Invalid value: "object": {LOCAL_ONLY}',
+        f"spec.baseModel.uri: {LOCAL_ONLY}",
+    ),
+    "file data set": (
+        {"dataset__train": [{"uri": "file:///d.jsonl"}]},
+        f'spec.dataset.train[0]: Invalid value: "object": {LOCAL_ONLY}',
+        f"spec.dataset.train[0].uri: {LOCAL_ONLY}",
+    ),
+    "file validation set": (
+        {"dataset__validation": [{"uri": "file:///d.jsonl"}]},
+        LOCAL_ONLY,
+        f"spec.dataset.validation[0].uri: {LOCAL_ONLY}",
+    ),
+    "a path instead of a uri": (
+        {"baseModel__uri": "/models/base"},
+        f'spec.baseModel.uri: Invalid value: "string": {URI}',
+        f"spec.baseModel.uri: {URI}",
+    ),
+    "a bucket alone": ({"baseModel__uri": "s3://bucket"}, URI, URI),
+    "an https uri": ({"baseModel__uri": "https://x/y"}, URI, URI),
+    "a Secret's name with capitals": ({"baseModel__secretRef": {"name": "Store"}}, NAME, NAME),
+    "memory without a number": ({"resources": {"memory": "lots"}}, QUANTITY, f"spec.resources.memory: {QUANTITY}"),
+    "negative CPU": ({"resources": {"cpu": -1}}, QUANTITY, f"spec.resources.cpu: {QUANTITY}"),
+    "no attempts": (
+        {"maxAttempts": 0},
+        f"spec.maxAttempts {FROM_ONE}",
+        "spec.maxAttempts is 0: it must be at least 1",
+    ),
+    "a misspelt field": (
+        {"hyperparameters": {"learningrate": 0.1}},
+        "spec.hyperparameters.learningrate",
+        "spec.hyperparameters.learningrate is not a known field; did you mean learningRate?",
+    ),
+}

@@ -1,0 +1,297 @@
+"""What `kubectl apply` takes and refuses, on a real API server: each refusal with the sentence that the user reads."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from manifests import API, LOCAL_ONLY, REFUSED_JOBS, adapter, job, pool
+from tunesmith.api.adapterdeployment import AdapterDeployment
+from tunesmith.api.finetunejob import FineTuneJob
+from tunesmith.api.manifest import parse_manifest
+from tunesmith.api.servingpool import ServingPool
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from apiserver import ApiServer
+
+    Build = Callable[..., dict[str, Any]]
+
+pytestmark = pytest.mark.controlplane
+
+AUTOSCALED = "replicas is decided by autoscaling: remove autoscaling first"
+IMMUTABLE = "spec is immutable: a FineTuneJob describes one training run; create another FineTuneJob under a new name"
+
+
+def assert_refused(apiserver: ApiServer, document: dict[str, Any], sentence: str) -> None:
+    """Client-side and server-side apply both refuse the manifest with the sentence."""
+    for arguments in (("apply", "-f", "-"), ("apply", "--server-side", "--force-conflicts", "-f", "-")):
+        done = apiserver.kubectl(*arguments, manifest=document)
+        assert done.returncode != 0, f"taken: {done.stdout}"
+        assert sentence in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize("case", REFUSED_JOBS)
+def test_fine_tune_job_is_refused_with_a_sentence(apiserver: ApiServer, namespace: str, case: str) -> None:
+    changes, sentence, _ = REFUSED_JOBS[case]
+    assert_refused(apiserver, job(namespace, **changes), sentence)
+
+
+def test_name_that_leaves_no_room_for_names_of_pods_is_refused(apiserver: ApiServer, namespace: str) -> None:
+    at_most = "metadata.name must have at most 40 characters: names of"
+    assert_refused(apiserver, job(namespace, name="n" * 41), f"{at_most} Jobs and pods are made from it")
+    apiserver.apply(job(namespace, name="n" * 40))
+    assert_refused(apiserver, pool(namespace, name="n" * 41), f"{at_most} pods are made from it")
+    apiserver.apply(pool(namespace, name="n" * 40))
+    too_long = "metadata.name has more than 63 characters and is the model's name: set spec.modelName to a shorter one"
+    assert_refused(apiserver, adapter(namespace, name="n" * 64), too_long)
+    apiserver.apply(adapter(namespace, name="n" * 64, modelName="short"))
+
+
+def test_defaults_are_those_of_a_local_run(apiserver: ApiServer, namespace: str) -> None:
+    apiserver.apply(job(namespace))
+    spec = apiserver.get("ftj", "tone", "-n", namespace)["spec"]
+    assert spec["method"] == {"lora": {"rank": 16, "alpha": 32, "dropout": 0.0, "targetModules": ["all-linear"]}}
+    assert spec["resources"] == {"gpus": 1, "gpuResource": "nvidia.com/gpu", "cpu": "1", "memory": "8Gi"}
+    assert spec == parse_manifest(json.dumps(job(namespace))).spec.manifest()
+
+
+def test_stored_objects_are_read_by_the_models(apiserver: ApiServer, namespace: str) -> None:
+    apiserver.apply(job(namespace))
+    apiserver.apply(pool(namespace))
+    apiserver.apply(adapter(namespace))
+    stored = FineTuneJob.model_validate(apiserver.get("ftj", "tone", "-n", namespace))
+    assert (stored.metadata.namespace, stored.metadata.generation) == (namespace, 1)
+    assert ServingPool.model_validate(apiserver.get("spool", "small", "-n", namespace)).spec.replicas == 1
+    assert AdapterDeployment.model_validate(apiserver.get("adep", "tone", "-n", namespace)).model == f"{namespace}/tone"
+
+
+def test_quantities_may_be_numbers(apiserver: ApiServer, namespace: str) -> None:
+    apiserver.apply(job(namespace, resources={"cpu": 2, "memory": "1.5Gi"}))
+    assert apiserver.get("ftj", "tone", "-n", namespace)["spec"]["resources"]["cpu"] == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hyperparameters__seed": 1},
+        {"method": {"qlora": {}}},
+        {"dataset__train": [{"uri": "s3://data/other.jsonl"}]},
+        {"maxAttempts": 4},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_fine_tune_job_is_immutable(apiserver: ApiServer, namespace: str, change: dict[str, object]) -> None:
+    apiserver.apply(job(namespace))
+    assert_refused(apiserver, job(namespace, **change), IMMUTABLE)
+    apiserver.apply(job(namespace))  # the same manifest again is no change
+
+
+def test_metadata_of_a_fine_tune_job_may_change(apiserver: ApiServer, namespace: str) -> None:
+    apiserver.apply(job(namespace))
+    assert apiserver.kubectl("label", "ftj", "tone", "team=a", "-n", namespace).returncode == 0
+
+
+REFUSED_POOLS = {
+    "rank that vLLM has not": (
+        {"engine": {"maxLoraRank": 48}},
+        'spec.engine.maxLoraRank: Unsupported value: 48: supported values: "8", "16", "32"',
+    ),
+    "more at least than at most": (
+        {"autoscaling": {"minReplicas": 3, "maxReplicas": 2}},
+        "autoscaling.minReplicas must not be above autoscaling.maxReplicas",
+    ),
+    "no most": ({"autoscaling": {}}, "spec.autoscaling.maxReplicas: Required value"),
+    "replicas beside autoscaling": ({"replicas": 2, "autoscaling": {"maxReplicas": 4}}, AUTOSCALED),
+    "a slash in the model's name": (
+        {"modelName": "org/base"},
+        "a model name has letters, digits, '-', '.' and '_', and begins and ends with a letter or digit",
+    ),
+    "file base model": ({"baseModel__uri": "file:///models/base"}, LOCAL_ONLY),
+    "negative replicas": ({"replicas": -1}, "spec.replicas in body should be greater than or equal to 0"),
+    "unknown admission": (
+        {"allowedNamespaces": {"from": "Some"}},
+        'spec.allowedNamespaces.from: Unsupported value: "Some": supported values: "Same", "All"',
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_POOLS)
+def test_serving_pool_is_refused_with_a_sentence(apiserver: ApiServer, namespace: str, case: str) -> None:
+    changes, sentence = REFUSED_POOLS[case]
+    assert_refused(apiserver, pool(namespace, **changes), sentence)
+
+
+def test_pool_keeps_its_base_and_its_name(apiserver: ApiServer, namespace: str) -> None:
+    apiserver.apply(pool(namespace))
+    sentence = "baseModel is immutable: adapters belong to one base; create another ServingPool"
+    assert_refused(apiserver, pool(namespace, baseModel__uri="s3://models/other"), sentence)
+    sentence = "modelName is immutable: clients call the base under it; create another ServingPool"
+    assert_refused(apiserver, pool(namespace, modelName="other"), sentence)
+    apiserver.apply(pool(namespace, replicas=2, engine={"maxLoras": 4}, drainSeconds=10))
+
+
+def test_minimal_pool_and_adapter_get_the_defaults(apiserver: ApiServer, namespace: str) -> None:
+    apiserver.apply(pool(namespace, autoscaling={"maxReplicas": 3}))
+    spec = apiserver.get("spool", "small", "-n", namespace)["spec"]
+    assert spec["replicas"] == 1
+    assert spec["drainSeconds"] == 60
+    assert spec["allowedNamespaces"] == {"from": "Same"}
+    assert spec["engine"] == {"maxLoras": 8, "maxLoraRank": 64, "dataType": "auto"}
+    assert spec["autoscaling"] == {
+        "minReplicas": 1,
+        "maxReplicas": 3,
+        "targetConcurrency": 16,
+        "scaleDownDelaySeconds": 120,
+    }
+    apiserver.apply(adapter(namespace))
+    spec = apiserver.get("adep", "tone", "-n", namespace)["spec"]
+    assert spec == {"adapterFrom": {"fineTuneJob": {"name": "tone"}}, "replicas": 1}
+
+
+REFUSED_ADAPTERS = {
+    "no source": ({"adapterFrom": {}}, "spec.adapterFrom.fineTuneJob: Required value"),
+    "replicas beside autoscaling": ({"replicas": 3, "autoscaling": {"maxReplicas": 4}}, AUTOSCALED),
+    "more at least than at most": (
+        {"autoscaling": {"minReplicas": 3, "maxReplicas": 2}},
+        "autoscaling.minReplicas must not be above autoscaling.maxReplicas",
+    ),
+    "no replicas": ({"replicas": 0}, "spec.replicas in body should be greater than or equal to 1"),
+    "a space in the model's name": (
+        {"modelName": "my model"},
+        "a model name has letters, digits, '-', '.' and '_', and begins and ends with a letter or digit",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_ADAPTERS)
+def test_adapter_deployment_is_refused_with_a_sentence(apiserver: ApiServer, namespace: str, case: str) -> None:
+    changes, sentence = REFUSED_ADAPTERS[case]
+    assert_refused(apiserver, adapter(namespace, **changes), sentence)
+
+
+@pytest.mark.parametrize(
+    ("build", "resource"), [(pool, "spool/small"), (adapter, "adep/tone")], ids=["pool", "adapter"]
+)
+class TestReplicasAndAutoscaling:
+    """kubectl scale works where replicas decides, and is refused where autoscaling does."""
+
+    def test_scale_by_hand(self, apiserver: ApiServer, namespace: str, build: Build, resource: str) -> None:
+        apiserver.apply(build(namespace))
+        done = apiserver.kubectl("scale", resource, "--replicas=3", "-n", namespace)
+        assert done.returncode == 0, done.stderr
+        assert apiserver.get(resource, "-n", namespace)["spec"]["replicas"] == 3
+
+    def test_scale_is_refused_with_autoscaling(
+        self, apiserver: ApiServer, namespace: str, build: Build, resource: str
+    ) -> None:
+        apiserver.apply(build(namespace, autoscaling={"maxReplicas": 4}))
+        done = apiserver.kubectl("scale", resource, "--replicas=2", "-n", namespace)
+        assert done.returncode != 0
+        assert AUTOSCALED in done.stderr
+        assert_refused(apiserver, build(namespace, autoscaling={"maxReplicas": 4}, replicas=2), AUTOSCALED)
+        assert apiserver.get(resource, "-n", namespace)["spec"]["replicas"] == 1
+
+    def test_autoscaling_may_come_and_go(
+        self, apiserver: ApiServer, namespace: str, build: Build, resource: str
+    ) -> None:
+        apiserver.apply(build(namespace))
+        apiserver.kubectl("scale", resource, "--replicas=3", "-n", namespace)
+        apiserver.apply(build(namespace, autoscaling={"maxReplicas": 4}))
+        assert apiserver.get(resource, "-n", namespace)["spec"]["replicas"] == 3
+        for count in ("1", "2"):
+            done = apiserver.kubectl("scale", resource, f"--replicas={count}", "-n", namespace)
+            assert AUTOSCALED in done.stderr
+        apiserver.apply(build(namespace, autoscaling={"maxReplicas": 5}))  # its own fields may change
+        apiserver.apply(build(namespace))
+        done = apiserver.kubectl("scale", resource, "--replicas=2", "-n", namespace)
+        assert done.returncode == 0, done.stderr
+
+    def test_a_default_replicas_may_come_with_autoscaling(
+        self, apiserver: ApiServer, namespace: str, build: Build, resource: str
+    ) -> None:
+        apiserver.apply(build(namespace, replicas=3))
+        done = apiserver.kubectl("replace", "-f", "-", manifest=build(namespace, autoscaling={"maxReplicas": 4}))
+        assert done.returncode == 0, done.stderr
+        assert apiserver.get(resource, "-n", namespace)["spec"]["replicas"] == 1
+
+    def test_scale_shows_status(self, apiserver: ApiServer, namespace: str, build: Build, resource: str) -> None:
+        apiserver.apply(build(namespace))
+        patch_status(apiserver, namespace, resource, '{"status": {"replicas": 2, "selector": "a=b"}}')
+        kind, name = resource.split("/")
+        plural = {"spool": "servingpools", "adep": "adapterdeployments"}[kind]
+        path = f"/apis/{API}/namespaces/{namespace}/{plural}/{name}/scale"
+        scale = json.loads(apiserver.kubectl("get", f"--raw={path}").stdout)
+        assert scale["spec"] == {"replicas": 1}
+        assert scale["status"] == {"replicas": 2, "selector": "a=b"}
+
+
+def patch_status(apiserver: ApiServer, namespace: str, resource: str, patch: str) -> None:
+    done = apiserver.kubectl("patch", resource, "-n", namespace, "--subresource=status", "--type=merge", "-p", patch)
+    assert done.returncode == 0, done.stderr
+
+
+STATUSES = {
+    "ftj": """{"status": {"phase": "Validating", "progress": {"stage": "Training", "step": 12345, "totalSteps": 12345,
+        "loss": 12.3456, "etaSeconds": 3600}, "evaluation": {"loss": 11.2345},
+        "artifact": {"uri": "s3://tunesmith/store/team/tone-123/artifact", "digest": "sha256:%s", "sizeBytes": 1,
+        "servable": {"vllm": true}}, "attempts": [{"name": "a-1", "outcome": "Failed", "node": "node-1"},
+        {"name": "a-2", "outcome": "Succeeded", "node": "node-2"}]}}"""
+    % ("a" * 64),
+    "spool": """{"status": {"phase": "Available", "readyReplicas": 10, "desiredReplicas": 12, "adapters": 100,
+        "slotsFree": 100}}""",
+    "adep": """{"status": {"phase": "Loading", "readyReplicas": 10, "desiredReplicas": 12,
+        "pool": {"name": "a-pool-of-20-letters"}}}""",
+}
+
+
+@pytest.mark.parametrize(
+    ("build", "short", "shown"),
+    [
+        (job, "ftj", ["Validating", "12345", "12.3456", "11.2345"]),
+        (pool, "spool", ["Available", "10", "12", "100"]),
+        (adapter, "adep", ["Loading", "10", "12", "a-pool-of-20-letters"]),
+    ],
+    ids=["ftj", "spool", "adep"],
+)
+def test_get_fits_80_columns(apiserver: ApiServer, namespace: str, build: Build, short: str, shown: list[str]) -> None:
+    name = "a-name-of-20-letters"
+    apiserver.apply(build(namespace, name=name))
+    patch_status(apiserver, namespace, f"{short}/{name}", STATUSES[short])
+    printed = apiserver.kubectl("get", short, "-n", namespace).stdout
+    room = len("2d23h") - len("0s")  # the widest age
+    assert max(len(line.rstrip()) for line in printed.splitlines()) + room <= 80, printed
+    assert all(word in printed for word in shown), printed
+
+
+def test_wide_shows_where(apiserver: ApiServer, namespace: str) -> None:
+    apiserver.apply(job(namespace))
+    patch_status(apiserver, namespace, "ftj/tone", STATUSES["ftj"])
+    printed = apiserver.kubectl("get", "ftj", "-n", namespace, "-o", "wide").stdout
+    assert "s3://tunesmith/store/team/tone-123/artifact" in printed
+    assert "node-2" in printed
+    assert "node-1" not in printed
+
+
+def test_status_is_a_subresource(apiserver: ApiServer, namespace: str) -> None:
+    apiserver.apply(job(namespace) | {"status": {"phase": "Complete"}})
+    assert "status" not in apiserver.get("ftj", "tone", "-n", namespace)
+
+
+def test_category_lists_all_kinds(apiserver: ApiServer, namespace: str) -> None:
+    for document in (job(namespace), pool(namespace), adapter(namespace)):
+        apiserver.apply(document)
+    printed = apiserver.kubectl("get", "tunesmith", "-n", namespace, "-o", "name").stdout.split()
+    assert sorted(printed) == [
+        "adapterdeployment.tunesmith.dev/tone",
+        "finetunejob.tunesmith.dev/tone",
+        "servingpool.tunesmith.dev/small",
+    ]
+
+
+def test_explain_describes_fields(apiserver: ApiServer) -> None:
+    done = apiserver.kubectl("explain", "ftj.spec.method.lora.rank")
+    assert "Rank of the update matrices." in done.stdout
