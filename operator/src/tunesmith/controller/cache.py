@@ -20,7 +20,7 @@ class Cache:
         self.kind = kind
         self._objects: dict[tuple[str, str], Object] = {}
         self._owned: dict[str, dict[tuple[str, str], Object]] = {}
-        self._deleted: OrderedDict[str, None] = OrderedDict()
+        self._deleted: OrderedDict[str, int] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._objects)
@@ -42,7 +42,9 @@ class Cache:
         metadata = item["metadata"]
         key = (metadata.get("namespace", ""), metadata["name"])
         old = self._objects.get(key)
-        if metadata["uid"] in self._deleted or (old is not None and _version(old) >= _version(item)):
+        if _version(item) <= self._deleted.get(metadata["uid"], -1):
+            return False
+        if old is not None and _version(old) >= _version(item):
             return False
         if old is not None:
             self._forget_owners(key, old)
@@ -51,11 +53,14 @@ class Cache:
             self._owned.setdefault(owner, {})[key] = item
         return True
 
-    def remove(self, item: Object) -> bool:
-        """Take in a deletion; False where that incarnation is not known (any more)."""
+    def remove(self, item: Object, version: int = 0) -> bool:
+        """Take in a deletion; False where that incarnation is not known (any more).
+
+        Versions up to the object's, or up to `version` where that is higher, are not taken in again.
+        """
         metadata = item["metadata"]
         key = (metadata.get("namespace", ""), metadata["name"])
-        self._deleted[metadata["uid"]] = None
+        self._deleted[metadata["uid"]] = max(_version(item), version)
         if len(self._deleted) > _MAX_TOMBSTONES:
             self._deleted.popitem(last=False)
         old = self._objects.get(key)
@@ -76,7 +81,7 @@ class Cache:
             if self.put(item):
                 changed.append(item)
         missing = [item for key, item in self._objects.items() if key not in present and among(item)]
-        changed += [item for item in missing if _version(item) <= int(version or 0) and self.remove(item)]
+        changed += [item for item in missing if _version(item) <= int(version) and self.remove(item, int(version))]
         return changed
 
     def _forget_owners(self, key: tuple[str, str], item: Object) -> None:

@@ -6,14 +6,23 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from tunesmith.cluster.errors import ClusterError
 from tunesmith.controller.cache import Caches
 from tunesmith.controller.workqueue import WorkQueue
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tunesmith.cluster.client import Cluster
     from tunesmith.cluster.events import EventRecorder
     from tunesmith.cluster.resources import Object
     from tunesmith.controller.settings import Settings
+
+
+class NotLeadingError(ClusterError):
+    """A write was held back: another replica may lead by now."""
+
+    label = "not_leading"
 
 
 @dataclass
@@ -27,6 +36,8 @@ class Context:
     queue: WorkQueue = field(default_factory=WorkQueue)
     epoch: int = 0
     """Rises with each new leader; 0 while this process has not led yet."""
+    may_write: Callable[[], bool] = lambda: True
+    """Whether this process surely leads now; it does not after a stall in which the Lease ran out."""
     installation_key: bytes = b""
     """The key that pool tokens and the gateways' token are derived from. Set before the first reconcile."""
 
@@ -40,10 +51,12 @@ class Context:
         Raises:
             AlreadyExistsError: there is one of that name.
         """
+        self._check()
         return self._seen(await self.cluster.create(manifest))
 
     async def apply(self, manifest: Object) -> Object:
         """Server-side apply of the full intent."""
+        self._check()
         return self._seen(await self.cluster.apply(manifest))
 
     async def replace_status(self, manifest: Object) -> Object:
@@ -52,12 +65,18 @@ class Context:
         Raises:
             ConflictError: the object changed since it was read; the key comes back by itself.
         """
+        self._check()
         return self._seen(await self.cluster.replace_status(manifest))
 
     async def delete(self, item: Object) -> bool:
         """Delete this incarnation of an object and what it owns; False where it is gone already."""
+        self._check()
         metadata = item["metadata"]
         return await self.cluster.delete(item["kind"], metadata["name"], metadata.get("namespace"), uid=metadata["uid"])
+
+    def _check(self) -> None:
+        if not self.may_write():
+            raise NotLeadingError("this replica no longer leads")
 
     def _seen(self, item: Object) -> Object:
         self.caches[item["kind"]].put(item)

@@ -1,0 +1,190 @@
+"""Keeps the caches true, and reconciles what changed while this replica leads."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from tunesmith.cluster.errors import ClusterError
+from tunesmith.cluster.watch import backoff
+from tunesmith.controller.installation_key import installation_key
+from tunesmith.controller.reconciler import Key, Watch
+from tunesmith.controller.watching import Watcher
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tunesmith.cluster.resources import Object
+    from tunesmith.controller.context import Context
+    from tunesmith.controller.metrics import Metrics
+    from tunesmith.controller.reconciler import Reconciler
+
+_STUCK_SECONDS = 120.0
+_log = logging.getLogger(__name__)
+
+
+class Controller:
+    """The caches, the queue and the workers of some reconcilers."""
+
+    def __init__(self, context: Context, reconcilers: Sequence[Reconciler], metrics: Metrics) -> None:
+        self._context = context
+        self._metrics = metrics
+        self._reconcilers = {reconciler.kind: reconciler for reconciler in reconcilers}
+        self._watches = _combined(reconcilers)
+        self._listed: float | None = None
+        self._synced = asyncio.Event()
+        self._relist = asyncio.Event()
+        self._busy: dict[Key, float] = {}
+        self._watcher = Watcher(context.cluster, self._selectors(), self.observe, self._watches_ended)
+        metrics.queue_depth.set_function(lambda: context.queue.depth)
+
+    def unhealthy(self) -> list[str]:
+        """Why the process should be started again: a reconcile that does not end."""
+        now = time.monotonic()
+        stuck = [key for key, since in self._busy.items() if now - since > _STUCK_SECONDS]
+        return [f"{key} has been reconciled for more than {_STUCK_SECONDS:.0f} s" for key in stuck]
+
+    def unready(self) -> list[str]:
+        """Why the process cannot do its work now: what it knows of the cluster is missing or old."""
+        if self._listed is None:
+            return ["the caches are not synced"]
+        problems = [] if self._watcher.alive else ["the watches do not run"]
+        age = time.monotonic() - self._listed
+        if age > 3 * self._context.settings.relist_seconds:
+            problems.append(f"the last complete list is {age:.0f} s old")
+        return problems
+
+    async def keep_caches(self) -> None:
+        """List everything, start the watches, list again now and then. Runs without end."""
+        failures = 0
+        while True:
+            try:
+                for watch in {(watch.kind, watch.selector): watch for watch in self._watches}.values():
+                    await self._list(watch)
+            except ClusterError as error:
+                failures += 1
+                _log.warning("listing failed: %s", error)
+                await asyncio.sleep(backoff(failures))
+                continue
+            failures = 0
+            if self._listed is None:
+                self._watcher.start()
+            self._listed = time.monotonic()
+            self._synced.set()
+            self._relist.clear()
+            try:
+                await asyncio.wait_for(self._relist.wait(), self._context.settings.relist_seconds)
+            except TimeoutError:
+                continue
+
+    async def synced(self) -> None:
+        """Wait until every cache is complete."""
+        await self._synced.wait()
+
+    async def lead(self, epoch: int) -> None:
+        """Reconcile until cancelled."""
+        await self.synced()
+        self._context.epoch = epoch
+        self._context.installation_key = await installation_key(self._context.cluster, self._context.settings.namespace)
+        for kind in self._reconcilers:
+            for item in self._context.caches[kind].list():
+                self._context.queue.add(_key(item))
+        self._metrics.leading.set(1)
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(self._context.settings.workers):
+                    group.create_task(self._work())
+                for reconciler in self._reconcilers.values():
+                    group.create_task(self._background(reconciler))
+        finally:
+            self._metrics.leading.set(0)
+
+    async def stop(self) -> None:
+        """End the watches."""
+        await self._watcher.stop()
+
+    def observe(self, type_: str | None, item: Object) -> None:
+        """Take in an event of a watch."""
+        cache = self._context.caches[item["kind"]]
+        wanted = any(watch.kind == item["kind"] and watch.matches(item) for watch in self._watches)
+        changed = cache.put(item) if wanted and type_ != "DELETED" else cache.remove(item)
+        if changed:
+            self._enqueue(item)
+
+    async def _list(self, watch: Watch) -> None:
+        items, version = await self._context.cluster.list_at(watch.kind, labels=watch.selector)
+        cache = self._context.caches[watch.kind]
+        for item in cache.replace(items, version, watch.matches):
+            self._enqueue(item)
+        self._metrics.cached.labels(watch.kind).set(len(cache))
+
+    def _enqueue(self, item: Object) -> None:
+        if item["kind"] in self._reconcilers:
+            self._context.queue.add(_key(item))
+        for watch in self._watches:
+            if watch.kind == item["kind"] and watch.matches(item):
+                for key in watch.keys(item):
+                    self._context.queue.add(key)
+
+    async def _work(self) -> None:
+        queue = self._context.queue
+        while True:
+            key = await queue.get()
+            started = time.monotonic()
+            self._busy[key] = started
+            result = "cancelled"
+            try:
+                outcome = await self._reconcilers[key.kind].reconcile(key)
+            except asyncio.CancelledError:
+                queue.failed(key)
+                raise
+            except ClusterError as error:
+                result = error.label
+                delay = queue.failed(key)
+                _log.info("%s: %s; again in %.1f s", key, error, delay)
+            except Exception:  # noqa: BLE001 - one key's failure must not end the worker
+                result = "error"
+                delay = queue.failed(key)
+                _log.exception("%s: reconcile failed; again in %.1f s", key, delay)
+            else:
+                result = "ok"
+                queue.done(key, outcome.requeue_after)
+            finally:
+                del self._busy[key]
+                self._metrics.reconciles.labels(key.kind, result).inc()
+                self._metrics.reconcile_seconds.labels(key.kind).observe(time.monotonic() - started)
+
+    async def _background(self, reconciler: Reconciler) -> None:
+        failures = 0
+        while True:
+            try:
+                await reconciler.run()
+            except Exception:  # noqa: BLE001 - it is started again
+                _log.exception("the background task of %s failed", reconciler.kind)
+            failures += 1
+            await asyncio.sleep(backoff(failures))
+
+    def _watches_ended(self) -> None:
+        self._metrics.watch_restarts.inc()
+        # What the watches missed until they run again is found by a complete list.
+        self._relist.set()
+
+    def _selectors(self) -> dict[str, str]:
+        """The label selector by kind that the API server filters by: none where one kind has several."""
+        found: dict[str, set[str]] = {}
+        for watch in self._watches:
+            found.setdefault(watch.kind, set()).add(watch.selector)
+        return {kind: selectors.copy().pop() if len(selectors) == 1 else "" for kind, selectors in found.items()}
+
+
+def _combined(reconcilers: Sequence[Reconciler]) -> list[Watch]:
+    """Every primary kind, and the secondary ones of each reconciler."""
+    watches = [Watch(reconciler.kind) for reconciler in reconcilers]
+    watches += [watch for reconciler in reconcilers for watch in reconciler.watches]
+    return watches
+
+
+def _key(item: Object) -> Key:
+    return Key(item["kind"], item["metadata"].get("namespace", ""), item["metadata"]["name"])

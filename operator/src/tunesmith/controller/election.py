@@ -1,0 +1,136 @@
+"""Leader election by a Lease: one replica leads, and each leader has a higher epoch than the one before."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from tunesmith.cluster.errors import AlreadyExistsError, ClusterError, ConflictError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from tunesmith.cluster.client import Cluster
+    from tunesmith.cluster.resources import Object
+
+LEASE_NAME = "tunesmith-operator"
+_log = logging.getLogger(__name__)
+
+
+class Election:
+    """Takes the Lease, keeps it, and says until when it holds.
+
+    A leader that cannot renew stops after 0.8 of the Lease's duration, counted from the start of its last good renewal;
+    another takes over when the Lease has not changed for the whole duration. Both count on their own monotonic clocks.
+    """
+
+    def __init__(self, cluster: Cluster, namespace: str, identity: str, seconds: float) -> None:
+        self._cluster = cluster
+        self._namespace = namespace
+        self._identity = identity
+        self._seconds = seconds
+        self._lease: Object = {}
+        self._seen: tuple[str, float] = ("", 0.0)
+        self._until = 0.0
+
+    def leads(self) -> bool:
+        """Whether the Lease is surely held now."""
+        return time.monotonic() < self._until
+
+    async def run(self, lead: Callable[[int], Awaitable[None]]) -> None:
+        """Call `lead(epoch)` whenever this replica leads and cancel it when it no longer does. Runs without end.
+
+        Raises:
+            Exception: `lead` raised it.
+        """
+        while True:
+            epoch = await self._acquire()
+            _log.info("%s leads, epoch %d", self._identity, epoch)
+            leading = asyncio.ensure_future(lead(epoch))
+            try:
+                await self._hold(leading)
+            finally:
+                self._until = 0.0
+                leading.cancel()
+                await asyncio.wait([leading])
+            if not leading.cancelled():
+                leading.result()
+            _log.warning("%s lost the lease and waits for it", self._identity)
+
+    async def release(self) -> None:
+        """Let another replica take over at once. Only while the Lease is held."""
+        if not self._lease or self._lease["spec"].get("holderIdentity") != self._identity:
+            return
+        self._until = 0.0
+        self._lease["spec"]["holderIdentity"] = ""
+        with contextlib.suppress(ClusterError, TimeoutError):
+            async with asyncio.timeout(self._seconds):
+                await self._cluster.replace(self._lease)
+
+    async def _acquire(self) -> int:
+        while True:
+            try:
+                if await self._try():
+                    return int(self._lease["spec"]["leaseTransitions"]) + 1
+            except (AlreadyExistsError, ConflictError):
+                continue
+            except ClusterError as error:
+                _log.warning("the lease cannot be read or taken: %s", error)
+            await asyncio.sleep(self._seconds / 5)
+
+    async def _try(self) -> bool:
+        """Take the Lease where it is free, expired, or was this replica's own before a restart."""
+        started = time.monotonic()
+        lease = await self._cluster.find("Lease", LEASE_NAME, self._namespace)
+        if lease is None:
+            manifest = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease"}
+            manifest["metadata"] = {"name": LEASE_NAME, "namespace": self._namespace}  # type: ignore[assignment]
+            self._lease = await self._cluster.create({**manifest, "spec": self._spec(0)})
+            self._until = started + self._seconds * 0.8
+            return True
+        version = lease["metadata"]["resourceVersion"]
+        if version != self._seen[0]:
+            self._seen = (version, started)
+        spec = lease.get("spec") or {}
+        duration = spec.get("leaseDurationSeconds") or self._seconds
+        if spec.get("holderIdentity") not in ("", None, self._identity) and started - self._seen[1] < duration:
+            return False
+        lease["spec"] = self._spec(int(spec.get("leaseTransitions") or 0) + 1)
+        self._lease = await self._cluster.replace(lease)
+        self._until = started + self._seconds * 0.8
+        return True
+
+    async def _hold(self, leading: asyncio.Future[None]) -> None:
+        """Renew until the Lease is lost or `leading` ends."""
+        while not leading.done() and self.leads():
+            await asyncio.wait([leading], timeout=self._seconds / 5)
+            started = time.monotonic()
+            renewed = {**self._lease, "spec": {**self._lease["spec"], "renewTime": _stamp()}}
+            try:
+                async with asyncio.timeout(max(0.0, self._until - started)):
+                    self._lease = await self._cluster.replace(renewed)
+            except ConflictError:
+                _log.warning("another replica took the lease")
+                return
+            except (ClusterError, TimeoutError) as error:
+                _log.warning("the lease was not renewed: %s", error or "no answer in time")
+            else:
+                self._until = started + self._seconds * 0.8
+
+    def _spec(self, transitions: int) -> Object:
+        now = _stamp()
+        return {
+            "holderIdentity": self._identity,
+            "leaseDurationSeconds": max(1, round(self._seconds)),
+            "acquireTime": now,
+            "renewTime": now,
+            "leaseTransitions": transitions,
+        }
+
+
+def _stamp() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

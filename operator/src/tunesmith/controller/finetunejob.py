@@ -1,0 +1,149 @@
+"""FineTuneJobs: caches → observe → plan → create Jobs → one status write → events."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from tunesmith.api.conditions import FailureReason
+from tunesmith.api.finetunejob import AttemptOutcome, FineTuneJob, FineTuneJobStatus
+from tunesmith.cluster.errors import AlreadyExistsError, InvalidError
+from tunesmith.controller.progress import ProgressPoller
+from tunesmith.controller.reconciler import MANAGED, Key, Result, Watch, label_keys, owner_keys
+from tunesmith.finetune import render
+from tunesmith.finetune.observe import COMPONENT_LABEL, TRAIN, VALIDATE, Observation, observe
+from tunesmith.finetune.plan import Action, CreateAttempt, CreateValidation, Plan, StopJob, plan
+from tunesmith.finetune.status import Status, notices
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tunesmith.cluster.resources import Object, Objects
+    from tunesmith.controller.context import Context
+
+KIND = "FineTuneJob"
+_log = logging.getLogger(__name__)
+
+
+class FineTuneJobReconciler:
+    """Trains what FineTuneJobs ask for."""
+
+    kind = KIND
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        settings = context.settings
+        self._installation = render.Installation(
+            store=settings.store, trainer_image=settings.trainer_image, image_pull_policy=settings.image_pull_policy
+        )
+        self._progress = ProgressPoller(self._running_pods, self._progressed)
+
+    @property
+    def watches(self) -> Sequence[Watch]:
+        """Its Jobs and their pods."""
+        return (
+            Watch("Job", owner_keys(KIND), MANAGED),
+            Watch("Pod", label_keys(KIND, render.JOB_LABEL), MANAGED),
+        )
+
+    async def reconcile(self, key: Key) -> Result:
+        """One pass."""
+        manifest = self._context.caches[KIND].get(key.namespace, key.name)
+        if manifest is None or manifest["metadata"].get("deletionTimestamp"):
+            # What it owns is removed by its owner references.
+            return Result()
+        try:
+            jobs = await self._jobs(manifest)
+            pods = [pod for job in jobs for pod in self._context.caches["Pod"].owned(job["metadata"]["uid"])]
+            sample = self._progress.newest(pods)
+            seen = observe(manifest, jobs, pods, sample, self._context.now())
+        except ValidationError as error:
+            _log.warning("%s is not of this release's schema: %s", key, error)
+            return Result()
+        decided = plan(seen, self._installation.store)
+        status = await self._act(seen, decided, {job["metadata"]["name"]: job for job in jobs})
+        await self._write(manifest, seen.job.status, status)
+        return Result(decided.look_again.total_seconds() if decided.look_again is not None else None)
+
+    async def run(self) -> None:
+        """Pull the progress of running pods."""
+        await self._progress.run()
+
+    async def _jobs(self, manifest: Object) -> Objects:
+        """The Jobs of a FineTuneJob. What would be decided upon for good is read from the API server, not the cache."""
+        metadata = manifest["metadata"]
+        jobs = {job["metadata"]["name"]: job for job in self._context.caches["Job"].owned(metadata["uid"])}
+        for attempt in manifest.get("status", {}).get("attempts") or ():
+            running = attempt.get("outcome") == AttemptOutcome.RUNNING
+            if running and attempt["name"] not in jobs:
+                job = await self._context.cluster.find("Job", attempt["name"], metadata["namespace"])
+                if job is not None:
+                    self._context.caches["Job"].put(job)
+                    jobs[attempt["name"]] = job
+        for name, job in jobs.items():
+            conditions = job.get("status", {}).get("conditions") or ()
+            if any(entry["type"] in {"Complete", "Failed"} and entry["status"] == "True" for entry in conditions):
+                await self._complete_pods(name, job)
+        return list(jobs.values())
+
+    async def _complete_pods(self, name: str, job: Object) -> None:
+        """A Job's end can be told before its pods' ends: then the pods are read."""
+        pods = self._context.caches["Pod"].owned(job["metadata"]["uid"])
+        if all(pod.get("status", {}).get("phase") in {"Succeeded", "Failed"} for pod in pods) and pods:
+            return
+        labels = f"batch.kubernetes.io/job-name={name}"
+        for pod in await self._context.cluster.list("Pod", job["metadata"]["namespace"], labels=labels):
+            self._context.caches["Pod"].put(pod)
+
+    async def _act(self, seen: Observation, decided: Plan, jobs: dict[str, Object]) -> FineTuneJobStatus:
+        """Carry the actions out; the status that is true afterwards."""
+        try:
+            for action in decided.actions:
+                await self._do(seen.job, action, jobs)
+        except InvalidError as error:
+            status = Status(seen.job, seen.now)
+            status.failed(FailureReason.INVALID_SPEC, f"the API server refuses what the spec leads to: {error}")
+            return status.build()
+        return decided.status
+
+    async def _do(self, job: FineTuneJob, action: Action, jobs: dict[str, Object]) -> None:
+        match action:
+            case CreateValidation():
+                await self._create(job, render.validation(job, self._installation))
+            case CreateAttempt(number):
+                await self._create(job, render.attempt(job, number, self._installation))
+            case StopJob(name):
+                await self._context.delete(jobs[name])
+
+    async def _create(self, job: FineTuneJob, manifest: Object) -> None:
+        """Created once and never applied again: a Job of that name is the one that was meant."""
+        await self._context.apply(render.configuration(job))
+        try:
+            await self._context.create(manifest)
+        except AlreadyExistsError:
+            metadata = manifest["metadata"]
+            self._context.caches["Job"].put(
+                await self._context.cluster.get("Job", metadata["name"], metadata["namespace"])
+            )
+
+    async def _write(self, manifest: Object, old: FineTuneJobStatus, new: FineTuneJobStatus) -> None:
+        document = new.manifest()
+        if document == manifest.get("status", {}):
+            return
+        written = await self._context.replace_status({**manifest, "status": document})
+        for notice in notices(old, new):
+            await self._context.recorder.event(written, notice.reason, notice.message, type_=notice.type)
+
+    def _running_pods(self) -> Objects:
+        return [
+            pod
+            for pod in self._context.caches["Pod"].list()
+            if pod["metadata"].get("labels", {}).get(COMPONENT_LABEL) in {VALIDATE, TRAIN}
+            and pod.get("status", {}).get("phase") == "Running"
+        ]
+
+    def _progressed(self, pod: Object) -> None:
+        for key in label_keys(KIND, render.JOB_LABEL)(pod):
+            self._context.queue.add(key)

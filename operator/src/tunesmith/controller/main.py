@@ -1,0 +1,103 @@
+"""The command `tunesmith-operator`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+import uvloop
+
+from tunesmith.cluster.client import Cluster
+from tunesmith.cluster.errors import ClusterError
+from tunesmith.cluster.events import EventRecorder
+from tunesmith.controller.context import Context
+from tunesmith.controller.controller import Controller
+from tunesmith.controller.election import Election
+from tunesmith.controller.finetunejob import FineTuneJobReconciler
+from tunesmith.controller.metrics import Metrics
+from tunesmith.controller.probes import serving
+from tunesmith.controller.settings import Settings, parse
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tunesmith.controller.reconciler import Reconciler
+
+_log = logging.getLogger("tunesmith")
+
+
+def reconcilers(context: Context) -> Sequence[Reconciler]:
+    """One for each kind."""
+    return [FineTuneJobReconciler(context)]
+
+
+async def operate(settings: Settings, stop: asyncio.Event) -> None:
+    """Run until `stop` is set; then hand the Lease over.
+
+    Raises:
+        ClusterError: there are no usable credentials.
+        OSError: a port is taken.
+    """
+    metrics = Metrics()
+    async with await Cluster.connect(observer=metrics.api_request) as cluster:
+        context = Context(cluster=cluster, settings=settings, recorder=EventRecorder(cluster))
+        controller = Controller(context, reconcilers(context), metrics)
+        election = Election(cluster, settings.namespace, settings.identity, settings.lease_seconds)
+        if settings.leader_election:
+            context.may_write = election.leads
+            leading = election.run(controller.lead)
+        else:
+            leading = controller.lead(1)
+        async with serving(
+            probe_port=settings.probe_port,
+            metrics_port=settings.metrics_port,
+            unhealthy=controller.unhealthy,
+            unready=controller.unready,
+            registry=metrics.registry,
+        ):
+            await _until(stop, controller.keep_caches(), leading)
+            await election.release()
+            await controller.stop()
+
+
+async def _until(stop: asyncio.Event, *endless: object) -> None:
+    """Run coroutines until `stop` is set.
+
+    Raises:
+        Exception: one of them raised it.
+    """
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in (*endless, stop.wait())]  # type: ignore[call-overload]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _main(settings: Settings) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await operate(settings, stop)
+
+
+def main() -> None:
+    """Run the operator as the command line says."""
+    settings = parse()
+    logging.basicConfig(
+        level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    logging.getLogger("kopf").setLevel(logging.WARNING)
+    try:
+        with contextlib.suppress(KeyboardInterrupt), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_main(settings))
+    except (ClusterError, OSError) as error:
+        sys.exit(f"tunesmith-operator: {error}")

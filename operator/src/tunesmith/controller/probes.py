@@ -1,0 +1,55 @@
+"""HTTP: /healthz and /readyz on one port, /metrics on another."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+from prometheus_client import generate_latest
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from prometheus_client import CollectorRegistry
+
+
+@asynccontextmanager
+async def serving(
+    *,
+    probe_port: int,
+    metrics_port: int,
+    unhealthy: Callable[[], list[str]],
+    unready: Callable[[], list[str]],
+    registry: CollectorRegistry,
+) -> AsyncIterator[None]:
+    """Serve until the block ends. `unhealthy` and `unready` give the reasons against, none when all is well.
+
+    Raises:
+        OSError: a port is taken.
+    """
+
+    def check(problems: Callable[[], list[str]]) -> Callable[[web.Request], object]:
+        async def answer(_: web.Request) -> web.Response:
+            found = problems()
+            return web.Response(text="\n".join(found or ["ok"]) + "\n", status=503 if found else 200)
+
+        return answer
+
+    async def metrics(_: web.Request) -> web.Response:
+        return web.Response(body=generate_latest(registry), content_type="text/plain", charset="utf-8")
+
+    probes = web.Application()
+    probes.router.add_get("/healthz", check(unhealthy))  # type: ignore[arg-type]
+    probes.router.add_get("/readyz", check(unready))  # type: ignore[arg-type]
+    figures = web.Application()
+    figures.router.add_get("/metrics", metrics)
+    runners = [web.AppRunner(app, access_log=None) for app in (probes, figures)]
+    try:
+        for runner, port in zip(runners, (probe_port, metrics_port), strict=True):
+            await runner.setup()
+            await web.TCPSite(runner, port=port, reuse_address=True).start()
+        yield
+    finally:
+        for runner in runners:
+            await runner.cleanup()

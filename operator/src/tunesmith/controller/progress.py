@@ -1,0 +1,83 @@
+"""Pulls `/progress` from running training pods, apart from reconciles."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import aiohttp
+
+from tunesmith.contracts.progress import PROGRESS_MAX_BYTES, PROGRESS_PORT, parse_progress
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from tunesmith.api.finetunejob import ProgressStatus
+    from tunesmith.cluster.resources import Object, Objects
+
+_INTERVAL_SECONDS = 2.0
+_TIMEOUT = aiohttp.ClientTimeout(total=1.0)
+_AT_ONCE = 32
+_OK = 200
+
+
+class ProgressPoller:
+    """The newest progress of each running pod. A pod is not trusted: 1 s, 64 KiB, no redirects, a strict schema."""
+
+    def __init__(
+        self, pods: Callable[[], Objects], changed: Callable[[Object], None], port: int = PROGRESS_PORT
+    ) -> None:
+        """Prepare.
+
+        Args:
+            pods: the pods that run now.
+            changed: called with a pod whose progress is another than before.
+            port: of the pods.
+        """
+        self._pods = pods
+        self._changed = changed
+        self._port = port
+        self._samples: dict[str, ProgressStatus] = {}
+
+    def newest(self, pods: Iterable[Object]) -> ProgressStatus | None:
+        """The newest sample of any of these pods that runs."""
+        return next(
+            (self._samples[pod["metadata"]["uid"]] for pod in pods if pod["metadata"]["uid"] in self._samples), None
+        )
+
+    async def run(self) -> None:
+        """Pull every 2 s. Runs without end."""
+        slots = asyncio.Semaphore(_AT_ONCE)
+        connector = aiohttp.TCPConnector(limit=_AT_ONCE, force_close=True)
+        async with aiohttp.ClientSession(timeout=_TIMEOUT, connector=connector) as session:
+            while True:
+                pods = [pod for pod in self._pods() if pod.get("status", {}).get("podIP")]
+                self._samples = {
+                    uid: self._samples[uid] for uid in (pod["metadata"]["uid"] for pod in pods) if uid in self._samples
+                }
+                await asyncio.gather(*(self._pull(session, slots, pod) for pod in pods))
+                await asyncio.sleep(_INTERVAL_SECONDS)
+
+    async def _pull(self, session: aiohttp.ClientSession, slots: asyncio.Semaphore, pod: Object) -> None:
+        address = pod["status"]["podIP"]
+        host = f"[{address}]" if ":" in address else address
+        try:
+            async with (
+                slots,
+                session.get(f"http://{host}:{self._port}/progress", allow_redirects=False) as response,
+            ):
+                if response.status != _OK:
+                    return
+                body = bytearray()
+                async for chunk in response.content.iter_chunked(8192):
+                    body += chunk
+                    if len(body) > PROGRESS_MAX_BYTES:
+                        return
+                sample = parse_progress(bytes(body))
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError):
+            # The pod may be starting or stopping; the last sample stays.
+            return
+        uid = pod["metadata"]["uid"]
+        if self._samples.get(uid) != sample:
+            self._samples[uid] = sample
+            self._changed(pod)

@@ -1,0 +1,150 @@
+"""kopf's watches, in a thread of their own, started again whenever they end.
+
+kopf ends its process' tasks on any watch error but 410, and then cancels every task of its event loop that it does not
+know: in a loop of its own that hurts nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import kopf
+import uvloop
+
+from tunesmith.cluster.resources import named, resource_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from tunesmith.cluster.client import Cluster
+    from tunesmith.cluster.resources import Object
+
+_log = logging.getLogger(__name__)
+_MAX_BACKOFF_SECONDS = 30.0
+
+
+class _Backoffs:
+    """Seconds between tries of one request, with jitter; long, since giving up ends all watches."""
+
+    def __iter__(self) -> Iterator[float]:
+        return (min(10.0, 0.5 * 2.0**n) * random.uniform(0.5, 1.0) for n in range(30))  # noqa: S311 - spreads load
+
+
+class Watcher:
+    """Watches kinds and calls `observe(type, object)` in the loop that started it."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        selectors: Mapping[str, str],
+        observe: Callable[[str | None, Object], None],
+        ended: Callable[[], None],
+    ) -> None:
+        """Prepare; `start` starts.
+
+        Args:
+            cluster: whose address and credentials are used.
+            selectors: the kinds, each with the label selector that the API server filters by, or "".
+            observe: called with the event's type (None: it was there already) and the object.
+            ended: called when the watches ended and are about to be started again.
+        """
+        self._cluster = cluster
+        self._selectors = selectors
+        self._observe = observe
+        self._ended = ended
+        self._stop = threading.Event()
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="kopf", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the watches run."""
+        return self._thread.is_alive() and self._ready.is_set()
+
+    def start(self) -> None:
+        """Start the thread. Must be called in the loop that `observe` is to be called in."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def stop(self, seconds: float = 2.0) -> None:
+        """Ask the watches to end and wait a little; the thread dies with the process."""
+        self._stop.set()
+        await asyncio.to_thread(self._thread.join, seconds)
+
+    def _run(self) -> None:
+        failures = 0
+        while not self._stop.is_set():
+            started = time.monotonic()
+            try:
+                with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                    runner.run(
+                        kopf.operator(
+                            registry=self._registry(),
+                            settings=self._settings(),
+                            clusterwide=True,
+                            stop_flag=self._stop,
+                            ready_flag=self._ready,
+                        )
+                    )
+            except Exception as error:  # noqa: BLE001 - whatever ended them, they are started again
+                _log.warning("the watches ended: %s: %s", type(error).__name__, error)
+            self._ready.clear()
+            if self._stop.is_set():
+                return
+            failures = 0 if time.monotonic() - started > _MAX_BACKOFF_SECONDS else failures + 1
+            self._call(self._ended)
+            self._stop.wait(min(_MAX_BACKOFF_SECONDS, 0.5 * 2.0 ** min(failures, 6)))
+
+    def _call(self, function: Callable[..., None], *arguments: Any) -> None:  # noqa: ANN401 - passed through
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+    def _registry(self) -> kopf.OperatorRegistry:
+        registry = kopf.OperatorRegistry()
+
+        async def login(**_: object) -> kopf.ConnectionInfo:
+            connection = await self._cluster.connection()
+            return kopf.ConnectionInfo(
+                server=connection.server,
+                ca_path=connection.ca_file,
+                certificate_path=connection.certificate_file,
+                private_key_path=connection.key_file,
+                token=connection.token,
+                scheme="Bearer" if connection.token else None,
+                insecure=not connection.verify,
+            )
+
+        kopf.on.login(registry=registry)(login)
+        for kind in self._selectors:
+            resource = resource_of(kind)
+
+            async def changed(event: kopf.RawEvent, kind: str = kind, **_: object) -> None:
+                item: Object = {**event["object"]}
+                item["metadata"] = {**item["metadata"]}
+                self._call(self._observe, event["type"], named(item, resource_of(kind)))
+
+            decorate = kopf.on.event(resource.group, resource.version, resource.plural, id=kind, registry=registry)
+            decorate(changed)
+        return registry
+
+    def _settings(self) -> kopf.OperatorSettings:
+        settings = kopf.OperatorSettings()
+        settings.posting.enabled = False
+        settings.peering.standalone = True
+        settings.scanning.disabled = True
+        settings.queueing.worker_limit = None
+        settings.watching.server_timeout = 600
+        settings.networking.request_timeout = 60
+        settings.networking.error_backoffs = _Backoffs()
+        settings.process.ultimate_exiting_timeout = None
+        for kind, selector in self._selectors.items():
+            if selector:
+                resource = resource_of(kind)
+                settings.watching.label_selectors[resource.group, resource.version, resource.plural] = selector
+        return settings

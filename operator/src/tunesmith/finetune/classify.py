@@ -1,0 +1,135 @@
+"""How a Job ended, and why a pod does not start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from tunesmith.api.conditions import FailureReason
+from tunesmith.api.finetunejob import AttemptOutcome
+from tunesmith.contracts.result import ExitCode, Outcome
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from tunesmith.contracts.result import TrainerResult
+    from tunesmith.finetune.observe import JobView, PodView
+
+_IMAGE_REASONS = frozenset({"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"})
+_IMAGE_PATIENCE = timedelta(minutes=5)
+_SECRET_PATIENCE = timedelta(minutes=2)
+_POD_PATIENCE = timedelta(seconds=30)
+_MAX_EXCERPT = 600
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a Job of a trainer ended."""
+
+    outcome: AttemptOutcome
+    reason: FailureReason | None = None
+    message: str = ""
+    retryable: bool = False
+    result: TrainerResult | None = None
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """Why a pod does not run yet."""
+
+    reason: str
+    message: str
+    failure: FailureReason | None = None
+    """Set once waiting longer is pointless."""
+
+
+def ending(job: JobView, stage: str) -> Ending:
+    """How a finished Job ended. `stage` names it in messages.
+
+    The trainer's own words come first, then what the pod and the Job controller recorded.
+    """
+    pod = job.pod
+    result = pod.result if pod is not None else None
+    if job.succeeded:
+        return Ending(AttemptOutcome.SUCCEEDED, result=result)
+    if (
+        job.disrupted
+        or job.exit_code == ExitCode.PREEMPTED
+        or (result is not None and result.outcome is Outcome.PREEMPTED)
+    ):
+        return Ending(
+            AttemptOutcome.PREEMPTED, message="the pod was evicted, pre-empted or its node went away", retryable=True
+        )
+    if pod is not None and pod.out_of_memory:
+        return Ending(
+            AttemptOutcome.FAILED,
+            FailureReason.OUT_OF_MEMORY,
+            f"{stage} needed more memory than resources.memory allows; raise it, or lower "
+            "hyperparameters.microBatchSize or dataset.maxLength, or use method.qlora, in a new FineTuneJob",
+        )
+    if result is not None and result.outcome is Outcome.FAILED:
+        return Ending(
+            AttemptOutcome.FAILED,
+            result.reason or FailureReason.INTERNAL_ERROR,
+            result.message or f"{stage} failed without a message",
+            result.retryable,
+            result,
+        )
+    code = job.exit_code
+    end = f"{stage} ended" + (f" with exit code {code}" if code is not None else "") + " and left no result"
+    words = _excerpt(pod.termination_message if pod is not None else "") or job.failure_message
+    return Ending(
+        AttemptOutcome.FAILED,
+        FailureReason.INTERNAL_ERROR,
+        f"{end}: {words}" if words else f"{end}; see `kubectl logs job/{job.name}`",
+        retryable=code != ExitCode.USER_FAULT,
+    )
+
+
+def obstacle(job: JobView, now: datetime) -> Obstacle | None:
+    """Why the newest pod of an unfinished Job does not run; None when it does, or ended."""
+    pod = job.pod
+    if pod is None:
+        if now - job.created < _POD_PATIENCE:
+            return Obstacle("PodPending", f"Job {job.name} was created")
+        return Obstacle(
+            "PodPending",
+            f"Job {job.name} has no pod after {int((now - job.created).total_seconds())} s: a quota, an admission rule "
+            f"or a missing PriorityClass may refuse it; see `kubectl describe job {job.name}`",
+        )
+    if pod.running or pod.exit_code is not None:
+        return None
+    if pod.unschedulable is not None:
+        return Obstacle("Unschedulable", f"pod {pod.name} waits for a node: {pod.unschedulable}")
+    if pod.waiting_reason in _IMAGE_REASONS:
+        return _image(pod, now)
+    if pod.waiting_reason in {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}:
+        return _configuration(pod, now)
+    return Obstacle("PodPending", f"pod {pod.name} is being started" + (f" on node {pod.node}" if pod.node else ""))
+
+
+def _image(pod: PodView, now: datetime) -> Obstacle:
+    since = pod.scheduled or pod.created
+    message = (
+        f"pod {pod.name} cannot pull its image: {_excerpt(pod.waiting_message) or pod.waiting_reason}; "
+        "check the image's name, the registry and the pull secret of the installation"
+    )
+    late = now - since >= _IMAGE_PATIENCE or pod.waiting_reason == "InvalidImageName"
+    return Obstacle(FailureReason.IMAGE_PULL_FAILED, message, FailureReason.IMAGE_PULL_FAILED if late else None)
+
+
+def _configuration(pod: PodView, now: datetime) -> Obstacle:
+    since = pod.scheduled or pod.created
+    words = _excerpt(pod.waiting_message) or pod.waiting_reason or ""
+    missing = "secret" in words.lower()
+    reason = FailureReason.SECRET_NOT_FOUND if missing else FailureReason.INTERNAL_ERROR
+    mend = "; create it in the namespace of the FineTuneJob" if missing else ""
+    message = f"pod {pod.name} cannot start its container: {words}{mend}"
+    return Obstacle(reason, message, reason if now - since >= _SECRET_PATIENCE else None)
+
+
+def _excerpt(text: str) -> str:
+    """The last line that says something, at most 600 characters."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:_MAX_EXCERPT] if lines else ""

@@ -1,0 +1,202 @@
+"""What is seen of a FineTuneJob: its Jobs, their pods and the newest progress, in the words of the plan."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from tunesmith.api.finetunejob import FineTuneJob
+from tunesmith.contracts.result import TrainerResult
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from tunesmith.api.finetunejob import ProgressStatus
+
+CONTAINER = "trainer"
+COMPONENT_LABEL = "app.kubernetes.io/component"
+ATTEMPT_LABEL = "tunesmith.dev/attempt"
+VALIDATE = "validate"
+TRAIN = "train"
+_EXIT_CODE = re.compile(r"exit code (\d+)")
+
+Object = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PodView:
+    """A pod of a Job. Times are UTC."""
+
+    name: str
+    created: datetime
+    node: str | None = None
+    scheduled: datetime | None = None
+    unschedulable: str | None = None
+    """The scheduler's message, where no node takes the pod."""
+    waiting_reason: str | None = None
+    """Why its container does not start, such as ImagePullBackOff."""
+    waiting_message: str = ""
+    started: datetime | None = None
+    running: bool = False
+    ended: datetime | None = None
+    exit_code: int | None = None
+    out_of_memory: bool = False
+    disrupted: bool = False
+    """Evicted, pre-empted, or its node went away."""
+    termination_message: str = ""
+
+    @property
+    def result(self) -> TrainerResult | None:
+        """What the trainer said at its end; None where it said nothing that can be read."""
+        try:
+            return TrainerResult.model_validate_json(self.termination_message)
+        except ValidationError:
+            return None
+
+
+@dataclass(frozen=True)
+class JobView:
+    """A Job with its pods, oldest first."""
+
+    name: str
+    created: datetime
+    succeeded: bool = False
+    failed: bool = False
+    failure_message: str = ""
+    """The Job controller's words; with a rule of the pod failure policy they hold the exit code or the disruption."""
+    ended: datetime | None = None
+    pods: tuple[PodView, ...] = ()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the Job controller is done with it."""
+        return self.succeeded or self.failed
+
+    @property
+    def pod(self) -> PodView | None:
+        """The newest pod."""
+        return self.pods[-1] if self.pods else None
+
+    @property
+    def exit_code(self) -> int | None:
+        """The newest pod's exit code, from the Job's own record where the pod is gone."""
+        if self.pod is not None and self.pod.exit_code is not None:
+            return self.pod.exit_code
+        match = _EXIT_CODE.search(self.failure_message)
+        return int(match.group(1)) if match else None
+
+    @property
+    def disrupted(self) -> bool:
+        """Whether a disruption ended it, and not the program."""
+        return any(pod.disrupted for pod in self.pods) or "DisruptionTarget" in self.failure_message
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Everything that a plan is made from."""
+
+    job: FineTuneJob
+    now: datetime
+    validation: JobView | None = None
+    attempts: Mapping[int, JobView] = field(default_factory=dict)
+    """By attempt number, from 1."""
+    progress: ProgressStatus | None = None
+    """Of the pod that runs now."""
+
+
+def observe(
+    manifest: Object, jobs: Iterable[Object], pods: Iterable[Object], progress: ProgressStatus | None, now: datetime
+) -> Observation:
+    """Read the objects of the cluster.
+
+    Args:
+        manifest: the FineTuneJob.
+        jobs: the Jobs that it owns.
+        pods: the pods of these Jobs, others are ignored.
+        progress: the newest sample of the running pod.
+        now: the time, UTC.
+
+    Raises:
+        ValidationError: the FineTuneJob is not of this release's schema.
+    """
+    by_owner: dict[str, list[Object]] = {}
+    for pod in pods:
+        for owner in pod["metadata"].get("ownerReferences") or ():
+            by_owner.setdefault(owner["uid"], []).append(pod)
+    validation: JobView | None = None
+    attempts: dict[int, JobView] = {}
+    for job in jobs:
+        labels = job["metadata"].get("labels") or {}
+        view = _job(job, by_owner.get(job["metadata"]["uid"], ()))
+        if labels.get(COMPONENT_LABEL) == VALIDATE:
+            validation = view
+        elif labels.get(COMPONENT_LABEL) == TRAIN and labels.get(ATTEMPT_LABEL, "").isdigit():
+            attempts[int(labels[ATTEMPT_LABEL])] = view
+    return Observation(
+        job=FineTuneJob.model_validate(manifest),
+        now=now.replace(microsecond=0),
+        validation=validation,
+        attempts=dict(sorted(attempts.items())),
+        progress=progress,
+    )
+
+
+def _job(job: Object, pods: Iterable[Object]) -> JobView:
+    conditions = {
+        condition["type"]: condition
+        for condition in job.get("status", {}).get("conditions") or ()
+        if condition["status"] == "True"
+    }
+    failed = conditions.get("Failed")
+    end = failed or conditions.get("Complete") or {}
+    return JobView(
+        name=job["metadata"]["name"],
+        created=_required(job["metadata"]["creationTimestamp"]),
+        succeeded="Complete" in conditions,
+        failed=failed is not None,
+        failure_message=(failed or {}).get("message", ""),
+        ended=_time(end.get("lastTransitionTime")),
+        pods=tuple(sorted((_pod(pod) for pod in pods), key=lambda pod: (pod.created, pod.name))),
+    )
+
+
+def _pod(pod: Object) -> PodView:
+    status = pod.get("status") or {}
+    conditions = {condition["type"]: condition for condition in status.get("conditions") or ()}
+    scheduled = conditions.get("PodScheduled", {})
+    placed = scheduled.get("status") == "True"
+    container: Object = next(
+        (entry for entry in status.get("containerStatuses") or () if entry["name"] == CONTAINER), {}
+    )
+    state = container.get("state") or {}
+    waiting, running, ended = state.get("waiting") or {}, state.get("running"), state.get("terminated") or {}
+    return PodView(
+        name=pod["metadata"]["name"],
+        created=_required(pod["metadata"]["creationTimestamp"]),
+        node=pod.get("spec", {}).get("nodeName"),
+        scheduled=_time(scheduled.get("lastTransitionTime")) if placed else None,
+        unschedulable=scheduled.get("message", "")
+        if scheduled.get("reason") == "Unschedulable" and not placed
+        else None,
+        waiting_reason=waiting.get("reason"),
+        waiting_message=waiting.get("message", ""),
+        started=_time((running or ended).get("startedAt")) if running or ended else None,
+        running=running is not None,
+        ended=_time(ended.get("finishedAt")),
+        exit_code=ended.get("exitCode"),
+        out_of_memory=ended.get("reason") == "OOMKilled",
+        disrupted=conditions.get("DisruptionTarget", {}).get("status") == "True" or status.get("reason") == "Evicted",
+        termination_message=ended.get("message", ""),
+    )
+
+
+def _time(text: str | None) -> datetime | None:
+    return datetime.fromisoformat(text) if text else None
+
+
+def _required(text: str) -> datetime:
+    return datetime.fromisoformat(text)

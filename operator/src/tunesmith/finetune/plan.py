@@ -1,0 +1,222 @@
+"""What to do next with a FineTuneJob and what to say about it. Pure: an observation in, a plan out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING
+
+from tunesmith.api.conditions import FailureReason, FineTuneJobCondition, is_true
+from tunesmith.api.finetunejob import Attempt, AttemptOutcome, FineTuneJobStatus
+from tunesmith.contracts.location import artifact_uri, owned_name
+from tunesmith.finetune.classify import Ending, ending, obstacle
+from tunesmith.finetune.status import Status
+
+if TYPE_CHECKING:
+    from tunesmith.finetune.observe import JobView, Observation
+
+MAX_LISTED_ATTEMPTS = 100
+_FIRST_RETRY = timedelta(seconds=5)
+_LAST_RETRY = timedelta(minutes=5)
+_WAITING_LOOK = timedelta(seconds=30)
+
+
+@dataclass(frozen=True)
+class CreateValidation:
+    """Create the validation Job."""
+
+
+@dataclass(frozen=True)
+class CreateAttempt:
+    """Create the Job of an attempt."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class StopJob:
+    """Delete a Job that still runs or waits, with its pods."""
+
+    name: str
+
+
+Action = CreateValidation | CreateAttempt | StopJob
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Actions in order, then the status to write, then when to look again (None: when something changes)."""
+
+    actions: tuple[Action, ...]
+    status: FineTuneJobStatus
+    look_again: timedelta | None = None
+
+
+def plan(seen: Observation, store: str) -> Plan:
+    """Decide. `store` is the installation's, from which the artifact's place is computed."""
+    status = Status(seen.job, seen.now)
+    if status.terminal:
+        return Plan(_stop_running(seen), seen.job.status)
+    if not is_true(seen.job.status.conditions, FineTuneJobCondition.VALIDATED):
+        return _validate(seen, status, store)
+    return _train(seen, status, store)
+
+
+def _validate(seen: Observation, status: Status, store: str) -> Plan:
+    job = seen.validation
+    if job is None:
+        status.validating("PodPending", "the validation Job is created")
+        return Plan((CreateValidation(),), status.build(), _WAITING_LOOK)
+    if not job.finished:
+        wait = obstacle(job, seen.now)
+        if wait is not None and wait.failure is not None:
+            status.invalid(wait.failure, wait.message)
+            return Plan(_stop_running(seen), status.build())
+        if wait is not None:
+            status.validating(wait.reason, wait.message)
+        else:
+            status.validating("Validating", "data, base model and settings are being checked")
+            status.progress(seen.progress)
+        return Plan((), status.build(), _WAITING_LOOK if wait is not None else None)
+    end = ending(job, "validation")
+    if end.outcome is AttemptOutcome.SUCCEEDED:
+        status.valid(end.result)
+        # The first attempt follows in the same pass, and so in the same status write.
+        return _train(seen, status, store)
+    if end.outcome is AttemptOutcome.PREEMPTED:
+        # The Job replaces disrupted pods itself: it ends this way only where a whole Job was pre-empted.
+        end = replace(end, reason=FailureReason.INTERNAL_ERROR, message="validation was pre-empted too often")
+    status.invalid(end.reason or FailureReason.INTERNAL_ERROR, end.message)
+    return Plan((), status.build())
+
+
+def _train(seen: Observation, status: Status, store: str) -> Plan:
+    attempts = _recorded(seen)
+    for number, attempt in list(attempts.items()):
+        if attempt.outcome is not AttemptOutcome.RUNNING:
+            continue
+        job = seen.attempts.get(number)
+        if job is None:
+            attempts[number] = attempt.model_copy(
+                update={
+                    "outcome": AttemptOutcome.FAILED,
+                    "end_time": seen.now,
+                    "reason": FailureReason.INTERNAL_ERROR,
+                    "message": f"Job {attempt.name} was deleted while it ran",
+                }
+            )
+        elif job.finished:
+            end = ending(job, f"attempt {number}")
+            attempts[number] = _ended(attempt, job, end, seen.now)
+            status.attempts(attempts)
+            if _conclude(seen, status, number, end, store):
+                return Plan(_stop_running(seen), status.build())
+        else:
+            attempts[number] = _running(attempt, job)
+            status.attempts(attempts)
+            return _wait(seen, status, number, job)
+    status.attempts(attempts)
+    return _next(seen, status, attempts)
+
+
+def _recorded(seen: Observation) -> dict[int, Attempt]:
+    """The attempts of the status, with those whose Job was created but not yet told."""
+    metadata = seen.job.metadata
+    known = {_number(attempt.name): attempt for attempt in seen.job.status.attempts}
+    for number in seen.attempts:
+        known.setdefault(number, Attempt(name=owned_name(metadata.name, metadata.uid, str(number))))
+    return dict(sorted(known.items())[-MAX_LISTED_ATTEMPTS:])
+
+
+def _number(name: str) -> int:
+    return int(name.rsplit("-", 1)[1])
+
+
+def _running(attempt: Attempt, job: JobView) -> Attempt:
+    pod = job.pod
+    if pod is None:
+        return attempt
+    return attempt.model_copy(
+        update={"start_time": pod.started or attempt.start_time, "node": pod.node or attempt.node}
+    )
+
+
+def _ended(attempt: Attempt, job: JobView, end: Ending, now: datetime) -> Attempt:
+    pod = job.pod
+    return _running(attempt, job).model_copy(
+        update={
+            "end_time": (pod.ended if pod is not None else None) or job.ended or now,
+            "outcome": end.outcome,
+            "reason": end.reason,
+            "message": end.message[:2048] or None,
+        }
+    )
+
+
+def _conclude(seen: Observation, status: Status, number: int, end: Ending, store: str) -> bool:
+    """Whether the attempt's end is the job's end; the status then says so."""
+    metadata = seen.job.metadata
+    if end.outcome is AttemptOutcome.FAILED and not end.retryable:
+        status.failed(end.reason or FailureReason.INTERNAL_ERROR, end.message)
+        return True
+    if end.outcome is not AttemptOutcome.SUCCEEDED:
+        return False
+    if end.result is None or end.result.artifact is None:
+        # The pod is gone before it was read. The next attempt finds the artifact in the store and reports it.
+        status.forget_result(number)
+        return False
+    expected = artifact_uri(store, metadata.namespace, metadata.name, metadata.uid)
+    if end.result.artifact.uri != expected:
+        status.failed(
+            FailureReason.INTERNAL_ERROR,
+            f"the trainer reports an artifact at {end.result.artifact.uri}, but its place is {expected}",
+        )
+        return True
+    status.complete(end.result)
+    return True
+
+
+def _wait(seen: Observation, status: Status, number: int, job: JobView) -> Plan:
+    wait = obstacle(job, seen.now)
+    if wait is None:
+        status.started(number)
+        status.progress(seen.progress)
+        return Plan((), status.build())
+    if wait.failure is not None:
+        status.failed(wait.failure, wait.message)
+        return Plan(_stop_running(seen), status.build())
+    status.waiting(wait.reason, wait.message)
+    return Plan((), status.build(), _WAITING_LOOK)
+
+
+def _next(seen: Observation, status: Status, attempts: dict[int, Attempt]) -> Plan:
+    """The first attempt, the next one, or the end of all attempts."""
+    failures = [attempt for attempt in attempts.values() if attempt.outcome is AttemptOutcome.FAILED]
+    allowed = seen.job.spec.max_attempts
+    last = attempts[max(attempts)] if attempts else None
+    if len(failures) >= allowed:
+        words = failures[-1]
+        status.failed(
+            FailureReason.ATTEMPTS_EXHAUSTED,
+            f"{len(failures)} of {allowed} attempts failed; the last: {words.reason}: {words.message}",
+        )
+        return Plan((), status.build())
+    number = max(attempts, default=0) + 1
+    if last is not None and last.outcome is AttemptOutcome.FAILED and last.end_time is not None:
+        delay = min(_FIRST_RETRY * 2 ** (len(failures) - 1), _LAST_RETRY)
+        due = last.end_time + delay
+        if seen.now < due:
+            status.waiting(
+                "Retrying", f"attempt {number} starts {int(delay.total_seconds())} s after attempt {number - 1} failed"
+            )
+            return Plan((), status.build(), due - seen.now)
+    status.begin_attempt(number)
+    metadata = seen.job.metadata
+    attempts[number] = Attempt(name=owned_name(metadata.name, metadata.uid, str(number)))
+    status.attempts(attempts)
+    return Plan((CreateAttempt(number),), status.build(), _WAITING_LOOK)
+
+
+def _stop_running(seen: Observation) -> tuple[Action, ...]:
+    jobs = [*seen.attempts.values()] + ([seen.validation] if seen.validation is not None else [])
+    return tuple(StopJob(job.name) for job in jobs if not job.finished)

@@ -1,0 +1,228 @@
+"""The objects of a FineTuneJob, each as its full intent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from tunesmith.contracts.location import CLAIMS_FOLDER, artifact_uri, owned_name
+from tunesmith.contracts.progress import PROGRESS_PORT
+from tunesmith.contracts.result import ExitCode
+from tunesmith.finetune.observe import ATTEMPT_LABEL, COMPONENT_LABEL, CONTAINER, TRAIN, VALIDATE
+
+if TYPE_CHECKING:
+    from tunesmith.api.finetunejob import BaseModelSource, DatasetSource, FineTuneJob
+
+Object = dict[str, Any]
+
+JOB_LABEL = "tunesmith.dev/finetunejob"
+STORE_SECRET = "tunesmith-store"  # noqa: S105 - a name, not a secret
+JOB_FOLDER = "/etc/tunesmith/job"
+JOB_FILE = "job.yaml"
+SECRETS_FOLDER = "/etc/tunesmith/secrets"
+USER_ID = 65532
+GRACE_SECONDS = 60
+_VALIDATION_RESOURCES = {"requests": {"cpu": "500m", "memory": "2Gi"}, "limits": {"memory": "2Gi"}}
+_VALIDATION_RETRIES = 3
+
+
+@dataclass(frozen=True)
+class Installation:
+    """What an installation gives to every job."""
+
+    store: str
+    """Root of the store, such as s3://tunesmith/store."""
+    trainer_image: str
+    image_pull_policy: str = "IfNotPresent"
+
+
+def configuration(job: FineTuneJob) -> Object:
+    """The ConfigMap with the manifest that the trainer reads."""
+    manifest = {
+        "apiVersion": job.api_version,
+        "kind": job.kind,
+        "metadata": {"name": job.metadata.name, "namespace": job.metadata.namespace, "uid": job.metadata.uid},
+        "spec": job.spec.manifest(),
+    }
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": _metadata(job, "spec", {}),
+        "immutable": True,
+        "data": {JOB_FILE: yaml.safe_dump(manifest, sort_keys=False, allow_unicode=True)},
+    }
+
+
+def validation(job: FineTuneJob, installation: Installation) -> Object:
+    """The Job that checks data, base model and settings on a CPU.
+
+    The Job controller itself repeats it after a failure that is worth it, and replaces disrupted pods.
+    """
+    labels = {COMPONENT_LABEL: VALIDATE}
+    rules = [_on_disruption("Ignore"), _on_exit_codes("FailJob", ExitCode.USER_FAULT)]
+    arguments = ["validate", "--job", f"{JOB_FOLDER}/{JOB_FILE}"]
+    pod = _pod(job, installation, labels, arguments, _VALIDATION_RESOURCES)
+    # A check needs no GPU: only what keeps pods off nodes altogether is taken over.
+    pod["spec"].pop("runtimeClassName", None)
+    return _job(job, VALIDATE, labels, pod, rules, retries=_VALIDATION_RETRIES)
+
+
+def attempt(job: FineTuneJob, number: int, installation: Installation) -> Object:
+    """The Job of an attempt: one pod, once. What ended it stands in the Job even when the pod is gone."""
+    metadata = job.metadata
+    labels = {COMPONENT_LABEL: TRAIN, ATTEMPT_LABEL: str(number)}
+    rules = [
+        _on_disruption("FailJob"),
+        *(_on_exit_codes("FailJob", code) for code in (ExitCode.USER_FAULT, ExitCode.RETRYABLE, ExitCode.PREEMPTED)),
+    ]
+    place = artifact_uri(installation.store, metadata.namespace, metadata.name, metadata.uid)
+    arguments = ["train", "--job", f"{JOB_FOLDER}/{JOB_FILE}", "--output", place]
+    pod = _pod(job, installation, labels, arguments, _resources(job))
+    return _job(job, str(number), labels, pod, rules, retries=0)
+
+
+def _job(
+    job: FineTuneJob, suffix: str, labels: dict[str, str], pod: Object, rules: list[Object], *, retries: int
+) -> Object:
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": _metadata(job, suffix, labels),
+        "spec": {
+            "completions": 1,
+            "parallelism": 1,
+            "backoffLimit": retries,
+            # A second pod must not start while the first still writes.
+            "podReplacementPolicy": "Failed",
+            "podFailurePolicy": {"rules": rules},
+            "template": pod,
+        },
+    }
+
+
+def _on_disruption(action: str) -> Object:
+    return {"action": action, "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+
+
+def _on_exit_codes(action: str, code: ExitCode) -> Object:
+    return {"action": action, "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": [int(code)]}}
+
+
+def _metadata(job: FineTuneJob, suffix: str, labels: dict[str, str]) -> Object:
+    metadata = job.metadata
+    return {
+        "name": owned_name(metadata.name, metadata.uid, suffix),
+        "namespace": metadata.namespace,
+        "labels": _labels(job, labels),
+        "ownerReferences": [
+            {
+                "apiVersion": job.api_version,
+                "kind": job.kind,
+                "name": metadata.name,
+                "uid": metadata.uid,
+                "controller": True,
+                "blockOwnerDeletion": False,
+            }
+        ],
+    }
+
+
+def _labels(job: FineTuneJob, labels: dict[str, str]) -> dict[str, str]:
+    return {"app.kubernetes.io/managed-by": "tunesmith", JOB_LABEL: job.metadata.name, **labels}
+
+
+def _pod(
+    job: FineTuneJob, installation: Installation, labels: dict[str, str], arguments: list[str], resources: Object
+) -> Object:
+    secrets, claims = _secrets(job), _claims(job)
+    scheduling = job.spec.scheduling
+    return {
+        "metadata": {"labels": _labels(job, labels)},
+        "spec": {
+            "restartPolicy": "Never",
+            "automountServiceAccountToken": False,
+            "enableServiceLinks": False,
+            "terminationGracePeriodSeconds": GRACE_SECONDS,
+            "securityContext": {
+                "runAsNonRoot": True,
+                "runAsUser": USER_ID,
+                "runAsGroup": USER_ID,
+                "fsGroup": USER_ID,
+                "seccompProfile": {"type": "RuntimeDefault"},
+            },
+            **scheduling.manifest(),
+            "containers": [
+                {
+                    "name": CONTAINER,
+                    "image": installation.trainer_image,
+                    "imagePullPolicy": installation.image_pull_policy,
+                    "command": ["tunesmith-trainer"],
+                    "args": arguments,
+                    "envFrom": [{"secretRef": {"name": STORE_SECRET}}],
+                    "env": [{"name": "HOME", "value": "/tmp"}],  # noqa: S108 - an emptyDir of the pod
+                    "ports": [{"name": "progress", "containerPort": PROGRESS_PORT}],
+                    "resources": resources,
+                    "securityContext": {
+                        "allowPrivilegeEscalation": False,
+                        "readOnlyRootFilesystem": True,
+                        "capabilities": {"drop": ["ALL"]},
+                    },
+                    "terminationMessagePolicy": "FallbackToLogsOnError",
+                    "volumeMounts": [
+                        {"name": "job", "mountPath": JOB_FOLDER, "readOnly": True},
+                        {"name": "work", "mountPath": "/work"},
+                        {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - an emptyDir of the pod
+                        *(
+                            {"name": f"secret-{index}", "mountPath": f"{SECRETS_FOLDER}/{name}", "readOnly": True}
+                            for index, name in enumerate(secrets)
+                        ),
+                        *(
+                            {"name": f"claim-{index}", "mountPath": f"{CLAIMS_FOLDER}/{name}", "readOnly": True}
+                            for index, name in enumerate(claims)
+                        ),
+                    ],
+                }
+            ],
+            "volumes": [
+                {"name": "job", "configMap": {"name": owned_name(job.metadata.name, job.metadata.uid, "spec")}},
+                {"name": "work", "emptyDir": {}},
+                {"name": "tmp", "emptyDir": {}},
+                # Optional: the kubelet would wait for a missing one without a word, the trainer says which is missing.
+                *(
+                    {"name": f"secret-{index}", "secret": {"secretName": name, "optional": True}}
+                    for index, name in enumerate(secrets)
+                ),
+                *(
+                    {"name": f"claim-{index}", "persistentVolumeClaim": {"claimName": name, "readOnly": True}}
+                    for index, name in enumerate(claims)
+                ),
+            ],
+        },
+    }
+
+
+def _resources(job: FineTuneJob) -> Object:
+    wanted = job.spec.resources
+    gpus = {wanted.gpu_resource: str(wanted.gpus)} if wanted.gpus else {}
+    return {
+        "requests": {"cpu": wanted.cpu, "memory": wanted.memory, **gpus},
+        "limits": {"memory": wanted.memory, **gpus},
+    }
+
+
+def _sources(job: FineTuneJob) -> list[BaseModelSource | DatasetSource]:
+    dataset = job.spec.dataset
+    return [job.spec.base_model, *dataset.train, *(dataset.validation or [])]
+
+
+def _secrets(job: FineTuneJob) -> list[str]:
+    """Names of the Secrets that the sources name, without repeats."""
+    return list(dict.fromkeys(source.secret_ref.name for source in _sources(job) if source.secret_ref is not None))
+
+
+def _claims(job: FineTuneJob) -> list[str]:
+    """Names of the PersistentVolumeClaims that the sources name, without repeats."""
+    uris = (source.uri for source in _sources(job))
+    return list(dict.fromkeys(uri.removeprefix("pvc://").split("/")[0] for uri in uris if uri.startswith("pvc://")))

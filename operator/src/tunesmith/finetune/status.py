@@ -1,0 +1,221 @@
+"""The status of a FineTuneJob: conditions are the truth, the phase is derived from them."""
+
+from __future__ import annotations
+
+import math
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from tunesmith.api.conditions import Condition, ConditionStatus, FineTuneJobCondition, find, is_true, set_condition
+from tunesmith.api.finetunejob import (
+    AttemptOutcome,
+    FineTuneJobStatus,
+    Phase,
+    ProgressStatus,
+    Resolved,
+)
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from tunesmith.api.conditions import FailureReason
+    from tunesmith.api.finetunejob import Attempt, FineTuneJob
+    from tunesmith.contracts.result import TrainerResult
+
+PROGRESS_INTERVAL = timedelta(seconds=10)
+_MAX_MESSAGE = 4096
+
+
+class Status:
+    """The next status, from the present one and what is said about it."""
+
+    def __init__(self, job: FineTuneJob, now: datetime) -> None:
+        self._job = job
+        self._now = now
+        self._status = job.status.model_copy(deep=True)
+
+    @property
+    def terminal(self) -> bool:
+        """Whether the job is over, for good."""
+        conditions = self._status.conditions
+        return is_true(conditions, FineTuneJobCondition.COMPLETE) or is_true(conditions, FineTuneJobCondition.FAILED)
+
+    def validating(self, reason: str, message: str) -> None:
+        """The CPU stage waits or runs."""
+        self._set(FineTuneJobCondition.VALIDATED, ConditionStatus.UNKNOWN, reason, message)
+
+    def valid(self, result: TrainerResult | None) -> None:
+        """The CPU stage found nothing wrong."""
+        if result is not None:
+            self._status.preflight = result.preflight or self._status.preflight
+            self._status.resolved = merged(self._status.resolved, result.resolved)
+        flight = self._status.preflight
+        message = "nothing is wrong with the data, the base model and the settings"
+        if flight is not None and flight.rows is not None:
+            message = (
+                f"{flight.rows} rows to train on, {flight.validation_rows or 0} held out, "
+                f"{flight.dropped_rows or 0} dropped"
+            )
+        self._set(FineTuneJobCondition.VALIDATED, ConditionStatus.TRUE, "Valid", message)
+        self._status.progress = None
+
+    def invalid(self, reason: FailureReason, message: str) -> None:
+        """The CPU stage found what makes training pointless."""
+        self._set(FineTuneJobCondition.VALIDATED, ConditionStatus.FALSE, reason, message)
+        self.failed(reason, message)
+
+    def begin_attempt(self, number: int) -> None:
+        """An attempt's Job is about to be created."""
+        self.waiting("PodPending", f"the Job of attempt {number} is created")
+        self._status.progress = None
+
+    def waiting(self, reason: str, message: str) -> None:
+        """No pod trains now."""
+        self._set(FineTuneJobCondition.STARTED, ConditionStatus.FALSE, reason, message)
+
+    def started(self, number: int) -> None:
+        """A pod trains."""
+        self._set(FineTuneJobCondition.STARTED, ConditionStatus.TRUE, "Running", f"attempt {number} runs")
+
+    def forget_result(self, number: int) -> None:
+        """An attempt ended well, but what it reported is lost."""
+        self.waiting("ResultLost", f"the pod of attempt {number} is gone before its result was read")
+
+    def attempts(self, attempts: dict[int, Attempt]) -> None:
+        """The attempts, by number."""
+        self._status.attempts = [attempt for _, attempt in sorted(attempts.items())]
+        starts = [attempt.start_time for attempt in self._status.attempts if attempt.start_time is not None]
+        if starts and self._status.start_time is None:
+            self._status.start_time = min(starts)
+
+    def progress(self, sample: ProgressStatus | None) -> None:
+        """The newest progress; it is taken over when the stage changed or 10 s after the one that is told."""
+        if sample is None:
+            return
+        told = self._status.progress
+        sample = ProgressStatus.model_validate(finite(sample.model_dump(by_alias=True)))
+        if sample.update_time is None:
+            sample.update_time = self._now
+        if (
+            told is None
+            or told.update_time is None
+            or told.stage is not sample.stage
+            or sample.update_time - told.update_time >= PROGRESS_INTERVAL
+        ):
+            self._status.progress = sample
+
+    def failed(self, reason: FailureReason, message: str) -> None:
+        """The job is over."""
+        for attempt in self._status.attempts:
+            if attempt.outcome is AttemptOutcome.RUNNING:
+                attempt.outcome, attempt.end_time, attempt.reason = AttemptOutcome.FAILED, self._now, reason
+                attempt.message = message[:2048]
+        self._end(FineTuneJobCondition.FAILED, reason, message)
+
+    def complete(self, result: TrainerResult) -> None:
+        """The adapter is published and the job is over."""
+        assert result.artifact is not None  # noqa: S101 - the caller has looked
+        self._status.artifact = result.artifact
+        self._status.evaluation = result.evaluation or self._status.evaluation
+        self._status.resolved = merged(self._status.resolved, result.resolved)
+        self._status.preflight = self._status.preflight or result.preflight
+        place = f"the adapter is at {result.artifact.uri}"
+        self._set(FineTuneJobCondition.PUBLISHED, ConditionStatus.TRUE, "Published", place)
+        evaluation, message = self._status.evaluation, place
+        if evaluation is not None and evaluation.base_loss is not None and evaluation.loss is not None:
+            message = f"held-out loss went from {evaluation.base_loss:.4g} to {evaluation.loss:.4g}; {place}"
+        self._end(FineTuneJobCondition.COMPLETE, "Complete", message)
+
+    def build(self) -> FineTuneJobStatus:
+        """The status as it is to be written."""
+        self._status.observed_generation = self._job.metadata.generation
+        self._status.phase = phase(self._status)
+        return self._status
+
+    def _end(self, type_: FineTuneJobCondition, reason: str, message: str) -> None:
+        started = find(self._status.conditions, FineTuneJobCondition.STARTED)
+        if started is not None and started.status is ConditionStatus.TRUE:
+            self._set(FineTuneJobCondition.STARTED, ConditionStatus.FALSE, "Ended", "no attempt runs")
+        self._set(type_, ConditionStatus.TRUE, reason, message)
+        self._status.completion_time = self._now
+
+    def _set(self, type_: FineTuneJobCondition, status: ConditionStatus, reason: str, message: str) -> None:
+        self._status.conditions = set_condition(
+            self._status.conditions,
+            Condition(
+                type=type_,
+                status=status,
+                reason=str(reason),
+                message=message[:_MAX_MESSAGE],
+                last_transition_time=self._now,
+                observed_generation=self._job.metadata.generation,
+            ),
+        )
+
+
+def phase(status: FineTuneJobStatus) -> Phase:
+    """The phase that the conditions amount to."""
+    conditions = status.conditions
+    if is_true(conditions, FineTuneJobCondition.FAILED):
+        return Phase.FAILED
+    if is_true(conditions, FineTuneJobCondition.COMPLETE):
+        return Phase.COMPLETE
+    if is_true(conditions, FineTuneJobCondition.STARTED):
+        return Phase.RUNNING
+    validated = find(conditions, FineTuneJobCondition.VALIDATED)
+    if validated is not None and validated.status is not ConditionStatus.TRUE:
+        return Phase.VALIDATING
+    return Phase.PENDING
+
+
+class Notice(NamedTuple):
+    """An Event to tell."""
+
+    type: Literal["Normal", "Warning"]
+    reason: str
+    message: str
+
+
+def notices(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Notice]:
+    """What people should hear of the difference of two statuses."""
+    found = []
+    for condition in new.conditions:
+        before = find(old.conditions, condition.type)
+        if before is not None and before.status is condition.status and before.reason == condition.reason:
+            continue
+        if condition.type == FineTuneJobCondition.FAILED:
+            found.append(Notice("Warning", condition.reason, condition.message))
+        elif condition.status is ConditionStatus.TRUE:
+            found.append(Notice("Normal", condition.type, condition.message))
+        elif condition.reason in {"Unschedulable", "ImagePullFailed", "SecretNotFound", "Retrying"}:
+            found.append(Notice("Warning", condition.reason, condition.message))
+    known = {attempt.name: attempt.outcome for attempt in old.attempts}
+    for attempt in new.attempts:
+        ended = attempt.outcome in {AttemptOutcome.FAILED, AttemptOutcome.PREEMPTED}
+        if ended and known.get(attempt.name) is not attempt.outcome:
+            found.append(Notice("Warning", f"Attempt{attempt.outcome}", f"{attempt.name}: {attempt.message}"))
+    before_stage = old.progress.stage if old.progress is not None else None
+    stage = new.progress.stage if new.progress is not None else None
+    if stage is not None and stage is not before_stage:
+        found.append(Notice("Normal", stage, f"the trainer is at stage {stage}"))
+    return found
+
+
+def merged(kept: Resolved | None, new: Resolved | None) -> Resolved | None:
+    """What was resolved first stays; what was absent is filled in."""
+    if kept is None or new is None:
+        return kept or new
+    return kept.model_copy(
+        update={name: value for name, value in new if getattr(kept, name) is None and value is not None}
+    )
+
+
+def finite(value: Any) -> Any:  # noqa: ANN401 - any JSON document
+    """The document with None for numbers that JSON has not: a pod may report a loss that is not a number."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [finite(entry) for entry in value]
+    return value
