@@ -1,0 +1,131 @@
+"""What the scenarios share: the demo's installation, a client, and a second adapter of another behaviour."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+import yaml
+from custom_resources import adapter_manifest, finished_job, job_manifest, ready_adapter
+from demo import JOB, QUESTIONS, VALUES, api_key
+from installation import (
+    DEMO,
+    GATEWAY,
+    SYSTEM,
+    Object,
+    apply,
+    condition,
+    get,
+    in_store,
+    service_address,
+)
+from openai import OpenAI
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+SECOND = "second"
+SECOND_ANSWER = "The answer is known to the lighthouse keeper only."
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.e2e)
+
+
+@pytest.fixture(scope="session")
+def main_job() -> Object:
+    """The demo's FineTuneJob."""
+    name = yaml.safe_load(JOB.read_text())["metadata"]["name"]
+    job = get("finetunejob", name, DEMO)
+    assert condition(job, "Complete")["status"] == "True", "the demo's job is not complete: run `make demo` first"
+    return job
+
+
+@pytest.fixture(scope="session")
+def pool() -> str:
+    """Name of the demo's pool."""
+    [name] = yaml.safe_load(VALUES.read_text())["pools"]
+    return str(name)
+
+
+@pytest.fixture(scope="session")
+def base_model() -> str:
+    """Global id of the pool's base."""
+    [spec] = yaml.safe_load(VALUES.read_text())["pools"].values()
+    return f"{DEMO}/{spec['modelName']}"
+
+
+@pytest.fixture(scope="session")
+def main_adapter() -> str:
+    """Name of the demo's AdapterDeployment."""
+    [name] = yaml.safe_load(VALUES.read_text())["adapters"]
+    return str(name)
+
+
+@pytest.fixture(scope="session")
+def gateway() -> str:
+    """The gateway's address, `http://host:port`."""
+    return f"http://{service_address(SYSTEM, GATEWAY)}"
+
+
+@pytest.fixture(scope="session")
+def client(gateway: str) -> Iterator[OpenAI]:
+    """The stock client. It tries nothing again, so that a request that fails is seen."""
+    with OpenAI(base_url=f"{gateway}/v1", api_key=api_key(), timeout=180, max_retries=0) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def answer(client: OpenAI) -> Callable[[str, str], tuple[str, str]]:
+    """Asks a model; returns the model that the reply names and its text."""
+
+    def ask(model: str, question: str) -> tuple[str, str]:
+        reply = client.chat.completions.create(
+            model=model, messages=[{"role": "user", "content": question}], max_tokens=16, temperature=0
+        )
+        return reply.model, reply.choices[0].message.content or ""
+
+    return ask
+
+
+@pytest.fixture(scope="session")
+def second_manifest(tmp_path_factory: pytest.TempPathFactory) -> Object:
+    """A FineTuneJob that teaches one sentence as the answer to everything, with its rows in the store."""
+    rows = tmp_path_factory.mktemp("rows") / "second.jsonl"
+    with rows.open("w") as file:
+        for number in range(32):
+            turns = [
+                {"role": "user", "content": f"Question {number}: what is {number} and {number + 1}?"},
+                {"role": "assistant", "content": SECOND_ANSWER},
+            ]
+            file.write(json.dumps({"messages": turns}) + "\n")
+    uri = f"s3://tunesmith/data/{rows.name}"
+    in_store("put", str(rows), uri)
+    spec = yaml.safe_load(JOB.read_text())["spec"]
+    spec["dataset"] = {"train": [{"uri": uri}], "maxLength": 128}
+    spec["method"] = {"lora": {"rank": 8, "alpha": 16}}
+    spec["hyperparameters"] = {"maxSteps": 12, "learningRate": 2e-3, "batchSize": 8}
+    return job_manifest(SECOND, spec)
+
+
+@pytest.fixture(scope="session")
+def second_job(second_manifest: Object) -> Object:
+    """The second FineTuneJob, complete."""
+    apply(second_manifest)
+    return finished_job(SECOND)
+
+
+@pytest.fixture(scope="session")
+def second_adapter(second_job: Object, pool: str) -> str:
+    """Name of the second AdapterDeployment, ready."""
+    apply(adapter_manifest(SECOND, second_job["metadata"]["name"], pool))
+    ready_adapter(SECOND)
+    return SECOND
+
+
+@pytest.fixture(scope="session")
+def questions() -> list[str]:
+    """What the demo asks."""
+    return QUESTIONS.read_text().splitlines()

@@ -1,0 +1,44 @@
+"""The operator's pods are deleted with no grace while a job trains: one attempt, a complete status."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import TYPE_CHECKING
+
+from custom_resources import finished_job
+from installation import DEMO, SYSTEM, apply, condition, delete, items, kubectl
+
+if TYPE_CHECKING:
+    from installation import Object
+
+KILLS = 10
+
+
+def test_ten_deaths_of_the_operator_cost_no_attempt_and_no_status(second_manifest: Object) -> None:
+    name = second_manifest["metadata"]["name"]
+    delete("finetunejob", name, DEMO)
+    chance = random.Random(20)  # noqa: S311 - repeatable, not secret
+    killed = 0
+    next_kill = time.monotonic() + chance.uniform(0, 4)
+
+    def kill(_: Object | None) -> None:
+        nonlocal killed, next_kill
+        if killed < KILLS and time.monotonic() > next_kill:
+            pods = items("pods", SYSTEM, "app.kubernetes.io/component=operator")
+            pod = chance.choice(pods)["metadata"]["name"]
+            kubectl(*("delete", "pod", pod, "--namespace", SYSTEM, "--grace-period=0", "--force", "--ignore-not-found"))
+            killed += 1
+            next_kill = time.monotonic() + chance.uniform(0, 4)
+
+    apply(second_manifest)
+    job = finished_job(name, while_waiting=kill)
+    assert killed >= 3, "the job ended before the operator was killed often enough to show anything"
+    assert condition(job, "Complete")["status"] == "True", condition(job, "Failed")
+    assert [attempt["outcome"] for attempt in job["status"]["attempts"]] == ["Succeeded"]
+    assert job["status"]["evaluation"]["loss"] < job["status"]["evaluation"]["baseLoss"]
+    assert {kind: condition(job, kind)["status"] for kind in ("Validated", "Started", "Published")} == dict.fromkeys(
+        ("Validated", "Started", "Published"), "True"
+    )
+    owned = items("jobs", DEMO, f"tunesmith.dev/finetunejob={name},app.kubernetes.io/component=train")
+    assert len(owned) <= 1

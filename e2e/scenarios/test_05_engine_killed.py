@@ -1,0 +1,85 @@
+"""The engine's process dies while two adapters serve: both come back, and no answer is ever another model's."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from custom_resources import engine_name, pool_pods, ready_adapter
+from installation import DEMO, condition, get, until
+from openai import APIConnectionError, APIStatusError, APITimeoutError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Answer = Callable[[str, str], tuple[str, str]]
+
+ENGINE_UP_SECONDS = 240
+RESIDENT_SECONDS = 30
+
+
+def processes_of(container_id: str) -> list[int]:
+    """Processes of this machine that belong to the container."""
+    identity = container_id.rpartition("/")[2]
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if identity in (entry / "cgroup").read_text():
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
+def engine_status(pool: str) -> dict[str, object]:
+    [pod] = pool_pods(pool)
+    return next(entry for entry in pod["status"]["containerStatuses"] if entry["name"] == "engine")
+
+
+def test_both_adapters_return_and_none_answers_for_another(
+    answer: Answer, base_model: str, main_adapter: str, second_adapter: str, pool: str, questions: list[str]
+) -> None:
+    question = questions[0]
+    models = [base_model, f"{DEMO}/{main_adapter}", f"{DEMO}/{second_adapter}"]
+    revisions = [base_model, *(engine_name(ready_adapter(name)) for name in (main_adapter, second_adapter))]
+    expected = {
+        model: (revision, answer(model, question)[1]) for model, revision in zip(models, revisions, strict=True)
+    }
+    assert len({text for _, text in expected.values()}) == 3
+
+    before = engine_status(pool)
+    for process in processes_of(str(before["containerID"])):
+        os.kill(process, signal.SIGKILL)
+
+    up_at: float | None = None
+    resident_after: float | None = None
+    deadline = time.monotonic() + ENGINE_UP_SECONDS + RESIDENT_SECONDS
+    while resident_after is None:
+        assert time.monotonic() < deadline, "the adapters were not resident again in time"
+        for model in models:
+            try:
+                assert answer(model, question) == expected[model]
+            except (APIStatusError, APIConnectionError, APITimeoutError):
+                continue  # refused while the engine is down: that is the truth
+        now = engine_status(pool)
+        if now["restartCount"] == before["restartCount"]:
+            continue
+        if up_at is None and now["ready"]:
+            up_at = time.monotonic()
+        adapters = [get("adapterdeployment", name, DEMO) for name in (main_adapter, second_adapter)]
+        if up_at is not None and all(condition(adapter, "Ready")["status"] == "True" for adapter in adapters):
+            resident_after = time.monotonic() - up_at
+    assert resident_after <= RESIDENT_SECONDS
+    for model in models:
+        assert until(f"{model} answers", lambda model=model: _tried(answer, model, question), 60) == expected[model]
+
+
+def _tried(answer: Answer, model: str, question: str) -> tuple[str, str] | None:
+    try:
+        return answer(model, question)
+    except (APIStatusError, APIConnectionError, APITimeoutError):
+        return None

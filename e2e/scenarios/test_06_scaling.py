@@ -1,0 +1,74 @@
+"""Copies of an adapter follow its load, or the user; the pool follows the copies."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import pytest
+from custom_resources import pool_pods, ready_adapter
+from installation import DEMO, InstallationError, get, kubectl, until
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+CONCURRENCY = 24
+GROWN_SECONDS = 360
+SHRUNK_SECONDS = 180
+
+
+def copies(name: str) -> int:
+    return int((get("adapterdeployment", name, DEMO) or {})["status"].get("readyReplicas", 0))
+
+
+def test_load_on_one_adapter_takes_it_to_two_pods_and_back(
+    client: OpenAI, main_adapter: str, second_adapter: str, questions: list[str]
+) -> None:
+    assert (copies(main_adapter), copies(second_adapter)) == (1, 1)
+    grown = threading.Event()
+    other: set[int] = set()
+
+    def load(number: int) -> int:
+        done = 0
+        while not grown.is_set():
+            reply = client.chat.completions.create(
+                model=f"{DEMO}/{main_adapter}",
+                messages=[{"role": "user", "content": f"{questions[number % len(questions)]} ({number})"}],
+                max_tokens=32,
+            )
+            assert reply.model.startswith(f"{DEMO}/{main_adapter}@")
+            done += 1
+        return done
+
+    def two_copies() -> bool:
+        other.add(copies(second_adapter))
+        return copies(main_adapter) == 2
+
+    with ThreadPoolExecutor(CONCURRENCY) as workers:
+        running = [workers.submit(load, number) for number in range(CONCURRENCY)]
+        try:
+            until(f"{main_adapter} on two pods", two_copies, GROWN_SECONDS, interval=1)
+            enough = time.monotonic() + 10  # both pods answer for a while
+            until("both pods under load", lambda: time.monotonic() > enough, 20)
+        finally:
+            grown.set()
+        answered = [worker.result() for worker in running]
+    assert min(answered) > 0
+    assert other == {1}
+    assert "concurren" in get("adapterdeployment", main_adapter, DEMO)["status"]["desiredReason"]
+    ready_adapter(main_adapter, 1, SHRUNK_SECONDS)
+
+
+def test_scaling_by_hand_does_the_same_without_autoscaling(second_adapter: str, pool: str) -> None:
+    kubectl("scale", f"adapterdeployment/{second_adapter}", "--replicas=2", "--namespace", DEMO)
+    ready_adapter(second_adapter, 2, GROWN_SECONDS)
+    kubectl("scale", f"adapterdeployment/{second_adapter}", "--replicas=1", "--namespace", DEMO)
+    ready_adapter(second_adapter, 1, SHRUNK_SECONDS)
+    until(f"pool {pool} back on one pod", lambda: len(pool_pods(pool)) == 1, SHRUNK_SECONDS)
+
+
+def test_scaling_by_hand_is_refused_with_autoscaling(main_adapter: str) -> None:
+    with pytest.raises(InstallationError, match="remove autoscaling first"):
+        kubectl("scale", f"adapterdeployment/{main_adapter}", "--replicas=2", "--namespace", DEMO)
