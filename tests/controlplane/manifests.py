@@ -132,6 +132,11 @@ REFUSED_JOBS: dict[str, tuple[dict[str, Any], str, str]] = {
         f"spec.baseModel.uri: {URI}",
     ),
     "a bucket alone": ({"baseModel__uri": "s3://bucket"}, URI, URI),
+    "a uri that leaves its folder": (
+        {"baseModel__uri": "pvc://claim/../other"},
+        "a uri must not contain '..': write the path itself",
+        "spec.baseModel: a uri must not contain '..': write the path itself",
+    ),
     "an https uri": ({"baseModel__uri": "https://x/y"}, URI, URI),
     "a Secret's name with capitals": ({"baseModel__secretRef": {"name": "Store"}}, NAME, NAME),
     "memory without a number": ({"resources": {"memory": "lots"}}, QUANTITY, f"spec.resources.memory: {QUANTITY}"),

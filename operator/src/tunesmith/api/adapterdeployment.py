@@ -83,7 +83,9 @@ class Revision(StatusModel):
 
     digest: str = Field(max_length=71, description="Digest of the artifact.")
     uri: str | None = Field(
-        default=None, max_length=1024, description="Folder of the artifact in the store; pods that come later load it from there."
+        default=None,
+        max_length=1024,
+        description="Folder of the artifact in the store; pods that come later load it from there.",
     )
     engine_name: str = Field(max_length=256, description="Its name in the engine and in replies.")
     state: RevisionState = Field(description="How far it is.")

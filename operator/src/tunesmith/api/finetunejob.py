@@ -19,7 +19,7 @@ from tunesmith.api.model import (
     SecretReference,
     StatusModel,
     Uri,
-    in_cluster_only,
+    uri_rules,
 )
 from tunesmith.api.placement import Resources, Scheduling
 
@@ -45,7 +45,7 @@ Figure = Annotated[float | None, AfterValidator(_rounded)]
 class BaseModelSource(ApiModel):
     """Where the base model's folder is (config, tokenizer, safetensors)."""
 
-    rules = (in_cluster_only,)
+    rules = uri_rules
 
     uri: Uri = Field(
         description="hf://org/name, s3://bucket/folder, gs://…, az://…, pvc://claim/path; file:// in a local run only.",
@@ -61,7 +61,7 @@ class BaseModelSource(ApiModel):
 class DatasetSource(ApiModel):
     """One JSONL file of training rows."""
 
-    rules = (in_cluster_only,)
+    rules = uri_rules
 
     uri: Uri = Field(description="A .jsonl file; file:// in a local run only.")
     secret_ref: SecretReference | None = Field(

@@ -42,7 +42,7 @@ def parse_manifest(text: str, *, allow_file: bool = True) -> FineTuneJob:
     Raises:
         ManifestError: the text is no FineTuneJob that the API server would take; all mistakes are told at once.
     """
-    document = _document(text)
+    document = load_document(text)
     problems = [*_envelope(document), *_nulls(document.get("spec"), "spec")]
     if problems:
         raise ManifestError(problems)
@@ -80,7 +80,12 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _document(text: str) -> dict[str, Any]:
+def load_document(text: str) -> dict[str, Any]:
+    """The one YAML (or JSON) document in a text, as it is written.
+
+    Raises:
+        ManifestError: it is not one mapping.
+    """
     try:
         documents = [document for document in yaml.load_all(text, Loader=_Loader) if document is not None]
         json.dumps(documents)

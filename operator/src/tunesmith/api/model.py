@@ -85,8 +85,15 @@ Uri = Annotated[
 ]
 
 LOCAL_ONLY = "file:// works only in a local run: tunesmith run; in a cluster use s3://, gs://, az:// or pvc://"
-in_cluster_only = Rule("!self.uri.startsWith('file://')", LOCAL_ONLY)
-"""For every model with a `uri`: the CRD refuses file://, a local run accepts it."""
+uri_rules = (
+    Rule("!self.uri.startsWith('file://')", LOCAL_ONLY),
+    Rule(
+        "!(self.uri + '/').contains('/../')",
+        "a uri must not contain '..': write the path itself",
+        lambda self: "/../" not in f"{self.uri}/",
+    ),
+)
+"""For every model with a `uri`. A local run accepts file://."""
 
 
 class ApiModel(BaseModel):
