@@ -61,7 +61,7 @@ class Matches:
         return handler(schema) | {"pattern": self.pattern, VALIDATIONS: [rule.schema()]}
 
     def _check(self, value: str) -> str:
-        if re.search(self.pattern, value) is None:
+        if re.fullmatch(self.pattern, value) is None:
             raise ValueError(self.message)
         return value
 

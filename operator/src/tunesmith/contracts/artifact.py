@@ -44,7 +44,9 @@ class ArtifactManifest(StatusModel):
     base: ArtifactBase
     adapter: ArtifactAdapter
     dataset_digest: str
-    spec_digest: str | None = Field(default=None, description="SHA-256 of what in the job's spec determines the result.")
+    spec_digest: str | None = Field(
+        default=None, description="SHA-256 of what in the job's spec determines the result."
+    )
     hyperparameters: dict[str, Any]
     versions: dict[str, str]
     evaluation: EvaluationStatus | None = None

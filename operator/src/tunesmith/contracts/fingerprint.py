@@ -1,9 +1,9 @@
 """The base fingerprint: of content, never of names, which mirrors change.
 
 SHA-256 over, in this order: `config.json` (canonical JSON, without the keys that name places and versions),
-`tokenizer.json`, the chat template (`chat_template.jinja`, or `chat_template` of `tokenizer_config.json`), and for every
-safetensors file in order of tensor names: name, dtype, shape and 64 bytes sampled at the start, the middle and the end
-of the tensor's data.
+`tokenizer.json`, the chat template (`chat_template.jinja`, or `chat_template` of `tokenizer_config.json`), and for
+every safetensors file in order of tensor names: name, dtype, shape and 64 bytes sampled at the start, the middle and
+the end of the tensor's data.
 """
 
 from __future__ import annotations
@@ -110,16 +110,23 @@ def _tensors(folder: ModelFolder, weights: list[str]) -> list[tuple[str, str, tu
         (size,) = struct.unpack("<Q", folder.read(file, 0, 8).ljust(8, b"\0"))
         if not 0 < size <= _MAX_HEADER:
             raise ValueError(f"{file} of the base model is not a safetensors file")
+        text = folder.read(file, 8, size)
+        if len(text) != size:
+            raise ValueError(f"{file} of the base model ends within its header: copy it again")
         try:
-            header = json.loads(folder.read(file, 8, size))
-        except ValueError as error:
+            header = json.loads(text)
+            entries = [
+                (name, str(entry["dtype"]), tuple(map(int, entry["shape"])), *map(int, entry["data_offsets"]))
+                for name, entry in header.items()
+                if name != "__metadata__"
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file} of the base model has a damaged safetensors header: {error}") from None
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            start, end = entry["data_offsets"]
+        for name, dtype, shape, start, end in entries:
             length = min(_SAMPLE, end - start)
             places = (start, start + (end - start - length) // 2, end - length)
             sample = b"".join(folder.read(file, 8 + size + place, length) for place in places)
-            found.append((name, entry["dtype"], tuple(entry["shape"]), sample))
+            if len(sample) != length * len(places):
+                raise ValueError(f"{file} of the base model ends before the data of tensor {name}: copy it again")
+            found.append((name, dtype, shape, sample))
     return found

@@ -25,9 +25,10 @@ def namespace_of_artifact(store: str, uri: str) -> str | None:
     """The namespace whose prefix of the store holds `uri`; None where it lies outside the store."""
     prefix = store.rstrip("/") + "/"
     rest = uri.removeprefix(prefix)
-    if rest == uri or "/" not in rest or ".." in rest.split("/"):
+    parts = rest.split("/")
+    if rest == uri or len(parts) == 1 or not parts[0] or ".." in parts:
         return None
-    return rest.split("/", 1)[0]
+    return parts[0]
 
 
 def short_uid(uid: str) -> str:
@@ -46,12 +47,12 @@ def engine_name(namespace: str, model_name: str, digest: str) -> str:
     Raises:
         ValueError: `digest` is not `sha256:<64 hex>`.
     """
-    match = _DIGEST.match(digest)
+    match = _DIGEST.fullmatch(digest)
     if match is None:
         raise ValueError(f"{digest!r} is not a digest of the form sha256:<64 hex digits>")
     return f"{namespace}/{model_name}@{match.group(1)[:12]}"
 
 
 def claim_path(uri: str) -> str:
-    """Where a pod that mounts its claims under `CLAIMS_FOLDER` finds `pvc://claim/folder`: `/mnt/claims/<claim>/<folder>`."""
+    """Where a pod that mounts its claims finds `pvc://claim/folder`: `/mnt/claims/<claim>/<folder>`."""
     return f"{CLAIMS_FOLDER}/{uri.removeprefix('pvc://')}"

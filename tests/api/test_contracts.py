@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path  # noqa: TC003 - pytest reads the annotations of fixtures
+from typing import Any
+
+import pytest
+
+from tunesmith.api.conditions import FailureReason
+from tunesmith.api.finetunejob import Preflight, Resolved
+from tunesmith.api.model import MAX_NAME
+from tunesmith.contracts.agent import gateway_token, pool_token
+from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
+from tunesmith.contracts.location import artifact_uri, engine_name, namespace_of_artifact, owned_name
+from tunesmith.contracts.progress import PROGRESS_MAX_BYTES, parse_progress
+from tunesmith.contracts.result import TERMINATION_MESSAGE_MAX_BYTES, ExitCode, Outcome, TrainerResult
+
+STORE = "s3://tunesmith/store"
+DIGEST = "sha256:" + "ab" * 32
+
+
+def tensors(values: dict[str, bytes]) -> bytes:
+    """A safetensors file with one-byte tensors."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    data = b""
+    for name, value in values.items():
+        header[name] = {"dtype": "I8", "shape": [len(value)], "data_offsets": [len(data), len(data) + len(value)]}
+        data += value
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"hidden_size": 4, "_name_or_path": "org/name"}))
+    (folder / "tokenizer.json").write_text('{"model": {}}')
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    (folder / "model.safetensors").write_bytes(tensors({"a": bytes(300), "b": b"weights"}))
+    return folder
+
+
+def fingerprint(folder: Path) -> str:
+    return base_fingerprint(LocalModelFolder(folder))
+
+
+class TestBaseFingerprint:
+    def test_names_and_places_do_not_count(self, model: Path) -> None:
+        before = fingerprint(model)
+        (model / "config.json").write_text(json.dumps({"_name_or_path": "/mirror", "dtype": "x", "hidden_size": 4}))
+        (model / "README.md").write_text("another mirror")
+        assert fingerprint(model) == before
+
+    def test_sharding_does_not_count(self, model: Path) -> None:
+        before = fingerprint(model)
+        (model / "model.safetensors").unlink()
+        (model / "model-00001-of-00002.safetensors").write_bytes(tensors({"b": b"weights"}))
+        (model / "model-00002-of-00002.safetensors").write_bytes(tensors({"a": bytes(300)}))
+        assert fingerprint(model) == before
+
+    @pytest.mark.parametrize(
+        ("file", "content"),
+        [
+            ("config.json", b'{"hidden_size": 8}'),
+            ("tokenizer.json", b'{"model": {"vocab": {}}}'),
+            ("tokenizer_config.json", b'{"chat_template": "{{ other }}"}'),
+            ("model.safetensors", tensors({"a": bytes(300), "b": b"Weights"})),
+            ("model.safetensors", tensors({"a": bytes(299), "b": b"weights"})),
+            ("model.safetensors", tensors({"c": bytes(300), "b": b"weights"})),
+        ],
+    )
+    def test_content_counts(self, model: Path, file: str, content: bytes) -> None:
+        before = fingerprint(model)
+        (model / file).write_bytes(content)
+        assert fingerprint(model) != before
+
+    def test_what_is_missing_is_named(self, model: Path) -> None:
+        (model / "tokenizer.json").unlink()
+        (model / "model.safetensors").unlink()
+        with pytest.raises(ValueError, match=r"has no tokenizer\.json, no \*\.safetensors"):
+            fingerprint(model)
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            b"",
+            b"\xff" * 16,
+            struct.pack("<Q", 4) + b"[1] ",
+            struct.pack("<Q", 8) + b'{"a":{}}',
+            struct.pack("<Q", 50) + b"{}",
+            tensors({"a": bytes(300)})[:-200],
+        ],
+        ids=["empty", "no size", "no object", "no offsets", "cut header", "cut data"],
+    )
+    def test_damaged_weights_are_an_error_that_names_the_file(self, model: Path, content: bytes) -> None:
+        (model / "model.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match=r"^model\.safetensors of the base model"):
+            fingerprint(model)
+
+    @pytest.mark.parametrize(("content", "said"), [("{", "is not JSON"), ("[]", "is not a JSON object")])
+    def test_damaged_config_is_an_error(self, model: Path, content: str, said: str) -> None:
+        (model / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=rf"config\.json of the base model {said}"):
+            fingerprint(model)
+
+
+class TestLocation:
+    def test_artifact_lies_under_the_namespace(self) -> None:
+        uri = artifact_uri(STORE + "/", "team", "tone", "uid")
+        assert uri == "s3://tunesmith/store/team/tone-uid/artifact"
+        assert namespace_of_artifact(STORE, uri) == "team"
+
+    @pytest.mark.parametrize(
+        "uri",
+        [
+            "s3://tunesmith/storehouse/team/x",
+            "s3://other/team/x",
+            "s3://tunesmith/store/team/../other/x",
+            "s3://tunesmith/store//x",
+            "s3://tunesmith/store/team",
+        ],
+    )
+    def test_what_lies_elsewhere_has_no_namespace(self, uri: str) -> None:
+        assert namespace_of_artifact(STORE, uri) is None
+
+    def test_engine_name_carries_the_digest(self) -> None:
+        assert engine_name("team", "tone", DIGEST) == "team/tone@abababababab"
+
+    @pytest.mark.parametrize("digest", ["", "ab" * 32, DIGEST.upper(), DIGEST + "\n", DIGEST[:-1]])
+    def test_engine_name_of_no_digest_is_an_error(self, digest: str) -> None:
+        with pytest.raises(ValueError, match="is not a digest of the form"):
+            engine_name("team", "tone", digest)
+
+    def test_owned_names_tell_two_uids_apart_and_leave_room_for_pods(self) -> None:
+        assert owned_name("tone", "a", "1") != owned_name("tone", "b", "1")
+        assert len(owned_name("n" * MAX_NAME, "uid", "validate") + "-12345") <= 63
+        assert len(owned_name("n" * MAX_NAME, "uid", "pool") + "-1234567890") <= 63  # the ReplicaSet's hash
+
+
+class TestResult:
+    @pytest.mark.parametrize(
+        ("result", "code"),
+        [
+            (TrainerResult(outcome=Outcome.SUCCEEDED), ExitCode.DONE),
+            (TrainerResult(outcome=Outcome.FAILED, reason=FailureReason.DATASET_INVALID), ExitCode.USER_FAULT),
+            (TrainerResult(outcome=Outcome.FAILED, retryable=True), ExitCode.RETRYABLE),
+            (TrainerResult(outcome=Outcome.PREEMPTED, retryable=True), ExitCode.PREEMPTED),
+        ],
+    )
+    def test_exit_codes(self, result: TrainerResult, code: ExitCode) -> None:
+        assert result.exit_code == code
+
+    @pytest.mark.parametrize("message", ["x" * 10_000, "é\n" * 5_000, "🙂" * 3_000, "short"])
+    def test_termination_message_fits_and_keeps_the_facts(self, message: str) -> None:
+        result = TrainerResult(
+            outcome=Outcome.FAILED,
+            reason=FailureReason.OUT_OF_MEMORY,
+            message=message,
+            retryable=True,
+            preflight=Preflight(rows=10, tokens=1000),
+            metrics={"evaluationLoss": 1.5},
+        )
+        text = result.termination_message()
+        assert len(text.encode()) <= TERMINATION_MESSAGE_MAX_BYTES
+        read = TrainerResult.model_validate_json(text)
+        assert (read.reason, read.retryable, read.preflight) == (result.reason, True, result.preflight)
+        assert message.startswith(read.message.rstrip("…"))
+
+    def test_termination_message_fits_whatever_was_resolved(self) -> None:
+        resolved = Resolved(target_modules=["m" * 128] * 64)
+        result = TrainerResult(outcome=Outcome.FAILED, message="too little memory", resolved=resolved)
+        assert len(result.termination_message().encode()) <= TERMINATION_MESSAGE_MAX_BYTES
+
+
+class TestProgress:
+    def test_progress_is_read(self) -> None:
+        assert parse_progress(b'{"stage": "Training", "step": 3, "loss": 1.23456}').loss == 1.2346
+
+    @pytest.mark.parametrize(
+        "body", [b"", b"<html>", b"[]", b'{"step": -1}', b'{"stage": "Sleeping"}', b" " * (PROGRESS_MAX_BYTES + 1)]
+    )
+    def test_what_is_no_progress_is_an_error(self, body: bytes) -> None:
+        with pytest.raises(ValueError, match=r"progress|validation error"):
+            parse_progress(body)
+
+
+def test_tokens_differ_by_pool_namespace_key_and_use() -> None:
+    tokens = {
+        pool_token(b"key", "team", "uid"),
+        pool_token(b"key", "team", "uid2"),
+        pool_token(b"key", "other", "uid"),
+        pool_token(b"key2", "team", "uid"),
+        gateway_token(b"key"),
+    }
+    assert len(tokens) == 5
+    assert pool_token(b"key", "team", "uid") == pool_token(b"key", "team", "uid")
