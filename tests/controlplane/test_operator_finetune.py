@@ -1,0 +1,309 @@
+"""FineTuneJobs on a real API server with the real Job controller; only the kubelet is played."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from apiserver import ApiServer
+from kubelet import DIGEST, Ending, Kubelet, Running, Waiting, failed, published
+from manifests import job
+from operatorprocess import STORE, Operator, until
+from tunesmith.cluster.client import Cluster
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+pytestmark = pytest.mark.controlplane
+Object = dict[str, Any]
+KIND = "FineTuneJob"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
+    with ApiServer(tmp_path_factory.mktemp("apiserver")) as running:
+        running.install_crds()
+        running.start_controller_manager()
+        yield running
+
+
+@pytest.fixture(scope="module")
+def operator(server: ApiServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
+    with Operator(server.kubeconfig, tmp_path_factory.mktemp("operator")) as running:
+        yield running
+    print(running.log.read_text())  # noqa: T201 - pytest shows it with a failure
+
+
+@pytest.fixture
+async def cluster(server: ApiServer) -> AsyncIterator[Cluster]:
+    async with await Cluster.connect(kubeconfig=server.kubeconfig) as connected:
+        yield connected
+
+
+class World:
+    """A namespace whose pods follow a script."""
+
+    def __init__(self, cluster: Cluster, namespace: str) -> None:
+        self.cluster = cluster
+        self.namespace = namespace
+        self.kubelet = Kubelet(cluster, lambda _: None, namespace)
+
+    async def submit(self, name: str = "tone", **changes: object) -> Object:
+        return await self.cluster.create(job(self.namespace, name, **changes))
+
+    async def status(self, name: str = "tone") -> Object:
+        found: Object = (await self.cluster.get(KIND, name, self.namespace)).get("status", {})
+        return found
+
+    async def condition(self, type_: str, name: str = "tone") -> Object:
+        conditions = (await self.status(name)).get("conditions", [])
+        return next((condition for condition in conditions if condition["type"] == type_), {})
+
+    async def until_condition(
+        self, type_: str, status: str = "True", *, reason: str = "", seconds: float = 60.0
+    ) -> Object:
+        async def holds() -> bool:
+            found = await self.condition(type_)
+            return found.get("status") == status and reason in {"", found["reason"]}
+
+        await until(holds, f"condition {type_}={status} {reason}", seconds=seconds)
+        return await self.condition(type_)
+
+    async def jobs(self) -> list[str]:
+        return sorted(item["metadata"]["name"] for item in await self.cluster.list("Job", self.namespace))
+
+
+@pytest.fixture
+async def world(operator: Operator, cluster: Cluster) -> AsyncIterator[World]:
+    assert operator.process.poll() is None
+    name = await cluster.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"generateName": "test-"}})
+    found = World(cluster, name["metadata"]["name"])
+    task = asyncio.create_task(found.kubelet.run())
+    yield found
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+async def test_a_job_is_validated_trained_and_complete(world: World) -> None:
+    world.kubelet.script = published
+    submitted = await world.submit()
+    await world.until_condition("Complete")
+    status = await world.status()
+    assert status["phase"] == "Complete"
+    assert status["preflight"]["rows"] == 90
+    assert status["resolved"]["totalSteps"] == 30
+    uid = submitted["metadata"]["uid"]
+    assert status["artifact"]["uri"] == f"{STORE}/{world.namespace}/tone-{uid}/artifact"
+    assert status["artifact"]["digest"] == DIGEST
+    assert status["evaluation"]["loss"] == 1.5
+    assert [attempt["outcome"] for attempt in status["attempts"]] == ["Succeeded"]
+    assert len(await world.jobs()) == 2
+    conditions = {condition["type"]: condition["status"] for condition in status["conditions"]}
+    assert conditions == {"Validated": "True", "Started": "False", "Published": "True", "Complete": "True"}
+
+    async def told() -> bool:
+        events = await world.cluster.list("Event", world.namespace, fields="involvedObject.kind=FineTuneJob")
+        return {"Validated", "Complete"} <= {event["reason"] for event in events}
+
+    await until(told, "the events Validated and Complete")
+
+
+async def test_a_finished_job_is_not_run_again_when_its_jobs_are_removed(world: World, operator: Operator) -> None:
+    world.kubelet.script = published
+    await world.submit()
+    await world.until_condition("Complete")
+    before = await world.status()
+    for name in await world.jobs():
+        await world.cluster.delete("Job", name, world.namespace)
+    # a later job shows that the operator has seen the deletions
+    await world.submit("later")
+
+    async def later_complete() -> bool:
+        return (await world.condition("Complete", "later")).get("status") == "True"
+
+    await until(later_complete, "the later job's end")
+    operator.kill()
+    operator.start()
+    await world.submit("latest")
+
+    async def latest_complete() -> bool:
+        return (await world.condition("Complete", "latest")).get("status") == "True"
+
+    await until(latest_complete, "the end of the job after the restart")
+    assert await world.status() == before
+    assert all(name.startswith("late") for name in await world.jobs())
+
+
+async def test_bad_data_fails_without_a_training_job(world: World) -> None:
+    message = "line 3 of s3://data/train.jsonl is not JSON"
+    world.kubelet.script = lambda _: failed(2, retryable=False, reason="DatasetInvalid", message=message)
+    await world.submit()
+    condition = await world.until_condition("Failed")
+    assert (condition["reason"], condition["message"]) == ("DatasetInvalid", message)
+    assert (await world.condition("Validated"))["status"] == "False"
+    assert len(await world.jobs()) == 1
+
+
+async def test_a_failure_worth_it_is_retried_and_then_the_attempts_are_exhausted(world: World) -> None:
+    def script(pod: Object) -> Ending:
+        if pod["spec"]["containers"][0]["args"][0] == "validate":
+            return published(pod)
+        return failed(3, retryable=True, reason="StorageUnavailable", message="the store does not answer")
+
+    world.kubelet.script = script
+    await world.submit(maxAttempts=2)
+    condition = await world.until_condition("Failed", seconds=90)
+    assert condition["reason"] == "AttemptsExhausted"
+    assert "2 of 2 attempts failed; the last: StorageUnavailable: the store does not answer" in condition["message"]
+    attempts = (await world.status())["attempts"]
+    assert [attempt["reason"] for attempt in attempts] == ["StorageUnavailable"] * 2
+    assert len(await world.jobs()) == 3
+
+
+async def test_the_users_fault_while_training_is_not_retried(world: World) -> None:
+    def script(pod: Object) -> Ending:
+        if pod["spec"]["containers"][0]["args"][0] == "validate":
+            return published(pod)
+        return failed(2, retryable=False, reason="LossDiverged", message="the loss is not a number at step 7")
+
+    world.kubelet.script = script
+    await world.submit()
+    assert (await world.until_condition("Failed"))["reason"] == "LossDiverged"
+    assert len((await world.status())["attempts"]) == 1
+
+
+async def test_a_preempted_attempt_is_not_counted(world: World) -> None:
+    def script(pod: Object) -> Ending:
+        labels = pod["metadata"]["labels"]
+        if labels.get("tunesmith.dev/attempt") in {"1", "2"}:
+            return Ending(exit_code=137, reason="Error", disrupted=True)
+        return published(pod)
+
+    world.kubelet.script = script
+    await world.submit(maxAttempts=1)
+    await world.until_condition("Complete")
+    outcomes = [attempt["outcome"] for attempt in (await world.status())["attempts"]]
+    assert outcomes == ["Preempted", "Preempted", "Succeeded"]
+
+
+async def test_out_of_memory_fails_with_advice(world: World) -> None:
+    def script(pod: Object) -> Ending:
+        if pod["spec"]["containers"][0]["args"][0] == "validate":
+            return published(pod)
+        return Ending(exit_code=137, reason="OOMKilled")
+
+    world.kubelet.script = script
+    await world.submit()
+    condition = await world.until_condition("Failed")
+    assert condition["reason"] == "OutOfMemory"
+    assert "raise it, or lower hyperparameters.microBatchSize" in condition["message"]
+
+
+async def test_an_artifact_elsewhere_is_not_believed(world: World) -> None:
+    def script(pod: Object) -> Ending:
+        ending = published(pod)
+        return Ending(message=ending.message.replace(f"{STORE}/{world.namespace}", f"{STORE}/somebody-else"))
+
+    world.kubelet.script = script
+    await world.submit()
+    condition = await world.until_condition("Failed")
+    assert condition["reason"] == "InternalError"
+    assert "artifact" not in await world.status()
+
+
+async def test_a_missing_secret_is_told_while_the_job_waits(world: World) -> None:
+    world.kubelet.script = lambda _: Waiting("CreateContainerConfigError", 'secret "tunesmith-store" not found')
+    await world.submit()
+    condition = await world.until_condition("Validated", "Unknown", reason="SecretNotFound")
+    assert 'secret "tunesmith-store" not found; create it in the namespace' in condition["message"]
+
+
+async def test_an_attempt_whose_job_is_deleted_is_followed_by_another(world: World) -> None:
+    def script(pod: Object) -> Ending | Running:
+        if pod["metadata"]["labels"].get("tunesmith.dev/attempt") == "1":
+            return Running()
+        return published(pod)
+
+    world.kubelet.script = script
+    await world.submit()
+    await world.until_condition("Started")
+    name = (await world.status())["attempts"][0]["name"]
+    await world.cluster.delete("Job", name, world.namespace)
+    await world.until_condition("Complete")
+    attempts = (await world.status())["attempts"]
+    assert [attempt["outcome"] for attempt in attempts] == ["Failed", "Succeeded"]
+    assert attempts[0]["message"] == f"Job {name} was deleted while it ran"
+
+
+async def test_a_deleted_job_takes_everything_with_it(world: World) -> None:
+    def script(pod: Object) -> Ending | Running:
+        return published(pod) if pod["spec"]["containers"][0]["args"][0] == "validate" else Running()
+
+    world.kubelet.script = script
+    await world.submit()
+    await world.until_condition("Started")
+    await world.cluster.delete(KIND, "tone", world.namespace)
+
+    async def gone() -> bool:
+        kinds = ("Job", "Pod", KIND)
+        left = [item for kind in kinds for item in await world.cluster.list(kind, world.namespace)]
+        names = {item["metadata"]["name"] for item in await world.cluster.list("ConfigMap", world.namespace)}
+        return not left and names <= {"kube-root-ca.crt"}
+
+    await until(gone, "the removal of everything that the job owned")
+
+
+async def test_progress_is_pulled_into_the_status(world: World) -> None:
+    documents = [{"stage": "Training", "step": 3, "totalSteps": 30, "loss": 2.5, "etaSeconds": 60}]
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = json.dumps(documents[0]).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    # an address of its own: the port is fixed
+    trainer = ThreadingHTTPServer(("127.77.0.1", 8080), Handler)
+    Thread(target=trainer.serve_forever, daemon=True).start()
+    try:
+
+        def script(pod: Object) -> Ending | Running:
+            validating = pod["spec"]["containers"][0]["args"][0] == "validate"
+            return published(pod) if validating else Running(pod_ip="127.77.0.1")
+
+        world.kubelet.script = script
+        await world.submit()
+
+        async def at(stage: str, step: int) -> bool:
+            progress = (await world.status()).get("progress", {})
+            return (progress.get("stage"), progress.get("step")) == (stage, step)
+
+        await until(lambda: at("Training", 3), "progress at step 3")
+        documents[0] = {"stage": "Publishing", "step": 30, "totalSteps": 30}
+        await until(lambda: at("Publishing", 30), "progress at step 30")
+        assert (await world.status())["phase"] == "Running"
+    finally:
+        trainer.shutdown()
+        trainer.server_close()
+
+
+async def test_every_pod_is_admitted_where_pod_security_is_restricted(world: World) -> None:
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    await world.cluster.patch("Namespace", world.namespace, None, {"metadata": {"labels": labels}})
+    world.kubelet.script = published
+    await world.submit(
+        resources__gpus=0, dataset__train=[{"uri": "pvc://claim/x.jsonl", "secretRef": {"name": "mine"}}]
+    )
+    await world.until_condition("Complete")
