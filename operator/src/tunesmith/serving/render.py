@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -111,7 +112,7 @@ def token_secret(pool: ServingPool, token: str) -> Manifest:
         "kind": "Secret",
         "metadata": _metadata(pool, secret_name(pool)),
         "type": "Opaque",
-        "stringData": {"token": token},
+        "data": {"token": base64.b64encode(token.encode()).decode()},
     }
 
 
@@ -193,7 +194,8 @@ def _pod(pool: ServingPool, images: Images) -> Manifest:
             "seccompProfile": {"type": "RuntimeDefault"},
         },
         "readinessGates": [{"conditionType": READINESS_GATE}],
-        "initContainers": [_base_model(pool, images), _agent(pool, images)],
+        # A mounted base model is there already: the agent takes its fingerprint itself.
+        "initContainers": [*([] if _claim(pool) else [_base_model(pool, images)]), _agent(pool, images)],
         "containers": [_engine(pool, images)],
         "volumes": _volumes(pool),
         **{key: value for key, value in optional.items() if value},
@@ -205,7 +207,7 @@ def _base_model(pool: ServingPool, images: Images) -> Manifest:
     arguments = ["fetch-base", "--uri", source.uri, "--target", _BASE, "--fingerprint-file", _FINGERPRINT]
     if source.revision is not None:
         arguments += ["--revision", source.revision]
-    mounts = [*_models(pool, read_only=False), _mount("tmp-base-model", "/tmp")]  # noqa: S108 - an emptyDir of its own
+    mounts = [_models(pool, read_only=False), _mount("tmp-base-model", "/tmp")]  # noqa: S108 - an emptyDir of its own
     if source.secret_ref is not None:
         folder = f"{_SECRETS}/{source.secret_ref.name}"
         arguments += ["--secret", folder]
@@ -244,7 +246,7 @@ def _agent(pool: ServingPool, images: Images) -> Manifest:
         "startupProbe": {**probe, "periodSeconds": 1, "failureThreshold": 120},
         "livenessProbe": {**probe, "periodSeconds": 10, "failureThreshold": 6},
         "volumeMounts": [
-            *_models(pool, read_only=True),
+            _models(pool, read_only=True),
             _mount("adapters", "/adapters"),
             _mount("run", _RUN),
             _mount("token", _TOKEN_DIRECTORY, read_only=True),
@@ -280,7 +282,7 @@ def _engine(pool: ServingPool, images: Images) -> Manifest:
         "lifecycle": {"preStop": {"exec": {"command": ["python3", "-c", _DRAIN % (pool.spec.drain_seconds + 10)]}}},
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": [
-            *_models(pool, read_only=True),
+            _models(pool, read_only=True),
             _mount("adapters", "/adapters", read_only=True),
             _mount("run", _RUN, read_only=True),
             _mount("token", _TOKEN_DIRECTORY, read_only=True),
@@ -347,12 +349,11 @@ def _restricted() -> Manifest:
     return {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
 
 
-def _models(pool: ServingPool, *, read_only: bool) -> list[Manifest]:
-    mounts = [_mount("models", "/models", read_only=read_only)]
+def _models(pool: ServingPool, *, read_only: bool) -> Manifest:
     claim = _claim(pool)
-    if claim is not None:
-        mounts.append({**_mount("base-model", _BASE, read_only=True), **({"subPath": claim[1]} if claim[1] else {})})
-    return mounts
+    if claim is None:
+        return _mount("models", "/models", read_only=read_only)
+    return {**_mount("models", _BASE, read_only=True), **({"subPath": claim[1]} if claim[1] else {})}
 
 
 def _claim(pool: ServingPool) -> tuple[str, str] | None:
@@ -365,15 +366,16 @@ def _claim(pool: ServingPool) -> tuple[str, str] | None:
 
 
 def _volumes(pool: ServingPool) -> list[Manifest]:
-    empty = ["models", "adapters", "run", "tmp-base-model", "tmp-agent", "tmp-engine"]
+    claim = _claim(pool)
+    empty = ["adapters", "run", "tmp-agent", "tmp-engine", *([] if claim else ["models", "tmp-base-model"])]
     volumes: list[Manifest] = [
         *({"name": name, "emptyDir": {}} for name in empty),
         {"name": "shm", "emptyDir": {"medium": "Memory"}},
         {"name": "token", "secret": {"secretName": secret_name(pool), "defaultMode": 0o440}},
     ]
-    if (claim := _claim(pool)) is not None:
-        volumes.append({"name": "base-model", "persistentVolumeClaim": {"claimName": claim[0], "readOnly": True}})
-    if (secret := pool.spec.base_model.secret_ref) is not None:
+    if claim is not None:
+        volumes.append({"name": "models", "persistentVolumeClaim": {"claimName": claim[0], "readOnly": True}})
+    elif (secret := pool.spec.base_model.secret_ref) is not None:
         volumes.append({"name": "base-model-secret", "secret": {"secretName": secret.name, "defaultMode": 0o440}})
     return volumes
 

@@ -85,7 +85,7 @@ def plan(adapter: AdapterDeployment, seen: Observation, now: datetime) -> Adapte
         phase=verdict.phase(),
         conditions=list(conditions),
         observed_generation=adapter.metadata.generation,
-        pool=_pool(adapter, seen) if verdict.revisions or seen.lost_to is None else None,
+        pool=_pool(adapter, seen) if seen.lost_to is None else None,
         model=adapter.model if seen.lost_to is None else None,
         revisions=verdict.revisions,
         desired_replicas=seen.decision.replicas,

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tunesmith.api.adapterdeployment import AdapterAutoscaling
+from tunesmith.api.servingpool import PoolAutoscaling
+from tunesmith.autoscale.decide import (
+    Decision,
+    Sample,
+    Window,
+    decide_copies,
+    decide_pods,
+    loaded_pods,
+    pods_for_copies,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+RULE = AdapterAutoscaling(min_replicas=1, max_replicas=4, target_concurrency=8, scale_down_delay_seconds=60)
+POOL = PoolAutoscaling(min_replicas=1, max_replicas=3, target_concurrency=16, scale_down_delay_seconds=60)
+
+
+def trace(
+    load: Callable[[int], int | None],
+    seconds: int,
+    rule: AdapterAutoscaling = RULE,
+    start: int | None = None,
+) -> list[Decision]:
+    """One decision per second; a load of None is a second in which no gateway was heard."""
+    window, current, decisions = Window(), start, []
+    for second in range(seconds):
+        requests = load(second)
+        window.add(Sample(float(second), requests or 0, complete=requests is not None), rule.scale_down_delay_seconds)
+        decisions.append(decide_copies(window, current, rule))
+        current = decisions[-1].replicas
+    return decisions
+
+
+def test_load_brings_copies_within_seconds_and_they_leave_after_the_delay() -> None:
+    sizes = [decision.replicas for decision in trace(lambda second: 24 if 100 <= second < 200 else 0, 300)]
+    assert sizes[99] == 1
+    assert sizes[102] == 3, "two seconds after the load came"
+    assert set(sizes[102:259]) == {3}, "for as long as the load was there in the last 60 s"
+    assert sizes[262] == 1
+
+
+def test_a_single_blip_is_not_a_load() -> None:
+    assert {decision.replicas for decision in trace(lambda second: 16 if second == 100 else 0, 200)} == {1}
+
+
+def test_a_wave_shorter_than_the_delay_keeps_its_copies() -> None:
+    sizes = [decision.replicas for decision in trace(lambda second: 32 if second % 40 < 20 else 0, 400)]
+    assert set(sizes[10:]) == {4}
+
+
+def test_silent_gateways_shrink_nothing() -> None:
+    sizes = [decision.replicas for decision in trace(lambda second: 24 if second < 70 else None, 400)]
+    assert set(sizes[5:]) == {3}
+
+
+def test_after_silence_a_whole_delay_must_be_seen() -> None:
+    sizes = [
+        decision.replicas
+        for decision in trace(lambda second: None if second == 100 else (24 if second < 70 else 0), 400)
+    ]
+    assert sizes[160] == 3
+    assert sizes[161] == 1
+
+
+def test_a_partial_view_may_grow() -> None:
+    window = Window()
+    window.add(Sample(0.0, 40, complete=False), 60)
+    assert decide_copies(window, 1, RULE).replicas == 4
+
+
+def test_after_a_restart_nothing_shrinks_before_the_delay_was_observed() -> None:
+    sizes = [decision.replicas for decision in trace(lambda _: 0, 100, start=3)]
+    assert set(sizes[:60]) == {3}
+    assert sizes[60] == 1
+
+
+def test_without_a_delay_copies_leave_at_once() -> None:
+    quick = RULE.model_copy(update={"scale_down_delay_seconds": 0})
+    sizes = [decision.replicas for decision in trace(lambda second: 24 if second < 5 else 0, 10, quick)]
+    assert (sizes[4], sizes[5]) == (3, 1)
+
+
+def once(requests: int, current: int | None, rule: AdapterAutoscaling = RULE, *, seen: float = 60.0) -> Decision:
+    window = Window()
+    for at in (0.0, seen):
+        window.add(Sample(at, requests), rule.scale_down_delay_seconds)
+    return decide_copies(window, current, rule)
+
+
+@pytest.mark.parametrize(
+    ("requests", "current", "replicas", "reason"),
+    [
+        (24, 1, 3, "24 requests running or waiting, 8 per copy: 3 copies"),
+        (100, 1, 4, "100 requests running or waiting, 8 per copy: 13 copies, limited to 4 by maxReplicas"),
+        (1, 1, 1, "1 request running or waiting, 8 per copy: 1 copy"),
+        (0, None, 1, "0 requests running or waiting, 8 per copy: 1 copy"),
+        (3, 4, 1, "at most 3 requests running or waiting in the last 60 s, 8 per copy: 1 copy"),
+        (0, 9, 1, "at most 0 requests running or waiting in the last 60 s, 8 per copy: 1 copy"),
+    ],
+)
+def test_the_reason_is_a_sentence(requests: int, current: int | None, replicas: int, reason: str) -> None:
+    assert once(requests, current) == Decision(replicas, reason)
+
+
+def test_limits_hold_at_once_when_they_change() -> None:
+    lower = RULE.model_copy(update={"max_replicas": 2})
+    assert once(0, 4, lower, seen=1.0).replicas == 2
+    higher = RULE.model_copy(update={"min_replicas": 3})
+    assert once(0, 1, higher, seen=1.0).replicas == 3
+
+
+def test_what_is_waited_for_is_said() -> None:
+    assert once(0, 3, seen=1.0).reason == (
+        "0 requests running or waiting, 8 per copy; 3 copies while demand is not known for 60 s"
+    )
+
+
+@pytest.mark.parametrize(
+    ("copies", "slots", "expected"),
+    [
+        ({}, 4, (0, "")),
+        ({"t/a": 1, "t/b": 2}, 4, (2, "t/b wants 2 copies, each on a pod of its own")),
+        ({"t/a": 2, "t/b": 2, "t/c": 1}, 2, (3, "5 copies of adapters, 2 slots per pod")),
+        ({"t/a": 1}, 1, (1, "t/a wants 1 copy, each on a pod of its own")),
+    ],
+)
+def test_pods_for_copies(copies: dict[str, int], slots: int, expected: tuple[int, str]) -> None:
+    assert pods_for_copies(copies, slots) == expected
+
+
+def pool_once(samples: list[Sample], current: int | None, why: str = "") -> Decision:
+    window = Window()
+    for sample in samples:
+        window.add(sample, POOL.scale_down_delay_seconds)
+    return decide_pods(window, current, POOL, why)
+
+
+def test_a_pool_grows_for_copies_for_load_and_up_to_its_limit() -> None:
+    why = "t/b wants 2 copies, each on a pod of its own"
+    assert pool_once([Sample(0.0, 0, floor=2)], 1, why) == Decision(2, f"{why}: 2 pods")
+    assert pool_once([Sample(0.0, 40, floor=1)], 1, why) == Decision(
+        3, "40 requests running or waiting, 16 per pod: 3 pods"
+    )
+    assert pool_once([Sample(0.0, 0, floor=5)], 1, why) == Decision(3, f"{why}: 5 pods, limited to 3 by maxReplicas")
+
+
+def test_a_pool_keeps_its_pods_for_the_delay_after_copies_left() -> None:
+    before = [Sample(float(second), 0, floor=2) for second in range(100)]
+    just_left = [*before, Sample(100.0, 0, floor=1)]
+    assert pool_once(just_left, 2).replicas == 2
+    long_gone = [*before, *(Sample(float(second), 0, floor=1) for second in range(100, 161))]
+    assert pool_once(long_gone, 2, "t/a wants 1 copy, each on a pod of its own") == Decision(
+        1, "t/a wants 1 copy, each on a pod of its own: 1 pod"
+    )
+
+
+def test_loaded_pods_is_what_the_last_seconds_need() -> None:
+    window = Window()
+    window.add(Sample(0.0, 17), 60)
+    assert loaded_pods(window, POOL) == 2

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from tunesmith.serving.placement import Placement, PlacementPod, Wanted, evacuated, place, victims
+
+
+def pods(*contents: str, ready: bool = True) -> list[PlacementPod]:
+    """One pod per string, oldest first; each letter is a revision that is resident there, `(a)` one that is loading."""
+    built = []
+    for rank, content in enumerate(contents):
+        resident = frozenset(content.replace("(", " ").replace(")", " ").split(" ")[0])
+        present = frozenset(letter for letter in content if letter.isalpha())
+        built.append(PlacementPod(f"p{rank}", ready=ready, age_rank=rank, present=present, resident=resident))
+    return built
+
+
+def wanted(text: str) -> list[Wanted]:
+    """`a2 b1`: two copies of a, one of b, in this order of precedence."""
+    return [Wanted(word[0], int(word[1:])) for word in text.split()]
+
+
+def shown(placement: Placement) -> str:
+    return " ".join("".join(keys) or "-" for _, keys in sorted(placement.pods.items()))
+
+
+@pytest.mark.parametrize(
+    ("want", "there", "slots", "expected"),
+    [
+        pytest.param("a1", ["", ""], 4, "- a", id="one copy of an empty pool: the hash decides where"),
+        pytest.param("a2", ["", ""], 4, "a a", id="two copies never share a pod"),
+        pytest.param("a3", ["", ""], 4, "a a", id="copies beyond the pods have no place"),
+        pytest.param("a1 b1", ["a", "b"], 4, "a b", id="what is there stays"),
+        pytest.param("a1 b1", ["ab", ""], 4, "ab -", id="a new pod alone moves nothing"),
+        pytest.param("a1", ["", "a"], 4, "- a", id="it stays on the younger pod"),
+        pytest.param("a1", ["a", "a"], 4, "a -", id="a copy too many leaves the younger pod"),
+        pytest.param("a1 b1 c1", ["ab", ""], 2, "ab c", id="a full pod takes no third"),
+        pytest.param("a2 b1", ["a", "a"], 1, "a b", id="every revision's first copy before any second"),
+        pytest.param(
+            "a2 b1", ["a", "a", ""], 1, "a a b", id="a newcomer takes the free pod, not somebody's second copy"
+        ),
+        pytest.param("a1", ["", "(a)"], 4, "- a", id="a load that has begun is not begun elsewhere"),
+        pytest.param("a1", ["a", "(a)"], 4, "a -", id="resident is preferred to loading"),
+        pytest.param("", ["ab"], 4, "-", id="what nobody wants goes"),
+        pytest.param("a1", [], 4, "", id="no pod"),
+    ],
+)
+def test_place(want: str, there: list[str], slots: int, expected: str) -> None:
+    assert shown(place(wanted(want), pods(*there), slots)) == expected
+
+
+@pytest.mark.parametrize(
+    ("want", "there", "slots", "reason"),
+    [
+        (
+            "a3",
+            ["", ""],
+            4,
+            "the pool has 2 pods and two copies never share one: raise its replicas or lower the copies",
+        ),
+        ("a1 b1", ["a"], 1, "all 1 slots of the pool's 1 pod are taken: raise its replicas or engine.maxLoras"),
+        ("a1", [], 1, "the pool has no pod yet"),
+    ],
+)
+def test_unplaced_copies_say_why(want: str, there: list[str], slots: int, reason: str) -> None:
+    result = place(wanted(want), pods(*there), slots)
+    assert [entry.reason for entry in result.unplaced] == [reason]
+    assert result.unplaced_reason(result.unplaced[0].revision) == reason
+    assert result.unplaced_reason("z") is None
+
+
+def test_ready_pods_come_first() -> None:
+    starting, ready = PlacementPod("p0", ready=False, age_rank=0), PlacementPod("p1", ready=True, age_rank=1)
+    assert shown(place(wanted("a1"), [starting, ready], 4)) == "- a"
+
+
+def test_spread_moves_to_an_empty_pod_and_breaks_only_after_making() -> None:
+    first = place(wanted("a1 b1"), pods("ab", ""), 4, spread=True)
+    moved = next(iter(first.pods["p1"]))
+    assert first.pods["p0"] == ("a", "b"), "the old copy stays until the new one is resident"
+    assert first.targets[moved] == {"p1"}
+    loading = place(wanted("a1 b1"), pods("ab", f"({moved})"), 4, spread=True)
+    assert loading.pods == first.pods, "the same move goes on"
+    done = place(wanted("a1 b1"), pods("ab", moved), 4, spread=True)
+    assert sorted(shown(done).split()) == ["a", "b"]
+
+
+def test_a_victim_keeps_what_is_not_resident_elsewhere_yet() -> None:
+    leaving = [pods("a")[0], replace(pods("", "b")[1], victim=True)]
+    moving = place(wanted("a1 b1"), leaving, 4)
+    assert moving.pods == {"p0": ("a", "b"), "p1": ("b",)}
+    assert not evacuated(moving, leaving)
+    arrived = [pods("ab")[0], leaving[1]]
+    done = place(wanted("a1 b1"), arrived, 4)
+    assert done.pods == {"p0": ("a", "b"), "p1": ()}
+    assert evacuated(done, arrived)
+
+
+def test_a_victim_without_room_elsewhere_does_not_wait() -> None:
+    leaving = [pods("a")[0], replace(pods("", "b")[1], victim=True)]
+    result = place(wanted("a1 b1"), leaving, 1)
+    assert evacuated(result, leaving)
+    assert result.unplaced[0].revision == "b"
+
+
+def test_victims_are_not_ready_then_emptiest_then_youngest() -> None:
+    three = pods("", "", "")
+    assert victims(three, 2, {"p0": 1, "p1": 1, "p2": 1}) == {"p2"}
+    assert victims(three, 2, {"p0": 1, "p1": 0, "p2": 1}) == {"p1"}
+    assert victims([replace(three[0], ready=False), *three[1:]], 2, {}) == {"p0"}
+    assert victims(three, 3, {}) == frozenset()
+    assert victims(three, 0, {}) == {"p0", "p1", "p2"}
+
+
+def _settle(
+    want: list[Wanted], crew: list[PlacementPod], slots: int, *, spread: bool
+) -> tuple[Placement, list[PlacementPod]]:
+    """Let the agents load what they are told to, until nothing changes."""
+    for _ in range(12):
+        result = place(want, crew, slots, spread=spread)
+        for item in want:
+            holders = [name for name, keys in result.pods.items() if item.revision in keys]
+            assert len(result.targets[item.revision]) <= min(item.copies, len(crew))
+            assert len(holders) == len(set(holders))
+            before = [pod.name for pod in crew if item.revision in pod.resident and pod.ready]
+            still = [name for name in before if item.revision in result.pods[name]]
+            if before and result.unplaced_reason(item.revision) is None:
+                assert still, "a revision that answered does not vanish while it has a place"
+        assert all(len(keys) <= slots for keys in result.pods.values())
+        after = [
+            replace(pod, present=frozenset(result.pods[pod.name]), resident=frozenset(result.pods[pod.name]))
+            for pod in crew
+        ]
+        if after == crew:
+            return result, crew
+        crew = after
+    raise AssertionError("it does not settle")
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_whatever_happens_the_rules_hold(seed: int) -> None:
+    chance = random.Random(seed)  # noqa: S311 - a test's own randomness
+    slots, spread = chance.randint(1, 4), chance.random() < 0.5
+    crew = [PlacementPod(f"p{rank}", ready=True, age_rank=rank) for rank in range(chance.randint(1, 6))]
+    want = [Wanted(letter, chance.randint(1, 4)) for letter in "abcdefgh"[: chance.randint(1, 8)]]
+    for step in range(6):
+        result, crew = _settle(want, crew, slots, spread=spread)
+        missing = sum(entry.copies for entry in result.unplaced)
+        placed = sum(len(keys) for keys in result.targets.values())
+        assert placed + missing == sum(item.copies for item in want)
+        if all(item.copies <= len(crew) for item in want) and sum(item.copies for item in want) <= slots:
+            assert missing == 0
+        change = chance.choice(["pod added", "pod lost", "copies", "nothing"])
+        before = {pod.name: pod.resident for pod in crew}
+        if change == "pod added":
+            crew = [*crew, PlacementPod(f"q{step}", ready=True, age_rank=len(crew))]
+        elif change == "pod lost" and len(crew) > 1:
+            gone = chance.choice(crew)
+            crew = [pod for pod in crew if pod is not gone]
+        elif change == "copies":
+            index = chance.randrange(len(want))
+            want = [replace(item, copies=chance.randint(1, 4)) if at == index else item for at, item in enumerate(want)]
+        if change in {"pod added", "nothing"} and missing == 0 and not spread:
+            result, crew = _settle(want, crew, slots, spread=False)
+            assert all(pod.resident == before.get(pod.name, frozenset()) for pod in crew), "nothing moved without need"

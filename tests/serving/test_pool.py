@@ -1,0 +1,259 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tunesmith.api.conditions import ServingPoolReason, find
+from tunesmith.autoscale.decide import Decision
+from tunesmith.serving.claims import claim_of
+from tunesmith.serving.pod import PoolPod, Problem
+from tunesmith.serving.pool import PoolObservation, PoolPlan, plan
+
+if TYPE_CHECKING:
+    from tunesmith.api.adapterdeployment import AdapterDeployment
+    from tunesmith.api.servingpool import ServingPool, ServingPoolStatus
+
+Build = Callable[..., Any]
+
+
+@pytest.fixture
+def decide(pool: Build, start: datetime) -> Callable[..., PoolPlan]:
+    def build(
+        pods: Sequence[PoolPod] = (),
+        adapters: Sequence[AdapterDeployment] = (),
+        *,
+        wanted: int = 1,
+        deployed: int | None = None,
+        slots: int = 4,
+        deployment_status: dict[str, Any] | None = None,
+        **more: Any,
+    ) -> PoolPlan:
+        deployment = (
+            {"spec": {"replicas": deployed}, "status": deployment_status or {}} if deployed is not None else None
+        )
+        seen = PoolObservation(
+            deployment=deployment, pods=pods, adapters=adapters, decision=Decision(wanted, "spec.replicas"), **more
+        )
+        return plan(pool(engine={"maxLoras": slots}), seen, start)
+
+    return build
+
+
+@pytest.fixture
+def serving(adapter: Build, revision: Build) -> Callable[..., AdapterDeployment]:
+    """An adapter whose revision `letter` is to be on `copies` pods."""
+
+    def build(name: str, letter: str, copies: int = 1, state: str = "Pending") -> AdapterDeployment:
+        entry = revision(letter, f"team/{name}", state)
+        status = {
+            "revisions": [entry.manifest()],
+            "desiredReplicas": copies,
+            "pool": {"name": "base", "namespace": "team"},
+        }
+        return adapter(name, status=status)
+
+    return build
+
+
+def lists(got: PoolPlan) -> dict[str, list[str]]:
+    return {name: [adapter.engine_name[5:] for adapter in assigned] for name, assigned in got.assigned.items()}
+
+
+def shown(status: ServingPoolStatus) -> dict[str, str]:
+    return {condition.type: f"{condition.status} {condition.reason}" for condition in status.conditions}
+
+
+def test_a_new_pool_has_the_pods_that_are_wanted(decide: Build) -> None:
+    got = decide(wanted=2)
+    assert got.replicas == 2
+    assert shown(got.status) == {
+        "Available": "False NoPodReady",
+        "Progressing": "True Scaling",
+        "Degraded": "False AsExpected",
+    }
+    assert got.status.phase == "Pending"
+
+
+def test_each_pod_gets_its_whole_list(decide: Build, serving: Build, pod: Build) -> None:
+    got = decide(
+        [pod("p"), pod("q", created=pod("p").created + timedelta(1))],
+        [serving("one", "a", 2), serving("two", "b")],
+        wanted=2,
+        deployed=2,
+    )
+    assert sorted(lists(got)["p"] + lists(got)["q"]) == ["one@" + "a" * 12, "one@" + "a" * 12, "two@" + "b" * 12]
+    first = got.assigned["p"][0]
+    assert (first.digest, first.uri) == ("sha256:" + "a" * 64, "s3://store/team/job-a/artifact")
+    assert (got.status.adapters, got.status.slots_used, got.status.slots_free) == (2, 3, 5)
+
+
+def test_a_stopping_pod_has_no_part(decide: Build, serving: Build, pod: Build) -> None:
+    got = decide([pod("p", stopping=True), pod("q")], [serving("one", "a")], deployed=1)
+    assert set(got.assigned) == {"q"}
+    assert got.status.replicas == 1
+
+
+def test_a_draining_pod_gives_its_copies_away(decide: Build, serving: Build, pod: Build) -> None:
+    held = {"team/one@" + "a" * 12: "Resident"}
+    got = decide([pod("p", holds=held, draining=True), pod("q")], [serving("one", "a")], deployed=1)
+    assert lists(got) == {"p": ["one@" + "a" * 12], "q": ["one@" + "a" * 12]}
+
+
+def test_copies_without_a_place_are_told(decide: Build, serving: Build, pod: Build) -> None:
+    got = decide([pod("p")], [serving("one", "a", 2)], deployed=1)
+    assert got.unplaced == {
+        "team/one@"
+        + "a" * 12: "the pool has 1 pod and two copies never share one: raise its replicas or lower the copies"
+    }
+
+
+def test_the_pod_with_the_fewest_copies_leaves_after_it_was_marked_and_emptied(
+    decide: Build, serving: Build, pod: Build
+) -> None:
+    one, two = "team/one@" + "a" * 12, "team/two@" + "b" * 12
+    adapters = [serving("one", "a"), serving("two", "b"), serving("six", "c")]
+    six = "team/six@" + "c" * 12
+
+    def old(**more: Any) -> PoolPod:
+        return pod("p", **{"holds": {one: "Resident", two: "Resident"}, **more})
+
+    marking = decide([old(), pod("q", holds={six: "Resident"})], adapters, deployed=2)
+    assert marking.costs == {"p": 3, "q": -1000}
+    assert marking.replicas == 2, "not before q is marked and six is resident elsewhere"
+    assert lists(marking)["q"] == ["six@" + "c" * 12]
+    moved = {one: "Resident", two: "Resident", six: "Resident"}
+    assert decide([old(holds=moved), pod("q", holds={six: "Resident"})], adapters, deployed=2).replicas == 2
+    done = decide([old(holds=moved), pod("q", holds={six: "Resident"}, deletion_cost="-1000")], adapters, deployed=2)
+    assert done.replicas == 1
+    assert lists(done)["q"] == []
+
+
+def test_the_pod_that_was_marked_stays_the_one_that_leaves(decide: Build, serving: Build, pod: Build) -> None:
+    one = "team/one@" + "a" * 12
+    marked = pod("p", holds={one: "Resident"}, deletion_cost="-1000")
+    got = decide([marked, pod("q", created=marked.created + timedelta(1))], [serving("one", "a")], deployed=2)
+    assert got.costs == {"p": -1000, "q": 1}
+
+
+def test_a_pool_that_grows_again_takes_the_mark_back(decide: Build, serving: Build, pod: Build) -> None:
+    got = decide([pod("p", deletion_cost="-1000"), pod("q")], [serving("one", "a")], wanted=2, deployed=2)
+    assert set(got.costs.values()) == {0, 1}
+
+
+def test_scaled_to_zero(decide: Build, pod: Build) -> None:
+    marked = decide([pod("p", deletion_cost="-1000")], wanted=0, deployed=1)
+    assert marked.replicas == 0
+    assert shown(decide(wanted=0, deployed=0).status)["Available"] == "False ScaledToZero"
+
+
+ONE = "team/one@" + "a" * 12
+
+
+@pytest.mark.parametrize(
+    ("state", "gates"),
+    [
+        pytest.param({"engine": False}, {"p": False}, id="engine starting"),
+        pytest.param({}, {}, id="not resident"),
+        pytest.param({"holds": {ONE: "Loading"}}, {}, id="loading"),
+        pytest.param({"holds": {ONE: "Resident"}}, {"p": True}, id="resident"),
+        pytest.param({"holds": {ONE: ("Failed", "flipped byte", True)}}, {"p": True}, id="failed for good"),
+        pytest.param({"holds": {ONE: ("Failed", "no answer", False)}}, {}, id="will be tried again"),
+        pytest.param({"holds": {ONE: "Resident"}, "heard": False}, {}, id="unknown"),
+        pytest.param({"gate": True}, {}, id="stays open for the others"),
+        pytest.param({"gate": True, "engine": False}, {"p": False}, id="closes when the engine is gone"),
+    ],
+)
+def test_the_readiness_gate(
+    state: dict[str, Any], gates: dict[str, bool], decide: Build, serving: Build, pod: Build
+) -> None:
+    built = pod("p", **{"ready": False, "gate": False if "engine" not in state else None, **state})
+    assert decide([built], [serving("one", "a")], deployed=1).gates == gates
+
+
+@pytest.mark.parametrize(
+    ("pods", "conditions", "phase"),
+    [
+        pytest.param(
+            ["ready"],
+            {"Available": "True PodsReady", "Progressing": "False Settled", "Degraded": "False AsExpected"},
+            "Available",
+            id="well",
+        ),
+        pytest.param(
+            ["problem"],
+            {"Available": "False ImagePullFailed", "Progressing": "True Scaling", "Degraded": "True ImagePullFailed"},
+            "Degraded",
+            id="image",
+        ),
+        pytest.param(
+            ["silent"],
+            {"Available": "True PodsReady", "Progressing": "False Settled", "Degraded": "True AgentSilent"},
+            "Degraded",
+            id="silent",
+        ),
+    ],
+)
+def test_conditions(pods: list[str], conditions: dict[str, str], phase: str, decide: Build, pod: Build) -> None:
+    kinds = {
+        "ready": lambda: pod("p"),
+        "problem": lambda: pod(
+            "p", ready=False, problem=Problem(ServingPoolReason.IMAGE_PULL_FAILED, "image x cannot be pulled")
+        ),
+        "silent": lambda: pod("p", heard=False),
+    }
+    got = decide([kinds[kind]() for kind in pods], deployed=1).status
+    assert shown(got) == conditions
+    assert got.phase == phase
+
+
+def test_a_pods_problem_names_the_pod(decide: Build, pod: Build) -> None:
+    got = decide(
+        [pod("p", ready=False, problem=Problem(ServingPoolReason.UNSCHEDULABLE, "no node takes it: 0/1"))], deployed=1
+    )
+    degraded = find(got.status.conditions, "Degraded")
+    assert degraded is not None
+    assert degraded.message == "pod p: no node takes it: 0/1"
+
+
+def test_refused_pods_are_told(decide: Build) -> None:
+    failure = {"conditions": [{"type": "ReplicaFailure", "status": "True", "message": "exceeded quota"}]}
+    got = decide(deployed=1, deployment_status=failure).status
+    degraded = find(got.conditions, "Degraded")
+    assert degraded is not None
+    assert (degraded.reason, degraded.message) == ("PodsRefused", "the API server refuses the pods: exceeded quota")
+
+
+def test_an_invalid_spec_is_told_everywhere(decide: Build) -> None:
+    got = decide(invalid="engine.args must not hold --port").status
+    assert set(shown(got).values()) == {"False InvalidSpec", "True InvalidSpec"}
+
+
+def test_a_rollout_is_progress(decide: Build, pod: Build) -> None:
+    got = decide(
+        [pod("p"), pod("q")], wanted=2, deployed=2, deployment_status={"replicas": 2, "updatedReplicas": 1}
+    ).status
+    assert shown(got)["Progressing"] == "True RollingOut"
+
+
+def test_a_base_whose_name_is_taken_is_degraded(decide: Build, adapter: Build, pod: Build) -> None:
+    got = decide([pod("p")], deployed=1, lost_to=claim_of(adapter("smol"))).status
+    degraded = find(got.conditions, "Degraded")
+    assert degraded is not None
+    assert degraded.message == (
+        "the model name team/smol belongs to AdapterDeployment team/smol, which "
+        "is older: the base cannot be called under it"
+    )
+
+
+def test_the_fingerprint_is_what_the_pods_report(pool: Build, pod: Build, start: datetime) -> None:
+    def fingerprint(known: str | None, *pods: PoolPod) -> str | None:
+        resource: ServingPool = pool(fingerprint=known)
+        return plan(resource, PoolObservation(None, pods, (), Decision(1, "")), start).status.base_model_fingerprint
+
+    assert fingerprint(None) is None
+    assert fingerprint(None, pod("p")) == "sha256:f"
+    assert fingerprint("sha256:f") == "sha256:f", "kept while no pod is there"
+    assert fingerprint("sha256:old", pod("p")) == "sha256:f"

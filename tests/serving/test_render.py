@@ -1,0 +1,136 @@
+"""The objects of pools as YAML, in `golden/`. With UPDATE_GOLDEN=1 in the environment they are written again."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+
+from tunesmith.serving.render import Images, deployment, disruption_budget, reserved, selector_text, token_secret
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tunesmith.api.servingpool import ServingPool
+
+GOLDEN = Path(__file__).parent / "golden"
+IMAGES = Images(
+    agent="registry/agent@sha256:1",
+    engine="registry/vllm@sha256:2",
+    pull_policy="IfNotPresent",
+    store="s3://tunesmith/store",
+)
+CASES: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "resources": {"gpus": 0, "cpu": "1", "memory": "4Gi"},
+        "engine": {
+            "maxLoras": 4,
+            "maxLoraRank": 16,
+            "maxModelLength": 512,
+            "dataType": "float32",
+            "kvCacheMemory": "256Mi",
+        },
+        "drainSeconds": 20,
+    },
+    "gpu": {
+        "baseModel": {"uri": "hf://org/name", "revision": "main", "secretRef": {"name": "hub"}},
+        "resources": {"gpus": 2, "cpu": "8", "memory": "64Gi"},
+        "engine": {
+            "image": "vllm/vllm-openai:v0.32.0",
+            "args": ["--gpu-memory-utilization=0.8"],
+            "env": [{"name": "VLLM_LOGGING_LEVEL", "value": "DEBUG"}],
+        },
+        "scheduling": {
+            "nodeSelector": {"pool": "gpu"},
+            "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
+            "priorityClassName": "serving",
+            "runtimeClassName": "nvidia",
+        },
+    },
+    "claim": {"baseModel": {"uri": "pvc://models/llama/8b"}},
+}
+
+
+class _NoAliases(yaml.SafeDumper):
+    def ignore_aliases(self, _: object) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden(case: str, pool: Callable[..., ServingPool]) -> None:
+    resource = pool("base", **CASES[case])
+    built = [deployment(resource, IMAGES, 2), token_secret(resource, "the-token"), disruption_budget(resource)]
+    text = yaml.dump_all(built, Dumper=_NoAliases, sort_keys=False, width=120)
+    place = GOLDEN / f"{case}.yaml"
+    if os.environ.get("UPDATE_GOLDEN"):
+        place.write_text(text)
+    assert text == place.read_text(), "UPDATE_GOLDEN=1 writes it again"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_container_passes_pod_security_restricted(case: str, pool: Callable[..., ServingPool]) -> None:
+    spec = deployment(pool("base", **CASES[case]), IMAGES, 1)["spec"]["template"]["spec"]
+    assert spec["automountServiceAccountToken"] is False
+    assert spec["securityContext"]["runAsNonRoot"] is True
+    assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    for container in [*spec["initContainers"], *spec["containers"]]:
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+
+
+def test_the_token_is_in_the_secret_only(pool: Callable[..., ServingPool]) -> None:
+    assert "the-token" not in str(deployment(pool(), IMAGES, 1))
+
+
+def test_the_engine_has_no_credentials_of_the_store(pool: Callable[..., ServingPool]) -> None:
+    spec = deployment(pool("base", **CASES["gpu"]), IMAGES, 1)["spec"]["template"]["spec"]
+    engine = spec["containers"][0]
+    assert "envFrom" not in engine
+    assert "base-model-secret" not in {mount["name"] for mount in engine["volumeMounts"]}
+
+
+def test_the_pods_fit_the_selector(pool: Callable[..., ServingPool]) -> None:
+    spec = deployment(pool(), IMAGES, 1)["spec"]
+    assert spec["selector"]["matchLabels"].items() <= spec["template"]["metadata"]["labels"].items()
+    assert selector_text(pool()) == "tunesmith.dev/pool=base,tunesmith.dev/pool-uid=uid-base"
+
+
+def test_a_stopping_pod_has_time_to_drain(pool: Callable[..., ServingPool]) -> None:
+    spec = deployment(pool(drainSeconds=20), IMAGES, 1)["spec"]["template"]["spec"]
+    assert spec["terminationGracePeriodSeconds"] == 50
+
+
+@pytest.mark.parametrize(
+    ("engine", "sentence"),
+    [
+        ({}, None),
+        ({"args": ["--enable-prefix-caching", "--seed=1"]}, None),
+        (
+            {"args": ["--middleware=mine", "--port", "1"]},
+            (
+                "engine.args must not hold --middleware, --port: the pool sets or guards them; "
+                "remove them (there are fields for most, such as engine.maxLoras)"
+            ),
+        ),
+        ({"args": ["--api_key=x"]}, "engine.args must not hold --api-key: "),
+        (
+            {"env": [{"name": "PYTHONPATH", "value": "/x"}]},
+            "engine.env must not hold PYTHONPATH: the pool sets them; remove them",
+        ),
+    ],
+)
+def test_settings_of_the_pool_cannot_be_overridden(
+    engine: dict[str, Any], sentence: str | None, pool: Callable[..., ServingPool]
+) -> None:
+    found = reserved(pool(engine=engine))
+    if sentence is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert found.startswith(sentence)

@@ -1,0 +1,276 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tunesmith.api.adapterdeployment import AdapterDeployment, AdapterDeploymentStatus, Revision
+from tunesmith.api.conditions import AdapterDeploymentReason as Reason
+from tunesmith.api.conditions import find
+from tunesmith.autoscale.decide import Decision
+from tunesmith.serving.claims import claim_of
+from tunesmith.serving.rollout import Observation, plan, wanted_copies
+from tunesmith.serving.source import Artifact, Unresolved
+
+if TYPE_CHECKING:
+    from tunesmith.api.servingpool import ServingPool
+    from tunesmith.serving.pod import PoolPod
+
+A, B = "team/pirate@aaaaaaaaaaaa", "team/pirate@bbbbbbbbbbbb"
+MISSING = Unresolved(Reason.FINE_TUNE_JOB_NOT_FOUND, "waits for FineTuneJob job")
+DAMAGED = ("Failed", "adapter_model.safetensors has another SHA-256", True)
+Build = Callable[..., Any]
+
+
+def artifact(letter: str) -> Artifact:
+    return Artifact(f"sha256:{letter * 64}", f"s3://store/team/job-{letter}/artifact", "sha256:f", "FineTuneJob job")
+
+
+@pytest.fixture
+def status(adapter: Build, pool: Build, start: datetime) -> Callable[..., AdapterDeploymentStatus]:
+    def build(
+        source: Artifact | Unresolved,
+        pods: Sequence[PoolPod] = (),
+        *,
+        revisions: Sequence[Revision] = (),
+        chosen: ServingPool | Unresolved | None = None,
+        copies: int = 1,
+        unplaced: dict[str, str] | None = None,
+        before: dict[str, Any] | None = None,
+        lost_to: Any = None,
+    ) -> AdapterDeploymentStatus:
+        old = {"revisions": [revision.manifest() for revision in revisions], **(before or {})}
+        seen = Observation(
+            artifact=source,
+            pool=pool() if chosen is None else chosen,
+            lost_to=lost_to,
+            pods=pods,
+            unplaced=unplaced or {},
+            decision=Decision(copies, "spec.replicas"),
+            url="http://gateway/v1",
+        )
+        return plan(adapter(status=old), seen, start)
+
+    return build
+
+
+def shown(status: AdapterDeploymentStatus) -> dict[str, str]:
+    return {condition.type: f"{condition.status} {condition.reason}" for condition in status.conditions}
+
+
+def message(status: AdapterDeploymentStatus, type_: str) -> str:
+    condition = find(status.conditions, type_)
+    assert condition is not None
+    return condition.message
+
+
+def names(status: AdapterDeploymentStatus) -> list[str]:
+    return [f"{revision.engine_name[-1]} {revision.state} {revision.ready_replicas}" for revision in status.revisions]
+
+
+def test_without_a_source_it_waits_and_says_for_what(status: Build) -> None:
+    got = status(MISSING)
+    assert got.phase == "Waiting"
+    assert shown(got) == {
+        "Resolved": "False FineTuneJobNotFound",
+        "Ready": "False FineTuneJobNotFound",
+        "Progressing": "False FineTuneJobNotFound",
+    }
+    assert message(got, "Ready") == "waits for FineTuneJob job"
+    assert got.revisions == []
+    assert (got.model, got.url) == ("team/pirate", "http://gateway/v1")
+
+
+def test_without_a_pool_there_is_no_revision(status: Build) -> None:
+    got = status(artifact("a"), chosen=Unresolved(Reason.SEVERAL_POOLS, "name one"))
+    assert shown(got)["Resolved"] == "False SeveralPools"
+    assert got.revisions == []
+
+
+def test_a_resolved_source_becomes_a_revision(status: Build) -> None:
+    got = status(artifact("a"))
+    assert names(got) == ["a Pending 0"]
+    assert got.revisions[0].engine_name == A
+    assert got.revisions[0].uri == "s3://store/team/job-a/artifact"
+    assert got.phase == "Loading"
+    assert got.pool is not None
+    assert got.pool.name == "base"
+    assert shown(got) == {
+        "Resolved": "True Resolved",
+        "Ready": "False PoolNotReady",
+        "Progressing": "True PoolNotReady",
+    }
+
+
+@pytest.mark.parametrize(
+    ("holds", "ready", "expected"),
+    [
+        ({}, True, {"Ready": "False Loading", "Progressing": "True Loading"}),
+        ({A: "Downloading"}, True, {"Ready": "False Loading", "Progressing": "True Loading"}),
+        ({A: "Resident"}, True, {"Ready": "True Resident", "Progressing": "False Settled"}),
+        ({A: "Resident"}, False, {"Ready": "False Loading", "Progressing": "True Loading"}),
+        ({A: DAMAGED}, True, {"Ready": "False RevisionFailed", "Progressing": "False RevisionFailed"}),
+        (
+            {A: ("Failed", "the store cannot be reached", False)},
+            True,
+            {"Ready": "False Loading", "Progressing": "True Loading"},
+        ),
+    ],
+)
+def test_conditions_follow_the_agents(
+    holds: dict[str, Any],
+    ready: bool,  # noqa: FBT001 - a column of the table
+    expected: dict[str, str],
+    status: Build,
+    pod: Build,
+) -> None:
+    got = status(artifact("a"), [pod("p", holds=holds, ready=ready)])
+    assert shown(got) == {"Resolved": "True Resolved", **expected}
+
+
+def test_a_damaged_artifact_is_told_with_the_agents_words(status: Build, pod: Build) -> None:
+    got = status(artifact("a"), [pod("p", holds={A: DAMAGED})])
+    assert got.phase == "Failed"
+    assert message(got, "Ready") == (
+        "revision aaaaaaaaaaaa cannot be loaded: adapter_model.safetensors has another SHA-256 (pod p)"
+    )
+    assert got.revisions[0].message == "adapter_model.safetensors has another SHA-256 (pod p)"
+
+
+def test_copies_are_counted_by_pods(status: Build, pod: Build) -> None:
+    got = status(
+        artifact("a"),
+        [pod("p", holds={A: "Resident"}), pod("q", holds={A: "Resident"}, ready=False), pod("r", holds={A: "Loading"})],
+        copies=3,
+    )
+    assert (got.desired_replicas, got.replicas, got.ready_replicas) == (3, 2, 1)
+    assert shown(got)["Progressing"] == "True Loading"
+
+
+def test_no_free_slot_is_told(status: Build, pod: Build) -> None:
+    got = status(artifact("a"), [pod("p")], unplaced={A: "all 1 slots are taken"})
+    assert shown(got)["Ready"] == "False NoFreeSlot"
+    assert message(got, "Ready") == "revision aaaaaaaaaaaa waits for a place: all 1 slots are taken"
+
+
+def test_more_copies_than_pods_serve_and_say_so(status: Build, pod: Build) -> None:
+    got = status(artifact("a"), [pod("p", holds={A: "Resident"})], copies=2, unplaced={A: "the pool has 1 pod"})
+    assert shown(got)["Ready"] == "True Resident"
+    assert got.revisions[0].message == "the pool has 1 pod"
+
+
+def test_a_silent_agent_is_unknown_not_failed(status: Build, pod: Build) -> None:
+    got = status(artifact("a"), [pod("p", holds={A: "Resident"}, heard=False)])
+    assert shown(got)["Ready"] == "Unknown AgentSilent"
+    assert got.ready_replicas == 0
+
+
+def test_the_loser_of_a_name_keeps_nothing(status: Build, pod: Build, adapter: Build, revision: Build) -> None:
+    got = status(
+        artifact("a"), [pod("p", holds={A: "Resident"})], revisions=[revision("a")], lost_to=claim_of(adapter("older"))
+    )
+    assert shown(got) == dict.fromkeys(("Resolved", "Ready", "Progressing"), "False ModelNameTaken")
+    assert message(got, "Ready") == (
+        "the model name team/pirate belongs to AdapterDeployment team/older, "
+        "which is older: choose another spec.modelName"
+    )
+    assert (got.revisions, got.model, got.pool) == ([], None, None)
+
+
+def test_a_new_digest_comes_beside_the_one_that_serves(status: Build, pod: Build, revision: Build) -> None:
+    got = status(artifact("b"), [pod("p", holds={A: "Resident"})], revisions=[revision("a", state="Resident", ready=1)])
+    assert names(got) == ["b Pending 0", "a Resident 1"]
+    assert shown(got)["Ready"] == "True PreviousRevision"
+    assert shown(got)["Progressing"] == "True Loading"
+
+
+def test_the_old_one_stays_until_the_new_one_is_on_every_pod(status: Build, pod: Build, revision: Build) -> None:
+    both, old = pod("p", holds={A: "Resident", B: "Resident"}), pod("q", holds={A: "Resident", B: "Loading"})
+    known = [revision("b"), revision("a")]
+    assert names(status(artifact("b"), [both, old], revisions=known, copies=2)) == ["b Resident 1", "a Resident 2"]
+    done = [both, pod("q", holds={A: "Resident", B: "Resident"})]
+    assert names(status(artifact("b"), done, revisions=known, copies=2)) == ["b Resident 2"]
+
+
+def test_the_old_one_goes_on_when_the_new_one_is_damaged(status: Build, pod: Build, revision: Build) -> None:
+    got = status(artifact("b"), [pod("p", holds={A: "Resident", B: DAMAGED})], revisions=[revision("b"), revision("a")])
+    assert names(got) == ["b Failed 0", "a Resident 1"]
+    assert got.phase == "Ready"
+    assert shown(got)["Ready"] == "True PreviousRevision"
+    assert shown(got)["Progressing"] == "False RevisionFailed"
+
+
+def test_of_older_revisions_only_the_serving_one_stays(status: Build, pod: Build, revision: Build) -> None:
+    known = [revision("b", state="Failed"), revision("a")]
+    got = status(artifact("c"), [pod("p", holds={A: "Resident", B: DAMAGED})], revisions=known)
+    assert names(got) == ["c Pending 0", "a Resident 1"]
+
+
+def test_back_to_an_earlier_digest(status: Build, pod: Build, revision: Build) -> None:
+    got = status(
+        artifact("a"), [pod("p", holds={A: "Resident", B: "Resident"})], revisions=[revision("b"), revision("a")]
+    )
+    assert names(got) == ["a Resident 1"]
+
+
+def test_a_source_that_vanished_leaves_the_revision_serving(status: Build, pod: Build, revision: Build) -> None:
+    got = status(MISSING, [pod("p", holds={A: "Resident"})], revisions=[revision("a")])
+    assert names(got) == ["a Resident 1"]
+    assert shown(got) == {
+        "Resolved": "False FineTuneJobNotFound",
+        "Ready": "True Resident",
+        "Progressing": "False Settled",
+    }
+    assert message(got, "Resolved") == "waits for FineTuneJob job; revision aaaaaaaaaaaa goes on serving"
+
+
+def test_a_pool_that_is_gone_is_forgotten(status: Build, revision: Build) -> None:
+    before = {"pool": {"name": "base", "namespace": "team"}}
+    gone = status(
+        artifact("a"), revisions=[revision("a")], before=before, chosen=Unresolved(Reason.POOL_NOT_FOUND, "waits")
+    )
+    assert gone.pool is None
+    other = status(
+        artifact("a"), revisions=[revision("a")], before=before, chosen=Unresolved(Reason.BASE_MODEL_MISMATCH, "no")
+    )
+    assert other.pool is not None
+
+
+def test_another_model_name_starts_anew(status: Build, pod: Build, revision: Build) -> None:
+    other = "team/sailor@aaaaaaaaaaaa"
+    got = status(artifact("a"), [pod("p", holds={other: "Resident"})], revisions=[revision("a", "team/sailor")])
+    assert [entry.engine_name for entry in got.revisions] == [A]
+
+
+def test_transition_times_and_reasons_stay_while_nothing_changes(
+    adapter: Build, pool: Build, pod: Build, start: datetime
+) -> None:
+    def seen(copies: int, why: str) -> Observation:
+        return Observation(
+            artifact("a"), pool(), None, [pod("p", holds={A: "Resident"})], {}, Decision(copies, why), ""
+        )
+
+    first = plan(adapter(), seen(1, "3 requests"), start)
+    again = plan(adapter(status=first.manifest()), seen(1, "4 requests"), start + timedelta(minutes=5))
+    assert again == first
+    more = plan(adapter(status=first.manifest()), seen(2, "9 requests"), start + timedelta(minutes=5))
+    assert more.desired_reason == "9 requests"
+
+
+def test_wanted_copies(revision: Build) -> None:
+    def want(*revisions: Revision) -> list[tuple[str, int]]:
+        return [(entry.engine_name[-1], copies) for entry, copies in wanted_copies(revisions, 3)]
+
+    assert want() == []
+    assert want(revision("a")) == [("a", 3)]
+    assert want(revision("b"), revision("a", state="Resident", ready=2)) == [("a", 2), ("b", 3)]
+    assert want(revision("b"), revision("a")) == [("a", 1), ("b", 3)]
+    assert want(revision("b", state="Failed"), revision("a", state="Resident", ready=1)) == [("a", 3), ("b", 1)]
+
+
+def test_the_status_of_an_adapter_is_what_the_crd_takes(status: Build, pod: Build, adapter: Build) -> None:
+    got = status(artifact("a"), [pod("p", holds={A: "Resident"})])
+    document = got.manifest()
+    assert AdapterDeployment.model_validate({**adapter().manifest(), "status": document}).status == got

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tunesmith.api.servingpool import ServingPool
+from tunesmith.serving.source import Artifact, Unresolved, choose_pool, resolve_artifact
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tunesmith.api.adapterdeployment import AdapterDeployment
+    from tunesmith.api.finetunejob import FineTuneJob
+
+DIGEST = "sha256:" + "a" * 64
+STAMP = "2026-01-01T00:00:00Z"
+
+
+def condition(type_: str, reason: str = "Because", message: str = "") -> dict[str, Any]:
+    return {"type": type_, "status": "True", "reason": reason, "message": message, "lastTransitionTime": STAMP}
+
+
+def artifact(*, vllm: bool = True, reason: str | None = None) -> dict[str, Any]:
+    return {"uri": "s3://elsewhere/x", "digest": DIGEST, "sizeBytes": 1, "servable": {"vllm": vllm, "reason": reason}}
+
+
+def test_a_complete_job_gives_its_artifact_at_the_place_the_operator_computes(
+    adapter: Callable[..., AdapterDeployment], job: Callable[..., FineTuneJob]
+) -> None:
+    done = job(conditions=[condition("Complete")], artifact=artifact(), resolved={"baseModelFingerprint": "sha256:f"})
+    assert resolve_artifact(adapter(), done, "s3://store") == Artifact(
+        DIGEST, "s3://store/team/job-uid-job/artifact", "sha256:f", "FineTuneJob job"
+    )
+
+
+@pytest.mark.parametrize(
+    ("status", "reason", "message"),
+    [
+        pytest.param(
+            None,
+            "FineTuneJobNotFound",
+            "waits for FineTuneJob job, which does not exist in namespace team: create it, or correct spec.adapterFrom",
+            id="missing",
+        ),
+        pytest.param({}, "FineTuneJobRunning", "waits for FineTuneJob job, which is Pending", id="new"),
+        pytest.param(
+            {"phase": "Running", "progress": {"stage": "Training", "step": 30, "totalSteps": 100}},
+            "FineTuneJobRunning",
+            "waits for FineTuneJob job, which is Running (Training, step 30 of 100)",
+            id="training",
+        ),
+        pytest.param(
+            {"phase": "Validating", "progress": {"stage": "Validating"}},
+            "FineTuneJobRunning",
+            "waits for FineTuneJob job, which is Validating (Validating)",
+            id="validating",
+        ),
+        pytest.param(
+            {"conditions": [condition("Failed", "DatasetInvalid", "line 3 is not JSON.")]},
+            "FineTuneJobFailed",
+            "FineTuneJob job failed with DatasetInvalid: line 3 is not JSON; name another one in spec.adapterFrom",
+            id="failed",
+        ),
+        pytest.param(
+            {"conditions": [condition("Complete")], "artifact": artifact(vllm=False, reason="rank 1024")},
+            "NotServable",
+            "the engine cannot load the adapter of FineTuneJob job: rank 1024",
+            id="not servable",
+        ),
+    ],
+)
+def test_what_is_waited_for(
+    status: dict[str, Any] | None,
+    reason: str,
+    message: str,
+    adapter: Callable[..., AdapterDeployment],
+    job: Callable[..., FineTuneJob],
+) -> None:
+    found = resolve_artifact(adapter(), None if status is None else job(**status), "s3://store")
+    assert found == Unresolved(reason, message)
+
+
+OPEN = {"from": "All"}
+
+
+@pytest.mark.parametrize(
+    ("spec", "fingerprint", "expected"),
+    [
+        pytest.param({"pool": {"name": "base"}}, "sha256:f", "base", id="named"),
+        pytest.param({"pool": {"name": "young"}}, "sha256:f", "young", id="named before it reports a fingerprint"),
+        pytest.param(
+            {"pool": {"name": "shared", "namespace": "platform"}}, "sha256:s", "shared", id="named in another namespace"
+        ),
+        pytest.param({"pool": {"name": "nowhere"}}, "sha256:f", "PoolNotFound", id="named and missing"),
+        pytest.param(
+            {"pool": {"name": "closed", "namespace": "platform"}}, "sha256:f", "PoolNotAllowed", id="named and closed"
+        ),
+        pytest.param({"pool": {"name": "base"}}, "sha256:other", "BaseModelMismatch", id="named with another base"),
+        pytest.param({}, "sha256:f", "base", id="found by its fingerprint"),
+        pytest.param({}, "sha256:s", "shared", id="found in another namespace"),
+        pytest.param({}, "sha256:two", "SeveralPools", id="several"),
+        pytest.param({}, "sha256:none", "PoolNotReported", id="none yet"),
+    ],
+)
+def test_choose_pool(
+    spec: dict[str, Any],
+    fingerprint: str,
+    expected: str,
+    adapter: Callable[..., AdapterDeployment],
+    pool: Callable[..., ServingPool],
+) -> None:
+    pools = [
+        pool("base"),
+        pool("young", fingerprint=None),
+        pool("shared", namespace="platform", fingerprint="sha256:s", allowedNamespaces=OPEN),
+        pool("closed", namespace="platform"),
+        pool("one", fingerprint="sha256:two"),
+        pool("two", fingerprint="sha256:two"),
+    ]
+    found = choose_pool(adapter(**spec), fingerprint, pools)
+    assert (found.reason if isinstance(found, Unresolved) else found.metadata.name) == expected
+
+
+def test_no_matching_pool_says_what_to_create(
+    adapter: Callable[..., AdapterDeployment], pool: Callable[..., ServingPool]
+) -> None:
+    found = choose_pool(
+        adapter(),
+        "sha256:" + "9" * 64,
+        [pool("base"), pool("closed", namespace="platform", fingerprint="sha256:" + "9" * 64)],
+    )
+    assert isinstance(found, Unresolved)
+    assert found.message == (
+        "no ServingPool that namespace team may use serves the base of this adapter (999999999999): "
+        "create a ServingPool with the baseModel that the FineTuneJob names"
+    )
+
+
+def test_the_pool_that_serves_now_is_kept_when_another_comes(
+    adapter: Callable[..., AdapterDeployment], pool: Callable[..., ServingPool]
+) -> None:
+    serving = adapter(status={"pool": {"name": "two", "namespace": "team"}})
+    found = choose_pool(serving, "sha256:f", [pool("one"), pool("two")])
+    assert isinstance(found, ServingPool)
+    assert found.metadata.name == "two"
+
+
+def test_a_source_that_vanished_keeps_its_pool(
+    adapter: Callable[..., AdapterDeployment], pool: Callable[..., ServingPool]
+) -> None:
+    serving = adapter(status={"pool": {"name": "two", "namespace": "team"}})
+    found = choose_pool(serving, None, [pool("one"), pool("two")])
+    assert isinstance(found, ServingPool)
+
+
+def test_several_pools_are_named(adapter: Callable[..., AdapterDeployment], pool: Callable[..., ServingPool]) -> None:
+    found = choose_pool(adapter(), "sha256:f", [pool("one"), pool("two"), pool("six")])
+    assert isinstance(found, Unresolved)
+    assert found.message == (
+        "ServingPools team/one, team/six and team/two serve the base of this adapter: name one of them in spec.pool"
+    )
