@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.api.adapterdeployment import AdapterDeployment, RevisionState
-from tunesmith.api.conditions import AdapterDeploymentCondition, find
+from tunesmith.api.conditions import AdapterDeploymentCondition, AdapterDeploymentReason, find
 from tunesmith.api.servingpool import ServingPool
 from tunesmith.gateway import errors
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 POOL_LABEL = "tunesmith.dev/pool"
 POOL_UID_LABEL = "tunesmith.dev/pool-uid"
-_NAME_TAKEN = "ModelNameTaken"
 
 PoolKey = tuple[str, str]
 """Namespace and name of a ServingPool."""
@@ -250,7 +249,7 @@ def _adapter_model(adapter: AdapterDeployment) -> Model | None:
     """The model of an AdapterDeployment; None: another one has its name."""
     conditions = adapter.status.conditions
     resolved = find(conditions, AdapterDeploymentCondition.RESOLVED)
-    if any(condition.reason == _NAME_TAKEN for condition in conditions):
+    if any(condition.reason == AdapterDeploymentReason.MODEL_NAME_TAKEN for condition in conditions):
         return None
     namespace = adapter.metadata.namespace
     pool = adapter.status.pool

@@ -1,0 +1,158 @@
+"""`tunesmith chat`: talks to a model through the gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
+
+import aiohttp
+import typer
+
+from tunesmith.cli.errors import CliError, Exit
+from tunesmith.cli.output import Format, FormatOption, note, print_json
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+KEY_VARIABLES = ("TUNESMITH_API_KEY", "OPENAI_API_KEY")
+_OK = 200
+_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10)
+
+
+def chat(  # noqa: PLR0917 - options, which typer passes by name
+    model: Annotated[str, typer.Argument(metavar="NAME", help="The model: NAMESPACE/NAME, or NAME in the key's own.")],
+    message: Annotated[
+        str | None, typer.Option("--message", "-m", help="One question. Absent: questions are read line by line.")
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, help="Longest answer, in tokens.")] = None,
+    temperature: Annotated[float | None, typer.Option("--temperature", min=0.0, help="0 is greedy.")] = None,
+    url: Annotated[
+        str | None,
+        typer.Option("--url", envvar=["TUNESMITH_URL", "OPENAI_BASE_URL"], help="Address of the gateway."),
+    ] = None,
+    output_format: FormatOption = Format.TEXT,
+) -> None:
+    """Talk to an adapter or a base; the answer appears as it is generated. The key comes from $TUNESMITH_API_KEY.
+
+    Example: tunesmith chat pirate --url http://127.0.0.1:30080 --message "Who are you?"
+    """
+    address = endpoint(url)
+    # Not an option: arguments can be read by everybody on the machine.
+    key = next(filter(None, map(os.environ.get, KEY_VARIABLES)), None)
+    if key is None:
+        raise CliError(
+            "set TUNESMITH_API_KEY (or OPENAI_API_KEY) to an API key: `tunesmith keys create NAME` makes one",
+            Exit.USAGE,
+        )
+    options = {"max_tokens": max_tokens, "temperature": temperature}
+    request = {"model": model, **{name: value for name, value in options.items() if value is not None}}
+    messages = [{"role": "system", "content": system}] if system else []
+    asyncio.run(_talk(address, key, request, messages, message, output_format=output_format))
+
+
+def endpoint(url: str | None) -> str:
+    """The address of the chat endpoint under the gateway's, with or without its /v1.
+
+    Raises:
+        CliError: there is none, or it is no http address.
+    """
+    if not url:
+        raise CliError(
+            "set --url (or TUNESMITH_URL) to the gateway's address, such as http://127.0.0.1:30080;"
+            " inside the cluster it is in `status.url` of the AdapterDeployment",
+            Exit.USAGE,
+        )
+    parts = urlsplit(url)
+    if parts.scheme not in {"http", "https"} or not parts.netloc:
+        raise CliError(f"{url!r} is not an address: it begins with http:// or https://", Exit.USAGE)
+    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}/v1/chat/completions"
+
+
+async def _talk(
+    address: str,
+    key: str,
+    request: dict[str, Any],
+    messages: list[dict[str, str]],
+    message: str | None,
+    *,
+    output_format: Format,
+) -> None:
+    async with aiohttp.ClientSession(timeout=_TIMEOUT, headers={"Authorization": f"Bearer {key}"}) as session:
+        if message is not None:
+            await _ask(session, address, request, [*messages, _user(message)], output_format)
+            return
+        if sys.stdin.isatty():
+            note(f"Talking to {request['model']}. An empty line or Ctrl-D ends.")
+        while True:
+            if sys.stdin.isatty():
+                sys.stderr.write("> ")
+                sys.stderr.flush()
+            line = (await asyncio.to_thread(sys.stdin.readline)).strip()
+            if not line:
+                return
+            messages.append(_user(line))
+            answer = await _ask(session, address, request, messages, output_format)
+            messages.append({"role": "assistant", "content": answer})
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+async def _ask(
+    session: aiohttp.ClientSession,
+    address: str,
+    request: dict[str, Any],
+    messages: list[dict[str, str]],
+    output_format: Format,
+) -> str:
+    """Print the answer as it comes, and return it."""
+    answer, model, finish = "", request["model"], None
+    try:
+        async with session.post(address, json={**request, "messages": messages, "stream": True}) as response:
+            if response.status != _OK:
+                raise CliError(_reason(response.status, await response.text()))
+            async for event in _events(response):
+                if "error" in event:
+                    raise CliError(_reason(_OK, json.dumps(event)))
+                model = event.get("model", model)
+                choice = (event.get("choices") or [{}])[0]
+                finish = choice.get("finish_reason") or finish
+                piece = choice.get("delta", {}).get("content") or ""
+                answer += piece
+                if output_format is Format.TEXT:
+                    sys.stdout.write(piece)
+                    sys.stdout.flush()
+    except (aiohttp.ClientError, OSError) as error:
+        raise CliError(f"the gateway at {address} cannot be reached: {error or type(error).__name__}") from error
+    finally:
+        if output_format is Format.TEXT and answer:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+    if output_format is Format.JSON:
+        print_json({"model": model, "content": answer, "finishReason": finish})
+    return answer
+
+
+async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
+    """The JSON of each server-sent event."""
+    rest = b""
+    async for chunk in response.content.iter_any():
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            data = line.removeprefix(b"data:").strip()
+            if line.startswith(b"data:") and data != b"[DONE]":
+                yield json.loads(data)
+
+
+def _reason(status: int, body: str) -> str:
+    """The sentence in an OpenAI-style error."""
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"the gateway answered {status}: {body[:200].strip() or 'nothing'}"

@@ -1,0 +1,237 @@
+"""Follows a FineTuneJob to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+import time
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from tunesmith.api.finetunejob import FineTuneJob
+from tunesmith.cli.errors import CliError
+from tunesmith.cli.output import Format, print_json, print_line
+from tunesmith.cli.progress import News, ended, live_line, result
+from tunesmith.cluster.errors import ForbiddenError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from tunesmith.api.conditions import Condition
+    from tunesmith.cluster.client import Cluster
+
+_TICK_SECONDS = 1.0
+_LINE_SECONDS = 10.0
+"""Without a terminal, a line about the same stage comes at most this often."""
+_SILENCE_SECONDS = 30.0
+
+
+class View(Protocol):
+    """Shows what is followed; used as `with view:`."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def news(self, line: str) -> None:
+        """Something happened."""
+
+    def show(self, job: FineTuneJob, line: str) -> None:
+        """This is how far it is."""
+
+
+class TerminalView:
+    """One line that changes, with the news above it."""
+
+    def __init__(self) -> None:
+        self._console = Console(highlight=False)
+        self._live = Live(Text(""), console=self._console, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def news(self, line: str) -> None:
+        """Print above the live line."""
+        self._console.print(Text(line))
+
+    def show(self, job: FineTuneJob, line: str) -> None:
+        """Replace the live line."""
+        text = Text(f"{job.metadata.name}  {line}", no_wrap=True, overflow="ellipsis")
+        self._live.update(text)
+
+
+class PlainView:
+    """Lines for a file or a pipe."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+        self._line = ""
+        self._printed = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+    def news(self, line: str) -> None:
+        """Print the line."""
+        print_line(line)
+
+    def show(self, job: FineTuneJob, line: str) -> None:
+        """Print at each change of the stage, in between now and then."""
+        stage, now = line.partition("  ")[0], time.monotonic()
+        told = line.partition("  ETA")[0]
+        if stage != self._stage or (told != self._line and now - self._printed >= _LINE_SECONDS):
+            self._stage, self._line, self._printed = stage, told, now
+            print_line(f"{job.metadata.name}  {line}")
+
+
+class JsonView:
+    """One JSON object per change of the progress."""
+
+    def __init__(self) -> None:
+        self._shown: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+    def news(self, line: str) -> None:
+        """An object with the message."""
+        print_json({"message": line})
+
+    def show(self, job: FineTuneJob, line: str) -> None:  # noqa: ARG002 - a line for people
+        """An object with phase and progress."""
+        progress = job.status.progress
+        document = {"phase": job.status.phase.value if job.status.phase else None}
+        document |= progress.manifest() if progress else {}
+        if document != self._shown:
+            self._shown = document
+            print_json(document)
+
+
+def view_for(output_format: Format) -> View:
+    """The view for the format and for what standard output is."""
+    if output_format is Format.JSON:
+        return JsonView()
+    return TerminalView() if sys.stdout.isatty() else PlainView()
+
+
+async def follow(cluster: Cluster, namespace: str, name: str, output_format: Format) -> None:
+    """Show the job until it has ended, then its result.
+
+    Raises:
+        CliError: it failed, was deleted, or does not exist.
+    """
+    view = view_for(output_format)
+    job, end = await _until_ended(cluster, namespace, name, view)
+    if output_format is Format.JSON:
+        print_json(result(job, end))
+    if end.type == "Failed":
+        raise CliError(f"FineTuneJob {namespace}/{name} failed: {end.reason}: {end.message}")
+    if output_format is Format.TEXT:
+        print_line(f"{name} is complete: {end.message}".rstrip(": "))
+        if job.status.artifact is not None:
+            print_line(f"  artifact {job.status.artifact.uri}\n  digest   {job.status.artifact.digest}")
+
+
+async def _until_ended(cluster: Cluster, namespace: str, name: str, view: View) -> tuple[FineTuneJob, Condition]:
+    changes: asyncio.Queue[_Change] = asyncio.Queue()
+    followed = _Followed(f"{namespace}/{name}", view)
+    started = time.monotonic()
+    async with _watching(cluster, namespace, name, changes) as failed:
+        with view:
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_TICK_SECONDS):
+                        followed.take(await changes.get())
+                failed()
+                job = followed.job
+                if job is None:
+                    continue
+                end = ended(job)
+                if end is not None:
+                    return job, end
+                line = live_line(job, datetime.now(UTC))
+                if not job.status.conditions and time.monotonic() - started > _SILENCE_SECONDS:
+                    line = "no status yet: is Tunesmith's operator running? `kubectl get pods -A` shows it"
+                view.show(job, line)
+
+
+class _Change(NamedTuple):
+    """An event of a watch."""
+
+    kind: str
+    type: str
+    object: dict[str, Any]
+
+
+class _Followed:
+    """The job as last seen."""
+
+    def __init__(self, title: str, view: View) -> None:
+        self.job: FineTuneJob | None = None
+        self._title = title
+        self._view = view
+        self._news = News()
+
+    def take(self, change: _Change) -> None:
+        """Take over a change and tell what is new in it.
+
+        Raises:
+            CliError: the job does not exist, or no longer.
+        """
+        lines: list[str] = []
+        if change.kind == "Event":
+            lines = self._news.of_event(change.object) if change.type in {"ADDED", "MODIFIED"} else []
+        elif change.type == "DELETED":
+            raise CliError(f"FineTuneJob {self._title} was deleted")
+        elif change.type != "SYNCED":
+            self.job = FineTuneJob.model_validate(change.object)
+            lines = self._news.of(self.job)
+        elif self.job is None:
+            raise CliError(f"there is no FineTuneJob {self._title}")
+        for line in lines:
+            self._view.news(line)
+
+
+@contextlib.asynccontextmanager
+async def _watching(
+    cluster: Cluster, namespace: str, name: str, changes: asyncio.Queue[_Change]
+) -> AsyncIterator[Callable[[], None]]:
+    """Watch the job and its events into the queue; what it gives raises if watching the job failed."""
+
+    async def pump(kind: str, fields: str) -> None:
+        async for event in cluster.watch(kind, namespace, fields=fields):
+            changes.put_nowait(_Change(kind, event.type, event.object))
+
+    async def pump_events() -> None:
+        # Who may not read events follows the job without them.
+        with contextlib.suppress(ForbiddenError):
+            await pump("Event", f"involvedObject.kind=FineTuneJob,involvedObject.name={name}")
+
+    tasks = [asyncio.create_task(pump("FineTuneJob", f"metadata.name={name}")), asyncio.create_task(pump_events())]
+
+    def failed() -> None:
+        for task in tasks:
+            if task.done():
+                task.result()
+
+    try:
+        yield failed
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

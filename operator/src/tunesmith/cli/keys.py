@@ -1,0 +1,161 @@
+"""`tunesmith keys`: API keys of the gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import Annotated
+
+import typer
+
+from tunesmith.cli.errors import CliError, Exit
+from tunesmith.cli.output import Format, FormatOption, NamespaceOption, note, print_json, print_line, print_table
+from tunesmith.cluster.client import Cluster
+from tunesmith.cluster.errors import AlreadyExistsError
+from tunesmith.contracts.apikey import KEY_LABEL, SECRET_PREFIX, ApiKey, key_secret, new_key, parse_key_secret
+
+GATEWAY_NAMESPACE = "tunesmith-system"
+_NAME = re.compile(r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")
+_NAMESPACE = re.compile(r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
+_MAX_NAME = 200
+_MAX_NAMESPACE = 63
+
+app = typer.Typer(no_args_is_help=True, help="API keys of the gateway. Only their hashes are kept.")
+GatewayNamespaceOption = Annotated[
+    str,
+    typer.Option(
+        "--gateway-namespace",
+        envvar="TUNESMITH_GATEWAY_NAMESPACE",
+        help="Namespace of the gateway, which holds the keys.",
+    ),
+]
+
+
+@app.command()
+def create(  # noqa: PLR0917 - options, which typer passes by name
+    name: Annotated[str, typer.Argument(help="Name of the key, for lists and logs.")],
+    namespace: NamespaceOption = None,
+    allow_namespace: Annotated[
+        list[str] | None,
+        typer.Option("--allow-namespace", help="Another namespace whose models it may call. Can be repeated."),
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            help="A model it may call: NAMESPACE/NAME, or NAME in its own namespace. Can be repeated; absent: all.",
+        ),
+    ] = None,
+    gateway_namespace: GatewayNamespaceOption = GATEWAY_NAMESPACE,
+    output_format: FormatOption = Format.TEXT,
+) -> None:
+    """Make a key and print it, once: it cannot be shown again.
+
+    The key's namespace is where it looks for models that are named without one.
+
+    Example: export OPENAI_API_KEY=$(tunesmith keys create alice --namespace team-a)
+    """
+    _check("the name of a key", name, _NAME, _MAX_NAME)
+    for other in [*([namespace] if namespace else []), *(allow_namespace or [])]:
+        _check("a namespace", other, _NAMESPACE, _MAX_NAMESPACE)
+    asyncio.run(
+        _create(name, namespace, allow_namespace or [], model or [], gateway_namespace, output_format=output_format)
+    )
+
+
+@app.command("list")
+def list_(
+    gateway_namespace: GatewayNamespaceOption = GATEWAY_NAMESPACE, output_format: FormatOption = Format.TEXT
+) -> None:
+    """List the keys and what they may call; the keys themselves are not stored.
+
+    Example: tunesmith keys list
+    """
+    asyncio.run(_list(gateway_namespace, output_format))
+
+
+@app.command()
+def delete(
+    name: Annotated[str, typer.Argument(help="Name of the key.")],
+    gateway_namespace: GatewayNamespaceOption = GATEWAY_NAMESPACE,
+) -> None:
+    """Delete a key: the gateways refuse it from then on.
+
+    Example: tunesmith keys delete alice
+    """
+    asyncio.run(_delete(name, gateway_namespace))
+
+
+def _check(what: str, value: str, pattern: re.Pattern[str], longest: int) -> None:
+    if not pattern.match(value) or len(value) > longest:
+        raise CliError(
+            f"{value!r} cannot be {what}: use at most {longest} lower-case letters, digits and hyphens", Exit.USAGE
+        )
+
+
+async def _create(
+    name: str,
+    namespace: str | None,
+    others: list[str],
+    models: list[str],
+    gateway_namespace: str,
+    *,
+    output_format: Format,
+) -> None:
+    async with await Cluster.connect() as cluster:
+        home = namespace or cluster.namespace
+        namespaces = list(dict.fromkeys([home, *others]))
+        allowed = [model if "/" in model else f"{home}/{model}" for model in models] or ["*"]
+        key = new_key()
+        try:
+            await cluster.create(
+                key_secret(name, gateway_namespace, key, home=home, namespaces=namespaces, models=allowed)
+            )
+        except AlreadyExistsError:
+            raise CliError(
+                f"there is a key {name} already: choose another name, or remove it with `tunesmith keys delete {name}`"
+            ) from None
+    if output_format is Format.JSON:
+        print_json({"name": name, "key": key, "namespace": home, "namespaces": namespaces, "models": allowed})
+        return
+    print_line(key)
+    what = "all models" if allowed == ["*"] else ", ".join(allowed)
+    note(f"Key {name} may call {what} of {', '.join(namespaces)}. Keep it: it is not stored and not shown again.")
+
+
+async def _list(gateway_namespace: str, output_format: Format) -> None:
+    async with await Cluster.connect() as cluster:
+        secrets = await cluster.list("Secret", gateway_namespace, labels=f"{KEY_LABEL}=true")
+    rows = []
+    for secret in secrets:
+        name = secret["metadata"]["name"].removeprefix(SECRET_PREFIX)
+        created = secret["metadata"].get("creationTimestamp", "")
+        try:
+            key: ApiKey | None = parse_key_secret(secret)
+        except ValueError as error:
+            note(f"the Secret {secret['metadata']['name']} is no key: {error}")
+            key = None
+        if key is not None:
+            models = sorted(key.models) if key.models is not None else ["*"]
+            rows.append((name, key.home, sorted(key.namespaces), models, created))
+    if output_format is Format.JSON:
+        fields = ("name", "namespace", "namespaces", "models", "created")
+        print_json([dict(zip(fields, row, strict=True)) for row in rows])
+        return
+    print_table(
+        ("NAME", "NAMESPACE", "MAY CALL", "MODELS", "CREATED"),
+        [(name, home, ",".join(calls), ",".join(models), created) for name, home, calls, models, created in rows],
+        empty=f"there are no keys in {gateway_namespace}: make one with `tunesmith keys create NAME`",
+    )
+
+
+async def _delete(name: str, gateway_namespace: str) -> None:
+    async with await Cluster.connect() as cluster:
+        secret = await cluster.find("Secret", SECRET_PREFIX + name, gateway_namespace)
+        labels = (secret or {}).get("metadata", {}).get("labels") or {}
+        if secret is None or labels.get(KEY_LABEL) != "true":
+            raise CliError(
+                f"there is no key {name} in {gateway_namespace}: `tunesmith keys list` shows those there are"
+            )
+        await cluster.delete("Secret", SECRET_PREFIX + name, gateway_namespace, uid=secret["metadata"]["uid"])
+    note(f"Key {name} is deleted.")

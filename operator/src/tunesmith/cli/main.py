@@ -1,0 +1,76 @@
+"""`tunesmith`: the command line for people who train and call adapters."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from tunesmith.cli import keys
+from tunesmith.cli.chat import chat
+from tunesmith.cli.errors import CliError, Exit
+from tunesmith.cli.models import models
+from tunesmith.cli.output import note, print_line
+from tunesmith.cli.run import run
+from tunesmith.cli.submit import submit
+from tunesmith.cluster.errors import ClusterError, ConfigurationError, ForbiddenError, NotFoundError, UnauthorizedError
+
+app = typer.Typer(
+    name="tunesmith",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Train adapters and talk to them. The cluster is that of $KUBECONFIG (context: $KUBECONTEXT).",
+)
+app.command()(run)
+app.command()(submit)
+app.command()(models)
+app.command()(chat)
+app.add_typer(keys.app, name="keys")
+
+
+def _show_version(wanted: bool) -> None:  # noqa: FBT001 - typer's way
+    if wanted:
+        print_line(version("tunesmith"))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show_version: Annotated[  # noqa: FBT002 - typer's way
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of all commands."""
+
+
+def main() -> None:
+    """Run a command. A failure is told in a sentence on standard error; see `Exit` for the exit codes."""
+    try:
+        app()
+    except CliError as error:
+        note(f"error: {error}")
+        sys.exit(error.code)
+    except ClusterError as error:
+        note(f"error: {_sentence(error)}")
+        sys.exit(Exit.USAGE if isinstance(error, ConfigurationError) else Exit.FAILED)
+    except BrokenPipeError:
+        # Whoever read our output left.
+        sys.stderr.close()
+        sys.exit(Exit.FAILED)
+
+
+def _sentence(error: ClusterError) -> str:
+    if isinstance(error, NotFoundError) and "could not find the requested resource" in str(error):
+        return (
+            "this cluster does not know Tunesmith's resources: install the chart charts/tunesmith, or check $KUBECONFIG"
+        )
+    if isinstance(error, UnauthorizedError):
+        return f"the cluster does not accept the credentials of the kubeconfig: {error}"
+    if isinstance(error, ForbiddenError):
+        return f"the cluster does not allow it: {error}"
+    return str(error)

@@ -1,0 +1,98 @@
+"""`tunesmith run`: trains on this machine, by the trainer that a training pod runs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from tunesmith.cli.errors import CliError, Exit
+from tunesmith.cli.output import Format, FormatOption, note
+
+TRAINER = "tunesmith-trainer"
+TRAINER_VARIABLE = "TUNESMITH_TRAINER"
+
+
+def run(
+    filename: Annotated[Path, typer.Option("--filename", "-f", help="The FineTuneJob manifest (YAML or JSON).")],
+    output: Annotated[
+        Path, typer.Option("--output", help="Folder that gets artifact/ and metrics.csv. It is made where missing.")
+    ],
+    output_format: FormatOption = Format.TEXT,
+) -> None:
+    """Train on this machine, without a cluster, from the manifest that a cluster would take.
+
+    With -o json each line is a JSON object and the last one is the result. Exit codes: 0 done, 2 the job must be
+    changed, 3 worth another attempt, 143 stopped from outside.
+
+    Example: tunesmith run -f job.yaml --output out
+    """
+    if not filename.is_file():
+        raise CliError(f"there is no file {filename}: give the manifest's path with -f", Exit.USAGE)
+    command = [
+        *trainer_command(),
+        *("train", "--job", str(filename), "--output", str(output), "--allow-file", "--progress-port", "0"),
+        *("-o", output_format.value),
+    ]
+    _execute(command)
+
+
+def _execute(command: list[str]) -> NoReturn:
+    # The trainer takes this process's place: signals and the exit code are its own.
+    try:
+        os.execvp(command[0], command)  # noqa: S606 - no shell on purpose
+    except OSError as error:
+        raise CliError(f"the trainer {command[0]} cannot be started: {error.strerror}") from error
+
+
+def trainer_command() -> list[str]:
+    """How to start the trainer of this machine: $TUNESMITH_TRAINER, one on the PATH, or a checkout's own.
+
+    Raises:
+        CliError: there is none.
+    """
+    named = os.environ.get(TRAINER_VARIABLE)
+    if named:
+        found = shutil.which(named)
+        if found is None:
+            raise CliError(f"${TRAINER_VARIABLE} is {named}, which is not a program")
+        return [found]
+    found = shutil.which(TRAINER)
+    if found is not None:
+        return [found]
+    project = _checkout()
+    if project is None:
+        raise CliError(
+            f"there is no trainer on this machine: install the package {TRAINER}, name its program in"
+            f" ${TRAINER_VARIABLE}, or run this from a checkout of Tunesmith"
+        )
+    program = project / ".venv" / "bin" / TRAINER
+    if not program.is_file():
+        _make_environment(project)
+    return [str(program)]
+
+
+def _checkout() -> Path | None:
+    """The trainer's project: of the checkout that the command is run in, or of the one that holds this file."""
+    for start in (Path.cwd(), Path(__file__).resolve()):
+        for folder in (start, *start.parents):
+            if (folder / "trainer-image" / "uv.lock").is_file():
+                return folder / "trainer-image"
+    return None
+
+
+def _make_environment(project: Path) -> None:
+    uv = os.environ.get("UV") or shutil.which("uv")
+    if uv is None:
+        raise CliError(
+            f"the trainer's environment {project / '.venv'} does not exist and uv, which makes it, is not on the PATH:"
+            " run `make environment-trainer` once"
+        )
+    note(f"making the trainer's environment in {project / '.venv'} (once; it holds PyTorch)")
+    ended = subprocess.run([uv, "sync", "--frozen", "--project", str(project)], check=False)  # noqa: S603 - our own arguments
+    if ended.returncode != 0:
+        raise CliError(f"uv could not make the trainer's environment {project / '.venv'}: see its message above")
