@@ -1,7 +1,7 @@
 """A real etcd and kube-apiserver for tests: no kubelet, no scheduler, nothing that needs root.
 
-The programs come from $KUBEBUILDER_ASSETS, from .cluster/bin of the checkout, or from the cache that `make cluster-up`
-fills. The controller manager is optional; with it, owner references and Jobs work as in a cluster.
+The programs come from $KUBEBUILDER_ASSETS, or from .cluster/bin, which `python3 e2e/cluster/cluster.py assets` (and so
+`make cluster-up`) fills. The controller manager is optional; with it, owner references and Jobs work as in a cluster.
 """
 
 from __future__ import annotations
@@ -42,16 +42,15 @@ def program(name: str) -> Path:
     """The path of etcd, kube-apiserver, kube-controller-manager or kubectl.
 
     Raises:
-        FileNotFoundError: it is in none of the known folders.
+        FileNotFoundError: it is not in the folder of such programs.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith"
     assets = os.environ.get("KUBEBUILDER_ASSETS")
-    folders = [Path(assets)] if assets else [ROOT / ".cluster" / "bin", cache / "bin"]
-    for folder in folders:
-        if (folder / name).exists():
-            return folder / name
-    places = ", ".join(str(folder) for folder in folders)
-    raise FileNotFoundError(f"{name} is not in {places}: run make cluster-up once, or set KUBEBUILDER_ASSETS")
+    folder = Path(assets) if assets else ROOT / ".cluster" / "bin"
+    if not (folder / name).exists():
+        raise FileNotFoundError(
+            f"{name} is not in {folder}: run python3 e2e/cluster/cluster.py assets, or set KUBEBUILDER_ASSETS"
+        )
+    return folder / name
 
 
 def free_port() -> int:

@@ -26,18 +26,23 @@ AUTOSCALED = "replicas is decided by autoscaling: remove autoscaling first"
 IMMUTABLE = "spec is immutable: a FineTuneJob describes one training run; create another FineTuneJob under a new name"
 
 
-def assert_refused(apiserver: ApiServer, document: dict[str, Any], sentence: str) -> None:
-    """Client-side and server-side apply both refuse the manifest with the sentence."""
-    for arguments in (("apply", "-f", "-"), ("apply", "--server-side", "--force-conflicts", "-f", "-")):
-        done = apiserver.kubectl(*arguments, manifest=document)
-        assert done.returncode != 0, f"taken: {done.stdout}"
-        assert sentence in " ".join(done.stderr.split())
+def assert_refused(apiserver: ApiServer, document: dict[str, Any], sentence: str, *arguments: str) -> None:
+    """`kubectl apply` refuses the manifest with the sentence."""
+    done = apiserver.kubectl("apply", "-f", "-", *arguments, manifest=document)
+    assert done.returncode != 0, f"taken: {done.stdout}"
+    assert sentence in " ".join(done.stderr.split())
 
 
 @pytest.mark.parametrize("case", REFUSED_JOBS)
-def test_fine_tune_job_is_refused_with_a_sentence(apiserver: ApiServer, namespace: str, case: str) -> None:
+def test_fine_tune_job_is_refused_with_a_sentence(apiserver: ApiServer, case: str) -> None:
     changes, sentence, _ = REFUSED_JOBS[case]
-    assert_refused(apiserver, job(namespace, **changes), sentence)
+    assert_refused(apiserver, job("default", **changes), sentence)
+
+
+def test_server_side_apply_says_the_same(apiserver: ApiServer) -> None:
+    for case in ("two methods", "rank -4", "file data set", "memory without a number", "epochs and steps"):
+        changes, sentence, _ = REFUSED_JOBS[case]
+        assert_refused(apiserver, job("default", **changes), sentence, "--server-side")
 
 
 def test_name_that_leaves_no_room_for_names_of_pods_is_refused(apiserver: ApiServer, namespace: str) -> None:
@@ -120,9 +125,9 @@ REFUSED_POOLS = {
 
 
 @pytest.mark.parametrize("case", REFUSED_POOLS)
-def test_serving_pool_is_refused_with_a_sentence(apiserver: ApiServer, namespace: str, case: str) -> None:
+def test_serving_pool_is_refused_with_a_sentence(apiserver: ApiServer, case: str) -> None:
     changes, sentence = REFUSED_POOLS[case]
-    assert_refused(apiserver, pool(namespace, **changes), sentence)
+    assert_refused(apiserver, pool("default", **changes), sentence)
 
 
 def test_pool_keeps_its_base_and_its_name(apiserver: ApiServer, namespace: str) -> None:
@@ -168,9 +173,9 @@ REFUSED_ADAPTERS = {
 
 
 @pytest.mark.parametrize("case", REFUSED_ADAPTERS)
-def test_adapter_deployment_is_refused_with_a_sentence(apiserver: ApiServer, namespace: str, case: str) -> None:
+def test_adapter_deployment_is_refused_with_a_sentence(apiserver: ApiServer, case: str) -> None:
     changes, sentence = REFUSED_ADAPTERS[case]
-    assert_refused(apiserver, adapter(namespace, **changes), sentence)
+    assert_refused(apiserver, adapter("default", **changes), sentence)
 
 
 @pytest.mark.parametrize(
