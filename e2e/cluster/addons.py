@@ -27,7 +27,16 @@ def kubectl(layout: Layout, *arguments: str, stdin: str | None = None) -> str:
 def apply(layout: Layout, manifest: str, **values: str) -> None:
     """Applies a file of `manifests/` with `values` put in for its ${NAMES}."""
     text = Template((SOURCES / "manifests" / manifest).read_text()).substitute(values)
-    kubectl(layout, "apply", "--server-side", "--field-manager=tunesmith-cluster", "--force-conflicts", "-f", "-", stdin=text)
+    kubectl(
+        layout,
+        "apply",
+        "--server-side",
+        "--field-manager=tunesmith-cluster",
+        "--force-conflicts",
+        "-f",
+        "-",
+        stdin=text,
+    )
 
 
 def wait_available(layout: Layout, namespace: str, deployment: str, seconds: float) -> None:
@@ -77,7 +86,9 @@ def ensure_s3_credentials(layout: Layout) -> tuple[str, str]:
     found = kubectl(layout, "--namespace", "s3", "get", "secret", "credentials", "--ignore-not-found", "-o", "json")
     if found:
         data = json.loads(found)["data"]
-        return base64.b64decode(data["AWS_ACCESS_KEY_ID"]).decode(), base64.b64decode(data["AWS_SECRET_ACCESS_KEY"]).decode()
+        return base64.b64decode(data["AWS_ACCESS_KEY_ID"]).decode(), base64.b64decode(
+            data["AWS_SECRET_ACCESS_KEY"]
+        ).decode()
     access, secret = f"TS{secrets.token_hex(8).upper()}", secrets.token_urlsafe(30)
     manifest = {
         "apiVersion": "v1",

@@ -20,7 +20,9 @@ NONROOT = "65532:65532"
 
 def ctr(layout: Layout, *arguments: str | Path, stdin: bytes | None = None) -> str:
     """Runs containerd's client against the cluster's containerd, in the namespace the kubelet uses."""
-    return output_of(["ctr", "--address", str(layout.containerd_socket), "--namespace", "k8s.io", *arguments], stdin=stdin)
+    return output_of(
+        ["ctr", "--address", str(layout.containerd_socket), "--namespace", "k8s.io", *arguments], stdin=stdin
+    )
 
 
 def imported_images(layout: Layout) -> set[str]:
@@ -84,7 +86,10 @@ def program_image(reference: str, program: Path, *, certificates: Path | None = 
     ).encode()
     entry = _descriptor("manifest.v1+json", manifest) | {"annotations": {"io.containerd.image.name": reference}}
     index = json.dumps({"schemaVersion": 2, "manifests": [entry]}).encode()
-    blobs = [(f"blobs/sha256/{hashlib.sha256(blob).hexdigest()}", blob, 0o644) for blob in (compressed, configuration, manifest)]
+    blobs = [
+        (f"blobs/sha256/{hashlib.sha256(blob).hexdigest()}", blob, 0o644)
+        for blob in (compressed, configuration, manifest)
+    ]
     return _tar([("oci-layout", b'{"imageLayoutVersion":"1.0.0"}', 0o644), ("index.json", index, 0o644), *blobs])
 
 
@@ -112,17 +117,21 @@ def program_reference(name: str, program: Path) -> str:
 
 
 def import_layout(layout: Layout, folder: Path, reference: str) -> None:
-    """Imports the one image of an OCI layout folder, sending only the blobs that containerd lacks.
+    """Imports an image of an OCI layout folder, sending only the blobs that containerd lacks.
 
     Raises:
         ClusterError: containerd refused it; quotes what it said.
     """
     present = set(ctr(layout, "content", "ls", "--quiet").split())
-    index = json.loads((folder / "index.json").read_text())
-    if len(index["manifests"]) != 1:
-        raise ClusterError(f"{folder}/index.json lists {len(index['manifests'])} images where one is expected: remove the folder and build again")
-    entry = index["manifests"][0]
+    listed = json.loads((folder / "index.json").read_text())["manifests"]
+    entry = next(
+        (item for item in listed if item.get("annotations", {}).get("org.opencontainers.image.ref.name") == reference),
+        None,
+    )
+    if entry is None:
+        raise ClusterError(f"{folder}/index.json does not list {reference}: remove the folder and build again")
     entry["annotations"] = {"io.containerd.image.name": reference}
+    index = {"schemaVersion": 2, "manifests": [entry]}
     blobs = folder / "blobs" / "sha256"
     manifest = json.loads((blobs / entry["digest"].removeprefix("sha256:")).read_text())
     wanted = [entry["digest"], manifest["config"]["digest"], *(part["digest"] for part in manifest["layers"])]

@@ -43,7 +43,9 @@ class Program:
 PROGRAMS = {
     program.name: program
     for program in (
-        Program("kubernetes", "kubernetes", ".", "k8s.io/component-base/version.gitVersion=v1.34.4", KUBERNETES_COMPONENTS),
+        Program(
+            "kubernetes", "kubernetes", ".", "k8s.io/component-base/version.gitVersion=v1.34.4", KUBERNETES_COMPONENTS
+        ),
         Program("pause", "pause", "."),
         Program("coredns", "tools/coredns", "github.com/coredns/coredns"),
         Program("versitygw", "tools/versitygw", "github.com/versity/versitygw/cmd/versitygw"),
@@ -110,7 +112,7 @@ def link_programs(layout: Layout) -> None:
     layout.bin.mkdir(parents=True, exist_ok=True)
     for name in ("kubernetes", "helm", "kubeconform"):
         folder = build(name)
-        for program in (PROGRAMS[name].links or (name,)):
+        for program in PROGRAMS[name].links or (name,):
             link = layout.bin / program
             target = folder / program
             if not link.is_symlink() or link.readlink() != target:
@@ -142,7 +144,9 @@ def install_packages(layout: Layout) -> None:
     if not missing:
         return
     if shutil.which("apt-get") is None:
-        raise ClusterError(f"these programs are missing and this machine has no apt-get to install them: {', '.join(sorted(missing))}")
+        raise ClusterError(
+            f"these programs are missing and this machine has no apt-get to install them: {', '.join(sorted(missing))}"
+        )
     with step(f"installing {', '.join(sorted(missing))}"):
         log = layout.log / "apt-get.log"
         environment = dict(os.environ, DEBIAN_FRONTEND="noninteractive")

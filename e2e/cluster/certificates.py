@@ -31,7 +31,18 @@ def _authority(pki: Path) -> None:
     if (pki / "ca.crt").exists():
         return
     _key(pki / "ca.key")
-    command = ["openssl", "req", "-x509", "-new", "-key", pki / "ca.key", "-subj", "/CN=tunesmith-local", "-days", VALID_DAYS]
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-new",
+        "-key",
+        pki / "ca.key",
+        "-subj",
+        "/CN=tunesmith-local",
+        "-days",
+        VALID_DAYS,
+    ]
     _private(pki / "ca.crt", output_of(command))
 
 
@@ -46,7 +57,17 @@ def _certificate(pki: Path, name: str, subject: str, alternative_names: str = ""
     extensions = pki / f"{name}.extensions"
     usage = "extendedKeyUsage=clientAuth,serverAuth\n"
     extensions.write_text(usage + (f"subjectAltName={alternative_names}\n" if alternative_names else ""))
-    command = ["openssl", "x509", "-req", "-CA", pki / "ca.crt", "-CAkey", pki / "ca.key", "-set_serial", f"0x{os.urandom(8).hex()}"]
+    command = [
+        "openssl",
+        "x509",
+        "-req",
+        "-CA",
+        pki / "ca.crt",
+        "-CAkey",
+        pki / "ca.key",
+        "-set_serial",
+        f"0x{os.urandom(8).hex()}",
+    ]
     certificate = output_of([*command, "-days", VALID_DAYS, "-extfile", extensions], stdin=request.encode())
     extensions.unlink()
     _private(pki / f"{name}.crt", certificate)
@@ -65,7 +86,10 @@ def _kubeconfig(path: Path, pki: Path, certificate: str) -> None:
         "clusters": [
             {
                 "name": "tunesmith-local",
-                "cluster": {"server": f"https://127.0.0.1:{API_PORT}", "certificate-authority-data": encoded(pki / "ca.crt")},
+                "cluster": {
+                    "server": f"https://127.0.0.1:{API_PORT}",
+                    "certificate-authority-data": encoded(pki / "ca.crt"),
+                },
             }
         ],
         "users": [
@@ -91,8 +115,16 @@ def ensure_certificates(layout: Layout, node_address: str) -> None:
     pki.mkdir(parents=True, exist_ok=True, mode=0o700)
     _authority(pki)
     _key(pki / "service-accounts.key")
-    names = ["kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local", "localhost"]
-    server = ",".join([f"IP:{ip}" for ip in ("127.0.0.1", API_SERVICE_ADDRESS, node_address)] + [f"DNS:{name}" for name in names])
+    names = [
+        "kubernetes",
+        "kubernetes.default",
+        "kubernetes.default.svc",
+        "kubernetes.default.svc.cluster.local",
+        "localhost",
+    ]
+    server = ",".join(
+        [f"IP:{ip}" for ip in ("127.0.0.1", API_SERVICE_ADDRESS, node_address)] + [f"DNS:{name}" for name in names]
+    )
     _certificate(pki, "kube-apiserver", "/CN=kube-apiserver", server)
     _certificate(pki, "etcd", "/CN=etcd", "IP:127.0.0.1,DNS:localhost")
     _certificate(pki, "kubelet-server", f"/CN={NODE_NAME}", f"IP:{node_address},DNS:{NODE_NAME}")

@@ -24,6 +24,7 @@ import addons
 import binaries
 import certificates
 import host
+import images
 import node
 import processes
 import teardown
@@ -62,7 +63,9 @@ def check_machine(layout: Layout) -> None:
     marked = processes.marked_processes()
     others = {process.state for process in marked} - {str(layout.state)}
     if others:
-        problems.append(f"the cluster of {min(others)} runs on this machine: stop it with `make cluster-down` in its checkout")
+        problems.append(
+            f"the cluster of {min(others)} runs on this machine: stop it with `make cluster-down` in its checkout"
+        )
     elif not any(process.state == str(layout.state) for process in marked):
         busy = host.ports_in_use()
         if busy:
@@ -78,7 +81,9 @@ def use_context(layout: Layout, context: str) -> None:
     with step(f"asking the cluster of context {context}"):
         kubectl = str(layout.bin / "kubectl")
         flat = output_of([kubectl, "config", "view", "--minify", "--flatten", f"--context={context}"])
-        version = json.loads(output_of([kubectl, f"--context={context}", "--request-timeout=15s", "get", "--raw=/version"]))
+        version = json.loads(
+            output_of([kubectl, f"--context={context}", "--request-timeout=15s", "get", "--raw=/version"])
+        )
         layout.kubeconfig.touch(mode=0o600)
         layout.kubeconfig.write_text(flat)
     say(f"  Kubernetes {version['gitVersion']} answers; nothing was started")
@@ -133,7 +138,11 @@ def up(layout: Layout) -> None:
 
         def containerd_missing() -> str | None:
             processes.require_alive(layout, containerd)
-            return None if layout.containerd_socket.is_socket() else f"containerd does not listen on {layout.containerd_socket}"
+            return (
+                None
+                if layout.containerd_socket.is_socket()
+                else f"containerd does not listen on {layout.containerd_socket}"
+            )
 
         wait_until(containerd_missing, 60)
         ensure_program_image(layout, "pause", pause_program)
@@ -155,6 +164,13 @@ def up(layout: Layout) -> None:
     with step("S3 server"):
         addons.ensure_s3_bucket(layout)
     say(f"  usable: export KUBECONFIG={layout.kubeconfig} PATH={layout.bin}:$PATH")
+
+
+def build(layout: Layout) -> None:
+    """Builds every program of the cluster."""
+    for name in binaries.PROGRAMS:
+        binaries.build(name)
+    binaries.link_programs(layout)
 
 
 def down(layout: Layout) -> None:
@@ -185,12 +201,32 @@ def main() -> int:
 
     def command(name: str, text: str, example: str) -> argparse.ArgumentParser:
         return commands.add_parser(
-            name, help=text, description=text, epilog=f"example: {example}", formatter_class=argparse.RawDescriptionHelpFormatter
+            name,
+            help=text,
+            description=text,
+            epilog=f"example: {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
-    command("up", "start the cluster, or what of it does not run, and wait until it is usable", "python3 e2e/cluster/cluster.py up")
+    command(
+        "up",
+        "start the cluster, or what of it does not run, and wait until it is usable",
+        "python3 e2e/cluster/cluster.py up",
+    )
     command("down", "stop the cluster and leave nothing of it behind", "python3 e2e/cluster/cluster.py down")
     command("status", "show processes, node and pods", "python3 e2e/cluster/cluster.py status")
+    delivery = command(
+        "images",
+        "build the project's images and bring them into the cluster (with KUBECONTEXT: push them to $REGISTRY); writes .cluster/images.json",
+        "python3 e2e/cluster/cluster.py images operator agent",
+    )
+    known = [image.name for image in images.IMAGES]
+    delivery.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}; all when none is named")
+    command(
+        "build",
+        "build the cluster's programs and link them into .cluster/bin; starts nothing",
+        "python3 e2e/cluster/cluster.py build",
+    )
     command(
         "assets",
         "build etcd and kube-apiserver and print their folder, for tests against a bare API server",
@@ -203,6 +239,15 @@ def main() -> int:
             with only_one("build"), step_output_to_stderr():
                 folder = binaries.build("kubernetes")
             print(folder)
+        elif arguments.command == "build":
+            with only_one("cluster"):
+                build(layout)
+        elif arguments.command == "images":
+            unknown = set(arguments.names) - set(known)
+            if unknown:
+                raise ClusterError(f"there is no image {min(unknown)}: the images are {', '.join(known)}")
+            with only_one("images"):
+                images.deliver(layout, arguments.names or known)
         elif arguments.command == "status":
             status(layout)
         else:

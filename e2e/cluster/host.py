@@ -83,9 +83,13 @@ def remember(layout: Layout) -> None:
     if file.exists():
         return
     before = {
-        "settings": {name: Path("/proc/sys", name).read_text().strip() for name in SETTINGS if Path("/proc/sys", name).exists()},
+        "settings": {
+            name: Path("/proc/sys", name).read_text().strip() for name in SETTINGS if Path("/proc/sys", name).exists()
+        },
         "places": [place for place in FIXED_PLACES if Path(place).exists()],
-        "tables": {command: output_of([f"{command}-save"]) for command in ("iptables", "ip6tables") if shutil.which(command)},
+        "tables": {
+            command: output_of([f"{command}-save"]) for command in ("iptables", "ip6tables") if shutil.which(command)
+        },
     }
     temporary = file.with_suffix(".new")
     temporary.write_text(json.dumps(before, indent=1))
@@ -139,7 +143,9 @@ def remove_cgroups(layout: Layout) -> None:
             try:
                 Path(folder).rmdir()
             except OSError as error:
-                raise ClusterError(f"cgroup {folder} cannot be removed ({error.strerror}): a process in it is still alive") from None
+                raise ClusterError(
+                    f"cgroup {folder} cannot be removed ({error.strerror}): a process in it is still alive"
+                ) from None
 
 
 def unmount_below(*folders: Path) -> None:

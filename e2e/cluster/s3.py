@@ -24,14 +24,18 @@ def request(host: str, port: int, method: str, path: str, access_key: str, secre
     empty = hashlib.sha256(b"").hexdigest()
     headers = {"host": f"{host}:{port}", "x-amz-content-sha256": empty, "x-amz-date": stamp}
     signed = ";".join(headers)
-    canonical = "\n".join([method, quote(path), "", *(f"{name}:{value}" for name, value in headers.items()), "", signed, empty])
+    canonical = "\n".join(
+        [method, quote(path), "", *(f"{name}:{value}" for name, value in headers.items()), "", signed, empty]
+    )
     scope = f"{day}/{REGION}/s3/aws4_request"
     to_sign = "\n".join(["AWS4-HMAC-SHA256", stamp, scope, hashlib.sha256(canonical.encode()).hexdigest()])
     key = f"AWS4{secret_key}".encode()
     for part in scope.split("/"):
         key = hmac.digest(key, part.encode(), "sha256")
     signature = hmac.digest(key, to_sign.encode(), "sha256").hex()
-    headers["authorization"] = f"AWS4-HMAC-SHA256 Credential={access_key}/{scope}, SignedHeaders={signed}, Signature={signature}"
+    headers["authorization"] = (
+        f"AWS4-HMAC-SHA256 Credential={access_key}/{scope}, SignedHeaders={signed}, Signature={signature}"
+    )
     connection = http.client.HTTPConnection(host, port, timeout=5)
     try:
         connection.request(method, quote(path), headers=headers)
@@ -51,6 +55,10 @@ def ensure_bucket(host: str, port: int, name: str, access_key: str, secret_key: 
         if status == http.client.NOT_FOUND:
             status = request(host, port, "PUT", f"/{name}", access_key, secret_key)
     except OSError as error:
-        raise ClusterError(f"the S3 server at {host}:{port} cannot be reached ({error}): see `kubectl --namespace s3 logs deploy/s3`") from None
+        raise ClusterError(
+            f"the S3 server at {host}:{port} cannot be reached ({error}): see `kubectl --namespace s3 logs deploy/s3`"
+        ) from None
     if status != http.client.OK:
-        raise ClusterError(f"the S3 server at {host}:{port} answered {status} when asked for the bucket {name}: see `kubectl --namespace s3 logs deploy/s3`")
+        raise ClusterError(
+            f"the S3 server at {host}:{port} answered {status} when asked for the bucket {name}: see `kubectl --namespace s3 logs deploy/s3`"
+        )

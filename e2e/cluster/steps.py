@@ -41,7 +41,12 @@ def last_line(log: Path) -> str:
 
 
 def run_logged(
-    command: Sequence[str | Path], log: Path, what: str, *, environment: Mapping[str, str] | None = None, folder: Path | None = None
+    command: Sequence[str | Path],
+    log: Path,
+    what: str,
+    *,
+    environment: Mapping[str, str] | None = None,
+    folder: Path | None = None,
 ) -> None:
     """Runs `command` with its output appended to `log`.
 
@@ -50,12 +55,16 @@ def run_logged(
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as stream:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=environment, cwd=folder, check=False)
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=environment, cwd=folder, check=False
+        )
     if done.returncode:
         raise ClusterError(f"{what} failed with status {done.returncode}: {last_line(log)} (all of its output: {log})")
 
 
-def output_of(command: Sequence[str | Path], *, stdin: bytes | None = None, environment: Mapping[str, str] | None = None) -> str:
+def output_of(
+    command: Sequence[str | Path], *, stdin: bytes | None = None, environment: Mapping[str, str] | None = None
+) -> str:
     """Runs `command` and returns what it printed.
 
     Raises:
@@ -64,7 +73,9 @@ def output_of(command: Sequence[str | Path], *, stdin: bytes | None = None, envi
     done = subprocess.run(command, input=stdin, capture_output=True, env=environment, check=False)
     if done.returncode:
         complaint = " ".join(done.stderr.decode(errors="replace").split())[-500:]
-        raise ClusterError(f"`{' '.join(str(part) for part in command)}` failed with status {done.returncode}: {complaint}")
+        raise ClusterError(
+            f"`{' '.join(str(part) for part in command)}` failed with status {done.returncode}: {complaint}"
+        )
     return done.stdout.decode()
 
 

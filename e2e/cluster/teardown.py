@@ -19,7 +19,17 @@ def _remove_containers(layout: Layout) -> None:
     containers = ctr(layout, "containers", "ls", "--quiet").split()
     for container in containers:
         subprocess.run(
-            ["ctr", "--address", str(layout.containerd_socket), "--namespace", "k8s.io", "tasks", "delete", "--force", container],
+            [
+                "ctr",
+                "--address",
+                str(layout.containerd_socket),
+                "--namespace",
+                "k8s.io",
+                "tasks",
+                "delete",
+                "--force",
+                container,
+            ],
             check=False,
             capture_output=True,
         )
@@ -35,7 +45,15 @@ def down(layout: Layout) -> None:
     """
     state = str(layout.state)
     with step("stopping the control plane and the kubelet"):
-        names = {"kubelet", "kube-proxy", "kube-scheduler", "kube-controller-manager", "volume-provisioner", "kube-apiserver", "etcd"}
+        names = {
+            "kubelet",
+            "kube-proxy",
+            "kube-scheduler",
+            "kube-controller-manager",
+            "volume-provisioner",
+            "kube-apiserver",
+            "etcd",
+        }
         processes.stop_all(layout, sorted(names))
     with step("ending the pods"):
         wait_until(lambda: _kill_pods(layout), 20, 0.1)
