@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
+
 from apiserver import ApiServer
 
 if TYPE_CHECKING:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tunesmith.contracts.agent import DesiredAdapter, DesiredAdapters, PodState
-
 from tunesmith_server.artifact import (
     PodLimits,
     adapter_folder,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 from pydantic import ValidationError
-from tunesmith.contracts.agent import HEARTBEAT_SECONDS, DesiredAdapters
 
+from tunesmith.contracts.agent import HEARTBEAT_SECONDS, DesiredAdapters
 from tunesmith_server.desired import OutdatedError
 
 if TYPE_CHECKING:

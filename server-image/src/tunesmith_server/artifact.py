@@ -9,9 +9,9 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
+
 from tunesmith.contracts.artifact import ArtifactManifest, digest_of
 from tunesmith.contracts.location import ARTIFACT_MANIFEST, engine_name, namespace_of_artifact
-
 from tunesmith_server.lora import CONFIG, WEIGHTS, UnfitAdapterError, check_config, check_weights
 from tunesmith_server.store import StoreFolder
 

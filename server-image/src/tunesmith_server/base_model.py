@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
-from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
 
+from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
 from tunesmith_server.store import StoredFile, StoreError, StoreFolder
 
 if TYPE_CHECKING:

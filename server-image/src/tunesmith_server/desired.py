@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
+
 from tunesmith.contracts.agent import DesiredAdapters
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import aiohttp
 from aiohttp import web
+
 from tunesmith.contracts.agent import AGENT_PORT
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
 from tunesmith.contracts.result import TERMINATION_MESSAGE_MAX_BYTES, TERMINATION_MESSAGE_PATH, ExitCode
-
 from tunesmith_server import middleware
 from tunesmith_server.agent import Agent, AgentSettings
 from tunesmith_server.api import AgentApi

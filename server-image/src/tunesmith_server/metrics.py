@@ -6,6 +6,7 @@ from collections import Counter as Count
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+
 from tunesmith.contracts.agent import PodState, ResidencyState
 
 if TYPE_CHECKING:
