@@ -74,9 +74,9 @@ class Middleware:
     """The middleware around vLLM's application.
 
     Routes of its own, for the agent: `GET /tunesmith/state` answers `{"bootId", "draining", "inFlight": {model:
-    requests}, "totals": {model: {"requests", "promptTokens", "completionTokens"}}}`; `POST /tunesmith/drain` refuses new
-    work from then on. Errors have OpenAI's shape. A refusal while draining is 503 with code `not_started` and the header
-    `x-tunesmith-not-started: true`: such a request may be sent again elsewhere.
+    requests}, "totals": {model: {"requests", "promptTokens", "completionTokens"}}}`; `POST /tunesmith/drain` refuses
+    new work from then on. Errors have OpenAI's shape. A refusal while draining is 503 with code `not_started` and the
+    header `x-tunesmith-not-started: true`: such a request may be sent again elsewhere.
     """
 
     def __init__(self, app: App) -> None:

@@ -1,0 +1,295 @@
+"""A whole pod: the real vLLM with the middleware, the real agent, a real S3 server. The tests run in order, on one pod."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from server_rig import (
+    BASE_NAME,
+    POOL_TOKEN,
+    Artifact,
+    Container,
+    MissingPartError,
+    Pod,
+    S3Server,
+    agent_container,
+    engine_container,
+    listens,
+    make_adapter,
+    wait_until,
+)
+
+from tunesmith.contracts.agent import PodState, Residency, ResidencyState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from http.client import HTTPResponse
+    from pathlib import Path
+
+PROMPT = "Q: What is the capital of France?\nA:"
+
+
+@dataclass
+class Answer:
+    status: int
+    headers: dict[str, str]
+    text: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.text)
+
+
+def call(
+    url: str, method: str = "GET", body: Any = None, token: str | None = POOL_TOKEN, timeout: float = 120
+) -> Answer:
+    try:
+        with open_stream(url, method, body, token, timeout) as response:
+            return Answer(response.status, dict(response.headers), response.read().decode())
+    except urllib.error.HTTPError as error:
+        with error:
+            return Answer(error.code, dict(error.headers), error.read().decode())
+
+
+def open_stream(url: str, method: str, body: Any, token: str | None, timeout: float = 120) -> HTTPResponse:
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, headers, method=method)  # noqa: S310 - of this machine
+    response: HTTPResponse = urllib.request.urlopen(request, timeout=timeout)  # noqa: S310
+    return response
+
+
+class ServingPod:
+    """The running pod and its two adapters' entries of the desired list."""
+
+    def __init__(self, pod: Pod, entries: dict[str, dict[str, str]]) -> None:
+        self.pod = pod
+        self.entries = entries
+        self.agent = agent_container(pod)
+        self.engine: Container = engine_container(pod)
+        self._sequence = 0
+
+    def start(self) -> None:
+        self.agent.start()
+        wait_until(lambda: listens(self.pod.agent_port), f"the agent listens; see {self.agent.log}", 30)
+        self.engine.start()
+
+    def stop(self) -> None:
+        self.engine.kill()
+        self.agent.kill()
+
+    def want(self, *names: str) -> None:
+        self._sequence += 1
+        adapters = [self.entries[name] for name in names]
+        body = {"epoch": 1, "sequence": self._sequence, "adapters": adapters}
+        assert call(f"{self.pod.agent_url}/v1/adapters", "PUT", body).json == {"epoch": 1, "sequence": self._sequence}
+
+    def state(self) -> PodState:
+        with open_stream(f"{self.pod.agent_url}/v1/events", "GET", None, POOL_TOKEN) as events:
+            return PodState.model_validate_json(events.readline())
+
+    def residency(self, name: str) -> Residency | None:
+        wanted = self.entries[name]["engineName"]
+        return next((entry for entry in self.state().adapters if entry.engine_name == wanted), None)
+
+    def wait_resident(self, *names: str) -> None:
+        def resident() -> bool:
+            assert self.engine.running(), self.engine.tail()
+            assert self.agent.running(), self.agent.tail()
+            states = [self.residency(name) for name in names]
+            return all(entry is not None and entry.state is ResidencyState.RESIDENT for entry in states)
+
+        wait_until(resident, f"{names} are resident; see {self.agent.log} and {self.engine.log}")
+
+    def complete(self, model: str, tokens: int = 8) -> str:
+        body = {"model": model, "prompt": PROMPT, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+        answer = call(f"{self.pod.engine_url}/v1/completions", "POST", body)
+        assert answer.status == 200, answer.text
+        assert answer.json["model"] == model
+        text: str = answer.json["choices"][0]["text"]
+        return text
+
+    def answers(self) -> dict[str, str]:
+        return {name: self.complete(self.entries[name]["engineName"]) for name in ("pirate", "poet")}
+
+    def engine_state(self) -> Any:
+        return call(f"{self.pod.engine_url}/tunesmith/state", token=self.pod.admin_token).json
+
+
+@pytest.fixture(scope="module")
+def pod(
+    tmp_path_factory: pytest.TempPathFactory, base: Path, fingerprint: str, store: S3Server
+) -> Iterator[ServingPod]:
+    folder = tmp_path_factory.mktemp("pod")
+
+    def make(name: str, seed: int) -> Artifact:
+        return make_adapter(folder / "made" / name, base, fingerprint, seed=seed)
+
+    entries = {name: make(name, seed).publish(store, model=name) for seed, name in enumerate(("pirate", "poet"), 1)}
+    flipped = make("flipped", 3).publish(store, model="flipped")
+    weights = f"{flipped['uri']}/adapter_model.safetensors"
+    content = bytearray(store.files.cat_file(weights))
+    content[-1000] ^= 1
+    store.files.pipe_file(weights, bytes(content))
+    entries["flipped"] = flipped
+    try:
+        running = ServingPod(Pod(folder / "pod", base, store), entries)
+    except MissingPartError as error:
+        pytest.fail(str(error), pytrace=False)
+    running.start()
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def served(pod: ServingPod) -> dict[str, str]:
+    """What the two adapters answer when they were loaded first."""
+    pod.want("pirate", "poet")
+    pod.wait_resident("pirate", "poet")
+    return pod.answers()
+
+
+def test_each_adapter_answers_as_itself(pod: ServingPod, served: dict[str, str]) -> None:
+    assert len({served["pirate"], served["poet"], pod.complete(BASE_NAME)}) == 3
+    assert pod.answers() == served
+
+
+def test_every_route_but_health_refuses_a_caller_without_the_pools_token(pod: ServingPod, served: dict[str, str]) -> None:
+    routes = re.findall(r"Route: (\S+), Methods: (.+)", pod.engine.log.read_text())
+    pairs = {(path, method.strip()) for path, methods in routes for method in methods.split(",")}
+    assert {path for path, _ in pairs} >= {"/v1/chat/completions", "/adapters", "/invocations", "/metrics", "/tokenize"}
+    pairs |= {("/tunesmith/state", "GET"), ("/tunesmith/drain", "POST"), ("/nowhere", "GET"), ("/health", "POST")}
+    answers = {
+        (path, method, token): call(f"{pod.pod.engine_url}{re.sub('{.*?}', 'x', path)}", method, token=token).status
+        for path, method in pairs
+        for token in (None, "wrong")
+    }
+    assert {key[:2] for key, status in answers.items() if status != 401} == {("/health", "GET")}
+
+
+def test_clients_reach_only_what_they_need(pod: ServingPod, served: dict[str, str]) -> None:
+    body = {"lora_name": "x", "lora_path": "/"}
+    statuses = {
+        path: call(f"{pod.pod.engine_url}{path}", method, body).status
+        for method, path in (
+            ("POST", "/v1/load_lora_adapter"),
+            ("POST", "/v1/unload_lora_adapter"),
+            ("POST", "/adapters"),
+            ("DELETE", "/adapters/x"),
+            ("POST", "/tokenize"),
+            ("POST", "/v1/responses"),
+            ("POST", "/tunesmith/drain"),
+            ("GET", "/tunesmith/state"),
+        )
+    }
+    assert set(statuses.values()) == {403}
+    assert {call(f"{pod.pod.engine_url}{path}").status for path in ("/v1/models", "/metrics", "/health")} == {200}
+
+
+@pytest.mark.parametrize("model", [{}, {"model": ""}, {"model": None}, {"model": ["a"]}])
+def test_a_request_that_names_no_model_is_refused(pod: ServingPod, served: dict[str, str], model: dict[str, Any]) -> None:
+    answer = call(f"{pod.pod.engine_url}/v1/completions", "POST", {"prompt": PROMPT, **model})
+    assert (answer.status, answer.json["error"]["code"]) == (400, "missing_model")
+
+
+def test_an_unknown_model_is_not_answered_by_the_base(pod: ServingPod, served: dict[str, str]) -> None:
+    answer = call(f"{pod.pod.engine_url}/v1/completions", "POST", {"prompt": PROMPT, "model": "team/pirate"})
+    assert answer.status == 404
+    assert "team/pirate" not in pod.engine_state()["totals"]
+
+
+def test_streams_pass_through_and_are_counted(pod: ServingPod, served: dict[str, str]) -> None:
+    model = pod.entries["pirate"]["engineName"]
+    before = pod.engine_state()["totals"][model]
+    body = {"model": model, "prompt": PROMPT, "max_tokens": 40, "temperature": 0, "ignore_eos": True, "stream": True}
+    with open_stream(f"{pod.pod.engine_url}/v1/completions", "POST", body, POOL_TOKEN) as stream:
+        first = stream.readline()
+        running = pod.engine_state()["inFlight"]
+        events = [line for line in stream if line.startswith(b"data: ")]
+    assert first.startswith(b"data: {")
+    assert running == {model: 1}
+    assert events[-1].strip() == b"data: [DONE]"
+    assert not any(json.loads(event[6:]).get("usage") for event in events[:-1])
+    wait_until(lambda: not pod.engine_state()["inFlight"], "the request is not counted any more", 10)
+    after = pod.engine_state()["totals"][model]
+    assert after["requests"] - before["requests"] == 1
+    assert after["completionTokens"] - before["completionTokens"] == 40
+    assert after["promptTokens"] > before["promptTokens"]
+
+
+def test_a_damaged_artifact_is_refused_and_the_others_go_on(pod: ServingPod, served: dict[str, str]) -> None:
+    pod.want("pirate", "poet", "flipped")
+
+    def failed() -> Residency | None:
+        entry = pod.residency("flipped")
+        return entry if entry is not None and entry.state is ResidencyState.FAILED else None
+
+    failure = wait_until(failed, "the damaged artifact is refused", 60)
+    assert failure.permanent
+    assert "adapter_model.safetensors was changed after the artifact was published" in failure.message
+    pod.wait_resident("pirate", "poet")
+    assert pod.answers() == served
+    pod.want("pirate", "poet")
+
+
+def test_a_lower_sequence_is_refused(pod: ServingPod, served: dict[str, str]) -> None:
+    answer = call(f"{pod.pod.agent_url}/v1/adapters", "PUT", {"epoch": 0, "sequence": 99, "adapters": []})
+    assert answer.status == 409
+    assert "older than epoch 1" in answer.json["error"]
+    assert pod.answers() == served
+
+
+def test_an_adapter_that_is_wanted_no_more_is_unloaded(pod: ServingPod, served: dict[str, str]) -> None:
+    pod.want("poet")
+    wait_until(lambda: pod.residency("pirate") is None, "pirate is gone", 60)
+    body = {"model": pod.entries["pirate"]["engineName"], "prompt": PROMPT}
+    assert call(f"{pod.pod.engine_url}/v1/completions", "POST", body).status == 404
+    pod.want("pirate", "poet")
+    pod.wait_resident("pirate", "poet")
+    assert pod.answers() == served
+
+
+def test_the_agents_death_changes_nothing(pod: ServingPod, served: dict[str, str]) -> None:
+    pod.agent.kill()
+    assert pod.answers() == served
+    pod.agent.start()
+    wait_until(lambda: listens(pod.pod.agent_port), "the agent listens again", 30)
+    pod.wait_resident("pirate", "poet")
+    assert pod.answers() == served
+
+
+def test_a_killed_engine_gets_its_adapters_back(pod: ServingPod, served: dict[str, str]) -> None:
+    boot = pod.engine_state()["bootId"]
+    pod.engine.kill()
+    state = wait_until(lambda: (state := pod.state()) and not state.engine_ready and state, "the loss is reported", 5)
+    assert {entry.state for entry in state.adapters} == {ResidencyState.LOADING}
+    pod.engine.start()
+    pod.wait_resident("pirate", "poet")
+    assert pod.engine_state()["bootId"] != boot
+    assert pod.answers() == served
+
+
+def test_a_draining_pod_ends_what_runs_and_refuses_the_rest(pod: ServingPod, served: dict[str, str]) -> None:
+    model = pod.entries["pirate"]["engineName"]
+    body = {"model": model, "prompt": PROMPT, "max_tokens": 60, "temperature": 0, "ignore_eos": True, "stream": True}
+    drained: list[Answer] = []
+    with open_stream(f"{pod.pod.engine_url}/v1/completions", "POST", body, POOL_TOKEN) as stream:
+        stream.readline()
+        drain = threading.Thread(target=lambda: drained.append(call(f"{pod.pod.agent_url}/drain", "POST")))
+        drain.start()
+        wait_until(lambda: pod.engine_state()["draining"], "the engine drains", 20)
+        refused = call(f"{pod.pod.engine_url}/v1/completions", "POST", {**body, "stream": False})
+        rest = stream.read()
+    drain.join()
+    assert (refused.status, refused.json["error"]["code"]) == (503, "not_started")
+    assert refused.headers["x-tunesmith-not-started"] == "true"
+    assert rest.strip().endswith(b"data: [DONE]")
+    assert drained[0].json == {"drained": True}
+    assert pod.state().draining
