@@ -13,7 +13,7 @@ from tunesmith.controller.workqueue import WorkQueue
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tunesmith.cluster.client import Cluster
+    from tunesmith.cluster.client import Cluster, PatchType
     from tunesmith.cluster.events import EventRecorder
     from tunesmith.cluster.resources import Object
     from tunesmith.controller.settings import Settings
@@ -38,6 +38,8 @@ class Context:
     """Rises with each new leader; 0 while this process has not led yet."""
     may_write: Callable[[], bool] = lambda: True
     """Whether this process surely leads now; it does not after a stall in which the Lease ran out."""
+    written: Callable[[Object], None] = lambda _: None
+    """Called with each object that was written: its watch event will be nothing new to the cache."""
     installation_key: bytes = b""
     """The key that pool tokens and the gateways' token are derived from. Set before the first reconcile."""
 
@@ -59,6 +61,23 @@ class Context:
         self._check()
         return self._seen(await self.cluster.apply(manifest))
 
+    async def patch(
+        self, item: Object, body: Object, *, type_: PatchType = "merge", subresource: str | None = None
+    ) -> Object:
+        """Change this incarnation of an object that somebody else owns.
+
+        Raises:
+            ConflictError: another object has its name by now.
+        """
+        self._check()
+        metadata = item["metadata"]
+        body = {**body, "metadata": {**body.get("metadata", {}), "uid": metadata["uid"]}}
+        return self._seen(
+            await self.cluster.patch(
+                item["kind"], metadata["name"], metadata.get("namespace"), body, type_=type_, subresource=subresource
+            )
+        )
+
     async def replace_status(self, manifest: Object) -> Object:
         """Write the status of an object as it was read, with another `status`.
 
@@ -79,5 +98,6 @@ class Context:
             raise NotLeadingError("this replica no longer leads")
 
     def _seen(self, item: Object) -> Object:
-        self.caches[item["kind"]].put(item)
+        if self.caches[item["kind"]].put(item):
+            self.written(item)
         return item

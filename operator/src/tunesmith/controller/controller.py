@@ -38,6 +38,7 @@ class Controller:
         self._relist = asyncio.Event()
         self._busy: dict[Key, float] = {}
         self._watcher = Watcher(context.cluster, self._selectors(), self.observe, self._watches_ended)
+        context.written = self._enqueue_readers
         metrics.queue_depth.set_function(lambda: context.queue.depth)
 
     def unhealthy(self) -> list[str]:
@@ -123,10 +124,18 @@ class Controller:
     def _enqueue(self, item: Object) -> None:
         if item["kind"] in self._reconcilers:
             self._context.queue.add(_key(item))
+        self._enqueue_watching(item)
+
+    def _enqueue_watching(self, item: Object) -> None:
         for watch in self._watches:
             if watch.kind == item["kind"] and watch.matches(item):
                 for key in watch.keys(item):
                     self._context.queue.add(key)
+
+    def _enqueue_readers(self, item: Object) -> None:
+        """Tell the reconcilers of other kinds what one reconciler wrote. Of its own objects it knows."""
+        if item["kind"] in self._reconcilers:
+            self._enqueue_watching(item)
 
     async def _work(self) -> None:
         queue = self._context.queue

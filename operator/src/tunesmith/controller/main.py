@@ -20,6 +20,9 @@ from tunesmith.controller.election import Election
 from tunesmith.controller.finetunejob import FineTuneJobReconciler
 from tunesmith.controller.metrics import Metrics
 from tunesmith.controller.probes import serving
+from tunesmith.controller.serving_adapter import AdapterDeploymentReconciler
+from tunesmith.controller.serving_pool import ServingPoolReconciler
+from tunesmith.controller.serving_state import ServingState
 from tunesmith.controller.settings import Settings, parse
 
 if TYPE_CHECKING:
@@ -32,7 +35,12 @@ _log = logging.getLogger("tunesmith")
 
 def reconcilers(context: Context) -> Sequence[Reconciler]:
     """One for each kind."""
-    return [FineTuneJobReconciler(context)]
+    serving_state = ServingState(context)
+    return [
+        FineTuneJobReconciler(context),
+        ServingPoolReconciler(serving_state),
+        AdapterDeploymentReconciler(serving_state),
+    ]
 
 
 async def operate(settings: Settings, stop: asyncio.Event) -> None:

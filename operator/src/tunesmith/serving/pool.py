@@ -48,8 +48,9 @@ class PoolObservation:
 class PoolPlan:
     """What to do.
 
-    `replicas`: of the Deployment. `assigned`: the whole list of each pod, by pod name. `costs`: pod-deletion-cost by
-    pod name. `gates`: readiness gates to set, by pod name. `unplaced`: by engine name, why copies have no place.
+    `replicas`: of the Deployment. `assigned`: the whole list of each pod, by pod name. `costs`: pod-deletion-cost to
+    set, by pod name: the Deployment's controller deletes the pods that were chosen here. `gates`: readiness gates to
+    set, by pod name. `unplaced`: by engine name, why copies have no place.
     """
 
     replicas: int
@@ -71,7 +72,7 @@ def plan(pool: ServingPool, seen: PoolObservation, now: datetime) -> PoolPlan:
         )
         for name, keys in placement.pods.items()
     }
-    costs = {pod.name: _VICTIM_COST if pod.name in leaving else len(assigned[pod.name]) for pod in living}
+    costs = {pod.name: _VICTIM_COST if pod.name in leaving else 0 for pod in living}
     current = _replicas(seen.deployment)
     marked = all(pod.deletion_cost == str(_VICTIM_COST) for pod in living if pod.name in leaving)
     empty = evacuated(
@@ -82,7 +83,7 @@ def plan(pool: ServingPool, seen: PoolObservation, now: datetime) -> PoolPlan:
     return PoolPlan(
         replicas=replicas,
         assigned=assigned,
-        costs=costs,
+        costs={pod.name: costs[pod.name] for pod in living if int(pod.deletion_cost or 0) != costs[pod.name]},
         gates={
             pod.name: gate
             for pod in living

@@ -1,0 +1,222 @@
+"""ServingPools: pods, what each of them holds, readiness gates, and one status write."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tunesmith.autoscale.decide import Decision, decide_pods, loaded_pods, pods_for_copies
+from tunesmith.cluster.errors import ConflictError, ForbiddenError, InvalidError, NotFoundError
+from tunesmith.contracts.agent import pool_token
+from tunesmith.controller.reconciler import MANAGED, Key, Result, Watch, label_keys, owner_keys
+from tunesmith.controller.serving_streams import Target
+from tunesmith.serving.claims import lost_to
+from tunesmith.serving.notice import notices
+from tunesmith.serving.pod import DELETION_COST, READINESS_GATE
+from tunesmith.serving.pool import PoolObservation, PoolPlan, plan
+from tunesmith.serving.render import (
+    POOL_LABEL,
+    Images,
+    deployment,
+    deployment_name,
+    disruption_budget,
+    reserved,
+    token_secret,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from tunesmith.api.adapterdeployment import AdapterDeployment
+    from tunesmith.api.servingpool import ServingPool
+    from tunesmith.cluster.resources import Object, Objects
+    from tunesmith.controller.serving_state import ServingState
+    from tunesmith.serving.pod import PoolPod
+
+KIND = "ServingPool"
+_TICK_SECONDS = 2.0
+_UNSETTLED_SECONDS = 0.3
+_APPLY_AGAIN_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class _Applied:
+    """What this process applied last: a digest of it, when, and the generation that it led to."""
+
+    digest: str
+    at: float
+    generation: int | None
+
+
+class ServingPoolReconciler:
+    """Runs what ServingPools ask for."""
+
+    kind = KIND
+
+    def __init__(self, state: ServingState) -> None:
+        self._state = state
+        self._context = state.context
+        settings = self._context.settings
+        self._images = Images(settings.agent_image, settings.engine_image, settings.image_pull_policy, settings.store)
+        self._applied: dict[tuple[str, str], _Applied] = {}
+        self._views: dict[str, object] = {}
+        self._uids: dict[Key, str] = {}
+
+    @property
+    def watches(self) -> Sequence[Watch]:
+        """Its Deployment, its pods, and the adapters that it serves."""
+        return (
+            Watch("Deployment", owner_keys(KIND), MANAGED),
+            Watch("Pod", label_keys(KIND, POOL_LABEL), MANAGED),
+            Watch("AdapterDeployment", _keys_of_adapter),
+        )
+
+    async def reconcile(self, key: Key) -> Result:
+        """One pass."""
+        pool = self._state.pools.get(key.namespace, key.name)
+        manifest = self._context.caches[KIND].get(key.namespace, key.name)
+        if pool is None or manifest is None:
+            self._forget(key)
+            return Result()
+        self._uids[key] = pool.metadata.uid
+        self._follow(key, pool)
+        if not self._state.settled(pool):
+            # Placing without knowing what the pods hold would move adapters about.
+            return Result(_UNSETTLED_SECONDS)
+        attached = self._state.attached(pool)
+        invalid = reserved(pool)
+        decision, spread = self._pods(pool, attached)
+        seen = PoolObservation(
+            deployment=self._context.caches["Deployment"].get(key.namespace, deployment_name(pool)),
+            pods=self._state.pods(pool),
+            adapters=attached,
+            decision=decision,
+            spread=spread,
+            lost_to=lost_to(pool, self._state.claims(key.namespace)),
+            invalid=invalid,
+        )
+        decided = plan(pool, seen, self._context.now())
+        if invalid is None:
+            try:
+                await self._apply(pool, seen, decided.replicas)
+            except (InvalidError, ForbiddenError) as error:
+                refused = f"the API server refuses the pool's objects: {error}"
+                seen = PoolObservation(**{**vars(seen), "invalid": refused})
+                decided = plan(pool, seen, self._context.now())
+        await self._act(pool, decided)
+        self._wake_adapters(pool, seen, decided, attached)
+        document = decided.status.manifest()
+        if document != manifest.get("status", {}):
+            written = await self._context.replace_status({**manifest, "status": document})
+            for notice in notices(pool.status.conditions, decided.status.conditions):
+                await self._context.recorder.event(written, notice.reason, notice.message, type_=notice.type)
+        return Result(_TICK_SECONDS)
+
+    async def run(self) -> None:
+        """Read the agents' streams and tell them what to hold."""
+        await self._state.agents.run()
+
+    def _follow(self, key: Key, pool: ServingPool) -> None:
+        token = pool_token(self._context.installation_key, pool.metadata.namespace, pool.metadata.uid)
+        targets = {
+            pod.uid: Target(f"pod {pod.namespace}/{pod.name}", pod.address, token)
+            for pod in self._state.pods(pool)
+            if pod.address
+        }
+        self._state.agents.sync(pool.metadata.uid, targets, lambda: self._context.queue.add(key))
+
+    def _forget(self, key: Key) -> None:
+        """What the pool owned is removed by its owner references."""
+        uid = self._uids.pop(key, None)
+        if uid is not None:
+            self._state.agents.sync(uid, {}, lambda: None)
+            self._state.unplaced.pop(uid, None)
+            self._views.pop(uid, None)
+        self._state.forget_windows()
+
+    def _pods(self, pool: ServingPool, attached: Sequence[AdapterDeployment]) -> tuple[Decision, bool]:
+        """The wanted pods, and whether adapters may move to spread them."""
+        rule = pool.spec.autoscaling
+        if rule is None:
+            return Decision(pool.spec.replicas, f"spec.replicas is {pool.spec.replicas}"), True
+        copies = {
+            adapter.model: adapter.status.desired_replicas or 1 for adapter in attached if adapter.status.revisions
+        }
+        floor, why = pods_for_copies(copies, pool.spec.engine.max_loras)
+        models = [*copies, pool.model]
+        window = self._state.window(pool.metadata.uid, models, rule.scale_down_delay_seconds, floor)
+        return decide_pods(window, pool.status.desired_replicas, rule, why), loaded_pods(window, rule) > 1
+
+    async def _apply(self, pool: ServingPool, seen: PoolObservation, replicas: int) -> None:
+        """Bring the pool's objects to what is wanted; what this process applied a moment ago is not applied again."""
+        token = pool_token(self._context.installation_key, pool.metadata.namespace, pool.metadata.uid)
+        await self._ensure(token_secret(pool, token), None)
+        await self._ensure(disruption_budget(pool), None)
+        generation = seen.deployment["metadata"]["generation"] if seen.deployment is not None else -1
+        await self._ensure(deployment(pool, self._images, replicas), generation)
+
+    async def _ensure(self, manifest: Object, generation: int | None) -> None:
+        """Apply unless it stands. `generation`: as observed; None where the object is not watched."""
+        place = (manifest["kind"], f"{manifest['metadata']['namespace']}/{manifest['metadata']['name']}")
+        digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+        last, now = self._applied.get(place), time.monotonic()
+        stands = last is not None and last.digest == digest and now - last.at < _APPLY_AGAIN_SECONDS
+        if stands and last is not None and (generation is None or generation == last.generation):
+            return
+        written = await self._context.apply(manifest)
+        self._applied[place] = _Applied(digest, now, written["metadata"].get("generation"))
+
+    async def _act(self, pool: ServingPool, decided: PoolPlan) -> None:
+        pods: Objects = self._state.pod_manifests(pool)
+        links = self._state.agents.of(pool.metadata.uid)
+        for pod in pods:
+            name, link = pod["metadata"]["name"], links.get(pod["metadata"]["uid"])
+            if link is not None and name in decided.assigned:
+                link.tell(decided.assigned[name])
+            try:
+                if name in decided.costs:
+                    cost = {"annotations": {DELETION_COST: str(decided.costs[name])}}
+                    await self._context.patch(pod, {"metadata": cost})
+                if name in decided.gates:
+                    await self._set_gate(pod, is_open=decided.gates[name])
+            except (NotFoundError, ConflictError):
+                continue  # the pod is gone; its deletion is on its way into the cache
+
+    async def _set_gate(self, pod: Object, *, is_open: bool) -> None:
+        condition = {
+            "type": READINESS_GATE,
+            "status": "True" if is_open else "False",
+            "reason": "AdaptersResident" if is_open else "EngineNotReady",
+            "lastTransitionTime": self._context.now().strftime("%Y-%m-%dT%H:%M:%SZ"),
+        }
+        # A strategic merge keeps the kubelet's own conditions beside this one.
+        await self._context.patch(pod, {"status": {"conditions": [condition]}}, type_="strategic", subresource="status")
+
+    def _wake_adapters(
+        self, pool: ServingPool, seen: PoolObservation, decided: PoolPlan, attached: Iterable[AdapterDeployment]
+    ) -> None:
+        """The adapters' status follows from what their pods hold and what found no place."""
+        uid = pool.metadata.uid
+        self._state.unplaced[uid] = decided.unplaced
+        view = (tuple(_view(pod) for pod in seen.pods), tuple(sorted(decided.unplaced.items())))
+        if self._views.get(uid) != view:
+            self._views[uid] = view
+            for key in self._state.keys_of(attached):
+                self._context.queue.add(key)
+
+
+def _view(pod: PoolPod) -> tuple[object, ...]:
+    adapters = pod.state.adapters if pod.state is not None else ()
+    held = tuple((entry.engine_name, entry.state, entry.message, entry.permanent) for entry in adapters)
+    return (pod.uid, pod.ready, pod.stopping, pod.heard, pod.answering, held)
+
+
+def _keys_of_adapter(adapter: Object) -> Iterable[Key]:
+    """The pool that serves it, and the one that it names."""
+    namespace = adapter["metadata"]["namespace"]
+    for pool in ((adapter.get("status") or {}).get("pool"), adapter["spec"].get("pool")):
+        if pool:
+            yield Key(KIND, pool.get("namespace") or namespace, pool["name"])

@@ -1,0 +1,313 @@
+"""Streams that the leader reads while it leads: what pool pods hold, and what gateways have to do.
+
+A pod is not trusted: no redirects, bounded lines, a strict schema. Silence makes what was said unknown. Tokens go into
+one header and nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import aiohttp
+from pydantic import ValidationError
+
+from tunesmith.cluster.watch import backoff
+from tunesmith.contracts.agent import (
+    AGENT_PORT,
+    GATEWAY_INTERNAL_PORT,
+    SILENCE_SECONDS,
+    DesiredAdapter,
+    DesiredAdapters,
+    GatewayDemand,
+    PodState,
+    gateway_token,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping
+
+    from tunesmith.autoscale.demand import DemandBoard
+    from tunesmith.cluster.resources import Object
+    from tunesmith.controller.context import Context
+
+_MAX_LINE_BYTES = 4 * 1024 * 1024
+_STREAM = aiohttp.ClientTimeout(total=None, sock_connect=2.0, sock_read=SILENCE_SECONDS)
+_PUSH = aiohttp.ClientTimeout(total=5.0)
+_OK = 200
+_GATEWAYS = "app.kubernetes.io/component=gateway"
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, repr=False)
+class Target:
+    """Where an agent is. Not printable: it holds the pool's token."""
+
+    name: str
+    address: str
+    token: str
+
+    def url(self, port: int, path: str) -> str:
+        """An address at the target."""
+        host = f"[{self.address}]" if ":" in self.address else self.address
+        return f"http://{host}:{port}{path}"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What proves that we may ask."""
+        return {"Authorization": f"Bearer {self.token}"}
+
+
+class AgentLink:
+    """One pod's agent: its last line, and the list that it should have."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.state: PodState | None = None
+        self.heard_at = float("-inf")
+        self.since = time.monotonic()
+        self.wake = asyncio.Event()
+        self.desired: tuple[DesiredAdapter, ...] | None = None
+        self._told: tuple[DesiredAdapter, ...] | None = None
+        self._told_number = (0, 0)
+        self._told_at = float("-inf")
+
+    def heard(self, now: float) -> bool:
+        """Whether the last line is recent."""
+        return now - self.heard_at <= SILENCE_SECONDS
+
+    def take(self, state: PodState, now: float) -> bool:
+        """Keep a line; True when it says something new."""
+        new = not self.heard(now) or self.state is None or _without_load(state) != _without_load(self.state)
+        self.state, self.heard_at = state, now
+        if self.behind:
+            self.wake.set()
+        return new
+
+    def tell(self, desired: tuple[DesiredAdapter, ...]) -> None:
+        """Set the whole list that the pod should have."""
+        if desired != self.desired:
+            self.desired = desired
+            self.wake.set()
+
+    def told(self, desired: tuple[DesiredAdapter, ...], number: tuple[int, int], now: float) -> None:
+        """The agent answered that it has the list."""
+        self._told, self._told_number, self._told_at = desired, number, now
+
+    @property
+    def behind(self) -> bool:
+        """Whether the agent has not taken the list, or has forgotten it."""
+        if self.desired is None:
+            return False
+        # Lines that were under way when it was told still carry the old number.
+        settled = self.heard_at > self._told_at + SILENCE_SECONDS
+        forgot = settled and self.state is not None and (self.state.epoch, self.state.sequence) < self._told_number
+        return self.desired != self._told or forgot
+
+
+def _without_load(state: PodState) -> PodState:
+    return state.model_copy(update={"in_flight": {}, "epoch": 0, "sequence": 0})
+
+
+class AgentLinks:
+    """The agents of all pools' pods."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._links: dict[str, dict[str, AgentLink]] = {}
+        self._changed: dict[str, Callable[[], None]] = {}
+        self._dirty = asyncio.Event()
+        self._sequence = 0
+
+    def of(self, pool: str) -> Mapping[str, AgentLink]:
+        """The links of a pool, by pod UID."""
+        return self._links.get(pool, {})
+
+    def sync(self, pool: str, targets: Mapping[str, Target], changed: Callable[[], None]) -> None:
+        """Follow exactly these pods of a pool; none forgets the pool.
+
+        Args:
+            pool: the pool's UID.
+            targets: by pod UID.
+            changed: called when what one of them says changes.
+        """
+        old = self._links.get(pool, {})
+        links = {
+            uid: old[uid] if uid in old and old[uid].target == target else AgentLink(target)
+            for uid, target in targets.items()
+        }
+        if links.keys() != old.keys() or any(links[uid] is not old[uid] for uid in links):
+            self._dirty.set()
+        self._links[pool], self._changed[pool] = links, changed
+        if not links:
+            del self._links[pool], self._changed[pool]
+
+    async def run(self) -> None:
+        """Read all streams and tell the agents their lists. Runs without end; what was known before is forgotten."""
+        self._links.clear()
+        self._changed.clear()
+        tasks: dict[AgentLink, asyncio.Task[None]] = {}
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
+        async with aiohttp.ClientSession(connector=connector, trust_env=False) as session:
+            try:
+                while True:
+                    self._dirty.clear()
+                    wanted = {link: pool for pool, links in self._links.items() for link in links.values()}
+                    for link in tasks.keys() - wanted.keys():
+                        tasks.pop(link).cancel()
+                    for link in wanted.keys() - tasks.keys():
+                        tasks[link] = asyncio.create_task(self._serve(session, link, wanted[link]))
+                    await self._dirty.wait()
+            finally:
+                for task in tasks.values():
+                    task.cancel()
+                await asyncio.gather(*tasks.values(), return_exceptions=True)
+
+    async def _serve(self, session: aiohttp.ClientSession, link: AgentLink, pool: str) -> None:
+        await asyncio.gather(self._listen(session, link, pool), self._push(session, link))
+
+    async def _listen(self, session: aiohttp.ClientSession, link: AgentLink, pool: str) -> None:
+        def take(line: bytes) -> None:
+            if link.take(PodState.model_validate_json(line), time.monotonic()) and pool in self._changed:
+                self._changed[pool]()
+
+        await _follow(session, link.target, AGENT_PORT, "/v1/events", take)
+
+    async def _push(self, session: aiohttp.ClientSession, link: AgentLink) -> None:
+        failures = 0
+        while True:
+            await link.wake.wait()
+            link.wake.clear()
+            if not link.behind or link.desired is None or not self._context.may_write():
+                continue
+            desired, number = link.desired, (self._context.epoch, self._next())
+            body = DesiredAdapters(epoch=number[0], sequence=number[1], adapters=list(desired))
+            try:
+                status = await _put(session, link.target, body)
+            except (aiohttp.ClientError, OSError, TimeoutError) as error:
+                failures += 1
+                _log.info("the agent of %s was not told its adapters: %s", link.target.name, _text(error))
+                await asyncio.sleep(min(2.0, backoff(failures)))
+                link.wake.set()
+                continue
+            if status == _OK:
+                failures = 0
+                link.told(desired, number, time.monotonic())
+            else:
+                # 409: another replica leads by now, or the agent's clock of lists is ahead; the next number may do.
+                failures += 1
+                _log.warning("the agent of %s answered %d to its adapters", link.target.name, status)
+                await asyncio.sleep(min(2.0, backoff(failures)))
+                link.wake.set()
+
+    def _next(self) -> int:
+        # Rises across restarts too: without leader election the epoch is always the same.
+        self._sequence = max(self._sequence + 1, int(time.time() * 1000))
+        return self._sequence
+
+
+class GatewayLinks:
+    """The gateways' demand streams: they fill the board."""
+
+    def __init__(self, context: Context, board: DemandBoard) -> None:
+        self._context = context
+        self._board = board
+
+    async def run(self) -> None:
+        """Follow every gateway pod of the operator's namespace. Runs without end.
+
+        Raises:
+            ClusterError: the pods cannot be listed.
+        """
+        tasks: dict[str, asyncio.Task[None]] = {}
+        targets: dict[str, Target] = {}
+        token = gateway_token(self._context.installation_key)
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(connector=connector, trust_env=False) as session:
+            try:
+                async for event in self._context.cluster.watch(
+                    "Pod", self._context.settings.namespace, labels=_GATEWAYS
+                ):
+                    if event.type != "SYNCED":
+                        uid = event.object["metadata"]["uid"]
+                        target = None if event.type == "DELETED" else _gateway(event.object, token)
+                        if target == targets.get(uid):
+                            continue
+                        if uid in tasks:
+                            tasks.pop(uid).cancel()
+                        targets.pop(uid, None)
+                        if target is not None:
+                            targets[uid] = target
+                            tasks[uid] = asyncio.create_task(self._listen(session, uid, target))
+                    self._board.expect(targets)
+            finally:
+                for task in tasks.values():
+                    task.cancel()
+                await asyncio.gather(*tasks.values(), return_exceptions=True)
+
+    async def _listen(self, session: aiohttp.ClientSession, uid: str, target: Target) -> None:
+        def take(line: bytes) -> None:
+            self._board.record(uid, GatewayDemand.model_validate_json(line), time.monotonic())
+
+        await _follow(session, target, GATEWAY_INTERNAL_PORT, "/v1/demand", take)
+
+
+def _gateway(pod: Object, token: str) -> Target | None:
+    """A gateway that runs. One that is stopping counts too: it still has requests."""
+    status = pod.get("status") or {}
+    address = status.get("podIP")
+    if status.get("phase") != "Running" or not address:
+        return None
+    return Target(f"gateway {pod['metadata']['name']}", address, token)
+
+
+async def _follow(
+    session: aiohttp.ClientSession, target: Target, port: int, path: str, take: Callable[[bytes], None]
+) -> None:
+    """Read a stream of lines again and again, for as long as the pod is a target."""
+    failures = 0
+    while True:
+        try:
+            async for line in _lines(session, target, port, path):
+                failures = 0
+                take(line)
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+            if failures == 0:
+                _log.info("the stream of %s broke: %s", target.name, _text(error))
+        failures += 1
+        await asyncio.sleep(min(2.0, backoff(failures)))
+
+
+async def _lines(session: aiohttp.ClientSession, target: Target, port: int, path: str) -> AsyncIterator[bytes]:
+    """The newest of the lines that came together: each says everything."""
+    async with session.get(
+        target.url(port, path), headers=target.headers, timeout=_STREAM, allow_redirects=False
+    ) as response:
+        if response.status != _OK:
+            raise ValueError(f"it answered {response.status} to {path}")
+        rest = b""
+        async for chunk in response.content.iter_any():
+            *lines, rest = (rest + chunk).split(b"\n")
+            if len(rest) > _MAX_LINE_BYTES:
+                raise ValueError(f"a line has more than {_MAX_LINE_BYTES} bytes")
+            if lines and lines[-1]:
+                yield lines[-1]
+
+
+async def _put(session: aiohttp.ClientSession, target: Target, body: DesiredAdapters) -> int:
+    async with session.put(
+        target.url(AGENT_PORT, "/v1/adapters"),
+        headers={**target.headers, "Content-Type": "application/json"},
+        data=body.model_dump_json(by_alias=True),
+        timeout=_PUSH,
+        allow_redirects=False,
+    ) as response:
+        return response.status
+
+
+def _text(error: Exception) -> str:
+    # pydantic repeats what it was given, which a pod chose.
+    return type(error).__name__ if isinstance(error, ValidationError) else str(error) or type(error).__name__
