@@ -94,13 +94,15 @@ class Cluster:
         load: Any = kubernetes_config
         in_cluster = kubeconfig is None and "KUBECONFIG" not in os.environ and "KUBERNETES_SERVICE_HOST" in os.environ
         path = _kubeconfig_path(kubeconfig)
-        if not in_cluster and not path.is_file():  # noqa: ASYNC240 - one stat
+        if not in_cluster and not path.is_file():
             raise ConfigurationError(
                 f"there is no kubeconfig at {path}: set KUBECONFIG to one, or run `make cluster-up`"
             )
         try:
             if in_cluster:
                 load.load_incluster_config(client_configuration=configuration)
+                # Proxies are for the world outside; reading their variables costs a thread's work per request.
+                configuration.client_session_kwargs = {"trust_env": False}
                 return cls(configuration, namespace=_pod_namespace(), observer=observer)
             loader = await load.load_kube_config(
                 config_file=str(path),

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-import yaml
 
 from tunesmith.contracts.location import CLAIMS_FOLDER, artifact_uri, owned_name
 from tunesmith.contracts.progress import PROGRESS_PORT
@@ -51,7 +50,8 @@ def configuration(job: FineTuneJob) -> Object:
         "kind": "ConfigMap",
         "metadata": _metadata(job, "spec", {}),
         "immutable": True,
-        "data": {JOB_FILE: yaml.safe_dump(manifest, sort_keys=False, allow_unicode=True)},
+        # JSON is YAML, and made a hundred times faster.
+        "data": {JOB_FILE: json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"},
     }
 
 

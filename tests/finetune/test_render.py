@@ -1,0 +1,61 @@
+"""Rendered objects against files. `GOLDEN=write pytest tests/finetune/test_render.py` writes them anew."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from worlds import STORE, job
+
+from tunesmith.api.finetunejob import FineTuneJob
+from tunesmith.finetune.render import Installation, attempt, configuration, validation
+
+GOLDEN = Path(__file__).parent / "golden"
+INSTALLATION = Installation(
+    store=STORE, trainer_image="registry.example/trainer@sha256:1", image_pull_policy="IfNotPresent"
+)
+EVERYTHING = job(
+    baseModel={"uri": "pvc://models/base", "secretRef": {"name": "hub"}},
+    dataset={
+        "train": [{"uri": "s3://a/b.jsonl", "secretRef": {"name": "mine"}}, {"uri": "pvc://data/c.jsonl"}],
+        "validation": [{"uri": "s3://a/d.jsonl", "secretRef": {"name": "mine"}}],
+    },
+    resources={"gpus": 2, "cpu": "4", "memory": "32Gi"},
+    scheduling={
+        "nodeSelector": {"pool": "gpu"},
+        "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
+        "priorityClassName": "batch",
+        "runtimeClassName": "nvidia",
+    },
+)
+RENDERED = {
+    "configuration": configuration(EVERYTHING),
+    "validation": validation(EVERYTHING, INSTALLATION),
+    "attempt-gpu": attempt(EVERYTHING, 2, INSTALLATION),
+    "attempt-cpu": attempt(job(resources={"gpus": 0, "cpu": "1", "memory": "4Gi"}), 1, INSTALLATION),
+}
+
+
+@pytest.mark.parametrize("name", RENDERED)
+def test_rendered_as_the_golden_file(name: str) -> None:
+    path = GOLDEN / f"{name}.yaml"
+    if os.environ.get("GOLDEN") == "write":
+        path.write_text(yaml.safe_dump(RENDERED[name], sort_keys=False))
+    assert RENDERED[name] == yaml.safe_load(path.read_text())
+
+
+def test_the_trainer_reads_the_manifest_back() -> None:
+    text: str = RENDERED["configuration"]["data"]["job.yaml"]
+    read = FineTuneJob.model_validate(yaml.safe_load(text))
+    assert (read.spec, read.metadata.uid) == (EVERYTHING.spec, EVERYTHING.metadata.uid)
+
+
+def test_no_secret_value_or_token_reaches_a_pod_by_itself() -> None:
+    for name in ("validation", "attempt-gpu"):
+        pod: dict[str, Any] = RENDERED[name]["spec"]["template"]["spec"]
+        assert pod["automountServiceAccountToken"] is False
+        assert "AWS_" not in json.dumps(pod)
