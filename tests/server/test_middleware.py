@@ -1,0 +1,286 @@
+"""The middleware, driven as an ASGI application; what it does inside vLLM is in test_serving_pod.py."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from tunesmith_server import middleware
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import ModuleType
+
+MODULE = Path(middleware.__path__[0]) / "tunesmith_middleware.py"
+POOL, ADMIN = "p" * 32, "a" * 32
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    for variable, token in (("TUNESMITH_TOKEN_FILE", POOL), ("TUNESMITH_ADMIN_TOKEN_FILE", ADMIN)):
+        (tmp_path / variable).write_text(token + "\n")
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+    spec = importlib.util.spec_from_file_location("tunesmith_middleware", MODULE)
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+class Engine:
+    """What stands behind the middleware: answers with what it got, in two pieces, when it is told to."""
+
+    def __init__(self, status: int = 200) -> None:
+        self.status = status
+        self.bodies: list[bytes] = []
+        self.ended: list[str] = []
+        self.go = asyncio.Event()
+        self.go.set()
+        self.reply = [b'{"choices": [], ', b'"usage": {"prompt_tokens": 3, "total_tokens": 5, "completion_tokens": 2}}']
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            self.ended.append(scope["type"])
+            return
+        self.bodies.append((await receive())["body"])
+        await send({"type": "http.response.start", "status": self.status, "headers": []})
+        await send({"type": "http.response.body", "body": self.reply[0], "more_body": True})
+        await self.go.wait()
+        for piece in self.reply[1:]:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+        self.ended.append((await receive())["type"])
+
+
+class Exchange:
+    """One request, and what came back so far."""
+
+    def __init__(self, app: Any, path: str, body: Any = None, *, method: str = "POST", token: str | None = POOL, **scope: Any) -> None:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        headers = [(b"content-length", str(len(data)).encode())]
+        headers += [(b"authorization", f"Bearer {token}".encode())] if token else []
+        self._messages = [{"type": "http.request", "body": data[:5], "more_body": True}, {"type": "http.request", "body": data[5:]}]
+        self._scope = {"type": "http", "method": method, "path": path, "headers": headers, **scope}
+        self._app = app
+        self.sent: list[dict[str, Any]] = []
+
+    async def run(self) -> Exchange:
+        async def receive() -> dict[str, Any]:
+            return self._messages.pop(0) if self._messages else {"type": "http.disconnect"}
+
+        async def send(message: dict[str, Any]) -> None:
+            self.sent.append(dict(message))
+
+        await self._app(self._scope, receive, send)
+        return self
+
+    def hang_up_early(self) -> Exchange:
+        self._messages = self._messages[:1]
+        return self
+
+    @property
+    def status(self) -> int:
+        status: int = self.sent[0]["status"]
+        return status
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(message.get("body", b"") for message in self.sent[1:])
+
+    @property
+    def code(self) -> str:
+        code: str = json.loads(self.body)["error"]["code"]
+        return code
+
+
+async def state(app: Any) -> Any:
+    return json.loads((await Exchange(app, "/tunesmith/state", method="GET", token=ADMIN).run()).body)
+
+
+@pytest.mark.parametrize("scope", [{"path": "/health"}, {"path": "/x/health", "root_path": "/x"}])
+async def test_health_is_open(module: ModuleType, scope: dict[str, str]) -> None:
+    app = module.Middleware(Engine())
+    assert (await Exchange(app, body=b"", method="GET", token=None, **scope).run()).status == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "headers"),
+    [
+        (CHAT, []),
+        (CHAT, [(b"authorization", b"Bearer wrong")]),
+        (CHAT, [(b"authorization", POOL.encode())]),
+        (CHAT, [(b"authorization", b"Basic " + POOL.encode())]),
+        (CHAT, [(b"authorization", b"Bearer " + POOL.encode()), (b"authorization", b"Bearer x")]),
+        ("/health/", []),
+        ("//health", []),
+        ("/healthz", []),
+        ("/xhealth", []),
+    ],
+)
+async def test_without_the_token_nothing_reaches_the_engine(
+    module: ModuleType, path: str, headers: list[tuple[bytes, bytes]]
+) -> None:
+    engine = Engine()
+    exchange = await Exchange(module.Middleware(engine), path, {"model": "m"}, method="GET", root_path="/x", headers=headers).run()
+    assert (exchange.status, exchange.code, engine.bodies) == (401, "invalid_api_key", [])
+
+
+@pytest.mark.parametrize(("token", "status"), [(POOL, 403), (ADMIN, 200)])
+async def test_other_routes_are_the_agents(module: ModuleType, token: str, status: int) -> None:
+    app = module.Middleware(Engine())
+    assert (await Exchange(app, "/v1/load_lora_adapter", {}, token=token).run()).status == status
+
+
+async def test_websockets_are_refused_and_lifespan_passes(module: ModuleType) -> None:
+    engine = Engine()
+    app = module.Middleware(engine)
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await app({"type": "websocket", "path": "/v1/realtime", "headers": []}, None, send)
+    await app({"type": "lifespan"}, None, send)
+    assert [message["type"] for message in sent] == ["websocket.close"]
+    assert engine.ended == ["lifespan"]
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (b"{", "invalid_json"),
+        (b"", "invalid_json"),
+        (b"[" * 100_000, "invalid_json"),
+        ([], "missing_model"),
+        ({"prompt": "x"}, "missing_model"),
+        ({"model": ""}, "missing_model"),
+        ({"model": 3}, "missing_model"),
+    ],
+)
+async def test_a_body_without_a_model_is_refused(module: ModuleType, body: Any, code: str) -> None:
+    engine = Engine()
+    exchange = await Exchange(module.Middleware(engine), CHAT, body).run()
+    assert (exchange.status, exchange.code, engine.bodies) == (400, code, [])
+
+
+async def test_a_large_body_is_refused(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_BODY_BYTES", 20)
+    app = module.Middleware(Engine())
+    assert (await Exchange(app, CHAT, {"model": "m", "prompt": "x" * 30}).run()).status == 413
+    undeclared = Exchange(app, CHAT, {"model": "m", "prompt": "x" * 30}, headers=[(b"authorization", f"Bearer {POOL}".encode())])
+    assert (await undeclared.run()).status == 413
+
+
+async def test_requests_and_tokens_are_counted_while_they_stream(module: ModuleType) -> None:
+    engine = Engine()
+    engine.go.clear()
+    app = module.Middleware(engine)
+    exchange = Exchange(app, CHAT, {"model": "m"})
+    running = asyncio.create_task(exchange.run())
+    async with asyncio.timeout(5):
+        while len(exchange.sent) < 2:
+            await asyncio.sleep(0)
+    assert (await state(app))["inFlight"] == {"m": 1}
+    engine.go.set()
+    await running
+    after = await state(app)
+    assert engine.bodies == [b'{"model": "m"}']
+    assert engine.ended == ["http.disconnect"]
+    assert after["inFlight"] == {}
+    assert after["totals"] == {"m": {"requests": 1, "promptTokens": 3, "completionTokens": 2}}
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"), [(None, False), ({"include_usage": False}, False), ({"include_usage": True}, True)]
+)
+async def test_usage_of_a_stream_is_shown_only_to_who_asked(
+    module: ModuleType, options: dict[str, bool] | None, shown: bool  # noqa: FBT001
+) -> None:
+    engine = Engine()
+    usage = b'data: {"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2,"details":{"cached":0}}}\n\n'
+    text = rb'data: {"choices":[{"text":"\"usage\":{\"prompt_tokens\":9}"}]}' + b"\n\n"
+    engine.reply = [text, usage, b"data: [DONE]\n\n"]
+    app = module.Middleware(engine)
+    body = {"model": "m", "stream": True} | ({} if options is None else {"stream_options": options})
+    exchange = await Exchange(app, CHAT, body).run()
+    assert json.loads(engine.bodies[0])["stream_options"]["include_usage"] is True
+    assert exchange.body == text + (usage if shown else b"") + b"data: [DONE]\n\n"
+    assert (await state(app))["totals"]["m"] == {"requests": 1, "promptTokens": 3, "completionTokens": 2}
+
+
+async def test_models_that_the_engine_does_not_know_leave_no_trace(module: ModuleType) -> None:
+    app = module.Middleware(Engine(status=404))
+    await Exchange(app, CHAT, {"model": "nobody"}).run()
+    assert (await state(app))["totals"] == {}
+
+
+async def test_a_client_that_leaves_early_is_not_served(module: ModuleType) -> None:
+    engine = Engine()
+    exchange = await Exchange(module.Middleware(engine), CHAT, {"model": "m"}).hang_up_early().run()
+    assert (exchange.sent, engine.bodies) == ([], [])
+
+
+async def test_a_failing_engine_is_not_counted_as_running(module: ModuleType) -> None:
+    async def broken(_scope: Any, _receive: Any, _send: Any) -> None:
+        raise RuntimeError("broken")
+
+    app = module.Middleware(broken)
+    with pytest.raises(RuntimeError):
+        await Exchange(app, CHAT, {"model": "m"}).run()
+    assert (await state(app))["inFlight"] == {}
+
+
+async def test_draining_refuses_new_requests_and_ends_running_ones(module: ModuleType) -> None:
+    engine = Engine()
+    engine.go.clear()
+    app = module.Middleware(engine)
+    exchange = Exchange(app, CHAT, {"model": "m"})
+    running = asyncio.create_task(exchange.run())
+    async with asyncio.timeout(5):
+        while not exchange.sent:
+            await asyncio.sleep(0)
+    assert (await Exchange(app, "/tunesmith/drain", b"", token=POOL).run()).status == 403
+    assert (await Exchange(app, "/tunesmith/drain", b"", token=ADMIN).run()).status == 200
+    refused = await Exchange(app, CHAT, {"model": "m"}).run()
+    assert (refused.status, refused.code) == (503, "not_started")
+    assert (b"x-tunesmith-not-started", b"true") in refused.sent[0]["headers"]
+    assert (await state(app))["inFlight"] == {"m": 1}
+    engine.go.set()
+    await running
+    assert exchange.status == 200
+    assert (await state(app))["inFlight"] == {}
+
+
+async def test_every_process_has_its_own_boot_id(module: ModuleType) -> None:
+    assert (await state(module.Middleware(Engine())))["bootId"] != (await state(module.Middleware(Engine())))["bootId"]
+
+
+@pytest.mark.parametrize(
+    ("prepare", "sentence"),
+    [
+        (lambda _file: None, "cannot be read (No such file or directory)"),
+        (lambda file: file.write_text("short"), "fewer than 16"),
+    ],
+)
+def test_without_token_files_the_engine_does_not_start(
+    tmp_path: Path, prepare: Callable[[Path], Any], sentence: str
+) -> None:
+    prepare(tmp_path / "token")
+    for variables, expected in (
+        ({"TUNESMITH_TOKEN_FILE": str(tmp_path / "token")}, sentence),
+        ({}, "TUNESMITH_TOKEN_FILE is not set"),
+    ):
+        ended = subprocess.run(
+            [sys.executable, MODULE], env=variables, capture_output=True, text=True, check=False, timeout=60
+        )
+        assert ended.returncode == 1
+        assert expected in ended.stderr
+        assert "Traceback" not in ended.stderr

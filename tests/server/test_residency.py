@@ -1,0 +1,122 @@
+"""What the agent does next, as a table of situations."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from tunesmith.contracts.agent import DesiredAdapter, ResidencyState
+from tunesmith_server.residency import UNLOAD_SECONDS, Failure, Observation, Plan, plan
+
+A, B, C = (
+    DesiredAdapter(engine_name=f"team/{name}@{name * 12}", digest=f"sha256:{name * 64}", uri=f"s3://s/team/{name}")
+    for name in "abc"
+)
+FOLDERS = {adapter.digest: f"/adapters/{adapter.digest[7:]}" for adapter in (A, B, C)}
+IDLE = Observation(
+    now=100.0,
+    desired=[A, B],
+    folders=FOLDERS,
+    downloading=frozenset(),
+    failures={},
+    engine={},
+    in_flight={},
+    unwanted_since={},
+    max_loras=2,
+)
+
+
+def holding(*adapters: DesiredAdapter) -> dict[str, str]:
+    return {adapter.engine_name: FOLDERS[adapter.digest] for adapter in adapters}
+
+
+def states(result: Plan) -> dict[str, ResidencyState]:
+    return {residency.engine_name: residency.state for residency in result.report}
+
+
+def names(adapters: list[DesiredAdapter]) -> list[str]:
+    return [adapter.engine_name for adapter in adapters]
+
+
+def test_what_is_here_is_loaded_and_what_is_not_is_fetched() -> None:
+    result = plan(replace(IDLE, folders={A.digest: FOLDERS[A.digest]}))
+    assert (result.loads, result.downloads, result.unloads) == ([A], [B], [])
+    assert states(result) == {A.engine_name: ResidencyState.LOADING, B.engine_name: ResidencyState.DOWNLOADING}
+
+
+def test_what_is_held_needs_nothing() -> None:
+    result = plan(replace(IDLE, engine=holding(A, B)))
+    assert result.loads == result.downloads == result.unloads == []
+    assert set(states(result).values()) == {ResidencyState.RESIDENT}
+
+
+def test_downloads_go_on_while_the_engine_is_down_and_nothing_is_resident() -> None:
+    result = plan(replace(IDLE, engine=None, folders={A.digest: FOLDERS[A.digest]}))
+    assert (result.loads, result.downloads) == ([], [B])
+    assert states(result) == {A.engine_name: ResidencyState.LOADING, B.engine_name: ResidencyState.DOWNLOADING}
+
+
+def test_two_names_of_one_artifact_fetch_it_once() -> None:
+    twin = A.model_copy(update={"engine_name": f"team/twin@{'a' * 12}"})
+    assert plan(replace(IDLE, desired=[A, twin], folders={})).downloads == [A]
+    assert plan(replace(IDLE, desired=[A, twin], folders={}, downloading=frozenset({A.digest}))).downloads == []
+
+
+def test_a_name_with_other_weights_is_unloaded_first() -> None:
+    result = plan(replace(IDLE, desired=[A], engine={A.engine_name: "/elsewhere"}))
+    assert (result.unloads, result.loads) == ([A.engine_name], [])
+    assert states(result) == {A.engine_name: ResidencyState.LOADING}
+
+
+@pytest.mark.parametrize(
+    ("in_flight", "since", "unloads"),
+    [
+        ({}, 100.0, [C.engine_name]),
+        ({C.engine_name: 1}, 100.0, []),
+        ({C.engine_name: 1}, 100.1 - UNLOAD_SECONDS, []),
+        ({C.engine_name: 1}, 100.0 - UNLOAD_SECONDS, [C.engine_name]),
+    ],
+)
+def test_what_is_not_wanted_stays_while_it_works(in_flight: dict[str, int], since: float, unloads: list[str]) -> None:
+    result = plan(
+        replace(IDLE, desired=[A], engine=holding(A, C), in_flight=in_flight, unwanted_since={C.engine_name: since})
+    )
+    assert result.unloads == unloads
+    assert states(result)[C.engine_name] is ResidencyState.UNLOADING
+
+
+def test_a_new_adapter_waits_for_the_slot_of_an_old_one() -> None:
+    result = plan(replace(IDLE, engine=holding(A, C), in_flight={C.engine_name: 1}))
+    assert result.loads == []
+    assert states(result)[B.engine_name] is ResidencyState.LOADING
+
+
+def test_more_adapters_than_slots_are_refused_with_the_mend() -> None:
+    result = plan(replace(IDLE, desired=[A, B, C]))
+    last = result.report[-1]
+    assert names(result.loads) == names([A, B])
+    assert (last.engine_name, last.state, last.permanent) == (C.engine_name, ResidencyState.FAILED, False)
+    assert "keeps 2 adapters (engine.maxLoras) and 3 are wanted" in last.message
+
+
+@pytest.mark.parametrize(
+    ("failure", "loads"),
+    [
+        (Failure("unfit", permanent=True, attempts=1, retry_at=0.0), [B]),
+        (Failure("later", permanent=False, attempts=1, retry_at=100.1), [B]),
+        (Failure("now", permanent=False, attempts=1, retry_at=100.0), [A, B]),
+    ],
+)
+def test_a_failure_holds_up_only_its_own_adapter(failure: Failure, loads: list[DesiredAdapter]) -> None:
+    result = plan(replace(IDLE, failures={A.engine_name: failure}))
+    assert result.loads == loads
+    assert (states(result)[A.engine_name] is ResidencyState.FAILED) is (A not in loads)
+
+
+def test_the_delay_doubles_up_to_a_minute() -> None:
+    failure: Failure | None = None
+    delays = []
+    for _ in range(9):
+        failure = Failure.after(failure, "x", permanent=False, now=10.0)
+        delays.append(failure.retry_at - 10.0)
+    assert delays == [1, 2, 4, 8, 16, 32, 60, 60, 60]
