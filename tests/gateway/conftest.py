@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import aiohttp
 import pytest
+
 from gateway_rig import INSTALLATION_KEY, OWN_NAMESPACE, Rig, Watches, eventually, free_ports
 from tunesmith.gateway.proxy import Limits
 from tunesmith.gateway.server import Gateway, Settings

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import aiohttp
 from aiohttp import web
+
 from tunesmith.cluster.watch import WatchEvent
 from tunesmith.contracts.agent import PodState, Residency, ResidencyState, pool_token
 from tunesmith.contracts.apikey import key_secret, new_key
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
     from multidict import CIMultiDictProxy
+
     from tunesmith.gateway.server import Gateway
 
 INSTALLATION_KEY = b"an installation key of thirty-two"

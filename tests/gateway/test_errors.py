@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+
 from gateway_rig import adapter_manifest, condition, eventually, pool_manifest, stored
 from tunesmith.contracts.apikey import key_secret, new_key
 
@@ -66,7 +67,7 @@ async def send(
         ("GET", "/", None, None, 404, "unknown_url"),
     ],
 )
-async def test_each_mistake_has_its_error(  # noqa: PLR0917 - the columns of the table
+async def test_each_mistake_has_its_error(
     rig: Rig, method: str, path: str, body: bytes | None, authorization: str | None, status: int, code: str
 ) -> None:
     rig.watches.put(adapter_manifest("pirate"))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import openai
 import pytest
 from aiohttp import web
+
 from gateway_rig import adapter_manifest, eventually
 
 if TYPE_CHECKING:

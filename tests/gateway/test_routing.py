@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+
 from tunesmith.gateway.routing import LOAD_FACTOR, choose, rank
 
 PODS = tuple(f"pod-{number}" for number in range(8))

@@ -23,7 +23,7 @@ _OK = 200
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10)
 
 
-def chat(  # noqa: PLR0917 - options, which typer passes by name
+def chat(
     model: Annotated[str, typer.Argument(metavar="NAME", help="The model: NAMESPACE/NAME, or NAME in the key's own.")],
     message: Annotated[
         str | None, typer.Option("--message", "-m", help="One question. Absent: questions are read line by line.")

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
+from tunesmith.cli.connection import connect
 from tunesmith.cli.errors import CliError, Exit
 from tunesmith.cli.output import Format, FormatOption, NamespaceOption, note, print_json, print_line, print_table
-from tunesmith.cluster.client import Cluster
 from tunesmith.cluster.errors import AlreadyExistsError
 from tunesmith.contracts.apikey import KEY_LABEL, SECRET_PREFIX, ApiKey, key_secret, new_key, parse_key_secret
 
@@ -32,7 +32,7 @@ GatewayNamespaceOption = Annotated[
 
 
 @app.command()
-def create(  # noqa: PLR0917 - options, which typer passes by name
+def create(
     name: Annotated[str, typer.Argument(help="Name of the key, for lists and logs.")],
     namespace: NamespaceOption = None,
     allow_namespace: Annotated[
@@ -102,7 +102,7 @@ async def _create(
     *,
     output_format: Format,
 ) -> None:
-    async with await Cluster.connect() as cluster:
+    async with await connect() as cluster:
         home = namespace or cluster.namespace
         namespaces = list(dict.fromkeys([home, *others]))
         allowed = [model if "/" in model else f"{home}/{model}" for model in models] or ["*"]
@@ -124,7 +124,7 @@ async def _create(
 
 
 async def _list(gateway_namespace: str, output_format: Format) -> None:
-    async with await Cluster.connect() as cluster:
+    async with await connect() as cluster:
         secrets = await cluster.list("Secret", gateway_namespace, labels=f"{KEY_LABEL}=true")
     rows = []
     for secret in secrets:
@@ -150,7 +150,7 @@ async def _list(gateway_namespace: str, output_format: Format) -> None:
 
 
 async def _delete(name: str, gateway_namespace: str) -> None:
-    async with await Cluster.connect() as cluster:
+    async with await connect() as cluster:
         secret = await cluster.find("Secret", SECRET_PREFIX + name, gateway_namespace)
         labels = (secret or {}).get("metadata", {}).get("labels") or {}
         if secret is None or labels.get(KEY_LABEL) != "true":

@@ -11,8 +11,8 @@ import typer
 from tunesmith.api.adapterdeployment import AdapterDeployment
 from tunesmith.api.conditions import AdapterDeploymentCondition, ServingPoolCondition, find, is_true
 from tunesmith.api.servingpool import ServingPool
+from tunesmith.cli.connection import connect
 from tunesmith.cli.output import Format, FormatOption, NamespaceOption, print_json, print_table
-from tunesmith.cluster.client import Cluster
 from tunesmith.cluster.errors import ForbiddenError
 
 
@@ -49,7 +49,7 @@ def models(
 
 
 async def _read(namespace: str | None, *, all_namespaces: bool) -> list[Row]:
-    async with await Cluster.connect() as cluster:
+    async with await connect() as cluster:
         home = namespace or cluster.namespace
         adapters = await cluster.list("AdapterDeployment", None if all_namespaces else home)
         try:

@@ -9,10 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from tunesmith.api.manifest import ManifestError, load_document, parse_manifest
+from tunesmith.cli.connection import connect
 from tunesmith.cli.errors import CliError, Exit
 from tunesmith.cli.follow import follow
 from tunesmith.cli.output import Format, FormatOption, NamespaceOption, note, print_json, print_line
-from tunesmith.cluster.client import Cluster
 
 FIELD_MANAGER = "tunesmith-cli"
 
@@ -67,7 +67,7 @@ async def _submit(document: dict[str, Any], namespace: str | None, *, watch: boo
             f"the manifest says metadata.namespace: {written}, the command says -n {namespace}: keep one of them",
             Exit.USAGE,
         )
-    async with await Cluster.connect() as cluster:
+    async with await connect() as cluster:
         chosen = namespace or written or cluster.namespace
         document = {key: value for key, value in document.items() if key != "status"}
         await cluster.apply(document | {"metadata": metadata | {"namespace": chosen}}, field_manager=FIELD_MANAGER)

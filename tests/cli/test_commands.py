@@ -1,0 +1,167 @@
+"""The program itself, without a cluster: arguments, exit codes, sentences."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
+
+from tunesmith.cli.main import main
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PROGRAM = Path(sys.executable).with_name("tunesmith")
+VARIABLES = ("TUNESMITH_URL", "TUNESMITH_API_KEY", "OPENAI_BASE_URL", "OPENAI_API_KEY", "KUBECONFIG")
+JOB = """
+apiVersion: tunesmith.dev/v1alpha1
+kind: FineTuneJob
+metadata: {name: sail}
+spec:
+  baseModel: {uri: s3://models/base}
+  dataset: {train: [{uri: s3://data/train.jsonl}]}
+  method: {lora: {}}
+"""
+
+
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    code: object
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """Runs the program's entry point in this process, which saves seconds per case."""
+
+    def run(*arguments: str | Path, **environment: str) -> Ended:
+        for name in VARIABLES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "argv", ["tunesmith", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return Ended(ended.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+def tunesmith(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    return subprocess.run(
+        [PROGRAM, *arguments],
+        env=inherited | {"COLUMNS": "200"} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def trainer(tmp_path: Path) -> Path:
+    """A program that shows how it was called."""
+    path = tmp_path / "tunesmith-trainer"
+    path.write_text('#!/bin/sh\nfor argument; do echo "$argument"; done\nexit "${EXIT_WITH:-0}"\n')
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    path = tmp_path / "job.yaml"
+    path.write_text(JOB)
+    return path
+
+
+@pytest.mark.parametrize("name", ["run", "submit", "models", "chat", "keys create", "keys list", "keys delete"])
+def test_every_command_has_help_with_an_example(command: Callable[..., Ended], name: str) -> None:
+    done = command(*name.split(), "--help")
+    assert done.code == 0
+    assert "Example:" in done.stdout
+    assert f"tunesmith {name}" in done.stdout
+
+
+@pytest.mark.parametrize("code", ["0", "2", "3", "143"])
+def test_run_is_the_trainer_with_its_exit_code(trainer: Path, manifest: Path, code: str) -> None:
+    done = tunesmith(
+        "run", "-f", manifest, "--output", "out", "-o", "json", TUNESMITH_TRAINER=str(trainer), EXIT_WITH=code
+    )
+    assert done.returncode == int(code)
+    assert done.stdout.split() == [
+        *("train", "--job", str(manifest), "--output", "out", "--allow-file", "--progress-port", "0", "-o", "json")
+    ]
+
+
+def test_run_finds_the_trainer_on_the_path(trainer: Path, manifest: Path) -> None:
+    done = tunesmith("run", "-f", manifest, "--output", "out", PATH=f"{trainer.parent}:{os.environ['PATH']}")
+    assert done.returncode == 0
+    assert "train" in done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "code", "sentence"),
+    [
+        (("run", "-f", "absent.yaml", "--output", "out"), {}, 2, "there is no file absent.yaml"),
+        (
+            ("run", "-f", "JOB", "--output", "out"),
+            {"TUNESMITH_TRAINER": "/nowhere"},
+            1,
+            "$TUNESMITH_TRAINER is /nowhere, which is not a program",
+        ),
+        (("submit", "-f", "absent.yaml"), {}, 2, "there is no file absent.yaml"),
+        (("submit", "-f", "BAD"), {}, 2, "method needs exactly one of lora and qlora"),
+        (("submit", "-f", "LOCAL"), {}, 2, "file:// works only in a local run"),
+        (("submit", "-f", "JOB"), {"KUBECONFIG": "/nowhere"}, 2, "there is no kubeconfig at /nowhere"),
+        (("submit", "-f", "BROKEN"), {}, 2, "not valid YAML"),
+        (("keys", "create", "No Name"), {}, 2, "cannot be the name of a key"),
+        (("keys", "create", "a", "-n", "Team"), {}, 2, "cannot be a namespace"),
+        (("keys", "list"), {"KUBECONFIG": "/nowhere"}, 2, "there is no kubeconfig at /nowhere"),
+        (("chat", "pirate", "-m", "hi"), {}, 2, "set --url"),
+        (("chat", "pirate", "-m", "hi", "--url", "ftp://x"), {}, 2, "is not an address"),
+        (("chat", "pirate", "-m", "hi", "--url", "http://127.0.0.1:1"), {}, 2, "set TUNESMITH_API_KEY"),
+        (
+            ("chat", "pirate", "-m", "hi", "--url", "http://127.0.0.1:1"),
+            {"OPENAI_API_KEY": "k"},
+            1,
+            "the gateway at http://127.0.0.1:1/v1/chat/completions cannot be reached",
+        ),
+    ],
+)
+def test_each_mistake_is_one_sentence(
+    command: Callable[..., Ended],
+    tmp_path: Path,
+    manifest: Path,
+    arguments: tuple[str, ...],
+    environment: dict[str, str],
+    code: int,
+    sentence: str,
+) -> None:
+    files = {
+        "JOB": manifest,
+        "BAD": tmp_path / "bad.yaml",
+        "LOCAL": tmp_path / "local.yaml",
+        "BROKEN": tmp_path / "broken.yaml",
+    }
+    files["BAD"].write_text(JOB.replace("{lora: {}}", "{}"))
+    files["LOCAL"].write_text(JOB.replace("s3://data", "file:///data"))
+    files["BROKEN"].write_text("a: [")
+    done = command(*(files.get(argument, argument) for argument in arguments), **environment)
+    assert done.code == code, done.stderr
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert tunesmith("--version").stdout.strip() == version("tunesmith")
