@@ -69,8 +69,8 @@ check-format:
 
 check-types:
 	@$(STEP) "types: operator" $(RUN) mypy
-	@$(STEP) "types: trainer" $(UV) run --frozen --no-sync --directory trainer-image mypy
-	@$(STEP) "types: agent" $(UV) run --frozen --no-sync --directory server-image mypy
+	@$(STEP) "types: trainer" $(UV) run --frozen --no-sync --project trainer-image mypy --config-file pyproject.toml trainer-image/src
+	@$(STEP) "types: agent" $(UV) run --frozen --no-sync --project server-image mypy --config-file pyproject.toml server-image/src
 
 check-imports:
 	@$(STEP) "import contracts" $(RUN) lint-imports
