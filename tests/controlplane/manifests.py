@@ -49,6 +49,9 @@ EPOCHS = "hyperparameters.epochs and hyperparameters.maxSteps exclude each other
 DIVIDE = "hyperparameters.microBatchSize must divide hyperparameters.batchSize (8 when absent): change one of them"
 HELD_OUT = "dataset.validation and dataset.validationFraction exclude each other: keep one of them"
 QUANTITY = "a quantity is a number with an optional unit, such as 2, 500m, 8Gi or 1.5Gi"
+MEMORY = "resources.memory is less than 64Mi: write its unit, as in 8Gi"
+EXTENDED = "an extended resource is a domain and a name, such as nvidia.com/gpu"
+LABEL = "a label's value has letters, digits, '-', '.' and '_', and begins and ends with a letter or digit"
 NAME = "a name has lower-case letters, digits, '-' and '.', and begins and ends with a letter or digit"
 UNSUPPORTED = 'Unsupported value: "int3": supported values: "nf4"'
 FROM_ONE = "in body should be greater than or equal to 1"
@@ -140,6 +143,31 @@ REFUSED_JOBS: dict[str, tuple[dict[str, Any], str, str]] = {
     "an https uri": ({"baseModel__uri": "https://x/y"}, URI, URI),
     "a Secret's name with capitals": ({"baseModel__secretRef": {"name": "Store"}}, NAME, NAME),
     "memory without a number": ({"resources": {"memory": "lots"}}, QUANTITY, f"spec.resources.memory: {QUANTITY}"),
+    "memory without a unit": ({"resources": {"memory": 8}}, MEMORY, f"spec.resources: {MEMORY}"),
+    "memory with the unit of CPUs": ({"resources": {"memory": "500m"}}, MEMORY, MEMORY),
+    "a GPU's name without a domain": ({"resources": {"gpuResource": "gpu"}}, EXTENDED, EXTENDED),
+    "a revision of a bucket": (
+        {"baseModel__revision": "main"},
+        "baseModel.revision belongs to an hf:// uri: remove it, or name a copy of that revision in the uri",
+        "baseModel.revision belongs to an hf:// uri: remove it, or name a copy of that revision in the uri",
+    ),
+    "all-linear and a name": (
+        {"method__lora__targetModules": ["all-linear", "q_proj"]},
+        "targetModules: all-linear stands for all of them; remove it or the other names",
+        "targetModules: all-linear stands for all of them; remove it or the other names",
+    ),
+    "a claim's name with capitals": ({"baseModel__uri": "pvc://Claim/base"}, URI, URI),
+    "a toleration without a key": (
+        {"scheduling": {"tolerations": [{"value": "a"}]}},
+        "a toleration without a key has the operator Exists: set it, or name the key",
+        "a toleration without a key has the operator Exists: set it, or name the key",
+    ),
+    "a toleration of anything with a value": (
+        {"scheduling": {"tolerations": [{"key": "a", "operator": "Exists", "value": "b"}]}},
+        "a toleration with the operator Exists has no value: remove the value, or use Equal",
+        "a toleration with the operator Exists has no value: remove the value, or use Equal",
+    ),
+    "a label's value with a space": ({"scheduling": {"nodeSelector": {"zone": "a b"}}}, LABEL, LABEL),
     "negative CPU": ({"resources": {"cpu": -1}}, QUANTITY, f"spec.resources.cpu: {QUANTITY}"),
     "no attempts": (
         {"maxAttempts": 0},

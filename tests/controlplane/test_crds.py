@@ -116,6 +116,18 @@ REFUSED_POOLS = {
         "a model name has letters, digits, '-', '.' and '_', and begins and ends with a letter or digit",
     ),
     "file base model": ({"baseModel__uri": "file:///models/base"}, LOCAL_ONLY),
+    "an argument that the pool sets": (
+        {"engine": {"args": ["--seed=1", "--max_loras=4"]}},
+        "engine.args must not hold what the pool sets or guards: remove it (there are fields for most",
+    ),
+    "a variable that the pool sets": (
+        {"engine": {"env": [{"name": "PYTHONPATH", "value": "/mine"}]}},
+        "engine.env must not hold what the pool sets: remove it; reserved are HF_HUB_OFFLINE, HOME, PYTHONPATH",
+    ),
+    "a cache without a unit": (
+        {"engine": {"kvCacheMemory": "512"}},
+        "a cache size is a whole number with the unit Mi or Gi, such as 512Mi",
+    ),
     "negative replicas": ({"replicas": -1}, "spec.replicas in body should be greater than or equal to 0"),
     "unknown admission": (
         {"allowedNamespaces": {"from": "Some"}},
@@ -137,6 +149,16 @@ def test_pool_keeps_its_base_and_its_name(apiserver: ApiServer, namespace: str) 
     sentence = "modelName is immutable: clients call the base under it; create another ServingPool"
     assert_refused(apiserver, pool(namespace, modelName="other"), sentence)
     apiserver.apply(pool(namespace, replicas=2, engine={"maxLoras": 4}, drainSeconds=10))
+
+
+def test_free_arguments_and_variables_are_taken(apiserver: ApiServer, namespace: str) -> None:
+    engine = {
+        "args": ["--max-num-seqs=8", "--model-impl=vllm", "--seed", "1"],
+        "env": [{"name": "VLLM_LOGGING_LEVEL", "value": "INFO"}, {"name": "HOMEPAGE"}],
+        "kvCacheMemory": "512Mi",
+    }
+    apiserver.apply(pool(namespace, engine=engine))
+    assert apiserver.get("spool", "small", "-n", namespace)["spec"]["engine"]["args"] == engine["args"]
 
 
 def test_minimal_pool_and_adapter_get_the_defaults(apiserver: ApiServer, namespace: str) -> None:

@@ -45,7 +45,14 @@ Figure = Annotated[float | None, AfterValidator(_rounded)]
 class BaseModelSource(ApiModel):
     """Where the base model's folder is (config, tokenizer, safetensors)."""
 
-    rules = uri_rules
+    rules = (
+        *uri_rules,
+        Rule(
+            "!has(self.revision) || self.uri.startsWith('hf://')",
+            "baseModel.revision belongs to an hf:// uri: remove it, or name a copy of that revision in the uri",
+            lambda self: self.revision is None or self.uri.startswith("hf://"),
+        ),
+    )
 
     uri: Uri = Field(
         description="hf://org/name, s3://bucket/folder, gs://…, az://…, pvc://claim/path; file:// in a local run only.",
@@ -99,6 +106,14 @@ class Dataset(ApiModel):
 
 class LoraFields(ApiModel):
     """Low-rank adaptation (LoRA, arXiv:2106.09685)."""
+
+    rules = (
+        Rule(
+            "!('all-linear' in self.targetModules) || size(self.targetModules) == 1",
+            "targetModules: all-linear stands for all of them; remove it or the other names",
+            lambda self: "all-linear" not in self.target_modules or len(self.target_modules) == 1,
+        ),
+    )
 
     rank: int = Field(default=16, ge=1, le=512, description="Rank of the update matrices.")
     alpha: int = Field(

@@ -79,7 +79,7 @@ Uri = Annotated[
     str,
     Field(max_length=1024),
     Matches(
-        r"^(hf|s3|gs|az|pvc|file)://[^/]+/.*[^/]/?$|^file:///.+$",
+        r"^(hf|s3|gs|az)://[^/\s]+/.*[^/]/?$|^pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?/.*[^/]/?$|^file:///.+$",
         "a uri is hf://organisation/name, s3://bucket/path, gs://bucket/path, az://container/path or pvc://claim/path",
     ),
 ]

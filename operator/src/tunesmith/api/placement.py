@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
-from tunesmith.api.model import INT_OR_STRING, VALIDATIONS, ApiModel, Matches, Rule
+from tunesmith.api.model import INT_OR_STRING, VALIDATIONS, ApiModel, Matches, ResourceName, Rule
+
+LEAST_MEMORY = "64Mi"
+_UNITS = {
+    "m": Decimal("0.001"),
+    **{unit: Decimal(1000) ** power for power, unit in enumerate(("k", "M", "G", "T"), 1)},
+    **{unit: Decimal(1024) ** power for power, unit in enumerate(("Ki", "Mi", "Gi", "Ti"), 1)},
+}
 
 
 def _text(value: object) -> object:
@@ -35,12 +43,46 @@ Quantity = Annotated[
 ]
 
 
+ExtendedResource = Annotated[
+    str,
+    Field(max_length=128),
+    Matches(
+        r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[a-zA-Z0-9]([-a-zA-Z0-9._]*[a-zA-Z0-9])?$",
+        "an extended resource is a domain and a name, such as nvidia.com/gpu",
+    ),
+]
+LabelValue = Annotated[
+    str,
+    Field(max_length=63),
+    Matches(
+        r"^([a-zA-Z0-9]([-a-zA-Z0-9._]*[a-zA-Z0-9])?)?$",
+        "a label's value has letters, digits, '-', '.' and '_', and begins and ends with a letter or digit",
+    ),
+]
+
+
+def quantity_value(quantity: str) -> Decimal:
+    """The number that a Quantity stands for: bytes of memory, or cores."""
+    digits = quantity.rstrip("mkMGTi")
+    return Decimal(digits) * _UNITS.get(quantity.removeprefix(digits), Decimal(1))
+
+
 class Resources(ApiModel):
     """What one pod asks the node for. Requests equal limits for memory and GPUs; CPU has a request only."""
 
+    rules = (
+        Rule(
+            # has: the API server checks the default {} of resources before it fills in what is inside
+            "!has(self.memory) || !isQuantity(string(self.memory)) || "
+            f"quantity(string(self.memory)).compareTo(quantity('{LEAST_MEMORY}')) >= 0",
+            f"resources.memory is less than {LEAST_MEMORY}: write its unit, as in 8Gi",
+            lambda self: quantity_value(self.memory) >= quantity_value(LEAST_MEMORY),
+        ),
+    )
+
     gpus: int = Field(default=1, ge=0, le=16, description="GPUs per pod. 0 runs on the CPU.")
-    gpu_resource: str = Field(
-        default="nvidia.com/gpu", min_length=1, max_length=128, description="Extended resource that stands for one GPU."
+    gpu_resource: ExtendedResource = Field(
+        default="nvidia.com/gpu", description="Extended resource that stands for one GPU."
     )
     cpu: Quantity = Field(default="1", description="CPU request, as a Kubernetes quantity.")
     memory: Quantity = Field(default="8Gi", description="Memory request and limit, as a Kubernetes quantity.")
@@ -49,7 +91,22 @@ class Resources(ApiModel):
 class Toleration(ApiModel):
     """A taint that the pod tolerates (core/v1 Toleration)."""
 
-    key: str | None = Field(default=None, max_length=317, description="Taint key; absent matches every key.")
+    rules = (
+        Rule(
+            "self.operator != 'Exists' || !has(self.value)",
+            "a toleration with the operator Exists has no value: remove the value, or use Equal",
+            lambda self: self.operator != "Exists" or self.value is None,
+        ),
+        Rule(
+            "has(self.key) || self.operator == 'Exists'",
+            "a toleration without a key has the operator Exists: set it, or name the key",
+            lambda self: self.key is not None or self.operator == "Exists",
+        ),
+    )
+
+    key: str | None = Field(
+        default=None, min_length=1, max_length=317, description="Taint key; absent matches every key."
+    )
     operator: Literal["Exists", "Equal"] = Field(default="Equal", description="Exists or Equal.")
     value: str | None = Field(default=None, max_length=63, description="Taint value, for Equal.")
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
@@ -60,9 +117,9 @@ class Toleration(ApiModel):
 class Scheduling(ApiModel):
     """Where pods may run."""
 
-    node_selector: dict[Annotated[str, Field(max_length=317)], Annotated[str, Field(max_length=63)]] | None = Field(
+    node_selector: dict[Annotated[str, Field(max_length=317)], LabelValue] | None = Field(
         default=None, max_length=32, description="Labels a node must have."
     )
     tolerations: list[Toleration] | None = Field(default=None, max_length=32, description="Taints that are tolerated.")
-    priority_class_name: str | None = Field(default=None, max_length=253, description="PriorityClass of the pods.")
-    runtime_class_name: str | None = Field(default=None, max_length=253, description="RuntimeClass of the pods.")
+    priority_class_name: ResourceName | None = Field(default=None, description="PriorityClass of the pods.")
+    runtime_class_name: ResourceName | None = Field(default=None, description="RuntimeClass of the pods.")

@@ -21,6 +21,11 @@ ModelName = Annotated[
         "a model name has letters, digits, '-', '.' and '_', and begins and ends with a letter or digit",
     ),
 ]
+CacheSize = Annotated[
+    str,
+    Field(max_length=32),
+    Matches(r"^[0-9]+(Mi|Gi)$", "a cache size is a whole number with the unit Mi or Gi, such as 512Mi"),
+]
 
 min_below_max = Rule(
     "self.minReplicas <= self.maxReplicas",
@@ -36,6 +41,18 @@ replicas_or_autoscaling = Rule(
 )
 
 
+RESERVED_ARGUMENTS = (
+    "--api-key", "--enable-lora", "--host", "--kv-cache-memory-bytes", "--lora-modules", "--max-cpu-loras",
+    "--max-lora-rank", "--max-loras", "--max-model-len", "--middleware", "--model", "--port", "--root-path",
+    "--served-model-name", "--ssl-certfile", "--ssl-keyfile", "--uds",
+)  # fmt: skip
+"""Arguments of `vllm serve` that the pool sets, or that would open it to callers without a token."""
+RESERVED_VARIABLES = (
+    "HF_HUB_OFFLINE", "HOME", "PYTHONPATH", "TUNESMITH_ADMIN_TOKEN_FILE", "TUNESMITH_TOKEN_FILE", "USER",
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_API_KEY", "VLLM_NO_USAGE_STATS", "VLLM_PLUGINS",
+)  # fmt: skip
+
+
 class EnvironmentVariable(ApiModel):
     """A variable of the engine's container."""
 
@@ -45,6 +62,19 @@ class EnvironmentVariable(ApiModel):
 
 class Engine(ApiModel):
     """The vLLM server's settings."""
+
+    rules = (
+        Rule(
+            "!has(self.args) || "
+            f"self.args.all(a, !a.replace('_', '-').matches('^({'|'.join(RESERVED_ARGUMENTS)})(=|$)'))",
+            "engine.args must not hold what the pool sets or guards: remove it (there are fields for most, such as "
+            "engine.maxLoras); reserved are " + ", ".join(RESERVED_ARGUMENTS),
+        ),
+        Rule(
+            f"!has(self.env) || self.env.all(v, !v.name.matches('^({'|'.join(RESERVED_VARIABLES)})$'))",
+            "engine.env must not hold what the pool sets: remove it; reserved are " + ", ".join(RESERVED_VARIABLES),
+        ),
+    )
 
     image: str | None = Field(
         default=None, min_length=1, max_length=512, description="vLLM's image. Absent: the installation's default."
@@ -61,10 +91,8 @@ class Engine(ApiModel):
     data_type: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         default="auto", description="Precision of the weights."
     )
-    kv_cache_memory: str | None = Field(
+    kv_cache_memory: CacheSize | None = Field(
         default=None,
-        max_length=32,
-        pattern=r"^[0-9]+(Mi|Gi)$",
         description="KV cache size. Absent: decided by vLLM; needed on a CPU.",
     )
     args: list[Annotated[str, Field(max_length=1024)]] | None = Field(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.api.model import API_VERSION
+from tunesmith.api.servingpool import RESERVED_ARGUMENTS, RESERVED_VARIABLES
 from tunesmith.contracts.agent import AGENT_PORT, ENGINE_PORT
 from tunesmith.contracts.location import owned_name
 from tunesmith.serving.pod import AGENT_CONTAINER, BASE_MODEL_CONTAINER, ENGINE_CONTAINER, READINESS_GATE
@@ -37,20 +38,6 @@ _DRAIN = (
     f"q=r.Request('http://127.0.0.1:{AGENT_PORT}/drain',method='POST',headers={{'Authorization':'Bearer '+t}});"
     "r.urlopen(q,timeout=%d)"
 )
-RESERVED_ARGUMENTS = frozenset(
-    {
-        "--api-key", "--enable-lora", "--host", "--kv-cache-memory-bytes", "--lora-modules", "--max-cpu-loras",
-        "--max-lora-rank", "--max-loras", "--max-model-len", "--middleware", "--model", "--port", "--root-path",
-        "--served-model-name", "--ssl-certfile", "--ssl-keyfile", "--uds",
-    }
-)  # fmt: skip
-"""Arguments of `vllm serve` that the pool sets, or that would open it to callers without a token."""
-RESERVED_VARIABLES = frozenset(
-    {
-        "HF_HUB_OFFLINE", "HOME", "PYTHONPATH", "TUNESMITH_ADMIN_TOKEN_FILE", "TUNESMITH_TOKEN_FILE", "USER",
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_API_KEY", "VLLM_NO_USAGE_STATS", "VLLM_PLUGINS",
-    }
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
