@@ -94,9 +94,11 @@ def conforms(
 def test_every_document_is_valid_and_none_is_skipped(
     conforms: Callable[..., dict[str, Any]], template: Template
 ) -> None:
-    documents = template("tunesmith") + template(
-        "adapters", {"pools": {"shared": POOL}, "adapters": {"first": ADAPTER}}
-    )
+    documents = template("tunesmith")
+    documents += template("adapters", {"pools": {"shared": POOL}, "adapters": {"first": ADAPTER}})
+    for path in (REPOSITORY / "examples").glob("*.yaml"):
+        if not path.name.startswith("values"):
+            documents += yaml.safe_load_all(path.read_text())
     result = conforms(documents)
     assert result["summary"] == {"valid": len(documents), "invalid": 0, "errors": 0, "skipped": 0}, result["resources"]
 
