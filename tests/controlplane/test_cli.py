@@ -1,0 +1,216 @@
+"""The commands that talk to a cluster, against a real API server; the test writes the status as the operator would."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+
+from apiserver import until
+from manifests import adapter, job, pool
+from tunesmith.contracts.apikey import key_digest, parse_key_secret
+
+if TYPE_CHECKING:
+    from apiserver import ApiServer
+
+pytestmark = pytest.mark.controlplane
+
+PROGRAM = Path(sys.executable).with_name("tunesmith")
+DIGEST = "sha256:" + "a" * 64
+NOW = "2026-01-01T00:00:00Z"
+SECONDS = 60
+
+
+def start(apiserver: ApiServer, *arguments: str | Path) -> subprocess.Popen[str]:
+    environment = os.environ | {"KUBECONFIG": str(apiserver.kubeconfig)}
+    return subprocess.Popen(
+        [PROGRAM, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def tunesmith(apiserver: ApiServer, *arguments: str | Path) -> tuple[int, str, str]:
+    process = start(apiserver, *arguments)
+    output, problems = process.communicate(timeout=SECONDS)
+    return process.returncode, output, problems
+
+
+def condition(type_: str, status: str, reason: str, message: str) -> dict[str, Any]:
+    return {"type": type_, "status": status, "reason": reason, "message": message, "lastTransitionTime": NOW}
+
+
+def set_status(apiserver: ApiServer, kind: str, namespace: str, name: str, **status: object) -> None:
+    done = apiserver.kubectl(
+        *("patch", kind, name, "-n", namespace, "--subresource=status", "--type=merge"),
+        *("-p", json.dumps({"status": status})),
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def exists(apiserver: ApiServer, kind: str, namespace: str, name: str) -> bool:
+    return apiserver.kubectl("get", kind, name, "-n", namespace).returncode == 0
+
+
+@pytest.fixture
+def manifest(tmp_path: Path, namespace: str) -> Path:
+    document = job(namespace, "sail")
+    del document["metadata"]["namespace"]
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+def test_a_job_is_followed_to_its_result(apiserver: ApiServer, namespace: str, manifest: Path) -> None:
+    watching = start(apiserver, "submit", "-f", manifest, "-n", namespace, "--watch")
+    until(lambda: exists(apiserver, "finetunejob", namespace, "sail"), seconds=SECONDS, what="the job")
+    progress = {"stage": "Training", "step": 1, "totalSteps": 4, "loss": 2.5, "etaSeconds": 30, "updateTime": NOW}
+    validated = condition("Validated", "True", "Valid", "412 rows")
+    set_status(apiserver, "finetunejob", namespace, "sail", phase="Running", progress=progress, conditions=[validated])
+    assert watching.stdout is not None
+    for line in watching.stdout:
+        if "Training" in line:
+            break
+    assert line == "sail  Training  step 1/4 (25 %)  loss 2.500  ETA 0 s\n"
+    set_status(
+        apiserver,
+        "finetunejob",
+        namespace,
+        "sail",
+        phase="Complete",
+        conditions=[validated, condition("Complete", "True", "Completed", "held-out loss fell by 40 %")],
+        artifact={"uri": "s3://store/a", "digest": DIGEST, "sizeBytes": 1, "servable": {"vllm": True}},
+    )
+    output, problems = watching.communicate(timeout=SECONDS)
+    assert (watching.returncode, problems) == (0, "")
+    assert output == f"sail is complete: held-out loss fell by 40 %\n  artifact s3://store/a\n  digest   {DIGEST}\n"
+    code, output, _ = tunesmith(apiserver, "submit", "-f", manifest, "-n", namespace, "--watch", "-o", "json")
+    last = json.loads(output.splitlines()[-1])
+    assert (code, last["outcome"], last["artifact"]) == (0, "Succeeded", {"uri": "s3://store/a", "digest": DIGEST})
+
+
+def test_a_failed_job_is_told_with_its_reason(apiserver: ApiServer, namespace: str, manifest: Path) -> None:
+    code, output, _ = tunesmith(apiserver, "submit", "-f", manifest, "-n", namespace)
+    assert (code, output) == (0, f"FineTuneJob {namespace}/sail is submitted. Add --watch to follow it.\n")
+    failed = condition("Failed", "True", "DatasetInvalid", "train.jsonl line 3: not JSON")
+    set_status(apiserver, "finetunejob", namespace, "sail", phase="Failed", conditions=[failed])
+    code, output, problems = tunesmith(apiserver, "submit", "-f", manifest, "-n", namespace, "-w", "-o", "json")
+    sentence = f"error: FineTuneJob {namespace}/sail failed: DatasetInvalid: train.jsonl line 3: not JSON\n"
+    assert (code, problems) == (1, sentence)
+    last = json.loads(output.splitlines()[-1])
+    assert (last["outcome"], last["reason"]) == ("Failed", "DatasetInvalid")
+
+
+def test_an_interrupted_watch_leaves_the_job_and_says_how_to_come_back(
+    apiserver: ApiServer, namespace: str, manifest: Path
+) -> None:
+    watching = start(apiserver, "submit", "-f", manifest, "-n", namespace, "--watch")
+    assert watching.stdout is not None
+    assert watching.stdout.readline() == "sail  waiting for the operator\n"
+    watching.send_signal(signal.SIGINT)
+    _, problems = watching.communicate(timeout=SECONDS)
+    assert watching.returncode == 130
+    assert f"goes on. Follow it again with: tunesmith submit -f {manifest} -n {namespace} --watch" in problems
+    assert "Traceback" not in problems
+    assert exists(apiserver, "finetunejob", namespace, "sail")
+
+
+def test_a_deleted_job_ends_the_watch(apiserver: ApiServer, namespace: str, manifest: Path) -> None:
+    watching = start(apiserver, "submit", "-f", manifest, "-n", namespace, "--watch")
+    assert watching.stdout is not None
+    watching.stdout.readline()
+    apiserver.kubectl("delete", "finetunejob", "sail", "-n", namespace)
+    _, problems = watching.communicate(timeout=SECONDS)
+    assert (watching.returncode, problems) == (1, f"error: FineTuneJob {namespace}/sail was deleted\n")
+
+
+def test_the_api_servers_sentences_are_shown(apiserver: ApiServer, namespace: str, manifest: Path) -> None:
+    assert tunesmith(apiserver, "submit", "-f", manifest, "-n", namespace)[0] == 0
+    manifest.write_text(manifest.read_text().replace("train.jsonl", "other.jsonl"))
+    code, _, problems = tunesmith(apiserver, "submit", "-f", manifest, "-n", namespace)
+    assert code == 1
+    assert "spec is immutable: a FineTuneJob describes one training run" in problems
+    code, _, problems = tunesmith(apiserver, "submit", "-f", manifest, "-n", "not-there")
+    assert code == 1
+    assert 'namespaces "not-there" not found' in problems
+
+
+def test_a_key_is_shown_once_and_kept_hashed(apiserver: ApiServer, namespace: str) -> None:
+    own = ("--gateway-namespace", namespace)
+    code, output, _ = tunesmith(
+        apiserver,
+        *("keys", "create", "alice", "-n", "team", "--allow-namespace", "shared", "--model", "pirate", *own),
+    )
+    key = output.strip()
+    assert code == 0
+    assert key.startswith("sk-ts-")
+    shown = apiserver.kubectl("get", "secret", "api-key-alice", "-n", namespace, "-o", "json").stdout
+    assert key not in shown
+    stored = parse_key_secret(json.loads(shown))
+    assert stored.digest == key_digest(key)
+    assert (stored.home, stored.namespaces, stored.models) == ("team", {"team", "shared"}, {"team/pirate"})
+
+    code, _, problems = tunesmith(apiserver, "keys", "create", "alice", *own)
+    assert (code, "there is a key alice already" in problems) == (1, True)
+
+    code, output, _ = tunesmith(apiserver, "keys", "create", "bob", "-n", "team", "-o", "json", *own)
+    made = json.loads(output)
+    assert (made["name"], made["namespaces"], made["models"]) == ("bob", ["team"], ["*"])
+
+    code, output, _ = tunesmith(apiserver, "keys", "list", "-o", "json", *own)
+    assert [(row["name"], row["namespace"], row["models"]) for row in json.loads(output)] == [
+        ("alice", "team", ["team/pirate"]),
+        ("bob", "team", ["*"]),
+    ]
+    assert key not in output
+
+    assert tunesmith(apiserver, "keys", "delete", "alice", *own)[0] == 0
+    assert not exists(apiserver, "secret", namespace, "api-key-alice")
+    code, _, problems = tunesmith(apiserver, "keys", "delete", "alice", *own)
+    assert (code, "there is no key alice" in problems) == (1, True)
+
+
+def test_a_secret_that_is_no_key_is_never_deleted(apiserver: ApiServer, namespace: str) -> None:
+    apiserver.kubectl("create", "secret", "generic", "api-key-other", "-n", namespace)
+    assert tunesmith(apiserver, "keys", "delete", "other", "--gateway-namespace", namespace)[0] == 1
+    assert exists(apiserver, "secret", namespace, "api-key-other")
+
+
+def test_models_say_their_state_and_what_they_wait_for(apiserver: ApiServer, namespace: str) -> None:
+    apiserver.apply(pool(namespace))
+    apiserver.apply(adapter(namespace, "pirate"))
+    apiserver.apply(adapter(namespace, "parrot"))
+    ready = [condition("Resolved", "True", "Resolved", ""), condition("Ready", "True", "Resident", "on 1 pod")]
+    set_status(
+        apiserver,
+        *("adapterdeployment", namespace, "pirate"),
+        phase="Ready",
+        conditions=ready,
+        pool={"name": "small", "namespace": namespace},
+        readyReplicas=1,
+        desiredReplicas=1,
+    )
+    waiting = [condition("Resolved", "False", "FineTuneJobNotFound", "FineTuneJob tone does not exist")]
+    set_status(apiserver, "adapterdeployment", namespace, "parrot", phase="Waiting", conditions=waiting)
+    code, output, _ = tunesmith(apiserver, "models", "-n", namespace, "-o", "json")
+    rows = {row["model"]: row for row in json.loads(output)}
+    assert code == 0
+    assert list(rows) == [f"{namespace}/parrot", f"{namespace}/pirate", f"{namespace}/base"]
+    parrot, pirate, base = rows.values()
+    assert (parrot["state"], parrot["message"]) == ("Waiting", "FineTuneJob tone does not exist")
+    assert (pirate["state"], pirate["pods"], pirate["pool"], pirate["message"]) == (
+        "Ready",
+        "1/1",
+        f"{namespace}/small",
+        "",
+    )
+    assert (base["kind"], base["message"]) == ("base", "the operator has not seen it yet")
+    code, output, _ = tunesmith(apiserver, "models", "-n", namespace)
+    assert output.splitlines()[0].split() == ["MODEL", "KIND", "POOL", "STATE", "PODS", "WAITS", "FOR"]
+    code, output, problems = tunesmith(apiserver, "models", "-n", "empty")
+    assert (code, output, "there are no models" in problems) == (0, "", True)
