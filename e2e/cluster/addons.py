@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import secrets
+import subprocess
+from contextlib import contextmanager
 from pathlib import Path
 from string import Template
+from typing import TYPE_CHECKING
 
 import binaries
 from archive import ensure_program_image
 from layout import DNS_ADDRESS, SOURCES, ClusterError, Layout
 from s3 import ensure_bucket
 from steps import output_of, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 BUCKET = "tunesmith"
 AUTHORITIES = Path("/etc/ssl/certs/ca-certificates.crt")
@@ -100,30 +107,56 @@ def ensure_s3_credentials(layout: Layout) -> tuple[str, str]:
     return access, secret
 
 
-def apply_s3(layout: Layout) -> None:
+def apply_s3(layout: Layout, image: str) -> None:
     """The S3 server, its credentials and its volume: applied, not awaited."""
-    image = ensure_program_image(layout, "s3", binaries.build("versitygw") / "versitygw")
     apply(layout, "s3.yaml", S3_IMAGE=image)
     ensure_s3_credentials(layout)
 
 
+def s3_image(layout: Layout) -> str:
+    """Imports the S3 server's image into the local cluster; returns its reference."""
+    return ensure_program_image(layout, "s3", binaries.build("versitygw") / "versitygw")
+
+
 def ensure_s3_bucket(layout: Layout) -> None:
-    """Waits for the S3 server and makes the bucket `tunesmith`.
+    """Waits for the S3 server and makes the bucket `tunesmith`, through a forwarded port, as any cluster allows.
 
     Raises:
         ClusterError: the server is not up in time or refuses.
     """
-    wait_available(layout, "s3", "s3", 90)
-    service = json.loads(kubectl(layout, "--namespace", "s3", "get", "service", "s3", "-o", "json"))
+    wait_available(layout, "s3", "s3", 120)
     access, secret = ensure_s3_credentials(layout)
-    last: list[str] = []
 
     def missing() -> str | None:
         try:
-            ensure_bucket(service["spec"]["clusterIP"], 7070, BUCKET, access, secret)
-        except ClusterError as error:  # kube-proxy may still be writing the service's rules
-            last[:] = [str(error)]
-            return last[0]
+            with forwarded_port(layout, "s3", "service/s3", 7070) as port:
+                ensure_bucket("127.0.0.1", port, BUCKET, access, secret)
+        except ClusterError as error:  # a pod that has just been replaced may still be the one that is asked
+            return str(error)
         return None
 
-    wait_until(missing, 20)
+    wait_until(missing, 60)
+
+
+@contextmanager
+def forwarded_port(layout: Layout, namespace: str, target: str, port: int) -> Iterator[int]:
+    """Forwards a free local port to `port` of `target` while its block runs.
+
+    Raises:
+        ClusterError: kubectl could not.
+    """
+    command = [str(layout.bin / "kubectl"), f"--kubeconfig={layout.kubeconfig}", "--namespace", namespace]
+    command += ["port-forward", target, f":{port}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        try:
+            found = re.search(r"127\.0\.0\.1:(\d+) ->", process.stdout.readline())
+            if found is None:
+                process.terminate()
+                raise ClusterError(
+                    f"port {port} of {namespace}/{target} cannot be forwarded: {process.stderr.read().strip()}"
+                )
+            yield int(found[1])
+        finally:
+            process.terminate()

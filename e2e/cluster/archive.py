@@ -1,4 +1,4 @@
-"""OCI images as tar streams for containerd: images of one static program, made without a build tool, and the importer."""
+"""OCI images as tar streams for containerd: images of one static program, made without a build tool, and the import."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import json
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Iterable
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from layout import ClusterError, Layout
 from steps import output_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
 
 NONROOT = "65532:65532"
 
@@ -84,7 +87,8 @@ def program_image(reference: str, program: Path, *, certificates: Path | None = 
             "layers": [_descriptor("layer.v1.tar+gzip", compressed)],
         }
     ).encode()
-    entry = _descriptor("manifest.v1+json", manifest) | {"annotations": {"io.containerd.image.name": reference}}
+    names = {"io.containerd.image.name": reference, "org.opencontainers.image.ref.name": reference}
+    entry = _descriptor("manifest.v1+json", manifest) | {"annotations": names}
     index = json.dumps({"schemaVersion": 2, "manifests": [entry]}).encode()
     blobs = [
         (f"blobs/sha256/{hashlib.sha256(blob).hexdigest()}", blob, 0o644)

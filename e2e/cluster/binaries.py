@@ -109,15 +109,26 @@ def build(name: str) -> Path:
 
 def link_programs(layout: Layout) -> None:
     """Builds what the node and its users need and links it into the state's `bin` folder."""
-    layout.bin.mkdir(parents=True, exist_ok=True)
     for name in ("kubernetes", "helm", "kubeconform"):
         folder = build(name)
         for program in PROGRAMS[name].links or (name,):
-            link = layout.bin / program
-            target = folder / program
-            if not link.is_symlink() or link.readlink() != target:
-                link.unlink(missing_ok=True)
-                link.symlink_to(target)
+            _link(layout, program, folder / program)
+
+
+def link_clients(layout: Layout) -> None:
+    """Links kubectl, helm and kubeconform into the state's `bin` folder: the user's own, built where there is none."""
+    for program, source in (("kubectl", "kubernetes"), ("helm", "helm"), ("kubeconform", "kubeconform")):
+        path = os.pathsep.join(folder for folder in os.get_exec_path() if Path(folder) != layout.bin)
+        installed = shutil.which(program, path=path)
+        _link(layout, program, Path(installed) if installed else build(source) / program)
+
+
+def _link(layout: Layout, program: str, target: Path) -> None:
+    layout.bin.mkdir(parents=True, exist_ok=True)
+    link = layout.bin / program
+    if not link.is_symlink() or link.readlink() != target:
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
 
 
 def install_packages(layout: Layout) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import base64
 import json
 import os
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from layout import API_PORT, API_SERVICE_ADDRESS, NODE_NAME, Layout
 from steps import output_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 VALID_DAYS = "3650"
 
@@ -31,7 +34,7 @@ def _authority(pki: Path) -> None:
     if (pki / "ca.crt").exists():
         return
     _key(pki / "ca.key")
-    command = [
+    command: list[str | Path] = [
         "openssl",
         "req",
         "-x509",
@@ -57,7 +60,7 @@ def _certificate(pki: Path, name: str, subject: str, alternative_names: str = ""
     extensions = pki / f"{name}.extensions"
     usage = "extendedKeyUsage=clientAuth,serverAuth\n"
     extensions.write_text(usage + (f"subjectAltName={alternative_names}\n" if alternative_names else ""))
-    command = [
+    command: list[str | Path] = [
         "openssl",
         "x509",
         "-req",

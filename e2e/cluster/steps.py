@@ -5,11 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from layout import ClusterError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
 
 def say(text: str) -> None:
@@ -83,7 +86,7 @@ def wait_until(condition: Callable[[], str | None], seconds: float, interval: fl
     """Polls `condition` until it returns None.
 
     Args:
-        condition: returns None when it holds, otherwise a sentence that says what is still missing. Raises to give up at once.
+        condition: returns None when it holds, otherwise what is still missing. Raises to give up at once.
         seconds: after this long the last sentence becomes the error.
         interval: seconds between polls.
 

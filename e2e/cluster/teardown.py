@@ -10,7 +10,7 @@ from typing import Any
 import host
 import processes
 from archive import ctr
-from layout import ClusterError, Layout
+from layout import ClusterError, Layout, cache_folder
 from steps import step, wait_until
 
 
@@ -65,7 +65,7 @@ def down(layout: Layout) -> None:
                 print(f"  containerd did not answer ({error}); going on without it")
         processes.stop_all(layout)
     with step("unmounting and restoring the machine"):
-        host.unmount_below(layout.state, layout.run, layout.containerd_root)
+        host.unmount_below(layout.state, layout.run, layout.build_run, cache_folder())
         host.remove_cgroups(layout)
         before: dict[str, Any] = host.restore(layout)
         others = {p.state for p in processes.marked_processes()} - {state}
@@ -73,7 +73,8 @@ def down(layout: Layout) -> None:
             host.remove_interfaces()
             host.remove_rules(before.get("tables", {}))
         host.remove_stale_sockets()
-        shutil.rmtree(layout.run, ignore_errors=True)
+        for folder in (layout.run, layout.build_run):
+            shutil.rmtree(folder, ignore_errors=True)
         host.remove_fixed_places(layout, before.get("places", []))
     with step(f"removing {layout.state}"):
         if layout.state.exists():

@@ -1,0 +1,134 @@
+"""The local cluster comes back after being killed, and leaves nothing when it goes.
+
+It takes this checkout's cluster down, with everything in it. So it runs only when asked: TUNESMITH_TEST_LIFECYCLE=1.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPOSITORY / "e2e/cluster"))
+
+import addons  # noqa: E402
+import host  # noqa: E402
+import processes  # noqa: E402
+import s3  # noqa: E402
+from layout import NODE_NAME, Layout  # noqa: E402
+
+LAYOUT = Layout()
+COMMAND = [sys.executable, str(REPOSITORY / "e2e/cluster/cluster.py")]
+WATCHED_FOLDERS = (
+    "/run",
+    "/run/containerd",
+    "/run/containerd/s",
+    "/var/lib",
+    "/var/lib/cni",
+    "/var/log",
+    "/opt",
+    "/etc/cni",
+    "/run/netns",
+)
+
+pytestmark = pytest.mark.skipif(
+    not os.environ.get("TUNESMITH_TEST_LIFECYCLE"), reason="takes the cluster down: set TUNESMITH_TEST_LIFECYCLE=1"
+)
+
+
+def cluster(command: str) -> str:
+    done = subprocess.run([*COMMAND, command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def own_processes() -> dict[int, tuple[str, ...]]:
+    return {p.pid: p.command for p in processes.marked_processes() if p.state == str(LAYOUT.state)}
+
+
+def components() -> dict[int, str]:
+    return {pid: command[0] for pid, command in own_processes().items() if "containerd-shim" not in command[0]}
+
+
+def rules(command: str) -> list[str]:
+    lines = subprocess.run([command], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [re.sub(r"\[\d+:\d+\]", "", line) for line in lines if not line.startswith("#")]
+
+
+def machine() -> dict[str, Any]:
+    """Everything a cluster may leave behind."""
+    mounts = [line.split(" ")[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    return {
+        "processes": own_processes() | dict.fromkeys(host.pod_processes(LAYOUT), ("a pod's",)),
+        "mounts": sorted(mounts),
+        "interfaces": sorted(path.name for path in Path("/sys/class/net").iterdir()),
+        "iptables": rules("iptables-save"),
+        "ip6tables": rules("ip6tables-save"),
+        "settings": {
+            name: Path("/proc/sys", name).read_text() for name in host.SETTINGS if Path("/proc/sys", name).exists()
+        },
+        "cgroups": sorted(str(path) for root in host.cgroup_roots() for path in root.glob("*tunesmith*")),
+        "files": sorted(
+            str(path) for folder in map(Path, WATCHED_FOLDERS) if folder.is_dir() for path in folder.iterdir()
+        ),
+        "state": LAYOUT.state.exists(),
+    }
+
+
+def stored(method: str, key: str) -> int:
+    access, secret = addons.ensure_s3_credentials(LAYOUT)
+    address = addons.kubectl(LAYOUT, "--namespace", "s3", "get", "service", "s3", "-o", "jsonpath={.spec.clusterIP}")
+    return s3.request(address, 7070, method, f"/{addons.BUCKET}/{key}", access, secret)
+
+
+def test_the_cluster_survives_what_happens_to_it_and_leaves_nothing() -> None:
+    cluster("down")
+    before = machine()
+    assert not before["processes"]
+    assert not before["state"]
+
+    # killed half-way, at three stages of its start
+    for program in ("etcd", "containerd", "kubelet"):
+        start = subprocess.Popen([*COMMAND, "up"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while not any(Path(path).name == program for path in components().values()):
+            assert time.monotonic() < deadline, f"{program} was not started"
+            assert start.poll() is None, f"`up` ended before it started {program}"
+            time.sleep(0.01)
+        start.send_signal(signal.SIGKILL)
+        start.wait()
+    cluster("up")
+
+    # run twice, it restarts nothing
+    running = components()
+    cluster("up")
+    assert components() == running
+
+    # all processes killed: the data is still there
+    assert stored("PUT", "kept") == http.client.OK
+    for pid in [*own_processes(), *host.pod_processes(LAYOUT)]:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    cluster("up")
+    assert stored("HEAD", "kept") == http.client.OK
+    conditions = addons.kubectl(
+        LAYOUT, "get", "node", NODE_NAME, "-o", "jsonpath={.status.conditions[?(@.type=='Ready')].status}"
+    )
+    assert conditions == "True"
+
+    cluster("down")
+    after = machine()
+    for what, value in before.items():
+        assert after[what] == value, f"left behind: {what}"
+    cluster("up")
