@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from apiserver import ApiServer
+from cable import Cable
 from manifests import job
 from operatorprocess import Operator, until
 from tunesmith.cluster.client import Cluster
@@ -86,10 +87,41 @@ async def test_another_replica_takes_over_from_a_killed_leader(
         assert (await lease(cluster, namespace))["holderIdentity"] == ""
 
 
+async def test_an_outage_of_the_api_server_is_survived(
+    server: ApiServer, cluster: Cluster, namespace: str, tmp_path: Path
+) -> None:
+    cable = Cable(server.url)
+    async with await cable.start() as listener:
+        kubeconfig = cable.kubeconfig(server, listener, tmp_path)
+        with Operator(kubeconfig, tmp_path, namespace=namespace) as operator:
+
+            async def leads() -> bool:
+                ready = await asyncio.to_thread(operator.answers, "/readyz")
+                return ready and await asyncio.to_thread(operator.metric, "tunesmith_leader") == 1
+
+            async def follows() -> bool:
+                return await asyncio.to_thread(operator.metric, "tunesmith_leader") == 0
+
+            await until(leads, "a leader")
+            cable.cut()
+            await until(follows, "the loss of the lease")
+            await cluster.create(job(namespace, "meanwhile"))
+            cable.mend()
+
+            async def validating() -> bool:
+                return "status" in await cluster.get(KIND, "meanwhile", namespace)
+
+            await until(validating, "work after the outage")
+            await until(leads, "a leader after the outage")
+            assert operator.process.poll() is None
+            assert await asyncio.to_thread(operator.answers, "/healthz")
+        cable.cut()
+
+
 async def test_300_jobs_survive_10_kills(server: ApiServer, cluster: Cluster, namespace: str, tmp_path: Path) -> None:
-    # The Job controller makes the pods; without a kubelet's script the pods stay as they are.
     chance = random.Random(3)  # noqa: S311 - a test's choice of moments
-    with Operator(server.kubeconfig, tmp_path, namespace=namespace) as operator:
+    # The identity is that of a pod, which outlives the processes of its container.
+    with Operator(server.kubeconfig, tmp_path, namespace=namespace, identity="pod-1") as operator:
 
         async def submit() -> None:
             for number in range(JOBS):

@@ -278,7 +278,8 @@ class Stores:
         if secret is None:
             return self._environ, "the environment (in a cluster: the Secret tunesmith-store)"
         folder = self._secrets / secret
-        if not folder.is_dir():
+        # In a cluster the mount is optional: of a Secret that does not exist there is an empty folder.
+        if not folder.is_dir() or not any(folder.iterdir()):
             raise SecretNotFoundError(f"the Secret {secret} is not mounted at {folder}: create it, or remove the secretRef to use the store's credentials")
         # A mounted Secret holds links to hidden folders beside its keys.
         values = {entry.name: entry.read_text(encoding="utf-8").strip() for entry in sorted(folder.iterdir()) if entry.is_file()}

@@ -26,7 +26,7 @@ class EventRecorder:
     def __init__(self, cluster: Cluster, component: str = "tunesmith-operator") -> None:
         self._cluster = cluster
         self._component = component
-        self._written: dict[str, datetime] = {}
+        self._written: dict[str, tuple[datetime, int]] = {}
 
     async def event(
         self,
@@ -43,12 +43,12 @@ class EventRecorder:
         namespace = metadata.get("namespace") or "default"
         digest = hashlib.sha256("\0".join((metadata["uid"], type_, reason, message)).encode()).hexdigest()[:16]
         name = f"{metadata['name']}.{digest}"
-        last = self._written.get(name)
+        last, count = self._written.get(name, (None, 0))
         if last is not None and now - last < _SILENCE:
             return
         if len(self._written) >= _MAX_REMEMBERED:
             self._written.clear()
-        self._written[name] = now
+        self._written[name] = (now, count + 1)
         stamp = now.strftime("%Y-%m-%dT%H:%M:%SZ")
         manifest: Object = {
             "apiVersion": "v1",
@@ -74,9 +74,9 @@ class EventRecorder:
             try:
                 await self._cluster.create(manifest)
             except AlreadyExistsError:
-                old = await self._cluster.get("Event", name, namespace)
-                count = int(old.get("count") or 1) + 1
-                await self._cluster.patch("Event", name, namespace, {"count": count, "lastTimestamp": stamp})
+                # Written before, perhaps by an earlier process: events are not read, so its count is not known.
+                seen = {"count": max(2, count + 1), "lastTimestamp": stamp}
+                await self._cluster.patch("Event", name, namespace, seen)
         except ClusterError:
             # Events are told once: the state they tell stands in the status.
             self._written.pop(name, None)

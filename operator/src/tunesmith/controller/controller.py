@@ -88,7 +88,7 @@ class Controller:
         """Reconcile until cancelled."""
         await self.synced()
         self._context.epoch = epoch
-        self._context.installation_key = await installation_key(self._context.cluster, self._context.settings.namespace)
+        self._context.installation_key = await self._installation_key()
         for kind in self._reconcilers:
             for item in self._context.caches[kind].list():
                 self._context.queue.add(_key(item))
@@ -101,6 +101,16 @@ class Controller:
                     group.create_task(self._background(reconciler))
         finally:
             self._metrics.leading.set(0)
+
+    async def _installation_key(self) -> bytes:
+        failures = 0
+        while True:
+            try:
+                return await installation_key(self._context.cluster, self._context.settings.namespace)
+            except ClusterError as error:
+                failures += 1
+                _log.warning("the installation key cannot be read or created: %s", error)
+                await asyncio.sleep(backoff(failures))
 
     async def stop(self) -> None:
         """End the watches."""

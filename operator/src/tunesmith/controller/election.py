@@ -62,14 +62,15 @@ class Election:
             _log.warning("%s lost the lease and waits for it", self._identity)
 
     async def release(self) -> None:
-        """Let another replica take over at once. Only while the Lease is held."""
-        if not self._lease or self._lease["spec"].get("holderIdentity") != self._identity:
-            return
+        """Let another replica take over at once, where this one holds the Lease."""
         self._until = 0.0
-        self._lease["spec"]["holderIdentity"] = ""
         with contextlib.suppress(ClusterError, TimeoutError):
             async with asyncio.timeout(self._seconds):
-                await self._cluster.replace(self._lease)
+                # Read anew: a renewal may have been under way.
+                lease = await self._cluster.find("Lease", LEASE_NAME, self._namespace)
+                if lease is not None and lease["spec"].get("holderIdentity") == self._identity:
+                    lease["spec"]["holderIdentity"] = ""
+                    await self._cluster.replace(lease)
 
     async def _acquire(self) -> int:
         while True:

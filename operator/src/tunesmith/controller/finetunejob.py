@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import TYPE_CHECKING
 
@@ -118,15 +119,13 @@ class FineTuneJobReconciler:
                 await self._context.delete(jobs[name])
 
     async def _create(self, job: FineTuneJob, manifest: Object) -> None:
-        """Created once and never applied again: a Job of that name is the one that was meant."""
-        await self._context.apply(render.configuration(job))
-        try:
-            await self._context.create(manifest)
-        except AlreadyExistsError:
-            metadata = manifest["metadata"]
-            self._context.caches["Job"].put(
-                await self._context.cluster.get("Job", metadata["name"], metadata["namespace"])
-            )
+        """Created once and never applied again: an object of that name is the one that was meant.
+
+        A newer release may render it otherwise, and what an attempt reads must not change between attempts.
+        """
+        for item in (render.configuration(job), manifest):
+            with contextlib.suppress(AlreadyExistsError):
+                await self._context.create(item)
 
     async def _write(self, manifest: Object, old: FineTuneJobStatus, new: FineTuneJobStatus) -> None:
         document = new.manifest()

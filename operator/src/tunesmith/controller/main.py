@@ -7,6 +7,7 @@ import contextlib
 import logging
 import signal
 import sys
+import time
 from typing import TYPE_CHECKING
 
 import uvloop
@@ -59,7 +60,8 @@ async def operate(settings: Settings, stop: asyncio.Event) -> None:
             context.may_write = election.leads
             leading = election.run(controller.lead)
         else:
-            leading = controller.lead(1)
+            # Without a Lease to count leaders, the clock makes a later process' epoch higher.
+            leading = controller.lead(int(time.time()))
         async with serving(
             probe_port=settings.probe_port,
             metrics_port=settings.metrics_port,
@@ -68,7 +70,8 @@ async def operate(settings: Settings, stop: asyncio.Event) -> None:
             registry=metrics.registry,
         ):
             await _until(stop, controller.keep_caches(), leading)
-            await election.release()
+            if settings.leader_election:
+                await election.release()
             await controller.stop()
 
 
@@ -104,6 +107,8 @@ def main() -> None:
         level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
     logging.getLogger("kopf").setLevel(logging.WARNING)
+    # It warns that it cannot catch signals in its thread, which is as wanted.
+    logging.getLogger("kopf._core.reactor.running").setLevel(logging.ERROR)
     try:
         with contextlib.suppress(KeyboardInterrupt), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_main(settings))

@@ -1,0 +1,150 @@
+"""The cluster client against a real API server."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from cable import Cable
+from operatorprocess import until
+from tunesmith.cluster.client import Cluster
+from tunesmith.cluster.errors import (
+    AlreadyExistsError,
+    ClusterError,
+    ConfigurationError,
+    ConflictError,
+    InvalidError,
+    NotFoundError,
+    UnavailableError,
+)
+from tunesmith.cluster.events import EventRecorder
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from apiserver import ApiServer
+
+pytestmark = pytest.mark.controlplane
+Object = dict[str, Any]
+
+
+@pytest.fixture
+async def cluster(apiserver: ApiServer) -> AsyncIterator[Cluster]:
+    async with await Cluster.connect(kubeconfig=apiserver.kubeconfig) as connected:
+        yield connected
+
+
+def config_map(namespace: str, name: str = "settings", **data: str) -> Object:
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": name, "namespace": namespace, "labels": {"part": "a"}},
+        "data": data,
+    }
+
+
+async def test_apply_is_the_full_intent(cluster: Cluster, namespace: str) -> None:
+    await cluster.apply(config_map(namespace, a="1", b="2"))
+    applied = await cluster.apply(config_map(namespace, a="3"))
+    assert applied["data"] == {"a": "3"}
+    assert "managedFields" not in applied["metadata"]
+
+
+async def test_errors_say_what_to_do(cluster: Cluster, namespace: str) -> None:
+    old = await cluster.create(config_map(namespace))
+    with pytest.raises(AlreadyExistsError):
+        await cluster.create(config_map(namespace))
+    await cluster.replace({**old, "data": {"a": "1"}})
+    with pytest.raises(ConflictError, match="the object has been modified"):
+        await cluster.replace({**old, "data": {"a": "2"}})
+    with pytest.raises(ConflictError):
+        await cluster.delete("ConfigMap", "settings", namespace, uid="another")
+    with pytest.raises(InvalidError, match=r"metadata\.name"):
+        await cluster.create(config_map(namespace, "Not_A_Name"))
+    with pytest.raises(NotFoundError):
+        await cluster.get("ConfigMap", "nothing", namespace)
+    assert await cluster.find("ConfigMap", "nothing", namespace) is None
+    assert await cluster.delete("ConfigMap", "settings", namespace)
+    assert not await cluster.delete("ConfigMap", "settings", namespace)
+
+
+async def test_a_server_that_is_not_there_is_unavailable(apiserver: ApiServer, tmp_path: Path) -> None:
+    kubeconfig = tmp_path / "kubeconfig"
+    kubeconfig.write_text(apiserver.kubeconfig.read_text().replace(apiserver.url, "https://127.0.0.1:1"))
+    results = []
+    async with await Cluster.connect(kubeconfig=kubeconfig, observer=lambda *call: results.append(call)) as cluster:
+        with pytest.raises(UnavailableError, match=r"https://127\.0\.0\.1:1 cannot be reached"):
+            await cluster.list("Pod")
+    assert results == [("list", "Pod", "unavailable")]
+
+
+async def test_a_missing_kubeconfig_is_told_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"there is no kubeconfig at .*: set KUBECONFIG to one"):
+        await Cluster.connect(kubeconfig=tmp_path / "nothing")
+
+
+async def test_lists_of_any_length_are_complete(
+    cluster: Cluster, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tunesmith.cluster.client.PAGE_SIZE", 3)
+    for number in range(8):
+        await cluster.create(config_map(namespace, f"c-{number}"))
+    items = await cluster.list("ConfigMap", namespace, labels="part=a")
+    assert [item["metadata"]["name"] for item in items] == [f"c-{number}" for number in range(8)]
+    assert items[0]["kind"] == "ConfigMap"
+
+
+async def test_a_watch_tells_every_change_and_what_was_missed_meanwhile(
+    apiserver: ApiServer, cluster: Cluster, namespace: str, tmp_path: Path
+) -> None:
+    for name in ("deleted", "changed"):
+        await cluster.create(config_map(namespace, name))
+    told: list[tuple[str, str]] = []
+
+    async def follow(behind: Cluster) -> None:
+        async for event in behind.watch("ConfigMap", namespace, labels="part=a"):
+            told.append((event.type, event.object.get("metadata", {}).get("name", "")))  # noqa: PERF401 - it has no end
+
+    async def have(*events: tuple[str, str]) -> None:
+        async def found() -> bool:
+            return set(events) <= set(told)
+
+        await until(found, f"{events} among {told}")
+
+    cable = Cable(apiserver.url)
+    async with await cable.start() as listener:
+        async with await Cluster.connect(kubeconfig=cable.kubeconfig(apiserver, listener, tmp_path)) as behind:
+            task = asyncio.create_task(follow(behind))
+            await have(("SYNCED", ""))
+            assert told == [("ADDED", "changed"), ("ADDED", "deleted"), ("SYNCED", "")]
+            await cluster.create(config_map(namespace, "new"))
+            await have(("ADDED", "new"))
+            cable.cut()
+            await cluster.delete("ConfigMap", "deleted", namespace)
+            await cluster.apply(config_map(namespace, "changed", a="1"))
+            cable.mend()
+            await have(("DELETED", "deleted"), ("MODIFIED", "changed"))
+            task.cancel()
+        cable.cut()
+
+
+async def test_an_event_is_one_object_however_often_it_is_told(cluster: Cluster, namespace: str) -> None:
+    about = await cluster.create(config_map(namespace))
+    first, later = EventRecorder(cluster), EventRecorder(cluster)
+    for recorder in (first, first, later):
+        await recorder.event(about, "Started", "attempt 1 runs")
+    await first.event(about, "Ended", "attempt 1 ended", type_="Warning")
+    events = {event["reason"]: event for event in await cluster.list("Event", namespace)}
+    assert {reason: event["count"] for reason, event in events.items()} == {"Started": 2, "Ended": 1}
+    assert events["Ended"]["type"] == "Warning"
+
+
+def test_every_error_names_a_retry_policy_and_a_label() -> None:
+    def all_of(kind: type[ClusterError]) -> list[type[ClusterError]]:
+        return [kind, *(found for child in kind.__subclasses__() for found in all_of(child))]
+
+    labels = [kind.label for kind in all_of(ClusterError)]
+    assert len(labels) == len(set(labels))
