@@ -157,7 +157,7 @@ def test_no_free_slot_is_told(status: Build, pod: Build) -> None:
 
 def test_more_copies_than_pods_serve_and_say_so(status: Build, pod: Build) -> None:
     got = status(artifact("a"), [pod("p", holds={A: "Resident"})], copies=2, unplaced={A: "the pool has 1 pod"})
-    assert shown(got)["Ready"] == "True Resident"
+    assert shown(got) == {"Resolved": "True Resolved", "Ready": "True Resident", "Progressing": "True NoFreeSlot"}
     assert got.revisions[0].message == "the pool has 1 pod"
 
 

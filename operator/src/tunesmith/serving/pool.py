@@ -188,7 +188,8 @@ def _status(
             ),
         )
     old = pool.status
-    kept = seen.decision.replicas == old.desired_replicas and old.desired_reason is not None
+    # The reason tells why this size was chosen; it is not written again with every request that comes.
+    kept = (old.desired_replicas, old.observed_generation) == (seen.decision.replicas, pool.metadata.generation)
     degraded, available = outcomes[ServingPoolCondition.DEGRADED][0], outcomes[ServingPoolCondition.AVAILABLE][0]
     return ServingPoolStatus(
         phase=PoolPhase.DEGRADED if degraded else PoolPhase.AVAILABLE if available else PoolPhase.PENDING,
@@ -196,7 +197,7 @@ def _status(
         observed_generation=pool.metadata.generation,
         base_model_fingerprint=fingerprint,
         desired_replicas=seen.decision.replicas,
-        desired_reason=old.desired_reason if kept else seen.decision.reason[:1024],
+        desired_reason=old.desired_reason if kept and old.desired_reason else seen.decision.reason[:1024],
         replicas=len(living),
         ready_replicas=ready,
         adapters=len(seen.adapters),

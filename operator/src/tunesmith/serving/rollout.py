@@ -80,7 +80,8 @@ def plan(adapter: AdapterDeployment, seen: Observation, now: datetime) -> Adapte
         if not pod.stopping and any(revision.engine_name in pod.resident for revision in verdict.revisions)
     ]
     old = adapter.status
-    kept = seen.decision.replicas == old.desired_replicas and old.desired_reason is not None
+    # The reason tells why this size was chosen; it is not written again with every request that comes.
+    kept = (old.desired_replicas, old.observed_generation) == (seen.decision.replicas, adapter.metadata.generation)
     return AdapterDeploymentStatus(
         phase=verdict.phase(),
         conditions=list(conditions),
@@ -89,7 +90,7 @@ def plan(adapter: AdapterDeployment, seen: Observation, now: datetime) -> Adapte
         model=adapter.model if seen.lost_to is None else None,
         revisions=verdict.revisions,
         desired_replicas=seen.decision.replicas,
-        desired_reason=old.desired_reason if kept else seen.decision.reason[:1024],
+        desired_reason=old.desired_reason if kept and old.desired_reason else seen.decision.reason[:1024],
         replicas=len(holders),
         ready_replicas=sum(1 for pod in holders if pod.ready and pod.answering),
         selector=SELECTOR,
@@ -250,12 +251,10 @@ class _Verdict:
         return ConditionStatus.FALSE, reason, message
 
     def progressing(self) -> _Outcome:
-        if self.revisions and _settled(self.revisions[0], self.seen):
-            return (
-                ConditionStatus.FALSE,
-                Reason.SETTLED,
-                f"revision {short(self.revisions[0].digest)} is on as many pods as are wanted and there",
-            )
+        newest = next(iter(self.revisions), None)
+        if newest is not None and newest.ready_replicas >= self.seen.decision.replicas:
+            message = f"revision {short(newest.digest)} is resident on {newest.ready_replicas} ready pods as wanted"
+            return ConditionStatus.FALSE, Reason.SETTLED, message.replace(" 1 ready pods", " 1 ready pod")
         moving, reason, message = self._what_is_missing()
         return ConditionStatus.TRUE if moving else ConditionStatus.FALSE, reason, message
 

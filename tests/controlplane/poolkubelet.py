@@ -1,0 +1,228 @@
+"""Plays the kubelet, the agents and a gateway for pods of ServingPools, which the real Deployment controller makes.
+
+Each pod gets a loopback address of its own, on which an agent listens that keeps to the protocol.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import random
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+
+from kubelet import now
+from tunesmith.cluster.errors import ConflictError, NotFoundError
+from tunesmith.contracts.agent import (
+    AGENT_PORT,
+    GATEWAY_INTERNAL_PORT,
+    AdapterDemand,
+    DesiredAdapters,
+    GatewayDemand,
+    PodState,
+    Residency,
+    ResidencyState,
+    gateway_token,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from tunesmith.cluster.client import Cluster
+
+Object = dict[str, Any]
+FINGERPRINT = "sha256:" + "f" * 64
+GATE = "tunesmith.dev/adapters"
+
+
+class Lines:
+    """Serves a stream of JSON lines: one on each change and one at least every half second."""
+
+    def __init__(self, token: str, path: str, line: Callable[[], str]) -> None:
+        self.token = token
+        self.refused = 0
+        self.address = f"127.{random.randint(1, 254)}.{random.randint(1, 254)}.{random.randint(1, 254)}"  # noqa: S311
+        self.application = web.Application(middlewares=[self._guard])
+        self.application.add_routes([web.get(path, self._stream)])
+        self._line = line
+        self._changed = asyncio.Condition()
+        self._runner: web.AppRunner | None = None
+        self.silent = False
+
+    async def listen(self, port: int) -> None:
+        self._runner = web.AppRunner(self.application, shutdown_timeout=0.1)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, self.address, port).start()
+
+    async def close(self) -> None:
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    async def change(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        if request.headers.get("Authorization") != f"Bearer {self.token}":
+            self.refused += 1
+            return web.Response(status=401)
+        response: web.StreamResponse = await handler(request)
+        return response
+
+    async def _stream(self, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        with contextlib.suppress(ConnectionResetError):
+            while True:
+                if not self.silent:
+                    await response.write(self._line().encode() + b"\n")
+                async with self._changed:
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self._changed.wait(), 0.5)
+        return response
+
+
+class FakeAgent(Lines):
+    """An agent whose engine loads at once; `damaged` names what it finds damaged."""
+
+    def __init__(self, token: str, damaged: set[str]) -> None:
+        super().__init__(token, "/v1/events", lambda: self.state.model_dump_json(by_alias=True))
+        self.state = PodState(base_model_fingerprint=FINGERPRINT, engine_ready=True)
+        self.lists: list[DesiredAdapters] = []
+        self.damaged = damaged
+        self.application.add_routes([web.put("/v1/adapters", self._put)])
+
+    @property
+    def holds(self) -> list[str]:
+        return sorted(entry.engine_name for entry in self.state.adapters if entry.state is ResidencyState.RESIDENT)
+
+    async def set(self, **changes: Any) -> None:
+        self.state = self.state.model_copy(update=changes)
+        await self.change()
+
+    async def _put(self, request: web.Request) -> web.Response:
+        wanted = DesiredAdapters.model_validate_json(await request.read())
+        if (wanted.epoch, wanted.sequence) < (self.state.epoch, self.state.sequence):
+            return web.json_response({"error": "older than the list that is there"}, status=409)
+        self.lists.append(wanted)
+        await self.set(
+            epoch=wanted.epoch,
+            sequence=wanted.sequence,
+            adapters=[
+                Residency(
+                    engine_name=adapter.engine_name,
+                    digest=adapter.digest,
+                    state=ResidencyState.FAILED if adapter.engine_name in self.damaged else ResidencyState.RESIDENT,
+                    message="adapter_model.safetensors has another SHA-256"
+                    if adapter.engine_name in self.damaged
+                    else "",
+                    permanent=adapter.engine_name in self.damaged,
+                )
+                for adapter in wanted.adapters
+            ],
+        )
+        return web.json_response({"epoch": wanted.epoch, "sequence": wanted.sequence})
+
+
+class FakeGateway(Lines):
+    """A gateway with requests; it registers itself as a pod."""
+
+    def __init__(self, installation_key: bytes) -> None:
+        super().__init__(
+            gateway_token(installation_key), "/v1/demand", lambda: self.demand.model_dump_json(by_alias=True)
+        )
+        self.demand = GatewayDemand()
+
+    async def set(self, **models: int) -> None:
+        self.demand = GatewayDemand(models={name: AdapterDemand(running=count) for name, count in models.items()})
+        await self.change()
+
+
+@contextlib.asynccontextmanager
+async def gateway(cluster: Cluster, namespace: str) -> AsyncIterator[FakeGateway]:
+    """A gateway pod in the operator's namespace."""
+    secret = await cluster.get("Secret", "tunesmith-installation-key", namespace)
+    fake = FakeGateway(base64.b64decode(secret["data"]["key"]).strip())
+    await fake.listen(GATEWAY_INTERNAL_PORT)
+    pod = await cluster.create(
+        {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {
+                "generateName": "gateway-",
+                "namespace": namespace,
+                "labels": {"app.kubernetes.io/component": "gateway"},
+            },
+            "spec": {"containers": [{"name": "gateway", "image": "gateway:1"}]},
+        }
+    )
+    status = {"phase": "Running", "podIP": fake.address, "podIPs": [{"ip": fake.address}]}
+    await cluster.replace_status({**pod, "status": status})
+    try:
+        yield fake
+    finally:
+        await cluster.delete("Pod", pod["metadata"]["name"], namespace, grace_seconds=0)
+        await fake.close()
+
+
+class PoolKubelet:
+    """Runs the pool pods of a namespace."""
+
+    def __init__(self, cluster: Cluster, namespace: str) -> None:
+        self.cluster = cluster
+        self.namespace = namespace
+        self.agents: dict[str, FakeAgent] = {}
+        """By pod name."""
+        self.damaged: set[str] = set()
+
+    async def run(self) -> None:
+        """Play until cancelled."""
+        labels = "app.kubernetes.io/component=pool"
+        try:
+            async for event in self.cluster.watch("Pod", self.namespace, labels=labels):
+                if event.type == "SYNCED":
+                    continue
+                name = event.object["metadata"]["name"]
+                if event.type == "DELETED":
+                    if name in self.agents:
+                        await self.agents.pop(name).close()
+                else:
+                    await self._play(event.object)
+        finally:
+            for agent in self.agents.values():
+                await agent.close()
+
+    def holders(self, engine_name: str) -> list[str]:
+        """Names of the pods on which a revision is resident."""
+        return sorted(name for name, agent in self.agents.items() if engine_name in agent.holds)
+
+    async def _play(self, pod: Object) -> None:
+        metadata = pod["metadata"]
+        if metadata["name"] not in self.agents:
+            secret_name = next(
+                entry["secret"]["secretName"] for entry in pod["spec"]["volumes"] if entry["name"] == "token"
+            )
+            secret = await self.cluster.get("Secret", secret_name, metadata["namespace"])
+            agent = FakeAgent(base64.b64decode(secret["data"]["token"]).decode(), self.damaged)
+            await agent.listen(AGENT_PORT)
+            self.agents[metadata["name"]] = agent
+        address = self.agents[metadata["name"]].address
+        conditions = {condition["type"]: condition for condition in (pod.get("status") or {}).get("conditions") or ()}
+        is_open = conditions.get(GATE, {}).get("status") == "True"
+        ready = "True" if is_open else "False"
+        if pod["status"].get("podIP") == address and conditions.get("Ready", {}).get("status") == ready:
+            return
+        conditions["Ready"] = {"type": "Ready", "status": ready, "lastTransitionTime": now()}
+        status = {
+            **pod["status"],
+            "phase": "Running",
+            "podIP": address,
+            "podIPs": [{"ip": address}],
+            "conditions": list(conditions.values()),
+        }
+        # A conflict or a deletion comes as the next event.
+        with contextlib.suppress(ConflictError, NotFoundError):
+            await self.cluster.replace_status({**pod, "status": status})

@@ -1,0 +1,372 @@
+"""ServingPools and AdapterDeployments on a real API server with the real controllers; kubelet and agents are played."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from apiserver import ApiServer
+from kubelet import Kubelet, failed, published, result
+from manifests import adapter, job, pool
+from operatorprocess import STORE, Operator, until
+from poolkubelet import FINGERPRINT, PoolKubelet, gateway
+from tunesmith.cluster.client import Cluster
+from tunesmith.cluster.errors import InvalidError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
+
+pytestmark = pytest.mark.controlplane
+Object = dict[str, Any]
+
+
+def digest_of(name: str) -> str:
+    return f"sha256:{hashlib.sha256(name.encode()).hexdigest()}"
+
+
+def trained(pod: Object) -> Any:
+    """A trainer whose artifact's digest follows from its job's name; a job called `bad` fails."""
+    labels = pod["metadata"]["labels"]
+    name = labels.get("tunesmith.dev/finetunejob")
+    if name is None:
+        return None
+    ending = published(pod)
+    document = json.loads(ending.message)
+    if labels["app.kubernetes.io/component"] == "validate":
+        if name == "bad":
+            return failed(2, retryable=False, reason="DatasetInvalid", message="line 3 of data.jsonl is not JSON")
+        document["resolved"]["baseModelFingerprint"] = FINGERPRINT
+    else:
+        document["artifact"]["digest"] = digest_of(name)
+    return type(ending)(message=result(**document))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
+    with ApiServer(tmp_path_factory.mktemp("apiserver")) as running:
+        running.install_crds()
+        running.start_controller_manager()
+        yield running
+
+
+@pytest.fixture(scope="module")
+def operator(server: ApiServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
+    with Operator(server.kubeconfig, tmp_path_factory.mktemp("operator")) as running:
+        yield running
+    print(running.log.read_text())  # noqa: T201 - pytest shows it with a failure
+
+
+@pytest.fixture
+async def cluster(server: ApiServer) -> AsyncIterator[Cluster]:
+    async with await Cluster.connect(kubeconfig=server.kubeconfig) as connected:
+        yield connected
+
+
+class World:
+    """A namespace with a pool, whose pods are played."""
+
+    def __init__(self, cluster: Cluster, namespace: str) -> None:
+        self.cluster = cluster
+        self.namespace = namespace
+        self.pods = PoolKubelet(cluster, namespace)
+        self.trainers = Kubelet(cluster, trained, namespace)
+
+    async def pool(self, **changes: object) -> Object:
+        return await self.cluster.create(pool(self.namespace, **changes))
+
+    async def train(self, name: str) -> Object:
+        return await self.cluster.create(job(self.namespace, name))
+
+    async def serve(self, name: str, source: str, **changes: object) -> Object:
+        return await self.cluster.create(
+            adapter(self.namespace, name, adapterFrom__fineTuneJob__name=source, **changes)
+        )
+
+    async def get(self, name: str, kind: str = "AdapterDeployment") -> Object:
+        return await self.cluster.get(kind, name, self.namespace)
+
+    def engine_name(self, model: str, source: str) -> str:
+        return f"{self.namespace}/{model}@{digest_of(source)[7:19]}"
+
+    async def condition(self, name: str, type_: str, kind: str = "AdapterDeployment") -> Object:
+        conditions = (await self.get(name, kind)).get("status", {}).get("conditions", [])
+        return next((condition for condition in conditions if condition["type"] == type_), {})
+
+    async def until_condition(
+        self, name: str, type_: str, status: str, reason: str = "", kind: str = "AdapterDeployment"
+    ) -> Object:
+        async def holds() -> bool:
+            found = await self.condition(name, type_, kind)
+            return found.get("status") == status and reason in {"", found["reason"]}
+
+        try:
+            await until(holds, f"{type_}={status} {reason} of {name}")
+        except TimeoutError as error:
+            raise TimeoutError(f"{error}: {await self.get(name, kind)}") from None
+        return await self.condition(name, type_, kind)
+
+    async def until_holders(self, engine_name: str, count: int) -> list[str]:
+        await self.until(lambda: len(self.pods.holders(engine_name)) == count, f"{engine_name} on {count} pods")
+        return self.pods.holders(engine_name)
+
+    async def until(self, condition: Callable[[], bool], what: str) -> None:
+        async def holds() -> bool:
+            return condition()
+
+        await until(holds, what)
+
+
+@pytest.fixture
+async def world(operator: Operator, cluster: Cluster) -> AsyncIterator[World]:
+    assert operator.process.poll() is None
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    made = await cluster.create(
+        {"apiVersion": "v1", "kind": "Namespace", "metadata": {"generateName": "test-", "labels": labels}}
+    )
+    found = World(cluster, made["metadata"]["name"])
+    tasks = [asyncio.create_task(found.pods.run()), asyncio.create_task(found.trainers.run())]
+    yield found
+    await cluster.delete("Namespace", found.namespace)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_from_a_job_that_does_not_exist_yet_to_an_adapter_that_answers(world: World) -> None:
+    await world.pool()
+    await world.serve("pirate", "talk")
+    waiting = await world.until_condition("pirate", "Ready", "False", "FineTuneJobNotFound")
+    assert waiting["message"].startswith(
+        f"waits for FineTuneJob talk, which does not exist in namespace {world.namespace}"
+    )
+    made = await world.train("talk")
+    await world.until_condition("pirate", "Ready", "True", "Resident")
+    await world.until_condition("pirate", "Progressing", "False", "Settled")
+    name = world.engine_name("pirate", "talk")
+    (agent,) = world.pods.agents.values()
+    (wanted,) = agent.lists[-1].adapters
+    assert (wanted.engine_name, wanted.digest) == (name, digest_of("talk"))
+    assert wanted.uri == f"{STORE}/{world.namespace}/talk-{made['metadata']['uid']}/artifact"
+    assert agent.refused == 0
+    status = (await world.get("pirate"))["status"]
+    assert status["phase"] == "Ready"
+    assert status["model"] == f"{world.namespace}/pirate"
+    assert status["pool"] == {"name": "small", "namespace": world.namespace}
+    assert (status["desiredReplicas"], status["replicas"], status["readyReplicas"]) == (1, 1, 1)
+    assert status["revisions"][0]["state"] == "Resident"
+    await world.until_condition("small", "Available", "True", kind="ServingPool")
+    pool_status = (await world.get("small", "ServingPool"))["status"]
+    assert pool_status["baseModelFingerprint"] == FINGERPRINT
+    assert (pool_status["adapters"], pool_status["slotsUsed"], pool_status["slotsFree"]) == (1, 1, 7)
+
+
+async def test_the_pool_owns_its_objects_and_mends_them(world: World) -> None:
+    made = await world.pool(replicas=2)
+    await world.until_condition("small", "Available", "True", kind="ServingPool")
+    for kind in ("Deployment", "Secret", "PodDisruptionBudget"):
+        (item,) = await world.cluster.list(kind, world.namespace, labels="tunesmith.dev/pool=small")
+        assert item["metadata"]["ownerReferences"][0]["uid"] == made["metadata"]["uid"]
+    (deployment,) = await world.cluster.list("Deployment", world.namespace)
+    await world.cluster.patch("Deployment", deployment["metadata"]["name"], world.namespace, {"spec": {"replicas": 5}})
+
+    async def mended() -> bool:
+        (found,) = await world.cluster.list("Deployment", world.namespace)
+        return bool(found["spec"]["replicas"] == 2)
+
+    await until(mended, "the Deployment has 2 replicas again")
+    await world.cluster.delete("ServingPool", "small", world.namespace)
+
+    async def gone() -> bool:
+        kinds = ("Deployment", "Secret", "PodDisruptionBudget", "Pod")
+        return not any([await world.cluster.list(kind, world.namespace) for kind in kinds])
+
+    await until(gone, "all objects of the pool are gone")
+
+
+async def test_of_two_claims_on_one_name_the_older_wins_until_it_leaves(world: World) -> None:
+    await world.pool()
+    await world.train("talk")
+    await world.serve("first", "talk", modelName="pirate")
+    await world.until_condition("first", "Ready", "True")
+    # Times of creation have whole seconds.
+    await asyncio.sleep(1.1)
+    await world.serve("second", "talk", modelName="pirate")
+    lost = await world.until_condition("second", "Ready", "False", "ModelNameTaken")
+    assert lost["message"] == (
+        f"the model name {world.namespace}/pirate belongs to AdapterDeployment "
+        f"{world.namespace}/first, which is older: "
+        "choose another spec.modelName"
+    )
+    assert (
+        "revisions" not in (await world.get("second"))["status"]
+        or not (await world.get("second"))["status"]["revisions"]
+    )
+    await world.cluster.delete("AdapterDeployment", "first", world.namespace)
+    await world.until_condition("second", "Ready", "True", "Resident")
+
+
+async def test_a_damaged_artifact_is_told_and_others_go_on(world: World) -> None:
+    broken = world.engine_name("broken", "flipped")
+    world.pods.damaged.add(broken)
+    await world.pool()
+    await world.train("flipped")
+    await world.train("fine")
+    await world.serve("broken", "flipped")
+    await world.serve("good", "fine")
+    told = await world.until_condition("broken", "Ready", "False", "RevisionFailed")
+    assert "adapter_model.safetensors has another SHA-256" in told["message"]
+    await world.until_condition("good", "Ready", "True", "Resident")
+
+
+async def test_a_failed_job_is_told_with_its_reason(world: World) -> None:
+    await world.pool()
+    await world.train("bad")
+    await world.serve("pirate", "bad")
+    told = await world.until_condition("pirate", "Ready", "False", "FineTuneJobFailed")
+    assert "FineTuneJob bad failed with DatasetInvalid" in told["message"]
+    assert "line 3 of data.jsonl is not JSON" in told["message"]
+
+
+async def test_another_job_rolls_out_and_a_source_that_vanishes_leaves_it_serving(world: World) -> None:
+    await world.pool()
+    await world.train("one")
+    await world.train("two")
+    await world.serve("pirate", "one")
+    await world.until_condition("pirate", "Ready", "True", "Resident")
+    patch = {"spec": {"adapterFrom": {"fineTuneJob": {"name": "two"}}}}
+    await world.cluster.patch("AdapterDeployment", "pirate", world.namespace, patch)
+    (agent,) = world.pods.agents.values()
+    await world.until(lambda: agent.holds == [world.engine_name("pirate", "two")], "only the new revision is resident")
+    held = [{entry.engine_name for entry in told.adapters} for told in agent.lists]
+    both = {world.engine_name("pirate", "one"), world.engine_name("pirate", "two")}
+    assert both in held, "the old one stayed until the new one was there"
+    await world.cluster.delete("FineTuneJob", "two", world.namespace)
+    resolved = await world.until_condition("pirate", "Resolved", "False", "FineTuneJobNotFound")
+    assert resolved["message"].endswith("goes on serving")
+    assert (await world.condition("pirate", "Ready"))["status"] == "True"
+
+
+async def test_scale_by_hand_and_not_beside_autoscaling(world: World) -> None:
+    await world.pool(replicas=2)
+    await world.train("talk")
+    await world.serve("plain", "talk")
+    await world.serve("auto", "talk", autoscaling={"maxReplicas": 2})
+    await world.until_condition("plain", "Ready", "True")
+    await world.cluster.scale("AdapterDeployment", "plain", world.namespace, 2)
+    await world.until_holders(world.engine_name("plain", "talk"), 2)
+    with pytest.raises(InvalidError, match="replicas is decided by autoscaling: remove autoscaling first"):
+        await world.cluster.scale("AdapterDeployment", "auto", world.namespace, 2)
+    await world.cluster.scale("AdapterDeployment", "plain", world.namespace, 1)
+    await world.until_holders(world.engine_name("plain", "talk"), 1)
+
+
+async def test_more_copies_than_pods_say_so(world: World) -> None:
+    await world.pool()
+    await world.train("talk")
+    await world.serve("pirate", "talk", replicas=2)
+    found = await world.until_condition("pirate", "Progressing", "True", "NoFreeSlot")
+    assert "the pool has 1 pod and two copies never share one" in found["message"]
+
+
+async def test_load_takes_one_adapter_to_a_second_pod_and_back(world: World) -> None:
+    await world.pool(
+        autoscaling={"minReplicas": 1, "maxReplicas": 2, "targetConcurrency": 64, "scaleDownDelaySeconds": 3}
+    )
+    await world.train("talk")
+    rule = {"maxReplicas": 2, "targetConcurrency": 8, "scaleDownDelaySeconds": 3}
+    await world.serve("busy", "talk", autoscaling=rule)
+    await world.serve("quiet", "talk", autoscaling=rule)
+    busy, quiet = world.engine_name("busy", "talk"), world.engine_name("quiet", "talk")
+    await world.until_condition("busy", "Ready", "True")
+    await world.until_condition("quiet", "Ready", "True")
+    async with gateway(world.cluster, "default") as front:
+        await front.set(**{f"{world.namespace}/busy": 24})
+        await world.until_holders(busy, 2)
+        assert len(world.pods.holders(quiet)) == 1
+        status = (await world.get("busy"))["status"]
+        assert status["desiredReplicas"] == 2
+        assert re.fullmatch(
+            r"\d+ requests running or waiting, 8 per copy: (2 copies|3 copies, limited to 2 by maxReplicas)",
+            status["desiredReason"],
+        )
+        pool_status = (await world.get("small", "ServingPool"))["status"]
+        assert pool_status["desiredReason"] == (
+            f"{world.namespace}/busy wants 2 copies, each on a pod of its own: 2 pods"
+        )
+        await front.set()
+        await world.until(lambda: len(world.pods.agents) == 1, "the pool has one pod again")
+        assert len(world.pods.holders(busy)) == 1
+        assert len(world.pods.holders(quiet)) == 1
+        assert front.refused == 0
+    await world.until_condition("busy", "Ready", "True")
+
+
+async def test_without_gateways_nothing_shrinks(world: World) -> None:
+    await world.pool(replicas=2)
+    await world.train("talk")
+    await world.serve("pirate", "talk", replicas=2)
+    await world.until_holders(world.engine_name("pirate", "talk"), 2)
+    patch: Object = {"spec": {"autoscaling": {"maxReplicas": 2, "scaleDownDelaySeconds": 0}}}
+    await world.cluster.patch("AdapterDeployment", "pirate", world.namespace, patch)
+
+    async def decided() -> bool:
+        status = (await world.get("pirate"))["status"]
+        return bool(status["observedGeneration"] == 2)
+
+    await until(decided, "the new rule was acted on")
+    assert (await world.get("pirate"))["status"]["desiredReplicas"] == 2
+
+
+async def test_a_restart_of_the_operator_moves_nothing(world: World, operator: Operator) -> None:
+    await world.pool(replicas=2)
+    await world.train("talk")
+    for number in range(4):
+        await world.serve(f"model-{number}", "talk")
+        await world.until_condition(f"model-{number}", "Ready", "True")
+    before = {name: agent.holds for name, agent in world.pods.agents.items()}
+    counts = {name: len(agent.lists) for name, agent in world.pods.agents.items()}
+    since = {name: (await world.condition(name, "Ready"))["lastTransitionTime"] for name in ("model-0", "model-3")}
+    operator.kill()
+    operator.start()
+    agents = world.pods.agents
+    await world.until(
+        lambda: all(len(agents[name].lists) > counts[name] for name in agents), "the lists were told again"
+    )
+    for name, agent in agents.items():
+        for told in agent.lists[counts[name] :]:
+            assert sorted(entry.engine_name for entry in told.adapters) == before[name]
+    for name, time in since.items():
+        assert (await world.condition(name, "Ready"))["lastTransitionTime"] == time
+
+
+async def test_a_silent_agent_makes_it_unknown(world: World) -> None:
+    await world.pool()
+    await world.train("talk")
+    await world.serve("pirate", "talk")
+    await world.until_condition("pirate", "Ready", "True")
+    (agent,) = world.pods.agents.values()
+    agent.silent = True
+    await world.until_condition("pirate", "Ready", "Unknown", "AgentSilent")
+    await world.until_condition("small", "Degraded", "True", "AgentSilent", kind="ServingPool")
+    agent.silent = False
+    await world.until_condition("pirate", "Ready", "True", "Resident")
+
+
+async def test_tokens_stay_out_of_status_events_and_logs(world: World, operator: Operator) -> None:
+    await world.pool()
+    await world.train("talk")
+    await world.serve("pirate", "talk")
+    await world.until_condition("pirate", "Ready", "True")
+    (secret,) = await world.cluster.list("Secret", world.namespace)
+    token = base64.b64decode(secret["data"]["token"]).decode()
+    for kind in ("ServingPool", "AdapterDeployment", "Pod", "Deployment", "Event"):
+        with contextlib.suppress(KeyError):
+            assert token not in str(await world.cluster.list(kind, world.namespace))
+    assert token not in operator.log.read_text()
