@@ -77,6 +77,15 @@ def test_ready_pods_come_first() -> None:
     assert shown(place(wanted("a1"), [starting, ready], 4)) == "- a"
 
 
+def test_a_revision_whose_pod_is_not_ready_gets_a_place_on_one_that_is() -> None:
+    down, up = replace(pods("(a)")[0], ready=False), pods("", "b")[1]
+    first = place(wanted("a1 b1"), [down, up], 2)
+    assert first.pods == {"p0": ("a",), "p1": ("a", "b")}
+    loaded = replace(up, present=frozenset("ab"), resident=frozenset("ab"))
+    assert place(wanted("a1 b1"), [down, loaded], 2).pods == {"p0": (), "p1": ("a", "b")}
+    assert place(wanted("a1 b1"), [down, up], 1).pods == {"p0": ("a",), "p1": ("b",)}, "not without a free slot"
+
+
 def test_spread_moves_to_an_empty_pod_and_breaks_only_after_making() -> None:
     first = place(wanted("a1 b1"), pods("ab", ""), 4, spread=True)
     moved = next(iter(first.pods["p1"]))

@@ -102,6 +102,16 @@ def test_a_draining_pod_gives_its_copies_away(decide: Build, serving: Build, pod
     assert lists(got) == {"p": ["one@" + "a" * 12], "q": ["one@" + "a" * 12]}
 
 
+def test_a_silent_agent_keeps_its_copies_while_its_pod_is_ready(decide: Build, serving: Build, pod: Build) -> None:
+    held = {"team/one@" + "a" * 12: "Resident"}
+    got = decide([pod("p", holds=held, heard=False), pod("q")], [serving("one", "a")], wanted=2, deployed=2)
+    assert lists(got) == {"p": ["one@" + "a" * 12], "q": []}
+    lost = decide(
+        [pod("p", holds=held, heard=False, ready=False), pod("q")], [serving("one", "a")], wanted=2, deployed=2
+    )
+    assert lists(lost)["q"] == ["one@" + "a" * 12]
+
+
 def test_copies_without_a_place_are_told(decide: Build, serving: Build, pod: Build) -> None:
     got = decide([pod("p")], [serving("one", "a", 2)], deployed=1)
     assert got.unplaced == {

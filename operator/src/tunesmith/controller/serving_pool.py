@@ -124,7 +124,7 @@ class ServingPoolReconciler:
         targets = {
             pod.uid: Target(f"pod {pod.namespace}/{pod.name}", pod.address, token)
             for pod in self._state.pods(pool)
-            if pod.address
+            if pod.address and not pod.stopping
         }
         self._state.agents.sync(pool.metadata.uid, targets, lambda: self._context.queue.add(key))
 

@@ -27,8 +27,9 @@ class Wanted:
 class PlacementPod:
     """A pod of the pool that is not stopping.
 
-    `ready`: its engine answers. `present`: revisions that it holds or is loading. `resident`: those it can answer for.
-    `age_rank`: 0 for the oldest. `victim`: it is to leave; it only keeps what is not resident elsewhere yet.
+    `ready`: its engine answers, as far as is known. `present`: revisions that it holds or is loading. `resident`: those
+    it can answer for. `age_rank`: 0 for the oldest. `victim`: it is to leave; it only keeps what is not resident
+    elsewhere yet.
     """
 
     name: str
@@ -119,6 +120,7 @@ def place(wanted: Sequence[Wanted], pods: Iterable[PlacementPod], slots: int, *,
         pod.name: {revision for revision, names in board.targets.items() if pod.name in names} for pod in everyone
     }
     _hold(wanted, everyone, board, assigned)
+    _cover(wanted, staying, slots, assigned)
     return Placement(
         pods={name: tuple(sorted(revisions)) for name, revisions in assigned.items()},
         targets={revision: frozenset(names) for revision, names in board.targets.items()},
@@ -205,6 +207,20 @@ def _hold(wanted: Sequence[Wanted], pods: Sequence[PlacementPod], board: _Board,
         ]
         spare.sort(key=lambda pod: (not pod.ready, pod.victim, pod.age_rank, pod.name))
         for pod in spare[: max(0, len(targets) - answering)]:
+            assigned[pod.name].add(item.revision)
+
+
+def _cover(
+    wanted: Sequence[Wanted], staying: Sequence[PlacementPod], slots: int, assigned: dict[str, set[str]]
+) -> None:
+    """Give a revision that no ready pod is to hold (its engine restarts, its node is lost) a place on a ready one."""
+    ready = [pod for pod in staying if pod.ready]
+    for item in wanted:
+        if any(item.revision in assigned[pod.name] for pod in ready):
+            continue
+        free = [pod for pod in ready if len(assigned[pod.name]) < slots]
+        if item.copies > 0 and free:
+            pod = min(free, key=lambda pod: (len(assigned[pod.name]), _rendezvous(item.revision, pod.name)))
             assigned[pod.name].add(item.revision)
 
 

@@ -115,16 +115,16 @@ def _placement(
         return [
             PlacementPod(
                 pod.name,
-                ready=pod.answering,
+                ready=_counts_as_ready(pod),
                 age_rank=ages[pod.name],
                 present=pod.present,
                 resident=pod.resident,
                 victim=pod.name in leaving,
             )
             for pod in living
-            # A draining pod is on its way out, whatever else is said about it.
         ]
 
+    # A draining pod is on its way out, whatever else is said about it.
     draining = frozenset(pod.name for pod in living if pod.state is not None and pod.state.draining)
     slots = pool.spec.engine.max_loras
     candidates = pods(draining)
@@ -135,6 +135,11 @@ def _placement(
     staying = [pod for pod in candidates if not pod.victim]
     leaving = draining | victims(staying, seen.decision.replicas, counts)
     return place(wanted, pods(leaving), slots, spread=seen.spread), leaving
+
+
+def _counts_as_ready(pod: PoolPod) -> bool:
+    """A pod whose agent is silent keeps its copies while Kubernetes says that it is ready."""
+    return pod.answering or (pod.ready and not pod.heard)
 
 
 def _replicas(deployment: Mapping[str, Any] | None) -> int | None:
