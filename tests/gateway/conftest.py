@@ -7,13 +7,20 @@ from typing import TYPE_CHECKING
 
 import aiohttp
 import pytest
+import uvloop
 
 from gateway_rig import INSTALLATION_KEY, OWN_NAMESPACE, Rig, Watches, eventually, free_ports
 from tunesmith.gateway.proxy import Limits
 from tunesmith.gateway.server import Gateway, Settings
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import AsyncIterator, Awaitable, Callable
+
+
+def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """The loop that the gateway's process runs on."""
+    return {"uvloop": uvloop.new_event_loop}
 
 
 @pytest.fixture

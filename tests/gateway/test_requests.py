@@ -61,6 +61,27 @@ async def test_everything_but_the_model_reaches_the_engine_as_it_was_sent(rig: R
     assert headers["X-Request-Id"]
 
 
+@pytest.mark.parametrize(("sent", "kept"), [("trace-7", True), ("x" * 65, False), ("clé", False)])
+async def test_the_clients_request_id_is_kept_if_it_is_harmless(
+    rig: Rig,
+    sent: str,
+    kept: bool,  # noqa: FBT001
+) -> None:
+    await pirate(rig, "one")
+    headers = {"Authorization": f"Bearer {rig.key}", "X-Request-Id": sent}
+    async with rig.http.post(f"{rig.url}/v1/completions", json={"model": "pirate"}, headers=headers) as response:
+        assert response.status == 200
+        assert (response.headers["X-Request-Id"] == sent) == kept
+
+
+async def test_a_client_that_waits_for_100_continue_gets_it(rig: Rig) -> None:
+    await pirate(rig, "one")
+    headers = {"Authorization": f"Bearer {rig.key}"}
+    url = f"{rig.url}/v1/completions"
+    async with rig.http.post(url, json={"model": "pirate"}, headers=headers, expect100=True) as response:
+        assert (response.status, (await response.json())["model"]) == (200, PIRATE)
+
+
 async def test_the_stock_client_works_with_and_without_streaming(rig: Rig) -> None:
     await pirate(rig, "one")
     async with openai.AsyncOpenAI(base_url=f"{rig.url}/v1", api_key=rig.key, max_retries=0) as client:

@@ -113,7 +113,7 @@ class Proxy:
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request."""
         arrived = self._clock()
-        request_id = request.headers.get("X-Request-Id", "")[:_REQUEST_ID_LENGTH] or secrets.token_hex(8)
+        request_id = _request_id(request)
         code, model_label = CLIENT_LEFT, ""
         response: web.StreamResponse
         try:
@@ -170,6 +170,8 @@ class Proxy:
         if (request.content_length or 0) > limit:
             raise errors.body_too_large(limit)
         try:
+            if request.headers.get("Expect", "").lower() == "100-continue":
+                await _continue(request)
             data = await request.read()
         except web.HTTPRequestEntityTooLarge:
             raise errors.body_too_large(limit) from None
@@ -390,6 +392,21 @@ def _event_names(start: bytes, engine_name: str) -> bool:
         except (orjson.JSONDecodeError, TypeError):
             return False
     return not start
+
+
+def _request_id(request: web.BaseRequest) -> str:
+    """The client's id of the request, if it fits into a log line and a header, or a new one."""
+    given = request.headers.get("X-Request-Id", "")
+    if given and len(given) <= _REQUEST_ID_LENGTH and given.isascii() and given.isprintable():
+        return given
+    return secrets.token_hex(8)
+
+
+async def _continue(request: web.BaseRequest) -> None:
+    """Ask for the body: curl, above 1 MiB, and others wait for this before they send it."""
+    await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    # The interim answer does not count as the answer's first bytes.
+    request.writer.output_size = 0
 
 
 def _require(request: web.BaseRequest, method: str) -> None:
