@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
 from tunesmith_server import middleware
 
 if TYPE_CHECKING:
@@ -63,14 +64,20 @@ class Engine:
 class Exchange:
     """One request, and what came back so far."""
 
-    def __init__(self, app: Any, path: str, body: Any = None, *, method: str = "POST", token: str | None = POOL, **scope: Any) -> None:
+    def __init__(
+        self, app: Any, path: str, body: Any = None, *, method: str = "POST", token: str | None = POOL, **scope: Any
+    ) -> None:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         headers = [(b"content-length", str(len(data)).encode())]
         headers += [(b"authorization", f"Bearer {token}".encode())] if token else []
-        self._messages = [{"type": "http.request", "body": data[:5], "more_body": True}, {"type": "http.request", "body": data[5:]}]
+        self._messages = [
+            {"type": "http.request", "body": data[:5], "more_body": True},
+            {"type": "http.request", "body": data[5:]},
+        ]
         self._scope = {"type": "http", "method": method, "path": path, "headers": headers, **scope}
         self._app = app
         self.sent: list[dict[str, Any]] = []
+        self.answering = asyncio.Event()
 
     async def run(self) -> Exchange:
         async def receive() -> dict[str, Any]:
@@ -78,6 +85,7 @@ class Exchange:
 
         async def send(message: dict[str, Any]) -> None:
             self.sent.append(dict(message))
+            self.answering.set()
 
         await self._app(self._scope, receive, send)
         return self
@@ -129,7 +137,9 @@ async def test_without_the_token_nothing_reaches_the_engine(
     module: ModuleType, path: str, headers: list[tuple[bytes, bytes]]
 ) -> None:
     engine = Engine()
-    exchange = await Exchange(module.Middleware(engine), path, {"model": "m"}, method="GET", root_path="/x", headers=headers).run()
+    exchange = await Exchange(
+        module.Middleware(engine), path, {"model": "m"}, method="GET", root_path="/x", headers=headers
+    ).run()
     assert (exchange.status, exchange.code, engine.bodies) == (401, "invalid_api_key", [])
 
 
@@ -175,7 +185,9 @@ async def test_a_large_body_is_refused(module: ModuleType, monkeypatch: pytest.M
     monkeypatch.setattr(module, "MAX_BODY_BYTES", 20)
     app = module.Middleware(Engine())
     assert (await Exchange(app, CHAT, {"model": "m", "prompt": "x" * 30}).run()).status == 413
-    undeclared = Exchange(app, CHAT, {"model": "m", "prompt": "x" * 30}, headers=[(b"authorization", f"Bearer {POOL}".encode())])
+    undeclared = Exchange(
+        app, CHAT, {"model": "m", "prompt": "x" * 30}, headers=[(b"authorization", f"Bearer {POOL}".encode())]
+    )
     assert (await undeclared.run()).status == 413
 
 
@@ -185,9 +197,7 @@ async def test_requests_and_tokens_are_counted_while_they_stream(module: ModuleT
     app = module.Middleware(engine)
     exchange = Exchange(app, CHAT, {"model": "m"})
     running = asyncio.create_task(exchange.run())
-    async with asyncio.timeout(5):
-        while len(exchange.sent) < 2:
-            await asyncio.sleep(0)
+    await exchange.answering.wait()
     assert (await state(app))["inFlight"] == {"m": 1}
     engine.go.set()
     await running
@@ -202,7 +212,9 @@ async def test_requests_and_tokens_are_counted_while_they_stream(module: ModuleT
     ("options", "shown"), [(None, False), ({"include_usage": False}, False), ({"include_usage": True}, True)]
 )
 async def test_usage_of_a_stream_is_shown_only_to_who_asked(
-    module: ModuleType, options: dict[str, bool] | None, shown: bool  # noqa: FBT001
+    module: ModuleType,
+    options: dict[str, bool] | None,
+    shown: bool,  # noqa: FBT001
 ) -> None:
     engine = Engine()
     usage = b'data: {"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2,"details":{"cached":0}}}\n\n'
@@ -244,9 +256,7 @@ async def test_draining_refuses_new_requests_and_ends_running_ones(module: Modul
     app = module.Middleware(engine)
     exchange = Exchange(app, CHAT, {"model": "m"})
     running = asyncio.create_task(exchange.run())
-    async with asyncio.timeout(5):
-        while not exchange.sent:
-            await asyncio.sleep(0)
+    await exchange.answering.wait()
     assert (await Exchange(app, "/tunesmith/drain", b"", token=POOL).run()).status == 403
     assert (await Exchange(app, "/tunesmith/drain", b"", token=ADMIN).run()).status == 200
     refused = await Exchange(app, CHAT, {"model": "m"}).run()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+
 from tunesmith.contracts.agent import DesiredAdapter, ResidencyState
 from tunesmith_server.residency import UNLOAD_SECONDS, Failure, Observation, Plan, plan
 

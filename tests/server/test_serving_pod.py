@@ -1,4 +1,4 @@
-"""A whole pod: the real vLLM with the middleware, the real agent, a real S3 server. The tests run in order, on one pod."""
+"""A whole pod: the real vLLM with the middleware, the real agent, a real S3 server. The tests run in order on one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from server_rig import (
 from tunesmith.contracts.agent import PodState, Residency, ResidencyState
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from http.client import HTTPResponse
     from pathlib import Path
 
@@ -161,7 +161,8 @@ def test_each_adapter_answers_as_itself(pod: ServingPod, served: dict[str, str])
     assert pod.answers() == served
 
 
-def test_every_route_but_health_refuses_a_caller_without_the_pools_token(pod: ServingPod, served: dict[str, str]) -> None:
+@pytest.mark.usefixtures("served")
+def test_every_route_but_health_refuses_a_caller_without_the_pools_token(pod: ServingPod) -> None:
     routes = re.findall(r"Route: (\S+), Methods: (.+)", pod.engine.log.read_text())
     pairs = {(path, method.strip()) for path, methods in routes for method in methods.split(",")}
     assert {path for path, _ in pairs} >= {"/v1/chat/completions", "/adapters", "/invocations", "/metrics", "/tokenize"}
@@ -174,7 +175,8 @@ def test_every_route_but_health_refuses_a_caller_without_the_pools_token(pod: Se
     assert {key[:2] for key, status in answers.items() if status != 401} == {("/health", "GET")}
 
 
-def test_clients_reach_only_what_they_need(pod: ServingPod, served: dict[str, str]) -> None:
+@pytest.mark.usefixtures("served")
+def test_clients_reach_only_what_they_need(pod: ServingPod) -> None:
     body = {"lora_name": "x", "lora_path": "/"}
     statuses = {
         path: call(f"{pod.pod.engine_url}{path}", method, body).status
@@ -193,19 +195,22 @@ def test_clients_reach_only_what_they_need(pod: ServingPod, served: dict[str, st
     assert {call(f"{pod.pod.engine_url}{path}").status for path in ("/v1/models", "/metrics", "/health")} == {200}
 
 
+@pytest.mark.usefixtures("served")
 @pytest.mark.parametrize("model", [{}, {"model": ""}, {"model": None}, {"model": ["a"]}])
-def test_a_request_that_names_no_model_is_refused(pod: ServingPod, served: dict[str, str], model: dict[str, Any]) -> None:
+def test_a_request_that_names_no_model_is_refused(pod: ServingPod, model: dict[str, Any]) -> None:
     answer = call(f"{pod.pod.engine_url}/v1/completions", "POST", {"prompt": PROMPT, **model})
     assert (answer.status, answer.json["error"]["code"]) == (400, "missing_model")
 
 
-def test_an_unknown_model_is_not_answered_by_the_base(pod: ServingPod, served: dict[str, str]) -> None:
+@pytest.mark.usefixtures("served")
+def test_an_unknown_model_is_not_answered_by_the_base(pod: ServingPod) -> None:
     answer = call(f"{pod.pod.engine_url}/v1/completions", "POST", {"prompt": PROMPT, "model": "team/pirate"})
     assert answer.status == 404
     assert "team/pirate" not in pod.engine_state()["totals"]
 
 
-def test_streams_pass_through_and_are_counted(pod: ServingPod, served: dict[str, str]) -> None:
+@pytest.mark.usefixtures("served")
+def test_streams_pass_through_and_are_counted(pod: ServingPod) -> None:
     model = pod.entries["pirate"]["engineName"]
     before = pod.engine_state()["totals"][model]
     body = {"model": model, "prompt": PROMPT, "max_tokens": 40, "temperature": 0, "ignore_eos": True, "stream": True}
@@ -276,7 +281,8 @@ def test_a_killed_engine_gets_its_adapters_back(pod: ServingPod, served: dict[st
     assert pod.answers() == served
 
 
-def test_a_draining_pod_ends_what_runs_and_refuses_the_rest(pod: ServingPod, served: dict[str, str]) -> None:
+@pytest.mark.usefixtures("served")
+def test_a_draining_pod_ends_what_runs_and_refuses_the_rest(pod: ServingPod) -> None:
     model = pod.entries["pirate"]["engineName"]
     body = {"model": model, "prompt": PROMPT, "max_tokens": 60, "temperature": 0, "ignore_eos": True, "stream": True}
     drained: list[Answer] = []

@@ -6,6 +6,7 @@ import hashlib
 import os
 from dataclasses import dataclass
 from functools import partial
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import fsspec  # type: ignore[import-untyped]
@@ -18,6 +19,7 @@ CHUNK_BYTES = 8 * 1024 * 1024
 """Bytes per request to the store."""
 CONNECT_SECONDS = 5
 READ_SECONDS = 30
+_BAD_CREDENTIALS = ("credential", "access key")
 
 
 class StoreError(Exception):
@@ -102,9 +104,13 @@ class StoreFolder:
         Raises:
             StoreError: the folder is missing or empty, or may not be read, or the store cannot be reached.
         """
-        found = self._ask("", lambda: self._files.find(self._path, maxdepth=1, detail=True))
-        names = {path.removeprefix(self._path).lstrip("/"): entry for path, entry in found.items()}
-        files = [StoredFile(name, int(entry["size"])) for name, entry in names.items() if name and "/" not in name]
+        # Not `find`, which takes a folder that it may not read for an empty one.
+        found = self._ask("", lambda: self._files.ls(self._path, detail=True))
+        files = [
+            StoredFile(PurePosixPath(entry["name"]).name, int(entry["size"]))
+            for entry in found
+            if entry["type"] == "file" and not entry["name"].endswith("/")
+        ]
         if not files:
             message = f"{self.uri} is missing or holds no files. Check the location's spelling and the bucket."
             raise StoreError(message, permanent=True)
@@ -153,12 +159,12 @@ class StoreFolder:
             message = f"{location} does not exist. Check the location's spelling and the bucket."
             raise StoreError(message, permanent=True) from None
         except PermissionError as error:
-            message = f"Access to {location} was denied ({error}). Check the keys of the Secret with its credentials."
+            message = f"Access to {location} was denied ({error}). Check the keys of the Secret."
             raise StoreError(message, permanent=True) from None
         except Exception as error:  # noqa: BLE001
             # Every SDK has exceptions of its own, without a common base; each means: not answered.
-            if "credential" in str(error).lower():
-                message = f"There are no usable credentials for {location}: {error}."
+            if any(words in str(error).lower() for words in _BAD_CREDENTIALS):
+                message = f"Access to {location} was denied ({error}). Check the keys of the Secret."
                 raise StoreError(message, permanent=True) from None
             message = f"{location} could not be read: {type(error).__name__}: {error}."
             raise StoreError(message, permanent=False) from None

@@ -1,0 +1,175 @@
+"""The agent's process and its HTTP API, while no engine is up. What it does with one is in test_serving_pod.py."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import pytest
+from server_rig import POOL_TOKEN, Artifact, Container, Pod, S3Server, agent_container, listens, wait_until
+
+from tunesmith.contracts.agent import PodState, ResidencyState
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
+    from pathlib import Path
+
+TOKEN = {"Authorization": f"Bearer {POOL_TOKEN}"}
+
+
+@pytest.fixture
+def pod(tmp_path: Path, base: Path, store: S3Server) -> Pod:
+    return Pod(tmp_path / "pod", base, store)
+
+
+@pytest.fixture
+def agent(pod: Pod) -> Iterator[Container]:
+    container = agent_container(pod, drain_seconds=1)
+    container.start()
+    wait_until(lambda: listens(pod.agent_port), "the agent listens", 60)
+    yield container
+    container.kill()
+
+
+@pytest.fixture
+async def http(agent: Container, pod: Pod) -> AsyncIterator[aiohttp.ClientSession]:
+    assert agent.running()
+    async with aiohttp.ClientSession(pod.agent_url) as session:
+        yield session
+
+
+async def until(http: aiohttp.ClientSession, condition: Callable[[PodState], Any]) -> PodState:
+    """The first line of the event stream that meets the condition."""
+    timeout = aiohttp.ClientTimeout(total=60)
+    async with http.get("/v1/events", headers=TOKEN, timeout=timeout) as events:
+        async for line in events.content:
+            state = PodState.model_validate_json(line)
+            if condition(state):
+                return state
+    raise AssertionError("the event stream ended")
+
+
+async def put(http: aiohttp.ClientSession, body: Any) -> tuple[int, Any]:
+    async with http.put("/v1/adapters", json=body, headers=TOKEN) as response:
+        return response.status, await response.json()
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("PUT", "/v1/adapters"), ("GET", "/v1/events"), ("POST", "/drain"), ("GET", "/metrics"), ("GET", "/x")],
+)
+async def test_routes_need_the_pools_token(http: aiohttp.ClientSession, method: str, path: str) -> None:
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {POOL_TOKEN}"}):
+        async with http.request(method, path, headers=headers) as response:
+            assert response.status == 401
+    async with http.get("/healthz") as response:
+        assert response.status == 200
+
+
+async def test_the_first_line_says_what_the_pod_is_and_the_heart_beats(
+    http: aiohttp.ClientSession, fingerprint: str
+) -> None:
+    async with http.get("/v1/events", headers=TOKEN) as events:
+        lines = [PodState.model_validate_json(await events.content.readline()) for _ in range(2)]
+    assert lines == [PodState(base_model_fingerprint=fingerprint)] * 2
+
+
+@pytest.mark.parametrize(
+    ("body", "place"),
+    [
+        ([], "the body"),
+        ({"epoch": -1, "sequence": 0, "adapters": []}, "epoch"),
+        ({"epoch": 1, "sequence": 1}, "adapters"),
+        ({"epoch": 1, "sequence": 1, "adapters": [{"engineName": "a", "uri": "b"}]}, "adapters.0.digest"),
+        ({"epoch": 1, "sequence": 1, "adapters": [{"engineName": "a", "uri": "b", "digest": "c"}] * 2}, "adapters: an"),
+    ],
+)
+async def test_a_malformed_list_is_refused_and_changes_nothing(
+    http: aiohttp.ClientSession, body: Any, place: str
+) -> None:
+    status, answer = await put(http, body)
+    assert (status, answer["error"].startswith(place)) == (400, True), answer
+    assert (await until(http, bool)).sequence == 0
+
+
+async def test_lists_only_go_forward_and_outlive_the_agent(
+    http: aiohttp.ClientSession, agent: Container, pod: Pod
+) -> None:
+    assert await put(http, {"epoch": 2, "sequence": 7, "adapters": []}) == (200, {"epoch": 2, "sequence": 7})
+    assert (await put(http, {"epoch": 2, "sequence": 7, "adapters": []}))[0] == 200
+    token = pod.admin_token
+    agent.kill()
+    agent.start()
+    wait_until(lambda: listens(pod.agent_port), "the agent listens", 60)
+    for older in ({"epoch": 2, "sequence": 6}, {"epoch": 1, "sequence": 8}):
+        status, answer = await put(http, {**older, "adapters": []})
+        assert status == 409
+        assert "is older than epoch 2, sequence 7" in answer["error"]
+    assert pod.admin_token == token
+    assert (await put(http, {"epoch": 3, "sequence": 0, "adapters": []}))[0] == 200
+
+
+async def test_without_an_engine_adapters_are_fetched_and_wait(
+    http: aiohttp.ClientSession, adapter: Callable[..., Artifact], store: S3Server, pod: Pod
+) -> None:
+    sound, unfit = adapter(1).publish(store), adapter(2, use_dora=True).publish(store, model="unfit")
+    await put(http, {"epoch": 1, "sequence": 1, "adapters": [sound, unfit]})
+    state = await until(http, lambda state: {entry.state for entry in state.adapters} == {"Loading", "Failed"})
+    by_name = {entry.engine_name: entry for entry in state.adapters}
+    assert by_name[sound["engineName"]].message == "the engine is not up"
+    assert by_name[unfit["engineName"]].permanent
+    assert "DoRA" in by_name[unfit["engineName"]].message
+    assert not state.engine_ready
+    assert [path.name for path in pod.adapters.iterdir()] == [sound["digest"].removeprefix("sha256:")]
+    async with http.get("/metrics", headers=TOKEN) as response:
+        text = await response.text()
+    assert 'tunesmith_agent_failures_total{permanent="true"} 1.0' in text
+    assert 'tunesmith_agent_adapters{state="Loading"} 1.0' in text
+
+
+async def test_an_artifact_that_appears_later_is_fetched_after_the_list_says_so(
+    http: aiohttp.ClientSession, adapter: Callable[..., Artifact], store: S3Server
+) -> None:
+    entry = adapter().publish(store)
+    manifest = f"{entry['uri']}/tunesmith.json"
+    document = store.files.cat_file(manifest)
+    store.files.rm(manifest)
+    await put(http, {"epoch": 1, "sequence": 1, "adapters": [entry]})
+    state = await until(http, lambda state: state.adapters and state.adapters[0].state is ResidencyState.FAILED)
+    assert "tunesmith.json does not exist" in state.adapters[0].message
+    store.files.pipe_file(manifest, document)
+    await put(http, {"epoch": 1, "sequence": 2, "adapters": []})
+    await put(http, {"epoch": 1, "sequence": 3, "adapters": [entry]})
+    await until(http, lambda state: state.adapters and state.adapters[0].state is ResidencyState.LOADING)
+
+
+async def test_a_pod_whose_engine_is_down_drains_at_once(http: aiohttp.ClientSession) -> None:
+    async with http.post("/drain", headers=TOKEN) as response:
+        assert await response.json() == {"drained": True}
+    assert (await until(http, bool)).draining
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda pod: pod.token_file.unlink(), "with the pool's token cannot be read"),
+        (lambda pod: setattr(pod, "base", pod.folder / "none"), "The base model at"),
+        (lambda pod: (pod.state.mkdir(), (pod.state / "desired.json").write_text("{")), "is damaged"),
+    ],
+)
+def test_a_pod_that_is_set_up_wrongly_is_told_so(pod: Pod, damage: Callable[[Pod], Any], sentence: str) -> None:
+    damage(pod)
+    container = agent_container(pod)
+    ended = subprocess.run(container._command, capture_output=True, text=True, check=False, timeout=60)
+    assert ended.returncode == 2
+    assert sentence in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_the_state_is_one_line_of_json(pod: Pod, agent: Container) -> None:
+    assert agent.running()
+    assert (pod.state / "middleware/tunesmith_middleware.py").is_file()
+    assert (pod.state / "admin-token").stat().st_mode & 0o777 == 0o440
+    assert "\n" not in json.dumps(PodState().model_dump(mode="json"))

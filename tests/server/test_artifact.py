@@ -1,0 +1,322 @@
+"""What the agent takes from the store and what it refuses, with a real S3 server and real artifacts."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from server_rig import STORE, Artifact, S3Server, write_safetensors
+
+from tunesmith.contracts.agent import DesiredAdapter
+from tunesmith.contracts.artifact import ArtifactFile
+from tunesmith_server.artifact import PodLimits, fetch_artifact, remove_leftovers, stored_digests
+from tunesmith_server.lora import UnfitAdapterError, base_shapes
+from tunesmith_server.safetensors import read_tensors
+from tunesmith_server.store import StoreError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def limits(base: Path, fingerprint: str) -> PodLimits:
+    return PodLimits(STORE, fingerprint, base_shapes(base), max_rank=16)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "adapters").mkdir()
+    return tmp_path / "adapters"
+
+
+def fetch(entry: dict[str, str], limits: PodLimits, folder: Path, store: S3Server) -> Path:
+    return fetch_artifact(DesiredAdapter.model_validate(entry), limits, folder, store.secret)
+
+
+def refusal(entry: dict[str, str], limits: PodLimits, folder: Path, store: S3Server) -> str:
+    with pytest.raises(UnfitAdapterError) as refused:
+        fetch(entry, limits, folder, store)
+    assert stored_digests(folder) == set()
+    assert list(folder.iterdir()) == []
+    return str(refused.value)
+
+
+def tensors(artifact: Artifact) -> dict[str, np.ndarray[Any, Any]]:
+    path = artifact.folder / "adapter_model.safetensors"
+    content = path.read_bytes()
+    return {
+        name: np.frombuffer(content[tensor.start : tensor.end], np.float32).reshape(tensor.shape).copy()
+        for name, tensor in read_tensors(path).items()
+    }
+
+
+def test_a_sound_artifact_lies_in_the_folder_of_its_digest(
+    adapter: Callable[..., Artifact], limits: PodLimits, folder: Path, store: S3Server
+) -> None:
+    artifact = adapter()
+    entry = artifact.publish(store)
+    place = fetch(entry, limits, folder, store)
+    assert place == folder / entry["digest"].removeprefix("sha256:")
+    assert {path.name: path.read_bytes() for path in place.iterdir()} == {
+        path.name: path.read_bytes() for path in artifact.folder.iterdir()
+    }
+    assert stored_digests(folder) == {entry["digest"]}
+    assert fetch(entry, limits, folder, store) == place
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json", "tunesmith.json"])
+def test_a_flipped_bit_anywhere_is_found(
+    adapter: Callable[..., Artifact], limits: PodLimits, folder: Path, store: S3Server, file: str
+) -> None:
+    entry = adapter().publish(store)
+    content = bytearray(store.files.cat_file(f"{entry['uri']}/{file}"))
+    content[len(content) // 2] ^= 1
+    store.files.pipe_file(f"{entry['uri']}/{file}", bytes(content))
+    assert f"{file} was changed after the artifact was published" in refusal(entry, limits, folder, store)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"peft_type": "IA3"}, "the adapter's method is IA3"),
+        ({"task_type": "SEQ_CLS"}, "the adapter's task is SEQ_CLS"),
+        ({"use_dora": True}, "uses DoRA"),
+        ({"bias": "all"}, "bias=all"),
+        ({"modules_to_save": ["lm_head"]}, "fully trained modules"),
+        ({"auto_map": {"AutoModel": "x.py"}}, "code of its own"),
+        ({"init_lora_weights": "pissa_niter_4"}, "the initialization pissa_niter_4"),
+        ({"r": 0}, "must be natural numbers"),
+        ({"r": "8"}, "must be natural numbers"),
+        ({"r": 32}, "the adapter's rank is 32 and the pool's engine.maxLoraRank is 16"),
+        ({"rank_pattern": {"q_proj": 64}}, "the adapter's rank is 64"),
+        ({"rank_pattern": {"q_proj": 4}}, "lora_A of model.layers.0.self_attn.q_proj has the shape [8, 576]"),
+        ({"rank_pattern": {"(": 4}}, "is no regular expression"),
+    ],
+)
+def test_what_the_engine_cannot_serve_is_refused_by_name(
+    adapter: Callable[..., Artifact],
+    limits: PodLimits,
+    folder: Path,
+    store: S3Server,
+    change: dict[str, Any],
+    sentence: str,
+) -> None:
+    artifact = adapter()
+    config = artifact.folder / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    assert sentence in refusal(artifact.publish(store), limits, folder, store)
+
+
+def _nan(weights: dict[str, Any]) -> None:
+    weights[f"{PREFIX}.lora_B.weight"][5, 5] = np.nan
+
+
+def _infinite(weights: dict[str, Any]) -> None:
+    weights[f"{PREFIX}.lora_A.weight"][0, 0] = -np.inf
+
+
+def _narrow(weights: dict[str, Any]) -> None:
+    weights[f"{PREFIX}.lora_A.weight"] = np.zeros((8, 64), np.float32)
+
+
+def _lonely(weights: dict[str, Any]) -> None:
+    del weights[f"{PREFIX}.lora_B.weight"]
+
+
+def _extra_layer(weights: dict[str, Any]) -> None:
+    for part in ("lora_A", "lora_B"):
+        weights[f"base_model.model.model.layers.99.self_attn.q_proj.{part}.weight"] = np.zeros((8, 8), np.float32)
+
+
+def _wrong_prefix(weights: dict[str, Any]) -> None:
+    weights[f"{PREFIX}.lora_A.weight".removeprefix("base_model.")] = weights.pop(f"{PREFIX}.lora_A.weight")
+
+
+def _norm(weights: dict[str, Any]) -> None:
+    for part in ("lora_A", "lora_B"):
+        weights[f"base_model.model.model.norm.{part}.weight"] = np.zeros((8, 8), np.float32)
+
+
+def _nothing(weights: dict[str, Any]) -> None:
+    weights.clear()
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (_nan, "q_proj.lora_B.weight holds values that are infinite or not a number"),
+        (_infinite, "q_proj.lora_A.weight holds values that are infinite or not a number"),
+        (_narrow, "has the shape [8, 64] and the base model and rank 8 need [8, 576]"),
+        (_lonely, "q_proj has only one of lora_A and lora_B"),
+        (_extra_layer, "the base model has no model.layers.99.self_attn.q_proj.weight"),
+        (_wrong_prefix, "is none of a LoRA adapter"),
+        (_norm, "model.norm of the base model is no linear layer"),
+        (_nothing, "holds no tensors"),
+    ],
+)
+def test_weights_that_do_not_fit_the_base_are_refused(
+    adapter: Callable[..., Artifact],
+    limits: PodLimits,
+    folder: Path,
+    store: S3Server,
+    damage: Callable[[dict[str, Any]], None],
+    sentence: str,
+) -> None:
+    artifact = adapter()
+    weights = tensors(artifact)
+    damage(weights)
+    write_safetensors(artifact.folder / "adapter_model.safetensors", weights)
+    assert sentence in refusal(artifact.publish(store), limits, folder, store)
+
+
+@pytest.mark.parametrize(
+    ("cut", "sentence"),
+    [
+        (lambda content: content[:-4], "is damaged: it has"),
+        (lambda content: content[:4], "is not a safetensors file"),
+        (lambda content: b"\x80\x04pickle" + content, "is not a safetensors file"),
+        (lambda content: content[:8] + b"!" + content[9:], "damaged safetensors header"),
+    ],
+)
+def test_a_damaged_weights_file_is_refused(
+    adapter: Callable[..., Artifact],
+    limits: PodLimits,
+    folder: Path,
+    store: S3Server,
+    cut: Callable[[bytes], bytes],
+    sentence: str,
+) -> None:
+    artifact = adapter()
+    path = artifact.folder / "adapter_model.safetensors"
+    path.write_bytes(cut(path.read_bytes()))
+    assert sentence in refusal(artifact.publish(store), limits, folder, store)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits", "finite"),
+    [("F16", 0x7BFF, True), ("F16", 0x7C00, False), ("BF16", 0x7F7F, True), ("BF16", 0xFF80, False)],
+)
+def test_half_precision_is_checked_bit_by_bit(
+    adapter: Callable[..., Artifact],
+    limits: PodLimits,
+    folder: Path,
+    store: S3Server,
+    dtype: str,
+    bits: int,
+    finite: bool,  # noqa: FBT001
+) -> None:
+    artifact = adapter()
+    weights = {name: np.full(tensor.shape, bits, np.uint16) for name, tensor in tensors(artifact).items()}
+    write_safetensors(artifact.folder / "adapter_model.safetensors", weights, dtype)
+    entry = artifact.publish(store)
+    if finite:
+        assert fetch(entry, limits, folder, store).is_dir()
+    else:
+        assert "infinite or not a number" in refusal(entry, limits, folder, store)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("adapter_model.bin", "never as code or pickle"),
+        ("weights.pt", "never as code or pickle"),
+        ("modeling.py", "never as code or pickle"),
+        ("other.safetensors", "never as code or pickle"),
+        ("../../escape.json", "no plain file name"),
+        ("/etc/passwd", "no plain file name"),
+        ("..", "no plain file name"),
+        (".hidden.json", "no plain file name"),
+        ("tunesmith.json", "no plain file name"),
+    ],
+)
+def test_only_expected_files_are_taken(
+    adapter: Callable[..., Artifact], limits: PodLimits, folder: Path, store: S3Server, name: str, sentence: str
+) -> None:
+    artifact = adapter()
+    artifact.seal()
+    files = {
+        path.name: ArtifactFile(sha256="0" * 64, size_bytes=path.stat().st_size) for path in artifact.folder.iterdir()
+    } | {name: ArtifactFile(sha256="0" * 64, size_bytes=1)}
+    if name != "tunesmith.json":
+        files.pop("tunesmith.json")
+    entry = artifact.upload(store, artifact.seal(files=files), "team", "pirate")
+    assert sentence in refusal(entry, limits, folder, store)
+
+
+def test_an_adapter_of_another_base_is_refused(
+    adapter: Callable[..., Artifact], limits: PodLimits, folder: Path, store: S3Server
+) -> None:
+    artifact = adapter()
+    artifact.fingerprint = "sha256:" + "1" * 64
+    assert "was trained on another base model" in refusal(artifact.publish(store), limits, folder, store)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"uri": "s3://tunesmith/elsewhere/team/x/artifact"}, "is not in the part of the store that belongs to team"),
+        ({"uri": f"{STORE}/other/x/artifact"}, "is not in the part of the store that belongs to team"),
+        ({"uri": f"{STORE}/team/../other/x/artifact"}, "is not in the part of the store that belongs to team"),
+        ({"uri": "file:///etc"}, "is not in the part of the store that belongs to team"),
+        ({"engineName": "team/pirate@000000000000"}, "is not the engine name of a revision"),
+        ({"engineName": "team"}, "is not the engine name of a revision"),
+        ({"digest": "sha256:../../x"}, "is not a digest"),
+    ],
+)
+def test_locations_outside_the_namespace_are_never_asked_for(
+    adapter: Callable[..., Artifact],
+    limits: PodLimits,
+    folder: Path,
+    store: S3Server,
+    change: dict[str, str],
+    sentence: str,
+) -> None:
+    entry = adapter().publish(store)
+    assert sentence in refusal(entry | change, limits, folder, store)
+
+
+def test_what_is_missing_in_the_store_is_named(
+    adapter: Callable[..., Artifact], limits: PodLimits, folder: Path, store: S3Server
+) -> None:
+    entry = adapter().publish(store)
+    store.files.rm(f"{entry['uri']}/adapter_model.safetensors")
+    with pytest.raises(StoreError, match=r"adapter_model\.safetensors does not exist") as missing:
+        fetch(entry, limits, folder, store)
+    assert missing.value.permanent
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence", "permanent"),
+    [
+        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, "Access to .* was denied", True),
+        ({"AWS_ACCESS_KEY_ID": "nobody"}, "Access to .* was denied", True),
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "could not be read", False),
+    ],
+)
+def test_a_store_that_does_not_answer_as_it_should(
+    adapter: Callable[..., Artifact],
+    limits: PodLimits,
+    folder: Path,
+    store: S3Server,
+    change: dict[str, str],
+    sentence: str,
+    permanent: bool,  # noqa: FBT001
+) -> None:
+    entry = DesiredAdapter.model_validate(adapter().publish(store))
+    with pytest.raises(StoreError, match=sentence) as failure:
+        fetch_artifact(entry, limits, folder, store.secret | change)
+    assert failure.value.permanent is permanent
+    assert store.secret["AWS_SECRET_ACCESS_KEY"] not in str(failure.value)
+
+
+def test_what_a_killed_download_left_is_removed(folder: Path) -> None:
+    (folder / ".incoming-x/artifact").mkdir(parents=True)
+    (folder / ("a" * 64)).mkdir()
+    remove_leftovers(folder)
+    assert [path.name for path in folder.iterdir()] == ["a" * 64]
