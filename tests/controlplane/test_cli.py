@@ -29,7 +29,9 @@ SECONDS = 60
 
 
 def start(apiserver: ApiServer, *arguments: str | Path) -> subprocess.Popen[str]:
-    environment = os.environ | {"KUBECONFIG": str(apiserver.kubeconfig)}
+    # With compiled bytecode Kubernetes' client is imported in a third of the time.
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment = inherited | {"KUBECONFIG": str(apiserver.kubeconfig)}
     return subprocess.Popen(
         [PROGRAM, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -41,7 +41,7 @@ def _figures(progress: ProgressStatus, now: datetime) -> list[str]:
     if progress.tokens_per_second is not None:
         figures.append(f"{progress.tokens_per_second:.0f} tokens/s")
     if progress.eta_seconds is not None and progress.stage is Stage.TRAINING:
-        since = (now - progress.update_time).total_seconds() if progress.update_time else 0.0
+        since = max(0.0, (now - progress.update_time).total_seconds()) if progress.update_time else 0.0
         figures.append(f"ETA {duration(progress.eta_seconds - since)}")
     return figures
 
