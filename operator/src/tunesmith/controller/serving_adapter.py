@@ -61,7 +61,7 @@ class AdapterDeploymentReconciler:
         seen = Observation(
             artifact=artifact,
             pool=pool,
-            lost_to=lost_to(adapter, self._state.claims(key.namespace)),
+            lost_to=lost_to(adapter, self._state.claims(adapter)),
             pods=self._state.pods(serving) if serving is not None else (),
             unplaced=self._state.unplaced.get(serving.metadata.uid, {}) if serving is not None else {},
             decision=self._copies(adapter),

@@ -95,7 +95,7 @@ class ServingPoolReconciler:
             adapters=attached,
             decision=decision,
             spread=spread,
-            lost_to=lost_to(pool, self._state.claims(key.namespace)),
+            lost_to=lost_to(pool, self._state.claims(pool)),
             invalid=invalid,
         )
         decided = plan(pool, seen, self._context.now())

@@ -86,10 +86,11 @@ class ServingState:
         """By pool UID and engine name, why copies have no place."""
         self._windows: dict[str, tuple[float, Window]] = {}
 
-    def claims(self, namespace: str) -> list[Claim]:
-        """All claims on model names of a namespace."""
-        adapters = [claim_of(adapter) for adapter in self.adapters.list(namespace)]
-        return adapters + [claim_of(pool) for pool in self.pools.list(namespace)]
+    def claims(self, resource: AdapterDeployment | ServingPool) -> list[Claim]:
+        """All claims on the model name that a resource claims."""
+        namespace, model = resource.metadata.namespace, resource.model
+        adapters = [claim_of(adapter) for adapter in self.adapters.list(namespace) if adapter.model == model]
+        return adapters + [claim_of(pool) for pool in self.pools.list(namespace) if pool.model == model]
 
     def attached(self, pool: ServingPool) -> list[AdapterDeployment]:
         """The AdapterDeployments that the pool serves, the oldest first."""
