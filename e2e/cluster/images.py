@@ -15,16 +15,21 @@ import tomllib
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import addons
 import binaries
-from archive import import_layout, imported_images, program_image, program_reference
+from archive import ctr, import_layout, imported_images, program_image, program_reference
 from layout import REPOSITORY, SOURCES, ClusterError, Layout, cache_folder
 from steps import output_of, run_logged, say, step
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 UV_VERSION = "0.13.9"
 PREFIX = "localhost/tunesmith"
 AUTHORITIES = Path("/etc/ssl/certs/ca-certificates.crt")
+DOWNLOADS_LIMIT = 3 << 30
 FIXED_TIME = 1577836800
 """Modification time of everything in a build context, so that a fresh clone gives the same layers."""
 
@@ -58,6 +63,10 @@ class Builder:
         temporary = self.root / "tmp"  # buildah keeps the Dockerfiles' cache mounts (uv's downloads) here
         temporary.mkdir(parents=True, exist_ok=True)
         self.environment = dict(os.environ, TMPDIR=str(temporary), BUILDAH_ISOLATION="chroot")
+        # copies of whole layers that a killed run left
+        for leftover in [*temporary.iterdir(), *self.oci.glob("oci-put-blob*")]:
+            if leftover.is_file():
+                leftover.unlink()
 
     def command(self, *arguments: str) -> list[str]:
         """A buildah command line."""
@@ -318,6 +327,50 @@ def _share_blobs(layout: Layout, oci: Path) -> None:
             link.replace(blob)
 
 
+def prune(builder: Builder, wanted: set[str]) -> None:
+    """Removes older builds of the project's images from containerd, buildah and the OCI folder.
+
+    Kept are the `wanted` ones and whatever a workload of the cluster names, in an image field or an argument.
+    """
+    layout = builder.layout
+    named = addons.kubectl(layout, "get", "pods,deployments", "--all-namespaces", "-o", "json")
+    ours = tuple(f"{PREFIX}/{image.name}:" for image in IMAGES)
+
+    def old(references: Iterable[str]) -> list[str]:
+        return [name for name in references if name.startswith(ours) and name not in wanted and name not in named]
+
+    if gone := old(imported_images(layout)):
+        ctr(layout, "images", "rm", *gone)
+    listed = json.loads(output_of(builder.command("images", "--json")))
+    if gone := old(name for image in listed for name in image.get("names") or []):
+        output_of(builder.command("rmi", *gone))
+    index_file = builder.oci / "index.json"
+    if not index_file.exists():
+        return
+    index = json.loads(index_file.read_text())
+    names = {entry["annotations"]["org.opencontainers.image.ref.name"]: entry for entry in index["manifests"]}
+    gone = old(names)
+    kept = [entry for name, entry in names.items() if name not in gone]
+    index["manifests"] = kept
+    index_file.write_text(json.dumps(index))
+    blobs = builder.oci / "blobs" / "sha256"
+    used = set()
+    for entry in kept:
+        manifest = json.loads((blobs / entry["digest"].removeprefix("sha256:")).read_text())
+        used |= {entry["digest"], manifest["config"]["digest"], *(part["digest"] for part in manifest["layers"])}
+    for blob in blobs.iterdir():
+        if f"sha256:{blob.name}" not in used:
+            blob.unlink()
+
+
+def limit_downloads(builder: Builder) -> None:
+    """Empties the builds' download cache when it is larger than DOWNLOADS_LIMIT, as it is after torch was built."""
+    folder = builder.root / "tmp" / "buildah-cache"
+    size = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    if size > DOWNLOADS_LIMIT:
+        shutil.rmtree(folder)
+
+
 def deliver_s3(builder: Builder, registry: str) -> None:
     """Brings the demo's S3 server to a cluster of the user's, in its namespace `s3`, unless the namespace is there."""
     layout = builder.layout
@@ -371,4 +424,7 @@ def deliver(layout: Layout, names: list[str]) -> dict[str, str]:
         temporary.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
         temporary.replace(layout.images)
         say(f"  {image.name:9} {reference}")
+    limit_downloads(builder)
+    if not foreign:
+        prune(builder, set(recorded.values()))
     return recorded
