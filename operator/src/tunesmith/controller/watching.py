@@ -11,7 +11,7 @@ import logging
 import random
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import kopf
 import uvloop
@@ -88,6 +88,8 @@ class Watcher:
                             registry=self._registry(),
                             settings=self._settings(),
                             clusterwide=True,
+                            # For peering, which is off; kopf's own asks for the name of a user that an image may lack.
+                            identity=cast("Any", "tunesmith-operator"),
                             stop_flag=self._stop,
                             ready_flag=self._ready,
                         )
