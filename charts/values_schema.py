@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic.json_schema import models_json_schema
+
 from tunesmith.api.adapterdeployment import AdapterDeploymentSpec
 from tunesmith.api.servingpool import ServingPoolSpec
 
