@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from contextlib import asynccontextmanager
@@ -125,6 +126,8 @@ class Cluster:
     async def close(self) -> None:
         """Close the connections."""
         await self._client.close()
+        # Aborted streams close their sockets in the loop's next round.
+        await asyncio.sleep(0)
 
     @property
     def server(self) -> str:
@@ -302,35 +305,6 @@ class Cluster:
             return False
         return True
 
-    async def logs(
-        self,
-        pod: str,
-        namespace: str | None = None,
-        *,
-        container: str | None = None,
-        tail: int | None = None,
-        follow: bool = False,
-    ) -> AsyncIterator[str]:
-        """Lines of a container's log.
-
-        Raises:
-            InvalidError: the container has not started, or `container` is needed to choose one.
-        """
-        resource = resource_of("Pod")
-        query = {
-            "follow": str(follow).lower(),
-            "container": container or "",
-            "tailLines": "" if tail is None else str(tail),
-        }
-        path = resource.path(self._in(resource, namespace), pod, "log")
-        async with self._response("logs", resource, "GET", path, query=query, timeout=_STREAM_TIMEOUT) as response:
-            async for line in _lines(response):
-                yield line.decode(errors="replace")
-
-    async def request(self, path: str) -> Object:
-        """The JSON document at a path of the API server such as `/version`."""
-        return await self._json("get", Resource("", "v1", "", path.partition("?")[0], namespaced=False), "GET", path)
-
     def watch(
         self, kind: str, namespace: str | None = None, *, labels: str = "", fields: str = ""
     ) -> AsyncIterator[WatchEvent]:
@@ -406,9 +380,10 @@ class Cluster:
             result = UnavailableError.label
             raise UnavailableError(f"the API server at {self.server} answered what is not JSON: {error}") from error
         finally:
-            if response is not None:
-                # A stream that was not read to its end cannot be used again.
-                response.close() if timeout is _STREAM_TIMEOUT else response.release()
+            if response is not None and timeout is _STREAM_TIMEOUT:
+                _abort(response)
+            elif response is not None:
+                response.release()
             if self._observer is not None:
                 self._observer(verb, resource.kind, result)
 
@@ -419,6 +394,14 @@ def _kubeconfig_path(kubeconfig: str | os.PathLike[str] | None) -> Path:
 
 def _pod_namespace() -> str:
     return (_SERVICE_ACCOUNT / "namespace").read_text().strip()
+
+
+def _abort(response: aiohttp.ClientResponse) -> None:
+    """End a stream that was perhaps not read to its end, without waiting for the API server to agree."""
+    transport = response.connection.transport if response.connection is not None else None
+    response.close()
+    if transport is not None:
+        transport.abort()
 
 
 async def _error(response: aiohttp.ClientResponse) -> ClusterError:

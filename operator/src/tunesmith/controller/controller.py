@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from tunesmith.controller.reconciler import Reconciler
 
 _STUCK_SECONDS = 120.0
+_SECOND_LIST_SECONDS = 5.0
 _log = logging.getLogger(__name__)
 
 
@@ -59,8 +61,9 @@ class Controller:
 
     async def keep_caches(self) -> None:
         """List everything, start the watches, list again now and then. Runs without end."""
-        failures = 0
+        failures = lists = 0
         while True:
+            self._relist.clear()
             try:
                 for watch in {(watch.kind, watch.selector): watch for watch in self._watches}.values():
                     await self._list(watch)
@@ -74,19 +77,19 @@ class Controller:
                 self._watcher.start()
             self._listed = time.monotonic()
             self._synced.set()
-            self._relist.clear()
-            try:
-                await asyncio.wait_for(self._relist.wait(), self._context.settings.relist_seconds)
-            except TimeoutError:
-                continue
-
-    async def synced(self) -> None:
-        """Wait until every cache is complete."""
-        await self._synced.wait()
+            # The second list comes soon: between the first one and the start of the watches, deletions can be missed.
+            seconds = self._context.settings.relist_seconds
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._relist.wait(), seconds if lists else min(seconds, _SECOND_LIST_SECONDS))
+            lists += 1
 
     async def lead(self, epoch: int) -> None:
         """Reconcile until cancelled."""
-        await self.synced()
+        if self._listed is not None:
+            # A replica that stood by acts on what is there now, not on what its watches may have missed.
+            self._synced.clear()
+            self._relist.set()
+        await self._synced.wait()
         self._context.epoch = epoch
         self._context.installation_key = await self._installation_key()
         for kind in self._reconcilers:

@@ -61,7 +61,11 @@ class FineTuneJobReconciler:
             sample = self._progress.newest(pods)
             seen = observe(manifest, jobs, pods, sample, self._context.now())
         except ValidationError as error:
-            _log.warning("%s is not of this release's schema: %s", key, error)
+            # Not a failure for good: a newer release may have written it and may come back.
+            where = ".".join(str(part) for part in error.errors()[0]["loc"])
+            message = f"{where} is not of this release's schema: {error.errors()[0]['msg']}"
+            _log.warning("%s: %s", key, message)
+            await self._context.recorder.event(manifest, FailureReason.INVALID_SPEC, message, type_="Warning")
             return Result()
         decided = plan(seen, self._installation.store)
         status = await self._act(seen, decided, {job["metadata"]["name"]: job for job in jobs})
@@ -128,10 +132,9 @@ class FineTuneJobReconciler:
                 await self._context.create(item)
 
     async def _write(self, manifest: Object, old: FineTuneJobStatus, new: FineTuneJobStatus) -> None:
-        document = new.manifest()
-        if document == manifest.get("status", {}):
+        if new == old:
             return
-        written = await self._context.replace_status({**manifest, "status": document})
+        written = await self._context.replace_status({**manifest, "status": new.manifest()})
         for notice in notices(old, new):
             await self._context.recorder.event(written, notice.reason, notice.message, type_=notice.type)
 
