@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
+from tunesmith.api.finetunejob import DEFAULT_VALIDATION_FRACTION
 from tunesmith_trainer.errors import DatasetInvalidError, DatasetNotFoundError, InvalidSpecError
 
 if TYPE_CHECKING:
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 """Label of a token that is no target (PyTorch's `ignore_index`)."""
-DEFAULT_VALIDATION_FRACTION = 0.1
 _ROLES = ("system", "user", "assistant")
 _SHOWN_PROBLEMS = 3
 
@@ -235,16 +236,19 @@ class Encoder:
         """
         if row.form is RowForm.MESSAGES:
             text, spans = self._render(row)
-            encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         else:
             prompt, completion = row.value["prompt"], row.value["completion"]
             text, spans = prompt + completion, [(len(prompt), len(prompt) + len(completion))]
-            encoded = self._tokenizer(text, add_special_tokens=True, return_offsets_mapping=True)
-        ids: list[int] = list(encoded["input_ids"])
-        offsets: list[tuple[int, int]] = list(encoded["offset_mapping"])
-        if row.form is RowForm.PROMPT_COMPLETION:
-            while ids and ids[-1] in self._ends and offsets[-1][0] == offsets[-1][1]:
-                del ids[-1], offsets[-1]  # put there by the tokenizer; it comes back below, as a target
+        special = row.form is RowForm.PROMPT_COMPLETION
+        ids, offsets = self._tokens(text, special=special)
+        starts = [start for start, _ in spans]
+        if any(left < start < right for start in starts for left, right in offsets):
+            # A token over the border would hide the first word of an answer. A served prompt ends at the border too.
+            ids, offsets = [], []
+            for begin, end in itertools.pairwise([0, *starts, len(text)]):
+                more, places_of = self._tokens(text[begin:end], special=special and begin == 0)
+                ids += more
+                offsets += [(left + begin, right + begin) for left, right in places_of]
         labels = [IGNORED] * len(ids)
         for start, end in spans:
             places = [place for place, (left, right) in enumerate(offsets) if start <= left < end and right > left]
@@ -260,6 +264,15 @@ class Encoder:
         if labels:
             labels[0] = IGNORED  # nothing precedes the first token, so nothing can predict it
         return Tokens(ids, labels)
+
+    def _tokens(self, text: str, *, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """Tokens of a text and where each stands in it, without an end token that the tokenizer puts there."""
+        encoded = self._tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+        ids: list[int] = list(encoded["input_ids"])
+        offsets: list[tuple[int, int]] = list(encoded["offset_mapping"])
+        while special and ids and ids[-1] in self._ends and offsets[-1][0] == offsets[-1][1]:
+            del ids[-1], offsets[-1]
+        return ids, offsets
 
     def _render(self, row: Row) -> tuple[str, list[tuple[int, int]]]:
         messages = row.value["messages"]

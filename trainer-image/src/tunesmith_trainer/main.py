@@ -52,6 +52,8 @@ _ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
     "TRL_EXPERIMENTAL_SILENCE": "1",
+    # Threads that spin while they wait make training many times slower where the cores are shared.
+    "OMP_WAIT_POLICY": "PASSIVE",
 }
 
 

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from tunesmith_trainer.errors import BaseModelNotFoundError, InvalidSpecError, SelfCheckError
@@ -19,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from tunesmith.api.finetunejob import BaseModelSource, LoraFields, Quantization
     from tunesmith_trainer.store import Folder, Stores
@@ -52,15 +58,20 @@ def open_base(source: BaseModelSource, stores: Stores) -> Folder:
 
 
 def fetch_base(folder: Folder, target: Path, *, weights: bool) -> Path:
-    """A local folder with configuration and tokenizer, and the safetensors files where `weights`: downloaded into `target` if needed.
+    """A local folder with the base model, downloaded into `target` if needed; weights only where `weights`.
 
     Raises:
         BaseModelNotFoundError: the folder is missing or is no model.
     """
     names = folder.names()
-    if "config.json" not in names or "tokenizer.json" not in names or not any(name.endswith(".safetensors") for name in names):
+    if (
+        "config.json" not in names
+        or "tokenizer.json" not in names
+        or not any(name.endswith(".safetensors") for name in names)
+    ):
         raise BaseModelNotFoundError(
-            f"there is no base model in {folder.uri}: it needs config.json, tokenizer.json and *.safetensors, and holds {', '.join(names[:10]) or 'nothing'}"
+            f"there is no base model in {folder.uri}: it needs config.json, tokenizer.json and *.safetensors, and "
+            f"holds {', '.join(names[:10]) or 'nothing'}"
         )
     if folder.local is not None:
         return folder.local
@@ -84,11 +95,13 @@ def load_config(base: Path, uri: str) -> PretrainedConfig:
         InvalidSpecError: it is no causal language model that this release can train.
     """
     try:
-        config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
+        config: PretrainedConfig = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise InvalidSpecError(f"the config.json of the base model {uri} cannot be used: {_line(error)}") from None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise InvalidSpecError(f"the base model {uri} is a {config.model_type}, which is no causal language model that can be trained here")
+        raise InvalidSpecError(
+            f"the base model {uri} is a {config.model_type}, which is no causal language model that can be trained here"
+        )
     return config
 
 
@@ -102,7 +115,7 @@ def load_tokenizer(base: Path, uri: str) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise InvalidSpecError(f"the tokenizer of the base model {uri} cannot be used: {_line(error)}") from None
-    if not tokenizer.is_fast:
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InvalidSpecError(f"the tokenizer of the base model {uri} has no tokenizer.json that can be used")
     return tokenizer
 
@@ -117,9 +130,16 @@ def end_tokens(base: Path, tokenizer: PreTrainedTokenizerFast, uri: str) -> list
     path = base / "generation_config.json"
     if path.is_file():
         more = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        found += [token for token in (more if isinstance(more, list) else [more]) if isinstance(token, int) and token not in found]
+        found += [
+            token
+            for token in (more if isinstance(more, list) else [more])
+            if isinstance(token, int) and token not in found
+        ]
     if not found:
-        raise InvalidSpecError(f"the base model {uri} has no end token, in its tokenizer or its generation_config.json: its answers would never stop")
+        raise InvalidSpecError(
+            f"the base model {uri} has no end token, in its tokenizer or its generation_config.json: its answers "
+            "would never stop"
+        )
     return found
 
 
@@ -168,15 +188,21 @@ def resolve_targets(asked: Sequence[str], modules: Modules) -> list[str]:
     """
     if ALL_LINEAR in asked:
         if len(asked) > 1:
-            raise InvalidSpecError("method targetModules: all-linear stands for all of them; remove it or the other names")
+            raise InvalidSpecError(
+                "method targetModules: all-linear stands for all of them; remove it or the other names"
+            )
         return sorted({name.rsplit(".", 1)[-1] for name in modules.linear})
     for name in asked:
         if modules.output is not None and _fits(modules.output, name):
-            raise InvalidSpecError(f"method targetModules: {name} is the output layer, which cannot get an adapter; remove it")
+            raise InvalidSpecError(
+                f"method targetModules: {name} is the output layer, which cannot get an adapter; remove it"
+            )
         if any(_fits(full, name) for full in modules.linear):
             continue
         if any(_fits(full, name) for full in modules.others):
-            raise InvalidSpecError(f"method targetModules: {name} is not a linear module of the base model, so it cannot get an adapter")
+            raise InvalidSpecError(
+                f"method targetModules: {name} is not a linear module of the base model, so it cannot get an adapter"
+            )
         short = sorted({full.rsplit(".", 1)[-1] for full in modules.linear})
         near = difflib.get_close_matches(name, short, n=1)
         hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(short)}"
@@ -211,19 +237,32 @@ def load_model(base: Path, device: torch.device, quantization: Quantization | No
             bnb_4bit_compute_dtype=compute,
         )
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        base, dtype=dtype, device_map={"": str(device)}, local_files_only=True, trust_remote_code=False, use_safetensors=True, **arguments
+        base,
+        dtype=dtype,
+        device_map={"": str(device)},
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        **arguments,
     )
     # The loss never needs it, and it takes memory for each layer.
     model.config.use_cache = False
     return model
 
 
-def with_adapter(model: PreTrainedModel, fields: LoraFields, targets: Sequence[str], *, quantized: bool, checkpointing: bool) -> PeftModel:
+def with_adapter(
+    model: PreTrainedModel, fields: LoraFields, targets: Sequence[str], *, quantized: bool, checkpointing: bool
+) -> PeftModel:
     """The base with a new LoRA adapter; only the adapter can be trained."""
     if quantized:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
     config = LoraConfig(
-        r=fields.rank, lora_alpha=fields.alpha, lora_dropout=fields.dropout, target_modules=list(targets), bias="none", task_type="CAUSAL_LM"
+        r=fields.rank,
+        lora_alpha=fields.alpha,
+        lora_dropout=fields.dropout,
+        target_modules=list(targets),
+        bias="none",
+        task_type="CAUSAL_LM",
     )
     wrapped = get_peft_model(model, config)
     assert isinstance(wrapped, PeftModel)  # noqa: S101 - narrows the type
@@ -236,12 +275,13 @@ def check_adapter(model: PeftModel, expected: int) -> None:
     strange = [name for name in trained if ".lora_A." not in name and ".lora_B." not in name]
     if strange or sum(trained.values()) != expected:
         raise SelfCheckError(
-            f"the adapter has {sum(trained.values())} trainable parameters where {expected} are expected{f'; {strange[0]} is not of the adapter' if strange else ''}"
+            f"the adapter has {sum(trained.values())} trainable parameters where {expected} are "
+            f"expected{f'; {strange[0]} is not of the adapter' if strange else ''}"
         )
 
 
 def full_precision_adapter(model: PeftModel) -> None:
-    """The adapter in float32: updates that are small against the weights are lost in bfloat16, into which TRL casts over a 4-bit base."""
+    """The adapter in float32: in bfloat16, into which TRL casts over a 4-bit base, small updates are lost."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)

@@ -43,12 +43,15 @@ def build(job: FineTuneJob, prepared: Prepared, trained: Trained, folder: Path) 
         SelfCheckError: the saved adapter is not the one that was asked for.
     """
     folder.mkdir(parents=True)
-    trained.model.save_pretrained(folder, save_embedding_layers=False)
+    trained.model.save_pretrained(str(folder), save_embedding_layers=False)
     _rewrite_config(folder / ADAPTER_CONFIG, job, prepared)
     check_weights(folder / ADAPTER_WEIGHTS, prepared.modules, job.spec.method.fields.rank)
     for file in model.tokenizer_files(prepared.base):
         (folder / file.name).write_bytes(file.read_bytes())
-    _write_json(folder / "evaluation.json", {"heldOutLoss": trained.evaluation.manifest(), "rows": prepared.preflight.validation_rows})
+    _write_json(
+        folder / "evaluation.json",
+        {"heldOutLoss": trained.evaluation.manifest(), "rows": prepared.preflight.validation_rows},
+    )
     write_curves(folder / CURVES, trained.curve)
     (folder / "README.md").write_text(_card(job, prepared, trained), encoding="utf-8")
 
@@ -59,10 +62,13 @@ def build(job: FineTuneJob, prepared: Prepared, trained: Trained, folder: Path) 
     evaluation = trained.evaluation
     return ArtifactManifest(
         files={
-            file.name: ArtifactFile(sha256=file_sha256(file), size_bytes=file.stat().st_size) for file in sorted(folder.iterdir())
+            file.name: ArtifactFile(sha256=file_sha256(file), size_bytes=file.stat().st_size)
+            for file in sorted(folder.iterdir())
         },
         base=ArtifactBase(
-            fingerprint=prepared.resolved.base_model_fingerprint or "", uri=job.spec.base_model.uri, revision=job.spec.base_model.revision
+            fingerprint=prepared.resolved.base_model_fingerprint or "",
+            uri=job.spec.base_model.uri,
+            revision=job.spec.base_model.revision,
         ),
         adapter=ArtifactAdapter(
             method="qlora" if job.spec.method.qlora else "lora",
@@ -83,11 +89,15 @@ def build(job: FineTuneJob, prepared: Prepared, trained: Trained, folder: Path) 
 
 def metrics_of(base_loss: float | None, loss: float | None) -> dict[str, float]:
     """The metrics of a result: held-out losses in nats per target token."""
-    return {name: value for name, value in (("baseEvaluationLoss", base_loss), ("evaluationLoss", loss)) if value is not None}
+    return {
+        name: value
+        for name, value in (("baseEvaluationLoss", base_loss), ("evaluationLoss", loss))
+        if value is not None
+    }
 
 
 def publish(folder: Path, manifest: ArtifactManifest, target: Folder) -> ArtifactStatus:
-    """Uploads the files, then the manifest, only if there is none. Where another attempt was first, its artifact is the result."""
+    """Uploads the files, then the manifest if there is none: where another attempt was first, that is the result."""
     published = find(target)
     if published is None:
         for name in manifest.files:
@@ -98,7 +108,9 @@ def publish(folder: Path, manifest: ArtifactManifest, target: Folder) -> Artifac
             return _status(target.uri, manifest, data)
         published = find(target)
     if published is None:
-        raise SelfCheckError(f"{ARTIFACT_MANIFEST} in {target.uri} was there when it was to be written, and is gone now")
+        raise SelfCheckError(
+            f"{ARTIFACT_MANIFEST} in {target.uri} was there when it was to be written, and is gone now"
+        )
     return published[1]
 
 
@@ -186,7 +198,7 @@ def _card(job: FineTuneJob, prepared: Prepared, trained: Trained) -> str:
             "---",
             f"# {job.metadata.name}",
             "",
-            f"A {method} adapter for `{base}`, trained with Tunesmith on {counted.rows} rows ({counted.tokens} tokens).",
+            f"A {method} adapter for `{base}`, trained with Tunesmith on {counted.rows} rows, {counted.tokens} tokens.",
             "",
             "| | |",
             "|---|---|",
@@ -203,7 +215,8 @@ def _card(job: FineTuneJob, prepared: Prepared, trained: Trained) -> str:
             "",
             "```python",
             "from peft import AutoPeftModelForCausalLM",
-            'model = AutoPeftModelForCausalLM.from_pretrained("path/of/this/folder")  # base_model_name_or_path must be reachable',
+            "# base_model_name_or_path of adapter_config.json must be reachable",
+            'model = AutoPeftModelForCausalLM.from_pretrained("path/of/this/folder")',
             "```",
             "",
         ]

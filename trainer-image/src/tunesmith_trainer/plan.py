@@ -5,36 +5,29 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from tunesmith.api.finetunejob import Resolved
+from tunesmith.api.finetunejob import (
+    DEFAULT_BATCH_SIZE,
+    DEFAULT_EPOCHS,
+    DEFAULT_LEARNING_RATE,
+    DEFAULT_MICRO_BATCH_SIZE,
+    Resolved,
+)
 from tunesmith_trainer.errors import InvalidSpecError
 
 if TYPE_CHECKING:
     from tunesmith.api.finetunejob import FineTuneJobSpec
 
-DEFAULT_EPOCHS = 3.0
-DEFAULT_LEARNING_RATE = 2e-4
-DEFAULT_BATCH_SIZE = 8
-LARGEST_DEFAULT_MICRO_BATCH = 8
-
 
 def check_spec(spec: FineTuneJobSpec) -> None:
-    """Checks what the schema cannot.
+    """Checks what this release cannot do yet.
 
     Raises:
         InvalidSpecError: with the field and the mend.
     """
-    hyper = spec.hyperparameters
-    if hyper.epochs is not None and hyper.max_steps is not None:
-        raise InvalidSpecError("hyperparameters.epochs and hyperparameters.maxSteps exclude each other: keep one of them")
-    if spec.dataset.validation is not None and spec.dataset.validation_fraction is not None:
-        raise InvalidSpecError("dataset.validation and dataset.validationFraction exclude each other: keep one of them")
-    batch = hyper.batch_size or DEFAULT_BATCH_SIZE
-    if hyper.micro_batch_size is not None and batch % hyper.micro_batch_size:
-        raise InvalidSpecError(
-            f"hyperparameters.microBatchSize {hyper.micro_batch_size} does not divide batchSize {batch}: use one of {', '.join(map(str, divisors(batch)[:12]))}"
-        )
     if spec.resources.gpus > 1:
-        raise InvalidSpecError(f"resources.gpus is {spec.resources.gpus}: this release trains on one GPU per job, or on the CPU with 0")
+        raise InvalidSpecError(
+            f"resources.gpus is {spec.resources.gpus}: this release trains on one GPU per job, or on the CPU with 0"
+        )
 
 
 def divisors(number: int) -> list[int]:
@@ -54,7 +47,7 @@ def resolve(spec: FineTuneJobSpec, *, rows: int, targets: list[str], fingerprint
     """
     hyper = spec.hyperparameters
     batch = hyper.batch_size or DEFAULT_BATCH_SIZE
-    micro = hyper.micro_batch_size or max(size for size in divisors(batch) if size <= LARGEST_DEFAULT_MICRO_BATCH)
+    micro = hyper.micro_batch_size or max(size for size in divisors(batch) if size <= DEFAULT_MICRO_BATCH_SIZE)
     steps = hyper.max_steps or max(1, math.ceil((hyper.epochs or DEFAULT_EPOCHS) * math.ceil(rows / batch)))
     return Resolved(
         base_model_fingerprint=fingerprint,
@@ -80,4 +73,7 @@ def check_frozen(frozen: Resolved | None, now: Resolved) -> None:
         ("data set", frozen.dataset_digest, now.dataset_digest),
     ):
         if before is not None and before != after:
-            raise InvalidSpecError(f"the {what} changed since the job was validated (it was {before[:19]}…, it is {str(after)[:19]}…): create a new FineTuneJob")
+            raise InvalidSpecError(
+                f"the {what} changed since the job was validated (it was {before[:19]}…, it is {str(after)[:19]}…): "
+                "create a new FineTuneJob"
+            )

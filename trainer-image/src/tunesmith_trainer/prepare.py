@@ -81,7 +81,9 @@ def prepare(job: FineTuneJob, stores: Stores, work: Path, *, weights: bool) -> P
     encoder = data.Encoder(tokenizer, ends)
     digest = hashlib.sha256(b"train\n")
     limit = spec.dataset.max_length
-    train, kept = _tokenise(data.fetch(spec.dataset.train, stores, work / "data/train"), encoder, digest, limit, work / "train.arrow")
+    train, kept = _tokenise(
+        data.fetch(spec.dataset.train, stores, work / "data/train"), encoder, digest, limit, work / "train.arrow"
+    )
     kept.require("training rows", limit, least=1 if spec.dataset.validation else 2)
     chosen, out = data.held_out(len(kept.lengths), spec.dataset, spec.hyperparameters.seed)
     _check_context(config, kept)
@@ -115,7 +117,8 @@ def _check_context(config: PretrainedConfig, kept: data.Kept) -> None:
     context = getattr(config, "max_position_embeddings", None)
     if context is not None and max(kept.lengths) > context:
         raise InvalidSpecError(
-            f"a row has {max(kept.lengths)} tokens and the base model's context has {context}: set dataset.maxLength to at most {context}, which drops such rows"
+            f"a row has {max(kept.lengths)} tokens and the base model's context has {context}: set dataset.maxLength "
+            f"to at most {context}, which drops such rows"
         )
 
 

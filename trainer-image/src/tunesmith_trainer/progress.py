@@ -131,7 +131,7 @@ def serve(progress: Progress, port: int) -> ThreadingHTTPServer:
     class Handler(BaseHTTPRequestHandler):
         timeout = 5
 
-        def do_GET(self) -> None:  # noqa: N802 - the standard library's name
+        def do_GET(self) -> None:
             if self.path == "/progress":
                 self._answer("application/json", progress.status.model_dump_json(by_alias=True, exclude_none=True))
             elif self.path == "/metrics":
@@ -159,6 +159,9 @@ def serve(progress: Progress, port: int) -> ThreadingHTTPServer:
     try:
         server = Server(("0.0.0.0", port), Handler)  # noqa: S104 - the operator asks from another pod
     except OSError as error:
-        raise InvalidSpecError(f"cannot serve progress on port {port}: {error.strerror}; choose another with --progress-port, or 0 for none") from None
+        raise InvalidSpecError(
+            f"cannot serve progress on port {port}: {error.strerror}; choose another with --progress-port, or 0 for "
+            "none"
+        ) from None
     threading.Thread(target=server.serve_forever, name="progress", daemon=True).start()
     return server

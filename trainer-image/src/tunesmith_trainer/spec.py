@@ -57,5 +57,7 @@ def _problems(error: ValidationError) -> str:
 
 def spec_digest(job: FineTuneJob) -> str:
     """`sha256:<64 hex>` of what determines the result: the spec without where and how often it runs."""
-    document = job.spec.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"resources", "scheduling", "max_attempts"})
+    document = job.spec.model_dump(
+        mode="json", by_alias=True, exclude_none=True, exclude={"resources", "scheduling", "max_attempts"}
+    )
     return f"sha256:{hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()}"

@@ -248,8 +248,6 @@ class Stores:
         scheme, place = parts.scheme, f"{parts.netloc}{parts.path}"
         if scheme not in _SCHEMES or not place.strip("/"):
             raise InvalidSpecError(f"the uri {uri} of {what} is none of {', '.join(f'{name}://' for name in _SCHEMES)} with a path")
-        if ".." in place.split("/"):
-            raise InvalidSpecError(f"the uri {uri} of {what} must not hold '..'")
         if scheme == "file" and not self._allow_file:
             raise InvalidSpecError(f"{what} is at {uri}, and file:// is allowed only where no cluster runs the job (tunesmith run): use s3:// or another store")
         if scheme == "hf" and revision:

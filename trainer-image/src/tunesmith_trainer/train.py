@@ -66,7 +66,10 @@ def choose_device(gpus: int) -> torch.device:
     if gpus == 0:
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise InvalidSpecError(f"resources.gpus is {gpus} and no GPU is visible here: set it to 0 to train on the CPU, or check the node's driver")
+        raise InvalidSpecError(
+            f"resources.gpus is {gpus} and no GPU is visible here: set it to 0 to train on the CPU, or check the "
+            "node's driver"
+        )
     return torch.device("cuda", 0)
 
 
@@ -100,7 +103,11 @@ def _train(job: FineTuneJob, prepared: Prepared, progress: Progress, work: Path,
     set_seed(seed)
     base = model.load_model(prepared.base, device, method.qlora.quantization if method.qlora else None)
     peft_model = model.with_adapter(
-        base, method.fields, resolved.target_modules or [], quantized=method.qlora is not None, checkpointing=checkpointing
+        base,
+        method.fields,
+        resolved.target_modules or [],
+        quantized=method.qlora is not None,
+        checkpointing=checkpointing,
     )
     model.check_adapter(peft_model, prepared.preflight.trainable_parameters or 0)
     collate = DataCollatorForLanguageModeling(pad_token_id=prepared.pad)
@@ -117,12 +124,17 @@ def _train(job: FineTuneJob, prepared: Prepared, progress: Progress, work: Path,
     model.full_precision_adapter(peft_model)
 
     def score(*, adapter: bool) -> float:
-        return evaluate.held_out_loss(peft_model, prepared.validation, collate, resolved.micro_batch_size or 1, adapter=adapter)
+        return evaluate.held_out_loss(
+            peft_model, prepared.validation, collate, resolved.micro_batch_size or 1, adapter=adapter
+        )
 
     progress.update(stage=Stage.EVALUATING, step=0, total_steps=resolved.total_steps, epoch=0.0)
     before = score(adapter=False)
     if not math.isfinite(before):
-        raise LossDivergedError(f"the base model's held-out loss is {before} before the first step: the base model's weights are damaged or do not fit this precision")
+        raise LossDivergedError(
+            f"the base model's held-out loss is {before} before the first step: the base model's weights are damaged "
+            "or do not fit this precision"
+        )
     _check_identity(before, score(adapter=True), device)
     curve.append(CurvePoint(step=0, epoch=0.0, evaluation_loss=before))
     progress.update(stage=Stage.TRAINING, evaluation_loss=before)
@@ -131,7 +143,9 @@ def _train(job: FineTuneJob, prepared: Prepared, progress: Progress, work: Path,
     progress.update(stage=Stage.EVALUATING, eta_seconds=0)
     after = score(adapter=True)
     if not math.isfinite(after):
-        raise LossDivergedError(f"the held-out loss is {after} after step {resolved.total_steps}: lower hyperparameters.learningRate")
+        raise LossDivergedError(
+            f"the held-out loss is {after} after step {resolved.total_steps}: lower hyperparameters.learningRate"
+        )
     last = curve[-1]
     curve.append(CurvePoint(step=last.step, epoch=last.epoch, evaluation_loss=after))
     progress.update(evaluation_loss=after)
@@ -139,12 +153,15 @@ def _train(job: FineTuneJob, prepared: Prepared, progress: Progress, work: Path,
     return Trained(peft_model, evaluation, curve)
 
 
-def _arguments(job: FineTuneJob, prepared: Prepared, work: Path, device: torch.device, *, checkpointing: bool) -> SFTConfig:
+def _arguments(
+    job: FineTuneJob, prepared: Prepared, work: Path, device: torch.device, *, checkpointing: bool
+) -> SFTConfig:
     hyper = job.spec.hyperparameters
     resolved = prepared.resolved
     assert resolved.batch_size is not None  # noqa: S101 - prepare() fills everything
     assert resolved.micro_batch_size is not None  # noqa: S101
     assert resolved.total_steps is not None  # noqa: S101
+    assert resolved.learning_rate is not None  # noqa: S101
     return SFTConfig(
         output_dir=str(work / "checkpoints"),
         max_steps=resolved.total_steps,
@@ -179,7 +196,10 @@ def _arguments(job: FineTuneJob, prepared: Prepared, work: Path, device: torch.d
 def _check_identity(base_loss: float, adapter_loss: float, device: torch.device) -> None:
     """A new LoRA adapter adds nothing (its B is zero), so both losses are one."""
     if abs(base_loss - adapter_loss) > _LOSS_TOLERANCE[device.type] * max(1.0, base_loss):
-        raise SelfCheckError(f"the untrained adapter changes the held-out loss from {base_loss:.6f} to {adapter_loss:.6f}, it must not change it")
+        raise SelfCheckError(
+            f"the untrained adapter changes the held-out loss from {base_loss:.6f} to {adapter_loss:.6f}, it must "
+            "not change it"
+        )
 
 
 class _Watch(TrainerCallback):
@@ -192,11 +212,15 @@ class _Watch(TrainerCallback):
         self._times: list[float] = []
         self._tokens: list[int] = [0]
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:  # noqa: ANN401, ARG002
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """The clock of the first step starts here."""
         self._times.append(time.monotonic())
 
-    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:  # noqa: ANN401, ARG002
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """At the first step a gradient must have reached the adapter."""
         if state.global_step == 0:
             gradients = [parameter.grad for parameter in kwargs["model"].parameters() if parameter.requires_grad]
@@ -205,14 +229,18 @@ class _Watch(TrainerCallback):
                 if finite:
                     raise SelfCheckError("no gradient reaches the adapter at step 1: nothing would be learned")
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **kwargs: Any) -> None:  # noqa: ANN401, ARG002
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """One optimizer step is done."""
+        logs: dict[str, float] = kwargs["logs"]
         if "loss" not in logs:
             return
         step, loss, norm = state.global_step, float(logs["loss"]), float(logs.get("grad_norm", 0.0))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient's norm is {norm}"
-            raise LossDivergedError(f"the {what} at step {step} of {state.max_steps}: lower hyperparameters.learningRate (it is {args.learning_rate:g}) and look for odd rows")
+            raise LossDivergedError(
+                f"the {what} at step {step} of {state.max_steps}: lower hyperparameters.learningRate (it is "
+                f"{args.learning_rate:g}) and look for odd rows"
+            )
         self._times.append(time.monotonic())
         self._tokens.append(int(logs.get("num_tokens", 0)))
         del self._times[: -_RECENT_STEPS - 1], self._tokens[: -_RECENT_STEPS - 1]
@@ -242,10 +270,14 @@ def _out_of_memory(job: FineTuneJob, prepared: Prepared, device: torch.device) -
     longest = max(len(ids) for ids in prepared.train["input_ids"])
     changes = []
     if micro > 1:
-        changes.append(f"hyperparameters.microBatchSize {max(size for size in range(1, micro) if (prepared.resolved.batch_size or micro) % size == 0)} (it is {micro})")
+        batch = prepared.resolved.batch_size or micro
+        smaller = max(size for size in range(1, micro) if batch % size == 0)
+        changes.append(f"hyperparameters.microBatchSize {smaller} (it is {micro})")
     if longest > 512:  # noqa: PLR2004 - shorter rows are rarely the cause
         changes.append(f"dataset.maxLength below {longest}, the longest row")
     if job.spec.method.qlora is None:
         changes.append("method.qlora instead of lora")
     changes.append("a GPU with more memory" if device.type == "cuda" else "more resources.memory")
-    return OutOfMemoryError(f"memory ran out while training on the {'GPU' if device.type == 'cuda' else 'CPU'}: use {', or '.join(changes)}")
+    return OutOfMemoryError(
+        f"memory ran out while training on the {'GPU' if device.type == 'cuda' else 'CPU'}: use {', or '.join(changes)}"
+    )

@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trainer_rig import S3Server, Workbench, chat_rows, free_port, job_manifest, start_s3, write_rows
+
+from tunesmith.api.conditions import FailureReason
+from tunesmith.contracts.artifact import ArtifactManifest, digest_of
+from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
+from tunesmith_trainer.errors import AccessDeniedError, BaseModelNotFoundError, DatasetNotFoundError, StorageUnavailableError
+from tunesmith_trainer.store import Folder, Retry, Stores
+
+SECRET_VALUE = "a-wrong-secret-value"
+
+
+@pytest.fixture
+def uploaded(s3_environment: S3Server, base_model: Path, tmp_path: Path) -> S3Server:
+    """The tiny base and a data set in the bucket."""
+    filesystem = s3_environment.filesystem()
+    for file in base_model.iterdir():
+        filesystem.put_file(str(file), f"tunesmith/models/tiny/{file.name}")
+    filesystem.put_file(str(write_rows(tmp_path / "rows.jsonl", chat_rows(24))), "tunesmith/data/train.jsonl")
+    return s3_environment
+
+
+def s3_job(**spec: Any) -> dict[str, Any]:
+    return job_manifest("s3://tunesmith/models/tiny", "s3://tunesmith/data/train.jsonl", **spec)
+
+
+def target(folder: str, *, retry: Retry | None = None, environ: dict[str, str] | None = None) -> Folder:
+    stores = Stores(secrets=Path("/nonexistent"), allow_file=False, retry=retry or Retry(attempts=2, first=0.01), environ=environ)
+    return stores.folder(folder, what="the artifact's folder", missing=StorageUnavailableError)
+
+
+def test_a_job_is_validated_without_fetching_weights(bench: Workbench, uploaded: S3Server, base_model: Path) -> None:
+    ran = bench.run("validate", s3_job(), "--work", str(bench.folder / "work"), allow_file=False)
+    assert ran.code == 0, ran.result.message
+    assert ran.result.resolved is not None
+    assert ran.result.resolved.base_model_fingerprint == base_fingerprint(LocalModelFolder(base_model))
+    assert not list((bench.folder / "work").rglob("*.safetensors"))
+
+
+def test_train_publishes_and_a_second_attempt_finds_it(bench: Workbench, uploaded: S3Server, tmp_path: Path) -> None:
+    uri = "s3://tunesmith/store/default/doors-1/artifact"
+    ran = bench.run("train", s3_job(), allow_file=False, output=uri)
+    assert ran.code == 0, ran.result.message
+    artifact = ran.result.artifact
+    assert artifact is not None
+    filesystem = uploaded.filesystem()
+    data = filesystem.cat_file("tunesmith/store/default/doors-1/artifact/tunesmith.json")
+    assert digest_of(data) == artifact.digest
+    manifest = ArtifactManifest.model_validate_json(data)
+    assert manifest.base.uri == "s3://tunesmith/models/tiny"
+    names = {entry.rsplit("/", 1)[-1] for entry in filesystem.ls("tunesmith/store/default/doors-1/artifact")}
+    assert names == {*manifest.files, "tunesmith.json"}
+    # no credentials and no folders of this machine in what is published
+    for name in names:
+        content = filesystem.cat_file(f"tunesmith/store/default/doors-1/artifact/{name}")
+        assert b"writer-secret" not in content
+        assert str(tmp_path).encode() not in content
+
+    filesystem.rm_file("tunesmith/data/train.jsonl")
+    again = bench.run("train", s3_job(), allow_file=False, output=uri)
+    assert (again.code, again.result.artifact) == (0, artifact)
+    assert again.result.evaluation == ran.result.evaluation
+
+
+def test_a_manifest_is_written_once(uploaded: S3Server) -> None:
+    folder = target("s3://tunesmith/once")
+    assert folder.create("tunesmith.json", b"first")
+    assert not folder.create("tunesmith.json", b"second")
+    assert uploaded.filesystem().cat_file("tunesmith/once/tunesmith.json") == b"first"
+
+
+def test_of_two_writers_one_wins(uploaded: S3Server) -> None:
+    """Both have seen that nothing is there: the store decides."""
+    folders = [target("s3://tunesmith/race") for _ in range(4)]
+    barrier = threading.Barrier(len(folders))
+    won: list[int] = []
+
+    def write(number: int) -> None:
+        barrier.wait(timeout=30)
+        if folders[number].create("tunesmith.json", f"{number}".encode()):
+            won.append(number)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(len(folders))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    content = int(uploaded.filesystem().cat_file("tunesmith/race/tunesmith.json"))
+    assert won == [content]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("AWS_SECRET_ACCESS_KEY", SECRET_VALUE), ("AWS_ACCESS_KEY_ID", "nobody")], ids=["wrong secret", "unknown key"]
+)
+@pytest.mark.parametrize("command", ["validate", "train"])
+def test_wrong_credentials_name_the_secret_and_never_its_value(
+    bench: Workbench, uploaded: S3Server, monkeypatch: pytest.MonkeyPatch, command: str, variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    ran = bench.run(command, s3_job(), allow_file=False, output="s3://tunesmith/store/x/artifact")
+    assert (ran.code, ran.result.reason, ran.result.retryable) == (2, FailureReason.ACCESS_DENIED, False)
+    assert "tunesmith-store" in ran.result.message
+    assert value not in ran.result.message
+
+
+def test_credentials_of_a_secret_ref_are_used_for_that_uri_only(
+    bench: Workbench, uploaded: S3Server, tmp_path: Path
+) -> None:
+    job = s3_job()
+    job["spec"]["dataset"]["train"][0]["secretRef"] = {"name": "mine"}
+    secret = tmp_path / "secrets/mine"
+    secret.mkdir(parents=True)
+    for name, value in uploaded.environment().items():
+        (secret / name).write_text(value + "\n")
+    arguments = ("--secrets", str(tmp_path / "secrets"))
+    assert bench.run("validate", job, *arguments, allow_file=False).code == 0
+    (secret / "AWS_SECRET_ACCESS_KEY").write_text(SECRET_VALUE)
+    ran = bench.run("validate", job, *arguments, allow_file=False)
+    assert (ran.code, ran.result.reason) == (2, FailureReason.ACCESS_DENIED)
+    assert "the Secret mine" in ran.result.message
+    assert "s3://tunesmith/data/train.jsonl" in ran.result.message
+    assert SECRET_VALUE not in ran.result.message
+
+
+MISSING = {
+    "data set": ({"dataset": {"train": [{"uri": "s3://tunesmith/data/none.jsonl"}]}}, FailureReason.DATASET_NOT_FOUND, "s3://tunesmith/data/none.jsonl does not exist"),
+    "bucket of the data set": ({"dataset": {"train": [{"uri": "s3://no-such-bucket/a.jsonl"}]}}, FailureReason.DATASET_NOT_FOUND, "s3://no-such-bucket/a.jsonl does not exist"),
+    "base model": ({"baseModel": {"uri": "s3://tunesmith/models/none"}}, FailureReason.BASE_MODEL_NOT_FOUND, "s3://tunesmith/models/none"),
+    "bucket of the base": ({"baseModel": {"uri": "s3://no-such-bucket/m"}}, FailureReason.BASE_MODEL_NOT_FOUND, "s3://no-such-bucket/m"),
+}
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_what_is_missing_is_named(bench: Workbench, uploaded: S3Server, name: str) -> None:
+    spec, reason, expected = MISSING[name]
+    ran = bench.run("validate", s3_job(**spec), allow_file=False)
+    assert expected in ran.result.message
+    assert (ran.code, ran.result.reason) == (2, reason)
+
+
+def test_an_outage_is_waited_out(tmp_path: Path) -> None:
+    port = free_port()
+    first = start_s3(tmp_path / "s3", port)
+    first.filesystem().mkdir("tunesmith")
+    first.filesystem().pipe_file("tunesmith/a.bin", os.urandom(100_000))
+    folder = target("s3://tunesmith", retry=Retry(attempts=200, first=0.05, longest=0.2), environ=first.environment())
+    assert folder.names() == ["a.bin"]
+    first.process.kill()
+    first.process.wait()
+    done: list[int] = []
+    thread = threading.Thread(target=lambda: (folder.download("a.bin", tmp_path / "a.bin"), done.append(1)))
+    thread.start()
+    time.sleep(0)  # the reader is on its way; whether it failed already does not matter
+    second = start_s3(tmp_path / "s3", port)
+    try:
+        thread.join(timeout=120)
+        assert done == [1]
+        assert (tmp_path / "a.bin").stat().st_size == 100_000
+    finally:
+        second.process.kill()
+        second.process.wait()
+
+
+def test_an_outage_that_lasts_is_worth_another_attempt(s3: S3Server) -> None:
+    environ = {**s3.environment(), "AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}"}
+    with pytest.raises(StorageUnavailableError, match=r"could not be reached, tried 2 times") as raised:
+        target("s3://tunesmith", environ=environ).names()
+    assert raised.value.retryable
+
+
+def test_no_credentials_at_all_are_told(s3: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(AccessDeniedError, match="must give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
+        target("s3://tunesmith", environ={"AWS_ENDPOINT_URL": s3.endpoint}).names()
+
+
+def test_a_download_appears_only_when_it_is_whole(uploaded: S3Server, tmp_path: Path) -> None:
+    content = os.urandom(20_000_000)  # three ranges
+    uploaded.filesystem().pipe_file("tunesmith/big.bin", content)
+    folder = target("s3://tunesmith")
+    folder.download("big.bin", tmp_path / "big.bin")
+    assert (tmp_path / "big.bin").read_bytes() == content
+    assert [file.name for file in tmp_path.iterdir() if "big" in file.name] == ["big.bin"]
+    uploaded.filesystem().pipe_file("tunesmith/empty.bin", b"")
+    folder.download("empty.bin", tmp_path / "empty.bin")
+    assert (tmp_path / "empty.bin").read_bytes() == b""
+
+
+def test_names_do_not_leave_their_folder(uploaded: S3Server) -> None:
+    with pytest.raises(ValueError, match="not the name of a file"):
+        target("s3://tunesmith/store").read("../data/train.jsonl")
+
+
+def test_claims_are_read_where_they_are_mounted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tunesmith_trainer.store.claim_path", lambda uri: str(tmp_path / uri.removeprefix("pvc://")))
+    write_rows(tmp_path / "claim/data/train.jsonl", chat_rows(2))
+    stores = Stores(secrets=tmp_path, allow_file=False)
+    folder, name = stores.file("pvc://claim/data/train.jsonl", what="the data set", missing=DatasetNotFoundError)
+    assert folder.exists(name)
+    missing = stores.folder("pvc://claim/none", what="the base model", missing=BaseModelNotFoundError)
+    with pytest.raises(BaseModelNotFoundError, match="pvc://claim/none does not exist"):
+        missing.names()
