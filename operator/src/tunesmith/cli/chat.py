@@ -13,10 +13,10 @@ import aiohttp
 import typer
 
 from tunesmith.cli.errors import CliError, Exit
-from tunesmith.cli.output import Format, FormatOption, note, print_json
+from tunesmith.cli.output import Format, FormatOption, note, print_json, print_line
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable, Iterator
 
 KEY_VARIABLES = ("TUNESMITH_API_KEY", "OPENAI_API_KEY")
 _OK = 200
@@ -52,7 +52,11 @@ def chat(
     options = {"max_tokens": max_tokens, "temperature": temperature}
     request = {"model": model, **{name: value for name, value in options.items() if value is not None}}
     messages = [{"role": "system", "content": system}] if system else []
-    asyncio.run(_talk(address, key, request, messages, message, output_format=output_format))
+
+    def ask(asked: list[dict[str, str]]) -> str:
+        return asyncio.run(_ask(address, key, request | {"messages": asked}, output_format))
+
+    _talk(ask, messages, message, model)
 
 
 def endpoint(url: str | None) -> str:
@@ -73,48 +77,44 @@ def endpoint(url: str | None) -> str:
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}/v1/chat/completions"
 
 
-async def _talk(
-    address: str,
-    key: str,
-    request: dict[str, Any],
-    messages: list[dict[str, str]],
-    message: str | None,
-    *,
-    output_format: Format,
+def _talk(
+    ask: Callable[[list[dict[str, str]]], str], messages: list[dict[str, str]], message: str | None, model: str
 ) -> None:
-    async with aiohttp.ClientSession(timeout=_TIMEOUT, headers={"Authorization": f"Bearer {key}"}) as session:
-        if message is not None:
-            await _ask(session, address, request, [*messages, _user(message)], output_format)
-            return
+    """Ask one question, or those on standard input, each with what was said before."""
+    if message is not None:
+        ask([*messages, _user(message)])
+        return
+    if sys.stdin.isatty():
+        note(f"Talking to {model}. An empty line or Ctrl-D ends.")
+    for question in _questions():
+        messages.append(_user(question))
+        messages.append({"role": "assistant", "content": ask(messages)})
+
+
+def _questions() -> Iterator[str]:
+    while True:
         if sys.stdin.isatty():
-            note(f"Talking to {request['model']}. An empty line or Ctrl-D ends.")
-        while True:
-            if sys.stdin.isatty():
-                sys.stderr.write("> ")
-                sys.stderr.flush()
-            line = (await asyncio.to_thread(sys.stdin.readline)).strip()
-            if not line:
-                return
-            messages.append(_user(line))
-            answer = await _ask(session, address, request, messages, output_format)
-            messages.append({"role": "assistant", "content": answer})
+            sys.stderr.write("> ")
+            sys.stderr.flush()
+        question = sys.stdin.readline().strip()
+        if not question:
+            return
+        yield question
 
 
 def _user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
-async def _ask(
-    session: aiohttp.ClientSession,
-    address: str,
-    request: dict[str, Any],
-    messages: list[dict[str, str]],
-    output_format: Format,
-) -> str:
+async def _ask(address: str, key: str, request: dict[str, Any], output_format: Format) -> str:
     """Print the answer as it comes, and return it."""
     answer, model, finish = "", request["model"], None
+    headers = {"Authorization": f"Bearer {key}"}
     try:
-        async with session.post(address, json={**request, "messages": messages, "stream": True}) as response:
+        async with (
+            aiohttp.ClientSession(timeout=_TIMEOUT, headers=headers) as session,
+            session.post(address, json=request | {"stream": True}) as response,
+        ):
             if response.status != _OK:
                 raise CliError(_reason(response.status, await response.text()))
             async for event in _events(response):
@@ -132,8 +132,7 @@ async def _ask(
         raise CliError(f"the gateway at {address} cannot be reached: {error or type(error).__name__}") from error
     finally:
         if output_format is Format.TEXT and answer:
-            sys.stdout.write("\n")
-            sys.stdout.flush()
+            print_line("")
     if output_format is Format.JSON:
         print_json({"model": model, "content": answer, "finishReason": finish})
     return answer

@@ -17,6 +17,9 @@ from tunesmith.cli.run import run
 from tunesmith.cli.submit import submit
 from tunesmith.cluster.errors import ClusterError, ConfigurationError, ForbiddenError, NotFoundError, UnauthorizedError
 
+_UNKNOWN_KIND = ("could not find the requested resource", "page not found")
+"""What API servers say about a kind, or a whole group, that they do not serve."""
+
 app = typer.Typer(
     name="tunesmith",
     no_args_is_help=True,
@@ -65,7 +68,7 @@ def main() -> None:
 
 
 def _sentence(error: ClusterError) -> str:
-    if isinstance(error, NotFoundError) and "could not find the requested resource" in str(error):
+    if isinstance(error, NotFoundError) and any(sign in str(error) for sign in _UNKNOWN_KIND):
         return (
             "this cluster does not know Tunesmith's resources: install the chart charts/tunesmith, or check $KUBECONFIG"
         )

@@ -32,12 +32,18 @@ def submit(
     """
     document = read(filename)
     name = document["metadata"]["name"]
-    try:
-        asyncio.run(_submit(document, namespace, watch=watch, output_format=output_format))
-    except KeyboardInterrupt:
-        again = f"tunesmith submit -f {filename}" + (f" -n {namespace}" if namespace else "") + " --watch"
-        note(f"\nFineTuneJob {name} goes on. Follow it again with: {again}")
-        raise typer.Exit(Exit.INTERRUPTED) from None
+    chosen = asyncio.run(_apply(document, namespace))
+    if watch:
+        try:
+            asyncio.run(_follow(chosen, name, output_format))
+        except KeyboardInterrupt:
+            again = f"tunesmith submit -f {filename}" + (f" -n {namespace}" if namespace else "") + " --watch"
+            note(f"\nFineTuneJob {name} goes on. Follow it again with: {again}")
+            raise typer.Exit(Exit.INTERRUPTED) from None
+    elif output_format is Format.JSON:
+        print_json({"name": name, "namespace": chosen})
+    else:
+        print_line(f"FineTuneJob {chosen}/{name} is submitted. Add --watch to follow it.")
 
 
 def read(filename: Path) -> dict[str, Any]:
@@ -59,21 +65,22 @@ def read(filename: Path) -> dict[str, Any]:
         raise CliError("\n".join(f"{filename}: {problem}" for problem in error.problems), Exit.USAGE) from None
 
 
-async def _submit(document: dict[str, Any], namespace: str | None, *, watch: bool, output_format: Format) -> None:
+async def _apply(document: dict[str, Any], namespace: str | None) -> str:
+    """Apply the manifest and return the namespace that it went to."""
     metadata = document["metadata"]
-    name, written = metadata["name"], metadata.get("namespace")
+    written = metadata.get("namespace")
     if namespace and written and namespace != written:
         raise CliError(
             f"the manifest says metadata.namespace: {written}, the command says -n {namespace}: keep one of them",
             Exit.USAGE,
         )
     async with await connect() as cluster:
-        chosen = namespace or written or cluster.namespace
+        chosen: str = namespace or written or cluster.namespace
         document = {key: value for key, value in document.items() if key != "status"}
         await cluster.apply(document | {"metadata": metadata | {"namespace": chosen}}, field_manager=FIELD_MANAGER)
-        if watch:
-            await follow(cluster, chosen, name, output_format)
-        elif output_format is Format.JSON:
-            print_json({"name": name, "namespace": chosen})
-        else:
-            print_line(f"FineTuneJob {chosen}/{name} is submitted. Add --watch to follow it.")
+    return chosen
+
+
+async def _follow(namespace: str, name: str, output_format: Format) -> None:
+    async with await connect() as cluster:
+        await follow(cluster, namespace, name, output_format)
