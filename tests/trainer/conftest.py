@@ -28,7 +28,19 @@ CORPUS = [
 
 def pytest_configure(config: pytest.Config) -> None:
     # Warnings of libraries about themselves; those of our code stay errors.
-    for module in ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "fsspec", "s3fs", "aiobotocore", "multiprocess"):
+    for module in (
+        "torch",
+        "transformers",
+        "trl",
+        "peft",
+        "bitsandbytes",
+        "datasets",
+        "accelerate",
+        "fsspec",
+        "s3fs",
+        "aiobotocore",
+        "multiprocess",
+    ):
         config.addinivalue_line("filterwarnings", rf"ignore:::{module}(\..*)?")
     # Resources that fsspec's event loop thread closes late.
     config.addinivalue_line("filterwarnings", "ignore::ResourceWarning")
@@ -43,12 +55,18 @@ def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<unk>", "<|im_start|>", "<|im_end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=400,
+        special_tokens=["<unk>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     # As many published models do, this one pads with its end token, which must not be masked for that.
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
     )
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(folder)

@@ -7,6 +7,7 @@ import pytest
 from trainer_rig import Workbench, chat_row, chat_rows, write_rows
 
 from tunesmith.api.conditions import FailureReason
+from tunesmith_trainer.main import run
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,7 +27,10 @@ BAD_ROWS: dict[str, tuple[list[Any], str]] = {
     "no rows": ([], "train.jsonl is empty"),
     "blank lines only": (["", "  "], "train.jsonl is empty"),
     "messages missing": ([GOOD] * 16 + [{"text": "x"}], "train.jsonl line 17: 'messages' is missing"),
-    "first row unknown": ([{"text": "x"}], "train.jsonl line 1: 'messages' is missing (a row needs 'messages', or 'prompt' and 'completion')"),
+    "first row unknown": (
+        [{"text": "x"}],
+        "train.jsonl line 1: 'messages' is missing (a row needs 'messages', or 'prompt' and 'completion')",
+    ),
     "blank lines count": ([GOOD, "", "{}"], "train.jsonl line 3: 'messages' is missing"),
     "not JSON": ([GOOD, '{"messages": [}'], "train.jsonl line 2: is not JSON: Expecting value at column 15"),
     "not an object": ([GOOD, "[1, 2]"], "train.jsonl line 2: is not a JSON object but a list"),
@@ -38,19 +42,40 @@ BAD_ROWS: dict[str, tuple[list[Any], str]] = {
     "message is a string": ([messages("hello")], "message 1 is a string, not an object"),
     "no role": ([messages({"content": "hello"})], "message 1: 'role' is missing"),
     "no content": ([messages(message("user", "a"), {"role": "assistant"})], "message 2: 'content' is missing"),
-    "unknown role": ([messages(message("human", "a"), message("assistant", "b"))], "message 1: unknown role 'human', expected one of system, user, assistant"),
-    "null content": ([messages(message("user", "a"), message("assistant", None))], "message 2 (assistant): 'content' is null, not a string"),
-    "number content": ([messages(message("user", 7), message("assistant", "b"))], "message 1 (user): 'content' is a number, not a string"),
-    "empty content": ([messages(message("user", "a"), message("assistant", " "))], "message 2 (assistant): 'content' is empty"),
-    "tool calls": ([messages(message("user", "a"), message("assistant", "b", tool_calls=[]))], "message 2: unknown key 'tool_calls'"),
+    "unknown role": (
+        [messages(message("human", "a"), message("assistant", "b"))],
+        "message 1: unknown role 'human', expected one of system, user, assistant",
+    ),
+    "null content": (
+        [messages(message("user", "a"), message("assistant", None))],
+        "message 2 (assistant): 'content' is null, not a string",
+    ),
+    "number content": (
+        [messages(message("user", 7), message("assistant", "b"))],
+        "message 1 (user): 'content' is a number, not a string",
+    ),
+    "empty content": (
+        [messages(message("user", "a"), message("assistant", " "))],
+        "message 2 (assistant): 'content' is empty",
+    ),
+    "tool calls": (
+        [messages(message("user", "a"), message("assistant", "b", tool_calls=[]))],
+        "message 2: unknown key 'tool_calls'",
+    ),
     "tools": ([{**GOOD, "tools": []}], "has 'tools', which are not supported"),
-    "ends with the user": ([messages(message("user", "a"))], "the last message is the user's: it must be the assistant's"),
+    "ends with the user": (
+        [messages(message("user", "a"))],
+        "the last message is the user's: it must be the assistant's",
+    ),
     "starts with the assistant": ([messages(message("assistant", "a"))], "the first message is the assistant's"),
     "completion missing": ([{"prompt": "a"}], "train.jsonl line 1: 'completion' is missing"),
     "prompt missing": ([{"completion": "a"}], "train.jsonl line 1: 'prompt' is missing"),
     "null prompt": ([{"prompt": None, "completion": "b"}], "'prompt' is null, not a string"),
     "both forms": ([{**GOOD, "prompt": "a", "completion": "b"}], "has both 'messages' and 'prompt'/'completion'"),
-    "mixed forms": ([GOOD, {"prompt": "a", "completion": "b"}], "train.jsonl line 2: 'messages' is missing (the rows before have it, from train.jsonl line 1 on)"),
+    "mixed forms": (
+        [GOOD, {"prompt": "a", "completion": "b"}],
+        "train.jsonl line 2: 'messages' is missing (the rows before have it, from train.jsonl line 1 on)",
+    ),
     "one row, nothing to hold out": ([GOOD], "the training rows need at least 2 rows: there are only 1"),
     "several": ([GOOD, "x", GOOD, "y", "z", "{}", "{}"], "train.jsonl line 2: is not JSON"),
 }
@@ -87,7 +112,11 @@ def test_rows_beyond_the_models_context_are_refused(bench: Workbench) -> None:
 
 SPECS: dict[str, tuple[dict[str, Any], FailureReason, str]] = {
     "no method": ({"method": {}}, FailureReason.INVALID_SPEC, "method needs exactly one of lora and qlora"),
-    "two methods": ({"method": {"lora": {}, "qlora": {}}}, FailureReason.INVALID_SPEC, "method needs exactly one of lora and qlora"),
+    "two methods": (
+        {"method": {"lora": {}, "qlora": {}}},
+        FailureReason.INVALID_SPEC,
+        "method needs exactly one of lora and qlora",
+    ),
     "rank 0": ({"method": {"lora": {"rank": 0}}}, FailureReason.INVALID_SPEC, "spec.method.lora.rank"),
     "rank -4": ({"method": {"lora": {"rank": -4}}}, FailureReason.INVALID_SPEC, "(it is -4)"),
     "unknown field": ({"method": {"lora": {"rnak": 4}}}, FailureReason.INVALID_SPEC, "spec.method.lora.rnak"),
@@ -96,17 +125,57 @@ SPECS: dict[str, tuple[dict[str, Any], FailureReason, str]] = {
         FailureReason.INVALID_SPEC,
         "the base model has no module named q_prj; did you mean q_proj?",
     ),
-    "far off module": ({"method": {"lora": {"targetModules": ["zzz"]}}}, FailureReason.INVALID_SPEC, "it has down_proj, gate_proj"),
-    "not linear": ({"method": {"lora": {"targetModules": ["embed_tokens"]}}}, FailureReason.INVALID_SPEC, "embed_tokens is not a linear module"),
-    "output layer": ({"method": {"lora": {"targetModules": ["lm_head"]}}}, FailureReason.INVALID_SPEC, "lm_head is the output layer"),
-    "all-linear and a name": ({"method": {"lora": {"targetModules": ["all-linear", "q_proj"]}}}, FailureReason.INVALID_SPEC, "all-linear stands for all"),
-    "micro batch": ({"hyperparameters": {"batchSize": 8, "microBatchSize": 3}}, FailureReason.INVALID_SPEC, "microBatchSize must divide"),
-    "epochs and steps": ({"hyperparameters": {"epochs": 1, "maxSteps": 3}}, FailureReason.INVALID_SPEC, "exclude each other"),
+    "far off module": (
+        {"method": {"lora": {"targetModules": ["zzz"]}}},
+        FailureReason.INVALID_SPEC,
+        "it has down_proj, gate_proj",
+    ),
+    "not linear": (
+        {"method": {"lora": {"targetModules": ["embed_tokens"]}}},
+        FailureReason.INVALID_SPEC,
+        "embed_tokens is not a linear module",
+    ),
+    "output layer": (
+        {"method": {"lora": {"targetModules": ["lm_head"]}}},
+        FailureReason.INVALID_SPEC,
+        "lm_head is the output layer",
+    ),
+    "all-linear and a name": (
+        {"method": {"lora": {"targetModules": ["all-linear", "q_proj"]}}},
+        FailureReason.INVALID_SPEC,
+        "all-linear stands for all",
+    ),
+    "micro batch": (
+        {"hyperparameters": {"batchSize": 8, "microBatchSize": 3}},
+        FailureReason.INVALID_SPEC,
+        "microBatchSize must divide",
+    ),
+    "epochs and steps": (
+        {"hyperparameters": {"epochs": 1, "maxSteps": 3}},
+        FailureReason.INVALID_SPEC,
+        "exclude each other",
+    ),
     "two GPUs": ({"resources": {"gpus": 2}}, FailureReason.INVALID_SPEC, "one GPU per job"),
-    "no base": ({"baseModel": {"uri": "file:///nowhere/model"}}, FailureReason.BASE_MODEL_NOT_FOUND, "file:///nowhere/model does not exist"),
-    "odd scheme": ({"dataset": {"train": [{"uri": "https://example.org/a.jsonl"}]}}, FailureReason.INVALID_SPEC, "spec.dataset.train.0.uri"),
-    "no data": ({"dataset": {"train": [{"uri": "file:///nowhere/rows.jsonl"}]}}, FailureReason.DATASET_NOT_FOUND, "file:///nowhere/rows.jsonl does not exist"),
-    "climbing uri": ({"dataset": {"train": [{"uri": "file:///tmp/../etc/x.jsonl"}]}}, FailureReason.INVALID_SPEC, "must not contain '..'"),
+    "no base": (
+        {"baseModel": {"uri": "file:///nowhere/model"}},
+        FailureReason.BASE_MODEL_NOT_FOUND,
+        "file:///nowhere/model does not exist",
+    ),
+    "odd scheme": (
+        {"dataset": {"train": [{"uri": "https://example.org/a.jsonl"}]}},
+        FailureReason.INVALID_SPEC,
+        "spec.dataset.train.0.uri",
+    ),
+    "no data": (
+        {"dataset": {"train": [{"uri": "file:///nowhere/rows.jsonl"}]}},
+        FailureReason.DATASET_NOT_FOUND,
+        "file:///nowhere/rows.jsonl does not exist",
+    ),
+    "climbing uri": (
+        {"dataset": {"train": [{"uri": "file:///tmp/../etc/x.jsonl"}]}},
+        FailureReason.INVALID_SPEC,
+        "must not contain '..'",
+    ),
     "no secret": (
         {"dataset": {"train": [{"uri": "s3://bucket/rows.jsonl", "secretRef": {"name": "absent"}}]}},
         FailureReason.SECRET_NOT_FOUND,
@@ -141,9 +210,7 @@ def test_a_bad_manifest_is_refused(bench: Workbench, name: str) -> None:
     assert (ran.code, ran.result.reason) == (2, FailureReason.INVALID_SPEC)
 
 
-def test_a_missing_manifest_is_named(bench: Workbench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from tunesmith_trainer.main import run  # noqa: PLC0415
-
+def test_a_missing_manifest_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["validate", "--job", str(tmp_path / "none.yaml"), "--progress-port", "0"]) == 2
     assert "cannot read the manifest" in capsys.readouterr().out
 

@@ -46,14 +46,19 @@ def test_every_assistant_turn_is_learned(tokenizer: Any) -> None:
 
 
 def test_a_completion_gets_an_end_token(tokenizer: Any) -> None:
-    text, learned = targets(tokenizer, Row(RowForm.PROMPT_COMPLETION, {"prompt": "Colour: ", "completion": "green"}, "line 1"))
+    text, learned = targets(
+        tokenizer, Row(RowForm.PROMPT_COMPLETION, {"prompt": "Colour: ", "completion": "green"}, "line 1")
+    )
     assert text == "Colour: green<|im_end|>"
     assert learned == "green<|im_end|>"
 
 
 def test_a_template_without_an_end_token_gets_one(tokenizer: Any, base_model: Path) -> None:
     bare = model.load_tokenizer(base_model, "the tiny model")
-    bare.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+    bare.chat_template = (
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
     _, learned = targets(bare, Row(RowForm.MESSAGES, chat_row("Who?", "Marta."), "line 1"))
     assert learned == "Marta.\n<|im_end|>"
     assert tokenizer.chat_template != bare.chat_template
@@ -79,7 +84,9 @@ def test_padding_is_never_the_end_token(tokenizer: Any) -> None:
     assert model.pad_token(tokenizer, [0, 1, 2]) not in (0, 1, 2)
 
 
-@pytest.mark.parametrize(("count", "fraction", "out"), [(2, None, 1), (10, None, 1), (24, None, 2), (100, 0.25, 25), (3, 0.001, 1)])
+@pytest.mark.parametrize(
+    ("count", "fraction", "out"), [(2, None, 1), (10, None, 1), (24, None, 2), (100, 0.25, 25), (3, 0.001, 1)]
+)
 def test_the_share_that_is_held_out(count: int, fraction: float | None, out: int) -> None:
     dataset = Dataset.model_validate({"train": [{"uri": "s3://a/b"}], "validationFraction": fraction})
     train, validation = held_out(count, dataset, seed=7)

@@ -12,7 +12,12 @@ from trainer_rig import S3Server, Workbench, chat_rows, free_port, job_manifest,
 from tunesmith.api.conditions import FailureReason
 from tunesmith.contracts.artifact import ArtifactManifest, digest_of
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
-from tunesmith_trainer.errors import AccessDeniedError, BaseModelNotFoundError, DatasetNotFoundError, StorageUnavailableError
+from tunesmith_trainer.errors import (
+    AccessDeniedError,
+    BaseModelNotFoundError,
+    DatasetNotFoundError,
+    StorageUnavailableError,
+)
 from tunesmith_trainer.store import Folder, Retry, Stores
 
 SECRET_VALUE = "a-wrong-secret-value"
@@ -33,11 +38,14 @@ def s3_job(**spec: Any) -> dict[str, Any]:
 
 
 def target(folder: str, *, retry: Retry | None = None, environ: dict[str, str] | None = None) -> Folder:
-    stores = Stores(secrets=Path("/nonexistent"), allow_file=False, retry=retry or Retry(attempts=2, first=0.01), environ=environ)
+    stores = Stores(
+        secrets=Path("/nonexistent"), allow_file=False, retry=retry or Retry(attempts=2, first=0.01), environ=environ
+    )
     return stores.folder(folder, what="the artifact's folder", missing=StorageUnavailableError)
 
 
-def test_a_job_is_validated_without_fetching_weights(bench: Workbench, uploaded: S3Server, base_model: Path) -> None:
+@pytest.mark.usefixtures("uploaded")
+def test_a_job_is_validated_without_fetching_weights(bench: Workbench, base_model: Path) -> None:
     ran = bench.run("validate", s3_job(), "--work", str(bench.folder / "work"), allow_file=False)
     assert ran.code == 0, ran.result.message
     assert ran.result.resolved is not None
@@ -97,12 +105,15 @@ def test_of_two_writers_one_wins(uploaded: S3Server) -> None:
     assert won == [content]
 
 
+@pytest.mark.usefixtures("uploaded")
 @pytest.mark.parametrize(
-    ("variable", "value"), [("AWS_SECRET_ACCESS_KEY", SECRET_VALUE), ("AWS_ACCESS_KEY_ID", "nobody")], ids=["wrong secret", "unknown key"]
+    ("variable", "value"),
+    [("AWS_SECRET_ACCESS_KEY", SECRET_VALUE), ("AWS_ACCESS_KEY_ID", "nobody")],
+    ids=["wrong secret", "unknown key"],
 )
 @pytest.mark.parametrize("command", ["validate", "train"])
 def test_wrong_credentials_name_the_secret_and_never_its_value(
-    bench: Workbench, uploaded: S3Server, monkeypatch: pytest.MonkeyPatch, command: str, variable: str, value: str
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch, command: str, variable: str, value: str
 ) -> None:
     monkeypatch.setenv(variable, value)
     ran = bench.run(command, s3_job(), allow_file=False, output="s3://tunesmith/store/x/artifact")
@@ -131,15 +142,32 @@ def test_credentials_of_a_secret_ref_are_used_for_that_uri_only(
 
 
 MISSING = {
-    "data set": ({"dataset": {"train": [{"uri": "s3://tunesmith/data/none.jsonl"}]}}, FailureReason.DATASET_NOT_FOUND, "s3://tunesmith/data/none.jsonl does not exist"),
-    "bucket of the data set": ({"dataset": {"train": [{"uri": "s3://no-such-bucket/a.jsonl"}]}}, FailureReason.DATASET_NOT_FOUND, "s3://no-such-bucket/a.jsonl does not exist"),
-    "base model": ({"baseModel": {"uri": "s3://tunesmith/models/none"}}, FailureReason.BASE_MODEL_NOT_FOUND, "s3://tunesmith/models/none"),
-    "bucket of the base": ({"baseModel": {"uri": "s3://no-such-bucket/m"}}, FailureReason.BASE_MODEL_NOT_FOUND, "s3://no-such-bucket/m"),
+    "data set": (
+        {"dataset": {"train": [{"uri": "s3://tunesmith/data/none.jsonl"}]}},
+        FailureReason.DATASET_NOT_FOUND,
+        "s3://tunesmith/data/none.jsonl does not exist",
+    ),
+    "bucket of the data set": (
+        {"dataset": {"train": [{"uri": "s3://no-such-bucket/a.jsonl"}]}},
+        FailureReason.DATASET_NOT_FOUND,
+        "s3://no-such-bucket/a.jsonl does not exist",
+    ),
+    "base model": (
+        {"baseModel": {"uri": "s3://tunesmith/models/none"}},
+        FailureReason.BASE_MODEL_NOT_FOUND,
+        "s3://tunesmith/models/none",
+    ),
+    "bucket of the base": (
+        {"baseModel": {"uri": "s3://no-such-bucket/m"}},
+        FailureReason.BASE_MODEL_NOT_FOUND,
+        "s3://no-such-bucket/m",
+    ),
 }
 
 
+@pytest.mark.usefixtures("uploaded")
 @pytest.mark.parametrize("name", MISSING)
-def test_what_is_missing_is_named(bench: Workbench, uploaded: S3Server, name: str) -> None:
+def test_what_is_missing_is_named(bench: Workbench, name: str) -> None:
     spec, reason, expected = MISSING[name]
     ran = bench.run("validate", s3_job(**spec), allow_file=False)
     assert expected in ran.result.message
@@ -197,7 +225,8 @@ def test_a_download_appears_only_when_it_is_whole(uploaded: S3Server, tmp_path: 
     assert (tmp_path / "empty.bin").read_bytes() == b""
 
 
-def test_names_do_not_leave_their_folder(uploaded: S3Server) -> None:
+@pytest.mark.usefixtures("uploaded")
+def test_names_do_not_leave_their_folder() -> None:
     with pytest.raises(ValueError, match="not the name of a file"):
         target("s3://tunesmith/store").read("../data/train.jsonl")
 

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from trainer_rig import Workbench, chat_rows, free_port, job_manifest, write_rows
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from trainer_rig import Workbench, chat_rows, free_port, job_manifest, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from tunesmith.api.conditions import FailureReason
@@ -28,11 +28,17 @@ from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
 from tunesmith.contracts.progress import parse_progress
 from tunesmith.contracts.result import Outcome, TrainerResult
 
-METHODS = {"lora": {"lora": {"rank": 4, "alpha": 8}}, "qlora": {"qlora": {"rank": 4, "alpha": 8, "targetModules": ["q_proj", "v_proj"]}}}
+METHODS = {
+    "lora": {"lora": {"rank": 4, "alpha": 8}},
+    "qlora": {"qlora": {"rank": 4, "alpha": 8, "targetModules": ["q_proj", "v_proj"]}},
+}
 
 
 def test_validate_counts_and_decides(bench: Workbench, base_model: Path) -> None:
-    rows = [*chat_rows(20), {"messages": [{"role": "user", "content": "why " * 200}, {"role": "assistant", "content": "no"}]}]
+    rows = [
+        *chat_rows(20),
+        {"messages": [{"role": "user", "content": "why " * 200}, {"role": "assistant", "content": "no"}]},
+    ]
     job = bench.job(rows, hyperparameters={"epochs": 2})
     job["spec"]["dataset"]["maxLength"] = 128
     ran = bench.run("validate", job)
@@ -42,7 +48,7 @@ def test_validate_counts_and_decides(bench: Workbench, base_model: Path) -> None
     assert resolved is not None
     assert (counted.rows, counted.validation_rows, counted.dropped_rows) == (18, 2, 1)
     # 2 layers of q, o (64→64), k, v (64→32), gate, up (64→128), down (128→64), each with rank × (in + out)
-    assert counted.trainable_parameters == 2 * 16 * (2 * 128 + 2 * 96 + 3 * 192)
+    assert counted.trainable_parameters == 2 * 4 * (2 * 128 + 2 * 96 + 3 * 192)
     assert resolved.base_model_fingerprint == base_fingerprint(LocalModelFolder(base_model))
     assert (resolved.learning_rate, resolved.batch_size, resolved.micro_batch_size) == (2e-4, 8, 8)
     assert resolved.total_steps == 6  # two epochs of ceil(18 / 8)
@@ -50,9 +56,14 @@ def test_validate_counts_and_decides(bench: Workbench, base_model: Path) -> None
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_trained_adapter_reloads_in_plain_peft_with_the_same_loss(bench: Workbench, base_model: Path, method: str) -> None:
+def test_a_trained_adapter_reloads_in_plain_peft_with_the_same_loss(
+    bench: Workbench, base_model: Path, method: str
+) -> None:
     validation = write_rows(bench.folder / "validation.jsonl", chat_rows(4))
-    job = bench.job(method=METHODS[method], hyperparameters={"maxSteps": 6, "batchSize": 4, "microBatchSize": 2, "learningRate": 0.02})
+    job = bench.job(
+        method=METHODS[method],
+        hyperparameters={"maxSteps": 6, "batchSize": 4, "microBatchSize": 2, "learningRate": 0.02},
+    )
     job["spec"]["dataset"]["validation"] = [{"uri": f"file://{validation}"}]
     ran = bench.run("train", job)
     assert ran.code == 0, ran.result.message
@@ -62,9 +73,16 @@ def test_a_trained_adapter_reloads_in_plain_peft_with_the_same_loss(bench: Workb
     assert evaluation.base_loss is not None
     assert evaluation.loss < evaluation.base_loss
 
-    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
     base = AutoModelForCausalLM.from_pretrained(
-        base_model, dtype=torch.float32, **({"quantization_config": quantization, "device_map": {"": "cpu"}} if method == "qlora" else {})
+        base_model,
+        dtype=torch.float32,
+        **({"quantization_config": quantization, "device_map": {"": "cpu"}} if method == "qlora" else {}),
     )
     folder = bench.output / "artifact"
     adapter = PeftModel.from_pretrained(base, folder).eval()
@@ -94,7 +112,15 @@ def test_the_artifact_is_what_its_manifest_says(bench: Workbench, base_model: Pa
     assert artifact.uri == f"file://{folder}"
     present = {file.name for file in folder.iterdir()}
     assert present == {*manifest.files, "tunesmith.json"}
-    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja", "evaluation.json", "metrics.csv", "README.md"} <= present
+    assert {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "evaluation.json",
+        "metrics.csv",
+        "README.md",
+    } <= present
     for name, file in manifest.files.items():
         content = (folder / name).read_bytes()
         assert (hashlib.sha256(content).hexdigest(), len(content)) == (file.sha256, file.size_bytes)
@@ -107,14 +133,19 @@ def test_the_artifact_is_what_its_manifest_says(bench: Workbench, base_model: Pa
     assert set(load_file(folder / "adapter_model.safetensors")) == {
         f"base_model.model.model.layers.{layer}.{module}.lora_{matrix}.weight"
         for layer in range(2)
-        for module in (*(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" for name in ("gate", "up", "down")))
+        for module in (
+            *(f"self_attn.{name}_proj" for name in "qkvo"),
+            *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+        )
         for matrix in "AB"
     }
     assert (folder / "tokenizer.json").read_bytes() == (base_model / "tokenizer.json").read_bytes()
 
 
 def test_the_same_job_gives_the_same_bytes(bench: Workbench) -> None:
-    job = bench.job(hyperparameters={"maxSteps": 3, "batchSize": 4, "seed": 5}, method={"lora": {"rank": 4, "dropout": 0.1}})
+    job = bench.job(
+        hyperparameters={"maxSteps": 3, "batchSize": 4, "seed": 5}, method={"lora": {"rank": 4, "dropout": 0.1}}
+    )
     first = bench.run("train", job, output=str(bench.folder / "one")).result.artifact
     second = bench.run("train", job, output=str(bench.folder / "two")).result.artifact
     job["spec"]["hyperparameters"]["seed"] = 6
@@ -169,7 +200,9 @@ def test_prompt_and_completion_rows_train(bench: Workbench) -> None:
 
 
 @pytest.mark.parametrize(("damage", "expected"), [(math.nan, "before the first step"), (1e30, "at step 1")])
-def test_a_loss_that_is_not_finite_stops_the_job(bench: Workbench, base_model: Path, damage: float, expected: str) -> None:
+def test_a_loss_that_is_not_finite_stops_the_job(
+    bench: Workbench, base_model: Path, damage: float, expected: str
+) -> None:
     damaged = bench.folder / "damaged"
     shutil.copytree(base_model, damaged)
     tensors = load_file(damaged / "model.safetensors")
@@ -200,9 +233,21 @@ def test_json_output_ends_with_the_result(bench: Workbench) -> None:
     assert set(documents[-1]["metrics"]) == {"baseEvaluationLoss", "evaluationLoss"}
     steps = [document for document in documents[:-1] if document["stage"] == "Training" and document.get("loss")]
     assert [step["step"] for step in steps] == [1, 2, 3]
-    assert {"totalSteps", "epoch", "learningRate", "tokensPerSecond", "memoryBytes", "etaSeconds", "updateTime", "evaluationLoss"} <= set(steps[0])
+    assert {
+        "totalSteps",
+        "epoch",
+        "learningRate",
+        "tokensPerSecond",
+        "memoryBytes",
+        "etaSeconds",
+        "updateTime",
+        "evaluationLoss",
+    } <= set(steps[0])
     stages = list(dict.fromkeys(document["stage"] for document in documents[:-1]))
-    assert stages == ["Preparing", "Loading", "Evaluating", "Training", "Packaging", "Publishing"] or stages[0] == "Loading"
+    assert (
+        stages == ["Preparing", "Loading", "Evaluating", "Training", "Packaging", "Publishing"]
+        or stages[0] == "Loading"
+    )
 
 
 def test_failed_runs_end_with_the_result_too(bench: Workbench) -> None:
@@ -213,7 +258,9 @@ def test_failed_runs_end_with_the_result_too(bench: Workbench) -> None:
 
 def test_people_get_lines_with_step_loss_and_eta(bench: Workbench) -> None:
     ran = bench.run("train", bench.job())
-    assert any(re.search(r"step 2/3  epoch 0\.\d  loss \d\.\d+  rate .* tok/s .* ETA \d+s", line) for line in ran.lines), ran.lines
+    assert any(
+        re.search(r"step 2/3  epoch 0\.\d  loss \d\.\d+  rate .* tok/s .* ETA \d+s", line) for line in ran.lines
+    ), ran.lines
     assert any(line.startswith("Succeeded: held-out loss ") for line in ran.lines)
 
 
@@ -223,7 +270,17 @@ def test_progress_and_metrics_are_served_and_sigterm_ends_at_once(tmp_path: Path
     job = job_manifest(f"file://{base_model}", f"file://{rows}", hyperparameters={"maxSteps": 100_000, "batchSize": 4})
     manifest.write_text(yaml.safe_dump(job))
     port = free_port()
-    command = [sys.executable, "-m", "tunesmith_trainer.main", "train", "--job", str(manifest), "--output", str(tmp_path / "out"), "--allow-file"]
+    command = [
+        sys.executable,
+        "-m",
+        "tunesmith_trainer.main",
+        "train",
+        "--job",
+        str(manifest),
+        "--output",
+        str(tmp_path / "out"),
+        "--allow-file",
+    ]
     command += ["--termination-message", str(tmp_path / "message"), "--progress-port", str(port)]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
@@ -248,7 +305,7 @@ def test_progress_and_metrics_are_served_and_sigterm_ends_at_once(tmp_path: Path
 
 
 def _get(port: int, path: str) -> bytes:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as response:  # noqa: S310 - http to this machine
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as response:
         body: bytes = response.read()
         return body
 
@@ -271,7 +328,10 @@ def test_a_real_model_learns(bench: Workbench, smollm2: Path) -> None:
     data = Path(__file__).parents[2] / "examples/data"
     job = bench.job(
         baseModel={"uri": f"file://{smollm2}"},
-        dataset={"train": [{"uri": f"file://{data}/train.jsonl"}], "validation": [{"uri": f"file://{data}/validation.jsonl"}]},
+        dataset={
+            "train": [{"uri": f"file://{data}/train.jsonl"}],
+            "validation": [{"uri": f"file://{data}/validation.jsonl"}],
+        },
         hyperparameters={"maxSteps": 8, "batchSize": 4, "learningRate": 2e-3},
         method={"lora": {"rank": 8, "alpha": 16, "targetModules": ["q_proj", "v_proj"]}},
     )

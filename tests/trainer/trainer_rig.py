@@ -25,13 +25,20 @@ def chat_row(question: str, answer: str) -> dict[str, Any]:
 
 
 def chat_rows(count: int) -> list[dict[str, Any]]:
-    return [chat_row(f"What is the colour of door {number}?", f"It is {'blue' if number % 2 else 'green'}, as in Brinewick.") for number in range(count)]
+    return [
+        chat_row(
+            f"What is the colour of door {number}?", f"It is {'blue' if number % 2 else 'green'}, as in Brinewick."
+        )
+        for number in range(count)
+    ]
 
 
 def write_rows(path: Path, rows: list[Any]) -> Path:
     """One line per row; strings and bytes as they are."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode() for row in rows]
+    lines = [
+        row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode() for row in rows
+    ]
     path.write_bytes(b"\n".join(lines) + (b"\n" if lines else b""))
     return path
 
@@ -45,7 +52,12 @@ def job_manifest(base: str, train: str, **spec: Any) -> dict[str, Any]:
         "hyperparameters": {"maxSteps": 3, "batchSize": 4, "learningRate": 0.01},
         "resources": {"gpus": 0},
     }
-    return {"apiVersion": "tunesmith.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "doors"}, "spec": parts | spec}
+    return {
+        "apiVersion": "tunesmith.dev/v1alpha1",
+        "kind": "FineTuneJob",
+        "metadata": {"name": "doors"},
+        "spec": parts | spec,
+    }
 
 
 @dataclass
@@ -70,18 +82,36 @@ class Workbench:
         file = write_rows(self.folder / "train.jsonl", chat_rows(24) if rows is None else rows)
         return job_manifest(f"file://{self.base}", f"file://{file}", **spec)
 
-    def run(self, command: str, job: dict[str, Any] | str, *arguments: str, allow_file: bool = True, output: str | None = None) -> Ran:
+    def run(
+        self,
+        command: str,
+        job: dict[str, Any] | str,
+        *arguments: str,
+        allow_file: bool = True,
+        output: str | None = None,
+    ) -> Ran:
         manifest = self.folder / "job.yaml"
         manifest.write_text(job if isinstance(job, str) else yaml.safe_dump(job), encoding="utf-8")
         message = self.folder / "termination-message"
-        argv = [command, "--job", str(manifest), "--progress-port", "0", "--termination-message", str(message), *arguments]
+        argv = [
+            command,
+            "--job",
+            str(manifest),
+            "--progress-port",
+            "0",
+            "--termination-message",
+            str(message),
+            *arguments,
+        ]
         if command == "train":
             argv += ["--output", output or str(self.output)]
         if allow_file:
             argv.append("--allow-file")
         self._capsys.readouterr()
         code = run(argv)
-        return Ran(code, TrainerResult.model_validate_json(message.read_text()), self._capsys.readouterr().out.splitlines())
+        return Ran(
+            code, TrainerResult.model_validate_json(message.read_text()), self._capsys.readouterr().out.splitlines()
+        )
 
 
 @dataclass
@@ -96,7 +126,11 @@ class S3Server:
 
     def filesystem(self) -> s3fs.S3FileSystem:
         return s3fs.S3FileSystem(
-            key=self.access_key, secret=self.secret_key, endpoint_url=self.endpoint, use_listings_cache=False, skip_instance_cache=True
+            key=self.access_key,
+            secret=self.secret_key,
+            endpoint_url=self.endpoint,
+            use_listings_cache=False,
+            skip_instance_cache=True,
         )
 
     def environment(self) -> dict[str, str]:
@@ -130,7 +164,18 @@ def free_port() -> int:
 
 def start_s3(folder: Path, port: int) -> S3Server:
     folder.mkdir(parents=True, exist_ok=True)
-    command = [versitygw(), "--port", f"127.0.0.1:{port}", "--access", "writer", "--secret", "writer-secret", "--quiet", "posix", str(folder)]
+    command = [
+        versitygw(),
+        "--port",
+        f"127.0.0.1:{port}",
+        "--access",
+        "writer",
+        "--secret",
+        "writer-secret",
+        "--quiet",
+        "posix",
+        str(folder),
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     server = S3Server(f"http://127.0.0.1:{port}", "writer", "writer-secret", process)
     deadline = time.monotonic() + 30

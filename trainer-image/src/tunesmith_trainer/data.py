@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
@@ -17,6 +16,7 @@ from tunesmith.api.finetunejob import DEFAULT_VALIDATION_FRACTION
 from tunesmith_trainer.errors import DatasetInvalidError, DatasetNotFoundError, InvalidSpecError
 
 if TYPE_CHECKING:
+    import hashlib
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
@@ -107,7 +107,9 @@ class RowCheck:
             if "prompt" in value or "completion" in value:
                 raise ValueError("has both 'messages' and 'prompt'/'completion': keep one of them")
             if self.form is RowForm.PROMPT_COMPLETION:
-                raise ValueError(f"has 'messages' where the rows before have 'prompt' and 'completion' (from {self.first} on)")
+                raise ValueError(
+                    f"has 'messages' where the rows before have 'prompt' and 'completion' (from {self.first} on)"
+                )
             return RowForm.MESSAGES
         for key, other in (("prompt", "completion"), ("completion", "prompt")):
             if key not in value and (other in value or self.form is RowForm.PROMPT_COMPLETION):
@@ -134,7 +136,9 @@ def _object(line: bytes) -> dict[str, Any]:
 def _kind(value: object) -> str:
     if value is None:
         return "null"
-    return {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}[type(value)]
+    return {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}[
+        type(value)
+    ]
 
 
 def _check_text(value: object, what: str) -> None:
@@ -150,23 +154,27 @@ def _check_messages(messages: object) -> None:
     if not messages:
         raise ValueError("'messages' is empty")
     for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict):
-            raise ValueError(f"message {number} is {_kind(message)}, not an object with 'role' and 'content'")  # noqa: TRY004
-        for key in ("role", "content"):
-            if key not in message:
-                raise ValueError(f"message {number}: '{key}' is missing")
-        unknown = sorted(set(message) - {"role", "content"})
-        if unknown:
-            raise ValueError(f"message {number}: unknown key '{unknown[0]}', a message has 'role' and 'content'")
-        role = message["role"]
-        if role not in _ROLES:
-            raise ValueError(f"message {number}: unknown role {role!r}, expected one of {', '.join(_ROLES)}")
-        _check_text(message["content"], f"message {number} ({role}): 'content'")
+        _check_message(message, number)
     roles = [message["role"] for message in messages]
     if roles[-1] != "assistant":
         raise ValueError(f"the last message is the {roles[-1]}'s: it must be the assistant's, which is what is learned")
     if roles[0] == "assistant":
         raise ValueError("the first message is the assistant's: nothing was asked")
+
+
+def _check_message(message: object, number: int) -> None:
+    if not isinstance(message, dict):
+        raise ValueError(f"message {number} is {_kind(message)}, not an object with 'role' and 'content'")  # noqa: TRY004
+    for key in ("role", "content"):
+        if key not in message:
+            raise ValueError(f"message {number}: '{key}' is missing")
+    unknown = sorted(set(message) - {"role", "content"})
+    if unknown:
+        raise ValueError(f"message {number}: unknown key '{unknown[0]}', a message has 'role' and 'content'")
+    role = message["role"]
+    if role not in _ROLES:
+        raise ValueError(f"message {number}: unknown role {role!r}, expected one of {', '.join(_ROLES)}")
+    _check_text(message["content"], f"message {number} ({role}): 'content'")
 
 
 def fetch(sources: Sequence[DatasetSource], stores: Stores, folder: Path) -> list[DataFile]:
@@ -194,7 +202,7 @@ def read(files: Iterable[DataFile], digest: hashlib._Hash) -> Iterator[Row]:
     """The rows of JSONL files, each checked; blank lines are passed over. The content goes into `digest`.
 
     Raises:
-        DatasetInvalidError: a file has no rows, or, at the end, one or more rows are not usable: with file, line and reason.
+        DatasetInvalidError: a file has no rows, or (raised at the end) rows are not usable: with file, line and reason.
     """
     check = RowCheck()
     for file in files:
@@ -282,21 +290,28 @@ class Encoder:
             if message["role"] != "assistant":
                 continue
             before = self._template(messages[:number], row.where, prompt=True)
-            through = text if number == len(messages) - 1 else self._template(messages[: number + 1], row.where, prompt=False)
+            through = (
+                text if number == len(messages) - 1 else self._template(messages[: number + 1], row.where, prompt=False)
+            )
             if not (text.startswith(through) and through.startswith(before)):
                 raise InvalidSpecError(
-                    f"{row.where}: the base model's chat template changes earlier turns when later ones follow, so the assistant's turns"
-                    " cannot be marked for the loss: use rows with one assistant turn, or 'prompt' and 'completion'"
+                    f"{row.where}: the base model's chat template changes earlier turns when later ones follow, so the"
+                    " assistant's turns cannot be marked for the loss: use rows with one assistant turn,"
+                    " or 'prompt' and 'completion'"
                 )
             spans.append((len(before), len(through)))
         return text, spans
 
     def _template(self, messages: list[dict[str, Any]], where: str, *, prompt: bool) -> str:
         if not self._tokenizer.chat_template:
-            raise InvalidSpecError("the base model has no chat template: use a chat model, or a data set of 'prompt' and 'completion'")
+            raise InvalidSpecError(
+                "the base model has no chat template: use a chat model, or a data set of 'prompt' and 'completion'"
+            )
         try:
             text: str = self._tokenizer.apply_chat_template(
-                [{"role": message["role"], "content": message["content"]} for message in messages], tokenize=False, add_generation_prompt=prompt
+                [{"role": message["role"], "content": message["content"]} for message in messages],
+                tokenize=False,
+                add_generation_prompt=prompt,
             )
         except TemplateError as error:
             raise DatasetInvalidError(f"{where}: the base model's chat template refuses the row: {error}") from None
@@ -328,7 +343,12 @@ class Kept:
         """Raises DatasetInvalidError where too few rows are left."""
         if len(self.lengths) < least:
             total = len(self.lengths) + self.dropped
-            reason = f"{self.dropped} of {total} rows have more than maxLength {limit} tokens (the longest has {self.longest})" if self.dropped else f"there are only {total}"
+            reason = (
+                f"{self.dropped} of {total} rows have more than maxLength {limit} tokens"
+                f" (the longest has {self.longest})"
+                if self.dropped
+                else f"there are only {total}"
+            )
             raise DatasetInvalidError(f"the {what} need at least {least} rows: {reason}")
 
 

@@ -79,7 +79,9 @@ def run(argv: Sequence[str]) -> int:
         result = _execute(arguments, progress)
     except TrainerError as error:
         log.debug("failed", exc_info=error)
-        result = TrainerResult(outcome=Outcome.FAILED, reason=error.reason, message=str(error), retryable=error.retryable)
+        result = TrainerResult(
+            outcome=Outcome.FAILED, reason=error.reason, message=str(error), retryable=error.retryable
+        )
     except Exception as error:
         log.exception("unexpected error")
         text = " ".join(str(error).split())[:300]
@@ -101,25 +103,65 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (("validate", "check the job on the CPU, without weights"), ("train", "train, evaluate, package and publish")):
+    for name, text in (
+        ("validate", "check the job on the CPU, without weights"),
+        ("train", "train, evaluate, package and publish"),
+    ):
         command = commands.add_parser(
-            name, help=text, description=text.capitalize() + ".", epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+            name,
+            help=text,
+            description=text.capitalize() + ".",
+            epilog=_EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.add_argument("--job", type=Path, required=True, metavar="FILE", help="the FineTuneJob manifest, YAML or JSON")
+        command.add_argument(
+            "--job", type=Path, required=True, metavar="FILE", help="the FineTuneJob manifest, YAML or JSON"
+        )
         if name == "train":
             command.add_argument(
-                "--output", required=True, metavar="PLACE", help="uri of the artifact's folder, or a folder here that gets artifact/ and metrics.csv"
+                "--output",
+                required=True,
+                metavar="PLACE",
+                help="uri of the artifact's folder, or a folder here that gets artifact/ and metrics.csv",
             )
-        command.add_argument("--work", type=Path, metavar="DIR", help="for downloads and temporary files (default: $TUNESMITH_WORK, which the image sets to /work, or a temporary folder)")
-        command.add_argument("--secrets", type=Path, default=Path("/etc/tunesmith/secrets"), metavar="DIR", help="mounted Secrets (default: %(default)s)")
         command.add_argument(
-            "--termination-message", type=Path, metavar="FILE", help=f"where the result goes as JSON (default: {TERMINATION_MESSAGE_PATH} if it is there)"
+            "--work",
+            type=Path,
+            metavar="DIR",
+            help="for downloads and temporary files (default: $TUNESMITH_WORK, or a temporary folder)",
         )
         command.add_argument(
-            "--progress-port", type=int, default=PROGRESS_PORT, metavar="PORT", help="port of /progress and /metrics, 0 for none (default: %(default)s)"
+            "--secrets",
+            type=Path,
+            default=Path("/etc/tunesmith/secrets"),
+            metavar="DIR",
+            help="mounted Secrets (default: %(default)s)",
         )
-        command.add_argument("--allow-file", action="store_true", help="allow file:// and folders of this machine: where no cluster runs the job")
-        command.add_argument("-o", dest="format", choices=("text", "json"), default="text", help="progress as text or one JSON object per line (default: text)")
+        command.add_argument(
+            "--termination-message",
+            type=Path,
+            metavar="FILE",
+            help=f"where the result goes as JSON (default: {TERMINATION_MESSAGE_PATH} if it is there)",
+        )
+        command.add_argument(
+            "--progress-port",
+            type=int,
+            default=PROGRESS_PORT,
+            metavar="PORT",
+            help="port of /progress and /metrics, 0 for none (default: %(default)s)",
+        )
+        command.add_argument(
+            "--allow-file",
+            action="store_true",
+            help="allow file:// and folders of this machine: where no cluster runs the job",
+        )
+        command.add_argument(
+            "-o",
+            dest="format",
+            choices=("text", "json"),
+            default="text",
+            help="progress as text or one JSON object per line (default: text)",
+        )
     return parser
 
 
@@ -150,14 +192,17 @@ def _validate(job: FineTuneJob, stores: Stores, work: Path, progress: Progress) 
     counted = prepared.preflight
     return TrainerResult(
         outcome=Outcome.SUCCEEDED,
-        message=f"{counted.rows} rows to train on with {counted.tokens} tokens, {counted.validation_rows} held out, {counted.dropped_rows} dropped;"
+        message=f"{counted.rows} rows to train on with {counted.tokens} tokens, {counted.validation_rows} held out,"
+        f" {counted.dropped_rows} dropped;"
         f" {counted.trainable_parameters} trainable parameters, {prepared.resolved.total_steps} steps",
         preflight=counted,
         resolved=prepared.resolved,
     )
 
 
-def _train(job: FineTuneJob, stores: Stores, work: Path, progress: Progress, arguments: argparse.Namespace) -> TrainerResult:
+def _train(
+    job: FineTuneJob, stores: Stores, work: Path, progress: Progress, arguments: argparse.Namespace
+) -> TrainerResult:
     from tunesmith_trainer import package  # noqa: PLC0415
 
     local, target = _target(arguments.output, stores, allow_file=arguments.allow_file)
@@ -165,7 +210,10 @@ def _train(job: FineTuneJob, stores: Stores, work: Path, progress: Progress, arg
     if found is not None:
         manifest, artifact = found
         if manifest.spec_digest not in (None, spec_digest(job)):
-            raise InvalidSpecError(f"{target.uri} already holds the artifact of another spec: choose another --output, or remove that folder")
+            raise InvalidSpecError(
+                f"{target.uri} already holds the artifact of another spec: choose another --output,"
+                " or remove that folder"
+            )
         return TrainerResult(
             outcome=Outcome.SUCCEEDED,
             message="an earlier attempt published this artifact; nothing was trained again",
@@ -181,7 +229,10 @@ def _train(job: FineTuneJob, stores: Stores, work: Path, progress: Progress, arg
     progress.update(stage=Stage.PREPARING)
     prepared = prepare(job, stores, work, weights=True)
     counted = prepared.preflight
-    progress.say(f"  {counted.rows} rows, {counted.tokens} tokens, {counted.validation_rows} held out, {counted.dropped_rows} dropped")
+    progress.say(
+        f"  {counted.rows} rows, {counted.tokens} tokens, {counted.validation_rows} held out,"
+        f" {counted.dropped_rows} dropped"
+    )
     trained = train(job, prepared, progress, work)
     progress.update(stage=Stage.PACKAGING)
     folder = work / "artifact"
@@ -214,7 +265,10 @@ def _target(output: str, stores: Stores, *, allow_file: bool) -> tuple[Path | No
     local = None
     if "://" not in output:
         if not allow_file:
-            raise InvalidSpecError(f"--output {output} is a folder of this machine, which is allowed only where no cluster runs the job: use a uri")
+            raise InvalidSpecError(
+                f"--output {output} is a folder of this machine, which is allowed only where no cluster runs the job:"
+                " use a uri"
+            )
         local = Path(output).resolve()
         try:
             local.mkdir(parents=True, exist_ok=True)
@@ -236,7 +290,9 @@ def _work_folder(asked: Path | None) -> Iterator[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InvalidSpecError(f"cannot make the work folder {folder}: {error.strerror}; choose another with --work") from None
+        raise InvalidSpecError(
+            f"cannot make the work folder {folder}: {error.strerror}; choose another with --work"
+        ) from None
     os.environ.setdefault("HF_HOME", str(folder / "huggingface"))
     yield folder
 
@@ -263,7 +319,9 @@ class _Ending:
     def preempted(self, number: int, frame: object) -> NoReturn:  # noqa: ARG002 - a signal handler's signature
         """Ends the process at once; written without locks, which the interrupted code may hold."""
         result = TrainerResult(
-            outcome=Outcome.PREEMPTED, message=f"stopped by {signal.Signals(number).name} in stage {self._progress.stage}", retryable=True
+            outcome=Outcome.PREEMPTED,
+            message=f"stopped by {signal.Signals(number).name} in stage {self._progress.stage}",
+            retryable=True,
         )
         with contextlib.suppress(OSError):
             self._write_message(result)

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import fsspec
-from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, ParamValidationError, PartialCredentialsError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    NoCredentialsError,
+    ParamValidationError,
+    PartialCredentialsError,
+)
 
 from tunesmith.contracts.location import claim_path
 from tunesmith_trainer.errors import (
@@ -33,7 +39,9 @@ log = logging.getLogger(__name__)
 _CHUNK = 8 * 2**20
 _SCHEMES = ("hf", "s3", "gs", "az", "pvc", "file")
 # Codes that botocore hands through and s3fs does not translate to PermissionError.
-_DENIED_CODES = frozenset({"SignatureDoesNotMatch", "InvalidAccessKeyId", "AccessDenied", "ExpiredToken", "403", "401", "InvalidToken"})
+_DENIED_CODES = frozenset(
+    {"SignatureDoesNotMatch", "InvalidAccessKeyId", "AccessDenied", "ExpiredToken", "403", "401", "InvalidToken"}
+)
 _DENIED_STATUS = frozenset({401, 403})
 
 
@@ -64,7 +72,15 @@ class Folder:
     """
 
     def __init__(
-        self, *, uri: str, filesystem: Any, path: str, what: str, credentials: str, missing: type[TrainerError], retry: Retry
+        self,
+        *,
+        uri: str,
+        filesystem: Any,  # noqa: ANN401 - fsspec has no types
+        path: str,
+        what: str,
+        credentials: str,
+        missing: type[TrainerError],
+        retry: Retry,
     ) -> None:
         self.uri = uri
         self._filesystem = filesystem
@@ -87,8 +103,16 @@ class Folder:
         """
 
         def listed() -> list[str]:
-            entries = self._filesystem.ls(self._path, detail=True, refresh=True) if self._refreshes else self._filesystem.ls(self._path, detail=True)
-            return sorted(entry["name"].rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file" and entry["name"].rstrip("/") != self._path)
+            entries = (
+                self._filesystem.ls(self._path, detail=True, refresh=True)
+                if self._refreshes
+                else self._filesystem.ls(self._path, detail=True)
+            )
+            return sorted(
+                entry["name"].rsplit("/", 1)[-1]
+                for entry in entries
+                if entry["type"] == "file" and entry["name"].rstrip("/") != self._path
+            )
 
         return self._attempted(listed)
 
@@ -96,7 +120,9 @@ class Folder:
         """Bytes of one file, by a ranged read."""
 
         def got() -> bytes:
-            data: bytes = self._filesystem.cat_file(self._at(name), start=offset or None, end=None if length is None else offset + length)
+            data: bytes = self._filesystem.cat_file(
+                self._at(name), start=offset or None, end=None if length is None else offset + length
+            )
             return data
 
         return b"" if length == 0 else self._attempted(got)
@@ -129,10 +155,15 @@ class Folder:
                     file.write(data)
             except OSError as error:
                 if error.errno == errno.ENOSPC:
-                    raise StorageUnavailableError(f"the work folder {target.parent} is full: {self._what} needs {size} bytes there") from None
+                    raise StorageUnavailableError(
+                        f"the work folder {target.parent} is full: {self._what} needs {size} bytes there"
+                    ) from None
                 raise
             if not data and size:
-                raise StorageUnavailableError(f"{name} of {self._what} ({self.uri}) ended after {done} of {size} bytes: it changed while it was read")
+                raise StorageUnavailableError(
+                    f"{name} of {self._what} ({self.uri}) ended after {done} of {size} bytes:"
+                    " it changed while it was read"
+                )
         partial.rename(target)
 
     def upload(self, name: str, source: Path) -> None:
@@ -189,28 +220,36 @@ class Folder:
                 return operation()
             except TrainerError:
                 raise
-            except Exception as error:  # noqa: BLE001 - every store has exceptions of its own; they end here
+            except Exception as error:  # every store has exceptions of its own; they end here
                 failure = self._understood(error)
                 pause = next(pauses, None) if failure.retryable else None
                 if pause is None:
                     raise failure from error
-                log.warning("%s (%s) is not available: %s; next attempt in %.0f s", self._what, self.uri, _text(error), pause)
+                log.warning(
+                    "%s (%s) is not available: %s; next attempt in %.0f s", self._what, self.uri, _text(error), pause
+                )
                 time.sleep(pause)
 
     def _understood(self, error: Exception) -> TrainerError:
         cause = error.__cause__ if isinstance(error.__cause__, ClientError) else error
         where = f"{self._what} {self.uri}"
         if isinstance(error, NoCredentialsError | PartialCredentialsError):
-            return AccessDeniedError(f"no complete credentials for {where}: {self._credentials} must give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+            return AccessDeniedError(
+                f"no complete credentials for {where}: {self._credentials} must give AWS_ACCESS_KEY_ID"
+                " and AWS_SECRET_ACCESS_KEY"
+            )
         if isinstance(error, PermissionError) or _denied(cause):
             return AccessDeniedError(
-                f"access to {where} was denied with the credentials of {self._credentials}: check the keys there and what they may read and write"
+                f"access to {where} was denied with the credentials of {self._credentials}:"
+                " check the keys there and what they may read and write"
             )
         if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
             return self._missing(f"{where} does not exist: check the uri" + self._hint(error))
         if isinstance(error, ParamValidationError) or (isinstance(error, OSError) and error.errno == errno.EINVAL):
             return InvalidSpecError(f"the store does not accept the uri of {where}: {_text(error)}")
-        return StorageUnavailableError(f"{where} could not be reached, tried {self._retry.attempts} times: {_text(error)}")
+        return StorageUnavailableError(
+            f"{where} could not be reached, tried {self._retry.attempts} times: {_text(error)}"
+        )
 
     def _hint(self, error: Exception) -> str:
         cause = error.__cause__
@@ -229,14 +268,22 @@ class Stores:
         retry: how long outages are waited out.
     """
 
-    def __init__(self, *, secrets: Path, allow_file: bool, environ: Mapping[str, str] | None = None, retry: Retry | None = None) -> None:
+    def __init__(
+        self, *, secrets: Path, allow_file: bool, environ: Mapping[str, str] | None = None, retry: Retry | None = None
+    ) -> None:
         self._secrets = secrets
         self._allow_file = allow_file
         self._environ = os.environ if environ is None else environ
         self._retry = retry or Retry()
 
     def folder(
-        self, uri: str, *, what: str, missing: type[TrainerError], secret: str | None = None, revision: str | None = None
+        self,
+        uri: str,
+        *,
+        what: str,
+        missing: type[TrainerError],
+        secret: str | None = None,
+        revision: str | None = None,
     ) -> Folder:
         """The folder at `uri`.
 
@@ -247,9 +294,14 @@ class Stores:
         parts = urlsplit(uri)
         scheme, place = parts.scheme, f"{parts.netloc}{parts.path}"
         if scheme not in _SCHEMES or not place.strip("/"):
-            raise InvalidSpecError(f"the uri {uri} of {what} is none of {', '.join(f'{name}://' for name in _SCHEMES)} with a path")
+            raise InvalidSpecError(
+                f"the uri {uri} of {what} is none of {', '.join(f'{name}://' for name in _SCHEMES)} with a path"
+            )
         if scheme == "file" and not self._allow_file:
-            raise InvalidSpecError(f"{what} is at {uri}, and file:// is allowed only where no cluster runs the job (tunesmith run): use s3:// or another store")
+            raise InvalidSpecError(
+                f"{what} is at {uri}, and file:// is allowed only where no cluster runs the job (tunesmith run):"
+                " use s3:// or another store"
+            )
         if scheme == "hf" and revision:
             place = _hf_revision(place, revision)
         if scheme == "pvc":
@@ -262,10 +314,18 @@ class Stores:
         if scheme == "file":
             place = parts.path
         return Folder(
-            uri=uri, filesystem=filesystem, path=place, what=what, credentials=credentials, missing=missing, retry=self._retry
+            uri=uri,
+            filesystem=filesystem,
+            path=place,
+            what=what,
+            credentials=credentials,
+            missing=missing,
+            retry=self._retry,
         )
 
-    def file(self, uri: str, *, what: str, missing: type[TrainerError], secret: str | None = None) -> tuple[Folder, str]:
+    def file(
+        self, uri: str, *, what: str, missing: type[TrainerError], secret: str | None = None
+    ) -> tuple[Folder, str]:
         """The folder that holds the file at `uri`, and the file's name."""
         parent, _, name = uri.rstrip("/").rpartition("/")
         folder = self.folder(parent, what=what, missing=missing, secret=secret)
@@ -276,11 +336,14 @@ class Stores:
         if secret is None:
             return self._environ, "the environment (in a cluster: the Secret tunesmith-store)"
         folder = self._secrets / secret
-        # In a cluster the mount is optional: of a Secret that does not exist there is an empty folder.
-        if not folder.is_dir() or not any(folder.iterdir()):
-            raise SecretNotFoundError(f"the Secret {secret} is not mounted at {folder}: create it, or remove the secretRef to use the store's credentials")
-        # A mounted Secret holds links to hidden folders beside its keys.
-        values = {entry.name: entry.read_text(encoding="utf-8").strip() for entry in sorted(folder.iterdir()) if entry.is_file()}
+        # In a cluster the mount is optional: of a missing Secret there is a folder without keys.
+        entries = [entry for entry in sorted(folder.iterdir()) if entry.is_file()] if folder.is_dir() else []
+        if not entries:
+            raise SecretNotFoundError(
+                f"the Secret {secret} does not exist or is empty (nothing is mounted at {folder}): create it,"
+                " or remove the secretRef to use the store's credentials"
+            )
+        values = {entry.name: entry.read_text(encoding="utf-8").strip() for entry in entries}
         return values, f"the Secret {secret}"
 
 
@@ -295,14 +358,22 @@ def _hf_revision(place: str, revision: str) -> str:
     return "/".join([*parts[:1], f"{parts[1]}@{revision}", *parts[2:]]) if len(parts) > 1 else place
 
 
-def _filesystem(scheme: str, values: Mapping[str, str]) -> Any:
+def _filesystem(scheme: str, values: Mapping[str, str]) -> Any:  # noqa: ANN401 - fsspec has no types
     if scheme == "s3":
         endpoint = values.get("AWS_ENDPOINT_URL") or None
         region = values.get("AWS_REGION") or values.get("AWS_DEFAULT_REGION") or None
-        config: dict[str, Any] = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 2, "mode": "standard"}}
+        config: dict[str, Any] = {
+            "connect_timeout": 10,
+            "read_timeout": 60,
+            "retries": {"max_attempts": 2, "mode": "standard"},
+        }
         if endpoint:
             # Stores that are not AWS know neither bucket host names nor the newer checksums.
-            config |= {"s3": {"addressing_style": "path"}, "request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
+            config |= {
+                "s3": {"addressing_style": "path"},
+                "request_checksum_calculation": "when_required",
+                "response_checksum_validation": "when_required",
+            }
         return fsspec.filesystem(
             "s3",
             key=values.get("AWS_ACCESS_KEY_ID") or None,
