@@ -159,19 +159,24 @@ class Residency:
 
     async def _follow(self, backend: Backend) -> None:
         """Read the agent's stream for as long as the pod exists."""
-        pause = _MIN_RETRY_SECONDS
+        pause, told = _MIN_RETRY_SECONDS, ""
         while True:
+            before = backend.heard
             try:
-                if await self._read(backend):
-                    pause = _MIN_RETRY_SECONDS
+                await self._read(backend)
             except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
-                LOG.info("events of pod %s: %s", backend.pod.name, str(error) or type(error).__name__)
+                problem = str(error) or type(error).__name__
+                # A pod that starts, or is gone, fails the same way for long: that is told once.
+                if backend.heard > before or problem != told:
+                    LOG.info("events of pod %s: %s", backend.pod.name, problem)
+                told = problem
+            if backend.heard > before:
+                pause = _MIN_RETRY_SECONDS
             await asyncio.sleep(pause)
             pause = min(_MAX_RETRY_SECONDS, pause * 2)
 
-    async def _read(self, backend: Backend) -> bool:
-        """Read until the stream ends; True if it said anything."""
-        heard = False
+    async def _read(self, backend: Backend) -> None:
+        """Read until the stream ends."""
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=SILENCE_SECONDS)
         async with self._session.get(
             backend.events_url, headers=backend.headers, timeout=timeout, allow_redirects=False
@@ -182,9 +187,6 @@ class Residency:
                 *lines, rest = (rest + chunk).split(b"\n")
                 if len(rest) > _MAX_LINE_BYTES:
                     raise ValueError(f"a line has more than {_MAX_LINE_BYTES} bytes")
-                if lines:
-                    heard = True
-                    # Each line is the whole state: of several only the last counts.
-                    if backend.take(PodState.model_validate_json(lines[-1]), self._clock()):
-                        self._tell()
-        return heard
+                # Each line is the whole state: of several only the last counts.
+                if lines and backend.take(PodState.model_validate_json(lines[-1]), self._clock()):
+                    self._tell()
