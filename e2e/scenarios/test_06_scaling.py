@@ -57,7 +57,7 @@ def test_load_on_one_adapter_takes_it_to_two_pods_and_back(
         answered = [worker.result() for worker in running]
     assert min(answered) > 0
     assert other == {1}
-    assert "concurren" in get("adapterdeployment", main_adapter, DEMO)["status"]["desiredReason"]
+    assert "request" in get("adapterdeployment", main_adapter, DEMO)["status"]["desiredReason"]
     ready_adapter(main_adapter, 1, SHRUNK_SECONDS)
 
 
