@@ -187,7 +187,7 @@ class Artifact:
 
 
 def make_adapter(
-    folder: Path, base: Path, fingerprint: str, *, seed: int, rank: int = 8, strength: float = 0.05, **config: Any
+    folder: Path, base: Path, fingerprint: str, *, seed: int, rank: int = 8, strength: float = 0.1, **config: Any
 ) -> Artifact:
     """A random LoRA adapter for q_proj and v_proj of every layer: strong enough to change every answer."""
     folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""`tunesmith-agent fetch-base`, as the init container runs it: from a real S3 server and from one with the Hub's API."""
+"""`tunesmith-agent fetch-base`, as the init container runs it: from a real S3 server, from one with the Hub's API."""
 
 from __future__ import annotations
 
@@ -99,9 +99,9 @@ def test_mistakes_end_with_a_sentence_and_outages_with_another_code(uri: str, st
     for name, value in (store.secret | {"AWS_SECRET_ACCESS_KEY": "wrong"}).items():
         (secret / name).write_text(value + "\n")
     cases = [
-        (f"{uri}-not", store.secret, (), 2, "is missing or holds no files"),
+        (f"{uri}-not", store.secret, (), 2, "Check the location"),
         ("s3://no-such-bucket/model", store.secret, (), 2, "s3://no-such-bucket/model"),
-        ("s3://tunesmith/models", store.secret, (), 2, "is missing or holds no files"),
+        ("s3://tunesmith/models", store.secret, (), 2, "Check the location"),
         ("ftp://host/model", {}, (), 2, "use s3://, gs:// or az://"),
         (uri, {}, ("--secret", str(secret)), 2, "Access to"),
         (uri, {}, ("--secret", str(tmp_path / "none")), 2, "cannot be read: No such file or directory"),
