@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from layout import BRIDGE, CNI_NETWORK, PORTS, ClusterError, Layout
+from layout import BRIDGE, PORTS, ClusterError, Layout
 from steps import output_of
 
 if TYPE_CHECKING:
@@ -240,8 +240,9 @@ def remove_fixed_places(layout: Layout, before: list[str]) -> None:
         if link.is_symlink() and str(link.readlink()).startswith(f"{layout.state}/"):
             link.unlink()
     for folder in ("/var/lib/cni/results", "/var/lib/cni/cache/results"):
-        for result in Path(folder).glob(f"{CNI_NETWORK}-*"):
-            result.unlink()
+        for result in Path(folder).glob("*"):
+            if f"{layout.run}/".encode() in result.read_bytes():  # the pod's network namespace lies there
+                result.unlink()
     if "/var/lib/kubelet" not in before:
         shutil.rmtree("/var/lib/kubelet", ignore_errors=True)
     for place in map(Path, FIXED_PLACES):

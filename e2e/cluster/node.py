@@ -149,6 +149,12 @@ sandbox_image = "{pause_image}"
 restrict_oom_score_adj = true
 netns_mounts_under_state_dir = true
 
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+runtime_type = "io.containerd.runc.v2"
+
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
+Root = "{layout.run}/runc"
+
 [plugins."io.containerd.grpc.v1.cri".cni]
 bin_dir = "{CNI_PLUGINS}"
 conf_dir = "{layout.config}/cni"
