@@ -80,7 +80,8 @@ class Controller:
             # The second list comes soon: between the first one and the start of the watches, deletions can be missed.
             seconds = self._context.settings.relist_seconds
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._relist.wait(), seconds if lists else min(seconds, _SECOND_LIST_SECONDS))
+                async with asyncio.timeout(seconds if lists else min(seconds, _SECOND_LIST_SECONDS)):
+                    await self._relist.wait()
             lists += 1
 
     async def lead(self, epoch: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import heapq
 import random
 import time
@@ -62,6 +63,8 @@ class WorkQueue:
 
     async def get(self) -> Key:
         """The next key that is due. `done` or `failed` must be called with it."""
+        # Workers whose keys need no input or output would otherwise keep everything else from running.
+        await asyncio.sleep(0)
         while True:
             now = self._clock()
             while self._later and self._later[0][0] <= now:
@@ -77,11 +80,10 @@ class WorkQueue:
                     self._wake.set()
                 return key
             self._wake.clear()
-            timeout = self._later[0][0] - now if self._later else None
-            try:
-                await asyncio.wait_for(self._wake.wait(), timeout)
-            except TimeoutError:
-                continue
+            # Not wait_for, which in Python 3.11 swallows a cancellation that comes together with the wake-up.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._later[0][0] - now if self._later else None):
+                    await self._wake.wait()
 
     def done(self, key: Key, requeue_after: float | None = None) -> None:
         """The work on the key ended well."""
