@@ -133,3 +133,31 @@ async def test_a_change_during_a_failing_reconcile_is_looked_at_at_once() -> Non
     queue.add(A)
     queue.failed(A)
     assert await queue.get() == A
+
+
+async def test_a_worker_is_cancelled_even_where_a_key_comes_at_the_same_moment() -> None:
+    queue = WorkQueue()
+    waiting = asyncio.ensure_future(queue.get())
+    for _ in range(5):
+        await asyncio.sleep(0)
+    queue.add(A)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+
+
+async def test_a_worker_whose_keys_wait_for_nothing_lets_others_run() -> None:
+    queue = WorkQueue()
+    keys = [Key("FineTuneJob", "team", str(number)) for number in range(100)]
+    for key in keys:
+        queue.add(key)
+    left: list[int] = []
+
+    async def other() -> None:
+        left.append(len(queue))
+
+    running = asyncio.ensure_future(other())
+    for _ in keys:
+        queue.done(await queue.get())
+    await running
+    assert left[0] > 90
