@@ -76,6 +76,16 @@ def test_a_partial_view_may_grow() -> None:
     assert decide_copies(window, 1, RULE).replicas == 4
 
 
+def test_time_that_nobody_observed_shrinks_nothing() -> None:
+    window, sizes = Window(), {}
+    for second in [*range(70), *range(200, 300)]:
+        window.add(Sample(float(second), 0), 60)
+        sizes[second] = decide_copies(window, 3, RULE).replicas
+    assert sizes[69] == 1
+    assert {sizes[second] for second in range(200, 260)} == {3}
+    assert sizes[260] == 1
+
+
 def test_after_a_restart_nothing_shrinks_before_the_delay_was_observed() -> None:
     sizes = [decision.replicas for decision in trace(lambda _: 0, 100, start=3)]
     assert set(sizes[:60]) == {3}
@@ -90,8 +100,8 @@ def test_without_a_delay_copies_leave_at_once() -> None:
 
 def once(requests: int, current: int | None, rule: AdapterAutoscaling = RULE, *, seen: float = 60.0) -> Decision:
     window = Window()
-    for at in (0.0, seen):
-        window.add(Sample(at, requests), rule.scale_down_delay_seconds)
+    for at in range(int(seen) + 1):
+        window.add(Sample(float(at), requests), rule.scale_down_delay_seconds)
     return decide_copies(window, current, rule)
 
 

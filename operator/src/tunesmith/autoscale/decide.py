@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from tunesmith.api.servingpool import PoolAutoscaling
 
 UP_SECONDS = 2.0
+GAP_SECONDS = 10.0
+"""Samples further apart leave time between them that nobody observed: another replica led, or writes failed."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,12 @@ class Window:
         return self._samples[-1].floor
 
     def complete(self, seconds: float) -> bool:
-        """Whether all of the last `seconds` was observed completely."""
-        return self._samples[0].at <= self._samples[-1].at - seconds and all(
-            sample.complete for sample in self._last(seconds)
-        )
+        """Whether all of the last `seconds` was observed, without a gap and completely."""
+        samples, newest = list(self._samples), self._samples[-1].at
+        if samples[0].at > newest - seconds or any(not sample.complete for sample in self._last(seconds)):
+            return False
+        pairs = zip(samples, samples[1:], strict=False)
+        return all(later.at - earlier.at <= GAP_SECONDS for earlier, later in pairs if newest - later.at < seconds)
 
     def most_requests(self, seconds: float) -> int:
         """Most requests of the last `seconds`."""
