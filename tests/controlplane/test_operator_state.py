@@ -137,6 +137,7 @@ async def test_a_change_during_a_failing_reconcile_is_looked_at_at_once() -> Non
 
 async def test_a_worker_is_cancelled_even_where_a_key_comes_at_the_same_moment() -> None:
     queue = WorkQueue()
+    queue.add_after(B, 100.0)
     waiting = asyncio.ensure_future(queue.get())
     for _ in range(5):
         await asyncio.sleep(0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import pairwise
 from math import ceil
 from typing import TYPE_CHECKING
 
@@ -64,7 +65,7 @@ class Window:
         samples, newest = list(self._samples), self._samples[-1].at
         if samples[0].at > newest - seconds or any(not sample.complete for sample in self._last(seconds)):
             return False
-        pairs = zip(samples, samples[1:], strict=False)
+        pairs = pairwise(samples)
         return all(later.at - earlier.at <= GAP_SECONDS for earlier, later in pairs if newest - later.at < seconds)
 
     def most_requests(self, seconds: float) -> int:
