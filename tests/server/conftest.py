@@ -40,6 +40,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 @pytest.fixture
 def adapter(tmp_path: Path, base: Path, fingerprint: str) -> Callable[..., Artifact]:
     def make(seed: int = 1, **changes: object) -> Artifact:
-        return make_adapter(tmp_path / f"artifact-{seed}", base, fingerprint, seed=seed, **changes)  # type: ignore[arg-type]
+        return make_adapter(tmp_path / f"artifact-{seed}", base, fingerprint, seed=seed, layers=1, **changes)  # type: ignore[arg-type]
 
     return make

@@ -67,7 +67,7 @@ def versitygw_program() -> Path:
 
 def model_folder() -> Path:
     candidates = [CACHE / "models/SmolLM2-135M-Instruct"]
-    return find("SmolLM2-135M-Instruct", "TUNESMITH_TEST_MODEL", candidates, "run `make cluster-up` once")
+    return find("SmolLM2-135M-Instruct", "TUNESMITH_TEST_MODEL", candidates, "run `make model`")
 
 
 def free_port() -> int:
@@ -187,19 +187,19 @@ class Artifact:
 
 
 def make_adapter(
-    folder: Path, base: Path, fingerprint: str, *, seed: int, rank: int = 8, strength: float = 0.1, **config: Any
+    folder: Path, base: Path, fingerprint: str, *, seed: int, rank: int = 8, layers: int = 30, **config: Any
 ) -> Artifact:
-    """A random LoRA adapter for q_proj and v_proj of every layer: strong enough to change every answer."""
+    """A random LoRA adapter for q_proj and v_proj of the first layers; with all of them it changes every answer."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(seed)
     tensors: dict[str, np.ndarray[Any, Any]] = {}
     for name, tensor in read_tensors(base / "model.safetensors").items():
         module = name.removesuffix(".weight")
-        if module.endswith(("q_proj", "v_proj")):
+        if module.endswith(("q_proj", "v_proj")) and int(module.split(".")[2]) < layers:
             outputs, inputs = tensor.shape
             place = f"base_model.model.{module}"
-            tensors[f"{place}.lora_A.weight"] = random.normal(0, strength, (rank, inputs)).astype(np.float32)
-            tensors[f"{place}.lora_B.weight"] = random.normal(0, strength, (outputs, rank)).astype(np.float32)
+            tensors[f"{place}.lora_A.weight"] = random.normal(0, 0.1, (rank, inputs)).astype(np.float32)
+            tensors[f"{place}.lora_B.weight"] = random.normal(0, 0.1, (outputs, rank)).astype(np.float32)
     write_safetensors(folder / "adapter_model.safetensors", tensors)
     document = {
         "peft_type": "LORA",

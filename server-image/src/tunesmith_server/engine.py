@@ -11,7 +11,7 @@ import aiohttp
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.alias_generators import to_camel
 
-POLL_SECONDS = 5.0
+POLL_SECONDS = 10.0
 """How long a question to a running engine may take. A dead one refuses the connection at once."""
 LOAD_SECONDS = 120.0
 
