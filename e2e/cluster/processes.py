@@ -161,10 +161,7 @@ def stop(pids: Iterable[int], grace: float = 10.0) -> None:
     )
 
 
-def stop_all(layout: Layout, names: Sequence[str] | None = None) -> None:
-    """Ends this cluster's processes: those whose program's name is in `names`, or all of them."""
-    stop(
-        process.pid
-        for process in marked_processes()
-        if process.state == str(layout.state) and (names is None or Path(process.command[0]).name in names)
-    )
+def stop_all(layout: Layout, names: Sequence[str] | None = None, grace: float = 10.0) -> None:
+    """Ends this cluster's processes: those whose program is in `names`, or all. For `grace` see `stop`."""
+    own = [process for process in marked_processes() if process.state == str(layout.state)]
+    stop([process.pid for process in own if names is None or Path(process.command[0]).name in names], grace)

@@ -54,7 +54,7 @@ def down(layout: Layout) -> None:
             "kube-apiserver",
             "etcd",
         }
-        processes.stop_all(layout, sorted(names))
+        processes.stop_all(layout, sorted(names), grace=1.0)  # their state goes too: nothing is worth a longer wait
     with step("ending the pods"):
         wait_until(lambda: _kill_pods(layout), 20, 0.1)
         if any(p.state == state and Path(p.command[0]).name == "containerd" for p in processes.marked_processes()):
