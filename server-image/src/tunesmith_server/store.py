@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-import fsspec  # type: ignore[import-untyped]
+import fsspec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -308,14 +308,14 @@ class Encoder:
                 "the base model has no chat template: use a chat model, or a data set of 'prompt' and 'completion'"
             )
         try:
-            text: str = self._tokenizer.apply_chat_template(
+            text = self._tokenizer.apply_chat_template(
                 [{"role": message["role"], "content": message["content"]} for message in messages],
                 tokenize=False,
                 add_generation_prompt=prompt,
             )
         except TemplateError as error:
             raise DatasetInvalidError(f"{where}: the base model's chat template refuses the row: {error}") from None
-        return text
+        return str(text)  # without tokenize it is one; the annotation allows more
 
 
 def _last_span_start(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> int:
