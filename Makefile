@@ -9,6 +9,8 @@ MAKEFLAGS += --no-print-directory
 UV_VERSION := 0.13.9
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/tunesmith
 export UV := $(CACHE)/uv-$(UV_VERSION)/uv
+# Large imports (torch, vLLM, kubernetes) start several times as fast from bytecode.
+unexport PYTHONDONTWRITEBYTECODE
 STEP := .ci/step
 RUN := $(UV) run --frozen --no-sync
 CLUSTER := $(RUN) python e2e/cluster/cluster.py
