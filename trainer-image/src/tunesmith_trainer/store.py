@@ -40,7 +40,16 @@ _CHUNK = 8 * 2**20
 _SCHEMES = ("hf", "s3", "gs", "az", "pvc", "file")
 # Codes that botocore hands through and s3fs does not translate to PermissionError.
 _DENIED_CODES = frozenset(
-    {"SignatureDoesNotMatch", "InvalidAccessKeyId", "AccessDenied", "ExpiredToken", "403", "401", "InvalidToken"}
+    {
+        "XAdminUserNotFound",
+        "SignatureDoesNotMatch",
+        "InvalidAccessKeyId",
+        "AccessDenied",
+        "ExpiredToken",
+        "403",
+        "401",
+        "InvalidToken",
+    }
 )
 _DENIED_STATUS = frozenset({401, 403})
 
@@ -118,10 +127,11 @@ class Folder:
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         """Bytes of one file, by a ranged read."""
+        place = self._at(name)
 
         def got() -> bytes:
             data: bytes = self._filesystem.cat_file(
-                self._at(name), start=offset or None, end=None if length is None else offset + length
+                place, start=offset or None, end=None if length is None else offset + length
             )
             return data
 
@@ -129,10 +139,11 @@ class Folder:
 
     def exists(self, name: str) -> bool:
         """Whether the file is there."""
+        place = self._at(name)
 
         def looked() -> bool:
             try:
-                self._filesystem.info(self._at(name), **({"refresh": True} if self._refreshes else {}))
+                self._filesystem.info(place, **({"refresh": True} if self._refreshes else {}))
             except FileNotFoundError:
                 return False
             return True
@@ -144,8 +155,10 @@ class Folder:
         partial = target.with_name(f".{target.name}.partial")
         partial.unlink(missing_ok=True)
 
+        place = self._at(name)
+
         def size_of() -> int:
-            return int(self._filesystem.size(self._at(name)) or 0)
+            return int(self._filesystem.size(place) or 0)
 
         size = self._attempted(size_of)
         while (done := partial.stat().st_size if partial.exists() else 0) < size or not partial.exists():
@@ -168,11 +181,12 @@ class Folder:
 
     def upload(self, name: str, source: Path) -> None:
         """Writes one file, over an older one of that name."""
+        place = self._at(name)
 
         def put() -> None:
             if self._is_local:
                 Path(self._path).mkdir(parents=True, exist_ok=True)
-            self._filesystem.put_file(str(source), self._at(name))
+            self._filesystem.put_file(str(source), place)
 
         self._attempted(put)
 
@@ -181,15 +195,16 @@ class Folder:
 
         Where the store knows conditional writes, they are used, so that of two writers one wins.
         """
+        place = self._at(name)
 
         def put() -> bool:
             if self.exists(name):
                 return False
             try:
                 if self._is_local:
-                    _write_exclusively(Path(self._at(name)), data)
+                    _write_exclusively(Path(place), data)
                 else:
-                    self._filesystem.pipe_file(self._at(name), data, mode="create")
+                    self._filesystem.pipe_file(place, data, mode="create")
             except FileExistsError:
                 return False
             except OSError as error:
