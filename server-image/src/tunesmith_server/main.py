@@ -41,9 +41,14 @@ class SetupError(Exception):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; its exit code: 0, 2 for a mistake of the setup, 3 where trying again can help."""
-    options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stdout)
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
+    return run(arguments)
+
+
+def run(arguments: list[str] | None) -> int:
+    """As `main`, with the logging that is set up already."""
+    options = _parser().parse_args(arguments)
     try:
         if options.command == "serve":
             asyncio.run(serve(options))
