@@ -128,6 +128,7 @@ def test_limits_hold_at_once_when_they_change() -> None:
 
 
 def test_what_is_waited_for_is_said() -> None:
+    assert once(0, None, seen=0).reason == "0 requests running or waiting, 8 per copy: 1 copy"
     assert once(0, 3, seen=1.0).reason == (
         "0 requests running or waiting, 8 per copy; 3 copies while demand is not known for 60 s"
     )

@@ -153,7 +153,7 @@ def _decide(
     if max(by_load, floor) > current:
         size = max(by_load, floor)
         return _limited(size, low, high, f"{load if by_load >= floor else why_floor}: {_count(size, unit)}")
-    if not window.complete(delay):
+    if current > low and not window.complete(delay):
         return _limited(current, low, high, f"{load}; {_count(current, unit)} while demand is not known for {delay} s")
     most = window.most_requests(delay)
     size = max(low, ceil(most / target), window.highest_floor(delay))

@@ -181,7 +181,9 @@ class AgentLinks:
         while True:
             await link.wake.wait()
             link.wake.clear()
-            if not link.behind or link.desired is None or not self._context.may_write():
+            if not link.heard(time.monotonic()) or not self._context.may_write():
+                continue  # the next line wakes again
+            if not link.behind or link.desired is None:
                 continue
             desired, number = link.desired, (self._context.epoch, self._next())
             body = DesiredAdapters(epoch=number[0], sequence=number[1], adapters=list(desired))
