@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import addons
 import binaries
 from archive import ctr, import_layout, imported_images, program_image, program_reference
+from layers import export_image
 from layout import REPOSITORY, SOURCES, ClusterError, Layout, cache_folder
 from steps import output_of, run_logged, say, step
 
@@ -64,7 +65,7 @@ class Builder:
         temporary.mkdir(parents=True, exist_ok=True)
         self.environment = dict(os.environ, TMPDIR=str(temporary), BUILDAH_ISOLATION="chroot")
         # copies of whole layers that a killed run left
-        for leftover in [*temporary.iterdir(), *self.oci.glob("oci-put-blob*")]:
+        for leftover in [*temporary.iterdir(), *self.oci.glob("unfinished-*")]:
             if leftover.is_file():
                 leftover.unlink()
 
@@ -116,14 +117,8 @@ class Builder:
         return reference
 
     def export(self, reference: str) -> None:
-        """Writes the image into the OCI layout folder, from which it is imported; layers already there are left out."""
-        self.oci.mkdir(parents=True, exist_ok=True)
-        # this buildah cannot leave layers uncompressed; the fastest zstd takes a tenth of the time of its default gzip
-        compression = ["--compression-format=zstd", "--compression-level=1"]
-        command = self.command("push", "--quiet", *compression, reference, f"oci:{self.oci}:{reference}")
-        run_logged(
-            command, self.layout.log / "image-export.log", f"exporting {reference}", environment=self.environment
-        )
+        """Writes the image into the OCI layout folder, from which it is imported."""
+        export_image(self.root / "storage", self.oci, reference)
 
     def load(self, archive: bytes, reference: str) -> None:
         """Takes the image of an OCI archive into buildah's storage."""
