@@ -28,6 +28,7 @@ from installation import (
     condition,
     delete,
     environment,
+    gateway_address,
     get,
     helm,
     image_values,
@@ -35,7 +36,6 @@ from installation import (
     in_store,
     kubectl,
     restricted_namespace,
-    service_address,
     store_secret,
     tunesmith,
     until,
@@ -171,7 +171,7 @@ def main() -> None:
             seconds=600,
         )
     key = api_key()
-    endpoint = f"http://{service_address(SYSTEM, GATEWAY)}/v1"
+    endpoint = f"{gateway_address(NODE_PORT)}/v1"
     base, adapter = f"{DEMO}/{pool['modelName']}", f"{DEMO}/{name}"
     with OpenAI(base_url=endpoint, api_key=key, timeout=120, max_retries=3) as client, step("questions asked"):
         compare(client, base, adapter)

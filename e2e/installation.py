@@ -146,6 +146,14 @@ def service_address(namespace: str, name: str) -> str:
     return f"{service['spec']['clusterIP']}:{service['spec']['ports'][0]['port']}"
 
 
+def gateway_address(node_port: int) -> str:
+    """`http://host:port` of the gateway's node port: on this machine for the local cluster, else on a node."""
+    if not os.environ.get("KUBECONTEXT"):
+        return f"http://127.0.0.1:{node_port}"
+    path = "jsonpath={.items[0].status.addresses[?(@.type=='InternalIP')].address}"
+    return f"http://{kubectl('get', 'nodes', '--output', path).strip()}:{node_port}"
+
+
 def images() -> dict[str, str]:
     """References of the images by name, as `make images` left them.
 
@@ -170,7 +178,15 @@ def image_values(reference: str) -> Object:
 
 
 def store_environment() -> dict[str, str]:
-    """Variables with which programs on this machine reach the local cluster's S3 server."""
+    """Variables with which programs on this machine reach the S3 server that `make cluster-up` starts.
+
+    Raises:
+        InstallationError: the cluster has none.
+    """
+    if get("secret", "credentials", "s3") is None:
+        raise InstallationError(
+            "the cluster has no S3 server in the namespace s3: `make cluster-up` starts a cluster with one"
+        )
     return {
         "AWS_ACCESS_KEY_ID": secret_value("s3", "credentials", "AWS_ACCESS_KEY_ID"),
         "AWS_SECRET_ACCESS_KEY": secret_value("s3", "credentials", "AWS_SECRET_ACCESS_KEY"),

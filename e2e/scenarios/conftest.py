@@ -8,17 +8,15 @@ from typing import TYPE_CHECKING
 import pytest
 import yaml
 from custom_resources import adapter_manifest, finished_job, job_manifest, ready_adapter
-from demo import JOB, QUESTIONS, VALUES, api_key
+from demo import JOB, NODE_PORT, QUESTIONS, VALUES, api_key
 from installation import (
     DEMO,
-    GATEWAY,
-    SYSTEM,
     Object,
     apply,
     condition,
+    gateway_address,
     get,
     in_store,
-    service_address,
 )
 from openai import OpenAI
 
@@ -67,7 +65,7 @@ def main_adapter() -> str:
 @pytest.fixture(scope="session")
 def gateway() -> str:
     """The gateway's address, `http://host:port`."""
-    return f"http://{service_address(SYSTEM, GATEWAY)}"
+    return gateway_address(NODE_PORT)
 
 
 @pytest.fixture(scope="session")
