@@ -130,7 +130,9 @@ class Builder:
     def push(self, reference: str, registry: str) -> str:
         """Pushes the image to `registry` and returns its reference there."""
         remote = f"{registry}/{reference.removeprefix('localhost/')}"
-        command = self.command("push", "--quiet", reference, f"docker://{remote}")
+        local = registry.partition(":")[0].partition("/")[0] in {"localhost", "127.0.0.1"}  # those speak plain HTTP
+        options = ["--quiet", *(["--tls-verify=false"] if local else [])]
+        command = self.command("push", *options, reference, f"docker://{remote}")
         run_logged(command, self.layout.log / "image-push.log", f"pushing {remote}", environment=self.environment)
         return remote
 
