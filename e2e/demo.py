@@ -203,7 +203,7 @@ Everything is still running; `make cluster-down` ends it. Ask the adapter yourse
       print(part.choices[0].delta.content or "", end="", flush=True)
   END
 
-  export KUBECONFIG={kubeconfig}
+  export KUBECONFIG=$PWD/{kubeconfig}
   .cluster/bin/kubectl --namespace {DEMO} get ftj,spool,adep"""
     )
 

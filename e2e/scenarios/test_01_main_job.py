@@ -25,9 +25,8 @@ def test_held_out_loss_falls_by_at_least_30_percent(main_job: Object) -> None:
 def test_the_job_ran_once_and_says_what_it_did(main_job: Object) -> None:
     status = main_job["status"]
     assert [attempt["outcome"] for attempt in status["attempts"]] == ["Succeeded"]
-    assert {
-        kind: condition(main_job, kind)["status"] for kind in ("Validated", "Started", "Published", "Complete")
-    } == dict.fromkeys(("Validated", "Started", "Published", "Complete"), "True")
+    for kind in ("Validated", "Published", "Complete"):
+        assert condition(main_job, kind)["status"] == "True", kind
     assert status["artifact"]["digest"].startswith("sha256:")
     assert status["artifact"]["servable"]["vllm"] is True
     assert status["resolved"]["baseModelFingerprint"]

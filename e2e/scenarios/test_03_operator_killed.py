@@ -20,7 +20,7 @@ def test_ten_deaths_of_the_operator_cost_no_attempt_and_no_status(second_manifes
     delete("finetunejob", name, DEMO)
     chance = random.Random(20)  # noqa: S311 - repeatable, not secret
     killed = 0
-    next_kill = time.monotonic() + chance.uniform(0, 4)
+    next_kill = time.monotonic() + chance.uniform(0, 3)
 
     def kill(_: Object | None) -> None:
         nonlocal killed, next_kill
@@ -29,16 +29,15 @@ def test_ten_deaths_of_the_operator_cost_no_attempt_and_no_status(second_manifes
             pod = chance.choice(pods)["metadata"]["name"]
             kubectl(*("delete", "pod", pod, "--namespace", SYSTEM, "--grace-period=0", "--force", "--ignore-not-found"))
             killed += 1
-            next_kill = time.monotonic() + chance.uniform(0, 4)
+            next_kill = time.monotonic() + chance.uniform(0, 3)
 
     apply(second_manifest)
     job = finished_job(name, while_waiting=kill)
-    assert killed >= 3, "the job ended before the operator was killed often enough to show anything"
+    assert killed == KILLS, "the job ended before the operator had died ten times: give it more steps"
     assert condition(job, "Complete")["status"] == "True", condition(job, "Failed")
     assert [attempt["outcome"] for attempt in job["status"]["attempts"]] == ["Succeeded"]
     assert job["status"]["evaluation"]["loss"] < job["status"]["evaluation"]["baseLoss"]
-    assert {kind: condition(job, kind)["status"] for kind in ("Validated", "Started", "Published")} == dict.fromkeys(
-        ("Validated", "Started", "Published"), "True"
-    )
+    for kind in ("Validated", "Published"):
+        assert condition(job, kind)["status"] == "True", kind
     owned = items("jobs", DEMO, f"tunesmith.dev/finetunejob={name},app.kubernetes.io/component=train")
     assert len(owned) <= 1
