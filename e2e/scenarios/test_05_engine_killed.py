@@ -41,7 +41,13 @@ def engine_status(pool: str) -> dict[str, object]:
 
 
 def test_both_adapters_return_and_none_answers_for_another(
-    answer: Answer, base_model: str, main_adapter: str, second_adapter: str, pool: str, questions: list[str]
+    answer: Answer,
+    base_model: str,
+    main_adapter: str,
+    second_adapter: str,
+    pool: str,
+    questions: list[str],
+    record_property: Callable[[str, object], None],
 ) -> None:
     question = questions[0]
     models = [base_model, f"{DEMO}/{main_adapter}", f"{DEMO}/{second_adapter}"]
@@ -73,6 +79,7 @@ def test_both_adapters_return_and_none_answers_for_another(
         adapters = [get("adapterdeployment", name, DEMO) for name in (main_adapter, second_adapter)]
         if up_at is not None and all(condition(adapter, "Ready")["status"] == "True" for adapter in adapters):
             resident_after = time.monotonic() - up_at
+    record_property("resident again after seconds", round(resident_after, 1))
     assert resident_after <= RESIDENT_SECONDS
     for model in models:
         assert until(f"{model} answers", lambda model=model: _tried(answer, model, question), 60) == expected[model]
