@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 FREE_DISK = 3 << 30
+PORT_PATIENCE = 5.0
+"""Seconds that the sockets of a process which was just killed may take to close."""
 
 
 @contextmanager
@@ -74,7 +76,7 @@ def check_machine(layout: Layout) -> None:
             f"the cluster of {min(others)} runs on this machine: stop it with `make cluster-down` in its checkout"
         )
     elif not any(process.state == str(layout.state) for process in marked):
-        busy = host.ports_in_use()
+        busy = host.ports_in_use(PORT_PATIENCE)
         if busy:
             problems.append(f"in use: port {', '.join(busy)}: stop what listens there (see `ss -ltnp`)")
     if problems:
@@ -189,7 +191,7 @@ def down(layout: Layout) -> None:
     """Stops the cluster and removes everything of it but the cache."""
     if os.environ.get("KUBECONTEXT"):
         say("  KUBECONTEXT is set: that cluster is yours and stays as it is")
-        shutil.rmtree(layout.state, ignore_errors=True)
+        teardown.forget_context(layout)
         return
     teardown.down(layout)
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import socket
 import subprocess
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,8 +68,15 @@ def address() -> str:
     raise ClusterError("this machine has no IPv4 address besides the loopback: the node needs one (see `ip address`)")
 
 
-def ports_in_use() -> list[str]:
-    """The cluster's ports that a process listens on, each with its purpose."""
+def ports_in_use(patience: float) -> list[str]:
+    """The cluster's ports that a process still listens on after `patience` seconds, each with its purpose."""
+    deadline = time.monotonic() + patience
+    while (busy := _ports_in_use()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return busy
+
+
+def _ports_in_use() -> list[str]:
     busy = []
     for purpose, port in PORTS.items():
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:

@@ -81,6 +81,13 @@ def down(layout: Layout) -> None:
             shutil.rmtree(layout.state)
 
 
+def forget_context(layout: Layout) -> None:
+    """Removes what this checkout keeps about a cluster of the user's; the cluster stays as it is."""
+    host.unmount_below(layout.build_run, cache_folder() / "buildah")
+    for folder in (layout.state, layout.build_run):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _kill_pods(layout: Layout) -> str | None:
     pids = host.pod_processes(layout)
     if not pids:
