@@ -21,6 +21,7 @@ from tunesmith_trainer.errors import InvalidSpecError, LossDivergedError, OutOfM
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from datasets import Dataset
     from peft import PeftModel
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -123,25 +124,24 @@ def _train(job: FineTuneJob, prepared: Prepared, progress: Progress, work: Path,
     trainer.remove_callback(PrinterCallback)
     model.full_precision_adapter(peft_model)
 
-    def score(*, adapter: bool) -> float:
-        return evaluate.held_out_loss(
-            peft_model, prepared.validation, collate, resolved.micro_batch_size or 1, adapter=adapter
-        )
+    def score(rows: Dataset, *, adapter: bool) -> float:
+        return evaluate.held_out_loss(peft_model, rows, collate, resolved.micro_batch_size or 1, adapter=adapter)
 
     progress.update(stage=Stage.EVALUATING, step=0, total_steps=resolved.total_steps, epoch=0.0)
-    before = score(adapter=False)
+    before = score(prepared.validation, adapter=False)
     if not math.isfinite(before):
         raise LossDivergedError(
             f"the base model's held-out loss is {before} before the first step: the base model's weights are damaged "
             "or do not fit this precision"
         )
-    _check_identity(before, score(adapter=True), device)
+    few = prepared.validation.select(range(min(len(prepared.validation), resolved.micro_batch_size)))
+    _check_identity(score(few, adapter=False), score(few, adapter=True), device)
     curve.append(CurvePoint(step=0, epoch=0.0, evaluation_loss=before))
     progress.update(stage=Stage.TRAINING, evaluation_loss=before)
     trainer.train()
 
     progress.update(stage=Stage.EVALUATING, eta_seconds=0)
-    after = score(adapter=True)
+    after = score(prepared.validation, adapter=True)
     if not math.isfinite(after):
         raise LossDivergedError(
             f"the held-out loss is {after} after step {resolved.total_steps}: lower hyperparameters.learningRate"
@@ -261,7 +261,7 @@ class _Watch(TrainerCallback):
 
 def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
