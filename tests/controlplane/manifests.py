@@ -56,10 +56,12 @@ NAME = "a name has lower-case letters, digits, '-' and '.', and begins and ends 
 UNSUPPORTED = 'Unsupported value: "int3": supported values: "nf4"'
 FROM_ONE = "in body should be greater than or equal to 1"
 UP_TO_512 = "in body should be less than or equal to 512"
+ONE_GPU = "resources.gpus: this release trains on one GPU per job, or on the CPU with 0"
 
 # case → (what is changed in a minimal job, what `kubectl apply` says, what a local run says)
 REFUSED_JOBS: dict[str, tuple[dict[str, Any], str, str]] = {
     "no method": ({"method": {}}, ONE_METHOD, ONE_METHOD),
+    "two GPUs": ({"resources": {"gpus": 2}}, ONE_GPU, ONE_GPU),
     "two methods": ({"method__qlora": {}}, ONE_METHOD, ONE_METHOD),
     "method left out": (
         {"method": REMOVE},

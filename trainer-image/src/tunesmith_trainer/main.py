@@ -20,7 +20,6 @@ from tunesmith.api.finetunejob import EvaluationStatus, Stage
 from tunesmith.contracts.progress import PROGRESS_PORT
 from tunesmith.contracts.result import TERMINATION_MESSAGE_PATH, ExitCode, Outcome, TrainerResult
 from tunesmith_trainer.errors import InvalidSpecError, StorageUnavailableError, TrainerError
-from tunesmith_trainer.plan import check_spec
 from tunesmith_trainer.progress import Progress, serve
 from tunesmith_trainer.spec import load_job, spec_digest
 
@@ -167,7 +166,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _execute(arguments: argparse.Namespace, progress: Progress) -> TrainerResult:
     job = load_job(arguments.job)
-    check_spec(job.spec)
     server = serve(progress, arguments.progress_port) if arguments.progress_port else None
     # These imports take seconds: a wrong manifest is told before.
     from tunesmith_trainer.store import Stores  # noqa: PLC0415

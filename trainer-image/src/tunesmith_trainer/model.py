@@ -248,7 +248,7 @@ def load_model(base: Path, device: torch.device, quantization: Quantization | No
     # On some CPUs bitsandbytes repacks 4-bit weights at the first evaluation, and no gradient passes them any more.
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - an attribute its type does not declare
     # The loss never needs it, and it takes memory for each layer.
     model.config.use_cache = False
     return model

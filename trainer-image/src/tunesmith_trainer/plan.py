@@ -18,18 +18,6 @@ if TYPE_CHECKING:
     from tunesmith.api.finetunejob import FineTuneJobSpec
 
 
-def check_spec(spec: FineTuneJobSpec) -> None:
-    """Checks what this release cannot do yet.
-
-    Raises:
-        InvalidSpecError: with the field and the mend.
-    """
-    if spec.resources.gpus > 1:
-        raise InvalidSpecError(
-            f"resources.gpus is {spec.resources.gpus}: this release trains on one GPU per job, or on the CPU with 0"
-        )
-
-
 def divisors(number: int) -> list[int]:
     """All divisors, ascending."""
     return [candidate for candidate in range(1, number + 1) if number % candidate == 0]

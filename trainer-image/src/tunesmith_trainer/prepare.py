@@ -63,7 +63,6 @@ def prepare(job: FineTuneJob, stores: Stores, work: Path, *, weights: bool) -> P
         TrainerError: an input is missing, refused or not usable.
     """
     spec = job.spec
-    plan.check_spec(spec)
     remote = model.open_base(spec.base_model, stores)
     base = model.fetch_base(remote, work / "base", weights=weights)
     config = model.load_config(base, spec.base_model.uri)

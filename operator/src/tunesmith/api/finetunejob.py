@@ -220,6 +220,11 @@ class FineTuneJobSpec(ApiModel):
             "self == oldSelf",
             "spec is immutable: a FineTuneJob describes one training run; create another FineTuneJob under a new name",
         ),
+        Rule(
+            "!has(self.resources.gpus) || self.resources.gpus <= 1",
+            "resources.gpus: this release trains on one GPU per job, or on the CPU with 0",
+            lambda self: self.resources.gpus <= 1,
+        ),
     )
 
     base_model: BaseModelSource = Field(description="The model to adapt.")
