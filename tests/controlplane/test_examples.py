@@ -1,4 +1,4 @@
-"""Every example is accepted by a real API server."""
+"""Every example is accepted by a real API server; those of a local run by what a local run checks."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 import pytest
 import yaml
 
+from tunesmith.api.manifest import parse_manifest
+
 if TYPE_CHECKING:
     from apiserver import ApiServer
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 MANIFESTS = [
     path
-    for path in sorted(EXAMPLES.rglob("*.yaml"))
+    for path in sorted(EXAMPLES.glob("*.yaml"))
     if all("apiVersion" in document for document in yaml.safe_load_all(path.read_text()))
 ]
 
@@ -34,3 +36,8 @@ def test_an_example_is_accepted(apiserver: ApiServer, namespace: str, path: Path
     text = yaml.safe_dump_all(documents)
     done = apiserver.kubectl("apply", "--server-side", "--dry-run=server", "-f", "-", manifest=text)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", sorted((EXAMPLES / "local").glob("*.yaml")), ids=lambda path: path.name)
+def test_an_example_of_a_local_run_is_accepted(path: Path) -> None:
+    assert parse_manifest(path.read_text(), allow_file=True).kind == "FineTuneJob"
