@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,6 +15,7 @@ from installation import (
     Object,
     apply,
     condition,
+    delete,
     gateway_address,
     get,
     in_store,
@@ -29,7 +31,16 @@ SECOND_ANSWER = "The answer is known to the lighthouse keeper only."
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        item.add_marker(pytest.mark.e2e)
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.e2e)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_of_an_earlier_run() -> None:
+    """A pod that has held the second adapter has its files, and would not notice damage in the store."""
+    for name in (SECOND, "damaged"):
+        delete("adapterdeployment", name, DEMO)
+    delete("finetunejob", SECOND, DEMO)
 
 
 @pytest.fixture(scope="session")
