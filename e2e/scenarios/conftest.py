@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _nothing_of_an_earlier_run() -> None:
-    """A pod that has held the second adapter has its files, and would not notice damage in the store."""
+    """An earlier run's second adapter is trained anew."""
     for name in (SECOND, "damaged"):
         delete("adapterdeployment", name, DEMO)
     delete("finetunejob", SECOND, DEMO)
@@ -115,7 +116,9 @@ def second_manifest(tmp_path_factory: pytest.TempPathFactory) -> Object:
     spec = yaml.safe_load(JOB.read_text())["spec"]
     spec["dataset"] = {"train": [{"uri": uri}], "maxLength": 128}
     spec["method"] = {"lora": {"rank": 8, "alpha": 16}}
-    spec["hyperparameters"] = {"maxSteps": 12, "learningRate": 2e-3, "batchSize": 8}
+    # An artifact of its own in each run: a pod that holds one has its files, and would not notice damage in the store.
+    seed = secrets.randbelow(2**31)
+    spec["hyperparameters"] = {"maxSteps": 12, "learningRate": 2e-3, "batchSize": 8, "seed": seed}
     return job_manifest(SECOND, spec)
 
 
