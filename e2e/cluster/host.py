@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -136,11 +137,9 @@ def pod_processes(layout: Layout) -> list[int]:
     """Processes inside the cluster's cgroup."""
     found: set[int] = set()
     for root in cgroup_roots():
-        for procs in (root / layout.cgroup).rglob("cgroup.procs"):
-            try:
-                found.update(int(line) for line in procs.read_text().split())
-            except OSError:
-                continue  # the group has been removed meanwhile
+        for folder, _, _ in os.walk(root / layout.cgroup):  # passes over groups that are removed meanwhile
+            with contextlib.suppress(OSError):
+                found.update(int(line) for line in Path(folder, "cgroup.procs").read_text().split())
     return sorted(found)
 
 
@@ -153,6 +152,8 @@ def remove_cgroups(layout: Layout) -> None:
         for folder, _, _ in os.walk(own, topdown=False):
             try:
                 Path(folder).rmdir()
+            except FileNotFoundError:
+                continue
             except OSError as error:
                 raise ClusterError(
                     f"cgroup {folder} cannot be removed ({error.strerror}): a process in it is still alive"
