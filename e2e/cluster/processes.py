@@ -77,6 +77,10 @@ def marked_processes() -> list[Process]:
     return found
 
 
+SHOWN_SECONDS = 1.0
+"""For a moment after its start the kernel shows no environment of a process."""
+
+
 def running(layout: Layout, component: Component) -> Process | None:
     """The live process of `component`, whatever its configuration."""
     for process in marked_processes():
@@ -119,7 +123,11 @@ def ensure(layout: Layout, component: Component) -> bool:
 
 def require_alive(layout: Layout, component: Component) -> None:
     """Raises ClusterError, with the last line of the log, when `component` has ended."""
-    if running(layout, component) is None:
+    deadline = time.monotonic() + SHOWN_SECONDS
+    while running(layout, component) is None:
+        if time.monotonic() < deadline:
+            time.sleep(0.05)
+            continue
         log = log_of(layout, component)
         raise ClusterError(f"{component.name} has ended: {last_line(log)} (its log: {log})")
 
