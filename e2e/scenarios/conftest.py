@@ -36,14 +36,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.e2e)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _nothing_of_an_earlier_run() -> None:
-    """An earlier run's second adapter is trained anew."""
-    for name in (SECOND, "damaged"):
-        delete("adapterdeployment", name, DEMO)
-    delete("finetunejob", SECOND, DEMO)
-
-
 @pytest.fixture(scope="session")
 def main_job() -> Object:
     """The demo's FineTuneJob."""
@@ -102,7 +94,13 @@ def answer(client: OpenAI) -> Callable[[str, str], tuple[str, str]]:
 
 @pytest.fixture(scope="session")
 def second_manifest(tmp_path_factory: pytest.TempPathFactory) -> Object:
-    """A FineTuneJob that teaches one sentence as the answer to everything, with its rows in the store."""
+    """A FineTuneJob that teaches one sentence as the answer to everything, with its rows in the store.
+
+    What an earlier run left of it is removed.
+    """
+    for name in (SECOND, "damaged"):
+        delete("adapterdeployment", name, DEMO)
+    delete("finetunejob", SECOND, DEMO)
     rows = tmp_path_factory.mktemp("rows") / "second.jsonl"
     with rows.open("w") as file:
         for number in range(32):

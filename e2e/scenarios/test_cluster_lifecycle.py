@@ -25,6 +25,7 @@ import host  # noqa: E402
 import processes  # noqa: E402
 import s3  # noqa: E402
 from layout import NODE_NAME, Layout  # noqa: E402
+from steps import wait_until  # noqa: E402
 
 LAYOUT = Layout()
 COMMAND = [sys.executable, str(REPOSITORY / "e2e/cluster/cluster.py")]
@@ -90,6 +91,15 @@ def stored(method: str, key: str) -> int:
     return s3.request(address, 7070, method, f"/{addons.BUCKET}/{key}", access, secret)
 
 
+def not_kept() -> str | None:
+    """What is wrong with the object that was stored before; a Service follows its pods only after a moment."""
+    try:
+        code = stored("HEAD", "kept")
+    except OSError as error:
+        return f"the S3 server's Service does not answer: {error}"
+    return None if code == http.client.OK else f"the S3 server answers {code}"
+
+
 def test_the_cluster_survives_what_happens_to_it_and_leaves_nothing() -> None:
     cluster("down")
     before = machine()
@@ -121,7 +131,7 @@ def test_the_cluster_survives_what_happens_to_it_and_leaves_nothing() -> None:
         except ProcessLookupError:
             continue
     cluster("up")
-    assert stored("HEAD", "kept") == http.client.OK
+    wait_until(not_kept, 30)
     conditions = addons.kubectl(
         LAYOUT, "get", "node", NODE_NAME, "-o", "jsonpath={.status.conditions[?(@.type=='Ready')].status}"
     )
