@@ -24,7 +24,7 @@ EVERYTHING = job(
         "train": [{"uri": "s3://a/b.jsonl", "secretRef": {"name": "mine"}}, {"uri": "pvc://data/c.jsonl"}],
         "validation": [{"uri": "s3://a/d.jsonl", "secretRef": {"name": "mine"}}],
     },
-    resources={"gpus": 2, "cpu": "4", "memory": "32Gi"},
+    resources={"gpus": 1, "cpu": "4", "memory": "32Gi"},
     scheduling={
         "nodeSelector": {"pool": "gpu"},
         "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
