@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tunesmith.api.conditions import FailureReason
-from tunesmith.api.finetunejob import Preflight, Resolved
+from tunesmith.api.finetunejob_status import Preflight, Resolved
 from tunesmith.api.model import MAX_NAME
 from tunesmith.contracts.agent import gateway_token, pool_token
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from tunesmith.api.finetunejob import FineTuneJobStatus, ProgressStatus
+from tunesmith.api.finetunejob_status import FineTuneJobStatus, ProgressStatus
 
 
 def test_figures_have_four_decimals() -> None:

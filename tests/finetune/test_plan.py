@@ -21,7 +21,7 @@ from worlds import (
 )
 
 from tunesmith.api.conditions import find
-from tunesmith.api.finetunejob import ProgressStatus
+from tunesmith.api.finetunejob_status import ProgressStatus
 from tunesmith.contracts.location import owned_name
 from tunesmith.finetune.plan import Action, CreateAttempt, CreateValidation, StopJob, plan
 

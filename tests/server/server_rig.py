@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import s3fs  # type: ignore[import-untyped]
 
-from tunesmith.api.finetunejob import ServableStatus
+from tunesmith.api.finetunejob_status import ServableStatus
 from tunesmith.contracts.artifact import (
     ArtifactAdapter,
     ArtifactBase,

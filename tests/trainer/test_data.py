@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from trainer_rig import chat_row
 
-from tunesmith.api.finetunejob import Dataset
+from tunesmith.api.dataset import Dataset
 from tunesmith_trainer import model
 from tunesmith_trainer.data import IGNORED, Encoder, Row, RowForm, held_out
 from tunesmith_trainer.errors import InvalidSpecError

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from tunesmith.api.finetunejob import DEFAULT_VALIDATION_FRACTION
+from tunesmith.api.dataset import DEFAULT_VALIDATION_FRACTION
 from tunesmith_trainer.errors import DatasetInvalidError, DatasetNotFoundError, InvalidSpecError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerFast
 
-    from tunesmith.api.finetunejob import Dataset, DatasetSource
+    from tunesmith.api.dataset import Dataset, DatasetSource
     from tunesmith_trainer.store import Stores
 
 IGNORED = -100

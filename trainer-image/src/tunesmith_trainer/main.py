@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from tunesmith.api.conditions import FailureReason
-from tunesmith.api.finetunejob import EvaluationStatus, Stage
+from tunesmith.api.finetunejob_status import EvaluationStatus, Stage
 from tunesmith.contracts.progress import PROGRESS_PORT
 from tunesmith.contracts.result import TERMINATION_MESSAGE_PATH, ExitCode, Outcome, TrainerResult
 from tunesmith_trainer.errors import InvalidSpecError, StorageUnavailableError, TrainerError

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from tunesmith.api.finetunejob import BaseModelSource, LoraFields, Quantization
+    from tunesmith.api.finetunejob import BaseModelSource
+    from tunesmith.api.method import LoraFields, Quantization
     from tunesmith_trainer.store import Folder, Stores
 
 log = logging.getLogger(__name__)

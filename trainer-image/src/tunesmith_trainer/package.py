@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pydantic.alias_generators import to_camel
 from safetensors import safe_open
 
-from tunesmith.api.finetunejob import ArtifactStatus, ServableStatus
+from tunesmith.api.finetunejob_status import ArtifactStatus, ServableStatus
 from tunesmith.contracts.artifact import ArtifactAdapter, ArtifactBase, ArtifactFile, ArtifactManifest, digest_of
 from tunesmith.contracts.location import ARTIFACT_MANIFEST
 from tunesmith_trainer import model

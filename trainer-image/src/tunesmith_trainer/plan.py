@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from tunesmith.api.finetunejob import (
+from tunesmith.api.finetunejob_status import Resolved
+from tunesmith.api.hyperparameters import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_EPOCHS,
     DEFAULT_LEARNING_RATE,
     DEFAULT_MICRO_BATCH_SIZE,
-    Resolved,
 )
 from tunesmith_trainer.errors import InvalidSpecError
 

@@ -10,7 +10,7 @@ import numpy as np
 from datasets import Dataset, Features, Sequence, Value
 from datasets.arrow_writer import ArrowWriter
 
-from tunesmith.api.finetunejob import Preflight, Resolved
+from tunesmith.api.finetunejob_status import Preflight, Resolved
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
 from tunesmith_trainer import data, model, plan
 from tunesmith_trainer.errors import BaseModelNotFoundError, InvalidSpecError

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal, TextIO
 
-from tunesmith.api.finetunejob import ProgressStatus, Stage
+from tunesmith.api.finetunejob_status import ProgressStatus, Stage
 from tunesmith_trainer.errors import InvalidSpecError
 
 Form = Literal["text", "json"]

@@ -14,7 +14,7 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from tunesmith.api.finetunejob import EvaluationStatus, Stage
+from tunesmith.api.finetunejob_status import EvaluationStatus, Stage
 from tunesmith_trainer import evaluate, model
 from tunesmith_trainer.errors import InvalidSpecError, LossDivergedError, OutOfMemoryError, SelfCheckError
 

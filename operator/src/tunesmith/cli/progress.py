@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.api.conditions import ConditionStatus, FineTuneJobCondition, find, is_true
-from tunesmith.api.finetunejob import Phase, Stage
+from tunesmith.api.finetunejob_status import Phase, Stage
 from tunesmith.contracts.result import Outcome
 
 if TYPE_CHECKING:
     from datetime import datetime
 
     from tunesmith.api.conditions import Condition
-    from tunesmith.api.finetunejob import FineTuneJob, ProgressStatus
+    from tunesmith.api.finetunejob import FineTuneJob
+    from tunesmith.api.finetunejob_status import ProgressStatus
 
 _MINUTE = 60
 _HOUR = 3600

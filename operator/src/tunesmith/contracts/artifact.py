@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from tunesmith.api.finetunejob import EvaluationStatus, ServableStatus
+from tunesmith.api.finetunejob_status import EvaluationStatus, ServableStatus
 from tunesmith.api.model import StatusModel
 
 

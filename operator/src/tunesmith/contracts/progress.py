@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tunesmith.api.finetunejob import ProgressStatus
+from tunesmith.api.finetunejob_status import ProgressStatus
 
 PROGRESS_PORT = 8080
 """Port of the training pod that serves `/progress` and `/metrics`."""

@@ -7,7 +7,7 @@ from enum import IntEnum, StrEnum
 from pydantic import Field
 
 from tunesmith.api.conditions import FailureReason
-from tunesmith.api.finetunejob import ArtifactStatus, EvaluationStatus, Preflight, Resolved
+from tunesmith.api.finetunejob_status import ArtifactStatus, EvaluationStatus, Preflight, Resolved
 from tunesmith.api.model import StatusModel
 
 TERMINATION_MESSAGE_PATH = "/dev/termination-log"

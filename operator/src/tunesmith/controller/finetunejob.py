@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from tunesmith.api.conditions import FailureReason
-from tunesmith.api.finetunejob import AttemptOutcome, FineTuneJob, FineTuneJobStatus
+from tunesmith.api.finetunejob_status import AttemptOutcome, FineTuneJobStatus
 from tunesmith.cluster.errors import AlreadyExistsError, InvalidError
 from tunesmith.controller.progress import ProgressPoller
 from tunesmith.controller.reconciler import MANAGED, Key, Result, Watch, label_keys, owner_keys
@@ -21,6 +21,7 @@ from tunesmith.finetune.status import Status, notices
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from tunesmith.api.finetunejob import FineTuneJob
     from tunesmith.cluster.resources import Object, Objects
     from tunesmith.controller.context import Context
 

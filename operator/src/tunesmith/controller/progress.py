@@ -12,7 +12,7 @@ from tunesmith.contracts.progress import PROGRESS_MAX_BYTES, PROGRESS_PORT, pars
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from tunesmith.api.finetunejob import ProgressStatus
+    from tunesmith.api.finetunejob_status import ProgressStatus
     from tunesmith.cluster.resources import Object, Objects
 
 _INTERVAL_SECONDS = 2.0

@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from tunesmith.api.conditions import FailureReason
-from tunesmith.api.finetunejob import AttemptOutcome
+from tunesmith.api.finetunejob_status import AttemptOutcome
 from tunesmith.contracts.result import ExitCode, Outcome
 
 if TYPE_CHECKING:

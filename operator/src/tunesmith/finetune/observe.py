@@ -15,7 +15,7 @@ from tunesmith.contracts.result import TrainerResult
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from tunesmith.api.finetunejob import ProgressStatus
+    from tunesmith.api.finetunejob_status import ProgressStatus
 
 CONTAINER = "trainer"
 COMPONENT_LABEL = "app.kubernetes.io/component"

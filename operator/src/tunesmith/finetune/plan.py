@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 from tunesmith.api.conditions import FailureReason, FineTuneJobCondition, is_true
-from tunesmith.api.finetunejob import Attempt, AttemptOutcome, FineTuneJobStatus
+from tunesmith.api.finetunejob_status import Attempt, AttemptOutcome, FineTuneJobStatus
 from tunesmith.contracts.location import artifact_uri, owned_name
 from tunesmith.finetune.classify import Ending, ending, obstacle
 from tunesmith.finetune.status import Status

@@ -12,7 +12,8 @@ from tunesmith.contracts.result import ExitCode
 from tunesmith.finetune.observe import ATTEMPT_LABEL, COMPONENT_LABEL, CONTAINER, TRAIN, VALIDATE
 
 if TYPE_CHECKING:
-    from tunesmith.api.finetunejob import BaseModelSource, DatasetSource, FineTuneJob
+    from tunesmith.api.dataset import DatasetSource
+    from tunesmith.api.finetunejob import BaseModelSource, FineTuneJob
 
 Object = dict[str, Any]
 

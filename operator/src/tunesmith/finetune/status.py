@@ -7,19 +7,14 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tunesmith.api.conditions import Condition, ConditionStatus, FineTuneJobCondition, find, is_true, set_condition
-from tunesmith.api.finetunejob import (
-    AttemptOutcome,
-    FineTuneJobStatus,
-    Phase,
-    ProgressStatus,
-    Resolved,
-)
+from tunesmith.api.finetunejob_status import AttemptOutcome, FineTuneJobStatus, Phase, ProgressStatus, Resolved
 
 if TYPE_CHECKING:
     from datetime import datetime
 
     from tunesmith.api.conditions import FailureReason
-    from tunesmith.api.finetunejob import Attempt, FineTuneJob
+    from tunesmith.api.finetunejob import FineTuneJob
+    from tunesmith.api.finetunejob_status import Attempt
     from tunesmith.contracts.result import TrainerResult
 
 PROGRESS_INTERVAL = timedelta(seconds=10)

@@ -1,0 +1,159 @@
+"""The status of a FineTuneJob: what was observed."""
+
+from __future__ import annotations
+
+import math
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+from tunesmith.api.conditions import Condition, FailureReason
+from tunesmith.api.method import ModuleName
+from tunesmith.api.model import StatusModel
+
+
+def _rounded(value: float | None) -> float | None:
+    """Four decimals are enough for people; what is not finite has no JSON form and is left out."""
+    return round(value, 4) if value is not None and math.isfinite(value) else None
+
+
+Figure = Annotated[float | None, AfterValidator(_rounded)]
+
+
+class Stage(StrEnum):
+    """What the trainer is doing."""
+
+    PREPARING = "Preparing"
+    VALIDATING = "Validating"
+    LOADING = "Loading"
+    TRAINING = "Training"
+    EVALUATING = "Evaluating"
+    PACKAGING = "Packaging"
+    PUBLISHING = "Publishing"
+
+
+class Phase(StrEnum):
+    """Derived from the conditions, for people."""
+
+    PENDING = "Pending"
+    VALIDATING = "Validating"
+    RUNNING = "Running"
+    COMPLETE = "Complete"
+    FAILED = "Failed"
+
+
+class Resolved(StatusModel):
+    """What was decided for the user and what the inputs turned out to be. Frozen by the first attempt."""
+
+    base_model_fingerprint: str | None = Field(
+        default=None, max_length=128, description="Content fingerprint of the base model."
+    )
+    dataset_digest: str | None = Field(
+        default=None, max_length=128, description="SHA-256 over the training and held-out rows."
+    )
+    learning_rate: float | None = Field(default=None, description="Peak learning rate.")
+    batch_size: int | None = Field(default=None, description="Sequences per optimizer step.")
+    micro_batch_size: int | None = Field(default=None, description="Sequences per forward pass.")
+    total_steps: int | None = Field(default=None, description="Optimizer steps.")
+    target_modules: list[ModuleName] | None = Field(
+        default=None, max_length=64, description="Modules that get an adapter."
+    )
+
+
+class Preflight(StatusModel):
+    """What the CPU stage counted."""
+
+    rows: int | None = Field(default=None, description="Training rows that are used.")
+    validation_rows: int | None = Field(default=None, description="Held-out rows.")
+    dropped_rows: int | None = Field(default=None, description="Rows longer than maxLength.")
+    tokens: int | None = Field(default=None, description="Tokens in the training rows.")
+    trainable_parameters: int | None = Field(default=None, description="Parameters of the adapter.")
+
+
+class ProgressStatus(StatusModel):
+    """How far the running attempt is."""
+
+    stage: Stage | None = Field(default=None, description="What the trainer is doing.")
+    step: int | None = Field(default=None, ge=0, description="Optimizer steps done.")
+    total_steps: int | None = Field(default=None, ge=0, description="Optimizer steps in all.")
+    epoch: Figure = Field(default=None, description="Passes over the training rows.")
+    loss: Figure = Field(default=None, description="Training loss of the last logged step, nats per target token.")
+    evaluation_loss: Figure = Field(default=None, description="Held-out loss, nats per target token.")
+    learning_rate: float | None = Field(default=None, description="Learning rate of the last step.")
+    tokens_per_second: Figure = Field(default=None, description="Tokens trained per second.")
+    memory_bytes: int | None = Field(default=None, description="Peak memory: of the GPU, or resident memory on a CPU.")
+    eta_seconds: int | None = Field(default=None, ge=0, description="Seconds until the last step.")
+    update_time: datetime | None = Field(default=None, description="When the trainer wrote this.")
+
+
+class AttemptOutcome(StrEnum):
+    """How an attempt ended."""
+
+    RUNNING = "Running"
+    SUCCEEDED = "Succeeded"
+    FAILED = "Failed"
+    PREEMPTED = "Preempted"
+
+
+class Attempt(StatusModel):
+    """One Job of the training stage."""
+
+    name: str = Field(max_length=63, description="Name of the Job.")
+    start_time: datetime | None = Field(default=None, description="When its pod started.")
+    end_time: datetime | None = Field(default=None, description="When it ended.")
+    outcome: AttemptOutcome = Field(default=AttemptOutcome.RUNNING, description="How it ended.")
+    reason: FailureReason | None = Field(default=None, description="Why it failed.")
+    message: str | None = Field(default=None, max_length=2048, description="Why it failed, as a sentence.")
+    node: str | None = Field(default=None, max_length=253, description="Node that ran it.")
+
+
+class ServableStatus(StatusModel):
+    """Whether an engine can load the result."""
+
+    vllm: bool = Field(description="Whether vLLM can serve the adapter.")
+    reason: str | None = Field(default=None, max_length=1024, description="Why not.")
+
+
+class ArtifactStatus(StatusModel):
+    """The published adapter."""
+
+    uri: str = Field(max_length=1024, description="Folder in the store.")
+    digest: str = Field(max_length=71, pattern=r"^sha256:[0-9a-f]{64}$", description="SHA-256 of tunesmith.json.")
+    size_bytes: int = Field(ge=0, description="Size of the folder.")
+    servable: ServableStatus = Field(description="Whether an engine can load it.")
+
+
+class EvaluationStatus(StatusModel):
+    """Scores of base and adapter on the held-out rows."""
+
+    base_loss: Figure = Field(default=None, description="Held-out loss of the base, nats per target token.")
+    loss: Figure = Field(default=None, description="Held-out loss of the adapter, nats per target token.")
+    loss_reduction_percent: Figure = Field(default=None, description="How far the held-out loss fell.")
+
+
+class FineTuneJobStatus(StatusModel):
+    """What was observed."""
+
+    phase: Phase | None = Field(default=None, description="Derived from the conditions.")
+    conditions: list[Condition] = Field(
+        default_factory=list,
+        max_length=16,
+        description="Validated, Started, Published, and the terminal Complete or Failed.",
+        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
+    )
+    observed_generation: int | None = Field(default=None, description="The metadata.generation that was acted on.")
+    start_time: datetime | None = Field(default=None, description="When the first attempt started.")
+    completion_time: datetime | None = Field(default=None, description="When the job became terminal.")
+    resolved: Resolved | None = Field(default=None, description="Decided for the user, and the inputs' digests.")
+    preflight: Preflight | None = Field(default=None, description="What the CPU stage counted.")
+    progress: ProgressStatus | None = Field(default=None, description="How far the running attempt is.")
+    attempts: list[Attempt] = Field(
+        default_factory=list,
+        max_length=100,
+        description="Attempts, oldest first.",
+        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
+    )
+    evaluation: EvaluationStatus | None = Field(default=None, description="Held-out loss before and after.")
+    artifact: ArtifactStatus | None = Field(default=None, description="The published adapter.")

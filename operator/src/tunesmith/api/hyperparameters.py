@@ -1,0 +1,61 @@
+"""The hyperparameters of a FineTuneJob: how the optimizer runs."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from tunesmith.api.model import ApiModel, Rule
+
+DEFAULT_EPOCHS = 3.0
+DEFAULT_LEARNING_RATE = 2e-4
+DEFAULT_BATCH_SIZE = 8
+DEFAULT_MICRO_BATCH_SIZE = 8
+"""Highest; batchSize where that is lower."""
+
+
+class Hyperparameters(ApiModel):
+    """How the optimizer runs. An absent field is decided for the user and told in status.resolved."""
+
+    rules = (
+        Rule(
+            "!(has(self.epochs) && has(self.maxSteps))",
+            "hyperparameters.epochs and hyperparameters.maxSteps exclude each other: keep one of them",
+            lambda self: self.epochs is None or self.max_steps is None,
+        ),
+        Rule(
+            # the guard against 0 keeps a second, arithmetic error away from the one that `minimum` gives
+            "!has(self.microBatchSize) || self.microBatchSize < 1 || "
+            f"(has(self.batchSize) ? self.batchSize : {DEFAULT_BATCH_SIZE}) % self.microBatchSize == 0",
+            "hyperparameters.microBatchSize must divide hyperparameters.batchSize "
+            f"({DEFAULT_BATCH_SIZE} when absent): change one of them",
+            lambda self: (
+                not self.micro_batch_size or (self.batch_size or DEFAULT_BATCH_SIZE) % self.micro_batch_size == 0
+            ),
+        ),
+    )
+
+    epochs: float | None = Field(
+        default=None, ge=0.01, le=1000, description="Passes over the training rows. Absent with no maxSteps: 3."
+    )
+    max_steps: int | None = Field(default=None, ge=1, le=10_000_000, description="Optimizer steps.")
+    learning_rate: float | None = Field(default=None, ge=1e-8, le=1.0, description="Peak learning rate. Absent: 2e-4.")
+    batch_size: int | None = Field(default=None, ge=1, le=65536, description="Sequences per optimizer step. Absent: 8.")
+    micro_batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        le=4096,
+        description="Sequences per forward pass; must divide batchSize. Absent: batchSize, at most 8.",
+    )
+    scheduler: Literal["Cosine", "Linear", "Constant"] = Field(
+        default="Cosine", description="Shape of the learning rate after warm-up."
+    )
+    warmup_ratio: float = Field(
+        default=0.03, ge=0.0, le=0.5, description="Share of the steps that raise the learning rate from 0."
+    )
+    weight_decay: float = Field(default=0.0, ge=0.0, le=1.0, description="AdamW weight decay.")
+    max_grad_norm: float = Field(
+        default=1.0, ge=0.0, le=1000.0, description="Gradients are clipped to this norm; 0 does not clip."
+    )
+    seed: int = Field(default=42, ge=0, le=2_147_483_647, description="Seed of initialisation, order and dropout.")
