@@ -221,7 +221,7 @@ def _train(
         )
 
     from tunesmith_trainer.prepare import prepare  # noqa: PLC0415
-    from tunesmith_trainer.train import choose_device, train  # noqa: PLC0415
+    from tunesmith_trainer.training.loop import choose_device, train  # noqa: PLC0415
 
     choose_device(job.spec.resources.gpus)
     progress.update(stage=Stage.PREPARING)

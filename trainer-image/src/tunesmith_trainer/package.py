@@ -18,7 +18,7 @@ from tunesmith_trainer import model
 from tunesmith_trainer.errors import SelfCheckError
 from tunesmith_trainer.spec import spec_digest
 from tunesmith_trainer.store import file_sha256
-from tunesmith_trainer.train import CurvePoint
+from tunesmith_trainer.training.watch import CurvePoint
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tunesmith.api.finetunejob import FineTuneJob
     from tunesmith_trainer.prepare import Prepared
     from tunesmith_trainer.store import Folder
-    from tunesmith_trainer.train import Trained
+    from tunesmith_trainer.training.loop import Trained
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

@@ -1,29 +1,28 @@
-"""Training: TRL's SFTTrainer over our own tokens, watched at every step."""
+"""One run: load, wrap, score the base, train, score the adapter."""
 
 from __future__ import annotations
 
 import logging
 import math
-import resource
-import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PrinterCallback, TrainerCallback, set_seed
-from trl import SFTConfig, SFTTrainer
+from transformers import PrinterCallback, set_seed
+from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from tunesmith.api.finetunejob_status import EvaluationStatus, Stage
 from tunesmith_trainer import evaluate, model
 from tunesmith_trainer.errors import InvalidSpecError, LossDivergedError, OutOfMemoryError, SelfCheckError
+from tunesmith_trainer.training.arguments import arguments
+from tunesmith_trainer.training.watch import CurvePoint, Watch
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from datasets import Dataset
     from peft import PeftModel
-    from transformers import TrainerControl, TrainerState, TrainingArguments
 
     from tunesmith.api.finetunejob import FineTuneJob
     from tunesmith_trainer.prepare import Prepared
@@ -31,22 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_SCHEDULERS = {"Cosine": "cosine", "Linear": "linear", "Constant": "constant_with_warmup"}
-_RECENT_STEPS = 10
 _LOSS_TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}
-
-
-@dataclass(frozen=True)
-class CurvePoint:
-    """One line of the curves: losses in nats per target token."""
-
-    step: int
-    epoch: float
-    loss: float | None = None
-    learning_rate: float | None = None
-    gradient_norm: float | None = None
-    tokens: int | None = None
-    evaluation_loss: float | None = None
 
 
 @dataclass
@@ -115,11 +99,11 @@ def _train(job: FineTuneJob, prepared: Prepared, progress: Progress, work: Path,
     curve: list[CurvePoint] = []
     trainer = SFTTrainer(
         model=peft_model,
-        args=_arguments(job, prepared, work, device, checkpointing=checkpointing),
+        args=arguments(job, prepared, work, device, checkpointing=checkpointing),
         train_dataset=prepared.train,
         processing_class=model.load_tokenizer(prepared.base, job.spec.base_model.uri),
         data_collator=collate,
-        callbacks=[_Watch(progress, curve, device)],
+        callbacks=[Watch(progress, curve, device)],
     )
     trainer.remove_callback(PrinterCallback)
     model.full_precision_adapter(peft_model)
@@ -153,46 +137,6 @@ def _train(job: FineTuneJob, prepared: Prepared, progress: Progress, work: Path,
     return Trained(peft_model, evaluation, curve)
 
 
-def _arguments(
-    job: FineTuneJob, prepared: Prepared, work: Path, device: torch.device, *, checkpointing: bool
-) -> SFTConfig:
-    hyper = job.spec.hyperparameters
-    resolved = prepared.resolved
-    assert resolved.batch_size is not None  # noqa: S101 - prepare() fills everything
-    assert resolved.micro_batch_size is not None  # noqa: S101
-    assert resolved.total_steps is not None  # noqa: S101
-    assert resolved.learning_rate is not None  # noqa: S101
-    return SFTConfig(
-        output_dir=str(work / "checkpoints"),
-        max_steps=resolved.total_steps,
-        per_device_train_batch_size=resolved.micro_batch_size,
-        gradient_accumulation_steps=resolved.batch_size // resolved.micro_batch_size,
-        learning_rate=resolved.learning_rate,
-        lr_scheduler_type=_SCHEDULERS[hyper.scheduler],
-        warmup_steps=math.ceil(hyper.warmup_ratio * resolved.total_steps),
-        weight_decay=hyper.weight_decay,
-        max_grad_norm=hyper.max_grad_norm,
-        optim="adamw_torch",
-        seed=hyper.seed,
-        data_seed=hyper.seed,
-        bf16=device.type == "cuda",
-        use_cpu=device.type == "cpu",
-        gradient_checkpointing=checkpointing,
-        # Rows are tokenised, cut to length and labelled before they get here.
-        dataset_kwargs={"skip_prepare_dataset": True},
-        max_length=None,
-        packing=False,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        disable_tqdm=True,
-        report_to="none",
-        save_strategy="no",
-        eval_strategy="no",
-        dataloader_num_workers=0,
-        dataloader_pin_memory=device.type == "cuda",
-    )
-
-
 def _check_identity(base_loss: float, adapter_loss: float, device: torch.device) -> None:
     """A new LoRA adapter adds nothing (its B is zero), so both losses are one."""
     if abs(base_loss - adapter_loss) > _LOSS_TOLERANCE[device.type] * max(1.0, base_loss):
@@ -200,69 +144,6 @@ def _check_identity(base_loss: float, adapter_loss: float, device: torch.device)
             f"the untrained adapter changes the held-out loss from {base_loss:.6f} to {adapter_loss:.6f}, it must "
             "not change it"
         )
-
-
-class _Watch(TrainerCallback):
-    """Tells progress, keeps the curves, and stops a run that went wrong."""
-
-    def __init__(self, progress: Progress, curve: list[CurvePoint], device: torch.device) -> None:
-        self._progress = progress
-        self._curve = curve
-        self._device = device
-        self._times: list[float] = []
-        self._tokens: list[int] = [0]
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """The clock of the first step starts here."""
-        self._times.append(time.monotonic())
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """At the first step a gradient must have reached the adapter."""
-        if state.global_step == 0:
-            gradients = [parameter.grad for parameter in kwargs["model"].parameters() if parameter.requires_grad]
-            if not any(gradient is not None and bool(gradient.abs().sum() > 0) for gradient in gradients):
-                finite = all(gradient is None or bool(torch.isfinite(gradient).all()) for gradient in gradients)
-                if finite:
-                    raise SelfCheckError("no gradient reaches the adapter at step 1: nothing would be learned")
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """One optimizer step is done."""
-        logs: dict[str, float] = kwargs["logs"]
-        if "loss" not in logs:
-            return
-        step, loss, norm = state.global_step, float(logs["loss"]), float(logs.get("grad_norm", 0.0))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient's norm is {norm}"
-            raise LossDivergedError(
-                f"the {what} at step {step} of {state.max_steps}: lower hyperparameters.learningRate (it is "
-                f"{args.learning_rate:g}) and look for odd rows"
-            )
-        self._times.append(time.monotonic())
-        self._tokens.append(int(logs.get("num_tokens", 0)))
-        del self._times[: -_RECENT_STEPS - 1], self._tokens[: -_RECENT_STEPS - 1]
-        seconds = self._times[-1] - self._times[0]
-        epoch = round(float(state.epoch or 0.0), 4)
-        rate = float(logs["learning_rate"])
-        self._curve.append(CurvePoint(step, epoch, loss, rate, norm, self._tokens[-1]))
-        self._progress.update(
-            step=step,
-            epoch=epoch,
-            loss=loss,
-            learning_rate=rate,
-            tokens_per_second=round((self._tokens[-1] - self._tokens[0]) / seconds, 1) if seconds > 0 else None,
-            memory_bytes=_peak_memory(self._device),
-            eta_seconds=round(seconds / (len(self._times) - 1) * (state.max_steps - step)),
-        )
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _out_of_memory(job: FineTuneJob, prepared: Prepared, device: torch.device) -> OutOfMemoryError:

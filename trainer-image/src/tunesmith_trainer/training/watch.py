@@ -1,0 +1,97 @@
+"""What is seen of a run while it trains: progress, curves, and the reasons to stop it."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+
+from tunesmith_trainer.errors import LossDivergedError, SelfCheckError
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from tunesmith_trainer.progress import Progress
+
+_RECENT_STEPS = 10
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One line of the curves: losses in nats per target token."""
+
+    step: int
+    epoch: float
+    loss: float | None = None
+    learning_rate: float | None = None
+    gradient_norm: float | None = None
+    tokens: int | None = None
+    evaluation_loss: float | None = None
+
+
+class Watch(TrainerCallback):
+    """Tells progress, keeps the curves, and stops a run that went wrong."""
+
+    def __init__(self, progress: Progress, curve: list[CurvePoint], device: torch.device) -> None:
+        self._progress = progress
+        self._curve = curve
+        self._device = device
+        self._times: list[float] = []
+        self._tokens: list[int] = [0]
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The clock of the first step starts here."""
+        self._times.append(time.monotonic())
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """At the first step a gradient must have reached the adapter."""
+        if state.global_step == 0:
+            gradients = [parameter.grad for parameter in kwargs["model"].parameters() if parameter.requires_grad]
+            if not any(gradient is not None and bool(gradient.abs().sum() > 0) for gradient in gradients):
+                finite = all(gradient is None or bool(torch.isfinite(gradient).all()) for gradient in gradients)
+                if finite:
+                    raise SelfCheckError("no gradient reaches the adapter at step 1: nothing would be learned")
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """One optimizer step is done."""
+        logs: dict[str, float] = kwargs["logs"]
+        if "loss" not in logs:
+            return
+        step, loss, norm = state.global_step, float(logs["loss"]), float(logs.get("grad_norm", 0.0))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient's norm is {norm}"
+            raise LossDivergedError(
+                f"the {what} at step {step} of {state.max_steps}: lower hyperparameters.learningRate (it is "
+                f"{args.learning_rate:g}) and look for odd rows"
+            )
+        self._times.append(time.monotonic())
+        self._tokens.append(int(logs.get("num_tokens", 0)))
+        del self._times[: -_RECENT_STEPS - 1], self._tokens[: -_RECENT_STEPS - 1]
+        seconds = self._times[-1] - self._times[0]
+        epoch = round(float(state.epoch or 0.0), 4)
+        rate = float(logs["learning_rate"])
+        self._curve.append(CurvePoint(step, epoch, loss, rate, norm, self._tokens[-1]))
+        self._progress.update(
+            step=step,
+            epoch=epoch,
+            loss=loss,
+            learning_rate=rate,
+            tokens_per_second=round((self._tokens[-1] - self._tokens[0]) / seconds, 1) if seconds > 0 else None,
+            memory_bytes=_peak_memory(self._device),
+            eta_seconds=round(seconds / (len(self._times) - 1) * (state.max_steps - step)),
+        )
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
