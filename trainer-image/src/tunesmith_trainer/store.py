@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import logging
@@ -67,6 +68,10 @@ class Retry:
         return (min(self.first * 2**number, self.longest) for number in range(self.attempts - 1))
 
 
+PUBLISHING_RETRY = Retry(attempts=66, longest=60.0)
+"""An hour: what was trained for hours is not given up for a store that is being repaired."""
+
+
 class Folder:
     """A folder in a store (or one file of it, named by its last part). Every call waits out short outages.
 
@@ -112,11 +117,7 @@ class Folder:
         """
 
         def listed() -> list[str]:
-            entries = (
-                self._filesystem.ls(self._path, detail=True, refresh=True)
-                if self._refreshes
-                else self._filesystem.ls(self._path, detail=True)
-            )
+            entries = self._filesystem.ls(self._path, detail=True, **self._fresh)
             return sorted(
                 entry["name"].rsplit("/", 1)[-1]
                 for entry in entries
@@ -143,7 +144,7 @@ class Folder:
 
         def looked() -> bool:
             try:
-                self._filesystem.info(place, **({"refresh": True} if self._refreshes else {}))
+                self._filesystem.info(place, **self._fresh)
             except FileNotFoundError:
                 return False
             return True
@@ -190,6 +191,41 @@ class Folder:
 
         self._attempted(put)
 
+    def child(self, name: str = "", *, retry: Retry | None = None) -> Folder:
+        """A folder in this one (this one itself without a name), with other patience where `retry` is given."""
+        return Folder(
+            uri=f"{self.uri}/{name}" if name else self.uri,
+            filesystem=self._filesystem,
+            path=self._at(name) if name else self._path,
+            what=self._what,
+            credentials=self._credentials,
+            missing=self._missing,
+            retry=retry or self._retry,
+        )
+
+    def folders(self) -> list[str]:
+        """Names of the folders directly in the folder, sorted; none where it does not exist."""
+
+        def listed() -> list[str]:
+            try:
+                entries = self._filesystem.ls(self._path, detail=True, **self._fresh)
+            except FileNotFoundError:
+                return []
+            return sorted(
+                entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == "directory"
+            )
+
+        return self._attempted(listed)
+
+    def remove(self) -> None:
+        """Removes the folder and everything in it; it need not exist."""
+
+        def removed() -> None:
+            with contextlib.suppress(FileNotFoundError):
+                self._filesystem.rm(self._path, recursive=True)
+
+        self._attempted(removed)
+
     def create(self, name: str, data: bytes) -> bool:
         """Writes one small file if there is none of that name; False where there is.
 
@@ -220,8 +256,8 @@ class Folder:
         return isinstance(self._filesystem, fsspec.implementations.local.LocalFileSystem)
 
     @property
-    def _refreshes(self) -> bool:
-        return "s3" in self._filesystem.protocol
+    def _fresh(self) -> dict[str, bool]:
+        return {"refresh": True} if "s3" in self._filesystem.protocol else {}
 
     def _at(self, name: str) -> str:
         if "/" in name or name in {"", ".", ".."}:

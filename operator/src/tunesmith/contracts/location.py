@@ -6,6 +6,8 @@ import hashlib
 import re
 
 ARTIFACT_MANIFEST = "tunesmith.json"
+TEMPORARY_FOLDER = "tmp"
+"""In a job's folder of the store."""
 CLAIMS_FOLDER = "/mnt/claims"
 """A training pod mounts the PersistentVolumeClaims that its job names here, each under its own name, read-only."""
 _DIGEST = re.compile(r"^sha256:([0-9a-f]{64})$")
@@ -19,6 +21,16 @@ def job_folder(store: str, namespace: str, name: str, uid: str) -> str:
 def artifact_uri(store: str, namespace: str, name: str, uid: str) -> str:
     """The folder of a FineTuneJob's artifact."""
     return f"{job_folder(store, namespace, name, uid)}/artifact"
+
+
+def temporary_folder(store: str, namespace: str, name: str, uid: str) -> str:
+    """What a FineTuneJob needs until it is done: removed on success, and by `tunesmith gc`."""
+    return f"{job_folder(store, namespace, name, uid)}/{TEMPORARY_FOLDER}"
+
+
+def checkpoints_uri(store: str, namespace: str, name: str, uid: str) -> str:
+    """The folder of a FineTuneJob's checkpoints."""
+    return f"{temporary_folder(store, namespace, name, uid)}/checkpoints"
 
 
 def namespace_of_artifact(store: str, uri: str) -> str | None:

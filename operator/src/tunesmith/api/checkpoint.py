@@ -1,0 +1,38 @@
+"""The checkpoints of a FineTuneJob: how often its state is saved, and how many of them are kept."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from tunesmith.api.model import ApiModel, Rule
+
+DEFAULT_EVERY_MINUTES = 10.0
+
+
+class Checkpoint(ApiModel):
+    """How often the training state is saved. An interruption costs at most one interval."""
+
+    rules = (
+        Rule(
+            "!(has(self.everySteps) && has(self.everyMinutes))",
+            "checkpoint.everySteps and checkpoint.everyMinutes exclude each other: keep one of them",
+            lambda self: self.every_steps is None or self.every_minutes is None,
+        ),
+    )
+
+    every_steps: int | None = Field(
+        default=None, ge=1, le=10_000_000, description="Optimizer steps between two checkpoints."
+    )
+    every_minutes: float | None = Field(
+        default=None,
+        ge=0.1,
+        le=1440,
+        description="Minutes between two checkpoints. Absent, with no everySteps: 10.",
+    )
+    keep: int = Field(default=2, ge=1, le=100, description="Newest checkpoints that are kept until the job is done.")
+
+    def due(self, *, steps: int, seconds: float) -> bool:
+        """Whether a checkpoint is to be written, so many steps and seconds after the last one."""
+        if self.every_steps is not None:
+            return steps >= self.every_steps
+        return seconds >= 60 * (self.every_minutes or DEFAULT_EVERY_MINUTES)

@@ -1,0 +1,414 @@
+"""Checkpoints: written whole or not at all, verified before they are used, kept in the job's store.
+
+A checkpoint is a folder `step-<8 digits>`. It is written under another name, every file is fsynced, `checkpoint.json`
+with the SHA-256 of each comes last, then the folder is renamed. In a remote store `checkpoint.json` is uploaded last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tunesmith_trainer.errors import InvalidSpecError, TrainerError
+from tunesmith_trainer.store import Retry, file_sha256
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from tunesmith_trainer.store import Folder
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "checkpoint.json"
+_NAME = re.compile(r"^step-(\d{8})$")
+_FILE_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
+_UNFINISHED = ".unfinished-"
+_SCHEMA_VERSION = 1
+UPLOAD_RETRY = Retry(attempts=1_000_000, first=1.0, longest=60.0)
+"""Training goes on meanwhile, and a newer checkpoint takes the place of one that waits."""
+
+
+class DamagedCheckpointError(Exception):
+    """A checkpoint that must not be used; the text says what is wrong with it."""
+
+
+class OtherJobError(Exception):
+    """A whole checkpoint, of another spec or other data."""
+
+
+class NotWrittenError(Exception):
+    """A checkpoint could not be written; nothing of it is left."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A verified checkpoint on this machine's disk."""
+
+    step: int
+    path: Path
+
+
+def name_of(step: int) -> str:
+    """The folder's name; names sort as steps do."""
+    return f"step-{step:08d}"
+
+
+def steps_of(names: list[str]) -> list[int]:
+    """The steps among the names of folders, newest first."""
+    return sorted((int(match.group(1)) for match in map(_NAME.match, names) if match), reverse=True)
+
+
+def write(parent: Path, step: int, binding: str, fill: Callable[[Path], None]) -> Path:
+    """Writes a checkpoint; it appears under its name when it is whole and on the disk.
+
+    Args:
+        parent: folder of the checkpoints.
+        step: optimizer steps done.
+        binding: digest of what determines the run.
+        fill: writes the files into the folder it gets.
+
+    Raises:
+        NotWrittenError: the disk is full or not writable.
+    """
+    unfinished = parent / f"{_UNFINISHED}{step}"
+    final = parent / name_of(step)
+    try:
+        _remove_unfinished(parent)
+        unfinished.mkdir(parents=True)
+        fill(unfinished)
+        files = sorted(unfinished.iterdir())
+        for file in files:
+            _sync(file)
+        manifest = _manifest(step, binding, files)
+        (unfinished / MANIFEST).write_bytes(manifest)
+        _sync(unfinished / MANIFEST)
+        _sync(unfinished)
+        if final.exists():  # a damaged one of that step, from which an earlier one was taken
+            shutil.rmtree(final)
+        unfinished.rename(final)
+        _sync(parent)
+    except Exception as error:
+        # torch and safetensors have exceptions of their own for a disk that is full.
+        text = _full_disk(error, parent)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if text is None:
+            raise
+        raise NotWrittenError(text) from error
+    return final
+
+
+def verify(folder: Path, step: int, binding: str) -> None:
+    """Checks every byte of a checkpoint.
+
+    Raises:
+        DamagedCheckpointError: a file is missing, too many or changed.
+        OtherJobError: it is whole, but belongs to another run.
+    """
+    try:
+        data = (folder / MANIFEST).read_bytes()
+    except OSError:
+        raise DamagedCheckpointError(f"{MANIFEST} is missing, it was not written to its end") from None
+    document = parse(data, step)
+    files: dict[str, Any] = document["files"]
+    present = {entry.name for entry in folder.iterdir()} - {MANIFEST}
+    for name in sorted(present ^ set(files)):
+        raise DamagedCheckpointError(f"{name} is {'missing' if name in files else 'not of it'}")
+    for name, expected in files.items():
+        size = (folder / name).stat().st_size
+        if size != expected["sizeBytes"]:
+            raise DamagedCheckpointError(f"{name} has {size} bytes instead of {expected['sizeBytes']}")
+        if file_sha256(folder / name) != expected["sha256"]:
+            raise DamagedCheckpointError(f"the content of {name} changed")
+    if document["binding"] != binding:
+        raise OtherJobError
+
+
+def parse(data: bytes, step: int) -> dict[str, Any]:
+    """The content of `checkpoint.json`.
+
+    Raises:
+        DamagedCheckpointError: it is not what was written.
+    """
+    try:
+        document = json.loads(data)
+        said = document.pop("sha256")
+        whole = (
+            said == _digest(document)
+            and document["schemaVersion"] == _SCHEMA_VERSION
+            and all(_FILE_NAME.match(name) for name in document["files"])
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise DamagedCheckpointError(f"the content of {MANIFEST} changed")
+    if document["step"] != step:
+        raise DamagedCheckpointError(f"it says that it is of step {document['step']}")
+    parsed: dict[str, Any] = document
+    return parsed
+
+
+class Checkpoints:
+    """The checkpoints of one job.
+
+    In a folder of this machine they are written in place; to a store they are uploaded by a thread, and training does
+    not wait for it.
+
+    Args:
+        folder: where they are kept.
+        scratch: folder of this machine, for writing and downloading.
+        binding: digest of what determines the run; a checkpoint with another one is refused.
+        keep: how many of the newest are kept.
+        say: tells a person what happened.
+        retry: pauses between attempts to upload.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        scratch: Path,
+        *,
+        binding: str,
+        keep: int,
+        say: Callable[[str], None],
+        retry: Retry = UPLOAD_RETRY,
+    ) -> None:
+        self.uri = folder.uri
+        self._folder = folder
+        self._scratch = scratch
+        self._binding = binding
+        self._keep = keep
+        self._say = say
+        self._retry = retry
+        self._last: int | None = None
+        self._changed = threading.Condition()
+        self._waiting: Saved | None = None
+        self._busy = False
+        self._thread: threading.Thread | None = None
+
+    @property
+    def last(self) -> int | None:
+        """Step of the newest checkpoint that is whole in its store."""
+        return self._last
+
+    @property
+    def pending(self) -> bool:
+        """Whether a checkpoint still has to reach the store; read without a lock, for signal handlers."""
+        return self._waiting is not None or self._busy
+
+    def newest(self) -> Saved | None:
+        """The newest checkpoint that verifies, on this machine's disk; those that do not are told and removed.
+
+        Raises:
+            InvalidSpecError: the folder holds checkpoints of another spec or other data.
+            StorageUnavailableError: the store did not answer.
+        """
+        damaged = 0
+        for step in steps_of(self._folder.folders()):
+            try:
+                path = self._fetch(step)
+                verify(path, step, self._binding)
+            except DamagedCheckpointError as error:
+                self._say(f"  the checkpoint of step {step} is damaged and not used: {error}")
+                self._remove(step)
+                damaged += 1
+            except OtherJobError:
+                raise InvalidSpecError(
+                    f"{self.uri} holds checkpoints of another spec, base model or data set: choose another --output,"
+                    " or remove that folder to begin anew"
+                ) from None
+            else:
+                self._last = step
+                return Saved(step, path)
+        if damaged:
+            self._say("  no checkpoint is usable: training begins at step 0")
+        return None
+
+    def fetch(self, step: int) -> Saved:
+        """One checkpoint that another rank has chosen, verified."""
+        path = self._fetch(step)
+        verify(path, step, self._binding)
+        return Saved(step, path)
+
+    def save(self, step: int, fill: Callable[[Path], None]) -> bool:
+        """Writes a checkpoint and, to a store, begins to upload it; False, and a sentence, where it cannot be written.
+
+        What was saved before stays as it is until the new one is whole.
+        """
+        try:
+            path = write(self._local or self._scratch, step, self._binding, fill)
+        except NotWrittenError as error:
+            kept = f"that of step {self._last} stays" if self._last is not None else "there is none yet"
+            self._say(f"  the checkpoint of step {step} could not be written: {error}; {kept}, training goes on")
+            return False
+        if self._local is not None:
+            self._last = step
+            self._prune(self._local)
+        else:
+            self._hand_over(Saved(step, path))
+        return True
+
+    def flush(self, seconds: float) -> bool:
+        """Waits until everything is in the store, at most so long; whether it is."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self.pending, timeout=seconds)
+
+    def clear(self) -> None:
+        """Removes all of them, once the artifact is published: best effort, `tunesmith gc` removes the rest."""
+        with self._changed:
+            self._waiting = None
+        try:
+            self._folder.remove()
+        except TrainerError as error:
+            self._say(f"  the checkpoints in {self.uri} could not be removed ({error}): `tunesmith gc` removes them")
+
+    @property
+    def _local(self) -> Path | None:
+        return self._folder.local
+
+    def _fetch(self, step: int) -> Path:
+        name = name_of(step)
+        if self._local is not None:
+            return self._local / name
+        remote, target = self._folder.child(name), self._scratch / name
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
+        present = remote.names()
+        if MANIFEST not in present:
+            raise DamagedCheckpointError(f"{MANIFEST} is missing, it was not uploaded to its end")
+        remote.download(MANIFEST, target / MANIFEST)
+        for file in parse((target / MANIFEST).read_bytes(), step)["files"]:
+            if file not in present:
+                raise DamagedCheckpointError(f"{file} is missing")
+            remote.download(file, target / file)
+        return target
+
+    def _remove(self, step: int) -> None:
+        try:
+            self._folder.child(name_of(step)).remove()
+        except TrainerError as error:
+            log.warning("the checkpoint of step %d cannot be removed: %s", step, error)
+
+    def _prune(self, folder: Path) -> None:
+        for step in steps_of([entry.name for entry in folder.iterdir()])[self._keep :]:
+            shutil.rmtree(folder / name_of(step), ignore_errors=True)
+
+    def _hand_over(self, saved: Saved) -> None:
+        with self._changed:
+            if self._waiting is not None:
+                shutil.rmtree(self._waiting.path, ignore_errors=True)
+            self._waiting = saved
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._upload_all, name="checkpoints", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def _upload_all(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting is not None)
+                saved, self._busy, self._waiting = self._waiting, True, None
+            try:
+                if saved is not None:
+                    self._upload_patiently(saved)
+            except Exception:
+                log.exception("the checkpoint could not be uploaded")
+                self._say("  a checkpoint could not be uploaded; the log has the traceback, training goes on")
+            finally:
+                with self._changed:
+                    self._busy = False
+                    self._changed.notify_all()
+
+    def _upload_patiently(self, saved: Saved) -> None:
+        """Uploads until it succeeds or a newer checkpoint waits."""
+        told = False
+        for pause in self._retry.pauses():
+            try:
+                self._upload(saved)
+            except TrainerError as error:
+                if not told:
+                    self._say(
+                        f"  the checkpoint of step {saved.step} cannot be uploaded: {error}; training goes on, and so do"
+                        " the attempts"
+                    )
+                    told = True
+                with self._changed:
+                    if self._changed.wait_for(lambda: self._waiting is not None, timeout=pause):
+                        break
+            else:
+                self._last = saved.step
+                if told:
+                    self._say(f"  the checkpoint of step {saved.step} is in the store now")
+                break
+        shutil.rmtree(saved.path, ignore_errors=True)
+
+    def _upload(self, saved: Saved) -> None:
+        impatient = Retry(attempts=1)
+        remote = self._folder.child(saved.path.name, retry=impatient)
+        for file in sorted(saved.path.iterdir(), key=lambda file: (file.name == MANIFEST, file.name)):
+            remote.upload(file.name, file)
+        for step in steps_of(self._folder.child(retry=impatient).folders())[self._keep :]:
+            self._folder.child(name_of(step), retry=impatient).remove()
+
+
+def _manifest(step: int, binding: str, files: list[Path]) -> bytes:
+    document = {
+        "schemaVersion": _SCHEMA_VERSION,
+        "step": step,
+        "binding": binding,
+        "files": {
+            file.name: {"sha256": file_sha256(file), "sizeBytes": file.stat().st_size} for file in sorted(files)
+        },
+    }
+    return json.dumps({**document, "sha256": _digest(document)}, indent=1, sort_keys=True).encode()
+
+
+def _digest(document: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_unfinished(parent: Path) -> None:
+    if parent.is_dir():
+        for left in parent.glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _full_disk(error: Exception, parent: Path) -> str | None:
+    """What is wrong with the disk; None where the error is another one."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno is not None:
+            if cause.errno in {errno.ENOSPC, errno.EDQUOT}:
+                return f"the disk of {parent} is full"
+            return f"{parent}: {cause.strerror}"
+        cause = cause.__cause__ or cause.__context__
+    with contextlib.suppress(OSError):
+        if shutil.disk_usage(parent if parent.exists() else parent.parent).free < 2**20:
+            return f"the disk of {parent} is full"
+    return None
+
+
+def wait_without_locks(checkpoints: Checkpoints, seconds: float) -> bool:
+    """As `flush`, for signal handlers: the interrupted code may hold the lock."""
+    deadline = time.monotonic() + seconds
+    while checkpoints.pending and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not checkpoints.pending

@@ -1,0 +1,221 @@
+"""Saves the state of a Trainer and restores it, so that a resumed run equals one that was never interrupted.
+
+The Trainer's own resume runs the data up to the position and loads optimizer, scheduler and random states; its own
+saving is neither atomic nor checked, so what it reads is written and verified here.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+
+from tunesmith_trainer.errors import LossDivergedError
+from tunesmith_trainer.training.divergence import SUSTAINED_STEPS, diverged
+from tunesmith_trainer.training.watch import CurvePoint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+    from tunesmith.api.checkpoint import Checkpoint
+    from tunesmith_trainer.checkpoint import Checkpoints, Saved
+    from tunesmith_trainer.interruption import Interruption
+
+WEIGHTS = "trainable.safetensors"
+METHOD_STATE = "method.pt"
+RUN_STATE = "run.json"
+TRAINER_STATE = "trainer_state.json"
+_ALLOCATOR_STATE = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+
+
+class Saver(TrainerCallback):
+    """Writes checkpoints when they are due, on interruption and after the last step.
+
+    Args:
+        checkpoints: where to.
+        policy: how often.
+        interruption: asks for the end of the run.
+        curve: of the run; a restored checkpoint replaces its content.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        policy: Checkpoint,
+        interruption: Interruption,
+        curve: list[CurvePoint],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._checkpoints = checkpoints
+        self._policy = policy
+        self._interruption = interruption
+        self._curve = curve
+        self._clock = clock
+        self._saved_step = 0
+        self._saved_at = clock()
+        self._trainer: Trainer | None = None
+        self.interrupted_at: int | None = None
+        """Step after which the run was stopped, where it was."""
+
+    def attach(self, trainer: Trainer) -> None:
+        """Takes the place of the Trainer's own saving and of its loading of weights."""
+        self._trainer = trainer
+        trainer._save_checkpoint = self._save  # noqa: SLF001 - its one place between logging and the next step
+        trainer._load_from_checkpoint = self._load_weights  # noqa: SLF001 - it knows PEFT's files only
+        trainer.add_callback(self)
+
+    def restore(self, saved: Saved) -> None:
+        """Brings back the curve, the counters and the weights; the Trainer's `resume_from_checkpoint` does the rest."""
+        trainer = self._attached
+        run = json.loads((saved.path / RUN_STATE).read_text(encoding="utf-8"))
+        self._curve[:] = [CurvePoint(**point) for point in run["curve"]]
+        if hasattr(trainer, "_total_train_tokens"):
+            trainer._total_train_tokens = run["tokens"]  # noqa: SLF001 - TRL does not save it
+        self._load_weights(str(saved.path))
+        self._saved_step = saved.step
+        self._interruption.resumed_from_step = saved.step
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The interval begins, and signals are looked at from here on."""
+        self._saved_at = self._clock()
+        self._interruption.armed = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Asks for a checkpoint where one is due; it is written once the step is in the curves."""
+        step = state.global_step
+        asked = self._interruption.signal is not None
+        due = self._policy.due(steps=step - self._saved_step, seconds=self._clock() - self._saved_at)
+        stop, save = self._agreed(asked=asked, due=due)
+        if stop:
+            control.should_training_stop = True
+            if step < state.max_steps:
+                self.interrupted_at = step
+        if save or stop or step >= state.max_steps:
+            control.should_save = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Nothing looks at signals any more."""
+        self._interruption.armed = False
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stops a run whose loss has run away, before its state is saved."""
+        if "loss" in kwargs["logs"] and diverged([point.loss for point in self._curve if point.loss is not None]):
+            raise LossDivergedError(
+                f"the loss is far above that of the first steps since {SUSTAINED_STEPS} steps, at step"
+                f" {state.global_step} of {state.max_steps} it is {kwargs['logs']['loss']:.3f}: lower"
+                f" hyperparameters.learningRate (it is {args.learning_rate:g})"
+            )
+
+    def last_good(self) -> str:
+        """The words of an error about the newest checkpoint."""
+        last = self._checkpoints.last
+        if last is None:
+            return "no checkpoint was written before"
+        return f"the last good checkpoint is that of step {last}, in {self._checkpoints.uri}"
+
+    @property
+    def _attached(self) -> Trainer:
+        assert self._trainer is not None  # noqa: S101 - attach() is called first
+        return self._trainer
+
+    def _agreed(self, *, asked: bool, due: bool) -> tuple[bool, bool]:
+        """One answer for all ranks: a signal at one of them stops all, rank 0's clock decides when to save."""
+        if self._attached.args.world_size == 1:
+            return asked, due
+        first = self._attached.is_world_process_zero()
+        answer = torch.tensor([int(asked), int(due and first)], device=self._attached.args.device)
+        torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MAX)
+        return bool(answer[0]), bool(answer[1])
+
+    def _save(self, model: torch.nn.Module, trial: object = None) -> None:
+        trainer = self._attached
+        step = trainer.state.global_step
+        if step == self._saved_step and self._checkpoints.last == step:
+            return
+        weights = _trainable(trainer)
+        for name, tensor in weights.items():
+            if not bool(tensor.isfinite().all()):
+                raise LossDivergedError(
+                    f"{name} has values that are not finite after step {step} of {trainer.state.max_steps}: lower"
+                    " hyperparameters.learningRate"
+                )
+        self._checkpoints.save(step, lambda folder: self._fill(folder, weights))
+        # Where it could not be written, the next attempt comes after the next interval, not at every step.
+        self._saved_step, self._saved_at = step, self._clock()
+
+    def _fill(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+        trainer = self._attached
+        save_file(weights, folder / WEIGHTS)
+        torch.save(_method_state(trainer), folder / METHOD_STATE)
+        trainer._save_optimizer_and_scheduler(str(folder))  # noqa: SLF001 - the counterpart of what it loads
+        trainer._save_rng_state(str(folder))  # noqa: SLF001
+        state = copy.copy(trainer.state)
+        state.log_history = []  # the curve has it
+        state.save_to_json(str(folder / TRAINER_STATE))
+        run = {
+            "curve": [asdict(point) for point in self._curve],
+            "tokens": getattr(trainer, "_total_train_tokens", 0),
+        }
+        (folder / RUN_STATE).write_text(json.dumps(run), encoding="utf-8")
+
+    def _load_weights(self, folder: str, model: object = None) -> None:
+        trainer = self._attached
+        stored = load_file(f"{folder}/{WEIGHTS}")
+        own = {name: tensor for name, tensor in _named(trainer).items() if tensor.requires_grad}
+        if set(stored) != set(own):
+            odd = sorted(set(stored) ^ set(own))[0]
+            raise RuntimeError(f"the checkpoint and the model differ in the trainable parameter {odd}")
+        with torch.no_grad():
+            for name, tensor in stored.items():
+                own[name].copy_(tensor)
+        _restore_method_state(trainer, torch.load(f"{folder}/{METHOD_STATE}", map_location="cpu", weights_only=True))
+
+
+def _named(trainer: Trainer) -> dict[str, torch.nn.Parameter]:
+    return dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
+
+
+def _trainable(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor.detach().contiguous().cpu() for name, tensor in _named(trainer).items() if tensor.requires_grad
+    }
+
+
+def _allocator(trainer: Trainer) -> tuple[Any, Any] | None:
+    """AdaLoRA's rank allocator and its configuration: the one method with a state besides its parameters."""
+    tuner = getattr(trainer.accelerator.unwrap_model(trainer.model), "base_model", None)
+    allocator = getattr(tuner, "rankallocator", None)
+    return None if allocator is None else (allocator, tuner.peft_config[tuner.trainable_adapter_name])
+
+
+def _method_state(trainer: Trainer) -> dict[str, Any]:
+    found = _allocator(trainer)
+    if found is None:
+        return {}
+    allocator, config = found
+    return {name: getattr(allocator, name) for name in _ALLOCATOR_STATE} | {"rank_pattern": config.rank_pattern}
+
+
+def _restore_method_state(trainer: Trainer, state: dict[str, Any]) -> None:
+    found = _allocator(trainer)
+    if found is None or not state:
+        return
+    allocator, config = found
+    device = trainer.args.device
+    for name in _ALLOCATOR_STATE:
+        setattr(allocator, name, {key: value.to(device) for key, value in state[name].items()})
+    config.rank_pattern = state["rank_pattern"]

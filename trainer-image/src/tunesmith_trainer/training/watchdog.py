@@ -1,0 +1,109 @@
+"""Finds a step that hangs: a lost collective, a driver that does not answer, a data source that blocks."""
+
+from __future__ import annotations
+
+import threading
+import time
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+FIRST_STEP_SECONDS = 1800.0
+"""The first step compiles, fills caches and may wait for other nodes."""
+LEAST_SECONDS = 300.0
+FACTOR = 20.0
+_RECENT_STEPS = 50
+
+
+def deadline(seconds: Sequence[float]) -> float:
+    """How long a step may take, in seconds, by how long the last ones took: 20 medians, at least five minutes."""
+    if not seconds:
+        return FIRST_STEP_SECONDS
+    return max(LEAST_SECONDS, FACTOR * median(seconds[-_RECENT_STEPS:]))
+
+
+class Watchdog(TrainerCallback):
+    """Calls `hung(step, seconds)` from a thread of its own when nothing has moved for too long.
+
+    Args:
+        hung: what to do; it gets the steps done and the seconds without a sign of life.
+        limit: seconds allowed, by the durations of the steps so far.
+        pause: seconds between two looks.
+    """
+
+    def __init__(
+        self,
+        hung: Callable[[int, float], None],
+        *,
+        limit: Callable[[Sequence[float]], float] = deadline,
+        pause: float = 5.0,
+    ) -> None:
+        self._hung = hung
+        self._limit = limit
+        self._pause = pause
+        self._alive = 0.0
+        self._began = 0.0
+        self._step = 0
+        self._seconds: list[float] = []
+        self._stop = threading.Event()
+
+    def start(self) -> None:
+        """Watches from now on."""
+        self._alive = self._began = time.monotonic()
+        self._stop.clear()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def stop(self) -> None:
+        """Watches no longer."""
+        self._stop.set()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The first step begins."""
+        self._step = state.global_step
+        self.start()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A step begins."""
+        self._alive = self._began = time.monotonic()
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A micro-batch is done."""
+        self._alive = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """A step is done."""
+        self._alive = time.monotonic()
+        self._step = state.global_step
+        self._seconds.append(self._alive - self._began)
+        del self._seconds[:-_RECENT_STEPS]
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """There are no more steps."""
+        self.stop()
+
+    def _watch(self) -> None:
+        looked = time.monotonic()
+        while not self._stop.wait(self._pause):
+            now = time.monotonic()
+            if now - looked > 10 * self._pause:
+                # The whole process stood still, as in a machine that was paused: that is no sign of a hung step.
+                self._alive = now
+            looked = now
+            silent = now - self._alive
+            if silent > self._limit(self._seconds):
+                self._stop.set()
+                self._hung(self._step, silent)
