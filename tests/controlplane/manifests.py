@@ -62,6 +62,12 @@ ONE_GPU = "resources.gpus: this release trains on one GPU per job, or on the CPU
 REFUSED_JOBS: dict[str, tuple[dict[str, Any], str, str]] = {
     "no method": ({"method": {}}, ONE_METHOD, ONE_METHOD),
     "two GPUs": ({"resources": {"gpus": 2}}, ONE_GPU, ONE_GPU),
+    "a deadline of no time": (
+        {"activeDeadlineSeconds": 0},
+        f"spec.activeDeadlineSeconds {FROM_ONE}",
+        "spec.activeDeadlineSeconds is 0: it must be at least 1",
+    ),
+    "a queue that is no name": ({"scheduling__queue": "-team"}, LABEL, LABEL),
     "two methods": ({"method__qlora": {}}, ONE_METHOD, ONE_METHOD),
     "method left out": (
         {"method": REMOVE},

@@ -32,9 +32,9 @@ def start(apiserver: ApiServer, *arguments: str | Path) -> subprocess.Popen[str]
     # With compiled bytecode Kubernetes' client is imported in a third of the time.
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     environment = inherited | {"KUBECONFIG": str(apiserver.kubeconfig)}
-    return subprocess.Popen(
-        [PROGRAM, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    # Where the test run was started in the background, SIGINT is ignored and its children would inherit that.
+    command = ["env", "--default-signal=INT", PROGRAM, *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def tunesmith(apiserver: ApiServer, *arguments: str | Path) -> tuple[int, str, str]:

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.controlplane
 
 AUTOSCALED = "replicas is decided by autoscaling: remove autoscaling first"
-IMMUTABLE = "spec is immutable: a FineTuneJob describes one training run; create another FineTuneJob under a new name"
+IMMUTABLE = (
+    "spec is immutable but for suspend and activeDeadlineSeconds: a FineTuneJob describes one training run; create"
+)
 
 
 def assert_refused(apiserver: ApiServer, document: dict[str, Any], sentence: str, *arguments: str) -> None:
@@ -86,6 +88,7 @@ def test_quantities_may_be_numbers(apiserver: ApiServer, namespace: str) -> None
         {"method": {"qlora": {}}},
         {"dataset__train": [{"uri": "s3://data/other.jsonl"}]},
         {"maxAttempts": 4},
+        {"scheduling__queue": "team"},
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -93,6 +96,17 @@ def test_fine_tune_job_is_immutable(apiserver: ApiServer, namespace: str, change
     apiserver.apply(job(namespace))
     assert_refused(apiserver, job(namespace, **change), IMMUTABLE)
     apiserver.apply(job(namespace))  # the same manifest again is no change
+
+
+@pytest.mark.parametrize(
+    "change", [{"suspend": True}, {"activeDeadlineSeconds": 60}, {"suspend": True, "activeDeadlineSeconds": 1}]
+)
+def test_a_fine_tune_job_may_be_suspended_and_bounded_later(
+    apiserver: ApiServer, namespace: str, change: dict[str, object]
+) -> None:
+    for document in (job(namespace), job(namespace, **change), job(namespace)):
+        apiserver.apply(document)
+    assert_refused(apiserver, job(namespace, hyperparameters__seed=1, **change), IMMUTABLE)
 
 
 def test_metadata_of_a_fine_tune_job_may_change(apiserver: ApiServer, namespace: str) -> None:

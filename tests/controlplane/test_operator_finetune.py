@@ -260,6 +260,59 @@ async def test_a_deleted_job_takes_everything_with_it(world: World) -> None:
     await until(gone, "the removal of everything that the job owned")
 
 
+async def test_a_suspended_job_stops_and_goes_on_with_another_attempt(world: World) -> None:
+    def script(pod: Object) -> Ending | Running:
+        return Running() if pod["metadata"]["labels"].get("tunesmith.dev/attempt") == "1" else published(pod)
+
+    world.kubelet.script = script
+    await world.submit(maxAttempts=1)
+    await world.until_condition("Started")
+    await world.cluster.patch(KIND, "tone", world.namespace, {"spec": {"suspend": True}})
+    await world.until_condition("Suspended")
+    assert (await world.status())["phase"] == "Suspended"
+    await world.cluster.patch(KIND, "tone", world.namespace, {"spec": {"suspend": False}})
+    await world.until_condition("Complete")
+    outcomes = [attempt["outcome"] for attempt in (await world.status())["attempts"]]
+    assert outcomes == ["Suspended", "Succeeded"]
+
+
+async def test_a_job_over_its_deadline_is_stopped(world: World) -> None:
+    def script(pod: Object) -> Ending | Running:
+        return published(pod) if pod["spec"]["containers"][0]["args"][0] == "validate" else Running()
+
+    world.kubelet.script = script
+    await world.submit(activeDeadlineSeconds=2)
+    assert (await world.until_condition("Failed"))["reason"] == "DeadlineExceeded"
+
+
+async def test_a_queue_admits_suspends_and_admits_a_job_again(world: World) -> None:
+    started = 0
+
+    def script(pod: Object) -> Ending | Running:
+        nonlocal started
+        training = "tunesmith.dev/attempt" in pod["metadata"]["labels"]
+        started += training
+        return Running() if training and started == 1 else published(pod)
+
+    async def suspend(name: str, *, value: bool) -> None:
+        await world.cluster.patch("Job", name, world.namespace, {"spec": {"suspend": value}})
+
+    world.kubelet.script = script
+    await world.submit(scheduling__queue="team")
+    queued = await world.until_condition("Admitted", "False")
+    assert "waits for queue team to admit it" in queued["message"]
+    name = (await world.status())["attempts"][0]["name"]
+    labels = (await world.cluster.get("Job", name, world.namespace))["metadata"]["labels"]
+    assert labels["kueue.x-k8s.io/queue-name"] == "team"
+    await suspend(name, value=False)
+    await world.until_condition("Started")
+    await suspend(name, value=True)
+    await world.until_condition("Admitted", "False")
+    assert (await world.status())["phase"] == "Queued"
+    await suspend(name, value=False)
+    await world.until_condition("Complete")
+
+
 async def test_progress_is_pulled_into_the_status(world: World) -> None:
     documents = [{"stage": "Training", "step": 3, "totalSteps": 30, "loss": 2.5, "etaSeconds": 60}]
 

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import re
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -196,7 +197,12 @@ async def test_of_two_claims_on_one_name_the_older_wins_until_it_leaves(world: W
     await world.serve("first", "talk", modelName="pirate")
     await world.until_condition("first", "Ready", "True")
     # Times of creation have whole seconds.
-    await asyncio.sleep(1.1)
+    created = datetime.fromisoformat((await world.get("first"))["metadata"]["creationTimestamp"])
+
+    async def another_second() -> bool:
+        return datetime.now(UTC) >= created + timedelta(seconds=1)
+
+    await until(another_second, "the next second")
     await world.serve("second", "talk", modelName="pirate")
     lost = await world.until_condition("second", "Ready", "False", "ModelNameTaken")
     assert lost["message"] == (

@@ -40,6 +40,7 @@ def ended(exit_code: int, message: str = "", **fields: Any) -> Any:
 DONE = result(outcome="Succeeded", artifact=ARTIFACT, evaluation={"baseLoss": 3.0, "loss": 1.5})
 ELSEWHERE = result(outcome="Succeeded", artifact={**ARTIFACT, "uri": "s3://tunesmith/store/other/x/artifact"})
 VALID = result(outcome="Succeeded", preflight={"rows": 90, "validationRows": 10})
+GATE = result(outcome="Failed", reason="GateFailed", message="loss 1.5 is above 1", artifact=ARTIFACT)
 OUTAGE = result(outcome="Failed", reason="StorageUnavailable", message="no answer", retryable=True)
 MALFORMED = result(outcome="Failed", reason="DatasetInvalid", message="line 3 is not JSON")
 FAR = timedelta(hours=1)
@@ -318,6 +319,100 @@ CASES = {
         "was deleted while it ran",
         ("Failed",),
     ),
+    "a job created suspended waits": Case(
+        seen(job(suspend=True)), (), "Suspended", {"Suspended": ("True", "Suspended")}, "set it to false to go on"
+    ),
+    "suspend is told before the Job is deleted": Case(
+        seen(job(validated(attempt(1)), suspend=True), attempts={1: kube_job("1", pod(running=True))}),
+        (),
+        "Pending",
+        {"Validated": ("True", "Valid"), "Suspended": ("False", "Stopping"), "Started": ("False", "Stopping")},
+        "its pod saves a checkpoint and ends",
+        ("Suspended",),
+    ),
+    "then the Job is deleted": Case(
+        seen(job(validated(attempt(1, "Suspended")), suspend=True), attempts={1: kube_job("1", pod(running=True))}),
+        (StopJob(owned_name("tone", UID, "1")),),
+        "Pending",
+        {"Validated": ("True", "Valid"), "Suspended": ("False", "Stopping"), "Started": ("False", "Stopping")},
+        outcomes=("Suspended",),
+    ),
+    "and when it is gone the job is suspended": Case(
+        seen(job(validated(attempt(1, "Suspended")), suspend=True)),
+        (),
+        "Suspended",
+        {"Validated": ("True", "Valid"), "Suspended": ("True", "Suspended")},
+        outcomes=("Suspended",),
+    ),
+    "a resumed job waits for the end of the attempt before": Case(
+        seen(job(validated(attempt(1, "Suspended"))), attempts={1: kube_job("1", pod(running=True), deleting=True)}),
+        (),
+        "Pending",
+        {"Validated": ("True", "Valid"), "Suspended": ("False", "Stopping"), "Started": ("False", "Stopping")},
+        outcomes=("Suspended",),
+    ),
+    "a resumed job goes on, and the suspension is not counted": Case(
+        seen(
+            job(
+                validated(attempt(1, "Suspended"), conditions=[condition("Suspended", reason="Suspended")]),
+                maxAttempts=1,
+            )
+        ),
+        (CreateAttempt(2),),
+        "Pending",
+        {"Validated": ("True", "Valid"), "Suspended": ("False", "Resumed"), "Started": ("False", "PodPending")},
+        outcomes=("Suspended", "Running"),
+    ),
+    "a job in a queue says so": Case(
+        seen(
+            job(validated(attempt(1)), scheduling={"queue": "team"}),
+            attempts={1: kube_job("1", suspended=True)},
+        ),
+        (),
+        "Queued",
+        {"Validated": ("True", "Valid"), "Admitted": ("False", "Queued"), "Started": ("False", "Queued")},
+        "waits for queue team to admit it",
+        ("Running",),
+    ),
+    "an admitted job trains": Case(
+        seen(
+            job(validated(attempt(1)), scheduling={"queue": "team"}),
+            attempts={1: kube_job("1", pod(running=True))},
+        ),
+        (),
+        "Running",
+        {"Validated": ("True", "Valid"), "Admitted": ("True", "Admitted"), "Started": ("True", "Running")},
+        outcomes=("Running",),
+    ),
+    "a job over its deadline fails and is stopped": Case(
+        seen(
+            job(validated(attempt(1), startTime="2026-11-24T11:59:00Z"), activeDeadlineSeconds=60),
+            attempts={1: kube_job("1", pod(running=True))},
+        ),
+        (StopJob(owned_name("tone", UID, "1")),),
+        "Failed",
+        {"Validated": ("True", "Valid"), "Failed": ("True", "DeadlineExceeded")},
+        "longer than spec.activeDeadlineSeconds, 60",
+        ("Failed",),
+    ),
+    "pauses do not count towards the deadline": Case(
+        seen(
+            job(validated(attempt(1), startTime="2026-11-24T11:59:00Z", pausedSeconds=1), activeDeadlineSeconds=60),
+            attempts={1: kube_job("1", pod(running=True))},
+        ),
+        (),
+        "Running",
+        {"Validated": ("True", "Valid"), "Started": ("True", "Running")},
+        outcomes=("Running",),
+    ),
+    "a failed gate keeps the artifact": Case(
+        seen(job(validated(attempt(1))), attempts={1: kube_job("1", ended(2, GATE), failed=True)}),
+        (),
+        "Failed",
+        {"Validated": ("True", "Valid"), "Published": ("True", "Published"), "Failed": ("True", "GateFailed")},
+        "loss 1.5 is above 1",
+        ("Failed",),
+    ),
     "a complete job is left alone, whatever became of its Jobs": Case(
         seen(
             job(
@@ -423,6 +518,20 @@ def test_progress_is_told_every_10_seconds_and_at_each_stage(
     assert status.progress is not None, name
     assert status.progress.step == step
     assert "NaN" not in json.dumps(status.manifest())
+
+
+@pytest.mark.parametrize("pause", ["Suspended", "Admitted"])
+def test_a_pause_is_added_up_when_it_ends(pause: str) -> None:
+    held = condition(pause, "True" if pause == "Suspended" else "False", "Queued")
+    status = validated(attempt(1), conditions=[held], startTime="2026-11-24T11:30:00Z")
+    observation = seen(
+        job(status, activeDeadlineSeconds=60, scheduling={"queue": "team"}),
+        attempts={1: kube_job("1", pod(running=True))},
+    )
+    decided = plan(observation, STORE)
+    assert decided.status.phase == "Running"
+    assert decided.status.paused_seconds == 30 * 60
+    assert decided.look_again == timedelta(seconds=60)
 
 
 def test_a_transition_time_stays_while_the_status_of_a_condition_does() -> None:

@@ -43,7 +43,9 @@ class FineTuneJobCondition(StrEnum):
     """Condition types of a FineTuneJob. Complete and Failed are terminal."""
 
     VALIDATED = "Validated"
+    ADMITTED = "Admitted"
     STARTED = "Started"
+    SUSPENDED = "Suspended"
     PUBLISHED = "Published"
     COMPLETE = "Complete"
     FAILED = "Failed"
@@ -125,8 +127,10 @@ class FailureReason(StrEnum):
     DATASET_INVALID = "DatasetInvalid"
     OUT_OF_MEMORY = "OutOfMemory"
     LOSS_DIVERGED = "LossDiverged"
+    GATE_FAILED = "GateFailed"
     STORAGE_UNAVAILABLE = "StorageUnavailable"
     IMAGE_PULL_FAILED = "ImagePullFailed"
+    DEADLINE_EXCEEDED = "DeadlineExceeded"
     ATTEMPTS_EXHAUSTED = "AttemptsExhausted"
     INTERNAL_ERROR = "InternalError"
 

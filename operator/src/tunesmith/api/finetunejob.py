@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
+from tunesmith.api.checkpoint import Checkpoint
 from tunesmith.api.dataset import Dataset
 from tunesmith.api.finetunejob_status import FineTuneJobStatus
 from tunesmith.api.hyperparameters import Hyperparameters
 from tunesmith.api.method import Method
 from tunesmith.api.model import API_VERSION, MAX_NAME, ApiModel, ObjectMeta, Rule, SecretReference, Uri, uri_rules
-from tunesmith.api.placement import Resources, Scheduling
+from tunesmith.api.placement import Resources, TrainingScheduling
 
 
 class BaseModelSource(ApiModel):
@@ -40,11 +41,7 @@ class BaseModelSource(ApiModel):
 class FineTuneJobSpec(ApiModel):
     """What to train, on what, and how."""
 
-    rules = (
-        Rule(
-            "self == oldSelf",
-            "spec is immutable: a FineTuneJob describes one training run; create another FineTuneJob under a new name",
-        ),
+    rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
             "!has(self.resources.gpus) || self.resources.gpus <= 1",
             "resources.gpus: this release trains on one GPU per job, or on the CPU with 0",
@@ -57,13 +54,48 @@ class FineTuneJobSpec(ApiModel):
     method: Method = Field(description="Exactly one method.")
     hyperparameters: Hyperparameters = Field(default_factory=Hyperparameters, description="How the optimizer runs.")
     resources: Resources = Field(default_factory=Resources, description="What the training pod asks for.")
-    scheduling: Scheduling = Field(default_factory=Scheduling, description="Where the pods may run.")
+    scheduling: TrainingScheduling = Field(
+        default_factory=TrainingScheduling, description="Where the pods may run, and which queue admits them."
+    )
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="How often the training state is saved.")
     max_attempts: int = Field(
         default=3,
         ge=1,
         le=10,
-        description="Attempts after failures that are worth a retry. Pre-emptions are not counted.",
+        description="Attempts after failures that are worth a retry. Pre-emptions and suspensions are not counted.",
     )
+    active_deadline_seconds: int | None = Field(
+        default=None,
+        ge=1,
+        le=2**31 - 1,
+        description="Seconds after status.startTime at which the job fails, not counting the time that it is suspended"
+        " or waits in a queue; absent: no limit. May be changed while the job runs.",
+    )
+    suspend: bool = Field(
+        default=False,
+        description="True stops the running attempt with a checkpoint and starts no other; false goes on from there."
+        " May be changed at any time.",
+    )
+
+
+_MUTABLE = frozenset({"suspend", "active_deadline_seconds"})
+
+
+def _kept(name: str) -> str:
+    """CEL: the field is as it was, absent or not."""
+    return f"(has(self.{name}) ? has(oldSelf.{name}) && self.{name} == oldSelf.{name} : !has(oldSelf.{name}))"
+
+
+FineTuneJobSpec.rules = (
+    Rule(
+        " && ".join(
+            _kept(str(field.alias)) for name, field in FineTuneJobSpec.model_fields.items() if name not in _MUTABLE
+        ),
+        "spec is immutable but for suspend and activeDeadlineSeconds: a FineTuneJob describes one training run; "
+        "create another FineTuneJob under a new name",
+    ),
+    *FineTuneJobSpec.rules,
+)
 
 
 class FineTuneJob(ApiModel):

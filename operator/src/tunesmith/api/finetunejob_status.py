@@ -39,7 +39,9 @@ class Phase(StrEnum):
 
     PENDING = "Pending"
     VALIDATING = "Validating"
+    QUEUED = "Queued"
     RUNNING = "Running"
+    SUSPENDED = "Suspended"
     COMPLETE = "Complete"
     FAILED = "Failed"
 
@@ -95,13 +97,14 @@ class AttemptOutcome(StrEnum):
     SUCCEEDED = "Succeeded"
     FAILED = "Failed"
     PREEMPTED = "Preempted"
+    SUSPENDED = "Suspended"
 
 
 class Attempt(StatusModel):
     """One Job of the training stage."""
 
     name: str = Field(max_length=63, description="Name of the Job.")
-    start_time: datetime | None = Field(default=None, description="When its pod started.")
+    start_time: datetime | None = Field(default=None, description="When its pod started, the last time.")
     end_time: datetime | None = Field(default=None, description="When it ended.")
     outcome: AttemptOutcome = Field(default=AttemptOutcome.RUNNING, description="How it ended.")
     reason: FailureReason | None = Field(default=None, description="Why it failed.")
@@ -140,12 +143,15 @@ class FineTuneJobStatus(StatusModel):
     conditions: list[Condition] = Field(
         default_factory=list,
         max_length=16,
-        description="Validated, Started, Published, and the terminal Complete or Failed.",
+        description="Validated, Admitted (with a queue), Started, Suspended, Published, and Complete or Failed.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
     )
     observed_generation: int | None = Field(default=None, description="The metadata.generation that was acted on.")
     start_time: datetime | None = Field(default=None, description="When the first attempt started.")
     completion_time: datetime | None = Field(default=None, description="When the job became terminal.")
+    paused_seconds: int | None = Field(
+        default=None, ge=0, description="Seconds since startTime that the job was suspended or waited in a queue."
+    )
     resolved: Resolved | None = Field(default=None, description="Decided for the user, and the inputs' digests.")
     preflight: Preflight | None = Field(default=None, description="What the CPU stage counted.")
     progress: ProgressStatus | None = Field(default=None, description="How far the running attempt is.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from decimal import Decimal
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
@@ -123,3 +123,23 @@ class Scheduling(ApiModel):
     tolerations: list[Toleration] | None = Field(default=None, max_length=32, description="Taints that are tolerated.")
     priority_class_name: ResourceName | None = Field(default=None, description="PriorityClass of the pods.")
     runtime_class_name: ResourceName | None = Field(default=None, description="RuntimeClass of the pods.")
+
+    def pod_fields(self) -> dict[str, Any]:
+        """The fields of a pod's spec."""
+        return self.manifest()
+
+
+class TrainingScheduling(Scheduling):
+    """Where and when training pods may run."""
+
+    queue: LabelValue | None = Field(
+        default=None,
+        min_length=1,
+        description="Kueue LocalQueue of this namespace that admits the attempts; absent: they start at once.",
+    )
+
+    def pod_fields(self) -> dict[str, Any]:
+        """The fields of a pod's spec; the queue is the Job's."""
+        fields = self.manifest()
+        fields.pop("queue", None)
+        return fields

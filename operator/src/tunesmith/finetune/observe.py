@@ -69,6 +69,10 @@ class JobView:
     failure_message: str = ""
     """The Job controller's words; with a rule of the pod failure policy they hold the exit code or the disruption."""
     ended: datetime | None = None
+    suspended: bool = False
+    """A queue holds it back."""
+    deleting: bool = False
+    """It was deleted, and its pods are ending."""
     pods: tuple[PodView, ...] = ()
 
     @property
@@ -160,6 +164,8 @@ def _job(job: Object, pods: Iterable[Object]) -> JobView:
         failed=failed is not None,
         failure_message=(failed or {}).get("message", ""),
         ended=_time(end.get("lastTransitionTime")),
+        suspended=bool(job.get("spec", {}).get("suspend")),
+        deleting="deletionTimestamp" in job["metadata"],
         pods=tuple(sorted((_pod(pod) for pod in pods), key=lambda pod: (pod.created, pod.name))),
     )
 

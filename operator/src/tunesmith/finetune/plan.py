@@ -57,6 +57,69 @@ def plan(seen: Observation, store: str) -> Plan:
     status = Status(seen.job, seen.now)
     if status.terminal:
         return Plan(_stop_running(seen), seen.job.status)
+    late = _deadline(seen, status)
+    if late is not None:
+        return late
+    if seen.job.spec.suspend:
+        return _suspend(seen, status)
+    status.resumed()
+    decided = _go_on(seen, status, store)
+    limit, active = seen.job.spec.active_deadline_seconds, status.active_seconds
+    if limit is None or active is None or status.terminal:
+        return decided
+    left = timedelta(seconds=max(1.0, limit - active))
+    return replace(decided, look_again=min(left, decided.look_again or left))
+
+
+def _deadline(seen: Observation, status: Status) -> Plan | None:
+    """The job's end, where it has run for longer than it may."""
+    limit, active = seen.job.spec.active_deadline_seconds, status.active_seconds
+    if limit is None or active is None or active < limit:
+        return None
+    finished = any(job.finished for number, job in _running_jobs(seen).items())
+    if finished:
+        return None
+    status.failed(
+        FailureReason.DEADLINE_EXCEEDED,
+        f"the job ran for {int(active)} s, longer than spec.activeDeadlineSeconds, {limit}: "
+        "give another FineTuneJob more time, or fewer steps",
+    )
+    return Plan(_stop_running(seen), status.build())
+
+
+def _running_jobs(seen: Observation) -> dict[int, JobView]:
+    """The Jobs of attempts whose end is not told yet."""
+    told = {_number(attempt.name) for attempt in seen.job.status.attempts if attempt.end_time is not None}
+    return {number: job for number, job in seen.attempts.items() if number not in told}
+
+
+def _suspend(seen: Observation, status: Status) -> Plan:
+    """Stop what runs; an attempt is told to be suspended before its Job is deleted, so that no crash miscounts it."""
+    attempts = _recorded(seen)
+    told = True
+    for number, attempt in attempts.items():
+        job = seen.attempts.get(number)
+        if attempt.outcome is AttemptOutcome.RUNNING and not (job is not None and job.finished):
+            attempts[number] = attempt.model_copy(
+                update={"outcome": AttemptOutcome.SUSPENDED, "message": "stopped by spec.suspend"}
+            )
+            told = False
+        elif attempt.outcome is AttemptOutcome.SUSPENDED and attempt.end_time is None and job is None:
+            attempts[number] = attempt.model_copy(update={"end_time": seen.now})
+    status.attempts(attempts)
+    jobs = [*seen.attempts.values()] + ([seen.validation] if seen.validation is not None else [])
+    left = [job for job in jobs if not job.finished]
+    if not left:
+        status.suspended()
+        return Plan((), status.build())
+    status.stopping(left[0].name)
+    if not told:
+        return Plan((), status.build(), timedelta(0))
+    stops = tuple(StopJob(job.name) for job in left if not job.deleting)
+    return Plan(stops, status.build(), _WAITING_LOOK)
+
+
+def _go_on(seen: Observation, status: Status, store: str) -> Plan:
     if not is_true(seen.job.status.conditions, FineTuneJobCondition.VALIDATED):
         return _validate(seen, status, store)
     return _train(seen, status, store)
@@ -93,9 +156,17 @@ def _validate(seen: Observation, status: Status, store: str) -> Plan:
 def _train(seen: Observation, status: Status, store: str) -> Plan:
     attempts = _recorded(seen)
     for number, attempt in list(attempts.items()):
+        job = seen.attempts.get(number)
+        if attempt.outcome is AttemptOutcome.SUSPENDED and attempt.end_time is None:
+            if job is not None and not job.finished:
+                # Two attempts must not write at once.
+                status.attempts(attempts)
+                status.stopping(job.name)
+                return Plan(() if job.deleting else (StopJob(job.name),), status.build(), _WAITING_LOOK)
+            attempts[number] = attempt.model_copy(update={"end_time": seen.now})
+            continue
         if attempt.outcome is not AttemptOutcome.RUNNING:
             continue
-        job = seen.attempts.get(number)
         if job is None:
             attempts[number] = attempt.model_copy(
                 update={
@@ -157,6 +228,9 @@ def _conclude(seen: Observation, status: Status, number: int, end: Ending, store
     """Whether the attempt's end is the job's end; the status then says so."""
     metadata = seen.job.metadata
     if end.outcome is AttemptOutcome.FAILED and not end.retryable:
+        place = artifact_uri(store, metadata.namespace, metadata.name, metadata.uid)
+        if end.result is not None and end.result.artifact is not None and end.result.artifact.uri == place:
+            status.published(end.result)
         status.failed(end.reason or FailureReason.INTERNAL_ERROR, end.message)
         return True
     if end.outcome is not AttemptOutcome.SUCCEEDED:
@@ -177,6 +251,12 @@ def _conclude(seen: Observation, status: Status, number: int, end: Ending, store
 
 
 def _wait(seen: Observation, status: Status, number: int, job: JobView) -> Plan:
+    queue = seen.job.spec.scheduling.queue
+    if queue is not None:
+        if job.suspended:
+            status.queued(queue, job.name)
+            return Plan((), status.build())
+        status.admitted(queue)
     wait = obstacle(job, seen.now)
     if wait is None:
         status.started(number)

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.contracts.location import CLAIMS_FOLDER, artifact_uri, owned_name
+from tunesmith.contracts.location import CLAIMS_FOLDER, artifact_uri, checkpoints_uri, owned_name
 from tunesmith.contracts.progress import PROGRESS_PORT
 from tunesmith.contracts.result import ExitCode
 from tunesmith.finetune.observe import ATTEMPT_LABEL, COMPONENT_LABEL, CONTAINER, TRAIN, VALIDATE
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Object = dict[str, Any]
 
 JOB_LABEL = "tunesmith.dev/finetunejob"
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 STORE_SECRET = "tunesmith-store"  # noqa: S105 - a name, not a secret
 JOB_FOLDER = "/etc/tunesmith/job"
 JOB_FILE = "job.yaml"
@@ -79,9 +80,16 @@ def attempt(job: FineTuneJob, number: int, installation: Installation) -> Object
         *(_on_exit_codes("FailJob", code) for code in (ExitCode.USER_FAULT, ExitCode.RETRYABLE, ExitCode.PREEMPTED)),
     ]
     place = artifact_uri(installation.store, metadata.namespace, metadata.name, metadata.uid)
-    arguments = ["train", "--job", f"{JOB_FOLDER}/{JOB_FILE}", "--output", place]
+    checkpoints = checkpoints_uri(installation.store, metadata.namespace, metadata.name, metadata.uid)
+    arguments = ["train", "--job", f"{JOB_FOLDER}/{JOB_FILE}", "--output", place, "--checkpoints", checkpoints]
     pod = _pod(job, installation, labels, arguments, _resources(job))
-    return _job(job, str(number), labels, pod, rules, retries=0)
+    manifest = _job(job, str(number), labels, pod, rules, retries=0)
+    queue = job.spec.scheduling.queue
+    if queue is not None:
+        # Created suspended and never written again: from here on the queue decides when its pods run.
+        manifest["metadata"]["labels"][QUEUE_LABEL] = queue
+        manifest["spec"]["suspend"] = True
+    return manifest
 
 
 def _job(
@@ -153,7 +161,7 @@ def _pod(
                 "fsGroup": USER_ID,
                 "seccompProfile": {"type": "RuntimeDefault"},
             },
-            **scheduling.manifest(),
+            **scheduling.pod_fields(),
             "containers": [
                 {
                     "name": CONTAINER,

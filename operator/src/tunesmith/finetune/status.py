@@ -68,6 +68,58 @@ class Status:
         """No pod trains now."""
         self._set(FineTuneJobCondition.STARTED, ConditionStatus.FALSE, reason, message)
 
+    def queued(self, queue: str, job: str) -> None:
+        """A queue holds the attempt's Job back."""
+        message = (
+            f"Job {job} waits for queue {queue} to admit it; `kubectl describe job {job}` and "
+            f"`kubectl describe localqueue {queue}` say what it waits for"
+        )
+        self._set(FineTuneJobCondition.ADMITTED, ConditionStatus.FALSE, "Queued", message)
+        self.waiting("Queued", message)
+
+    def admitted(self, queue: str) -> None:
+        """The queue let the attempt's Job go."""
+        self._set(FineTuneJobCondition.ADMITTED, ConditionStatus.TRUE, "Admitted", f"queue {queue} admitted the Job")
+
+    def stopping(self, name: str) -> None:
+        """The user's suspend ends an attempt, whose pod is given the time to save."""
+        message = f"Job {name} is being stopped: its pod saves a checkpoint and ends"
+        self._set(FineTuneJobCondition.SUSPENDED, ConditionStatus.FALSE, "Stopping", message)
+        self.waiting("Stopping", message)
+
+    def suspended(self) -> None:
+        """Nothing runs, as the user wants it."""
+        message = "spec.suspend is true: set it to false to go on"
+        self._set(FineTuneJobCondition.SUSPENDED, ConditionStatus.TRUE, "Suspended", message)
+        if find(self._status.conditions, FineTuneJobCondition.STARTED) is not None:
+            self.waiting("Suspended", message)
+
+    def resumed(self) -> None:
+        """spec.suspend is false."""
+        if find(self._status.conditions, FineTuneJobCondition.SUSPENDED) is not None:
+            self._set(FineTuneJobCondition.SUSPENDED, ConditionStatus.FALSE, "Resumed", "spec.suspend is false")
+
+    @property
+    def active_seconds(self) -> float | None:
+        """Seconds since startTime without pauses; None where no attempt has started yet."""
+        start = self._status.start_time
+        if start is None:
+            return None
+        paused = (self._status.paused_seconds or 0) + self._pause()
+        return (self._now - start).total_seconds() - paused
+
+    def _pause(self) -> float:
+        """Seconds of the pause that lasts now: suspended, or waiting in a queue."""
+        start = self._status.start_time
+        suspended = find(self._status.conditions, FineTuneJobCondition.SUSPENDED)
+        admitted = find(self._status.conditions, FineTuneJobCondition.ADMITTED)
+        since = [
+            condition.last_transition_time
+            for condition, paused in ((suspended, ConditionStatus.TRUE), (admitted, ConditionStatus.FALSE))
+            if condition is not None and condition.status is paused
+        ]
+        return (self._now - max(min(since), start)).total_seconds() if since and start is not None else 0.0
+
     def started(self, number: int) -> None:
         """A pod trains."""
         self._set(FineTuneJobCondition.STARTED, ConditionStatus.TRUE, "Running", f"attempt {number} runs")
@@ -107,8 +159,8 @@ class Status:
                 attempt.message = message[:2048]
         self._end(FineTuneJobCondition.FAILED, reason, message)
 
-    def complete(self, result: TrainerResult) -> None:
-        """The adapter is published and the job is over."""
+    def published(self, result: TrainerResult) -> None:
+        """An adapter lies in the store."""
         assert result.artifact is not None  # noqa: S101 - the caller has looked
         self._status.artifact = result.artifact
         self._status.evaluation = result.evaluation or self._status.evaluation
@@ -116,6 +168,12 @@ class Status:
         self._status.preflight = self._status.preflight or result.preflight
         place = f"the adapter is at {result.artifact.uri}"
         self._set(FineTuneJobCondition.PUBLISHED, ConditionStatus.TRUE, "Published", place)
+
+    def complete(self, result: TrainerResult) -> None:
+        """The adapter is published and the job is over."""
+        self.published(result)
+        assert result.artifact is not None  # noqa: S101 - the caller has looked
+        place = f"the adapter is at {result.artifact.uri}"
         evaluation, message = self._status.evaluation, place
         if evaluation is not None and evaluation.base_loss is not None and evaluation.loss is not None:
             message = f"held-out loss went from {evaluation.base_loss:.4g} to {evaluation.loss:.4g}; {place}"
@@ -135,6 +193,7 @@ class Status:
         self._status.completion_time = self._now
 
     def _set(self, type_: FineTuneJobCondition, status: ConditionStatus, reason: str, message: str) -> None:
+        before = self._pause()
         self._status.conditions = set_condition(
             self._status.conditions,
             Condition(
@@ -146,6 +205,8 @@ class Status:
                 observed_generation=self._job.metadata.generation,
             ),
         )
+        if before and not self._pause():
+            self._status.paused_seconds = (self._status.paused_seconds or 0) + int(before)
 
 
 def phase(status: FineTuneJobStatus) -> Phase:
@@ -155,8 +216,13 @@ def phase(status: FineTuneJobStatus) -> Phase:
         return Phase.FAILED
     if is_true(conditions, FineTuneJobCondition.COMPLETE):
         return Phase.COMPLETE
+    if is_true(conditions, FineTuneJobCondition.SUSPENDED):
+        return Phase.SUSPENDED
     if is_true(conditions, FineTuneJobCondition.STARTED):
         return Phase.RUNNING
+    admitted = find(conditions, FineTuneJobCondition.ADMITTED)
+    if admitted is not None and admitted.status is ConditionStatus.FALSE:
+        return Phase.QUEUED
     validated = find(conditions, FineTuneJobCondition.VALIDATED)
     if validated is not None and validated.status is not ConditionStatus.TRUE:
         return Phase.VALIDATING
