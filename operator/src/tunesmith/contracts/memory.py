@@ -1,0 +1,116 @@
+"""Peak GPU memory of a LoRA or QLoRA run, estimated from shapes alone. Bytes; pure, without torch.
+
+peak = weights + 16 · A + activations + logits + overhead, with A trainable parameters in float32 (4 bytes each for the
+parameter and its gradient, 8 for AdamW). Fitted to published measurements, which tests/api/test_memory.py holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+TOLERANCE = 0.15
+"""How far the estimate is from the published measurements, at most."""
+_TRAINABLE = 16
+_NF4 = 0.516  # with double quantisation: 4 bits, and 8 bits per 64 weights with their own constants
+_OVERHEAD = 800_000_000  # CUDA context, kernels' workspaces, fragmentation
+_LOGITS = 16  # bf16 logits, their float32 copy, the softmax and its gradient
+_FUSED_LOGITS = 0.5
+_HIDDEN = 5.5
+_ADAPTER_INPUT = 2.25
+_DROPOUT_INPUT = 4.4
+_DORA_INPUT = 4.85
+
+
+class Verdict(StrEnum):
+    """Whether a run fits into a GPU's memory."""
+
+    FITS = "Fits"
+    WILL_NOT_FIT = "WillNotFit"
+    UNKNOWN = "Unknown"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder's shape.
+
+    Args:
+        hidden: width of the residual stream.
+        layers: decoder layers.
+        intermediate: width of the MLP.
+        vocabulary: rows of the output layer.
+        linear_parameters: weights of all linear layers but the output layer.
+        embedding_parameters: of the embedding and the output layer; a tied one counts once.
+    """
+
+    hidden: int
+    layers: int
+    intermediate: int
+    vocabulary: int
+    linear_parameters: int
+    embedding_parameters: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """How the run uses memory.
+
+    Args:
+        adapter_parameters: trainable parameters.
+        adapted_inputs: in-features of the adapted modules of one layer, summed.
+        tokens: per micro-batch: rows × the longest row, padding included.
+        quantized: the base is in nf4.
+        checkpointing: activations are computed again in the backward pass.
+        fused_loss: the logits are never whole in memory.
+        dropout: the adapter has dropout.
+        dora: the adapter is DoRA.
+    """
+
+    adapter_parameters: int
+    adapted_inputs: int
+    tokens: int
+    quantized: bool = False
+    checkpointing: bool = True
+    fused_loss: bool = False
+    dropout: bool = False
+    dora: bool = False
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The parts of the peak, in bytes."""
+
+    weights: int
+    adapter: int
+    activations: int
+    logits: int
+    overhead: int = _OVERHEAD
+
+    @property
+    def peak(self) -> int:
+        """Their sum."""
+        return self.weights + self.adapter + self.activations + self.logits + self.overhead
+
+
+def estimate(shape: Shape, run: Run) -> Estimate:
+    """The peak of a run, within TOLERANCE of what was measured for runs of its kind."""
+    linear = _NF4 if run.quantized else 2
+    per_input = _ADAPTER_INPUT + _DROPOUT_INPUT * run.dropout + _DORA_INPUT * run.dora
+    layer = 8 * shape.intermediate + _HIDDEN * shape.hidden + per_input * run.adapted_inputs
+    # With checkpointing: each layer's input, and one layer at a time in full.
+    token = 2 * shape.hidden * shape.layers + layer if run.checkpointing else shape.layers * layer
+    return Estimate(
+        weights=round(linear * shape.linear_parameters + 2 * shape.embedding_parameters),
+        adapter=_TRAINABLE * run.adapter_parameters,
+        activations=round(token * run.tokens),
+        logits=round((_FUSED_LOGITS if run.fused_loss else _LOGITS) * shape.vocabulary * run.tokens),
+    )
+
+
+def verdict(peak: int, gpu_memory: int | None) -> Verdict:
+    """Unknown where the memory is not known, or where the estimate's own error could decide it."""
+    if gpu_memory is None:
+        return Verdict.UNKNOWN
+    if peak <= gpu_memory:
+        return Verdict.FITS
+    return Verdict.WILL_NOT_FIT if peak * (1 - TOLERANCE) > gpu_memory else Verdict.UNKNOWN
