@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from apiserver import ApiServer
+from operatorprocess import Operator
+from tunesmith.cluster.client import Cluster
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator, Iterator
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +27,25 @@ def namespace(apiserver: ApiServer) -> str:
     name = f"test-{secrets.token_hex(4)}"
     apiserver.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
     return name
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
+    """An API server of this module's own, with the real controllers."""
+    with ApiServer(tmp_path_factory.mktemp("apiserver")) as running:
+        running.install_crds()
+        running.start_controller_manager()
+        yield running
+
+
+@pytest.fixture(scope="module")
+def operator(server: ApiServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
+    with Operator(server.kubeconfig, tmp_path_factory.mktemp("operator")) as running:
+        yield running
+    print(running.log.read_text())  # noqa: T201 - pytest shows it with a failure
+
+
+@pytest.fixture
+async def cluster(server: ApiServer) -> AsyncIterator[Cluster]:
+    async with await Cluster.connect(kubeconfig=server.kubeconfig) as connected:
+        yield connected

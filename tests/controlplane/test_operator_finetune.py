@@ -11,39 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from apiserver import ApiServer
 from kubelet import DIGEST, Ending, Kubelet, Running, Waiting, failed, published
 from manifests import job
-from operatorprocess import STORE, Operator, until
-from tunesmith.cluster.client import Cluster
+from operatorprocess import STORE, until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
+
+    from operatorprocess import Operator
+    from tunesmith.cluster.client import Cluster
+
 
 pytestmark = pytest.mark.controlplane
 Object = dict[str, Any]
 KIND = "FineTuneJob"
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
-    with ApiServer(tmp_path_factory.mktemp("apiserver")) as running:
-        running.install_crds()
-        running.start_controller_manager()
-        yield running
-
-
-@pytest.fixture(scope="module")
-def operator(server: ApiServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
-    with Operator(server.kubeconfig, tmp_path_factory.mktemp("operator")) as running:
-        yield running
-    print(running.log.read_text())  # noqa: T201 - pytest shows it with a failure
-
-
-@pytest.fixture
-async def cluster(server: ApiServer) -> AsyncIterator[Cluster]:
-    async with await Cluster.connect(kubeconfig=server.kubeconfig) as connected:
-        yield connected
 
 
 class World:
@@ -311,6 +292,31 @@ async def test_a_queue_admits_suspends_and_admits_a_job_again(world: World) -> N
     assert (await world.status())["phase"] == "Queued"
     await suspend(name, value=False)
     await world.until_condition("Complete")
+
+
+async def test_twenty_jobs_are_deleted_without_a_store(world: World) -> None:
+    """Nothing that a deletion waits for is outside the cluster: the store of these tests does not exist."""
+
+    def script(pod: Object) -> Ending | Running:
+        return published(pod) if pod["spec"]["containers"][0]["args"][0] == "validate" else Running()
+
+    world.kubelet.script = script
+    names = [f"job-{number}" for number in range(20)]
+    for name in names:
+        await world.submit(name)
+
+    async def all_run() -> bool:
+        items = await world.cluster.list(KIND, world.namespace)
+        return all(item.get("status", {}).get("phase") == "Running" for item in items)
+
+    await until(all_run, "twenty running jobs", seconds=120)
+    for name in names:
+        await world.cluster.delete(KIND, name, world.namespace)
+
+    async def gone() -> bool:
+        return not any([await world.cluster.list(kind, world.namespace) for kind in (KIND, "Job", "Pod")])
+
+    await until(gone, "the deletion of twenty jobs", seconds=60)
 
 
 async def test_progress_is_pulled_into_the_status(world: World) -> None:

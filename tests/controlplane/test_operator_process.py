@@ -14,11 +14,12 @@ from apiserver import ApiServer
 from cable import Cable
 from manifests import job
 from operatorprocess import Operator, until
-from tunesmith.cluster.client import Cluster
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
+
+    from tunesmith.cluster.client import Cluster
 
 pytestmark = pytest.mark.controlplane
 Object = dict[str, Any]
@@ -32,12 +33,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
     with ApiServer(tmp_path_factory.mktemp("apiserver")) as running:
         running.install_crds()
         yield running
-
-
-@pytest.fixture
-async def cluster(server: ApiServer) -> AsyncIterator[Cluster]:
-    async with await Cluster.connect(kubeconfig=server.kubeconfig) as connected:
-        yield connected
 
 
 @pytest.fixture

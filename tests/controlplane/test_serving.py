@@ -13,16 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from apiserver import ApiServer
 from kubelet import Kubelet, failed, published, result
 from manifests import adapter, job, pool
-from operatorprocess import STORE, Operator, until
+from operatorprocess import STORE, until
 from poolkubelet import FINGERPRINT, PoolKubelet, gateway
-from tunesmith.cluster.client import Cluster
 from tunesmith.cluster.errors import InvalidError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Callable
+
+    from operatorprocess import Operator
+    from tunesmith.cluster.client import Cluster
+
 
 pytestmark = pytest.mark.controlplane
 Object = dict[str, Any]
@@ -47,27 +49,6 @@ def trained(pod: Object) -> Any:
     else:
         document["artifact"]["digest"] = digest_of(name)
     return type(ending)(message=result(**document))
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
-    with ApiServer(tmp_path_factory.mktemp("apiserver")) as running:
-        running.install_crds()
-        running.start_controller_manager()
-        yield running
-
-
-@pytest.fixture(scope="module")
-def operator(server: ApiServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
-    with Operator(server.kubeconfig, tmp_path_factory.mktemp("operator")) as running:
-        yield running
-    print(running.log.read_text())  # noqa: T201 - pytest shows it with a failure
-
-
-@pytest.fixture
-async def cluster(server: ApiServer) -> AsyncIterator[Cluster]:
-    async with await Cluster.connect(kubeconfig=server.kubeconfig) as connected:
-        yield connected
 
 
 class World:

@@ -24,7 +24,8 @@ JOB_FOLDER = "/etc/tunesmith/job"
 JOB_FILE = "job.yaml"
 SECRETS_FOLDER = "/etc/tunesmith/secrets"
 USER_ID = 65532
-GRACE_SECONDS = 60
+GRACE_SECONDS = 120
+"""For a checkpoint at the end of the step that runs, and its upload."""
 _VALIDATION_RESOURCES = {"requests": {"cpu": "500m", "memory": "2Gi"}, "limits": {"memory": "2Gi"}}
 _VALIDATION_RETRIES = 3
 

@@ -248,6 +248,8 @@ def notices(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Notice]:
             found.append(Notice("Warning", condition.reason, condition.message))
         elif condition.status is ConditionStatus.TRUE:
             found.append(Notice("Normal", condition.type, condition.message))
+        elif condition.type == FineTuneJobCondition.ADMITTED and condition.reason == "Queued":
+            found.append(Notice("Normal", condition.reason, condition.message))
         elif condition.reason in {"Unschedulable", "ImagePullFailed", "SecretNotFound", "Retrying"}:
             found.append(Notice("Warning", condition.reason, condition.message))
     known = {attempt.name: attempt.outcome for attempt in old.attempts}
