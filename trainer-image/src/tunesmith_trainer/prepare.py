@@ -14,6 +14,7 @@ from tunesmith.api.finetunejob_status import Preflight, Resolved
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
 from tunesmith_trainer import data, model, plan
 from tunesmith_trainer.errors import BaseModelNotFoundError, InvalidSpecError
+from tunesmith_trainer.preflight import preflight_peak
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -102,12 +103,18 @@ def prepare(job: FineTuneJob, stores: Stores, work: Path, *, weights: bool) -> P
         spec, rows=len(train), targets=targets, fingerprint=fingerprint, digest=f"sha256:{digest.hexdigest()}"
     )
     plan.check_frozen(job.status.resolved, resolved)
+    trainable = model.adapter_parameters(spec.method.fields.rank, list(adapted.values()))
+    peak = None
+    if spec.resources.gpus and resolved.micro_batch_size:
+        tokens = resolved.micro_batch_size * int(lengths.max())
+        peak = preflight_peak(spec, config, modules, adapted, trainable=trainable, tokens=tokens)
     preflight = Preflight(
         rows=len(train),
         validation_rows=len(validation),
         dropped_rows=dropped,
         tokens=int(lengths.sum()),
-        trainable_parameters=model.adapter_parameters(spec.method.fields.rank, list(adapted.values())),
+        trainable_parameters=trainable,
+        estimated_peak_bytes=peak,
     )
     return Prepared(base, train, validation, model.pad_token(tokenizer, ends), preflight, resolved, adapted)
 

@@ -72,6 +72,9 @@ class Preflight(StatusModel):
     dropped_rows: int | None = Field(default=None, description="Rows longer than maxLength.")
     tokens: int | None = Field(default=None, description="Tokens in the training rows.")
     trainable_parameters: int | None = Field(default=None, description="Parameters of the adapter.")
+    estimated_peak_bytes: int | None = Field(
+        default=None, description="Estimated peak memory of the GPU, bytes, within about 15 %; absent without a GPU."
+    )
 
 
 class ProgressStatus(StatusModel):
