@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tunesmith.cli import keys
+from tunesmith.cli import importing, keys
 from tunesmith.cli.chat import chat
 from tunesmith.cli.errors import CliError, Exit
 from tunesmith.cli.models import models
@@ -34,6 +34,7 @@ app.command()(submit)
 app.command()(models)
 app.command()(chat)
 app.add_typer(keys.app, name="keys")
+app.add_typer(importing.app, name="import")
 
 
 def _show_version(wanted: bool) -> None:  # noqa: FBT001 - typer's way

@@ -1,0 +1,84 @@
+"""`tunesmith import`: the manifest for what another tool's configuration says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path  # noqa: TC003 - typer reads the annotations
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from tunesmith.api.manifest import ManifestError, parse_manifest
+from tunesmith.cli.errors import CliError, Exit
+from tunesmith.cli.output import note, print_line
+
+app = typer.Typer(no_args_is_help=True, help="Write a FineTuneJob from another tool's configuration.")
+
+_EMPTY = (None, False, [], {}, "none")
+_SAME = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
+_NEUTRAL = {"inference_mode", "peft_version", "task_type", "auto_mapping", "peft_type", "base_model_name_or_path"}
+_DEFAULTS = {"init_lora_weights": True, "megatron_core": "megatron.core", "qalora_group_size": 16}
+
+
+@app.callback()
+def options() -> None:
+    """Options of all importers."""
+
+
+@app.command()
+def peft(
+    config: Annotated[Path, typer.Argument(help="An adapter_config.json of PEFT.")],
+    data: Annotated[str, typer.Option("--data", help="Uri of the training rows, which the file does not name.")],
+    strict: Annotated[  # noqa: FBT002 - typer's way
+        bool, typer.Option("--strict", help="Fail where a key has no counterpart.")
+    ] = False,
+) -> None:
+    """Print the FineTuneJob that trains an adapter like this one; keys without a counterpart go to standard error.
+
+    Example: tunesmith import peft adapter_config.json --data s3://bucket/train.jsonl > job.yaml
+    """
+    document = _read(config)
+    if document.get("peft_type") != "LORA":
+        raise CliError(f"{config}: peft_type is {document.get('peft_type')}, this release imports LORA", Exit.USAGE)
+    base = document.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise CliError(f"{config}: base_model_name_or_path is missing: write the base model's name there", Exit.USAGE)
+    lora = {ours: document[theirs] for theirs, ours in _SAME.items() if theirs in document}
+    targets = document.get("target_modules")
+    if isinstance(targets, list):
+        lora["targetModules"] = sorted(targets)
+    known = {*_SAME, *_NEUTRAL, *(["target_modules"] if isinstance(targets, list) or targets == "all-linear" else [])}
+    lost = [
+        key
+        for key, value in document.items()
+        if key not in known and value not in _EMPTY and value != _DEFAULTS.get(key)
+    ]
+    for key in lost:
+        note(f"{key}: {json.dumps(document[key])} has no counterpart and is left out")
+    spec: dict[str, Any] = {
+        "baseModel": {"uri": f"file://{base}" if base.startswith("/") else f"hf://{base}"},
+        "dataset": {"train": [{"uri": data}]},
+        "method": {"lora": lora},
+    }
+    manifest = {"apiVersion": "tunesmith.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "imported"}}
+    text = yaml.safe_dump({**manifest, "spec": spec}, sort_keys=False)
+    try:
+        parse_manifest(text)
+    except ManifestError as error:
+        raise CliError(f"{config} says what no FineTuneJob can: {error}") from None
+    print_line(text.rstrip())
+    if strict and lost:
+        raise CliError(f"{len(lost)} keys have no counterpart: {', '.join(lost)}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CliError(f"cannot read {path}: {error.strerror}", Exit.USAGE) from None
+    except ValueError as error:
+        raise CliError(f"{path} is not JSON: {error}", Exit.USAGE) from None
+    if not isinstance(document, dict):
+        raise CliError(f"{path} is not a JSON object: give an adapter_config.json", Exit.USAGE)
+    return document
