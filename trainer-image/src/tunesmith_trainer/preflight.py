@@ -34,18 +34,19 @@ def preflight_peak(
         trainable: parameters of the adapter.
         tokens: of a micro-batch of the longest rows.
     """
-    widths = [getattr(config, name, None) for name in ("hidden_size", "num_hidden_layers", "intermediate_size")]
-    if not all(isinstance(width, int) for width in (*widths, getattr(config, "vocab_size", None))):
+    names = ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
+    widths = [width for name in names if isinstance(width := getattr(config, name, None), int)]
+    if len(widths) != len(names):
         return None
-    hidden, layers, intermediate = widths
+    hidden, layers, intermediate, vocabulary = widths
     tables = 1 if getattr(config, "tie_word_embeddings", False) else 2
     shape = Shape(
         hidden=hidden,
         layers=layers,
         intermediate=intermediate,
-        vocabulary=config.vocab_size,
+        vocabulary=vocabulary,
         linear_parameters=sum(wide * high for wide, high in modules.linear.values()),
-        embedding_parameters=tables * config.vocab_size * hidden,
+        embedding_parameters=tables * vocabulary * hidden,
     )
     fields = spec.method.fields
     run = Run(

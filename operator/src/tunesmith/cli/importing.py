@@ -15,7 +15,7 @@ from tunesmith.cli.output import note, print_line
 
 app = typer.Typer(no_args_is_help=True, help="Write a FineTuneJob from another tool's configuration.")
 
-_EMPTY = (None, False, [], {}, "none")
+_EMPTY: tuple[Any, ...] = (None, False, [], {}, "none")
 _SAME = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
 _NEUTRAL = {"inference_mode", "peft_version", "task_type", "auto_mapping", "peft_type", "base_model_name_or_path"}
 _DEFAULTS = {"init_lora_weights": True, "megatron_core": "megatron.core", "qalora_group_size": 16}
