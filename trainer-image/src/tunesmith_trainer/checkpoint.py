@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import threading
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -366,9 +365,7 @@ def _manifest(step: int, binding: str, files: list[Path]) -> bytes:
         "schemaVersion": _SCHEMA_VERSION,
         "step": step,
         "binding": binding,
-        "files": {
-            file.name: {"sha256": file_sha256(file), "sizeBytes": file.stat().st_size} for file in sorted(files)
-        },
+        "files": {file.name: {"sha256": file_sha256(file), "sizeBytes": file.stat().st_size} for file in sorted(files)},
     }
     return json.dumps({**document, "sha256": _digest(document)}, indent=1, sort_keys=True).encode()
 
@@ -404,11 +401,3 @@ def _full_disk(error: Exception, parent: Path) -> str | None:
         if shutil.disk_usage(parent if parent.exists() else parent.parent).free < 2**20:
             return f"the disk of {parent} is full"
     return None
-
-
-def wait_without_locks(checkpoints: Checkpoints, seconds: float) -> bool:
-    """As `flush`, for signal handlers: the interrupted code may hold the lock."""
-    deadline = time.monotonic() + seconds
-    while checkpoints.pending and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return not checkpoints.pending

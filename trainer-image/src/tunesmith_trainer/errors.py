@@ -74,3 +74,16 @@ class SelfCheckError(TrainerError):
 
     reason = FailureReason.INTERNAL_ERROR
     retryable = True
+
+
+class InterruptedRunError(Exception):
+    """Training was asked to stop from outside and saved its state; no failure.
+
+    Args:
+        step: optimizer steps done.
+        total: optimizer steps in all.
+    """
+
+    def __init__(self, step: int, total: int) -> None:
+        super().__init__(f"at step {step} of {total}")
+        self.step = step

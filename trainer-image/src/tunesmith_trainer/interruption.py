@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tunesmith_trainer.checkpoint import Checkpoints
 
 
@@ -31,3 +34,18 @@ class Interruption:
             return False
         self.signal = signal.Signals(number)
         return True
+
+
+@dataclass(frozen=True)
+class Faults:
+    """What a training loop needs to survive its end.
+
+    Attributes:
+        checkpoints: of the job.
+        interruption: a signal to stop.
+        hung: called, from another thread, with the steps done and the seconds since the last sign of life.
+    """
+
+    checkpoints: Checkpoints
+    interruption: Interruption
+    hung: Callable[[int, float], None]

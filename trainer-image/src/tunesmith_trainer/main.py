@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -19,9 +20,10 @@ from tunesmith.api.conditions import FailureReason
 from tunesmith.api.finetunejob_status import EvaluationStatus, Stage
 from tunesmith.contracts.progress import PROGRESS_PORT
 from tunesmith.contracts.result import TERMINATION_MESSAGE_PATH, ExitCode, Outcome, TrainerResult
-from tunesmith_trainer.errors import InvalidSpecError, StorageUnavailableError, TrainerError
+from tunesmith_trainer.errors import InterruptedRunError, InvalidSpecError, StorageUnavailableError, TrainerError
+from tunesmith_trainer.interruption import Faults, Interruption
 from tunesmith_trainer.progress import Progress, serve
-from tunesmith_trainer.spec import load_job, spec_digest
+from tunesmith_trainer.spec import load_job, run_digest, spec_digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("tunesmith_trainer")
 
+_UPLOAD_SECONDS = 40.0
+"""For the last checkpoint to reach the store, of the 60 seconds between SIGTERM and SIGKILL."""
 _EXAMPLES = """examples:
   tunesmith-trainer validate --job job.yaml --allow-file
       checks manifest, data and base model on the CPU, without loading weights
@@ -71,11 +75,14 @@ def run(argv: Sequence[str]) -> int:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     progress = Progress(arguments.format)
-    ending = _Ending(progress, arguments.format, arguments.termination_message)
+    interruption = Interruption()
+    ending = _Ending(progress, arguments.format, arguments.termination_message, interruption)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, ending.preempted)
+        signal.signal(number, ending.signalled)
     try:
-        result = _execute(arguments, progress)
+        result = _execute(arguments, progress, ending)
+    except InterruptedRunError as error:
+        result = ending.interrupted(error, local="://" not in arguments.output)
     except TrainerError as error:
         log.debug("failed", exc_info=error)
         result = TrainerResult(
@@ -121,7 +128,12 @@ def _parser() -> argparse.ArgumentParser:
                 "--output",
                 required=True,
                 metavar="PLACE",
-                help="uri of the artifact's folder, or a folder here that gets artifact/ and metrics.csv",
+                help="uri of the artifact's folder, or a folder here that gets artifact/, checkpoints/ and metrics.csv",
+            )
+            command.add_argument(
+                "--checkpoints",
+                metavar="URI",
+                help="folder of the checkpoints (default: checkpoints/ beside the artifact)",
             )
         command.add_argument(
             "--work",
@@ -164,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _execute(arguments: argparse.Namespace, progress: Progress) -> TrainerResult:
+def _execute(arguments: argparse.Namespace, progress: Progress, ending: _Ending) -> TrainerResult:
     job = load_job(arguments.job)
     server = serve(progress, arguments.progress_port) if arguments.progress_port else None
     # These imports take seconds: a wrong manifest is told before.
@@ -175,7 +187,7 @@ def _execute(arguments: argparse.Namespace, progress: Progress) -> TrainerResult
         with _work_folder(arguments.work) as work:
             if arguments.command == "validate":
                 return _validate(job, stores, work, progress)
-            return _train(job, stores, work, progress, arguments)
+            return _train(job, stores, work, ending, arguments)
     finally:
         if server is not None:
             server.shutdown()
@@ -199,10 +211,11 @@ def _validate(job: FineTuneJob, stores: Stores, work: Path, progress: Progress) 
 
 
 def _train(
-    job: FineTuneJob, stores: Stores, work: Path, progress: Progress, arguments: argparse.Namespace
+    job: FineTuneJob, stores: Stores, work: Path, ending: _Ending, arguments: argparse.Namespace
 ) -> TrainerResult:
     from tunesmith_trainer import package  # noqa: PLC0415
 
+    progress = ending.progress
     local, target = _target(arguments.output, stores, allow_file=arguments.allow_file)
     found = package.find(target)
     if found is not None:
@@ -212,6 +225,9 @@ def _train(
                 f"{target.uri} already holds the artifact of another spec: choose another --output,"
                 " or remove that folder"
             )
+        if local is None and arguments.checkpoints:
+            with contextlib.suppress(TrainerError):  # `tunesmith gc` removes what stays
+                stores.folder(arguments.checkpoints, what="checkpoints", missing=StorageUnavailableError).remove()
         return TrainerResult(
             outcome=Outcome.SUCCEEDED,
             message="an earlier attempt published this artifact; nothing was trained again",
@@ -220,7 +236,9 @@ def _train(
             metrics=manifest.metrics,
         )
 
+    from tunesmith_trainer.checkpoint import Checkpoints  # noqa: PLC0415
     from tunesmith_trainer.prepare import prepare  # noqa: PLC0415
+    from tunesmith_trainer.store import PUBLISHING_RETRY  # noqa: PLC0415
     from tunesmith_trainer.training.loop import choose_device, train  # noqa: PLC0415
 
     choose_device(job.spec.resources.gpus)
@@ -231,15 +249,30 @@ def _train(
         f"  {counted.rows} rows, {counted.tokens} tokens, {counted.validation_rows} held out,"
         f" {counted.dropped_rows} dropped"
     )
-    trained = train(job, prepared, progress, work)
+    place = stores.folder(
+        arguments.checkpoints or f"{target.uri.removesuffix('/artifact')}/checkpoints",
+        what="the checkpoints' folder",
+        missing=StorageUnavailableError,
+    )
+    checkpoints = Checkpoints(
+        place,
+        work / "checkpoints",
+        binding=run_digest(job, prepared.resolved),
+        keep=job.spec.checkpoint.keep,
+        say=progress.say,
+    )
+    ending.interruption.checkpoints = checkpoints
+    trained = train(job, prepared, progress, work, Faults(checkpoints, ending.interruption, ending.hung))
     progress.update(stage=Stage.PACKAGING)
     folder = work / "artifact"
     shutil.rmtree(folder, ignore_errors=True)
     manifest = package.build(job, prepared, trained, folder)
     progress.update(stage=Stage.PUBLISHING)
-    artifact = package.publish(folder, manifest, target)
+    artifact = package.publish(folder, manifest, target.child(retry=PUBLISHING_RETRY))
     if local is not None:
         package.write_curves(local / package.CURVES, trained.curve)
+    else:
+        checkpoints.clear()
     return TrainerResult(
         outcome=Outcome.SUCCEEDED,
         message=_summary(trained.evaluation),
@@ -298,34 +331,82 @@ def _work_folder(asked: Path | None) -> Iterator[Path]:
 class _Ending:
     """How the process tells its result: termination message, last line, exit code."""
 
-    def __init__(self, progress: Progress, form: str, path: Path | None) -> None:
-        self._progress = progress
+    def __init__(self, progress: Progress, form: str, path: Path | None, interruption: Interruption) -> None:
+        self.progress = progress
+        self.interruption = interruption
         self._form = form
         default = Path(TERMINATION_MESSAGE_PATH)
         self._path = path or (default if default.exists() else None)
 
     def tell(self, result: TrainerResult) -> None:
         """Writes the termination message and the last line of the output."""
+        result = self._resumed(result)
         self._write_message(result)
         text = f"{result.outcome}: {result.message}"
         if result.reason is not None:
             text = f"{result.outcome} ({result.reason}): {result.message}"
         if result.artifact is not None:
             text += f"\n  artifact {result.artifact.uri}\n  digest   {result.artifact.digest}"
-        self._progress.finish(_document(result), text)
+        self.progress.finish(_document(result), text)
 
-    def preempted(self, number: int, frame: object) -> NoReturn:  # noqa: ARG002 - a signal handler's signature
-        """Ends the process at once; written without locks, which the interrupted code may hold."""
-        result = TrainerResult(
+    def interrupted(self, error: InterruptedRunError, *, local: bool) -> TrainerResult:
+        """The result of a run that was stopped and saved; what is not in the store yet gets the rest of the grace."""
+        checkpoints = self.interruption.checkpoints
+        number = self.interruption.signal
+        kept = "no checkpoint could be written"
+        if checkpoints is not None:
+            checkpoints.flush(_UPLOAD_SECONDS)
+            if checkpoints.last is not None:
+                kept = f"the checkpoint of step {checkpoints.last} is in {checkpoints.uri}"
+        go_on = "; run the same command again to go on from there" if local else ""
+        return TrainerResult(
             outcome=Outcome.PREEMPTED,
-            message=f"stopped by {signal.Signals(number).name} in stage {self._progress.stage}",
+            message=f"stopped by {number.name if number else 'another rank'} {error}; {kept}{go_on}",
             retryable=True,
         )
+
+    def signalled(self, number: int, frame: object) -> None:  # noqa: ARG002 - a signal handler's signature
+        """While training, the step is finished and saved; at any other time, or the second time, the process ends."""
+        if self.interruption.asked(number):
+            os.write(sys.stderr.fileno(), b"stopping after this step; a second signal stops at once\n")
+            return
+        checkpoints = self.interruption.checkpoints
+        if checkpoints is not None and self.interruption.signal is None:
+            self.interruption.signal = signal.Signals(number)
+            deadline = time.monotonic() + _UPLOAD_SECONDS
+            while checkpoints.pending and time.monotonic() < deadline:  # without locks, as below
+                time.sleep(0.05)
+        self._end(
+            TrainerResult(
+                outcome=Outcome.PREEMPTED,
+                message=f"stopped by {signal.Signals(number).name} in stage {self.progress.stage}",
+                retryable=True,
+            )
+        )
+
+    def hung(self, step: int, seconds: float) -> None:
+        """Ends the process from the watchdog's thread: the main thread does not answer."""
+        self._end(
+            TrainerResult(
+                outcome=Outcome.FAILED,
+                reason=FailureReason.INTERNAL_ERROR,
+                message=f"training hangs: no sign of life for {seconds:.0f} s after step {step}; the next attempt goes on"
+                " from the last checkpoint. If it happens again, look at the GPU driver and at the network between ranks",
+                retryable=True,
+            )
+        )
+
+    def _end(self, result: TrainerResult) -> NoReturn:
+        """Ends the process at once; written without locks, which the interrupted code may hold."""
+        result = self._resumed(result)
         with contextlib.suppress(OSError):
             self._write_message(result)
             line = json.dumps(_document(result)) if self._form == "json" else f"{result.outcome}: {result.message}"
             os.write(sys.stdout.fileno(), f"\n{line}\n".encode())
-        os._exit(ExitCode.PREEMPTED)
+        os._exit(result.exit_code)
+
+    def _resumed(self, result: TrainerResult) -> TrainerResult:
+        return result.model_copy(update={"resumed_from_step": self.interruption.resumed_from_step})
 
     def _write_message(self, result: TrainerResult) -> None:
         if self._path is not None:

@@ -15,7 +15,11 @@ from tunesmith_trainer.errors import InvalidSpecError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from tunesmith.api.finetunejob_status import Resolved
+
 _SHOWN_PROBLEMS = 5
+_WITHOUT_EFFECT = {"resources", "scheduling", "max_attempts", "checkpoint", "suspend", "active_deadline_seconds"}
+"""Fields of the spec that do not change the result."""
 
 
 def load_job(path: Path) -> FineTuneJob:
@@ -57,7 +61,13 @@ def _problems(error: ValidationError) -> str:
 
 def spec_digest(job: FineTuneJob) -> str:
     """`sha256:<64 hex>` of what determines the result: the spec without where and how often it runs."""
-    document = job.spec.model_dump(
-        mode="json", by_alias=True, exclude_none=True, exclude={"resources", "scheduling", "max_attempts"}
-    )
+    document = job.spec.model_dump(mode="json", by_alias=True, exclude_none=True, exclude=_WITHOUT_EFFECT)
     return f"sha256:{hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()}"
+
+
+def run_digest(job: FineTuneJob, resolved: Resolved) -> str:
+    """64 hex digits of what determines a run: the spec, the inputs' content and the length of the run."""
+    inputs = resolved.model_dump(
+        mode="json", include={"base_model_fingerprint", "dataset_digest", "batch_size", "learning_rate", "total_steps"}
+    )
+    return hashlib.sha256(json.dumps([spec_digest(job), inputs], sort_keys=True).encode()).hexdigest()

@@ -43,6 +43,8 @@ class TrainerResult(StatusModel):
     artifact: ArtifactStatus | None = None
     evaluation: EvaluationStatus | None = None
     metrics: dict[str, float] = Field(default_factory=dict)
+    resumed_from_step: int | None = None
+    """Step of the checkpoint that the attempt went on from; None where it began at step 0."""
 
     @property
     def exit_code(self) -> ExitCode:

@@ -14,17 +14,27 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from tunesmith.api.finetunejob_status import EvaluationStatus, Stage
 from tunesmith_trainer import evaluate, model
-from tunesmith_trainer.errors import InvalidSpecError, LossDivergedError, OutOfMemoryError, SelfCheckError
+from tunesmith_trainer.errors import (
+    InterruptedRunError,
+    InvalidSpecError,
+    LossDivergedError,
+    OutOfMemoryError,
+    SelfCheckError,
+)
 from tunesmith_trainer.training.arguments import arguments
+from tunesmith_trainer.training.saving import Saver
 from tunesmith_trainer.training.watch import CurvePoint, Watch
+from tunesmith_trainer.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from datasets import Dataset
     from peft import PeftModel
+    from transformers import Trainer
 
     from tunesmith.api.finetunejob import FineTuneJob
+    from tunesmith_trainer.interruption import Faults
     from tunesmith_trainer.prepare import Prepared
     from tunesmith_trainer.progress import Progress
 
@@ -58,17 +68,18 @@ def choose_device(gpus: int) -> torch.device:
     return torch.device("cuda", 0)
 
 
-def train(job: FineTuneJob, prepared: Prepared, progress: Progress, work: Path) -> Trained:
-    """Trains the adapter and scores base and adapter on the held-out rows.
+def train(job: FineTuneJob, prepared: Prepared, progress: Progress, work: Path, faults: Faults) -> Trained:
+    """Trains the adapter and scores base and adapter on the held-out rows, from the newest checkpoint that verifies.
 
     Raises:
+        InterruptedRunError: the process was asked to stop, and its state is saved.
         OutOfMemoryError: with what to change.
         LossDivergedError: the loss or its gradient is not finite, with the step.
         SelfCheckError: what was built is not what was asked for.
     """
     device = choose_device(job.spec.resources.gpus)
     try:
-        return _train(job, prepared, progress, work, device)
+        return _train(job, prepared, progress, work, device, faults)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise _out_of_memory(job, prepared, device) from error
     except RuntimeError as error:
@@ -77,7 +88,9 @@ def train(job: FineTuneJob, prepared: Prepared, progress: Progress, work: Path) 
         raise
 
 
-def _train(job: FineTuneJob, prepared: Prepared, progress: Progress, work: Path, device: torch.device) -> Trained:
+def _train(
+    job: FineTuneJob, prepared: Prepared, progress: Progress, work: Path, device: torch.device, faults: Faults
+) -> Trained:
     method = job.spec.method
     resolved = prepared.resolved
     assert resolved.micro_batch_size is not None  # noqa: S101 - prepare() fills everything
@@ -106,6 +119,9 @@ def _train(job: FineTuneJob, prepared: Prepared, progress: Progress, work: Path,
         callbacks=[Watch(progress, curve, device)],
     )
     trainer.remove_callback(PrinterCallback)
+    saver = Saver(faults.checkpoints, job.spec.checkpoint, faults.interruption, curve)
+    saver.attach(trainer)
+    trainer.add_callback(Watchdog(faults.hung))
     model.full_precision_adapter(peft_model)
 
     def score(rows: Dataset, *, adapter: bool) -> float:
@@ -122,7 +138,7 @@ def _train(job: FineTuneJob, prepared: Prepared, progress: Progress, work: Path,
     _check_identity(score(few, adapter=False), score(few, adapter=True), device)
     curve.append(CurvePoint(step=0, epoch=0.0, evaluation_loss=before))
     progress.update(stage=Stage.TRAINING, evaluation_loss=before)
-    trainer.train()
+    _run(trainer, saver, faults, progress)
 
     progress.update(stage=Stage.EVALUATING, eta_seconds=0)
     after = score(prepared.validation, adapter=True)
@@ -135,6 +151,25 @@ def _train(job: FineTuneJob, prepared: Prepared, progress: Progress, work: Path,
     progress.update(evaluation_loss=after)
     evaluation = EvaluationStatus(base_loss=before, loss=after, loss_reduction_percent=100 * (before - after) / before)
     return Trained(peft_model, evaluation, curve)
+
+
+def _run(trainer: Trainer, saver: Saver, faults: Faults, progress: Progress) -> None:
+    """Trains to the last step, from the newest checkpoint where there is one."""
+    saved = faults.checkpoints.newest()
+    if saved is not None:
+        saver.restore(saved)
+        progress.say(f"  resumed from the checkpoint of step {saved.step}")
+        progress.update(step=saved.step)
+    try:
+        # A Trainer that resumes after its last step would take another one.
+        if saved is None or saved.step < trainer.args.max_steps:
+            trainer.train(resume_from_checkpoint=None if saved is None else str(saved.path))
+    except LossDivergedError as error:
+        raise LossDivergedError(f"{error}; {saver.last_good()}") from error
+    finally:
+        faults.interruption.armed = False
+    if saver.interrupted_at is not None:
+        raise InterruptedRunError(saver.interrupted_at, trainer.args.max_steps)
 
 
 def _check_identity(base_loss: float, adapter_loss: float, device: torch.device) -> None:
