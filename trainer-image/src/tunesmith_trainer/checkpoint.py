@@ -337,7 +337,7 @@ class Checkpoints:
             except TrainerError as error:
                 if not told:
                     self._say(
-                        f"  the checkpoint of step {saved.step} cannot be uploaded: {error}; training goes on, and so do"
+                        f"  the checkpoint of step {saved.step} cannot be uploaded: {error}; training goes on, so do"
                         " the attempts"
                     )
                     told = True

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from tunesmith.api.conditions import FailureReason
 from tunesmith.api.finetunejob_status import EvaluationStatus, Stage
 from tunesmith.contracts.progress import PROGRESS_PORT
-from tunesmith.contracts.result import TERMINATION_MESSAGE_PATH, ExitCode, Outcome, TrainerResult
+from tunesmith.contracts.result import TERMINATION_MESSAGE_PATH, Outcome, TrainerResult
 from tunesmith_trainer.errors import InterruptedRunError, InvalidSpecError, StorageUnavailableError, TrainerError
 from tunesmith_trainer.interruption import Faults, Interruption
 from tunesmith_trainer.progress import Progress, serve
