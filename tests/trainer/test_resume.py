@@ -10,14 +10,16 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
 from trainer_rig import chat_rows, job_manifest, write_rows
 
 from tunesmith.contracts.result import Outcome, TrainerResult
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 STEPS = 30
 EVERY = 4
@@ -98,7 +100,7 @@ def same(one: Run, other: Run) -> None:
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     tmp_path: Path, whole: Run, number: signal.Signals, seed: int
 ) -> None:
-    chance = random.Random(seed)
+    chance = random.Random(seed)  # noqa: S311 - reproducible on purpose
     run = Run(tmp_path, whole.manifest)
     step = chance.randint(1, STEPS - 2)
     code, out = run.interrupt(number, step, chance.random() * 0.1)

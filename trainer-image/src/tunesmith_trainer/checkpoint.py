@@ -263,13 +263,13 @@ class Checkpoints:
             return self._changed.wait_for(lambda: not self.pending, timeout=seconds)
 
     def clear(self) -> None:
-        """Removes all of them, once the artifact is published: best effort, `tunesmith gc` removes the rest."""
+        """Removes all of them, once the artifact is published: best effort."""
         with self._changed:
             self._waiting = None
         try:
             self._folder.remove()
         except TrainerError as error:
-            self._say(f"  the checkpoints in {self.uri} could not be removed ({error}): `tunesmith gc` removes them")
+            self._say(f"  the checkpoints in {self.uri} could not be removed ({error}): remove that folder")
 
     @property
     def _local(self) -> Path | None:

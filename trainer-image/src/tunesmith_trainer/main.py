@@ -226,7 +226,7 @@ def _train(
                 " or remove that folder"
             )
         if local is None and arguments.checkpoints:
-            with contextlib.suppress(TrainerError):  # `tunesmith gc` removes what stays
+            with contextlib.suppress(TrainerError):  # what stays is for the bucket's lifecycle rule
                 stores.folder(arguments.checkpoints, what="checkpoints", missing=StorageUnavailableError).remove()
         return TrainerResult(
             outcome=Outcome.SUCCEEDED,
@@ -390,8 +390,8 @@ class _Ending:
             TrainerResult(
                 outcome=Outcome.FAILED,
                 reason=FailureReason.INTERNAL_ERROR,
-                message=f"training hangs: no sign of life for {seconds:.0f} s after step {step}; the next attempt goes on"
-                " from the last checkpoint. If it happens again, look at the GPU driver and at the network between ranks",
+                message=f"training hangs: no sign of life for {seconds:.0f} s after step {step}; the next attempt"
+                " goes on from the last checkpoint. If it happens again, look at the GPU's driver",
                 retryable=True,
             )
         )

@@ -24,7 +24,10 @@ def artifact_uri(store: str, namespace: str, name: str, uid: str) -> str:
 
 
 def temporary_folder(store: str, namespace: str, name: str, uid: str) -> str:
-    """What a FineTuneJob needs until it is done: removed on success, and by `tunesmith gc`."""
+    """What a FineTuneJob needs until it is done: removed on success.
+
+    What a deleted job left there is removed by a lifecycle rule of the bucket.
+    """
     return f"{job_folder(store, namespace, name, uid)}/{TEMPORARY_FOLDER}"
 
 

@@ -177,7 +177,7 @@ class Saver(TrainerCallback):
         stored = load_file(f"{folder}/{WEIGHTS}")
         own = {name: tensor for name, tensor in _named(trainer).items() if tensor.requires_grad}
         if set(stored) != set(own):
-            odd = sorted(set(stored) ^ set(own))[0]
+            odd = min(set(stored) ^ set(own))
             raise RuntimeError(f"the checkpoint and the model differ in the trainable parameter {odd}")
         with torch.no_grad():
             for name, tensor in stored.items():
@@ -199,7 +199,9 @@ def _allocator(trainer: Trainer) -> tuple[Any, Any] | None:
     """AdaLoRA's rank allocator and its configuration: the one method with a state besides its parameters."""
     tuner = getattr(trainer.accelerator.unwrap_model(trainer.model), "base_model", None)
     allocator = getattr(tuner, "rankallocator", None)
-    return None if allocator is None else (allocator, tuner.peft_config[tuner.trainable_adapter_name])
+    if tuner is None or allocator is None:
+        return None
+    return allocator, tuner.peft_config[tuner.trainable_adapter_name]
 
 
 def _method_state(trainer: Trainer) -> dict[str, Any]:

@@ -1,0 +1,50 @@
+"""A step that hangs is noticed, a slow one is not taken for it."""
+
+from __future__ import annotations
+
+import queue
+
+import pytest
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from tunesmith_trainer.training.watchdog import FIRST_STEP_SECONDS, LEAST_SECONDS, Watchdog, deadline
+
+ENDLESS = 60.0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "allowed"),
+    [([], FIRST_STEP_SECONDS), ([1.0] * 10, LEAST_SECONDS), ([60.0] * 10, 1200.0), ([900.0] + [30.0] * 9, 600.0)],
+    ids=["first step", "quick steps", "slow steps", "one that compiled"],
+)
+def test_the_time_that_a_step_may_take_follows_from_the_steps_before(seconds: list[float], allowed: float) -> None:
+    assert deadline(seconds) == allowed
+
+
+def test_a_hung_step_is_told_once_with_the_steps_that_were_done(tmp_path: object) -> None:
+    told: queue.Queue[tuple[int, float]] = queue.Queue()
+    watchdog = Watchdog(
+        lambda step, seconds: told.put((step, seconds)),
+        limit=lambda seconds: 0.2 if seconds else ENDLESS,
+        pause=0.05,
+    )
+    arguments, state, control = TrainingArguments(output_dir=str(tmp_path)), TrainerState(), TrainerControl()
+    watchdog.on_train_begin(arguments, state, control)
+    watchdog.on_step_begin(arguments, state, control)
+    state.global_step = 1
+    watchdog.on_step_end(arguments, state, control)
+    watchdog.on_step_begin(arguments, state, control)
+    step, seconds = told.get(timeout=30)
+    assert step == 1
+    assert seconds > 0.2
+    watchdog.stop()
+
+
+def test_a_finished_run_is_not_watched(tmp_path: object) -> None:
+    told: queue.Queue[int] = queue.Queue()
+    watchdog = Watchdog(lambda step, _: told.put(step), limit=lambda _: 0.1, pause=0.02)
+    arguments, state, control = TrainingArguments(output_dir=str(tmp_path)), TrainerState(), TrainerControl()
+    watchdog.on_train_begin(arguments, state, control)
+    watchdog.on_train_end(arguments, state, control)
+    with pytest.raises(queue.Empty):
+        told.get(timeout=1)
