@@ -47,6 +47,7 @@ def manifest(kind: str, namespace: str, name: str, spec: dict[str, Any], changes
 URI = "a uri is hf://organisation/name, s3://bucket/path, gs://bucket/path, az://container/path or pvc://claim/path"
 EPOCHS = "hyperparameters.epochs and hyperparameters.maxSteps exclude each other: keep one of them"
 DIVIDE = "hyperparameters.microBatchSize must divide hyperparameters.batchSize (8 when absent): change one of them"
+CHECKPOINT = "checkpoint.everySteps and checkpoint.everyMinutes exclude each other: keep one of them"
 HELD_OUT = "dataset.validation and dataset.validationFraction exclude each other: keep one of them"
 QUANTITY = "a quantity is a number with an optional unit, such as 2, 500m, 8Gi or 1.5Gi"
 MEMORY = "resources.memory is less than 64Mi: write its unit, as in 8Gi"
@@ -113,6 +114,11 @@ REFUSED_JOBS: dict[str, tuple[dict[str, Any], str, str]] = {
         {"dataset__validation": [{"uri": "s3://data/held.jsonl"}], "dataset__validationFraction": 0.1},
         f'spec.dataset: Invalid value: "object": {HELD_OUT}',
         f"spec.dataset: {HELD_OUT}",
+    ),
+    "checkpoints by steps and by time": (
+        {"checkpoint": {"everySteps": 5, "everyMinutes": 1}},
+        CHECKPOINT,
+        CHECKPOINT,
     ),
     "epochs and steps": ({"hyperparameters": {"epochs": 1, "maxSteps": 10}}, EPOCHS, EPOCHS),
     "indivisible batch": ({"hyperparameters": {"batchSize": 8, "microBatchSize": 3}}, DIVIDE, DIVIDE),
