@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 STEPS = 30
 EVERY = 4
-KILLS = int(os.environ.get("TUNESMITH_RESUME_KILLS", "2"))
+KILLS = int(os.environ.get("TUNESMITH_RESUME_KILLS", "1"))
 
 
 @dataclass
