@@ -482,6 +482,24 @@ def test_the_whole_status_of_a_complete_job() -> None:
     assert status.evaluation.loss == 1.5
 
 
+@pytest.mark.parametrize(
+    ("code", "message", "fields"),
+    [
+        (0, {"outcome": "Succeeded", "artifact": ARTIFACT}, {"succeeded": True}),
+        (143, {"outcome": "Preempted", "retryable": True}, {"failed": True}),
+        (3, {"outcome": "Failed", "reason": "StorageUnavailable", "retryable": True}, {"failed": True}),
+    ],
+    ids=["succeeded", "pre-empted", "failed"],
+)
+@pytest.mark.parametrize("step", [None, 12])
+def test_an_attempt_tells_the_step_that_it_went_on_from(
+    step: int | None, code: int, message: dict[str, Any], fields: dict[str, Any]
+) -> None:
+    attempts = {1: kube_job("1", ended(code, result(**message, resumedFromStep=step)), **fields)}
+    status = plan(seen(job(validated(attempt(1))), attempts=attempts), STORE).status
+    assert status.attempts[0].resumed_from_step == step
+
+
 def test_what_was_resolved_first_stays() -> None:
     first = {"learningRate": 1e-4, "batchSize": 8}
     done = result(outcome="Succeeded", artifact=ARTIFACT, resolved={"learningRate": 5e-4, "totalSteps": 30})

@@ -112,6 +112,9 @@ class Attempt(StatusModel):
     outcome: AttemptOutcome = Field(default=AttemptOutcome.RUNNING, description="How it ended.")
     reason: FailureReason | None = Field(default=None, description="Why it failed.")
     message: str | None = Field(default=None, max_length=2048, description="Why it failed, as a sentence.")
+    resumed_from_step: int | None = Field(
+        default=None, ge=0, description="Step of the checkpoint that it went on from. Absent: it began at step 0."
+    )
     node: str | None = Field(default=None, max_length=253, description="Node that ran it.")
 
 

@@ -59,7 +59,10 @@ def ending(job: JobView, stage: str) -> Ending:
         or (result is not None and result.outcome is Outcome.PREEMPTED)
     ):
         return Ending(
-            AttemptOutcome.PREEMPTED, message="the pod was evicted, pre-empted or its node went away", retryable=True
+            AttemptOutcome.PREEMPTED,
+            message="the pod was evicted, pre-empted or its node went away",
+            retryable=True,
+            result=result,
         )
     if pod is not None and pod.out_of_memory:
         return Ending(

@@ -220,6 +220,7 @@ def _ended(attempt: Attempt, job: JobView, end: Ending, now: datetime) -> Attemp
             "outcome": end.outcome,
             "reason": end.reason,
             "message": end.message[:2048] or None,
+            "resumed_from_step": end.result.resumed_from_step if end.result is not None else None,
         }
     )
 
