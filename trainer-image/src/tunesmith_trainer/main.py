@@ -228,12 +228,14 @@ def _train(
         if local is None and arguments.checkpoints:
             with contextlib.suppress(TrainerError):  # what stays is for the bucket's lifecycle rule
                 stores.folder(arguments.checkpoints, what="checkpoints", missing=StorageUnavailableError).remove()
-        return TrainerResult(
-            outcome=Outcome.SUCCEEDED,
-            message="an earlier attempt published this artifact; nothing was trained again",
-            artifact=artifact,
-            evaluation=manifest.evaluation,
-            metrics=manifest.metrics,
+        return _judged(
+            TrainerResult(
+                outcome=Outcome.SUCCEEDED,
+                message="an earlier attempt published this artifact; nothing was trained again",
+                artifact=artifact,
+                evaluation=manifest.evaluation,
+                metrics=manifest.metrics,
+            )
         )
 
     from tunesmith_trainer.checkpoint import Checkpoints  # noqa: PLC0415
@@ -273,15 +275,27 @@ def _train(
         package.write_curves(local / package.CURVES, trained.curve)
     else:
         checkpoints.clear()
-    return TrainerResult(
-        outcome=Outcome.SUCCEEDED,
-        message=_summary(trained.evaluation),
-        preflight=counted,
-        resolved=prepared.resolved,
-        artifact=artifact,
-        evaluation=trained.evaluation,
-        metrics=package.metrics_of(trained.evaluation.base_loss, trained.evaluation.loss),
+    return _judged(
+        TrainerResult(
+            outcome=Outcome.SUCCEEDED,
+            message=_summary(trained.evaluation),
+            preflight=counted,
+            resolved=prepared.resolved,
+            artifact=artifact,
+            evaluation=trained.evaluation,
+            metrics=manifest.metrics,
+        )
     )
+
+
+def _judged(result: TrainerResult) -> TrainerResult:
+    """The result, failed where a gate did not pass. The artifact stays published and reported."""
+    from tunesmith_trainer.evaluation import gates  # noqa: PLC0415
+
+    told = gates.failure(result.evaluation) if result.evaluation else None
+    if told is None:
+        return result
+    return result.model_copy(update={"outcome": Outcome.FAILED, "reason": FailureReason.GATE_FAILED, "message": told})
 
 
 def _summary(evaluation: EvaluationStatus) -> str:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tunesmith.api.finetunejob import FineTuneJob
+    from tunesmith.api.finetunejob_status import EvaluationStatus
     from tunesmith_trainer.prepare import Prepared
     from tunesmith_trainer.store import Folder
     from tunesmith_trainer.training.loop import Trained
@@ -48,10 +49,7 @@ def build(job: FineTuneJob, prepared: Prepared, trained: Trained, folder: Path) 
     check_weights(folder / ADAPTER_WEIGHTS, prepared.modules, job.spec.method.fields.rank)
     for file in model.tokenizer_files(prepared.base):
         (folder / file.name).write_bytes(file.read_bytes())
-    _write_json(
-        folder / "evaluation.json",
-        {"heldOutLoss": trained.evaluation.manifest(), "rows": prepared.preflight.validation_rows},
-    )
+    _write_json(folder / "evaluation.json", _evaluation(trained.evaluation, prepared))
     write_curves(folder / CURVES, trained.curve)
     (folder / "README.md").write_text(_card(job, prepared, trained), encoding="utf-8")
 
@@ -81,19 +79,24 @@ def build(job: FineTuneJob, prepared: Prepared, trained: Trained, folder: Path) 
         hyperparameters={**hyper, **decided},
         versions={name: version(name) for name in _VERSIONED},
         evaluation=evaluation,
-        metrics=metrics_of(evaluation.base_loss, evaluation.loss),
+        metrics=metrics_of(evaluation),
         # Plain LoRA on linear modules is what vLLM loads as it is.
         servable=ServableStatus(vllm=True),
     )
 
 
-def metrics_of(base_loss: float | None, loss: float | None) -> dict[str, float]:
-    """The metrics of a result: held-out losses in nats per target token."""
-    return {
-        name: value
-        for name, value in (("baseEvaluationLoss", base_loss), ("evaluationLoss", loss))
-        if value is not None
-    }
+def metrics_of(evaluation: EvaluationStatus) -> dict[str, float]:
+    """The metrics of a result: held-out losses in nats per target token, the adapter's scores by suite and metric."""
+    named = {"baseEvaluationLoss": evaluation.base_loss, "evaluationLoss": evaluation.loss}
+    named |= {f"{score.suite}/{score.metric}": score.adapter for score in evaluation.scores or []}
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def _evaluation(evaluation: EvaluationStatus, prepared: Prepared) -> dict[str, object]:
+    """`evaluation.json`."""
+    whole = evaluation.manifest()
+    more: dict[str, object] = {name: whole.pop(name) for name in ("scores", "gates") if name in whole}
+    return {"heldOutLoss": whole, "rows": prepared.preflight.validation_rows, **more}
 
 
 def publish(folder: Path, manifest: ArtifactManifest, target: Folder) -> ArtifactStatus:

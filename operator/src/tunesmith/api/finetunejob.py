@@ -8,6 +8,7 @@ from pydantic import ConfigDict, Field
 
 from tunesmith.api.checkpoint import Checkpoint
 from tunesmith.api.dataset import Dataset
+from tunesmith.api.evaluation import Evaluation
 from tunesmith.api.finetunejob_status import FineTuneJobStatus
 from tunesmith.api.hyperparameters import Hyperparameters
 from tunesmith.api.method import Method
@@ -53,6 +54,9 @@ class FineTuneJobSpec(ApiModel):
     dataset: Dataset = Field(description="The rows to learn from.")
     method: Method = Field(description="Exactly one method.")
     hyperparameters: Hyperparameters = Field(default_factory=Hyperparameters, description="How the optimizer runs.")
+    evaluation: Evaluation | None = Field(
+        default=None, description="What base and adapter are scored on; absent: the held-out loss, without a limit."
+    )
     resources: Resources = Field(default_factory=Resources, description="What the training pod asks for.")
     scheduling: TrainingScheduling = Field(
         default_factory=TrainingScheduling, description="Where the pods may run, and which queue admits them."
