@@ -61,6 +61,7 @@ ONE_GPU = "resources.gpus: this release trains on one GPU per job, or on the CPU
 
 JSONL = "s3://data/rows.jsonl"
 LOSS_SUITE = {"name": "rows", "heldOutLoss": {}}
+DEQUANTIZED = "output.merge: Dequantized belongs to method.qlora"
 ONE_SUITE = "a suite of evaluation.suites needs exactly one of heldOutLoss and generation"
 NO_SUITE = "a gate of evaluation.gates names a suite that is not in evaluation.suites: correct its name"
 NO_METRIC = "a gate of evaluation.gates names a metric that its suite does not have: heldOutLoss has Loss and"
@@ -147,6 +148,7 @@ REFUSED_JOBS: dict[str, tuple[dict[str, Any], str, str]] = {
         NO_LIMIT,
         NO_LIMIT,
     ),
+    "a merge into no 4-bit base": ({"output": {"merge": "Dequantized"}}, DEQUANTIZED, DEQUANTIZED),
     "checkpoints by steps and by time": (
         {"checkpoint": {"everySteps": 5, "everyMinutes": 1}},
         CHECKPOINT,

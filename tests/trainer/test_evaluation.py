@@ -115,6 +115,9 @@ def test_a_gate_that_fails_keeps_the_artifact_and_says_so_again(bench: Workbench
         assert ran.result.evaluation.gates is not None
         assert not ran.result.evaluation.gates[0].passed
         assert (bench.output / "artifact/tunesmith.json").is_file()
+    card = (bench.output / "artifact/README.md").read_text()
+    assert "| doors: ExactMatch | 0.0 | 0.0 |" in card
+    assert "max 0.001: FAILED" in card
 
 
 def test_bad_evaluation_data_is_found_on_the_cpu(bench: Workbench) -> None:

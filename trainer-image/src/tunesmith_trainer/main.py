@@ -213,7 +213,7 @@ def _validate(job: FineTuneJob, stores: Stores, work: Path, progress: Progress) 
 def _train(
     job: FineTuneJob, stores: Stores, work: Path, ending: _Ending, arguments: argparse.Namespace
 ) -> TrainerResult:
-    from tunesmith_trainer import package  # noqa: PLC0415
+    from tunesmith_trainer import merge, package  # noqa: PLC0415
 
     progress = ending.progress
     local, target = _target(arguments.output, stores, allow_file=arguments.allow_file)
@@ -266,10 +266,16 @@ def _train(
     ending.interruption.checkpoints = checkpoints
     trained = train(job, prepared, progress, work, Faults(checkpoints, ending.interruption, ending.hung))
     progress.update(stage=Stage.PACKAGING)
-    folder = work / "artifact"
-    shutil.rmtree(folder, ignore_errors=True)
-    manifest = package.build(job, prepared, trained, folder)
+    folder, merged = work / "artifact", work / "merged"
+    for old in (folder, merged):
+        shutil.rmtree(old, ignore_errors=True)
+    manifest = package.build(job, prepared, trained, folder, merged)
     progress.update(stage=Stage.PUBLISHING)
+    if merged.is_dir():
+        # Beside the artifact: an engine's pod fetches all that the artifact's manifest lists.
+        uri = f"{target.uri.removesuffix('/artifact')}/merged"
+        beside = stores.folder(uri, what="the merged model", missing=StorageUnavailableError)
+        merge.publish(merged, beside.child(retry=PUBLISHING_RETRY))
     artifact = package.publish(folder, manifest, target.child(retry=PUBLISHING_RETRY))
     if local is not None:
         package.write_curves(local / package.CURVES, trained.curve)
