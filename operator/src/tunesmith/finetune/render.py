@@ -224,9 +224,7 @@ def _resources(job: FineTuneJob) -> Object:
 
 def _sources(job: FineTuneJob) -> list[BaseModelSource | DatasetSource]:
     dataset = job.spec.dataset
-    suites = job.spec.evaluation.suites if job.spec.evaluation else []
-    scored = [suite.generation.dataset for suite in suites if suite.generation is not None]
-    return [job.spec.base_model, *dataset.train, *(dataset.validation or []), *scored]
+    return [job.spec.base_model, *dataset.train, *(dataset.validation or [])]
 
 
 def _secrets(job: FineTuneJob) -> list[str]:
