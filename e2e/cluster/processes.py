@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 STATE_MARK = "TUNESMITH_CLUSTER_STATE"
 CONFIGURATION_MARK = "TUNESMITH_CLUSTER_CONFIGURATION"
+SHOWN_SECONDS = 1.0
+"""For a moment after its start the kernel shows no environment of a process."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,6 @@ def marked_processes() -> list[Process]:
     return found
 
 
-SHOWN_SECONDS = 1.0
-"""For a moment after its start the kernel shows no environment of a process."""
-
-
 def running(layout: Layout, component: Component) -> Process | None:
     """The live process of `component`, whatever its configuration."""
     for process in marked_processes():
@@ -125,11 +123,10 @@ def require_alive(layout: Layout, component: Component) -> None:
     """Raises ClusterError, with the last line of the log, when `component` has ended."""
     deadline = time.monotonic() + SHOWN_SECONDS
     while running(layout, component) is None:
-        if time.monotonic() < deadline:
-            time.sleep(0.05)
-            continue
-        log = log_of(layout, component)
-        raise ClusterError(f"{component.name} has ended: {last_line(log)} (its log: {log})")
+        if time.monotonic() >= deadline:
+            log = log_of(layout, component)
+            raise ClusterError(f"{component.name} has ended: {last_line(log)} (its log: {log})")
+        time.sleep(0.05)
 
 
 def alive(pid: int) -> bool:

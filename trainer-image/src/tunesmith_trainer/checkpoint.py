@@ -233,12 +233,6 @@ class Checkpoints:
             self._say("  no checkpoint is usable: training begins at step 0")
         return None
 
-    def fetch(self, step: int) -> Saved:
-        """One checkpoint that another rank has chosen, verified."""
-        path = self._fetch(step)
-        verify(path, step, self._binding)
-        return Saved(step, path)
-
     def save(self, step: int, fill: Callable[[Path], None]) -> bool:
         """Writes a checkpoint and, to a store, begins to upload it; False, and a sentence, where it cannot be written.
 

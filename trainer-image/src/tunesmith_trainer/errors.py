@@ -86,4 +86,3 @@ class InterruptedRunError(Exception):
 
     def __init__(self, step: int, total: int) -> None:
         super().__init__(f"at step {step} of {total}")
-        self.step = step

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("tunesmith_trainer")
 
 _UPLOAD_SECONDS = 40.0
-"""For the last checkpoint to reach the store, of the 60 seconds between SIGTERM and SIGKILL."""
+"""For the last checkpoint to reach the store, of the grace between SIGTERM and SIGKILL."""
 _EXAMPLES = """examples:
   tunesmith-trainer validate --job job.yaml --allow-file
       checks manifest, data and base model on the CPU, without loading weights
@@ -353,6 +353,7 @@ class _Ending:
         """The result of a run that was stopped and saved; what is not in the store yet gets the rest of the grace."""
         checkpoints = self.interruption.checkpoints
         number = self.interruption.signal
+        assert number is not None  # noqa: S101 - nothing else interrupts a run
         kept = "no checkpoint could be written"
         if checkpoints is not None:
             checkpoints.flush(_UPLOAD_SECONDS)
@@ -361,7 +362,7 @@ class _Ending:
         go_on = "; run the same command again to go on from there" if local else ""
         return TrainerResult(
             outcome=Outcome.PREEMPTED,
-            message=f"stopped by {number.name if number else 'another rank'} {error}; {kept}{go_on}",
+            message=f"stopped by {number.name} {error}; {kept}{go_on}",
             retryable=True,
         )
 

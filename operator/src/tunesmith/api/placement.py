@@ -125,8 +125,8 @@ class Scheduling(ApiModel):
     runtime_class_name: ResourceName | None = Field(default=None, description="RuntimeClass of the pods.")
 
     def pod_fields(self) -> dict[str, Any]:
-        """The fields of a pod's spec."""
-        return self.manifest()
+        """The fields of a pod's spec; an empty one is left out."""
+        return {name: value for name, value in self.manifest().items() if value}
 
 
 class TrainingScheduling(Scheduling):
@@ -140,6 +140,6 @@ class TrainingScheduling(Scheduling):
 
     def pod_fields(self) -> dict[str, Any]:
         """The fields of a pod's spec; the queue is the Job's."""
-        fields = self.manifest()
+        fields = super().pod_fields()
         fields.pop("queue", None)
         return fields

@@ -76,21 +76,15 @@ def _deadline(seen: Observation, status: Status) -> Plan | None:
     limit, active = seen.job.spec.active_deadline_seconds, status.active_seconds
     if limit is None or active is None or active < limit:
         return None
-    finished = any(job.finished for number, job in _running_jobs(seen).items())
-    if finished:
-        return None
+    told = {_number(attempt.name) for attempt in seen.job.status.attempts if attempt.end_time is not None}
+    if any(job.finished for number, job in seen.attempts.items() if number not in told):
+        return None  # how an attempt ended is told first
     status.failed(
         FailureReason.DEADLINE_EXCEEDED,
         f"the job ran for {int(active)} s, longer than spec.activeDeadlineSeconds, {limit}: "
         "give another FineTuneJob more time, or fewer steps",
     )
     return Plan(_stop_running(seen), status.build())
-
-
-def _running_jobs(seen: Observation) -> dict[int, JobView]:
-    """The Jobs of attempts whose end is not told yet."""
-    told = {_number(attempt.name) for attempt in seen.job.status.attempts if attempt.end_time is not None}
-    return {number: job for number, job in seen.attempts.items() if number not in told}
 
 
 def _suspend(seen: Observation, status: Status) -> Plan:
@@ -107,8 +101,7 @@ def _suspend(seen: Observation, status: Status) -> Plan:
         elif attempt.outcome is AttemptOutcome.SUSPENDED and attempt.end_time is None and job is None:
             attempts[number] = attempt.model_copy(update={"end_time": seen.now})
     status.attempts(attempts)
-    jobs = [*seen.attempts.values()] + ([seen.validation] if seen.validation is not None else [])
-    left = [job for job in jobs if not job.finished]
+    left = _unfinished(seen)
     if not left:
         status.suspended()
         return Plan((), status.build())
@@ -228,8 +221,8 @@ def _ended(attempt: Attempt, job: JobView, end: Ending, now: datetime) -> Attemp
 def _conclude(seen: Observation, status: Status, number: int, end: Ending, store: str) -> bool:
     """Whether the attempt's end is the job's end; the status then says so."""
     metadata = seen.job.metadata
+    place = artifact_uri(store, metadata.namespace, metadata.name, metadata.uid)
     if end.outcome is AttemptOutcome.FAILED and not end.retryable:
-        place = artifact_uri(store, metadata.namespace, metadata.name, metadata.uid)
         if end.result is not None and end.result.artifact is not None and end.result.artifact.uri == place:
             status.published(end.result)
         status.failed(end.reason or FailureReason.INTERNAL_ERROR, end.message)
@@ -240,11 +233,10 @@ def _conclude(seen: Observation, status: Status, number: int, end: Ending, store
         # The pod is gone before it was read. The next attempt finds the artifact in the store and reports it.
         status.forget_result(number)
         return False
-    expected = artifact_uri(store, metadata.namespace, metadata.name, metadata.uid)
-    if end.result.artifact.uri != expected:
+    if end.result.artifact.uri != place:
         status.failed(
             FailureReason.INTERNAL_ERROR,
-            f"the trainer reports an artifact at {end.result.artifact.uri}, but its place is {expected}",
+            f"the trainer reports an artifact at {end.result.artifact.uri}, but its place is {place}",
         )
         return True
     status.complete(end.result)
@@ -298,6 +290,10 @@ def _next(seen: Observation, status: Status, attempts: dict[int, Attempt]) -> Pl
     return Plan((CreateAttempt(number),), status.build(), _WAITING_LOOK)
 
 
-def _stop_running(seen: Observation) -> tuple[Action, ...]:
+def _unfinished(seen: Observation) -> list[JobView]:
     jobs = [*seen.attempts.values()] + ([seen.validation] if seen.validation is not None else [])
-    return tuple(StopJob(job.name) for job in jobs if not job.finished)
+    return [job for job in jobs if not job.finished]
+
+
+def _stop_running(seen: Observation) -> tuple[Action, ...]:
+    return tuple(StopJob(job.name) for job in _unfinished(seen))

@@ -159,8 +159,8 @@ class Status:
                 attempt.message = message[:2048]
         self._end(FineTuneJobCondition.FAILED, reason, message)
 
-    def published(self, result: TrainerResult) -> None:
-        """An adapter lies in the store."""
+    def published(self, result: TrainerResult) -> str:
+        """An adapter lies in the store; returns the sentence that says where."""
         assert result.artifact is not None  # noqa: S101 - the caller has looked
         self._status.artifact = result.artifact
         self._status.evaluation = result.evaluation or self._status.evaluation
@@ -168,12 +168,11 @@ class Status:
         self._status.preflight = self._status.preflight or result.preflight
         place = f"the adapter is at {result.artifact.uri}"
         self._set(FineTuneJobCondition.PUBLISHED, ConditionStatus.TRUE, "Published", place)
+        return place
 
     def complete(self, result: TrainerResult) -> None:
         """The adapter is published and the job is over."""
-        self.published(result)
-        assert result.artifact is not None  # noqa: S101 - the caller has looked
-        place = f"the adapter is at {result.artifact.uri}"
+        place = self.published(result)
         evaluation, message = self._status.evaluation, place
         if evaluation is not None and evaluation.base_loss is not None and evaluation.loss is not None:
             message = f"held-out loss went from {evaluation.base_loss:.4g} to {evaluation.loss:.4g}; {place}"

@@ -161,13 +161,6 @@ def _labels(pool: ServingPool) -> dict[str, str]:
 
 
 def _pod(pool: ServingPool, images: Images) -> Manifest:
-    scheduling = pool.spec.scheduling
-    optional = {
-        "nodeSelector": scheduling.node_selector,
-        "tolerations": [toleration.manifest() for toleration in scheduling.tolerations or ()] or None,
-        "priorityClassName": scheduling.priority_class_name,
-        "runtimeClassName": scheduling.runtime_class_name,
-    }
     return {
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
@@ -185,7 +178,7 @@ def _pod(pool: ServingPool, images: Images) -> Manifest:
         "initContainers": [*([] if _claim(pool) else [_base_model(pool, images)]), _agent(pool, images)],
         "containers": [_engine(pool, images)],
         "volumes": _volumes(pool),
-        **{key: value for key, value in optional.items() if value},
+        **pool.spec.scheduling.pod_fields(),
     }
 
 

@@ -31,10 +31,8 @@ if TYPE_CHECKING:
     from tunesmith_trainer.interruption import Interruption
 
 WEIGHTS = "trainable.safetensors"
-METHOD_STATE = "method.pt"
 RUN_STATE = "run.json"
 TRAINER_STATE = "trainer_state.json"
-_ALLOCATOR_STATE = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
 class Saver(TrainerCallback):
@@ -75,13 +73,15 @@ class Saver(TrainerCallback):
         trainer.add_callback(self)
 
     def restore(self, saved: Saved) -> None:
-        """Brings back the curve, the counters and the weights; the Trainer's `resume_from_checkpoint` does the rest."""
+        """Brings back the curve and the counters; the Trainer's `resume_from_checkpoint` does the rest."""
         trainer = self._attached
         run = json.loads((saved.path / RUN_STATE).read_text(encoding="utf-8"))
         self._curve[:] = [CurvePoint(**point) for point in run["curve"]]
         if hasattr(trainer, "_total_train_tokens"):
             trainer._total_train_tokens = run["tokens"]  # noqa: SLF001 - TRL does not save it
-        self._load_weights(str(saved.path))
+        if saved.step >= trainer.args.max_steps:
+            # No step is left, so the Trainer does not load them.
+            self._load_weights(str(saved.path))
         self._saved_step = saved.step
         self._interruption.resumed_from_step = saved.step
 
@@ -97,12 +97,11 @@ class Saver(TrainerCallback):
         step = state.global_step
         asked = self._interruption.signal is not None
         due = self._policy.due(steps=step - self._saved_step, seconds=self._clock() - self._saved_at)
-        stop, save = self._agreed(asked=asked, due=due)
-        if stop:
+        if asked:
             control.should_training_stop = True
             if step < state.max_steps:
                 self.interrupted_at = step
-        if save or stop or step >= state.max_steps:
+        if due or asked or step >= state.max_steps:
             control.should_save = True
 
     def on_train_end(
@@ -132,15 +131,6 @@ class Saver(TrainerCallback):
         assert self._trainer is not None  # noqa: S101 - attach() is called first
         return self._trainer
 
-    def _agreed(self, *, asked: bool, due: bool) -> tuple[bool, bool]:
-        """One answer for all ranks: a signal at one of them stops all, rank 0's clock decides when to save."""
-        if self._attached.args.world_size == 1:
-            return asked, due
-        first = self._attached.is_world_process_zero()
-        answer = torch.tensor([int(asked), int(due and first)], device=self._attached.args.device)
-        torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MAX)
-        return bool(answer[0]), bool(answer[1])
-
     def _save(self, model: torch.nn.Module, trial: object = None) -> None:
         trainer = self._attached
         step = trainer.state.global_step
@@ -160,7 +150,6 @@ class Saver(TrainerCallback):
     def _fill(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
         trainer = self._attached
         save_file(weights, folder / WEIGHTS)
-        torch.save(_method_state(trainer), folder / METHOD_STATE)
         trainer._save_optimizer_and_scheduler(str(folder))  # noqa: SLF001 - the counterpart of what it loads
         trainer._save_rng_state(str(folder))  # noqa: SLF001
         state = copy.copy(trainer.state)
@@ -182,7 +171,6 @@ class Saver(TrainerCallback):
         with torch.no_grad():
             for name, tensor in stored.items():
                 own[name].copy_(tensor)
-        _restore_method_state(trainer, torch.load(f"{folder}/{METHOD_STATE}", map_location="cpu", weights_only=True))
 
 
 def _named(trainer: Trainer) -> dict[str, torch.nn.Parameter]:
@@ -193,31 +181,3 @@ def _trainable(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {
         name: tensor.detach().contiguous().cpu() for name, tensor in _named(trainer).items() if tensor.requires_grad
     }
-
-
-def _allocator(trainer: Trainer) -> tuple[Any, Any] | None:
-    """AdaLoRA's rank allocator and its configuration: the one method with a state besides its parameters."""
-    tuner = getattr(trainer.accelerator.unwrap_model(trainer.model), "base_model", None)
-    allocator = getattr(tuner, "rankallocator", None)
-    if tuner is None or allocator is None:
-        return None
-    return allocator, tuner.peft_config[tuner.trainable_adapter_name]
-
-
-def _method_state(trainer: Trainer) -> dict[str, Any]:
-    found = _allocator(trainer)
-    if found is None:
-        return {}
-    allocator, config = found
-    return {name: getattr(allocator, name) for name in _ALLOCATOR_STATE} | {"rank_pattern": config.rank_pattern}
-
-
-def _restore_method_state(trainer: Trainer, state: dict[str, Any]) -> None:
-    found = _allocator(trainer)
-    if found is None or not state:
-        return
-    allocator, config = found
-    device = trainer.args.device
-    for name in _ALLOCATOR_STATE:
-        setattr(allocator, name, {key: value.to(device) for key, value in state[name].items()})
-    config.rank_pattern = state["rank_pattern"]
