@@ -59,6 +59,14 @@ FROM_ONE = "in body should be greater than or equal to 1"
 UP_TO_512 = "in body should be less than or equal to 512"
 ONE_GPU = "resources.gpus: this release trains on one GPU per job, or on the CPU with 0"
 
+JSONL = "s3://data/rows.jsonl"
+LOSS_SUITE = {"name": "rows", "heldOutLoss": {}}
+DEQUANTIZED = "output.merge: Dequantized belongs to method.qlora"
+ONE_SUITE = "a suite of evaluation.suites needs exactly one of heldOutLoss and generation"
+NO_SUITE = "a gate of evaluation.gates names a suite that is not in evaluation.suites: correct its name"
+NO_METRIC = "a gate of evaluation.gates names a metric that its suite does not have: heldOutLoss has Loss and"
+NO_LIMIT = "a gate of evaluation.gates needs min or max: without a limit it would always hold"
+
 # case → (what is changed in a minimal job, what `kubectl apply` says, what a local run says)
 REFUSED_JOBS: dict[str, tuple[dict[str, Any], str, str]] = {
     "no method": ({"method": {}}, ONE_METHOD, ONE_METHOD),
@@ -115,6 +123,32 @@ REFUSED_JOBS: dict[str, tuple[dict[str, Any], str, str]] = {
         f'spec.dataset: Invalid value: "object": {HELD_OUT}',
         f"spec.dataset: {HELD_OUT}",
     ),
+    "a suite of two kinds": (
+        {"evaluation": {"suites": [{"name": "a", "heldOutLoss": {}, "generation": {"dataset": {"uri": JSONL}}}]}},
+        ONE_SUITE,
+        ONE_SUITE,
+    ),
+    "two suites of one name": (
+        {"evaluation": {"suites": [LOSS_SUITE, LOSS_SUITE]}},
+        "two suites of evaluation.suites have the same name: rename one",
+        "two suites of evaluation.suites have the same name: rename one",
+    ),
+    "a gate on no suite": (
+        {"evaluation": {"suites": [LOSS_SUITE], "gates": [{"suite": "rwos", "metric": "Loss", "max": 1}]}},
+        NO_SUITE,
+        NO_SUITE,
+    ),
+    "a gate on no metric": (
+        {"evaluation": {"suites": [LOSS_SUITE], "gates": [{"suite": "rows", "metric": "loss", "max": 1}]}},
+        NO_METRIC,
+        NO_METRIC,
+    ),
+    "a gate without a limit": (
+        {"evaluation": {"suites": [LOSS_SUITE], "gates": [{"suite": "rows", "metric": "Loss"}]}},
+        NO_LIMIT,
+        NO_LIMIT,
+    ),
+    "a merge into no 4-bit base": ({"output": {"merge": "Dequantized"}}, DEQUANTIZED, DEQUANTIZED),
     "checkpoints by steps and by time": (
         {"checkpoint": {"everySteps": 5, "everyMinutes": 1}},
         CHECKPOINT,

@@ -117,7 +117,11 @@ def test_an_interrupted_watch_leaves_the_job_and_says_how_to_come_back(
     watching.send_signal(signal.SIGINT)
     _, problems = watching.communicate(timeout=SECONDS)
     assert watching.returncode == 130
-    assert f"goes on. Follow it again with: tunesmith submit -f {manifest} -n {namespace} --watch" in problems
+    assert f"goes on in the cluster. Follow it again with: tunesmith submit -f {manifest} -n {namespace} --watch" in (
+        problems
+    )
+    assert f'-n {namespace} --type merge -p \'{{"spec":{{"suspend":true}}}}\'' in problems
+    assert "Stop it: kubectl delete finetunejob " in problems
     assert "Traceback" not in problems
     assert exists(apiserver, "finetunejob", namespace, "sail")
 

@@ -213,7 +213,7 @@ def _validate(job: FineTuneJob, stores: Stores, work: Path, progress: Progress) 
 def _train(
     job: FineTuneJob, stores: Stores, work: Path, ending: _Ending, arguments: argparse.Namespace
 ) -> TrainerResult:
-    from tunesmith_trainer import package  # noqa: PLC0415
+    from tunesmith_trainer import merge, package  # noqa: PLC0415
 
     progress = ending.progress
     local, target = _target(arguments.output, stores, allow_file=arguments.allow_file)
@@ -228,12 +228,14 @@ def _train(
         if local is None and arguments.checkpoints:
             with contextlib.suppress(TrainerError):  # what stays is for the bucket's lifecycle rule
                 stores.folder(arguments.checkpoints, what="checkpoints", missing=StorageUnavailableError).remove()
-        return TrainerResult(
-            outcome=Outcome.SUCCEEDED,
-            message="an earlier attempt published this artifact; nothing was trained again",
-            artifact=artifact,
-            evaluation=manifest.evaluation,
-            metrics=manifest.metrics,
+        return _judged(
+            TrainerResult(
+                outcome=Outcome.SUCCEEDED,
+                message="an earlier attempt published this artifact; nothing was trained again",
+                artifact=artifact,
+                evaluation=manifest.evaluation,
+                metrics=manifest.metrics,
+            )
         )
 
     from tunesmith_trainer.checkpoint import Checkpoints  # noqa: PLC0415
@@ -264,24 +266,42 @@ def _train(
     ending.interruption.checkpoints = checkpoints
     trained = train(job, prepared, progress, work, Faults(checkpoints, ending.interruption, ending.hung))
     progress.update(stage=Stage.PACKAGING)
-    folder = work / "artifact"
-    shutil.rmtree(folder, ignore_errors=True)
-    manifest = package.build(job, prepared, trained, folder)
+    folder, merged = work / "artifact", work / "merged"
+    for old in (folder, merged):
+        shutil.rmtree(old, ignore_errors=True)
+    manifest = package.build(job, prepared, trained, folder, merged)
     progress.update(stage=Stage.PUBLISHING)
+    if merged.is_dir():
+        # Beside the artifact: an engine's pod fetches all that the artifact's manifest lists.
+        uri = f"{target.uri.removesuffix('/artifact')}/merged"
+        beside = stores.folder(uri, what="the merged model", missing=StorageUnavailableError)
+        merge.publish(merged, beside.child(retry=PUBLISHING_RETRY))
     artifact = package.publish(folder, manifest, target.child(retry=PUBLISHING_RETRY))
     if local is not None:
         package.write_curves(local / package.CURVES, trained.curve)
     else:
         checkpoints.clear()
-    return TrainerResult(
-        outcome=Outcome.SUCCEEDED,
-        message=_summary(trained.evaluation),
-        preflight=counted,
-        resolved=prepared.resolved,
-        artifact=artifact,
-        evaluation=trained.evaluation,
-        metrics=package.metrics_of(trained.evaluation.base_loss, trained.evaluation.loss),
+    return _judged(
+        TrainerResult(
+            outcome=Outcome.SUCCEEDED,
+            message=_summary(trained.evaluation),
+            preflight=counted,
+            resolved=prepared.resolved,
+            artifact=artifact,
+            evaluation=trained.evaluation,
+            metrics=manifest.metrics,
+        )
     )
+
+
+def _judged(result: TrainerResult) -> TrainerResult:
+    """The result, failed where a gate did not pass. The artifact stays published and reported."""
+    from tunesmith_trainer.evaluation import gates  # noqa: PLC0415
+
+    told = gates.failure(result.evaluation) if result.evaluation else None
+    if told is None:
+        return result
+    return result.model_copy(update={"outcome": Outcome.FAILED, "reason": FailureReason.GATE_FAILED, "message": told})
 
 
 def _summary(evaluation: EvaluationStatus) -> str:

@@ -8,13 +8,16 @@ from dataclasses import asdict, fields
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+import torch
 from pydantic.alias_generators import to_camel
 from safetensors import safe_open
 
 from tunesmith.api.finetunejob_status import ArtifactStatus, ServableStatus
+from tunesmith.api.output import Merge
 from tunesmith.contracts.artifact import ArtifactAdapter, ArtifactBase, ArtifactFile, ArtifactManifest, digest_of
 from tunesmith.contracts.location import ARTIFACT_MANIFEST
-from tunesmith_trainer import model
+from tunesmith.contracts.parity import PARITY_FILE
+from tunesmith_trainer import card, curves, merge, model, parity
 from tunesmith_trainer.errors import SelfCheckError
 from tunesmith_trainer.spec import spec_digest
 from tunesmith_trainer.store import file_sha256
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tunesmith.api.finetunejob import FineTuneJob
+    from tunesmith.api.finetunejob_status import EvaluationStatus
     from tunesmith_trainer.prepare import Prepared
     from tunesmith_trainer.store import Folder
     from tunesmith_trainer.training.loop import Trained
@@ -31,11 +35,14 @@ if TYPE_CHECKING:
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 CURVES = "metrics.csv"
+PICTURE = "curves.png"
 _VERSIONED = ("tunesmith-trainer", "torch", "transformers", "peft", "trl", "bitsandbytes", "tokenizers", "safetensors")
 
 
-def build(job: FineTuneJob, prepared: Prepared, trained: Trained, folder: Path) -> ArtifactManifest:
+def build(job: FineTuneJob, prepared: Prepared, trained: Trained, folder: Path, merged: Path) -> ArtifactManifest:
     """Writes every file of the artifact but its manifest into `folder`, and returns the manifest.
+
+    Where the job asks for merged weights, they go into `merged`. The trained model is used up.
 
     The files hold no times and no paths of this machine: the same job gives the same bytes.
 
@@ -48,12 +55,31 @@ def build(job: FineTuneJob, prepared: Prepared, trained: Trained, folder: Path) 
     check_weights(folder / ADAPTER_WEIGHTS, prepared.modules, job.spec.method.fields.rank)
     for file in model.tokenizer_files(prepared.base):
         (folder / file.name).write_bytes(file.read_bytes())
-    _write_json(
-        folder / "evaluation.json",
-        {"heldOutLoss": trained.evaluation.manifest(), "rows": prepared.preflight.validation_rows},
-    )
+    _write_json(folder / "evaluation.json", _evaluation(trained.evaluation, prepared))
     write_curves(folder / CURVES, trained.curve)
-    (folder / "README.md").write_text(_card(job, prepared, trained), encoding="utf-8")
+    curves.draw(folder / PICTURE, trained.curve)
+    config = model.load_config(prepared.base, job.spec.base_model.uri)
+    tokenizer = model.load_tokenizer(prepared.base, job.spec.base_model.uri)
+    prompts = parity.prompt_tokens(tokenizer)
+    logits = merge.last_logits(trained.model, prompts)
+    # What follows loads the base anew; both do not have to fit.
+    for parameter in trained.model.parameters():
+        parameter.data = torch.empty(0)
+    how = job.spec.output.merge if job.spec.output else Merge.NONE
+    if how is not Merge.NONE:
+        merge.merge(
+            how,
+            prepared.base,
+            folder,
+            merged,
+            config=config,
+            quantization=job.spec.method.qlora.quantization if job.spec.method.qlora else None,
+            prompts=prompts,
+            trained=logits,
+        )
+    recorded = parity.record(prepared.base, folder, config, tokenizer, ends=prepared.ends, pad=prepared.pad)
+    _write_json(folder / PARITY_FILE, recorded.manifest())
+    (folder / "README.md").write_text(card.text(job, prepared, trained), encoding="utf-8")
 
     hyper = job.spec.hyperparameters.model_dump(mode="json", by_alias=True, exclude_none=True)
     decided = prepared.resolved.model_dump(
@@ -81,19 +107,24 @@ def build(job: FineTuneJob, prepared: Prepared, trained: Trained, folder: Path) 
         hyperparameters={**hyper, **decided},
         versions={name: version(name) for name in _VERSIONED},
         evaluation=evaluation,
-        metrics=metrics_of(evaluation.base_loss, evaluation.loss),
+        metrics=metrics_of(evaluation),
         # Plain LoRA on linear modules is what vLLM loads as it is.
         servable=ServableStatus(vllm=True),
     )
 
 
-def metrics_of(base_loss: float | None, loss: float | None) -> dict[str, float]:
-    """The metrics of a result: held-out losses in nats per target token."""
-    return {
-        name: value
-        for name, value in (("baseEvaluationLoss", base_loss), ("evaluationLoss", loss))
-        if value is not None
-    }
+def metrics_of(evaluation: EvaluationStatus) -> dict[str, float]:
+    """The metrics of a result: held-out losses in nats per target token, the adapter's scores by suite and metric."""
+    named = {"baseEvaluationLoss": evaluation.base_loss, "evaluationLoss": evaluation.loss}
+    named |= {f"{score.suite}/{score.metric}": score.adapter for score in evaluation.scores or []}
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def _evaluation(evaluation: EvaluationStatus, prepared: Prepared) -> dict[str, object]:
+    """`evaluation.json`."""
+    whole = evaluation.manifest()
+    more: dict[str, object] = {name: whole.pop(name) for name in ("scores", "gates") if name in whole}
+    return {"heldOutLoss": whole, "rows": prepared.preflight.validation_rows, **more}
 
 
 def publish(folder: Path, manifest: ArtifactManifest, target: Folder) -> ArtifactStatus:
@@ -181,43 +212,3 @@ def _rewrite_config(path: Path, job: FineTuneJob, prepared: Prepared) -> None:
 
 def _write_json(path: Path, document: object) -> None:
     path.write_text(json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _card(job: FineTuneJob, prepared: Prepared, trained: Trained) -> str:
-    spec, fields_, evaluation = job.spec, job.spec.method.fields, trained.evaluation
-    method = "QLoRA (nf4)" if spec.method.qlora else "LoRA"
-    base = spec.base_model.uri
-    front = ["library_name: peft", "pipeline_tag: text-generation", "tags: [lora, tunesmith]"]
-    if base.startswith("hf://"):
-        front.insert(0, f"base_model: {base.removeprefix('hf://')}")
-    resolved, counted = prepared.resolved, prepared.preflight
-    return "\n".join(
-        [
-            "---",
-            *front,
-            "---",
-            f"# {job.metadata.name}",
-            "",
-            f"A {method} adapter for `{base}`, trained with Tunesmith on {counted.rows} rows, {counted.tokens} tokens.",
-            "",
-            "| | |",
-            "|---|---|",
-            f"| Held-out loss, base | {evaluation.base_loss:.4f} nats per target token |",
-            f"| Held-out loss, adapter | {evaluation.loss:.4f} ({-(evaluation.loss_reduction_percent or 0):+.1f} %) |",
-            f"| Held-out rows | {counted.validation_rows} |",
-            f"| Rank, alpha | {fields_.rank}, {fields_.alpha} |",
-            f"| Modules | {', '.join(resolved.target_modules or [])} |",
-            f"| Steps, batch size | {resolved.total_steps}, {resolved.batch_size} |",
-            f"| Learning rate | {resolved.learning_rate:g}, {spec.hyperparameters.scheduler} |",
-            f"| Seed | {spec.hyperparameters.seed} |",
-            "",
-            "Load it with PEFT:",
-            "",
-            "```python",
-            "from peft import AutoPeftModelForCausalLM",
-            "# base_model_name_or_path of adapter_config.json must be reachable",
-            'model = AutoPeftModelForCausalLM.from_pretrained("path/of/this/folder")',
-            "```",
-            "",
-        ]
-    )

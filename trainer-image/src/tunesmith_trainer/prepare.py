@@ -14,6 +14,7 @@ from tunesmith.api.finetunejob_status import Preflight, Resolved
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
 from tunesmith_trainer import data, model, plan
 from tunesmith_trainer.errors import BaseModelNotFoundError, InvalidSpecError
+from tunesmith_trainer.evaluation.generation import Example, load
 from tunesmith_trainer.preflight import preflight_peak
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class Prepared:
         preflight: what was counted.
         resolved: what was decided.
         modules: modules that get an adapter, with their (in, out) features.
+        ends: tokens that end an answer.
+        examples: by generation suite, what is asked and answered.
     """
 
     base: Path
@@ -49,6 +52,8 @@ class Prepared:
     preflight: Preflight
     resolved: Resolved
     modules: dict[str, tuple[int, int]]
+    ends: list[int]
+    examples: dict[str, list[Example]]
 
 
 def prepare(job: FineTuneJob, stores: Stores, work: Path, *, weights: bool) -> Prepared:
@@ -97,6 +102,12 @@ def prepare(job: FineTuneJob, stores: Stores, work: Path, *, weights: bool) -> P
         dropped += kept_out.dropped
     else:
         validation, train = train.select(out), train.select(chosen)
+    context = getattr(config, "max_position_embeddings", None)
+    examples = {
+        suite.name: load(suite, stores, work / "data", encoder, tokenizer, context)
+        for suite in (spec.evaluation.suites if spec.evaluation else [])
+        if suite.generation is not None
+    }
     lengths = np.asarray(kept.lengths)[chosen]
 
     resolved = plan.resolve(
@@ -116,7 +127,8 @@ def prepare(job: FineTuneJob, stores: Stores, work: Path, *, weights: bool) -> P
         trainable_parameters=trainable,
         estimated_peak_bytes=peak,
     )
-    return Prepared(base, train, validation, model.pad_token(tokenizer, ends), preflight, resolved, adapted)
+    pad = model.pad_token(tokenizer, ends)
+    return Prepared(base, train, validation, pad, preflight, resolved, adapted, ends, examples)
 
 
 def _check_context(config: PretrainedConfig, kept: data.Kept) -> None:

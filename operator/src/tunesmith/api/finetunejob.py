@@ -8,10 +8,12 @@ from pydantic import ConfigDict, Field
 
 from tunesmith.api.checkpoint import Checkpoint
 from tunesmith.api.dataset import Dataset
+from tunesmith.api.evaluation import Evaluation
 from tunesmith.api.finetunejob_status import FineTuneJobStatus
 from tunesmith.api.hyperparameters import Hyperparameters
 from tunesmith.api.method import Method
 from tunesmith.api.model import API_VERSION, MAX_NAME, ApiModel, ObjectMeta, Rule, SecretReference, Uri, uri_rules
+from tunesmith.api.output import Merge, Output
 from tunesmith.api.placement import Resources, TrainingScheduling
 
 
@@ -47,12 +49,24 @@ class FineTuneJobSpec(ApiModel):
             "resources.gpus: this release trains on one GPU per job, or on the CPU with 0",
             lambda self: self.resources.gpus <= 1,
         ),
+        Rule(
+            "!has(self.output) || !has(self.output.merge) || self.output.merge != 'Dequantized' || "
+            "has(self.method.qlora)",
+            "output.merge: Dequantized belongs to method.qlora, other bases are not in 4 bits: use Original",
+            lambda self: (
+                self.output is None or self.output.merge is not Merge.DEQUANTIZED or self.method.qlora is not None
+            ),
+        ),
     )
 
     base_model: BaseModelSource = Field(description="The model to adapt.")
     dataset: Dataset = Field(description="The rows to learn from.")
     method: Method = Field(description="Exactly one method.")
     hyperparameters: Hyperparameters = Field(default_factory=Hyperparameters, description="How the optimizer runs.")
+    evaluation: Evaluation | None = Field(
+        default=None, description="What base and adapter are scored on; absent: the held-out loss, without a limit."
+    )
+    output: Output | None = Field(default=None, description="What is written beside the adapter; absent: nothing.")
     resources: Resources = Field(default_factory=Resources, description="What the training pod asks for.")
     scheduling: TrainingScheduling = Field(
         default_factory=TrainingScheduling, description="Where the pods may run, and which queue admits them."

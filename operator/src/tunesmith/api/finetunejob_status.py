@@ -134,12 +134,34 @@ class ArtifactStatus(StatusModel):
     servable: ServableStatus = Field(description="Whether an engine can load it.")
 
 
+class Score(StatusModel):
+    """One metric of one suite."""
+
+    suite: str = Field(max_length=32, description="Name of the suite.")
+    metric: str = Field(max_length=64, description="Name of the metric.")
+    base: Figure = Field(default=None, description="The base's score.")
+    adapter: Figure = Field(default=None, description="The adapter's score.")
+
+
+class GateStatus(StatusModel):
+    """What became of a gate."""
+
+    suite: str = Field(max_length=32, description="Name of the suite.")
+    metric: str = Field(max_length=64, description="Name of the metric.")
+    value: Figure = Field(default=None, description="What was reached.")
+    min: float | None = Field(default=None, description="Least value that passes.")
+    max: float | None = Field(default=None, description="Greatest value that passes.")
+    passed: bool = Field(description="Whether the value keeps the limits.")
+
+
 class EvaluationStatus(StatusModel):
-    """Scores of base and adapter on the held-out rows."""
+    """Scores of base and adapter, taken in the same run."""
 
     base_loss: Figure = Field(default=None, description="Held-out loss of the base, nats per target token.")
     loss: Figure = Field(default=None, description="Held-out loss of the adapter, nats per target token.")
     loss_reduction_percent: Figure = Field(default=None, description="How far the held-out loss fell.")
+    scores: list[Score] | None = Field(default=None, max_length=8, description="Scores of evaluation.suites.")
+    gates: list[GateStatus] | None = Field(default=None, max_length=16, description="What became of the gates.")
 
 
 class FineTuneJobStatus(StatusModel):

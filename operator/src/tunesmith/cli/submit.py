@@ -38,7 +38,12 @@ def submit(
             asyncio.run(_follow(chosen, name, output_format))
         except KeyboardInterrupt:
             again = f"tunesmith submit -f {filename}" + (f" -n {namespace}" if namespace else "") + " --watch"
-            note(f"\nFineTuneJob {name} goes on. Follow it again with: {again}")
+            note(
+                f"\nFineTuneJob {name} goes on in the cluster. Follow it again with: {again}\n"
+                f"Pause it, with a checkpoint: kubectl patch finetunejob {name} -n {chosen} --type merge"
+                """ -p '{"spec":{"suspend":true}}'\n"""
+                f"Stop it: kubectl delete finetunejob {name} -n {chosen}"
+            )
             raise typer.Exit(Exit.INTERRUPTED) from None
     elif output_format is Format.JSON:
         print_json({"name": name, "namespace": chosen})

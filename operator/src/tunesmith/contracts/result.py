@@ -56,12 +56,13 @@ class TrainerResult(StatusModel):
         return ExitCode.RETRYABLE if self.retryable else ExitCode.USER_FAULT
 
     def termination_message(self) -> str:
-        """JSON of at most 4,096 bytes; a message that is too long is cut at its end."""
+        """JSON of at most 4,096 bytes; too long, it loses the suites' scores and gates, then the message's end."""
         result = self
-        while (
-            len(text := result.model_dump_json(by_alias=True, exclude_none=True).encode())
-            > TERMINATION_MESSAGE_MAX_BYTES
-        ):
+        if result.evaluation is not None and len(_text(result)) > TERMINATION_MESSAGE_MAX_BYTES:
+            result = result.model_copy(
+                update={"evaluation": result.evaluation.model_copy(update={"scores": None, "gates": None})}
+            )
+        while len(text := _text(result)) > TERMINATION_MESSAGE_MAX_BYTES:
             excess = len(text) - TERMINATION_MESSAGE_MAX_BYTES
             result = result.model_copy(
                 update={"message": result.message[: max(0, len(result.message) - excess - 3)] + "…"}
@@ -69,4 +70,8 @@ class TrainerResult(StatusModel):
             if not result.message.strip("…"):
                 result = result.model_copy(update={"message": "…", "metrics": {}, "resolved": None})
                 break
-        return result.model_dump_json(by_alias=True, exclude_none=True)
+        return _text(result).decode()
+
+
+def _text(result: TrainerResult) -> bytes:
+    return result.model_dump_json(by_alias=True, exclude_none=True).encode()

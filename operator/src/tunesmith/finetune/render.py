@@ -224,7 +224,9 @@ def _resources(job: FineTuneJob) -> Object:
 
 def _sources(job: FineTuneJob) -> list[BaseModelSource | DatasetSource]:
     dataset = job.spec.dataset
-    return [job.spec.base_model, *dataset.train, *(dataset.validation or [])]
+    suites = job.spec.evaluation.suites if job.spec.evaluation else []
+    scored = [suite.generation.dataset for suite in suites if suite.generation is not None]
+    return [job.spec.base_model, *dataset.train, *(dataset.validation or []), *scored]
 
 
 def _secrets(job: FineTuneJob) -> list[str]:

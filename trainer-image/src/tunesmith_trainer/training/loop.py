@@ -13,7 +13,7 @@ from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from tunesmith.api.finetunejob_status import EvaluationStatus, Stage
-from tunesmith_trainer import evaluate, model
+from tunesmith_trainer import model
 from tunesmith_trainer.errors import (
     InterruptedRunError,
     InvalidSpecError,
@@ -21,6 +21,8 @@ from tunesmith_trainer.errors import (
     OutOfMemoryError,
     SelfCheckError,
 )
+from tunesmith_trainer.evaluation import gates, generation
+from tunesmith_trainer.evaluation.loss import held_out_loss
 from tunesmith_trainer.training.arguments import arguments
 from tunesmith_trainer.training.saving import Saver
 from tunesmith_trainer.training.watch import CurvePoint, Watch
@@ -125,7 +127,7 @@ def _train(
     model.full_precision_adapter(peft_model)
 
     def score(rows: Dataset, *, adapter: bool) -> float:
-        return evaluate.held_out_loss(peft_model, rows, collate, resolved.micro_batch_size or 1, adapter=adapter)
+        return held_out_loss(peft_model, rows, collate, resolved.micro_batch_size or 1, adapter=adapter)
 
     progress.update(stage=Stage.EVALUATING, step=0, total_steps=resolved.total_steps, epoch=0.0)
     before = score(prepared.validation, adapter=False)
@@ -150,7 +152,39 @@ def _train(
     curve.append(CurvePoint(step=last.step, epoch=last.epoch, evaluation_loss=after))
     progress.update(evaluation_loss=after)
     evaluation = EvaluationStatus(base_loss=before, loss=after, loss_reduction_percent=100 * (before - after) / before)
-    return Trained(peft_model, evaluation, curve)
+    answered = _generated(job, prepared, peft_model)
+    return Trained(peft_model, gates.judge(job.spec.evaluation, evaluation, answered), curve)
+
+
+def _generated(job: FineTuneJob, prepared: Prepared, peft_model: PeftModel) -> dict[str, tuple[float, float]]:
+    """By generation suite, the metric of base and adapter."""
+    tokenizer = model.load_tokenizer(prepared.base, job.spec.base_model.uri)
+    scores = {}
+    for suite in job.spec.evaluation.suites if job.spec.evaluation else []:
+        asked = suite.generation
+        if asked is None:
+            continue
+        examples = prepared.examples[suite.name]
+        expected = [example.answer for example in examples]
+        base, adapter = (
+            generation.score(
+                asked.metric,
+                generation.answers(
+                    peft_model,
+                    tokenizer,
+                    examples,
+                    adapter=adapted,
+                    max_new_tokens=asked.max_new_tokens,
+                    ends=prepared.ends,
+                    pad=prepared.pad,
+                    batch_size=prepared.resolved.micro_batch_size or 1,
+                ),
+                expected,
+            )
+            for adapted in (False, True)
+        )
+        scores[suite.name] = (base, adapter)
+    return scores
 
 
 def _run(trainer: Trainer, saver: Saver, faults: Faults, progress: Progress) -> None:

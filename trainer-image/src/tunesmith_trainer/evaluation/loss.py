@@ -33,7 +33,7 @@ def held_out_loss(model: PeftModel, rows: Dataset, collate: Collate, batch_size:
     model.eval()
     total, targets = 0.0, 0
     try:
-        with torch.inference_mode(), nullcontext() if adapter else model.disable_adapter(), _precision(device):
+        with torch.inference_mode(), nullcontext() if adapter else model.disable_adapter(), precision(device):
             for batch in _batches(rows, batch_size):
                 inputs = {name: tensor.to(device) for name, tensor in collate(batch).items()}
                 output = model(**inputs, fused_lm_head=True)
@@ -52,5 +52,6 @@ def _batches(rows: Dataset, size: int) -> Iterator[list[dict[str, list[int]]]]:
         yield [rows[place] for place in order[start : start + size]]
 
 
-def _precision(device: torch.device) -> AbstractContextManager[None]:
+def precision(device: torch.device) -> AbstractContextManager[None]:
+    """Products in bfloat16 on a GPU, as in training."""
     return torch.autocast(device.type, torch.bfloat16) if device.type == "cuda" else nullcontext()

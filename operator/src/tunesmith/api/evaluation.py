@@ -1,0 +1,128 @@
+"""What a FineTuneJob is scored on, and the limits that its adapter must keep."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import Field
+
+from tunesmith.api.dataset import DatasetSource
+from tunesmith.api.model import ApiModel, Rule
+
+SuiteName = Annotated[str, Field(min_length=1, max_length=32, pattern=r"^[a-zA-Z0-9]([-a-zA-Z0-9]*[a-zA-Z0-9])?$")]
+LOSS = "Loss"
+LOSS_REDUCTION = "LossReductionPercent"
+GAIN = "Gain"
+"""`<metric>Gain` is the adapter's score less the base's."""
+
+
+class GenerationMetric(StrEnum):
+    """How an answer is compared with the one of the data set."""
+
+    EXACT_MATCH = "ExactMatch"
+    CONTAINS = "Contains"
+    BLEU = "Bleu"
+    CHRF = "ChrF"
+
+
+class HeldOutLoss(ApiModel):
+    """The loss on the held-out rows: metrics Loss (nats per target token) and LossReductionPercent."""
+
+
+class Generation(ApiModel):
+    """Answers to the prompts of a data set, by greedy decoding, compared with the data set's answers."""
+
+    dataset: DatasetSource = Field(description="A .jsonl file with rows as in dataset.train; the last answer counts.")
+    metric: GenerationMetric = Field(
+        default=GenerationMetric.EXACT_MATCH,
+        description="ExactMatch and Contains: share of rows, 0 to 1, without regard to blanks at the ends. Bleu and "
+        "ChrF: sacrebleu's corpus scores, 0 to 100.",
+    )
+    max_new_tokens: int = Field(default=128, ge=1, le=4096, description="Longest answer, in tokens.")
+    limit: int | None = Field(default=None, ge=1, le=100_000, description="Rows from the first on; absent: all.")
+
+
+class Suite(ApiModel):
+    """One set of scores of base and adapter."""
+
+    rules = (
+        Rule(
+            "has(self.heldOutLoss) != has(self.generation)",
+            "a suite of evaluation.suites needs exactly one of heldOutLoss and generation: keep one, remove the other",
+            lambda self: (self.held_out_loss is None) != (self.generation is None),
+        ),
+    )
+
+    name: SuiteName = Field(description="Name that gates and scores go by.")
+    held_out_loss: HeldOutLoss | None = Field(default=None, description="The loss on the held-out rows.")
+    generation: Generation | None = Field(default=None, description="Answers compared with those of a data set.")
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What a gate can name."""
+        if self.generation is None:
+            return (LOSS, LOSS_REDUCTION)
+        return (self.generation.metric.value, self.generation.metric.value + GAIN)
+
+
+class Gate(ApiModel):
+    """A limit that the adapter's score must keep, or the job ends as GateFailed. The artifact is kept."""
+
+    rules = (
+        Rule(
+            "has(self.min) || has(self.max)",
+            "a gate of evaluation.gates needs min or max: without a limit it would always hold",
+            lambda self: self.min is not None or self.max is not None,
+        ),
+        Rule(
+            "!has(self.min) || !has(self.max) || self.min <= self.max",
+            "a gate of evaluation.gates has a min above its max, which nothing can keep: swap them",
+            lambda self: self.min is None or self.max is None or self.min <= self.max,
+        ),
+    )
+
+    suite: SuiteName = Field(description="Name of a suite.")
+    metric: str = Field(
+        min_length=1,
+        max_length=64,
+        description="Loss or LossReductionPercent of heldOutLoss; of generation its metric, or its metric with Gain "
+        "behind it (adapter less base).",
+    )
+    min: float | None = Field(default=None, description="Least value that passes.")
+    max: float | None = Field(default=None, description="Greatest value that passes.")
+
+
+class Evaluation(ApiModel):
+    """Scores of base and adapter, taken in the same run, and what the adapter must reach."""
+
+    rules = (
+        Rule(
+            "!has(self.gates) || self.gates.all(gate, self.suites.exists(suite, suite.name == gate.suite))",
+            "a gate of evaluation.gates names a suite that is not in evaluation.suites: correct its name",
+            lambda self: {gate.suite for gate in self.gates or []} <= {suite.name for suite in self.suites},
+        ),
+        Rule(
+            "!has(self.gates) || self.gates.all(gate, self.suites.all(suite, suite.name != gate.suite || "
+            "(has(suite.heldOutLoss) ? gate.metric in ['Loss', 'LossReductionPercent'] : !has(suite.generation) || "
+            "gate.metric == suite.generation.metric || gate.metric == suite.generation.metric + 'Gain')))",
+            "a gate of evaluation.gates names a metric that its suite does not have: heldOutLoss has Loss and "
+            "LossReductionPercent, generation has its metric and the same with Gain behind it",
+            lambda self: all(
+                gate.metric in suite.metrics
+                for gate in self.gates or []
+                for suite in self.suites
+                if suite.name == gate.suite
+            ),
+        ),
+        Rule(
+            "self.suites.all(one, self.suites.exists_one(other, other.name == one.name))",
+            "two suites of evaluation.suites have the same name: rename one",
+            lambda self: len({suite.name for suite in self.suites}) == len(self.suites),
+        ),
+    )
+
+    suites: list[Suite] = Field(min_length=1, max_length=8, description="What is scored.")
+    gates: list[Gate] | None = Field(
+        default=None, min_length=1, max_length=16, description="Limits that decide between Complete and GateFailed."
+    )

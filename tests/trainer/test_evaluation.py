@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from peft import PeftModel
+from trainer_rig import Workbench, chat_rows, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tunesmith.api.conditions import FailureReason
+from tunesmith.api.evaluation import Evaluation, GenerationMetric
+from tunesmith.api.finetunejob_status import EvaluationStatus
+from tunesmith_trainer.evaluation import gates
+from tunesmith_trainer.evaluation.generation import score
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SCORES = {
+    "exact": (GenerationMetric.EXACT_MATCH, [" blue\n", "green", "Blue"], ["blue", "grey", "blue"], 1 / 3),
+    "contains": (GenerationMetric.CONTAINS, ["It is blue.", "none"], ["blue", "green"], 0.5),
+    "equal texts by BLEU": (GenerationMetric.BLEU, ["the door is very blue"], ["the door is very blue"], 100),
+    "other texts by chrF": (GenerationMetric.CHRF, ["abcdef"], ["uvwxyz"], 0),
+}
+LOSSES = EvaluationStatus(base_loss=2.0, loss=1.5, loss_reduction_percent=25.0)
+# limits of a gate → what is told, None where it passes
+GATES: dict[str, tuple[dict[str, Any], str | None]] = {
+    "below the max": ({"suite": "rows", "metric": "Loss", "max": 1.6}, None),
+    "at the max": ({"suite": "rows", "metric": "Loss", "max": 1.5}, None),
+    "above the max": ({"suite": "rows", "metric": "Loss", "max": 1.4}, "gate rows/Loss: 1.5 is above its max 1.4"),
+    "a fall that is large enough": ({"suite": "rows", "metric": "LossReductionPercent", "min": 20}, None),
+    "a score below the min": (
+        {"suite": "doors", "metric": "ExactMatch", "min": 0.9},
+        "gate doors/ExactMatch: 0.75 is below its min 0.9",
+    ),
+    "a gain over the base": ({"suite": "doors", "metric": "ExactMatchGain", "min": 0.5}, None),
+    "no gain over the base": (
+        {"suite": "doors", "metric": "ExactMatchGain", "min": 0.6},
+        "gate doors/ExactMatchGain: 0.5 is below its min 0.6",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SCORES)
+def test_answers_are_scored(case: str) -> None:
+    metric, given, expected, value = SCORES[case]
+    assert score(metric, given, expected) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("case", GATES)
+def test_a_gate_keeps_its_limits(case: str) -> None:
+    gate, told = GATES[case]
+    judged = _judge(gate, LOSSES)
+    failure = gates.failure(judged)
+    if told is None:
+        assert failure is None
+    else:
+        assert failure is not None
+        assert failure.startswith(told)
+        assert "The artifact is kept" in failure
+
+
+def test_what_is_no_number_passes_no_gate() -> None:
+    judged = _judge({"suite": "rows", "metric": "Loss", "max": 100}, EvaluationStatus(base_loss=2.0, loss=float("nan")))
+    assert judged.gates is not None
+    assert [gate.passed for gate in judged.gates] == [False]
+
+
+def _judge(gate: dict[str, Any], losses: EvaluationStatus) -> EvaluationStatus:
+    suites = [
+        {"name": "rows", "heldOutLoss": {}},
+        {"name": "doors", "generation": {"dataset": {"uri": "s3://data/doors.jsonl"}}},
+    ]
+    return gates.judge(Evaluation.model_validate({"suites": suites, "gates": [gate]}), losses, {"doors": (0.25, 0.75)})
+
+
+def test_base_and_adapter_answer_as_plain_transformers_and_peft_do(bench: Workbench, base_model: Path) -> None:
+    rows = chat_rows(5)
+    job = _job(bench, rows, metric="ChrF", max_new_tokens=12)
+    ran = bench.run("train", job)
+    assert ran.code == 0, ran.result.message
+    folder = bench.output / "artifact"
+    scores = json.loads((folder / "evaluation.json").read_text())["scores"]
+    assert [(one["suite"], one["metric"]) for one in scores] == [("rows", "Loss"), ("doors", "ChrF")]
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    base = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
+    for who, model in (
+        ("base", base),
+        ("adapter", PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_model), folder)),
+    ):
+        given = []
+        for row in rows:
+            prompt = tokenizer.apply_chat_template(row["messages"][:1], tokenize=False, add_generation_prompt=True)
+            ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+            out = model.eval().generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12
+            )
+            given.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+        expected = score(GenerationMetric.CHRF, given, [row["messages"][1]["content"] for row in rows])
+        assert scores[1][who] == pytest.approx(expected, abs=1e-3), who
+    assert ran.result.metrics["doors/ChrF"] == scores[1]["adapter"]
+
+
+def test_a_gate_that_fails_keeps_the_artifact_and_says_so_again(bench: Workbench) -> None:
+    job = _job(bench, chat_rows(2), gates=[{"suite": "rows", "metric": "Loss", "max": 0.001}])
+    for _ in range(2):  # the second attempt finds what the first published
+        ran = bench.run("train", job)
+        assert (ran.code, ran.result.reason, ran.result.retryable) == (2, FailureReason.GATE_FAILED, False)
+        assert ran.result.message.startswith("gate rows/Loss: ")
+        assert ran.result.artifact is not None
+        assert ran.result.evaluation is not None
+        assert ran.result.evaluation.gates is not None
+        assert not ran.result.evaluation.gates[0].passed
+        assert (bench.output / "artifact/tunesmith.json").is_file()
+    card = (bench.output / "artifact/README.md").read_text()
+    assert "| doors: ExactMatch | 0.0 | 0.0 |" in card
+    assert "max 0.001: FAILED" in card
+
+
+def test_bad_evaluation_data_is_found_on_the_cpu(bench: Workbench) -> None:
+    job = _job(bench, [{"messages": [{"role": "user", "content": "why"}]}])
+    ran = bench.run("validate", job)
+    assert (ran.code, ran.result.reason) == (2, FailureReason.DATASET_INVALID)
+    assert ran.result.message.startswith("doors.jsonl line 1: the last message is the user's")
+
+
+def test_answers_that_leave_the_context_are_refused(bench: Workbench) -> None:
+    ran = bench.run("validate", _job(bench, chat_rows(1), max_new_tokens=512))
+    assert (ran.code, ran.result.reason) == (2, FailureReason.INVALID_SPEC)
+    assert "lower maxNewTokens" in ran.result.message
+
+
+def _job(
+    bench: Workbench,
+    rows: list[Any],
+    *,
+    metric: str = "ExactMatch",
+    max_new_tokens: int = 4,
+    gates: list[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    file = write_rows(bench.folder / "doors.jsonl", rows)
+    generation = {"dataset": {"uri": f"file://{file}"}, "metric": metric, "maxNewTokens": max_new_tokens}
+    suites = [{"name": "rows", "heldOutLoss": {}}, {"name": "doors", "generation": generation}]
+    return bench.job(evaluation={"suites": suites} | ({"gates": gates} if gates else {}))

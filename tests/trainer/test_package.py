@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from tunesmith.contracts.artifact import ArtifactManifest
+from tunesmith.contracts.parity import Parity
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from trainer_rig import Workbench
+
+QLORA = {"qlora": {"rank": 4, "alpha": 8}}
+LORA = {"lora": {"rank": 4, "alpha": 8}}
+# method, merge → largest relative error of the logits that the merge may have
+MERGES = {
+    "lora into the original": (LORA, "Original", 1e-4),
+    "qlora into the dequantized": (QLORA, "Dequantized", 1e-3),
+    "qlora into the original": (QLORA, "Original", None),
+}
+
+
+def test_parity_is_what_plain_transformers_and_peft_say(bench: Workbench, base_model: Path) -> None:
+    assert bench.run("train", bench.job()).code == 0
+    folder = bench.output / "artifact"
+    parity = Parity.model_validate_json((folder / "parity.json").read_text())
+    assert parity.data_type == "float32"
+    base = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32).eval()
+    adapter = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_model), folder).eval()
+    different = 0
+    for probe in parity.probes:
+        ids = torch.tensor([[*probe.prompt_token_ids, *probe.answer_token_ids]])
+        start = len(probe.prompt_token_ids)
+        for model, positions in ((base, probe.base), (adapter, probe.adapter)):
+            with torch.no_grad():
+                scores = torch.log_softmax(model(input_ids=ids).logits[0, start - 1 : -1], dim=-1)
+            for row, token, position in zip(scores, probe.answer_token_ids, positions, strict=True):
+                assert position.chosen == pytest.approx(float(row[token]), abs=1e-4)
+                assert position.top[0].log_probability == pytest.approx(float(row.max()), abs=1e-4)
+                assert len(position.top) == 5
+        assert all(position.chosen == position.top[0].log_probability for position in probe.adapter), "greedy"
+        different += probe.base != probe.adapter
+    assert different == len(parity.probes)
+
+
+@pytest.mark.parametrize("case", MERGES)
+def test_merged_weights_are_what_was_trained(bench: Workbench, case: str) -> None:
+    method, how, limit = MERGES[case]
+    ran = bench.run("train", bench.job(method=method, output={"merge": how}))
+    assert ran.code == 0, ran.result.message
+    folder = bench.output / "merged"
+    document: dict[str, Any] = json.loads((folder / "merged.json").read_text())
+    assert document["merge"] == how
+    if limit is None:
+        assert document["relativeLogitError"] > 1e-3, "another base than the one that was trained on"
+    else:
+        assert document["relativeLogitError"] < limit
+    assert {file.name for file in folder.iterdir()} == {*document["files"], "merged.json"}
+    for name, digest in document["files"].items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+    # The artifact, which engines fetch whole, does not hold them.
+    manifest = ArtifactManifest.model_validate_json((bench.output / "artifact/tunesmith.json").read_bytes())
+    assert "model.safetensors" not in manifest.files
+    merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    if limit is not None and how == "Original":
+        probe = Parity.model_validate_json((bench.output / "artifact/parity.json").read_text()).probes[0]
+        with torch.no_grad():
+            logits = merged(input_ids=torch.tensor([probe.prompt_token_ids])).logits[0, -1]
+        assert int(logits.argmax()) == probe.answer_token_ids[0]
+
+
+def test_a_merge_without_a_quantized_base_is_refused(bench: Workbench) -> None:
+    ran = bench.run("validate", bench.job(output={"merge": "Dequantized"}))
+    assert ran.code == 2
+    assert "belongs to method.qlora" in ran.result.message
+
+
+def test_the_curves_are_a_picture(bench: Workbench) -> None:
+    assert bench.run("train", bench.job()).code == 0
+    png = (bench.output / "artifact/curves.png").read_bytes()
+    assert png.startswith(b"\x89PNG")
+    assert (int.from_bytes(png[16:20]), int.from_bytes(png[20:24])) == (960, 540)

@@ -1,0 +1,96 @@
+"""The model card of an artifact: what a colleague needs to judge and use the adapter."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tunesmith.api.evaluation import LOSS
+
+if TYPE_CHECKING:
+    from tunesmith.api.finetunejob import FineTuneJob
+    from tunesmith.api.finetunejob_status import GateStatus
+    from tunesmith_trainer.prepare import Prepared
+    from tunesmith_trainer.training.loop import Trained
+
+
+def text(job: FineTuneJob, prepared: Prepared, trained: Trained) -> str:
+    """Markdown with the Hub's front matter; no times and no paths of this machine."""
+    spec, fields_, evaluation = job.spec, job.spec.method.fields, trained.evaluation
+    method = "QLoRA (nf4)" if spec.method.qlora else "LoRA"
+    base = spec.base_model.uri
+    front = ["library_name: peft", "pipeline_tag: text-generation", "tags: [lora, tunesmith]"]
+    if base.startswith("hf://"):
+        front.insert(0, f"base_model: {base.removeprefix('hf://')}")
+    resolved, counted = prepared.resolved, prepared.preflight
+    scored = [
+        f"| {score.suite}: {score.metric} | {score.base} | {score.adapter} |"
+        for score in evaluation.scores or []
+        if score.metric != LOSS
+    ]
+    gates = [
+        f"- {gate.suite}/{gate.metric}: {gate.value}, {_limits(gate)}: {'passed' if gate.passed else 'FAILED'}"
+        for gate in evaluation.gates or []
+    ]
+    change = f" ({-(evaluation.loss_reduction_percent or 0):+.1f} %)"
+    return "\n".join(
+        [
+            "---",
+            *front,
+            "---",
+            f"# {job.metadata.name}",
+            "",
+            f"A {method} adapter for `{base}`, trained with Tunesmith on {counted.rows} rows, {counted.tokens} tokens.",
+            "It needs that base model, whose licence and limits hold for it too.",
+            "",
+            "## Results",
+            "",
+            "| | base | adapter |",
+            "|---|---|---|",
+            f"| Held-out loss, nats per target token | {evaluation.base_loss:.4f} | {evaluation.loss:.4f}{change} |",
+            *scored,
+            "",
+            f"Scored in one run; the loss on {counted.validation_rows} held-out rows that were not trained on.",
+            "Whether answers are true, safe or fair was not measured.",
+            *(["", "Gates:", "", *gates] if gates else []),
+            "",
+            "![loss over the steps](curves.png)",
+            "",
+            "## Training",
+            "",
+            "| | |",
+            "|---|---|",
+            f"| Rank, alpha | {fields_.rank}, {fields_.alpha} |",
+            f"| Modules | {', '.join(resolved.target_modules or [])} |",
+            f"| Steps, batch size | {resolved.total_steps}, {resolved.batch_size} |",
+            f"| Learning rate | {resolved.learning_rate:g}, {spec.hyperparameters.scheduler} |",
+            f"| Seed | {spec.hyperparameters.seed} |",
+            f"| Rows dropped as too long | {counted.dropped_rows} |",
+            f"| Data | {resolved.dataset_digest} |",
+            f"| Base | {resolved.base_model_fingerprint} |",
+            "",
+            "## Use",
+            "",
+            "Load it with PEFT:",
+            "",
+            "```python",
+            "from peft import AutoPeftModelForCausalLM",
+            "# base_model_name_or_path of adapter_config.json must be reachable",
+            'model = AutoPeftModelForCausalLM.from_pretrained("path/of/this/folder")',
+            "```",
+            "",
+            "Serve it with Tunesmith, on a ServingPool of the same base model:",
+            "",
+            "```yaml",
+            "apiVersion: tunesmith.dev/v1alpha1",
+            "kind: AdapterDeployment",
+            f"metadata: {{name: {job.metadata.name}}}",
+            f"spec: {{adapterFrom: {{fineTuneJob: {{name: {job.metadata.name}}}}}}}",
+            "```",
+            "",
+        ]
+    )
+
+
+def _limits(gate: GateStatus) -> str:
+    """Such as `min 0.8`."""
+    return ", ".join(f"{name} {value:g}" for name, value in (("min", gate.min), ("max", gate.max)) if value is not None)

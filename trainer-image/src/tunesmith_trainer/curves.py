@@ -1,0 +1,34 @@
+"""The curves as a picture: training loss and held-out loss over the steps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from tunesmith_trainer.training.watch import CurvePoint
+
+
+def draw(path: Path, curve: Sequence[CurvePoint]) -> None:
+    """Writes a PNG of 960 × 540 pixels; the same curve gives the same bytes."""
+    figure = Figure(figsize=(9.6, 5.4), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    trained = [(point.step, point.loss) for point in curve if point.loss is not None]
+    held_out = [(point.step, point.evaluation_loss) for point in curve if point.evaluation_loss is not None]
+    if trained:
+        axes.plot(*zip(*trained, strict=True), color="tab:blue", linewidth=1.2, label="training")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), color="tab:orange", marker="o", label="held out")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss, nats per target token")
+    axes.grid(alpha=0.3)
+    if trained or held_out:
+        axes.legend()
+    # Without the library's version the file depends on what it shows alone.
+    figure.savefig(path, metadata={"Software": None})

@@ -1,0 +1,81 @@
+"""Gates: whether the adapter's scores keep the limits of the manifest. Pure."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from tunesmith.api.evaluation import GAIN, LOSS, LOSS_REDUCTION
+from tunesmith.api.finetunejob_status import EvaluationStatus, GateStatus, Score
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from tunesmith.api.evaluation import Evaluation
+
+
+def judge(
+    asked: Evaluation | None, losses: EvaluationStatus, answers: Mapping[str, tuple[float, float]]
+) -> EvaluationStatus:
+    """The scores of all suites and what became of each gate.
+
+    Args:
+        asked: the manifest's evaluation.
+        losses: held-out losses of base and adapter.
+        answers: by generation suite, the metric of base and adapter.
+    """
+    if asked is None:
+        return losses
+    values: dict[tuple[str, str], float] = {}
+    scores = []
+    for suite in asked.suites:
+        if suite.generation is None:
+            values[suite.name, LOSS] = _number(losses.loss)
+            values[suite.name, LOSS_REDUCTION] = _number(losses.loss_reduction_percent)
+            scores.append(Score(suite=suite.name, metric=LOSS, base=losses.base_loss, adapter=losses.loss))
+            continue
+        base, adapter = answers[suite.name]
+        metric = suite.generation.metric.value
+        values[suite.name, metric] = adapter
+        values[suite.name, metric + GAIN] = adapter - base
+        scores.append(Score(suite=suite.name, metric=metric, base=base, adapter=adapter))
+    gates = [
+        GateStatus(
+            suite=gate.suite,
+            metric=gate.metric,
+            value=values[gate.suite, gate.metric],
+            min=gate.min,
+            max=gate.max,
+            passed=_keeps(values[gate.suite, gate.metric], gate.min, gate.max),
+        )
+        for gate in asked.gates or []
+    ]
+    return losses.model_copy(update={"scores": scores, "gates": gates or None})
+
+
+def failure(evaluation: EvaluationStatus) -> str | None:
+    """What the gates that did not pass say, as a sentence; None where all passed."""
+    failed = [gate for gate in evaluation.gates or [] if not gate.passed]
+    if not failed:
+        return None
+    told = "; ".join(_told(gate) for gate in failed)
+    return (
+        f"{told}. The artifact is kept: use it as it is, or train again with more or better data, another learning "
+        "rate or more steps, or move the gate"
+    )
+
+
+def _told(gate: GateStatus) -> str:
+    value = math.nan if gate.value is None else gate.value
+    if gate.min is not None and not value >= gate.min:
+        return f"gate {gate.suite}/{gate.metric}: {value:.4g} is below its min {gate.min:g}"
+    return f"gate {gate.suite}/{gate.metric}: {value:.4g} is above its max {gate.max:g}"
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _keeps(value: float, least: float | None, most: float | None) -> bool:
+    """What is not a number keeps no limit."""
+    return not math.isnan(value) and (least is None or value >= least) and (most is None or value <= most)

@@ -1,0 +1,133 @@
+"""Answers of base and adapter to the prompts of a data set, by greedy decoding, compared with its answers."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.metrics.chrf import CHRF
+from transformers import GenerationConfig
+
+from tunesmith.api.evaluation import GenerationMetric
+from tunesmith_trainer import data
+from tunesmith_trainer.errors import DatasetInvalidError, InvalidSpecError
+from tunesmith_trainer.evaluation.loss import precision
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerFast
+
+    from tunesmith.api.evaluation import Suite
+    from tunesmith_trainer.store import Stores
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt, as tokens, and the answer that the data set has for it."""
+
+    prompt: list[int]
+    answer: str
+
+
+def load(
+    suite: Suite,
+    stores: Stores,
+    folder: Path,
+    encoder: data.Encoder,
+    tokenizer: PreTrainedTokenizerFast,
+    context: int | None,
+) -> list[Example]:
+    """The examples of a generation suite: each row up to its last answer, and that answer.
+
+    Raises:
+        DatasetNotFoundError: there is no such file.
+        DatasetInvalidError: a row is not usable.
+        InvalidSpecError: a prompt and its answer do not fit the model's context.
+    """
+    asked = suite.generation
+    assert asked is not None  # noqa: S101 - the caller has looked
+    examples: list[Example] = []
+    for row in data.read(data.fetch([asked.dataset], stores, folder / suite.name), hashlib.sha256()):
+        if asked.limit is not None and len(examples) == asked.limit:
+            continue  # the rest is read for its mistakes
+        example = _example(encoder.encode(row), tokenizer)
+        if not example.answer.strip():
+            raise DatasetInvalidError(f"{row.where}: there is no answer to compare with")
+        if context is not None and len(example.prompt) + asked.max_new_tokens > context:
+            raise InvalidSpecError(
+                f"evaluation suite {suite.name}: the prompt of {row.where} has {len(example.prompt)} tokens and "
+                f"maxNewTokens is {asked.max_new_tokens}, together more than the base model's context of {context}: "
+                "lower maxNewTokens or shorten the prompt"
+            )
+        examples.append(example)
+    return examples
+
+
+def _example(tokens: data.Tokens, tokenizer: PreTrainedTokenizerFast) -> Example:
+    labels = tokens.labels
+    end = max(place for place, label in enumerate(labels) if label != data.IGNORED) + 1
+    start = end
+    while start > 0 and labels[start - 1] != data.IGNORED:
+        start -= 1
+    answer = tokenizer.decode(tokens.input_ids[start:end], skip_special_tokens=True)
+    return Example(tokens.input_ids[:start], str(answer))
+
+
+def answers(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerFast,
+    examples: Sequence[Example],
+    *,
+    adapter: bool,
+    max_new_tokens: int,
+    ends: Sequence[int],
+    pad: int,
+    batch_size: int,
+) -> list[str]:
+    """The answers of the adapter, or of the base alone, in the order of the examples."""
+    device = model.device
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(ends), pad_token_id=pad, use_cache=True
+    )
+    order = sorted(range(len(examples)), key=lambda place: (-len(examples[place].prompt), place))
+    texts: dict[int, str] = {}
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode(), nullcontext() if adapter else model.disable_adapter(), precision(device):
+            for begin in range(0, len(order), batch_size):
+                places = order[begin : begin + batch_size]
+                prompts = [examples[place].prompt for place in places]
+                width = max(map(len, prompts))
+                ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+                mask = torch.tensor(
+                    [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device
+                )
+                generated: Any = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+                for place, row in zip(places, generated[:, width:].tolist(), strict=True):
+                    texts[place] = str(tokenizer.decode(row, skip_special_tokens=True))
+    finally:
+        model.train(was_training)
+    return [texts[place] for place in range(len(examples))]
+
+
+def score(metric: GenerationMetric, given: Sequence[str], expected: Sequence[str]) -> float:
+    """The metric over all answers: ExactMatch and Contains 0 to 1, Bleu and ChrF 0 to 100 (sacrebleu, corpus)."""
+    if metric is GenerationMetric.EXACT_MATCH:
+        return _share(one.strip() == other.strip() for one, other in zip(given, expected, strict=True))
+    if metric is GenerationMetric.CONTAINS:
+        return _share(other.strip() in one for one, other in zip(given, expected, strict=True))
+    scorer = BLEU() if metric is GenerationMetric.BLEU else CHRF()
+    return float(scorer.corpus_score(list(given), [list(expected)]).score)
+
+
+def _share(hits: Iterable[bool]) -> float:
+    values = list(hits)
+    return sum(values) / len(values)

@@ -1,0 +1,103 @@
+"""Full weights: the adapter merged into its base, with the measured distance from what was trained."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from tunesmith.api.output import Merge
+from tunesmith_trainer import model as base_model
+from tunesmith_trainer.errors import SelfCheckError
+from tunesmith_trainer.parity import serving_type
+from tunesmith_trainer.store import file_sha256
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from transformers import PretrainedConfig
+
+    from tunesmith.api.method import Quantization
+    from tunesmith_trainer.store import Folder
+
+MANIFEST = "merged.json"
+
+
+def last_logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:  # noqa: ANN401 - with or without adapter
+    """The logits of the token after each prompt, in float32 on the CPU."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            return [
+                model(input_ids=torch.tensor([list(prompt)], device=model.device)).logits[0, -1].float().cpu()
+                for prompt in prompts
+            ]
+    finally:
+        model.train(was_training)
+
+
+def merge(
+    how: Merge,
+    base: Path,
+    artifact: Path,
+    target: Path,
+    *,
+    config: PretrainedConfig,
+    quantization: Quantization | None,
+    prompts: Sequence[Sequence[int]],
+    trained: Sequence[torch.Tensor],
+) -> None:
+    """Writes the merged model into `target`: sharded safetensors, tokenizer and `merged.json`.
+
+    Args:
+        how: into the base as published, or into the 4-bit base turned back.
+        base: folder of the base model with its weights.
+        artifact: folder of the saved adapter.
+        target: folder that is made.
+        config: the base's configuration.
+        quantization: how the base was held while training.
+        prompts: prompts to compare on, as token ids.
+        trained: `last_logits` of the trained model for them.
+
+    Raises:
+        SelfCheckError: the merged weights are not finite.
+    """
+    cpu = torch.device("cpu")
+    loaded: Any = base_model.load_model(base, cpu, quantization if how is Merge.DEQUANTIZED else None)
+    if how is Merge.DEQUANTIZED:
+        loaded = loaded.dequantize()
+    # Merged in float32 and rounded once, when it is saved.
+    merged: Any = PeftModel.from_pretrained(loaded.float(), str(artifact)).merge_and_unload(safe_merge=True)
+    merged.config.use_cache = config.use_cache
+    merged.to(serving_type(config)).save_pretrained(str(target))
+    for file in base_model.tokenizer_files(base):
+        (target / file.name).write_bytes(file.read_bytes())
+    del loaded, merged
+    saved = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32, local_files_only=True)
+    found = last_logits(saved, prompts)
+    if not all(bool(logits.isfinite().all()) for logits in found):
+        raise SelfCheckError("the merged model's logits are not finite")
+    document = {
+        "merge": how.value,
+        "dataType": str(serving_type(config)).removeprefix("torch."),
+        "relativeLogitError": _distance(found, trained),
+        "files": {file.name: file_sha256(file) for file in sorted(target.iterdir())},
+    }
+    (target / MANIFEST).write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def publish(folder: Path, target: Folder) -> None:
+    """Uploads the merged model, its manifest last."""
+    for name in sorted((file.name for file in folder.iterdir()), key=lambda name: (name == MANIFEST, name)):
+        target.upload(name, folder / name)
+
+
+def _distance(found: Sequence[torch.Tensor], trained: Sequence[torch.Tensor]) -> float:
+    """Norm of the difference over the norm of the trained model's logits."""
+    one, other = torch.cat(list(found)).double(), torch.cat(list(trained)).double()
+    return round(float((one - other).norm() / other.norm()), 6)
