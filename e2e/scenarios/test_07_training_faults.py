@@ -1,0 +1,155 @@
+"""A training pod that is evicted, suspended by its user or held back by a queue: the job goes on and completes."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+import yaml
+from custom_resources import TRAINED_SECONDS, finished_job, job_manifest
+from demo import JOB
+from installation import DEMO, apply, condition, delete, get, in_store, items, kubectl, until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from installation import Object
+
+STEPS = 40
+SOME_STEPS = 3
+"""So many steps are done before the job is disturbed: enough to go on from, and far from the end."""
+NAMES = ("evicted", "suspended", "queued")
+
+
+@pytest.fixture(scope="module")
+def submit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
+    """Creates one of this file's jobs anew, with other fields of its spec; all of them are removed at the end."""
+    rows = tmp_path_factory.mktemp("rows") / "faults.jsonl"
+    with rows.open("w") as file:
+        for number in range(24):
+            turns = [
+                {"role": "user", "content": f"What is {number}?"},
+                {"role": "assistant", "content": "A number, says the keeper."},
+            ]
+            file.write(json.dumps({"messages": turns}) + "\n")
+    uri = f"s3://tunesmith/data/{rows.name}"
+    in_store("put", str(rows), uri)
+    spec = yaml.safe_load(JOB.read_text())["spec"]
+    spec |= {
+        "dataset": {"train": [{"uri": uri}], "maxLength": 64},
+        "method": {"lora": {"rank": 8, "alpha": 16}},
+        "hyperparameters": {"maxSteps": STEPS, "learningRate": 1e-3, "batchSize": 4},
+        "maxAttempts": 1,
+    }
+
+    def create(name: str, **parts: object) -> str:
+        delete("finetunejob", name, DEMO)
+        apply(job_manifest(name, spec | parts))
+        return name
+
+    yield create
+    for name in NAMES:
+        delete("finetunejob", name, DEMO)
+
+
+def reaches(name: str, kind: str, status: str = "True", reason: str = "") -> Object:
+    """The job once the condition has that status, and that reason where one is given."""
+
+    def holds() -> Object | None:
+        job = get("finetunejob", name, DEMO)
+        found = condition(job, kind)
+        assert condition(job, "Failed")["status"] != "True", condition(job, "Failed")
+        return job if found["status"] == status and reason in {"", found["reason"]} else None
+
+    job: Object = until(f"{kind}={status} {reason} of {name}", holds, TRAINED_SECONDS)
+    return job
+
+
+def newest_attempt(name: str) -> str:
+    """Name of the newest attempt's Job."""
+    job = get("finetunejob", name, DEMO) or {}
+    return str(job["status"]["attempts"][-1]["name"])
+
+
+def trains(name: str) -> tuple[str, int]:
+    """The running attempt's pod and its step, once it has done some; from the log, as the status may be 10 s late."""
+
+    def told() -> tuple[str, int] | None:
+        for pod in items("pods", DEMO, f"batch.kubernetes.io/job-name={newest_attempt(name)}"):
+            pod_name = pod["metadata"]["name"]
+            if pod["status"].get("phase") == "Running":
+                log = kubectl("logs", pod_name, "--namespace", DEMO, "--container", "trainer")
+                step = max((int(found) for found in re.findall(rf"  step (\d+)/{STEPS}", log)), default=0)
+                if step >= SOME_STEPS:
+                    return pod_name, step
+        return None
+
+    reaches(name, "Started")
+    found: tuple[str, int] = until(f"{name} trains", told, TRAINED_SECONDS)
+    return found
+
+
+def suspend(kind: str, name: str, *, value: bool) -> None:
+    body = json.dumps({"spec": {"suspend": value}})
+    kubectl("patch", kind, name, "--namespace", DEMO, "--type=merge", "--patch", body)
+
+
+def went_on(name: str, before: str, step: int) -> None:
+    """The job ended well: one attempt ended as `before`, the next took up where it was, without a repeated step."""
+    job = finished_job(name)
+    assert condition(job, "Complete")["status"] == "True", condition(job, "Failed")
+    attempts = job["status"]["attempts"]
+    assert [attempt["outcome"] for attempt in attempts] == [before, "Succeeded"]
+    assert attempts[1]["resumedFromStep"] >= step
+
+
+def test_an_evicted_job_goes_on(submit: Callable[..., str]) -> None:
+    name = submit("evicted")
+    pod, step = trains(name)
+    eviction = {
+        "apiVersion": "policy/v1",
+        "kind": "Eviction",
+        "metadata": {"name": pod, "namespace": DEMO},
+    }
+    path = f"/api/v1/namespaces/{DEMO}/pods/{pod}/eviction"
+    kubectl("create", "--raw", path, "--filename", "-", stdin=json.dumps(eviction))
+    went_on(name, "Preempted", step)
+
+
+def test_a_suspended_job_goes_on(submit: Callable[..., str]) -> None:
+    name = submit("suspended")
+    pod, step = trains(name)
+    suspend("finetunejob", name, value=True)
+    stopped = reaches(name, "Suspended")
+    assert stopped["status"]["phase"] == "Suspended"
+    left = (get("pod", pod, DEMO) or {}).get("status", {}).get("phase")
+    assert left in {None, "Failed"}, f"the job says that it is suspended while its pod is {left}"
+    suspend("finetunejob", name, value=False)
+    went_on(name, "Suspended", step)
+
+
+def test_a_queue_admits_suspends_and_admits_a_job_again(submit: Callable[..., str]) -> None:
+    """The test does what Kueue does: it writes `suspend` of the Job, and nothing else."""
+    name = submit("queued", scheduling={"queue": "team"})
+
+    def waits() -> str:
+        """The Job that the queue is to admit."""
+        queued = reaches(name, "Admitted", "False", "Queued")
+        assert queued["status"]["phase"] == "Queued"
+        assert "waits for queue team to admit it" in condition(queued, "Admitted")["message"]
+        attempt = newest_attempt(name)
+        found = get("job", attempt, DEMO) or {}
+        assert found["spec"]["suspend"] is True
+        assert found["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team"
+        return attempt
+
+    first = waits()
+    suspend("job", first, value=False)
+    _, step = trains(name)
+    suspend("job", first, value=True)
+    # Its pod ends with 143, so the Job controller counts it as failed: what waits in the queue is the next attempt.
+    until("the second attempt", lambda: newest_attempt(name) != first, 180)
+    suspend("job", waits(), value=False)
+    went_on(name, "Preempted", step)
