@@ -3,8 +3,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from worlds import NOW, manifest
+from worlds import NOW, UID, manifest
 
+from tunesmith.contracts.location import owned_name
 from tunesmith.finetune.classify import ending
 from tunesmith.finetune.observe import observe
 
@@ -21,7 +22,11 @@ def kube_job(component: str, uid: str, attempt: str | None = None, **status: Any
 
 
 def kube_pod(owner: str, name: str, status: Object, created: str = TIME) -> Object:
-    metadata = {"name": name, "creationTimestamp": created, "ownerReferences": [{"uid": owner}]}
+    metadata = {
+        "name": name,
+        "creationTimestamp": created,
+        "ownerReferences": [{"uid": owner, "name": f"tone-{owner}"}],
+    }
     return {"metadata": metadata, "spec": {"nodeName": "node1"}, "status": status}
 
 
@@ -41,6 +46,23 @@ def test_jobs_are_told_apart_and_get_their_own_pods() -> None:
     assert [pod.name for pod in seen.validation.pods] == ["b"]
     assert list(seen.attempts) == [1, 2]
     assert [pod.name for pod in seen.attempts[1].pods] == ["a"]
+
+
+def attempts_pod(name: str, uid: str, phase: str) -> Object:
+    """A pod of the first attempt of the FineTuneJob with that uid; the Job is gone."""
+    pod = kube_pod("gone", name, {"phase": phase})
+    pod["metadata"]["labels"] = {"tunesmith.dev/attempt": "1"}
+    pod["metadata"]["ownerReferences"][0]["name"] = owned_name("tone", uid, "1")
+    return pod
+
+
+def test_a_pod_that_outlives_its_job_is_seen_until_it_has_ended() -> None:
+    pods = [
+        attempts_pod("saves", UID, "Running"),
+        attempts_pod("saved", UID, "Failed"),
+        attempts_pod("of-another-job-of-that-name", "0f0e0d0c-0000-4000-8000-000000000002", "Running"),
+    ]
+    assert observe(manifest(), [], pods, None, NOW).lingering == ("saves",)
 
 
 def test_the_newest_pod_speaks_for_a_job() -> None:

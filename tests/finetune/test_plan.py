@@ -327,7 +327,7 @@ CASES = {
         (),
         "Pending",
         {"Validated": ("True", "Valid"), "Suspended": ("False", "Stopping"), "Started": ("False", "Stopping")},
-        "its pod saves a checkpoint and ends",
+        "a checkpoint is saved first",
         ("Suspended",),
     ),
     "then the Job is deleted": Case(
@@ -346,6 +346,32 @@ CASES = {
     ),
     "a resumed job waits for the end of the attempt before": Case(
         seen(job(validated(attempt(1, "Suspended"))), attempts={1: kube_job("1", pod(running=True), deleting=True)}),
+        (),
+        "Pending",
+        {"Validated": ("True", "Valid"), "Suspended": ("False", "Stopping"), "Started": ("False", "Stopping")},
+        outcomes=("Suspended",),
+    ),
+    "a job is not suspended while a pod of a vanished Job still saves": Case(
+        seen(job(validated(attempt(1, "Suspended")), suspend=True), lingering=("tone-pod",)),
+        (),
+        "Pending",
+        {"Validated": ("True", "Valid"), "Suspended": ("False", "Stopping"), "Started": ("False", "Stopping")},
+        "pod tone-pod is being stopped",
+        ("Suspended",),
+    ),
+    "nor is there another attempt while it does": Case(
+        seen(job(validated(attempt(1, "Failed", FAR))), lingering=("tone-pod",)),
+        (),
+        "Pending",
+        {"Validated": ("True", "Valid"), "Started": ("False", "Stopping")},
+        "attempt 2 waits for pod tone-pod",
+        ("Failed",),
+    ),
+    "a Job that is being deleted is not deleted again": Case(
+        seen(
+            job(validated(attempt(1, "Suspended")), suspend=True),
+            attempts={1: kube_job("1", pod(running=True), deleting=True)},
+        ),
         (),
         "Pending",
         {"Validated": ("True", "Valid"), "Suspended": ("False", "Stopping"), "Started": ("False", "Stopping")},

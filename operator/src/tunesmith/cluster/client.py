@@ -36,6 +36,7 @@ _STREAM_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=9
 _HTTP_ERROR = 400
 
 PatchType = Literal["merge", "strategic", "json"]
+Propagation = Literal["Background", "Foreground", "Orphan"]
 _PATCH_CONTENT_TYPES: dict[str, str] = {
     "merge": "application/merge-patch+json",
     "strategic": "application/strategic-merge-patch+json",
@@ -274,7 +275,7 @@ class Cluster:
         name: str,
         namespace: str | None = None,
         *,
-        propagation: Literal["Background", "Foreground", "Orphan"] = "Background",
+        propagation: Propagation = "Background",
         grace_seconds: int | None = None,
         uid: str | None = None,
     ) -> bool:

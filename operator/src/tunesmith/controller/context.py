@@ -13,7 +13,7 @@ from tunesmith.controller.workqueue import WorkQueue
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tunesmith.cluster.client import Cluster, PatchType
+    from tunesmith.cluster.client import Cluster, PatchType, Propagation
     from tunesmith.cluster.events import EventRecorder
     from tunesmith.cluster.resources import Object
     from tunesmith.controller.settings import Settings
@@ -87,11 +87,16 @@ class Context:
         self._check()
         return self._seen(await self.cluster.replace_status(manifest))
 
-    async def delete(self, item: Object) -> bool:
-        """Delete this incarnation of an object and what it owns; False where it is gone already."""
+    async def delete(self, item: Object, propagation: Propagation = "Background") -> bool:
+        """Delete this incarnation of an object and what it owns; False where it is gone already.
+
+        With `Foreground` it stays, marked as being deleted, until what it owns is gone.
+        """
         self._check()
         metadata = item["metadata"]
-        return await self.cluster.delete(item["kind"], metadata["name"], metadata.get("namespace"), uid=metadata["uid"])
+        return await self.cluster.delete(
+            item["kind"], metadata["name"], metadata.get("namespace"), propagation=propagation, uid=metadata["uid"]
+        )
 
     def _check(self) -> None:
         if not self.may_write():

@@ -58,7 +58,7 @@ class FineTuneJobReconciler:
             return Result()
         try:
             jobs = await self._jobs(manifest)
-            pods = [pod for job in jobs for pod in self._context.caches["Pod"].owned(job["metadata"]["uid"])]
+            pods = self._pods(manifest, jobs)
             sample = self._progress.newest(pods)
             seen = observe(manifest, jobs, pods, sample, self._context.now())
         except ValidationError as error:
@@ -94,6 +94,18 @@ class FineTuneJobReconciler:
                 await self._complete_pods(name, job)
         return list(jobs.values())
 
+    def _pods(self, manifest: Object, jobs: Objects) -> Objects:
+        """The pods of the Jobs, and where a Job is gone those that it may have left."""
+        cache, metadata = self._context.caches["Pod"], manifest["metadata"]
+        names = {job["metadata"]["name"] for job in jobs}
+        if all(attempt["name"] in names for attempt in manifest.get("status", {}).get("attempts") or ()):
+            return [pod for job in jobs for pod in cache.owned(job["metadata"]["uid"])]
+        return [
+            pod
+            for pod in cache.list(metadata["namespace"])
+            if (pod["metadata"].get("labels") or {}).get(render.JOB_LABEL) == metadata["name"]
+        ]
+
     async def _complete_pods(self, name: str, job: Object) -> None:
         """A Job's end can be told before its pods' ends: then the pods are read."""
         pods = self._context.caches["Pod"].owned(job["metadata"]["uid"])
@@ -121,7 +133,18 @@ class FineTuneJobReconciler:
             case CreateAttempt(number):
                 await self._create(job, render.attempt(job, number, self._installation))
             case StopJob(name):
-                await self._context.delete(jobs[name])
+                # It stays until its pod is gone, so that what follows sees whether one still saves.
+                await self._context.delete(jobs[name], "Foreground")
+
+    async def _gpu_memory(self, job: FineTuneJob) -> int | None:
+        """Read once per job: watching nodes would be far more work than this one question."""
+        if not job.spec.resources.gpus:
+            return None
+        try:
+            return gpu_memory_bytes(job, await self._context.cluster.list("Node"))
+        except ForbiddenError as error:
+            _log.warning("the GPUs' memory is not known: %s", error)
+            return None
 
     async def _create(self, job: FineTuneJob, manifest: Object) -> None:
         """Created once and never applied again: an object of that name is the one that was meant.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from tunesmith.api.finetunejob import FineTuneJob
+from tunesmith.contracts.location import owned_name
 from tunesmith.contracts.result import TrainerResult
 
 if TYPE_CHECKING:
@@ -110,6 +111,8 @@ class Observation:
     """By attempt number, from 1."""
     progress: ProgressStatus | None = None
     """Of the pod that runs now."""
+    lingering: tuple[str, ...] = ()
+    """Pods of attempts that have not ended although their Job is gone: deleted by somebody, and still saving."""
 
 
 def observe(
@@ -120,7 +123,7 @@ def observe(
     Args:
         manifest: the FineTuneJob.
         jobs: the Jobs that it owns.
-        pods: the pods of these Jobs, others are ignored.
+        pods: the pods of the FineTuneJob's Jobs; those of another FineTuneJob that had its name are ignored.
         progress: the newest sample of the running pod.
         now: the time, UTC.
 
@@ -131,6 +134,8 @@ def observe(
     for pod in pods:
         for owner in pod["metadata"].get("ownerReferences") or ():
             by_owner.setdefault(owner["uid"], []).append(pod)
+    jobs = list(jobs)
+    known = {job["metadata"]["uid"] for job in jobs}
     validation: JobView | None = None
     attempts: dict[int, JobView] = {}
     for job in jobs:
@@ -146,7 +151,23 @@ def observe(
         validation=validation,
         attempts=dict(sorted(attempts.items())),
         progress=progress,
+        lingering=tuple(
+            pod["metadata"]["name"]
+            for owner, owned in by_owner.items()
+            if owner not in known
+            for pod in owned
+            if _writes(pod, manifest)
+        ),
     )
+
+
+def _writes(pod: Object, manifest: Object) -> bool:
+    """Whether the pod is one of the FineTuneJob's attempts and has not ended."""
+    labels, metadata = pod["metadata"].get("labels") or {}, manifest["metadata"]
+    owners = [owner["name"] for owner in pod["metadata"]["ownerReferences"]]
+    return owned_name(metadata["name"], metadata["uid"], labels.get(ATTEMPT_LABEL, "")) in owners and pod.get(
+        "status", {}
+    ).get("phase") not in {"Succeeded", "Failed"}
 
 
 def _job(job: Object, pods: Iterable[Object]) -> JobView:

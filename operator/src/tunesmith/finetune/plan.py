@@ -102,14 +102,13 @@ def _suspend(seen: Observation, status: Status) -> Plan:
             attempts[number] = attempt.model_copy(update={"end_time": seen.now})
     status.attempts(attempts)
     left = _unfinished(seen)
-    if not left:
+    if not left and not seen.lingering:
         status.suspended()
         return Plan((), status.build())
-    status.stopping(left[0].name)
+    status.stopping(f"Job {left[0].name}" if left else f"pod {seen.lingering[0]}")
     if not told:
         return Plan((), status.build(), timedelta(0))
-    stops = tuple(StopJob(job.name) for job in left if not job.deleting)
-    return Plan(stops, status.build(), _WAITING_LOOK)
+    return Plan(_stop_running(seen), status.build(), _WAITING_LOOK)
 
 
 def _go_on(seen: Observation, status: Status, store: str) -> Plan:
@@ -154,7 +153,7 @@ def _train(seen: Observation, status: Status, store: str) -> Plan:
             if job is not None and not job.finished:
                 # Two attempts must not write at once.
                 status.attempts(attempts)
-                status.stopping(job.name)
+                status.stopping(f"Job {job.name}")
                 return Plan(() if job.deleting else (StopJob(job.name),), status.build(), _WAITING_LOOK)
             attempts[number] = attempt.model_copy(update={"end_time": seen.now})
             continue
@@ -275,6 +274,11 @@ def _next(seen: Observation, status: Status, attempts: dict[int, Attempt]) -> Pl
         )
         return Plan((), status.build())
     number = max(attempts, default=0) + 1
+    if seen.lingering:
+        # Two attempts must not write at once, and this one's checkpoint is what the next goes on from.
+        pod = seen.lingering[0]
+        status.waiting("Stopping", f"attempt {number} waits for pod {pod} of the one before, which saves and ends")
+        return Plan((), status.build(), _WAITING_LOOK)
     if last is not None and last.outcome is AttemptOutcome.FAILED and last.end_time is not None:
         delay = min(_FIRST_RETRY * 2 ** (len(failures) - 1), _LAST_RETRY)
         due = last.end_time + delay
@@ -296,4 +300,4 @@ def _unfinished(seen: Observation) -> list[JobView]:
 
 
 def _stop_running(seen: Observation) -> tuple[Action, ...]:
-    return tuple(StopJob(job.name) for job in _unfinished(seen))
+    return tuple(StopJob(job.name) for job in _unfinished(seen) if not job.deleting)

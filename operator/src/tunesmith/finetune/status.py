@@ -81,9 +81,9 @@ class Status:
         """The queue let the attempt's Job go."""
         self._set(FineTuneJobCondition.ADMITTED, ConditionStatus.TRUE, "Admitted", f"queue {queue} admitted the Job")
 
-    def stopping(self, name: str) -> None:
-        """The user's suspend ends an attempt, whose pod is given the time to save."""
-        message = f"Job {name} is being stopped: its pod saves a checkpoint and ends"
+    def stopping(self, what: str) -> None:
+        """The user's suspend ends an attempt, whose pod is given the time to save. `what` names its Job or its pod."""
+        message = f"{what} is being stopped: a checkpoint is saved first"
         self._set(FineTuneJobCondition.SUSPENDED, ConditionStatus.FALSE, "Stopping", message)
         self.waiting("Stopping", message)
 
