@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Literal
 
 from pydantic import Field
@@ -13,6 +14,23 @@ DEFAULT_LEARNING_RATE = 2e-4
 DEFAULT_BATCH_SIZE = 8
 DEFAULT_MICRO_BATCH_SIZE = 8
 """Highest; batchSize where that is lower."""
+
+
+class Optimizer(StrEnum):
+    """What turns gradients into updates."""
+
+    ADAMW = "AdamW"
+    ADAMW_8BIT = "AdamW8bit"
+    ADAFACTOR = "Adafactor"
+    LION = "Lion"
+    SGD = "SGD"
+
+
+class Precision(StrEnum):
+    """The type of the frozen weights and of the matrix products. What is trained is in float32 either way."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
 
 
 class Hyperparameters(ApiModel):
@@ -54,8 +72,30 @@ class Hyperparameters(ApiModel):
     warmup_ratio: float = Field(
         default=0.03, ge=0.0, le=0.5, description="Share of the steps that raise the learning rate from 0."
     )
-    weight_decay: float = Field(default=0.0, ge=0.0, le=1.0, description="AdamW weight decay.")
+    optimizer: Optimizer = Field(
+        default=Optimizer.ADAMW,
+        description="AdamW8bit keeps AdamW's state in 8 bits, a quarter of the memory; Adafactor keeps sums of rows and"
+        " columns; Lion (learning rate a third to a tenth of AdamW's) and SGD keep one value or none per parameter.",
+    )
+    weight_decay: float = Field(default=0.0, ge=0.0, le=1.0, description="Weight decay of the optimizer.")
     max_grad_norm: float = Field(
         default=1.0, ge=0.0, le=1000.0, description="Gradients are clipped to this norm; 0 does not clip."
+    )
+    gradient_checkpointing: bool | None = Field(
+        default=None,
+        description="Compute activations again in the backward pass: less memory, about a third more time. "
+        "Absent: decided by the GPU's memory; never on a CPU.",
+    )
+    precision: Precision | None = Field(
+        default=None,
+        description="Type of the frozen weights and of the matrix products; what is trained is in float32 either way. "
+        "Absent: bfloat16 on a GPU, float32 on a CPU.",
+    )
+    neftune_noise_alpha: float | None = Field(
+        default=None,
+        ge=0.1,
+        le=100.0,
+        description="Scale of uniform noise on the embeddings while training (NEFTune, arXiv:2310.05914), such as 5. "
+        "Absent: none.",
     )
     seed: int = Field(default=42, ge=0, le=2_147_483_647, description="Seed of initialisation, order and dropout.")
