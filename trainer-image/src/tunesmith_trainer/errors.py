@@ -20,6 +20,12 @@ class InvalidSpecError(TrainerError):
     reason = FailureReason.INVALID_SPEC
 
 
+class NotServableError(TrainerError):
+    """vLLM could not load the result, and the manifest demands it."""
+
+    reason = FailureReason.NOT_SERVABLE
+
+
 class BaseModelNotFoundError(TrainerError):
     """There is no usable base model at its uri."""
 

@@ -17,6 +17,13 @@ class Merge(StrEnum):
     DEQUANTIZED = "Dequantized"
 
 
+class Servable(StrEnum):
+    """Whether an engine must be able to load the result."""
+
+    REQUIRED = "Required"
+    IGNORED = "Ignored"
+
+
 class Output(ApiModel):
     """What is written beside the adapter."""
 

@@ -1,0 +1,141 @@
+"""A manifest's method as PEFT's configuration, checked against the base model's real modules; no weights needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from peft import LoraConfig
+from peft.tuners.lora.config import CordaConfig, EvaConfig, LoraGAConfig
+
+from tunesmith.api.method import CHANGES_BASE, Initialization
+from tunesmith_trainer.errors import InvalidSpecError
+from tunesmith_trainer.methods import servable
+from tunesmith_trainer.methods.targets import (
+    adapted,
+    check_pattern,
+    check_saved_modules,
+    fits,
+    pattern_value,
+    resolve_targets,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from peft import PeftConfig
+
+    from tunesmith.api.finetunejob import FineTuneJobSpec
+    from tunesmith.api.finetunejob_status import ServableStatus
+    from tunesmith.api.method import LoraFields
+    from tunesmith_trainer.methods.targets import Modules
+
+_INITIALIZATIONS: dict[Initialization, bool | str] = {
+    Initialization.DEFAULT: True,
+    Initialization.GAUSSIAN: "gaussian",
+    Initialization.ORTHOGONAL: "orthogonal",
+    Initialization.EVA: "eva",
+    Initialization.PISSA: "pissa",
+    Initialization.FAST_PISSA: "pissa_niter_16",
+    Initialization.OLORA: "olora",
+    Initialization.CORDA: "corda",
+    Initialization.LORA_GA: "lora_ga",
+    Initialization.MICA: "mica",
+}
+# What these read from the base's weights has no more columns than its smaller side; LoRA-GA takes twice the rank.
+_RANKS_OF_BASE = {name: 1 for name in (*CHANGES_BASE, Initialization.MICA)} | {Initialization.LORA_GA: 2}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """An adapter, known before any weight is loaded.
+
+    Args:
+        config: PEFT's configuration of it.
+        parameters: how many parameters are trained.
+        targets: last parts of the names of the modules that get it.
+        modules: of the linear modules that get it, full name → (in, out) features.
+        servable: whether vLLM will be able to load it.
+        ranks: of LoRA matrices, full name of the module → rank.
+    """
+
+    config: PeftConfig
+    parameters: int
+    targets: list[str]
+    modules: dict[str, tuple[int, int]]
+    servable: ServableStatus
+    ranks: dict[str, int] = field(default_factory=dict)
+
+
+def plan(spec: FineTuneJobSpec, modules: Modules) -> Planned:
+    """The adapter that a spec asks for, on a base with these modules.
+
+    Raises:
+        InvalidSpecError: a field does not fit the base model.
+        NotServableError: the spec demands an adapter that vLLM can load, and this is none.
+    """
+    planned = _lora(spec.method.fields, modules, quantized=spec.method.quantization is not None)
+    servable.require(spec, planned.servable)
+    return planned
+
+
+def _lora(fields: LoraFields, modules: Modules, *, quantized: bool) -> Planned:
+    targets = resolve_targets(fields.target_modules, modules)
+    saved = fields.modules_to_save or []
+    check_saved_modules(saved, targets, modules, quantized=quantized)
+    check_pattern("rankPattern", fields.rank_pattern or {}, targets, modules)
+    check_pattern("alphaPattern", fields.alpha_pattern or {}, targets, modules)
+    shapes = adapted(targets, modules)
+    ranks = {name: pattern_value(fields.rank_pattern, name, fields.rank) for name in shapes}
+    _check_ranks(fields, shapes, ranks)
+    chosen = fields.initialization
+    more: dict[str, Any] = {}
+    if chosen is Initialization.EVA:
+        # Every module keeps the rank that was asked for, so that memory and vLLM's limit are known before.
+        more["eva_config"] = EvaConfig(rho=1.0)
+    elif chosen is Initialization.CORDA:
+        more["corda_config"] = CordaConfig(corda_method="ipm")
+    elif chosen is Initialization.LORA_GA:
+        more["lora_ga_config"] = LoraGAConfig()
+    config = LoraConfig(
+        r=fields.rank,
+        lora_alpha=fields.alpha,
+        lora_dropout=fields.dropout,
+        target_modules=list(targets),
+        use_rslora=fields.rs_lora,
+        use_dora=fields.dora,
+        rank_pattern=dict(fields.rank_pattern or {}),
+        alpha_pattern=dict(fields.alpha_pattern or {}),
+        modules_to_save=list(saved) or None,
+        init_lora_weights=_INITIALIZATIONS[chosen],  # type: ignore[arg-type] # typed as its literals
+        bias="none",
+        task_type="CAUSAL_LM",
+        **more,
+    )
+    parameters = sum(modules.sizes[name] for name in modules.sizes if any(fits(name, one) for one in saved))
+    for name, (wide, high) in shapes.items():
+        # MiCA trains A alone; DoRA adds a magnitude per output.
+        parameters += ranks[name] * (wide if chosen is Initialization.MICA else wide + high)
+        parameters += high if fields.dora else 0
+    doubled = chosen in CHANGES_BASE
+    verdict = servable.lora(
+        {name: rank * (2 if doubled else 1) for name, rank in ranks.items()}, dora=fields.dora, saved=saved
+    )
+    return Planned(config, parameters, targets, shapes, verdict, ranks)
+
+
+def _check_ranks(fields: LoraFields, shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int]) -> None:
+    chosen = fields.initialization
+    if chosen is Initialization.ORTHOGONAL and any(rank % 2 for rank in ranks.values()):
+        raise InvalidSpecError("method rankPattern: initialization Orthogonal needs even ranks")
+    factor = _RANKS_OF_BASE.get(chosen)
+    if factor is None:
+        return
+    for name, shape in shapes.items():
+        if factor * ranks[name] > min(shape):
+            raise InvalidSpecError(
+                f"method initialization {chosen} takes rank {factor * ranks[name]} out of {name}, whose smaller side "
+                f"has {min(shape)}: lower rank to at most {min(shape) // factor}, or leave that module out"
+            )
+
+

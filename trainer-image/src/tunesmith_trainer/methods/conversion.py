@@ -1,0 +1,99 @@
+"""Initialisations that change the base, undone: base behaviour while training, and plain LoRA when it is saved.
+
+Such an initialisation (PiSSA, OLoRA, CorDA, LoRA-GA) replaces a weight W by W - s·B₀A₀ and begins with the adapter
+B₀A₀. With the trained BA, the difference from W is s·(BA - B₀A₀): LoRA of twice the rank, [A; A₀] and [B, -B₀], with
+the same scale s.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from safetensors.torch import save_file
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_CHANGING = ("pissa", "olora", "corda", "lora_ga")
+_initial: WeakKeyDictionary[PeftModel, dict[str, torch.Tensor]] = WeakKeyDictionary()
+"""Of models whose base was changed: the adapter as it was at first, by parameter name."""
+
+
+def changes_base(config: object) -> bool:
+    """Whether PEFT's configuration changes the base's weights when the adapter is put on."""
+    chosen = config.init_lora_weights if isinstance(config, LoraConfig) else None
+    return isinstance(chosen, str) and chosen.startswith(_CHANGING)
+
+
+def remember(model: PeftModel) -> None:
+    """Keeps the new adapter: where the base was changed, base and first adapter together are the base.
+
+    From here on `model.disable_adapter()` gives the base as it was published, not what was left of it.
+    """
+    kept = {name: tensor.detach().clone() for name, tensor in model.named_parameters() if tensor.requires_grad}
+    _initial[model] = kept
+
+    @contextmanager
+    def base_alone() -> Iterator[None]:
+        own = {name: tensor for name, tensor in model.named_parameters() if name in kept}
+        trained = {name: tensor.data for name, tensor in own.items()}
+        try:
+            for name, tensor in own.items():
+                tensor.data = kept[name].to(tensor)
+            yield
+        finally:
+            for name, tensor in own.items():
+                tensor.data = trained[name]
+
+    model.disable_adapter = base_alone  # type: ignore[method-assign]
+
+
+def save(model: PeftModel, folder: Path) -> None:
+    """Saves the adapter so that it belongs to the base as it was published: weights, and PEFT's configuration.
+
+    The configuration says nothing of the initialisation any more: what is loaded is not initialised again.
+    """
+    initial = _initial.get(model)
+    if initial is None:
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+    else:
+        state = _doubled(get_peft_model_state_dict(model, save_embedding_layers=False), initial)
+        save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        model.peft_config[model.active_adapter].save_pretrained(str(folder))
+    path = folder / ADAPTER_CONFIG
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["inference_mode"] = True
+    if isinstance(config.get("init_lora_weights"), str):
+        config |= {"init_lora_weights": True, "eva_config": None, "corda_config": None, "lora_ga_config": None}
+    if initial is not None:
+        # The scale is alpha / rank, or alpha / √rank.
+        alpha = math.sqrt(2) if config["use_rslora"] else 2
+        config["r"] *= 2
+        config["lora_alpha"] *= alpha
+        config["rank_pattern"] = {name: 2 * rank for name, rank in (config["rank_pattern"] or {}).items()}
+        config["alpha_pattern"] = {name: alpha * value for name, value in (config["alpha_pattern"] or {}).items()}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _doubled(state: Mapping[str, torch.Tensor], initial: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The matrices of the trained adapter less the first one."""
+    # Saved names lack the adapter's own.
+    first = {name.replace(".default.", "."): tensor for name, tensor in initial.items()}
+    result = {}
+    for name, tensor in state.items():
+        if name.endswith(".lora_A.weight"):
+            result[name] = torch.cat([tensor, first[name].to(tensor)], dim=0)
+        elif name.endswith(".lora_B.weight"):
+            result[name] = torch.cat([tensor, -first[name].to(tensor)], dim=1)
+        else:
+            result[name] = tensor
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in result.items()}

@@ -1,0 +1,109 @@
+"""Whether vLLM can load what a method produces: decided before training, and confirmed on the files after it.
+
+What vLLM refuses is in its `vllm/lora/peft_helper.py` (0.32); what it loads and then answers wrongly was measured.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from safetensors import safe_open
+
+from tunesmith.api.finetunejob_status import ServableStatus
+from tunesmith.api.output import Servable
+from tunesmith_trainer.errors import NotServableError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from tunesmith.api.finetunejob import FineTuneJobSpec
+
+MAX_RANK = 512
+"""vLLM's highest max_lora_rank."""
+_MERGED = "serve merged weights (output.merge) as a model of its own"
+_YES = ServableStatus(vllm=True)
+
+
+def lora(ranks: Mapping[str, int], *, dora: bool, saved: Sequence[str]) -> ServableStatus:
+    """The verdict on LoRA.
+
+    Args:
+        ranks: module → rank, as it will be saved.
+        dora: magnitude and direction are trained apart.
+        saved: modules that are trained whole.
+    """
+    if dora:
+        return _no(f"vLLM does not load DoRA: leave out dora (rsLora is the nearest that it serves), or {_MERGED}")
+    if saved:
+        return _no(f"vLLM does not load modules that are trained whole: leave out modulesToSave, or {_MERGED}")
+    highest = max(ranks.values())
+    if highest > MAX_RANK:
+        return _no(f"the adapter is saved with rank {highest} and vLLM loads at most {MAX_RANK}: lower rank")
+    return _YES
+
+
+def require(spec: FineTuneJobSpec, verdict: ServableStatus) -> None:
+    """Raises NotServableError where the spec demands what the verdict denies."""
+    if spec.servable is Servable.REQUIRED and not verdict.vllm:
+        raise NotServableError(
+            f"servable is Required and {verdict.reason}; or set servable to Ignored, to train it all the same"
+        )
+
+
+def confirm(config: Path, weights: Path) -> ServableStatus:
+    """The verdict on a saved adapter, by the rules of vLLM's loader.
+
+    Args:
+        config: its adapter_config.json.
+        weights: its adapter_model.safetensors.
+    """
+    return files(json.loads(config.read_text(encoding="utf-8")), _names(weights))
+
+
+def files(config: Mapping[str, Any], tensors: Sequence[str]) -> ServableStatus:
+    """As `confirm`, from the content of the configuration and the names of the tensors."""
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        return _no(f"the adapter is {kind}, and vLLM loads LORA only")
+    refused = [name for name in _REFUSED if config.get(name)]
+    if config.get("bias", "none") != "none":
+        refused.append("bias")
+    if isinstance(config.get("init_lora_weights"), str):
+        refused.append(f"init_lora_weights {config['init_lora_weights']}")
+    if refused:
+        return _no(f"vLLM does not load an adapter with {', '.join(refused)}")
+    odd = [name for name in tensors if not name.endswith((".lora_A.weight", ".lora_B.weight"))]
+    if odd:
+        return _no(f"the adapter holds {odd[0]}, which vLLM does not know")
+    highest = max([config["r"], *(config.get("rank_pattern") or {}).values()])
+    if highest > MAX_RANK:
+        return _no(f"the adapter's rank is {highest} and vLLM loads at most {MAX_RANK}")
+    return _YES
+
+
+_REFUSED = (
+    "use_dora",
+    "lora_bias",
+    "modules_to_save",
+    "alora_invocation_tokens",
+    "layer_replication",
+    "use_bdlora",
+    "use_qalora",
+    "trainable_token_indices",
+    "target_parameters",
+    "velora_config",
+    "monteclora_config",
+    "use_kasa",
+    "kasa_config",
+)
+
+
+def _names(path: Path) -> list[str]:
+    with safe_open(path, framework="pt") as tensors:
+        return sorted(tensors.keys())
+
+
+def _no(reason: str) -> ServableStatus:
+    return ServableStatus(vllm=False, reason=reason)

@@ -1,0 +1,149 @@
+"""The modules that a base model really has, and the names that a manifest gives for them."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from tunesmith.api.method import ALL_LINEAR
+from tunesmith_trainer.errors import InvalidSpecError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class Modules:
+    """The modules of a base model.
+
+    Args:
+        linear: of the linear modules without the output layer, full name → (in, out) features.
+        others: full names of all other modules.
+        output: full name of the output layer, or None.
+        sizes: full name → parameters, of every module.
+        tied: whether the output layer and the embedding share their weights.
+    """
+
+    linear: dict[str, tuple[int, int]]
+    others: frozenset[str]
+    output: str | None
+    sizes: dict[str, int]
+    tied: bool
+
+
+def modules_of(config: PretrainedConfig) -> Modules:
+    """The modules that a model of this configuration has; no memory is used for weights."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    output = model.get_output_embeddings()
+    linear, others, output_name = {}, set(), None
+    sizes = {}
+    for name, module in model.named_modules():
+        sizes[name] = sum(parameter.numel() for parameter in module.parameters())
+        if module is output:
+            output_name = name
+        elif isinstance(module, torch.nn.Linear):
+            linear[name] = (module.in_features, module.out_features)
+        elif name:
+            others.add(name)
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    return Modules(linear, frozenset(others), output_name, sizes, tied)
+
+
+def resolve_targets(asked: Sequence[str], modules: Modules) -> list[str]:
+    """The names for PEFT's `target_modules`: `all-linear` becomes the last parts of all linear modules' names, sorted.
+
+    Raises:
+        InvalidSpecError: a name fits no linear module.
+    """
+    if ALL_LINEAR in asked:
+        return sorted({name.rsplit(".", 1)[-1] for name in modules.linear})
+    for name in asked:
+        if modules.output is not None and fits(modules.output, name):
+            raise InvalidSpecError(
+                f"method targetModules: {name} is the output layer, which cannot get an adapter; remove it, or train "
+                f"it whole with modulesToSave: [{name}]"
+            )
+        if any(fits(full, name) for full in modules.linear):
+            continue
+        if any(fits(full, name) for full in modules.others):
+            raise InvalidSpecError(
+                f"method targetModules: {name} is not a linear module of the base model, so it cannot get an adapter"
+            )
+        raise InvalidSpecError(_unknown("targetModules", name, modules.linear))
+    return sorted(set(asked))
+
+
+def check_saved_modules(asked: Sequence[str], targets: Sequence[str], modules: Modules, *, quantized: bool) -> None:
+    """Checks the names of `modulesToSave`.
+
+    Raises:
+        InvalidSpecError: a name fits no module, gets an adapter too, or is held in 4 bits.
+    """
+    for name in asked:
+        if not any(fits(full, name) for full in modules.sizes):
+            raise InvalidSpecError(_unknown("modulesToSave", name, modules.sizes))
+        inside = [full for full in modules.sizes if fits(full, name)]
+        adapted = [
+            full
+            for full in modules.linear
+            if any(fits(full, target) for target in targets)
+            and any(full == outer or full.startswith(f"{outer}.") for outer in inside)
+        ]
+        if adapted:
+            raise InvalidSpecError(
+                f"method modulesToSave: {name} would be trained whole and, as {adapted[0]}, with an adapter: remove "
+                "it, or name other targetModules"
+            )
+        if quantized and any(
+            full == outer or full.startswith(f"{outer}.") for full in modules.linear for outer in inside
+        ):
+            raise InvalidSpecError(
+                f"method modulesToSave: {name} is held in 4 bits and cannot be trained whole: remove it, or use a "
+                "method without quantization"
+            )
+
+
+def check_pattern(field: str, pattern: Mapping[str, int], targets: Sequence[str], modules: Modules) -> None:
+    """Checks that every key of a pattern is the name of a module that gets an adapter.
+
+    Raises:
+        InvalidSpecError: one is not.
+    """
+    adapted_modules = adapted(targets, modules)
+    for name in pattern:
+        if not any(fits(full, name) for full in adapted_modules):
+            raise InvalidSpecError(_unknown(field, name, adapted_modules, what="module with an adapter"))
+
+
+def pattern_value(pattern: Mapping[str, int] | None, module: str, default: int) -> int:
+    """The value that PEFT takes for a module: that of the first key which ends its name."""
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({re.escape(key)})$", module):
+            return value
+    return default
+
+
+def fits(full: str, name: str) -> bool:
+    """Whether `name` is the module's full name or its last parts."""
+    return full == name or full.endswith(f".{name}")
+
+
+def adapted(targets: Sequence[str], modules: Modules) -> dict[str, tuple[int, int]]:
+    """The modules that get an adapter, with their (in, out) features."""
+    return {full: shape for full, shape in modules.linear.items() if any(fits(full, name) for name in targets)}
+
+
+def _unknown(field: str, name: str, known: Iterable[str], what: str = "module") -> str:
+    short = sorted({full.rsplit(".", 1)[-1] for full in known} - {""})
+    short = [one for one in short if not one.isdigit()]
+    near = difflib.get_close_matches(name, short, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(short)}"
+    return f"method {field}: the base model has no {what} named {name}; {hint}"

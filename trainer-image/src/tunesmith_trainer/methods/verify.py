@@ -1,0 +1,134 @@
+"""Whether a model that was wrapped is what was asked for, before anything is paid for training it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+
+from tunesmith_trainer.errors import SelfCheckError
+from tunesmith_trainer.methods.targets import pattern_value
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from peft import PeftModel
+    from torch import nn
+
+    from tunesmith_trainer.methods.config import Planned
+
+    Row = Mapping[str, Sequence[int]]
+
+_PROBE_ROWS = 2
+_PROBE_TOKENS = 256
+# Relative to the loss: rounding of float32, and of the products in bfloat16 or 4 bits.
+_TOLERANCE = 1e-3
+_COARSE_TOLERANCE = 3e-2
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the base says to a few rows.
+
+    Args:
+        rows: token ids.
+        loss: mean negative log-likelihood of each next token, in nats.
+    """
+
+    rows: list[list[int]]
+    loss: float
+
+
+def probe(base: nn.Module, rows: Sequence[Row]) -> Probe:
+    """The base's loss on the first training rows, measured before anything is changed."""
+    few = [list(rows[place]["input_ids"])[:_PROBE_TOKENS] for place in range(min(len(rows), _PROBE_ROWS))]
+    return Probe(few, _loss(base, few))
+
+
+def check_parameters(model: PeftModel, planned: Planned) -> None:
+    """Raises SelfCheckError unless exactly the planned parameters are trained, with the planned ranks and scales."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    count = sum(parameter.numel() for parameter in trained.values())
+    config = planned.config
+    parts = _parts(config)
+    strange = [name for name in trained if not any(part in name for part in parts)]
+    if strange:
+        raise SelfCheckError(f"{strange[0]} is trained and is not of the adapter")
+    if count != planned.parameters:
+        raise SelfCheckError(
+            f"the adapter has {count} trainable parameters where {planned.parameters} are expected"
+        )
+    missing = [part for part in parts if not any(part in name for name in trained)]
+    if missing:
+        raise SelfCheckError(f"no parameter named {missing[0].strip('.')} is trained, which the method needs")
+    if isinstance(config, LoraConfig):
+        _check_scales(model, config, planned.ranks)
+
+
+def check_start(model: PeftModel, planned: Planned, before: Probe) -> None:
+    """Raises SelfCheckError where the untrained adapter changes the base's loss."""
+    coarse = model.device.type == "cuda" or any(hasattr(parameter, "quant_state") for parameter in model.parameters())
+    tolerance = (_COARSE_TOLERANCE if coarse else _TOLERANCE) * max(1.0, before.loss)
+    found = _loss(model, before.rows)
+    if math.isfinite(before.loss) and not abs(found - before.loss) <= tolerance:
+        raise SelfCheckError(
+            f"the untrained adapter changes the base's loss from {before.loss:.6f} to {found:.6f}, it must not "
+            "change it"
+        )
+    with model.disable_adapter():
+        base = _loss(model, before.rows)
+    if math.isfinite(before.loss) and not abs(base - before.loss) <= tolerance:
+        raise SelfCheckError(
+            f"without its adapter the model has the loss {base:.6f}, the base had {before.loss:.6f}: base and adapter "
+            "could not be compared"
+        )
+
+
+def _parts(config: object) -> list[str]:
+    """Pieces of the names of trained parameters: each must be there, and each trained parameter must have one."""
+    parts = []
+    if isinstance(config, LoraConfig):
+        parts = [".lora_A."] if config.init_lora_weights == "mica" else [".lora_A.", ".lora_B."]
+        if config.use_dora:
+            parts.append(".lora_magnitude_vector.")
+    if getattr(config, "modules_to_save", None):
+        parts.append(".modules_to_save.")
+    return parts
+
+
+def _check_scales(model: PeftModel, config: LoraConfig, ranks: Mapping[str, int]) -> None:
+    prefix = "base_model.model."
+    for full, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        name = full.removeprefix(prefix)
+        rank = ranks[name]
+        alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
+        scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+        if module.r["default"] != rank or not math.isclose(module.scaling["default"], scale, rel_tol=1e-6):
+            raise SelfCheckError(
+                f"{name} has rank {module.r['default']} and scale {module.scaling['default']:g} where {rank} and "
+                f"{scale:g} are expected"
+            )
+
+
+def _loss(model: Any, rows: Sequence[Sequence[int]]) -> float:  # noqa: ANN401 - with or without adapter
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    try:
+        with torch.inference_mode():
+            for ids in rows:
+                given = torch.tensor([list(ids)], device=model.device)
+                # A prompt that the method puts in front has logits too.
+                logits = model(input_ids=given).logits[0, -len(ids) : -1].float()
+                scores = torch.log_softmax(logits, dim=-1).gather(1, given[0, 1:, None])
+                total -= float(scores.double().sum())
+                count += len(ids) - 1
+    finally:
+        model.train(was_training)
+    return total / count if count else math.nan

@@ -1,0 +1,96 @@
+"""Putting a planned adapter on a base with weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.lora.eva import initialize_lora_eva_weights
+from peft.tuners.lora.loraga import preprocess_loraga
+
+from tunesmith_trainer.methods import conversion, verify
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from transformers import PreTrainedModel
+
+    from tunesmith_trainer.methods.config import Planned
+
+    Row = Mapping[str, Sequence[int]]
+
+_LOOKED_AT = 256
+"""Training rows, at most, that an initialisation looks at."""
+
+
+def wrap(
+    base: PreTrainedModel, planned: Planned, rows: Sequence[Row], *, quantized: bool, checkpointing: bool
+) -> PeftModel:
+    """The base with a new adapter in float32, verified; only the adapter can be trained.
+
+    Args:
+        base: with its weights.
+        planned: what to put on it.
+        rows: training rows, as `input_ids` and `labels`.
+        quantized: whether the base is in 4 bits.
+        checkpointing: whether activations are computed again in the backward pass.
+
+    Raises:
+        SelfCheckError: the adapter is not the one that was asked for.
+    """
+    probe = verify.probe(base, rows)
+    if quantized:
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=checkpointing)  # type: ignore[assignment]
+    config = copy.deepcopy(planned.config)
+    chosen = config.init_lora_weights if isinstance(config, LoraConfig) else None
+    if chosen == "corda":
+        _look_for_corda(base, config, rows)
+    elif chosen == "lora_ga":
+        _look_for_lora_ga(base, config, rows)
+    model = get_peft_model(base, config)
+    assert isinstance(model, PeftModel)  # noqa: S101 - narrows the type
+    # In bfloat16 small updates would be lost.
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)
+    if chosen == "eva":
+        initialize_lora_eva_weights(model, list(_batches(rows, model.device)), show_progress_bar=False)
+    if conversion.changes_base(config):
+        conversion.remember(model)
+    verify.check_parameters(model, planned)
+    verify.check_start(model, planned, probe)
+    return model
+
+
+def _look_for_corda(base: PreTrainedModel, config: LoraConfig, rows: Sequence[Row]) -> None:
+    def run() -> None:
+        was_training = base.training
+        base.eval()
+        with torch.no_grad():
+            for batch in _batches(rows, base.device):
+                base(input_ids=batch["input_ids"])
+        base.train(was_training)
+
+    preprocess_corda(base, config, run_model=run)
+
+
+def _look_for_lora_ga(base: PreTrainedModel, config: LoraConfig, rows: Sequence[Row]) -> None:
+    def run() -> None:
+        for batch in _batches(rows, base.device):
+            loss: Any = base(**batch).loss
+            loss.backward()
+
+    preprocess_loraga(base, config, run)
+
+
+def _batches(rows: Sequence[Row], device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
+    """One row at a time, in the order of the data."""
+    for place in range(min(len(rows), _LOOKED_AT)):
+        row = rows[place]
+        yield {
+            "input_ids": torch.tensor([list(row["input_ids"])], device=device),
+            "labels": torch.tensor([list(row["labels"])], device=device),
+        }
