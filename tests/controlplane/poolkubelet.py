@@ -9,6 +9,7 @@ import asyncio
 import base64
 import contextlib
 import random
+import socket
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
@@ -49,16 +50,21 @@ class Lines:
         self._line = line
         self._changed = asyncio.Condition()
         self._runner: web.AppRunner | None = None
+        self._socket: socket.socket | None = None
         self.silent = False
 
     async def listen(self, port: int) -> None:
+        # A socket of its own: asyncio loses those of a server whose start is cancelled.
+        self._socket = socket.create_server((self.address, port))
         self._runner = web.AppRunner(self.application, shutdown_timeout=0.1)
         await self._runner.setup()
-        await web.TCPSite(self._runner, self.address, port).start()
+        await web.SockSite(self._runner, self._socket).start()
 
     async def close(self) -> None:
         if self._runner is not None:
             await self._runner.cleanup()
+        if self._socket is not None:
+            self._socket.close()
 
     async def change(self) -> None:
         async with self._changed:
@@ -188,7 +194,8 @@ class PoolKubelet:
                 name = event.object["metadata"]["name"]
                 if event.type == "DELETED":
                     if name in self.agents:
-                        await self.agents.pop(name).close()
+                        await self.agents[name].close()
+                        del self.agents[name]
                 else:
                     await self._play(event.object)
         finally:
@@ -207,8 +214,8 @@ class PoolKubelet:
             )
             secret = await self.cluster.get("Secret", secret_name, metadata["namespace"])
             agent = FakeAgent(base64.b64decode(secret["data"]["token"]).decode(), self.damaged)
-            await agent.listen(AGENT_PORT)
             self.agents[metadata["name"]] = agent
+            await agent.listen(AGENT_PORT)
         address = self.agents[metadata["name"]].address
         conditions = {condition["type"]: condition for condition in (pod.get("status") or {}).get("conditions") or ()}
         is_open = conditions.get(GATE, {}).get("status") == "True"
