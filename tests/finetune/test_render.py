@@ -12,6 +12,8 @@ import yaml
 from worlds import STORE, job
 
 from tunesmith.api.finetunejob import FineTuneJob
+from tunesmith.api.finetunejob_status import FineTuneJobStatus
+from tunesmith.finetune.observe import TRAIN, VALIDATE
 from tunesmith.finetune.render import Installation, attempt, configuration, validation
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -33,8 +35,8 @@ EVERYTHING = job(
     },
 )
 RENDERED = {
-    "configuration": configuration(EVERYTHING),
-    "validation": validation(EVERYTHING, INSTALLATION),
+    "configuration": configuration(EVERYTHING, VALIDATE),
+    "validation": validation(EVERYTHING, INSTALLATION, 80 * 2**30),
     "attempt-gpu": attempt(EVERYTHING, 2, INSTALLATION),
     "attempt-cpu": attempt(job(resources={"gpus": 0, "cpu": "1", "memory": "4Gi"}), 1, INSTALLATION),
 }
@@ -52,6 +54,17 @@ def test_the_trainer_reads_the_manifest_back() -> None:
     text: str = RENDERED["configuration"]["data"]["job.yaml"]
     read = FineTuneJob.model_validate(yaml.safe_load(text))
     assert (read.spec, read.metadata.uid) == (EVERYTHING.spec, EVERYTHING.metadata.uid)
+
+
+def test_what_validation_resolved_goes_into_the_manifest_of_every_attempt() -> None:
+    resolved = {"microBatchSize": 2, "gradientCheckpointing": True, "targetModules": ["q_proj"], "totalSteps": 9}
+    validated = EVERYTHING.model_copy(update={"status": FineTuneJobStatus.model_validate({"resolved": resolved})})
+    for number in (1, 2):
+        volumes = attempt(validated, number, INSTALLATION)["spec"]["template"]["spec"]["volumes"]
+        frozen = configuration(validated, TRAIN)
+        assert volumes[0]["configMap"]["name"] == frozen["metadata"]["name"]
+        assert FineTuneJob.model_validate(yaml.safe_load(frozen["data"]["job.yaml"])).status == validated.status
+    assert "status" not in yaml.safe_load(configuration(validated, VALIDATE)["data"]["job.yaml"])
 
 
 def test_no_secret_value_or_token_reaches_a_pod_by_itself() -> None:

@@ -1,25 +1,98 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tunesmith.api.conditions import FailureReason
+from tunesmith.api.finetunejob_status import Verdict
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from trainer_rig import Workbench
+
+    from tunesmith.api.finetunejob_status import Preflight
+
+GPU: dict[str, Any] = {"resources": {"gpus": 1}}
+
+
+def validated(bench: Workbench, *arguments: str, **spec: Any) -> Preflight:
+    ran = bench.run("validate", bench.job(**(GPU | spec)), *arguments)
+    assert ran.code == 0, ran.result.message
+    assert ran.result.preflight is not None
+    return ran.result.preflight
 
 
 def test_validation_estimates_the_peak_of_a_gpu(bench: Workbench) -> None:
     def peak(method: str, micro: int) -> int:
-        hyper = {"maxSteps": 3, "batchSize": 4, "microBatchSize": micro}
-        job = bench.job(method={method: {}}, hyperparameters=hyper, resources={"gpus": 1})
-        ran = bench.run("validate", job)
-        assert ran.code == 0
-        assert ran.result.preflight is not None
-        assert ran.result.preflight.estimated_peak_bytes is not None
-        return ran.result.preflight.estimated_peak_bytes
+        found = validated(
+            bench, method={method: {}}, hyperparameters={"maxSteps": 3, "batchSize": 4, "microBatchSize": micro}
+        )
+        assert found.estimated_peak_bytes is not None
+        assert found.peak_parts is not None
+        assert found.estimated_peak_bytes == sum(found.peak_parts.manifest().values())
+        return found.estimated_peak_bytes
 
     assert 800_000_000 < peak("qlora", 1) < peak("lora", 1) < peak("lora", 4) < 850_000_000
 
 
 def test_a_job_on_the_cpu_has_no_estimate_of_a_gpu(bench: Workbench) -> None:
-    ran = bench.run("validate", bench.job())
+    found = validated(bench, "--gpu-memory-bytes", "1000", resources={"gpus": 0})
+    assert (found.estimated_peak_bytes, found.verdict) == (None, None)
+
+
+def test_without_the_gpus_memory_the_verdict_is_unknown(bench: Workbench) -> None:
+    found = validated(bench)
+    assert (found.verdict, found.gpu_memory_bytes, found.suggestion) == (Verdict.UNKNOWN, None, None)
+
+
+def test_a_job_that_fits_and_what_was_decided_for_it(bench: Workbench) -> None:
+    ran = bench.run("validate", bench.job(**GPU), "--gpu-memory-bytes", str(10**10))
     assert ran.result.preflight is not None
-    assert ran.result.preflight.estimated_peak_bytes is None
+    assert ran.result.resolved is not None
+    assert (ran.result.preflight.verdict, ran.result.preflight.gpu_memory_bytes) == (Verdict.FITS, 10**10)
+    # there is room for every activation
+    assert (ran.result.resolved.micro_batch_size, ran.result.resolved.gradient_checkpointing) == (4, False)
+
+
+def test_what_was_decided_stays_on_another_gpu(bench: Workbench) -> None:
+    job = bench.job(**GPU)
+    job["status"] = {"resolved": {"microBatchSize": 2, "gradientCheckpointing": True, "totalSteps": 2}}
+    again = bench.run("validate", job, "--gpu-memory-bytes", str(10**10)).result.resolved
+    assert again is not None
+    assert (again.micro_batch_size, again.gradient_checkpointing, again.total_steps) == (2, True, 2)
+
+
+@pytest.fixture
+def wide(bench: Workbench, tmp_path: Path) -> Workbench:
+    """A base that says it has seven billion parameters: nobody loads them on the CPU."""
+    folder = shutil.copytree(bench.base, tmp_path / "wide")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "head_dim": 128}
+    config |= {"num_attention_heads": 32, "num_key_value_heads": 32}
+    (folder / "config.json").write_text(json.dumps(config))
+    bench.base = folder
+    return bench
+
+
+@pytest.mark.parametrize(
+    ("gibibytes", "rank", "suggestion"),
+    [
+        (8, 16, "method.qlora instead of lora makes it about 4.5 GiB"),
+        (20, 512, "rank: 128 makes it about 17.6 GiB"),
+        (3, 16, "no change of this job makes it fit: it takes a GPU with about 4.2 GiB or a smaller base model"),
+    ],
+)
+def test_a_job_that_cannot_fit_is_refused_with_the_change_that_fits(
+    wide: Workbench, gibibytes: int, rank: int, suggestion: str
+) -> None:
+    ran = wide.run(
+        "validate", wide.job(**GPU, method={"lora": {"rank": rank}}), "--gpu-memory-bytes", str(gibibytes * 2**30)
+    )
+    assert (ran.code, ran.result.reason) == (2, FailureReason.WILL_NOT_FIT)
+    assert f"GiB of GPU memory and the GPU has {gibibytes}.0 GiB: {suggestion}" in ran.result.message
+    assert ran.result.preflight is not None
+    assert (ran.result.preflight.verdict, ran.result.preflight.suggestion) == (Verdict.WILL_NOT_FIT, suggestion)

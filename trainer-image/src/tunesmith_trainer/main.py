@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from tunesmith.api.finetunejob import FineTuneJob
+    from tunesmith_trainer.prepare import Prepared
     from tunesmith_trainer.store import Stores
 
 log = logging.getLogger("tunesmith_trainer")
@@ -123,6 +124,13 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--job", type=Path, required=True, metavar="FILE", help="the FineTuneJob manifest, YAML or JSON"
         )
+        if name == "validate":
+            command.add_argument(
+                "--gpu-memory-bytes",
+                type=int,
+                metavar="N",
+                help="memory of the GPU that the job will get, for the verdict (default: not known)",
+            )
         if name == "train":
             command.add_argument(
                 "--output",
@@ -186,7 +194,7 @@ def _execute(arguments: argparse.Namespace, progress: Progress, ending: _Ending)
     try:
         with _work_folder(arguments.work) as work:
             if arguments.command == "validate":
-                return _validate(job, stores, work, progress)
+                return _validate(job, stores, work, progress, arguments.gpu_memory_bytes)
             return _train(job, stores, work, ending, arguments)
     finally:
         if server is not None:
@@ -194,18 +202,36 @@ def _execute(arguments: argparse.Namespace, progress: Progress, ending: _Ending)
             server.server_close()
 
 
-def _validate(job: FineTuneJob, stores: Stores, work: Path, progress: Progress) -> TrainerResult:
+def _validate(
+    job: FineTuneJob, stores: Stores, work: Path, progress: Progress, gpu_memory: int | None
+) -> TrainerResult:
     from tunesmith_trainer.prepare import prepare  # noqa: PLC0415
 
     progress.update(stage=Stage.VALIDATING)
-    prepared = prepare(job, stores, work, weights=False)
+    prepared = prepare(job, stores, work, weights=False, gpu_memory=gpu_memory)
     counted = prepared.preflight
-    return TrainerResult(
+    return _refused(prepared) or TrainerResult(
         outcome=Outcome.SUCCEEDED,
         message=f"{counted.rows} rows to train on with {counted.tokens} tokens, {counted.validation_rows} held out,"
         f" {counted.dropped_rows} dropped;"
         f" {counted.trainable_parameters} trainable parameters, {prepared.resolved.total_steps} steps",
         preflight=counted,
+        resolved=prepared.resolved,
+    )
+
+
+def _refused(prepared: Prepared) -> TrainerResult | None:
+    """The result of a job that cannot fit into its GPU."""
+    from tunesmith_trainer.preflight import refusal  # noqa: PLC0415
+
+    told = refusal(prepared.preflight)
+    if told is None:
+        return None
+    return TrainerResult(
+        outcome=Outcome.FAILED,
+        reason=FailureReason.WILL_NOT_FIT,
+        message=told,
+        preflight=prepared.preflight,
         resolved=prepared.resolved,
     )
 
@@ -241,11 +267,16 @@ def _train(
     from tunesmith_trainer.checkpoint import Checkpoints  # noqa: PLC0415
     from tunesmith_trainer.prepare import prepare  # noqa: PLC0415
     from tunesmith_trainer.store import PUBLISHING_RETRY  # noqa: PLC0415
-    from tunesmith_trainer.training.loop import choose_device, train  # noqa: PLC0415
+    from tunesmith_trainer.training.loop import choose_device, device_memory, train  # noqa: PLC0415
 
-    choose_device(job.spec.resources.gpus)
+    device = choose_device(job.spec.resources.gpus)
     progress.update(stage=Stage.PREPARING)
-    prepared = prepare(job, stores, work, weights=True)
+    # What the CPU stage of a cluster decided stays; a local run has had none, and knows its GPU.
+    memory = device_memory(device) if job.status.resolved is None else None
+    prepared = prepare(job, stores, work, weights=True, gpu_memory=memory)
+    refused = _refused(prepared)
+    if refused is not None:
+        return refused
     counted = prepared.preflight
     progress.say(
         f"  {counted.rows} rows, {counted.tokens} tokens, {counted.validation_rows} held out,"

@@ -158,11 +158,13 @@ class Modules:
         linear: full name → (in, out) features.
         others: full names of all other modules.
         output: full name of the output layer, or None.
+        parameters: of the whole model; shared ones count once.
     """
 
     linear: dict[str, tuple[int, int]]
     others: frozenset[str]
     output: str | None
+    parameters: int
 
 
 def modules_of(config: PretrainedConfig) -> Modules:
@@ -178,7 +180,8 @@ def modules_of(config: PretrainedConfig) -> Modules:
             linear[name] = (module.in_features, module.out_features)
         elif name:
             others.add(name)
-    return Modules(linear, frozenset(others), output_name)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Modules(linear, frozenset(others), output_name, parameters)
 
 
 def resolve_targets(asked: Sequence[str], modules: Modules) -> list[str]:

@@ -23,8 +23,23 @@ def divisors(number: int) -> list[int]:
     return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
 
 
-def resolve(spec: FineTuneJobSpec, *, rows: int, targets: list[str], fingerprint: str, digest: str) -> Resolved:
-    """What is decided for the user. The micro-batch size is the largest divisor of the batch size up to 8.
+def micro_batch_sizes(spec: FineTuneJobSpec) -> list[int]:
+    """The micro-batch sizes that are possible where the user names none: divisors of the batch size up to 8."""
+    batch = spec.hyperparameters.batch_size or DEFAULT_BATCH_SIZE
+    return [size for size in divisors(batch) if size <= DEFAULT_MICRO_BATCH_SIZE]
+
+
+def resolve(
+    spec: FineTuneJobSpec,
+    *,
+    rows: int,
+    targets: list[str],
+    fingerprint: str,
+    digest: str,
+    micro_batch_size: int,
+    checkpointing: bool,
+) -> Resolved:
+    """What is decided for the user.
 
     Args:
         spec: the job's spec, checked.
@@ -32,36 +47,39 @@ def resolve(spec: FineTuneJobSpec, *, rows: int, targets: list[str], fingerprint
         targets: modules that get an adapter.
         fingerprint: of the base model.
         digest: of the rows.
+        micro_batch_size: sequences per forward pass.
+        checkpointing: whether activations are computed again.
     """
     hyper = spec.hyperparameters
     batch = hyper.batch_size or DEFAULT_BATCH_SIZE
-    micro = hyper.micro_batch_size or max(size for size in divisors(batch) if size <= DEFAULT_MICRO_BATCH_SIZE)
     steps = hyper.max_steps or max(1, math.ceil((hyper.epochs or DEFAULT_EPOCHS) * math.ceil(rows / batch)))
     return Resolved(
         base_model_fingerprint=fingerprint,
         dataset_digest=digest,
         learning_rate=hyper.learning_rate or DEFAULT_LEARNING_RATE,
         batch_size=batch,
-        micro_batch_size=micro,
+        micro_batch_size=micro_batch_size,
+        gradient_checkpointing=checkpointing,
         total_steps=steps,
         target_modules=targets,
     )
 
 
-def check_frozen(frozen: Resolved | None, now: Resolved) -> None:
-    """Compares what an earlier stage decided with what the inputs are now.
+def frozen(before: Resolved | None, now: Resolved) -> Resolved:
+    """What an earlier stage decided stays, whatever GPU this one runs on; what it did not decide is as now.
 
     Raises:
         InvalidSpecError: the base model or the data changed in between.
     """
-    if frozen is None:
-        return
-    for what, before, after in (
-        ("base model", frozen.base_model_fingerprint, now.base_model_fingerprint),
-        ("data set", frozen.dataset_digest, now.dataset_digest),
+    if before is None:
+        return now
+    for what, old, new in (
+        ("base model", before.base_model_fingerprint, now.base_model_fingerprint),
+        ("data set", before.dataset_digest, now.dataset_digest),
     ):
-        if before is not None and before != after:
+        if old is not None and old != new:
             raise InvalidSpecError(
-                f"the {what} changed since the job was validated (it was {before[:19]}…, it is {str(after)[:19]}…): "
+                f"the {what} changed since the job was validated (it was {old[:19]}…, it is {str(new)[:19]}…): "
                 "create a new FineTuneJob"
             )
+    return now.model_copy(update={name: value for name, value in before if value is not None})

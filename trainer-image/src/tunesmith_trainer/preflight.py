@@ -1,59 +1,204 @@
-"""What a job will cost, known before any weight is loaded."""
+"""Whether a job fits into its GPU, known before any weight is loaded."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from tunesmith.contracts.memory import Run, Shape, estimate
+import numpy as np
+
+from tunesmith.api.finetunejob_status import PeakParts, Verdict
+from tunesmith.contracts.fitting import Settings, changes, decide, options
+from tunesmith.contracts.memory import Estimate, Run, Shape, estimate, verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from transformers import PretrainedConfig
 
     from tunesmith.api.finetunejob import FineTuneJobSpec
+    from tunesmith.api.finetunejob_status import Preflight
     from tunesmith_trainer.model import Modules
 
+_GIB = 2**30
+_WIDTHS = ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_KEPT_SHARE = 0.5
+"""Of the rows: a shorter maxLength that keeps fewer is not worth proposing."""
 
-def preflight_peak(
+
+@dataclass(frozen=True)
+class Sizing:
+    """What the peak of a run follows from.
+
+    Args:
+        shape: of the base model.
+        trainable: parameters that are trained, by the adapter's rank.
+        adapted_inputs: in-features of the adapted modules of one layer, summed.
+        dropout: whether the adapter has dropout.
+        lengths: tokens of each row, ascending.
+    """
+
+    shape: Shape
+    trainable: Callable[[int | None], int]
+    adapted_inputs: int
+    dropout: bool
+    lengths: np.ndarray[Any, np.dtype[np.int64]]
+
+    def kept(self, settings: Settings) -> int:
+        """Rows that are not longer than the settings allow."""
+        return int(np.searchsorted(self.lengths, settings.max_length, side="right"))
+
+    def tokens(self, settings: Settings) -> int:
+        """Tokens of a micro-batch of the longest rows."""
+        kept = self.kept(settings)
+        return settings.micro_batch_size * int(self.lengths[kept - 1]) if kept else 0
+
+    def estimate(self, settings: Settings) -> Estimate:
+        """The peak with its parts."""
+        run = Run(
+            adapter_parameters=self.trainable(settings.rank),
+            adapted_inputs=self.adapted_inputs,
+            tokens=self.tokens(settings),
+            quantized=settings.quantized,
+            checkpointing=settings.checkpointing,
+            dropout=self.dropout,
+        )
+        return estimate(self.shape, run)
+
+    def peak(self, settings: Settings) -> int:
+        """The peak in bytes."""
+        return self.estimate(settings).peak
+
+
+def sizing(
     spec: FineTuneJobSpec,
     config: PretrainedConfig,
     modules: Modules,
     adapted: Mapping[str, tuple[int, int]],
-    *,
-    trainable: int,
-    tokens: int,
-) -> int | None:
-    """Estimated peak of the GPU in bytes; None for a base whose configuration does not tell its widths.
+    trainable: Callable[[int | None], int],
+    lengths: Sequence[int],
+) -> Sizing | None:
+    """What the peak follows from; None without a GPU, and for a base whose configuration does not tell its widths.
 
     Args:
         spec: the job's spec.
         config: the base model's configuration.
         modules: its linear modules.
         adapted: those that get an adapter, with their (in, out) features.
-        trainable: parameters of the adapter.
-        tokens: of a micro-batch of the longest rows.
+        trainable: parameters that are trained, by the adapter's rank.
+        lengths: tokens of each training row.
     """
-    names = ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
-    widths = [width for name in names if isinstance(width := getattr(config, name, None), int)]
-    if len(widths) != len(names):
+    text = config.get_text_config()
+    widths = [width for name in _WIDTHS if isinstance(width := getattr(text, name, None), int)]
+    if not spec.resources.gpus or len(widths) != len(_WIDTHS) or any(getattr(text, name, None) for name in _EXPERTS):
         return None
     hidden, layers, intermediate, vocabulary = widths
-    tables = 1 if getattr(config, "tie_word_embeddings", False) else 2
-    shape = Shape(
-        hidden=hidden,
-        layers=layers,
-        intermediate=intermediate,
-        vocabulary=vocabulary,
-        linear_parameters=sum(wide * high for wide, high in modules.linear.values()),
-        embedding_parameters=tables * vocabulary * hidden,
-    )
-    fields = spec.method.fields
-    run = Run(
-        adapter_parameters=trainable,
+    linear = sum(wide * high for wide, high in modules.linear.values())
+    shape = Shape(hidden, layers, intermediate, vocabulary, linear, modules.parameters - linear)
+    return Sizing(
+        shape=shape,
+        trainable=trainable,
         adapted_inputs=sum(wide for wide, _ in adapted.values()) // layers,
-        tokens=tokens,
-        quantized=spec.method.qlora is not None,
-        dropout=fields.dropout > 0,
+        dropout=spec.method.fields.dropout > 0,
+        lengths=np.sort(np.asarray(lengths, dtype=np.int64)),
     )
-    return estimate(shape, run).peak
+
+
+def settings_of(spec: FineTuneJobSpec, *, micro_batch_size: int, checkpointing: bool) -> Settings:
+    """The settings of a job that its memory follows from."""
+    return Settings(
+        micro_batch_size=micro_batch_size,
+        checkpointing=checkpointing,
+        quantized=spec.method.qlora is not None,
+        rank=spec.method.fields.rank,
+        max_length=spec.dataset.max_length,
+    )
+
+
+def decided(sized: Sizing, asked: Settings, sizes: Sequence[int], ways: Sequence[bool], gpu_memory: int) -> Settings:
+    """The micro-batch size, of `sizes`, and the checkpointing, of `ways`, that the estimate chooses for a GPU of so many
+    bytes."""
+    return decide(asked, sizes, ways, peak=sized.peak, tokens=sized.tokens, gpu_memory=gpu_memory)
+
+
+def judge(
+    counted: Preflight,
+    sized: Sizing,
+    spec: FineTuneJobSpec,
+    run: Settings,
+    sizes: Sequence[int],
+    gpu_memory: int | None,
+) -> Preflight:
+    """The counts with the peak, its parts, the verdict and, where it may not fit, the change that costs least."""
+    parts = sized.estimate(run)
+    says = verdict(parts.peak, gpu_memory)
+    suggestion = None
+    if gpu_memory is not None and says is not Verdict.FITS:
+        suggestion = suggest(sized, spec, run, sizes, gpu_memory)
+    return counted.model_copy(
+        update={
+            "estimated_peak_bytes": parts.peak,
+            "peak_parts": PeakParts(
+                weights_bytes=parts.weights,
+                trainable_bytes=parts.adapter,
+                activations_bytes=parts.activations,
+                logits_bytes=parts.logits,
+                overhead_bytes=parts.overhead,
+            ),
+            "gpu_memory_bytes": gpu_memory,
+            "verdict": says,
+            "suggestion": suggestion,
+        }
+    )
+
+
+def suggest(sized: Sizing, spec: FineTuneJobSpec, run: Settings, sizes: Sequence[int], gpu_memory: int) -> str:
+    """A sentence with the change that fits and costs least, tried with the same estimate."""
+
+    def fits(trial: Settings) -> bool:
+        enough = sized.kept(trial) >= max(2, _KEPT_SHARE * len(sized.lengths))
+        return (enough or trial.max_length == run.max_length) and sized.peak(trial) <= gpu_memory
+
+    possible = options(run, sizes, checkpointing=True, quantization=spec.method.lora is not None)
+    found = changes(run, possible, fits)
+    if found is None:
+        strongest = replace(run, **{name: values[-1] for name, values in possible.items() if values})
+        least = min(sized.peak(strongest), sized.peak(replace(strongest, max_length=run.max_length)))
+        return (
+            f"no change of this job makes it fit: it takes a GPU with about {gibibytes(least)} or a smaller base model"
+        )
+    then = replace(run, **found)
+    words = [_words(name, value, partial(sized.kept, then), len(sized.lengths)) for name, value in found.items()]
+    return f"{' and '.join(words)} makes it about {gibibytes(sized.peak(then))}"
+
+
+def _words(name: str, value: int, kept: Callable[[], int], rows: int) -> str:
+    match name:
+        case "micro_batch_size":
+            return f"hyperparameters.microBatchSize: {value}"
+        case "checkpointing":
+            return "hyperparameters.gradientCheckpointing: true"
+        case "quantized":
+            return "method.qlora instead of lora"
+        case "rank":
+            return f"rank: {value}"
+        case _:
+            dropped = rows - kept()
+            return f"dataset.maxLength: {value}" + (f" (drops {dropped} of {rows} rows)" if dropped else "")
+
+
+def gibibytes(size: int) -> str:
+    """`15.9 GiB`."""
+    return f"{size / _GIB:.1f} GiB"
+
+
+def refusal(counted: Preflight) -> str | None:
+    """Why training would be pointless, and the change that fits; None where it may fit."""
+    if counted.verdict is not Verdict.WILL_NOT_FIT:
+        return None
+    peak, memory = counted.estimated_peak_bytes or 0, counted.gpu_memory_bytes or 0
+    return (
+        f"the run needs about {gibibytes(peak)} of GPU memory and the GPU has {gibibytes(memory)}: {counted.suggestion}"
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,10 +12,9 @@ from datasets.arrow_writer import ArrowWriter
 
 from tunesmith.api.finetunejob_status import Preflight, Resolved
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
-from tunesmith_trainer import data, model, plan
+from tunesmith_trainer import data, model, plan, preflight
 from tunesmith_trainer.errors import BaseModelNotFoundError, InvalidSpecError
 from tunesmith_trainer.evaluation.generation import Example, load
-from tunesmith_trainer.preflight import preflight_peak
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,7 +55,7 @@ class Prepared:
     examples: dict[str, list[Example]]
 
 
-def prepare(job: FineTuneJob, stores: Stores, work: Path, *, weights: bool) -> Prepared:
+def prepare(job: FineTuneJob, stores: Stores, work: Path, *, weights: bool, gpu_memory: int | None = None) -> Prepared:
     """Checks, counts and tokenises the inputs of a job.
 
     Args:
@@ -64,6 +63,7 @@ def prepare(job: FineTuneJob, stores: Stores, work: Path, *, weights: bool) -> P
         stores: opens the places that it names.
         work: folder for downloads and tokenised rows.
         weights: download the base's weights too; without them the fingerprint is read with ranged reads.
+        gpu_memory: of the GPU, bytes; None where it is not known.
 
     Raises:
         TrainerError: an input is missing, refused or not usable.
@@ -110,25 +110,51 @@ def prepare(job: FineTuneJob, stores: Stores, work: Path, *, weights: bool) -> P
     }
     lengths = np.asarray(kept.lengths)[chosen]
 
-    resolved = plan.resolve(
-        spec, rows=len(train), targets=targets, fingerprint=fingerprint, digest=f"sha256:{digest.hexdigest()}"
+    def trainable(rank: int | None) -> int:
+        return model.adapter_parameters(rank or spec.method.fields.rank, list(adapted.values()))
+
+    sized = preflight.sizing(spec, config, modules, adapted, trainable, lengths)
+    run, sizes = _settings(job, sized, gpu_memory)
+    now = plan.resolve(
+        spec,
+        rows=len(train),
+        targets=targets,
+        fingerprint=fingerprint,
+        digest=f"sha256:{digest.hexdigest()}",
+        micro_batch_size=run.micro_batch_size,
+        checkpointing=run.checkpointing,
     )
-    plan.check_frozen(job.status.resolved, resolved)
-    trainable = model.adapter_parameters(spec.method.fields.rank, list(adapted.values()))
-    peak = None
-    if spec.resources.gpus and resolved.micro_batch_size:
-        tokens = resolved.micro_batch_size * int(lengths.max())
-        peak = preflight_peak(spec, config, modules, adapted, trainable=trainable, tokens=tokens)
-    preflight = Preflight(
+    resolved = plan.frozen(job.status.resolved, now)
+    counted = Preflight(
         rows=len(train),
         validation_rows=len(validation),
         dropped_rows=dropped,
         tokens=int(lengths.sum()),
-        trainable_parameters=trainable,
-        estimated_peak_bytes=peak,
+        trainable_parameters=trainable(None),
     )
+    if sized is not None:
+        counted = preflight.judge(counted, sized, spec, run, sizes, gpu_memory)
     pad = model.pad_token(tokenizer, ends)
-    return Prepared(base, train, validation, pad, preflight, resolved, adapted, ends, examples)
+    return Prepared(base, train, validation, pad, counted, resolved, adapted, ends, examples)
+
+
+def _settings(
+    job: FineTuneJob, sized: preflight.Sizing | None, gpu_memory: int | None
+) -> tuple[preflight.Settings, list[int]]:
+    """The micro-batch size and the checkpointing of a run, and the sizes that are possible."""
+    spec, frozen = job.spec, job.status.resolved
+    asked = spec.hyperparameters.micro_batch_size
+    before = frozen.micro_batch_size if frozen is not None else None
+    sizes = plan.micro_batch_sizes(spec)
+    again = spec.hyperparameters.gradient_checkpointing
+    checkpointing = spec.resources.gpus > 0 if again is None else again
+    run = preflight.settings_of(spec, micro_batch_size=before or asked or max(sizes), checkpointing=checkpointing)
+    if before is not None and frozen is not None:
+        return replace(run, checkpointing=bool(frozen.gradient_checkpointing)), sizes
+    if sized is None or gpu_memory is None:
+        return run, sizes
+    ways = (False, True) if again is None else (again,)
+    return preflight.decided(sized, run, [asked] if asked else sizes, ways, gpu_memory), sizes
 
 
 def _check_context(config: PretrainedConfig, kept: data.Kept) -> None:

@@ -125,6 +125,8 @@ class FailureReason(StrEnum):
     ACCESS_DENIED = "AccessDenied"
     DATASET_NOT_FOUND = "DatasetNotFound"
     DATASET_INVALID = "DatasetInvalid"
+    WILL_NOT_FIT = "WillNotFit"
+    NOT_SERVABLE = "NotServable"
     OUT_OF_MEMORY = "OutOfMemory"
     LOSS_DIVERGED = "LossDiverged"
     GATE_FAILED = "GateFailed"

@@ -58,14 +58,35 @@ class Resolved(StatusModel):
     learning_rate: float | None = Field(default=None, description="Peak learning rate.")
     batch_size: int | None = Field(default=None, description="Sequences per optimizer step.")
     micro_batch_size: int | None = Field(default=None, description="Sequences per forward pass.")
+    gradient_checkpointing: bool | None = Field(
+        default=None, description="Whether activations are computed again in the backward pass, which saves memory."
+    )
     total_steps: int | None = Field(default=None, description="Optimizer steps.")
     target_modules: list[ModuleName] | None = Field(
         default=None, max_length=64, description="Modules that get an adapter."
     )
 
 
+class Verdict(StrEnum):
+    """Whether a run fits into a GPU's memory."""
+
+    FITS = "Fits"
+    WILL_NOT_FIT = "WillNotFit"
+    UNKNOWN = "Unknown"
+
+
+class PeakParts(StatusModel):
+    """What the estimated peak memory of a GPU is made of."""
+
+    weights_bytes: int = Field(description="The base model.")
+    trainable_bytes: int = Field(description="Trained parameters, their gradients and the optimizer's state.")
+    activations_bytes: int = Field(description="What the backward pass needs of the forward pass of a micro-batch.")
+    logits_bytes: int = Field(description="Scores over the vocabulary, and the loss.")
+    overhead_bytes: int = Field(description="Context, workspaces and fragmentation.")
+
+
 class Preflight(StatusModel):
-    """What the CPU stage counted."""
+    """What the CPU stage counted, and whether the run fits into the GPU."""
 
     rows: int | None = Field(default=None, description="Training rows that are used.")
     validation_rows: int | None = Field(default=None, description="Held-out rows.")
@@ -74,6 +95,18 @@ class Preflight(StatusModel):
     trainable_parameters: int | None = Field(default=None, description="Parameters of the adapter.")
     estimated_peak_bytes: int | None = Field(
         default=None, description="Estimated peak memory of the GPU, bytes, within about 15 %; absent without a GPU."
+    )
+    peak_parts: PeakParts | None = Field(default=None, description="What the estimated peak is made of.")
+    gpu_memory_bytes: int | None = Field(
+        default=None, description="Memory of the smallest GPU that the job may get, bytes; absent: not known."
+    )
+    verdict: Verdict | None = Field(
+        default=None,
+        description="Whether it fits; Unknown where the GPU's memory is not known, or where the estimate's own error"
+        " could decide it.",
+    )
+    suggestion: str | None = Field(
+        default=None, max_length=1024, description="The change that makes it fit and costs least."
     )
 
 

@@ -7,7 +7,8 @@ parameter and its gradient, 8 for AdamW). Fitted to published measurements, whic
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
+
+from tunesmith.api.finetunejob_status import Verdict
 
 TOLERANCE = 0.15
 """How far the estimate is from the published measurements, at most."""
@@ -20,14 +21,6 @@ _HIDDEN = 5.5
 _ADAPTER_INPUT = 2.25
 _DROPOUT_INPUT = 4.4
 _DORA_INPUT = 4.85
-
-
-class Verdict(StrEnum):
-    """Whether a run fits into a GPU's memory."""
-
-    FITS = "Fits"
-    WILL_NOT_FIT = "WillNotFit"
-    UNKNOWN = "Unknown"
 
 
 @dataclass(frozen=True)

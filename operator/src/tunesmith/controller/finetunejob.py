@@ -10,10 +10,11 @@ from pydantic import ValidationError
 
 from tunesmith.api.conditions import FailureReason
 from tunesmith.api.finetunejob_status import AttemptOutcome, FineTuneJobStatus
-from tunesmith.cluster.errors import AlreadyExistsError, InvalidError
+from tunesmith.cluster.errors import AlreadyExistsError, ForbiddenError, InvalidError
 from tunesmith.controller.progress import ProgressPoller
 from tunesmith.controller.reconciler import MANAGED, Key, Result, Watch, label_keys, owner_keys
 from tunesmith.finetune import render
+from tunesmith.finetune.nodes import gpu_memory_bytes
 from tunesmith.finetune.observe import COMPONENT_LABEL, TRAIN, VALIDATE, Observation, observe
 from tunesmith.finetune.plan import Action, CreateAttempt, CreateValidation, Plan, StopJob, plan
 from tunesmith.finetune.status import Status, notices
@@ -119,19 +120,23 @@ class FineTuneJobReconciler:
         """Carry the actions out; the status that is true afterwards."""
         try:
             for action in decided.actions:
-                await self._do(seen.job, action, jobs)
+                await self._do(seen.job, decided.status, action, jobs)
         except InvalidError as error:
             status = Status(seen.job, seen.now)
             status.failed(FailureReason.INVALID_SPEC, f"the API server refuses what the spec leads to: {error}")
             return status.build()
         return decided.status
 
-    async def _do(self, job: FineTuneJob, action: Action, jobs: dict[str, Object]) -> None:
+    async def _do(self, job: FineTuneJob, status: FineTuneJobStatus, action: Action, jobs: dict[str, Object]) -> None:
         match action:
             case CreateValidation():
-                await self._create(job, render.validation(job, self._installation))
+                rendered = render.validation(job, self._installation, await self._gpu_memory(job))
+                await self._create(render.configuration(job, VALIDATE), rendered)
             case CreateAttempt(number):
-                await self._create(job, render.attempt(job, number, self._installation))
+                # The status that goes with the action holds what validation resolved in this very pass.
+                resolved = job.model_copy(update={"status": status})
+                rendered = render.attempt(job, number, self._installation)
+                await self._create(render.configuration(resolved, TRAIN), rendered)
             case StopJob(name):
                 # It stays until its pod is gone, so that what follows sees whether one still saves.
                 await self._context.delete(jobs[name], "Foreground")
@@ -146,12 +151,22 @@ class FineTuneJobReconciler:
             _log.warning("the GPUs' memory is not known: %s", error)
             return None
 
-    async def _create(self, job: FineTuneJob, manifest: Object) -> None:
+    async def _gpu_memory(self, job: FineTuneJob) -> int | None:
+        """Read once per job: watching nodes would be far more work than this one question."""
+        if not job.spec.resources.gpus:
+            return None
+        try:
+            return gpu_memory_bytes(job, await self._context.cluster.list("Node"))
+        except ForbiddenError as error:
+            _log.warning("the GPUs' memory is not known: %s", error)
+            return None
+
+    async def _create(self, *manifests: Object) -> None:
         """Created once and never applied again: an object of that name is the one that was meant.
 
         A newer release may render it otherwise, and what an attempt reads must not change between attempts.
         """
-        for item in (render.configuration(job), manifest):
+        for item in manifests:
             with contextlib.suppress(AlreadyExistsError):
                 await self._context.create(item)
 

@@ -141,7 +141,7 @@ def _validate(seen: Observation, status: Status, store: str) -> Plan:
     if end.outcome is AttemptOutcome.PREEMPTED:
         # The Job replaces disrupted pods itself: it ends this way only where a whole Job was pre-empted.
         end = replace(end, reason=FailureReason.INTERNAL_ERROR, message="validation was pre-empted too often")
-    status.invalid(end.reason or FailureReason.INTERNAL_ERROR, end.message)
+    status.invalid(end.reason or FailureReason.INTERNAL_ERROR, end.message, end.result)
     return Plan((), status.build())
 
 

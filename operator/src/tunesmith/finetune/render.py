@@ -28,6 +28,7 @@ GRACE_SECONDS = 120
 """For a checkpoint at the end of the step that runs, and its upload."""
 _VALIDATION_RESOURCES = {"requests": {"cpu": "500m", "memory": "2Gi"}, "limits": {"memory": "2Gi"}}
 _VALIDATION_RETRIES = 3
+_MANIFEST_SUFFIXES = {VALIDATE: "spec", TRAIN: "resolved"}
 
 
 @dataclass(frozen=True)
@@ -40,32 +41,48 @@ class Installation:
     image_pull_policy: str = "IfNotPresent"
 
 
-def configuration(job: FineTuneJob) -> Object:
-    """The ConfigMap with the manifest that the trainer reads."""
+def configuration(job: FineTuneJob, stage: str) -> Object:
+    """The ConfigMap with the manifest that the trainer reads.
+
+    Created once and never written again: what was resolved until the first attempt holds for all attempts.
+
+    Args:
+        job: the FineTuneJob.
+        stage: VALIDATE, or TRAIN for every attempt, whose manifest also tells what validation resolved.
+    """
+    resolved = job.status.resolved if stage == TRAIN else None
     manifest = {
         "apiVersion": job.api_version,
         "kind": job.kind,
         "metadata": {"name": job.metadata.name, "namespace": job.metadata.namespace, "uid": job.metadata.uid},
         "spec": job.spec.manifest(),
+        **({"status": {"resolved": resolved.manifest()}} if resolved is not None else {}),
     }
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
-        "metadata": _metadata(job, "spec", {}),
+        "metadata": _metadata(job, _MANIFEST_SUFFIXES[stage], {}),
         "immutable": True,
         # JSON is YAML, and made a hundred times faster.
         "data": {JOB_FILE: json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"},
     }
 
 
-def validation(job: FineTuneJob, installation: Installation) -> Object:
+def validation(job: FineTuneJob, installation: Installation, gpu_memory_bytes: int | None = None) -> Object:
     """The Job that checks data, base model and settings on a CPU.
 
     The Job controller itself repeats it after a failure that is worth it, and replaces disrupted pods.
+
+    Args:
+        job: the FineTuneJob.
+        installation: what it gets from the installation.
+        gpu_memory_bytes: of the smallest GPU that it may train on; None where that is not known.
     """
     labels = {COMPONENT_LABEL: VALIDATE}
     rules = [_on_disruption("Ignore"), _on_exit_codes("FailJob", ExitCode.USER_FAULT)]
     arguments = ["validate", "--job", f"{JOB_FOLDER}/{JOB_FILE}"]
+    if gpu_memory_bytes is not None:
+        arguments += ["--gpu-memory-bytes", str(gpu_memory_bytes)]
     pod = _pod(job, installation, labels, arguments, _VALIDATION_RESOURCES)
     # A check needs no GPU: only what keeps pods off nodes altogether is taken over.
     pod["spec"].pop("runtimeClassName", None)
@@ -147,6 +164,7 @@ def _pod(
     job: FineTuneJob, installation: Installation, labels: dict[str, str], arguments: list[str], resources: Object
 ) -> Object:
     secrets, claims = _secrets(job), _claims(job)
+    manifest = _MANIFEST_SUFFIXES[labels[COMPONENT_LABEL]]
     scheduling = job.spec.scheduling
     return {
         "metadata": {"labels": _labels(job, labels)},
@@ -196,7 +214,7 @@ def _pod(
                 }
             ],
             "volumes": [
-                {"name": "job", "configMap": {"name": owned_name(job.metadata.name, job.metadata.uid, "spec")}},
+                {"name": "job", "configMap": {"name": owned_name(job.metadata.name, job.metadata.uid, manifest)}},
                 {"name": "work", "emptyDir": {}},
                 {"name": "tmp", "emptyDir": {}},
                 # Optional: the kubelet would wait for a missing one without a word, the trainer says which is missing.

@@ -54,8 +54,10 @@ class Status:
         self._set(FineTuneJobCondition.VALIDATED, ConditionStatus.TRUE, "Valid", message)
         self._status.progress = None
 
-    def invalid(self, reason: FailureReason, message: str) -> None:
-        """The CPU stage found what makes training pointless."""
+    def invalid(self, reason: FailureReason, message: str, result: TrainerResult | None = None) -> None:
+        """The CPU stage found what makes training pointless; what it counted until then is told."""
+        if result is not None:
+            self._status.preflight = result.preflight or self._status.preflight
         self._set(FineTuneJobCondition.VALIDATED, ConditionStatus.FALSE, reason, message)
         self.failed(reason, message)
 

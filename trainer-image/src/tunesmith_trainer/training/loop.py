@@ -70,6 +70,11 @@ def choose_device(gpus: int) -> torch.device:
     return torch.device("cuda", 0)
 
 
+def device_memory(device: torch.device) -> int | None:
+    """Bytes of memory of a GPU; None for the CPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
 def train(job: FineTuneJob, prepared: Prepared, progress: Progress, work: Path, faults: Faults) -> Trained:
     """Trains the adapter and scores base and adapter on the held-out rows, from the newest checkpoint that verifies.
 
@@ -97,7 +102,7 @@ def _train(
     resolved = prepared.resolved
     assert resolved.micro_batch_size is not None  # noqa: S101 - prepare() fills everything
     seed = job.spec.hyperparameters.seed
-    checkpointing = device.type == "cuda"
+    checkpointing = bool(resolved.gradient_checkpointing)
 
     progress.update(stage=Stage.LOADING)
     set_seed(seed)

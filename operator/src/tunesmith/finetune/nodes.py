@@ -1,0 +1,59 @@
+"""The GPU that a job may get, from the labels that GPU feature discovery gives to nodes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from tunesmith.api.finetunejob import FineTuneJob
+    from tunesmith.api.placement import Toleration
+
+Object = dict[str, Any]
+_MIB = 2**20
+_KEEPS_OFF = frozenset({"NoSchedule", "NoExecute"})
+
+
+def gpu_memory_bytes(job: FineTuneJob, nodes: Iterable[Object]) -> int | None:
+    """Memory of the smallest GPU among the nodes that may run the job's pods, in bytes; None where it is not known.
+
+    The label `<resources.gpuResource>.memory`, in MiB, tells it: `nvidia.com/gpu.memory`, or that of a MIG profile. A
+    node without the label, or one that shares its GPUs among pods (`….replicas` above 1), makes the answer unknown.
+
+    Args:
+        job: whose resources and scheduling say which nodes may run it.
+        nodes: of the cluster.
+    """
+    resource = job.spec.resources.gpu_resource
+    found = [_memory(node, resource) for node in nodes if job.spec.resources.gpus and _may_run(job, node)]
+    known = [memory for memory in found if memory is not None]
+    return min(known) if found and len(known) == len(found) else None
+
+
+def _memory(node: Object, resource: str) -> int | None:
+    labels = node["metadata"].get("labels") or {}
+    mebibytes, replicas = labels.get(f"{resource}.memory", ""), labels.get(f"{resource}.replicas", "1")
+    return int(mebibytes) * _MIB if mebibytes.isdecimal() and int(mebibytes) and replicas in {"0", "1"} else None
+
+
+def _may_run(job: FineTuneJob, node: Object) -> bool:
+    wanted, labels = job.spec.scheduling, node["metadata"].get("labels") or {}
+    if any(labels.get(key) != value for key, value in (wanted.node_selector or {}).items()):
+        return False
+    # The API server's ExtendedResourceToleration makes pods tolerate a taint of the resource's own name.
+    resource = job.spec.resources.gpu_resource
+    taints = [taint for taint in node.get("spec", {}).get("taints") or () if taint["key"] != resource]
+    if any(not _tolerated(taint, wanted.tolerations or []) for taint in taints if taint.get("effect") in _KEEPS_OFF):
+        return False
+    allocatable = str(node.get("status", {}).get("allocatable", {}).get(resource, "0"))
+    return allocatable.isdecimal() and int(allocatable) >= job.spec.resources.gpus
+
+
+def _tolerated(taint: Object, tolerations: list[Toleration]) -> bool:
+    return any(
+        toleration.key in {None, taint["key"]}
+        and toleration.effect in {None, taint["effect"]}
+        and (toleration.operator == "Exists" or (toleration.value or "") == taint.get("value", ""))
+        for toleration in tolerations
+    )
