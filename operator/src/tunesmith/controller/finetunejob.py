@@ -151,16 +151,6 @@ class FineTuneJobReconciler:
             _log.warning("the GPUs' memory is not known: %s", error)
             return None
 
-    async def _gpu_memory(self, job: FineTuneJob) -> int | None:
-        """Read once per job: watching nodes would be far more work than this one question."""
-        if not job.spec.resources.gpus:
-            return None
-        try:
-            return gpu_memory_bytes(job, await self._context.cluster.list("Node"))
-        except ForbiddenError as error:
-            _log.warning("the GPUs' memory is not known: %s", error)
-            return None
-
     async def _create(self, *manifests: Object) -> None:
         """Created once and never applied again: an object of that name is the one that was meant.
 
