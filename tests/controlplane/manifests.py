@@ -57,7 +57,7 @@ NAME = "a name has lower-case letters, digits, '-' and '.', and begins and ends 
 UNSUPPORTED = 'Unsupported value: "int3": supported values: "nf4"'
 FROM_ONE = "in body should be greater than or equal to 1"
 UP_TO_512 = "in body should be less than or equal to 512"
-ONE_GPU = "resources.gpus: this release trains on one GPU per job, or on the CPU with 0"
+IDLE = "hyperparameters.batchSize (8 when absent) leaves nothing to do for some of resources.nodes"
 
 JSONL = "s3://data/rows.jsonl"
 LOSS_SUITE = {"name": "rows", "heldOutLoss": {}}
@@ -70,7 +70,18 @@ NO_LIMIT = "a gate of evaluation.gates needs min or max: without a limit it woul
 # case → (what is changed in a minimal job, what `kubectl apply` says, what a local run says)
 REFUSED_JOBS: dict[str, tuple[dict[str, Any], str, str]] = {
     "no method": ({"method": {}}, ONE_METHOD, ONE_METHOD),
-    "two GPUs": ({"resources": {"gpus": 2}}, ONE_GPU, ONE_GPU),
+    "more GPUs than sequences": ({"resources": {"gpus": 16}}, IDLE, IDLE),
+    "more nodes than sequences": ({"resources": {"gpus": 0, "nodes": 9}}, IDLE, IDLE),
+    "more ranks than micro-batches": (
+        {"resources": {"gpus": 2, "nodes": 2}, "hyperparameters": {"batchSize": 16, "microBatchSize": 8}},
+        IDLE,
+        IDLE,
+    ),
+    "no node": (
+        {"resources": {"nodes": 0}},
+        f"spec.resources.nodes {FROM_ONE}",
+        "spec.resources.nodes is 0: it must be at least 1",
+    ),
     "a deadline of no time": (
         {"activeDeadlineSeconds": 0},
         f"spec.activeDeadlineSeconds {FROM_ONE}",

@@ -53,6 +53,9 @@ def test_name_that_leaves_no_room_for_names_of_pods_is_refused(apiserver: ApiSer
     apiserver.apply(job(namespace, name="n" * 40))
     assert_refused(apiserver, pool(namespace, name="n" * 41), f"{at_most} pods are made from it")
     apiserver.apply(pool(namespace, name="n" * 40))
+    several = "metadata.name must have no '.' where resources.nodes is more than 1: names of hosts are made from it"
+    assert_refused(apiserver, job(namespace, name="a.b", resources__nodes=2), several)
+    apiserver.apply(job(namespace, name="a.b"))
     too_long = "metadata.name has more than 63 characters and is the model's name: set spec.modelName to a shorter one"
     assert_refused(apiserver, adapter(namespace, name="n" * 64), too_long)
     apiserver.apply(adapter(namespace, name="n" * 64, modelName="short"))
@@ -62,7 +65,7 @@ def test_defaults_are_those_of_a_local_run(apiserver: ApiServer, namespace: str)
     apiserver.apply(job(namespace))
     spec = apiserver.get("ftj", "tone", "-n", namespace)["spec"]
     assert spec["method"] == {"lora": {"rank": 16, "alpha": 32, "dropout": 0.0, "targetModules": ["all-linear"]}}
-    assert spec["resources"] == {"gpus": 1, "gpuResource": "nvidia.com/gpu", "cpu": "1", "memory": "8Gi"}
+    assert spec["resources"] == {"gpus": 1, "gpuResource": "nvidia.com/gpu", "cpu": "1", "memory": "8Gi", "nodes": 1}
     assert spec == parse_manifest(json.dumps(job(namespace))).spec.manifest()
 
 

@@ -6,7 +6,7 @@ import pytest
 from worlds import NOW, UID, manifest
 
 from tunesmith.contracts.location import owned_name
-from tunesmith.finetune.classify import ending
+from tunesmith.finetune.classify import ending, obstacle
 from tunesmith.finetune.observe import observe
 
 Object = dict[str, Any]
@@ -21,10 +21,11 @@ def kube_job(component: str, uid: str, attempt: str | None = None, **status: Any
     return {"metadata": metadata, "status": status}
 
 
-def kube_pod(owner: str, name: str, status: Object, created: str = TIME) -> Object:
+def kube_pod(owner: str, name: str, status: Object, created: str = TIME, index: str | None = None) -> Object:
     metadata = {
         "name": name,
         "creationTimestamp": created,
+        "labels": {} if index is None else {"batch.kubernetes.io/job-completion-index": index},
         "ownerReferences": [{"uid": owner, "name": f"tone-{owner}"}],
     }
     return {"metadata": metadata, "spec": {"nodeName": "node1"}, "status": status}
@@ -94,3 +95,77 @@ def test_how_a_pod_ended(name: str, status: Object, expected: str) -> None:
         manifest(), [kube_job("train", "one", "1", conditions=[failed])], [kube_pod("one", "a", status)], None, NOW
     )
     assert ending(seen.attempts[1], "attempt 1").outcome == expected, name
+
+
+FAILED = {"type": "Failed", "status": "True", "lastTransitionTime": TIME}
+LOST = (
+    '{"outcome": "Failed", "reason": "InternalError", "message": "rank 1 is gone", "retryable": true, "lostPeer": true}'
+)
+FAULT = '{"outcome": "Failed", "reason": "DatasetInvalid", "message": "line 3 is not JSON"}'
+OUTAGE = '{"outcome": "Failed", "reason": "StorageUnavailable", "message": "no answer", "retryable": true}'
+STOPPED = '{"outcome": "Preempted", "message": "stopped by SIGTERM", "retryable": true}'
+DISRUPTED = {"conditions": [{"type": "DisruptionTarget", "status": "True"}]}
+
+
+def dead(exit_code: int, message: str = "", second: int = 0, reason: str = "Error", **more: Any) -> Object:
+    """The status of a pod that ended at that second."""
+    ended = f"2026-11-24T11:59:{second:02}Z"
+    return {**terminated(exitCode=exit_code, message=message, reason=reason, finishedAt=ended), **more}
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "second", "expected", "message"),
+    [
+        ("a peer's fault", dead(3, LOST, 1), dead(2, FAULT, 2), ("DatasetInvalid", False), "line 3"),
+        ("a fault and an outage", dead(3, OUTAGE, 1), dead(2, FAULT, 2), ("DatasetInvalid", False), "line 3"),
+        ("a peer out of memory", dead(3, LOST), dead(137, reason="OOMKilled"), ("OutOfMemory", False), "more memory"),
+        ("a peer's outage", dead(143, STOPPED, 1), dead(3, OUTAGE, 2), ("StorageUnavailable", True), "no answer"),
+        ("a peer that died", dead(143, STOPPED, 9), dead(139, second=8), ("InternalError", True), "exit code 139"),
+        ("a peer that is gone", dead(3, LOST), {}, ("InternalError", True), "rank 1 is gone"),
+        ("a peer that was stopped", dead(3, LOST, 1), dead(143, STOPPED, 2), (None, True), "pre-empted"),
+        ("a peer that was evicted", dead(3, LOST, 1), dead(137, second=2, **DISRUPTED), (None, True), "pre-empted"),
+        ("a peer that was done", dead(3, OUTAGE, 2), dead(0, "{}", 1), ("StorageUnavailable", True), "no answer"),
+    ],
+)
+def test_which_of_two_pods_ended_an_attempt(
+    name: str, first: Object, second: Object, expected: tuple[str | None, bool], message: str
+) -> None:
+    pods = [kube_pod("one", "b", second, index="1"), kube_pod("one", "a", first, index="0")]
+    seen = observe(manifest(), [kube_job("train", "one", "1", conditions=[FAILED])], pods, None, NOW)
+    end = ending(seen.attempts[1], "attempt 1")
+    assert (end.reason, end.retryable) == expected, name
+    assert end.outcome == ("Failed" if end.reason else "Preempted")
+    assert message in end.message
+
+
+def test_the_first_pod_reports_for_all() -> None:
+    complete = {"type": "Complete", "status": "True", "lastTransitionTime": TIME}
+    done = '{"outcome": "Succeeded", "message": "held-out loss 3 to 1"}'
+    other = '{"outcome": "Succeeded", "message": "rank 1 of 2 is done"}'
+    pods = [
+        kube_pod("one", "older", dead(143, STOPPED), "2026-11-24T11:00:00Z", index="0"),  # stopped by a queue
+        kube_pod("one", "b", dead(0, other), index="1"),
+        kube_pod("one", "a", dead(0, done), index="0"),
+    ]
+    seen = observe(manifest(), [kube_job("train", "one", "1", conditions=[complete])], pods, None, NOW)
+    end = ending(seen.attempts[1], "attempt 1")
+    assert end.outcome == "Succeeded"
+    assert end.result is not None
+    assert end.result.message == "held-out loss 3 to 1"
+
+
+def test_an_attempt_runs_once_all_its_pods_run() -> None:
+    running = {"containerStatuses": [{"name": "trainer", "state": {"running": {"startedAt": TIME}}}]}
+    unplaced = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "no GPU is free"}
+    several = {**kube_job("train", "one", "1"), "spec": {"parallelism": 2}}
+    first = kube_pod("one", "a", running, index="0")
+    waiting = kube_pod("one", "b", {"conditions": [unplaced]}, index="1")
+    for pods, expected in (
+        ([first], "has 1 of 2 pods after 60 s"),
+        ([first, waiting], "pod b waits for a node: no GPU is free"),
+    ):
+        wait = obstacle(observe(manifest(), [several], pods, None, NOW).attempts[1], NOW)
+        assert wait is not None
+        assert expected in wait.message
+    both = [first, kube_pod("one", "b", running, index="1")]
+    assert obstacle(observe(manifest(), [several], both, None, NOW).attempts[1], NOW) is None

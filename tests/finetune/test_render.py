@@ -14,7 +14,7 @@ from worlds import STORE, job
 from tunesmith.api.finetunejob import FineTuneJob
 from tunesmith.api.finetunejob_status import FineTuneJobStatus
 from tunesmith.finetune.observe import TRAIN, VALIDATE
-from tunesmith.finetune.render import Installation, attempt, configuration, validation
+from tunesmith.finetune.render import Installation, attempt, configuration, meeting, validation
 
 GOLDEN = Path(__file__).parent / "golden"
 INSTALLATION = Installation(
@@ -34,10 +34,13 @@ EVERYTHING = job(
         "runtimeClassName": "nvidia",
     },
 )
+SEVERAL = job(resources={"gpus": 4, "nodes": 2}, scheduling={"queue": "team"})
 RENDERED = {
     "configuration": configuration(EVERYTHING, VALIDATE),
     "validation": validation(EVERYTHING, INSTALLATION, 80 * 2**30),
     "attempt-gpu": attempt(EVERYTHING, 2, INSTALLATION),
+    "attempt-nodes": attempt(SEVERAL, 1, INSTALLATION),
+    "meeting": meeting(SEVERAL),
     "attempt-cpu": attempt(job(resources={"gpus": 0, "cpu": "1", "memory": "4Gi"}), 1, INSTALLATION),
 }
 
@@ -65,6 +68,10 @@ def test_what_validation_resolved_goes_into_the_manifest_of_every_attempt() -> N
         assert volumes[0]["configMap"]["name"] == frozen["metadata"]["name"]
         assert FineTuneJob.model_validate(yaml.safe_load(frozen["data"]["job.yaml"])).status == validated.status
     assert "status" not in yaml.safe_load(configuration(validated, VALIDATE)["data"]["job.yaml"])
+
+
+def test_one_node_needs_no_meeting() -> None:
+    assert meeting(EVERYTHING) == []
 
 
 def test_no_secret_value_or_token_reaches_a_pod_by_itself() -> None:

@@ -10,11 +10,11 @@ from tunesmith.api.checkpoint import Checkpoint
 from tunesmith.api.dataset import Dataset
 from tunesmith.api.evaluation import Evaluation
 from tunesmith.api.finetunejob_status import FineTuneJobStatus
-from tunesmith.api.hyperparameters import Hyperparameters
+from tunesmith.api.hyperparameters import DEFAULT_BATCH_SIZE, Hyperparameters
 from tunesmith.api.method import Method
 from tunesmith.api.model import API_VERSION, MAX_NAME, ApiModel, ObjectMeta, Rule, SecretReference, Uri, uri_rules
-from tunesmith.api.output import Merge, Output
-from tunesmith.api.placement import Resources, TrainingScheduling
+from tunesmith.api.output import Merge, Output, Servable
+from tunesmith.api.placement import TrainingResources, TrainingScheduling
 
 
 class BaseModelSource(ApiModel):
@@ -45,16 +45,24 @@ class FineTuneJobSpec(ApiModel):
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
-            "!has(self.resources.gpus) || self.resources.gpus <= 1",
-            "resources.gpus: this release trains on one GPU per job, or on the CPU with 0",
-            lambda self: self.resources.gpus <= 1,
+            # has: the API server checks the default {} of a part before it fills in what is inside
+            f"(has(self.hyperparameters.batchSize) ? self.hyperparameters.batchSize : {DEFAULT_BATCH_SIZE}) >= "
+            "(has(self.hyperparameters.microBatchSize) ? self.hyperparameters.microBatchSize : 1) * "
+            "(has(self.resources.nodes) ? self.resources.nodes : 1) * "
+            "(has(self.resources.gpus) && self.resources.gpus > 1 ? self.resources.gpus : 1)",
+            f"hyperparameters.batchSize ({DEFAULT_BATCH_SIZE} when absent) leaves nothing to do for some of "
+            "resources.nodes × resources.gpus: it must be at least their number times microBatchSize (1 when absent)",
+            lambda self: (
+                (self.hyperparameters.batch_size or DEFAULT_BATCH_SIZE)
+                >= (self.hyperparameters.micro_batch_size or 1) * self.resources.ranks
+            ),
         ),
         Rule(
             "!has(self.output) || !has(self.output.merge) || self.output.merge != 'Dequantized' || "
             "has(self.method.qlora)",
             "output.merge: Dequantized belongs to method.qlora, other bases are not in 4 bits: use Original",
             lambda self: (
-                self.output is None or self.output.merge is not Merge.DEQUANTIZED or self.method.qlora is not None
+                self.output is None or self.output.merge is not Merge.DEQUANTIZED or self.method.quantization is not None
             ),
         ),
     )
@@ -67,7 +75,14 @@ class FineTuneJobSpec(ApiModel):
         default=None, description="What base and adapter are scored on; absent: the held-out loss, without a limit."
     )
     output: Output | None = Field(default=None, description="What is written beside the adapter; absent: nothing.")
-    resources: Resources = Field(default_factory=Resources, description="What the training pod asks for.")
+    servable: Servable = Field(
+        default=Servable.IGNORED,
+        description="Must vLLM be able to load the result as it is? Required fails the job with NotServable before it "
+        "trains where it cannot; Ignored trains anyway. status.preflight.servable tells either way.",
+    )
+    resources: TrainingResources = Field(
+        default_factory=TrainingResources, description="What the training pods ask for, and how many there are."
+    )
     scheduling: TrainingScheduling = Field(
         default_factory=TrainingScheduling, description="Where the pods may run, and which queue admits them."
     )
@@ -121,6 +136,11 @@ class FineTuneJob(ApiModel):
             "size(self.metadata.name) <= 40",
             "metadata.name must have at most 40 characters: names of Jobs and pods are made from it",
             lambda self: len(self.metadata.name) <= MAX_NAME,
+        ),
+        Rule(
+            "!has(self.spec.resources.nodes) || self.spec.resources.nodes <= 1 || !self.metadata.name.contains('.')",
+            "metadata.name must have no '.' where resources.nodes is more than 1: names of hosts are made from it",
+            lambda self: self.spec.resources.nodes <= 1 or "." not in self.metadata.name,
         ),
     )
 

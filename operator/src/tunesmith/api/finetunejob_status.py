@@ -10,6 +10,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from tunesmith.api.conditions import Condition, FailureReason
+from tunesmith.api.hyperparameters import Precision
 from tunesmith.api.method import ModuleName
 from tunesmith.api.model import StatusModel
 
@@ -61,6 +62,9 @@ class Resolved(StatusModel):
     gradient_checkpointing: bool | None = Field(
         default=None, description="Whether activations are computed again in the backward pass, which saves memory."
     )
+    precision: Precision | None = Field(
+        default=None, description="Type of the frozen weights and of the matrix products."
+    )
     total_steps: int | None = Field(default=None, description="Optimizer steps.")
     target_modules: list[ModuleName] | None = Field(
         default=None, max_length=64, description="Modules that get an adapter."
@@ -85,14 +89,60 @@ class PeakParts(StatusModel):
     overhead_bytes: int = Field(description="Context, workspaces and fragmentation.")
 
 
+class DropReason(StrEnum):
+    """Why a row is not used."""
+
+    UNDECODABLE = "Undecodable"
+    NULL = "Null"
+    EMPTY = "Empty"
+    DUPLICATE = "Duplicate"
+    OVERLONG = "Overlong"
+    NO_TARGET = "NoTarget"
+
+
+class DroppedRows(StatusModel):
+    """Rows that are not used for one reason."""
+
+    reason: DropReason = Field(
+        description="Undecodable: no JSON, no UTF-8, or too many or few cells. Null, Empty: nothing where text must be. "
+        "Duplicate: was there before. Overlong: more than maxLength tokens. NoTarget: no token of it is learned."
+    )
+    rows: int = Field(ge=0, description="How many.")
+    examples: list[Annotated[str, Field(max_length=256)]] | None = Field(
+        default=None, max_length=3, description="The first of them: file, line and what is wrong."
+    )
+
+
+class ServableStatus(StatusModel):
+    """Whether an engine can load the result."""
+
+    vllm: bool = Field(description="Whether vLLM can serve the adapter.")
+    reason: str | None = Field(default=None, max_length=1024, description="Why not.")
+
+
 class Preflight(StatusModel):
     """What the CPU stage counted, and whether the run fits into the GPU."""
 
-    rows: int | None = Field(default=None, description="Training rows that are used.")
+    rows: int | None = Field(default=None, description="Training rows of an epoch, with the sources' weights.")
     validation_rows: int | None = Field(default=None, description="Held-out rows.")
-    dropped_rows: int | None = Field(default=None, description="Rows longer than maxLength.")
+    dropped_rows: int | None = Field(
+        default=None, description="Rows that are not used, of the training and held-out rows; why stands in dropped."
+    )
+    dropped: list[DroppedRows] | None = Field(
+        default=None, max_length=8, description="By reason, the rows that are not used; absent: all are."
+    )
+    truncated_rows: int | None = Field(
+        default=None, description="Rows that lost their end to maxLength; absent: overlong is not Truncate."
+    )
+    packed_sequences: int | None = Field(
+        default=None, description="Sequences that the training rows are packed into; absent without packing."
+    )
     tokens: int | None = Field(default=None, description="Tokens in the training rows.")
-    trainable_parameters: int | None = Field(default=None, description="Parameters of the adapter.")
+    target_tokens: int | None = Field(default=None, description="Tokens of those that are learned.")
+    trainable_parameters: int | None = Field(default=None, description="Parameters that are trained.")
+    servable: ServableStatus | None = Field(
+        default=None, description="Whether vLLM will be able to load the result as it is."
+    )
     estimated_peak_bytes: int | None = Field(
         default=None, description="Estimated peak memory of the GPU, bytes, within about 15 %; absent without a GPU."
     )
@@ -148,14 +198,11 @@ class Attempt(StatusModel):
     resumed_from_step: int | None = Field(
         default=None, ge=0, description="Step of the checkpoint that it went on from. Absent: it began at step 0."
     )
-    node: str | None = Field(default=None, max_length=253, description="Node that ran it.")
-
-
-class ServableStatus(StatusModel):
-    """Whether an engine can load the result."""
-
-    vllm: bool = Field(description="Whether vLLM can serve the adapter.")
-    reason: str | None = Field(default=None, max_length=1024, description="Why not.")
+    node: str | None = Field(
+        default=None,
+        max_length=280,
+        description="Node that ran it; of several, that of the first pod, and how many more there are.",
+    )
 
 
 class ArtifactStatus(StatusModel):

@@ -59,7 +59,9 @@ class Hyperparameters(ApiModel):
     )
     max_steps: int | None = Field(default=None, ge=1, le=10_000_000, description="Optimizer steps.")
     learning_rate: float | None = Field(default=None, ge=1e-8, le=1.0, description="Peak learning rate. Absent: 2e-4.")
-    batch_size: int | None = Field(default=None, ge=1, le=65536, description="Sequences per optimizer step. Absent: 8.")
+    batch_size: int | None = Field(
+        default=None, ge=1, le=65536, description="Sequences per optimizer step, over all GPUs and nodes. Absent: 8."
+    )
     micro_batch_size: int | None = Field(
         default=None,
         ge=1,

@@ -88,6 +88,23 @@ class Resources(ApiModel):
     memory: Quantity = Field(default="8Gi", description="Memory request and limit, as a Kubernetes quantity.")
 
 
+class TrainingResources(Resources):
+    """What the training pods ask their nodes for. Results do not depend on how many there are."""
+
+    nodes: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="Pods that train together, on nodes of their own where there are enough; each gets gpus, cpu and "
+        "memory.",
+    )
+
+    @property
+    def ranks(self) -> int:
+        """Processes that train together: one per GPU, or one per pod on the CPU."""
+        return self.nodes * max(self.gpus, 1)
+
+
 class Toleration(ApiModel):
     """A taint that the pod tolerates (core/v1 Toleration)."""
 

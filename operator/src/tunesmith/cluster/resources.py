@@ -50,6 +50,7 @@ _RESOURCES = (
     Resource("apps", "v1", "deployments", "Deployment"),
     Resource("batch", "v1", "jobs", "Job"),
     Resource("policy", "v1", "poddisruptionbudgets", "PodDisruptionBudget"),
+    Resource("networking.k8s.io", "v1", "networkpolicies", "NetworkPolicy"),
     Resource("coordination.k8s.io", "v1", "leases", "Lease"),
     Resource("apiextensions.k8s.io", "v1", "customresourcedefinitions", "CustomResourceDefinition", namespaced=False),
 )

@@ -45,6 +45,8 @@ class TrainerResult(StatusModel):
     metrics: dict[str, float] = Field(default_factory=dict)
     resumed_from_step: int | None = None
     """Step of the checkpoint that the attempt went on from; None where it began at step 0."""
+    lost_peer: bool = False
+    """Another process of the run ended first: what it says is the cause, this is what followed."""
 
     @property
     def exit_code(self) -> ExitCode:
@@ -71,6 +73,18 @@ class TrainerResult(StatusModel):
                 result = result.model_copy(update={"message": "…", "metrics": {}, "resolved": None})
                 break
         return _text(result).decode()
+
+
+def blame(result: TrainerResult | None) -> int:
+    """Which of several failed processes ended the others, by what each said at its end: the one with the least number.
+
+    Who failed and says why comes before who was stopped or died without a word, and that before who lost a peer.
+    """
+    if result is None or result.outcome is not Outcome.FAILED:
+        return 2
+    if result.lost_peer:
+        return 3
+    return 1 if result.retryable else 0
 
 
 def _text(result: TrainerResult) -> bytes:

@@ -15,7 +15,7 @@ from tunesmith.controller.progress import ProgressPoller
 from tunesmith.controller.reconciler import MANAGED, Key, Result, Watch, label_keys, owner_keys
 from tunesmith.finetune import render
 from tunesmith.finetune.nodes import gpu_memory_bytes
-from tunesmith.finetune.observe import COMPONENT_LABEL, TRAIN, VALIDATE, Observation, observe
+from tunesmith.finetune.observe import COMPONENT_LABEL, TRAIN, VALIDATE, Observation, index_of, observe
 from tunesmith.finetune.plan import Action, CreateAttempt, CreateValidation, Plan, StopJob, plan
 from tunesmith.finetune.status import Status, notices
 
@@ -136,7 +136,7 @@ class FineTuneJobReconciler:
                 # The status that goes with the action holds what validation resolved in this very pass.
                 resolved = job.model_copy(update={"status": status})
                 rendered = render.attempt(job, number, self._installation)
-                await self._create(render.configuration(resolved, TRAIN), rendered)
+                await self._create(render.configuration(resolved, TRAIN), *render.meeting(job), rendered)
             case StopJob(name):
                 # It stays until its pod is gone, so that what follows sees whether one still saves.
                 await self._context.delete(jobs[name], "Foreground")
@@ -173,6 +173,7 @@ class FineTuneJobReconciler:
             for pod in self._context.caches["Pod"].list()
             if pod["metadata"].get("labels", {}).get(COMPONENT_LABEL) in {VALIDATE, TRAIN}
             and pod.get("status", {}).get("phase") == "Running"
+            and index_of(pod) == 0
         ]
 
     def _progressed(self, pod: Object) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tunesmith.api.conditions import FailureReason
 from tunesmith.api.finetunejob_status import AttemptOutcome
-from tunesmith.contracts.result import ExitCode, Outcome
+from tunesmith.contracts.result import ExitCode, Outcome, blame
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -49,15 +49,12 @@ def ending(job: JobView, stage: str) -> Ending:
 
     The trainer's own words come first, then what the pod and the Job controller recorded.
     """
-    pod = job.pod
-    result = pod.result if pod is not None else None
     if job.succeeded:
-        return Ending(AttemptOutcome.SUCCEEDED, result=result)
-    if (
-        job.disrupted
-        or job.exit_code == ExitCode.PREEMPTED
-        or (result is not None and result.outcome is Outcome.PREEMPTED)
-    ):
+        return Ending(AttemptOutcome.SUCCEEDED, result=job.pod.result if job.pod is not None else None)
+    pod = min((pod for pod in job.members if pod.exit_code not in {None, ExitCode.DONE}), key=_blame, default=job.pod)
+    result = pod.result if pod is not None else None
+    code = pod.exit_code if pod is not None and pod.exit_code is not None else job.exit_code
+    if job.disrupted or code == ExitCode.PREEMPTED or (result is not None and result.outcome is Outcome.PREEMPTED):
         return Ending(
             AttemptOutcome.PREEMPTED,
             message="the pod was evicted, pre-empted or its node went away",
@@ -79,28 +76,43 @@ def ending(job: JobView, stage: str) -> Ending:
             result.retryable,
             result,
         )
-    code = job.exit_code
     end = f"{stage} ended" + (f" with exit code {code}" if code is not None else "") + " and left no result"
     words = _excerpt(pod.termination_message if pod is not None else "") or job.failure_message
     return Ending(
         AttemptOutcome.FAILED,
         FailureReason.INTERNAL_ERROR,
-        f"{end}: {words}" if words else f"{end}; see `kubectl logs job/{job.name}`",
+        f"{end}: {words}" if words else f"{end}; see `kubectl logs {pod.name if pod else f'job/{job.name}'}`",
         retryable=code != ExitCode.USER_FAULT,
     )
 
 
+def _blame(pod: PodView) -> tuple[int, bool, datetime, int]:
+    """Which of several pods ended the others: the least. A container that is out of memory cannot say so itself."""
+    return 0 if pod.out_of_memory else blame(pod.result), pod.ended is None, pod.ended or pod.created, pod.index
+
+
 def obstacle(job: JobView, now: datetime) -> Obstacle | None:
-    """Why the newest pod of an unfinished Job does not run; None when it does, or ended."""
-    pod = job.pod
-    if pod is None:
-        if now - job.created < _POD_PATIENCE:
-            return Obstacle("PodPending", f"Job {job.name} was created")
-        return Obstacle(
-            "PodPending",
-            f"Job {job.name} has no pod after {int((now - job.created).total_seconds())} s: a quota, an admission rule "
-            f"or a missing PriorityClass may refuse it; see `kubectl describe job {job.name}`",
-        )
+    """Why the newest pods of an unfinished Job do not all run; None when they do, or ended."""
+    members = job.members
+    found = [wait for pod in members if (wait := _pod_obstacle(pod, now)) is not None]
+    if len(members) < job.size and not found:
+        return _missing(job, now)
+    return next((wait for wait in found if wait.failure is not None), found[0] if found else None)
+
+
+def _missing(job: JobView, now: datetime) -> Obstacle:
+    age = now - job.created
+    if age < _POD_PATIENCE:
+        return Obstacle("PodPending", f"Job {job.name} was created")
+    count = f"{len(job.members)} of {job.size} pods" if job.members else "no pod"
+    return Obstacle(
+        "PodPending",
+        f"Job {job.name} has {count} after {int(age.total_seconds())} s: a quota, an admission rule or a missing "
+        f"PriorityClass may refuse it; see `kubectl describe job {job.name}`",
+    )
+
+
+def _pod_obstacle(pod: PodView, now: datetime) -> Obstacle | None:
     if pod.running or pod.exit_code is not None:
         return None
     if pod.unschedulable is not None:

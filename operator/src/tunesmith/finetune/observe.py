@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 CONTAINER = "trainer"
 COMPONENT_LABEL = "app.kubernetes.io/component"
 ATTEMPT_LABEL = "tunesmith.dev/attempt"
+INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
 VALIDATE = "validate"
 TRAIN = "train"
 _EXIT_CODE = re.compile(r"exit code (\d+)")
@@ -34,6 +35,8 @@ class PodView:
 
     name: str
     created: datetime
+    index: int = 0
+    """Its place among the pods that a Job runs at one time."""
     node: str | None = None
     scheduled: datetime | None = None
     unschedulable: str | None = None
@@ -70,6 +73,8 @@ class JobView:
     failure_message: str = ""
     """The Job controller's words; with a rule of the pod failure policy they hold the exit code or the disruption."""
     ended: datetime | None = None
+    size: int = 1
+    """Pods that it runs at one time."""
     suspended: bool = False
     """A queue holds it back."""
     deleting: bool = False
@@ -82,9 +87,15 @@ class JobView:
         return self.succeeded or self.failed
 
     @property
+    def members(self) -> tuple[PodView, ...]:
+        """The newest pod of each index, by index: those that run together, or did."""
+        newest = {pod.index: pod for pod in self.pods}
+        return tuple(newest[index] for index in sorted(newest))
+
+    @property
     def pod(self) -> PodView | None:
-        """The newest pod."""
-        return self.pods[-1] if self.pods else None
+        """The newest pod of index 0, which reports for all."""
+        return next((pod for pod in self.members if pod.index == 0), None)
 
     @property
     def exit_code(self) -> int | None:
@@ -97,7 +108,7 @@ class JobView:
     @property
     def disrupted(self) -> bool:
         """Whether a disruption ended it, and not the program."""
-        return any(pod.disrupted for pod in self.pods) or "DisruptionTarget" in self.failure_message
+        return any(pod.disrupted for pod in self.members) or "DisruptionTarget" in self.failure_message
 
 
 @dataclass(frozen=True)
@@ -185,10 +196,16 @@ def _job(job: Object, pods: Iterable[Object]) -> JobView:
         failed=failed is not None,
         failure_message=(failed or {}).get("message", ""),
         ended=_time(end.get("lastTransitionTime")),
+        size=job.get("spec", {}).get("parallelism", 1),
         suspended=bool(job.get("spec", {}).get("suspend")),
         deleting="deletionTimestamp" in job["metadata"],
         pods=tuple(sorted((_pod(pod) for pod in pods), key=lambda pod: (pod.created, pod.name))),
     )
+
+
+def index_of(pod: Object) -> int:
+    """The pod's place among those that its Job runs at one time; 0 where it has one alone."""
+    return int((pod["metadata"].get("labels") or {}).get(INDEX_LABEL, "0"))
 
 
 def _pod(pod: Object) -> PodView:
@@ -204,6 +221,7 @@ def _pod(pod: Object) -> PodView:
     return PodView(
         name=pod["metadata"]["name"],
         created=_required(pod["metadata"]["creationTimestamp"]),
+        index=index_of(pod),
         node=pod.get("spec", {}).get("nodeName"),
         scheduled=_time(scheduled.get("lastTransitionTime")) if placed else None,
         unschedulable=scheduled.get("message", "")

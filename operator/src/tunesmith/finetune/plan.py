@@ -196,19 +196,22 @@ def _number(name: str) -> int:
 
 
 def _running(attempt: Attempt, job: JobView) -> Attempt:
-    pod = job.pod
-    if pod is None:
-        return attempt
-    return attempt.model_copy(
-        update={"start_time": pod.started or attempt.start_time, "node": pod.node or attempt.node}
-    )
+    """The attempt with the start of its last pod, and where they run."""
+    started = [pod.started for pod in job.members]
+    update: dict[str, object] = {}
+    if len(started) == job.size and None not in started:
+        update["start_time"] = max(time for time in started if time is not None)
+    nodes = list(dict.fromkeys(pod.node for pod in job.members if pod.node))
+    if nodes:
+        update["node"] = nodes[0] + (f" and {len(nodes) - 1} more" if len(nodes) > 1 else "")
+    return attempt.model_copy(update=update)
 
 
 def _ended(attempt: Attempt, job: JobView, end: Ending, now: datetime) -> Attempt:
-    pod = job.pod
+    ends = [pod.ended for pod in job.members if pod.ended is not None]
     return _running(attempt, job).model_copy(
         update={
-            "end_time": (pod.ended if pod is not None else None) or job.ended or now,
+            "end_time": max(ends, default=None) or job.ended or now,
             "outcome": end.outcome,
             "reason": end.reason,
             "message": end.message[:2048] or None,

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.contracts.location import CLAIMS_FOLDER, artifact_uri, checkpoints_uri, owned_name
+from tunesmith.contracts.location import CLAIMS_FOLDER, artifact_uri, checkpoints_uri, owned_name, short_uid
 from tunesmith.contracts.progress import PROGRESS_PORT
 from tunesmith.contracts.result import ExitCode
 from tunesmith.finetune.observe import ATTEMPT_LABEL, COMPONENT_LABEL, CONTAINER, TRAIN, VALIDATE
@@ -24,6 +24,8 @@ JOB_FOLDER = "/etc/tunesmith/job"
 JOB_FILE = "job.yaml"
 SECRETS_FOLDER = "/etc/tunesmith/secrets"
 USER_ID = 65532
+MASTER_PORT = 29500
+"""Where the first pod of several waits for the others."""
 GRACE_SECONDS = 120
 """For a checkpoint at the end of the step that runs, and its upload."""
 _VALIDATION_RESOURCES = {"requests": {"cpu": "500m", "memory": "2Gi"}, "limits": {"memory": "2Gi"}}
@@ -90,7 +92,10 @@ def validation(job: FineTuneJob, installation: Installation, gpu_memory_bytes: i
 
 
 def attempt(job: FineTuneJob, number: int, installation: Installation) -> Object:
-    """The Job of an attempt: one pod, once. What ended it stands in the Job even when the pod is gone."""
+    """The Job of an attempt: one pod per node, once; where one fails, the Job controller ends the others.
+
+    What ended it stands in the Job even when the pods are gone.
+    """
     metadata = job.metadata
     labels = {COMPONENT_LABEL: TRAIN, ATTEMPT_LABEL: str(number)}
     rules = [
@@ -102,12 +107,74 @@ def attempt(job: FineTuneJob, number: int, installation: Installation) -> Object
     arguments = ["train", "--job", f"{JOB_FOLDER}/{JOB_FILE}", "--output", place, "--checkpoints", checkpoints]
     pod = _pod(job, installation, labels, arguments, _resources(job))
     manifest = _job(job, str(number), labels, pod, rules, retries=0)
+    if job.spec.resources.nodes > 1:
+        _join(job, manifest)
     queue = job.spec.scheduling.queue
     if queue is not None:
         # Created suspended and never written again: from here on the queue decides when its pods run.
         manifest["metadata"]["labels"][QUEUE_LABEL] = queue
         manifest["spec"]["suspend"] = True
     return manifest
+
+
+def meeting(job: FineTuneJob) -> list[Object]:
+    """What pods on several nodes need to find each other: none for one node.
+
+    One for all attempts: their pods have names of their own. What the pods say to each other is neither encrypted nor
+    authenticated, so a NetworkPolicy keeps others out, and lets them ask for the progress.
+    """
+    if job.spec.resources.nodes == 1:
+        return []
+    labels = {COMPONENT_LABEL: TRAIN}
+    pods = {JOB_LABEL: job.metadata.name, **labels}
+    metadata = {**_metadata(job, TRAIN, labels), "name": _meeting_name(job)}
+    service = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": metadata,
+        # The first pod must be found before it is ready, by those that it waits for.
+        "spec": {"clusterIP": "None", "publishNotReadyAddresses": True, "selector": pods},
+    }
+    policy = {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": {**metadata},
+        "spec": {
+            "podSelector": {"matchLabels": pods},
+            "policyTypes": ["Ingress"],
+            "ingress": [
+                {"from": [{"podSelector": {"matchLabels": pods}}]},
+                {"ports": [{"port": PROGRESS_PORT, "protocol": "TCP"}]},
+            ],
+        },
+    }
+    return [service, policy]
+
+
+def _meeting_name(job: FineTuneJob) -> str:
+    # A Service's name begins with a letter, a FineTuneJob's may begin with a digit.
+    return f"ranks-{job.metadata.name}-{short_uid(job.metadata.uid)}"
+
+
+def _join(job: FineTuneJob, manifest: Object) -> None:
+    """Makes a Job of one pod one of a pod per node."""
+    nodes = job.spec.resources.nodes
+    manifest["spec"] |= {"completionMode": "Indexed", "completions": nodes, "parallelism": nodes}
+    template = manifest["spec"]["template"]
+    pod = template["spec"]
+    pod["subdomain"] = _meeting_name(job)
+    pod["topologySpreadConstraints"] = [
+        {
+            "maxSkew": 1,
+            "topologyKey": "kubernetes.io/hostname",
+            "whenUnsatisfiable": "ScheduleAnyway",
+            "labelSelector": {"matchLabels": dict(template["metadata"]["labels"])},
+        }
+    ]
+    pod["containers"][0]["env"] += [
+        {"name": "MASTER_ADDR", "value": f"{manifest['metadata']['name']}-0.{_meeting_name(job)}"},
+        {"name": "MASTER_PORT", "value": str(MASTER_PORT)},
+    ]
 
 
 def _job(
@@ -164,6 +231,8 @@ def _pod(
     job: FineTuneJob, installation: Installation, labels: dict[str, str], arguments: list[str], resources: Object
 ) -> Object:
     secrets, claims = _secrets(job), _claims(job)
+    # The ranks of a pod exchange gradients through shared memory, of which a container has 64 MiB.
+    shared = job.spec.resources.gpus > 1
     manifest = _MANIFEST_SUFFIXES[labels[COMPONENT_LABEL]]
     scheduling = job.spec.scheduling
     return {
@@ -202,6 +271,7 @@ def _pod(
                         {"name": "job", "mountPath": JOB_FOLDER, "readOnly": True},
                         {"name": "work", "mountPath": "/work"},
                         {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - an emptyDir of the pod
+                        *([{"name": "shm", "mountPath": "/dev/shm"}] if shared else []),  # noqa: S108 - an emptyDir
                         *(
                             {"name": f"secret-{index}", "mountPath": f"{SECRETS_FOLDER}/{name}", "readOnly": True}
                             for index, name in enumerate(secrets)
@@ -217,6 +287,7 @@ def _pod(
                 {"name": "job", "configMap": {"name": owned_name(job.metadata.name, job.metadata.uid, manifest)}},
                 {"name": "work", "emptyDir": {}},
                 {"name": "tmp", "emptyDir": {}},
+                *([{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "1Gi"}}] if shared else []),
                 # Optional: the kubelet would wait for a missing one without a word, the trainer says which is missing.
                 *(
                     {"name": f"secret-{index}", "secret": {"secretName": name, "optional": True}}
