@@ -155,7 +155,7 @@ SPECS: dict[str, tuple[dict[str, Any], FailureReason, str]] = {
         FailureReason.INVALID_SPEC,
         "exclude each other",
     ),
-    "two GPUs": ({"resources": {"gpus": 2}}, FailureReason.INVALID_SPEC, "one GPU per job"),
+    "more GPUs than sequences": ({"resources": {"gpus": 16}}, FailureReason.INVALID_SPEC, "leaves nothing to do"),
     "no base": (
         {"baseModel": {"uri": "file:///nowhere/model"}},
         FailureReason.BASE_MODEL_NOT_FOUND,
