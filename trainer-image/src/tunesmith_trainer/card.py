@@ -5,18 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tunesmith.api.evaluation import LOSS
+from tunesmith.api.method import ALL_LINEAR
 
 if TYPE_CHECKING:
     from tunesmith.api.finetunejob import FineTuneJob
     from tunesmith.api.finetunejob_status import GateStatus
+    from tunesmith.api.method import Method
     from tunesmith_trainer.prepare import Prepared
     from tunesmith_trainer.training.loop import Trained
 
 
 def text(job: FineTuneJob, prepared: Prepared, trained: Trained) -> str:
     """Markdown with the Hub's front matter; no times and no paths of this machine."""
-    spec, fields_, evaluation = job.spec, job.spec.method.fields, trained.evaluation
-    method = "QLoRA (nf4)" if spec.method.qlora else "LoRA"
+    spec, evaluation = job.spec, trained.evaluation
     base = spec.base_model.uri
     front = ["library_name: peft", "pipeline_tag: text-generation", "tags: [lora, tunesmith]"]
     if base.startswith("hf://"):
@@ -39,7 +40,7 @@ def text(job: FineTuneJob, prepared: Prepared, trained: Trained) -> str:
             "---",
             f"# {job.metadata.name}",
             "",
-            f"A {method} adapter for `{base}`, trained with Tunesmith on {counted.rows} rows, {counted.tokens} tokens.",
+            f"An adapter for `{base}`, trained with Tunesmith on {counted.rows} rows, {counted.tokens} tokens.",
             "It needs that base model, whose licence and limits hold for it too.",
             "",
             "## Results",
@@ -59,8 +60,8 @@ def text(job: FineTuneJob, prepared: Prepared, trained: Trained) -> str:
             "",
             "| | |",
             "|---|---|",
-            f"| Rank, alpha | {fields_.rank}, {fields_.alpha} |",
-            f"| Modules | {', '.join(resolved.target_modules or [])} |",
+            f"| Method | {_method(spec.method)} |",
+            f"| Modules | {', '.join(resolved.target_modules or []) or 'none'} |",
             f"| Steps, batch size | {resolved.total_steps}, {resolved.batch_size} |",
             f"| Learning rate | {resolved.learning_rate:g}, {spec.hyperparameters.scheduler} |",
             f"| Seed | {spec.hyperparameters.seed} |",
@@ -78,17 +79,39 @@ def text(job: FineTuneJob, prepared: Prepared, trained: Trained) -> str:
             'model = AutoPeftModelForCausalLM.from_pretrained("path/of/this/folder")',
             "```",
             "",
-            "Serve it with Tunesmith, on a ServingPool of the same base model:",
-            "",
-            "```yaml",
-            "apiVersion: tunesmith.dev/v1alpha1",
-            "kind: AdapterDeployment",
-            f"metadata: {{name: {job.metadata.name}}}",
-            f"spec: {{adapterFrom: {{fineTuneJob: {{name: {job.metadata.name}}}}}}}",
-            "```",
+            *_serving(job, prepared),
             "",
         ]
     )
+
+
+def _method(method: Method) -> str:
+    """Such as `lora: rank 16, alpha 32`: what the manifest says, defaults included."""
+    fields = method.fields.manifest()
+    said = [f"{name} {_value(value)}" for name, value in fields.items() if value not in (False, [ALL_LINEAR])]
+    return f"{method.name}: {', '.join(said)}"
+
+
+def _value(value: object) -> str:
+    if isinstance(value, dict):
+        return "(" + ", ".join(f"{name} {_value(inner)}" for name, inner in value.items()) + ")"
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _serving(job: FineTuneJob, prepared: Prepared) -> list[str]:
+    verdict = prepared.planned.servable
+    if not verdict.vllm:
+        return [f"vLLM cannot serve it as it is: {verdict.reason}."]
+    return [
+        "Serve it with Tunesmith, on a ServingPool of the same base model:",
+        "",
+        "```yaml",
+        "apiVersion: tunesmith.dev/v1alpha1",
+        "kind: AdapterDeployment",
+        f"metadata: {{name: {job.metadata.name}}}",
+        f"spec: {{adapterFrom: {{fineTuneJob: {{name: {job.metadata.name}}}}}}}",
+        "```",
+    ]
 
 
 def _limits(gate: GateStatus) -> str:

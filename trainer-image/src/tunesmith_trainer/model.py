@@ -1,15 +1,12 @@
-"""The base model: its folder, configuration, tokenizer, modules, weights, and the adapter that is put on it."""
+"""The base model: its folder, configuration, tokenizer and weights."""
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,7 +16,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from tunesmith_trainer.errors import BaseModelNotFoundError, InvalidSpecError, SelfCheckError
+from tunesmith_trainer.errors import BaseModelNotFoundError, InvalidSpecError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,12 +25,11 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from tunesmith.api.finetunejob import BaseModelSource
-    from tunesmith.api.method import LoraFields, Quantization
+    from tunesmith.api.method import Quantization
     from tunesmith_trainer.store import Folder, Stores
 
 log = logging.getLogger(__name__)
 
-ALL_LINEAR = "all-linear"
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -150,87 +146,10 @@ def pad_token(tokenizer: PreTrainedTokenizerFast, ends: Sequence[int]) -> int:
     return next(int(token) for token in candidates if token is not None and token not in ends)
 
 
-@dataclass(frozen=True)
-class Modules:
-    """The linear modules of a base model, without its output layer.
-
-    Args:
-        linear: full name → (in, out) features.
-        others: full names of all other modules.
-        output: full name of the output layer, or None.
-        parameters: of the whole model; shared ones count once.
-    """
-
-    linear: dict[str, tuple[int, int]]
-    others: frozenset[str]
-    output: str | None
-    parameters: int
-
-
-def modules_of(config: PretrainedConfig) -> Modules:
-    """The modules that a model of this configuration has; no memory is used for weights."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    output = model.get_output_embeddings()
-    linear, others, output_name = {}, set(), None
-    for name, module in model.named_modules():
-        if module is output:
-            output_name = name
-        elif isinstance(module, torch.nn.Linear):
-            linear[name] = (module.in_features, module.out_features)
-        elif name:
-            others.add(name)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Modules(linear, frozenset(others), output_name, parameters)
-
-
-def resolve_targets(asked: Sequence[str], modules: Modules) -> list[str]:
-    """The names for PEFT's `target_modules`: `all-linear` becomes the last parts of all linear modules' names, sorted.
-
-    Raises:
-        InvalidSpecError: a name fits no linear module.
-    """
-    if ALL_LINEAR in asked:
-        if len(asked) > 1:
-            raise InvalidSpecError(
-                "method targetModules: all-linear stands for all of them; remove it or the other names"
-            )
-        return sorted({name.rsplit(".", 1)[-1] for name in modules.linear})
-    for name in asked:
-        if modules.output is not None and _fits(modules.output, name):
-            raise InvalidSpecError(
-                f"method targetModules: {name} is the output layer, which cannot get an adapter; remove it"
-            )
-        if any(_fits(full, name) for full in modules.linear):
-            continue
-        if any(_fits(full, name) for full in modules.others):
-            raise InvalidSpecError(
-                f"method targetModules: {name} is not a linear module of the base model, so it cannot get an adapter"
-            )
-        short = sorted({full.rsplit(".", 1)[-1] for full in modules.linear})
-        near = difflib.get_close_matches(name, short, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(short)}"
-        raise InvalidSpecError(f"method targetModules: the base model has no module named {name}; {hint}")
-    return sorted(set(asked))
-
-
-def _fits(full: str, name: str) -> bool:
-    return full == name or full.endswith(f".{name}")
-
-
-def adapted(targets: Sequence[str], modules: Modules) -> dict[str, tuple[int, int]]:
-    """The modules that get an adapter, with their (in, out) features."""
-    return {full: shape for full, shape in modules.linear.items() if any(_fits(full, name) for name in targets)}
-
-
-def adapter_parameters(rank: int, shapes: Sequence[tuple[int, int]]) -> int:
-    """Parameters of LoRA matrices A (rank × in) and B (out × rank)."""
-    return sum(rank * (wide + high) for wide, high in shapes)
-
-
-def load_model(base: Path, device: torch.device, quantization: Quantization | None) -> PreTrainedModel:
-    """The base with its weights: float32 on a CPU, bfloat16 on a GPU, or in 4 bits; frozen."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+def load_model(
+    base: Path, device: torch.device, quantization: Quantization | None, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The base with its weights, in `dtype` or in 4 bits; frozen."""
     arguments: dict[str, Any] = {}
     if quantization is not None:
         compute = getattr(torch, quantization.compute_type) if quantization.compute_type else dtype
@@ -256,43 +175,6 @@ def load_model(base: Path, device: torch.device, quantization: Quantization | No
     # The loss never needs it, and it takes memory for each layer.
     model.config.use_cache = False
     return model
-
-
-def with_adapter(
-    model: PreTrainedModel, fields: LoraFields, targets: Sequence[str], *, quantized: bool, checkpointing: bool
-) -> PeftModel:
-    """The base with a new LoRA adapter; only the adapter can be trained."""
-    if quantized:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
-    config = LoraConfig(
-        r=fields.rank,
-        lora_alpha=fields.alpha,
-        lora_dropout=fields.dropout,
-        target_modules=list(targets),
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-    wrapped = get_peft_model(model, config)
-    assert isinstance(wrapped, PeftModel)  # noqa: S101 - narrows the type
-    return wrapped
-
-
-def check_adapter(model: PeftModel, expected: int) -> None:
-    """Raises SelfCheckError unless exactly the adapter's `expected` parameters are trained."""
-    trained = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
-    strange = [name for name in trained if ".lora_A." not in name and ".lora_B." not in name]
-    if strange or sum(trained.values()) != expected:
-        raise SelfCheckError(
-            f"the adapter has {sum(trained.values())} trainable parameters where {expected} are "
-            f"expected{f'; {strange[0]} is not of the adapter' if strange else ''}"
-        )
-
-
-def full_precision_adapter(model: PeftModel) -> None:
-    """The adapter in float32: in bfloat16, into which TRL casts over a 4-bit base, small updates are lost."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.float32)
 
 
 def _line(error: BaseException) -> str:

@@ -6,19 +6,21 @@ import csv
 import json
 from dataclasses import asdict, fields
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic.alias_generators import to_camel
 from safetensors import safe_open
 
-from tunesmith.api.finetunejob_status import ArtifactStatus, ServableStatus
+from tunesmith.api.finetunejob_status import ArtifactStatus
 from tunesmith.api.output import Merge
 from tunesmith.contracts.artifact import ArtifactAdapter, ArtifactBase, ArtifactFile, ArtifactManifest, digest_of
 from tunesmith.contracts.location import ARTIFACT_MANIFEST
 from tunesmith.contracts.parity import PARITY_FILE
 from tunesmith_trainer import card, curves, merge, model, parity
 from tunesmith_trainer.errors import SelfCheckError
+from tunesmith_trainer.methods import conversion, servable
+from tunesmith_trainer.methods.conversion import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tunesmith_trainer.spec import spec_digest
 from tunesmith_trainer.store import file_sha256
 from tunesmith_trainer.training.watch import CurvePoint
@@ -28,12 +30,11 @@ if TYPE_CHECKING:
 
     from tunesmith.api.finetunejob import FineTuneJob
     from tunesmith.api.finetunejob_status import EvaluationStatus
+    from tunesmith_trainer.methods.config import Planned
     from tunesmith_trainer.prepare import Prepared
     from tunesmith_trainer.store import Folder
     from tunesmith_trainer.training.loop import Trained
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 CURVES = "metrics.csv"
 PICTURE = "curves.png"
 _VERSIONED = ("tunesmith-trainer", "torch", "transformers", "peft", "trl", "bitsandbytes", "tokenizers", "safetensors")
@@ -50,9 +51,9 @@ def build(job: FineTuneJob, prepared: Prepared, trained: Trained, folder: Path, 
         SelfCheckError: the saved adapter is not the one that was asked for.
     """
     folder.mkdir(parents=True)
-    trained.model.save_pretrained(str(folder), save_embedding_layers=False)
+    conversion.save(trained.model, folder)
     _rewrite_config(folder / ADAPTER_CONFIG, job, prepared)
-    check_weights(folder / ADAPTER_WEIGHTS, prepared.modules, job.spec.method.fields.rank)
+    saved = check_saved(folder, prepared.planned)
     for file in model.tokenizer_files(prepared.base):
         (folder / file.name).write_bytes(file.read_bytes())
     _write_json(folder / "evaluation.json", _evaluation(trained.evaluation, prepared))
@@ -73,7 +74,7 @@ def build(job: FineTuneJob, prepared: Prepared, trained: Trained, folder: Path, 
             folder,
             merged,
             config=config,
-            quantization=job.spec.method.qlora.quantization if job.spec.method.qlora else None,
+            quantization=job.spec.method.quantization,
             prompts=prompts,
             trained=logits,
         )
@@ -97,9 +98,9 @@ def build(job: FineTuneJob, prepared: Prepared, trained: Trained, folder: Path, 
             revision=job.spec.base_model.revision,
         ),
         adapter=ArtifactAdapter(
-            method="qlora" if job.spec.method.qlora else "lora",
-            rank=job.spec.method.fields.rank,
-            alpha=job.spec.method.fields.alpha,
+            method=job.spec.method.name,
+            rank=saved.get("r"),
+            alpha=saved.get("lora_alpha"),
             target_modules=prepared.resolved.target_modules or [],
         ),
         dataset_digest=prepared.resolved.dataset_digest or "",
@@ -108,8 +109,7 @@ def build(job: FineTuneJob, prepared: Prepared, trained: Trained, folder: Path, 
         versions={name: version(name) for name in _VERSIONED},
         evaluation=evaluation,
         metrics=metrics_of(evaluation),
-        # Plain LoRA on linear modules is what vLLM loads as it is.
-        servable=ServableStatus(vllm=True),
+        servable=servable.confirm(folder, prepared.planned.servable),
     )
 
 
@@ -166,30 +166,37 @@ def _status(uri: str, manifest: ArtifactManifest, data: bytes) -> ArtifactStatus
     return ArtifactStatus(uri=uri, digest=digest_of(data), size_bytes=size, servable=manifest.servable)
 
 
-def check_weights(path: Path, modules: dict[str, tuple[int, int]], rank: int) -> None:
+def check_saved(folder: Path, planned: Planned) -> dict[str, Any]:
     """Checks names, shapes and values of the saved adapter: what PEFT and vLLM load under these names.
+
+    Returns:
+        PEFT's configuration of the saved adapter.
 
     Raises:
         SelfCheckError: with the first tensor that is wrong.
     """
+    config: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     expected = {}
-    for name, (wide, high) in modules.items():
-        expected[f"base_model.model.{name}.lora_A.weight"] = (rank, wide)
-        expected[f"base_model.model.{name}.lora_B.weight"] = (high, rank)
+    for name, rank in planned.ranks.items():
+        wide, high = planned.modules[name]
+        saved = rank * 2 if conversion.changes_base(planned.config) else rank
+        expected[f"base_model.model.{name}.lora_A.weight"] = (saved, wide)
+        expected[f"base_model.model.{name}.lora_B.weight"] = (high, saved)
     problem: str | None = None
-    with safe_open(path, framework="pt") as tensors:
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as tensors:
         names = set(tensors.keys())
-        for name in sorted(names ^ set(expected)):
-            problem = f"{name} is {'missing' if name in expected else 'not of the adapter'}"
-            break
-        for name in sorted(names & set(expected)):
+        missing = sorted(set(expected) - names) or ([] if names else ["every tensor"])
+        if missing:
+            problem = f"{missing[0]} is missing"
+        for name in sorted(names):
             tensor = tensors.get_tensor(name)
-            if tuple(tensor.shape) != expected[name]:
+            if name in expected and tuple(tensor.shape) != expected[name]:
                 problem = f"{name} has the shape {list(tensor.shape)}, expected {list(expected[name])}"
             elif not bool(tensor.isfinite().all()):
                 problem = f"{name} has values that are not finite"
     if problem is not None:
         raise SelfCheckError(f"the saved adapter is not what was trained: {problem}")
+    return config
 
 
 def write_curves(path: Path, curve: list[CurvePoint]) -> None:

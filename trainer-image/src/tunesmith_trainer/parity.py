@@ -101,7 +101,8 @@ def record(
 def _positions(model: PeftModel, prompt: list[int], answer: list[int], *, adapter: bool) -> list[ParityPosition]:
     with torch.inference_mode(), nullcontext() if adapter else model.disable_adapter():
         logits = model(input_ids=torch.tensor([prompt + answer], device=model.device)).logits
-    scores = torch.log_softmax(logits[0, len(prompt) - 1 : -1].float(), dim=-1).cpu()
+    # A method that puts tokens in front of the prompt has more logits.
+    scores = torch.log_softmax(logits[0, -len(answer) - 1 : -1].float(), dim=-1).cpu()
     positions = []
     for token, row in zip(answer, scores, strict=True):
         values, places = row.topk(_TOP)

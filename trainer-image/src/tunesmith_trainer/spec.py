@@ -18,7 +18,15 @@ if TYPE_CHECKING:
     from tunesmith.api.finetunejob_status import Resolved
 
 _SHOWN_PROBLEMS = 5
-_WITHOUT_EFFECT = {"resources", "scheduling", "max_attempts", "checkpoint", "suspend", "active_deadline_seconds"}
+_WITHOUT_EFFECT = {
+    "resources",
+    "scheduling",
+    "max_attempts",
+    "checkpoint",
+    "suspend",
+    "active_deadline_seconds",
+    "servable",
+}
 """Fields of the spec that do not change the result."""
 
 

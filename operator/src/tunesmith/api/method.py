@@ -107,7 +107,7 @@ class LoraFields(ApiModel):
     rank: Rank = Field(default=16, description="Rank of the update matrices.")
     alpha: Alpha = Field(default=32, description="Scale numerator: the update is multiplied by alpha / rank.")
     dropout: float = Field(default=0.0, ge=0.0, le=0.9, description="Dropout on the adapter's input.")
-    target_modules: TargetModules = [ALL_LINEAR]
+    target_modules: TargetModules = Field(default=[ALL_LINEAR])
     rs_lora: bool = Field(
         default=False, description="Multiply the update by alpha / √rank instead (rsLoRA, arXiv:2312.03732)."
     )
@@ -176,6 +176,11 @@ class Method(ApiModel):
         chosen = self.lora or self.qlora
         assert chosen is not None  # noqa: S101 - the validator above holds
         return chosen
+
+    @property
+    def rank(self) -> int:
+        """Rank of the adapter."""
+        return self.fields.rank
 
     @property
     def quantization(self) -> Quantization | None:

@@ -30,9 +30,9 @@ class ArtifactBase(StatusModel):
 class ArtifactAdapter(StatusModel):
     """What the engine must be able to hold."""
 
-    method: Literal["lora", "qlora"]
-    rank: int = Field(ge=1)
-    alpha: int
+    method: str = Field(description="Its name in the manifest, such as lora.")
+    rank: int | None = Field(default=None, ge=1, description="As it was saved; absent where the method has none.")
+    alpha: float | None = None
     target_modules: list[str]
 
 

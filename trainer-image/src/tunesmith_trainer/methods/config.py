@@ -43,7 +43,7 @@ _INITIALIZATIONS: dict[Initialization, bool | str] = {
     Initialization.MICA: "mica",
 }
 # What these read from the base's weights has no more columns than its smaller side; LoRA-GA takes twice the rank.
-_RANKS_OF_BASE = {name: 1 for name in (*CHANGES_BASE, Initialization.MICA)} | {Initialization.LORA_GA: 2}
+_RANKS_OF_BASE = dict.fromkeys((*CHANGES_BASE, Initialization.MICA), 1) | {Initialization.LORA_GA: 2}
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Planned:
         modules: of the linear modules that get it, full name → (in, out) features.
         servable: whether vLLM will be able to load it.
         ranks: of LoRA matrices, full name of the module → rank.
+        identity: whether the new adapter changes nothing.
     """
 
     config: PeftConfig
@@ -65,9 +66,10 @@ class Planned:
     modules: dict[str, tuple[int, int]]
     servable: ServableStatus
     ranks: dict[str, int] = field(default_factory=dict)
+    identity: bool = True
 
 
-def plan(spec: FineTuneJobSpec, modules: Modules) -> Planned:
+def plan_method(spec: FineTuneJobSpec, modules: Modules) -> Planned:
     """The adapter that a spec asks for, on a base with these modules.
 
     Raises:
@@ -77,6 +79,14 @@ def plan(spec: FineTuneJobSpec, modules: Modules) -> Planned:
     planned = _lora(spec.method.fields, modules, quantized=spec.method.quantization is not None)
     servable.require(spec, planned.servable)
     return planned
+
+
+def parameters_at(rank: int | None, planned: Planned, spec: FineTuneJobSpec, modules: Modules) -> int:
+    """How many parameters a spec would train at another rank; at its own where that is None."""
+    if rank is None or rank == spec.method.rank:
+        return planned.parameters
+    fields = spec.method.fields.model_copy(update={"rank": rank})
+    return _lora(fields, modules, quantized=spec.method.quantization is not None).parameters
 
 
 def _lora(fields: LoraFields, modules: Modules, *, quantized: bool) -> Planned:
@@ -137,5 +147,3 @@ def _check_ranks(fields: LoraFields, shapes: Mapping[str, tuple[int, int]], rank
                 f"method initialization {chosen} takes rank {factor * ranks[name]} out of {name}, whose smaller side "
                 f"has {min(shape)}: lower rank to at most {min(shape) // factor}, or leave that module out"
             )
-
-

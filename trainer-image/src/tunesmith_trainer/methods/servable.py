@@ -12,7 +12,8 @@ from safetensors import safe_open
 
 from tunesmith.api.finetunejob_status import ServableStatus
 from tunesmith.api.output import Servable
-from tunesmith_trainer.errors import NotServableError
+from tunesmith_trainer.errors import NotServableError, SelfCheckError
+from tunesmith_trainer.methods.conversion import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -52,18 +53,30 @@ def require(spec: FineTuneJobSpec, verdict: ServableStatus) -> None:
         )
 
 
-def confirm(config: Path, weights: Path) -> ServableStatus:
-    """The verdict on a saved adapter, by the rules of vLLM's loader.
+def confirm(folder: Path, before: ServableStatus) -> ServableStatus:
+    """The verdict on a saved adapter; where it is no, the reason is that from before training.
 
     Args:
-        config: its adapter_config.json.
-        weights: its adapter_model.safetensors.
+        folder: with PEFT's adapter_config.json and adapter_model.safetensors.
+        before: the verdict on what was to be trained.
+
+    Raises:
+        SelfCheckError: the files are not what the verdict before was about.
     """
-    return files(json.loads(config.read_text(encoding="utf-8")), _names(weights))
+    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    found = of_files(config, _names(folder / ADAPTER_WEIGHTS))
+    if before.vllm and not found.vllm:
+        raise SelfCheckError(f"the adapter was to be servable, and as it was saved {found.reason}")
+    return before
 
 
-def files(config: Mapping[str, Any], tensors: Sequence[str]) -> ServableStatus:
-    """As `confirm`, from the content of the configuration and the names of the tensors."""
+def of_files(config: Mapping[str, Any], tensors: Sequence[str]) -> ServableStatus:
+    """The verdict by the rules of vLLM's loader.
+
+    Args:
+        config: content of adapter_config.json.
+        tensors: names in adapter_model.safetensors.
+    """
     kind = config.get("peft_type")
     if kind != "LORA":
         return _no(f"the adapter is {kind}, and vLLM loads LORA only")

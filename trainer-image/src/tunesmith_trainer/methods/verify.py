@@ -16,12 +16,11 @@ from tunesmith_trainer.methods.targets import pattern_value
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from datasets import Dataset
     from peft import PeftModel
     from torch import nn
 
     from tunesmith_trainer.methods.config import Planned
-
-    Row = Mapping[str, Sequence[int]]
 
 _PROBE_ROWS = 2
 _PROBE_TOKENS = 256
@@ -43,7 +42,7 @@ class Probe:
     loss: float
 
 
-def probe(base: nn.Module, rows: Sequence[Row]) -> Probe:
+def probe(base: nn.Module, rows: Dataset) -> Probe:
     """The base's loss on the first training rows, measured before anything is changed."""
     few = [list(rows[place]["input_ids"])[:_PROBE_TOKENS] for place in range(min(len(rows), _PROBE_ROWS))]
     return Probe(few, _loss(base, few))
@@ -59,9 +58,7 @@ def check_parameters(model: PeftModel, planned: Planned) -> None:
     if strange:
         raise SelfCheckError(f"{strange[0]} is trained and is not of the adapter")
     if count != planned.parameters:
-        raise SelfCheckError(
-            f"the adapter has {count} trainable parameters where {planned.parameters} are expected"
-        )
+        raise SelfCheckError(f"the adapter has {count} trainable parameters where {planned.parameters} are expected")
     missing = [part for part in parts if not any(part in name for name in trained)]
     if missing:
         raise SelfCheckError(f"no parameter named {missing[0].strip('.')} is trained, which the method needs")
@@ -70,18 +67,20 @@ def check_parameters(model: PeftModel, planned: Planned) -> None:
 
 
 def check_start(model: PeftModel, planned: Planned, before: Probe) -> None:
-    """Raises SelfCheckError where the untrained adapter changes the base's loss."""
+    """Raises SelfCheckError where the untrained adapter changes the base's loss, or taking it off does."""
     coarse = model.device.type == "cuda" or any(hasattr(parameter, "quant_state") for parameter in model.parameters())
     tolerance = (_COARSE_TOLERANCE if coarse else _TOLERANCE) * max(1.0, before.loss)
+    if not math.isfinite(before.loss):
+        return  # the held-out loss tells it
     found = _loss(model, before.rows)
-    if math.isfinite(before.loss) and not abs(found - before.loss) <= tolerance:
+    if planned.identity and not abs(found - before.loss) <= tolerance:
         raise SelfCheckError(
             f"the untrained adapter changes the base's loss from {before.loss:.6f} to {found:.6f}, it must not "
             "change it"
         )
     with model.disable_adapter():
         base = _loss(model, before.rows)
-    if math.isfinite(before.loss) and not abs(base - before.loss) <= tolerance:
+    if not abs(base - before.loss) <= tolerance:
         raise SelfCheckError(
             f"without its adapter the model has the loss {base:.6f}, the base had {before.loss:.6f}: base and adapter "
             "could not be compared"

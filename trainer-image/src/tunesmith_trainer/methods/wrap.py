@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,21 +15,18 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from tunesmith_trainer.methods import conversion, verify
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator
 
+    from datasets import Dataset
     from transformers import PreTrainedModel
 
     from tunesmith_trainer.methods.config import Planned
-
-    Row = Mapping[str, Sequence[int]]
 
 _LOOKED_AT = 256
 """Training rows, at most, that an initialisation looks at."""
 
 
-def wrap(
-    base: PreTrainedModel, planned: Planned, rows: Sequence[Row], *, quantized: bool, checkpointing: bool
-) -> PeftModel:
+def wrap(base: PreTrainedModel, planned: Planned, rows: Dataset, *, quantized: bool) -> PeftModel:
     """The base with a new adapter in float32, verified; only the adapter can be trained.
 
     Args:
@@ -36,14 +34,13 @@ def wrap(
         planned: what to put on it.
         rows: training rows, as `input_ids` and `labels`.
         quantized: whether the base is in 4 bits.
-        checkpointing: whether activations are computed again in the backward pass.
 
     Raises:
         SelfCheckError: the adapter is not the one that was asked for.
     """
     probe = verify.probe(base, rows)
     if quantized:
-        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=checkpointing)  # type: ignore[assignment]
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)  # type: ignore[assignment]
     config = copy.deepcopy(planned.config)
     chosen = config.init_lora_weights if isinstance(config, LoraConfig) else None
     if chosen == "corda":
@@ -65,7 +62,7 @@ def wrap(
     return model
 
 
-def _look_for_corda(base: PreTrainedModel, config: LoraConfig, rows: Sequence[Row]) -> None:
+def _look_for_corda(base: PreTrainedModel, config: LoraConfig, rows: Dataset) -> None:
     def run() -> None:
         was_training = base.training
         base.eval()
@@ -77,16 +74,19 @@ def _look_for_corda(base: PreTrainedModel, config: LoraConfig, rows: Sequence[Ro
     preprocess_corda(base, config, run_model=run)
 
 
-def _look_for_lora_ga(base: PreTrainedModel, config: LoraConfig, rows: Sequence[Row]) -> None:
+def _look_for_lora_ga(base: PreTrainedModel, config: LoraConfig, rows: Dataset) -> None:
     def run() -> None:
         for batch in _batches(rows, base.device):
             loss: Any = base(**batch).loss
             loss.backward()
 
-    preprocess_loraga(base, config, run)
+    with warnings.catch_warnings():
+        # Its hook on the first layer sees no input that needs a gradient, which is so.
+        warnings.filterwarnings("ignore", message="Full backward hook is firing")
+        preprocess_loraga(base, config, run)
 
 
-def _batches(rows: Sequence[Row], device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
+def _batches(rows: Dataset, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
     """One row at a time, in the order of the data."""
     for place in range(min(len(rows), _LOOKED_AT)):
         row = rows[place]

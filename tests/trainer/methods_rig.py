@@ -1,0 +1,88 @@
+"""Trains an adapter of any method for a few steps on a tiny model, without the trainer's loop, and saves it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import set_seed
+
+from tunesmith.api.finetunejob import FineTuneJobSpec
+from tunesmith.api.finetunejob_status import ServableStatus
+from tunesmith_trainer import merge, package
+from tunesmith_trainer import model as base_model
+from tunesmith_trainer.methods import conversion, servable
+from tunesmith_trainer.methods.config import Planned, plan_method
+from tunesmith_trainer.methods.targets import modules_of
+from tunesmith_trainer.methods.wrap import wrap
+
+PROMPTS = [[5, 9, 33, 12], [40, 41, 7, 19, 88, 3]]
+
+
+@dataclass
+class Trial:
+    """What became of a method."""
+
+    planned: Planned
+    model: Any
+    losses: list[float]
+    base_logits: list[torch.Tensor]
+    logits: list[torch.Tensor]
+    servable: ServableStatus
+
+
+def spec_of(method: dict[str, Any], **more: Any) -> FineTuneJobSpec:
+    return FineTuneJobSpec.model_validate(
+        {
+            "baseModel": {"uri": "hf://tiny/llama"},
+            "dataset": {"train": [{"uri": "s3://tiny/rows.jsonl"}]},
+            "method": method,
+            "resources": {"gpus": 0},
+            **more,
+        }
+    )
+
+
+def plan(method: dict[str, Any], base: Path, **more: Any) -> Planned:
+    return plan_method(spec_of(method, **more), modules_of(base_model.load_config(base, "base")))
+
+
+def rows_of(vocabulary: int, count: int = 8, tokens: int = 24) -> Dataset:
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, vocabulary, (count, tokens), generator=generator).tolist()
+    return Dataset.from_dict({"input_ids": ids, "labels": ids})
+
+
+def try_method(method: dict[str, Any], base: Path, folder: Path, *, steps: int = 3, rate: float = 1e-2) -> Trial:
+    """Plans, wraps, trains `steps` steps on the same rows, saves and checks what was saved."""
+    spec = spec_of(method)
+    planned = plan(method, base)
+    quantization = spec.method.quantization
+    set_seed(7)
+    loaded = base_model.load_model(base, torch.device("cpu"), quantization, torch.float32)
+    rows = rows_of(loaded.config.vocab_size)
+    base_logits = merge.last_logits(loaded, PROMPTS)
+    model = wrap(loaded, planned, rows, quantized=quantization is not None)
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=rate)
+    ids = torch.tensor(rows["input_ids"])
+    losses = []
+    for _ in range(steps):
+        model.train()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    logits = merge.last_logits(model, PROMPTS)
+    folder.mkdir(parents=True)
+    conversion.save(model, folder)
+    package.check_saved(folder, planned)
+    return Trial(planned, model, losses, base_logits, logits, servable.confirm(folder, planned.servable))
+
+
+def distance(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    """Largest difference of two lists of logits."""
+    return max(float((left - right).abs().max()) for left, right in zip(one, other, strict=True))
