@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help verify-resume demo test check generate images cluster-up cluster-down clean \
+.PHONY: help benchmark-training verify-resume demo test check generate images cluster-up cluster-down clean \
   environment environment-trainer environment-server model check-format check-types check-imports check-generated check-unit
 
 UV_VERSION := 0.13.9
@@ -34,6 +34,11 @@ check: environment environment-trainer environment-server ## Format, lint, types
 verify-resume: environment-trainer ## Kill training 20 times with SIGKILL and SIGTERM each: equal to the run without kills
 	@$(STEP) --last ' (passed|failed).* in ' "resume after kills" env TUNESMITH_RESUME_KILLS=20 \
 	  $(UV) run --frozen --no-sync --project trainer-image pytest tests/trainer/test_resume.py
+
+benchmark-training: environment-trainer model ## Compare the speed of training with other ways (ROWS=64 REPEATS=3)
+	@mkdir -p out
+	@$(RUN) --project trainer-image benchmarks/training/benchmark.py --rows $(or $(ROWS),64) --repeats $(or $(REPEATS),3) \
+	  --output out/benchmark-training.md
 
 generate: environment ## Write the CRDs, the API reference and the schema of the charts' values again
 	@$(STEP) "generate the CRDs" $(RUN) $(GENERATE_CRDS)

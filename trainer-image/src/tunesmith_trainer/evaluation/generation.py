@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,8 +11,12 @@ from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 from transformers import GenerationConfig
 
+from tunesmith.api.dataset import DuplicateRows, UnusableRows
 from tunesmith.api.evaluation import GenerationMetric
 from tunesmith_trainer import data
+from tunesmith_trainer.data.report import RowReport
+from tunesmith_trainer.data.rows import SFT_FORMS, RowForm, read
+from tunesmith_trainer.data.sources import fetch
 from tunesmith_trainer.errors import DatasetInvalidError, InvalidSpecError
 from tunesmith_trainer.evaluation.loss import precision
 
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerFast
 
+    from tunesmith.api.dataset import Dataset
     from tunesmith.api.evaluation import Suite
     from tunesmith_trainer.store import Stores
 
@@ -38,6 +42,7 @@ class Example:
 
 def load(
     suite: Suite,
+    dataset: Dataset,
     stores: Stores,
     folder: Path,
     encoder: data.Encoder,
@@ -45,6 +50,8 @@ def load(
     context: int | None,
 ) -> list[Example]:
     """The examples of a generation suite: each row up to its last answer, and that answer.
+
+    Its rows are read as those of the job's data set; each must be usable.
 
     Raises:
         DatasetNotFoundError: there is no such file.
@@ -54,7 +61,9 @@ def load(
     asked = suite.generation
     assert asked is not None  # noqa: S101 - the caller has looked
     examples: list[Example] = []
-    for row in data.read(data.fetch([asked.dataset], stores, folder / suite.name), hashlib.sha256()):
+    whole = dataset.model_copy(update={"unusable": UnusableRows.ERROR, "duplicates": DuplicateRows.KEEP})
+    sources = fetch([asked.dataset], stores, folder / suite.name)
+    for row in read(sources, whole, RowReport(), forms=SFT_FORMS - {RowForm.TEXT}):
         if asked.limit is not None and len(examples) == asked.limit:
             continue  # the rest is read for its mistakes
         example = _example(encoder.encode(row), tokenizer)
@@ -101,7 +110,7 @@ def answers(
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), nullcontext() if adapter else model.disable_adapter(), precision(device):
+        with torch.inference_mode(), nullcontext() if adapter else model.disable_adapter(), precision(model):
             for begin in range(0, len(order), batch_size):
                 places = order[begin : begin + batch_size]
                 prompts = [examples[place].prompt for place in places]

@@ -5,55 +5,62 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from trl import SFTConfig
+import torch
+from transformers import TrainingArguments
+
+from tunesmith.api.hyperparameters import Optimizer, Precision
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import torch
 
     from tunesmith.api.finetunejob import FineTuneJob
     from tunesmith_trainer.prepare import Prepared
 
 _SCHEDULERS = {"Cosine": "cosine", "Linear": "linear", "Constant": "constant_with_warmup"}
+_OPTIMIZERS = {
+    Optimizer.ADAMW: "adamw_torch",
+    Optimizer.ADAMW_8BIT: "adamw_bnb_8bit",
+    Optimizer.ADAFACTOR: "adafactor",
+    Optimizer.LION: "lion_32bit",
+    Optimizer.SGD: "sgd",
+}
 
 
-def arguments(
-    job: FineTuneJob, prepared: Prepared, work: Path, device: torch.device, *, checkpointing: bool
-) -> SFTConfig:
+def arguments(job: FineTuneJob, prepared: Prepared, work: Path, device: torch.device) -> TrainingArguments:
     """The arguments of a run: one optimizer step is one log line; nothing is saved or reported by itself."""
     hyper = job.spec.hyperparameters
     resolved = prepared.resolved
-    assert resolved.batch_size is not None  # noqa: S101 - prepare() fills everything
-    assert resolved.micro_batch_size is not None  # noqa: S101
+    assert resolved.micro_batch_size is not None  # noqa: S101 - prepare() fills everything
     assert resolved.total_steps is not None  # noqa: S101
     assert resolved.learning_rate is not None  # noqa: S101
-    return SFTConfig(
+    return TrainingArguments(
         output_dir=str(work / "checkpoints"),
         max_steps=resolved.total_steps,
+        # The micro-batches of a step are inside one element of the data loader.
         per_device_train_batch_size=resolved.micro_batch_size,
-        gradient_accumulation_steps=resolved.batch_size // resolved.micro_batch_size,
+        gradient_accumulation_steps=1,
         learning_rate=resolved.learning_rate,
         lr_scheduler_type=_SCHEDULERS[hyper.scheduler],
         warmup_steps=math.ceil(hyper.warmup_ratio * resolved.total_steps),
         weight_decay=hyper.weight_decay,
         max_grad_norm=hyper.max_grad_norm,
-        optim="adamw_torch",
+        optim=_OPTIMIZERS[hyper.optimizer],
         seed=hyper.seed,
         data_seed=hyper.seed,
-        bf16=device.type == "cuda",
+        bf16=resolved.precision is Precision.BFLOAT16,
         use_cpu=device.type == "cpu",
-        gradient_checkpointing=checkpointing,
-        # Rows are tokenised, cut to length and labelled before they get here.
-        dataset_kwargs={"skip_prepare_dataset": True},
-        max_length=None,
-        packing=False,
+        # What the Trainer would remove, its own collator needs.
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
         logging_steps=1,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
         report_to="none",
         save_strategy="no",
         eval_strategy="no",
-        dataloader_num_workers=0,
-        dataloader_pin_memory=device.type == "cuda",
     )
+
+
+def precision_of(precision: Precision | None) -> torch.dtype:
+    """The type of the frozen weights and of the products."""
+    return torch.bfloat16 if precision is Precision.BFLOAT16 else torch.float32

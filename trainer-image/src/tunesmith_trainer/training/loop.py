@@ -8,41 +8,46 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import PrinterCallback, set_seed
-from trl import SFTTrainer
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from transformers import set_seed
 
 from tunesmith.api.finetunejob_status import EvaluationStatus, Stage
+from tunesmith.api.hyperparameters import Precision
 from tunesmith_trainer import model
 from tunesmith_trainer.errors import (
     InterruptedRunError,
     InvalidSpecError,
     LossDivergedError,
     OutOfMemoryError,
-    SelfCheckError,
 )
 from tunesmith_trainer.evaluation import gates, generation
 from tunesmith_trainer.evaluation.loss import held_out_loss
-from tunesmith_trainer.training.arguments import arguments
+from tunesmith_trainer.methods.wrap import wrap
+from tunesmith_trainer.training.arguments import arguments, precision_of
+from tunesmith_trainer.training.batches import Collator, Plan, row_lengths
+from tunesmith_trainer.training.layout import attention_of, choose_layout
+from tunesmith_trainer.training.loss import add_target_loss
+from tunesmith_trainer.training.neftune import EmbeddingNoise
 from tunesmith_trainer.training.saving import Saver
+from tunesmith_trainer.training.trainer import StepTrainer
 from tunesmith_trainer.training.watch import CurvePoint, Watch
 from tunesmith_trainer.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from datasets import Dataset
     from peft import PeftModel
-    from transformers import Trainer
+    from transformers import PreTrainedModel, Trainer
 
     from tunesmith.api.finetunejob import FineTuneJob
+    from tunesmith_trainer.checkpoint import Checkpoints, Saved
     from tunesmith_trainer.interruption import Faults
     from tunesmith_trainer.prepare import Prepared
     from tunesmith_trainer.progress import Progress
+    from tunesmith_trainer.ranks import Ranks
 
 log = logging.getLogger(__name__)
-
-_LOSS_TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}
 
 
 @dataclass
@@ -54,11 +59,15 @@ class Trained:
     curve: list[CurvePoint] = field(default_factory=list)
 
 
-def choose_device(gpus: int) -> torch.device:
+def choose_device(gpus: int, number: int = 0) -> torch.device:
     """The device that the manifest asks for.
 
+    Args:
+        gpus: of the manifest.
+        number: which of them.
+
     Raises:
-        InvalidSpecError: it asks for a GPU and there is none.
+        InvalidSpecError: it asks for more GPUs than there are.
     """
     if gpus == 0:
         return torch.device("cpu")
@@ -67,7 +76,14 @@ def choose_device(gpus: int) -> torch.device:
             f"resources.gpus is {gpus} and no GPU is visible here: set it to 0 to train on the CPU, or check the "
             "node's driver"
         )
-    return torch.device("cuda", 0)
+    if torch.cuda.device_count() < gpus:
+        raise InvalidSpecError(
+            f"resources.gpus is {gpus} and {torch.cuda.device_count()} can be seen here: lower it, or use a machine "
+            "with more"
+        )
+    device = torch.device("cuda", number)
+    torch.cuda.set_device(device)
+    return device
 
 
 def device_memory(device: torch.device) -> int | None:
@@ -75,7 +91,9 @@ def device_memory(device: torch.device) -> int | None:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
-def train(job: FineTuneJob, prepared: Prepared, progress: Progress, work: Path, faults: Faults) -> Trained:
+def train(
+    job: FineTuneJob, prepared: Prepared, progress: Progress, work: Path, faults: Faults, ranks: Ranks
+) -> Trained:
     """Trains the adapter and scores base and adapter on the held-out rows, from the newest checkpoint that verifies.
 
     Raises:
@@ -84,9 +102,9 @@ def train(job: FineTuneJob, prepared: Prepared, progress: Progress, work: Path, 
         LossDivergedError: the loss or its gradient is not finite, with the step.
         SelfCheckError: what was built is not what was asked for.
     """
-    device = choose_device(job.spec.resources.gpus)
+    device = choose_device(job.spec.resources.gpus, ranks.local_rank)
     try:
-        return _train(job, prepared, progress, work, device, faults)
+        return _train(job, prepared, progress, work, device, faults, ranks)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise _out_of_memory(job, prepared, device) from error
     except RuntimeError as error:
@@ -96,44 +114,84 @@ def train(job: FineTuneJob, prepared: Prepared, progress: Progress, work: Path, 
 
 
 def _train(
-    job: FineTuneJob, prepared: Prepared, progress: Progress, work: Path, device: torch.device, faults: Faults
+    job: FineTuneJob,
+    prepared: Prepared,
+    progress: Progress,
+    work: Path,
+    device: torch.device,
+    faults: Faults,
+    ranks: Ranks,
 ) -> Trained:
     method = job.spec.method
     resolved = prepared.resolved
     assert resolved.micro_batch_size is not None  # noqa: S101 - prepare() fills everything
+    assert resolved.batch_size is not None  # noqa: S101
+    assert resolved.total_steps is not None  # noqa: S101
     seed = job.spec.hyperparameters.seed
     checkpointing = bool(resolved.gradient_checkpointing)
 
     progress.update(stage=Stage.LOADING)
     set_seed(seed)
-    base = model.load_model(prepared.base, device, method.qlora.quantization if method.qlora else None)
-    peft_model = model.with_adapter(
-        base,
-        method.fields,
-        resolved.target_modules or [],
-        quantized=method.qlora is not None,
-        checkpointing=checkpointing,
+    precision = resolved.precision or Precision.FLOAT32
+    quantization = method.quantization
+    base = model.load_model(prepared.base, device, quantization, precision_of(precision))
+    add_target_loss(base)
+    peft_model = wrap(base, prepared.planned, prepared.train, quantized=quantization is not None)
+    layout = choose_layout(peft_model, base)
+    if checkpointing:
+        _checkpoint_activations(base)
+    args = arguments(job, prepared, work, device)
+    collate = Collator(
+        size=resolved.micro_batch_size,
+        pad=prepared.pad,
+        layout=layout,
+        rank=ranks.rank,
+        ranks=ranks.size,
     )
-    model.check_adapter(peft_model, prepared.preflight.trainable_parameters or 0)
-    collate = DataCollatorForLanguageModeling(pad_token_id=prepared.pad)
     curve: list[CurvePoint] = []
-    trainer = SFTTrainer(
+    alpha = job.spec.hyperparameters.neftune_noise_alpha
+    trainer = StepTrainer(
         model=peft_model,
-        args=arguments(job, prepared, work, device, checkpointing=checkpointing),
-        train_dataset=prepared.train,
-        processing_class=model.load_tokenizer(prepared.base, job.spec.base_model.uri),
-        data_collator=collate,
+        args=args,
+        rows=prepared.train,
+        plan=Plan(row_lengths(prepared.train), resolved.batch_size, seed, resolved.total_steps),
+        collate=collate,
         callbacks=[Watch(progress, curve, device)],
+        noise=None if alpha is None else EmbeddingNoise(base.get_input_embeddings(), alpha),
     )
-    trainer.remove_callback(PrinterCallback)
-    saver = Saver(faults.checkpoints, job.spec.checkpoint, faults.interruption, curve)
+    saver = Saver(faults.checkpoints, job.spec.checkpoint, faults.interruption, curve, ranks)
     saver.attach(trainer)
     trainer.add_callback(Watchdog(faults.hung))
-    model.full_precision_adapter(peft_model)
 
     def score(rows: Dataset, *, adapter: bool) -> float:
-        return held_out_loss(peft_model, rows, collate, resolved.micro_batch_size or 1, adapter=adapter)
+        return held_out_loss(
+            peft_model, rows, collate.join, resolved.micro_batch_size or 1, adapter=adapter, ranks=ranks
+        )
 
+    with attention_of(layout, base):
+        losses = _scored(prepared, progress, score, curve, lambda: _run(trainer, saver, faults, progress, ranks))
+    answered = _generated(job, prepared, peft_model) if ranks.first else {}
+    return Trained(peft_model, gates.judge(job.spec.evaluation, losses, answered), curve)
+
+
+def _checkpoint_activations(base: PreTrainedModel) -> None:
+    if not base.supports_gradient_checkpointing:
+        raise InvalidSpecError(
+            f"a {type(base).__name__} cannot compute its activations again: set hyperparameters.gradientCheckpointing "
+            "to false"
+        )
+    base.activation_checkpointing_enable({"use_reentrant": False})
+
+
+def _scored(
+    prepared: Prepared,
+    progress: Progress,
+    score: Callable[..., float],
+    curve: list[CurvePoint],
+    run: Callable[[], None],
+) -> EvaluationStatus:
+    """Trains with `run`; the held-out losses before and after."""
+    resolved = prepared.resolved
     progress.update(stage=Stage.EVALUATING, step=0, total_steps=resolved.total_steps, epoch=0.0)
     before = score(prepared.validation, adapter=False)
     if not math.isfinite(before):
@@ -141,11 +199,9 @@ def _train(
             f"the base model's held-out loss is {before} before the first step: the base model's weights are damaged "
             "or do not fit this precision"
         )
-    few = prepared.validation.select(range(min(len(prepared.validation), resolved.micro_batch_size)))
-    _check_identity(score(few, adapter=False), score(few, adapter=True), device)
     curve.append(CurvePoint(step=0, epoch=0.0, evaluation_loss=before))
     progress.update(stage=Stage.TRAINING, evaluation_loss=before)
-    _run(trainer, saver, faults, progress)
+    run()
 
     progress.update(stage=Stage.EVALUATING, eta_seconds=0)
     after = score(prepared.validation, adapter=True)
@@ -156,9 +212,7 @@ def _train(
     last = curve[-1]
     curve.append(CurvePoint(step=last.step, epoch=last.epoch, evaluation_loss=after))
     progress.update(evaluation_loss=after)
-    evaluation = EvaluationStatus(base_loss=before, loss=after, loss_reduction_percent=100 * (before - after) / before)
-    answered = _generated(job, prepared, peft_model)
-    return Trained(peft_model, gates.judge(job.spec.evaluation, evaluation, answered), curve)
+    return EvaluationStatus(base_loss=before, loss=after, loss_reduction_percent=100 * (before - after) / before)
 
 
 def _generated(job: FineTuneJob, prepared: Prepared, peft_model: PeftModel) -> dict[str, tuple[float, float]]:
@@ -192,9 +246,9 @@ def _generated(job: FineTuneJob, prepared: Prepared, peft_model: PeftModel) -> d
     return scores
 
 
-def _run(trainer: Trainer, saver: Saver, faults: Faults, progress: Progress) -> None:
+def _run(trainer: Trainer, saver: Saver, faults: Faults, progress: Progress, ranks: Ranks) -> None:
     """Trains to the last step, from the newest checkpoint where there is one."""
-    saved = faults.checkpoints.newest()
+    saved = _newest(faults.checkpoints, ranks)
     if saved is not None:
         saver.restore(saved)
         progress.say(f"  resumed from the checkpoint of step {saved.step}")
@@ -211,18 +265,16 @@ def _run(trainer: Trainer, saver: Saver, faults: Faults, progress: Progress) -> 
         raise InterruptedRunError(saver.interrupted_at, trainer.args.max_steps)
 
 
-def _check_identity(base_loss: float, adapter_loss: float, device: torch.device) -> None:
-    """A new LoRA adapter adds nothing (its B is zero), so both losses are one."""
-    if abs(base_loss - adapter_loss) > _LOSS_TOLERANCE[device.type] * max(1.0, base_loss):
-        raise SelfCheckError(
-            f"the untrained adapter changes the held-out loss from {base_loss:.6f} to {adapter_loss:.6f}, it must "
-            "not change it"
-        )
+def _newest(checkpoints: Checkpoints, ranks: Ranks) -> Saved | None:
+    """The newest checkpoint that the first rank can use; the others take that one."""
+    saved = checkpoints.newest() if ranks.first else None
+    step = ranks.of_first(-1 if saved is None else saved.step)
+    return saved if ranks.first or step < 0 else checkpoints.at(step)
 
 
 def _out_of_memory(job: FineTuneJob, prepared: Prepared, device: torch.device) -> OutOfMemoryError:
     micro = prepared.resolved.micro_batch_size or 1
-    longest = max(len(ids) for ids in prepared.train["input_ids"])
+    longest = int(row_lengths(prepared.train).max())
     changes = []
     if micro > 1:
         batch = prepared.resolved.batch_size or micro
@@ -230,8 +282,10 @@ def _out_of_memory(job: FineTuneJob, prepared: Prepared, device: torch.device) -
         changes.append(f"hyperparameters.microBatchSize {smaller} (it is {micro})")
     if longest > 512:  # noqa: PLR2004 - shorter rows are rarely the cause
         changes.append(f"dataset.maxLength below {longest}, the longest row")
-    if job.spec.method.qlora is None:
+    if job.spec.method.lora is not None:
         changes.append("method.qlora instead of lora")
+    if device.type == "cuda" and not prepared.resolved.gradient_checkpointing:
+        changes.append("hyperparameters.gradientCheckpointing true")
     changes.append("a GPU with more memory" if device.type == "cuda" else "more resources.memory")
     return OutOfMemoryError(
         f"memory ran out while training on the {'GPU' if device.type == 'cuda' else 'CPU'}: use {', or '.join(changes)}"

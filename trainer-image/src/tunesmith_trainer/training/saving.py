@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tunesmith.api.checkpoint import Checkpoint
     from tunesmith_trainer.checkpoint import Checkpoints, Saved
     from tunesmith_trainer.interruption import Interruption
+    from tunesmith_trainer.ranks import Ranks
 
 WEIGHTS = "trainable.safetensors"
 RUN_STATE = "run.json"
@@ -43,6 +44,7 @@ class Saver(TrainerCallback):
         policy: how often.
         interruption: asks for the end of the run.
         curve: of the run; a restored checkpoint replaces its content.
+        ranks: that train together; the first one saves for all.
         clock: seconds.
     """
 
@@ -52,12 +54,14 @@ class Saver(TrainerCallback):
         policy: Checkpoint,
         interruption: Interruption,
         curve: list[CurvePoint],
+        ranks: Ranks,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._checkpoints = checkpoints
         self._policy = policy
         self._interruption = interruption
         self._curve = curve
+        self._ranks = ranks
         self._clock = clock
         self._saved_step = 0
         self._saved_at = clock()
@@ -77,8 +81,6 @@ class Saver(TrainerCallback):
         trainer = self._attached
         run = json.loads((saved.path / RUN_STATE).read_text(encoding="utf-8"))
         self._curve[:] = [CurvePoint(**point) for point in run["curve"]]
-        if hasattr(trainer, "_total_train_tokens"):
-            trainer._total_train_tokens = run["tokens"]  # noqa: SLF001 - TRL does not save it
         if saved.step >= trainer.args.max_steps:
             # No step is left, so the Trainer does not load them.
             self._load_weights(str(saved.path))
@@ -95,8 +97,9 @@ class Saver(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Asks for a checkpoint where one is due; it is written once the step is in the curves."""
         step = state.global_step
-        asked = self._interruption.signal is not None
         due = self._policy.due(steps=step - self._saved_step, seconds=self._clock() - self._saved_at)
+        # A signal to any rank stops all of them after the same step; the first one's clock counts.
+        asked, due = self._ranks.any(self._interruption.signal is not None, due and self._ranks.first)
         if asked:
             control.should_training_stop = True
             if step < state.max_steps:
@@ -136,6 +139,9 @@ class Saver(TrainerCallback):
         step = trainer.state.global_step
         if step == self._saved_step and self._checkpoints.last == step:
             return
+        if not self._ranks.first:
+            self._saved_step, self._saved_at = step, self._clock()
+            return
         weights = _trainable(trainer)
         for name, tensor in weights.items():
             if not bool(tensor.isfinite().all()):
@@ -155,10 +161,7 @@ class Saver(TrainerCallback):
         state = copy.copy(trainer.state)
         state.log_history = []  # the curve has it
         state.save_to_json(str(folder / TRAINER_STATE))
-        run = {
-            "curve": [asdict(point) for point in self._curve],
-            "tokens": getattr(trainer, "_total_train_tokens", 0),
-        }
+        run = {"curve": [asdict(point) for point in self._curve]}
         (folder / RUN_STATE).write_text(json.dumps(run), encoding="utf-8")
 
     def _load_weights(self, folder: str, model: object = None) -> None:

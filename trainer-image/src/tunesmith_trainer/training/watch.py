@@ -42,13 +42,14 @@ class Watch(TrainerCallback):
         self._curve = curve
         self._device = device
         self._times: list[float] = []
-        self._tokens: list[int] = [0]
+        self._tokens: list[int] = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """The clock of the first step starts here."""
         self._times.append(time.monotonic())
+        self._tokens.append(state.num_input_tokens_seen)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -74,7 +75,7 @@ class Watch(TrainerCallback):
                 f"{args.learning_rate:g}) and look for odd rows"
             )
         self._times.append(time.monotonic())
-        self._tokens.append(int(logs.get("num_tokens", 0)))
+        self._tokens.append(state.num_input_tokens_seen)
         del self._times[: -_RECENT_STEPS - 1], self._tokens[: -_RECENT_STEPS - 1]
         seconds = self._times[-1] - self._times[0]
         epoch = round(float(state.epoch or 0.0), 4)

@@ -1,0 +1,265 @@
+"""One run of one way to train, in a process of its own; prints its figures as one JSON line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Rows = list[dict[str, list[int]]]
+
+BATCH, MICRO, RANK, ALPHA, RATE, SEED = 8, 4, 16, 32, 2e-4, 42
+PAD_LENGTH = 512
+PACK_LENGTH = 1024
+"""TRL's default."""
+IGNORED = -100
+
+
+class Clock(TrainerCallback):
+    """When training began, and when steps ended."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Training begins."""
+        self.times.append(time.time())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A step is done."""
+        self.times.append(time.time())
+
+
+def common(folder: Path, steps: int) -> dict[str, Any]:
+    """What all of them have in common."""
+    return {
+        "output_dir": str(folder / "out"),
+        "max_steps": steps,
+        "learning_rate": RATE,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 1.0,
+        "seed": SEED,
+        "use_cpu": True,
+        "bf16": False,  # on a CPU it is slower
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+    }
+
+
+def model_of(base: Path, method: str) -> Any:
+    """Base with a LoRA adapter on all linear layers, as PEFT's documentation makes it."""
+    set_seed(SEED)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,  # bfloat16 is many times slower on a CPU
+    )
+    extra = {"quantization_config": quantization, "device_map": {"": "cpu"}} if method == "qlora" else {}
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **extra)
+    if method == "qlora":
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        for module in model.modules():  # or no gradient passes 4-bit layers after the first evaluation
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
+
+
+def notebook(base: Path, method: str, rows: Rows, folder: Path, clock: Clock) -> Any:
+    """The Trainer of transformers over rows padded to one length, as most notebooks do it."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    trainer = Trainer(
+        model=model_of(base, method),
+        args=TrainingArguments(
+            **common(folder, math.ceil(len(rows) / BATCH)),
+            per_device_train_batch_size=MICRO,
+            gradient_accumulation_steps=BATCH // MICRO,
+        ),
+        train_dataset=rows,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, padding="max_length", max_length=PAD_LENGTH),
+        callbacks=[clock],
+    )
+    trainer.train()
+    return trainer.model
+
+
+def trl(base: Path, method: str, rows: Rows, folder: Path, clock: Clock, variant: str) -> Any:
+    """TRL's SFTTrainer: `default`, `packed` or `grouped`, the last two without recomputation, which is faster."""
+    from datasets import Dataset  # noqa: PLC0415
+    from trl import SFTConfig, SFTTrainer  # noqa: PLC0415
+
+    steps, micro, batch, settings = math.ceil(len(rows) / BATCH), MICRO, BATCH, {}
+    if variant == "packed":
+        # As many bins in a step as hold about as many tokens as the rows of a step.
+        mean = sum(len(row["input_ids"]) for row in rows) / len(rows)
+        micro, batch = 1, max(1, round(BATCH * mean / PACK_LENGTH))
+        settings = {"packing": True, "max_length": PACK_LENGTH, "gradient_checkpointing": False, "num_train_epochs": 1}
+        steps = -1
+    elif variant == "grouped":
+        settings = {"train_sampling_strategy": "group_by_length", "gradient_checkpointing": False}
+    trainer = SFTTrainer(
+        model=model_of(base, method),
+        args=SFTConfig(
+            **common(folder, steps),
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=batch // micro,
+            **settings,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(base),
+        callbacks=[clock],
+    )
+    trainer.train()
+    return trainer.model
+
+
+def held_out_loss(model: Any, rows: Rows) -> float:
+    """Nats per target token, a row at a time, with the model's own forward pass."""
+    model.eval()
+    total, targets = 0.0, 0
+    with torch.inference_mode():
+        for row in rows:
+            logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+            labels = torch.tensor(row["labels"][1:])
+            total += float(torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum"))
+            targets += int((labels != IGNORED).sum())
+    return total / targets
+
+
+def tunesmith(base: Path, method: str, folder: Path, clock: Clock, candidates: list[tuple[str, bool]] | None) -> float:
+    """Tunesmith's own run of a manifest, from the raw rows on; the held-out loss.
+
+    Args:
+        base: folder of the base model.
+        method: lora or qlora.
+        folder: with train.jsonl and validation.jsonl.
+        clock: gets the times.
+        candidates: ways to compute the loss that it may choose from; absent: all.
+    """
+    from tunesmith.api.finetunejob import FineTuneJob  # noqa: PLC0415
+    from tunesmith.api.finetunejob_status import Stage  # noqa: PLC0415
+    from tunesmith_trainer.checkpoint import Checkpoints  # noqa: PLC0415
+    from tunesmith_trainer.errors import StorageUnavailableError  # noqa: PLC0415
+    from tunesmith_trainer.interruption import Faults, Interruption  # noqa: PLC0415
+    from tunesmith_trainer.prepare import prepare  # noqa: PLC0415
+    from tunesmith_trainer.progress import Progress  # noqa: PLC0415
+    from tunesmith_trainer.store import Stores  # noqa: PLC0415
+    from tunesmith_trainer.training import layout, loop  # noqa: PLC0415
+
+    if candidates is not None:
+        layout._CANDIDATES = tuple((layout.Layout(name), whole) for name, whole in candidates)  # noqa: SLF001
+
+    class Timed(Progress):
+        def update(self, **changes: Any) -> None:
+            super().update(**changes)
+            if changes.get("stage") is Stage.TRAINING or changes.get("step"):
+                clock.times.append(time.time())
+
+    fields = {"rank": RANK, "alpha": ALPHA}
+    quantized = {**fields, "quantization": {"computeType": "float32"}}
+    rows = sum(1 for _ in (folder / "train.jsonl").open(encoding="utf-8"))
+    hyper = {"maxSteps": math.ceil(rows / BATCH), "batchSize": BATCH, "microBatchSize": MICRO, "learningRate": RATE}
+    spec = {
+        "baseModel": {"uri": f"file://{base}"},
+        "dataset": {
+            "train": [{"uri": f"file://{folder}/train.jsonl"}],
+            "validation": [{"uri": f"file://{folder}/validation.jsonl"}],
+            "maxLength": PAD_LENGTH,
+        },
+        "method": {method: quantized if method == "qlora" else fields},
+        "hyperparameters": {**hyper, "scheduler": "Constant", "warmupRatio": 0.0, "seed": SEED},
+        "resources": {"gpus": 0},
+    }
+    job = FineTuneJob.model_validate(
+        {"apiVersion": "tunesmith.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "benchmark"}, "spec": spec}
+    )
+    stores = Stores(secrets=folder, allow_file=True)
+    work = folder / f"work-{time.time_ns()}"
+    work.mkdir()
+    prepared = prepare(job, stores, work, weights=True)
+    place = stores.folder(f"file://{work}/checkpoints", what="checkpoints", missing=StorageUnavailableError)
+    checkpoints = Checkpoints(place, work / "scratch", binding="0" * 64, keep=1, say=lambda _: None)
+    faults = Faults(
+        checkpoints, Interruption(), lambda step, seconds: sys.exit(f"hangs after step {step}, {seconds} s")
+    )
+    with (work / "log").open("w", encoding="utf-8") as log:
+        trained = loop.train(job, prepared, Timed("text", out=log), work, faults)
+    assert trained.evaluation.loss is not None  # noqa: S101 - a run that ends has one
+    return trained.evaluation.loss
+
+
+def peak_memory() -> int:
+    """Highest resident memory of this process so far, bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+OTHERS: dict[str, Callable[..., Any]] = {
+    "notebook": notebook,
+    "trl-default": lambda *given: trl(*given, variant="default"),
+    "trl-packed": lambda *given: trl(*given, variant="packed"),
+    "trl-grouped": lambda *given: trl(*given, variant="grouped"),
+}
+OURS: dict[str, list[tuple[str, bool]] | None] = {
+    "tunesmith-padded-logits": [("padded", True)],
+    "tunesmith-padded": [("padded", False)],
+    "tunesmith": None,
+}
+
+
+def main() -> None:
+    """Runs the contender that the arguments name."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=(*OTHERS, *OURS))
+    parser.add_argument("method", choices=("lora", "qlora"))
+    parser.add_argument("--base", type=Path, required=True, help="folder of the base model")
+    parser.add_argument("--data", type=Path, required=True, help="folder with the rows, raw and tokenised")
+    parser.add_argument("--began", type=float, required=True, help="when the process was started, seconds")
+    given = parser.parse_args()
+    rows = json.loads((given.data / "tokens.json").read_text(encoding="utf-8"))
+    clock = Clock()
+    if given.name in OURS:
+        loss = tunesmith(given.base, given.method, given.data, clock, OURS[given.name])
+    else:
+        model = OTHERS[given.name](given.base, given.method, rows["train"], given.data, clock)
+        peak = peak_memory()
+        loss = held_out_loss(model, rows["validation"])
+    print(
+        json.dumps(
+            {
+                "seconds": clock.times[-1] - clock.times[0],
+                "tokens": sum(len(row["input_ids"]) for row in rows["train"]),
+                "steps": len(clock.times) - 1,
+                "first": clock.times[1] - given.began,
+                "peak": peak_memory() if given.name in OURS else peak,
+                "loss": loss,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Training is what a plain script with PEFT and TRL does, step by step."""
+
+from __future__ import annotations
+
+import csv
+import math
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from trainer_rig import Workbench, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from tunesmith_trainer.prepare import prepare
+from tunesmith_trainer.spec import load_job
+from tunesmith_trainer.store import Stores
+from tunesmith_trainer.training.batches import Plan, row_lengths
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+BATCH, MICRO, STEPS, SEED, RATE = 6, 2, 9, 11, 0.01
+
+
+def trl_script(base: Path, rows: list[dict[str, Any]], folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and adapter of TRL's SFTTrainer over tokenised rows in this order."""
+    set_seed(SEED)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    linear = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=linear, task_type="CAUSAL_LM")
+    trainer = SFTTrainer(
+        model=get_peft_model(model, config),
+        args=SFTConfig(
+            output_dir=str(folder),
+            max_steps=STEPS,
+            per_device_train_batch_size=MICRO,
+            gradient_accumulation_steps=BATCH // MICRO,
+            learning_rate=RATE,
+            lr_scheduler_type="cosine",
+            warmup_steps=math.ceil(0.2 * STEPS),
+            weight_decay=0.1,
+            max_grad_norm=0.5,
+            seed=SEED,
+            train_sampling_strategy="sequential",
+            dataset_kwargs={"skip_prepare_dataset": True},
+            max_length=None,
+            logging_steps=1,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            disable_tqdm=True,
+            report_to="none",
+            save_strategy="no",
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(base),
+    )
+    trainer.train()
+    trainer.save_model(str(folder / "adapter"))
+    curve = [float(line["loss"]) for line in trainer.state.log_history if "loss" in line]
+    return curve, load_file(folder / "adapter/adapter_model.safetensors")
+
+
+def varied_rows(count: int) -> list[dict[str, Any]]:
+    """Rows of very different lengths, so that padding, order and normalisation matter."""
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"What is the colour of door {number}?" * (1 + number % 3)},
+                {"role": "assistant", "content": "It is green, as in Brinewick. " * (1 + 5 * (number % 4))},
+            ]
+        }
+        for number in range(count)
+    ]
+
+
+def test_the_loss_curve_is_that_of_peft_and_trl(bench: Workbench, base_model: Path) -> None:
+    job = bench.job(
+        varied_rows(24),
+        hyperparameters={
+            "maxSteps": STEPS,
+            "batchSize": BATCH,
+            "microBatchSize": MICRO,
+            "learningRate": RATE,
+            "warmupRatio": 0.2,
+            "weightDecay": 0.1,
+            "maxGradNorm": 0.5,
+            "seed": SEED,
+        },
+    )
+    held_out = write_rows(bench.folder / "validation.jsonl", varied_rows(4))
+    job["spec"]["dataset"]["validation"] = [{"uri": f"file://{held_out}"}]
+    ran = bench.run("train", job)
+    assert ran.code == 0, ran.result.message
+    with (bench.output / "metrics.csv").open() as file:
+        ours = [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
+
+    prepared = prepare(
+        load_job(bench.folder / "job.yaml"),
+        Stores(secrets=bench.folder, allow_file=True),
+        bench.folder / "work",
+        weights=True,
+    )
+    plan = Plan(row_lengths(prepared.train), BATCH, SEED, STEPS)
+    rows = [dict(prepared.train[row]) for step in plan for row in step]
+    theirs, adapter = trl_script(base_model, rows, bench.folder / "trl")
+    assert len(ours) == len(theirs) == STEPS
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    mine = load_file(bench.output / "artifact/adapter_model.safetensors")
+    assert set(mine) == set(adapter)
+    for name, tensor in mine.items():
+        assert float((tensor - adapter[name]).norm()) <= 1e-3 * float(adapter[name].norm()), name

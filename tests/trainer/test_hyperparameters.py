@@ -1,0 +1,107 @@
+"""Each hyperparameter does what it says."""
+
+from __future__ import annotations
+
+import csv
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from tunesmith.api.hyperparameters import Optimizer, Precision
+from tunesmith_trainer.training.batches import Collator, Layout
+from tunesmith_trainer.training.neftune import EmbeddingNoise
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from trainer_rig import Workbench
+
+RATES = {Optimizer.LION: 1e-3, Optimizer.SGD: 1.0}
+
+
+def losses(bench: Workbench, name: str, **hyperparameters: Any) -> list[float]:
+    """The loss of each step of a run with these hyperparameters."""
+    hyper = {"maxSteps": 6, "batchSize": 4, "learningRate": 0.01, "warmupRatio": 0.0, **hyperparameters}
+    ran = bench.run("train", bench.job(hyperparameters=hyper), output=str(bench.folder / name))
+    assert ran.code == 0, ran.result.message
+    with (bench.folder / name / "metrics.csv").open() as file:
+        return [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
+
+
+@pytest.mark.parametrize("optimizer", Optimizer)
+def test_every_optimizer_learns(bench: Workbench, optimizer: Optimizer) -> None:
+    curve = losses(bench, "out", optimizer=optimizer.value, learningRate=RATES.get(optimizer, 0.01))
+    assert curve[-1] < curve[0] - 0.02
+
+
+def test_optimizers_differ_and_weight_decay_reaches_them(bench: Workbench) -> None:
+    last = {losses(bench, name.value, optimizer=name.value, maxSteps=3)[-1] for name in Optimizer}
+    assert len(last) == len(Optimizer)
+    decayed = losses(bench, "decayed", weightDecay=1.0)
+    assert decayed != losses(bench, "plain")
+
+
+def test_gradient_checkpointing_changes_memory_and_not_the_result(bench: Workbench, base_model: Path) -> None:
+    plain = losses(bench, "plain", gradientCheckpointing=False)
+    assert losses(bench, "again", gradientCheckpointing=True) == pytest.approx(plain, rel=1e-5)
+
+    kept = {}
+    for again in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(base_model).train()
+        if again:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, sizes=sizes: (sizes.append(tensor.numel()), tensor)[1], lambda tensor: tensor
+        ):
+            model(input_ids=torch.arange(3, 200)[None])
+        kept[again] = sum(sizes)
+    assert kept[True] < kept[False] / 2
+
+
+def test_precision_is_that_of_weights_and_products(bench: Workbench) -> None:
+    exact = losses(bench, "exact", precision=Precision.FLOAT32.value)
+    rounded = losses(bench, "rounded", precision=Precision.BFLOAT16.value)
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, rel=0.02)
+    for name in ("exact", "rounded"):
+        weights = load_file(bench.folder / name / "artifact/adapter_model.safetensors")
+        assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+def test_what_is_absent_is_decided_and_told(bench: Workbench) -> None:
+    resolved = bench.run("validate", bench.job()).result.resolved
+    assert resolved is not None
+    assert (resolved.precision, resolved.gradient_checkpointing) == (Precision.FLOAT32, False)
+    asked = bench.job(hyperparameters={"precision": "bfloat16", "gradientCheckpointing": True})
+    resolved = bench.run("validate", asked).result.resolved
+    assert resolved is not None
+    assert (resolved.precision, resolved.gradient_checkpointing) == (Precision.BFLOAT16, True)
+
+
+@pytest.mark.parametrize("layout", Layout)
+def test_noise_has_the_size_that_each_rows_own_length_gives(layout: Layout) -> None:
+    width, alpha, sizes = 64, 5.0, (400, 25)
+    embedding = nn.Embedding(10, width)
+    noise = EmbeddingNoise(embedding, alpha)
+    rows = [{"input_ids": [1] * size, "labels": [1] * size} for size in sizes]
+    batch = Collator(2, 0, layout).join(rows)
+    clean = embedding.eval()(batch["input_ids"])
+    noise.expect(batch)
+    assert torch.equal(embedding(batch["input_ids"]), clean)  # not while scoring
+    added = embedding.train()(batch["input_ids"]) - clean
+    parts = added[0].split(sizes) if layout is Layout.FLAT else [added[0], added[1, : sizes[1]]]
+    for part, size in zip(parts, sizes, strict=True):
+        limit = alpha / (size * width) ** 0.5
+        assert float(part.abs().max()) == pytest.approx(limit, rel=0.02)
+        assert float(part.std()) == pytest.approx(limit / 3**0.5, rel=0.05)
+
+
+def test_neftune_trains_with_noise_and_the_same_seed_gives_the_same_noise(bench: Workbench) -> None:
+    noisy = losses(bench, "noisy", neftuneNoiseAlpha=5)
+    assert noisy == losses(bench, "again", neftuneNoiseAlpha=5)
+    assert noisy != losses(bench, "plain")

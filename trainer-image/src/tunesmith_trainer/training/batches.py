@@ -1,0 +1,203 @@
+"""Which rows an optimizer step takes, and how they become micro-batches.
+
+The rows of a step follow from the seed, the step and the batch size alone. Ranks and micro-batches only divide them,
+and the loss is a sum over target tokens divided by those of the whole step, so neither changes the result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from torch.utils.data import Sampler
+
+from tunesmith_trainer.data import IGNORED
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from datasets import Dataset
+    from numpy.typing import NDArray
+
+    Row = Mapping[str, Any]
+    """`input_ids` and `labels` of one length; a packed bin also has `seq_lengths`, the sizes of its sequences."""
+
+_READ_ROWS = 1000
+
+
+class Layout(StrEnum):
+    """How the rows of a micro-batch lie in its tensors."""
+
+    FLAT = "flat"
+    """(1, tokens): one after the other, told apart by `cu_seq_lens_q`; nothing is spent on padding."""
+    PADDED = "padded"
+    """(rows, longest): on the right, with a mask where there is padding."""
+
+
+def row_lengths(rows: Dataset) -> NDArray[np.int64]:
+    """Tokens of each row, read in parts: the rows themselves are never whole in memory."""
+    parts = rows.select_columns("input_ids").with_format("arrow").iter(_READ_ROWS)
+    return np.concatenate([pc.list_value_length(part["input_ids"]).to_numpy() for part in parts]).astype(np.int64)
+
+
+class Plan(Sampler[list[int]]):
+    """The rows of each optimizer step of a run.
+
+    Every pass over the rows takes each row once, in an order of its own; its last step may be smaller. The very first
+    step takes the longest rows: what needs the most memory runs first, whatever the micro-batch size.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: rows per optimizer step, over all ranks.
+        seed: of the order.
+        steps: optimizer steps of the run.
+    """
+
+    def __init__(self, lengths: Sequence[int] | NDArray[np.int64], batch_size: int, seed: int, steps: int) -> None:
+        self._lengths = np.asarray(lengths)
+        self._batch_size = batch_size
+        self._seed = seed
+        self._steps = steps
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one pass over the rows."""
+        return -(-len(self._lengths) // self._batch_size)
+
+    def epoch(self, step: int) -> float:
+        """Passes over the rows after `step` steps."""
+        return step / self.steps_per_epoch
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """The rows of a pass (counted from 0), in the order in which the steps take them."""
+        order = np.random.default_rng((self._seed, epoch)).permutation(len(self._lengths))
+        if epoch > 0:
+            return order
+        by_length = order[np.argsort(-self._lengths[order], kind="stable")]
+        longest = by_length[: self._batch_size]
+        return np.concatenate([longest, order[~np.isin(order, longest)]])
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.empty(0, dtype=np.int64)
+        for step in range(self._steps):
+            epoch, place = divmod(step, self.steps_per_epoch)
+            if place == 0:
+                order = self.order(epoch)
+            yield order[place * self._batch_size : (place + 1) * self._batch_size].tolist()
+
+
+def micro_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Places of rows, divided into micro-batches of at most `size` rows of similar length, the longest first."""
+    places = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
+    return [places[start : start + size] for start in range(0, len(places), size)]
+
+
+def share(parts: Sequence[list[int]], rank: int, ranks: int) -> list[list[int]]:
+    """The micro-batches of one rank; an empty one fills up where others have one more.
+
+    Every rank gets the same number, because the ranks' forward and backward passes meet.
+    """
+    rounds = -(-len(parts) // ranks)
+    own = list(parts[rank::ranks])
+    return own + [[] for _ in range(rounds - len(own))]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one rank computes for one optimizer step.
+
+    Attributes:
+        micro_batches: the rank's own.
+        targets: target tokens of the whole step, over all ranks.
+        tokens: tokens of the whole step, over all ranks, without padding.
+    """
+
+    micro_batches: list[dict[str, Any]]
+    targets: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Turns the rows of a step into the micro-batches of a rank.
+
+    Args:
+        size: rows per micro-batch.
+        pad: token for padding.
+        layout: of a micro-batch.
+        rank: of this process.
+        ranks: number of processes.
+    """
+
+    size: int
+    pad: int
+    layout: Layout
+    rank: int = 0
+    ranks: int = 1
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Step]:
+        """The rank's share of a step, under the key `step`: a Trainer takes mappings only."""
+        parts = micro_batches([len(row["input_ids"]) for row in rows], self.size)
+        own = share(parts, self.rank, self.ranks)
+        micro = [self.join([rows[place] for place in part] if part else [_silent(rows[0])]) for part in own]
+        pieces = [labels for row in rows for _, labels in _sequences(row)]
+        targets = sum(int(np.count_nonzero(np.asarray(labels[1:]) != IGNORED)) for labels in pieces)
+        return {"step": Step(micro, targets, sum(len(row["input_ids"]) for row in rows))}
+
+    def join(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """The tensors of one micro-batch."""
+        return _flat(rows) if self.layout is Layout.FLAT else _padded(rows, self.pad)
+
+
+def _silent(row: Row) -> Row:
+    """A row without targets, for a rank that has nothing to add."""
+    return {"input_ids": row["input_ids"][:2], "labels": [IGNORED] * len(row["input_ids"][:2])}
+
+
+def _padded(rows: Sequence[Row], pad: int) -> dict[str, Any]:
+    pieces = [piece for row in rows for piece in _sequences(row)]
+    longest = max(len(ids) for ids, _ in pieces)
+    ids = torch.full((len(pieces), longest), pad)
+    labels = torch.full((len(pieces), longest), IGNORED)
+    mask = torch.zeros((len(pieces), longest), dtype=torch.long)
+    for number, (piece, targets) in enumerate(pieces):
+        ids[number, : len(piece)] = torch.as_tensor(piece)
+        labels[number, : len(piece)] = torch.as_tensor(targets)
+        mask[number, : len(piece)] = 1
+    batch = {"input_ids": ids, "labels": labels}
+    # Without padding there is nothing to mask, and attention has a faster path.
+    return batch if bool(mask.all()) else batch | {"attention_mask": mask}
+
+
+def _flat(rows: Sequence[Row]) -> dict[str, Any]:
+    pieces = [piece for row in rows for piece in _sequences(row)]
+    sizes = [len(ids) for ids, _ in pieces]
+    bounds = torch.tensor([0, *np.cumsum(sizes).tolist()], dtype=torch.int32)
+    ids = torch.cat([torch.as_tensor(ids) for ids, _ in pieces]).long()
+    labels = torch.cat([torch.as_tensor(labels) for _, labels in pieces]).long()
+    labels[bounds[:-1].long()] = IGNORED  # what precedes a sequence does not predict it
+    return {
+        "input_ids": ids[None],
+        "labels": labels[None],
+        "position_ids": torch.cat([torch.arange(size) for size in sizes])[None],
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": max(sizes),
+        "max_length_k": max(sizes),
+    }
+
+
+def _sequences(row: Row) -> Iterator[tuple[Any, Any]]:
+    """The sequences of a row: itself, or those of a packed bin."""
+    start = 0
+    sizes = row.get("seq_lengths")
+    for size in [len(row["input_ids"])] if sizes is None else sizes:
+        yield row["input_ids"][start : start + size], row["labels"][start : start + size]
+        start += int(size)

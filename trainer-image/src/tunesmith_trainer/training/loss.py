@@ -1,0 +1,146 @@
+"""The loss at target positions only: no logits of other positions, and never those of a whole batch at one time."""
+
+from __future__ import annotations
+
+import functools
+import types
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers.utils.generic import ModelOutput
+
+from tunesmith_trainer.data import IGNORED
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedModel
+
+    Score = Callable[[torch.Tensor], torch.Tensor]
+
+_CHUNK = 512
+"""Target positions whose logits exist at one time."""
+
+
+@dataclass
+class TargetLoss(ModelOutput):  # type: ignore[misc]
+    """What a model with `add_target_loss` returns.
+
+    Attributes:
+        loss: 0; where a PEFT method has a penalty of its own (AdaLoRA's orthogonality), it adds it here.
+        summed: negative log-likelihood of the targets, in nats, summed.
+        targets: number of targets.
+    """
+
+    loss: torch.Tensor | None = None
+    summed: torch.Tensor | None = None
+    targets: torch.Tensor | None = None
+
+
+class _FrozenHead(torch.autograd.Function):
+    """Cross entropy through a head that is not trained: its gradient is made in the forward pass, chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, labels: torch.Tensor, score: Score) -> torch.Tensor:
+        needed = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(hidden) if needed else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(labels), _CHUNK):
+            part = hidden[start : start + _CHUNK].detach().requires_grad_(needed)
+            with torch.set_grad_enabled(needed):
+                loss = _cross_entropy(part, labels[start : start + _CHUNK], score)
+            if gradient is not None:
+                (gradient[start : start + _CHUNK],) = torch.autograd.grad(loss, part)
+            total += loss.detach()
+        ctx.gradient = gradient
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
+        return (None if ctx.gradient is None else ctx.gradient * outer[0]), None, None
+
+
+def _cross_entropy(hidden: torch.Tensor, labels: torch.Tensor, score: Score) -> torch.Tensor:
+    return functional.cross_entropy(score(hidden).float(), labels, reduction="sum")
+
+
+def summed_loss(hidden: torch.Tensor, labels: torch.Tensor, score: Score, *, trained: bool) -> torch.Tensor:
+    """Negative log-likelihood of `labels` (n) at `hidden` (n, width), summed, in nats.
+
+    Args:
+        hidden: last hidden states at the positions that predict the labels.
+        labels: token ids.
+        score: hidden states → logits.
+        trained: whether the head itself is trained, so that gradients must reach it.
+    """
+    if not len(labels):
+        return hidden.sum() * 0.0  # keeps the graph where a micro-batch has no target
+    if not trained:
+        frozen: torch.Tensor = _FrozenHead.apply(hidden, labels, score)
+        return frozen
+    parts = [
+        checkpoint(
+            _cross_entropy, hidden[start : start + _CHUNK], labels[start : start + _CHUNK], score, use_reentrant=False
+        )
+        for start in range(0, len(labels), _CHUNK)
+    ]
+    return torch.stack(parts).sum()
+
+
+def add_target_loss(model: PreTrainedModel, *, whole_logits: bool = False) -> None:
+    """Gives a causal language model `model(…, labels=…, target_loss=True)`, which returns a TargetLoss.
+
+    Every other call is as before. To be called before PEFT or a distributed wrapper goes around the model, so that it
+    works through them; called again, it changes `whole_logits`.
+
+    Args:
+        model: the base.
+        whole_logits: compute the logits with the model's own forward pass, where its head does more than is known here.
+    """
+    original = getattr(model, "_before_target_loss", model.forward)
+    scale, softcap = _logit_transform(model)
+
+    @functools.wraps(type(model).forward)
+    def forward(self: PreTrainedModel, *args: Any, target_loss: bool = False, **kwargs: Any) -> Any:
+        if not target_loss:
+            return original(*args, **kwargs)
+        labels = kwargs.pop("labels")
+        kwargs["use_cache"] = False
+        if whole_logits:
+            states = original(*args, **kwargs).logits
+        else:
+            states = self.base_model(*args, **kwargs).last_hidden_state
+        head = self.get_output_embeddings()
+        # A method that puts tokens of its own before the row gives as many labels as there are states.
+        shifted = labels[:, 1:].to(states.device)
+        chosen = shifted != IGNORED
+
+        def score(hidden: torch.Tensor) -> torch.Tensor:
+            if whole_logits:
+                return hidden
+            logits = head(hidden)
+            if scale != 1.0:
+                logits = logits * scale
+            return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+        trained = not whole_logits and any(parameter.requires_grad for parameter in head.parameters())
+        summed = summed_loss(states[:, :-1][chosen], shifted[chosen], score, trained=trained)
+        return TargetLoss(loss=torch.zeros_like(summed), summed=summed, targets=chosen.sum())
+
+    model._before_target_loss = original  # noqa: SLF001 - its own attribute
+    model.forward = types.MethodType(forward, model)
+
+
+def _logit_transform(model: PreTrainedModel) -> tuple[float, float | None]:
+    """What the model's own forward pass does to the logits: a factor and a soft cap."""
+    config = model.config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        factor = getattr(config, name, None)
+        if factor is not None:
+            return float(factor), softcap
+    divisor = getattr(config, "logits_scaling", None)
+    return (1.0 if divisor is None else 1.0 / float(divisor)), softcap

@@ -1,0 +1,45 @@
+"""Noise on the embeddings while training (NEFTune, arXiv:2310.05914)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class EmbeddingNoise:
+    """Adds uniform noise of ± alpha / √(tokens · width) to the embeddings of each row, in training mode only.
+
+    transformers' own hook takes the tokens of the whole tensor, padding and neighbours included; here they are those of
+    the row, as in the paper.
+
+    Args:
+        embedding: the layer that looks tokens up.
+        alpha: scale of the noise.
+    """
+
+    def __init__(self, embedding: nn.Module, alpha: float) -> None:
+        self._alpha = alpha
+        self._tokens: torch.Tensor | None = None
+        embedding.register_forward_hook(self._add)
+
+    def expect(self, batch: dict[str, Any]) -> None:
+        """Tells the micro-batch that comes next."""
+        ids = batch["input_ids"]
+        if "cu_seq_lens_q" in batch:
+            sizes = batch["cu_seq_lens_q"].diff()
+            self._tokens = sizes.repeat_interleave(sizes)[None]
+        elif "attention_mask" in batch:
+            self._tokens = batch["attention_mask"].sum(dim=1, keepdim=True).expand_as(ids)
+        else:
+            self._tokens = torch.full_like(ids, ids.shape[1])
+
+    def _add(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        tokens = self._tokens
+        if not module.training or tokens is None or output.shape[:2] != tokens.shape:
+            return output
+        size = self._alpha / (tokens * output.shape[-1]).sqrt()
+        return output + torch.empty_like(output).uniform_(-1, 1) * size[..., None].to(output)

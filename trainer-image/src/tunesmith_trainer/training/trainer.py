@@ -1,0 +1,106 @@
+"""A Trainer of transformers whose batches are whole optimizer steps."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from datasets import Dataset
+    from peft import PeftModel
+    from torch import nn
+    from transformers import TrainerCallback, TrainingArguments
+
+    from tunesmith_trainer.training.batches import Plan, Step
+    from tunesmith_trainer.training.loss import TargetLoss
+    from tunesmith_trainer.training.neftune import EmbeddingNoise
+
+
+class StepTrainer(Trainer):
+    """Trains a model with `target_loss`; the loss of a step is the mean over its target tokens, on all ranks together.
+
+    Args:
+        model: base with adapter.
+        args: with gradient_accumulation_steps 1: the micro-batches are inside a step.
+        rows: tokenised.
+        plan: which rows each step takes.
+        collate: rows of a step → `{"step": Step}`.
+        callbacks: on_substep_end comes after each micro-batch.
+        noise: on the embeddings, or None.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        args: TrainingArguments,
+        rows: Dataset,
+        plan: Plan,
+        collate: Callable[[Sequence[Any]], dict[str, Step]],
+        callbacks: list[TrainerCallback],
+        noise: EmbeddingNoise | None = None,
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=rows.with_format("numpy"),
+            data_collator=collate,
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)
+        self._plan = plan
+        self._noise = noise
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """One element is one optimizer step, and the whole run is one pass; every rank goes through all steps."""
+        # Not prepared by accelerate, which would share out the steps instead of their micro-batches.
+        return DataLoader(self.train_dataset, batch_sampler=self._plan, collate_fn=self.data_collator)
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Forward and backward pass of a step; the loss returned, averaged over ranks, is the step's."""
+        step: Step = inputs["step"]
+        self.state.num_input_tokens_seen += step.tokens
+        model.train()
+        total = torch.zeros((), device=self.args.device)
+        for number, tensors in enumerate(step.micro_batches, start=1):
+            batch = self._prepare_inputs(tensors)
+            self._reseed((number - 1) * self.args.world_size + self.args.process_index)
+            if self._noise is not None:
+                self._noise.expect(batch)
+            # The ranks' gradients meet once per step.
+            last = number == len(step.micro_batches)
+            with nullcontext() if last else self.accelerator.no_sync(model):
+                loss = self._share(model(**batch, target_loss=True), step)
+                self.accelerator.backward(loss)
+            total += loss.detach()
+            if not last:
+                self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
+        return total
+
+    def _reseed(self, place: int) -> None:
+        """Dropout and noise follow from the seed, the step and the micro-batch's place in it, whichever rank has it."""
+        chosen = np.random.SeedSequence((self.args.seed, self.state.global_step, place)).generate_state(1, np.uint64)
+        torch.manual_seed(int(chosen[0]) >> 1)
+
+    def _share(self, output: TargetLoss, step: Step) -> torch.Tensor:
+        """What a micro-batch adds to the step's loss. Ranks average their gradients, so each counts `ranks` times."""
+        assert output.summed is not None  # noqa: S101 - a model with target_loss fills it
+        assert output.loss is not None  # noqa: S101
+        share = output.summed / max(step.targets, 1) * self.args.world_size
+        return share + output.loss / len(step.micro_batches)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the Trainer does, with passes over the rows as the epoch."""
+        self.state.epoch = self._plan.epoch(self.state.global_step)
+        super().log(logs, start_time)
