@@ -28,8 +28,8 @@ BAD_ROWS: dict[str, tuple[list[Any], str]] = {
     "blank lines only": (["", "  "], "train.jsonl is empty"),
     "messages missing": ([GOOD] * 16 + [{"text": "x"}], "train.jsonl line 17: 'messages' is missing"),
     "first row unknown": (
-        [{"text": "x"}],
-        "train.jsonl line 1: 'messages' is missing (a row needs 'messages', or 'prompt' and 'completion')",
+        [{"title": "x"}],
+        "line 1: has no columns that can be learned from: a row needs 'messages', or 'prompt' and 'completion'",
     ),
     "blank lines count": ([GOOD, "", "{}"], "train.jsonl line 3: 'messages' is missing"),
     "not JSON": ([GOOD, '{"messages": [}'], "train.jsonl line 2: is not JSON: Expecting value at column 15"),
@@ -58,11 +58,31 @@ BAD_ROWS: dict[str, tuple[list[Any], str]] = {
         [messages(message("user", "a"), message("assistant", " "))],
         "message 2 (assistant): 'content' is empty",
     ),
-    "tool calls": (
-        [messages(message("user", "a"), message("assistant", "b", tool_calls=[]))],
-        "message 2: unknown key 'tool_calls'",
+    "another name for messages": (
+        [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}],
+        "it has 'conversations'; did you mean dataset.columns {messages: conversations}?",
     ),
-    "tools": ([{**GOOD, "tools": []}], "has 'tools', which are not supported"),
+    "other names for prompt and completion": (
+        [{"question": "a", "answer": "b"}],
+        "did you mean dataset.columns {prompt: question, completion: answer}?",
+    ),
+    "unknown key": (
+        [messages(message("user", "a"), message("assistant", "b", mood="calm"))],
+        "message 2: unknown key 'mood', a message has content, name, reasoning_content, role",
+    ),
+    "a call without a name": (
+        [messages(message("user", "a"), message("assistant", None, tool_calls=[{"id": "1"}]))],
+        "message 2: 'tool_calls' has a call without 'function' and its 'name'",
+    ),
+    "an image": (
+        [messages(message("user", [{"type": "image", "url": "x"}]), message("assistant", "b"))],
+        "message 1 (user): 'content' has a part that is no text",
+    ),
+    "tools that are no list": ([{**GOOD, "tools": 7}], "train.jsonl line 1: 'tools' is not a list of objects"),
+    "a weight of a half": (
+        [messages(message("user", "a"), message("assistant", "b", weight=0.5))],
+        "message 2 (assistant): 'weight' is 0.5; the assistant's may be 0 or 1",
+    ),
     "ends with the user": (
         [messages(message("user", "a"))],
         "the last message is the user's: it must be the assistant's",
@@ -71,12 +91,23 @@ BAD_ROWS: dict[str, tuple[list[Any], str]] = {
     "completion missing": ([{"prompt": "a"}], "train.jsonl line 1: 'completion' is missing"),
     "prompt missing": ([{"completion": "a"}], "train.jsonl line 1: 'prompt' is missing"),
     "null prompt": ([{"prompt": None, "completion": "b"}], "'prompt' is null, not a string"),
-    "both forms": ([{**GOOD, "prompt": "a", "completion": "b"}], "has both 'messages' and 'prompt'/'completion'"),
+    "both forms": (
+        [{**GOOD, "prompt": "a", "completion": "b"}],
+        "line 1: has the columns of Messages and PromptCompletion: say which of them is meant with dataset.format",
+    ),
     "mixed forms": (
         [GOOD, {"prompt": "a", "completion": "b"}],
         "train.jsonl line 2: 'messages' is missing (the rows before have it, from train.jsonl line 1 on)",
     ),
     "one row, nothing to hold out": ([GOOD], "the training rows need at least 2 rows: there are only 1"),
+    "a prompt of messages with a text": (
+        [{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}],
+        "'prompt' a list and 'completion' a string: prompt and answer must both be texts, or both lists of messages",
+    ),
+    "preferences": (
+        [{"prompt": "a", "chosen": "b", "rejected": "c"}],
+        "holds what dataset.format calls Preference, which this objective cannot learn from; it learns from Messages",
+    ),
     "several": ([GOOD, "x", GOOD, "y", "z", "{}", "{}"], "train.jsonl line 2: is not JSON"),
 }
 
@@ -92,7 +123,7 @@ def test_a_bad_row_is_named_with_file_line_and_reason(bench: Workbench, name: st
 
 def test_further_bad_rows_are_counted(bench: Workbench) -> None:
     ran = bench.run("validate", bench.job([GOOD, "x", "y", "z", "{}", "{}"]))
-    assert ran.result.message.count("line") == 3
+    assert ran.result.message.count("train.jsonl line") - ran.result.message.count("from train.jsonl line") == 3
     assert "and 2 more rows with errors" in ran.result.message
 
 

@@ -7,7 +7,8 @@ from trainer_rig import chat_row
 
 from tunesmith.api.dataset import Dataset
 from tunesmith_trainer import model
-from tunesmith_trainer.data import IGNORED, Encoder, Row, RowForm, held_out
+from tunesmith_trainer.data import IGNORED, Encoder, Row, RowForm
+from tunesmith_trainer.data.selection import held_out
 from tunesmith_trainer.errors import InvalidSpecError
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def test_a_template_without_an_end_token_gets_one(tokenizer: Any, base_model: Pa
 def test_a_template_that_rewrites_earlier_turns_is_refused(base_model: Path) -> None:
     rewriting = model.load_tokenizer(base_model, "the tiny model")
     rewriting.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
-    with pytest.raises(InvalidSpecError, match="changes earlier turns"):
+    with pytest.raises(InvalidSpecError, match="writes the question otherwise once it is answered"):
         Encoder(rewriting, [2]).encode(Row(RowForm.MESSAGES, chat_row("Who?", "Marta."), "line 1"))
 
 

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from datasets import Dataset, Features, Sequence, Value
-from datasets.arrow_writer import ArrowWriter
-
-from tunesmith.api.finetunejob_status import Preflight, Resolved
+from tunesmith.api.dataset import LossOn
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
 from tunesmith_trainer import data, model, plan, preflight
-from tunesmith_trainer.errors import BaseModelNotFoundError, InvalidSpecError
+from tunesmith_trainer.data.loading import load as load_rows
+from tunesmith_trainer.errors import BaseModelNotFoundError
 from tunesmith_trainer.evaluation.generation import Example, load
+from tunesmith_trainer.methods.config import parameters_at, plan_method
+from tunesmith_trainer.methods.targets import modules_of
+from tunesmith_trainer.store import file_sha256
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from transformers import PretrainedConfig
+    import numpy as np
+    from datasets import Dataset
 
     from tunesmith.api.finetunejob import FineTuneJob
+    from tunesmith.api.finetunejob_status import Preflight, Resolved
     from tunesmith.contracts.fingerprint import ModelFolder
+    from tunesmith_trainer.methods.config import Planned
     from tunesmith_trainer.store import Stores
-
-_FEATURES = Features({"input_ids": Sequence(Value("int32")), "labels": Sequence(Value("int32"))})
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,13 @@ class Prepared:
 
     Args:
         base: folder with the base's configuration and tokenizer, and its weights where they were asked for.
-        train: rows to train on, tokenised.
+        train: rows to train on, tokenised: `input_ids` and `labels`, and `seq_lengths` where they are packed.
         validation: rows held out, tokenised.
+        lengths: tokens of each of `train`.
         pad: token for padding.
         preflight: what was counted.
         resolved: what was decided.
-        modules: modules that get an adapter, with their (in, out) features.
+        planned: the adapter.
         ends: tokens that end an answer.
         examples: by generation suite, what is asked and answered.
     """
@@ -47,10 +50,11 @@ class Prepared:
     base: Path
     train: Dataset
     validation: Dataset
+    lengths: np.ndarray[Any, np.dtype[np.integer[Any]]]
     pad: int
     preflight: Preflight
     resolved: Resolved
-    modules: dict[str, tuple[int, int]]
+    planned: Planned
     ends: list[int]
     examples: dict[str, list[Example]]
 
@@ -74,68 +78,54 @@ def prepare(job: FineTuneJob, stores: Stores, work: Path, *, weights: bool, gpu_
     config = model.load_config(base, spec.base_model.uri)
     tokenizer = model.load_tokenizer(base, spec.base_model.uri)
     ends = model.end_tokens(base, tokenizer, spec.base_model.uri)
-    modules = model.modules_of(config)
-    targets = model.resolve_targets(spec.method.fields.target_modules, modules)
-    adapted = model.adapted(targets, modules)
+    modules = modules_of(config)
+    planned = plan_method(spec, modules)
     folder: ModelFolder = LocalModelFolder(base) if weights else remote
     try:
         fingerprint = base_fingerprint(folder)
     except ValueError as error:
         raise BaseModelNotFoundError(f"{spec.base_model.uri}: {error}") from None
 
-    encoder = data.Encoder(tokenizer, ends)
-    digest = hashlib.sha256(b"train\n")
-    limit = spec.dataset.max_length
-    train, kept = _tokenise(
-        data.fetch(spec.dataset.train, stores, work / "data/train"), encoder, digest, limit, work / "train.arrow"
-    )
-    kept.require("training rows", limit, least=1 if spec.dataset.validation else 2)
-    chosen, out = data.held_out(len(kept.lengths), spec.dataset, spec.hyperparameters.seed)
-    _check_context(config, kept)
-    dropped = kept.dropped
-    if spec.dataset.validation:
-        digest.update(b"validation\n")
-        files = data.fetch(spec.dataset.validation, stores, work / "data/validation")
-        validation, kept_out = _tokenise(files, encoder, digest, limit, work / "validation.arrow")
-        kept_out.require("held-out rows", limit)
-        _check_context(config, kept_out)
-        dropped += kept_out.dropped
-    else:
-        validation, train = train.select(out), train.select(chosen)
+    asked = spec.dataset
+    encoder = data.Encoder(tokenizer, ends, chat_template=asked.chat_template, loss_on=asked.loss_on)
     context = getattr(config, "max_position_embeddings", None)
+    rows = load_rows(
+        asked,
+        stores,
+        work,
+        encoder,
+        tokenizer=_tokenizer_digest(base, ends),
+        seed=spec.hyperparameters.seed,
+        context=context,
+    )
+    answers = data.Encoder(tokenizer, ends, chat_template=asked.chat_template, loss_on=LossOn.COMPLETION)
     examples = {
-        suite.name: load(suite, stores, work / "data", encoder, tokenizer, context)
+        suite.name: load(suite, asked, stores, work / "data", answers, tokenizer, context)
         for suite in (spec.evaluation.suites if spec.evaluation else [])
         if suite.generation is not None
     }
-    lengths = np.asarray(kept.lengths)[chosen]
+    lengths = rows.lengths
 
     def trainable(rank: int | None) -> int:
-        return model.adapter_parameters(rank or spec.method.fields.rank, list(adapted.values()))
+        return parameters_at(rank, planned, spec, modules)
 
-    sized = preflight.sizing(spec, config, modules, adapted, trainable, lengths)
+    sized = preflight.sizing(spec, config, modules, planned.modules, trainable, lengths)
     run, sizes = _settings(job, sized, gpu_memory)
     now = plan.resolve(
         spec,
-        rows=len(train),
-        targets=targets,
+        rows=len(rows.train),
+        targets=planned.targets,
         fingerprint=fingerprint,
-        digest=f"sha256:{digest.hexdigest()}",
+        digest=rows.digest,
         micro_batch_size=run.micro_batch_size,
         checkpointing=run.checkpointing,
     )
     resolved = plan.frozen(job.status.resolved, now)
-    counted = Preflight(
-        rows=len(train),
-        validation_rows=len(validation),
-        dropped_rows=dropped,
-        tokens=int(lengths.sum()),
-        trainable_parameters=trainable(None),
-    )
+    counted = rows.counted.model_copy(update={"trainable_parameters": planned.parameters, "servable": planned.servable})
     if sized is not None:
         counted = preflight.judge(counted, sized, spec, run, sizes, gpu_memory)
     pad = model.pad_token(tokenizer, ends)
-    return Prepared(base, train, validation, pad, counted, resolved, adapted, ends, examples)
+    return Prepared(base, rows.train, rows.validation, rows.lengths, pad, counted, resolved, planned, ends, examples)
 
 
 def _settings(
@@ -157,26 +147,6 @@ def _settings(
     return preflight.decided(sized, run, [asked] if asked else sizes, ways, gpu_memory), sizes
 
 
-def _check_context(config: PretrainedConfig, kept: data.Kept) -> None:
-    context = getattr(config, "max_position_embeddings", None)
-    if context is not None and max(kept.lengths) > context:
-        raise InvalidSpecError(
-            f"a row has {max(kept.lengths)} tokens and the base model's context has {context}: set dataset.maxLength "
-            f"to at most {context}, which drops such rows"
-        )
-
-
-def _tokenise(
-    files: list[data.DataFile], encoder: data.Encoder, digest: hashlib._Hash, limit: int, path: Path
-) -> tuple[Dataset, data.Kept]:
-    """The rows of the files on disk, tokenised: memory does not grow with them."""
-    kept = data.Kept()
-    with ArrowWriter(path=str(path), features=_FEATURES, writer_batch_size=256) as writer:
-        for row in data.read(files, digest):
-            tokens = encoder.encode(row)
-            if kept.add(len(tokens.input_ids), limit):
-                writer.write({"input_ids": tokens.input_ids, "labels": tokens.labels})
-        writer.finalize()
-    if not kept.lengths:
-        kept.require("rows", limit)
-    return Dataset.from_file(str(path)), kept
+def _tokenizer_digest(base: Path, ends: list[int]) -> str:
+    files = {file.name: file_sha256(file) for file in model.tokenizer_files(base)}
+    return hashlib.sha256(json.dumps([files, ends], sort_keys=True).encode()).hexdigest()

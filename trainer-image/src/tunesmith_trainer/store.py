@@ -217,6 +217,34 @@ class Folder:
 
         return self._attempted(listed)
 
+    def is_folder(self, name: str) -> bool:
+        """Whether the name is that of a folder.
+
+        Raises:
+            TrainerError: there is nothing of that name, access is denied, or the store is unavailable.
+        """
+        place = self._at(name)
+        return self._attempted(lambda: self._filesystem.info(place, **self._fresh)["type"] == "directory")
+
+    def below(self, pattern: str | None = None) -> list[str]:
+        """Paths, relative to the folder and sorted, of the files in and below it, or of those that a glob matches."""
+
+        def found() -> list[str]:
+            if self._fresh:
+                self._filesystem.invalidate_cache()
+            if pattern is None:
+                places = self._filesystem.find(self._path, detail=True)
+            else:
+                places = self._filesystem.glob(f"{self._path}/{pattern}", detail=True)
+            prefix = f"{self._path.strip('/')}/"
+            return sorted(
+                place.lstrip("/").removeprefix(prefix)
+                for place, entry in places.items()
+                if entry["type"] == "file" and place.lstrip("/").startswith(prefix)
+            )
+
+        return self._attempted(found)
+
     def remove(self) -> None:
         """Removes the folder and everything in it; it need not exist."""
 

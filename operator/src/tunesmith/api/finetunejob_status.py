@@ -104,8 +104,8 @@ class DroppedRows(StatusModel):
     """Rows that are not used for one reason."""
 
     reason: DropReason = Field(
-        description="Undecodable: no JSON, no UTF-8, or too many or few cells. Null, Empty: nothing where text must be. "
-        "Duplicate: was there before. Overlong: more than maxLength tokens. NoTarget: no token of it is learned."
+        description="Undecodable: no JSON, no UTF-8, or too many or few cells. Null, Empty: nothing where text must "
+        "be. Duplicate: was there before. Overlong: more than maxLength tokens. NoTarget: no token of it is learned."
     )
     rows: int = Field(ge=0, description="How many.")
     examples: list[Annotated[str, Field(max_length=256)]] | None = Field(

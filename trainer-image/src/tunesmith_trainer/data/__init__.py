@@ -1,0 +1,6 @@
+"""Rows of a data set: found, read, checked, rendered with the chat template, tokenised, packed."""
+
+from tunesmith_trainer.data.encoding import IGNORED, Encoder, Tokens
+from tunesmith_trainer.data.rows import Row, RowForm
+
+__all__ = ["IGNORED", "Encoder", "Row", "RowForm", "Tokens"]

@@ -1,0 +1,126 @@
+"""Tokenised rows that a second attempt finds: on this machine's disk, and in the job's folder of the store."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tunesmith_trainer.data.report import RowReport
+from tunesmith_trainer.data.tokens import Counted
+from tunesmith_trainer.errors import TrainerError
+from tunesmith_trainer.store import file_sha256
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from tunesmith_trainer.store import Folder
+
+log = logging.getLogger(__name__)
+
+_MANIFEST = "rows.json"
+_SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Cached:
+    """Tokenised rows: `<name>.arrow` in `folder` for each name in `counted`."""
+
+    folder: Path
+    counted: dict[str, Counted]
+
+    def path(self, name: str) -> Path:
+        """The Arrow file of that name."""
+        return self.folder / f"{name}.arrow"
+
+
+class TokenCache:
+    """Tokenised rows by the digest of all that determines them.
+
+    The manifest with the hashes of the files is written last, so what is cut off is never used.
+
+    Args:
+        scratch: folder of this machine.
+        store: folder of the job in the store that outlives the pod, or None.
+    """
+
+    def __init__(self, scratch: Path, store: Folder | None) -> None:
+        self._scratch = scratch
+        self._store = store
+
+    def get(self, key: str, make: Callable[[Path], Mapping[str, Counted]]) -> Cached:
+        """The rows of that key; where there are none, `make` writes `<name>.arrow` for each name that it returns."""
+        folder = self._scratch / key
+        found = self._here(folder) or self._stored(key, folder)
+        if found is not None:
+            return found
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        counted = dict(make(folder))
+        (folder / _MANIFEST).write_text(_document(folder, counted), encoding="utf-8")
+        self._keep(key, folder, list(counted))
+        return Cached(folder, counted)
+
+    def _here(self, folder: Path) -> Cached | None:
+        try:
+            document = json.loads((folder / _MANIFEST).read_bytes())
+            whole = all(file_sha256(folder / name) == sha256 for name, sha256 in document["files"].items())
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+            return None
+        return Cached(folder, _counted(document)) if whole and document.get("version") == _SCHEMA_VERSION else None
+
+    def _stored(self, key: str, folder: Path) -> Cached | None:
+        if self._store is None:
+            return None
+        try:
+            place = self._store.child(key)
+            if not place.exists(_MANIFEST):
+                return None
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            document = json.loads(place.read(_MANIFEST))
+            for name in document["files"]:
+                place.download(name, folder / name)
+            place.download(_MANIFEST, folder / _MANIFEST)
+        except (TrainerError, ValueError, KeyError, TypeError) as error:
+            log.warning("the tokenised rows in %s cannot be used and are made again: %s", self._store.uri, error)
+            return None
+        return self._here(folder)
+
+    def _keep(self, key: str, folder: Path, names: list[str]) -> None:
+        if self._store is None:
+            return
+        place = self._store.child(key)
+        try:
+            for name in names:
+                place.upload(f"{name}.arrow", folder / f"{name}.arrow")
+            place.upload(_MANIFEST, folder / _MANIFEST)
+        except TrainerError as error:
+            log.warning("the tokenised rows could not be kept in %s for the next attempt: %s", self._store.uri, error)
+
+
+def key_of(document: Mapping[str, Any]) -> str:
+    """32 hex digits of what determines the tokens."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _document(folder: Path, counted: Mapping[str, Counted]) -> str:
+    return json.dumps(
+        {
+            "version": _SCHEMA_VERSION,
+            "files": {f"{name}.arrow": file_sha256(folder / f"{name}.arrow") for name in counted},
+            "counted": {
+                name: {"report": one.report.document(), "perSource": one.per_source} for name, one in counted.items()
+            },
+        }
+    )
+
+
+def _counted(document: Mapping[str, Any]) -> dict[str, Counted]:
+    return {
+        name: Counted(RowReport.of(one["report"]), list(one["perSource"])) for name, one in document["counted"].items()
+    }

@@ -1,0 +1,222 @@
+"""Rows as tokens, and which tokens are learned."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tunesmith.api.dataset import LossOn
+from tunesmith_trainer.data.rows import RowForm
+from tunesmith_trainer.data.template import ChatTemplate
+from tunesmith_trainer.errors import InvalidSpecError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from transformers import PreTrainedTokenizerFast
+
+    from tunesmith_trainer.data.rows import Row
+    from tunesmith_trainer.data.template import Span
+
+IGNORED = -100
+"""Label of a token that is no target (PyTorch's `ignore_index`)."""
+Offsets = list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenised row: `labels` has the same length as `input_ids`, `IGNORED` where there is no loss."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+@dataclass(frozen=True)
+class PreferenceTokens:
+    """A tokenised preference row; each answer ends with an end token."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+
+
+@dataclass(frozen=True)
+class LabelledTokens:
+    """A tokenised row of an answer and whether it is a good one; the answer ends with an end token."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    label: bool
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    text: str
+    learned: list[Span]
+    special: bool
+    """Whether the tokenizer adds its special tokens: a template has written them already."""
+    document: bool = False
+    """Whether it is one text that ends where it ends, whatever tokens stand in it."""
+
+
+class Encoder:
+    """Turns rows into tokens and labels.
+
+    Args:
+        tokenizer: a fast tokenizer, as the base model has it.
+        end_tokens: the tokens that end an answer; the first is put after a completion whose template puts none.
+        chat_template: in the place of the base model's.
+        loss_on: what is learned; None decides by the row's form.
+
+    Raises:
+        InvalidSpecError: `chat_template` is no Jinja template.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        end_tokens: Sequence[int],
+        *,
+        chat_template: str | None = None,
+        loss_on: LossOn | None = None,
+    ) -> None:
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._ends = frozenset(end_tokens)
+        self._end = end_tokens[0]
+        self._template = ChatTemplate(tokenizer, chat_template)
+        self._loss_on = loss_on
+
+    def encode(self, row: Row) -> Tokens:
+        """Tokens of a row, with labels on what is learned.
+
+        Raises:
+            InvalidSpecError: there is no chat template, or one in whose text the answers cannot be told apart.
+            DatasetInvalidError: the template does not accept the row.
+        """
+        return self.encode_all([row])[0]
+
+    def encode_all(self, rows: Sequence[Row]) -> list[Tokens]:
+        """Tokens of rows, as `encode` gives them for each; several at once are faster."""
+        rendered = [self._rendered(row) for row in rows]
+        result: list[Tokens | None] = [None] * len(rows)
+        for special in (False, True):
+            places = [place for place, one in enumerate(rendered) if one.special is special]
+            if not places:
+                continue
+            texts = [rendered[place].text for place in places]
+            for place, (ids, offsets) in zip(places, self._tokens(texts, special=special), strict=True):
+                result[place] = self._labelled(rendered[place], ids, offsets)
+        return [tokens for tokens in result if tokens is not None]
+
+    def encode_preference(self, row: Row) -> PreferenceTokens:
+        """Tokens of a row of the form Preference; both answers follow the same prompt.
+
+        Raises:
+            InvalidSpecError, DatasetInvalidError: as `encode` does.
+        """
+        prompt, chosen = self._asked_and_answered(row, "chosen")
+        _, rejected = self._asked_and_answered(row, "rejected")
+        return PreferenceTokens(prompt, chosen, rejected)
+
+    def encode_labelled(self, row: Row) -> LabelledTokens:
+        """Tokens of a row of the form UnpairedPreference.
+
+        Raises:
+            InvalidSpecError, DatasetInvalidError: as `encode` does.
+        """
+        prompt, completion = self._asked_and_answered(row, "completion")
+        return LabelledTokens(prompt, completion, bool(row.value["label"]))
+
+    def _rendered(self, row: Row) -> _Rendered:
+        value = row.value
+        if "text" in value:
+            text = value["text"]
+            return _Rendered(text, [(0, len(text))], special=True, document=True)
+        if "messages" in value:
+            loss_on = self._loss_on
+            if loss_on is None:
+                loss_on = LossOn.COMPLETION if row.form is RowForm.INSTRUCTION else LossOn.ASSISTANT_TURNS
+            text, learned = self._template.answers(value, loss_on, row.where)
+            return _Rendered(text, learned, special=False)
+        whole = self._loss_on is LossOn.ALL_TOKENS
+        prompt, text = self._texts(row, "completion")
+        return _Rendered(text, [(0 if whole else len(prompt), len(text))], special=isinstance(value["prompt"], str))
+
+    def _texts(self, row: Row, answer: str) -> tuple[str, str]:
+        """The prompt, and the prompt with the answer."""
+        value = row.value
+        if isinstance(value["prompt"], str):
+            return value["prompt"], value["prompt"] + value[answer]
+        tools = {"tools": value["tools"]} if "tools" in value else {}
+        prompt = self._template.prompt({"messages": value["prompt"], **tools}, row.where)
+        text = self._template.render({"messages": value["prompt"] + value[answer], **tools}, row.where)
+        if not text.startswith(prompt):
+            raise InvalidSpecError(
+                f"{row.where}: the chat template writes the prompt otherwise once it is answered, so the answer"
+                " cannot be told apart: give a dataset.chatTemplate that does not"
+            )
+        return prompt, text
+
+    def _asked_and_answered(self, row: Row, answer: str) -> tuple[list[int], list[int]]:
+        """Tokens of prompt and answer, apart as an engine has them: it gets the prompt and makes the answer."""
+        prompt, text = self._texts(row, answer)
+        special = isinstance(row.value["prompt"], str)
+        ((prompt_ids, _),) = self._tokens([prompt], special=special)
+        ((ids, _),) = self._tokens([text[len(prompt) :]], special=False)
+        ends = [place for place, token in enumerate(ids) if token in self._ends]
+        return prompt_ids, ids[: ends[-1] + 1] if ends else [*ids, self._end]
+
+    def _tokens(self, texts: Sequence[str], *, special: bool) -> Iterable[tuple[list[int], Offsets]]:
+        """Tokens of texts and where each stands in its text, without an end token that the tokenizer puts there."""
+        for encoded in self._backend.encode_batch(list(texts), add_special_tokens=special):
+            ids: list[int] = encoded.ids
+            offsets: Offsets = encoded.offsets
+            while special and ids and ids[-1] in self._ends and offsets[-1][0] == offsets[-1][1]:
+                del ids[-1], offsets[-1]
+            yield ids, offsets
+
+    def _labelled(self, rendered: _Rendered, ids: list[int], offsets: Offsets) -> Tokens:
+        starts = [start for start, _ in rendered.learned]
+        if any(left < start < right for start in starts for left, right in offsets):
+            # A token over the border would hide the first word of an answer. A served prompt ends at the border too.
+            ids, offsets = self._in_pieces(rendered, starts)
+        labels = [IGNORED] * len(ids)
+        for start, end in rendered.learned:
+            places = [place for place, (left, right) in enumerate(offsets) if start <= left < end and right > left]
+            if not places:
+                continue
+            ends = [] if rendered.document else [place for place in places if ids[place] in self._ends]
+            behind = places[-1] + 1
+            if not ends and behind < len(ids) and ids[behind] in self._ends:
+                places.append(behind)  # marks may stand around an answer without its end
+            for place in places:
+                # What a template writes after the end token is never generated.
+                if not ends or place <= ends[-1]:
+                    labels[place] = ids[place]
+        begin = len(ids) - 1 if rendered.document else _first(offsets, rendered)
+        if rendered.learned and not any(label in self._ends for label in labels[begin:]):
+            last = max((place for place, label in enumerate(labels) if label != IGNORED), default=len(ids) - 1)
+            ids[last + 1 :] = [self._end]
+            labels[last + 1 :] = [self._end]
+        if labels:
+            labels[0] = IGNORED  # nothing precedes the first token, so nothing can predict it
+        return Tokens(ids, labels)
+
+    def _in_pieces(self, rendered: _Rendered, starts: list[int]) -> tuple[list[int], Offsets]:
+        ids: list[int] = []
+        offsets: Offsets = []
+        for begin, end in itertools.pairwise([0, *starts, len(rendered.text)]):
+            pieces = self._tokens([rendered.text[begin:end]], special=rendered.special and begin == 0)
+            for more, places in pieces:
+                ids += more
+                offsets += [(left + begin, right + begin) for left, right in places]
+        return ids, offsets
+
+
+def _first(offsets: Offsets, rendered: _Rendered) -> int:
+    """Place of the first token of what is learned last."""
+    start = rendered.learned[-1][0] if rendered.learned else 0
+    return next((place for place, (left, _) in enumerate(offsets) if left >= start), len(offsets))

@@ -1,0 +1,295 @@
+"""Records of data files, one after the other, in memory that does not grow with the file."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import itertools
+import json
+import zlib
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tunesmith_trainer.errors import DatasetInvalidError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+_LONGEST = 64 * 2**20
+"""Bytes of the longest record that is read."""
+_CHUNK = 2**20
+_BATCH = 512
+_BOM = b"\xef\xbb\xbf"
+_BLANK = b" \t\r\n"
+csv.field_size_limit(_LONGEST)
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file on this machine's disk and the name that messages give it, whose ending says its format."""
+
+    name: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Record:
+    """What stands at one place of a file: a decoded value, or the reason why it cannot be decoded."""
+
+    where: str
+    value: Any = None
+    problem: str | None = None
+
+
+def format_of(name: str) -> str | None:
+    """The format that a file's name says, such as "parquet"; None for a name that says none."""
+    stem = name.lower()
+    packed = stem.endswith(".gz")
+    ending = stem.removesuffix(".gz").rpartition(".")[2] if "." in stem else ""
+    known = _TEXT_READERS if packed else _READERS
+    return ending if ending in known else None
+
+
+def records(file: DataFile) -> Iterator[Record]:
+    """The records of a file.
+
+    Raises:
+        DatasetInvalidError: the name says no format, or the file is damaged in a way that hides the rows behind it.
+    """
+    ending = format_of(file.name)
+    if ending is None:
+        raise DatasetInvalidError(
+            f"the name of {file.name} does not say its format: give it one of the endings {', '.join(ENDINGS)}"
+        )
+    try:
+        yield from _READERS[ending](file)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DatasetInvalidError(f"{file.name} is no whole gzip file: {error}") from None
+    except pa.ArrowException as error:
+        text = " ".join(str(error).split())[:200]
+        raise DatasetInvalidError(f"{file.name} cannot be read as {ending}: {text}") from None
+
+
+def _open(file: DataFile) -> IO[bytes]:
+    if file.name.lower().endswith(".gz"):
+        return gzip.open(file.path, "rb")
+    return file.path.open("rb")
+
+
+def _jsonl(file: DataFile) -> Iterator[Record]:
+    """One value per line; blank lines are passed over."""
+    with _open(file) as lines:
+        for number in itertools.count(1):
+            line = lines.readline(_LONGEST + 1)
+            if not line:
+                return
+            if len(line) > _LONGEST:
+                raise DatasetInvalidError(f"{file.name} line {number} is longer than 64 MiB: a line holds one row")
+            content = (line.removeprefix(_BOM) if number == 1 else line).strip(_BLANK)
+            if content:
+                yield _decoded(content, f"{file.name} line {number}")
+
+
+def _decoded(content: bytes, where: str) -> Record:
+    try:
+        return Record(where, json.loads(content.decode("utf-8")))
+    except UnicodeDecodeError as error:
+        return Record(where, problem=f"is not UTF-8 at byte {error.start + 1}")
+    except json.JSONDecodeError as error:
+        return Record(where, problem=f"is not JSON: {error.msg} at column {error.colno}")
+    except (RecursionError, ValueError):  # ValueError: a number with thousands of digits
+        return Record(where, problem="is not JSON that can be read: it is nested too deeply, or a number is too long")
+
+
+def _json(file: DataFile) -> Iterator[Record]:
+    """A list of values, or one value per line."""
+    with _open(file) as content:
+        start = content.read(_CHUNK).removeprefix(_BOM).lstrip(_BLANK)
+    return _json_list(file) if start.startswith(b"[") else _jsonl(file)
+
+
+def _json_list(file: DataFile) -> Iterator[Record]:
+    """The values of a list, decoded one after the other from a window of the file."""
+    decoder = json.JSONDecoder()
+    with _open(file) as raw:
+        text = _Window(raw, file.name)
+        text.expect("[", "a list")
+        for number in itertools.count(1):
+            if text.next() == "]" and number == 1:
+                text.skip()
+                break
+            where = f"{file.name} row {number}"
+            yield Record(where, text.value(decoder, where))
+            follows = text.next()
+            if follows == "]":
+                text.skip()
+                break
+            text.expect(",", f"a comma or the list's end after row {number}")
+        if text.next():
+            raise DatasetInvalidError(f"{file.name}: there is more behind the end of the list")
+
+
+class _Window:
+    """A part of a JSON text that moves on through its file."""
+
+    def __init__(self, raw: IO[bytes], name: str) -> None:
+        self._raw = raw
+        self._name = name
+        self._text = ""
+        self._place = 0
+        self._rest = b""
+        self._ended = False
+        self._begun = False
+
+    def next(self) -> str:
+        """The next character that is not blank; "" at the end of the file."""
+        while True:
+            while self._place < len(self._text) and self._text[self._place] in " \t\r\n":
+                self._place += 1
+            if self._place < len(self._text):
+                return self._text[self._place]
+            if not self._more():
+                return ""
+
+    def skip(self) -> None:
+        self._place += 1
+
+    def expect(self, character: str, what: str) -> None:
+        found = self.next()
+        if found != character:
+            raise DatasetInvalidError(
+                f"{self._name} is not JSON: {what} is expected, not {repr(found) if found else 'the end of the file'}"
+            )
+        self.skip()
+
+    def value(self, decoder: json.JSONDecoder, where: str) -> object:
+        self.next()
+        while True:
+            try:
+                value, end = decoder.raw_decode(self._text, self._place)
+            except (ValueError, RecursionError) as error:
+                # What looks wrong may only be cut off.
+                if len(self._text) - self._place < _LONGEST and self._more():
+                    continue
+                told = error.msg if isinstance(error, json.JSONDecodeError) else "it is nested too deeply"
+                raise DatasetInvalidError(f"{where} is not JSON: {told}; the rows behind it cannot be read") from None
+            if end == len(self._text) and self._more():
+                continue  # a number may go on
+            self._place = end
+            return value
+
+    def _more(self) -> bool:
+        """Reads on; False at the end of the file."""
+        if self._ended:
+            return False
+        # Ever more, so that a long row is not decoded from its start too often.
+        data = self._raw.read(max(_CHUNK, len(self._text) - self._place))
+        self._ended = not data
+        if not self._begun:
+            data, self._begun = data.removeprefix(_BOM), True
+        data = self._rest + data
+        try:
+            text, self._rest = data.decode("utf-8"), b""
+        except UnicodeDecodeError as error:
+            cut = len(data) - error.start < 4 and not self._ended  # noqa: PLR2004 - bytes of a character, cut off
+            if not cut:
+                raise DatasetInvalidError(f"{self._name} is not UTF-8: save it as UTF-8") from None
+            text, self._rest = data[: error.start].decode("utf-8"), data[error.start :]
+        self._text = self._text[self._place :] + text
+        self._place = 0
+        return not self._ended or bool(text)
+
+
+def _separated(file: DataFile, delimiter: str) -> Iterator[Record]:
+    """Rows under a line of column names."""
+    with _open(file) as raw, io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="") as text:
+        reader = csv.reader(text, delimiter=delimiter, strict=True)
+        names: list[str] = []
+        line = 1
+        try:
+            for cells in reader:
+                where, line = f"{file.name} line {line}", reader.line_num + 1
+                if not names:
+                    names = [name.strip() for name in cells]
+                    _check_header(names, file.name)
+                elif any(cells):
+                    yield _row_of(names, cells, where)
+        except csv.Error as error:
+            raise DatasetInvalidError(
+                f"{file.name} line {line} is not {file.name.rpartition('.')[2].upper()}: {error}; the rows behind it "
+                "cannot be read"
+            ) from None
+
+
+def _check_header(names: list[str], file: str) -> None:
+    doubled = {name for name in names if names.count(name) > 1}
+    if doubled or not all(names):
+        told = f"the column {min(doubled)!r} twice" if doubled and min(doubled) else "a column without a name"
+        raise DatasetInvalidError(f"{file}: its first line must hold the names of the columns, and has {told}")
+
+
+def _row_of(names: list[str], cells: list[str], where: str) -> Record:
+    if len(cells) != len(names):
+        return Record(where, problem=f"has {len(cells)} cells where the first line names {len(names)} columns")
+    for cell in cells:
+        try:
+            cell.encode("utf-8")
+        except UnicodeEncodeError:
+            return Record(where, problem="is not UTF-8")
+    return Record(where, dict(zip(names, cells, strict=True)))
+
+
+def _parquet(file: DataFile) -> Iterator[Record]:
+    with pq.ParquetFile(file.path) as table:
+        yield from _rows(file, table.iter_batches(batch_size=_BATCH))
+
+
+def _arrow(file: DataFile) -> Iterator[Record]:
+    """Arrow's stream format, as `datasets` writes it, or its file format."""
+    with pa.memory_map(str(file.path)) as source:
+        try:
+            stream = pa.ipc.open_stream(source)
+        except pa.ArrowInvalid:
+            source.seek(0)
+            table = pa.ipc.open_file(source)
+            batches: Iterator[pa.RecordBatch] = (table.get_batch(number) for number in range(table.num_record_batches))
+        else:
+            batches = iter(stream)
+        yield from _rows(file, batches)
+
+
+def _rows(file: DataFile, batches: Iterator[pa.RecordBatch]) -> Iterator[Record]:
+    number = 0
+    for batch in batches:
+        for start in range(0, batch.num_rows, _BATCH):
+            try:
+                values = batch.slice(start, _BATCH).to_pylist()
+            except UnicodeDecodeError:
+                values = list(_one_by_one(batch.slice(start, _BATCH)))
+            for value in values:
+                number += 1
+                where = f"{file.name} row {number}"
+                yield Record(where, value) if value is not None else Record(where, problem="is not UTF-8")
+
+
+def _one_by_one(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | None]:
+    for number in range(batch.num_rows):
+        try:
+            yield batch.slice(number, 1).to_pylist()[0]
+        except UnicodeDecodeError:
+            yield None
+
+
+_TEXT_READERS: dict[str, Callable[[DataFile], Iterator[Record]]] = {
+    "jsonl": _jsonl,
+    "json": _json,
+    "csv": lambda file: _separated(file, ","),
+    "tsv": lambda file: _separated(file, "\t"),
+}
+_READERS: dict[str, Callable[[DataFile], Iterator[Record]]] = {**_TEXT_READERS, "parquet": _parquet, "arrow": _arrow}
+ENDINGS = (*(f".{ending}" for ending in _READERS), *(f".{ending}.gz" for ending in _TEXT_READERS))

@@ -1,0 +1,160 @@
+"""The rows of a job: fetched, checked, tokenised or found tokenised, divided, weighted and packed."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tunesmith.api.dataset import Overlong
+from tunesmith.api.finetunejob_status import Preflight
+from tunesmith_trainer.data.cache import TokenCache, key_of
+from tunesmith_trainer.data.selection import held_out, weighted
+from tunesmith_trainer.data.sources import add_content, fetch
+from tunesmith_trainer.data.tokens import measure, open_rows, pack, tokenise
+from tunesmith_trainer.errors import DatasetInvalidError, InvalidSpecError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from datasets import Dataset
+
+    from tunesmith.api import dataset as api
+    from tunesmith_trainer.data.encoding import Encoder
+    from tunesmith_trainer.data.report import RowReport
+    from tunesmith_trainer.data.tokens import Counted
+    from tunesmith_trainer.store import Folder, Stores
+
+    IntArray = np.ndarray[Any, np.dtype[np.integer[Any]]]
+
+_ENCODING = 1
+"""Raised when the same rows give other tokens than before."""
+_DECIDING = {"format", "columns", "chat_template", "loss_on", "max_length", "overlong", "unusable", "duplicates"}
+"""Fields of the data set on which the tokens depend."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The tokenised rows of a job.
+
+    Args:
+        train: rows of an epoch, or sequences that they are packed into, which have `seq_lengths` too.
+        validation: rows held out.
+        lengths: tokens of each of `train`.
+        digest: `sha256:<64 hex>` of the content of all files.
+        counted: what stands in `status.preflight` about them.
+    """
+
+    train: Dataset
+    validation: Dataset
+    lengths: IntArray
+    digest: str
+    counted: Preflight
+
+
+def load(
+    dataset: api.Dataset,
+    stores: Stores,
+    work: Path,
+    encoder: Encoder,
+    *,
+    tokenizer: str,
+    seed: int,
+    context: int | None,
+    store: Folder | None = None,
+) -> Rows:
+    """The rows that a manifest names, ready to train on.
+
+    Args:
+        dataset: where they are, and how they are read.
+        stores: opens the places.
+        work: folder of this machine for downloads and tokens.
+        encoder: turns rows into tokens.
+        tokenizer: digest of the tokenizer, its chat template and its end tokens.
+        seed: chooses the rows that are held out, and those that a weight takes.
+        context: tokens that the base model can take; None where it does not say.
+        store: keeps the tokens for the next attempt.
+
+    Raises:
+        TrainerError: something is missing, refused or not usable.
+    """
+    sources = {"train": fetch(dataset.train, stores, work / "data/train")}
+    if dataset.validation:
+        sources["validation"] = fetch(dataset.validation, stores, work / "data/validation")
+    digest = hashlib.sha256()
+    for name, some in sources.items():
+        digest.update(f"{name}\n".encode())
+        add_content(some, digest)
+    key = key_of(
+        {
+            "encoding": [_ENCODING, version("transformers"), version("tokenizers")],
+            "content": digest.hexdigest(),
+            "files": {name: [len(source.files) for source in some] for name, some in sources.items()},
+            "tokenizer": tokenizer,
+            "dataset": dataset.model_dump(mode="json", include=_DECIDING),
+        }
+    )
+
+    def make(folder: Path) -> dict[str, Counted]:
+        return {name: tokenise(some, dataset, encoder, folder / f"{name}.arrow") for name, some in sources.items()}
+
+    cached = TokenCache(work / "tokens", store).get(key, make)
+    counted = cached.counted["train"]
+    limit = dataset.max_length
+    counted.require("training rows", limit, least=1 if dataset.validation else 2)
+    report = counted.report
+    rows = open_rows(cached.path("train"))
+    lengths, targets = measure(rows)
+    chosen, out = held_out(len(rows), dataset, seed)
+    _check_context(lengths, context)
+    if dataset.validation:
+        cached.counted["validation"].require("held-out rows", limit)
+        validation = open_rows(cached.path("validation"))
+        _check_context(measure(validation)[0], context)
+        report = report.add(cached.counted["validation"].report)
+    else:
+        validation = _at(rows, np.asarray(out))
+    places = weighted(chosen, counted.per_source, [source.weight for source in dataset.train], seed)
+    if not len(places):
+        raise DatasetInvalidError("the weights of dataset.train leave no row to train on: raise them")
+    train, sizes = _at(rows, places), lengths[places]
+    if dataset.packing:
+        train = pack(rows, places, sizes, limit, work / "packed.arrow")
+    return Rows(
+        train=train,
+        validation=validation,
+        lengths=measure(train)[0] if dataset.packing else sizes,
+        digest=f"sha256:{digest.hexdigest()}",
+        counted=_preflight(dataset, report, train, validation, sizes, targets[places]),
+    )
+
+
+def _preflight(
+    dataset: api.Dataset, report: RowReport, train: Dataset, validation: Dataset, sizes: IntArray, targets: IntArray
+) -> Preflight:
+    return Preflight(
+        rows=len(sizes),
+        validation_rows=len(validation),
+        dropped_rows=report.dropped,
+        dropped=report.status(),
+        truncated_rows=report.truncated if dataset.overlong is Overlong.TRUNCATE else None,
+        packed_sequences=len(train) if dataset.packing else None,
+        tokens=int(sizes.sum()),
+        target_tokens=int(targets.sum()),
+    )
+
+
+def _at(rows: Dataset, places: IntArray) -> Dataset:
+    """The rows at places; the name only tells `datasets` not to hash them."""
+    return rows.select(places, new_fingerprint="selected")
+
+
+def _check_context(lengths: IntArray, context: int | None) -> None:
+    if context is not None and len(lengths) and int(lengths.max()) > context:
+        raise InvalidSpecError(
+            f"a row has {lengths.max()} tokens and the base model's context has {context}: set dataset.maxLength "
+            f"to at most {context}, which drops such rows"
+        )

@@ -1,0 +1,45 @@
+"""Several rows in one sequence, without one seeing the other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    IntArray = np.ndarray[Any, np.dtype[np.integer[Any]]]
+
+
+def best_fit_decreasing(lengths: Sequence[int] | IntArray, capacity: int) -> list[list[int]]:
+    """Places of rows, grouped so that each group has at most `capacity` tokens.
+
+    The longest row comes first, and each goes where it leaves the least room. Rows of the same length keep their order,
+    so the same lengths always give the same groups.
+
+    Args:
+        lengths: tokens of each row, 1 to `capacity`.
+        capacity: tokens of a sequence.
+    """
+    sizes = np.asarray(lengths)
+    bins: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    """By room, the bins that have just that much."""
+    rooms = 0
+    """A bit for each room that some bin has."""
+    for place in np.argsort(-sizes, kind="stable").tolist():
+        size = int(sizes[place])
+        enough = rooms >> size
+        if enough:
+            room = size + (enough & -enough).bit_length() - 1
+            number = with_room[room].pop()
+            if not with_room[room]:
+                rooms ^= 1 << room
+            bins[number].append(place)
+        else:
+            room, number = capacity, len(bins)
+            bins.append([place])
+        with_room[room - size].append(number)
+        rooms |= 1 << (room - size)
+    return bins

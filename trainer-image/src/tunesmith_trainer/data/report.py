@@ -1,0 +1,94 @@
+"""Rows that are not used, counted by reason with the first examples of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tunesmith.api.finetunejob_status import DroppedRows, DropReason
+
+_EXAMPLES = 3
+_EXAMPLE_LENGTH = 160
+UNUSABLE = (DropReason.UNDECODABLE, DropReason.NULL, DropReason.EMPTY)
+"""Reasons that lie in the row itself: there is nothing in it to learn."""
+
+
+@dataclass
+class RowReport:
+    """What became of the rows of a data set."""
+
+    read: int = 0
+    """Rows that were looked at."""
+    truncated: int = 0
+    """Rows that were cut to the longest length."""
+    longest: int = 0
+    """Tokens of the longest row, used or not."""
+    counts: dict[DropReason, int] = field(default_factory=dict)
+    examples: dict[DropReason, list[str]] = field(default_factory=dict)
+
+    def drop(self, reason: DropReason, example: str) -> None:
+        """Counts a row that is not used."""
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        shown = self.examples.setdefault(reason, [])
+        if len(shown) < _EXAMPLES:
+            shown.append(example if len(example) <= _EXAMPLE_LENGTH else example[: _EXAMPLE_LENGTH - 1] + "…")
+
+    @property
+    def dropped(self) -> int:
+        """Rows that are not used."""
+        return sum(self.counts.values())
+
+    @property
+    def unusable(self) -> int:
+        """Rows that hold nothing to learn."""
+        return sum(self.counts.get(reason, 0) for reason in UNUSABLE)
+
+    def unusable_examples(self) -> list[str]:
+        """The first rows that hold nothing to learn, in the order of their reasons."""
+        return [example for reason in UNUSABLE for example in self.examples.get(reason, [])]
+
+    def add(self, other: RowReport) -> RowReport:
+        """The report of both data sets; the examples are this one's first."""
+        return RowReport(
+            read=self.read + other.read,
+            truncated=self.truncated + other.truncated,
+            longest=max(self.longest, other.longest),
+            counts={
+                reason: total
+                for reason in DropReason
+                if (total := self.counts.get(reason, 0) + other.counts.get(reason, 0))
+            },
+            examples={
+                reason: (self.examples.get(reason, []) + other.examples.get(reason, []))[:_EXAMPLES]
+                for reason in DropReason
+            },
+        )
+
+    def status(self) -> list[DroppedRows] | None:
+        """For `status.preflight.dropped`, the most frequent reason first."""
+        order = sorted(self.counts, key=lambda reason: -self.counts[reason])
+        return [
+            DroppedRows(reason=reason, rows=self.counts[reason], examples=self.examples.get(reason) or None)
+            for reason in order
+        ] or None
+
+    def document(self) -> dict[str, Any]:
+        """As JSON, for the cache."""
+        return {
+            "read": self.read,
+            "truncated": self.truncated,
+            "longest": self.longest,
+            "counts": {reason.value: count for reason, count in self.counts.items()},
+            "examples": {reason.value: shown for reason, shown in self.examples.items()},
+        }
+
+    @classmethod
+    def of(cls, document: dict[str, Any]) -> RowReport:
+        """The report that `document` made."""
+        return cls(
+            read=document["read"],
+            truncated=document["truncated"],
+            longest=document["longest"],
+            counts={DropReason(reason): count for reason, count in document["counts"].items()},
+            examples={DropReason(reason): shown for reason, shown in document["examples"].items()},
+        )

@@ -1,0 +1,340 @@
+"""Rows: which form they have, whether each has it, and what of them is not used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.api.dataset import Columns, DataFormat, DuplicateRows, UnusableRows
+from tunesmith.api.finetunejob_status import DropReason
+from tunesmith_trainer.data.formats import records
+from tunesmith_trainer.data.messages import RowError, chat_of, kind, messages_of, text_of, tools_of
+from tunesmith_trainer.errors import DatasetInvalidError, InvalidSpecError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Iterator
+
+    from tunesmith.api.dataset import Dataset
+    from tunesmith_trainer.data.formats import Record
+    from tunesmith_trainer.data.report import RowReport
+    from tunesmith_trainer.data.sources import Source
+
+_SHOWN_PROBLEMS = 3
+_OTHER_NAMES = {
+    "messages": ("conversations", "conversation", "dialog", "dialogue", "chat"),
+    "prompt": ("question", "query", "input", "context"),
+    "completion": ("answer", "response", "output", "target"),
+    "instruction": ("task",),
+    "output": ("response", "answer", "completion"),
+    "text": ("content", "document"),
+}
+"""What files often call a column; for suggestions only."""
+
+
+class RowForm(StrEnum):
+    """What a row holds."""
+
+    MESSAGES = "Messages"
+    PROMPT_COMPLETION = "PromptCompletion"
+    INSTRUCTION = "Instruction"
+    TEXT = "Text"
+    PREFERENCE = "Preference"
+    UNPAIRED_PREFERENCE = "UnpairedPreference"
+
+
+SFT_FORMS = frozenset({RowForm.MESSAGES, RowForm.PROMPT_COMPLETION, RowForm.INSTRUCTION, RowForm.TEXT})
+"""Forms that may stand beside each other: each is a text with a part that is learned."""
+_REQUIRED = {
+    RowForm.MESSAGES: ("messages",),
+    RowForm.PROMPT_COMPLETION: ("prompt", "completion"),
+    RowForm.INSTRUCTION: ("instruction", "output"),
+    RowForm.TEXT: ("text",),
+    RowForm.PREFERENCE: ("chosen", "rejected"),
+    RowForm.UNPAIRED_PREFERENCE: ("prompt", "completion", "label"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One checked row.
+
+    Args:
+        form: what it holds.
+        value: `messages` and, where there are some, `tools` (Messages, Instruction); `prompt` and `completion`; `text`;
+            `prompt`, `chosen` and `rejected`; or `prompt`, `completion` and `label`. Prompts and answers are texts or
+            lists of messages.
+        where: file and line.
+        source: number of its source.
+    """
+
+    form: RowForm
+    value: dict[str, Any]
+    where: str
+    source: int = 0
+
+
+def read(
+    sources: Iterable[Source],
+    dataset: Dataset,
+    report: RowReport,
+    *,
+    forms: Collection[RowForm] = SFT_FORMS,
+) -> Iterator[Row]:
+    """The rows that can be used, in order; the others are counted in `report`.
+
+    Args:
+        sources: downloaded files.
+        dataset: how they are read.
+        report: counts what is not used.
+        forms: what the objective can learn from.
+
+    Raises:
+        DatasetInvalidError: a source has no rows, a row does not have the form of the others (raised at the end, with
+            file, line and mend), or too few can be used.
+        InvalidSpecError: `dataset.columns` names something that these rows do not have.
+    """
+    reader = _Reader(dataset, report, forms)
+    for number, source in enumerate(sources):
+        before = report.read
+        for file in source.files:
+            for record in records(file):
+                row = reader.row(record, number)
+                if row is not None:
+                    yield row
+        if report.read == before:
+            name = source.files[0].name if len(source.files) == 1 else source.uri
+            raise DatasetInvalidError(f"{name} is empty: a data set needs at least one row")
+    reader.finish()
+
+
+@dataclass
+class _Reader:
+    dataset: Dataset
+    report: RowReport
+    forms: Collection[RowForm]
+    names: dict[str, str] = field(default_factory=dict)
+    first: dict[int, tuple[RowForm, str]] = field(default_factory=dict)
+    """By source, the form of its first usable row, and where that stands."""
+    seen: set[bytes] = field(default_factory=set)
+    mismatches: list[str] = field(default_factory=list)
+    mismatched: int = 0
+
+    def __post_init__(self) -> None:
+        given = self.dataset.columns.model_dump(exclude_none=True) if self.dataset.columns else {}
+        self.names = {name: given.get(name, name) for name in Columns.model_fields}
+
+    def row(self, record: Record, source: int) -> Row | None:
+        self.report.read += 1
+        try:
+            if record.problem is not None:
+                raise RowError(record.problem, DropReason.UNDECODABLE)  # noqa: TRY301 - one way out for all
+            form = self._form(record, source)
+            value = _CHECKS[form](record.value, self.names)
+        except RowError as error:
+            told = f"{record.where}: {error}"
+            if error.reason is not None:
+                self.report.drop(error.reason, told)
+            else:
+                self.mismatched += 1
+                if len(self.mismatches) < _SHOWN_PROBLEMS:
+                    self.mismatches.append(told)
+            return None
+        self.first.setdefault(source, (form, record.where))
+        if self.mismatched:
+            return None  # the rest is read for its mistakes only
+        if self.dataset.duplicates is DuplicateRows.DROP and self._known(value):
+            self.report.drop(DropReason.DUPLICATE, record.where)
+            return None
+        return Row(form, value, record.where, source)
+
+    def finish(self) -> None:
+        """Raises DatasetInvalidError unless enough of the rows can be used."""
+        unusable = self.report.unusable
+        refused = unusable and (self.dataset.unusable is UnusableRows.ERROR or 2 * unusable >= self.report.read)
+        if not self.mismatched and not refused:
+            return
+        shown = (self.mismatches + self.report.unusable_examples())[:_SHOWN_PROBLEMS]
+        rest = self.mismatched + unusable - len(shown)
+        more = f"; and {rest} more row{'s' if rest > 1 else ''} with errors" if rest else ""
+        raise DatasetInvalidError("; ".join(shown) + more)
+
+    def _known(self, value: dict[str, Any]) -> bool:
+        key = hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=12).digest()
+        if key in self.seen:
+            return True
+        self.seen.add(key)
+        return False
+
+    def _form(self, record: Record, source: int) -> RowForm:
+        value = record.value
+        if value is None:
+            raise RowError("is null, not an object with the columns of a row", DropReason.NULL)
+        if not isinstance(value, dict):
+            raise RowError(f"is not a JSON object but {kind(value)}: a row is an object with its columns")
+        known = self.first.get(source)
+        if known is not None:
+            form, before = known
+            self._require(form, value, f" (the rows before have it, from {before} on)")
+            return form
+        if self.dataset.format is DataFormat.AUTO:
+            form = self._detected(value)
+        else:
+            form = RowForm(self.dataset.format.value)
+            self._require(form, value, f" (dataset.format is {form}){self._suggestion(form, value)}")
+        self._check_allowed(form, record.where)
+        return form
+
+    def _require(self, form: RowForm, value: dict[str, Any], why: str) -> None:
+        for name in _REQUIRED[form]:
+            if self.names[name] not in value:
+                raise RowError(f"'{self.names[name]}' is missing{why}")
+
+    def _detected(self, value: dict[str, Any]) -> RowForm:
+        has = {name for name, column in self.names.items() if column in value}
+        found = [form for form in RowForm if set(_REQUIRED[form]) <= has]
+        if RowForm.UNPAIRED_PREFERENCE in found:
+            labelled = isinstance(value[self.names["label"]], bool)
+            found.remove(RowForm.PROMPT_COMPLETION if labelled else RowForm.UNPAIRED_PREFERENCE)
+        if len(found) > 1:
+            names = " and ".join(found)
+            raise RowError(f"has the columns of {names}: say which of them is meant with dataset.format")
+        if found:
+            return found[0]
+        for form in RowForm:
+            if has & set(_REQUIRED[form]) - {"prompt"} or ("prompt" in has and form is RowForm.PROMPT_COMPLETION):
+                self._require(form, value, self._suggestion(form, value))
+        columns = ", ".join(f"'{name}'" for name in list(value)[:8]) or "none"
+        raise RowError(
+            "has no columns that can be learned from: a row needs 'messages', or 'prompt' and 'completion', or"
+            f" 'instruction' and 'output', or 'text'; it has {columns}{self._suggestion(None, value)}"
+        )
+
+    def _suggestion(self, form: RowForm | None, value: dict[str, Any]) -> str:
+        for candidate in [form] if form is not None else SFT_FORMS_IN_ORDER:
+            missing = [name for name in _REQUIRED[candidate] if self.names[name] not in value]
+            other = {name: next((one for one in _OTHER_NAMES.get(name, ()) if one in value), None) for name in missing}
+            if all(other.values()):
+                named = ", ".join(f"{name}: {column}" for name, column in other.items())
+                return f"; did you mean dataset.columns {{{named}}}?"
+        return ""
+
+    def _check_allowed(self, form: RowForm, where: str) -> None:
+        if form not in self.forms:
+            able = ", ".join(one for one in RowForm if one in self.forms)
+            raise DatasetInvalidError(
+                f"{where}: holds what dataset.format calls {form}, which this objective cannot learn from; it learns"
+                f" from {able}: choose another objective, or set dataset.format and dataset.columns"
+            )
+        for other, before in self.first.values():
+            if other is not form and not {other, form} <= SFT_FORMS:
+                raise DatasetInvalidError(
+                    f"{where}: holds {form} where {before} holds {other}: use one of them per job"
+                )
+        if self.dataset.format is DataFormat.AUTO or self.dataset.columns is None:
+            return
+        of_form = {*_REQUIRED[form], *_OPTIONAL.get(form, ())}
+        for name in self.dataset.columns.model_dump(exclude_none=True):
+            if name not in of_form:
+                raise InvalidSpecError(
+                    f"dataset.columns.{name} does not belong to dataset.format {form}, which has "
+                    f"{', '.join(sorted(of_form))}: remove it"
+                )
+
+
+SFT_FORMS_IN_ORDER = tuple(form for form in RowForm if form in SFT_FORMS)
+_OPTIONAL = {
+    RowForm.MESSAGES: ("tools",),
+    RowForm.PROMPT_COMPLETION: ("tools",),
+    RowForm.INSTRUCTION: ("input",),
+    RowForm.PREFERENCE: ("prompt", "tools"),
+    RowForm.UNPAIRED_PREFERENCE: ("tools",),
+}
+
+
+def _messages(value: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    return {"messages": chat_of(value[names["messages"]], f"'{names['messages']}'"), **_tools(value, names)}
+
+
+def _tools(value: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    tools = tools_of(value.get(names["tools"]))
+    return {"tools": tools} if tools else {}
+
+
+def _asked_and_answered(value: dict[str, Any], names: dict[str, str], *answers: str) -> dict[str, Any]:
+    """Prompt and answers, all texts or all messages."""
+    result: dict[str, Any] = {}
+    for name in ("prompt", *answers):
+        given, what = value[names[name]], f"'{names[name]}'"
+        result[name] = messages_of(given, what) if isinstance(given, list) else text_of(given, what)
+    kinds = {type(part) for part in result.values()}
+    if len(kinds) > 1:
+        shown = " and ".join(f"'{names[name]}' {kind(part)}" for name, part in result.items())
+        raise RowError(f"{shown}: prompt and answer must both be texts, or both lists of messages")
+    for name in answers:
+        if kinds == {list} and result[name][-1]["role"] != "assistant":
+            raise RowError(f"the last message of '{names[name]}' must be the assistant's, which is what is learned")
+    return result | _tools(value, names)
+
+
+def _prompt_completion(value: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    return _asked_and_answered(value, names, "completion")
+
+
+def _instruction(value: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """A chat of one question, with the input below the instruction."""
+    asked = text_of(value[names["instruction"]], f"'{names['instruction']}'")
+    about = value.get(names["input"])
+    if about is not None and not isinstance(about, str):
+        raise RowError(f"'{names['input']}' is {kind(about)}, not a string")
+    if about and about.strip():
+        asked = f"{asked}\n\n{about}"
+    answer = text_of(value[names["output"]], f"'{names['output']}'")
+    return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
+
+
+def _text(value: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    return {"text": text_of(value[names["text"]], f"'{names['text']}'")}
+
+
+def _preference(value: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    chosen, rejected = (value[names[name]] for name in ("chosen", "rejected"))
+    if isinstance(chosen, list) and isinstance(rejected, list) and not isinstance(value.get(names["prompt"]), list):
+        # Whole chats: what both begin with is the prompt.
+        better = chat_of(chosen, f"'{names['chosen']}'")
+        worse = chat_of(rejected, f"'{names['rejected']}'")
+        pairs = enumerate(zip(better, worse, strict=False))
+        same = next((place for place, (one, other) in pairs if one != other), min(len(better), len(worse)))
+        same = min(same, len(better) - 1, len(worse) - 1)
+        if same == 0:
+            raise RowError(f"'{names['chosen']}' and '{names['rejected']}' begin with different messages: no prompt")
+        result = {"prompt": better[:same], "chosen": better[same:], "rejected": worse[same:], **_tools(value, names)}
+    elif names["prompt"] not in value:
+        raise RowError(f"'{names['prompt']}' is missing")
+    else:
+        result = _asked_and_answered(value, names, "chosen", "rejected")
+    if result["chosen"] == result["rejected"]:
+        raise RowError(f"'{names['chosen']}' and '{names['rejected']}' are the same", DropReason.NO_TARGET)
+    return result
+
+
+def _unpaired(value: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    label = value[names["label"]]
+    if label is None:
+        raise RowError(f"'{names['label']}' is null, not true or false", DropReason.NULL)
+    read_as = {"true": True, "false": False, "1": True, "0": False}.get(str(label).lower())
+    if read_as is None:
+        raise RowError(f"'{names['label']}' is {label!r}, not true or false")
+    return _asked_and_answered(value, names, "completion") | {"label": read_as}
+
+
+_CHECKS: dict[RowForm, Callable[[dict[str, Any], dict[str, str]], dict[str, Any]]] = {
+    RowForm.MESSAGES: _messages,
+    RowForm.PROMPT_COMPLETION: _prompt_completion,
+    RowForm.INSTRUCTION: _instruction,
+    RowForm.TEXT: _text,
+    RowForm.PREFERENCE: _preference,
+    RowForm.UNPAIRED_PREFERENCE: _unpaired,
+}

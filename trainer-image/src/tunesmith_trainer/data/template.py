@@ -1,0 +1,181 @@
+"""Chats as texts, by a chat template, and where the answers stand in them."""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError, TemplateSyntaxError
+from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
+
+from tunesmith.api.dataset import LossOn
+from tunesmith_trainer.errors import DatasetInvalidError, InvalidSpecError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedTokenizerFast
+
+Span = tuple[int, int]
+"""Begin and end of a passage, in characters."""
+Chat = dict[str, Any]
+"""`messages`, and `tools` where there are some."""
+
+_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_TODAY = datetime(2024, 7, 26, tzinfo=UTC)
+"""For templates that print the date: the one that Llama's own use where they know none."""
+
+
+class ChatTemplate:
+    """The base model's chat template, or the one that is given in its place.
+
+    Args:
+        tokenizer: of the base model.
+        given: `dataset.chatTemplate`.
+
+    Raises:
+        InvalidSpecError: the template is no Jinja template.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, given: str | None = None) -> None:
+        self._whose = "dataset.chatTemplate" if given else "the base model's chat template"
+        self._special = dict(tokenizer.special_tokens_map)
+        self._text: str | None = given or (str(tokenizer.get_chat_template()) if tokenizer.chat_template else None)
+        self._marked = self._text is not None and _MARKS.search(self._text) is not None
+        if self._text is None:
+            return
+        try:
+            compiled = _compile_jinja_template(self._text)
+        except TemplateSyntaxError as error:
+            raise InvalidSpecError(
+                f"{self._whose} is no Jinja template: line {error.lineno}: {error.message}"
+            ) from None
+        # The same rows give the same tokens on every day, for an attempt that goes on tomorrow too.
+        compiled.environment.globals["strftime_now"] = _TODAY.strftime
+
+    def answers(self, chat: Chat, loss_on: LossOn, where: str) -> tuple[str, list[Span]]:
+        """The text of a chat, and what of it is learned.
+
+        Raises:
+            InvalidSpecError: there is no template, or the answers cannot be told apart in what it writes.
+            DatasetInvalidError: the template refuses the chat.
+        """
+        messages = chat["messages"]
+        turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        learned = [number for number in turns if messages[number].get("weight") != 0]
+        if loss_on is LossOn.ALL_TOKENS:
+            text = self.render(chat, where)
+            return text, [(0, len(text))]
+        if loss_on is LossOn.COMPLETION:
+            learned = learned[-1:] if learned and learned[-1] == turns[-1] else []
+        if self._marked:
+            text, marks = self._render_marked(chat, where)
+            if len(marks) != len(turns):
+                raise InvalidSpecError(
+                    f"{where}: {self._whose} marks {len(marks)} passages with {{% generation %}} for {len(turns)}"
+                    " answers of the assistant: put the marks around the content of every answer"
+                )
+            return text, [marks[turns.index(number)] for number in learned]
+        text = self.render(chat, where)
+        return text, [self._found(chat, text, number, where) for number in learned]
+
+    def prompt(self, chat: Chat, where: str) -> str:
+        """The text of a chat up to where the next answer begins."""
+        return self.render(chat, where, prompt=True)
+
+    def render(self, chat: Chat, where: str, *, prompt: bool = False) -> str:
+        """The text of a chat.
+
+        Raises:
+            InvalidSpecError: there is no template, or none for tools.
+            DatasetInvalidError: the template refuses the chat.
+        """
+        return str(self._rendered(chat, where, prompt=prompt, marked=False)[0][0])
+
+    def _render_marked(self, chat: Chat, where: str) -> tuple[str, list[Span]]:
+        texts, marks = self._rendered(chat, where, prompt=False, marked=True)
+        return str(texts[0]), [(int(start), int(end)) for start, end in marks[0]]
+
+    def _rendered(self, chat: Chat, where: str, *, prompt: bool, marked: bool) -> Any:  # noqa: ANN401 - of transformers
+        if self._text is None:
+            raise InvalidSpecError(
+                "the base model has no chat template: use a chat model, give dataset.chatTemplate, or use a data set of"
+                " 'prompt' and 'completion' or of 'text'"
+            )
+        if chat.get("tools") and "tools" not in self._text:
+            raise InvalidSpecError(
+                f"{where}: has tools, and {self._whose} has no place for them: use a base model that knows tools, or"
+                " give dataset.chatTemplate"
+            )
+        messages = [
+            {key: value for key, value in message.items() if key != "weight"} if "weight" in message else message
+            for message in chat["messages"]
+        ]
+        if "tool_calls" not in self._text and any("tool_calls" in message for message in messages):
+            raise InvalidSpecError(
+                f"{where}: has calls of tools, and {self._whose} has no place for them: use a base model that knows"
+                " tools, or give dataset.chatTemplate"
+            )
+        try:
+            return render_jinja_template(
+                conversations=[messages],
+                tools=chat.get("tools") or None,
+                chat_template=self._text,
+                return_assistant_tokens_mask=marked,
+                add_generation_prompt=prompt,
+                **self._special,
+            )
+        except (TemplateError, TypeError, ValueError, LookupError) as error:
+            text = " ".join(str(error).split())[:300]
+            raise DatasetInvalidError(f"{where}: {self._whose} refuses the row: {text}") from None
+
+    def _found(self, chat: Chat, text: str, number: int, where: str) -> Span:
+        """Where the answer of a message stands: between the texts of the chat up to it and through it."""
+        messages = chat["messages"]
+        last = number == len(messages) - 1
+        before = self.render({**chat, "messages": messages[:number]}, where, prompt=True)
+        through = text if last else self.render({**chat, "messages": messages[: number + 1]}, where)
+        if text.startswith(through) and through.startswith(before):
+            return len(before), len(through)
+        if last:
+            raise InvalidSpecError(
+                f"{where}: {self._whose} writes the question otherwise once it is answered, so the answer cannot be"
+                " told apart: give a dataset.chatTemplate with {% generation %} and {% endgeneration %} around the"
+                " answer, or learn all of it with dataset.lossOn AllTokens"
+            )
+        raise InvalidSpecError(
+            f"{where}: {self._whose} changes earlier turns when later ones follow, so the assistant's turns cannot be"
+            " marked for the loss: learn the last answer only with dataset.lossOn Completion, or give a"
+            " dataset.chatTemplate with {% generation %} and {% endgeneration %} around every answer"
+        )
+
+
+def same_prompts(tokenizer: PreTrainedTokenizerFast, given: str) -> bool:
+    """Whether the template that is given asks as the base model's own does; then marks are all that it adds."""
+    if not tokenizer.chat_template:
+        return False
+    chats: Sequence[Chat] = [
+        {"messages": [{"role": "user", "content": "One?"}]},
+        {
+            "messages": [
+                {"role": "user", "content": "One?"},
+                {"role": "assistant", "content": "Uno."},
+                {"role": "user", "content": "Two?"},
+            ]
+        },
+        {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "One?"}]},
+    ]
+    own, other = ChatTemplate(tokenizer), ChatTemplate(tokenizer, given)
+    return _asked(own, chats) == _asked(other, chats)
+
+
+def _asked(template: ChatTemplate, chats: Sequence[Chat]) -> str:
+    texts: list[str | None] = []
+    for chat in chats:
+        try:
+            texts.append(template.prompt(chat, ""))
+        except DatasetInvalidError:
+            texts.append(None)
+    return json.dumps(texts)

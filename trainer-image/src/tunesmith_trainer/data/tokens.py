@@ -1,0 +1,209 @@
+"""Tokenised rows on disk: memory does not grow with them."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+
+from tunesmith.api.dataset import Overlong
+from tunesmith.api.finetunejob_status import DropReason
+from tunesmith_trainer.data.encoding import IGNORED, Tokens
+from tunesmith_trainer.data.packing import best_fit_decreasing
+from tunesmith_trainer.data.report import RowReport
+from tunesmith_trainer.data.rows import read
+from tunesmith_trainer.errors import DatasetInvalidError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+    from types import TracebackType
+
+    from tunesmith.api import dataset as api
+    from tunesmith_trainer.data.encoding import Encoder
+    from tunesmith_trainer.data.sources import Source
+
+    IntArray = np.ndarray[Any, np.dtype[np.integer[Any]]]
+
+T = TypeVar("T")
+
+_BATCH = 512
+"""Rows that are tokenised, and written, at once."""
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What became of the rows: a report, and by source how many are used."""
+
+    report: RowReport
+    per_source: list[int]
+
+    @property
+    def used(self) -> int:
+        """Rows that are used."""
+        return sum(self.per_source)
+
+    def require(self, what: str, limit: int, least: int = 1) -> None:
+        """Raises DatasetInvalidError where too few rows are left."""
+        if self.used >= least:
+            return
+        report = self.report
+        overlong = report.counts.get(DropReason.OVERLONG, 0)
+        reason = f"there are only {self.used}"
+        if overlong:
+            reason = (
+                f"{overlong} of {report.read} rows have more than maxLength {limit} tokens (the longest has "
+                f"{report.longest})"
+            )
+        elif report.dropped:
+            dropped = report.status() or []
+            told = ", ".join(f"{one.rows} {one.reason} ({(one.examples or [''])[0]})" for one in dropped)
+            reason = f"there are only {self.used} of {report.read}, not used are {told}"
+        raise DatasetInvalidError(f"the {what} need at least {least} rows: {reason}")
+
+
+def tokenise(sources: Sequence[Source], dataset: api.Dataset, encoder: Encoder, path: Path) -> Counted:
+    """Writes the tokens of the rows that can be used to an Arrow file.
+
+    Raises:
+        DatasetInvalidError: a row is not usable, or too long where that is an error.
+        InvalidSpecError: the chat template cannot be used.
+    """
+    report = RowReport()
+    per_source = [0] * len(sources)
+    with _Writer(path) as writer:
+        for batch in _batched(read(sources, dataset, report), _BATCH):
+            kept: list[Tokens] = []
+            for row, whole in zip(batch, encoder.encode_all(batch), strict=True):
+                tokens = _fitted(whole, row.where, dataset, report)
+                if tokens is not None:
+                    kept.append(tokens)
+                    per_source[row.source] += 1
+            writer.write([tokens.input_ids for tokens in kept], [tokens.labels for tokens in kept])
+    overlong = report.counts.get(DropReason.OVERLONG, 0)
+    if overlong and dataset.overlong is Overlong.ERROR:
+        raise DatasetInvalidError(
+            f"{overlong} of {report.read} rows have more than maxLength {dataset.max_length} tokens, the first is "
+            f"{report.examples[DropReason.OVERLONG][0]}: raise dataset.maxLength, or set dataset.overlong to Drop or "
+            "Truncate"
+        )
+    return Counted(report, per_source)
+
+
+def _fitted(tokens: Tokens, where: str, dataset: api.Dataset, report: RowReport) -> Tokens | None:
+    """The row at its longest; None, and counted, where it is not used."""
+    size, limit = len(tokens.input_ids), dataset.max_length
+    report.longest = max(report.longest, size)
+    if size > limit:
+        if dataset.overlong is not Overlong.TRUNCATE:
+            report.drop(DropReason.OVERLONG, f"{where}: {size} tokens")
+            return None
+        tokens = Tokens(tokens.input_ids[:limit], tokens.labels[:limit])
+    if tokens.labels.count(IGNORED) == len(tokens.labels):
+        cut = f", its question alone fills maxLength {limit}" if size > limit else ""
+        report.drop(DropReason.NO_TARGET, f"{where}: no token of it is learned{cut}")
+        return None
+    report.truncated += size > limit
+    return tokens
+
+
+def measure(rows: Dataset) -> tuple[IntArray, IntArray]:
+    """Tokens of each row, and how many of them are learned."""
+    lengths, targets = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for batch in rows.data.to_batches():
+        labels = batch.column("labels")
+        offsets = labels.offsets.to_numpy()
+        if len(offsets) > 1:
+            learned = labels.values.to_numpy()[: offsets[-1]] != IGNORED
+            lengths.append(np.diff(offsets).astype(np.int64))
+            targets.append(np.add.reduceat(learned, offsets[:-1], dtype=np.int64))
+    return np.concatenate(lengths), np.concatenate(targets)
+
+
+def pack(rows: Dataset, places: IntArray, lengths: IntArray, capacity: int, path: Path) -> Dataset:
+    """The rows at `places` in sequences of at most `capacity` tokens; `seq_lengths` has the size of each row in one.
+
+    Args:
+        rows: tokenised rows.
+        places: of the rows that are packed; a place may stand there more than once.
+        lengths: tokens of the row at each of them.
+        capacity: tokens of a sequence.
+        path: of the Arrow file that is written.
+    """
+    groups = best_fit_decreasing(lengths, capacity)
+    batches = rows.data.to_batches()
+    begins = np.cumsum([0, *(batch.num_rows for batch in batches)])
+    columns = [
+        {
+            name: (batch.column(name).offsets.to_numpy(), batch.column(name).values.to_numpy())
+            for name in ("input_ids", "labels")
+        }
+        for batch in batches
+    ]
+
+    def part(place: int, name: str) -> IntArray:
+        number = int(np.searchsorted(begins, place, side="right")) - 1
+        offsets, values = columns[number][name]
+        inside = place - int(begins[number])
+        found: IntArray = values[offsets[inside] : offsets[inside + 1]]
+        return found
+
+    with _Writer(path, packed=True) as writer:
+        for some in _batched(iter(groups), _BATCH):
+            members = [[int(places[place]) for place in group] for group in some]
+            writer.write(
+                [np.concatenate([part(place, "input_ids") for place in group]) for group in members],
+                [np.concatenate([_first_ignored(part(place, "labels")) for place in group]) for group in members],
+                [[int(lengths[place]) for place in group] for group in some],
+            )
+    return open_rows(path)
+
+
+def _first_ignored(labels: IntArray) -> IntArray:
+    """The first token of a row follows another row, which does not predict it."""
+    copy = labels.copy()
+    copy[0] = IGNORED
+    return copy
+
+
+def open_rows(path: Path) -> Dataset:
+    """The rows of an Arrow file, read from the disk when they are needed."""
+    return Dataset.from_file(str(path))
+
+
+class _Writer:
+    """Writes an Arrow file in batches."""
+
+    def __init__(self, path: Path, *, packed: bool = False) -> None:
+        names = ["input_ids", "labels", *(["seq_lengths"] if packed else [])]
+        self._schema = pa.schema([(name, pa.list_(pa.int32())) for name in names])
+        self._writer = pa.ipc.new_stream(str(path), self._schema)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._writer.close()
+
+    def write(self, *columns: Sequence[Sequence[int] | IntArray]) -> None:
+        """Writes rows; each argument is a column."""
+        if columns[0]:
+            batch = pa.record_batch([_lists(column) for column in columns], schema=self._schema)
+            self._writer.write_batch(batch)
+
+
+def _lists(rows: Sequence[Sequence[int] | IntArray]) -> pa.ListArray:
+    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
+    values = np.concatenate([np.asarray(row, dtype=np.int32) for row in rows])
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+
+
+def _batched(items: Iterator[T], size: int) -> Iterator[list[T]]:
+    while batch := list(itertools.islice(items, size)):
+        yield batch
