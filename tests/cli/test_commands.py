@@ -83,7 +83,9 @@ def manifest(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["run", "submit", "models", "chat", "keys create", "keys list", "keys delete"])
+@pytest.mark.parametrize(
+    "name", ["run", "estimate", "submit", "models", "chat", "keys create", "keys list", "keys delete"]
+)
 def test_every_command_has_help_with_an_example(command: Callable[..., Ended], name: str) -> None:
     done = command(*name.split(), "--help")
     assert done.code == 0

@@ -1,21 +1,25 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import yaml
 
 from tunesmith.api.conditions import FailureReason
 from tunesmith.api.finetunejob_status import Verdict
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from trainer_rig import Workbench
 
     from tunesmith.api.finetunejob_status import Preflight
 
+ESTIMATE = Path(__file__).resolve().parents[2] / ".venv" / "bin" / "tunesmith"
 GPU: dict[str, Any] = {"resources": {"gpus": 1}}
 
 
@@ -96,3 +100,19 @@ def test_a_job_that_cannot_fit_is_refused_with_the_change_that_fits(
     assert f"GiB of GPU memory and the GPU has {gibibytes}.0 GiB: {suggestion}" in ran.result.message
     assert ran.result.preflight is not None
     assert (ran.result.preflight.verdict, ran.result.preflight.suggestion) == (Verdict.WILL_NOT_FIT, suggestion)
+
+
+def test_the_command_estimate_shows_it(wide: Workbench) -> None:
+    manifest = wide.folder / "job.yaml"
+    manifest.write_text(yaml.safe_dump(wide.job(**GPU)))
+    trainer = Path(sysconfig.get_path("scripts"), "tunesmith-trainer")
+    done = subprocess.run(
+        [ESTIMATE, "estimate", "-f", manifest, "--gpu-memory", "24GiB"],
+        env=os.environ | {"TUNESMITH_TRAINER": str(trainer)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "peak          14." in done.stdout
+    assert "verdict       Fits\n" in done.stdout

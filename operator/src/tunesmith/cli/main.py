@@ -11,6 +11,7 @@ import typer
 from tunesmith.cli import importing, keys
 from tunesmith.cli.chat import chat
 from tunesmith.cli.errors import CliError, Exit
+from tunesmith.cli.estimate import estimate
 from tunesmith.cli.models import models
 from tunesmith.cli.output import note, print_line
 from tunesmith.cli.run import run
@@ -30,6 +31,7 @@ app = typer.Typer(
     help="Train adapters and talk to them. The cluster is that of $KUBECONFIG (context: $KUBECONTEXT).",
 )
 app.command()(run)
+app.command()(estimate)
 app.command()(submit)
 app.command()(models)
 app.command()(chat)

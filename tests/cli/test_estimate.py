@@ -1,0 +1,111 @@
+"""How `tunesmith estimate` asks the trainer and shows its answer; tests/trainer/test_preflight.py has the real one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tunesmith.cli.main import main
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    Estimate = Callable[..., tuple[int, str, str, list[str]]]
+
+PREFLIGHT: dict[str, Any] = {
+    "rows": 90,
+    "validationRows": 10,
+    "tokens": 4000,
+    "trainableParameters": 1000,
+    "estimatedPeakBytes": 6 * 2**30,
+    "peakParts": {f"{part}Bytes": 2**30 for part in ("weights", "trainable", "activations", "logits", "overhead")},
+    "gpuMemoryBytes": 4 * 2**30,
+    "verdict": "WillNotFit",
+    "suggestion": "method.qlora instead of lora makes it about 3.0 GiB",
+}
+RESOLVED = {"totalSteps": 30, "batchSize": 8, "microBatchSize": 2, "gradientCheckpointing": True}
+SUCCEEDED = {"outcome": "Succeeded", "preflight": PREFLIGHT | {"verdict": "Fits"}, "resolved": RESOLVED}
+REFUSED = {"outcome": "Failed", "reason": "WillNotFit", "message": "too large", "preflight": PREFLIGHT}
+MALFORMED = {"outcome": "Failed", "reason": "DatasetInvalid", "message": "line 3 is not JSON"}
+
+
+@pytest.fixture
+def estimate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Estimate:
+    """Runs the command with a trainer that writes its arguments down and reports what it is told to."""
+    trainer, said, manifest = tmp_path / "trainer", tmp_path / "arguments", tmp_path / "job.yaml"
+    trainer.write_text(f"""#!/bin/sh
+printf '%s\\n' "$@" > {said}
+while [ "$1" != --termination-message ]; do shift; done
+[ -z "$REPORT" ] || printf '%s' "$REPORT" > "$2"
+""")
+    trainer.chmod(0o755)
+    manifest.touch()
+    monkeypatch.setenv("TUNESMITH_TRAINER", str(trainer))
+
+    def run(report: object, *arguments: str) -> tuple[int, str, str, list[str]]:
+        monkeypatch.setenv("REPORT", json.dumps(report) if report is not None else "")
+        monkeypatch.setattr(sys, "argv", ["tunesmith", "estimate", "-f", str(manifest), *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        code = ended.value.code
+        return int(code or 0), printed.out, printed.err, said.read_text().split("\n") if said.exists() else []
+
+    return run
+
+
+def test_the_answer_as_text(estimate: Estimate) -> None:
+    code, out, err, arguments = estimate(SUCCEEDED, "--gpu-memory", "80GiB")
+    assert (code, err) == (0, "")
+    assert arguments[arguments.index("--gpu-memory-bytes") + 1] == str(80 * 2**30)
+    assert arguments[0] == "validate"
+    for line in (
+        "rows          90 to train on, 10 held out, 0 dropped",
+        "steps         30 of 8 sequences",
+        "micro-batch   2 sequences, gradient checkpointing on",
+        "peak          6.0 GiB of GPU memory, within about 15 %",
+        "  logits      1.0 GiB",
+        "verdict       Fits",
+    ):
+        assert f"{line}\n" in out
+
+
+def test_the_answer_as_json(estimate: Estimate) -> None:
+    code, out, _, arguments = estimate(SUCCEEDED, "-o", "json")
+    assert code == 0
+    assert json.loads(out)["preflight"] == PREFLIGHT | {"verdict": "Fits"}
+    assert "--gpu-memory-bytes" not in arguments
+
+
+def test_a_job_that_will_not_fit(estimate: Estimate) -> None:
+    code, out, err, _ = estimate(REFUSED, "--gpu-memory", "4GiB")
+    assert code == 2
+    assert "suggestion    method.qlora instead of lora makes it about 3.0 GiB\n" in out
+    assert err == "error: WillNotFit: too large\n"
+
+
+@pytest.mark.parametrize(
+    ("report", "arguments", "code", "said"),
+    [
+        (MALFORMED, (), 2, "DatasetInvalid: line 3 is not JSON"),
+        (MALFORMED | {"retryable": True}, (), 3, "DatasetInvalid: line 3 is not JSON"),
+        (None, (), 1, "ended with 0 and no result"),
+        (SUCCEEDED, ("--gpu-memory", "lots"), 2, "--gpu-memory lots is no size: write it as 80GiB or 24GB"),
+        (SUCCEEDED, ("--gpu-memory", "80"), 2, "--gpu-memory 80 is 80 bytes: write the unit, as in 80GiB"),
+        (SUCCEEDED, ("-f", "absent.yaml"), 2, "there is no file absent.yaml"),
+    ],
+)
+def test_what_goes_wrong_is_told(
+    estimate: Estimate,
+    report: object,
+    arguments: tuple[str, ...],
+    code: int,
+    said: str,
+) -> None:
+    ended, out, err, _ = estimate(report, *arguments)
+    assert (ended, out) == (code, "")
+    assert said in err
