@@ -132,6 +132,52 @@ async def test_bad_data_fails_without_a_training_job(world: World) -> None:
     assert len(await world.jobs()) == 1
 
 
+async def test_a_job_that_will_not_fit_into_its_nodes_takes_no_training_pod(world: World) -> None:
+    labels = {"nvidia.com/gpu.memory": "15360", "namespace": world.namespace}
+    node = {"apiVersion": "v1", "kind": "Node", "metadata": {"generateName": "gpu-", "labels": labels}}
+    name = (await world.cluster.create(node))["metadata"]["name"]
+    status = {"status": {"allocatable": {"nvidia.com/gpu": "1"}}}
+    await world.cluster.patch("Node", name, None, status, type_="merge", subresource="status")
+    preflight = {
+        "estimatedPeakBytes": 30 * 2**30,
+        "verdict": "WillNotFit",
+        "suggestion": "method.qlora instead of lora",
+    }
+
+    def script(pod: Object) -> Ending:
+        arguments = pod["spec"]["containers"][0]["args"]
+        memory = int(arguments[arguments.index("--gpu-memory-bytes") + 1])
+        told = preflight | {"gpuMemoryBytes": memory}
+        message = json.dumps({"outcome": "Failed", "reason": "WillNotFit", "message": "30 GiB", "preflight": told})
+        return Ending(2, message, "Error")
+
+    world.kubelet.script = script
+    await world.submit(scheduling={"nodeSelector": {"namespace": world.namespace}})
+    condition = await world.until_condition("Failed")
+    assert condition["reason"] == "WillNotFit"
+    assert (await world.status())["preflight"] == preflight | {"gpuMemoryBytes": 15 * 2**30}
+    assert len(await world.jobs()) == 1
+
+
+async def test_what_validation_decided_is_told_to_every_attempt(world: World) -> None:
+    decided = {"microBatchSize": 2, "gradientCheckpointing": True, "totalSteps": 30}
+    told = []
+
+    def script(pod: Object) -> Ending:
+        if pod["spec"]["containers"][0]["args"][0] == "validate":
+            return Ending(message=json.dumps({"outcome": "Succeeded", "resolved": decided}))
+        told.append(pod["spec"]["volumes"][0]["configMap"]["name"])
+        if len(told) == 1:
+            return failed(3, retryable=True, reason="StorageUnavailable", message="the store does not answer")
+        return published(pod)
+
+    world.kubelet.script = script
+    await world.submit()
+    await world.until_condition("Complete", seconds=90)
+    manifests = [await world.cluster.get("ConfigMap", name, world.namespace) for name in told]
+    assert [json.loads(item["data"]["job.yaml"])["status"] for item in manifests] == [{"resolved": decided}] * 2
+
+
 async def test_a_failure_worth_it_is_retried_and_then_the_attempts_are_exhausted(world: World) -> None:
     def script(pod: Object) -> Ending:
         if pod["spec"]["containers"][0]["args"][0] == "validate":
