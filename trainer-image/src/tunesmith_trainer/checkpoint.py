@@ -18,7 +18,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tunesmith_trainer.errors import InvalidSpecError, TrainerError
+from tunesmith_trainer.errors import InvalidSpecError, StorageUnavailableError, TrainerError
 from tunesmith_trainer.store import Retry, file_sha256
 
 if TYPE_CHECKING:
@@ -233,6 +233,20 @@ class Checkpoints:
             self._say("  no checkpoint is usable: training begins at step 0")
         return None
 
+    def at(self, step: int) -> Saved:
+        """The checkpoint that another process of the run found whole, on this machine's disk.
+
+        Raises:
+            StorageUnavailableError: it is not whole here, or the store did not answer.
+        """
+        try:
+            path = self._fetch(step)
+            verify(path, step, self._binding)
+        except (DamagedCheckpointError, OtherJobError) as error:
+            told = f"the checkpoint of step {step} in {self.uri} cannot be read: {error}"
+            raise StorageUnavailableError(told) from error
+        return Saved(step, path)
+
     def save(self, step: int, fill: Callable[[Path], None]) -> bool:
         """Writes a checkpoint and, to a store, begins to upload it; False, and a sentence, where it cannot be written.
 
@@ -347,11 +361,18 @@ class Checkpoints:
 
     def _upload(self, saved: Saved) -> None:
         impatient = Retry(attempts=1)
-        remote = self._folder.child(saved.path.name, retry=impatient)
+
+        def remote_at(step: int) -> Folder:
+            return self._folder.child(name_of(step), retry=impatient)
+
+        remote = remote_at(saved.step)
         for file in sorted(saved.path.iterdir(), key=lambda file: (file.name == MANIFEST, file.name)):
             remote.upload(file.name, file)
-        for step in steps_of(self._folder.child(retry=impatient).folders())[self._keep :]:
-            self._folder.child(name_of(step), retry=impatient).remove()
+        # What an upload that was given up or killed left is not counted among those that are kept.
+        stored = {step: remote_at(step) for step in steps_of(self._folder.child(retry=impatient).folders())}
+        whole = [step for step, folder in stored.items() if folder.exists(MANIFEST)]
+        for step in stored.keys() - set(whole[: self._keep]):
+            stored[step].remove()
 
 
 def _manifest(step: int, binding: str, files: list[Path]) -> bytes:

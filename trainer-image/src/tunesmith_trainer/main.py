@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import os
+import select
 import shutil
 import signal
 import sys
@@ -22,7 +23,9 @@ from tunesmith.contracts.progress import PROGRESS_PORT
 from tunesmith.contracts.result import TERMINATION_MESSAGE_PATH, Outcome, TrainerResult
 from tunesmith_trainer.errors import InterruptedRunError, InvalidSpecError, StorageUnavailableError, TrainerError
 from tunesmith_trainer.interruption import Faults, Interruption
+from tunesmith_trainer.launch import LAUNCHED, die_with_parent, launch
 from tunesmith_trainer.progress import Progress, serve
+from tunesmith_trainer.ranks import POD_INDEX, PeerLostError, Ranks, lost_peer, of_pod
 from tunesmith_trainer.spec import load_job, run_digest, spec_digest
 
 if TYPE_CHECKING:
@@ -36,6 +39,8 @@ log = logging.getLogger("tunesmith_trainer")
 
 _UPLOAD_SECONDS = 40.0
 """For the last checkpoint to reach the store, of the grace between SIGTERM and SIGKILL."""
+_MOURNING_SECONDS = 10.0
+"""Between the loss of another rank and this process's end."""
 _EXAMPLES = """examples:
   tunesmith-trainer validate --job job.yaml --allow-file
       checks manifest, data and base model on the CPU, without loading weights
@@ -69,7 +74,9 @@ def main() -> NoReturn:
 def run(argv: Sequence[str]) -> int:
     """Runs one command and returns its exit code."""
     arguments = _parser().parse_args(argv)
+    arguments.argv = argv
     os.environ.update(_ENVIRONMENT)
+    die_with_parent()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(message)s")
     logging.captureWarnings(capture=True)
     for noisy in ("py.warnings", "bitsandbytes"):
@@ -84,22 +91,33 @@ def run(argv: Sequence[str]) -> int:
         result = _execute(arguments, progress, ending)
     except InterruptedRunError as error:
         result = ending.interrupted(error, local="://" not in arguments.output)
-    except TrainerError as error:
-        log.debug("failed", exc_info=error)
-        result = TrainerResult(
-            outcome=Outcome.FAILED, reason=error.reason, message=str(error), retryable=error.retryable
-        )
-    except Exception as error:
-        log.exception("unexpected error")
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is told
+        result = _failure(error, ending.ranks)
+    if result.lost_peer:
+        result = ending.left_alone(result)
+    ending.tell(result)
+    return int(result.exit_code)
+
+
+def _failure(error: Exception, ranks: Ranks) -> TrainerResult:
+    known = error if isinstance(error, TrainerError) else lost_peer(error, ranks)
+    if known is None:
+        log.error("unexpected error", exc_info=error)
         text = " ".join(str(error).split())[:300]
-        result = TrainerResult(
+        return TrainerResult(
             outcome=Outcome.FAILED,
             reason=FailureReason.INTERNAL_ERROR,
             message=f"unexpected {type(error).__name__}: {text}; the log has the traceback",
             retryable=True,
         )
-    ending.tell(result)
-    return int(result.exit_code)
+    log.debug("failed", exc_info=error)
+    return TrainerResult(
+        outcome=Outcome.FAILED,
+        reason=known.reason,
+        message=str(known),
+        retryable=known.retryable,
+        lost_peer=isinstance(known, PeerLostError),
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -186,7 +204,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def _execute(arguments: argparse.Namespace, progress: Progress, ending: _Ending) -> TrainerResult:
     job = load_job(arguments.job)
-    server = serve(progress, arguments.progress_port) if arguments.progress_port else None
+    if arguments.command == "train":
+        ending.ranks, count = of_pod(job.spec.resources, os.environ)
+        if count > 1:
+            return _launched(arguments, ending.ranks, count, progress)
+        os.environ.update(ending.ranks.environment())
+        if not ending.ranks.first:
+            progress.mute()
+    serving = arguments.progress_port and ending.ranks.first
+    server = serve(progress, arguments.progress_port) if serving else None
     # These imports take seconds: a wrong manifest is told before.
     from tunesmith_trainer.store import Stores  # noqa: PLC0415
 
@@ -218,6 +244,13 @@ def _validate(
         preflight=counted,
         resolved=prepared.resolved,
     )
+
+
+def _launched(arguments: argparse.Namespace, first: Ranks, count: int, progress: Progress) -> TrainerResult:
+    progress.say(f"  {count} GPUs: one process for each of them")
+    with _work_folder(arguments.work) as work:
+        command = [sys.executable, "-m", "tunesmith_trainer.main", *arguments.argv, "--work", str(work)]
+        return launch(command, first, count, work)
 
 
 def _refused(prepared: Prepared) -> TrainerResult | None:
@@ -265,15 +298,11 @@ def _train(
         )
 
     from tunesmith_trainer.checkpoint import Checkpoints  # noqa: PLC0415
-    from tunesmith_trainer.prepare import prepare  # noqa: PLC0415
     from tunesmith_trainer.store import PUBLISHING_RETRY  # noqa: PLC0415
-    from tunesmith_trainer.training.loop import choose_device, device_memory, train  # noqa: PLC0415
+    from tunesmith_trainer.training.loop import train  # noqa: PLC0415
 
-    device = choose_device(job.spec.resources.gpus)
-    progress.update(stage=Stage.PREPARING)
-    # What the CPU stage of a cluster decided stays; a local run has had none, and knows its GPU.
-    memory = device_memory(device) if job.status.resolved is None else None
-    prepared = prepare(job, stores, work, weights=True, gpu_memory=memory)
+    ranks = ending.ranks
+    prepared = _prepared(job, stores, work, ranks, progress)
     refused = _refused(prepared)
     if refused is not None:
         return refused
@@ -289,13 +318,18 @@ def _train(
     )
     checkpoints = Checkpoints(
         place,
-        work / "checkpoints",
+        work / ("checkpoints" if ranks.first else f"checkpoints-{ranks.rank}"),
         binding=run_digest(job, prepared.resolved),
         keep=job.spec.checkpoint.keep,
         say=progress.say,
     )
     ending.interruption.checkpoints = checkpoints
-    trained = train(job, prepared, progress, work, Faults(checkpoints, ending.interruption, ending.hung))
+    trained = train(job, prepared, progress, work, Faults(checkpoints, ending.interruption, ending.hung), ranks)
+    if not ranks.first:
+        ranks.part()
+        return TrainerResult(
+            outcome=Outcome.SUCCEEDED, message=f"rank {ranks.rank} of {ranks.size} is done; rank 0 has the result"
+        )
     progress.update(stage=Stage.PACKAGING)
     folder, merged = work / "artifact", work / "merged"
     for old in (folder, merged):
@@ -312,6 +346,8 @@ def _train(
         package.write_curves(local / package.CURVES, trained.curve)
     else:
         checkpoints.clear()
+    with contextlib.suppress(PeerLostError):  # what is published is published
+        ranks.part()
     return _judged(
         TrainerResult(
             outcome=Outcome.SUCCEEDED,
@@ -323,6 +359,29 @@ def _train(
             metrics=manifest.metrics,
         )
     )
+
+
+def _prepared(job: FineTuneJob, stores: Stores, work: Path, ranks: Ranks, progress: Progress) -> Prepared:
+    """The inputs, once all ranks are here: each pod reads them once."""
+    from tunesmith_trainer.prepare import prepare  # noqa: PLC0415
+    from tunesmith_trainer.training.loop import choose_device, device_memory  # noqa: PLC0415
+
+    wanted = job.spec.resources
+    device = choose_device(wanted.gpus, ranks.local_rank)
+    if wanted.nodes > 1 and POD_INDEX not in os.environ:
+        progress.say(f"  resources.nodes is {wanted.nodes}: this machine trains alone, to the same result")
+    ranks.meet("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
+    progress.update(stage=Stage.PREPARING)
+    # What the CPU stage of a cluster decided stays; a local run has had none, and knows its GPU.
+    memory = device_memory(device) if job.status.resolved is None else None
+    prepared = ranks.once_per_pod(
+        work / "prepared", lambda: prepare(job, stores, work, weights=True, gpu_memory=memory)
+    )
+    if not ranks.agree(prepared.resolved.model_dump_json()):
+        raise InvalidSpecError(
+            "the base model or the data set changed while the pods of this job read it: give the job files of its own"
+        )
+    return prepared
 
 
 def _judged(result: TrainerResult) -> TrainerResult:
@@ -385,6 +444,7 @@ class _Ending:
     def __init__(self, progress: Progress, form: str, path: Path | None, interruption: Interruption) -> None:
         self.progress = progress
         self.interruption = interruption
+        self.ranks = Ranks()
         self._form = form
         default = Path(TERMINATION_MESSAGE_PATH)
         self._path = path or (default if default.exists() else None)
@@ -398,7 +458,24 @@ class _Ending:
             text = f"{result.outcome} ({result.reason}): {result.message}"
         if result.artifact is not None:
             text += f"\n  artifact {result.artifact.uri}\n  digest   {result.artifact.digest}"
-        self.progress.finish(_document(result), text)
+        if LAUNCHED not in os.environ:
+            self.progress.finish(_document(result), text)
+
+    def left_alone(self, result: TrainerResult) -> TrainerResult:
+        """The result where another rank is gone: that of a stop, where this process was asked to stop as well."""
+        number = self.interruption.signal
+        if number is not None:
+            if self.interruption.checkpoints is not None:
+                self.interruption.checkpoints.flush(_UPLOAD_SECONDS)
+            return TrainerResult(
+                outcome=Outcome.PREEMPTED,
+                message=f"stopped by {number.name}, and another rank ended before this step did",
+                retryable=True,
+            )
+        if POD_INDEX in os.environ and LAUNCHED not in os.environ:
+            # The first pod that is seen to fail ends the others: it should be the one that has the reason.
+            time.sleep(_MOURNING_SECONDS)
+        return result
 
     def interrupted(self, error: InterruptedRunError, *, local: bool) -> TrainerResult:
         """The result of a run that was stopped and saved; what is not in the store yet gets the rest of the grace."""
@@ -420,7 +497,7 @@ class _Ending:
     def signalled(self, number: int, frame: object) -> None:  # noqa: ARG002 - a signal handler's signature
         """While training, the step is finished and saved; at any other time, or the second time, the process ends."""
         if self.interruption.asked(number):
-            os.write(sys.stderr.fileno(), b"stopping after this step; a second signal stops at once\n")
+            _write_at_once(sys.stderr.fileno(), b"stopping after this step; a second signal stops at once\n")
             return
         checkpoints = self.interruption.checkpoints
         if checkpoints is not None and self.interruption.signal is None:
@@ -454,7 +531,7 @@ class _Ending:
         with contextlib.suppress(OSError):
             self._write_message(result)
             line = json.dumps(_document(result)) if self._form == "json" else f"{result.outcome}: {result.message}"
-            os.write(sys.stdout.fileno(), f"\n{line}\n".encode())
+            _write_at_once(sys.stdout.fileno(), f"\n{line}\n".encode())
         os._exit(result.exit_code)
 
     def _resumed(self, result: TrainerResult) -> TrainerResult:
@@ -463,6 +540,12 @@ class _Ending:
     def _write_message(self, result: TrainerResult) -> None:
         if self._path is not None:
             self._path.write_text(result.termination_message(), encoding="utf-8")
+
+
+def _write_at_once(descriptor: int, data: bytes) -> None:
+    """Writes what goes without waiting: a reader that has stopped reading may be why the process ends."""
+    if select.select([], [descriptor], [], 0)[1]:
+        os.write(descriptor, data[: select.PIPE_BUF])
 
 
 def _document(result: TrainerResult) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from tunesmith.api.finetunejob_status import Resolved
 from tunesmith.api.hyperparameters import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_EPOCHS,
-    DEFAULT_LEARNING_RATE,
     DEFAULT_MICRO_BATCH_SIZE,
+    Precision,
 )
 from tunesmith_trainer.errors import InvalidSpecError
 
@@ -24,9 +24,13 @@ def divisors(number: int) -> list[int]:
 
 
 def micro_batch_sizes(spec: FineTuneJobSpec) -> list[int]:
-    """The micro-batch sizes that are possible where the user names none: divisors of the batch size up to 8."""
+    """The micro-batch sizes that are possible where the user names none: divisors of the batch size up to 8.
+
+    Each rank gets a micro-batch of each step.
+    """
     batch = spec.hyperparameters.batch_size or DEFAULT_BATCH_SIZE
-    return [size for size in divisors(batch) if size <= DEFAULT_MICRO_BATCH_SIZE]
+    most = min(DEFAULT_MICRO_BATCH_SIZE, batch // spec.resources.ranks)
+    return [size for size in divisors(batch) if size <= most]
 
 
 def resolve(
@@ -56,10 +60,11 @@ def resolve(
     return Resolved(
         base_model_fingerprint=fingerprint,
         dataset_digest=digest,
-        learning_rate=hyper.learning_rate or DEFAULT_LEARNING_RATE,
+        learning_rate=hyper.learning_rate or spec.method.learning_rate,
         batch_size=batch,
         micro_batch_size=micro_batch_size,
         gradient_checkpointing=checkpointing,
+        precision=hyper.precision or (Precision.BFLOAT16 if spec.resources.gpus else Precision.FLOAT32),
         total_steps=steps,
         target_modules=targets,
     )

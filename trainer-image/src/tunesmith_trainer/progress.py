@@ -41,6 +41,11 @@ class Progress:
         self._lock = threading.Lock()
         self._status = ProgressStatus(stage=Stage.PREPARING, update_time=datetime.now(UTC))
         self._rewriting = False
+        self._muted = False
+
+    def mute(self) -> None:
+        """Writes nothing any more until the end: another process of the run reports."""
+        self._muted = True
 
     @property
     def status(self) -> ProgressStatus:
@@ -63,7 +68,7 @@ class Progress:
     def say(self, text: str) -> None:
         """One line for people; programs do not get it."""
         with self._lock:
-            if self._form == "text":
+            if self._form == "text" and not self._muted:
                 self._write(text, rewrite=False)
 
     def finish(self, document: dict[str, Any], text: str) -> None:
@@ -72,6 +77,8 @@ class Progress:
             self._write(json.dumps(document) if self._form == "json" else text, rewrite=False)
 
     def _tell(self, before: ProgressStatus, now: ProgressStatus) -> None:
+        if self._muted:
+            return
         if self._form == "json":
             self._write(now.model_dump_json(by_alias=True, exclude_none=True), rewrite=False)
         elif now.stage is not before.stage:

@@ -1,0 +1,157 @@
+"""Runs the ranks of a pod that has several GPUs, each as a process of its own, and tells their ends as one."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from tunesmith.api.conditions import FailureReason
+from tunesmith.contracts.result import ExitCode, Outcome, TrainerResult, blame
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from tunesmith_trainer.ranks import Ranks
+
+LAUNCHED = "TUNESMITH_LAUNCHED"
+"""Set in the environment of a process whose end another one tells."""
+SETTLING_SECONDS = 15.0
+"""For ranks that lost a peer to notice it themselves."""
+STOPPING_SECONDS = 60.0
+"""For ranks that were told to end, before they are killed."""
+_POLL_SECONDS = 0.1
+_SET_PARENT_DEATH_SIGNAL = 1
+
+
+@dataclass
+class _Process:
+    ranks: Ranks
+    process: subprocess.Popen[bytes]
+    message: Path
+    ended: int | None = None
+    """When it ended, in the order of ends."""
+
+    @property
+    def code(self) -> int:
+        """As a shell tells it: 128 and the signal's number where a signal ended it."""
+        code = self.process.returncode
+        return code if code >= 0 else 128 - code
+
+    @property
+    def result(self) -> TrainerResult | None:
+        try:
+            return TrainerResult.model_validate_json(self.message.read_bytes())
+        except (OSError, ValidationError):
+            return None
+
+
+def launch(
+    command: Sequence[str],
+    first: Ranks,
+    count: int,
+    folder: Path,
+    *,
+    settling: float = SETTLING_SECONDS,
+    stopping: float = STOPPING_SECONDS,
+) -> TrainerResult:
+    """Runs `count` ranks and returns the result of the one that speaks for them: the first, or the one that failed.
+
+    Signals are passed on to all of them, each once. Where one fails, the others are given time to end by themselves,
+    are then told to end, and are killed in the end.
+
+    Args:
+        command: the trainer's command; `--termination-message` and, for all but rank 0, `--progress-port 0` are added.
+        first: of them.
+        count: how many.
+        folder: for the results that they leave.
+        settling: seconds that the others get by themselves.
+        stopping: seconds that they get after they were told to end.
+    """
+    if not first.port:
+        first = replace(first, port=_free_port())
+    running = [_start(command, replace(first, rank=first.rank + k, local_rank=k), folder) for k in range(count)]
+
+    def pass_on(number: int, frame: object) -> None:  # noqa: ARG001 - a signal handler's signature
+        _tell(running, number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, pass_on)
+    _wait(running, settling, stopping)
+    return _speak(running)
+
+
+def die_with_parent() -> None:
+    """Ends this process when the one that launched it is killed: a rank left behind would write beside the next run."""
+    if os.environ.get(LAUNCHED) and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+
+
+def _start(command: Sequence[str], ranks: Ranks, folder: Path) -> _Process:
+    message = folder / f"result-{ranks.rank}.json"
+    message.unlink(missing_ok=True)
+    arguments = [*command, "--termination-message", str(message)]
+    if not ranks.first:
+        arguments += ["--progress-port", "0"]
+    environment = {**os.environ, **ranks.environment(), LAUNCHED: "1"}
+    # A session of its own: a terminal's Ctrl-C would reach it twice, and a second signal stops at once.
+    process = subprocess.Popen(arguments, env=environment, start_new_session=True)  # noqa: S603 - our own command
+    return _Process(ranks, process, message)
+
+
+def _wait(running: list[_Process], settling: float, stopping: float) -> None:
+    ends, failed = 0, 0.0
+    told = killed = False
+    while any(one.ended is None for one in running):
+        for one in running:
+            if one.ended is None and one.process.poll() is not None:
+                one.ended = ends = ends + 1
+                if one.code and not failed:
+                    failed = time.monotonic()
+        since = time.monotonic() - failed if failed else 0.0
+        if since > settling and not told:
+            told = True
+            _tell(running, signal.SIGTERM)
+        if since > settling + stopping and not killed:
+            killed = True
+            _tell(running, signal.SIGKILL)
+        time.sleep(_POLL_SECONDS)
+
+
+def _tell(running: list[_Process], number: int) -> None:
+    for one in running:
+        if one.process.poll() is None:
+            one.process.send_signal(number)
+
+
+def _speak(running: list[_Process]) -> TrainerResult:
+    failed = [one for one in running if one.code]
+    one = min(failed, key=lambda one: (blame(one.result), one.ended), default=running[0])
+    result = one.result
+    if result is not None:
+        return result
+    name = f"rank {one.ranks.rank} of {one.ranks.size}"
+    if one.code == ExitCode.PREEMPTED:
+        return TrainerResult(outcome=Outcome.PREEMPTED, message=f"{name} was stopped", retryable=True)
+    return TrainerResult(
+        outcome=Outcome.FAILED,
+        reason=FailureReason.INTERNAL_ERROR,
+        message=f"{name} ended with exit code {one.code} and left no result; the log may say why",
+        retryable=one.code != ExitCode.USER_FAULT,
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port: int = listener.getsockname()[1]
+        return port
