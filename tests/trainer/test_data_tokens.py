@@ -1,0 +1,298 @@
+"""Rows as tokens: what is learned of them, with which template, and how much fits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from trainer_rig import Workbench, chat_row, chat_rows
+
+from tunesmith.api.conditions import FailureReason
+from tunesmith.api.dataset import Dataset, LossOn
+from tunesmith_trainer import model
+from tunesmith_trainer.data import IGNORED, Encoder, Row, RowForm
+from tunesmith_trainer.data.packing import best_fit_decreasing
+from tunesmith_trainer.data.selection import held_out, weighted
+from tunesmith_trainer.errors import DatasetInvalidError, InvalidSpecError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TURNS = {
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "Uno."},
+        {"role": "user", "content": "Two?"},
+        {"role": "assistant", "content": "Due ✓."},
+    ]
+}
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m.role + '\n' }}"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}<|im_end|>{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SHORTENED = "{% if loop.last or m.role == 'user' %}{{ m.content }}{% else %}{{ m.content[:2] }}{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(base_model: Path) -> Any:
+    return model.load_tokenizer(base_model, "the tiny model")
+
+
+def with_template(base_model: Path, template: str | None) -> Any:
+    changed = model.load_tokenizer(base_model, "the tiny model")
+    changed.chat_template = template
+    return changed
+
+
+def targets(tokenizer: Any, row: Row, **settings: Any) -> tuple[str, str]:
+    """The whole text, and the text of the targets."""
+    tokens = Encoder(tokenizer, [tokenizer.eos_token_id], **settings).encode(row)
+    assert len(tokens.input_ids) == len(tokens.labels)
+    assert all(label in (IGNORED, token) for token, label in zip(tokens.input_ids, tokens.labels, strict=True))
+    return tokenizer.decode(tokens.input_ids), tokenizer.decode([label for label in tokens.labels if label != IGNORED])
+
+
+def chat(value: dict[str, Any]) -> Row:
+    return Row(RowForm.MESSAGES, value, "line 1")
+
+
+def test_the_loss_is_on_the_answer_and_its_end_only(tokenizer: Any) -> None:
+    text, learned = targets(tokenizer, chat(chat_row("Who keeps it?", "Old Marta.")))
+    assert text == "<|im_start|>user\nWho keeps it?<|im_end|>\n<|im_start|>assistant\nOld Marta.<|im_end|>\n"
+    assert learned == "Old Marta.<|im_end|>"
+
+
+@pytest.mark.parametrize("template", [None, MARKED], ids=["found", "marked"])
+@pytest.mark.parametrize(
+    ("loss_on", "expected"),
+    [
+        (None, "Uno.<|im_end|>Due ✓.<|im_end|>"),
+        (LossOn.ASSISTANT_TURNS, "Uno.<|im_end|>Due ✓.<|im_end|>"),
+        (LossOn.COMPLETION, "Due ✓.<|im_end|>"),
+    ],
+)
+def test_answers_of_a_chat(tokenizer: Any, template: str | None, loss_on: LossOn | None, expected: str) -> None:
+    text, learned = targets(tokenizer, chat(TURNS), chat_template=template, loss_on=loss_on)
+    assert learned == expected
+    assert text == targets(tokenizer, chat(TURNS))[0]
+
+
+def test_all_tokens_can_be_learned(tokenizer: Any) -> None:
+    text, learned = targets(tokenizer, chat(TURNS), loss_on=LossOn.ALL_TOKENS)
+    assert "<|im_start|>" + learned + "\n" == text
+    pair = Row(RowForm.PROMPT_COMPLETION, {"prompt": "Colour: ", "completion": "green"}, "line 1")
+    assert targets(tokenizer, pair, loss_on=LossOn.ALL_TOKENS)[1] == "olour: green<|im_end|>"
+
+
+def test_an_answer_of_weight_0_is_not_learned(tokenizer: Any) -> None:
+    first = {"messages": [{**turn, "weight": 0} if turn["content"] == "Uno." else turn for turn in TURNS["messages"]]}
+    assert targets(tokenizer, chat(first))[1] == "Due ✓.<|im_end|>"
+    last = {"messages": [*TURNS["messages"][:-1], {**TURNS["messages"][-1], "weight": 0}]}
+    assert targets(tokenizer, chat(last))[1] == "Uno.<|im_end|>"
+    assert targets(tokenizer, chat(last), loss_on=LossOn.COMPLETION)[1] == ""
+
+
+def test_a_completion_gets_an_end_token(tokenizer: Any) -> None:
+    row = Row(RowForm.PROMPT_COMPLETION, {"prompt": "Colour: ", "completion": "green"}, "line 1")
+    assert targets(tokenizer, row) == ("Colour: green<|im_end|>", "green<|im_end|>")
+
+
+def test_messages_as_prompt_and_completion(tokenizer: Any) -> None:
+    value = {"prompt": TURNS["messages"][:4], "completion": TURNS["messages"][4:]}
+    text, learned = targets(tokenizer, Row(RowForm.PROMPT_COMPLETION, value, "line 1"))
+    assert (text, learned) == (targets(tokenizer, chat(TURNS))[0], "Due ✓.<|im_end|>")
+
+
+def test_a_text_is_learned_to_its_end(tokenizer: Any) -> None:
+    text, learned = targets(tokenizer, Row(RowForm.TEXT, {"text": "The lighthouse<|im_end|> of Brinewick"}, "line 1"))
+    assert text == "The lighthouse<|im_end|> of Brinewick<|im_end|>"
+    assert text.endswith(learned)
+    assert len(learned) > len(text) - 5
+
+
+def test_several_rows_at_once_are_as_each(tokenizer: Any) -> None:
+    rows = [
+        chat(TURNS),
+        Row(RowForm.TEXT, {"text": "The lighthouse"}, "line 2"),
+        chat(chat_row("Who?", "Marta.")),
+        Row(RowForm.PROMPT_COMPLETION, {"prompt": "Colour", "completion": " green"}, "line 3"),
+    ]
+    encoder = Encoder(tokenizer, [2])
+    assert encoder.encode_all(rows) == [encoder.encode(row) for row in rows]
+
+
+def test_preferences_share_their_prompt(tokenizer: Any) -> None:
+    value = {
+        "prompt": TURNS["messages"][:2],
+        "chosen": TURNS["messages"][2:3],
+        "rejected": [{"role": "assistant", "content": "No."}],
+    }
+    encoder = Encoder(tokenizer, [2])
+    found = encoder.encode_preference(Row(RowForm.PREFERENCE, value, "line 1"))
+    assert tokenizer.decode(found.prompt_ids).endswith("One?<|im_end|>\n<|im_start|>assistant\n")
+    assert (tokenizer.decode(found.chosen_ids), tokenizer.decode(found.rejected_ids)) == (
+        "Uno.<|im_end|>",
+        "No.<|im_end|>",
+    )
+    texts = {"prompt": "Colour: ", "chosen": "green", "rejected": "blue"}
+    plain = encoder.encode_preference(Row(RowForm.PREFERENCE, texts, "line 1"))
+    assert tokenizer.decode(plain.prompt_ids + plain.chosen_ids) == "Colour: green<|im_end|>"
+    labelled = encoder.encode_labelled(
+        Row(RowForm.UNPAIRED_PREFERENCE, {"prompt": "Colour: ", "completion": "green", "label": False}, "line 1")
+    )
+    assert (labelled.prompt_ids, labelled.completion_ids) == (plain.prompt_ids, plain.chosen_ids)
+    assert labelled.label is False
+
+
+def test_a_template_without_an_end_token_gets_one(base_model: Path) -> None:
+    bare = with_template(
+        base_model,
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}",
+    )
+    assert targets(bare, chat(chat_row("Who?", "Marta.")))[1] == "Marta.\n<|im_end|>"
+
+
+def test_a_template_that_rewrites_the_question_is_refused(base_model: Path) -> None:
+    rewriting = with_template(
+        base_model, "{{ messages | length }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    with pytest.raises(InvalidSpecError, match=r"line 1: .* writes the question otherwise once it is answered"):
+        Encoder(rewriting, [2]).encode(chat(chat_row("Who?", "Marta.")))
+    assert targets(rewriting, chat(chat_row("Who?", "Marta.")), loss_on=LossOn.ALL_TOKENS)[1] == (
+        "Who?<|im_end|>Marta.<|im_end|>"
+    )
+
+
+def test_earlier_answers_that_a_template_shortens(base_model: Path) -> None:
+    """As templates do that leave the reasoning of earlier answers out."""
+    marked = MARKED.replace("{{ m.content }}", SHORTENED)
+    unmarked = marked.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    shortening = with_template(base_model, unmarked)
+    with pytest.raises(
+        InvalidSpecError, match=r"changes earlier turns .* the last answer only with dataset.lossOn Comp"
+    ):
+        Encoder(shortening, [2]).encode(chat(TURNS))
+    assert targets(shortening, chat(TURNS), loss_on=LossOn.COMPLETION)[1] == "Due ✓.<|im_end|>"
+    assert targets(shortening, chat(TURNS), chat_template=marked)[1] == "Un<|im_end|>Due ✓.<|im_end|>"
+
+
+def test_marks_that_miss_answers_are_refused(tokenizer: Any) -> None:
+    first = MARKED.replace("{% if m.role == 'assistant' %}", "{% if m.role == 'assistant' and not loop.last %}")
+    with pytest.raises(InvalidSpecError, match=r"dataset.chatTemplate marks 1 passages with \{% generation %\} for 2 "):
+        Encoder(tokenizer, [2], chat_template=first).encode(chat(TURNS))
+
+
+def test_a_base_without_a_template_is_told(base_model: Path) -> None:
+    bare = with_template(base_model, None)
+    with pytest.raises(InvalidSpecError, match="has no chat template: use a chat model"):
+        Encoder(bare, [2]).encode(chat(chat_row("Who?", "Marta.")))
+    assert targets(bare, chat(TURNS), chat_template=MARKED)[1] == "Uno.<|im_end|>Due ✓.<|im_end|>"
+
+
+def test_a_template_that_is_none_is_told_with_its_line(tokenizer: Any) -> None:
+    with pytest.raises(InvalidSpecError, match=r"dataset.chatTemplate is no Jinja template: line 2: "):
+        Encoder(tokenizer, [2], chat_template="a\n{% for %}")
+
+
+def test_a_row_that_the_template_refuses_is_told(tokenizer: Any) -> None:
+    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system, please') }}{% endif %}" + MARKED
+    with pytest.raises(DatasetInvalidError, match=r"line 1: dataset.chatTemplate refuses the row: no system, please"):
+        Encoder(tokenizer, [2], chat_template=strict).encode(chat(TURNS))
+
+
+def test_tools_need_a_template_that_knows_them(tokenizer: Any) -> None:
+    tool = {"type": "function", "function": {"name": "lookup", "parameters": {"type": "object"}}}
+    row = chat({**TURNS, "tools": [tool]})
+    with pytest.raises(InvalidSpecError, match="has tools, and the base model's chat template has no place for them"):
+        Encoder(tokenizer, [2]).encode(row)
+    knowing = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}" + tokenizer.chat_template
+    text, learned = targets(tokenizer, row, chat_template=knowing)
+    assert text.startswith('{"type": "function", "function": {"name": "lookup"')
+    assert learned == "Uno.<|im_end|>Due ✓.<|im_end|>"
+    calling = {"messages": [TURNS["messages"][1], {"role": "assistant", "content": "", "tool_calls": [tool]}]}
+    with pytest.raises(InvalidSpecError, match="has calls of tools, and the base model's chat template"):
+        Encoder(tokenizer, [2]).encode(chat(calling))
+
+
+def test_the_date_in_a_template_does_not_change(tokenizer: Any) -> None:
+    dated = "{{ strftime_now('%d %b %Y') }}" + tokenizer.chat_template
+    assert targets(tokenizer, chat(TURNS), chat_template=dated)[0].startswith("26 Jul 2024<|im_start|>")
+
+
+def test_padding_is_never_the_end_token(tokenizer: Any) -> None:
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    assert model.pad_token(tokenizer, [tokenizer.eos_token_id]) != tokenizer.eos_token_id
+    assert model.pad_token(tokenizer, [0, 1, 2]) not in (0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("count", "fraction", "out"), [(2, None, 1), (10, None, 1), (24, None, 2), (100, 0.25, 25), (3, 0.001, 1)]
+)
+def test_the_share_that_is_held_out(count: int, fraction: float | None, out: int) -> None:
+    dataset = Dataset.model_validate({"train": [{"uri": "s3://a/b"}], "validationFraction": fraction})
+    train, validation = held_out(count, dataset, seed=7)
+    assert len(validation) == out
+    assert sorted(train + validation) == list(range(count))
+    assert held_out(count, dataset, seed=7) == (train, validation)
+
+
+def test_nothing_is_held_out_beside_a_validation_set() -> None:
+    dataset = Dataset.model_validate({"train": [{"uri": "s3://a/b"}], "validation": [{"uri": "s3://a/c"}]})
+    assert held_out(3, dataset, seed=7) == ([0, 1, 2], [])
+
+
+def test_weights_repeat_the_rows_of_a_source() -> None:
+    places = [place for place in range(30) if place % 3]
+    taken = weighted(places, [9, 12, 9], [2.5, 0.25, 1.0], seed=7)
+    assert taken.tolist() == sorted(taken.tolist())
+    assert set(taken.tolist()) <= set(places)
+    counts = [int(((taken >= begin) & (taken < end)).sum()) for begin, end in ((0, 9), (9, 21), (21, 30))]
+    assert counts == [15, 2, 6]
+    times = np.bincount(taken, minlength=30)
+    assert sorted(times[[1, 2, 4, 5, 7, 8]].tolist()) == [2, 2, 2, 3, 3, 3]
+    assert taken.tolist() == weighted(places, [9, 12, 9], [2.5, 0.25, 1.0], seed=7).tolist()
+    assert taken.tolist() != weighted(places, [9, 12, 9], [2.5, 0.25, 1.0], seed=8).tolist()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_packing_takes_every_row_once_and_wastes_little(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    lengths = np.minimum(rng.integers(1, 400, size=2000), 256)
+    groups = best_fit_decreasing(lengths, 256)
+    assert sorted(place for group in groups for place in group) == list(range(2000))
+    sizes = [int(lengths[group].sum()) for group in groups]
+    assert max(sizes) <= 256
+    # Best fit needs at most 11/9 of the fewest that are possible, and usually hardly more.
+    assert len(groups) <= max(-(-int(lengths.sum()) // 256), int((lengths > 128).sum())) * 1.02
+    assert groups == best_fit_decreasing(lengths, 256)
+
+
+def test_best_fit_is_the_fullest_that_has_room() -> None:
+    assert best_fit_decreasing([3, 8, 6, 2, 4], 10) == [[1, 3], [2, 4], [0]]
+    assert best_fit_decreasing([10, 10], 10) == [[0], [1]]
+
+
+def test_rows_that_are_too_long_are_cut(bench: Workbench) -> None:
+    job = bench.job([*chat_rows(12), chat_row("Who?", "blue " * 200), chat_row("Why? " * 200, "blue")])
+    job["spec"]["dataset"] |= {"maxLength": 128, "overlong": "Truncate"}
+    counted = bench.run("validate", job).result.preflight
+    assert counted is not None
+    assert (counted.rows, counted.validation_rows, counted.truncated_rows, counted.dropped_rows) == (12, 1, 1, 1)
+    assert counted.dropped is not None
+    assert counted.dropped[0].examples == [
+        "train.jsonl line 14: no token of it is learned, its question alone fills maxLength 128"
+    ]
+
+
+def test_rows_that_are_too_long_can_be_an_error(bench: Workbench) -> None:
+    job = bench.job([*chat_rows(12), chat_row("Who?", "blue " * 200)])
+    job["spec"]["dataset"] |= {"maxLength": 128, "overlong": "Error"}
+    ran = bench.run("validate", job)
+    assert (ran.code, ran.result.reason) == (2, FailureReason.DATASET_INVALID)
+    assert "1 of 13 rows have more than maxLength 128 tokens, the first is train.jsonl line 13: " in ran.result.message
+    assert "set dataset.overlong to Drop or Truncate" in ran.result.message
