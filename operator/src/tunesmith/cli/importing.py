@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path  # noqa: TC003 - typer reads the annotations
+import re
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import yaml
 
-from tunesmith.api.manifest import ManifestError, parse_manifest
+from tunesmith.api.manifest import ManifestError, load_document, parse_manifest
+from tunesmith.api.model import API_VERSION, MAX_NAME
+from tunesmith.cli.axolotl import UntranslatableError, translate
 from tunesmith.cli.errors import CliError, Exit
 from tunesmith.cli.output import note, print_line
 
@@ -61,22 +64,61 @@ def peft(
         "dataset": {"train": [{"uri": data}]},
         "method": {"lora": lora},
     }
-    manifest = {"apiVersion": "tunesmith.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "imported"}}
-    text = yaml.safe_dump({**manifest, "spec": spec}, sort_keys=False)
+    _print(config, spec)
+    if strict and lost:
+        raise CliError(f"{len(lost)} keys have no counterpart: {', '.join(lost)}")
+
+
+@app.command()
+def axolotl(
+    config: Annotated[Path, typer.Argument(help="A configuration of Axolotl (YAML).")],
+    strict: Annotated[  # noqa: FBT002 - typer's way
+        bool, typer.Option("--strict", help="Fail where a key has no counterpart.")
+    ] = False,
+) -> None:
+    """Print the FineTuneJob that trains what this file does; keys without a counterpart go to standard error.
+
+    Example: tunesmith import axolotl config.yaml > job.yaml
+    """
+    try:
+        found = translate(load_document(_text(config)), str(Path.cwd()))
+    except (ManifestError, UntranslatableError) as error:
+        raise CliError(f"{config}: {error}", Exit.USAGE) from None
+    for key, what in found.changed.items():
+        note(f"{key}: {what}")
+    for key, hint in found.lost.items():
+        note(f"{key} has no counterpart and is left out" + (f": {hint}" if hint else ""))
+    if found.needless:
+        note(f"not needed here: {', '.join(found.needless)}")
+    _print(config, found.spec)
+    if strict and found.lost:
+        raise CliError(f"{len(found.lost)} keys have no counterpart: {', '.join(found.lost)}")
+
+
+def _print(config: Path, spec: dict[str, Any]) -> None:
+    """Prints the manifest, which is one that the API server takes."""
+    name = re.sub(r"[^a-z0-9]+", "-", config.stem.lower()).strip("-")[:MAX_NAME].strip("-") or "imported"
+    manifest = {"apiVersion": API_VERSION, "kind": "FineTuneJob", "metadata": {"name": name}, "spec": spec}
+    text = yaml.safe_dump(manifest, sort_keys=False)
     try:
         parse_manifest(text)
     except ManifestError as error:
         raise CliError(f"{config} says what no FineTuneJob can: {error}") from None
     print_line(text.rstrip())
-    if strict and lost:
-        raise CliError(f"{len(lost)} keys have no counterpart: {', '.join(lost)}")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CliError(f"cannot read {path}: {error.strerror}", Exit.USAGE) from None
+    except UnicodeDecodeError:
+        raise CliError(f"{path} is not UTF-8", Exit.USAGE) from None
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CliError(f"cannot read {path}: {error.strerror}", Exit.USAGE) from None
+        document = json.loads(_text(path))
     except ValueError as error:
         raise CliError(f"{path} is not JSON: {error}", Exit.USAGE) from None
     if not isinstance(document, dict):

@@ -1,0 +1,414 @@
+"""What an Axolotl configuration says, in the fields of a FineTuneJob. Pure.
+
+Every key that has a value is either translated, or needs no counterpart (Tunesmith decides it, or it only says how
+Axolotl runs), or is told to be lost, with what to do instead where there is something.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from tunesmith.api.hyperparameters import Optimizer
+from tunesmith.api.method import Initialization
+
+_EMPTY: tuple[object, ...] = (None, "", [], {})
+_LEAST_HELD_OUT, _MOST_HELD_OUT = 0.001, 0.5
+_STORES = re.compile(r"^(s3|gs|az|gcs|abfs)://")
+_LOCAL = re.compile(r"^(/|\./|\.\./)|\.(jsonl|json|csv|tsv|parquet|arrow)(\.gz)?$")
+_OPTIMIZERS = {
+    **dict.fromkeys(
+        (
+            "adamw_torch",
+            "adamw_torch_fused",
+            "adamw_hf",
+            "adamw_apex_fused",
+            "adamw_bnb",
+            "paged_adamw",
+            "paged_adamw_32bit",
+        ),
+        Optimizer.ADAMW,
+    ),
+    **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "adamw_torch_8bit"), Optimizer.ADAMW_8BIT),
+    **dict.fromkeys(("lion_32bit", "paged_lion_32bit", "lion"), Optimizer.LION),
+    "adafactor": Optimizer.ADAFACTOR,
+    "sgd": Optimizer.SGD,
+}
+_SCHEDULERS = {"cosine": "Cosine", "linear": "Linear", "constant": "Constant", "constant_with_warmup": "Constant"}
+_INITIALIZATIONS = {
+    "gaussian": Initialization.GAUSSIAN,
+    "orthogonal": Initialization.ORTHOGONAL,
+    "eva": Initialization.EVA,
+    "pissa": Initialization.PISSA,
+    "olora": Initialization.OLORA,
+    "corda": Initialization.CORDA,
+}
+_OVERLONG = {"drop": "Drop", "truncate": "Truncate", "raise": "Error"}
+
+_RENAMED = {
+    "lora_r": "method.rank",
+    "lora_alpha": "method.alpha",
+    "lora_dropout": "method.dropout",
+    "lora_modules_to_save": "method.modulesToSave",
+    "peft_use_dora": "method.dora",
+    "peft_use_rslora": "method.rsLora",
+    "loraplus_lr_ratio": "method.loraPlusRatio",
+    "sequence_len": "dataset.maxLength",
+    "sample_packing": "dataset.packing",
+    "num_epochs": "hyperparameters.epochs",
+    "max_steps": "hyperparameters.maxSteps",
+    "learning_rate": "hyperparameters.learningRate",
+    "warmup_ratio": "hyperparameters.warmupRatio",
+    "weight_decay": "hyperparameters.weightDecay",
+    "max_grad_norm": "hyperparameters.maxGradNorm",
+    "neftune_noise_alpha": "hyperparameters.neftuneNoiseAlpha",
+    "seed": "hyperparameters.seed",
+    "save_steps": "checkpoint.everySteps",
+    "save_total_limit": "checkpoint.keep",
+}
+"""Keys whose value is taken over as it is."""
+
+_NEEDLESS = frozenset(
+    """
+    model_type tokenizer_type tokenizer_use_fast tokenizer_legacy base_model_config is_llama_derived_model
+    is_mistral_derived_model is_falcon_derived_model is_qwen_derived_model strict output_dir dataset_prepared_path
+    dataset_processes dataset_num_proc dataset_keep_in_memory skip_prepare_dataset remove_unused_columns
+    shuffle_merged_datasets eval_sample_packing pad_to_sequence_len pad_token_id sample_packing_eff_est
+    group_by_length tf32 bfloat16 low_cpu_mem_usage device_map local_rank ddp ddp_timeout ddp_find_unused_parameters
+    gradient_checkpointing_kwargs logging_steps include_tokens_per_second saves_per_epoch save_strategy save_first_step
+    save_only_model save_safetensors auto_resume_from_checkpoints resume_from_checkpoint flash_attention
+    flash_attn_cross_entropy flash_attn_rms_norm flash_attn_fuse_mlp flash_attn_fuse_qkv sdp_attention
+    eager_attention xformers_attention flex_attention attn_implementation torch_compile torch_compile_backend
+    liger_rope liger_rms_norm liger_glu_activation liger_layer_norm liger_fused_linear_cross_entropy
+    liger_cross_entropy cut_cross_entropy lora_mlp_kernel lora_qkv_kernel lora_o_kernel lora_on_cpu
+    dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor loss_watchdog_threshold
+    loss_watchdog_patience eval_max_new_tokens eval_table_size eval_batch_size debug
+    """.split()  # noqa: SIM905 - words read better
+)
+"""Keys that only say how Axolotl runs, or what is chosen without being asked."""
+
+_HINTS = {
+    "load_in_8bit": "a base in 8 bits; method.lora holds it in bfloat16, method.qlora in 4 bits",
+    "chat_template": "the base model's own template is used; dataset.chatTemplate takes the text of another",
+    "special_tokens": "the base model's own tokens are used; the pad token is chosen and never learned",
+    "warmup_steps": "hyperparameters.warmupRatio is a share of the steps",
+    "evals_per_epoch": "the held-out loss is taken before and after training; see evaluation",
+    "eval_steps": "the held-out loss is taken before and after training; see evaluation",
+    "eval_strategy": "the held-out loss is taken before and after training; see evaluation",
+    "deepspeed": "set resources.gpus and resources.nodes; batchSize counts the sequences of all GPUs",
+    "fsdp": "set resources.gpus and resources.nodes; batchSize counts the sequences of all GPUs",
+    "fsdp_config": "set resources.gpus and resources.nodes",
+    "trust_remote_code": "code that comes with a model is never run",
+    "fp16": "bfloat16 is used on a GPU",
+    "val_set_size": "some rows are always held out: dataset.validationFraction, 0.1 where it is absent",
+    "wandb_project": "the curves are beside the artifact, as CSV and as a picture",
+    "hub_model_id": "the adapter is in the store; push it from there",
+}
+
+Document = dict[str, Any]
+
+
+@dataclass
+class Translation:
+    """A configuration's counterpart.
+
+    Args:
+        spec: of a FineTuneJob.
+        lost: keys without a counterpart, with a hint or "".
+        needless: keys that need none.
+        changed: keys whose counterpart does something else, with what.
+    """
+
+    spec: Document = field(default_factory=dict)
+    lost: dict[str, str] = field(default_factory=dict)
+    needless: list[str] = field(default_factory=list)
+    changed: dict[str, str] = field(default_factory=dict)
+
+
+class UntranslatableError(ValueError):
+    """The configuration trains something that no FineTuneJob can train."""
+
+
+def translate(config: Document, folder: str) -> Translation:
+    """The FineTuneJob's spec that trains what an Axolotl configuration trains.
+
+    Args:
+        config: the configuration.
+        folder: absolute path of the folder that its relative paths are in.
+
+    Raises:
+        UntranslatableError: with the key and what is possible instead.
+    """
+    given = {key: value for key, value in config.items() if value not in _EMPTY}
+    reader = _Reader(given, folder)
+    reader.base_model()
+    reader.method()
+    reader.dataset()
+    reader.hyperparameters()
+    for key, path in _RENAMED.items():
+        if key in given and not (key == "num_epochs" and "max_steps" in given):
+            reader.put(path, reader.take(key))
+    return reader.finish()
+
+
+class _Reader:
+    def __init__(self, given: Document, folder: str) -> None:
+        self._given = given
+        self._folder = folder
+        self._changed: dict[str, str] = {}
+        self._taken: set[str] = set()
+        self._spec: dict[str, Document] = {}
+        self._method = "lora"
+        self._lost: dict[str, str] = {}
+
+    def take(self, key: str, default: Any = None) -> Any:  # noqa: ANN401 - any YAML value
+        """The key's value; the key counts as translated."""
+        self._taken.add(key)
+        return self._given.get(key, default)
+
+    def put(self, path: str, value: object) -> None:
+        """Sets a field of the spec."""
+        part, name = path.split(".")
+        self._spec.setdefault(part, {})[name] = value
+
+    def lose(self, key: str, hint: str = "") -> None:
+        """Tells that a key, or a part of one, has no counterpart."""
+        self._lost[key] = hint or _HINTS.get(key.rsplit(".", 1)[-1], "")
+
+    def finish(self) -> Translation:
+        """The whole, with what became of the other keys."""
+        needless = []
+        for key, value in self._given.items():
+            if key in self._taken:
+                continue
+            if key in _NEEDLESS or key == "num_epochs":  # which max_steps overrules
+                needless.append(key)
+            elif value is not False:
+                self.lose(key)
+        method = self._spec.pop("method", {})
+        spec: Document = {"baseModel": self._spec.pop("baseModel"), "dataset": self._spec.pop("dataset")}
+        return Translation(
+            spec | {"method": {self._method: method}} | self._spec, self._lost, sorted(needless), self._changed
+        )
+
+    def base_model(self) -> None:
+        name = self.take("base_model")
+        if not isinstance(name, str):
+            raise UntranslatableError("base_model is missing: name the base model")
+        self.put("baseModel.uri", _model_uri(name, self._folder))
+        if "revision_of_model" in self._given:
+            self.put("baseModel.revision", str(self.take("revision_of_model")))
+
+    def method(self) -> None:
+        adapter = self.take("adapter")
+        if adapter not in {"lora", "qlora"}:
+            raise UntranslatableError(
+                "adapter is not set, which trains all weights: this release trains adapters; set adapter: lora"
+                if adapter is None
+                else f"adapter is {adapter}: this release imports lora and qlora"
+            )
+        rl = self._given.get("rl")
+        if rl is not None:
+            raise UntranslatableError(f"rl is {rl}: this release trains on answers (supervised fine-tuning) only")
+        in_4_bits = bool(self.take("load_in_4bit", default=False))
+        self._method = "qlora" if adapter == "qlora" or in_4_bits else "lora"
+        names = self._given.get("lora_target_modules")
+        if self._given.get("lora_target_linear"):
+            self._taken |= {"lora_target_linear", "lora_target_modules"}
+            self.put("method.targetModules", ["all-linear"])
+        elif isinstance(names, list):
+            self.put("method.targetModules", self.take("lora_target_modules"))
+        elif names == "all-linear":
+            self.put("method.targetModules", [self.take("lora_target_modules")])
+        elif names is not None:
+            self.lose("lora_target_modules", "a pattern; method targetModules takes names of modules")
+            self._taken.add("lora_target_modules")
+        initialization = self._given.get("peft_init_lora_weights")
+        if initialization in _INITIALIZATIONS:
+            self.put("method.initialization", _INITIALIZATIONS[self.take("peft_init_lora_weights")].value)
+        elif initialization is True:
+            self.take("peft_init_lora_weights")
+
+    def dataset(self) -> None:
+        sources = self.take("datasets") or self._given.get("pretraining_dataset")
+        if self._given.get("pretraining_dataset"):
+            self._taken.add("pretraining_dataset")
+            sources = [{"type": "completion"} | entry for entry in _entries(sources)]
+        if not sources:
+            raise UntranslatableError("datasets is missing: name the rows to train on")
+        rows = [_Rows.of(entry, f"datasets[{number}]", self._folder) for number, entry in enumerate(_entries(sources))]
+        held_out = [
+            _Rows.of(entry, f"test_datasets[{number}]", self._folder)
+            for number, entry in enumerate(_entries(self.take("test_datasets", default=[])))
+        ]
+        for source in (*rows, *held_out):
+            self._lost |= source.lost
+            self._changed |= source.changed
+        self.put("dataset.train", [{"uri": uri} for source in rows for uri in source.uris])
+        formats = {source.format for source in (*rows, *held_out)}
+        if len(formats) == 1 and (form := formats.pop()) is not None:
+            self.put("dataset.format", form)
+        columns = [source.columns for source in (*rows, *held_out)]
+        if any(columns[0] != other for other in columns[1:]):
+            self.lose("datasets[].field_*", "one set of dataset.columns holds for all sources: rename the columns")
+        elif columns[0]:
+            self.put("dataset.columns", columns[0])
+        share = self.take("val_set_size", default=0)
+        if held_out:
+            self.put("dataset.validation", [{"uri": uri} for source in held_out for uri in source.uris])
+        elif _LEAST_HELD_OUT <= float(share) <= _MOST_HELD_OUT:
+            self.put("dataset.validationFraction", float(share))
+        else:
+            self.lose("val_set_size")
+        self._rows()
+
+    def _rows(self) -> None:
+        """How rows are read."""
+        if all(re.search("liger|cut_cross_entropy", str(name)) for name in self._given.get("plugins", [""])):
+            self.take("plugins")  # faster losses and layers, chosen without being asked
+        if self.take("train_on_inputs", default=False):
+            self.put("dataset.lossOn", "AllTokens")
+        if self._given.get("chat_template") == "tokenizer_default":
+            self.take("chat_template")
+        template = self._given.get("chat_template_jinja")
+        if isinstance(template, str) and "{%" in template:
+            self.put("dataset.chatTemplate", self.take("chat_template_jinja"))
+            if self._given.get("chat_template") == "jinja":
+                self.take("chat_template")
+        strategy = self._given.get("excess_length_strategy")
+        if strategy in _OVERLONG:
+            self.put("dataset.overlong", _OVERLONG[self.take("excess_length_strategy")])
+        if not self.take("dataset_exact_deduplication", default=False):
+            self.put("dataset.duplicates", "Keep")
+
+    def hyperparameters(self) -> None:
+        micro = int(self.take("micro_batch_size", default=1))
+        self.put("hyperparameters.batchSize", micro * int(self.take("gradient_accumulation_steps", default=1)))
+        self.put("hyperparameters.microBatchSize", micro)
+        for key, names in (("optimizer", _OPTIMIZERS), ("lr_scheduler", _SCHEDULERS)):
+            found = names.get(str(self._given.get(key)))
+            if found is not None:
+                self.put(f"hyperparameters.{'scheduler' if key == 'lr_scheduler' else key}", str(found))
+                self.take(key)
+        steps, total = self._given.get("warmup_steps"), self._given.get("max_steps")
+        if steps and total:
+            self.put("hyperparameters.warmupRatio", round(int(self.take("warmup_steps")) / int(total), 4))
+        again = self._given.get("gradient_checkpointing")
+        if isinstance(again, bool):
+            self.put("hyperparameters.gradientCheckpointing", self.take("gradient_checkpointing"))
+        bfloat16, half = self.take("bf16", default=self._given.get("bfloat16", "auto")), self._given.get("fp16")
+        if not bfloat16 and not half:
+            self.put("hyperparameters.precision", "float32")
+
+
+@dataclass
+class _Rows:
+    """One entry of `datasets`."""
+
+    uris: list[str]
+    format: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    lost: dict[str, str] = field(default_factory=dict)
+    changed: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, entry: Document, where: str, folder: str) -> _Rows:
+        left = {key: value for key, value in entry.items() if value not in _EMPTY}
+        rows = cls(_data_uris(left, where, folder))
+        kind = left.pop("type", None)
+        rows._kind(kind, left)
+        for key in ("ds_type", "roles", "roles_to_train", "train_on_eos", "chat_template", "train_on_split"):
+            known = {"roles_to_train": ["assistant"], "train_on_eos": "turn", "chat_template": "tokenizer_default"}
+            if key in {"ds_type", "roles"} or left.get(key) == known.get(key, object()):
+                left.pop(key, None)
+        if left.get("split") == "train":
+            del left["split"]
+        for key, value in left.items():
+            rows.lost[f"{where}.{key}"] = (
+                "name the files of that part in the uri" if key in {"split", "name"} else f"it is {json.dumps(value)}"
+            )
+        if rows.format == "Instruction":
+            rows.changed[f"{where}.type"] = (
+                "the rows are rendered by the base model's chat template, not by this prompt"
+            )
+        if rows.format is None and kind is not None:
+            rows.lost[f"{where}.type"] = f"{json.dumps(kind)} names no format that rows can have here"
+        return rows
+
+    def _kind(self, kind: object, left: Document) -> None:
+        if isinstance(kind, dict):
+            self.format = "Instruction"
+            for name in ("instruction", "input", "output"):
+                self._column(name, kind.get(f"field_{name}"))
+            known = {"field_instruction", "field_input", "field_output"}
+            left |= {f"type.{key}": value for key, value in kind.items() if key not in known and value not in _EMPTY}
+        elif kind == "alpaca":
+            self.format = "Instruction"
+        elif kind in {"completion", "pretrain"}:
+            self.format = "Text"
+            self._column("text", left.pop("field", left.pop("text_column", None)))
+        elif kind == "sharegpt":
+            self.format = "Messages"
+            self._column("messages", left.pop("conversation_field", "conversations"))
+        elif kind == "chat_template":
+            self.format = "Messages"
+            self._column("messages", left.pop("field_messages", None))
+            self._column("tools", left.pop("field_tools", None))
+            self._property_names(left)
+
+    def _property_names(self, left: Document) -> None:
+        """The names of a message's parts; the trainer knows role and content, and from and value."""
+        names = left.get("message_property_mappings") or {
+            "role": left.get("message_field_role", "role"),
+            "content": left.get("message_field_content", "content"),
+        }
+        if (names.get("role", "role"), names.get("content", "content")) in {("role", "content"), ("from", "value")}:
+            for key in ("message_property_mappings", "message_field_role", "message_field_content"):
+                left.pop(key, None)
+
+    def _column(self, name: str, given: object) -> None:
+        if isinstance(given, str) and given != name:
+            self.columns[name] = given
+
+
+def _entries(value: object) -> list[Document]:
+    if not isinstance(value, list):
+        value = [value]
+    return [entry if isinstance(entry, dict) else {"path": str(entry)} for entry in value]
+
+
+def _model_uri(name: str, folder: str) -> str:
+    if _STORES.match(name):
+        return _store_uri(name)
+    return _file_uri(name, folder) if name.startswith(("/", "./", "../")) else f"hf://{name}"
+
+
+def _data_uris(entry: Document, where: str, folder: str) -> list[str]:
+    """Takes path, data_files and revision out of the entry."""
+    path, files = entry.pop("path", None), entry.pop("data_files", [])
+    files = [files] if isinstance(files, str) else files
+    if not isinstance(path, str):
+        raise UntranslatableError(f"{where}.path is missing: name the rows")
+    if path.startswith(("http://", "https://")):
+        raise UntranslatableError(f"{where}.path is {path}: copy the rows to s3://, gs://, az:// or pvc://")
+    if _STORES.match(path):
+        return [_store_uri(path)]
+    if path in {"json", "csv", "parquet", "arrow", "text"} and files:
+        return [_store_uri(name) if _STORES.match(name) else _file_uri(name, folder) for name in files]
+    if _LOCAL.search(path):
+        place = _file_uri(path, folder)
+    else:
+        revision = entry.pop("revision", None)
+        place = f"hf://datasets/{path}" + (f"@{revision}" if revision else "")
+    return [f"{place}/{name}" for name in files] or [place]
+
+
+def _store_uri(uri: str) -> str:
+    return uri.replace("gcs://", "gs://", 1).replace("abfs://", "az://", 1).rstrip("/")
+
+
+def _file_uri(path: str, folder: str) -> str:
+    return f"file://{posixpath.normpath(posixpath.join(folder, path))}"

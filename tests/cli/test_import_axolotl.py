@@ -1,0 +1,341 @@
+"""Axolotl configurations, each reduced to what tells its kind; names as in axolotl-ai-cloud/axolotl, examples/."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tunesmith.api.manifest import parse_manifest
+from tunesmith.cli.main import main
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    Import = Callable[..., tuple[int, str, str]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A configuration, what its FineTuneJob holds at least, and the keys that are told."""
+
+    text: str
+    spec: dict[str, Any]
+    lost: frozenset[str] = frozenset()
+    changed: frozenset[str] = frozenset()
+
+
+KINDS = {
+    "llama-3/qlora-1b.yml": Kind(
+        """
+        base_model: org/base-1b
+        load_in_8bit: false
+        load_in_4bit: true
+        datasets:
+          - {path: org/instructions, type: alpaca}
+        dataset_prepared_path: prepared
+        val_set_size: 0.1
+        output_dir: ./out
+        adapter: qlora
+        lora_model_dir:
+        sequence_len: 2048
+        sample_packing: true
+        eval_sample_packing: true
+        lora_r: 32
+        lora_alpha: 16
+        lora_dropout: 0.05
+        lora_target_modules: [q_proj, v_proj]
+        wandb_project:
+        gradient_accumulation_steps: 4
+        micro_batch_size: 2
+        num_epochs: 1
+        optimizer: adamw_bnb_8bit
+        lr_scheduler: cosine
+        learning_rate: 0.0002
+        bf16: auto
+        tf32: false
+        gradient_checkpointing: true
+        logging_steps: 1
+        attn_implementation: flash_attention_2
+        warmup_ratio: 0.1
+        evals_per_epoch: 4
+        weight_decay: 0.0
+        special_tokens: {pad_token: "<|end|>"}
+        """,
+        {
+            "baseModel": {"uri": "hf://org/base-1b"},
+            "dataset": {
+                "train": [{"uri": "hf://datasets/org/instructions", "weight": 1.0}],
+                "format": "Instruction",
+                "validationFraction": 0.1,
+                "maxLength": 2048,
+                "packing": True,
+                "duplicates": "Keep",
+            },
+            "method": {"qlora": {"rank": 32, "alpha": 16, "dropout": 0.05, "targetModules": ["q_proj", "v_proj"]}},
+            "hyperparameters": {
+                "epochs": 1.0,
+                "batchSize": 8,
+                "microBatchSize": 2,
+                "optimizer": "AdamW8bit",
+                "scheduler": "Cosine",
+                "learningRate": 2e-4,
+                "warmupRatio": 0.1,
+                "gradientCheckpointing": True,
+            },
+        },
+        lost=frozenset({"special_tokens", "evals_per_epoch"}),
+        changed=frozenset({"datasets[0].type"}),
+    ),
+    "llama-3/instruct-lora-8b.yml": Kind(
+        """
+        base_model: org/chat-8b
+        load_in_8bit: true
+        chat_template: llama3
+        datasets:
+          - path: org/chats
+            type: chat_template
+            field_messages: turns
+            message_field_role: role
+            message_field_content: content
+            roles: {user: [user], assistant: [assistant]}
+        val_set_size: 0.05
+        sequence_len: 4096
+        adapter: lora
+        lora_r: 32
+        lora_alpha: 16
+        lora_target_linear: true
+        gradient_accumulation_steps: 4
+        micro_batch_size: 2
+        num_epochs: 4
+        optimizer: adamw_torch
+        learning_rate: 0.0002
+        train_on_inputs: false
+        warmup_steps: 10
+        deepspeed:
+        """,
+        {
+            "dataset": {
+                "train": [{"uri": "hf://datasets/org/chats", "weight": 1.0}],
+                "format": "Messages",
+                "columns": {"messages": "turns"},
+            },
+            "method": {"lora": {"rank": 32, "alpha": 16, "targetModules": ["all-linear"]}},
+            "hyperparameters": {"epochs": 4.0, "batchSize": 8, "optimizer": "AdamW", "warmupRatio": 0.03},
+        },
+        lost=frozenset({"load_in_8bit", "chat_template", "warmup_steps"}),
+    ),
+    "gemma3/gemma-3-1b-qlora.yml": Kind(
+        """
+        base_model: org/small-it
+        load_in_4bit: true
+        chat_template: gemma3
+        eot_tokens: [<end_of_turn>]
+        datasets:
+          - path: org/conversations
+            type: chat_template
+            field_messages: conversations
+            message_property_mappings: {role: from, content: value}
+        val_set_size: 0.0
+        unfrozen_parameters: [^lm_head]
+        adapter: qlora
+        lora_r: 32
+        lora_alpha: 16
+        lora_target_linear: true
+        micro_batch_size: 1
+        gradient_accumulation_steps: 4
+        num_epochs: 4
+        gradient_checkpointing_kwargs: {use_reentrant: false}
+        """,
+        {
+            "dataset": {"format": "Messages", "columns": {"messages": "conversations"}},
+            "hyperparameters": {"batchSize": 4, "microBatchSize": 1},
+        },
+        lost=frozenset({"chat_template", "eot_tokens", "unfrozen_parameters", "val_set_size"}),
+    ),
+    "gemma3/gemma-3-4b-vision-qlora.yml": Kind(
+        """
+        base_model: org/vision
+        processor_type: AutoProcessor
+        load_in_4bit: true
+        datasets:
+          - {path: org/images, type: chat_template, split: "train[:1%]", field_messages: messages}
+        val_set_size: 0.01
+        adapter: qlora
+        lora_r: 32
+        lora_alpha: 16
+        lora_target_modules: 'layers.[\\d]+.(mlp|self_attn).(up|down)_proj'
+        micro_batch_size: 2
+        num_epochs: 1
+        """,
+        {"dataset": {"format": "Messages", "validationFraction": 0.01}, "method": {"qlora": {"rank": 32}}},
+        lost=frozenset({"processor_type", "datasets[0].split", "lora_target_modules"}),
+    ),
+    "llama-3/qlora-fsdp-70b.yaml": Kind(
+        """
+        base_model: org/large
+        load_in_4bit: true
+        datasets: [{path: org/instructions, type: alpaca}]
+        val_set_size: 0.05
+        adapter: qlora
+        sequence_len: 512
+        lora_r: 8
+        lora_alpha: 16
+        lora_target_linear: true
+        gradient_accumulation_steps: 4
+        micro_batch_size: 1
+        num_epochs: 4
+        learning_rate: 0.00001
+        fsdp: [full_shard, auto_wrap]
+        fsdp_config: {fsdp_offload_params: true}
+        """,
+        {"dataset": {"maxLength": 512}, "hyperparameters": {"learningRate": 1e-5}},
+        lost=frozenset({"fsdp", "fsdp_config"}),
+        changed=frozenset({"datasets[0].type"}),
+    ),
+    "archived/openllama-3b/lora.yml": Kind(
+        """
+        base_model: org/open-3b
+        load_in_8bit: true
+        datasets: [{path: data/rows.jsonl, ds_type: json, type: completion, field: body}]
+        val_set_size: 0.02
+        adapter: lora
+        lora_r: 8
+        lora_alpha: 16
+        micro_batch_size: 2
+        max_steps: 200
+        num_epochs: 4
+        warmup_steps: 10
+        bfloat16: false
+        fp16: true
+        """,
+        {
+            "dataset": {
+                "train": [{"uri": "file://FOLDER/data/rows.jsonl", "weight": 1.0}],
+                "format": "Text",
+                "columns": {"text": "body"},
+            },
+            "hyperparameters": {"maxSteps": 200, "warmupRatio": 0.05, "batchSize": 2},
+        },
+        lost=frozenset({"load_in_8bit", "fp16"}),
+    ),
+}
+CUSTOM = """
+base_model: ./models/mine
+datasets:
+  - path: s3://bucket/one.jsonl
+    type: {field_instruction: ask, field_output: answer, format: "Q: {instruction}"}
+  - path: json
+    data_files: [more/two.jsonl, more/three.jsonl]
+    type: {field_instruction: ask, field_output: answer}
+test_datasets:
+  - path: org/held-out
+    revision: v2
+    data_files: rows.parquet
+    type: {field_instruction: ask, field_output: answer}
+adapter: lora
+peft_use_dora: true
+peft_init_lora_weights: eva
+lora_r: 8
+lora_alpha: 16
+lora_layers_to_transform: [1, 2]
+excess_length_strategy: truncate
+dataset_exact_deduplication: true
+chat_template: tokenizer_default
+optimizer: muon
+plugins: [axolotl.integrations.liger.LigerPlugin]
+save_steps: 50
+save_total_limit: 3
+neftune_noise_alpha: 5
+bf16: false
+"""
+
+
+@pytest.fixture
+def imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Import:
+    def run(text: str, *arguments: str) -> tuple[int, str, str]:
+        (tmp_path / "My config.yml").write_text(text)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["tunesmith", "import", "axolotl", "My config.yml", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out, printed.err
+
+    return run
+
+
+def holds(whole: Any, part: Any, folder: Path) -> None:
+    if isinstance(part, dict):
+        for key, value in part.items():
+            holds(whole[key], value, folder)
+    elif isinstance(part, list):
+        assert len(whole) == len(part)
+        for one, other in zip(whole, part, strict=True):
+            holds(one, other, folder)
+    else:
+        assert whole == (part.replace("FOLDER", str(folder)) if isinstance(part, str) else part)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_public_example_becomes_a_job_and_every_other_key_is_told(
+    imported: Import, tmp_path: Path, name: str
+) -> None:
+    kind = KINDS[name]
+    code, out, err = imported(kind.text)
+    assert code == 0, err
+    job = parse_manifest(out)
+    assert job.metadata.name == "my-config"
+    holds(job.spec.manifest(), kind.spec, tmp_path)
+    lines = err.splitlines()
+    assert {line.split(" has no counterpart")[0] for line in lines if "has no counterpart" in line} == kind.lost
+    assert {line.split(": ")[0] for line in lines if "rendered by" in line} == kind.changed
+    assert imported(kind.text, "--strict")[0] == (1 if kind.lost else 0)
+
+
+def test_sources_columns_variants_and_checkpoints(imported: Import, tmp_path: Path) -> None:
+    code, out, err = imported(CUSTOM)
+    assert code == 0, err
+    spec = parse_manifest(out).spec
+    assert spec.base_model.uri == f"file://{tmp_path}/models/mine"
+    assert [source.uri for source in spec.dataset.train] == [
+        "s3://bucket/one.jsonl",
+        f"file://{tmp_path}/more/two.jsonl",
+        f"file://{tmp_path}/more/three.jsonl",
+    ]
+    assert spec.dataset.validation is not None
+    assert [source.uri for source in spec.dataset.validation] == ["hf://datasets/org/held-out@v2/rows.parquet"]
+    assert spec.dataset.columns is not None
+    assert spec.dataset.columns.manifest() == {"instruction": "ask", "output": "answer"}
+    assert (spec.dataset.overlong, spec.dataset.duplicates) == ("Truncate", "Drop")
+    assert spec.method.lora is not None
+    assert (spec.method.lora.dora, spec.method.lora.initialization) == (True, "EVA")
+    assert (spec.checkpoint.every_steps, spec.checkpoint.keep) == (50, 3)
+    assert (spec.hyperparameters.neftune_noise_alpha, spec.hyperparameters.precision) == (5, "float32")
+    assert 'datasets[0].type.format has no counterpart and is left out: it is "Q: {instruction}"' in err
+    assert "optimizer has no counterpart" in err
+    assert "lora_layers_to_transform has no counterpart" in err
+    assert "plugins" not in err
+
+
+SMALL = "base_model: org/base\ndatasets: [{path: org/rows, type: chat_template}]\nadapter: lora\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "said"),
+    [
+        ("base_model: a: b", 2, "is not valid YAML"),
+        ("adapter: lora", 2, "base_model is missing: name the base model"),
+        ("base_model: org/base\nadapter: lora", 2, "datasets is missing: name the rows to train on"),
+        (SMALL.replace("org/rows", "https://example.org/rows.jsonl"), 2, "copy the rows to s3://, gs://, az:// or pvc"),
+        (SMALL.replace("org/base", "base"), 1, "says what no FineTuneJob can: spec.baseModel.uri: a uri is hf://"),
+        (SMALL + "lora_r: 4096", 1, "spec.method.lora.rank is 4096: it must be at most 512"),
+    ],
+)
+def test_what_cannot_be_imported_is_told(imported: Import, text: str, code: int, said: str) -> None:
+    ended, out, err = imported(text)
+    assert (ended, out) == (code, "")
+    assert said in err
