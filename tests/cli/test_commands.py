@@ -121,7 +121,7 @@ def test_run_finds_the_trainer_on_the_path(trainer: Path, manifest: Path) -> Non
             "$TUNESMITH_TRAINER is /nowhere, which is not a program",
         ),
         (("submit", "-f", "absent.yaml"), {}, 2, "there is no file absent.yaml"),
-        (("submit", "-f", "BAD"), {}, 2, "method needs exactly one of lora and qlora"),
+        (("submit", "-f", "BAD"), {}, 2, "method needs exactly one of lora, qlora, adaLora"),
         (("submit", "-f", "LOCAL"), {}, 2, "file:// works only in a local run"),
         (("submit", "-f", "JOB"), {"KUBECONFIG": "/nowhere"}, 2, "there is no kubeconfig at /nowhere"),
         (("submit", "-f", "BROKEN"), {}, 2, "not valid YAML"),

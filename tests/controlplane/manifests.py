@@ -8,7 +8,10 @@ from typing import Any
 API = "tunesmith.dev/v1alpha1"
 REMOVE = object()
 LOCAL_ONLY = "file:// works only in a local run: tunesmith run"
-ONE_METHOD = "method needs exactly one of lora and qlora: keep one and remove the other"
+ONE_METHOD = (
+    "method needs exactly one of lora, qlora, adaLora, ia3, prefixTuning, promptTuning, pTuning, peft: keep one and "
+    "remove the others"
+)
 
 
 def job(namespace: str, name: str = "tone", **changes: object) -> dict[str, Any]:

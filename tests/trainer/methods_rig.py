@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
 from transformers import set_seed
 
 from tunesmith.api.finetunejob import FineTuneJobSpec
-from tunesmith.api.finetunejob_status import ServableStatus
 from tunesmith_trainer import merge, package
 from tunesmith_trainer import model as base_model
 from tunesmith_trainer.methods import conversion, servable
 from tunesmith_trainer.methods.config import Planned, plan_method
 from tunesmith_trainer.methods.targets import modules_of
 from tunesmith_trainer.methods.wrap import wrap
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tunesmith.api.finetunejob_status import ServableStatus
 
 PROMPTS = [[5, 9, 33, 12], [40, 41, 7, 19, 88, 3]]
 
@@ -65,7 +68,7 @@ def try_method(method: dict[str, Any], base: Path, folder: Path, *, steps: int =
     loaded = base_model.load_model(base, torch.device("cpu"), quantization, torch.float32)
     rows = rows_of(loaded.config.vocab_size)
     base_logits = merge.last_logits(loaded, PROMPTS)
-    model = wrap(loaded, planned, rows, quantized=quantization is not None)
+    model = wrap(loaded, planned, rows, spec.method, steps)
     optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=rate)
     ids = torch.tensor(rows["input_ids"])
     losses = []

@@ -142,11 +142,11 @@ def test_rows_beyond_the_models_context_are_refused(bench: Workbench) -> None:
 
 
 SPECS: dict[str, tuple[dict[str, Any], FailureReason, str]] = {
-    "no method": ({"method": {}}, FailureReason.INVALID_SPEC, "method needs exactly one of lora and qlora"),
+    "no method": ({"method": {}}, FailureReason.INVALID_SPEC, "method needs exactly one of lora, qlora, adaLora"),
     "two methods": (
         {"method": {"lora": {}, "qlora": {}}},
         FailureReason.INVALID_SPEC,
-        "method needs exactly one of lora and qlora",
+        "method needs exactly one of lora, qlora, adaLora",
     ),
     "rank 0": ({"method": {"lora": {"rank": 0}}}, FailureReason.INVALID_SPEC, "spec.method.lora.rank"),
     "rank -4": ({"method": {"lora": {"rank": -4}}}, FailureReason.INVALID_SPEC, "(it is -4)"),

@@ -1,8 +1,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -10,14 +9,13 @@ from methods_rig import PROMPTS, distance, plan, try_method
 from peft import PeftModel
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from trainer_rig import Workbench
 from transformers import AutoModelForCausalLM
 
-from tunesmith.api.conditions import FailureReason
 from tunesmith_trainer import merge
-from tunesmith_trainer.errors import InvalidSpecError, NotServableError, SelfCheckError
-from tunesmith_trainer.methods import verify
-from tunesmith_trainer.methods.config import plan_method
+from tunesmith_trainer.errors import InvalidSpecError, NotServableError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 # 2 layers of q, o (64→64), k, v (64→32), gate, up (64→128), down (128→64)
 _INPUTS, _OUTPUTS = 2 * (4 * 64 + 2 * 64 + 128), 2 * (2 * 64 + 2 * 32 + 2 * 128 + 64)

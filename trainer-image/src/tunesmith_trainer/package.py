@@ -99,8 +99,8 @@ def build(job: FineTuneJob, prepared: Prepared, trained: Trained, folder: Path, 
         ),
         adapter=ArtifactAdapter(
             method=job.spec.method.name,
-            rank=saved.get("r"),
-            alpha=saved.get("lora_alpha"),
+            rank=saved["r"] if saved["peft_type"] == "LORA" else None,
+            alpha=saved["lora_alpha"] if saved["peft_type"] == "LORA" else None,
             target_modules=prepared.resolved.target_modules or [],
         ),
         dataset_digest=prepared.resolved.dataset_digest or "",
@@ -213,7 +213,8 @@ def _rewrite_config(path: Path, job: FineTuneJob, prepared: Prepared) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = job.spec.base_model.uri.removeprefix("hf://")
     config["revision"] = job.spec.base_model.revision
-    config["target_modules"] = prepared.resolved.target_modules
+    if prepared.planned.ranks:
+        config["target_modules"] = prepared.resolved.target_modules
     _write_json(path, config)
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from tunesmith.api.finetunejob import FineTuneJobSpec
     from tunesmith.api.finetunejob_status import Preflight
-    from tunesmith_trainer.model import Modules
+    from tunesmith_trainer.methods.targets import Modules
 
 _GIB = 2**30
 _WIDTHS = ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
@@ -101,7 +101,7 @@ def sizing(
         shape=shape,
         trainable=trainable,
         adapted_inputs=sum(wide for wide, _ in adapted.values()) // layers,
-        dropout=spec.method.fields.dropout > 0,
+        dropout=spec.method.dropout > 0,
         lengths=np.sort(np.asarray(lengths, dtype=np.int64)),
     )
 
@@ -111,8 +111,8 @@ def settings_of(spec: FineTuneJobSpec, *, micro_batch_size: int, checkpointing: 
     return Settings(
         micro_batch_size=micro_batch_size,
         checkpointing=checkpointing,
-        quantized=spec.method.qlora is not None,
-        rank=spec.method.fields.rank,
+        quantized=spec.method.quantization is not None,
+        rank=spec.method.rank,
         max_length=spec.dataset.max_length,
     )
 

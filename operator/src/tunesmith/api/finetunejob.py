@@ -11,7 +11,7 @@ from tunesmith.api.dataset import Dataset
 from tunesmith.api.evaluation import Evaluation
 from tunesmith.api.finetunejob_status import FineTuneJobStatus
 from tunesmith.api.hyperparameters import DEFAULT_BATCH_SIZE, Hyperparameters
-from tunesmith.api.method import Method
+from tunesmith.api.method import QUANTIZED_CEL, Method
 from tunesmith.api.model import API_VERSION, MAX_NAME, ApiModel, ObjectMeta, Rule, SecretReference, Uri, uri_rules
 from tunesmith.api.output import Merge, Output, Servable
 from tunesmith.api.placement import TrainingResources, TrainingScheduling
@@ -58,11 +58,13 @@ class FineTuneJobSpec(ApiModel):
             ),
         ),
         Rule(
-            "!has(self.output) || !has(self.output.merge) || self.output.merge != 'Dequantized' || "
-            "has(self.method.qlora)",
-            "output.merge: Dequantized belongs to method.qlora, other bases are not in 4 bits: use Original",
+            f"!has(self.output) || !has(self.output.merge) || self.output.merge != 'Dequantized' || {QUANTIZED_CEL}",
+            "output.merge: Dequantized belongs to method.qlora and to quantization, this base is not in 4 bits: use "
+            "Original",
             lambda self: (
-                self.output is None or self.output.merge is not Merge.DEQUANTIZED or self.method.quantization is not None
+                self.output is None
+                or self.output.merge is not Merge.DEQUANTIZED
+                or self.method.quantization is not None
             ),
         ),
     )

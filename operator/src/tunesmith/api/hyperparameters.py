@@ -10,7 +10,6 @@ from pydantic import Field
 from tunesmith.api.model import ApiModel, Rule
 
 DEFAULT_EPOCHS = 3.0
-DEFAULT_LEARNING_RATE = 2e-4
 DEFAULT_BATCH_SIZE = 8
 DEFAULT_MICRO_BATCH_SIZE = 8
 """Highest; batchSize where that is lower."""
@@ -58,7 +57,12 @@ class Hyperparameters(ApiModel):
         default=None, ge=0.01, le=1000, description="Passes over the training rows. Absent with no maxSteps: 3."
     )
     max_steps: int | None = Field(default=None, ge=1, le=10_000_000, description="Optimizer steps.")
-    learning_rate: float | None = Field(default=None, ge=1e-8, le=1.0, description="Peak learning rate. Absent: 2e-4.")
+    learning_rate: float | None = Field(
+        default=None,
+        ge=1e-8,
+        le=1.0,
+        description="Peak learning rate. Absent: the method's own, 2e-4 for lora and qlora.",
+    )
     batch_size: int | None = Field(
         default=None, ge=1, le=65536, description="Sequences per optimizer step, over all GPUs and nodes. Absent: 8."
     )

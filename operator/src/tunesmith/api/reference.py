@@ -94,7 +94,8 @@ def _type(node: Schema) -> str:
     if kind == "array":
         return f"list of {_type(node['items'])}, at most {node.get('maxItems')}"
     if kind == "object" and "properties" not in node:
-        return f"map of {_type(node['additionalProperties'])}"
+        values = node["additionalProperties"]
+        return f"map of {_type(values) if isinstance(values, dict) else 'any'}"
     low, high = node.get("minimum"), node.get("maximum")
     if low is not None:
         kind += f", {low:.12g} to {high:.12g}" if high is not None else f", at least {low}"

@@ -30,6 +30,7 @@ _KEPT = (
     "anyOf",
     "x-kubernetes-list-type",
     "x-kubernetes-list-map-keys",
+    "x-kubernetes-preserve-unknown-fields",
     INT_OR_STRING,
     VALIDATIONS,
 )

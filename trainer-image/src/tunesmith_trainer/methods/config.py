@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from peft import LoraConfig
 from peft.tuners.lora.config import CordaConfig, EvaConfig, LoraGAConfig
 
-from tunesmith.api.method import CHANGES_BASE, Initialization
+from tunesmith.api.method import CHANGES_BASE, Initialization, LoraFields, PeftFields
+from tunesmith.api.output import Merge
 from tunesmith_trainer.errors import InvalidSpecError
-from tunesmith_trainer.methods import servable
+from tunesmith_trainer.methods import generic, limits, servable, typed, weightless
 from tunesmith_trainer.methods.targets import (
     adapted,
     check_pattern,
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
     from tunesmith.api.finetunejob import FineTuneJobSpec
     from tunesmith.api.finetunejob_status import ServableStatus
-    from tunesmith.api.method import LoraFields
     from tunesmith_trainer.methods.targets import Modules
 
 _INITIALIZATIONS: dict[Initialization, bool | str] = {
@@ -44,6 +44,7 @@ _INITIALIZATIONS: dict[Initialization, bool | str] = {
 }
 # What these read from the base's weights has no more columns than its smaller side; LoRA-GA takes twice the rank.
 _RANKS_OF_BASE = dict.fromkeys((*CHANGES_BASE, Initialization.MICA), 1) | {Initialization.LORA_GA: 2}
+_EMBEDDING = "embed_tokens"
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Planned:
 
     Args:
         config: PEFT's configuration of it.
-        parameters: how many parameters are trained.
+        parameters: how many parameters are trained; None where PEFT can count them only with the weights at hand.
         targets: last parts of the names of the modules that get it.
         modules: of the linear modules that get it, full name → (in, out) features.
         servable: whether vLLM will be able to load it.
@@ -61,7 +62,7 @@ class Planned:
     """
 
     config: PeftConfig
-    parameters: int
+    parameters: int | None
     targets: list[str]
     modules: dict[str, tuple[int, int]]
     servable: ServableStatus
@@ -73,20 +74,84 @@ def plan_method(spec: FineTuneJobSpec, modules: Modules) -> Planned:
     """The adapter that a spec asks for, on a base with these modules.
 
     Raises:
-        InvalidSpecError: a field does not fit the base model.
+        InvalidSpecError: a field does not fit the base model, or another field of the spec.
         NotServableError: the spec demands an adapter that vLLM can load, and this is none.
     """
-    planned = _lora(spec.method.fields, modules, quantized=spec.method.quantization is not None)
+    fields, quantized = spec.method.fields, spec.method.quantization is not None
+    if isinstance(fields, LoraFields):
+        planned = _lora(fields, modules, quantized=quantized)
+    elif isinstance(fields, PeftFields):
+        planned = _generic(fields, modules)
+    else:
+        config = typed.config_of(fields, modules, quantized=quantized)
+        parameters, targets = typed.trained(fields, config, modules)
+        planned = _other(config, parameters, targets, modules)
+    _check_merge(spec, planned, modules)
     servable.require(spec, planned.servable)
     return planned
 
 
 def parameters_at(rank: int | None, planned: Planned, spec: FineTuneJobSpec, modules: Modules) -> int:
-    """How many parameters a spec would train at another rank; at its own where that is None."""
-    if rank is None or rank == spec.method.rank:
-        return planned.parameters
-    fields = spec.method.fields.model_copy(update={"rank": rank})
-    return _lora(fields, modules, quantized=spec.method.quantization is not None).parameters
+    """How many parameters a spec would train with LoRA of another rank; as planned where that is None.
+
+    0 where PEFT can count them only with the weights at hand.
+    """
+    fields = spec.method.fields
+    if rank is None or not isinstance(fields, LoraFields) or rank == fields.rank:
+        return planned.parameters or 0
+    other = fields.model_copy(update={"rank": rank})
+    return _lora(other, modules, quantized=spec.method.quantization is not None).parameters or 0
+
+
+def _generic(fields: PeftFields, modules: Modules) -> Planned:
+    config = generic.config_of(fields, modules)
+    kind = kind_of(config)
+    if kind in limits.UNCOUNTED or getattr(config, "monteclora_config", None) is not None:
+        return _other(config, None, sorted(_names(config)), modules)
+    model = weightless.wrapped(config, modules.config, f"peft {kind}")
+    return _other(config, weightless.trained_parameters(model), weightless.targets(model), modules)
+
+
+def _names(config: PeftConfig) -> list[str]:
+    named = getattr(config, "target_modules", None)
+    return [named] if isinstance(named, str) else list(named or [])
+
+
+def _other(config: PeftConfig, parameters: int | None, targets: list[str], modules: Modules) -> Planned:
+    kind = kind_of(config)
+    begun = [getattr(config, key, True) for key in ("init_weights", "init_lora_weights", "init_ia3_weights")]
+    return Planned(
+        config,
+        parameters,
+        targets,
+        adapted(targets, modules),
+        servable.other(kind, config.to_dict(), mergeable=kind not in limits.NOT_MERGED),
+        identity=kind not in limits.CHANGES_AT_FIRST and False not in begun,
+    )
+
+
+def kind_of(config: PeftConfig) -> str:
+    """PEFT's name of the method, such as LORA."""
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def _check_merge(spec: FineTuneJobSpec, planned: Planned, modules: Modules) -> None:
+    if spec.output is None or spec.output.merge is Merge.NONE:
+        return
+    kind = kind_of(planned.config)
+    if kind in limits.NOT_MERGED:
+        raise InvalidSpecError(
+            f"output.merge: what {spec.method.name} trains cannot be merged into the base's weights, "
+            f"{limits.NOT_MERGED[kind]}: remove output.merge, or use another method"
+        )
+    if getattr(planned.config, "lora_bias", False):
+        raise InvalidSpecError("output.merge: biases of LoRA layers cannot be merged: remove lora_bias or output.merge")
+    saved = getattr(planned.config, "modules_to_save", None) or []
+    if modules.tied and any(fits(name, one) for one in saved for name in (modules.output or "", _EMBEDDING)):
+        raise InvalidSpecError(
+            f"output.merge: the base model's output layer and embedding share their weights, and {', '.join(saved)} is "
+            "trained apart: remove output.merge or modulesToSave"
+        )
 
 
 def _lora(fields: LoraFields, modules: Modules, *, quantized: bool) -> Planned:

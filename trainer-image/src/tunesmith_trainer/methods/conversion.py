@@ -81,6 +81,16 @@ def save(model: PeftModel, folder: Path) -> None:
         config["lora_alpha"] *= alpha
         config["rank_pattern"] = {name: 2 * rank for name, rank in (config["rank_pattern"] or {}).items()}
         config["alpha_pattern"] = {name: alpha * value for name, value in (config["alpha_pattern"] or {}).items()}
+    # What only the beginning of training needs, and names this machine's folders.
+    for key in ("tokenizer_name_or_path", "tokenizer_kwargs", "prompt_tuning_init_text"):
+        if key in config:
+            config[key] = None
+    if "prompt_tuning_init" in config:
+        config["prompt_tuning_init"] = "RANDOM"
+    # PEFT keeps sets, whose order differs from run to run.
+    for key in ("target_modules", "exclude_modules", "feedforward_modules"):
+        if isinstance(config.get(key), list):
+            config[key] = sorted(config[key])
     path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 

@@ -45,6 +45,20 @@ def lora(ranks: Mapping[str, int], *, dora: bool, saved: Sequence[str]) -> Serva
     return _YES
 
 
+def other(kind: str, config: Mapping[str, Any], *, mergeable: bool) -> ServableStatus:
+    """The verdict on what is not one of `method.lora` and `method.qlora`.
+
+    Args:
+        kind: PEFT's name of the method.
+        config: content of its adapter_config.json.
+        mergeable: whether the adapter can be merged into the base.
+    """
+    if kind == "LORA":
+        return of_files(config, [])
+    mend = f"use method.lora, or {_MERGED}" if mergeable else "use method.lora; this one cannot be merged either"
+    return _no(f"vLLM loads LoRA adapters only, and this is {kind}: {mend}")
+
+
 def require(spec: FineTuneJobSpec, verdict: ServableStatus) -> None:
     """Raises NotServableError where the spec demands what the verdict denies."""
     if spec.servable is Servable.REQUIRED and not verdict.vllm:
@@ -108,7 +122,6 @@ _REFUSED = (
     "target_parameters",
     "velora_config",
     "monteclora_config",
-    "use_kasa",
     "kasa_config",
 )
 

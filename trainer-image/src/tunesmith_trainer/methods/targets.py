@@ -28,14 +28,18 @@ class Modules:
         others: full names of all other modules.
         output: full name of the output layer, or None.
         sizes: full name → parameters, of every module.
+        parameters: of the whole model; shared ones count once.
         tied: whether the output layer and the embedding share their weights.
+        config: the base model's configuration.
     """
 
     linear: dict[str, tuple[int, int]]
     others: frozenset[str]
     output: str | None
     sizes: dict[str, int]
+    parameters: int
     tied: bool
+    config: PretrainedConfig
 
 
 def modules_of(config: PretrainedConfig) -> Modules:
@@ -54,7 +58,8 @@ def modules_of(config: PretrainedConfig) -> Modules:
         elif name:
             others.add(name)
     tied = bool(getattr(config, "tie_word_embeddings", False))
-    return Modules(linear, frozenset(others), output_name, sizes, tied)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Modules(linear, frozenset(others), output_name, sizes, parameters, tied, config)
 
 
 def resolve_targets(asked: Sequence[str], modules: Modules) -> list[str]:
@@ -109,6 +114,27 @@ def check_saved_modules(asked: Sequence[str], targets: Sequence[str], modules: M
                 f"method modulesToSave: {name} is held in 4 bits and cannot be trained whole: remove it, or use a "
                 "method without quantization"
             )
+
+
+def check_named_modules(field: str, asked: Sequence[str] | str | None, modules: Modules) -> None:
+    """Checks names, or the regular expression, that PEFT will look for in the names of modules.
+
+    Raises:
+        InvalidSpecError: one fits no module, or the expression is none.
+    """
+    if asked is None or asked == ALL_LINEAR:
+        return
+    if isinstance(asked, str):
+        try:
+            found = any(re.fullmatch(asked, full) for full in modules.sizes)
+        except re.error as error:
+            raise InvalidSpecError(f"method {field}: {asked} is no regular expression: {error}") from None
+        if not found:
+            raise InvalidSpecError(f"method {field}: no module of the base model fits the expression {asked}")
+        return
+    for name in asked:
+        if not any(fits(full, name) for full in modules.sizes):
+            raise InvalidSpecError(_unknown(field, name, modules.sizes))
 
 
 def check_pattern(field: str, pattern: Mapping[str, int], targets: Sequence[str], modules: Modules) -> None:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig
+from peft import AdaLoraConfig, LoraConfig
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.lora import LoraLayer
+from peft.utils import PeftType
 
 from tunesmith_trainer.errors import SelfCheckError
 from tunesmith_trainer.methods.targets import pattern_value
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from datasets import Dataset
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
     from torch import nn
 
     from tunesmith_trainer.methods.config import Planned
@@ -53,16 +55,16 @@ def check_parameters(model: PeftModel, planned: Planned) -> None:
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     count = sum(parameter.numel() for parameter in trained.values())
     config = planned.config
-    parts = _parts(config)
-    strange = [name for name in trained if not any(part in name for part in parts)]
+    must, may = _parts(config)
+    strange = [name for name in trained if not any(part in name for part in (*must, *may))]
     if strange:
         raise SelfCheckError(f"{strange[0]} is trained and is not of the adapter")
-    if count != planned.parameters:
+    if planned.parameters is not None and count != planned.parameters:
         raise SelfCheckError(f"the adapter has {count} trainable parameters where {planned.parameters} are expected")
-    missing = [part for part in parts if not any(part in name for name in trained)]
+    missing = [part for part in must if not any(part in name for name in trained)]
     if missing:
         raise SelfCheckError(f"no parameter named {missing[0].strip('.')} is trained, which the method needs")
-    if isinstance(config, LoraConfig):
+    if isinstance(config, LoraConfig) and planned.ranks:
         _check_scales(model, config, planned.ranks)
 
 
@@ -87,16 +89,25 @@ def check_start(model: PeftModel, planned: Planned, before: Probe) -> None:
         )
 
 
-def _parts(config: object) -> list[str]:
-    """Pieces of the names of trained parameters: each must be there, and each trained parameter must have one."""
-    parts = []
-    if isinstance(config, LoraConfig):
-        parts = [".lora_A."] if config.init_lora_weights == "mica" else [".lora_A.", ".lora_B."]
-        if config.use_dora:
-            parts.append(".lora_magnitude_vector.")
+def _parts(config: PeftConfig) -> tuple[list[str], list[str]]:
+    """Pieces of the names of trained parameters: those that must be there, and others that may."""
+    if config.is_prompt_learning:
+        return ["prompt_encoder."], []
+    may = ["trainable_tokens_"] if getattr(config, "trainable_token_indices", None) else []
+    may += [".bias"] if getattr(config, "bias", "none") != "none" else []
+    if isinstance(config, AdaLoraConfig):
+        must = [".lora_A.", ".lora_B.", ".lora_E."]
+    elif isinstance(config, LoraConfig):
+        must = [".lora_A."] if config.init_lora_weights == "mica" else [".lora_A.", ".lora_B."]
+        must += [".lora_magnitude_vector."] if config.use_dora else []
+        may.append(".lora_")
+    elif config.is_adaption_prompt:
+        must = [".adaption_"]
+    else:
+        must = [PEFT_TYPE_TO_PREFIX_MAPPING[PeftType(config.peft_type)]]
     if getattr(config, "modules_to_save", None):
-        parts.append(".modules_to_save.")
-    return parts
+        must.append(".modules_to_save.")
+    return must, may
 
 
 def _check_scales(model: PeftModel, config: LoraConfig, ranks: Mapping[str, int]) -> None:

@@ -7,12 +7,20 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import (
+    AdaLoraConfig,
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    PromptTuningInit,
+    get_peft_model,
+    prepare_model_for_kbit_training,
+)
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.eva import initialize_lora_eva_weights
 from peft.tuners.lora.loraga import preprocess_loraga
 
-from tunesmith_trainer.methods import conversion, verify
+from tunesmith_trainer.methods import conversion, typed, verify
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,29 +28,35 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel
 
+    from tunesmith.api.method import Method
     from tunesmith_trainer.methods.config import Planned
 
 _LOOKED_AT = 256
 """Training rows, at most, that an initialisation looks at."""
 
 
-def wrap(base: PreTrainedModel, planned: Planned, rows: Dataset, *, quantized: bool) -> PeftModel:
+def wrap(base: PreTrainedModel, planned: Planned, rows: Dataset, method: Method, total_steps: int) -> PeftModel:
     """The base with a new adapter in float32, verified; only the adapter can be trained.
 
     Args:
         base: with its weights.
         planned: what to put on it.
         rows: training rows, as `input_ids` and `labels`.
-        quantized: whether the base is in 4 bits.
+        method: as the manifest says it.
+        total_steps: optimizer steps of the run.
 
     Raises:
         SelfCheckError: the adapter is not the one that was asked for.
     """
     probe = verify.probe(base, rows)
-    if quantized:
+    if method.quantization is not None:
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)  # type: ignore[assignment]
     config = copy.deepcopy(planned.config)
     chosen = config.init_lora_weights if isinstance(config, LoraConfig) else None
+    if isinstance(config, AdaLoraConfig) and method.ada_lora is not None:
+        typed.schedule(config, method.ada_lora, total_steps)
+    if isinstance(config, PromptTuningConfig) and method.prompt_tuning is not None:
+        _begin_as_text(config, method.prompt_tuning.initial_text, base)
     if chosen == "corda":
         _look_for_corda(base, config, rows)
     elif chosen == "lora_ga":
@@ -60,6 +74,13 @@ def wrap(base: PreTrainedModel, planned: Planned, rows: Dataset, *, quantized: b
     verify.check_parameters(model, planned)
     verify.check_start(model, planned, probe)
     return model
+
+
+def _begin_as_text(config: PromptTuningConfig, text: str | None, base: PreTrainedModel) -> None:
+    if text is not None:
+        config.prompt_tuning_init = PromptTuningInit.TEXT
+        config.prompt_tuning_init_text = text
+        config.tokenizer_name_or_path = base.name_or_path
 
 
 def _look_for_corda(base: PreTrainedModel, config: LoraConfig, rows: Dataset) -> None:

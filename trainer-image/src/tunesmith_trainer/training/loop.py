@@ -136,7 +136,7 @@ def _train(
     quantization = method.quantization
     base = model.load_model(prepared.base, device, quantization, precision_of(precision))
     add_target_loss(base)
-    peft_model = wrap(base, prepared.planned, prepared.train, quantized=quantization is not None)
+    peft_model = wrap(base, prepared.planned, prepared.train, method, resolved.total_steps)
     layout = choose_layout(peft_model, base)
     if checkpointing:
         _checkpoint_activations(base)

@@ -1,0 +1,149 @@
+"""`method.peft`: a configuration of PEFT's own, checked against its class before any weight is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import json
+import typing
+from typing import TYPE_CHECKING, Any
+
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from pydantic import TypeAdapter, ValidationError
+
+from tunesmith_trainer.errors import InvalidSpecError
+from tunesmith_trainer.methods import limits
+from tunesmith_trainer.methods.targets import check_named_modules, check_saved_modules
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from peft import PeftConfig
+
+    from tunesmith.api.method import PeftFields
+    from tunesmith_trainer.methods.targets import Modules
+
+_ABSENT: tuple[Any, ...] = (None, False, [])
+_NEEDED = {"ADAMSS": ("sklearn", "scikit-learn")}
+"""Methods that import what the trainer's image may not have: module, and its distribution."""
+
+
+def type_of(asked: str) -> str:
+    """PEFT's name of a method.
+
+    Raises:
+        InvalidSpecError: there is none, or it cannot be trained here.
+    """
+    known = [kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING]
+    name = asked.upper().replace("-", "_")
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(known))}"
+        raise InvalidSpecError(f"method.peft.type: PEFT has no method {asked}; {hint}")
+    if name in limits.REFUSED:
+        raise InvalidSpecError(f"method.peft.type: {name} is not possible, {limits.REFUSED[name]}")
+    if name in _NEEDED:
+        module, distribution = _NEEDED[name]
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            raise InvalidSpecError(
+                f"method.peft.type: {name} needs {distribution}, which the trainer's image does not have"
+            ) from None
+    return name
+
+
+def config_of(fields: PeftFields, modules: Modules) -> PeftConfig:
+    """PEFT's configuration.
+
+    Raises:
+        InvalidSpecError: a key is unknown, refused or of the wrong type, a name fits no module of the base, or the
+            method cannot be trained in 4 bits.
+    """
+    kind = type_of(fields.type)
+    quantized = fields.quantization is not None
+    if quantized and kind in limits.NOT_IN_4_BITS:
+        raise InvalidSpecError(
+            f"method.peft: {kind} cannot be trained on a base in 4 bits, {limits.NOT_IN_4_BITS[kind]}: remove "
+            "quantization, or use method.qlora"
+        )
+    _refuse(fields.config, "config")
+    if kind == "LORA":
+        _check_lora(fields.config, quantized=quantized)
+    cls = PEFT_TYPE_TO_CONFIG_MAPPING[next(one for one in PEFT_TYPE_TO_CONFIG_MAPPING if one.value == kind)]
+    values = _typed(cls, fields.config, "config")
+    for key in ("target_modules", "feedforward_modules", "exclude_modules"):
+        check_named_modules(f"peft.config.{key}", fields.config.get(key), modules)
+    saved = fields.config.get("modules_to_save") or []
+    check_saved_modules(saved, fields.config.get("target_modules") or [], modules, quantized=quantized)
+    try:
+        config: PeftConfig = cls(task_type="CAUSAL_LM", **values)
+    except (ValueError, TypeError, ImportError) as error:
+        raise InvalidSpecError(f"method.peft.config: {' '.join(str(error).split())[:300]}") from None
+    return config
+
+
+def _refuse(config: Mapping[str, Any], where: str) -> None:
+    """Raises for keys that name files, code or models, at any depth, and for those that are set here."""
+    for key, value in config.items():
+        if key in limits.PATHS:
+            raise InvalidSpecError(f"method.peft.{where}.{key} names files or code, which a job must not: remove it")
+        if where == "config" and key in limits.OURS:
+            raise InvalidSpecError(f"method.peft.{where}.{key} cannot be set, {limits.OURS[key]}: remove it")
+        if isinstance(value, dict):
+            _refuse(value, f"{where}.{key}")
+
+
+def _check_lora(config: Mapping[str, Any], *, quantized: bool) -> None:
+    for key, why in limits.LORA_REFUSED.items():
+        if config.get(key, False) not in _ABSENT:
+            raise InvalidSpecError(f"method.peft.config.{key} is not possible, {why}")
+    begin = config.get("init_lora_weights")
+    if isinstance(begin, str):
+        known = next((said for name, said in limits.LORA_BEGINNINGS.items() if begin.lower().startswith(name)), None)
+        raise InvalidSpecError(
+            f"method.peft.config.init_lora_weights is true or false here: for {begin!r} use {known or 'method.lora'}"
+        )
+    for key, why in limits.LORA_NOT_IN_4_BITS.items():
+        if quantized and config.get(key) is not None:
+            raise InvalidSpecError(
+                f"method.peft.config.{key} cannot be used on a base in 4 bits, {why}: remove quantization, or {key}"
+            )
+
+
+def _typed(cls: type[Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The values as the fields of a dataclass of PEFT's say."""
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in given.items():
+        if key not in fields:
+            near = difflib.get_close_matches(key, list(fields), n=1)
+            own = set(fields) - limits.PATHS - set(limits.OURS)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(own))}"
+            raise InvalidSpecError(f"method.peft.{where}: {cls.__name__} has no field {key}; {hint}")
+        inner = _dataclass_in(hints[key])
+        if inner is not None and isinstance(value, dict):
+            values[key] = _made(inner, _typed(inner, value, f"{where}.{key}"), f"{where}.{key}")
+            continue
+        try:
+            values[key] = TypeAdapter(hints[key]).validate_json(json.dumps(value), strict=True)
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]["msg"]
+            raise InvalidSpecError(
+                f"method.peft.{where}.{key} is {json.dumps(value)[:80]}: {problem[:1].lower()}{problem[1:]}"
+            ) from None
+    return values
+
+
+def _made(cls: type[Any], values: Mapping[str, Any], where: str) -> Any:  # noqa: ANN401 - a dataclass of PEFT's
+    try:
+        return cls(**values)
+    except (ValueError, TypeError) as error:
+        raise InvalidSpecError(f"method.peft.{where}: {' '.join(str(error).split())[:300]}") from None
+
+
+def _dataclass_in(hint: Any) -> type[Any] | None:  # noqa: ANN401 - any annotation
+    options: Iterable[Any] = typing.get_args(hint) or (hint,)
+    return next((one for one in options if isinstance(one, type) and dataclasses.is_dataclass(one)), None)

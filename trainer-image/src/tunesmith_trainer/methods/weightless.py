@@ -1,0 +1,49 @@
+"""A model with an adapter, without memory for their weights: how many parameters are trained, and where."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from tunesmith_trainer.errors import InvalidSpecError
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PretrainedConfig
+
+
+def wrapped(config: PeftConfig, base: PretrainedConfig, name: str) -> PeftModel:
+    """The adapter on a base of this configuration, on no device.
+
+    Raises:
+        InvalidSpecError: PEFT does not take the configuration for this base; its own sentence says why.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(base))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they come again when the weights are there
+            made = get_peft_model(model, copy.deepcopy(config))
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
+        if isinstance(error, NotImplementedError):
+            raise
+        text = " ".join(str(error).split())[:300]
+        raise InvalidSpecError(f"method {name} does not fit the base model: {text}") from None
+    assert isinstance(made, PeftModel)  # noqa: S101 - narrows the type
+    return made
+
+
+def trained_parameters(model: PeftModel) -> int:
+    """How many are trained."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def targets(model: PeftModel) -> list[str]:
+    """Last parts of the names of the modules that have an adapter, sorted; none for a method that adds to prompts."""
+    names: list[str] = getattr(model.base_model, "targeted_module_names", [])
+    return sorted({name.rsplit(".", 1)[-1] for name in names})
