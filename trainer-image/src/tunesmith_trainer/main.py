@@ -58,7 +58,7 @@ _ENVIRONMENT = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "DISABLE_TELEMETRY": "1",
     "DO_NOT_TRACK": "1",
-    "TOKENIZERS_PARALLELISM": "false",
+    "TOKENIZERS_PARALLELISM": "true",  # nothing forks
     "TRANSFORMERS_VERBOSITY": "error",
     "TRL_EXPERIMENTAL_SILENCE": "1",
     # Threads that spin while they wait make training many times slower where the cores are shared.
@@ -221,7 +221,13 @@ def _execute(arguments: argparse.Namespace, progress: Progress, ending: _Ending)
         with _work_folder(arguments.work) as work:
             if arguments.command == "validate":
                 return _validate(job, stores, work, progress, arguments.gpu_memory_bytes)
-            return _train(job, stores, work, ending, arguments)
+            try:
+                return _train(job, stores, work, ending, arguments)
+            except Exception:
+                # Checkpoints are uploaded from this folder, which may go with the block.
+                if ending.interruption.checkpoints is not None:
+                    ending.interruption.checkpoints.flush(_UPLOAD_SECONDS)
+                raise
     finally:
         if server is not None:
             server.shutdown()
@@ -465,8 +471,6 @@ class _Ending:
         """The result where another rank is gone: that of a stop, where this process was asked to stop as well."""
         number = self.interruption.signal
         if number is not None:
-            if self.interruption.checkpoints is not None:
-                self.interruption.checkpoints.flush(_UPLOAD_SECONDS)
             return TrainerResult(
                 outcome=Outcome.PREEMPTED,
                 message=f"stopped by {number.name}, and another rank ended before this step did",
@@ -478,15 +482,13 @@ class _Ending:
         return result
 
     def interrupted(self, error: InterruptedRunError, *, local: bool) -> TrainerResult:
-        """The result of a run that was stopped and saved; what is not in the store yet gets the rest of the grace."""
+        """The result of a run that was stopped and saved."""
         checkpoints = self.interruption.checkpoints
         number = self.interruption.signal
         assert number is not None  # noqa: S101 - nothing else interrupts a run
         kept = "no checkpoint could be written"
-        if checkpoints is not None:
-            checkpoints.flush(_UPLOAD_SECONDS)
-            if checkpoints.last is not None:
-                kept = f"the checkpoint of step {checkpoints.last} is in {checkpoints.uri}"
+        if checkpoints is not None and checkpoints.last is not None:
+            kept = f"the checkpoint of step {checkpoints.last} is in {checkpoints.uri}"
         go_on = "; run the same command again to go on from there" if local else ""
         return TrainerResult(
             outcome=Outcome.PREEMPTED,

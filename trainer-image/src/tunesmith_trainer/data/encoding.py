@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -170,40 +171,44 @@ class Encoder:
         return prompt_ids, ids[: ends[-1] + 1] if ends else [*ids, self._end]
 
     def _tokens(self, texts: Sequence[str], *, special: bool) -> Iterable[tuple[list[int], Offsets]]:
-        """Tokens of texts and where each stands in its text, without an end token that the tokenizer puts there."""
+        """Tokens of texts and where each stands in its text, without what the tokenizer puts behind it."""
         for encoded in self._backend.encode_batch(list(texts), add_special_tokens=special):
             ids: list[int] = encoded.ids
             offsets: Offsets = encoded.offsets
-            while special and ids and ids[-1] in self._ends and offsets[-1][0] == offsets[-1][1]:
+            while special and ids and offsets[-1][0] == offsets[-1][1]:
                 del ids[-1], offsets[-1]
             yield ids, offsets
 
     def _labelled(self, rendered: _Rendered, ids: list[int], offsets: Offsets) -> Tokens:
         starts = [start for start, _ in rendered.learned]
-        if any(left < start < right for start in starts for left, right in offsets):
+        begins = [left for left, _ in offsets]
+        first = [bisect_left(begins, start) for start in starts]
+        if any(place and offsets[place - 1][1] > start for place, start in zip(first, starts, strict=True)):
             # A token over the border would hide the first word of an answer. A served prompt ends at the border too.
             ids, offsets = self._in_pieces(rendered, starts)
+            begins = [left for left, _ in offsets]
+            first = [bisect_left(begins, start) for start in starts]
         labels = [IGNORED] * len(ids)
-        for start, end in rendered.learned:
-            places = [place for place, (left, right) in enumerate(offsets) if start <= left < end and right > left]
-            if not places:
-                continue
-            ends = [] if rendered.document else [place for place in places if ids[place] in self._ends]
-            behind = places[-1] + 1
-            if not ends and behind < len(ids) and ids[behind] in self._ends:
-                places.append(behind)  # marks may stand around an answer without its end
-            for place in places:
-                # What a template writes after the end token is never generated.
-                if not ends or place <= ends[-1]:
-                    labels[place] = ids[place]
-        begin = len(ids) - 1 if rendered.document else _first(offsets, rendered)
-        if rendered.learned and not any(label in self._ends for label in labels[begin:]):
+        for place, (_, end) in zip(first, rendered.learned, strict=True):
+            behind = bisect_left(begins, end)
+            if behind > place:
+                behind = behind if rendered.document else self._ended(ids, place, behind)
+                labels[place:behind] = ids[place:behind]
+        begin = len(ids) - 1 if rendered.document else (first or [0])[-1]
+        if rendered.learned and self._ends.isdisjoint(labels[begin:]):
             last = max((place for place, label in enumerate(labels) if label != IGNORED), default=len(ids) - 1)
             ids[last + 1 :] = [self._end]
             labels[last + 1 :] = [self._end]
         if labels:
             labels[0] = IGNORED  # nothing precedes the first token, so nothing can predict it
         return Tokens(ids, labels)
+
+    def _ended(self, ids: list[int], begin: int, end: int) -> int:
+        """Where an answer ends: behind its last end token, which may stand just behind the answer's marks."""
+        for place in range(end - 1, begin - 1, -1):
+            if ids[place] in self._ends:
+                return place + 1  # what a template writes after it is never generated
+        return end + 1 if end < len(ids) and ids[end] in self._ends else end
 
     def _in_pieces(self, rendered: _Rendered, starts: list[int]) -> tuple[list[int], Offsets]:
         ids: list[int] = []
@@ -214,9 +219,3 @@ class Encoder:
                 ids += more
                 offsets += [(left + begin, right + begin) for left, right in places]
         return ids, offsets
-
-
-def _first(offsets: Offsets, rendered: _Rendered) -> int:
-    """Place of the first token of what is learned last."""
-    start = rendered.learned[-1][0] if rendered.learned else 0
-    return next((place for place, (left, _) in enumerate(offsets) if left >= start), len(offsets))
