@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from s3server import S3Server
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from trainer_rig import S3Server, Workbench, free_port, start_s3
+from trainer_rig import Workbench
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 if TYPE_CHECKING:
@@ -96,11 +97,8 @@ def bench(tmp_path: Path, base_model: Path, capsys: pytest.CaptureFixture[str]) 
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    server = start_s3(tmp_path_factory.mktemp("s3"), free_port())
-    server.filesystem().mkdir(server.bucket)
-    yield server
-    server.process.terminate()
-    server.process.wait(timeout=30)
+    with S3Server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
 
 
 @pytest.fixture

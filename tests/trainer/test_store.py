@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trainer_rig import S3Server, Workbench, chat_rows, free_port, job_manifest, start_s3, write_rows
+from s3server import S3Server, free_port
+from trainer_rig import Workbench, chat_rows, job_manifest, write_rows
 
 from tunesmith.api.conditions import FailureReason
 from tunesmith.contracts.artifact import ArtifactManifest, digest_of
@@ -175,26 +176,20 @@ def test_what_is_missing_is_named(bench: Workbench, name: str) -> None:
 
 
 def test_an_outage_is_waited_out(tmp_path: Path) -> None:
-    port = free_port()
-    first = start_s3(tmp_path / "s3", port)
-    first.filesystem().mkdir("tunesmith")
-    first.filesystem().pipe_file("tunesmith/a.bin", os.urandom(100_000))
-    folder = target("s3://tunesmith", retry=Retry(attempts=200, first=0.05, longest=0.2), environ=first.environment())
-    assert folder.names() == ["a.bin"]
-    first.process.kill()
-    first.process.wait()
-    done: list[int] = []
-    thread = threading.Thread(target=lambda: (folder.download("a.bin", tmp_path / "a.bin"), done.append(1)))
-    thread.start()
-    time.sleep(0)  # the reader is on its way; whether it failed already does not matter
-    second = start_s3(tmp_path / "s3", port)
-    try:
+    with S3Server(tmp_path / "s3") as server:
+        server.filesystem().pipe_file("tunesmith/a.bin", os.urandom(100_000))
+        retry = Retry(attempts=200, first=0.05, longest=0.2)
+        folder = target("s3://tunesmith", retry=retry, environ=server.environment())
+        assert folder.names() == ["a.bin"]
+        server.stop()
+        done: list[int] = []
+        thread = threading.Thread(target=lambda: (folder.download("a.bin", tmp_path / "a.bin"), done.append(1)))
+        thread.start()
+        time.sleep(0)  # the reader is on its way; whether it failed already does not matter
+        server.start()
         thread.join(timeout=120)
         assert done == [1]
         assert (tmp_path / "a.bin").stat().st_size == 100_000
-    finally:
-        second.process.kill()
-        second.process.wait()
 
 
 def test_an_outage_that_lasts_is_worth_another_attempt(s3: S3Server) -> None:

@@ -18,8 +18,9 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from s3server import free_port
 from safetensors.torch import load_file, save_file
-from trainer_rig import Workbench, chat_rows, free_port, job_manifest, write_rows
+from trainer_rig import Workbench, chat_rows, job_manifest, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from tunesmith.api.conditions import FailureReason

@@ -1,23 +1,20 @@
-"""Rows, manifests, a workbench that runs the trainer, and a real S3 server."""
+"""Rows, manifests, and a workbench that runs the trainer."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import socket
-import subprocess
-import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytest
-import s3fs
 import yaml
 
 from tunesmith.contracts.result import TrainerResult
 from tunesmith_trainer.main import run
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pytest
 
 
 def chat_row(question: str, answer: str) -> dict[str, Any]:
@@ -112,80 +109,3 @@ class Workbench:
         return Ran(
             code, TrainerResult.model_validate_json(message.read_text()), self._capsys.readouterr().out.splitlines()
         )
-
-
-@dataclass
-class S3Server:
-    """A running S3 server with one bucket."""
-
-    endpoint: str
-    access_key: str
-    secret_key: str
-    process: subprocess.Popen[bytes]
-    bucket: str = "tunesmith"
-
-    def filesystem(self) -> s3fs.S3FileSystem:
-        return s3fs.S3FileSystem(
-            key=self.access_key,
-            secret=self.secret_key,
-            endpoint_url=self.endpoint,
-            use_listings_cache=False,
-            skip_instance_cache=True,
-        )
-
-    def environment(self) -> dict[str, str]:
-        return {
-            "AWS_ACCESS_KEY_ID": self.access_key,
-            "AWS_SECRET_ACCESS_KEY": self.secret_key,
-            "AWS_ENDPOINT_URL": self.endpoint,
-            "AWS_REGION": "us-east-1",
-        }
-
-
-def versitygw() -> str:
-    """The S3 server's program: $TUNESMITH_VERSITYGW, or what the local cluster built."""
-    named = os.environ.get("TUNESMITH_VERSITYGW")
-    if named:
-        return named
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith" / "bin"
-    built = sorted(cache.glob("versitygw-*/versitygw"))
-    found = str(built[-1]) if built else shutil.which("versitygw")
-    if not found:
-        pytest.fail("no versitygw found: set TUNESMITH_VERSITYGW to its program (the local cluster builds one)")
-    return found
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
-def start_s3(folder: Path, port: int) -> S3Server:
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [
-        versitygw(),
-        "--port",
-        f"127.0.0.1:{port}",
-        "--access",
-        "writer",
-        "--secret",
-        "writer-secret",
-        "--quiet",
-        "posix",
-        str(folder),
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    server = S3Server(f"http://127.0.0.1:{port}", "writer", "writer-secret", process)
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-        except OSError:
-            if process.poll() is not None or time.monotonic() > deadline:
-                process.kill()
-                raise
-            time.sleep(0.05)
-        else:
-            return server

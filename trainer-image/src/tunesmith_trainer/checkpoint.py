@@ -34,6 +34,8 @@ _NAME = re.compile(r"^step-(\d{8})$")
 _FILE_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
 _UNFINISHED = ".unfinished-"
 _SCHEMA_VERSION = 1
+_LAST_UPLOAD_SECONDS = 60.0
+"""That an upload under way at the end of the job may take, before all checkpoints are removed."""
 UPLOAD_RETRY = Retry(attempts=1_000_000, first=1.0, longest=60.0)
 """Training goes on meanwhile, and a newer checkpoint takes the place of one that waits."""
 
@@ -193,6 +195,7 @@ class Checkpoints:
         self._changed = threading.Condition()
         self._waiting: Saved | None = None
         self._busy = False
+        self._closed = False
         self._thread: threading.Thread | None = None
 
     @property
@@ -274,6 +277,9 @@ class Checkpoints:
         """Removes all of them, once the artifact is published: best effort."""
         with self._changed:
             self._waiting = None
+            self._closed = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._busy, timeout=_LAST_UPLOAD_SECONDS)
         try:
             self._folder.remove()
         except TrainerError as error:
@@ -337,7 +343,7 @@ class Checkpoints:
                     self._changed.notify_all()
 
     def _upload_patiently(self, saved: Saved) -> None:
-        """Uploads until it succeeds or a newer checkpoint waits."""
+        """Uploads until it succeeds, a newer checkpoint waits or none is needed any more."""
         told = False
         for pause in self._retry.pauses():
             try:
@@ -350,7 +356,7 @@ class Checkpoints:
                     )
                     told = True
                 with self._changed:
-                    if self._changed.wait_for(lambda: self._waiting is not None, timeout=pause):
+                    if self._changed.wait_for(lambda: self._waiting is not None or self._closed, timeout=pause):
                         break
             else:
                 self._last = saved.step
