@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -73,6 +74,14 @@ POINTS = [
 def test_the_estimate_is_near_what_was_published(point: Point) -> None:
     peak = estimate(SHAPES[point.model], point.run).peak
     assert peak == pytest.approx(point.measured, rel=TOLERANCE), point.source
+
+
+def test_what_a_run_can_do_to_need_less() -> None:
+    shape, run = SHAPES["Llama-3.1-8B"], Run(20_971_520, 6 * 4096 + 14336, 8192)
+    whole, chunks = estimate(shape, run), estimate(shape, replace(run, logit_positions=512))
+    assert whole.logits == 16 * chunks.logits
+    assert whole.adapter - estimate(shape, replace(run, optimizer_bytes=2)).adapter == 6 * 20_971_520
+    assert estimate(shape, replace(run, full_precision=True)).weights == 2 * whole.weights
 
 
 def test_the_verdict_is_unknown_within_the_estimates_own_error() -> None:

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tunesmith.api.finetunejob_status import PeakParts, Verdict
+from tunesmith.api.hyperparameters import Optimizer, Precision
 from tunesmith.contracts.fitting import Settings, changes, decide, options
 from tunesmith.contracts.memory import Estimate, Run, Shape, estimate, verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    import numpy.typing as npt
     from transformers import PretrainedConfig
 
     from tunesmith.api.finetunejob import FineTuneJobSpec
@@ -22,6 +24,16 @@ if TYPE_CHECKING:
     from tunesmith_trainer.methods.targets import Modules
 
 _GIB = 2**30
+_LOSS_POSITIONS = 512
+"""Whose logits training/loss.py makes at one time."""
+_OPTIMIZER_BYTES = {
+    Optimizer.ADAMW: 8.0,
+    Optimizer.ADAMW_8BIT: 2.0,
+    Optimizer.ADAFACTOR: 0.0,
+    Optimizer.LION: 4.0,
+    Optimizer.SGD: 0.0,
+}
+"""State per trained parameter; Adafactor's sums of rows and columns are too few to count."""
 _WIDTHS = ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _KEPT_SHARE = 0.5
@@ -37,6 +49,8 @@ class Sizing:
         trainable: parameters that are trained, by the adapter's rank.
         adapted_inputs: in-features of the adapted modules of one layer, summed.
         dropout: whether the adapter has dropout.
+        optimizer_bytes: state of the optimizer, per trained parameter.
+        full_precision: base and matrix products in float32.
         lengths: tokens of each row, ascending.
     """
 
@@ -44,6 +58,8 @@ class Sizing:
     trainable: Callable[[int | None], int]
     adapted_inputs: int
     dropout: bool
+    optimizer_bytes: float
+    full_precision: bool
     lengths: np.ndarray[Any, np.dtype[np.int64]]
 
     def kept(self, settings: Settings) -> int:
@@ -64,6 +80,9 @@ class Sizing:
             quantized=settings.quantized,
             checkpointing=settings.checkpointing,
             dropout=self.dropout,
+            logit_positions=_LOSS_POSITIONS,
+            optimizer_bytes=self.optimizer_bytes,
+            full_precision=self.full_precision,
         )
         return estimate(self.shape, run)
 
@@ -78,7 +97,7 @@ def sizing(
     modules: Modules,
     adapted: Mapping[str, tuple[int, int]],
     trainable: Callable[[int | None], int],
-    lengths: Sequence[int],
+    lengths: npt.ArrayLike,
 ) -> Sizing | None:
     """What the peak follows from; None without a GPU, and for a base whose configuration does not tell its widths.
 
@@ -102,6 +121,8 @@ def sizing(
         trainable=trainable,
         adapted_inputs=sum(wide for wide, _ in adapted.values()) // layers,
         dropout=spec.method.dropout > 0,
+        optimizer_bytes=_OPTIMIZER_BYTES[spec.hyperparameters.optimizer],
+        full_precision=spec.hyperparameters.precision is Precision.FLOAT32,
         lengths=np.sort(np.asarray(lengths, dtype=np.int64)),
     )
 
@@ -118,8 +139,7 @@ def settings_of(spec: FineTuneJobSpec, *, micro_batch_size: int, checkpointing: 
 
 
 def decided(sized: Sizing, asked: Settings, sizes: Sequence[int], ways: Sequence[bool], gpu_memory: int) -> Settings:
-    """The micro-batch size, of `sizes`, and the checkpointing, of `ways`, that the estimate chooses for a GPU of so many
-    bytes."""
+    """The micro-batch size (of `sizes`) and checkpointing (of `ways`) that the estimate chooses for a GPU's bytes."""
     return decide(asked, sizes, ways, peak=sized.peak, tokens=sized.tokens, gpu_memory=gpu_memory)
 
 

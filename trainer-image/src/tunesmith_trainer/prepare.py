@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tunesmith.api.finetunejob import FineTuneJob
     from tunesmith.api.finetunejob_status import Preflight, Resolved
     from tunesmith.contracts.fingerprint import ModelFolder
+    from tunesmith.contracts.fitting import Settings
     from tunesmith_trainer.methods.config import Planned
     from tunesmith_trainer.store import Stores
 
@@ -128,9 +129,7 @@ def prepare(job: FineTuneJob, stores: Stores, work: Path, *, weights: bool, gpu_
     return Prepared(base, rows.train, rows.validation, rows.lengths, pad, counted, resolved, planned, ends, examples)
 
 
-def _settings(
-    job: FineTuneJob, sized: preflight.Sizing | None, gpu_memory: int | None
-) -> tuple[preflight.Settings, list[int]]:
+def _settings(job: FineTuneJob, sized: preflight.Sizing | None, gpu_memory: int | None) -> tuple[Settings, list[int]]:
     """The micro-batch size and the checkpointing of a run, and the sizes that are possible."""
     spec, frozen = job.spec, job.status.resolved
     asked = spec.hyperparameters.micro_batch_size

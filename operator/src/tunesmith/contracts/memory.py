@@ -1,7 +1,8 @@
 """Peak GPU memory of a LoRA or QLoRA run, estimated from shapes alone. Bytes; pure, without torch.
 
-peak = weights + 16 · A + activations + logits + overhead, with A trainable parameters in float32 (4 bytes each for the
-parameter and its gradient, 8 for AdamW). Fitted to published measurements, which tests/api/test_memory.py holds.
+peak = weights + (8 + state) · A + activations + logits + overhead, with A trainable parameters in float32 (4 bytes each
+for the parameter and its gradient) and the optimizer's state, 8 bytes with AdamW. Fitted to published measurements,
+which tests/api/test_memory.py holds; all of them are of AdamW and of bases in bfloat16 or nf4.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from tunesmith.api.finetunejob_status import Verdict
 
 TOLERANCE = 0.15
 """How far the estimate is from the published measurements, at most."""
-_TRAINABLE = 16
+_TRAINABLE = 8
 _NF4 = 0.516  # with double quantisation: 4 bits, and 8 bits per 64 weights with their own constants
 _OVERHEAD = 800_000_000  # CUDA context, kernels' workspaces, fragmentation
 _LOGITS = 16  # bf16 logits, their float32 copy, the softmax and its gradient
@@ -55,6 +56,9 @@ class Run:
         quantized: the base is in nf4.
         checkpointing: activations are computed again in the backward pass.
         fused_loss: the logits are never whole in memory.
+        logit_positions: positions whose logits exist at one time; None: those of all tokens.
+        optimizer_bytes: state of the optimizer, per trainable parameter.
+        full_precision: base and matrix products in float32.
         dropout: the adapter has dropout.
         dora: the adapter is DoRA.
     """
@@ -65,6 +69,9 @@ class Run:
     quantized: bool = False
     checkpointing: bool = True
     fused_loss: bool = False
+    logit_positions: int | None = None
+    optimizer_bytes: float = 8
+    full_precision: bool = False
     dropout: bool = False
     dora: bool = False
 
@@ -87,16 +94,18 @@ class Estimate:
 
 def estimate(shape: Shape, run: Run) -> Estimate:
     """The peak of a run, within TOLERANCE of what was measured for runs of its kind."""
-    linear = _NF4 if run.quantized else 2
+    width = 4 if run.full_precision else 2
+    linear = _NF4 if run.quantized else width
     per_input = _ADAPTER_INPUT + _DROPOUT_INPUT * run.dropout + _DORA_INPUT * run.dora
     layer = 8 * shape.intermediate + _HIDDEN * shape.hidden + per_input * run.adapted_inputs
     # With checkpointing: each layer's input, and one layer at a time in full.
     token = 2 * shape.hidden * shape.layers + layer if run.checkpointing else shape.layers * layer
+    positions = run.tokens if run.logit_positions is None else min(run.tokens, run.logit_positions)
     return Estimate(
-        weights=round(linear * shape.linear_parameters + 2 * shape.embedding_parameters),
-        adapter=_TRAINABLE * run.adapter_parameters,
-        activations=round(token * run.tokens),
-        logits=round((_FUSED_LOGITS if run.fused_loss else _LOGITS) * shape.vocabulary * run.tokens),
+        weights=round(linear * shape.linear_parameters + width * shape.embedding_parameters),
+        adapter=round((_TRAINABLE + run.optimizer_bytes) * run.adapter_parameters),
+        activations=round(token * run.tokens * width / 2),
+        logits=round((_FUSED_LOGITS if run.fused_loss else _LOGITS) * shape.vocabulary * positions),
     )
 
 
