@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,6 +17,8 @@ from tunesmith_trainer.errors import InvalidSpecError, NotServableError
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from trainer_rig import Workbench
 
 # 2 layers of q, o (64→64), k, v (64→32), gate, up (64→128), down (128→64)
 _INPUTS, _OUTPUTS = 2 * (4 * 64 + 2 * 64 + 128), 2 * (2 * 64 + 2 * 32 + 2 * 128 + 64)
@@ -152,3 +155,147 @@ def test_servable_required_refuses_before_training(base_model: Path) -> None:
         plan({"lora": {"dora": True}}, base_model, servable="Required")
     assert not plan({"lora": {"dora": True}}, base_model).servable.vllm
     assert plan({"lora": {"rsLora": True}}, base_model, servable="Required").servable.vllm
+
+
+_OTHERS: dict[str, tuple[dict[str, Any], int]] = {
+    # 2 layers of (rank × (in + out) + rank) in q and v
+    "adaLora": (
+        {"adaLora": {"initialRank": 6, "targetRank": 3, "targetModules": ["q_proj", "v_proj"]}},
+        2 * 6 * (128 + 1 + 96 + 1),
+    ),
+    # outputs of k and v, inputs of down
+    "ia3": ({"ia3": {}}, 2 * (32 + 32 + 128)),
+    "ia3 of one module": ({"ia3": {"targetModules": ["q_proj"]}}, 2 * 64),
+    # keys and values of 2 layers with 2 heads of 16
+    "prefixTuning": ({"prefixTuning": {"virtualTokens": 8}}, 8 * 2 * 2 * 32),
+    "promptTuning": ({"promptTuning": {"virtualTokens": 8}}, 8 * 64),
+    "promptTuning as text": ({"promptTuning": {"virtualTokens": 8, "initialText": "the colour of doors"}}, 8 * 64),
+    "pTuning": ({"pTuning": {"virtualTokens": 8}}, 8 * 64 + 3 * (64 * 64 + 64)),
+    "peft VERA": ({"peft": {"type": "VERA", "config": {"r": 16, "target_modules": ["q_proj"]}}}, 2 * (16 + 64)),
+    "peft LN_TUNING": ({"peft": {"type": "ln-tuning"}}, 5 * 64),
+    "peft SHADOW": ({"peft": {"type": "SHADOW", "config": {"r": 4}}}, 0),
+    "qlora's base under IA3": ({"ia3": {"quantization": {}}}, 2 * (32 + 32 + 128)),
+}
+
+
+@pytest.mark.parametrize("name", _OTHERS)
+def test_other_methods_train_and_reload(base_model: Path, tmp_path: Path, name: str) -> None:
+    method, parameters = _OTHERS[name]
+    trial = try_method(method, base_model, tmp_path / "adapter")
+    assert parameters in (0, trial.planned.parameters)
+    assert trial.losses[-1] < trial.losses[0]
+    assert not trial.servable.vllm
+    assert "use method.lora" in (trial.servable.reason or "")
+    if "quantization" not in str(method):
+        assert distance(reload(base_model, tmp_path / "adapter"), trial.logits) < 2e-5
+    config = (tmp_path / "adapter/adapter_config.json").read_text()
+    assert "the colour of doors" not in config
+    assert json.loads(config).get("tokenizer_name_or_path") is None
+    with trial.model.disable_adapter():
+        assert distance(merge.last_logits(trial.model, PROMPTS), trial.base_logits) < 2e-5
+
+
+_PEFT_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown method": ({"type": "VERRA"}, "PEFT has no method VERRA; did you mean VERA?"),
+    "a method with fields": ({"type": "IA3"}, "use method.ia3"),
+    "adapters in folders": ({"type": "XLORA"}, "adapters that lie in folders"),
+    "several tasks": ({"type": "POLY"}, "the rows of a data set name none"),
+    "unknown key": ({"type": "VERA", "config": {"rr": 4}}, "VeraConfig has no field rr; did you mean r?"),
+    "wrong type": ({"type": "VERA", "config": {"r": "4"}}, 'config.r is "4": input should be a valid integer'),
+    "wrong value": ({"type": "OFT", "config": {"r": 4, "oft_block_size": 8}}, "method.peft.config: "),
+    "a value for another base": (
+        {"type": "C3A", "config": {"block_size": 7, "target_modules": ["q_proj"]}},
+        "method peft C3A does not fit the base model: ",
+    ),
+    "unknown module": (
+        {"type": "VERA", "config": {"target_modules": ["q_proj", "v_prj"]}},
+        "no module named v_prj; did you mean v_proj?",
+    ),
+    "expression": ({"type": "VERA", "config": {"target_modules": ".*nothing"}}, "no module of the base model fits"),
+    "a path": (
+        {"type": "LORA", "config": {"corda_config": {"cache_file": "/etc/passwd"}}},
+        "method.peft.config.corda_config.cache_file names files or code, which a job must not",
+    ),
+    "a core": ({"type": "LORA", "config": {"megatron_core": "os"}}, "megatron_core names files or code"),
+    "a mapping": ({"type": "VERA", "config": {"auto_mapping": {"base_model_class": "x"}}}, "auto_mapping names files"),
+    "another base": ({"type": "VERA", "config": {"base_model_name_or_path": "/x"}}, "base_model_name_or_path names"),
+    "task": ({"type": "VERA", "config": {"task_type": "SEQ_CLS"}}, "task_type cannot be set, it is CAUSAL_LM"),
+    "LoRA that has a field": ({"type": "LORA", "config": {"use_dora": True}}, "use method.lora.dora"),
+    "a beginning": (
+        {"type": "LORA", "config": {"init_lora_weights": "pissa_niter_4"}},
+        "for 'pissa_niter_4' use method.lora.initialization: PiSSA",
+    ),
+    "no effect": ({"type": "LORA", "config": {"use_qalora": True}}, "it has no effect on a base"),
+    "base cut for good": ({"type": "LORA", "config": {"kasa_config": {}}}, "KaSA cuts the base's weights for good"),
+    "not in 4 bits": (
+        {"type": "LOHA", "quantization": {}},
+        "LOHA cannot be trained on a base in 4 bits, it works on the weights themselves",
+    ),
+    "silently left out in 4 bits": (
+        {"type": "LORA", "config": {"use_bdlora": {"nblocks": 2}}, "quantization": {}},
+        "config.use_bdlora cannot be used on a base in 4 bits, it is silently left out",
+    ),
+    "no gradient in 4 bits": ({"type": "UNILORA", "quantization": {}}, "no gradient reaches it there"),
+}
+
+
+@pytest.mark.parametrize("name", _PEFT_REFUSED)
+def test_a_configuration_of_pefts_is_checked_without_weights(base_model: Path, name: str) -> None:
+    fields, expected = _PEFT_REFUSED[name]
+    with pytest.raises(InvalidSpecError) as error:
+        plan({"peft": fields}, base_model)
+    assert expected in str(error.value)
+
+
+def test_what_cannot_be_merged_is_refused(base_model: Path) -> None:
+    with pytest.raises(InvalidSpecError, match="what promptTuning trains cannot be merged into the base's weights"):
+        plan({"promptTuning": {}}, base_model, output={"merge": "Original"})
+    assert plan({"adaLora": {}}, base_model, output={"merge": "Original"}).parameters
+
+
+def test_learning_rates_belong_to_the_method(bench: Workbench) -> None:
+    rates = {}
+    for method in ({"lora": {}}, {"promptTuning": {}}, {"peft": {"type": "VERA"}}, {"peft": {"type": "BOFT"}}):
+        ran = bench.run("validate", bench.job(method=method, hyperparameters={"maxSteps": 1}))
+        assert ran.result.resolved is not None
+        rates[str(method)] = ran.result.resolved.learning_rate
+    assert list(rates.values()) == [2e-4, 1e-3, 1e-3, 1e-4]
+
+
+def test_lora_plus_raises_the_rate_of_b(bench: Workbench) -> None:
+    moved = {}
+    for ratio in (1.0, 16.0):
+        method = {"lora": {"rank": 4, "alpha": 8, "loraPlusRatio": ratio, "targetModules": ["q_proj"]}}
+        hyper = {"maxSteps": 1, "batchSize": 4, "learningRate": 1e-4, "warmupRatio": 0.0, "scheduler": "Constant"}
+        output = bench.folder / f"ratio-{ratio:g}"
+        ran = bench.run("train", bench.job(method=method, hyperparameters=hyper), output=str(output))
+        assert ran.code == 0, ran.result.message
+        tensors = load_file(output / "artifact/adapter_model.safetensors")
+        # AdamW's first step is the learning rate itself, and B begins at zero.
+        moved[ratio] = max(float(tensor.abs().max()) for name, tensor in tensors.items() if ".lora_B." in name)
+    assert moved[1.0] == pytest.approx(1e-4, rel=1e-2)
+    assert moved[16.0] == pytest.approx(16e-4, rel=1e-2)
+
+
+def test_ada_lora_takes_ranks_away_and_resumes_where_it_was(bench: Workbench) -> None:
+    job = bench.job(
+        method={"adaLora": {"initialRank": 6, "targetRank": 3, "targetModules": ["q_proj", "v_proj"]}},
+        hyperparameters={"maxSteps": 8, "batchSize": 4},
+    )
+    job["spec"]["checkpoint"] = {"everySteps": 3}
+    whole = bench.run("train", job)
+    assert whole.code == 0, whole.result.message
+    config = json.loads((bench.output / "artifact/adapter_config.json").read_text())
+    kept = [sum(ranks) for ranks in config["rank_pattern"].values()]
+    assert sum(kept) == 3 * 4, "the mean rank of 2 modules in 2 layers"
+
+    again = bench.folder / "again"
+    shutil.copytree(bench.output / "checkpoints", again / "checkpoints")
+    newest = max((again / "checkpoints").iterdir(), key=lambda folder: int(folder.name.rsplit("-", 1)[-1]))
+    shutil.rmtree(newest)
+    resumed = bench.run("train", job, output=str(again))
+    assert resumed.code == 0, resumed.result.message
+    assert resumed.result.resumed_from_step == 6
+    assert resumed.result.artifact is not None
+    assert whole.result.artifact is not None
+    assert resumed.result.artifact.digest == whole.result.artifact.digest

@@ -162,9 +162,9 @@ class AdaLoraFields(ApiModel):
     rules = (
         *_target_rules,
         Rule(
-            "self.targetRank <= self.initialRank",
-            "adaLora.targetRank must be at most adaLora.initialRank: ranks are only taken away",
-            lambda self: self.target_rank <= self.initial_rank,
+            "self.targetRank < self.initialRank",
+            "adaLora.targetRank must be less than adaLora.initialRank: ranks are only taken away",
+            lambda self: self.target_rank < self.initial_rank,
         ),
     )
 

@@ -35,6 +35,7 @@ REFUSED = {
     "XLORA": "it is made of adapters that lie in folders of the machine",
     "POLY": "it learns several tasks at once, and the rows of a data set name none",
     "MULTITASK_PROMPT_TUNING": "it learns several tasks, and the rows of a data set name none: use promptTuning",
+    "CPT": "it computes a loss of its own from whole logits, training here does not make them: use promptTuning",
     "ADALORA": "it has fields of its own here: use method.adaLora",
     "IA3": "it has fields of its own here: use method.ia3",
     "PREFIX_TUNING": "it has fields of its own here: use method.prefixTuning",
@@ -99,7 +100,6 @@ NOT_MERGED = {
     "ADAPTION_PROMPT": "it adds vectors to the prompt of some layers",
     "BEFT": "it adds biases that the base's modules do not have",
     "CARTRIDGE": "it adds keys and values",
-    "CPT": "it adds vectors to the prompt",
     "LILY": "PEFT cannot do it",
     "PREFIX_TUNING": "it adds keys and values",
     "PROMPT_TUNING": "it adds vectors to the prompt",
@@ -109,7 +109,7 @@ NOT_MERGED = {
 """Methods whose adapters cannot be merged into the base's weights, and why."""
 
 CHANGES_AT_FIRST = frozenset(
-    {"C3A", "CARTRIDGE", "CPT", "FOURIERFT", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "UNILORA", "VBLORA"}
+    {"C3A", "CARTRIDGE", "FOURIERFT", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "UNILORA", "VBLORA"}
 )
 """Methods whose untrained adapter already changes the model."""
 

@@ -10,6 +10,7 @@ import copy
 import json
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from tunesmith_trainer.errors import LossDivergedError
+from tunesmith_trainer.methods import hooks
 from tunesmith_trainer.training.divergence import SUSTAINED_STEPS, diverged
 from tunesmith_trainer.training.watch import CurvePoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
@@ -163,6 +164,7 @@ class Saver(TrainerCallback):
         state.save_to_json(str(folder / TRAINER_STATE))
         run = {"curve": [asdict(point) for point in self._curve]}
         (folder / RUN_STATE).write_text(json.dumps(run), encoding="utf-8")
+        hooks.save_state(trainer.accelerator.unwrap_model(trainer.model), folder)
 
     def _load_weights(self, folder: str, model: object = None) -> None:
         trainer = self._attached
@@ -174,6 +176,7 @@ class Saver(TrainerCallback):
         with torch.no_grad():
             for name, tensor in stored.items():
                 own[name].copy_(tensor)
+        hooks.load_state(trainer.accelerator.unwrap_model(trainer.model), Path(folder))
 
 
 def _named(trainer: Trainer) -> dict[str, torch.nn.Parameter]:

@@ -1,0 +1,99 @@
+"""What a method does in the training loop: learning rates of their own (LoRA+), ranks that move (AdaLoRA)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import AdaLoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+
+from tunesmith.api.method import LoraFields
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+    from tunesmith.api.method import Method
+
+_STATE = "method.safetensors"
+_AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+_PATTERN = "rank_pattern"
+
+
+def attach(trainer: Trainer, model: PeftModel, method: Method) -> None:
+    """Gives the loop what the method needs in it; nothing for most."""
+    fields = method.fields
+    if isinstance(fields, LoraFields) and fields.lora_plus_ratio is not None:
+        _raise_rate_of_b(trainer, model, fields.lora_plus_ratio)
+    if _allocates(model):
+        trainer.add_callback(_Allocation(model))
+
+
+def save_state(model: object, folder: Path) -> None:
+    """What a checkpoint must hold of the method beside the trained parameters."""
+    if isinstance(model, PeftModel) and _allocates(model):
+        allocator: Any = model.base_model.rankallocator
+        state = {
+            f"{kind}.{name}": tensor.detach().cpu().contiguous()
+            for kind in _AVERAGES
+            for name, tensor in getattr(allocator, kind).items()
+        }
+        pattern = model.peft_config[model.active_adapter].rank_pattern or {}
+        state |= {f"{_PATTERN}.{name}": torch.tensor(kept) for name, kept in pattern.items()}
+        save_file(state, folder / _STATE)
+
+
+def load_state(model: object, folder: Path) -> None:
+    """The counterpart of `save_state`."""
+    if isinstance(model, PeftModel) and _allocates(model):
+        config: Any = model.peft_config[model.active_adapter]
+        allocator: Any = model.base_model.rankallocator
+        stored: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in (*_AVERAGES, _PATTERN)}
+        for key, tensor in load_file(folder / _STATE).items():
+            kind, name = key.split(".", 1)
+            stored[kind][name] = tensor
+        for kind in _AVERAGES:
+            setattr(allocator, kind, {name: tensor.to(model.device) for name, tensor in stored[kind].items()})
+        config.rank_pattern = {name: kept.tolist() for name, kept in stored[_PATTERN].items()} or None
+
+
+class _Allocation(TrainerCallback):
+    """AdaLoRA takes ranks away between an optimizer step and the next, while the gradients are there."""
+
+    def __init__(self, model: PeftModel) -> None:
+        self._tuner: Any = model.base_model
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Steps are counted from 1, so that the last one is `total_step`."""
+        self._tuner.update_and_allocate(state.global_step + 1)
+
+
+def _allocates(model: PeftModel) -> bool:
+    return isinstance(model.peft_config[model.active_adapter], AdaLoraConfig)
+
+
+def _raise_rate_of_b(trainer: Trainer, model: PeftModel, ratio: float) -> None:
+    """The B matrices, and DoRA's magnitudes, learn `ratio` times as fast as the A matrices."""
+    create = trainer.create_optimizer
+
+    def create_optimizer(*args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = create(*args, **kwargs)
+        fast = {
+            id(parameter)
+            for name, parameter in (args[0] if args else model).named_parameters()
+            if ".lora_B." in name or ".lora_magnitude_vector." in name
+        }
+        for group in list(optimizer.param_groups):
+            faster = [parameter for parameter in group["params"] if id(parameter) in fast]
+            if faster:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in fast]
+                optimizer.add_param_group({**group, "params": faster, "lr": group["lr"] * ratio})
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+    trainer.create_optimizer = create_optimizer  # type: ignore[method-assign]
