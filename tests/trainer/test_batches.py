@@ -151,7 +151,7 @@ def test_neither_micro_batches_nor_ranks_change_loss_and_gradient() -> None:
         total, seen = 0.0, set()
         for rank in range(ranks):
             step = Collator(size, 0, Layout.FLAT, rank, ranks)(parts)["step"]
-            seen.add((step.targets, step.tokens, len(step.micro_batches)))
+            seen.add((step.counts, step.tokens, len(step.micro_batches)))
             with attention_of(Layout.FLAT, base):
                 for batch in step.micro_batches:
                     output = model(**batch, target_loss=True)

@@ -7,12 +7,13 @@ from typing import ClassVar, Literal
 from pydantic import ConfigDict, Field
 
 from tunesmith.api.checkpoint import Checkpoint
-from tunesmith.api.dataset import Dataset
+from tunesmith.api.dataset import DataFormat, Dataset
 from tunesmith.api.evaluation import Evaluation
 from tunesmith.api.finetunejob_status import FineTuneJobStatus
 from tunesmith.api.hyperparameters import DEFAULT_BATCH_SIZE, Hyperparameters
 from tunesmith.api.method import QUANTIZED_CEL, Method
 from tunesmith.api.model import API_VERSION, MAX_NAME, ApiModel, ObjectMeta, Rule, SecretReference, Uri, uri_rules
+from tunesmith.api.objective import Objective, ObjectiveName
 from tunesmith.api.output import Merge, Output, Servable
 from tunesmith.api.placement import TrainingResources, TrainingScheduling
 
@@ -40,6 +41,14 @@ class BaseModelSource(ApiModel):
     )
 
 
+_FORMATS_OF_SFT = {DataFormat.MESSAGES, DataFormat.PROMPT_COMPLETION, DataFormat.INSTRUCTION, DataFormat.TEXT}
+_FORMATS = {
+    ObjectiveName.DPO: {DataFormat.PREFERENCE},
+    ObjectiveName.ORPO: {DataFormat.PREFERENCE},
+    ObjectiveName.KTO: {DataFormat.UNPAIRED_PREFERENCE},
+}
+
+
 class FineTuneJobSpec(ApiModel):
     """What to train, on what, and how."""
 
@@ -58,6 +67,28 @@ class FineTuneJobSpec(ApiModel):
             ),
         ),
         Rule(
+            "!has(self.objective) || has(self.objective.sft) || !has(self.dataset.packing) || !self.dataset.packing",
+            "dataset.packing belongs to objective.sft: preference rows are not packed, set it to false",
+            lambda self: not (self.dataset.packing and self.learns_preferences),
+        ),
+        Rule(
+            "!has(self.objective) || has(self.objective.sft) || !has(self.dataset.lossOn)",
+            "dataset.lossOn belongs to objective.sft: dpo, orpo and kto compare whole answers, remove it",
+            lambda self: not (self.dataset.loss_on and self.learns_preferences),
+        ),
+        Rule(
+            "!has(self.dataset.format) || self.dataset.format == 'Auto' || (self.dataset.format == 'Preference' ? "
+            "has(self.objective) && (has(self.objective.dpo) || has(self.objective.orpo)) : "
+            "self.dataset.format == 'UnpairedPreference' ? has(self.objective) && has(self.objective.kto) : "
+            "!has(self.objective) || has(self.objective.sft))",
+            "dataset.format does not go with the objective: dpo and orpo learn from Preference, kto from "
+            "UnpairedPreference, sft from the others; change one of them",
+            lambda self: (
+                self.dataset.format is DataFormat.AUTO
+                or self.dataset.format in _FORMATS.get(self.objective_name, _FORMATS_OF_SFT)
+            ),
+        ),
+        Rule(
             f"!has(self.output) || !has(self.output.merge) || self.output.merge != 'Dequantized' || {QUANTIZED_CEL}",
             "output.merge: Dequantized belongs to method.qlora and to quantization, this base is not in 4 bits: use "
             "Original",
@@ -71,6 +102,9 @@ class FineTuneJobSpec(ApiModel):
 
     base_model: BaseModelSource = Field(description="The model to adapt.")
     dataset: Dataset = Field(description="The rows to learn from.")
+    objective: Objective | None = Field(
+        default=None, description="What is learned from the rows, exactly one; absent: sft."
+    )
     method: Method = Field(description="Exactly one method.")
     hyperparameters: Hyperparameters = Field(default_factory=Hyperparameters, description="How the optimizer runs.")
     evaluation: Evaluation | None = Field(
@@ -107,6 +141,16 @@ class FineTuneJobSpec(ApiModel):
         description="True stops the running attempt with a checkpoint and starts no other; false goes on from there."
         " May be changed at any time.",
     )
+
+    @property
+    def objective_name(self) -> ObjectiveName:
+        """The objective; sft where there is none."""
+        return ObjectiveName.SFT if self.objective is None else self.objective.name
+
+    @property
+    def learns_preferences(self) -> bool:
+        """Whether rows hold answers to compare, and not answers to learn."""
+        return self.objective_name is not ObjectiveName.SFT
 
 
 _MUTABLE = frozenset({"suspend", "active_deadline_seconds"})

@@ -6,7 +6,7 @@ and the loss is a sum over target tokens divided by those of the whole step, so 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import Sampler
 
 from tunesmith_trainer.data import IGNORED
+from tunesmith_trainer.training.objectives import DESIRABLE, StepObjective, SupervisedObjective
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Row = Mapping[str, Any]
-    """`input_ids` and `labels` of one length; a packed bin also has `seq_lengths`, the sizes of its sequences."""
+    """`input_ids` and `labels` of one length; a packed bin and a pair of answers also have `seq_lengths`, the sizes of
+    their sequences, and an answer that is good or bad has `desirable`."""
 
 _READ_ROWS = 1000
 
@@ -115,13 +117,15 @@ class Step:
 
     Attributes:
         micro_batches: the rank's own.
-        targets: target tokens of the whole step, over all ranks.
+        counts: by term of the objective, what it is divided by: of the whole step, over all ranks.
         tokens: tokens of the whole step, over all ranks, without padding.
+        mismatched: micro-batches of the rank's own mismatched rows, where the objective needs them.
     """
 
     micro_batches: list[dict[str, Any]]
-    targets: int
+    counts: tuple[int, ...]
     tokens: int
+    mismatched: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,7 @@ class Collator:
         layout: of a micro-batch.
         rank: of this process.
         ranks: number of processes.
+        objective: counts what its terms are divided by.
     """
 
     size: int
@@ -141,24 +146,54 @@ class Collator:
     layout: Layout
     rank: int = 0
     ranks: int = 1
+    objective: StepObjective = field(default_factory=SupervisedObjective)
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Step]:
         """The rank's share of a step, under the key `step`: a Trainer takes mappings only."""
+        return {
+            "step": Step(
+                micro_batches=self._own(rows),
+                counts=self.objective.counts(rows),
+                tokens=sum(len(row["input_ids"]) for row in rows),
+                mismatched=self._own(mismatched(rows)) if self.objective.mismatched else [],
+            )
+        }
+
+    def _own(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         parts = micro_batches([len(row["input_ids"]) for row in rows], self.size)
         own = share(parts, self.rank, self.ranks)
-        micro = [self.join([rows[place] for place in part] if part else [_silent(rows[0])]) for part in own]
-        pieces = [labels for row in rows for _, labels in _sequences(row)]
-        targets = sum(int(np.count_nonzero(np.asarray(labels[1:]) != IGNORED)) for labels in pieces)
-        return {"step": Step(micro, targets, sum(len(row["input_ids"]) for row in rows))}
+        return [self.join([rows[place] for place in part] if part else [_silent(rows[0])]) for part in own]
 
     def join(self, rows: Sequence[Row]) -> dict[str, Any]:
         """The tensors of one micro-batch."""
-        return _flat(rows) if self.layout is Layout.FLAT else _padded(rows, self.pad)
+        batch = _flat(rows) if self.layout is Layout.FLAT else _padded(rows, self.pad)
+        if DESIRABLE in rows[0]:
+            batch[DESIRABLE] = torch.tensor([bool(row[DESIRABLE]) for row in rows])
+        return batch
+
+
+def mismatched(rows: Sequence[Row]) -> list[Row]:
+    """Each row's prompt with the answer of the row before it (the first's: of the last), no longer than the rows."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    begins = [int(np.argmax(np.asarray(row["labels"]) != IGNORED)) for row in rows]
+    result: list[Row] = []
+    for place, row in enumerate(rows):
+        other, begin = rows[place - 1], begins[place - 1]
+        prompt, answer = row["input_ids"][: begins[place]], other["input_ids"][begin:]
+        labels = [*[IGNORED] * len(prompt), *other["labels"][begin:]]
+        ids = [*prompt, *answer]
+        result.append({"input_ids": ids[:longest], "labels": labels[:longest]})
+    return result
 
 
 def _silent(row: Row) -> Row:
-    """A row without targets, for a rank that has nothing to add."""
-    return {"input_ids": row["input_ids"][:2], "labels": [IGNORED] * len(row["input_ids"][:2])}
+    """A row like another one, but short and without targets, for a rank that has nothing to add."""
+    ids = row["input_ids"][:1]
+    sequences = len(row.get("seq_lengths", [0]))
+    silent = {"input_ids": [*ids, *ids] * sequences, "labels": [IGNORED] * 2 * sequences}
+    if "seq_lengths" in row:
+        silent["seq_lengths"] = [2] * sequences
+    return silent | {DESIRABLE: row[DESIRABLE]} if DESIRABLE in row else silent
 
 
 def _padded(rows: Sequence[Row], pad: int) -> dict[str, Any]:

@@ -21,12 +21,14 @@ from tunesmith_trainer.errors import (
 )
 from tunesmith_trainer.evaluation import gates, generation
 from tunesmith_trainer.evaluation.loss import held_out_loss
+from tunesmith_trainer.methods import hooks
 from tunesmith_trainer.methods.wrap import wrap
 from tunesmith_trainer.training.arguments import arguments, precision_of
 from tunesmith_trainer.training.batches import Collator, Plan, row_lengths
 from tunesmith_trainer.training.layout import attention_of, choose_layout
 from tunesmith_trainer.training.loss import add_target_loss
 from tunesmith_trainer.training.neftune import EmbeddingNoise
+from tunesmith_trainer.training.objectives import step_objective
 from tunesmith_trainer.training.saving import Saver
 from tunesmith_trainer.training.trainer import StepTrainer
 from tunesmith_trainer.training.watch import CurvePoint, Watch
@@ -141,10 +143,12 @@ def _train(
     if checkpointing:
         _checkpoint_activations(base)
     args = arguments(job, prepared, work, device)
+    objective = step_objective(job.spec.objective)
     collate = Collator(
         size=resolved.micro_batch_size,
         pad=prepared.pad,
         layout=layout,
+        objective=objective,
         rank=ranks.rank,
         ranks=ranks.size,
     )
@@ -156,17 +160,18 @@ def _train(
         rows=prepared.train,
         plan=Plan(row_lengths(prepared.train), resolved.batch_size, seed, resolved.total_steps),
         collate=collate,
+        objective=objective,
+        ranks=ranks,
         callbacks=[Watch(progress, curve, device)],
         noise=None if alpha is None else EmbeddingNoise(base.get_input_embeddings(), alpha),
     )
+    hooks.attach(trainer, peft_model, method)
     saver = Saver(faults.checkpoints, job.spec.checkpoint, faults.interruption, curve, ranks)
     saver.attach(trainer)
     trainer.add_callback(Watchdog(faults.hung))
 
     def score(rows: Dataset, *, adapter: bool) -> float:
-        return held_out_loss(
-            peft_model, rows, collate.join, resolved.micro_batch_size or 1, adapter=adapter, ranks=ranks
-        )
+        return held_out_loss(peft_model, rows, collate, resolved.micro_batch_size or 1, adapter=adapter, ranks=ranks)
 
     with attention_of(layout, base):
         losses = _scored(prepared, progress, score, curve, lambda: _run(trainer, saver, faults, progress, ranks))

@@ -31,11 +31,13 @@ class TargetLoss(ModelOutput):  # type: ignore[misc]
 
     Attributes:
         loss: 0; where a PEFT method has a penalty of its own (AdaLoRA's orthogonality), it adds it here.
-        summed: negative log-likelihood of the targets, in nats, summed.
-        targets: number of targets.
+        each: negative log-likelihood of each target, in nats, in the order in which they stand.
+        summed: their sum.
+        targets: their number.
     """
 
     loss: torch.Tensor | None = None
+    each: torch.Tensor | None = None
     summed: torch.Tensor | None = None
     targets: torch.Tensor | None = None
 
@@ -47,28 +49,32 @@ class _FrozenHead(torch.autograd.Function):
     def forward(ctx: Any, hidden: torch.Tensor, labels: torch.Tensor, score: Score) -> torch.Tensor:
         needed = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if needed else None
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(labels), _CHUNK):
             part = hidden[start : start + _CHUNK].detach().requires_grad_(needed)
             with torch.set_grad_enabled(needed):
                 loss = _cross_entropy(part, labels[start : start + _CHUNK], score)
+                summed = loss.sum()
             if gradient is not None:
-                (gradient[start : start + _CHUNK],) = torch.autograd.grad(loss, part)
-            total += loss.detach()
+                # The loss of a position depends on that position's state alone.
+                (gradient[start : start + _CHUNK],) = torch.autograd.grad(summed, part)
+            losses[start : start + _CHUNK] = loss.detach()
         ctx.gradient = gradient
-        return total
+        return losses
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
-        return (None if ctx.gradient is None else ctx.gradient * outer[0]), None, None
+        if ctx.gradient is None:
+            return None, None, None
+        return ctx.gradient * outer[0][:, None].to(ctx.gradient), None, None
 
 
 def _cross_entropy(hidden: torch.Tensor, labels: torch.Tensor, score: Score) -> torch.Tensor:
-    return functional.cross_entropy(score(hidden).float(), labels, reduction="sum")
+    return functional.cross_entropy(score(hidden).float(), labels, reduction="none")
 
 
-def summed_loss(hidden: torch.Tensor, labels: torch.Tensor, score: Score, *, trained: bool) -> torch.Tensor:
-    """Negative log-likelihood of `labels` (n) at `hidden` (n, width), summed, in nats.
+def losses_at(hidden: torch.Tensor, labels: torch.Tensor, score: Score, *, trained: bool) -> torch.Tensor:
+    """Negative log-likelihood of each of `labels` (n) at `hidden` (n, width), in nats: (n), float32.
 
     Args:
         hidden: last hidden states at the positions that predict the labels.
@@ -77,7 +83,7 @@ def summed_loss(hidden: torch.Tensor, labels: torch.Tensor, score: Score, *, tra
         trained: whether the head itself is trained, so that gradients must reach it.
     """
     if not len(labels):
-        return hidden.sum() * 0.0  # keeps the graph where a micro-batch has no target
+        return hidden.sum(dim=1).float()  # empty; keeps the graph where a micro-batch has no target
     if not trained:
         frozen: torch.Tensor = _FrozenHead.apply(hidden, labels, score)
         return frozen
@@ -87,7 +93,7 @@ def summed_loss(hidden: torch.Tensor, labels: torch.Tensor, score: Score, *, tra
         )
         for start in range(0, len(labels), _CHUNK)
     ]
-    return torch.stack(parts).sum()
+    return torch.cat(parts)
 
 
 def add_target_loss(model: PreTrainedModel, *, whole_logits: bool = False) -> None:
@@ -127,8 +133,9 @@ def add_target_loss(model: PreTrainedModel, *, whole_logits: bool = False) -> No
             return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
         trained = not whole_logits and any(parameter.requires_grad for parameter in head.parameters())
-        summed = summed_loss(states[:, :-1][chosen], shifted[chosen], score, trained=trained)
-        return TargetLoss(loss=torch.zeros_like(summed), summed=summed, targets=chosen.sum())
+        each = losses_at(states[:, :-1][chosen], shifted[chosen], score, trained=trained)
+        summed = each.sum()
+        return TargetLoss(loss=torch.zeros_like(summed), each=each, summed=summed, targets=chosen.sum())
 
     model._before_target_loss = original  # noqa: SLF001 - its own attribute
     model.forward = types.MethodType(forward, model)

@@ -6,6 +6,7 @@ tests hold against TRL's.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -71,4 +72,4 @@ def _log1mexp(negative: torch.Tensor) -> torch.Tensor:
     below = negative.clamp(max=-1e-7)
     near = torch.log(-torch.expm1(below))
     far = torch.log1p(-torch.exp(below))
-    return torch.where(below > -0.6931472, near, far)
+    return torch.where(below > -math.log(2), near, far)

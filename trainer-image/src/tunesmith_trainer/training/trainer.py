@@ -10,6 +10,8 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer
 
+from tunesmith_trainer.training.objectives import Forward
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -18,13 +20,14 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import TrainerCallback, TrainingArguments
 
+    from tunesmith_trainer.ranks import Ranks
     from tunesmith_trainer.training.batches import Plan, Step
-    from tunesmith_trainer.training.loss import TargetLoss
     from tunesmith_trainer.training.neftune import EmbeddingNoise
+    from tunesmith_trainer.training.objectives import StepObjective, Terms
 
 
 class StepTrainer(Trainer):
-    """Trains a model with `target_loss`; the loss of a step is the mean over its target tokens, on all ranks together.
+    """Trains a model with `target_loss`; the loss of a step is its objective's, over all ranks together.
 
     Args:
         model: base with adapter.
@@ -32,6 +35,8 @@ class StepTrainer(Trainer):
         rows: tokenised.
         plan: which rows each step takes.
         collate: rows of a step → `{"step": Step}`.
+        objective: what is made smaller.
+        ranks: that train together.
         callbacks: on_substep_end comes after each micro-batch.
         noise: on the embeddings, or None.
     """
@@ -43,6 +48,8 @@ class StepTrainer(Trainer):
         rows: Dataset,
         plan: Plan,
         collate: Callable[[Sequence[Any]], dict[str, Step]],
+        objective: StepObjective,
+        ranks: Ranks,
         callbacks: list[TrainerCallback],
         noise: EmbeddingNoise | None = None,
     ) -> None:
@@ -55,6 +62,8 @@ class StepTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self._plan = plan
+        self._objective = objective
+        self._ranks = ranks
         self._noise = noise
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -72,6 +81,10 @@ class StepTrainer(Trainer):
         step: Step = inputs["step"]
         self.state.num_input_tokens_seen += step.tokens
         model.train()
+        forward = Forward(model, self.accelerator.unwrap_model(model))
+        if self._objective.mismatched:
+            batches = [self._prepare_inputs(tensors) for tensors in step.mismatched]
+            self._objective.estimate(forward, batches, self._ranks)
         total = torch.zeros((), device=self.args.device)
         for number, tensors in enumerate(step.micro_batches, start=1):
             batch = self._prepare_inputs(tensors)
@@ -81,7 +94,7 @@ class StepTrainer(Trainer):
             # The ranks' gradients meet once per step.
             last = number == len(step.micro_batches)
             with nullcontext() if last else self.accelerator.no_sync(model):
-                loss = self._share(model(**batch, target_loss=True), step)
+                loss = self._share(self._objective.terms(forward, batch), step)
                 self.accelerator.backward(loss)
             total += loss.detach()
             if not last:
@@ -93,12 +106,12 @@ class StepTrainer(Trainer):
         chosen = np.random.SeedSequence((self.args.seed, self.state.global_step, place)).generate_state(1, np.uint64)
         torch.manual_seed(int(chosen[0]) >> 1)
 
-    def _share(self, output: TargetLoss, step: Step) -> torch.Tensor:
+    def _share(self, terms: Terms, step: Step) -> torch.Tensor:
         """What a micro-batch adds to the step's loss. Ranks average their gradients, so each counts `ranks` times."""
-        assert output.summed is not None  # noqa: S101 - a model with target_loss fills it
-        assert output.loss is not None  # noqa: S101
-        share = output.summed / max(step.targets, 1) * self.args.world_size
-        return share + output.loss / len(step.micro_batches)
+        loss = terms.penalty / len(step.micro_batches)
+        for summed, count in zip(terms.sums, step.counts, strict=True):
+            loss = loss + summed / max(count, 1) * self.args.world_size
+        return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the Trainer does, with passes over the rows as the epoch."""

@@ -1,0 +1,76 @@
+"""What a FineTuneJob's training makes smaller."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from pydantic import Field
+
+from tunesmith.api.model import ApiModel, Rule
+
+
+class ObjectiveName(StrEnum):
+    """The objectives, by their names in the manifest."""
+
+    SFT = "sft"
+    DPO = "dpo"
+    ORPO = "orpo"
+    KTO = "kto"
+
+
+class SftFields(ApiModel):
+    """Supervised fine-tuning: the answers become likelier."""
+
+
+class DpoFields(ApiModel):
+    """Direct preference optimisation (DPO, arXiv:2305.18290): the chosen answer gains on the rejected one."""
+
+    beta: float = Field(
+        default=0.1, ge=0.001, le=10.0, description="How strongly the adapter is held to the base: higher is closer."
+    )
+    label_smoothing: float = Field(
+        default=0.0,
+        ge=0.0,
+        le=0.49,
+        description="Share of the pairs that may stand the wrong way round (arXiv:2305.18290).",
+    )
+
+
+class OrpoFields(ApiModel):
+    """Odds ratio preference optimisation (ORPO, arXiv:2403.07691): learns the chosen answer, shuns the rejected one."""
+
+    weight: float = Field(
+        default=0.1, ge=0.001, le=10.0, description="Weight of the odds ratio beside the chosen answer's own loss (λ)."
+    )
+
+
+class KtoFields(ApiModel):
+    """Kahneman-Tversky optimisation (KTO, arXiv:2402.01306): learns from single good and bad answers."""
+
+    beta: float = Field(
+        default=0.1, ge=0.001, le=10.0, description="How strongly the adapter is held to the base: higher is closer."
+    )
+    desirable_weight: float = Field(default=1.0, ge=0.01, le=100.0, description="Weight of a good answer's loss.")
+    undesirable_weight: float = Field(default=1.0, ge=0.01, le=100.0, description="Weight of a bad answer's loss.")
+
+
+class Objective(ApiModel):
+    """Exactly one objective."""
+
+    rules = (
+        Rule(
+            f"[{', '.join(f'has(self.{name})' for name in ObjectiveName)}].exists_one(given, given)",
+            "objective needs exactly one of sft, dpo, orpo and kto: keep one and remove the others",
+            lambda self: len([name for name in ObjectiveName if getattr(self, name) is not None]) == 1,
+        ),
+    )
+
+    sft: SftFields | None = Field(default=None, description="Learn the answers as they stand.")
+    dpo: DpoFields | None = Field(default=None, description="Learn from pairs, held to the base.")
+    orpo: OrpoFields | None = Field(default=None, description="Learn from pairs, without the base as reference.")
+    kto: KtoFields | None = Field(default=None, description="Learn from answers marked as good or bad.")
+
+    @property
+    def name(self) -> ObjectiveName:
+        """The chosen objective."""
+        return next(name for name in ObjectiveName if getattr(self, name) is not None)
