@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import os
 import random
 import re
@@ -9,20 +10,28 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
+from s3server import S3Server
 from trainer_rig import chat_rows, job_manifest, write_rows
 
+from tunesmith.api.conditions import FailureReason
+from tunesmith.contracts.artifact import digest_of
+from tunesmith.contracts.location import ARTIFACT_MANIFEST, artifact_uri, checkpoints_uri
 from tunesmith.contracts.result import Outcome, TrainerResult
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 STEPS = 30
 EVERY = 4
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+"""Several threads for so small a model wait for each other where the cores are busy."""
+PIPE_BYTES = 4096
 KILLS = int(os.environ.get("TUNESMITH_RESUME_KILLS", "1"))
 
 
@@ -32,16 +41,30 @@ class Run:
 
     folder: Path
     manifest: Path
+    places: tuple[str, ...] = ()
+    """Where the artifact and the checkpoints go; absent: a folder of this machine."""
+    environment: dict[str, str] = field(default_factory=dict)
+    started: list[subprocess.Popen[str]] = field(default_factory=list)
 
     @property
     def output(self) -> Path:
         return self.folder / "out"
 
+    def command(self) -> list[str]:
+        arguments = ["train", "--job", str(self.manifest), "--allow-file", "--progress-port", "0"]
+        arguments += self.places or ("--output", str(self.output))
+        return [*arguments, "--termination-message", str(self.folder / "message")]
+
     def start(self) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "tunesmith_trainer.main", "train", "--job", str(self.manifest)]
-        command += ["--output", str(self.output), "--allow-file", "--progress-port", "0"]
-        command += ["--termination-message", str(self.folder / "message")]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tunesmith_trainer.main", *self.command()],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | ONE_THREAD | self.environment,
+        )
+        self.started.append(process)
+        return process
 
     def result(self) -> TrainerResult:
         return TrainerResult.model_validate_json((self.folder / "message").read_text())
@@ -55,16 +78,22 @@ class Run:
     def interrupt(self, number: int, step: int, delay: float) -> tuple[int, str]:
         """Sends the signal `delay` seconds after the step is told; the exit code and the output."""
         process = self.start()
-        assert process.stdout is not None
-        lines = []
-        for line in process.stdout:
-            lines.append(line)
-            if re.match(rf"  step {step}/", line):
-                break
+        lines = told(process, step)
         time.sleep(delay)  # anywhere within a step or a write
         process.send_signal(number)
         out, _ = process.communicate(timeout=120)
-        return process.returncode, "".join(lines) + out
+        return process.returncode, lines + out
+
+
+def told(process: subprocess.Popen[str], step: int) -> str:
+    """What the process says until the step is done."""
+    assert process.stdout is not None
+    lines = ""
+    for line in process.stdout:
+        lines += line
+        if re.match(rf"  step {step}/", line):
+            break
+    return lines
 
 
 def manifest(folder: Path, base_model: Path, **spec: Any) -> Path:
@@ -144,3 +173,101 @@ def test_the_checkpoints_of_another_job_are_refused(tmp_path: Path, base_model: 
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 2, out
     assert "holds checkpoints of another spec" in run.result().message
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[S3Server]:
+    with S3Server(tmp_path / "s3") as server:
+        yield server
+
+
+@pytest.fixture
+def attempts(tmp_path: Path, whole: Run, store: S3Server) -> Iterator[list[Run]]:
+    """Three attempts of one job, as in pods: each has nothing but the store."""
+    place = ("s3://tunesmith/store", "default", "doors", "1")
+    places = ("--output", artifact_uri(*place), "--checkpoints", checkpoints_uri(*place))
+    folders = [tmp_path / f"attempt-{number}" for number in (1, 2, 3)]
+    for folder in folders:
+        folder.mkdir()
+    runs = [Run(folder, whole.manifest, places, store.environment()) for folder in folders]
+    yield runs
+    for run in runs:
+        for process in run.started:
+            process.kill()
+            process.wait()
+
+
+def test_an_outage_a_signal_and_a_kill_before_the_report_lose_nothing(
+    attempts: list[Run], whole: Run, store: S3Server
+) -> None:
+    first, second, third = attempts
+    artifact, checkpoints = first.places[1].removeprefix("s3://"), first.places[3]
+    process = first.start()
+    told(process, 2)
+    store.stop()
+    told(process, 2 * EVERY)  # two checkpoints are due meanwhile
+    store.start()
+    told(process, 3 * EVERY)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 143, out
+    message = first.result().message
+    saved = re.search(rf"at step (\d+) of {STEPS}; the checkpoint of step (\d+) is in {checkpoints}", message)
+    assert saved is not None, message
+    assert saved[1] == saved[2], out
+    assert int(saved[1]) >= 3 * EVERY
+
+    # Nobody reads what it wants to report, so it waits there until it is killed.
+    os.mkfifo(second.folder / "message")
+    process = second.start()
+    filesystem = store.filesystem()
+    deadline = time.monotonic() + 120
+    while not filesystem.exists(f"{artifact}/{ARTIFACT_MANIFEST}"):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.kill()
+    out, _ = process.communicate(timeout=60)
+    assert f"resumed from the checkpoint of step {saved[1]}" in out
+    assert "Succeeded" not in out
+
+    out = third.finish()
+    assert "an earlier attempt published this artifact; nothing was trained again" in out
+    reported = third.result().artifact
+    assert reported is not None
+    assert reported.digest == digest_of(filesystem.cat_file(f"{artifact}/{ARTIFACT_MANIFEST}"))
+    weights = filesystem.cat_file(f"{artifact}/adapter_model.safetensors")
+    assert weights == (whole.output / "artifact/adapter_model.safetensors").read_bytes()
+    assert not filesystem.exists(checkpoints)
+
+
+IMPATIENT = (
+    "from tunesmith_trainer.training import watchdog; watchdog.LEAST_SECONDS = 2.0;"
+    "from tunesmith_trainer.main import main; main()"
+)
+"""The trainer's command, with which a test need not wait five minutes for a step."""
+
+
+def test_a_step_that_hangs_ends_the_attempt(tmp_path: Path, whole: Run) -> None:
+    """Whoever should read its output has stopped to, as a container runtime may: the main thread waits for ever."""
+    run = Run(tmp_path, whole.manifest)
+    unread, output = os.pipe()
+    fcntl.fcntl(output, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    os.write(output, b"." * (PIPE_BYTES - 1000))
+    process = subprocess.Popen(
+        [sys.executable, "-c", IMPATIENT, *run.command()], stdout=output, env=os.environ | ONE_THREAD
+    )
+    try:
+        assert process.wait(timeout=120) == 3
+    finally:
+        process.kill()
+        process.wait()
+        os.close(output)
+    said = os.read(unread, PIPE_BYTES).decode()
+    os.close(unread)
+    step = max(int(found) for found in re.findall(r"  step (\d+)/", said))
+    result = run.result()
+    assert (result.reason, result.retryable) == (FailureReason.INTERNAL_ERROR, True)
+    assert re.search(rf"training hangs: no sign of life for \d+ s after step ({step}|{step + 1});", result.message)
+    assert "the next attempt goes on from the last checkpoint" in result.message
+    assert sorted((run.output / "checkpoints").glob("step-*"))
