@@ -21,6 +21,7 @@ from botocore.exceptions import (
     ParamValidationError,
     PartialCredentialsError,
 )
+from fsspec.implementations.local import LocalFileSystem
 
 from tunesmith.contracts.location import claim_path
 from tunesmith_trainer.errors import (
@@ -281,7 +282,7 @@ class Folder:
 
     @property
     def _is_local(self) -> bool:
-        return isinstance(self._filesystem, fsspec.implementations.local.LocalFileSystem)
+        return isinstance(self._filesystem, LocalFileSystem)
 
     @property
     def _fresh(self) -> dict[str, bool]:
