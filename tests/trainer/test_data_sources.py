@@ -163,10 +163,10 @@ class Hub(BaseHTTPRequestHandler):
     files: ClassVar[dict[str, bytes]] = {}
 
     def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
+        path, _, query = self.path.partition("?")
         if path.startswith("/api/datasets/org/doors/tree/main"):
             under = path.removeprefix("/api/datasets/org/doors/tree/main").strip("/")
-            self._json([self._entry(name) for name in self.files if name.startswith(under)])
+            self._json(self._tree(f"{under}/" if under else "", whole="recursive=true" in query.lower()))
         elif path in {"/api/datasets/org/doors", "/api/datasets/org/doors/revision/main"}:
             self._json({"id": "org/doors", "sha": "1" * 40, "siblings": [{"rfilename": name} for name in self.files]})
         elif path.startswith("/datasets/org/doors/resolve/"):
@@ -181,6 +181,14 @@ class Hub(BaseHTTPRequestHandler):
         found = [self._entry(name) for name in names if name in self.files]
         folders = [name for name in names if any(file.startswith(f"{name}/") for file in self.files)]
         self._json([*found, *({"type": "directory", "path": name, "oid": "0", "size": 0} for name in folders)])
+
+    def _tree(self, under: str, *, whole: bool) -> list[dict[str, Any]]:
+        names = [name.removeprefix(under) for name in self.files if name.startswith(under)]
+        folders = sorted({name.split("/")[0] for name in names if "/" in name})
+        return [
+            *({"type": "directory", "path": under + name, "oid": "0", "size": 0} for name in folders),
+            *(self._entry(under + name) for name in names if whole or "/" not in name),
+        ]
 
     def _entry(self, name: str) -> dict[str, Any]:
         return {"type": "file", "path": name, "size": len(self.files[name]), "oid": "0" * 40}
