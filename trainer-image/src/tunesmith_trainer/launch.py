@@ -136,6 +136,8 @@ def _tell(running: list[_Process], number: int) -> None:
 def _speak(running: list[_Process]) -> TrainerResult:
     failed = [one for one in running if one.code]
     one = min(failed, key=lambda one: (blame(one.result), one.ended), default=running[0])
+    if one.code == ExitCode.PREEMPTED:  # all were stopped, and the first one knows what was saved
+        one = next(one for one in running if one.code == ExitCode.PREEMPTED)
     result = one.result
     if result is not None:
         return result

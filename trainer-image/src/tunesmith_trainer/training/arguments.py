@@ -52,6 +52,7 @@ def arguments(job: FineTuneJob, prepared: Prepared, work: Path, device: torch.de
         # What the Trainer would remove, its own collator needs.
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
         logging_steps=1,
         logging_nan_inf_filter=False,
         disable_tqdm=True,

@@ -1,0 +1,147 @@
+"""The pods of one attempt, as processes of this machine.
+
+They are forked from one process that has the libraries already: importing them takes longer than the runs of a test.
+"""
+
+from __future__ import annotations
+
+import csv
+import multiprocessing
+import os
+import re
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import yaml
+from s3server import free_port
+from safetensors.torch import load_file
+from trainer_rig import chat_rows, job_manifest, write_rows
+
+from tunesmith.contracts.result import TrainerResult
+
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerProcess
+    from pathlib import Path
+
+SECONDS = 90.0
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(
+    [f"tunesmith_trainer.{name}" for name in ("prepare", "training.loop", "package", "merge")]
+)
+
+
+def _command(arguments: list[str], environment: dict[str, str], log: Path) -> None:
+    """What a pod's container runs."""
+    from tunesmith_trainer.main import run  # noqa: PLC0415 - the forking process has it
+
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    with log.open("w") as out, redirect_stdout(out), redirect_stderr(out):
+        code = run(arguments)
+    os._exit(code)
+
+
+@dataclass
+class Pods:
+    """Runs the trainer's command in each of `nodes` pods."""
+
+    folder: Path
+    manifest: Path
+    nodes: int
+    processes: list[ForkServerProcess] = field(default_factory=list)
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "out"
+
+    def start(self) -> None:
+        port = free_port()
+        self.processes = []
+        for index in range(self.nodes):
+            environment = {"OMP_NUM_THREADS": "1"}
+            if self.nodes > 1:
+                environment |= {
+                    "JOB_COMPLETION_INDEX": str(index),
+                    "MASTER_ADDR": "localhost",
+                    "MASTER_PORT": str(port),
+                }
+            message = self.folder / f"message-{index}"
+            for old in (message, self._log(index)):
+                old.unlink(missing_ok=True)
+            arguments = ["train", "--job", str(self.manifest), "--output", str(self.output), "--allow-file"]
+            arguments += ["--progress-port", "0", "--work", str(self.folder / f"work-{index}")]
+            arguments += ["--termination-message", str(message)]
+            process = _FORKS.Process(target=_command, args=(arguments, environment, self._log(index)), daemon=True)
+            process.start()
+            self.processes.append(process)
+
+    def ended(self) -> list[int | None]:
+        """The exit codes, once all have ended."""
+        for process in self.processes:
+            process.join(SECONDS)
+        return [process.exitcode for process in self.processes]
+
+    def finish(self) -> None:
+        self.start()
+        codes = self.ended()
+        assert codes == [0] * self.nodes, [self.log(index) for index in range(self.nodes)]
+
+    def signal(self, index: int, number: int, step: int) -> None:
+        """Sends a signal to one pod once the run has done that many steps."""
+        deadline = time.monotonic() + SECONDS
+        while not re.search(rf"^  step {step}/", self.log(0), re.MULTILINE):
+            assert time.monotonic() < deadline, self.log(0)
+            assert all(process.is_alive() for process in self.processes), self.log(0)
+            time.sleep(0.01)
+        pid = self.processes[index].pid
+        assert pid is not None
+        os.kill(pid, number)
+
+    def _log(self, index: int) -> Path:
+        return self.folder / f"log-{index}"
+
+    def log(self, index: int) -> str:
+        file = self._log(index)
+        return file.read_text() if file.exists() else ""
+
+    def result(self, index: int) -> TrainerResult:
+        return TrainerResult.model_validate_json((self.folder / f"message-{index}").read_text())
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return load_file(self.output / "artifact/adapter_model.safetensors")
+
+    def curve(self) -> list[dict[str, str]]:
+        with (self.output / "metrics.csv").open() as file:
+            return list(csv.DictReader(file))
+
+
+def pods(folder: Path, base_model: Path, nodes: int, **spec: Any) -> Pods:
+    """The pods of a small job; a keyword replaces the part of the spec of that name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = write_rows(folder / "train.jsonl", chat_rows(26))
+    parts = {
+        "method": {"lora": {"rank": 4, "alpha": 8, "dropout": 0.1}},
+        "hyperparameters": {"maxSteps": 6, "batchSize": 10, "microBatchSize": 2, "learningRate": 0.01},
+        "resources": {"gpus": 0, "nodes": nodes},
+        "checkpoint": {"everySteps": 2},
+    }
+    manifest = folder / "job.yaml"
+    manifest.write_text(yaml.safe_dump(job_manifest(f"file://{base_model}", f"file://{rows}", **(parts | spec))))
+    return Pods(folder, manifest, nodes)
+
+
+def assert_equal(one: Pods, other: Pods) -> None:
+    """Losses, gradients' norms and weights are within 1e-4 of each other."""
+    points, others = one.curve(), other.curve()
+    assert [point["step"] for point in points] == [point["step"] for point in others]
+    for point, expected in zip(points, others, strict=True):
+        for name, value in expected.items():
+            assert float(point[name] or 0) == pytest.approx(float(value or 0), rel=1e-4), (name, point, expected)
+    weights, expected_weights = one.weights(), other.weights()
+    assert weights.keys() == expected_weights.keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, expected_weights[name], rtol=1e-4, atol=1e-4, msg=name)

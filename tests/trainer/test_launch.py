@@ -1,0 +1,109 @@
+"""The processes of a pod with several GPUs: how they start and end, with small programs in the place of the trainer."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tunesmith.contracts.result import TrainerResult
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+RANK = """
+import json, os, pathlib, signal, sys, time
+
+rank, folder = os.environ["RANK"], pathlib.Path(sys.argv[1])
+message = pathlib.Path(sys.argv[sys.argv.index("--termination-message") + 1])
+
+def end(code, **fields):
+    if fields:
+        message.write_text(json.dumps(fields))
+    sys.exit(code)
+
+def told(number, frame):
+    (folder / f"told-{rank}-{number}-{time.monotonic_ns()}").touch()
+    if rank in STUBBORN:
+        return
+    end(143, outcome="Preempted", message=f"rank {rank} was stopped", retryable=True)
+
+STUBBORN = sys.argv[2]
+signal.signal(signal.SIGTERM, told)
+signal.signal(signal.SIGINT, told)
+(folder / f"here-{rank}").write_text(json.dumps({name: os.environ.get(name) for name in
+    ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")} | {"argv": sys.argv[3:]}))
+"""
+WAIT = "\nwhile True: time.sleep(0.05)\n"
+LAUNCH = """
+import pathlib, sys
+from tunesmith_trainer.launch import launch
+from tunesmith_trainer.ranks import Ranks
+folder = pathlib.Path(sys.argv[1])
+command = [sys.executable, str(folder / "rank.py"), str(folder), sys.argv[2]]
+result = launch(command, Ranks(rank=2, size=4, port=0), 2, folder, settling=0.5, stopping=0.5)
+print(result.model_dump_json())
+"""
+LOST = 'end(3, outcome="Failed", reason="InternalError", message="lost", retryable=True, lostPeer=True)'
+
+
+def start(folder: Path, program: str, stubborn: str = "-") -> subprocess.Popen[str]:
+    (folder / "rank.py").write_text(RANK + program)
+    return subprocess.Popen([sys.executable, "-c", LAUNCH, str(folder), stubborn], stdout=subprocess.PIPE, text=True)
+
+
+def told(process: subprocess.Popen[str]) -> TrainerResult:
+    out, _ = process.communicate(timeout=60)
+    return TrainerResult.model_validate_json(out)
+
+
+def wait_for(folder: Path, *names: str) -> None:
+    deadline = time.monotonic() + 30
+    while not all((folder / name).exists() and (folder / name).read_text() for name in names):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        (f'{LOST} if rank == "2" else end(2, outcome="Failed", reason="InvalidSpec", message="bad")', "bad"),
+        ('end(0, outcome="Succeeded", message=f"rank {rank}")', "rank 2"),
+        (f'{LOST} if rank == "3" else os.kill(os.getpid(), 9)', "rank 2 of 4 ended with exit code 137 and left no"),
+        (f'os.kill(os.getpid(), 11) if rank == "3" else None\n{WAIT}', "rank 3 of 4 ended with exit code 139 and left"),
+    ],
+    ids=["a fault", "success", "killed", "the others are told to end"],
+)
+def test_the_one_that_ended_the_others_speaks(tmp_path: Path, program: str, expected: str) -> None:
+    assert expected in told(start(tmp_path, program)).message
+
+
+def test_ranks_are_placed(tmp_path: Path) -> None:
+    told(start(tmp_path, ""))
+    first, second = (json.loads((tmp_path / f"here-{rank}").read_text()) for rank in (2, 3))
+    assert (first["WORLD_SIZE"], first["LOCAL_RANK"], second["LOCAL_RANK"]) == ("4", "0", "1")
+    assert first["MASTER_PORT"] == second["MASTER_PORT"] != "0"
+    assert first["argv"][-2:] == second["argv"][-2:] == ["--progress-port", "0"]  # neither is rank 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_every_rank_once(tmp_path: Path, number: signal.Signals) -> None:
+    process = start(tmp_path, WAIT)
+    wait_for(tmp_path, "here-2", "here-3")
+    process.send_signal(number)
+    assert told(process).message == "rank 2 was stopped"
+    assert sorted(name.name.rsplit("-", 1)[0] for name in tmp_path.glob("told-*")) == [
+        f"told-2-{int(number)}",
+        f"told-3-{int(number)}",
+    ]
+
+
+def test_a_rank_that_does_not_end_is_killed(tmp_path: Path) -> None:
+    process = start(tmp_path, f'end(2, outcome="Failed", reason="InvalidSpec") if rank == "3" else None\n{WAIT}', "2")
+    assert told(process).reason == "InvalidSpec"
+    assert list(tmp_path.glob("told-2-15-*"))

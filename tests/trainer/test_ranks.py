@@ -1,0 +1,97 @@
+"""Several processes train together, as the pods of a job on several nodes do: to the same result as one alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+from pods import Pods, assert_equal, pods
+
+from tunesmith.api.conditions import FailureReason
+from tunesmith.contracts.result import Outcome, TrainerResult
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+LAUNCH = """
+import pathlib, sys
+from tunesmith_trainer.launch import launch
+from tunesmith_trainer.ranks import Ranks
+command = [sys.executable, "-m", "tunesmith_trainer.main", *sys.argv[2:]]
+print(launch(command, Ranks(size=2, port=0), 2, pathlib.Path(sys.argv[1])).model_dump_json())
+"""
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Pods:
+    """A run of one process."""
+    run = pods(tmp_path_factory.mktemp("alone"), base_model, 1)
+    run.finish()
+    return run
+
+
+def test_two_nodes_train_what_one_does(tmp_path: Path, base_model: Path, alone: Pods) -> None:
+    two = pods(tmp_path, base_model, 2)
+    two.finish()
+    assert_equal(two, alone)
+    first, second = two.result(0), two.result(1)
+    assert first.artifact is not None
+    assert (second.outcome, second.artifact) == (Outcome.SUCCEEDED, None)
+    assert second.message == "rank 1 of 2 is done; rank 0 has the result"
+    assert "step 6/6" in two.log(0)
+    assert "step" not in two.log(1)
+
+
+def test_a_lost_and_a_stopped_pod_end_the_attempt_and_the_next_goes_on(
+    tmp_path: Path, base_model: Path, alone: Pods
+) -> None:
+    two = pods(tmp_path, base_model, 2)
+    two.start()
+    two.signal(1, signal.SIGKILL, step=3)
+    assert two.ended() == [3, -signal.SIGKILL]
+    lost = two.result(0)
+    assert (lost.outcome, lost.reason, lost.lost_peer) == (Outcome.FAILED, FailureReason.INTERNAL_ERROR, True)
+    two.start()
+    two.signal(1, signal.SIGTERM, step=3)
+    assert two.ended() == [143, 143], [two.log(0), two.log(1)]
+    stopped = two.result(0)
+    assert (stopped.outcome, stopped.resumed_from_step) == (Outcome.PREEMPTED, 2)
+    two.finish()
+    resumed = two.result(0).resumed_from_step
+    assert resumed is not None
+    assert resumed >= 3
+    assert_equal(two, alone)
+
+
+def test_qlora_with_recomputed_activations(tmp_path: Path, base_model: Path) -> None:
+    runs = []
+    for nodes in (1, 2):
+        run = pods(
+            tmp_path / str(nodes),
+            base_model,
+            nodes,
+            method={"qlora": {"rank": 4, "alpha": 8}},
+            hyperparameters={"maxSteps": 3, "batchSize": 6, "learningRate": 0.01, "gradientCheckpointing": True},
+        )
+        run.finish()
+        runs.append(run)
+    assert_equal(runs[1], runs[0])
+
+
+def test_two_processes_of_one_pod_read_the_data_once(tmp_path: Path, alone: Pods) -> None:
+    """What `gpus: 2` starts, on the CPU."""
+    two = Pods(tmp_path, alone.manifest, 2)
+    command = [sys.executable, "-c", LAUNCH, str(tmp_path), "train", "--job", str(two.manifest), "--allow-file"]
+    command += ["--output", str(two.output), "--work", str(tmp_path / "work"), "--progress-port", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=True)
+    *lines, last = done.stdout.splitlines()
+    result = TrainerResult.model_validate_json(last)
+    assert result.artifact is not None, (result.message, done.stderr)
+    assert [line for line in lines if "held out" in line] == lines[1:2]
+    assert_equal(two, alone)
