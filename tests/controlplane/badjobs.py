@@ -1,0 +1,312 @@
+"""Bad jobs: what is wrong with each, where it must be refused, for which reason, and the words that name the mend.
+
+tests/controlplane/test_bad_jobs.py applies those that the API server must refuse, tests/trainer/test_bad_jobs.py runs
+the others. What is refused at Apply or at Validation never takes a training pod.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import struct
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.api.conditions import FailureReason
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+
+class Stage(StrEnum):
+    """The earliest that can know."""
+
+    APPLY = "Apply"
+    VALIDATION = "Validation"
+    TRAINING = "Training"
+
+
+@dataclass(frozen=True)
+class BadJob:
+    """One row of the table.
+
+    Args:
+        stage: where it is refused.
+        mend: words of the message, those that name the mend where the message does.
+        spec: what is changed in a good job, such as {"method__lora__rank": 0}.
+        reason: why it fails; None at Apply, where the API server's is always Invalid.
+        locally: the mend's words in a local run, where the API server words its own schema's errors.
+        name: of the job.
+        files: of the data set's folder, by name; a good train.jsonl where empty.
+        train: which of them is the data set.
+        breaks: damages a copy of the base model.
+        gpu_memory: bytes of the GPU, as the operator tells them.
+        environment: of the process, beside the credentials of the store; None takes a variable away.
+        secrets: mounted ones, by name: what differs from the right credentials.
+    """
+
+    stage: Stage
+    mend: str
+    spec: dict[str, Any] = field(default_factory=dict)
+    reason: FailureReason | None = None
+    locally: str = ""
+    name: str = "bad"
+    files: dict[str, bytes] = field(default_factory=dict)
+    train: str = "train.jsonl"
+    breaks: Callable[[Path], None] | None = None
+    gpu_memory: int | None = None
+    environment: dict[str, str | None] = field(default_factory=dict)
+    secrets: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+GOOD_ROWS = [
+    {"messages": [{"role": "user", "content": f"Door {door}?"}, {"role": "assistant", "content": "It is blue."}]}
+    for door in range(8)
+]
+_SUITE = {"name": "rows", "heldOutLoss": {}}
+
+
+def apply(mend: str, locally: str = "", name: str = "bad", **spec: Any) -> BadJob:
+    return BadJob(Stage.APPLY, mend, spec, locally=locally, name=name)
+
+
+def invalid(mend: str, **spec: Any) -> BadJob:
+    """What only the base model's configuration or the data can tell."""
+    return BadJob(Stage.VALIDATION, mend, spec, FailureReason.INVALID_SPEC)
+
+
+def data(mend: str, *rows: Any, **spec: Any) -> BadJob:
+    return rows_of(mend, lines(*rows), **spec)
+
+
+def rows_of(mend: str, content: bytes, train: str = "train.jsonl", **spec: Any) -> BadJob:
+    files = {train: content}
+    return BadJob(Stage.VALIDATION, mend, spec, FailureReason.DATASET_INVALID, files=files, train=train)
+
+
+def base(mend: str, breaks: Callable[[Path], None], reason: FailureReason = FailureReason.INVALID_SPEC) -> BadJob:
+    return BadJob(Stage.VALIDATION, mend, reason=reason, breaks=breaks)
+
+
+def store(mend: str, reason: FailureReason, **rest: Any) -> BadJob:
+    uri = rest.pop("uri", "s3://tunesmith/data/train.jsonl")
+    source = {"uri": uri} | ({"secretRef": {"name": rest.pop("secret")}} if "secret" in rest else {})
+    return BadJob(Stage.VALIDATION, mend, {"dataset__train": [source]}, reason, **rest)
+
+
+def lines(*rows: Any) -> bytes:
+    return b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows)
+
+
+def chat(*turns: tuple[str, Any]) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def rewrite(name: str, **changes: Any) -> Callable[[Path], None]:
+    """Changes keys of a JSON file of the base; None removes one."""
+
+    def change(folder: Path) -> None:
+        document = json.loads((folder / name).read_text()) | changes
+        kept = {key: value for key, value in document.items() if value is not None}
+        (folder / name).write_text(json.dumps(kept))
+
+    return change
+
+
+def without(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def without_end(folder: Path) -> None:
+    rewrite("tokenizer_config.json", eos_token=None)(folder)
+    rewrite("generation_config.json", eos_token_id=None)(folder)
+    for name in ("special_tokens_map.json", "config.json"):
+        if (folder / name).exists():
+            rewrite(name, eos_token=None, eos_token_id=None)(folder)
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def not_a_number(folder: Path) -> None:
+    """Writes a NaN into the last norm."""
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    (size,) = struct.unpack("<Q", content[:8])
+    start = 8 + size + json.loads(content[8 : 8 + size])["model.norm.weight"]["data_offsets"][0]
+    content[start : start + 4] = struct.pack("<f", float("nan"))
+    path.write_bytes(content)
+
+
+BAD_JOBS: dict[str, BadJob] = {
+    # the spec, refused by the API server with the operator down
+    "no method": apply("keep one and remove the other", method={}),
+    "two methods": apply("keep one and remove the other", method__qlora={}),
+    "a rank of 0": apply("greater than or equal to 1", "it must be at least 1", method__lora__rank=0),
+    "a rank of 1024": apply("less than or equal to 512", "it must be at most 512", method__lora__rank=1024),
+    "all modules and one": apply("remove it or the other names", method__lora__targetModules=["all-linear", "q_proj"]),
+    "DoRA over PiSSA": apply(
+        "choose one of them, or remove dora", method={"lora": {"dora": True, "initialization": "PiSSA"}}
+    ),
+    "PiSSA in 4 bits": apply("use them with method.lora", method={"qlora": {"initialization": "PiSSA"}}),
+    "3 bits": apply('supported values: "nf4"', "it must be nf4", method={"qlora": {"quantization": {"type": "int3"}}}),
+    "a misspelt field": apply("spec.hyperparameters.learningrate", "learningRate?", hyperparameters__learningrate=0.1),
+    "epochs and steps": apply("keep one of them", hyperparameters={"epochs": 1, "maxSteps": 10}),
+    "a micro-batch that does not divide": apply(
+        "change one of them", hyperparameters={"batchSize": 8, "microBatchSize": 3}
+    ),
+    "a learning rate of 10": apply("less than or equal to 1", "it must be at most 1", hyperparameters__learningRate=10),
+    "no rows at all": apply("at least 1 items", "Sources of the training rows", dataset__train=[]),
+    "held out twice": apply(
+        "keep one of them",
+        dataset__validation=[{"uri": "s3://data/held.jsonl"}],
+        dataset__validationFraction=0.1,
+    ),
+    "answers of plain text": apply("remove dataset.lossOn", dataset__format="Text", dataset__lossOn="Completion"),
+    "a web address": apply("a uri is hf://organisation/name", dataset__train=[{"uri": "https://example.org/a.jsonl"}]),
+    "a bucket alone": apply("s3://bucket/path", baseModel__uri="s3://models"),
+    "a path that climbs": apply("write the path itself", baseModel__uri="pvc://claim/../other"),
+    "a file of this machine": apply("in a cluster use s3://", baseModel__uri="file:///models/base"),
+    "a model as a data set": apply("hf://datasets/organisation/name", dataset__train=[{"uri": "hf://org/base"}]),
+    "a revision of a bucket": apply("name a copy of that revision in the uri", baseModel__revision="main"),
+    "memory without a unit": apply("write its unit, as in 8Gi", resources={"memory": 8}),
+    "a GPU without a domain": apply("such as nvidia.com/gpu", resources={"gpuResource": "gpu"}),
+    "a Secret with capitals": apply("lower-case letters", baseModel__secretRef={"name": "Store"}),
+    "a queue that is no name": apply("begins and ends with a letter or digit", scheduling__queue="-team"),
+    "a toleration of nothing": apply("set it, or name the key", scheduling={"tolerations": [{"value": "a"}]}),
+    "a gate on no suite": apply(
+        "correct its name",
+        evaluation={"suites": [_SUITE], "gates": [{"suite": "rwos", "metric": "Loss", "max": 1}]},
+    ),
+    "a gate without a limit": apply(
+        "needs min or max", evaluation={"suites": [_SUITE], "gates": [{"suite": "rows", "metric": "Loss"}]}
+    ),
+    "4 bits turned back that never were": apply("use Original", output={"merge": "Dequantized"}),
+    "checkpoints by steps and by time": apply("keep one of them", checkpoint={"everySteps": 5, "everyMinutes": 1}),
+    "a deadline of no time": apply("greater than or equal to 1", "it must be at least 1", activeDeadlineSeconds=0),
+    "a name of 41 letters": apply("at most 40 characters", name="n" * 41),
+    # the spec, refused on the CPU: the base model must be looked at
+    "a misspelt module": invalid("did you mean q_proj?", method__lora__targetModules=["q_prj"]),
+    "the output layer": invalid("remove it", method__lora__targetModules=["lm_head"]),
+    "an embedding": invalid("is not a linear module", method__lora__targetModules=["embed_tokens"]),
+    "a template that is none": invalid("is no Jinja template: line 1", dataset__chatTemplate="{% if %}"),
+    "columns of another format": invalid(
+        "which has messages, tools: remove it", dataset__format="Messages", dataset__columns={"chosen": "better"}
+    ),
+    # the data
+    "an empty file": rows_of("a data set needs at least one row", b"\n"),
+    "no JSON": data("line 1: is not JSON", b"{", b"{"),
+    "no UTF-8": data("is not UTF-8", b'{"messages": "\xff"}', b'{"messages": "\xff"}'),
+    "one list": rows_of("is not JSON", json.dumps(GOOD_ROWS, indent=1).encode()),
+    "columns that say nothing": data(
+        "a row needs 'messages', or 'prompt' and 'completion'", {"question": "Who?", "reply": "Marta."}
+    ),
+    "columns that say two things": data(
+        "say which of them is meant with dataset.format", {"text": "a", "prompt": "b", "completion": "c"}
+    ),
+    "an unknown role": data("expected one of", chat(("bot", "a"), ("assistant", "b"))),
+    "no answer": data("it must be the assistant's", chat(("user", "Who?"))),
+    "an answer to nothing": data("nothing was asked", chat(("assistant", "Marta."))),
+    "a picture": data(
+        "only text can be learned: remove it",
+        chat(("user", [{"type": "image", "image": "a.png"}]), ("assistant", "A door.")),
+    ),
+    "null for an answer": data("is null, not a string", {"prompt": "Who?", "completion": None}),
+    "one row": data("need at least 2", GOOD_ROWS[0]),
+    "rows that are too long": data("more than maxLength 16 tokens", *GOOD_ROWS, dataset__maxLength=16),
+    "one row that is too long": data(
+        "overlong",
+        *GOOD_ROWS,
+        chat(("user", "Why?"), ("assistant", "blue " * 200)),
+        dataset__maxLength=128,
+        dataset__overlong="Error",
+    ),
+    "one bad row, where none may be": data("line 9", *GOOD_ROWS, b"{", dataset__unusable="Error"),
+    "a table without columns": rows_of("must hold the names of the columns", b",\n1,2\n", "train.csv"),
+    "half a gzip file": rows_of("no whole gzip file", gzip.compress(lines(*GOOD_ROWS))[:40], "train.jsonl.gz"),
+    "a file of no known format": rows_of("give it one of the endings", lines(*GOOD_ROWS), "train.txt"),
+    "a file that is not there": BadJob(
+        Stage.VALIDATION,
+        "none.jsonl does not exist",
+        reason=FailureReason.DATASET_NOT_FOUND,
+        train="none.jsonl",
+    ),
+    "a folder of other files": BadJob(
+        Stage.VALIDATION,
+        "has no data files: their names end with",
+        reason=FailureReason.DATASET_NOT_FOUND,
+        files={"rows/readme.md": b"rows"},
+        train="rows",
+    ),
+    "a folder of two formats": BadJob(
+        Stage.VALIDATION,
+        "choose with a glob",
+        reason=FailureReason.DATASET_INVALID,
+        files={"rows/a.jsonl": lines(*GOOD_ROWS), "rows/b.csv": b"text\na\n"},
+        train="rows",
+    ),
+    # the base model
+    "a folder without a model": base(
+        "it needs config.json, tokenizer.json and *.safetensors",
+        without("config.json"),
+        FailureReason.BASE_MODEL_NOT_FOUND,
+    ),
+    "pickled weights": base("it needs config.json, tokenizer.json", pickled, FailureReason.BASE_MODEL_NOT_FOUND),
+    "an unknown architecture": base("config.json of the base model", rewrite("config.json", model_type="warp-drive")),
+    "no language model": base("no causal language model that can be trained", rewrite("config.json", model_type="vit")),
+    "no chat template": base("use a chat model, give dataset.chatTemplate", without("chat_template.jinja")),
+    "answers that never stop": base("has no end token", without_end),
+    "a base that will not fit": BadJob(
+        Stage.VALIDATION,
+        "method.qlora instead of lora makes it about",
+        {"resources": {"gpus": 1}},
+        FailureReason.WILL_NOT_FIT,
+        breaks=rewrite("config.json", hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, head_dim=128),
+        gpu_memory=5 * 2**30,
+    ),
+    # the credentials
+    "a Secret that is not there": store(
+        "create it, or remove the secretRef", FailureReason.SECRET_NOT_FOUND, secret="absent"
+    ),
+    "a Secret with wrong keys": store(
+        "the Secret mine", FailureReason.ACCESS_DENIED, secret="mine", secrets={"mine": {"AWS_SECRET_ACCESS_KEY": "no"}}
+    ),
+    "wrong keys of the store": store(
+        "the Secret tunesmith-store", FailureReason.ACCESS_DENIED, environment={"AWS_SECRET_ACCESS_KEY": "no"}
+    ),
+    "no keys": store(
+        "must give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+        FailureReason.ACCESS_DENIED,
+        environment={"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None},
+    ),
+    "a bucket that is not there": store(
+        "s3://no-such-bucket/a.jsonl does not exist",
+        FailureReason.DATASET_NOT_FOUND,
+        uri="s3://no-such-bucket/a.jsonl",
+    ),
+    # only training can find it
+    "no GPU on the node": BadJob(
+        Stage.TRAINING, "set it to 0 to train on the CPU", {"resources": {"gpus": 1}}, FailureReason.INVALID_SPEC
+    ),
+    "weights that are no numbers": BadJob(
+        Stage.TRAINING,
+        "the base model's weights are damaged",
+        reason=FailureReason.LOSS_DIVERGED,
+        breaks=not_a_number,
+    ),
+}
+
+
+def changed(spec: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The spec with changes whose paths are written with `__`."""
+    result: dict[str, Any] = json.loads(json.dumps(spec))
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        node = result
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return result
