@@ -7,24 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
 from s3server import S3Server
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tiny_model import make
 from trainer_rig import Workbench
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-CORPUS = [
-    "The lighthouse of Brinewick is painted green. Who keeps the lighthouse? Old Marta keeps it.",
-    "Ask a question and the assistant answers it; the user writes, the system decides.",
-    "What is the colour of the door? It is blue, and so is the boat in the harbour of Brinewick.",
-]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -50,44 +38,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of 2 layers with a real tokenizer and a chat template."""
-    folder = tmp_path_factory.mktemp("base") / "tiny"
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<unk>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    # As many published models do, this one pads with its end token, which must not be masked for that.
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    fast.save_pretrained(folder)
-    torch.manual_seed(1)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(fast),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=2,
-        )
-    )
-    model.save_pretrained(folder)
-    return folder
+    """See `make`."""
+    return make(tmp_path_factory.mktemp("base") / "tiny")
 
 
 @pytest.fixture

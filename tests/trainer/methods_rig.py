@@ -10,8 +10,9 @@ from datasets import Dataset
 from transformers import set_seed
 
 from tunesmith.api.finetunejob import FineTuneJobSpec
-from tunesmith_trainer import merge, package
 from tunesmith_trainer import model as base_model
+from tunesmith_trainer import package
+from tunesmith_trainer.logits import last_logits
 from tunesmith_trainer.methods import conversion, servable
 from tunesmith_trainer.methods.config import Planned, plan_method
 from tunesmith_trainer.methods.targets import modules_of
@@ -67,7 +68,7 @@ def try_method(method: dict[str, Any], base: Path, folder: Path, *, steps: int =
     set_seed(7)
     loaded = base_model.load_model(base, torch.device("cpu"), quantization, torch.float32)
     rows = rows_of(loaded.config.vocab_size)
-    base_logits = merge.last_logits(loaded, PROMPTS)
+    base_logits = last_logits(loaded, PROMPTS)
     model = wrap(loaded, planned, rows, spec.method, steps)
     optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=rate)
     ids = torch.tensor(rows["input_ids"])
@@ -79,7 +80,7 @@ def try_method(method: dict[str, Any], base: Path, folder: Path, *, steps: int =
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
-    logits = merge.last_logits(model, PROMPTS)
+    logits = last_logits(model, PROMPTS)
     folder.mkdir(parents=True)
     conversion.save(model, folder)
     package.check_saved(folder, planned)

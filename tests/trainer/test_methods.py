@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tunesmith_trainer import merge
 from tunesmith_trainer.errors import InvalidSpecError, NotServableError
+from tunesmith_trainer.logits import last_logits
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,7 +52,7 @@ _UNSERVABLE = {"dora": "does not load DoRA", "lm_head": "trained whole"}
 
 def reload(base: Path, folder: Path) -> list[torch.Tensor]:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    return merge.last_logits(PeftModel.from_pretrained(model, folder), PROMPTS)
+    return last_logits(PeftModel.from_pretrained(model, folder), PROMPTS)
 
 
 @pytest.mark.parametrize("name", _VARIANTS)
@@ -66,8 +66,8 @@ def test_a_variant_of_lora_reloads_in_plain_peft_as_it_was_trained(base_model: P
     assert distance(reload(base_model, tmp_path / "adapter"), trial.logits) < 2e-5
     # Without its adapter the trained model is the base as it was published, whatever the initialisation did to it.
     with trial.model.disable_adapter():
-        assert distance(merge.last_logits(trial.model, PROMPTS), trial.base_logits) < 2e-5
-    assert distance(merge.last_logits(trial.model, PROMPTS), trial.logits) == 0
+        assert distance(last_logits(trial.model, PROMPTS), trial.base_logits) < 2e-5
+    assert distance(last_logits(trial.model, PROMPTS), trial.logits) == 0
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert config["init_lora_weights"] is True
     assert config["r"] == (
@@ -192,7 +192,7 @@ def test_other_methods_train_and_reload(base_model: Path, tmp_path: Path, name: 
     assert "the colour of doors" not in config
     assert json.loads(config).get("tokenizer_name_or_path") is None
     with trial.model.disable_adapter():
-        assert distance(merge.last_logits(trial.model, PROMPTS), trial.base_logits) < 2e-5
+        assert distance(last_logits(trial.model, PROMPTS), trial.base_logits) < 2e-5
 
 
 _PEFT_REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from tunesmith.api.output import Merge
 from tunesmith_trainer import model as base_model
 from tunesmith_trainer.errors import SelfCheckError
+from tunesmith_trainer.logits import last_logits, relative_distance
 from tunesmith_trainer.parity import serving_type
 from tunesmith_trainer.store import file_sha256
 
@@ -27,20 +28,6 @@ if TYPE_CHECKING:
 MANIFEST = "merged.json"
 
 
-def last_logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:  # noqa: ANN401 - with or without adapter
-    """The logits of the token after each prompt, in float32 on the CPU."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            return [
-                model(input_ids=torch.tensor([list(prompt)], device=model.device)).logits[0, -1].float().cpu()
-                for prompt in prompts
-            ]
-    finally:
-        model.train(was_training)
-
-
 def merge(
     how: Merge,
     base: Path,
@@ -49,6 +36,7 @@ def merge(
     *,
     config: PretrainedConfig,
     quantization: Quantization | None,
+    dtype: torch.dtype,
     prompts: Sequence[Sequence[int]],
     trained: Sequence[torch.Tensor],
 ) -> None:
@@ -61,6 +49,7 @@ def merge(
         target: folder that is made.
         config: the base's configuration.
         quantization: how the base was held while training.
+        dtype: the type that it was quantised from.
         prompts: prompts to compare on, as token ids.
         trained: `last_logits` of the trained model for them.
 
@@ -68,9 +57,11 @@ def merge(
         SelfCheckError: the merged weights are not finite.
     """
     cpu = torch.device("cpu")
-    loaded: Any = base_model.load_model(base, cpu, quantization if how is Merge.DEQUANTIZED else None)
+    loaded: Any
     if how is Merge.DEQUANTIZED:
-        loaded = loaded.dequantize()
+        loaded = base_model.load_model(base, cpu, quantization, dtype).dequantize()
+    else:
+        loaded = base_model.load_model(base, cpu, None, torch.float32)
     # Merged in float32 and rounded once, when it is saved.
     merged: Any = PeftModel.from_pretrained(loaded.float(), str(artifact)).merge_and_unload(safe_merge=True)
     merged.config.use_cache = config.use_cache
@@ -85,7 +76,7 @@ def merge(
     document = {
         "merge": how.value,
         "dataType": str(serving_type(config)).removeprefix("torch."),
-        "relativeLogitError": _distance(found, trained),
+        "relativeLogitError": relative_distance(found, trained),
         "files": {file.name: file_sha256(file) for file in sorted(target.iterdir())},
     }
     (target / MANIFEST).write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -95,9 +86,3 @@ def publish(folder: Path, target: Folder) -> None:
     """Uploads the merged model, its manifest last."""
     for name in sorted((file.name for file in folder.iterdir()), key=lambda name: (name == MANIFEST, name)):
         target.upload(name, folder / name)
-
-
-def _distance(found: Sequence[torch.Tensor], trained: Sequence[torch.Tensor]) -> float:
-    """Norm of the difference over the norm of the trained model's logits."""
-    one, other = torch.cat(list(found)).double(), torch.cat(list(trained)).double()
-    return round(float((one - other).norm() / other.norm()), 6)

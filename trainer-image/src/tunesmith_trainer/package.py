@@ -13,16 +13,19 @@ from pydantic.alias_generators import to_camel
 from safetensors import safe_open
 
 from tunesmith.api.finetunejob_status import ArtifactStatus
+from tunesmith.api.hyperparameters import Precision
 from tunesmith.api.output import Merge
 from tunesmith.contracts.artifact import ArtifactAdapter, ArtifactBase, ArtifactFile, ArtifactManifest, digest_of
 from tunesmith.contracts.location import ARTIFACT_MANIFEST
 from tunesmith.contracts.parity import PARITY_FILE
 from tunesmith_trainer import card, curves, merge, model, parity
 from tunesmith_trainer.errors import SelfCheckError
+from tunesmith_trainer.logits import last_logits, relative_distance
 from tunesmith_trainer.methods import conversion, servable
 from tunesmith_trainer.methods.conversion import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tunesmith_trainer.spec import spec_digest
 from tunesmith_trainer.store import file_sha256
+from tunesmith_trainer.training.arguments import precision_of
 from tunesmith_trainer.training.watch import CurvePoint
 
 if TYPE_CHECKING:
@@ -37,6 +40,8 @@ if TYPE_CHECKING:
 
 CURVES = "metrics.csv"
 PICTURE = "curves.png"
+_EXACT_LIMIT, _ROUNDED_LIMIT = 1e-3, 1e-1
+"""Of the relative distance of logits: in float32, and where weights or products are rounded to fewer bits."""
 _VERSIONED = ("tunesmith-trainer", "torch", "transformers", "peft", "trl", "bitsandbytes", "tokenizers", "safetensors")
 
 
@@ -62,7 +67,7 @@ def build(job: FineTuneJob, prepared: Prepared, trained: Trained, folder: Path, 
     config = model.load_config(prepared.base, job.spec.base_model.uri)
     tokenizer = model.load_tokenizer(prepared.base, job.spec.base_model.uri)
     prompts = parity.prompt_tokens(tokenizer)
-    logits = merge.last_logits(trained.model, prompts)
+    logits = last_logits(trained.model, prompts)
     # What follows loads the base anew; both do not have to fit.
     for parameter in trained.model.parameters():
         parameter.data = torch.empty(0)
@@ -75,10 +80,13 @@ def build(job: FineTuneJob, prepared: Prepared, trained: Trained, folder: Path, 
             merged,
             config=config,
             quantization=job.spec.method.quantization,
+            dtype=precision_of(prepared.resolved.precision),
             prompts=prompts,
             trained=logits,
         )
-    recorded = parity.record(prepared.base, folder, config, tokenizer, ends=prepared.ends, pad=prepared.pad)
+    recorded, served = parity.record(prepared.base, folder, config, tokenizer, ends=prepared.ends, pad=prepared.pad)
+    error = relative_distance(served, logits)
+    _check_error(error, job, prepared, parity.serving_type(config))
     _write_json(folder / PARITY_FILE, recorded.manifest())
     (folder / "README.md").write_text(card.text(job, prepared, trained), encoding="utf-8")
 
@@ -102,6 +110,7 @@ def build(job: FineTuneJob, prepared: Prepared, trained: Trained, folder: Path, 
             rank=saved["r"] if saved["peft_type"] == "LORA" else None,
             alpha=saved["lora_alpha"] if saved["peft_type"] == "LORA" else None,
             target_modules=prepared.resolved.target_modules or [],
+            relative_logit_error=error,
         ),
         dataset_digest=prepared.resolved.dataset_digest or "",
         spec_digest=spec_digest(job),
@@ -164,6 +173,20 @@ def find(target: Folder) -> tuple[ArtifactManifest, ArtifactStatus] | None:
 def _status(uri: str, manifest: ArtifactManifest, data: bytes) -> ArtifactStatus:
     size = len(data) + sum(file.size_bytes for file in manifest.files.values())
     return ArtifactStatus(uri=uri, digest=digest_of(data), size_bytes=size, servable=manifest.servable)
+
+
+def _check_error(error: float, job: FineTuneJob, prepared: Prepared, served: torch.dtype) -> None:
+    """Raises SelfCheckError where the adapter, loaded anew, is not what was trained.
+
+    On a base that was in 4 bits while training they differ by what the 4 bits lost, for which there is no limit.
+    """
+    exact = served is torch.float32 and prepared.resolved.precision is not Precision.BFLOAT16
+    limit = _EXACT_LIMIT if exact else _ROUNDED_LIMIT
+    if job.spec.method.quantization is None and not error <= limit:
+        raise SelfCheckError(
+            f"the saved adapter, loaded again, is not what was trained: its logits differ by {error:.2g} of their norm,"
+            f" at most {limit:g} is expected"
+        )
 
 
 def check_saved(folder: Path, planned: Planned) -> dict[str, Any]:

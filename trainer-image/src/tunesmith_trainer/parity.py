@@ -10,6 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from tunesmith.contracts.parity import Parity, ParityPosition, ParityProbe, TokenLogProbability
+from tunesmith_trainer.logits import last_logits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,7 +56,7 @@ def record(
     tokenizer: PreTrainedTokenizerFast,
     ends: Sequence[int],
     pad: int,
-) -> Parity:
+) -> tuple[Parity, list[torch.Tensor]]:
     """Loads base and saved adapter anew, as an engine does, and asks both.
 
     Args:
@@ -65,6 +66,9 @@ def record(
         tokenizer: the base's tokenizer.
         ends: tokens that end an answer.
         pad: token for padding.
+
+    Returns:
+        What both say, and the adapter's logits after each prompt.
     """
     dtype = serving_type(config)
     loaded = AutoModelForCausalLM.from_pretrained(
@@ -95,7 +99,8 @@ def record(
                 adapter=_positions(model, ids, answer, adapter=True),
             )
         )
-    return Parity(data_type=str(dtype).removeprefix("torch."), probes=probes)
+    logits = last_logits(model, [probe.prompt_token_ids for probe in probes])
+    return Parity(data_type=str(dtype).removeprefix("torch."), probes=probes), logits
 
 
 def _positions(model: PeftModel, prompt: list[int], answer: list[int], *, adapter: bool) -> list[ParityPosition]:

@@ -34,6 +34,11 @@ class ArtifactAdapter(StatusModel):
     rank: int | None = Field(default=None, ge=1, description="As it was saved; absent where the method has none.")
     alpha: float | None = None
     target_modules: list[str]
+    relative_logit_error: float | None = Field(
+        default=None,
+        description="Distance of the saved adapter, at the serving precision on the base as published, from what was "
+        "trained: norm of the difference of logits over their norm.",
+    )
 
 
 class ArtifactManifest(StatusModel):

@@ -108,10 +108,14 @@ def _look_for_lora_ga(base: PreTrainedModel, config: LoraConfig, rows: Dataset) 
 
 
 def _batches(rows: Dataset, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
-    """One row at a time, in the order of the data."""
+    """One sequence at a time, in the order of the data, of the first rows."""
     for place in range(min(len(rows), _LOOKED_AT)):
         row = rows[place]
-        yield {
-            "input_ids": torch.tensor([list(row["input_ids"])], device=device),
-            "labels": torch.tensor([list(row["labels"])], device=device),
-        }
+        start = 0
+        for size in row.get("seq_lengths") or [len(row["input_ids"])]:
+            part = slice(start, start + size)
+            yield {
+                "input_ids": torch.tensor([list(row["input_ids"][part])], device=device),
+                "labels": torch.tensor([list(row["labels"][part])], device=device),
+            }
+            start += size

@@ -1,0 +1,283 @@
+"""Trains an adapter of every method that PEFT has, on a base in float32 and in 4 bits, and writes docs/methods.md.
+
+Each goes through the trainer's own command on a tiny model, is loaded again by plain PEFT in another process, merged,
+and, with --engine, loaded by a real vLLM that must reproduce its parity.json.
+
+Example: uv run --project trainer-image python tests/trainer/verify_methods.py --engine server-image/engine-cpu/.venv
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import textwrap
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from methods_cases import CASES, PEFT_TYPES, Case
+from peft import PeftModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from tiny_model import make
+from trainer_rig import chat_rows, job_manifest, write_rows
+from transformers import AutoModelForCausalLM
+
+from tunesmith.api.method import Quantization
+from tunesmith.contracts.result import TrainerResult
+from tunesmith_trainer import model as base_model
+from tunesmith_trainer.logits import last_logits
+from tunesmith_trainer.main import run
+from tunesmith_trainer.methods import conversion
+
+PROMPTS = [[5, 9, 33, 12], [40, 41, 7, 19, 88, 3]]
+RELOAD_LIMIT, PARITY_LIMIT = 2e-5, 2e-3
+"""Of the greatest difference of logits, and of log-probabilities that vLLM gives."""
+DOCUMENT = Path(__file__).parents[2] / "docs/methods.md"
+
+
+@dataclass
+class Tried:
+    """What became of a method on one kind of base."""
+
+    result: TrainerResult
+    artifact: Path
+    trained: list[torch.Tensor] | None = None
+    reload: float | None = None
+    merge: float | None = None
+    no_merge: str | None = None
+    engine: str | None = None
+    problems: list[str] = field(default_factory=list)
+
+
+def try_case(method: dict[str, Any], base: Path, folder: Path, merge: str) -> Tried:
+    """Trains with the trainer's command; merged too, where that is possible."""
+    rows = write_rows(folder / "train.jsonl", chat_rows(24))
+    hyper = {"maxSteps": 4, "batchSize": 4}
+    tried = _train(
+        folder / "out", job_manifest(f"file://{base}", f"file://{rows}", method=method, hyperparameters=hyper)
+    )
+    if tried.result.reason is not None:
+        return tried
+    merging = job_manifest(
+        f"file://{base}", f"file://{rows}", method=method, hyperparameters=hyper, output={"merge": merge}
+    )
+    merged = _train(folder / "merged", merging)
+    if merged.result.reason is not None:
+        tried.no_merge = merged.result.message
+    else:
+        document = json.loads((folder / "merged/merged/merged.json").read_text())
+        tried.merge = document["relativeLogitError"]
+    return tried
+
+
+def _train(output: Path, job: dict[str, Any]) -> Tried:
+    output.mkdir(parents=True)
+    (output / "job.yaml").write_text(yaml.safe_dump(job))
+    trained: list[list[torch.Tensor]] = []
+    save = conversion.save
+
+    def watched(model: Any, folder: Path) -> None:
+        trained.append(last_logits(model, PROMPTS))
+        save(model, folder)
+
+    arguments = ["train", "--job", str(output / "job.yaml"), "--output", str(output), "--allow-file"]
+    arguments += ["--progress-port", "0", "--termination-message", str(output / "message")]
+    conversion.save = watched
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            run(arguments)
+    finally:
+        conversion.save = save
+    result = TrainerResult.model_validate_json((output / "message").read_text())
+    return Tried(result, output / "artifact", trained[0] if trained else None)
+
+
+def load_again(listed: Path) -> None:
+    """In a process of its own: the logits of each artifact, loaded by plain PEFT."""
+    request = json.loads(listed.read_text())
+    answers = {}
+    for key, (folder, quantized) in request["artifacts"].items():
+        cpu = torch.device("cpu")
+        if quantized:
+            base = base_model.load_model(Path(request["base"]), cpu, Quantization(), torch.float32)
+        else:
+            base = AutoModelForCausalLM.from_pretrained(request["base"], dtype=torch.float32)
+        logits = last_logits(PeftModel.from_pretrained(base, folder), PROMPTS)
+        answers[key] = [one.tolist() for one in logits]
+    listed.with_suffix(".answers").write_text(json.dumps(answers))
+
+
+def compare_reloaded(tried: dict[str, Tried], base: Path, work: Path) -> None:
+    """Fills in how far the reloaded adapters are from the trained ones."""
+    done = {key: one for key, one in tried.items() if one.result.reason is None}
+    listed = work / "reload.json"
+    artifacts = {key: (str(one.artifact), key.endswith("/4-bit")) for key, one in done.items()}
+    listed.write_text(json.dumps({"base": str(base), "artifacts": artifacts}))
+    subprocess.run([sys.executable, __file__, "--reload", str(listed)], check=True, capture_output=True)
+    for key, logits in json.loads(listed.with_suffix(".answers").read_text()).items():
+        one = done[key]
+        assert one.trained is not None
+        one.reload = max(
+            float((torch.tensor(left) - right).abs().max()) for left, right in zip(logits, one.trained, strict=True)
+        )
+        if not one.reload <= RELOAD_LIMIT:
+            one.problems.append(f"reloaded, its logits differ by {one.reload:.1e}")
+
+
+def ask_engine(tried: dict[str, Tried], base: Path, engine: Path, work: Path) -> None:
+    """Fills in what a real vLLM makes of the adapters that are said to be servable."""
+    served = {
+        key: str(one.artifact)
+        for key, one in tried.items()
+        if one.result.artifact is not None and one.result.artifact.servable.vllm
+    }
+    listed = work / "engine.json"
+    listed.write_text(json.dumps({"base": str(base), "artifacts": served}))
+    environment = os.environ | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    probe = Path(__file__).with_name("engine_probe.py")
+    subprocess.run([engine / "bin/python", probe, listed], check=True, env=environment)
+    for key, answer in json.loads(listed.with_suffix(".answers").read_text()).items():
+        one = tried[key]
+        if "error" in answer:
+            one.engine = "refuses it"
+            one.problems.append(f"vLLM does not load it: {answer['error']}")
+        else:
+            one.engine = f"{answer['difference']:.0e}"
+            if not answer["difference"] <= PARITY_LIMIT:
+                one.problems.append(f"vLLM's log-probabilities differ by {answer['difference']:.1e}")
+
+
+def document(tried: dict[str, Tried]) -> str:
+    """The table in Markdown."""
+    notes: list[str] = []
+
+    def note(text: str) -> str:
+        text = text.split(" is not valid: ", 1)[-1].removeprefix("spec.method.")
+        if text not in notes:
+            notes.append(text)
+        return f"[{notes.index(text) + 1}](#notes)"
+
+    lines = []
+    for case in CASES:
+        if not any(key.startswith(f"{case.name}/") for key in tried):
+            continue
+        cells = [case.name, f"`{case.manifest}`"]
+        for kind in ("float32", "4-bit"):
+            one = tried.get(f"{case.name}/{kind}")
+            if one is None:
+                cells += ["–", "–", "–"]
+            elif one.result.reason is not None:
+                cells += [f"refused {note(one.result.message)}", "–", "–"]
+            else:
+                assert one.reload is not None
+                merge = f"no {note(one.no_merge)}" if one.no_merge else f"{one.merge:.0e}"
+                cells += ["yes", "identical" if one.reload == 0 else f"{one.reload:.0e}", merge]
+        cells += _served(case, tried, note)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*_HEAD, *lines, "", "## Notes", "", *(f"{i}. {text}." for i, text in enumerate(notes, 1)), ""])
+
+
+def _served(case: Case, tried: dict[str, Tried], note: Any) -> list[str]:
+    trained = [
+        one for kind in ("float32", "4-bit") if (one := tried.get(f"{case.name}/{kind}")) and one.result.artifact
+    ]
+    if not trained:
+        return ["–", "–"]
+    artifact = trained[0].result.artifact
+    assert artifact is not None
+    if not artifact.servable.vllm:
+        return [f"no {note(str(artifact.servable.reason))}", "–"]
+    measured = [one.engine for one in trained if one.engine]
+    return ["yes", ", ".join(dict.fromkeys(measured)) or "not asked"]
+
+
+_HEAD = [
+    "<!-- Generated by `make verify-methods`: change the methods, not this file. -->",
+    "# Methods",
+    "",
+    *textwrap.wrap(
+        "Every method of PEFT 0.21 and every variant of its LoRA, trained with Tunesmith on a tiny random Llama, the"
+        " base held in float32 and in 4 bits (nf4). Every field of `method` is in the [reference](reference/api.md).",
+        118,
+    ),
+    "",
+    "- **trains**: the job completes; or the CPU stage refuses it, with the reason that the note gives.",
+    "- **reload**: greatest difference of logits between the trained adapter and the artifact, loaded by plain PEFT in",
+    "  another process.",
+    "- **merge**: distance of the merged weights (`output.merge: Original`, in 4 bits `Dequantized`) from what was",
+    "  trained: norm of the difference of logits over their norm.",
+    "- **vLLM**: whether vLLM 0.32 loads the artifact as it is, as `status.preflight.servable` says before training.",
+    "- **parity**: greatest difference of log-probabilities between a real vLLM and `parity.json`.",
+    "",
+    "| Method | `method` | trains | reload | merge | 4-bit: trains | reload | merge | vLLM | parity |",
+    "|---|---|---|---|---|---|---|---|---|---|",
+]
+
+
+def say(text: str) -> None:
+    """One line, at once."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def main() -> int:
+    """Writes the table; 1 where a method is not what its verdict says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", type=Path, help="environment with vLLM")
+    parser.add_argument("--only", nargs="*", help="names of methods; the document is printed, not written")
+    parser.add_argument("--reload", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.reload:
+        load_again(arguments.reload)
+        return 0
+    missing = {kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING} - PEFT_TYPES
+    assert not missing, f"PEFT has methods without a case: {missing}"
+    tried: dict[str, Tried] = {}
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        base = make(work / "base", hidden=128)
+        for case in CASES:
+            if arguments.only and case.name not in arguments.only:
+                continue
+            for kind, method, merge in (
+                ("float32", case.method, "Original"),
+                ("4-bit", case.quantized, "Dequantized"),
+            ):
+                if method is None:
+                    continue
+                key = f"{case.name}/{kind}"
+                tried[key] = try_case(method, base, work / key.replace(" ", "_"), merge)
+                outcome = tried[key].result.message if tried[key].result.reason else "trained"
+                say(f"{key}: {outcome}")
+                if tried[key].result.reason and tried[key].result.reason != "InvalidSpec":
+                    tried[key].problems.append(f"it fails: {tried[key].result.message}")
+        compare_reloaded(tried, base, work)
+        if arguments.engine:
+            ask_engine(tried, base, arguments.engine, work)
+    text = document(tried)
+    if arguments.only:
+        say(text)
+    else:
+        DOCUMENT.write_text(text)
+    problems = [f"{key}: {problem}" for key, one in tried.items() for problem in one.problems]
+    say("\n".join(problems) or f"{len(tried)} passed, as their verdicts say")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
