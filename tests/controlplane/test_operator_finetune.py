@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kubelet import DIGEST, Ending, Kubelet, Running, Waiting, failed, published
-from manifests import job
+from kubelet import DIGEST, Ending, Running, Waiting, failed, published, result
 from operatorprocess import STORE, until
+from trainingworld import KIND, World
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -24,40 +24,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.controlplane
 Object = dict[str, Any]
-KIND = "FineTuneJob"
-
-
-class World:
-    """A namespace whose pods follow a script."""
-
-    def __init__(self, cluster: Cluster, namespace: str) -> None:
-        self.cluster = cluster
-        self.namespace = namespace
-        self.kubelet = Kubelet(cluster, lambda _: None, namespace)
-
-    async def submit(self, name: str = "tone", **changes: object) -> Object:
-        return await self.cluster.create(job(self.namespace, name, **changes))
-
-    async def status(self, name: str = "tone") -> Object:
-        found: Object = (await self.cluster.get(KIND, name, self.namespace)).get("status", {})
-        return found
-
-    async def condition(self, type_: str, name: str = "tone") -> Object:
-        conditions = (await self.status(name)).get("conditions", [])
-        return next((condition for condition in conditions if condition["type"] == type_), {})
-
-    async def until_condition(
-        self, type_: str, status: str = "True", *, reason: str = "", seconds: float = 60.0
-    ) -> Object:
-        async def holds() -> bool:
-            found = await self.condition(type_)
-            return found.get("status") == status and reason in {"", found["reason"]}
-
-        await until(holds, f"condition {type_}={status} {reason}", seconds=seconds)
-        return await self.condition(type_)
-
-    async def jobs(self) -> list[str]:
-        return sorted(item["metadata"]["name"] for item in await self.cluster.list("Job", self.namespace))
+SAVING = "test.tunesmith.dev/saving"
 
 
 @pytest.fixture
@@ -303,6 +270,119 @@ async def test_a_suspended_job_stops_and_goes_on_with_another_attempt(world: Wor
     assert outcomes == ["Suspended", "Succeeded"]
 
 
+async def hold(world: World, attempt: int) -> Object:
+    """The attempt's pod, held back at its deletion as one that saves a checkpoint is: by a finalizer of this test."""
+
+    async def there() -> bool:
+        return bool(await world.cluster.list("Pod", world.namespace, labels=f"tunesmith.dev/attempt={attempt}"))
+
+    await until(there, f"the pod of attempt {attempt}")
+    [pod] = await world.cluster.list("Pod", world.namespace, labels=f"tunesmith.dev/attempt={attempt}")
+    finalizers = [*pod["metadata"].get("finalizers", []), SAVING]
+    return await world.cluster.patch(
+        "Pod", pod["metadata"]["name"], world.namespace, {"metadata": {"finalizers": finalizers}}
+    )
+
+
+async def stopping(world: World, pod: Object) -> None:
+    """Returns when the pod is being deleted."""
+
+    async def told() -> bool:
+        found = await world.cluster.get("Pod", pod["metadata"]["name"], world.namespace)
+        return "deletionTimestamp" in found["metadata"]
+
+    await until(told, "the deletion of the attempt's pod")
+
+
+SAVED = Ending(
+    exit_code=143,
+    message=result(outcome="Preempted", message="stopped by SIGTERM at step 7 of 30", retryable=True),
+    reason="Error",
+)
+
+
+async def let_go(world: World, pod: Object) -> None:
+    """The pod saved, and ends as the trainer does after SIGTERM."""
+    await world.kubelet.end(pod, SAVED)
+    found = await world.cluster.get("Pod", pod["metadata"]["name"], world.namespace)
+    left = [name for name in found["metadata"]["finalizers"] if name != SAVING]
+    await world.cluster.patch("Pod", pod["metadata"]["name"], world.namespace, {"metadata": {"finalizers": left}})
+
+
+async def test_the_next_attempt_waits_for_the_end_of_a_pod_that_saves(world: World) -> None:
+    def script(pod: Object) -> Ending | Running:
+        return Running() if pod["metadata"]["labels"].get("tunesmith.dev/attempt") == "1" else published(pod)
+
+    world.kubelet.script = script
+    await world.submit(maxAttempts=1)
+    await world.until_condition("Started")
+    pod = await hold(world, 1)
+    await world.cluster.patch(KIND, "tone", world.namespace, {"spec": {"suspend": True}})
+    await stopping(world, pod)
+    generation = (await world.cluster.patch(KIND, "tone", world.namespace, {"spec": {"suspend": False}}))["metadata"][
+        "generation"
+    ]
+
+    async def seen() -> bool:
+        return (await world.status()).get("observedGeneration") == generation
+
+    await until(seen, "the operator's look at the resumed job")
+    assert (await world.condition("Suspended"))["reason"] == "Stopping"
+    assert len(await world.jobs()) == 2, "validation and one attempt"
+    await let_go(world, pod)
+    await world.until_condition("Complete")
+    outcomes = [attempt["outcome"] for attempt in (await world.status())["attempts"]]
+    assert outcomes == ["Suspended", "Succeeded"]
+
+
+async def test_the_next_attempt_waits_for_a_pod_whose_job_somebody_deleted(world: World) -> None:
+    def script(pod: Object) -> Ending | Running:
+        return Running() if pod["metadata"]["labels"].get("tunesmith.dev/attempt") == "1" else published(pod)
+
+    world.kubelet.script = script
+    await world.submit()
+    await world.until_condition("Started")
+    pod = await hold(world, 1)
+    await world.cluster.delete("Job", (await world.status())["attempts"][0]["name"], world.namespace)
+    waits = await world.until_condition("Started", "False", reason="Stopping")
+    assert f"attempt 2 waits for pod {pod['metadata']['name']}" in waits["message"]
+    await let_go(world, pod)
+    await world.until_condition("Complete")
+    outcomes = [attempt["outcome"] for attempt in (await world.status())["attempts"]]
+    assert outcomes == ["Failed", "Succeeded"]
+
+
+async def test_a_queue_takes_a_running_attempt_away_and_admits_the_next(world: World) -> None:
+    """As Kueue pre-empts. Here the Job controller sees that the pod failed before it is gone, and fails the Job."""
+
+    def script(pod: Object) -> Ending | Running:
+        return Running() if pod["metadata"]["labels"].get("tunesmith.dev/attempt") == "1" else published(pod)
+
+    world.kubelet.script = script
+    await world.submit(scheduling__queue="team", maxAttempts=1)
+    await world.until_condition("Admitted", "False")
+    first = (await world.status())["attempts"][0]["name"]
+    await world.cluster.patch("Job", first, world.namespace, {"spec": {"suspend": False}})
+    await world.until_condition("Started")
+    pod = await hold(world, 1)
+    await world.cluster.patch("Job", first, world.namespace, {"spec": {"suspend": True}})
+    await stopping(world, pod)
+    await world.kubelet.end(pod, SAVED)
+
+    async def queued_again() -> bool:
+        attempts = (await world.status())["attempts"]
+        return len(attempts) == 2 and (await world.status())["phase"] == "Queued"
+
+    await until(queued_again, "the second attempt in the queue")
+    await let_go(world, pod)
+    second = (await world.status())["attempts"][1]["name"]
+    assert (await world.cluster.get("Job", second, world.namespace))["spec"]["suspend"] is True
+    await world.cluster.patch("Job", second, world.namespace, {"spec": {"suspend": False}})
+    await world.until_condition("Complete")
+    outcomes = [attempt["outcome"] for attempt in (await world.status())["attempts"]]
+    assert outcomes == ["Preempted", "Succeeded"]
+
+
 async def test_a_job_over_its_deadline_is_stopped(world: World) -> None:
     def script(pod: Object) -> Ending | Running:
         return published(pod) if pod["spec"]["containers"][0]["args"][0] == "validate" else Running()
@@ -412,3 +492,63 @@ async def test_every_pod_is_admitted_where_pod_security_is_restricted(world: Wor
         resources__gpus=0, dataset__train=[{"uri": "pvc://claim/x.jsonl", "secretRef": {"name": "mine"}}]
     )
     await world.until_condition("Complete")
+
+
+def index_of(pod: Object) -> int | None:
+    """The pod's place in an Indexed Job; None in another."""
+    index = pod["metadata"]["labels"].get("batch.kubernetes.io/job-completion-index")
+    return None if index is None else int(index)
+
+
+async def test_a_job_on_two_nodes_is_one_attempt(world: World) -> None:
+    """Both pods run, find each other by name, and the first one reports."""
+    others = json.dumps({"outcome": "Succeeded", "message": "rank 1 of 2 is done"})
+
+    def script(pod: Object) -> Ending | Running:
+        return Running() if index_of(pod) == 0 else Ending(message=others) if index_of(pod) == 1 else published(pod)
+
+    world.kubelet.script = script
+    submitted = await world.submit(resources__nodes=2, resources__gpus=0)
+    await world.until_condition("Started")
+    (attempt,) = (await world.status())["attempts"]
+    pods = await world.cluster.list("Pod", world.namespace, labels=f"batch.kubernetes.io/job-name={attempt['name']}")
+    first, second = sorted(pods, key=lambda pod: index_of(pod) or 0)
+    assert (first["spec"]["hostname"], second["spec"]["hostname"]) == (f"{attempt['name']}-0", f"{attempt['name']}-1")
+    (service,) = await world.cluster.list("Service", world.namespace, labels="tunesmith.dev/finetunejob=tone")
+    environment = {entry["name"]: entry.get("value") for entry in second["spec"]["containers"][0]["env"]}
+    assert environment["MASTER_ADDR"] == f"{first['spec']['hostname']}.{service['metadata']['name']}"
+    assert first["spec"]["subdomain"] == service["metadata"]["name"]
+    assert service["spec"]["clusterIP"] == "None"
+    (policy,) = await world.cluster.list("NetworkPolicy", world.namespace)
+    for item in (service, policy):
+        assert [owner["uid"] for owner in item["metadata"]["ownerReferences"]] == [submitted["metadata"]["uid"]]
+        selector = item["spec"].get("selector") or item["spec"]["podSelector"]["matchLabels"]
+        assert selector.items() <= first["metadata"]["labels"].items()
+    await world.kubelet.end(first, published(first))
+    await world.until_condition("Complete")
+    status = await world.status()
+    assert status["artifact"]["digest"] == DIGEST
+    assert [attempt["outcome"] for attempt in status["attempts"]] == ["Succeeded"]
+
+
+async def test_one_lost_pod_of_two_ends_the_attempt(world: World) -> None:
+    lost = json.dumps(
+        {"outcome": "Failed", "reason": "InternalError", "message": "lost", "retryable": True, "lostPeer": True}
+    )
+
+    def script(pod: Object) -> Ending | Running:
+        attempt = pod["metadata"]["labels"].get("tunesmith.dev/attempt")
+        if attempt == "1":  # evicted
+            return Ending(exit_code=137, disrupted=True) if index_of(pod) == 1 else Running()
+        if attempt == "2":  # one fails for a reason, the other because of that
+            reason = failed(3, retryable=True, reason="StorageUnavailable", message="the store does not answer")
+            return reason if index_of(pod) == 1 else Ending(exit_code=3, message=lost, reason="Error")
+        return published(pod)
+
+    world.kubelet.script = script
+    await world.submit(resources__nodes=2, resources__gpus=0, maxAttempts=2)
+    await world.until_condition("Complete", seconds=90)
+    outcomes = [(attempt["outcome"], attempt.get("reason")) for attempt in (await world.status())["attempts"]]
+    assert outcomes[0] == ("Preempted", None)
+    assert outcomes[1] in {("Failed", "StorageUnavailable"), ("Failed", "InternalError")}  # whose pod is left
+    assert outcomes[2] == ("Succeeded", None)
