@@ -87,7 +87,7 @@ def wide(bench: Workbench, tmp_path: Path) -> Workbench:
     ("gibibytes", "rank", "suggestion"),
     [
         (8, 16, "method.qlora instead of lora makes it about 4.5 GiB"),
-        (20, 512, "rank: 128 makes it about 17.6 GiB"),
+        (20, 512, "method.lora.rank: 128 makes it about 17.6 GiB"),
         (3, 16, "no change of this job makes it fit: it takes a GPU with about 4.2 GiB or a smaller base model"),
     ],
 )
@@ -101,6 +101,17 @@ def test_a_job_that_cannot_fit_is_refused_with_the_change_that_fits(
     assert f"GiB of GPU memory and the GPU has {gibibytes}.0 GiB: {suggestion}" in ran.result.message
     assert ran.result.preflight is not None
     assert (ran.result.preflight.verdict, ran.result.preflight.suggestion) == (Verdict.WILL_NOT_FIT, suggestion)
+
+
+def test_what_cannot_be_computed_again_is_not_proposed_and_refused(wide: Workbench) -> None:
+    prefix: dict[str, Any] = GPU | {"method": {"prefixTuning": {}}}
+    ran = wide.run("validate", wide.job(**prefix), "--gpu-memory-bytes", str(8 * 2**30))
+    assert ran.result.reason is FailureReason.WILL_NOT_FIT
+    assert "GiB: method.prefixTuning.quantization: {} makes it about" in ran.result.message
+    again = prefix | {"hyperparameters": {"maxSteps": 3, "gradientCheckpointing": True}}
+    ran = wide.run("validate", wide.job(**again))
+    assert (ran.code, ran.result.reason) == (2, FailureReason.INVALID_SPEC)
+    assert "what method.prefixTuning trains is lost where activations are computed" in ran.result.message
 
 
 def test_the_command_estimate_shows_it(wide: Workbench) -> None:

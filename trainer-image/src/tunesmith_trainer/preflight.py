@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tunesmith.api.finetunejob_status import PeakParts, Verdict
 from tunesmith.api.hyperparameters import Optimizer, Precision
+from tunesmith.api.method import IN_4_BITS, LoraFields, PeftFields
 from tunesmith.contracts.fitting import Settings, changes, decide, options
 from tunesmith.contracts.memory import Estimate, Run, Shape, estimate, verdict
+from tunesmith_trainer.methods import limits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -99,7 +100,9 @@ def sizing(
     trainable: Callable[[int | None], int],
     lengths: npt.ArrayLike,
 ) -> Sizing | None:
-    """What the peak follows from; None without a GPU, and for a base whose configuration does not tell its widths.
+    """What the peak follows from; None where it cannot be estimated.
+
+    So it is without a GPU, for a base of experts, and for one whose configuration does not tell its widths.
 
     Args:
         spec: the job's spec.
@@ -145,13 +148,20 @@ def decided(sized: Sizing, asked: Settings, sizes: Sequence[int], ways: Sequence
 
 def judge(
     counted: Preflight,
-    sized: Sizing,
+    sized: Sizing | None,
     spec: FineTuneJobSpec,
     run: Settings,
     sizes: Sequence[int],
     gpu_memory: int | None,
 ) -> Preflight:
-    """The counts with the peak, its parts, the verdict and, where it may not fit, the change that costs least."""
+    """The counts with the peak, its parts, the verdict and, where it may not fit, the change that costs least.
+
+    Without a GPU none of them; where the peak cannot be estimated, the verdict is Unknown.
+    """
+    if not spec.resources.gpus:
+        return counted
+    if sized is None:
+        return counted.model_copy(update={"gpu_memory_bytes": gpu_memory, "verdict": Verdict.UNKNOWN})
     parts = sized.estimate(run)
     says = verdict(parts.peak, gpu_memory)
     suggestion = None
@@ -181,7 +191,7 @@ def suggest(sized: Sizing, spec: FineTuneJobSpec, run: Settings, sizes: Sequence
         enough = sized.kept(trial) >= max(2, _KEPT_SHARE * len(sized.lengths))
         return (enough or trial.max_length == run.max_length) and sized.peak(trial) <= gpu_memory
 
-    possible = options(run, sizes, checkpointing=True, quantization=spec.method.lora is not None)
+    possible = options(run, sizes, checkpointing=can_recompute(spec), quantization=_can_quantize(spec))
     found = changes(run, possible, fits)
     if found is None:
         strongest = replace(run, **{name: values[-1] for name, values in possible.items() if values})
@@ -190,23 +200,38 @@ def suggest(sized: Sizing, spec: FineTuneJobSpec, run: Settings, sizes: Sequence
             f"no change of this job makes it fit: it takes a GPU with about {gibibytes(least)} or a smaller base model"
         )
     then = replace(run, **found)
-    words = [_words(name, value, partial(sized.kept, then), len(sized.lengths)) for name, value in found.items()]
+    dropped = len(sized.lengths) - sized.kept(then)
+    words = [_words(name, value, spec.method.name, dropped, len(sized.lengths)) for name, value in found.items()]
     return f"{' and '.join(words)} makes it about {gibibytes(sized.peak(then))}"
 
 
-def _words(name: str, value: int, kept: Callable[[], int], rows: int) -> str:
+def _words(name: str, value: int, method: str, dropped: int, rows: int) -> str:
     match name:
         case "micro_batch_size":
             return f"hyperparameters.microBatchSize: {value}"
         case "checkpointing":
             return "hyperparameters.gradientCheckpointing: true"
         case "quantized":
-            return "method.qlora instead of lora"
+            return "method.qlora instead of lora" if method == "lora" else f"method.{method}.quantization: {{}}"
         case "rank":
-            return f"rank: {value}"
+            return f"method.{method}.rank: {value}"
         case _:
-            dropped = rows - kept()
             return f"dataset.maxLength: {value}" + (f" (drops {dropped} of {rows} rows)" if dropped else "")
+
+
+def can_recompute(spec: FineTuneJobSpec) -> bool:
+    """Whether activations can be computed again: not where an adapter lives in the keys and values of the layers."""
+    peft = spec.method.peft
+    return spec.method.prefix_tuning is None and (peft is None or peft.type.upper() != "CARTRIDGE")
+
+
+def _can_quantize(spec: FineTuneJobSpec) -> bool:
+    fields = spec.method.fields
+    if isinstance(fields, LoraFields):
+        return fields.initialization in IN_4_BITS
+    if isinstance(fields, PeftFields):
+        return fields.type.upper() not in limits.NOT_IN_4_BITS
+    return True
 
 
 def gibibytes(size: int) -> str:

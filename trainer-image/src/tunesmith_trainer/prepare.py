@@ -11,7 +11,7 @@ from tunesmith.api.dataset import LossOn
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
 from tunesmith_trainer import data, model, plan, preflight
 from tunesmith_trainer.data.loading import load as load_rows
-from tunesmith_trainer.errors import BaseModelNotFoundError
+from tunesmith_trainer.errors import BaseModelNotFoundError, InvalidSpecError
 from tunesmith_trainer.evaluation.generation import Example, load
 from tunesmith_trainer.methods.config import parameters_at, plan_method
 from tunesmith_trainer.methods.targets import modules_of
@@ -110,7 +110,8 @@ def prepare(job: FineTuneJob, stores: Stores, work: Path, *, weights: bool, gpu_
     def trainable(rank: int | None) -> int:
         return parameters_at(rank, planned, spec, modules)
 
-    sized = preflight.sizing(spec, config, modules, planned.modules, trainable, lengths)
+    known = planned.parameters is not None
+    sized = preflight.sizing(spec, config, modules, planned.modules, trainable, lengths) if known else None
     run, sizes = _settings(job, sized, gpu_memory)
     now = plan.resolve(
         spec,
@@ -123,26 +124,34 @@ def prepare(job: FineTuneJob, stores: Stores, work: Path, *, weights: bool, gpu_
     )
     resolved = plan.frozen(job.status.resolved, now)
     counted = rows.counted.model_copy(update={"trainable_parameters": planned.parameters, "servable": planned.servable})
-    if sized is not None:
-        counted = preflight.judge(counted, sized, spec, run, sizes, gpu_memory)
+    counted = preflight.judge(counted, sized, spec, run, sizes, gpu_memory)
     pad = model.pad_token(tokenizer, ends)
     return Prepared(base, rows.train, rows.validation, rows.lengths, pad, counted, resolved, planned, ends, examples)
 
 
 def _settings(job: FineTuneJob, sized: preflight.Sizing | None, gpu_memory: int | None) -> tuple[Settings, list[int]]:
-    """The micro-batch size and the checkpointing of a run, and the sizes that are possible."""
+    """The micro-batch size and the checkpointing of a run, and the sizes that are possible.
+
+    Raises:
+        InvalidSpecError: activations are to be computed again where that is not possible.
+    """
     spec, frozen = job.spec, job.status.resolved
     asked = spec.hyperparameters.micro_batch_size
     before = frozen.micro_batch_size if frozen is not None else None
     sizes = plan.micro_batch_sizes(spec)
-    again = spec.hyperparameters.gradient_checkpointing
-    checkpointing = spec.resources.gpus > 0 if again is None else again
+    again, possible = spec.hyperparameters.gradient_checkpointing, preflight.can_recompute(spec)
+    if again and not possible:
+        raise InvalidSpecError(
+            f"hyperparameters.gradientCheckpointing: what method.{spec.method.name} trains is lost where activations"
+            " are computed again; set it to false"
+        )
+    checkpointing = spec.resources.gpus > 0 and possible if again is None else again
     run = preflight.settings_of(spec, micro_batch_size=before or asked or max(sizes), checkpointing=checkpointing)
     if before is not None and frozen is not None:
         return replace(run, checkpointing=bool(frozen.gradient_checkpointing)), sizes
     if sized is None or gpu_memory is None:
         return run, sizes
-    ways = (False, True) if again is None else (again,)
+    ways = (False, True) if again is None and possible else (checkpointing,)
     return preflight.decided(sized, run, [asked] if asked else sizes, ways, gpu_memory), sizes
 
 

@@ -69,7 +69,7 @@ CHANGES_BASE = frozenset(
 )
 """They take out of the base what the new adapter adds; saved, the adapter is plain LoRA of twice the rank."""
 _WITH_DORA = (Initialization.DEFAULT, Initialization.GAUSSIAN, Initialization.ORTHOGONAL, Initialization.EVA)
-_IN_4_BITS = (Initialization.DEFAULT, Initialization.GAUSSIAN, Initialization.EVA)
+IN_4_BITS = (Initialization.DEFAULT, Initialization.GAUSSIAN, Initialization.EVA)
 
 
 def _quoted(values: Iterable[Initialization]) -> str:
@@ -141,10 +141,10 @@ class QloraFields(LoraFields):
     rules = (
         *LoraFields.rules,
         Rule(
-            f"self.initialization in {_quoted(_IN_4_BITS)}",
-            f"qlora.initialization is {', '.join(_IN_4_BITS[:-1])} or {_IN_4_BITS[-1]}: the others need the base's "
+            f"self.initialization in {_quoted(IN_4_BITS)}",
+            f"qlora.initialization is {', '.join(IN_4_BITS[:-1])} or {IN_4_BITS[-1]}: the others need the base's "
             "weights in full; use them with method.lora",
-            lambda self: self.initialization in _IN_4_BITS,
+            lambda self: self.initialization in IN_4_BITS,
         ),
     )
 
