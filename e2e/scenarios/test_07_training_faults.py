@@ -133,23 +133,39 @@ def test_a_suspended_job_goes_on(submit: Callable[..., str]) -> None:
 def test_a_queue_admits_suspends_and_admits_a_job_again(submit: Callable[..., str]) -> None:
     """The test does what Kueue does: it writes `suspend` of the Job, and nothing else."""
     name = submit("queued", scheduling={"queue": "team"})
+    mine = f"tunesmith.dev/finetunejob={name},app.kubernetes.io/component=train"
 
-    def waits() -> str:
-        """The Job that the queue is to admit."""
-        queued = reaches(name, "Admitted", "False", "Queued")
-        assert queued["status"]["phase"] == "Queued"
-        assert "waits for queue team to admit it" in condition(queued, "Admitted")["message"]
-        attempt = newest_attempt(name)
-        found = get("job", attempt, DEMO) or {}
-        assert found["spec"]["suspend"] is True
-        assert found["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team"
-        return attempt
+    def queued() -> list[str]:
+        """The Jobs that the queue may admit."""
+        jobs = items("jobs", DEMO, f"{mine},kueue.x-k8s.io/queue-name=team")
+        ended = {"Complete", "Failed", "FailureTarget"}
+        return [
+            job["metadata"]["name"]
+            for job in jobs
+            if job["spec"]["suspend"] and not ended & {entry["type"] for entry in job["status"].get("conditions", [])}
+        ]
 
-    first = waits()
-    suspend("job", first, value=False)
+    def admit(_: Object | None = None) -> None:
+        for job in queued():
+            suspend("job", job, value=False)
+
+    waits = reaches(name, "Admitted", "False", "Queued")
+    assert waits["status"]["phase"] == "Queued"
+    assert "waits for queue team to admit it" in condition(waits, "Admitted")["message"]
+    assert queued() == [newest_attempt(name)]
+    assert not items("pods", DEMO, mine)
+    admit()
     _, step = trains(name)
-    suspend("job", first, value=True)
-    # Its pod ends with 143, so the Job controller counts it as failed: what waits in the queue is the next attempt.
-    until("the second attempt", lambda: newest_attempt(name) != first, 180)
-    suspend("job", waits(), value=False)
-    went_on(name, "Preempted", step)
+    suspend("job", newest_attempt(name), value=True)
+    assert reaches(name, "Admitted", "False", "Queued")["status"]["phase"] == "Queued"
+
+    def ended() -> bool:
+        return all(pod["status"]["phase"] in {"Succeeded", "Failed"} for pod in items("pods", DEMO, mine))
+
+    until("the pod saves and ends", ended, 180)
+    # Whether the Job goes on or another takes its place depends on whether its controller saw how the pod ended.
+    job = finished_job(name, while_waiting=admit)
+    assert condition(job, "Complete")["status"] == "True", condition(job, "Failed")
+    attempts = job["status"]["attempts"]
+    assert [attempt["outcome"] for attempt in attempts] in (["Succeeded"], ["Preempted", "Succeeded"])
+    assert attempts[-1]["resumedFromStep"] >= step
