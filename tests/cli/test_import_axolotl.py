@@ -222,6 +222,93 @@ KINDS = {
         },
         lost=frozenset({"load_in_8bit", "fp16"}),
     ),
+    "llama-3/instruct-dpo-lora-8b.yml": Kind(
+        """
+        base_model: org/chat-8b
+        rl: dpo
+        dpo_beta: 0.2
+        datasets:
+          - path: org/pairs
+            type: chat_template.default
+            field_messages: conversation
+            field_chosen: better
+            field_rejected: rejected
+            message_property_mappings: {role: role, content: content}
+            roles: {user: [user]}
+        val_set_size: 0.05
+        sample_packing: false
+        adapter: lora
+        lora_r: 32
+        lora_alpha: 16
+        lora_target_linear: true
+        num_epochs: 4
+        flash_attention: true
+        """,
+        {
+            "objective": {"dpo": {"beta": 0.2}},
+            "dataset": {"format": "Preference", "columns": {"prompt": "conversation", "chosen": "better"}},
+        },
+        changed=frozenset({"datasets[0].type"}),
+    ),
+    "llama-3/qlora-1b-kto.yaml": Kind(
+        """
+        base_model: org/base-1b
+        load_in_4bit: true
+        rl: kto
+        rl_beta: 0.5
+        kto_desirable_weight: 0.2
+        datasets: [{path: org/marked, type: llama3.ultra, split: train}]
+        val_set_size: 0.1
+        remove_unused_columns: false
+        adapter: qlora
+        lora_r: 32
+        lora_alpha: 64
+        lora_target_linear: true
+        num_epochs: 1
+        optimizer: adamw_8bit
+        """,
+        {
+            "objective": {"kto": {"beta": 0.5, "desirableWeight": 0.2}},
+            "dataset": {"format": "UnpairedPreference"},
+            "hyperparameters": {"optimizer": "AdamW8bit"},
+        },
+        changed=frozenset({"datasets[0].type"}),
+    ),
+    "mistral/mistral-qlora-orpo.yml": Kind(
+        """
+        base_model: org/base-7b
+        load_in_4bit: true
+        rl: orpo
+        orpo_alpha: 0.3
+        chat_template: chatml
+        datasets: [{path: org/pairs, type: orpo.chat_template}]
+        val_set_size: 0.1
+        adapter: qlora
+        lora_r: 32
+        lora_alpha: 16
+        lora_target_linear: true
+        num_epochs: 1
+        """,
+        {"objective": {"orpo": {"weight": 0.3}}, "dataset": {"format": "Preference"}},
+        lost=frozenset({"chat_template"}),
+        changed=frozenset({"datasets[0].type"}),
+    ),
+    "llama-2/ia3.yml": Kind(
+        """
+        base_model: org/base-7b
+        load_in_8bit: true
+        datasets: [{path: org/instructions, type: alpaca}]
+        val_set_size: 0.01
+        adapter: ia3
+        peft_target_modules: [k_proj, v_proj, down_proj]
+        peft_feedforward_modules: [down_proj]
+        num_epochs: 5
+        bf16: true
+        """,
+        {"method": {"ia3": {"targetModules": ["k_proj", "v_proj", "down_proj"], "feedforwardModules": ["down_proj"]}}},
+        lost=frozenset({"load_in_8bit"}),
+        changed=frozenset({"datasets[0].type"}),
+    ),
 }
 CUSTOM = """
 base_model: ./models/mine
@@ -292,7 +379,7 @@ def test_a_public_example_becomes_a_job_and_every_other_key_is_told(
     holds(job.spec.manifest(), kind.spec, tmp_path)
     lines = err.splitlines()
     assert {line.split(" has no counterpart")[0] for line in lines if "has no counterpart" in line} == kind.lost
-    assert {line.split(": ")[0] for line in lines if "rendered by" in line} == kind.changed
+    assert {line.split(": ")[0] for line in lines if "rendered by" in line or "the rows must" in line} == kind.changed
     assert imported(kind.text, "--strict")[0] == (1 if kind.lost else 0)
 
 
@@ -332,6 +419,8 @@ SMALL = "base_model: org/base\ndatasets: [{path: org/rows, type: chat_template}]
         ("base_model: org/base\nadapter: lora", 2, "datasets is missing: name the rows to train on"),
         (SMALL.replace("org/rows", "https://example.org/rows.jsonl"), 2, "copy the rows to s3://, gs://, az:// or pvc"),
         (SMALL.replace("org/base", "base"), 1, "says what no FineTuneJob can: spec.baseModel.uri: a uri is hf://"),
+        (SMALL.replace("adapter: lora", ""), 2, "adapter is not set, which trains all weights"),
+        (SMALL + "rl: grpo", 2, "rl is grpo: dpo, orpo, kto can be imported"),
         (SMALL + "lora_r: 4096", 1, "spec.method.lora.rank is 4096: it must be at most 512"),
     ],
 )

@@ -46,6 +46,17 @@ _INITIALIZATIONS = {
     "olora": Initialization.OLORA,
     "corda": Initialization.CORDA,
 }
+_OBJECTIVES = {
+    "dpo": {"rl_beta": "beta", "dpo_beta": "beta", "dpo_label_smoothing": "labelSmoothing"},
+    "orpo": {"rl_beta": "weight", "orpo_alpha": "weight"},
+    "kto": {
+        "rl_beta": "beta",
+        "kto_desirable_weight": "desirableWeight",
+        "kto_undesirable_weight": "undesirableWeight",
+    },
+}
+"""By `rl`, the keys that say more and the fields that they become."""
+_PREFERENCES = {"dpo": "Preference", "orpo": "Preference", "kto": "UnpairedPreference"}
 _OVERLONG = {"drop": "Drop", "truncate": "Truncate", "raise": "Error"}
 
 _RENAMED = {
@@ -146,6 +157,7 @@ def translate(config: Document, folder: str) -> Translation:
     reader = _Reader(given, folder)
     reader.base_model()
     reader.method()
+    reader.objective()
     reader.dataset()
     reader.hyperparameters()
     for key, path in _RENAMED.items():
@@ -204,17 +216,33 @@ class _Reader:
 
     def method(self) -> None:
         adapter = self.take("adapter")
+        if adapter == "ia3":
+            self._method = "ia3"
+            for theirs, ours in (
+                ("peft_target_modules", "targetModules"),
+                ("peft_feedforward_modules", "feedforwardModules"),
+            ):
+                if theirs in self._given:
+                    self.put(f"method.{ours}", self.take(theirs))
+            if self.take("load_in_4bit", default=False):
+                self.put("method.quantization", {})
+            return
         if adapter not in {"lora", "qlora"}:
             raise UntranslatableError(
                 "adapter is not set, which trains all weights: this release trains adapters; set adapter: lora"
                 if adapter is None
-                else f"adapter is {adapter}: this release imports lora and qlora"
+                else f"adapter is {adapter}: lora, qlora and ia3 can be imported"
             )
-        rl = self._given.get("rl")
-        if rl is not None:
-            raise UntranslatableError(f"rl is {rl}: this release trains on answers (supervised fine-tuning) only")
         in_4_bits = bool(self.take("load_in_4bit", default=False))
         self._method = "qlora" if adapter == "qlora" or in_4_bits else "lora"
+        self._targets()
+        initialization = self._given.get("peft_init_lora_weights")
+        if initialization in _INITIALIZATIONS:
+            self.put("method.initialization", _INITIALIZATIONS[self.take("peft_init_lora_weights")].value)
+        elif initialization is True:
+            self.take("peft_init_lora_weights")
+
+    def _targets(self) -> None:
         names = self._given.get("lora_target_modules")
         if self._given.get("lora_target_linear"):
             self._taken |= {"lora_target_linear", "lora_target_modules"}
@@ -226,11 +254,15 @@ class _Reader:
         elif names is not None:
             self.lose("lora_target_modules", "a pattern; method targetModules takes names of modules")
             self._taken.add("lora_target_modules")
-        initialization = self._given.get("peft_init_lora_weights")
-        if initialization in _INITIALIZATIONS:
-            self.put("method.initialization", _INITIALIZATIONS[self.take("peft_init_lora_weights")].value)
-        elif initialization is True:
-            self.take("peft_init_lora_weights")
+
+    def objective(self) -> None:
+        name = self.take("rl")
+        if name is None:
+            return
+        if name not in _OBJECTIVES:
+            raise UntranslatableError(f"rl is {name}: {', '.join(_OBJECTIVES)} can be imported")
+        fields = {ours: self.take(theirs) for theirs, ours in _OBJECTIVES[name].items() if theirs in self._given}
+        self.put(f"objective.{name}", fields)
 
     def dataset(self) -> None:
         sources = self.take("datasets") or self._given.get("pretraining_dataset")
@@ -239,9 +271,12 @@ class _Reader:
             sources = [{"type": "completion"} | entry for entry in _entries(sources)]
         if not sources:
             raise UntranslatableError("datasets is missing: name the rows to train on")
-        rows = [_Rows.of(entry, f"datasets[{number}]", self._folder) for number, entry in enumerate(_entries(sources))]
+        form = _PREFERENCES.get(self._given.get("rl", ""))
+        rows = [
+            _Rows.of(entry, f"datasets[{number}]", self._folder, form) for number, entry in enumerate(_entries(sources))
+        ]
         held_out = [
-            _Rows.of(entry, f"test_datasets[{number}]", self._folder)
+            _Rows.of(entry, f"test_datasets[{number}]", self._folder, form)
             for number, entry in enumerate(_entries(self.take("test_datasets", default=[])))
         ]
         for source in (*rows, *held_out):
@@ -315,11 +350,19 @@ class _Rows:
     changed: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, entry: Document, where: str, folder: str) -> _Rows:
+    def of(cls, entry: Document, where: str, folder: str, preference: str | None) -> _Rows:
+        """Reads an entry, of preferences where their format is given."""
         left = {key: value for key, value in entry.items() if value not in _EMPTY}
         rows = cls(_data_uris(left, where, folder))
         kind = left.pop("type", None)
-        rows._kind(kind, left)
+        if preference is None:
+            rows._kind(kind, left)
+        else:
+            rows.format = preference
+            for name, key in (("prompt", "field_messages"), ("chosen", "field_chosen"), ("rejected", "field_rejected")):
+                rows._column(name, left.pop(key, None))
+            rows._property_names(left)
+            rows.changed[f"{where}.type"] = f"the rows must be what dataset.format calls {preference}"
         for key in ("ds_type", "roles", "roles_to_train", "train_on_eos", "chat_template", "train_on_split"):
             known = {"roles_to_train": ["assistant"], "train_on_eos": "turn", "chat_template": "tokenizer_default"}
             if key in {"ds_type", "roles"} or left.get(key) == known.get(key, object()):
@@ -330,7 +373,7 @@ class _Rows:
             rows.lost[f"{where}.{key}"] = (
                 "name the files of that part in the uri" if key in {"split", "name"} else f"it is {json.dumps(value)}"
             )
-        if rows.format == "Instruction":
+        if preference is None and rows.format == "Instruction":
             rows.changed[f"{where}.type"] = (
                 "the rows are rendered by the base model's chat template, not by this prompt"
             )
