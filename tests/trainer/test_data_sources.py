@@ -264,3 +264,28 @@ def test_data_sets_of_the_hub(hub: str, tmp_path: Path) -> None:
         f"[('train-0.parquet', {size})]",
         "the data set hf://datasets/org/none does not exist: check the uri",
     ], ended.stderr
+
+
+def test_another_pod_finds_the_tokens_in_the_store(bench: Workbench, s3_environment: S3Server) -> None:
+    """As validation leaves them for the attempts; once the artifact is published they are removed."""
+    filesystem = s3_environment.filesystem()
+    uri = "s3://tunesmith/store/doors-1/tmp/tokens"
+    first = bench.run("validate", bench.job(), "--tokens", uri)
+    (key,) = filesystem.ls("tunesmith/store/doors-1/tmp/tokens")
+    assert {entry.rsplit("/", 1)[-1] for entry in filesystem.ls(key)} == {"train.arrow", "rows.json"}
+    # What is there is what is used: a report that only the store has comes back.
+    manifest = json.loads(filesystem.cat_file(f"{key}/rows.json"))
+    manifest["counted"]["train"]["report"]["counts"] = {"Duplicate": 7}
+    filesystem.pipe_file(f"{key}/rows.json", json.dumps(manifest).encode())
+    again = counted(bench.run("validate", bench.job(), "--tokens", uri))
+    assert (again.dropped_rows, again.tokens) == (7, counted(first).tokens)
+    filesystem.pipe_file(f"{key}/train.arrow", b"damaged")
+    assert counted(bench.run("validate", bench.job(), "--tokens", uri)).dropped_rows == 0
+    ran = bench.run("train", bench.job(), "--tokens", uri, output="s3://tunesmith/store/doors-1/artifact")
+    assert ran.code == 0, ran.result.message
+    assert not filesystem.exists("tunesmith/store/doors-1/tmp/tokens")
+
+
+@pytest.mark.usefixtures("s3_environment")
+def test_a_store_that_keeps_no_tokens_does_not_stop_the_job(bench: Workbench) -> None:
+    assert counted(bench.run("validate", bench.job(), "--tokens", "s3://no-such-bucket/tokens")).rows == 22

@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 
     from tunesmith.api.finetunejob import FineTuneJob
     from tunesmith_trainer.prepare import Prepared
-    from tunesmith_trainer.store import Stores
+    from tunesmith_trainer.store import Folder, Stores
 
 log = logging.getLogger("tunesmith_trainer")
 
 _UPLOAD_SECONDS = 40.0
 """For the last checkpoint to reach the store, of the grace between SIGTERM and SIGKILL."""
-_MOURNING_SECONDS = 10.0
+_MOURNING_SECONDS = 5.0
 """Between the loss of another rank and this process's end."""
 _EXAMPLES = """examples:
   tunesmith-trainer validate --job job.yaml --allow-file
@@ -162,6 +162,12 @@ def _parser() -> argparse.ArgumentParser:
                 help="folder of the checkpoints (default: checkpoints/ beside the artifact)",
             )
         command.add_argument(
+            "--tokens",
+            metavar="URI",
+            help="folder that keeps the tokenised rows for the next attempt (default: tokens/ beside the artifact, of"
+            " train in a folder here; otherwise they are not kept)",
+        )
+        command.add_argument(
             "--work",
             type=Path,
             metavar="DIR",
@@ -220,7 +226,7 @@ def _execute(arguments: argparse.Namespace, progress: Progress, ending: _Ending)
     try:
         with _work_folder(arguments.work) as work:
             if arguments.command == "validate":
-                return _validate(job, stores, work, progress, arguments.gpu_memory_bytes)
+                return _validate(job, stores, work, progress, arguments)
             try:
                 return _train(job, stores, work, ending, arguments)
             except Exception:
@@ -235,12 +241,13 @@ def _execute(arguments: argparse.Namespace, progress: Progress, ending: _Ending)
 
 
 def _validate(
-    job: FineTuneJob, stores: Stores, work: Path, progress: Progress, gpu_memory: int | None
+    job: FineTuneJob, stores: Stores, work: Path, progress: Progress, arguments: argparse.Namespace
 ) -> TrainerResult:
     from tunesmith_trainer.prepare import prepare  # noqa: PLC0415
 
     progress.update(stage=Stage.VALIDATING)
-    prepared = prepare(job, stores, work, weights=False, gpu_memory=gpu_memory)
+    tokens = _tokens(arguments.tokens, stores)
+    prepared = prepare(job, stores, work, weights=False, gpu_memory=arguments.gpu_memory_bytes, tokens=tokens)
     counted = prepared.preflight
     return _refused(prepared) or TrainerResult(
         outcome=Outcome.SUCCEEDED,
@@ -290,9 +297,8 @@ def _train(
                 f"{target.uri} already holds the artifact of another spec: choose another --output,"
                 " or remove that folder"
             )
-        if local is None and arguments.checkpoints:
-            with contextlib.suppress(TrainerError):  # what stays is for the bucket's lifecycle rule
-                stores.folder(arguments.checkpoints, what="checkpoints", missing=StorageUnavailableError).remove()
+        if local is None:
+            _remove(stores, arguments.checkpoints, arguments.tokens)
         return _judged(
             TrainerResult(
                 outcome=Outcome.SUCCEEDED,
@@ -308,7 +314,8 @@ def _train(
     from tunesmith_trainer.training.loop import train  # noqa: PLC0415
 
     ranks = ending.ranks
-    prepared = _prepared(job, stores, work, ranks, progress)
+    tokens = arguments.tokens or (f"file://{local}/tokens" if local is not None else None)
+    prepared = _prepared(job, stores, work, ranks, progress, _tokens(tokens, stores))
     refused = _refused(prepared)
     if refused is not None:
         return refused
@@ -352,6 +359,7 @@ def _train(
         package.write_curves(local / package.CURVES, trained.curve)
     else:
         checkpoints.clear()
+    _remove(stores, tokens)
     with contextlib.suppress(PeerLostError):  # what is published is published
         ranks.part()
     return _judged(
@@ -367,7 +375,22 @@ def _train(
     )
 
 
-def _prepared(job: FineTuneJob, stores: Stores, work: Path, ranks: Ranks, progress: Progress) -> Prepared:
+def _remove(stores: Stores, *uris: str | None) -> None:
+    """Removes temporary folders; what stays is for the bucket's lifecycle rule."""
+    for uri in uris:
+        if uri is not None:
+            with contextlib.suppress(TrainerError):
+                stores.folder(uri, what="temporary files", missing=StorageUnavailableError).remove()
+
+
+def _tokens(uri: str | None, stores: Stores) -> Folder | None:
+    """The folder of tokenised rows that outlives this process."""
+    return stores.folder(uri, what="the folder of tokenised rows", missing=StorageUnavailableError) if uri else None
+
+
+def _prepared(
+    job: FineTuneJob, stores: Stores, work: Path, ranks: Ranks, progress: Progress, tokens: Folder | None
+) -> Prepared:
     """The inputs, once all ranks are here: each pod reads them once."""
     from tunesmith_trainer.prepare import prepare  # noqa: PLC0415
     from tunesmith_trainer.training.loop import choose_device, device_memory  # noqa: PLC0415
@@ -381,7 +404,7 @@ def _prepared(job: FineTuneJob, stores: Stores, work: Path, ranks: Ranks, progre
     # What the CPU stage of a cluster decided stays; a local run has had none, and knows its GPU.
     memory = device_memory(device) if job.status.resolved is None else None
     prepared = ranks.once_per_pod(
-        work / "prepared", lambda: prepare(job, stores, work, weights=True, gpu_memory=memory)
+        work / "prepared", lambda: prepare(job, stores, work, weights=True, gpu_memory=memory, tokens=tokens)
     )
     if not ranks.agree(prepared.resolved.model_dump_json()):
         raise InvalidSpecError(
@@ -485,14 +508,14 @@ class _Ending:
         """The result of a run that was stopped and saved."""
         checkpoints = self.interruption.checkpoints
         number = self.interruption.signal
-        assert number is not None  # noqa: S101 - nothing else interrupts a run
+        stopped = f"stopped by {number.name}" if number is not None else "stopped with another rank"
         kept = "no checkpoint could be written"
         if checkpoints is not None and checkpoints.last is not None:
             kept = f"the checkpoint of step {checkpoints.last} is in {checkpoints.uri}"
         go_on = "; run the same command again to go on from there" if local else ""
         return TrainerResult(
             outcome=Outcome.PREEMPTED,
-            message=f"stopped by {number.name} {error}; {kept}{go_on}",
+            message=f"{stopped} {error}; {kept if self.ranks.first else 'rank 0 has saved'}{go_on}",
             retryable=True,
         )
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tunesmith.contracts.fingerprint import ModelFolder
     from tunesmith.contracts.fitting import Settings
     from tunesmith_trainer.methods.config import Planned
-    from tunesmith_trainer.store import Stores
+    from tunesmith_trainer.store import Folder, Stores
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,15 @@ class Prepared:
     examples: dict[str, list[Example]]
 
 
-def prepare(job: FineTuneJob, stores: Stores, work: Path, *, weights: bool, gpu_memory: int | None = None) -> Prepared:
+def prepare(
+    job: FineTuneJob,
+    stores: Stores,
+    work: Path,
+    *,
+    weights: bool,
+    gpu_memory: int | None = None,
+    tokens: Folder | None = None,
+) -> Prepared:
     """Checks, counts and tokenises the inputs of a job.
 
     Args:
@@ -69,6 +77,7 @@ def prepare(job: FineTuneJob, stores: Stores, work: Path, *, weights: bool, gpu_
         work: folder for downloads and tokenised rows.
         weights: download the base's weights too; without them the fingerprint is read with ranged reads.
         gpu_memory: of the GPU, bytes; None where it is not known.
+        tokens: keeps the tokenised rows for the next attempt.
 
     Raises:
         TrainerError: an input is missing, refused or not usable.
@@ -98,6 +107,7 @@ def prepare(job: FineTuneJob, stores: Stores, work: Path, *, weights: bool, gpu_
         tokenizer=_tokenizer_digest(base, ends),
         seed=spec.hyperparameters.seed,
         context=context,
+        store=tokens,
     )
     answers = data.Encoder(tokenizer, ends, chat_template=asked.chat_template, loss_on=LossOn.COMPLETION)
     examples = {

@@ -36,6 +36,11 @@ def checkpoints_uri(store: str, namespace: str, name: str, uid: str) -> str:
     return f"{temporary_folder(store, namespace, name, uid)}/checkpoints"
 
 
+def tokens_uri(store: str, namespace: str, name: str, uid: str) -> str:
+    """The folder of a FineTuneJob's tokenised rows, from its validation until its artifact is published."""
+    return f"{temporary_folder(store, namespace, name, uid)}/tokens"
+
+
 def namespace_of_artifact(store: str, uri: str) -> str | None:
     """The namespace whose prefix of the store holds `uri`; None where it lies outside the store."""
     prefix = store.rstrip("/") + "/"

@@ -6,7 +6,14 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.contracts.location import CLAIMS_FOLDER, artifact_uri, checkpoints_uri, owned_name, short_uid
+from tunesmith.contracts.location import (
+    CLAIMS_FOLDER,
+    artifact_uri,
+    checkpoints_uri,
+    owned_name,
+    short_uid,
+    tokens_uri,
+)
 from tunesmith.contracts.progress import PROGRESS_PORT
 from tunesmith.contracts.result import ExitCode
 from tunesmith.finetune.observe import ATTEMPT_LABEL, COMPONENT_LABEL, CONTAINER, TRAIN, VALIDATE
@@ -82,7 +89,7 @@ def validation(job: FineTuneJob, installation: Installation, gpu_memory_bytes: i
     """
     labels = {COMPONENT_LABEL: VALIDATE}
     rules = [_on_disruption("Ignore"), _on_exit_codes("FailJob", ExitCode.USER_FAULT)]
-    arguments = ["validate", "--job", f"{JOB_FOLDER}/{JOB_FILE}"]
+    arguments = ["validate", "--job", f"{JOB_FOLDER}/{JOB_FILE}", "--tokens", _tokens(job, installation)]
     if gpu_memory_bytes is not None:
         arguments += ["--gpu-memory-bytes", str(gpu_memory_bytes)]
     pod = _pod(job, installation, labels, arguments, _VALIDATION_RESOURCES)
@@ -105,6 +112,7 @@ def attempt(job: FineTuneJob, number: int, installation: Installation) -> Object
     place = artifact_uri(installation.store, metadata.namespace, metadata.name, metadata.uid)
     checkpoints = checkpoints_uri(installation.store, metadata.namespace, metadata.name, metadata.uid)
     arguments = ["train", "--job", f"{JOB_FOLDER}/{JOB_FILE}", "--output", place, "--checkpoints", checkpoints]
+    arguments += ["--tokens", _tokens(job, installation)]
     pod = _pod(job, installation, labels, arguments, _resources(job))
     manifest = _job(job, str(number), labels, pod, rules, retries=0)
     if job.spec.resources.nodes > 1:
@@ -309,6 +317,11 @@ def _resources(job: FineTuneJob) -> Object:
         "requests": {"cpu": wanted.cpu, "memory": wanted.memory, **gpus},
         "limits": {"memory": wanted.memory, **gpus},
     }
+
+
+def _tokens(job: FineTuneJob, installation: Installation) -> str:
+    metadata = job.metadata
+    return tokens_uri(installation.store, metadata.namespace, metadata.name, metadata.uid)
 
 
 def _sources(job: FineTuneJob) -> list[BaseModelSource | DatasetSource]:

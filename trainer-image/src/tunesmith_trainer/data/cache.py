@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tunesmith_trainer.data.report import RowReport
 from tunesmith_trainer.data.tokens import Counted
 from tunesmith_trainer.errors import TrainerError
-from tunesmith_trainer.store import file_sha256
+from tunesmith_trainer.store import Retry, file_sha256
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 _MANIFEST = "rows.json"
 _SCHEMA_VERSION = 1
+_RETRY = Retry(attempts=3)
+"""Rows can be tokenised anew: an outage is not waited out for them."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,9 @@ class TokenCache:
     """
 
     def __init__(self, scratch: Path, store: Folder | None) -> None:
-        self._scratch = scratch
-        self._store = store
+        here = store.local if store is not None else None
+        self._scratch = here or scratch
+        self._store = store.child(retry=_RETRY) if store is not None and here is None else None
 
     def get(self, key: str, make: Callable[[Path], Mapping[str, Counted]]) -> Cached:
         """The rows of that key; where there are none, `make` writes `<name>.arrow` for each name that it returns."""
