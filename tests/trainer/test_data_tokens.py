@@ -132,20 +132,34 @@ def test_preferences_share_their_prompt(tokenizer: Any) -> None:
         "rejected": [{"role": "assistant", "content": "No."}],
     }
     encoder = Encoder(tokenizer, [2])
-    found = encoder.encode_preference(Row(RowForm.PREFERENCE, value, "line 1"))
-    assert tokenizer.decode(found.prompt_ids).endswith("One?<|im_end|>\n<|im_start|>assistant\n")
-    assert (tokenizer.decode(found.chosen_ids), tokenizer.decode(found.rejected_ids)) == (
-        "Uno.<|im_end|>",
-        "No.<|im_end|>",
-    )
+    found = encoder.encode(Row(RowForm.PREFERENCE, value, "line 1"))
+    assert found.seq_lengths is not None
+    first = found.seq_lengths[0]
+    assert len(found.input_ids) == len(found.labels) == sum(found.seq_lengths)
+    prompts = []
+    for ids, labels, answer in (
+        (found.input_ids[:first], found.labels[:first], "Uno.<|im_end|>"),
+        (found.input_ids[first:], found.labels[first:], "No.<|im_end|>"),
+    ):
+        begin = labels.count(-100)
+        assert labels[begin:] == ids[begin:]
+        assert tokenizer.decode(ids[begin:]) == answer
+        prompts.append(ids[:begin])
+    assert prompts[0] == prompts[1]
+    assert tokenizer.decode(prompts[0]).endswith("One?<|im_end|>\n<|im_start|>assistant\n")
+    cut = found.cut(first - 1)
+    assert cut.seq_lengths == [first - 1, min(first - 1, found.seq_lengths[1])]
+    assert (cut.input_ids[: first - 1], cut.without_target) == (found.input_ids[: first - 1], False)
+    assert found.cut(3).without_target
     texts = {"prompt": "Colour: ", "chosen": "green", "rejected": "blue"}
-    plain = encoder.encode_preference(Row(RowForm.PREFERENCE, texts, "line 1"))
-    assert tokenizer.decode(plain.prompt_ids + plain.chosen_ids) == "Colour: green<|im_end|>"
-    labelled = encoder.encode_labelled(
+    plain = encoder.encode(Row(RowForm.PREFERENCE, texts, "line 1"))
+    assert plain.seq_lengths is not None
+    green = plain.input_ids[: plain.seq_lengths[0]]
+    assert tokenizer.decode(green) == "Colour: green<|im_end|>"
+    labelled = encoder.encode(
         Row(RowForm.UNPAIRED_PREFERENCE, {"prompt": "Colour: ", "completion": "green", "label": False}, "line 1")
     )
-    assert (labelled.prompt_ids, labelled.completion_ids) == (plain.prompt_ids, plain.chosen_ids)
-    assert labelled.label is False
+    assert (labelled.input_ids, labelled.desirable) == (green, False)
 
 
 def test_a_template_without_an_end_token_gets_one(base_model: Path) -> None:
@@ -296,3 +310,25 @@ def test_rows_that_are_too_long_can_be_an_error(bench: Workbench) -> None:
     assert (ran.code, ran.result.reason) == (2, FailureReason.DATASET_INVALID)
     assert "1 of 13 rows have more than maxLength 128 tokens, the first is train.jsonl line 13: " in ran.result.message
     assert "set dataset.overlong to Drop or Truncate" in ran.result.message
+
+
+def test_a_template_of_its_own_goes_with_the_adapter(bench: Workbench) -> None:
+    """With marks only it is the base's, which pools serve; any other belongs to no pool."""
+    job = bench.job(hyperparameters={"maxSteps": 1, "batchSize": 2, "learningRate": 0.01})
+    job["spec"]["dataset"]["chatTemplate"] = MARKED
+    ran = bench.run("train", job)
+    assert ran.result.artifact is not None, ran.result.message
+    assert ran.result.artifact.servable.vllm
+    artifact = bench.output / "artifact"
+    assert (artifact / "chat_template.jinja").read_text() == MARKED
+    saved = model.load_tokenizer(artifact, "the artifact")
+    assert saved.chat_template == MARKED
+    job["spec"]["dataset"]["chatTemplate"] = MARKED.replace("<|im_start|>", "# ")
+    ran = bench.run("validate", job)
+    assert ran.result.preflight is not None, ran.result.message
+    assert ran.result.preflight.servable is not None
+    assert not ran.result.preflight.servable.vllm
+    job["spec"]["servable"] = "Required"
+    ran = bench.run("validate", job)
+    assert (ran.code, ran.result.reason) == (2, FailureReason.NOT_SERVABLE)
+    assert "dataset.chatTemplate writes questions otherwise than the base model's" in ran.result.message

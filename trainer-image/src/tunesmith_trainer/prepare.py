@@ -8,12 +8,16 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.api.dataset import LossOn
+from tunesmith.api.finetunejob_status import ServableStatus
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
 from tunesmith_trainer import data, model, plan, preflight
 from tunesmith_trainer.data.loading import load as load_rows
+from tunesmith_trainer.data.rows import FORMS
+from tunesmith_trainer.data.template import same_prompts
 from tunesmith_trainer.errors import BaseModelNotFoundError, InvalidSpecError
 from tunesmith_trainer.evaluation.generation import Example, load
 from tunesmith_trainer.methods.config import parameters_at, plan_method
+from tunesmith_trainer.methods.servable import require as require_servable
 from tunesmith_trainer.methods.targets import modules_of
 from tunesmith_trainer.store import file_sha256
 
@@ -22,8 +26,9 @@ if TYPE_CHECKING:
 
     import numpy as np
     from datasets import Dataset
+    from transformers import PreTrainedTokenizerFast
 
-    from tunesmith.api.finetunejob import FineTuneJob
+    from tunesmith.api.finetunejob import FineTuneJob, FineTuneJobSpec
     from tunesmith.api.finetunejob_status import Preflight, Resolved
     from tunesmith.contracts.fingerprint import ModelFolder
     from tunesmith.contracts.fitting import Settings
@@ -89,7 +94,7 @@ def prepare(
     tokenizer = model.load_tokenizer(base, spec.base_model.uri)
     ends = model.end_tokens(base, tokenizer, spec.base_model.uri)
     modules = modules_of(config)
-    planned = plan_method(spec, modules)
+    planned = _with_template(plan_method(spec, modules), spec, tokenizer)
     folder: ModelFolder = LocalModelFolder(base) if weights else remote
     try:
         fingerprint = base_fingerprint(folder)
@@ -104,6 +109,7 @@ def prepare(
         stores,
         work,
         encoder,
+        forms=FORMS[spec.objective_name],
         tokenizer=_tokenizer_digest(base, ends),
         seed=spec.hyperparameters.seed,
         context=context,
@@ -163,6 +169,21 @@ def _settings(job: FineTuneJob, sized: preflight.Sizing | None, gpu_memory: int 
         return run, sizes
     ways = (False, True) if again is None and possible else (checkpointing,)
     return preflight.decided(sized, run, [asked] if asked else sizes, ways, gpu_memory), sizes
+
+
+def _with_template(planned: Planned, spec: FineTuneJobSpec, tokenizer: PreTrainedTokenizerFast) -> Planned:
+    """The adapter, with the verdict on a chat template of its own: a pool asks with that of its base model."""
+    template = spec.dataset.chat_template
+    if template is None or same_prompts(tokenizer, template):
+        return planned
+    reason = (
+        "dataset.chatTemplate writes questions otherwise than the base model's chat template, which a pool of that base"
+        " model serves with: use the base model's own, with nothing but {% generation %} marks added, or serve the"
+        " merged model"
+    )
+    planned = replace(planned, servable=ServableStatus(vllm=False, reason=reason))
+    require_servable(spec, planned.servable)
+    return planned
 
 
 def _tokenizer_digest(base: Path, ends: list[int]) -> str:

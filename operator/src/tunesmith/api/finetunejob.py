@@ -72,6 +72,12 @@ class FineTuneJobSpec(ApiModel):
             lambda self: not (self.dataset.packing and self.learns_preferences),
         ),
         Rule(
+            "!has(self.objective) || !has(self.objective.kto) || !has(self.hyperparameters.batchSize) || "
+            "self.hyperparameters.batchSize > 1",
+            "objective.kto compares the rows of a step with each other: set hyperparameters.batchSize to 2 or more",
+            lambda self: self.objective_name is not ObjectiveName.KTO or self.hyperparameters.batch_size != 1,
+        ),
+        Rule(
             "!has(self.objective) || has(self.objective.sft) || !has(self.dataset.lossOn)",
             "dataset.lossOn belongs to objective.sft: dpo, orpo and kto compare whole answers, remove it",
             lambda self: not (self.dataset.loss_on and self.learns_preferences),

@@ -27,28 +27,45 @@ Offsets = list[tuple[int, int]]
 
 @dataclass(frozen=True)
 class Tokens:
-    """A tokenised row: `labels` has the same length as `input_ids`, `IGNORED` where there is no loss."""
+    """A tokenised row.
+
+    Args:
+        input_ids: of its sequences, one after the other.
+        labels: of the same length, `IGNORED` where there is no loss.
+        seq_lengths: tokens of each sequence, where there are two: a chosen and a rejected answer to one prompt.
+        desirable: whether an answer is a good one, where the row says so.
+    """
 
     input_ids: list[int]
     labels: list[int]
+    seq_lengths: list[int] | None = None
+    desirable: bool | None = None
 
+    @property
+    def longest(self) -> int:
+        """Tokens of its longest sequence."""
+        return max(self.seq_lengths or [len(self.input_ids)])
 
-@dataclass(frozen=True)
-class PreferenceTokens:
-    """A tokenised preference row; each answer ends with an end token."""
+    def cut(self, limit: int) -> Tokens:
+        """The row with the end of each sequence lost that has more than `limit` tokens."""
+        ids, labels, sizes, start = [], [], [], 0
+        for size in self.seq_lengths or [len(self.input_ids)]:
+            end = start + min(size, limit)
+            ids += self.input_ids[start:end]
+            labels += self.labels[start:end]
+            sizes.append(end - start)
+            start += size
+        return Tokens(ids, labels, sizes if self.seq_lengths else None, self.desirable)
 
-    prompt_ids: list[int]
-    chosen_ids: list[int]
-    rejected_ids: list[int]
-
-
-@dataclass(frozen=True)
-class LabelledTokens:
-    """A tokenised row of an answer and whether it is a good one; the answer ends with an end token."""
-
-    prompt_ids: list[int]
-    completion_ids: list[int]
-    label: bool
+    @property
+    def without_target(self) -> bool:
+        """Whether there is a sequence of which nothing is learned."""
+        start = 0
+        for size in self.seq_lengths or [len(self.labels)]:
+            if self.labels[start : start + size].count(IGNORED) == size:
+                return True
+            start += size
+        return False
 
 
 @dataclass(frozen=True)
@@ -101,6 +118,11 @@ class Encoder:
 
     def encode_all(self, rows: Sequence[Row]) -> list[Tokens]:
         """Tokens of rows, as `encode` gives them for each; several at once are faster."""
+        forms = {row.form for row in rows}
+        if RowForm.PREFERENCE in forms:
+            return [self._pair(row) for row in rows]
+        if RowForm.UNPAIRED_PREFERENCE in forms:
+            return [self._judged(row) for row in rows]
         rendered = [self._rendered(row) for row in rows]
         result: list[Tokens | None] = [None] * len(rows)
         for special in (False, True):
@@ -112,24 +134,26 @@ class Encoder:
                 result[place] = self._labelled(rendered[place], ids, offsets)
         return [tokens for tokens in result if tokens is not None]
 
-    def encode_preference(self, row: Row) -> PreferenceTokens:
-        """Tokens of a row of the form Preference; both answers follow the same prompt.
+    def _pair(self, row: Row) -> Tokens:
+        """A row of the form Preference: both answers behind the same prompt."""
+        chosen, rejected = (self._answered(row, answer) for answer in ("chosen", "rejected"))
+        return Tokens(
+            chosen.input_ids + rejected.input_ids,
+            chosen.labels + rejected.labels,
+            [len(chosen.input_ids), len(rejected.input_ids)],
+        )
 
-        Raises:
-            InvalidSpecError, DatasetInvalidError: as `encode` does.
-        """
-        prompt, chosen = self._asked_and_answered(row, "chosen")
-        _, rejected = self._asked_and_answered(row, "rejected")
-        return PreferenceTokens(prompt, chosen, rejected)
+    def _judged(self, row: Row) -> Tokens:
+        """A row of the form UnpairedPreference."""
+        answered = self._answered(row, "completion")
+        return Tokens(answered.input_ids, answered.labels, desirable=bool(row.value["label"]))
 
-    def encode_labelled(self, row: Row) -> LabelledTokens:
-        """Tokens of a row of the form UnpairedPreference.
-
-        Raises:
-            InvalidSpecError, DatasetInvalidError: as `encode` does.
-        """
-        prompt, completion = self._asked_and_answered(row, "completion")
-        return LabelledTokens(prompt, completion, bool(row.value["label"]))
+    def _answered(self, row: Row, answer: str) -> Tokens:
+        """A prompt and one of its answers, which ends with an end token."""
+        prompt, ids = self._asked_and_answered(row, answer)
+        labels = [*[IGNORED] * len(prompt), *ids]
+        labels[0] = IGNORED  # nothing precedes the first token, so nothing can predict it
+        return Tokens(prompt + ids, labels)
 
     def _rendered(self, row: Row) -> _Rendered:
         value = row.value

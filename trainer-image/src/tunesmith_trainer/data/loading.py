@@ -14,10 +14,11 @@ from tunesmith.api.finetunejob_status import Preflight
 from tunesmith_trainer.data.cache import TokenCache, key_of
 from tunesmith_trainer.data.selection import held_out, weighted
 from tunesmith_trainer.data.sources import add_content, fetch
-from tunesmith_trainer.data.tokens import measure, open_rows, pack, tokenise
+from tunesmith_trainer.data.tokens import longest_sequence, measure, open_rows, pack, tokenise
 from tunesmith_trainer.errors import DatasetInvalidError, InvalidSpecError
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from pathlib import Path
 
     from datasets import Dataset
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from tunesmith.api import dataset as api
     from tunesmith_trainer.data.encoding import Encoder
     from tunesmith_trainer.data.report import RowReport
+    from tunesmith_trainer.data.rows import RowForm
     from tunesmith_trainer.data.tokens import Counted
     from tunesmith_trainer.store import Folder, Stores
 
@@ -61,6 +63,7 @@ def load(
     work: Path,
     encoder: Encoder,
     *,
+    forms: Collection[RowForm],
     tokenizer: str,
     seed: int,
     context: int | None,
@@ -73,6 +76,7 @@ def load(
         stores: opens the places.
         work: folder of this machine for downloads and tokens.
         encoder: turns rows into tokens.
+        forms: what the objective can learn from.
         tokenizer: digest of the tokenizer, its chat template and its end tokens.
         seed: chooses the rows that are held out, and those that a weight takes.
         context: tokens that the base model can take; None where it does not say.
@@ -94,12 +98,15 @@ def load(
             "content": digest.hexdigest(),
             "files": {name: [len(source.files) for source in some] for name, some in sources.items()},
             "tokenizer": tokenizer,
+            "forms": sorted(forms),
             "dataset": dataset.model_dump(mode="json", include=_DECIDING),
         }
     )
 
     def make(folder: Path) -> dict[str, Counted]:
-        return {name: tokenise(some, dataset, encoder, folder / f"{name}.arrow") for name, some in sources.items()}
+        return {
+            name: tokenise(some, dataset, forms, encoder, folder / f"{name}.arrow") for name, some in sources.items()
+        }
 
     cached = TokenCache(work / "tokens", store).get(key, make)
     counted = cached.counted["train"]
@@ -109,11 +116,11 @@ def load(
     rows = open_rows(cached.path("train"))
     lengths, targets = measure(rows)
     chosen, out = held_out(len(rows), dataset, seed)
-    _check_context(lengths, context)
+    _check_context(rows, context)
     if dataset.validation:
         cached.counted["validation"].require("held-out rows", limit)
         validation = open_rows(cached.path("validation"))
-        _check_context(measure(validation)[0], context)
+        _check_context(validation, context)
         report = report.add(cached.counted["validation"].report)
     else:
         validation = _at(rows, np.asarray(out))
@@ -152,9 +159,12 @@ def _at(rows: Dataset, places: IntArray) -> Dataset:
     return rows.select(places, new_fingerprint="selected")
 
 
-def _check_context(lengths: IntArray, context: int | None) -> None:
-    if context is not None and len(lengths) and int(lengths.max()) > context:
+def _check_context(rows: Dataset, context: int | None) -> None:
+    if context is None or not len(rows):
+        return
+    longest = longest_sequence(rows)
+    if longest > context:
         raise InvalidSpecError(
-            f"a row has {lengths.max()} tokens and the base model's context has {context}: set dataset.maxLength "
+            f"a row has {longest} tokens and the base model's context has {context}: set dataset.maxLength "
             f"to at most {context}, which drops such rows"
         )

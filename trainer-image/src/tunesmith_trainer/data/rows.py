@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.api.dataset import Columns, DataFormat, DuplicateRows, UnusableRows
 from tunesmith.api.finetunejob_status import DropReason
+from tunesmith.api.objective import ObjectiveName
 from tunesmith_trainer.data.formats import records
 from tunesmith_trainer.data.messages import RowError, chat_of, kind, messages_of, text_of, tools_of
 from tunesmith_trainer.errors import DatasetInvalidError, InvalidSpecError
@@ -47,6 +48,13 @@ class RowForm(StrEnum):
 
 SFT_FORMS = frozenset({RowForm.MESSAGES, RowForm.PROMPT_COMPLETION, RowForm.INSTRUCTION, RowForm.TEXT})
 """Forms that may stand beside each other: each is a text with a part that is learned."""
+FORMS = {
+    ObjectiveName.SFT: SFT_FORMS,
+    ObjectiveName.DPO: frozenset({RowForm.PREFERENCE}),
+    ObjectiveName.ORPO: frozenset({RowForm.PREFERENCE}),
+    ObjectiveName.KTO: frozenset({RowForm.UNPAIRED_PREFERENCE}),
+}
+"""What each objective can learn from."""
 _REQUIRED = {
     RowForm.MESSAGES: ("messages",),
     RowForm.PROMPT_COMPLETION: ("prompt", "completion"),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 
 from tunesmith.api.dataset import Overlong
@@ -15,11 +16,11 @@ from tunesmith.api.finetunejob_status import DropReason
 from tunesmith_trainer.data.encoding import IGNORED, Tokens
 from tunesmith_trainer.data.packing import best_fit_decreasing
 from tunesmith_trainer.data.report import RowReport
-from tunesmith_trainer.data.rows import read
+from tunesmith_trainer.data.rows import RowForm, read
 from tunesmith_trainer.errors import DatasetInvalidError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
     from pathlib import Path
     from types import TracebackType
 
@@ -66,8 +67,17 @@ class Counted:
         raise DatasetInvalidError(f"the {what} need at least {least} rows: {reason}")
 
 
-def tokenise(sources: Sequence[Source], dataset: api.Dataset, encoder: Encoder, path: Path) -> Counted:
+def tokenise(
+    sources: Sequence[Source], dataset: api.Dataset, forms: Collection[RowForm], encoder: Encoder, path: Path
+) -> Counted:
     """Writes the tokens of the rows that can be used to an Arrow file.
+
+    Args:
+        sources: downloaded files.
+        dataset: how they are read.
+        forms: what the objective can learn from.
+        encoder: turns rows into tokens.
+        path: of the Arrow file.
 
     Raises:
         DatasetInvalidError: a row is not usable, or too long where that is an error.
@@ -75,15 +85,15 @@ def tokenise(sources: Sequence[Source], dataset: api.Dataset, encoder: Encoder, 
     """
     report = RowReport()
     per_source = [0] * len(sources)
-    with _Writer(path) as writer:
-        for batch in _batched(read(sources, dataset, report), _BATCH):
+    with _Writer(path, paired=RowForm.PREFERENCE in forms, judged=RowForm.UNPAIRED_PREFERENCE in forms) as writer:
+        for batch in _batched(read(sources, dataset, report, forms=forms), _BATCH):
             kept: list[Tokens] = []
             for row, whole in zip(batch, encoder.encode_all(batch), strict=True):
                 tokens = _fitted(whole, row.where, dataset, report)
                 if tokens is not None:
                     kept.append(tokens)
                     per_source[row.source] += 1
-            writer.write([tokens.input_ids for tokens in kept], [tokens.labels for tokens in kept])
+            writer.write(kept)
     overlong = report.counts.get(DropReason.OVERLONG, 0)
     if overlong and dataset.overlong is Overlong.ERROR:
         raise DatasetInvalidError(
@@ -96,14 +106,14 @@ def tokenise(sources: Sequence[Source], dataset: api.Dataset, encoder: Encoder, 
 
 def _fitted(tokens: Tokens, where: str, dataset: api.Dataset, report: RowReport) -> Tokens | None:
     """The row at its longest; None, and counted, where it is not used."""
-    size, limit = len(tokens.input_ids), dataset.max_length
+    size, limit = tokens.longest, dataset.max_length
     report.longest = max(report.longest, size)
     if size > limit:
         if dataset.overlong is not Overlong.TRUNCATE:
             report.drop(DropReason.OVERLONG, f"{where}: {size} tokens")
             return None
-        tokens = Tokens(tokens.input_ids[:limit], tokens.labels[:limit])
-    if tokens.labels.count(IGNORED) == len(tokens.labels):
+        tokens = tokens.cut(limit)
+    if tokens.without_target:
         cut = f", its question alone fills maxLength {limit}" if size > limit else ""
         report.drop(DropReason.NO_TARGET, f"{where}: no token of it is learned{cut}")
         return None
@@ -122,6 +132,13 @@ def measure(rows: Dataset) -> tuple[IntArray, IntArray]:
             lengths.append(np.diff(offsets).astype(np.int64))
             targets.append(np.add.reduceat(learned, offsets[:-1], dtype=np.int64))
     return np.concatenate(lengths), np.concatenate(targets)
+
+
+def longest_sequence(rows: Dataset) -> int:
+    """Tokens of the longest sequence of rows; a pair of answers is two."""
+    if "seq_lengths" not in rows.column_names:
+        return int(measure(rows)[0].max())
+    return max(int(pc.max(batch.column("seq_lengths").flatten()).as_py()) for batch in rows.data.to_batches())
 
 
 def pack(rows: Dataset, places: IntArray, lengths: IntArray, capacity: int, path: Path) -> Dataset:
@@ -152,13 +169,20 @@ def pack(rows: Dataset, places: IntArray, lengths: IntArray, capacity: int, path
         found: IntArray = values[offsets[inside] : offsets[inside + 1]]
         return found
 
-    with _Writer(path, packed=True) as writer:
+    with _Writer(path, paired=True) as writer:
         for some in _batched(iter(groups), _BATCH):
             members = [[int(places[place]) for place in group] for group in some]
-            writer.write(
-                [np.concatenate([part(place, "input_ids") for place in group]) for group in members],
-                [np.concatenate([_first_ignored(part(place, "labels")) for place in group]) for group in members],
-                [[int(lengths[place]) for place in group] for group in some],
+            writer.write_columns(
+                [
+                    _lists([np.concatenate([part(place, "input_ids") for place in group]) for group in members]),
+                    _lists(
+                        [
+                            np.concatenate([_first_ignored(part(place, "labels")) for place in group])
+                            for group in members
+                        ]
+                    ),
+                    _lists([[int(lengths[place]) for place in group] for group in some]),
+                ]
             )
     return open_rows(path)
 
@@ -176,11 +200,18 @@ def open_rows(path: Path) -> Dataset:
 
 
 class _Writer:
-    """Writes an Arrow file in batches."""
+    """Writes an Arrow file in batches.
 
-    def __init__(self, path: Path, *, packed: bool = False) -> None:
-        names = ["input_ids", "labels", *(["seq_lengths"] if packed else [])]
-        self._schema = pa.schema([(name, pa.list_(pa.int32())) for name in names])
+    Args:
+        path: of the file.
+        paired: the rows have `seq_lengths`.
+        judged: the rows have `desirable`.
+    """
+
+    def __init__(self, path: Path, *, paired: bool = False, judged: bool = False) -> None:
+        names = ["input_ids", "labels", *(["seq_lengths"] if paired else [])]
+        fields = [pa.field(name, pa.list_(pa.int32())) for name in names]
+        self._schema = pa.schema([*fields, *([pa.field("desirable", pa.bool_())] if judged else [])])
         self._writer = pa.ipc.new_stream(str(path), self._schema)
 
     def __enter__(self) -> Self:
@@ -191,11 +222,20 @@ class _Writer:
     ) -> None:
         self._writer.close()
 
-    def write(self, *columns: Sequence[Sequence[int] | IntArray]) -> None:
-        """Writes rows; each argument is a column."""
-        if columns[0]:
-            batch = pa.record_batch([_lists(column) for column in columns], schema=self._schema)
-            self._writer.write_batch(batch)
+    def write(self, rows: Sequence[Tokens]) -> None:
+        """Writes rows."""
+        if rows:
+            columns: dict[str, Callable[[], pa.Array]] = {
+                "input_ids": lambda: _lists([row.input_ids for row in rows]),
+                "labels": lambda: _lists([row.labels for row in rows]),
+                "seq_lengths": lambda: _lists([row.seq_lengths or [] for row in rows]),
+                "desirable": lambda: pa.array([row.desirable for row in rows], pa.bool_()),
+            }
+            self.write_columns([columns[name]() for name in self._schema.names])
+
+    def write_columns(self, columns: Sequence[pa.Array]) -> None:
+        """Writes rows, each column as an array."""
+        self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
 
 
 def _lists(rows: Sequence[Sequence[int] | IntArray]) -> pa.ListArray:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from tunesmith_trainer.ranks import Ranks
 from tunesmith_trainer.training.batches import mismatched, row_lengths
 from tunesmith_trainer.training.objectives import Forward
 
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftModel
 
+    from tunesmith_trainer.ranks import Ranks
     from tunesmith_trainer.training.batches import Collator, Row
 
 
@@ -28,8 +28,6 @@ def held_out_loss(
     model: PeftModel, rows: Dataset, collate: Collator, batch_size: int, *, adapter: bool, ranks: Ranks
 ) -> float:
     """The objective's loss over all rows (SFT: nats per target token), whatever the batches.
-
-    KTO's estimate of the divergence is the one exception: it is made over each batch.
 
     Args:
         model: base with adapter; its forward pass must have the `target_loss` that training has.
@@ -51,9 +49,10 @@ def held_out_loss(
 
     try:
         with torch.no_grad(), precision(model):
+            if objective.mismatched:
+                others = islice(_batches(rows, batch_size, others=True), ranks.rank, None, ranks.size)
+                objective.estimate(forward, (tensors(batch) for batch in others), ranks)
             for batch in islice(_batches(rows, batch_size), ranks.rank, None, ranks.size):
-                if objective.mismatched:
-                    objective.estimate(forward, [tensors(mismatched(batch))], Ranks())
                 terms = objective.terms(forward, tensors(batch))
                 found.append(([float(summed) for summed in terms.sums], objective.counts(batch)))
     finally:
@@ -64,12 +63,16 @@ def held_out_loss(
     return sum(total / count if count else math.nan for total, count in zip(sums, counts, strict=True))
 
 
-def _batches(rows: Dataset, size: int) -> Iterator[list[Row]]:
-    """Rows of similar length together: little padding, the same sum."""
+def _batches(rows: Dataset, size: int, *, others: bool = False) -> Iterator[list[Row]]:
+    """Rows of similar length together: little padding, the same sum; `others`: with another row's answer each."""
     order = np.argsort(-row_lengths(rows), kind="stable").tolist()
     fast = rows.with_format("numpy")
     for start in range(0, len(order), size):
-        yield [fast[place] for place in order[start : start + size]]
+        batch = [fast[place] for place in order[start : start + size]]
+        if others and len(order) > 1:
+            yield mismatched([fast[order[start - 1]], *batch])[1:]
+        elif not others:
+            yield batch
 
 
 def precision(model: PeftModel) -> AbstractContextManager[None]:

@@ -173,7 +173,12 @@ class Collator:
 
 
 def mismatched(rows: Sequence[Row]) -> list[Row]:
-    """Each row's prompt with the answer of the row before it (the first's: of the last), no longer than the rows."""
+    """Each row's prompt with the answer of the row before it (the first's: of the last), no longer than the rows.
+
+    A row alone has no other, so there is none.
+    """
+    if len(rows) == 1:
+        return []
     longest = max(len(row["input_ids"]) for row in rows)
     begins = [int(np.argmax(np.asarray(row["labels"]) != IGNORED)) for row in rows]
     result: list[Row] = []

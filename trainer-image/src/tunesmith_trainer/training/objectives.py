@@ -21,7 +21,7 @@ from tunesmith_trainer.data import IGNORED
 from tunesmith_trainer.training import preference
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from peft import PeftModel
     from torch import nn
@@ -96,7 +96,7 @@ class StepObjective(ABC):
     def terms(self, forward: Forward, batch: Batch) -> Terms:
         """What a micro-batch adds to each term."""
 
-    def estimate(self, forward: Forward, batches: Sequence[Batch], ranks: Ranks) -> None:  # noqa: B027 - few need it
+    def estimate(self, forward: Forward, batches: Iterable[Batch], ranks: Ranks) -> None:  # noqa: B027 - few need it
         """Called before the micro-batches of a step with those of its mismatched rows, where it needs them."""
 
 
@@ -168,7 +168,7 @@ class LabelledObjective(StepObjective):
         """Answers."""
         return (len(rows),)
 
-    def estimate(self, forward: Forward, batches: Sequence[Batch], ranks: Ranks) -> None:
+    def estimate(self, forward: Forward, batches: Iterable[Batch], ranks: Ranks) -> None:
         """The mean log-ratio of policy and base over the mismatched rows, at least 0."""
         total, rows = 0.0, 0
         for batch in batches:
