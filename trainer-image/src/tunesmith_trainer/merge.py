@@ -66,7 +66,7 @@ def merge(
     merged: Any = PeftModel.from_pretrained(loaded.float(), str(artifact)).merge_and_unload(safe_merge=True)
     merged.config.use_cache = config.use_cache
     merged.to(serving_type(config)).save_pretrained(str(target))
-    for file in base_model.tokenizer_files(base):
+    for file in base_model.tokenizer_files(artifact):
         (target / file.name).write_bytes(file.read_bytes())
     del loaded, merged
     saved = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32, local_files_only=True)

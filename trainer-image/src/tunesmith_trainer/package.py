@@ -61,11 +61,15 @@ def build(job: FineTuneJob, prepared: Prepared, trained: Trained, folder: Path, 
     saved = check_saved(folder, prepared.planned)
     for file in model.tokenizer_files(prepared.base):
         (folder / file.name).write_bytes(file.read_bytes())
+    template = job.spec.dataset.chat_template
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     _write_json(folder / "evaluation.json", _evaluation(trained.evaluation, prepared))
     write_curves(folder / CURVES, trained.curve)
     curves.draw(folder / PICTURE, trained.curve)
     config = model.load_config(prepared.base, job.spec.base_model.uri)
     tokenizer = model.load_tokenizer(prepared.base, job.spec.base_model.uri)
+    tokenizer.chat_template = template or tokenizer.chat_template
     prompts = parity.prompt_tokens(tokenizer)
     logits = last_logits(trained.model, prompts)
     # What follows loads the base anew; both do not have to fit.
