@@ -25,7 +25,7 @@ PREFLIGHT: dict[str, Any] = {
     "peakParts": {f"{part}Bytes": 2**30 for part in ("weights", "trainable", "activations", "logits", "overhead")},
     "gpuMemoryBytes": 4 * 2**30,
     "verdict": "WillNotFit",
-    "suggestion": "method.qlora instead of lora makes it about 3.0 GiB",
+    "suggestion": "it fits with method.qlora instead of lora (about 3.0 GiB)",
 }
 RESOLVED = {"totalSteps": 30, "batchSize": 8, "microBatchSize": 2, "gradientCheckpointing": True}
 SUCCEEDED = {"outcome": "Succeeded", "preflight": PREFLIGHT | {"verdict": "Fits"}, "resolved": RESOLVED}
@@ -84,7 +84,7 @@ def test_the_answer_as_json(estimate: Estimate) -> None:
 def test_a_job_that_will_not_fit(estimate: Estimate) -> None:
     code, out, err, _ = estimate(REFUSED, "--gpu-memory", "4GiB")
     assert code == 2
-    assert "suggestion    method.qlora instead of lora makes it about 3.0 GiB\n" in out
+    assert "suggestion    it fits with method.qlora instead of lora (about 3.0 GiB)\n" in out
     assert err == "error: WillNotFit: too large\n"
 
 

@@ -261,7 +261,7 @@ BAD_JOBS: dict[str, BadJob] = {
     "answers that never stop": base("has no end token", without_end),
     "a base that will not fit": BadJob(
         Stage.VALIDATION,
-        "method.qlora instead of lora makes it about",
+        "it fits with method.qlora instead of lora (about",
         {"resources": {"gpus": 1}},
         FailureReason.WILL_NOT_FIT,
         breaks=rewrite("config.json", hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, head_dim=128),

@@ -86,8 +86,8 @@ def wide(bench: Workbench, tmp_path: Path) -> Workbench:
 @pytest.mark.parametrize(
     ("gibibytes", "rank", "suggestion"),
     [
-        (8, 16, "method.qlora instead of lora makes it about 4.5 GiB"),
-        (20, 512, "method.lora.rank: 128 makes it about 17.6 GiB"),
+        (8, 16, "it fits with method.qlora instead of lora (about 4.5 GiB)"),
+        (20, 512, "it fits with method.lora.rank: 128 (about 17.6 GiB)"),
         (3, 16, "no change of this job makes it fit: it takes a GPU with about 4.2 GiB or a smaller base model"),
     ],
 )
@@ -107,7 +107,7 @@ def test_what_cannot_be_computed_again_is_not_proposed_and_refused(wide: Workben
     prefix: dict[str, Any] = GPU | {"method": {"prefixTuning": {}}}
     ran = wide.run("validate", wide.job(**prefix), "--gpu-memory-bytes", str(8 * 2**30))
     assert ran.result.reason is FailureReason.WILL_NOT_FIT
-    assert "GiB: method.prefixTuning.quantization: {} makes it about" in ran.result.message
+    assert "GiB: it fits with method.prefixTuning.quantization: {} (about" in ran.result.message
     again = prefix | {"hyperparameters": {"maxSteps": 3, "gradientCheckpointing": True}}
     ran = wide.run("validate", wide.job(**again))
     assert (ran.code, ran.result.reason) == (2, FailureReason.INVALID_SPEC)

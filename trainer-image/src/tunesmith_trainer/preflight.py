@@ -202,7 +202,8 @@ def suggest(sized: Sizing, spec: FineTuneJobSpec, run: Settings, sizes: Sequence
     then = replace(run, **found)
     dropped = len(sized.lengths) - sized.kept(then)
     words = [_words(name, value, spec.method.name, dropped, len(sized.lengths)) for name, value in found.items()]
-    return f"{' and '.join(words)} makes it about {gibibytes(sized.peak(then))}"
+    listed = " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+    return f"it fits with {listed} (about {gibibytes(sized.peak(then))})"
 
 
 def _words(name: str, value: int, method: str, dropped: int, rows: int) -> str:

@@ -194,11 +194,11 @@ class _Reader:
         """The whole, with what became of the other keys."""
         needless = []
         for key, value in self._given.items():
-            if key in self._taken:
+            if key in self._taken or value is False:
                 continue
             if key in _NEEDLESS or key == "num_epochs":  # which max_steps overrules
                 needless.append(key)
-            elif value is not False:
+            else:
                 self.lose(key)
         method = self._spec.pop("method", {})
         spec: Document = {"baseModel": self._spec.pop("baseModel"), "dataset": self._spec.pop("dataset")}
