@@ -60,32 +60,42 @@ class Tried:
 def try_case(method: dict[str, Any], base: Path, folder: Path, merge: str) -> Tried:
     """Trains with the trainer's command; merged too, where that is possible."""
     rows = write_rows(folder / "train.jsonl", chat_rows(24))
-    hyper = {"maxSteps": 4, "batchSize": 4}
-    tried = _train(
-        folder / "out", job_manifest(f"file://{base}", f"file://{rows}", method=method, hyperparameters=hyper)
+    job = job_manifest(
+        f"file://{base}",
+        f"file://{rows}",
+        method=method,
+        hyperparameters={"maxSteps": 4, "batchSize": 4},
+        output={"merge": merge},
     )
-    if tried.result.reason is not None:
-        return tried
-    merging = job_manifest(
-        f"file://{base}", f"file://{rows}", method=method, hyperparameters=hyper, output={"merge": merge}
-    )
-    merged = _train(folder / "merged", merging)
-    if merged.result.reason is not None:
-        tried.no_merge = merged.result.message
-    else:
-        document = json.loads((folder / "merged/merged/merged.json").read_text())
-        tried.merge = document["relativeLogitError"]
+    tried = _train(folder / "merged", job)
+    if tried.result.reason is None:
+        tried.merge = json.loads((folder / "merged/merged/merged.json").read_text())["relativeLogitError"]
+    elif tried.result.message.startswith("output.merge"):
+        why = tried.result.message
+        del job["spec"]["output"]
+        tried = _train(folder / "out", job)
+        tried.no_merge = why
     return tried
 
 
 def _train(output: Path, job: dict[str, Any]) -> Tried:
-    output.mkdir(parents=True)
+    kept = output / "trained.json"
+    if not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(_run(output, job)))
+    result = TrainerResult.model_validate_json((output / "message").read_text())
+    logits = json.loads(kept.read_text())
+    return Tried(result, output / "artifact", None if logits is None else [torch.tensor(one) for one in logits])
+
+
+def _run(output: Path, job: dict[str, Any]) -> list[list[float]] | None:
+    """Runs the trainer; what the trained model says to the prompts, before it is saved."""
     (output / "job.yaml").write_text(yaml.safe_dump(job))
-    trained: list[list[torch.Tensor]] = []
+    trained: list[list[list[float]]] = []
     save = conversion.save
 
     def watched(model: Any, folder: Path) -> None:
-        trained.append(last_logits(model, PROMPTS))
+        trained.append([one.tolist() for one in last_logits(model, PROMPTS)])
         save(model, folder)
 
     arguments = ["train", "--job", str(output / "job.yaml"), "--output", str(output), "--allow-file"]
@@ -96,8 +106,7 @@ def _train(output: Path, job: dict[str, Any]) -> Tried:
             run(arguments)
     finally:
         conversion.save = save
-    result = TrainerResult.model_validate_json((output / "message").read_text())
-    return Tried(result, output / "artifact", trained[0] if trained else None)
+    return trained[0] if trained else None
 
 
 def load_again(listed: Path) -> None:
@@ -239,6 +248,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", type=Path, help="environment with vLLM")
     parser.add_argument("--only", nargs="*", help="names of methods; the document is printed, not written")
+    parser.add_argument("--work", type=Path, help="folder that is kept: what was trained there is not trained again")
     parser.add_argument("--reload", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -249,8 +259,10 @@ def main() -> int:
     assert not missing, f"PEFT has methods without a case: {missing}"
     tried: dict[str, Tried] = {}
     with tempfile.TemporaryDirectory() as name:
-        work = Path(name)
-        base = make(work / "base", hidden=128)
+        work = arguments.work or Path(name)
+        base = work / "base"
+        if not base.exists():
+            make(base, hidden=128)
         for case in CASES:
             if arguments.only and case.name not in arguments.only:
                 continue
