@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 from pods import Pods, assert_equal, pods
+from s3server import free_port
 
 from tunesmith.api.conditions import FailureReason
+from tunesmith.api.placement import TrainingResources
 from tunesmith.contracts.result import Outcome, TrainerResult
+from tunesmith_trainer.ranks import PeersMissingError, Ranks, of_pod
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -93,5 +96,33 @@ def test_two_processes_of_one_pod_read_the_data_once(tmp_path: Path, alone: Pods
     *lines, last = done.stdout.splitlines()
     result = TrainerResult.model_validate_json(last)
     assert result.artifact is not None, (result.message, done.stderr)
-    assert [line for line in lines if "held out" in line] == lines[1:2]
+    assert len([line for line in lines if "held out" in line]) == 1
     assert_equal(two, alone)
+
+
+def test_who_does_not_come_is_named() -> None:
+    port = free_port()
+    with pytest.raises(PeersMissingError, match=r"rank 1, 2 of 3 did not come within 0 s: look at the pods"):
+        Ranks(rank=0, size=3, port=port).meet("gloo", seconds=0.1)
+    port = free_port()
+    with pytest.raises(PeersMissingError, match=rf"rank 1 of 2 did not reach rank 0 at localhost:{port} within 0 s"):
+        Ranks(rank=1, size=2, port=port).meet("gloo", seconds=0.1)
+
+
+@pytest.mark.parametrize(
+    ("resources", "environment", "expected"),
+    [
+        ({}, {}, (0, 1, 1)),
+        ({"gpus": 4}, {}, (0, 4, 4)),
+        ({"gpus": 0, "nodes": 3}, {}, (0, 1, 1)),  # no cluster: this machine trains alone
+        ({"gpus": 0, "nodes": 3}, {"JOB_COMPLETION_INDEX": "2"}, (2, 3, 1)),
+        ({"gpus": 2, "nodes": 3}, {"JOB_COMPLETION_INDEX": "2"}, (4, 6, 2)),
+        ({"gpus": 2}, {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, (1, 2, 1)),
+    ],
+    ids=str,
+)
+def test_a_process_knows_its_place(
+    resources: dict[str, int], environment: dict[str, str], expected: tuple[int, int, int]
+) -> None:
+    ranks, count = of_pod(TrainingResources(**resources), environment)
+    assert (ranks.rank, ranks.size, count) == expected
