@@ -225,7 +225,7 @@ class Folder:
             TrainerError: there is nothing of that name, access is denied, or the store is unavailable.
         """
         place = self._at(name)
-        return self._attempted(lambda: self._filesystem.info(place, **self._fresh)["type"] == "directory")
+        return self._attempted(lambda: bool(self._filesystem.info(place, **self._fresh)["type"] == "directory"))
 
     def below(self, pattern: str | None = None) -> list[str]:
         """Paths, relative to the folder and sorted, of the files in and below it, or of those that a glob matches."""

@@ -77,7 +77,7 @@ def records(file: DataFile) -> Iterator[Record]:
 
 def _open(file: DataFile) -> IO[bytes]:
     if file.name.lower().endswith(".gz"):
-        return gzip.open(file.path, "rb")
+        return io.BufferedReader(gzip.open(file.path, "rb"))
     return file.path.open("rb")
 
 
@@ -227,9 +227,9 @@ def _separated(file: DataFile, delimiter: str) -> Iterator[Record]:
 
 
 def _check_header(names: list[str], file: str) -> None:
-    doubled = {name for name in names if names.count(name) > 1}
+    doubled = sorted(name for name in set(names) if names.count(name) > 1)
     if doubled or not all(names):
-        told = f"the column {min(doubled)!r} twice" if doubled and min(doubled) else "a column without a name"
+        told = "a column without a name" if "" in names else f"the column {doubled[0]!r} twice"
         raise DatasetInvalidError(f"{file}: its first line must hold the names of the columns, and has {told}")
 
 
