@@ -239,16 +239,11 @@ def of_pod(resources: TrainingResources, environment: Mapping[str, str]) -> tupl
         resources: of the manifest.
         environment: of the process.
     """
-    place = {"address": environment.get("MASTER_ADDR", "localhost"), "port": int(environment.get("MASTER_PORT", "0"))}
+    address, port = environment.get("MASTER_ADDR", "localhost"), int(environment.get("MASTER_PORT", "0"))
     if "RANK" in environment:
-        launched = Ranks(
-            rank=int(environment["RANK"]),
-            size=int(environment["WORLD_SIZE"]),
-            local_rank=int(environment["LOCAL_RANK"]),
-            **place,
-        )
-        return launched, 1
+        rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        return Ranks(rank, size, int(environment["LOCAL_RANK"]), address, port), 1
     local = max(resources.gpus, 1)
     nodes = resources.nodes if POD_INDEX in environment else 1
     index = int(environment.get(POD_INDEX, "0"))
-    return Ranks(rank=index * local, size=nodes * local, **place), local
+    return Ranks(index * local, nodes * local, address=address, port=port), local
