@@ -264,6 +264,7 @@ KINDS = {
         lora_r: 32
         lora_alpha: 64
         lora_target_linear: true
+        micro_batch_size: 2
         num_epochs: 1
         optimizer: adamw_8bit
         """,

@@ -12,16 +12,12 @@ import yaml
 
 from tunesmith.api.manifest import ManifestError, load_document, parse_manifest
 from tunesmith.api.model import API_VERSION, MAX_NAME
+from tunesmith.cli.adapterconfig import method_of
 from tunesmith.cli.axolotl import UntranslatableError, translate
 from tunesmith.cli.errors import CliError, Exit
 from tunesmith.cli.output import note, print_line
 
 app = typer.Typer(no_args_is_help=True, help="Write a FineTuneJob from another tool's configuration.")
-
-_EMPTY: tuple[Any, ...] = (None, False, [], {}, "none")
-_SAME = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
-_NEUTRAL = {"inference_mode", "peft_version", "task_type", "auto_mapping", "peft_type", "base_model_name_or_path"}
-_DEFAULTS = {"init_lora_weights": True, "megatron_core": "megatron.core", "qalora_group_size": 16}
 
 
 @app.callback()
@@ -42,27 +38,18 @@ def peft(
     Example: tunesmith import peft adapter_config.json --data s3://bucket/train.jsonl > job.yaml
     """
     document = _read(config)
-    if document.get("peft_type") != "LORA":
-        raise CliError(f"{config}: peft_type is {document.get('peft_type')}, this release imports LORA", Exit.USAGE)
+    if not isinstance(document.get("peft_type"), str):
+        raise CliError(f"{config}: peft_type is missing: give an adapter_config.json that PEFT wrote", Exit.USAGE)
     base = document.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise CliError(f"{config}: base_model_name_or_path is missing: write the base model's name there", Exit.USAGE)
-    lora = {ours: document[theirs] for theirs, ours in _SAME.items() if theirs in document}
-    targets = document.get("target_modules")
-    if isinstance(targets, list):
-        lora["targetModules"] = sorted(targets)
-    known = {*_SAME, *_NEUTRAL, *(["target_modules"] if isinstance(targets, list) or targets == "all-linear" else [])}
-    lost = [
-        key
-        for key, value in document.items()
-        if key not in known and value not in _EMPTY and value != _DEFAULTS.get(key)
-    ]
+    method, lost = method_of(document)
     for key in lost:
         note(f"{key}: {json.dumps(document[key])} has no counterpart and is left out")
     spec: dict[str, Any] = {
         "baseModel": {"uri": f"file://{base}" if base.startswith("/") else f"hf://{base}"},
         "dataset": {"train": [{"uri": data}]},
-        "method": {"lora": lora},
+        "method": method,
     }
     _print(config, spec)
     if strict and lost:
