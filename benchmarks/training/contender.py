@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import rows as texts
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import (
@@ -30,25 +31,30 @@ if TYPE_CHECKING:
 Rows = list[dict[str, list[int]]]
 
 BATCH, MICRO, RANK, ALPHA, RATE, SEED = 8, 4, 16, 32, 2e-4, 42
-PAD_LENGTH = 512
 PACK_LENGTH = 1024
 """TRL's default."""
 IGNORED = -100
 
 
 class Clock(TrainerCallback):
-    """When training began, and when steps ended."""
+    """When training began, and when steps ended: seconds, and seconds of all the process's threads together."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
+        self.busy: list[float] = []
+
+    def tick(self) -> None:
+        """Takes both times."""
+        self.times.append(time.time())
+        self.busy.append(time.process_time())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Training begins."""
-        self.times.append(time.time())
+        self.tick()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A step is done."""
-        self.times.append(time.time())
+        self.tick()
 
 
 def common(folder: Path, steps: int) -> dict[str, Any]:
@@ -100,7 +106,7 @@ def notebook(base: Path, method: str, rows: Rows, folder: Path, clock: Clock) ->
             gradient_accumulation_steps=BATCH // MICRO,
         ),
         train_dataset=rows,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, padding="max_length", max_length=PAD_LENGTH),
+        data_collator=DataCollatorForSeq2Seq(tokenizer, padding="max_length", max_length=texts.LONGEST),
         callbacks=[clock],
     )
     trainer.train()
@@ -178,7 +184,7 @@ def tunesmith(base: Path, method: str, folder: Path, clock: Clock, candidates: l
         def update(self, **changes: Any) -> None:
             super().update(**changes)
             if changes.get("stage") is Stage.TRAINING or changes.get("step"):
-                clock.times.append(time.time())
+                clock.tick()
 
     fields = {"rank": RANK, "alpha": ALPHA}
     quantized = {**fields, "quantization": {"computeType": "float32"}}
@@ -189,7 +195,7 @@ def tunesmith(base: Path, method: str, folder: Path, clock: Clock, candidates: l
         "dataset": {
             "train": [{"uri": f"file://{folder}/train.jsonl"}],
             "validation": [{"uri": f"file://{folder}/validation.jsonl"}],
-            "maxLength": PAD_LENGTH,
+            "maxLength": texts.LONGEST,
         },
         "method": {method: quantized if method == "qlora" else fields},
         "hyperparameters": {**hyper, "scheduler": "Constant", "warmupRatio": 0.0, "seed": SEED},
@@ -252,6 +258,7 @@ def main() -> None:
         json.dumps(
             {
                 "seconds": clock.times[-1] - clock.times[0],
+                "busy": clock.busy[-1] - clock.busy[0],
                 "tokens": sum(len(row["input_ids"]) for row in rows["train"]),
                 "steps": len(clock.times) - 1,
                 "first": clock.times[1] - given.began,

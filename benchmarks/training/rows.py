@@ -20,6 +20,8 @@ _MODULES = (
     "subprocess", "tempfile", "textwrap", "threading", "tokenize", "traceback", "types", "typing", "unittest",
     "urllib.parse", "uuid", "zipfile",
 )  # fmt: skip
+LONGEST = 512
+"""Tokens; longer rows are dropped, and the notebook's are padded to it."""
 _SEED = 4
 _LEAST_LETTERS = 40
 
@@ -43,7 +45,8 @@ def _rows() -> list[list[dict[str, str]]]:
         for attribute, value in sorted(vars(module).items()):
             if attribute.startswith("_") or not (inspect.isroutine(value) or inspect.isclass(value)):
                 continue
-            text = inspect.cleandoc(value.__doc__ or "")
+            said = value.__doc__
+            text = inspect.cleandoc(said) if isinstance(said, str) else ""
             if len(text) >= _LEAST_LETTERS:
                 texts.setdefault(text, f"{name}.{attribute}")
     return [
