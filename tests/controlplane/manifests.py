@@ -9,8 +9,8 @@ API = "tunesmith.dev/v1alpha1"
 REMOVE = object()
 LOCAL_ONLY = "file:// works only in a local run: tunesmith run"
 ONE_METHOD = (
-    "method needs exactly one of lora, qlora, adaLora, ia3, prefixTuning, promptTuning, pTuning, peft: keep one and "
-    "remove the others"
+    "method needs exactly one of lora, qlora, adaLora, ia3, prefixTuning, promptTuning, pTuning, full, peft: "
+    "keep one and remove the others"
 )
 
 
@@ -51,6 +51,8 @@ URI = "a uri is hf://organisation/name, s3://bucket/path, gs://bucket/path, az:/
 EPOCHS = "hyperparameters.epochs and hyperparameters.maxSteps exclude each other: keep one of them"
 DIVIDE = "hyperparameters.microBatchSize must divide hyperparameters.batchSize (8 when absent): change one of them"
 CHECKPOINT = "checkpoint.everySteps and checkpoint.everyMinutes exclude each other: keep one of them"
+HUB_DATA = "a data set on the Hugging Face Hub is hf://datasets/organisation/name, with a folder, a file or a glob"
+TEXTS = "dataset.format Text learns every token as it stands: remove dataset.lossOn and dataset.chatTemplate"
 HELD_OUT = "dataset.validation and dataset.validationFraction exclude each other: keep one of them"
 QUANTITY = "a quantity is a number with an optional unit, such as 2, 500m, 8Gi or 1.5Gi"
 MEMORY = "resources.memory is less than 64Mi: write its unit, as in 8Gi"
@@ -136,6 +138,23 @@ REFUSED_JOBS: dict[str, tuple[dict[str, Any], str, str]] = {
         {"dataset__validation": [{"uri": "s3://data/held.jsonl"}], "dataset__validationFraction": 0.1},
         f'spec.dataset: Invalid value: "object": {HELD_OUT}',
         f"spec.dataset: {HELD_OUT}",
+    ),
+    "a model where a data set is asked for": (
+        {"dataset__train": [{"uri": "hf://org/name"}]},
+        f'spec.dataset.train[0]: Invalid value: "object": {HUB_DATA}',
+        f"spec.dataset.train[0]: {HUB_DATA}",
+    ),
+    "texts that are learned in part": ({"dataset__format": "Text", "dataset__lossOn": "Completion"}, TEXTS, TEXTS),
+    "texts in a chat template": ({"dataset__format": "Text", "dataset__chatTemplate": "{{ 1 }}"}, TEXTS, TEXTS),
+    "a format that is none": (
+        {"dataset__format": "ShareGPT"},
+        'spec.dataset.format: Unsupported value: "ShareGPT": supported values: "Auto", "Messages", "PromptCompletion"',
+        'spec.dataset.format is "ShareGPT": it must be',
+    ),
+    "a weight of nothing": (
+        {"dataset__train": [{"uri": JSONL, "weight": 0}]},
+        "weight in body should be greater than or equal to 0.001",
+        "spec.dataset.train[0].weight is 0: it must be at least 0.001",
     ),
     "a suite of two kinds": (
         {"evaluation": {"suites": [{"name": "a", "heldOutLoss": {}, "generation": {"dataset": {"uri": JSONL}}}]}},
