@@ -10,8 +10,11 @@ from methods_rig import PROMPTS, distance, plan, try_method
 from peft import PeftModel
 from pydantic import ValidationError
 from safetensors.torch import load_file
+from trainer_rig import chat_rows, write_rows
 from transformers import AutoModelForCausalLM
 
+from tunesmith.api.conditions import FailureReason
+from tunesmith.contracts.parity import Parity
 from tunesmith_trainer.errors import InvalidSpecError, NotServableError
 from tunesmith_trainer.logits import last_logits
 
@@ -299,3 +302,68 @@ def test_ada_lora_takes_ranks_away_and_resumes_where_it_was(bench: Workbench) ->
     assert resumed.result.artifact is not None
     assert whole.result.artifact is not None
     assert resumed.result.artifact.digest == whole.result.artifact.digest
+
+
+def test_full_fine_tuning_makes_a_model(bench: Workbench, base_model: Path) -> None:
+    job = bench.job(method={"full": {}}, hyperparameters={"maxSteps": 4, "batchSize": 4, "learningRate": 1e-3})
+    ran = bench.run("train", job)
+    assert ran.code == 0, ran.result.message
+    base = AutoModelForCausalLM.from_pretrained(base_model)
+    assert ran.result.preflight is not None
+    assert ran.result.preflight.trainable_parameters == base.num_parameters()
+    evaluation, artifact = ran.result.evaluation, ran.result.artifact
+    assert evaluation is not None
+    assert evaluation.base_loss is not None
+    assert evaluation.loss is not None
+    assert evaluation.loss < evaluation.base_loss
+    assert artifact is not None
+    assert not artifact.servable.vllm
+    assert "baseModel of a ServingPool" in (artifact.servable.reason or "")
+    folder = bench.output / "artifact"
+    assert not (folder / "adapter_config.json").exists()
+    trained = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    parity = Parity.model_validate_json((folder / "parity.json").read_text())
+    probe = parity.probes[0]
+    ids = torch.tensor([[*probe.prompt_token_ids, *probe.answer_token_ids]])
+    for model, positions in ((base, probe.base), (trained, probe.adapter)):
+        with torch.no_grad():
+            scores = torch.log_softmax(model(input_ids=ids).logits[0, len(probe.prompt_token_ids) - 1 : -1], dim=-1)
+        for row, token, position in zip(scores, probe.answer_token_ids, positions, strict=True):
+            assert position.chosen == pytest.approx(float(row[token]), abs=1e-4)
+
+
+def test_full_fine_tuning_scores_the_base_as_it_was(bench: Workbench) -> None:
+    """Generated answers of the base are asked for after training."""
+    generation = {"dataset": {"uri": f"file://{write_rows(bench.folder / 'asked.jsonl', chat_rows(4))}"}}
+    suites = [{"name": "doors", "generation": {**generation, "metric": "ChrF", "maxNewTokens": 8}}]
+    scores = {}
+    for name, method in (("full", {"full": {}}), ("lora", {"lora": {"rank": 4}})):
+        hyper = {"maxSteps": 3, "batchSize": 4, "learningRate": 1e-3}
+        job = bench.job(method=method, hyperparameters=hyper, evaluation={"suites": suites})
+        ran = bench.run("train", job, output=str(bench.folder / name))
+        assert ran.code == 0, ran.result.message
+        assert ran.result.evaluation is not None
+        scores[name] = next(score.base for score in ran.result.evaluation.scores or [] if score.suite == "doors")
+    assert scores["full"] == scores["lora"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ({"output": {"merge": "Original"}}, "there is nothing to merge"),
+        ({"objective": {"dpo": {}}}, "method.full goes with objective sft and orpo"),
+        ({"servable": "Required"}, "serve its folder as the baseModel of a ServingPool"),
+    ],
+)
+def test_what_full_fine_tuning_does_not_go_with(base_model: Path, spec: dict[str, Any], expected: str) -> None:
+    with pytest.raises((InvalidSpecError, NotServableError, ValidationError), match=expected):
+        plan({"full": {}}, base_model, **spec)
+
+
+def test_servable_required_ends_the_validation(bench: Workbench) -> None:
+    ran = bench.run("validate", bench.job(method={"lora": {"dora": True}}, servable="Required"))
+    assert (ran.code, ran.result.reason) == (2, FailureReason.NOT_SERVABLE)
+    told = bench.run("validate", bench.job(method={"lora": {"dora": True}})).result.preflight
+    assert told is not None
+    assert told.servable is not None
+    assert not told.servable.vllm

@@ -19,7 +19,8 @@ def text(job: FineTuneJob, prepared: Prepared, trained: Trained) -> str:
     """Markdown with the Hub's front matter; no times and no paths of this machine."""
     spec, evaluation = job.spec, trained.evaluation
     base = spec.base_model.uri
-    front = ["library_name: peft", "pipeline_tag: text-generation", "tags: [lora, tunesmith]"]
+    library = "transformers" if prepared.planned.config is None else "peft"
+    front = [f"library_name: {library}", "pipeline_tag: text-generation", "tags: [lora, tunesmith]"]
     if base.startswith("hf://"):
         front.insert(0, f"base_model: {base.removeprefix('hf://')}")
     resolved, counted = prepared.resolved, prepared.preflight
@@ -40,8 +41,8 @@ def text(job: FineTuneJob, prepared: Prepared, trained: Trained) -> str:
             "---",
             f"# {job.metadata.name}",
             "",
-            f"An adapter for `{base}`, trained with Tunesmith on {counted.rows} rows, {counted.tokens} tokens.",
-            "It needs that base model, whose licence and limits hold for it too.",
+            f"{_kind(prepared)} `{base}`, trained with Tunesmith on {counted.rows} rows, {counted.tokens} tokens.",
+            "The licence and the limits of that base model hold for it too.",
             "",
             "## Results",
             "",
@@ -71,18 +72,34 @@ def text(job: FineTuneJob, prepared: Prepared, trained: Trained) -> str:
             "",
             "## Use",
             "",
-            "Load it with PEFT:",
-            "",
-            "```python",
-            "from peft import AutoPeftModelForCausalLM",
-            "# base_model_name_or_path of adapter_config.json must be reachable",
-            'model = AutoPeftModelForCausalLM.from_pretrained("path/of/this/folder")',
-            "```",
+            *_loading(prepared),
             "",
             *_serving(job, prepared),
             "",
         ]
     )
+
+
+def _kind(prepared: Prepared) -> str:
+    return "All weights of" if prepared.planned.config is None else "An adapter for"
+
+
+def _loading(prepared: Prepared) -> list[str]:
+    if prepared.planned.config is None:
+        name, load = "transformers", "AutoModelForCausalLM"
+        about = []
+    else:
+        name, load = "peft", "AutoPeftModelForCausalLM"
+        about = ["# base_model_name_or_path of adapter_config.json must be reachable"]
+    return [
+        f"Load it with {name}:",
+        "",
+        "```python",
+        f"from {name} import {load}",
+        *about,
+        f'model = {load}.from_pretrained("path/of/this/folder")',
+        "```",
+    ]
 
 
 def _method(method: Method) -> str:

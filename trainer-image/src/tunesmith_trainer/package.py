@@ -21,7 +21,7 @@ from tunesmith.contracts.parity import PARITY_FILE
 from tunesmith_trainer import card, curves, merge, model, parity
 from tunesmith_trainer.errors import SelfCheckError
 from tunesmith_trainer.logits import last_logits, relative_distance
-from tunesmith_trainer.methods import conversion, servable
+from tunesmith_trainer.methods import conversion, full, servable
 from tunesmith_trainer.methods.conversion import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tunesmith_trainer.spec import spec_digest
 from tunesmith_trainer.store import file_sha256
@@ -56,9 +56,15 @@ def build(job: FineTuneJob, prepared: Prepared, trained: Trained, folder: Path, 
         SelfCheckError: the saved adapter is not the one that was asked for.
     """
     folder.mkdir(parents=True)
-    conversion.save(trained.model, folder)
-    _rewrite_config(folder / ADAPTER_CONFIG, job, prepared)
-    saved = check_saved(folder, prepared.planned)
+    config = model.load_config(prepared.base, job.spec.base_model.uri)
+    saved: dict[str, Any] = {}
+    if prepared.planned.config is None:
+        full.save(trained.model, folder, config, parity.serving_type(config))
+        full.check(folder)
+    else:
+        conversion.save(trained.model, folder)
+        _rewrite_config(folder / ADAPTER_CONFIG, job, prepared)
+        saved = check_saved(folder, prepared.planned)
     for file in model.tokenizer_files(prepared.base):
         (folder / file.name).write_bytes(file.read_bytes())
     template = job.spec.dataset.chat_template
@@ -67,7 +73,6 @@ def build(job: FineTuneJob, prepared: Prepared, trained: Trained, folder: Path, 
     _write_json(folder / "evaluation.json", _evaluation(trained.evaluation, prepared))
     write_curves(folder / CURVES, trained.curve)
     curves.draw(folder / PICTURE, trained.curve)
-    config = model.load_config(prepared.base, job.spec.base_model.uri)
     tokenizer = model.load_tokenizer(prepared.base, job.spec.base_model.uri)
     tokenizer.chat_template = template or tokenizer.chat_template
     prompts = parity.prompt_tokens(tokenizer)
@@ -111,8 +116,8 @@ def build(job: FineTuneJob, prepared: Prepared, trained: Trained, folder: Path, 
         ),
         adapter=ArtifactAdapter(
             method=job.spec.method.name,
-            rank=saved["r"] if saved["peft_type"] == "LORA" else None,
-            alpha=saved["lora_alpha"] if saved["peft_type"] == "LORA" else None,
+            rank=saved["r"] if saved.get("peft_type") == "LORA" else None,
+            alpha=saved["lora_alpha"] if saved.get("peft_type") == "LORA" else None,
             target_modules=prepared.resolved.target_modules or [],
             relative_logit_error=error,
         ),

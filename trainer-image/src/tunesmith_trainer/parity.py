@@ -11,12 +11,13 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from tunesmith.contracts.parity import Parity, ParityPosition, ParityProbe, TokenLogProbability
 from tunesmith_trainer.logits import last_logits
+from tunesmith_trainer.methods.conversion import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from transformers import PretrainedConfig, PreTrainedTokenizerFast
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 PROMPTS = (
     "What is the capital of France?",
@@ -61,7 +62,7 @@ def record(
 
     Args:
         base: folder of the base model with its weights.
-        artifact: folder of the saved adapter.
+        artifact: folder of the saved adapter, or of the saved model.
         config: the base's configuration.
         tokenizer: the base's tokenizer.
         ends: tokens that end an answer.
@@ -71,40 +72,50 @@ def record(
         What both say, and the adapter's logits after each prompt.
     """
     dtype = serving_type(config)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        base,
-        dtype=dtype,
-        # On a GPU that is too small, layers stay in main memory or on disk.
-        device_map="auto" if torch.cuda.is_available() else {"": "cpu"},
-        offload_folder=str(artifact.parent / "offload"),
-        local_files_only=True,
-        use_safetensors=True,
-    )
-    model = PeftModel.from_pretrained(loaded, str(artifact)).eval()
+    offload = artifact.parent / "offload"
+    adapter = (artifact / ADAPTER_CONFIG).exists()
+    model: Any = _loaded(base if adapter else artifact, dtype, offload)
+    if adapter:
+        model = PeftModel.from_pretrained(model, str(artifact)).eval()
     greedy = GenerationConfig(do_sample=False, max_new_tokens=_ANSWER_TOKENS, eos_token_id=list(ends), pad_token_id=pad)
-    probes = []
-    for prompt, ids in zip(PROMPTS, prompt_tokens(tokenizer), strict=True):
+    prompts = prompt_tokens(tokenizer)
+    answers = []
+    for ids in prompts:
         given = torch.tensor([ids], device=model.device)
         with torch.inference_mode():
             whole: Any = model.generate(
                 input_ids=given, attention_mask=torch.ones_like(given), generation_config=greedy
             )
-        answer = [int(token) for token in whole[0, len(ids) :]]
-        probes.append(
-            ParityProbe(
-                prompt=prompt,
-                prompt_token_ids=ids,
-                answer_token_ids=answer,
-                base=_positions(model, ids, answer, adapter=False),
-                adapter=_positions(model, ids, answer, adapter=True),
-            )
-        )
-    logits = last_logits(model, [probe.prompt_token_ids for probe in probes])
+        answers.append([int(token) for token in whole[0, len(ids) :]])
+    asked = list(zip(prompts, answers, strict=True))
+    trained = [_positions(model, ids, answer) for ids, answer in asked]
+    logits = last_logits(model, prompts)
+    if not adapter:
+        model = _loaded(base, dtype, offload)
+    with model.disable_adapter() if adapter else nullcontext():
+        before = [_positions(model, ids, answer) for ids, answer in asked]
+    probes = [
+        ParityProbe(prompt=prompt, prompt_token_ids=ids, answer_token_ids=answer, base=one, adapter=other)
+        for prompt, (ids, answer), one, other in zip(PROMPTS, asked, before, trained, strict=True)
+    ]
     return Parity(data_type=str(dtype).removeprefix("torch."), probes=probes), logits
 
 
-def _positions(model: PeftModel, prompt: list[int], answer: list[int], *, adapter: bool) -> list[ParityPosition]:
-    with torch.inference_mode(), nullcontext() if adapter else model.disable_adapter():
+def _loaded(folder: Path, dtype: torch.dtype, offload: Path) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        # On a GPU that is too small, layers stay in main memory or on disk.
+        device_map="auto" if torch.cuda.is_available() else {"": "cpu"},
+        offload_folder=str(offload),
+        local_files_only=True,
+        use_safetensors=True,
+    )
+    return model.eval()
+
+
+def _positions(model: Any, prompt: list[int], answer: list[int]) -> list[ParityPosition]:  # noqa: ANN401 - with or without adapter
+    with torch.inference_mode():
         logits = model(input_ids=torch.tensor([prompt + answer], device=model.device)).logits
     # A method that puts tokens in front of the prompt has more logits.
     scores = torch.log_softmax(logits[0, -len(answer) - 1 : -1].float(), dim=-1).cpu()

@@ -95,6 +95,12 @@ class FineTuneJobSpec(ApiModel):
             ),
         ),
         Rule(
+            "!has(self.method.full) || !has(self.objective) || has(self.objective.sft) || has(self.objective.orpo)",
+            "method.full goes with objective sft and orpo: dpo and kto compare with the base at each step, which full "
+            "fine-tuning changes; use another method or objective",
+            lambda self: self.method.full is None or self.objective_name not in {ObjectiveName.DPO, ObjectiveName.KTO},
+        ),
+        Rule(
             f"!has(self.output) || !has(self.output.merge) || self.output.merge != 'Dequantized' || {QUANTIZED_CEL}",
             "output.merge: Dequantized belongs to method.qlora and to quantization, this base is not in 4 bits: use "
             "Original",

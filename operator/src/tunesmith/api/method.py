@@ -252,6 +252,10 @@ class PTuningFields(VirtualTokensFields):
     encoder_dropout: float = Field(default=0.0, ge=0.0, le=0.9, description="Dropout in an Lstm.")
 
 
+class FullFields(ApiModel):
+    """All weights are trained; the artifact is a model, not an adapter."""
+
+
 class PeftFields(ApiModel):
     """Any other method of PEFT."""
 
@@ -275,6 +279,7 @@ MethodFields = (
     | PrefixTuningFields
     | PromptTuningFields
     | PTuningFields
+    | FullFields
     | PeftFields
 )
 _NAMES = {
@@ -285,6 +290,7 @@ _NAMES = {
     "prefix_tuning": "prefixTuning",
     "prompt_tuning": "promptTuning",
     "p_tuning": "pTuning",
+    "full": "full",
     "peft": "peft",
 }
 """Attribute → name in the manifest."""
@@ -299,6 +305,7 @@ _LEARNING_RATES = {
     "prefixTuning": 5e-3,
     "promptTuning": 1e-3,
     "pTuning": 1e-4,
+    "full": 1e-5,
 }
 _PEFT_LEARNING_RATE = 1e-4
 _PEFT_LEARNING_RATES = {
@@ -321,7 +328,7 @@ _PEFT_LEARNING_RATES = {
     "UNILORA": 2e-3,
     "VERA": 1e-3,
 }
-_OPTIONALLY_QUANTIZED = [name for name in _NAMES.values() if name not in {"lora", "qlora"}]
+_OPTIONALLY_QUANTIZED = [name for name in _NAMES.values() if name not in {"lora", "qlora", "full"}]
 QUANTIZED_CEL = (
     "("
     + " || ".join(
@@ -353,6 +360,7 @@ class Method(ApiModel):
     prefix_tuning: PrefixTuningFields | None = Field(default=None, description="Trained keys and values.")
     prompt_tuning: PromptTuningFields | None = Field(default=None, description="Trained prompt embeddings.")
     p_tuning: PTuningFields | None = Field(default=None, description="Prompt embeddings made by a small network.")
+    full: FullFields | None = Field(default=None, description="Train all weights: the artifact is a whole model.")
     peft: PeftFields | None = Field(default=None, description="Any other method of PEFT, with PEFT's own fields.")
 
     @property

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from peft import LoraConfig
 from peft.tuners.lora.config import CordaConfig, EvaConfig, LoraGAConfig
 
-from tunesmith.api.method import CHANGES_BASE, Initialization, LoraFields, PeftFields
+from tunesmith.api.method import CHANGES_BASE, FullFields, Initialization, LoraFields, PeftFields
 from tunesmith.api.output import Merge
 from tunesmith_trainer.errors import InvalidSpecError
 from tunesmith_trainer.methods import generic, limits, servable, typed, weightless
@@ -52,7 +52,7 @@ class Planned:
     """An adapter, known before any weight is loaded.
 
     Args:
-        config: PEFT's configuration of it.
+        config: PEFT's configuration of it; None where all weights are trained.
         parameters: how many parameters are trained; None where PEFT can count them only with the weights at hand.
         targets: last parts of the names of the modules that get it.
         modules: of the linear modules that get it, full name → (in, out) features.
@@ -61,7 +61,7 @@ class Planned:
         identity: whether the new adapter changes nothing.
     """
 
-    config: PeftConfig
+    config: PeftConfig | None
     parameters: int | None
     targets: list[str]
     modules: dict[str, tuple[int, int]]
@@ -80,6 +80,8 @@ def plan_method(spec: FineTuneJobSpec, modules: Modules) -> Planned:
     fields, quantized = spec.method.fields, spec.method.quantization is not None
     if isinstance(fields, LoraFields):
         planned = _lora(fields, modules, quantized=quantized)
+    elif isinstance(fields, FullFields):
+        planned = Planned(None, modules.parameters, [], {}, servable.WHOLE_MODEL)
     elif isinstance(fields, PeftFields):
         planned = _generic(fields, modules)
     else:
@@ -138,6 +140,8 @@ def kind_of(config: PeftConfig) -> str:
 def _check_merge(spec: FineTuneJobSpec, planned: Planned, modules: Modules) -> None:
     if spec.output is None or spec.output.merge is Merge.NONE:
         return
+    if planned.config is None:
+        raise InvalidSpecError("output.merge: method.full makes whole weights, there is nothing to merge: remove it")
     kind = kind_of(planned.config)
     if kind in limits.NOT_MERGED:
         raise InvalidSpecError(
@@ -182,7 +186,7 @@ def _lora(fields: LoraFields, modules: Modules, *, quantized: bool) -> Planned:
         rank_pattern=dict(fields.rank_pattern or {}),
         alpha_pattern=dict(fields.alpha_pattern or {}),
         modules_to_save=list(saved) or None,
-        init_lora_weights=_INITIALIZATIONS[chosen],  # type: ignore[arg-type] # typed as its literals
+        init_lora_weights=_INITIALIZATIONS[chosen],
         bias="none",
         task_type="CAUSAL_LM",
         **more,

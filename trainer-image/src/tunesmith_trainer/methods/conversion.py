@@ -54,7 +54,7 @@ def remember(model: PeftModel) -> None:
             for name, tensor in own.items():
                 tensor.data = trained[name]
 
-    model.disable_adapter = base_alone  # type: ignore[method-assign]
+    model.disable_adapter = base_alone
 
 
 def save(model: PeftModel, folder: Path) -> None:

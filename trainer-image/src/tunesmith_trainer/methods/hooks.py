@@ -74,7 +74,7 @@ class _Allocation(TrainerCallback):
 
 
 def _allocates(model: PeftModel) -> bool:
-    return isinstance(model.peft_config[model.active_adapter], AdaLoraConfig)
+    return isinstance(model, PeftModel) and isinstance(model.peft_config[model.active_adapter], AdaLoraConfig)
 
 
 def _raise_rate_of_b(trainer: Trainer, model: PeftModel, ratio: float) -> None:
@@ -96,4 +96,4 @@ def _raise_rate_of_b(trainer: Trainer, model: PeftModel, ratio: float) -> None:
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
-    trainer.create_optimizer = create_optimizer  # type: ignore[method-assign]
+    trainer.create_optimizer = create_optimizer

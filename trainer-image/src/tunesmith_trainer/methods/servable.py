@@ -25,6 +25,12 @@ MAX_RANK = 512
 """vLLM's highest max_lora_rank."""
 _MERGED = "serve merged weights (output.merge) as a model of its own"
 _YES = ServableStatus(vllm=True)
+WHOLE_MODEL = ServableStatus(
+    vllm=False,
+    reason="method.full makes a model, not an adapter: serve its folder as the baseModel of a ServingPool, or use "
+    "method.lora",
+)
+"""The verdict on full fine-tuning."""
 
 
 def lora(ranks: Mapping[str, int], *, dora: bool, saved: Sequence[str]) -> ServableStatus:
@@ -77,9 +83,11 @@ def confirm(folder: Path, before: ServableStatus) -> ServableStatus:
     Raises:
         SelfCheckError: the files are not what the verdict before was about.
     """
+    if not before.vllm:
+        return before
     config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     found = of_files(config, _names(folder / ADAPTER_WEIGHTS))
-    if before.vllm and not found.vllm:
+    if not found.vllm:
         raise SelfCheckError(f"the adapter was to be servable, and as it was saved {found.reason}")
     return before
 

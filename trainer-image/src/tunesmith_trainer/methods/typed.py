@@ -63,7 +63,7 @@ def config_of(fields: Typed, modules: Modules, *, quantized: bool) -> PeftConfig
 def trained(fields: Typed, config: PeftConfig, modules: Modules) -> tuple[int, list[str]]:
     """How many parameters are trained, and last parts of the names of the modules that get an adapter."""
     if isinstance(fields, AdaLoraFields):
-        targets = sorted(config.target_modules or [])  # type: ignore[attr-defined] # AdaLoraConfig has it
+        targets = sorted(config.target_modules or [])
         saved = sum(
             size for name, size in modules.sizes.items() if any(fits(name, one) for one in fields.modules_to_save or [])
         )

@@ -55,6 +55,7 @@ def check_parameters(model: PeftModel, planned: Planned) -> None:
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     count = sum(parameter.numel() for parameter in trained.values())
     config = planned.config
+    assert config is not None  # noqa: S101 - there is an adapter
     must, may = _parts(config)
     strange = [name for name in trained if not any(part in name for part in (*must, *may))]
     if strange:

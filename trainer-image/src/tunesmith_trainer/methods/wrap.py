@@ -20,12 +20,13 @@ from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.eva import initialize_lora_eva_weights
 from peft.tuners.lora.loraga import preprocess_loraga
 
-from tunesmith_trainer.methods import conversion, typed, verify
+from tunesmith_trainer.methods import conversion, full, typed, verify
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from datasets import Dataset
+    from peft import PeftConfig
     from transformers import PreTrainedModel
 
     from tunesmith.api.method import Method
@@ -36,7 +37,7 @@ _LOOKED_AT = 256
 
 
 def wrap(base: PreTrainedModel, planned: Planned, rows: Dataset, method: Method, total_steps: int) -> PeftModel:
-    """The base with a new adapter in float32, verified; only the adapter can be trained.
+    """The base with a new adapter in float32, verified; only the adapter can be trained, or all weights.
 
     Args:
         base: with its weights.
@@ -48,26 +49,21 @@ def wrap(base: PreTrainedModel, planned: Planned, rows: Dataset, method: Method,
     Raises:
         SelfCheckError: the adapter is not the one that was asked for.
     """
+    if planned.config is None:
+        return full.unfreeze(base)
     probe = verify.probe(base, rows)
     if method.quantization is not None:
-        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)  # type: ignore[assignment]
-    config = copy.deepcopy(planned.config)
-    chosen = config.init_lora_weights if isinstance(config, LoraConfig) else None
-    if isinstance(config, AdaLoraConfig) and method.ada_lora is not None:
-        typed.schedule(config, method.ada_lora, total_steps)
-    if isinstance(config, PromptTuningConfig) and method.prompt_tuning is not None:
-        _begin_as_text(config, method.prompt_tuning.initial_text, base)
-    if chosen == "corda":
-        _look_for_corda(base, config, rows)
-    elif chosen == "lora_ga":
-        _look_for_lora_ga(base, config, rows)
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    config = _for_run(planned.config, base, method, total_steps)
+    if isinstance(config, LoraConfig):
+        _look_at_rows(base, config, rows)
     model = get_peft_model(base, config)
     assert isinstance(model, PeftModel)  # noqa: S101 - narrows the type
     # In bfloat16 small updates would be lost.
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
-    if chosen == "eva":
+    if isinstance(config, LoraConfig) and config.init_lora_weights == "eva":
         initialize_lora_eva_weights(model, list(_batches(rows, model.device)), show_progress_bar=False)
     if conversion.changes_base(config):
         conversion.remember(model)
@@ -76,11 +72,25 @@ def wrap(base: PreTrainedModel, planned: Planned, rows: Dataset, method: Method,
     return model
 
 
-def _begin_as_text(config: PromptTuningConfig, text: str | None, base: PreTrainedModel) -> None:
-    if text is not None:
+def _for_run(planned: PeftConfig, base: PreTrainedModel, method: Method, total_steps: int) -> PeftConfig:
+    """A copy of the configuration, with what only the run tells."""
+    config = copy.deepcopy(planned)
+    if isinstance(config, AdaLoraConfig) and method.ada_lora is not None:
+        typed.schedule(config, method.ada_lora, total_steps)
+    text = method.prompt_tuning.initial_text if method.prompt_tuning is not None else None
+    if isinstance(config, PromptTuningConfig) and text is not None:
         config.prompt_tuning_init = PromptTuningInit.TEXT
         config.prompt_tuning_init_text = text
         config.tokenizer_name_or_path = base.name_or_path
+    return config
+
+
+def _look_at_rows(base: PreTrainedModel, config: LoraConfig, rows: Dataset) -> None:
+    """What an initialisation measures before the adapter is there."""
+    if config.init_lora_weights == "corda":
+        _look_for_corda(base, config, rows)
+    elif config.init_lora_weights == "lora_ga":
+        _look_for_lora_ga(base, config, rows)
 
 
 def _look_for_corda(base: PreTrainedModel, config: LoraConfig, rows: Dataset) -> None:

@@ -1,0 +1,85 @@
+"""Full fine-tuning: all weights are trained, and the artifact is a model of its own."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from tunesmith_trainer.errors import SelfCheckError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from peft import PeftModel
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+def unfreeze(base: PreTrainedModel) -> PeftModel:
+    """The base with all its weights trained, in float32: in bfloat16 small updates would be lost.
+
+    It has the one method of a PeftModel that the trainer needs: within `model.disable_adapter()` the weights are those
+    of the base, read again from its folder.
+    """
+    model: Any = base.float()
+    model.requires_grad_(requires_grad=True)
+
+    @contextmanager
+    def base_alone() -> Iterator[None]:
+        published = load(base.name_or_path, torch.float32)
+        before = dict(published.named_parameters())
+        own = dict(model.named_parameters())
+        trained = {name: parameter.data.cpu() for name, parameter in own.items()}
+        try:
+            for name, parameter in own.items():
+                parameter.data = before[name].data.to(parameter.device)
+            yield
+        finally:
+            for name, parameter in own.items():
+                parameter.data = trained[name].to(parameter.device)
+
+    model.disable_adapter = base_alone
+    result: PeftModel = model
+    return result
+
+
+def load(folder: Path | str, dtype: torch.dtype) -> PreTrainedModel:
+    """A whole model in main memory."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+    )
+    return model
+
+
+def save(model: PeftModel, folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> None:
+    """Saves the model in the type that it will be served with."""
+    whole: Any = model
+    rounded: dict[int, torch.Tensor] = {}  # weights that are shared stay shared
+    state = {}
+    for name, tensor in whole.state_dict().items():
+        key = tensor.data_ptr()
+        if key not in rounded:
+            rounded[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        state[name] = rounded[key]
+    whole.save_pretrained(str(folder), state_dict=state)
+    path = folder / "config.json"
+    written = json.loads(path.read_text(encoding="utf-8"))
+    written |= {"dtype": str(dtype).removeprefix("torch."), "use_cache": config.use_cache}
+    path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def check(folder: Path) -> None:
+    """Raises SelfCheckError where a saved weight is not finite, or there is none."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise SelfCheckError("the model was saved without weights")
+    for path in files:
+        with safe_open(path, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - no mapping
+                if not bool(tensors.get_tensor(name).isfinite().all()):
+                    raise SelfCheckError(f"the saved model is damaged: {name} has values that are not finite")
