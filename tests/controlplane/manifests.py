@@ -153,7 +153,7 @@ REFUSED_JOBS: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "a weight of nothing": (
         {"dataset__train": [{"uri": JSONL, "weight": 0}]},
-        "weight in body should be greater than or equal to 0.001",
+        "a weight of 0 takes no row: remove the source from dataset.train",
         "spec.dataset.train[0].weight is 0: it must be at least 0.001",
     ),
     "a suite of two kinds": (
