@@ -188,6 +188,13 @@ BAD_JOBS: dict[str, BadJob] = {
     "checkpoints by steps and by time": apply("keep one of them", checkpoint={"everySteps": 5, "everyMinutes": 1}),
     "a deadline of no time": apply("greater than or equal to 1", "it must be at least 1", activeDeadlineSeconds=0),
     "a name of 41 letters": apply("at most 40 characters", name="n" * 41),
+    "two objectives": apply("keep one and remove the others", objective={"dpo": {}, "kto": {}}),
+    "packed pairs": apply("set it to false", objective={"dpo": {}}, dataset__packing=True),
+    "chats for preferences": apply("change one of them", objective={"dpo": {}}, dataset__format="Messages"),
+    "nothing to compare with": apply(
+        "set hyperparameters.batchSize to 2 or more", objective={"kto": {}}, hyperparameters={"batchSize": 1}
+    ),
+    "more GPUs than rows of a step": apply("must be at least their number", resources={"gpus": 16}),
     # the spec, refused on the CPU: the base model must be looked at
     "a misspelt module": invalid("did you mean q_proj?", method__lora__targetModules=["q_prj"]),
     "the output layer": invalid("remove it", method__lora__targetModules=["lm_head"]),
@@ -195,6 +202,26 @@ BAD_JOBS: dict[str, BadJob] = {
     "a template that is none": invalid("is no Jinja template: line 1", dataset__chatTemplate="{% if %}"),
     "columns of another format": invalid(
         "which has messages, tools: remove it", dataset__format="Messages", dataset__columns={"chosen": "better"}
+    ),
+    "no method of PEFT": invalid("did you mean VERA?", method={"peft": {"type": "VERRA"}}),
+    "no field of PEFT's": invalid(
+        "has no field d_inital; did you mean d_initial?", method={"peft": {"type": "VERA", "config": {"d_inital": 1}}}
+    ),
+    "a path in PEFT's configuration": invalid(
+        "names files or code, which a job must not: remove it",
+        method={"peft": {"type": "LORA", "config": {"megatron_core": "os"}}},
+    ),
+    "a method that 4 bits make learn nothing": invalid(
+        "remove quantization, or use method.qlora", method={"peft": {"type": "UNILORA", "quantization": {}}}
+    ),
+    "a merge of what cannot be merged": invalid(
+        "remove output.merge, or use another method", method={"promptTuning": {}}, output={"merge": "Original"}
+    ),
+    "an adapter that vLLM cannot load": BadJob(
+        Stage.VALIDATION,
+        "or set servable to Ignored",
+        {"method": {"lora": {"dora": True}}, "servable": "Required"},
+        FailureReason.NOT_SERVABLE,
     ),
     # the data
     "an empty file": rows_of("a data set needs at least one row", b"\n"),
@@ -215,6 +242,10 @@ BAD_JOBS: dict[str, BadJob] = {
         chat(("user", [{"type": "image", "image": "a.png"}]), ("assistant", "A door.")),
     ),
     "null for an answer": data("is null, not a string", {"prompt": "Who?", "completion": None}),
+    "pairs for plain fine-tuning": data(
+        "choose another objective", {"prompt": "Who?", "chosen": "Marta.", "rejected": "Nobody."}
+    ),
+    "chats for preferences, unnamed": data("choose another objective", *GOOD_ROWS, objective={"dpo": {}}),
     "one row": data("need at least 2", GOOD_ROWS[0]),
     "rows that are too long": data("more than maxLength 16 tokens", *GOOD_ROWS, dataset__maxLength=16),
     "one row that is too long": data(
