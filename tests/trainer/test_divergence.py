@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
+import re
+import shutil
+from typing import TYPE_CHECKING
 
-from tunesmith_trainer.training.divergence import SUSTAINED_STEPS, diverged
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tunesmith.api.conditions import FailureReason
+from tunesmith_trainer.training.divergence import SUSTAINED_STEPS, diverged, far_off
+
+if TYPE_CHECKING:
+    from trainer_rig import Workbench
 
 FALLING = [3.0 - 0.02 * step for step in range(60)]
 
@@ -29,3 +38,33 @@ def test_a_run_that_may_still_learn_goes_on(losses: list[float]) -> None:
 @pytest.mark.parametrize("first", [0.01, 1.0, 3.0])
 def test_a_loss_that_stays_far_above_the_first_ends_the_run(first: float) -> None:
     assert diverged([first] * 5 + [first * 2 + 2.1] * SUSTAINED_STEPS)
+
+
+def test_a_job_whose_loss_runs_away_is_stopped_at_its_last_good_checkpoint(bench: Workbench) -> None:
+    """Its learning rate grows to 1 for a head that gets large states."""
+    weights = load_file(bench.base / "model.safetensors")
+    weights["model.norm.weight"] *= 5
+    bench.base = shutil.copytree(bench.base, bench.folder / "loud")
+    save_file(weights, bench.base / "model.safetensors", {"format": "pt"})
+    steps = 200
+    hyper = {"maxSteps": steps, "batchSize": 4, "learningRate": 1.0, "scheduler": "Constant", "warmupRatio": 0.5}
+    job = bench.job(
+        method={"lora": {"rank": 4, "modulesToSave": ["lm_head"]}},
+        hyperparameters=hyper,
+        checkpoint={"everySteps": 1, "keep": 1},
+        servable="Ignored",
+    )
+    ran = bench.run("train", job)
+    assert (ran.code, ran.result.reason, ran.result.retryable) == (2, FailureReason.LOSS_DIVERGED, False)
+    told = re.search(
+        rf"at step (\d+) of {steps}.* lower hyperparameters.learningRate.*; the last good checkpoint is that of step"
+        rf" (\d+), in file://{bench.output}/checkpoints",
+        ran.result.message,
+    )
+    assert told is not None, ran.result.message
+    stopped, good = int(told[1]), int(told[2])
+    assert stopped < steps
+    assert [entry.name for entry in (bench.output / "checkpoints").iterdir()] == [f"step-{good:08d}"]
+    losses = [float(found[1]) for line in ran.lines if (found := re.search(r"  step \d+/.* loss ([\d.]+)", line))]
+    assert not far_off(losses[:good])
+    assert all(far_off(losses[:step]) for step in range(good + 1, stopped))

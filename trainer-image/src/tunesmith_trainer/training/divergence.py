@@ -14,16 +14,22 @@ _FACTOR = 2.0
 _MARGIN = 2.0
 
 
-def diverged(losses: Sequence[float]) -> bool:
-    """Whether each of the last 20 losses is both twice the first ones and 2 above them.
+def far_off(losses: Sequence[float], steps: int = 1) -> bool:
+    """Whether each of the last `steps` losses is both twice the first ones and 2 above them.
 
-    A single odd batch does not count, and a loss that comes back in time goes on. Twice the first loss and 2 nats more
-    is far above what warm-up or an order by difficulty causes: a model in that state has forgotten what it knew.
+    Twice the first loss and 2 nats more is far above what warm-up or an order by difficulty causes: a model in that
+    state has forgotten what it knew.
 
     Args:
         losses: of every step so far, in nats per target token.
+        steps: how many of the last count.
     """
-    if len(losses) < _FIRST_STEPS + SUSTAINED_STEPS:
+    if len(losses) < _FIRST_STEPS + steps:
         return False
     initial = median(losses[:_FIRST_STEPS])
-    return min(losses[-SUSTAINED_STEPS:]) > max(_FACTOR * initial, initial + _MARGIN)
+    return min(losses[-steps:]) > max(_FACTOR * initial, initial + _MARGIN)
+
+
+def diverged(losses: Sequence[float]) -> bool:
+    """Whether the last 20 losses are far off: one odd batch does not count, and a loss that comes back goes on."""
+    return far_off(losses, SUSTAINED_STEPS)

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 from tunesmith_trainer.errors import LossDivergedError
 from tunesmith_trainer.methods import hooks
-from tunesmith_trainer.training.divergence import SUSTAINED_STEPS, diverged
+from tunesmith_trainer.training.divergence import SUSTAINED_STEPS, diverged, far_off
 from tunesmith_trainer.training.watch import CurvePoint
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class Saver(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stops a run whose loss has run away, before its state is saved."""
-        if "loss" in kwargs["logs"] and diverged([point.loss for point in self._curve if point.loss is not None]):
+        if "loss" in kwargs["logs"] and diverged(self._losses):
             raise LossDivergedError(
                 f"the loss is far above that of the first steps since {SUSTAINED_STEPS} steps, at step"
                 f" {state.global_step} of {state.max_steps} it is {kwargs['logs']['loss']:.3f}: lower"
@@ -131,6 +131,10 @@ class Saver(TrainerCallback):
         return f"the last good checkpoint is that of step {last}, in {self._checkpoints.uri}"
 
     @property
+    def _losses(self) -> list[float]:
+        return [point.loss for point in self._curve if point.loss is not None]
+
+    @property
     def _attached(self) -> Trainer:
         assert self._trainer is not None  # noqa: S101 - attach() is called first
         return self._trainer
@@ -139,6 +143,9 @@ class Saver(TrainerCallback):
         trainer = self._attached
         step = trainer.state.global_step
         if step == self._saved_step and self._checkpoints.last == step:
+            return
+        if far_off(self._losses) and self.interrupted_at is None and step < trainer.state.max_steps:
+            # The newest checkpoint stays one from before the loss ran away; the next step is looked at again.
             return
         if not self._ranks.first:
             self._saved_step, self._saved_at = step, self._clock()
