@@ -223,3 +223,9 @@ def test_a_manifest_trains_on_preferences(name: str, rows: list[dict[str, Any]],
     if name == "dpo":
         assert evaluation.base_loss == pytest.approx(math.log(2), abs=1e-4)
     assert evaluation.loss < evaluation.base_loss
+
+
+def test_a_preference_objective_has_a_lower_learning_rate(bench: Workbench) -> None:
+    counted = bench.run("validate", bench.job(PAIRS, objective={"dpo": {}}, hyperparameters={"maxSteps": 3}))
+    assert counted.result.resolved is not None
+    assert counted.result.resolved.learning_rate == pytest.approx(2e-5)

@@ -60,7 +60,7 @@ def resolve(
     return Resolved(
         base_model_fingerprint=fingerprint,
         dataset_digest=digest,
-        learning_rate=hyper.learning_rate or spec.method.learning_rate,
+        learning_rate=spec.learning_rate,
         batch_size=batch,
         micro_batch_size=micro_batch_size,
         gradient_checkpointing=checkpointing,

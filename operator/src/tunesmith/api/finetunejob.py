@@ -164,6 +164,12 @@ class FineTuneJobSpec(ApiModel):
         """Whether rows hold answers to compare, and not answers to learn."""
         return self.objective_name is not ObjectiveName.SFT
 
+    @property
+    def learning_rate(self) -> float:
+        """Peak learning rate. Comparing answers goes wrong at rates at which learning them goes well."""
+        own = self.method.learning_rate
+        return self.hyperparameters.learning_rate or (own / 10 if self.learns_preferences else own)
+
 
 _MUTABLE = frozenset({"suspend", "active_deadline_seconds"})
 

@@ -61,7 +61,8 @@ class Hyperparameters(ApiModel):
         default=None,
         ge=1e-8,
         le=1.0,
-        description="Peak learning rate. Absent: the method's own, 2e-4 for lora and qlora.",
+        description="Peak learning rate. Absent: the method's own, 2e-4 for lora and qlora; a tenth of it where the "
+        "objective is dpo, orpo or kto.",
     )
     batch_size: int | None = Field(
         default=None, ge=1, le=65536, description="Sequences per optimizer step, over all GPUs and nodes. Absent: 8."
