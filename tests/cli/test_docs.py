@@ -1,0 +1,35 @@
+"""The commands that the documentation shows are ones that there are, with the options that they have."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+import typer
+
+from tunesmith.cli.main import app
+
+ROOT = Path(__file__).resolve().parents[2]
+LINE = re.compile(r"^(?:\$ )?(?:\S*/|uv run )?tunesmith (.+?)(?:\s+[>|#].*)?$", re.MULTILINE)
+SHOWN = [
+    pytest.param(command, id=f"{page.relative_to(ROOT)}: {command}")
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    for block in re.findall(r"^```(?:sh|console)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    for command in LINE.findall(block)
+]
+
+
+@pytest.mark.parametrize("command", SHOWN)
+def test_a_command_in_the_documentation_can_be_given(command: str) -> None:
+    found: click.Command = typer.main.get_command(app)
+    context = click.Context(found, info_name="tunesmith")
+    arguments = shlex.split(command, comments=True)
+    while isinstance(found, click.Group):
+        inner = found.get_command(context, arguments[0])
+        assert inner is not None, arguments[0]
+        context = click.Context(inner, parent=context)
+        found, arguments = inner, arguments[1:]
+    found.make_context(str(found.name), arguments)  # raises where an option or an argument is not one of its own
