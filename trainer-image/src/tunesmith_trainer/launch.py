@@ -79,7 +79,14 @@ def launch(
     """
     if not first.port:
         first = replace(first, port=_free_port())
-    running = [_start(command, replace(first, rank=first.rank + k, local_rank=k), folder) for k in range(count)]
+    shared = {
+        "LOCAL_WORLD_SIZE": str(count),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // count)),
+    }
+    running = [
+        _start(command, replace(first, rank=first.rank + number, local_rank=number), folder, shared)
+        for number in range(count)
+    ]
 
     def pass_on(number: int, frame: object) -> None:  # noqa: ARG001 - a signal handler's signature
         _tell(running, number)
@@ -96,13 +103,13 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
-def _start(command: Sequence[str], ranks: Ranks, folder: Path) -> _Process:
+def _start(command: Sequence[str], ranks: Ranks, folder: Path, shared: dict[str, str]) -> _Process:
     message = folder / f"result-{ranks.rank}.json"
     message.unlink(missing_ok=True)
     arguments = [*command, "--termination-message", str(message)]
     if not ranks.first:
         arguments += ["--progress-port", "0"]
-    environment = {**os.environ, **ranks.environment(), LAUNCHED: "1"}
+    environment = {**os.environ, **ranks.environment(), **shared, LAUNCHED: "1"}
     # A session of its own: a terminal's Ctrl-C would reach it twice, and a second signal stops at once.
     process = subprocess.Popen(arguments, env=environment, start_new_session=True)  # noqa: S603 - our own command
     return _Process(ranks, process, message)

@@ -11,9 +11,9 @@ import hashlib
 import pickle
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tunesmith_trainer.errors import TrainerError
 
@@ -28,6 +28,8 @@ POD_INDEX = "JOB_COMPLETION_INDEX"
 """Set by the Job controller in each pod of an Indexed Job."""
 MEETING_SECONDS = 1800.0
 """For all pods to be scheduled, to pull their image and to start."""
+_STEP = timedelta(minutes=30)
+"""For the others to reach the same place of a step."""
 _LONGEST = timedelta(days=2)
 """While the first rank publishes, or waits for a store, the others wait for it. A rank that dies is noticed at once."""
 _POLL_SECONDS = 0.5
@@ -45,7 +47,7 @@ class PeerLostError(TrainerError):
     retryable = True
 
 
-@dataclass(frozen=True)
+@dataclass
 class Ranks:
     """The place of this process among those that train together.
 
@@ -62,6 +64,8 @@ class Ranks:
     local_rank: int = 0
     address: str = "localhost"
     port: int = 29500
+    _agreeing: Any = field(default=None, init=False, repr=False, compare=False)
+    """The process group of what is agreed upon, beside that of the gradients: on the CPU, and patient."""
 
     @property
     def first(self) -> bool:
@@ -123,7 +127,8 @@ class Ranks:
                 )
             time.sleep(_POLL_SECONDS)
         with self._peers():
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=_LONGEST)
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=_STEP)
+            self._agreeing = dist.new_group(backend="gloo", timeout=_LONGEST)
 
     def _await_first(self, deadline: float, seconds: float) -> None:
         while True:
@@ -196,7 +201,7 @@ class Ranks:
 
         tensor = torch.tensor(values, dtype=torch.float64)
         with self._peers():
-            dist.all_reduce(tensor, dist.ReduceOp.MAX if how == "max" else dist.ReduceOp.SUM)
+            dist.all_reduce(tensor, dist.ReduceOp.MAX if how == "max" else dist.ReduceOp.SUM, self._agreeing)
         found: list[float] = tensor.tolist()
         return found
 

@@ -10,6 +10,7 @@ from tunesmith.contracts.location import (
     CLAIMS_FOLDER,
     artifact_uri,
     checkpoints_uri,
+    job_folder,
     owned_name,
     short_uid,
     tokens_uri,
@@ -48,6 +49,8 @@ class Installation:
     """Root of the store, such as s3://tunesmith/store."""
     trainer_image: str
     image_pull_policy: str = "IfNotPresent"
+    cluster: str = ""
+    """Uid of the namespace kube-system, by which `tunesmith gc` tells this cluster's folders; empty: not known."""
 
 
 def configuration(job: FineTuneJob, stage: str) -> Object:
@@ -90,6 +93,7 @@ def validation(job: FineTuneJob, installation: Installation, gpu_memory_bytes: i
     labels = {COMPONENT_LABEL: VALIDATE}
     rules = [_on_disruption("Ignore"), _on_exit_codes("FailJob", ExitCode.USER_FAULT)]
     arguments = ["validate", "--job", f"{JOB_FOLDER}/{JOB_FILE}", "--tokens", _tokens(job, installation)]
+    arguments += _ownership(job, installation)
     if gpu_memory_bytes is not None:
         arguments += ["--gpu-memory-bytes", str(gpu_memory_bytes)]
     pod = _pod(job, installation, labels, arguments, _VALIDATION_RESOURCES)
@@ -112,7 +116,7 @@ def attempt(job: FineTuneJob, number: int, installation: Installation) -> Object
     place = artifact_uri(installation.store, metadata.namespace, metadata.name, metadata.uid)
     checkpoints = checkpoints_uri(installation.store, metadata.namespace, metadata.name, metadata.uid)
     arguments = ["train", "--job", f"{JOB_FOLDER}/{JOB_FILE}", "--output", place, "--checkpoints", checkpoints]
-    arguments += ["--tokens", _tokens(job, installation)]
+    arguments += ["--tokens", _tokens(job, installation), *_ownership(job, installation)]
     pod = _pod(job, installation, labels, arguments, _resources(job))
     manifest = _job(job, str(number), labels, pod, rules, retries=0)
     if job.spec.resources.nodes > 1:
@@ -141,7 +145,12 @@ def meeting(job: FineTuneJob) -> list[Object]:
         "kind": "Service",
         "metadata": metadata,
         # The first pod must be found before it is ready, by those that it waits for.
-        "spec": {"clusterIP": "None", "publishNotReadyAddresses": True, "selector": pods},
+        "spec": {
+            "clusterIP": "None",
+            "publishNotReadyAddresses": True,
+            "selector": pods,
+            "ports": [{"name": "ranks", "port": MASTER_PORT, "protocol": "TCP"}],
+        },
     }
     policy = {
         "apiVersion": "networking.k8s.io/v1",
@@ -317,6 +326,14 @@ def _resources(job: FineTuneJob) -> Object:
         "requests": {"cpu": wanted.cpu, "memory": wanted.memory, **gpus},
         "limits": {"memory": wanted.memory, **gpus},
     }
+
+
+def _ownership(job: FineTuneJob, installation: Installation) -> list[str]:
+    if not installation.cluster:
+        return []
+    metadata = job.metadata
+    folder = job_folder(installation.store, metadata.namespace, metadata.name, metadata.uid)
+    return ["--job-folder", folder, "--cluster", installation.cluster]
 
 
 def _tokens(job: FineTuneJob, installation: Installation) -> str:
