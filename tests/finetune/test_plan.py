@@ -40,6 +40,17 @@ def ended(exit_code: int, message: str = "", **fields: Any) -> Any:
 DONE = result(outcome="Succeeded", artifact=ARTIFACT, evaluation={"baseLoss": 3.0, "loss": 1.5})
 ELSEWHERE = result(outcome="Succeeded", artifact={**ARTIFACT, "uri": "s3://tunesmith/store/other/x/artifact"})
 VALID = result(outcome="Succeeded", preflight={"rows": 90, "validationRows": 10})
+GIB = 2**30
+TIGHT = result(
+    outcome="Succeeded",
+    preflight={
+        "rows": 90,
+        "estimatedPeakBytes": 13 * GIB,
+        "gpuMemoryBytes": 12 * GIB,
+        "verdict": "Unknown",
+        "suggestion": "use qlora",
+    },
+)
 GATE = result(outcome="Failed", reason="GateFailed", message="loss 1.5 is above 1", artifact=ARTIFACT)
 OUTAGE = result(outcome="Failed", reason="StorageUnavailable", message="no answer", retryable=True)
 MALFORMED = result(outcome="Failed", reason="DatasetInvalid", message="line 3 is not JSON")
@@ -127,6 +138,14 @@ CASES = {
         "Pending",
         {"Validated": ("True", "Valid"), "Started": ("False", "PodPending")},
         "90 rows to train on, 10 held out, 0 dropped",
+        ("Running",),
+    ),
+    "validation passed, and the GPU is nearly too small": Case(
+        seen(job(), validation=kube_job("validate", ended(0, TIGHT), succeeded=True)),
+        (CreateAttempt(1),),
+        "Pending",
+        {"Validated": ("True", "Valid"), "Started": ("False", "PodPending")},
+        "0 dropped; about 13.0 GiB of GPU memory of 12.0, which may not fit: use qlora",
         ("Running",),
     ),
     "a validation whose report is lost is still a success": Case(

@@ -7,14 +7,21 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tunesmith.api.conditions import Condition, ConditionStatus, FineTuneJobCondition, find, is_true, set_condition
-from tunesmith.api.finetunejob_status import AttemptOutcome, FineTuneJobStatus, Phase, ProgressStatus, Resolved
+from tunesmith.api.finetunejob_status import (
+    AttemptOutcome,
+    FineTuneJobStatus,
+    Phase,
+    ProgressStatus,
+    Resolved,
+    Verdict,
+)
 
 if TYPE_CHECKING:
     from datetime import datetime
 
     from tunesmith.api.conditions import FailureReason
     from tunesmith.api.finetunejob import FineTuneJob
-    from tunesmith.api.finetunejob_status import Attempt
+    from tunesmith.api.finetunejob_status import Attempt, Preflight
     from tunesmith.contracts.result import TrainerResult
 
 PROGRESS_INTERVAL = timedelta(seconds=10)
@@ -49,7 +56,7 @@ class Status:
         if flight is not None and flight.rows is not None:
             message = (
                 f"{flight.rows} rows to train on, {flight.validation_rows or 0} held out, "
-                f"{flight.dropped_rows or 0} dropped"
+                f"{flight.dropped_rows or 0} dropped{_memory(flight)}"
             )
         self._set(FineTuneJobCondition.VALIDATED, ConditionStatus.TRUE, "Valid", message)
         self._status.progress = None
@@ -208,6 +215,17 @@ class Status:
         )
         if before and not self._pause():
             self._status.paused_seconds = (self._status.paused_seconds or 0) + int(before)
+
+
+def _memory(counted: Preflight) -> str:
+    """Whether the run fits, for people; nothing for a job without a GPU."""
+    if counted.estimated_peak_bytes is None or counted.verdict is None:
+        return ""
+    about = f"; about {counted.estimated_peak_bytes / 2**30:.1f} GiB of GPU memory"
+    if counted.gpu_memory_bytes is None:
+        return about
+    doubt = f", which may not fit: {counted.suggestion}" if counted.verdict is Verdict.UNKNOWN else ""
+    return f"{about} of {counted.gpu_memory_bytes / 2**30:.1f}{doubt}"
 
 
 def phase(status: FineTuneJobStatus) -> Phase:
