@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tunesmith.api.conditions import FailureReason
-from tunesmith.api.finetunejob_status import Preflight, Resolved
+from tunesmith.api.finetunejob_status import DroppedRows, DropReason, Preflight, Resolved
 from tunesmith.api.model import MAX_NAME
 from tunesmith.contracts.agent import gateway_token, pool_token
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
@@ -167,6 +167,19 @@ class TestResult:
         read = TrainerResult.model_validate_json(text)
         assert (read.reason, read.retryable, read.preflight) == (result.reason, True, result.preflight)
         assert message.startswith(read.message.rstrip("…"))
+
+    def test_termination_message_keeps_what_was_resolved_rather_than_examples(self) -> None:
+        dropped = [DroppedRows(reason=reason, rows=9, examples=["é" * 160] * 3) for reason in DropReason]
+        resolved = Resolved(target_modules=["down_proj"] * 20)
+        result = TrainerResult(
+            outcome=Outcome.SUCCEEDED, message="done", preflight=Preflight(rows=10, dropped=dropped), resolved=resolved
+        )
+        text = result.termination_message()
+        assert len(text.encode()) <= TERMINATION_MESSAGE_MAX_BYTES
+        read = TrainerResult.model_validate_json(text)
+        assert (read.message, read.resolved) == ("done", resolved)
+        assert read.preflight is not None
+        assert [one.rows for one in read.preflight.dropped or []] == [9] * len(DropReason)
 
     def test_termination_message_fits_whatever_was_resolved(self) -> None:
         resolved = Resolved(target_modules=["m" * 128] * 64)

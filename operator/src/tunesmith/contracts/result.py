@@ -58,8 +58,16 @@ class TrainerResult(StatusModel):
         return ExitCode.RETRYABLE if self.retryable else ExitCode.USER_FAULT
 
     def termination_message(self) -> str:
-        """JSON of at most 4,096 bytes; too long, it loses the suites' scores and gates, then the message's end."""
+        """JSON of at most 4,096 bytes.
+
+        Too long, it loses the examples of rows that are not used, the suites' scores and gates, then the message's end.
+        """
         result = self
+        if result.preflight is not None and len(_text(result)) > TERMINATION_MESSAGE_MAX_BYTES:
+            dropped = [one.model_copy(update={"examples": None}) for one in result.preflight.dropped or []]
+            result = result.model_copy(
+                update={"preflight": result.preflight.model_copy(update={"dropped": dropped or None})}
+            )
         if result.evaluation is not None and len(_text(result)) > TERMINATION_MESSAGE_MAX_BYTES:
             result = result.model_copy(
                 update={"evaluation": result.evaluation.model_copy(update={"scores": None, "gates": None})}
