@@ -59,6 +59,12 @@ MEMORY = "resources.memory is less than 64Mi: write its unit, as in 8Gi"
 EXTENDED = "an extended resource is a domain and a name, such as nvidia.com/gpu"
 LABEL = "a label's value has letters, digits, '-', '.' and '_', and begins and ends with a letter or digit"
 NAME = "a name has lower-case letters, digits, '-' and '.', and begins and ends with a letter or digit"
+DORA = "dora goes with initialization Default, Gaussian, Orthogonal, EVA: choose one of them, or remove dora"
+EVEN = "initialization Orthogonal needs an even rank: change rank"
+FULL_WEIGHTS = "qlora.initialization is Default, Gaussian or EVA: the others need the base's weights in full"
+FEWER_RANKS = "adaLora.targetRank must be less than adaLora.initialRank: ranks are only taken away"
+INNER = "ia3.feedforwardModules are some of ia3.targetModules: name them there too"
+FULL = "method.full goes with objective sft and orpo"
 UNSUPPORTED = 'Unsupported value: "int3": supported values: "nf4"'
 FROM_ONE = "in body should be greater than or equal to 1"
 UP_TO_512 = "in body should be less than or equal to 512"
@@ -75,6 +81,13 @@ NO_LIMIT = "a gate of evaluation.gates needs min or max: without a limit it woul
 # case → (what is changed in a minimal job, what `kubectl apply` says, what a local run says)
 REFUSED_JOBS: dict[str, tuple[dict[str, Any], str, str]] = {
     "no method": ({"method": {}}, ONE_METHOD, ONE_METHOD),
+    "lora and ia3": ({"method": {"lora": {}, "ia3": {}}}, ONE_METHOD, ONE_METHOD),
+    "dora on a changed base": ({"method": {"lora": {"dora": True, "initialization": "PiSSA"}}}, DORA, DORA),
+    "odd rank": ({"method": {"lora": {"rank": 3, "initialization": "Orthogonal"}}}, EVEN, EVEN),
+    "a beginning in 4 bits": ({"method": {"qlora": {"initialization": "OLoRA"}}}, FULL_WEIGHTS, FULL_WEIGHTS),
+    "ranks that grow": ({"method": {"adaLora": {"initialRank": 4}}}, FEWER_RANKS, FEWER_RANKS),
+    "an unnamed inner module": ({"method": {"ia3": {"feedforwardModules": ["down_proj"]}}}, INNER, INNER),
+    "full and dpo": ({"method": {"full": {}}, "objective": {"dpo": {}}}, FULL, FULL),
     "more GPUs than sequences": ({"resources": {"gpus": 16}}, IDLE, IDLE),
     "more nodes than sequences": ({"resources": {"gpus": 0, "nodes": 9}}, IDLE, IDLE),
     "more ranks than micro-batches": (

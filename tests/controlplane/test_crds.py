@@ -64,7 +64,8 @@ def test_name_that_leaves_no_room_for_names_of_pods_is_refused(apiserver: ApiSer
 def test_defaults_are_those_of_a_local_run(apiserver: ApiServer, namespace: str) -> None:
     apiserver.apply(job(namespace))
     spec = apiserver.get("ftj", "tone", "-n", namespace)["spec"]
-    assert spec["method"] == {"lora": {"rank": 16, "alpha": 32, "dropout": 0.0, "targetModules": ["all-linear"]}}
+    lora = {"rank": 16, "alpha": 32, "dropout": 0.0, "targetModules": ["all-linear"]}
+    assert spec["method"] == {"lora": {**lora, "rsLora": False, "dora": False, "initialization": "Default"}}
     assert spec["resources"] == {"gpus": 1, "gpuResource": "nvidia.com/gpu", "cpu": "1", "memory": "8Gi", "nodes": 1}
     assert spec == parse_manifest(json.dumps(job(namespace))).spec.manifest()
 
@@ -110,6 +111,14 @@ def test_a_fine_tune_job_may_be_suspended_and_bounded_later(
     for document in (job(namespace), job(namespace, **change), job(namespace)):
         apiserver.apply(document)
     assert_refused(apiserver, job(namespace, hyperparameters__seed=1, **change), IMMUTABLE)
+
+
+def test_fields_of_peft_are_kept_and_do_not_change(apiserver: ApiServer, namespace: str) -> None:
+    config = {"r": 8, "target_modules": ["q_proj"], "init_weights": True, "rank_pattern": {"q_proj": 4}}
+    apiserver.apply(job(namespace, method={"peft": {"type": "LOHA", "config": config}}))
+    assert apiserver.get("ftj", "tone", "-n", namespace)["spec"]["method"]["peft"]["config"] == config
+    other = {**config, "rank_pattern": {"q_proj": 2}}
+    assert_refused(apiserver, job(namespace, method={"peft": {"type": "LOHA", "config": other}}), IMMUTABLE)
 
 
 def test_metadata_of_a_fine_tune_job_may_change(apiserver: ApiServer, namespace: str) -> None:
