@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -58,7 +58,7 @@ class DuplicateRows(StrEnum):
 class DatasetSource(ApiModel):
     """Files with rows."""
 
-    rules = (
+    rules: ClassVar[tuple[Rule, ...]] = (
         *uri_rules,
         Rule(
             "!self.uri.startsWith('hf://') || self.uri.startsWith('hf://datasets/')",
