@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help benchmark-training verify-resume demo test check generate images cluster-up cluster-down clean \
+.PHONY: help benchmark-training verify-methods verify-resume demo test check generate images cluster-up cluster-down clean \
   environment environment-trainer environment-server model check-format check-types check-imports check-generated check-unit
 
 UV_VERSION := 0.13.9
@@ -34,6 +34,10 @@ check: environment environment-trainer environment-server ## Format, lint, types
 verify-resume: environment-trainer ## Kill training 20 times with SIGKILL and SIGTERM each: equal to the run without kills
 	@$(STEP) --last ' (passed|failed).* in ' "resume after kills" env TUNESMITH_RESUME_KILLS=20 \
 	  $(UV) run --frozen --no-sync --project trainer-image pytest tests/trainer/test_resume.py
+
+verify-methods: environment-trainer environment-server ## Train, reload, merge and serve every method; writes docs/methods.md
+	@$(STEP) --live "methods" $(UV) run --frozen --no-sync --project trainer-image python tests/trainer/verify_methods.py \
+	  --engine server-image/engine-cpu/.venv
 
 benchmark-training: environment-trainer model ## Compare the speed of training with other ways (ROWS=64 REPEATS=3)
 	@mkdir -p out

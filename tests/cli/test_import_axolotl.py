@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tunesmith.api.manifest import parse_manifest
+from tunesmith.api.method import FullFields
 from tunesmith.cli.main import main
 
 if TYPE_CHECKING:
@@ -420,7 +421,7 @@ SMALL = "base_model: org/base\ndatasets: [{path: org/rows, type: chat_template}]
         ("base_model: org/base\nadapter: lora", 2, "datasets is missing: name the rows to train on"),
         (SMALL.replace("org/rows", "https://example.org/rows.jsonl"), 2, "copy the rows to s3://, gs://, az:// or pvc"),
         (SMALL.replace("org/base", "base"), 1, "says what no FineTuneJob can: spec.baseModel.uri: a uri is hf://"),
-        (SMALL.replace("adapter: lora", ""), 2, "adapter is not set, which trains all weights"),
+        (SMALL.replace("adapter: lora", "adapter: llama-adapter"), 2, "adapter is llama-adapter: lora, qlora and ia3"),
         (SMALL + "rl: grpo", 2, "rl is grpo: dpo, orpo, kto can be imported"),
         (SMALL + "lora_r: 4096", 1, "spec.method.lora.rank is 4096: it must be at most 512"),
     ],
@@ -429,3 +430,10 @@ def test_what_cannot_be_imported_is_told(imported: Import, text: str, code: int,
     ended, out, err = imported(text)
     assert (ended, out) == (code, "")
     assert said in err
+
+
+def test_without_an_adapter_all_weights_are_trained(imported: Import) -> None:
+    ended, out, _ = imported(SMALL.replace("adapter: lora", ""))
+    assert ended == 0
+    spec = parse_manifest(out).spec
+    assert (spec.method.name, spec.method.full) == ("full", FullFields())

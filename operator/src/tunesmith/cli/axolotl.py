@@ -227,12 +227,11 @@ class _Reader:
             if self.take("load_in_4bit", default=False):
                 self.put("method.quantization", {})
             return
+        if adapter is None:
+            self._method = "full"
+            return
         if adapter not in {"lora", "qlora"}:
-            raise UntranslatableError(
-                "adapter is not set, which trains all weights: this release trains adapters; set adapter: lora"
-                if adapter is None
-                else f"adapter is {adapter}: lora, qlora and ia3 can be imported"
-            )
+            raise UntranslatableError(f"adapter is {adapter}: lora, qlora and ia3 can be imported, and none at all")
         in_4_bits = bool(self.take("load_in_4bit", default=False))
         self._method = "qlora" if adapter == "qlora" or in_4_bits else "lora"
         self._targets()
