@@ -243,12 +243,16 @@ def _execute(arguments: argparse.Namespace, progress: Progress, ending: _Ending)
 def _validate(
     job: FineTuneJob, stores: Stores, work: Path, progress: Progress, arguments: argparse.Namespace
 ) -> TrainerResult:
+    from tunesmith_trainer.data.report import told  # noqa: PLC0415
     from tunesmith_trainer.prepare import prepare  # noqa: PLC0415
 
     progress.update(stage=Stage.VALIDATING)
     tokens = _tokens(arguments.tokens, stores)
-    prepared = prepare(job, stores, work, weights=False, gpu_memory=arguments.gpu_memory_bytes, tokens=tokens)
+    memory = arguments.gpu_memory_bytes
+    prepared = prepare(job, stores, work, weights=False, gpu_memory=memory, tokens=tokens, say=progress.say)
     counted = prepared.preflight
+    for line in told(counted):
+        progress.say(line)
     return _refused(prepared) or TrainerResult(
         outcome=Outcome.SUCCEEDED,
         message=f"{counted.rows} rows to train on with {counted.tokens} tokens, {counted.validation_rows} held out,"
@@ -310,6 +314,7 @@ def _train(
         )
 
     from tunesmith_trainer.checkpoint import Checkpoints  # noqa: PLC0415
+    from tunesmith_trainer.data.report import told  # noqa: PLC0415
     from tunesmith_trainer.store import PUBLISHING_RETRY  # noqa: PLC0415
     from tunesmith_trainer.training.loop import train  # noqa: PLC0415
 
@@ -320,10 +325,8 @@ def _train(
     if refused is not None:
         return refused
     counted = prepared.preflight
-    progress.say(
-        f"  {counted.rows} rows, {counted.tokens} tokens, {counted.validation_rows} held out,"
-        f" {counted.dropped_rows} dropped"
-    )
+    for line in told(counted):
+        progress.say(line)
     place = stores.folder(
         arguments.checkpoints or f"{target.uri.removesuffix('/artifact')}/checkpoints",
         what="the checkpoints' folder",
@@ -404,7 +407,8 @@ def _prepared(
     # What the CPU stage of a cluster decided stays; a local run has had none, and knows its GPU.
     memory = device_memory(device) if job.status.resolved is None else None
     prepared = ranks.once_per_pod(
-        work / "prepared", lambda: prepare(job, stores, work, weights=True, gpu_memory=memory, tokens=tokens)
+        work / "prepared",
+        lambda: prepare(job, stores, work, weights=True, gpu_memory=memory, tokens=tokens, say=progress.say),
     )
     if not ranks.agree(prepared.resolved.model_dump_json()):
         raise InvalidSpecError(

@@ -22,6 +22,7 @@ from tunesmith_trainer.methods.targets import modules_of
 from tunesmith_trainer.store import file_sha256
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     import numpy as np
@@ -73,6 +74,7 @@ def prepare(
     weights: bool,
     gpu_memory: int | None = None,
     tokens: Folder | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Prepared:
     """Checks, counts and tokenises the inputs of a job.
 
@@ -83,6 +85,7 @@ def prepare(
         weights: download the base's weights too; without them the fingerprint is read with ranged reads.
         gpu_memory: of the GPU, bytes; None where it is not known.
         tokens: keeps the tokenised rows for the next attempt.
+        say: tells a person how far it is.
 
     Raises:
         TrainerError: an input is missing, refused or not usable.
@@ -114,6 +117,7 @@ def prepare(
         seed=spec.hyperparameters.seed,
         context=context,
         store=tokens,
+        say=say,
     )
     answers = data.Encoder(tokenizer, ends, chat_template=asked.chat_template, loss_on=LossOn.COMPLETION)
     examples = {

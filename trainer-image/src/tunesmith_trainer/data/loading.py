@@ -18,7 +18,7 @@ from tunesmith_trainer.data.tokens import longest_sequence, measure, open_rows, 
 from tunesmith_trainer.errors import DatasetInvalidError, InvalidSpecError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
     from pathlib import Path
 
     from datasets import Dataset
@@ -68,6 +68,7 @@ def load(
     seed: int,
     context: int | None,
     store: Folder | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Rows:
     """The rows that a manifest names, ready to train on.
 
@@ -81,6 +82,7 @@ def load(
         seed: chooses the rows that are held out, and those that a weight takes.
         context: tokens that the base model can take; None where it does not say.
         store: keeps the tokens for the next attempt.
+        say: tells a person how far it is.
 
     Raises:
         TrainerError: something is missing, refused or not usable.
@@ -105,7 +107,8 @@ def load(
 
     def make(folder: Path) -> dict[str, Counted]:
         return {
-            name: tokenise(some, dataset, forms, encoder, folder / f"{name}.arrow") for name, some in sources.items()
+            name: tokenise(some, dataset, forms, encoder, folder / f"{name}.arrow", say)
+            for name, some in sources.items()
         }
 
     cached = TokenCache(work / "tokens", store).get(key, make)

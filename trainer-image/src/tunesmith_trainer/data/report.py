@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.api.finetunejob_status import DroppedRows, DropReason
+
+if TYPE_CHECKING:
+    from tunesmith.api.finetunejob_status import Preflight
 
 _EXAMPLES = 3
 _EXAMPLE_LENGTH = 160
@@ -92,3 +95,18 @@ class RowReport:
             counts={DropReason(reason): count for reason, count in document["counts"].items()},
             examples={DropReason(reason): shown for reason, shown in document["examples"].items()},
         )
+
+
+def told(preflight: Preflight) -> list[str]:
+    """What was counted, in lines for people: the totals, then for each reason the rows that are not used."""
+    packed = f" in {preflight.packed_sequences} sequences" if preflight.packed_sequences is not None else ""
+    cut = f", {preflight.truncated_rows} cut" if preflight.truncated_rows else ""
+    total = (
+        f"  {preflight.rows} rows{packed}, {preflight.tokens} tokens, {preflight.target_tokens} of them learned;"
+        f" {preflight.validation_rows} held out, {preflight.dropped_rows} dropped{cut}"
+    )
+    reasons = [
+        f"    {one.rows} {one.reason}" + (f", the first: {one.examples[0]}" if one.examples else "")
+        for one in preflight.dropped or []
+    ]
+    return [total, *reasons]

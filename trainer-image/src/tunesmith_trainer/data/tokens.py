@@ -34,6 +34,8 @@ T = TypeVar("T")
 
 _BATCH = 512
 """Rows that are tokenised, and written, at once."""
+_TOLD = 50_000
+"""Rows between two lines for people."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,12 @@ class Counted:
 
 
 def tokenise(
-    sources: Sequence[Source], dataset: api.Dataset, forms: Collection[RowForm], encoder: Encoder, path: Path
+    sources: Sequence[Source],
+    dataset: api.Dataset,
+    forms: Collection[RowForm],
+    encoder: Encoder,
+    path: Path,
+    say: Callable[[str], None],
 ) -> Counted:
     """Writes the tokens of the rows that can be used to an Arrow file.
 
@@ -78,13 +85,14 @@ def tokenise(
         forms: what the objective can learn from.
         encoder: turns rows into tokens.
         path: of the Arrow file.
+        say: tells a person how far it is.
 
     Raises:
         DatasetInvalidError: a row is not usable, or too long where that is an error.
         InvalidSpecError: the chat template cannot be used.
     """
     report = RowReport()
-    per_source = [0] * len(sources)
+    per_source, done = [0] * len(sources), 0
     with _Writer(path, paired=RowForm.PREFERENCE in forms, judged=RowForm.UNPAIRED_PREFERENCE in forms) as writer:
         for batch in _batched(read(sources, dataset, report, forms=forms), _BATCH):
             kept: list[Tokens] = []
@@ -94,6 +102,9 @@ def tokenise(
                     kept.append(tokens)
                     per_source[row.source] += 1
             writer.write(kept)
+            before, done = done, done + len(batch)
+            if done // _TOLD > before // _TOLD:
+                say(f"  {done} rows tokenised")
     overlong = report.counts.get(DropReason.OVERLONG, 0)
     if overlong and dataset.overlong is Overlong.ERROR:
         raise DatasetInvalidError(
