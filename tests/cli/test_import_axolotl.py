@@ -433,7 +433,8 @@ def test_what_cannot_be_imported_is_told(imported: Import, text: str, code: int,
 
 
 def test_without_an_adapter_all_weights_are_trained(imported: Import) -> None:
-    ended, out, _ = imported(SMALL.replace("adapter: lora", ""))
+    ended, out, err = imported(SMALL.replace("adapter: lora", "lora_r: 8"))
     assert ended == 0
+    assert "lora_r has no counterpart and is left out: it has no effect without an adapter" in err
     spec = parse_manifest(out).spec
     assert (spec.method.name, spec.method.full) == ("full", FullFields())

@@ -229,6 +229,9 @@ class _Reader:
             return
         if adapter is None:
             self._method = "full"
+            for key in [key for key in self._given if key.startswith(("lora_", "peft_"))]:
+                self.lose(key, "it has no effect without an adapter")
+                del self._given[key]
             return
         if adapter not in {"lora", "qlora"}:
             raise UntranslatableError(f"adapter is {adapter}: lora, qlora and ia3 can be imported, and none at all")
