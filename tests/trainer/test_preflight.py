@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
+from trainer_rig import chat_row, chat_rows
 
 from tunesmith.api.conditions import FailureReason
 from tunesmith.api.finetunejob_status import Verdict
@@ -112,6 +113,25 @@ def test_what_cannot_be_computed_again_is_not_proposed_and_refused(wide: Workben
     ran = wide.run("validate", wide.job(**again))
     assert (ran.code, ran.result.reason) == (2, FailureReason.INVALID_SPEC)
     assert "what method.prefixTuning trains is lost where activations are computed" in ran.result.message
+
+
+@pytest.mark.parametrize(
+    ("how", "suggestion"),
+    [
+        ({}, "it fits with dataset.maxLength: 256 (drops 1 of 22 rows) (about"),
+        ({"overlong": "Truncate"}, "it fits with dataset.maxLength: 256 (about"),
+        ({"packing": True}, "it fits with dataset.maxLength: 256 (about"),
+        ({"overlong": "Error"}, "no change of this job makes it fit"),
+    ],
+)
+def test_a_shorter_length_is_proposed_last(wide: Workbench, how: dict[str, Any], suggestion: str) -> None:
+    rows = [*chat_rows(23), chat_row("Why?", "blue " * 480)]
+    small = {"microBatchSize": 1, "gradientCheckpointing": True, "batchSize": 4, "maxSteps": 3}
+    job = wide.job(rows, **GPU, method={"qlora": {"rank": 8}}, hyperparameters=small)
+    job["spec"]["dataset"] |= {"maxLength": 512, "validationFraction": 0.1} | how
+    ran = wide.run("validate", job, "--gpu-memory-bytes", "4650000000")
+    assert ran.result.preflight is not None
+    assert str(ran.result.preflight.suggestion).startswith(suggestion)
 
 
 def test_the_command_estimate_shows_it(wide: Workbench) -> None:

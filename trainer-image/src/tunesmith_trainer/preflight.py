@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tunesmith.api.dataset import Overlong
 from tunesmith.api.finetunejob_status import PeakParts, Verdict
 from tunesmith.api.hyperparameters import Optimizer, Precision
 from tunesmith.api.method import IN_4_BITS, LoraFields, PeftFields
@@ -52,6 +53,7 @@ class Sizing:
         dropout: whether the adapter has dropout.
         optimizer_bytes: state of the optimizer, per trained parameter.
         full_precision: base and matrix products in float32.
+        shortened: whether rows become as short as maxLength: packed or truncated ones do, others are dropped.
         lengths: tokens of each row, ascending.
     """
 
@@ -61,6 +63,7 @@ class Sizing:
     dropout: bool
     optimizer_bytes: float
     full_precision: bool
+    shortened: bool
     lengths: np.ndarray[Any, np.dtype[np.int64]]
 
     def kept(self, settings: Settings) -> int:
@@ -69,6 +72,8 @@ class Sizing:
 
     def tokens(self, settings: Settings) -> int:
         """Tokens of a micro-batch of the longest rows."""
+        if self.shortened:
+            return settings.micro_batch_size * min(int(self.lengths[-1]), settings.max_length)
         kept = self.kept(settings)
         return settings.micro_batch_size * int(self.lengths[kept - 1]) if kept else 0
 
@@ -126,6 +131,7 @@ def sizing(
         dropout=spec.method.dropout > 0,
         optimizer_bytes=_OPTIMIZER_BYTES[spec.hyperparameters.optimizer],
         full_precision=spec.hyperparameters.precision is Precision.FLOAT32,
+        shortened=spec.dataset.packing or spec.dataset.overlong is Overlong.TRUNCATE,
         lengths=np.sort(np.asarray(lengths, dtype=np.int64)),
     )
 
@@ -188,10 +194,12 @@ def suggest(sized: Sizing, spec: FineTuneJobSpec, run: Settings, sizes: Sequence
     """A sentence with the change that fits and costs least, tried with the same estimate."""
 
     def fits(trial: Settings) -> bool:
-        enough = sized.kept(trial) >= max(2, _KEPT_SHARE * len(sized.lengths))
+        enough = sized.shortened or sized.kept(trial) >= max(2, _KEPT_SHARE * len(sized.lengths))
         return (enough or trial.max_length == run.max_length) and sized.peak(trial) <= gpu_memory
 
     possible = options(run, sizes, checkpointing=can_recompute(spec), quantization=_can_quantize(spec))
+    if spec.dataset.overlong is Overlong.ERROR:
+        possible["max_length"] = []
     found = changes(run, possible, fits)
     if found is None:
         strongest = replace(run, **{name: values[-1] for name, values in possible.items() if values})
@@ -200,7 +208,7 @@ def suggest(sized: Sizing, spec: FineTuneJobSpec, run: Settings, sizes: Sequence
             f"no change of this job makes it fit: it takes a GPU with about {gibibytes(least)} or a smaller base model"
         )
     then = replace(run, **found)
-    dropped = len(sized.lengths) - sized.kept(then)
+    dropped = 0 if sized.shortened else len(sized.lengths) - sized.kept(then)
     words = [_words(name, value, spec.method.name, dropped, len(sized.lengths)) for name, value in found.items()]
     listed = " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
     return f"it fits with {listed} (about {gibibytes(sized.peak(then))})"
