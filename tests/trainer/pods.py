@@ -92,16 +92,19 @@ class Pods:
         codes = self.ended()
         assert codes == [0] * self.nodes, [self.log(index) for index in range(self.nodes)]
 
-    def signal(self, index: int, number: int, step: int) -> None:
-        """Sends a signal to one pod once the run has done that many steps."""
+    def strike(self, indices: tuple[int, ...], number: int, step: int, seconds: float = 0.0) -> None:
+        """Sends a signal to some pods once the run has done that many steps, and a little later."""
         deadline = time.monotonic() + SECONDS
         while not re.search(rf"^  step {step}/", self.log(0), re.MULTILINE):
             assert time.monotonic() < deadline, self.log(0)
-            assert all(process.is_alive() for process in self.processes), self.log(0)
+            if not all(process.is_alive() for process in self.processes):
+                break  # it resumed behind that step, and is done
             time.sleep(0.01)
-        pid = self.processes[index].pid
-        assert pid is not None
-        os.kill(pid, number)
+        time.sleep(seconds)  # anywhere within a step or a write
+        for index in indices:
+            pid = self.processes[index].pid
+            if pid is not None and self.processes[index].is_alive():
+                os.kill(pid, number)
 
     def _log(self, index: int) -> Path:
         return self.folder / f"log-{index}"

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
 from pods import Pods, assert_equal, pods
 from s3server import free_port
 
-from tunesmith.api.conditions import FailureReason
 from tunesmith.api.placement import TrainingResources
 from tunesmith.contracts.result import Outcome, TrainerResult
 from tunesmith_trainer.ranks import PeersMissingError, Ranks, of_pod
@@ -50,25 +52,67 @@ def test_two_nodes_train_what_one_does(tmp_path: Path, base_model: Path, alone: 
     assert "step" not in two.log(1)
 
 
-def test_a_lost_and_a_stopped_pod_end_the_attempt_and_the_next_goes_on(
-    tmp_path: Path, base_model: Path, alone: Pods
+@dataclass(frozen=True)
+class Blow:
+    """A signal to some pods, so many seconds after a step was told."""
+
+    number: signal.Signals
+    pods: tuple[int, ...]
+    step: int
+    seconds: float = 0.0
+
+
+def random_blows(seed: int) -> tuple[Blow, ...]:
+    chance = random.Random(seed)  # noqa: S311 - reproducible on purpose
+    return tuple(
+        Blow(
+            chance.choice([signal.SIGKILL, signal.SIGTERM]),
+            chance.choice([(0,), (1,), (0, 1)]),
+            chance.randint(1, 5),
+            chance.random() * 0.3,
+        )
+        for _ in range(2)
+    )
+
+
+BLOWS = [
+    (Blow(signal.SIGKILL, (1,), 3), Blow(signal.SIGTERM, (1,), 3)),
+    *(random_blows(seed) for seed in range(1, int(os.environ.get("TUNESMITH_RESUME_KILLS", "1")))),
+]
+
+
+@pytest.mark.parametrize("blows", BLOWS, ids=range(len(BLOWS)))
+def test_pods_that_are_killed_or_stopped_go_on_together(
+    tmp_path: Path, base_model: Path, alone: Pods, blows: tuple[Blow, ...]
 ) -> None:
     two = pods(tmp_path, base_model, 2)
-    two.start()
-    two.signal(1, signal.SIGKILL, step=3)
-    assert two.ended() == [3, -signal.SIGKILL]
-    lost = two.result(0)
-    assert (lost.outcome, lost.reason, lost.lost_peer) == (Outcome.FAILED, FailureReason.INTERNAL_ERROR, True)
-    two.start()
-    two.signal(1, signal.SIGTERM, step=3)
-    assert two.ended() == [143, 143], [two.log(0), two.log(1)]
-    stopped = two.result(0)
-    assert (stopped.outcome, stopped.resumed_from_step) == (Outcome.PREEMPTED, 2)
+    for blow in blows:
+        two.start()
+        two.strike(blow.pods, blow.number, blow.step, blow.seconds)
+        codes = two.ended()
+        for index, code in enumerate(codes):
+            if blow.number == signal.SIGKILL and index in blow.pods:
+                assert code in {0, -signal.SIGKILL}
+            else:
+                # done before; stopped; the other was gone first
+                assert code in {0, 143, 3}, two.log(index)
+                assert two.result(index).lost_peer is (code == 3)
+        if codes[0] == 0:  # it came too late
+            break
     two.finish()
-    resumed = two.result(0).resumed_from_step
-    assert resumed is not None
-    assert resumed >= 3
     assert_equal(two, alone)
+
+
+def test_a_signal_to_one_pod_saves_and_stops_all(tmp_path: Path, base_model: Path) -> None:
+    two = pods(tmp_path, base_model, 2, checkpoint={"everyMinutes": 60})
+    two.start()
+    two.strike((1,), signal.SIGTERM, step=3)
+    assert two.ended() == [143, 143], [two.log(0), two.log(1)]
+    assert two.result(0).outcome is Outcome.PREEMPTED
+    step = re.fullmatch(r"stopped with another rank at step (\d) of 6; the checkpoint .*", two.result(0).message)
+    assert step is not None, two.result(0).message
+    two.finish()
+    assert two.result(0).resumed_from_step == int(step[1])
 
 
 def test_qlora_with_recomputed_activations(tmp_path: Path, base_model: Path) -> None:
