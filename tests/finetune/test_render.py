@@ -18,7 +18,10 @@ from tunesmith.finetune.render import Installation, attempt, configuration, meet
 
 GOLDEN = Path(__file__).parent / "golden"
 INSTALLATION = Installation(
-    store=STORE, trainer_image="registry.example/trainer@sha256:1", image_pull_policy="IfNotPresent"
+    store=STORE,
+    trainer_image="registry.example/trainer@sha256:1",
+    image_pull_policy="IfNotPresent",
+    cluster="0f0e0d0c-0000-4000-8000-00000000000c",
 )
 EVERYTHING = job(
     baseModel={"uri": "pvc://models/base", "secretRef": {"name": "hub"}},

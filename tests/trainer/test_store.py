@@ -13,6 +13,7 @@ from trainer_rig import Workbench, chat_rows, job_manifest, write_rows
 from tunesmith.api.conditions import FailureReason
 from tunesmith.contracts.artifact import ArtifactManifest, digest_of
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
+from tunesmith.contracts.owner import Owner
 from tunesmith_trainer.errors import (
     AccessDeniedError,
     BaseModelNotFoundError,
@@ -235,3 +236,14 @@ def test_claims_are_read_where_they_are_mounted(monkeypatch: pytest.MonkeyPatch,
     missing = stores.folder("pvc://claim/none", what="the base model", missing=BaseModelNotFoundError)
     with pytest.raises(BaseModelNotFoundError, match="pvc://claim/none does not exist"):
         missing.names()
+
+
+@pytest.mark.usefixtures("uploaded")
+def test_the_owner_of_a_jobs_folder_is_written_there_once(bench: Workbench, uploaded: S3Server) -> None:
+    job = s3_job()
+    job["metadata"] |= {"namespace": "team", "uid": "uid-1"}
+    folder = ("--job-folder", "s3://tunesmith/store/team/doors-uid-1", "--cluster")
+    assert bench.run("validate", job, *folder, "here", allow_file=False).code == 0
+    assert bench.run("validate", job, *folder, "elsewhere", allow_file=False).code == 0
+    written = uploaded.filesystem().cat_file("tunesmith/store/team/doors-uid-1/owner.json")
+    assert Owner.model_validate_json(written) == Owner(cluster="here", namespace="team", name="doors", uid="uid-1")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from tunesmith.api.conditions import FailureReason
 from tunesmith.api.finetunejob_status import EvaluationStatus, Stage
+from tunesmith.contracts.owner import OWNER_FILE, Owner
 from tunesmith.contracts.progress import PROGRESS_PORT
 from tunesmith.contracts.result import TERMINATION_MESSAGE_PATH, Outcome, TrainerResult
 from tunesmith_trainer.errors import InterruptedRunError, InvalidSpecError, StorageUnavailableError, TrainerError
@@ -168,6 +169,12 @@ def _parser() -> argparse.ArgumentParser:
             " train in a folder here; otherwise they are not kept)",
         )
         command.add_argument(
+            "--job-folder",
+            metavar="URI",
+            help=f"folder of the job in the store, which gets {OWNER_FILE} (default: none)",
+        )
+        command.add_argument("--cluster", metavar="ID", help=f"the cluster's identity, for {OWNER_FILE}")
+        command.add_argument(
             "--work",
             type=Path,
             metavar="DIR",
@@ -224,6 +231,10 @@ def _execute(arguments: argparse.Namespace, progress: Progress, ending: _Ending)
 
     stores = Stores(secrets=arguments.secrets, allow_file=arguments.allow_file)
     try:
+        if arguments.job_folder and arguments.cluster and ending.ranks.first:
+            what = "the job's folder"
+            place = stores.folder(arguments.job_folder, what=what, missing=StorageUnavailableError)
+            _sign(job, arguments.cluster, place)
         with _work_folder(arguments.work) as work:
             if arguments.command == "validate":
                 return _validate(job, stores, work, progress, arguments)
@@ -238,6 +249,13 @@ def _execute(arguments: argparse.Namespace, progress: Progress, ending: _Ending)
         if server is not None:
             server.shutdown()
             server.server_close()
+
+
+def _sign(job: FineTuneJob, cluster: str, folder: Folder) -> None:
+    """Says in the job's folder whose it is: before anything else is there, and once."""
+    metadata = job.metadata
+    owner = Owner(cluster=cluster, namespace=metadata.namespace, name=metadata.name, uid=metadata.uid)
+    folder.create(OWNER_FILE, owner.model_dump_json(by_alias=True).encode())
 
 
 def _validate(

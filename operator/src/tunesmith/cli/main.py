@@ -12,6 +12,7 @@ from tunesmith.cli import importing, keys
 from tunesmith.cli.chat import chat
 from tunesmith.cli.errors import CliError, Exit
 from tunesmith.cli.estimate import estimate
+from tunesmith.cli.gc import gc
 from tunesmith.cli.models import models
 from tunesmith.cli.output import note, print_line
 from tunesmith.cli.run import run
@@ -35,6 +36,7 @@ app.command()(estimate)
 app.command()(submit)
 app.command()(models)
 app.command()(chat)
+app.command()(gc)
 app.add_typer(keys.app, name="keys")
 app.add_typer(importing.app, name="import")
 

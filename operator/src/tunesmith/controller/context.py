@@ -40,6 +40,8 @@ class Context:
     """Whether this process surely leads now; it does not after a stall in which the Lease ran out."""
     written: Callable[[Object], None] = lambda _: None
     """Called with each object that was written: its watch event will be nothing new to the cache."""
+    cluster_uid: str = ""
+    """Uid of the namespace kube-system; empty where it may not be read. Set before the first reconcile."""
     installation_key: bytes = b""
     """The key that pool tokens and the gateways' token are derived from. Set before the first reconcile."""
 

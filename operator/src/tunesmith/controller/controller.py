@@ -6,22 +6,23 @@ import asyncio
 import contextlib
 import logging
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from tunesmith.cluster.errors import ClusterError
+from tunesmith.cluster.errors import ClusterError, ForbiddenError
 from tunesmith.cluster.watch import backoff
 from tunesmith.controller.installation_key import installation_key
 from tunesmith.controller.reconciler import Key, Watch
 from tunesmith.controller.watching import Watcher
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from tunesmith.cluster.resources import Object
     from tunesmith.controller.context import Context
     from tunesmith.controller.metrics import Metrics
     from tunesmith.controller.reconciler import Reconciler
 
+T = TypeVar("T")
 _STUCK_SECONDS = 120.0
 _SECOND_LIST_SECONDS = 5.0
 _log = logging.getLogger(__name__)
@@ -92,7 +93,10 @@ class Controller:
             self._relist.set()
         await self._synced.wait()
         self._context.epoch = epoch
-        self._context.installation_key = await self._installation_key()
+        self._context.installation_key = await self._patiently(
+            "the installation key", lambda: installation_key(self._context.cluster, self._context.settings.namespace)
+        )
+        self._context.cluster_uid = await self._patiently("the cluster's identity", self._cluster_uid)
         for kind in self._reconcilers:
             for item in self._context.caches[kind].list():
                 self._context.queue.add(_key(item))
@@ -106,15 +110,22 @@ class Controller:
         finally:
             self._metrics.leading.set(0)
 
-    async def _installation_key(self) -> bytes:
+    async def _patiently(self, what: str, read: Callable[[], Awaitable[T]]) -> T:
         failures = 0
         while True:
             try:
-                return await installation_key(self._context.cluster, self._context.settings.namespace)
+                return await read()
             except ClusterError as error:
                 failures += 1
-                _log.warning("the installation key cannot be read or created: %s", error)
+                _log.warning("%s cannot be read: %s", what, error)
                 await asyncio.sleep(backoff(failures))
+
+    async def _cluster_uid(self) -> str:
+        try:
+            return str((await self._context.cluster.get("Namespace", "kube-system"))["metadata"]["uid"])
+        except ForbiddenError as error:
+            _log.warning("tunesmith gc will keep what deleted jobs leave in the store: %s", error)
+            return ""
 
     async def stop(self) -> None:
         """End the watches."""

@@ -37,11 +37,17 @@ class FineTuneJobReconciler:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        settings = context.settings
-        self._installation = render.Installation(
-            store=settings.store, trainer_image=settings.trainer_image, image_pull_policy=settings.image_pull_policy
-        )
         self._progress = ProgressPoller(self._running_pods, self._progressed)
+
+    @property
+    def _installation(self) -> render.Installation:
+        settings = self._context.settings
+        return render.Installation(
+            store=settings.store,
+            trainer_image=settings.trainer_image,
+            image_pull_policy=settings.image_pull_policy,
+            cluster=self._context.cluster_uid,
+        )
 
     @property
     def watches(self) -> Sequence[Watch]:

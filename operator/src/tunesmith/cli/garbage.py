@@ -1,0 +1,214 @@
+"""What deleted FineTuneJobs left in the store, and what of it may go: pure functions of what was listed."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.api.conditions import FineTuneJobCondition
+from tunesmith.contracts.location import ARTIFACT_MANIFEST, TEMPORARY_FOLDER
+from tunesmith.contracts.owner import OWNER_FILE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from datetime import datetime, timedelta
+
+    from tunesmith.contracts.owner import Owner
+
+Object = dict[str, Any]
+ARTIFACT = "artifact"
+_JOB_FOLDER = re.compile(r"^(?P<name>[a-z0-9][a-z0-9.-]*)-(?P<uid>[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})$")
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One object of the store."""
+
+    path: str
+    """Below the store's root, without a slash at its begin."""
+    size: int
+    modified: datetime
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The folder of a FineTuneJob, `<namespace>/<job>-<uid>`."""
+
+    namespace: str
+    name: str
+    uid: str
+    files: tuple[StoredFile, ...]
+
+    @property
+    def path(self) -> str:
+        """Below the store's root."""
+        return f"{self.namespace}/{self.name}-{self.uid}"
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A part of a folder whose FineTuneJob no longer needs it."""
+
+    folder: Folder
+    part: str
+    """`tmp`, what a training needs until it is done, or `artifact`: all the rest."""
+    files: tuple[StoredFile, ...]
+    """In the order in which they are to be removed."""
+    kept: str | None
+    """Why it stays nevertheless; None where it may go."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def modified(self) -> datetime:
+        """When the newest file was written."""
+        return max(file.modified for file in self.files)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """The custom resources of the whole cluster, listed after the store.
+
+    In this order a folder that a new FineTuneJob makes is never taken for that of a deleted one.
+    """
+
+    cluster: str
+    """Uid of the namespace kube-system."""
+    jobs: Sequence[Object]
+    others: Sequence[Object]
+    """AdapterDeployments and ServingPools."""
+
+    def find(self, folder: Folder) -> Object | None:
+        """The FineTuneJob that the folder belongs to."""
+        return next((job for job in self.jobs if job["metadata"]["uid"] == folder.uid), None)
+
+    @cached_property
+    def told(self) -> list[tuple[str, str]]:
+        """Every string of a spec or a status, with the resource that says it."""
+        return [
+            (text, f"{item['kind']} {item['metadata']['namespace']}/{item['metadata']['name']}")
+            for item in (*self.jobs, *self.others)
+            for text in _strings([item.get("spec"), item.get("status")])
+            if "://" in text
+        ]
+
+    def user_of(self, root: str, parts: Iterable[str]) -> str | None:
+        """A resource that says the folder's uri, or that of one of its parts or of something in them, anywhere."""
+        uris = [f"{root}/{part}" for part in parts]
+        for text, user in self.told:
+            if text == root or any(text == uri or text.startswith(f"{uri}/") for uri in uris):
+                return user
+        return None
+
+
+def folders(files: Iterable[StoredFile]) -> list[Folder]:
+    """The folders of FineTuneJobs among the files of a store; whatever else lies there is left alone."""
+    found: dict[tuple[str, str], list[StoredFile]] = {}
+    for file in files:
+        parts = file.path.split("/")
+        if len(parts) > 2:  # noqa: PLR2004 - namespace, folder, file
+            found.setdefault((parts[0], parts[1]), []).append(file)
+    return [
+        Folder(namespace, match["name"], match["uid"], tuple(below))
+        for (namespace, name), below in sorted(found.items())
+        if (match := _JOB_FOLDER.match(name)) is not None
+    ]
+
+
+def left(found: Iterable[Folder], seen: Resources) -> list[Folder]:
+    """The folders whose FineTuneJob is complete or gone. For those of the second kind the owner has to be read."""
+    return [folder for folder in found if (job := seen.find(folder)) is None or _complete(job)]
+
+
+def leftovers(
+    found: Iterable[Folder],
+    owners: Mapping[str, Owner | None],
+    seen: Resources,
+    store: str,
+    *,
+    now: datetime,
+    older_than: timedelta,
+    artifacts: bool,
+) -> list[Leftover]:
+    """What FineTuneJobs that are complete or gone left in the store, and why it stays where it does.
+
+    Args:
+        found: the folders that `left` gave.
+        owners: by the folder's path, what is written in its `owner.json`; None where there is none.
+        seen: the cluster.
+        store: uri of the store's root, without a slash at its end.
+        now: the time, UTC.
+        older_than: what was written later stays: a pod of a job that was just deleted may still write.
+        artifacts: whether published artifacts may go too.
+    """
+    found_parts = []
+    for folder in found:
+        gone = seen.find(folder) is None
+        for part, files in _parts(folder, gone=gone, artifacts=artifacts):
+            kept = _ownership(folder, owners.get(folder.path), seen) if gone else None
+            kept = kept or _use(folder, part, files, seen, store)
+            if kept is None and part == ARTIFACT and not artifacts:
+                kept = "it is a published artifact: --artifacts removes it too"
+            if kept is None and max(file.modified for file in folder.files) > now - older_than:
+                kept = "it was written to too short a time ago: see --older-than"
+            found_parts.append(Leftover(folder, part, files, kept))
+    return found_parts
+
+
+def _parts(folder: Folder, *, gone: bool, artifacts: bool) -> Iterator[tuple[str, tuple[StoredFile, ...]]]:
+    """The folder's parts that its FineTuneJob does not need: of a complete one, the temporary part.
+
+    The owner goes with the last of them, as its last file, so that a removal that was interrupted can be taken up.
+    """
+    below = len(folder.path) + 1
+    temporary = [file for file in folder.files if file.path[below:].startswith(f"{TEMPORARY_FOLDER}/")]
+    owner = [file for file in folder.files if file.path[below:] == OWNER_FILE]
+    rest = [file for file in folder.files if file not in temporary and file not in owner]
+    # Without its manifest an artifact is none: what is half removed must not be found.
+    rest.sort(key=lambda file: (not file.path.endswith(f"/{ARTIFACT_MANIFEST}"), file.path))
+    if gone and (artifacts or not rest):
+        (rest or temporary).extend(owner)
+    if temporary:
+        yield TEMPORARY_FOLDER, tuple(temporary)
+    if rest and gone:
+        yield ARTIFACT, tuple(rest)
+
+
+def _ownership(folder: Folder, owner: Owner | None, seen: Resources) -> str | None:
+    """Why the folder of a FineTuneJob that is not there may be none of this cluster's."""
+    if owner is None:
+        return f"it has no {OWNER_FILE}, so whose it is is not known"
+    if owner.cluster != seen.cluster:
+        return "it belongs to another cluster"
+    if (owner.namespace, owner.name, owner.uid) != (folder.namespace, folder.name, folder.uid):
+        return f"its {OWNER_FILE} is that of another FineTuneJob"
+    return None
+
+
+def _use(folder: Folder, part: str, files: Iterable[StoredFile], seen: Resources, store: str) -> str | None:
+    """Who uses the part."""
+    below = len(folder.path) + 1
+    names = {TEMPORARY_FOLDER} | ({file.path[below:].split("/")[0] for file in files} if part == ARTIFACT else set())
+    user = seen.user_of(f"{store}/{folder.path}", names)
+    return f"{user} uses it" if user is not None else None
+
+
+def _complete(job: Object) -> bool:
+    conditions = job.get("status", {}).get("conditions") or ()
+    return any(entry["type"] == FineTuneJobCondition.COMPLETE and entry["status"] == "True" for entry in conditions)
+
+
+def _strings(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value.rstrip("/")
+    elif isinstance(value, dict):
+        for entry in value.values():
+            yield from _strings(entry)
+    elif isinstance(value, list):
+        for entry in value:
+            yield from _strings(entry)

@@ -1,0 +1,164 @@
+"""`tunesmith gc`: removes what deleted FineTuneJobs left in the store."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tunesmith.cli import garbage
+from tunesmith.cli.connection import connect
+from tunesmith.cli.errors import CliError, Exit
+from tunesmith.cli.output import Format, FormatOption, NamespaceOption, note, print_json, print_table
+from tunesmith.contracts.owner import OWNER_FILE
+
+if TYPE_CHECKING:
+    from tunesmith.cli.garbage import Leftover
+    from tunesmith.cli.store import Store
+
+_PATIENCE = timedelta(seconds=30)
+_UNITS = {"m": "minutes", "h": "hours", "d": "days"}
+
+
+def gc(
+    store: Annotated[
+        str,
+        typer.Option(
+            "--store", envvar="TUNESMITH_STORE", help="The installation's store, as in its chart: s3://bucket/folder."
+        ),
+    ],
+    namespace: NamespaceOption = None,
+    all_namespaces: Annotated[bool, typer.Option("--all-namespaces", "-A", help="Those of every namespace.")] = False,  # noqa: FBT002 - typer's way
+    older_than: Annotated[
+        str, typer.Option("--older-than", help="Keep what was written to more recently: 30m, 24h, 7d.")
+    ] = "24h",
+    artifacts: Annotated[  # noqa: FBT002 - typer's way
+        bool, typer.Option("--artifacts", help="Also published artifacts that nothing in the cluster uses.")
+    ] = False,
+    delete: Annotated[bool, typer.Option("--delete", help="Remove them; absent: only list them.")] = False,  # noqa: FBT002 - typer's way
+    output_format: FormatOption = Format.TEXT,
+) -> None:
+    """List, and with --delete remove, what FineTuneJobs that are gone or complete left in the store.
+
+    Checkpoints go; published artifacts only with --artifacts. What a resource of the cluster names anywhere stays, and
+    so does what another cluster wrote to the same store. Credentials are those of AWS_ACCESS_KEY_ID,
+    AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL and AWS_REGION. It reads the resources of the whole cluster.
+
+    Example: tunesmith gc --store s3://tunesmith/store -A --older-than 7d --delete
+    """
+    floor = duration(older_than)
+    found, opened = asyncio.run(
+        _find(store.rstrip("/"), namespace, floor, artifacts=artifacts, everywhere=all_namespaces)
+    )
+    going = [leftover for leftover in found if leftover.kept is None]
+    failed = _remove(opened, going) if delete else {}
+    if output_format is Format.JSON:
+        print_json([_document(opened, leftover, failed, deleted=delete) for leftover in found])
+    else:
+        print_table(
+            ("NAMESPACE", "JOB", "WHAT", "FILES", "SIZE", "LAST WRITTEN"),
+            [_row(leftover) for leftover in going],
+            empty="there is nothing to remove",
+        )
+        _explain(found, going, deleted=delete)
+    for uri, text in failed.items():
+        note(f"error: {uri} was not removed: {text}")
+    if failed:
+        raise typer.Exit(Exit.FAILED)
+
+
+def duration(text: str) -> timedelta:
+    """`30m`, `24h` or `7d`.
+
+    Raises:
+        CliError: it is none of these.
+    """
+    match = re.fullmatch(r"(\d{1,6})([mhd])", text)
+    if match is None:
+        raise CliError(
+            f"--older-than {text} is no duration: write minutes, hours or days as in 30m, 24h or 7d", Exit.USAGE
+        )
+    return timedelta(**{_UNITS[match[2]]: int(match[1])})
+
+
+async def _find(
+    store: str, namespace: str | None, older_than: timedelta, *, artifacts: bool, everywhere: bool
+) -> tuple[list[Leftover], Store]:
+    # Its libraries take a second to import; other commands should not wait for it.
+    from tunesmith.cli.store import Store  # noqa: PLC0415
+
+    async with await connect() as cluster:
+        opened = Store(store, _PATIENCE)
+        # The store first: the folder of a FineTuneJob that is created meanwhile is then not among the files.
+        files = await asyncio.to_thread(opened.files, None if everywhere else namespace or cluster.namespace)
+        seen = garbage.Resources(
+            cluster=(await cluster.get("Namespace", "kube-system"))["metadata"]["uid"],
+            jobs=await cluster.list("FineTuneJob"),
+            others=[*await cluster.list("AdapterDeployment"), *await cluster.list("ServingPool")],
+        )
+    folders = garbage.left(garbage.folders(files), seen)
+    owners = {
+        folder.path: await asyncio.to_thread(opened.owner, f"{folder.path}/{OWNER_FILE}")
+        for folder in folders
+        if any(file.path == f"{folder.path}/{OWNER_FILE}" for file in folder.files)
+    }
+    found = garbage.leftovers(
+        folders, owners, seen, store, now=datetime.now(UTC), older_than=older_than, artifacts=artifacts
+    )
+    return found, opened
+
+
+def _remove(store: Store, going: list[Leftover]) -> dict[str, str]:
+    """Removes them; by uri, why one was not."""
+    failed = {}
+    for leftover in going:
+        try:
+            store.remove([file.path for file in leftover.files])
+        except CliError as error:
+            failed[store.uri_of(leftover)] = str(error)
+    return failed
+
+
+def _document(store: Store, leftover: Leftover, failed: dict[str, str], *, deleted: bool) -> dict[str, Any]:
+    uri = store.uri_of(leftover)
+    return {
+        "namespace": leftover.folder.namespace,
+        "job": leftover.folder.name,
+        "uid": leftover.folder.uid,
+        "what": leftover.part,
+        "uri": uri,
+        "files": len(leftover.files),
+        "sizeBytes": leftover.size,
+        "modified": leftover.modified.isoformat(),
+        "kept": leftover.kept,
+        "deleted": deleted and leftover.kept is None and uri not in failed,
+    }
+
+
+def _row(leftover: Leftover) -> tuple[str, ...]:
+    folder = leftover.folder
+    modified = f"{leftover.modified:%Y-%m-%d %H:%M}"
+    return (folder.namespace, folder.name, leftover.part, str(len(leftover.files)), _size(leftover.size), modified)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:  # noqa: PLR2004 - SI
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def _explain(found: list[Leftover], going: list[Leftover], *, deleted: bool) -> None:
+    """For people: what was done, and why the others stay."""
+    if going and not deleted:
+        note(f"{_size(sum(leftover.size for leftover in going))} would be freed: add --delete to remove them")
+    kept: dict[str, int] = {}
+    for leftover in found:
+        if leftover.kept is not None:
+            kept[leftover.kept] = kept.get(leftover.kept, 0) + 1
+    for reason, count in sorted(kept.items()):
+        note(f"{count} kept: {reason}")
