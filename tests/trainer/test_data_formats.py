@@ -380,3 +380,12 @@ def test_cells_that_cannot_be_decoded_are_counted(tmp_path: Path) -> None:
         "rows.csv line 3: is not UTF-8",
         "rows.csv line 4: has 2 cells where the first line names 1 columns",
     ]
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.arrow"])
+def test_other_columns_of_columnar_files_are_not_read(tmp_path: Path, name: str) -> None:
+    make = parquet if name.endswith("parquet") else arrow_stream
+    (tmp_path / name).write_bytes(make([{"prompt": "a", "completion": "b", "vector": [1.0, 2.0]}]))
+    file = DataFile(name, tmp_path / name)
+    assert [record.value for record in records(file, {"prompt", "completion"})] == [{"prompt": "a", "completion": "b"}]
+    assert [set(record.value) for record in records(file, {"text"})] == [{"prompt", "completion", "vector"}]

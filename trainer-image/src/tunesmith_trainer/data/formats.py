@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from tunesmith_trainer.errors import DatasetInvalidError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
     from pathlib import Path
 
 _LONGEST = 64 * 2**20
@@ -51,12 +51,16 @@ def format_of(name: str) -> str | None:
     stem = name.lower()
     packed = stem.endswith(".gz")
     ending = stem.removesuffix(".gz").rpartition(".")[2] if "." in stem else ""
-    known = _TEXT_READERS if packed else _READERS
-    return ending if ending in known else None
+    known = ending in _TEXT_READERS or (ending in _COLUMNAR and not packed)
+    return ending if known else None
 
 
-def records(file: DataFile) -> Iterator[Record]:
+def records(file: DataFile, wanted: Collection[str] | None = None) -> Iterator[Record]:
     """The records of a file.
+
+    Args:
+        file: where they stand.
+        wanted: names of columns; of columnar files the others are not read, unless it has none of them. None: all.
 
     Raises:
         DatasetInvalidError: the name says no format, or the file is damaged in a way that hides the rows behind it.
@@ -67,7 +71,10 @@ def records(file: DataFile) -> Iterator[Record]:
             f"the name of {file.name} does not say its format: give it one of the endings {', '.join(ENDINGS)}"
         )
     try:
-        yield from _READERS[ending](file)
+        if ending in _COLUMNAR:
+            yield from _COLUMNAR[ending](file, wanted)
+        else:
+            yield from _TEXT_READERS[ending](file)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DatasetInvalidError(f"{file.name} is no whole gzip file: {error}") from None
     except pa.ArrowException as error:
@@ -244,12 +251,18 @@ def _row_of(names: list[str], cells: list[str], where: str) -> Record:
     return Record(where, dict(zip(names, cells, strict=True)))
 
 
-def _parquet(file: DataFile) -> Iterator[Record]:
-    with pq.ParquetFile(file.path) as table:
-        yield from _rows(file, table.iter_batches(batch_size=_BATCH))
+def _parquet(file: DataFile, wanted: Collection[str] | None) -> Iterator[Record]:
+    with pq.ParquetFile(file.path, memory_map=True) as table:
+        columns = _chosen(table.schema_arrow.names, wanted)
+        # Without threads no column is decoded ahead of the rows that are asked for.
+        yield from _rows(file, table.iter_batches(batch_size=_BATCH, columns=columns, use_threads=False))
 
 
-def _arrow(file: DataFile) -> Iterator[Record]:
+def _chosen(names: list[str], wanted: Collection[str] | None) -> list[str]:
+    return [name for name in names if wanted is None or name in wanted] or names
+
+
+def _arrow(file: DataFile, wanted: Collection[str] | None) -> Iterator[Record]:
     """Arrow's stream format, as `datasets` writes it, or its file format."""
     with pa.memory_map(str(file.path)) as source:
         try:
@@ -260,7 +273,7 @@ def _arrow(file: DataFile) -> Iterator[Record]:
             batches: Iterator[pa.RecordBatch] = (table.get_batch(number) for number in range(table.num_record_batches))
         else:
             batches = iter(stream)
-        yield from _rows(file, batches)
+        yield from _rows(file, (batch.select(_chosen(batch.schema.names, wanted)) for batch in batches))
 
 
 def _rows(file: DataFile, batches: Iterator[pa.RecordBatch]) -> Iterator[Record]:
@@ -291,5 +304,8 @@ _TEXT_READERS: dict[str, Callable[[DataFile], Iterator[Record]]] = {
     "csv": lambda file: _separated(file, ","),
     "tsv": lambda file: _separated(file, "\t"),
 }
-_READERS: dict[str, Callable[[DataFile], Iterator[Record]]] = {**_TEXT_READERS, "parquet": _parquet, "arrow": _arrow}
-ENDINGS = (*(f".{ending}" for ending in _READERS), *(f".{ending}.gz" for ending in _TEXT_READERS))
+_COLUMNAR: dict[str, Callable[[DataFile, Collection[str] | None], Iterator[Record]]] = {
+    "parquet": _parquet,
+    "arrow": _arrow,
+}
+ENDINGS = (*(f".{ending}" for ending in (*_TEXT_READERS, *_COLUMNAR)), *(f".{ending}.gz" for ending in _TEXT_READERS))

@@ -108,7 +108,7 @@ def read(
     for number, source in enumerate(sources):
         before = report.read
         for file in source.files:
-            for record in records(file):
+            for record in records(file, reader.wanted):
                 row = reader.row(record, number)
                 if row is not None:
                     yield row
@@ -133,6 +133,11 @@ class _Reader:
     def __post_init__(self) -> None:
         given = self.dataset.columns.model_dump(exclude_none=True) if self.dataset.columns else {}
         self.names = {name: given.get(name, name) for name in Columns.model_fields}
+
+    @property
+    def wanted(self) -> frozenset[str]:
+        """Columns that a row is made of, and those that a suggestion may name."""
+        return frozenset(self.names.values()).union(*_OTHER_NAMES.values())
 
     def row(self, record: Record, source: int) -> Row | None:
         self.report.read += 1
