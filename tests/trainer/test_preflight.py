@@ -116,6 +116,23 @@ def test_what_cannot_be_computed_again_is_not_proposed_and_refused(wide: Workben
 
 
 @pytest.mark.parametrize(
+    ("gibibytes", "suggestion"),
+    [
+        (40, "it fits with method.lora instead of full (about 13.4 GiB)"),
+        (8, "it fits with method.qlora instead of full (about"),
+    ],
+)
+def test_an_adapter_is_proposed_where_all_weights_do_not_fit(wide: Workbench, gibibytes: int, suggestion: str) -> None:
+    job = wide.job(**GPU, method={"full": {}}, hyperparameters={"maxSteps": 3, "batchSize": 4})
+    ran = wide.run("validate", job, "--gpu-memory-bytes", str(gibibytes * 2**30))
+    assert ran.result.reason is FailureReason.WILL_NOT_FIT
+    assert ran.result.preflight is not None
+    # 4 bytes for each weight, its gradient and AdamW's two, and copies in bfloat16
+    assert (ran.result.preflight.estimated_peak_bytes or 0) > 18 * 6_400_000_000
+    assert str(ran.result.preflight.suggestion).startswith(suggestion)
+
+
+@pytest.mark.parametrize(
     ("how", "suggestion"),
     [
         ({}, "it fits with dataset.maxLength: 256 (drops 1 of 22 rows) (about"),

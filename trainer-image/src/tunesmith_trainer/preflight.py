@@ -51,6 +51,7 @@ class Sizing:
         trainable: parameters that are trained, by the adapter's rank.
         adapted_inputs: in-features of the adapted modules of one layer, summed.
         dropout: whether the adapter has dropout.
+        dora: whether it is DoRA.
         optimizer_bytes: state of the optimizer, per trained parameter.
         full_precision: base and matrix products in float32.
         shortened: whether rows become as short as maxLength: packed or truncated ones do, others are dropped.
@@ -61,6 +62,7 @@ class Sizing:
     trainable: Callable[[int | None], int]
     adapted_inputs: int
     dropout: bool
+    dora: bool
     optimizer_bytes: float
     full_precision: bool
     shortened: bool
@@ -79,13 +81,16 @@ class Sizing:
 
     def estimate(self, settings: Settings) -> Estimate:
         """The peak with its parts."""
+        whole = self.shape.linear_parameters + self.shape.embedding_parameters
         run = Run(
-            adapter_parameters=self.trainable(settings.rank),
-            adapted_inputs=self.adapted_inputs,
+            adapter_parameters=whole if settings.full else self.trainable(settings.rank),
+            adapted_inputs=0 if settings.full else self.adapted_inputs,
             tokens=self.tokens(settings),
             quantized=settings.quantized,
             checkpointing=settings.checkpointing,
             dropout=self.dropout,
+            dora=self.dora,
+            full=settings.full,
             logit_positions=_LOSS_POSITIONS,
             optimizer_bytes=self.optimizer_bytes,
             full_precision=self.full_precision,
@@ -122,6 +127,10 @@ def sizing(
     if not spec.resources.gpus or len(widths) != len(_WIDTHS) or any(getattr(text, name, None) for name in _EXPERTS):
         return None
     hidden, layers, intermediate, vocabulary = widths
+    if spec.method.full is not None:
+        # Beside it, what LoRA with its defaults would train: where all weights do not fit, it is proposed.
+        adapted = modules.linear
+        trainable = _of_default_lora(modules.linear)
     linear = sum(wide * high for wide, high in modules.linear.values())
     shape = Shape(hidden, layers, intermediate, vocabulary, linear, modules.parameters - linear)
     return Sizing(
@@ -129,11 +138,17 @@ def sizing(
         trainable=trainable,
         adapted_inputs=sum(wide for wide, _ in adapted.values()) // layers,
         dropout=spec.method.dropout > 0,
+        dora=isinstance(spec.method.fields, LoraFields) and spec.method.fields.dora,
         optimizer_bytes=_OPTIMIZER_BYTES[spec.hyperparameters.optimizer],
         full_precision=spec.hyperparameters.precision is Precision.FLOAT32,
         shortened=spec.dataset.packing or spec.dataset.overlong is Overlong.TRUNCATE,
         lengths=np.sort(np.asarray(lengths, dtype=np.int64)),
     )
+
+
+def _of_default_lora(linear: Mapping[str, tuple[int, int]]) -> Callable[[int | None], int]:
+    parameters = LoraFields().rank * sum(wide + high for wide, high in linear.values())
+    return lambda _: parameters
 
 
 def settings_of(spec: FineTuneJobSpec, *, micro_batch_size: int, checkpointing: bool) -> Settings:
@@ -144,6 +159,7 @@ def settings_of(spec: FineTuneJobSpec, *, micro_batch_size: int, checkpointing: 
         quantized=spec.method.quantization is not None,
         rank=spec.method.rank,
         max_length=spec.dataset.max_length,
+        full=spec.method.full is not None,
     )
 
 
@@ -194,6 +210,8 @@ def suggest(sized: Sizing, spec: FineTuneJobSpec, run: Settings, sizes: Sequence
     """A sentence with the change that fits and costs least, tried with the same estimate."""
 
     def fits(trial: Settings) -> bool:
+        if trial.full and trial.quantized:
+            return False  # weights in 4 bits cannot be trained
         enough = sized.shortened or sized.kept(trial) >= max(2, _KEPT_SHARE * len(sized.lengths))
         return (enough or trial.max_length == run.max_length) and sized.peak(trial) <= gpu_memory
 
@@ -209,6 +227,8 @@ def suggest(sized: Sizing, spec: FineTuneJobSpec, run: Settings, sizes: Sequence
         )
     then = replace(run, **found)
     dropped = 0 if sized.shortened else len(sized.lengths) - sized.kept(then)
+    if "quantized" in found:
+        found.pop("full", None)  # method.qlora says both
     words = [_words(name, value, spec.method.name, dropped, len(sized.lengths)) for name, value in found.items()]
     listed = " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
     return f"it fits with {listed} (about {gibibytes(sized.peak(then))})"
@@ -220,8 +240,12 @@ def _words(name: str, value: int, method: str, dropped: int, rows: int) -> str:
             return f"hyperparameters.microBatchSize: {value}"
         case "checkpointing":
             return "hyperparameters.gradientCheckpointing: true"
+        case "full":
+            return "method.lora instead of full"
+        case "quantized" if method in {"lora", "full"}:
+            return f"method.qlora instead of {method}"
         case "quantized":
-            return "method.qlora instead of lora" if method == "lora" else f"method.{method}.quantization: {{}}"
+            return f"method.{method}.quantization: {{}}"
         case "rank":
             return f"method.{method}.rank: {value}"
         case _:

@@ -29,6 +29,7 @@ class Settings:
         quantized: the base is in 4 bits.
         rank: of the adapter; None where it has none.
         max_length: longest row, in tokens.
+        full: all weights are trained, and not an adapter.
     """
 
     micro_batch_size: int
@@ -36,6 +37,7 @@ class Settings:
     quantized: bool
     rank: int | None
     max_length: int
+    full: bool = False
 
 
 def decide(
@@ -76,8 +78,8 @@ def options(
 ) -> dict[str, list[Any]]:
     """What can be changed, in the order of what it costs the user, each with its values, the mildest first.
 
-    The first two leave the result as it is and cost time; 4 bits and a lower rank change it; a shorter length drops
-    rows.
+    The first two leave the result as it is and cost time; an adapter in the place of all weights, 4 bits and a lower
+    rank change it; a shorter length drops rows.
 
     Args:
         start: the settings that do not fit.
@@ -89,6 +91,7 @@ def options(
     return {
         "micro_batch_size": smaller,
         "checkpointing": [True] if checkpointing and not start.checkpointing else [],
+        "full": [False] if start.full else [],
         "quantized": [True] if quantization and not start.quantized else [],
         "rank": _halves(start.rank or 0, _LEAST_RANK),
         "max_length": _halves(start.max_length, _LEAST_LENGTH),

@@ -59,6 +59,7 @@ class Run:
         logit_positions: positions whose logits exist at one time; None: those of all tokens.
         optimizer_bytes: state of the optimizer, per trainable parameter.
         full_precision: base and matrix products in float32.
+        full: all weights are trained; in bfloat16 the matrix products use copies of them.
         dropout: the adapter has dropout.
         dora: the adapter is DoRA.
     """
@@ -72,6 +73,7 @@ class Run:
     logit_positions: int | None = None
     optimizer_bytes: float = 8
     full_precision: bool = False
+    full: bool = False
     dropout: bool = False
     dora: bool = False
 
@@ -101,8 +103,9 @@ def estimate(shape: Shape, run: Run) -> Estimate:
     # With checkpointing: each layer's input, and one layer at a time in full.
     token = 2 * shape.hidden * shape.layers + layer if run.checkpointing else shape.layers * layer
     positions = run.tokens if run.logit_positions is None else min(run.tokens, run.logit_positions)
+    weights = linear * shape.linear_parameters + width * shape.embedding_parameters
     return Estimate(
-        weights=round(linear * shape.linear_parameters + width * shape.embedding_parameters),
+        weights=0 if run.full and run.full_precision else round(weights),
         adapter=round((_TRAINABLE + run.optimizer_bytes) * run.adapter_parameters),
         activations=round(token * run.tokens * width / 2),
         logits=round((_FUSED_LOGITS if run.fused_loss else _LOGITS) * shape.vocabulary * positions),
