@@ -10,6 +10,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
+from trainer_rig import job_manifest
 
 from tunesmith.contracts.result import TrainerResult
 
@@ -89,6 +90,22 @@ def test_ranks_are_placed(tmp_path: Path) -> None:
     assert (first["WORLD_SIZE"], first["LOCAL_RANK"], second["LOCAL_RANK"]) == ("4", "0", "1")
     assert first["MASTER_PORT"] == second["MASTER_PORT"] != "0"
     assert first["argv"][-2:] == second["argv"][-2:] == ["--progress-port", "0"]  # neither is rank 0
+
+
+def test_the_command_starts_a_process_per_gpu_and_tells_their_end_once(tmp_path: Path) -> None:
+    """They end at once here: a folder of this machine is no place for an artifact in a cluster."""
+    job = job_manifest("s3://models/base", "s3://data/rows.jsonl", resources={"gpus": 2})
+    (tmp_path / "job.yaml").write_text(json.dumps(job))
+    command = [sys.executable, "-m", "tunesmith_trainer.main", "train", "--job", str(tmp_path / "job.yaml")]
+    command += ["--output", str(tmp_path / "out"), "--progress-port", "0", "--work", str(tmp_path / "work")]
+    command += ["--termination-message", str(tmp_path / "message")]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    first, last = done.stdout.splitlines()
+    assert first == "  2 GPUs: one process for each of them"
+    assert last.startswith("Failed (InvalidSpec): --output")
+    assert sorted(file.name for file in (tmp_path / "work").glob("result-*")) == ["result-0.json", "result-1.json"]
+    assert TrainerResult.model_validate_json((tmp_path / "message").read_text()).reason == "InvalidSpec"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

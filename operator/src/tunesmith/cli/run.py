@@ -26,6 +26,8 @@ def run(
 ) -> None:
     """Train on this machine, without a cluster, from the manifest that a cluster would take.
 
+    resources.gpus starts one process per GPU; resources.nodes does not count here, the result is the same.
+
     With -o json each line is a JSON object and the last one is the result. Exit codes: 0 done, 2 the job must be
     changed, 3 worth another attempt, 143 stopped from outside.
 
