@@ -307,10 +307,10 @@ def _refused(prepared: Prepared) -> TrainerResult | None:
 def _train(
     job: FineTuneJob, stores: Stores, work: Path, ending: _Ending, arguments: argparse.Namespace
 ) -> TrainerResult:
-    from tunesmith_trainer import merge, package  # noqa: PLC0415
-
     progress = ending.progress
     local, target = _target(arguments.output, stores, allow_file=arguments.allow_file)
+    from tunesmith_trainer import merge, package  # noqa: PLC0415
+
     found = package.find(target)
     if found is not None:
         manifest, artifact = found
