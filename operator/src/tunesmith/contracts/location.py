@@ -26,7 +26,7 @@ def artifact_uri(store: str, namespace: str, name: str, uid: str) -> str:
 def temporary_folder(store: str, namespace: str, name: str, uid: str) -> str:
     """What a FineTuneJob needs until it is done: removed on success.
 
-    What a deleted job left there is removed by a lifecycle rule of the bucket.
+    What a deleted job left there is removed by `tunesmith gc`.
     """
     return f"{job_folder(store, namespace, name, uid)}/{TEMPORARY_FOLDER}"
 
