@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+LOFTQ = "LoftQ"
 _QV = ["q_proj", "v_proj"]
 
 
@@ -64,7 +65,6 @@ CASES = [
     _peft("LoRA, KaSA", "LORA", _QV, kasa_config={}),
     _peft("LoRA, QALoRA", "LORA", _QV, use_qalora=True),
     _peft("LoRA, aLoRA", "LORA", _QV, alora_invocation_tokens=[9, 33]),
-    _peft("LoRA, LoftQ", "LORA", _QV, init_lora_weights="loftq"),
     _peft("LoRA, layer replication", "LORA", _QV, layer_replication=[[0, 2], [0, 2]]),
     _peft("LoRA, Arrow", "LORA", _QV, arrow_config={"top_k": 2}),
     _typed("AdaLoRA", "adaLora", initialRank=8, targetRank=4),

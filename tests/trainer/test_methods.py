@@ -89,12 +89,26 @@ def test_a_variant_of_lora_reloads_in_plain_peft_as_it_was_trained(base_model: P
         )
 
 
-@pytest.mark.parametrize("initialization", ["Gaussian", "EVA"])
+@pytest.mark.parametrize("initialization", ["Gaussian", "EVA", "LoftQ"])
 def test_qlora_begins_as_asked(base_model: Path, tmp_path: Path, initialization: str) -> None:
     method = {"qlora": {"rank": 4, "alpha": 8, "initialization": initialization}}
     trial = try_method(method, base_model, tmp_path / "adapter")
     assert trial.losses[-1] < trial.losses[0]
     assert trial.servable.vllm
+
+
+def test_loftq_begins_nearer_to_the_base_than_4_bits_are(base_model: Path, tmp_path: Path) -> None:
+    losses = {}
+    for initialization in ("Default", "LoftQ"):
+        method = {"qlora": {"rank": 16, "initialization": initialization}}
+        trial = try_method(method, base_model, tmp_path / initialization, steps=0)
+        whole = last_logits(AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32), PROMPTS)
+        losses[initialization] = distance(trial.logits, whole)
+        # Untrained, it is nothing on the base as it was published.
+        assert distance(reload(base_model, tmp_path / initialization), whole) < 2e-5
+    assert losses["LoftQ"] < 0.9 * losses["Default"]
+    with pytest.raises(InvalidSpecError, match="belongs to the base as it was published: use Original"):
+        plan({"qlora": {"initialization": "LoftQ"}}, base_model, output={"merge": "Dequantized"})
 
 
 _REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -140,6 +154,7 @@ def test_what_does_not_fit_the_base_is_refused_without_weights(base_model: Path,
     [
         ({"lora": {"dora": True, "initialization": "PiSSA"}}, "dora goes with initialization Default"),
         ({"lora": {"rank": 3, "initialization": "Orthogonal"}}, "needs an even rank"),
+        ({"lora": {"initialization": "LoftQ"}}, "makes up for what 4 bits lose: use it with method.qlora"),
         (
             {"qlora": {"initialization": "PiSSA"}},
             "the others need the base's weights in full; use them with method.lora",

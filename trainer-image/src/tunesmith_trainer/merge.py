@@ -60,6 +60,7 @@ def merge(
     loaded: Any
     if how is Merge.DEQUANTIZED:
         loaded = base_model.load_model(base, cpu, quantization, dtype).dequantize()
+        loaded.is_loaded_in_4bit = False  # what dequantize() forgets, and PEFT's IA3 asks
     else:
         loaded = base_model.load_model(base, cpu, None, torch.float32)
     # Merged in float32 and rounded once, when it is saved.

@@ -211,7 +211,7 @@ def check_saved(folder: Path, planned: Planned) -> dict[str, Any]:
     expected = {}
     for name, rank in planned.ranks.items():
         wide, high = planned.modules[name]
-        saved = rank * 2 if conversion.changes_base(planned.config) else rank
+        saved = rank * 2 if planned.doubled else rank
         expected[f"base_model.model.{name}.lora_A.weight"] = (saved, wide)
         expected[f"base_model.model.{name}.lora_B.weight"] = (high, saved)
     problem: str | None = None

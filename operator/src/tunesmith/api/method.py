@@ -56,6 +56,7 @@ class Initialization(StrEnum):
     CORDA = "CorDA"
     LORA_GA = "LoRAGA"
     MICA = "MiCA"
+    LOFTQ = "LoftQ"
 
 
 CHANGES_BASE = frozenset(
@@ -69,7 +70,7 @@ CHANGES_BASE = frozenset(
 )
 """They take out of the base what the new adapter adds; saved, the adapter is plain LoRA of twice the rank."""
 _WITH_DORA = (Initialization.DEFAULT, Initialization.GAUSSIAN, Initialization.ORTHOGONAL, Initialization.EVA)
-IN_4_BITS = (Initialization.DEFAULT, Initialization.GAUSSIAN, Initialization.EVA)
+IN_4_BITS = (Initialization.DEFAULT, Initialization.GAUSSIAN, Initialization.EVA, Initialization.LOFTQ)
 
 
 def _quoted(values: Iterable[Initialization]) -> str:
@@ -87,20 +88,30 @@ class Quantization(ApiModel):
     )
 
 
+_lora_rules = (
+    *_target_rules,
+    Rule(
+        f"!self.dora || self.initialization in {_quoted(_WITH_DORA)}",
+        f"dora goes with initialization {', '.join(_WITH_DORA)}: choose one of them, or remove dora",
+        lambda self: not self.dora or self.initialization in _WITH_DORA,
+    ),
+    Rule(
+        "self.initialization != 'Orthogonal' || self.rank % 2 == 0",
+        "initialization Orthogonal needs an even rank: change rank",
+        lambda self: self.initialization is not Initialization.ORTHOGONAL or self.rank % 2 == 0,
+    ),
+)
+
+
 class LoraFields(ApiModel):
     """Low-rank adaptation (LoRA, arXiv:2106.09685)."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
-        *_target_rules,
+        *_lora_rules,
         Rule(
-            f"!self.dora || self.initialization in {_quoted(_WITH_DORA)}",
-            f"dora goes with initialization {', '.join(_WITH_DORA)}: choose one of them, or remove dora",
-            lambda self: not self.dora or self.initialization in _WITH_DORA,
-        ),
-        Rule(
-            "self.initialization != 'Orthogonal' || self.rank % 2 == 0",
-            "initialization Orthogonal needs an even rank: change rank",
-            lambda self: self.initialization is not Initialization.ORTHOGONAL or self.rank % 2 == 0,
+            "self.initialization != 'LoftQ'",
+            "initialization LoftQ makes up for what 4 bits lose: use it with method.qlora",
+            lambda self: self.initialization is not Initialization.LOFTQ,
         ),
     )
 
@@ -125,7 +136,8 @@ class LoraFields(ApiModel):
     initialization: Initialization = Field(
         default=Initialization.DEFAULT,
         description="How the matrices begin. EVA, CorDA and LoRAGA look at training rows first. PiSSA, FastPiSSA, "
-        "OLoRA, CorDA and LoRAGA change the base while training and are saved as plain LoRA of twice the rank.",
+        "OLoRA, CorDA and LoRAGA change the base while training, LoftQ (qlora only) makes up for the 4 bits; they are "
+        "saved as plain LoRA of twice the rank, on the base as it was published.",
     )
     lora_plus_ratio: float | None = Field(
         default=None,
@@ -139,7 +151,7 @@ class QloraFields(LoraFields):
     """LoRA over a 4-bit base."""
 
     rules = (
-        *LoraFields.rules,
+        *_lora_rules,
         Rule(
             f"self.initialization in {_quoted(IN_4_BITS)}",
             f"qlora.initialization is {', '.join(IN_4_BITS[:-1])} or {IN_4_BITS[-1]}: the others need the base's "

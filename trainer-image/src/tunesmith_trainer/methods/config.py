@@ -41,9 +41,12 @@ _INITIALIZATIONS: dict[Initialization, bool | str] = {
     Initialization.CORDA: "corda",
     Initialization.LORA_GA: "lora_ga",
     Initialization.MICA: "mica",
+    Initialization.LOFTQ: True,  # once the base is there in 4 bits
 }
 # What these read from the base's weights has no more columns than its smaller side; LoRA-GA takes twice the rank.
-_RANKS_OF_BASE = dict.fromkeys((*CHANGES_BASE, Initialization.MICA), 1) | {Initialization.LORA_GA: 2}
+_RANKS_OF_BASE = dict.fromkeys((*CHANGES_BASE, Initialization.MICA, Initialization.LOFTQ), 1) | {
+    Initialization.LORA_GA: 2
+}
 _EMBEDDING = "embed_tokens"
 
 
@@ -59,6 +62,7 @@ class Planned:
         servable: whether vLLM will be able to load it.
         ranks: of LoRA matrices, full name of the module → rank.
         identity: whether the new adapter changes nothing.
+        doubled: whether it is saved less what it began as, with twice the rank.
     """
 
     config: PeftConfig | None
@@ -68,6 +72,7 @@ class Planned:
     servable: ServableStatus
     ranks: dict[str, int] = field(default_factory=dict)
     identity: bool = True
+    doubled: bool = False
 
 
 def plan_method(spec: FineTuneJobSpec, modules: Modules) -> Planned:
@@ -148,6 +153,10 @@ def _check_merge(spec: FineTuneJobSpec, planned: Planned, modules: Modules) -> N
             f"output.merge: what {spec.method.name} trains cannot be merged into the base's weights, "
             f"{limits.NOT_MERGED[kind]}: remove output.merge, or use another method"
         )
+    if planned.doubled and not planned.identity and spec.output.merge is Merge.DEQUANTIZED:
+        raise InvalidSpecError(
+            "output.merge: an adapter that began as LoftQ belongs to the base as it was published: use Original"
+        )
     if getattr(planned.config, "lora_bias", False):
         raise InvalidSpecError("output.merge: biases of LoRA layers cannot be merged: remove lora_bias or output.merge")
     saved = getattr(planned.config, "modules_to_save", None) or []
@@ -196,11 +205,12 @@ def _lora(fields: LoraFields, modules: Modules, *, quantized: bool) -> Planned:
         # MiCA trains A alone; DoRA adds a magnitude per output.
         parameters += ranks[name] * (wide if chosen is Initialization.MICA else wide + high)
         parameters += high if fields.dora else 0
-    doubled = chosen in CHANGES_BASE
+    doubled = chosen in CHANGES_BASE or chosen is Initialization.LOFTQ
     verdict = servable.lora(
         {name: rank * (2 if doubled else 1) for name, rank in ranks.items()}, dora=fields.dora, saved=saved
     )
-    return Planned(config, parameters, targets, shapes, verdict, ranks)
+    identity = chosen is not Initialization.LOFTQ
+    return Planned(config, parameters, targets, shapes, verdict, ranks, identity=identity, doubled=doubled)
 
 
 def _check_ranks(fields: LoraFields, shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int]) -> None:

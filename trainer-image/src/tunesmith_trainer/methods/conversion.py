@@ -2,7 +2,7 @@
 
 Such an initialisation (PiSSA, OLoRA, CorDA, LoRA-GA) replaces a weight W by W - s·B₀A₀ and begins with the adapter
 B₀A₀. With the trained BA, the difference from W is s·(BA - B₀A₀): LoRA of twice the rank, [A; A₀] and [B, -B₀], with
-the same scale s.
+the same scale s. LoftQ begins with what W lost in 4 bits: there, too, W is about the base with its first adapter.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 
 if TYPE_CHECKING:
@@ -23,24 +23,20 @@ if TYPE_CHECKING:
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_CHANGING = ("pissa", "olora", "corda", "lora_ga")
 _initial: WeakKeyDictionary[PeftModel, dict[str, torch.Tensor]] = WeakKeyDictionary()
 """Of models whose base was changed: the adapter as it was at first, by parameter name."""
 
 
-def changes_base(config: object) -> bool:
-    """Whether PEFT's configuration changes the base's weights when the adapter is put on."""
-    chosen = config.init_lora_weights if isinstance(config, LoraConfig) else None
-    return isinstance(chosen, str) and chosen.startswith(_CHANGING)
+def remember(model: PeftModel, *, changed: bool) -> None:
+    """Keeps the new adapter.
 
-
-def remember(model: PeftModel) -> None:
-    """Keeps the new adapter: where the base was changed, base and first adapter together are the base.
-
-    From here on `model.disable_adapter()` gives the base as it was published, not what was left of it.
+    Where the base was changed, base and first adapter together are the base: from here on `model.disable_adapter()`
+    gives the base as it was published, not what was left of it.
     """
     kept = {name: tensor.detach().clone() for name, tensor in model.named_parameters() if tensor.requires_grad}
     _initial[model] = kept
+    if not changed:
+        return
 
     @contextmanager
     def base_alone() -> Iterator[None]:

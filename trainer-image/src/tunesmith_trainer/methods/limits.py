@@ -79,7 +79,7 @@ LORA_REFUSED = {
     "eva_config": "use method.lora.initialization: EVA",
     "corda_config": "use method.lora.initialization: CorDA",
     "lora_ga_config": "use method.lora.initialization: LoRAGA",
-    "loftq_config": "LoftQ replaces the base's weights by others that are in no artifact: use method.qlora",
+    "loftq_config": "use method.qlora.initialization: LoftQ",
 }
 """Keys of LoraConfig that `method.peft` does not take, and why."""
 
@@ -92,7 +92,7 @@ LORA_BEGINNINGS = {
     "corda": "method.lora.initialization: CorDA",
     "lora_ga": "method.lora.initialization: LoRAGA",
     "mica": "method.lora.initialization: MiCA",
-    "loftq": "method.qlora",
+    "loftq": "method.qlora.initialization: LoftQ",
 }
 """What says here what a string in init_lora_weights says to PEFT."""
 

@@ -21,6 +21,7 @@ from peft.tuners.lora.eva import initialize_lora_eva_weights
 from peft.tuners.lora.loraga import preprocess_loraga
 
 from tunesmith_trainer.methods import conversion, full, typed, verify
+from tunesmith_trainer.methods.loftq import begin_as_loss
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,8 +66,11 @@ def wrap(base: PreTrainedModel, planned: Planned, rows: Dataset, method: Method,
             parameter.data = parameter.data.to(torch.float32)
     if isinstance(config, LoraConfig) and config.init_lora_weights == "eva":
         initialize_lora_eva_weights(model, list(_batches(rows, model.device)), show_progress_bar=False)
-    if conversion.changes_base(config):
-        conversion.remember(model)
+    if planned.doubled:
+        loftq = not planned.identity
+        if loftq:
+            begin_as_loss(model, base.name_or_path)
+        conversion.remember(model, changed=not loftq)
     verify.check_parameters(model, planned)
     verify.check_start(model, planned, probe)
     return model

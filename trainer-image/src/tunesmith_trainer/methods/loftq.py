@@ -1,0 +1,53 @@
+"""LoftQ (arXiv:2310.08659): the adapter begins as the best approximation of what the base's weights lose in 4 bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
+from safetensors import safe_open
+
+from tunesmith_trainer.errors import InvalidSpecError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+@torch.no_grad()
+def begin_as_loss(model: PeftModel, folder: str) -> None:
+    """Sets each adapter to the truncated singular value decomposition of the full weight less the 4-bit one.
+
+    Args:
+        model: base in 4 bits with a new LoRA adapter.
+        folder: of the base model, with its weights in full.
+
+    Raises:
+        InvalidSpecError: the files name the weights otherwise than the model does.
+    """
+    places = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as tensors:
+            places |= dict.fromkeys(tensors.keys(), path)
+    for full, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        name = f"{full.removeprefix('base_model.model.')}.weight"
+        if name not in places:
+            raise InvalidSpecError(
+                f"method.qlora.initialization: LoftQ needs {name} of the base model, which its files name otherwise: "
+                "use Default"
+            )
+        with safe_open(places[name], framework="pt") as tensors:
+            whole = tensors.get_tensor(name).float()
+        lost = whole - dequantize_module_weight(module.get_base_layer()).float().cpu()
+        rank = module.r["default"]
+        left, values, right = torch.linalg.svd(lost, full_matrices=False)
+        root = (values[:rank] / module.scaling["default"]).sqrt()
+        for weight, value in (
+            (module.lora_A["default"].weight, root[:, None] * right[:rank]),
+            (module.lora_B["default"].weight, left[:, :rank] * root),
+        ):
+            weight.copy_(value)
