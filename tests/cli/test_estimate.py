@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 PREFLIGHT: dict[str, Any] = {
     "rows": 90,
     "validationRows": 10,
+    "droppedRows": 2,
+    "dropped": [{"reason": "Overlong", "rows": 2, "examples": ["train.jsonl line 3: has 900 tokens"]}],
     "tokens": 4000,
+    "targetTokens": 1500,
+    "packedSequences": 12,
+    "servable": {"vllm": False, "reason": "DoRA is served merged only"},
     "trainableParameters": 1000,
     "estimatedPeakBytes": 6 * 2**30,
     "peakParts": {f"{part}Bytes": 2**30 for part in ("weights", "trainable", "activations", "logits", "overhead")},
@@ -64,7 +69,10 @@ def test_the_answer_as_text(estimate: Estimate) -> None:
     assert arguments[arguments.index("--gpu-memory-bytes") + 1] == str(80 * 2**30)
     assert arguments[0] == "validate"
     for line in (
-        "rows          90 to train on, 10 held out, 0 dropped",
+        "rows          90 to train on, 10 held out, 2 dropped",
+        "  Overlong    2, such as train.jsonl line 3: has 900 tokens",
+        "tokens        4000, 1500 of them learned, in 12 packed sequences",
+        "servable      no: DoRA is served merged only",
         "steps         30 of 8 sequences",
         "micro-batch   2 sequences, gradient checkpointing on",
         "peak          6.0 GiB of GPU memory, within about 15 %",

@@ -89,12 +89,24 @@ def _lines(counted: Preflight, resolved: Resolved | None) -> Iterator[tuple[str,
         "rows",
         f"{counted.rows} to train on, {counted.validation_rows} held out, {counted.dropped_rows or 0} dropped",
     )
-    yield "tokens", f"{counted.tokens}"
+    for dropped in counted.dropped or []:
+        example = f", such as {dropped.examples[0]}" if dropped.examples else ""
+        yield f"  {dropped.reason}", f"{dropped.rows}{example}"
+    if counted.truncated_rows:
+        yield "  truncated", f"{counted.truncated_rows}"
+    packed = f", in {counted.packed_sequences} packed sequences" if counted.packed_sequences is not None else ""
+    yield "tokens", f"{counted.tokens}, {counted.target_tokens} of them learned{packed}"
     if resolved is not None:
         yield "steps", f"{resolved.total_steps} of {resolved.batch_size} sequences"
         again = "on" if resolved.gradient_checkpointing else "off"
         yield "micro-batch", f"{resolved.micro_batch_size} sequences, gradient checkpointing {again}"
     yield "trainable", f"{counted.trainable_parameters} parameters"
+    yield from _verdicts(counted)
+
+
+def _verdicts(counted: Preflight) -> Iterator[tuple[str, str]]:
+    if counted.servable is not None:
+        yield "servable", "yes, by vLLM" if counted.servable.vllm else f"no: {counted.servable.reason}"
     if counted.estimated_peak_bytes is not None:
         yield "peak", f"{_gibibytes(counted.estimated_peak_bytes)} of GPU memory, within about 15 %"
     if counted.peak_parts is not None:
