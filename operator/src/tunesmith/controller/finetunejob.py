@@ -151,8 +151,9 @@ class FineTuneJobReconciler:
         """Read once per job: watching nodes would be far more work than this one question."""
         if not job.spec.resources.gpus:
             return None
+        selector = ",".join(f"{key}={value}" for key, value in (job.spec.scheduling.node_selector or {}).items())
         try:
-            return gpu_memory_bytes(job, await self._context.cluster.list("Node"))
+            return gpu_memory_bytes(job, await self._context.cluster.list("Node", labels=selector))
         except ForbiddenError as error:
             _log.warning("the GPUs' memory is not known: %s", error)
             return None
