@@ -64,6 +64,8 @@ _ENVIRONMENT = {
     "TRL_EXPERIMENTAL_SILENCE": "1",
     # Threads that spin while they wait make training many times slower where the cores are shared.
     "OMP_WAIT_POLICY": "PASSIVE",
+    # Without it cuBLAS sums in an order of its own: see training/determinism.py.
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
 }
 
 

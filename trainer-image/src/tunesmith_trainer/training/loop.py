@@ -25,6 +25,7 @@ from tunesmith_trainer.methods import hooks
 from tunesmith_trainer.methods.wrap import wrap
 from tunesmith_trainer.training.arguments import arguments, precision_of
 from tunesmith_trainer.training.batches import Collator, Plan, row_lengths
+from tunesmith_trainer.training.determinism import repeatable
 from tunesmith_trainer.training.layout import attention_of, choose_layout
 from tunesmith_trainer.training.loss import add_target_loss
 from tunesmith_trainer.training.neftune import EmbeddingNoise
@@ -106,7 +107,7 @@ def train(
     """
     device = choose_device(job.spec.resources.gpus, ranks.local_rank)
     try:
-        return _train(job, prepared, progress, work, device, faults, ranks)
+        return repeatable(device, lambda: _train(job, prepared, progress, work, device, faults, ranks), progress.say)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise _out_of_memory(job, prepared, device) from error
     except RuntimeError as error:

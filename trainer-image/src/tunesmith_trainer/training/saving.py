@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "trainable.safetensors"
 RUN_STATE = "run.json"
+_FEW = 2 * SUSTAINED_STEPS
 TRAINER_STATE = "trainer_state.json"
 
 
@@ -132,7 +133,9 @@ class Saver(TrainerCallback):
 
     @property
     def _losses(self) -> list[float]:
-        return [point.loss for point in self._curve if point.loss is not None]
+        """The first and the last, which is what is looked at after each of perhaps a million steps."""
+        few = self._curve if len(self._curve) < 4 * _FEW else [*self._curve[:_FEW], *self._curve[-_FEW:]]
+        return [point.loss for point in few if point.loss is not None]
 
     @property
     def _attached(self) -> Trainer:

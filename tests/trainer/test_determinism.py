@@ -1,0 +1,52 @@
+"""The demand for deterministic algorithms, as far as a machine without a GPU can show it: the rule itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from tunesmith_trainer.training.determinism import repeatable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    benchmark, fill = torch.backends.cudnn.benchmark, torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(mode=False)
+    torch.backends.cudnn.benchmark, torch.utils.deterministic.fill_uninitialized_memory = benchmark, fill
+
+
+def needs_what_has_none() -> torch.Tensor:
+    """An operation of PyTorch that has no deterministic implementation, also on a CPU."""
+    return torch.zeros(3).put_(torch.tensor([1, 1]), torch.tensor([1.0, 2.0]), accumulate=False)
+
+
+def test_on_a_cpu_nothing_is_demanded() -> None:
+    assert repeatable(torch.device("cpu"), torch.are_deterministic_algorithms_enabled, print) is False
+
+
+def test_on_a_gpu_deterministic_algorithms_are_demanded() -> None:
+    assert repeatable(GPU, torch.are_deterministic_algorithms_enabled, print) is True
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def test_an_operation_without_one_is_told_and_the_run_goes_on() -> None:
+    said: list[str] = []
+    with pytest.warns(UserWarning, match="put_ does not have a deterministic implementation"):
+        assert repeatable(GPU, needs_what_has_none, said.append).shape == (3,)
+    assert said == ["  put_ has no deterministic implementation: this run cannot be repeated bit for bit"]
+
+
+def test_another_failure_is_not_taken_for_that() -> None:
+    def fail() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        repeatable(GPU, fail, print)

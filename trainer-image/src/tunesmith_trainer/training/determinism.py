@@ -1,0 +1,43 @@
+"""Equal bits from equal runs on a GPU. On a CPU they come by themselves."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
+_LACKING = re.compile(r"(\S+) does not have a deterministic implementation")
+
+
+def repeatable(device: torch.device, run: Callable[[], T], say: Callable[[str], None]) -> T:
+    """What `run` returns, computed with PyTorch's deterministic algorithms on a GPU.
+
+    Where the model needs an operation that has none, that is said and the run begins again without the demand: a job
+    must not fail for it. cuBLAS needs the environment variable CUBLAS_WORKSPACE_CONFIG, which the command sets.
+
+    Args:
+        device: where it computes.
+        run: may be called twice.
+        say: tells a person.
+    """
+    if device.type != "cuda":
+        return run()
+    torch.backends.cudnn.benchmark = False
+    # The content of new tensors decides nothing here, and filling them costs time.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(mode=True)
+    try:
+        return run()
+    except RuntimeError as error:
+        lacking = _LACKING.match(str(error))
+        if lacking is None:
+            raise
+    # Outside of the handler, which would keep the first run's tensors alive.
+    say(f"  {lacking[1]} has no deterministic implementation: this run cannot be repeated bit for bit")
+    torch.use_deterministic_algorithms(mode=True, warn_only=True)
+    return run()
