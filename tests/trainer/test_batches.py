@@ -21,6 +21,7 @@ from transformers import (
 
 from tunesmith_trainer.training.batches import Collator, Layout, Plan, micro_batches, row_lengths, share
 from tunesmith_trainer.training.layout import attention_of, choose_layout
+from tunesmith_trainer.training.lora import fuse
 from tunesmith_trainer.training.loss import add_target_loss
 
 if TYPE_CHECKING:
@@ -160,6 +161,36 @@ def test_neither_micro_batches_nor_ranks_change_loss_and_gradient() -> None:
         assert len(seen) == 1
         assert total == pytest.approx(loss, rel=1e-5)
         assert close(gradient(model), expected)
+
+
+def test_a_fused_layer_computes_what_pefts_does_and_leaves_others_alone() -> None:
+    parts = rows(30, 7)
+    for settings, fused in (
+        ({}, 4),
+        ({"use_rslora": True, "rank_pattern": {"q_proj": 2}}, 4),
+        ({"lora_dropout": 0.1}, 0),
+        ({"use_dora": True}, 0),
+    ):
+        torch.manual_seed(0)
+        base = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL, attention_bias=True))
+        add_target_loss(base)
+        config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, **settings)
+        model = get_peft_model(base, config).eval()
+        loss, expected = reference(model, parts)
+        with model.disable_adapter():
+            alone = model(**Collator(8, 0, Layout.PADDED).join(parts), target_loss=True).summed.item()
+        assert fuse(model) == fused
+        assert choose_layout(model, base) is Layout.FLAT
+        model.zero_grad()
+        with attention_of(Layout.FLAT, base):
+            output = model(**Collator(8, 0, Layout.FLAT).join(parts), target_loss=True)
+            output.summed.backward()
+            with model.disable_adapter():
+                off = model(**Collator(8, 0, Layout.FLAT).join(parts), target_loss=True).summed.item()
+        assert output.summed.item() == pytest.approx(loss, rel=1e-5)
+        assert close(gradient(model), expected)
+        assert off == pytest.approx(alone, rel=1e-5)
+        assert abs(off - loss) > 1e-3 * loss
 
 
 def test_a_head_that_is_trained_gets_its_gradient() -> None:

@@ -27,6 +27,7 @@ from tunesmith_trainer.training.arguments import arguments, precision_of
 from tunesmith_trainer.training.batches import Collator, Plan, row_lengths
 from tunesmith_trainer.training.determinism import repeatable
 from tunesmith_trainer.training.layout import attention_of, choose_layout
+from tunesmith_trainer.training.lora import fuse
 from tunesmith_trainer.training.loss import add_target_loss
 from tunesmith_trainer.training.neftune import EmbeddingNoise
 from tunesmith_trainer.training.objectives import step_objective
@@ -140,6 +141,7 @@ def _train(
     base = model.load_model(prepared.base, device, quantization, precision_of(precision))
     add_target_loss(base)
     peft_model = wrap(base, prepared.planned, prepared.train, method, resolved.total_steps)
+    fuse(peft_model)
     layout = choose_layout(peft_model, base)
     if checkpointing:
         _checkpoint_activations(base)
