@@ -26,7 +26,7 @@ _CHUNK = 512
 
 
 @dataclass
-class TargetLoss(ModelOutput):  # type: ignore[misc]
+class TargetLoss(ModelOutput):
     """What a model with `add_target_loss` returns.
 
     Attributes:

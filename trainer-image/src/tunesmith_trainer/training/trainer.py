@@ -98,7 +98,7 @@ class StepTrainer(Trainer):
                 self.accelerator.backward(loss)
             total += loss.detach()
             if not last:
-                self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
+                self.callback_handler.on_substep_end(self.args, self.state, self.control)
         return total
 
     def _reseed(self, place: int) -> None:
