@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -26,6 +28,7 @@ from tunesmith_trainer.training.loss import add_target_loss
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from trainer_rig import Workbench
 
 LENGTHS = [5, 9, 3, 7, 8, 2, 6]
 SMALL = {
@@ -191,6 +194,22 @@ def test_a_fused_layer_computes_what_pefts_does_and_leaves_others_alone() -> Non
         assert close(gradient(model), expected)
         assert off == pytest.approx(alone, rel=1e-5)
         assert abs(off - loss) > 1e-3 * loss
+
+
+def test_packing_changes_neither_loss_nor_adapter_of_a_step(bench: Workbench) -> None:
+    loss, weights = {}, {}
+    for packing in (False, True):
+        job = bench.job(hyperparameters={"maxSteps": 1, "batchSize": 32, "warmupRatio": 0.0})
+        job["spec"]["dataset"] |= {"packing": packing, "maxLength": 128}
+        output = bench.folder / f"packing-{packing}"
+        ran = bench.run("train", job, output=str(output))
+        assert ran.code == 0, ran.result.message
+        with (output / "metrics.csv").open() as file:
+            loss[packing] = [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
+        weights[packing] = load_file(output / "artifact/adapter_model.safetensors")
+    assert loss[True] == pytest.approx(loss[False], rel=1e-5)
+    for name, tensor in weights[True].items():
+        assert torch.allclose(tensor, weights[False][name], atol=1e-5), name
 
 
 def test_a_head_that_is_trained_gets_its_gradient() -> None:
