@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -172,8 +173,16 @@ KINDS = {
         micro_batch_size: 2
         num_epochs: 1
         """,
-        {"dataset": {"format": "Messages", "validationFraction": 0.01}, "method": {"qlora": {"rank": 32}}},
-        lost=frozenset({"processor_type", "datasets[0].split", "lora_target_modules"}),
+        {
+            "dataset": {
+                "train": [{"uri": "hf://datasets/org/images", "weight": 0.01}],
+                "format": "Messages",
+                "validationFraction": 0.01,
+            },
+            "method": {"qlora": {"rank": 32}},
+        },
+        lost=frozenset({"processor_type", "lora_target_modules"}),
+        changed=frozenset({"datasets[0].split"}),
     ),
     "llama-3/qlora-fsdp-70b.yaml": Kind(
         """
@@ -381,7 +390,9 @@ def test_a_public_example_becomes_a_job_and_every_other_key_is_told(
     holds(job.spec.manifest(), kind.spec, tmp_path)
     lines = err.splitlines()
     assert {line.split(" has no counterpart")[0] for line in lines if "has no counterpart" in line} == kind.lost
-    assert {line.split(": ")[0] for line in lines if "rendered by" in line or "the rows must" in line} == kind.changed
+    assert {
+        line.split(": ")[0] for line in lines if re.search("rendered by|the rows must|are taken", line)
+    } == kind.changed
     assert imported(kind.text, "--strict")[0] == (1 if kind.lost else 0)
 
 
@@ -422,6 +433,7 @@ SMALL = "base_model: org/base\ndatasets: [{path: org/rows, type: chat_template}]
         (SMALL.replace("org/rows", "https://example.org/rows.jsonl"), 2, "copy the rows to s3://, gs://, az:// or pvc"),
         (SMALL.replace("org/base", "base"), 1, "says what no FineTuneJob can: spec.baseModel.uri: a uri is hf://"),
         (SMALL.replace("adapter: lora", "adapter: llama-adapter"), 2, "adapter is llama-adapter: lora, qlora and ia3"),
+        (SMALL + "micro_batch_size: auto", 2, 'micro_batch_size is "auto": write a number'),
         (SMALL + "rl: grpo", 2, "rl is grpo: dpo, orpo, kto can be imported"),
         (SMALL + "lora_r: 4096", 1, "spec.method.lora.rank is 4096: it must be at most 512"),
     ],

@@ -181,6 +181,14 @@ class _Reader:
         self._taken.add(key)
         return self._given.get(key, default)
 
+    def number(self, key: str, default: float) -> float:
+        """The key's value where it must be a number."""
+        value = self.take(key, default)
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            raise UntranslatableError(f"{key} is {json.dumps(value)}: write a number") from None
+
     def put(self, path: str, value: object) -> None:
         """Sets a field of the spec."""
         part, name = path.split(".")
@@ -233,7 +241,7 @@ class _Reader:
                 self.lose(key, "it has no effect without an adapter")
                 del self._given[key]
             return
-        if adapter not in {"lora", "qlora"}:
+        if adapter not in ("lora", "qlora"):  # YAML may give what has no hash
             raise UntranslatableError(f"adapter is {adapter}: lora, qlora and ia3 can be imported, and none at all")
         in_4_bits = bool(self.take("load_in_4bit", default=False))
         self._method = "qlora" if adapter == "qlora" or in_4_bits else "lora"
@@ -258,9 +266,9 @@ class _Reader:
             self._taken.add("lora_target_modules")
 
     def objective(self) -> None:
-        name = self.take("rl")
-        if name is None:
+        if "rl" not in self._given:
             return
+        name = str(self.take("rl"))
         if name not in _OBJECTIVES:
             raise UntranslatableError(f"rl is {name}: {', '.join(_OBJECTIVES)} can be imported")
         fields = {ours: self.take(theirs) for theirs, ours in _OBJECTIVES[name].items() if theirs in self._given}
@@ -273,7 +281,7 @@ class _Reader:
             sources = [{"type": "completion"} | entry for entry in _entries(sources)]
         if not sources:
             raise UntranslatableError("datasets is missing: name the rows to train on")
-        form = _PREFERENCES.get(self._given.get("rl", ""))
+        form = _PREFERENCES.get(str(self._given.get("rl")))
         rows = [
             _Rows.of(entry, f"datasets[{number}]", self._folder, form) for number, entry in enumerate(_entries(sources))
         ]
@@ -284,7 +292,14 @@ class _Reader:
         for source in (*rows, *held_out):
             self._lost |= source.lost
             self._changed |= source.changed
-        self.put("dataset.train", [{"uri": uri} for source in rows for uri in source.uris])
+        self.put(
+            "dataset.train",
+            [
+                {"uri": uri} | ({"weight": source.weight} if source.weight is not None else {})
+                for source in rows
+                for uri in source.uris
+            ],
+        )
         formats = {source.format for source in (*rows, *held_out)}
         if len(formats) == 1 and (form := formats.pop()) is not None:
             self.put("dataset.format", form)
@@ -293,18 +308,19 @@ class _Reader:
             self.lose("datasets[].field_*", "one set of dataset.columns holds for all sources: rename the columns")
         elif columns[0]:
             self.put("dataset.columns", columns[0])
-        share = self.take("val_set_size", default=0)
+        share = self.number("val_set_size", 0)
         if held_out:
             self.put("dataset.validation", [{"uri": uri} for source in held_out for uri in source.uris])
-        elif _LEAST_HELD_OUT <= float(share) <= _MOST_HELD_OUT:
-            self.put("dataset.validationFraction", float(share))
+        elif _LEAST_HELD_OUT <= share <= _MOST_HELD_OUT:
+            self.put("dataset.validationFraction", share)
         else:
             self.lose("val_set_size")
         self._rows()
 
     def _rows(self) -> None:
         """How rows are read."""
-        if all(re.search("liger|cut_cross_entropy", str(name)) for name in self._given.get("plugins", [""])):
+        plugins = self._given.get("plugins")
+        if isinstance(plugins, list) and all(re.search("liger|cut_cross_entropy", str(name)) for name in plugins):
             self.take("plugins")  # faster losses and layers, chosen without being asked
         if self.take("train_on_inputs", default=False):
             self.put("dataset.lossOn", "AllTokens")
@@ -322,17 +338,17 @@ class _Reader:
             self.put("dataset.duplicates", "Keep")
 
     def hyperparameters(self) -> None:
-        micro = int(self.take("micro_batch_size", default=1))
-        self.put("hyperparameters.batchSize", micro * int(self.take("gradient_accumulation_steps", default=1)))
+        micro = int(self.number("micro_batch_size", 1))
+        self.put("hyperparameters.batchSize", micro * int(self.number("gradient_accumulation_steps", 1)))
         self.put("hyperparameters.microBatchSize", micro)
         for key, names in (("optimizer", _OPTIMIZERS), ("lr_scheduler", _SCHEDULERS)):
             found = names.get(str(self._given.get(key)))
             if found is not None:
                 self.put(f"hyperparameters.{'scheduler' if key == 'lr_scheduler' else key}", str(found))
                 self.take(key)
-        steps, total = self._given.get("warmup_steps"), self._given.get("max_steps")
-        if steps and total:
-            self.put("hyperparameters.warmupRatio", round(int(self.take("warmup_steps")) / int(total), 4))
+        if "warmup_steps" in self._given and "max_steps" in self._given:
+            steps, total = self.number("warmup_steps", 0), self.number("max_steps", 1)
+            self.put("hyperparameters.warmupRatio", round(steps / max(total, 1), 4))
         again = self._given.get("gradient_checkpointing")
         if isinstance(again, bool):
             self.put("hyperparameters.gradientCheckpointing", self.take("gradient_checkpointing"))
@@ -346,6 +362,7 @@ class _Rows:
     """One entry of `datasets`."""
 
     uris: list[str]
+    weight: float | None = None
     format: str | None = None
     columns: dict[str, str] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
@@ -369,7 +386,14 @@ class _Rows:
             known = {"roles_to_train": ["assistant"], "train_on_eos": "turn", "chat_template": "tokenizer_default"}
             if key in {"ds_type", "roles"} or left.get(key) == known.get(key, object()):
                 left.pop(key, None)
-        if left.get("split") == "train":
+        share = re.fullmatch(r"train(?:\[:(\d+)%\])?", str(left.get("split")))
+        if share is not None and share[1] is None:
+            del left["split"]
+        elif share is not None and where.startswith("datasets"):
+            rows.weight = int(share[1]) / 100
+            rows.changed[f"{where}.split"] = (
+                f"{share[1]} % of the rows are taken, chosen by the seed: not the first ones"
+            )
             del left["split"]
         for key, value in left.items():
             rows.lost[f"{where}.{key}"] = (
