@@ -219,7 +219,11 @@ def test_an_outage_a_signal_and_a_kill_before_the_report_lose_nothing(
 
     # Nobody reads what it wants to report, so it waits there until it is killed.
     os.mkfifo(second.folder / "message")
+    store.stop()
     process = second.start()
+    assert process.stdout is not None
+    assert "is not available" in process.stdout.readline()
+    store.start()
     filesystem = store.filesystem()
     deadline = time.monotonic() + 120
     while not filesystem.exists(f"{artifact}/{ARTIFACT_MANIFEST}"):

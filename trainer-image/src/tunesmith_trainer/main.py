@@ -229,9 +229,12 @@ def _execute(arguments: argparse.Namespace, progress: Progress, ending: _Ending)
     serving = arguments.progress_port and ending.ranks.first
     server = serve(progress, arguments.progress_port) if serving else None
     # These imports take seconds: a wrong manifest is told before.
-    from tunesmith_trainer.store import Stores  # noqa: PLC0415
+    from tunesmith_trainer.store import TRAINING_RETRY, Stores  # noqa: PLC0415
 
-    stores = Stores(secrets=arguments.secrets, allow_file=arguments.allow_file)
+    patient = arguments.command == "train" and not arguments.allow_file
+    stores = Stores(
+        secrets=arguments.secrets, allow_file=arguments.allow_file, retry=TRAINING_RETRY if patient else None
+    )
     try:
         if arguments.job_folder and arguments.cluster and ending.ranks.first:
             what = "the job's folder"

@@ -69,6 +69,8 @@ class Retry:
         return (min(self.first * 2**number, self.longest) for number in range(self.attempts - 1))
 
 
+TRAINING_RETRY = Retry(attempts=26, longest=60.0)
+"""Twenty minutes, by each attempt of a job in a cluster: what the attempts before it have computed is in the store."""
 PUBLISHING_RETRY = Retry(attempts=66, longest=60.0)
 """An hour: what was trained for hours is not given up for a store that is being repaired."""
 
