@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
 import os
-import select
 import shutil
 import signal
 import sys
 import tempfile
-import time
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -22,9 +19,10 @@ from tunesmith.api.finetunejob_status import EvaluationStatus, Stage
 from tunesmith.contracts.owner import OWNER_FILE, Owner
 from tunesmith.contracts.progress import PROGRESS_PORT
 from tunesmith.contracts.result import TERMINATION_MESSAGE_PATH, Outcome, TrainerResult
+from tunesmith_trainer.ending import UPLOAD_SECONDS, Ending
 from tunesmith_trainer.errors import InterruptedRunError, InvalidSpecError, StorageUnavailableError, TrainerError
 from tunesmith_trainer.interruption import Faults, Interruption
-from tunesmith_trainer.launch import LAUNCHED, die_with_parent, launch
+from tunesmith_trainer.launch import die_with_parent, launch
 from tunesmith_trainer.progress import Progress, serve
 from tunesmith_trainer.ranks import POD_INDEX, PeerLostError, Ranks, lost_peer, of_pod
 from tunesmith_trainer.spec import load_job, run_digest, spec_digest
@@ -38,10 +36,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("tunesmith_trainer")
 
-_UPLOAD_SECONDS = 40.0
-"""For the last checkpoint to reach the store, of the grace between SIGTERM and SIGKILL."""
-_MOURNING_SECONDS = 5.0
-"""Between the loss of another rank and this process's end."""
 _EXAMPLES = """examples:
   tunesmith-trainer validate --job job.yaml --allow-file
       checks manifest, data and base model on the CPU, without loading weights
@@ -87,7 +81,7 @@ def run(argv: Sequence[str]) -> int:
     warnings.simplefilter("ignore")
     progress = Progress(arguments.format)
     interruption = Interruption()
-    ending = _Ending(progress, arguments.format, arguments.termination_message, interruption)
+    ending = Ending(progress, arguments.format, arguments.termination_message, interruption)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, ending.signalled)
     try:
@@ -217,7 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _execute(arguments: argparse.Namespace, progress: Progress, ending: _Ending) -> TrainerResult:
+def _execute(arguments: argparse.Namespace, progress: Progress, ending: Ending) -> TrainerResult:
     job = load_job(arguments.job)
     if arguments.command == "train":
         ending.ranks, count = of_pod(job.spec.resources, os.environ)
@@ -248,7 +242,7 @@ def _execute(arguments: argparse.Namespace, progress: Progress, ending: _Ending)
             except Exception:
                 # Checkpoints are uploaded from this folder, which may go with the block.
                 if ending.interruption.checkpoints is not None:
-                    ending.interruption.checkpoints.flush(_UPLOAD_SECONDS)
+                    ending.interruption.checkpoints.flush(UPLOAD_SECONDS)
                 raise
     finally:
         if server is not None:
@@ -310,7 +304,7 @@ def _refused(prepared: Prepared) -> TrainerResult | None:
 
 
 def _train(
-    job: FineTuneJob, stores: Stores, work: Path, ending: _Ending, arguments: argparse.Namespace
+    job: FineTuneJob, stores: Stores, work: Path, ending: Ending, arguments: argparse.Namespace
 ) -> TrainerResult:
     progress = ending.progress
     local, target = _target(arguments.output, stores, allow_file=arguments.allow_file)
@@ -492,123 +486,6 @@ def _work_folder(asked: Path | None) -> Iterator[Path]:
         ) from None
     os.environ.setdefault("HF_HOME", str(folder / "huggingface"))
     yield folder
-
-
-class _Ending:
-    """How the process tells its result: termination message, last line, exit code."""
-
-    def __init__(self, progress: Progress, form: str, path: Path | None, interruption: Interruption) -> None:
-        self.progress = progress
-        self.interruption = interruption
-        self.ranks = Ranks()
-        self._form = form
-        default = Path(TERMINATION_MESSAGE_PATH)
-        self._path = path or (default if default.exists() else None)
-
-    def tell(self, result: TrainerResult) -> None:
-        """Writes the termination message and the last line of the output."""
-        result = self._resumed(result)
-        self._write_message(result)
-        text = f"{result.outcome}: {result.message}"
-        if result.reason is not None:
-            text = f"{result.outcome} ({result.reason}): {result.message}"
-        if result.artifact is not None:
-            text += f"\n  artifact {result.artifact.uri}\n  digest   {result.artifact.digest}"
-        if LAUNCHED not in os.environ:
-            self.progress.finish(_document(result), text)
-
-    def left_alone(self, result: TrainerResult) -> TrainerResult:
-        """The result where another rank is gone: that of a stop, where this process was asked to stop as well."""
-        number = self.interruption.signal
-        if number is not None:
-            return TrainerResult(
-                outcome=Outcome.PREEMPTED,
-                message=f"stopped by {number.name}, and another rank ended before this step did",
-                retryable=True,
-            )
-        if POD_INDEX in os.environ and LAUNCHED not in os.environ:
-            # The first pod that is seen to fail ends the others: it should be the one that has the reason.
-            time.sleep(_MOURNING_SECONDS)
-        return result
-
-    def interrupted(self, error: InterruptedRunError, *, local: bool) -> TrainerResult:
-        """The result of a run that was stopped and saved."""
-        checkpoints = self.interruption.checkpoints
-        number = self.interruption.signal
-        stopped = f"stopped by {number.name}" if number is not None else "stopped with another rank"
-        kept = "no checkpoint could be written"
-        if checkpoints is not None and checkpoints.last is not None:
-            kept = f"the checkpoint of step {checkpoints.last} is in {checkpoints.uri}"
-        go_on = "; run the same command again to go on from there" if local else ""
-        return TrainerResult(
-            outcome=Outcome.PREEMPTED,
-            message=f"{stopped} {error}; {kept if self.ranks.first else 'rank 0 has saved'}{go_on}",
-            retryable=True,
-        )
-
-    def signalled(self, number: int, frame: object) -> None:  # noqa: ARG002 - a signal handler's signature
-        """While training, the step is finished and saved; at any other time, or the second time, the process ends."""
-        if self.interruption.asked(number):
-            _write_at_once(sys.stderr.fileno(), b"stopping after this step; a second signal stops at once\n")
-            return
-        checkpoints = self.interruption.checkpoints
-        if checkpoints is not None and self.interruption.signal is None:
-            self.interruption.signal = signal.Signals(number)
-            deadline = time.monotonic() + _UPLOAD_SECONDS
-            while checkpoints.pending and time.monotonic() < deadline:  # without locks, as below
-                time.sleep(0.05)
-        self._end(
-            TrainerResult(
-                outcome=Outcome.PREEMPTED,
-                message=f"stopped by {signal.Signals(number).name} in stage {self.progress.stage}",
-                retryable=True,
-            )
-        )
-
-    def hung(self, step: int, seconds: float) -> None:
-        """Ends the process from the watchdog's thread: the main thread does not answer."""
-        self._end(
-            TrainerResult(
-                outcome=Outcome.FAILED,
-                reason=FailureReason.INTERNAL_ERROR,
-                message=f"training hangs: no sign of life for {seconds:.0f} s after step {step}; the next attempt"
-                " goes on from the last checkpoint. If it happens again, look at the GPU's driver",
-                retryable=True,
-            )
-        )
-
-    def _end(self, result: TrainerResult) -> NoReturn:
-        """Ends the process at once; written without locks, which the interrupted code may hold."""
-        result = self._resumed(result)
-        with contextlib.suppress(OSError):
-            self._write_message(result)
-            line = json.dumps(_document(result)) if self._form == "json" else f"{result.outcome}: {result.message}"
-            _write_at_once(sys.stdout.fileno(), f"\n{line}\n".encode())
-        os._exit(result.exit_code)
-
-    def _resumed(self, result: TrainerResult) -> TrainerResult:
-        return result.model_copy(update={"resumed_from_step": self.interruption.resumed_from_step})
-
-    def _write_message(self, result: TrainerResult) -> None:
-        if self._path is not None:
-            self._path.write_text(result.termination_message(), encoding="utf-8")
-
-
-def _write_at_once(descriptor: int, data: bytes) -> None:
-    """Writes what goes without waiting: a reader that has stopped reading may be why the process ends."""
-    if select.select([], [descriptor], [], 0)[1]:
-        os.write(descriptor, data[: select.PIPE_BUF])
-
-
-def _document(result: TrainerResult) -> dict[str, Any]:
-    artifact = result.artifact
-    return {
-        "outcome": result.outcome.value,
-        "reason": result.reason.value if result.reason else None,
-        "message": result.message,
-        "artifact": {"uri": artifact.uri, "digest": artifact.digest} if artifact else None,
-        "metrics": result.metrics,
-    }
 
 
 if __name__ == "__main__":
