@@ -34,7 +34,14 @@ BAD_ROWS: dict[str, tuple[list[Any], str]] = {
     "blank lines count": ([GOOD, "", "{}"], "train.jsonl line 3: 'messages' is missing"),
     "not JSON": ([GOOD, '{"messages": [}'], "train.jsonl line 2: is not JSON: Expecting value at column 15"),
     "not an object": ([GOOD, "[1, 2]"], "train.jsonl line 2: is not a JSON object but a list"),
-    "a JSON array file": (["[", json.dumps(GOOD), "]"], "train.jsonl line 1: is not JSON"),
+    "a JSON array file": (
+        ["[", json.dumps(GOOD) + ",", json.dumps(GOOD), "]"],
+        "line 1: is not JSON: Expecting value at column 2; a list of rows is read from a file whose name ends with",
+    ),
+    "rows over several lines": (
+        [json.dumps(GOOD, indent=1)],
+        "column 2; a row must stand on one line, or in a list in a .json file",
+    ),
     "not UTF-8": ([GOOD, b'{"messages": "\xff"}'], "train.jsonl line 2: is not UTF-8 at byte 15"),
     "nested too deeply": ([GOOD, "[" * 100_000], "train.jsonl line 2: is not JSON"),
     "null messages": ([{"messages": None}], "train.jsonl line 1: 'messages' is null, not a list"),

@@ -26,6 +26,10 @@ _CHUNK = 2**20
 _BATCH = 512
 _BOM = b"\xef\xbb\xbf"
 _BLANK = b" \t\r\n"
+_OVER_SEVERAL_LINES = {
+    b"[": "; a list of rows is read from a file whose name ends with .json",
+    b"{": "; a row must stand on one line, or in a list in a .json file",
+}
 csv.field_size_limit(_LONGEST)
 
 
@@ -108,7 +112,8 @@ def _decoded(content: bytes, where: str) -> Record:
     except UnicodeDecodeError as error:
         return Record(where, problem=f"is not UTF-8 at byte {error.start + 1}")
     except json.JSONDecodeError as error:
-        return Record(where, problem=f"is not JSON: {error.msg} at column {error.colno}")
+        mend = _OVER_SEVERAL_LINES.get(content, "")
+        return Record(where, problem=f"is not JSON: {error.msg} at column {error.colno}{mend}")
     except (RecursionError, ValueError):  # ValueError: a number with thousands of digits
         return Record(where, problem="is not JSON that can be read: it is nested too deeply, or a number is too long")
 

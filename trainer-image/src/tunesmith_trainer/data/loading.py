@@ -14,7 +14,7 @@ from tunesmith.api.finetunejob_status import Preflight
 from tunesmith_trainer.data.cache import TokenCache, key_of
 from tunesmith_trainer.data.selection import held_out, weighted
 from tunesmith_trainer.data.sources import add_content, fetch
-from tunesmith_trainer.data.tokens import longest_sequence, measure, open_rows, pack, tokenise
+from tunesmith_trainer.data.tokens import measure, open_rows, pack, tokenise
 from tunesmith_trainer.errors import DatasetInvalidError, InvalidSpecError
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from tunesmith.api import dataset as api
     from tunesmith_trainer.data.encoding import Encoder
-    from tunesmith_trainer.data.report import RowReport
     from tunesmith_trainer.data.rows import RowForm
     from tunesmith_trainer.data.tokens import Counted
     from tunesmith_trainer.store import Folder, Stores
@@ -117,43 +116,39 @@ def load(
     counted.require("training rows", limit, least=1 if dataset.validation else 2)
     report = counted.report
     rows = open_rows(cached.path("train"))
-    lengths, targets = measure(rows)
+    sizes = measure(cached.path("train"))
     chosen, out = held_out(len(rows), dataset, seed)
-    _check_context(rows, context)
+    _check_context(sizes.longest, context)
     if dataset.validation:
         cached.counted["validation"].require("held-out rows", limit)
         validation = open_rows(cached.path("validation"))
-        _check_context(validation, context)
+        _check_context(measure(cached.path("validation")).longest, context)
         report = report.add(cached.counted["validation"].report)
     else:
         validation = _at(rows, np.asarray(out))
     places = weighted(chosen, counted.per_source, [source.weight for source in dataset.train], seed)
     if not len(places):
         raise DatasetInvalidError("the weights of dataset.train leave no row to train on: raise them")
-    train, sizes = _at(rows, places), lengths[places]
+    train, lengths = _at(rows, places), sizes.lengths[places]
+    packed = None
     if dataset.packing:
-        train = pack(rows, places, sizes, limit, work / "packed.arrow")
+        packed = pack(cached.path("train"), places, lengths, limit, work / "packed.arrow")
+        train = open_rows(work / "packed.arrow")
     return Rows(
         train=train,
         validation=validation,
-        lengths=measure(train)[0] if dataset.packing else sizes,
+        lengths=lengths if packed is None else packed,
         digest=f"sha256:{digest.hexdigest()}",
-        counted=_preflight(dataset, report, train, validation, sizes, targets[places]),
-    )
-
-
-def _preflight(
-    dataset: api.Dataset, report: RowReport, train: Dataset, validation: Dataset, sizes: IntArray, targets: IntArray
-) -> Preflight:
-    return Preflight(
-        rows=len(sizes),
-        validation_rows=len(validation),
-        dropped_rows=report.dropped,
-        dropped=report.status(),
-        truncated_rows=report.truncated if dataset.overlong is Overlong.TRUNCATE else None,
-        packed_sequences=len(train) if dataset.packing else None,
-        tokens=int(sizes.sum()),
-        target_tokens=int(targets.sum()),
+        counted=Preflight(
+            rows=len(places),
+            validation_rows=len(validation),
+            dropped_rows=report.dropped,
+            dropped=report.status(),
+            truncated_rows=report.truncated if dataset.overlong is Overlong.TRUNCATE else None,
+            packed_sequences=None if packed is None else len(packed),
+            tokens=int(lengths.sum()),
+            target_tokens=int(sizes.targets[places].sum()),
+        ),
     )
 
 
@@ -162,11 +157,8 @@ def _at(rows: Dataset, places: IntArray) -> Dataset:
     return rows.select(places, new_fingerprint="selected")
 
 
-def _check_context(rows: Dataset, context: int | None) -> None:
-    if context is None or not len(rows):
-        return
-    longest = longest_sequence(rows)
-    if longest > context:
+def _check_context(longest: int, context: int | None) -> None:
+    if context is not None and longest > context:
         raise InvalidSpecError(
             f"a row has {longest} tokens and the base model's context has {context}: set dataset.maxLength "
             f"to at most {context}, which drops such rows"

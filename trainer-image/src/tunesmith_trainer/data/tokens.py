@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import mmap
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset
 
 from tunesmith.api.dataset import Overlong
@@ -20,7 +21,7 @@ from tunesmith_trainer.data.rows import RowForm, read
 from tunesmith_trainer.errors import DatasetInvalidError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
     from pathlib import Path
     from types import TracebackType
 
@@ -34,6 +35,8 @@ T = TypeVar("T")
 
 _BATCH = 512
 """Rows that are tokenised, and written, at once."""
+_HELD = 200
+"""Rows whose pages are held at once: each may bring 64 KiB around it into memory."""
 _TOLD = 50_000
 """Rows between two lines for people."""
 
@@ -132,70 +135,60 @@ def _fitted(tokens: Tokens, where: str, dataset: api.Dataset, report: RowReport)
     return tokens
 
 
-def measure(rows: Dataset) -> tuple[IntArray, IntArray]:
-    """Tokens of each row, and how many of them are learned."""
-    lengths, targets = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for batch in rows.data.to_batches():
-        labels = batch.column("labels")
-        offsets = labels.offsets.to_numpy()
-        if len(offsets) > 1:
-            learned = labels.values.to_numpy()[: offsets[-1]] != IGNORED
-            lengths.append(np.diff(offsets).astype(np.int64))
-            targets.append(np.add.reduceat(learned, offsets[:-1], dtype=np.int64))
-    return np.concatenate(lengths), np.concatenate(targets)
-
-
-def longest_sequence(rows: Dataset) -> int:
-    """Tokens of the longest sequence of rows; a pair of answers is two."""
-    if "seq_lengths" not in rows.column_names:
-        return int(measure(rows)[0].max())
-    return max(int(pc.max(batch.column("seq_lengths").flatten()).as_py()) for batch in rows.data.to_batches())
-
-
-def pack(rows: Dataset, places: IntArray, lengths: IntArray, capacity: int, path: Path) -> Dataset:
-    """The rows at `places` in sequences of at most `capacity` tokens; `seq_lengths` has the size of each row in one.
+@dataclass(frozen=True)
+class Sizes:
+    """How large tokenised rows are.
 
     Args:
-        rows: tokenised rows.
+        lengths: tokens of each row.
+        targets: how many of them are learned.
+        longest: tokens of the longest sequence; a pair of answers is two.
+    """
+
+    lengths: IntArray
+    targets: IntArray
+    longest: int
+
+
+def measure(path: Path) -> Sizes:
+    """The sizes of the rows of an Arrow file."""
+    lengths, targets, longest = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
+    for batch in _Reader(path).batches():
+        labels = batch.column("labels")
+        offsets = labels.offsets.to_numpy()
+        learned = labels.values.to_numpy() != IGNORED
+        lengths.append(np.diff(offsets).astype(np.int64))
+        targets.append(np.add.reduceat(learned, offsets[:-1], dtype=np.int64))
+        paired = "seq_lengths" in batch.schema.names
+        sequences = batch.column("seq_lengths").values.to_numpy() if paired else lengths[-1]
+        longest = max(longest, int(sequences.max()))
+    return Sizes(np.concatenate(lengths), np.concatenate(targets), longest)
+
+
+def pack(rows: Path, places: IntArray, lengths: IntArray, capacity: int, path: Path) -> IntArray:
+    """Writes the rows at `places` in sequences of at most `capacity` tokens; `seq_lengths` has the size of each row.
+
+    Args:
+        rows: Arrow file of tokenised rows.
         places: of the rows that are packed; a place may stand there more than once.
         lengths: tokens of the row at each of them.
         capacity: tokens of a sequence.
         path: of the Arrow file that is written.
+
+    Returns:
+        Tokens of each sequence.
     """
     groups = best_fit_decreasing(lengths, capacity)
-    batches = rows.data.to_batches()
-    begins = np.cumsum([0, *(batch.num_rows for batch in batches)])
-    columns = [
-        {
-            name: (batch.column(name).offsets.to_numpy(), batch.column(name).values.to_numpy())
-            for name in ("input_ids", "labels")
-        }
-        for batch in batches
-    ]
-
-    def part(place: int, name: str) -> IntArray:
-        number = int(np.searchsorted(begins, place, side="right")) - 1
-        offsets, values = columns[number][name]
-        inside = place - int(begins[number])
-        found: IntArray = values[offsets[inside] : offsets[inside + 1]]
-        return found
-
+    sizes = [int(lengths[group].sum()) for group in groups]
+    read = _Reader(rows).rows(places[group].tolist() for group in groups)
     with _Writer(path, paired=True) as writer:
         for some in _batched(iter(groups), _BATCH):
-            members = [[int(places[place]) for place in group] for group in some]
-            writer.write_columns(
-                [
-                    _lists([np.concatenate([part(place, "input_ids") for place in group]) for group in members]),
-                    _lists(
-                        [
-                            np.concatenate([_first_ignored(part(place, "labels")) for place in group])
-                            for group in members
-                        ]
-                    ),
-                    _lists([[int(lengths[place]) for place in group] for group in some]),
-                ]
-            )
-    return open_rows(path)
+            ids, labels = [], []
+            for parts in itertools.islice(read, len(some)):
+                ids.append(np.concatenate([part for part, _ in parts]))
+                labels.append(np.concatenate([_first_ignored(part) for _, part in parts]))
+            writer.write_columns([_lists(ids), _lists(labels), _lists([lengths[group] for group in some])])
+    return np.asarray(sizes, np.int64)
 
 
 def _first_ignored(labels: IntArray) -> IntArray:
@@ -208,6 +201,45 @@ def _first_ignored(labels: IntArray) -> IntArray:
 def open_rows(path: Path) -> Dataset:
     """The rows of an Arrow file, read from the disk when they are needed."""
     return Dataset.from_file(str(path))
+
+
+class _Reader:
+    """An Arrow file, without that what was read of it stays in this process's memory."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """The batches, one after the other."""
+        for batch in pa.ipc.open_stream(pa.py_buffer(self._map)):
+            yield batch
+            self.forget()
+
+    def rows(self, groups: Iterable[Sequence[int]]) -> Iterator[list[tuple[IntArray, IntArray]]]:
+        """Tokens and labels of the rows at some places, group after group; they are to be copied before the next."""
+        columns, begins, read = [], [0], 0
+        for batch in self.batches():
+            names = ("input_ids", "labels")
+            values = [batch.column(name).values.to_numpy() for name in names]
+            columns.append((batch.column(names[0]).offsets.to_numpy().copy(), *values))
+            begins.append(begins[-1] + batch.num_rows)
+        for group in groups:
+            parts = []
+            for place in group:
+                number = bisect_right(begins, place) - 1
+                offsets, ids, labels = columns[number]
+                begin, end = offsets[place - begins[number] : place - begins[number] + 2]
+                parts.append((ids[begin:end], labels[begin:end]))
+            yield parts
+            read += len(group)
+            if read > _HELD:
+                self.forget()
+                read = 0
+
+    def forget(self) -> None:
+        """Gives the pages back; they are read anew when they are needed again."""
+        self._map.madvise(mmap.MADV_DONTNEED)
 
 
 class _Writer:
