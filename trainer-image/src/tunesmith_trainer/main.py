@@ -55,7 +55,6 @@ _ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "true",  # nothing forks
     "TRANSFORMERS_VERBOSITY": "error",
-    "TRL_EXPERIMENTAL_SILENCE": "1",
     # Threads that spin while they wait make training many times slower where the cores are shared.
     "OMP_WAIT_POLICY": "PASSIVE",
     # Without it cuBLAS sums in an order of its own: see training/determinism.py.

@@ -42,7 +42,7 @@ CURVES = "metrics.csv"
 PICTURE = "curves.png"
 _EXACT_LIMIT, _ROUNDED_LIMIT = 1e-3, 1e-1
 """Of the relative distance of logits: in float32, and where weights or products are rounded to fewer bits."""
-_VERSIONED = ("tunesmith-trainer", "torch", "transformers", "peft", "trl", "bitsandbytes", "tokenizers", "safetensors")
+_VERSIONED = ("tunesmith-trainer", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")
 
 
 def build(job: FineTuneJob, prepared: Prepared, trained: Trained, folder: Path, merged: Path) -> ArtifactManifest:
