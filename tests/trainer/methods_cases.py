@@ -49,7 +49,9 @@ CASES = [
     _lora("LoRA, modulesToSave", targetModules=_QV, modulesToSave=["lm_head"]),
     *(
         _lora(f"LoRA, {name}", initialization=name)
-        for name in (*("Gaussian", "Orthogonal", "EVA", "PiSSA", "FastPiSSA", "OLoRA", "CorDA", "LoRAGA", "MiCA"),)
+        for name in (
+            *("Gaussian", "Orthogonal", "EVA", "PiSSA", "FastPiSSA", "OLoRA", "CorDA", "LoRAGA", "MiCA", LOFTQ),
+        )
     ),
     _peft("LoRA, some layers", "LORA", _QV, layers_to_transform=[1]),
     _peft("LoRA, bias", "LORA", _QV, lora_bias=True),
@@ -67,6 +69,7 @@ CASES = [
     _peft("LoRA, aLoRA", "LORA", _QV, alora_invocation_tokens=[9, 33]),
     _peft("LoRA, layer replication", "LORA", _QV, layer_replication=[[0, 2], [0, 2]]),
     _peft("LoRA, Arrow", "LORA", _QV, arrow_config={"top_k": 2}),
+    Case("Full fine-tuning", {"full": {}}, None),
     _typed("AdaLoRA", "adaLora", initialRank=8, targetRank=4),
     _typed("IA3", "ia3"),
     _typed("Prefix tuning", "prefixTuning", virtualTokens=8),

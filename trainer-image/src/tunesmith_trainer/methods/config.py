@@ -150,7 +150,8 @@ def _check_merge(spec: FineTuneJobSpec, planned: Planned, modules: Modules) -> N
     kind = kind_of(planned.config)
     if kind in limits.NOT_MERGED:
         raise InvalidSpecError(
-            f"output.merge: what {spec.method.name} trains cannot be merged into the base's weights, "
+            f"output.merge: what {spec.method.peft.type if spec.method.peft else spec.method.name} trains cannot be "
+            "merged into the base's weights, "
             f"{limits.NOT_MERGED[kind]}: remove output.merge, or use another method"
         )
     if planned.doubled and not planned.identity and spec.output.merge is Merge.DEQUANTIZED:

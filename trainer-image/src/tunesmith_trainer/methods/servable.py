@@ -60,7 +60,8 @@ def other(kind: str, config: Mapping[str, Any], *, mergeable: bool) -> ServableS
         mergeable: whether the adapter can be merged into the base.
     """
     if kind == "LORA":
-        return of_files(config, [])
+        verdict = of_files(config, [])
+        return verdict if verdict.vllm else _no(f"{verdict.reason}: use method.lora, or {_MERGED}")
     mend = f"use method.lora, or {_MERGED}" if mergeable else "use method.lora; this one cannot be merged either"
     return _no(f"vLLM loads LoRA adapters only, and this is {kind}: {mend}")
 
