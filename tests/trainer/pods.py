@@ -124,10 +124,10 @@ class Pods:
             return list(csv.DictReader(file))
 
 
-def pods(folder: Path, base_model: Path, nodes: int, **spec: Any) -> Pods:
+def pods(folder: Path, base_model: Path, nodes: int, rows: list[Any] | None = None, **spec: Any) -> Pods:
     """The pods of a small job; a keyword replaces the part of the spec of that name."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = write_rows(folder / "train.jsonl", chat_rows(26))
+    file = write_rows(folder / "train.jsonl", chat_rows(26) if rows is None else rows)
     parts = {
         "method": {"lora": {"rank": 4, "alpha": 8, "dropout": 0.1}},
         "hyperparameters": {"maxSteps": 6, "batchSize": 10, "microBatchSize": 2, "learningRate": 0.01},
@@ -135,7 +135,7 @@ def pods(folder: Path, base_model: Path, nodes: int, **spec: Any) -> Pods:
         "checkpoint": {"everySteps": 2},
     }
     manifest = folder / "job.yaml"
-    manifest.write_text(yaml.safe_dump(job_manifest(f"file://{base_model}", f"file://{rows}", **(parts | spec))))
+    manifest.write_text(yaml.safe_dump(job_manifest(f"file://{base_model}", f"file://{file}", **(parts | spec))))
     return Pods(folder, manifest, nodes)
 
 

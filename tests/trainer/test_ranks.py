@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from pods import Pods, assert_equal, pods
@@ -115,18 +115,32 @@ def test_a_signal_to_one_pod_saves_and_stops_all(tmp_path: Path, base_model: Pat
     assert two.result(0).resumed_from_step == int(step[1])
 
 
-def test_qlora_with_recomputed_activations(tmp_path: Path, base_model: Path) -> None:
-    runs = []
-    for nodes in (1, 2):
-        run = pods(
-            tmp_path / str(nodes),
-            base_model,
-            nodes,
-            method={"qlora": {"rank": 4, "alpha": 8}},
-            hyperparameters={"maxSteps": 3, "batchSize": 6, "learningRate": 0.01, "gradientCheckpointing": True},
-        )
+FEW = {"maxSteps": 3, "batchSize": 6, "microBatchSize": 2, "learningRate": 0.01}
+OTHERS: dict[str, dict[str, Any]] = {
+    "qlora with recomputed activations": {
+        "method": {"qlora": {"rank": 4, "alpha": 8}},
+        "hyperparameters": FEW | {"gradientCheckpointing": True},
+    },
+    "answers marked as good or bad": {
+        "objective": {"kto": {}},
+        "hyperparameters": FEW,
+        "rows": [
+            {
+                "prompt": f"Door {number}?",
+                "completion": f"It is {'blue' if number % 3 else 'green'}.",
+                "label": number % 2 == 0,
+            }
+            for number in range(20)
+        ],
+    },
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_jobs_on_two_nodes(tmp_path: Path, base_model: Path, name: str) -> None:
+    runs = [pods(tmp_path / str(nodes), base_model, nodes, **OTHERS[name]) for nodes in (1, 2)]
+    for run in runs:
         run.finish()
-        runs.append(run)
     assert_equal(runs[1], runs[0])
 
 

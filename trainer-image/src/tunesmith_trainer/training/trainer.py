@@ -13,7 +13,7 @@ from transformers import PrinterCallback, Trainer
 from tunesmith_trainer.training.objectives import Forward
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from datasets import Dataset
     from peft import PeftModel
@@ -83,12 +83,9 @@ class StepTrainer(Trainer):
         model.train()
         forward = Forward(model, self.accelerator.unwrap_model(model))
         if self._objective.mismatched:
-            batches = [self._prepare_inputs(tensors) for tensors in step.mismatched]
-            self._objective.estimate(forward, batches, self._ranks)
+            self._objective.estimate(forward, self._in_turn(step.mismatched, 1), self._ranks)
         total = torch.zeros((), device=self.args.device)
-        for number, tensors in enumerate(step.micro_batches, start=1):
-            batch = self._prepare_inputs(tensors)
-            self._reseed((number - 1) * self.args.world_size + self.args.process_index)
+        for number, batch in enumerate(self._in_turn(step.micro_batches, 0), start=1):
             if self._noise is not None:
                 self._noise.expect(batch)
             # The ranks' gradients meet once per step.
@@ -101,10 +98,16 @@ class StepTrainer(Trainer):
                 self.callback_handler.on_substep_end(self.args, self.state, self.control)
         return total
 
-    def _reseed(self, place: int) -> None:
-        """Dropout and noise follow from the seed, the step and the micro-batch's place in it, whichever rank has it."""
-        chosen = np.random.SeedSequence((self.args.seed, self.state.global_step, place)).generate_state(1, np.uint64)
-        torch.manual_seed(int(chosen[0]) >> 1)
+    def _in_turn(self, batches: Sequence[dict[str, Any]], pass_: int) -> Iterator[dict[str, Any]]:
+        """The rank's batches on its device.
+
+        Dropout and noise follow from the seed, the step and a batch's place in the pass over it, whichever rank has it.
+        """
+        for number, tensors in enumerate(batches):
+            place = number * self._ranks.size + self._ranks.rank
+            words = (self.args.seed, self.state.global_step, pass_, place)
+            torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
+            yield self._prepare_inputs(tensors)
 
     def _share(self, terms: Terms, step: Step) -> torch.Tensor:
         """What a micro-batch adds to the step's loss. Ranks average their gradients, so each counts `ranks` times."""
