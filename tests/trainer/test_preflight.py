@@ -14,12 +14,11 @@ import yaml
 from trainer_rig import chat_row, chat_rows
 
 from tunesmith.api.conditions import FailureReason
-from tunesmith.api.finetunejob_status import Verdict
+from tunesmith.api.finetunejob_status import Preflight, Verdict
+from tunesmith_trainer.preflight import refusal
 
 if TYPE_CHECKING:
     from trainer_rig import Workbench
-
-    from tunesmith.api.finetunejob_status import Preflight
 
 ESTIMATE = Path(__file__).resolve().parents[2] / ".venv" / "bin" / "tunesmith"
 GPU: dict[str, Any] = {"resources": {"gpus": 1}}
@@ -70,6 +69,19 @@ def test_what_was_decided_stays_on_another_gpu(bench: Workbench) -> None:
     again = bench.run("validate", job, "--gpu-memory-bytes", str(10**10)).result.resolved
     assert again is not None
     assert (again.micro_batch_size, again.gradient_checkpointing, again.total_steps) == (2, True, 2)
+
+
+def test_in_a_cluster_larger_nodes_are_a_way_out() -> None:
+    counted = Preflight(
+        estimated_peak_bytes=30 * 2**30,
+        gpu_memory_bytes=15 * 2**30,
+        verdict=Verdict.WILL_NOT_FIT,
+        suggestion="it fits with rank: 8",
+    )
+    assert refusal(counted, cluster=True) == (
+        "the run needs about 30.0 GiB of GPU memory and the smallest GPU that it may get has 15.0 GiB: it fits with "
+        "rank: 8; where there are larger ones, keep it to them with scheduling.nodeSelector"
+    )
 
 
 @pytest.fixture

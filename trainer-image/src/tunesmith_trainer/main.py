@@ -269,7 +269,7 @@ def _validate(
     counted = prepared.preflight
     for line in told(counted):
         progress.say(line)
-    return _refused(prepared) or TrainerResult(
+    return _refused(prepared, cluster=not arguments.allow_file) or TrainerResult(
         outcome=Outcome.SUCCEEDED,
         message=f"{counted.rows} rows to train on with {counted.tokens} tokens, {counted.validation_rows} held out,"
         f" {counted.dropped_rows} dropped;"
@@ -286,11 +286,11 @@ def _launched(arguments: argparse.Namespace, first: Ranks, count: int, progress:
         return launch(command, first, count, work)
 
 
-def _refused(prepared: Prepared) -> TrainerResult | None:
+def _refused(prepared: Prepared, *, cluster: bool) -> TrainerResult | None:
     """The result of a job that cannot fit into its GPU."""
     from tunesmith_trainer.preflight import refusal  # noqa: PLC0415
 
-    told = refusal(prepared.preflight)
+    told = refusal(prepared.preflight, cluster=cluster)
     if told is None:
         return None
     return TrainerResult(
@@ -337,7 +337,7 @@ def _train(
     ranks = ending.ranks
     tokens = arguments.tokens or (f"file://{local}/tokens" if local is not None else None)
     prepared = _prepared(job, stores, work, ranks, progress, _tokens(tokens, stores))
-    refused = _refused(prepared)
+    refused = _refused(prepared, cluster=not arguments.allow_file)
     if refused is not None:
         return refused
     counted = prepared.preflight

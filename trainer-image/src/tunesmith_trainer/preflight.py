@@ -272,11 +272,21 @@ def gibibytes(size: int) -> str:
     return f"{size / _GIB:.1f} GiB"
 
 
-def refusal(counted: Preflight) -> str | None:
-    """Why training would be pointless, and the change that fits; None where it may fit."""
+def refusal(counted: Preflight, *, cluster: bool) -> str | None:
+    """Why training would be pointless, and the change that fits; None where it may fit.
+
+    Args:
+        counted: with the verdict.
+        cluster: whether a scheduler chooses among nodes.
+    """
     if counted.verdict is not Verdict.WILL_NOT_FIT:
         return None
     peak, memory = counted.estimated_peak_bytes or 0, counted.gpu_memory_bytes or 0
+    gpu, or_else = "the GPU has", ""
+    if cluster:
+        gpu = "the smallest GPU that it may get has"
+        or_else = "; where there are larger ones, keep it to them with scheduling.nodeSelector"
     return (
-        f"the run needs about {gibibytes(peak)} of GPU memory and the GPU has {gibibytes(memory)}: {counted.suggestion}"
+        f"the run needs about {gibibytes(peak)} of GPU memory and {gpu} {gibibytes(memory)}: "
+        f"{counted.suggestion}{or_else}"
     )
