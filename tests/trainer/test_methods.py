@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from methods_rig import PROMPTS, distance, plan, try_method
+from methods_rig import PROMPTS, distance, plan, rows_of, spec_of, try_method
 from peft import PeftModel
 from pydantic import ValidationError
 from safetensors.torch import load_file
@@ -15,8 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from tunesmith.api.conditions import FailureReason
 from tunesmith.contracts.parity import Parity
-from tunesmith_trainer.errors import InvalidSpecError, NotServableError
+from tunesmith_trainer.errors import InvalidSpecError, NotServableError, SelfCheckError
 from tunesmith_trainer.logits import last_logits
+from tunesmith_trainer.methods.wrap import wrap
+from tunesmith_trainer.model import load_model
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -382,3 +386,31 @@ def test_servable_required_ends_the_validation(bench: Workbench) -> None:
     assert told is not None
     assert told.servable is not None
     assert not told.servable.vllm
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"parameters": 1}, "trainable parameters where 1 are expected"),
+        ({"ranks": 5}, "has rank 4 and scale 2 where 5 and 1.6 are expected"),
+        ({"init_lora_weights": False}, "the untrained adapter changes the base's loss"),
+    ],
+)
+def test_an_adapter_that_is_not_what_was_planned_ends_the_job(
+    base_model: Path, change: dict[str, Any], expected: str
+) -> None:
+    method = {"lora": {"rank": 4, "alpha": 8}}
+    planned = plan(method, base_model)
+    if "parameters" in change:
+        planned = replace(planned, parameters=change["parameters"])
+    elif "ranks" in change:
+        planned = replace(planned, ranks=dict.fromkeys(planned.ranks, change["ranks"]))
+    else:
+        config = copy.deepcopy(planned.config)
+        for name, value in change.items():
+            setattr(config, name, value)
+        planned = replace(planned, config=config)
+    base = load_model(base_model, torch.device("cpu"), None, torch.float32)
+    torch.manual_seed(0)
+    with pytest.raises(SelfCheckError, match=expected):
+        wrap(base, planned, rows_of(base.config.vocab_size), spec_of(method).method, 3)
