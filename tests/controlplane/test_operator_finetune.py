@@ -53,6 +53,10 @@ async def test_a_job_is_validated_trained_and_complete(world: World) -> None:
     assert status["evaluation"]["loss"] == 1.5
     assert [attempt["outcome"] for attempt in status["attempts"]] == ["Succeeded"]
     assert len(await world.jobs()) == 2
+    system = await world.cluster.get("Namespace", "kube-system")
+    for item in await world.cluster.list("Job", world.namespace):
+        arguments = item["spec"]["template"]["spec"]["containers"][0]["args"]
+        assert arguments[arguments.index("--cluster") + 1] == system["metadata"]["uid"]
     conditions = {condition["type"]: condition["status"] for condition in status["conditions"]}
     assert conditions == {"Validated": "True", "Started": "False", "Published": "True", "Complete": "True"}
 
