@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-@torch.no_grad()
 def begin_as_loss(model: PeftModel, folder: str) -> None:
     """Sets each adapter to the truncated singular value decomposition of the full weight less the 4-bit one.
 
@@ -27,7 +26,7 @@ def begin_as_loss(model: PeftModel, folder: str) -> None:
     Raises:
         InvalidSpecError: the files name the weights otherwise than the model does.
     """
-    places = {}
+    places: dict[str, Path] = {}
     for path in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(path, framework="pt") as tensors:
             places |= dict.fromkeys(tensors.keys(), path)
@@ -50,4 +49,4 @@ def begin_as_loss(model: PeftModel, folder: str) -> None:
             (module.lora_A["default"].weight, root[:, None] * right[:rank]),
             (module.lora_B["default"].weight, left[:, :rank] * root),
         ):
-            weight.copy_(value)
+            weight.data.copy_(value)
