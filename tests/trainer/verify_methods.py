@@ -248,7 +248,7 @@ _HEAD = [
     "",
     "- **trains**: the job completes; or the CPU stage refuses it, with the reason that the note gives.",
     "- **reload**: greatest difference of logits between the trained adapter and the artifact, loaded by plain PEFT in",
-    "  another process; on the base that was trained on, but for LoftQ, whose adapters belong to the base as published.",
+    "  another process; on the base that was trained on, but for LoftQ, whose adapters belong to the published base.",
     "- **merge**: distance of the merged weights (`output.merge: Original`, in 4 bits `Dequantized`) from what was",
     "  trained: norm of the difference of logits over their norm.",
     "- **vLLM**: whether vLLM 0.32 loads the artifact as it is, as `status.preflight.servable` says before training.",
