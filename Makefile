@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help benchmark-training verify-methods verify-resume demo test check generate images cluster-up cluster-down clean \
+.PHONY: help benchmark-training verify-data verify-methods verify-resume demo test check generate images cluster-up cluster-down clean \
   environment environment-trainer environment-server model check-format check-types check-imports check-generated check-unit
 
 UV_VERSION := 0.13.9
@@ -38,6 +38,11 @@ verify-resume: environment-trainer ## Kill training 20 times with SIGKILL and SI
 verify-methods: environment-trainer environment-server ## Train, reload, merge and serve every method; writes docs/methods.md
 	@$(STEP) --live "methods" $(UV) run --frozen --no-sync --project trainer-image python tests/trainer/verify_methods.py \
 	  --engine server-image/engine-cpu/.venv
+
+verify-data: environment-trainer model ## Validate a million rows: peak memory, and that a second attempt finds the tokens
+	@$(STEP) --last '^(passed|failed)' "a million rows" env PYTHONPATH=tests/trainer \
+	  $(UV) run --frozen --no-sync --project trainer-image python tests/trainer/verify_data.py \
+	  --base $(CACHE)/models/SmolLM2-135M-Instruct
 
 benchmark-training: environment-trainer model ## Compare the speed of training with other ways (ROWS=64 REPEATS=3)
 	@mkdir -p out
