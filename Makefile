@@ -40,9 +40,8 @@ verify-methods: environment-trainer environment-server ## Train, reload, merge a
 	  --engine server-image/engine-cpu/.venv
 
 verify-data: environment-trainer model ## Validate a million rows: peak memory, and that a second attempt finds the tokens
-	@$(STEP) --last '^(passed|failed)' "a million rows" env PYTHONPATH=tests/trainer \
-	  $(UV) run --frozen --no-sync --project trainer-image python tests/trainer/verify_data.py \
-	  --base $(CACHE)/models/SmolLM2-135M-Instruct
+	@$(STEP) --last '^(passed|failed)' "a million rows" $(UV) run --frozen --no-sync --project trainer-image \
+	  python tests/trainer/verify_data.py --base $(CACHE)/models/SmolLM2-135M-Instruct
 
 benchmark-training: environment-trainer model ## Compare the speed of training with other ways (ROWS=64 REPEATS=3)
 	@mkdir -p out
