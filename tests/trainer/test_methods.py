@@ -16,6 +16,7 @@ from trainer_rig import chat_rows, write_rows
 from transformers import AutoModelForCausalLM
 
 from tunesmith.api.conditions import FailureReason
+from tunesmith.contracts.artifact import ArtifactManifest
 from tunesmith.contracts.parity import Parity
 from tunesmith_trainer.errors import InvalidSpecError, NotServableError, SelfCheckError
 from tunesmith_trainer.logits import last_logits
@@ -414,3 +415,33 @@ def test_an_adapter_that_is_not_what_was_planned_ends_the_job(
     torch.manual_seed(0)
     with pytest.raises(SelfCheckError, match=expected):
         wrap(base, planned, rows_of(base.config.vocab_size), spec_of(method).method, 3)
+
+
+@pytest.fixture(scope="module")
+def half_base(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Path:
+    """A base in bfloat16, as most are published."""
+    folder = tmp_path_factory.mktemp("half") / "base"
+    shutil.copytree(base_model, folder)
+    AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"lora": {"rank": 4, "initialization": "PiSSA"}},
+        {"lora": {"rank": 4, "modulesToSave": ["lm_head"]}},
+        {"adaLora": {}},
+        {"peft": {"type": "LN_TUNING"}},
+        {"full": {}},
+    ],
+    ids=lambda method: next(iter(method)),
+)
+def test_a_base_in_bfloat16(bench: Workbench, half_base: Path, method: dict[str, Any]) -> None:
+    """What is trained is in float32, what is frozen is not."""
+    hyper = {"maxSteps": 3, "batchSize": 4, "precision": "bfloat16"}
+    ran = bench.run("train", bench.job(method=method, hyperparameters=hyper, baseModel={"uri": f"file://{half_base}"}))
+    assert ran.code == 0, ran.result.message
+    manifest = ArtifactManifest.model_validate_json((bench.output / "artifact/tunesmith.json").read_bytes())
+    assert manifest.adapter.relative_logit_error is not None
+    assert manifest.adapter.relative_logit_error < 0.02

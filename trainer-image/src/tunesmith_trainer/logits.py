@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
+
+    from torch import nn
 
 
 def last_logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:  # noqa: ANN401 - with or without adapter
@@ -15,13 +19,24 @@ def last_logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[torch.Tens
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), products(model):
             return [
                 model(input_ids=torch.tensor([list(prompt)], device=model.device)).logits[0, -1].float().cpu()
                 for prompt in prompts
             ]
     finally:
         model.train(was_training)
+
+
+def products(model: nn.Module) -> AbstractContextManager[None]:
+    """Products as in training, where weights are in float32 and in a type of fewer bits: in the latter."""
+    device, types = "cpu", set()
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            device = parameter.device.type
+            types.add(parameter.dtype)
+    fewer = types - {torch.float32}
+    return torch.autocast(device, fewer.pop()) if len(types) > 1 else nullcontext()
 
 
 def relative_distance(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from tunesmith.contracts.parity import Parity, ParityPosition, ParityProbe, TokenLogProbability
-from tunesmith_trainer.logits import last_logits
+from tunesmith_trainer.logits import last_logits, products
 from tunesmith_trainer.methods.conversion import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -82,23 +84,34 @@ def record(
     answers = []
     for ids in prompts:
         given = torch.tensor([ids], device=model.device)
-        with torch.inference_mode():
+        with torch.inference_mode(), _products(model, artifact):
             whole: Any = model.generate(
                 input_ids=given, attention_mask=torch.ones_like(given), generation_config=greedy
             )
         answers.append([int(token) for token in whole[0, len(ids) :]])
     asked = list(zip(prompts, answers, strict=True))
-    trained = [_positions(model, ids, answer) for ids, answer in asked]
+    with _products(model, artifact):
+        trained = [_positions(model, ids, answer) for ids, answer in asked]
     logits = last_logits(model, prompts)
     if not adapter:
         model = _loaded(base, dtype, offload)
-    with model.disable_adapter() if adapter else nullcontext():
+    with model.disable_adapter() if adapter else nullcontext(), _products(model, artifact):
         before = [_positions(model, ids, answer) for ids, answer in asked]
     probes = [
         ParityProbe(prompt=prompt, prompt_token_ids=ids, answer_token_ids=answer, base=one, adapter=other)
         for prompt, (ids, answer), one, other in zip(PROMPTS, asked, before, trained, strict=True)
     ]
     return Parity(data_type=str(dtype).removeprefix("torch."), probes=probes), logits
+
+
+def _products(model: Any, artifact: Path) -> AbstractContextManager[None]:  # noqa: ANN401 - with or without adapter
+    """As an engine computes LoRA, with the adapter in its own type; any other method as in training."""
+    path = artifact / ADAPTER_CONFIG
+    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    plain = config.get("peft_type") == "LORA" and not (
+        config.get("modules_to_save") or config.get("trainable_token_indices")
+    )
+    return nullcontext() if plain else products(model)
 
 
 def _loaded(folder: Path, dtype: torch.dtype, offload: Path) -> PreTrainedModel:

@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import PeftType
 
 from tunesmith_trainer.errors import SelfCheckError
+from tunesmith_trainer.logits import products
 from tunesmith_trainer.methods.targets import pattern_value
 
 if TYPE_CHECKING:
@@ -71,7 +72,9 @@ def check_parameters(model: PeftModel, planned: Planned) -> None:
 
 def check_start(model: PeftModel, planned: Planned, before: Probe) -> None:
     """Raises SelfCheckError where the untrained adapter changes the base's loss, or taking it off does."""
-    coarse = model.device.type == "cuda" or any(hasattr(parameter, "quant_state") for parameter in model.parameters())
+    coarse = any(
+        parameter.dtype is not torch.float32 or hasattr(parameter, "quant_state") for parameter in model.parameters()
+    )
     tolerance = (_COARSE_TOLERANCE if coarse else _TOLERANCE) * max(1.0, before.loss)
     if not math.isfinite(before.loss):
         return  # the held-out loss tells it
@@ -132,7 +135,7 @@ def _loss(model: Any, rows: Sequence[Sequence[int]]) -> float:  # noqa: ANN401 -
     model.eval()
     total, count = 0.0, 0
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), products(model):
             for ids in rows:
                 given = torch.tensor([list(ids)], device=model.device)
                 # A prompt that the method puts in front has logits too.

@@ -60,8 +60,10 @@ def wrap(base: PreTrainedModel, planned: Planned, rows: Dataset, method: Method,
         _look_at_rows(base, config, rows)
     model = get_peft_model(base, config)
     assert isinstance(model, PeftModel)  # noqa: S101 - narrows the type
-    # In bfloat16 small updates would be lost.
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
+        if ".ranknum." in name:
+            parameter.requires_grad_(requires_grad=False)  # a constant of AdaLoRA's that PEFT thaws when it casts it
+        # In bfloat16 small updates would be lost.
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
     if isinstance(config, LoraConfig) and config.init_lora_weights == "eva":

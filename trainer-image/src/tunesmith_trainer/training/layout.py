@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from tunesmith_trainer.data import IGNORED
 from tunesmith_trainer.errors import SelfCheckError
+from tunesmith_trainer.logits import products
 from tunesmith_trainer.training.attention import by_segments
 from tunesmith_trainer.training.batches import Collator, Layout
 from tunesmith_trainer.training.loss import add_target_loss
@@ -94,7 +95,7 @@ def _evaluating(model: PeftModel) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), products(model):
             yield
     finally:
         model.train(was_training)
