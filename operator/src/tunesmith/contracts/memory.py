@@ -2,7 +2,8 @@
 
 peak = weights + (8 + state) · A + activations + logits + overhead, with A trainable parameters in float32 (4 bytes each
 for the parameter and its gradient) and the optimizer's state, 8 bytes with AdamW. Fitted to published measurements,
-which tests/api/test_memory.py holds; all of them are of AdamW and of bases in bfloat16 or nf4.
+which tests/api/test_memory.py holds; all of them are of LoRA with AdamW over bases in bfloat16 or nf4. The activations
+of the others are what autograd keeps of a real model's layers, as tests/trainer/test_activations.py measures.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ _OVERHEAD = 800_000_000  # CUDA context, kernels' workspaces, fragmentation
 _LOGITS = 16  # bf16 logits, their float32 copy, the softmax and its gradient
 _FUSED_LOGITS = 0.5
 _HIDDEN = 5.5
+_HIDDEN_FULL = {2: 34, 4: 40}
+"""By the bytes of the matrix products' type: with weights in float32 the residual stream is in float32 too."""
 _ADAPTER_INPUT = 2.25
 _DROPOUT_INPUT = 4.4
 _DORA_INPUT = 4.85
@@ -98,16 +101,18 @@ def estimate(shape: Shape, run: Run) -> Estimate:
     """The peak of a run, within TOLERANCE of what was measured for runs of its kind."""
     width = 4 if run.full_precision else 2
     linear = _NF4 if run.quantized else width
-    per_input = _ADAPTER_INPUT + _DROPOUT_INPUT * run.dropout + _DORA_INPUT * run.dora
-    layer = 8 * shape.intermediate + _HIDDEN * shape.hidden + per_input * run.adapted_inputs
+    per_input = _ADAPTER_INPUT + _DROPOUT_INPUT * run.dropout + _DORA_INPUT * run.dora * width / 2
+    hidden = _HIDDEN_FULL[width] if run.full else _HIDDEN * width / 2
+    layer = 4 * width * shape.intermediate + hidden * shape.hidden + per_input * run.adapted_inputs
     # With checkpointing: each layer's input, and one layer at a time in full.
-    token = 2 * shape.hidden * shape.layers + layer if run.checkpointing else shape.layers * layer
+    stream = 4 if run.full else width
+    token = stream * shape.hidden * shape.layers + layer if run.checkpointing else shape.layers * layer
     positions = run.tokens if run.logit_positions is None else min(run.tokens, run.logit_positions)
     weights = linear * shape.linear_parameters + width * shape.embedding_parameters
     return Estimate(
         weights=0 if run.full and run.full_precision else round(weights),
         adapter=round((_TRAINABLE + run.optimizer_bytes) * run.adapter_parameters),
-        activations=round(token * run.tokens * width / 2),
+        activations=round(token * run.tokens),
         logits=round((_FUSED_LOGITS if run.fused_loss else _LOGITS) * shape.vocabulary * positions),
     )
 

@@ -1,0 +1,91 @@
+"""The estimated activations against the bytes that autograd keeps of a real model, per token and layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tunesmith.contracts.memory import TOLERANCE, Run, Shape, estimate
+from tunesmith_trainer.training.loss import add_target_loss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+HIDDEN, INTERMEDIATE, VOCABULARY = 128, 352, 64
+QUERY_VALUE = ["q_proj", "v_proj"]
+ALL = [*QUERY_VALUE, "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+INPUTS = {len(ALL): 6 * HIDDEN + INTERMEDIATE, len(QUERY_VALUE): 2 * HIDDEN}
+
+
+def kept(layers: int, tokens: int, lora: dict[str, Any] | None, precision: torch.dtype) -> int:
+    """Bytes that the backward pass needs of the forward pass, without the weights."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+    )
+    base: PreTrainedModel = LlamaForCausalLM(config)
+    add_target_loss(base)
+    model: Any = base
+    if lora is not None:
+        model = get_peft_model(base.to(precision), LoraConfig(r=8, task_type="CAUSAL_LM", **lora))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    found: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in weights:
+            found[place] = tensor  # held, so that no other takes its place
+        return tensor
+
+    ids = torch.randint(3, VOCABULARY, (1, tokens))
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=precision is torch.bfloat16):
+        model.train()(input_ids=ids, labels=ids, target_loss=True)
+    return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
+
+
+def per_token_and_layer(measure: Any) -> float:
+    """What another token adds in another layer: neither the head nor copies of weights count."""
+    more = measure(2, 96) - measure(1, 96) - (measure(2, 48) - measure(1, 48))
+    return float(more) / 48
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": ALL},
+        {"target_modules": QUERY_VALUE},
+        {"target_modules": ALL, "lora_dropout": 0.05},
+        {"target_modules": ALL, "use_dora": True},
+        None,
+    ],
+    ids=["all", "query and value", "dropout", "DoRA", "full"],
+)
+def test_the_estimate_is_near_what_autograd_keeps(lora: dict[str, Any] | None, precision: torch.dtype) -> None:
+    def estimated(layers: int, tokens: int) -> int:
+        run = Run(
+            adapter_parameters=0,
+            adapted_inputs=0 if lora is None else INPUTS[len(lora["target_modules"])],
+            tokens=tokens,
+            checkpointing=False,
+            dropout=lora is not None and "lora_dropout" in lora,
+            dora=lora is not None and "use_dora" in lora,
+            full_precision=precision is torch.float32,
+            full=lora is None,
+        )
+        return estimate(Shape(HIDDEN, layers, INTERMEDIATE, VOCABULARY, 0, 0), run).activations
+
+    measured = per_token_and_layer(lambda layers, tokens: kept(layers, tokens, lora, precision))
+    assert per_token_and_layer(estimated) == pytest.approx(measured, rel=TOLERANCE)
