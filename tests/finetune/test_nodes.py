@@ -54,6 +54,11 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]], int | None]] = {
         15360,
     ),
     "a taint that only advises": ({}, [node(A100), node(T4, taints=[SPOT | {"effect": "PreferNoSchedule"}])], 15360),
+    "a node that is not ready for the moment": (
+        {},
+        [node(T4, taints=[{"key": "node.kubernetes.io/not-ready", "effect": "NoSchedule"}])],
+        15360,
+    ),
     "the taint of GPU nodes": ({}, [node(T4, taints=[{"key": "nvidia.com/gpu", "effect": "NoSchedule"}])], 15360),
     "a MIG profile": (
         {"resources": {"gpuResource": "nvidia.com/mig-1g.10gb"}},

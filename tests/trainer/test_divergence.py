@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -64,6 +65,10 @@ def test_a_job_whose_loss_runs_away_is_stopped_at_its_last_good_checkpoint(bench
     assert told is not None, ran.result.message
     stopped, good = int(told[1]), int(told[2])
     assert stopped < steps
+    # A watchdog that went on would end this process in five minutes.
+    for thread in [thread for thread in threading.enumerate() if thread.name == "watchdog"]:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
     assert [entry.name for entry in (bench.output / "checkpoints").iterdir()] == [f"step-{good:08d}"]
     losses = [float(found[1]) for line in ran.lines if (found := re.search(r"  step \d+/.* loss ([\d.]+)", line))]
     assert not far_off(losses[:good])

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 Object = dict[str, Any]
 _MIB = 2**20
+_STATE = "node.kubernetes.io/"
 _KEEPS_OFF = frozenset({"NoSchedule", "NoExecute"})
 
 
@@ -43,7 +44,12 @@ def _may_run(job: FineTuneJob, node: Object) -> bool:
         return False
     # The API server's ExtendedResourceToleration makes pods tolerate a taint of the resource's own name.
     resource = job.spec.resources.gpu_resource
-    taints = [taint for taint in node.get("spec", {}).get("taints") or () if taint["key"] != resource]
+    # Kubernetes' own taints say how a node is at the moment, not which GPU it has.
+    taints = [
+        taint
+        for taint in node.get("spec", {}).get("taints") or ()
+        if taint["key"] != resource and not taint["key"].startswith(_STATE)
+    ]
     if any(not _tolerated(taint, wanted.tolerations or []) for taint in taints if taint.get("effect") in _KEEPS_OFF):
         return False
     allocatable = str(node.get("status", {}).get("allocatable", {}).get(resource, "0"))

@@ -171,12 +171,13 @@ def _train(
     hooks.attach(trainer, peft_model, method)
     saver = Saver(faults.checkpoints, job.spec.checkpoint, faults.interruption, curve, ranks)
     saver.attach(trainer)
-    trainer.add_callback(Watchdog(faults.hung))
+    watchdog = Watchdog(faults.hung)
+    trainer.add_callback(watchdog)
 
     def score(rows: Dataset, *, adapter: bool) -> float:
         return held_out_loss(peft_model, rows, collate, resolved.micro_batch_size or 1, adapter=adapter, ranks=ranks)
 
-    with attention_of(layout, base):
+    with attention_of(layout, base), watchdog:
         losses = _scored(prepared, progress, score, curve, lambda: _run(trainer, saver, faults, progress, ranks))
     answered = _generated(job, prepared, peft_model) if ranks.first else {}
     return Trained(peft_model, gates.judge(job.spec.evaluation, losses, answered), curve)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from transformers import TrainerCallback
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from types import TracebackType
 
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -30,6 +31,9 @@ def deadline(seconds: Sequence[float]) -> float:
 
 class Watchdog(TrainerCallback):
     """Calls `hung(step, seconds)` from a thread of its own when nothing has moved for too long.
+
+    As a context manager it watches no longer once its block is left, also by an error, which ends training without
+    `on_train_end`.
 
     Args:
         hung: what to do; it gets the steps done and the seconds without a sign of life.
@@ -62,6 +66,14 @@ class Watchdog(TrainerCallback):
     def stop(self) -> None:
         """Watches no longer."""
         self._stop.set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
