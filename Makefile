@@ -19,7 +19,7 @@ GENERATE_CRDS := python -m tunesmith.api.crd --output crds --output charts/tunes
 UNIT_TESTS := tests/api tests/finetune tests/serving tests/autoscale tests/gateway tests/cli
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: environment environment-trainer model ## Train and serve an adapter on a local cluster (KUBECONTEXT=name: on that cluster)
 	@$(MAKE) cluster-up images
@@ -47,6 +47,9 @@ benchmark-training: environment-trainer model ## Compare the speed of training w
 	@mkdir -p out
 	@$(RUN) --project trainer-image benchmarks/training/benchmark.py --rows $(or $(ROWS),64) --repeats $(or $(REPEATS),3) \
 	  --output out/benchmark-training.md
+
+verify-scenarios: environment ## After `make demo`: suspended and queued training, two nodes, on the cluster
+	@$(STEP) --last ' (passed|failed).* in ' "long scenarios" $(RUN) pytest -m long e2e/scenarios
 
 generate: environment ## Write the CRDs, the API reference and the schema of the charts' values again
 	@$(STEP) "generate the CRDs" $(RUN) $(GENERATE_CRDS)

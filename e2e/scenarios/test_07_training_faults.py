@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from installation import Object
 
-STEPS = 40
+STEPS = 24
 SOME_STEPS = 3
 """So many steps are done before the job is disturbed: enough to go on from, and far from the end."""
 NAMES = ("evicted", "suspended", "queued")
@@ -118,6 +118,7 @@ def test_an_evicted_job_goes_on(submit: Callable[..., str]) -> None:
     went_on(name, "Preempted", step)
 
 
+@pytest.mark.long
 def test_a_suspended_job_goes_on(submit: Callable[..., str]) -> None:
     name = submit("suspended")
     pod, step = trains(name)
@@ -130,6 +131,7 @@ def test_a_suspended_job_goes_on(submit: Callable[..., str]) -> None:
     went_on(name, "Suspended", step)
 
 
+@pytest.mark.long
 def test_a_queue_admits_suspends_and_admits_a_job_again(submit: Callable[..., str]) -> None:
     """The test does what Kueue does: it writes `suspend` of the Job, and nothing else."""
     name = submit("queued", scheduling={"queue": "team"})

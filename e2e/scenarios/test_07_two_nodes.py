@@ -57,6 +57,7 @@ def curve(job: Object) -> list[dict[str, str]]:
     return list(csv.DictReader(in_store("read", f"{job['status']['artifact']['uri']}/metrics.csv").splitlines()))
 
 
+@pytest.mark.long
 def test_two_nodes_train_what_one_does(jobs: dict[str, Object]) -> None:
     for job in jobs.values():
         assert condition(job, "Complete")["status"] == "True", condition(job, "Failed")
