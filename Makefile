@@ -48,8 +48,9 @@ benchmark-training: environment-trainer model ## Compare the speed of training w
 	@$(RUN) --project trainer-image benchmarks/training/benchmark.py --rows $(or $(ROWS),64) --repeats $(or $(REPEATS),3) \
 	  --output out/benchmark-training.md
 
-verify-scenarios: environment ## After `make demo`: suspended and queued training, two nodes, on the cluster
-	@$(STEP) --last ' (passed|failed).* in ' "long scenarios" $(RUN) pytest -m long e2e/scenarios
+verify-long: environment environment-trainer model ## After `make demo`: the tests that `make test` leaves out for their length
+	@$(STEP) --last ' (passed|failed).* in ' "long tests: trainer" $(RUN) --project trainer-image pytest -m long tests/trainer
+	@$(STEP) --last ' (passed|failed).* in ' "long tests: scenarios" $(RUN) pytest -m long e2e/scenarios
 
 generate: environment ## Write the CRDs, the API reference and the schema of the charts' values again
 	@$(STEP) "generate the CRDs" $(RUN) $(GENERATE_CRDS)

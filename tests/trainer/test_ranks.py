@@ -144,6 +144,7 @@ def test_other_jobs_on_two_nodes(tmp_path: Path, base_model: Path, name: str) ->
     assert_equal(runs[1], runs[0])
 
 
+@pytest.mark.long
 def test_two_processes_of_one_pod_read_the_data_once(tmp_path: Path, alone: Pods) -> None:
     """What `gpus: 2` starts, on the CPU."""
     two = Pods(tmp_path, alone.manifest, 2)

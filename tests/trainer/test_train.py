@@ -325,6 +325,7 @@ def _poll_progress(process: subprocess.Popen[bytes], port: int, log: Path) -> An
     pytest.fail(f"no step within three minutes: {log.read_text()}")
 
 
+@pytest.mark.long
 def test_a_real_model_learns(bench: Workbench, smollm2: Path) -> None:
     data = Path(__file__).parents[2] / "examples/data"
     validation = bench.folder / "validation.jsonl"
