@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
+from checkpoint_damage import flip, lose_a_file, lose_the_manifest, truncate
 
 from tunesmith_trainer.checkpoint import (
     MANIFEST,
@@ -30,24 +31,6 @@ BINDING = "sha256:of-this-run"
 def fill(folder: Path) -> None:
     (folder / "weights").write_bytes(b"w" * 1000)
     (folder / "state").write_bytes(b"s" * 10)
-
-
-def flip(folder: Path) -> None:
-    data = bytearray((folder / "weights").read_bytes())
-    data[500] ^= 1
-    (folder / "weights").write_bytes(data)
-
-
-def truncate(folder: Path) -> None:
-    (folder / "weights").write_bytes(b"w" * 999)
-
-
-def lose_a_file(folder: Path) -> None:
-    (folder / "state").unlink()
-
-
-def lose_the_manifest(folder: Path) -> None:
-    (folder / MANIFEST).unlink()
 
 
 def add_a_file(folder: Path) -> None:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import pytest
+from checkpoint_damage import flip, lose_a_file, lose_the_manifest, truncate
 from s3server import S3Server
 
-from tunesmith_trainer.checkpoint import MANIFEST, Checkpoints, name_of
+from tunesmith_trainer.checkpoint import Checkpoints, name_of
 from tunesmith_trainer.errors import StorageUnavailableError
 from tunesmith_trainer.store import Retry, Stores
 
@@ -130,24 +131,6 @@ def test_what_a_killed_upload_left_is_not_used_and_displaces_nothing(store: Stor
     half.pipe_file(f"tunesmith/{PLACE}/{name_of(8)}/weights", b"8")
     saved(store.checkpoints(), 12)
     assert store.steps() == [name_of(4), name_of(12)]
-
-
-def flip(folder: Path) -> None:
-    data = bytearray((folder / "weights").read_bytes())
-    data[500] ^= 1
-    (folder / "weights").write_bytes(data)
-
-
-def truncate(folder: Path) -> None:
-    (folder / "weights").write_bytes(b"w" * 999)
-
-
-def lose_a_file(folder: Path) -> None:
-    (folder / "state").unlink()
-
-
-def lose_the_manifest(folder: Path) -> None:
-    (folder / MANIFEST).unlink()
 
 
 @pytest.mark.parametrize(

@@ -41,12 +41,15 @@ class BaseModelSource(ApiModel):
     )
 
 
-_FORMATS_OF_SFT = {DataFormat.MESSAGES, DataFormat.PROMPT_COMPLETION, DataFormat.INSTRUCTION, DataFormat.TEXT}
-_FORMATS = {
-    ObjectiveName.DPO: {DataFormat.PREFERENCE},
-    ObjectiveName.ORPO: {DataFormat.PREFERENCE},
-    ObjectiveName.KTO: {DataFormat.UNPAIRED_PREFERENCE},
+FORMATS = {
+    ObjectiveName.SFT: frozenset(
+        {DataFormat.MESSAGES, DataFormat.PROMPT_COMPLETION, DataFormat.INSTRUCTION, DataFormat.TEXT}
+    ),
+    ObjectiveName.DPO: frozenset({DataFormat.PREFERENCE}),
+    ObjectiveName.ORPO: frozenset({DataFormat.PREFERENCE}),
+    ObjectiveName.KTO: frozenset({DataFormat.UNPAIRED_PREFERENCE}),
 }
+"""What each objective can learn from."""
 
 
 class FineTuneJobSpec(ApiModel):
@@ -89,10 +92,7 @@ class FineTuneJobSpec(ApiModel):
             "!has(self.objective) || has(self.objective.sft))",
             "dataset.format does not go with the objective: dpo and orpo learn from Preference, kto from "
             "UnpairedPreference, sft from the others; change one of them",
-            lambda self: (
-                self.dataset.format is DataFormat.AUTO
-                or self.dataset.format in _FORMATS.get(self.objective_name, _FORMATS_OF_SFT)
-            ),
+            lambda self: self.dataset.format is DataFormat.AUTO or self.dataset.format in FORMATS[self.objective_name],
         ),
         Rule(
             "!has(self.method.full) || !has(self.objective) || has(self.objective.sft) || has(self.objective.orpo)",

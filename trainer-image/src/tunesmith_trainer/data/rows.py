@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.api.dataset import Columns, DataFormat, DuplicateRows, UnusableRows
+from tunesmith.api.finetunejob import FORMATS
 from tunesmith.api.finetunejob_status import DropReason
 from tunesmith.api.objective import ObjectiveName
 from tunesmith_trainer.data.formats import records
@@ -46,15 +47,13 @@ class RowForm(StrEnum):
     UNPAIRED_PREFERENCE = "UnpairedPreference"
 
 
-SFT_FORMS = frozenset({RowForm.MESSAGES, RowForm.PROMPT_COMPLETION, RowForm.INSTRUCTION, RowForm.TEXT})
-"""Forms that may stand beside each other: each is a text with a part that is learned."""
 FORMS = {
-    ObjectiveName.SFT: SFT_FORMS,
-    ObjectiveName.DPO: frozenset({RowForm.PREFERENCE}),
-    ObjectiveName.ORPO: frozenset({RowForm.PREFERENCE}),
-    ObjectiveName.KTO: frozenset({RowForm.UNPAIRED_PREFERENCE}),
+    objective: frozenset(RowForm(data_format.value) for data_format in formats)
+    for objective, formats in FORMATS.items()
 }
 """What each objective can learn from."""
+SFT_FORMS = FORMS[ObjectiveName.SFT]
+"""Forms that may stand beside each other: each is a text with a part that is learned."""
 _REQUIRED = {
     RowForm.MESSAGES: ("messages",),
     RowForm.PROMPT_COMPLETION: ("prompt", "completion"),
