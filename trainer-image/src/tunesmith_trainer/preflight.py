@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from tunesmith_trainer.methods.targets import Modules
 
 _GIB = 2**30
-_LOSS_POSITIONS = 512
-"""Whose logits training/loss.py makes at one time."""
+LOSS_POSITIONS = 512
+"""Target positions whose logits exist at one time."""
 _OPTIMIZER_BYTES = {
     Optimizer.ADAMW: 8.0,
     Optimizer.ADAMW_8BIT: 2.0,
@@ -91,7 +91,7 @@ class Sizing:
             dropout=self.dropout,
             dora=self.dora,
             full=settings.full,
-            logit_positions=_LOSS_POSITIONS,
+            logit_positions=LOSS_POSITIONS,
             optimizer_bytes=self.optimizer_bytes,
             full_precision=self.full_precision,
         )

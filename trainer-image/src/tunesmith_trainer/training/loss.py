@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.utils.generic import ModelOutput
 
 from tunesmith_trainer.data import IGNORED
+from tunesmith_trainer.preflight import LOSS_POSITIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     Score = Callable[[torch.Tensor], torch.Tensor]
-
-_CHUNK = 512
-"""Target positions whose logits exist at one time."""
 
 
 @dataclass
@@ -50,15 +48,15 @@ class _FrozenHead(torch.autograd.Function):
         needed = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if needed else None
         losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
-        for start in range(0, len(labels), _CHUNK):
-            part = hidden[start : start + _CHUNK].detach().requires_grad_(needed)
+        for start in range(0, len(labels), LOSS_POSITIONS):
+            part = hidden[start : start + LOSS_POSITIONS].detach().requires_grad_(needed)
             with torch.set_grad_enabled(needed):
-                loss = _cross_entropy(part, labels[start : start + _CHUNK], score)
+                loss = _cross_entropy(part, labels[start : start + LOSS_POSITIONS], score)
                 summed = loss.sum()
             if gradient is not None:
                 # The loss of a position depends on that position's state alone.
-                (gradient[start : start + _CHUNK],) = torch.autograd.grad(summed, part)
-            losses[start : start + _CHUNK] = loss.detach()
+                (gradient[start : start + LOSS_POSITIONS],) = torch.autograd.grad(summed, part)
+            losses[start : start + LOSS_POSITIONS] = loss.detach()
         ctx.gradient = gradient
         return losses
 
@@ -89,9 +87,13 @@ def losses_at(hidden: torch.Tensor, labels: torch.Tensor, score: Score, *, train
         return frozen
     parts = [
         checkpoint(
-            _cross_entropy, hidden[start : start + _CHUNK], labels[start : start + _CHUNK], score, use_reentrant=False
+            _cross_entropy,
+            hidden[start : start + LOSS_POSITIONS],
+            labels[start : start + LOSS_POSITIONS],
+            score,
+            use_reentrant=False,
         )
-        for start in range(0, len(labels), _CHUNK)
+        for start in range(0, len(labels), LOSS_POSITIONS)
     ]
     return torch.cat(parts)
 
