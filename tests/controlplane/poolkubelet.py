@@ -61,10 +61,12 @@ class Lines:
         await web.SockSite(self._runner, self._socket).start()
 
     async def close(self) -> None:
-        if self._runner is not None:
-            await self._runner.cleanup()
-        if self._socket is not None:
-            self._socket.close()
+        try:
+            if self._runner is not None:
+                await self._runner.cleanup()
+        finally:
+            if self._socket is not None:
+                self._socket.close()
 
     async def change(self) -> None:
         async with self._changed:
@@ -199,8 +201,9 @@ class PoolKubelet:
                 else:
                     await self._play(event.object)
         finally:
-            for agent in self.agents.values():
-                await agent.close()
+            async with contextlib.AsyncExitStack() as stack:  # each is closed, also after one that could not be
+                for agent in self.agents.values():
+                    stack.push_async_callback(agent.close)
 
     def holders(self, engine_name: str) -> list[str]:
         """Names of the pods on which a revision is resident."""

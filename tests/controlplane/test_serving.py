@@ -118,7 +118,8 @@ async def world(operator: Operator, cluster: Cluster) -> AsyncIterator[World]:
     await cluster.delete("Namespace", found.namespace)
     for task in tasks:
         task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    for ended in await asyncio.gather(*tasks, return_exceptions=True):
+        assert isinstance(ended, asyncio.CancelledError), ended
 
 
 async def test_from_a_job_that_does_not_exist_yet_to_an_adapter_that_answers(world: World) -> None:
