@@ -166,8 +166,18 @@ REFUSED_JOBS: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "a weight of nothing": (
         {"dataset__train": [{"uri": JSONL, "weight": 0}]},
-        "a weight of 0 takes no row: remove the source from dataset.train",
+        'spec.dataset.train[0].weight: Invalid value: "number": 0 is too small: it must be at least 0.001',
         "spec.dataset.train[0].weight is 0: it must be at least 0.001",
+    ),
+    "a learning rate of nothing": (
+        {"hyperparameters": {"learningRate": 0}},
+        'spec.hyperparameters.learningRate: Invalid value: "number": 0 is too small: it must be at least 1e-08',
+        "spec.hyperparameters.learningRate is 0: it must be at least 1e-08",
+    ),
+    "a method's weight of nothing": (
+        {"method": {"adaLora": {"orthogonality": 0}}},
+        'spec.method.adaLora.orthogonality: Invalid value: "number": 0 is too small: it must be at least 0.001',
+        "spec.method.adaLora.orthogonality is 0: it must be at least 0.001",
     ),
     "a suite of two kinds": (
         {"evaluation": {"suites": [{"name": "a", "heldOutLoss": {}, "generation": {"dataset": {"uri": JSONL}}}]}},

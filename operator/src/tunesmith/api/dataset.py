@@ -81,16 +81,6 @@ class DatasetSource(ApiModel):
 class TrainingSource(DatasetSource):
     """Files with rows, and how often they are taken."""
 
-    rules = (
-        *DatasetSource.rules,
-        Rule(
-            # The API server compares a whole number with the whole part of a minimum, and would take 0.
-            "!has(self.weight) || self.weight > 0.0",
-            "a weight of 0 takes no row: remove the source from dataset.train",
-            lambda self: self.weight > 0,
-        ),
-    )
-
     weight: float = Field(
         default=1.0,
         ge=0.001,

@@ -194,7 +194,7 @@ class AdaLoraFields(ApiModel):
     )
     interval: int = Field(default=1, ge=1, le=10_000, description="Steps between two allocations of the ranks.")
     orthogonality: float = Field(
-        default=0.5, gt=0.0, le=10.0, description="Weight of the loss that keeps the matrices orthogonal."
+        default=0.5, ge=0.001, le=10.0, description="Weight of the loss that keeps the matrices orthogonal."
     )
     quantization: OptionalQuantization = None
 

@@ -139,6 +139,10 @@ def _converted(node: Schema, path: str) -> Schema:
     if "items" in node:
         result["items"] = _converted(node["items"], f"{path}[]")
         result.setdefault("x-kubernetes-list-type", "atomic")
+    if 0 < result.get("minimum", 0) < 1:
+        # The API server compares a whole number with the whole part of a minimum, and would take 0.
+        refused = {"rule": "self != 0.0", "message": f"0 is too small: it must be at least {result['minimum']:g}"}
+        result[VALIDATIONS] = [*result.get(VALIDATIONS, ()), refused]
     _require_maximum(result, path)
     return result
 
