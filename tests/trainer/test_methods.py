@@ -12,8 +12,8 @@ from methods_rig import PROMPTS, distance, plan, rows_of, spec_of, try_method
 from peft import PeftModel
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from trainer_rig import chat_rows, write_rows
-from transformers import AutoModelForCausalLM
+from trainer_rig import chat_row, chat_rows, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tunesmith.api.conditions import FailureReason
 from tunesmith.contracts.artifact import ArtifactManifest
@@ -445,3 +445,27 @@ def test_a_base_in_bfloat16(bench: Workbench, half_base: Path, method: dict[str,
     manifest = ArtifactManifest.model_validate_json((bench.output / "artifact/tunesmith.json").read_bytes())
     assert manifest.adapter.relative_logit_error is not None
     assert manifest.adapter.relative_logit_error < 0.02
+
+
+def test_a_token_that_only_one_row_has_is_learned_and_one_that_none_has_is_refused(bench: Workbench) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(bench.base)
+    rare, absent = tokenizer.convert_tokens_to_ids("Z"), tokenizer.convert_tokens_to_ids("X")
+
+    def job(*tokens: int) -> dict[str, Any]:
+        method = {"peft": {"type": "TRAINABLE_TOKENS", "config": {"token_indices": list(tokens)}}}
+        hyper = {"epochs": 1, "batchSize": 4, "warmupRatio": 0.0, "scheduler": "Constant"}
+        # The longest rows come first, so the first step has none of the rare token.
+        return bench.job([*chat_rows(23), chat_row("Z", "It")], method=method, hyperparameters=hyper)
+
+    refused = bench.run("validate", job(rare, absent))
+    assert refused.code == 2
+    assert refused.result.message == (
+        f"method.peft.config.token_indices has {absent}, and no training row has a token with that id: take it away, or "
+        "add rows with it"
+    )
+    ran = bench.run("train", job(rare))
+    assert ran.code == 0, ran.result.message
+    base = AutoModelForCausalLM.from_pretrained(bench.base).get_input_embeddings().weight[rare]
+    (learned,) = load_file(bench.output / "artifact/adapter_model.safetensors").values()
+    assert learned.shape == (1, 64)
+    assert distance([learned[0]], [base]) > 0.01

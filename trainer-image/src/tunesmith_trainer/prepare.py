@@ -19,6 +19,7 @@ from tunesmith_trainer.evaluation.generation import Example, load
 from tunesmith_trainer.methods.config import parameters_at, plan_method
 from tunesmith_trainer.methods.servable import require as require_servable
 from tunesmith_trainer.methods.targets import modules_of
+from tunesmith_trainer.methods.tokens import check_tokens
 from tunesmith_trainer.store import file_sha256
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ def prepare(
         store=tokens,
         say=say,
     )
+    check_tokens(planned.config, rows.train)
     answers = data.Encoder(tokenizer, ends, chat_template=asked.chat_template, loss_on=LossOn.COMPLETION)
     examples = {
         suite.name: load(suite, asked, stores, work / "data", answers, tokenizer, context)

@@ -54,9 +54,15 @@ class Watch(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """At the first step a gradient must have reached the adapter."""
+        """At the first step a gradient must have reached the adapter.
+
+        The embeddings of a few tokens are the exception: the rows of the first step may have none of them.
+        """
         if state.global_step == 0:
-            gradients = [parameter.grad for parameter in kwargs["model"].parameters() if parameter.requires_grad]
+            trained = {name: part for name, part in kwargs["model"].named_parameters() if part.requires_grad}
+            if all("trainable_tokens_" in name for name in trained):
+                return
+            gradients = [parameter.grad for parameter in trained.values()]
             if not any(gradient is not None and bool(gradient.abs().sum() > 0) for gradient in gradients):
                 finite = all(gradient is None or bool(torch.isfinite(gradient).all()) for gradient in gradients)
                 if finite:

@@ -1,0 +1,48 @@
+"""Methods that train the embeddings of a few tokens: which tokens, and whether training rows hold them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tunesmith_trainer.errors import InvalidSpecError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftConfig
+
+_READ_ROWS = 1000
+
+
+def check_tokens(config: PeftConfig | None, rows: Dataset) -> None:
+    """Every token that is to be trained must be in a row: the embedding of another one would never be learned.
+
+    Args:
+        config: PEFT's configuration of the adapter; None where all weights are trained.
+        rows: to train on, tokenised.
+
+    Raises:
+        InvalidSpecError: names the tokens that no row has.
+    """
+    name, wanted = _trained_tokens(config)
+    missing = set(wanted)
+    for part in rows.select_columns("input_ids").with_format("arrow").iter(_READ_ROWS) if missing else ():
+        missing -= set(np.unique(part["input_ids"].combine_chunks().flatten().to_numpy()).tolist())
+        if not missing:
+            return
+    if missing:
+        raise InvalidSpecError(
+            f"method.peft.config.{name} has {', '.join(str(token) for token in sorted(missing))}, and no training row "
+            "has a token with that id: take it away, or add rows with it"
+        )
+
+
+def _trained_tokens(config: PeftConfig | None) -> tuple[str, list[int]]:
+    """The name of the setting and the ids; none where the method trains no tokens."""
+    for name in ("token_indices", "trainable_token_indices"):
+        given = getattr(config, name, None)
+        if given:
+            lists = given.values() if isinstance(given, dict) else [given]
+            return name, [token for ids in lists for token in ids]
+    return "", []
