@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tunesmith.contracts.artifact import ArtifactManifest
 from tunesmith.contracts.parity import Parity
+from tunesmith_trainer.memory import available_memory
+from tunesmith_trainer.parity import record
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -88,3 +91,30 @@ def test_the_curves_are_a_picture(bench: Workbench) -> None:
     png = (bench.output / "artifact/curves.png").read_bytes()
     assert png.startswith(b"\x89PNG")
     assert (int.from_bytes(png[16:20]), int.from_bytes(png[20:24])) == (960, 540)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.7], ids=["all of it", "a part of it"])
+@pytest.mark.parametrize("method", [LORA, {"full": {}}], ids=["lora", "full"])
+def test_parity_of_a_base_that_memory_does_not_hold_is_the_same(
+    bench: Workbench, base_model: Path, tmp_path: Path, method: dict[str, Any], share: float
+) -> None:
+    assert bench.run("train", bench.job(method=method)).code == 0
+    folder = bench.output / "artifact"
+    size = (base_model / "model.safetensors").stat().st_size
+    copy = shutil.copytree(folder, tmp_path / "copy/artifact")
+    config, tokenizer = AutoConfig.from_pretrained(base_model), AutoTokenizer.from_pretrained(base_model)
+    recorded, _ = record(base_model, copy, config, tokenizer, ends=[2], pad=2, memory=int(share * size))
+    assert recorded == Parity.model_validate_json((folder / "parity.json").read_text())
+
+
+def test_available_memory_is_the_containers_where_it_has_a_limit(tmp_path: Path) -> None:
+    machine = tmp_path / "meminfo"
+    machine.write_text("MemTotal:  9000 kB\nMemAvailable:  4000 kB\nHugePages_Total:  0\n")
+    group = tmp_path / "cgroup"
+    assert available_memory(group, machine) == 4000 * 1024, "no control groups"
+    group.mkdir()
+    (group / "memory.current").write_text("3000\n")
+    (group / "memory.stat").write_text("anon 1800\nfile 1200\nkernel 0\n")
+    for limit, expected in (("max", 4000 * 1024), ("10000", 10000 - 1800), ("1000", 0), ("900000000", 4000 * 1024)):
+        (group / "memory.max").write_text(f"{limit}\n")
+        assert available_memory(group, machine) == expected

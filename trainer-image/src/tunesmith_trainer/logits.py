@@ -20,12 +20,15 @@ def last_logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[torch.Tens
     model.eval()
     try:
         with torch.inference_mode(), products(model):
-            return [
-                model(input_ids=torch.tensor([list(prompt)], device=model.device)).logits[0, -1].float().cpu()
-                for prompt in prompts
-            ]
+            return [model(input_ids=batch_of_one(model, prompt)).logits[0, -1].float().cpu() for prompt in prompts]
     finally:
         model.train(was_training)
+
+
+def batch_of_one(model: Any, tokens: Sequence[int]) -> torch.Tensor:  # noqa: ANN401 - with or without adapter
+    """(1, tokens): where the model takes it. One whose weights are read from disk (`meta`) moves it itself."""
+    device = model.device
+    return torch.tensor([list(tokens)], device="cpu" if device.type == "meta" else device)
 
 
 def products(model: nn.Module) -> AbstractContextManager[None]:
@@ -35,6 +38,8 @@ def products(model: nn.Module) -> AbstractContextManager[None]:
         if parameter.is_floating_point():
             device = parameter.device.type
             types.add(parameter.dtype)
+    if device == "meta":  # read from disk when it is computed
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     fewer = types - {torch.float32}
     return torch.autocast(device, fewer.pop()) if len(types) > 1 else nullcontext()
 

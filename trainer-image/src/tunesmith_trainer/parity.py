@@ -7,15 +7,17 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import get_max_memory
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from tunesmith.contracts.parity import Parity, ParityPosition, ParityProbe, TokenLogProbability
-from tunesmith_trainer.logits import last_logits, products
+from tunesmith_trainer.logits import batch_of_one, last_logits, products
+from tunesmith_trainer.memory import available_memory
 from tunesmith_trainer.methods.conversion import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
     from pathlib import Path
 
@@ -29,6 +31,8 @@ PROMPTS = (
 _ANSWER_TOKENS = 16
 _TOP = 5
 _DECIMALS = 5
+# Of the main memory that is left: activations and what reads the files need some too.
+_SHARE = 0.8
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
@@ -59,8 +63,11 @@ def record(
     tokenizer: PreTrainedTokenizerFast,
     ends: Sequence[int],
     pad: int,
+    memory: int | None = None,
 ) -> tuple[Parity, list[torch.Tensor]]:
     """Loads base and saved adapter anew, as an engine does, and asks both.
+
+    Layers that fit neither on the GPUs nor in main memory are read from disk whenever they are computed.
 
     Args:
         base: folder of the base model with its weights.
@@ -69,6 +76,7 @@ def record(
         tokenizer: the base's tokenizer.
         ends: tokens that end an answer.
         pad: token for padding.
+        memory: main memory for weights, bytes; absent: most of what this process may still take.
 
     Returns:
         What both say, and the adapter's logits after each prompt.
@@ -76,14 +84,15 @@ def record(
     dtype = serving_type(config)
     offload = artifact.parent / "offload"
     adapter = (artifact / ADAPTER_CONFIG).exists()
-    model: Any = _loaded(base if adapter else artifact, dtype, offload)
+    room = {**get_max_memory(), "cpu": int(_SHARE * available_memory()) if memory is None else memory}
+    model: Any = _loaded(base if adapter else artifact, dtype, room, offload)
     if adapter:
-        model = PeftModel.from_pretrained(model, str(artifact)).eval()
+        model = PeftModel.from_pretrained(model, str(artifact), max_memory=room, offload_dir=str(offload)).eval()
     greedy = GenerationConfig(do_sample=False, max_new_tokens=_ANSWER_TOKENS, eos_token_id=list(ends), pad_token_id=pad)
     prompts = prompt_tokens(tokenizer)
     answers = []
     for ids in prompts:
-        given = torch.tensor([ids], device=model.device)
+        given = batch_of_one(model, ids)
         with torch.inference_mode(), _products(model, artifact):
             whole: Any = model.generate(
                 input_ids=given, attention_mask=torch.ones_like(given), generation_config=greedy
@@ -94,8 +103,9 @@ def record(
         trained = [_positions(model, ids, answer) for ids, answer in asked]
     logits = last_logits(model, prompts)
     if not adapter:
-        model = _loaded(base, dtype, offload)
-    with model.disable_adapter() if adapter else nullcontext(), _products(model, artifact):
+        model = _loaded(base, dtype, room, offload)
+    # Inference mode first: where weights are read from disk it made them, and only there may the adapter be taken off.
+    with torch.inference_mode(), model.disable_adapter() if adapter else nullcontext(), _products(model, artifact):
         before = [_positions(model, ids, answer) for ids, answer in asked]
     probes = [
         ParityProbe(prompt=prompt, prompt_token_ids=ids, answer_token_ids=answer, base=one, adapter=other)
@@ -114,12 +124,12 @@ def _products(model: Any, artifact: Path) -> AbstractContextManager[None]:  # no
     return nullcontext() if plain else products(model)
 
 
-def _loaded(folder: Path, dtype: torch.dtype, offload: Path) -> PreTrainedModel:
+def _loaded(folder: Path, dtype: torch.dtype, room: Mapping[int | str, int], offload: Path) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
-        # On a GPU that is too small, layers stay in main memory or on disk.
-        device_map="auto" if torch.cuda.is_available() else {"": "cpu"},
+        device_map="auto",
+        max_memory=room,
         offload_folder=str(offload),
         local_files_only=True,
         use_safetensors=True,
@@ -129,7 +139,7 @@ def _loaded(folder: Path, dtype: torch.dtype, offload: Path) -> PreTrainedModel:
 
 def _positions(model: Any, prompt: list[int], answer: list[int]) -> list[ParityPosition]:  # noqa: ANN401 - with or without adapter
     with torch.inference_mode():
-        logits = model(input_ids=torch.tensor([prompt + answer], device=model.device)).logits
+        logits = model(input_ids=batch_of_one(model, prompt + answer)).logits
     # A method that puts tokens in front of the prompt has more logits.
     scores = torch.log_softmax(logits[0, -len(answer) - 1 : -1].float(), dim=-1).cpu()
     positions = []

@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import PeftType
 
 from tunesmith_trainer.errors import SelfCheckError
-from tunesmith_trainer.logits import products
+from tunesmith_trainer.logits import batch_of_one, products
 from tunesmith_trainer.methods.targets import pattern_value
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def _loss(model: Any, rows: Sequence[Sequence[int]]) -> float:  # noqa: ANN401 -
     try:
         with torch.inference_mode(), products(model):
             for ids in rows:
-                given = torch.tensor([list(ids)], device=model.device)
+                given = batch_of_one(model, ids)
                 # A prompt that the method puts in front has logits too.
                 logits = model(input_ids=given).logits[0, -len(ids) : -1].float()
                 scores = torch.log_softmax(logits, dim=-1).gather(1, given[0, 1:, None])
