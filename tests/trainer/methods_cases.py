@@ -55,7 +55,7 @@ CASES = [
     ),
     _peft("LoRA, some layers", "LORA", _QV, layers_to_transform=[1]),
     _peft("LoRA, bias", "LORA", _QV, lora_bias=True),
-    _peft("LoRA, tokens", "LORA", _QV, trainable_token_indices=[5, 9]),
+    _peft("LoRA, tokens", "LORA", _QV, trainable_token_indices=[14, 16]),
     _peft("LoRA, VeLoRA", "LORA", _QV, velora_config={"num_groups": 16}),
     _peft("LoRA, MonteCLoRA", "LORA", _QV, monteclora_config={}),
     _peft(
@@ -112,7 +112,7 @@ CASES = [
     _peft("SHiRA", "SHIRA", _QV, r=4, random_seed=1),
     _peft("Supertuning", "SUPERTUNING", _QV),
     _peft("TinyLoRA", "TINYLORA", _QV),
-    _peft("Trainable tokens", "TRAINABLE_TOKENS", token_indices=[5, 9, 33]),
+    _peft("Trainable tokens", "TRAINABLE_TOKENS", token_indices=[14, 16, 33]),
     _peft("Uni-LoRA", "UNILORA", _QV),
     _peft("VB-LoRA", "VBLORA", _QV, vector_length=32, num_vectors=32),
     _peft("VeRA", "VERA", _QV, r=16),
