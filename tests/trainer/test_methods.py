@@ -460,8 +460,8 @@ def test_a_token_that_only_one_row_has_is_learned_and_one_that_none_has_is_refus
     refused = bench.run("validate", job(rare, absent))
     assert refused.code == 2
     assert refused.result.message == (
-        f"method.peft.config.token_indices has {absent}, and no training row has a token with that id: take it away, or "
-        "add rows with it"
+        f"method.peft.config.token_indices has {absent}, and no training row has a token with that id: take it away, "
+        "or add rows with it"
     )
     ran = bench.run("train", job(rare))
     assert ran.code == 0, ran.result.message

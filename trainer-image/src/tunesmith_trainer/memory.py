@@ -9,7 +9,7 @@ _MEMINFO = Path("/proc/meminfo")
 
 
 def available_memory(cgroup: Path = _CGROUP, meminfo: Path = _MEMINFO) -> int:
-    """Bytes that can be taken before the machine or the container has none: pages of files are given back, so they count.
+    """Bytes that can be taken before the machine or the container has none; pages of files are given back, and count.
 
     Args:
         cgroup: folder of the container's control group (version 2); without a limit there the machine's memory counts.
