@@ -14,7 +14,7 @@ from tunesmith.contracts.agent import gateway_token, pool_token
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
 from tunesmith.contracts.location import artifact_uri, engine_name, namespace_of_artifact, owned_name
 from tunesmith.contracts.progress import PROGRESS_MAX_BYTES, parse_progress
-from tunesmith.contracts.result import TERMINATION_MESSAGE_MAX_BYTES, ExitCode, Outcome, TrainerResult
+from tunesmith.contracts.result import TERMINATION_MESSAGE_MAX_BYTES, ExitCode, ExportResult, Outcome, TrainerResult
 
 STORE = "s3://tunesmith/store"
 DIGEST = "sha256:" + "ab" * 32
@@ -180,6 +180,16 @@ class TestResult:
         assert (read.message, read.resolved) == ("done", resolved)
         assert read.preflight is not None
         assert [one.rows for one in read.preflight.dropped or []] == [9] * len(DropReason)
+
+    def test_termination_message_keeps_what_became_of_each_export(self) -> None:
+        exports = [ExportResult(reason=FailureReason.ACCESS_DENIED, message="é" * 900), *[ExportResult()] * 7]
+        result = TrainerResult(outcome=Outcome.SUCCEEDED, message="m" * 4000, exports=exports)
+        text = result.termination_message()
+        assert len(text.encode()) <= TERMINATION_MESSAGE_MAX_BYTES
+        read = TrainerResult.model_validate_json(text).exports
+        assert read is not None
+        assert [one.reason for one in read] == [one.reason for one in exports]
+        assert read[0].message == "é" * 100
 
     def test_termination_message_fits_whatever_was_resolved(self) -> None:
         resolved = Resolved(target_modules=["m" * 128] * 64)

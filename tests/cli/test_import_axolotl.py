@@ -421,6 +421,20 @@ def test_sources_columns_variants_and_checkpoints(imported: Import, tmp_path: Pa
     assert "plugins" not in err
 
 
+@pytest.mark.parametrize(
+    ("name", "exports", "told"),
+    [("org/doors", [{"hub": "org/doors"}], ""), ("doors", None, "hub_model_id has no counterpart")],
+)
+def test_the_repository_that_is_pushed_to(
+    imported: Import, name: str, exports: list[dict[str, str]] | None, told: str
+) -> None:
+    code, out, err = imported(SMALL + f"hub_model_id: {name}\n")
+    assert code == 0, err
+    output = parse_manifest(out).spec.output
+    assert (output.manifest()["exports"] if output else None) == exports
+    assert told in err
+
+
 SMALL = "base_model: org/base\ndatasets: [{path: org/rows, type: chat_template}]\nadapter: lora\n"
 
 

@@ -185,6 +185,11 @@ BAD_JOBS: dict[str, BadJob] = {
         "needs min or max", evaluation={"suites": [_SUITE], "gates": [{"suite": "rows", "metric": "Loss"}]}
     ),
     "4 bits turned back that never were": apply("use Original", output={"merge": "Dequantized"}),
+    "a copy to a claim": apply("a copy goes to s3://bucket/path", output={"exports": [{"uri": "pvc://claim/copy"}]}),
+    "a copy to two places in one": apply(
+        "keep one, remove the other", output={"exports": [{"uri": "s3://copies/a", "hub": "org/a"}]}
+    ),
+    "a copy to no repository": apply("is organisation/name", output={"exports": [{"hub": "name"}]}),
     "checkpoints by steps and by time": apply("keep one of them", checkpoint={"everySteps": 5, "everyMinutes": 1}),
     "a deadline of no time": apply("greater than or equal to 1", "it must be at least 1", activeDeadlineSeconds=0),
     "a name of 41 letters": apply("at most 40 characters", name="n" * 41),
@@ -317,6 +322,25 @@ BAD_JOBS: dict[str, BadJob] = {
         "s3://no-such-bucket/a.jsonl does not exist",
         FailureReason.DATASET_NOT_FOUND,
         uri="s3://no-such-bucket/a.jsonl",
+    ),
+    "a copy with a Secret that is not there": BadJob(
+        Stage.VALIDATION,
+        "the Secret absent does not exist or is empty",
+        {"output": {"exports": [{"hub": "org/a", "secretRef": {"name": "absent"}}]}},
+        FailureReason.SECRET_NOT_FOUND,
+    ),
+    "a copy to the Hub without a token": BadJob(
+        Stage.VALIDATION,
+        "put HF_TOKEN, a token that may write there, into the Secret mine",
+        {"output": {"exports": [{"hub": "org/a", "secretRef": {"name": "mine"}}]}},
+        FailureReason.ACCESS_DENIED,
+        secrets={"mine": {}},
+    ),
+    "a copy to a bucket that is not there": BadJob(
+        Stage.VALIDATION,
+        "the export s3://no-such-bucket/copy does not exist: check the uri",
+        {"output": {"exports": [{"uri": "s3://no-such-bucket/copy"}]}},
+        FailureReason.INVALID_SPEC,
     ),
     # only training can find it
     "no GPU on the node": BadJob(

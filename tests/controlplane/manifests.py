@@ -73,6 +73,10 @@ IDLE = "hyperparameters.batchSize (8 when absent) leaves nothing to do for some 
 JSONL = "s3://data/rows.jsonl"
 LOSS_SUITE = {"name": "rows", "heldOutLoss": {}}
 DEQUANTIZED = "output.merge: Dequantized belongs to method.qlora"
+ONE_PLACE = "an entry of output.exports needs exactly one of uri and hub: keep one, remove the other"
+SAME_PLACE = "two entries of output.exports name the same place: remove one"
+COPY = "a copy goes to s3://bucket/path, gs://bucket/path or az://container/path, without a slash at the end, or with"
+REPOSITORY = "a repository of the Hugging Face Hub is organisation/name, of letters, digits and '_' with single '-'"
 ONE_SUITE = "a suite of evaluation.suites needs exactly one of heldOutLoss and generation"
 NO_SUITE = "a gate of evaluation.gates names a suite that is not in evaluation.suites: correct its name"
 NO_METRIC = "a gate of evaluation.gates names a metric that its suite does not have: heldOutLoss has Loss and"
@@ -205,6 +209,47 @@ REFUSED_JOBS: dict[str, tuple[dict[str, Any], str, str]] = {
         NO_LIMIT,
     ),
     "a merge into no 4-bit base": ({"output": {"merge": "Dequantized"}}, DEQUANTIZED, DEQUANTIZED),
+    "an export to nowhere": ({"output": {"exports": [{}]}}, ONE_PLACE, ONE_PLACE),
+    "an export to two places": (
+        {"output": {"exports": [{"uri": "s3://copies/a", "hub": "org/a"}]}},
+        ONE_PLACE,
+        ONE_PLACE,
+    ),
+    "two exports to one folder": (
+        {"output": {"exports": [{"uri": "s3://a/b"}, {"hub": "o/n"}, {"uri": "s3://a/b", "secretRef": {"name": "c"}}]}},
+        SAME_PLACE,
+        SAME_PLACE,
+    ),
+    "two exports to one repository": (
+        {"output": {"exports": [{"hub": "o/n"}, {"hub": "o/n"}]}},
+        SAME_PLACE,
+        SAME_PLACE,
+    ),
+    "an export to a claim": ({"output": {"exports": [{"uri": "pvc://claim/a"}]}}, COPY, COPY),
+    "an export to the Hub by its uri": ({"output": {"exports": [{"uri": "hf://org/name"}]}}, COPY, COPY),
+    "an export to a bucket alone": ({"output": {"exports": [{"uri": "s3://bucket/"}]}}, COPY, COPY),
+    "an export to a file": (
+        {"output": {"exports": [{"uri": "file:///copies/a"}]}},
+        LOCAL_ONLY,
+        f"spec.output.exports[0].uri: {LOCAL_ONLY}",
+    ),
+    "an export that leaves its folder": (
+        {"output": {"exports": [{"uri": "s3://bucket/../b"}]}},
+        "a uri must not contain '..': write the path itself",
+        "a uri must not contain '..': write the path itself",
+    ),
+    "a repository without its organisation": ({"output": {"exports": [{"hub": "name"}]}}, REPOSITORY, REPOSITORY),
+    "a repository's name with two dots": ({"output": {"exports": [{"hub": "org/a..b"}]}}, REPOSITORY, REPOSITORY),
+    "no exports": (
+        {"output": {"exports": []}},
+        "spec.output.exports in body should have at least 1 items",
+        "spec.output.exports is empty: Places that get a copy",
+    ),
+    "nine exports": (
+        {"output": {"exports": [{"hub": f"org/n{number}"} for number in range(9)]}},
+        "spec.output.exports: Too many: 9: must have at most 8 items",
+        "spec.output.exports is too long: at most 8 are allowed",
+    ),
     "checkpoints by steps and by time": (
         {"checkpoint": {"everySteps": 5, "everyMinutes": 1}},
         CHECKPOINT,

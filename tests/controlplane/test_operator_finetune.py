@@ -204,6 +204,29 @@ async def test_out_of_memory_fails_with_advice(world: World) -> None:
     assert "raise it, or lower hyperparameters.microBatchSize" in condition["message"]
 
 
+async def test_an_export_that_failed_is_told_of_a_complete_job(world: World) -> None:
+    denied = {"reason": "AccessDenied", "message": "access to the export hf://org/tone was denied"}
+    mounted: list[str] = []
+
+    def script(pod: Object) -> Ending:
+        mounted.extend(volume.get("secret", {}).get("secretName", "") for volume in pod["spec"]["volumes"])
+        told = json.loads(published(pod).message)
+        return Ending(message=result(**told, **({"exports": [{}, denied]} if "artifact" in told else {})))
+
+    world.kubelet.script = script
+    exports = [{"uri": "s3://copies/tone"}, {"hub": "org/tone", "secretRef": {"name": "hub"}}]
+    await world.submit(output={"exports": exports})
+    await world.until_condition("Complete")
+    assert mounted.count("hub") == 2  # of the validation and of the attempt
+    condition = await world.condition("Exported")
+    assert (condition["status"], condition["reason"]) == ("False", "ExportFailed")
+    assert condition["message"] == f"1 of 2 exports failed: {denied['message']}"
+    assert (await world.status())["artifact"]["exports"] == [
+        {"uri": "s3://copies/tone", "exported": True},
+        {"hub": "org/tone", "exported": False, **denied},
+    ]
+
+
 async def test_an_artifact_elsewhere_is_not_believed(world: World) -> None:
     def script(pod: Object) -> Ending:
         ending = published(pod)

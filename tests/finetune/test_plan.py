@@ -24,6 +24,7 @@ from tunesmith.api.conditions import find
 from tunesmith.api.finetunejob_status import ProgressStatus
 from tunesmith.contracts.location import owned_name
 from tunesmith.finetune.plan import Action, CreateAttempt, CreateValidation, StopJob, plan
+from tunesmith.finetune.status import notices
 
 if TYPE_CHECKING:
     from tunesmith.finetune.observe import Observation
@@ -33,12 +34,18 @@ def result(**fields: Any) -> str:
     return json.dumps(fields)
 
 
+def exported(*told: dict[str, Any]) -> str:
+    return result(outcome="Succeeded", artifact=ARTIFACT, exports=told)
+
+
 def ended(exit_code: int, message: str = "", **fields: Any) -> Any:
     return pod(exit_code=exit_code, ended=NOW, termination_message=message, **fields)
 
 
 DONE = result(outcome="Succeeded", artifact=ARTIFACT, evaluation={"baseLoss": 3.0, "loss": 1.5})
 ELSEWHERE = result(outcome="Succeeded", artifact={**ARTIFACT, "uri": "s3://tunesmith/store/other/x/artifact"})
+EXPORTS = [{"uri": "s3://copies/tone"}, {"hub": "org/tone"}]
+DENIED = {"reason": "AccessDenied", "message": "access to the export was denied"}
 VALID = result(outcome="Succeeded", preflight={"rows": 90, "validationRows": 10})
 GIB = 2**30
 TIGHT = result(
@@ -458,6 +465,38 @@ CASES = {
         "loss 1.5 is above 1",
         ("Failed",),
     ),
+    "a job whose copies are made is complete": Case(
+        seen(
+            job(validated(attempt(1)), output={"exports": EXPORTS}),
+            attempts={1: kube_job("1", ended(0, exported({}, {})), succeeded=True)},
+        ),
+        (),
+        "Complete",
+        {
+            "Validated": ("True", "Valid"),
+            "Published": ("True", "Published"),
+            "Exported": ("True", "Exported"),
+            "Complete": ("True", "Complete"),
+        },
+        "copies are at s3://copies/tone, hf://org/tone",
+        ("Succeeded",),
+    ),
+    "a job whose copies fail is complete as well": Case(
+        seen(
+            job(validated(attempt(1)), output={"exports": EXPORTS}),
+            attempts={1: kube_job("1", ended(0, exported({}, DENIED)), succeeded=True)},
+        ),
+        (),
+        "Complete",
+        {
+            "Validated": ("True", "Valid"),
+            "Published": ("True", "Published"),
+            "Exported": ("False", "ExportFailed"),
+            "Complete": ("True", "Complete"),
+        },
+        "1 of 2 exports failed: access to the export was denied",
+        ("Succeeded",),
+    ),
     "a complete job is left alone, whatever became of its Jobs": Case(
         seen(
             job(
@@ -525,6 +564,23 @@ def test_the_whole_status_of_a_complete_job() -> None:
     assert status.attempts[0].end_time == NOW
     assert status.evaluation is not None
     assert status.evaluation.loss == 1.5
+
+
+def test_the_status_tells_what_became_of_each_export() -> None:
+    """Where it went is what the spec says: a pod that says more is not heard."""
+    forged = {**DENIED, "uri": "s3://elsewhere"}
+    attempts = {1: kube_job("1", ended(0, exported({}, forged, {})), succeeded=True)}
+    before = job(validated(attempt(1)), output={"exports": EXPORTS})
+    status = plan(seen(before, attempts=attempts), STORE).status
+    assert status.artifact is not None
+    assert status.artifact.manifest()["exports"] == [
+        {"uri": "s3://copies/tone", "exported": True},
+        {"hub": "org/tone", "exported": False, **DENIED},
+    ]
+    told = [notice for notice in notices(before.status, status) if notice.type == "Warning"]
+    assert [(notice.reason, "access to the export was denied" in notice.message) for notice in told] == [
+        ("ExportFailed", True)
+    ]
 
 
 @pytest.mark.parametrize(

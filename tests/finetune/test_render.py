@@ -29,6 +29,7 @@ EVERYTHING = job(
         "train": [{"uri": "s3://a/b.jsonl", "secretRef": {"name": "mine"}}, {"uri": "pvc://data/c.jsonl"}],
         "validation": [{"uri": "s3://a/d.jsonl", "secretRef": {"name": "mine"}}],
     },
+    output={"exports": [{"hub": "org/tone", "secretRef": {"name": "push"}}, {"uri": "s3://a/tone"}]},
     resources={"gpus": 1, "cpu": "4", "memory": "32Gi"},
     scheduling={
         "nodeSelector": {"pool": "gpu"},

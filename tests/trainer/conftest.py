@@ -27,6 +27,8 @@ def pytest_configure(config: pytest.Config) -> None:
         "accelerate",
         "fsspec",
         "s3fs",
+        "huggingface_hub",
+        "httpx2",
         "aiobotocore",
         "multiprocess",
     ):

@@ -269,7 +269,11 @@ def _validate(
     counted = prepared.preflight
     for line in told(counted):
         progress.say(line)
-    return _refused(prepared, cluster=not arguments.allow_file) or TrainerResult(
+    refused = _refused(prepared, cluster=not arguments.allow_file)
+    if refused is not None:
+        return refused
+    _check_exports(job, stores)
+    return TrainerResult(
         outcome=Outcome.SUCCEEDED,
         message=f"{counted.rows} rows to train on with {counted.tokens} tokens, {counted.validation_rows} held out,"
         f" {counted.dropped_rows} dropped;"
@@ -319,7 +323,7 @@ def _train(
             )
         if local is None:
             _remove(stores, arguments.checkpoints, arguments.tokens)
-        return _judged(
+        result = _judged(
             TrainerResult(
                 outcome=Outcome.SUCCEEDED,
                 message="an earlier attempt published this artifact; nothing was trained again",
@@ -328,6 +332,7 @@ def _train(
                 metrics=manifest.metrics,
             )
         )
+        return _exported(result, job, stores, target, work, progress) if ending.ranks.first else result
 
     from tunesmith_trainer.checkpoint import Checkpoints  # noqa: PLC0415
     from tunesmith_trainer.data.report import told  # noqa: PLC0415
@@ -381,7 +386,7 @@ def _train(
     _remove(stores, tokens)
     with contextlib.suppress(PeerLostError):  # what is published is published
         ranks.part()
-    return _judged(
+    result = _judged(
         TrainerResult(
             outcome=Outcome.SUCCEEDED,
             message=_summary(trained.evaluation),
@@ -392,6 +397,33 @@ def _train(
             metrics=manifest.metrics,
         )
     )
+    return _exported(result, job, stores, target, work, progress)
+
+
+def _check_exports(job: FineTuneJob, stores: Stores) -> None:
+    """Finds before training what would make an export fail."""
+    if job.spec.exports:
+        from tunesmith_trainer.exports import check  # noqa: PLC0415
+
+        check(job, stores)
+
+
+def _exported(
+    result: TrainerResult, job: FineTuneJob, stores: Stores, published: Folder, work: Path, progress: Progress
+) -> TrainerResult:
+    """The result with what became of the copies; nothing is copied where a gate did not pass."""
+    wanted = job.spec.exports
+    if not wanted or result.outcome is not Outcome.SUCCEEDED:
+        return result
+    from tunesmith_trainer.exports import export_all  # noqa: PLC0415
+
+    progress.update(stage=Stage.EXPORTING)
+    copies = export_all(job, stores, published, work, progress.say)
+    failed = [copy.message for copy in copies if copy.reason is not None]
+    message = result.message
+    if failed:
+        message += f"; {len(failed)} of {len(wanted)} exports failed: {'; '.join(failed)}"
+    return result.model_copy(update={"exports": copies, "message": message})
 
 
 def _remove(stores: Stores, *uris: str | None) -> None:
@@ -426,6 +458,8 @@ def _prepared(
         work / "prepared",
         lambda: prepare(job, stores, work, weights=True, gpu_memory=memory, tokens=tokens, say=progress.say),
     )
+    if job.status.resolved is None and ranks.first:
+        _check_exports(job, stores)
     if not ranks.agree(prepared.resolved.model_dump_json()):
         raise InvalidSpecError(
             "the base model or the data set changed while the pods of this job read it: give the job files of its own"

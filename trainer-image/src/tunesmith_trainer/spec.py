@@ -10,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from tunesmith.api.finetunejob import FineTuneJob
+from tunesmith.api.output import Output
 from tunesmith_trainer.errors import InvalidSpecError
 
 if TYPE_CHECKING:
@@ -69,7 +70,12 @@ def _problems(error: ValidationError) -> str:
 
 def spec_digest(job: FineTuneJob) -> str:
     """`sha256:<64 hex>` of what determines the result: the spec without where and how often it runs."""
-    document = job.spec.model_dump(mode="json", by_alias=True, exclude_none=True, exclude=_WITHOUT_EFFECT)
+    spec = job.spec
+    if spec.output is not None and spec.output.exports is not None:
+        # Copies change nothing of what is copied: a job with them and one without make the same.
+        output = spec.output.model_copy(update={"exports": None})
+        spec = spec.model_copy(update={"output": None if output == Output() else output})
+    document = spec.model_dump(mode="json", by_alias=True, exclude_none=True, exclude=_WITHOUT_EFFECT)
     return f"sha256:{hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()}"
 
 

@@ -39,6 +39,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _CHUNK = 8 * 2**20
+_WRITE_CHECK = "tunesmith-write-check"
 _SCHEMES = ("hf", "s3", "gs", "az", "pvc", "file")
 # Codes that botocore hands through and s3fs does not translate to PermissionError.
 _DENIED_CODES = frozenset(
@@ -73,6 +74,37 @@ TRAINING_RETRY = Retry(attempts=26, longest=60.0)
 """Twenty minutes, by each attempt of a job in a cluster: what the attempts before it have computed is in the store."""
 PUBLISHING_RETRY = Retry(attempts=66, longest=60.0)
 """An hour: what was trained for hours is not given up for a store that is being repaired."""
+EXPORTING_RETRY = Retry(attempts=16, longest=60.0)
+"""Ten minutes: what was trained is safe in the store by then, and the pod may hold a GPU."""
+
+
+def attempted(
+    operation: Callable[[], T], understood: Callable[[Exception], TrainerError], retry: Retry, name: str
+) -> T:
+    """The operation's result, tried again after failures that are worth it.
+
+    Args:
+        operation: what may fail.
+        understood: makes the failure out of an exception of any store.
+        retry: how long outages are waited out.
+        name: of what is not available, for the log.
+
+    Raises:
+        TrainerError: it failed for good, or too often.
+    """
+    pauses = retry.pauses()
+    while True:
+        try:
+            return operation()
+        except TrainerError:
+            raise
+        except Exception as error:  # every store has exceptions of its own; they end here
+            failure = understood(error)
+            pause = next(pauses, None) if failure.retryable else None
+            if pause is None:
+                raise failure from error
+            log.warning("%s is not available: %s; next attempt in %.0f s", name, said(error), pause)
+            time.sleep(pause)
 
 
 class Folder:
@@ -194,6 +226,23 @@ class Folder:
 
         self._attempted(put)
 
+    def check_writable(self) -> None:
+        """Writes an empty file and removes it again, where the credentials may remove.
+
+        Raises:
+            TrainerError: the folder cannot be written to.
+        """
+        place = self._at(_WRITE_CHECK)
+
+        def put() -> None:
+            if self._is_local:
+                Path(self._path).mkdir(parents=True, exist_ok=True)
+            self._filesystem.pipe_file(place, b"")
+
+        self._attempted(put)
+        with contextlib.suppress(Exception):
+            self._filesystem.rm_file(place)
+
     def child(self, name: str = "", *, retry: Retry | None = None) -> Folder:
         """A folder in this one (this one itself without a name), with other patience where `retry` is given."""
         return Folder(
@@ -296,21 +345,7 @@ class Folder:
         return f"{self._path}/{name}"
 
     def _attempted(self, operation: Callable[[], T]) -> T:
-        pauses = self._retry.pauses()
-        while True:
-            try:
-                return operation()
-            except TrainerError:
-                raise
-            except Exception as error:  # every store has exceptions of its own; they end here
-                failure = self._understood(error)
-                pause = next(pauses, None) if failure.retryable else None
-                if pause is None:
-                    raise failure from error
-                log.warning(
-                    "%s (%s) is not available: %s; next attempt in %.0f s", self._what, self.uri, _text(error), pause
-                )
-                time.sleep(pause)
+        return attempted(operation, self._understood, self._retry, f"{self._what} ({self.uri})")
 
     def _understood(self, error: Exception) -> TrainerError:
         cause = error.__cause__ if isinstance(error.__cause__, ClientError) else error
@@ -328,9 +363,9 @@ class Folder:
         if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
             return self._missing(f"{where} does not exist: check the uri" + self._hint(error))
         if isinstance(error, ParamValidationError) or (isinstance(error, OSError) and error.errno == errno.EINVAL):
-            return InvalidSpecError(f"the store does not accept the uri of {where}: {_text(error)}")
+            return InvalidSpecError(f"the store does not accept the uri of {where}: {said(error)}")
         return StorageUnavailableError(
-            f"{where} could not be reached, tried {self._retry.attempts} times: {_text(error)}"
+            f"{where} could not be reached, tried {self._retry.attempts} times: {said(error)}"
         )
 
     def _hint(self, error: Exception) -> str:
@@ -356,7 +391,7 @@ class Stores:
         self._secrets = secrets
         self._allow_file = allow_file
         self._environ = os.environ if environ is None else environ
-        self._retry = retry or Retry()
+        self.retry = retry or Retry()
 
     def folder(
         self,
@@ -388,7 +423,7 @@ class Stores:
             place = _hf_revision(place, revision)
         if scheme == "pvc":
             place = claim_path(uri)
-        values, credentials = self._values(secret)
+        values, credentials = self.credentials(secret)
         try:
             filesystem = _filesystem(scheme, values)
         except ImportError as error:
@@ -402,7 +437,7 @@ class Stores:
             what=what,
             credentials=credentials,
             missing=missing,
-            retry=self._retry,
+            retry=self.retry,
         )
 
     def file(
@@ -414,7 +449,12 @@ class Stores:
         folder.uri = uri
         return folder, name
 
-    def _values(self, secret: str | None) -> tuple[Mapping[str, str], str]:
+    def credentials(self, secret: str | None) -> tuple[Mapping[str, str], str]:
+        """The keys and values of a Secret, or of the store's where there is none, and its name for messages.
+
+        Raises:
+            SecretNotFoundError: the Secret is not mounted.
+        """
         if secret is None:
             return self._environ, "the environment (in a cluster: the Secret tunesmith-store)"
         folder = self._secrets / secret
@@ -503,7 +543,8 @@ def _denied(error: BaseException) -> bool:
     return getattr(response, "status_code", None) in _DENIED_STATUS
 
 
-def _text(error: Exception) -> str:
+def said(error: Exception) -> str:
+    """What an exception says, in one line."""
     name = type(error).__name__
     kind = name if isinstance(error, BotoCoreError) or not str(error) else ""
     return " ".join(f"{kind} {error}".split())[:300] or name

@@ -47,6 +47,7 @@ class FineTuneJobCondition(StrEnum):
     STARTED = "Started"
     SUSPENDED = "Suspended"
     PUBLISHED = "Published"
+    EXPORTED = "Exported"
     COMPLETE = "Complete"
     FAILED = "Failed"
 

@@ -14,7 +14,7 @@ from tunesmith.api.hyperparameters import DEFAULT_BATCH_SIZE, Hyperparameters
 from tunesmith.api.method import QUANTIZED_CEL, Method
 from tunesmith.api.model import API_VERSION, MAX_NAME, ApiModel, ObjectMeta, Rule, SecretReference, Uri, uri_rules
 from tunesmith.api.objective import Objective, ObjectiveName
-from tunesmith.api.output import Merge, Output, Servable
+from tunesmith.api.output import Export, Merge, Output, Servable
 from tunesmith.api.placement import TrainingResources, TrainingScheduling
 
 
@@ -158,6 +158,11 @@ class FineTuneJobSpec(ApiModel):
     def objective_name(self) -> ObjectiveName:
         """The objective; sft where there is none."""
         return ObjectiveName.SFT if self.objective is None else self.objective.name
+
+    @property
+    def exports(self) -> list[Export]:
+        """Where copies of the artifact go."""
+        return (self.output.exports if self.output else None) or []
 
     @property
     def learns_preferences(self) -> bool:

@@ -33,6 +33,7 @@ class Stage(StrEnum):
     EVALUATING = "Evaluating"
     PACKAGING = "Packaging"
     PUBLISHING = "Publishing"
+    EXPORTING = "Exporting"
 
 
 class Phase(StrEnum):
@@ -205,6 +206,16 @@ class Attempt(StatusModel):
     )
 
 
+class ExportStatus(StatusModel):
+    """What became of an entry of output.exports."""
+
+    uri: str | None = Field(default=None, max_length=1024, description="Folder of the copy.")
+    hub: str | None = Field(default=None, max_length=193, description="Repository of the Hugging Face Hub.")
+    exported: bool = Field(description="Whether the whole copy is there.")
+    reason: FailureReason | None = Field(default=None, description="Why it is not.")
+    message: str | None = Field(default=None, max_length=1024, description="Why it is not, as a sentence.")
+
+
 class ArtifactStatus(StatusModel):
     """The published adapter."""
 
@@ -212,6 +223,9 @@ class ArtifactStatus(StatusModel):
     digest: str = Field(max_length=71, pattern=r"^sha256:[0-9a-f]{64}$", description="SHA-256 of tunesmith.json.")
     size_bytes: int = Field(ge=0, description="Size of the folder.")
     servable: ServableStatus = Field(description="Whether an engine can load it.")
+    exports: list[ExportStatus] | None = Field(
+        default=None, max_length=8, description="What became of spec.output.exports, in their order."
+    )
 
 
 class Score(StatusModel):
@@ -251,7 +265,8 @@ class FineTuneJobStatus(StatusModel):
     conditions: list[Condition] = Field(
         default_factory=list,
         max_length=16,
-        description="Validated, Admitted (with a queue), Started, Suspended, Published, and Complete or Failed.",
+        description="Validated, Admitted (with a queue), Started, Suspended, Published, Exported (with exports), and "
+        "Complete or Failed.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
     )
     observed_generation: int | None = Field(default=None, description="The metadata.generation that was acted on.")

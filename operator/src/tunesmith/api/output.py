@@ -3,10 +3,30 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Annotated
 
 from pydantic import Field
 
-from tunesmith.api.model import ApiModel
+from tunesmith.api.model import LOCAL_ONLY, ApiModel, Matches, Rule, SecretReference
+
+ExportUri = Annotated[
+    str,
+    Field(max_length=1024),
+    Matches(
+        r"^(s3|gs|az)://[^/\s]+/.*[^/]$|^file:///.*[^/]$",
+        "a copy goes to s3://bucket/path, gs://bucket/path or az://container/path, without a slash at the end, or with "
+        "hub: organisation/name to the Hugging Face Hub",
+    ),
+]
+Repository = Annotated[
+    str,
+    Field(max_length=193),
+    Matches(
+        r"^[A-Za-z0-9_]+([-.][A-Za-z0-9_]+)*/[A-Za-z0-9_]+([-.][A-Za-z0-9_]+)*$",
+        "a repository of the Hugging Face Hub is organisation/name, of letters, digits and '_' with single '-' or "
+        "'.' between them",
+    ),
+]
 
 
 class Merge(StrEnum):
@@ -24,12 +44,66 @@ class Servable(StrEnum):
     IGNORED = "Ignored"
 
 
+class Export(ApiModel):
+    """A place that gets a copy of the published artifact."""
+
+    rules = (
+        Rule(
+            "has(self.uri) != has(self.hub)",
+            "an entry of output.exports needs exactly one of uri and hub: keep one, remove the other",
+            lambda self: (self.uri is None) != (self.hub is None),
+        ),
+        Rule("!has(self.uri) || !self.uri.startsWith('file://')", LOCAL_ONLY),
+        Rule(
+            "!has(self.uri) || !(self.uri + '/').contains('/../')",
+            "a uri must not contain '..': write the path itself",
+            lambda self: self.uri is None or "/../" not in f"{self.uri}/",
+        ),
+    )
+
+    uri: ExportUri | None = Field(
+        default=None, description="Folder of another store: s3://…, gs://…, az://…; file:// in a local run only."
+    )
+    hub: Repository | None = Field(
+        default=None,
+        description="Model repository of the Hugging Face Hub, organisation/name; made, and private, where there is "
+        "none. One commit holds the whole copy.",
+    )
+    secret_ref: SecretReference | None = Field(
+        default=None,
+        description="Credentials that may write there: those of a store, or HF_TOKEN of the Hub; absent: those of the "
+        "store.",
+    )
+
+    @property
+    def place(self) -> str:
+        """Where the copy goes, as a uri."""
+        return self.uri or f"hf://{self.hub}"
+
+
 class Output(ApiModel):
     """What is written beside the adapter."""
+
+    rules = (
+        Rule(
+            "!has(self.exports) || self.exports.all(one, self.exports.filter(other, has(one.uri) ? has(other.uri) && "
+            "other.uri == one.uri : has(one.hub) && has(other.hub) && other.hub == one.hub).size() < 2)",
+            "two entries of output.exports name the same place: remove one",
+            lambda self: len({export.place for export in self.exports or []}) == len(self.exports or []),
+        ),
+    )
 
     merge: Merge = Field(
         default=Merge.NONE,
         description="Full weights, in the folder merged beside the artifact, with their measured distance from what "
         "was trained: Original merges into the base as published, Dequantized (qlora only) into the 4-bit base turned "
         "back, which is what was trained on. Never merged in 4 bits.",
+    )
+    exports: list[Export] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=8,
+        description="Places that get a copy of the artifact once it is published, with the merged model as its folder "
+        "merged. What is served is always the artifact in the store. A copy that fails does not fail the job; "
+        "nothing is copied where a gate failed.",
     )

@@ -116,7 +116,8 @@ _HINTS = {
     "fp16": "bfloat16 is used on a GPU",
     "val_set_size": "some rows are always held out: dataset.validationFraction, 0.1 where it is absent",
     "wandb_project": "the curves are beside the artifact, as CSV and as a picture",
-    "hub_model_id": "the adapter is in the store; push it from there",
+    "hub_model_id": "name the repository with its organisation, organisation/name, in output.exports",
+    "hub_strategy": "the artifact is pushed once, when it is published",
 }
 
 Document = dict[str, Any]
@@ -160,6 +161,7 @@ def translate(config: Document, folder: str) -> Translation:
     reader.objective()
     reader.dataset()
     reader.hyperparameters()
+    reader.exports()
     for key, path in _RENAMED.items():
         if key in given and not (key == "num_epochs" and "max_steps" in given):
             reader.put(path, reader.take(key))
@@ -197,6 +199,11 @@ class _Reader:
     def lose(self, key: str, hint: str = "") -> None:
         """Tells that a key, or a part of one, has no counterpart."""
         self._lost[key] = hint or _HINTS.get(key.rsplit(".", 1)[-1], "")
+
+    def exports(self) -> None:
+        """The repository of the Hub that the adapter is pushed to."""
+        if "/" in str(self._given.get("hub_model_id")):
+            self.put("output.exports", [{"hub": self.take("hub_model_id")}])
 
     def finish(self) -> Translation:
         """The whole, with what became of the other keys."""

@@ -12,6 +12,8 @@ from tunesmith.api.model import StatusModel
 
 TERMINATION_MESSAGE_PATH = "/dev/termination-log"
 TERMINATION_MESSAGE_MAX_BYTES = 4096
+_SHORT = 100
+"""Characters of a message that has to share the space with others."""
 
 
 class ExitCode(IntEnum):
@@ -31,6 +33,13 @@ class Outcome(StrEnum):
     PREEMPTED = "Preempted"
 
 
+class ExportResult(StatusModel):
+    """What became of an entry of spec.output.exports; no reason: the whole copy is there."""
+
+    reason: FailureReason | None = None
+    message: str = ""
+
+
 class TrainerResult(StatusModel):
     """The termination message. `validate` fills preflight and resolved, `train` also artifact and evaluation."""
 
@@ -43,6 +52,8 @@ class TrainerResult(StatusModel):
     artifact: ArtifactStatus | None = None
     evaluation: EvaluationStatus | None = None
     metrics: dict[str, float] = Field(default_factory=dict)
+    exports: list[ExportResult] | None = None
+    """In the order of spec.output.exports, which says where they go; None where nothing was to be exported."""
     resumed_from_step: int | None = None
     """Step of the checkpoint that the attempt went on from; None where it began at step 0."""
     lost_peer: bool = False
@@ -60,7 +71,8 @@ class TrainerResult(StatusModel):
     def termination_message(self) -> str:
         """JSON of at most 4,096 bytes.
 
-        Too long, it loses the examples of rows that are not used, the suites' scores and gates, then the message's end.
+        Too long, it loses the examples of rows that are not used, the suites' scores and gates, the ends of the
+        exports' messages, then that of its own.
         """
         result = self
         if result.preflight is not None and len(_text(result)) > TERMINATION_MESSAGE_MAX_BYTES:
@@ -72,6 +84,9 @@ class TrainerResult(StatusModel):
             result = result.model_copy(
                 update={"evaluation": result.evaluation.model_copy(update={"scores": None, "gates": None})}
             )
+        if result.exports is not None and len(_text(result)) > TERMINATION_MESSAGE_MAX_BYTES:
+            short = [one.model_copy(update={"message": one.message[:_SHORT]}) for one in result.exports]
+            result = result.model_copy(update={"exports": short})
         while len(text := _text(result)) > TERMINATION_MESSAGE_MAX_BYTES:
             excess = len(text) - TERMINATION_MESSAGE_MAX_BYTES
             result = result.model_copy(

@@ -349,8 +349,9 @@ def _sources(job: FineTuneJob) -> list[BaseModelSource | DatasetSource]:
 
 
 def _secrets(job: FineTuneJob) -> list[str]:
-    """Names of the Secrets that the sources name, without repeats."""
-    return list(dict.fromkeys(source.secret_ref.name for source in _sources(job) if source.secret_ref is not None))
+    """Names of the Secrets that the sources and the exports name, without repeats."""
+    places = [*_sources(job), *job.spec.exports]
+    return list(dict.fromkeys(place.secret_ref.name for place in places if place.secret_ref is not None))
 
 
 def _claims(job: FineTuneJob) -> list[str]:

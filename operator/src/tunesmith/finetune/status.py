@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from tunesmith.api.conditions import Condition, ConditionStatus, FineTuneJobCondition, find, is_true, set_condition
 from tunesmith.api.finetunejob_status import (
     AttemptOutcome,
+    ExportStatus,
     FineTuneJobStatus,
     Phase,
     ProgressStatus,
@@ -171,13 +172,38 @@ class Status:
     def published(self, result: TrainerResult) -> str:
         """An adapter lies in the store; returns the sentence that says where."""
         assert result.artifact is not None  # noqa: S101 - the caller has looked
-        self._status.artifact = result.artifact
+        exports = self._exported(result)
+        self._status.artifact = result.artifact.model_copy(update={"exports": exports})
         self._status.evaluation = result.evaluation or self._status.evaluation
         self._status.resolved = merged(self._status.resolved, result.resolved)
         self._status.preflight = self._status.preflight or result.preflight
         place = f"the adapter is at {result.artifact.uri}"
         self._set(FineTuneJobCondition.PUBLISHED, ConditionStatus.TRUE, "Published", place)
         return place
+
+    def _exported(self, result: TrainerResult) -> list[ExportStatus] | None:
+        """What became of the copies; where they go is what the spec says, not what a pod says."""
+        wanted = self._job.spec.exports
+        if not wanted or result.exports is None:
+            return None
+        exports = [
+            ExportStatus(
+                uri=export.uri,
+                hub=export.hub,
+                exported=told.reason is None,
+                reason=told.reason,
+                message=told.message[:1024] or None,
+            )
+            for export, told in zip(wanted, result.exports, strict=False)
+        ]
+        failed = [told.message or "" for told in exports if not told.exported]
+        if failed or len(exports) < len(wanted):
+            message = f"{len(wanted) - len(exports) + len(failed)} of {len(wanted)} exports failed: {'; '.join(failed)}"
+            self._set(FineTuneJobCondition.EXPORTED, ConditionStatus.FALSE, "ExportFailed", message)
+        else:
+            places = ", ".join(export.place for export in wanted)
+            self._set(FineTuneJobCondition.EXPORTED, ConditionStatus.TRUE, "Exported", f"copies are at {places}")
+        return exports
 
     def complete(self, result: TrainerResult) -> None:
         """The adapter is published and the job is over."""
@@ -269,7 +295,7 @@ def notices(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Notice]:
             found.append(Notice("Normal", condition.type, condition.message))
         elif condition.type == FineTuneJobCondition.ADMITTED and condition.reason == "Queued":
             found.append(Notice("Normal", condition.reason, condition.message))
-        elif condition.reason in {"Unschedulable", "ImagePullFailed", "SecretNotFound", "Retrying"}:
+        elif condition.reason in {"Unschedulable", "ImagePullFailed", "SecretNotFound", "Retrying", "ExportFailed"}:
             found.append(Notice("Warning", condition.reason, condition.message))
     known = {attempt.name: attempt.outcome for attempt in old.attempts}
     for attempt in new.attempts:

@@ -1,0 +1,172 @@
+"""Copies of the published artifact: in folders of other stores and in repositories of the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import json
+import logging
+from functools import partial
+from typing import TYPE_CHECKING
+
+from tunesmith.api.conditions import FailureReason
+from tunesmith.api.output import Merge
+from tunesmith.contracts.artifact import digest_of
+from tunesmith.contracts.location import ARTIFACT_MANIFEST
+from tunesmith.contracts.result import ExportResult
+from tunesmith_trainer import merge, package
+from tunesmith_trainer.errors import InvalidSpecError, SelfCheckError, StorageUnavailableError, TrainerError
+from tunesmith_trainer.hub import Repository
+from tunesmith_trainer.spec import spec_digest
+from tunesmith_trainer.store import EXPORTING_RETRY, file_sha256
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from tunesmith.api.finetunejob import FineTuneJob
+    from tunesmith.api.output import Export
+    from tunesmith_trainer.store import Folder, Retry, Stores
+
+log = logging.getLogger(__name__)
+
+MERGED = "merged"
+"""Folder of the merged model: beside the artifact in the store, inside of a copy."""
+
+
+def check(job: FineTuneJob, stores: Stores) -> None:
+    """Finds before training what would make an export fail: each place is written to.
+
+    Raises:
+        TrainerError: a Secret is missing, access is denied, there is no such bucket, or another artifact is there.
+    """
+    for export in job.spec.exports:
+        if export.uri is None:
+            _repository(export, stores).create()
+            continue
+        folder = _folder(export, stores)
+        folder.check_writable()
+        try:
+            found = package.find(folder)
+        except SelfCheckError:  # no manifest of ours
+            raise _taken(folder) from None
+        if found is not None and found[0].spec_digest != spec_digest(job):
+            raise _taken(folder)
+
+
+def export_all(
+    job: FineTuneJob,
+    stores: Stores,
+    published: Folder,
+    work: Path,
+    say: Callable[[str], None],
+    retry: Retry = EXPORTING_RETRY,
+) -> list[ExportResult]:
+    """Copies the artifact to every place that the job names, and tells what became of each.
+
+    It never fails: the artifact is in the store, whatever becomes of its copies.
+
+    Args:
+        job: the FineTuneJob.
+        stores: opens the places.
+        published: the artifact's folder in the store.
+        work: folder of this machine, with what this attempt has built, or empty.
+        say: tells people what was copied.
+        retry: how long outages are waited out.
+    """
+    files: dict[str, Path] = {}
+    gathered = _told("of the artifact", lambda: files.update(_gathered(job, stores, published, work, retry)))
+    results = []
+    for export in job.spec.exports:
+        result = gathered
+        if result.reason is None:
+            result = _told(export.place, partial(_copied, job, export, stores, files, retry))
+        say(f"  copied to {export.place}" if result.reason is None else f"  not copied: {result.message}")
+        results.append(result)
+    return results
+
+
+def _told(place: str, operation: Callable[[], None]) -> ExportResult:
+    """What became of an operation, whatever it was."""
+    try:
+        operation()
+    except TrainerError as error:
+        return ExportResult(reason=error.reason, message=str(error))
+    except Exception as error:
+        log.exception("unexpected error in the export %s", place)
+        text = f"the export {place} failed, unexpected {type(error).__name__}; the log has the traceback"
+        return ExportResult(reason=FailureReason.INTERNAL_ERROR, message=text)
+    return ExportResult()
+
+
+def _copied(job: FineTuneJob, export: Export, stores: Stores, files: Mapping[str, Path], retry: Retry) -> None:
+    data = files[ARTIFACT_MANIFEST].read_bytes()
+    if export.uri is not None:
+        _to_folder(_folder(export, stores).child(retry=retry), files, data)
+        return
+    repository = _repository(export, stores, retry)
+    repository.create()
+    message = f"{job.metadata.namespace}/{job.metadata.name}: artifact {digest_of(data)}"
+    repository.commit(files, ARTIFACT_MANIFEST, MERGED, message)
+
+
+def _to_folder(folder: Folder, files: Mapping[str, Path], manifest: bytes) -> None:
+    """Copies the files, the manifest last: where it is, all the others are."""
+    if not folder.exists(ARTIFACT_MANIFEST):
+        for path, file in files.items():
+            if path == ARTIFACT_MANIFEST:
+                continue
+            inner, _, name = path.rpartition("/")
+            (folder.child(inner) if inner else folder).upload(name, file)
+        if folder.create(ARTIFACT_MANIFEST, manifest):
+            return
+    if folder.read(ARTIFACT_MANIFEST) != manifest:
+        raise _taken(folder)
+
+
+def _taken(folder: Folder) -> InvalidSpecError:
+    return InvalidSpecError(
+        f"the export {folder.uri} already holds another artifact: choose another folder, or remove what is there"
+    )
+
+
+def _gathered(job: FineTuneJob, stores: Stores, published: Folder, work: Path, retry: Retry) -> dict[str, Path]:
+    """What is copied, by its path in the copy, as it lies in the store: fetched where it is not on this machine."""
+    published = published.child(retry=retry)
+    found = package.find(published)
+    if found is None:
+        raise SelfCheckError(f"{ARTIFACT_MANIFEST} in {published.uri} is gone since it was published")
+    manifest, _ = found
+    folder = work / "artifact"
+    hashes = {name: file.sha256 for name, file in manifest.files.items()}
+    files = {name: _here(name, digest, folder, published) for name, digest in hashes.items()}
+    if job.spec.output is not None and job.spec.output.merge is not Merge.NONE:
+        uri = f"{published.uri.removesuffix('/artifact')}/{MERGED}"
+        beside = stores.folder(uri, what="the merged model", missing=StorageUnavailableError).child(retry=retry)
+        (work / MERGED).mkdir(exist_ok=True)
+        document = beside.read(merge.MANIFEST)
+        for name, digest in json.loads(document)["files"].items():
+            files[f"{MERGED}/{name}"] = _here(name, digest, work / MERGED, beside)
+        (work / MERGED / merge.MANIFEST).write_bytes(document)
+        files[f"{MERGED}/{merge.MANIFEST}"] = work / MERGED / merge.MANIFEST
+    (folder / ARTIFACT_MANIFEST).write_bytes(published.read(ARTIFACT_MANIFEST))
+    return {**files, ARTIFACT_MANIFEST: folder / ARTIFACT_MANIFEST}
+
+
+def _here(name: str, digest: str, folder: Path, source: Folder) -> Path:
+    """A file of the store on this machine's disk."""
+    folder.mkdir(exist_ok=True)
+    file = folder / name
+    if not (file.is_file() and file_sha256(file) == digest):
+        source.download(name, file)
+        if file_sha256(file) != digest:
+            raise SelfCheckError(f"{name} in {source.uri} is not what was published: its hash differs")
+    return file
+
+
+def _folder(export: Export, stores: Stores) -> Folder:
+    secret = export.secret_ref.name if export.secret_ref else None
+    return stores.folder(export.uri or "", what="the export", missing=InvalidSpecError, secret=secret)
+
+
+def _repository(export: Export, stores: Stores, retry: Retry | None = None) -> Repository:
+    values, credentials = stores.credentials(export.secret_ref.name if export.secret_ref else None)
+    return Repository(export.hub or "", values, credentials, retry or stores.retry)

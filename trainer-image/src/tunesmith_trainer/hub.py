@@ -1,0 +1,124 @@
+"""Writing to a model repository of the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.hf_api import RepoFile
+
+from tunesmith_trainer.errors import AccessDeniedError, InvalidSpecError, StorageUnavailableError, TrainerError
+from tunesmith_trainer.store import attempted, said
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+    from typing import TypeVar
+
+    from tunesmith_trainer.store import Retry
+
+    T = TypeVar("T")
+
+TOKEN = "HF_TOKEN"  # noqa: S105 - a name, not a secret
+ENDPOINT = "HF_ENDPOINT"
+_DENIED = frozenset({401, 403, 404})
+"""The Hub does not tell a repository that is not there from one that the token must not see."""
+_WORTH_A_RETRY = frozenset({408, 409, 412, 425, 429})
+_SERVER_ERROR = 500
+
+
+class Repository:
+    """A model repository. Every call waits out short outages.
+
+    Args:
+        name: organisation/name.
+        values: keys and values of its credentials: HF_TOKEN and, for another Hub than Hugging Face's, HF_ENDPOINT.
+        credentials: where those come from, for messages.
+        retry: how long outages are waited out.
+
+    Raises:
+        AccessDeniedError: there is no token.
+    """
+
+    def __init__(self, name: str, values: Mapping[str, str], credentials: str, retry: Retry) -> None:
+        token = values.get(TOKEN)
+        if not token:
+            raise AccessDeniedError(
+                f"the export hf://{name} needs a token: put {TOKEN}, a token that may write there, into {credentials}"
+            )
+        self._name = name
+        self._credentials = credentials
+        self._retry = retry
+        self._hub = HfApi(endpoint=values.get(ENDPOINT) or None, token=token)
+
+    def create(self) -> None:
+        """Makes the repository, private, where there is none, and asks whether the token may write to it.
+
+        Raises:
+            TrainerError: it must not, or the Hub is not available.
+        """
+
+        def made() -> None:
+            if not self._hub.repo_exists(self._name):
+                self._hub.create_repo(self._name, private=True, exist_ok=True)
+            # Asks how a file is to be sent, which only who may write is told; a small one is not sent by that.
+            self._hub.preupload_lfs_files(self._name, [CommitOperationAdd("README.md", b"-")])
+
+        self._attempted(made)
+
+    def commit(self, files: Mapping[str, Path], last: str, folder: str, message: str) -> None:
+        """One commit with all the files; none where the repository holds them already.
+
+        Args:
+            files: by their paths in the repository.
+            last: path of the file that names all the others by their hashes: equal, all are.
+            folder: what lies there and is not of the files is removed; everything else is kept.
+            message: of the commit.
+
+        Raises:
+            TrainerError: the token must not, or the Hub is not available.
+        """
+
+        def committed() -> None:
+            tree = self._hub.list_repo_tree(self._name, recursive=True)
+            there = {entry.path: entry.blob_id for entry in tree if isinstance(entry, RepoFile)}
+            if there.get(last) == _blob_id(files[last].read_bytes()):
+                return
+            old = [path for path in there if path.startswith(f"{folder}/") and path not in files]
+            self._hub.create_commit(
+                self._name,
+                [
+                    *(CommitOperationDelete(path) for path in old),
+                    *(CommitOperationAdd(path, str(file)) for path, file in files.items()),
+                ],
+                commit_message=message,
+            )
+
+        self._attempted(committed)
+
+    def _attempted(self, operation: Callable[[], T]) -> T:
+        return attempted(operation, self._understood, self._retry, f"the export (hf://{self._name})")
+
+    def _understood(self, error: Exception) -> TrainerError:
+        where = f"the export hf://{self._name}"
+        # A failed upload is wrapped, and what wraps it does not say why.
+        cause = error.__cause__ if type(error) is RuntimeError and isinstance(error.__cause__, Exception) else error
+        status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
+        if status in _DENIED:
+            return AccessDeniedError(
+                f"access to {where} was denied with the credentials of {self._credentials}: {TOKEN} there must be a"
+                f" token that may write to {self._name}, and may make it where there is no such repository"
+            )
+        refused = status is not None and status < _SERVER_ERROR and status not in _WORTH_A_RETRY
+        if refused or isinstance(error, ValueError):
+            return InvalidSpecError(f"the Hub does not take {where}: {said(cause)}")
+        return StorageUnavailableError(
+            f"{where} could not be reached, tried {self._retry.attempts} times: {said(cause)}"
+        )
+
+
+def _blob_id(data: bytes) -> str:
+    """Git's name for a file with this content."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
