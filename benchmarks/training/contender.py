@@ -174,6 +174,7 @@ def tunesmith(base: Path, method: str, folder: Path, clock: Clock, candidates: l
     from tunesmith_trainer.prepare import prepare  # noqa: PLC0415
     from tunesmith_trainer.progress import Progress  # noqa: PLC0415
     from tunesmith_trainer.ranks import Ranks  # noqa: PLC0415
+    from tunesmith_trainer.reporting.reporter import Reporter  # noqa: PLC0415
     from tunesmith_trainer.store import Stores  # noqa: PLC0415
     from tunesmith_trainer.training import layout, loop  # noqa: PLC0415
 
@@ -214,7 +215,7 @@ def tunesmith(base: Path, method: str, folder: Path, clock: Clock, candidates: l
         checkpoints, Interruption(), lambda step, seconds: sys.exit(f"hangs after step {step}, {seconds} s")
     )
     with (work / "log").open("w", encoding="utf-8") as log:
-        trained = loop.train(job, prepared, Timed("text", out=log), work, faults, Ranks())
+        trained = loop.train(job, prepared, Timed("text", out=log), Reporter(), work, faults, Ranks())
     assert trained.evaluation.loss is not None  # noqa: S101 - a run that ends has one
     return trained.evaluation.loss
 

@@ -285,6 +285,23 @@ KINDS = {
         },
         changed=frozenset({"datasets[0].type"}),
     ),
+    "gemma2/reward-model.yaml, with trackers": Kind(
+        """
+        base_model: org/base-2b
+        datasets: [{path: org/chats, type: chat_template}]
+        val_set_size: 0.05
+        adapter: lora
+        use_tensorboard: true
+        wandb_project: colours
+        wandb_name: blue
+        wandb_log_model: checkpoint
+        use_mlflow: false
+        mlflow_experiment_name: colours
+        """,
+        {"output": {"reporting": ["TensorBoard", "WandB"]}},
+        lost=frozenset({"wandb_log_model"}),
+        changed=frozenset({"wandb_project", "wandb_name"}),
+    ),
     "mistral/mistral-qlora-orpo.yml": Kind(
         """
         base_model: org/base-7b
@@ -391,7 +408,9 @@ def test_a_public_example_becomes_a_job_and_every_other_key_is_told(
     lines = err.splitlines()
     assert {line.split(" has no counterpart")[0] for line in lines if "has no counterpart" in line} == kind.lost
     assert {
-        line.split(": ")[0] for line in lines if re.search("rendered by|the rows must|are taken", line)
+        line.split(": ")[0]
+        for line in lines
+        if re.search("rendered by|the rows must|are taken|put it into the Secret|the name of the job", line)
     } == kind.changed
     assert imported(kind.text, "--strict")[0] == (1 if kind.lost else 0)
 

@@ -83,3 +83,14 @@ def test_no_secret_value_or_token_reaches_a_pod_by_itself() -> None:
         pod: dict[str, Any] = RENDERED[name]["spec"]["template"]["spec"]
         assert pod["automountServiceAccountToken"] is False
         assert "AWS_" not in json.dumps(pod)
+
+
+@pytest.mark.parametrize(("reporting", "mounted"), [(["MLflow"], True), (["WandB"], True), (["TensorBoard"], False)])
+def test_the_secret_of_trackers_is_mounted_where_one_has_a_server(reporting: list[str], *, mounted: bool) -> None:
+    asking = job(output={"reporting": reporting})
+    for rendered in (validation(asking, INSTALLATION), attempt(asking, 1, INSTALLATION)):
+        pod = rendered["spec"]["template"]["spec"]
+        secrets = [volume["secret"] for volume in pod["volumes"] if "secret" in volume]
+        assert secrets == ([{"secretName": "tunesmith-reporting", "optional": True}] if mounted else [])
+        places = [mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]]
+        assert ("/etc/tunesmith/secrets/tunesmith-reporting" in places) is mounted

@@ -99,7 +99,13 @@ def launch(
 
 def die_with_parent() -> None:
     """Ends this process when the one that launched it is killed: a rank left behind would write beside the next run."""
-    if os.environ.get(LAUNCHED) and sys.platform == "linux":
+    if os.environ.get(LAUNCHED):
+        kill_with_parent()
+
+
+def kill_with_parent() -> None:
+    """Has this process killed when the one that started it ends."""
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 

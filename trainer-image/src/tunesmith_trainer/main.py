@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import logging
 import os
 import shutil
 import signal
 import sys
 import tempfile
+import uuid
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -31,10 +33,20 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from tunesmith.api.finetunejob import FineTuneJob
+    from tunesmith.api.output import Tracker
     from tunesmith_trainer.prepare import Prepared
+    from tunesmith_trainer.reporting.reporter import Reporter
     from tunesmith_trainer.store import Folder, Stores
 
 log = logging.getLogger("tunesmith_trainer")
+
+EVENTS_FOLDER = "tensorboard"
+"""Beside the artifact: an engine's pod fetches all that the artifact's manifest lists."""
+RUN_FILE = "run-id"
+CLOSING_SECONDS = 30.0
+"""For trackers, after the artifact is published."""
+STOPPING_SECONDS = 10.0
+"""For trackers, of the grace between SIGTERM and SIGKILL, after the checkpoint."""
 
 _EXAMPLES = """examples:
   tunesmith-trainer validate --job job.yaml --allow-file
@@ -236,17 +248,73 @@ def _execute(arguments: argparse.Namespace, progress: Progress, ending: Ending) 
         with _work_folder(arguments.work) as work:
             if arguments.command == "validate":
                 return _validate(job, stores, work, progress, arguments)
+            reporter = _reporter(job, work, ending, arguments)
             try:
-                return _train(job, stores, work, ending, arguments)
-            except Exception:
+                result = _train(job, stores, work, ending, reporter, arguments)
+            except Exception as error:
                 # Checkpoints are uploaded from this folder, which may go with the block.
                 if ending.interruption.checkpoints is not None:
                     ending.interruption.checkpoints.flush(UPLOAD_SECONDS)
+                stopped = isinstance(error, InterruptedRunError)
+                missed = reporter.close(Outcome.PREEMPTED if stopped else Outcome.FAILED, {}, STOPPING_SECONDS)
+                if missed is not None:
+                    log.warning(missed)
                 raise
+            missed = reporter.close(result.outcome, result.metrics, CLOSING_SECONDS)
+            return result if missed is None else result.model_copy(update={"message": f"{result.message}; {missed}"})
     finally:
         if server is not None:
             server.shutdown()
             server.server_close()
+
+
+def _reporter(job: FineTuneJob, work: Path, ending: Ending, arguments: argparse.Namespace) -> Reporter:
+    """What reports to the trackers: on the first rank alone, and to none before the training begins."""
+    from tunesmith_trainer.reporting.reporter import Reporter  # noqa: PLC0415
+
+    if not ending.ranks.first:
+        return Reporter()
+    settings = _trackers(job, arguments)
+    local = "://" not in arguments.output
+    events = Path(arguments.output).resolve() if local else work
+    return Reporter(settings, work / "reporting", events / EVENTS_FOLDER)
+
+
+def _trackers(job: FineTuneJob, arguments: argparse.Namespace) -> dict[Tracker, dict[str, str]]:
+    from tunesmith_trainer.reporting.settings import tracker_settings  # noqa: PLC0415
+
+    wanted = (job.spec.output.reporting or []) if job.spec.output else []
+    return tracker_settings(wanted, arguments.secrets, os.environ, local=arguments.allow_file)
+
+
+def _report(
+    reporter: Reporter, job: FineTuneJob, prepared: Prepared, stores: Stores, target: Folder, local: Path | None
+) -> None:
+    """Begins to report: the job's uid identifies the run over its attempts, in a folder here a file of it does."""
+    from tunesmith_trainer.reporting.reporter import parameters_of  # noqa: PLC0415
+    from tunesmith_trainer.store import ONE_TRY  # noqa: PLC0415
+
+    if not reporter.wanted:
+        return
+    metadata = job.metadata
+    store = None
+    run = metadata.uid or hashlib.sha256(target.uri.encode()).hexdigest()[:32]
+    if local is None:
+        uri = f"{target.uri.removesuffix('/artifact')}/{EVENTS_FOLDER}"
+        store = stores.folder(uri, what="the folder of event files", missing=StorageUnavailableError)
+        store = store.child(retry=ONE_TRY)
+    else:
+        kept = local / RUN_FILE
+        if not kept.exists():
+            kept.write_text(f"{uuid.uuid4().hex}\n", encoding="utf-8")
+        run = kept.read_text(encoding="utf-8").strip()
+    reporter.start(
+        run=run,
+        name=f"{metadata.namespace}/{metadata.name}",
+        parameters=parameters_of(job, prepared.resolved),
+        guarded=local is None,
+        store=store,
+    )
 
 
 def _sign(job: FineTuneJob, cluster: str, folder: Folder) -> None:
@@ -263,6 +331,8 @@ def _validate(
     from tunesmith_trainer.prepare import prepare  # noqa: PLC0415
 
     progress.update(stage=Stage.VALIDATING)
+    if not arguments.allow_file:
+        _trackers(job, arguments)
     tokens = _tokens(arguments.tokens, stores)
     memory = arguments.gpu_memory_bytes
     prepared = prepare(job, stores, work, weights=False, gpu_memory=memory, tokens=tokens, say=progress.say)
@@ -307,7 +377,7 @@ def _refused(prepared: Prepared, *, cluster: bool) -> TrainerResult | None:
 
 
 def _train(
-    job: FineTuneJob, stores: Stores, work: Path, ending: Ending, arguments: argparse.Namespace
+    job: FineTuneJob, stores: Stores, work: Path, ending: Ending, reporter: Reporter, arguments: argparse.Namespace
 ) -> TrainerResult:
     progress = ending.progress
     local, target = _target(arguments.output, stores, allow_file=arguments.allow_file)
@@ -361,7 +431,9 @@ def _train(
         say=progress.say,
     )
     ending.interruption.checkpoints = checkpoints
-    trained = train(job, prepared, progress, work, Faults(checkpoints, ending.interruption, ending.hung), ranks)
+    _report(reporter, job, prepared, stores, target, local)
+    faults = Faults(checkpoints, ending.interruption, ending.hung)
+    trained = train(job, prepared, progress, reporter, work, faults, ranks)
     if not ranks.first:
         ranks.part()
         return TrainerResult(

@@ -71,9 +71,9 @@ def _problems(error: ValidationError) -> str:
 def spec_digest(job: FineTuneJob) -> str:
     """`sha256:<64 hex>` of what determines the result: the spec without where and how often it runs."""
     spec = job.spec
-    if spec.output is not None and spec.output.exports is not None:
-        # Copies change nothing of what is copied: a job with them and one without make the same.
-        output = spec.output.model_copy(update={"exports": None})
+    if spec.output is not None:
+        # Copies and reports change nothing of what is made: a job with them and one without make the same.
+        output = spec.output.model_copy(update={"exports": None, "reporting": None})
         spec = spec.model_copy(update={"output": None if output == Output() else output})
     document = spec.model_dump(mode="json", by_alias=True, exclude_none=True, exclude=_WITHOUT_EFFECT)
     return f"sha256:{hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()}"

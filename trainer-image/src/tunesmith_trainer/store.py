@@ -70,6 +70,7 @@ class Retry:
         return (min(self.first * 2**number, self.longest) for number in range(self.attempts - 1))
 
 
+ONE_TRY = Retry(attempts=1)
 TRAINING_RETRY = Retry(attempts=26, longest=60.0)
 """Twenty minutes, by each attempt of a job in a cluster: what the attempts before it have computed is in the store."""
 PUBLISHING_RETRY = Retry(attempts=66, longest=60.0)

@@ -28,6 +28,9 @@ Repository = Annotated[
     ),
 ]
 
+REPORTING_SECRET = "tunesmith-reporting"  # noqa: S105 - a name, not a secret
+"""Secret of a job's namespace with the addresses and keys of trackers."""
+
 
 class Merge(StrEnum):
     """Into which base the adapter is merged."""
@@ -81,6 +84,14 @@ class Export(ApiModel):
         return self.uri or f"hf://{self.hub}"
 
 
+class Tracker(StrEnum):
+    """Where the steps of a run are shown."""
+
+    TENSORBOARD = "TensorBoard"
+    MLFLOW = "MLflow"
+    WANDB = "WandB"
+
+
 class Output(ApiModel):
     """What is written beside the adapter."""
 
@@ -107,3 +118,17 @@ class Output(ApiModel):
         "merged. What is served is always the artifact in the store. A copy that fails does not fail the job; "
         "nothing is copied where a gate failed.",
     )
+    reporting: list[Tracker] | None = Field(
+        default=None,
+        max_length=3,
+        json_schema_extra={"x-kubernetes-list-type": "set"},
+        description="Trackers that get the metrics of each step: TensorBoard writes event files into the folder "
+        "tensorboard beside the artifact; MLflow and WandB (Weights & Biases) take address and key from the Secret "
+        "tunesmith-reporting of the namespace, in a local run from the environment. One that cannot be reached never "
+        "stops the job. Absent: none.",
+    )
+
+    @property
+    def needs_reporting_secret(self) -> bool:
+        """Whether a tracker has a server of its own."""
+        return bool({Tracker.MLFLOW, Tracker.WANDB} & set(self.reporting or []))

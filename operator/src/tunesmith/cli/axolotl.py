@@ -14,6 +14,7 @@ from typing import Any
 
 from tunesmith.api.hyperparameters import Optimizer
 from tunesmith.api.method import Initialization
+from tunesmith.api.output import REPORTING_SECRET, Tracker
 
 _EMPTY: tuple[object, ...] = (None, "", [], {})
 _LEAST_HELD_OUT, _MOST_HELD_OUT = 0.001, 0.5
@@ -115,10 +116,34 @@ _HINTS = {
     "trust_remote_code": "code that comes with a model is never run",
     "fp16": "bfloat16 is used on a GPU",
     "val_set_size": "some rows are always held out: dataset.validationFraction, 0.1 where it is absent",
-    "wandb_project": "the curves are beside the artifact, as CSV and as a picture",
     "hub_model_id": "name the repository with its organisation, organisation/name, in output.exports",
     "hub_strategy": "the artifact is pushed once, when it is published",
+    "use_comet": "output.reporting knows TensorBoard, MLflow and WandB",
+    "use_trackio": "output.reporting knows TensorBoard, MLflow and WandB",
+    "use_otel_metrics": "a training pod offers its metrics to Prometheus, see status.progress too",
+    "wandb_watch": "gradients and weights are not sent; the gradient's norm is",
+    "wandb_log_model": "the adapter is in the store",
+    "hf_mlflow_log_artifacts": "the adapter is in the store",
 }
+
+_TRACKERS: dict[Tracker, tuple[str, dict[str, str | None]]] = {
+    Tracker.TENSORBOARD: ("use_tensorboard", {}),
+    Tracker.MLFLOW: (
+        "use_mlflow",
+        {
+            "mlflow_tracking_uri": "MLFLOW_TRACKING_URI",
+            "mlflow_experiment_name": "MLFLOW_EXPERIMENT_NAME",
+            "mlflow_run_name": None,
+        },
+    ),
+    Tracker.WANDB: (
+        "use_wandb",
+        {"wandb_project": "WANDB_PROJECT", "wandb_entity": "WANDB_ENTITY", "wandb_name": None, "wandb_run_id": None},
+    ),
+}
+"""By tracker, the key that switches it on, and others with the variable that says the same."""
+_NAMING = frozenset({"mlflow_experiment_name", "mlflow_tracking_uri", "wandb_project"})
+"""Keys that switch their tracker on as well, unless it is switched off."""
 
 Document = dict[str, Any]
 
@@ -162,6 +187,7 @@ def translate(config: Document, folder: str) -> Translation:
     reader.dataset()
     reader.hyperparameters()
     reader.exports()
+    reader.reporting()
     for key, path in _RENAMED.items():
         if key in given and not (key == "num_epochs" and "max_steps" in given):
             reader.put(path, reader.take(key))
@@ -343,6 +369,25 @@ class _Reader:
             self.put("dataset.overlong", _OVERLONG[self.take("excess_length_strategy")])
         if not self.take("dataset_exact_deduplication", default=False):
             self.put("dataset.duplicates", "Keep")
+
+    def reporting(self) -> None:
+        """Trackers; their addresses and keys are in a Secret, the name of the run is the job's."""
+        trackers = []
+        for tracker, (switch, names) in _TRACKERS.items():
+            asked = self.take(switch)
+            given = [key for key in names if key in self._given]
+            for key in given if asked is not False else ():
+                variable = names[key]
+                self._changed[key] = (
+                    f"put it into the Secret {REPORTING_SECRET} as {variable}"
+                    if variable is not None
+                    else "the run has the namespace and the name of the job, in all attempts"
+                )
+            self._taken.update(given)
+            if asked or (asked is None and names.keys() & _NAMING & set(given)):
+                trackers.append(tracker.value)
+        if trackers:
+            self.put("output.reporting", trackers)
 
     def hyperparameters(self) -> None:
         micro = int(self.number("micro_batch_size", 1))

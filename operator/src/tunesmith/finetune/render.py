@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.api.output import REPORTING_SECRET
 from tunesmith.contracts.location import (
     CLAIMS_FOLDER,
     artifact_uri,
@@ -349,9 +350,12 @@ def _sources(job: FineTuneJob) -> list[BaseModelSource | DatasetSource]:
 
 
 def _secrets(job: FineTuneJob) -> list[str]:
-    """Names of the Secrets that the sources and the exports name, without repeats."""
+    """Names of the Secrets that the sources and the exports name and that trackers need, without repeats."""
     places = [*_sources(job), *job.spec.exports]
-    return list(dict.fromkeys(place.secret_ref.name for place in places if place.secret_ref is not None))
+    names = [place.secret_ref.name for place in places if place.secret_ref is not None]
+    if job.spec.output is not None and job.spec.output.needs_reporting_secret:
+        names.append(REPORTING_SECRET)
+    return list(dict.fromkeys(names))
 
 
 def _claims(job: FineTuneJob) -> list[str]:

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from tunesmith_trainer.prepare import Prepared
     from tunesmith_trainer.progress import Progress
     from tunesmith_trainer.ranks import Ranks
+    from tunesmith_trainer.reporting.reporter import Reporter
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,13 @@ def device_memory(device: torch.device) -> int | None:
 
 
 def train(
-    job: FineTuneJob, prepared: Prepared, progress: Progress, work: Path, faults: Faults, ranks: Ranks
+    job: FineTuneJob,
+    prepared: Prepared,
+    progress: Progress,
+    reporter: Reporter,
+    work: Path,
+    faults: Faults,
+    ranks: Ranks,
 ) -> Trained:
     """Trains the adapter and scores base and adapter on the held-out rows, from the newest checkpoint that verifies.
 
@@ -108,7 +115,9 @@ def train(
     """
     device = choose_device(job.spec.resources.gpus, ranks.local_rank)
     try:
-        return repeatable(device, lambda: _train(job, prepared, progress, work, device, faults, ranks), progress.say)
+        return repeatable(
+            device, lambda: _train(job, prepared, progress, reporter, work, device, faults, ranks), progress.say
+        )
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise _out_of_memory(job, prepared, device) from error
     except RuntimeError as error:
@@ -121,6 +130,7 @@ def _train(
     job: FineTuneJob,
     prepared: Prepared,
     progress: Progress,
+    reporter: Reporter,
     work: Path,
     device: torch.device,
     faults: Faults,
@@ -165,7 +175,7 @@ def _train(
         collate=collate,
         objective=objective,
         ranks=ranks,
-        callbacks=[Watch(progress, curve, device)],
+        callbacks=[Watch(progress, reporter, curve, device)],
         noise=None if alpha is None else EmbeddingNoise(base.get_input_embeddings(), alpha),
     )
     hooks.attach(trainer, peft_model, method)
@@ -178,7 +188,11 @@ def _train(
         return held_out_loss(peft_model, rows, collate, resolved.micro_batch_size or 1, adapter=adapter, ranks=ranks)
 
     with attention_of(layout, base), watchdog:
-        losses = _scored(prepared, progress, score, curve, lambda: _run(trainer, saver, faults, progress, ranks))
+
+        def run() -> None:
+            _run(trainer, saver, faults, progress, ranks, lambda: reporter.replay(curve))
+
+        losses = _scored(prepared, progress, reporter, score, curve, run)
     answered = _generated(job, prepared, peft_model) if ranks.first else {}
     return Trained(peft_model, gates.judge(job.spec.evaluation, losses, answered), curve)
 
@@ -195,6 +209,7 @@ def _checkpoint_activations(base: PreTrainedModel) -> None:
 def _scored(
     prepared: Prepared,
     progress: Progress,
+    reporter: Reporter,
     score: Callable[..., float],
     curve: list[CurvePoint],
     run: Callable[[], None],
@@ -209,6 +224,7 @@ def _scored(
             "or do not fit this precision"
         )
     curve.append(CurvePoint(step=0, epoch=0.0, evaluation_loss=before))
+    reporter.add(curve[-1])
     progress.update(stage=Stage.TRAINING, evaluation_loss=before)
     run()
 
@@ -220,6 +236,7 @@ def _scored(
         )
     last = curve[-1]
     curve.append(CurvePoint(step=last.step, epoch=last.epoch, evaluation_loss=after))
+    reporter.add(curve[-1])
     progress.update(evaluation_loss=after)
     return EvaluationStatus(base_loss=before, loss=after, loss_reduction_percent=100 * (before - after) / before)
 
@@ -255,11 +272,19 @@ def _generated(job: FineTuneJob, prepared: Prepared, peft_model: PeftModel) -> d
     return scores
 
 
-def _run(trainer: Trainer, saver: Saver, faults: Faults, progress: Progress, ranks: Ranks) -> None:
-    """Trains to the last step, from the newest checkpoint where there is one."""
+def _run(
+    trainer: Trainer,
+    saver: Saver,
+    faults: Faults,
+    progress: Progress,
+    ranks: Ranks,
+    restored: Callable[[], None],
+) -> None:
+    """Trains to the last step, from the newest checkpoint where there is one; `restored` is called with its curve."""
     saved = _newest(faults.checkpoints, ranks)
     if saved is not None:
         saver.restore(saved)
+        restored()
         progress.say(f"  resumed from the checkpoint of step {saved.step}")
         progress.update(step=saved.step)
     try:

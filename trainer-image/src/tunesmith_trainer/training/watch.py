@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
     from tunesmith_trainer.progress import Progress
+    from tunesmith_trainer.reporting.reporter import Reporter
 
 _RECENT_STEPS = 10
 
@@ -35,10 +36,11 @@ class CurvePoint:
 
 
 class Watch(TrainerCallback):
-    """Tells progress, keeps the curves, and stops a run that went wrong."""
+    """Tells progress, keeps the curves, reports them, and stops a run that went wrong."""
 
-    def __init__(self, progress: Progress, curve: list[CurvePoint], device: torch.device) -> None:
+    def __init__(self, progress: Progress, reporter: Reporter, curve: list[CurvePoint], device: torch.device) -> None:
         self._progress = progress
+        self._reporter = reporter
         self._curve = curve
         self._device = device
         self._times: list[float] = []
@@ -86,14 +88,18 @@ class Watch(TrainerCallback):
         seconds = self._times[-1] - self._times[0]
         epoch = round(float(state.epoch or 0.0), 4)
         rate = float(logs["learning_rate"])
-        self._curve.append(CurvePoint(step, epoch, loss, rate, norm, self._tokens[-1]))
+        point = CurvePoint(step, epoch, loss, rate, norm, self._tokens[-1])
+        self._curve.append(point)
+        speed = round((self._tokens[-1] - self._tokens[0]) / seconds, 1) if seconds > 0 else None
+        memory = _peak_memory(self._device)
+        self._reporter.add(point, tokens_per_second=speed, memory_bytes=memory)
         self._progress.update(
             step=step,
             epoch=epoch,
             loss=loss,
             learning_rate=rate,
-            tokens_per_second=round((self._tokens[-1] - self._tokens[0]) / seconds, 1) if seconds > 0 else None,
-            memory_bytes=_peak_memory(self._device),
+            tokens_per_second=speed,
+            memory_bytes=memory,
             eta_seconds=round(seconds / (len(self._times) - 1) * (state.max_steps - step)),
         )
 

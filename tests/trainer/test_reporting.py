@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import socket
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+from pods import pods
+from trackers import events, mlflow_server, wandb_records
+
+from tunesmith.api.conditions import FailureReason
+from tunesmith.api.finetunejob import FineTuneJob
+from tunesmith.api.output import REPORTING_SECRET, Tracker
+from tunesmith.contracts.result import Outcome
+from tunesmith_trainer.reporting.mlflow_server import RUN_TAG, refuse_own_addresses
+from tunesmith_trainer.reporting.reporter import Reporter, parameters_of
+from tunesmith_trainer.spec import spec_digest
+from tunesmith_trainer.training.watch import CurvePoint
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from mlflow.entities import Run
+    from s3server import S3Server
+    from trainer_rig import Workbench
+
+SECONDS = 120.0
+
+
+@pytest.fixture(scope="module")
+def mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with mlflow_server(tmp_path_factory.mktemp("mlflow")) as address:
+        yield address
+
+
+def curve(first: int, last: int) -> list[CurvePoint]:
+    return [CurvePoint(step, step / 10, 2 / step, 0.01, 0.5, 100 * step) for step in range(first, last + 1)]
+
+
+def reporter(folder: Path, settings: Mapping[Tracker, Mapping[str, str]], *, guarded: bool = False) -> Reporter:
+    """One that has begun."""
+    made = Reporter(settings, folder / "reporting", folder / "tensorboard")
+    made.start(run="8f3c", name="team/doors", parameters={"method.lora.rank": "4"}, guarded=guarded, store=None)
+    return made
+
+
+def two_attempts(folder: Path, settings: Mapping[Tracker, Mapping[str, str]]) -> None:
+    """The first is stopped after step 6, of which the checkpoint is that of step 4; the second does 8 steps."""
+    before = CurvePoint(0, 0.0, evaluation_loss=3.0)
+    first = reporter(folder, settings)
+    for point in (before, *curve(1, 6)):
+        first.add(point, tokens_per_second=50.0)
+    assert first.close(Outcome.PREEMPTED, {}, SECONDS) is None
+    second = reporter(folder, settings)
+    second.add(before)
+    second.replay([before, *curve(1, 4)])
+    for point in curve(5, 8):
+        second.add(point, tokens_per_second=50.0)
+    second.add(CurvePoint(8, 0.8, evaluation_loss=1.5))
+    assert second.close(Outcome.SUCCEEDED, {"evaluationLoss": 1.5, "colours/ExactMatch": 0.75}, SECONDS) is None
+
+
+def the_run(address: str, identity: str, experiment: str = "tunesmith") -> Run:
+    client = MlflowClient(address)
+    found = client.get_experiment_by_name(experiment)
+    assert found is not None
+    (run,) = client.search_runs([found.experiment_id], f"tags.`{RUN_TAG}` = '{identity}'")
+    return run
+
+
+def history(address: str, run: Run, name: str) -> list[tuple[int, float]]:
+    metrics = MlflowClient(address).get_metric_history(run.info.run_id, name)
+    return sorted((metric.step, metric.value) for metric in metrics)
+
+
+def test_tensorboard_shows_each_step_once_over_attempts(tmp_path: Path) -> None:
+    two_attempts(tmp_path, {Tracker.TENSORBOARD: {}})
+    shown = events(tmp_path / "tensorboard")
+    losses = [(event.step, event.value) for event in shown.Scalars("loss")]
+    assert losses == [(step, pytest.approx(2 / step)) for step in range(1, 9)]
+    assert [(event.step, event.value) for event in shown.Scalars("evaluationLoss")] == [(0, 3.0), (8, 1.5)]
+    assert [event.value for event in shown.Scalars("final/colours/ExactMatch")] == [0.75]
+    (table,) = shown.Tensors("parameters")
+    assert b"| method.lora.rank | 4 |" in table.tensor_proto.string_val[0]
+
+
+def test_mlflow_has_one_run_with_each_step_once_over_attempts(tmp_path: Path, mlflow: str) -> None:
+    two_attempts(tmp_path, {Tracker.MLFLOW: {"MLFLOW_TRACKING_URI": mlflow, "MLFLOW_EXPERIMENT_NAME": "doors"}})
+    run = the_run(mlflow, "8f3c", "doors")
+    assert (run.info.run_name, run.info.status) == ("team/doors", "FINISHED")
+    assert history(mlflow, run, "loss") == [(step, 2 / step) for step in range(1, 9)]
+    assert history(mlflow, run, "evaluationLoss") == [(0, 3.0), (8, 1.5)]
+    for name in ("learningRate", "gradientNorm", "tokensPerSecond", "tokens", "epoch"):
+        assert run.data.metrics[name] > 0
+    assert run.data.metrics["final/colours/ExactMatch"] == 0.75
+    assert run.data.params == {"method.lora.rank": "4"}
+
+
+def test_wandb_keeps_each_step_under_one_id(tmp_path: Path) -> None:
+    """Offline: that the server goes on with the run of this id is W&B's own promise, and not shown here."""
+    made = reporter(tmp_path, {Tracker.WANDB: {"WANDB_MODE": "offline", "WANDB_PROJECT": "colours"}})
+    for point in (CurvePoint(0, 0.0, evaluation_loss=3.0), *curve(1, 5), CurvePoint(5, 0.5, evaluation_loss=1.5)):
+        made.add(point)
+    assert made.close(Outcome.SUCCEEDED, {"evaluationLoss": 1.5}, SECONDS) is None
+    records = wandb_records(tmp_path / "reporting/wandb")
+    (run, *_) = (record.run for record in records if record.WhichOneof("record_type") == "run")
+    assert (run.run_id, run.display_name, run.project) == ("8f3c", "team/doors", "colours")
+    assert {update.key: json.loads(update.value_json) for update in run.config.update}["method.lora.rank"] == "4"
+    rows = [
+        {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for record in records
+        if record.WhichOneof("record_type") == "history"
+    ]
+    assert [row["_step"] for row in rows] == [0, 1, 2, 3, 4, 5]
+    assert [row["loss"] for row in rows[1:]] == [pytest.approx(2 / step) for step in range(1, 6)]
+    assert (rows[0]["evaluationLoss"], rows[5]["evaluationLoss"]) == (3.0, 1.5)
+    assert not any(record.WhichOneof("record_type") in {"output", "output_raw", "stats"} for record in records)
+
+
+def test_what_was_missed_in_an_outage_arrives_afterwards(tmp_path: Path, mlflow: str) -> None:
+    settings = {"MLFLOW_TRACKING_URI": mlflow, "MLFLOW_EXPERIMENT_NAME": "outage"}
+    down = reporter(tmp_path, {Tracker.MLFLOW: settings | {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}})
+    for point in curve(1, 3):
+        down.add(point)
+    assert down.close(Outcome.PREEMPTED, {}, 1.0) is not None
+    up = reporter(tmp_path, {Tracker.MLFLOW: settings})
+    up.replay(curve(1, 3))
+    assert up.close(Outcome.SUCCEEDED, {}, SECONDS) is None
+    run = the_run(mlflow, "8f3c", "outage")
+    assert [step for step, _ in history(mlflow, run, "loss")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("answers", [False, True], ids=["that hangs", "that refuses"])
+def test_a_tracker_holds_nothing_up_and_its_password_is_not_told(tmp_path: Path, *, answers: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        if answers:
+            server.close()
+        address = f"http://user:sesame@127.0.0.1:{port}"
+        made = reporter(tmp_path, {Tracker.MLFLOW: {"MLFLOW_TRACKING_URI": address, "MLFLOW_TRACKING_TOKEN": "sesame"}})
+        for point in curve(1, 5000):
+            made.add(point)
+        missed = made.close(Outcome.SUCCEEDED, {}, SECONDS if answers else 1.0)
+    assert missed is not None
+    assert missed.startswith("not all steps were reported to MLflow (")
+    if answers:
+        assert "Connection refused" in missed
+    assert "sesame" not in missed
+    assert not any(b"sesame" in file.read_bytes() for file in (tmp_path / "reporting").rglob("*") if file.is_file())
+
+
+def test_a_cluster_s_job_reports_to_no_address_of_its_node(tmp_path: Path, mlflow: str) -> None:
+    made = reporter(tmp_path, {Tracker.MLFLOW: {"MLFLOW_TRACKING_URI": mlflow}}, guarded=True)
+    missed = made.close(Outcome.SUCCEEDED, {}, SECONDS)
+    assert missed is not None
+    assert "127.0.0.1 is an address of the node or of its cloud" in missed
+
+
+@pytest.mark.parametrize(
+    "address", ["169.254.169.254", "127.0.0.1", "::1", "fe80::1%eth0", "::ffff:169.254.1.1", "fd00:ec2::254"]
+)
+def test_addresses_that_no_tracker_has(address: str) -> None:
+    with pytest.raises(PermissionError):
+        refuse_own_addresses("socket.connect", (None, (address, 80)))
+
+
+@pytest.mark.parametrize("address", ["10.96.0.10", "192.0.2.7", "2001:db8::1"])
+def test_addresses_that_a_tracker_may_have(address: str) -> None:
+    refuse_own_addresses("socket.connect", (None, (address, 80)))
+
+
+@pytest.mark.parametrize(
+    ("secret", "told"),
+    [
+        (None, f"the Secret {REPORTING_SECRET} does not exist in this namespace"),
+        ({"MLFLOW_TRACKING_URI": "http://mlflow.team:5000"}, "has no key WANDB_API_KEY"),
+        ({"MLFLOW_TRACKING_URI": "file:///etc", "WANDB_API_KEY": "sesame"}, "MLFLOW_TRACKING_URI in the Secret"),
+    ],
+)
+def test_a_secret_that_is_missing_or_wrong_is_told_before_anything_else(
+    tmp_path: Path, bench: Workbench, secret: dict[str, str] | None, told: str
+) -> None:
+    for name, value in (secret or {}).items():
+        (tmp_path / "secrets" / REPORTING_SECRET).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "secrets" / REPORTING_SECRET / name).write_text(value)
+    job = bench.job(output={"reporting": ["MLflow", "WandB"]})
+    ran = bench.run("validate", job, "--secrets", str(tmp_path / "secrets"), allow_file=False)
+    assert ran.code == 2
+    assert ran.result.reason in {FailureReason.SECRET_NOT_FOUND, FailureReason.INVALID_SPEC}
+    assert told in ran.result.message
+    assert "sesame" not in ran.result.message
+
+
+def manifest(**output: Any) -> FineTuneJob:
+    spec = {"baseModel": {"uri": "hf://org/model"}, "dataset": {"train": [{"uri": "s3://data/rows.jsonl"}]}}
+    spec |= {"method": {"lora": {"rank": 8}}, "output": output} if output else {"method": {"lora": {"rank": 8}}}
+    head = {"apiVersion": "tunesmith.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "doors"}}
+    return FineTuneJob.model_validate(head | {"spec": spec})
+
+
+def test_reporting_does_not_change_what_is_trained() -> None:
+    assert spec_digest(manifest(reporting=["TensorBoard"])) == spec_digest(manifest())
+    assert spec_digest(manifest(merge="Original")) != spec_digest(manifest())
+
+
+def test_a_local_run_reports_to_mlflow_and_tensorboard(
+    bench: Workbench, mlflow: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "local")
+    monkeypatch.setattr("tunesmith_trainer.main.CLOSING_SECONDS", SECONDS)
+    ran = bench.run("train", bench.job(output={"reporting": ["TensorBoard", "MLflow"]}))
+    assert ran.code == 0, ran.lines
+    assert "not all steps" not in ran.result.message
+    with (bench.output / "metrics.csv").open() as file:
+        expected = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file) if row["loss"]]
+    run = the_run(mlflow, (bench.output / "run-id").read_text().strip(), "local")
+    assert run.info.run_name == "default/doors"
+    assert history(mlflow, run, "loss") == expected
+    assert run.data.metrics["final/evaluationLoss"] == ran.result.metrics["evaluationLoss"]
+    assert run.data.metrics["memoryBytes"] > 0
+    assert run.data.params["resolved.learningRate"] == "0.01"
+    assert run.data.params["method.lora.rank"] == "4"
+    shown = events(bench.output / "tensorboard")
+    assert [event.step for event in shown.Scalars("loss")] == [1, 2, 3]
+    assert ran.result.resolved is not None
+    job = FineTuneJob.model_validate(yaml.safe_load((bench.folder / "job.yaml").read_text()))
+    assert run.data.params == parameters_of(job, ran.result.resolved)
+
+
+def test_the_first_rank_alone_reports_and_goes_on_after_a_stop(tmp_path: Path, base_model: Path) -> None:
+    run = pods(tmp_path, base_model, 2, output={"reporting": ["TensorBoard"]})
+    run.start()
+    run.strike((0, 1), signal.SIGTERM, 3)
+    run.ended()
+    run.finish()
+    assert len(list((run.output / "tensorboard").iterdir())) == 1
+    shown = events(run.output / "tensorboard")
+    assert [event.step for event in shown.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in shown.Scalars("evaluationLoss")] == [0, 6]
+
+
+def test_event_files_lie_beside_the_artifact_in_the_store(
+    tmp_path: Path, bench: Workbench, s3_environment: S3Server
+) -> None:
+    job = bench.job(output={"reporting": ["TensorBoard"]})
+    ran = bench.run("train", job, output="s3://tunesmith/reporting/artifact")
+    assert ran.code == 0, ran.lines
+    assert "not all steps" not in ran.result.message
+    copied = tmp_path / "copied"
+    s3_environment.filesystem().get("tunesmith/reporting/tensorboard/", f"{copied}/", recursive=True)
+    assert [event.step for event in events(copied).Scalars("loss")] == [1, 2, 3]
+    assert not any("tfevents" in name for name in s3_environment.filesystem().ls("tunesmith/reporting/artifact"))

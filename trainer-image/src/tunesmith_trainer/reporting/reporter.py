@@ -1,0 +1,282 @@
+"""The side of the process that trains: starts a process per tracker, writes the journal, tells what did not arrive."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic.alias_generators import to_camel
+
+from tunesmith.api.output import Tracker
+from tunesmith_trainer.errors import TrainerError
+from tunesmith_trainer.reporting.journal import JOURNAL, Description, End, JournalWriter, Point
+from tunesmith_trainer.reporting.worker import State, read_state
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+    from tunesmith.api.finetunejob import FineTuneJob
+    from tunesmith.api.finetunejob_status import Resolved
+    from tunesmith.contracts.result import Outcome
+    from tunesmith_trainer.store import Folder
+    from tunesmith_trainer.training.watch import CurvePoint
+
+log = logging.getLogger(__name__)
+
+_LOOKING_SECONDS = 5.0
+"""Between two looks at what a tracker's process says."""
+_UPLOADING_SECONDS = 60.0
+"""Between two copies of the event files into the store."""
+_LONGEST_VALUE = 500
+"""Characters of a parameter, which MLflow limits."""
+_FAILING_SECONDS = 5.0
+"""After the end, for a tracker that cannot be reached: it is asked once more."""
+_POLL_SECONDS = 0.05
+_PASSED_ON = (
+    *("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "PYTHONPATH", "LD_LIBRARY_PATH"),
+    *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
+    *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"),
+)
+"""Variables of a tracker's process: the credentials of the store are none of them."""
+_QUIET = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "WANDB_ERROR_REPORTING": "false",
+    "GIT_PYTHON_REFRESH": "quiet",
+    "PYTHONDONTWRITEBYTECODE": "1",
+}
+_PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+"""The worker has its own."""
+
+
+@dataclass
+class _Worker:
+    tracker: Tracker
+    process: subprocess.Popen[bytes]
+    warned: bool = False
+
+
+class Reporter:
+    """Reports to the trackers that were started; without one it does nothing.
+
+    Nothing here raises for a tracker's sake, and only `close` waits, for a bounded time.
+
+    Args:
+        settings: variables, by tracker.
+        folder: of the journal; None where there is nothing to report.
+        events: folder of the event files on this machine.
+    """
+
+    def __init__(
+        self,
+        settings: Mapping[Tracker, Mapping[str, str]] | None = None,
+        folder: Path | None = None,
+        events: Path | None = None,
+    ) -> None:
+        self._settings = settings or {}
+        self._folder = folder
+        self._events = events
+        self._workers: list[_Worker] = []
+        self._journal: JournalWriter | None = None
+        self._looked = 0.0
+        self._last = -1
+        self._ended = threading.Event()
+        self._copying: threading.Thread | None = None
+        self._not_copied: str | None = None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is a tracker."""
+        return bool(self._settings)
+
+    def start(
+        self,
+        *,
+        run: str,
+        name: str,
+        parameters: dict[str, str],
+        guarded: bool,
+        store: Folder | None,
+    ) -> None:
+        """Starts a process per tracker.
+
+        Args:
+            run: identifies the run over its attempts.
+            name: of the run.
+            parameters: resolved, by dotted path.
+            guarded: whether trackers at addresses of this machine are refused.
+            store: folder that gets a copy of the event files; None where they are where they belong.
+        """
+        settings, folder, events = self._settings, self._folder, self._events
+        if not settings or folder is None or events is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self._journal = JournalWriter(folder / JOURNAL)
+        for tracker, variables in settings.items():
+            own = folder / tracker.lower()
+            own.mkdir(exist_ok=True)
+            place = events if tracker is Tracker.TENSORBOARD else own
+            description = Description(tracker, run, name, parameters, str(place), guarded)
+            (folder / f"state-{tracker}.json").unlink(missing_ok=True)
+            self._workers.append(_Worker(tracker, _started(folder, own, description, variables)))
+        if store is not None and Tracker.TENSORBOARD in settings:
+            self._copying = threading.Thread(target=self._copy, args=(store, events), name="reporting", daemon=True)
+            self._copying.start()
+
+    def add(self, point: CurvePoint, **more: float | None) -> None:
+        """One point of the curves, with what else was measured."""
+        if self._journal is None:
+            return
+        self._last = point.step
+        named = {
+            "loss": point.loss,
+            "evaluationLoss": point.evaluation_loss,
+            "learningRate": point.learning_rate,
+            "gradientNorm": point.gradient_norm,
+            "tokens": point.tokens,
+            "epoch": point.epoch,
+            **{to_camel(name): value for name, value in more.items()},
+        }
+        metrics = {name: float(value) for name, value in named.items() if value is not None and math.isfinite(value)}
+        with suppress(OSError):  # a full disk stops what needs it, not this
+            self._journal.append(Point(point.step, time.time(), metrics))
+        if time.monotonic() - self._looked >= _LOOKING_SECONDS:
+            self._looked = time.monotonic()
+            self._warn()
+
+    def replay(self, curve: Iterable[CurvePoint]) -> None:
+        """The points of the attempts before, after what was added: a tracker gets those that it does not have."""
+        before = self._last
+        for point in curve:
+            if point.step > before:
+                self.add(point)
+
+    def close(self, outcome: Outcome, metrics: Mapping[str, float], seconds: float) -> str | None:
+        """Tells the end, waits a little for what is under way, and ends the processes.
+
+        Returns:
+            A sentence about what did not arrive, or None.
+        """
+        if self._journal is None or self._folder is None:
+            return None
+        with suppress(OSError):
+            self._journal.append(End(outcome.value, dict(metrics)))
+        self._journal.close()
+        self._journal = None
+        deadline = time.monotonic() + seconds
+        missed = []
+        for worker in self._workers:
+            state = self._awaited(worker, deadline)
+            if not state.done:
+                missed.append(
+                    f"{worker.tracker} ({state.problem or f'not everything was sent within {seconds:.0f} s'})"
+                )
+        if self._copying is not None:
+            self._ended.set()
+            self._copying.join(max(1.0, deadline - time.monotonic()))
+            if self._copying.is_alive() or self._not_copied is not None:
+                missed.append(
+                    f"{Tracker.TENSORBOARD} ({self._not_copied or 'the store did not take the files in time'})"
+                )
+        return f"not all steps were reported to {' and '.join(missed)}" if missed else None
+
+    def _awaited(self, worker: _Worker, deadline: float) -> State:
+        """What a worker says at its end; one whose tracker fails gets a few seconds more, not all."""
+        assert self._folder is not None  # noqa: S101 - there are workers
+        while worker.process.poll() is None and time.monotonic() < deadline:
+            if read_state(self._folder, worker.tracker).problem is not None:
+                deadline = min(deadline, time.monotonic() + _FAILING_SECONDS)
+                _wait(worker.process, deadline)
+                break
+            time.sleep(_POLL_SECONDS)
+        # What it started itself goes with it.
+        with suppress(ProcessLookupError):
+            os.killpg(worker.process.pid, signal.SIGKILL)
+        worker.process.wait()
+        return read_state(self._folder, worker.tracker)
+
+    def _warn(self) -> None:
+        """Once for each tracker that has a problem."""
+        assert self._folder is not None  # noqa: S101 - there are workers
+        for worker in self._workers:
+            problem = read_state(self._folder, worker.tracker).problem
+            if problem is None and worker.process.poll() is not None:
+                problem = f"its process ended with {worker.process.returncode}"
+            if problem is not None and not worker.warned:
+                worker.warned = True
+                log.warning("reporting to %s fails, training goes on: %s", worker.tracker, problem)
+
+    def _copy(self, store: Folder, events: Path) -> None:
+        """Keeps the store's folder of event files as the one of this machine."""
+        fresh = False
+        last = False
+        while not last:
+            last = self._ended.wait(_UPLOADING_SECONDS)
+            files = sorted(events.glob("events.out.tfevents.*"))
+            try:
+                if files and not fresh:
+                    store.remove()  # this attempt's file has what those of the attempts before have
+                    fresh = True
+                for file in files:
+                    store.upload(file.name, file)
+            except (TrainerError, OSError) as error:
+                self._not_copied = str(error)
+            else:
+                self._not_copied = None
+
+
+def parameters_of(job: FineTuneJob, resolved: Resolved) -> dict[str, str]:
+    """The manifest's decisions and those that were made for the user, by dotted path."""
+    spec = job.spec.manifest()
+    told = ("baseModel", "objective", "method", "hyperparameters")
+    parts: dict[str, Any] = {name: spec[name] for name in told if name in spec}
+    flat = dict(_flat({**parts, "resolved": resolved.manifest()}))
+    return {
+        name: text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…" for name, text in flat.items()
+    }
+
+
+def _flat(document: Mapping[str, Any], path: str = "") -> Iterable[tuple[str, str]]:
+    for name, value in document.items():
+        where = f"{path}{name}"
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{where}.")
+        else:
+            yield where, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _started(
+    folder: Path, own: Path, description: Description, variables: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    environment |= {"WANDB_CACHE_DIR": str(own), "WANDB_DATA_DIR": str(own), "WANDB_CONFIG_DIR": str(own)}
+    process = subprocess.Popen(  # noqa: S603 - our own command
+        [sys.executable, "-m", "tunesmith_trainer.reporting.worker", str(folder)],
+        stdin=subprocess.PIPE,
+        # Libraries write addresses, and may write keys; what went wrong is told without them.
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**environment, **_QUIET, **_PATIENCE, **variables},
+        start_new_session=True,
+    )
+    with suppress(OSError):  # it has ended, which is seen later
+        assert process.stdin is not None  # noqa: S101 - it is a pipe
+        process.stdin.write(description.to_json().encode() + b"\n")
+        process.stdin.close()
+    return process
+
+
+def _wait(process: subprocess.Popen[bytes], deadline: float) -> None:
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)

@@ -1,0 +1,85 @@
+"""Addresses and keys of trackers: out of the Secret `tunesmith-reporting`, or of the environment of a local run."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from tunesmith.api.output import REPORTING_SECRET, Tracker
+from tunesmith_trainer.errors import InvalidSpecError, SecretNotFoundError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+_PREFIXES = {Tracker.MLFLOW: "MLFLOW_", Tracker.WANDB: "WANDB_"}
+_REQUIRED = {Tracker.MLFLOW: "MLFLOW_TRACKING_URI", Tracker.WANDB: "WANDB_API_KEY"}
+_ADDRESSES = {Tracker.MLFLOW: "MLFLOW_TRACKING_URI", Tracker.WANDB: "WANDB_BASE_URL"}
+_SECRET_KEYS = re.compile("KEY|PASSWORD|TOKEN|SECRET")
+
+
+def tracker_settings(
+    trackers: Iterable[Tracker], secrets: Path, environ: Mapping[str, str], *, local: bool
+) -> dict[Tracker, dict[str, str]]:
+    """The variables of each tracker, by tracker.
+
+    Args:
+        trackers: that the job reports to.
+        secrets: folder with one sub-folder per mounted Secret, one file per key.
+        environ: of this process; where no cluster runs the job, the variables are its own.
+        local: whether that is so.
+
+    Raises:
+        SecretNotFoundError: the Secret or one of its keys is missing.
+        InvalidSpecError: a variable is missing in a local run, or is no address.
+    """
+    found: dict[Tracker, dict[str, str]] = {}
+    for tracker in trackers:
+        if tracker not in _PREFIXES:
+            found[tracker] = {}
+            continue
+        given = environ if local else _mounted(secrets, tracker)
+        values = {name: value for name, value in given.items() if name.startswith(_PREFIXES[tracker]) and value}
+        _check(tracker, values, local=local)
+        found[tracker] = values
+    return found
+
+
+def _mounted(secrets: Path, tracker: Tracker) -> dict[str, str]:
+    folder = secrets / REPORTING_SECRET
+    files = [entry for entry in folder.iterdir() if entry.is_file()] if folder.is_dir() else []
+    if not files:
+        raise SecretNotFoundError(
+            f"output.reporting has {tracker}, and the Secret {REPORTING_SECRET} does not exist in this namespace or is"
+            f" empty: create it with the key {_REQUIRED[tracker]}, or remove {tracker} from output.reporting"
+        )
+    return {file.name: file.read_text(encoding="utf-8").strip() for file in files}
+
+
+def _check(tracker: Tracker, values: Mapping[str, str], *, local: bool) -> None:
+    required = _REQUIRED[tracker]
+    # On a machine of one's own the key may also be where `wandb login` puts it, and a run may be offline.
+    if required not in values and not (local and tracker is Tracker.WANDB):
+        if local:
+            raise InvalidSpecError(
+                f"output.reporting has {tracker}, and {required} is not in the environment: set it, or remove {tracker}"
+            )
+        raise SecretNotFoundError(
+            f"output.reporting has {tracker}, and the Secret {REPORTING_SECRET} has no key {required}: add it, or"
+            f" remove {tracker} from output.reporting"
+        )
+    address = values.get(_ADDRESSES[tracker])
+    if address is not None and (urlsplit(address).scheme not in {"http", "https"} or not urlsplit(address).hostname):
+        where = "the environment" if local else f"the Secret {REPORTING_SECRET}"
+        raise InvalidSpecError(
+            f"{_ADDRESSES[tracker]} in {where} is no http:// or https:// address: {tracker} needs that of its server"
+        )
+
+
+def without_secrets(text: str, values: Mapping[str, str]) -> str:
+    """The text, of one line, with what is secret of the variables replaced by `***`."""
+    for name, value in values.items():
+        if _SECRET_KEYS.search(name) and value:
+            text = text.replace(value, "***")
+    return " ".join(re.sub(r"//[^/@\s]*@", "//***@", text).split())

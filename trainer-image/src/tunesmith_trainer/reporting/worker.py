@@ -1,0 +1,126 @@
+"""The process that reports to one tracker: `python -m tunesmith_trainer.reporting.worker FOLDER`.
+
+Reads the description from standard input and follows the journal. An outage of the tracker is waited out for as long
+as the process that trains lives; it ends this one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from tunesmith.api.output import Tracker
+from tunesmith_trainer.launch import kill_with_parent
+from tunesmith_trainer.reporting.journal import JOURNAL, Description, End, JournalReader, Point
+from tunesmith_trainer.reporting.settings import without_secrets
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+STATE = "state-{}.json"
+_READ_AT_ONCE = 1000
+_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 5.0
+_SHOWN_CHARACTERS = 300
+
+
+class Sink(Protocol):
+    """What each tracker's module offers. Everything may raise: it is opened anew, and gets all points again."""
+
+    def open(self) -> None:
+        """Connects, and finds the run of the attempts before."""
+
+    def write(self, points: Sequence[Point]) -> None:
+        """Sends the points; those that the run has already are left out."""
+
+    def finish(self, end: End) -> None:
+        """Sends the result."""
+
+
+@dataclass(frozen=True)
+class State:
+    """How far the reporting is: the latest problem, and whether everything up to the end was sent."""
+
+    problem: str | None = None
+    done: bool = False
+
+
+def read_state(folder: Path, tracker: str) -> State:
+    """What the worker of a tracker said last."""
+    try:
+        return State(**json.loads((folder / STATE.format(tracker)).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return State()
+
+
+def main() -> None:
+    """Entry point."""
+    kill_with_parent()
+    folder = Path(sys.argv[1])
+    run = Description(**json.loads(sys.stdin.readline()))
+    reader = JournalReader(folder / JOURNAL)
+    pause, sink, opened = _PAUSE_SECONDS, None, False
+    end: End | None = None
+    while True:
+        try:
+            if sink is None:
+                sink = make_sink(run)
+            if not opened:
+                sink.open()
+                opened = True
+            while entries := reader.read(_READ_AT_ONCE):
+                sink.write([entry for entry in entries if isinstance(entry, Point)])
+                end = next((entry for entry in entries if isinstance(entry, End)), end)
+            if end is not None:
+                sink.finish(end)
+            _tell(folder, run, State(done=end is not None))
+        except Exception as error:  # noqa: BLE001 - every library has exceptions of its own; they end here
+            text = without_secrets(_reason(error), os.environ)
+            _tell(folder, run, State(problem=text[:_SHOWN_CHARACTERS]))
+            reader.rewind()
+            opened, end = False, None
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+        else:
+            pause = _PAUSE_SECONDS
+        if end is not None:
+            return
+        time.sleep(pause)
+
+
+def make_sink(run: Description) -> Sink:
+    """The tracker, with its library."""
+    if run.tracker == Tracker.TENSORBOARD:
+        from tunesmith_trainer.reporting.tensorboard_files import TensorBoardTracker  # noqa: PLC0415 - only what is used
+
+        return TensorBoardTracker(run)
+    if run.tracker == Tracker.MLFLOW:
+        from tunesmith_trainer.reporting.mlflow_server import MlflowTracker  # noqa: PLC0415
+
+        return MlflowTracker(run)
+    from tunesmith_trainer.reporting.wandb_run import WandbTracker  # noqa: PLC0415
+
+    return WandbTracker(run)
+
+
+def _reason(error: BaseException) -> str:
+    """What the operating system said, where that is behind it, or else the error itself."""
+    first = error
+    while (behind := first.__cause__ or first.__context__) is not None:
+        first = behind
+    told = first if isinstance(first, OSError) else error
+    return f"{type(told).__name__}: {told}"
+
+
+def _tell(folder: Path, run: Description, state: State) -> None:
+    path = folder / STATE.format(run.tracker)
+    whole = path.with_suffix(".new")
+    whole.write_text(json.dumps({"problem": state.problem, "done": state.done}), encoding="utf-8")
+    whole.replace(path)
+
+
+if __name__ == "__main__":
+    main()
