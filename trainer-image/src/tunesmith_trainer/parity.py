@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import get_max_memory
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from tunesmith.contracts.parity import Parity, ParityPosition, ParityProbe, TokenLogProbability
 from tunesmith_trainer.logits import batch_of_one, last_logits, products
 from tunesmith_trainer.memory import available_memory
-from tunesmith_trainer.methods.conversion import ADAPTER_CONFIG
+from tunesmith_trainer.methods.conversion import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -67,7 +68,8 @@ def record(
 ) -> tuple[Parity, list[torch.Tensor]]:
     """Loads base and saved adapter anew, as an engine does, and asks both.
 
-    Layers that fit neither on the GPUs nor in main memory are read from disk whenever they are computed.
+    Layers that fit neither on the GPUs nor in main memory are read from disk whenever they are computed; other adapters
+    than plain LoRA need the weights themselves, and with these all of them must fit.
 
     Args:
         base: folder of the base model with its weights.
@@ -84,10 +86,17 @@ def record(
     dtype = serving_type(config)
     offload = artifact.parent / "offload"
     adapter = (artifact / ADAPTER_CONFIG).exists()
-    room = {**get_max_memory(), "cpu": int(_SHARE * available_memory()) if memory is None else memory}
+    room, streams = get_max_memory(), not adapter or _is_plain_lora(artifact)
+    if streams:
+        room["cpu"] = int(_SHARE * available_memory()) if memory is None else memory
     model: Any = _loaded(base if adapter else artifact, dtype, room, offload)
     if adapter:
-        model = PeftModel.from_pretrained(model, str(artifact), max_memory=room, offload_dir=str(offload)).eval()
+        if streams:
+            # By the map PEFT would write the base's files again, with the adapter in them. The hooks that read layers
+            # from disk stay where they are, and the adapter itself fits into memory.
+            vars(model).pop("hf_device_map", None)
+        model = PeftModel.from_pretrained(model, str(artifact), low_cpu_mem_usage=streams).eval()
+        _hold_adapter(model, artifact)
     greedy = GenerationConfig(do_sample=False, max_new_tokens=_ANSWER_TOKENS, eos_token_id=list(ends), pad_token_id=pad)
     prompts = prompt_tokens(tokenizer)
     answers = []
@@ -116,12 +125,23 @@ def record(
 
 def _products(model: Any, artifact: Path) -> AbstractContextManager[None]:  # noqa: ANN401 - with or without adapter
     """As an engine computes LoRA, with the adapter in its own type; any other method as in training."""
+    return nullcontext() if _is_plain_lora(artifact) else products(model)
+
+
+def _is_plain_lora(artifact: Path) -> bool:
+    """Whether the adapter is nothing but pairs of matrices."""
     path = artifact / ADAPTER_CONFIG
     config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    plain = config.get("peft_type") == "LORA" and not (
-        config.get("modules_to_save") or config.get("trainable_token_indices")
-    )
-    return nullcontext() if plain else products(model)
+    others = ("modules_to_save", "trainable_token_indices", "use_dora")
+    return config.get("peft_type") == "LORA" and not any(config.get(name) for name in others)
+
+
+def _hold_adapter(model: PeftModel, artifact: Path) -> None:
+    """Puts into memory what PEFT put on disk with the layer that it belongs to, which has no hook for it."""
+    absent = {name for name, part in model.named_parameters() if part.device.type == "meta" and ".lora_" in name}
+    if absent:
+        saved = load_file(artifact / ADAPTER_WEIGHTS, device="cuda" if torch.cuda.is_available() else "cpu")
+        model.load_state_dict({name: saved[name.replace(".default", "")] for name in absent}, strict=False, assign=True)
 
 
 def _loaded(folder: Path, dtype: torch.dtype, room: Mapping[int | str, int], offload: Path) -> PreTrainedModel:
