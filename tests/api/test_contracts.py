@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 
 from tunesmith.api.conditions import FailureReason
-from tunesmith.api.finetunejob_status import DroppedRows, DropReason, Preflight, Resolved
+from tunesmith.api.finetunejob_status import (
+    DroppedRows,
+    DropReason,
+    EvaluationStatus,
+    GateStatus,
+    Preflight,
+    Resolved,
+    Score,
+)
 from tunesmith.api.model import MAX_NAME
 from tunesmith.contracts.agent import gateway_token, pool_token
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
@@ -190,6 +198,24 @@ class TestResult:
         assert read is not None
         assert [one.reason for one in read] == [one.reason for one in exports]
         assert read[0].message == "é" * 100
+
+    def test_termination_message_keeps_the_gates_rather_than_the_scores(self) -> None:
+        names = [f"a-task-of-some-length-{number}/acc" for number in range(60)]
+        gates = [GateStatus(suite="tasks", metric=names[0], value=0.5, min=0.6, passed=False)]
+        result = TrainerResult(
+            outcome=Outcome.FAILED,
+            message="gate tasks: below",
+            metrics={"evaluationLoss": 1.5} | {f"tasks/{name}": 0.5 for name in names},
+            evaluation=EvaluationStatus(
+                loss=1.5,
+                scores=[Score(suite="tasks", metric=name, base=0.5, adapter=0.5) for name in names],
+                gates=gates,
+            ),
+        )
+        read = TrainerResult.model_validate_json(result.termination_message())
+        assert (read.message, read.metrics) == (result.message, {"evaluationLoss": 1.5})
+        assert read.evaluation is not None
+        assert (read.evaluation.gates, read.evaluation.scores) == (gates, None)
 
     def test_termination_message_fits_whatever_was_resolved(self) -> None:
         resolved = Resolved(target_modules=["m" * 128] * 64)

@@ -180,6 +180,13 @@ def test_images_by_tag_digest_and_registry(template: Template) -> None:
     assert any(part.startswith("--engine-image=docker.io/vllm/vllm-openai:v") for part in operator["command"])
 
 
+def test_the_platforms_evaluation_tasks_reach_the_operator(template: Template) -> None:
+    for values, told in (({}, []), ({"trainer": {"lmEvalTasks": "/opt/tasks"}}, ["--lm-eval-tasks=/opt/tasks"])):
+        operator = of_kind(template("tunesmith", values), "Deployment")["tunesmith-operator"]
+        command = operator["spec"]["template"]["spec"]["containers"][0]["command"]
+        assert [part for part in command if part.startswith("--lm-eval-tasks")] == told
+
+
 def test_gateway_service_and_its_url_agree(template: Template) -> None:
     documents = template("tunesmith", {"gateway": {"service": {"type": "NodePort", "nodePort": 30080, "port": 8000}}})
     port = of_kind(documents, "Service")["tunesmith-gateway"]["spec"]["ports"][0]

@@ -477,6 +477,22 @@ def test_what_cannot_be_imported_is_told(imported: Import, text: str, code: int,
     assert said in err
 
 
+def test_tasks_of_the_harness_become_a_suite(imported: Import) -> None:
+    plugin = (
+        "plugins: [axolotl.integrations.lm_eval.LMEvalPlugin]\nlm_eval_batch_size: 8\nlm_eval_tasks: [arc_easy, mmlu]\n"
+    )
+    ended, out, err = imported(SMALL + plugin)
+    assert ended == 0
+    assert "lm_eval_tasks" not in err
+    assert "plugins" not in err
+    evaluation = parse_manifest(out).spec.evaluation
+    assert evaluation is not None
+    assert evaluation.manifest() == {"suites": [{"name": "lm-eval", "lmEval": {"tasks": ["arc_easy", "mmlu"]}}]}
+    ended, out, err = imported(SMALL + plugin + "lm_eval_post_train: false\n")
+    assert parse_manifest(out).spec.evaluation is None
+    assert "lm_eval_tasks has no counterpart and is left out: lm_eval_post_train is false" in err
+
+
 def test_without_an_adapter_all_weights_are_trained(imported: Import) -> None:
     ended, out, err = imported(SMALL.replace("adapter: lora", "lora_r: 8"))
     assert ended == 0

@@ -184,6 +184,9 @@ BAD_JOBS: dict[str, BadJob] = {
     "a gate without a limit": apply(
         "needs min or max", evaluation={"suites": [_SUITE], "gates": [{"suite": "rows", "metric": "Loss"}]}
     ),
+    "a task that there is not": invalid(
+        "did you mean arc_easy?", evaluation={"suites": [{"name": "tasks", "lmEval": {"tasks": ["arc_esay"]}}]}
+    ),
     "4 bits turned back that never were": apply("use Original", output={"merge": "Dequantized"}),
     "a copy to a claim": apply("a copy goes to s3://bucket/path", output={"exports": [{"uri": "pvc://claim/copy"}]}),
     "a copy to two places in one": apply(

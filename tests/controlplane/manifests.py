@@ -77,7 +77,7 @@ ONE_PLACE = "an entry of output.exports needs exactly one of uri and hub: keep o
 SAME_PLACE = "two entries of output.exports name the same place: remove one"
 COPY = "a copy goes to s3://bucket/path, gs://bucket/path or az://container/path, without a slash at the end, or with"
 REPOSITORY = "a repository of the Hugging Face Hub is organisation/name, of letters, digits and '_' with single '-'"
-ONE_SUITE = "a suite of evaluation.suites needs exactly one of heldOutLoss and generation"
+ONE_SUITE = "a suite of evaluation.suites needs exactly one of heldOutLoss, generation and lmEval: keep one and"
 NO_SUITE = "a gate of evaluation.gates names a suite that is not in evaluation.suites: correct its name"
 NO_METRIC = "a gate of evaluation.gates names a metric that its suite does not have: heldOutLoss has Loss and"
 NO_LIMIT = "a gate of evaluation.gates needs min or max: without a limit it would always hold"
@@ -187,6 +187,21 @@ REFUSED_JOBS: dict[str, tuple[dict[str, Any], str, str]] = {
         {"evaluation": {"suites": [{"name": "a", "heldOutLoss": {}, "generation": {"dataset": {"uri": JSONL}}}]}},
         ONE_SUITE,
         ONE_SUITE,
+    ),
+    "a task that is a path": (
+        {"evaluation": {"suites": [{"name": "a", "lmEval": {"tasks": ["./tasks/mine.yaml"]}}]}},
+        "a task of lmEval goes by its name in lm-evaluation-harness",
+        "a task of lmEval goes by its name in lm-evaluation-harness",
+    ),
+    "a gate on a task that is not scored": (
+        {
+            "evaluation": {
+                "suites": [{"name": "rows", "lmEval": {"tasks": ["arc_easy"]}}],
+                "gates": [{"suite": "rows", "metric": "arc_challenge/acc", "min": 0.5}],
+            }
+        },
+        NO_METRIC,
+        NO_METRIC,
     ),
     "two suites of one name": (
         {"evaluation": {"suites": [LOSS_SUITE, LOSS_SUITE]}},

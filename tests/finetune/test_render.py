@@ -20,6 +20,7 @@ GOLDEN = Path(__file__).parent / "golden"
 INSTALLATION = Installation(
     store=STORE,
     trainer_image="registry.example/trainer@sha256:1",
+    lm_eval_tasks="/opt/tasks",
     image_pull_policy="IfNotPresent",
     cluster="0f0e0d0c-0000-4000-8000-00000000000c",
 )

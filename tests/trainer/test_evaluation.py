@@ -73,7 +73,9 @@ def _judge(gate: dict[str, Any], losses: EvaluationStatus) -> EvaluationStatus:
         {"name": "rows", "heldOutLoss": {}},
         {"name": "doors", "generation": {"dataset": {"uri": "s3://data/doors.jsonl"}}},
     ]
-    return gates.judge(Evaluation.model_validate({"suites": suites, "gates": [gate]}), losses, {"doors": (0.25, 0.75)})
+    return gates.judge(
+        Evaluation.model_validate({"suites": suites, "gates": [gate]}), losses, {"doors": {"ExactMatch": (0.25, 0.75)}}
+    )
 
 
 def test_base_and_adapter_answer_as_plain_transformers_and_peft_do(bench: Workbench, base_model: Path) -> None:

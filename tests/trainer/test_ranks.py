@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from pods import Pods, assert_equal, pods
 from s3server import free_port
+from trainer_rig import chat_rows, write_rows
 
 from tunesmith.api.placement import TrainingResources
 from tunesmith.contracts.result import Outcome, TrainerResult
@@ -50,6 +51,21 @@ def test_two_nodes_train_what_one_does(tmp_path: Path, base_model: Path, alone: 
     assert second.message == "rank 1 of 2 is done; rank 0 has the result"
     assert "step 6/6" in two.log(0)
     assert "step" not in two.log(1)
+
+
+def test_the_first_of_two_scores_the_suites(tmp_path: Path, base_model: Path) -> None:
+    data = write_rows(tmp_path / "questions.jsonl", chat_rows(2))
+    suites = [
+        {"name": "rows", "heldOutLoss": {}},
+        {"name": "doors", "generation": {"dataset": {"uri": f"file://{data}"}, "maxNewTokens": 2}},
+    ]
+    gates = [{"suite": "doors", "metric": "ExactMatch", "max": 1}]
+    two = pods(tmp_path, base_model, 2, evaluation={"suites": suites, "gates": gates})
+    two.finish()
+    first = two.result(0).evaluation
+    assert first is not None
+    assert [(one.suite, one.metric) for one in first.scores or []] == [("rows", "Loss"), ("doors", "ExactMatch")]
+    assert [gate.passed for gate in first.gates or []] == [True]
 
 
 @dataclass(frozen=True)

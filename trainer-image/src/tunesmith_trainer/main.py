@@ -63,6 +63,8 @@ _ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",
+    "HF_EVALUATE_OFFLINE": "1",  # its metrics are code from the Hub
     "DISABLE_TELEMETRY": "1",
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "true",  # nothing forks
@@ -87,7 +89,7 @@ def run(argv: Sequence[str]) -> int:
     die_with_parent()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(message)s")
     logging.captureWarnings(capture=True)
-    for noisy in ("py.warnings", "bitsandbytes"):
+    for noisy in ("py.warnings", "bitsandbytes", "lm_eval"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     progress = Progress(arguments.format)

@@ -15,6 +15,7 @@ from tunesmith_trainer.data.loading import load as load_rows
 from tunesmith_trainer.data.rows import FORMS
 from tunesmith_trainer.data.template import same_prompts
 from tunesmith_trainer.errors import BaseModelNotFoundError, InvalidSpecError
+from tunesmith_trainer.evaluation import harness
 from tunesmith_trainer.evaluation.generation import Example, load
 from tunesmith_trainer.methods.config import parameters_at, plan_method
 from tunesmith_trainer.methods.servable import require as require_servable
@@ -127,6 +128,9 @@ def prepare(
         for suite in (spec.evaluation.suites if spec.evaluation else [])
         if suite.generation is not None
     }
+    if spec.evaluation is not None and any(suite.lm_eval is not None for suite in spec.evaluation.suites):
+        say("  fetching the tasks of lm-evaluation-harness")
+        harness.check(spec.evaluation)
     lengths = rows.lengths
 
     def trainable(rank: int | None) -> int:

@@ -8,13 +8,24 @@ from typing import Annotated
 from pydantic import Field
 
 from tunesmith.api.dataset import DatasetSource
-from tunesmith.api.model import ApiModel, Rule
+from tunesmith.api.model import ApiModel, Matches, Rule
 
 SuiteName = Annotated[str, Field(min_length=1, max_length=32, pattern=r"^[a-zA-Z0-9]([-a-zA-Z0-9]*[a-zA-Z0-9])?$")]
+TaskName = Annotated[
+    str,
+    Field(min_length=1, max_length=100),
+    Matches(
+        r"^[a-zA-Z0-9][-a-zA-Z0-9_.:()]*$",
+        "a task of lmEval goes by its name in lm-evaluation-harness, such as arc_easy: a path or a uri is none",
+    ),
+]
 LOSS = "Loss"
 LOSS_REDUCTION = "LossReductionPercent"
 GAIN = "Gain"
 """`<metric>Gain` is the adapter's score less the base's."""
+MAX_METRIC = 160
+MAX_SCORES = 128
+"""Most scores of all suites together."""
 
 
 class GenerationMetric(StrEnum):
@@ -43,27 +54,50 @@ class Generation(ApiModel):
     limit: int | None = Field(default=None, ge=1, le=100_000, description="Rows from the first on; absent: all.")
 
 
+class LmEval(ApiModel):
+    """Tasks of lm-evaluation-harness, with its own prompts and metrics."""
+
+    tasks: list[TaskName] = Field(
+        min_length=1,
+        max_length=8,
+        description="Names of tasks, such as arc_easy, or of groups that have a score of their own, such as mmlu. "
+        "Their data comes from the Hugging Face Hub. Tasks that run code from the Hub or of the model are refused.",
+    )
+    limit: int | None = Field(
+        default=None, ge=1, le=100_000, description="Rows of each task, from the first on; absent: all."
+    )
+    num_fewshot: int | None = Field(
+        default=None,
+        ge=0,
+        le=64,
+        description="Answered examples before each question; absent: as many as the task says.",
+    )
+
+
 class Suite(ApiModel):
     """One set of scores of base and adapter."""
 
     rules = (
         Rule(
-            "has(self.heldOutLoss) != has(self.generation)",
-            "a suite of evaluation.suites needs exactly one of heldOutLoss and generation: keep one, remove the other",
-            lambda self: (self.held_out_loss is None) != (self.generation is None),
+            "[has(self.heldOutLoss), has(self.generation), has(self.lmEval)].exists_one(given, given)",
+            "a suite of evaluation.suites needs exactly one of heldOutLoss, generation and lmEval: keep one and remove "
+            "the others",
+            lambda self: [self.held_out_loss, self.generation, self.lm_eval].count(None) == 2,  # noqa: PLR2004
         ),
     )
 
     name: SuiteName = Field(description="Name that gates and scores go by.")
     held_out_loss: HeldOutLoss | None = Field(default=None, description="The loss on the held-out rows.")
     generation: Generation | None = Field(default=None, description="Answers compared with those of a data set.")
+    lm_eval: LmEval | None = Field(default=None, description="Tasks of lm-evaluation-harness.")
 
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """What a gate can name."""
+    def has_metric(self, name: str) -> bool:
+        """Whether a gate can name it; of `lmEval` only as far as it shows without the tasks."""
+        if self.lm_eval is not None:
+            return any(name.startswith(f"{task}/") for task in self.lm_eval.tasks)
         if self.generation is None:
-            return (LOSS, LOSS_REDUCTION)
-        return (self.generation.metric.value, self.generation.metric.value + GAIN)
+            return name in {LOSS, LOSS_REDUCTION}
+        return name in {self.generation.metric.value, self.generation.metric.value + GAIN}
 
 
 class Gate(ApiModel):
@@ -85,9 +119,10 @@ class Gate(ApiModel):
     suite: SuiteName = Field(description="Name of a suite.")
     metric: str = Field(
         min_length=1,
-        max_length=64,
-        description="Loss or LossReductionPercent of heldOutLoss; of generation its metric, or its metric with Gain "
-        "behind it (adapter less base).",
+        max_length=MAX_METRIC,
+        description="Loss or LossReductionPercent of heldOutLoss; of generation its metric; of lmEval a task and one "
+        "of its metrics, such as arc_easy/acc_norm or gsm8k/exact_match,strict-match. With Gain behind a metric of "
+        "generation or lmEval: adapter less base.",
     )
     min: float | None = Field(default=None, description="Least value that passes.")
     max: float | None = Field(default=None, description="Greatest value that passes.")
@@ -104,12 +139,14 @@ class Evaluation(ApiModel):
         ),
         Rule(
             "!has(self.gates) || self.gates.all(gate, self.suites.all(suite, suite.name != gate.suite || "
-            "(has(suite.heldOutLoss) ? gate.metric in ['Loss', 'LossReductionPercent'] : !has(suite.generation) || "
+            "(has(suite.heldOutLoss) ? gate.metric in ['Loss', 'LossReductionPercent'] : has(suite.lmEval) ? "
+            "suite.lmEval.tasks.exists(task, gate.metric.startsWith(task + '/')) : !has(suite.generation) || "
             "gate.metric == suite.generation.metric || gate.metric == suite.generation.metric + 'Gain')))",
             "a gate of evaluation.gates names a metric that its suite does not have: heldOutLoss has Loss and "
-            "LossReductionPercent, generation has its metric and the same with Gain behind it",
+            "LossReductionPercent, generation has its metric and the same with Gain behind it, lmEval has "
+            "<task>/<metric> and the same with Gain behind it",
             lambda self: all(
-                gate.metric in suite.metrics
+                suite.has_metric(gate.metric)
                 for gate in self.gates or []
                 for suite in self.suites
                 if suite.name == gate.suite

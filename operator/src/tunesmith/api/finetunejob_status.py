@@ -10,6 +10,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from tunesmith.api.conditions import Condition, FailureReason
+from tunesmith.api.evaluation import MAX_METRIC, MAX_SCORES
 from tunesmith.api.hyperparameters import Precision
 from tunesmith.api.method import ModuleName
 from tunesmith.api.model import StatusModel
@@ -232,7 +233,7 @@ class Score(StatusModel):
     """One metric of one suite."""
 
     suite: str = Field(max_length=32, description="Name of the suite.")
-    metric: str = Field(max_length=64, description="Name of the metric.")
+    metric: str = Field(max_length=MAX_METRIC, description="Name of the metric.")
     base: Figure = Field(default=None, description="The base's score.")
     adapter: Figure = Field(default=None, description="The adapter's score.")
 
@@ -241,7 +242,7 @@ class GateStatus(StatusModel):
     """What became of a gate."""
 
     suite: str = Field(max_length=32, description="Name of the suite.")
-    metric: str = Field(max_length=64, description="Name of the metric.")
+    metric: str = Field(max_length=MAX_METRIC, description="Name of the metric.")
     value: Figure = Field(default=None, description="What was reached.")
     min: float | None = Field(default=None, description="Least value that passes.")
     max: float | None = Field(default=None, description="Greatest value that passes.")
@@ -254,7 +255,7 @@ class EvaluationStatus(StatusModel):
     base_loss: Figure = Field(default=None, description="Held-out loss of the base, nats per target token.")
     loss: Figure = Field(default=None, description="Held-out loss of the adapter, nats per target token.")
     loss_reduction_percent: Figure = Field(default=None, description="How far the held-out loss fell.")
-    scores: list[Score] | None = Field(default=None, max_length=8, description="Scores of evaluation.suites.")
+    scores: list[Score] | None = Field(default=None, max_length=MAX_SCORES, description="Scores of evaluation.suites.")
     gates: list[GateStatus] | None = Field(default=None, max_length=16, description="What became of the gates.")
 
 

@@ -97,7 +97,8 @@ _NEEDLESS = frozenset(
     liger_rope liger_rms_norm liger_glu_activation liger_layer_norm liger_fused_linear_cross_entropy
     liger_cross_entropy cut_cross_entropy lora_mlp_kernel lora_qkv_kernel lora_o_kernel lora_on_cpu
     dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor loss_watchdog_threshold
-    loss_watchdog_patience eval_max_new_tokens eval_table_size eval_batch_size debug
+    loss_watchdog_patience eval_max_new_tokens eval_table_size eval_batch_size lm_eval_batch_size
+    lm_eval_post_train debug
     """.split()  # noqa: SIM905 - words read better
 )
 """Keys that only say how Axolotl runs, or what is chosen without being asked."""
@@ -113,6 +114,7 @@ _HINTS = {
     "deepspeed": "set resources.gpus and resources.nodes; batchSize counts the sequences of all GPUs",
     "fsdp": "set resources.gpus and resources.nodes; batchSize counts the sequences of all GPUs",
     "fsdp_config": "set resources.gpus and resources.nodes",
+    "lm_eval_tasks": "lm_eval_post_train is false; evaluation.suites scores base and adapter in each run",
     "trust_remote_code": "code that comes with a model is never run",
     "fp16": "bfloat16 is used on a GPU",
     "val_set_size": "some rows are always held out: dataset.validationFraction, 0.1 where it is absent",
@@ -188,6 +190,7 @@ def translate(config: Document, folder: str) -> Translation:
     reader.hyperparameters()
     reader.exports()
     reader.reporting()
+    reader.evaluation()
     for key, path in _RENAMED.items():
         if key in given and not (key == "num_epochs" and "max_steps" in given):
             reader.put(path, reader.take(key))
@@ -353,8 +356,10 @@ class _Reader:
     def _rows(self) -> None:
         """How rows are read."""
         plugins = self._given.get("plugins")
-        if isinstance(plugins, list) and all(re.search("liger|cut_cross_entropy", str(name)) for name in plugins):
-            self.take("plugins")  # faster losses and layers, chosen without being asked
+        if isinstance(plugins, list) and all(
+            re.search("liger|cut_cross_entropy|lm_eval", str(name)) for name in plugins
+        ):
+            self.take("plugins")  # layers chosen without being asked, and evaluation
         if self.take("train_on_inputs", default=False):
             self.put("dataset.lossOn", "AllTokens")
         if self._given.get("chat_template") == "tokenizer_default":
@@ -388,6 +393,14 @@ class _Reader:
                 trackers.append(tracker.value)
         if trackers:
             self.put("output.reporting", trackers)
+
+    def evaluation(self) -> None:
+        """Axolotl's plugin of lm-evaluation-harness."""
+        tasks = self._given.get("lm_eval_tasks")
+        if self._given.get("lm_eval_post_train") is False:
+            return
+        if isinstance(tasks, list) and tasks:
+            self.put("evaluation.suites", [{"name": "lm-eval", "lmEval": {"tasks": self.take("lm_eval_tasks")}}])
 
     def hyperparameters(self) -> None:
         micro = int(self.number("micro_batch_size", 1))

@@ -71,8 +71,8 @@ class TrainerResult(StatusModel):
     def termination_message(self) -> str:
         """JSON of at most 4,096 bytes.
 
-        Too long, it loses the examples of rows that are not used, the suites' scores and gates, the ends of the
-        exports' messages, then that of its own.
+        Too long, it loses the examples of rows that are not used, the suites' scores (evaluation.json has them), the
+        gates, the ends of the exports' messages, then that of its own.
         """
         result = self
         if result.preflight is not None and len(_text(result)) > TERMINATION_MESSAGE_MAX_BYTES:
@@ -82,8 +82,13 @@ class TrainerResult(StatusModel):
             )
         if result.evaluation is not None and len(_text(result)) > TERMINATION_MESSAGE_MAX_BYTES:
             result = result.model_copy(
-                update={"evaluation": result.evaluation.model_copy(update={"scores": None, "gates": None})}
+                update={
+                    "evaluation": result.evaluation.model_copy(update={"scores": None}),
+                    "metrics": {name: value for name, value in result.metrics.items() if "/" not in name},
+                }
             )
+        if result.evaluation is not None and len(_text(result)) > TERMINATION_MESSAGE_MAX_BYTES:
+            result = result.model_copy(update={"evaluation": result.evaluation.model_copy(update={"gates": None})})
         if result.exports is not None and len(_text(result)) > TERMINATION_MESSAGE_MAX_BYTES:
             short = [one.model_copy(update={"message": one.message[:_SHORT]}) for one in result.exports]
             result = result.model_copy(update={"exports": short})

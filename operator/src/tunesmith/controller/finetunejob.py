@@ -45,6 +45,7 @@ class FineTuneJobReconciler:
         return render.Installation(
             store=settings.store,
             trainer_image=settings.trainer_image,
+            lm_eval_tasks=settings.lm_eval_tasks,
             image_pull_policy=settings.image_pull_policy,
             cluster=self._context.cluster_uid,
         )

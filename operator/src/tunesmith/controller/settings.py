@@ -22,6 +22,8 @@ class Settings:
     namespace: str
     """The operator's own: its Lease, its installation key and the gateways are there."""
     trainer_image: str
+    lm_eval_tasks: str
+    """Folder in the trainer's image with the platform's own evaluation tasks; empty: none."""
     agent_image: str
     engine_image: str
     """The engine's image of pools that name none."""
@@ -42,6 +44,11 @@ _OPTIONS: tuple[tuple[str, str | None, str], ...] = (
     ("store", None, "where artifacts are published, such as s3://tunesmith/store"),
     ("namespace", None, "the operator's own namespace"),
     ("trainer-image", None, "image of validation and training pods"),
+    (
+        "lm-eval-tasks",
+        "",
+        "folder in the trainer's image with tasks of your own for lm-evaluation-harness; their functions are run",
+    ),
     ("agent-image", None, "image of the agent in pool pods"),
     ("engine-image", None, "vLLM image of pools that name none"),
     ("gateway-url", "", "URL that clients use, told in the status of AdapterDeployments"),
@@ -80,6 +87,7 @@ def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str]
             store=options.store.rstrip("/"),
             namespace=options.namespace,
             trainer_image=options.trainer_image,
+            lm_eval_tasks=options.lm_eval_tasks,
             agent_image=options.agent_image,
             engine_image=options.engine_image,
             gateway_url=options.gateway_url,

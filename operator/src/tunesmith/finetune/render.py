@@ -18,6 +18,7 @@ from tunesmith.contracts.location import (
 )
 from tunesmith.contracts.progress import PROGRESS_PORT
 from tunesmith.contracts.result import ExitCode
+from tunesmith.contracts.tasks import LM_EVAL_TASKS
 from tunesmith.finetune.observe import ATTEMPT_LABEL, COMPONENT_LABEL, CONTAINER, TRAIN, VALIDATE
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ class Installation:
     store: str
     """Root of the store, such as s3://tunesmith/store."""
     trainer_image: str
+    lm_eval_tasks: str = ""
+    """Folder in that image with the platform's own evaluation tasks; empty: none."""
     image_pull_policy: str = "IfNotPresent"
     cluster: str = ""
     """Uid of the namespace kube-system, by which `tunesmith gc` tells this cluster's folders; empty: not known."""
@@ -276,7 +279,11 @@ def _pod(
                     "command": ["tunesmith-trainer"],
                     "args": arguments,
                     "envFrom": [{"secretRef": {"name": STORE_SECRET}}],
-                    "env": [{"name": "HOME", "value": "/tmp"}],  # noqa: S108 - an emptyDir of the pod
+                    "env": [
+                        {"name": "HOME", "value": "/tmp"},  # noqa: S108 - an emptyDir of the pod
+                        # Even if empty: the keys of the Secret above are variables too, and must not name a folder.
+                        {"name": LM_EVAL_TASKS, "value": installation.lm_eval_tasks},
+                    ],
                     "ports": [{"name": "progress", "containerPort": PROGRESS_PORT}],
                     "resources": resources,
                     "securityContext": {

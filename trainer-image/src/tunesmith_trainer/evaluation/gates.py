@@ -15,40 +15,40 @@ if TYPE_CHECKING:
 
 
 def judge(
-    asked: Evaluation | None, losses: EvaluationStatus, answers: Mapping[str, tuple[float, float]]
+    asked: Evaluation | None, losses: EvaluationStatus, measured: Mapping[str, Mapping[str, tuple[float, float]]]
 ) -> EvaluationStatus:
     """The scores of all suites and what became of each gate.
 
     Args:
         asked: the manifest's evaluation.
         losses: held-out losses of base and adapter.
-        answers: by generation suite, the metric of base and adapter.
+        measured: by suite other than of held-out loss and by metric, the scores of base and adapter.
     """
     if asked is None:
         return losses
     values: dict[tuple[str, str], float] = {}
     scores = []
     for suite in asked.suites:
-        if suite.generation is None:
+        if suite.held_out_loss is not None:
             values[suite.name, LOSS] = _number(losses.loss)
             values[suite.name, LOSS_REDUCTION] = _number(losses.loss_reduction_percent)
             scores.append(Score(suite=suite.name, metric=LOSS, base=losses.base_loss, adapter=losses.loss))
             continue
-        base, adapter = answers[suite.name]
-        metric = suite.generation.metric.value
-        values[suite.name, metric] = adapter
-        values[suite.name, metric + GAIN] = adapter - base
-        scores.append(Score(suite=suite.name, metric=metric, base=base, adapter=adapter))
+        for metric, (base, adapter) in measured[suite.name].items():
+            values[suite.name, metric] = adapter
+            values[suite.name, metric + GAIN] = adapter - base
+            scores.append(Score(suite=suite.name, metric=metric, base=base, adapter=adapter))
+    reached = [(gate, values.get((gate.suite, gate.metric), math.nan)) for gate in asked.gates or []]
     gates = [
         GateStatus(
             suite=gate.suite,
             metric=gate.metric,
-            value=values[gate.suite, gate.metric],
+            value=value,
             min=gate.min,
             max=gate.max,
-            passed=_keeps(values[gate.suite, gate.metric], gate.min, gate.max),
+            passed=_keeps(value, gate.min, gate.max),
         )
-        for gate in asked.gates or []
+        for gate, value in reached
     ]
     return losses.model_copy(update={"scores": scores, "gates": gates or None})
 

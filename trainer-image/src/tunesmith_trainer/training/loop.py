@@ -19,7 +19,7 @@ from tunesmith_trainer.errors import (
     LossDivergedError,
     OutOfMemoryError,
 )
-from tunesmith_trainer.evaluation import gates, generation
+from tunesmith_trainer.evaluation import gates, generation, harness
 from tunesmith_trainer.evaluation.loss import held_out_loss
 from tunesmith_trainer.methods import hooks
 from tunesmith_trainer.methods.wrap import wrap
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, Trainer
 
+    from tunesmith.api.evaluation import Suite
     from tunesmith.api.finetunejob import FineTuneJob
     from tunesmith_trainer.checkpoint import Checkpoints, Saved
     from tunesmith_trainer.interruption import Faults
@@ -193,8 +194,10 @@ def _train(
             _run(trainer, saver, faults, progress, ranks, lambda: reporter.replay(curve))
 
         losses = _scored(prepared, progress, reporter, score, curve, run)
-    answered = _generated(job, prepared, peft_model) if ranks.first else {}
-    return Trained(peft_model, gates.judge(job.spec.evaluation, losses, answered), curve)
+    if not ranks.first:
+        return Trained(peft_model, losses, curve)
+    measured = _measured(job, prepared, peft_model, progress)
+    return Trained(peft_model, gates.judge(job.spec.evaluation, losses, measured), curve)
 
 
 def _checkpoint_activations(base: PreTrainedModel) -> None:
@@ -241,35 +244,43 @@ def _scored(
     return EvaluationStatus(base_loss=before, loss=after, loss_reduction_percent=100 * (before - after) / before)
 
 
-def _generated(job: FineTuneJob, prepared: Prepared, peft_model: PeftModel) -> dict[str, tuple[float, float]]:
-    """By generation suite, the metric of base and adapter."""
-    tokenizer = model.load_tokenizer(prepared.base, job.spec.base_model.uri)
-    scores = {}
+def _measured(
+    job: FineTuneJob, prepared: Prepared, peft_model: PeftModel, progress: Progress
+) -> dict[str, dict[str, tuple[float, float]]]:
+    """By suite of answers or tasks and by metric, the scores of base and adapter."""
+    found = {}
     for suite in job.spec.evaluation.suites if job.spec.evaluation else []:
-        asked = suite.generation
-        if asked is None:
+        if suite.held_out_loss is not None:
             continue
-        examples = prepared.examples[suite.name]
-        expected = [example.answer for example in examples]
-        base, adapter = (
-            generation.score(
-                asked.metric,
-                generation.answers(
-                    peft_model,
-                    tokenizer,
-                    examples,
-                    adapter=adapted,
-                    max_new_tokens=asked.max_new_tokens,
-                    ends=prepared.ends,
-                    pad=prepared.pad,
-                    batch_size=prepared.resolved.micro_batch_size or 1,
-                ),
-                expected,
-            )
-            for adapted in (False, True)
-        )
-        scores[suite.name] = (base, adapter)
-    return scores
+        scores = []
+        for adapted in (False, True):
+            progress.say(f"  evaluation suite {suite.name}: the {'adapter' if adapted else 'base model'}")
+            scores.append(_scores(suite, job, prepared, peft_model, adapter=adapted))
+        base, adapter = scores
+        found[suite.name] = {metric: (base[metric], value) for metric, value in adapter.items()}
+    return found
+
+
+def _scores(
+    suite: Suite, job: FineTuneJob, prepared: Prepared, peft_model: PeftModel, *, adapter: bool
+) -> dict[str, float]:
+    tokenizer = model.load_tokenizer(prepared.base, job.spec.base_model.uri)
+    batch_size = prepared.resolved.micro_batch_size or 1
+    asked = suite.generation
+    if asked is None:
+        return harness.scores(suite, peft_model, tokenizer, batch_size, adapter=adapter)
+    examples = prepared.examples[suite.name]
+    given = generation.answers(
+        peft_model,
+        tokenizer,
+        examples,
+        adapter=adapter,
+        max_new_tokens=asked.max_new_tokens,
+        ends=prepared.ends,
+        pad=prepared.pad,
+        batch_size=batch_size,
+    )
+    return {asked.metric.value: generation.score(asked.metric, given, [example.answer for example in examples])}
 
 
 def _run(

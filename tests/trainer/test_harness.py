@@ -1,0 +1,290 @@
+"""Suites of lm-evaluation-harness, over tasks of the platform with local data; scores held to `lm_eval` alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+import lm_eval
+import pytest
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from peft import PeftModel
+from trainer_rig import Workbench, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tunesmith.api.conditions import FailureReason
+from tunesmith.contracts.tasks import LM_EVAL_TASKS
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ROWS = [
+    {
+        "question": f"What is the colour of door {number}?",
+        "choices": ["green", "blue", "grey"],
+        "answer": number % 3,
+        "text": ["green", "blue", "grey"][number % 3],
+    }
+    for number in range(10)
+]
+CHOICE = """
+task: doors_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+output_type: multiple_choice
+test_split: test
+fewshot_split: test
+process_docs: !function doors.numbered
+doc_to_text: "{{{{question}}}}\\nAnswer:"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
+metadata: {{version: 1.0}}
+"""
+ANSWER = """
+task: doors_answer
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+output_type: generate_until
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{text}}}}"
+generation_kwargs: {{until: ["."], max_gen_toks: 6, do_sample: false}}
+filter_list:
+  - name: first-letter
+    filter: [{{function: regex, regex_pattern: "([a-z])"}}, {{function: take_first}}]
+metric_list:
+  - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
+num_fewshot: 0
+metadata: {{version: 1.0}}
+"""
+LIKELIHOOD = """
+task: doors_text
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{{{question}}}}"
+metric_list:
+  - {{metric: word_perplexity}}
+  - {{metric: bits_per_byte}}
+metadata: {{version: 1.0}}
+"""
+GROUP = """
+group: doors_all
+task: [doors_choice]
+aggregate_metric_list:
+  - {{metric: acc, weight_by_size: true}}
+metadata: {{version: 1.0}}
+"""
+LOOSE = """
+group: doors_loose
+task: [doors_choice, doors_answer]
+"""
+MARKED = {
+    "unsafe": ("unsafe_code: true", "runs what the model writes"),
+    "scripted": ("dataset_kwargs: {trust_remote_code: true}", "runs code that comes with its data"),
+    "foreign": ("metric_list: [{metric: f1, hf_evaluate: true}]", "has a metric whose code comes from the Hub"),
+}
+CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]], str]] = {
+    "a slip in a name": (
+        {"tasks": ["arc_esay"]},
+        [],
+        "evaluation suite tasks: no task of lm-evaluation-harness is named arc_esay; did you mean arc_easy?",
+    ),
+    "a tag": (
+        {"tasks": ["ai2_arc"]},
+        [],
+        "ai2_arc is a tag, which has no score of its own: name of its tasks those that you want: arc_challenge, arc",
+    ),
+    "a group without a score": (
+        {"tasks": ["doors_loose"]},
+        [],
+        "doors_loose is a group without a score of its own: name of its tasks those that you want: doors_choice, doors",
+    ),
+    "code that the model writes": ({"tasks": ["humaneval"]}, [], "the task humaneval runs what the model writes"),
+    "a task twice": ({"tasks": ["doors_choice", "doors_all"]}, [], "lmEval.tasks has doors_choice twice"),
+    "examples for a task that has none": (
+        {"tasks": ["doors_answer"], "numFewshot": 2},
+        [],
+        "the task doors_answer is made for no examples before its questions: remove lmEval.numFewshot",
+    ),
+    "data that is gone": ({"tasks": ["doors_gone"]}, [], "the task doors_gone has no data: "),
+    "a gate on no metric": (
+        {"tasks": ["doors_choice"]},
+        [{"suite": "tasks", "metric": "doors_choice/acuracy", "min": 0.1}],
+        "tasks/doors_choice/acuracy, which there is not: the suite has doors_choice/acc, doors_choice/acc_norm,",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folder_of_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a platform engineer puts into the trainer's image."""
+    folder = tmp_path_factory.mktemp("platform") / "tasks"
+    folder.mkdir()
+    data = write_rows(folder / "doors.jsonl", ROWS)
+    texts = {"choice": CHOICE, "answer": ANSWER, "text": LIKELIHOOD, "group": GROUP, "loose": LOOSE}
+    for name, text in texts.items():
+        (folder / f"{name}.yaml").write_text(text.format(data=data))
+    (folder / "gone.yaml").write_text(
+        ANSWER.format(data=folder / "nowhere.jsonl").replace("doors_answer", "doors_gone")
+    )
+    for name, (mark, _) in MARKED.items():
+        (folder / f"{name}.yaml").write_text(f"task: {name}\ninclude: choice.yaml\n{mark}\n")
+        (folder / f"around_{name}.yaml").write_text(
+            f"group: around_{name}\ntask: [{name}]\naggregate_metric_list: [{{metric: acc}}]\n"
+        )
+        (folder / f"deep_{name}.yaml").write_text(
+            f"group: deep_{name}\ntask: [{{group: inner, task: [{name}]}}]\naggregate_metric_list: [{{metric: acc}}]\n"
+        )
+    (folder / "doors.py").write_text(
+        "def numbered(rows):\n    return rows.map(lambda row, place: {'question': f\"{place}. {row['question']}\"}, "
+        "with_indices=True)\n"
+    )
+    return folder
+
+
+@pytest.fixture
+def tasks(folder_of_tasks: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """That folder, where the platform says that it is there."""
+    monkeypatch.setenv(LM_EVAL_TASKS, str(folder_of_tasks))
+    return folder_of_tasks
+
+
+def test_base_and_adapter_score_as_the_harness_alone_says(bench: Workbench, base_model: Path, tasks: Path) -> None:
+    asked = {"tasks": ["doors_choice", "doors_answer", "doors_text"], "limit": 7}
+    gates = [
+        {"suite": "tasks", "metric": "doors_choice/acc", "min": 0},
+        {"suite": "tasks", "metric": "doors_answer/exact_match,first-letterGain", "max": 1},
+    ]
+    ran = bench.run("train", _job(bench, asked, gates))
+    assert ran.code == 0, ran.result.message
+    assert [line for line in ran.lines if "suite" in line] == [
+        "  evaluation suite tasks: the base model",
+        "  evaluation suite tasks: the adapter",
+    ]
+    folder = bench.output / "artifact"
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    scores = {one["metric"]: one for one in evaluation["scores"]}
+    assert set(scores) == {
+        "doors_choice/acc",
+        "doors_choice/acc_norm",
+        "doors_answer/exact_match,first-letter",
+        "doors_text/word_perplexity",
+        "doors_text/bits_per_byte",
+    }
+    base = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32), folder)
+    for who, model in (("base", base), ("adapter", adapted)):
+        alone = _alone(model, base_model, asked, tasks)
+        for metric, one in scores.items():
+            task, _, name = metric.partition("/")
+            expected = alone[task][name if "," in name else f"{name},none"]
+            assert one[who] == pytest.approx(expected, rel=1e-3), (who, metric)
+    assert scores["doors_text/bits_per_byte"]["base"] != scores["doors_text/bits_per_byte"]["adapter"]
+    assert ran.result.metrics["tasks/doors_choice/acc"] == scores["doors_choice/acc"]["adapter"]
+    assert [gate["passed"] for gate in evaluation["gates"]] == [True, True]
+
+
+def test_examples_before_the_questions_and_a_group(bench: Workbench, base_model: Path, tasks: Path) -> None:
+    asked = {"tasks": ["doors_all"], "numFewshot": 2}
+    ran = bench.run("train", _job(bench, asked, [{"suite": "tasks", "metric": "doors_all/acc", "min": 1.01}]))
+    assert (ran.code, ran.result.reason) == (2, FailureReason.GATE_FAILED)
+    assert ran.result.message.startswith("gate tasks/doors_all/acc: ")
+    assert (bench.output / "artifact/tunesmith.json").is_file()
+    assert ran.result.evaluation is not None
+    (score,) = ran.result.evaluation.scores or []
+    model = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
+    assert score.base == pytest.approx(_alone(model, base_model, asked, tasks)["doors_all"]["acc,none"], abs=1e-4)
+
+
+def test_virtual_tokens_come_before_what_is_scored(bench: Workbench, base_model: Path, tasks: Path) -> None:
+    asked = {"tasks": ["doors_text"]}
+    job = _job(bench, asked, [])
+    job["spec"] |= {"method": {"promptTuning": {"virtualTokens": 4}}, "servable": "Ignored"}
+    ran = bench.run("train", job)
+    assert ran.code == 0, ran.result.message
+    assert ran.result.evaluation is not None
+    scores = {one.metric: one for one in ran.result.evaluation.scores or []}
+    model = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
+    alone = _alone(model, base_model, asked, tasks)["doors_text"]["bits_per_byte,none"]
+    score = scores["doors_text/bits_per_byte"]
+    assert score.base == pytest.approx(alone, rel=1e-4)
+    adapted = PeftModel.from_pretrained(model, bench.output / "artifact").eval()
+    assert score.adapter == pytest.approx(_bits_per_byte(adapted, base_model), rel=1e-4)
+
+
+@pytest.mark.usefixtures("tasks")
+@pytest.mark.parametrize("case", CASES)
+def test_what_cannot_be_scored_is_refused_on_the_cpu(bench: Workbench, case: str) -> None:
+    asked, gates, told = CASES[case]
+    ran = bench.run("validate", _job(bench, asked, gates))
+    assert ran.code == 2, ran.result.message
+    assert told in ran.result.message
+
+
+@pytest.mark.usefixtures("tasks")
+@pytest.mark.parametrize("mark", MARKED)
+def test_a_task_that_runs_code_from_elsewhere_is_refused(bench: Workbench, mark: str) -> None:
+    for name in (mark, f"around_{mark}", f"deep_{mark}"):
+        ran = bench.run("validate", _job(bench, {"tasks": [name]}, []))
+        assert (ran.code, ran.result.reason) == (2, FailureReason.INVALID_SPEC)
+        assert f"the task {name} {MARKED[mark][1]}" in ran.result.message
+
+
+def test_only_the_platform_adds_tasks(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(LM_EVAL_TASKS, raising=False)
+    ran = bench.run("validate", _job(bench, {"tasks": ["doors_choice"]}, []))
+    assert (ran.code, ran.result.reason) == (2, FailureReason.INVALID_SPEC)
+    assert "no task of lm-evaluation-harness is named doors_choice" in ran.result.message
+    monkeypatch.setenv(LM_EVAL_TASKS, str(bench.folder / "nowhere"))
+    ran = bench.run("validate", _job(bench, {"tasks": ["doors_choice"]}, []))
+    assert (ran.code, ran.result.reason) == (2, FailureReason.INVALID_SPEC)
+    assert "which is no folder here" in ran.result.message
+
+
+@pytest.mark.usefixtures("tasks")
+def test_without_the_hub_a_task_of_the_harness_says_so(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    ran = bench.run("validate", _job(bench, {"tasks": ["arc_easy"]}, []))
+    assert (ran.code, ran.result.reason) == (3, FailureReason.STORAGE_UNAVAILABLE)
+    assert "the task arc_easy needs its data from the Hugging Face Hub: " in ran.result.message
+
+
+def _bits_per_byte(model: Any, base: Path) -> float:
+    """Of the questions, after the token that begins a text."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    nats, count = 0.0, 0
+    for row in ROWS:
+        ids = [tokenizer.bos_token_id, *tokenizer(row["question"], add_special_tokens=False)["input_ids"]]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids])).logits[0, -len(ids) : -1]
+        nats -= float(logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None]).sum())
+        count += len(row["question"].encode())
+    return nats / count / math.log(2)
+
+
+def _job(bench: Workbench, asked: dict[str, Any], gates: list[dict[str, Any]]) -> dict[str, Any]:
+    return bench.job(evaluation={"suites": [{"name": "tasks", "lmEval": asked}]} | ({"gates": gates} if gates else {}))
+
+
+def _alone(model: Any, base: Path, asked: dict[str, Any], tasks: Path) -> dict[str, Any]:
+    """What the harness says by itself, one row at a time."""
+    whole = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=model.eval(), tokenizer=AutoTokenizer.from_pretrained(base), batch_size=1),
+        tasks=asked["tasks"],
+        limit=asked.get("limit"),
+        num_fewshot=asked.get("numFewshot"),
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+        bootstrap_iters=0,
+    )
+    assert whole is not None
+    found: dict[str, Any] = whole["results"] | whole.get("groups", {})
+    return found

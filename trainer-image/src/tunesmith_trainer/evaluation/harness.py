@@ -1,0 +1,152 @@
+"""Tasks of lm-evaluation-harness, answered by base and adapter.
+
+The harness's own loop runs (`lm_eval.evaluator.evaluate`) with the seeds that its command line has, so that a score is
+the one that `lm_eval` gives for the same model.
+"""
+
+from __future__ import annotations
+
+import random
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from tunesmith.api.evaluation import GAIN, MAX_SCORES
+from tunesmith_trainer.errors import InvalidSpecError
+from tunesmith_trainer.evaluation.loss import precision
+from tunesmith_trainer.evaluation.tasks import few, tasks_of, unusable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from lm_eval.api.model import LM
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerFast
+
+    from tunesmith.api.evaluation import Evaluation, Suite
+
+_TRIED_ROWS = 2
+_PYTHON_SEED, _SEED = 0, 1234
+"""Of the harness's command line."""
+
+
+def check(evaluation: Evaluation) -> None:
+    """Fetches the data of all tasks and asks a model that answers at random: what fails would fail after training.
+
+    Raises:
+        InvalidSpecError: a task cannot be used here, or a gate names a metric that its task does not have.
+        DatasetNotFoundError: a task's data is not there, or only for those who have signed in.
+        StorageUnavailableError: the Hub cannot be reached.
+    """
+    from lm_eval.models.dummy import DummyLM  # noqa: PLC0415
+
+    count = 0
+    for suite in evaluation.suites:
+        if suite.lm_eval is None:
+            count += 1
+            continue
+        tasks = tasks_of(suite)
+        try:
+            metrics = _evaluated(DummyLM(), suite, tasks, most=_TRIED_ROWS)
+        except Exception as error:
+            raise unusable(suite, ", ".join(suite.lm_eval.tasks), error) from error
+        _gates(evaluation, suite, metrics)
+        count += len(metrics)
+    if count > MAX_SCORES:
+        raise InvalidSpecError(
+            f"evaluation.suites have {count} metrics, more than the {MAX_SCORES} that a job can have: leave tasks out"
+        )
+
+
+def scores(
+    suite: Suite, model: PeftModel, tokenizer: PreTrainedTokenizerFast, batch_size: int, *, adapter: bool
+) -> dict[str, float]:
+    """By `<task>/<metric>`, the scores of the adapter, or of the base alone.
+
+    Where memory does not last for the batch size, it is halved.
+
+    Args:
+        suite: with `lmEval`, checked.
+        model: base with adapter.
+        tokenizer: the base's, used up.
+        batch_size: rows per forward pass.
+        adapter: with the adapter, or the base alone.
+    """
+    tasks = tasks_of(suite)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), nullcontext() if adapter else model.disable_adapter(), precision(model):
+            while True:
+                try:
+                    return _evaluated(_answering(model, tokenizer, batch_size), suite, tasks)
+                except torch.OutOfMemoryError:
+                    if batch_size == 1:
+                        raise
+                    batch_size //= 2
+                torch.cuda.empty_cache()
+    finally:
+        model.train(was_training)
+
+
+class _Asked:
+    """The part of a model that the harness uses. It would tie the weights of a whole one again."""
+
+    def __init__(self, model: PeftModel) -> None:
+        self._model = model
+        self.config = model.config
+        self.device = model.device
+
+    def __call__(self, ids: torch.Tensor) -> Any:  # noqa: ANN401 - the model's own kind of output
+        found = self._model(input_ids=ids)
+        found.logits = found.logits[:, -ids.shape[1] :]  # without those of virtual tokens, which come first
+        return found
+
+    def generate(self, **asked: Any) -> Any:  # noqa: ANN401 - as the model's
+        return self._model.generate(**asked)
+
+
+def _answering(model: PeftModel, tokenizer: PreTrainedTokenizerFast, batch_size: int) -> LM:
+    from lm_eval.models.huggingface import HFLM  # noqa: PLC0415
+
+    asked: Any = _Asked(model)
+    return HFLM(pretrained=asked, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
+
+
+def _evaluated(lm: LM, suite: Suite, tasks: Mapping[str, Any], most: int | None = None) -> dict[str, float]:
+    """By `<task>/<metric>`, the scores of the tasks and groups that are named; `most`: rows of each task."""
+    from lm_eval.evaluator import evaluate  # noqa: PLC0415
+
+    asked = suite.lm_eval
+    assert asked is not None  # noqa: S101 - the caller has looked
+    random.seed(_PYTHON_SEED)
+    np.random.seed(_SEED)  # noqa: NPY002 - the harness draws from this generator
+    torch.manual_seed(_SEED)
+    for task in tasks["tasks"].values():
+        task.set_fewshot_seed(seed=_SEED)
+    limits = [limit for limit in (asked.limit, most) if limit is not None]
+    whole = evaluate(lm=lm, task_dict=tasks, limit=min(limits, default=None), bootstrap_iters=0, log_samples=False)
+    assert whole is not None  # noqa: S101 - only other ranks get none
+    found = {**whole["results"], **whole.get("groups", {})}
+    return {
+        f"{name}/{metric}": value for name in asked.tasks for metric, value in sorted(_metrics(found.get(name, {})))
+    }
+
+
+def _metrics(found: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """`acc,none` is called acc, `exact_match,strict-match` as it is; standard errors are left out."""
+    for key, value in found.items():
+        metric, comma, kind = key.partition(",")
+        if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
+            yield (metric if kind == "none" else key), float(value)
+
+
+def _gates(evaluation: Evaluation, suite: Suite, metrics: Mapping[str, float]) -> None:
+    for gate in evaluation.gates or []:
+        if gate.suite == suite.name and gate.metric.removesuffix(GAIN) not in metrics:
+            raise InvalidSpecError(
+                f"a gate of evaluation.gates names {suite.name}/{gate.metric}, which there is not: the suite has "
+                f"{few(list(metrics))}, and each with {GAIN} behind it"
+            )

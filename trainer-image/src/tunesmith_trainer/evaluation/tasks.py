@@ -1,0 +1,166 @@
+"""The tasks that lm-evaluation-harness knows, and those of the platform.
+
+Code from elsewhere is never run: no metric of the Hub, no task that is marked as unsafe, no task of a path.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.api.evaluation import Suite
+from tunesmith.contracts.tasks import LM_EVAL_TASKS
+from tunesmith_trainer.errors import DatasetNotFoundError, InvalidSpecError, StorageUnavailableError, TrainerError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from lm_eval.tasks import TaskManager
+
+_NAMED = 8
+"""Most names that a message lists."""
+
+
+def tasks_of(suite: Suite) -> Mapping[str, Any]:
+    """The tasks of a suite with their data, as the harness's `evaluate` takes them.
+
+    The process that has checked a suite does not need the Hub again to score it.
+
+    Raises:
+        InvalidSpecError: there is no such task, or it cannot be used.
+        DatasetNotFoundError: its data is not there.
+        StorageUnavailableError: the Hub cannot be reached.
+    """
+    return _built(suite.model_dump_json(), os.environ.get(LM_EVAL_TASKS, ""))
+
+
+@functools.cache
+def _built(document: str, folder: str) -> Mapping[str, Any]:
+    suite = Suite.model_validate_json(document)
+    asked = suite.lm_eval
+    assert asked is not None  # noqa: S101 - the caller has looked
+    known = _known(folder)
+    built = []
+    for name in asked.tasks:
+        _refuse(known, suite, name)
+        try:
+            built.append(known.load([name]))
+        except Exception as error:
+            raise unusable(suite, name, error) from error
+    whole: dict[str, Any] = {part: {} for part in ("tasks", "groups", "group_map")}
+    for one in built:
+        if whole["tasks"].keys() & one["tasks"].keys():
+            twice = ", ".join(sorted(whole["tasks"].keys() & one["tasks"].keys())[:_NAMED])
+            raise InvalidSpecError(
+                f"evaluation suite {suite.name}: lmEval.tasks has {twice} twice, by itself or in a group: keep one"
+            )
+        for part, named in one.items():
+            whole[part] |= named
+    for name, task in whole["tasks"].items():
+        own = task.get_config("num_fewshot")
+        if own == 0 and asked.num_fewshot:
+            raise InvalidSpecError(
+                f"evaluation suite {suite.name}: the task {name} is made for no examples before its questions: remove "
+                "lmEval.numFewshot, or give the task a suite of its own"
+            )
+        task.set_config(key="num_fewshot", value=(own or 0) if asked.num_fewshot is None else asked.num_fewshot)
+    return whole
+
+
+@functools.cache
+def _known(folder: str) -> TaskManager:
+    """The harness's tasks and those of the platform, of which the latter win; seconds of reading."""
+    from lm_eval.tasks import TaskManager  # noqa: PLC0415
+
+    if folder and not Path(folder).is_dir():
+        raise InvalidSpecError(
+            f"{LM_EVAL_TASKS} is {folder}, which is no folder here: the trainer's image must have it, or unset it"
+        )
+    return TaskManager(include_path=folder or None)
+
+
+def _refuse(known: TaskManager, suite: Suite, name: str) -> None:
+    """Raises where the task is not known, has no score of its own, or would run code from elsewhere."""
+    from lm_eval.tasks._index import Kind  # noqa: PLC0415
+
+    index = known.task_index
+    where = f"evaluation suite {suite.name}"
+    entry = index.get(name)
+    if entry is None:
+        near = difflib.get_close_matches(name, index, n=1)
+        raise InvalidSpecError(
+            f"{where}: no task of lm-evaluation-harness is named {name}"
+            + (f"; did you mean {near[0]}?" if near else ": `lm_eval ls tasks` lists them")
+        )
+    if entry.kind is Kind.TAG:
+        raise InvalidSpecError(
+            f"{where}: {name} is a tag, which has no score of its own: name of its tasks those that you want: "
+            f"{few(sorted(entry.tags))}"
+        )
+    if entry.kind is Kind.GROUP and not (entry.cfg or {}).get("aggregate_metric_list"):
+        members = [one if isinstance(one, str) else str(one.get("task")) for one in (entry.cfg or {}).get("task", [])]
+        raise InvalidSpecError(
+            f"{where}: {name} is a group without a score of its own: name of its tasks those that you want: "
+            f"{few(members)}"
+        )
+    for config in _configs(known, name):
+        metrics = config.get("metric_list") or []
+        if config.get("unsafe_code"):
+            why = "runs what the model writes"
+        elif (config.get("dataset_kwargs") or {}).get("trust_remote_code"):
+            why = "runs code that comes with its data"
+        elif any(metric.get("hf_evaluate") for metric in metrics):
+            why = "has a metric whose code comes from the Hub"
+        else:
+            continue
+        raise InvalidSpecError(f"{where}: the task {name} {why}, which is not done here: leave it out")
+
+
+def _configs(known: TaskManager, name: str) -> Iterator[Mapping[str, Any]]:
+    """The configurations of a task, or of a group or tag and all that is in it."""
+    entry = known.task_index.get(name)
+    if entry is None:
+        return
+    if entry.cfg is not None:
+        yield from _within(known, entry.cfg, name)
+        return
+    for one in sorted(entry.tags):
+        yield from _configs(known, one)
+
+
+def _within(known: TaskManager, config: Mapping[str, Any], name: str) -> Iterator[Mapping[str, Any]]:
+    """A configuration and those of its members, which are named or written out in it."""
+    yield config
+    inner = config.get("task")
+    for one in inner if isinstance(inner, list) else []:
+        if isinstance(one, dict):
+            yield from _within(known, one, name)
+            one = one.get("task")  # noqa: PLW2901 - a task that is written out changes the one of that name
+        if isinstance(one, str) and one != name:
+            yield from _configs(known, one)
+
+
+def unusable(suite: Suite, name: str, error: Exception) -> TrainerError:
+    """The error in other words."""
+    where = f"evaluation suite {suite.name}: the task {name}"
+    told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if isinstance(error, FileNotFoundError):
+        return DatasetNotFoundError(
+            f"{where} has no data: {told}; a data set on the Hub that asks for a sign-in cannot be used"
+        )
+    if isinstance(error, OSError):
+        return StorageUnavailableError(
+            f"{where} needs its data from the Hugging Face Hub: {told}; let the pod reach it, or leave the task out"
+        )
+    if isinstance(error, ImportError):
+        return InvalidSpecError(f"{where} needs a package that the trainer's image does not have: {told}")
+    return InvalidSpecError(f"{where} cannot be used here: {type(error).__name__}: {told}")
+
+
+def few(names: list[str]) -> str:
+    """The names, or the first of them and how many more there are."""
+    rest = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
