@@ -86,7 +86,7 @@ def record(
     dtype = serving_type(config)
     offload = artifact.parent / "offload"
     adapter = (artifact / ADAPTER_CONFIG).exists()
-    room, streams = get_max_memory(), not adapter or _is_plain_lora(artifact)
+    room, streams = get_max_memory(), not adapter or _streams(artifact)
     if streams:
         room["cpu"] = int(_SHARE * available_memory()) if memory is None else memory
     model: Any = _loaded(base if adapter else artifact, dtype, room, offload)
@@ -128,12 +128,21 @@ def _products(model: Any, artifact: Path) -> AbstractContextManager[None]:  # no
     return nullcontext() if _is_plain_lora(artifact) else products(model)
 
 
+def _streams(artifact: Path) -> bool:
+    """Whether the adapter is computed without a look at the base's weights, which may then be on disk."""
+    return _is_plain_lora(artifact) and not _config(artifact).get("use_dora")
+
+
 def _is_plain_lora(artifact: Path) -> bool:
-    """Whether the adapter is nothing but pairs of matrices."""
-    path = artifact / ADAPTER_CONFIG
-    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    others = ("modules_to_save", "trainable_token_indices", "use_dora")
+    config = _config(artifact)
+    others = ("modules_to_save", "trainable_token_indices")
     return config.get("peft_type") == "LORA" and not any(config.get(name) for name in others)
+
+
+def _config(artifact: Path) -> dict[str, Any]:
+    """PEFT's configuration of the adapter; empty where all weights were trained."""
+    path = artifact / ADAPTER_CONFIG
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _hold_adapter(model: PeftModel, artifact: Path) -> None:
