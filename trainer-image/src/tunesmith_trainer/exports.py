@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tunesmith.api.conditions import FailureReason
 from tunesmith.api.output import Merge
 from tunesmith.contracts.artifact import digest_of
-from tunesmith.contracts.location import ARTIFACT_MANIFEST
+from tunesmith.contracts.location import ARTIFACT_FOLDER, ARTIFACT_MANIFEST, MERGED_FOLDER, beside_artifact
 from tunesmith.contracts.result import ExportResult
 from tunesmith_trainer import merge, package
 from tunesmith_trainer.errors import InvalidSpecError, SelfCheckError, StorageUnavailableError, TrainerError
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from tunesmith_trainer.store import Folder, Retry, Stores
 
 log = logging.getLogger(__name__)
-
-MERGED = "merged"
-"""Folder of the merged model: beside the artifact in the store, inside of a copy."""
 
 
 def check(job: FineTuneJob, stores: Stores) -> None:
@@ -105,7 +102,7 @@ def _copied(job: FineTuneJob, export: Export, stores: Stores, files: Mapping[str
     repository = _repository(export, stores, retry)
     repository.create()
     message = f"{job.metadata.namespace}/{job.metadata.name}: artifact {digest_of(data)}"
-    repository.commit(files, ARTIFACT_MANIFEST, MERGED, message)
+    repository.commit(files, ARTIFACT_MANIFEST, MERGED_FOLDER, message)
 
 
 def _to_folder(folder: Folder, files: Mapping[str, Path], manifest: bytes) -> None:
@@ -135,18 +132,18 @@ def _gathered(job: FineTuneJob, stores: Stores, published: Folder, work: Path, r
     if found is None:
         raise SelfCheckError(f"{ARTIFACT_MANIFEST} in {published.uri} is gone since it was published")
     manifest, _ = found
-    folder = work / "artifact"
+    folder = work / ARTIFACT_FOLDER
     hashes = {name: file.sha256 for name, file in manifest.files.items()}
     files = {name: _here(name, digest, folder, published) for name, digest in hashes.items()}
     if job.spec.output is not None and job.spec.output.merge is not Merge.NONE:
-        uri = f"{published.uri.removesuffix('/artifact')}/{MERGED}"
+        uri = beside_artifact(published.uri, MERGED_FOLDER)
         beside = stores.folder(uri, what="the merged model", missing=StorageUnavailableError).child(retry=retry)
-        (work / MERGED).mkdir(exist_ok=True)
+        (work / MERGED_FOLDER).mkdir(exist_ok=True)
         document = beside.read(merge.MANIFEST)
         for name, digest in json.loads(document)["files"].items():
-            files[f"{MERGED}/{name}"] = _here(name, digest, work / MERGED, beside)
-        (work / MERGED / merge.MANIFEST).write_bytes(document)
-        files[f"{MERGED}/{merge.MANIFEST}"] = work / MERGED / merge.MANIFEST
+            files[f"{MERGED_FOLDER}/{name}"] = _here(name, digest, work / MERGED_FOLDER, beside)
+        (work / MERGED_FOLDER / merge.MANIFEST).write_bytes(document)
+        files[f"{MERGED_FOLDER}/{merge.MANIFEST}"] = work / MERGED_FOLDER / merge.MANIFEST
     (folder / ARTIFACT_MANIFEST).write_bytes(published.read(ARTIFACT_MANIFEST))
     return {**files, ARTIFACT_MANIFEST: folder / ARTIFACT_MANIFEST}
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from tunesmith.api.conditions import FailureReason
 from tunesmith.api.finetunejob_status import EvaluationStatus, Stage
+from tunesmith.contracts.location import ARTIFACT_FOLDER, EVENTS_FOLDER, MERGED_FOLDER, beside_artifact
 from tunesmith.contracts.owner import OWNER_FILE, Owner
 from tunesmith.contracts.progress import PROGRESS_PORT
 from tunesmith.contracts.result import TERMINATION_MESSAGE_PATH, Outcome, TrainerResult
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("tunesmith_trainer")
 
-EVENTS_FOLDER = "tensorboard"
-"""Beside the artifact: an engine's pod fetches all that the artifact's manifest lists."""
 RUN_FILE = "run-id"
 CLOSING_SECONDS = 30.0
 """For trackers, after the artifact is published."""
@@ -302,7 +301,7 @@ def _report(
     store = None
     run = metadata.uid or hashlib.sha256(target.uri.encode()).hexdigest()[:32]
     if local is None:
-        uri = f"{target.uri.removesuffix('/artifact')}/{EVENTS_FOLDER}"
+        uri = beside_artifact(target.uri, EVENTS_FOLDER)
         store = stores.folder(uri, what="the folder of event files", missing=StorageUnavailableError)
         store = store.child(retry=ONE_TRY)
     else:
@@ -421,7 +420,7 @@ def _train(
     for line in told(counted):
         progress.say(line)
     place = stores.folder(
-        arguments.checkpoints or f"{target.uri.removesuffix('/artifact')}/checkpoints",
+        arguments.checkpoints or beside_artifact(target.uri, "checkpoints"),
         what="the checkpoints' folder",
         missing=StorageUnavailableError,
     )
@@ -442,14 +441,13 @@ def _train(
             outcome=Outcome.SUCCEEDED, message=f"rank {ranks.rank} of {ranks.size} is done; rank 0 has the result"
         )
     progress.update(stage=Stage.PACKAGING)
-    folder, merged = work / "artifact", work / "merged"
+    folder, merged = work / ARTIFACT_FOLDER, work / MERGED_FOLDER
     for old in (folder, merged):
         shutil.rmtree(old, ignore_errors=True)
     manifest = package.build(job, prepared, trained, folder, merged)
     progress.update(stage=Stage.PUBLISHING)
     if merged.is_dir():
-        # Beside the artifact: an engine's pod fetches all that the artifact's manifest lists.
-        uri = f"{target.uri.removesuffix('/artifact')}/merged"
+        uri = beside_artifact(target.uri, MERGED_FOLDER)
         beside = stores.folder(uri, what="the merged model", missing=StorageUnavailableError)
         merge.publish(merged, beside.child(retry=PUBLISHING_RETRY))
     artifact = package.publish(folder, manifest, target.child(retry=PUBLISHING_RETRY))

@@ -6,8 +6,12 @@ import hashlib
 import re
 
 ARTIFACT_MANIFEST = "tunesmith.json"
+ARTIFACT_FOLDER = "artifact"
+"""In a job's folder of the store, as the next three."""
 TEMPORARY_FOLDER = "tmp"
-"""In a job's folder of the store."""
+MERGED_FOLDER = "merged"
+"""Beside the artifact, as the next: an engine's pod fetches all that the artifact's manifest lists."""
+EVENTS_FOLDER = "tensorboard"
 CLAIMS_FOLDER = "/mnt/claims"
 """A training pod mounts the PersistentVolumeClaims that its job names here, each under its own name, read-only."""
 _DIGEST = re.compile(r"^sha256:([0-9a-f]{64})$")
@@ -20,7 +24,12 @@ def job_folder(store: str, namespace: str, name: str, uid: str) -> str:
 
 def artifact_uri(store: str, namespace: str, name: str, uid: str) -> str:
     """The folder of a FineTuneJob's artifact."""
-    return f"{job_folder(store, namespace, name, uid)}/artifact"
+    return f"{job_folder(store, namespace, name, uid)}/{ARTIFACT_FOLDER}"
+
+
+def beside_artifact(uri: str, folder: str) -> str:
+    """A folder that lies where the artifact of `uri` does."""
+    return f"{uri.removesuffix(f'/{ARTIFACT_FOLDER}')}/{folder}"
 
 
 def temporary_folder(store: str, namespace: str, name: str, uid: str) -> str:
