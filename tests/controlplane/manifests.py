@@ -64,6 +64,7 @@ EVEN = "initialization Orthogonal needs an even rank: change rank"
 FULL_WEIGHTS = "qlora.initialization is Default, Gaussian, EVA or LoftQ: the others need the base's weights in full"
 FEWER_RANKS = "adaLora.targetRank must be less than adaLora.initialRank: ranks are only taken away"
 INNER = "ia3.feedforwardModules are some of ia3.targetModules: name them there too"
+UNFIT = "dataset.format does not go with the objective: dpo, orpo and kto learn from Preference"
 FULL = "method.full goes with objective sft and orpo"
 UNSUPPORTED = 'Unsupported value: "int3": supported values: "nf4"'
 FROM_ONE = "in body should be greater than or equal to 1"
@@ -92,6 +93,9 @@ REFUSED_JOBS: dict[str, tuple[dict[str, Any], str, str]] = {
     "ranks that grow": ({"method": {"adaLora": {"initialRank": 4}}}, FEWER_RANKS, FEWER_RANKS),
     "an unnamed inner module": ({"method": {"ia3": {"feedforwardModules": ["down_proj"]}}}, INNER, INNER),
     "full and dpo": ({"method": {"full": {}}, "objective": {"dpo": {}}}, FULL, FULL),
+    "pairs without an objective": ({"dataset__format": "Preference"}, UNFIT, UNFIT),
+    "pairs for sft": ({"dataset__format": "Preference", "objective": {"sft": {}}}, UNFIT, UNFIT),
+    "labels for dpo": ({"dataset__format": "UnpairedPreference", "objective": {"dpo": {}}}, UNFIT, UNFIT),
     "more GPUs than sequences": ({"resources": {"gpus": 16}}, IDLE, IDLE),
     "more nodes than sequences": ({"resources": {"gpus": 0, "nodes": 9}}, IDLE, IDLE),
     "more ranks than micro-batches": (

@@ -9,7 +9,7 @@ import pytest
 
 from manifests import API, LOCAL_ONLY, REFUSED_JOBS, adapter, job, pool
 from tunesmith.api.adapterdeployment import AdapterDeployment
-from tunesmith.api.finetunejob import FineTuneJob
+from tunesmith.api.finetunejob import FORMATS, FineTuneJob
 from tunesmith.api.manifest import parse_manifest
 from tunesmith.api.servingpool import ServingPool
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from apiserver import ApiServer
+    from tunesmith.api.dataset import DataFormat
+    from tunesmith.api.objective import ObjectiveName
 
     Build = Callable[..., dict[str, Any]]
 
@@ -39,6 +41,17 @@ def assert_refused(apiserver: ApiServer, document: dict[str, Any], sentence: str
 def test_fine_tune_job_is_refused_with_a_sentence(apiserver: ApiServer, case: str) -> None:
     changes, sentence, _ = REFUSED_JOBS[case]
     assert_refused(apiserver, job("default", **changes), sentence)
+
+
+@pytest.mark.parametrize(
+    ("objective", "format_"),
+    [(name, form) for name, forms in FORMATS.items() for form in sorted(forms)],
+    ids=str,
+)
+def test_each_objective_takes_its_formats(apiserver: ApiServer, objective: ObjectiveName, format_: DataFormat) -> None:
+    taken = job("default", objective={objective.value: {}}, dataset__format=format_.value)
+    done = apiserver.kubectl("apply", "-f", "-", "--dry-run=server", manifest=taken)
+    assert done.returncode == 0, done.stderr
 
 
 def test_server_side_apply_says_the_same(apiserver: ApiServer) -> None:

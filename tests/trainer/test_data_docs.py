@@ -23,5 +23,5 @@ def test_the_rows_of_the_documentation(tmp_path: Path, form: RowForm, block: str
     file.write_text(block, encoding="utf-8")
     dataset = Dataset.model_validate({"train": [{"uri": "s3://bucket/rows.jsonl"}]})
     source = Source("s3://bucket/rows.jsonl", [DataFile("rows.jsonl", file)])
-    rows = list(read([source], dataset, RowReport(), forms=list(RowForm)))
+    rows = list(read([source], dataset, RowReport(), forms=[form]))
     assert [row.form for row in rows] == [form] * len(block.splitlines())

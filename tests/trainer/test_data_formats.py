@@ -16,14 +16,16 @@ from trainer_rig import Workbench, chat_row, chat_rows, write_rows
 
 from tunesmith.api.conditions import FailureReason
 from tunesmith.api.dataset import Dataset
+from tunesmith.api.objective import ObjectiveName
 from tunesmith_trainer.data.formats import DataFile, records
 from tunesmith_trainer.data.report import RowReport
-from tunesmith_trainer.data.rows import Row, RowForm, read
+from tunesmith_trainer.data.rows import FORMS as FORMS_OF
+from tunesmith_trainer.data.rows import SFT_FORMS, Row, RowForm, read
 from tunesmith_trainer.data.sources import Source
 from tunesmith_trainer.errors import DatasetInvalidError, InvalidSpecError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
     from pathlib import Path
 
 Rows = list[dict[str, Any]]
@@ -93,10 +95,10 @@ def source(folder: Path, **files: bytes) -> Source:
     return Source("s3://bucket/rows", made)
 
 
-def rows_of(*sources: Source, **fields: Any) -> tuple[list[Row], RowReport]:
+def rows_of(*sources: Source, forms: Collection[RowForm] = SFT_FORMS, **fields: Any) -> tuple[list[Row], RowReport]:
     dataset = Dataset.model_validate({"train": [{"uri": "s3://bucket/rows"}], **fields})
     report = RowReport()
-    return list(read(sources, dataset, report, forms=list(RowForm))), report
+    return list(read(sources, dataset, report, forms=forms)), report
 
 
 def jsonl(folder: Path, *rows: Any, name: str = "rows.jsonl") -> Source:
@@ -277,7 +279,7 @@ FORMS: dict[str, tuple[dict[str, Any], RowForm, dict[str, Any]]] = {
 @pytest.mark.parametrize("named", [False, True], ids=["found", "named"])
 def test_forms_of_rows(tmp_path: Path, name: str, *, named: bool) -> None:
     row, form, value = FORMS[name]
-    rows, _ = rows_of(jsonl(tmp_path, row), format=form.value if named else "Auto")
+    rows, _ = rows_of(jsonl(tmp_path, row), forms=[form], format=form.value if named else "Auto")
     assert [(found.form, found.value) for found in rows] == [(form, value)]
 
 
@@ -300,10 +302,41 @@ def test_sources_may_hold_different_forms(tmp_path: Path) -> None:
     rows, _ = rows_of(chats, pairs)
     assert [(row.form, row.source) for row in rows] == [(RowForm.MESSAGES, 0), (RowForm.PROMPT_COMPLETION, 1)]
     choices = jsonl(tmp_path, {"prompt": "a", "chosen": "b", "rejected": "c"}, name="choices.jsonl")
-    with pytest.raises(
-        DatasetInvalidError, match=r"choices.jsonl line 1: holds Preference where chats.jsonl line 1 holds"
-    ):
+    with pytest.raises(DatasetInvalidError, match=r"choices.jsonl line 1: holds what dataset.format calls Preference"):
         rows_of(chats, choices)
+
+
+KTO_FORMS = FORMS_OF[ObjectiveName.KTO]
+
+
+def test_a_pair_is_a_good_and_a_bad_answer_where_single_answers_are_learned(tmp_path: Path) -> None:
+    pairs = jsonl(tmp_path, {"prompt": "a", "chosen": "b", "rejected": "c"}, name="pairs.jsonl")
+    judged = jsonl(tmp_path, {"prompt": "d", "completion": "e", "label": False}, name="judged.jsonl")
+    rows, report = rows_of(pairs, judged, forms=KTO_FORMS)
+    assert {(row.form, row.where) for row in rows[:2]} == {(RowForm.UNPAIRED_PREFERENCE, "pairs.jsonl line 1")}
+    assert [row.value for row in rows] == [
+        {"prompt": "a", "completion": "b", "label": True},
+        {"prompt": "a", "completion": "c", "label": False},
+        {"prompt": "d", "completion": "e", "label": False},
+    ]
+    assert report.read == 3
+    chats = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    whole = jsonl(tmp_path, {"chosen": chats, "rejected": [chats[0], {"role": "assistant", "content": "c"}]})
+    good, bad = (row.value for row in rows_of(whole, forms=KTO_FORMS)[0])
+    assert (good["prompt"], good["completion"], good["label"]) == (chats[:1], chats[1:], True)
+    assert (bad["prompt"], bad["completion"][0]["content"], bad["label"]) == (chats[:1], "c", False)
+
+
+def test_a_pair_is_one_row_where_pairs_are_learned(tmp_path: Path) -> None:
+    pairs = jsonl(tmp_path, {"prompt": "a", "chosen": "b", "rejected": "c"})
+    assert [row.form for row in rows_of(pairs, forms=FORMS_OF[ObjectiveName.DPO])[0]] == [RowForm.PREFERENCE]
+
+
+def test_half_of_the_rows_is_counted_in_rows_not_in_examples(tmp_path: Path) -> None:
+    """Two of four pairs are unusable: what the other two become does not hide it."""
+    pairs = [{"prompt": f"a{number}", "chosen": "b", "rejected": "c"} for number in range(2)]
+    with pytest.raises(DatasetInvalidError, match="is not JSON"):
+        rows_of(jsonl(tmp_path, *pairs, "{", "{"), forms=KTO_FORMS)
 
 
 FAULTY = [

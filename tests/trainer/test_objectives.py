@@ -10,11 +10,18 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from trainer_rig import write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
-from tunesmith.api.objective import DpoFields, KtoFields, Objective, OrpoFields
+from tunesmith.api import dataset as api
+from tunesmith.api.objective import DpoFields, KtoFields, Objective, ObjectiveName, OrpoFields
+from tunesmith_trainer.data import Encoder
+from tunesmith_trainer.data.formats import DataFile
+from tunesmith_trainer.data.report import RowReport
+from tunesmith_trainer.data.rows import FORMS, read
+from tunesmith_trainer.data.sources import Source
 from tunesmith_trainer.ranks import Ranks
 from tunesmith_trainer.training import preference
 from tunesmith_trainer.training.batches import Collator, Layout
@@ -192,6 +199,59 @@ def test_kto_is_trls(base_model: Path, tmp_path: Path) -> None:
     assert loss == pytest.approx(expected, rel=1e-4)
 
 
+def read_pairs(folder: Path, base_model: Path) -> list[dict[str, Any]]:
+    """The pairs as the trainer reads them for KTO, in the order in which TRL takes pairs apart."""
+    dataset = api.Dataset.model_validate({"train": [{"uri": "s3://bucket/rows.jsonl"}]})
+    source = Source("s3://bucket/rows.jsonl", [DataFile("rows.jsonl", write_rows(folder / "rows.jsonl", PAIRS))])
+    tokenizer = AutoTokenizer.from_pretrained(base_model)
+    encoder = Encoder(tokenizer, [tokenizer.eos_token_id])
+    rows = [encoder.encode(row) for row in read([source], dataset, RowReport(), forms=FORMS[ObjectiveName.KTO])]
+    return [
+        {"input_ids": row.input_ids, "labels": row.labels, "desirable": row.desirable} for row in rows[::2] + rows[1::2]
+    ]
+
+
+def test_kto_of_pairs_is_trls(base_model: Path, tmp_path: Path) -> None:
+    arguments = settings(tmp_path) | {"per_device_train_batch_size": 2 * len(PAIRS)}
+    trainer = KTOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32),
+        peft_config=ADAPTER,
+        args=KTOConfig(**arguments, desirable_weight=1.5, undesirable_weight=0.5),
+        train_dataset=Dataset.from_list(PAIRS),
+        processing_class=AutoTokenizer.from_pretrained(base_model),
+    )
+    model, base = adapted(base_model)
+    expected = first_loss(trainer, model)
+    add_target_loss(base)
+    rows = read_pairs(tmp_path, base_model)
+    loss, _ = loss_and_gradient(model, base, step_objective(OBJECTIVES["kto"]), rows, 3, Layout.FLAT, 1)
+    assert loss == pytest.approx(expected, rel=1e-4)
+
+
+def test_pairs_train_kto_as_the_same_answers_with_labels_do(bench: Workbench) -> None:
+    labelled = [
+        {"prompt": pair["prompt"], "completion": pair[answer], "label": answer == "chosen"}
+        for pair in PAIRS
+        for answer in ("chosen", "rejected")
+    ]
+    results = []
+    for name, rows in (("pairs", PAIRS), ("labelled", labelled)):
+        held_out = write_rows(bench.folder / "held-out.jsonl", rows[: len(rows) // 4])
+        job = bench.job(
+            rows,
+            objective={"kto": {"undesirableWeight": 0.5}},
+            hyperparameters={"maxSteps": 3, "batchSize": 6, "learningRate": 0.01},
+        )
+        job["spec"]["dataset"]["validation"] = [{"uri": f"file://{held_out}"}]
+        bench.output = bench.folder / name
+        result = bench.run("train", job).result
+        assert result.preflight is not None
+        assert (result.preflight.rows, result.preflight.validation_rows) == (16, 4)
+        assert result.preflight.dropped is None
+        results.append((result.preflight.tokens, result.evaluation, result.metrics))
+    assert results[0] == results[1]
+
+
 def test_the_odds_ratio_is_trls() -> None:
     chosen, rejected = torch.tensor([-0.2, -3.0, -1e-4]), torch.tensor([-1.5, -0.4, -0.7])
     trl = SimpleNamespace(beta=0.3, accelerator=SimpleNamespace(device="cpu"))
@@ -208,7 +268,7 @@ def test_an_answer_that_is_certain_has_a_finite_odds_ratio() -> None:
     assert torch.isfinite(certain.grad).all()
 
 
-@pytest.mark.parametrize(("name", "rows"), [("dpo", PAIRS), ("orpo", PAIRS), ("kto", JUDGED)])
+@pytest.mark.parametrize(("name", "rows"), [("dpo", PAIRS), ("orpo", PAIRS), ("kto", JUDGED), ("kto", PAIRS)])
 def test_a_manifest_trains_on_preferences(name: str, rows: list[dict[str, Any]], bench: Workbench) -> None:
     job = bench.job(
         rows,

@@ -47,7 +47,7 @@ FORMATS = {
     ),
     ObjectiveName.DPO: frozenset({DataFormat.PREFERENCE}),
     ObjectiveName.ORPO: frozenset({DataFormat.PREFERENCE}),
-    ObjectiveName.KTO: frozenset({DataFormat.UNPAIRED_PREFERENCE}),
+    ObjectiveName.KTO: frozenset({DataFormat.UNPAIRED_PREFERENCE, DataFormat.PREFERENCE}),
 }
 """What each objective can learn from."""
 
@@ -87,11 +87,11 @@ class FineTuneJobSpec(ApiModel):
         ),
         Rule(
             "!has(self.dataset.format) || self.dataset.format == 'Auto' || (self.dataset.format == 'Preference' ? "
-            "has(self.objective) && (has(self.objective.dpo) || has(self.objective.orpo)) : "
+            "has(self.objective) && !has(self.objective.sft) : "
             "self.dataset.format == 'UnpairedPreference' ? has(self.objective) && has(self.objective.kto) : "
             "!has(self.objective) || has(self.objective.sft))",
-            "dataset.format does not go with the objective: dpo and orpo learn from Preference, kto from "
-            "UnpairedPreference, sft from the others; change one of them",
+            "dataset.format does not go with the objective: dpo, orpo and kto learn from Preference, kto from "
+            "UnpairedPreference too, sft from the others; change one of them",
             lambda self: self.dataset.format is DataFormat.AUTO or self.dataset.format in FORMATS[self.objective_name],
         ),
         Rule(

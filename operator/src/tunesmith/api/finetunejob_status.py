@@ -125,7 +125,10 @@ class ServableStatus(StatusModel):
 class Preflight(StatusModel):
     """What the CPU stage counted, and whether the run fits into the GPU."""
 
-    rows: int | None = Field(default=None, description="Training rows of an epoch, with the sources' weights.")
+    rows: int | None = Field(
+        default=None,
+        description="Training rows of an epoch, with the sources' weights; for objective.kto a pair of answers is two.",
+    )
     validation_rows: int | None = Field(default=None, description="Held-out rows.")
     dropped_rows: int | None = Field(
         default=None, description="Rows that are not used, of the training and held-out rows; why stands in dropped."

@@ -45,7 +45,10 @@ class OrpoFields(ApiModel):
 
 
 class KtoFields(ApiModel):
-    """Kahneman-Tversky optimisation (KTO, arXiv:2402.01306): learns from single good and bad answers."""
+    """Kahneman-Tversky optimisation (KTO, arXiv:2402.01306): learns from single good and bad answers.
+
+    A pair of a chosen and a rejected answer is one of each.
+    """
 
     beta: float = Field(
         default=0.1, ge=0.001, le=10.0, description="How strongly the adapter is held to the base: higher is closer."

@@ -21,7 +21,7 @@ class RowReport:
     """What became of the rows of a data set."""
 
     read: int = 0
-    """Rows that were looked at."""
+    """Rows that were looked at; a pair that becomes two examples is two."""
     truncated: int = 0
     """Rows that were cut to the longest length."""
     longest: int = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +53,7 @@ FORMS = {
 }
 """What each objective can learn from."""
 SFT_FORMS = FORMS[ObjectiveName.SFT]
-"""Forms that may stand beside each other: each is a text with a part that is learned."""
+"""Each is a text with a part that is learned."""
 _REQUIRED = {
     RowForm.MESSAGES: ("messages",),
     RowForm.PROMPT_COMPLETION: ("prompt", "completion"),
@@ -96,7 +96,8 @@ def read(
         sources: downloaded files.
         dataset: how they are read.
         report: counts what is not used.
-        forms: what the objective can learn from.
+        forms: what the objective can learn from. Where that is single answers too, a pair becomes two rows: the chosen
+            answer, which is a good one, and the rejected one.
 
     Raises:
         DatasetInvalidError: a source has no rows, a row does not have the form of the others (raised at the end, with
@@ -110,7 +111,7 @@ def read(
             for record in records(file, reader.wanted):
                 row = reader.row(record, number)
                 if row is not None:
-                    yield row
+                    yield from reader.examples(row)
         if report.read == before:
             name = source.files[0].name if len(source.files) == 1 else source.uri
             raise DatasetInvalidError(f"{name} is empty: a data set needs at least one row")
@@ -128,6 +129,7 @@ class _Reader:
     seen: set[bytes] = field(default_factory=set)
     mismatches: list[str] = field(default_factory=list)
     mismatched: int = 0
+    records: int = 0
 
     def __post_init__(self) -> None:
         given = self.dataset.columns.model_dump(exclude_none=True) if self.dataset.columns else {}
@@ -140,6 +142,7 @@ class _Reader:
 
     def row(self, record: Record, source: int) -> Row | None:
         self.report.read += 1
+        self.records += 1
         try:
             if record.problem is not None:
                 raise RowError(record.problem, DropReason.UNDECODABLE)  # noqa: TRY301 - one way out for all
@@ -162,10 +165,25 @@ class _Reader:
             return None
         return Row(form, value, record.where, source)
 
+    def examples(self, row: Row) -> list[Row]:
+        """The row, or the two that a pair becomes where single answers are learned."""
+        if row.form is not RowForm.PREFERENCE or RowForm.UNPAIRED_PREFERENCE not in self.forms:
+            return [row]
+        self.report.read += 1
+        shared = {name: part for name, part in row.value.items() if name not in {"chosen", "rejected"}}
+        return [
+            replace(
+                row,
+                form=RowForm.UNPAIRED_PREFERENCE,
+                value=shared | {"completion": row.value[answer], "label": answer == "chosen"},
+            )
+            for answer in ("chosen", "rejected")
+        ]
+
     def finish(self) -> None:
         """Raises DatasetInvalidError unless enough of the rows can be used."""
         unusable = self.report.unusable
-        refused = unusable and (self.dataset.unusable is UnusableRows.ERROR or 2 * unusable >= self.report.read)
+        refused = unusable and (self.dataset.unusable is UnusableRows.ERROR or 2 * unusable >= self.records)
         if not self.mismatched and not refused:
             return
         shown = (self.mismatches + self.report.unusable_examples())[:_SHOWN_PROBLEMS]
@@ -240,11 +258,6 @@ class _Reader:
                 f"{where}: holds what dataset.format calls {form}, which this objective cannot learn from; it learns"
                 f" from {able}: choose another objective, or set dataset.format and dataset.columns"
             )
-        for other, before in self.first.values():
-            if other is not form and not {other, form} <= SFT_FORMS:
-                raise DatasetInvalidError(
-                    f"{where}: holds {form} where {before} holds {other}: use one of them per job"
-                )
         if self.dataset.format is DataFormat.AUTO or self.dataset.columns is None:
             return
         of_form = {*_REQUIRED[form], *_OPTIONAL.get(form, ())}

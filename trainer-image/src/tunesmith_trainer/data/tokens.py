@@ -96,7 +96,8 @@ def tokenise(
     """
     report = RowReport()
     per_source, done = [0] * len(sources), 0
-    with _Writer(path, paired=RowForm.PREFERENCE in forms, judged=RowForm.UNPAIRED_PREFERENCE in forms) as writer:
+    judged = RowForm.UNPAIRED_PREFERENCE in forms
+    with _Writer(path, paired=RowForm.PREFERENCE in forms and not judged, judged=judged) as writer:
         for batch in _batched(read(sources, dataset, report, forms=forms), _BATCH):
             kept: list[Tokens] = []
             for row, whole in zip(batch, encoder.encode_all(batch), strict=True):
