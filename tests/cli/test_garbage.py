@@ -25,6 +25,7 @@ FILES = [
     "owner.json",
     "tmp/checkpoints/step-00000004/weights",
 ]
+EVENTS = ["tensorboard/events.out.tfevents.1"]
 DAY = timedelta(days=1)
 TOO_YOUNG = "it was written to too short a time ago: see --older-than"
 PUBLISHED = "it is a published artifact: --artifacts removes it too"
@@ -129,6 +130,14 @@ def test_the_checkpoints_of_a_deleted_job_whose_adapter_serves_go() -> None:
     assert judged(others=[resource("AdapterDeployment", OTHER_UID, "bot", status=serving)])["tmp"] is None
 
 
+def test_a_merged_model_that_was_never_published_with_its_adapter_stays_where_a_pool_serves_it() -> None:
+    files = stored([*EVENTS, *FILES[2:]])
+    assert judged(files=files, artifacts=False) == {"tmp": None, "unpublished": None}
+    user = resource("ServingPool", OTHER_UID, "big", spec={"baseModel": {"uri": f"{STORE}/{FOLDER}/merged"}})
+    kept = {"tmp": None, "unpublished": "ServingPool team/big uses it"}
+    assert judged(files=files, artifacts=False, others=[user]) == kept
+
+
 def test_the_name_of_a_neighbour_is_no_use() -> None:
     user = resource("ServingPool", OTHER_UID, spec={"baseModel": {"uri": f"{STORE}/{FOLDER}/artifact-2"}})
     assert judged(others=[user]) == {"tmp": None, "artifact": None}
@@ -180,8 +189,19 @@ def test_names_with_hyphens_are_read_right() -> None:
         (FILES, False, {"tmp": FILES[-1:], "artifact": [FILES[1], FILES[0], FILES[2]]}),
         (FILES[-2:], False, {"tmp": [FILES[-1], "owner.json"]}),
         (["owner.json"], False, {"tmp": ["owner.json"]}),
+        ([*EVENTS, *FILES[2:]], False, {"tmp": FILES[-1:], "unpublished": [FILES[2], *EVENTS, "owner.json"]}),
+        ([FILES[0], "owner.json"], False, {"unpublished": [FILES[0], "owner.json"]}),
+        ([*EVENTS, *FILES[:2]], False, {"artifact": [FILES[1], FILES[0], *EVENTS]}),
     ],
-    ids=["all", "the artifact stays", "never published", "only the owner"],
+    ids=[
+        "all",
+        "the artifact stays",
+        "never published",
+        "only the owner",
+        "events and a merged model, never published",
+        "half an artifact",
+        "events of what was published",
+    ],
 )
 def test_an_artifact_loses_its_manifest_first_and_a_folder_its_owner_last(
     names: list[str],

@@ -16,11 +16,11 @@ import pytest
 from obstore.store import S3Store
 from s3server import S3Server
 
-from manifests import adapter, job
+from manifests import adapter, job, pool
 from tunesmith.contracts.owner import Owner
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from apiserver import ApiServer
 
@@ -29,6 +29,8 @@ pytestmark = pytest.mark.controlplane
 PROGRAM = Path(sys.executable).with_name("tunesmith")
 CHECKPOINT = "tmp/checkpoints/step-00000004/weights"
 MANIFEST = "artifact/tunesmith.json"
+FILES = (CHECKPOINT, MANIFEST, "artifact/adapter_model.safetensors")
+BESIDE = ("merged/model.safetensors", "tensorboard/events.out.tfevents.1")
 SECONDS = 120
 
 
@@ -53,11 +55,11 @@ class Place:
             client_options={"allow_http": True},
         )
 
-    def folder(self, name: str, uid: str = "", *, cluster: str | None = None) -> str:
+    def folder(self, name: str, uid: str = "", *, cluster: str | None = None, files: Sequence[str] = FILES) -> str:
         """Fills the folder of a FineTuneJob; with the cluster's mark unless another one is given ('' for none)."""
         uid = uid or str(uuid.uuid4())
         path = f"{self.namespace}/{name}-{uid}"
-        for file in (CHECKPOINT, MANIFEST, "artifact/adapter_model.safetensors"):
+        for file in files:
             obstore.put(self.store, f"{path}/{file}", b"0" * 100)
         if cluster != "":
             owner = Owner(cluster=cluster or self.cluster, namespace=self.namespace, name=name, uid=uid)
@@ -149,6 +151,35 @@ def test_what_deleted_jobs_left_goes_and_nothing_else(place: Place) -> None:
     code, output, problems = place.gc("--older-than", "0m")
     assert (code, output) == (0, "")
     assert "there is nothing to remove" in problems
+
+
+def test_what_lies_beside_an_artifact_stays_with_it_and_goes_where_none_was_published(place: Place) -> None:
+    published = place.folder("published", files=[*FILES, *BESIDE])
+    half = [CHECKPOINT, "artifact/adapter_model.safetensors", *BESIDE]
+    stopped = place.folder("stopped", files=half)
+    served = place.folder("served", files=[CHECKPOINT, *BESIDE])
+    failed = place.folder("failed", place.create(job(place.namespace, "failed")), files=half)
+    place.create(pool(place.namespace, "big", baseModel={"uri": f"s3://tunesmith/store/{served}/merged"}))
+
+    code, output, problems = place.gc("--older-than", "0m", "--delete", "-o", "json")
+    assert (code, problems) == (0, "")
+    shown = {(row["job"], row["what"]): row for row in json.loads(output)}
+    assert {parts for parts, row in shown.items() if row["deleted"]} == {
+        ("published", "tmp"),
+        ("served", "tmp"),
+        ("stopped", "tmp"),
+        ("stopped", "unpublished"),
+    }
+    assert shown["stopped", "unpublished"]["uri"] == f"s3://tunesmith/store/{stopped}"
+    assert shown["served", "unpublished"]["kept"] == f"ServingPool {place.namespace}/big uses it"
+    assert place.stored(stopped) == []
+    assert place.stored(published) == sorted([*FILES[1:], *BESIDE, "owner.json"])
+    assert place.stored(served) == sorted([*BESIDE, "owner.json"])
+    assert place.stored(failed) == sorted([*half, "owner.json"])
+
+    code, _, problems = place.gc("--older-than", "0m", "--artifacts", "--delete", "-o", "json")
+    assert (code, problems) == (0, "")
+    assert place.stored(published) == []
 
 
 @pytest.mark.parametrize(

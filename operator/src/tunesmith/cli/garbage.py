@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.api.conditions import FineTuneJobCondition
-from tunesmith.contracts.location import ARTIFACT_MANIFEST, TEMPORARY_FOLDER
+from tunesmith.contracts.location import ARTIFACT_FOLDER, ARTIFACT_MANIFEST, TEMPORARY_FOLDER
 from tunesmith.contracts.owner import OWNER_FILE
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Object = dict[str, Any]
 ARTIFACT = "artifact"
+UNPUBLISHED = "unpublished"
 _JOB_FOLDER = re.compile(r"^(?P<name>[a-z0-9][a-z0-9.-]*)-(?P<uid>[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})$")
 
 
@@ -53,7 +54,7 @@ class Leftover:
 
     folder: Folder
     part: str
-    """`tmp`, what a training needs until it is done, or `artifact`: all the rest."""
+    """`tmp`, what a training needs until it is done; all the rest is `artifact`, or `unpublished` without one."""
     files: tuple[StoredFile, ...]
     """In the order in which they are to be removed."""
     kept: str | None
@@ -163,7 +164,9 @@ def leftovers(
 def _parts(folder: Folder, *, gone: bool, artifacts: bool) -> Iterator[tuple[str, tuple[StoredFile, ...]]]:
     """The folder's parts that its FineTuneJob does not need: of a complete one, the temporary part.
 
-    The owner goes with the last of them, as its last file, so that a removal that was interrupted can be taken up.
+    Of a deleted one that published nothing, the rest goes as `tmp` does: event files, a merged model, files of an
+    artifact without a manifest. The owner goes with the last of the parts, as its last file, so that a removal that was
+    interrupted can be taken up.
     """
     below = len(folder.path) + 1
     temporary = [file for file in folder.files if file.path[below:].startswith(f"{TEMPORARY_FOLDER}/")]
@@ -171,12 +174,14 @@ def _parts(folder: Folder, *, gone: bool, artifacts: bool) -> Iterator[tuple[str
     rest = [file for file in folder.files if file not in temporary and file not in owner]
     # Without its manifest an artifact is none: what is half removed must not be found.
     rest.sort(key=lambda file: (not file.path.endswith(f"/{ARTIFACT_MANIFEST}"), file.path))
-    if gone and (artifacts or not rest):
+    manifest = f"{ARTIFACT_FOLDER}/{ARTIFACT_MANIFEST}"
+    published = any(file.path[below:] == manifest for file in rest)
+    if gone and (artifacts or not published):
         (rest or temporary).extend(owner)
     if temporary:
         yield TEMPORARY_FOLDER, tuple(temporary)
     if rest and gone:
-        yield ARTIFACT, tuple(rest)
+        yield ARTIFACT if published else UNPUBLISHED, tuple(rest)
 
 
 def _ownership(folder: Folder, owner: Owner | None, seen: Resources) -> str | None:
@@ -193,7 +198,8 @@ def _ownership(folder: Folder, owner: Owner | None, seen: Resources) -> str | No
 def _use(folder: Folder, part: str, files: Iterable[StoredFile], seen: Resources, store: str) -> str | None:
     """Who uses the part."""
     below = len(folder.path) + 1
-    names = {TEMPORARY_FOLDER} | ({file.path[below:].split("/")[0] for file in files} if part == ARTIFACT else set())
+    others = set() if part == TEMPORARY_FOLDER else {file.path[below:].split("/")[0] for file in files}
+    names = {TEMPORARY_FOLDER} | others
     user = seen.user_of(f"{store}/{folder.path}", names)
     return f"{user} uses it" if user is not None else None
 

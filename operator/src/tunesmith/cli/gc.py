@@ -43,9 +43,10 @@ def gc(
 ) -> None:
     """List, and with --delete remove, what FineTuneJobs that are gone or complete left in the store.
 
-    Checkpoints go; published artifacts only with --artifacts. What a resource of the cluster names anywhere stays, and
-    so does what another cluster wrote to the same store. Credentials are those of AWS_ACCESS_KEY_ID,
-    AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL and AWS_REGION. It reads the resources of the whole cluster.
+    Checkpoints go, and all that a deleted job left without publishing; published artifacts only with --artifacts.
+    What a resource of the cluster names anywhere stays, and so does what another cluster wrote to the same store.
+    Credentials are those of AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL and AWS_REGION. It reads the
+    resources of the whole cluster.
 
     Example: tunesmith gc --store s3://tunesmith/store -A --older-than 7d --delete
     """
