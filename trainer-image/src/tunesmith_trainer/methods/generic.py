@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib
 import json
 import typing
 from typing import TYPE_CHECKING, Any
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from tunesmith_trainer.methods.targets import Modules
 
 _ABSENT: tuple[Any, ...] = (None, False, [])
-_NEEDED = {"ADAMSS": ("sklearn", "scikit-learn")}
-"""Methods that import what the trainer's image may not have: module, and its distribution."""
 
 
 def type_of(asked: str) -> str:
@@ -43,14 +40,6 @@ def type_of(asked: str) -> str:
         raise InvalidSpecError(f"method.peft.type: PEFT has no method {asked}; {hint}")
     if name in limits.REFUSED:
         raise InvalidSpecError(f"method.peft.type: {name} is not possible, {limits.REFUSED[name]}")
-    if name in _NEEDED:
-        module, distribution = _NEEDED[name]
-        try:
-            importlib.import_module(module)
-        except ImportError:
-            raise InvalidSpecError(
-                f"method.peft.type: {name} needs {distribution}, which the trainer's image does not have"
-            ) from None
     return name
 
 

@@ -113,5 +113,5 @@ CHANGES_AT_FIRST = frozenset(
 )
 """Methods whose untrained adapter already changes the model."""
 
-UNCOUNTED = frozenset({"FROD", "SHIRA"})
+UNCOUNTED = frozenset({"ADAMSS", "FROD", "SHIRA"})
 """Methods whose parameters PEFT can only count with the weights at hand."""
