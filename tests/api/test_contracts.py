@@ -9,6 +9,7 @@ import pytest
 
 from tunesmith.api.conditions import FailureReason
 from tunesmith.api.finetunejob_status import (
+    AlsoTrained,
     DroppedRows,
     DropReason,
     EvaluationStatus,
@@ -178,9 +179,13 @@ class TestResult:
 
     def test_termination_message_keeps_what_was_resolved_rather_than_examples(self) -> None:
         dropped = [DroppedRows(reason=reason, rows=9, examples=["é" * 160] * 3) for reason in DropReason]
+        trained = [AlsoTrained(rows=3, scored_rows=9, examples=["é" * 160] * 3)]
         resolved = Resolved(target_modules=["down_proj"] * 20)
         result = TrainerResult(
-            outcome=Outcome.SUCCEEDED, message="done", preflight=Preflight(rows=10, dropped=dropped), resolved=resolved
+            outcome=Outcome.SUCCEEDED,
+            message="done",
+            preflight=Preflight(rows=10, dropped=dropped, also_trained=trained),
+            resolved=resolved,
         )
         text = result.termination_message()
         assert len(text.encode()) <= TERMINATION_MESSAGE_MAX_BYTES
@@ -188,6 +193,7 @@ class TestResult:
         assert (read.message, read.resolved) == ("done", resolved)
         assert read.preflight is not None
         assert [one.rows for one in read.preflight.dropped or []] == [9] * len(DropReason)
+        assert read.preflight.also_trained == [AlsoTrained(rows=3, scored_rows=9)]
 
     def test_termination_message_keeps_what_became_of_each_export(self) -> None:
         exports = [ExportResult(reason=FailureReason.ACCESS_DENIED, message="é" * 900), *[ExportResult()] * 7]

@@ -566,6 +566,20 @@ def test_the_whole_status_of_a_complete_job() -> None:
     assert status.evaluation.loss == 1.5
 
 
+def test_rows_that_are_scored_and_trained_on_are_told_once_as_a_warning() -> None:
+    trained = {"rows": 12, "scoredRows": 200, "examples": ["held-out.jsonl line 3"]}
+    message = result(outcome="Succeeded", preflight={"rows": 90, "validationRows": 200, "alsoTrained": [trained]})
+    before = job()
+    status = plan(seen(before, validation=kube_job("validate", ended(0, message), succeeded=True)), STORE).status
+    assert status.preflight is not None
+    assert status.preflight.manifest()["alsoTrained"] == [trained]
+    sentence = "12 of 200 held-out rows are also trained on: evaluation.loss flatters the adapter"
+    told = [notice for notice in notices(before.status, status) if notice.type == "Warning"]
+    assert [(notice.reason, sentence in notice.message) for notice in told] == [("ScoredRowsTrained", True)]
+    assert sentence in next(one.message for one in status.conditions if one.type == "Validated")
+    assert [notice for notice in notices(status, status) if notice.type == "Warning"] == []
+
+
 def test_the_status_tells_what_became_of_each_export() -> None:
     """Where it went is what the spec says: a pod that says more is not heard."""
     forged = {**DENIED, "uri": "s3://elsewhere"}

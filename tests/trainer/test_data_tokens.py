@@ -249,15 +249,45 @@ def test_padding_is_never_the_end_token(tokenizer: Any) -> None:
 )
 def test_the_share_that_is_held_out(count: int, fraction: float | None, out: int) -> None:
     dataset = Dataset.model_validate({"train": [{"uri": "s3://a/b"}], "validationFraction": fraction})
-    train, validation = held_out(count, dataset, seed=7)
+    train, validation = (places.tolist() for places in held_out(np.arange(count), dataset, seed=7))
     assert len(validation) == out
     assert sorted(train + validation) == list(range(count))
-    assert held_out(count, dataset, seed=7) == (train, validation)
+    assert held_out(np.arange(count), dataset, seed=7)[1].tolist() == validation
+    assert count < 10 or held_out(np.arange(count), dataset, seed=8)[1].tolist() != validation
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fraction", "out"),
+    [
+        ([1] * 90 + [10], 0.1, 10),
+        ([2] * 50, 0.1, 10),
+        ([50, 50], 0.1, 50),
+        ([7, 30, 8], 0.05, 7),
+        ([99, 1], 0.1, 1),
+    ],
+    ids=["one row often", "pairs", "two rows", "none that fits", "one that fits"],
+)
+@pytest.mark.parametrize("seed", range(4))
+def test_the_same_row_is_never_on_both_sides(sizes: list[int], fraction: float, out: int, seed: int) -> None:
+    dataset = Dataset.model_validate({"train": [{"uri": "s3://a/b"}], "validationFraction": fraction})
+    keys = np.repeat(np.arange(len(sizes), dtype=np.uint64), sizes)
+    np.random.default_rng(1).shuffle(keys)
+    train, validation = held_out(keys, dataset, seed)
+    assert not set(keys[train]) & set(keys[validation])
+    assert sorted([*train, *validation]) == list(range(len(keys)))
+    assert len(validation) == out
+
+
+def test_one_row_again_and_again_cannot_be_divided() -> None:
+    dataset = Dataset.model_validate({"train": [{"uri": "s3://a/b"}]})
+    with pytest.raises(DatasetInvalidError, match="the training rows are one row, 3 times over"):
+        held_out(np.zeros(3, np.uint64), dataset, seed=7)
 
 
 def test_nothing_is_held_out_beside_a_validation_set() -> None:
     dataset = Dataset.model_validate({"train": [{"uri": "s3://a/b"}], "validation": [{"uri": "s3://a/c"}]})
-    assert held_out(3, dataset, seed=7) == ([0, 1, 2], [])
+    train, validation = held_out(np.zeros(3, np.uint64), dataset, seed=7)
+    assert (train.tolist(), validation.tolist()) == ([0, 1, 2], [])
 
 
 def test_weights_repeat_the_rows_of_a_source() -> None:

@@ -9,7 +9,7 @@ from tunesmith.api.method import ALL_LINEAR
 
 if TYPE_CHECKING:
     from tunesmith.api.finetunejob import FineTuneJob
-    from tunesmith.api.finetunejob_status import GateStatus
+    from tunesmith.api.finetunejob_status import GateStatus, Preflight
     from tunesmith.api.method import Method
     from tunesmith_trainer.prepare import Prepared
     from tunesmith_trainer.training.loop import Trained
@@ -51,7 +51,7 @@ def text(job: FineTuneJob, prepared: Prepared, trained: Trained) -> str:
             f"| Held-out loss, nats per target token | {evaluation.base_loss:.4f} | {evaluation.loss:.4f}{change} |",
             *scored,
             "",
-            f"Scored in one run; the loss on {counted.validation_rows} held-out rows that were not trained on.",
+            f"Scored in one run; the loss on {counted.validation_rows} held-out rows{_trained_too(counted)}.",
             "Whether answers are true, safe or fair was not measured.",
             *(["", "Gates:", "", *gates] if gates else []),
             "",
@@ -78,6 +78,17 @@ def text(job: FineTuneJob, prepared: Prepared, trained: Trained) -> str:
             "",
         ]
     )
+
+
+def _trained_too(counted: Preflight) -> str:
+    """How far what is scored was also learned."""
+    found = counted.also_trained or []
+    held_out = sum(one.rows for one in found if one.suite is None)
+    text = f", {held_out} of which were trained on too" if held_out else " that were not trained on"
+    suites = [
+        f"{one.rows} of the {one.scored_rows} rows of suite {one.suite}" for one in found if one.suite is not None
+    ]
+    return text + (f"; {' and '.join(suites)} were trained on too" if suites else "")
 
 
 def _kind(prepared: Prepared) -> str:

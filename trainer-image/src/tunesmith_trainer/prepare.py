@@ -16,7 +16,7 @@ from tunesmith_trainer.data.rows import FORMS
 from tunesmith_trainer.data.template import same_prompts
 from tunesmith_trainer.errors import BaseModelNotFoundError, InvalidSpecError
 from tunesmith_trainer.evaluation import harness
-from tunesmith_trainer.evaluation.generation import Example, load
+from tunesmith_trainer.evaluation.generation import Example, also_trained, load
 from tunesmith_trainer.methods.config import parameters_at, plan_method
 from tunesmith_trainer.methods.servable import require as require_servable
 from tunesmith_trainer.methods.targets import modules_of
@@ -150,6 +150,9 @@ def prepare(
     )
     resolved = plan.frozen(job.status.resolved, now)
     counted = rows.counted.model_copy(update={"trainable_parameters": planned.parameters, "servable": planned.servable})
+    flattered = [also_trained(name, some, rows.keys) for name, some in examples.items()]
+    found = [*(counted.also_trained or []), *(one for one in flattered if one is not None)]
+    counted = counted.model_copy(update={"also_trained": found or None})
     counted = preflight.judge(counted, sized, spec, run, sizes, gpu_memory)
     pad = model.pad_token(tokenizer, ends)
     return Prepared(base, rows.train, rows.validation, rows.lengths, pad, counted, resolved, planned, ends, examples)

@@ -115,6 +115,32 @@ class DroppedRows(StatusModel):
     )
 
 
+class AlsoTrained(StatusModel):
+    """Rows that base and adapter are scored on and that are trained on too."""
+
+    suite: str | None = Field(
+        default=None, max_length=32, description="Suite of evaluation.suites that has them; absent: the held-out rows."
+    )
+    rows: int = Field(ge=1, description="How many.")
+    scored_rows: int = Field(ge=1, description="Of how many.")
+    examples: list[Annotated[str, Field(max_length=256)]] | None = Field(
+        default=None, max_length=3, description="The first of them: file and line."
+    )
+
+    @property
+    def sentence(self) -> str:
+        """What that means, and how to mend it."""
+        are = "is" if self.rows == 1 else "are"
+        if self.suite is None:
+            which, scores, place = "held-out rows", "evaluation.loss flatters", "dataset.validation"
+        else:
+            which, scores, place = f"rows of suite {self.suite}", "its scores flatter", "the suite's data set"
+        return (
+            f"{self.rows} of {self.scored_rows} {which} {are} also trained on: {scores} the adapter, take them out of"
+            f" {place} or of dataset.train"
+        )
+
+
 class ServableStatus(StatusModel):
     """Whether an engine can load the result."""
 
@@ -135,6 +161,11 @@ class Preflight(StatusModel):
     )
     dropped: list[DroppedRows] | None = Field(
         default=None, max_length=8, description="By reason, the rows that are not used; absent: all are."
+    )
+    also_trained: list[AlsoTrained] | None = Field(
+        default=None,
+        max_length=9,
+        description="Rows that are scored and trained on too, which flatters the scores; absent: there are none.",
     )
     truncated_rows: int | None = Field(
         default=None, description="Rows that lost their end to maxLength; absent: overlong is not Truncate."

@@ -92,6 +92,9 @@ def _lines(counted: Preflight, resolved: Resolved | None) -> Iterator[tuple[str,
     for dropped in counted.dropped or []:
         example = f", such as {dropped.examples[0]}" if dropped.examples else ""
         yield f"  {dropped.reason}", f"{dropped.rows}{example}"
+    for trained in counted.also_trained or []:
+        example = f"; the first: {trained.examples[0]}" if trained.examples else ""
+        yield "  also trained", f"{trained.sentence}{example}"
     if counted.truncated_rows:
         yield "  truncated", f"{counted.truncated_rows}"
     packed = f", in {counted.packed_sequences} packed sequences" if counted.packed_sequences is not None else ""

@@ -71,15 +71,15 @@ class TrainerResult(StatusModel):
     def termination_message(self) -> str:
         """JSON of at most 4,096 bytes.
 
-        Too long, it loses the examples of rows that are not used, the suites' scores (evaluation.json has them), the
+        Too long, it loses the examples of rows, the suites' scores (evaluation.json has them), the
         gates, the ends of the exports' messages, then that of its own.
         """
         result = self
         if result.preflight is not None and len(_text(result)) > TERMINATION_MESSAGE_MAX_BYTES:
             dropped = [one.model_copy(update={"examples": None}) for one in result.preflight.dropped or []]
-            result = result.model_copy(
-                update={"preflight": result.preflight.model_copy(update={"dropped": dropped or None})}
-            )
+            trained = [one.model_copy(update={"examples": None}) for one in result.preflight.also_trained or []]
+            shown = {"dropped": dropped or None, "also_trained": trained or None}
+            result = result.model_copy(update={"preflight": result.preflight.model_copy(update=shown)})
         if result.evaluation is not None and len(_text(result)) > TERMINATION_MESSAGE_MAX_BYTES:
             result = result.model_copy(
                 update={

@@ -59,6 +59,7 @@ class Status:
                 f"{flight.rows} rows to train on, {flight.validation_rows or 0} held out, "
                 f"{flight.dropped_rows or 0} dropped{_memory(flight)}"
             )
+            message = "; ".join([message, *(one.sentence for one in flight.also_trained or [])])
         self._set(FineTuneJobCondition.VALIDATED, ConditionStatus.TRUE, "Valid", message)
         self._status.progress = None
 
@@ -284,7 +285,7 @@ class Notice(NamedTuple):
 
 def notices(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Notice]:
     """What people should hear of the difference of two statuses."""
-    found = []
+    found = _flattered(old, new)
     for condition in new.conditions:
         before = find(old.conditions, condition.type)
         if before is not None and before.status is condition.status and before.reason == condition.reason:
@@ -307,6 +308,13 @@ def notices(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Notice]:
     if stage is not None and stage is not before_stage:
         found.append(Notice("Normal", stage, f"the trainer is at stage {stage}"))
     return found
+
+
+def _flattered(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Notice]:
+    """Of rows that are scored and trained on, once."""
+    counted = new.preflight if old.preflight is None else None
+    trained = (counted.also_trained if counted is not None else None) or []
+    return [Notice("Warning", "ScoredRowsTrained", one.sentence) for one in trained]
 
 
 def merged(kept: Resolved | None, new: Resolved | None) -> Resolved | None:

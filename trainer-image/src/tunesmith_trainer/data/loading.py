@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tunesmith.api.dataset import Overlong
-from tunesmith.api.finetunejob_status import Preflight
+from tunesmith.api.finetunejob_status import AlsoTrained, Preflight
 from tunesmith_trainer.data.cache import TokenCache, key_of
-from tunesmith_trainer.data.selection import held_out, weighted
+from tunesmith_trainer.data.report import EXAMPLES, RowReport
+from tunesmith_trainer.data.rows import read
+from tunesmith_trainer.data.selection import held_out, trained_too, weighted
 from tunesmith_trainer.data.sources import add_content, fetch
 from tunesmith_trainer.data.tokens import measure, open_rows, pack, tokenise
 from tunesmith_trainer.errors import DatasetInvalidError, InvalidSpecError
@@ -26,12 +28,13 @@ if TYPE_CHECKING:
     from tunesmith.api import dataset as api
     from tunesmith_trainer.data.encoding import Encoder
     from tunesmith_trainer.data.rows import RowForm
+    from tunesmith_trainer.data.sources import Source
     from tunesmith_trainer.data.tokens import Counted
     from tunesmith_trainer.store import Folder, Stores
 
     IntArray = np.ndarray[Any, np.dtype[np.integer[Any]]]
 
-_ENCODING = 1
+_ENCODING = 2
 """Raised when the same rows give other tokens than before."""
 _DECIDING = {"format", "columns", "chat_template", "loss_on", "max_length", "overlong", "unusable", "duplicates"}
 """Fields of the data set on which the tokens depend."""
@@ -45,6 +48,7 @@ class Rows:
         train: rows of an epoch, or sequences that they are packed into, which have `seq_lengths` too.
         validation: rows held out.
         lengths: tokens of each of `train`.
+        keys: of the rows that are trained on, as `Row.key`.
         digest: `sha256:<64 hex>` of the content of all files.
         counted: what stands in `status.preflight` about them.
     """
@@ -52,6 +56,7 @@ class Rows:
     train: Dataset
     validation: Dataset
     lengths: IntArray
+    keys: IntArray
     digest: str
     counted: Preflight
 
@@ -117,15 +122,17 @@ def load(
     report = counted.report
     rows = open_rows(cached.path("train"))
     sizes = measure(cached.path("train"))
-    chosen, out = held_out(len(rows), dataset, seed)
+    chosen, out = held_out(sizes.keys, dataset, seed)
     _check_context(sizes.longest, context)
     if dataset.validation:
         cached.counted["validation"].require("held-out rows", limit)
         validation = open_rows(cached.path("validation"))
-        _check_context(measure(cached.path("validation")).longest, context)
+        scored = measure(cached.path("validation"))
+        _check_context(scored.longest, context)
         report = report.add(cached.counted["validation"].report)
     else:
-        validation = _at(rows, np.asarray(out))
+        scored = None
+        validation = _at(rows, out)
     places = weighted(chosen, counted.per_source, [source.weight for source in dataset.train], seed)
     if not len(places):
         raise DatasetInvalidError("the weights of dataset.train leave no row to train on: raise them")
@@ -134,16 +141,24 @@ def load(
     if dataset.packing:
         packed = pack(cached.path("train"), places, lengths, limit, work / "packed.arrow")
         train = open_rows(work / "packed.arrow")
+    keys = sizes.keys[np.unique(places)]
+    shared = scored.keys[trained_too(scored.keys, keys)] if scored is not None else keys[:0]
+    also_trained = None
+    if len(shared):
+        examples = _first_of(set(shared.tolist()), sources["validation"], dataset, forms)
+        also_trained = [AlsoTrained(rows=len(shared), scored_rows=len(validation), examples=examples)]
     return Rows(
         train=train,
         validation=validation,
         lengths=lengths if packed is None else packed,
+        keys=keys,
         digest=f"sha256:{digest.hexdigest()}",
         counted=Preflight(
             rows=len(places),
             validation_rows=len(validation),
             dropped_rows=report.dropped,
             dropped=report.status(),
+            also_trained=also_trained,
             truncated_rows=report.truncated if dataset.overlong is Overlong.TRUNCATE else None,
             packed_sequences=None if packed is None else len(packed),
             tokens=int(lengths.sum()),
@@ -155,6 +170,19 @@ def load(
 def _at(rows: Dataset, places: IntArray) -> Dataset:
     """The rows at places; the name only tells `datasets` not to hash them."""
     return rows.select(places, new_fingerprint="selected")
+
+
+def _first_of(
+    keys: Collection[int], sources: list[Source], dataset: api.Dataset, forms: Collection[RowForm]
+) -> list[str]:
+    """Where the first rows of some keys stand, read again: what the tokens are kept with does not say it."""
+    found: dict[str, None] = {}
+    for row in read(sources, dataset, RowReport(), forms=forms):
+        if row.key in keys:
+            found[row.where] = None
+        if len(found) == EXAMPLES:
+            break
+    return list(found)
 
 
 def _check_context(longest: int, context: int | None) -> None:

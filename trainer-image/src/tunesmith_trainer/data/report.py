@@ -10,7 +10,8 @@ from tunesmith.api.finetunejob_status import DroppedRows, DropReason
 if TYPE_CHECKING:
     from tunesmith.api.finetunejob_status import Preflight
 
-_EXAMPLES = 3
+EXAMPLES = 3
+"""Rows that are shown of each kind."""
 _EXAMPLE_LENGTH = 160
 UNUSABLE = (DropReason.UNDECODABLE, DropReason.NULL, DropReason.EMPTY)
 """Reasons that lie in the row itself: there is nothing in it to learn."""
@@ -33,7 +34,7 @@ class RowReport:
         """Counts a row that is not used."""
         self.counts[reason] = self.counts.get(reason, 0) + 1
         shown = self.examples.setdefault(reason, [])
-        if len(shown) < _EXAMPLES:
+        if len(shown) < EXAMPLES:
             shown.append(example if len(example) <= _EXAMPLE_LENGTH else example[: _EXAMPLE_LENGTH - 1] + "…")
 
     @property
@@ -62,7 +63,7 @@ class RowReport:
                 if (total := self.counts.get(reason, 0) + other.counts.get(reason, 0))
             },
             examples={
-                reason: (self.examples.get(reason, []) + other.examples.get(reason, []))[:_EXAMPLES]
+                reason: (self.examples.get(reason, []) + other.examples.get(reason, []))[:EXAMPLES]
                 for reason in DropReason
             },
         )
@@ -109,4 +110,8 @@ def told(preflight: Preflight) -> list[str]:
         f"    {one.rows} {one.reason}" + (f", the first: {one.examples[0]}" if one.examples else "")
         for one in preflight.dropped or []
     ]
-    return [total, *reasons]
+    trained = [
+        f"    {one.sentence}" + (f"; the first: {one.examples[0]}" if one.examples else "")
+        for one in preflight.also_trained or []
+    ]
+    return [total, *reasons, *trained]

@@ -75,12 +75,15 @@ class Row:
             lists of messages.
         where: file and line.
         source: number of its source.
+        key: 64 bits of a digest of what it holds: the same for the same row, whatever the file and its columns' names.
+            The two examples that a pair becomes have the pair's.
     """
 
     form: RowForm
     value: dict[str, Any]
     where: str
     source: int = 0
+    key: int = 0
 
 
 def read(
@@ -160,10 +163,13 @@ class _Reader:
         self.first.setdefault(source, (form, record.where))
         if self.mismatched:
             return None  # the rest is read for its mistakes only
-        if self.dataset.duplicates is DuplicateRows.DROP and self._known(value):
-            self.report.drop(DropReason.DUPLICATE, record.where)
-            return None
-        return Row(form, value, record.where, source)
+        digest = hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=12).digest()
+        if self.dataset.duplicates is DuplicateRows.DROP:
+            if digest in self.seen:
+                self.report.drop(DropReason.DUPLICATE, record.where)
+                return None
+            self.seen.add(digest)
+        return Row(form, value, record.where, source, int.from_bytes(digest[:8]))
 
     def examples(self, row: Row) -> list[Row]:
         """The row, or the two that a pair becomes where single answers are learned."""
@@ -190,13 +196,6 @@ class _Reader:
         rest = self.mismatched + unusable - len(shown)
         more = f"; and {rest} more row{'s' if rest > 1 else ''} with errors" if rest else ""
         raise DatasetInvalidError("; ".join(shown) + more)
-
-    def _known(self, value: dict[str, Any]) -> bool:
-        key = hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=12).digest()
-        if key in self.seen:
-            return True
-        self.seen.add(key)
-        return False
 
     def _form(self, record: Record, source: int) -> RowForm:
         value = record.value

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import random
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tunesmith.api.dataset import DEFAULT_VALIDATION_FRACTION
+from tunesmith_trainer.errors import DatasetInvalidError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,18 +18,49 @@ if TYPE_CHECKING:
     IntArray = np.ndarray[Any, np.dtype[np.integer[Any]]]
 
 
-def held_out(count: int, dataset: Dataset, seed: int) -> tuple[list[int], list[int]]:
-    """Which of `count` training rows train, and which are held out: all and none where there is a validation set."""
+def held_out(keys: IntArray, dataset: Dataset, seed: int) -> tuple[IntArray, IntArray]:
+    """Places of the rows that train and of those held out, ascending: all and none where there is a validation set.
+
+    Rows of one key, the same row again or the two answers of a pair, are on one side. So there may be fewer held out
+    than the fraction says, and more only where every key has more rows than that.
+
+    Args:
+        keys: of each row.
+        dataset: with the fraction.
+        seed: chooses.
+
+    Raises:
+        DatasetInvalidError: there is only one key.
+    """
+    count = len(keys)
     if dataset.validation:
-        return list(range(count)), []
+        return np.arange(count), np.arange(0)
+    _, group, sizes = np.unique(keys, return_inverse=True, return_counts=True)
+    if len(sizes) < 2:  # noqa: PLR2004 - one to train on, one to hold out
+        raise DatasetInvalidError(
+            f"the training rows are one row, {count} times over, which cannot be trained on and held out: give other"
+            " rows, or dataset.validation"
+        )
     fraction = dataset.validation_fraction or DEFAULT_VALIDATION_FRACTION
-    size = min(max(1, math.floor(count * fraction + 0.5)), count - 1)
-    chosen = sorted(random.Random(seed).sample(range(count), size))  # noqa: S311 - reproducible on purpose
-    out = set(chosen)
-    return [index for index in range(count) if index not in out], chosen
+    room = min(max(1, math.floor(count * fraction + 0.5)), count - 1)
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    chosen = []
+    for number in order.tolist():
+        if sizes[number] <= room:
+            chosen.append(number)
+            room -= int(sizes[number])
+        if not room:
+            break
+    out = np.isin(group, chosen or order[np.argmin(sizes[order])])
+    return np.flatnonzero(~out), np.flatnonzero(out)
 
 
-def weighted(places: Sequence[int], counts: Sequence[int], weights: Sequence[float], seed: int) -> IntArray:
+def trained_too(scored: IntArray, trained: IntArray) -> IntArray:
+    """Places of the scored rows that are trained on too, by the keys of both."""
+    return np.flatnonzero(np.isin(scored, trained))
+
+
+def weighted(places: Sequence[int] | IntArray, counts: Sequence[int], weights: Sequence[float], seed: int) -> IntArray:
     """Places of rows, each as often as the weight of its source says; the order of the rows stays.
 
     Args:

@@ -37,6 +37,8 @@ _BATCH = 512
 """Rows that are tokenised, and written, at once."""
 _HELD = 200
 """Rows whose pages are held at once: each may bring 64 KiB around it into memory."""
+_KEY = "key"
+"""Column of `Row.key`, which nothing is trained on."""
 _TOLD = 50_000
 """Rows between two lines for people."""
 
@@ -97,15 +99,18 @@ def tokenise(
     report = RowReport()
     per_source, done = [0] * len(sources), 0
     judged = RowForm.UNPAIRED_PREFERENCE in forms
-    with _Writer(path, paired=RowForm.PREFERENCE in forms and not judged, judged=judged) as writer:
+    paired = RowForm.PREFERENCE in forms and not judged
+    with _Writer(path, paired=paired, judged=judged, keyed=True) as writer:
         for batch in _batched(read(sources, dataset, report, forms=forms), _BATCH):
             kept: list[Tokens] = []
+            keys: list[int] = []
             for row, whole in zip(batch, encoder.encode_all(batch), strict=True):
                 tokens = _fitted(whole, row.where, dataset, report)
                 if tokens is not None:
                     kept.append(tokens)
+                    keys.append(row.key)
                     per_source[row.source] += 1
-            writer.write(kept)
+            writer.write(kept, keys)
             before, done = done, done + len(batch)
             if done // _TOLD > before // _TOLD:
                 say(f"  {done} rows tokenised")
@@ -144,16 +149,19 @@ class Sizes:
         lengths: tokens of each row.
         targets: how many of them are learned.
         longest: tokens of the longest sequence; a pair of answers is two.
+        keys: of each row, `Row.key`.
     """
 
     lengths: IntArray
     targets: IntArray
     longest: int
+    keys: IntArray
 
 
 def measure(path: Path) -> Sizes:
     """The sizes of the rows of an Arrow file."""
     lengths, targets, longest = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
+    keys = [np.zeros(0, np.uint64)]
     for batch in _Reader(path).batches():
         labels = batch.column("labels")
         offsets = labels.offsets.to_numpy()
@@ -163,7 +171,8 @@ def measure(path: Path) -> Sizes:
         paired = "seq_lengths" in batch.schema.names
         sequences = batch.column("seq_lengths").values.to_numpy() if paired else lengths[-1]
         longest = max(longest, int(sequences.max()))
-    return Sizes(np.concatenate(lengths), np.concatenate(targets), longest)
+        keys.append(batch.column(_KEY).to_numpy().copy())
+    return Sizes(np.concatenate(lengths), np.concatenate(targets), longest, np.concatenate(keys))
 
 
 def pack(rows: Path, places: IntArray, lengths: IntArray, capacity: int, path: Path) -> IntArray:
@@ -200,8 +209,9 @@ def _first_ignored(labels: IntArray) -> IntArray:
 
 
 def open_rows(path: Path) -> Dataset:
-    """The rows of an Arrow file, read from the disk when they are needed."""
-    return Dataset.from_file(str(path))
+    """What is trained on of the rows of an Arrow file, read from the disk when it is needed."""
+    rows = Dataset.from_file(str(path))
+    return rows.remove_columns(_KEY) if _KEY in rows.column_names else rows
 
 
 class _Reader:
@@ -250,12 +260,15 @@ class _Writer:
         path: of the file.
         paired: the rows have `seq_lengths`.
         judged: the rows have `desirable`.
+        keyed: the rows have `key`.
     """
 
-    def __init__(self, path: Path, *, paired: bool = False, judged: bool = False) -> None:
+    def __init__(self, path: Path, *, paired: bool = False, judged: bool = False, keyed: bool = False) -> None:
         names = ["input_ids", "labels", *(["seq_lengths"] if paired else [])]
         fields = [pa.field(name, pa.list_(pa.int32())) for name in names]
-        self._schema = pa.schema([*fields, *([pa.field("desirable", pa.bool_())] if judged else [])])
+        fields += [pa.field("desirable", pa.bool_())] if judged else []
+        fields += [pa.field(_KEY, pa.uint64())] if keyed else []
+        self._schema = pa.schema(fields)
         self._writer = pa.ipc.new_stream(str(path), self._schema)
 
     def __enter__(self) -> Self:
@@ -266,14 +279,15 @@ class _Writer:
     ) -> None:
         self._writer.close()
 
-    def write(self, rows: Sequence[Tokens]) -> None:
-        """Writes rows."""
+    def write(self, rows: Sequence[Tokens], keys: Sequence[int]) -> None:
+        """Writes rows, each with its key."""
         if rows:
             columns: dict[str, Callable[[], pa.Array]] = {
                 "input_ids": lambda: _lists([row.input_ids for row in rows]),
                 "labels": lambda: _lists([row.labels for row in rows]),
                 "seq_lengths": lambda: _lists([row.seq_lengths or [] for row in rows]),
                 "desirable": lambda: pa.array([row.desirable for row in rows], pa.bool_()),
+                _KEY: lambda: pa.array(keys, pa.uint64()),
             }
             self.write_columns([columns[name]() for name in self._schema.names])
 

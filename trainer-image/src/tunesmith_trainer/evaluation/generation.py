@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
@@ -13,9 +14,11 @@ from transformers import GenerationConfig
 
 from tunesmith.api.dataset import DuplicateRows, UnusableRows
 from tunesmith.api.evaluation import GenerationMetric
+from tunesmith.api.finetunejob_status import AlsoTrained
 from tunesmith_trainer import data
-from tunesmith_trainer.data.report import RowReport
+from tunesmith_trainer.data.report import EXAMPLES, RowReport
 from tunesmith_trainer.data.rows import SFT_FORMS, RowForm, read
+from tunesmith_trainer.data.selection import trained_too
 from tunesmith_trainer.data.sources import fetch
 from tunesmith_trainer.errors import DatasetInvalidError, InvalidSpecError
 from tunesmith_trainer.evaluation.loss import precision
@@ -31,13 +34,24 @@ if TYPE_CHECKING:
     from tunesmith.api.evaluation import Suite
     from tunesmith_trainer.store import Stores
 
+    IntArray = np.ndarray[Any, np.dtype[np.integer[Any]]]
+
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt, as tokens, and the answer that the data set has for it."""
+    """A prompt, as tokens, the answer that the data set has for it, and the row that they are of.
+
+    Args:
+        prompt: tokens.
+        answer: the data set's.
+        key: of the row, `Row.key`.
+        where: file and line.
+    """
 
     prompt: list[int]
     answer: str
+    key: int
+    where: str
 
 
 def load(
@@ -66,7 +80,7 @@ def load(
     for row in read(sources, whole, RowReport(), forms=SFT_FORMS - {RowForm.TEXT}):
         if asked.limit is not None and len(examples) == asked.limit:
             continue  # the rest is read for its mistakes
-        example = _example(encoder.encode(row), tokenizer)
+        example = _example(row, encoder.encode(row), tokenizer)
         if not example.answer.strip():
             raise DatasetInvalidError(f"{row.where}: there is no answer to compare with")
         if context is not None and len(example.prompt) + asked.max_new_tokens > context:
@@ -79,14 +93,29 @@ def load(
     return examples
 
 
-def _example(tokens: data.Tokens, tokenizer: PreTrainedTokenizerFast) -> Example:
+def also_trained(suite: str, examples: Sequence[Example], trained: IntArray) -> AlsoTrained | None:
+    """How many of a suite's rows are trained on too; None where none is.
+
+    Args:
+        suite: its name.
+        examples: of the suite.
+        trained: keys of the rows that are trained on.
+    """
+    places = trained_too(np.asarray([example.key for example in examples], np.uint64), trained)
+    if not len(places):
+        return None
+    shown = [examples[place].where for place in places[:EXAMPLES]]
+    return AlsoTrained(suite=suite, rows=len(places), scored_rows=len(examples), examples=shown)
+
+
+def _example(row: data.Row, tokens: data.Tokens, tokenizer: PreTrainedTokenizerFast) -> Example:
     labels = tokens.labels
     end = max(place for place, label in enumerate(labels) if label != data.IGNORED) + 1
     start = end
     while start > 0 and labels[start - 1] != data.IGNORED:
         start -= 1
     answer = tokenizer.decode(tokens.input_ids[start:end], skip_special_tokens=True)
-    return Example(tokens.input_ids[:start], str(answer))
+    return Example(tokens.input_ids[:start], str(answer), row.key, row.where)
 
 
 def answers(
