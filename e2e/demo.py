@@ -36,6 +36,7 @@ from installation import (
     in_store,
     kubectl,
     restricted_namespace,
+    store_network,
     store_secret,
     tunesmith,
     until,
@@ -77,6 +78,7 @@ def install() -> None:
             "store": STORE,
             "images": {name: image_values(reference[name]) for name in ("operator", "trainer", "agent", "engine")},
             "operator": {"replicas": 2, "resources": small},
+            "trainer": {"allowedAddresses": [store_network()]},
             "gateway": {
                 "replicas": 1,
                 "resources": small,

@@ -6,6 +6,7 @@ The cluster is that of .cluster/kubeconfig, which `make cluster-up` writes: the 
 from __future__ import annotations
 
 import base64
+import ipaddress
 import json
 import os
 import shutil
@@ -193,6 +194,11 @@ def store_environment() -> dict[str, str]:
         "AWS_ENDPOINT_URL": f"http://{service_address('s3', 's3')}",
         "AWS_REGION": "us-east-1",
     }
+
+
+def store_network() -> str:
+    """The S3 server's address as pods see it, as a network of one."""
+    return str(ipaddress.ip_network(service_address("s3", "s3").rpartition(":")[0]))
 
 
 def in_store(program: str, *arguments: str, seconds: float = 600) -> str:

@@ -69,6 +69,7 @@ def test_store_and_registry_are_required(rendered: Helm, missing: str, sentence:
             "images.operator has both a tag and a digest: keep one of them",
         ),
         ({"images": {"trainer": {"digest": "latest"}}}, "digest"),
+        ({"trainer": {"allowedAddresses": ["s3.store.svc"]}}, "allowedAddresses"),
         ({"imgaes": {}}, "imgaes"),
     ],
 )
@@ -185,6 +186,14 @@ def test_the_platforms_evaluation_tasks_reach_the_operator(template: Template) -
         operator = of_kind(template("tunesmith", values), "Deployment")["tunesmith-operator"]
         command = operator["spec"]["template"]["spec"]["containers"][0]["command"]
         assert [part for part in command if part.startswith("--lm-eval-tasks")] == told
+
+
+def test_the_addresses_that_the_platform_lists_reach_the_operator(template: Template) -> None:
+    listed = {"trainer": {"allowedAddresses": ["10.0.0.7/32", "fd00::/8"]}}
+    for values, told in (({}, []), (listed, ["--allowed-addresses=10.0.0.7/32,fd00::/8"])):
+        operator = of_kind(template("tunesmith", values), "Deployment")["tunesmith-operator"]
+        command = operator["spec"]["template"]["spec"]["containers"][0]["command"]
+        assert [part for part in command if part.startswith("--allowed-addresses")] == told
 
 
 def test_gateway_service_and_its_url_agree(template: Template) -> None:

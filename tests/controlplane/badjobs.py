@@ -45,6 +45,8 @@ class BadJob:
         gpu_memory: bytes of the GPU, as the operator tells them.
         environment: of the process, beside the credentials of the store; None takes a variable away.
         secrets: mounted ones, by name: what differs from the right credentials.
+        guarded: whether it runs as in a cluster, where base model and data are in the store, and the store's address is
+            the only one of this machine that the platform lists.
     """
 
     stage: Stage
@@ -59,6 +61,7 @@ class BadJob:
     gpu_memory: int | None = None
     environment: dict[str, str | None] = field(default_factory=dict)
     secrets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    guarded: bool = False
 
 
 GOOD_ROWS = [
@@ -117,6 +120,12 @@ def rewrite(name: str, **changes: Any) -> Callable[[Path], None]:
 
 def without(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).unlink()
+
+
+def parts_elsewhere(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    index = {"weight_map": {"lm_head.weight": "../../other/model.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def without_end(folder: Path) -> None:
@@ -298,6 +307,11 @@ BAD_JOBS: dict[str, BadJob] = {
     "no language model": base("no causal language model that can be trained", rewrite("config.json", model_type="vit")),
     "no chat template": base("use a chat model, give dataset.chatTemplate", without("chat_template.jinja")),
     "answers that never stop": base("has no end token", without_end),
+    "a base whose parts lie elsewhere": base(
+        "names ../../other/model.safetensors, which the folder does not have: copy the whole base model",
+        parts_elsewhere,
+        FailureReason.BASE_MODEL_NOT_FOUND,
+    ),
     "a base that will not fit": BadJob(
         Stage.VALIDATION,
         "it fits with method.qlora instead of lora (about",
@@ -320,6 +334,28 @@ BAD_JOBS: dict[str, BadJob] = {
         "must give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
         FailureReason.ACCESS_DENIED,
         environment={"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None},
+    ),
+    "an endpoint at the cloud's metadata": store(
+        "169.254.169.254, an address where clouds have their metadata, which jobs may not reach",
+        FailureReason.ACCESS_DENIED,
+        secret="mine",
+        secrets={"mine": {"AWS_ENDPOINT_URL": "http://169.254.169.254/latest"}},
+        guarded=True,
+    ),
+    "an endpoint in the cluster": store(
+        "ask the platform to list it in the chart's value trainer.allowedAddresses",
+        FailureReason.ACCESS_DENIED,
+        secret="mine",
+        secrets={"mine": {"AWS_ENDPOINT_URL": "http://10.96.0.10:9000"}},
+        guarded=True,
+    ),
+    "a copy to an address of the pod": BadJob(
+        Stage.VALIDATION,
+        "127.0.0.2, an address of the pod itself, which jobs may not reach",
+        {"output": {"exports": [{"hub": "org/a", "secretRef": {"name": "mine"}}]}},
+        FailureReason.ACCESS_DENIED,
+        secrets={"mine": {"HF_TOKEN": "hf_x", "HF_ENDPOINT": "http://127.0.0.2:8080"}},
+        guarded=True,
     ),
     "a bucket that is not there": store(
         "s3://no-such-bucket/a.jsonl does not exist",

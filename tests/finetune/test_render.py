@@ -21,6 +21,7 @@ INSTALLATION = Installation(
     store=STORE,
     trainer_image="registry.example/trainer@sha256:1",
     lm_eval_tasks="/opt/tasks",
+    allowed_addresses="10.0.0.7/32",
     image_pull_policy="IfNotPresent",
     cluster="0f0e0d0c-0000-4000-8000-00000000000c",
 )

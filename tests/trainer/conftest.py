@@ -11,6 +11,8 @@ from s3server import S3Server
 from tiny_model import make
 from trainer_rig import Workbench
 
+from tunesmith.contracts.addresses import ALLOWED_ADDRESSES
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -57,7 +59,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 @pytest.fixture
 def s3_environment(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    for name, value in s3.environment().items():
+    for name, value in (s3.environment() | {ALLOWED_ADDRESSES: "127.0.0.0/8"}).items():
         monkeypatch.setenv(name, value)
     return s3
 

@@ -9,6 +9,7 @@ import pytest
 from trainer_rig import job_manifest
 
 from badjobs import BAD_JOBS, GOOD_ROWS, BadJob, Stage, changed, lines
+from tunesmith.contracts.addresses import ALLOWED_ADDRESSES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from trainer_rig import Ran, Workbench
 
     Run = Callable[..., list[Ran]]
+
+LISTED = {ALLOWED_ADDRESSES: "127.0.0.1/32"}
+STORED = ("s3://tunesmith/models/tiny", "s3://tunesmith/data/train.jsonl")
 
 
 def of_stage(stage: Stage) -> list[str]:
@@ -33,13 +37,16 @@ def manifest(bench: Workbench, bad: BadJob, folder: Path) -> dict[str, Any]:
     for name, content in (bad.files or {"train.jsonl": lines(*GOOD_ROWS)}).items():
         (folder / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "data" / name).write_bytes(content)
-    job = job_manifest(f"file://{base}", f"file://{folder}/data/{bad.train}")
+    here = (f"file://{base}", f"file://{folder}/data/{bad.train}")
+    job = job_manifest(*(STORED if bad.guarded else here))
     return job | {"spec": changed(job["spec"], bad.spec)}
 
 
 @pytest.fixture(scope="module")
-def uploaded(s3: S3Server) -> S3Server:
+def uploaded(s3: S3Server, base_model: Path) -> S3Server:
     s3.filesystem().pipe_file("tunesmith/data/train.jsonl", lines(*GOOD_ROWS))
+    for file in base_model.iterdir():
+        s3.filesystem().put_file(str(file), f"tunesmith/models/tiny/{file.name}")
     return s3
 
 
@@ -48,7 +55,7 @@ def run(bench: Workbench, uploaded: S3Server, monkeypatch: pytest.MonkeyPatch, t
     """Runs commands of the trainer on a bad job."""
 
     def commands(bad: BadJob, *names: str) -> list[Ran]:
-        for name, value in (uploaded.environment() | bad.environment).items():
+        for name, value in (uploaded.environment() | LISTED | bad.environment).items():
             if value is None:
                 monkeypatch.delenv(name, raising=False)
             else:
@@ -61,7 +68,7 @@ def run(bench: Workbench, uploaded: S3Server, monkeypatch: pytest.MonkeyPatch, t
         if bad.gpu_memory is not None:
             arguments += ["--gpu-memory-bytes", str(bad.gpu_memory)]
         job = manifest(bench, bad, tmp_path)
-        return [bench.run(name, job, *arguments) for name in names]
+        return [bench.run(name, job, *arguments, allow_file=not bad.guarded) for name in names]
 
     return commands
 

@@ -22,6 +22,7 @@ from tunesmith.contracts.location import ARTIFACT_FOLDER, EVENTS_FOLDER, MERGED_
 from tunesmith.contracts.owner import OWNER_FILE, Owner
 from tunesmith.contracts.progress import PROGRESS_PORT
 from tunesmith.contracts.result import TERMINATION_MESSAGE_PATH, Outcome, TrainerResult
+from tunesmith_trainer.connections import denied, guarded
 from tunesmith_trainer.ending import UPLOAD_SECONDS, Ending
 from tunesmith_trainer.errors import InterruptedRunError, InvalidSpecError, StorageUnavailableError, TrainerError
 from tunesmith_trainer.interruption import Faults, Interruption
@@ -97,7 +98,9 @@ def run(argv: Sequence[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, ending.signalled)
     try:
-        result = _execute(arguments, progress, ending)
+        # On a person's own machine the network is theirs.
+        with contextlib.nullcontext() if arguments.allow_file else guarded():
+            result = _execute(arguments, progress, ending)
     except InterruptedRunError as error:
         result = ending.interrupted(error, local="://" not in arguments.output)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is told
@@ -109,7 +112,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _failure(error: Exception, ranks: Ranks) -> TrainerResult:
-    known = error if isinstance(error, TrainerError) else lost_peer(error, ranks)
+    known = error if isinstance(error, TrainerError) else denied(error, "a connection") or lost_peer(error, ranks)
     if known is None:
         log.error("unexpected error", exc_info=error)
         text = " ".join(str(error).split())[:300]

@@ -40,6 +40,7 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+_INDEX = "model.safetensors.index.json"
 _SMALL_FILES = ("config.json", "generation_config.json", *_TOKENIZER_FILES)
 
 
@@ -70,7 +71,9 @@ def fetch_base(folder: Folder, target: Path, *, weights: bool) -> Path:
             f"there is no base model in {folder.uri}: it needs config.json, tokenizer.json and *.safetensors, and "
             f"holds {', '.join(names[:10]) or 'nothing'}"
         )
+    _check_index(folder, names)
     if folder.local is not None:
+        folder.check_links()
         return folder.local
     target.mkdir(parents=True, exist_ok=True)
     for name in names:
@@ -78,6 +81,22 @@ def fetch_base(folder: Folder, target: Path, *, weights: bool) -> Path:
         if wanted and not (target / name).exists():
             folder.download(name, target / name)
     return target
+
+
+def _check_index(folder: Folder, names: Sequence[str]) -> None:
+    """The parts that an index names are files of the folder: they are opened by those names."""
+    if _INDEX not in names or "model.safetensors" in names:  # which is what is loaded then
+        return
+    try:
+        parts = {str(part) for part in json.loads(folder.read(_INDEX))["weight_map"].values()}
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise BaseModelNotFoundError(f"{_INDEX} in {folder.uri} is damaged: copy the base model again") from None
+    absent = sorted(parts.difference(names))
+    if absent:
+        raise BaseModelNotFoundError(
+            f"{_INDEX} in {folder.uri} names {', '.join(absent[:3])}, which the folder does not have: copy the whole"
+            " base model"
+        )
 
 
 def tokenizer_files(base: Path) -> list[Path]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from tunesmith_trainer.connections import between_ranks
 from tunesmith_trainer.errors import TrainerError
 
 if TYPE_CHECKING:
@@ -133,7 +134,8 @@ class Ranks:
     def _await_first(self, deadline: float, seconds: float) -> None:
         while True:
             try:
-                socket.create_connection((self.address, self.port), timeout=5).close()
+                with between_ranks():
+                    socket.create_connection((self.address, self.port), timeout=5).close()
             except OSError as error:
                 if time.monotonic() > deadline:
                     raise PeersMissingError(

@@ -24,6 +24,7 @@ from botocore.exceptions import (
 from fsspec.implementations.local import LocalFileSystem
 
 from tunesmith.contracts.location import claim_path
+from tunesmith_trainer.connections import denied
 from tunesmith_trainer.errors import (
     AccessDeniedError,
     InvalidSpecError,
@@ -33,7 +34,7 @@ from tunesmith_trainer.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ def attempted(
         except TrainerError:
             raise
         except Exception as error:  # every store has exceptions of its own; they end here
-            failure = understood(error)
+            failure = denied(error, name) or understood(error)
             pause = next(pauses, None) if failure.retryable else None
             if pause is None:
                 raise failure from error
@@ -119,6 +120,7 @@ class Folder:
         credentials: where the credentials come from, for messages.
         missing: raised where something is not there.
         retry: how long outages are waited out.
+        root: folder of this machine that no link may lead out of; None where links lead nowhere or anywhere.
     """
 
     def __init__(
@@ -131,6 +133,7 @@ class Folder:
         credentials: str,
         missing: type[TrainerError],
         retry: Retry,
+        root: Path | None = None,
     ) -> None:
         self.uri = uri
         self._filesystem = filesystem
@@ -139,6 +142,8 @@ class Folder:
         self._credentials = credentials
         self._missing = missing
         self._retry = retry
+        self._root = root
+        self._stay_inside(self._path)
 
     @property
     def local(self) -> Path | None:
@@ -154,13 +159,24 @@ class Folder:
 
         def listed() -> list[str]:
             entries = self._filesystem.ls(self._path, detail=True, **self._fresh)
-            return sorted(
+            return self._plain(
                 entry["name"].rsplit("/", 1)[-1]
                 for entry in entries
                 if entry["type"] == "file" and entry["name"].rstrip("/") != self._path
             )
 
         return self._attempted(listed)
+
+    def check_links(self) -> None:
+        """Looks at every link in and below the folder, for what opens files of it by itself.
+
+        Raises:
+            AccessDeniedError: one leads out of the claim that the folder is in.
+        """
+        if self._root is not None:
+            for path in Path(self._path).rglob("*"):
+                if path.is_symlink():
+                    self._stay_inside(str(path))
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         """Bytes of one file, by a ranged read."""
@@ -254,6 +270,7 @@ class Folder:
             credentials=self._credentials,
             missing=self._missing,
             retry=retry or self._retry,
+            root=self._root,
         )
 
     def folders(self) -> list[str]:
@@ -264,7 +281,7 @@ class Folder:
                 entries = self._filesystem.ls(self._path, detail=True, **self._fresh)
             except FileNotFoundError:
                 return []
-            return sorted(
+            return self._plain(
                 entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == "directory"
             )
 
@@ -290,7 +307,7 @@ class Folder:
             else:
                 places = self._filesystem.glob(f"{self._path}/{pattern}", detail=True)
             prefix = f"{self._path.strip('/')}/"
-            return sorted(
+            return self._plain(
                 place.lstrip("/").removeprefix(prefix)
                 for place, entry in places.items()
                 if entry["type"] == "file" and place.lstrip("/").startswith(prefix)
@@ -343,7 +360,27 @@ class Folder:
     def _at(self, name: str) -> str:
         if "/" in name or name in {"", ".", ".."}:
             raise ValueError(f"{name!r} is not the name of a file in a folder")
-        return f"{self._path}/{name}"
+        place = f"{self._path}/{name}"
+        self._stay_inside(place)
+        return place
+
+    def _stay_inside(self, place: str) -> None:
+        if self._root is not None and not Path(place).resolve().is_relative_to(self._root.resolve()):
+            raise AccessDeniedError(
+                f"{self._what} {self.uri}: {Path(place).name} leads out of the claim: put what it links to into the"
+                " claim itself"
+            )
+
+    def _plain(self, paths: Iterable[str]) -> list[str]:
+        """What a store has listed, sorted."""
+        found = sorted(paths)
+        for path in found:
+            if not {".", ".."}.isdisjoint(path.split("/")):
+                raise AccessDeniedError(
+                    f"{self._what} {self.uri}: the store lists {path!r} there, which leads out of the folder:"
+                    " remove it, or name another folder"
+                )
+        return found
 
     def _attempted(self, operation: Callable[[], T]) -> T:
         return attempted(operation, self._understood, self._retry, f"{self._what} ({self.uri})")
@@ -410,7 +447,7 @@ class Stores:
             SecretNotFoundError: the Secret is not mounted.
         """
         parts = urlsplit(uri)
-        scheme, place = parts.scheme, f"{parts.netloc}{parts.path}"
+        scheme, place, root = parts.scheme, f"{parts.netloc}{parts.path}", None
         if scheme not in _SCHEMES or not place.strip("/"):
             raise InvalidSpecError(
                 f"the uri {uri} of {what} is none of {', '.join(f'{name}://' for name in _SCHEMES)} with a path"
@@ -424,6 +461,7 @@ class Stores:
             place = _hf_revision(place, revision)
         if scheme == "pvc":
             place = claim_path(uri)
+            root = Path(claim_path(f"pvc://{parts.netloc}"))
         values, credentials = self.credentials(secret)
         try:
             filesystem = _filesystem(scheme, values)
@@ -439,6 +477,7 @@ class Stores:
             credentials=credentials,
             missing=missing,
             retry=self.retry,
+            root=root,
         )
 
     def file(

@@ -46,6 +46,7 @@ class FineTuneJobReconciler:
             store=settings.store,
             trainer_image=settings.trainer_image,
             lm_eval_tasks=settings.lm_eval_tasks,
+            allowed_addresses=settings.allowed_addresses,
             image_pull_policy=settings.image_pull_policy,
             cluster=self._context.cluster_uid,
         )

@@ -9,6 +9,8 @@ import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tunesmith.contracts.addresses import parse_networks
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -24,6 +26,8 @@ class Settings:
     trainer_image: str
     lm_eval_tasks: str
     """Folder in the trainer's image with the platform's own evaluation tasks; empty: none."""
+    allowed_addresses: str
+    """Networks that jobs may reach beside public addresses, such as `10.0.0.7/32,fd00::/8`; empty: none."""
     agent_image: str
     engine_image: str
     """The engine's image of pools that name none."""
@@ -48,6 +52,11 @@ _OPTIONS: tuple[tuple[str, str | None, str], ...] = (
         "lm-eval-tasks",
         "",
         "folder in the trainer's image with tasks of your own for lm-evaluation-harness; their functions are run",
+    ),
+    (
+        "allowed-addresses",
+        "",
+        "networks that jobs may reach beside public addresses, such as the store's: 10.0.0.7/32,fd00::/8",
     ),
     ("agent-image", None, "image of the agent in pool pods"),
     ("engine-image", None, "vLLM image of pools that name none"),
@@ -88,6 +97,7 @@ def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str]
             namespace=options.namespace,
             trainer_image=options.trainer_image,
             lm_eval_tasks=options.lm_eval_tasks,
+            allowed_addresses=_networks(parser, options.allowed_addresses),
             agent_image=options.agent_image,
             engine_image=options.engine_image,
             gateway_url=options.gateway_url,
@@ -103,3 +113,11 @@ def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str]
         )
     except ValueError as error:
         parser.error(f"a number is expected: {error}")
+
+
+def _networks(parser: argparse.ArgumentParser, text: str) -> str:
+    try:
+        parse_networks(text)
+    except ValueError as error:
+        parser.error(f"--allowed-addresses: {error}")
+    return text

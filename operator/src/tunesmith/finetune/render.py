@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.api.output import REPORTING_SECRET
+from tunesmith.contracts.addresses import ALLOWED_ADDRESSES
 from tunesmith.contracts.location import (
     CLAIMS_FOLDER,
     artifact_uri,
@@ -52,6 +53,8 @@ class Installation:
     trainer_image: str
     lm_eval_tasks: str = ""
     """Folder in that image with the platform's own evaluation tasks; empty: none."""
+    allowed_addresses: str = ""
+    """Networks that jobs may reach beside public addresses, such as `10.0.0.7/32,fd00::/8`; empty: none."""
     image_pull_policy: str = "IfNotPresent"
     cluster: str = ""
     """Uid of the namespace kube-system, by which `tunesmith gc` tells this cluster's folders; empty: not known."""
@@ -281,8 +284,9 @@ def _pod(
                     "envFrom": [{"secretRef": {"name": STORE_SECRET}}],
                     "env": [
                         {"name": "HOME", "value": "/tmp"},  # noqa: S108 - an emptyDir of the pod
-                        # Even if empty: the keys of the Secret above are variables too, and must not name a folder.
+                        # Even if empty: the keys of the Secret above are variables too, and must not set these.
                         {"name": LM_EVAL_TASKS, "value": installation.lm_eval_tasks},
+                        {"name": ALLOWED_ADDRESSES, "value": installation.allowed_addresses},
                     ],
                     "ports": [{"name": "progress", "containerPort": PROGRESS_PORT}],
                     "resources": resources,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.api.evaluation import Suite
 from tunesmith.contracts.tasks import LM_EVAL_TASKS
+from tunesmith_trainer.connections import denied
 from tunesmith_trainer.errors import DatasetNotFoundError, InvalidSpecError, StorageUnavailableError, TrainerError
 
 if TYPE_CHECKING:
@@ -146,6 +147,9 @@ def _within(known: TaskManager, config: Mapping[str, Any], name: str) -> Iterato
 def unusable(suite: Suite, name: str, error: Exception) -> TrainerError:
     """The error in other words."""
     where = f"evaluation suite {suite.name}: the task {name}"
+    refused = denied(error, where)
+    if refused is not None:
+        return refused
     told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if isinstance(error, FileNotFoundError):
         return DatasetNotFoundError(

@@ -22,7 +22,7 @@ class Description:
         name: what people call it: `<namespace>/<job>`.
         parameters: the resolved ones, by dotted path.
         folder: for files.
-        guarded: whether addresses of this machine are refused: in a cluster.
+        guarded: whether its connections are, as those of a job in a cluster.
     """
 
     tracker: str

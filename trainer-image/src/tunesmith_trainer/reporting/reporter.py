@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic.alias_generators import to_camel
 
 from tunesmith.api.output import Tracker
+from tunesmith.contracts.addresses import ALLOWED_ADDRESSES
 from tunesmith_trainer.errors import TrainerError
 from tunesmith_trainer.reporting.journal import JOURNAL, Description, End, JournalWriter, Point
 from tunesmith_trainer.reporting.worker import State, read_state
@@ -46,6 +47,7 @@ _POLL_SECONDS = 0.05
 _PASSED_ON = (
     *("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "PYTHONPATH", "LD_LIBRARY_PATH"),
     *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
+    ALLOWED_ADDRESSES,
     *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"),
 )
 """Variables of a tracker's process: the credentials of the store are none of them."""
@@ -115,7 +117,7 @@ class Reporter:
             run: identifies the run over its attempts.
             name: of the run.
             parameters: resolved, by dotted path.
-            guarded: whether trackers at addresses of this machine are refused.
+            guarded: whether its connections are, as those of a job in a cluster.
             store: folder that gets a copy of the event files; None where they are where they belong.
         """
         settings, folder, events = self._settings, self._folder, self._events

@@ -10,11 +10,13 @@ import json
 import os
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from tunesmith.api.output import Tracker
+from tunesmith_trainer.connections import denied, guarded
 from tunesmith_trainer.launch import kill_with_parent
 from tunesmith_trainer.reporting.journal import JOURNAL, Description, End, JournalReader, Point
 from tunesmith_trainer.reporting.settings import without_secrets
@@ -62,6 +64,13 @@ def main() -> None:
     kill_with_parent()
     folder = Path(sys.argv[1])
     run = Description(**json.loads(sys.stdin.readline()))
+    # The library of Weights & Biases connects to a program of its own on this machine, which alone goes to the network.
+    with guarded() if run.guarded and run.tracker != Tracker.WANDB else nullcontext():
+        follow(run, folder)
+
+
+def follow(run: Description, folder: Path) -> None:
+    """Sends what stands in the journal until its end."""
     reader = JournalReader(folder / JOURNAL)
     pause, sink, opened = _PAUSE_SECONDS, None, False
     end: End | None = None
@@ -107,7 +116,10 @@ def make_sink(run: Description) -> Sink:
 
 
 def _reason(error: BaseException) -> str:
-    """What the operating system said, where that is behind it, or else the error itself."""
+    """What the guard or the operating system said, where that is behind it, or else the error itself."""
+    refused = denied(error, "its address")
+    if refused is not None:
+        return str(refused)
     first = error
     while (behind := first.__cause__ or first.__context__) is not None:
         first = behind

@@ -1,0 +1,80 @@
+"""Which addresses the pods of a job may connect to: public ones, and those that the platform lists.
+
+Everything else is the machine's own, its cloud's or a private network's, where clusters have their pods and services.
+The ranges are those of the IANA's special-purpose registries, as `ipaddress` knows them.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    Address = IPv4Address | IPv6Address
+    Network = IPv4Network | IPv6Network
+
+ALLOWED_ADDRESSES = "TUNESMITH_ALLOWED_ADDRESSES"
+"""Variable of a job's pods with the networks that the platform lists."""
+
+_NAT64 = IPv6Network("64:ff9b::/96")
+_COMPATIBLE = IPv6Network("::/96")
+"""IPv4 addresses in the low bits, of RFC 4291; long out of use."""
+_SPECIAL = tuple(
+    ipaddress.ip_network(text)
+    for text in ("192.0.0.0/24", "192.88.99.0/24", "64:ff9b:1::/48", "100::/64", "5f00::/16", "fec0::/10")
+)
+"""Which not every release of Python knows: protocols', relays', a network's own NAT64, and IPv6's old private ones."""
+_HOST_OF_AZURE = IPv4Address("168.63.129.16")
+"""Public by its number, and the host of every virtual machine there."""
+
+
+def parse_networks(text: str) -> tuple[Network, ...]:
+    """The networks of a list such as `10.96.0.0/16,fd00::7/128`.
+
+    Raises:
+        ValueError: one is no network.
+    """
+    networks: list[Network] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        try:
+            networks.append(ipaddress.ip_network(part))
+        except ValueError as error:
+            raise ValueError(f"{part!r} is no network such as 10.96.0.0/16, 10.0.0.7/32 or fd00::/8: {error}") from None
+    return tuple(networks)
+
+
+def refused(address: Address, allowed: Iterable[Network]) -> str | None:
+    """What an address is that may not be connected to, such as "a multicast address"; None where it may be.
+
+    An IPv6 address that carries one of IPv4 is as that one.
+    """
+    carried = _carried(address)
+    plain = carried if carried is not None else address
+    kind = _kind(plain)
+    if kind is None or any(one in network for network in allowed for one in (address, plain)):
+        return None
+    return kind
+
+
+def _carried(address: Address) -> IPv4Address | None:
+    """The IPv4 address to which a packet for this address goes in the end."""
+    if isinstance(address, IPv4Address):
+        return None
+    if address in _NAT64 or (address in _COMPATIBLE and not (address.is_loopback or address.is_unspecified)):
+        return IPv4Address(int(address) & 0xFFFFFFFF)
+    teredo = address.teredo
+    return address.ipv4_mapped or address.sixtofour or (teredo[1] if teredo is not None else None)
+
+
+def _kind(address: Address) -> str | None:
+    if address.is_loopback or address.is_unspecified:
+        return "an address of the pod itself"
+    if address.is_link_local or address == _HOST_OF_AZURE:
+        return "an address where clouds have their metadata"
+    if address.is_multicast:
+        return "a multicast address"
+    public = address.is_global and not any(address in network for network in _SPECIAL)
+    return None if public else "an address of the private networks that clusters have"

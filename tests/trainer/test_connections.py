@@ -1,0 +1,400 @@
+"""A job's connections: real servers, real redirects, each library that reaches a store."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import httpx2
+import pytest
+import requests
+from hubserver import MAY_WRITE, HubServer
+from s3server import free_port
+from trainer_rig import chat_rows, job_manifest, write_rows
+
+from tunesmith.api.conditions import FailureReason
+from tunesmith.contracts.addresses import ALLOWED_ADDRESSES
+from tunesmith_trainer.connections import AddressRefusedError, between_ranks, denied, guarded
+from tunesmith_trainer.errors import AccessDeniedError, DatasetNotFoundError, InvalidSpecError
+from tunesmith_trainer.hub import Repository
+from tunesmith_trainer.store import Retry, Stores
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from s3server import S3Server
+    from trainer_rig import Workbench
+
+ONLY_ONE = {ALLOWED_ADDRESSES: "127.0.0.1/32"}
+"""The server is there; 127.0.0.2, which is this machine as well, plays an address of the cluster."""
+
+
+class Server(ThreadingHTTPServer):
+    """Keeps under which names it was reached."""
+
+    def __init__(self, handler: type[BaseHTTPRequestHandler]) -> None:
+        super().__init__(("", 0), handler)
+        self.reached: list[str] = []
+
+
+class _Redirecting(BaseHTTPRequestHandler):
+    server: Server
+
+    def _answer(self) -> None:
+        self.server.reached.append(self.headers["Host"])
+        self.send_response(307)
+        self.send_header("Location", f"http://127.0.0.2:{self.server.server_port}{self.path}")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_HEAD = do_PUT = do_POST = _answer  # noqa: N815 - http.server's names
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - http.server's name
+        """Nothing: pytest shows what matters."""
+
+
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[Server]:
+    server = Server(handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def public() -> Iterator[Server]:
+    """A server that answers each request with a redirect to an address of the cluster."""
+    with serving(_Redirecting) as server:
+        yield server
+
+
+async def by_aiohttp(url: str) -> None:
+    async with aiohttp.ClientSession() as session, session.get(url):
+        pass
+
+
+LIBRARIES: dict[str, Callable[[str], object]] = {
+    "requests": lambda url: requests.get(url, timeout=10),
+    "httpx2": lambda url: httpx2.get(url, follow_redirects=True),
+    "aiohttp": lambda url: asyncio.run(by_aiohttp(url)),
+    "a socket": lambda url: socket.socket().connect((url.split("/")[2].split(":")[0], 1)),
+}
+
+
+@pytest.mark.parametrize("library", ["requests", "httpx2", "aiohttp"])
+def test_no_redirect_leads_to_a_refused_address(library: str, public: Server) -> None:
+    public.reached.clear()
+    url = f"http://127.0.0.1:{public.server_port}/a"
+    with guarded(ONLY_ONE), pytest.raises(Exception) as raised:  # noqa: PT011 - of each library its own
+        LIBRARIES[library](url)
+    told = denied(raised.value, "the data set")
+    assert isinstance(told, AccessDeniedError)
+    assert str(told).startswith(
+        "the data set leads to 127.0.0.2, an address of the pod itself, which jobs may not reach"
+    )
+    assert "the chart's value trainer.allowedAddresses" in str(told)
+    assert public.reached == [f"127.0.0.1:{public.server_port}"]
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_no_address_and_no_name_leads_there(library: str, host: str, public: Server) -> None:
+    public.reached.clear()
+    with guarded({}), pytest.raises(Exception) as raised:  # noqa: PT011 - of each library its own
+        LIBRARIES[library](f"http://{host}:{public.server_port}/a")
+    assert denied(raised.value, "it") is not None
+    assert public.reached == []
+
+
+@pytest.mark.parametrize("library", ["requests", "httpx2", "aiohttp"])
+def test_of_a_name_with_several_addresses_none_is_reached(
+    library: str, public: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    public.reached.clear()
+    resolve = socket.getaddrinfo
+
+    def both(host: str, *rest: Any, **more: Any) -> list[Any]:
+        names = ["127.0.0.1", "127.0.0.2"] if host == "store.example" else [host]
+        return [found for name in names for found in resolve(name, *rest, **more)]
+
+    monkeypatch.setattr("socket.getaddrinfo", both)
+    with guarded({}), pytest.raises(Exception) as raised:  # noqa: PT011 - of each library its own
+        LIBRARIES[library](f"http://store.example:{public.server_port}/a")
+    assert denied(raised.value, "it") is not None
+    assert public.reached == []
+
+
+def test_the_guard_ends_with_its_block_and_does_not_mind_other_sockets(public: Server, tmp_path: Path) -> None:
+    place = ("127.0.0.1", public.server_port)
+    with guarded({}):
+        with pytest.raises(AddressRefusedError):
+            socket.create_connection(place)
+        with between_ranks():
+            socket.create_connection(place).close()
+        with pytest.raises(AddressRefusedError):
+            socket.create_connection(("::ffff:169.254.169.254", 80))
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(tmp_path / "socket"))
+        listener.listen()
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(tmp_path / "socket"))
+        listener.close()
+    socket.create_connection(place).close()
+
+
+def test_a_list_that_cannot_be_read_stops_the_job() -> None:
+    with (
+        pytest.raises(InvalidSpecError, match="'s3' is no network"),
+        guarded({ALLOWED_ADDRESSES: "s3"}),
+    ):
+        pass
+
+
+# Jobs, as a pod of a cluster runs them.
+
+
+@pytest.fixture
+def uploaded(s3_environment: S3Server, base_model: Path, tmp_path: Path) -> S3Server:
+    filesystem = s3_environment.filesystem()
+    for file in base_model.iterdir():
+        filesystem.put_file(str(file), f"tunesmith/models/tiny/{file.name}")
+    filesystem.put_file(str(write_rows(tmp_path / "rows.jsonl", chat_rows(24))), "tunesmith/data/train.jsonl")
+    return s3_environment
+
+
+def job(**spec: Any) -> dict[str, Any]:
+    return job_manifest("s3://tunesmith/models/tiny", "s3://tunesmith/data/train.jsonl", **spec)
+
+
+@pytest.mark.usefixtures("uploaded")
+def test_a_store_in_the_cluster_must_be_listed(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The very same job, with and without the platform's list."""
+    assert bench.run("validate", job(), allow_file=False).code == 0
+    monkeypatch.setenv(ALLOWED_ADDRESSES, "")
+    for command in ("validate", "train"):
+        ran = bench.run(command, job(), allow_file=False, output="s3://tunesmith/store/listed/artifact")
+        assert (ran.code, ran.result.reason, ran.result.retryable) == (2, FailureReason.ACCESS_DENIED, False)
+        assert "leads to 127.0.0.1, an address of the pod itself, which jobs may not reach" in ran.result.message
+        assert "ask the platform to list it in the chart's value trainer.allowedAddresses" in ran.result.message
+
+
+def test_the_owners_own_machine_is_not_guarded(
+    bench: Workbench, s3_environment: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3_environment.filesystem().pipe_file(
+        "tunesmith/own/train.jsonl", b"\n".join(json.dumps(row).encode() for row in chat_rows(24))
+    )
+    monkeypatch.delenv(ALLOWED_ADDRESSES)
+    own = bench.job(dataset={"train": [{"uri": "s3://tunesmith/own/train.jsonl"}]})
+    ran = bench.run("validate", own)
+    assert ran.code == 0, ran.result.message
+
+
+@pytest.mark.parametrize("part", ["base", "data", "export"])
+@pytest.mark.parametrize("endpoint", ["http://169.254.169.254", "http://127.0.0.2:9", "redirect"])
+def test_an_endpoint_in_a_users_secret_leads_nowhere_else(
+    bench: Workbench,
+    uploaded: S3Server,
+    public: Server,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    part: str,
+    endpoint: str,
+) -> None:
+    monkeypatch.setenv(ALLOWED_ADDRESSES, "127.0.0.1/32")
+    address = f"http://127.0.0.1:{public.server_port}" if endpoint == "redirect" else endpoint
+    (tmp_path / "secrets/mine").mkdir(parents=True)
+    for name, value in (uploaded.environment() | {"AWS_ENDPOINT_URL": address}).items():
+        (tmp_path / "secrets/mine" / name).write_text(value)
+    manifest = job()
+    spec = manifest["spec"]
+    mine = {"secretRef": {"name": "mine"}}
+    if part == "base":
+        spec["baseModel"] |= mine
+    elif part == "data":
+        spec["dataset"]["train"][0] |= mine
+    else:
+        spec["output"] = {"exports": [{"uri": "s3://copies/wren"} | mine]}
+    ran = bench.run("validate", manifest, "--secrets", str(tmp_path / "secrets"), allow_file=False)
+    refused = "169.254.169.254" if "169" in endpoint else "127.0.0.2"
+    assert f"leads to {refused}, " in ran.result.message
+    assert (ran.code, ran.result.reason, ran.result.retryable) == (2, FailureReason.ACCESS_DENIED, False)
+
+
+def test_a_copy_goes_to_no_hub_at_a_refused_address(public: Server) -> None:
+    """Neither by its address nor by a redirect; a Hub that is listed is reached."""
+    with HubServer() as hub:
+        for address, listed in (
+            ("http://169.254.169.254", ""),
+            (hub.url, "10.0.0.0/8"),
+            (f"http://127.0.0.1:{public.server_port}", "127.0.0.1/32"),
+        ):
+            values = {"HF_TOKEN": MAY_WRITE, "HF_ENDPOINT": address}
+            repository = Repository("org/wren", values, "the Secret mine", Retry(attempts=3))
+            with (
+                guarded({ALLOWED_ADDRESSES: listed}),
+                pytest.raises(AccessDeniedError, match="which jobs may not reach"),
+            ):
+                repository.create()
+        assert hub.repositories == {}
+        repository = Repository("org/wren", values | {"HF_ENDPOINT": hub.url}, "the Secret mine", Retry(attempts=1))
+        with guarded(ONLY_ONE):
+            repository.create()
+        assert set(hub.repositories) == {"org/wren"}
+
+
+READ_HUB = """
+import sys
+from tunesmith_trainer.connections import guarded
+from tunesmith_trainer.errors import DatasetNotFoundError, TrainerError
+
+with guarded():
+    from pathlib import Path
+    from tunesmith_trainer.store import Retry, Stores
+
+    stores = Stores(secrets=Path("/none"), allow_file=False, retry=Retry(attempts=3))
+    try:
+        stores.folder("hf://datasets/org/doors", what="the data set", missing=DatasetNotFoundError).names()
+    except TrainerError as error:
+        print(error.reason, error)
+    from huggingface_hub import constants
+    from huggingface_hub.utils._runtime import is_xet_available
+    print(constants.HF_HUB_DISABLE_XET, is_xet_available())
+"""
+
+
+def test_the_hub_is_read_through_no_redirect_and_without_the_client_that_cannot_be_guarded(
+    public: Server,
+) -> None:
+    """In a process of its own: the Hub's library reads its endpoint when it is imported."""
+    ended = subprocess.run(
+        [sys.executable, "-c", READ_HUB],
+        env=os.environ | ONLY_ONE | {"HF_ENDPOINT": f"http://127.0.0.1:{public.server_port}"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    told, switched = ended.stdout.splitlines()
+    assert told.startswith("AccessDenied the data set (hf://datasets/org/doors) leads to 127.0.0.2, "), ended.stderr
+    assert switched == "True False"
+
+
+MEET = """
+import sys
+from tunesmith_trainer.connections import guarded
+from tunesmith_trainer.ranks import Ranks
+
+ranks = Ranks(int(sys.argv[1]), 2, address="127.0.0.2", port=int(sys.argv[2]))
+with guarded({}):
+    ranks.meet("gloo", 60)
+    print(ranks.sum(1.0))
+    ranks.part()
+"""
+
+
+def test_the_pods_of_a_job_find_each_other_at_addresses_that_no_manifest_names() -> None:
+    command = [sys.executable, "-c", MEET]
+    port = str(free_port())
+    pods = [subprocess.Popen([*command, rank, port], stdout=subprocess.PIPE, text=True) for rank in ("0", "1")]
+    assert [pod.communicate(timeout=120)[0] for pod in pods] == ["[2.0]\n"] * 2
+
+
+# What lies in a folder stays there.
+
+
+@pytest.fixture
+def claim(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A mounted claim, with a Secret of the pod beside it."""
+    monkeypatch.setattr("tunesmith_trainer.store.claim_path", lambda uri: str(tmp_path / uri.removeprefix("pvc://")))
+    (tmp_path / "secret").mkdir()
+    write_rows(tmp_path / "secret/key.jsonl", chat_rows(2))
+    write_rows(tmp_path / "claim/data/train.jsonl", chat_rows(2))
+    return tmp_path / "claim"
+
+
+def opened(uri: str) -> Any:
+    stores = Stores(secrets=Path("/none"), allow_file=False)
+    return stores.file(uri, what="the data set", missing=DatasetNotFoundError)
+
+
+def read(uri: str) -> bytes:
+    folder, name = opened(uri)
+    return bytes(folder.read(name))
+
+
+def test_a_link_leads_out_of_no_claim(claim: Path) -> None:
+    (claim / "data/in.jsonl").symlink_to("train.jsonl")
+    (claim / "data/out.jsonl").symlink_to(claim.parent / "secret/key.jsonl")
+    (claim / "away").symlink_to("../secret")
+    assert read("pvc://claim/data/in.jsonl") == (claim / "data/train.jsonl").read_bytes()
+    for uri in ("pvc://claim/data/out.jsonl", "pvc://claim/away/key.jsonl"):
+        with pytest.raises(AccessDeniedError, match="leads out of the claim: put what it links to into the claim"):
+            read(uri)
+    with pytest.raises(AccessDeniedError, match="leads out of the claim"):
+        opened("pvc://claim/data/x")[0].check_links()
+    folder, _ = opened("pvc://claim/data/x")
+    assert folder.below("*.jsonl") == ["train.jsonl"]
+    assert opened("pvc://claim/x")[0].below("**/*.jsonl") == ["data/train.jsonl"]
+
+
+def test_a_base_model_on_a_claim_has_no_file_from_elsewhere(claim: Path, base_model: Path) -> None:
+    """Its library opens files by itself: a chat template, say, which then goes into the artifact."""
+    from tunesmith_trainer.model import fetch_base  # noqa: PLC0415 - takes seconds
+
+    base = claim / "base"
+    base.mkdir()
+    for file in base_model.iterdir():
+        (base / file.name).write_bytes(file.read_bytes())
+    stores = Stores(secrets=Path("/none"), allow_file=False)
+    folder = stores.folder("pvc://claim/base", what="the base model", missing=DatasetNotFoundError)
+    assert fetch_base(folder, claim / "unused", weights=True) == base
+    (base / "chat_template.jinja").unlink(missing_ok=True)
+    (base / "chat_template.jinja").symlink_to(claim.parent / "secret/key.jsonl")
+    with pytest.raises(AccessDeniedError, match=r"chat_template\.jinja leads out of the claim"):
+        fetch_base(folder, claim / "unused", weights=True)
+
+
+LISTED = """<?xml version="1.0"?><ListBucketResult><Name>b</Name><KeyCount>2</KeyCount><IsTruncated>false</IsTruncated>
+<Contents><Key>data/train.jsonl</Key><Size>3</Size><LastModified>2026-01-01T00:00:00Z</LastModified></Contents>
+<Contents><Key>data/../../secret/key.jsonl</Key><Size>3</Size><LastModified>2026-01-01T00:00:00Z</LastModified></Contents>
+</ListBucketResult>"""
+
+
+class _Climbing(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        body = LISTED.encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - http.server's name
+        """Nothing: pytest shows what matters."""
+
+
+def test_a_store_that_lists_a_way_out_is_refused() -> None:
+    with serving(_Climbing) as server:
+        environ = {
+            "AWS_ACCESS_KEY_ID": "a",
+            "AWS_SECRET_ACCESS_KEY": "b",
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
+        }
+        stores = Stores(secrets=Path("/none"), allow_file=False, environ=environ, retry=Retry(attempts=1))
+        folder = stores.folder("s3://b/data", what="the data set", missing=DatasetNotFoundError)
+        with pytest.raises(AccessDeniedError, match="which leads out of the folder"):
+            folder.below()
