@@ -96,6 +96,11 @@ REFUSED_JOBS: dict[str, tuple[dict[str, Any], str, str]] = {
     "pairs without an objective": ({"dataset__format": "Preference"}, UNFIT, UNFIT),
     "pairs for sft": ({"dataset__format": "Preference", "objective": {"sft": {}}}, UNFIT, UNFIT),
     "labels for dpo": ({"dataset__format": "UnpairedPreference", "objective": {"dpo": {}}}, UNFIT, UNFIT),
+    "a Secret for a claim": (
+        {"baseModel": {"uri": "pvc://claim/model", "secretRef": {"name": "mine"}}},
+        "a pvc:// uri is mounted without any: remove the secretRef",
+        "a pvc:// uri is mounted without any: remove the secretRef",
+    ),
     "more GPUs than sequences": ({"resources": {"gpus": 16}}, IDLE, IDLE),
     "more nodes than sequences": ({"resources": {"gpus": 0, "nodes": 9}}, IDLE, IDLE),
     "more ranks than micro-batches": (

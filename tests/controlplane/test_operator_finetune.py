@@ -515,9 +515,8 @@ async def test_every_pod_is_admitted_where_pod_security_is_restricted(world: Wor
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
     await world.cluster.patch("Namespace", world.namespace, None, {"metadata": {"labels": labels}})
     world.kubelet.script = published
-    await world.submit(
-        resources__gpus=0, dataset__train=[{"uri": "pvc://claim/x.jsonl", "secretRef": {"name": "mine"}}]
-    )
+    sources = [{"uri": "pvc://claim/x.jsonl"}, {"uri": "s3://data/y.jsonl", "secretRef": {"name": "mine"}}]
+    await world.submit(resources__gpus=0, dataset__train=sources)
     await world.until_condition("Complete")
 
 

@@ -26,10 +26,10 @@ INSTALLATION = Installation(
     cluster="0f0e0d0c-0000-4000-8000-00000000000c",
 )
 EVERYTHING = job(
-    baseModel={"uri": "pvc://models/base", "secretRef": {"name": "hub"}},
+    baseModel={"uri": "hf://org/base", "secretRef": {"name": "hub"}},
     dataset={
         "train": [{"uri": "s3://a/b.jsonl", "secretRef": {"name": "mine"}}, {"uri": "pvc://data/c.jsonl"}],
-        "validation": [{"uri": "s3://a/d.jsonl", "secretRef": {"name": "mine"}}],
+        "validation": [{"uri": "s3://a/d.jsonl", "secretRef": {"name": "mine"}}, {"uri": "pvc://models/d.jsonl"}],
     },
     output={"exports": [{"hub": "org/tone", "secretRef": {"name": "push"}}, {"uri": "s3://a/tone"}]},
     resources={"gpus": 1, "cpu": "4", "memory": "32Gi"},

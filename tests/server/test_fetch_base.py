@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from gcsfs.core import GCSFileSystem
+from gcsserver import GcsServer
 from server_rig import REPOSITORY, S3Server, write_safetensors
 
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
 from tunesmith_server.main import run
+from tunesmith_server.store import GOOGLE_KEY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -67,6 +70,34 @@ def test_the_model_and_its_fingerprint_arrive_and_nothing_that_is_code(
     assert names == {"config.json", "tokenizer.json", "model.safetensors"}
     assert (tmp_path / "base.fingerprint").read_text().strip() == base_fingerprint(LocalModelFolder(model))
     assert "(100 %)" in ended.stdout
+
+
+def test_a_model_on_gs_arrives_with_the_key_of_the_secret(model: Path, tmp_path: Path) -> None:
+    """Of the Secret alone: the environment has no credentials."""
+    with GcsServer() as server:
+        account = server.service_account()
+        place = GCSFileSystem(token=account, endpoint_url=server.endpoint, skip_instance_cache=True)
+        for path in model.iterdir():
+            place.pipe_file(f"tunesmith/models/tiny/{path.name}", path.read_bytes())
+        secret = tmp_path / "secret"
+        secret.mkdir()
+        location, environment = "gs://tunesmith/models/tiny", {"STORAGE_EMULATOR_HOST": server.endpoint}
+        given = {
+            "a key": (account, 0, "(100 %)"),
+            "a key that was cut": (
+                account | {"private_key": "-----BEGIN PRIVATE KEY-----"},
+                2,
+                "is no key that can be",
+            ),
+            "another type": ({"type": "authorized_user"}, 2, "is no key of a service account"),
+        }
+        for name, (key, code, words) in given.items():
+            (secret / GOOGLE_KEY).write_text(json.dumps(key))
+            ended = fetch(location, tmp_path / name, environment, "--secret", str(secret))
+            assert (ended.returncode, words in ended.stdout + ended.stderr) == (code, True), ended.stderr
+            assert "PRIVATE" not in ended.stderr
+        assert (tmp_path / "a key/model.safetensors").is_file()
+        assert server.scope == "read_only"
 
 
 def test_a_complete_download_is_not_repeated_and_a_broken_one_is_finished(

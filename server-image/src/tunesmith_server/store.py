@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,9 @@ CHUNK_BYTES = 8 * 1024 * 1024
 """Bytes per request to the store."""
 CONNECT_SECONDS = 5
 READ_SECONDS = 30
-_BAD_CREDENTIALS = ("credential", "access key")
+GOOGLE_KEY = "GOOGLE_SERVICE_ACCOUNT_KEY"
+"""Key of a Secret with the JSON of a service account's key."""
+_BAD_CREDENTIALS = ("forbidden:", "credential", "access key")
 
 
 class StoreError(Exception):
@@ -71,13 +74,43 @@ def _options(scheme: str, secret: Mapping[str, str]) -> dict[str, Any]:
             },
         }
     if scheme == "gs":
-        return {"token": secret.get("GOOGLE_APPLICATION_CREDENTIALS")}
+        return {"token": _service_account(secret), "access": "read_only"}
     if scheme == "az":
         return {
             "account_name": secret.get("AZURE_STORAGE_ACCOUNT_NAME"),
             "account_key": secret.get("AZURE_STORAGE_ACCOUNT_KEY"),
         }
     raise StoreError(f"Locations of the kind {scheme}:// are not read: use s3://, gs:// or az://.", permanent=True)
+
+
+def _service_account(secret: Mapping[str, str]) -> dict[str, Any] | None:
+    """The key of a service account, from the JSON file that Google gives; None: what Google's libraries find."""
+    text = secret.get(GOOGLE_KEY)
+    if not text:
+        return None
+    try:
+        document = json.loads(text)
+    except ValueError:
+        document = None
+    # Other types of credentials name files and addresses that a pod would read.
+    if not isinstance(document, dict) or document.get("type") != "service_account":
+        message = f"{GOOGLE_KEY} is no key of a service account: put the JSON file there, whole and as Google gives it."
+        raise StoreError(message, permanent=True)
+    return document
+
+
+def _filesystem(scheme: str, secret: Mapping[str, str]) -> Any:  # noqa: ANN401 - fsspec has no types
+    options = _options(scheme, secret) | {"skip_instance_cache": True, "use_listings_cache": False}
+    if scheme != "gs":
+        return fsspec.filesystem(scheme, **options)
+    # Not the class that fsspec knows: it asks over gRPC for features that nothing here uses.
+    from gcsfs.core import GCSFileSystem  # noqa: PLC0415
+
+    try:
+        return GCSFileSystem(**options)
+    except (ValueError, KeyError):  # nothing of what they say, it may hold parts of the key
+        message = f"{GOOGLE_KEY} is no key that can be used: put the JSON file there, whole and as Google gives it."
+        raise StoreError(message, permanent=True) from None
 
 
 class StoreFolder:
@@ -88,15 +121,13 @@ class StoreFolder:
         secret: credentials by the names of the Secret's keys, as `secret_values` gives them.
 
     Raises:
-        StoreError: the scheme is not one of these.
+        StoreError: the scheme is not one of these, or the key of a service account is none.
     """
 
     def __init__(self, uri: str, secret: Mapping[str, str]) -> None:
         self.uri = uri.rstrip("/")
         scheme, _, self._path = self.uri.partition("://")
-        self._files = fsspec.filesystem(
-            scheme, skip_instance_cache=True, use_listings_cache=False, **_options(scheme, secret)
-        )
+        self._files = _filesystem(scheme, secret)
 
     def list(self) -> list[StoredFile]:
         """The files right in the folder, sorted by name.

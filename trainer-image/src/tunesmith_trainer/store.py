@@ -24,6 +24,7 @@ from botocore.exceptions import (
 from fsspec.implementations.local import LocalFileSystem
 
 from tunesmith.contracts.location import claim_path
+from tunesmith_trainer import google_cloud
 from tunesmith_trainer.connections import denied
 from tunesmith_trainer.errors import (
     AccessDeniedError,
@@ -42,6 +43,13 @@ log = logging.getLogger(__name__)
 _CHUNK = 8 * 2**20
 _WRITE_CHECK = "tunesmith-write-check"
 _SCHEMES = ("hf", "s3", "gs", "az", "pvc", "file")
+_KEYS = {
+    "hf": ("HF_TOKEN",),
+    "s3": ("AWS_ACCESS_KEY_ID",),
+    "gs": (google_cloud.KEY,),
+    "az": ("AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_ACCOUNT_NAME"),
+}
+"""By scheme, keys of which a Secret has at least one."""
 # Codes that botocore hands through and s3fs does not translate to PermissionError.
 _DENIED_CODES = frozenset(
     {
@@ -400,7 +408,8 @@ class Folder:
             )
         if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
             return self._missing(f"{where} does not exist: check the uri" + self._hint(error))
-        if isinstance(error, ParamValidationError) or (isinstance(error, OSError) and error.errno == errno.EINVAL):
+        invalid = isinstance(error, OSError) and error.errno == errno.EINVAL
+        if invalid or isinstance(error, ParamValidationError) or google_cloud.refused(error):
             return InvalidSpecError(f"the store does not accept the uri of {where}: {said(error)}")
         return StorageUnavailableError(
             f"{where} could not be reached, tried {self._retry.attempts} times: {said(error)}"
@@ -444,7 +453,8 @@ class Stores:
 
         Raises:
             InvalidSpecError: the scheme is unknown or not allowed here.
-            SecretNotFoundError: the Secret is not mounted.
+            SecretNotFoundError: the Secret is not mounted, or has no key that the scheme needs.
+            AccessDeniedError: what its key holds is none.
         """
         parts = urlsplit(uri)
         scheme, place, root = parts.scheme, f"{parts.netloc}{parts.path}", None
@@ -463,8 +473,10 @@ class Stores:
             place = claim_path(uri)
             root = Path(claim_path(f"pvc://{parts.netloc}"))
         values, credentials = self.credentials(secret)
+        if secret is not None:
+            _check_keys(scheme, values, secret)
         try:
-            filesystem = _filesystem(scheme, values)
+            filesystem = _filesystem(scheme, values, credentials)
         except ImportError as error:
             raise InvalidSpecError(f"{what} is at {uri}, and this image cannot read {scheme}://: {error}") from None
         if scheme == "file":
@@ -520,7 +532,17 @@ def _hf_revision(place: str, revision: str) -> str:
     return "/".join([*parts[:1], f"{parts[1]}@{revision}", *parts[2:]]) if len(parts) > 1 else place
 
 
-def _filesystem(scheme: str, values: Mapping[str, str]) -> Any:  # noqa: ANN401 - fsspec has no types
+def _check_keys(scheme: str, values: Mapping[str, str], secret: str) -> None:
+    """Raises SecretNotFoundError for a Secret that would not be used: the libraries would look elsewhere, silently."""
+    keys = _KEYS.get(scheme, ())
+    if keys and not any(values.get(key) for key in keys):
+        raise SecretNotFoundError(
+            f"the Secret {secret} has no {' and no '.join(keys)}, with which {scheme}:// is reached: add the key, or"
+            " remove the secretRef to use the store's credentials"
+        )
+
+
+def _filesystem(scheme: str, values: Mapping[str, str], credentials: str) -> Any:  # noqa: ANN401 - fsspec has no types
     if scheme == "s3":
         endpoint = values.get("AWS_ENDPOINT_URL") or None
         region = values.get("AWS_REGION") or values.get("AWS_DEFAULT_REGION") or None
@@ -550,7 +572,7 @@ def _filesystem(scheme: str, values: Mapping[str, str]) -> Any:  # noqa: ANN401 
     if scheme == "hf":
         return fsspec.filesystem("hf", token=values.get("HF_TOKEN") or None, skip_instance_cache=True)
     if scheme == "gs":
-        return fsspec.filesystem("gs", skip_instance_cache=True)
+        return google_cloud.filesystem(values, credentials)
     if scheme == "az":
         return fsspec.filesystem(
             "az",
@@ -580,7 +602,7 @@ def _denied(error: BaseException) -> bool:
     if isinstance(error, ClientError):
         return error.response.get("Error", {}).get("Code") in _DENIED_CODES or _status(error) in _DENIED_STATUS
     response = getattr(error, "response", None)  # huggingface_hub
-    return getattr(response, "status_code", None) in _DENIED_STATUS
+    return getattr(response, "status_code", None) in _DENIED_STATUS or google_cloud.denied(error)
 
 
 def said(error: Exception) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from tunesmith.api.model import ApiModel, Rule, SecretReference, Uri, uri_rules
+from tunesmith.api.model import ApiModel, Rule, SecretReference, Uri, secret_rule, uri_rules
 
 DEFAULT_VALIDATION_FRACTION = 0.1
 ColumnName = Annotated[str, Field(min_length=1, max_length=128)]
@@ -60,6 +60,7 @@ class DatasetSource(ApiModel):
 
     rules: ClassVar[tuple[Rule, ...]] = (
         *uri_rules,
+        secret_rule,
         Rule(
             "!self.uri.startsWith('hf://') || self.uri.startsWith('hf://datasets/')",
             "a data set on the Hugging Face Hub is hf://datasets/organisation/name, with a folder, a file or a glob "

@@ -12,7 +12,17 @@ from tunesmith.api.evaluation import Evaluation
 from tunesmith.api.finetunejob_status import FineTuneJobStatus
 from tunesmith.api.hyperparameters import DEFAULT_BATCH_SIZE, Hyperparameters
 from tunesmith.api.method import QUANTIZED_CEL, Method
-from tunesmith.api.model import API_VERSION, MAX_NAME, ApiModel, ObjectMeta, Rule, SecretReference, Uri, uri_rules
+from tunesmith.api.model import (
+    API_VERSION,
+    MAX_NAME,
+    ApiModel,
+    ObjectMeta,
+    Rule,
+    SecretReference,
+    Uri,
+    secret_rule,
+    uri_rules,
+)
 from tunesmith.api.objective import Objective, ObjectiveName
 from tunesmith.api.output import Export, Merge, Output, Servable
 from tunesmith.api.placement import TrainingResources, TrainingScheduling
@@ -23,6 +33,7 @@ class BaseModelSource(ApiModel):
 
     rules = (
         *uri_rules,
+        secret_rule,
         Rule(
             "!has(self.revision) || self.uri.startsWith('hf://')",
             "baseModel.revision belongs to an hf:// uri: remove it, or name a copy of that revision in the uri",

@@ -94,6 +94,13 @@ uri_rules = (
     ),
 )
 """For every model with a `uri`. A local run accepts file://."""
+secret_rule = Rule(
+    "!has(self.secretRef) || !self.uri.startsWith('pvc://')",
+    "a secretRef gives the credentials of an s3://, gs://, az:// or hf:// uri, and a pvc:// uri is mounted without "
+    "any: remove the secretRef",
+    lambda self: self.secret_ref is None or not self.uri.startswith("pvc://"),
+)
+"""For every model with a `uri` and a `secretRef`."""
 
 
 class ApiModel(BaseModel):
@@ -156,5 +163,8 @@ class SecretReference(ApiModel):
     """A Secret in the namespace of the resource that names it."""
 
     name: ResourceName = Field(
-        description="Name of the Secret. Its keys are the store's own variables, such as AWS_ACCESS_KEY_ID."
+        description="Name of the Secret. Its keys are the store's own variables. s3://: AWS_ACCESS_KEY_ID, "
+        "AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_ENDPOINT_URL, AWS_REGION. gs://: GOOGLE_SERVICE_ACCOUNT_KEY, "
+        "the JSON of a service account's key. az://: AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT_NAME "
+        "and AZURE_STORAGE_ACCOUNT_KEY. hf:// and the Hub: HF_TOKEN."
     )
