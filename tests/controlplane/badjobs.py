@@ -335,6 +335,23 @@ BAD_JOBS: dict[str, BadJob] = {
         FailureReason.ACCESS_DENIED,
         environment={"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None},
     ),
+    "a Secret of another store": store(
+        "the Secret mine has no GOOGLE_SERVICE_ACCOUNT_KEY, with which gs:// is reached: add the key, or remove",
+        FailureReason.SECRET_NOT_FOUND,
+        uri="gs://data/rows.jsonl",
+        secret="mine",
+        secrets={"mine": {}},
+    ),
+    "a key that is none": store(
+        "GOOGLE_SERVICE_ACCOUNT_KEY of the Secret mine is no key of a service account: it is not JSON; put the JSON",
+        FailureReason.ACCESS_DENIED,
+        uri="gs://data/rows.jsonl",
+        secret="mine",
+        secrets={"mine": {"GOOGLE_SERVICE_ACCOUNT_KEY": "key.json"}},
+    ),
+    "a Secret for a claim": apply(
+        "remove the secretRef", dataset__train=[{"uri": "pvc://claim/rows.jsonl", "secretRef": {"name": "mine"}}]
+    ),
     "an endpoint at the cloud's metadata": store(
         "169.254.169.254, an address where clouds have their metadata, which jobs may not reach",
         FailureReason.ACCESS_DENIED,

@@ -579,6 +579,7 @@ def _filesystem(scheme: str, values: Mapping[str, str], credentials: str) -> Any
             account_name=values.get("AZURE_STORAGE_ACCOUNT_NAME") or None,
             account_key=values.get("AZURE_STORAGE_ACCOUNT_KEY") or None,
             connection_string=values.get("AZURE_STORAGE_CONNECTION_STRING") or None,
+            use_listings_cache=False,
             skip_instance_cache=True,
         )
     return fsspec.filesystem("file", skip_instance_cache=True)

@@ -45,7 +45,7 @@ def held_out(keys: IntArray, dataset: Dataset, seed: int) -> tuple[IntArray, Int
     room = min(max(1, math.floor(count * fraction + 0.5)), count - 1)
     order = np.random.default_rng(seed).permutation(len(sizes))
     chosen = []
-    for number in order.tolist():
+    for number in map(int, order):  # of few of them, where each is one row
         if sizes[number] <= room:
             chosen.append(number)
             room -= int(sizes[number])
