@@ -96,7 +96,7 @@ def test_the_change_that_costs_least(gibibytes: int, start: dict[str, Any], expe
     def fits(trial: Settings) -> bool:
         return peak(trial) <= gibibytes * GIB
 
-    possible = options(settings, SIZES, checkpointing=True, quantization=True)
+    possible = options(settings, SIZES, checkpointing=True, sharding=False, quantization=True)
     found = changes(settings, possible, fits)
     assert found == expected
     assert not fits(settings)
@@ -104,6 +104,7 @@ def test_the_change_that_costs_least(gibibytes: int, start: dict[str, Any], expe
 
 
 def test_a_change_that_the_method_cannot_make_is_not_proposed() -> None:
-    possible = options(START, SIZES, checkpointing=False, quantization=False)
+    possible = options(START, SIZES, checkpointing=False, sharding=False, quantization=False)
     assert not possible["checkpointing"]
+    assert not possible["sharded"]
     assert not possible["quantized"]

@@ -84,6 +84,20 @@ def test_what_a_run_can_do_to_need_less() -> None:
     assert estimate(shape, replace(run, full_precision=True)).weights == 2 * whole.weights
 
 
+def test_what_ranks_share() -> None:
+    """A layer or two and the embeddings are whole while they are used; an adapter always is."""
+    shape, run = SHAPES["Llama-3.1-8B"], Run(20_971_520, 6 * 4096 + 14336, 2048)
+    layer, embeddings = shape.linear_parameters / shape.layers, shape.embedding_parameters
+    whole, shared = estimate(shape, run), estimate(shape, replace(run, shards=8))
+    assert shared.weights == pytest.approx(whole.weights / 8 + 2 * (2 * layer + embeddings))
+    assert replace(shared, weights=0) == replace(whole, weights=0)
+    quantized = [estimate(shape, replace(run, quantized=True, shards=shards)).weights for shards in (8, 16)]
+    # bitsandbytes keeps the constants of 4-bit weights apart, and whole
+    assert quantized[0] - quantized[1] == pytest.approx((0.5 * shape.linear_parameters + 2 * embeddings) / 16, rel=1e-6)
+    full = replace(run, adapter_parameters=shape.linear_parameters + embeddings, full=True)
+    assert estimate(shape, replace(full, shards=8)).adapter * 8 == pytest.approx(estimate(shape, full).adapter)
+
+
 def test_the_verdict_is_unknown_within_the_estimates_own_error() -> None:
     assert verdict(24 * GB, None) is Verdict.UNKNOWN
     assert verdict(24 * GB, 24 * GB) is Verdict.FITS

@@ -69,6 +69,10 @@ FULL = "method.full goes with objective sft and orpo"
 UNSUPPORTED = 'Unsupported value: "int3": supported values: "nf4"'
 FROM_ONE = "in body should be greater than or equal to 1"
 UP_TO_512 = "in body should be less than or equal to 512"
+SHARED = {"gpus": 2, "dataParallelism": "FSDP2"}
+ALONE = "resources.dataParallelism is about several processes, and there is one"
+UNSHARED = "resources.dataParallelism: FSDP2 goes with lora, qlora, ia3 and full"
+WHOLE = "hyperparameters.optimizer: with FSDP2, method.full is trained with AdamW or SGD"
 IDLE = "hyperparameters.batchSize (8 when absent) leaves nothing to do for some of resources.nodes"
 
 JSONL = "s3://data/rows.jsonl"
@@ -107,6 +111,22 @@ REFUSED_JOBS: dict[str, tuple[dict[str, Any], str, str]] = {
         {"resources": {"gpus": 2, "nodes": 2}, "hyperparameters": {"batchSize": 16, "microBatchSize": 8}},
         IDLE,
         IDLE,
+    ),
+    "one process that shares": (
+        {"resources": {"gpus": 1, "dataParallelism": "DDP"}},
+        ALONE,
+        f"spec.resources: {ALONE}",
+    ),
+    "prompts over shared weights": ({"resources": SHARED, "method": {"promptTuning": {}}}, UNSHARED, UNSHARED),
+    "rows looked at by shared weights": (
+        {"resources": SHARED, "method": {"lora": {"initialization": "EVA"}}},
+        UNSHARED,
+        UNSHARED,
+    ),
+    "an optimizer of whole weights": (
+        {"resources": SHARED, "method": {"full": {}}, "hyperparameters": {"optimizer": "Adafactor"}},
+        WHOLE,
+        WHOLE,
     ),
     "no node": (
         {"resources": {"nodes": 0}},

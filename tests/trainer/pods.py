@@ -117,7 +117,9 @@ class Pods:
         return TrainerResult.model_validate_json((self.folder / f"message-{index}").read_text())
 
     def weights(self) -> dict[str, torch.Tensor]:
-        return load_file(self.output / "artifact/adapter_model.safetensors")
+        """Of the adapter, or of the whole model."""
+        (file,) = (self.output / "artifact").glob("*.safetensors")
+        return load_file(file)
 
     def curve(self) -> list[dict[str, str]]:
         with (self.output / "metrics.csv").open() as file:

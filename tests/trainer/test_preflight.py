@@ -116,6 +116,54 @@ def test_a_job_that_cannot_fit_is_refused_with_the_change_that_fits(
     assert (ran.result.preflight.verdict, ran.result.preflight.suggestion) == (Verdict.WILL_NOT_FIT, suggestion)
 
 
+ALL: dict[str, Any] = {"method": {"full": {}}, "hyperparameters": {"maxSteps": 3, "batchSize": 8}}
+
+
+@pytest.mark.parametrize(
+    ("gibibytes", "resources", "spec", "expected"),
+    [
+        (80, {"gpus": 2}, {}, ("DDP", Verdict.FITS)),
+        # 13 GiB of weights do not fit, a half and what is gathered of the other do
+        (11, {"gpus": 2}, {}, ("FSDP2", Verdict.FITS)),
+        (80, {"gpus": 4, "nodes": 2}, ALL, ("FSDP2", Verdict.FITS)),
+        (80, {"gpus": 4, "nodes": 2, "dataParallelism": "FSDP2"}, {}, ("FSDP2", Verdict.FITS)),
+        (80, {"gpus": 1}, {}, (None, Verdict.FITS)),
+    ],
+)
+def test_weights_are_shared_out_where_they_do_not_fit_whole(
+    wide: Workbench, gibibytes: int, resources: dict[str, Any], spec: dict[str, Any], expected: tuple[Any, Verdict]
+) -> None:
+    plain: dict[str, Any] = {"hyperparameters": {"maxSteps": 3, "batchSize": 8}}
+    job = wide.job(**(plain | spec), resources=resources)
+    ran = wide.run("validate", job, "--gpu-memory-bytes", str(gibibytes * 2**30))
+    assert ran.result.preflight is not None
+    assert ran.result.resolved is not None
+    assert (ran.result.resolved.data_parallelism, ran.result.preflight.verdict) == expected
+
+
+@pytest.mark.parametrize(
+    ("resources", "spec", "suggestion"),
+    [
+        ({"gpus": 2, "dataParallelism": "DDP"}, {}, "it fits with resources.dataParallelism: FSDP2 (about"),
+        # its initialization looks at rows
+        ({"gpus": 2}, {"method": {"lora": {"initialization": "EVA"}}}, "it fits with method.qlora instead of lora"),
+        # its optimizer needs each weight whole
+        (
+            {"gpus": 8},
+            {"method": {"full": {}}, "hyperparameters": {"maxSteps": 3, "optimizer": "Lion"}},
+            "it fits with method.qlora instead of full",
+        ),
+    ],
+)
+def test_sharing_weights_out_is_proposed_where_it_is_possible(
+    wide: Workbench, resources: dict[str, Any], spec: dict[str, Any], suggestion: str
+) -> None:
+    plain: dict[str, Any] = {"hyperparameters": {"maxSteps": 3, "batchSize": 8}}
+    ran = wide.run("validate", wide.job(**(plain | spec), resources=resources), "--gpu-memory-bytes", str(11 * 2**30))
+    assert ran.result.preflight is not None
+    assert str(ran.result.preflight.suggestion).startswith(suggestion)
+
+
 def test_what_cannot_be_computed_again_is_not_proposed_and_refused(wide: Workbench) -> None:
     prefix: dict[str, Any] = GPU | {"method": {"prefixTuning": {}}}
     ran = wide.run("validate", wide.job(**prefix), "--gpu-memory-bytes", str(8 * 2**30))

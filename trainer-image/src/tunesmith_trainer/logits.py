@@ -19,7 +19,7 @@ def last_logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[torch.Tens
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), products(model):
+        with torch.no_grad(), products(model):
             return [model(input_ids=batch_of_one(model, prompt)).logits[0, -1].float().cpu() for prompt in prompts]
     finally:
         model.train(was_training)

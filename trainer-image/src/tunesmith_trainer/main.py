@@ -438,7 +438,7 @@ def _train(
     _report(reporter, job, prepared, stores, target, local)
     faults = Faults(checkpoints, ending.interruption, ending.hung)
     trained = train(job, prepared, progress, reporter, work, faults, ranks)
-    if not ranks.first:
+    if trained is None:
         ranks.part()
         return TrainerResult(
             outcome=Outcome.SUCCEEDED, message=f"rank {ranks.rank} of {ranks.size} is done; rank 0 has the result"

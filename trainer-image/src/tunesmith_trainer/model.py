@@ -7,6 +7,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
+from bitsandbytes.nn import Params4bit
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -14,9 +15,12 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedTokenizerFast,
 )
+from transformers.integrations import replace_with_bnb_linear
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.quantizers.base import get_keys_to_not_convert
 
 from tunesmith_trainer.errors import BaseModelNotFoundError, InvalidSpecError
+from tunesmith_trainer.sharding import has_known_layers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -121,6 +125,11 @@ def load_config(base: Path, uri: str) -> PretrainedConfig:
     return config
 
 
+def can_be_shared_out(config: PretrainedConfig) -> bool:
+    """Whether FSDP2 knows the layers of a model of this configuration."""
+    return has_known_layers(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+
+
 def load_tokenizer(base: Path, uri: str) -> PreTrainedTokenizerFast:
     """The base model's tokenizer, as it is.
 
@@ -171,29 +180,74 @@ def load_model(
     """The base with its weights, in `dtype` or in 4 bits; frozen."""
     arguments: dict[str, Any] = {}
     if quantization is not None:
-        compute = getattr(torch, quantization.compute_type) if quantization.compute_type else dtype
-        arguments["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quantization.type,
-            bnb_4bit_use_double_quant=quantization.double_quantization,
-            bnb_4bit_compute_dtype=compute,
+        arguments["quantization_config"] = _bits_and_bytes(quantization, dtype)
+    model = _load(base, dtype, device_map={"": str(device)}, **arguments)
+    if quantization is not None:
+        _keep_order(model)
+    return model
+
+
+def load_to_share_out(
+    base: Path, quantization: Quantization | None, dtype: torch.dtype, *, as_stored: bool
+) -> PreTrainedModel:
+    """The base in main memory, where weights that have their type already are read only when they are used; frozen.
+
+    What is to be in 4 bits waits: moved to a device, it is quantized there as `load_model` would have done it.
+
+    Args:
+        base: its folder.
+        quantization: of its linear layers, or None.
+        dtype: of the weights, and of the products.
+        as_stored: the weights keep the type that they have in their files.
+    """
+    model = _load(base, "auto" if as_stored else dtype)
+    model.config.dtype = dtype
+    if quantization is None:
+        return model
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    replace_with_bnb_linear(model, get_keys_to_not_convert(model), _bits_and_bytes(quantization, dtype))
+    for name, before in linear.items():
+        module: Any = model.get_submodule(name)
+        if module is before:
+            continue
+        module.weight = Params4bit(
+            before.weight.data,
+            requires_grad=False,
+            compress_statistics=quantization.double_quantization,
+            quant_type=quantization.type,
+            module=module,
         )
+        module.bias = before.bias
+    model.is_loaded_in_4bit = True  # PEFT goes by it
+    model.requires_grad_(requires_grad=False)
+    _keep_order(model)
+    return model
+
+
+def _load(base: Path, dtype: torch.dtype | str, **arguments: object) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        base,
-        dtype=dtype,
-        device_map={"": str(device)},
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-        **arguments,
+        base, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True, **arguments
     )
-    # On some CPUs bitsandbytes repacks 4-bit weights at the first evaluation, and no gradient passes them any more.
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - an attribute its type does not declare
     # The loss never needs it, and it takes memory for each layer.
     model.config.use_cache = False
     return model
+
+
+def _bits_and_bytes(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
+    compute = getattr(torch, quantization.compute_type) if quantization.compute_type else dtype
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.type,
+        bnb_4bit_use_double_quant=quantization.double_quantization,
+        bnb_4bit_compute_dtype=compute,
+    )
+
+
+def _keep_order(model: PreTrainedModel) -> None:
+    """On some CPUs bitsandbytes repacks 4-bit weights at the first evaluation, and no gradient passes them any more."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - an attribute its type does not declare
 
 
 def _line(error: BaseException) -> str:

@@ -20,7 +20,7 @@ from tunesmith.contracts.location import ARTIFACT_MANIFEST
 from tunesmith.contracts.parity import PARITY_FILE
 from tunesmith_trainer import card, curves, merge, model, parity
 from tunesmith_trainer.errors import SelfCheckError
-from tunesmith_trainer.logits import last_logits, relative_distance
+from tunesmith_trainer.logits import relative_distance
 from tunesmith_trainer.methods import conversion, full, servable
 from tunesmith_trainer.methods.conversion import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tunesmith_trainer.spec import spec_digest
@@ -75,8 +75,7 @@ def build(job: FineTuneJob, prepared: Prepared, trained: Trained, folder: Path, 
     curves.draw(folder / PICTURE, trained.curve)
     tokenizer = model.load_tokenizer(prepared.base, job.spec.base_model.uri)
     tokenizer.chat_template = template or tokenizer.chat_template
-    prompts = parity.prompt_tokens(tokenizer)
-    logits = last_logits(trained.model, prompts)
+    logits = trained.logits
     # What follows loads the base anew; both do not have to fit.
     for parameter in trained.model.parameters():
         parameter.data = torch.empty(0)
@@ -90,7 +89,7 @@ def build(job: FineTuneJob, prepared: Prepared, trained: Trained, folder: Path, 
             config=config,
             quantization=job.spec.method.quantization,
             dtype=precision_of(prepared.resolved.precision),
-            prompts=prompts,
+            prompts=trained.prompts,
             trained=logits,
         )
     recorded, served = parity.record(prepared.base, folder, config, tokenizer, ends=prepared.ends, pad=prepared.pad)

@@ -12,6 +12,7 @@ from tunesmith.api.hyperparameters import (
     DEFAULT_MICRO_BATCH_SIZE,
     Precision,
 )
+from tunesmith.api.placement import DataParallelism
 from tunesmith_trainer.errors import InvalidSpecError
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def resolve(
     digest: str,
     micro_batch_size: int,
     checkpointing: bool,
+    sharded: bool,
 ) -> Resolved:
     """What is decided for the user.
 
@@ -53,10 +55,12 @@ def resolve(
         digest: of the rows.
         micro_batch_size: sequences per forward pass.
         checkpointing: whether activations are computed again.
+        sharded: whether the base's weights are shared out among ranks.
     """
     hyper = spec.hyperparameters
     batch = hyper.batch_size or DEFAULT_BATCH_SIZE
     steps = hyper.max_steps or max(1, math.ceil((hyper.epochs or DEFAULT_EPOCHS) * math.ceil(rows / batch)))
+    parallelism = DataParallelism.FSDP2 if sharded else DataParallelism.DDP
     return Resolved(
         base_model_fingerprint=fingerprint,
         dataset_digest=digest,
@@ -65,6 +69,7 @@ def resolve(
         micro_batch_size=micro_batch_size,
         gradient_checkpointing=checkpointing,
         precision=hyper.precision or (Precision.BFLOAT16 if spec.resources.gpus else Precision.FLOAT32),
+        data_parallelism=parallelism if spec.resources.ranks > 1 else None,
         total_steps=steps,
         target_modules=targets,
     )

@@ -11,6 +11,7 @@ from tunesmith.api.dataset import Overlong
 from tunesmith.api.finetunejob_status import PeakParts, Verdict
 from tunesmith.api.hyperparameters import Optimizer, Precision
 from tunesmith.api.method import IN_4_BITS, LoraFields, PeftFields
+from tunesmith.api.placement import DataParallelism
 from tunesmith.contracts.fitting import Settings, changes, decide, options
 from tunesmith.contracts.memory import Estimate, Run, Shape, estimate, verdict
 from tunesmith_trainer.methods import limits
@@ -56,6 +57,7 @@ class Sizing:
         full_precision: base and matrix products in float32.
         shortened: whether rows become as short as maxLength: packed or truncated ones do, others are dropped.
         lengths: tokens of each row, ascending.
+        ranks: that train together.
     """
 
     shape: Shape
@@ -67,6 +69,7 @@ class Sizing:
     full_precision: bool
     shortened: bool
     lengths: np.ndarray[Any, np.dtype[np.int64]]
+    ranks: int = 1
 
     def kept(self, settings: Settings) -> int:
         """Rows that are not longer than the settings allow."""
@@ -94,6 +97,7 @@ class Sizing:
             logit_positions=LOSS_POSITIONS,
             optimizer_bytes=self.optimizer_bytes,
             full_precision=self.full_precision,
+            shards=self.ranks if settings.sharded else 1,
         )
         return estimate(self.shape, run)
 
@@ -143,6 +147,7 @@ def sizing(
         full_precision=spec.hyperparameters.precision is Precision.FLOAT32,
         shortened=spec.dataset.packing or spec.dataset.overlong is Overlong.TRUNCATE,
         lengths=np.sort(np.asarray(lengths, dtype=np.int64)),
+        ranks=spec.resources.ranks,
     )
 
 
@@ -160,12 +165,35 @@ def settings_of(spec: FineTuneJobSpec, *, micro_batch_size: int, checkpointing: 
         rank=spec.method.rank,
         max_length=spec.dataset.max_length,
         full=spec.method.full is not None,
+        sharded=spec.resources.data_parallelism is DataParallelism.FSDP2,
     )
 
 
-def decided(sized: Sizing, asked: Settings, sizes: Sequence[int], ways: Sequence[bool], gpu_memory: int) -> Settings:
-    """The micro-batch size (of `sizes`) and checkpointing (of `ways`) that the estimate chooses for a GPU's bytes."""
-    return decide(asked, sizes, ways, peak=sized.peak, tokens=sized.tokens, gpu_memory=gpu_memory)
+def decided(
+    sized: Sizing,
+    asked: Settings,
+    sizes: Sequence[int],
+    ways: Sequence[bool],
+    gpu_memory: int,
+    *,
+    sharding: bool,
+) -> Settings:
+    """The settings that the estimate chooses for a GPU's bytes.
+
+    Args:
+        sized: what the peak follows from.
+        asked: what is not decided here.
+        sizes: of micro-batches, to choose from.
+        ways: with and without checkpointing, to choose from.
+        gpu_memory: bytes.
+        sharding: whether FSDP2 may be chosen, which is slower: where nothing else fits.
+    """
+    chosen = decide(asked, sizes, ways, peak=sized.peak, tokens=sized.tokens, gpu_memory=gpu_memory)
+    if not sharding or sized.peak(chosen) <= gpu_memory:
+        return chosen
+    shared = replace(asked, sharded=True)
+    other = decide(shared, sizes, ways, peak=sized.peak, tokens=sized.tokens, gpu_memory=gpu_memory)
+    return other if sized.peak(other) <= gpu_memory else chosen
 
 
 def judge(
@@ -215,7 +243,13 @@ def suggest(sized: Sizing, spec: FineTuneJobSpec, run: Settings, sizes: Sequence
         enough = sized.shortened or sized.kept(trial) >= max(2, _KEPT_SHARE * len(sized.lengths))
         return (enough or trial.max_length == run.max_length) and sized.peak(trial) <= gpu_memory
 
-    possible = options(run, sizes, checkpointing=can_recompute(spec), quantization=_can_quantize(spec))
+    possible = options(
+        run,
+        sizes,
+        checkpointing=can_recompute(spec),
+        sharding=spec.resources.ranks > 1 and spec.shardable,
+        quantization=_can_quantize(spec),
+    )
     if spec.dataset.overlong is Overlong.ERROR:
         possible["max_length"] = []
     found = changes(run, possible, fits)
@@ -240,6 +274,8 @@ def _words(name: str, value: int, method: str, dropped: int, rows: int) -> str:
             return f"hyperparameters.microBatchSize: {value}"
         case "checkpointing":
             return "hyperparameters.gradientCheckpointing: true"
+        case "sharded":
+            return "resources.dataParallelism: FSDP2"
         case "full":
             return "method.lora instead of full"
         case "quantized" if method in {"lora", "full"}:

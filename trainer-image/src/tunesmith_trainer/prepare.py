@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.api.dataset import LossOn
 from tunesmith.api.finetunejob_status import ServableStatus
+from tunesmith.api.placement import DataParallelism
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
 from tunesmith_trainer import data, model, plan, preflight
 from tunesmith_trainer.data.loading import load as load_rows
@@ -138,7 +139,7 @@ def prepare(
 
     known = planned.parameters is not None
     sized = preflight.sizing(spec, config, modules, planned.modules, trainable, lengths) if known else None
-    run, sizes = _settings(job, sized, gpu_memory)
+    run, sizes = _settings(job, sized, gpu_memory, has_layers=model.can_be_shared_out(config))
     now = plan.resolve(
         spec,
         rows=len(rows.train),
@@ -147,6 +148,7 @@ def prepare(
         digest=rows.digest,
         micro_batch_size=run.micro_batch_size,
         checkpointing=run.checkpointing,
+        sharded=run.sharded,
     )
     resolved = plan.frozen(job.status.resolved, now)
     counted = rows.counted.model_copy(update={"trainable_parameters": planned.parameters, "servable": planned.servable})
@@ -158,11 +160,13 @@ def prepare(
     return Prepared(base, rows.train, rows.validation, rows.lengths, pad, counted, resolved, planned, ends, examples)
 
 
-def _settings(job: FineTuneJob, sized: preflight.Sizing | None, gpu_memory: int | None) -> tuple[Settings, list[int]]:
-    """The micro-batch size and the checkpointing of a run, and the sizes that are possible.
+def _settings(
+    job: FineTuneJob, sized: preflight.Sizing | None, gpu_memory: int | None, *, has_layers: bool
+) -> tuple[Settings, list[int]]:
+    """The micro-batch size, the checkpointing and the data parallelism of a run, and the sizes that are possible.
 
     Raises:
-        InvalidSpecError: activations are to be computed again where that is not possible.
+        InvalidSpecError: activations are to be computed again, or weights shared out, where that is not possible.
     """
     spec, frozen = job.spec, job.status.resolved
     asked = spec.hyperparameters.micro_batch_size
@@ -176,12 +180,19 @@ def _settings(job: FineTuneJob, sized: preflight.Sizing | None, gpu_memory: int 
         )
     checkpointing = spec.resources.gpus > 0 and possible if again is None else again
     run = preflight.settings_of(spec, micro_batch_size=before or asked or max(sizes), checkpointing=checkpointing)
+    if run.sharded and not has_layers:
+        raise InvalidSpecError(
+            f"resources.dataParallelism: the layers of {spec.base_model.uri} are not known, so FSDP2 cannot share its"
+            " weights out: use DDP"
+        )
     if before is not None and frozen is not None:
-        return replace(run, checkpointing=bool(frozen.gradient_checkpointing)), sizes
+        sharded = frozen.data_parallelism is DataParallelism.FSDP2
+        return replace(run, checkpointing=bool(frozen.gradient_checkpointing), sharded=sharded), sizes
     if sized is None or gpu_memory is None:
         return run, sizes
     ways = (False, True) if again is None and possible else (checkpointing,)
-    return preflight.decided(sized, run, [asked] if asked else sizes, ways, gpu_memory), sizes
+    sharding = spec.resources.data_parallelism is None and spec.resources.ranks > 1 and spec.shardable and has_layers
+    return preflight.decided(sized, run, [asked] if asked else sizes, ways, gpu_memory, sharding=sharding), sizes
 
 
 def _with_template(planned: Planned, spec: FineTuneJobSpec, tokenizer: PreTrainedTokenizerFast) -> Planned:

@@ -10,8 +10,8 @@ from tunesmith.api.checkpoint import Checkpoint
 from tunesmith.api.dataset import DataFormat, Dataset
 from tunesmith.api.evaluation import Evaluation
 from tunesmith.api.finetunejob_status import FineTuneJobStatus
-from tunesmith.api.hyperparameters import DEFAULT_BATCH_SIZE, Hyperparameters
-from tunesmith.api.method import QUANTIZED_CEL, Method
+from tunesmith.api.hyperparameters import DEFAULT_BATCH_SIZE, Hyperparameters, Optimizer
+from tunesmith.api.method import QUANTIZED_CEL, SHARDABLE_CEL, Method, quoted
 from tunesmith.api.model import (
     API_VERSION,
     MAX_NAME,
@@ -25,7 +25,7 @@ from tunesmith.api.model import (
 )
 from tunesmith.api.objective import Objective, ObjectiveName
 from tunesmith.api.output import Export, Merge, Output, Servable
-from tunesmith.api.placement import TrainingResources, TrainingScheduling
+from tunesmith.api.placement import DataParallelism, TrainingResources, TrainingScheduling
 
 
 class BaseModelSource(ApiModel):
@@ -61,6 +61,11 @@ FORMATS = {
     ObjectiveName.KTO: frozenset({DataFormat.UNPAIRED_PREFERENCE, DataFormat.PREFERENCE}),
 }
 """What each objective can learn from."""
+
+
+SHARDED_OPTIMIZERS = (Optimizer.ADAMW, Optimizer.SGD)
+"""Those that can train weights of which each rank has a part."""
+_SHARDED_CEL = "has(self.resources.dataParallelism) && self.resources.dataParallelism == 'FSDP2'"
 
 
 class FineTuneJobSpec(ApiModel):
@@ -121,6 +126,24 @@ class FineTuneJobSpec(ApiModel):
                 or self.method.quantization is not None
             ),
         ),
+        Rule(
+            f"!({_SHARDED_CEL}) || {SHARDABLE_CEL}",
+            "resources.dataParallelism: FSDP2 goes with lora, qlora, ia3 and full, without the initializations"
+            " that look at rows (EVA, CorDA, LoRAGA) or compute the base's weights again (LoftQ): use another method or"
+            " initialization, or DDP",
+            lambda self: self.resources.data_parallelism is not DataParallelism.FSDP2 or self.method.shardable,
+        ),
+        Rule(
+            f"!({_SHARDED_CEL} && has(self.method.full)) || !has(self.hyperparameters.optimizer) || "
+            f"self.hyperparameters.optimizer in {quoted(SHARDED_OPTIMIZERS)}",
+            f"hyperparameters.optimizer: with FSDP2, method.full is trained with {' or '.join(SHARDED_OPTIMIZERS)}; the"
+            " others need each weight whole",
+            lambda self: (
+                self.resources.data_parallelism is not DataParallelism.FSDP2
+                or self.method.full is None
+                or self.hyperparameters.optimizer in SHARDED_OPTIMIZERS
+            ),
+        ),
     )
 
     base_model: BaseModelSource = Field(description="The model to adapt.")
@@ -169,6 +192,12 @@ class FineTuneJobSpec(ApiModel):
     def objective_name(self) -> ObjectiveName:
         """The objective; sft where there is none."""
         return ObjectiveName.SFT if self.objective is None else self.objective.name
+
+    @property
+    def shardable(self) -> bool:
+        """Whether the base's weights can be shared out among ranks."""
+        whole = self.method.full is not None and self.hyperparameters.optimizer not in SHARDED_OPTIMIZERS
+        return self.method.shardable and not whole
 
     @property
     def exports(self) -> list[Export]:

@@ -14,6 +14,7 @@ from tunesmith.api.evaluation import MAX_METRIC, MAX_SCORES
 from tunesmith.api.hyperparameters import Precision
 from tunesmith.api.method import ModuleName
 from tunesmith.api.model import StatusModel
+from tunesmith.api.placement import DataParallelism
 
 
 def _rounded(value: float | None) -> float | None:
@@ -66,6 +67,9 @@ class Resolved(StatusModel):
     )
     precision: Precision | None = Field(
         default=None, description="Type of the frozen weights and of the matrix products."
+    )
+    data_parallelism: DataParallelism | None = Field(
+        default=None, description="What each of several GPUs holds of the base model; absent with one process."
     )
     total_steps: int | None = Field(default=None, description="Optimizer steps.")
     target_modules: list[ModuleName] | None = Field(

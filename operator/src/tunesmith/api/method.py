@@ -73,7 +73,14 @@ _WITH_DORA = (Initialization.DEFAULT, Initialization.GAUSSIAN, Initialization.OR
 IN_4_BITS = (Initialization.DEFAULT, Initialization.GAUSSIAN, Initialization.EVA, Initialization.LOFTQ)
 
 
-def _quoted(values: Iterable[Initialization]) -> str:
+_WITH_WEIGHTS_SHARED_OUT = tuple(
+    name
+    for name in Initialization
+    if name not in {Initialization.EVA, Initialization.CORDA, Initialization.LORA_GA, Initialization.LOFTQ}
+)
+
+
+def quoted(values: Iterable[str]) -> str:
     """A list in CEL."""
     return "[" + ", ".join(f"'{value}'" for value in values) + "]"
 
@@ -91,7 +98,7 @@ class Quantization(ApiModel):
 _lora_rules = (
     *_target_rules,
     Rule(
-        f"!self.dora || self.initialization in {_quoted(_WITH_DORA)}",
+        f"!self.dora || self.initialization in {quoted(_WITH_DORA)}",
         f"dora goes with initialization {', '.join(_WITH_DORA)}: choose one of them, or remove dora",
         lambda self: not self.dora or self.initialization in _WITH_DORA,
     ),
@@ -153,7 +160,7 @@ class QloraFields(LoraFields):
     rules = (
         *_lora_rules,
         Rule(
-            f"self.initialization in {_quoted(IN_4_BITS)}",
+            f"self.initialization in {quoted(IN_4_BITS)}",
             f"qlora.initialization is {', '.join(IN_4_BITS[:-1])} or {IN_4_BITS[-1]}: the others need the base's "
             "weights in full; use them with method.lora",
             lambda self: self.initialization in IN_4_BITS,
@@ -352,6 +359,16 @@ QUANTIZED_CEL = (
     + ")"
 )
 """Of a spec: whether the base is held in 4 bits."""
+SHARDABLE_CEL = (
+    "(has(self.method.full) || has(self.method.ia3) || "
+    + " || ".join(
+        f"(has(self.method.{name}) && (!has(self.method.{name}.initialization) || "
+        f"self.method.{name}.initialization in {quoted(_WITH_WEIGHTS_SHARED_OUT)}))"
+        for name in ("lora", "qlora")
+    )
+    + ")"
+)
+"""Of a spec: whether the base's weights can be shared out among ranks (FSDP2)."""
 
 
 class Method(ApiModel):
@@ -390,6 +407,13 @@ class Method(ApiModel):
     def rank(self) -> int | None:
         """Rank of a LoRA adapter; None for other methods."""
         return self.fields.rank if isinstance(self.fields, LoraFields) else None
+
+    @property
+    def shardable(self) -> bool:
+        """Whether the base's weights can be shared out among ranks."""
+        if isinstance(self.fields, LoraFields):
+            return self.fields.initialization in _WITH_WEIGHTS_SHARED_OUT
+        return isinstance(self.fields, Ia3Fields | FullFields)
 
     @property
     def dropout(self) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from decimal import Decimal
-from typing import Annotated, Any, Literal
+from enum import StrEnum
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
@@ -70,7 +71,7 @@ def quantity_value(quantity: str) -> Decimal:
 class Resources(ApiModel):
     """What one pod asks the node for. Requests equal limits for memory and GPUs; CPU has a request only."""
 
-    rules = (
+    rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
             # has: the API server checks the default {} of resources before it fills in what is inside
             "!has(self.memory) || !isQuantity(string(self.memory)) || "
@@ -88,8 +89,25 @@ class Resources(ApiModel):
     memory: Quantity = Field(default="8Gi", description="Memory request and limit, as a Kubernetes quantity.")
 
 
+class DataParallelism(StrEnum):
+    """What each of several processes that train together holds of the base model."""
+
+    DDP = "DDP"
+    FSDP2 = "FSDP2"
+
+
 class TrainingResources(Resources):
     """What the training pods ask their nodes for. Results do not depend on how many there are."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        *Resources.rules,
+        Rule(
+            "!has(self.dataParallelism) || (has(self.gpus) ? self.gpus : 1) > 1 || (has(self.nodes) && self.nodes > 1)",
+            "resources.dataParallelism is about several processes, and there is one: remove it, or set gpus or nodes "
+            "to 2 or more",
+            lambda self: self.data_parallelism is None or self.ranks > 1,
+        ),
+    )
 
     nodes: int = Field(
         default=1,
@@ -97,6 +115,13 @@ class TrainingResources(Resources):
         le=64,
         description="Pods that train together, on nodes of their own where there are enough; each gets gpus, cpu and "
         "memory.",
+    )
+
+    data_parallelism: DataParallelism | None = Field(
+        default=None,
+        description="What each of several GPUs holds: DDP all of the base model, FSDP2 an equal part of every layer, "
+        "which is gathered while the layer is computed: slower, and for base models that one GPU does not hold. "
+        "Absent: FSDP2 where the job fits into the GPUs only so.",
     )
 
     @property

@@ -103,6 +103,8 @@ def _lines(counted: Preflight, resolved: Resolved | None) -> Iterator[tuple[str,
         yield "steps", f"{resolved.total_steps} of {resolved.batch_size} sequences"
         again = "on" if resolved.gradient_checkpointing else "off"
         yield "micro-batch", f"{resolved.micro_batch_size} sequences, gradient checkpointing {again}"
+        if resolved.data_parallelism is not None:
+            yield "parallelism", resolved.data_parallelism
     yield "trainable", f"{counted.trainable_parameters} parameters"
     yield from _verdicts(counted)
 

@@ -30,6 +30,7 @@ class Settings:
         rank: of the adapter; None where it has none.
         max_length: longest row, in tokens.
         full: all weights are trained, and not an adapter.
+        sharded: FSDP2 shares the base's weights out among the ranks.
     """
 
     micro_batch_size: int
@@ -38,6 +39,7 @@ class Settings:
     rank: int | None
     max_length: int
     full: bool = False
+    sharded: bool = False
 
 
 def decide(
@@ -74,23 +76,30 @@ def decide(
 
 
 def options(
-    start: Settings, micro_batch_sizes: Sequence[int], *, checkpointing: bool, quantization: bool
+    start: Settings,
+    micro_batch_sizes: Sequence[int],
+    *,
+    checkpointing: bool,
+    sharding: bool,
+    quantization: bool,
 ) -> dict[str, list[Any]]:
     """What can be changed, in the order of what it costs the user, each with its values, the mildest first.
 
-    The first two leave the result as it is and cost time; an adapter in the place of all weights, 4 bits and a lower
+    The first three leave the result as it is and cost time; an adapter in the place of all weights, 4 bits and a lower
     rank change it; a shorter length drops rows.
 
     Args:
         start: the settings that do not fit.
         micro_batch_sizes: those that are possible.
         checkpointing: whether the method can compute activations again.
+        sharding: whether there are ranks to share the base's weights out among, and the method goes with that.
         quantization: whether the method can be trained over a base in 4 bits.
     """
     smaller = [size for size in sorted(micro_batch_sizes, reverse=True) if size < start.micro_batch_size]
     return {
         "micro_batch_size": smaller,
         "checkpointing": [True] if checkpointing and not start.checkpointing else [],
+        "sharded": [True] if sharding and not start.sharded else [],
         "full": [False] if start.full else [],
         "quantized": [True] if quantization and not start.quantized else [],
         "rank": _halves(start.rank or 0, _LEAST_RANK),

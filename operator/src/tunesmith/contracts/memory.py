@@ -16,6 +16,8 @@ TOLERANCE = 0.15
 """How far the estimate is from the published measurements, at most."""
 _TRAINABLE = 8
 _NF4 = 0.516  # with double quantisation: 4 bits, and 8 bits per 64 weights with their own constants
+_NF4_CONSTANTS = 0.016
+"""Of _NF4, the part that FSDP2 does not share out: bitsandbytes keeps the constants outside of the weights."""
 _OVERHEAD = 800_000_000  # CUDA context, kernels' workspaces, fragmentation
 _LOGITS = 16  # bf16 logits, their float32 copy, the softmax and its gradient
 _FUSED_LOGITS = 0.5
@@ -25,6 +27,7 @@ _HIDDEN_FULL = {2: 34, 4: 40}
 _ADAPTER_INPUT = 2.25
 _DROPOUT_INPUT = 4.4
 _DORA_INPUT = 4.85
+_GATHERED_LAYERS = 2
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Run:
         full: all weights are trained; in bfloat16 the matrix products use copies of them.
         dropout: the adapter has dropout.
         dora: the adapter is DoRA.
+        shards: ranks among which FSDP2 shares the base out; 1: none.
     """
 
     adapter_parameters: int
@@ -79,6 +83,7 @@ class Run:
     full: bool = False
     dropout: bool = False
     dora: bool = False
+    shards: int = 1
 
 
 @dataclass(frozen=True)
@@ -109,9 +114,19 @@ def estimate(shape: Shape, run: Run) -> Estimate:
     token = stream * shape.hidden * shape.layers + layer if run.checkpointing else shape.layers * layer
     positions = run.tokens if run.logit_positions is None else min(run.tokens, run.logit_positions)
     weights = linear * shape.linear_parameters + width * shape.embedding_parameters
+    if run.shards == 1:
+        kept = 0.0 if run.full and run.full_precision else weights
+    else:
+        # A layer is gathered while another one is computed; embedding and output layer are whole throughout.
+        stored = 4 if run.full else linear
+        gathered = _GATHERED_LAYERS * stored * shape.linear_parameters / shape.layers
+        gathered += (stored if run.full else width) * shape.embedding_parameters
+        constants = _NF4_CONSTANTS * shape.linear_parameters if run.quantized else 0.0
+        kept = gathered + (0.0 if run.full else constants + (weights - constants) / run.shards)
+    trained = (_TRAINABLE + run.optimizer_bytes) * run.adapter_parameters
     return Estimate(
-        weights=0 if run.full and run.full_precision else round(weights),
-        adapter=round((_TRAINABLE + run.optimizer_bytes) * run.adapter_parameters),
+        weights=round(kept),
+        adapter=round(trained / run.shards if run.full else trained),
         activations=round(token * run.tokens),
         logits=round((_FUSED_LOGITS if run.fused_loss else _LOGITS) * shape.vocabulary * positions),
     )

@@ -139,7 +139,7 @@ def answers(
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), nullcontext() if adapter else model.disable_adapter(), precision(model):
+        with torch.no_grad(), nullcontext() if adapter else model.disable_adapter(), precision(model):
             for begin in range(0, len(order), batch_size):
                 places = order[begin : begin + batch_size]
                 prompts = [examples[place].prompt for place in places]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from tunesmith_trainer.training.batches import mismatched, row_lengths
+from tunesmith_trainer.training.batches import mismatched, row_lengths, silent
 from tunesmith_trainer.training.objectives import Forward
 
 if TYPE_CHECKING:
@@ -50,10 +50,10 @@ def held_out_loss(
     try:
         with torch.no_grad(), precision(model):
             if objective.mismatched:
-                others = islice(_batches(rows, batch_size, others=True), ranks.rank, None, ranks.size)
-                objective.estimate(forward, (tensors(batch) for batch in others), ranks)
-            for batch in islice(_batches(rows, batch_size), ranks.rank, None, ranks.size):
-                terms = objective.terms(forward, tensors(batch))
+                others = _own(_batches(rows, batch_size, others=True), ranks)
+                objective.estimate(forward, (tensors(batch or _idle(rows)) for batch in others), ranks)
+            for batch in _own(_batches(rows, batch_size), ranks):
+                terms = objective.terms(forward, tensors(batch or _idle(rows)))
                 found.append(([float(summed) for summed in terms.sums], objective.counts(batch)))
     finally:
         model.train(was_training)
@@ -61,6 +61,16 @@ def held_out_loss(
     sums = ranks.sum(*(sum(one[0][place] for one in found) for place in range(width)))
     counts = ranks.sum(*(sum(one[1][place] for one in found) for place in range(width)))
     return sum(total / count if count else math.nan for total, count in zip(sums, counts, strict=True))
+
+
+def _own(batches: Iterator[list[Row]], ranks: Ranks) -> Iterator[list[Row]]:
+    """The batches of one rank; an empty one where others have one more, because their forward passes may meet."""
+    while together := list(islice(batches, ranks.size)):
+        yield together[ranks.rank] if ranks.rank < len(together) else []
+
+
+def _idle(rows: Dataset) -> list[Row]:
+    return [silent(rows.with_format("numpy")[0])]
 
 
 def _batches(rows: Dataset, size: int, *, others: bool = False) -> Iterator[list[Row]]:

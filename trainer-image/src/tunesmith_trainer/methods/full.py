@@ -11,44 +11,57 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from tunesmith_trainer.errors import SelfCheckError
+from tunesmith_trainer.sharding import is_shared_out, part_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-def unfreeze(base: PreTrainedModel) -> PeftModel:
+def unfreeze(base: PreTrainedModel, share_out: Callable[[], None] | None = None) -> PeftModel:
     """The base with all its weights trained, in float32: in bfloat16 small updates would be lost.
 
     It has the one method of a PeftModel that the trainer needs: within `model.disable_adapter()` the weights are those
     of the base, read again from its folder.
+
+    Args:
+        base: with its weights.
+        share_out: shares them out among ranks, in float32.
     """
-    model: Any = base.float()
+    model: Any = base
     model.requires_grad_(requires_grad=True)
+    if share_out is None:
+        model.float()
+    else:
+        share_out()
 
     @contextmanager
     def base_alone() -> Iterator[None]:
-        published = load(base.name_or_path, torch.float32)
-        before = dict(published.named_parameters())
+        published = dict(load(base.name_or_path, "auto").named_parameters())
         own = dict(model.named_parameters())
-        trained = {name: parameter.data.cpu() for name, parameter in own.items()}
+        trained = {name: parameter.detach().cpu() for name, parameter in own.items()}
+        _set(own, published)
         try:
-            for name, parameter in own.items():
-                parameter.data = before[name].data.to(parameter.device)
             yield
         finally:
-            for name, parameter in own.items():
-                parameter.data = trained[name].to(parameter.device)
+            _set(own, trained)
 
     model.disable_adapter = base_alone
     result: PeftModel = model
     return result
 
 
-def load(folder: Path | str, dtype: torch.dtype) -> PreTrainedModel:
+def _set(own: dict[str, Any], values: dict[str, Any]) -> None:
+    with torch.no_grad():
+        for name, parameter in own.items():
+            value = values[name].detach()
+            parameter.copy_(value if is_shared_out(value) else part_of(value.to(parameter.dtype), parameter))
+
+
+def load(folder: Path | str, dtype: torch.dtype | str) -> PreTrainedModel:
     """A whole model in main memory."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True

@@ -70,6 +70,12 @@ def check_parameters(model: PeftModel, planned: Planned) -> None:
         _check_scales(model, config, planned.ranks)
 
 
+def probe_without(model: PeftModel, rows: Dataset) -> Probe:
+    """The base's loss as `probe` says, where it cannot be computed before the adapter is there."""
+    with model.disable_adapter():
+        return probe(model, rows)
+
+
 def check_start(model: PeftModel, planned: Planned, before: Probe) -> None:
     """Raises SelfCheckError where the untrained adapter changes the base's loss, or taking it off does."""
     coarse = any(
@@ -135,7 +141,7 @@ def _loss(model: Any, rows: Sequence[Sequence[int]]) -> float:  # noqa: ANN401 -
     model.eval()
     total, count = 0.0, 0
     try:
-        with torch.inference_mode(), products(model):
+        with torch.no_grad(), products(model):
             for ids in rows:
                 given = batch_of_one(model, ids)
                 # A prompt that the method puts in front has logits too.

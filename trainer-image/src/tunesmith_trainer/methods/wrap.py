@@ -24,7 +24,7 @@ from tunesmith_trainer.methods import conversion, full, typed, verify
 from tunesmith_trainer.methods.loftq import begin_as_loss
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from datasets import Dataset
     from peft import PeftConfig
@@ -37,7 +37,14 @@ _LOOKED_AT = 256
 """Training rows, at most, that an initialisation looks at."""
 
 
-def wrap(base: PreTrainedModel, planned: Planned, rows: Dataset, method: Method, total_steps: int) -> PeftModel:
+def wrap(
+    base: PreTrainedModel,
+    planned: Planned,
+    rows: Dataset,
+    method: Method,
+    total_steps: int,
+    share_out: Callable[[], None] | None = None,
+) -> PeftModel:
     """The base with a new adapter in float32, verified; only the adapter can be trained, or all weights.
 
     Args:
@@ -46,13 +53,14 @@ def wrap(base: PreTrainedModel, planned: Planned, rows: Dataset, method: Method,
         rows: training rows, as `input_ids` and `labels`.
         method: as the manifest says it.
         total_steps: optimizer steps of the run.
+        share_out: shares the base's weights out among ranks, before it computes anything.
 
     Raises:
         SelfCheckError: the adapter is not the one that was asked for.
     """
     if planned.config is None:
-        return full.unfreeze(base)
-    probe = verify.probe(base, rows)
+        return full.unfreeze(base, share_out)
+    before = verify.probe(base, rows) if share_out is None else None
     if method.quantization is not None:
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
     config = _for_run(planned.config, base, method, total_steps)
@@ -60,12 +68,7 @@ def wrap(base: PreTrainedModel, planned: Planned, rows: Dataset, method: Method,
         _look_at_rows(base, config, rows)
     model = get_peft_model(base, config)
     assert isinstance(model, PeftModel)  # noqa: S101 - narrows the type
-    for name, parameter in model.named_parameters():
-        if ".ranknum." in name:
-            parameter.requires_grad_(requires_grad=False)  # a constant of AdaLoRA's that PEFT thaws when it casts it
-        # In bfloat16 small updates would be lost.
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.float32)
+    _widen(model)
     if isinstance(config, LoraConfig) and config.init_lora_weights == "eva":
         initialize_lora_eva_weights(model, list(_batches(rows, model.device)), show_progress_bar=False)
     if planned.doubled:
@@ -74,8 +77,19 @@ def wrap(base: PreTrainedModel, planned: Planned, rows: Dataset, method: Method,
             begin_as_loss(model, base.name_or_path)
         conversion.remember(model, changed=not loftq)
     verify.check_parameters(model, planned)
-    verify.check_start(model, planned, probe)
+    if share_out is not None:
+        share_out()
+    verify.check_start(model, planned, before or verify.probe_without(model, rows))
     return model
+
+
+def _widen(model: PeftModel) -> None:
+    """What is trained in float32: in bfloat16 small updates would be lost."""
+    for name, parameter in model.named_parameters():
+        if ".ranknum." in name:
+            parameter.requires_grad_(requires_grad=False)  # a constant of AdaLoRA's that PEFT thaws when it casts it
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)
 
 
 def _for_run(planned: PeftConfig, base: PreTrainedModel, method: Method, total_steps: int) -> PeftConfig:

@@ -162,7 +162,7 @@ class Collator:
     def _own(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         parts = micro_batches([len(row["input_ids"]) for row in rows], self.size)
         own = share(parts, self.rank, self.ranks)
-        return [self.join([rows[place] for place in part] if part else [_silent(rows[0])]) for part in own]
+        return [self.join([rows[place] for place in part] if part else [silent(rows[0])]) for part in own]
 
     def join(self, rows: Sequence[Row]) -> dict[str, Any]:
         """The tensors of one micro-batch."""
@@ -191,7 +191,7 @@ def mismatched(rows: Sequence[Row]) -> list[Row]:
     return result
 
 
-def _silent(row: Row) -> Row:
+def silent(row: Row) -> Row:
     """A row like another one, but short and without targets, for a rank that has nothing to add."""
     ids = row["input_ids"][:1]
     sequences = len(row.get("seq_lengths", [0]))

@@ -11,8 +11,8 @@ import torch
 from transformers import set_seed
 
 from tunesmith.api.finetunejob_status import EvaluationStatus, Stage
-from tunesmith.api.hyperparameters import Precision
-from tunesmith_trainer import model
+from tunesmith.api.placement import DataParallelism
+from tunesmith_trainer import model, sharding
 from tunesmith_trainer.errors import (
     InterruptedRunError,
     InvalidSpecError,
@@ -21,8 +21,10 @@ from tunesmith_trainer.errors import (
 )
 from tunesmith_trainer.evaluation import gates, generation, harness
 from tunesmith_trainer.evaluation.loss import held_out_loss
+from tunesmith_trainer.logits import last_logits
 from tunesmith_trainer.methods import hooks
 from tunesmith_trainer.methods.wrap import wrap
+from tunesmith_trainer.parity import prompt_tokens
 from tunesmith_trainer.training.arguments import arguments, precision_of
 from tunesmith_trainer.training.batches import Collator, Plan, row_lengths
 from tunesmith_trainer.training.determinism import repeatable
@@ -62,6 +64,10 @@ class Trained:
 
     model: PeftModel
     evaluation: EvaluationStatus
+    prompts: list[list[int]]
+    """Tokens of the parity prompts."""
+    logits: list[torch.Tensor]
+    """What the model says to each of them, in the type in which it was trained."""
     curve: list[CurvePoint] = field(default_factory=list)
 
 
@@ -105,8 +111,10 @@ def train(
     work: Path,
     faults: Faults,
     ranks: Ranks,
-) -> Trained:
+) -> Trained | None:
     """Trains the adapter and scores base and adapter on the held-out rows, from the newest checkpoint that verifies.
+
+    The first rank has the result, the others None.
 
     Raises:
         InterruptedRunError: the process was asked to stop, and its state is saved.
@@ -136,7 +144,7 @@ def _train(
     device: torch.device,
     faults: Faults,
     ranks: Ranks,
-) -> Trained:
+) -> Trained | None:
     method = job.spec.method
     resolved = prepared.resolved
     assert resolved.micro_batch_size is not None  # noqa: S101 - prepare() fills everything
@@ -147,11 +155,8 @@ def _train(
 
     progress.update(stage=Stage.LOADING)
     set_seed(seed)
-    precision = resolved.precision or Precision.FLOAT32
-    quantization = method.quantization
-    base = model.load_model(prepared.base, device, quantization, precision_of(precision))
-    add_target_loss(base)
-    peft_model = wrap(base, prepared.planned, prepared.train, method, resolved.total_steps)
+    sharded = resolved.data_parallelism is DataParallelism.FSDP2 and not ranks.alone
+    base, peft_model = _loaded(job, prepared, device, ranks, progress.say, sharded=sharded)
     fuse(peft_model)
     layout = choose_layout(peft_model, base)
     if checkpointing:
@@ -194,10 +199,45 @@ def _train(
             _run(trainer, saver, faults, progress, ranks, lambda: reporter.replay(curve))
 
         losses = _scored(prepared, progress, reporter, score, curve, run)
-    if not ranks.first:
-        return Trained(peft_model, losses, curve)
+    # Where weights are shared out, each rank takes part in what the first one asks the model.
+    if not ranks.first and not sharded:
+        return None
     measured = _measured(job, prepared, peft_model, progress)
-    return Trained(peft_model, gates.judge(job.spec.evaluation, losses, measured), curve)
+    tokenizer = model.load_tokenizer(prepared.base, job.spec.base_model.uri)
+    tokenizer.chat_template = job.spec.dataset.chat_template or tokenizer.chat_template
+    prompts = prompt_tokens(tokenizer)
+    logits = last_logits(peft_model, prompts)
+    if sharded:
+        sharding.gather(base, keep=ranks.first)
+    if not ranks.first:
+        return None
+    return Trained(peft_model, gates.judge(job.spec.evaluation, losses, measured), prompts, logits, curve)
+
+
+def _loaded(
+    job: FineTuneJob,
+    prepared: Prepared,
+    device: torch.device,
+    ranks: Ranks,
+    say: Callable[[str], None],
+    *,
+    sharded: bool,
+) -> tuple[PreTrainedModel, PeftModel]:
+    """The base, and the same with the adapter; each rank has all of the base, or a part where it is shared out."""
+    method, resolved = job.spec.method, prepared.resolved
+    dtype, full = precision_of(resolved.precision), method.full is not None
+    if sharded:
+        base = model.load_to_share_out(prepared.base, method.quantization, dtype, as_stored=full)
+    else:
+        base = model.load_model(prepared.base, device, method.quantization, dtype)
+    add_target_loss(base)
+
+    def share_out() -> None:
+        kept = sharding.shard(base, device, ranks, full=full)
+        say(f"  FSDP2: each of {ranks.size} processes keeps {kept / 2**20:,.1f} MiB of the base's weights")
+
+    steps = resolved.total_steps or 0
+    return base, wrap(base, prepared.planned, prepared.train, method, steps, share_out if sharded else None)
 
 
 def _checkpoint_activations(base: PreTrainedModel) -> None:
@@ -327,6 +367,9 @@ def _out_of_memory(job: FineTuneJob, prepared: Prepared, device: torch.device) -
         changes.append(f"hyperparameters.microBatchSize {smaller} (it is {micro})")
     if longest > 512:  # noqa: PLR2004 - shorter rows are rarely the cause
         changes.append(f"dataset.maxLength below {longest}, the longest row")
+    parallelism = prepared.resolved.data_parallelism
+    if parallelism is DataParallelism.DDP and device.type == "cuda" and job.spec.shardable:
+        changes.append("resources.dataParallelism FSDP2")
     if job.spec.method.lora is not None:
         changes.append("method.qlora instead of lora")
     if device.type == "cuda" and not prepared.resolved.gradient_checkpointing:

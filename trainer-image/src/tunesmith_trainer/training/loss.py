@@ -81,7 +81,9 @@ def losses_at(hidden: torch.Tensor, labels: torch.Tensor, score: Score, *, train
         trained: whether the head itself is trained, so that gradients must reach it.
     """
     if not len(labels):
-        return hidden.sum(dim=1).float()  # empty; keeps the graph where a micro-batch has no target
+        # Empty; keeps the graph where a micro-batch has no target. A trained head gets a gradient, of zeros, as that of
+        # the ranks that have one.
+        return (score(hidden) if trained else hidden).sum(dim=1).float()
     if not trained:
         frozen: torch.Tensor = _FrozenHead.apply(hidden, labels, score)
         return frozen

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
+from tunesmith_trainer import sharding
 from tunesmith_trainer.errors import LossDivergedError
 from tunesmith_trainer.methods import hooks
 from tunesmith_trainer.training.divergence import SUSTAINED_STEPS, diverged, far_off
@@ -145,29 +147,32 @@ class Saver(TrainerCallback):
     def _save(self, model: torch.nn.Module, trial: object = None) -> None:
         trainer = self._attached
         step = trainer.state.global_step
-        if step == self._saved_step and self._checkpoints.last == step:
+        # The first rank's word: what follows may need all of them.
+        if self._ranks.of_first(int(step == self._saved_step and self._checkpoints.last == step)):
             return
         if far_off(self._losses) and self.interrupted_at is None and step < trainer.state.max_steps:
             # The newest checkpoint stays one from before the loss ran away; the next step is looked at again.
             return
+        weights = _trainable(trainer, keep=self._ranks.first)
+        optimizer = trainer.optimizer.state_dict()
         if not self._ranks.first:
             self._saved_step, self._saved_at = step, self._clock()
             return
-        weights = _trainable(trainer)
         for name, tensor in weights.items():
             if not bool(tensor.isfinite().all()):
                 raise LossDivergedError(
                     f"{name} has values that are not finite after step {step} of {trainer.state.max_steps}: lower"
                     " hyperparameters.learningRate"
                 )
-        self._checkpoints.save(step, lambda folder: self._fill(folder, weights))
+        self._checkpoints.save(step, lambda folder: self._fill(folder, weights, optimizer))
         # Where it could not be written, the next attempt comes after the next interval, not at every step.
         self._saved_step, self._saved_at = step, self._clock()
 
-    def _fill(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    def _fill(self, folder: Path, weights: dict[str, torch.Tensor], optimizer: dict[str, Any]) -> None:
         trainer = self._attached
         save_file(weights, folder / WEIGHTS)
-        trainer._save_optimizer_and_scheduler(str(folder))  # noqa: SLF001 - the counterpart of what it loads
+        torch.save(optimizer, folder / OPTIMIZER_NAME)
+        torch.save(trainer.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
         trainer._save_rng_state(str(folder))  # noqa: SLF001
         state = copy.copy(trainer.state)
         state.log_history = []  # the curve has it
@@ -185,7 +190,7 @@ class Saver(TrainerCallback):
             raise RuntimeError(f"the checkpoint and the model differ in the trainable parameter {odd}")
         with torch.no_grad():
             for name, tensor in stored.items():
-                own[name].copy_(tensor)
+                own[name].copy_(sharding.part_of(tensor, own[name]))
         hooks.load_state(trainer.accelerator.unwrap_model(trainer.model), Path(folder))
 
 
@@ -193,7 +198,16 @@ def _named(trainer: Trainer) -> dict[str, torch.nn.Parameter]:
     return dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
 
 
-def _trainable(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {
-        name: tensor.detach().contiguous().cpu() for name, tensor in _named(trainer).items() if tensor.requires_grad
+def _trainable(trainer: Trainer, *, keep: bool) -> dict[str, torch.Tensor]:
+    """What is trained, whole and in main memory where `keep`; each rank must ask for what is shared out."""
+    asked = {
+        name: tensor
+        for name, tensor in _named(trainer).items()
+        if tensor.requires_grad and (keep or sharding.is_shared_out(tensor))
     }
+    found = {}
+    for name, tensor in asked.items():
+        whole = sharding.gathered(tensor)
+        if keep:
+            found[name] = whole
+    return found

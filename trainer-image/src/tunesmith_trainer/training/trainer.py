@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer
 
+from tunesmith_trainer import sharding
 from tunesmith_trainer.training.objectives import Forward
 
 if TYPE_CHECKING:
@@ -71,6 +72,13 @@ class StepTrainer(Trainer):
         # Not prepared by accelerate, which would share out the steps instead of their micro-batches.
         return DataLoader(self.train_dataset, batch_sampler=self._plan, collate_fn=self.data_collator)
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As the Trainer does; its states are whole in checkpoints."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if self.is_distributed_loading_by_transformers:
+            sharding.keep_states_whole(optimizer)
+        return optimizer
+
     def training_step(
         self,
         model: nn.Module,
@@ -96,7 +104,13 @@ class StepTrainer(Trainer):
             total += loss.detach()
             if not last:
                 self.callback_handler.on_substep_end(self.args, self.state, self.control)
+        if self.is_distributed_loading_by_transformers:
+            sharding.average(model.parameters(), self._ranks)
         return total
+
+    def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
+        """An adapter over a base that is shared out begins at every rank as at the first; `average` does the rest."""
+        sharding.begin_alike(model.parameters())
 
     def _in_turn(self, batches: Sequence[dict[str, Any]], pass_: int) -> Iterator[dict[str, Any]]:
         """The rank's batches on its device.

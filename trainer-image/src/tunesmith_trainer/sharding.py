@@ -1,0 +1,163 @@
+"""FSDP2: each rank keeps a part of every weight of the base and gathers a layer while it is computed.
+
+An adapter is small, so it is whole at every rank, and its gradients are averaged once per step.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from transformers import PreTrainedModel
+
+    from tunesmith_trainer.ranks import Ranks
+
+
+def has_known_layers(model: type[PreTrainedModel]) -> bool:
+    """Whether an architecture says what its layers are, which are gathered one at a time."""
+    return bool(model._no_split_modules)  # noqa: SLF001 - what accelerate goes by, too
+
+
+def shard(base: PreTrainedModel, device: torch.device, ranks: Ranks, *, full: bool) -> int:
+    """Shares the base's weights out, layer by layer: no device ever holds more than a layer of what it does not keep.
+
+    Returns the bytes that this rank keeps of them.
+
+    Args:
+        base: in main memory, an adapter in it or not; weights that wait to be quantized become so on the device.
+        device: of this rank.
+        ranks: that train together, met.
+        full: all weights are trained, in float32; otherwise those that are trained stay whole.
+    """
+    names = set(base._no_split_modules or ())  # noqa: SLF001
+    layers = [module for module in base.modules() if type(module).__name__ in names]
+    mesh = init_device_mesh(device.type, (ranks.size,))
+    whole = set() if full else {parameter for parameter in base.parameters() if parameter.requires_grad}
+    for layer in layers:
+        layer.to(device)
+        if full:
+            _widen(layer)
+        fully_shard(layer, mesh=mesh, ignored_params=whole & set(layer.parameters()))
+    if full:
+        _widen(base)
+    for parameter in whole:
+        parameter.data = parameter.data.to(device)
+    fully_shard(base, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+    # A Trainer would otherwise put DistributedDataParallel around it, and generation would not keep step.
+    base._is_distributed_loading_by_transformers = True  # noqa: SLF001 - there is no other way to say it
+    base._is_fsdp_managed_module = True  # noqa: SLF001
+    parts = [parameter.to_local() for parameter in base.parameters() if isinstance(parameter, DTensor)]
+    return sum(part.numel() * part.element_size() for part in parts)
+
+
+def begin_alike(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Gives parameters that every rank has whole the first rank's values."""
+    for parameter in _replicated(parameters):
+        dist.broadcast(parameter.data, src=0)
+
+
+def average(parameters: Iterable[torch.nn.Parameter], ranks: Ranks) -> None:
+    """Makes the gradients of parameters that every rank has whole their means over the ranks."""
+    replicated = _replicated(parameters)
+    if not replicated:
+        return
+    gradients = [one.grad if one.grad is not None else torch.zeros_like(one) for one in replicated]
+    together = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    dist.all_reduce(together)
+    together /= ranks.size
+    parts = together.split([gradient.numel() for gradient in gradients])
+    for parameter, part in zip(replicated, parts, strict=True):
+        parameter.grad = part.view_as(parameter)
+
+
+def _replicated(parameters: Iterable[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
+    return [one for one in parameters if one.requires_grad and not isinstance(one.data, DTensor)]
+
+
+def gather(base: PreTrainedModel, *, keep: bool) -> None:
+    """Ends sharing out: what was trained becomes whole in main memory where `keep`, and nothing else is left.
+
+    Every rank must call it. The model can be saved then, and computes nothing any more.
+    """
+    whole: dict[int, torch.nn.Parameter] = {}  # weights that are shared stay shared
+    for module in base.modules():
+        for name, parameter in module._parameters.items():  # noqa: SLF001 - set_parameter would count a tied one twice
+            if parameter is None or not isinstance(parameter.data, DTensor):
+                continue
+            if id(parameter) not in whole:
+                tensor = gathered(parameter) if parameter.requires_grad else torch.empty(0)
+                left = tensor if keep else torch.empty(0)
+                whole[id(parameter)] = torch.nn.Parameter(left, requires_grad=parameter.requires_grad)
+            module._parameters[name] = whole[id(parameter)]  # noqa: SLF001
+    base._is_distributed_loading_by_transformers = False  # noqa: SLF001
+    base._is_fsdp_managed_module = False  # noqa: SLF001
+
+
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor, in main memory; every rank must ask for it."""
+    whole: Any = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    result: torch.Tensor = whole.detach().contiguous().cpu()
+    return result
+
+
+def is_shared_out(tensor: torch.Tensor) -> bool:
+    """Whether each rank has a part of it."""
+    return isinstance(tensor.data, DTensor)
+
+
+def keep_states_whole(optimizer: torch.optim.Optimizer) -> None:
+    """Makes `state_dict()`, which every rank must call, give whole states, and `load_state_dict()` take them.
+
+    A checkpoint is the same whether weights are shared out or not.
+    """
+
+    def whole(_: torch.optim.Optimizer, document: dict[str, Any]) -> dict[str, Any]:
+        gathered_states = {
+            number: {name: gathered(value) if _is_part(value) else value for name, value in state.items()}
+            for number, state in document["state"].items()
+        }
+        return {**document, "state": gathered_states}
+
+    def parts(own: torch.optim.Optimizer, document: dict[str, Any]) -> dict[str, Any]:
+        parameters = [parameter for group in own.param_groups for parameter in group["params"]]
+        states = {
+            number: {
+                name: part_of(value, parameters[number]) if _is_like(value, parameters[number]) else value
+                for name, value in state.items()
+            }
+            for number, state in document["state"].items()
+        }
+        return {**document, "state": states}
+
+    optimizer.register_state_dict_post_hook(whole)
+    optimizer.register_load_state_dict_pre_hook(parts)
+
+
+def _is_part(value: object) -> bool:
+    return isinstance(value, DTensor)
+
+
+def _is_like(value: object, parameter: torch.Tensor) -> bool:
+    return isinstance(value, torch.Tensor) and value.shape == parameter.shape
+
+
+def part_of(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """What this rank keeps of a whole tensor, shared out as another one is."""
+    if not isinstance(like, DTensor):
+        return whole
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _widen(module: torch.nn.Module) -> None:
+    """Weights in float32: in bfloat16 small updates would be lost."""
+    for parameter in module.parameters():
+        if not isinstance(parameter.data, DTensor):
+            parameter.data = parameter.data.float()
