@@ -24,7 +24,7 @@ from trainer_rig import chat_rows, job_manifest, write_rows
 
 from tunesmith.api.conditions import FailureReason
 from tunesmith.contracts.addresses import ALLOWED_ADDRESSES
-from tunesmith_trainer.connections import AddressRefusedError, between_ranks, denied, guarded
+from tunesmith_trainer.connections import AddressRefusedError, between_ranks, check_server, denied, guarded
 from tunesmith_trainer.errors import AccessDeniedError, DatasetNotFoundError, InvalidSpecError
 from tunesmith_trainer.hub import Repository
 from tunesmith_trainer.store import Retry, Stores
@@ -117,6 +117,22 @@ def test_no_address_and_no_name_leads_there(library: str, host: str, public: Ser
         LIBRARIES[library](f"http://{host}:{public.server_port}/a")
     assert denied(raised.value, "it") is not None
     assert public.reached == []
+
+
+def test_of_a_client_with_sockets_of_its_own_the_server_or_the_proxy_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    check_server("http://127.0.0.1:9")  # nothing is guarded
+    with guarded({ALLOWED_ADDRESSES: "127.0.0.1/32"}):
+        check_server("http://127.0.0.1:9/api")
+        for server in ("http://127.0.0.2:9", "https://user:key@169.254.169.254/api", "http://[::1]:9"):
+            with pytest.raises(AddressRefusedError):
+                check_server(server)
+        monkeypatch.setenv("https_proxy", "127.0.0.1:3128")
+        check_server("https://nowhere.example")
+        monkeypatch.setenv("https_proxy", "http://10.0.0.7:3128")
+        with pytest.raises(AddressRefusedError):
+            check_server("https://nowhere.example")
 
 
 @pytest.mark.parametrize("library", ["requests", "httpx2", "aiohttp"])

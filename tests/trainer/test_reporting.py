@@ -155,6 +155,23 @@ def test_a_tracker_holds_nothing_up_and_its_password_is_not_told(tmp_path: Path,
     assert not any(b"sesame" in file.read_bytes() for file in (tmp_path / "reporting").rglob("*") if file.is_file())
 
 
+@pytest.mark.parametrize("address", ["http://169.254.169.254", "http://localhost:9"])
+def test_a_cluster_s_job_reports_to_no_such_server_of_weights_and_biases(tmp_path: Path, address: str) -> None:
+    made = reporter(tmp_path, {Tracker.WANDB: {"WANDB_API_KEY": "k" * 40, "WANDB_BASE_URL": address}}, guarded=True)
+    missed = made.close(Outcome.SUCCEEDED, {}, SECONDS)
+    assert missed is not None
+    assert "which jobs may not reach: ask the platform to list it" in missed
+
+
+def test_a_cluster_s_job_reports_to_weights_and_biases(tmp_path: Path) -> None:
+    """The guard lets its library reach its own program."""
+    made = reporter(tmp_path, {Tracker.WANDB: {"WANDB_MODE": "offline"}}, guarded=True)
+    made.add(CurvePoint(1, 0.1, 2.0, 0.01, 0.5, 100))
+    assert made.close(Outcome.SUCCEEDED, {}, SECONDS) is None
+    records = wandb_records(tmp_path / "reporting/wandb")
+    assert any(record.WhichOneof("record_type") == "history" for record in records)
+
+
 @pytest.mark.parametrize("listed", ["10.0.0.0/8", "127.0.0.1/32"])
 def test_a_cluster_s_job_reports_only_where_it_may(
     tmp_path: Path, mlflow: str, monkeypatch: pytest.MonkeyPatch, listed: str

@@ -3,7 +3,7 @@
 It looks at the address that is really connected to, after names are resolved and at every redirect, whatever library
 connects: an audit hook sees each `connect` of a Python socket, and its exception prevents it. What it does not see is
 what connects without Python's sockets: the ranks among each other (gloo, NCCL, torch's store), which is as it should
-be, and `NATIVE_CLIENTS`, which are switched off.
+be; `NATIVE_CLIENTS`, which are switched off; and the program of Weights & Biases, before which `check_server` looks.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import sys
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from tunesmith.contracts.addresses import ALLOWED_ADDRESSES, parse_networks, refused
 from tunesmith_trainer.errors import AccessDeniedError, InvalidSpecError
@@ -58,7 +60,12 @@ class _Guard:
         connecting, address = arguments
         if connecting.family not in {socket.AF_INET, socket.AF_INET6}:
             return
-        host = str(address[0])
+        self.refuse(str(address[0]))
+
+    def refuse(self, host: str) -> None:
+        """Raises AddressRefusedError where a connection to this address, a text, must not be made."""
+        if self.allowed is None:
+            return
         try:
             plain = ipaddress.ip_address(host.partition("%")[0])
         except ValueError:  # it would be resolved after this look at it
@@ -108,6 +115,26 @@ def between_ranks() -> Iterator[None]:
         yield
     finally:
         _between_ranks.reset(token)
+
+
+def check_server(url: str) -> None:
+    """Looks at what the name of a server, or of the proxy to it, stands for now; where nothing is guarded it does not.
+
+    It is for a client that does not use Python's sockets. Where that is then led by a redirect, or by a name that has
+    changed, is not seen.
+
+    Raises:
+        AddressRefusedError: one of its addresses must not be connected to.
+        OSError: the name cannot be resolved.
+    """
+    if _guard.allowed is None:
+        return
+    parts = urlsplit(url)
+    proxy = getproxies().get(parts.scheme)
+    if proxy and not proxy_bypass(parts.hostname or ""):
+        parts = urlsplit(proxy if "//" in proxy else f"//{proxy}")
+    for *_, address in socket.getaddrinfo(parts.hostname, None, type=socket.SOCK_STREAM):
+        _guard.refuse(str(address[0]))
 
 
 def denied(error: BaseException, what: str) -> AccessDeniedError | None:

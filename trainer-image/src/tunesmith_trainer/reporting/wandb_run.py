@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING
 
 import wandb
 
+from tunesmith_trainer.connections import check_server
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tunesmith_trainer.reporting.journal import Description, End, Point
 
 _CONNECTING_SECONDS = 60
+_SERVERS = ("WANDB_BASE_URL", "WANDB_HTTP_PROXY", "WANDB_HTTPS_PROXY")
+"""Variables with what its program connects to; without them that is wandb.ai."""
 
 
 class WandbTracker:
@@ -26,6 +30,9 @@ class WandbTracker:
         """Starts the run, or goes on with that of the attempts before."""
         if self._started is not None:
             return  # from here on the library itself waits out an outage
+        if os.environ.get("WANDB_MODE", "online") == "online":
+            for server in filter(None, (os.environ.get(name) for name in _SERVERS)):
+                check_server(server)
         settings = wandb.Settings(
             console="off",
             silent=True,

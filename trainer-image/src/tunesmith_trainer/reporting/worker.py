@@ -64,8 +64,7 @@ def main() -> None:
     kill_with_parent()
     folder = Path(sys.argv[1])
     run = Description(**json.loads(sys.stdin.readline()))
-    # The library of Weights & Biases connects to a program of its own on this machine, which alone goes to the network.
-    with guarded() if run.guarded and run.tracker != Tracker.WANDB else nullcontext():
+    with guarded() if run.guarded else nullcontext():
         follow(run, folder)
 
 
