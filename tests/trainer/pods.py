@@ -53,6 +53,7 @@ class Pods:
     manifest: Path
     nodes: int
     processes: list[ForkServerProcess] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
 
     @property
     def output(self) -> Path:
@@ -62,7 +63,7 @@ class Pods:
         port = free_port()
         self.processes = []
         for index in range(self.nodes):
-            environment = {"OMP_NUM_THREADS": "1"}
+            environment = {"OMP_NUM_THREADS": "1"} | self.environment
             if self.nodes > 1:
                 environment |= {
                     "JOB_COMPLETION_INDEX": str(index),

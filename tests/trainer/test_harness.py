@@ -12,6 +12,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from peft import PeftModel
+from pods import pods
 from trainer_rig import Workbench, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -191,6 +192,20 @@ def test_base_and_adapter_score_as_the_harness_alone_says(bench: Workbench, base
     assert scores["doors_text/bits_per_byte"]["base"] != scores["doors_text/bits_per_byte"]["adapter"]
     assert ran.result.metrics["tasks/doors_choice/acc"] == scores["doors_choice/acc"]["adapter"]
     assert [gate["passed"] for gate in evaluation["gates"]] == [True, True]
+
+
+@pytest.mark.long
+def test_ranks_that_share_the_weights_score_together(tmp_path: Path, base_model: Path, tasks: Path) -> None:
+    suites = [{"name": "tasks", "lmEval": {"tasks": ["doors_choice", "doors_answer", "doors_text"], "limit": 7}}]
+    shared = {"gpus": 0, "nodes": 2, "dataParallelism": "FSDP2"}
+    one = pods(tmp_path / "one", base_model, 1, evaluation={"suites": suites})
+    two = pods(tmp_path / "two", base_model, 2, evaluation={"suites": suites}, resources=shared)
+    for run in (one, two):
+        run.environment = {LM_EVAL_TASKS: str(tasks)}
+        run.finish()
+    scores, expected = two.result(0).metrics, one.result(0).metrics
+    assert len(scores or {}) > len(suites) + 2
+    assert scores == pytest.approx(expected, rel=1e-3)
 
 
 def test_examples_before_the_questions_and_a_group(bench: Workbench, base_model: Path, tasks: Path) -> None:

@@ -48,7 +48,10 @@ LONG_JOBS: dict[str, dict[str, Any]] = {
         "method": {"full": {}},
         "hyperparameters": FEW | {"optimizer": "SGD", "gradientCheckpointing": True},
     },
-    "ia3 in 4 bits": {"method": {"ia3": {"quantization": {}}}, "hyperparameters": FEW},
+    "ia3 in 4 bits, noise on the embeddings": {
+        "method": {"ia3": {"quantization": {}}},
+        "hyperparameters": FEW | {"neftuneNoiseAlpha": 5},
+    },
 }
 
 
