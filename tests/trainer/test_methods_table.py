@@ -1,0 +1,48 @@
+"""docs/methods.md says of each method what the CPU stage says; `make verify-methods` measures the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from methods_cases import CASES, Case
+from methods_rig import plan
+from pydantic import ValidationError
+
+from tunesmith_trainer.errors import InvalidSpecError
+
+TABLE = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
+TRAINS, TRAINS_IN_4_BITS, VLLM = 3, 6, 9
+
+
+@pytest.fixture(scope="module")
+def table() -> dict[str, list[str]]:
+    """The first word of each cell, by method."""
+    lines = [line for line in TABLE.read_text().splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in line.split("|")] for line in lines[1:]]
+    return {row[1]: [cell.split(" ")[0] for cell in row] for row in cells}
+
+
+def verdict(method: dict[str, Any] | None, base: Path) -> tuple[str, str | None]:
+    """Whether it would be trained, and whether vLLM would load the result."""
+    if method is None:
+        return "–", None
+    try:
+        planned = plan(method, base)
+    except (InvalidSpecError, ValidationError):
+        return "refused", None
+    return "yes", "yes" if planned.servable.vllm else "no"
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_the_table_says_what_the_validation_does(case: Case, table: dict[str, list[str]], base_model: Path) -> None:
+    trains, vllm = verdict(case.method, base_model)
+    in_4_bits, vllm_in_4_bits = verdict(case.quantized, base_model)
+    row = table[case.name]
+    assert (row[TRAINS], row[TRAINS_IN_4_BITS]) == (trains, in_4_bits)
+    assert row[VLLM] == (vllm or vllm_in_4_bits or "–")
+
+
+def test_the_table_has_no_other_methods(table: dict[str, list[str]]) -> None:
+    assert list(table) == [case.name for case in CASES]
