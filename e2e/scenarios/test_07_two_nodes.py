@@ -1,4 +1,7 @@
-"""A job of two pods trains what the same job trains in one: the same curve, to the fourth digit."""
+"""A job of two pods trains what the same job trains in one: the same curve, to the fourth digit.
+
+Whether each pod holds the whole base, or the two share it (FSDP2).
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,17 @@ if TYPE_CHECKING:
 
     from installation import Object
 
-NODES = {"one-node": 1, "two-nodes": 2}
+NODES = {
+    "one-node": {"nodes": 1},
+    "two-nodes": {"nodes": 2},
+    "two-that-share": {"nodes": 2, "dataParallelism": "FSDP2"},
+}
 COLUMNS = ("loss", "gradientNorm", "evaluationLoss")
 
 
 @pytest.fixture
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Object]]:
-    """The two jobs, complete; they are removed at the end."""
+    """The jobs, complete; they are removed at the end."""
     rows = tmp_path_factory.mktemp("rows") / "nodes.jsonl"
     with rows.open("w") as file:
         for number in range(24):
@@ -43,7 +50,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Object]
     found = {}
     for name, nodes in NODES.items():
         delete("finetunejob", name, DEMO)
-        resources = {"gpus": 0, "nodes": nodes, "cpu": "500m", "memory": "3Gi"}
+        resources = {"gpus": 0, "cpu": "500m", "memory": "3Gi"} | nodes
         apply(job_manifest(name, spec | {"resources": resources}))
         # one after the other: a small machine has no room for three training pods
         found[name] = finished_job(name)
@@ -62,11 +69,14 @@ def test_two_nodes_train_what_one_does(jobs: dict[str, Object]) -> None:
     for job in jobs.values():
         assert condition(job, "Complete")["status"] == "True", condition(job, "Failed")
         assert [attempt["outcome"] for attempt in job["status"]["attempts"]] == ["Succeeded"]
-    one, two = (curve(jobs[name]) for name in NODES)
-    assert [point["step"] for point in one] == [point["step"] for point in two]
-    for point, expected in zip(two, one, strict=True):
-        for name in COLUMNS:
-            assert float(point[name] or 0) == pytest.approx(float(expected[name] or 0), rel=1e-4), (point, expected)
+    one = curve(jobs["one-node"])
+    for two in (curve(jobs["two-nodes"]), curve(jobs["two-that-share"])):
+        assert [point["step"] for point in one] == [point["step"] for point in two]
+        for point, expected in zip(two, one, strict=True):
+            for name in COLUMNS:
+                assert float(point[name] or 0) == pytest.approx(float(expected[name] or 0), rel=1e-4), (point, expected)
+    parallelism = {name: job["status"]["resolved"].get("dataParallelism") for name, job in jobs.items()}
+    assert parallelism == {"one-node": None, "two-nodes": "DDP", "two-that-share": "FSDP2"}
     pods = items("pods", DEMO, "tunesmith.dev/finetunejob=two-nodes,app.kubernetes.io/component=train")
     assert sorted(pod["metadata"]["labels"]["batch.kubernetes.io/job-completion-index"] for pod in pods) == ["0", "1"]
     (service,) = items("services", DEMO, "tunesmith.dev/finetunejob=two-nodes")
