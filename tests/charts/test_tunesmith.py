@@ -188,6 +188,17 @@ def test_the_platforms_evaluation_tasks_reach_the_operator(template: Template) -
         assert [part for part in command if part.startswith("--lm-eval-tasks")] == told
 
 
+def test_tasks_that_jobs_bring_are_allowed_by_the_platform_alone(template: Template) -> None:
+    for values, told in (
+        ({}, []),
+        ({"trainer": {"allowTaskFolders": False}}, []),
+        ({"trainer": {"allowTaskFolders": True}}, ["--allow-task-folders"]),
+    ):
+        operator = of_kind(template("tunesmith", values), "Deployment")["tunesmith-operator"]
+        command = operator["spec"]["template"]["spec"]["containers"][0]["command"]
+        assert [part for part in command if part.startswith("--allow-task")] == told
+
+
 def test_the_addresses_that_the_platform_lists_reach_the_operator(template: Template) -> None:
     listed = {"trainer": {"allowedAddresses": ["10.0.0.7/32", "fd00::/8"]}}
     for values, told in (({}, []), (listed, ["--allowed-addresses=10.0.0.7/32,fd00::/8"])):

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from tunesmith.api.finetunejob import FineTuneJob
     from tunesmith.api.output import Tracker
+    from tunesmith_trainer.evaluation.folders import TaskCode
     from tunesmith_trainer.prepare import Prepared
     from tunesmith_trainer.reporting.reporter import Reporter
     from tunesmith_trainer.store import Folder, Stores
@@ -217,6 +218,11 @@ def _parser() -> argparse.ArgumentParser:
             help="allow file:// and folders of this machine: where no cluster runs the job",
         )
         command.add_argument(
+            "--allow-task-code",
+            action="store_true",
+            help="run the evaluation tasks that the job brings (lmEval.taskFolder), which are code",
+        )
+        command.add_argument(
             "-o",
             dest="format",
             choices=("text", "json"),
@@ -339,7 +345,16 @@ def _validate(
         _trackers(job, arguments)
     tokens = _tokens(arguments.tokens, stores)
     memory = arguments.gpu_memory_bytes
-    prepared = prepare(job, stores, work, weights=False, gpu_memory=memory, tokens=tokens, say=progress.say)
+    prepared = prepare(
+        job,
+        stores,
+        work,
+        weights=False,
+        gpu_memory=memory,
+        tokens=tokens,
+        task_code=_task_code(arguments),
+        say=progress.say,
+    )
     counted = prepared.preflight
     for line in told(counted):
         progress.say(line)
@@ -415,7 +430,7 @@ def _train(
 
     ranks = ending.ranks
     tokens = arguments.tokens or (f"file://{local}/tokens" if local is not None else None)
-    prepared = _prepared(job, stores, work, ranks, progress, _tokens(tokens, stores))
+    prepared = _prepared(job, stores, work, ranks, progress, _tokens(tokens, stores), _task_code(arguments))
     refused = _refused(prepared, cluster=not arguments.allow_file)
     if refused is not None:
         return refused
@@ -514,8 +529,22 @@ def _tokens(uri: str | None, stores: Stores) -> Folder | None:
     return stores.folder(uri, what="the folder of tokenised rows", missing=StorageUnavailableError) if uri else None
 
 
+def _task_code(arguments: argparse.Namespace) -> TaskCode:
+    from tunesmith_trainer.evaluation.folders import TaskCode  # noqa: PLC0415
+
+    if arguments.allow_task_code:
+        return TaskCode.ALLOWED
+    return TaskCode.REFUSED_LOCALLY if arguments.allow_file else TaskCode.REFUSED
+
+
 def _prepared(
-    job: FineTuneJob, stores: Stores, work: Path, ranks: Ranks, progress: Progress, tokens: Folder | None
+    job: FineTuneJob,
+    stores: Stores,
+    work: Path,
+    ranks: Ranks,
+    progress: Progress,
+    tokens: Folder | None,
+    task_code: TaskCode,
 ) -> Prepared:
     """The inputs, once all ranks are here: each pod reads them once."""
     from tunesmith_trainer.prepare import prepare  # noqa: PLC0415
@@ -531,13 +560,24 @@ def _prepared(
     memory = device_memory(device) if job.status.resolved is None else None
     prepared = ranks.once_per_pod(
         work / "prepared",
-        lambda: prepare(job, stores, work, weights=True, gpu_memory=memory, tokens=tokens, say=progress.say),
+        lambda: prepare(
+            job,
+            stores,
+            work,
+            weights=True,
+            gpu_memory=memory,
+            tokens=tokens,
+            task_code=task_code,
+            say=progress.say,
+        ),
     )
     if job.status.resolved is None and ranks.first:
         _check_exports(job, stores)
-    if not ranks.agree(prepared.resolved.model_dump_json()):
+    brought = [own.digest for _, own in sorted(prepared.task_folders.items())]
+    if not ranks.agree(prepared.resolved.model_dump_json() + "".join(brought)):
         raise InvalidSpecError(
-            "the base model or the data set changed while the pods of this job read it: give the job files of its own"
+            "the base model, the data set or a task folder changed while the pods of this job read it: give the job"
+            " files of its own"
         )
     return prepared
 

@@ -141,6 +141,11 @@ def _evaluation(evaluation: EvaluationStatus, prepared: Prepared) -> dict[str, o
     """`evaluation.json`."""
     whole = evaluation.manifest()
     more: dict[str, object] = {name: whole.pop(name) for name in ("scores", "gates") if name in whole}
+    brought = [
+        {"suite": suite, "uri": own.uri, "digest": own.digest} for suite, own in sorted(prepared.task_folders.items())
+    ]
+    if brought:
+        more["taskFolders"] = brought
     return {"heldOutLoss": whole, "rows": prepared.preflight.validation_rows, **more}
 
 

@@ -16,7 +16,8 @@ from tunesmith_trainer.data.loading import load as load_rows
 from tunesmith_trainer.data.rows import FORMS
 from tunesmith_trainer.data.template import same_prompts
 from tunesmith_trainer.errors import BaseModelNotFoundError, InvalidSpecError
-from tunesmith_trainer.evaluation import harness
+from tunesmith_trainer.evaluation import folders, harness
+from tunesmith_trainer.evaluation.folders import TaskCode
 from tunesmith_trainer.evaluation.generation import Example, also_trained, load
 from tunesmith_trainer.methods.config import parameters_at, plan_method
 from tunesmith_trainer.methods.servable import require as require_servable
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from tunesmith.api.finetunejob_status import Preflight, Resolved
     from tunesmith.contracts.fingerprint import ModelFolder
     from tunesmith.contracts.fitting import Settings
+    from tunesmith_trainer.evaluation.folders import OwnTasks
     from tunesmith_trainer.methods.config import Planned
     from tunesmith_trainer.store import Folder, Stores
 
@@ -55,6 +57,7 @@ class Prepared:
         planned: the adapter.
         ends: tokens that end an answer.
         examples: by generation suite, what is asked and answered.
+        task_folders: by suite, the tasks that it brings.
     """
 
     base: Path
@@ -67,6 +70,7 @@ class Prepared:
     planned: Planned
     ends: list[int]
     examples: dict[str, list[Example]]
+    task_folders: dict[str, OwnTasks]
 
 
 def prepare(
@@ -77,6 +81,7 @@ def prepare(
     weights: bool,
     gpu_memory: int | None = None,
     tokens: Folder | None = None,
+    task_code: TaskCode = TaskCode.REFUSED,
     say: Callable[[str], None] = lambda _: None,
 ) -> Prepared:
     """Checks, counts and tokenises the inputs of a job.
@@ -88,12 +93,14 @@ def prepare(
         weights: download the base's weights too; without them the fingerprint is read with ranged reads.
         gpu_memory: of the GPU, bytes; None where it is not known.
         tokens: keeps the tokenised rows for the next attempt.
+        task_code: whether tasks that the job brings may be run.
         say: tells a person how far it is.
 
     Raises:
         TrainerError: an input is missing, refused or not usable.
     """
     spec = job.spec
+    folders.permit(spec.evaluation, task_code)
     remote = model.open_base(spec.base_model, stores)
     base = model.fetch_base(remote, work / "base", weights=weights)
     config = model.load_config(base, spec.base_model.uri)
@@ -129,9 +136,11 @@ def prepare(
         for suite in (spec.evaluation.suites if spec.evaluation else [])
         if suite.generation is not None
     }
+    own: dict[str, OwnTasks] = {}
     if spec.evaluation is not None and any(suite.lm_eval is not None for suite in spec.evaluation.suites):
         say("  fetching the tasks of lm-evaluation-harness")
-        harness.check(spec.evaluation)
+        own = folders.fetch(spec.evaluation, stores, work / "tasks")
+        harness.check(spec.evaluation, own)
     lengths = rows.lengths
 
     def trainable(rank: int | None) -> int:
@@ -157,7 +166,9 @@ def prepare(
     counted = counted.model_copy(update={"also_trained": found or None})
     counted = preflight.judge(counted, sized, spec, run, sizes, gpu_memory)
     pad = model.pad_token(tokenizer, ends)
-    return Prepared(base, rows.train, rows.validation, rows.lengths, pad, counted, resolved, planned, ends, examples)
+    return Prepared(
+        base, rows.train, rows.validation, rows.lengths, pad, counted, resolved, planned, ends, examples, own
+    )
 
 
 def _settings(

@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from tunesmith.api.dataset import DatasetSource
-from tunesmith.api.model import ApiModel, Matches, Rule
+from tunesmith.api.model import ApiModel, Matches, Rule, SecretReference, Uri, secret_rule, uri_rules
 
 SuiteName = Annotated[str, Field(min_length=1, max_length=32, pattern=r"^[a-zA-Z0-9]([-a-zA-Z0-9]*[a-zA-Z0-9])?$")]
 TaskName = Annotated[
@@ -54,6 +54,28 @@ class Generation(ApiModel):
     limit: int | None = Field(default=None, ge=1, le=100_000, description="Rows from the first on; absent: all.")
 
 
+class TaskFolder(ApiModel):
+    """Tasks of lm-evaluation-harness that a job brings."""
+
+    rules = (
+        *uri_rules,
+        secret_rule,
+        Rule(
+            "!self.uri.startsWith('hf://') || self.uri.startsWith('hf://datasets/')",
+            "a folder of tasks on the Hugging Face Hub is hf://datasets/organisation/name, with a folder behind it",
+            lambda self: not self.uri.startswith("hf://") or self.uri.startswith("hf://datasets/"),
+        ),
+    )
+
+    uri: Uri = Field(
+        description="A folder with YAML files of tasks and groups, and the Python files that they name. "
+        "s3://, gs://, az://, pvc://, hf://datasets/org/name[@revision]/…; locally file://.",
+    )
+    secret_ref: SecretReference | None = Field(
+        default=None, description="Credentials for the uri; absent: those of the store."
+    )
+
+
 class LmEval(ApiModel):
     """Tasks of lm-evaluation-harness, with its own prompts and metrics."""
 
@@ -71,6 +93,11 @@ class LmEval(ApiModel):
         ge=0,
         le=64,
         description="Answered examples before each question; absent: as many as the task says.",
+    )
+    task_folder: TaskFolder | None = Field(
+        default=None,
+        description="Tasks of the job's own, beside those of the harness and of the platform. They are code that is run "
+        "in the trainer's pods: refused unless the platform allows it (trainer.allowTaskFolders of the chart).",
     )
 
 

@@ -14,7 +14,7 @@ from tunesmith.api.finetunejob_status import Verdict
 from tunesmith.api.placement import quantity_value
 from tunesmith.cli.errors import CliError, Exit
 from tunesmith.cli.output import Format, FormatOption, note, print_json, print_line
-from tunesmith.cli.run import trainer_command
+from tunesmith.cli.run import TaskCodeOption, task_code, trainer_command
 from tunesmith.contracts.result import ExitCode, TrainerResult
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def estimate(
         str | None,
         typer.Option("--gpu-memory", help="Memory of the GPU, such as 80GiB or 24GB; absent: the verdict is Unknown."),
     ] = None,
+    allow_task_code: TaskCodeOption = False,
     output_format: FormatOption = Format.TEXT,
 ) -> None:
     """Check a job on this machine, without a GPU or a cluster: rows, tokens, steps, peak memory, does it fit.
@@ -44,7 +45,8 @@ def estimate(
     if not filename.is_file():
         raise CliError(f"there is no file {filename}: give the manifest's path with -f", Exit.USAGE)
     memory = ["--gpu-memory-bytes", str(_bytes(gpu_memory))] if gpu_memory is not None else []
-    result = _validate([*trainer_command(), "validate", "--job", str(filename), "--allow-file", *memory])
+    more = [*memory, *task_code(allow_task_code)]
+    result = _validate([*trainer_command(), "validate", "--job", str(filename), "--allow-file", *more])
     if output_format is Format.JSON:
         print_json(result.model_dump(mode="json", by_alias=True, exclude_none=True))
     elif result.preflight is not None:

@@ -15,6 +15,13 @@ from tunesmith.cli.output import Format, FormatOption, note
 
 TRAINER = "tunesmith-trainer"
 TRAINER_VARIABLE = "TUNESMITH_TRAINER"
+TaskCodeOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-task-code",
+        help="Run the evaluation tasks that the job brings (lmEval.taskFolder) on this machine: they are code.",
+    ),
+]
 
 
 def run(
@@ -22,6 +29,7 @@ def run(
     output: Annotated[
         Path, typer.Option("--output", help="Folder that gets artifact/ and metrics.csv. It is made where missing.")
     ],
+    allow_task_code: TaskCodeOption = False,
     output_format: FormatOption = Format.TEXT,
 ) -> None:
     """Train on this machine, without a cluster, from the manifest that a cluster would take.
@@ -38,6 +46,7 @@ def run(
     command = [
         *trainer_command(),
         *("train", "--job", str(filename), "--output", str(output), "--allow-file", "--progress-port", "0"),
+        *task_code(allow_task_code),
         *("-o", output_format.value),
     ]
     _execute(command)
@@ -49,6 +58,11 @@ def _execute(command: list[str]) -> NoReturn:
         os.execvp(command[0], command)  # noqa: S606 - no shell on purpose
     except OSError as error:
         raise CliError(f"the trainer {command[0]} cannot be started: {error.strerror}") from error
+
+
+def task_code(allowed: bool) -> list[str]:  # noqa: FBT001 - an option's value
+    """The trainer's arguments for it."""
+    return ["--allow-task-code"] if allowed else []
 
 
 def trainer_command() -> list[str]:

@@ -46,6 +46,7 @@ class FineTuneJobReconciler:
             store=settings.store,
             trainer_image=settings.trainer_image,
             lm_eval_tasks=settings.lm_eval_tasks,
+            allow_task_folders=settings.allow_task_folders,
             allowed_addresses=settings.allowed_addresses,
             image_pull_policy=settings.image_pull_policy,
             cluster=self._context.cluster_uid,

@@ -26,6 +26,8 @@ class Settings:
     trainer_image: str
     lm_eval_tasks: str
     """Folder in the trainer's image with the platform's own evaluation tasks; empty: none."""
+    allow_task_folders: bool
+    """Whether jobs may bring evaluation tasks, which are code that is run in their pods."""
     allowed_addresses: str
     """Networks that jobs may reach beside public addresses, such as `10.0.0.7/32,fd00::/8`; empty: none."""
     agent_image: str
@@ -90,6 +92,11 @@ def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str]
     parser.add_argument(
         "--no-leader-election", action="store_true", help="reconcile without a Lease: for one replica only"
     )
+    parser.add_argument(
+        "--allow-task-folders",
+        action="store_true",
+        help="let jobs bring evaluation tasks (lmEval.taskFolder): code that is run in their pods",
+    )
     options = parser.parse_args(arguments)
     try:
         return Settings(
@@ -97,6 +104,7 @@ def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str]
             namespace=options.namespace,
             trainer_image=options.trainer_image,
             lm_eval_tasks=options.lm_eval_tasks,
+            allow_task_folders=options.allow_task_folders,
             allowed_addresses=_networks(parser, options.allowed_addresses),
             agent_image=options.agent_image,
             engine_image=options.engine_image,

@@ -24,6 +24,7 @@ from tunesmith.finetune.observe import ATTEMPT_LABEL, COMPONENT_LABEL, CONTAINER
 
 if TYPE_CHECKING:
     from tunesmith.api.dataset import DatasetSource
+    from tunesmith.api.evaluation import TaskFolder
     from tunesmith.api.finetunejob import BaseModelSource, FineTuneJob
 
 Object = dict[str, Any]
@@ -53,6 +54,8 @@ class Installation:
     trainer_image: str
     lm_eval_tasks: str = ""
     """Folder in that image with the platform's own evaluation tasks; empty: none."""
+    allow_task_folders: bool = False
+    """Whether jobs may bring evaluation tasks, which are code that is run in their pods."""
     allowed_addresses: str = ""
     """Networks that jobs may reach beside public addresses, such as `10.0.0.7/32,fd00::/8`; empty: none."""
     image_pull_policy: str = "IfNotPresent"
@@ -100,7 +103,7 @@ def validation(job: FineTuneJob, installation: Installation, gpu_memory_bytes: i
     labels = {COMPONENT_LABEL: VALIDATE}
     rules = [_on_disruption("Ignore"), _on_exit_codes("FailJob", ExitCode.USER_FAULT)]
     arguments = ["validate", "--job", f"{JOB_FOLDER}/{JOB_FILE}", "--tokens", _tokens(job, installation)]
-    arguments += _ownership(job, installation)
+    arguments += [*_ownership(job, installation), *_permissions(installation)]
     if gpu_memory_bytes is not None:
         arguments += ["--gpu-memory-bytes", str(gpu_memory_bytes)]
     pod = _pod(job, installation, labels, arguments, _VALIDATION_RESOURCES)
@@ -123,7 +126,7 @@ def attempt(job: FineTuneJob, number: int, installation: Installation) -> Object
     place = artifact_uri(installation.store, metadata.namespace, metadata.name, metadata.uid)
     checkpoints = checkpoints_uri(installation.store, metadata.namespace, metadata.name, metadata.uid)
     arguments = ["train", "--job", f"{JOB_FOLDER}/{JOB_FILE}", "--output", place, "--checkpoints", checkpoints]
-    arguments += ["--tokens", _tokens(job, installation), *_ownership(job, installation)]
+    arguments += ["--tokens", _tokens(job, installation), *_ownership(job, installation), *_permissions(installation)]
     pod = _pod(job, installation, labels, arguments, _resources(job))
     manifest = _job(job, str(number), labels, pod, rules, retries=0)
     if job.spec.resources.nodes > 1:
@@ -348,16 +351,23 @@ def _ownership(job: FineTuneJob, installation: Installation) -> list[str]:
     return ["--job-folder", folder, "--cluster", installation.cluster]
 
 
+def _permissions(installation: Installation) -> list[str]:
+    # An argument, which no key of the Secret with the pod's variables can set.
+    return ["--allow-task-code"] if installation.allow_task_folders else []
+
+
 def _tokens(job: FineTuneJob, installation: Installation) -> str:
     metadata = job.metadata
     return tokens_uri(installation.store, metadata.namespace, metadata.name, metadata.uid)
 
 
-def _sources(job: FineTuneJob) -> list[BaseModelSource | DatasetSource]:
+def _sources(job: FineTuneJob) -> list[BaseModelSource | DatasetSource | TaskFolder]:
     dataset = job.spec.dataset
     suites = job.spec.evaluation.suites if job.spec.evaluation else []
     scored = [suite.generation.dataset for suite in suites if suite.generation is not None]
-    return [job.spec.base_model, *dataset.train, *(dataset.validation or []), *scored]
+    tasks = [suite.lm_eval.task_folder for suite in suites if suite.lm_eval is not None]
+    brought = [folder for folder in tasks if folder is not None]
+    return [job.spec.base_model, *dataset.train, *(dataset.validation or []), *scored, *brought]
 
 
 def _secrets(job: FineTuneJob) -> list[str]:

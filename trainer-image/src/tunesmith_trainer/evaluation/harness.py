@@ -26,14 +26,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from tunesmith.api.evaluation import Evaluation, Suite
+    from tunesmith_trainer.evaluation.folders import OwnTasks
 
 _TRIED_ROWS = 2
 _PYTHON_SEED, _SEED = 0, 1234
 """Of the harness's command line."""
 
 
-def check(evaluation: Evaluation) -> None:
+def check(evaluation: Evaluation, own: Mapping[str, OwnTasks]) -> None:
     """Fetches the data of all tasks and asks a model that answers at random: what fails would fail after training.
+
+    Args:
+        evaluation: all suites and gates.
+        own: by suite, the folder of tasks that it brings.
 
     Raises:
         InvalidSpecError: a task cannot be used here, or a gate names a metric that its task does not have.
@@ -47,11 +52,11 @@ def check(evaluation: Evaluation) -> None:
         if suite.lm_eval is None:
             count += 1
             continue
-        tasks = tasks_of(suite)
+        tasks = tasks_of(suite, own.get(suite.name))
         try:
             metrics = _evaluated(DummyLM(), suite, tasks, most=_TRIED_ROWS)
-        except Exception as error:
-            raise unusable(suite, ", ".join(suite.lm_eval.tasks), error) from error
+        except (Exception, SystemExit) as error:
+            raise unusable(suite, ", ".join(suite.lm_eval.tasks), error, own.get(suite.name)) from error
         _gates(evaluation, suite, metrics)
         count += len(metrics)
     if count > MAX_SCORES:
@@ -61,7 +66,13 @@ def check(evaluation: Evaluation) -> None:
 
 
 def scores(
-    suite: Suite, model: PeftModel, tokenizer: PreTrainedTokenizerFast, batch_size: int, *, adapter: bool
+    suite: Suite,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerFast,
+    batch_size: int,
+    *,
+    adapter: bool,
+    own: OwnTasks | None = None,
 ) -> dict[str, float]:
     """By `<task>/<metric>`, the scores of the adapter, or of the base alone.
 
@@ -73,8 +84,12 @@ def scores(
         tokenizer: the base's, used up.
         batch_size: rows per forward pass.
         adapter: with the adapter, or the base alone.
+        own: the folder of tasks that the suite brings.
+
+    Raises:
+        InvalidSpecError: the Python of that folder failed on a row.
     """
-    tasks = tasks_of(suite)
+    tasks = tasks_of(suite, own)
     was_training = model.training
     model.eval()
     try:
@@ -87,6 +102,10 @@ def scores(
                         raise
                     batch_size //= 2
                 torch.cuda.empty_cache()
+    except (Exception, SystemExit) as error:
+        if own is None or suite.lm_eval is None or own.blamed(error) is None:
+            raise
+        raise unusable(suite, ", ".join(suite.lm_eval.tasks), error, own) from error
     finally:
         model.train(was_training)
 

@@ -1,4 +1,4 @@
-"""The tasks that lm-evaluation-harness knows, and those of the platform.
+"""The tasks that lm-evaluation-harness knows, those of the platform, and those that a job brings where it may.
 
 Code from elsewhere is never run: no metric of the Hub, no task that is marked as unsafe, no task of a path.
 """
@@ -21,36 +21,44 @@ if TYPE_CHECKING:
 
     from lm_eval.tasks import TaskManager
 
+    from tunesmith_trainer.evaluation.folders import OwnTasks
+
 _NAMED = 8
 """Most names that a message lists."""
+_OF_FILES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+"""Errors of the files of this machine, which another attempt does not mend."""
 
 
-def tasks_of(suite: Suite) -> Mapping[str, Any]:
+def tasks_of(suite: Suite, own: OwnTasks | None = None) -> Mapping[str, Any]:
     """The tasks of a suite with their data, as the harness's `evaluate` takes them.
 
     The process that has checked a suite does not need the Hub again to score it.
+
+    Args:
+        suite: with `lmEval`.
+        own: the folder of tasks that it brings.
 
     Raises:
         InvalidSpecError: there is no such task, or it cannot be used.
         DatasetNotFoundError: its data is not there.
         StorageUnavailableError: the Hub cannot be reached.
     """
-    return _built(suite.model_dump_json(), os.environ.get(LM_EVAL_TASKS, ""))
+    return _built(suite.model_dump_json(), os.environ.get(LM_EVAL_TASKS, ""), own)
 
 
 @functools.cache
-def _built(document: str, folder: str) -> Mapping[str, Any]:
+def _built(document: str, folder: str, own: OwnTasks | None) -> Mapping[str, Any]:
     suite = Suite.model_validate_json(document)
     asked = suite.lm_eval
     assert asked is not None  # noqa: S101 - the caller has looked
-    known = _known(folder)
+    known = _known(folder) if own is None else _with(own, _known(folder), suite)
     built = []
     for name in asked.tasks:
         _refuse(known, suite, name)
         try:
             built.append(known.load([name]))
-        except Exception as error:
-            raise unusable(suite, name, error) from error
+        except (Exception, SystemExit) as error:
+            raise unusable(suite, name, error, own) from error
     whole: dict[str, Any] = {part: {} for part in ("tasks", "groups", "group_map")}
     for one in built:
         if whole["tasks"].keys() & one["tasks"].keys():
@@ -81,6 +89,21 @@ def _known(folder: str) -> TaskManager:
             f"{LM_EVAL_TASKS} is {folder}, which is no folder here: the trainer's image must have it, or unset it"
         )
     return TaskManager(include_path=folder or None)
+
+
+def _with(own: OwnTasks, known: TaskManager, suite: Suite) -> TaskManager:
+    """The tasks that a job brings and all others: under each name there is one."""
+    from lm_eval.tasks import TaskManager  # noqa: PLC0415
+
+    whole = TaskManager(include_path=str(own.path), include_defaults=False)
+    twice = sorted(whole.task_index.keys() & known.task_index.keys())
+    if twice:
+        raise InvalidSpecError(
+            f"evaluation suite {suite.name}: lmEval.taskFolder {own.uri} defines {few(twice)}, which lm-evaluation-harness"
+            " or the platform has under the same name (of a task, a group or a tag): rename it in the folder"
+        )
+    whole.task_index.update(known.task_index)
+    return whole
 
 
 def _refuse(known: TaskManager, suite: Suite, name: str) -> None:
@@ -144,13 +167,20 @@ def _within(known: TaskManager, config: Mapping[str, Any], name: str) -> Iterato
             yield from _configs(known, one)
 
 
-def unusable(suite: Suite, name: str, error: Exception) -> TrainerError:
-    """The error in other words."""
+def unusable(suite: Suite, name: str, error: BaseException, own: OwnTasks | None = None) -> TrainerError:
+    """The error in other words: what went wrong in a job's own Python is told with its file and line."""
     where = f"evaluation suite {suite.name}: the task {name}"
     refused = denied(error, where)
     if refused is not None:
         return refused
     told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    blamed = None
+    if own is not None:
+        blamed, told = own.blamed(error), own.within(told)
+    if blamed is not None:
+        if isinstance(error, OSError) and not isinstance(error, _OF_FILES):
+            return StorageUnavailableError(f"{where} needs a server that cannot be reached: {blamed}")
+        return InvalidSpecError(f"{where} cannot be used: {blamed}")
     if isinstance(error, FileNotFoundError):
         return DatasetNotFoundError(
             f"{where} has no data: {told}; a data set on the Hub that asks for a sign-in cannot be used"
@@ -158,6 +188,10 @@ def unusable(suite: Suite, name: str, error: Exception) -> TrainerError:
     if isinstance(error, OSError):
         return StorageUnavailableError(
             f"{where} needs its data from the Hugging Face Hub: {told}; let the pod reach it, or leave the task out"
+        )
+    if isinstance(error, ImportError) and own is not None:
+        return InvalidSpecError(
+            f"{where} names Python that is neither in lmEval.taskFolder, beside its YAML, nor in the trainer's image: {told}"
         )
     if isinstance(error, ImportError):
         return InvalidSpecError(f"{where} needs a package that the trainer's image does not have: {told}")

@@ -308,7 +308,8 @@ def _scores(
     batch_size = prepared.resolved.micro_batch_size or 1
     asked = suite.generation
     if asked is None:
-        return harness.scores(suite, peft_model, tokenizer, batch_size, adapter=adapter)
+        own = prepared.task_folders.get(suite.name)
+        return harness.scores(suite, peft_model, tokenizer, batch_size, adapter=adapter, own=own)
     examples = prepared.examples[suite.name]
     given = generation.answers(
         peft_model,

@@ -1,0 +1,205 @@
+"""Folders with evaluation tasks of a job's own: fetched, hashed and checked. What they hold is code, and is run."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import traceback
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from tunesmith_trainer.errors import DatasetNotFoundError, InvalidSpecError
+from tunesmith_trainer.store import file_sha256
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tunesmith.api.evaluation import Evaluation, Suite
+    from tunesmith_trainer.store import Folder, Stores
+
+_MOST_FILES = 5000
+_NOT_TASKS = frozenset({"__pycache__"})
+"""Folders that are not looked into, beside those whose names begin with a dot."""
+
+
+class TaskCode(StrEnum):
+    """Whether tasks that a job brings may be run here."""
+
+    ALLOWED = "Allowed"
+    REFUSED = "Refused"
+    REFUSED_LOCALLY = "RefusedLocally"
+    """On a person's own machine, who can allow it."""
+
+
+@dataclass(frozen=True)
+class OwnTasks:
+    """A folder of tasks on this machine.
+
+    Args:
+        path: the copy, without links in its path.
+        uri: where it comes from.
+        digest: `sha256:<64 hex>` of the names and the content of its files.
+    """
+
+    path: Path
+    uri: str
+    digest: str
+
+    def blamed(self, error: BaseException) -> str | None:
+        """File, line and what went wrong, where the error was raised in the folder's Python."""
+        for one in _causes(error):
+            if isinstance(one, SyntaxError) and one.filename and Path(one.filename).is_relative_to(self.path):
+                return f"{self.within(one.filename)} line {one.lineno}: {type(one).__name__}: {one.msg}"
+            frames = traceback.extract_tb(one.__traceback__)
+            inside = [frame for frame in frames if Path(frame.filename).is_relative_to(self.path)]
+            if inside:
+                said = self.within(" ".join(str(one).split())[:300])
+                what = f"{type(one).__name__}: {said}" if said else type(one).__name__
+                return f"{self.within(inside[-1].filename)} line {inside[-1].lineno}: {what}"
+        return None
+
+    def within(self, text: str) -> str:
+        """A text in which the folder's files go by their paths in it."""
+        return text.replace(f"{self.path}/", "").replace(str(self.path), "the folder")
+
+
+def permit(evaluation: Evaluation | None, code: TaskCode) -> None:
+    """Looks whether what a job brings may be run, before anything of it is fetched.
+
+    Raises:
+        InvalidSpecError: it brings tasks, and they may not.
+    """
+    for suite, uri in _wanted(evaluation):
+        what = f"evaluation suite {suite.name}: lmEval.taskFolder {uri} holds code that would be run"
+        if code is TaskCode.REFUSED_LOCALLY:
+            raise InvalidSpecError(
+                f"{what} on this machine: read it, and give --allow-task-code if you trust it, or remove taskFolder"
+            )
+        if code is TaskCode.REFUSED:
+            raise InvalidSpecError(
+                f"{what} in the trainer's pods, which this installation does not allow: ask whoever installed"
+                " Tunesmith to set the chart's value trainer.allowTaskFolders, or remove taskFolder"
+            )
+
+
+def fetch(evaluation: Evaluation, stores: Stores, work: Path) -> dict[str, OwnTasks]:
+    """By suite, the tasks that it brings: copied to this machine, and their YAML read.
+
+    Raises:
+        InvalidSpecError: a file is not as lm-evaluation-harness wants it.
+        DatasetNotFoundError: there is no such folder, or it has no YAML file.
+        TrainerError: the store cannot be read.
+    """
+    found = {}
+    for suite, uri in _wanted(evaluation):
+        where = f"evaluation suite {suite.name}: lmEval.taskFolder {uri}"
+        assert suite.lm_eval is not None  # noqa: S101 - only those are wanted
+        assert suite.lm_eval.task_folder is not None  # noqa: S101 - only those are wanted
+        reference = suite.lm_eval.task_folder.secret_ref
+        what = f"the task folder of evaluation suite {suite.name}"
+        secret = reference.name if reference is not None else None
+        folder = stores.folder(uri.rstrip("/"), what=what, missing=DatasetNotFoundError, secret=secret)
+        target = (work / suite.name).resolve()
+        shutil.rmtree(target, ignore_errors=True)  # of a container of this pod that ran before
+        own = OwnTasks(target, uri, _copied(folder, target, where))
+        _check(own, where)
+        found[suite.name] = own
+    return found
+
+
+def _wanted(evaluation: Evaluation | None) -> Iterator[tuple[Suite, str]]:
+    for suite in evaluation.suites if evaluation is not None else []:
+        if suite.lm_eval is not None and suite.lm_eval.task_folder is not None:
+            yield suite, suite.lm_eval.task_folder.uri
+
+
+def _copied(folder: Folder, target: Path, where: str) -> str:
+    """Copies all files, and returns the digest of what was copied."""
+    if folder.local is not None:
+        links = [path.relative_to(folder.local) for path in folder.local.rglob("*") if path.is_symlink()]
+        seen = [str(path) for path in links if _looked_at(path.as_posix())]
+        if seen:
+            raise InvalidSpecError(f"{where}: {min(seen)} is a link: put what it links to into the folder itself")
+    paths = [path for path in folder.below() if _looked_at(path)]
+    if not any(path.endswith(".yaml") for path in paths):
+        raise DatasetNotFoundError(
+            f"{where} has no task: there is no file in or below it whose name ends with .yaml; check the uri"
+        )
+    if len(paths) > _MOST_FILES:
+        raise InvalidSpecError(
+            f"{where} has {len(paths)} files, more than {_MOST_FILES}: name the folder that holds the tasks alone"
+        )
+    digest = hashlib.sha256()
+    for path in paths:
+        *parents, name = path.split("/")
+        place = folder
+        for parent in parents:
+            place = place.child(parent)
+        copy = target.joinpath(*parents, name)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        place.download(name, copy)
+        digest.update(f"{file_sha256(copy)}  {path}\n".encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _looked_at(path: str) -> bool:
+    return not any(part.startswith(".") or part in _NOT_TASKS for part in path.split("/"))
+
+
+def _check(own: OwnTasks, where: str) -> None:
+    """Reads all YAML: of what it cannot read, the harness says only that there is no such task."""
+    names: dict[str, Path] = {}
+    for path in sorted(own.path.rglob("*.yaml")):
+        config = _read(own, path, where, ())
+        name = config.get("task") if "class" in config else config.get("group", config.get("task"))
+        if name is None:
+            continue  # a file that others include
+        if not isinstance(name, str):
+            raise InvalidSpecError(
+                f"{where}: {own.within(str(path))}: a task has a name, and so has a group: write task: name, or"
+                " group: name beside the list task"
+            )
+        if name in names:
+            raise InvalidSpecError(
+                f"{where}: {own.within(str(names[name]))} and {own.within(str(path))} both define {name}: rename one"
+            )
+        names[name] = path
+
+
+def _read(own: OwnTasks, path: Path, where: str, around: tuple[Path, ...]) -> dict[str, Any]:
+    """A YAML file with those that it includes, its functions not loaded."""
+    from lm_eval.tasks._yaml_loader import load_yaml  # noqa: PLC0415
+
+    name = own.within(str(path))
+    try:
+        config: dict[str, Any] = load_yaml(path, resolve_func=False, recursive=False)
+    except yaml.MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}" if error.problem_mark is not None else ""
+        raise InvalidSpecError(f"{where}: {name}{line} is not YAML: {error.problem or error.context}") from None
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        told = own.within(" ".join(str(error).split())[:300])
+        raise InvalidSpecError(f"{where}: {name} is not the YAML of a task: {told}") from None
+    included: dict[str, Any] = {}
+    asked = config.get("include", [])
+    for one in asked if isinstance(asked, list) else [asked]:
+        inner = (path.parent / str(one)).resolve()
+        if not inner.is_relative_to(own.path) or not inner.is_file():
+            raise InvalidSpecError(f"{where}: {name} includes {one}, which is no file of the folder: add it")
+        if inner in (*around, path):
+            raise InvalidSpecError(f"{where}: {name} includes {one}, which includes {name}: remove one of the two")
+        included |= _read(own, inner, where, (*around, path))
+    return included | config
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """The errors of which this one came, the first one first."""
+    chain: list[BaseException] = []
+    one: BaseException | None = error
+    while one is not None and one not in chain:
+        chain.append(one)
+        one = one.__cause__ or one.__context__
+    return chain[::-1]
