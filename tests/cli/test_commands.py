@@ -104,6 +104,13 @@ def test_run_is_the_trainer_with_its_exit_code(trainer: Path, manifest: Path, co
     ]
 
 
+def test_run_allows_the_code_of_tasks_where_the_person_does(trainer: Path, manifest: Path) -> None:
+    asked = ("run", "-f", manifest, "--output", "out")
+    for given in ((), ("--allow-task-code",)):
+        done = tunesmith(*asked, *given, TUNESMITH_TRAINER=str(trainer))
+        assert [word for word in done.stdout.split() if word.startswith("--allow-task")] == list(given)
+
+
 def test_run_finds_the_trainer_on_the_path(trainer: Path, manifest: Path) -> None:
     done = tunesmith("run", "-f", manifest, "--output", "out", PATH=f"{trainer.parent}:{os.environ['PATH']}")
     assert done.returncode == 0

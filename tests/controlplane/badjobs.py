@@ -196,6 +196,17 @@ BAD_JOBS: dict[str, BadJob] = {
     "a task that there is not": invalid(
         "did you mean arc_easy?", evaluation={"suites": [{"name": "tasks", "lmEval": {"tasks": ["arc_esay"]}}]}
     ),
+    "tasks in a model's repository": apply(
+        "is hf://datasets/organisation/name",
+        evaluation={"suites": [{"name": "t", "lmEval": {"tasks": ["a"], "taskFolder": {"uri": "hf://org/tasks"}}}]},
+    ),
+    "tasks that the platform does not run": BadJob(
+        Stage.VALIDATION,
+        "to set the chart's value trainer.allowTaskFolders, or remove taskFolder",
+        {"evaluation": {"suites": [{"name": "t", "lmEval": {"tasks": ["a"], "taskFolder": {"uri": "s3://a/tasks"}}}]}},
+        FailureReason.INVALID_SPEC,
+        guarded=True,
+    ),
     "4 bits turned back that never were": apply("use Original", output={"merge": "Dequantized"}),
     "a copy to a claim": apply("a copy goes to s3://bucket/path", output={"exports": [{"uri": "pvc://claim/copy"}]}),
     "a copy to two places in one": apply(

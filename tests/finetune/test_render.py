@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from worlds import STORE, job
 
 from tunesmith.api.finetunejob import FineTuneJob
 from tunesmith.api.finetunejob_status import FineTuneJobStatus
+from tunesmith.contracts.location import CLAIMS_FOLDER
 from tunesmith.finetune.observe import TRAIN, VALIDATE
 from tunesmith.finetune.render import Installation, attempt, configuration, meeting, validation
 
@@ -85,6 +87,22 @@ def test_no_secret_value_or_token_reaches_a_pod_by_itself() -> None:
         pod: dict[str, Any] = RENDERED[name]["spec"]["template"]["spec"]
         assert pod["automountServiceAccountToken"] is False
         assert "AWS_" not in json.dumps(pod)
+
+
+def test_tasks_that_a_job_brings_are_mounted_and_run_only_where_the_platform_says_so() -> None:
+    folders = [{"uri": "s3://a/tasks", "secretRef": {"name": "tasks"}}, {"uri": "pvc://tasks/mine"}]
+    suites = [
+        {"name": f"t{number}", "lmEval": {"tasks": ["a"], "taskFolder": folder}}
+        for number, folder in enumerate(folders)
+    ]
+    asking = job(evaluation={"suites": suites})
+    for allowed in (False, True):
+        installation = replace(INSTALLATION, allow_task_folders=allowed)
+        for rendered in (validation(asking, installation), attempt(asking, 1, installation)):
+            pod = rendered["spec"]["template"]["spec"]
+            assert ("--allow-task-code" in pod["containers"][0]["args"]) is allowed
+            places = {mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+            assert {"/etc/tunesmith/secrets/tasks", f"{CLAIMS_FOLDER}/tasks"} <= places
 
 
 @pytest.mark.parametrize(("reporting", "mounted"), [(["MLflow"], True), (["WandB"], True), (["TensorBoard"], False)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ from tunesmith.contracts.tasks import LM_EVAL_TASKS
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from s3server import S3Server
 
 ROWS = [
     {
@@ -92,6 +95,114 @@ MARKED = {
     "unsafe": ("unsafe_code: true", "runs what the model writes"),
     "scripted": ("dataset_kwargs: {trust_remote_code: true}", "runs code that comes with its data"),
     "foreign": ("metric_list: [{metric: f1, hf_evaluate: true}]", "has a metric whose code comes from the Hub"),
+}
+PAINTED = """
+task: painted
+custom_dataset: !function colours.rows
+output_type: generate_until
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_target: "{{text}}"
+generation_kwargs: {until: ["."], max_gen_toks: 2, do_sample: false}
+filter_list:
+  - name: green
+    filter: [{function: custom, filter_fn: !function colours.all_green}, {function: take_first}]
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}
+metadata: {version: 1.0}
+"""
+COLOURS = """
+from pathlib import Path
+
+import datasets
+
+
+def rows(**_):
+    return datasets.load_dataset("json", data_files={"test": str(Path(__file__).parent / "rows/doors.jsonl")})
+
+
+def all_green(answers, rows):
+    return [["green"] for _ in answers]
+"""
+JUDGED = """
+
+def judged(doc, answers):
+    return {"exact_match": {"green": 1, "blue": 0}[doc["text"]]}
+"""
+CODE = ["--allow-task-code"]
+# case → (what is changed in the folder, the tasks that are asked for, what is said)
+FOLDERS: dict[str, tuple[dict[str, str], list[str], str]] = {
+    "a name of the platform's": (
+        {"painted.yaml": PAINTED.replace("task: painted", "task: doors_choice")},
+        ["doors_choice"],
+        "defines doors_choice, which lm-evaluation-harness or the platform has under the same name",
+    ),
+    "a name of the harness's": (
+        {"painted.yaml": PAINTED.replace("task: painted", "task: arc_easy")},
+        ["arc_easy"],
+        "defines arc_easy, which lm-evaluation-harness or the platform has under the same name",
+    ),
+    "a tag of the harness's": (
+        {"painted.yaml": f"{PAINTED}tag: ai2_arc\n"},
+        ["painted"],
+        "defines ai2_arc, which lm-evaluation-harness or the platform has under the same name (of a task, a group or a",
+    ),
+    "a name twice": ({"more/again.yaml": PAINTED}, ["painted"], "more/again.yaml and painted.yaml both define painted"),
+    "broken YAML": (
+        {"painted.yaml": PAINTED.replace('"{{text}}"', '"{{text}}')},
+        ["painted"],
+        "painted.yaml line 8 is not YAML: ",
+    ),
+    "YAML of no task": ({"painted.yaml": "- task\n"}, ["painted"], "painted.yaml is not the YAML of a task: "),
+    "an include that is not there": (
+        {"painted.yaml": f"include: base.yaml\n{PAINTED}"},
+        ["painted"],
+        "painted.yaml includes base.yaml, which is no file of the folder: add it",
+    ),
+    "an include from elsewhere": (
+        {"painted.yaml": f"include: ../job.yaml\n{PAINTED}"},
+        ["painted"],
+        "painted.yaml includes ../job.yaml, which is no file of the folder: add it",
+    ),
+    "a slip in a name": ({}, ["paintde"], "is named paintde; did you mean painted?"),
+    "Python that is not there": (
+        {"painted.yaml": PAINTED.replace("colours.rows", "colors.rows")},
+        ["painted"],
+        "the task painted names Python that is neither in lmEval.taskFolder, beside its YAML, nor in the trainer's",
+    ),
+    "a function that is not there": (
+        {"painted.yaml": PAINTED.replace("colours.rows", "colours.raws")},
+        ["painted"],
+        "Module 'colours.py' has no function 'raws'",
+    ),
+    "Python that fails": (
+        {"colours.py": f"{COLOURS}\nimport nonsense_of_no_package\n"},
+        ["painted"],
+        "the task painted cannot be used: colours.py line 14: ModuleNotFoundError: No module named 'nonsense_of_no_pa",
+    ),
+    "Python that is none": (
+        {"colours.py": "def rows(:\n"},
+        ["painted"],
+        "the task painted cannot be used: colours.py line 1: SyntaxError: invalid syntax",
+    ),
+    "Python that leaves": (
+        {"colours.py": "raise SystemExit(0)\n"},
+        ["painted"],
+        "the task painted cannot be used: colours.py line 1: SystemExit: 0",
+    ),
+    "data that is not there": (
+        {"colours.py": COLOURS.replace("rows/doors.jsonl", "rows/windows.jsonl")},
+        ["painted"],
+        "the task painted cannot be used: colours.py line 8: FileNotFoundError: ",
+    ),
+    "a row that its Python does not know": (
+        {
+            "colours.py": COLOURS + JUDGED,
+            "painted.yaml": f"{PAINTED}process_results: !function colours.judged\n",
+        },
+        ["painted"],
+        "the task painted cannot be used: colours.py line 16: KeyError: 'grey'",
+    ),
 }
 CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]], str]] = {
     "a slip in a name": (
@@ -263,6 +374,105 @@ def test_only_the_platform_adds_tasks(bench: Workbench, monkeypatch: pytest.Monk
     ran = bench.run("validate", _job(bench, {"tasks": ["doors_choice"]}, []))
     assert (ran.code, ran.result.reason) == (2, FailureReason.INVALID_SPEC)
     assert "which is no folder here" in ran.result.message
+
+
+def _folder(place: Path, **changed: str) -> Path:
+    """What a job brings."""
+    for name, text in ({"painted.yaml": PAINTED, "colours.py": COLOURS} | changed).items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text(text)
+    write_rows(place / "rows/doors.jsonl", ROWS)
+    return place
+
+
+@pytest.mark.usefixtures("tasks")
+def test_tasks_of_a_folder_are_scored_beside_others(bench: Workbench) -> None:
+    folder = _folder(bench.folder / "mine")
+    asked = {"tasks": ["painted", "doors_choice"], "taskFolder": {"uri": f"file://{folder}"}}
+    gates = [{"suite": "tasks", "metric": "painted/exact_match,green", "min": 0.4, "max": 0.4}]
+    ran = bench.run("train", _job(bench, asked, gates), *CODE)
+    assert ran.code == 0, ran.result.message
+    evaluation = json.loads((bench.output / "artifact/evaluation.json").read_text())
+    assert {one["metric"] for one in evaluation["scores"]} == {
+        "painted/exact_match,green",
+        "doors_choice/acc",
+        "doors_choice/acc_norm",
+    }
+    digests = [
+        f"{hashlib.sha256((folder / path).read_bytes()).hexdigest()}  {path}\n"
+        for path in ("colours.py", "painted.yaml", "rows/doors.jsonl")
+    ]
+    whole = hashlib.sha256("".join(digests).encode()).hexdigest()
+    assert evaluation["taskFolders"] == [{"suite": "tasks", "uri": f"file://{folder}", "digest": f"sha256:{whole}"}]
+
+
+@pytest.mark.usefixtures("tasks")
+def test_code_of_a_folder_that_fails_late_is_the_jobs_fault(bench: Workbench) -> None:
+    # What answers on the CPU says the same to everything; this fails on what a model says.
+    late = COLOURS.replace('["green"] for _ in', '[{"lol": "green"}[one]] for (one,) in')
+    folder = _folder(bench.folder / "mine", **{"colours.py": late})
+    ran = bench.run("train", _job(bench, {"tasks": ["painted"], "taskFolder": {"uri": f"file://{folder}"}}, []), *CODE)
+    assert (ran.code, ran.result.reason) == (2, FailureReason.INVALID_SPEC)
+    assert "the task painted cannot be used: colours.py line 12: KeyError: " in ran.result.message
+    assert "  evaluation suite tasks: the base model" in ran.lines
+
+
+@pytest.mark.parametrize("command", ["validate", "train"])
+def test_the_code_of_a_folder_is_not_run_unasked(bench: Workbench, command: str) -> None:
+    folder = _folder(bench.folder / "mine", **{"colours.py": "raise AssertionError\n"})
+    job = _job(bench, {"tasks": ["painted"], "taskFolder": {"uri": f"file://{folder}"}}, [])
+    ran = bench.run(command, job)
+    assert (ran.code, ran.result.reason, ran.result.retryable) == (2, FailureReason.INVALID_SPEC, False)
+    assert "give --allow-task-code if you trust it" in ran.result.message
+
+
+@pytest.mark.usefixtures("tasks")
+@pytest.mark.parametrize("case", FOLDERS)
+def test_what_is_wrong_in_a_folder_is_told_on_the_cpu(bench: Workbench, case: str) -> None:
+    changed, asked, told = FOLDERS[case]
+    folder = _folder(bench.folder / "mine", **changed)
+    job = _job(bench, {"tasks": asked, "taskFolder": {"uri": f"file://{folder}"}}, [])
+    ran = bench.run("validate", job, *CODE)
+    assert (ran.code, ran.result.reason) == (2, FailureReason.INVALID_SPEC)
+    assert told in ran.result.message
+    assert "Traceback" not in ran.result.message
+    assert str(bench.folder / "work") not in ran.result.message
+
+
+@pytest.mark.usefixtures("tasks")
+def test_a_folder_in_a_store_is_read_with_its_secret(
+    bench: Workbench, s3: S3Server, s3_environment: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = _folder(bench.folder / "mine")
+    for path in folder.rglob("*.*"):
+        s3.filesystem().pipe_file(f"tunesmith/mine/{path.relative_to(folder)}", path.read_bytes())
+    job = _job(
+        bench, {"tasks": ["painted"], "taskFolder": {"uri": "s3://tunesmith/mine/", "secretRef": {"name": "keys"}}}, []
+    )
+    for name in s3_environment.environment():
+        monkeypatch.delenv(name)
+    arguments = [*CODE, "--secrets", str(bench.folder / "secrets")]
+    ran = bench.run("validate", job, *arguments)
+    assert (ran.code, ran.result.reason) == (2, FailureReason.SECRET_NOT_FOUND)
+    assert "the Secret keys does not exist or is empty" in ran.result.message
+    (bench.folder / "secrets/keys").mkdir(parents=True)
+    for name, value in s3_environment.environment().items():
+        (bench.folder / "secrets/keys" / name).write_text(value)
+    ran = bench.run("validate", job, *arguments)
+    assert ran.code == 0, ran.result.message
+    job["spec"]["evaluation"]["suites"][0]["lmEval"]["taskFolder"]["uri"] = "s3://tunesmith/nothing"
+    ran = bench.run("validate", job, *arguments)
+    assert (ran.code, ran.result.reason) == (2, FailureReason.DATASET_NOT_FOUND)
+
+
+@pytest.mark.usefixtures("tasks")
+def test_no_link_leads_out_of_a_folder(bench: Workbench) -> None:
+    folder = _folder(bench.folder / "mine")
+    (folder / "rows/more.jsonl").symlink_to("/etc/passwd")
+    job = _job(bench, {"tasks": ["painted"], "taskFolder": {"uri": f"file://{folder}"}}, [])
+    ran = bench.run("validate", job, *CODE)
+    assert (ran.code, ran.result.reason) == (2, FailureReason.INVALID_SPEC)
+    assert "rows/more.jsonl is a link: put what it links to into the folder itself" in ran.result.message
 
 
 @pytest.mark.usefixtures("tasks")

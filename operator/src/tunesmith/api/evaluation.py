@@ -96,8 +96,8 @@ class LmEval(ApiModel):
     )
     task_folder: TaskFolder | None = Field(
         default=None,
-        description="Tasks of the job's own, beside those of the harness and of the platform. They are code that is run "
-        "in the trainer's pods: refused unless the platform allows it (trainer.allowTaskFolders of the chart).",
+        description="Tasks of the job's own, beside those of the harness and of the platform. They are code that is "
+        "run in the trainer's pods: refused unless the platform allows it (trainer.allowTaskFolders of the chart).",
     )
 
 

@@ -32,6 +32,7 @@ def estimate(
         str | None,
         typer.Option("--gpu-memory", help="Memory of the GPU, such as 80GiB or 24GB; absent: the verdict is Unknown."),
     ] = None,
+    *,
     allow_task_code: TaskCodeOption = False,
     output_format: FormatOption = Format.TEXT,
 ) -> None:
@@ -45,7 +46,7 @@ def estimate(
     if not filename.is_file():
         raise CliError(f"there is no file {filename}: give the manifest's path with -f", Exit.USAGE)
     memory = ["--gpu-memory-bytes", str(_bytes(gpu_memory))] if gpu_memory is not None else []
-    more = [*memory, *task_code(allow_task_code)]
+    more = [*memory, *task_code(allowed=allow_task_code)]
     result = _validate([*trainer_command(), "validate", "--job", str(filename), "--allow-file", *more])
     if output_format is Format.JSON:
         print_json(result.model_dump(mode="json", by_alias=True, exclude_none=True))

@@ -29,6 +29,7 @@ def run(
     output: Annotated[
         Path, typer.Option("--output", help="Folder that gets artifact/ and metrics.csv. It is made where missing.")
     ],
+    *,
     allow_task_code: TaskCodeOption = False,
     output_format: FormatOption = Format.TEXT,
 ) -> None:
@@ -46,7 +47,7 @@ def run(
     command = [
         *trainer_command(),
         *("train", "--job", str(filename), "--output", str(output), "--allow-file", "--progress-port", "0"),
-        *task_code(allow_task_code),
+        *task_code(allowed=allow_task_code),
         *("-o", output_format.value),
     ]
     _execute(command)
@@ -60,7 +61,7 @@ def _execute(command: list[str]) -> NoReturn:
         raise CliError(f"the trainer {command[0]} cannot be started: {error.strerror}") from error
 
 
-def task_code(allowed: bool) -> list[str]:  # noqa: FBT001 - an option's value
+def task_code(*, allowed: bool) -> list[str]:
     """The trainer's arguments for it."""
     return ["--allow-task-code"] if allowed else []
 

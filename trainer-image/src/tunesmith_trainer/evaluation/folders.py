@@ -196,10 +196,10 @@ def _read(own: OwnTasks, path: Path, where: str, around: tuple[Path, ...]) -> di
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """The errors of which this one came, the first one first."""
+    """The error, and those that it came of."""
     chain: list[BaseException] = []
     one: BaseException | None = error
     while one is not None and one not in chain:
         chain.append(one)
-        one = one.__cause__ or one.__context__
-    return chain[::-1]
+        one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
+    return chain

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from tunesmith_trainer.evaluation.folders import OwnTasks
 
 _TRIED_ROWS = 2
+_TRIED_OWN_ROWS = 100
+"""Of tasks whose Python nobody has tried yet."""
 _PYTHON_SEED, _SEED = 0, 1234
 """Of the harness's command line."""
 
@@ -54,7 +56,8 @@ def check(evaluation: Evaluation, own: Mapping[str, OwnTasks]) -> None:
             continue
         tasks = tasks_of(suite, own.get(suite.name))
         try:
-            metrics = _evaluated(DummyLM(), suite, tasks, most=_TRIED_ROWS)
+            most = _TRIED_OWN_ROWS if suite.name in own else _TRIED_ROWS
+            metrics = _evaluated(DummyLM(), suite, tasks, most=most)
         except (Exception, SystemExit) as error:
             raise unusable(suite, ", ".join(suite.lm_eval.tasks), error, own.get(suite.name)) from error
         _gates(evaluation, suite, metrics)

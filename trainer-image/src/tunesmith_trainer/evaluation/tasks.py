@@ -99,8 +99,9 @@ def _with(own: OwnTasks, known: TaskManager, suite: Suite) -> TaskManager:
     twice = sorted(whole.task_index.keys() & known.task_index.keys())
     if twice:
         raise InvalidSpecError(
-            f"evaluation suite {suite.name}: lmEval.taskFolder {own.uri} defines {few(twice)}, which lm-evaluation-harness"
-            " or the platform has under the same name (of a task, a group or a tag): rename it in the folder"
+            f"evaluation suite {suite.name}: lmEval.taskFolder {own.uri} defines {few(twice)}, which"
+            " lm-evaluation-harness or the platform has under the same name (of a task, a group or a tag): rename it in"
+            " the folder"
         )
     whole.task_index.update(known.task_index)
     return whole
@@ -191,7 +192,8 @@ def unusable(suite: Suite, name: str, error: BaseException, own: OwnTasks | None
         )
     if isinstance(error, ImportError) and own is not None:
         return InvalidSpecError(
-            f"{where} names Python that is neither in lmEval.taskFolder, beside its YAML, nor in the trainer's image: {told}"
+            f"{where} names Python that is neither in lmEval.taskFolder, beside its YAML, nor in the trainer's image:"
+            f" {told}"
         )
     if isinstance(error, ImportError):
         return InvalidSpecError(f"{where} needs a package that the trainer's image does not have: {told}")
