@@ -70,6 +70,7 @@ def test_store_and_registry_are_required(rendered: Helm, missing: str, sentence:
         ),
         ({"images": {"trainer": {"digest": "latest"}}}, "digest"),
         ({"trainer": {"allowedAddresses": ["s3.store.svc"]}}, "allowedAddresses"),
+        ({"trainer": {"allowTaskFolders": "false"}}, "allowTaskFolders"),
         ({"imgaes": {}}, "imgaes"),
     ],
 )
