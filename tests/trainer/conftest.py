@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 from s3server import S3Server
 from tiny_model import make
-from trainer_rig import Workbench
+from trainer_rig import Workbench, chat_rows, write_rows
 
 from tunesmith.contracts.addresses import ALLOWED_ADDRESSES
 
@@ -62,6 +62,16 @@ def s3_environment(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     for name, value in (s3.environment() | {ALLOWED_ADDRESSES: "127.0.0.0/8"}).items():
         monkeypatch.setenv(name, value)
     return s3
+
+
+@pytest.fixture
+def uploaded(s3_environment: S3Server, base_model: Path, tmp_path: Path) -> S3Server:
+    """The tiny base and a data set in the bucket, for `s3_job`."""
+    filesystem = s3_environment.filesystem()
+    for file in base_model.iterdir():
+        filesystem.put_file(str(file), f"tunesmith/models/tiny/{file.name}")
+    filesystem.put_file(str(write_rows(tmp_path / "rows.jsonl", chat_rows(24))), "tunesmith/data/train.jsonl")
+    return s3_environment
 
 
 @pytest.fixture(scope="session")

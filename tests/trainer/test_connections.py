@@ -20,7 +20,7 @@ import pytest
 import requests
 from hubserver import MAY_WRITE, HubServer
 from s3server import free_port
-from trainer_rig import chat_rows, job_manifest, write_rows
+from trainer_rig import chat_rows, s3_job, write_rows
 
 from tunesmith.api.conditions import FailureReason
 from tunesmith.contracts.addresses import ALLOWED_ADDRESSES
@@ -182,26 +182,13 @@ def test_a_list_that_cannot_be_read_stops_the_job() -> None:
 # Jobs, as a pod of a cluster runs them.
 
 
-@pytest.fixture
-def uploaded(s3_environment: S3Server, base_model: Path, tmp_path: Path) -> S3Server:
-    filesystem = s3_environment.filesystem()
-    for file in base_model.iterdir():
-        filesystem.put_file(str(file), f"tunesmith/models/tiny/{file.name}")
-    filesystem.put_file(str(write_rows(tmp_path / "rows.jsonl", chat_rows(24))), "tunesmith/data/train.jsonl")
-    return s3_environment
-
-
-def job(**spec: Any) -> dict[str, Any]:
-    return job_manifest("s3://tunesmith/models/tiny", "s3://tunesmith/data/train.jsonl", **spec)
-
-
 @pytest.mark.usefixtures("uploaded")
 def test_a_store_in_the_cluster_must_be_listed(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     """The very same job, with and without the platform's list."""
-    assert bench.run("validate", job(), allow_file=False).code == 0
+    assert bench.run("validate", s3_job(), allow_file=False).code == 0
     monkeypatch.setenv(ALLOWED_ADDRESSES, "")
     for command in ("validate", "train"):
-        ran = bench.run(command, job(), allow_file=False, output="s3://tunesmith/store/listed/artifact")
+        ran = bench.run(command, s3_job(), allow_file=False, output="s3://tunesmith/store/listed/artifact")
         assert (ran.code, ran.result.reason, ran.result.retryable) == (2, FailureReason.ACCESS_DENIED, False)
         assert "leads to 127.0.0.1, an address of the pod itself, which jobs may not reach" in ran.result.message
         assert "ask the platform to list it in the chart's value trainer.allowedAddresses" in ran.result.message
@@ -235,7 +222,7 @@ def test_an_endpoint_in_a_users_secret_leads_nowhere_else(
     (tmp_path / "secrets/mine").mkdir(parents=True)
     for name, value in (uploaded.environment() | {"AWS_ENDPOINT_URL": address}).items():
         (tmp_path / "secrets/mine" / name).write_text(value)
-    manifest = job()
+    manifest = s3_job()
     spec = manifest["spec"]
     mine = {"secretRef": {"name": "mine"}}
     if part == "base":

@@ -4,11 +4,10 @@ import os
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from s3server import S3Server, free_port
-from trainer_rig import Workbench, chat_rows, job_manifest, write_rows
+from trainer_rig import Workbench, chat_rows, s3_job, write_rows
 
 from tunesmith.api.conditions import FailureReason
 from tunesmith.contracts.artifact import ArtifactManifest, digest_of
@@ -23,20 +22,6 @@ from tunesmith_trainer.errors import (
 from tunesmith_trainer.store import Folder, Retry, Stores
 
 SECRET_VALUE = "a-wrong-secret-value"
-
-
-@pytest.fixture
-def uploaded(s3_environment: S3Server, base_model: Path, tmp_path: Path) -> S3Server:
-    """The tiny base and a data set in the bucket."""
-    filesystem = s3_environment.filesystem()
-    for file in base_model.iterdir():
-        filesystem.put_file(str(file), f"tunesmith/models/tiny/{file.name}")
-    filesystem.put_file(str(write_rows(tmp_path / "rows.jsonl", chat_rows(24))), "tunesmith/data/train.jsonl")
-    return s3_environment
-
-
-def s3_job(**spec: Any) -> dict[str, Any]:
-    return job_manifest("s3://tunesmith/models/tiny", "s3://tunesmith/data/train.jsonl", **spec)
 
 
 def target(folder: str, *, retry: Retry | None = None, environ: dict[str, str] | None = None) -> Folder:

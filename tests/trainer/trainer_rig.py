@@ -57,6 +57,11 @@ def job_manifest(base: str, train: str, **spec: Any) -> dict[str, Any]:
     }
 
 
+def s3_job(**spec: Any) -> dict[str, Any]:
+    """A FineTuneJob of what the fixture `uploaded` puts into the bucket."""
+    return job_manifest("s3://tunesmith/models/tiny", "s3://tunesmith/data/train.jsonl", **spec)
+
+
 @dataclass
 class Ran:
     """How a run of the trainer ended."""
