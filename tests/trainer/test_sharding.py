@@ -36,14 +36,14 @@ JOBS: dict[str, dict[str, Any]] = {
         "method": {"lora": {"rank": 4, "alpha": 8, "dora": True, "loraPlusRatio": 4, "modulesToSave": ["lm_head"]}},
         "hyperparameters": FEW | {"optimizer": "Lion", "learningRate": 0.001},
     },
+}
+LONG_JOBS: dict[str, dict[str, Any]] = {
     "pissa, answers marked as good or bad": {
         "method": {"lora": {"rank": 4, "alpha": 8, "initialization": "PiSSA"}},
         "objective": {"kto": {}},
         "hyperparameters": FEW,
         "rows": MARKED,
     },
-}
-LONG_JOBS: dict[str, dict[str, Any]] = {
     "full with sgd and recomputed activations": {
         "method": {"full": {}},
         "hyperparameters": FEW | {"optimizer": "SGD", "gradientCheckpointing": True},
@@ -112,7 +112,7 @@ def test_a_base_with_tied_weights_is_scored_and_packaged(
     ]
 
 
-@pytest.mark.parametrize("name", ["lora with dropout", "full"])
+@pytest.mark.parametrize("name", [pytest.param("lora with dropout", marks=pytest.mark.long), "full"])
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path: Path, base_model: Path, name: str) -> None:
     job = JOBS[name] | {
         "hyperparameters": FEW | {"maxSteps": 6, "learningRate": 0.001},
