@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from tunesmith.api.finetunejob import BaseModelSource
+    from tunesmith.api.finetunejob import BaseModelSource, FineTuneJobSpec
     from tunesmith.api.method import Quantization
     from tunesmith_trainer.store import Folder, Stores
 
@@ -142,6 +142,13 @@ def load_tokenizer(base: Path, uri: str) -> PreTrainedTokenizerFast:
         raise InvalidSpecError(f"the tokenizer of the base model {uri} cannot be used: {_line(error)}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InvalidSpecError(f"the tokenizer of the base model {uri} has no tokenizer.json that can be used")
+    return tokenizer
+
+
+def load_tokenizer_of(base: Path, spec: FineTuneJobSpec) -> PreTrainedTokenizerFast:
+    """The tokenizer that a job's rows and its artifact have: the base's, with the job's own chat template if any."""
+    tokenizer = load_tokenizer(base, spec.base_model.uri)
+    tokenizer.chat_template = spec.dataset.chat_template or tokenizer.chat_template
     return tokenizer
 
 

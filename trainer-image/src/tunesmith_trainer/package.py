@@ -73,8 +73,7 @@ def build(job: FineTuneJob, prepared: Prepared, trained: Trained, folder: Path, 
     _write_json(folder / "evaluation.json", _evaluation(trained.evaluation, prepared))
     write_curves(folder / CURVES, trained.curve)
     curves.draw(folder / PICTURE, trained.curve)
-    tokenizer = model.load_tokenizer(prepared.base, job.spec.base_model.uri)
-    tokenizer.chat_template = template or tokenizer.chat_template
+    tokenizer = model.load_tokenizer_of(prepared.base, job.spec)
     logits = trained.logits
     # What follows loads the base anew; both do not have to fit.
     for parameter in trained.model.parameters():

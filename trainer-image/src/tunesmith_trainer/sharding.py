@@ -54,7 +54,7 @@ def shard(base: PreTrainedModel, device: torch.device, ranks: Ranks, *, full: bo
     # A Trainer would otherwise put DistributedDataParallel around it, and generation would not keep step.
     base._is_distributed_loading_by_transformers = True  # noqa: SLF001 - there is no other way to say it
     base._is_fsdp_managed_module = True  # noqa: SLF001
-    parts = [parameter.to_local() for parameter in base.parameters() if isinstance(parameter, DTensor)]
+    parts: list[Any] = [parameter.to_local() for parameter in base.parameters() if is_shared_out(parameter)]
     return sum(part.numel() * part.element_size() for part in parts)
 
 
@@ -79,7 +79,7 @@ def average(parameters: Iterable[torch.nn.Parameter], ranks: Ranks) -> None:
 
 
 def _replicated(parameters: Iterable[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
-    return [one for one in parameters if one.requires_grad and not isinstance(one.data, DTensor)]
+    return [one for one in parameters if one.requires_grad and not is_shared_out(one)]
 
 
 def gather(base: PreTrainedModel, *, keep: bool) -> None:
@@ -90,7 +90,7 @@ def gather(base: PreTrainedModel, *, keep: bool) -> None:
     whole: dict[int, torch.nn.Parameter] = {}  # weights that are shared stay shared
     for module in base.modules():
         for name, parameter in module._parameters.items():  # noqa: SLF001 - set_parameter would count a tied one twice
-            if parameter is None or not isinstance(parameter.data, DTensor):
+            if not is_shared_out(parameter):
                 continue
             if id(parameter) not in whole:
                 tensor = gathered(parameter) if parameter.requires_grad else torch.empty(0)
@@ -103,14 +103,14 @@ def gather(base: PreTrainedModel, *, keep: bool) -> None:
 
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a tensor, in main memory; every rank must ask for it."""
-    whole: Any = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    whole: Any = tensor.full_tensor() if is_shared_out(tensor) else tensor
     result: torch.Tensor = whole.detach().contiguous().cpu()
     return result
 
 
-def is_shared_out(tensor: torch.Tensor) -> bool:
+def is_shared_out(value: object) -> bool:
     """Whether each rank has a part of it."""
-    return isinstance(tensor.data, DTensor)
+    return isinstance(value, DTensor)
 
 
 def keep_states_whole(optimizer: torch.optim.Optimizer) -> None:
@@ -121,7 +121,7 @@ def keep_states_whole(optimizer: torch.optim.Optimizer) -> None:
 
     def whole(_: torch.optim.Optimizer, document: dict[str, Any]) -> dict[str, Any]:
         gathered_states = {
-            number: {name: gathered(value) if _is_part(value) else value for name, value in state.items()}
+            number: {name: gathered(value) if is_shared_out(value) else value for name, value in state.items()}
             for number, state in document["state"].items()
         }
         return {**document, "state": gathered_states}
@@ -141,17 +141,13 @@ def keep_states_whole(optimizer: torch.optim.Optimizer) -> None:
     optimizer.register_load_state_dict_pre_hook(parts)
 
 
-def _is_part(value: object) -> bool:
-    return isinstance(value, DTensor)
-
-
 def _is_like(value: object, parameter: torch.Tensor) -> bool:
     return isinstance(value, torch.Tensor) and value.shape == parameter.shape
 
 
 def part_of(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """What this rank keeps of a whole tensor, shared out as another one is."""
-    if not isinstance(like, DTensor):
+    if not is_shared_out(like):
         return whole
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
@@ -159,5 +155,5 @@ def part_of(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def _widen(module: torch.nn.Module) -> None:
     """Weights in float32: in bfloat16 small updates would be lost."""
     for parameter in module.parameters():
-        if not isinstance(parameter.data, DTensor):
+        if not is_shared_out(parameter):
             parameter.data = parameter.data.float()

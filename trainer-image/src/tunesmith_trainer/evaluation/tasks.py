@@ -69,13 +69,13 @@ def _built(document: str, folder: str, own: OwnTasks | None) -> Mapping[str, Any
         for part, named in one.items():
             whole[part] |= named
     for name, task in whole["tasks"].items():
-        own = task.get_config("num_fewshot")
-        if own == 0 and asked.num_fewshot:
+        usual = task.get_config("num_fewshot")
+        if usual == 0 and asked.num_fewshot:
             raise InvalidSpecError(
                 f"evaluation suite {suite.name}: the task {name} is made for no examples before its questions: remove "
                 "lmEval.numFewshot, or give the task a suite of its own"
             )
-        task.set_config(key="num_fewshot", value=(own or 0) if asked.num_fewshot is None else asked.num_fewshot)
+        task.set_config(key="num_fewshot", value=(usual or 0) if asked.num_fewshot is None else asked.num_fewshot)
     return whole
 
 

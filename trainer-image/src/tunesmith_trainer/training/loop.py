@@ -203,9 +203,7 @@ def _train(
     if not ranks.first and not sharded:
         return None
     measured = _measured(job, prepared, peft_model, progress)
-    tokenizer = model.load_tokenizer(prepared.base, job.spec.base_model.uri)
-    tokenizer.chat_template = job.spec.dataset.chat_template or tokenizer.chat_template
-    prompts = prompt_tokens(tokenizer)
+    prompts = prompt_tokens(model.load_tokenizer_of(prepared.base, job.spec))
     logits = last_logits(peft_model, prompts)
     if sharded:
         sharding.gather(base, keep=ranks.first)
