@@ -17,8 +17,8 @@ from gcsserver import GcsServer
 from server_rig import REPOSITORY, S3Server, write_safetensors
 
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
+from tunesmith.contracts.google_key import GOOGLE_KEY
 from tunesmith_server.main import run
-from tunesmith_server.store import GOOGLE_KEY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -13,9 +13,9 @@ from trainer_rig import Workbench, chat_rows, job_manifest, write_rows
 from tunesmith.api.conditions import FailureReason
 from tunesmith.contracts.addresses import ALLOWED_ADDRESSES
 from tunesmith.contracts.artifact import ArtifactManifest
+from tunesmith.contracts.google_key import GOOGLE_KEY
 from tunesmith_trainer.connections import guarded
 from tunesmith_trainer.errors import AccessDeniedError, SecretNotFoundError, StorageUnavailableError
-from tunesmith_trainer.google_cloud import KEY
 from tunesmith_trainer.store import Folder, Retry, Stores
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def with_secret(folder: Path, **keys: str) -> Path:
 
 def opened(uri: str, account: dict[str, Any], folder: Path) -> Folder:
     stores = Stores(
-        secrets=with_secret(folder, **{KEY: json.dumps(account)}),
+        secrets=with_secret(folder, **{GOOGLE_KEY: json.dumps(account)}),
         allow_file=False,
         environ={},
         retry=Retry(attempts=2, first=0.01),
@@ -89,7 +89,7 @@ def test_a_job_lives_on_gs(
     for file in base_model.iterdir():
         place.child("models").child("tiny").upload(file.name, file)
     place.child("data").upload("train.jsonl", write_rows(tmp_path / "rows.jsonl", chat_rows(24)))
-    monkeypatch.setenv(KEY, account)
+    monkeypatch.setenv(GOOGLE_KEY, account)
     before = endpoint.tokens
     mine = {"secretRef": {"name": "mine"}}
     job = job_manifest(
@@ -144,16 +144,16 @@ def test_a_key_that_is_none_is_told_with_its_secret(
     text = given if isinstance(given, str) else json.dumps(endpoint.service_account(**given))
     job = bench.job()
     job["spec"]["dataset"]["train"] = [{"uri": "gs://tunesmith/data/none.jsonl", "secretRef": {"name": "mine"}}]
-    ran = bench.run("validate", job, "--secrets", str(with_secret(tmp_path, **{KEY: text})))
+    ran = bench.run("validate", job, "--secrets", str(with_secret(tmp_path, **{GOOGLE_KEY: text})))
     assert (ran.code, ran.result.reason) == (2, FailureReason.ACCESS_DENIED)
-    assert f"{KEY} of the Secret mine is no key of a service account: {why}" in ran.result.message
+    assert f"{GOOGLE_KEY} of the Secret mine is no key of a service account: {why}" in ran.result.message
     assert "PRIVATE" not in ran.result.message
 
 
 @pytest.mark.parametrize(
     ("uri", "keys"),
     [
-        ("gs://tunesmith/rows.jsonl", KEY),
+        ("gs://tunesmith/rows.jsonl", GOOGLE_KEY),
         ("s3://tunesmith/rows.jsonl", "AWS_ACCESS_KEY_ID"),
         ("az://tunesmith/rows.jsonl", "AZURE_STORAGE_CONNECTION_STRING and no AZURE_STORAGE_ACCOUNT_NAME"),
         ("hf://datasets/org/rows", "HF_TOKEN"),

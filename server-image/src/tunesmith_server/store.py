@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +10,8 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import fsspec
+
+from tunesmith.contracts.google_key import GOOGLE_KEY, parse_service_account
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -20,8 +21,6 @@ CHUNK_BYTES = 8 * 1024 * 1024
 """Bytes per request to the store."""
 CONNECT_SECONDS = 5
 READ_SECONDS = 30
-GOOGLE_KEY = "GOOGLE_SERVICE_ACCOUNT_KEY"
-"""Key of a Secret with the JSON of a service account's key."""
 _BAD_CREDENTIALS = ("forbidden:", "credential", "access key")
 
 
@@ -89,14 +88,10 @@ def _service_account(secret: Mapping[str, str]) -> dict[str, Any] | None:
     if not text:
         return None
     try:
-        document = json.loads(text)
+        return parse_service_account(text)
     except ValueError:
-        document = None
-    # Other types of credentials name files and addresses that a pod would read.
-    if not isinstance(document, dict) or document.get("type") != "service_account":
         message = f"{GOOGLE_KEY} is no key of a service account: put the JSON file there, whole and as Google gives it."
-        raise StoreError(message, permanent=True)
-    return document
+        raise StoreError(message, permanent=True) from None
 
 
 def _filesystem(scheme: str, secret: Mapping[str, str]) -> Any:  # noqa: ANN401 - fsspec has no types

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.contracts.google_key import GOOGLE_KEY, parse_service_account
 from tunesmith_trainer.errors import AccessDeniedError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-KEY = "GOOGLE_SERVICE_ACCOUNT_KEY"
-"""Key of a Secret, or variable of the environment: the JSON file that Google gives for a key of a service account."""
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
-_TYPE = "service_account"
 
 
 def filesystem(values: Mapping[str, str], credentials: str) -> Any:  # noqa: ANN401 - fsspec has no types
@@ -30,7 +27,7 @@ def filesystem(values: Mapping[str, str], credentials: str) -> Any:  # noqa: ANN
     # Not the class that fsspec knows: it asks over gRPC, which goes its own ways, for features that nothing here uses.
     from gcsfs.core import GCSFileSystem  # noqa: PLC0415
 
-    token = _service_account(values[KEY], credentials) if values.get(KEY) else None
+    token = _service_account(values[GOOGLE_KEY], credentials) if values.get(GOOGLE_KEY) else None
     return GCSFileSystem(token=token, use_listings_cache=False, skip_instance_cache=True)
 
 
@@ -50,13 +47,9 @@ def _service_account(text: str, credentials: str) -> Any:  # noqa: ANN401 - goog
 
     # What is in the key is in none of these sentences, nor is what a library says of it.
     try:
-        document = json.loads(text)
-    except ValueError:
-        raise _no_key(credentials, "it is not JSON") from None
-    kind = document.get("type") if isinstance(document, dict) else None
-    if kind != _TYPE:
-        # Other types name files and addresses that a pod would read.
-        raise _no_key(credentials, f"its type is not {_TYPE}")
+        document = parse_service_account(text)
+    except ValueError as error:
+        raise _no_key(credentials, str(error)) from None
     try:
         return service_account.Credentials.from_service_account_info(document, scopes=[_SCOPE])
     except (GoogleAuthError, ValueError, TypeError, KeyError):
@@ -67,6 +60,6 @@ def _service_account(text: str, credentials: str) -> Any:  # noqa: ANN401 - goog
 
 def _no_key(credentials: str, why: str) -> AccessDeniedError:
     return AccessDeniedError(
-        f"{KEY} of {credentials} is no key of a service account: {why}; put the JSON file there, whole and as Google"
-        " gives it"
+        f"{GOOGLE_KEY} of {credentials} is no key of a service account: {why}; put the JSON file there, whole and as"
+        " Google gives it"
     )

@@ -23,6 +23,7 @@ from botocore.exceptions import (
 )
 from fsspec.implementations.local import LocalFileSystem
 
+from tunesmith.contracts.google_key import GOOGLE_KEY
 from tunesmith.contracts.location import claim_path
 from tunesmith_trainer import google_cloud
 from tunesmith_trainer.connections import denied
@@ -46,7 +47,7 @@ _SCHEMES = ("hf", "s3", "gs", "az", "pvc", "file")
 _KEYS = {
     "hf": ("HF_TOKEN",),
     "s3": ("AWS_ACCESS_KEY_ID",),
-    "gs": (google_cloud.KEY,),
+    "gs": (GOOGLE_KEY,),
     "az": ("AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_ACCOUNT_NAME"),
 }
 """By scheme, keys of which a Secret has at least one."""
