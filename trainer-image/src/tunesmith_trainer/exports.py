@@ -8,10 +8,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from tunesmith.api.conditions import FailureReason
+from tunesmith.api.finetunejob_status import Stage
 from tunesmith.api.output import Merge
 from tunesmith.contracts.artifact import digest_of
 from tunesmith.contracts.location import ARTIFACT_FOLDER, ARTIFACT_MANIFEST, MERGED_FOLDER, beside_artifact
-from tunesmith.contracts.result import ExportResult
+from tunesmith.contracts.result import ExportResult, Outcome
 from tunesmith_trainer import merge, package
 from tunesmith_trainer.errors import InvalidSpecError, SelfCheckError, StorageUnavailableError, TrainerError
 from tunesmith_trainer.hub import Repository
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
     from tunesmith.api.finetunejob import FineTuneJob
     from tunesmith.api.output import Export
+    from tunesmith.contracts.result import TrainerResult
+    from tunesmith_trainer.progress import Progress
     from tunesmith_trainer.store import Folder, Retry, Stores
 
 log = logging.getLogger(__name__)
@@ -47,6 +50,22 @@ def check(job: FineTuneJob, stores: Stores) -> None:
             raise _taken(folder) from None
         if found is not None and found[0].spec_digest != spec_digest(job):
             raise _taken(folder)
+
+
+def exported(
+    result: TrainerResult, job: FineTuneJob, stores: Stores, published: Folder, work: Path, progress: Progress
+) -> TrainerResult:
+    """The result with what became of the copies; nothing is copied where a gate did not pass."""
+    wanted = job.spec.exports
+    if not wanted or result.outcome is not Outcome.SUCCEEDED:
+        return result
+    progress.update(stage=Stage.EXPORTING)
+    copies = export_all(job, stores, published, work, progress.say)
+    failed = [copy.message for copy in copies if copy.reason is not None]
+    message = result.message
+    if failed:
+        message += f"; {len(failed)} of {len(wanted)} exports failed: {'; '.join(failed)}"
+    return result.model_copy(update={"exports": copies, "message": message})
 
 
 def export_all(

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-import fsspec
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
@@ -23,14 +22,13 @@ from botocore.exceptions import (
 )
 from fsspec.implementations.local import LocalFileSystem
 
-from tunesmith.contracts.google_key import GOOGLE_KEY
 from tunesmith.contracts.location import claim_path
 from tunesmith_trainer import google_cloud
 from tunesmith_trainer.connections import denied
+from tunesmith_trainer.credentials import check_keys, filesystem, mounted
 from tunesmith_trainer.errors import (
     AccessDeniedError,
     InvalidSpecError,
-    SecretNotFoundError,
     StorageUnavailableError,
     TrainerError,
 )
@@ -44,13 +42,6 @@ log = logging.getLogger(__name__)
 _CHUNK = 8 * 2**20
 _WRITE_CHECK = "tunesmith-write-check"
 _SCHEMES = ("hf", "s3", "gs", "az", "pvc", "file")
-_KEYS = {
-    "hf": ("HF_TOKEN",),
-    "s3": ("AWS_ACCESS_KEY_ID",),
-    "gs": (GOOGLE_KEY,),
-    "az": ("AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_ACCOUNT_NAME"),
-}
-"""By scheme, keys of which a Secret has at least one."""
 # Codes that botocore hands through and s3fs does not translate to PermissionError.
 _DENIED_CODES = frozenset(
     {
@@ -475,16 +466,16 @@ class Stores:
             root = Path(claim_path(f"pvc://{parts.netloc}"))
         values, credentials = self.credentials(secret)
         if secret is not None:
-            _check_keys(scheme, values, secret)
+            check_keys(scheme, values, secret)
         try:
-            filesystem = _filesystem(scheme, values, credentials)
+            opened = filesystem(scheme, values, credentials)
         except ImportError as error:
             raise InvalidSpecError(f"{what} is at {uri}, and this image cannot read {scheme}://: {error}") from None
         if scheme == "file":
             place = parts.path
         return Folder(
             uri=uri,
-            filesystem=filesystem,
+            filesystem=opened,
             path=place,
             what=what,
             credentials=credentials,
@@ -510,16 +501,7 @@ class Stores:
         """
         if secret is None:
             return self._environ, "the environment (in a cluster: the Secret tunesmith-store)"
-        folder = self._secrets / secret
-        # In a cluster the mount is optional: of a missing Secret there is a folder without keys.
-        entries = [entry for entry in sorted(folder.iterdir()) if entry.is_file()] if folder.is_dir() else []
-        if not entries:
-            raise SecretNotFoundError(
-                f"the Secret {secret} does not exist or is empty (nothing is mounted at {folder}): create it,"
-                " or remove the secretRef to use the store's credentials"
-            )
-        values = {entry.name: entry.read_text(encoding="utf-8").strip() for entry in entries}
-        return values, f"the Secret {secret}"
+        return mounted(self._secrets, secret), f"the Secret {secret}"
 
 
 def file_sha256(path: Path) -> str:
@@ -531,59 +513,6 @@ def file_sha256(path: Path) -> str:
 def _hf_revision(place: str, revision: str) -> str:
     parts = place.strip("/").split("/")
     return "/".join([*parts[:1], f"{parts[1]}@{revision}", *parts[2:]]) if len(parts) > 1 else place
-
-
-def _check_keys(scheme: str, values: Mapping[str, str], secret: str) -> None:
-    """Raises SecretNotFoundError for a Secret that would not be used: the libraries would look elsewhere, silently."""
-    keys = _KEYS.get(scheme, ())
-    if keys and not any(values.get(key) for key in keys):
-        raise SecretNotFoundError(
-            f"the Secret {secret} has no {' and no '.join(keys)}, with which {scheme}:// is reached: add the key, or"
-            " remove the secretRef to use the store's credentials"
-        )
-
-
-def _filesystem(scheme: str, values: Mapping[str, str], credentials: str) -> Any:  # noqa: ANN401 - fsspec has no types
-    if scheme == "s3":
-        endpoint = values.get("AWS_ENDPOINT_URL") or None
-        region = values.get("AWS_REGION") or values.get("AWS_DEFAULT_REGION") or None
-        config: dict[str, Any] = {
-            "connect_timeout": 10,
-            "read_timeout": 60,
-            "retries": {"max_attempts": 2, "mode": "standard"},
-        }
-        if endpoint:
-            # Stores that are not AWS know neither bucket host names nor the newer checksums.
-            config |= {
-                "s3": {"addressing_style": "path"},
-                "request_checksum_calculation": "when_required",
-                "response_checksum_validation": "when_required",
-            }
-        return fsspec.filesystem(
-            "s3",
-            key=values.get("AWS_ACCESS_KEY_ID") or None,
-            secret=values.get("AWS_SECRET_ACCESS_KEY") or None,
-            token=values.get("AWS_SESSION_TOKEN") or None,
-            endpoint_url=endpoint,
-            client_kwargs={"region_name": region} if region else {},
-            config_kwargs=config,
-            use_listings_cache=False,
-            skip_instance_cache=True,
-        )
-    if scheme == "hf":
-        return fsspec.filesystem("hf", token=values.get("HF_TOKEN") or None, skip_instance_cache=True)
-    if scheme == "gs":
-        return google_cloud.filesystem(values, credentials)
-    if scheme == "az":
-        return fsspec.filesystem(
-            "az",
-            account_name=values.get("AZURE_STORAGE_ACCOUNT_NAME") or None,
-            account_key=values.get("AZURE_STORAGE_ACCOUNT_KEY") or None,
-            connection_string=values.get("AZURE_STORAGE_CONNECTION_STRING") or None,
-            use_listings_cache=False,
-            skip_instance_cache=True,
-        )
-    return fsspec.filesystem("file", skip_instance_cache=True)
 
 
 def _write_exclusively(path: Path, data: bytes) -> None:

@@ -1,0 +1,124 @@
+"""Cases of a plan: suspended jobs, queues and deadlines."""
+
+from __future__ import annotations
+
+from plan_cases import FAR, Case
+from worlds import UID, attempt, condition, job, kube_job, pod, seen, validated
+
+from tunesmith.contracts.location import owned_name
+from tunesmith.finetune.plan import CreateAttempt, StopJob
+
+CASES = {
+    "a job created suspended waits": Case(
+        seen(job(suspend=True)), (), "Suspended", {"Suspended": ("True", "Suspended")}, "set it to false to go on"
+    ),
+    "suspend is told before the Job is deleted": Case(
+        seen(job(validated(attempt(1)), suspend=True), attempts={1: kube_job("1", pod(running=True))}),
+        (),
+        "Pending",
+        {"Validated": ("True", "Valid"), "Suspended": ("False", "Stopping"), "Started": ("False", "Stopping")},
+        "a checkpoint is saved first",
+        ("Suspended",),
+    ),
+    "then the Job is deleted": Case(
+        seen(job(validated(attempt(1, "Suspended")), suspend=True), attempts={1: kube_job("1", pod(running=True))}),
+        (StopJob(owned_name("tone", UID, "1")),),
+        "Pending",
+        {"Validated": ("True", "Valid"), "Suspended": ("False", "Stopping"), "Started": ("False", "Stopping")},
+        outcomes=("Suspended",),
+    ),
+    "and when it is gone the job is suspended": Case(
+        seen(job(validated(attempt(1, "Suspended")), suspend=True)),
+        (),
+        "Suspended",
+        {"Validated": ("True", "Valid"), "Suspended": ("True", "Suspended")},
+        outcomes=("Suspended",),
+    ),
+    "a resumed job waits for the end of the attempt before": Case(
+        seen(job(validated(attempt(1, "Suspended"))), attempts={1: kube_job("1", pod(running=True), deleting=True)}),
+        (),
+        "Pending",
+        {"Validated": ("True", "Valid"), "Suspended": ("False", "Stopping"), "Started": ("False", "Stopping")},
+        outcomes=("Suspended",),
+    ),
+    "a job is not suspended while a pod of a vanished Job still saves": Case(
+        seen(job(validated(attempt(1, "Suspended")), suspend=True), lingering=("tone-pod",)),
+        (),
+        "Pending",
+        {"Validated": ("True", "Valid"), "Suspended": ("False", "Stopping"), "Started": ("False", "Stopping")},
+        "pod tone-pod is being stopped",
+        ("Suspended",),
+    ),
+    "nor is there another attempt while it does": Case(
+        seen(job(validated(attempt(1, "Failed", FAR))), lingering=("tone-pod",)),
+        (),
+        "Pending",
+        {"Validated": ("True", "Valid"), "Started": ("False", "Stopping")},
+        "attempt 2 waits for pod tone-pod",
+        ("Failed",),
+    ),
+    "a Job that is being deleted is not deleted again": Case(
+        seen(
+            job(validated(attempt(1, "Suspended")), suspend=True),
+            attempts={1: kube_job("1", pod(running=True), deleting=True)},
+        ),
+        (),
+        "Pending",
+        {"Validated": ("True", "Valid"), "Suspended": ("False", "Stopping"), "Started": ("False", "Stopping")},
+        outcomes=("Suspended",),
+    ),
+    "a resumed job goes on, and the suspension is not counted": Case(
+        seen(
+            job(
+                validated(attempt(1, "Suspended"), conditions=[condition("Suspended", reason="Suspended")]),
+                maxAttempts=1,
+            )
+        ),
+        (CreateAttempt(2),),
+        "Pending",
+        {"Validated": ("True", "Valid"), "Suspended": ("False", "Resumed"), "Started": ("False", "PodPending")},
+        outcomes=("Suspended", "Running"),
+    ),
+    "a job in a queue says so": Case(
+        seen(
+            job(validated(attempt(1)), scheduling={"queue": "team"}),
+            attempts={1: kube_job("1", suspended=True)},
+        ),
+        (),
+        "Queued",
+        {"Validated": ("True", "Valid"), "Admitted": ("False", "Queued"), "Started": ("False", "Queued")},
+        "waits for queue team to admit it",
+        ("Running",),
+    ),
+    "an admitted job trains": Case(
+        seen(
+            job(validated(attempt(1)), scheduling={"queue": "team"}),
+            attempts={1: kube_job("1", pod(running=True))},
+        ),
+        (),
+        "Running",
+        {"Validated": ("True", "Valid"), "Admitted": ("True", "Admitted"), "Started": ("True", "Running")},
+        outcomes=("Running",),
+    ),
+    "a job over its deadline fails and is stopped": Case(
+        seen(
+            job(validated(attempt(1), startTime="2026-11-24T11:59:00Z"), activeDeadlineSeconds=60),
+            attempts={1: kube_job("1", pod(running=True))},
+        ),
+        (StopJob(owned_name("tone", UID, "1")),),
+        "Failed",
+        {"Validated": ("True", "Valid"), "Failed": ("True", "DeadlineExceeded")},
+        "longer than spec.activeDeadlineSeconds, 60",
+        ("Failed",),
+    ),
+    "pauses do not count towards the deadline": Case(
+        seen(
+            job(validated(attempt(1), startTime="2026-11-24T11:59:00Z", pausedSeconds=1), activeDeadlineSeconds=60),
+            attempts={1: kube_job("1", pod(running=True))},
+        ),
+        (),
+        "Running",
+        {"Validated": ("True", "Valid"), "Started": ("True", "Running")},
+        outcomes=("Running",),
+    ),
+}

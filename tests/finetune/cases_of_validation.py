@@ -1,0 +1,103 @@
+"""Cases of a plan: before the first attempt."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from plan_cases import MALFORMED, PLACED, SECRET, TIGHT, VALID, Case, ended
+from worlds import NOW, UID, job, kube_job, pod, seen, validated
+
+from tunesmith.contracts.location import owned_name
+from tunesmith.finetune.plan import CreateAttempt, CreateValidation, StopJob
+
+CASES = {
+    "a new job is validated": Case(
+        seen(job()), (CreateValidation(),), "Validating", {"Validated": ("Unknown", "PodPending")}
+    ),
+    "validation runs": Case(
+        seen(job(), validation=kube_job("validate", pod(running=True))),
+        (),
+        "Validating",
+        {"Validated": ("Unknown", "Validating")},
+    ),
+    "validation waits for a node": Case(
+        seen(job(), validation=kube_job("validate", pod(unschedulable="0/1 nodes are available"))),
+        (),
+        "Validating",
+        {"Validated": ("Unknown", "Unschedulable")},
+        "0/1 nodes are available",
+    ),
+    "a missing Secret is told at once": Case(
+        seen(
+            job(),
+            validation=kube_job(
+                "validate",
+                pod(scheduled=PLACED, waiting_reason="CreateContainerConfigError", waiting_message=SECRET),
+            ),
+        ),
+        (),
+        "Validating",
+        {"Validated": ("Unknown", "SecretNotFound")},
+        f"{SECRET}; create it in the namespace of the FineTuneJob",
+    ),
+    "a Secret that stays missing fails the job and removes the pod": Case(
+        seen(
+            job(),
+            validation=kube_job(
+                "validate",
+                pod(
+                    scheduled=NOW - timedelta(minutes=2),
+                    waiting_reason="CreateContainerConfigError",
+                    waiting_message=SECRET,
+                ),
+            ),
+        ),
+        (StopJob(owned_name("tone", UID, "validate")),),
+        "Failed",
+        {"Validated": ("False", "SecretNotFound"), "Failed": ("True", "SecretNotFound")},
+    ),
+    "bad data fails the job before any training": Case(
+        seen(job(), validation=kube_job("validate", ended(2, MALFORMED), failed=True)),
+        (),
+        "Failed",
+        {"Validated": ("False", "DatasetInvalid"), "Failed": ("True", "DatasetInvalid")},
+        "line 3 is not JSON",
+    ),
+    "a validation that crashed tells the last line of its log": Case(
+        seen(job(), validation=kube_job("validate", ended(1, "Traceback\nKeyError: 'x'\n"), failed=True)),
+        (),
+        "Failed",
+        {"Validated": ("False", "InternalError"), "Failed": ("True", "InternalError")},
+        "validation ended with exit code 1 and left no result: KeyError: 'x'",
+    ),
+    "a valid job gets its first attempt in the same pass": Case(
+        seen(job(), validation=kube_job("validate", ended(0, VALID), succeeded=True)),
+        (CreateAttempt(1),),
+        "Pending",
+        {"Validated": ("True", "Valid"), "Started": ("False", "PodPending")},
+        "90 rows to train on, 10 held out, 0 dropped",
+        ("Running",),
+    ),
+    "validation passed, and the GPU is nearly too small": Case(
+        seen(job(), validation=kube_job("validate", ended(0, TIGHT), succeeded=True)),
+        (CreateAttempt(1),),
+        "Pending",
+        {"Validated": ("True", "Valid"), "Started": ("False", "PodPending")},
+        "0 dropped; about 13.0 GiB of GPU memory of 12.0, which may not fit: use qlora",
+        ("Running",),
+    ),
+    "a validation whose report is lost is still a success": Case(
+        seen(job(), validation=kube_job("validate", succeeded=True)),
+        (CreateAttempt(1),),
+        "Pending",
+        {"Validated": ("True", "Valid"), "Started": ("False", "PodPending")},
+        outcomes=("Running",),
+    ),
+    "a validated job whose validation Job is gone is not validated again": Case(
+        seen(job(validated())),
+        (CreateAttempt(1),),
+        "Pending",
+        {"Validated": ("True", "Valid"), "Started": ("False", "PodPending")},
+        outcomes=("Running",),
+    ),
+}

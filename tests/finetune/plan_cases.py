@@ -1,0 +1,63 @@
+"""What a case of a plan is, and what pods say in several of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from worlds import ARTIFACT, NOW, pod
+
+if TYPE_CHECKING:
+    from tunesmith.finetune.observe import Observation
+    from tunesmith.finetune.plan import Action
+
+
+def result(**fields: Any) -> str:
+    return json.dumps(fields)
+
+
+def exported(*told: dict[str, Any]) -> str:
+    return result(outcome="Succeeded", artifact=ARTIFACT, exports=told)
+
+
+def ended(exit_code: int, message: str = "", **fields: Any) -> Any:
+    return pod(exit_code=exit_code, ended=NOW, termination_message=message, **fields)
+
+
+DONE = result(outcome="Succeeded", artifact=ARTIFACT, evaluation={"baseLoss": 3.0, "loss": 1.5})
+ELSEWHERE = result(outcome="Succeeded", artifact={**ARTIFACT, "uri": "s3://tunesmith/store/other/x/artifact"})
+EXPORTS = [{"uri": "s3://copies/tone"}, {"hub": "org/tone"}]
+DENIED = {"reason": "AccessDenied", "message": "access to the export was denied"}
+VALID = result(outcome="Succeeded", preflight={"rows": 90, "validationRows": 10})
+GIB = 2**30
+TIGHT = result(
+    outcome="Succeeded",
+    preflight={
+        "rows": 90,
+        "estimatedPeakBytes": 13 * GIB,
+        "gpuMemoryBytes": 12 * GIB,
+        "verdict": "Unknown",
+        "suggestion": "use qlora",
+    },
+)
+GATE = result(outcome="Failed", reason="GateFailed", message="loss 1.5 is above 1", artifact=ARTIFACT)
+OUTAGE = result(outcome="Failed", reason="StorageUnavailable", message="no answer", retryable=True)
+MALFORMED = result(outcome="Failed", reason="DatasetInvalid", message="line 3 is not JSON")
+FAR = timedelta(hours=1)
+PLACED = NOW - timedelta(minutes=1)
+SECRET = 'secret "tunesmith-store" not found'
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is seen, and what is to be done and said: actions, phase, {condition: (status, reason)}."""
+
+    seen: Observation
+    actions: tuple[Action, ...]
+    phase: str
+    conditions: dict[str, tuple[str, str]]
+    message: str = ""
+    """In the message of any condition."""
+    outcomes: tuple[str, ...] = ()

@@ -1,0 +1,121 @@
+"""The arguments of `tunesmith-trainer`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from tunesmith.contracts.owner import OWNER_FILE
+from tunesmith.contracts.progress import PROGRESS_PORT
+from tunesmith.contracts.result import TERMINATION_MESSAGE_PATH
+
+_EXAMPLES = """examples:
+  tunesmith-trainer validate --job job.yaml --allow-file
+      checks manifest, data and base model on the CPU, without loading weights
+  tunesmith-trainer train --job job.yaml --output out --allow-file
+      trains on this machine; the adapter is in out/artifact, the curves in out/metrics.csv
+  tunesmith-trainer train --job /etc/tunesmith/job/job.yaml --output s3://tunesmith/store/default/demo-1/artifact
+      what a training pod runs
+
+exit codes: 0 done, 2 the job must be changed, 3 worth another attempt, 143 stopped from outside
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The commands with their options."""
+    whole = argparse.ArgumentParser(
+        prog="tunesmith-trainer",
+        description="Trains a LoRA adapter from a FineTuneJob manifest.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = whole.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("validate", "check the job on the CPU, without weights"),
+        ("train", "train, evaluate, package and publish"),
+    ):
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=text.capitalize() + ".",
+            epilog=_EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_argument(
+            "--job", type=Path, required=True, metavar="FILE", help="the FineTuneJob manifest, YAML or JSON"
+        )
+        if name == "validate":
+            command.add_argument(
+                "--gpu-memory-bytes",
+                type=int,
+                metavar="N",
+                help="memory of the GPU that the job will get, for the verdict (default: not known)",
+            )
+        if name == "train":
+            command.add_argument(
+                "--output",
+                required=True,
+                metavar="PLACE",
+                help="uri of the artifact's folder, or a folder here that gets artifact/, checkpoints/ and metrics.csv",
+            )
+            command.add_argument(
+                "--checkpoints",
+                metavar="URI",
+                help="folder of the checkpoints (default: checkpoints/ beside the artifact)",
+            )
+        command.add_argument(
+            "--tokens",
+            metavar="URI",
+            help="folder that keeps the tokenised rows for the next attempt (default: tokens/ beside the artifact, of"
+            " train in a folder here; otherwise they are not kept)",
+        )
+        command.add_argument(
+            "--job-folder",
+            metavar="URI",
+            help=f"folder of the job in the store, which gets {OWNER_FILE} (default: none)",
+        )
+        command.add_argument("--cluster", metavar="ID", help=f"the cluster's identity, for {OWNER_FILE}")
+        command.add_argument(
+            "--work",
+            type=Path,
+            metavar="DIR",
+            help="for downloads and temporary files (default: $TUNESMITH_WORK, or a temporary folder)",
+        )
+        command.add_argument(
+            "--secrets",
+            type=Path,
+            default=Path("/etc/tunesmith/secrets"),
+            metavar="DIR",
+            help="mounted Secrets (default: %(default)s)",
+        )
+        command.add_argument(
+            "--termination-message",
+            type=Path,
+            metavar="FILE",
+            help=f"where the result goes as JSON (default: {TERMINATION_MESSAGE_PATH} if it is there)",
+        )
+        command.add_argument(
+            "--progress-port",
+            type=int,
+            default=PROGRESS_PORT,
+            metavar="PORT",
+            help="port of /progress and /metrics, 0 for none (default: %(default)s)",
+        )
+        command.add_argument(
+            "--allow-file",
+            action="store_true",
+            help="allow file:// and folders of this machine: where no cluster runs the job",
+        )
+        command.add_argument(
+            "--allow-task-code",
+            action="store_true",
+            help="run the evaluation tasks that the job brings (lmEval.taskFolder), which are code",
+        )
+        command.add_argument(
+            "-o",
+            dest="format",
+            choices=("text", "json"),
+            default="text",
+            help="progress as text or one JSON object per line (default: text)",
+        )
+    return whole

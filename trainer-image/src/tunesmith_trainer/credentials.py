@@ -1,0 +1,112 @@
+"""Credentials of stores: out of a mounted Secret or the environment, and what they open."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import fsspec
+
+from tunesmith.contracts.google_key import GOOGLE_KEY
+from tunesmith_trainer import google_cloud
+from tunesmith_trainer.errors import SecretNotFoundError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+_KEYS = {
+    "hf": ("HF_TOKEN",),
+    "s3": ("AWS_ACCESS_KEY_ID",),
+    "gs": (GOOGLE_KEY,),
+    "az": ("AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_ACCOUNT_NAME"),
+}
+"""By scheme, keys of which a Secret has at least one."""
+
+
+def mounted(secrets: Path, secret: str) -> dict[str, str]:
+    """The keys and values of a Secret.
+
+    Args:
+        secrets: folder with one sub-folder per mounted Secret, one file per key.
+        secret: its name.
+
+    Raises:
+        SecretNotFoundError: it is not mounted.
+    """
+    folder = secrets / secret
+    # In a cluster the mount is optional: of a missing Secret there is a folder without keys.
+    entries = [entry for entry in sorted(folder.iterdir()) if entry.is_file()] if folder.is_dir() else []
+    if not entries:
+        raise SecretNotFoundError(
+            f"the Secret {secret} does not exist or is empty (nothing is mounted at {folder}): create it,"
+            " or remove the secretRef to use the store's credentials"
+        )
+    return {entry.name: entry.read_text(encoding="utf-8").strip() for entry in entries}
+
+
+def check_keys(scheme: str, values: Mapping[str, str], secret: str) -> None:
+    """Refuses a Secret that would not be used: the libraries would look elsewhere, silently.
+
+    Raises:
+        SecretNotFoundError: it has none of the keys that the scheme needs.
+    """
+    keys = _KEYS.get(scheme, ())
+    if keys and not any(values.get(key) for key in keys):
+        raise SecretNotFoundError(
+            f"the Secret {secret} has no {' and no '.join(keys)}, with which {scheme}:// is reached: add the key, or"
+            " remove the secretRef to use the store's credentials"
+        )
+
+
+def filesystem(scheme: str, values: Mapping[str, str], credentials: str) -> Any:  # noqa: ANN401 - fsspec has no types
+    """The fsspec file system of a scheme.
+
+    Args:
+        scheme: s3, hf, gs, az, or any other for the files of this machine.
+        values: the keys and values of a Secret, or the environment.
+        credentials: where they come from, for messages.
+
+    Raises:
+        AccessDeniedError: what a key holds is none.
+        ImportError: this image cannot read the scheme.
+    """
+    if scheme == "s3":
+        endpoint = values.get("AWS_ENDPOINT_URL") or None
+        region = values.get("AWS_REGION") or values.get("AWS_DEFAULT_REGION") or None
+        config: dict[str, Any] = {
+            "connect_timeout": 10,
+            "read_timeout": 60,
+            "retries": {"max_attempts": 2, "mode": "standard"},
+        }
+        if endpoint:
+            # Stores that are not AWS know neither bucket host names nor the newer checksums.
+            config |= {
+                "s3": {"addressing_style": "path"},
+                "request_checksum_calculation": "when_required",
+                "response_checksum_validation": "when_required",
+            }
+        return fsspec.filesystem(
+            "s3",
+            key=values.get("AWS_ACCESS_KEY_ID") or None,
+            secret=values.get("AWS_SECRET_ACCESS_KEY") or None,
+            token=values.get("AWS_SESSION_TOKEN") or None,
+            endpoint_url=endpoint,
+            client_kwargs={"region_name": region} if region else {},
+            config_kwargs=config,
+            use_listings_cache=False,
+            skip_instance_cache=True,
+        )
+    if scheme == "hf":
+        return fsspec.filesystem("hf", token=values.get("HF_TOKEN") or None, skip_instance_cache=True)
+    if scheme == "gs":
+        return google_cloud.filesystem(values, credentials)
+    if scheme == "az":
+        return fsspec.filesystem(
+            "az",
+            account_name=values.get("AZURE_STORAGE_ACCOUNT_NAME") or None,
+            account_key=values.get("AZURE_STORAGE_ACCOUNT_KEY") or None,
+            connection_string=values.get("AZURE_STORAGE_CONNECTION_STRING") or None,
+            use_listings_cache=False,
+            skip_instance_cache=True,
+        )
+    return fsspec.filesystem("file", skip_instance_cache=True)

@@ -1,0 +1,87 @@
+"""A job's run in its trackers: which they are, and what the run is called over the job's attempts."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tunesmith.contracts.location import EVENTS_FOLDER, beside_artifact
+from tunesmith_trainer.errors import StorageUnavailableError
+from tunesmith_trainer.reporting.reporter import Reporter, parameters_of
+from tunesmith_trainer.reporting.settings import tracker_settings
+from tunesmith_trainer.store import ONE_TRY
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from tunesmith.api.finetunejob import FineTuneJob
+    from tunesmith.api.finetunejob_status import Resolved
+    from tunesmith.api.output import Tracker
+    from tunesmith_trainer.ranks import Ranks
+    from tunesmith_trainer.store import Folder, Stores
+
+RUN_FILE = "run-id"
+
+
+def trackers_of(job: FineTuneJob, secrets: Path, *, local: bool) -> dict[Tracker, dict[str, str]]:
+    """The variables of each tracker that the job reports to.
+
+    Args:
+        job: the FineTuneJob.
+        secrets: folder with the mounted Secrets.
+        local: whether no cluster runs the job.
+
+    Raises:
+        TrainerError: a Secret, a key of it or a variable is missing.
+    """
+    wanted = (job.spec.output.reporting or []) if job.spec.output else []
+    return tracker_settings(wanted, secrets, os.environ, local=local)
+
+
+def reporter_of(job: FineTuneJob, work: Path, ranks: Ranks, arguments: Namespace) -> Reporter:
+    """What reports to the job's trackers once it is begun: on the first rank alone.
+
+    Args:
+        job: the FineTuneJob.
+        work: folder for the journal, and for the event files of a run whose output is no folder here.
+        ranks: which of the processes that train together this is.
+        arguments: of the command: `output`, `secrets` and `allow_file`.
+
+    Raises:
+        TrainerError: a Secret, a key of it or a variable is missing.
+    """
+    if not ranks.first:
+        return Reporter()
+    settings = trackers_of(job, arguments.secrets, local=arguments.allow_file)
+    events = work if "://" in arguments.output else Path(arguments.output).resolve()
+    return Reporter(settings, work / "reporting", events / EVENTS_FOLDER)
+
+
+def begin(
+    reporter: Reporter, job: FineTuneJob, resolved: Resolved, stores: Stores, target: Folder, local: Path | None
+) -> None:
+    """Begins to report: the job's uid identifies the run over its attempts, in a folder here a file of it does."""
+    if not reporter.wanted:
+        return
+    metadata = job.metadata
+    store = None
+    run = metadata.uid or hashlib.sha256(target.uri.encode()).hexdigest()[:32]
+    if local is None:
+        uri = beside_artifact(target.uri, EVENTS_FOLDER)
+        store = stores.folder(uri, what="the folder of event files", missing=StorageUnavailableError)
+        store = store.child(retry=ONE_TRY)
+    else:
+        kept = local / RUN_FILE
+        if not kept.exists():
+            kept.write_text(f"{uuid.uuid4().hex}\n", encoding="utf-8")
+        run = kept.read_text(encoding="utf-8").strip()
+    reporter.start(
+        run=run,
+        name=f"{metadata.namespace}/{metadata.name}",
+        parameters=parameters_of(job, resolved),
+        guarded=local is None,
+        store=store,
+    )
