@@ -417,6 +417,27 @@ def test_code_of_a_folder_that_fails_late_is_the_jobs_fault(bench: Workbench) ->
     assert "  evaluation suite tasks: the base model" in ran.lines
 
 
+@pytest.mark.usefixtures("tasks")
+def test_only_the_folder_that_was_validated_is_run(bench: Workbench) -> None:
+    folder = _folder(bench.folder / "mine")
+    job = _job(bench, {"tasks": ["painted"], "taskFolder": {"uri": f"file://{folder}"}}, [])
+    ran = bench.run("validate", job, *CODE)
+    assert ran.code == 0, ran.result.message
+    assert ran.result.resolved is not None
+    job["status"] = {"resolved": ran.result.resolved.manifest()}
+    (folder / "colours.py").write_text("raise AssertionError\n")
+    ran = bench.run("train", job, *CODE)
+    assert (ran.code, ran.result.reason) == (2, FailureReason.INVALID_SPEC)
+    assert (
+        f"the task folder file://{folder} of evaluation suite tasks changed since the job was validated (it was "
+        in (ran.result.message)
+    )
+    assert ran.result.message.endswith("): create a new FineTuneJob")
+    (folder / "colours.py").write_text(COLOURS)
+    ran = bench.run("train", job, *CODE)
+    assert ran.code == 0, ran.result.message
+
+
 @pytest.mark.parametrize("command", ["validate", "train"])
 def test_the_code_of_a_folder_is_not_run_unasked(bench: Workbench, command: str) -> None:
     folder = _folder(bench.folder / "mine", **{"colours.py": "raise AssertionError\n"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from tunesmith.api.finetunejob_status import Resolved
+from tunesmith.api.finetunejob_status import Resolved, TaskFolderStatus
 from tunesmith.api.hyperparameters import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_EPOCHS,
@@ -16,6 +16,8 @@ from tunesmith.api.placement import DataParallelism
 from tunesmith_trainer.errors import InvalidSpecError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from tunesmith.api.finetunejob import FineTuneJobSpec
 
 
@@ -41,6 +43,7 @@ def resolve(
     targets: list[str],
     fingerprint: str,
     digest: str,
+    folders: Mapping[str, str],
     micro_batch_size: int,
     checkpointing: bool,
     sharded: bool,
@@ -53,6 +56,7 @@ def resolve(
         targets: modules that get an adapter.
         fingerprint: of the base model.
         digest: of the rows.
+        folders: by suite, the digest of the task folder that it brings.
         micro_batch_size: sequences per forward pass.
         checkpointing: whether activations are computed again.
         sharded: whether the base's weights are shared out among ranks.
@@ -64,6 +68,7 @@ def resolve(
     return Resolved(
         base_model_fingerprint=fingerprint,
         dataset_digest=digest,
+        task_folders=[TaskFolderStatus(suite=suite, digest=own) for suite, own in folders.items()] or None,
         learning_rate=spec.learning_rate,
         batch_size=batch,
         micro_batch_size=micro_batch_size,
@@ -83,13 +88,24 @@ def frozen(before: Resolved | None, now: Resolved) -> Resolved:
     """
     if before is None:
         return now
-    for what, old, new in (
-        ("base model", before.base_model_fingerprint, now.base_model_fingerprint),
-        ("data set", before.dataset_digest, now.dataset_digest),
-    ):
-        if old is not None and old != new:
-            raise InvalidSpecError(
-                f"the {what} changed since the job was validated (it was {old[:19]}…, it is {str(new)[:19]}…): "
-                "create a new FineTuneJob"
-            )
+    unchanged("base model", before.base_model_fingerprint, now.base_model_fingerprint)
+    unchanged("data set", before.dataset_digest, now.dataset_digest)
     return now.model_copy(update={name: value for name, value in before if value is not None})
+
+
+def unchanged(what: str, before: str | None, now: str | None) -> None:
+    """Looks whether an input is what it was.
+
+    Args:
+        what: the input, for the message.
+        before: its digest in an earlier stage; None where there was none.
+        now: its digest.
+
+    Raises:
+        InvalidSpecError: it is not.
+    """
+    if before is not None and before != now:
+        raise InvalidSpecError(
+            f"the {what} changed since the job was validated (it was {before[:19]}…, it is {str(now)[:19]}…): "
+            "create a new FineTuneJob"
+        )

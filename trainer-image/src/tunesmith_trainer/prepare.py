@@ -139,7 +139,9 @@ def prepare(
     own: dict[str, OwnTasks] = {}
     if spec.evaluation is not None and any(suite.lm_eval is not None for suite in spec.evaluation.suites):
         say("  fetching the tasks of lm-evaluation-harness")
-        own = folders.fetch(spec.evaluation, stores, work / "tasks")
+        frozen = job.status.resolved
+        validated = {one.suite: one.digest for one in (frozen.task_folders if frozen is not None else None) or []}
+        own = folders.fetch(spec.evaluation, stores, work / "tasks", validated)
         harness.check(spec.evaluation, own)
     lengths = rows.lengths
 
@@ -155,6 +157,7 @@ def prepare(
         targets=planned.targets,
         fingerprint=fingerprint,
         digest=rows.digest,
+        folders={suite: tasks.digest for suite, tasks in own.items()},
         micro_batch_size=run.micro_batch_size,
         checkpointing=run.checkpointing,
         sharded=run.sharded,

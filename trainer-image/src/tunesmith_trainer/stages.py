@@ -242,8 +242,7 @@ def _prepared(
     )
     if job.status.resolved is None and ranks.first:
         exports.check(job, stores)
-    brought = [own.digest for _, own in sorted(prepared.task_folders.items())]
-    if not ranks.agree(prepared.resolved.model_dump_json() + "".join(brought)):
+    if not ranks.agree(prepared.resolved.model_dump_json()):
         raise InvalidSpecError(
             "the base model, the data set or a task folder changed while the pods of this job read it: give the job"
             " files of its own"

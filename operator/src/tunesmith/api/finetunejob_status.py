@@ -50,6 +50,13 @@ class Phase(StrEnum):
     FAILED = "Failed"
 
 
+class TaskFolderStatus(StatusModel):
+    """A folder of evaluation tasks that the job brings."""
+
+    suite: str = Field(max_length=32, description="Name of the suite that brings it.")
+    digest: str = Field(max_length=71, description="SHA-256 of the names and the content of its files.")
+
+
 class Resolved(StatusModel):
     """What was decided for the user and what the inputs turned out to be. Frozen by the first attempt."""
 
@@ -58,6 +65,9 @@ class Resolved(StatusModel):
     )
     dataset_digest: str | None = Field(
         default=None, max_length=128, description="SHA-256 over the training and held-out rows."
+    )
+    task_folders: list[TaskFolderStatus] | None = Field(
+        default=None, max_length=8, description="What lmEval.taskFolder of each suite holds; absent: no suite has one."
     )
     learning_rate: float | None = Field(default=None, description="Peak learning rate.")
     batch_size: int | None = Field(default=None, description="Sequences per optimizer step.")

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from tunesmith_trainer.errors import DatasetNotFoundError, InvalidSpecError
+from tunesmith_trainer.plan import unchanged
 from tunesmith_trainer.store import file_sha256
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from tunesmith.api.evaluation import Evaluation, Suite
     from tunesmith_trainer.store import Folder, Stores
@@ -86,11 +87,17 @@ def permit(evaluation: Evaluation | None, code: TaskCode) -> None:
             )
 
 
-def fetch(evaluation: Evaluation, stores: Stores, work: Path) -> dict[str, OwnTasks]:
+def fetch(evaluation: Evaluation, stores: Stores, work: Path, validated: Mapping[str, str]) -> dict[str, OwnTasks]:
     """By suite, the tasks that it brings: copied to this machine, and their YAML read.
 
+    Args:
+        evaluation: all suites.
+        stores: opens the places of the folders.
+        work: folder for the copies.
+        validated: by suite, the digest of what an earlier stage has tried; nothing else is run.
+
     Raises:
-        InvalidSpecError: a file is not as lm-evaluation-harness wants it.
+        InvalidSpecError: a file is not as lm-evaluation-harness wants it, or a folder changed since it was validated.
         DatasetNotFoundError: there is no such folder, or it has no YAML file.
         TrainerError: the store cannot be read.
     """
@@ -106,6 +113,7 @@ def fetch(evaluation: Evaluation, stores: Stores, work: Path) -> dict[str, OwnTa
         target = (work / suite.name).resolve()
         shutil.rmtree(target, ignore_errors=True)  # of a container of this pod that ran before
         own = OwnTasks(target, uri, _copied(folder, target, where))
+        unchanged(f"task folder {uri} of evaluation suite {suite.name}", validated.get(suite.name), own.digest)
         _check(own, where)
         found[suite.name] = own
     return found
