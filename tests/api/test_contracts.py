@@ -17,6 +17,7 @@ from tunesmith.api.finetunejob_status import (
     Preflight,
     Resolved,
     Score,
+    SuiteFailure,
 )
 from tunesmith.api.model import MAX_NAME
 from tunesmith.contracts.agent import gateway_token, pool_token
@@ -222,6 +223,19 @@ class TestResult:
         assert (read.message, read.metrics) == (result.message, {"evaluationLoss": 1.5})
         assert read.evaluation is not None
         assert (read.evaluation.gates, read.evaluation.scores) == (gates, None)
+
+    def test_termination_message_keeps_which_suites_have_no_scores_and_the_gates(self) -> None:
+        reason = FailureReason.INVALID_SPEC
+        failures = [SuiteFailure(suite=f"s{number}", reason=reason, message="é" * 900) for number in range(8)]
+        gates = [GateStatus(suite="s0", metric="a-task/acc", min=0.6, passed=False)]
+        evaluation = EvaluationStatus(loss=1.5, gates=gates, failures=failures)
+        result = TrainerResult(outcome=Outcome.FAILED, message="gate s0: no scores", evaluation=evaluation)
+        text = result.termination_message()
+        assert len(text.encode()) <= TERMINATION_MESSAGE_MAX_BYTES
+        read = TrainerResult.model_validate_json(text)
+        assert read.evaluation is not None
+        assert (read.message, read.evaluation.gates) == (result.message, gates)
+        assert [one.message for one in read.evaluation.failures or []] == ["é" * 100] * 8
 
     def test_termination_message_fits_whatever_was_resolved(self) -> None:
         resolved = Resolved(target_modules=["m" * 128] * 64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plan_cases import DENIED, EXPORTS, FAR, GATE, Case, ended, exported
+from plan_cases import DENIED, EXPORTS, FAR, GATE, NO_SCORES, UNSCORED, Case, ended, exported
 from worlds import UID, attempt, condition, job, kube_job, pod, seen, validated
 
 from tunesmith.contracts.location import owned_name
@@ -16,6 +16,14 @@ CASES = {
         {"Validated": ("True", "Valid"), "Published": ("True", "Published"), "Failed": ("True", "GateFailed")},
         "loss 1.5 is above 1",
         ("Failed",),
+    ),
+    "a job whose suite has no scores is complete": Case(
+        seen(job(validated(attempt(1))), attempts={1: kube_job("1", ended(0, UNSCORED), succeeded=True)}),
+        (),
+        "Complete",
+        {"Validated": ("True", "Valid"), "Published": ("True", "Published"), "Complete": ("True", "Complete")},
+        f"; {NO_SCORES}",
+        ("Succeeded",),
     ),
     "a job whose copies are made is complete": Case(
         seen(

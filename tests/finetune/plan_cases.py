@@ -42,6 +42,16 @@ TIGHT = result(
         "suggestion": "use qlora",
     },
 )
+NO_SCORES = "evaluation suite mine: the task painted cannot be used: mine.py line 3: KeyError"
+UNSCORED = result(
+    outcome="Succeeded",
+    artifact=ARTIFACT,
+    evaluation={
+        "baseLoss": 3.0,
+        "loss": 1.5,
+        "failures": [{"suite": "mine", "reason": "InvalidSpec", "message": NO_SCORES}],
+    },
+)
 GATE = result(outcome="Failed", reason="GateFailed", message="loss 1.5 is above 1", artifact=ARTIFACT)
 OUTAGE = result(outcome="Failed", reason="StorageUnavailable", message="no answer", retryable=True)
 MALFORMED = result(outcome="Failed", reason="DatasetInvalid", message="line 3 is not JSON")

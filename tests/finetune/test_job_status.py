@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from plan_cases import DENIED, DONE, EXPORTS, FAR, ended, exported, result
+from plan_cases import DENIED, DONE, EXPORTS, FAR, NO_SCORES, UNSCORED, ended, exported, result
 from worlds import ARTIFACT, NOW, STORE, attempt, condition, job, kube_job, pod, seen, validated
 
 from tunesmith.api.conditions import find
@@ -39,6 +39,15 @@ def test_rows_that_are_scored_and_trained_on_are_told_once_as_a_warning() -> Non
     told = [notice for notice in notices(before.status, status) if notice.type == "Warning"]
     assert [(notice.reason, sentence in notice.message) for notice in told] == [("ScoredRowsTrained", True)]
     assert sentence in next(one.message for one in status.conditions if one.type == "Validated")
+    assert [notice for notice in notices(status, status) if notice.type == "Warning"] == []
+
+
+def test_a_suite_without_scores_is_told_once_as_a_warning() -> None:
+    attempts = {1: kube_job("1", ended(0, UNSCORED), succeeded=True)}
+    before = job(validated(attempt(1)))
+    status = plan(seen(before, attempts=attempts), STORE).status
+    told = [notice for notice in notices(before.status, status) if notice.type == "Warning"]
+    assert [(notice.reason, notice.message) for notice in told] == [("SuiteFailed", NO_SCORES)]
     assert [notice for notice in notices(status, status) if notice.type == "Warning"] == []
 
 

@@ -75,7 +75,7 @@ class Pods:
                 old.unlink(missing_ok=True)
             arguments = ["train", "--job", str(self.manifest), "--output", str(self.output), "--allow-file"]
             arguments += ["--progress-port", "0", "--work", str(self.folder / f"work-{index}")]
-            arguments += ["--termination-message", str(message)]
+            arguments += ["--termination-message", str(message), "--allow-task-code"]
             # Pods share a store, never a folder.
             arguments += ["--tokens", f"file://{self.folder}/tokens-{index}"]
             process = _FORKS.Process(target=_command, args=(arguments, environment, self._log(index)), daemon=True)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tunesmith.api.conditions import FailureReason
 from tunesmith.api.evaluation import Evaluation, GenerationMetric
-from tunesmith.api.finetunejob_status import EvaluationStatus
+from tunesmith.api.finetunejob_status import EvaluationStatus, SuiteFailure
 from tunesmith_trainer.evaluation import gates
 from tunesmith_trainer.evaluation.generation import score
 
@@ -66,6 +66,28 @@ def test_what_is_no_number_passes_no_gate() -> None:
     judged = _judge({"suite": "rows", "metric": "Loss", "max": 100}, EvaluationStatus(base_loss=2.0, loss=float("nan")))
     assert judged.gates is not None
     assert [gate.passed for gate in judged.gates] == [False]
+
+
+def test_a_suite_without_scores_passes_no_gate_and_leaves_the_others_theirs() -> None:
+    suites = [
+        {"name": "doors", "generation": {"dataset": {"uri": "s3://data/doors.jsonl"}}},
+        {"name": "mine", "lmEval": {"tasks": ["painted"]}},
+    ]
+    limits = [
+        {"suite": "doors", "metric": "ExactMatch", "min": 0.9},
+        {"suite": "mine", "metric": "painted/acc", "max": 1},
+    ]
+    failure = SuiteFailure(suite="mine", reason=FailureReason.INVALID_SPEC, message="suite mine: line 3: KeyError")
+    asked = Evaluation.model_validate({"suites": suites, "gates": limits})
+    judged = gates.judge(asked, LOSSES, {"doors": {"ExactMatch": (0.25, 0.75)}}, [failure])
+    assert judged.failures == [failure]
+    assert [(one.suite, one.adapter) for one in judged.scores or []] == [("doors", 0.75)]
+    assert [(one.suite, one.passed) for one in judged.gates or []] == [("doors", False), ("mine", False)]
+    assert gates.failure(judged) == (
+        "gate doors/ExactMatch: 0.75 is below its min 0.9; gate mine/painted/acc: its suite has no scores:"
+        " suite mine: line 3: KeyError. The artifact is kept: use it as it is, or mend the tasks and create a new"
+        " FineTuneJob, or train again with more or better data, another learning rate or more steps, or move the gate"
+    )
 
 
 def _judge(gate: dict[str, Any], losses: EvaluationStatus) -> EvaluationStatus:

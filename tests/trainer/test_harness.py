@@ -124,6 +124,9 @@ def rows(**_):
 def all_green(answers, rows):
     return [["green"] for _ in answers]
 """
+# What answers on the CPU says the same to everything; this fails on what a model says.
+LATE = COLOURS.replace('["green"] for _ in', '[{"lol": "green"}[one]] for (one,) in')
+LATE_TOLD = "evaluation suite mine: the task painted cannot be used: colours.py line 12: KeyError: "
 JUDGED = """
 
 def judged(doc, answers):
@@ -307,7 +310,12 @@ def test_base_and_adapter_score_as_the_harness_alone_says(bench: Workbench, base
 
 @pytest.mark.long
 def test_ranks_that_share_the_weights_score_together(tmp_path: Path, base_model: Path, tasks: Path) -> None:
-    suites = [{"name": "tasks", "lmEval": {"tasks": ["doors_choice", "doors_answer", "doors_text"], "limit": 7}}]
+    # What fails on one rank does so on the other, and both go on.
+    late = _folder(tmp_path / "mine", **{"colours.py": LATE})
+    suites = [
+        _late(late)[0],
+        {"name": "tasks", "lmEval": {"tasks": ["doors_choice", "doors_answer", "doors_text"], "limit": 7}},
+    ]
     shared = {"gpus": 0, "nodes": 2, "dataParallelism": "FSDP2"}
     one = pods(tmp_path / "one", base_model, 1, evaluation={"suites": suites})
     two = pods(tmp_path / "two", base_model, 2, evaluation={"suites": suites}, resources=shared)
@@ -317,6 +325,9 @@ def test_ranks_that_share_the_weights_score_together(tmp_path: Path, base_model:
     scores, expected = two.result(0).metrics, one.result(0).metrics
     assert len(scores or {}) > len(suites) + 2
     assert scores == pytest.approx(expected, rel=1e-3)
+    evaluation = two.result(0).evaluation
+    assert evaluation is not None
+    assert [one.message.startswith(LATE_TOLD) for one in evaluation.failures or []] == [True]
 
 
 def test_examples_before_the_questions_and_a_group(bench: Workbench, base_model: Path, tasks: Path) -> None:
@@ -407,14 +418,47 @@ def test_tasks_of_a_folder_are_scored_beside_others(bench: Workbench) -> None:
 
 
 @pytest.mark.usefixtures("tasks")
-def test_code_of_a_folder_that_fails_late_is_the_jobs_fault(bench: Workbench) -> None:
-    # What answers on the CPU says the same to everything; this fails on what a model says.
-    late = COLOURS.replace('["green"] for _ in', '[{"lol": "green"}[one]] for (one,) in')
-    folder = _folder(bench.folder / "mine", **{"colours.py": late})
-    ran = bench.run("train", _job(bench, {"tasks": ["painted"], "taskFolder": {"uri": f"file://{folder}"}}, []), *CODE)
-    assert (ran.code, ran.result.reason) == (2, FailureReason.INVALID_SPEC)
-    assert "the task painted cannot be used: colours.py line 12: KeyError: " in ran.result.message
-    assert "  evaluation suite tasks: the base model" in ran.lines
+def test_code_of_a_folder_that_fails_late_does_not_lose_the_adapter(bench: Workbench, base_model: Path) -> None:
+    folder = _folder(bench.folder / "mine", **{"colours.py": LATE})
+    job = bench.job(evaluation={"suites": [*_late(folder), {"name": "held-out", "heldOutLoss": {}}]})
+    ran = bench.run("train", job, *CODE)
+    assert ran.code == 0, ran.result.message
+    assert "; " + LATE_TOLD in ran.result.message
+    assert "  evaluation suite mine: the adapter" not in ran.lines, "the base model's answers failed already"
+    evaluation = json.loads((bench.output / "artifact/evaluation.json").read_text())
+    assert {one["suite"] for one in evaluation["scores"]} == {"others", "held-out"}
+    (failure,) = evaluation["failures"]
+    assert (failure["suite"], failure["reason"]) == ("mine", "InvalidSpec")
+    assert failure["message"].startswith(LATE_TOLD)
+    assert "- mine: " + LATE_TOLD in (bench.output / "artifact/README.md").read_text()
+    base = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
+    PeftModel.from_pretrained(base, bench.output / "artifact")
+    again = bench.run("train", job, *CODE)
+    assert again.code == 0
+    assert LATE_TOLD in again.result.message, "what was published before says so too"
+
+
+@pytest.mark.usefixtures("tasks")
+def test_a_gate_on_code_that_failed_does_not_pass(bench: Workbench) -> None:
+    folder = _folder(bench.folder / "mine", **{"colours.py": LATE})
+    gates = [{"suite": "mine", "metric": "painted/exact_match,green", "max": 1}]
+    ran = bench.run("train", bench.job(evaluation={"suites": _late(folder), "gates": gates}), *CODE)
+    assert (ran.code, ran.result.reason, ran.result.retryable) == (2, FailureReason.GATE_FAILED, False)
+    told = f"gate mine/painted/exact_match,green: its suite has no scores: {LATE_TOLD}"
+    assert ran.result.message.startswith(told)
+    assert ran.result.message.endswith("use it as it is, or mend the tasks and create a new FineTuneJob")
+    assert ran.result.artifact is not None
+    assert (bench.output / "artifact/tunesmith.json").is_file()
+    assert ran.result.evaluation is not None
+    assert [(one.passed, one.value) for one in ran.result.evaluation.gates or []] == [(False, None)]
+
+
+def _late(folder: Path) -> list[dict[str, Any]]:
+    """A suite whose code fails on what a model says, and one after it."""
+    return [
+        {"name": "mine", "lmEval": {"tasks": ["painted"], "taskFolder": {"uri": f"file://{folder}"}}},
+        {"name": "others", "lmEval": {"tasks": ["doors_choice"], "limit": 3}},
+    ]
 
 
 @pytest.mark.usefixtures("tasks")

@@ -33,6 +33,7 @@ def text(job: FineTuneJob, prepared: Prepared, trained: Trained) -> str:
         f"- {gate.suite}/{gate.metric}: {gate.value}, {_limits(gate)}: {'passed' if gate.passed else 'FAILED'}"
         for gate in evaluation.gates or []
     ]
+    failures = [f"- {one.suite}: {one.message}" for one in evaluation.failures or []]
     change = f" ({-(evaluation.loss_reduction_percent or 0):+.1f} %)"
     return "\n".join(
         [
@@ -54,6 +55,7 @@ def text(job: FineTuneJob, prepared: Prepared, trained: Trained) -> str:
             f"Scored in one run; the loss on {counted.validation_rows} held-out rows{_trained_too(counted)}.",
             "Whether answers are true, safe or fair was not measured.",
             *(["", "Gates:", "", *gates] if gates else []),
+            *(["", "Not scored:", "", *failures] if failures else []),
             "",
             "![loss over the steps](curves.png)",
             "",

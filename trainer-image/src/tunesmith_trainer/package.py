@@ -139,7 +139,7 @@ def metrics_of(evaluation: EvaluationStatus) -> dict[str, float]:
 def _evaluation(evaluation: EvaluationStatus, prepared: Prepared) -> dict[str, object]:
     """`evaluation.json`."""
     whole = evaluation.manifest()
-    more: dict[str, object] = {name: whole.pop(name) for name in ("scores", "gates") if name in whole}
+    more: dict[str, object] = {name: whole.pop(name) for name in ("scores", "gates", "failures") if name in whole}
     brought = [
         {"suite": suite, "uri": own.uri, "digest": own.digest} for suite, own in sorted(prepared.task_folders.items())
     ]

@@ -252,7 +252,10 @@ def _prepared(
 
 def _judged(result: TrainerResult) -> TrainerResult:
     """The result, failed where a gate did not pass. The artifact stays published and reported."""
-    told = gates.failure(result.evaluation) if result.evaluation else None
+    evaluation = result.evaluation
+    told = gates.failure(evaluation) if evaluation is not None else None
+    if told is None and evaluation is not None and evaluation.failures:
+        return result.model_copy(update={"message": f"{result.message}; {evaluation.unscored}"})
     if told is None:
         return result
     return result.model_copy(update={"outcome": Outcome.FAILED, "reason": FailureReason.GATE_FAILED, "message": told})

@@ -297,6 +297,14 @@ class GateStatus(StatusModel):
     passed: bool = Field(description="Whether the value keeps the limits.")
 
 
+class SuiteFailure(StatusModel):
+    """A suite that could not be scored. What was trained is published all the same."""
+
+    suite: str = Field(max_length=32, description="Name of the suite.")
+    reason: FailureReason = Field(description="Why it has no scores.")
+    message: str = Field(max_length=1024, description="Why it has no scores, as a sentence.")
+
+
 class EvaluationStatus(StatusModel):
     """Scores of base and adapter, taken in the same run."""
 
@@ -305,6 +313,17 @@ class EvaluationStatus(StatusModel):
     loss_reduction_percent: Figure = Field(default=None, description="How far the held-out loss fell.")
     scores: list[Score] | None = Field(default=None, max_length=MAX_SCORES, description="Scores of evaluation.suites.")
     gates: list[GateStatus] | None = Field(default=None, max_length=16, description="What became of the gates.")
+    failures: list[SuiteFailure] | None = Field(
+        default=None,
+        max_length=8,
+        description="Suites whose tasks failed on what the models say; they have no scores, and their gates do not"
+        " pass. Absent: all were scored.",
+    )
+
+    @property
+    def unscored(self) -> str:
+        """What the suites without scores say, as a sentence; empty where all were scored."""
+        return "; ".join(one.message for one in self.failures or [])
 
 
 class FineTuneJobStatus(StatusModel):

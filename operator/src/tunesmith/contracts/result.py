@@ -71,8 +71,8 @@ class TrainerResult(StatusModel):
     def termination_message(self) -> str:
         """JSON of at most 4,096 bytes.
 
-        Too long, it loses the examples of rows, the suites' scores (evaluation.json has them), the
-        gates, the ends of the exports' messages, then that of its own.
+        Too long, it loses the examples of rows, the suites' scores (evaluation.json has them), the ends of
+        the suites' messages, the gates, the ends of the exports' messages, then that of its own.
         """
         result = self
         if result.preflight is not None and len(_text(result)) > TERMINATION_MESSAGE_MAX_BYTES:
@@ -87,6 +87,11 @@ class TrainerResult(StatusModel):
                     "metrics": {name: value for name, value in result.metrics.items() if "/" not in name},
                 }
             )
+        if result.evaluation is not None and len(_text(result)) > TERMINATION_MESSAGE_MAX_BYTES:
+            failures = result.evaluation.failures or []
+            cut = [one.model_copy(update={"message": one.message[:_SHORT]}) for one in failures]
+            evaluation = result.evaluation.model_copy(update={"failures": cut or None})
+            result = result.model_copy(update={"evaluation": evaluation})
         if result.evaluation is not None and len(_text(result)) > TERMINATION_MESSAGE_MAX_BYTES:
             result = result.model_copy(update={"evaluation": result.evaluation.model_copy(update={"gates": None})})
         if result.exports is not None and len(_text(result)) > TERMINATION_MESSAGE_MAX_BYTES:

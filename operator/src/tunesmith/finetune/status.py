@@ -212,6 +212,8 @@ class Status:
         evaluation, message = self._status.evaluation, place
         if evaluation is not None and evaluation.base_loss is not None and evaluation.loss is not None:
             message = f"held-out loss went from {evaluation.base_loss:.4g} to {evaluation.loss:.4g}; {place}"
+        if evaluation is not None and evaluation.failures:
+            message = f"{message}; {evaluation.unscored}"
         self._end(FineTuneJobCondition.COMPLETE, "Complete", message)
 
     def build(self) -> FineTuneJobStatus:
@@ -285,7 +287,7 @@ class Notice(NamedTuple):
 
 def notices(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Notice]:
     """What people should hear of the difference of two statuses."""
-    found = _flattered(old, new)
+    found = _flattered(old, new) + _unscored(old, new)
     for condition in new.conditions:
         before = find(old.conditions, condition.type)
         if before is not None and before.status is condition.status and before.reason == condition.reason:
@@ -315,6 +317,13 @@ def _flattered(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Notice]:
     counted = new.preflight if old.preflight is None else None
     trained = (counted.also_trained if counted is not None else None) or []
     return [Notice("Warning", "ScoredRowsTrained", one.sentence) for one in trained]
+
+
+def _unscored(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Notice]:
+    """Of suites that could not be scored, once."""
+    evaluation = new.evaluation if old.evaluation is None else None
+    failures = (evaluation.failures if evaluation is not None else None) or []
+    return [Notice("Warning", "SuiteFailed", one.message) for one in failures]
 
 
 def merged(kept: Resolved | None, new: Resolved | None) -> Resolved | None:

@@ -90,7 +90,7 @@ def scores(
         own: the folder of tasks that the suite brings.
 
     Raises:
-        InvalidSpecError: the Python of that folder failed on a row.
+        TrainerError: the Python of that folder failed on a row.
     """
     tasks = tasks_of(suite, own)
     was_training = model.training

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import set_seed
 
-from tunesmith.api.finetunejob_status import EvaluationStatus, Stage
+from tunesmith.api.conditions import FailureReason
+from tunesmith.api.finetunejob_status import EvaluationStatus, Stage, SuiteFailure
 from tunesmith.api.placement import DataParallelism
 from tunesmith_trainer import model, sharding
 from tunesmith_trainer.errors import (
@@ -18,6 +19,7 @@ from tunesmith_trainer.errors import (
     InvalidSpecError,
     LossDivergedError,
     OutOfMemoryError,
+    TrainerError,
 )
 from tunesmith_trainer.evaluation import gates, generation, harness
 from tunesmith_trainer.evaluation.loss import held_out_loss
@@ -56,6 +58,9 @@ if TYPE_CHECKING:
     from tunesmith_trainer.reporting.reporter import Reporter
 
 log = logging.getLogger(__name__)
+
+_LONGEST_MESSAGE = 1024
+"""Characters that the status has room for."""
 
 
 @dataclass
@@ -202,14 +207,14 @@ def _train(
     # Where weights are shared out, each rank takes part in what the first one asks the model.
     if not ranks.first and not sharded:
         return None
-    measured = _measured(job, prepared, peft_model, progress)
+    measured, failures = _measured(job, prepared, peft_model, progress, ranks if sharded else None)
     prompts = prompt_tokens(model.load_tokenizer_of(prepared.base, job.spec))
     logits = last_logits(peft_model, prompts)
     if sharded:
         sharding.gather(base, keep=ranks.first)
     if not ranks.first:
         return None
-    return Trained(peft_model, gates.judge(job.spec.evaluation, losses, measured), prompts, logits, curve)
+    return Trained(peft_model, gates.judge(job.spec.evaluation, losses, measured, failures), prompts, logits, curve)
 
 
 def _loaded(
@@ -283,20 +288,44 @@ def _scored(
 
 
 def _measured(
-    job: FineTuneJob, prepared: Prepared, peft_model: PeftModel, progress: Progress
-) -> dict[str, dict[str, tuple[float, float]]]:
-    """By suite of answers or tasks and by metric, the scores of base and adapter."""
-    found = {}
+    job: FineTuneJob, prepared: Prepared, peft_model: PeftModel, progress: Progress, ranks: Ranks | None
+) -> tuple[dict[str, dict[str, tuple[float, float]]], list[SuiteFailure]]:
+    """By suite of answers or tasks and by metric, the scores of base and adapter; and the suites without scores.
+
+    The tasks that a job brings are code, which may fail on what a model says: what was trained is not lost by that.
+
+    Args:
+        job: the FineTuneJob.
+        prepared: its inputs.
+        peft_model: base with adapter.
+        progress: tells what is scored.
+        ranks: that score together; None where this process scores alone.
+    """
+    found: dict[str, dict[str, tuple[float, float]]] = {}
+    failures = []
     for suite in job.spec.evaluation.suites if job.spec.evaluation else []:
         if suite.held_out_loss is not None:
             continue
         scores = []
         for adapted in (False, True):
             progress.say(f"  evaluation suite {suite.name}: the {'adapter' if adapted else 'base model'}")
-            scores.append(_scores(suite, job, prepared, peft_model, adapter=adapted))
-        base, adapter = scores
-        found[suite.name] = {metric: (base[metric], value) for metric, value in adapter.items()}
-    return found
+            failure = None
+            try:
+                scores.append(_scores(suite, job, prepared, peft_model, adapter=adapted))
+            except TrainerError as error:
+                log.debug("evaluation suite %s failed", suite.name, exc_info=error)
+                failure = SuiteFailure(suite=suite.name, reason=error.reason, message=str(error)[:_LONGEST_MESSAGE])
+            if ranks is not None and ranks.any(failure is not None)[0] and failure is None:
+                told = f"evaluation suite {suite.name} failed at another rank, whose pod says why"
+                failure = SuiteFailure(suite=suite.name, reason=FailureReason.INVALID_SPEC, message=told)
+            if failure is not None:
+                progress.say(f"  not scored: {failure.message}")
+                failures.append(failure)
+                break
+        else:
+            base, adapter = scores
+            found[suite.name] = {metric: (base[metric], value) for metric, value in adapter.items()}
+    return found, failures
 
 
 def _scores(
