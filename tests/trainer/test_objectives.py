@@ -24,8 +24,9 @@ from tunesmith_trainer.data.rows import FORMS, read
 from tunesmith_trainer.data.sources import Source
 from tunesmith_trainer.ranks import Ranks
 from tunesmith_trainer.training import preference
+from tunesmith_trainer.training.attention import Attention
 from tunesmith_trainer.training.batches import Collator, Layout
-from tunesmith_trainer.training.layout import attention_of
+from tunesmith_trainer.training.layout import Way
 from tunesmith_trainer.training.loss import add_target_loss
 from tunesmith_trainer.training.objectives import Forward, StepObjective, step_objective
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from trainer_rig import Workbench
 
+FLAT, PADDED = Way(Layout.FLAT, Attention.SEGMENTS), Way(Layout.PADDED)
 ADAPTER = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
 PAIRS = [
     {
@@ -95,15 +97,15 @@ def loss_and_gradient(
     objective: StepObjective,
     rows: list[dict[str, Any]],
     size: int,
-    layout: Layout,
+    way: Way,
     ranks: int,
 ) -> tuple[float, torch.Tensor]:
     """Of one step, its micro-batches computed as `ranks` processes would."""
     model.zero_grad()
     forward = Forward(model, model)
-    steps = [Collator(size, 0, layout, rank, ranks, objective)(rows)["step"] for rank in range(ranks)]
+    steps = [Collator(size, 0, way.layout, rank, ranks, objective)(rows)["step"] for rank in range(ranks)]
     loss = 0.0
-    with attention_of(layout, base):
+    with way.attending(base):
         if objective.mismatched:
             objective.estimate(forward, [batch for step in steps for batch in step.mismatched], Ranks())
         for step in steps:
@@ -130,10 +132,10 @@ def test_neither_micro_batches_nor_layout_nor_ranks_change_loss_and_gradient(nam
     model, base = adapted(base_model)
     add_target_loss(base)
     objective = step_objective(OBJECTIVES[name])
-    loss, gradient = loss_and_gradient(model, base, objective, rows, 8, Layout.PADDED, 1)
+    loss, gradient = loss_and_gradient(model, base, objective, rows, 8, PADDED, 1)
     assert float(gradient.norm()) > 0
-    for size, layout, ranks in ((1, Layout.PADDED, 1), (3, Layout.FLAT, 1), (8, Layout.FLAT, 2), (2, Layout.FLAT, 3)):
-        other, found = loss_and_gradient(model, base, objective, rows, size, layout, ranks)
+    for size, way, ranks in ((1, PADDED, 1), (3, FLAT, 1), (8, FLAT, 2), (2, FLAT, 3)):
+        other, found = loss_and_gradient(model, base, objective, rows, size, way, ranks)
         assert other == pytest.approx(loss, rel=1e-5)
         assert float((found - gradient).norm()) <= 1e-4 * float(gradient.norm())
 
@@ -178,7 +180,7 @@ def test_dpo_is_trls(base_model: Path, tmp_path: Path) -> None:
     expected = first_loss(trainer, model)
     add_target_loss(base)
     objective = step_objective(Objective(dpo=DpoFields(beta=0.2)))
-    loss, _ = loss_and_gradient(model, base, objective, pair_rows(base_model), 3, Layout.FLAT, 1)
+    loss, _ = loss_and_gradient(model, base, objective, pair_rows(base_model), 3, FLAT, 1)
     assert loss == pytest.approx(expected, rel=1e-4)
 
 
@@ -194,7 +196,7 @@ def test_kto_is_trls(base_model: Path, tmp_path: Path) -> None:
     expected = first_loss(trainer, model)
     add_target_loss(base)
     loss, _ = loss_and_gradient(
-        model, base, step_objective(OBJECTIVES["kto"]), judged_rows(base_model), 3, Layout.FLAT, 1
+        model, base, step_objective(OBJECTIVES["kto"]), judged_rows(base_model), 3, FLAT, 1
     )
     assert loss == pytest.approx(expected, rel=1e-4)
 
@@ -224,7 +226,7 @@ def test_kto_of_pairs_is_trls(base_model: Path, tmp_path: Path) -> None:
     expected = first_loss(trainer, model)
     add_target_loss(base)
     rows = read_pairs(tmp_path, base_model)
-    loss, _ = loss_and_gradient(model, base, step_objective(OBJECTIVES["kto"]), rows, 3, Layout.FLAT, 1)
+    loss, _ = loss_and_gradient(model, base, step_objective(OBJECTIVES["kto"]), rows, 3, FLAT, 1)
     assert loss == pytest.approx(expected, rel=1e-4)
 
 

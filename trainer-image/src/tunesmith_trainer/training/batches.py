@@ -231,6 +231,7 @@ def _flat(rows: Sequence[Row]) -> dict[str, Any]:
         "cu_seq_lens_k": bounds,
         "max_length_q": max(sizes),
         "max_length_k": max(sizes),
+        "sequence_bounds": tuple(bounds.tolist()),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,8 +13,8 @@ from torch.nn import functional
 
 from tunesmith_trainer.data import IGNORED
 from tunesmith_trainer.errors import SelfCheckError
-from tunesmith_trainer.logits import products
-from tunesmith_trainer.training.attention import by_segments
+from tunesmith_trainer.evaluation.loss import precision
+from tunesmith_trainer.training.attention import Attention, attending, has_varlen_kernel
 from tunesmith_trainer.training.batches import Collator, Layout
 from tunesmith_trainer.training.loss import add_target_loss
 
@@ -29,17 +30,40 @@ _TOLERANCE = {torch.float32: 1e-4}
 _TOLERANCE_ROUNDED = 2e-2
 """Relative, for types with fewer digits."""
 _ROW_TOKENS = 12
-_CANDIDATES = ((Layout.FLAT, False), (Layout.PADDED, False), (Layout.PADDED, True))
-"""Layout, and whether the logits are whole; the fastest first."""
 
 
-def attention_of(layout: Layout, base: PreTrainedModel) -> AbstractContextManager[None]:
-    """The attention that a layout needs, within a `with` block."""
-    return by_segments(base) if layout is Layout.FLAT else nullcontext()
+@dataclass(frozen=True)
+class Way:
+    """A way of computing the loss.
+
+    Attributes:
+        layout: how rows lie in a micro-batch.
+        attention: how they attend; None: as the model does by itself.
+        whole_logits: whether the model's own forward pass makes all logits.
+    """
+
+    layout: Layout
+    attention: Attention | None = None
+    whole_logits: bool = False
+
+    def __str__(self) -> str:
+        attention = "" if self.attention is None else f", {self.attention}"
+        return f"rows {self.layout}{attention}, logits {'whole' if self.whole_logits else 'chunked'}"
+
+    def attending(self, base: PreTrainedModel) -> AbstractContextManager[None]:
+        """The model attends so within a `with` block."""
+        return nullcontext() if self.attention is None else attending(base, self.attention)
 
 
-def choose_layout(model: PeftModel, base: PreTrainedModel) -> Layout:
-    """The fastest layout in which a row's loss is what the model's own forward pass gives it alone.
+def ways(device: torch.device, dtype: torch.dtype) -> list[Way]:
+    """The ways to try on a device with products of a type, the fastest first."""
+    flat = [Attention.VARLEN, Attention.SEGMENTS] if has_varlen_kernel(device, dtype) else [Attention.SEGMENTS]
+    padded = [Way(Layout.PADDED, whole_logits=whole) for whole in (False, True)]
+    return [*(Way(Layout.FLAT, attention) for attention in flat), *padded]
+
+
+def choose_way(model: PeftModel, base: PreTrainedModel) -> Way:
+    """The fastest way in which a row's loss is what the model's own forward pass gives it alone.
 
     Architectures whose layers mix neighbouring rows, and methods that put tokens before a row, are found out by trying.
 
@@ -54,25 +78,27 @@ def choose_layout(model: PeftModel, base: PreTrainedModel) -> Layout:
     before = {"input_ids": tokens[: 2 * _ROW_TOKENS - 5].tolist(), "labels": [IGNORED] * (2 * _ROW_TOKENS - 5)}
     ids = tokens[:_ROW_TOKENS].tolist()
     row = {"input_ids": ids, "labels": [IGNORED, *ids[1:]]}
-    tolerance = _TOLERANCE.get(next(iter(base.parameters())).dtype, _TOLERANCE_ROUNDED)
+    dtype = base.config.dtype or torch.float32
+    tolerance = _TOLERANCE.get(dtype, _TOLERANCE_ROUNDED)
+    candidates = ways(model.device, dtype)
     reasons = []
     with _evaluating(model):
         expected = _alone(model, ids)
         if not math.isfinite(expected):
-            return Layout.FLAT  # nothing to compare with; the held-out loss tells it
-        for layout, whole_logits in _CANDIDATES:
-            add_target_loss(base, whole_logits=whole_logits)
-            batch = _to(Collator(size=2, pad=0, layout=layout).join([before, row]), model.device)
+            return candidates[0]  # nothing to compare with; the held-out loss tells it
+        for way in candidates:
+            add_target_loss(base, whole_logits=way.whole_logits)
+            batch = _to(Collator(size=2, pad=0, layout=way.layout).join([before, row]), model.device)
             try:
-                with attention_of(layout, base):
+                with way.attending(base):
                     loss = float(model(**batch, target_loss=True).summed)
             except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-                reasons.append(f"{layout}: {error}")
+                reasons.append(f"{way}: {error}")
                 continue
             if abs(loss - expected) <= tolerance * abs(expected):
-                log.info("rows lie %s, logits are %s; %s", layout, "whole" if whole_logits else "chunked", reasons)
-                return layout
-            reasons.append(f"{layout}: {loss:.6f} instead of {expected:.6f}")
+                log.info("%s; %s", way, reasons)
+                return way
+            reasons.append(f"{way}: {loss:.6f} instead of {expected:.6f}")
     raise SelfCheckError(
         f"the loss of a row depends on the rows beside it in a {type(base).__name__} ({'; '.join(reasons)}): this base "
         "model cannot be trained in batches"
@@ -95,7 +121,7 @@ def _evaluating(model: PeftModel) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), products(model):
+        with torch.no_grad(), precision(model):
             yield
     finally:
         model.train(was_training)

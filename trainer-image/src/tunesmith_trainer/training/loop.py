@@ -30,7 +30,7 @@ from tunesmith_trainer.parity import prompt_tokens
 from tunesmith_trainer.training.arguments import arguments, precision_of
 from tunesmith_trainer.training.batches import Collator, Plan, row_lengths
 from tunesmith_trainer.training.determinism import repeatable
-from tunesmith_trainer.training.layout import attention_of, choose_layout
+from tunesmith_trainer.training.layout import choose_way
 from tunesmith_trainer.training.lora import fuse
 from tunesmith_trainer.training.loss import add_target_loss
 from tunesmith_trainer.training.neftune import EmbeddingNoise
@@ -163,7 +163,7 @@ def _train(
     sharded = resolved.data_parallelism is DataParallelism.FSDP2 and not ranks.alone
     base, peft_model = _loaded(job, prepared, device, ranks, progress.say, sharded=sharded)
     fuse(peft_model)
-    layout = choose_layout(peft_model, base)
+    way = choose_way(peft_model, base)
     if checkpointing:
         _checkpoint_activations(base)
     args = arguments(job, prepared, work, device)
@@ -171,7 +171,7 @@ def _train(
     collate = Collator(
         size=resolved.micro_batch_size,
         pad=prepared.pad,
-        layout=layout,
+        layout=way.layout,
         objective=objective,
         rank=ranks.rank,
         ranks=ranks.size,
@@ -198,7 +198,7 @@ def _train(
     def score(rows: Dataset, *, adapter: bool) -> float:
         return held_out_loss(peft_model, rows, collate, resolved.micro_batch_size or 1, adapter=adapter, ranks=ranks)
 
-    with attention_of(layout, base), watchdog:
+    with way.attending(base), watchdog:
 
         def run() -> None:
             _run(trainer, saver, faults, progress, ranks, lambda: reporter.replay(curve))

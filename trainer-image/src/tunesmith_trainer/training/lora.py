@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-import types
 from typing import TYPE_CHECKING, Any
 
 import torch
+from bitsandbytes import matmul_4bit
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
+from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
 if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
     from peft import PeftModel
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """x Wᵀ + bias + scale · (x Aᵀ) Bᵀ, with gradients for x, A and B."""
+    """x Wᵀ + bias + scale · (x Aᵀ) Bᵀ, with gradients for x, A and B; all in one type, or W in 4 bits."""
 
     @staticmethod
     def forward(
         ctx: Any,
         inputs: torch.Tensor,
         weight: torch.Tensor,
+        state: QuantState | None,
         bias: torch.Tensor | None,
         down: torch.Tensor,
         up: torch.Tensor,
@@ -28,10 +34,13 @@ class _LowRankLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         rows = inputs.reshape(-1, inputs.shape[-1])
         low = rows @ down.T
-        outputs = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
+        if state is not None:
+            outputs = matmul_4bit(rows, weight, bias=bias, quant_state=state)
+        else:
+            outputs = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
         outputs.addmm_(low, up.T, alpha=scale)
         ctx.save_for_backward(rows, low, weight, down, up)
-        ctx.scale = scale
+        ctx.state, ctx.scale = state, scale
         return outputs.view(*inputs.shape[:-1], -1)
 
     @staticmethod
@@ -41,26 +50,55 @@ class _LowRankLinear(torch.autograd.Function):
         low_gradient = outputs @ up
         inputs = None
         if ctx.needs_input_grad[0]:
+            if ctx.state is not None:
+                weight = dequantize_4bit(weight, ctx.state).to(outputs.dtype)
             inputs = (outputs @ weight).addmm_(low_gradient, down, alpha=ctx.scale).view(*outer[0].shape[:-1], -1)
         # The scale multiplies the small factor.
-        return inputs, None, None, (low_gradient * ctx.scale).T @ rows, outputs.T @ (low * ctx.scale), None
+        return inputs, None, None, None, (low_gradient * ctx.scale).T @ rows, outputs.T @ (low * ctx.scale), None
+
+
+class _FusedLinear(LoraLinear):
+    """PEFT's layer over a base in 16 or 32 bits."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        base = self.get_base_layer()
+        dtype = _product_type(x)
+        if args or kwargs or base.weight.dtype != dtype or not _one_operation(self, dtype):
+            plain: torch.Tensor = super().forward(x, *args, **kwargs)
+            return plain
+        return _apply(self, x.to(dtype), base.weight, None)
+
+
+class _FusedLinear4bit(LoraLinear4bit):
+    """PEFT's layer over a base in 4 bits."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        base = self.get_base_layer()
+        fix_4bit_weight_quant_state_from_module(base)
+        dtype, state = _product_type(x), base.weight.quant_state
+        if args or kwargs or base.compute_dtype != dtype or not _one_operation(self, dtype):
+            plain: torch.Tensor = super().forward(x, *args, **kwargs)
+            return plain
+        return _apply(self, x.to(dtype), base.weight, state).to(x.dtype)
 
 
 def fuse(model: PeftModel) -> int:
-    """Makes plain LoRA layers in float32 compute in one operation; their number.
+    """Makes plain LoRA layers compute in one operation; their number.
 
-    A layer with dropout, DoRA or another variant, over a base in 4 bits or in another type, stays as PEFT has it; so
-    does every layer while its adapter is off or autocast is on.
+    A layer with dropout, DoRA or another variant stays as PEFT has it; so does every layer while its adapter is off, or
+    while products are in another type than the base's.
     """
-    layers = [module for module in model.modules() if isinstance(module, LoraLinear) and _plain(module)]
+    layers = [module for module in model.modules() if _plain(module)]
     for layer in layers:
-        layer.forward = types.MethodType(_forward, layer)
+        layer.__class__ = _FusedLinear if type(layer) is LoraLinear else _FusedLinear4bit
     return len(layers)
 
 
-def _plain(layer: LoraLinear) -> bool:
+def _plain(layer: nn.Module) -> bool:
+    if type(layer) not in (LoraLinear, LoraLinear4bit):
+        return False
     base, names = layer.get_base_layer(), layer.active_adapters
-    if type(base) is not nn.Linear or len(names) != 1 or names[0] not in layer.lora_A:
+    if type(base) not in (nn.Linear, Linear4bit) or len(names) != 1 or names[0] not in layer.lora_A:
         return False
     name = names[0]
     down, up = layer.lora_A[name], layer.lora_B[name]
@@ -71,17 +109,34 @@ def _plain(layer: LoraLinear) -> bool:
         and down.bias is None
         and up.bias is None
         and not base.weight.requires_grad
-        and {base.weight.dtype, down.weight.dtype, up.weight.dtype} == {torch.float32}
     )
 
 
-def _forward(self: LoraLinear, inputs: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    odd = args or kwargs or self.disable_adapters or self.merged or inputs.dtype is not torch.float32
-    if odd or torch.is_autocast_enabled(inputs.device.type):
-        plain: torch.Tensor = type(self).forward(self, inputs, *args, **kwargs)
-        return plain
-    base, (name,) = self.get_base_layer(), self.active_adapters
+def _product_type(inputs: torch.Tensor) -> torch.dtype:
+    kind = inputs.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else inputs.dtype
+
+
+def _one_operation(layer: LoraLinear | LoraLinear4bit, dtype: torch.dtype) -> bool:
+    """Whether a layer's adapter is on, and computes in the type by itself."""
+    if layer.disable_adapters or layer.merged:
+        return False
+    (name,) = layer.active_adapters
+    return torch.is_autocast_enabled(layer.lora_A[name].weight.device.type) or layer.lora_A[name].weight.dtype == dtype
+
+
+def _apply(
+    layer: LoraLinear | LoraLinear4bit, inputs: torch.Tensor, weight: torch.Tensor, state: QuantState | None
+) -> torch.Tensor:
+    base, (name,) = layer.get_base_layer(), layer.active_adapters
+    dtype = inputs.dtype
     fused: torch.Tensor = _LowRankLinear.apply(
-        inputs, base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        inputs,
+        weight,
+        state,
+        None if base.bias is None else base.bias.to(dtype),
+        layer.lora_A[name].weight.to(dtype),
+        layer.lora_B[name].weight.to(dtype),
+        layer.scaling[name],
     )
     return fused

@@ -1,0 +1,147 @@
+"""Attention by segments and by the kernel for sequences of any length: what each of them computes."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch.nn.attention import varlen
+from torch.nn.functional import scaled_dot_product_attention
+
+from tunesmith_trainer.training.attention import Attention, has_varlen_kernel, segment_attention, varlen_attention
+from tunesmith_trainer.training.batches import Layout
+from tunesmith_trainer.training.layout import Way, ways
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+HEADS, KEY_HEADS, WIDTH = 4, 2, 16
+SIZES = [5, 1, 9, 3]
+BOUNDS = [0, *itertools.accumulate(SIZES)]
+
+
+def visible(bounds: torch.Tensor, window: list[int]) -> torch.Tensor:
+    """(tokens, tokens): what the kernel lets each token see, from its documentation."""
+    places = torch.arange(int(bounds[-1]))
+    sequence = torch.bucketize(places, bounds[1:], right=True)
+    distance = places[:, None] - places[None]
+    left, right = window
+    seen = sequence[:, None] == sequence[None]
+    seen &= distance <= left if left >= 0 else torch.tensor(data=True)
+    return seen & (-distance <= right if right >= 0 else torch.tensor(data=True))
+
+
+def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **given: Any) -> torch.Tensor:
+    """The kernel's result: (tokens, heads, width), by whole scores and a mask."""
+    assert given["cu_seq_q"].dtype == torch.int32
+    assert given["max_q"] == int(given["cu_seq_q"].diff().max())
+    return scaled_dot_product_attention(
+        *(part.transpose(0, 1) for part in (query, key, value)),
+        attn_mask=visible(given["cu_seq_q"], given["window_size"]),
+        scale=given["scale"],
+        enable_gqa=given["enable_gqa"],
+    ).transpose(0, 1)
+
+
+@pytest.fixture
+def kernel_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """PyTorch's operator has no kernel for CPUs: one by its documentation stands in, so that what is asked of it and
+    what is made of its answer can be compared."""
+    names = [argument.name for argument in torch.ops.torch_attn._varlen_attn.default._schema.arguments]
+
+    def call(*given: Any) -> tuple[torch.Tensor]:
+        named = dict(zip(names, given, strict=True))
+        return (dense(named.pop("query"), named.pop("key"), named.pop("value"), **named), *[torch.empty(0)] * 2)
+
+    class Operators:
+        _varlen_attn = staticmethod(call)
+
+    monkeypatch.setattr(varlen.torch.ops, "torch_attn", Operators)
+    yield
+
+
+def tensors(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """Query, key and value, which want gradients."""
+    torch.manual_seed(0)
+    heads = (HEADS, KEY_HEADS, KEY_HEADS)
+    return [torch.randn(1, count, BOUNDS[-1], WIDTH, dtype=dtype, requires_grad=True) for count in heads]
+
+
+def results(attend: Any, inputs: list[torch.Tensor], **given: Any) -> list[torch.Tensor]:
+    output, _ = attend(None, *inputs, None, **given)
+    weight = torch.linspace(-1, 1, output.numel()).view(output.shape)
+    return [output, *torch.autograd.grad((output.float() * weight).sum(), inputs)]
+
+
+@pytest.mark.usefixtures("kernel_on_cpu")
+@pytest.mark.parametrize("given", [{}, {"scaling": 0.5}, {"sliding_window": 4}, {"sliding_window": 1}])
+def test_the_kernel_is_asked_for_what_the_segments_compute(given: dict[str, Any]) -> None:
+    bounds = torch.tensor(BOUNDS, dtype=torch.int32)
+    by_segments = results(segment_attention, tensors(), cu_seq_lens_q=bounds, **given)
+    by_kernel = results(varlen_attention, tensors(), cu_seq_lens_q=bounds, max_length_q=max(SIZES), **given)
+    for found, expected in zip(by_kernel, by_segments, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.usefixtures("kernel_on_cpu")
+def test_layers_that_leave_positions_in_float32_are_rounded_where_products_are() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = varlen_attention(None, *tensors(), None)
+        expected, _ = segment_attention(None, *tensors(), None)
+    exact, _ = segment_attention(None, *tensors(), None)
+    assert found.dtype is torch.float32
+    torch.testing.assert_close(found, expected.float(), rtol=2e-2, atol=2e-2)
+    assert 1e-4 < float((found - exact).detach().abs().max()) < 3e-2
+
+
+@pytest.mark.usefixtures("kernel_on_cpu")
+def test_without_bounds_a_row_is_one_sequence() -> None:
+    for found, expected in zip(
+        results(varlen_attention, tensors()), results(segment_attention, tensors()), strict=True
+    ):
+        torch.testing.assert_close(found, expected)
+
+
+def test_bounds_that_the_host_knows_are_those_of_the_device() -> None:
+    known = results(segment_attention, tensors(), sequence_bounds=BOUNDS, cu_seq_lens_q=None)
+    read = results(segment_attention, tensors(), cu_seq_lens_q=torch.tensor(BOUNDS))
+    assert all(torch.equal(*pair) for pair in zip(known, read, strict=True))
+
+
+@pytest.mark.parametrize("attend", [segment_attention, varlen_attention])
+@pytest.mark.parametrize("given", [{"softcap": 50.0}, {"s_aux": torch.zeros(HEADS)}])
+def test_what_would_be_computed_wrongly_is_refused(attend: Any, given: dict[str, Any]) -> None:
+    with pytest.raises(NotImplementedError, match="soft cap"):
+        attend(None, *tensors(), None, **given)
+
+
+def test_dropout_is_not_left_out_in_silence() -> None:
+    with pytest.raises(NotImplementedError, match="dropout"):
+        varlen_attention(None, *tensors(), None, dropout=0.1)
+
+
+def test_pytorchs_operator_takes_what_it_is_given() -> None:
+    # Tensors without data go through the operators' real signatures and shapes, forward and backward.
+    inputs = [part.detach().to("meta").requires_grad_() for part in tensors(torch.bfloat16)]
+    bounds = torch.empty(len(BOUNDS), dtype=torch.int32, device="meta")
+    output, _ = varlen_attention(None, *inputs, None, cu_seq_lens_q=bounds, max_length_q=9, sliding_window=4)
+    gradients = torch.autograd.grad(output.sum(), inputs)
+    assert output.shape == (1, BOUNDS[-1], HEADS, WIDTH)
+    assert output.dtype is torch.bfloat16
+    assert [part.shape for part in gradients] == [part.shape for part in inputs]
+
+
+def test_cpus_and_float32_have_segments_first_and_gpus_with_16_bits_the_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    padded = [Way(Layout.PADDED), Way(Layout.PADDED, whole_logits=True)]
+    segments = Way(Layout.FLAT, Attention.SEGMENTS)
+    gpu = torch.device("cuda", 0)
+    assert ways(torch.device("cpu"), torch.bfloat16) == [segments, *padded]
+    assert ways(gpu, torch.float32) == [segments, *padded]
+    for capability, has in (((7, 5), False), ((8, 0), True), ((9, 0), True), ((12, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        assert has_varlen_kernel(gpu, torch.bfloat16) is has
+        assert (ways(gpu, torch.bfloat16)[0].attention is Attention.VARLEN) is has
