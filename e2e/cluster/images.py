@@ -13,7 +13,7 @@ import sys
 import tempfile
 import tomllib
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,7 @@ from layout import REPOSITORY, SOURCES, ClusterError, Layout, cache_folder
 from steps import output_of, run_logged, say, step
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
 UV_VERSION = "0.13.9"
 PREFIX = "localhost/tunesmith"
@@ -43,12 +43,14 @@ class Image:
     dockerfile: str
     base: str
     """`base` or `torch`: what BASE_IMAGE stands for in a local build."""
+    arguments: Mapping[str, str] = field(default_factory=dict)
+    """Other build arguments of a local build."""
 
 
 IMAGES = (
     Image("operator", "operator/Dockerfile", "base"),
     Image("agent", "server-image/Dockerfile", "base"),
-    Image("trainer", "trainer-image/Dockerfile", "torch"),
+    Image("trainer", "trainer-image/Dockerfile", "torch", {"COMPILER": ""}),  # it is for GPUs
     Image("engine", "server-image/engine-cpu/Dockerfile", "torch"),
 )
 
@@ -306,7 +308,8 @@ def build_image(builder: Builder, image: Image, bases: dict[str, str]) -> str:
         raise ClusterError(f"{image.dockerfile} does not exist: the image {image.name} is built from it")
     with tempfile.TemporaryDirectory(dir=builder.contexts) as folder:
         stage_context(image.dockerfile, Path(folder))
-        return builder.build(image.name, REPOSITORY / image.dockerfile, Path(folder), {"BASE_IMAGE": bases[image.base]})
+        arguments = {"BASE_IMAGE": bases[image.base], **image.arguments}
+        return builder.build(image.name, REPOSITORY / image.dockerfile, Path(folder), arguments)
 
 
 def _share_blobs(layout: Layout, oci: Path) -> None:

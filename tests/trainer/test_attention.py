@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +13,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from tunesmith_trainer.training.attention import Attention, has_varlen_kernel, segment_attention, varlen_attention
 from tunesmith_trainer.training.batches import Layout
 from tunesmith_trainer.training.layout import Way, ways
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 HEADS, KEY_HEADS, WIDTH = 4, 2, 16
 SIZES = [5, 1, 9, 3]
@@ -46,7 +43,7 @@ def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **given: 
 
 
 @pytest.fixture
-def kernel_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def kernel_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's operator has no kernel for CPUs: one by its documentation stands in, so that what is asked of it and
     what is made of its answer can be compared."""
     names = [argument.name for argument in torch.ops.torch_attn._varlen_attn.default._schema.arguments]
@@ -59,7 +56,6 @@ def kernel_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         _varlen_attn = staticmethod(call)
 
     monkeypatch.setattr(varlen.torch.ops, "torch_attn", Operators)
-    yield
 
 
 def tensors(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:

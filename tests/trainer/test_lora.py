@@ -52,7 +52,7 @@ def results(model: PeftModel, stored: torch.dtype, products: AbstractContextMana
     ids=["float32", "autocast", "autocast of float32", "bfloat16 with an adapter in float32"],
 )
 def test_a_layer_computes_what_pefts_does(
-    base: torch.dtype, inputs: torch.dtype, autocast: bool, bias: bool, four_bits: bool
+    base: torch.dtype, inputs: torch.dtype, *, autocast: bool, bias: bool, four_bits: bool
 ) -> None:
     def products() -> AbstractContextManager[Any]:
         return torch.autocast("cpu", BITS16) if autocast else nullcontext()
@@ -70,7 +70,7 @@ def test_a_layer_computes_what_pefts_does(
 
 
 @pytest.mark.parametrize("four_bits", [False, True], ids=["linear", "4 bits"])
-def test_nothing_is_kept_for_the_backward_pass_but_the_input_and_the_factors(four_bits: bool) -> None:
+def test_nothing_is_kept_for_the_backward_pass_but_the_input_and_the_factors(*, four_bits: bool) -> None:
     def kept(model: PeftModel) -> int:
         sizes: dict[int, int] = {}
 
@@ -94,7 +94,7 @@ def test_nothing_is_kept_for_the_backward_pass_but_the_input_and_the_factors(fou
 
 @pytest.mark.parametrize("four_bits", [False, True], ids=["linear", "4 bits"])
 @pytest.mark.parametrize("settings", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}])
-def test_other_layers_stay_as_they_are(settings: dict[str, Any], four_bits: bool) -> None:
+def test_other_layers_stay_as_they_are(settings: dict[str, Any], *, four_bits: bool) -> None:
     model = adapted(BITS32, four_bits=four_bits, **settings)
     before = [type(module) for module in model.modules()]
     assert fuse(model) == 0
@@ -102,7 +102,7 @@ def test_other_layers_stay_as_they_are(settings: dict[str, Any], four_bits: bool
 
 
 @pytest.mark.parametrize("four_bits", [False, True], ids=["linear", "4 bits"])
-def test_an_adapter_that_is_off_adds_nothing(four_bits: bool) -> None:
+def test_an_adapter_that_is_off_adds_nothing(*, four_bits: bool) -> None:
     model = adapted(BITS32, four_bits=four_bits)
     inputs = torch.ones(1, 2, WIDTH)
     fuse(model)

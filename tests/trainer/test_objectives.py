@@ -195,9 +195,7 @@ def test_kto_is_trls(base_model: Path, tmp_path: Path) -> None:
     model, base = adapted(base_model)
     expected = first_loss(trainer, model)
     add_target_loss(base)
-    loss, _ = loss_and_gradient(
-        model, base, step_objective(OBJECTIVES["kto"]), judged_rows(base_model), 3, FLAT, 1
-    )
+    loss, _ = loss_and_gradient(model, base, step_objective(OBJECTIVES["kto"]), judged_rows(base_model), 3, FLAT, 1)
     assert loss == pytest.approx(expected, rel=1e-4)
 
 

@@ -44,6 +44,11 @@ LONG_JOBS: dict[str, dict[str, Any]] = {
         "hyperparameters": FEW,
         "rows": MARKED,
     },
+    "lora with compiled layers": {"hyperparameters": FEW | {"torchCompile": True}},
+    "full with compiled layers": {
+        "method": {"full": {}},
+        "hyperparameters": FEW | {"learningRate": 0.001, "torchCompile": True},
+    },
     "full with sgd and recomputed activations": {
         "method": {"full": {}},
         "hyperparameters": FEW | {"optimizer": "SGD", "gradientCheckpointing": True},

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tunesmith.api.finetunejob_status import Resolved, TaskFolderStatus
 from tunesmith.api.hyperparameters import (
+    COMPILED_STEPS,
     DEFAULT_BATCH_SIZE,
     DEFAULT_EPOCHS,
     DEFAULT_MICRO_BATCH_SIZE,
@@ -73,11 +74,17 @@ def resolve(
         batch_size=batch,
         micro_batch_size=micro_batch_size,
         gradient_checkpointing=checkpointing,
+        torch_compile=compiles(spec, steps, sharded=sharded) if hyper.torch_compile is None else hyper.torch_compile,
         precision=hyper.precision or (Precision.BFLOAT16 if spec.resources.gpus else Precision.FLOAT32),
         data_parallelism=parallelism if spec.resources.ranks > 1 else None,
         total_steps=steps,
         target_modules=targets,
     )
+
+
+def compiles(spec: FineTuneJobSpec, steps: int, *, sharded: bool) -> bool:
+    """Whether layers are compiled where the user says nothing: on GPUs that have all weights, in runs that earn it."""
+    return spec.resources.gpus > 0 and not sharded and steps >= COMPILED_STEPS
 
 
 def frozen(before: Resolved | None, now: Resolved) -> Resolved:

@@ -75,6 +75,9 @@ class Resolved(StatusModel):
     gradient_checkpointing: bool | None = Field(
         default=None, description="Whether activations are computed again in the backward pass, which saves memory."
     )
+    torch_compile: bool | None = Field(
+        default=None, description="Whether norms and feed-forward layers are compiled, where that is possible."
+    )
     precision: Precision | None = Field(
         default=None, description="Type of the frozen weights and of the matrix products."
     )

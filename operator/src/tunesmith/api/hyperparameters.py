@@ -13,6 +13,8 @@ DEFAULT_EPOCHS = 3.0
 DEFAULT_BATCH_SIZE = 8
 DEFAULT_MICRO_BATCH_SIZE = 8
 """Highest; batchSize where that is lower."""
+COMPILED_STEPS = 200
+"""Optimizer steps from which compiling earns the minute that it takes."""
 
 
 class Optimizer(StrEnum):
@@ -92,6 +94,12 @@ class Hyperparameters(ApiModel):
         default=None,
         description="Compute activations again in the backward pass: less memory, about a third more time. "
         "Absent: decided by the GPU's memory; never on a CPU.",
+    )
+    torch_compile: bool | None = Field(
+        default=None,
+        description="Compile norms and feed-forward layers into kernels of their own (torch.compile), which takes up to"
+        " a minute once: fewer passes over the activations. Absent: on a GPU, in runs of at least "
+        f"{COMPILED_STEPS} steps, where the layers compile and give equal results.",
     )
     precision: Precision | None = Field(
         default=None,

@@ -417,6 +417,8 @@ class _Reader:
         again = self._given.get("gradient_checkpointing")
         if isinstance(again, bool):
             self.put("hyperparameters.gradientCheckpointing", self.take("gradient_checkpointing"))
+        if isinstance(self._given.get("torch_compile"), bool):
+            self.put("hyperparameters.torchCompile", self.take("torch_compile"))
         bfloat16, half = self.take("bf16", default=self._given.get("bfloat16", "auto")), self._given.get("fp16")
         if not bfloat16 and not half:
             self.put("hyperparameters.precision", "float32")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ from tunesmith_trainer.methods.wrap import wrap
 from tunesmith_trainer.parity import prompt_tokens
 from tunesmith_trainer.training.arguments import arguments, precision_of
 from tunesmith_trainer.training.batches import Collator, Plan, row_lengths
+from tunesmith_trainer.training.compilation import as_written, compile_layers
 from tunesmith_trainer.training.determinism import repeatable
 from tunesmith_trainer.training.layout import choose_way
 from tunesmith_trainer.training.lora import fuse
@@ -166,6 +168,14 @@ def _train(
     way = choose_way(peft_model, base)
     if checkpointing:
         _checkpoint_activations(base)
+    compiled = bool(resolved.torch_compile) and compile_layers(
+        peft_model,
+        base,
+        way,
+        work / "compiled",
+        progress.say,
+        asked=bool(job.spec.hyperparameters.torch_compile),
+    )
     args = arguments(job, prepared, work, device)
     objective = step_objective(job.spec.objective)
     collate = Collator(
@@ -187,6 +197,7 @@ def _train(
         objective=objective,
         ranks=ranks,
         callbacks=[Watch(progress, reporter, curve, device)],
+        compiled=compiled,
         noise=None if alpha is None else EmbeddingNoise(base.get_input_embeddings(), alpha),
     )
     hooks.attach(trainer, peft_model, method)
@@ -198,7 +209,7 @@ def _train(
     def score(rows: Dataset, *, adapter: bool) -> float:
         return held_out_loss(peft_model, rows, collate, resolved.micro_batch_size or 1, adapter=adapter, ranks=ranks)
 
-    with way.attending(base), watchdog:
+    with as_written() if compiled else nullcontext(), way.attending(base), watchdog:
 
         def run() -> None:
             _run(trainer, saver, faults, progress, ranks, lambda: reporter.replay(curve))

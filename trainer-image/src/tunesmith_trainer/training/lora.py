@@ -121,8 +121,9 @@ def _one_operation(layer: LoraLinear | LoraLinear4bit, dtype: torch.dtype) -> bo
     """Whether a layer's adapter is on, and computes in the type by itself."""
     if layer.disable_adapters or layer.merged:
         return False
-    (name,) = layer.active_adapters
-    return torch.is_autocast_enabled(layer.lora_A[name].weight.device.type) or layer.lora_A[name].weight.dtype == dtype
+    down: torch.Tensor = layer.lora_A[layer.active_adapters[0]].weight
+    by_itself: bool = down.dtype == dtype
+    return by_itself or torch.is_autocast_enabled(down.device.type)
 
 
 def _apply(

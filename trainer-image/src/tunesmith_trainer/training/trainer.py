@@ -11,10 +11,12 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer
 
 from tunesmith_trainer import sharding
+from tunesmith_trainer.training.compilation import as_compiled
 from tunesmith_trainer.training.objectives import Forward
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from datasets import Dataset
     from peft import PeftModel
@@ -39,6 +41,7 @@ class StepTrainer(Trainer):
         objective: what is made smaller.
         ranks: that train together.
         callbacks: on_substep_end comes after each micro-batch.
+        compiled: some layers are, and compute so in the steps.
         noise: on the embeddings, or None.
     """
 
@@ -52,6 +55,8 @@ class StepTrainer(Trainer):
         objective: StepObjective,
         ranks: Ranks,
         callbacks: list[TrainerCallback],
+        *,
+        compiled: bool = False,
         noise: EmbeddingNoise | None = None,
     ) -> None:
         super().__init__(
@@ -65,6 +70,7 @@ class StepTrainer(Trainer):
         self._plan = plan
         self._objective = objective
         self._ranks = ranks
+        self._compiled = compiled
         self._noise = noise
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -98,7 +104,7 @@ class StepTrainer(Trainer):
                 self._noise.expect(batch)
             # The ranks' gradients meet once per step.
             last = number == len(step.micro_batches)
-            with nullcontext() if last else self.accelerator.no_sync(model):
+            with nullcontext() if last else self.accelerator.no_sync(model), self._kernels():
                 loss = self._share(self._objective.terms(forward, batch), step)
                 self.accelerator.backward(loss)
             total += loss.detach()
@@ -122,6 +128,9 @@ class StepTrainer(Trainer):
             words = (self.args.seed, self.state.global_step, pass_, place)
             torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
             yield self._prepare_inputs(tensors)
+
+    def _kernels(self) -> AbstractContextManager[None]:
+        return as_compiled() if self._compiled else nullcontext()
 
     def _share(self, terms: Terms, step: Step) -> torch.Tensor:
         """What a micro-batch adds to the step's loss. Ranks average their gradients, so each counts `ranks` times."""

@@ -1,0 +1,197 @@
+"""Norms and feed-forward layers that torch.compile makes kernels of: equal results, wherever they are used."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import torch._inductor.config
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, LlamaConfig, Qwen3Config
+
+from tunesmith.api.conditions import FailureReason
+from tunesmith.api.finetunejob import FineTuneJobSpec
+from tunesmith.api.hyperparameters import COMPILED_STEPS
+from tunesmith_trainer.errors import InvalidSpecError
+from tunesmith_trainer.plan import compiles
+from tunesmith_trainer.training.batches import Collator
+from tunesmith_trainer.training.compilation import as_compiled, as_written, compile_layers
+from tunesmith_trainer.training.layout import Way, choose_way
+from tunesmith_trainer.training.lora import fuse
+from tunesmith_trainer.training.loss import add_target_loss
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from trainer_rig import Workbench
+    from transformers import PretrainedConfig
+
+SMALL = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "pad_token_id": 0,
+}
+NO_COMPILER = torch._inductor.config.patch({"cpp.cxx": ("/no/compiler",)})
+BATCHES = [(30, 7, 18), (5, 9), (40,), (100, 3, 50, 2), (2,)]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of what is compiled."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+def batch(way: Way, sizes: tuple[int, ...]) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(3)
+    ids = [torch.randint(3, 300, (size,), generator=generator).tolist() for size in sizes]
+    return Collator(8, 0, way.layout).join([{"input_ids": row, "labels": [-100, *row[1:]]} for row in ids])
+
+
+def adapted(base: Any, **settings: Any) -> tuple[PeftModel, Way]:
+    add_target_loss(base)
+    names = ["q_proj", "gate_proj", "down_proj"]
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=names, init_lora_weights=False, **settings))
+    fuse(model)
+    return model.train(), choose_way(model, base)
+
+
+def results(model: PeftModel, base: Any, way: Way, sizes: tuple[int, ...]) -> tuple[float, torch.Tensor]:
+    model.zero_grad()
+    torch.manual_seed(7)
+    with way.attending(base):
+        summed = model(**batch(way, sizes), target_loss=True).summed
+        summed.backward()
+    return summed.item(), torch.cat([part.grad.flatten() for part in model.parameters() if part.grad is not None])
+
+
+def assert_equal_results(model: PeftModel, base: Any, way: Way, folder: Path) -> None:
+    expected = [results(model, base, way, sizes) for sizes in BATCHES]
+    said: list[str] = []
+    assert compile_layers(model, base, way, folder, said.append, asked=True)
+    assert "norms and feed-forward layers" in said[0]
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for sizes, (loss, gradient) in zip(BATCHES, expected, strict=True):
+        found, slope = results(model, base, way, sizes)
+        assert found == pytest.approx(loss, rel=1e-5)
+        assert float((slope - gradient).norm()) <= 1e-4 * float(gradient.norm())
+    with as_written():
+        written = results(model, base, way, BATCHES[0])
+        with as_compiled():
+            assert results(model, base, way, BATCHES[0])[0] == pytest.approx(expected[0][0], rel=1e-5)
+    assert written[0] == expected[0][0]
+    assert torch.equal(written[1], expected[0][1])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs, "compiled again for other lengths"
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "recomputed"),
+    [
+        (LlamaConfig(**SMALL), {}, False),
+        (Qwen3Config(**SMALL), {"lora_dropout": 0.1}, True),
+    ],
+    ids=["llama", "qwen3 with dropout, activations computed again"],
+)
+def test_results_are_equal_for_sequences_of_all_lengths(
+    config: PretrainedConfig, settings: dict[str, Any], compiled: Path, *, recomputed: bool
+) -> None:
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(config)
+    model, way = adapted(base, **settings)
+    if recomputed:
+        base.activation_checkpointing_enable({"use_reentrant": False})
+    assert_equal_results(model, base, way, compiled)
+
+
+def test_results_are_equal_over_a_base_in_4_bits(base_model: Path, compiled: Path) -> None:
+    torch.manual_seed(0)
+    packed = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(base_model, quantization_config=packed, dtype=torch.float32)
+    base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    model, way = adapted(base)
+    assert_equal_results(model, base, way, compiled)
+
+
+def test_without_a_compiler_training_goes_on_unless_it_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(LlamaConfig(**(SMALL | {"hidden_size": 48})))
+    model, way = adapted(base)
+    expected = results(model, base, way, BATCHES[0])
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    said: list[str] = []
+    with NO_COMPILER:
+        assert not compile_layers(model, base, way, tmp_path, said.append, asked=False)
+        assert "layers are not compiled: " in said[0]
+        assert results(model, base, way, BATCHES[0])[0] == expected[0]
+        with pytest.raises(
+            InvalidSpecError, match=r"torchCompile: the model cannot be compiled here .*: set it to false"
+        ):
+            compile_layers(model, base, way, tmp_path, said.append, asked=True)
+
+
+def test_an_architecture_without_such_layers_is_left_alone(tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_config(
+        GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2, activation_function="relu")
+    )
+    for layer in base.transformer.h:
+        layer.mlp = torch.nn.Identity()
+    add_target_loss(base)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["c_attn"]))
+    said: list[str] = []
+    assert not compile_layers(model, base, choose_way(model, base), tmp_path, said.append, asked=False)
+    assert "GPT2LMHeadModel" in said[0]
+
+
+def test_layers_are_compiled_on_gpus_in_runs_that_earn_it() -> None:
+    def spec(**resources: Any) -> FineTuneJobSpec:
+        return FineTuneJobSpec.model_validate(
+            {
+                "baseModel": {"uri": "hf://org/base"},
+                "dataset": {"train": [{"uri": "hf://datasets/org/rows"}]},
+                "method": {"lora": {}},
+                "resources": resources,
+            }
+        )
+
+    assert compiles(spec(gpus=1), COMPILED_STEPS, sharded=False)
+    assert not compiles(spec(gpus=1), COMPILED_STEPS - 1, sharded=False)
+    assert not compiles(spec(gpus=2), COMPILED_STEPS, sharded=True)
+    assert not compiles(spec(gpus=0), COMPILED_STEPS, sharded=False)
+
+
+def test_a_job_with_compiled_layers_has_the_curve_and_the_adapter_of_one_without(bench: Workbench) -> None:
+    curves, adapters = [], []
+    for compiled in (False, True):
+        output = bench.folder / f"out-{compiled}"
+        settings = {"maxSteps": 4, "batchSize": 8, "microBatchSize": 4, "learningRate": 0.01, "torchCompile": compiled}
+        ran = bench.run("train", bench.job(hyperparameters=settings), output=str(output))
+        assert ran.code == 0, ran.result.message
+        assert ran.result.resolved is not None
+        assert ran.result.resolved.torch_compile is compiled
+        assert any("compiled" in line and "layers" in line for line in ran.lines) is compiled
+        curves.append((output / "metrics.csv").read_text().splitlines())
+        adapters.append(load_file(output / "artifact/adapter_model.safetensors"))
+    assert len(curves[0]) == len(curves[1]) > 4
+    for name, tensor in adapters[0].items():
+        assert float((adapters[1][name] - tensor).norm()) <= 1e-4 * float(tensor.norm()), name
+
+
+def test_a_job_that_wants_what_a_machine_cannot_compile_is_told_so(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(bench.folder))
+    torch._dynamo.reset()  # what the other tests compiled
+    job = bench.job(hyperparameters={"maxSteps": 2, "batchSize": 4, "learningRate": 0.01, "torchCompile": True})
+    with NO_COMPILER:
+        ran = bench.run("train", job)
+    assert ran.code != 0
+    assert ran.result.reason is FailureReason.INVALID_SPEC
+    assert "hyperparameters.torchCompile" in ran.result.message

@@ -1,0 +1,130 @@
+"""Norms and feed-forward layers as kernels that torch.compile makes of them: fewer passes over the activations.
+
+Attention is left out: its matrix products and its softmax are kernels already, and what tells sequences apart would
+compile it anew for every batch.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tunesmith_trainer.data import IGNORED
+from tunesmith_trainer.errors import InvalidSpecError
+from tunesmith_trainer.evaluation.loss import precision
+from tunesmith_trainer.training.batches import Collator
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
+    from peft import PeftModel
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from tunesmith_trainer.training.layout import Way
+
+_NAMES = ("RMSNorm", "MLP")
+"""How the classes of such layers end in transformers. A norm that is one kernel by itself gains nothing."""
+_ROW_TOKENS = 19
+_TOLERANCE = {torch.float32: 1e-4}
+_TOLERANCE_ROUNDED = 2e-2
+"""Relative, for types with fewer digits."""
+
+
+def as_written() -> AbstractContextManager[None]:
+    """Compiled layers compute as they are written within; on the outside they are compiled.
+
+    Generation and evaluation have shapes of their own, for which compiling again takes longer than it saves.
+    """
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
+def as_compiled() -> AbstractContextManager[None]:
+    """Compiled layers compute so within."""
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("default")
+    return stance
+
+
+def compile_layers(
+    model: PeftModel, base: PreTrainedModel, way: Way, cache: Path, say: Callable[[str], None], *, asked: bool
+) -> bool:
+    """Compiles a model's norms and feed-forward layers, and tries them on two short rows; whether they stay compiled.
+
+    The rows are the same at every start of a job, so that what is compiled, and with it the result, is as well.
+
+    Args:
+        model: base with adapter.
+        base: the model inside.
+        way: how the loss is computed.
+        cache: folder for what is compiled.
+        say: tells a person.
+        asked: the user wants it, so that it must work; otherwise the layers stay as they are where it does not.
+
+    Raises:
+        InvalidSpecError: it was asked for and is not possible.
+    """
+    layers = [module for name, module in base.named_modules() if _gains(name, module)]
+    if not layers:
+        return _refused(f"a {type(base).__name__} has no layers that are known to gain", say, asked=asked)
+    # A pod's user has no name, by which the compiler would name a folder; the few kernels need no pool of processes.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    expected = _tried(model, base, way)
+    for layer in layers:
+        # Dropout takes the random numbers that it would take uncompiled.
+        layer.compile(dynamic=True, options={"fallback_random": True})
+    try:
+        found = _tried(model, base, way)
+    except Exception as error:  # noqa: BLE001 - a compiler can fail in any way, and training goes on without it
+        reason = " ".join(str(error).split())[:300]
+    else:
+        tolerance = _TOLERANCE.get(base.config.dtype, _TOLERANCE_ROUNDED)
+        distance = float((found - expected).norm() / expected.norm())
+        if distance <= tolerance:
+            say(f"  compiled {len(layers)} norms and feed-forward layers")
+            return True
+        reason = f"the results differ by {distance:.1e}"
+    for layer in layers:
+        layer._compiled_call_impl = None  # noqa: SLF001 - `compile` has no other way back
+    return _refused(reason, say, asked=asked)
+
+
+def _gains(name: str, module: nn.Module) -> bool:
+    # Experts get another number of tokens each time, none at all included.
+    return type(module).__name__.endswith(_NAMES) and "experts" not in name.split(".")
+
+
+def _refused(reason: str, say: Callable[[str], None], *, asked: bool) -> bool:
+    if asked:
+        raise InvalidSpecError(
+            f"hyperparameters.torchCompile: the model cannot be compiled here ({reason}): set it to false"
+        )
+    say(f"  layers are not compiled: {reason}")
+    return False
+
+
+def _tried(model: PeftModel, base: PreTrainedModel, way: Way) -> torch.Tensor:
+    """Loss and the norms of all gradients, in float64, for two rows of fixed tokens."""
+    vocabulary = base.config.get_text_config().vocab_size
+    ids = [[(3 + 7 * place) % vocabulary for place in range(size)] for size in (_ROW_TOKENS, _ROW_TOKENS - 7)]
+    rows = [{"input_ids": row, "labels": [IGNORED, *row[1:]]} for row in ids]
+    batch: dict[str, Any] = Collator(size=2, pad=0, layout=way.layout).join(rows)
+    batch = {name: part.to(model.device) if isinstance(part, torch.Tensor) else part for name, part in batch.items()}
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    was_training = model.training
+    model.train()
+    try:
+        gpus = [model.device] if model.device.type == "cuda" else []
+        with torch.random.fork_rng(gpus), way.attending(base), precision(model), as_compiled():
+            torch.manual_seed(0)
+            summed = model(**batch, target_loss=True).summed
+            gradients = torch.autograd.grad(summed, parameters, allow_unused=True)
+    finally:
+        model.train(was_training)
+    norms = [gradient.double().norm() for gradient in gradients if gradient is not None]
+    return torch.stack([summed.detach().double(), *norms])
