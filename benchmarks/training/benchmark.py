@@ -37,6 +37,10 @@ WHAT = {
         "+ logits at target positions only, in chunks, one pass through the head",
     ),
     "tunesmith": ("Tunesmith", "+ rows end to end without padding, attention within each row only"),
+    "tunesmith-compiled": (
+        "Tunesmith, torchCompile",
+        "+ norms and feed-forward layers compiled (by itself on GPUs only)",
+    ),
 }
 
 

@@ -8,6 +8,7 @@ import math
 import resource
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,7 +157,22 @@ def held_out_loss(model: Any, rows: Rows) -> float:
     return total / targets
 
 
-def tunesmith(base: Path, method: str, folder: Path, clock: Clock, candidates: list[tuple[str, bool]] | None) -> float:
+@dataclass(frozen=True)
+class Gains:
+    """Which of Tunesmith's gains a run has.
+
+    Attributes:
+        flat: rows lie end to end, without padding.
+        chunked: logits at target positions only, in chunks.
+        compiled: norms and feed-forward layers are.
+    """
+
+    flat: bool = True
+    chunked: bool = True
+    compiled: bool = False
+
+
+def tunesmith(base: Path, method: str, folder: Path, clock: Clock, gains: Gains) -> float:
     """Tunesmith's own run of a manifest, from the raw rows on; the held-out loss.
 
     Args:
@@ -164,7 +180,7 @@ def tunesmith(base: Path, method: str, folder: Path, clock: Clock, candidates: l
         method: lora or qlora.
         folder: with train.jsonl and validation.jsonl.
         clock: gets the times.
-        candidates: ways to compute the loss that it may choose from; absent: all.
+        gains: that it has.
     """
     from tunesmith.api.finetunejob import FineTuneJob  # noqa: PLC0415
     from tunesmith.api.finetunejob_status import Stage  # noqa: PLC0415
@@ -178,8 +194,8 @@ def tunesmith(base: Path, method: str, folder: Path, clock: Clock, candidates: l
     from tunesmith_trainer.store import Stores  # noqa: PLC0415
     from tunesmith_trainer.training import layout, loop  # noqa: PLC0415
 
-    if candidates is not None:
-        layout._CANDIDATES = tuple((layout.Layout(name), whole) for name, whole in candidates)  # noqa: SLF001
+    if not gains.flat:
+        layout.ways = lambda *_: [layout.Way(layout.Layout.PADDED, whole_logits=not gains.chunked)]
 
     class Timed(Progress):
         def update(self, **changes: Any) -> None:
@@ -199,7 +215,13 @@ def tunesmith(base: Path, method: str, folder: Path, clock: Clock, candidates: l
             "maxLength": texts.LONGEST,
         },
         "method": {method: quantized if method == "qlora" else fields},
-        "hyperparameters": {**hyper, "scheduler": "Constant", "warmupRatio": 0.0, "seed": SEED},
+        "hyperparameters": {
+            **hyper,
+            "scheduler": "Constant",
+            "warmupRatio": 0.0,
+            "seed": SEED,
+            "torchCompile": gains.compiled,
+        },
         "resources": {"gpus": 0},
     }
     job = FineTuneJob.model_validate(
@@ -231,10 +253,11 @@ OTHERS: dict[str, Callable[..., Any]] = {
     "trl-packed": lambda *given: trl(*given, variant="packed"),
     "trl-grouped": lambda *given: trl(*given, variant="grouped"),
 }
-OURS: dict[str, list[tuple[str, bool]] | None] = {
-    "tunesmith-padded-logits": [("padded", True)],
-    "tunesmith-padded": [("padded", False)],
-    "tunesmith": None,
+OURS = {
+    "tunesmith-padded-logits": Gains(flat=False, chunked=False),
+    "tunesmith-padded": Gains(flat=False),
+    "tunesmith": Gains(),
+    "tunesmith-compiled": Gains(compiled=True),
 }
 
 

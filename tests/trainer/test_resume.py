@@ -151,6 +151,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     same(run, whole)
 
 
+@pytest.mark.long
 def test_a_killed_run_with_compiled_layers_goes_on_to_the_same_bits(tmp_path: Path, base_model: Path) -> None:
     hyper = {"maxSteps": STEPS, "batchSize": 16, "microBatchSize": 4, "learningRate": 0.01, "torchCompile": True}
     path = manifest(tmp_path, base_model, hyperparameters=hyper)
@@ -158,7 +159,7 @@ def test_a_killed_run_with_compiled_layers_goes_on_to_the_same_bits(tmp_path: Pa
     for run in runs:
         run.folder.mkdir()
     assert "compiled" in runs[0].finish()
-    runs[1].interrupt(signal.SIGKILL, 2 * EVERY + 1, 0.0)
+    runs[1].interrupt(signal.SIGKILL, 3 * EVERY, 0.3)
     again = runs[1].finish()
     assert "compiled" in again
     assert "resumed from the checkpoint of step" in again
