@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from methods_cases import CASES
+from methods_rig import distance, try_method
 from peft import PeftModel
+from tiny_model import make
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tunesmith.contracts.artifact import ArtifactManifest
 from tunesmith.contracts.parity import Parity
 from tunesmith_trainer.memory import available_memory
-from tunesmith_trainer.parity import record
+from tunesmith_trainer.parity import STREAMED, record
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,6 +30,28 @@ MERGES = {
     "lora into the original": (LORA, "Original", 1e-4),
     "qlora into the dequantized": (QLORA, "Dequantized", 1e-3),
     "qlora into the original": (QLORA, "Original", None),
+}
+
+# cases of methods_cases → PEFT's name of what they are
+ON_DISK = {"LoRA": "LORA", "LoRA, DoRA": "LORA", "IA3": "IA3", "LoHa": "LOHA", "Prefix tuning": "PREFIX_TUNING"}
+ON_DISK_LONG = {
+    **dict.fromkeys(("LoRA, rsLoRA", "LoRA, patterns", "LoRA, PiSSA", "LoRA, OLoRA", "LoRA, bias"), "LORA"),
+    "BEFT": "BEFT",
+    "BOFT": "BOFT",
+    "C3A": "C3A",
+    "DEFT": "DEFT",
+    "FourierFT": "FOURIERFT",
+    "GraLoRA": "GRALORA",
+    "HiRA": "HIRA",
+    "HRA": "HRA",
+    "Lily": "LILY",
+    "LoKr": "LOKR",
+    "MiSS": "MISS",
+    "Peanut": "PEANUT",
+    "RoAd": "ROAD",
+    "WaveFT": "WAVEFT",
+    "P-tuning": "P_TUNING",
+    "Prompt tuning": "PROMPT_TUNING",
 }
 
 
@@ -91,6 +116,36 @@ def test_the_curves_are_a_picture(bench: Workbench) -> None:
     png = (bench.output / "artifact/curves.png").read_bytes()
     assert png.startswith(b"\x89PNG")
     assert (int.from_bytes(png[16:20]), int.from_bytes(png[20:24])) == (960, 540)
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base in bfloat16, in which what is rounded otherwise shows."""
+    folder = make(tmp_path_factory.mktemp("published") / "tiny", hidden=128)
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", [*ON_DISK, *(pytest.param(name, marks=pytest.mark.long) for name in ON_DISK_LONG)])
+def test_an_adapter_says_the_same_with_layers_on_disk(published: Path, tmp_path: Path, name: str) -> None:
+    """Each weight is read when its layer is computed, whatever the method does with it."""
+    method = next(case.method for case in CASES if case.name == name)
+    try_method(method, published, tmp_path / "artifact")
+    kind = json.loads((tmp_path / "artifact/adapter_config.json").read_text())["peft_type"]
+    assert kind == (ON_DISK | ON_DISK_LONG)[name]
+    config, tokenizer = AutoConfig.from_pretrained(published), AutoTokenizer.from_pretrained(published)
+    size = (published / "model.safetensors").stat().st_size
+    (whole, expected), *others = (
+        record(published, tmp_path / "artifact", config, tokenizer, ends=[2], pad=2, memory=int(share * size))
+        for share in (10, 0.7, 0)
+    )
+    for parity, logits in others:
+        assert distance(logits, expected) == 0
+        assert parity == whole
+
+
+def test_every_method_that_may_be_read_from_disk_is_compared() -> None:
+    assert {*ON_DISK.values(), *ON_DISK_LONG.values()} == STREAMED
 
 
 @pytest.mark.parametrize("share", [0.0, 0.7], ids=["all of it", "a part of it"])

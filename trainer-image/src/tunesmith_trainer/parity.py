@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import get_max_memory
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from tunesmith.contracts.parity import Parity, ParityPosition, ParityProbe, TokenLogProbability
 from tunesmith_trainer.logits import batch_of_one, last_logits, products
 from tunesmith_trainer.memory import available_memory
 from tunesmith_trainer.methods.conversion import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from tunesmith_trainer.offloaded import hold_adapter, is_offloaded, read_by_layer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -34,6 +34,16 @@ _TOP = 5
 _DECIMALS = 5
 # Of the main memory that is left: activations and what reads the files need some too.
 _SHARE = 0.8
+STREAMED = frozenset(
+    {
+        *("LORA", "IA3", "BEFT", "BOFT", "C3A", "DEFT", "FOURIERFT", "GRALORA", "HIRA", "HRA", "LILY", "LOHA", "LOKR"),
+        *("MISS", "PEANUT", "ROAD", "WAVEFT", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING"),
+    }
+)
+"""Methods of PEFT that say the same, to the bit, with the base's layers on disk. Others have what PEFT computes of the
+base's weights, or draws, when it loads them."""
+_OF_EMBEDDINGS = ("modules_to_save", "trainable_token_indices")
+"""Fields of an adapter that holds copies of modules outside of the layers."""
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
@@ -68,8 +78,8 @@ def record(
 ) -> tuple[Parity, list[torch.Tensor]]:
     """Loads base and saved adapter anew, as an engine does, and asks both.
 
-    Layers that fit neither on the GPUs nor in main memory are read from disk whenever they are computed; other adapters
-    than plain LoRA need the weights themselves, and with these all of them must fit.
+    Layers that fit neither on the GPUs nor in main memory are read from disk whenever they are computed. With a few
+    methods, which compute something of the base's weights when they are loaded, all of it must fit.
 
     Args:
         base: folder of the base model with its weights.
@@ -91,12 +101,7 @@ def record(
         room["cpu"] = int(_SHARE * available_memory()) if memory is None else memory
     model: Any = _loaded(base if adapter else artifact, dtype, room, offload)
     if adapter:
-        if streams:
-            # By the map PEFT would write the base's files again, with the adapter in them. The hooks that read layers
-            # from disk stay where they are, and the adapter itself fits into memory.
-            vars(model).pop("hf_device_map", None)
-        model = PeftModel.from_pretrained(model, str(artifact), low_cpu_mem_usage=streams).eval()
-        _hold_adapter(model, artifact)
+        model = _adapted(model, artifact, streams=streams)
     greedy = GenerationConfig(do_sample=False, max_new_tokens=_ANSWER_TOKENS, eos_token_id=list(ends), pad_token_id=pad)
     prompts = prompt_tokens(tokenizer)
     answers = []
@@ -128,29 +133,37 @@ def _products(model: Any, artifact: Path) -> AbstractContextManager[None]:  # no
     return nullcontext() if _is_plain_lora(artifact) else products(model)
 
 
+def _adapted(base: PreTrainedModel, artifact: Path, *, streams: bool) -> PeftModel:
+    """The base with the saved adapter."""
+    engines = _is_plain_lora(artifact) and not _config(artifact).get("use_dora")
+    if streams:
+        # By the map PEFT would write the base's files again, with the adapter in them. The hooks that read layers from
+        # disk stay where they are, and the adapter itself fits into memory.
+        vars(base).pop("hf_device_map", None)
+    if not (streams and is_offloaded(base)):
+        # Where memory is spared, PEFT rounds an adapter to the base's type, as engines do.
+        return PeftModel.from_pretrained(base, str(artifact), low_cpu_mem_usage=engines).eval()
+    model = PeftModel.from_pretrained(base, str(artifact), low_cpu_mem_usage=True).eval()
+    hold_adapter(model, artifact / ADAPTER_WEIGHTS, rounded=base.dtype if engines else None)
+    read_by_layer(model)
+    return model
+
+
 def _streams(artifact: Path) -> bool:
-    """Whether the adapter is computed without a look at the base's weights, which may then be on disk."""
-    return _is_plain_lora(artifact) and not _config(artifact).get("use_dora")
+    """Whether the base's layers may be on disk: the adapter is all in its file, and needs one layer at a time."""
+    config = _config(artifact)
+    return config.get("peft_type") in STREAMED and not any(config.get(name) for name in _OF_EMBEDDINGS)
 
 
 def _is_plain_lora(artifact: Path) -> bool:
     config = _config(artifact)
-    others = ("modules_to_save", "trainable_token_indices")
-    return config.get("peft_type") == "LORA" and not any(config.get(name) for name in others)
+    return config.get("peft_type") == "LORA" and not any(config.get(name) for name in _OF_EMBEDDINGS)
 
 
 def _config(artifact: Path) -> dict[str, Any]:
     """PEFT's configuration of the adapter; empty where all weights were trained."""
     path = artifact / ADAPTER_CONFIG
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def _hold_adapter(model: PeftModel, artifact: Path) -> None:
-    """Puts into memory what PEFT put on disk with the layer that it belongs to, which has no hook for it."""
-    absent = {name for name, part in model.named_parameters() if part.device.type == "meta" and ".lora_" in name}
-    if absent:
-        saved = load_file(artifact / ADAPTER_WEIGHTS, device="cuda" if torch.cuda.is_available() else "cpu")
-        model.load_state_dict({name: saved[name.replace(".default", "")] for name in absent}, strict=False, assign=True)
 
 
 def _loaded(folder: Path, dtype: torch.dtype, room: Mapping[int | str, int], offload: Path) -> PreTrainedModel:

@@ -1,0 +1,87 @@
+"""Adapters on a base whose layers are partly on disk and read whenever they are computed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.hooks import AlignDevicesHook, SequentialHook, remove_hook_from_module
+from peft import get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from peft import PeftModel
+    from torch import nn
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether there are weights that are not in memory."""
+    return any(parameter.device.type == "meta" for parameter in model.parameters())
+
+
+def read_by_layer(model: PeftModel) -> None:
+    """Has the weights of a layer read before it is computed, and given back after it.
+
+    Accelerate reads each module's weights for that module alone. An adapter may need those of the module that it is
+    on, for which it is another one.
+
+    Args:
+        model: base with adapter, its hooks as accelerate put them.
+    """
+    names = set(model.get_base_model()._no_split_modules or ())  # noqa: SLF001 - what accelerate goes by, too
+    modules = list(model.modules())
+    layers = [module for module in modules if type(module).__name__ in names]
+    # Those that are in no layer, such as one on the output embedding.
+    adapted = [module for module in modules if isinstance(module, BaseTunerLayer)]
+    for block in (*layers, *adapted):
+        parts = [(part, hook) for part in block.modules() for hook in _reading(part)]
+        for part, _ in parts:
+            remove_hook_from_module(part)
+        if parts:
+            _attach(block, parts)
+
+
+def _attach(block: nn.Module, parts: Iterable[tuple[nn.Module, AlignDevicesHook]]) -> None:
+    def read(*_: Any) -> None:  # noqa: ANN401 - what torch gives
+        for part, hook in parts:
+            hook.pre_forward(part)
+
+    def give_back(*_: Any) -> None:  # noqa: ANN401 - what torch gives
+        for part, hook in parts:
+            hook.post_forward(part, None)
+
+    block.register_forward_pre_hook(read)
+    block.register_forward_hook(give_back)
+
+
+def _reading(part: nn.Module) -> list[AlignDevicesHook]:
+    """Hooks of a module that read its weights."""
+    hook = getattr(part, "_hf_hook", None)
+    hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
+    return [one for one in hooks if isinstance(one, AlignDevicesHook) and one.offload]
+
+
+def hold_adapter(model: PeftModel, weights: Path, rounded: torch.dtype | None) -> None:
+    """Puts the saved adapter into memory: PEFT puts what belongs to a layer on disk where that layer is.
+
+    Args:
+        model: base with adapter.
+        weights: the file of the saved adapter.
+        rounded: type that its values are rounded to; None: they are as they were saved.
+    """
+    own = dict(model.named_parameters())
+    places = {id(tensor): name for name, tensor in own.items()}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    saved = {name: tensor.to(rounded) for name, tensor in load_file(weights).items()}
+    # PEFT saves under other names; given the parameters themselves, it tells which is which.
+    named = get_peft_model_state_dict(model, state_dict=own, save_embedding_layers=False)
+    found = {
+        places[id(tensor)]: saved[name].to(device if tensor.device.type == "meta" else tensor.device, tensor.dtype)
+        for name, tensor in named.items()
+        if id(tensor) in places and name in saved
+    }
+    model.load_state_dict(found, strict=False, assign=True)
