@@ -439,6 +439,18 @@ def test_code_of_a_folder_that_fails_late_does_not_lose_the_adapter(bench: Workb
 
 
 @pytest.mark.usefixtures("tasks")
+def test_a_task_that_fails_on_a_row_that_was_not_tried_does_not_lose_the_adapter(bench: Workbench) -> None:
+    painted = PAINTED.replace("{{question}}", "{% if number == 100 %}{{ nowhere }}{% endif %}{{question}}")
+    folder = _folder(bench.folder / "mine", **{"painted.yaml": painted})
+    write_rows(folder / "rows/doors.jsonl", [{**ROWS[0], "number": number} for number in range(101)])
+    ran = bench.run("train", bench.job(evaluation={"suites": _late(folder)}), *CODE)
+    assert ran.code == 0, ran.result.message
+    told = "evaluation suite mine: the task painted cannot be used here: UndefinedError: 'nowhere' is undefined"
+    assert ran.result.evaluation is not None
+    assert [one.message for one in ran.result.evaluation.failures or []] == [told]
+
+
+@pytest.mark.usefixtures("tasks")
 def test_a_gate_on_code_that_failed_does_not_pass(bench: Workbench) -> None:
     folder = _folder(bench.folder / "mine", **{"colours.py": LATE})
     gates = [{"suite": "mine", "metric": "painted/exact_match,green", "max": 1}]

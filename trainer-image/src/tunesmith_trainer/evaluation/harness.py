@@ -6,6 +6,7 @@ the one that `lm_eval` gives for the same model.
 
 from __future__ import annotations
 
+import logging
 import random
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from tunesmith.api.evaluation import GAIN, MAX_SCORES
-from tunesmith_trainer.errors import InvalidSpecError
+from tunesmith_trainer.errors import InvalidSpecError, TrainerError
 from tunesmith_trainer.evaluation.loss import precision
 from tunesmith_trainer.evaluation.tasks import few, tasks_of, unusable
 
@@ -28,9 +29,13 @@ if TYPE_CHECKING:
     from tunesmith.api.evaluation import Evaluation, Suite
     from tunesmith_trainer.evaluation.folders import OwnTasks
 
+log = logging.getLogger(__name__)
+
 _TRIED_ROWS = 2
 _TRIED_OWN_ROWS = 100
 """Of tasks whose Python nobody has tried yet."""
+_OF_RUNS = (RuntimeError, MemoryError, OSError, TrainerError)
+"""What the GPU, memory, other ranks and stores raise: never a fault of tasks, unless their own Python raises it."""
 _PYTHON_SEED, _SEED = 0, 1234
 """Of the harness's command line."""
 
@@ -90,7 +95,7 @@ def scores(
         own: the folder of tasks that the suite brings.
 
     Raises:
-        TrainerError: the Python of that folder failed on a row.
+        TrainerError: the tasks, or the Python of that folder, failed on a row.
     """
     tasks = tasks_of(suite, own)
     was_training = model.training
@@ -106,8 +111,9 @@ def scores(
                     batch_size //= 2
                 torch.cuda.empty_cache()
     except (Exception, SystemExit) as error:
-        if own is None or suite.lm_eval is None or own.blamed(error) is None:
+        if suite.lm_eval is None or (isinstance(error, _OF_RUNS) and (own is None or own.blamed(error) is None)):
             raise
+        log.warning("evaluation suite %s failed", suite.name, exc_info=error)
         raise unusable(suite, ", ".join(suite.lm_eval.tasks), error, own) from error
     finally:
         model.train(was_training)

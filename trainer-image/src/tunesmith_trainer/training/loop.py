@@ -303,7 +303,7 @@ def _measured(
 ) -> tuple[dict[str, dict[str, tuple[float, float]]], list[SuiteFailure]]:
     """By suite of answers or tasks and by metric, the scores of base and adapter; and the suites without scores.
 
-    The tasks that a job brings are code, which may fail on what a model says: what was trained is not lost by that.
+    Tasks, and the code of those that a job brings, may fail on what a model says: what was trained is not lost by that.
 
     Args:
         job: the FineTuneJob.
@@ -324,7 +324,6 @@ def _measured(
             try:
                 scores.append(_scores(suite, job, prepared, peft_model, adapter=adapted))
             except TrainerError as error:
-                log.debug("evaluation suite %s failed", suite.name, exc_info=error)
                 failure = SuiteFailure(suite=suite.name, reason=error.reason, message=str(error)[:_LONGEST_MESSAGE])
             if ranks is not None and ranks.any(failure is not None)[0] and failure is None:
                 told = f"evaluation suite {suite.name} failed at another rank, whose pod says why"
