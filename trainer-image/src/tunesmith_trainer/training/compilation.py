@@ -35,17 +35,11 @@ _TOLERANCE_ROUNDED = 2e-2
 """Relative, for types with fewer digits."""
 
 
-def as_written() -> AbstractContextManager[None]:
-    """Compiled layers compute as they are written within; on the outside they are compiled.
+def as_compiled() -> AbstractContextManager[None]:
+    """Compiled layers compute so within; everywhere else as they are written.
 
     Generation and evaluation have shapes of their own, for which compiling again takes longer than it saves.
     """
-    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
-    return stance
-
-
-def as_compiled() -> AbstractContextManager[None]:
-    """Compiled layers compute so within."""
     stance: AbstractContextManager[None] = torch.compiler.set_stance("default")
     return stance
 
@@ -74,6 +68,7 @@ def compile_layers(
     # A pod's user has no name, by which the compiler would name a folder; the few kernels need no pool of processes.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    torch.compiler.set_stance("force_eager")
     expected = _tried(model, base, way)
     for layer in layers:
         # Dropout takes the random numbers that it would take uncompiled.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -30,7 +29,7 @@ from tunesmith_trainer.methods.wrap import wrap
 from tunesmith_trainer.parity import prompt_tokens
 from tunesmith_trainer.training.arguments import arguments, precision_of
 from tunesmith_trainer.training.batches import Collator, Plan, row_lengths
-from tunesmith_trainer.training.compilation import as_written, compile_layers
+from tunesmith_trainer.training.compilation import compile_layers
 from tunesmith_trainer.training.determinism import repeatable
 from tunesmith_trainer.training.layout import choose_way
 from tunesmith_trainer.training.lora import fuse
@@ -209,7 +208,7 @@ def _train(
     def score(rows: Dataset, *, adapter: bool) -> float:
         return held_out_loss(peft_model, rows, collate, resolved.micro_batch_size or 1, adapter=adapter, ranks=ranks)
 
-    with as_written() if compiled else nullcontext(), way.attending(base), watchdog:
+    with way.attending(base), watchdog:
 
         def run() -> None:
             _run(trainer, saver, faults, progress, ranks, lambda: reporter.replay(curve))
