@@ -137,6 +137,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         "method": {"qlora": {"rank": 4, "alpha": 8}},
         "hyperparameters": FEW | {"gradientCheckpointing": True},
     },
+    "compiled layers": {"hyperparameters": FEW | {"torchCompile": True}},
     "answers marked as good or bad": {
         "objective": {"kto": {}},
         "hyperparameters": FEW,
@@ -152,7 +153,9 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long) if "compiled" in name else name for name in OTHERS]
+)
 def test_other_jobs_on_two_nodes(tmp_path: Path, base_model: Path, name: str) -> None:
     runs = [pods(tmp_path / str(nodes), base_model, nodes, **OTHERS[name]) for nodes in (1, 2)]
     for run in runs:
