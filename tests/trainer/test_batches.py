@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from tiny_model import SMALL
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -33,16 +34,6 @@ if TYPE_CHECKING:
 
 SEGMENTS = Way(Layout.FLAT, Attention.SEGMENTS)
 LENGTHS = [5, 9, 3, 7, 8, 2, 6]
-SMALL = {
-    "vocab_size": 300,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "pad_token_id": 0,
-}
 # architecture → its configuration, and the layout that fits it
 ARCHITECTURES: dict[str, tuple[PretrainedConfig, Layout]] = {
     "llama": (LlamaConfig(**SMALL), Layout.FLAT),

@@ -9,6 +9,7 @@ import torch
 import torch._inductor.config
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
+from tiny_model import SMALL
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, LlamaConfig, Qwen3Config
 
 from tunesmith.api.conditions import FailureReason
@@ -29,16 +30,6 @@ if TYPE_CHECKING:
     from trainer_rig import Workbench
     from transformers import PretrainedConfig
 
-SMALL = {
-    "vocab_size": 300,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "pad_token_id": 0,
-}
 NO_COMPILER = torch._inductor.config.patch({"cpp.cxx": ("/no/compiler",)})
 BATCHES = [(30, 7, 18), (5, 9), (40,), (100, 3, 50, 2), (2,)]
 

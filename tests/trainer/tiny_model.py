@@ -20,6 +20,17 @@ CORPUS = [
     "Ask a question and the assistant answers it; the user writes, the system decides.",
     "What is the colour of the door? It is blue, and so is the boat in the harbour of Brinewick.",
 ]
+SMALL = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "pad_token_id": 0,
+}
+"""Settings of a configuration of many architectures."""
 
 
 def make(folder: Path, hidden: int = 64) -> Path:

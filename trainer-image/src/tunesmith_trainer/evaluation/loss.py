@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from tunesmith_trainer.training.batches import mismatched, row_lengths, silent
+from tunesmith_trainer.training.batches import mismatched, on_device, row_lengths, silent
 from tunesmith_trainer.training.objectives import Forward
 
 if TYPE_CHECKING:
@@ -44,8 +44,7 @@ def held_out_loss(
     found: list[tuple[list[float], tuple[int, ...]]] = []
 
     def tensors(batch: Sequence[Row]) -> dict[str, Any]:
-        joined = collate.join(batch).items()
-        return {name: part.to(model.device) if isinstance(part, torch.Tensor) else part for name, part in joined}
+        return on_device(collate.join(batch), model.device)
 
     try:
         with torch.no_grad(), precision(model):

@@ -172,6 +172,11 @@ class Collator:
         return batch
 
 
+def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """A micro-batch with its tensors on a device."""
+    return {name: part.to(device) if isinstance(part, torch.Tensor) else part for name, part in batch.items()}
+
+
 def mismatched(rows: Sequence[Row]) -> list[Row]:
     """Each row's prompt with the answer of the row before it (the first's: of the last), no longer than the rows.
 

@@ -7,14 +7,14 @@ compile it anew for every batch.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from tunesmith_trainer.data import IGNORED
 from tunesmith_trainer.errors import InvalidSpecError
 from tunesmith_trainer.evaluation.loss import precision
-from tunesmith_trainer.training.batches import Collator
+from tunesmith_trainer.training.batches import Collator, on_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -108,8 +108,7 @@ def _tried(model: PeftModel, base: PreTrainedModel, way: Way) -> torch.Tensor:
     vocabulary = base.config.get_text_config().vocab_size
     ids = [[(3 + 7 * place) % vocabulary for place in range(size)] for size in (_ROW_TOKENS, _ROW_TOKENS - 7)]
     rows = [{"input_ids": row, "labels": [IGNORED, *row[1:]]} for row in ids]
-    batch: dict[str, Any] = Collator(size=2, pad=0, layout=way.layout).join(rows)
-    batch = {name: part.to(model.device) if isinstance(part, torch.Tensor) else part for name, part in batch.items()}
+    batch = on_device(Collator(size=2, pad=0, layout=way.layout).join(rows), model.device)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     was_training = model.training
     model.train()

@@ -6,7 +6,7 @@ import logging
 import math
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
@@ -15,7 +15,7 @@ from tunesmith_trainer.data import IGNORED
 from tunesmith_trainer.errors import SelfCheckError
 from tunesmith_trainer.evaluation.loss import precision
 from tunesmith_trainer.training.attention import Attention, attending, has_varlen_kernel
-from tunesmith_trainer.training.batches import Collator, Layout
+from tunesmith_trainer.training.batches import Collator, Layout, on_device
 from tunesmith_trainer.training.loss import add_target_loss
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def choose_way(model: PeftModel, base: PreTrainedModel) -> Way:
             return candidates[0]  # nothing to compare with; the held-out loss tells it
         for way in candidates:
             add_target_loss(base, whole_logits=way.whole_logits)
-            batch = _to(Collator(size=2, pad=0, layout=way.layout).join([before, row]), model.device)
+            batch = on_device(Collator(size=2, pad=0, layout=way.layout).join([before, row]), model.device)
             try:
                 with way.attending(base):
                     loss = float(model(**batch, target_loss=True).summed)
@@ -110,10 +110,6 @@ def _alone(model: PeftModel, ids: list[int]) -> float:
     # A method that puts tokens of its own before the row has more logits.
     scores = logits[0, -len(ids) : -1].float()
     return float(functional.cross_entropy(scores, torch.tensor(ids[1:], device=scores.device), reduction="sum"))
-
-
-def _to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 
 @contextmanager
