@@ -365,6 +365,7 @@ plugins: [axolotl.integrations.liger.LigerPlugin]
 save_steps: 50
 save_total_limit: 3
 neftune_noise_alpha: 5
+torch_compile: true
 bf16: false
 """
 
@@ -434,6 +435,7 @@ def test_sources_columns_variants_and_checkpoints(imported: Import, tmp_path: Pa
     assert (spec.method.lora.dora, spec.method.lora.initialization) == (True, "EVA")
     assert (spec.checkpoint.every_steps, spec.checkpoint.keep) == (50, 3)
     assert (spec.hyperparameters.neftune_noise_alpha, spec.hyperparameters.precision) == (5, "float32")
+    assert spec.hyperparameters.torch_compile is True
     assert 'datasets[0].type.format has no counterpart and is left out: it is "Q: {instruction}"' in err
     assert "optimizer has no counterpart" in err
     assert "lora_layers_to_transform has no counterpart" in err
