@@ -60,6 +60,8 @@ class _LowRankLinear(torch.autograd.Function):
 class _FusedLinear(LoraLinear):
     """PEFT's layer over a base in 16 or 32 bits."""
 
+    # What is added in place would become a copy.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         base = self.get_base_layer()
         dtype = _product_type(x)
@@ -72,6 +74,8 @@ class _FusedLinear(LoraLinear):
 class _FusedLinear4bit(LoraLinear4bit):
     """PEFT's layer over a base in 4 bits."""
 
+    # What is added in place would become a copy.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         base = self.get_base_layer()
         fix_4bit_weight_quant_state_from_module(base)
