@@ -10,6 +10,8 @@ from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 
+from tunesmith_trainer.layers import layers_of
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
@@ -32,11 +34,9 @@ def read_by_layer(model: PeftModel) -> None:
     Args:
         model: base with adapter, its hooks as accelerate put them.
     """
-    names = set(model.get_base_model()._no_split_modules or ())  # noqa: SLF001 - what accelerate goes by, too
-    modules = list(model.modules())
-    layers = [module for module in modules if type(module).__name__ in names]
+    layers = layers_of(model.get_base_model())
     # Those that are in no layer, such as one on the output embedding.
-    adapted = [module for module in modules if isinstance(module, BaseTunerLayer)]
+    adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     for block in (*layers, *adapted):
         parts = [(part, hook) for part in block.modules() for hook in _reading(part)]
         for part, _ in parts:

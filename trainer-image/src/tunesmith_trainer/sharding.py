@@ -13,17 +13,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from tunesmith_trainer.layers import layers_of
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from transformers import PreTrainedModel
 
     from tunesmith_trainer.ranks import Ranks
-
-
-def has_known_layers(model: type[PreTrainedModel]) -> bool:
-    """Whether an architecture says what its layers are, which are gathered one at a time."""
-    return bool(model._no_split_modules)  # noqa: SLF001 - what accelerate goes by, too
 
 
 def shard(base: PreTrainedModel, device: torch.device, ranks: Ranks, *, full: bool) -> int:
@@ -37,11 +34,9 @@ def shard(base: PreTrainedModel, device: torch.device, ranks: Ranks, *, full: bo
         ranks: that train together, met.
         full: all weights are trained, in float32; otherwise those that are trained stay whole.
     """
-    names = set(base._no_split_modules or ())  # noqa: SLF001
-    layers = [module for module in base.modules() if type(module).__name__ in names]
     mesh = init_device_mesh(device.type, (ranks.size,))
     whole = set() if full else {parameter for parameter in base.parameters() if parameter.requires_grad}
-    for layer in layers:
+    for layer in layers_of(base):
         layer.to(device)
         if full:
             _widen(layer)

@@ -253,12 +253,15 @@ def _prepared(
 def _judged(result: TrainerResult) -> TrainerResult:
     """The result, failed where a gate did not pass. The artifact stays published and reported."""
     evaluation = result.evaluation
-    told = gates.failure(evaluation) if evaluation is not None else None
-    if told is None and evaluation is not None and evaluation.failures:
-        return result.model_copy(update={"message": f"{result.message}; {evaluation.unscored}"})
-    if told is None:
+    if evaluation is None:
         return result
-    return result.model_copy(update={"outcome": Outcome.FAILED, "reason": FailureReason.GATE_FAILED, "message": told})
+    told = gates.failure(evaluation)
+    if told is not None:
+        change = {"outcome": Outcome.FAILED, "reason": FailureReason.GATE_FAILED, "message": told}
+        return result.model_copy(update=change)
+    if evaluation.failures:
+        return result.model_copy(update={"message": f"{result.message}; {evaluation.unscored}"})
+    return result
 
 
 def _summary(evaluation: EvaluationStatus) -> str:

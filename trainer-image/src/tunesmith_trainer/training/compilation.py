@@ -15,6 +15,7 @@ from tunesmith_trainer.data import IGNORED
 from tunesmith_trainer.errors import InvalidSpecError
 from tunesmith_trainer.evaluation.loss import precision
 from tunesmith_trainer.training.batches import Collator, on_device
+from tunesmith_trainer.training.layout import tolerance
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
 _NAMES = ("RMSNorm", "MLP")
 """How the classes of such layers end in transformers. A norm that is one kernel by itself gains nothing."""
 _ROW_TOKENS = 19
-_TOLERANCE = {torch.float32: 1e-4}
-_TOLERANCE_ROUNDED = 2e-2
-"""Relative, for types with fewer digits."""
 
 
 def as_compiled() -> AbstractContextManager[None]:
@@ -78,9 +76,8 @@ def compile_layers(
     except Exception as error:  # noqa: BLE001 - a compiler can fail in any way, and training goes on without it
         reason = " ".join(str(error).split())[:300]
     else:
-        tolerance = _TOLERANCE.get(base.config.dtype, _TOLERANCE_ROUNDED)
         distance = float((found - expected).norm() / expected.norm())
-        if distance <= tolerance:
+        if distance <= tolerance(base):
             say(f"  compiled {len(layers)} norms and feed-forward layers")
             return True
         reason = f"the results differ by {distance:.1e}"

@@ -55,6 +55,16 @@ class Way:
         return nullcontext() if self.attention is None else attending(base, self.attention)
 
 
+def products_of(base: PreTrainedModel) -> torch.dtype:
+    """The type of a base's products."""
+    return base.config.dtype or torch.float32
+
+
+def tolerance(base: PreTrainedModel) -> float:
+    """How far, relatively, equal results of two ways may be apart in the type of a base's products."""
+    return _TOLERANCE.get(products_of(base), _TOLERANCE_ROUNDED)
+
+
 def ways(device: torch.device, dtype: torch.dtype) -> list[Way]:
     """The ways to try on a device with products of a type, the fastest first."""
     flat = [Attention.VARLEN, Attention.SEGMENTS] if has_varlen_kernel(device, dtype) else [Attention.SEGMENTS]
@@ -78,9 +88,8 @@ def choose_way(model: PeftModel, base: PreTrainedModel) -> Way:
     before = {"input_ids": tokens[: 2 * _ROW_TOKENS - 5].tolist(), "labels": [IGNORED] * (2 * _ROW_TOKENS - 5)}
     ids = tokens[:_ROW_TOKENS].tolist()
     row = {"input_ids": ids, "labels": [IGNORED, *ids[1:]]}
-    dtype = base.config.dtype or torch.float32
-    tolerance = _TOLERANCE.get(dtype, _TOLERANCE_ROUNDED)
-    candidates = ways(model.device, dtype)
+    near = tolerance(base)
+    candidates = ways(model.device, products_of(base))
     reasons = []
     with _evaluating(model):
         expected = _alone(model, ids)
@@ -95,7 +104,7 @@ def choose_way(model: PeftModel, base: PreTrainedModel) -> Way:
             except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
                 reasons.append(f"{way}: {error}")
                 continue
-            if abs(loss - expected) <= tolerance * abs(expected):
+            if abs(loss - expected) <= near * abs(expected):
                 log.info("%s; %s", way, reasons)
                 return way
             reasons.append(f"{way}: {loss:.6f} instead of {expected:.6f}")
