@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 CGROUPS = Path("/sys/fs/cgroup")
+PODS_WEIGHT = 4
+"""Processor time of all pods together where others want it too, in that of one process outside."""
 # Everything kubelet, kube-proxy and the network plugins write under /proc/sys; saved before, restored after.
 SETTINGS = (
     "net/ipv4/ip_forward",
@@ -131,6 +133,9 @@ def prepare(layout: Layout) -> None:
             for setting in ("cpuset.cpus", "cpuset.mems"):  # version 1 starts empty, and an empty set admits no process
                 if (own / setting).exists() and not (own / setting).read_text().strip():
                     (own / setting).write_text((root / setting).read_text())
+        for setting, of_a_process in (("cpu.shares", 1024), ("cpu.weight", 100)):  # version 1, version 2
+            if (own / setting).exists():
+                (own / setting).write_text(str(of_a_process * PODS_WEIGHT))
 
 
 def pod_processes(layout: Layout) -> list[int]:

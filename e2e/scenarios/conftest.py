@@ -74,8 +74,8 @@ def gateway() -> str:
 
 @pytest.fixture(scope="session")
 def client(gateway: str) -> Iterator[OpenAI]:
-    """The stock client. It tries nothing again, so that a request that fails is seen."""
-    with OpenAI(base_url=f"{gateway}/v1", api_key=api_key(), timeout=180, max_retries=0) as opened:
+    """The stock client, with its own timeout. It tries nothing again, so that a request that fails is seen."""
+    with OpenAI(base_url=f"{gateway}/v1", api_key=api_key(), max_retries=0) as opened:
         yield opened
 
 

@@ -45,6 +45,43 @@ def _command(arguments: list[str], environment: dict[str, str], log: Path) -> No
     os._exit(code)
 
 
+class Container:
+    """The trainer's command in a process of its own, its output in a file."""
+
+    def __init__(self, arguments: list[str], environment: dict[str, str], log: Path) -> None:
+        log.unlink(missing_ok=True)
+        self._log = log
+        self._process: ForkServerProcess = _FORKS.Process(
+            target=_command, args=(arguments, environment, log), daemon=True
+        )
+        self._process.start()
+
+    def told(self, pattern: str) -> str:
+        """What it has said, once a line begins so, or it has ended."""
+        deadline = time.monotonic() + SECONDS
+        while not re.search(f"^{pattern}", self.output(), re.MULTILINE):
+            assert time.monotonic() < deadline, self.output()
+            if not self.is_alive():
+                break  # it resumed behind that step, and is done
+            time.sleep(0.01)
+        return self.output()
+
+    def output(self) -> str:
+        return self._log.read_text() if self._log.exists() else ""
+
+    def is_alive(self) -> bool:
+        return self._process.is_alive()
+
+    def signal(self, number: int) -> None:
+        if self._process.pid is not None and self.is_alive():
+            os.kill(self._process.pid, number)
+
+    def ended(self) -> int | None:
+        """The exit code, once it has ended; that of a signal is negative."""
+        self._process.join(SECONDS)
+        return self._process.exitcode
+
+
 @dataclass
 class Pods:
     """Runs the trainer's command in each of `nodes` pods."""
@@ -52,7 +89,7 @@ class Pods:
     folder: Path
     manifest: Path
     nodes: int
-    processes: list[ForkServerProcess] = field(default_factory=list)
+    containers: list[Container] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -61,7 +98,7 @@ class Pods:
 
     def start(self) -> None:
         port = free_port()
-        self.processes = []
+        self.containers = []
         for index in range(self.nodes):
             environment = {"OMP_NUM_THREADS": "1"} | self.environment
             if self.nodes > 1:
@@ -71,22 +108,17 @@ class Pods:
                     "MASTER_PORT": str(port),
                 }
             message = self.folder / f"message-{index}"
-            for old in (message, self._log(index)):
-                old.unlink(missing_ok=True)
+            message.unlink(missing_ok=True)
             arguments = ["train", "--job", str(self.manifest), "--output", str(self.output), "--allow-file"]
             arguments += ["--progress-port", "0", "--work", str(self.folder / f"work-{index}")]
             arguments += ["--termination-message", str(message), "--allow-task-code"]
             # Pods share a store, never a folder.
             arguments += ["--tokens", f"file://{self.folder}/tokens-{index}"]
-            process = _FORKS.Process(target=_command, args=(arguments, environment, self._log(index)), daemon=True)
-            process.start()
-            self.processes.append(process)
+            self.containers.append(Container(arguments, environment, self._log(index)))
 
     def ended(self) -> list[int | None]:
         """The exit codes, once all have ended."""
-        for process in self.processes:
-            process.join(SECONDS)
-        return [process.exitcode for process in self.processes]
+        return [container.ended() for container in self.containers]
 
     def finish(self) -> None:
         self.start()
@@ -95,17 +127,10 @@ class Pods:
 
     def strike(self, indices: tuple[int, ...], number: int, step: int, seconds: float = 0.0) -> None:
         """Sends a signal to some pods once the run has done that many steps, and a little later."""
-        deadline = time.monotonic() + SECONDS
-        while not re.search(rf"^  step {step}/", self.log(0), re.MULTILINE):
-            assert time.monotonic() < deadline, self.log(0)
-            if not all(process.is_alive() for process in self.processes):
-                break  # it resumed behind that step, and is done
-            time.sleep(0.01)
+        self.containers[0].told(f"  step {step}/")
         time.sleep(seconds)  # anywhere within a step or a write
         for index in indices:
-            pid = self.processes[index].pid
-            if pid is not None and self.processes[index].is_alive():
-                os.kill(pid, number)
+            self.containers[index].signal(number)
 
     def _log(self, index: int) -> Path:
         return self.folder / f"log-{index}"

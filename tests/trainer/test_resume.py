@@ -9,12 +9,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
+from pods import Container
 from s3server import S3Server
 from trainer_rig import chat_rows, job_manifest, write_rows
 
@@ -25,7 +28,6 @@ from tunesmith.contracts.result import Outcome, TrainerResult
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 STEPS = 30
 EVERY = 4
@@ -37,70 +39,56 @@ KILLS = int(os.environ.get("TUNESMITH_RESUME_KILLS", "1"))
 
 @dataclass
 class Run:
-    """The trainer's command as a process of its own."""
+    """Attempts of one job, each a process of its own."""
 
     folder: Path
     manifest: Path
     places: tuple[str, ...] = ()
     """Where the artifact and the checkpoints go; absent: a folder of this machine."""
     environment: dict[str, str] = field(default_factory=dict)
-    started: list[subprocess.Popen[str]] = field(default_factory=list)
+    started: list[Container] = field(default_factory=list)
 
     @property
     def output(self) -> Path:
         return self.folder / "out"
 
-    def command(self) -> list[str]:
+    def arguments(self) -> list[str]:
         arguments = ["train", "--job", str(self.manifest), "--allow-file", "--progress-port", "0"]
         arguments += self.places or ("--output", str(self.output))
         return [*arguments, "--termination-message", str(self.folder / "message")]
 
-    def start(self) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tunesmith_trainer.main", *self.command()],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=os.environ | ONE_THREAD | self.environment,
-        )
-        self.started.append(process)
-        return process
+    def start(self) -> Container:
+        log = self.folder / f"log-{len(self.started)}"
+        self.started.append(Container(self.arguments(), ONE_THREAD | self.environment, log))
+        return self.started[-1]
 
     def result(self) -> TrainerResult:
         return TrainerResult.model_validate_json((self.folder / "message").read_text())
 
     def finish(self) -> str:
-        process = self.start()
-        out, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, out
-        return out
+        container = self.start()
+        assert container.ended() == 0, container.output()
+        return container.output()
 
-    def interrupt(self, number: int, step: int, delay: float) -> tuple[int, str]:
+    def interrupt(self, number: int, step: int, delay: float) -> tuple[int | None, str]:
         """Sends the signal `delay` seconds after the step is told; the exit code and the output."""
-        process = self.start()
-        lines = told(process, step)
+        container = self.start()
+        container.told(step_of(step))
         time.sleep(delay)  # anywhere within a step or a write
-        process.send_signal(number)
-        out, _ = process.communicate(timeout=120)
-        return process.returncode, lines + out
+        container.signal(number)
+        return container.ended(), container.output()
 
 
-def told(process: subprocess.Popen[str], step: int) -> str:
-    """What the process says until the step is done."""
-    assert process.stdout is not None
-    lines = ""
-    for line in process.stdout:
-        lines += line
-        if re.match(rf"  step {step}/", line):
-            break
-    return lines
+def step_of(number: int) -> str:
+    """How the line of a step begins."""
+    return f"  step {number}/"
 
 
 def manifest(folder: Path, base_model: Path, **spec: Any) -> Path:
     rows = write_rows(folder / "train.jsonl", chat_rows(24))
     parts = {
         "method": {"lora": {"rank": 4, "alpha": 8, "dropout": 0.1}},
-        "hyperparameters": {"maxSteps": STEPS, "batchSize": 16, "microBatchSize": 1, "learningRate": 0.01},
+        "hyperparameters": {"maxSteps": STEPS, "batchSize": 8, "microBatchSize": 1, "learningRate": 0.01},
         "checkpoint": {"everySteps": EVERY},
     }
     path = folder / "job.yaml"
@@ -110,10 +98,11 @@ def manifest(folder: Path, base_model: Path, **spec: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Run:
-    """A run that was never interrupted."""
+    """A run that was never interrupted: the command as it is installed, where hashes differ from those of the others."""
     folder = tmp_path_factory.mktemp("whole")
     run = Run(folder, manifest(folder, base_model))
-    run.finish()
+    trainer = Path(sysconfig.get_path("scripts"), "tunesmith-trainer")
+    subprocess.run([trainer, *run.arguments()], env=os.environ | ONE_THREAD, check=True, timeout=300)
     return run
 
 
@@ -184,9 +173,8 @@ def test_a_damaged_checkpoint_is_not_used(tmp_path: Path, whole: Run) -> None:
 def test_the_checkpoints_of_another_job_are_refused(tmp_path: Path, base_model: Path, whole: Run) -> None:
     run = Run(tmp_path, manifest(tmp_path, base_model, hyperparameters={"maxSteps": 5, "batchSize": 4}))
     shutil.copytree(whole.output / "checkpoints", run.output / "checkpoints")
-    process = run.start()
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 2, out
+    container = run.start()
+    assert container.ended() == 2, container.output()
     assert "holds checkpoints of another spec" in run.result().message
 
 
@@ -207,9 +195,9 @@ def attempts(tmp_path: Path, whole: Run, store: S3Server) -> Iterator[list[Run]]
     runs = [Run(folder, whole.manifest, places, store.environment()) for folder in folders]
     yield runs
     for run in runs:
-        for process in run.started:
-            process.kill()
-            process.wait()
+        for container in run.started:
+            container.signal(signal.SIGKILL)
+            container.ended()
 
 
 def test_an_outage_a_signal_and_a_kill_before_the_report_lose_nothing(
@@ -217,38 +205,36 @@ def test_an_outage_a_signal_and_a_kill_before_the_report_lose_nothing(
 ) -> None:
     first, second, third = attempts
     artifact, checkpoints = first.places[1].removeprefix("s3://"), first.places[3]
-    process = first.start()
-    told(process, 2)
+    container = first.start()
+    container.told(step_of(2))
     store.stop()
-    told(process, 2 * EVERY)  # two checkpoints are due meanwhile
+    container.told(step_of(2 * EVERY))  # two checkpoints are due meanwhile
     store.start()
-    told(process, 3 * EVERY)
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 143, out
+    container.told(step_of(3 * EVERY))
+    container.signal(signal.SIGTERM)
+    assert container.ended() == 143, container.output()
     message = first.result().message
     saved = re.search(rf"at step (\d+) of {STEPS}; the checkpoint of step (\d+) is in {checkpoints}", message)
     assert saved is not None, message
-    assert saved[1] == saved[2], out
+    assert saved[1] == saved[2], container.output()
     assert int(saved[1]) >= 3 * EVERY
 
     # Nobody reads what it wants to report, so it waits there until it is killed.
     os.mkfifo(second.folder / "message")
     store.stop()
-    process = second.start()
-    assert process.stdout is not None
-    assert "is not available" in process.stdout.readline()
+    container = second.start()
+    assert "is not available" in container.told(r".*\n")
     store.start()
     filesystem = store.filesystem()
     deadline = time.monotonic() + 120
     while not filesystem.exists(f"{artifact}/{ARTIFACT_MANIFEST}"):
-        assert process.poll() is None, process.communicate()[0]
+        assert container.is_alive(), container.output()
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    process.kill()
-    out, _ = process.communicate(timeout=60)
-    assert f"resumed from the checkpoint of step {saved[1]}" in out
-    assert "Succeeded" not in out
+    container.signal(signal.SIGKILL)
+    container.ended()
+    assert f"resumed from the checkpoint of step {saved[1]}" in container.output()
+    assert "Succeeded" not in container.output()
 
     out = third.finish()
     assert "an earlier attempt published this artifact; nothing was trained again" in out
@@ -274,7 +260,7 @@ def test_a_step_that_hangs_ends_the_attempt(tmp_path: Path, whole: Run) -> None:
     fcntl.fcntl(output, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
     os.write(output, b"." * (PIPE_BYTES - 1000))
     process = subprocess.Popen(
-        [sys.executable, "-c", IMPATIENT, *run.command()], stdout=output, env=os.environ | ONE_THREAD
+        [sys.executable, "-c", IMPATIENT, *run.arguments()], stdout=output, env=os.environ | ONE_THREAD
     )
     try:
         assert process.wait(timeout=120) == 3
