@@ -41,7 +41,12 @@ def mlflow_server(folder: Path) -> Iterator[str]:
             stderr=out,
             cwd=folder,
             start_new_session=True,
-            env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "OMP_NUM_THREADS": "1"},
+            env=os.environ
+            | {
+                "MLFLOW_DISABLE_TELEMETRY": "true",
+                "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+                "OMP_NUM_THREADS": "1",
+            },
         )
         try:
             _await(f"http://127.0.0.1:{port}/health", process, log)
