@@ -98,7 +98,7 @@ def manifest(folder: Path, base_model: Path, **spec: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Run:
-    """A run that was never interrupted: the command as it is installed, where hashes differ from those of the others."""
+    """A run that was never interrupted: the installed command, whose hashes differ from those of the others."""
     folder = tmp_path_factory.mktemp("whole")
     run = Run(folder, manifest(folder, base_model))
     trainer = Path(sysconfig.get_path("scripts"), "tunesmith-trainer")
