@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SECONDS = 90.0
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+"""Several threads for so small a model wait for each other where the cores are busy."""
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
     [f"tunesmith_trainer.{name}" for name in ("prepare", "training.loop", "package", "merge")]
@@ -48,23 +50,25 @@ def _command(arguments: list[str], environment: dict[str, str], log: Path) -> No
 class Container:
     """The trainer's command in a process of its own, its output in a file."""
 
-    def __init__(self, arguments: list[str], environment: dict[str, str], log: Path) -> None:
+    def __init__(
+        self, arguments: list[str], environment: dict[str, str], log: Path, *, seconds: float = SECONDS
+    ) -> None:
         log.unlink(missing_ok=True)
         self._log = log
+        self._seconds = seconds
         self._process: ForkServerProcess = _FORKS.Process(
-            target=_command, args=(arguments, environment, log), daemon=True
+            target=_command, args=(arguments, ONE_THREAD | environment, log), daemon=True
         )
         self._process.start()
 
-    def told(self, pattern: str) -> str:
-        """What it has said, once a line begins so, or it has ended."""
-        deadline = time.monotonic() + SECONDS
+    def told(self, pattern: str) -> None:
+        """Waits until a line begins so, or it has ended."""
+        deadline = time.monotonic() + self._seconds
         while not re.search(f"^{pattern}", self.output(), re.MULTILINE):
             assert time.monotonic() < deadline, self.output()
             if not self.is_alive():
                 break  # it resumed behind that step, and is done
             time.sleep(0.01)
-        return self.output()
 
     def output(self) -> str:
         return self._log.read_text() if self._log.exists() else ""
@@ -78,7 +82,7 @@ class Container:
 
     def ended(self) -> int | None:
         """The exit code, once it has ended; that of a signal is negative."""
-        self._process.join(SECONDS)
+        self._process.join(self._seconds)
         return self._process.exitcode
 
 
@@ -100,9 +104,9 @@ class Pods:
         port = free_port()
         self.containers = []
         for index in range(self.nodes):
-            environment = {"OMP_NUM_THREADS": "1"} | self.environment
+            environment = self.environment
             if self.nodes > 1:
-                environment |= {
+                environment = environment | {
                     "JOB_COMPLETION_INDEX": str(index),
                     "MASTER_ADDR": "localhost",
                     "MASTER_PORT": str(port),
@@ -114,7 +118,7 @@ class Pods:
             arguments += ["--termination-message", str(message), "--allow-task-code"]
             # Pods share a store, never a folder.
             arguments += ["--tokens", f"file://{self.folder}/tokens-{index}"]
-            self.containers.append(Container(arguments, environment, self._log(index)))
+            self.containers.append(Container(arguments, environment, self.folder / f"log-{index}"))
 
     def ended(self) -> list[int | None]:
         """The exit codes, once all have ended."""
@@ -132,12 +136,8 @@ class Pods:
         for index in indices:
             self.containers[index].signal(number)
 
-    def _log(self, index: int) -> Path:
-        return self.folder / f"log-{index}"
-
     def log(self, index: int) -> str:
-        file = self._log(index)
-        return file.read_text() if file.exists() else ""
+        return self.containers[index].output()
 
     def result(self, index: int) -> TrainerResult:
         return TrainerResult.model_validate_json((self.folder / f"message-{index}").read_text())

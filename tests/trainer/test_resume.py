@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
-from pods import Container
+from pods import ONE_THREAD, Container
 from s3server import S3Server
 from trainer_rig import chat_rows, job_manifest, write_rows
 
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 STEPS = 30
 EVERY = 4
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-"""Several threads for so small a model wait for each other where the cores are busy."""
+SECONDS = 300.0
+"""For a run: layers may be compiled in it."""
 PIPE_BYTES = 4096
 KILLS = int(os.environ.get("TUNESMITH_RESUME_KILLS", "1"))
 
@@ -59,7 +59,7 @@ class Run:
 
     def start(self) -> Container:
         log = self.folder / f"log-{len(self.started)}"
-        self.started.append(Container(self.arguments(), ONE_THREAD | self.environment, log))
+        self.started.append(Container(self.arguments(), self.environment, log, seconds=SECONDS))
         return self.started[-1]
 
     def result(self) -> TrainerResult:
@@ -102,7 +102,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Run:
     folder = tmp_path_factory.mktemp("whole")
     run = Run(folder, manifest(folder, base_model))
     trainer = Path(sysconfig.get_path("scripts"), "tunesmith-trainer")
-    subprocess.run([trainer, *run.arguments()], env=os.environ | ONE_THREAD, check=True, timeout=300)
+    subprocess.run([trainer, *run.arguments()], env=os.environ | ONE_THREAD, check=True, timeout=SECONDS)
     return run
 
 
@@ -223,7 +223,8 @@ def test_an_outage_a_signal_and_a_kill_before_the_report_lose_nothing(
     os.mkfifo(second.folder / "message")
     store.stop()
     container = second.start()
-    assert "is not available" in container.told(r".*\n")
+    container.told(r".*\n")
+    assert "is not available" in container.output().splitlines()[0]
     store.start()
     filesystem = store.filesystem()
     deadline = time.monotonic() + 120
