@@ -67,7 +67,7 @@ cluster-down: environment ## Stop the local cluster and remove what it made
 
 clean: ## Remove environments, logs and caches of this checkout (after cluster-down)
 	@if [ -e .cluster/kubeconfig ]; then $(MAKE) cluster-down; fi
-	@rm -rf out .venv trainer-image/.venv server-image/.venv server-image/engine-cpu/.venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	@rm -rf out .venv trainer-image/.venv server-image/.venv server-image/engine-cpu/.venv benchmarks/training/litgpt/.venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(UV): .ci/fetch-uv

@@ -31,6 +31,7 @@ WHAT = {
     "trl-default": ("TRL, defaults", "pads to the batch's longest; logits in chunks; activations computed twice"),
     "trl-packed": ("TRL, packing", "no padding; attention of a bin is masked, not skipped"),
     "trl-grouped": ("TRL, length grouping", "little padding; only similar rows meet in a batch"),
+    "litgpt": ("litgpt", "pads to the batch's longest; a transformer of its own, logits at all positions"),
     "tunesmith-padded-logits": ("Tunesmith, padded, all logits", "a step's rows sorted by length"),
     "tunesmith-padded": (
         "Tunesmith, padded",
@@ -72,6 +73,28 @@ def tokenise(base: Path, folder: Path) -> dict[str, int]:
     return {"rows": len(lengths), "tokens": sum(lengths), "longest": max(lengths)}
 
 
+def command_of(name: str, method: str) -> list[str]:
+    """The command of a contender, without the arguments that all take."""
+    if name == "litgpt":
+        project = HERE / "litgpt"
+        uv = os.environ.get("UV", "uv")
+        return [uv, "run", "--quiet", "--frozen", "--project", str(project), "python", str(project / "contender.py")]
+    return [sys.executable, str(HERE / "contender.py"), name, method]
+
+
+def contenders(method: str, asked: list[str]) -> list[str]:
+    """Those that can train so, in the order of the table; tells which are left out, and why."""
+    left_out = {}
+    if "litgpt" in asked:
+        if method == "qlora":
+            left_out["litgpt"] = "it quantises on GPUs only"
+        elif subprocess.run([*command_of("litgpt", method), "--help"], capture_output=True, check=False).returncode:
+            left_out["litgpt"] = "it cannot be installed here"
+    for name, why in left_out.items():
+        print(f"  {method}: {name} is left out, {why}", flush=True)
+    return [name for name in asked if name not in left_out]
+
+
 def measure(name: str, method: str, base: Path, folder: Path, threads: int) -> dict[str, Any]:
     """The figures of one run."""
     environment = os.environ | {
@@ -82,8 +105,7 @@ def measure(name: str, method: str, base: Path, folder: Path, threads: int) -> d
         "TOKENIZERS_PARALLELISM": "false",
         "TRL_EXPERIMENTAL_SILENCE": "1",
     }
-    command = [sys.executable, str(HERE / "contender.py"), name, method]
-    command += ["--base", str(base), "--data", str(folder), "--began", str(time.time())]
+    command = [*command_of(name, method), "--base", str(base), "--data", str(folder), "--began", str(time.time())]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if ran.returncode:
         sys.exit(f"{name} with {method} failed:\n{ran.stderr[-3000:]}")
@@ -162,13 +184,13 @@ def main() -> None:
         )
         print(head, flush=True)
         runs: dict[str, dict[str, list[dict[str, Any]]]] = {
-            method: {name: [] for name in given.only} for method in given.methods
+            method: {name: [] for name in contenders(method, given.only)} for method in given.methods
         }
         for repeat in range(1, given.repeats + 1):
             for method in given.methods:
-                for name in given.only:
+                for name, found in runs[method].items():
                     figures = measure(name, method, base, folder, given.threads)
-                    runs[method][name].append(figures)
+                    found.append(figures)
                     print(
                         f"  repeat {repeat} {method:5} {name:24} {figures['tokens'] / figures['seconds']:6.1f} tok/s "
                         f"{figures['tokens'] / figures['busy']:6.1f} tok/core-s "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import sys
 import time
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import rows as texts
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from recipe import ALPHA, BATCH, MICRO, RANK, RATE, SEED, Clock, Rows, figures, held_out_loss, peak_memory
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -29,33 +29,23 @@ from transformers import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-Rows = list[dict[str, list[int]]]
-
-BATCH, MICRO, RANK, ALPHA, RATE, SEED = 8, 4, 16, 32, 2e-4, 42
 PACK_LENGTH = 1024
 """TRL's default."""
-IGNORED = -100
 
 
-class Clock(TrainerCallback):
-    """When training began, and when steps ended: seconds, and seconds of all the process's threads together."""
+class Ticks(TrainerCallback):
+    """Takes the times of the Trainer's steps."""
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
-        self.busy: list[float] = []
-
-    def tick(self) -> None:
-        """Takes both times."""
-        self.times.append(time.time())
-        self.busy.append(time.process_time())
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Training begins."""
-        self.tick()
+        self._clock.tick()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A step is done."""
-        self.tick()
+        self._clock.tick()
 
 
 def common(folder: Path, steps: int) -> dict[str, Any]:
@@ -108,7 +98,7 @@ def notebook(base: Path, method: str, rows: Rows, folder: Path, clock: Clock) ->
         ),
         train_dataset=rows,
         data_collator=DataCollatorForSeq2Seq(tokenizer, padding="max_length", max_length=texts.LONGEST),
-        callbacks=[clock],
+        callbacks=[Ticks(clock)],
     )
     trainer.train()
     return trainer.model
@@ -138,23 +128,10 @@ def trl(base: Path, method: str, rows: Rows, folder: Path, clock: Clock, variant
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(base),
-        callbacks=[clock],
+        callbacks=[Ticks(clock)],
     )
     trainer.train()
     return trainer.model
-
-
-def held_out_loss(model: Any, rows: Rows) -> float:
-    """Nats per target token, a row at a time, with the model's own forward pass."""
-    model.eval()
-    total, targets = 0.0, 0
-    with torch.inference_mode():
-        for row in rows:
-            logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
-            labels = torch.tensor(row["labels"][1:])
-            total += float(torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum"))
-            targets += int((labels != IGNORED).sum())
-    return total / targets
 
 
 @dataclass(frozen=True)
@@ -242,11 +219,6 @@ def tunesmith(base: Path, method: str, folder: Path, clock: Clock, gains: Gains)
     return trained.evaluation.loss
 
 
-def peak_memory() -> int:
-    """Highest resident memory of this process so far, bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 OTHERS: dict[str, Callable[..., Any]] = {
     "notebook": notebook,
     "trl-default": lambda *given: trl(*given, variant="default"),
@@ -274,23 +246,13 @@ def main() -> None:
     clock = Clock()
     if given.name in OURS:
         loss = tunesmith(given.base, given.method, given.data, clock, OURS[given.name])
+        peak = peak_memory()
     else:
         model = OTHERS[given.name](given.base, given.method, rows["train"], given.data, clock)
         peak = peak_memory()
-        loss = held_out_loss(model, rows["validation"])
-    print(
-        json.dumps(
-            {
-                "seconds": clock.times[-1] - clock.times[0],
-                "busy": clock.busy[-1] - clock.busy[0],
-                "tokens": sum(len(row["input_ids"]) for row in rows["train"]),
-                "steps": len(clock.times) - 1,
-                "first": clock.times[1] - given.began,
-                "peak": peak_memory() if given.name in OURS else peak,
-                "loss": loss,
-            }
-        )
-    )
+        model.eval()
+        loss = held_out_loss(lambda ids: model(input_ids=ids).logits, rows["validation"])
+    print(figures(clock, rows["train"], began=given.began, peak=peak, loss=loss))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 STEPS = 24
 SOME_STEPS = 3
 """So many steps are done before the job is disturbed: enough to go on from, and far from the end."""
-NAMES = ("evicted", "suspended", "queued")
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +43,16 @@ def submit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., s
         "maxAttempts": 1,
     }
 
+    names: set[str] = set()
+
     def create(name: str, **parts: object) -> str:
+        names.add(name)
         delete("finetunejob", name, DEMO)
         apply(job_manifest(name, spec | parts))
         return name
 
     yield create
-    for name in NAMES:
+    for name in names:
         delete("finetunejob", name, DEMO)
 
 
@@ -73,7 +75,7 @@ def newest_attempt(name: str) -> str:
     return str(job["status"]["attempts"][-1]["name"])
 
 
-def trains(name: str) -> tuple[str, int]:
+def trains(name: str, steps: int = STEPS) -> tuple[str, int]:
     """The running attempt's pod and its step, once it has done some; from the log, as the status may be 10 s late."""
 
     def told() -> tuple[str, int] | None:
@@ -81,7 +83,7 @@ def trains(name: str) -> tuple[str, int]:
             pod_name = pod["metadata"]["name"]
             if pod["status"].get("phase") == "Running":
                 log = kubectl("logs", pod_name, "--namespace", DEMO, "--container", "trainer")
-                step = max((int(found) for found in re.findall(rf"  step (\d+)/{STEPS}", log)), default=0)
+                step = max((int(found) for found in re.findall(rf"  step (\d+)/{steps}", log)), default=0)
                 if step >= SOME_STEPS:
                     return pod_name, step
         return None
@@ -171,3 +173,36 @@ def test_a_queue_admits_suspends_and_admits_a_job_again(submit: Callable[..., st
     attempts = job["status"]["attempts"]
     assert [attempt["outcome"] for attempt in attempts] in (["Succeeded"], ["Preempted", "Succeeded"])
     assert attempts[-1]["resumedFromStep"] >= step
+
+
+@pytest.fixture
+def store_down() -> Iterator[Callable[[], None]]:
+    """Stops the S3 server; it runs again at the end."""
+
+    def scale(replicas: int) -> None:
+        kubectl("scale", "deployment/s3", f"--replicas={replicas}", "--namespace", "s3")
+
+    def stop() -> None:
+        scale(0)
+        until("the S3 server is gone", lambda: not items("pods", "s3", "app.kubernetes.io/name=s3"), 60)
+
+    yield stop
+    scale(1)
+    kubectl("rollout", "status", "deployment/s3", "--namespace", "s3", "--timeout=120s")
+
+
+@pytest.mark.long
+def test_twenty_jobs_are_deleted_while_the_store_is_down(
+    submit: Callable[..., str], store_down: Callable[[], None]
+) -> None:
+    """One trains, some validate, most wait for room on the node; nothing of them is left a minute later."""
+    names = [f"deleted-{number}" for number in range(20)]
+    first = submit(names[0], hyperparameters={"maxSteps": 1000, "batchSize": 4}, checkpoint={"everySteps": 1})
+    trains(first, 1000)
+    for name in names[1:]:
+        submit(name)
+    mine = f"tunesmith.dev/finetunejob in ({','.join(names)})"
+    until("a Job for each", lambda: len(items("jobs", DEMO, mine)) > len(names), 120)
+    store_down()
+    kubectl("delete", "finetunejob", *names, "--namespace", DEMO, "--timeout=60s", seconds=90)
+    until("none of their Jobs and pods is left", lambda: not items("jobs,pods", DEMO, mine), 60)
