@@ -11,7 +11,10 @@ from tunesmith.api.method import Method
 from tunesmith.cli.main import main
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
+
+    Import = Callable[..., tuple[int, str, str]]
 
 CONFIG: dict[str, Any] = {
     "peft_type": "LORA",
@@ -35,6 +38,14 @@ CONFIG: dict[str, Any] = {
         ({"target_modules": ".*proj"}, (), 0, 'target_modules: ".*proj" has no counterpart'),
         ({"peft_type": None}, (), 2, "peft_type is missing"),
         ({"r": 4096}, (), 1, "spec.method.lora.rank is 4096: it must be at most 512"),
+        (
+            {"init_lora_weights": False},
+            ("--strict",),
+            1,
+            "it does not begin at random; method.peft with type LORA takes init_lora_weights: false",
+        ),
+        ({"layers_to_transform": 0}, (), 0, "layers_to_transform: 0 has no counterpart"),
+        ({"use_qalora": False, "lora_bias": False}, ("--strict",), 0, ""),
     ],
 )
 def test_import_peft(
@@ -87,8 +98,21 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             }
         },
     ),
+    "LoRA that begins as MiCA": (
+        {"peft_type": "LORA", "init_lora_weights": "mica"},
+        {"lora": {"initialization": "MiCA"}},
+    ),
+    "LoRA that begins as FastPiSSA": (
+        {"peft_type": "LORA", "init_lora_weights": "pissa_niter_4"},
+        {"lora": {"initialization": "FastPiSSA"}},
+    ),
+    "LoRA that begins as LoftQ": (
+        {"peft_type": "LORA", "init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 5}, "r": 8},
+        {"qlora": {"rank": 8, "initialization": "LoftQ"}},
+    ),
     "AdaLoRA": (
-        {"peft_type": "ADALORA", "init_r": 12, "target_r": 8, "lora_alpha": 32, "deltaT": 10, "rank_pattern": {"a": 1}},
+        {"peft_type": "ADALORA", "init_r": 12, "target_r": 8, "lora_alpha": 32, "deltaT": 10, "rank_pattern": {"a": 1}}
+        | {"tinit": 0, "tfinal": 0},
         {"adaLora": {"initialRank": 12, "targetRank": 8, "alpha": 32, "interval": 10}},
     ),
     "IA3": (
@@ -116,20 +140,93 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"peft_type": "VERA", "r": 256, "target_modules": ["q_proj"], "d_initial": 0.1, "init_weights": True},
         {"peft": {"type": "VERA", "config": {"r": 256, "target_modules": ["q_proj"], "d_initial": 0.1}}},
     ),
+    "any other, with what is on by default switched off": (
+        {"peft_type": "VERA", "init_weights": False, "save_projection": False, "fan_in_fan_out": False},
+        {"peft": {"type": "VERA", "config": {"init_weights": False, "save_projection": False}}},
+    ),
+    "any other, with a zero": (
+        {"peft_type": "SHADOW", "shadow_dropout": 0.0},
+        {"peft": {"type": "SHADOW", "config": {"shadow_dropout": 0.0}}},
+    ),
 }
 
 
+@pytest.fixture
+def imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Import:
+    def run(config: dict[str, Any], *arguments: str) -> tuple[int, str, str]:
+        file = tmp_path / "adapter_config.json"
+        file.write_text(json.dumps({"base_model_name_or_path": "org/base", "inference_mode": True} | config))
+        command = ["tunesmith", "import", "peft", str(file), "--data", "s3://b/t.jsonl", *arguments]
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out, printed.err
+
+    return run
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_every_kind_of_adapter_becomes_a_method(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
-) -> None:
+def test_every_kind_of_adapter_becomes_a_method(imported: Import, name: str) -> None:
     config, expected = METHODS[name]
-    file = tmp_path / "adapter_config.json"
-    file.write_text(json.dumps(config | {"base_model_name_or_path": "org/base", "inference_mode": True}))
-    arguments = ["tunesmith", "import", "peft", str(file), "--data", "s3://b/t.jsonl", "--strict"]
-    monkeypatch.setattr(sys, "argv", arguments)
-    with pytest.raises(SystemExit) as ended:
-        main()
-    printed = capsys.readouterr()
-    assert not ended.value.code, printed.err
-    assert parse_manifest(printed.out).spec.method.manifest() == Method.model_validate(expected).manifest()
+    code, out, err = imported(config, "--strict")
+    assert code == 0, err
+    assert parse_manifest(out).spec.method.manifest() == Method.model_validate(expected).manifest()
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "told"),
+    [
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            0,
+            "init_lora_weights: initialization FastPiSSA has Tunesmith's own number of iterations\n",
+        ),
+        (
+            {"init_lora_weights": "loftq"},
+            0,
+            "init_lora_weights: method.qlora holds the base in 4 bits, and LoftQ makes up for what they lose in one it",
+        ),
+        ({"init_lora_weights": "mica"}, 0, ""),
+        ({"init_lora_weights": "mica", "use_dora": True}, 1, "dora goes with initialization Default, Gaussian"),
+        (
+            {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 8}},
+            0,
+            '{"loftq_bits": 8} has no counterpart and is left out: method.qlora holds the base in 4 bits, not in 8\n',
+        ),
+        (
+            {"peft_type": "IA3", "init_ia3_weights": False},
+            0,
+            "init_ia3_weights: false has no counterpart and is left out: a new adapter changes nothing here, it does",
+        ),
+        (
+            {"peft_type": "ADALORA", "init_lora_weights": "gaussian"},
+            0,
+            'init_lora_weights: "gaussian" has no counterpart and is left out\n',
+        ),
+        ({"init_lora_weights": "of my own"}, 0, 'init_lora_weights: "of my own" has no counterpart and is left out\n'),
+    ],
+)
+def test_beginnings_of_an_adapter(imported: Import, change: dict[str, Any], code: int, told: str) -> None:
+    ended, out, err = imported({"peft_type": "LORA"} | change)
+    assert ended == code
+    assert told in err
+    assert bool(err) == bool(told)
+    assert bool(out) == (code == 0)
+
+
+@pytest.mark.parametrize("kind", ["LORA", "VERA"])
+def test_the_revision_of_the_base(imported: Import, kind: str) -> None:
+    code, out, err = imported({"peft_type": kind, "revision": "v2"}, "--strict")
+    assert (code, err) == (0, "")
+    spec = parse_manifest(out).spec
+    assert (spec.base_model.uri, spec.base_model.revision) == ("hf://org/base", "v2")
+    assert spec.method.peft is None or spec.method.peft.config == {}
+
+
+def test_a_folder_has_no_revision(imported: Import) -> None:
+    code, out, err = imported({"peft_type": "LORA", "base_model_name_or_path": "/models/mine", "revision": "v2"})
+    assert code == 0
+    base = parse_manifest(out).spec.base_model
+    assert (base.uri, base.revision) == ("file:///models/mine", None)
+    assert 'revision: "v2" has no counterpart and is left out: a folder has none; name an hf:// model in' in err

@@ -64,6 +64,7 @@ KINDS = {
         attn_implementation: flash_attention_2
         warmup_ratio: 0.1
         evals_per_epoch: 4
+        eval_steps: 25
         weight_decay: 0.0
         special_tokens: {pad_token: "<|end|>"}
         """,
@@ -88,6 +89,7 @@ KINDS = {
                 "warmupRatio": 0.1,
                 "gradientCheckpointing": True,
             },
+            "evaluation": {"everySteps": 25},
         },
         lost=frozenset({"special_tokens", "evals_per_epoch"}),
         changed=frozenset({"datasets[0].type"}),
@@ -153,10 +155,15 @@ KINDS = {
         gradient_checkpointing_kwargs: {use_reentrant: false}
         """,
         {
-            "dataset": {"format": "Messages", "columns": {"messages": "conversations"}},
+            "dataset": {
+                "format": "Messages",
+                "columns": {"messages": "conversations"},
+                "validationFraction": 0.001,
+                "maxLength": 512,
+            },
             "hyperparameters": {"batchSize": 4, "microBatchSize": 1},
         },
-        lost=frozenset({"chat_template", "eot_tokens", "unfrozen_parameters", "val_set_size"}),
+        lost=frozenset({"chat_template", "eot_tokens", "unfrozen_parameters"}),
     ),
     "gemma3/gemma-3-4b-vision-qlora.yml": Kind(
         """
@@ -501,3 +508,122 @@ def test_without_an_adapter_all_weights_are_trained(imported: Import) -> None:
     assert "lora_r has no counterpart and is left out: it has no effect without an adapter" in err
     spec = parse_manifest(out).spec
     assert (spec.method.name, spec.method.full) == ("full", FullFields())
+
+
+DEFAULTS = (
+    "sequence_len: absent, so dataset.maxLength is 512, as in Axolotl",
+    "gradient_accumulation_steps: absent, so hyperparameters.batchSize is 1, as in Axolotl",
+    "micro_batch_size: absent, so hyperparameters.microBatchSize is 1, as in Axolotl",
+    "num_epochs: absent, so hyperparameters.epochs is 1.0, as in Axolotl",
+)
+LEAST = "val_set_size: some rows are always held out, so dataset.validationFraction is 0.001, the least"
+
+
+def test_defaults_of_axolotl_are_written_and_told(imported: Import, tmp_path: Path) -> None:
+    code, out, err = imported(SMALL, "--strict")
+    assert code == 0, err
+    for line in DEFAULTS:
+        assert line in err.splitlines()
+    assert LEAST in err
+    spec = {
+        "dataset": {"maxLength": 512, "validationFraction": 0.001, "packing": False, "duplicates": "Keep"},
+        "method": {"lora": {"dropout": 0.0}},
+        "hyperparameters": {
+            "epochs": 1.0,
+            "batchSize": 1,
+            "microBatchSize": 1,
+            "optimizer": "AdamW",
+            "scheduler": "Cosine",
+            "warmupRatio": 0.03,
+            "weightDecay": 0.0,
+        },
+    }
+    holds(parse_manifest(out).spec.manifest(), spec, tmp_path)
+
+
+def test_what_is_given_is_told_to_be_no_default(imported: Import, tmp_path: Path) -> None:
+    given = (
+        "sequence_len: 1024\nmicro_batch_size: 4\ngradient_accumulation_steps: 2\nnum_epochs: 2\nval_set_size: 0.2\n"
+    )
+    code, out, err = imported(SMALL + given)
+    assert (code, err) == (0, "")
+    spec = {
+        "dataset": {"maxLength": 1024, "validationFraction": 0.2},
+        "hyperparameters": {"epochs": 2.0, "batchSize": 8, "microBatchSize": 4},
+    }
+    holds(parse_manifest(out).spec.manifest(), spec, tmp_path)
+
+
+def test_steps_take_the_place_of_the_default_epochs(imported: Import) -> None:
+    code, out, err = imported(SMALL + "max_steps: 50\nmicro_batch_size: 3\n")
+    assert code == 0, err
+    found = parse_manifest(out).spec.hyperparameters
+    assert (found.epochs, found.max_steps, found.batch_size) == (None, 50, 3)
+    assert "num_epochs" not in err
+    assert "gradient_accumulation_steps: absent, so hyperparameters.batchSize is 3, as in Axolotl" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "fraction", "told"),
+    [
+        ("val_set_size: 0\n", 0.001, LEAST),
+        ("val_set_size: 0.0001\n", 0.001, LEAST),
+        ("val_set_size: 0.05\n", 0.05, ""),
+        ("val_set_size: 200\n", None, "a share of 0.001 to 0.5 of the rows can be held out: set dataset.validation"),
+        ("test_datasets: [{path: org/held-out, type: chat_template}]\n", None, ""),
+    ],
+)
+def test_the_share_of_the_rows_held_out(imported: Import, text: str, fraction: float | None, told: str) -> None:
+    code, out, err = imported(SMALL + text)
+    assert code == 0, err
+    assert parse_manifest(out).spec.dataset.validation_fraction == fraction
+    assert told in err
+    assert ("val_set_size" in err) == bool(told)
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("shuffle_merged_datasets", "training takes the rows in an order that hyperparameters.seed chooses"),
+        ("pretrain_multipack_attn", "packed rows never see each other; dataset.packing: false packs none"),
+        ("peft_autocast_adapter_dtype", "what is trained is always in float32"),
+        ("tokenizer_use_fast", "the base model's fast tokenizer is used"),
+        ("tokenizer_legacy", "the tokenizer is used as the base model's files set it up"),
+        ("save_safetensors", "weights are always written as safetensors"),
+    ],
+)
+def test_what_is_switched_off_and_was_on_by_default_is_lost(imported: Import, key: str, hint: str) -> None:
+    code, out, err = imported(SMALL + f"{key}: false\n", "--strict")
+    assert code == 1
+    assert f"{key} has no counterpart and is left out: {hint}" in err
+    parse_manifest(out)
+
+
+def test_what_is_off_without_being_said_is_not_lost(imported: Import) -> None:
+    off = "load_in_8bit: false\ntf32: false\nstrict: false\ngptq: false\npeft_init_lora_weights: false\n"
+    code, _, err = imported(SMALL + off, "--strict")
+    assert code == 0, err
+    assert "has no counterpart" not in err
+
+
+@pytest.mark.parametrize(
+    ("asked", "method", "initialization", "told"),
+    [
+        ("mica", "lora", "MiCA", ""),
+        ("pissa_niter_4", "lora", "FastPiSSA", "FastPiSSA has Tunesmith's own number of iterations"),
+        ("loftq", "qlora", "LoftQ", "method.qlora holds the base in 4 bits"),
+    ],
+)
+def test_beginnings_of_an_adapter(imported: Import, asked: str, method: str, initialization: str, told: str) -> None:
+    code, out, err = imported(SMALL + f"peft_init_lora_weights: {asked}\n", "--strict")
+    assert code == 0, err
+    assert parse_manifest(out).spec.method.manifest()[method]["initialization"] == initialization
+    assert told in err
+
+
+def test_loftq_as_axolotl_asks_for_it_is_told(imported: Import) -> None:
+    code, _, err = imported(SMALL + "peft: {loftq_config: {loftq_bits: 4}}\n")
+    assert code == 0
+    assert (
+        "peft has no counterpart and is left out: method.qlora with initialization LoftQ does what loftq_config" in err
+    )

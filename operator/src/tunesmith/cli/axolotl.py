@@ -1,7 +1,8 @@
 """What an Axolotl configuration says, in the fields of a FineTuneJob. Pure.
 
 Every key that has a value is either translated, or needs no counterpart (Tunesmith decides it, or it only says how
-Axolotl runs), or is told to be lost, with what to do instead where there is something.
+Axolotl runs), or is told to be lost, with what to do instead where there is something. Where Axolotl's default of an
+absent key is not Tunesmith's, it is written and told.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from typing import Any
 from tunesmith.api.hyperparameters import Optimizer
 from tunesmith.api.method import Initialization
 from tunesmith.api.output import REPORTING_SECRET, Tracker
+from tunesmith.cli.adapterconfig import initialization_of
 
 _EMPTY: tuple[object, ...] = (None, "", [], {})
 _LEAST_HELD_OUT, _MOST_HELD_OUT = 0.001, 0.5
+_EPOCHS, _LENGTH, _MICRO_BATCH, _ACCUMULATION = 1.0, 512, 1, 1
+"""Axolotl's defaults that are not Tunesmith's (src/axolotl/utils/schemas/)."""
 _STORES = re.compile(r"^(s3|gs|az|gcs|abfs)://")
 _LOCAL = re.compile(r"^(/|\./|\.\./)|\.(jsonl|json|csv|tsv|parquet|arrow)(\.gz)?$")
 _OPTIMIZERS = {
@@ -39,14 +43,6 @@ _OPTIMIZERS = {
     "sgd": Optimizer.SGD,
 }
 _SCHEDULERS = {"cosine": "Cosine", "linear": "Linear", "constant": "Constant", "constant_with_warmup": "Constant"}
-_INITIALIZATIONS = {
-    "gaussian": Initialization.GAUSSIAN,
-    "orthogonal": Initialization.ORTHOGONAL,
-    "eva": Initialization.EVA,
-    "pissa": Initialization.PISSA,
-    "olora": Initialization.OLORA,
-    "corda": Initialization.CORDA,
-}
 _OBJECTIVES = {
     "dpo": {"rl_beta": "beta", "dpo_beta": "beta", "dpo_label_smoothing": "labelSmoothing"},
     "orpo": {"rl_beta": "weight", "orpo_alpha": "weight"},
@@ -68,9 +64,7 @@ _RENAMED = {
     "peft_use_dora": "method.dora",
     "peft_use_rslora": "method.rsLora",
     "loraplus_lr_ratio": "method.loraPlusRatio",
-    "sequence_len": "dataset.maxLength",
     "sample_packing": "dataset.packing",
-    "num_epochs": "hyperparameters.epochs",
     "max_steps": "hyperparameters.maxSteps",
     "learning_rate": "hyperparameters.learningRate",
     "warmup_ratio": "hyperparameters.warmupRatio",
@@ -103,21 +97,33 @@ _NEEDLESS = frozenset(
 )
 """Keys that only say how Axolotl runs, or what is chosen without being asked."""
 
+_ON_BY_DEFAULT = {
+    "shuffle_merged_datasets": "training takes the rows in an order that hyperparameters.seed chooses",
+    "pretrain_multipack_attn": "packed rows never see each other; dataset.packing: false packs none",
+    "peft_autocast_adapter_dtype": "what is trained is always in float32",
+    "tokenizer_use_fast": "the base model's fast tokenizer is used",
+    "tokenizer_legacy": "the tokenizer is used as the base model's files set it up",
+    "save_safetensors": "weights are always written as safetensors",
+}
+"""Keys that matter where they are false, since Axolotl's or PEFT's default is true, and what is done here."""
+
 _HINTS = {
     "load_in_8bit": "a base in 8 bits; method.lora holds it in bfloat16, method.qlora in 4 bits",
     "chat_template": "the base model's own template is used; dataset.chatTemplate takes the text of another",
     "special_tokens": "the base model's own tokens are used; the pad token is chosen and never learned",
     "warmup_steps": "hyperparameters.warmupRatio is a share of the steps",
-    "evals_per_epoch": "the held-out loss is taken before and after training; see evaluation",
-    "eval_steps": "the held-out loss is taken before and after training; see evaluation",
-    "eval_strategy": "the held-out loss is taken before and after training; see evaluation",
+    "evals_per_epoch": "the held-out loss is looked at about ten times; evaluation.everySteps says after which steps",
+    "eval_steps": "a share of the steps has no counterpart; evaluation.everySteps is a number of steps",
+    "eval_strategy": "the held-out loss is looked at about ten times; evaluation.everySteps says after which steps",
     "deepspeed": "set resources.gpus and resources.nodes; batchSize counts the sequences of all GPUs",
     "fsdp": "set resources.gpus and resources.nodes; batchSize counts the sequences of all GPUs",
     "fsdp_config": "set resources.gpus and resources.nodes",
     "lm_eval_tasks": "lm_eval_post_train is false; evaluation.suites scores base and adapter in each run",
     "trust_remote_code": "code that comes with a model is never run",
     "fp16": "bfloat16 is used on a GPU",
-    "val_set_size": "some rows are always held out: dataset.validationFraction, 0.1 where it is absent",
+    "val_set_size": f"a share of {_LEAST_HELD_OUT} to {_MOST_HELD_OUT} of the rows can be held out: set "
+    "dataset.validationFraction, 0.1 where it is absent",
+    "peft": "method.qlora with initialization LoftQ does what loftq_config asks for",
     "hub_model_id": "name the repository with its organisation, organisation/name, in output.exports",
     "hub_strategy": "the artifact is pushed once, when it is published",
     "use_comet": "output.reporting knows TensorBoard, MLflow and WandB",
@@ -158,7 +164,7 @@ class Translation:
         spec: of a FineTuneJob.
         lost: keys without a counterpart, with a hint or "".
         needless: keys that need none.
-        changed: keys whose counterpart does something else, with what.
+        changed: keys whose counterpart does something else, with what, and absent keys whose default was written.
     """
 
     spec: Document = field(default_factory=dict)
@@ -192,7 +198,7 @@ def translate(config: Document, folder: str) -> Translation:
     reader.reporting()
     reader.evaluation()
     for key, path in _RENAMED.items():
-        if key in given and not (key == "num_epochs" and "max_steps" in given):
+        if key in given:
             reader.put(path, reader.take(key))
     return reader.finish()
 
@@ -225,6 +231,12 @@ class _Reader:
         part, name = path.split(".")
         self._spec.setdefault(part, {})[name] = value
 
+    def default(self, key: str, path: str, value: object) -> None:
+        """Sets a field, and tells it where the key is absent, so that the value is Axolotl's default."""
+        self.put(path, value)
+        if key not in self._given:
+            self._changed[key] = f"absent, so {path} is {value}, as in Axolotl"
+
     def lose(self, key: str, hint: str = "") -> None:
         """Tells that a key, or a part of one, has no counterpart."""
         self._lost[key] = hint or _HINTS.get(key.rsplit(".", 1)[-1], "")
@@ -238,9 +250,12 @@ class _Reader:
         """The whole, with what became of the other keys."""
         needless = []
         for key, value in self._given.items():
-            if key in self._taken or value is False:
+            if key in self._taken:
                 continue
-            if key in _NEEDLESS or key == "num_epochs":  # which max_steps overrules
+            if value is False:
+                if key in _ON_BY_DEFAULT:
+                    self.lose(key, _ON_BY_DEFAULT[key])
+            elif key in _NEEDLESS or key == "num_epochs":  # which max_steps overrules
                 needless.append(key)
             else:
                 self.lose(key)
@@ -282,11 +297,20 @@ class _Reader:
         in_4_bits = bool(self.take("load_in_4bit", default=False))
         self._method = "qlora" if adapter == "qlora" or in_4_bits else "lora"
         self._targets()
-        initialization = self._given.get("peft_init_lora_weights")
-        if initialization in _INITIALIZATIONS:
-            self.put("method.initialization", _INITIALIZATIONS[self.take("peft_init_lora_weights")].value)
-        elif initialization is True:
-            self.take("peft_init_lora_weights")
+        self._initialization()
+
+    def _initialization(self) -> None:
+        key = "peft_init_lora_weights"
+        asked = self._given.get(key)
+        found, what = initialization_of(asked)
+        if found is not None:
+            self.put("method.initialization", found.value)
+            if found is Initialization.LOFTQ:
+                self._method = "qlora"
+            if what:
+                self._changed[key] = what
+        if found is not None or asked is True:
+            self.take(key)
 
     def _targets(self) -> None:
         names = self._given.get("lora_target_modules")
@@ -347,10 +371,17 @@ class _Reader:
         share = self.number("val_set_size", 0)
         if held_out:
             self.put("dataset.validation", [{"uri": uri} for source in held_out for uri in source.uris])
-        elif _LEAST_HELD_OUT <= share <= _MOST_HELD_OUT:
+        elif share < _LEAST_HELD_OUT:
+            self.put("dataset.validationFraction", _LEAST_HELD_OUT)
+            self._changed["val_set_size"] = (
+                f"some rows are always held out, so dataset.validationFraction is {_LEAST_HELD_OUT}, the least; raise "
+                "it where the held-out loss is to say more"
+            )
+        elif share <= _MOST_HELD_OUT:
             self.put("dataset.validationFraction", share)
         else:
             self.lose("val_set_size")
+        self.default("sequence_len", "dataset.maxLength", self.take("sequence_len", _LENGTH))
         self._rows()
 
     def _rows(self) -> None:
@@ -403,9 +434,12 @@ class _Reader:
             self.put("evaluation.suites", [{"name": "lm-eval", "lmEval": {"tasks": self.take("lm_eval_tasks")}}])
 
     def hyperparameters(self) -> None:
-        micro = int(self.number("micro_batch_size", 1))
-        self.put("hyperparameters.batchSize", micro * int(self.number("gradient_accumulation_steps", 1)))
-        self.put("hyperparameters.microBatchSize", micro)
+        micro = int(self.number("micro_batch_size", _MICRO_BATCH))
+        batch = micro * int(self.number("gradient_accumulation_steps", _ACCUMULATION))
+        self.default("gradient_accumulation_steps", "hyperparameters.batchSize", batch)
+        self.default("micro_batch_size", "hyperparameters.microBatchSize", micro)
+        if "max_steps" not in self._given:
+            self.default("num_epochs", "hyperparameters.epochs", self.take("num_epochs", _EPOCHS))
         for key, names in (("optimizer", _OPTIMIZERS), ("lr_scheduler", _SCHEDULERS)):
             found = names.get(str(self._given.get(key)))
             if found is not None:
@@ -414,6 +448,9 @@ class _Reader:
         if "warmup_steps" in self._given and "max_steps" in self._given:
             steps, total = self.number("warmup_steps", 0), self.number("max_steps", 1)
             self.put("hyperparameters.warmupRatio", round(steps / max(total, 1), 4))
+        every = self._given.get("eval_steps")
+        if isinstance(every, int) and every >= 1:
+            self.put("evaluation.everySteps", self.take("eval_steps"))
         again = self._given.get("gradient_checkpointing")
         if isinstance(again, bool):
             self.put("hyperparameters.gradientCheckpointing", self.take("gradient_checkpointing"))

@@ -12,7 +12,7 @@ import yaml
 
 from tunesmith.api.manifest import ManifestError, load_document, parse_manifest
 from tunesmith.api.model import API_VERSION, MAX_NAME
-from tunesmith.cli.adapterconfig import method_of
+from tunesmith.cli.adapterconfig import adapter_of
 from tunesmith.cli.axolotl import UntranslatableError, translate
 from tunesmith.cli.errors import CliError, Exit
 from tunesmith.cli.output import note, print_line
@@ -43,17 +43,14 @@ def peft(
     base = document.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise CliError(f"{config}: base_model_name_or_path is missing: write the base model's name there", Exit.USAGE)
-    method, lost = method_of(document)
-    for key in lost:
-        note(f"{key}: {json.dumps(document[key])} has no counterpart and is left out")
-    spec: dict[str, Any] = {
-        "baseModel": {"uri": f"file://{base}" if base.startswith("/") else f"hf://{base}"},
-        "dataset": {"train": [{"uri": data}]},
-        "method": method,
-    }
-    _print(config, spec)
-    if strict and lost:
-        raise CliError(f"{len(lost)} keys have no counterpart: {', '.join(lost)}")
+    found = adapter_of(document)
+    for key, what in found.changed.items():
+        note(f"{key}: {what}")
+    for key, hint in found.lost.items():
+        note(f"{key}: {json.dumps(document[key])} has no counterpart and is left out" + (f": {hint}" if hint else ""))
+    _print(config, {"baseModel": found.base, "dataset": {"train": [{"uri": data}]}, "method": found.method})
+    if strict and found.lost:
+        raise CliError(f"{len(found.lost)} keys have no counterpart: {', '.join(found.lost)}")
 
 
 @app.command()
