@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from tunesmith.api.finetunejob import FineTuneJob
-from tunesmith.cli.progress import News, duration, ended, live_line, result
+from tunesmith.cli.progress import News, ended, live_line, result
+from tunesmith.contracts.progress import duration
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 DIGEST = "sha256:" + "a" * 64
@@ -45,6 +46,8 @@ TRAINING = {
     "etaSeconds": 200,
     "updateTime": NOW.isoformat(),
 }
+MORE = {"epoch": 0.41, "evaluationLoss": 2.4, "learningRate": 2e-4, "memoryBytes": 1_900_000_000}
+FIGURES = "epoch 0.4  loss 2.346  held-out 2.400  rate 2.0e-04  431 tok/s  1.9 GB"
 ATTEMPTS = [
     {"name": "sail-abcde-1", "outcome": "Failed", "reason": "OutOfMemory", "message": "no memory"},
     {"name": "2"},
@@ -59,11 +62,15 @@ ATTEMPTS = [
         ({"phase": "Running", "progress": {"stage": "Loading"}}, "Loading"),
         (
             {"phase": "Running", "progress": TRAINING},
-            "Training  step 12/60 (20 %)  loss 2.346  431 tokens/s  ETA 3 min 10 s",
+            "Training  step 12/60 (20 %)  loss 2.346  431 tok/s  ETA 3 min 10 s",
+        ),
+        (
+            {"phase": "Running", "progress": {**TRAINING, **MORE}},
+            f"Training  step 12/60 (20 %)  {FIGURES}  ETA 3 min 10 s",
         ),
         (
             {"phase": "Running", "progress": {**TRAINING, "stage": "Evaluating", "evaluationLoss": 1.5}},
-            "Evaluating  step 12/60 (20 %)  loss 2.346  held-out 1.500  431 tokens/s",
+            "Evaluating  step 12/60 (20 %)  loss 2.346  held-out 1.500  431 tok/s",
         ),
         (
             {"phase": "Running", "progress": {"stage": "Training"}, "attempts": ATTEMPTS},

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,12 @@ from peft import PeftModel
 from tiny_model import make
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from tunesmith.api.method import Method
+from tunesmith.api.objective import ObjectiveName
 from tunesmith.contracts.artifact import ArtifactManifest
 from tunesmith.contracts.parity import Parity
+from tunesmith_trainer.card import tags
+from tunesmith_trainer.curves import measured
 from tunesmith_trainer.memory import available_memory
 from tunesmith_trainer.parity import STREAMED, record
 
@@ -31,6 +36,15 @@ MERGES = {
     "qlora into the dequantized": (QLORA, "Dequantized", 1e-3),
     "qlora into the original": (QLORA, "Original", None),
 }
+
+LOSSES = {None: "Held-out loss, nats per target token", "dpo": "Held-out loss of DPO"}
+TAGS: list[tuple[dict[str, Any], list[str]]] = [
+    (LORA, ["lora"]),
+    (QLORA, ["qlora", "lora"]),
+    ({"adaLora": {}}, ["adaLora"]),
+    ({"full": {}}, ["full"]),
+    ({"peft": {"type": "VERA"}}, ["vera"]),
+]
 
 # cases of methods_cases → PEFT's name of what they are
 ON_DISK = {"LoRA": "LORA", "LoRA, DoRA": "LORA", "IA3": "IA3", "LoHa": "LOHA", "Prefix tuning": "PREFIX_TUNING"}
@@ -86,6 +100,11 @@ def test_merged_weights_are_what_was_trained(bench: Workbench, case: str) -> Non
     folder = bench.output / "merged"
     document: dict[str, Any] = json.loads((folder / "merged.json").read_text())
     assert document["merge"] == how
+    told = f"differ from what was trained by {document['relativeLogitError']:.2g} (relative, logits)"
+    assert re.fullmatch(rf"held-out loss .* %; merged weights {re.escape(told)}", ran.result.message)
+    place = "the base as published" if how == "Original" else "the 4-bit base turned back"
+    assert f"| Merged | into {place}; the weights {told} |" in _card(bench)
+    assert f"| Precision | float32{', the base in nf4' if 'qlora' in method else ''} |" in _card(bench)
     if limit is None:
         assert document["relativeLogitError"] > 1e-3, "another base than the one that was trained on"
     else:
@@ -109,6 +128,60 @@ def test_a_merge_without_a_quantized_base_is_refused(bench: Workbench) -> None:
     ran = bench.run("validate", bench.job(output={"merge": "Dequantized"}))
     assert ran.code == 2
     assert "belongs to method.qlora" in ran.result.message
+
+
+def _card(bench: Workbench) -> str:
+    return (bench.output / "artifact/README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("objective", "loss"), LOSSES.items())
+def test_the_card_says_what_was_trained_on_and_what_a_loss_is(
+    bench: Workbench, base_model: Path, objective: str | None, loss: str
+) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": f"What is the colour of door {number}?", "chosen": " It is green.", "rejected": " No."}
+        for number in range(12)
+    ]
+    rows += [rows[0], rows[1], {**rows[2], "prompt": "why " * 200}]
+    spec: dict[str, Any] = {"objective": {objective: {"beta": 0.2}}}
+    if objective is None:
+        rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+        spec = {}
+    job = bench.job(rows, **spec)
+    job["spec"]["dataset"] |= {"maxLength": 128, "validationFraction": 0.25}
+    job["spec"]["dataset"]["train"][0]["weight"] = 2
+    ran = bench.run("train", job)
+    assert ran.code == 0, ran.result.message
+    manifest = ArtifactManifest.model_validate_json((bench.output / "artifact/tunesmith.json").read_bytes())
+    train = job["spec"]["dataset"]["train"][0]["uri"]
+    lines = _card(bench).splitlines()
+    assert "tags: [lora, tunesmith]" in lines
+    assert any(line.startswith(f"| {loss} | ") for line in lines)
+    for row in (
+        f"| Objective | {f'{objective}: beta 0.2' if objective else 'sft'} |",
+        "| Method | lora: rank 4, alpha 8, initialization Default |",
+        "| Precision | float32 |",
+        f"| Data | `{train}` (weight 2); {manifest.dataset_digest} |",
+        "| Held out | 0.25 of the rows |",
+        "| Rows not used | 2 Duplicate, 1 Overlong |",
+        f"| Base | `file://{base_model}`; {manifest.base.fingerprint} |",
+    ):
+        assert row in lines
+    versions = next(line for line in lines if line.startswith("| Versions | "))
+    assert all(f" {name} {manifest.versions[name]}," in versions for name in ("torch", "transformers", "peft"))
+    assert "| Merged |" not in _card(bench)
+    assert ran.result.message.endswith(" %")
+
+
+@pytest.mark.parametrize(("method", "names"), TAGS)
+def test_an_artifact_is_found_by_its_method(method: dict[str, Any], names: list[str]) -> None:
+    assert tags(Method.model_validate(method)) == [*names, "tunesmith"]
+
+
+@pytest.mark.parametrize("objective", ObjectiveName)
+def test_only_the_loss_of_answers_counts_tokens(objective: ObjectiveName) -> None:
+    expected = "loss, nats per target token" if objective is ObjectiveName.SFT else f"loss of {objective.upper()}"
+    assert measured("loss", objective) == expected
 
 
 def test_the_curves_are_a_picture(bench: Workbench) -> None:

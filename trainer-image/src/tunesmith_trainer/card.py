@@ -4,23 +4,43 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tunesmith.api.dataset import DEFAULT_VALIDATION_FRACTION, TrainingSource
 from tunesmith.api.evaluation import LOSS
 from tunesmith.api.method import ALL_LINEAR
+from tunesmith.api.output import Merge
+from tunesmith_trainer import merge
+from tunesmith_trainer.curves import measured
 
 if TYPE_CHECKING:
-    from tunesmith.api.finetunejob import FineTuneJob
+    from collections.abc import Mapping, Sequence
+
+    from tunesmith.api.dataset import Dataset, DatasetSource
+    from tunesmith.api.finetunejob import BaseModelSource, FineTuneJob, FineTuneJobSpec
     from tunesmith.api.finetunejob_status import GateStatus, Preflight
     from tunesmith.api.method import Method
+    from tunesmith.api.model import ApiModel
     from tunesmith_trainer.prepare import Prepared
     from tunesmith_trainer.training.loop import Trained
 
+_MERGED = {Merge.ORIGINAL: "into the base as published", Merge.DEQUANTIZED: "into the 4-bit base turned back"}
 
-def text(job: FineTuneJob, prepared: Prepared, trained: Trained) -> str:
-    """Markdown with the Hub's front matter; no times and no paths of this machine."""
+
+def text(
+    job: FineTuneJob, prepared: Prepared, trained: Trained, versions: Mapping[str, str], merge_error: float | None
+) -> str:
+    """Markdown with the Hub's front matter; no times, and no paths of this machine but the manifest's uris.
+
+    Args:
+        job: the FineTuneJob.
+        prepared: its inputs.
+        trained: the scores.
+        versions: of libraries, by name.
+        merge_error: distance of the merged weights from what was trained; None: there are none.
+    """
     spec, evaluation = job.spec, trained.evaluation
     base = spec.base_model.uri
     library = "transformers" if prepared.planned.config is None else "peft"
-    front = [f"library_name: {library}", "pipeline_tag: text-generation", "tags: [lora, tunesmith]"]
+    front = [f"library_name: {library}", "pipeline_tag: text-generation", f"tags: [{', '.join(tags(spec.method))}]"]
     if base.startswith("hf://"):
         front.insert(0, f"base_model: {base.removeprefix('hf://')}")
     resolved, counted = prepared.resolved, prepared.preflight
@@ -34,6 +54,7 @@ def text(job: FineTuneJob, prepared: Prepared, trained: Trained) -> str:
         for gate in evaluation.gates or []
     ]
     failures = [f"- {one.suite}: {one.message}" for one in evaluation.failures or []]
+    held_out = measured("Held-out loss", spec.objective_name)
     change = f" ({-(evaluation.loss_reduction_percent or 0):+.1f} %)"
     return "\n".join(
         [
@@ -49,7 +70,7 @@ def text(job: FineTuneJob, prepared: Prepared, trained: Trained) -> str:
             "",
             "| | base | adapter |",
             "|---|---|---|",
-            f"| Held-out loss, nats per target token | {evaluation.base_loss:.4f} | {evaluation.loss:.4f}{change} |",
+            f"| {held_out} | {evaluation.base_loss:.4f} | {evaluation.loss:.4f}{change} |",
             *scored,
             "",
             f"Scored in one run; the loss on {counted.validation_rows} held-out rows{_trained_too(counted)}.",
@@ -63,14 +84,19 @@ def text(job: FineTuneJob, prepared: Prepared, trained: Trained) -> str:
             "",
             "| | |",
             "|---|---|",
-            f"| Method | {_method(spec.method)} |",
+            f"| Objective | {_objective(spec)} |",
+            f"| Method | {_said(spec.method.name, spec.method.fields)} |",
             f"| Modules | {', '.join(resolved.target_modules or []) or 'none'} |",
             f"| Steps, batch size | {resolved.total_steps}, {resolved.batch_size} |",
             f"| Learning rate | {resolved.learning_rate:g}, {spec.hyperparameters.scheduler} |",
+            f"| Precision | {_precision(prepared, spec.method)} |",
             f"| Seed | {spec.hyperparameters.seed} |",
-            f"| Rows dropped as too long | {counted.dropped_rows} |",
-            f"| Data | {resolved.dataset_digest} |",
-            f"| Base | {resolved.base_model_fingerprint} |",
+            f"| Data | {_sources(spec.dataset.train)}; {resolved.dataset_digest} |",
+            f"| Held out | {_held_out(spec.dataset)} |",
+            f"| Rows not used | {_not_used(counted)} |",
+            f"| Base | {_base(spec.base_model)}; {resolved.base_model_fingerprint} |",
+            *_merged(spec, merge_error),
+            f"| Versions | {', '.join(f'{name} {number}' for name, number in versions.items())} |",
             "",
             "## Use",
             "",
@@ -115,11 +141,63 @@ def _loading(prepared: Prepared) -> list[str]:
     ]
 
 
-def _method(method: Method) -> str:
+def tags(method: Method) -> list[str]:
+    """The Hub's tags: what kind of adapter it is, by the names that its filters and people use."""
+    name = method.peft.type.lower() if method.peft is not None else method.name
+    return [name, *(["lora"] if method.qlora is not None else []), "tunesmith"]
+
+
+def _objective(spec: FineTuneJobSpec) -> str:
+    name = spec.objective_name
+    return name.value if spec.objective is None else _said(name, getattr(spec.objective, name))
+
+
+def _said(name: str, fields: ApiModel) -> str:
     """Such as `lora: rank 16, alpha 32`: what the manifest says, defaults included."""
-    fields = method.fields.manifest()
-    said = [f"{name} {_value(value)}" for name, value in fields.items() if value not in (False, [ALL_LINEAR])]
-    return f"{method.name}: {', '.join(said)}"
+    said = [
+        f"{field} {_value(value)}" for field, value in fields.manifest().items() if value not in (False, [ALL_LINEAR])
+    ]
+    return f"{name}: {', '.join(said)}" if said else name
+
+
+def _precision(prepared: Prepared, method: Method) -> str:
+    precision, quantization = prepared.resolved.precision, method.quantization
+    return f"{precision}, the base in {quantization.type}" if quantization is not None else f"{precision}"
+
+
+def _sources(sources: Sequence[DatasetSource]) -> str:
+    """The uris, with the weights that are not 1."""
+    return ", ".join(
+        _code(one.uri) + (f" (weight {one.weight:g})" if isinstance(one, TrainingSource) and one.weight != 1 else "")
+        for one in sources
+    )
+
+
+def _held_out(dataset: Dataset) -> str:
+    if dataset.validation is not None:
+        return _sources(dataset.validation)
+    return f"{dataset.validation_fraction or DEFAULT_VALIDATION_FRACTION:g} of the rows"
+
+
+def _not_used(counted: Preflight) -> str:
+    """Such as `3 Overlong, 1 Duplicate`."""
+    return ", ".join(f"{one.rows} {one.reason}" for one in counted.dropped or []) or "none"
+
+
+def _base(source: BaseModelSource) -> str:
+    revision = source.revision or ("main" if source.uri.startswith("hf://") else None)
+    return _code(source.uri) + (f", revision {revision}" if revision is not None else "")
+
+
+def _merged(spec: FineTuneJobSpec, error: float | None) -> list[str]:
+    if spec.output is None or error is None:
+        return []
+    return [f"| Merged | {_MERGED[spec.output.merge]}; the weights {merge.told(error)} |"]
+
+
+def _code(uri: str) -> str:
+    """In a cell of a table."""
+    return "`" + uri.replace("|", "\\|") + "`"
 
 
 def _value(value: object) -> str:

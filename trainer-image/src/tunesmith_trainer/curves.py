@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from tunesmith.api.objective import ObjectiveName
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
@@ -14,7 +16,12 @@ if TYPE_CHECKING:
     from tunesmith_trainer.training.watch import CurvePoint
 
 
-def draw(path: Path, curve: Sequence[CurvePoint]) -> None:
+def measured(loss: str, objective: ObjectiveName) -> str:
+    """The loss with what it counts: `loss, nats per target token` or `loss of DPO`."""
+    return f"{loss}, nats per target token" if objective is ObjectiveName.SFT else f"{loss} of {objective.upper()}"
+
+
+def draw(path: Path, curve: Sequence[CurvePoint], objective: ObjectiveName) -> None:
     """Writes a PNG of 960 × 540 pixels; the same curve gives the same bytes."""
     figure = Figure(figsize=(9.6, 5.4), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
@@ -26,7 +33,7 @@ def draw(path: Path, curve: Sequence[CurvePoint]) -> None:
     if held_out:
         axes.plot(*zip(*held_out, strict=True), color="tab:orange", marker="o", label="held out")
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss, nats per target token")
+    axes.set_ylabel(measured("loss", objective))
     axes.grid(alpha=0.3)
     if trained or held_out:
         axes.legend()

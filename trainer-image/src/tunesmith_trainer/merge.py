@@ -39,7 +39,7 @@ def merge(
     dtype: torch.dtype,
     prompts: Sequence[Sequence[int]],
     trained: Sequence[torch.Tensor],
-) -> None:
+) -> float:
     """Writes the merged model into `target`: sharded safetensors, tokenizer and `merged.json`.
 
     Args:
@@ -52,6 +52,9 @@ def merge(
         dtype: the type that it was quantised from.
         prompts: prompts to compare on, as token ids.
         trained: `last_logits` of the trained model for them.
+
+    Returns:
+        The distance of the merged model from the trained one: norm of the difference of logits over their norm.
 
     Raises:
         SelfCheckError: the merged weights are not finite.
@@ -74,13 +77,20 @@ def merge(
     found = last_logits(saved, prompts)
     if not all(bool(logits.isfinite().all()) for logits in found):
         raise SelfCheckError("the merged model's logits are not finite")
+    error = relative_distance(found, trained)
     document = {
         "merge": how.value,
         "dataType": str(serving_type(config)).removeprefix("torch."),
-        "relativeLogitError": relative_distance(found, trained),
+        "relativeLogitError": error,
         "files": {file.name: file_sha256(file) for file in sorted(target.iterdir())},
     }
     (target / MANIFEST).write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return error
+
+
+def told(error: float) -> str:
+    """The distance for people."""
+    return f"differ from what was trained by {error:.2g} (relative, logits)"
 
 
 def publish(folder: Path, target: Folder) -> None:

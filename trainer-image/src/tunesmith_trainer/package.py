@@ -45,12 +45,17 @@ _EXACT_LIMIT, _ROUNDED_LIMIT = 1e-3, 1e-1
 _VERSIONED = ("tunesmith-trainer", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")
 
 
-def build(job: FineTuneJob, prepared: Prepared, trained: Trained, folder: Path, merged: Path) -> ArtifactManifest:
-    """Writes every file of the artifact but its manifest into `folder`, and returns the manifest.
+def build(
+    job: FineTuneJob, prepared: Prepared, trained: Trained, folder: Path, merged: Path
+) -> tuple[ArtifactManifest, float | None]:
+    """Writes every file of the artifact but its manifest into `folder`.
 
     Where the job asks for merged weights, they go into `merged`. The trained model is used up.
 
     The files hold no times and no paths of this machine: the same job gives the same bytes.
+
+    Returns:
+        The manifest, and the distance of merged weights from what was trained, where there are some.
 
     Raises:
         SelfCheckError: the saved adapter is not the one that was asked for.
@@ -72,15 +77,16 @@ def build(job: FineTuneJob, prepared: Prepared, trained: Trained, folder: Path, 
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     _write_json(folder / "evaluation.json", _evaluation(trained.evaluation, prepared))
     write_curves(folder / CURVES, trained.curve)
-    curves.draw(folder / PICTURE, trained.curve)
+    curves.draw(folder / PICTURE, trained.curve, job.spec.objective_name)
     tokenizer = model.load_tokenizer_of(prepared.base, job.spec)
     logits = trained.logits
     # What follows loads the base anew; both do not have to fit.
     for parameter in trained.model.parameters():
         parameter.data = torch.empty(0)
     how = job.spec.output.merge if job.spec.output else Merge.NONE
+    merge_error = None
     if how is not Merge.NONE:
-        merge.merge(
+        merge_error = merge.merge(
             how,
             prepared.base,
             folder,
@@ -95,14 +101,16 @@ def build(job: FineTuneJob, prepared: Prepared, trained: Trained, folder: Path, 
     error = relative_distance(served, logits)
     _check_error(error, job, prepared, parity.serving_type(config))
     _write_json(folder / PARITY_FILE, recorded.manifest())
-    (folder / "README.md").write_text(card.text(job, prepared, trained), encoding="utf-8")
+    versions = {name: version(name) for name in _VERSIONED}
+    text = card.text(job, prepared, trained, versions, merge_error)
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
     hyper = job.spec.hyperparameters.model_dump(mode="json", by_alias=True, exclude_none=True)
     decided = prepared.resolved.model_dump(
         mode="json", by_alias=True, include={"learning_rate", "batch_size", "micro_batch_size", "total_steps"}
     )
     evaluation = trained.evaluation
-    return ArtifactManifest(
+    manifest = ArtifactManifest(
         files={
             file.name: ArtifactFile(sha256=file_sha256(file), size_bytes=file.stat().st_size)
             for file in sorted(folder.iterdir())
@@ -122,15 +130,16 @@ def build(job: FineTuneJob, prepared: Prepared, trained: Trained, folder: Path, 
         dataset_digest=prepared.resolved.dataset_digest or "",
         spec_digest=spec_digest(job),
         hyperparameters={**hyper, **decided},
-        versions={name: version(name) for name in _VERSIONED},
+        versions=versions,
         evaluation=evaluation,
         metrics=metrics_of(evaluation),
         servable=servable.confirm(folder, prepared.planned.servable),
     )
+    return manifest, merge_error
 
 
 def metrics_of(evaluation: EvaluationStatus) -> dict[str, float]:
-    """The metrics of a result: held-out losses in nats per target token, the adapter's scores by suite and metric."""
+    """The metrics of a result: the objective's held-out losses, the adapter's scores by suite and metric."""
     named = {"baseEvaluationLoss": evaluation.base_loss, "evaluationLoss": evaluation.loss}
     named |= {f"{score.suite}/{score.metric}": score.adapter for score in evaluation.scores or []}
     return {name: value for name, value in named.items() if value is not None}

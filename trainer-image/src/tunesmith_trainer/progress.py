@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import threading
 from datetime import UTC, datetime
@@ -10,16 +11,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal, TextIO
 
 from tunesmith.api.finetunejob_status import ProgressStatus, Stage
+from tunesmith.contracts.progress import step_line
 from tunesmith_trainer.errors import InvalidSpecError
 
 Form = Literal["text", "json"]
+_INDENT = "  "
 
+_UNIT = "nats per target token for objective sft, the loss of the objective for others."
 _GAUGES = {
     "step": ("tunesmith_training_step", "Optimizer steps done."),
     "total_steps": ("tunesmith_training_steps", "Optimizer steps in all."),
     "epoch": ("tunesmith_training_epoch", "Passes over the training rows."),
-    "loss": ("tunesmith_training_loss", "Training loss of the last step, nats per target token."),
-    "evaluation_loss": ("tunesmith_evaluation_loss", "Held-out loss, nats per target token."),
+    "loss": ("tunesmith_training_loss", f"Training loss of the last step: {_UNIT}"),
+    "evaluation_loss": ("tunesmith_evaluation_loss", f"Held-out loss: {_UNIT}"),
     "learning_rate": ("tunesmith_training_learning_rate", "Learning rate of the last step."),
     "tokens_per_second": ("tunesmith_training_tokens_per_second", "Tokens trained per second."),
     "memory_bytes": ("tunesmith_training_memory_bytes", "Peak memory: of the GPU, or resident memory on a CPU."),
@@ -84,7 +88,10 @@ class Progress:
         elif now.stage is not before.stage:
             self._write(f"{now.stage}", rewrite=False)
         elif now.step is not None and now.step != before.step and now.stage is Stage.TRAINING:
-            self._write(step_line(now), rewrite=self._out.isatty())
+            rewrite = self._out.isatty()
+            # A line that is rewritten must be one line.
+            width = shutil.get_terminal_size().columns - len(_INDENT) if rewrite else None
+            self._write(_INDENT + step_line(now, width=width), rewrite=rewrite)
 
     def _write(self, text: str, *, rewrite: bool) -> None:
         if rewrite:
@@ -93,25 +100,6 @@ class Progress:
             self._out.write(f"\n{text}\n" if self._rewriting else f"{text}\n")
         self._rewriting = rewrite
         self._out.flush()
-
-
-def step_line(status: ProgressStatus) -> str:
-    """`  step 12/90  epoch 0.4  loss 1.234  rate 2.0e-04  410 tok/s  1.9 GB  ETA 2m30s`."""
-    parts = [f"  step {status.step}/{status.total_steps}"]
-    if status.epoch is not None:
-        parts.append(f"epoch {status.epoch:.1f}")
-    if status.loss is not None:
-        parts.append(f"loss {status.loss:.3f}")
-    if status.learning_rate is not None:
-        parts.append(f"rate {status.learning_rate:.1e}")
-    if status.tokens_per_second is not None:
-        parts.append(f"{status.tokens_per_second:.0f} tok/s")
-    if status.memory_bytes is not None:
-        parts.append(f"{status.memory_bytes / 1e9:.1f} GB")
-    if status.eta_seconds is not None:
-        minutes, seconds = divmod(status.eta_seconds, 60)
-        parts.append(f"ETA {minutes}m{seconds:02d}s" if minutes else f"ETA {seconds}s")
-    return "  ".join(parts)
 
 
 def prometheus(status: ProgressStatus) -> str:

@@ -160,7 +160,7 @@ def train(
     folder, merged = work / ARTIFACT_FOLDER, work / MERGED_FOLDER
     for old in (folder, merged):
         shutil.rmtree(old, ignore_errors=True)
-    manifest = package.build(job, prepared, trained, folder, merged)
+    manifest, merge_error = package.build(job, prepared, trained, folder, merged)
     progress.update(stage=Stage.PUBLISHING)
     if merged.is_dir():
         uri = beside_artifact(target.uri, MERGED_FOLDER)
@@ -177,7 +177,7 @@ def train(
     result = _judged(
         TrainerResult(
             outcome=Outcome.SUCCEEDED,
-            message=_summary(trained.evaluation),
+            message=_summary(trained.evaluation, merge_error),
             preflight=counted,
             resolved=prepared.resolved,
             artifact=artifact,
@@ -264,11 +264,12 @@ def _judged(result: TrainerResult) -> TrainerResult:
     return result
 
 
-def _summary(evaluation: EvaluationStatus) -> str:
-    return (
+def _summary(evaluation: EvaluationStatus, merge_error: float | None) -> str:
+    losses = (
         f"held-out loss {evaluation.base_loss:.3f} (base) to {evaluation.loss:.3f} (adapter),"
         f" {-(evaluation.loss_reduction_percent or 0.0):+.0f} %"
     )
+    return losses if merge_error is None else f"{losses}; merged weights {merge.told(merge_error)}"
 
 
 def _target(output: str, stores: Stores, *, allow_file: bool) -> tuple[Path | None, Folder]:

@@ -46,7 +46,7 @@ class View(Protocol):
 
 
 class TerminalView:
-    """One line that changes, with the news above it."""
+    """One line that changes, on a narrow terminal two, with the news above it."""
 
     def __init__(self) -> None:
         self._console = Console(highlight=False)
@@ -65,8 +65,7 @@ class TerminalView:
 
     def show(self, job: FineTuneJob, line: str) -> None:
         """Replace the live line."""
-        text = Text(f"{job.metadata.name}  {line}", no_wrap=True, overflow="ellipsis")
-        self._live.update(text)
+        self._live.update(Text(f"{job.metadata.name}  {line}"))
 
 
 class PlainView:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.api.conditions import ConditionStatus, FineTuneJobCondition, find, is_true
-from tunesmith.api.finetunejob_status import Phase, Stage
+from tunesmith.api.finetunejob_status import Phase
+from tunesmith.contracts.progress import step_line
 from tunesmith.contracts.result import Outcome
 
 if TYPE_CHECKING:
@@ -13,14 +14,10 @@ if TYPE_CHECKING:
 
     from tunesmith.api.conditions import Condition
     from tunesmith.api.finetunejob import FineTuneJob
-    from tunesmith.api.finetunejob_status import ProgressStatus
-
-_MINUTE = 60
-_HOUR = 3600
 
 
 def live_line(job: FineTuneJob, now: datetime) -> str:
-    """One line: stage, steps, losses, speed, time left."""
+    """One line: stage, and how far it is."""
     status = job.status
     if not status.conditions and status.phase is None:
         return "waiting for the operator"
@@ -28,33 +25,8 @@ def live_line(job: FineTuneJob, now: datetime) -> str:
     attempt = f" (attempt {len(status.attempts)})" if len(status.attempts) > 1 else ""
     if progress is None or progress.stage is None or status.phase in {Phase.COMPLETE, Phase.FAILED}:
         return f"{status.phase.value if status.phase else 'Pending'}{attempt}"
-    return "  ".join([progress.stage.value + attempt, *_figures(progress, now)])
-
-
-def _figures(progress: ProgressStatus, now: datetime) -> list[str]:
-    figures = []
-    if progress.step is not None and progress.total_steps:
-        figures.append(f"step {progress.step}/{progress.total_steps} ({100 * progress.step // progress.total_steps} %)")
-    if progress.loss is not None:
-        figures.append(f"loss {progress.loss:.3f}")
-    if progress.evaluation_loss is not None:
-        figures.append(f"held-out {progress.evaluation_loss:.3f}")
-    if progress.tokens_per_second is not None:
-        figures.append(f"{progress.tokens_per_second:.0f} tokens/s")
-    if progress.eta_seconds is not None and progress.stage is Stage.TRAINING:
-        since = max(0.0, (now - progress.update_time).total_seconds()) if progress.update_time else 0.0
-        figures.append(f"ETA {duration(progress.eta_seconds - since)}")
-    return figures
-
-
-def duration(seconds: float) -> str:
-    """Such as `45 s`, `3 min 20 s`, `2 h 5 min`."""
-    whole = max(0, round(seconds))
-    if whole < _MINUTE:
-        return f"{whole} s"
-    if whole < _HOUR:
-        return f"{whole // _MINUTE} min {whole % _MINUTE} s"
-    return f"{whole // _HOUR} h {whole % _HOUR // _MINUTE} min"
+    elapsed = max(0.0, (now - progress.update_time).total_seconds()) if progress.update_time else 0.0
+    return f"{progress.stage.value}{attempt}  {step_line(progress, elapsed=elapsed)}".rstrip()
 
 
 def ended(job: FineTuneJob) -> Condition | None:

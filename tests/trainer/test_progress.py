@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+
+from tunesmith.api.finetunejob import FineTuneJob
+from tunesmith.api.finetunejob_status import FineTuneJobStatus, Phase, Stage
+from tunesmith.cli.progress import live_line
+from tunesmith_trainer.progress import Progress, prometheus
+
+STEP = {
+    "step": 12,
+    "epoch": 0.41,
+    "loss": 2.3456,
+    "evaluation_loss": 2.4,
+    "learning_rate": 2e-4,
+    "tokens_per_second": 431.4,
+    "memory_bytes": 1_900_000_000,
+    "eta_seconds": 150,
+}
+LINE = "  step 12/60 (20 %)  epoch 0.4  loss 2.346  held-out 2.400  rate 2.0e-04  431 tok/s  1.9 GB  ETA 2 min 30 s"
+
+
+class Terminal(io.StringIO):
+    """A terminal that keeps what it got."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def training(out: io.StringIO, **changes: Any) -> Progress:
+    """A run that has just done a step."""
+    progress = Progress(out=out)
+    progress.update(stage=Stage.TRAINING, total_steps=60)
+    progress.update(**STEP | changes)
+    return progress
+
+
+def test_a_local_run_and_a_followed_job_tell_a_step_in_the_same_words() -> None:
+    out = io.StringIO()
+    status = training(out).status
+    told = out.getvalue().splitlines()[-1]
+    assert told == LINE
+    job = FineTuneJob.model_validate(
+        {
+            "metadata": {"name": "doors"},
+            "spec": {
+                "baseModel": {"uri": "s3://models/base"},
+                "dataset": {"train": [{"uri": "s3://data/train.jsonl"}]},
+                "method": {"lora": {}},
+            },
+        }
+    )
+    job.status = FineTuneJobStatus(phase=Phase.RUNNING, progress=status)
+    assert status.update_time is not None
+    assert live_line(job, status.update_time) == f"Training{told}"
+
+
+@pytest.mark.parametrize(
+    ("columns", "line"),
+    [
+        (120, LINE),
+        (80, "  step 12/60 (20 %)  loss 2.346  held-out 2.400  431 tok/s  ETA 2 min 30 s"),
+        (65, "  step 12/60 (20 %)  loss 2.346  held-out 2.400  ETA 2 min 30 s"),
+        (20, "  step 12/60 (20 %) "),
+    ],
+)
+def test_a_line_that_is_rewritten_fits_its_terminal(monkeypatch: pytest.MonkeyPatch, columns: int, line: str) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    terminal = Terminal()
+    training(terminal)
+    assert terminal.getvalue() == f"Training\n\r\x1b[2K{line}"
+
+
+def test_metrics_of_losses_say_what_they_count() -> None:
+    metrics = prometheus(training(io.StringIO()).status)
+    unit = "nats per target token for objective sft, the loss of the objective for others."
+    assert f"# HELP tunesmith_training_loss Training loss of the last step: {unit}\n" in metrics
+    assert f"# HELP tunesmith_evaluation_loss Held-out loss: {unit}\n" in metrics
+    assert "\ntunesmith_evaluation_loss 2.4\n" in metrics
