@@ -7,12 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from tiny_model import SMALL
 from torch.nn.attention import varlen
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+from tunesmith_trainer.training import layout
 from tunesmith_trainer.training.attention import Attention, has_varlen_kernel, segment_attention, varlen_attention
 from tunesmith_trainer.training.batches import Layout
-from tunesmith_trainer.training.layout import Way, ways
+from tunesmith_trainer.training.layout import Way, choose_way, ways
+from tunesmith_trainer.training.loss import add_target_loss
 
 HEADS, KEY_HEADS, WIDTH = 4, 2, 16
 SIZES = [5, 1, 9, 3]
@@ -127,6 +132,23 @@ def test_pytorchs_operator_takes_what_it_is_given() -> None:
     assert output.shape == (1, BOUNDS[-1], HEADS, WIDTH)
     assert output.dtype is torch.bfloat16
     assert [part.shape for part in gradients] == [part.shape for part in inputs]
+
+
+@pytest.mark.usefixtures("kernel_on_cpu")
+@pytest.mark.parametrize(("dropout", "attention"), [(0.0, Attention.VARLEN), (0.1, Attention.SEGMENTS)])
+def test_a_base_whose_attention_drops_out_is_not_trained_by_the_kernel(
+    monkeypatch: pytest.MonkeyPatch, dropout: float, attention: Attention
+) -> None:
+    """Such a base drops nothing out while it is evaluated, so it shows in training only."""
+    monkeypatch.setattr(layout, "has_varlen_kernel", lambda *_: True)
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL, attention_dropout=dropout))
+    add_target_loss(base)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"]))
+    before = torch.get_rng_state()
+    assert choose_way(model, base).attention is attention
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_cpus_and_float32_have_segments_first_and_gpus_with_16_bits_the_kernel(

@@ -92,6 +92,19 @@ def test_nothing_is_kept_for_the_backward_pass_but_the_input_and_the_factors(*, 
     assert kept(model) <= factors < before
 
 
+def test_a_layer_takes_no_positions_at_all() -> None:
+    """A head has none where a rank's micro-batch has no target."""
+    model = adapted(BITS32, four_bits=False)
+    fuse(model)
+    inputs = torch.zeros(0, WIDTH, requires_grad=True)
+    output = model(inputs)
+    factors = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(output.sum(), [inputs, *factors])
+    assert output.shape == (0, OUT)
+    assert gradients[0].shape == inputs.shape
+    assert all(int(gradient.count_nonzero()) == 0 for gradient in gradients)
+
+
 @pytest.mark.parametrize("four_bits", [False, True], ids=["linear", "4 bits"])
 @pytest.mark.parametrize("settings", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}])
 def test_other_layers_stay_as_they_are(settings: dict[str, Any], *, four_bits: bool) -> None:

@@ -182,13 +182,27 @@ def pad_token(tokenizer: PreTrainedTokenizerFast, ends: Sequence[int]) -> int:
 
 
 def load_model(
-    base: Path, device: torch.device, quantization: Quantization | None, dtype: torch.dtype
+    base: Path,
+    device: torch.device,
+    quantization: Quantization | None,
+    dtype: torch.dtype,
+    *,
+    as_stored: bool = False,
 ) -> PreTrainedModel:
-    """The base with its weights, in `dtype` or in 4 bits; frozen."""
+    """The base with its weights on a device, or in 4 bits; frozen.
+
+    Args:
+        base: its folder.
+        device: where to.
+        quantization: of its linear layers, or None.
+        dtype: of the weights, and of the products.
+        as_stored: the weights keep the type that they have in their files.
+    """
     arguments: dict[str, Any] = {}
     if quantization is not None:
         arguments["quantization_config"] = _bits_and_bytes(quantization, dtype)
-    model = _load(base, dtype, device_map={"": str(device)}, **arguments)
+    model = _load(base, "auto" if as_stored else dtype, device_map={"": str(device)}, **arguments)
+    model.config.dtype = dtype
     if quantization is not None:
         _keep_order(model)
     return model

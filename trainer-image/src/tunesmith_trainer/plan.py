@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
     from tunesmith.api.finetunejob import FineTuneJobSpec
 
+_EVALUATIONS = 10
+_MOST_EVALUATION = 0.05
+"""Share of the training's time."""
+
 
 def divisors(number: int) -> list[int]:
     """All divisors, ascending."""
@@ -37,10 +41,23 @@ def micro_batch_sizes(spec: FineTuneJobSpec) -> list[int]:
     return [size for size in divisors(batch) if size <= most]
 
 
+def evaluation_interval(steps: int, batch: int, held_out: int) -> int:
+    """Steps between two looks at the held-out loss, where the user says nothing.
+
+    Args:
+        steps: of the run.
+        batch: rows per step.
+        held_out: rows that are looked at; each takes a third of a training row's time, its forward pass.
+    """
+    affordable = math.ceil(held_out / 3 / (_MOST_EVALUATION * batch))
+    return max(math.ceil(steps / _EVALUATIONS), affordable)
+
+
 def resolve(
     spec: FineTuneJobSpec,
     *,
     rows: int,
+    held_out: int,
     targets: list[str],
     fingerprint: str,
     digest: str,
@@ -54,6 +71,7 @@ def resolve(
     Args:
         spec: the job's spec, checked.
         rows: training rows that are used.
+        held_out: held-out rows.
         targets: modules that get an adapter.
         fingerprint: of the base model.
         digest: of the rows.
@@ -65,6 +83,7 @@ def resolve(
     hyper = spec.hyperparameters
     batch = hyper.batch_size or DEFAULT_BATCH_SIZE
     steps = hyper.max_steps or max(1, math.ceil((hyper.epochs or DEFAULT_EPOCHS) * math.ceil(rows / batch)))
+    every = spec.evaluation.every_steps if spec.evaluation is not None else None
     parallelism = DataParallelism.FSDP2 if sharded else DataParallelism.DDP
     return Resolved(
         base_model_fingerprint=fingerprint,
@@ -78,6 +97,7 @@ def resolve(
         precision=hyper.precision or (Precision.BFLOAT16 if spec.resources.gpus else Precision.FLOAT32),
         data_parallelism=parallelism if spec.resources.ranks > 1 else None,
         total_steps=steps,
+        evaluation_every_steps=every or evaluation_interval(steps, batch, held_out),
         target_modules=targets,
     )
 

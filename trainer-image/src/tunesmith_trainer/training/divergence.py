@@ -21,7 +21,7 @@ def far_off(losses: Sequence[float], steps: int = 1) -> bool:
     state has forgotten what it knew.
 
     Args:
-        losses: of every step so far, in nats per target token.
+        losses: of every step so far.
         steps: how many of the last count.
     """
     if len(losses) < _FIRST_STEPS + steps:

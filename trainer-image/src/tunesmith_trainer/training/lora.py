@@ -41,7 +41,7 @@ class _LowRankLinear(torch.autograd.Function):
         outputs.addmm_(low, up.T, alpha=scale)
         ctx.save_for_backward(rows, low, weight, down, up)
         ctx.state, ctx.scale = state, scale
-        return outputs.view(*inputs.shape[:-1], -1)
+        return outputs.view(*inputs.shape[:-1], outputs.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | float | None, ...]:
@@ -52,7 +52,8 @@ class _LowRankLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             if ctx.state is not None:
                 weight = dequantize_4bit(weight, ctx.state).to(outputs.dtype)
-            inputs = (outputs @ weight).addmm_(low_gradient, down, alpha=ctx.scale).view(*outer[0].shape[:-1], -1)
+            inputs = (outputs @ weight).addmm_(low_gradient, down, alpha=ctx.scale)
+            inputs = inputs.view(*outer[0].shape[:-1], rows.shape[-1])
         # The scale multiplies the small factor.
         return inputs, None, None, None, (low_gradient * ctx.scale).T @ rows, outputs.T @ (low * ctx.scale), None
 

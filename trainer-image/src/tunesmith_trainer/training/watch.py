@@ -24,7 +24,7 @@ _RECENT_STEPS = 10
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One line of the curves: losses in nats per target token."""
+    """One line of the curves: the objective's losses (SFT: nats per target token)."""
 
     step: int
     epoch: float
@@ -45,6 +45,19 @@ class Watch(TrainerCallback):
         self._device = device
         self._times: list[float] = []
         self._tokens: list[int] = []
+
+    def scored(self, loss: float, seconds: float) -> None:
+        """The adapter was scored after the last step.
+
+        Args:
+            loss: held-out.
+            seconds: that it took; speed and the estimate of what is left do not count them.
+        """
+        last = self._curve[-1]
+        self._curve.append(CurvePoint(step=last.step, epoch=last.epoch, evaluation_loss=loss))
+        self._reporter.add(self._curve[-1])
+        self._progress.update(evaluation_loss=loss)
+        self._times = [moment + seconds for moment in self._times]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

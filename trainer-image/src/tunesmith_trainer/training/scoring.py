@@ -1,0 +1,50 @@
+"""Looks at the held-out loss while training: the points of its curve between the first and the last."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from tunesmith_trainer.errors import LossDivergedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from tunesmith_trainer.training.watch import Watch
+
+
+class Scoring(TrainerCallback):
+    """Scores the adapter every few steps; all ranks after the same ones.
+
+    It comes with the line of the step, so a checkpoint of that step has the score: a run that goes on from there does
+    not take it again. The last step is scored with the result.
+
+    Args:
+        every: optimizer steps.
+        score: the adapter's held-out loss as it is now.
+        watch: gets the points.
+    """
+
+    def __init__(self, every: int, score: Callable[[], float], watch: Watch) -> None:
+        self._every = every
+        self._score = score
+        self._watch = watch
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """A step is done."""
+        step = state.global_step
+        if "loss" not in kwargs["logs"] or step % self._every or step >= state.max_steps:
+            return
+        began = time.monotonic()
+        loss = self._score()
+        if not math.isfinite(loss):
+            raise LossDivergedError(
+                f"the held-out loss is {loss} after step {step} of {state.max_steps}: lower"
+                f" hyperparameters.learningRate (it is {args.learning_rate:g})"
+            )
+        self._watch.scored(loss, time.monotonic() - began)
