@@ -14,6 +14,7 @@ import pytest
 from kubelet import DIGEST, Ending, Running, Waiting, failed, published, result
 from operatorprocess import STORE, until
 from trainingworld import KIND, World
+from tunesmith.cluster.errors import AlreadyExistsError, NotFoundError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -419,6 +420,44 @@ async def test_a_job_over_its_deadline_is_stopped(world: World) -> None:
     assert (await world.until_condition("Failed"))["reason"] == "DeadlineExceeded"
 
 
+async def says_why(world: World, uid: str, why: str) -> None:
+    """Kueue says in a Workload why it does not admit the Job; its API is as much of Kueue's as is read."""
+    group, kind = "kueue.x-k8s.io", {"kind": "Workload", "plural": "workloads", "singular": "workload"}
+    schema = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+    version = {"name": "v1beta1", "served": True, "storage": True, "schema": {"openAPIV3Schema": schema}}
+    definition = {"group": group, "scope": "Namespaced", "names": kind, "versions": [version]}
+    with contextlib.suppress(AlreadyExistsError):
+        await world.cluster.create(
+            {
+                "apiVersion": "apiextensions.k8s.io/v1",
+                "kind": "CustomResourceDefinition",
+                "metadata": {
+                    "name": f"workloads.{group}",
+                    "annotations": {"api-approved.kubernetes.io": "unapproved, a part for tests"},
+                },
+                "spec": definition,
+            }
+        )
+    workload = {
+        "apiVersion": f"{group}/v1beta1",
+        "kind": "Workload",
+        "metadata": {"name": "waits", "namespace": world.namespace, "labels": {f"{group}/job-uid": uid}},
+        "status": {"conditions": [{"type": "QuotaReserved", "status": "False", "message": why}]},
+    }
+
+    async def served() -> bool:
+        with contextlib.suppress(NotFoundError):
+            await world.cluster.create(workload)
+            return True
+        return False
+
+    async def told() -> bool:
+        return (await world.condition("Admitted"))["message"].endswith(f"waits for queue team to admit it: {why}")
+
+    await until(served, "the API of Workloads", seconds=60)
+    await until(told, "why the queue holds the job back", seconds=60)
+
+
 async def test_a_queue_admits_suspends_and_admits_a_job_again(world: World) -> None:
     started = 0
 
@@ -436,8 +475,9 @@ async def test_a_queue_admits_suspends_and_admits_a_job_again(world: World) -> N
     queued = await world.until_condition("Admitted", "False")
     assert "waits for queue team to admit it" in queued["message"]
     name = (await world.status())["attempts"][0]["name"]
-    labels = (await world.cluster.get("Job", name, world.namespace))["metadata"]["labels"]
-    assert labels["kueue.x-k8s.io/queue-name"] == "team"
+    waiting = await world.cluster.get("Job", name, world.namespace)
+    assert waiting["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team"
+    await says_why(world, waiting["metadata"]["uid"], "insufficient unused quota for nvidia.com/gpu")
     await suspend(name, value=False)
     await world.until_condition("Started")
     await suspend(name, value=True)

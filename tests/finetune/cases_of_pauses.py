@@ -90,6 +90,17 @@ CASES = {
         "waits for queue team to admit it",
         ("Running",),
     ),
+    "a job in a queue says why": Case(
+        seen(
+            job(validated(attempt(1)), scheduling={"queue": "team"}),
+            attempts={1: kube_job("1", suspended=True, held_back="insufficient unused quota for nvidia.com/gpu")},
+        ),
+        (),
+        "Queued",
+        {"Validated": ("True", "Valid"), "Admitted": ("False", "Queued"), "Started": ("False", "Queued")},
+        "waits for queue team to admit it: insufficient unused quota for nvidia.com/gpu",
+        ("Running",),
+    ),
     "an admitted job trains": Case(
         seen(
             job(validated(attempt(1)), scheduling={"queue": "team"}),

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from datetime import timedelta
-from typing import Any
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from plan_cases import DENIED, DONE, EXPORTS, FAR, NO_SCORES, UNSCORED, ended, exported, result
@@ -13,6 +13,10 @@ from tunesmith.api.conditions import find
 from tunesmith.api.finetunejob_status import ProgressStatus
 from tunesmith.finetune.plan import plan
 from tunesmith.finetune.status import notices
+
+if TYPE_CHECKING:
+    from tunesmith.api.finetunejob import FineTuneJob
+    from tunesmith.finetune.observe import JobView, PodView
 
 
 def test_the_whole_status_of_a_complete_job() -> None:
@@ -136,6 +140,52 @@ def test_a_pause_is_added_up_when_it_ends(pause: str) -> None:
     assert decided.status.phase == "Running"
     assert decided.status.paused_seconds == 30 * 60
     assert decided.look_again == timedelta(seconds=60)
+
+
+TWO_GPUS = {"resources": {"gpus": 2, "nodes": 2}, "scheduling": {"queue": "team"}}
+
+
+def test_gpu_seconds_are_those_of_all_attempts() -> None:
+    """A minute in which an attempt runs, 30 s more until a queue takes its GPUs, an hour in the queue, then 10 s."""
+    start = NOW
+
+    def at(seconds: float) -> datetime:
+        return start + timedelta(seconds=seconds)
+
+    def told(of: FineTuneJob, seconds: float, attempts: dict[int, JobView], *, progress: bool = False) -> FineTuneJob:
+        sample = ProgressStatus(step=1, update_time=at(seconds)) if progress else None
+        looked = replace(seen(of, attempts=attempts, progress=sample), now=at(seconds))
+        return of.model_copy(update={"status": plan(looked, STORE).status})
+
+    def pods(**fields: Any) -> tuple[PodView, ...]:
+        return tuple(pod(index=index, **fields) for index in range(2))
+
+    runs = {1: kube_job("1", *pods(started=at(0), running=True), size=2)}
+    waits = {1: kube_job("1", suspended=True, size=2)}
+    again = {1: kube_job("1", *pods(started=at(3690), running=True), size=2)}
+    ends = [ended(0, DONE, started=at(3690), index=index) for index in range(2)]
+    done = {1: kube_job("1", *(replace(one, ended=at(3700)) for one in ends), size=2, succeeded=True)}
+    current = job(validated(attempt(1)), **TWO_GPUS)
+    found = []
+    for seconds, attempts, progress in (
+        (0, runs, False),
+        (60, runs, True),
+        (60, runs, True),
+        (90, waits, False),
+        (1800, waits, False),
+        (3690, again, False),
+        (3700, done, False),
+        (3800, done, False),
+    ):
+        current = told(current, seconds, attempts, progress=progress)
+        found.append(current.status.gpu_seconds)
+    assert found == [0, 240, 240, 360, 360, 360, 400, 400]
+
+
+def test_a_job_without_gpus_has_no_gpu_seconds() -> None:
+    attempts = {1: kube_job("1", ended(0, DONE, started=NOW - FAR), succeeded=True)}
+    of = job(validated(attempt(1)), resources={"gpus": 0})
+    assert plan(seen(of, attempts=attempts), STORE).status.gpu_seconds is None
 
 
 def test_a_transition_time_stays_while_the_status_of_a_condition_does() -> None:

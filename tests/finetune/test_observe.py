@@ -169,3 +169,26 @@ def test_an_attempt_runs_once_all_its_pods_run() -> None:
         assert expected in wait.message
     both = [first, kube_pod("one", "b", running, index="1")]
     assert obstacle(observe(manifest(), [several], both, None, NOW).attempts[1], NOW) is None
+
+
+@pytest.mark.parametrize(
+    ("conditions", "told"),
+    [
+        ([], ""),
+        ([("QuotaReserved", "False", "insufficient unused quota for gpu")], "insufficient unused quota for gpu"),
+        (
+            [("Evicted", "True", "Preempted to accommodate a workload"), ("QuotaReserved", "False", "no quota left")],
+            "Preempted to accommodate a workload; no quota left",
+        ),
+        ([("Evicted", "False", "was preempted"), ("QuotaReserved", "True", "quota reserved in team")], ""),
+    ],
+    ids=["nothing yet", "no quota", "pre-empted", "admitted"],
+)
+def test_why_a_queue_holds_a_job_back(conditions: list[tuple[str, str, str]], told: str) -> None:
+    waiting = {**kube_job("train", "one", "1"), "spec": {"suspend": True}}
+    entries = [{"type": type_, "status": status, "message": message} for type_, status, message in conditions]
+    workloads = [
+        {"metadata": {"labels": {"kueue.x-k8s.io/job-uid": uid}}, "status": {"conditions": said}}
+        for uid, said in (("one", entries), ("other", [{"type": "QuotaReserved", "status": "False", "message": "no"}]))
+    ]
+    assert observe(manifest(), [waiting], [], None, NOW, workloads).attempts[1].held_back == told

@@ -19,6 +19,7 @@ import yaml
 
 from tunesmith.api.adapterdeployment import AdapterDeployment
 from tunesmith.api.finetunejob import FineTuneJob
+from tunesmith.api.finetunejob_status import LOSS_UNIT
 from tunesmith.api.model import GROUP, VALIDATIONS, VERSION, ApiModel
 from tunesmith.api.reference import reference
 from tunesmith.api.schema import json_schema, structural_schema
@@ -73,11 +74,12 @@ KINDS = (
             Column("Phase", "string", ".status.phase", "Derived from the conditions."),
             Column("Step", "integer", ".status.progress.step", "Optimizer steps done."),
             Column("Of", "integer", ".status.progress.totalSteps", "Optimizer steps in all."),
-            Column("Loss", "number", ".status.progress.loss", "Training loss, nats per target token."),
-            Column("Eval", "number", ".status.evaluation.loss", "Held-out loss of the adapter, nats per token."),
+            Column("Loss", "number", ".status.progress.loss", f"Training loss, {LOSS_UNIT}."),
+            Column("Eval", "number", ".status.progress.evaluationLoss", f"Held-out loss, {LOSS_UNIT}."),
             _AGE,
             Column("Stage", "string", ".status.progress.stage", "What the trainer is doing.", wide=True),
             Column("ETA", "integer", ".status.progress.etaSeconds", "Seconds until the last step.", wide=True),
+            Column("GPUSeconds", "number", ".status.gpuSeconds", "GPUs times seconds, all attempts.", wide=True),
             Column("Node", "string", ".status.attempts[-1:].node", "Node of the latest attempt.", wide=True),
             Column("Artifact", "string", ".status.artifact.uri", "Where the adapter lies.", wide=True),
             Column("Reason", "string", '.status.conditions[?(@.type=="Failed")].reason', "Why it failed.", wide=True),

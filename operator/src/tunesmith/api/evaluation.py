@@ -38,13 +38,15 @@ class GenerationMetric(StrEnum):
 
 
 class HeldOutLoss(ApiModel):
-    """The loss on the held-out rows: metrics Loss (nats per target token) and LossReductionPercent."""
+    """The loss on the held-out rows: metrics Loss (objective sft: nats per target token) and LossReductionPercent."""
 
 
 class Generation(ApiModel):
     """Answers to the prompts of a data set, by greedy decoding, compared with the data set's answers."""
 
-    dataset: DatasetSource = Field(description="A .jsonl file with rows as in dataset.train; the last answer counts.")
+    dataset: DatasetSource = Field(
+        description="Rows as in dataset.train, in any of its formats but texts and preferences; the last answer counts."
+    )
     metric: GenerationMetric = Field(
         default=GenerationMetric.EXACT_MATCH,
         description="ExactMatch and Contains: share of rows, 0 to 1, without regard to blanks at the ends. Bleu and "
@@ -160,12 +162,14 @@ class Evaluation(ApiModel):
 
     rules = (
         Rule(
-            "!has(self.gates) || self.gates.all(gate, self.suites.exists(suite, suite.name == gate.suite))",
+            "!has(self.gates) || has(self.suites) && "
+            "self.gates.all(gate, self.suites.exists(suite, suite.name == gate.suite))",
             "a gate of evaluation.gates names a suite that is not in evaluation.suites: correct its name",
-            lambda self: {gate.suite for gate in self.gates or []} <= {suite.name for suite in self.suites},
+            lambda self: {gate.suite for gate in self.gates or []} <= {suite.name for suite in self.suites or []},
         ),
         Rule(
-            "!has(self.gates) || self.gates.all(gate, self.suites.all(suite, suite.name != gate.suite || "
+            "!has(self.gates) || !has(self.suites) || "
+            "self.gates.all(gate, self.suites.all(suite, suite.name != gate.suite || "
             "(has(suite.heldOutLoss) ? gate.metric in ['Loss', 'LossReductionPercent'] : has(suite.lmEval) ? "
             "suite.lmEval.tasks.exists(task, gate.metric.startsWith(task + '/')) : !has(suite.generation) || "
             "gate.metric == suite.generation.metric || gate.metric == suite.generation.metric + 'Gain')))",
@@ -175,18 +179,26 @@ class Evaluation(ApiModel):
             lambda self: all(
                 suite.has_metric(gate.metric)
                 for gate in self.gates or []
-                for suite in self.suites
+                for suite in self.suites or []
                 if suite.name == gate.suite
             ),
         ),
         Rule(
-            "self.suites.all(one, self.suites.exists_one(other, other.name == one.name))",
+            "!has(self.suites) || self.suites.all(one, self.suites.exists_one(other, other.name == one.name))",
             "two suites of evaluation.suites have the same name: rename one",
-            lambda self: len({suite.name for suite in self.suites}) == len(self.suites),
+            lambda self: len({suite.name for suite in self.suites or []}) == len(self.suites or []),
         ),
     )
 
-    suites: list[Suite] = Field(min_length=1, max_length=8, description="What is scored.")
+    every_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="Optimizer steps between two looks at the held-out loss while training. Absent: about ten looks, "
+        "fewer where they would take more than a twentieth of the time. It is always taken before and after.",
+    )
+    suites: list[Suite] | None = Field(
+        default=None, min_length=1, max_length=8, description="What is scored, after training."
+    )
     gates: list[Gate] | None = Field(
         default=None, min_length=1, max_length=16, description="Limits that decide between Complete and GateFailed."
     )

@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field
 
 from tunesmith.api.checkpoint import Checkpoint
 from tunesmith.api.dataset import DataFormat, Dataset
-from tunesmith.api.evaluation import Evaluation
+from tunesmith.api.evaluation import Evaluation, Suite
 from tunesmith.api.finetunejob_status import FineTuneJobStatus
 from tunesmith.api.hyperparameters import DEFAULT_BATCH_SIZE, Hyperparameters, Optimizer
 from tunesmith.api.method import QUANTIZED_CEL, SHARDABLE_CEL, Method, quoted
@@ -198,6 +198,11 @@ class FineTuneJobSpec(ApiModel):
         """Whether the base's weights can be shared out among ranks."""
         whole = self.method.full is not None and self.hyperparameters.optimizer not in SHARDED_OPTIMIZERS
         return self.method.shardable and not whole
+
+    @property
+    def suites(self) -> list[Suite]:
+        """What base and adapter are scored on, besides the held-out loss."""
+        return (self.evaluation.suites or []) if self.evaluation is not None else []
 
     @property
     def exports(self) -> list[Export]:

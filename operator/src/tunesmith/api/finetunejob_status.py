@@ -22,6 +22,7 @@ def _rounded(value: float | None) -> float | None:
     return round(value, 4) if value is not None and math.isfinite(value) else None
 
 
+LOSS_UNIT = "nats per target token; with another objective than sft its own loss"
 Figure = Annotated[float | None, AfterValidator(_rounded)]
 
 
@@ -85,6 +86,9 @@ class Resolved(StatusModel):
         default=None, description="What each of several GPUs holds of the base model; absent with one process."
     )
     total_steps: int | None = Field(default=None, description="Optimizer steps.")
+    evaluation_every_steps: int | None = Field(
+        default=None, description="Optimizer steps between two looks at the held-out loss while training."
+    )
     target_modules: list[ModuleName] | None = Field(
         default=None, max_length=64, description="Modules that get an adapter."
     )
@@ -220,8 +224,10 @@ class ProgressStatus(StatusModel):
     step: int | None = Field(default=None, ge=0, description="Optimizer steps done.")
     total_steps: int | None = Field(default=None, ge=0, description="Optimizer steps in all.")
     epoch: Figure = Field(default=None, description="Passes over the training rows.")
-    loss: Figure = Field(default=None, description="Training loss of the last logged step, nats per target token.")
-    evaluation_loss: Figure = Field(default=None, description="Held-out loss, nats per target token.")
+    loss: Figure = Field(default=None, description=f"Training loss of the last step, {LOSS_UNIT}.")
+    evaluation_loss: Figure = Field(
+        default=None, description=f"Held-out loss of the adapter when it was last looked at, {LOSS_UNIT}."
+    )
     learning_rate: float | None = Field(default=None, description="Learning rate of the last step.")
     tokens_per_second: Figure = Field(default=None, description="Tokens trained per second.")
     memory_bytes: int | None = Field(default=None, description="Peak memory: of the GPU, or resident memory on a CPU.")
@@ -311,8 +317,8 @@ class SuiteFailure(StatusModel):
 class EvaluationStatus(StatusModel):
     """Scores of base and adapter, taken in the same run."""
 
-    base_loss: Figure = Field(default=None, description="Held-out loss of the base, nats per target token.")
-    loss: Figure = Field(default=None, description="Held-out loss of the adapter, nats per target token.")
+    base_loss: Figure = Field(default=None, description=f"Held-out loss of the base, {LOSS_UNIT}.")
+    loss: Figure = Field(default=None, description=f"Held-out loss of the adapter, {LOSS_UNIT}.")
     loss_reduction_percent: Figure = Field(default=None, description="How far the held-out loss fell.")
     scores: list[Score] | None = Field(default=None, max_length=MAX_SCORES, description="Scores of evaluation.suites.")
     gates: list[GateStatus] | None = Field(default=None, max_length=16, description="What became of the gates.")
@@ -345,6 +351,10 @@ class FineTuneJobStatus(StatusModel):
     completion_time: datetime | None = Field(default=None, description="When the job became terminal.")
     paused_seconds: int | None = Field(
         default=None, ge=0, description="Seconds since startTime that the job was suspended or waited in a queue."
+    )
+    gpu_seconds: Figure = Field(
+        default=None,
+        description="GPUs times the seconds that attempts held them, all attempts together; absent without a GPU.",
     )
     resolved: Resolved | None = Field(default=None, description="Decided for the user, and the inputs' digests.")
     preflight: Preflight | None = Field(default=None, description="What the CPU stage counted.")

@@ -107,8 +107,8 @@ class Output(ApiModel):
     merge: Merge = Field(
         default=Merge.NONE,
         description="Full weights, in the folder merged beside the artifact, with their measured distance from what "
-        "was trained: Original merges into the base as published, Dequantized (qlora only) into the 4-bit base turned "
-        "back, which is what was trained on. Never merged in 4 bits.",
+        "was trained: Original merges into the base as published, Dequantized (of a base in 4 bits) into that base "
+        "turned back, which is what was trained on. Never merged in 4 bits.",
     )
     exports: list[Export] | None = Field(
         default=None,

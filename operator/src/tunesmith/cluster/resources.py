@@ -52,6 +52,7 @@ _RESOURCES = (
     Resource("policy", "v1", "poddisruptionbudgets", "PodDisruptionBudget"),
     Resource("networking.k8s.io", "v1", "networkpolicies", "NetworkPolicy"),
     Resource("coordination.k8s.io", "v1", "leases", "Lease"),
+    Resource("kueue.x-k8s.io", "v1beta1", "workloads", "Workload"),
     Resource("apiextensions.k8s.io", "v1", "customresourcedefinitions", "CustomResourceDefinition", namespaced=False),
 )
 BY_KIND = {resource.kind: resource for resource in _RESOURCES}

@@ -10,12 +10,20 @@ from pydantic import ValidationError
 
 from tunesmith.api.conditions import FailureReason
 from tunesmith.api.finetunejob_status import AttemptOutcome, FineTuneJobStatus
-from tunesmith.cluster.errors import AlreadyExistsError, ForbiddenError, InvalidError
+from tunesmith.cluster.errors import AlreadyExistsError, ForbiddenError, InvalidError, NotFoundError
 from tunesmith.controller.progress import ProgressPoller
 from tunesmith.controller.reconciler import MANAGED, Key, Result, Watch, label_keys, owner_keys
 from tunesmith.finetune import render
 from tunesmith.finetune.nodes import gpu_memory_bytes
-from tunesmith.finetune.observe import COMPONENT_LABEL, TRAIN, VALIDATE, Observation, index_of, observe
+from tunesmith.finetune.observe import (
+    COMPONENT_LABEL,
+    TRAIN,
+    VALIDATE,
+    WORKLOAD_LABEL,
+    Observation,
+    index_of,
+    observe,
+)
 from tunesmith.finetune.plan import Action, CreateAttempt, CreateValidation, Plan, StopJob, plan
 from tunesmith.finetune.status import Status, notices
 
@@ -70,7 +78,7 @@ class FineTuneJobReconciler:
             jobs = await self._jobs(manifest)
             pods = self._pods(manifest, jobs)
             sample = self._progress.newest(pods)
-            seen = observe(manifest, jobs, pods, sample, self._context.now())
+            seen = observe(manifest, jobs, pods, sample, self._context.now(), await self._workloads(jobs))
         except ValidationError as error:
             # Not a failure for good: a newer release may have written it and may come back.
             where = ".".join(str(part) for part in error.errors()[0]["loc"])
@@ -103,6 +111,16 @@ class FineTuneJobReconciler:
             if any(entry["type"] in {"Complete", "Failed"} and entry["status"] == "True" for entry in conditions):
                 await self._complete_pods(name, job)
         return list(jobs.values())
+
+    async def _workloads(self, jobs: Objects) -> Objects:
+        """What Kueue has of the Jobs that wait in a queue; read, not watched: clusters without Kueue have none."""
+        found: Objects = []
+        for job in jobs:
+            if job.get("spec", {}).get("suspend"):
+                labels = f"{WORKLOAD_LABEL}={job['metadata']['uid']}"
+                with contextlib.suppress(NotFoundError, ForbiddenError):
+                    found += await self._context.cluster.list("Workload", job["metadata"]["namespace"], labels=labels)
+        return found
 
     def _pods(self, manifest: Object, jobs: Objects) -> Objects:
         """The pods of the Jobs, and where a Job is gone those that it may have left."""

@@ -22,6 +22,8 @@ CONTAINER = "trainer"
 COMPONENT_LABEL = "app.kubernetes.io/component"
 ATTEMPT_LABEL = "tunesmith.dev/attempt"
 INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
+WORKLOAD_LABEL = "kueue.x-k8s.io/job-uid"
+_LONGEST_REASON = 1024
 VALIDATE = "validate"
 TRAIN = "train"
 _EXIT_CODE = re.compile(r"exit code (\d+)")
@@ -77,6 +79,8 @@ class JobView:
     """Pods that it runs at one time."""
     suspended: bool = False
     """A queue holds it back."""
+    held_back: str = ""
+    """Why, as Kueue says; empty where it says nothing."""
     deleting: bool = False
     """It was deleted, and its pods are ending."""
     pods: tuple[PodView, ...] = ()
@@ -127,7 +131,12 @@ class Observation:
 
 
 def observe(
-    manifest: Object, jobs: Iterable[Object], pods: Iterable[Object], progress: ProgressStatus | None, now: datetime
+    manifest: Object,
+    jobs: Iterable[Object],
+    pods: Iterable[Object],
+    progress: ProgressStatus | None,
+    now: datetime,
+    workloads: Iterable[Object] = (),
 ) -> Observation:
     """Read the objects of the cluster.
 
@@ -137,6 +146,7 @@ def observe(
         pods: the pods of the FineTuneJob's Jobs; those of another FineTuneJob that had its name are ignored.
         progress: the newest sample of the running pod.
         now: the time, UTC.
+        workloads: Kueue's, of Jobs that wait in a queue.
 
     Raises:
         ValidationError: the FineTuneJob is not of this release's schema.
@@ -147,11 +157,13 @@ def observe(
             by_owner.setdefault(owner["uid"], []).append(pod)
     jobs = list(jobs)
     known = {job["metadata"]["uid"] for job in jobs}
+    waits = {(workload["metadata"].get("labels") or {}).get(WORKLOAD_LABEL): workload for workload in workloads}
     validation: JobView | None = None
     attempts: dict[int, JobView] = {}
     for job in jobs:
         labels = job["metadata"].get("labels") or {}
-        view = _job(job, by_owner.get(job["metadata"]["uid"], ()))
+        uid = job["metadata"]["uid"]
+        view = _job(job, by_owner.get(uid, ()), held_back(waits[uid]) if uid in waits else "")
         if labels.get(COMPONENT_LABEL) == VALIDATE:
             validation = view
         elif labels.get(COMPONENT_LABEL) == TRAIN and labels.get(ATTEMPT_LABEL, "").isdigit():
@@ -181,7 +193,19 @@ def _writes(pod: Object, manifest: Object) -> bool:
     ).get("phase") not in {"Succeeded", "Failed"}
 
 
-def _job(job: Object, pods: Iterable[Object]) -> JobView:
+def held_back(workload: Object) -> str:
+    """Why Kueue does not admit what a Workload stands for, in its own words; empty where it does not say."""
+    conditions = workload.get("status", {}).get("conditions") or ()
+    waiting = [
+        condition["message"]
+        for type_, status in (("Evicted", "True"), ("QuotaReserved", "False"), ("Admitted", "False"))
+        for condition in conditions
+        if condition["type"] == type_ and condition["status"] == status and condition.get("message")
+    ]
+    return "; ".join(dict.fromkeys(waiting))[:_LONGEST_REASON]
+
+
+def _job(job: Object, pods: Iterable[Object], waits_for: str) -> JobView:
     conditions = {
         condition["type"]: condition
         for condition in job.get("status", {}).get("conditions") or ()
@@ -198,6 +222,7 @@ def _job(job: Object, pods: Iterable[Object]) -> JobView:
         ended=_time(end.get("lastTransitionTime")),
         size=job.get("spec", {}).get("parallelism", 1),
         suspended=bool(job.get("spec", {}).get("suspend")),
+        held_back=waits_for,
         deleting="deletionTimestamp" in job["metadata"],
         pods=tuple(sorted((_pod(pod) for pod in pods), key=lambda pod: (pod.created, pod.name))),
     )

@@ -249,8 +249,8 @@ def _wait(seen: Observation, status: Status, number: int, job: JobView) -> Plan:
     queue = seen.job.spec.scheduling.queue
     if queue is not None:
         if job.suspended:
-            status.queued(queue, job.name)
-            return Plan((), status.build())
+            status.queued(queue, job.name, job.held_back)
+            return Plan((), status.build(), _WAITING_LOOK)
         status.admitted(queue)
     wait = obstacle(job, seen.now)
     if wait is None:

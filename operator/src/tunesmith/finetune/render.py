@@ -363,7 +363,7 @@ def _tokens(job: FineTuneJob, installation: Installation) -> str:
 
 def _sources(job: FineTuneJob) -> list[BaseModelSource | DatasetSource | TaskFolder]:
     dataset = job.spec.dataset
-    suites = job.spec.evaluation.suites if job.spec.evaluation else []
+    suites = job.spec.suites
     scored = [suite.generation.dataset for suite in suites if suite.generation is not None]
     tasks = [suite.lm_eval.task_folder for suite in suites if suite.lm_eval is not None]
     brought = [folder for folder in tasks if folder is not None]

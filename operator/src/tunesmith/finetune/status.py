@@ -79,11 +79,10 @@ class Status:
         """No pod trains now."""
         self._set(FineTuneJobCondition.STARTED, ConditionStatus.FALSE, reason, message)
 
-    def queued(self, queue: str, job: str) -> None:
-        """A queue holds the attempt's Job back."""
-        message = (
-            f"Job {job} waits for queue {queue} to admit it; `kubectl describe job {job}` and "
-            f"`kubectl describe localqueue {queue}` say what it waits for"
+    def queued(self, queue: str, job: str, why: str) -> None:
+        """A queue holds the attempt's Job back; `why` is what Kueue says, empty where it says nothing."""
+        message = f"Job {job} waits for queue {queue} to admit it: " + (
+            why or f"`kubectl describe job {job}` and `kubectl describe localqueue {queue}` say what it waits for"
         )
         self._set(FineTuneJobCondition.ADMITTED, ConditionStatus.FALSE, "Queued", message)
         self.waiting("Queued", message)
@@ -176,6 +175,10 @@ class Status:
         exports = self._exported(result)
         self._status.artifact = result.artifact.model_copy(update={"exports": exports})
         self._status.evaluation = result.evaluation or self._status.evaluation
+        if result.evaluation is not None:
+            # The pod ended with this score: its progress may have been read before.
+            progress = self._status.progress or ProgressStatus()
+            self._status.progress = progress.model_copy(update={"evaluation_loss": result.evaluation.loss})
         self._status.resolved = merged(self._status.resolved, result.resolved)
         self._status.preflight = self._status.preflight or result.preflight
         place = f"the adapter is at {result.artifact.uri}"
@@ -219,6 +222,10 @@ class Status:
     def build(self) -> FineTuneJobStatus:
         """The status as it is to be written."""
         self._status.observed_generation = self._job.metadata.generation
+        resources = self._job.spec.resources
+        if resources.gpus:
+            gpus = resources.gpus * resources.nodes
+            self._status.gpu_seconds = gpu_seconds(self._job.status, self._status, gpus, self._now)
         self._status.phase = phase(self._status)
         return self._status
 
@@ -244,6 +251,35 @@ class Status:
         )
         if before and not self._pause():
             self._status.paused_seconds = (self._status.paused_seconds or 0) + int(before)
+
+
+def gpu_seconds(old: FineTuneJobStatus, new: FineTuneJobStatus, gpus: int, now: datetime) -> float:
+    """What was counted before, and what attempts held their GPUs for since.
+
+    A running attempt is counted up to the progress that is told, so that the figure changes when the status does.
+
+    Args:
+        old: the status as it was written last.
+        new: the next one.
+        gpus: of all pods of an attempt.
+        now: the time, UTC.
+    """
+    told = old.progress.update_time if old.progress is not None else None
+    known = {attempt.name: attempt for attempt in old.attempts}
+    total = old.gpu_seconds or 0.0
+    for attempt in new.attempts:
+        before = known.get(attempt.name)
+        if attempt.start_time is None or (before is not None and before.end_time is not None):
+            continue
+        until = attempt.end_time
+        if until is None and phase(new) is Phase.QUEUED:
+            until = now if phase(old) is Phase.RUNNING else None
+        elif until is None and new.progress is not None:
+            until = new.progress.update_time
+        if until is not None:
+            since = max(attempt.start_time, told) if told is not None else attempt.start_time
+            total += gpus * max(0.0, (until - since).total_seconds())
+    return round(total, 1)
 
 
 def _memory(counted: Preflight) -> str:
