@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import random
 import struct
 from pathlib import Path  # noqa: TC003 - pytest reads the annotations of fixtures
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from tunesmith.api.conditions import FailureReason
 from tunesmith.api.finetunejob_status import (
     AlsoTrained,
+    ArtifactStatus,
     DroppedRows,
     DropReason,
     EvaluationStatus,
@@ -17,12 +19,13 @@ from tunesmith.api.finetunejob_status import (
     Preflight,
     Resolved,
     Score,
+    ServableStatus,
     SuiteFailure,
 )
 from tunesmith.api.model import MAX_NAME
 from tunesmith.contracts.agent import gateway_token, pool_token
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
-from tunesmith.contracts.location import artifact_uri, engine_name, namespace_of_artifact, owned_name
+from tunesmith.contracts.location import artifact_uri, engine_name, namespace_of_artifact, owned_name, plain_uri
 from tunesmith.contracts.progress import PROGRESS_MAX_BYTES, parse_progress
 from tunesmith.contracts.result import TERMINATION_MESSAGE_MAX_BYTES, ExitCode, ExportResult, Outcome, TrainerResult
 
@@ -135,6 +138,18 @@ class TestLocation:
     def test_what_lies_elsewhere_has_no_namespace(self, uri: str) -> None:
         assert namespace_of_artifact(STORE, uri) is None
 
+    @pytest.mark.parametrize(
+        "uri",
+        [
+            "s3://tunesmith/store/team",
+            "S3://tunesmith/store/team/",
+            "s3://tunesmith//store/./team//",
+            "s3:///tunesmith/store///team",
+        ],
+    )
+    def test_a_place_in_a_bucket_has_one_spelling_to_compare_with(self, uri: str) -> None:
+        assert plain_uri(uri) == "s3://tunesmith/store/team"
+
     def test_engine_name_carries_the_digest(self) -> None:
         assert engine_name("team", "tone", DIGEST) == "team/tone@abababababab"
 
@@ -147,6 +162,41 @@ class TestLocation:
         assert owned_name("tone", "a", "1") != owned_name("tone", "b", "1")
         assert len(owned_name("n" * MAX_NAME, "uid", "validate") + "-12345") <= 63
         assert len(owned_name("n" * MAX_NAME, "uid", "pool") + "-1234567890") <= 63  # the ReplicaSet's hash
+
+
+def crowded(chance: random.Random) -> TrainerResult:
+    """Results with more than fits: long texts of several scripts, and characters that JSON writes as several."""
+
+    def text(most: int) -> str:
+        characters = chance.choice(["x", "é", "模型的数据", "🙂🚪", '"\\', "\n\t", "\x01", 'aé模🙂"\n'])
+        return "".join(chance.choices(characters, k=chance.choice([0, 3, most // 3, most])))
+
+    reason = FailureReason.DATASET_INVALID
+    suites = [SuiteFailure(suite=f"s{number}", reason=reason, message=text(1024)) for number in range(8)]
+    dropped = [DroppedRows(reason=one, rows=9, examples=[text(256)] * 3) for one in DropReason]
+    names = [f"a-task-of-some-length-{number}/acc" for number in range(60)]
+    evaluation = EvaluationStatus(
+        loss=1.5,
+        scores=[Score(suite="tasks", metric=name, base=0.5, adapter=0.5) for name in names],
+        gates=[GateStatus(suite="tasks", metric=name, min=0.6, passed=False) for name in names[:16]],
+        failures=chance.choice([None, suites]),
+    )
+    artifact = ArtifactStatus(
+        uri=f"s3://tunesmith/{'f' * 900}", digest=DIGEST, size_bytes=9, servable=ServableStatus(vllm=False, reason="no")
+    )
+    return TrainerResult(
+        outcome=chance.choice(list(Outcome)),
+        reason=chance.choice([None, reason]),
+        message=text(chance.choice([900, 4000, 20_000])),
+        preflight=chance.choice([None, Preflight(rows=1, dropped=dropped, suggestion=text(1024))]),
+        resolved=chance.choice([None, Resolved(target_modules=["m" * 128] * 64), Resolved(target_modules=["m"] * 9)]),
+        artifact=chance.choice([None, artifact]),
+        evaluation=chance.choice([None, evaluation]),
+        metrics=dict.fromkeys(names, 0.5) if chance.random() < 0.5 else {},
+        exports=chance.choice([None, [ExportResult(reason=reason, message=text(1024)) for _ in range(8)]]),
+        resumed_from_step=chance.choice([None, 7]),
+        lost_peer=chance.random() < 0.5,
+    )
 
 
 class TestResult:
@@ -241,6 +291,45 @@ class TestResult:
         resolved = Resolved(target_modules=["m" * 128] * 64)
         result = TrainerResult(outcome=Outcome.FAILED, message="too little memory", resolved=resolved)
         assert len(result.termination_message().encode()) <= TERMINATION_MESSAGE_MAX_BYTES
+
+    @pytest.mark.parametrize("seed", range(60))
+    def test_termination_message_fits_whatever_is_in_it(self, seed: int) -> None:
+        chance = random.Random(seed)  # noqa: S311 - a case
+        result = crowded(chance)
+        text = result.termination_message()
+        assert len(text.encode()) <= TERMINATION_MESSAGE_MAX_BYTES
+        read = TrainerResult.model_validate_json(text)
+        facts = ("outcome", "reason", "retryable", "lost_peer", "resumed_from_step", "artifact")
+        assert [getattr(read, name) for name in facts] == [getattr(result, name) for name in facts]
+        whole = read.message == result.message
+        assert whole or (read.message.endswith("…") and result.message.startswith(read.message[:-1]))
+        assert whole or len(json.dumps(read.message, ensure_ascii=False).encode()) > 1000
+        if read.evaluation is not None and result.evaluation is not None:
+            assert len(read.evaluation.failures or []) == len(result.evaluation.failures or [])
+        if read.exports is not None:
+            assert [one.reason for one in read.exports] == [one.reason for one in result.exports or []]
+
+    def test_a_message_is_worth_more_than_those_of_suites_and_exports_and_what_was_resolved(self) -> None:
+        reason = FailureReason.ACCESS_DENIED
+        told = "模型" * 150  # 900 bytes
+        result = TrainerResult(
+            outcome=Outcome.SUCCEEDED,
+            message=told,
+            preflight=Preflight(rows=10),
+            resolved=Resolved(target_modules=[f"module_{number}" for number in range(64)]),
+            evaluation=EvaluationStatus(
+                failures=[SuiteFailure(suite=f"s{number}", reason=reason, message="評" * 1024) for number in range(8)]
+            ),
+            exports=[ExportResult(reason=reason, message="複" * 1024)] * 8,
+        )
+        read = TrainerResult.model_validate_json(result.termination_message())
+        assert (read.message, read.preflight, read.resolved) == (told, result.preflight, result.resolved)
+        assert read.evaluation is not None
+        assert [one.message for one in (*(read.evaluation.failures or []), *(read.exports or []))] == [""] * 16
+
+    def test_a_cut_message_uses_all_the_space(self) -> None:
+        text = TrainerResult(outcome=Outcome.FAILED, message="é" * 5000).termination_message()
+        assert TERMINATION_MESSAGE_MAX_BYTES - 1 <= len(text.encode()) <= TERMINATION_MESSAGE_MAX_BYTES
 
 
 class TestProgress:

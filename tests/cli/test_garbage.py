@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tunesmith.cli.errors import CliError
+from tunesmith.cli.errors import CliError, Exit
 from tunesmith.cli.garbage import Folder, Resources, StoredFile, folders, left, leftovers
-from tunesmith.cli.gc import duration
+from tunesmith.cli.gc import _remove, duration
+from tunesmith.cli.store import Store
+from tunesmith.contracts.location import TEMPORARY_FOLDER
 from tunesmith.contracts.owner import Owner
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 STORE = "s3://tunesmith/store"
 NOW = datetime(2026, 11, 24, 12, 0, 0, tzinfo=UTC)
@@ -212,6 +217,64 @@ def test_an_artifact_loses_its_manifest_first_and_a_folder_its_owner_last(
     found = folders(stored(names))
     parts = leftovers(found, {FOLDER: OURS}, seen, STORE, now=NOW, older_than=DAY, artifacts=artifacts)
     assert {part.part: [file.path.removeprefix(f"{FOLDER}/") for file in part.files] for part in parts} == expected
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        f"s3://tunesmith//store/{FOLDER}/artifact",
+        f"S3://tunesmith/store/{FOLDER}//artifact/",
+        f"s3://tunesmith/store/./{FOLDER}/artifact",
+    ],
+)
+def test_what_a_resource_names_in_another_spelling_stays(uri: str) -> None:
+    user = resource("AdapterDeployment", OTHER_UID, "bot", status={"revisions": [{"uri": uri}]})
+    assert judged(others=[user]) == {"tmp": None, "artifact": "AdapterDeployment team/bot uses it"}
+
+
+@pytest.mark.parametrize(
+    "uri", [STORE, f"{STORE}//", "S3://tunesmith/store", "s3://tunesmith//store", "s3://tunesmith/./store/"]
+)
+def test_a_store_has_one_spelling(uri: str) -> None:
+    assert Store(uri, timedelta()).uri == STORE
+
+
+@pytest.mark.parametrize("uri", [f"{STORE}?region=x", f"{STORE}#1", "s3://tunesmith/a/../store", "s3://tunesmith?x"])
+def test_a_store_with_more_than_bucket_and_folder_is_refused(uri: str) -> None:
+    with pytest.raises(CliError, match="write bucket and folder alone, as in s3://bucket/folder") as raised:
+        Store(uri, timedelta())
+    assert raised.value.code == Exit.USAGE
+
+
+class Failing(Store):
+    """A store that does not remove what lies in one of its folders."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(STORE, timedelta())
+        self._folder = folder
+        self.removed: list[str] = []
+
+    def remove(self, paths: Sequence[str]) -> None:
+        for path in paths:
+            if path.startswith(f"{self._folder}/"):
+                raise CliError(f"cannot remove {path}")
+            self.removed.append(path)
+
+
+def test_a_folder_keeps_its_owner_where_a_part_of_it_could_not_be_removed() -> None:
+    """Without the owner what stayed would belong to nobody, and no later run would remove it."""
+    seen = Resources(cluster="here", jobs=[], others=[])
+    neighbour = f"team/zebra-{OTHER_UID}"
+    found = folders(stored(FILES) + stored(FILES, neighbour))
+    owners = {FOLDER: OURS, neighbour: OURS.model_copy(update={"name": "zebra", "uid": OTHER_UID})}
+    going = leftovers(found, owners, seen, STORE, now=NOW, older_than=DAY, artifacts=True)
+    store = Failing(f"{FOLDER}/{TEMPORARY_FOLDER}")
+    failed = _remove(store, going)
+    assert sorted(store.removed) == sorted(f"{neighbour}/{name}" for name in FILES)
+    assert failed == {
+        f"{STORE}/{FOLDER}/{TEMPORARY_FOLDER}": f"cannot remove {FOLDER}/{FILES[-1]}",
+        f"{STORE}/{FOLDER}": "another part of its folder was not, and owner.json goes last: run this again",
+    }
 
 
 def test_durations() -> None:

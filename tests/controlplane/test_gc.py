@@ -182,6 +182,23 @@ def test_what_lies_beside_an_artifact_stays_with_it_and_goes_where_none_was_publ
     assert place.stored(published) == []
 
 
+@pytest.mark.parametrize("store", ["s3://tunesmith//store", "S3://tunesmith/store/", "s3://tunesmith/store//"])
+def test_however_the_store_is_spelled_what_serves_stays(place: Place, store: str) -> None:
+    used, deleted = place.folder("used"), place.folder("deleted")
+    place.create(adapter(place.namespace, "bot"))
+    revision = {
+        "digest": "sha256:" + "a" * 64,
+        "engineName": "x",
+        "state": "Resident",
+        "uri": f"s3://tunesmith/store/{used}/artifact",
+    }
+    place.set_status("adapterdeployment", "bot", {"revisions": [revision]})
+    code, _, problems = place.gc("--older-than", "0m", "--artifacts", "--delete", "-o", "json", store=store)
+    assert (code, problems) == (0, "")
+    assert place.stored(deleted) == []
+    assert place.stored(used) == sorted([*FILES[1:], "owner.json"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "variables", "code", "words"),
     [

@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import threading
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from server_rig import REPOSITORY, S3Server, write_safetensors
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
 from tunesmith.contracts.google_key import GOOGLE_KEY
 from tunesmith_server.main import run
+from tunesmith_server.store import StoreError, StoreFolder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -47,6 +51,20 @@ def uri(model: Path, store: S3Server) -> Iterator[str]:
     store.files.pipe_file(f"{location}/onnx/config.json", b"{}")
     yield location
     store.files.rm(location, recursive=True)
+
+
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The address of a server."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def fetch(uri: str, target: Path, environment: Mapping[str, str], *more: str) -> subprocess.CompletedProcess[str]:
@@ -98,6 +116,103 @@ def test_a_model_on_gs_arrives_with_the_key_of_the_secret(model: Path, tmp_path:
             assert "PRIVATE" not in ended.stderr
         assert (tmp_path / "a key/model.safetensors").is_file()
         assert server.scope == "read_only"
+
+
+class Blobs(BaseHTTPRequestHandler):
+    """The requests of Azure's Blob service that a download needs, over one folder, at the container `models`."""
+
+    folder: Path
+    accounts: set[str]
+
+    def do_GET(self) -> None:
+        place, _, query = self.path.partition("?")
+        self.accounts.add(self.headers.get("Authorization", "").partition(":")[0])
+        _, account, container, *names = place.split("/")
+        path = self.folder / (names[-1] if names else "")
+        if (account, container) != ("devaccount", "models") or (names and not path.is_file()):
+            self._answer(404, b"", {"x-ms-error-code": "BlobNotFound"})
+        elif "comp=list" in query:
+            self._answer(200, self._listing(query).encode(), {"Content-Type": "application/xml"})
+        elif names:
+            data = path.read_bytes()
+            given = self.headers.get("x-ms-range", "bytes=0-").removeprefix("bytes=").partition("-")
+            begin, end = int(given[0]), min(int(given[2] or len(data) - 1), len(data) - 1)
+            fixed = {"x-ms-blob-type": "BlockBlob", "Content-Range": f"bytes {begin}-{end}/{len(data)}"}
+            whole = self.command == "HEAD"
+            self._answer(200 if whole else 206, data if whole else data[begin : end + 1], fixed)
+        else:
+            self._answer(200, b"", {})
+
+    do_HEAD = do_GET  # noqa: N815 - http.server's name
+
+    def _listing(self, query: str) -> str:
+        blobs = "<BlobPrefix><Name>tiny/</Name></BlobPrefix>"
+        if "prefix=tiny/" in unquote(query):
+            blobs = "".join(
+                f"<Blob><Name>tiny/{path.name}</Name><Properties><Content-Length>{path.stat().st_size}</Content-Length>"
+                "<BlobType>BlockBlob</BlobType></Properties></Blob>"
+                for path in self.folder.iterdir()
+            )
+        return (
+            '<?xml version="1.0"?><EnumerationResults ServiceEndpoint="http://127.0.0.1" ContainerName="models">'
+            f"<Delimiter>/</Delimiter><Blobs>{blobs}</Blobs><NextMarker/></EnumerationResults>"
+        )
+
+    def _answer(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+        self.send_response(status)
+        fixed = {"Content-Length": str(len(body)), "ETag": '"1"', "Last-Modified": "Tue, 24 Nov 2026 12:00:00 GMT"}
+        for name, value in (fixed | dict(headers)).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - http.server's name
+        """Nothing: pytest shows what matters."""
+
+
+def test_a_model_on_az_arrives_with_a_connection_string(model: Path, tmp_path: Path) -> None:
+    accounts: set[str] = set()
+    with serving(type("Handler", (Blobs,), {"folder": model, "accounts": accounts})) as address:
+        secret = tmp_path / "secret"
+        secret.mkdir()
+        place = f"BlobEndpoint={address}/devaccount"
+        given = f"DefaultEndpointsProtocol=http;AccountName=devaccount;AccountKey=a2V5;{place}"
+        (secret / "AZURE_STORAGE_CONNECTION_STRING").write_text(f"{given}\n")
+        environment = {"AZURE_STORAGE_CONNECTION_STRING": "AccountName=the-stores;AccountKey=a2V5"}
+        ended = fetch("az://models/tiny", tmp_path / "base", environment, "--secret", str(secret))
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "base/model.safetensors").is_file()
+    assert accounts == {"SharedKey devaccount"}
+
+
+def test_a_connection_string_that_is_none_is_told_without_it(tmp_path: Path) -> None:
+    ended = fetch("az://models/tiny", tmp_path / "base", {"AZURE_STORAGE_CONNECTION_STRING": "a-secret-value"})
+    assert ended.returncode == 2
+    assert "check AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT_NAME and" in ended.stderr
+    assert "a-secret-value" not in ended.stdout + ended.stderr
+
+
+def test_an_account_of_a_secret_is_not_replaced_by_that_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", "AccountName=the-stores;AccountKey=a2V5")
+    secret = {"AZURE_STORAGE_ACCOUNT_NAME": "mine", "AZURE_STORAGE_ACCOUNT_KEY": "a2V5"}
+    assert StoreFolder("az://models/tiny", secret)._files.service_client.account_name == "mine"
+
+
+def test_keys_of_a_secret_do_not_go_to_the_endpoint_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: set[str] = set()
+
+    def resolve(host: str, *_: object, **__: object) -> None:
+        asked.add(host)
+        raise socket.gaierror(socket.EAI_NONAME, "no such name")
+
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.setenv(name, "http://store.example:9")
+    monkeypatch.setattr("socket.getaddrinfo", resolve)
+    secret = {"AWS_ACCESS_KEY_ID": "mine", "AWS_SECRET_ACCESS_KEY": "mine"}
+    with pytest.raises(StoreError, match="could not be read"):
+        StoreFolder("s3://models/tiny", secret).list()
+    assert asked == {"models.s3.amazonaws.com"}
 
 
 def test_a_complete_download_is_not_repeated_and_a_broken_one_is_finished(
@@ -200,13 +315,8 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(model: Path) -> Iterator[dict[str, str]]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Hub,), {"folder": model}))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_DISABLE_XET": "1"}
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(type("Handler", (Hub,), {"folder": model})) as address:
+        yield {"HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1"}
 
 
 def test_models_of_the_hub_arrive_at_the_asked_revision(hub: dict[str, str], model: Path, tmp_path: Path) -> None:

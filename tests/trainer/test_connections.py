@@ -25,7 +25,12 @@ from trainer_rig import chat_rows, s3_job, write_rows
 from tunesmith.api.conditions import FailureReason
 from tunesmith.contracts.addresses import ALLOWED_ADDRESSES
 from tunesmith_trainer.connections import AddressRefusedError, between_ranks, check_server, denied, guarded
-from tunesmith_trainer.errors import AccessDeniedError, DatasetNotFoundError, InvalidSpecError
+from tunesmith_trainer.errors import (
+    AccessDeniedError,
+    DatasetNotFoundError,
+    InvalidSpecError,
+    StorageUnavailableError,
+)
 from tunesmith_trainer.hub import Repository
 from tunesmith_trainer.store import Retry, Stores
 
@@ -34,6 +39,8 @@ if TYPE_CHECKING:
 
     from s3server import S3Server
     from trainer_rig import Workbench
+
+    from tunesmith_trainer.store import Folder
 
 ONLY_ONE = {ALLOWED_ADDRESSES: "127.0.0.1/32"}
 """The server is there; 127.0.0.2, which is this machine as well, plays an address of the cluster."""
@@ -68,10 +75,12 @@ def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[Server]:
     server = Server(handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 @pytest.fixture(scope="module")
@@ -314,6 +323,132 @@ def test_the_pods_of_a_job_find_each_other_at_addresses_that_no_manifest_names()
     port = str(free_port())
     pods = [subprocess.Popen([*command, rank, port], stdout=subprocess.PIPE, text=True) for rank in ("0", "1")]
     assert [pod.communicate(timeout=120)[0] for pod in pods] == ["[2.0]\n"] * 2
+
+
+# The credentials of a Secret go where that Secret says, whatever the environment says of the store.
+
+
+class _Recording(BaseHTTPRequestHandler):
+    """Has nothing, and keeps what it was asked with."""
+
+    server: Server
+    asked: list[tuple[str, str]]
+
+    def _answer(self) -> None:
+        self.asked.append((self.headers.get("Authorization", ""), self.headers.get("X-Amz-Security-Token", "")))
+        self.send_response(404)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_HEAD = do_PUT = do_POST = _answer  # noqa: N815 - http.server's names
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - http.server's name
+        """Nothing: pytest shows what matters."""
+
+
+class Place:
+    """A server, its address, and the credentials that it was sent."""
+
+    def __init__(self, server: Server, asked: list[tuple[str, str]]) -> None:
+        self.asked = asked
+        self.url = f"http://127.0.0.1:{server.server_port}"
+
+
+@contextmanager
+def recording() -> Iterator[Place]:
+    asked: list[tuple[str, str]] = []
+    with serving(type("Handler", (_Recording,), {"asked": asked})) as server:
+        yield Place(server, asked)
+
+
+@pytest.fixture
+def stores_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    """The environment of a pod, with what the Secret tunesmith-store says of a store and a Hub of its own."""
+    with recording() as place:
+        for name, value in {
+            "AWS_ENDPOINT_URL": place.url,
+            "AWS_ENDPOINT_URL_S3": place.url,
+            "AWS_ACCESS_KEY_ID": "the-stores",
+            "AWS_SECRET_ACCESS_KEY": "the-stores",
+            "AWS_SESSION_TOKEN": "the-stores",
+            "AWS_REGION": "mars-north-1",
+            "AWS_DEFAULT_REGION": "mars-north-1",
+            "HF_ENDPOINT": place.url,
+            "HF_TOKEN": "the-stores",
+        }.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", place.url)
+        yield place
+
+
+@pytest.fixture
+def resolved(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The names that are asked for, none of which is found; addresses are."""
+    names: set[str] = set()
+    resolve = socket.getaddrinfo
+
+    def recorded(host: str, *rest: Any, **more: Any) -> list[Any]:
+        if host[0].isdigit():
+            return list(resolve(host, *rest, **more))
+        names.add(host)
+        raise socket.gaierror(socket.EAI_NONAME, "no such name")
+
+    monkeypatch.setattr("socket.getaddrinfo", recorded)
+    return names
+
+
+def of_a_secret(folder: Path, uri: str, **values: str) -> Folder:
+    (folder / "secrets/mine").mkdir(parents=True)
+    for name, value in values.items():
+        (folder / "secrets/mine" / name).write_text(value)
+    stores = Stores(secrets=folder / "secrets", allow_file=False, retry=Retry(attempts=1))
+    return stores.folder(uri, what="the data set", missing=DatasetNotFoundError, secret="mine")
+
+
+KEYS = {"AWS_ACCESS_KEY_ID": "mine", "AWS_SECRET_ACCESS_KEY": "mine"}
+
+
+def test_keys_of_a_secret_without_an_endpoint_go_to_aws(stores_own: Place, resolved: set[str], tmp_path: Path) -> None:
+    folder = of_a_secret(tmp_path, "s3://rows/data", **KEYS)
+    with pytest.raises(StorageUnavailableError):
+        folder.names()
+    assert (stores_own.asked, resolved) == ([], {"rows.s3.amazonaws.com"})
+
+
+def test_keys_of_a_secret_go_to_its_endpoint_with_nothing_of_the_stores(stores_own: Place, tmp_path: Path) -> None:
+    with recording() as mine:
+        folder = of_a_secret(tmp_path, "s3://rows/data", **KEYS, AWS_ENDPOINT_URL=mine.url)
+        with pytest.raises(DatasetNotFoundError):
+            folder.names()
+        assert mine.asked
+        for authorization, token in mine.asked:
+            assert authorization.startswith("AWS4-HMAC-SHA256 Credential=mine/")
+            assert "/us-east-1/s3/aws4_request" in authorization
+            assert token == ""
+    assert stores_own.asked == []
+
+
+@pytest.mark.parametrize("uri", ["hf://datasets/org/doors", "hf://org/tiny"])
+def test_a_token_of_a_secret_goes_to_its_hub_alone(
+    stores_own: Place, resolved: set[str], tmp_path: Path, uri: str
+) -> None:
+    with recording() as mine:
+        named = of_a_secret(tmp_path / "named", uri, HF_TOKEN="hf_mine", HF_ENDPOINT=f"{mine.url}/")
+        with pytest.raises(DatasetNotFoundError):
+            named.names()
+        assert {authorization for authorization, _ in mine.asked} == {"Bearer hf_mine"}
+    assert resolved == set()
+    with pytest.raises(StorageUnavailableError):
+        of_a_secret(tmp_path / "unnamed", uri, HF_TOKEN="hf_mine").names()
+    assert (stores_own.asked, resolved) == ([], {"huggingface.co"})
+
+
+def test_a_copy_goes_to_the_hub_of_its_secret_alone(stores_own: Place, resolved: set[str]) -> None:
+    repository = Repository("org/wren", {"HF_TOKEN": "hf_mine"}, "the Secret mine", Retry(attempts=1))
+    with pytest.raises(StorageUnavailableError):
+        repository.create()
+    assert (stores_own.asked, resolved) == ([], {"huggingface.co"})
 
 
 # What lies in a folder stays there.

@@ -17,6 +17,9 @@ import pytest
 from trainer_rig import Workbench, chat_row, chat_rows, write_rows
 
 from tunesmith.api.conditions import FailureReason
+from tunesmith.api.dataset import DatasetSource
+from tunesmith_trainer.data.sources import fetch
+from tunesmith_trainer.store import Retry, Stores
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -264,6 +267,16 @@ def test_data_sets_of_the_hub(hub: str, tmp_path: Path) -> None:
         f"[('train-0.parquet', {size})]",
         "the data set hf://datasets/org/none does not exist: check the uri",
     ], ended.stderr
+
+
+def test_a_data_set_of_the_hub_that_a_secret_names(hub: str, tmp_path: Path) -> None:
+    (tmp_path / "secrets/mine").mkdir(parents=True)
+    for name, value in (("HF_TOKEN", "hf_mine"), ("HF_ENDPOINT", hub)):
+        (tmp_path / "secrets/mine" / name).write_text(value)
+    stores = Stores(secrets=tmp_path / "secrets", allow_file=False, retry=Retry(attempts=1))
+    source = DatasetSource.model_validate({"uri": "hf://datasets/org/doors", "secretRef": {"name": "mine"}})
+    ((file,),) = [found.files for found in fetch([source], stores, tmp_path / "fetched")]
+    assert file.path.read_bytes() == (tmp_path / "rows.parquet").read_bytes()
 
 
 def test_another_pod_finds_the_tokens_in_the_store(bench: Workbench, s3_environment: S3Server) -> None:

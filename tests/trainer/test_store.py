@@ -3,9 +3,13 @@ from __future__ import annotations
 import os
 import threading
 import time
+import traceback
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import pytest
+from fsspec.registry import _registry
 from s3server import S3Server, free_port
 from trainer_rig import Workbench, chat_rows, s3_job, write_rows
 
@@ -17,6 +21,8 @@ from tunesmith_trainer.errors import (
     AccessDeniedError,
     BaseModelNotFoundError,
     DatasetNotFoundError,
+    InvalidSpecError,
+    SecretNotFoundError,
     StorageUnavailableError,
 )
 from tunesmith_trainer.store import Folder, Retry, Stores
@@ -221,6 +227,106 @@ def test_claims_are_read_where_they_are_mounted(monkeypatch: pytest.MonkeyPatch,
     missing = stores.folder("pvc://claim/none", what="the base model", missing=BaseModelNotFoundError)
     with pytest.raises(BaseModelNotFoundError, match="pvc://claim/none does not exist"):
         missing.names()
+
+
+# Names with characters that mean something in urls and patterns.
+
+ODD = "run#1?x%20[1]"
+
+
+def test_a_local_run_writes_into_the_folder_that_is_named(bench: Workbench, tmp_path: Path) -> None:
+    """And into none beside it, whose name is the part that a parser of urls, or a pattern, would make of it."""
+    for neighbour in ("run", "run#1", "run#1?x 1", "run#12x%201"):
+        (tmp_path / "runs" / neighbour).mkdir(parents=True)
+        (tmp_path / "runs" / neighbour / "results").write_text("of last week")
+    rows = write_rows(tmp_path / "rows#1%20/train.jsonl", chat_rows(24))
+    ran = bench.run(
+        "train", bench.job(dataset={"train": [{"uri": f"file://{rows}"}]}), output=str(tmp_path / "runs" / ODD)
+    )
+    assert ran.code == 0, ran.result.message
+    assert (tmp_path / "runs" / ODD / "artifact/tunesmith.json").is_file()
+    assert not (tmp_path / "runs" / ODD / "tokens").exists()
+    neighbours = [path for path in (tmp_path / "runs").iterdir() if path.name != ODD]
+    assert len(neighbours) == 4
+    for neighbour in neighbours:
+        assert [file.name for file in neighbour.iterdir()] == ["results"], neighbour
+
+
+def test_what_is_removed_is_what_is_named(uploaded: S3Server) -> None:
+    filesystem = uploaded.filesystem()
+    names = ["odd", "odd#1", ODD, "run#1?x%201", "run#12x%201", "run"]
+    for name in names:
+        target(f"s3://tunesmith/odd/{name}").create("a", name.encode())
+    assert [target(f"s3://tunesmith/odd/{name}").read("a") for name in names] == [name.encode() for name in names]
+    assert target("s3://tunesmith/odd").folders() == sorted(names)
+    target(f"s3://tunesmith/odd/{ODD}").remove()
+    target("s3://tunesmith/odd/odd#1").remove()
+    left = {path.split("/")[2] for path in filesystem.find("tunesmith/odd")}
+    assert left == {"odd", "run#1?x%201", "run#12x%201", "run"}
+
+
+@pytest.mark.parametrize(
+    ("uri", "told"),
+    [
+        ("s3://tunesmith/a.jsonl?versionId=3", r"only the newest can be read: remove \?versionId=… from it"),
+        ("az://tunesmith/run#1", r"has a '\?' or '#', which cannot be read there"),
+        ("file://run/artifact", "with a path"),
+        ("s3:///tunesmith/run", "with a path"),
+        ("S3://tunesmith/run", "is none of hf://, s3://"),
+    ],
+)
+def test_a_place_that_cannot_be_meant_is_refused(uri: str, told: str) -> None:
+    stores = Stores(secrets=Path("/nonexistent"), allow_file=True)
+    with pytest.raises(InvalidSpecError, match=told):
+        stores.folder(uri, what="the base model", missing=StorageUnavailableError)
+
+
+# Credentials that cannot be used.
+
+
+def mounted_secret(folder: Path, **values: str) -> Stores:
+    (folder / "secrets/mine").mkdir(parents=True)
+    for name, value in values.items():
+        (folder / "secrets/mine" / name).write_text(value)
+    return Stores(secrets=folder / "secrets", allow_file=False, retry=Retry(attempts=1))
+
+
+class Azure(fsspec.AbstractFileSystem):
+    """Takes credentials as the real one does, which is not in every environment."""
+
+    def __init__(self, *, connection_string: str | None, **options: Any) -> None:
+        super().__init__(**options)
+        self.connection = connection_string or os.environ["AZURE_STORAGE_CONNECTION_STRING"]
+        if "AccountName=" not in self.connection:
+            raise ValueError(f"unable to connect to account for {self.connection}")
+
+
+@pytest.fixture
+def azure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_registry, "az", Azure)
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", "AccountName=the-stores")
+
+
+@pytest.mark.usefixtures("azure")
+def test_credentials_in_no_usable_form_are_told_with_their_secret_and_without_them(tmp_path: Path) -> None:
+    stores = mounted_secret(tmp_path, AZURE_STORAGE_CONNECTION_STRING=SECRET_VALUE)
+    with pytest.raises(AccessDeniedError) as raised:
+        stores.folder("az://data/rows", what="the data set", missing=DatasetNotFoundError, secret="mine")
+    assert str(raised.value) == (
+        "what the Secret mine holds for az:// is in a form that cannot be used: check AZURE_STORAGE_CONNECTION_STRING"
+        " or AZURE_STORAGE_ACCOUNT_NAME there, each whole and as the store gives it"
+    )
+    assert SECRET_VALUE not in "".join(traceback.format_exception(raised.value))
+
+
+@pytest.mark.usefixtures("azure")
+def test_an_account_of_a_secret_is_not_replaced_by_that_of_the_store(tmp_path: Path) -> None:
+    stores = mounted_secret(tmp_path, AZURE_STORAGE_ACCOUNT_NAME="mine", AZURE_STORAGE_ACCOUNT_KEY="a2V5")
+    folder = stores.folder("az://data/rows", what="the data set", missing=DatasetNotFoundError, secret="mine")
+    assert "AccountName=mine;AccountKey=a2V5;" in folder._filesystem.connection
+    (tmp_path / "secrets/mine/AZURE_STORAGE_ACCOUNT_KEY").unlink()
+    with pytest.raises(SecretNotFoundError, match="and no AZURE_STORAGE_ACCOUNT_KEY: add the key"):
+        stores.folder("az://data/rows", what="the data set", missing=DatasetNotFoundError, secret="mine")
 
 
 @pytest.mark.usefixtures("uploaded")

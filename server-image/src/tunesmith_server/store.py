@@ -21,6 +21,10 @@ CHUNK_BYTES = 8 * 1024 * 1024
 """Bytes per request to the store."""
 CONNECT_SECONDS = 5
 READ_SECONDS = 30
+_KEYS = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "az": "AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+}
 _BAD_CREDENTIALS = ("forbidden:", "credential", "access key")
 
 
@@ -64,22 +68,32 @@ def _options(scheme: str, secret: Mapping[str, str]) -> dict[str, Any]:
             "key": secret.get("AWS_ACCESS_KEY_ID"),
             "secret": secret.get("AWS_SECRET_ACCESS_KEY"),
             "token": secret.get("AWS_SESSION_TOKEN"),
-            "endpoint_url": secret.get("AWS_ENDPOINT_URL"),
+            "endpoint_url": secret.get("AWS_ENDPOINT_URL") or secret.get("AWS_ENDPOINT_URL_S3"),
             "client_kwargs": {"region_name": secret.get("AWS_REGION") or "us-east-1"},
             "config_kwargs": {
                 "connect_timeout": CONNECT_SECONDS,
                 "read_timeout": READ_SECONDS,
                 "retries": {"max_attempts": 2},
+                # The environment's, which is another store's where there is a Secret; else it is given above.
+                "ignore_configured_endpoint_urls": True,
             },
         }
     if scheme == "gs":
         return {"token": _service_account(secret), "access": "read_only"}
     if scheme == "az":
-        return {
-            "account_name": secret.get("AZURE_STORAGE_ACCOUNT_NAME"),
-            "account_key": secret.get("AZURE_STORAGE_ACCOUNT_KEY"),
-        }
+        return _azure_options(secret)
     raise StoreError(f"Locations of the kind {scheme}:// are not read: use s3://, gs:// or az://.", permanent=True)
+
+
+def _azure_options(secret: Mapping[str, str]) -> dict[str, str | None]:
+    """The account as a connection string, over which the library puts nothing out of the environment."""
+    connection = secret.get("AZURE_STORAGE_CONNECTION_STRING")
+    name, key = secret.get("AZURE_STORAGE_ACCOUNT_NAME"), secret.get("AZURE_STORAGE_ACCOUNT_KEY")
+    if not connection and name and key:
+        connection = (
+            f"DefaultEndpointsProtocol=https;AccountName={name};AccountKey={key};EndpointSuffix=core.windows.net"
+        )
+    return {"account_name": name, "account_key": key, "connection_string": connection}
 
 
 def _service_account(secret: Mapping[str, str]) -> dict[str, Any] | None:
@@ -97,7 +111,14 @@ def _service_account(secret: Mapping[str, str]) -> dict[str, Any] | None:
 def _filesystem(scheme: str, secret: Mapping[str, str]) -> Any:  # noqa: ANN401 - fsspec has no types
     options = _options(scheme, secret) | {"skip_instance_cache": True, "use_listings_cache": False}
     if scheme != "gs":
-        return fsspec.filesystem(scheme, **options)
+        try:
+            return fsspec.filesystem(scheme, **options)
+        except (ValueError, TypeError):  # nothing of what they say, it may hold parts of a key
+            message = (
+                f"The credentials for {scheme}:// are in a form that cannot be used: check {_KEYS[scheme]}, each whole"
+                " and as the store gives it."
+            )
+            raise StoreError(message, permanent=True) from None
     # Not the class that fsspec knows: it asks over gRPC for features that nothing here uses.
     from gcsfs.core import GCSFileSystem  # noqa: PLC0415
 
@@ -116,7 +137,7 @@ class StoreFolder:
         secret: credentials by the names of the Secret's keys, as `secret_values` gives them.
 
     Raises:
-        StoreError: the scheme is not one of these, or the key of a service account is none.
+        StoreError: the scheme is not one of these, or the credentials cannot be used.
     """
 
     def __init__(self, uri: str, secret: Mapping[str, str]) -> None:

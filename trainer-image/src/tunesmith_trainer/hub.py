@@ -9,6 +9,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 
+from tunesmith_trainer.credentials import hub_endpoint
 from tunesmith_trainer.errors import AccessDeniedError, InvalidSpecError, StorageUnavailableError, TrainerError
 from tunesmith_trainer.store import attempted, said
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 TOKEN = "HF_TOKEN"  # noqa: S105 - a name, not a secret
-ENDPOINT = "HF_ENDPOINT"
 _DENIED = frozenset({401, 403, 404})
 """The Hub does not tell a repository that is not there from one that the token must not see."""
 _WORTH_A_RETRY = frozenset({408, 409, 412, 425, 429})
@@ -51,7 +51,7 @@ class Repository:
         self._name = name
         self._credentials = credentials
         self._retry = retry
-        self._hub = HfApi(endpoint=values.get(ENDPOINT) or None, token=token)
+        self._hub = HfApi(endpoint=hub_endpoint(values), token=token)
 
     def create(self) -> None:
         """Makes the repository, private, where there is none, and asks whether the token may write to it.

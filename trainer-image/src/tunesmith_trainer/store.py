@@ -7,11 +7,12 @@ import errno
 import hashlib
 import logging
 import os
+import re
 import time
 from dataclasses import dataclass
+from glob import has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
 
 from botocore.exceptions import (
     BotoCoreError,
@@ -42,6 +43,14 @@ log = logging.getLogger(__name__)
 _CHUNK = 8 * 2**20
 _WRITE_CHECK = "tunesmith-write-check"
 _SCHEMES = ("hf", "s3", "gs", "az", "pvc", "file")
+_NO_NAMES = {
+    "s3": (
+        re.compile(r"\?versionId="),
+        "names a version, and only the newest can be read: remove ?versionId=… from it",
+    ),
+    "az": (re.compile(r"[?#]"), "has a '?' or '#', which cannot be read there: give what it names another name"),
+}
+"""By scheme, what its library takes for something else than a part of a name."""
 # Codes that botocore hands through and s3fs does not translate to PermissionError.
 _DENIED_CODES = frozenset(
     {
@@ -320,7 +329,11 @@ class Folder:
 
         def removed() -> None:
             with contextlib.suppress(FileNotFoundError):
-                self._filesystem.rm(self._path, recursive=True)
+                if self._is_local or not has_magic(self._path):
+                    self._filesystem.rm(self._path, recursive=True)
+                    return
+                for place in self._filesystem.find(self._path):  # `rm` would take the name for a pattern
+                    self._filesystem.rm_file(place)
 
         self._attempted(removed)
 
@@ -444,13 +457,13 @@ class Stores:
         """The folder at `uri`.
 
         Raises:
-            InvalidSpecError: the scheme is unknown or not allowed here.
+            InvalidSpecError: the scheme is unknown or not allowed here, or the store cannot have such a name.
             SecretNotFoundError: the Secret is not mounted, or has no key that the scheme needs.
             AccessDeniedError: what its key holds is none.
         """
-        parts = urlsplit(uri)
-        scheme, place, root = parts.scheme, f"{parts.netloc}{parts.path}", None
-        if scheme not in _SCHEMES or not place.strip("/"):
+        scheme, _, place = uri.partition("://")  # no parser of urls: in a path `#`, `?` and `%` mean themselves
+        root = None
+        if scheme not in _SCHEMES or not place.strip("/") or (scheme == "file") != place.startswith("/"):
             raise InvalidSpecError(
                 f"the uri {uri} of {what} is none of {', '.join(f'{name}://' for name in _SCHEMES)} with a path"
             )
@@ -459,20 +472,20 @@ class Stores:
                 f"{what} is at {uri}, and file:// is allowed only where no cluster runs the job (tunesmith run):"
                 " use s3:// or another store"
             )
+        if scheme in _NO_NAMES and _NO_NAMES[scheme][0].search(place):
+            raise InvalidSpecError(f"the uri {uri} of {what} {_NO_NAMES[scheme][1]}")
         if scheme == "hf" and revision:
             place = _hf_revision(place, revision)
         if scheme == "pvc":
+            root = Path(claim_path(f"pvc://{place.partition('/')[0]}"))
             place = claim_path(uri)
-            root = Path(claim_path(f"pvc://{parts.netloc}"))
         values, credentials = self.credentials(secret)
         if secret is not None:
             check_keys(scheme, values, secret)
         try:
-            opened = filesystem(scheme, values, credentials)
+            opened = filesystem(scheme, values, credentials, alone=secret is not None)
         except ImportError as error:
             raise InvalidSpecError(f"{what} is at {uri}, and this image cannot read {scheme}://: {error}") from None
-        if scheme == "file":
-            place = parts.path
         return Folder(
             uri=uri,
             filesystem=opened,

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.api.conditions import FineTuneJobCondition
-from tunesmith.contracts.location import ARTIFACT_FOLDER, ARTIFACT_MANIFEST, TEMPORARY_FOLDER
+from tunesmith.contracts.location import ARTIFACT_FOLDER, ARTIFACT_MANIFEST, TEMPORARY_FOLDER, plain_uri
 from tunesmith.contracts.owner import OWNER_FILE
 
 if TYPE_CHECKING:
@@ -90,9 +90,9 @@ class Resources:
 
     @cached_property
     def told(self) -> list[tuple[str, str]]:
-        """Every string of a spec or a status, with the resource that says it."""
+        """Every uri of a spec or a status, in its one spelling, with the resource that says it."""
         return [
-            (text, f"{item['kind']} {item['metadata']['namespace']}/{item['metadata']['name']}")
+            (plain_uri(text), f"{item['kind']} {item['metadata']['namespace']}/{item['metadata']['name']}")
             for item in (*self.jobs, *self.others)
             for text in _strings([item.get("spec"), item.get("status")])
             if "://" in text
@@ -142,7 +142,7 @@ def leftovers(
         found: the folders that `left` gave.
         owners: by the folder's path, what is written in its `owner.json`; None where there is none.
         seen: the cluster.
-        store: uri of the store's root, without a slash at its end.
+        store: uri of the store's root, as `plain_uri` spells it.
         now: the time, UTC.
         older_than: what was written later stays: a pod of a job that was just deleted may still write.
         artifacts: whether published artifacts may go too.
@@ -211,7 +211,7 @@ def _complete(job: Object) -> bool:
 
 def _strings(value: object) -> Iterator[str]:
     if isinstance(value, str):
-        yield value.rstrip("/")
+        yield value
     elif isinstance(value, dict):
         for entry in value.values():
             yield from _strings(entry)

@@ -51,9 +51,7 @@ def gc(
     Example: tunesmith gc --store s3://tunesmith/store -A --older-than 7d --delete
     """
     floor = duration(older_than)
-    found, opened = asyncio.run(
-        _find(store.rstrip("/"), namespace, floor, artifacts=artifacts, everywhere=all_namespaces)
-    )
+    found, opened = asyncio.run(_find(store, namespace, floor, artifacts=artifacts, everywhere=all_namespaces))
     going = [leftover for leftover in found if leftover.kept is None]
     failed = _remove(opened, going) if delete else {}
     if output_format is Format.JSON:
@@ -107,19 +105,28 @@ async def _find(
         if any(file.path == f"{folder.path}/{OWNER_FILE}" for file in folder.files)
     }
     found = garbage.leftovers(
-        folders, owners, seen, store, now=datetime.now(UTC), older_than=older_than, artifacts=artifacts
+        folders, owners, seen, opened.uri, now=datetime.now(UTC), older_than=older_than, artifacts=artifacts
     )
     return found, opened
 
 
 def _remove(store: Store, going: list[Leftover]) -> dict[str, str]:
-    """Removes them; by uri, why one was not."""
+    """Removes them; by uri, why one was not.
+
+    Where a part of a folder stays, its other parts do: the last one holds the owner, without whom nobody removes it.
+    """
     failed = {}
+    staying = set()
     for leftover in going:
+        uri, folder = store.uri_of(leftover), leftover.folder.path
+        if folder in staying:
+            failed[uri] = f"another part of its folder was not, and {OWNER_FILE} goes last: run this again"
+            continue
         try:
             store.remove([file.path for file in leftover.files])
         except CliError as error:
-            failed[store.uri_of(leftover)] = str(error)
+            failed[uri] = str(error)
+            staying.add(folder)
     return failed
 
 

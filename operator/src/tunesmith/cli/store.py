@@ -6,7 +6,6 @@ import os
 import re
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import obstore
 from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
@@ -15,7 +14,7 @@ from pydantic import ValidationError
 
 from tunesmith.cli.errors import CliError, Exit
 from tunesmith.cli.garbage import StoredFile
-from tunesmith.contracts.location import TEMPORARY_FOLDER
+from tunesmith.contracts.location import TEMPORARY_FOLDER, plain_uri
 from tunesmith.contracts.owner import Owner
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ class Store:
     """A folder of a bucket, with the credentials of the environment.
 
     Args:
-        uri: `s3://bucket/folder`, without a slash at its end.
+        uri: `s3://bucket/folder`, in any spelling.
         patience: how long an outage is waited out.
 
     Raises:
@@ -40,21 +39,29 @@ class Store:
     """
 
     def __init__(self, uri: str, patience: timedelta) -> None:
-        parts = urlsplit(uri)
-        if parts.scheme != "s3" or not parts.netloc:
+        self.uri = plain_uri(uri)
+        """In its one spelling."""
+        scheme, _, place = self.uri.partition("://")
+        bucket, _, folder = place.partition("/")
+        if scheme != "s3" or not bucket:
             raise CliError(
                 f"--store {uri} is none that this command can clean, which is s3://bucket/folder: in other stores, let"
                 f" a lifecycle rule remove what is old in the folders {TEMPORARY_FOLDER}/",
                 Exit.USAGE,
             )
-        self._uri = uri
+        if not {"?", "#"}.isdisjoint(place) or ".." in place.split("/"):
+            raise CliError(
+                f"--store {uri} has a '?', a '#' or '..', which no store has: write bucket and folder alone, as in"
+                " s3://bucket/folder",
+                Exit.USAGE,
+            )
         config: dict[str, Any] = {"region": os.environ.get("AWS_REGION") or "us-east-1"}
         endpoint = os.environ.get("AWS_ENDPOINT_URL")
         if endpoint:
             config["endpoint"] = endpoint
         self._store = S3Store(
-            parts.netloc,
-            prefix=parts.path.strip("/") or None,
+            bucket,
+            prefix=folder or None,
             client_options={"allow_http": (endpoint or "").startswith("http://"), "timeout": "60s"},
             retry_config={"max_retries": 5, "retry_timeout": patience},
             **config,
@@ -63,7 +70,7 @@ class Store:
     def uri_of(self, leftover: Leftover) -> str:
         """Where it lies."""
         tail = f"/{TEMPORARY_FOLDER}" if leftover.part == TEMPORARY_FOLDER else ""
-        return f"{self._uri}/{leftover.folder.path}{tail}"
+        return f"{self.uri}/{leftover.folder.path}{tail}"
 
     def files(self, namespace: str | None) -> list[StoredFile]:
         """Everything in the store, or in the namespace's part of it.
@@ -71,7 +78,7 @@ class Store:
         Raises:
             CliError: it cannot be read.
         """
-        with self._told(f"read {self._uri}"):
+        with self._told(f"read {self.uri}"):
             return [
                 StoredFile(entry["path"], entry["size"], entry["last_modified"])
                 for page in obstore.list(self._store, prefix=namespace)
@@ -84,7 +91,7 @@ class Store:
         Raises:
             CliError: the store did not answer.
         """
-        with self._told(f"read {self._uri}/{path}"):
+        with self._told(f"read {self.uri}/{path}"):
             data = obstore.get(self._store, path).bytes().to_bytes()
         try:
             return Owner.model_validate_json(data)
@@ -98,7 +105,7 @@ class Store:
             CliError: one cannot be removed; those behind it are left.
         """
         for path in paths:
-            with self._told(f"remove {self._uri}/{path}"):
+            with self._told(f"remove {self.uri}/{path}"):
                 obstore.delete(self._store, path)
 
     @contextmanager

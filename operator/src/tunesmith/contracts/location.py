@@ -17,6 +17,12 @@ CLAIMS_FOLDER = "/mnt/claims"
 _DIGEST = re.compile(r"^sha256:([0-9a-f]{64})$")
 
 
+def plain_uri(uri: str) -> str:
+    """The one spelling of a uri in a bucket, to compare with: its scheme in lower case, one slash between two names."""
+    scheme, _, place = uri.partition("://")
+    return f"{scheme.lower()}://{'/'.join(name for name in place.split('/') if name not in {'', '.'})}"
+
+
 def job_folder(store: str, namespace: str, name: str, uid: str) -> str:
     """The folder of a FineTuneJob: `<store>/<namespace>/<job>-<uid>`, without a slash at its end."""
     return f"{store.rstrip('/')}/{namespace}/{name}-{uid}"
