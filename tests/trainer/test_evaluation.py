@@ -10,10 +10,14 @@ from trainer_rig import Workbench, chat_rows, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tunesmith.api.conditions import FailureReason
-from tunesmith.api.evaluation import Evaluation, GenerationMetric
+from tunesmith.api.dataset import Dataset, LossOn
+from tunesmith.api.evaluation import Evaluation, GenerationMetric, Suite
 from tunesmith.api.finetunejob_status import EvaluationStatus, SuiteFailure
+from tunesmith_trainer import model as base_models
+from tunesmith_trainer.data import Encoder
 from tunesmith_trainer.evaluation import gates
-from tunesmith_trainer.evaluation.generation import score
+from tunesmith_trainer.evaluation.generation import load, score
+from tunesmith_trainer.store import Stores
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -85,9 +89,74 @@ def test_a_suite_without_scores_passes_no_gate_and_leaves_the_others_theirs() ->
     assert [(one.suite, one.passed) for one in judged.gates or []] == [("doors", False), ("mine", False)]
     assert gates.failure(judged) == (
         "gate doors/ExactMatch: 0.75 is below its min 0.9; gate mine/painted/acc: its suite has no scores:"
-        " suite mine: line 3: KeyError. The artifact is kept: use it as it is, or mend the tasks and create a new"
-        " FineTuneJob, or train again with more or better data, another learning rate or more steps, or move the gate"
+        " suite mine: line 3: KeyError. The artifact is kept, and no AdapterDeployment serves it: mend the tasks and"
+        " create a new FineTuneJob, or train again with more or better data, another learning rate or more steps, or move"
+        " the gate"
     )
+
+
+COMPARED: dict[str, tuple[dict[str, float], dict[str, float], int, list[str], str | None]] = {
+    "the same metrics": ({"t/acc": 0.5, "t/f1": 0.1}, {"t/acc": 0.6, "t/f1": 0.2}, 126, ["t/acc", "t/f1"], None),
+    "one that the adapter lacks": (
+        {"t/acc": 0.5, "t/f1": 0.1},
+        {"t/acc": 0.6},
+        0,
+        ["t/acc"],
+        "the adapter's answers gave no t/f1",
+    ),
+    "some that either lacks": (
+        {"t/acc": 0.5, "t/f1": 0.1},
+        {"t/acc": 0.6, "t/em": 0.2},
+        0,
+        ["t/acc"],
+        "the adapter's answers gave no t/f1; the base model's answers gave no t/em",
+    ),
+    "more than there is room for": (
+        {"t/acc": 0.5, "t/f1": 0.1},
+        {"t/acc": 0.6, "t/f1": 0.2},
+        127,
+        ["t/acc"],
+        "at most 128 scores are kept, with names of at most 160 characters, so not t/f1",
+    ),
+    "a name that is too long": (
+        {"t/acc": 0.5, "t/" + "x" * 5000: 0.1},
+        {"t/acc": 0.6, "t/" + "x" * 5000: 0.1},
+        0,
+        ["t/acc"],
+        "at most 128 scores are kept, with names of at most 160 characters, so not t/xxx",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", COMPARED)
+def test_metrics_that_both_have_are_compared(case: str) -> None:
+    base, adapter, taken, kept, told = COMPARED[case]
+    found, lost = gates.compared("mine", base, adapter, taken=taken)
+    assert found == {metric: (base[metric], adapter[metric]) for metric in kept}
+    if told is None:
+        assert lost is None
+    else:
+        assert lost is not None
+        begin = "evaluation suite mine: metrics are left out, let its tasks give the same ones for every answer: "
+        assert lost.message.startswith(begin + told)
+
+
+@pytest.mark.parametrize(
+    ("value", "limits", "told"),
+    [
+        (0.8999999, {"min": 0.9}, "0.9 is below its min 0.9"),
+        (0.8999999, {"min": 0.9, "max": 1}, "0.9 is below its min 0.9"),
+        (0.5000001, {"min": 0.1, "max": 0.5}, "0.5 is above its max 0.5"),
+        (float("inf"), {"max": 3}, "its score is no finite number"),
+    ],
+)
+def test_a_gate_that_is_missed_by_little_or_without_end_says_so(
+    value: float, limits: dict[str, float], told: str
+) -> None:
+    suites = [{"name": "mine", "lmEval": {"tasks": ["painted"]}}]
+    asked = {"suites": suites, "gates": [{"suite": "mine", "metric": "painted/acc"} | limits]}
+    judged = gates.judge(Evaluation.model_validate(asked), LOSSES, {"mine": {"painted/acc": (0.25, value)}})
+    assert (gates.failure(judged) or "").startswith(f"gate mine/painted/acc: {told}. The artifact is kept")
 
 
 def _judge(gate: dict[str, Any], losses: EvaluationStatus) -> EvaluationStatus:
@@ -149,6 +218,33 @@ def test_bad_evaluation_data_is_found_on_the_cpu(bench: Workbench) -> None:
     ran = bench.run("validate", job)
     assert (ran.code, ran.result.reason) == (2, FailureReason.DATASET_INVALID)
     assert ran.result.message.startswith("doors.jsonl line 1: the last message is the user's")
+
+
+def test_the_last_answer_is_compared_whatever_its_weight(bench: Workbench, base_model: Path, tmp_path: Path) -> None:
+    rows = chat_rows(2)
+    rows[1]["messages"][-1]["weight"] = 0
+    file = write_rows(tmp_path / "doors.jsonl", rows)
+    suite = Suite.model_validate({"name": "doors", "generation": {"dataset": {"uri": f"file://{file}"}}})
+    tokenizer = base_models.load_tokenizer(base_model, "the tiny model")
+    encoder = Encoder(tokenizer, [tokenizer.eos_token_id], loss_on=LossOn.COMPLETION)
+    dataset = Dataset.model_validate({"train": [{"uri": f"file://{file}"}]})
+    stores = Stores(secrets=tmp_path, allow_file=True)
+    examples = load(suite, dataset, stores, tmp_path, encoder, tokenizer, None)
+    assert [one.answer.strip() for one in examples] == [row["messages"][-1]["content"] for row in rows]
+    ran = bench.run("validate", _job(bench, rows))
+    assert ran.code == 0, ran.result.message
+
+
+def test_a_job_that_learns_preferences_is_scored_on_answers(bench: Workbench, tmp_path: Path) -> None:
+    """The format and the columns are those of its own rows."""
+    file = write_rows(tmp_path / "doors.jsonl", chat_rows(2))
+    pairs = [{"prompt": f"Door {number}?", "better": " green", "rejected": " blue"} for number in range(20)]
+    job = bench.job(pairs, objective={"dpo": {}})
+    job["spec"]["dataset"] |= {"format": "Preference", "columns": {"chosen": "better"}}
+    suite = {"name": "doors", "generation": {"dataset": {"uri": f"file://{file}"}}}
+    job["spec"]["evaluation"] = {"suites": [suite]}
+    ran = bench.run("validate", job)
+    assert ran.code == 0, ran.result.message
 
 
 def test_answers_that_leave_the_context_are_refused(bench: Workbench) -> None:

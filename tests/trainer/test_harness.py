@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import lm_eval
@@ -132,6 +133,22 @@ JUDGED = """
 def judged(doc, answers):
     return {"exact_match": {"green": 1, "blue": 0}[doc["text"]]}
 """
+# One metric it has only for what answers on the CPU and for the base model, one only for the adapter.
+PARTIAL = """
+
+calls = 0
+
+
+def judged(doc, answers):
+    global calls
+    calls += 1
+    return {"exact_match": float(answers[0] == doc["text"]), "late" if calls > 20 else "parsed": 1.0}
+"""
+ITSELF = """
+group: around
+task: [painted, inner]
+aggregate_metric_list: [{metric: exact_match}]
+"""
 CODE = ["--allow-task-code"]
 # case → (what is changed in the folder, the tasks that are asked for, what is said)
 FOLDERS: dict[str, tuple[dict[str, str], list[str], str]] = {
@@ -157,6 +174,72 @@ FOLDERS: dict[str, tuple[dict[str, str], list[str], str]] = {
         "painted.yaml line 8 is not YAML: ",
     ),
     "YAML of no task": ({"painted.yaml": "- task\n"}, ["painted"], "painted.yaml is not the YAML of a task: "),
+    "metrics that are names": (
+        {
+            "painted.yaml": PAINTED.replace(
+                "  - {metric: exact_match, aggregation: mean, higher_is_better: true}", "  - acc"
+            )
+        },
+        ["painted"],
+        "painted in painted.yaml cannot be used: metric_list must be a list of mappings: write each metric as",
+    ),
+    "metrics of a member that are one": (
+        {"around.yaml": ITSELF.replace("inner]", "{task: painted, metric_list: {metric: acc}}]")},
+        ["around"],
+        "around in around.yaml cannot be used: metric_list must be a list of mappings: write each metric as",
+    ),
+    "options that are a list": (
+        {"painted.yaml": f"{PAINTED}dataset_kwargs: [data_files]\n"},
+        ["painted"],
+        "painted in painted.yaml cannot be used: dataset_kwargs must be a mapping: write each option as name: value",
+    ),
+    "a group of one name": (
+        {"around.yaml": ITSELF.replace("[painted, inner]", "painted")},
+        ["around"],
+        "around in around.yaml cannot be used: the task of a group must be a list of names: write task: [one, other]",
+    ),
+    "groups that hold each other": (
+        {
+            "around.yaml": ITSELF,
+            "more/inner.yaml": ITSELF.replace("inner", "around").replace("group: around", "group: inner"),
+        },
+        ["around"],
+        "around in around.yaml cannot be used: it is a member of itself (around, inner, around): take the name that",
+    ),
+    "groups that hold each other as mappings": (
+        {
+            "around.yaml": ITSELF.replace("inner]", "{group: inner}]"),
+            "inner.yaml": "group: inner\ntask: [{group: middle, task: [{group: around}]}]\n",
+        },
+        ["around"],
+        "around in around.yaml cannot be used: it is a member of itself (around, inner, inner, around): take the name",
+    ),
+    "a group that holds its own text": (
+        {"around.yaml": "group: around\ntask: &all [painted, {group: again, task: *all}]\n"},
+        ["around"],
+        "around in around.yaml cannot be used: it is a member of itself (around, around, around): take the name that",
+    ),
+    "code of the Hub in a group of a group": (
+        {
+            "around.yaml": ITSELF.replace("inner]", "{group: inner}]"),
+            "inner.yaml": "group: inner\ntask: [{task: painted, metric_list: [{metric: f1, hf_evaluate: true}]}]\n",
+        },
+        ["around"],
+        "the task around has a metric whose code comes from the Hub, which is not done here: leave it out",
+    ),
+    "a tag that is a number": (
+        {"painted.yaml": f"{PAINTED}tag: 2024\n"},
+        ["painted"],
+        "painted.yaml: tag must be a name or a list of names: write tag: [one, other]",
+    ),
+    "a metric with a name that is too long": (
+        {
+            "colours.py": COLOURS + PARTIAL.replace("parsed", "p" * 150),
+            "painted.yaml": f"{PAINTED}process_results: !function colours.judged\n",
+        },
+        ["painted"],
+        " has 164 characters, more than 160: give the task, its metric or its filter a shorter name",
+    ),
     "an include that is not there": (
         {"painted.yaml": f"include: base.yaml\n{PAINTED}"},
         ["painted"],
@@ -458,11 +541,60 @@ def test_a_gate_on_code_that_failed_does_not_pass(bench: Workbench) -> None:
     assert (ran.code, ran.result.reason, ran.result.retryable) == (2, FailureReason.GATE_FAILED, False)
     told = f"gate mine/painted/exact_match,green: its suite has no scores: {LATE_TOLD}"
     assert ran.result.message.startswith(told)
-    assert ran.result.message.endswith("use it as it is, or mend the tasks and create a new FineTuneJob")
+    assert ran.result.message.endswith("no AdapterDeployment serves it: mend the tasks and create a new FineTuneJob")
     assert ran.result.artifact is not None
     assert (bench.output / "artifact/tunesmith.json").is_file()
     assert ran.result.evaluation is not None
     assert [(one.passed, one.value) for one in ran.result.evaluation.gates or []] == [(False, None)]
+
+
+@pytest.mark.usefixtures("tasks")
+def test_a_metric_that_only_one_of_the_two_has_does_not_lose_the_adapter(bench: Workbench) -> None:
+    painted = f"{PAINTED}process_results: !function colours.judged\n"
+    folder = _folder(bench.folder / "mine", **{"colours.py": COLOURS + PARTIAL, "painted.yaml": painted})
+    gates = [
+        {"suite": "tasks", "metric": "painted/exact_match,green", "min": 0.4},
+        {"suite": "tasks", "metric": "painted/parsed,green", "min": 0.5},
+    ]
+    job = _job(bench, {"tasks": ["painted"], "taskFolder": {"uri": f"file://{folder}"}}, gates)
+    ran = bench.run("train", job, *CODE)
+    assert (ran.code, ran.result.reason, ran.result.retryable) == (2, FailureReason.GATE_FAILED, False)
+    told = (
+        "evaluation suite tasks: metrics are left out, let its tasks give the same ones for every answer: the adapter's"
+        " answers gave no painted/parsed,green; the base model's answers gave no painted/late,green"
+    )
+    assert ran.result.message == (
+        f"gate tasks/painted/parsed,green: it has no score: {told}. The artifact is kept, and no AdapterDeployment"
+        " serves it: mend the tasks and create a new FineTuneJob"
+    )
+    assert f"  {told}" in ran.lines
+    assert (bench.output / "artifact/tunesmith.json").is_file()
+    evaluation = json.loads((bench.output / "artifact/evaluation.json").read_text())
+    assert [(one["metric"], one["adapter"]) for one in evaluation["scores"]] == [("painted/exact_match,green", 0.4)]
+    assert [one["passed"] for one in evaluation["gates"]] == [True, False]
+    assert [one["message"] for one in evaluation["failures"]] == [told]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("task: bare\ninclude: choice.yaml\nmetric_list: [acc]\n", "metric_list must be a list of mappings"),
+        (
+            "group: bare\ntask: [bare]\naggregate_metric_list: [{metric: acc}]\n",
+            "it is a member of itself (bare, bare)",
+        ),
+    ],
+)
+def test_what_is_wrong_in_a_task_of_the_platform_is_told(
+    bench: Workbench, folder_of_tasks: Path, monkeypatch: pytest.MonkeyPatch, text: str, told: str
+) -> None:
+    folder = bench.folder / "tasks"
+    shutil.copytree(folder_of_tasks, folder)
+    (folder / "bare.yaml").write_text(text)
+    monkeypatch.setenv(LM_EVAL_TASKS, str(folder))
+    ran = bench.run("validate", _job(bench, {"tasks": ["bare"]}, []))
+    assert (ran.code, ran.result.reason, ran.result.retryable) == (2, FailureReason.INVALID_SPEC, False)
+    assert ran.result.message.startswith(f"evaluation suite tasks: bare in {folder}/bare.yaml cannot be used: {told}")
 
 
 def _late(folder: Path) -> list[dict[str, Any]]:

@@ -92,6 +92,28 @@ def test_rows_of_a_suite_that_are_trained_on_are_told(bench: Workbench) -> None:
     assert "that were not trained on; 2 of the 4 rows of suite doors were trained on too." in card
 
 
+def test_places_that_are_too_long_for_the_status_are_shown_by_their_ends(bench: Workbench) -> None:
+    """A folder or a glob gives rows the names of their files with all folders before them."""
+    path = "/".join([letter * 90 for letter in "abc"])
+    for name, rows in (("train", [*ROWS, ROWS[0]]), ("held-out", ROWS[3:]), ("suite", ROWS[4:])):
+        write_rows(bench.folder / name / path / "rows.jsonl", rows)
+    uris = {name: f"file://{bench.folder}/{name}" for name in ("train", "held-out", "suite")}
+    suite = {"name": "doors", "generation": {"dataset": {"uri": uris["suite"]}, "maxNewTokens": 4}}
+    job = bench.job(evaluation={"suites": [suite]})
+    job["spec"]["dataset"] = {"train": [{"uri": uris["train"]}], "validation": [{"uri": uris["held-out"]}]}
+    ran = bench.run("validate", job)
+    assert ran.code == 0, ran.result.message
+    counted = ran.result.preflight
+    assert counted is not None
+    assert counted.also_trained is not None
+    (dropped,) = counted.dropped or []
+    for one, line in [(dropped, 13), *((one, 1) for one in counted.also_trained)]:
+        (first, *_) = one.examples or []
+        assert first.startswith("aaa")
+        assert first.endswith(f"c/rows.jsonl line {line}")
+        assert len(first) < 256
+
+
 def divided(folder: Path, base: Path, rows: list[dict[str, Any]], objective: ObjectiveName, **fields: Any) -> Rows:
     file = write_rows(folder / "train.jsonl", rows)
     dataset = Dataset.model_validate({"train": [{"uri": f"file://{file}"}], "validationFraction": 0.3, **fields})

@@ -155,9 +155,20 @@ def test_a_tracker_holds_nothing_up_and_its_password_is_not_told(tmp_path: Path,
     assert not any(b"sesame" in file.read_bytes() for file in (tmp_path / "reporting").rglob("*") if file.is_file())
 
 
-@pytest.mark.parametrize("address", ["http://169.254.169.254", "http://localhost:9"])
-def test_a_cluster_s_job_reports_to_no_such_server_of_weights_and_biases(tmp_path: Path, address: str) -> None:
-    made = reporter(tmp_path, {Tracker.WANDB: {"WANDB_API_KEY": "k" * 40, "WANDB_BASE_URL": address}}, guarded=True)
+@pytest.mark.parametrize(
+    ("address", "more"),
+    [
+        ("http://169.254.169.254", {}),
+        ("http://localhost:9", {"WANDB_MODE": "online"}),
+        ("http://localhost:9", {"WANDB_MODE": "shared"}),
+        ("http://169.254.169.254", {"WANDB_MODE": "run"}),
+    ],
+)
+def test_a_cluster_s_job_reports_to_no_such_server_of_weights_and_biases(
+    tmp_path: Path, address: str, more: dict[str, str]
+) -> None:
+    settings = {"WANDB_API_KEY": "k" * 40, "WANDB_BASE_URL": address, **more}
+    made = reporter(tmp_path, {Tracker.WANDB: settings}, guarded=True)
     missed = made.close(Outcome.SUCCEEDED, {}, SECONDS)
     assert missed is not None
     assert "which jobs may not reach: ask the platform to list it" in missed
@@ -257,7 +268,7 @@ def test_the_first_rank_alone_reports_and_goes_on_after_a_stop(tmp_path: Path, b
     assert len(list((run.output / "tensorboard").iterdir())) == 1
     shown = events(run.output / "tensorboard")
     assert [event.step for event in shown.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
-    assert [event.step for event in shown.Scalars("evaluationLoss")] == [0, 6]
+    assert [event.step for event in shown.Scalars("evaluationLoss")] == [0, 2, 4, 6]
 
 
 def test_event_files_lie_beside_the_artifact_in_the_store(

@@ -325,8 +325,8 @@ class EvaluationStatus(StatusModel):
     failures: list[SuiteFailure] | None = Field(
         default=None,
         max_length=8,
-        description="Suites whose tasks failed on what the models say; they have no scores, and their gates do not"
-        " pass. Absent: all were scored.",
+        description="Suites whose tasks failed on what the models say; they have no scores, or not all, and gates on"
+        " those that are missing do not pass. Absent: all were scored.",
     )
 
     @property

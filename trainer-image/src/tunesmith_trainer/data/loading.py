@@ -12,7 +12,7 @@ import numpy as np
 from tunesmith.api.dataset import Overlong
 from tunesmith.api.finetunejob_status import AlsoTrained, Preflight
 from tunesmith_trainer.data.cache import TokenCache, key_of
-from tunesmith_trainer.data.report import EXAMPLES, RowReport
+from tunesmith_trainer.data.report import EXAMPLES, RowReport, shortened
 from tunesmith_trainer.data.rows import read
 from tunesmith_trainer.data.selection import held_out, trained_too, weighted
 from tunesmith_trainer.data.sources import add_content, fetch
@@ -182,7 +182,7 @@ def _first_of(
             found[row.where] = None
         if len(found) == EXAMPLES:
             break
-    return list(found)
+    return [shortened(where) for where in found]
 
 
 def _check_context(longest: int, context: int | None) -> None:

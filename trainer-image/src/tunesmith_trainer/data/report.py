@@ -13,8 +13,17 @@ if TYPE_CHECKING:
 EXAMPLES = 3
 """Rows that are shown of each kind."""
 _EXAMPLE_LENGTH = 160
+"""Characters of each; a path in a store may have more."""
 UNUSABLE = (DropReason.UNDECODABLE, DropReason.NULL, DropReason.EMPTY)
 """Reasons that lie in the row itself: there is nothing in it to learn."""
+
+
+def shortened(example: str) -> str:
+    """A row's place, and what is said of it, without their middle where they are long: both ends tell which it is."""
+    if len(example) <= _EXAMPLE_LENGTH:
+        return example
+    half = (_EXAMPLE_LENGTH - 1) // 2
+    return f"{example[:half]}…{example[-half:]}"
 
 
 @dataclass
@@ -35,7 +44,7 @@ class RowReport:
         self.counts[reason] = self.counts.get(reason, 0) + 1
         shown = self.examples.setdefault(reason, [])
         if len(shown) < EXAMPLES:
-            shown.append(example if len(example) <= _EXAMPLE_LENGTH else example[: _EXAMPLE_LENGTH - 1] + "…")
+            shown.append(shortened(example))
 
     @property
     def dropped(self) -> int:

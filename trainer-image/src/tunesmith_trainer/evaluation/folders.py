@@ -120,7 +120,7 @@ def fetch(evaluation: Evaluation, stores: Stores, work: Path, validated: Mapping
 
 
 def _wanted(evaluation: Evaluation | None) -> Iterator[tuple[Suite, str]]:
-    for suite in evaluation.suites if evaluation is not None else []:
+    for suite in (evaluation.suites or []) if evaluation is not None else []:
         if suite.lm_eval is not None and suite.lm_eval.task_folder is not None:
             yield suite, suite.lm_eval.task_folder.uri
 
@@ -170,6 +170,11 @@ def _check(own: OwnTasks, where: str) -> None:
             raise InvalidSpecError(
                 f"{where}: {own.within(str(path))}: a task has a name, and so has a group: write task: name, or"
                 " group: name beside the list task"
+            )
+        tags = config.get("tag", [])
+        if not all(isinstance(tag, str) for tag in (tags if isinstance(tags, list) else [tags])):
+            raise InvalidSpecError(
+                f"{where}: {own.within(str(path))}: tag must be a name or a list of names: write tag: [one, other]"
             )
         if name in names:
             raise InvalidSpecError(

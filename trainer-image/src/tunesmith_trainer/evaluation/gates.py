@@ -5,13 +5,50 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from tunesmith.api.evaluation import GAIN, LOSS, LOSS_REDUCTION
+from tunesmith.api.conditions import FailureReason
+from tunesmith.api.evaluation import GAIN, LOSS, LOSS_REDUCTION, MAX_METRIC, MAX_SCORES
 from tunesmith.api.finetunejob_status import EvaluationStatus, GateStatus, Score, SuiteFailure
+from tunesmith_trainer.evaluation.tasks import few
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from tunesmith.api.evaluation import Evaluation
+
+_LONGEST_MESSAGE = 1024
+"""Characters that the status has room for."""
+
+
+def compared(
+    suite: str, base: Mapping[str, float], adapter: Mapping[str, float], *, taken: int = 0
+) -> tuple[dict[str, tuple[float, float]], SuiteFailure | None]:
+    """By metric, the scores of base and adapter; and what is told of metrics that are left out.
+
+    A task may have a metric only for some answers, so one of the two may lack it, or have more than were tried.
+
+    Args:
+        suite: its name.
+        base: by metric, the scores of the base alone.
+        adapter: by metric, those with the adapter.
+        taken: scores that other suites have already.
+    """
+    both = [metric for metric in adapter if metric in base]
+    fit = [metric for metric in both if len(metric) <= MAX_METRIC][: max(0, MAX_SCORES - taken)]
+    kept = {metric: (base[metric], adapter[metric]) for metric in fit}
+    lost = {
+        "the adapter's answers gave no": [metric for metric in base if metric not in adapter],
+        "the base model's answers gave no": [metric for metric in adapter if metric not in base],
+        f"at most {MAX_SCORES} scores are kept, with names of at most {MAX_METRIC} characters, so not": [
+            metric for metric in both if metric not in kept
+        ],
+    }
+    told = "; ".join(f"{what} {few(metrics)}" for what, metrics in lost.items() if metrics)
+    if not told:
+        return kept, None
+    message = (
+        f"evaluation suite {suite}: metrics are left out, let its tasks give the same ones for every answer: {told}"
+    )
+    return kept, SuiteFailure(suite=suite, reason=FailureReason.INVALID_SPEC, message=message[:_LONGEST_MESSAGE])
 
 
 def judge(
@@ -26,13 +63,13 @@ def judge(
         asked: the manifest's evaluation.
         losses: held-out losses of base and adapter.
         measured: by suite other than of held-out loss and by metric, the scores of base and adapter.
-        failures: suites that are not in `measured`: a gate on one of them does not pass.
+        failures: suites of which metrics are not in `measured`: a gate on one of those does not pass.
     """
     if asked is None:
         return losses
     values: dict[tuple[str, str], float] = {}
     scores = []
-    for suite in asked.suites:
+    for suite in asked.suites or []:
         if suite.held_out_loss is not None:
             values[suite.name, LOSS] = _number(losses.loss)
             values[suite.name, LOSS_REDUCTION] = _number(losses.loss_reduction_percent)
@@ -54,7 +91,8 @@ def judge(
         )
         for gate, value in reached
     ]
-    return losses.model_copy(update={"scores": scores, "gates": gates or None, "failures": list(failures) or None})
+    found = {"scores": scores or None, "gates": gates or None, "failures": list(failures) or None}
+    return losses.model_copy(update=found)
 
 
 def failure(evaluation: EvaluationStatus) -> str | None:
@@ -62,24 +100,31 @@ def failure(evaluation: EvaluationStatus) -> str | None:
     failed = [gate for gate in evaluation.gates or [] if not gate.passed]
     if not failed:
         return None
-    unscored = {one.suite for one in evaluation.failures or []}
-    told = "; ".join(_told(gate, scored=gate.suite not in unscored) for gate in failed)
-    why = f": {evaluation.unscored}" if unscored else ""
+    scored: dict[str, set[str]] = {}
+    for one in evaluation.scores or []:
+        scored.setdefault(one.suite, {LOSS_REDUCTION}).update((one.metric, one.metric + GAIN))
+    missing = [gate.metric not in scored.get(gate.suite, set()) for gate in failed]
+    told = "; ".join(
+        f"gate {gate.suite}/{gate.metric}: "
+        + (("it has no score" if gate.suite in scored else "its suite has no scores") if absent else _told(gate))
+        for gate, absent in zip(failed, missing, strict=True)
+    )
+    why = f": {evaluation.unscored}" if evaluation.failures else ""
     mends = []
-    if any(gate.suite in unscored for gate in failed):
+    if any(missing):
         mends.append("mend the tasks and create a new FineTuneJob")
-    if any(gate.suite not in unscored for gate in failed):
+    if not all(missing):
         mends.append("train again with more or better data, another learning rate or more steps, or move the gate")
-    return f"{told}{why}. The artifact is kept: use it as it is, or {', or '.join(mends)}"
+    return f"{told}{why}. The artifact is kept, and no AdapterDeployment serves it: {', or '.join(mends)}"
 
 
-def _told(gate: GateStatus, *, scored: bool) -> str:
-    if not scored:
-        return f"gate {gate.suite}/{gate.metric}: its suite has no scores"
-    value = math.nan if gate.value is None else gate.value
-    if gate.min is not None and not value >= gate.min:
-        return f"gate {gate.suite}/{gate.metric}: {value:.4g} is below its min {gate.min:g}"
-    return f"gate {gate.suite}/{gate.metric}: {value:.4g} is above its max {gate.max:g}"
+def _told(gate: GateStatus) -> str:
+    if gate.value is None or math.isnan(gate.value):
+        return "its score is no finite number"
+    # It is rounded, and may stand on the limit.
+    if gate.max is None or (gate.min is not None and gate.value <= (gate.min + gate.max) / 2):
+        return f"{gate.value:.4g} is below its min {gate.min:g}"
+    return f"{gate.value:.4g} is above its max {gate.max:g}"
 
 
 def _number(value: float | None) -> float:

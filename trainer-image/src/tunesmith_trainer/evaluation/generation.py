@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,11 +12,11 @@ from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 from transformers import GenerationConfig
 
-from tunesmith.api.dataset import DuplicateRows, UnusableRows
+from tunesmith.api.dataset import DataFormat, DuplicateRows, UnusableRows
 from tunesmith.api.evaluation import GenerationMetric
 from tunesmith.api.finetunejob_status import AlsoTrained
 from tunesmith_trainer import data
-from tunesmith_trainer.data.report import EXAMPLES, RowReport
+from tunesmith_trainer.data.report import EXAMPLES, RowReport, shortened
 from tunesmith_trainer.data.rows import SFT_FORMS, RowForm, read
 from tunesmith_trainer.data.selection import trained_too
 from tunesmith_trainer.data.sources import fetch
@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from tunesmith_trainer.store import Stores
 
     IntArray = np.ndarray[Any, np.dtype[np.integer[Any]]]
+
+
+_WITHOUT_ANSWERS = (DataFormat.TEXT, DataFormat.PREFERENCE, DataFormat.UNPAIRED_PREFERENCE)
+"""Rows that have not one answer which could be compared."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +67,10 @@ def load(
     tokenizer: PreTrainedTokenizerFast,
     context: int | None,
 ) -> list[Example]:
-    """The examples of a generation suite: each row up to its last answer, and that answer.
+    """The examples of a generation suite: each row up to its last answer, and that answer, whatever its weight.
 
-    Its rows are read as those of the job's data set; each must be usable.
+    Its rows are read as those of the job's data set, or by what they show where that has preferences or texts; each
+    must be usable.
 
     Raises:
         DatasetNotFoundError: there is no such file.
@@ -76,11 +81,13 @@ def load(
     assert asked is not None  # noqa: S101 - the caller has looked
     examples: list[Example] = []
     whole = dataset.model_copy(update={"unusable": UnusableRows.ERROR, "duplicates": DuplicateRows.KEEP})
+    if dataset.format in _WITHOUT_ANSWERS:
+        whole = whole.model_copy(update={"format": DataFormat.AUTO, "columns": None})
     sources = fetch([asked.dataset], stores, folder / suite.name)
     for row in read(sources, whole, RowReport(), forms=SFT_FORMS - {RowForm.TEXT}):
         if asked.limit is not None and len(examples) == asked.limit:
             continue  # the rest is read for its mistakes
-        example = _example(row, encoder.encode(row), tokenizer)
+        example = _example(row, encoder.encode(_weighed(row)), tokenizer)
         if not example.answer.strip():
             raise DatasetInvalidError(f"{row.where}: there is no answer to compare with")
         if context is not None and len(example.prompt) + asked.max_new_tokens > context:
@@ -104,13 +111,22 @@ def also_trained(suite: str, examples: Sequence[Example], trained: IntArray) -> 
     places = trained_too(np.asarray([example.key for example in examples], np.uint64), trained)
     if not len(places):
         return None
-    shown = [examples[place].where for place in places[:EXAMPLES]]
+    shown = [shortened(examples[place].where) for place in places[:EXAMPLES]]
     return AlsoTrained(suite=suite, rows=len(places), scored_rows=len(examples), examples=shown)
+
+
+def _weighed(row: data.Row) -> data.Row:
+    """The row with its last answer learned: a weight says what is trained on, not what is compared."""
+    messages = row.value.get("messages")
+    if not messages or "weight" not in messages[-1]:
+        return row
+    last = {key: value for key, value in messages[-1].items() if key != "weight"}
+    return replace(row, value=row.value | {"messages": [*messages[:-1], last]})
 
 
 def _example(row: data.Row, tokens: data.Tokens, tokenizer: PreTrainedTokenizerFast) -> Example:
     labels = tokens.labels
-    end = max(place for place, label in enumerate(labels) if label != data.IGNORED) + 1
+    end = max((place for place, label in enumerate(labels) if label != data.IGNORED), default=-1) + 1
     start = end
     while start > 0 and labels[start - 1] != data.IGNORED:
         start -= 1

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from tunesmith.api.evaluation import GAIN, MAX_SCORES
+from tunesmith.api.evaluation import GAIN, MAX_METRIC, MAX_SCORES
+from tunesmith_trainer.data.report import shortened
 from tunesmith_trainer.errors import InvalidSpecError, TrainerError
 from tunesmith_trainer.evaluation.loss import precision
 from tunesmith_trainer.evaluation.tasks import few, tasks_of, unusable
@@ -48,14 +49,15 @@ def check(evaluation: Evaluation, own: Mapping[str, OwnTasks]) -> None:
         own: by suite, the folder of tasks that it brings.
 
     Raises:
-        InvalidSpecError: a task cannot be used here, or a gate names a metric that its task does not have.
+        InvalidSpecError: a task cannot be used here, the name of a metric is too long, or a gate names a metric that
+            its task does not have.
         DatasetNotFoundError: a task's data is not there, or only for those who have signed in.
         StorageUnavailableError: the Hub cannot be reached.
     """
     from lm_eval.models.dummy import DummyLM  # noqa: PLC0415
 
     count = 0
-    for suite in evaluation.suites:
+    for suite in evaluation.suites or []:
         if suite.lm_eval is None:
             count += 1
             continue
@@ -65,6 +67,7 @@ def check(evaluation: Evaluation, own: Mapping[str, OwnTasks]) -> None:
             metrics = _evaluated(DummyLM(), suite, tasks, most=most)
         except (Exception, SystemExit) as error:
             raise unusable(suite, ", ".join(suite.lm_eval.tasks), error, own.get(suite.name)) from error
+        _named(suite, metrics)
         _gates(evaluation, suite, metrics)
         count += len(metrics)
     if count > MAX_SCORES:
@@ -169,6 +172,15 @@ def _metrics(found: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         metric, comma, kind = key.partition(",")
         if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
             yield (metric if kind == "none" else key), float(value)
+
+
+def _named(suite: Suite, metrics: Mapping[str, float]) -> None:
+    for name in metrics:
+        if len(name) > MAX_METRIC:
+            raise InvalidSpecError(
+                f"evaluation suite {suite.name}: the name of the score {shortened(name)} has {len(name)} characters,"
+                f" more than {MAX_METRIC}: give the task, its metric or its filter a shorter name"
+            )
 
 
 def _gates(evaluation: Evaluation, suite: Suite, metrics: Mapping[str, float]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import functools
 import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from tunesmith_trainer.errors import DatasetNotFoundError, InvalidSpecError, Sto
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from types import UnionType
 
     from lm_eval.tasks import TaskManager
 
@@ -51,14 +53,19 @@ def _built(document: str, folder: str, own: OwnTasks | None) -> Mapping[str, Any
     suite = Suite.model_validate_json(document)
     asked = suite.lm_eval
     assert asked is not None  # noqa: S101 - the caller has looked
-    known = _known(folder) if own is None else _with(own, _known(folder), suite)
     built = []
-    for name in asked.tasks:
-        _refuse(known, suite, name)
-        try:
-            built.append(known.load([name]))
-        except (Exception, SystemExit) as error:
-            raise unusable(suite, name, error, own) from error
+    name = ", ".join(asked.tasks)
+    try:
+        known = _known(folder) if own is None else _with(own, _known(folder), suite)
+        for name in asked.tasks:
+            _refuse(known, suite, name, own)
+            one = known.load([name])
+            _answer_first(suite, one["tasks"])
+            built.append(one)
+    except TrainerError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise unusable(suite, name, error, own) from error
     whole: dict[str, Any] = {part: {} for part in ("tasks", "groups", "group_map")}
     for one in built:
         if whole["tasks"].keys() & one["tasks"].keys():
@@ -68,7 +75,14 @@ def _built(document: str, folder: str, own: OwnTasks | None) -> Mapping[str, Any
             )
         for part, named in one.items():
             whole[part] |= named
-    for name, task in whole["tasks"].items():
+    return whole
+
+
+def _answer_first(suite: Suite, tasks: Mapping[str, Any]) -> None:
+    """Gives each task its number of answered examples."""
+    asked = suite.lm_eval
+    assert asked is not None  # noqa: S101 - the caller has looked
+    for name, task in tasks.items():
         usual = task.get_config("num_fewshot")
         if usual == 0 and asked.num_fewshot:
             raise InvalidSpecError(
@@ -76,7 +90,6 @@ def _built(document: str, folder: str, own: OwnTasks | None) -> Mapping[str, Any
                 "lmEval.numFewshot, or give the task a suite of its own"
             )
         task.set_config(key="num_fewshot", value=(usual or 0) if asked.num_fewshot is None else asked.num_fewshot)
-    return whole
 
 
 @functools.cache
@@ -107,15 +120,15 @@ def _with(own: OwnTasks, known: TaskManager, suite: Suite) -> TaskManager:
     return whole
 
 
-def _refuse(known: TaskManager, suite: Suite, name: str) -> None:
-    """Raises where the task is not known, has no score of its own, or would run code from elsewhere."""
+def _refuse(known: TaskManager, suite: Suite, name: str, own: OwnTasks | None) -> None:
+    """Raises where the task is not known, is written wrong, has no score, or would run code from elsewhere."""
     from lm_eval.tasks._index import Kind  # noqa: PLC0415
 
     index = known.task_index
     where = f"evaluation suite {suite.name}"
     entry = index.get(name)
     if entry is None:
-        near = difflib.get_close_matches(name, index, n=1)
+        near = difflib.get_close_matches(name, map(str, index), n=1)
         raise InvalidSpecError(
             f"{where}: no task of lm-evaluation-harness is named {name}"
             + (f"; did you mean {near[0]}?" if near else ": `lm_eval ls tasks` lists them")
@@ -125,47 +138,100 @@ def _refuse(known: TaskManager, suite: Suite, name: str) -> None:
             f"{where}: {name} is a tag, which has no score of its own: name of its tasks those that you want: "
             f"{few(sorted(entry.tags))}"
         )
+    refused = None
+    for part in _configs(known, name):
+        wrong = part.wrong
+        if wrong is not None:
+            file = str(part.file)
+            raise InvalidSpecError(
+                f"{where}: {part.name} in {file if own is None else own.within(file)} cannot be used: {wrong}"
+            )
+        refused = refused or part.refused
     if entry.kind is Kind.GROUP and not (entry.cfg or {}).get("aggregate_metric_list"):
         members = [one if isinstance(one, str) else str(one.get("task")) for one in (entry.cfg or {}).get("task", [])]
         raise InvalidSpecError(
             f"{where}: {name} is a group without a score of its own: name of its tasks those that you want: "
             f"{few(members)}"
         )
-    for config in _configs(known, name):
-        metrics = config.get("metric_list") or []
-        if config.get("unsafe_code"):
-            why = "runs what the model writes"
-        elif (config.get("dataset_kwargs") or {}).get("trust_remote_code"):
-            why = "runs code that comes with its data"
-        elif any(metric.get("hf_evaluate") for metric in metrics):
-            why = "has a metric whose code comes from the Hub"
-        else:
-            continue
-        raise InvalidSpecError(f"{where}: the task {name} {why}, which is not done here: leave it out")
+    if refused is not None:
+        raise InvalidSpecError(f"{where}: the task {name} {refused}, which is not done here: leave it out")
 
 
-def _configs(known: TaskManager, name: str) -> Iterator[Mapping[str, Any]]:
-    """The configurations of a task, or of a group or tag and all that is in it."""
+@dataclass(frozen=True)
+class _Part:
+    """What is written of a task, a group, or a member of a group.
+
+    Args:
+        name: of the task or group whose file it stands in.
+        file: that file.
+        config: what is written.
+        around: the groups that it is in, from the outermost on.
+    """
+
+    name: str
+    file: Path | None
+    config: Mapping[str, Any]
+    around: tuple[_Part, ...] = ()
+
+    @property
+    def wrong(self) -> str | None:
+        """What is not as the harness wants it, and how it should be."""
+        metrics, options, members = (self.config.get(key) for key in ("metric_list", "dataset_kwargs", "task"))
+        if any(one.config is self.config for one in self.around):
+            chain = few([one.name for one in (*self.around, self)])
+            return f"it is a member of itself ({chain}): take the name that leads back to it out of the list task"
+        if metrics is not None and not _are(metrics, dict):
+            return "metric_list must be a list of mappings: write each metric as - {metric: acc}"
+        if options is not None and not isinstance(options, dict):
+            return "dataset_kwargs must be a mapping: write each option as name: value"
+        grouped = "group" in self.config and "class" not in self.config and members is not None
+        if grouped and not _are(members, str | dict):
+            return "the task of a group must be a list of names: write task: [one, other]"
+        return None
+
+    @property
+    def refused(self) -> str | None:
+        """What of it is code from elsewhere."""
+        if self.config.get("unsafe_code"):
+            return "runs what the model writes"
+        if (self.config.get("dataset_kwargs") or {}).get("trust_remote_code"):
+            return "runs code that comes with its data"
+        if any(metric.get("hf_evaluate") for metric in self.config.get("metric_list") or []):
+            return "has a metric whose code comes from the Hub"
+        return None
+
+
+def _are(values: object, kind: type | UnionType) -> bool:
+    return isinstance(values, list) and all(isinstance(one, kind) for one in values)
+
+
+def _configs(known: TaskManager, name: str, around: tuple[_Part, ...] = ()) -> Iterator[_Part]:
+    """What is written of a task, or of a group or tag and all that is in it; not what is in one that is wrong."""
     entry = known.task_index.get(name)
     if entry is None:
         return
     if entry.cfg is not None:
-        yield from _within(known, entry.cfg, name)
+        yield from _within(known, _Part(name, entry.yaml_path, entry.cfg, around))
         return
     for one in sorted(entry.tags):
-        yield from _configs(known, one)
+        yield from _configs(known, one, around)
 
 
-def _within(known: TaskManager, config: Mapping[str, Any], name: str) -> Iterator[Mapping[str, Any]]:
-    """A configuration and those of its members, which are named or written out in it."""
-    yield config
-    inner = config.get("task")
-    for one in inner if isinstance(inner, list) else []:
+def _within(known: TaskManager, part: _Part) -> Iterator[_Part]:
+    """A part and those of its members, which are named or written out in it."""
+    yield part
+    inner = part.config.get("task")
+    if part.wrong is not None or not isinstance(inner, list):
+        return
+    around = (*part.around, part)
+    for one in inner:
+        names = [one]
         if isinstance(one, dict):
-            yield from _within(known, one, name)
-            one = one.get("task")  # noqa: PLW2901 - a task that is written out changes the one of that name
-        if isinstance(one, str) and one != name:
-            yield from _configs(known, one)
+            yield from _within(known, replace(part, config=one, around=around))
+            names = [one.get("group"), one.get("task")]  # what is written out changes the one of that name
+        for name in names:
+            if isinstance(name, str):
+                yield from _configs(known, name, around)
 
 
 def unusable(suite: Suite, name: str, error: BaseException, own: OwnTasks | None = None) -> TrainerError:

@@ -39,7 +39,7 @@ class Description:
 
 @dataclass(frozen=True)
 class Point:
-    """The metrics of a step: losses in nats per target token. `time` is in seconds since 1970."""
+    """The metrics of a step. `time` is in seconds since 1970."""
 
     step: int
     time: float

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 _CONNECTING_SECONDS = 60
 _SERVERS = ("WANDB_BASE_URL", "WANDB_HTTP_PROXY", "WANDB_HTTPS_PROXY")
 """Variables with what its program connects to; without them that is wandb.ai."""
+_UNCONNECTED = ("offline", "dryrun", "disabled")
+"""Values of WANDB_MODE with which nothing is connected to."""
 
 
 class WandbTracker:
@@ -30,7 +32,7 @@ class WandbTracker:
         """Starts the run, or goes on with that of the attempts before."""
         if self._started is not None:
             return  # from here on the library itself waits out an outage
-        if os.environ.get("WANDB_MODE", "online") == "online":
+        if os.environ.get("WANDB_MODE") not in _UNCONNECTED:
             for server in filter(None, (os.environ.get(name) for name in _SERVERS)):
                 check_server(server)
         settings = wandb.Settings(
