@@ -59,7 +59,7 @@ def start(folder: Path, program: str, stubborn: str = "-") -> subprocess.Popen[s
 
 
 def told(process: subprocess.Popen[str]) -> TrainerResult:
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=180)
     return TrainerResult.model_validate_json(out)
 
 
@@ -99,7 +99,7 @@ def test_the_command_starts_a_process_per_gpu_and_tells_their_end_once(tmp_path:
     command = [sys.executable, "-m", "tunesmith_trainer.main", "train", "--job", str(tmp_path / "job.yaml")]
     command += ["--output", str(tmp_path / "out"), "--progress-port", "0", "--work", str(tmp_path / "work")]
     command += ["--termination-message", str(tmp_path / "message")]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60, check=False)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=180, check=False)
     assert done.returncode == 2
     first, last = done.stdout.splitlines()
     assert first == "  2 GPUs: one process for each of them"
