@@ -90,8 +90,8 @@ def test_a_suite_without_scores_passes_no_gate_and_leaves_the_others_theirs() ->
     assert gates.failure(judged) == (
         "gate doors/ExactMatch: 0.75 is below its min 0.9; gate mine/painted/acc: its suite has no scores:"
         " suite mine: line 3: KeyError. The artifact is kept, and no AdapterDeployment serves it: mend the tasks and"
-        " create a new FineTuneJob, or train again with more or better data, another learning rate or more steps, or move"
-        " the gate"
+        " create a new FineTuneJob, or train again with more or better data, another learning rate or more steps, or"
+        " move the gate"
     )
 
 
