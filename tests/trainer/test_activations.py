@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from methods_rig import plan, rows_of, spec_of
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tunesmith.api.method import Quantization
 from tunesmith.contracts.memory import TOLERANCE, Run, Shape, estimate
+from tunesmith_trainer.methods.wrap import wrap
+from tunesmith_trainer.model import load_model
 from tunesmith_trainer.training.loss import add_target_loss
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedModel
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 128, 352, 64
@@ -21,8 +28,8 @@ ALL = [*QUERY_VALUE, "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 INPUTS = {len(ALL): 6 * HIDDEN + INTERMEDIATE, len(QUERY_VALUE): 2 * HIDDEN}
 
 
-def kept(layers: int, tokens: int, lora: dict[str, Any] | None, precision: torch.dtype) -> int:
-    """Bytes that the backward pass needs of the forward pass, without the weights."""
+def made(layers: int) -> PreTrainedModel:
+    """A Llama of random weights."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
@@ -31,14 +38,25 @@ def kept(layers: int, tokens: int, lora: dict[str, Any] | None, precision: torch
         num_attention_heads=4,
         num_key_value_heads=4,
     )
-    base: PreTrainedModel = LlamaForCausalLM(config)
+    model: PreTrainedModel = LlamaForCausalLM(config)
+    return model
+
+
+def adapted(layers: int, lora: dict[str, Any] | None, precision: torch.dtype) -> Any:
+    """The same with an adapter in float32, or with all weights trained."""
+    base = made(layers)
     add_target_loss(base)
-    model: Any = base
-    if lora is not None:
-        model = get_peft_model(base.to(precision), LoraConfig(r=8, task_type="CAUSAL_LM", **lora))
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+    if lora is None:
+        return base
+    model = get_peft_model(base.to(precision), LoraConfig(r=8, task_type="CAUSAL_LM", **lora))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def kept(model: Any, tokens: int, precision: torch.dtype) -> int:
+    """Bytes that the backward pass needs of the forward pass, without the weights."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     found: dict[int, torch.Tensor] = {}
 
@@ -87,5 +105,28 @@ def test_the_estimate_is_near_what_autograd_keeps(lora: dict[str, Any] | None, p
         )
         return estimate(Shape(HIDDEN, layers, INTERMEDIATE, VOCABULARY, 0, 0), run).activations
 
-    measured = per_token_and_layer(lambda layers, tokens: kept(layers, tokens, lora, precision))
+    measured = per_token_and_layer(lambda layers, tokens: kept(adapted(layers, lora, precision), tokens, precision))
     assert per_token_and_layer(estimated) == pytest.approx(measured, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+def test_a_base_in_4_bits_keeps_what_one_in_the_type_of_the_products_does(
+    tmp_path: Path, precision: torch.dtype, dropout: float
+) -> None:
+    method = {"qlora": {"rank": 8, "dropout": dropout}}
+
+    def quantized(layers: int) -> Any:
+        folder = tmp_path / str(layers)
+        made(layers).save_pretrained(folder)
+        base = load_model(folder, torch.device("cpu"), Quantization(), precision)
+        add_target_loss(base)
+        return wrap(base, plan(method, folder), rows_of(VOCABULARY), spec_of(method).method, 1)
+
+    models = {layers: quantized(layers) for layers in (1, 2)}
+    run = Run(0, INPUTS[len(ALL)], 1, quantized=True, checkpointing=False, dropout=dropout > 0)
+    expected = estimate(
+        Shape(HIDDEN, 1, INTERMEDIATE, VOCABULARY, 0, 0), replace(run, full_precision=precision is torch.float32)
+    )
+    measured = per_token_and_layer(lambda layers, tokens: kept(models[layers], tokens, precision))
+    assert expected.activations == pytest.approx(measured, rel=TOLERANCE)

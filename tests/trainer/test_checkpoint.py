@@ -1,29 +1,43 @@
-"""Checkpoints on a disk: what is damaged is never used, and what cannot be written leaves nothing behind."""
+"""Checkpoints on a disk: what is damaged is never used, and what cannot be written leaves nothing behind.
+
+And what is in them: the state of a Trainer.
+"""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from checkpoint_damage import flip, lose_a_file, lose_the_manifest, truncate
+from datasets import Dataset
+from transformers import TrainingArguments
 
+from tunesmith.api.checkpoint import Checkpoint
 from tunesmith_trainer.checkpoint import (
     MANIFEST,
     Checkpoints,
     DamagedCheckpointError,
     NotWrittenError,
     OtherJobError,
+    Saved,
     name_of,
     verify,
     write,
 )
 from tunesmith_trainer.errors import InvalidSpecError, StorageUnavailableError
+from tunesmith_trainer.interruption import Interruption
+from tunesmith_trainer.ranks import Ranks
 from tunesmith_trainer.store import Stores
+from tunesmith_trainer.training.saving import NotCompiledError, Saver
+from tunesmith_trainer.training.trainer import StepTrainer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 BINDING = "sha256:of-this-run"
 
@@ -138,3 +152,91 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     for step in (4, 8, 12):
         kept.save(step, fill)
     assert sorted(entry.name for entry in folder.iterdir()) == [name_of(8), name_of(12)]
+
+
+def trained(
+    folder: Path, *, steps: int, compiled: bool = False, ranks: Ranks | None = None
+) -> tuple[StepTrainer, Saver]:
+    """A Trainer of a tiny model after some steps, and what saves it."""
+    ranks = ranks or Ranks()
+    torch.manual_seed(0)
+    unused: Any = None
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=9, use_cpu=True, report_to="none", optim="adamw_torch", warmup_steps=3
+    )
+    trainer = StepTrainer(
+        model=torch.nn.Linear(3, 2),
+        args=arguments,
+        rows=Dataset.from_dict({"row": [1]}),
+        plan=unused,
+        collate=unused,
+        objective=unused,
+        ranks=ranks,
+        callbacks=[],
+        compiled=compiled,
+    )
+    saver = Saver(checkpoints(folder / "checkpoints", []), Checkpoint(), Interruption(), [], ranks, paused=nullcontext)
+    saver.attach(trainer)
+    trainer.is_distributed_loading_by_transformers = not ranks.alone  # as where weights are shared out
+    trainer.create_optimizer_and_scheduler(9)
+    for _ in range(steps):
+        trainer.model(torch.ones(3)).sum().backward()
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    trainer.state.global_step = steps
+    trainer.state.max_steps = 9
+    return trainer, saver
+
+
+def saved(folder: Path, *, compiled: bool = False) -> tuple[StepTrainer, Saved]:
+    folder.mkdir()
+    trainer, _ = trained(folder, steps=2, compiled=compiled)
+    trainer._save_checkpoint(trainer.model)
+    return trainer, Saved(2, folder / "checkpoints" / name_of(2))
+
+
+def test_the_optimizers_state_comes_back_by_way_of_main_memory(tmp_path: Path) -> None:
+    """At one of two ranks with GPUs; what is loaded outlives the file."""
+    before, checkpoint = saved(tmp_path / "first")
+    trainer, _ = trained(tmp_path, steps=0)
+    trainer.args = SimpleNamespace(world_size=2, device=torch.device("meta"))
+    trainer._load_optimizer_and_scheduler(str(checkpoint.path))
+    assert trainer.lr_scheduler.state_dict() == before.lr_scheduler.state_dict()
+    expected, found = before.optimizer.state_dict(), trainer.optimizer.state_dict()
+    assert found["param_groups"] == expected["param_groups"]
+    assert list(found["state"]) == [0, 1]
+    for number, state in expected["state"].items():
+        assert state.keys() == found["state"][number].keys()
+        for name, value in state.items():
+            assert torch.equal(found["state"][number][name], value), (number, name)
+    assert str(checkpoint.path) not in Path("/proc/self/maps").read_text()
+
+
+def test_a_run_goes_on_with_the_kernels_it_began_with(tmp_path: Path) -> None:
+    _, written = saved(tmp_path / "written")
+    _, compiled = saved(tmp_path / "compiled", compiled=True)
+    trainer, saver = trained(tmp_path, steps=0, compiled=True)
+    saver.restore(compiled)
+    assert trainer.compiled
+    saver.restore(written)
+    assert not trainer.compiled
+    with pytest.raises(
+        NotCompiledError, match=r"checkpoint of step 2, and cannot be here.*with hyperparameters\.torchCompile false"
+    ):
+        saver.restore(compiled)
+
+
+def test_a_run_whose_last_step_is_done_needs_no_kernels(tmp_path: Path) -> None:
+    before, compiled = saved(tmp_path / "compiled", compiled=True)
+    trainer, saver = trained(tmp_path, steps=0)
+    trainer.args.max_steps = 2
+    saver.restore(compiled)
+    assert torch.equal(trainer.model.weight, before.model.weight)
+
+
+def test_only_the_rank_that_saves_gets_the_optimizers_states(tmp_path: Path) -> None:
+    counts = [
+        len(trained(tmp_path, steps=1, ranks=Ranks(rank=rank, size=2))[0].optimizer.state_dict()["state"])
+        for rank in (0, 1)
+    ]
+    assert counts == [2, 0]

@@ -7,17 +7,22 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import torch._inductor.config
+import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
 from tiny_model import SMALL
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
 from tunesmith.api.conditions import FailureReason
 from tunesmith.api.finetunejob import FineTuneJobSpec
 from tunesmith.api.hyperparameters import COMPILED_STEPS
+from tunesmith.api.method import Quantization
 from tunesmith_trainer.errors import InvalidSpecError
 from tunesmith_trainer.evaluation.loss import precision
+from tunesmith_trainer.model import load_model
 from tunesmith_trainer.plan import compiles
+from tunesmith_trainer.ranks import Ranks
+from tunesmith_trainer.sharding import shard
 from tunesmith_trainer.training.batches import Collator
 from tunesmith_trainer.training.compilation import as_compiled, compile_layers
 from tunesmith_trainer.training.layout import Way, choose_way
@@ -25,6 +30,7 @@ from tunesmith_trainer.training.lora import fuse
 from tunesmith_trainer.training.loss import add_target_loss
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from trainer_rig import Workbench
@@ -66,7 +72,7 @@ def results(model: PeftModel, base: Any, way: Way, sizes: tuple[int, ...]) -> tu
 def assert_equal_results(model: PeftModel, base: Any, way: Way, folder: Path, near: float = 1e-4) -> None:
     expected = [results(model, base, way, sizes) for sizes in BATCHES]
     said: list[str] = []
-    assert compile_layers(model, base, way, folder, said.append, asked=True)
+    assert compile_layers(model, base, way, folder, said.append, Ranks(), asked=True)
     assert "norms and feed-forward layers" in said[0]
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for sizes, (loss, gradient) in zip(BATCHES, expected, strict=True):
@@ -108,8 +114,8 @@ def test_results_are_equal_within_what_16_bits_round(compiled: Path) -> None:
 
 def test_results_are_equal_over_a_base_in_4_bits(base_model: Path, compiled: Path) -> None:
     torch.manual_seed(0)
-    packed = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    base = AutoModelForCausalLM.from_pretrained(base_model, quantization_config=packed, dtype=torch.float32)
+    # As jobs load it: on some CPUs its products are in another type else once it has been evaluated.
+    base = load_model(base_model, torch.device("cpu"), Quantization(), torch.float32)
     base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
     model, way = adapted(base)
     assert_equal_results(model, base, way, compiled)
@@ -125,13 +131,56 @@ def test_without_a_compiler_training_goes_on_unless_it_was_asked_for(
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     said: list[str] = []
     with NO_COMPILER:
-        assert not compile_layers(model, base, way, tmp_path, said.append, asked=False)
+        assert not compile_layers(model, base, way, tmp_path, said.append, Ranks(), asked=False)
         assert "layers are not compiled: " in said[0]
         assert results(model, base, way, BATCHES[0])[0] == expected[0]
         with pytest.raises(
             InvalidSpecError, match=r"torchCompile: the model cannot be compiled here .*: set it to false"
         ):
-            compile_layers(model, base, way, tmp_path, said.append, asked=True)
+            compile_layers(model, base, way, tmp_path, said.append, Ranks(), asked=True)
+
+
+class OddMLP(torch.nn.Linear):
+    """Its kernel gives the right values and wrong gradients."""
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        found = super().forward(values)
+        return found + 0.5 * (found - found.detach()) if torch.compiler.is_compiling() else found
+
+
+@pytest.fixture
+def _group_of_one() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_group_of_one")
+@pytest.mark.parametrize("shared_out", [False, True], ids=["whole", "shared out"])
+def test_a_kernel_with_wrong_gradients_is_not_used(compiled: Path, *, shared_out: bool) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    base: Any = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL))
+    for layer in base.model.layers:
+        layer.mlp = OddMLP(64, 64)
+    add_target_loss(base)
+    if shared_out:
+        shard(base, torch.device("cpu"), Ranks(), full=True)
+    said: list[str] = []
+    assert not compile_layers(base, base, choose_way(base, base), compiled, said.append, Ranks(), asked=False)
+    assert "layers are not compiled: the results differ by" in said[0]
+    assert all(parameter.grad is None for parameter in base.parameters())
+
+
+def test_what_another_rank_cannot_compile_no_rank_does(monkeypatch: pytest.MonkeyPatch, compiled: Path) -> None:
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL))
+    model, way = adapted(base)
+    monkeypatch.setattr(Ranks, "any", lambda *_: [True])
+    said: list[str] = []
+    assert not compile_layers(model, base, way, compiled, said.append, Ranks(), asked=False)
+    assert said == ["  layers are not compiled: they cannot be at another rank, whose log says why"]
+    assert not any(module._compiled_call_impl for module in base.modules())
 
 
 def test_an_architecture_without_such_layers_is_left_alone(tmp_path: Path) -> None:
@@ -143,7 +192,7 @@ def test_an_architecture_without_such_layers_is_left_alone(tmp_path: Path) -> No
     add_target_loss(base)
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["c_attn"]))
     said: list[str] = []
-    assert not compile_layers(model, base, choose_way(model, base), tmp_path, said.append, asked=False)
+    assert not compile_layers(model, base, choose_way(model, base), tmp_path, said.append, Ranks(), asked=False)
     assert "GPT2LMHeadModel" in said[0]
 
 

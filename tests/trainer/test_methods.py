@@ -13,13 +13,15 @@ from peft import PeftModel
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from trainer_rig import chat_row, chat_rows, write_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tunesmith.api.conditions import FailureReason
 from tunesmith.contracts.artifact import ArtifactManifest
 from tunesmith.contracts.parity import Parity
 from tunesmith_trainer.errors import InvalidSpecError, NotServableError, SelfCheckError
+from tunesmith_trainer.layers import layers_of
 from tunesmith_trainer.logits import last_logits
+from tunesmith_trainer.methods.full import unfreeze
 from tunesmith_trainer.methods.wrap import wrap
 from tunesmith_trainer.model import load_model
 
@@ -352,6 +354,41 @@ def test_full_fine_tuning_makes_a_model(bench: Workbench, base_model: Path) -> N
             assert position.chosen == pytest.approx(float(row[token]), abs=1e-4)
 
 
+def test_full_fine_tuning_begins_with_the_weights_as_they_are_stored(base_model: Path) -> None:
+    """Rounded to the type of the products first, it would begin elsewhere than where weights are shared out."""
+    base = load_model(base_model, torch.device("cpu"), None, torch.bfloat16, as_stored=True)
+    assert base.config.dtype is torch.bfloat16
+    stored = load_file(base_model / "model.safetensors")
+    begun = dict(unfreeze(base).named_parameters())
+    assert all(torch.equal(begun[name], tensor) for name, tensor in stored.items() if name in begun)
+    assert {parameter.dtype for parameter in begun.values()} == {torch.float32}
+
+
+def test_no_copies_are_kept_of_weights_that_are_shared_out(base_model: Path) -> None:
+    """In bfloat16 products have copies of the weights, which must go with what is gathered of them."""
+    spec = spec_of({"full": {}})
+    base = load_model(base_model, torch.device("cpu"), None, torch.bfloat16, as_stored=True)
+    wrap(base, plan({"full": {}}, base_model), rows_of(base.config.vocab_size), spec.method, 1, lambda: None)
+    head = base.get_output_embeddings()
+    copies: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.numel() == head.weight.numel():
+            copies.append(tensor)
+        return tensor
+
+    try:
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with hooks, torch.autocast("cpu", torch.bfloat16):
+            for _ in range(2):
+                head(torch.ones(1, 64, requires_grad=True))
+    finally:
+        torch.set_autocast_cache_enabled(True)
+    first, second = copies
+    assert first.dtype is torch.bfloat16
+    assert first.data_ptr() != second.data_ptr()
+
+
 def test_full_fine_tuning_scores_the_base_as_it_was(bench: Workbench) -> None:
     """Generated answers of the base are asked for after training."""
     generation = {"dataset": {"uri": f"file://{write_rows(bench.folder / 'asked.jsonl', chat_rows(4))}"}}
@@ -445,6 +482,79 @@ def test_a_base_in_bfloat16(bench: Workbench, half_base: Path, method: dict[str,
     manifest = ArtifactManifest.model_validate_json((bench.output / "artifact/tunesmith.json").read_bytes())
     assert manifest.adapter.relative_logit_error is not None
     assert manifest.adapter.relative_logit_error < 0.02
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"qlora": {"rank": 4, "modulesToSave": ["lm_head"]}},
+        {"qlora": {"rank": 4, "dora": True, "dropout": 0.1}},
+        {"peft": {"type": "TRAINABLE_TOKENS", "config": {"token_indices": [1]}, "quantization": {}}},
+    ],
+    ids=str,
+)
+def test_a_base_in_4_bits_and_bfloat16_is_trained_and_goes_on_where_it_was(
+    bench: Workbench, half_base: Path, method: dict[str, Any]
+) -> None:
+    hyper = {"maxSteps": 4, "batchSize": 4, "precision": "bfloat16", "learningRate": 0.01}
+    job = bench.job(method=method, hyperparameters=hyper, baseModel={"uri": f"file://{half_base}"})
+    job["spec"]["checkpoint"] = {"everySteps": 2}
+    whole = bench.run("train", job)
+    assert whole.code == 0, whole.result.message
+    assert whole.result.evaluation is not None
+    assert (whole.result.evaluation.loss_reduction_percent or 0) > 0
+    again = bench.folder / "again"
+    shutil.copytree(bench.output / "checkpoints", again / "checkpoints")
+    newest = max((again / "checkpoints").iterdir(), key=lambda folder: int(folder.name.rsplit("-", 1)[-1]))
+    shutil.rmtree(newest)
+    resumed = bench.run("train", job, output=str(again))
+    assert (resumed.code, resumed.result.resumed_from_step) == (0, 2)
+    assert resumed.result.artifact is not None
+    assert whole.result.artifact is not None
+    assert resumed.result.artifact.digest == whole.result.artifact.digest
+
+
+@pytest.fixture(scope="module")
+def tied_base(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Path:
+    """A base whose embedding is its output layer, too."""
+    folder = tmp_path_factory.mktemp("tied") / "base"
+    shutil.copytree(base_model, folder)
+    config = AutoConfig.from_pretrained(base_model, tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("fields", "precision", "expected"),
+    [
+        ({}, torch.bfloat16, torch.bfloat16),
+        ({"dropout": 0.1}, torch.bfloat16, torch.bfloat16),
+        ({"dora": True}, torch.bfloat16, torch.bfloat16),
+        ({"initialization": "LoftQ"}, torch.bfloat16, torch.bfloat16),
+        ({"modulesToSave": ["lm_head"]}, torch.bfloat16, torch.bfloat16),
+        ({}, torch.float32, torch.float32),
+        ({"quantization": {"computeType": "float32"}}, torch.bfloat16, torch.float32),
+    ],
+    ids=str,
+)
+def test_what_a_base_in_4_bits_has_beside_them_is_in_the_type_of_the_products(
+    tied_base: Path, fields: dict[str, Any], precision: torch.dtype, expected: torch.dtype
+) -> None:
+    """Embedding, output layer and norms, and what each layer gives to the next."""
+    method = {"qlora": {"rank": 4, **fields}}
+    spec = spec_of(method)
+    base = load_model(tied_base, torch.device("cpu"), spec.method.quantization, precision)
+    model = wrap(base, plan(method, tied_base), rows_of(base.config.vocab_size), spec.method, 3)
+    passed = []
+    for layer in layers_of(base):
+        layer.register_forward_hook(lambda _, __, states: passed.append(states.dtype))
+    last_logits(model, PROMPTS[:1])
+    assert passed == [expected, expected]
+    floating = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+    assert {parameter.dtype for parameter in floating if not parameter.requires_grad} == {expected}
+    assert {parameter.dtype for parameter in floating if parameter.requires_grad} == {torch.float32}
+    embedding, output = base.get_input_embeddings(), base.get_output_embeddings()
+    assert getattr(output, "original_module", output).weight is embedding.weight
 
 
 def test_a_token_that_only_one_row_has_is_learned_and_one_that_none_has_is_refused(bench: Workbench) -> None:

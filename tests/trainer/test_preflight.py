@@ -15,13 +15,21 @@ from trainer_rig import chat_row, chat_rows
 
 from tunesmith.api.conditions import FailureReason
 from tunesmith.api.finetunejob_status import Preflight, Verdict
+from tunesmith.api.placement import DataParallelism
 from tunesmith_trainer.preflight import refusal
+from tunesmith_trainer.prepare import prepare
+from tunesmith_trainer.spec import load_job
+from tunesmith_trainer.store import Stores
 
 if TYPE_CHECKING:
     from trainer_rig import Workbench
 
+    from tunesmith_trainer.prepare import Prepared
+
 ESTIMATE = Path(__file__).resolve().parents[2] / ".venv" / "bin" / "tunesmith"
 GPU: dict[str, Any] = {"resources": {"gpus": 1}}
+COMMANDS = {"validate": DataParallelism.FSDP2, "train": None}
+"""What each says of a job for two nodes: validation what a cluster would do, a local run what it does."""
 
 
 def validated(bench: Workbench, *arguments: str, **spec: Any) -> Preflight:
@@ -162,6 +170,67 @@ def test_sharing_weights_out_is_proposed_where_it_is_possible(
     ran = wide.run("validate", wide.job(**(plain | spec), resources=resources), "--gpu-memory-bytes", str(11 * 2**30))
     assert ran.result.preflight is not None
     assert str(ran.result.preflight.suggestion).startswith(suggestion)
+
+
+PLACES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "nobody is asked": ({"gpus": 1, "nodes": 2}, {}),
+    "FSDP2 is asked for": ({"gpus": 1, "nodes": 2, "dataParallelism": "FSDP2"}, {}),
+    "all weights": ({"gpus": 1, "nodes": 16}, {"method": {"full": {}}}),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_a_machine_that_trains_alone_shares_nothing_out(wide: Workbench, name: str) -> None:
+    """The manifest is about several nodes, which only a cluster has."""
+    resources, spec = PLACES[name]
+    manifest = wide.folder / "job.yaml"
+    hyper = {"maxSteps": 3, "batchSize": 32, "microBatchSize": 1}
+    manifest.write_text(yaml.safe_dump(wide.job(**({"hyperparameters": hyper} | spec), resources=resources)))
+    job, stores = load_job(manifest), Stores(secrets=wide.folder, allow_file=True)
+
+    def prepared(ranks: int | None, gibibytes: int) -> Prepared:
+        work = wide.folder / f"work-{ranks}"
+        return prepare(job, stores, work, weights=False, ranks=ranks, gpu_memory=gibibytes * 2**30)
+
+    enough = 24 if "method" in spec else 11
+    together, alone = prepared(None, enough), prepared(1, enough)
+    assert together.resolved.data_parallelism is DataParallelism.FSDP2
+    assert together.preflight.verdict is Verdict.FITS
+    assert alone.resolved.data_parallelism is None
+    assert alone.preflight.verdict is Verdict.WILL_NOT_FIT
+    assert "FSDP2" not in str(alone.preflight.suggestion)
+    one = prepared(1, 640).preflight.peak_parts
+    assert one is not None
+    weights = one.trainable_bytes / 16 if "method" in spec else one.weights_bytes / 2
+    assert weights == pytest.approx(6.5e9, rel=0.03)  # whole, and nothing is there to send gradients to
+
+
+def test_a_local_run_tells_that_it_is_alone(bench: Workbench) -> None:
+    shared = {"gpus": 0, "nodes": 2, "dataParallelism": "FSDP2"}
+    resolved = {command: bench.run(command, bench.job(resources=shared)).result.resolved for command in COMMANDS}
+    assert {command: one.data_parallelism if one else None for command, one in resolved.items()} == COMMANDS
+
+
+def test_several_ranks_that_do_not_share_keep_a_copy_of_the_gradients(wide: Workbench) -> None:
+    hyper = {"maxSteps": 3, "batchSize": 8, "microBatchSize": 1}
+    trained = [
+        parts.trainable_bytes
+        for gpus in (1, 2)
+        if (parts := validated(wide, hyperparameters=hyper, resources={"gpus": gpus}).peak_parts) is not None
+    ]
+    assert trained[1] * 16 == trained[0] * 20
+
+
+@pytest.mark.parametrize(
+    ("method", "embeddings"), [({"qlora": {}}, 2), ({"qlora": {"quantization": {"computeType": "float32"}}}, 4)], ids=str
+)
+def test_what_is_not_in_4_bits_counts_in_its_type(wide: Workbench, method: dict[str, Any], embeddings: int) -> None:
+    parts = validated(wide, method=method).peak_parts
+    config = json.loads((wide.base / "config.json").read_text())
+    linear = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
+    others = 2 * config["vocab_size"] * 4096 + 65 * 4096
+    assert parts is not None
+    assert parts.weights_bytes == pytest.approx(0.516 * linear + embeddings * others, rel=1e-6)
 
 
 def test_what_cannot_be_computed_again_is_not_proposed_and_refused(wide: Workbench) -> None:

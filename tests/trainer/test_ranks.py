@@ -8,10 +8,13 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import pods as processes
 import pytest
+import torch
 from pods import Pods, assert_equal, pods
 from s3server import free_port
 from trainer_rig import chat_rows, write_rows
@@ -19,6 +22,7 @@ from trainer_rig import chat_rows, write_rows
 from tunesmith.api.placement import TrainingResources
 from tunesmith.contracts.result import Outcome, TrainerResult
 from tunesmith_trainer.ranks import PeersMissingError, Ranks, of_pod
+from tunesmith_trainer.training import watchdog
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -129,6 +133,42 @@ def test_a_signal_to_one_pod_saves_and_stops_all(tmp_path: Path, base_model: Pat
     assert step is not None, two.result(0).message
     two.finish()
     assert two.result(0).resumed_from_step == int(step[1])
+
+
+def with_a_slow_save(arguments: list[str], environment: dict[str, str], log: Path) -> None:
+    """What a pod's container runs: the first checkpoint takes longer than a step may. SAVE_ENDS kills it meanwhile."""
+    watchdog.LEAST_SECONDS, watchdog.FACTOR = 3.0, 5.0
+    watchdog.Watchdog.__init__.__kwdefaults__["pause"] = 0.1
+    save = torch.save
+
+    def save_slowly(*args: Any) -> None:
+        torch.save = save
+        time.sleep(8)
+        if "SAVE_ENDS" in environment:
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(*args)
+
+    torch.save = save_slowly
+    processes._command(arguments, environment, log)
+
+
+def test_a_large_checkpoint_may_take_longer_than_a_step(
+    tmp_path: Path, base_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "_command", with_a_slow_save)
+    two = pods(tmp_path, base_model, 2, hyperparameters=FEW)
+    two.finish()
+
+
+def test_who_waits_for_a_checkpoint_notices_that_its_writer_is_gone(
+    tmp_path: Path, base_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "_command", with_a_slow_save)
+    two = pods(tmp_path, base_model, 2, hyperparameters=FEW)
+    two.environment["SAVE_ENDS"] = "1"
+    two.start()
+    assert two.ended() == [-signal.SIGKILL, 3], two.log(1)
+    assert two.result(1).lost_peer
 
 
 FEW = {"maxSteps": 3, "batchSize": 6, "microBatchSize": 2, "learningRate": 0.01}

@@ -7,13 +7,24 @@ import shutil
 import signal
 from typing import TYPE_CHECKING, Any
 
+import pods as processes
 import pytest
 import torch
+import torch._inductor.config
+import torch.distributed as dist
 from pods import Pods, assert_equal, pods
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from trainer_rig import chat_rows, write_rows
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tunesmith.api.conditions import FailureReason
+from tunesmith_trainer.sharding import keep_states_whole
+
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 FEW = {"maxSteps": 3, "batchSize": 6, "microBatchSize": 2, "learningRate": 0.01}
@@ -30,6 +41,10 @@ JOBS: dict[str, dict[str, Any]] = {
     "qlora with recomputed activations": {
         "method": {"qlora": {"rank": 4, "alpha": 8}},
         "hyperparameters": FEW | {"gradientCheckpointing": True},
+    },
+    "qlora in bfloat16": {
+        "method": {"qlora": {"rank": 4, "alpha": 8}},
+        "hyperparameters": FEW | {"precision": "bfloat16"},
     },
     "full": {"method": {"full": {}}, "hyperparameters": FEW | {"learningRate": 0.001}},
     "dora, lora+ and a module that is trained whole": {
@@ -48,6 +63,10 @@ LONG_JOBS: dict[str, dict[str, Any]] = {
     "full with compiled layers": {
         "method": {"full": {}},
         "hyperparameters": FEW | {"learningRate": 0.001, "torchCompile": True},
+    },
+    "full in bfloat16": {
+        "method": {"full": {}},
+        "hyperparameters": FEW | {"learningRate": 0.001, "precision": "bfloat16", "gradientCheckpointing": True},
     },
     "full with sgd and recomputed activations": {
         "method": {"full": {}},
@@ -135,3 +154,50 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path: Path, base_mo
     assert {name: torch.equal(tensor, expected[name]) for name, tensor in stopped.weights().items()} == dict.fromkeys(
         expected, True
     )
+
+
+def without_a_compiler_at_the_second(arguments: list[str], environment: dict[str, str], log: Path) -> None:
+    """What a pod's container runs."""
+    if environment["JOB_COMPLETION_INDEX"] == "1":
+        torch._inductor.config.cpp.cxx = ("/no/compiler",)
+    processes._command(arguments, environment, log)
+
+
+@pytest.mark.long
+def test_a_rank_that_cannot_compile_ends_all_with_its_reason(
+    tmp_path: Path, base_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one waits for it within a layer."""
+    monkeypatch.setattr(processes, "_command", without_a_compiler_at_the_second)
+    two = sharded(tmp_path, base_model, **LONG_JOBS["full with compiled layers"])
+    two.start()
+    assert two.ended() == [3, 2], [two.log(0), two.log(1)]
+    assert two.result(0).lost_peer
+    assert two.result(1).reason is FailureReason.INVALID_SPEC
+    assert "hyperparameters.torchCompile" in two.result(1).message
+
+
+@pytest.fixture
+def _second_of_two() -> Iterator[None]:
+    """Collectives do nothing, as if the other rank had answered at once."""
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_second_of_two")
+@pytest.mark.parametrize("keep", [True, False])
+def test_all_gather_an_optimizers_states_and_only_the_first_keeps_them(*, keep: bool) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    shared_out = distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)], src_data_rank=None)
+    parameters = [torch.nn.Parameter(shared_out), torch.nn.Parameter(torch.ones(3))]
+    optimizer = torch.optim.AdamW(parameters)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    keep_states_whole(optimizer, keep=keep)
+    with CommDebugMode() as seen:
+        states = optimizer.state_dict()["state"]
+    assert seen.get_total_counts() == 2  # both averages of the weight that is shared out
+    shapes = {number: [tuple(value.shape) for value in state.values()] for number, state in states.items()}
+    assert shapes == ({0: [(), (4, 3), (4, 3)], 1: [(), (3,), (3,)]} if keep else {})

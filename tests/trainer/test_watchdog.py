@@ -40,6 +40,23 @@ def test_a_hung_step_is_told_once_with_the_steps_that_were_done(tmp_path: object
     watchdog.stop()
 
 
+def test_what_is_no_step_may_take_its_time(tmp_path: object) -> None:
+    told: queue.Queue[int] = queue.Queue()
+    watchdog = Watchdog(lambda step, _: told.put(step), limit=lambda _: 0.1, pause=0.02)
+    watchdog.on_train_begin(TrainingArguments(output_dir=str(tmp_path)), TrainerState(), TrainerControl())
+    with watchdog.paused(), pytest.raises(queue.Empty):
+        told.get(timeout=1)
+    assert told.get(timeout=30) == 0  # a step again, and it hangs
+
+
+def test_what_is_no_step_may_not_take_for_ever(tmp_path: object) -> None:
+    told: queue.Queue[float] = queue.Queue()
+    watchdog = Watchdog(lambda _, seconds: told.put(seconds), limit=lambda _: ENDLESS, pause=0.02, longest_pause=0.2)
+    watchdog.on_train_begin(TrainingArguments(output_dir=str(tmp_path)), TrainerState(), TrainerControl())
+    with watchdog.paused():
+        assert told.get(timeout=30) > 0.2
+
+
 def test_a_finished_run_is_not_watched(tmp_path: object) -> None:
     told: queue.Queue[int] = queue.Queue()
     watchdog = Watchdog(lambda step, _: told.put(step), limit=lambda _: 0.1, pause=0.02)

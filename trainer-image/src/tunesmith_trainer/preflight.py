@@ -54,7 +54,7 @@ class Sizing:
         dropout: whether the adapter has dropout.
         dora: whether it is DoRA.
         optimizer_bytes: state of the optimizer, per trained parameter.
-        full_precision: base and matrix products in float32.
+        full_precision: what is not in 4 bits, and matrix products, in float32.
         shortened: whether rows become as short as maxLength: packed or truncated ones do, others are dropped.
         lengths: tokens of each row, ascending.
         ranks: that train together.
@@ -97,6 +97,7 @@ class Sizing:
             logit_positions=LOSS_POSITIONS,
             optimizer_bytes=self.optimizer_bytes,
             full_precision=self.full_precision,
+            ddp=self.ranks > 1 and not settings.sharded,
             shards=self.ranks if settings.sharded else 1,
         )
         return estimate(self.shape, run)
@@ -135,6 +136,7 @@ def sizing(
         # Beside it, what LoRA with its defaults would train: where all weights do not fit, it is proposed.
         adapted = modules.linear
         trainable = _of_default_lora(modules.linear)
+    quantization = spec.method.quantization
     linear = sum(wide * high for wide, high in modules.linear.values())
     shape = Shape(hidden, layers, intermediate, vocabulary, linear, modules.parameters - linear)
     return Sizing(
@@ -144,7 +146,8 @@ def sizing(
         dropout=spec.method.dropout > 0,
         dora=isinstance(spec.method.fields, LoraFields) and spec.method.fields.dora,
         optimizer_bytes=_OPTIMIZER_BYTES[spec.hyperparameters.optimizer],
-        full_precision=spec.hyperparameters.precision is Precision.FLOAT32,
+        full_precision=spec.hyperparameters.precision is Precision.FLOAT32
+        or (quantization is not None and quantization.compute_type == "float32"),
         shortened=spec.dataset.packing or spec.dataset.overlong is Overlong.TRUNCATE,
         lengths=np.sort(np.asarray(lengths, dtype=np.int64)),
         ranks=spec.resources.ranks,
@@ -165,7 +168,7 @@ def settings_of(spec: FineTuneJobSpec, *, micro_batch_size: int, checkpointing: 
         rank=spec.method.rank,
         max_length=spec.dataset.max_length,
         full=spec.method.full is not None,
-        sharded=spec.resources.data_parallelism is DataParallelism.FSDP2,
+        sharded=spec.resources.data_parallelism is DataParallelism.FSDP2 and spec.resources.ranks > 1,
     )
 
 

@@ -79,6 +79,7 @@ def prepare(
     work: Path,
     *,
     weights: bool,
+    ranks: int | None = None,
     gpu_memory: int | None = None,
     tokens: Folder | None = None,
     task_code: TaskCode = TaskCode.REFUSED,
@@ -91,6 +92,7 @@ def prepare(
         stores: opens the places that it names.
         work: folder for downloads and tokenised rows.
         weights: download the base's weights too; without them the fingerprint is read with ranged reads.
+        ranks: that train together; None: as many as the manifest asks for.
         gpu_memory: of the GPU, bytes; None where it is not known.
         tokens: keeps the tokenised rows for the next attempt.
         task_code: whether tasks that the job brings may be run.
@@ -99,7 +101,8 @@ def prepare(
     Raises:
         TrainerError: an input is missing, refused or not usable.
     """
-    spec = job.spec
+    spec = job.spec if ranks is None else _of_ranks(job.spec, ranks)
+    before = job.status.resolved
     folders.permit(spec.evaluation, task_code)
     remote = model.open_base(spec.base_model, stores)
     base = model.fetch_base(remote, work / "base", weights=weights)
@@ -133,14 +136,13 @@ def prepare(
     answers = data.Encoder(tokenizer, ends, chat_template=asked.chat_template, loss_on=LossOn.COMPLETION)
     examples = {
         suite.name: load(suite, asked, stores, work / "data", answers, tokenizer, context)
-        for suite in (spec.evaluation.suites if spec.evaluation else [])
+        for suite in spec.suites
         if suite.generation is not None
     }
     own: dict[str, OwnTasks] = {}
-    if spec.evaluation is not None and any(suite.lm_eval is not None for suite in spec.evaluation.suites):
+    if spec.evaluation is not None and any(suite.lm_eval is not None for suite in spec.suites):
         say("  fetching the tasks of lm-evaluation-harness")
-        frozen = job.status.resolved
-        validated = {one.suite: one.digest for one in (frozen.task_folders if frozen is not None else None) or []}
+        validated = {one.suite: one.digest for one in (before.task_folders if before is not None else None) or []}
         own = folders.fetch(spec.evaluation, stores, work / "tasks", validated)
         harness.check(spec.evaluation, own)
     lengths = rows.lengths
@@ -150,10 +152,11 @@ def prepare(
 
     known = planned.parameters is not None
     sized = preflight.sizing(spec, config, modules, planned.modules, trainable, lengths) if known else None
-    run, sizes = _settings(job, sized, gpu_memory, has_layers=model.can_be_shared_out(config))
+    run, sizes = _settings(spec, before, sized, gpu_memory, has_layers=model.can_be_shared_out(config))
     now = plan.resolve(
         spec,
         rows=len(rows.train),
+        held_out=len(rows.validation),
         targets=planned.targets,
         fingerprint=fingerprint,
         digest=rows.digest,
@@ -162,7 +165,7 @@ def prepare(
         checkpointing=run.checkpointing,
         sharded=run.sharded,
     )
-    resolved = plan.frozen(job.status.resolved, now)
+    resolved = plan.frozen(before, now)
     counted = rows.counted.model_copy(update={"trainable_parameters": planned.parameters, "servable": planned.servable})
     flattered = [also_trained(name, some, rows.keys) for name, some in examples.items()]
     found = [*(counted.also_trained or []), *(one for one in flattered if one is not None)]
@@ -174,15 +177,25 @@ def prepare(
     )
 
 
+def _of_ranks(spec: FineTuneJobSpec, ranks: int) -> FineTuneJobSpec:
+    """The spec with the nodes that are there: outside of a cluster it is one, whatever the manifest says."""
+    nodes = max(1, ranks // max(1, spec.resources.gpus))
+    return spec.model_copy(update={"resources": spec.resources.model_copy(update={"nodes": nodes})})
+
+
 def _settings(
-    job: FineTuneJob, sized: preflight.Sizing | None, gpu_memory: int | None, *, has_layers: bool
+    spec: FineTuneJobSpec,
+    frozen: Resolved | None,
+    sized: preflight.Sizing | None,
+    gpu_memory: int | None,
+    *,
+    has_layers: bool,
 ) -> tuple[Settings, list[int]]:
     """The micro-batch size, the checkpointing and the data parallelism of a run, and the sizes that are possible.
 
     Raises:
         InvalidSpecError: activations are to be computed again, or weights shared out, where that is not possible.
     """
-    spec, frozen = job.spec, job.status.resolved
     asked = spec.hyperparameters.micro_batch_size
     before = frozen.micro_batch_size if frozen is not None else None
     sizes = plan.micro_batch_sizes(spec)
@@ -200,7 +213,7 @@ def _settings(
             " weights out: use DDP"
         )
     if before is not None and frozen is not None:
-        sharded = frozen.data_parallelism is DataParallelism.FSDP2
+        sharded = frozen.data_parallelism is DataParallelism.FSDP2 and spec.resources.ranks > 1
         return replace(run, checkpointing=bool(frozen.gradient_checkpointing), sharded=sharded), sizes
     if sized is None or gpu_memory is None:
         return run, sizes
@@ -212,7 +225,7 @@ def _settings(
 def _with_template(planned: Planned, spec: FineTuneJobSpec, tokenizer: PreTrainedTokenizerFast) -> Planned:
     """The adapter, with the verdict on a chat template of its own: a pool asks with that of its base model."""
     template = spec.dataset.chat_template
-    if template is None or same_prompts(tokenizer, template):
+    if spec.method.full is not None or template is None or same_prompts(tokenizer, template):
         return planned
     reason = (
         "dataset.chatTemplate writes questions otherwise than the base model's chat template, which a pool of that base"

@@ -88,18 +88,24 @@ def gather(base: PreTrainedModel, *, keep: bool) -> None:
             if not is_shared_out(parameter):
                 continue
             if id(parameter) not in whole:
-                tensor = gathered(parameter) if parameter.requires_grad else torch.empty(0)
-                left = tensor if keep else torch.empty(0)
+                left = gathered(parameter, keep=keep) if parameter.requires_grad else torch.empty(0)
                 whole[id(parameter)] = torch.nn.Parameter(left, requires_grad=parameter.requires_grad)
             module._parameters[name] = whole[id(parameter)]  # noqa: SLF001
     base._is_distributed_loading_by_transformers = False  # noqa: SLF001
     base._is_fsdp_managed_module = False  # noqa: SLF001
 
 
-def gathered(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a tensor, in main memory; every rank must ask for it."""
+def gathered(tensor: torch.Tensor, *, keep: bool) -> torch.Tensor:
+    """The whole of a tensor, in main memory, where `keep`, and nothing elsewhere; every rank must ask for it."""
     whole: Any = tensor.full_tensor() if is_shared_out(tensor) else tensor
-    result: torch.Tensor = whole.detach().contiguous().cpu()
+    result: torch.Tensor = whole.detach().contiguous().cpu() if keep else torch.empty(0)
+    return result
+
+
+def own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank has of a tensor: all of it, where it is not shared out."""
+    part: Any = tensor.to_local() if is_shared_out(tensor) else tensor
+    result: torch.Tensor = part
     return result
 
 
@@ -108,18 +114,21 @@ def is_shared_out(value: object) -> bool:
     return isinstance(value, DTensor)
 
 
-def keep_states_whole(optimizer: torch.optim.Optimizer) -> None:
+def keep_states_whole(optimizer: torch.optim.Optimizer, *, keep: bool) -> None:
     """Makes `state_dict()`, which every rank must call, give whole states, and `load_state_dict()` take them.
 
-    A checkpoint is the same whether weights are shared out or not.
+    A checkpoint is the same whether weights are shared out or not. Where not `keep`, `state_dict()` has no states: the
+    main memory of a node has no room for as many copies as it has ranks.
     """
 
     def whole(_: torch.optim.Optimizer, document: dict[str, Any]) -> dict[str, Any]:
         gathered_states = {
-            number: {name: gathered(value) if is_shared_out(value) else value for name, value in state.items()}
+            number: {
+                name: gathered(value, keep=keep) if is_shared_out(value) else value for name, value in state.items()
+            }
             for number, state in document["state"].items()
         }
-        return {**document, "state": gathered_states}
+        return {**document, "state": gathered_states if keep else {}}
 
     def parts(own: torch.optim.Optimizer, document: dict[str, Any]) -> dict[str, Any]:
         parameters = [parameter for group in own.param_groups for parameter in group["params"]]

@@ -234,6 +234,7 @@ def _prepared(
             stores,
             work,
             weights=True,
+            ranks=ranks.size,
             gpu_memory=memory,
             tokens=tokens,
             task_code=task_code,

@@ -1,9 +1,11 @@
 """Peak GPU memory of a LoRA or QLoRA run, estimated from shapes alone. Bytes; pure, without torch.
 
 peak = weights + (8 + state) · A + activations + logits + overhead, with A trainable parameters in float32 (4 bytes each
-for the parameter and its gradient) and the optimizer's state, 8 bytes with AdamW. Fitted to published measurements,
-which tests/api/test_memory.py holds; all of them are of LoRA with AdamW over bases in bfloat16 or nf4. The activations
-of the others are what autograd keeps of a real model's layers, as tests/trainer/test_activations.py measures.
+for the parameter and its gradient) and the optimizer's state, 8 bytes with AdamW. Where several ranks train together,
+DDP keeps a copy of the gradients, and FSDP2 gathers weights. Fitted to published measurements, which
+tests/api/test_memory.py holds; all of them are of LoRA with AdamW over bases in bfloat16 or nf4 on one GPU. The
+activations of the others are what autograd keeps of a real model's layers, as tests/trainer/test_activations.py
+measures.
 """
 
 from __future__ import annotations
@@ -14,7 +16,10 @@ from tunesmith.api.finetunejob_status import Verdict
 
 TOLERANCE = 0.15
 """How far the estimate is from the published measurements, at most."""
-_TRAINABLE = 8
+_FLOAT32 = 4
+_TRAINABLE = 2 * _FLOAT32
+_BUCKETS = _FLOAT32
+"""DDP keeps them throughout: a gradient is no view of them, because it goes after each step."""
 _NF4 = 0.516  # with double quantisation: 4 bits, and 8 bits per 64 weights with their own constants
 _NF4_CONSTANTS = 0.016
 """Of _NF4, the part that FSDP2 does not share out: bitsandbytes keeps the constants outside of the weights."""
@@ -68,6 +73,7 @@ class Run:
         full: all weights are trained; in bfloat16 the matrix products use copies of them.
         dropout: the adapter has dropout.
         dora: the adapter is DoRA.
+        ddp: several ranks that each hold the whole base average their gradients.
         shards: ranks among which FSDP2 shares the base out; 1: none.
     """
 
@@ -83,6 +89,7 @@ class Run:
     full: bool = False
     dropout: bool = False
     dora: bool = False
+    ddp: bool = False
     shards: int = 1
 
 
@@ -114,22 +121,41 @@ def estimate(shape: Shape, run: Run) -> Estimate:
     token = stream * shape.hidden * shape.layers + layer if run.checkpointing else shape.layers * layer
     positions = run.tokens if run.logit_positions is None else min(run.tokens, run.logit_positions)
     weights = linear * shape.linear_parameters + width * shape.embedding_parameters
+    trained = (_TRAINABLE + run.optimizer_bytes + _BUCKETS * run.ddp) * run.adapter_parameters
+    a_layer = shape.linear_parameters / shape.layers
     if run.shards == 1:
         kept = 0.0 if run.full and run.full_precision else weights
+    elif run.full:
+        gathered, gradients = _whole_while_trained(shape)
+        # The products' copies of the weights go with their layer where it is computed again.
+        copies = 0.0 if run.full_precision else width * a_layer if run.checkpointing else weights
+        kept = _FLOAT32 * gathered + copies
+        trained = trained / run.shards + _FLOAT32 * gradients
     else:
         # A layer is gathered while another one is computed; embedding and output layer are whole throughout.
-        stored = 4 if run.full else linear
-        gathered = _GATHERED_LAYERS * stored * shape.linear_parameters / shape.layers
-        gathered += (stored if run.full else width) * shape.embedding_parameters
+        gathered = _GATHERED_LAYERS * linear * a_layer + width * shape.embedding_parameters
         constants = _NF4_CONSTANTS * shape.linear_parameters if run.quantized else 0.0
-        kept = gathered + (0.0 if run.full else constants + (weights - constants) / run.shards)
-    trained = (_TRAINABLE + run.optimizer_bytes) * run.adapter_parameters
+        kept = gathered + constants + (weights - constants) / run.shards
     return Estimate(
         weights=round(kept),
-        adapter=round(trained / run.shards if run.full else trained),
+        adapter=round(trained),
         activations=round(token * run.tokens),
         logits=round((_FUSED_LOGITS if run.fused_loss else _LOGITS) * shape.vocabulary * positions),
     )
+
+
+def _whole_while_trained(shape: Shape) -> tuple[float, float]:
+    """Parameters that FSDP2 has gathered, and those of gradients before they are shared out, where all are trained.
+
+    At the larger of two moments of the backward pass. At its end these are embedding and output layer, and their
+    gradients with a copy that is sent. Before, two layers are gathered beside them, and there are the output layer's
+    gradient and one layer's with its copy.
+    """
+    a_layer = shape.linear_parameters / shape.layers
+    embeddings, output = shape.embedding_parameters, shape.vocabulary * shape.hidden
+    end = (float(embeddings), 2.0 * embeddings)
+    before = (embeddings + _GATHERED_LAYERS * a_layer, output + 2 * a_layer)
+    return max(end, before, key=sum)
 
 
 def verdict(peak: int, gpu_memory: int | None) -> Verdict:

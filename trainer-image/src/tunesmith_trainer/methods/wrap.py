@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedModel
 
-    from tunesmith.api.method import Method
+    from tunesmith.api.method import Method, Quantization
     from tunesmith_trainer.methods.config import Planned
 
 _LOOKED_AT = 256
@@ -59,10 +59,13 @@ def wrap(
         SelfCheckError: the adapter is not the one that was asked for.
     """
     if planned.config is None:
+        if share_out is not None:
+            # Autocast would keep a copy of every layer's gathered weights to the end of the forward pass.
+            torch.set_autocast_cache_enabled(False)
         return full.unfreeze(base, share_out)
     before = verify.probe(base, rows) if share_out is None else None
     if method.quantization is not None:
-        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+        base = _frozen(base, method.quantization)
     config = _for_run(planned.config, base, method, total_steps)
     if isinstance(config, LoraConfig):
         _look_at_rows(base, config, rows)
@@ -81,6 +84,19 @@ def wrap(
         share_out()
     verify.check_start(model, planned, before or verify.probe_without(model, rows))
     return model
+
+
+def _frozen(base: PreTrainedModel, quantization: Quantization) -> PreTrainedModel:
+    """A base in 4 bits; what is not in 4 bits keeps the type in which it was loaded, as under LoRA.
+
+    In float32, as PEFT prepares it, embedding and output layer would take twice the memory. Norms alone in float32
+    would make the whole residual stream so: a norm's result has the wider type, and a layer in 4 bits gives back its
+    input's. Where the products of 4-bit weights are to be in float32, everything is.
+    """
+    if quantization.compute_type == "float32":
+        return prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    base.requires_grad_(requires_grad=False)
+    return base
 
 
 def _widen(model: PeftModel) -> None:

@@ -6,6 +6,7 @@ compile it anew for every batch.
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ import torch
 from tunesmith_trainer.data import IGNORED
 from tunesmith_trainer.errors import InvalidSpecError
 from tunesmith_trainer.evaluation.loss import precision
+from tunesmith_trainer.ranks import lost_peer
+from tunesmith_trainer.sharding import own_part
 from tunesmith_trainer.training.batches import Collator, on_device
 from tunesmith_trainer.training.layout import tolerance
 
@@ -26,7 +29,10 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+    from tunesmith_trainer.ranks import Ranks
     from tunesmith_trainer.training.layout import Way
+
+log = logging.getLogger(__name__)
 
 _NAMES = ("RMSNorm", "MLP")
 """How the classes of such layers end in transformers. A norm that is one kernel by itself gains nothing."""
@@ -43,9 +49,18 @@ def as_compiled() -> AbstractContextManager[None]:
 
 
 def compile_layers(
-    model: PeftModel, base: PreTrainedModel, way: Way, cache: Path, say: Callable[[str], None], *, asked: bool
+    model: PeftModel,
+    base: PreTrainedModel,
+    way: Way,
+    cache: Path,
+    say: Callable[[str], None],
+    ranks: Ranks,
+    *,
+    asked: bool,
 ) -> bool:
     """Compiles a model's norms and feed-forward layers, and tries them on two short rows; whether they stay compiled.
+
+    They do at all ranks or at none.
 
     The rows are the same at every start of a job, so that what is compiled, and with it the result, is as well.
 
@@ -55,6 +70,7 @@ def compile_layers(
         way: how the loss is computed.
         cache: folder for what is compiled.
         say: tells a person.
+        ranks: that train together.
         asked: the user wants it, so that it must work; otherwise the layers stay as they are where it does not.
 
     Raises:
@@ -71,19 +87,26 @@ def compile_layers(
     for layer in layers:
         # Dropout takes the random numbers that it would take uncompiled.
         layer.compile(dynamic=True, options={"fallback_random": True})
+    reason = None
     try:
-        found = _tried(model, base, way)
-    except Exception as error:  # noqa: BLE001 - a compiler can fail in any way, and training goes on without it
+        distance = float((_tried(model, base, way) - expected).norm() / expected.norm())
+        if not distance <= tolerance(base):
+            reason = f"the results differ by {distance:.1e}"
+    except Exception as error:
+        lost = lost_peer(error, ranks)
+        if lost is not None:
+            raise lost from error
+        # A compiler can fail in any way, and training goes on without it.
         reason = " ".join(str(error).split())[:300]
-    else:
-        distance = float((found - expected).norm() / expected.norm())
-        if distance <= tolerance(base):
-            say(f"  compiled {len(layers)} norms and feed-forward layers")
-            return True
-        reason = f"the results differ by {distance:.1e}"
+    # An error that was asked for does not wait for the others: they may be in a layer that all have to gather.
+    if (reason is None or not asked) and not ranks.any(reason is not None)[0]:
+        say(f"  compiled {len(layers)} norms and feed-forward layers")
+        return True
+    if reason is not None and not ranks.first:
+        log.warning("layers are not compiled: %s", reason)  # what it says is not heard
     for layer in layers:
         layer._compiled_call_impl = None  # noqa: SLF001 - `compile` has no other way back
-    return _refused(reason, say, asked=asked)
+    return _refused(reason or "they cannot be at another rank, whose log says why", say, asked=asked)
 
 
 def _gains(name: str, module: nn.Module) -> bool:
@@ -101,7 +124,7 @@ def _refused(reason: str, say: Callable[[str], None], *, asked: bool) -> bool:
 
 
 def _tried(model: PeftModel, base: PreTrainedModel, way: Way) -> torch.Tensor:
-    """Loss and the norms of all gradients, in float64, for two rows of fixed tokens."""
+    """Loss and the norms of all gradients, or of the rank's parts of them, in float64, for two rows of fixed tokens."""
     vocabulary = base.config.get_text_config().vocab_size
     ids = [[(3 + 7 * place) % vocabulary for place in range(size)] for size in (_ROW_TOKENS, _ROW_TOKENS - 7)]
     rows = [{"input_ids": row, "labels": [IGNORED, *row[1:]]} for row in ids]
@@ -109,13 +132,15 @@ def _tried(model: PeftModel, base: PreTrainedModel, way: Way) -> torch.Tensor:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     was_training = model.training
     model.train()
+    model.zero_grad()
     try:
         gpus = [model.device] if model.device.type == "cuda" else []
         with torch.random.fork_rng(gpus), way.attending(base), precision(model), as_compiled():
             torch.manual_seed(0)
             summed = model(**batch, target_loss=True).summed
-            gradients = torch.autograd.grad(summed, parameters, allow_unused=True)
+            summed.backward()  # not `grad`: in the graph of weights that are shared out there are others
+        norms = [own_part(one.grad).double().norm() for one in parameters if one.grad is not None]
     finally:
         model.train(was_training)
-    norms = [gradient.double().norm() for gradient in gradients if gradient is not None]
+        model.zero_grad()
     return torch.stack([summed.detach().double(), *norms])

@@ -37,6 +37,7 @@ from tunesmith_trainer.training.loss import add_target_loss
 from tunesmith_trainer.training.neftune import EmbeddingNoise
 from tunesmith_trainer.training.objectives import step_objective
 from tunesmith_trainer.training.saving import Saver
+from tunesmith_trainer.training.scoring import Scoring
 from tunesmith_trainer.training.trainer import StepTrainer
 from tunesmith_trainer.training.watch import CurvePoint, Watch
 from tunesmith_trainer.training.watchdog import Watchdog
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from datasets import Dataset
     from peft import PeftModel
     from transformers import PreTrainedModel, Trainer
 
@@ -173,6 +173,7 @@ def _train(
         way,
         work / "compiled",
         progress.say,
+        ranks,
         asked=bool(job.spec.hyperparameters.torch_compile),
     )
     args = arguments(job, prepared, work, device)
@@ -186,6 +187,7 @@ def _train(
         ranks=ranks.size,
     )
     curve: list[CurvePoint] = []
+    watch = Watch(progress, reporter, curve, device)
     alpha = job.spec.hyperparameters.neftune_noise_alpha
     trainer = StepTrainer(
         model=peft_model,
@@ -195,18 +197,26 @@ def _train(
         collate=collate,
         objective=objective,
         ranks=ranks,
-        callbacks=[Watch(progress, reporter, curve, device)],
+        callbacks=[watch],
         compiled=compiled,
         noise=None if alpha is None else EmbeddingNoise(base.get_input_embeddings(), alpha),
     )
     hooks.attach(trainer, peft_model, method)
-    saver = Saver(faults.checkpoints, job.spec.checkpoint, faults.interruption, curve, ranks)
-    saver.attach(trainer)
     watchdog = Watchdog(faults.hung)
+    saver = Saver(faults.checkpoints, job.spec.checkpoint, faults.interruption, curve, ranks, watchdog.paused)
+    saver.attach(trainer)
     trainer.add_callback(watchdog)
 
-    def score(rows: Dataset, *, adapter: bool) -> float:
-        return held_out_loss(peft_model, rows, collate, resolved.micro_batch_size or 1, adapter=adapter, ranks=ranks)
+    def score(*, adapter: bool) -> float:
+        rows, size = prepared.validation, resolved.micro_batch_size or 1
+        return held_out_loss(peft_model, rows, collate, size, adapter=adapter, ranks=ranks)
+
+    def look() -> float:
+        with watchdog.paused():
+            return score(adapter=True)
+
+    if resolved.evaluation_every_steps is not None:
+        trainer.add_callback(Scoring(resolved.evaluation_every_steps, look, watch))
 
     with way.attending(base), watchdog:
 
@@ -242,7 +252,7 @@ def _loaded(
     if sharded:
         base = model.load_to_share_out(prepared.base, method.quantization, dtype, as_stored=full)
     else:
-        base = model.load_model(prepared.base, device, method.quantization, dtype)
+        base = model.load_model(prepared.base, device, method.quantization, dtype, as_stored=full)
     add_target_loss(base)
 
     def share_out() -> None:
@@ -273,7 +283,7 @@ def _scored(
     """Trains with `run`; the held-out losses before and after."""
     resolved = prepared.resolved
     progress.update(stage=Stage.EVALUATING, step=0, total_steps=resolved.total_steps, epoch=0.0)
-    before = score(prepared.validation, adapter=False)
+    before = score(adapter=False)
     if not math.isfinite(before):
         raise LossDivergedError(
             f"the base model's held-out loss is {before} before the first step: the base model's weights are damaged "
@@ -281,11 +291,11 @@ def _scored(
         )
     curve.append(CurvePoint(step=0, epoch=0.0, evaluation_loss=before))
     reporter.add(curve[-1])
-    progress.update(stage=Stage.TRAINING, evaluation_loss=before)
+    progress.update(stage=Stage.TRAINING)
     run()
 
     progress.update(stage=Stage.EVALUATING, eta_seconds=0)
-    after = score(prepared.validation, adapter=True)
+    after = score(adapter=True)
     if not math.isfinite(after):
         raise LossDivergedError(
             f"the held-out loss is {after} after step {resolved.total_steps}: lower hyperparameters.learningRate"
@@ -300,7 +310,7 @@ def _scored(
 def _measured(
     job: FineTuneJob, prepared: Prepared, peft_model: PeftModel, progress: Progress, ranks: Ranks | None
 ) -> tuple[dict[str, dict[str, tuple[float, float]]], list[SuiteFailure]]:
-    """By suite of answers or tasks and by metric, the scores of base and adapter; and the suites without scores.
+    """By suite of answers or tasks and by metric, the scores of base and adapter; and the suites that lack some or all.
 
     Tasks, and the code of those that a job brings, may fail on what a model says: what was trained is not lost by that.
 
@@ -313,7 +323,7 @@ def _measured(
     """
     found: dict[str, dict[str, tuple[float, float]]] = {}
     failures = []
-    for suite in job.spec.evaluation.suites if job.spec.evaluation else []:
+    for suite in job.spec.suites:
         if suite.held_out_loss is not None:
             continue
         scores = []
@@ -333,7 +343,11 @@ def _measured(
                 break
         else:
             base, adapter = scores
-            found[suite.name] = {metric: (base[metric], value) for metric, value in adapter.items()}
+            taken = sum(map(len, found.values())) + sum(one.held_out_loss is not None for one in job.spec.suites)
+            found[suite.name], lost = gates.compared(suite.name, base, adapter, taken=taken)
+            if lost is not None:
+                progress.say(f"  {lost.message}")
+                failures.append(lost)
     return found, failures
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -19,13 +20,14 @@ from transformers import TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from tunesmith_trainer import sharding
-from tunesmith_trainer.errors import LossDivergedError
+from tunesmith_trainer.errors import LossDivergedError, TrainerError
 from tunesmith_trainer.methods import hooks
 from tunesmith_trainer.training.divergence import SUSTAINED_STEPS, diverged, far_off
 from tunesmith_trainer.training.watch import CurvePoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
@@ -33,11 +35,20 @@ if TYPE_CHECKING:
     from tunesmith_trainer.checkpoint import Checkpoints, Saved
     from tunesmith_trainer.interruption import Interruption
     from tunesmith_trainer.ranks import Ranks
+    from tunesmith_trainer.training.trainer import StepTrainer
+
+log = logging.getLogger(__name__)
 
 WEIGHTS = "trainable.safetensors"
 RUN_STATE = "run.json"
 _FEW = 2 * SUSTAINED_STEPS
 TRAINER_STATE = "trainer_state.json"
+
+
+class NotCompiledError(TrainerError):
+    """The run began with compiled layers, and cannot go on with them here."""
+
+    retryable = True
 
 
 class Saver(TrainerCallback):
@@ -49,6 +60,7 @@ class Saver(TrainerCallback):
         interruption: asks for the end of the run.
         curve: of the run; a restored checkpoint replaces its content.
         ranks: that train together; the first one saves for all.
+        paused: within it, nobody takes the time that passes for that of a step.
         clock: seconds.
     """
 
@@ -59,6 +71,7 @@ class Saver(TrainerCallback):
         interruption: Interruption,
         curve: list[CurvePoint],
         ranks: Ranks,
+        paused: Callable[[], AbstractContextManager[None]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._checkpoints = checkpoints
@@ -66,28 +79,36 @@ class Saver(TrainerCallback):
         self._interruption = interruption
         self._curve = curve
         self._ranks = ranks
+        self._paused = paused
         self._clock = clock
         self._saved_step = 0
         self._saved_at = clock()
-        self._trainer: Trainer | None = None
+        self._trainer: StepTrainer | None = None
         self.interrupted_at: int | None = None
         """Step after which the run was stopped, where it was."""
 
-    def attach(self, trainer: Trainer) -> None:
-        """Takes the place of the Trainer's own saving and of its loading of weights."""
+    def attach(self, trainer: StepTrainer) -> None:
+        """Takes the place of the Trainer's own saving, and of its loading of weights and of the optimizer's state."""
         self._trainer = trainer
         trainer._save_checkpoint = self._save  # noqa: SLF001 - its one place between logging and the next step
         trainer._load_from_checkpoint = self._load_weights  # noqa: SLF001 - it knows PEFT's files only
+        trainer._load_optimizer_and_scheduler = self._load_optimizer  # noqa: SLF001 - it loads all onto each rank's GPU
         trainer.add_callback(self)
 
     def restore(self, saved: Saved) -> None:
-        """Brings back the curve and the counters; the Trainer's `resume_from_checkpoint` does the rest."""
+        """Brings back the curve and the counters; the Trainer's `resume_from_checkpoint` does the rest.
+
+        Raises:
+            NotCompiledError: with what to change.
+        """
         trainer = self._attached
         run = json.loads((saved.path / RUN_STATE).read_text(encoding="utf-8"))
         self._curve[:] = [CurvePoint(**point) for point in run["curve"]]
         if saved.step >= trainer.args.max_steps:
             # No step is left, so the Trainer does not load them.
             self._load_weights(str(saved.path))
+        else:
+            self._compute_alike(saved.step, compiled=run.get("compiled", trainer.compiled))
         self._saved_step = saved.step
         self._interruption.resumed_from_step = saved.step
 
@@ -140,7 +161,7 @@ class Saver(TrainerCallback):
         return [point.loss for point in few if point.loss is not None]
 
     @property
-    def _attached(self) -> Trainer:
+    def _attached(self) -> StepTrainer:
         assert self._trainer is not None  # noqa: S101 - attach() is called first
         return self._trainer
 
@@ -153,20 +174,24 @@ class Saver(TrainerCallback):
         if far_off(self._losses) and self.interrupted_at is None and step < trainer.state.max_steps:
             # The newest checkpoint stays one from before the loss ran away; the next step is looked at again.
             return
-        weights = _trainable(trainer, keep=self._ranks.first)
-        optimizer = trainer.optimizer.state_dict()
-        if not self._ranks.first:
-            self._saved_step, self._saved_at = step, self._clock()
-            return
+        with self._paused():
+            weights = _trainable(trainer, keep=self._ranks.first)
+            optimizer = trainer.optimizer.state_dict()
+            if self._ranks.first:
+                self._write(step, weights, optimizer)
+            # Here, and not in the next step, whose time is limited.
+            self._ranks.wait()
+        # Where it could not be written, the next attempt comes after the next interval, not at every step.
+        self._saved_step, self._saved_at = step, self._clock()
+
+    def _write(self, step: int, weights: dict[str, torch.Tensor], optimizer: dict[str, Any]) -> None:
         for name, tensor in weights.items():
             if not bool(tensor.isfinite().all()):
                 raise LossDivergedError(
-                    f"{name} has values that are not finite after step {step} of {trainer.state.max_steps}: lower"
-                    " hyperparameters.learningRate"
+                    f"{name} has values that are not finite after step {step} of {self._attached.state.max_steps}:"
+                    " lower hyperparameters.learningRate"
                 )
         self._checkpoints.save(step, lambda folder: self._fill(folder, weights, optimizer))
-        # Where it could not be written, the next attempt comes after the next interval, not at every step.
-        self._saved_step, self._saved_at = step, self._clock()
 
     def _fill(self, folder: Path, weights: dict[str, torch.Tensor], optimizer: dict[str, Any]) -> None:
         trainer = self._attached
@@ -177,7 +202,7 @@ class Saver(TrainerCallback):
         state = copy.copy(trainer.state)
         state.log_history = []  # the curve has it
         state.save_to_json(str(folder / TRAINER_STATE))
-        run = {"curve": [asdict(point) for point in self._curve]}
+        run = {"curve": [asdict(point) for point in self._curve], "compiled": trainer.compiled}
         (folder / RUN_STATE).write_text(json.dumps(run), encoding="utf-8")
         hooks.save_state(trainer.accelerator.unwrap_model(trainer.model), folder)
 
@@ -193,6 +218,30 @@ class Saver(TrainerCallback):
                 own[name].copy_(sharding.part_of(tensor, own[name]))
         hooks.load_state(trainer.accelerator.unwrap_model(trainer.model), Path(folder))
 
+    def _load_optimizer(self, folder: str) -> None:
+        trainer = self._attached
+        # Mapped: ranks that keep a part of each state read no more of the file than that.
+        states = torch.load(f"{folder}/{OPTIMIZER_NAME}", map_location="cpu", mmap=True, weights_only=True)
+        trainer.optimizer.load_state_dict(states)
+        for state in trainer.optimizer.state.values():
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor) and value.device.type == "cpu":
+                    state[name] = value.clone()  # the file goes with its checkpoint
+        schedule = torch.load(f"{folder}/{SCHEDULER_NAME}", map_location="cpu", weights_only=True)
+        trainer.lr_scheduler.load_state_dict(schedule)
+
+    def _compute_alike(self, step: int, *, compiled: bool) -> None:
+        """What kernels an attempt gets is tried by each; a run is to have the same in all of its attempts."""
+        if compiled and not self._attached.compiled:
+            raise NotCompiledError(
+                f"layers were compiled up to the checkpoint of step {step}, and cannot be here, where the result would"
+                " be another: let the next attempt run on a machine like that of the first"
+                " (scheduling.nodeSelector), or create a new FineTuneJob with hyperparameters.torchCompile false"
+            )
+        if self._attached.compiled and not compiled:
+            log.warning("compiled layers are not used: they were not up to the checkpoint of step %d", step)
+        self._attached.compiled = compiled
+
 
 def _named(trainer: Trainer) -> dict[str, torch.nn.Parameter]:
     return dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
@@ -205,9 +254,5 @@ def _trainable(trainer: Trainer, *, keep: bool) -> dict[str, torch.Tensor]:
         for name, tensor in _named(trainer).items()
         if tensor.requires_grad and (keep or sharding.is_shared_out(tensor))
     }
-    found = {}
-    for name, tensor in asked.items():
-        whole = sharding.gathered(tensor)
-        if keep:
-            found[name] = whole
-    return found
+    found = {name: sharding.gathered(tensor, keep=keep) for name, tensor in asked.items()}
+    return found if keep else {}

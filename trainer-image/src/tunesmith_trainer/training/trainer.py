@@ -70,7 +70,7 @@ class StepTrainer(Trainer):
         self._plan = plan
         self._objective = objective
         self._ranks = ranks
-        self._compiled = compiled
+        self.compiled = compiled
         self._noise = noise
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -82,7 +82,7 @@ class StepTrainer(Trainer):
         """As the Trainer does; its states are whole in checkpoints."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if self.is_distributed_loading_by_transformers:
-            sharding.keep_states_whole(optimizer)
+            sharding.keep_states_whole(optimizer, keep=self._ranks.first)
         return optimizer
 
     def training_step(
@@ -130,7 +130,7 @@ class StepTrainer(Trainer):
             yield self._prepare_inputs(tensors)
 
     def _kernels(self) -> AbstractContextManager[None]:
-        return as_compiled() if self._compiled else nullcontext()
+        return as_compiled() if self.compiled else nullcontext()
 
     def _share(self, terms: Terms, step: Step) -> torch.Tensor:
         """What a micro-batch adds to the step's loss. Ranks average their gradients, so each counts `ranks` times."""

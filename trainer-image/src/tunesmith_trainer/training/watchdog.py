@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from statistics import median
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 from transformers import TrainerCallback
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
 
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -19,6 +20,8 @@ FIRST_STEP_SECONDS = 1800.0
 """The first step compiles, fills caches and may wait for other nodes."""
 LEAST_SECONDS = 300.0
 FACTOR = 20.0
+LONGEST_PAUSE_SECONDS = 12 * 3600.0
+"""What is no step may take: a disk that never answers must not keep the GPUs for ever."""
 _RECENT_STEPS = 50
 
 
@@ -39,6 +42,7 @@ class Watchdog(TrainerCallback):
         hung: what to do; it gets the steps done and the seconds without a sign of life.
         limit: seconds allowed, by the durations of the steps so far.
         pause: seconds between two looks.
+        longest_pause: seconds allowed for what is no step.
     """
 
     def __init__(
@@ -47,14 +51,17 @@ class Watchdog(TrainerCallback):
         *,
         limit: Callable[[Sequence[float]], float] = deadline,
         pause: float = 5.0,
+        longest_pause: float = LONGEST_PAUSE_SECONDS,
     ) -> None:
         self._hung = hung
         self._limit = limit
         self._pause = pause
+        self._longest_pause = longest_pause
         self._alive = 0.0
         self._began = 0.0
         self._step = 0
         self._seconds: list[float] = []
+        self._paused = False
         self._stop = threading.Event()
 
     def start(self) -> None:
@@ -66,6 +73,17 @@ class Watchdog(TrainerCallback):
     def stop(self) -> None:
         """Watches no longer."""
         self._stop.set()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is no step may take its time, such as the scores of many rows or a large checkpoint."""
+        self._alive = time.monotonic()
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._alive = time.monotonic()
+            self._paused = False
 
     def __enter__(self) -> Self:
         return self
@@ -115,7 +133,9 @@ class Watchdog(TrainerCallback):
                 # The whole process stood still, as in a machine that was paused: that is no sign of a hung step.
                 self._alive = now
             looked = now
+            # Before the sign of life, which comes before the end of a pause.
+            limit = self._longest_pause if self._paused else self._limit(self._seconds)
             silent = now - self._alive
-            if silent > self._limit(self._seconds):
+            if silent > limit:
                 self._stop.set()
                 self._hung(self._step, silent)
