@@ -117,10 +117,10 @@ class Measured(NamedTuple):
 @pytest.mark.parametrize(
     "measured",
     [
-        Measured(8, 1000, True, 284),
-        Measured(4, 16000, True, 467),
-        Measured(4, 32000, True, 785),
-        Measured(8, 1000, False, 522),
+        Measured(8, 1000, checkpointing=True, megabytes=284),
+        Measured(4, 16000, checkpointing=True, megabytes=467),
+        Measured(4, 32000, checkpointing=True, megabytes=785),
+        Measured(8, 1000, checkpointing=False, megabytes=522),
     ],
     ids=str,
 )

@@ -302,7 +302,7 @@ def patch_status(apiserver: ApiServer, namespace: str, resource: str, patch: str
 
 STATUSES = {
     "ftj": """{"status": {"phase": "Validating", "progress": {"stage": "Training", "step": 12345, "totalSteps": 12345,
-        "loss": 12.3456, "etaSeconds": 3600}, "evaluation": {"loss": 11.2345},
+        "loss": 12.3456, "evaluationLoss": 11.2345, "etaSeconds": 3600}, "gpuSeconds": 123456.7,
         "artifact": {"uri": "s3://tunesmith/store/team/tone-123/artifact", "digest": "sha256:%s", "sizeBytes": 1,
         "servable": {"vllm": true}}, "attempts": [{"name": "a-1", "outcome": "Failed", "node": "node-1"},
         {"name": "a-2", "outcome": "Succeeded", "node": "node-2"}]}}"""

@@ -115,11 +115,12 @@ async def world(operator: Operator, cluster: Cluster) -> AsyncIterator[World]:
     found = World(cluster, made["metadata"]["name"])
     tasks = [asyncio.create_task(found.pods.run()), asyncio.create_task(found.trainers.run())]
     yield found
-    await cluster.delete("Namespace", found.namespace)
+    # Before the namespace goes, whose Secrets may go first.
     for task in tasks:
         task.cancel()
     for ended in await asyncio.gather(*tasks, return_exceptions=True):
         assert isinstance(ended, asyncio.CancelledError), ended
+    await cluster.delete("Namespace", found.namespace)
 
 
 async def test_from_a_job_that_does_not_exist_yet_to_an_adapter_that_answers(world: World) -> None:

@@ -222,7 +222,9 @@ def test_several_ranks_that_do_not_share_keep_a_copy_of_the_gradients(wide: Work
 
 
 @pytest.mark.parametrize(
-    ("method", "embeddings"), [({"qlora": {}}, 2), ({"qlora": {"quantization": {"computeType": "float32"}}}, 4)], ids=str
+    ("method", "embeddings"),
+    [({"qlora": {}}, 2), ({"qlora": {"quantization": {"computeType": "float32"}}}, 4)],
+    ids=str,
 )
 def test_what_is_not_in_4_bits_counts_in_its_type(wide: Workbench, method: dict[str, Any], embeddings: int) -> None:
     parts = validated(wide, method=method).peak_parts

@@ -220,7 +220,7 @@ class Saver(TrainerCallback):
 
     def _load_optimizer(self, folder: str) -> None:
         trainer = self._attached
-        # Mapped: ranks that keep a part of each state read no more of the file than that.
+        # Mapped: ranks of one node share its pages, where each keeps a part of each state.
         states = torch.load(f"{folder}/{OPTIMIZER_NAME}", map_location="cpu", mmap=True, weights_only=True)
         trainer.optimizer.load_state_dict(states)
         for state in trainer.optimizer.state.values():
