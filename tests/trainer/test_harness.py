@@ -579,9 +579,10 @@ def test_a_metric_that_only_one_of_the_two_has_does_not_lose_the_adapter(bench: 
     ("text", "told"),
     [
         ("task: bare\ninclude: choice.yaml\nmetric_list: [acc]\n", "metric_list must be a list of mappings"),
-        (
+        pytest.param(
             "group: bare\ntask: [bare]\naggregate_metric_list: [{metric: acc}]\n",
             "it is a member of itself (bare, bare)",
+            marks=pytest.mark.long,
         ),
     ],
 )

@@ -488,8 +488,11 @@ def test_a_base_in_bfloat16(bench: Workbench, half_base: Path, method: dict[str,
     "method",
     [
         {"qlora": {"rank": 4, "modulesToSave": ["lm_head"]}},
-        {"qlora": {"rank": 4, "dora": True, "dropout": 0.1}},
-        {"peft": {"type": "TRAINABLE_TOKENS", "config": {"token_indices": [1]}, "quantization": {}}},
+        pytest.param({"qlora": {"rank": 4, "dora": True, "dropout": 0.1}}, marks=pytest.mark.long),
+        pytest.param(
+            {"peft": {"type": "TRAINABLE_TOKENS", "config": {"token_indices": [1]}, "quantization": {}}},
+            marks=pytest.mark.long,
+        ),
     ],
     ids=str,
 )
