@@ -123,6 +123,11 @@ REFUSED_JOBS: dict[str, tuple[dict[str, Any], str, str]] = {
         UNSHARED,
         UNSHARED,
     ),
+    "norms of shared weights in 4 bits": (
+        {"resources": SHARED, "method": {"qlora": {"dora": True}}},
+        UNSHARED,
+        UNSHARED,
+    ),
     "an optimizer of whole weights": (
         {"resources": SHARED, "method": {"full": {}}, "hyperparameters": {"optimizer": "Adafactor"}},
         WHOLE,

@@ -8,21 +8,19 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pods as processes
 import pytest
-import torch
 from pods import Pods, assert_equal, pods
 from s3server import free_port
+from slow_save import with_a_slow_save
 from trainer_rig import chat_rows, write_rows
 
 from tunesmith.api.placement import TrainingResources
 from tunesmith.contracts.result import Outcome, TrainerResult
 from tunesmith_trainer.ranks import PeersMissingError, Ranks, of_pod
-from tunesmith_trainer.training import watchdog
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -133,27 +131,6 @@ def test_a_signal_to_one_pod_saves_and_stops_all(tmp_path: Path, base_model: Pat
     assert step is not None, two.result(0).message
     two.finish()
     assert two.result(0).resumed_from_step == int(step[1])
-
-
-SLOW_STEP = 20.0
-"""Seconds that no step takes, on a busy machine neither."""
-
-
-def with_a_slow_save(arguments: list[str], environment: dict[str, str], log: Path) -> None:
-    """What a pod's container runs: the first checkpoint takes longer than a step may. SAVE_ENDS kills it meanwhile."""
-    watchdog.LEAST_SECONDS = SLOW_STEP
-    watchdog.Watchdog.__init__.__kwdefaults__["pause"] = 0.1
-    save = torch.save
-
-    def save_slowly(*args: Any) -> None:
-        torch.save = save
-        time.sleep(1.5 * SLOW_STEP)
-        if "SAVE_ENDS" in environment:
-            os.kill(os.getpid(), signal.SIGKILL)
-        save(*args)
-
-    torch.save = save_slowly
-    processes._command(arguments, environment, log)
 
 
 @pytest.mark.long

@@ -128,9 +128,9 @@ class FineTuneJobSpec(ApiModel):
         ),
         Rule(
             f"!({_SHARDED_CEL}) || {SHARDABLE_CEL}",
-            "resources.dataParallelism: FSDP2 goes with lora, qlora, ia3 and full, without the initializations"
-            " that look at rows (EVA, CorDA, LoRAGA) or compute the base's weights again (LoftQ): use another method or"
-            " initialization, or DDP",
+            "resources.dataParallelism: FSDP2 goes with lora, qlora, ia3 and full, without dora of qlora and the"
+            " initializations that look at rows (EVA, CorDA, LoRAGA) or compute the base's weights again (LoftQ): use"
+            " another method or initialization, or DDP",
             lambda self: self.resources.data_parallelism is not DataParallelism.FSDP2 or self.method.shardable,
         ),
         Rule(

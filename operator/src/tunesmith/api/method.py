@@ -366,7 +366,7 @@ SHARDABLE_CEL = (
         f"self.method.{name}.initialization in {quoted(_WITH_WEIGHTS_SHARED_OUT)}))"
         for name in ("lora", "qlora")
     )
-    + ")"
+    + ") && !(has(self.method.qlora) && has(self.method.qlora.dora) && self.method.qlora.dora)"
 )
 """Of a spec: whether the base's weights can be shared out among ranks (FSDP2)."""
 
@@ -412,7 +412,9 @@ class Method(ApiModel):
     def shardable(self) -> bool:
         """Whether the base's weights can be shared out among ranks."""
         if isinstance(self.fields, LoraFields):
-            return self.fields.initialization in _WITH_WEIGHTS_SHARED_OUT
+            # DoRA takes the norms of weights that wait to be put into 4 bits.
+            whole = self.fields.dora and self.quantization is not None
+            return self.fields.initialization in _WITH_WEIGHTS_SHARED_OUT and not whole
         return isinstance(self.fields, Ia3Fields | FullFields)
 
     @property
