@@ -97,6 +97,18 @@ def place(apiserver: ApiServer, namespace: str, tmp_path: Path) -> Iterator[Plac
         yield Place(apiserver, namespace, server, json.loads(shown.stdout)["metadata"]["uid"])
 
 
+def serve(place: Place, folder: str) -> None:
+    """An AdapterDeployment serves the artifact of a job's folder."""
+    place.create(adapter(place.namespace, "bot"))
+    revision = {
+        "digest": "sha256:" + "a" * 64,
+        "engineName": "x",
+        "state": "Resident",
+        "uri": f"s3://tunesmith/store/{folder}/artifact",
+    }
+    place.set_status("adapterdeployment", "bot", {"revisions": [revision]})
+
+
 def test_what_deleted_jobs_left_goes_and_nothing_else(place: Place) -> None:
     everything = sorted([CHECKPOINT, MANIFEST, "artifact/adapter_model.safetensors", "owner.json"])
     running = place.folder("running", place.create(job(place.namespace, "running")))
@@ -104,14 +116,7 @@ def test_what_deleted_jobs_left_goes_and_nothing_else(place: Place) -> None:
     ended = {"type": "Complete", "status": "True", "reason": "Complete", "lastTransitionTime": "2026-01-01T00:00:00Z"}
     place.set_status("finetunejob", "complete", {"conditions": [ended]})
     deleted, used = place.folder("deleted"), place.folder("used")
-    place.create(adapter(place.namespace, "bot"))
-    revision = {
-        "digest": "sha256:" + "a" * 64,
-        "engineName": "x",
-        "state": "Resident",
-        "uri": f"s3://tunesmith/store/{used}/artifact",
-    }
-    place.set_status("adapterdeployment", "bot", {"revisions": [revision]})
+    serve(place, used)
     foreign, unsigned = place.folder("foreign", cluster="another"), place.folder("unsigned", cluster="")
     obstore.put(place.store, f"{place.namespace}/notes.txt", b"not Tunesmith's")
 
@@ -185,14 +190,7 @@ def test_what_lies_beside_an_artifact_stays_with_it_and_goes_where_none_was_publ
 @pytest.mark.parametrize("store", ["s3://tunesmith//store", "S3://tunesmith/store/", "s3://tunesmith/store//"])
 def test_however_the_store_is_spelled_what_serves_stays(place: Place, store: str) -> None:
     used, deleted = place.folder("used"), place.folder("deleted")
-    place.create(adapter(place.namespace, "bot"))
-    revision = {
-        "digest": "sha256:" + "a" * 64,
-        "engineName": "x",
-        "state": "Resident",
-        "uri": f"s3://tunesmith/store/{used}/artifact",
-    }
-    place.set_status("adapterdeployment", "bot", {"revisions": [revision]})
+    serve(place, used)
     code, _, problems = place.gc("--older-than", "0m", "--artifacts", "--delete", "-o", "json", store=store)
     assert (code, problems) == (0, "")
     assert place.stored(deleted) == []

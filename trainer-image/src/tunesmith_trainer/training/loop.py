@@ -223,7 +223,7 @@ def _train(
         def run() -> None:
             _run(trainer, saver, faults, progress, ranks, lambda: reporter.replay(curve))
 
-        losses = _scored(prepared, progress, reporter, score, curve, run)
+        losses = _scored(prepared, progress, reporter, score, curve, watch, run)
     # Where weights are shared out, each rank takes part in what the first one asks the model.
     if not ranks.first and not sharded:
         return None
@@ -278,6 +278,7 @@ def _scored(
     reporter: Reporter,
     score: Callable[..., float],
     curve: list[CurvePoint],
+    watch: Watch,
     run: Callable[[], None],
 ) -> EvaluationStatus:
     """Trains with `run`; the held-out losses before and after."""
@@ -300,10 +301,7 @@ def _scored(
         raise LossDivergedError(
             f"the held-out loss is {after} after step {resolved.total_steps}: lower hyperparameters.learningRate"
         )
-    last = curve[-1]
-    curve.append(CurvePoint(step=last.step, epoch=last.epoch, evaluation_loss=after))
-    reporter.add(curve[-1])
-    progress.update(evaluation_loss=after)
+    watch.scored(after)
     return EvaluationStatus(base_loss=before, loss=after, loss_reduction_percent=100 * (before - after) / before)
 
 

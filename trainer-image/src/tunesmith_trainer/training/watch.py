@@ -46,7 +46,7 @@ class Watch(TrainerCallback):
         self._times: list[float] = []
         self._tokens: list[int] = []
 
-    def scored(self, loss: float, seconds: float) -> None:
+    def scored(self, loss: float, seconds: float = 0.0) -> None:
         """The adapter was scored after the last step.
 
         Args:
