@@ -23,8 +23,19 @@ from tunesmith.api.finetunejob_status import (
     SuiteFailure,
 )
 from tunesmith.api.model import MAX_NAME
-from tunesmith.contracts.agent import gateway_token, pool_token
+from tunesmith.contracts.agent import (
+    accepts,
+    control_keys,
+    demand_tokens,
+    events_keys,
+    gateway_keys,
+    keys_file,
+    parse_keys,
+    pod_tokens,
+    serving_keys,
+)
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
+from tunesmith.contracts.keyfile import KeyFile
 from tunesmith.contracts.location import artifact_uri, engine_name, namespace_of_artifact, owned_name, plain_uri
 from tunesmith.contracts.progress import PROGRESS_MAX_BYTES, parse_progress
 from tunesmith.contracts.result import TERMINATION_MESSAGE_MAX_BYTES, ExitCode, ExportResult, Outcome, TrainerResult
@@ -344,13 +355,58 @@ class TestProgress:
             parse_progress(body)
 
 
-def test_tokens_differ_by_pool_namespace_key_and_use() -> None:
-    tokens = {
-        pool_token(b"key", "team", "uid"),
-        pool_token(b"key", "team", "uid2"),
-        pool_token(b"key", "other", "uid"),
-        pool_token(b"key2", "team", "uid"),
-        gateway_token(b"key"),
-    }
-    assert len(tokens) == 5
-    assert pool_token(b"key", "team", "uid") == pool_token(b"key", "team", "uid")
+def test_keys_differ_by_installation_pool_namespace_purpose_and_pod() -> None:
+    first, second = (b"first installation key",), (b"second installation key",)
+    pools = [("team", "uid"), ("team", "uid2"), ("other", "uid")]
+    keys = [gateway_keys(first), gateway_keys(second)]
+    for installation in (first, second):
+        keys += [control_keys(installation, *pool) for pool in pools]
+        keys += [derive(gateway_keys(installation), *pool) for pool in pools for derive in (serving_keys, events_keys)]
+    tokens = [pod_tokens(pool, pod) for pool in keys for pod in ("pod-1", "pod-2")]
+    tokens += [demand_tokens(gateway_keys(first)), demand_tokens(gateway_keys(second))]
+    assert len({*keys, *tokens}) == len(keys) + len(tokens)
+    assert control_keys(first, "team", "uid") == control_keys(first, "team", "uid")
+
+
+def test_control_keys_cannot_be_derived_from_what_a_gateway_holds() -> None:
+    installation = (b"an installation key",)
+    gateway = gateway_keys(installation)
+    assert control_keys(gateway, "team", "uid") != control_keys(installation, "team", "uid")
+
+
+def test_during_a_rotation_all_is_derived_from_both_keys() -> None:
+    old, new = b"the previous installation key", b"the current installation key"
+    both = pod_tokens(serving_keys(gateway_keys((new, old)), "team", "uid"), "pod")
+    assert both == tuple(pod_tokens(serving_keys(gateway_keys((key,)), "team", "uid"), "pod")[0] for key in (new, old))
+    for token in both:
+        assert accepts(f"Bearer {token}", both)
+        assert not accepts(f"Basic {token}", both)
+        assert not accepts(token, both)
+    assert not accepts("Bearer ", both)
+    assert not accepts("Bearer \udcff", both)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n", b"short", b"\n".join([b"a key that is long enough"] * 3)])
+def test_a_file_without_usable_keys_is_refused(content: bytes) -> None:
+    with pytest.raises(ValueError, match="key"):
+        parse_keys(content)
+
+
+def test_a_key_file_follows_its_content_and_survives_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("tunesmith.contracts.keyfile.time.monotonic", lambda: clock[0])
+    old, new = b"the previous key of a file", b"the current key of a file"
+    path = tmp_path / "key"
+    path.write_bytes(keys_file((old,)))
+    keys = KeyFile(path)
+    assert keys() == (old,)
+    path.write_bytes(keys_file((new, old)))
+    clock[0] += 2
+    assert keys() == (new, old)
+    for damage in (lambda: path.write_bytes(b"x"), path.unlink):
+        damage()
+        clock[0] += 2
+        assert keys() == (new, old)
+    path.write_bytes(keys_file((new,)))
+    clock[0] += 2
+    assert keys() == (new,)

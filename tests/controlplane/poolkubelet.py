@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 
 from kubelet import now
+from operatorprocess import until
 from tunesmith.cluster.errors import ConflictError, NotFoundError
 from tunesmith.contracts.agent import (
     AGENT_PORT,
@@ -25,13 +26,17 @@ from tunesmith.contracts.agent import (
     PodState,
     Residency,
     ResidencyState,
-    gateway_token,
+    accepts,
+    demand_tokens,
+    parse_keys,
+    pod_tokens,
 )
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from tunesmith.cluster.client import Cluster
+    from tunesmith.contracts.agent import Keys
 
 Object = dict[str, Any]
 FINGERPRINT = "sha256:" + "f" * 64
@@ -41,8 +46,9 @@ GATE = "tunesmith.dev/adapters"
 class Lines:
     """Serves a stream of JSON lines: one on each change and one at least every half second."""
 
-    def __init__(self, token: str, path: str, line: Callable[[], str]) -> None:
-        self.token = token
+    def __init__(self, tokens: tuple[str, ...], path: str, line: Callable[[], str]) -> None:
+        self.tokens = tokens
+        self.control_tokens: tuple[str, ...] = ()
         self.refused = 0
         self.address = f"127.{random.randint(1, 254)}.{random.randint(1, 254)}.{random.randint(1, 254)}"  # noqa: S311
         self.application = web.Application(middlewares=[self._guard])
@@ -74,7 +80,8 @@ class Lines:
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Any) -> web.StreamResponse:
-        if request.headers.get("Authorization") != f"Bearer {self.token}":
+        tokens = self.control_tokens if request.method == "PUT" else self.tokens
+        if not accepts(request.headers.get("Authorization", ""), tokens):
             self.refused += 1
             return web.Response(status=401)
         response: web.StreamResponse = await handler(request)
@@ -96,8 +103,11 @@ class Lines:
 class FakeAgent(Lines):
     """An agent whose engine loads at once; `damaged` names what it finds damaged."""
 
-    def __init__(self, token: str, damaged: set[str]) -> None:
-        super().__init__(token, "/v1/events", lambda: self.state.model_dump_json(by_alias=True))
+    def __init__(self, keys: dict[str, Keys], pod_uid: str, damaged: set[str]) -> None:
+        super().__init__(
+            pod_tokens(keys["events"], pod_uid), "/v1/events", lambda: self.state.model_dump_json(by_alias=True)
+        )
+        self.control_tokens = pod_tokens(keys["control"], pod_uid)
         self.state = PodState(base_model_fingerprint=FINGERPRINT, engine_ready=True)
         self.lists: list[DesiredAdapters] = []
         self.damaged = damaged
@@ -138,10 +148,8 @@ class FakeAgent(Lines):
 class FakeGateway(Lines):
     """A gateway with requests; it registers itself as a pod."""
 
-    def __init__(self, installation_key: bytes) -> None:
-        super().__init__(
-            gateway_token(installation_key), "/v1/demand", lambda: self.demand.model_dump_json(by_alias=True)
-        )
+    def __init__(self, keys: Keys) -> None:
+        super().__init__(demand_tokens(keys), "/v1/demand", lambda: self.demand.model_dump_json(by_alias=True))
         self.demand = GatewayDemand()
 
     async def set(self, **models: int) -> None:
@@ -152,8 +160,13 @@ class FakeGateway(Lines):
 @contextlib.asynccontextmanager
 async def gateway(cluster: Cluster, namespace: str) -> AsyncIterator[FakeGateway]:
     """A gateway pod in the operator's namespace."""
-    secret = await cluster.get("Secret", "tunesmith-installation-key", namespace)
-    fake = FakeGateway(base64.b64decode(secret["data"]["key"]).strip())
+
+    async def written() -> bool:
+        return await cluster.find("Secret", "tunesmith-gateway-key", namespace) is not None
+
+    await until(written, "the gateways' key")
+    secret = await cluster.get("Secret", "tunesmith-gateway-key", namespace)
+    fake = FakeGateway(parse_keys(base64.b64decode(secret["data"]["key"])))
     await fake.listen(GATEWAY_INTERNAL_PORT)
     pod = await cluster.create(
         {
@@ -213,10 +226,11 @@ class PoolKubelet:
         metadata = pod["metadata"]
         if metadata["name"] not in self.agents:
             secret_name = next(
-                entry["secret"]["secretName"] for entry in pod["spec"]["volumes"] if entry["name"] == "token"
+                entry["secret"]["secretName"] for entry in pod["spec"]["volumes"] if entry["name"] == "agent-keys"
             )
             secret = await self.cluster.get("Secret", secret_name, metadata["namespace"])
-            agent = FakeAgent(base64.b64decode(secret["data"]["token"]).decode(), self.damaged)
+            keys = {name: parse_keys(base64.b64decode(value)) for name, value in secret["data"].items()}
+            agent = FakeAgent(keys, metadata["uid"], self.damaged)
             self.agents[metadata["name"]] = agent
             await agent.listen(AGENT_PORT)
         address = self.agents[metadata["name"]].address

@@ -17,9 +17,10 @@ import aiohttp
 import pytest
 
 from apiserver import free_port, until
-from gateway_rig import INSTALLATION_KEY, FakePod, eventually, free_ports
+from gateway_rig import GATEWAY_KEYS, FakePod, eventually, free_ports
 from manifests import adapter, pool
 from tunesmith.cluster.client import Cluster
+from tunesmith.contracts.agent import keys_file
 from tunesmith.contracts.apikey import key_secret, new_key
 from tunesmith.gateway.proxy import Limits
 from tunesmith.gateway.server import Gateway, Settings
@@ -77,7 +78,7 @@ async def test_models_pods_and_keys_come_and_go(apiserver: ApiServer, namespace:
     create_pod(apiserver, pod)
     settings = Settings(
         namespace=namespace,
-        installation_key=INSTALLATION_KEY,
+        gateway_keys=lambda: GATEWAY_KEYS,
         limits=Limits(hold_seconds=SECONDS),
         host="127.0.0.1",
         port=0,
@@ -134,7 +135,7 @@ def status_of(url: str) -> int:
 @pytest.fixture
 def key_file(tmp_path: Path) -> Path:
     path = tmp_path / "key"
-    path.write_bytes(INSTALLATION_KEY + b"\n")
+    path.write_bytes(keys_file(GATEWAY_KEYS))
     return path
 
 
@@ -148,7 +149,7 @@ def gateway_process(*arguments: str, **environment: str) -> subprocess.Popen[str
 def test_the_process_becomes_ready_and_ends_with_0(apiserver: ApiServer, namespace: str, key_file: Path) -> None:
     port, internal = free_port(), free_port()
     process = gateway_process(
-        *("--namespace", namespace, "--installation-key-file", str(key_file)),
+        *("--namespace", namespace, "--gateway-key-file", str(key_file)),
         *("--port", str(port), "--internal-port", str(internal), "--linger-seconds", "0.2"),
         KUBECONFIG=str(apiserver.kubeconfig),
     )
@@ -162,14 +163,14 @@ def test_the_process_becomes_ready_and_ends_with_0(apiserver: ApiServer, namespa
         process.wait()
     assert process.returncode == 0
     assert "Traceback" not in log
-    assert INSTALLATION_KEY.decode() not in log
+    assert GATEWAY_KEYS[0].decode() not in log
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         ((), "set --namespace"),
-        (("--namespace", "a", "--installation-key-file", "/nowhere"), "the installation key /nowhere cannot be read"),
+        (("--namespace", "a", "--gateway-key-file", "/nowhere"), "the gateway's key /nowhere cannot be read"),
         (("--namespace", "a", "--hold-seconds", "-1"), "--hold-seconds must not be negative"),
     ],
 )

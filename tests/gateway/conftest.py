@@ -9,7 +9,7 @@ import aiohttp
 import pytest
 import uvloop
 
-from gateway_rig import INSTALLATION_KEY, OWN_NAMESPACE, Rig, Watches, eventually, free_ports
+from gateway_rig import GATEWAY_KEYS, OWN_NAMESPACE, Rig, Watches, eventually, free_ports
 from tunesmith.gateway.proxy import Limits
 from tunesmith.gateway.server import Gateway, Settings
 
@@ -36,7 +36,7 @@ async def start() -> AsyncIterator[Callable[..., Awaitable[Rig]]]:
                 watches.sync.clear()
             settings = Settings(
                 namespace=OWN_NAMESPACE,
-                installation_key=INSTALLATION_KEY,
+                gateway_keys=lambda: GATEWAY_KEYS,
                 limits=Limits(**limits),  # type: ignore[arg-type]
                 host="127.0.0.1",
                 port=0,

@@ -11,7 +11,15 @@ import aiohttp
 from aiohttp import web
 
 from tunesmith.cluster.watch import WatchEvent
-from tunesmith.contracts.agent import PodState, Residency, ResidencyState, pool_token
+from tunesmith.contracts.agent import (
+    PodState,
+    Residency,
+    ResidencyState,
+    accepts,
+    events_keys,
+    pod_tokens,
+    serving_keys,
+)
 from tunesmith.contracts.apikey import key_secret, new_key
 from tunesmith.contracts.location import engine_name
 
@@ -20,9 +28,10 @@ if TYPE_CHECKING:
 
     from multidict import CIMultiDictProxy
 
+    from tunesmith.contracts.agent import Keys
     from tunesmith.gateway.server import Gateway
 
-INSTALLATION_KEY = b"an installation key of thirty-two"
+GATEWAY_KEYS = (b"a gateway key of the tests, thirty-two",)
 OWN_NAMESPACE = "tunesmith-system"
 DEADLINE = 10.0
 
@@ -93,6 +102,7 @@ class FakePod:
         self.gate = asyncio.Event()
         self.gate.set()
         self.silent = False
+        self.keys: Keys = GATEWAY_KEYS
         self._told = asyncio.Condition()
         self._runners: dict[str, web.AppRunner] = {}
 
@@ -114,9 +124,9 @@ class FakePod:
             },
         }
 
-    def _token(self) -> str:
+    def tokens(self, derive: Callable[[Keys, str, str], Keys]) -> tuple[str, ...]:
         metadata = self.pool["metadata"]
-        return pool_token(INSTALLATION_KEY, metadata["namespace"], metadata["uid"])
+        return pod_tokens(derive(self.keys, metadata["namespace"], metadata["uid"]), self.manifest["metadata"]["uid"])
 
     async def start_engine(self) -> None:
         engine = web.Application()
@@ -153,7 +163,7 @@ class FakePod:
         await self.tell()
 
     async def _events(self, request: web.Request) -> web.StreamResponse:
-        if request.headers.get("Authorization") != f"Bearer {self._token()}":
+        if not accepts(request.headers.get("Authorization", ""), self.tokens(events_keys)):
             raise web.HTTPUnauthorized
         response = web.StreamResponse()
         await response.prepare(request)
@@ -178,7 +188,7 @@ class FakePod:
         return response
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
-        if request.headers.get("Authorization") != f"Bearer {self._token()}":
+        if not accepts(request.headers.get("Authorization", ""), self.tokens(serving_keys)):
             raise web.HTTPUnauthorized
         body = await request.json()
         if self.draining:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from gateway_rig import INSTALLATION_KEY, adapter_manifest, eventually
-from tunesmith.contracts.agent import AdapterDemand, GatewayDemand, gateway_token
+from gateway_rig import GATEWAY_KEYS, adapter_manifest, eventually
+from tunesmith.contracts.agent import AdapterDemand, GatewayDemand, demand_tokens
 
 if TYPE_CHECKING:
     from gateway_rig import Rig
@@ -21,7 +21,7 @@ async def test_demand_is_streamed_to_whoever_has_the_token(rig: Rig) -> None:
     for token in ("", "Bearer ", "Bearer wrong", f"Bearer {rig.key}"):
         async with rig.http.get(f"{rig.internal_url}/v1/demand", headers={"Authorization": token}) as response:
             assert response.status == 401
-    headers = {"Authorization": f"Bearer {gateway_token(INSTALLATION_KEY)}"}
+    headers = {"Authorization": f"Bearer {demand_tokens(GATEWAY_KEYS)[0]}"}
     async with asyncio.timeout(10), rig.http.get(f"{rig.internal_url}/v1/demand", headers=headers) as response:
 
         async def until(models: dict[str, AdapterDemand]) -> None:

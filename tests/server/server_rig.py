@@ -19,6 +19,7 @@ import numpy as np
 import s3fs  # type: ignore[import-untyped]
 
 from tunesmith.api.finetunejob_status import ServableStatus
+from tunesmith.contracts.agent import pod_tokens
 from tunesmith.contracts.artifact import (
     ArtifactAdapter,
     ArtifactBase,
@@ -37,7 +38,15 @@ CACHE = Path.home() / ".cache/tunesmith"
 T = TypeVar("T")
 STORE = "s3://tunesmith/store"
 BASE_NAME = "team/smol"
-POOL_TOKEN = "pool-token-of-the-tests"
+CONTROL_KEY, EVENTS_KEY, SERVING_KEY = (
+    b"control-key-of-the-tests",
+    b"events-key-of-the-tests",
+    b"serving-key-of-the-tests",
+)
+POD_UID = "uid-of-the-pod"
+CONTROL_TOKEN, EVENTS_TOKEN, SERVING_TOKEN = (
+    pod_tokens((key,), POD_UID)[0] for key in (CONTROL_KEY, EVENTS_KEY, SERVING_KEY)
+)
 PATIENCE = 600.0
 """Seconds until a condition that is polled for counts as never met."""
 
@@ -226,9 +235,11 @@ class Pod:
     def __post_init__(self) -> None:
         self.state = self.folder / "run"
         self.adapters = self.folder / "adapters"
-        self.token_file = self.folder / "token"
+        self.keys = self.folder / "keys"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.token_file.write_text(POOL_TOKEN)
+        self.keys.mkdir(exist_ok=True)
+        for name, key in (("control", CONTROL_KEY), ("events", EVENTS_KEY), ("serving", SERVING_KEY)):
+            (self.keys / name).write_bytes(key)
         self.engine_port, self.agent_port = free_port(), free_port()
         self.engine_url = f"http://127.0.0.1:{self.engine_port}"
         self.agent_url = f"http://127.0.0.1:{self.agent_port}"
@@ -275,7 +286,9 @@ def agent_container(pod: Pod, **options: Any) -> Container:
     flags: dict[str, Any] = {
         "engine-url": pod.engine_url,
         "port": pod.agent_port,
-        "token-file": pod.token_file,
+        "control-key-file": pod.keys / "control",
+        "events-key-file": pod.keys / "events",
+        "pod-uid": POD_UID,
         "state": pod.state,
         "adapters": pod.adapters,
         "base-model": pod.base,
@@ -299,7 +312,8 @@ def engine_container(pod: Pod) -> Container:
     ]
     environment = {
         "PYTHONPATH": str(pod.state / "middleware"),
-        "TUNESMITH_TOKEN_FILE": str(pod.token_file),
+        "TUNESMITH_SERVING_KEY_FILE": str(pod.keys / "serving"),
+        "TUNESMITH_POD_UID": POD_UID,
         "TUNESMITH_ADMIN_TOKEN_FILE": str(pod.state / "admin-token"),
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "VLLM_NO_USAGE_STATS": "1",

@@ -8,15 +8,29 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import pytest
-from server_rig import POOL_TOKEN, Artifact, Container, Pod, S3Server, agent_container, listens, wait_until
+from server_rig import (
+    CONTROL_KEY,
+    CONTROL_TOKEN,
+    EVENTS_TOKEN,
+    POD_UID,
+    SERVING_TOKEN,
+    Artifact,
+    Container,
+    Pod,
+    S3Server,
+    agent_container,
+    listens,
+    wait_until,
+)
 
-from tunesmith.contracts.agent import PodState, ResidencyState
+from tunesmith.contracts.agent import PodState, ResidencyState, pod_tokens
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
     from pathlib import Path
 
-TOKEN = {"Authorization": f"Bearer {POOL_TOKEN}"}
+CONTROL = {"Authorization": f"Bearer {CONTROL_TOKEN}"}
+EVENTS = {"Authorization": f"Bearer {EVENTS_TOKEN}"}
 
 
 @pytest.fixture
@@ -43,7 +57,7 @@ async def http(agent: Container, pod: Pod) -> AsyncIterator[aiohttp.ClientSessio
 async def until(http: aiohttp.ClientSession, condition: Callable[[PodState], Any]) -> PodState:
     """The first line of the event stream that meets the condition."""
     timeout = aiohttp.ClientTimeout(total=60)
-    async with http.get("/v1/events", headers=TOKEN, timeout=timeout) as events:
+    async with http.get("/v1/events", headers=EVENTS, timeout=timeout) as events:
         async for line in events.content:
             state = PodState.model_validate_json(line)
             if condition(state):
@@ -52,7 +66,7 @@ async def until(http: aiohttp.ClientSession, condition: Callable[[PodState], Any
 
 
 async def put(http: aiohttp.ClientSession, body: Any) -> tuple[int, Any]:
-    async with http.put("/v1/adapters", json=body, headers=TOKEN) as response:
+    async with http.put("/v1/adapters", json=body, headers=CONTROL) as response:
         return response.status, await response.json()
 
 
@@ -60,18 +74,47 @@ async def put(http: aiohttp.ClientSession, body: Any) -> tuple[int, Any]:
     ("method", "path"),
     [("PUT", "/v1/adapters"), ("GET", "/v1/events"), ("POST", "/drain"), ("GET", "/metrics"), ("GET", "/x")],
 )
-async def test_routes_need_the_pools_token(http: aiohttp.ClientSession, method: str, path: str) -> None:
-    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {POOL_TOKEN}"}):
+async def test_each_route_needs_the_token_of_its_purpose(
+    http: aiohttp.ClientSession, pod: Pod, method: str, path: str
+) -> None:
+    right = EVENTS_TOKEN if method == "GET" and path != "/x" else CONTROL_TOKEN
+    others = {CONTROL_TOKEN, EVENTS_TOKEN, SERVING_TOKEN, CONTROL_KEY.decode(), "wrong"} - {right}
+    others |= {pod_tokens((CONTROL_KEY,), "uid-of-another-pod")[0]} | ({pod.admin_token} if path != "/drain" else set())
+    for headers in (
+        {},
+        {"Authorization": f"Basic {right}"},
+        *({"Authorization": f"Bearer {wrong}"} for wrong in others),
+    ):
         async with http.request(method, path, headers=headers) as response:
             assert response.status == 401
+    async with http.request(method, path, headers={"Authorization": f"Bearer {right}"}) as response:
+        assert response.status in {200, 400, 404}
     async with http.get("/healthz") as response:
         assert response.status == 200
+
+
+async def test_a_rotated_key_is_accepted_beside_the_previous_one(http: aiohttp.ClientSession, pod: Pod) -> None:
+    new_key = b"another-control-key-of-the-tests"
+    new = {"Authorization": f"Bearer {pod_tokens((new_key,), POD_UID)[0]}"}
+
+    async def accepted(headers: dict[str, str]) -> bool:
+        async with http.put("/v1/adapters", json={}, headers=headers) as response:
+            return response.status != 401
+
+    (pod.keys / "control").write_bytes(new_key + b"\n" + CONTROL_KEY)
+    while not await accepted(new):
+        assert await accepted(CONTROL)
+    assert await accepted(CONTROL)
+    (pod.keys / "control").write_bytes(new_key)
+    while await accepted(CONTROL):
+        assert await accepted(new)
+    assert await accepted(new)
 
 
 async def test_the_first_line_says_what_the_pod_is_and_the_heart_beats(
     http: aiohttp.ClientSession, fingerprint: str
 ) -> None:
-    async with http.get("/v1/events", headers=TOKEN) as events:
+    async with http.get("/v1/events", headers=EVENTS) as events:
         lines = [PodState.model_validate_json(await events.content.readline()) for _ in range(2)]
     assert lines == [PodState(base_model_fingerprint=fingerprint)] * 2
 
@@ -123,7 +166,7 @@ async def test_without_an_engine_adapters_are_fetched_and_wait(
     assert "DoRA" in by_name[unfit["engineName"]].message
     assert not state.engine_ready
     assert [path.name for path in pod.adapters.iterdir()] == [sound["digest"].removeprefix("sha256:")]
-    async with http.get("/metrics", headers=TOKEN) as response:
+    async with http.get("/metrics", headers=EVENTS) as response:
         text = await response.text()
     assert 'tunesmith_agent_failures_total{permanent="true"} 1.0' in text
     assert 'tunesmith_agent_adapters{state="Loading"} 1.0' in text
@@ -145,8 +188,8 @@ async def test_an_artifact_that_appears_later_is_fetched_after_the_list_says_so(
     await until(http, lambda state: state.adapters and state.adapters[0].state is ResidencyState.LOADING)
 
 
-async def test_a_pod_whose_engine_is_down_drains_at_once(http: aiohttp.ClientSession) -> None:
-    async with http.post("/drain", headers=TOKEN) as response:
+async def test_a_pod_whose_engine_is_down_drains_at_once(http: aiohttp.ClientSession, pod: Pod) -> None:
+    async with http.post("/drain", headers={"Authorization": f"Bearer {pod.admin_token}"}) as response:
         assert await response.json() == {"drained": True}
     assert (await until(http, bool)).draining
 
@@ -154,7 +197,8 @@ async def test_a_pod_whose_engine_is_down_drains_at_once(http: aiohttp.ClientSes
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (lambda pod: pod.token_file.unlink(), "with the pool's token cannot be read"),
+        (lambda pod: (pod.keys / "control").unlink(), "with the pool's control key cannot be read"),
+        (lambda pod: (pod.keys / "events").write_text("short"), "with the pool's events key cannot be used"),
         (lambda pod: setattr(pod, "base", pod.folder / "none"), "The base model at"),
         (lambda pod: (pod.state.mkdir(), (pod.state / "desired.json").write_text("{")), "is damaged"),
     ],

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tunesmith.contracts.agent import pod_tokens
 from tunesmith_server import middleware
 
 if TYPE_CHECKING:
@@ -19,15 +20,17 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 MODULE = Path(middleware.__path__[0]) / "tunesmith_middleware.py"
-POOL, ADMIN = "p" * 32, "a" * 32
+KEY, ADMIN, POD_UID = "k" * 32, "a" * 32, "uid-of-the-pod"
+POOL = pod_tokens((KEY.encode(),), POD_UID)[0]
 CHAT = "/v1/chat/completions"
 
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    for variable, token in (("TUNESMITH_TOKEN_FILE", POOL), ("TUNESMITH_ADMIN_TOKEN_FILE", ADMIN)):
+    for variable, token in (("TUNESMITH_SERVING_KEY_FILE", KEY), ("TUNESMITH_ADMIN_TOKEN_FILE", ADMIN)):
         (tmp_path / variable).write_text(token + "\n")
         monkeypatch.setenv(variable, str(tmp_path / variable))
+    monkeypatch.setenv("TUNESMITH_POD_UID", POD_UID)
     spec = importlib.util.spec_from_file_location("tunesmith_middleware", MODULE)
     assert spec is not None
     assert spec.loader is not None
@@ -285,8 +288,8 @@ def test_without_token_files_the_engine_does_not_start(
 ) -> None:
     prepare(tmp_path / "token")
     for variables, expected in (
-        ({"TUNESMITH_TOKEN_FILE": str(tmp_path / "token")}, sentence),
-        ({}, "TUNESMITH_TOKEN_FILE is not set"),
+        ({"TUNESMITH_SERVING_KEY_FILE": str(tmp_path / "token"), "TUNESMITH_POD_UID": "uid"}, sentence),
+        ({"TUNESMITH_POD_UID": "uid"}, "TUNESMITH_SERVING_KEY_FILE is not set"),
     ):
         ended = subprocess.run(
             [sys.executable, MODULE], env=variables, capture_output=True, text=True, check=False, timeout=60

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from server_rig import (
     BASE_NAME,
-    POOL_TOKEN,
+    EVENTS_TOKEN,
+    SERVING_TOKEN,
     Artifact,
     Container,
     MissingPartError,
@@ -48,7 +49,7 @@ class Answer:
 
 
 def call(
-    url: str, method: str = "GET", body: Any = None, token: str | None = POOL_TOKEN, timeout: float = 120
+    url: str, method: str = "GET", body: Any = None, token: str | None = SERVING_TOKEN, timeout: float = 120
 ) -> Answer:
     try:
         with open_stream(url, method, body, token, timeout) as response:
@@ -92,7 +93,7 @@ class ServingPod:
         assert call(f"{self.pod.agent_url}/v1/adapters", "PUT", body).json == {"epoch": 1, "sequence": self._sequence}
 
     def state(self) -> PodState:
-        with open_stream(f"{self.pod.agent_url}/v1/events", "GET", None, POOL_TOKEN) as events:
+        with open_stream(f"{self.pod.agent_url}/v1/events", "GET", None, EVENTS_TOKEN) as events:
             return PodState.model_validate_json(events.readline())
 
     def residency(self, name: str) -> Residency | None:
@@ -214,7 +215,7 @@ def test_streams_pass_through_and_are_counted(pod: ServingPod) -> None:
     model = pod.entries["pirate"]["engineName"]
     before = pod.engine_state()["totals"][model]
     body = {"model": model, "prompt": PROMPT, "max_tokens": 40, "temperature": 0, "ignore_eos": True, "stream": True}
-    with open_stream(f"{pod.pod.engine_url}/v1/completions", "POST", body, POOL_TOKEN) as stream:
+    with open_stream(f"{pod.pod.engine_url}/v1/completions", "POST", body, SERVING_TOKEN) as stream:
         first = stream.readline()
         running = pod.engine_state()["inFlight"]
         events = [line for line in stream if line.startswith(b"data: ")]
@@ -286,7 +287,7 @@ def test_a_draining_pod_ends_what_runs_and_refuses_the_rest(pod: ServingPod) -> 
     model = pod.entries["pirate"]["engineName"]
     body = {"model": model, "prompt": PROMPT, "max_tokens": 60, "temperature": 0, "ignore_eos": True, "stream": True}
     drained: list[Answer] = []
-    with open_stream(f"{pod.pod.engine_url}/v1/completions", "POST", body, POOL_TOKEN) as stream:
+    with open_stream(f"{pod.pod.engine_url}/v1/completions", "POST", body, SERVING_TOKEN) as stream:
         stream.readline()
         drain = threading.Thread(target=lambda: drained.append(call(f"{pod.pod.agent_url}/drain", "POST")))
         drain.start()

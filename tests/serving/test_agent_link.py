@@ -10,7 +10,7 @@ LIST = (DesiredAdapter(engine_name="team/a@1", digest="sha256:1", uri="s3://x"),
 
 @pytest.fixture
 def link() -> AgentLink:
-    return AgentLink(Target("pod team/p", "10.0.0.1", "secret-token"))
+    return AgentLink(Target("pod team/p", "10.0.0.1", ("secret-token",), ("secret-token",)))
 
 
 def test_nothing_is_told_before_it_was_decided(link: AgentLink) -> None:
@@ -55,7 +55,7 @@ def test_load_is_no_news_and_residency_is(link: AgentLink) -> None:
 
 
 def test_the_token_is_not_printed() -> None:
-    target = Target("pod team/p", "10.0.0.1", "secret-token")
+    target = Target("pod team/p", "10.0.0.1", ("secret-token",), ("secret-token",))
     assert "secret-token" not in repr(target)
     assert "secret-token" not in str(target)
 

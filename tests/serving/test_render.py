@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from tunesmith.serving.render import Images, deployment, disruption_budget, reserved, selector_text, token_secret
+from tunesmith.serving.render import Images, deployment, disruption_budget, key_secret, reserved, selector_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,7 +62,11 @@ class _NoAliases(yaml.SafeDumper):
 @pytest.mark.parametrize("case", CASES)
 def test_golden(case: str, pool: Callable[..., ServingPool]) -> None:
     resource = pool("base", **CASES[case])
-    built = [deployment(resource, IMAGES, 2), token_secret(resource, "the-token"), disruption_budget(resource)]
+    built = [
+        deployment(resource, IMAGES, 2),
+        key_secret(resource, {"control": b"the-control-key", "events": b"the-events-key"}),
+        disruption_budget(resource),
+    ]
     text = yaml.dump_all(built, Dumper=_NoAliases, sort_keys=False, width=120)
     place = GOLDEN / f"{case}.yaml"
     if os.environ.get("UPDATE_GOLDEN"):
@@ -84,8 +88,18 @@ def test_every_container_passes_pod_security_restricted(case: str, pool: Callabl
         }
 
 
-def test_the_token_is_in_the_secret_only(pool: Callable[..., ServingPool]) -> None:
-    assert "the-token" not in str(deployment(pool(), IMAGES, 1))
+def test_each_container_gets_the_keys_that_it_needs_and_no_other(pool: Callable[..., ServingPool]) -> None:
+    spec = deployment(pool("base", **CASES["gpu"]), IMAGES, 1)["spec"]["template"]["spec"]
+    entries = {
+        volume["name"]: {item["key"] for item in volume["secret"]["items"]}
+        for volume in spec["volumes"]
+        if "items" in volume.get("secret", {})
+    }
+    found = {
+        container["name"]: set().union(*(entries.get(mount["name"], ()) for mount in container["volumeMounts"]))
+        for container in [*spec["initContainers"], *spec["containers"]]
+    }
+    assert found == {"base-model": set(), "agent": {"control", "events"}, "engine": {"serving"}}
 
 
 def test_the_engine_has_no_credentials_of_the_store(pool: Callable[..., ServingPool]) -> None:

@@ -2,26 +2,53 @@
 
 from __future__ import annotations
 
-import hmac
 import logging
+from collections.abc import Callable  # noqa: TC003 - of a dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from aiohttp import web
 from pydantic import ValidationError
 
-from tunesmith.contracts.agent import HEARTBEAT_SECONDS, DesiredAdapters
+from tunesmith.contracts.agent import HEARTBEAT_SECONDS, DesiredAdapters, Keys, accepts, pod_tokens
 from tunesmith_server.desired import OutdatedError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable
 
     from tunesmith_server.agent import Agent
     from tunesmith_server.metrics import Metrics
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
 OPEN = "/healthz"
+DRAIN = "/drain"
+READ = frozenset({"/v1/events", "/metrics"})
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """What the tokens of this pod derive from.
+
+    Attributes:
+        control: return the pool's control keys: for routes that change the pod.
+        events: return the pool's events keys: for routes that show its state.
+        pod_uid: of this pod.
+        admin_token: shared with the engine's container, whose preStop hook drains the pod with it.
+    """
+
+    control: Callable[[], Keys] = field(repr=False)
+    events: Callable[[], Keys] = field(repr=False)
+    pod_uid: str
+    admin_token: str = field(repr=False)
+
+    def tokens(self, path: str) -> tuple[str, ...]:
+        """The tokens that a route accepts."""
+        if path in READ:
+            return pod_tokens(self.events(), self.pod_uid)
+        control = pod_tokens(self.control(), self.pod_uid)
+        return (*control, self.admin_token) if path == DRAIN else control
 
 
 class AgentApi:
@@ -30,13 +57,13 @@ class AgentApi:
     Args:
         agent: whose state is shown.
         metrics: what `/metrics` shows.
-        token: the pool's token, asked for on every route but `/healthz`.
+        credentials: what callers must present.
     """
 
-    def __init__(self, agent: Agent, metrics: Metrics, token: str) -> None:
+    def __init__(self, agent: Agent, metrics: Metrics, credentials: Credentials) -> None:
         self._agent = agent
         self._metrics = metrics
-        self._token = token.encode()
+        self._credentials = credentials
 
     def application(self) -> web.Application:
         """The aiohttp application."""
@@ -46,7 +73,7 @@ class AgentApi:
                 web.get(OPEN, self._healthz),
                 web.put("/v1/adapters", self._put),
                 web.get("/v1/events", self._events),
-                web.post("/drain", self._drain),
+                web.post(DRAIN, self._drain),
                 web.get("/metrics", self._show_metrics),
             ]
         )
@@ -56,11 +83,12 @@ class AgentApi:
     async def _guard(
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-        allowed = scheme.lower() == "bearer" and hmac.compare_digest(token.strip().encode(), self._token)
-        if request.path != OPEN and not allowed:
+        presented = request.headers.get("Authorization", "")
+        if request.path != OPEN and not accepts(presented, self._credentials.tokens(request.path)):
             return web.json_response(
-                {"error": "The pool's token is missing or wrong."}, status=401, headers={"WWW-Authenticate": "Bearer"}
+                {"error": f"The token for {request.method} of this path is missing or wrong."},
+                status=401,
+                headers={"WWW-Authenticate": "Bearer"},
             )
         return await handler(request)
 

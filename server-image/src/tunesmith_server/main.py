@@ -17,10 +17,11 @@ from aiohttp import web
 
 from tunesmith.contracts.agent import AGENT_PORT
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
+from tunesmith.contracts.keyfile import KeyFile
 from tunesmith.contracts.result import TERMINATION_MESSAGE_MAX_BYTES, TERMINATION_MESSAGE_PATH, ExitCode
 from tunesmith_server import middleware
 from tunesmith_server.agent import Agent, AgentSettings
-from tunesmith_server.api import AgentApi
+from tunesmith_server.api import AgentApi, Credentials
 from tunesmith_server.artifact import PodLimits
 from tunesmith_server.base_model import BaseModelError, fetch_base
 from tunesmith_server.desired import DesiredFile
@@ -73,7 +74,10 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("serve", help="keep the engine's adapters as they are wanted")
     run.add_argument("--engine-url", default="http://127.0.0.1:8000")
     run.add_argument("--port", type=int, default=AGENT_PORT)
-    run.add_argument("--token-file", type=Path, default=Path("/etc/tunesmith/pool/token"), help="the pool's token")
+    keys = Path("/etc/tunesmith/agent")
+    run.add_argument("--control-key-file", type=Path, default=keys / "control", help="the pool's control key")
+    run.add_argument("--events-key-file", type=Path, default=keys / "events", help="the pool's events key")
+    run.add_argument("--pod-uid", default=os.environ.get("TUNESMITH_POD_UID"), help="this pod's UID")
     run.add_argument("--state", type=Path, default=Path("/var/run/tunesmith"), help="folder shared with the engine")
     run.add_argument("--adapters", type=Path, default=Path("/adapters"), help="folder of adapters, read by the engine")
     run.add_argument("--base-model", type=Path, default=Path("/models/base"), help="the base model's folder")
@@ -99,7 +103,10 @@ async def serve(options: argparse.Namespace) -> None:
     Raises:
         SetupError: a file or folder that the pod must bring is missing or damaged.
     """
-    token = _read(options.token_file, "the pool's token").strip()
+    if not options.pod_uid:
+        raise SetupError("The pod's UID is missing. Set TUNESMITH_POD_UID from metadata.uid.")
+    control = _keys(options.control_key_file, "the pool's control key")
+    events = _keys(options.events_key_file, "the pool's events key")
     fingerprint = _fingerprint(options.base_fingerprint_file, options.base_model)
     limits = PodLimits(options.store, fingerprint, _shapes(options.base_model), options.max_lora_rank)
     settings = AgentSettings(options.adapters, limits, options.max_loras, options.drain_seconds)
@@ -116,7 +123,8 @@ async def serve(options: argparse.Namespace) -> None:
     # vLLM closes an idle connection after 5 s; one that it is just closing must not be used.
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(keepalive_timeout=2)) as session:
         agent = Agent(settings, EngineClient(session, options.engine_url, admin_token), desired, os.environ, metrics)
-        runner = web.AppRunner(AgentApi(agent, metrics, token).application(), shutdown_timeout=1)
+        credentials = Credentials(control, events, options.pod_uid, admin_token)
+        runner = web.AppRunner(AgentApi(agent, metrics, credentials).application(), shutdown_timeout=1)
         await runner.setup()
         try:
             await web.TCPSite(runner, port=options.port).start()
@@ -172,6 +180,15 @@ def _shapes(base_model: Path) -> dict[str, tuple[int, ...]]:
     if not shapes:
         raise SetupError(f"The base model's folder {base_model} holds no safetensors files; mount it into the agent.")
     return shapes
+
+
+def _keys(path: Path, what: str) -> KeyFile:
+    try:
+        return KeyFile(path)
+    except OSError as error:
+        raise SetupError(f"{path} with {what} cannot be read: {error.strerror}. Check the pod's volumes.") from None
+    except ValueError as error:
+        raise SetupError(f"{path} with {what} cannot be used: {error}. Check the pool's Secret.") from None
 
 
 def _read(path: Path, what: str) -> str:

@@ -48,7 +48,8 @@ RESERVED_ARGUMENTS = (
 )  # fmt: skip
 """Arguments of `vllm serve` that the pool sets, or that would open it to callers without a token."""
 RESERVED_VARIABLES = (
-    "HF_HUB_OFFLINE", "HOME", "PYTHONPATH", "TUNESMITH_ADMIN_TOKEN_FILE", "TUNESMITH_TOKEN_FILE", "USER",
+    "HF_HUB_OFFLINE", "HOME", "PYTHONPATH", "TUNESMITH_ADMIN_TOKEN_FILE", "TUNESMITH_POD_UID",
+    "TUNESMITH_SERVING_KEY_FILE", "USER",
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_API_KEY", "VLLM_NO_USAGE_STATS", "VLLM_PLUGINS",
 )  # fmt: skip
 

@@ -19,14 +19,85 @@ SILENCE_SECONDS = 3.0
 HEARTBEAT_SECONDS = 1.0
 
 
-def pool_token(installation_key: bytes, pool_namespace: str, pool_uid: str) -> str:
-    """The bearer token of a pool's agents and engines: HMAC-SHA256 of the pool's UID, hex."""
-    return hmac.new(installation_key, f"pool/{pool_namespace}/{pool_uid}".encode(), hashlib.sha256).hexdigest()
+Keys = tuple[bytes, ...]
+"""A key and its predecessors, newest first. More than one while the installation key is being rotated: clients present
+the newest that is accepted, servers accept all of them. A file holds one key a line in this order."""
+_MAX_KEYS = 2
+_MIN_KEY_LENGTH = 16
 
 
-def gateway_token(installation_key: bytes) -> str:
-    """The bearer token of the gateways' demand stream."""
-    return hmac.new(installation_key, b"gateway-demand", hashlib.sha256).hexdigest()
+def parse_keys(content: bytes) -> Keys:
+    """Return the keys of a file.
+
+    Raises:
+        ValueError: there is no key, there are too many, or one is too short; the message never contains one.
+    """
+    keys = tuple(line.strip() for line in content.splitlines() if line.strip())
+    if not keys:
+        raise ValueError("there is no key")
+    if len(keys) > _MAX_KEYS:
+        raise ValueError(f"there are {len(keys)} keys, at most {_MAX_KEYS} are expected: the current and the previous")
+    if min(map(len, keys)) < _MIN_KEY_LENGTH:
+        raise ValueError(f"a key is shorter than {_MIN_KEY_LENGTH} characters")
+    return keys
+
+
+def keys_file(keys: Keys) -> bytes:
+    """Return the content of a file with these keys."""
+    return b"".join(key + b"\n" for key in keys)
+
+
+def gateway_keys(installation: Keys) -> Keys:
+    """Derive the gateways' keys. No control key can be derived from them."""
+    return _derived(installation, "gateway")
+
+
+def control_keys(installation: Keys, pool_namespace: str, pool_uid: str) -> Keys:
+    """Derive a pool's keys for what changes a pod: PUT /v1/adapters and POST /drain of its agent."""
+    return _derived(installation, f"control/{pool_namespace}/{pool_uid}")
+
+
+def serving_keys(gateway: Keys, pool_namespace: str, pool_uid: str) -> Keys:
+    """Derive a pool's keys for requests to its engines, from the gateways' keys."""
+    return _derived(gateway, f"serving/{pool_namespace}/{pool_uid}")
+
+
+def events_keys(gateway: Keys, pool_namespace: str, pool_uid: str) -> Keys:
+    """Derive a pool's keys for the event streams of its agents, from the gateways' keys."""
+    return _derived(gateway, f"events/{pool_namespace}/{pool_uid}")
+
+
+def pod_tokens(pool: Keys, pod_uid: str) -> tuple[str, ...]:
+    """Derive the bearer tokens of one pod from its pool's keys, so that what one pod is sent is refused by all others.
+
+    The engine's middleware derives the same with the standard library: HMAC-SHA256 of the pod's UID, hex.
+    """
+    return _tokens(pool, pod_uid)
+
+
+def demand_tokens(gateway: Keys) -> tuple[str, ...]:
+    """Derive the bearer tokens of the gateways' demand stream."""
+    return _tokens(gateway, "demand")
+
+
+def accepts(presented: str, tokens: tuple[str, ...]) -> bool:
+    """True if the value of an Authorization header is one of the bearer tokens; all are compared, in constant time."""
+    scheme, _, token = presented.partition(" ")
+    given = token.strip().encode("utf-8", "surrogateescape")
+    equal = [hmac.compare_digest(given, expected.encode()) for expected in tokens]
+    return scheme.lower() == "bearer" and any(equal)
+
+
+def _derived(keys: Keys, purpose: str) -> Keys:
+    return tuple(_hex(key, purpose).encode() for key in keys)
+
+
+def _tokens(keys: Keys, purpose: str) -> tuple[str, ...]:
+    return tuple(_hex(key, purpose) for key in keys)
+
+
+def _hex(key: bytes, purpose: str) -> str:
+    return hmac.new(key, purpose.encode(), hashlib.sha256).hexdigest()
 
 
 class DesiredAdapter(StatusModel):

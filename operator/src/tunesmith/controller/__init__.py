@@ -8,7 +8,7 @@ How a kind is added (all names are in `reconciler`, `context` and `cache`):
 2. Its constructor takes the `context.Context`: `caches["Pod"].get(namespace, name)`, `.list(namespace)`, `.owned(uid)`;
    writes go through `context.create | apply | replace_status | delete`, which put the answer into the cache;
    `context.queue.add(key)` from a background task; `context.recorder.event(...)`; `context.epoch` (rises with each
-   leader), `context.installation_key`, `context.settings`, `context.now()`.
+   leader), `context.installation_keys`, `context.settings`, `context.now()`.
 3. Add it to the list in `main.reconcilers`.
 
 `reconcile` is called with every cache synced, never twice at once for one key, and only while this process leads. It is

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tunesmith.cluster.client import Cluster, PatchType, Propagation
     from tunesmith.cluster.events import EventRecorder
     from tunesmith.cluster.resources import Object
+    from tunesmith.contracts.agent import Keys
     from tunesmith.controller.settings import Settings
 
 
@@ -42,8 +43,8 @@ class Context:
     """Called with each object that was written: its watch event will be nothing new to the cache."""
     cluster_uid: str = ""
     """Uid of the namespace kube-system; empty where it may not be read. Set before the first reconcile."""
-    installation_key: bytes = b""
-    """The key that pool tokens and the gateways' token are derived from. Set before the first reconcile."""
+    installation_keys: Keys = ()
+    """The keys that all tokens derive from, newest first. Set before the first reconcile, renewed in a rotation."""
 
     def now(self) -> datetime:
         """The time, UTC."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from tunesmith.cluster.errors import ClusterError, ForbiddenError
 from tunesmith.cluster.watch import backoff
-from tunesmith.controller.installation_key import installation_key
+from tunesmith.controller.installation_key import gateway_key_secret, installation_keys
 from tunesmith.controller.reconciler import Key, Watch
 from tunesmith.controller.watching import Watcher
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from tunesmith.cluster.resources import Object
+    from tunesmith.contracts.agent import Keys
     from tunesmith.controller.context import Context
     from tunesmith.controller.metrics import Metrics
     from tunesmith.controller.reconciler import Reconciler
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _STUCK_SECONDS = 120.0
 _SECOND_LIST_SECONDS = 5.0
+_READ_KEYS_SECONDS = 10.0
+_WRITE_KEYS_SECONDS = 300.0
 _log = logging.getLogger(__name__)
 
 
@@ -93,9 +96,7 @@ class Controller:
             self._relist.set()
         await self._synced.wait()
         self._context.epoch = epoch
-        self._context.installation_key = await self._patiently(
-            "the installation key", lambda: installation_key(self._context.cluster, self._context.settings.namespace)
-        )
+        self._context.installation_keys = await self._patiently("the installation key", self._installation_keys)
         self._context.cluster_uid = await self._patiently("the cluster's identity", self._cluster_uid)
         for kind in self._reconcilers:
             for item in self._context.caches[kind].list():
@@ -107,8 +108,35 @@ class Controller:
                     group.create_task(self._work())
                 for reconciler in self._reconcilers.values():
                     group.create_task(self._background(reconciler))
+                group.create_task(self._keep_keys())
         finally:
             self._metrics.leading.set(0)
+
+    async def _installation_keys(self) -> Keys:
+        return await installation_keys(self._context.cluster, self._context.settings.namespace)
+
+    async def _keep_keys(self) -> None:
+        """Write the gateways' key, and follow a rotation of the installation key. Runs without end."""
+        context, failures, written = self._context, 0, float("-inf")
+        while True:
+            try:
+                keys = await self._installation_keys()
+                if keys != context.installation_keys:
+                    _log.info("the installation key changed: the keys of gateways and pools follow")
+                    context.installation_keys, written = keys, float("-inf")
+                    for kind in self._reconcilers:
+                        for item in context.caches[kind].list():
+                            context.queue.add(_key(item))
+                if time.monotonic() - written > _WRITE_KEYS_SECONDS:
+                    await context.apply(gateway_key_secret(keys, context.settings.namespace))
+                    written = time.monotonic()
+            except ClusterError as error:
+                failures += 1
+                _log.warning("the keys cannot be renewed: %s", error)
+                await asyncio.sleep(backoff(failures))
+            else:
+                failures = 0
+                await asyncio.sleep(_READ_KEYS_SECONDS)
 
     async def _patiently(self, what: str, read: Callable[[], Awaitable[T]]) -> T:
         failures = 0

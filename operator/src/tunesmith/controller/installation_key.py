@@ -1,4 +1,4 @@
-"""The installation key: a Secret of the operator's namespace that tokens are derived from."""
+"""The installation key, a Secret that all keys and tokens are derived from, and the gateways' share of it."""
 
 from __future__ import annotations
 
@@ -6,36 +6,65 @@ import base64
 import secrets
 from typing import TYPE_CHECKING
 
-from tunesmith.cluster.errors import AlreadyExistsError
+from tunesmith.cluster.errors import AlreadyExistsError, ClusterError
+from tunesmith.contracts.agent import gateway_keys, keys_file, parse_keys
 
 if TYPE_CHECKING:
     from tunesmith.cluster.client import Cluster
+    from tunesmith.cluster.resources import Object
+    from tunesmith.contracts.agent import Keys
 
 SECRET_NAME = "tunesmith-installation-key"  # noqa: S105 - a name, not a secret
-SECRET_KEY = "key"  # noqa: S105 - a name, not a secret
+GATEWAY_SECRET_NAME = "tunesmith-gateway-key"  # noqa: S105 - a name, not a secret
+_CURRENT = "key"
+_PREVIOUS = "previous"
 
 
-async def installation_key(cluster: Cluster, namespace: str) -> bytes:
-    """The key as the gateway reads it from its file; created when it is absent, never changed.
+class InstallationKeyError(ClusterError):
+    """The Secret of the installation key cannot be used."""
 
-    The value is base64 text of 32 random bytes, and is used as that text.
+    label = "installation_key"
+
+
+async def installation_keys(cluster: Cluster, namespace: str) -> Keys:
+    """Return the installation key and, during a rotation, its predecessor. A missing Secret is created.
+
+    `key` is base64 text of 32 random bytes, and is used as that text. `previous` is the key before it, as long as
+    what was derived from it must be accepted.
+
+    Raises:
+        InstallationKeyError: the Secret holds no usable key.
     """
     secret = await cluster.find("Secret", SECRET_NAME, namespace)
     if secret is None:
         text = base64.b64encode(secrets.token_bytes(32))
-        manifest = {
-            "apiVersion": "v1",
-            "kind": "Secret",
-            "metadata": {
-                "name": SECRET_NAME,
-                "namespace": namespace,
-                "labels": {"app.kubernetes.io/managed-by": "tunesmith"},
-            },
-            "type": "Opaque",
-            "data": {SECRET_KEY: base64.b64encode(text).decode()},
-        }
         try:
-            secret = await cluster.create(manifest)
+            secret = await cluster.create(_secret(SECRET_NAME, namespace, text))
         except AlreadyExistsError:
             secret = await cluster.get("Secret", SECRET_NAME, namespace)
-    return base64.b64decode(secret["data"][SECRET_KEY]).strip()
+    data = secret.get("data") or {}
+    try:
+        values = [base64.b64decode(data[field]).strip() for field in (_CURRENT, _PREVIOUS) if data.get(field)]
+        if not data.get(_CURRENT):
+            raise ValueError(f"it has no entry `{_CURRENT}`")  # noqa: TRY301 - told as the errors of the decoding are
+        return parse_keys(b"\n".join(values))
+    except ValueError as error:
+        raise InstallationKeyError(
+            f"the Secret {namespace}/{SECRET_NAME} cannot be used: {error}; put 32 random bytes as base64 text into "
+            f"its entry `{_CURRENT}`"
+        ) from None
+
+
+def gateway_key_secret(keys: Keys, namespace: str) -> Object:
+    """Build the Secret that the gateways mount: what they may derive tokens from."""
+    return _secret(GATEWAY_SECRET_NAME, namespace, keys_file(gateway_keys(keys)))
+
+
+def _secret(name: str, namespace: str, content: bytes) -> Object:
+    return {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": name, "namespace": namespace, "labels": {"app.kubernetes.io/managed-by": "tunesmith"}},
+        "type": "Opaque",
+        "data": {_CURRENT: base64.b64encode(content).decode()},
+    }

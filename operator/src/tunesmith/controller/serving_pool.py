@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 
 from tunesmith.autoscale.decide import Decision, decide_pods, loaded_pods, pods_for_copies
 from tunesmith.cluster.errors import ConflictError, ForbiddenError, InvalidError, NotFoundError
-from tunesmith.contracts.agent import pool_token
+from tunesmith.contracts.agent import (
+    control_keys,
+    events_keys,
+    gateway_keys,
+    keys_file,
+    pod_tokens,
+    serving_keys,
+)
 from tunesmith.controller.reconciler import MANAGED, Key, Result, Watch, label_keys, owner_keys
 from tunesmith.controller.serving_streams import Target
 from tunesmith.serving.claims import lost_to
@@ -18,13 +25,16 @@ from tunesmith.serving.notice import notices
 from tunesmith.serving.pod import DELETION_COST, READINESS_GATE
 from tunesmith.serving.pool import PoolObservation, PoolPlan, plan
 from tunesmith.serving.render import (
+    CONTROL_KEY,
+    EVENTS_KEY,
     POOL_LABEL,
+    SERVING_KEY,
     Images,
     deployment,
     deployment_name,
     disruption_budget,
+    key_secret,
     reserved,
-    token_secret,
 )
 
 if TYPE_CHECKING:
@@ -120,9 +130,16 @@ class ServingPoolReconciler:
         await self._state.agents.run()
 
     def _follow(self, key: Key, pool: ServingPool) -> None:
-        token = pool_token(self._context.installation_key, pool.metadata.namespace, pool.metadata.uid)
+        installation = self._context.installation_keys
+        place = (pool.metadata.namespace, pool.metadata.uid)
+        control, events = control_keys(installation, *place), events_keys(gateway_keys(installation), *place)
         targets = {
-            pod.uid: Target(f"pod {pod.namespace}/{pod.name}", pod.address, token)
+            pod.uid: Target(
+                f"pod {pod.namespace}/{pod.name}",
+                pod.address,
+                stream_tokens=pod_tokens(events, pod.uid),
+                control_tokens=pod_tokens(control, pod.uid),
+            )
             for pod in self._state.pods(pool)
             if pod.address and not pod.stopping
         }
@@ -152,11 +169,20 @@ class ServingPoolReconciler:
 
     async def _apply(self, pool: ServingPool, seen: PoolObservation, replicas: int) -> None:
         """Bring the pool's objects to what is wanted; what this process applied a moment ago is not applied again."""
-        token = pool_token(self._context.installation_key, pool.metadata.namespace, pool.metadata.uid)
-        await self._ensure(token_secret(pool, token), None)
+        await self._ensure(key_secret(pool, self._pool_keys(pool)), None)
         await self._ensure(disruption_budget(pool), None)
         generation = seen.deployment["metadata"]["generation"] if seen.deployment is not None else -1
         await self._ensure(deployment(pool, self._images, replicas), generation)
+
+    def _pool_keys(self, pool: ServingPool) -> dict[str, bytes]:
+        """The files of the pool's Secret."""
+        installation = self._context.installation_keys
+        gateway, place = gateway_keys(installation), (pool.metadata.namespace, pool.metadata.uid)
+        return {
+            CONTROL_KEY: keys_file(control_keys(installation, *place)),
+            EVENTS_KEY: keys_file(events_keys(gateway, *place)),
+            SERVING_KEY: keys_file(serving_keys(gateway, *place)),
+        }
 
     async def _ensure(self, manifest: Object, generation: int | None) -> None:
         """Apply unless it stands. `generation`: as observed; None where the object is not watched."""

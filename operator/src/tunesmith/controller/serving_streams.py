@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import aiohttp
@@ -24,7 +24,8 @@ from tunesmith.contracts.agent import (
     DesiredAdapters,
     GatewayDemand,
     PodState,
-    gateway_token,
+    demand_tokens,
+    gateway_keys,
 )
 
 if TYPE_CHECKING:
@@ -37,28 +38,24 @@ if TYPE_CHECKING:
 _MAX_LINE_BYTES = 4 * 1024 * 1024
 _STREAM = aiohttp.ClientTimeout(total=None, sock_connect=2.0, sock_read=SILENCE_SECONDS)
 _PUSH = aiohttp.ClientTimeout(total=5.0)
-_OK = 200
+_OK, _UNAUTHORIZED = 200, 401
 _GATEWAYS = "app.kubernetes.io/component=gateway"
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, repr=False)
 class Target:
-    """Where an agent is. Not printable: it holds the pool's token."""
+    """Address of a pod and the tokens that it may accept, newest first. Not printable: tokens are secret."""
 
     name: str
     address: str
-    token: str
+    stream_tokens: tuple[str, ...] = field(compare=False)
+    control_tokens: tuple[str, ...] = field(default=(), compare=False)
 
     def url(self, port: int, path: str) -> str:
         """An address at the target."""
         host = f"[{self.address}]" if ":" in self.address else self.address
         return f"http://{host}:{port}{path}"
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """What proves that we may ask."""
-        return {"Authorization": f"Bearer {self.token}"}
 
 
 class AgentLink:
@@ -139,6 +136,8 @@ class AgentLinks:
             uid: old[uid] if uid in old and old[uid].target == target else AgentLink(target)
             for uid, target in targets.items()
         }
+        for uid, target in targets.items():
+            links[uid].target = target  # with its current tokens
         if links.keys() != old.keys() or any(links[uid] is not old[uid] for uid in links):
             self._dirty.set()
         self._links[pool], self._changed[pool] = links, changed
@@ -174,7 +173,7 @@ class AgentLinks:
             if link.take(PodState.model_validate_json(line), time.monotonic()) and pool in self._changed:
                 self._changed[pool]()
 
-        await _follow(session, link.target, AGENT_PORT, "/v1/events", take)
+        await _follow(session, lambda: link.target, AGENT_PORT, "/v1/events", take)
 
     async def _push(self, session: aiohttp.ClientSession, link: AgentLink) -> None:
         failures = 0
@@ -226,7 +225,6 @@ class GatewayLinks:
         """
         tasks: dict[str, asyncio.Task[None]] = {}
         targets: dict[str, Target] = {}
-        token = gateway_token(self._context.installation_key)
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(connector=connector, trust_env=False) as session:
             try:
@@ -235,7 +233,7 @@ class GatewayLinks:
                 ):
                     if event.type != "SYNCED":
                         uid = event.object["metadata"]["uid"]
-                        target = None if event.type == "DELETED" else _gateway(event.object, token)
+                        target = None if event.type == "DELETED" else _gateway(event.object)
                         if target == targets.get(uid):
                             continue
                         if uid in tasks:
@@ -254,26 +252,32 @@ class GatewayLinks:
         def take(line: bytes) -> None:
             self._board.record(uid, GatewayDemand.model_validate_json(line), time.monotonic())
 
-        await _follow(session, target, GATEWAY_INTERNAL_PORT, "/v1/demand", take)
+        def current() -> Target:
+            tokens = demand_tokens(gateway_keys(self._context.installation_keys))
+            return replace(target, stream_tokens=tokens)
+
+        await _follow(session, current, GATEWAY_INTERNAL_PORT, "/v1/demand", take)
 
 
-def _gateway(pod: Object, token: str) -> Target | None:
+def _gateway(pod: Object) -> Target | None:
     """A gateway that runs. One that is stopping counts too: it still has requests."""
     status = pod.get("status") or {}
     address = status.get("podIP")
     if status.get("phase") != "Running" or not address:
         return None
-    return Target(f"gateway {pod['metadata']['name']}", address, token)
+    return Target(f"gateway {pod['metadata']['name']}", address, stream_tokens=())
 
 
 async def _follow(
-    session: aiohttp.ClientSession, target: Target, port: int, path: str, take: Callable[[bytes], None]
+    session: aiohttp.ClientSession, current: Callable[[], Target], port: int, path: str, take: Callable[[bytes], None]
 ) -> None:
     """Read a stream of lines again and again, for as long as the pod is a target."""
     failures = 0
     while True:
+        target = current()
+        token = target.stream_tokens[failures % len(target.stream_tokens)]
         try:
-            async for line in _lines(session, target, port, path):
+            async for line in _lines(session, target.url(port, path), token):
                 failures = 0
                 take(line)
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
@@ -283,13 +287,11 @@ async def _follow(
         await asyncio.sleep(min(2.0, backoff(failures)))
 
 
-async def _lines(session: aiohttp.ClientSession, target: Target, port: int, path: str) -> AsyncIterator[bytes]:
+async def _lines(session: aiohttp.ClientSession, url: str, token: str) -> AsyncIterator[bytes]:
     """The newest of the lines that came together: each says everything."""
-    async with session.get(
-        target.url(port, path), headers=target.headers, timeout=_STREAM, allow_redirects=False
-    ) as response:
+    async with session.get(url, headers=_bearer(token), timeout=_STREAM, allow_redirects=False) as response:
         if response.status != _OK:
-            raise ValueError(f"it answered {response.status} to {path}")
+            raise ValueError(f"{url} answered {response.status}")
         rest = b""
         async for chunk in response.content.iter_any():
             *lines, rest = (rest + chunk).split(b"\n")
@@ -300,14 +302,24 @@ async def _lines(session: aiohttp.ClientSession, target: Target, port: int, path
 
 
 async def _put(session: aiohttp.ClientSession, target: Target, body: DesiredAdapters) -> int:
-    async with session.put(
-        target.url(AGENT_PORT, "/v1/adapters"),
-        headers={**target.headers, "Content-Type": "application/json"},
-        data=body.model_dump_json(by_alias=True),
-        timeout=_PUSH,
-        allow_redirects=False,
-    ) as response:
-        return response.status
+    """Send an agent its list; the status of the answer. A token that is not accepted (yet) is followed by the next."""
+    status = _UNAUTHORIZED
+    for token in target.control_tokens:
+        async with session.put(
+            target.url(AGENT_PORT, "/v1/adapters"),
+            headers={**_bearer(token), "Content-Type": "application/json"},
+            data=body.model_dump_json(by_alias=True),
+            timeout=_PUSH,
+            allow_redirects=False,
+        ) as response:
+            status = response.status
+        if status != _UNAUTHORIZED:
+            break
+    return status
+
+
+def _bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
 
 
 def _text(error: Exception) -> str:

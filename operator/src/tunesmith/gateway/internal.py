@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
-import hmac
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 from aiohttp import web
 from prometheus_client import generate_latest
 
-from tunesmith.contracts.agent import gateway_token
+from tunesmith.contracts.agent import accepts, demand_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from tunesmith.contracts.agent import Keys
     from tunesmith.gateway.demand import Demand
     from tunesmith.gateway.metrics import Metrics
 
 
 def internal_app(
-    demand: Demand, metrics: Metrics, installation_key: bytes, not_ready: Callable[[], str | None]
+    demand: Demand, metrics: Metrics, gateway_keys: Callable[[], Keys], not_ready: Callable[[], str | None]
 ) -> web.Application:
     """The application of the internal port.
 
     Args:
         demand: what /v1/demand streams.
         metrics: what /metrics shows.
-        installation_key: the token of /v1/demand derives from it.
+        gateway_keys: return the gateway's keys, which the token of /v1/demand derives from.
         not_ready: why the gateway should get no requests, or None.
     """
-    token = f"Bearer {gateway_token(installation_key)}".encode()
 
     async def stream_demand(request: web.Request) -> web.StreamResponse:
-        presented = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
-        if not hmac.compare_digest(presented, token):
+        if not accepts(request.headers.get("Authorization", ""), demand_tokens(gateway_keys())):
             raise web.HTTPUnauthorized(text="the demand stream needs the gateway token\n")
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
         await response.prepare(request)

@@ -15,10 +15,11 @@ import uvloop
 from tunesmith.cluster.client import Cluster
 from tunesmith.cluster.errors import ClusterError
 from tunesmith.contracts.agent import GATEWAY_INTERNAL_PORT, GATEWAY_PORT
+from tunesmith.contracts.keyfile import KeyFile
 from tunesmith.gateway.proxy import Limits
 from tunesmith.gateway.server import Gateway, Settings
 
-INSTALLATION_KEY_FILE = "/etc/tunesmith/installation/key"
+GATEWAY_KEY_FILE = "/etc/tunesmith/gateway/key"
 _MIB = 1024 * 1024
 
 LOG = logging.getLogger("tunesmith.gateway")
@@ -65,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="tunesmith-gateway",
         description="OpenAI-compatible endpoint in front of the ServingPools of a cluster (that of KUBECONFIG, or the"
         " pod's own). Every option has an environment variable: TUNESMITH_ and its name in capitals.",
-        epilog="Example: tunesmith-gateway --namespace tunesmith-system --installation-key-file ./key --port 8000",
+        epilog="Example: tunesmith-gateway --namespace tunesmith-system --gateway-key-file ./key --port 8000",
     )
 
     def option(name: str, default: object, help_: str, type_: type = str) -> None:
@@ -75,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         )
 
     option("namespace", None, "namespace of the gateway, which holds the API keys")
-    option("installation-key-file", INSTALLATION_KEY_FILE, "file with the installation's key")
+    option("gateway-key-file", GATEWAY_KEY_FILE, "file with the gateway's key and, during a rotation, the previous one")
     option("port", GATEWAY_PORT, "port for clients", int)
     option("internal-port", GATEWAY_INTERNAL_PORT, "port for demand, metrics and probes", int)
     option("hold-seconds", 10.0, "how long a request waits for a pod that holds its model", float)
@@ -101,19 +102,19 @@ def _settings(arguments: argparse.Namespace) -> Settings:
             raise ValueError(f"--{name.replace('_', '-')} must not be negative")
     if arguments.max_body_bytes <= 0:
         raise ValueError("--max-body-bytes must be above 0")
-    path = Path(arguments.installation_key_file)
+    path = Path(arguments.gateway_key_file)
     try:
-        installation_key = path.read_bytes().strip()
+        gateway_keys = KeyFile(path)
     except OSError as error:
         raise ValueError(
-            f"the installation key {path} cannot be read ({error.strerror}): mount the Secret"
-            " tunesmith-installation-key, or name its file with --installation-key-file"
+            f"the gateway's key {path} cannot be read ({error.strerror}): mount the Secret"
+            " tunesmith-gateway-key, or name its file with --gateway-key-file"
         ) from None
-    if not installation_key:
-        raise ValueError(f"the installation key {path} is empty")
+    except ValueError as error:
+        raise ValueError(f"the gateway's key {path} cannot be used: {error}") from None
     return Settings(
         namespace=arguments.namespace,
-        installation_key=installation_key,
+        gateway_keys=gateway_keys,
         limits=Limits(
             hold_seconds=arguments.hold_seconds,
             held_requests=arguments.max_held_requests,

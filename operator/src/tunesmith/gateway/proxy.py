@@ -30,6 +30,8 @@ LOG = logging.getLogger(__name__)
 GENERATE_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
 MODELS_PATH = "/v1/models"
 NOT_STARTED_HEADER = "x-tunesmith-not-started"
+OTHER_TOKEN = "other_token"  # noqa: S105 - a label in metrics
+"""While the installation's key is rotated: the pod accepts another of the gateway's tokens, it is tried at once."""
 CLIENT_LEFT = 499
 """In metrics and the log: the client closed the connection before the answer was complete."""
 _RETRY_PAUSE_SECONDS = 0.25
@@ -232,7 +234,8 @@ class Proxy:
             except _NotStarted as not_started:
                 self._metrics.not_started(not_started.reason)
                 LOG.info("request %s: pod %s: %s", call.request_id, backend.pod.name, not_started.reason)
-                refused.add(backend.pod.uid)
+                if not_started.reason != OTHER_TOKEN:
+                    refused.add(backend.pod.uid)
 
     def _pick(self, model: Model, refused: set[str]) -> tuple[Backend, str] | None:
         """A pod for the newest revision that any usable pod holds."""
@@ -252,7 +255,8 @@ class Proxy:
             ApiError: the pod took it up and failed.
         """
         body = orjson.dumps(call.body | {"model": engine_name})
-        headers = backend.headers | {"X-Request-Id": call.request_id}
+        token = backend.serving_tokens.current
+        headers = {"Authorization": f"Bearer {token}", "Content-Type": _JSON, "X-Request-Id": call.request_id}
         backend.in_flight += 1
         self._demand.add_running(call.model.id, 1)
         upstream: aiohttp.ClientResponse | None = None
@@ -260,6 +264,8 @@ class Proxy:
             upstream = await self._session.post(
                 backend.url(call.request.rel_url.path), data=body, headers=headers, allow_redirects=False
             )
+            if upstream.status == HTTPStatus.UNAUTHORIZED and backend.serving_tokens.refused(token):
+                raise _NotStarted(OTHER_TOKEN)
             await _raise_not_started(upstream)
             if upstream.content_type == _EVENT_STREAM:
                 return await self._stream(call, upstream, engine_name)

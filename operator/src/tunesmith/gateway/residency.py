@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 import aiohttp
 from yarl import URL
 
-from tunesmith.contracts.agent import SILENCE_SECONDS, PodState, ResidencyState, pool_token
+from tunesmith.contracts.agent import (
+    SILENCE_SECONDS,
+    PodState,
+    ResidencyState,
+    events_keys,
+    pod_tokens,
+    serving_keys,
+)
 from tunesmith.gateway.broadcast import Broadcast
 from tunesmith.gateway.routing import choose, rank
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from tunesmith.contracts.agent import Keys
     from tunesmith.gateway.catalog import Pod, PoolKey
 
 LOG = logging.getLogger(__name__)
@@ -28,10 +37,38 @@ _MAX_RETRY_SECONDS = 2.0
 _MAX_LINE_BYTES = 4 * 1024 * 1024
 
 
+class _Tokens:
+    """The tokens of one pod for one purpose: the newest that the pod accepts.
+
+    Gateway and pod read a rotated key at different times, so the pod may accept only one of two tokens.
+    """
+
+    def __init__(self, keys: Callable[[], Keys], derive: Callable[[Keys], tuple[str, ...]]) -> None:
+        self._keys = keys
+        self._derive = derive
+        self._derived: tuple[Keys, tuple[str, ...]] = ((), ())
+        self._index = 0
+
+    @property
+    def current(self) -> str:
+        """The token to present."""
+        keys = self._keys()
+        if keys != self._derived[0]:
+            self._derived, self._index = (keys, self._derive(keys)), 0
+        return self._derived[1][self._index]
+
+    def refused(self, token: str) -> bool:
+        """Record that the pod refused a token; True if another one has not been tried yet."""
+        if token != self.current:
+            return True
+        self._index = (self._index + 1) % len(self._derived[1])
+        return self._index != 0
+
+
 class Backend:
     """A pool's pod: what it holds and how many of this gateway's requests it works on."""
 
-    def __init__(self, pod: Pod, token: str, engine_port: int, agent_port: int) -> None:
+    def __init__(self, pod: Pod, keys: Callable[[], Keys], engine_port: int, agent_port: int) -> None:
         host = f"[{pod.address}]" if ":" in pod.address else pod.address
         self.pod = pod
         self.in_flight = 0
@@ -39,7 +76,9 @@ class Backend:
         self.heard = float("-inf")
         self.serving = False
         self.resident: frozenset[str] = frozenset()
-        self.headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+        place = (pod.pool.key[0], pod.pool.uid)
+        self.serving_tokens = _Tokens(keys, lambda given: pod_tokens(serving_keys(given, *place), pod.uid))
+        self.events_tokens = _Tokens(keys, lambda given: pod_tokens(events_keys(given, *place), pod.uid))
         self.events_url = URL(f"http://{host}:{agent_port}/v1/events")
         self._engine_url = URL(f"http://{host}:{engine_port}/")
 
@@ -68,21 +107,21 @@ class Residency:
 
     Args:
         session: makes the requests to agents.
-        installation_key: the pools' tokens derive from it.
+        gateway_keys: return the gateway's keys, which the pods' tokens derive from.
         clock: monotonic seconds.
     """
 
     def __init__(
         self,
         session: aiohttp.ClientSession,
-        installation_key: bytes,
+        gateway_keys: Callable[[], Keys],
         *,
         clock: Callable[[], float],
         engine_port: int,
         agent_port: int,
     ) -> None:
         self._session = session
-        self._key = installation_key
+        self._keys = gateway_keys
         self._clock = clock
         self._ports = (engine_port, agent_port)
         self._backends: dict[str, Backend] = {}
@@ -101,8 +140,7 @@ class Residency:
                 self._forget(uid)
                 backend = None
             if backend is None:
-                token = pool_token(self._key, pod.pool.key[0], pod.pool.uid)
-                backend = self._backends[uid] = Backend(pod, token, *self._ports)
+                backend = self._backends[uid] = Backend(pod, self._keys, *self._ports)
                 self._streams[uid] = asyncio.create_task(self._follow(backend), name=f"events of {pod.name}")
             backend.pod = pod
         self._tell()
@@ -178,9 +216,13 @@ class Residency:
     async def _read(self, backend: Backend) -> None:
         """Read until the stream ends."""
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=SILENCE_SECONDS)
+        token = backend.events_tokens.current
+        headers = {"Authorization": f"Bearer {token}"}
         async with self._session.get(
-            backend.events_url, headers=backend.headers, timeout=timeout, allow_redirects=False
+            backend.events_url, headers=headers, timeout=timeout, allow_redirects=False
         ) as response:
+            if response.status == HTTPStatus.UNAUTHORIZED:
+                backend.events_tokens.refused(token)
             response.raise_for_status()
             rest = b""
             async for chunk in response.content.iter_any():

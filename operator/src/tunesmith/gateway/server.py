@@ -22,6 +22,9 @@ from tunesmith.gateway.proxy import Limits, Proxy
 from tunesmith.gateway.residency import Residency
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tunesmith.contracts.agent import Keys
     from tunesmith.gateway.feed import Watcher
 
 LOG = logging.getLogger(__name__)
@@ -39,14 +42,14 @@ class Settings:
 
     Attributes:
         namespace: its own, which holds the keys.
-        installation_key: bytes that the pools' tokens derive from.
+        gateway_keys: return the gateway's keys, which all its tokens derive from.
         limits: what it takes upon itself.
         linger_seconds: how long it still accepts connections after SIGTERM, until nobody sends new ones.
         drain_seconds: how long running requests may take after that.
     """
 
     namespace: str
-    installation_key: bytes = field(repr=False)
+    gateway_keys: Callable[[], Keys] = field(repr=False)
     limits: Limits = field(default_factory=Limits)
     host: str | None = None
     port: int = GATEWAY_PORT
@@ -76,7 +79,7 @@ class Gateway:
         self.catalog = Catalog()
         self.residency = Residency(
             self._session,
-            settings.installation_key,
+            settings.gateway_keys,
             clock=loop.time,
             engine_port=settings.engine_port,
             agent_port=settings.agent_port,
@@ -110,7 +113,7 @@ class Gateway:
             shutdown_timeout=settings.drain_seconds,
         )
         self._internal = web.AppRunner(
-            internal_app(self.demand, self.metrics, settings.installation_key, self._not_ready),
+            internal_app(self.demand, self.metrics, settings.gateway_keys, self._not_ready),
             handler_cancellation=True,
             access_log=None,
             shutdown_timeout=_INTERNAL_SHUTDOWN_SECONDS,

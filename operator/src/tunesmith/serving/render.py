@@ -13,6 +13,8 @@ from tunesmith.contracts.location import owned_name
 from tunesmith.serving.pod import AGENT_CONTAINER, BASE_MODEL_CONTAINER, ENGINE_CONTAINER, READINESS_GATE
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from tunesmith.api.servingpool import ServingPool
 
 Manifest = dict[str, Any]
@@ -21,20 +23,25 @@ POOL_LABEL = "tunesmith.dev/pool"
 POOL_UID_LABEL = "tunesmith.dev/pool-uid"
 STORE_SECRET = "tunesmith-store"  # noqa: S105 - the name of a Secret
 _USER = 65532
+_POD_UID: Manifest = {"name": "TUNESMITH_POD_UID", "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}}
 _BASE = "/models/base"
 _FINGERPRINT = "/models/base.fingerprint"
 _RUN = "/var/run/tunesmith"
-_TOKEN_DIRECTORY = "/etc/tunesmith/pool"  # noqa: S105 - a folder
-_TOKEN_FILE = f"{_TOKEN_DIRECTORY}/token"
+CONTROL_KEY, EVENTS_KEY, SERVING_KEY = "control", "events", "serving"
+"""Entries of the pool's Secret, and names of their files. The engine's container gets the last one only."""
+_AGENT_KEYS = "/etc/tunesmith/agent"
+_ENGINE_KEYS = "/etc/tunesmith/engine"
+_ADMIN_TOKEN_FILE = "/var/run/tunesmith/admin-token"  # noqa: S105 - a file's name
 _SECRETS = "/etc/tunesmith/secrets"
 _UNITS = {"Mi": 2**20, "Gi": 2**30}
 _GRACE_BEYOND_DRAIN = 30
 _START_SECONDS = 3600
 _PROBE_SECONDS = 5
-# The kubelet's own HTTP hooks cannot read the token, so the engine's container asks its agent itself.
+# The kubelet's own HTTP hooks cannot read a token, so the engine's container asks its agent itself, with the token that
+# the two share: the pool's control key is not in the engine's container.
 _DRAIN = (
     "import urllib.request as r;"
-    f"t=open('{_TOKEN_FILE}').read().strip();"
+    f"t=open('{_ADMIN_TOKEN_FILE}').read().strip();"
     f"q=r.Request('http://127.0.0.1:{AGENT_PORT}/drain',method='POST',headers={{'Authorization':'Bearer '+t}});"
     "r.urlopen(q,timeout=%d)"
 )
@@ -56,8 +63,8 @@ def deployment_name(pool: ServingPool) -> str:
 
 
 def secret_name(pool: ServingPool) -> str:
-    """Name of the Secret that holds the pool's token under the key `token`."""
-    return owned_name(pool.metadata.name, pool.metadata.uid, "token")
+    """Name of the Secret that holds the pool's keys."""
+    return owned_name(pool.metadata.name, pool.metadata.uid, "keys")
 
 
 def pod_selector(pool: ServingPool) -> dict[str, str]:
@@ -92,14 +99,14 @@ def reserved(pool: ServingPool) -> str | None:
     return None
 
 
-def token_secret(pool: ServingPool, token: str) -> Manifest:
-    """The Secret that the pool's agents and engines demand the token of."""
+def key_secret(pool: ServingPool, files: Mapping[str, bytes]) -> Manifest:
+    """The Secret with the keys that the pool's agents and engines derive their tokens from, by entry."""
     return {
         "apiVersion": "v1",
         "kind": "Secret",
         "metadata": _metadata(pool, secret_name(pool)),
         "type": "Opaque",
-        "data": {"token": base64.b64encode(token.encode()).decode()},
+        "data": {name: base64.b64encode(content).decode() for name, content in files.items()},
     }
 
 
@@ -213,7 +220,8 @@ def _agent(pool: ServingPool, images: Images) -> Manifest:
             "serve",
             "--engine-url", f"http://127.0.0.1:{ENGINE_PORT}",
             "--port", str(AGENT_PORT),
-            "--token-file", _TOKEN_FILE,
+            "--control-key-file", f"{_AGENT_KEYS}/{CONTROL_KEY}",
+            "--events-key-file", f"{_AGENT_KEYS}/{EVENTS_KEY}",
             "--state", _RUN,
             "--adapters", "/adapters",
             "--store", images.store,
@@ -222,6 +230,7 @@ def _agent(pool: ServingPool, images: Images) -> Manifest:
             "--max-loras", str(engine.max_loras),
             "--drain-seconds", str(pool.spec.drain_seconds),
         ],
+        "env": [*_small(images)["env"], _POD_UID],
         "ports": [{"name": "agent", "containerPort": AGENT_PORT, "protocol": "TCP"}],
         "startupProbe": {**probe, "periodSeconds": 1, "failureThreshold": 120},
         "livenessProbe": {**probe, "periodSeconds": 10, "failureThreshold": 6},
@@ -229,7 +238,7 @@ def _agent(pool: ServingPool, images: Images) -> Manifest:
             _models(pool, read_only=True),
             _mount("adapters", "/adapters"),
             _mount("run", _RUN),
-            _mount("token", _TOKEN_DIRECTORY, read_only=True),
+            _mount("agent-keys", _AGENT_KEYS, read_only=True),
             _mount("tmp-agent", "/tmp"),  # noqa: S108 - an emptyDir of its own
         ],
     }  # fmt: skip
@@ -265,7 +274,7 @@ def _engine(pool: ServingPool, images: Images) -> Manifest:
             _models(pool, read_only=True),
             _mount("adapters", "/adapters", read_only=True),
             _mount("run", _RUN, read_only=True),
-            _mount("token", _TOKEN_DIRECTORY, read_only=True),
+            _mount("engine-keys", _ENGINE_KEYS, read_only=True),
             _mount("shm", "/dev/shm"),  # noqa: S108 - the engine's processes share tensors here; a pod's own has 64 MiB
             _mount("tmp-engine", "/tmp"),  # noqa: S108 - an emptyDir of its own
         ],
@@ -295,20 +304,22 @@ def _engine_arguments(pool: ServingPool) -> list[str]:
     return [*arguments, *(engine.args or ())]
 
 
-def _engine_variables(pool: ServingPool) -> list[dict[str, str]]:
+def _engine_variables(pool: ServingPool) -> list[Manifest]:
     own = {
         "PYTHONPATH": f"{_RUN}/middleware",
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
-        "TUNESMITH_TOKEN_FILE": _TOKEN_FILE,
-        "TUNESMITH_ADMIN_TOKEN_FILE": f"{_RUN}/admin-token",
+        "TUNESMITH_SERVING_KEY_FILE": f"{_ENGINE_KEYS}/{SERVING_KEY}",
+        "TUNESMITH_ADMIN_TOKEN_FILE": _ADMIN_TOKEN_FILE,
         # The engine's caches go under its home, and PyTorch asks for the name of a user that the image may not have.
         "HOME": "/tmp",  # noqa: S108 - an emptyDir of its own
         "USER": "tunesmith",
     }
-    return [{"name": name, "value": value} for name, value in own.items()] + [
-        {"name": variable.name, "value": variable.value} for variable in pool.spec.engine.env or ()
+    return [
+        *({"name": name, "value": value} for name, value in own.items()),
+        _POD_UID,
+        *({"name": variable.name, "value": variable.value} for variable in pool.spec.engine.env or ()),
     ]
 
 
@@ -351,13 +362,19 @@ def _volumes(pool: ServingPool) -> list[Manifest]:
     volumes: list[Manifest] = [
         *({"name": name, "emptyDir": {}} for name in empty),
         {"name": "shm", "emptyDir": {"medium": "Memory"}},
-        {"name": "token", "secret": {"secretName": secret_name(pool), "defaultMode": 0o440}},
+        _keys(pool, "agent-keys", CONTROL_KEY, EVENTS_KEY),
+        _keys(pool, "engine-keys", SERVING_KEY),
     ]
     if claim is not None:
         volumes.append({"name": "models", "persistentVolumeClaim": {"claimName": claim[0], "readOnly": True}})
     elif (secret := pool.spec.base_model.secret_ref) is not None:
         volumes.append({"name": "base-model-secret", "secret": {"secretName": secret.name, "defaultMode": 0o440}})
     return volumes
+
+
+def _keys(pool: ServingPool, volume: str, *entries: str) -> Manifest:
+    items = [{"key": entry, "path": entry} for entry in entries]
+    return {"name": volume, "secret": {"secretName": secret_name(pool), "defaultMode": 0o440, "items": items}}
 
 
 def _mount(name: str, path: str, *, read_only: bool = False) -> Manifest:

@@ -1,22 +1,25 @@
 """ASGI middleware that the agent puts into vLLM (`--middleware tunesmith_middleware.Middleware`).
 
-It demands the pool's token on every route but `GET /health`, lets only the agent reach what clients do not need, makes
+It demands this pod's token on every route but `GET /health`, lets only the agent reach what clients do not need, makes
 `model` mandatory (without one vLLM answers with the base model), counts requests and tokens per model, and refuses work
 while draining. It runs inside vLLM's interpreter, so it uses the standard library only. Its state belongs to one
 process: vLLM must run with one API server.
 
-Environment, both read when the module is imported, so that vLLM does not start without them:
-    TUNESMITH_TOKEN_FILE: file with the token of the pool's clients.
+Environment, read when the module is imported, so that vLLM does not start without it:
+    TUNESMITH_SERVING_KEY_FILE: file with the pool's serving keys, one a line, newest first; read again when it changes.
+    TUNESMITH_POD_UID: UID of this pod. The token of its clients is the HMAC-SHA256 of it by a serving key.
     TUNESMITH_ADMIN_TOKEN_FILE: file with the token of the agent.
 """
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import json
 import os
 import re
 import secrets
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,15 +45,20 @@ READ = frozenset({"/v1/models", "/metrics"})
 _USAGE = re.compile(rb'"usage"\s*:\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
 _USAGE_ONLY = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 _TAIL_BYTES = 4096
+_REREAD_SECONDS = 2.0
+
+
+def _variable(variable: str, content: str) -> str:
+    value = os.environ.get(variable)
+    if not value:
+        raise SystemExit(
+            f"The environment variable {variable} is not set. It must be {content}; set it in the engine's container."
+        )
+    return value
 
 
 def _token(variable: str) -> bytes:
-    name = os.environ.get(variable)
-    if not name:
-        raise SystemExit(
-            f"The environment variable {variable} is not set. It must name the file with the token; "
-            "set it in the engine's container."
-        )
+    name = _variable(variable, "the path of the file with the token")
     try:
         token = Path(name).read_bytes().strip()
     except OSError as error:
@@ -66,7 +74,42 @@ def _token(variable: str) -> bytes:
     return token
 
 
-POOL_TOKEN = _token("TUNESMITH_TOKEN_FILE")
+class _ServingTokens:
+    """The tokens of this pod's clients, at most two seconds behind the file with the pool's serving keys."""
+
+    def __init__(self) -> None:
+        self._content = _token("TUNESMITH_SERVING_KEY_FILE")
+        self._path = Path(os.environ["TUNESMITH_SERVING_KEY_FILE"])
+        self._pod_uid = _variable("TUNESMITH_POD_UID", "the UID of this pod").encode()
+        self._tokens = self._derived(self._content)
+        if not self._tokens:
+            raise SystemExit(f"The file {self._path} of TUNESMITH_SERVING_KEY_FILE holds no key: write one a line.")
+        self._read_at = time.monotonic()
+
+    def accept(self, token: bytes) -> bool:
+        """True if the token is one of this pod's; all are compared, in constant time."""
+        now = time.monotonic()
+        if now - self._read_at >= _REREAD_SECONDS:
+            self._read_at = now
+            self._reread()
+        equal = [hmac.compare_digest(token, expected) for expected in self._tokens]
+        return any(equal)
+
+    def _reread(self) -> None:
+        """Follow the file; one that is missing or damaged leaves the last tokens valid."""
+        try:
+            content = self._path.read_bytes().strip()
+        except OSError:
+            return
+        if content != self._content and (tokens := self._derived(content)):
+            self._content, self._tokens = content, tokens
+
+    def _derived(self, content: bytes) -> list[bytes]:
+        keys = [line.strip() for line in content.splitlines() if len(line.strip()) >= MIN_TOKEN_LENGTH]
+        return [hmac.new(key, self._pod_uid, hashlib.sha256).hexdigest().encode() for key in keys]
+
+
+SERVING_TOKENS = _ServingTokens()
 ADMIN_TOKEN = _token("TUNESMITH_ADMIN_TOKEN_FILE")
 
 
@@ -102,12 +145,12 @@ class Middleware:
             return
         token = _bearer(scope)
         admin = hmac.compare_digest(token, ADMIN_TOKEN)
-        if not admin and not hmac.compare_digest(token, POOL_TOKEN):
+        if not admin and not SERVING_TOKENS.accept(token):
             await _refuse(
                 send,
                 401,
                 "invalid_api_key",
-                "The pool's token is missing or wrong. Call the gateway, not the pod.",
+                "This pod's token is missing or wrong. Call the gateway, not the pod.",
                 ((b"www-authenticate", b"Bearer"),),
             )
         elif method == "POST" and path in GENERATE:
