@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
+
+from tunesmith.contracts.scheduling import DEFAULT_SCHEDULING
+from tunesmith.controller.settings import parse
 
 if TYPE_CHECKING:
     import subprocess
@@ -71,6 +75,8 @@ def test_store_and_registry_are_required(rendered: Helm, missing: str, sentence:
         ({"images": {"trainer": {"digest": "latest"}}}, "digest"),
         ({"trainer": {"allowedAddresses": ["s3.store.svc"]}}, "allowedAddresses"),
         ({"trainer": {"allowTaskFolders": "false"}}, "allowTaskFolders"),
+        ({"scheduling": {"allowedPriorityClasses": ["a b"]}}, "allowedPriorityClasses"),
+        ({"scheduling": {"allowedTolerations": ["spot:Never"]}}, "allowedTolerations"),
         ({"imgaes": {}}, "imgaes"),
     ],
 )
@@ -206,6 +212,20 @@ def test_the_addresses_that_the_platform_lists_reach_the_operator(template: Temp
         operator = of_kind(template("tunesmith", values), "Deployment")["tunesmith-operator"]
         command = operator["spec"]["template"]["spec"]["containers"][0]["command"]
         assert [part for part in command if part.startswith("--allowed-addresses")] == told
+
+
+def test_where_pods_may_run_reaches_the_operator(template: Template) -> None:
+    """The chart's defaults are the operator's own."""
+    for values, expected in (
+        ({}, DEFAULT_SCHEDULING),
+        (
+            {"scheduling": {"allowedPriorityClasses": ["batch", "team-*"], "allowedTolerations": []}},
+            replace(DEFAULT_SCHEDULING, priority_classes=("batch", "team-*"), tolerations=()),
+        ),
+    ):
+        operator = of_kind(template("tunesmith", values), "Deployment")["tunesmith-operator"]
+        command = operator["spec"]["template"]["spec"]["containers"][0]["command"]
+        assert parse(command[1:], {}).allowed_scheduling == expected
 
 
 def test_gateway_service_and_its_url_agree(template: Template) -> None:

@@ -135,6 +135,11 @@ class FailureReason(StrEnum):
     IMAGE_PULL_FAILED = "ImagePullFailed"
     DEADLINE_EXCEEDED = "DeadlineExceeded"
     ATTEMPTS_EXHAUSTED = "AttemptsExhausted"
+    NOT_ALLOWED = "NotAllowed"
+    """The installation does not let jobs of this namespace do what the spec names: a permission, not a mistake."""
+    OUT_OF_DISK = "OutOfDisk"
+    NO_PROGRESS = "NoProgress"
+    """Attempt after attempt was stopped before it trained further than those before it."""
     INTERNAL_ERROR = "InternalError"
 
 

@@ -18,6 +18,8 @@ from tunesmith.contracts.agent import (
     pod_tokens,
     serving_keys,
 )
+from tunesmith.contracts.location import reads_foreign_store
+from tunesmith.contracts.scheduling import refusal
 from tunesmith.controller.reconciler import MANAGED, Key, Result, Watch, label_keys, owner_keys
 from tunesmith.controller.serving_streams import Target
 from tunesmith.serving.claims import lost_to
@@ -97,7 +99,7 @@ class ServingPoolReconciler:
             # Placing without knowing what the pods hold would move adapters about.
             return Result(_UNSETTLED_SECONDS)
         attached = self._state.attached(pool)
-        invalid = reserved(pool)
+        invalid = reserved(pool) or self._forbidden(pool)
         decision, spread = self._pods(pool, attached)
         seen = PoolObservation(
             deployment=self._context.caches["Deployment"].get(key.namespace, deployment_name(pool)),
@@ -124,6 +126,16 @@ class ServingPoolReconciler:
             for notice in notices(pool.status.conditions, decided.status.conditions):
                 await self._context.recorder.event(written, notice.reason, notice.message, type_=notice.type)
         return Result(_TICK_SECONDS)
+
+    def _forbidden(self, pool: ServingPool) -> str | None:
+        """Return why the installation does not run the pool's pods; None where it does."""
+        settings, spec = self._context.settings, pool.spec
+        if reads_foreign_store(settings.store, pool.metadata.namespace, spec.base_model.uri):
+            return (
+                f"spec.baseModel.uri {spec.base_model.uri} reaches into this installation's store outside the folder "
+                f"of namespace {pool.metadata.namespace}: name a place outside the store"
+            )
+        return refusal(spec.scheduling, spec.resources, settings.allowed_scheduling)
 
     async def run(self) -> None:
         """Read the agents' streams and tell them what to hold."""

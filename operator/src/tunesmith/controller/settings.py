@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tunesmith.contracts.addresses import parse_networks
+from tunesmith.contracts.scheduling import DEFAULT_SCHEDULING, AllowedScheduling, parse_names, parse_tolerations
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Settings:
     """Whether jobs may bring evaluation tasks, which are code that is run in their pods."""
     allowed_addresses: str
     """Networks that jobs may reach beside public addresses, such as `10.0.0.7/32,fd00::/8`; empty: none."""
+    allowed_scheduling: AllowedScheduling
+    """Where pods of jobs and pools may run."""
     agent_image: str
     engine_image: str
     """The engine's image of pools that name none."""
@@ -59,6 +62,31 @@ _OPTIONS: tuple[tuple[str, str | None, str], ...] = (
         "allowed-addresses",
         "",
         "networks that jobs may reach beside public addresses, such as the store's: 10.0.0.7/32,fd00::/8",
+    ),
+    (
+        "allowed-priority-classes",
+        ",".join(DEFAULT_SCHEDULING.priority_classes),
+        "PriorityClasses that jobs and pools may name; a name that ends in * admits all that begin so",
+    ),
+    (
+        "allowed-tolerations",
+        ",".join(DEFAULT_SCHEDULING.tolerations),
+        "taints that jobs and pools may tolerate, each key[=value][:effect]",
+    ),
+    (
+        "allowed-runtime-classes",
+        ",".join(DEFAULT_SCHEDULING.runtime_classes),
+        "RuntimeClasses that jobs and pools may name",
+    ),
+    (
+        "allowed-node-selectors",
+        ",".join(DEFAULT_SCHEDULING.node_selectors),
+        "keys of node labels by which jobs and pools may choose their nodes",
+    ),
+    (
+        "allowed-gpu-resources",
+        ",".join(DEFAULT_SCHEDULING.gpu_resources),
+        "extended resources that jobs and pools may ask for as GPUs",
     ),
     ("agent-image", None, "image of the agent in pool pods"),
     ("engine-image", None, "vLLM image of pools that name none"),
@@ -106,6 +134,13 @@ def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str]
             lm_eval_tasks=options.lm_eval_tasks,
             allow_task_folders=options.allow_task_folders,
             allowed_addresses=_networks(parser, options.allowed_addresses),
+            allowed_scheduling=AllowedScheduling(
+                priority_classes=_listed(parser, options, "allowed-priority-classes", parse_names),
+                tolerations=_listed(parser, options, "allowed-tolerations", parse_tolerations),
+                runtime_classes=_listed(parser, options, "allowed-runtime-classes", parse_names),
+                node_selectors=_listed(parser, options, "allowed-node-selectors", parse_names),
+                gpu_resources=_listed(parser, options, "allowed-gpu-resources", parse_names),
+            ),
             agent_image=options.agent_image,
             engine_image=options.engine_image,
             gateway_url=options.gateway_url,
@@ -121,6 +156,18 @@ def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str]
         )
     except ValueError as error:
         parser.error(f"a number is expected: {error}")
+
+
+def _listed(
+    parser: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    flag: str,
+    parse_entries: Callable[[str], tuple[str, ...]],
+) -> tuple[str, ...]:
+    try:
+        return parse_entries(getattr(options, flag.replace("-", "_")))
+    except ValueError as error:
+        parser.error(f"--{flag}: {error}")
 
 
 def _networks(parser: argparse.ArgumentParser, text: str) -> str:
