@@ -228,6 +228,26 @@ def test_where_pods_may_run_reaches_the_operator(template: Template) -> None:
         assert parse(command[1:], {}).allowed_scheduling == expected
 
 
+def test_the_namespaces_of_shared_pools_reach_operator_and_gateway(template: Template) -> None:
+    listed = {"serving": {"sharedPoolNamespaces": ["models", "more-models"]}}
+    for values, expected in (
+        ({}, []),
+        ({"serving": None}, []),
+        (listed, ["--shared-pool-namespaces=models,more-models"]),
+    ):
+        deployments = of_kind(template("tunesmith", values), "Deployment")
+        for name in ("tunesmith-operator", "tunesmith-gateway"):
+            command = deployments[name]["spec"]["template"]["spec"]["containers"][0]["command"]
+            assert [part for part in command if part.startswith("--shared-pool")] == expected
+
+
+def test_the_operator_selects_gateways_by_all_labels_of_their_pods(template: Template) -> None:
+    deployments = of_kind(template("tunesmith", {}), "Deployment")
+    labels = deployments["tunesmith-gateway"]["spec"]["template"]["metadata"]["labels"]
+    command = deployments["tunesmith-operator"]["spec"]["template"]["spec"]["containers"][0]["command"]
+    assert f"--instance={labels['app.kubernetes.io/instance']}" in command
+
+
 def test_gateway_service_and_its_url_agree(template: Template) -> None:
     documents = template("tunesmith", {"gateway": {"service": {"type": "NodePort", "nodePort": 30080, "port": 8000}}})
     port = of_kind(documents, "Service")["tunesmith-gateway"]["spec"]["ports"][0]

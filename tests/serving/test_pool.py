@@ -8,7 +8,7 @@ import pytest
 
 from tunesmith.api.conditions import ServingPoolReason, find
 from tunesmith.autoscale.decide import Decision
-from tunesmith.serving.claims import claim_of
+from tunesmith.contracts.claims import claim_of
 from tunesmith.serving.pod import PoolPod, Problem
 from tunesmith.serving.pool import PoolObservation, PoolPlan, plan
 

@@ -34,11 +34,13 @@ class DemandBoard:
         """`silence_seconds`: after this long without a line, a gateway's demand is unknown."""
         self._silence = silence_seconds
         self._lines: dict[str, tuple[float, dict[str, int]] | None] = {}
+        self._errors: dict[str, str] = {}
 
     def expect(self, gateways: Iterable[str]) -> None:
         """Set which gateways exist; what others said is forgotten."""
         names = set(gateways)
         self._lines = {name: self._lines.get(name) for name in names}
+        self._errors = {name: error for name, error in self._errors.items() if name in names}
 
     def record(self, gateway: str, line: GatewayDemand, now: float) -> None:
         """Keep a line of a gateway that exists. `now`: seconds on a monotonic clock."""
@@ -47,6 +49,11 @@ class DemandBoard:
                 now,
                 {model: demand.running + demand.waiting for model, demand in line.models.items()},
             )
+
+    def fail(self, gateway: str, error: str) -> None:
+        """Record why a gateway could not be heard."""
+        if gateway in self._lines:
+            self._errors[gateway] = error
 
     def read(self, now: float) -> Demand:
         """The sum over the gateways that were heard in the last `silence_seconds`."""

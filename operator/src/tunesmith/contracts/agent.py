@@ -100,6 +100,10 @@ def _hex(key: bytes, purpose: str) -> str:
     return hmac.new(key, purpose.encode(), hashlib.sha256).hexdigest()
 
 
+MAX_MESSAGE = 1000
+"""Longest sentence of an agent, in characters."""
+
+
 class DesiredAdapter(StatusModel):
     """A revision that a pod should hold."""
 
@@ -144,6 +148,12 @@ class PodState(StatusModel):
     base_model_fingerprint: str | None = None
     engine_ready: bool = False
     draining: bool = False
+    problem: str = Field(
+        default="",
+        max_length=MAX_MESSAGE,
+        description="Why the pod must not get requests although its engine answers /health; empty: nothing is known "
+        "against it.",
+    )
     adapters: list[Residency] = Field(default_factory=list)
     in_flight: dict[str, int] = Field(
         default_factory=dict, description="Requests in the engine by model (engine name, or the base's id)."

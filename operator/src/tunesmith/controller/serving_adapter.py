@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from tunesmith.api.servingpool import ServingPool
 from tunesmith.autoscale.decide import Decision, decide_copies
+from tunesmith.contracts.claims import lost_to
 from tunesmith.controller.reconciler import Key, Result, Watch
-from tunesmith.serving.claims import lost_to
 from tunesmith.serving.notice import notices
 from tunesmith.serving.rollout import Observation, plan
 from tunesmith.serving.source import Artifact, choose_pool, may_attach, reference, resolve_artifact

@@ -18,11 +18,11 @@ from tunesmith.contracts.agent import (
     pod_tokens,
     serving_keys,
 )
+from tunesmith.contracts.claims import lost_to
 from tunesmith.contracts.location import reads_foreign_store
 from tunesmith.contracts.scheduling import refusal
 from tunesmith.controller.reconciler import MANAGED, Key, Result, Watch, label_keys, owner_keys
 from tunesmith.controller.serving_streams import Target
-from tunesmith.serving.claims import lost_to
 from tunesmith.serving.notice import notices
 from tunesmith.serving.pod import DELETION_COST, READINESS_GATE
 from tunesmith.serving.pool import PoolObservation, PoolPlan, plan

@@ -15,9 +15,9 @@ from tunesmith.api.servingpool import ServingPool
 from tunesmith.autoscale.decide import Sample, Window
 from tunesmith.autoscale.demand import DemandBoard
 from tunesmith.contracts.agent import SILENCE_SECONDS
+from tunesmith.contracts.claims import Claim, claim_of
 from tunesmith.controller.reconciler import Key
 from tunesmith.controller.serving_streams import AgentLinks, GatewayLinks
-from tunesmith.serving.claims import Claim, claim_of
 from tunesmith.serving.pod import PoolPod, observe_pod
 from tunesmith.serving.render import POOL_UID_LABEL
 from tunesmith.serving.source import may_attach

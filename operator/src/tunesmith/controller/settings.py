@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tunesmith.contracts.addresses import parse_networks
+from tunesmith.contracts.claims import parse_namespaces
 from tunesmith.contracts.scheduling import DEFAULT_SCHEDULING, AllowedScheduling, parse_names, parse_tolerations
 
 if TYPE_CHECKING:
@@ -24,6 +25,10 @@ class Settings:
     """Where artifacts are published, such as s3://tunesmith/store."""
     namespace: str
     """The operator's own: its Lease, its installation key and the gateways are there."""
+    instance: str
+    """Name of the release: the label app.kubernetes.io/instance of the gateways' pods."""
+    shared_pool_namespaces: tuple[str, ...]
+    """Namespaces whose pools serve adapters of other namespaces that name no pool."""
     trainer_image: str
     lm_eval_tasks: str
     """Folder in the trainer's image with the platform's own evaluation tasks; empty: none."""
@@ -52,6 +57,12 @@ class Settings:
 _OPTIONS: tuple[tuple[str, str | None, str], ...] = (
     ("store", None, "where artifacts are published, such as s3://tunesmith/store"),
     ("namespace", None, "the operator's own namespace"),
+    ("instance", "tunesmith", "name of the release, as in the label app.kubernetes.io/instance of the gateways' pods"),
+    (
+        "shared-pool-namespaces",
+        "",
+        "namespaces, separated by commas, whose pools serve adapters of others that name no pool; default: its own",
+    ),
     ("trainer-image", None, "image of validation and training pods"),
     (
         "lm-eval-tasks",
@@ -130,6 +141,9 @@ def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str]
         return Settings(
             store=options.store.rstrip("/"),
             namespace=options.namespace,
+            instance=options.instance,
+            shared_pool_namespaces=_listed(parser, options, "shared-pool-namespaces", parse_namespaces)
+            or (options.namespace,),
             trainer_image=options.trainer_image,
             lm_eval_tasks=options.lm_eval_tasks,
             allow_task_folders=options.allow_task_folders,

@@ -68,6 +68,7 @@ class PoolPod:
             and self.state is not None
             and self.state.engine_ready
             and not self.state.draining
+            and not self.state.problem
         )
 
     def residency(self, engine_name: str) -> Residency | None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tunesmith.api.adapterdeployment import AdapterDeployment, Revision
     from tunesmith.api.servingpool import ServingPool
     from tunesmith.autoscale.decide import Decision
-    from tunesmith.serving.claims import Claim
+    from tunesmith.contracts.claims import Claim
     from tunesmith.serving.pod import PoolPod, Problem
 
 _VICTIM_COST = -1000

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from tunesmith.api.adapterdeployment import AdapterDeployment
     from tunesmith.autoscale.decide import Decision
-    from tunesmith.serving.claims import Claim
+    from tunesmith.contracts.claims import Claim
     from tunesmith.serving.pod import PoolPod
 
 SELECTOR = "tunesmith.dev/none=pods-are-shared"
