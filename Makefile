@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help benchmark-training verify-data verify-methods verify-resume demo test check generate images cluster-up cluster-down clean \
+.PHONY: help benchmark-training verify-attacks verify-data verify-methods verify-resume demo test check generate images cluster-up cluster-down clean \
   environment environment-trainer environment-server model check-format check-types check-imports check-generated check-unit
 
 UV_VERSION := 0.13.9
@@ -16,6 +16,7 @@ RUN := $(UV) run --frozen --no-sync
 CLUSTER := $(RUN) python e2e/cluster/cluster.py
 GENERATE_CRDS := python -m tunesmith.api.crd --output crds --output charts/tunesmith/files/crds --schemas crds/schemas \
   --reference docs/reference/api.md
+comma := ,
 UNIT_TESTS := tests/api tests/finetune tests/serving tests/autoscale tests/gateway tests/cli
 
 help: ## List the targets
@@ -51,6 +52,9 @@ benchmark-training: environment-trainer model ## Compare the speed of training w
 verify-long: environment environment-trainer model ## After `make demo`: the tests that `make test` leaves out for their length
 	@$(STEP) --last ' (passed|failed).* in ' "long tests: trainer" $(RUN) --project trainer-image pytest -m long tests/trainer
 	@$(STEP) --last ' (passed|failed).* in ' "long tests: scenarios" $(RUN) pytest -m long e2e/scenarios
+
+verify-attacks: environment environment-trainer environment-server ## After `make demo`: each attack of e2e/attacks, a victim measured meanwhile (ATTACKS=name,name)
+	@$(STEP) --live "attacks" $(RUN) pytest --quiet --no-header --tb=short $(if $(ATTACKS),-k "$(subst $(comma), or ,$(ATTACKS))") e2e/attacks
 
 generate: environment ## Write the CRDs, the API reference and the schema of the charts' values again
 	@$(STEP) "generate the CRDs" $(RUN) $(GENERATE_CRDS)

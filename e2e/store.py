@@ -6,6 +6,8 @@ It needs the trainer's environment:
 store.py put FILE|FOLDER URI      uploads what is missing or has another size or content
 store.py flip URI                 flips one bit in the middle of an object
 store.py read URI                 prints an object
+store.py copy URI FOLDER|URI      copies the objects below a uri to a folder, or elsewhere in the store
+store.py remove URI               removes the objects below a uri
 """
 
 from __future__ import annotations
@@ -55,6 +57,28 @@ def flip(uri: str) -> str:
     return f"flipped a bit of {uri}"
 
 
+def copy(uri: str, target: str) -> str:
+    """Copies the objects below a uri."""
+    filesystem, source = fsspec.core.url_to_fs(uri)
+    names = [name.removeprefix(source).lstrip("/") for name in filesystem.find(source)]
+    for name in names:
+        if "://" in target:
+            filesystem.pipe_file(f"{target}/{name}", filesystem.cat_file(f"{source}/{name}"))
+        else:
+            (Path(target) / name).parent.mkdir(parents=True, exist_ok=True)
+            filesystem.get_file(f"{source}/{name}", f"{target}/{name}")
+    return f"copied {len(names)} objects of {uri}"
+
+
+def remove(uri: str) -> str:
+    """Removes the objects below a uri."""
+    filesystem, target = fsspec.core.url_to_fs(uri)
+    names = filesystem.find(target)
+    for name in names:
+        filesystem.rm_file(name)
+    return f"removed {len(names)} objects of {uri}"
+
+
 def main() -> None:
     """Command line: see the module's docstring."""
     match sys.argv[1:]:
@@ -65,6 +89,10 @@ def main() -> None:
         case ["read", uri]:
             filesystem, target = fsspec.core.url_to_fs(uri)
             print(filesystem.cat_file(target).decode(), end="")
+        case ["copy", source, target]:
+            print(copy(source, target))
+        case ["remove", uri]:
+            print(remove(uri))
         case _:
             raise SystemExit(__doc__)
 

@@ -6,9 +6,9 @@ import os
 import signal
 import time
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from containers import container_status, processes_of
 from custom_resources import engine_name, pool_pods, ready_adapter
 from installation import DEMO, condition, get, until
 from openai import APIConnectionError, APIStatusError, APITimeoutError
@@ -22,23 +22,9 @@ ENGINE_UP_SECONDS = 240
 RESIDENT_SECONDS = 30
 
 
-def processes_of(container_id: str) -> list[int]:
-    """Processes of this machine that belong to the container."""
-    identity = container_id.rpartition("/")[2]
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if identity in (entry / "cgroup").read_text():
-                    found.append(int(entry.name))
-            except OSError:
-                continue
-    return found
-
-
 def engine_status(pool: str) -> dict[str, object]:
     [pod] = pool_pods(pool)
-    return next(entry for entry in pod["status"]["containerStatuses"] if entry["name"] == "engine")
+    return container_status(pod, "engine")
 
 
 def test_both_adapters_return_and_none_answers_for_another(

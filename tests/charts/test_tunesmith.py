@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
+
+from tunesmith.contracts.scheduling import DEFAULT_SCHEDULING
+from tunesmith.controller.settings import parse
 
 if TYPE_CHECKING:
     import subprocess
@@ -71,6 +75,8 @@ def test_store_and_registry_are_required(rendered: Helm, missing: str, sentence:
         ({"images": {"trainer": {"digest": "latest"}}}, "digest"),
         ({"trainer": {"allowedAddresses": ["s3.store.svc"]}}, "allowedAddresses"),
         ({"trainer": {"allowTaskFolders": "false"}}, "allowTaskFolders"),
+        ({"scheduling": {"allowedPriorityClasses": ["a b"]}}, "allowedPriorityClasses"),
+        ({"scheduling": {"allowedTolerations": ["spot:Never"]}}, "allowedTolerations"),
         ({"imgaes": {}}, "imgaes"),
     ],
 )
@@ -208,16 +214,38 @@ def test_the_addresses_that_the_platform_lists_reach_the_operator(template: Temp
         assert [part for part in command if part.startswith("--allowed-addresses")] == told
 
 
-def test_the_namespaces_whose_pools_are_shared_reach_the_operator(template: Template) -> None:
-    for values, names in (
-        ({}, "tunesmith-system"),
-        ({"serving": {"sharedPoolNamespaces": []}}, ""),
-        ({"serving": {"sharedPoolNamespaces": ["platform", "models"]}}, "platform,models"),
-        ({"serving": None}, "tunesmith-system"),
+def test_where_pods_may_run_reaches_the_operator(template: Template) -> None:
+    """The chart's defaults are the operator's own."""
+    for values, expected in (
+        ({}, DEFAULT_SCHEDULING),
+        (
+            {"scheduling": {"allowedPriorityClasses": ["batch", "team-*"], "allowedTolerations": []}},
+            replace(DEFAULT_SCHEDULING, priority_classes=("batch", "team-*"), tolerations=()),
+        ),
     ):
         operator = of_kind(template("tunesmith", values), "Deployment")["tunesmith-operator"]
         command = operator["spec"]["template"]["spec"]["containers"][0]["command"]
-        assert f"--shared-pool-namespaces={names}" in command
+        assert parse(command[1:], {}).allowed_scheduling == expected
+
+
+def test_the_namespaces_of_shared_pools_reach_operator_and_gateway(template: Template) -> None:
+    listed = {"serving": {"sharedPoolNamespaces": ["models", "more-models"]}}
+    for values, expected in (
+        ({}, []),
+        ({"serving": None}, []),
+        (listed, ["--shared-pool-namespaces=models,more-models"]),
+    ):
+        deployments = of_kind(template("tunesmith", values), "Deployment")
+        for name in ("tunesmith-operator", "tunesmith-gateway"):
+            command = deployments[name]["spec"]["template"]["spec"]["containers"][0]["command"]
+            assert [part for part in command if part.startswith("--shared-pool")] == expected
+
+
+def test_the_operator_selects_gateways_by_all_labels_of_their_pods(template: Template) -> None:
+    deployments = of_kind(template("tunesmith", {}), "Deployment")
+    labels = deployments["tunesmith-gateway"]["spec"]["template"]["metadata"]["labels"]
+    command = deployments["tunesmith-operator"]["spec"]["template"]["spec"]["containers"][0]["command"]
+    assert f"--instance={labels['app.kubernetes.io/instance']}" in command
 
 
 def test_gateway_service_and_its_url_agree(template: Template) -> None:

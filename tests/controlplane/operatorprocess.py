@@ -45,6 +45,7 @@ class Operator:
         command = [
             *(sys.executable, "-c", "from tunesmith.controller.main import main; main()"),
             *("--store", STORE, "--namespace", self._namespace, "--trainer-image", "localhost/trainer:1"),
+            *("--allowed-node-selectors", "namespace"),
             *("--agent-image", "localhost/agent:1", "--engine-image", "localhost/engine:1"),
             *("--probe-port", str(self.probe_port), "--metrics-port", str(self.metrics_port), "--lease-seconds", "3"),
         ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from plan_cases import DONE, ELSEWHERE, FAR, MALFORMED, OUTAGE, PLACED, Case, ended
+from plan_cases import DONE, ELSEWHERE, FAR, MALFORMED, NODE_FULL, OUTAGE, PLACED, Case, ended
 from worlds import NOW, UID, attempt, condition, job, kube_job, pod, seen, validated
 
 from tunesmith.contracts.location import owned_name
@@ -36,15 +36,139 @@ CASES = {
         {"Validated": ("True", "Valid"), "Started": ("False", "ImagePullFailed")},
         outcomes=("Running",),
     ),
-    "an image that cannot be pulled for 5 minutes fails the job": Case(
+    "an image that cannot be pulled for 5 minutes ends the attempt": Case(
         seen(
             job(validated(attempt(1))),
             attempts={1: kube_job("1", pod(scheduled=NOW - timedelta(minutes=5), waiting_reason="ImagePullBackOff"))},
         ),
         (StopJob(owned_name("tone", UID, "1")),),
-        "Failed",
-        {"Validated": ("True", "Valid"), "Failed": ("True", "ImagePullFailed")},
+        "Pending",
+        {"Validated": ("True", "Valid"), "Started": ("False", "ImagePullFailed")},
         outcomes=("Failed",),
+    ),
+    "a container that does not start for 2 minutes ends the attempt": Case(
+        seen(
+            job(validated(attempt(1))),
+            attempts={
+                1: kube_job(
+                    "1",
+                    pod(
+                        scheduled=NOW - timedelta(minutes=2),
+                        waiting_reason="RunContainerError",
+                        waiting_message="failed to create shim task",
+                    ),
+                )
+            },
+        ),
+        (StopJob(owned_name("tone", UID, "1")),),
+        "Pending",
+        {"Validated": ("True", "Valid"), "Started": ("False", "InternalError")},
+        "cannot start its container: failed to create shim task",
+        ("Failed",),
+    ),
+    "the next attempt waits until the Job of one that could not start is gone": Case(
+        seen(job(validated(attempt(1, "Failed", FAR))), attempts={1: kube_job("1", pod())}),
+        (StopJob(owned_name("tone", UID, "1")),),
+        "Pending",
+        {"Validated": ("True", "Valid"), "Started": ("False", "Stopping")},
+        outcomes=("Failed",),
+    ),
+    "an image that cannot be pulled in the last attempt fails the job": Case(
+        seen(job(validated(attempt(1, "Failed", FAR)), maxAttempts=1)),
+        (),
+        "Failed",
+        {"Validated": ("True", "Valid"), "Failed": ("True", "AttemptsExhausted")},
+        outcomes=("Failed",),
+    ),
+    "a node that ran out of disk by the job's files counts as a failure": Case(
+        seen(
+            job(validated(attempt(1)), maxAttempts=1),
+            attempts={1: kube_job("1", ended(137, disrupted=True, eviction=NODE_FULL), failed=True)},
+        ),
+        (),
+        "Failed",
+        {"Validated": ("True", "Valid"), "Failed": ("True", "AttemptsExhausted")},
+        "OutOfDisk: attempt 1 filled the disk of its node",
+        ("Failed",),
+    ),
+    "a full volume is not retried": Case(
+        seen(
+            job(validated(attempt(1))),
+            attempts={
+                1: kube_job(
+                    "1",
+                    ended(137, disrupted=True, eviction='Usage of EmptyDir volume "work" exceeds the limit "1Gi". '),
+                    failed=True,
+                )
+            },
+        ),
+        (),
+        "Failed",
+        {"Validated": ("True", "Valid"), "Failed": ("True", "OutOfDisk")},
+        outcomes=("Failed",),
+    ),
+    "after a pre-emption comes a pause": Case(
+        seen(
+            job(validated(attempt(1), progress={"stage": "Training", "step": 7})),
+            attempts={1: kube_job("1", ended(143), failed=True)},
+        ),
+        (),
+        "Pending",
+        {"Validated": ("True", "Valid"), "Started": ("False", "Retrying")},
+        "attempt 2 starts 5 s after attempt 1 was pre-empted",
+        ("Preempted",),
+    ),
+    "each pre-emption without progress doubles the pause": Case(
+        seen(job(validated(*(attempt(number, "Preempted", timedelta(seconds=19)) for number in (1, 2, 3))))),
+        (),
+        "Pending",
+        {"Validated": ("True", "Valid"), "Started": ("False", "Retrying")},
+        "attempt 4 starts 20 s after attempt 3 was pre-empted",
+        ("Preempted",) * 3,
+    ),
+    "progress makes the pause short again": Case(
+        seen(
+            job(
+                validated(
+                    *(attempt(number, "Preempted", FAR) for number in range(1, 10)),
+                    {**attempt(10, "Preempted", timedelta(seconds=5)), "lastStep": 12},
+                )
+            )
+        ),
+        (CreateAttempt(11),),
+        "Pending",
+        {"Validated": ("True", "Valid"), "Started": ("False", "PodPending")},
+        outcomes=(*("Preempted",) * 10, "Running"),
+    ),
+    "pre-emptions without progress end the job": Case(
+        seen(
+            job(
+                validated(
+                    {**attempt(1, "Preempted", FAR), "lastStep": 12},
+                    *({**attempt(number, "Preempted", FAR), "lastStep": 12} for number in range(2, 12)),
+                )
+            )
+        ),
+        (),
+        "Failed",
+        {"Validated": ("True", "Valid"), "Failed": ("True", "NoProgress")},
+        "10 attempts in a row were stopped before they trained beyond step 12",
+        ("Preempted",) * 11,
+    ),
+    "results that are lost each time end the job": Case(
+        seen(job(validated(*(attempt(number, "Succeeded", FAR) for number in range(1, 11))))),
+        (),
+        "Failed",
+        {"Validated": ("True", "Valid"), "Failed": ("True", "NoProgress")},
+        outcomes=("Succeeded",) * 10,
+    ),
+    "a running job that the installation no longer allows is not started again, and not lost": Case(
+        seen(job(validated(attempt(1, "Preempted", FAR)), scheduling={"priorityClassName": "high"})),
+        (),
+        "Pending",
+        {"Validated": ("True", "Valid"), "Started": ("False", "NotAllowed")},
+        "attempt 2 is not created: spec.scheduling.priorityClassName names high",
+        ("Preempted",),
     ),
     "a published adapter completes the job": Case(
         seen(
@@ -72,10 +196,10 @@ CASES = {
     ),
     "a lost result is fetched by another attempt": Case(
         seen(job(validated(attempt(1))), attempts={1: kube_job("1", succeeded=True)}),
-        (CreateAttempt(2),),
+        (),
         "Pending",
-        {"Validated": ("True", "Valid"), "Started": ("False", "PodPending")},
-        outcomes=("Succeeded", "Running"),
+        {"Validated": ("True", "Valid"), "Started": ("False", "Retrying")},
+        outcomes=("Succeeded",),
     ),
     "the user's fault is not retried": Case(
         seen(job(validated(attempt(1))), attempts={1: kube_job("1", ended(2, MALFORMED), failed=True)}),
@@ -134,10 +258,10 @@ CASES = {
             job(validated(attempt(1)), maxAttempts=1),
             attempts={1: kube_job("1", ended(137, disrupted=True), failed=True)},
         ),
-        (CreateAttempt(2),),
+        (),
         "Pending",
-        {"Validated": ("True", "Valid"), "Started": ("False", "PodPending")},
-        outcomes=("Preempted", "Running"),
+        {"Validated": ("True", "Valid"), "Started": ("False", "Retrying")},
+        outcomes=("Preempted",),
     ),
     "an eviction whose pod is gone is known from the Job": Case(
         seen(
@@ -150,17 +274,17 @@ CASES = {
                 )
             },
         ),
-        (CreateAttempt(2),),
+        (),
         "Pending",
-        {"Validated": ("True", "Valid"), "Started": ("False", "PodPending")},
-        outcomes=("Preempted", "Running"),
+        {"Validated": ("True", "Valid"), "Started": ("False", "Retrying")},
+        outcomes=("Preempted",),
     ),
     "a trainer that saved and left on SIGTERM is not counted": Case(
         seen(job(validated(attempt(1)), maxAttempts=1), attempts={1: kube_job("1", ended(143), failed=True)}),
-        (CreateAttempt(2),),
+        (),
         "Pending",
-        {"Validated": ("True", "Valid"), "Started": ("False", "PodPending")},
-        outcomes=("Preempted", "Running"),
+        {"Validated": ("True", "Valid"), "Started": ("False", "Retrying")},
+        outcomes=("Preempted",),
     ),
     "a user's fault whose pod is gone is known from the Job": Case(
         seen(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from plan_cases import MALFORMED, PLACED, SECRET, TIGHT, VALID, Case, ended
+from plan_cases import MALFORMED, NODE_FULL, PLACED, SECRET, TIGHT, VALID, Case, ended
 from worlds import NOW, UID, job, kube_job, pod, seen, validated
 
 from tunesmith.contracts.location import owned_name
@@ -40,21 +40,73 @@ CASES = {
         {"Validated": ("Unknown", "SecretNotFound")},
         f"{SECRET}; create it in the namespace of the FineTuneJob",
     ),
-    "a Secret that stays missing fails the job and removes the pod": Case(
+    "a Secret that is missing for minutes is waited for": Case(
         seen(
             job(),
             validation=kube_job(
                 "validate",
                 pod(
-                    scheduled=NOW - timedelta(minutes=2),
+                    scheduled=NOW - timedelta(minutes=10),
                     waiting_reason="CreateContainerConfigError",
                     waiting_message=SECRET,
                 ),
             ),
         ),
+        (),
+        "Validating",
+        {"Validated": ("Unknown", "SecretNotFound")},
+    ),
+    "a Secret that stays missing for an hour fails the job and removes the pod": Case(
+        seen(
+            job(),
+            validation=kube_job(
+                "validate",
+                pod(
+                    scheduled=NOW - timedelta(hours=1),
+                    waiting_reason="CreateContainerConfigError",
+                    waiting_message=SECRET,
+                ),
+                age=timedelta(hours=1),
+            ),
+        ),
         (StopJob(owned_name("tone", UID, "validate")),),
         "Failed",
         {"Validated": ("False", "SecretNotFound"), "Failed": ("True", "SecretNotFound")},
+    ),
+    "a validation that fills the disk of its node is not repeated on another node": Case(
+        seen(job(), validation=kube_job("validate", pod(disrupted=True, eviction=NODE_FULL), pod())),
+        (StopJob(owned_name("tone", UID, "validate")),),
+        "Failed",
+        {"Validated": ("False", "OutOfDisk"), "Failed": ("True", "OutOfDisk")},
+        "validation filled the disk of its node",
+    ),
+    "a validation that is pre-empted without end is given up": Case(
+        seen(job(), validation=kube_job("validate", *(pod(disrupted=True) for _ in range(10)), pod())),
+        (StopJob(owned_name("tone", UID, "validate")),),
+        "Failed",
+        {"Validated": ("False", "NoProgress"), "Failed": ("True", "NoProgress")},
+        "validation was evicted or pre-empted 10 times",
+    ),
+    "a priority that the installation does not allow": Case(
+        seen(job(scheduling={"priorityClassName": "system-node-critical"})),
+        (),
+        "Failed",
+        {"Validated": ("False", "NotAllowed"), "Failed": ("True", "NotAllowed")},
+        "spec.scheduling.priorityClassName names system-node-critical, which this installation does not allow",
+    ),
+    "an export into another job's folder": Case(
+        seen(job(output={"exports": [{"uri": "s3://tunesmith//store/./other/job-1/artifact"}]})),
+        (),
+        "Failed",
+        {"Validated": ("False", "NotAllowed"), "Failed": ("True", "NotAllowed")},
+        "spec.output.exports[0].uri s3://tunesmith//store/./other/job-1/artifact is in this installation's store",
+    ),
+    "rows out of another namespace's folder": Case(
+        seen(job(dataset={"train": [{"uri": "s3://tunesmith/store/other/job-1/tmp/tokens/*.arrow"}]})),
+        (),
+        "Failed",
+        {"Validated": ("False", "NotAllowed"), "Failed": ("True", "NotAllowed")},
+        "spec.dataset.train[0].uri s3://tunesmith/store/other/job-1/tmp/tokens/*.arrow reaches into",
     ),
     "bad data fails the job before any training": Case(
         seen(job(), validation=kube_job("validate", ended(2, MALFORMED), failed=True)),

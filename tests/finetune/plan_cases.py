@@ -55,6 +55,10 @@ UNSCORED = result(
 GATE = result(outcome="Failed", reason="GateFailed", message="loss 1.5 is above 1", artifact=ARTIFACT)
 OUTAGE = result(outcome="Failed", reason="StorageUnavailable", message="no answer", retryable=True)
 MALFORMED = result(outcome="Failed", reason="DatasetInvalid", message="line 3 is not JSON")
+NODE_FULL = (
+    "The node was low on resource: ephemeral-storage. Threshold quantity: 1Gi, available: 9Mi. Container trainer was "
+    "using 51Gi, request is 0, has larger consumption of ephemeral-storage. "
+)
 FAR = timedelta(hours=1)
 PLACED = NOW - timedelta(minutes=1)
 SECRET = 'secret "tunesmith-store" not found'

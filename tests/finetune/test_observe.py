@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from plan_cases import NODE_FULL
 from worlds import NOW, UID, manifest
 
 from tunesmith.contracts.location import owned_name
@@ -17,16 +18,24 @@ def kube_job(component: str, uid: str, attempt: str | None = None, **status: Any
     labels = {"app.kubernetes.io/component": component}
     if attempt is not None:
         labels["tunesmith.dev/attempt"] = attempt
-    metadata = {"name": f"tone-{uid}", "uid": uid, "creationTimestamp": TIME, "labels": labels}
+    metadata = {
+        "name": owned_name("tone", UID, attempt or component),
+        "namespace": "team",
+        "uid": uid,
+        "creationTimestamp": TIME,
+        "labels": labels,
+        "ownerReferences": [{"kind": "FineTuneJob", "name": "tone", "uid": UID, "controller": True}],
+    }
     return {"metadata": metadata, "status": status}
 
 
 def kube_pod(owner: str, name: str, status: Object, created: str = TIME, index: str | None = None) -> Object:
     metadata = {
         "name": name,
+        "namespace": "team",
         "creationTimestamp": created,
         "labels": {} if index is None else {"batch.kubernetes.io/job-completion-index": index},
-        "ownerReferences": [{"uid": owner, "name": f"tone-{owner}"}],
+        "ownerReferences": [{"kind": "Job", "uid": owner, "name": f"tone-{owner}", "controller": True}],
     }
     return {"metadata": metadata, "spec": {"nodeName": "node1"}, "status": status}
 
@@ -47,6 +56,57 @@ def test_jobs_are_told_apart_and_get_their_own_pods() -> None:
     assert [pod.name for pod in seen.validation.pods] == ["b"]
     assert list(seen.attempts) == [1, 2]
     assert [pod.name for pod in seen.attempts[1].pods] == ["a"]
+
+
+ANOTHER = "0f0e0d0c-0000-4000-8000-000000000002"
+FORGED = {
+    "in another namespace": {"namespace": "foreign"},
+    "of a FineTuneJob of that name that is gone": {
+        "ownerReferences": [{"kind": "FineTuneJob", "name": "tone", "uid": ANOTHER, "controller": True}]
+    },
+    "of a FineTuneJob with another name": {
+        "ownerReferences": [{"kind": "FineTuneJob", "name": "other", "uid": UID, "controller": True}]
+    },
+    "owned, and not controlled": {"ownerReferences": [{"kind": "FineTuneJob", "name": "tone", "uid": UID}]},
+    "of another kind": {"ownerReferences": [{"kind": "Pod", "name": "tone", "uid": UID, "controller": True}]},
+    "without an owner": {"ownerReferences": []},
+    "with a name of its own": {"name": "tone-1"},
+    "with the name of another attempt": {"name": owned_name("tone", UID, "2")},
+    "with a number that is none": {
+        "name": owned_name("tone", UID, "²"),
+        "labels": {"app.kubernetes.io/component": "train", "tunesmith.dev/attempt": "²"},
+    },
+}
+
+
+@pytest.mark.parametrize("changes", FORGED.values(), ids=FORGED.keys())
+@pytest.mark.parametrize("attempt", [None, "1"], ids=["validation", "attempt"])
+def test_a_job_that_only_looks_like_its_own_is_not_counted(changes: Object, attempt: str | None) -> None:
+    forged = kube_job("validate" if attempt is None else "train", "one", attempt)
+    forged["metadata"] |= changes
+    seen = observe(manifest(), [forged], [kube_pod("one", "a", {})], None, NOW)
+    assert (seen.validation, seen.attempts) == (None, {})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"namespace": "foreign"},
+        {"ownerReferences": [{"kind": "Job", "uid": "one", "name": "tone"}]},
+        {"ownerReferences": [{"kind": "ReplicaSet", "uid": "one", "name": "tone", "controller": True}]},
+    ],
+    ids=["in another namespace", "not controlled", "of another kind"],
+)
+def test_a_pod_that_only_names_the_jobs_uid_is_not_counted(changes: Object) -> None:
+    pod = kube_pod("one", "a", terminated(exitCode=2, message=FAULT))
+    pod["metadata"] |= changes
+    seen = observe(manifest(), [kube_job("train", "one", "1")], [pod], None, NOW)
+    assert seen.attempts[1].pods == ()
+
+
+def test_a_pods_index_that_is_no_number_is_0() -> None:
+    pod = kube_pod("one", "a", {}, index="²")
+    assert observe(manifest(), [kube_job("train", "one", "1")], [pod], None, NOW).attempts[1].pods[0].index == 0
 
 
 def attempts_pod(name: str, uid: str, phase: str) -> Object:
@@ -76,10 +136,20 @@ def test_the_newest_pod_speaks_for_a_job() -> None:
     assert seen.validation.exit_code == 0
 
 
+def evicted(message: str) -> Object:
+    return {"reason": "Evicted", "phase": "Failed", "message": message}
+
+
 @pytest.mark.parametrize(
     ("name", "status", "expected"),
     [
         ("evicted by the kubelet", {"reason": "Evicted", "phase": "Failed"}, "Preempted"),
+        ("evicted from a full node", evicted(NODE_FULL), "Failed"),
+        ("evicted for a full volume", evicted('Usage of EmptyDir volume "work" exceeds the limit "1Gi". '), "Failed"),
+        ("evicted at its limit", evicted("Container trainer exceeded its local ephemeral storage limit "), "Failed"),
+        ("evicted for its memory", evicted(NODE_FULL.replace("ephemeral-storage", "memory")), "Failed"),
+        ("evicted for others", evicted("The node was low on resource: ephemeral-storage. "), "Preempted"),
+        ("refused by a full node", evicted("The node had condition: [DiskPressure]. "), "Preempted"),
         (
             "evicted by the API",
             {**terminated(exitCode=137), "conditions": [{"type": "DisruptionTarget", "status": "True"}]},

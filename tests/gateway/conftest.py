@@ -37,6 +37,7 @@ async def start() -> AsyncIterator[Callable[..., Awaitable[Rig]]]:
             settings = Settings(
                 namespace=OWN_NAMESPACE,
                 gateway_keys=lambda: GATEWAY_KEYS,
+                shared_pool_namespaces=("serving", "elsewhere"),
                 limits=Limits(**limits),  # type: ignore[arg-type]
                 host="127.0.0.1",
                 port=0,

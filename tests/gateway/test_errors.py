@@ -196,10 +196,12 @@ async def test_a_model_that_cannot_come_says_why(
 
 
 async def test_the_loser_of_two_claims_on_a_name_is_not_served(rig: Rig) -> None:
-    taken = condition("Resolved", "False", "ModelNameTaken", "team/other has the name")
-    rig.watches.put(adapter_manifest("pirate", conditions=[taken]))
-    await rig.add_pod("team/pirate@aaaaaaaaaaaa")
-    assert (await rig.chat("pirate"))[1]["error"]["code"] == "model_not_found"
+    young = adapter_manifest("young", model="pirate", digests=("b",), created="2026-01-03T00:00:00Z")
+    rig.watches.put(young)
+    rig.watches.put(adapter_manifest("old", model="pirate", digests=("a",), created="2026-01-02T00:00:00Z"))
+    await rig.add_pod("team/pirate@aaaaaaaaaaaa", "team/pirate@bbbbbbbbbbbb")
+    rig.watches.put(young)
+    assert (await rig.chat("pirate"))[1]["model"] == "team/pirate@aaaaaaaaaaaa"
 
 
 async def test_before_the_cluster_is_read_everything_is_a_503(start: Callable[..., Awaitable[Rig]]) -> None:

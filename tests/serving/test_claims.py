@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tunesmith.serving.claims import claim_of, lost_to, owner
+from tunesmith.contracts.claims import claim_of, lost_to, owner
 
 if TYPE_CHECKING:
     from collections.abc import Callable

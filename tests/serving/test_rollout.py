@@ -10,7 +10,7 @@ from tunesmith.api.adapterdeployment import AdapterDeployment, AdapterDeployment
 from tunesmith.api.conditions import AdapterDeploymentReason as Reason
 from tunesmith.api.conditions import find
 from tunesmith.autoscale.decide import Decision
-from tunesmith.serving.claims import claim_of
+from tunesmith.contracts.claims import claim_of
 from tunesmith.serving.rollout import Observation, plan, wanted_copies
 from tunesmith.serving.source import Artifact, Unresolved
 

@@ -95,9 +95,3 @@ imagePullSecrets:
   {{- end }}
 {{- end }}
 {{- end -}}
-
-{{/* Namespaces, separated by commas, whose pools serve adapters that name no pool. */}}
-{{- define "tunesmith.sharedPoolNamespaces" -}}
-{{- $names := (.Values.serving | default dict).sharedPoolNamespaces -}}
-{{- if kindIs "invalid" $names }}{{ .Release.Namespace }}{{ else }}{{ join "," $names }}{{ end -}}
-{{- end -}}

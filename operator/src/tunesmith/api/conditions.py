@@ -58,7 +58,6 @@ class ServingPoolCondition(StrEnum):
     AVAILABLE = "Available"
     PROGRESSING = "Progressing"
     DEGRADED = "Degraded"
-    SCALING_ACTIVE = "ScalingActive"
 
 
 class AdapterDeploymentCondition(StrEnum):
@@ -67,7 +66,6 @@ class AdapterDeploymentCondition(StrEnum):
     RESOLVED = "Resolved"
     READY = "Ready"
     PROGRESSING = "Progressing"
-    SCALING_ACTIVE = "ScalingActive"
 
 
 class ServingPoolReason(StrEnum):
@@ -87,22 +85,15 @@ class ServingPoolReason(StrEnum):
     CONFIGURATION = "ContainerConfiguration"
     BASE_MODEL_UNAVAILABLE = "BaseModelUnavailable"
     ENGINE_FAILED = "EngineFailed"
-    ENGINE_UNHEALTHY = "EngineUnhealthy"
     AGENT_FAILED = "AgentFailed"
     AGENT_SILENT = "AgentSilent"
-    AGENT_UNREACHABLE = "AgentUnreachable"
-    POD_FAILED = "PodFailed"
     PODS_REFUSED = "PodsRefused"
-    WRITE_REFUSED = "WriteRefused"
-    DEMAND_KNOWN = "DemandKnown"
-    GATEWAY_SILENT = "GatewaySilent"
     FINGERPRINTS_DIFFER = "FingerprintsDiffer"
 
 
 class AdapterDeploymentReason(StrEnum):
     """Reasons of an AdapterDeployment's conditions."""
 
-    INVALID_SPEC = "InvalidSpec"
     RESOLVED = "Resolved"
     FINE_TUNE_JOB_NOT_FOUND = "FineTuneJobNotFound"
     FINE_TUNE_JOB_RUNNING = "FineTuneJobRunning"
@@ -110,7 +101,6 @@ class AdapterDeploymentReason(StrEnum):
     NOT_SERVABLE = "NotServable"
     POOL_NOT_FOUND = "PoolNotFound"
     POOL_NOT_ALLOWED = "PoolNotAllowed"
-    POOL_NOT_NAMED = "PoolNotNamed"
     POOL_NOT_REPORTED = "PoolNotReported"
     NO_MATCHING_POOL = "NoMatchingPool"
     SEVERAL_POOLS = "SeveralPools"
@@ -124,8 +114,7 @@ class AdapterDeploymentReason(StrEnum):
     NO_FREE_SLOT = "NoFreeSlot"
     LOADING = "Loading"
     SETTLED = "Settled"
-    DEMAND_KNOWN = "DemandKnown"
-    GATEWAY_SILENT = "GatewaySilent"
+    WAITING = "Waiting"
 
 
 class FailureReason(StrEnum):
@@ -146,6 +135,11 @@ class FailureReason(StrEnum):
     IMAGE_PULL_FAILED = "ImagePullFailed"
     DEADLINE_EXCEEDED = "DeadlineExceeded"
     ATTEMPTS_EXHAUSTED = "AttemptsExhausted"
+    NOT_ALLOWED = "NotAllowed"
+    """The installation does not let jobs of this namespace do what the spec names: a permission, not a mistake."""
+    OUT_OF_DISK = "OutOfDisk"
+    NO_PROGRESS = "NoProgress"
+    """Attempt after attempt was stopped before it trained further than those before it."""
     INTERNAL_ERROR = "InternalError"
 
 

@@ -257,6 +257,9 @@ class Attempt(StatusModel):
     resumed_from_step: int | None = Field(
         default=None, ge=0, description="Step of the checkpoint that it went on from. Absent: it began at step 0."
     )
+    last_step: int | None = Field(
+        default=None, ge=0, description="Last optimizer step that was seen of it. Absent: none, or it is running."
+    )
     node: str | None = Field(
         default=None,
         max_length=280,

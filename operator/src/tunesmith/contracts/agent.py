@@ -100,6 +100,10 @@ def _hex(key: bytes, purpose: str) -> str:
     return hmac.new(key, purpose.encode(), hashlib.sha256).hexdigest()
 
 
+MAX_MESSAGE = 1000
+"""Longest sentence of an agent, in characters."""
+
+
 class DesiredAdapter(StatusModel):
     """A revision that a pod should hold."""
 
@@ -146,8 +150,9 @@ class PodState(StatusModel):
     draining: bool = False
     problem: str = Field(
         default="",
-        max_length=2048,
-        description="Sentence on why the pod must not get requests although its engine answers /health.",
+        max_length=MAX_MESSAGE,
+        description="Why the pod must not get requests although its engine answers /health; empty: nothing is known "
+        "against it.",
     )
     adapters: list[Residency] = Field(default_factory=list)
     in_flight: dict[str, int] = Field(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+from fnmatch import fnmatchcase
+from urllib.parse import unquote
 
 ARTIFACT_MANIFEST = "tunesmith.json"
 ARTIFACT_FOLDER = "artifact"
@@ -64,6 +66,47 @@ def namespace_of_artifact(store: str, uri: str) -> str | None:
     if rest == uri or len(parts) == 1 or not parts[0] or ".." in parts:
         return None
     return parts[0]
+
+
+def writes_into_store(store: str, uri: str) -> bool:
+    """True if files below `uri` would lie in the store or hold it, however the uri is spelled."""
+    root = _names(store)
+    return any(names[: len(root)] == root or root[: len(names)] == names for names in map(_names, _spellings(uri)))
+
+
+def reads_foreign_store(store: str, namespace: str, uri: str) -> bool:
+    """True if the file, folder or glob of `uri` may be in the store, outside the folder of `namespace`."""
+    root = _names(store)
+    return any(_reaches(_names(spelling), root, namespace) for spelling in _spellings(uri))
+
+
+def _reaches(wanted: tuple[str, ...], root: tuple[str, ...], namespace: str) -> bool:
+    for number, name in enumerate(root):
+        if len(wanted) <= number or "**" in wanted[number]:
+            return True
+        if not fnmatchcase(name, wanted[number]) and name != wanted[number]:
+            return False
+    return len(wanted) == len(root) or wanted[len(root)] != namespace
+
+
+def _spellings(uri: str) -> set[str]:
+    """The uri, and what it is once its percent-encoding is decoded, up to twice."""
+    once = unquote(uri)
+    return {uri, once, unquote(once)}
+
+
+def _names(uri: str) -> tuple[str, ...]:
+    """Scheme, bucket and the names of the path, without empty names and dots."""
+    scheme, _, place = uri.partition("://")
+    bucket, *path = [name for name in place.split("/") if name not in {"", "."}] or [""]
+    names: list[str] = []
+    for name in path:
+        if name == "..":
+            del names[-1:]
+        else:
+            names.append(name)
+    # az://container@account.dfs.core.windows.net/ is the container; names of buckets have no capitals.
+    return scheme.lower(), bucket.partition("@")[0].lower(), *names
 
 
 def short_uid(uid: str) -> str:

@@ -86,7 +86,7 @@ class FineTuneJobReconciler:
             _log.warning("%s: %s", key, message)
             await self._context.recorder.event(manifest, FailureReason.INVALID_SPEC, message, type_="Warning")
             return Result()
-        decided = plan(seen, self._installation.store)
+        decided = plan(seen, self._installation.store, self._context.settings.allowed_scheduling)
         status = await self._act(seen, decided, {job["metadata"]["name"]: job for job in jobs})
         await self._write(manifest, seen.job.status, status)
         return Result(decided.look_again.total_seconds() if decided.look_again is not None else None)

@@ -54,8 +54,11 @@ class Target:
 
     def url(self, port: int, path: str) -> str:
         """An address at the target."""
-        host = f"[{self.address}]" if ":" in self.address else self.address
-        return f"http://{host}:{port}{path}"
+        return f"http://{self.authority(port)}{path}"
+
+    def authority(self, port: int) -> str:
+        """Address and port, as in a URL."""
+        return f"[{self.address}]:{port}" if ":" in self.address else f"{self.address}:{port}"
 
 
 class AgentLink:
@@ -66,6 +69,8 @@ class AgentLink:
         self.state: PodState | None = None
         self.heard_at = float("-inf")
         self.since = time.monotonic()
+        self.error = ""
+        """Why the last connection to the agent failed; empty after a line."""
         self.wake = asyncio.Event()
         self.desired: tuple[DesiredAdapter, ...] | None = None
         self._told: tuple[DesiredAdapter, ...] | None = None
@@ -76,10 +81,17 @@ class AgentLink:
         """Whether the last line is recent."""
         return now - self.heard_at <= SILENCE_SECONDS
 
+    def unreachable(self, now: float) -> str | None:
+        """A sentence about an agent that cannot be reached; None when it was heard, or was not tried yet."""
+        if self.heard(now) or not self.error:
+            return None
+        address = self.target.authority(AGENT_PORT)
+        return f"the operator cannot reach the agent of {self.target.name} at {address}: {self.error}"
+
     def take(self, state: PodState, now: float) -> bool:
         """Keep a line; True when it says something new."""
         new = not self.heard(now) or self.state is None or _without_load(state) != _without_load(self.state)
-        self.state, self.heard_at = state, now
+        self.state, self.heard_at, self.error = state, now, ""
         if self.behind:
             self.wake.set()
         return new
@@ -173,7 +185,10 @@ class AgentLinks:
             if link.take(PodState.model_validate_json(line), time.monotonic()) and pool in self._changed:
                 self._changed[pool]()
 
-        await _follow(session, lambda: link.target, AGENT_PORT, "/v1/events", take)
+        def failed(error: str) -> None:
+            link.error = error
+
+        await _follow(session, lambda: link.target, AGENT_PORT, "/v1/events", take, failed)
 
     async def _push(self, session: aiohttp.ClientSession, link: AgentLink) -> None:
         failures = 0
@@ -242,7 +257,7 @@ class GatewayLinks:
                         if target is not None:
                             targets[uid] = target
                             tasks[uid] = asyncio.create_task(self._listen(session, uid, target))
-                    self._board.expect({uid: target.name for uid, target in targets.items()}, time.monotonic())
+                    self._board.expect(targets)
             finally:
                 for task in tasks.values():
                     task.cancel()
@@ -256,7 +271,10 @@ class GatewayLinks:
             tokens = demand_tokens(gateway_keys(self._context.installation_keys))
             return replace(target, stream_tokens=tokens)
 
-        await _follow(session, current, GATEWAY_INTERNAL_PORT, "/v1/demand", take)
+        def failed(error: str) -> None:
+            self._board.fail(uid, error)
+
+        await _follow(session, current, GATEWAY_INTERNAL_PORT, "/v1/demand", take, failed)
 
 
 def _gateway(pod: Object) -> Target | None:
@@ -269,9 +287,23 @@ def _gateway(pod: Object) -> Target | None:
 
 
 async def _follow(
-    session: aiohttp.ClientSession, current: Callable[[], Target], port: int, path: str, take: Callable[[bytes], None]
+    session: aiohttp.ClientSession,
+    current: Callable[[], Target],
+    port: int,
+    path: str,
+    take: Callable[[bytes], None],
+    failed: Callable[[str], None],
 ) -> None:
-    """Read a stream of lines again and again, for as long as the pod is a target."""
+    """Read a stream of lines repeatedly, for as long as the pod is a target; nothing that it sends ends this.
+
+    Args:
+        session: makes the requests.
+        current: return the target with its current tokens.
+        port: of the target.
+        path: of the stream.
+        take: called with each line; raises for a line that is not valid.
+        failed: called with the reason after each connection that failed or broke.
+    """
     failures = 0
     while True:
         target = current()
@@ -280,7 +312,9 @@ async def _follow(
             async for line in _lines(session, target.url(port, path), token):
                 failures = 0
                 take(line)
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+            failed("the stream ended")
+        except Exception as error:  # noqa: BLE001 - a pod's line must not end what reads it
+            failed(_text(error))
             if failures == 0:
                 _log.info("the stream of %s broke: %s", target.name, _text(error))
         failures += 1
@@ -323,5 +357,13 @@ def _bearer(token: str) -> dict[str, str]:
 
 
 def _text(error: Exception) -> str:
-    # pydantic repeats what it was given, which a pod chose.
-    return type(error).__name__ if isinstance(error, ValidationError) else str(error) or type(error).__name__
+    """The cause in a few words. What a pod sent is not repeated, as pydantic does."""
+    if isinstance(error, ValidationError):
+        return "it sends lines that are not valid"
+    if isinstance(error, aiohttp.ServerTimeoutError | TimeoutError):
+        return "connection timed out"
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return (error.os_error.strerror or str(error.os_error)).lower()
+    if isinstance(error, aiohttp.ClientError | OSError | ValueError):
+        return str(error) or type(error).__name__
+    return type(error).__name__

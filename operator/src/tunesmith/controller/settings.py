@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tunesmith.contracts.addresses import parse_networks
+from tunesmith.contracts.claims import parse_namespaces
+from tunesmith.contracts.scheduling import DEFAULT_SCHEDULING, AllowedScheduling, parse_names, parse_tolerations
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,10 @@ class Settings:
     """Where artifacts are published, such as s3://tunesmith/store."""
     namespace: str
     """The operator's own: its Lease, its installation key and the gateways are there."""
+    instance: str
+    """Name of the release: the label app.kubernetes.io/instance of the gateways' pods."""
+    shared_pool_namespaces: tuple[str, ...]
+    """Namespaces whose pools serve adapters of other namespaces that name no pool."""
     trainer_image: str
     lm_eval_tasks: str
     """Folder in the trainer's image with the platform's own evaluation tasks; empty: none."""
@@ -30,13 +36,13 @@ class Settings:
     """Whether jobs may bring evaluation tasks, which are code that is run in their pods."""
     allowed_addresses: str
     """Networks that jobs may reach beside public addresses, such as `10.0.0.7/32,fd00::/8`; empty: none."""
+    allowed_scheduling: AllowedScheduling
+    """Where pods of jobs and pools may run."""
     agent_image: str
     engine_image: str
     """The engine's image of pools that name none."""
     gateway_url: str
-    """The url in the status of AdapterDeployments."""
-    shared_pool_namespaces: frozenset[str]
-    """Namespaces whose ServingPools serve adapters of any namespace that name no pool."""
+    """What AdapterDeployments tell as their url."""
     image_pull_policy: str
     lease_seconds: float
     leader_election: bool
@@ -51,6 +57,12 @@ class Settings:
 _OPTIONS: tuple[tuple[str, str | None, str], ...] = (
     ("store", None, "where artifacts are published, such as s3://tunesmith/store"),
     ("namespace", None, "the operator's own namespace"),
+    ("instance", "tunesmith", "name of the release, as in the label app.kubernetes.io/instance of the gateways' pods"),
+    (
+        "shared-pool-namespaces",
+        "",
+        "namespaces, separated by commas, whose pools serve adapters of others that name no pool; default: its own",
+    ),
     ("trainer-image", None, "image of validation and training pods"),
     (
         "lm-eval-tasks",
@@ -62,14 +74,34 @@ _OPTIONS: tuple[tuple[str, str | None, str], ...] = (
         "",
         "networks that jobs may reach beside public addresses, such as the store's: 10.0.0.7/32,fd00::/8",
     ),
+    (
+        "allowed-priority-classes",
+        ",".join(DEFAULT_SCHEDULING.priority_classes),
+        "PriorityClasses that jobs and pools may name; a name that ends in * admits all that begin so",
+    ),
+    (
+        "allowed-tolerations",
+        ",".join(DEFAULT_SCHEDULING.tolerations),
+        "taints that jobs and pools may tolerate, each key[=value][:effect]",
+    ),
+    (
+        "allowed-runtime-classes",
+        ",".join(DEFAULT_SCHEDULING.runtime_classes),
+        "RuntimeClasses that jobs and pools may name",
+    ),
+    (
+        "allowed-node-selectors",
+        ",".join(DEFAULT_SCHEDULING.node_selectors),
+        "keys of node labels by which jobs and pools may choose their nodes",
+    ),
+    (
+        "allowed-gpu-resources",
+        ",".join(DEFAULT_SCHEDULING.gpu_resources),
+        "extended resources that jobs and pools may ask for as GPUs",
+    ),
     ("agent-image", None, "image of the agent in pool pods"),
     ("engine-image", None, "vLLM image of pools that name none"),
-    ("gateway-url", "", "URL that clients use, shown in the status of AdapterDeployments"),
-    (
-        "shared-pool-namespaces",
-        "",
-        "namespaces, separated by commas, whose pools serve adapters of any namespace that name no pool",
-    ),
+    ("gateway-url", "", "URL that clients use, told in the status of AdapterDeployments"),
     ("image-pull-policy", "IfNotPresent", "pull policy of all pods: Always, IfNotPresent or Never"),
     ("lease-seconds", "5", "seconds after which another replica takes over from one that went silent"),
     ("identity", "", "name of this replica in the Lease, unique; default: a random one"),
@@ -109,14 +141,23 @@ def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str]
         return Settings(
             store=options.store.rstrip("/"),
             namespace=options.namespace,
+            instance=options.instance,
+            shared_pool_namespaces=_listed(parser, options, "shared-pool-namespaces", parse_namespaces)
+            or (options.namespace,),
             trainer_image=options.trainer_image,
             lm_eval_tasks=options.lm_eval_tasks,
             allow_task_folders=options.allow_task_folders,
             allowed_addresses=_networks(parser, options.allowed_addresses),
+            allowed_scheduling=AllowedScheduling(
+                priority_classes=_listed(parser, options, "allowed-priority-classes", parse_names),
+                tolerations=_listed(parser, options, "allowed-tolerations", parse_tolerations),
+                runtime_classes=_listed(parser, options, "allowed-runtime-classes", parse_names),
+                node_selectors=_listed(parser, options, "allowed-node-selectors", parse_names),
+                gpu_resources=_listed(parser, options, "allowed-gpu-resources", parse_names),
+            ),
             agent_image=options.agent_image,
             engine_image=options.engine_image,
             gateway_url=options.gateway_url,
-            shared_pool_namespaces=_namespaces(options.shared_pool_namespaces),
             image_pull_policy=options.image_pull_policy,
             lease_seconds=float(options.lease_seconds),
             leader_election=not options.no_leader_election,
@@ -131,8 +172,16 @@ def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str]
         parser.error(f"a number is expected: {error}")
 
 
-def _namespaces(text: str) -> frozenset[str]:
-    return frozenset(name.strip() for name in text.split(",") if name.strip())
+def _listed(
+    parser: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    flag: str,
+    parse_entries: Callable[[str], tuple[str, ...]],
+) -> tuple[str, ...]:
+    try:
+        return parse_entries(getattr(options, flag.replace("-", "_")))
+    except ValueError as error:
+        parser.error(f"--{flag}: {error}")
 
 
 def _networks(parser: argparse.ArgumentParser, text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -20,7 +21,13 @@ _IMAGE_REASONS = frozenset({"ErrImagePull", "ImagePullBackOff", "InvalidImageNam
 _IMAGE_PATIENCE = timedelta(minutes=5)
 _SECRET_PATIENCE = timedelta(minutes=2)
 _POD_PATIENCE = timedelta(seconds=30)
+_START_PATIENCE = timedelta(minutes=2)
 _MAX_EXCERPT = 600
+_OVER_LIMIT = re.compile(
+    r"exceeded its local ephemeral storage limit|[Pp]od ephemeral local storage usage exceeds|Usage of EmptyDir volume"
+)
+_OVER_REQUEST = re.compile(r"low on resource: (?P<resource>ephemeral-storage|inodes|memory)\b.*Container \S+ was using")
+"""The kubelet's messages when it evicts a pod for what the pod itself uses."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ class Obstacle:
     reason: str
     message: str
     failure: FailureReason | None = None
-    """Set once waiting longer is pointless."""
+    """Set once the pod has waited long enough: the attempt is over."""
 
 
 def ending(job: JobView, stage: str) -> Ending:
@@ -53,6 +60,9 @@ def ending(job: JobView, stage: str) -> Ending:
         return Ending(AttemptOutcome.SUCCEEDED, result=job.pod.result if job.pod is not None else None)
     pod = min((pod for pod in job.members if pod.exit_code not in {None, ExitCode.DONE}), key=_blame, default=job.pod)
     result = pod.result if pod is not None else None
+    greedy = next((end for member in job.members if (end := evicted(member, stage)) is not None), None)
+    if greedy is not None:
+        return greedy
     code = pod.exit_code if pod is not None and pod.exit_code is not None else job.exit_code
     if job.disrupted or code == ExitCode.PREEMPTED or (result is not None and result.outcome is Outcome.PREEMPTED):
         return Ending(
@@ -76,13 +86,36 @@ def ending(job: JobView, stage: str) -> Ending:
             result.retryable,
             result,
         )
-    end = f"{stage} ended" + (f" with exit code {code}" if code is not None else "") + " and left no result"
+    exited = f"{stage} ended" + (f" with exit code {code}" if code is not None else "") + " and left no result"
     words = _excerpt(pod.termination_message if pod is not None else "") or job.failure_message
     return Ending(
         AttemptOutcome.FAILED,
         FailureReason.INTERNAL_ERROR,
-        f"{end}: {words}" if words else f"{end}; see `kubectl logs {pod.name if pod else f'job/{job.name}'}`",
+        f"{exited}: {words}" if words else f"{exited}; see `kubectl logs {pod.name if pod else f'job/{job.name}'}`",
         retryable=code != ExitCode.USER_FAULT,
+    )
+
+
+def evicted(pod: PodView, stage: str) -> Ending | None:
+    """How a pod ended that the kubelet evicted for its own use of the node; None where it was not at fault."""
+    message = _excerpt(pod.eviction)
+    limited, used = _OVER_LIMIT.search(message) is not None, _OVER_REQUEST.search(message)
+    if used is not None and used["resource"] == "memory":
+        return Ending(
+            AttemptOutcome.FAILED,
+            FailureReason.OUT_OF_MEMORY,
+            f"{stage} used more memory than it asks for, and its node ran out: raise resources.memory in a new "
+            f"FineTuneJob ({message})",
+            retryable=True,
+        )
+    if not limited and used is None:
+        return None
+    return Ending(
+        AttemptOutcome.FAILED,
+        FailureReason.OUT_OF_DISK,
+        f"{stage} filled the disk of its node: use less data, a smaller base model or fewer checkpoints "
+        f"(checkpoint.keep), or nodes with larger disks ({message})",
+        retryable=not limited,
     )
 
 
@@ -121,7 +154,10 @@ def _pod_obstacle(pod: PodView, now: datetime) -> Obstacle | None:
         return _image(pod, now)
     if pod.waiting_reason in {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}:
         return _configuration(pod, now)
-    return Obstacle("PodPending", f"pod {pod.name} is being started" + (f" on node {pod.node}" if pod.node else ""))
+    where = f" on node {pod.node}" if pod.node else ""
+    slow = now - (pod.scheduled or pod.created) >= _START_PATIENCE
+    hint = f"; see why it takes long with `kubectl describe pod {pod.name}`" if slow else ""
+    return Obstacle("PodPending", f"pod {pod.name} is being started{where}{hint}")
 
 
 def _image(pod: PodView, now: datetime) -> Obstacle:

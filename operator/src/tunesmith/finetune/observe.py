@@ -26,6 +26,7 @@ WORKLOAD_LABEL = "kueue.x-k8s.io/job-uid"
 _LONGEST_REASON = 1024
 VALIDATE = "validate"
 TRAIN = "train"
+_NUMBER = re.compile(r"[0-9]{1,9}")
 _EXIT_CODE = re.compile(r"exit code (\d+)")
 
 Object = dict[str, Any]
@@ -53,6 +54,8 @@ class PodView:
     out_of_memory: bool = False
     disrupted: bool = False
     """Evicted, pre-empted, or its node went away."""
+    eviction: str = ""
+    """The kubelet's message, where it evicted the pod."""
     termination_message: str = ""
 
     @property
@@ -153,20 +156,21 @@ def observe(
     """
     by_owner: dict[str, list[Object]] = {}
     for pod in pods:
-        for owner in pod["metadata"].get("ownerReferences") or ():
+        owner = _controller(pod, manifest, "Job")
+        if owner is not None:
             by_owner.setdefault(owner["uid"], []).append(pod)
-    jobs = list(jobs)
+    jobs = [job for job in jobs if is_job_of(manifest, job)]
     known = {job["metadata"]["uid"] for job in jobs}
     waits = {(workload["metadata"].get("labels") or {}).get(WORKLOAD_LABEL): workload for workload in workloads}
     validation: JobView | None = None
     attempts: dict[int, JobView] = {}
     for job in jobs:
         labels = job["metadata"].get("labels") or {}
-        uid = job["metadata"]["uid"]
+        uid, name = job["metadata"]["uid"], job["metadata"]["name"]
         view = _job(job, by_owner.get(uid, ()), held_back(waits[uid]) if uid in waits else "")
-        if labels.get(COMPONENT_LABEL) == VALIDATE:
+        if name == _owned(manifest, VALIDATE):
             validation = view
-        elif labels.get(COMPONENT_LABEL) == TRAIN and labels.get(ATTEMPT_LABEL, "").isdigit():
+        elif name == _owned(manifest, labels.get(ATTEMPT_LABEL, "")) and _NUMBER.fullmatch(labels[ATTEMPT_LABEL]):
             attempts[int(labels[ATTEMPT_LABEL])] = view
     return Observation(
         job=FineTuneJob.model_validate(manifest),
@@ -184,13 +188,39 @@ def observe(
     )
 
 
+def is_job_of(manifest: Object, job: Object) -> bool:
+    """True if the Job belongs to the FineTuneJob: its namespace, its controlling owner and its name agree.
+
+    Anyone may write the uid of an object into the metadata of his own objects, in any namespace.
+    """
+    metadata = manifest["metadata"]
+    owner = _controller(job, manifest, manifest["kind"])
+    suffix = (job["metadata"].get("labels") or {}).get(ATTEMPT_LABEL, VALIDATE)
+    return (
+        owner is not None
+        and (owner["name"], owner["uid"]) == (metadata["name"], metadata["uid"])
+        and job["metadata"]["name"] == _owned(manifest, suffix)
+    )
+
+
+def _controller(item: Object, manifest: Object, kind: str) -> Object | None:
+    """The owner reference of an object's controller, where that is of `kind` and in the FineTuneJob's namespace."""
+    if item["metadata"].get("namespace") != manifest["metadata"].get("namespace"):
+        return None
+    owners = item["metadata"].get("ownerReferences") or ()
+    return next((owner for owner in owners if owner.get("controller") and owner["kind"] == kind), None)
+
+
+def _owned(manifest: Object, suffix: str) -> str:
+    return owned_name(manifest["metadata"]["name"], manifest["metadata"]["uid"], suffix)
+
+
 def _writes(pod: Object, manifest: Object) -> bool:
-    """Whether the pod is one of the FineTuneJob's attempts and has not ended."""
-    labels, metadata = pod["metadata"].get("labels") or {}, manifest["metadata"]
-    owners = [owner["name"] for owner in pod["metadata"]["ownerReferences"]]
-    return owned_name(metadata["name"], metadata["uid"], labels.get(ATTEMPT_LABEL, "")) in owners and pod.get(
-        "status", {}
-    ).get("phase") not in {"Succeeded", "Failed"}
+    """True if the pod is one of the FineTuneJob's attempts and has not terminated."""
+    attempt = (pod["metadata"].get("labels") or {}).get(ATTEMPT_LABEL, "")
+    owner = _controller(pod, manifest, "Job")
+    running = (pod.get("status") or {}).get("phase") not in {"Succeeded", "Failed"}
+    return owner is not None and owner["name"] == _owned(manifest, attempt) and running
 
 
 def held_back(workload: Object) -> str:
@@ -230,7 +260,8 @@ def _job(job: Object, pods: Iterable[Object], waits_for: str) -> JobView:
 
 def index_of(pod: Object) -> int:
     """The pod's place among those that its Job runs at one time; 0 where it has one alone."""
-    return int((pod["metadata"].get("labels") or {}).get(INDEX_LABEL, "0"))
+    index = (pod["metadata"].get("labels") or {}).get(INDEX_LABEL, "0")
+    return int(index) if _NUMBER.fullmatch(index) else 0
 
 
 def _pod(pod: Object) -> PodView:
@@ -260,6 +291,7 @@ def _pod(pod: Object) -> PodView:
         exit_code=ended.get("exitCode"),
         out_of_memory=ended.get("reason") == "OOMKilled",
         disrupted=conditions.get("DisruptionTarget", {}).get("status") == "True" or status.get("reason") == "Evicted",
+        eviction=status.get("message", "") if status.get("reason") == "Evicted" else "",
         termination_message=ended.get("message", ""),
     )
 

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from tunesmith.api.conditions import FailureReason, FineTuneJobCondition, is_true
 from tunesmith.api.finetunejob_status import Attempt, AttemptOutcome, FineTuneJobStatus
 from tunesmith.contracts.location import artifact_uri, owned_name
-from tunesmith.finetune.classify import Ending, ending, obstacle
+from tunesmith.contracts.scheduling import DEFAULT_SCHEDULING
+from tunesmith.finetune.classify import Ending, ending, evicted, obstacle
+from tunesmith.finetune.permission import forbidden
 from tunesmith.finetune.status import Status
 
 if TYPE_CHECKING:
+    from tunesmith.contracts.scheduling import AllowedScheduling
     from tunesmith.finetune.observe import JobView, Observation
 
 MAX_LISTED_ATTEMPTS = 100
+MAX_FRUITLESS_ATTEMPTS = 10
+"""Attempts in a row that may be stopped before they train further than those before them."""
+MAX_VALIDATION_PODS = 10
+_VALIDATION_PATIENCE = timedelta(hours=1)
+_PERMISSION_LOOK = timedelta(minutes=5)
 _FIRST_RETRY = timedelta(seconds=5)
 _LAST_RETRY = timedelta(minutes=5)
 _WAITING_LOOK = timedelta(seconds=30)
@@ -52,8 +60,14 @@ class Plan:
     look_again: timedelta | None = None
 
 
-def plan(seen: Observation, store: str) -> Plan:
-    """Decide. `store` is the installation's, from which the artifact's place is computed."""
+def plan(seen: Observation, store: str, allowed: AllowedScheduling = DEFAULT_SCHEDULING) -> Plan:
+    """Decide what to do next.
+
+    Args:
+        seen: the observed state.
+        store: the installation's, from which the artifact's place is computed.
+        allowed: where pods may run.
+    """
     status = Status(seen.job, seen.now)
     if status.terminal:
         return Plan(_stop_running(seen), seen.job.status)
@@ -63,7 +77,7 @@ def plan(seen: Observation, store: str) -> Plan:
     if seen.job.spec.suspend:
         return _suspend(seen, status)
     status.resumed()
-    decided = _go_on(seen, status, store)
+    decided = _go_on(seen, status, store, forbidden(seen.job, store, allowed))
     limit, active = seen.job.spec.active_deadline_seconds, status.active_seconds
     if limit is None or active is None or status.terminal:
         return decided
@@ -111,20 +125,28 @@ def _suspend(seen: Observation, status: Status) -> Plan:
     return Plan(_stop_running(seen), status.build(), _WAITING_LOOK)
 
 
-def _go_on(seen: Observation, status: Status, store: str) -> Plan:
+def _go_on(seen: Observation, status: Status, store: str, refused: str | None) -> Plan:
     if not is_true(seen.job.status.conditions, FineTuneJobCondition.VALIDATED):
-        return _validate(seen, status, store)
-    return _train(seen, status, store)
+        return _validate(seen, status, store, refused)
+    return _train(seen, status, store, refused)
 
 
-def _validate(seen: Observation, status: Status, store: str) -> Plan:
+def _validate(seen: Observation, status: Status, store: str, refused: str | None) -> Plan:
     job = seen.validation
+    if job is None and refused is not None:
+        status.invalid(FailureReason.NOT_ALLOWED, refused)
+        return Plan((), status.build())
     if job is None:
         status.validating("PodPending", "the validation Job is created")
         return Plan((CreateValidation(),), status.build(), _WAITING_LOOK)
     if not job.finished:
+        end = _wasteful(job)
+        if end is not None:
+            status.invalid(end.reason or FailureReason.INTERNAL_ERROR, end.message)
+            return Plan(_stop_running(seen), status.build())
         wait = obstacle(job, seen.now)
-        if wait is not None and wait.failure is not None:
+        # Nothing is lost by waiting: the kubelet itself tries again, and goes on once the cause is gone.
+        if wait is not None and wait.failure is not None and seen.now - job.created >= _VALIDATION_PATIENCE:
             status.invalid(wait.failure, wait.message)
             return Plan(_stop_running(seen), status.build())
         if wait is not None:
@@ -137,7 +159,7 @@ def _validate(seen: Observation, status: Status, store: str) -> Plan:
     if end.outcome is AttemptOutcome.SUCCEEDED:
         status.valid(end.result)
         # The first attempt follows in the same pass, and so in the same status write.
-        return _train(seen, status, store)
+        return _train(seen, status, store, refused)
     if end.outcome is AttemptOutcome.PREEMPTED:
         # The Job replaces disrupted pods itself: it ends this way only where a whole Job was pre-empted.
         end = replace(end, reason=FailureReason.INTERNAL_ERROR, message="validation was pre-empted too often")
@@ -145,7 +167,20 @@ def _validate(seen: Observation, status: Status, store: str) -> Plan:
     return Plan((), status.build())
 
 
-def _train(seen: Observation, status: Status, store: str) -> Plan:
+def _wasteful(job: JobView) -> Ending | None:
+    """Why no further pod of a validation is worth its node; the Job itself replaces disrupted ones without end."""
+    found = next((end for pod in job.pods if (end := evicted(pod, "validation")) is not None), None)
+    if found is not None or sum(pod.disrupted for pod in job.pods) < MAX_VALIDATION_PODS:
+        return found
+    return Ending(
+        AttemptOutcome.FAILED,
+        FailureReason.NO_PROGRESS,
+        f"validation was evicted or pre-empted {MAX_VALIDATION_PODS} times: submit the job again when the cluster has "
+        "room for it, or name a PriorityClass that is not pre-empted in scheduling.priorityClassName",
+    )
+
+
+def _train(seen: Observation, status: Status, store: str, refused: str | None) -> Plan:
     attempts = _recorded(seen)
     for number, attempt in list(attempts.items()):
         job = seen.attempts.get(number)
@@ -158,6 +193,11 @@ def _train(seen: Observation, status: Status, store: str) -> Plan:
             attempts[number] = attempt.model_copy(update={"end_time": seen.now})
             continue
         if attempt.outcome is not AttemptOutcome.RUNNING:
+            if job is not None and not job.finished:
+                # Its pod never started; the next attempt's must not run beside it.
+                status.attempts(attempts)
+                status.waiting("Stopping", f"Job {job.name} of an attempt that is over is being deleted")
+                return Plan(() if job.deleting else (StopJob(job.name),), status.build(), _WAITING_LOOK)
             continue
         if job is None:
             attempts[number] = attempt.model_copy(
@@ -166,20 +206,21 @@ def _train(seen: Observation, status: Status, store: str) -> Plan:
                     "end_time": seen.now,
                     "reason": FailureReason.INTERNAL_ERROR,
                     "message": f"Job {attempt.name} was deleted while it ran",
+                    "last_step": _last_step(seen),
                 }
             )
         elif job.finished:
             end = ending(job, f"attempt {number}")
-            attempts[number] = _ended(attempt, job, end, seen.now)
+            attempts[number] = _ended(attempt, job, end, seen)
             status.attempts(attempts)
-            if _conclude(seen, status, number, end, store):
+            if _conclude(seen, status, end, store):
                 return Plan(_stop_running(seen), status.build())
         else:
             attempts[number] = _running(attempt, job)
             status.attempts(attempts)
-            return _wait(seen, status, number, job)
+            return _wait(seen, status, attempts, number)
     status.attempts(attempts)
-    return _next(seen, status, attempts)
+    return _next(seen, status, attempts, refused)
 
 
 def _recorded(seen: Observation) -> dict[int, Attempt]:
@@ -207,20 +248,27 @@ def _running(attempt: Attempt, job: JobView) -> Attempt:
     return attempt.model_copy(update=update)
 
 
-def _ended(attempt: Attempt, job: JobView, end: Ending, now: datetime) -> Attempt:
+def _last_step(seen: Observation) -> int | None:
+    """Last step that was seen of the attempt that ended just now."""
+    samples = [sample for sample in (seen.progress, seen.job.status.progress) if sample is not None]
+    return max((sample.step for sample in samples if sample.step is not None), default=None)
+
+
+def _ended(attempt: Attempt, job: JobView, end: Ending, seen: Observation) -> Attempt:
     ends = [pod.ended for pod in job.members if pod.ended is not None]
     return _running(attempt, job).model_copy(
         update={
-            "end_time": max(ends, default=None) or job.ended or now,
+            "end_time": min(max(ends, default=None) or job.ended or seen.now, seen.now),
             "outcome": end.outcome,
             "reason": end.reason,
             "message": end.message[:2048] or None,
             "resumed_from_step": end.result.resumed_from_step if end.result is not None else None,
+            "last_step": _last_step(seen),
         }
     )
 
 
-def _conclude(seen: Observation, status: Status, number: int, end: Ending, store: str) -> bool:
+def _conclude(seen: Observation, status: Status, end: Ending, store: str) -> bool:
     """Whether the attempt's end is the job's end; the status then says so."""
     metadata = seen.job.metadata
     place = artifact_uri(store, metadata.namespace, metadata.name, metadata.uid)
@@ -233,7 +281,6 @@ def _conclude(seen: Observation, status: Status, number: int, end: Ending, store
         return False
     if end.result is None or end.result.artifact is None:
         # The pod is gone before it was read. The next attempt finds the artifact in the store and reports it.
-        status.forget_result(number)
         return False
     if end.result.artifact.uri != place:
         status.failed(
@@ -245,7 +292,8 @@ def _conclude(seen: Observation, status: Status, number: int, end: Ending, store
     return True
 
 
-def _wait(seen: Observation, status: Status, number: int, job: JobView) -> Plan:
+def _wait(seen: Observation, status: Status, attempts: dict[int, Attempt], number: int) -> Plan:
+    job = seen.attempts[number]
     queue = seen.job.spec.scheduling.queue
     if queue is not None:
         if job.suspended:
@@ -258,13 +306,23 @@ def _wait(seen: Observation, status: Status, number: int, job: JobView) -> Plan:
         status.progress(seen.progress)
         return Plan((), status.build())
     if wait.failure is not None:
-        status.failed(wait.failure, wait.message)
-        return Plan(_stop_running(seen), status.build())
+        # What keeps a pod from starting may pass: it ends this attempt, and the next one follows once its Job is gone.
+        attempts[number] = attempts[number].model_copy(
+            update={
+                "outcome": AttemptOutcome.FAILED,
+                "end_time": seen.now,
+                "reason": wait.failure,
+                "message": wait.message[:2048],
+            }
+        )
+        status.attempts(attempts)
+        status.waiting(wait.reason, wait.message)
+        return Plan((StopJob(job.name),), status.build(), _WAITING_LOOK)
     status.waiting(wait.reason, wait.message)
     return Plan((), status.build(), _WAITING_LOOK)
 
 
-def _next(seen: Observation, status: Status, attempts: dict[int, Attempt]) -> Plan:
+def _next(seen: Observation, status: Status, attempts: dict[int, Attempt], refused: str | None) -> Plan:
     """The first attempt, the next one, or the end of all attempts."""
     failures = [attempt for attempt in attempts.values() if attempt.outcome is AttemptOutcome.FAILED]
     allowed = seen.job.spec.max_attempts
@@ -276,25 +334,55 @@ def _next(seen: Observation, status: Status, attempts: dict[int, Attempt]) -> Pl
             f"{len(failures)} of {allowed} attempts failed; the last: {words.reason}: {words.message}",
         )
         return Plan((), status.build())
+    since, best = _since_progress(attempts)
+    fruitless = since - (best > 0)
+    if fruitless >= MAX_FRUITLESS_ATTEMPTS and last is not None:
+        status.failed(
+            FailureReason.NO_PROGRESS,
+            f"{fruitless} attempts in a row were stopped before they trained beyond step {best}; the last: "
+            f"{last.message or last.outcome}; use nodes or a PriorityClass from which pods are not taken away, or save "
+            "more often (checkpoint.everySteps), in a new FineTuneJob",
+        )
+        return Plan((), status.build())
     number = max(attempts, default=0) + 1
     if seen.lingering:
         # Two attempts must not write at once, and this one's checkpoint is what the next goes on from.
         pod = seen.lingering[0]
         status.waiting("Stopping", f"attempt {number} waits for pod {pod} of the one before, which saves and ends")
         return Plan((), status.build(), _WAITING_LOOK)
-    if last is not None and last.outcome is AttemptOutcome.FAILED and last.end_time is not None:
-        delay = min(_FIRST_RETRY * 2 ** (len(failures) - 1), _LAST_RETRY)
+    if last is not None and last.outcome is not AttemptOutcome.SUSPENDED and last.end_time is not None:
+        delay = min(_FIRST_RETRY * 2 ** (since - 1), _LAST_RETRY)
         due = last.end_time + delay
         if seen.now < due:
-            status.waiting(
-                "Retrying", f"attempt {number} starts {int(delay.total_seconds())} s after attempt {number - 1} failed"
-            )
+            status.waiting("Retrying", _retry(number, last, int(delay.total_seconds())))
             return Plan((), status.build(), due - seen.now)
+    if refused is not None:
+        # The installation changed since the validation: what was trained so far must not be lost by that.
+        status.waiting(FailureReason.NOT_ALLOWED, f"attempt {number} is not created: {refused}")
+        return Plan((), status.build(), _PERMISSION_LOOK)
     status.begin_attempt(number)
     metadata = seen.job.metadata
     attempts[number] = Attempt(name=owned_name(metadata.name, metadata.uid, str(number)))
     status.attempts(attempts)
     return Plan((CreateAttempt(number),), status.build(), _WAITING_LOOK)
+
+
+def _since_progress(attempts: dict[int, Attempt]) -> tuple[int, int]:
+    """Number of ended attempts since one trained further than all before it, that one included, and the best step."""
+    count, best = 0, 0
+    for attempt in attempts.values():
+        if attempt.outcome in {AttemptOutcome.RUNNING, AttemptOutcome.SUSPENDED}:
+            continue
+        count = 1 if (attempt.last_step or 0) > best else count + 1
+        best = max(best, attempt.last_step or 0)
+    return count, best
+
+
+def _retry(number: int, last: Attempt, seconds: int) -> str:
+    end = {AttemptOutcome.FAILED: "failed", AttemptOutcome.PREEMPTED: "was pre-empted"}.get(
+        last.outcome, "ended without a readable result"
+    )
+    return f"attempt {number} starts {seconds} s after attempt {number - 1} {end}"
 
 
 def _unfinished(seen: Observation) -> list[JobView]:

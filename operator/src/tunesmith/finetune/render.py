@@ -21,11 +21,10 @@ from tunesmith.contracts.progress import PROGRESS_PORT
 from tunesmith.contracts.result import ExitCode
 from tunesmith.contracts.tasks import LM_EVAL_TASKS
 from tunesmith.finetune.observe import ATTEMPT_LABEL, COMPONENT_LABEL, CONTAINER, TRAIN, VALIDATE
+from tunesmith.finetune.permission import sources
 
 if TYPE_CHECKING:
-    from tunesmith.api.dataset import DatasetSource
-    from tunesmith.api.evaluation import TaskFolder
-    from tunesmith.api.finetunejob import BaseModelSource, FineTuneJob
+    from tunesmith.api.finetunejob import FineTuneJob
 
 Object = dict[str, Any]
 
@@ -361,18 +360,9 @@ def _tokens(job: FineTuneJob, installation: Installation) -> str:
     return tokens_uri(installation.store, metadata.namespace, metadata.name, metadata.uid)
 
 
-def _sources(job: FineTuneJob) -> list[BaseModelSource | DatasetSource | TaskFolder]:
-    dataset = job.spec.dataset
-    suites = job.spec.suites
-    scored = [suite.generation.dataset for suite in suites if suite.generation is not None]
-    tasks = [suite.lm_eval.task_folder for suite in suites if suite.lm_eval is not None]
-    brought = [folder for folder in tasks if folder is not None]
-    return [job.spec.base_model, *dataset.train, *(dataset.validation or []), *scored, *brought]
-
-
 def _secrets(job: FineTuneJob) -> list[str]:
     """Names of the Secrets that the sources and the exports name and that trackers need, without repeats."""
-    places = [*_sources(job), *job.spec.exports]
+    places = [*(source for _, source in sources(job)), *job.spec.exports]
     names = [place.secret_ref.name for place in places if place.secret_ref is not None]
     if job.spec.output is not None and job.spec.output.needs_reporting_secret:
         names.append(REPORTING_SECRET)
@@ -381,5 +371,5 @@ def _secrets(job: FineTuneJob) -> list[str]:
 
 def _claims(job: FineTuneJob) -> list[str]:
     """Names of the PersistentVolumeClaims that the sources name, without repeats."""
-    uris = (source.uri for source in _sources(job))
+    uris = (source.uri for _, source in sources(job))
     return list(dict.fromkeys(uri.removeprefix("pvc://").split("/")[0] for uri in uris if uri.startswith("pvc://")))

@@ -134,10 +134,6 @@ class Status:
         """A pod trains."""
         self._set(FineTuneJobCondition.STARTED, ConditionStatus.TRUE, "Running", f"attempt {number} runs")
 
-    def forget_result(self, number: int) -> None:
-        """An attempt ended well, but what it reported is lost."""
-        self.waiting("ResultLost", f"the pod of attempt {number} is gone before its result was read")
-
     def attempts(self, attempts: dict[int, Attempt]) -> None:
         """The attempts, by number."""
         self._status.attempts = [attempt for _, attempt in sorted(attempts.items())]

@@ -1,17 +1,18 @@
-"""What exists: models by id, their pools and the pools' pods, as the API server tells it."""
+"""Models by id, their pools and the pools' pods, as the API server has them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tunesmith.api.adapterdeployment import AdapterDeployment, RevisionState
-from tunesmith.api.conditions import AdapterDeploymentCondition, AdapterDeploymentReason, find
+from tunesmith.api.conditions import AdapterDeploymentCondition, find
 from tunesmith.api.servingpool import ServingPool
+from tunesmith.contracts.claims import Claim, claim_of, owner
 from tunesmith.gateway import errors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from tunesmith.contracts.apikey import ApiKey
 
@@ -76,24 +77,43 @@ class Pod:
     ready: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _Claim:
+class _Place(NamedTuple):
     """A resource that claims a global id."""
 
-    created: str
+    kind: str
+    namespace: str
+    name: str
+
+
+class _PodFacts(NamedTuple):
+    """The fields of a pod that routing depends on."""
+
     uid: str
-    model: Model
+    namespace: str
+    name: str
+    address: str
+    pool: str
+    pool_uid: str
+    ready: bool
 
 
 class Catalog:
-    """The objects seen so far, by kind. Reading it costs a dictionary look-up; the indexes follow each change."""
+    """The objects observed so far, by kind. Reading it costs a dictionary look-up, and so does a change.
 
-    def __init__(self) -> None:
-        self._adapters: dict[tuple[str, str], _Claim] = {}
-        self._bases: dict[PoolKey, _Claim] = {}
+    Args:
+        shared_namespaces: the namespaces whose pools' bases may be called by their bare name from everywhere.
+    """
+
+    def __init__(self, shared_namespaces: Iterable[str] = ()) -> None:
+        self._shared_namespaces = frozenset(shared_namespaces)
+        self._claims: dict[str, dict[_Place, tuple[Claim, Model]]] = {}
+        self._claimed: dict[_Place, str] = {}
         self._pools: dict[PoolKey, Pool] = {}
-        self._pods: dict[tuple[str, str], dict[str, Any]] = {}
+        self._pods: dict[tuple[str, str], _PodFacts] = {}
         self._models: dict[str, Model] = {}
+        self._by_namespace: dict[str, dict[str, Model]] = {}
+        self._open: dict[str, Model] = {}
+        self._shared: dict[str, dict[str, Model]] = {}
 
     def put_adapter(self, document: Mapping[str, Any]) -> None:
         """Add or replace an AdapterDeployment.
@@ -101,19 +121,17 @@ class Catalog:
         Raises:
             ValueError: it does not fit the schema; what was known of it is forgotten.
         """
-        key = _key_of(document)
-        self._adapters.pop(key, None)
+        place = _Place("AdapterDeployment", *_key_of(document))
         try:
-            model = _adapter_model(AdapterDeployment.model_validate(document))
-            if model is not None:
-                self._adapters[key] = _claim(document, model)
-        finally:
-            self._index()
+            adapter = AdapterDeployment.model_validate(document)
+        except ValueError:
+            self._withdraw(place)
+            raise
+        self._claim(place, claim_of(adapter), _adapter_model(adapter))
 
     def remove_adapter(self, document: Mapping[str, Any]) -> None:
         """Forget an AdapterDeployment."""
-        self._adapters.pop(_key_of(document), None)
-        self._index()
+        self._withdraw(_Place("AdapterDeployment", *_key_of(document)))
 
     def put_pool(self, document: Mapping[str, Any]) -> None:
         """Add or replace a ServingPool.
@@ -122,24 +140,34 @@ class Catalog:
             ValueError: it does not fit the schema; what was known of it is forgotten.
         """
         key = _key_of(document)
-        self._bases.pop(key, None)
-        self._pools.pop(key, None)
         try:
             pool = ServingPool.model_validate(document)
-            self._pools[key] = Pool(key=key, uid=pool.metadata.uid)
-            self._bases[key] = _claim(document, _base_model(pool))
-        finally:
-            self._index()
+        except ValueError:
+            self.remove_pool(document)
+            raise
+        self._pools[key] = Pool(key=key, uid=pool.metadata.uid)
+        self._claim(_Place("ServingPool", *key), claim_of(pool), _base_model(pool))
 
     def remove_pool(self, document: Mapping[str, Any]) -> None:
         """Forget a ServingPool."""
-        self._bases.pop(_key_of(document), None)
-        self._pools.pop(_key_of(document), None)
-        self._index()
+        key = _key_of(document)
+        self._pools.pop(key, None)
+        self._withdraw(_Place("ServingPool", *key))
 
     def put_pod(self, document: Mapping[str, Any]) -> None:
         """Add or replace a pod of a pool."""
-        self._pods[_key_of(document)] = dict(document)
+        metadata, status = document["metadata"], document.get("status") or {}
+        key, labels = _key_of(document), metadata.get("labels") or {}
+        address = status.get("podIP")
+        if not address or status.get("phase") in {"Succeeded", "Failed"}:
+            self._pods.pop(key, None)
+            return
+        ready = not metadata.get("deletionTimestamp") and any(
+            condition.get("type") == "Ready" and condition.get("status") == "True"
+            for condition in status.get("conditions") or ()
+        )
+        pool, pool_uid = labels.get(POOL_LABEL, ""), labels.get(POOL_UID_LABEL, "")
+        self._pods[key] = _PodFacts(metadata["uid"], *key, address, pool, pool_uid, ready)
 
     def remove_pod(self, document: Mapping[str, Any]) -> None:
         """Forget a pod."""
@@ -150,34 +178,25 @@ class Catalog:
 
         The pool's UID comes from the ServingPool, so a pod cannot claim another pool's token by its labels.
         """
-        for (namespace, name), document in self._pods.items():
-            metadata, status = document["metadata"], document.get("status") or {}
-            labels = metadata.get("labels") or {}
-            pool = self._pools.get((namespace, labels.get(POOL_LABEL, "")))
-            address = status.get("podIP")
-            if pool is None or labels.get(POOL_UID_LABEL) != pool.uid or not address:
-                continue
-            if status.get("phase") in {"Succeeded", "Failed"}:
-                continue
-            ready = not metadata.get("deletionTimestamp") and any(
-                condition.get("type") == "Ready" and condition.get("status") == "True"
-                for condition in status.get("conditions") or ()
-            )
-            yield Pod(uid=metadata["uid"], name=f"{namespace}/{name}", address=address, pool=pool, ready=ready)
+        for pod in self._pods.values():
+            pool = self._pools.get((pod.namespace, pod.pool))
+            if pool is not None and pod.pool_uid == pool.uid:
+                name = f"{pod.namespace}/{pod.name}"
+                yield Pod(uid=pod.uid, name=name, address=pod.address, pool=pool, ready=pod.ready)
 
     def visible(self, key: ApiKey) -> list[Model]:
         """The models that the key may call, by id."""
-        return [
-            model
-            for _, model in sorted(self._models.items())
-            if model.visible_to(key) and key.may_call(model.id) and model.engine_names
-        ]
+        found = dict(self._open)
+        for namespace in key.namespaces:
+            found.update(self._by_namespace.get(namespace, {}))
+        return [model for _, model in sorted(found.items()) if key.may_call(model.id) and model.engine_names]
 
     def resolve(self, name: str, key: ApiKey) -> Model:
         """The model that a request names: a global id, a bare name, or either with `@<revision>`.
 
-        A bare name is looked up in the key's home namespace, then among the bases that are open to all. The model of a
-        revision has that one engine name; whether a pod holds it is for the caller to find out.
+        A bare name is looked up in the key's home namespace, then among the bases that are open to all in the
+        namespaces that the platform lists: a pool of any other namespace cannot attract requests by a bare name. The
+        model of a revision has that one engine name; whether a pod holds it is for the caller to find out.
 
         Raises:
             ApiError: unknown (or in a namespace that is closed to the key), forbidden, or ambiguous.
@@ -185,7 +204,7 @@ class Catalog:
         alias, at, revision = name.partition("@")
         model = self._models.get(alias if "/" in alias else f"{key.home}/{alias}")
         if "/" not in alias and (model is None or not model.visible_to(key)):
-            model = self._open_base(alias)
+            model = self._shared_base(alias)
         if model is None or not model.visible_to(key):
             raise errors.model_not_found(name)
         if not key.may_call(model.id):
@@ -205,30 +224,60 @@ class Catalog:
             deployed=f"{model.id}@{revision}" in model.engine_names,
         )
 
-    def _open_base(self, bare_name: str) -> Model | None:
-        found = [model for model in self._models.values() if model.open_to_all and model.bare_name == bare_name]
+    def _shared_base(self, bare_name: str) -> Model | None:
+        found = self._shared.get(bare_name, {})
         if len(found) > 1:
-            raise errors.model_ambiguous(bare_name, sorted(model.id for model in found))
-        return found[0] if found else None
+            raise errors.model_ambiguous(bare_name, sorted(found))
+        return next(iter(found.values()), None)
 
-    def _index(self) -> None:
-        claims = sorted(
-            [*self._adapters.values(), *self._bases.values()],
-            key=lambda claim: (claim.created, claim.uid),
-            reverse=True,
-        )
-        # The oldest claim on an id wins: it is written last.
-        self._models = {claim.model.id: claim.model for claim in claims}
+    def _claim(self, place: _Place, claim: Claim, model: Model) -> None:
+        if self._claimed.get(place, claim.model) != claim.model:
+            self._withdraw(place)
+        self._claimed[place] = claim.model
+        self._claims.setdefault(claim.model, {})[place] = (claim, model)
+        self._decide(claim.model)
+
+    def _withdraw(self, place: _Place) -> None:
+        model_id = self._claimed.pop(place, None)
+        if model_id is None:
+            return
+        claims = self._claims[model_id]
+        del claims[place]
+        if not claims:
+            del self._claims[model_id]
+        self._decide(model_id)
+
+    def _decide(self, model_id: str) -> None:
+        """Bring the indexes to the claim that holds an id now."""
+        old = self._models.pop(model_id, None)
+        if old is not None:
+            _drop(self._by_namespace, old.namespace, model_id)
+            _drop(self._shared, old.bare_name, model_id)
+            self._open.pop(model_id, None)
+        claims = self._claims.get(model_id, {}).values()
+        winner = owner(model_id, (claim for claim, _ in claims))
+        model = next((model for claim, model in claims if claim is winner), None)
+        if model is None:
+            return
+        self._models[model_id] = model
+        self._by_namespace.setdefault(model.namespace, {})[model_id] = model
+        if model.open_to_all:
+            self._open[model_id] = model
+            if model.namespace in self._shared_namespaces:
+                self._shared.setdefault(model.bare_name, {})[model_id] = model
+
+
+def _drop(index: dict[str, dict[str, Model]], key: str, model_id: str) -> None:
+    entries = index.get(key)
+    if entries is not None:
+        entries.pop(model_id, None)
+        if not entries:
+            del index[key]
 
 
 def _key_of(document: Mapping[str, Any]) -> tuple[str, str]:
     metadata = document["metadata"]
     return metadata.get("namespace", ""), metadata["name"]
-
-
-def _claim(document: Mapping[str, Any], model: Model) -> _Claim:
-    metadata = document["metadata"]
-    return _Claim(created=metadata.get("creationTimestamp") or "", uid=metadata.get("uid", ""), model=model)
 
 
 def _base_model(pool: ServingPool) -> Model:
@@ -245,12 +294,8 @@ def _base_model(pool: ServingPool) -> Model:
     )
 
 
-def _adapter_model(adapter: AdapterDeployment) -> Model | None:
-    """The model of an AdapterDeployment; None: another one has its name."""
-    conditions = adapter.status.conditions
-    resolved = find(conditions, AdapterDeploymentCondition.RESOLVED)
-    if any(condition.reason == AdapterDeploymentReason.MODEL_NAME_TAKEN for condition in conditions):
-        return None
+def _adapter_model(adapter: AdapterDeployment) -> Model:
+    resolved = find(adapter.status.conditions, AdapterDeploymentCondition.RESOLVED)
     namespace = adapter.metadata.namespace
     pool = adapter.status.pool
     revisions = adapter.status.revisions

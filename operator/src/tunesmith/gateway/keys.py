@@ -18,17 +18,23 @@ class KeyTable:
 
     def __init__(self) -> None:
         self._by_secret: dict[str, ApiKey] = {}
-        self._by_prefix: dict[bytes, list[ApiKey]] = {}
+        self._by_prefix: dict[bytes, dict[str, ApiKey]] = {}
 
     def put(self, secret_name: str, key: ApiKey) -> None:
         """Add or replace the key of a Secret."""
+        self.remove(secret_name)
         self._by_secret[secret_name] = key
-        self._index()
+        self._by_prefix.setdefault(key.digest[:_INDEX], {})[secret_name] = key
 
     def remove(self, secret_name: str) -> None:
         """Forget the key of a Secret."""
-        if self._by_secret.pop(secret_name, None) is not None:
-            self._index()
+        key = self._by_secret.pop(secret_name, None)
+        if key is None:
+            return
+        prefix = key.digest[:_INDEX]
+        del self._by_prefix[prefix][secret_name]
+        if not self._by_prefix[prefix]:
+            del self._by_prefix[prefix]
 
     def find(self, presented: str) -> ApiKey | None:
         """The key that a client presents, or None.
@@ -37,13 +43,7 @@ class KeyTable:
         """
         digest = key_digest(presented)
         found = None
-        for key in self._by_prefix.get(digest[:_INDEX], ()):
+        for key in self._by_prefix.get(digest[:_INDEX], {}).values():
             if hmac.compare_digest(key.digest, digest):
                 found = key
         return found
-
-    def _index(self) -> None:
-        index: dict[bytes, list[ApiKey]] = {}
-        for key in self._by_secret.values():
-            index.setdefault(key.digest[:_INDEX], []).append(key)
-        self._by_prefix = index

@@ -15,6 +15,7 @@ import uvloop
 from tunesmith.cluster.client import Cluster
 from tunesmith.cluster.errors import ClusterError
 from tunesmith.contracts.agent import GATEWAY_INTERNAL_PORT, GATEWAY_PORT
+from tunesmith.contracts.claims import parse_namespaces
 from tunesmith.contracts.keyfile import KeyFile
 from tunesmith.gateway.proxy import Limits
 from tunesmith.gateway.server import Gateway, Settings
@@ -77,6 +78,11 @@ def _parser() -> argparse.ArgumentParser:
 
     option("namespace", None, "namespace of the gateway, which holds the API keys")
     option("gateway-key-file", GATEWAY_KEY_FILE, "file with the gateway's key and, during a rotation, the previous one")
+    option(
+        "shared-pool-namespaces",
+        "",
+        "namespaces, separated by commas, whose pools' base models may be called by their bare name; empty: its own",
+    )
     option("port", GATEWAY_PORT, "port for clients", int)
     option("internal-port", GATEWAY_INTERNAL_PORT, "port for demand, metrics and probes", int)
     option("hold-seconds", 10.0, "how long a request waits for a pod that holds its model", float)
@@ -102,6 +108,10 @@ def _settings(arguments: argparse.Namespace) -> Settings:
             raise ValueError(f"--{name.replace('_', '-')} must not be negative")
     if arguments.max_body_bytes <= 0:
         raise ValueError("--max-body-bytes must be above 0")
+    try:
+        shared_pool_namespaces = parse_namespaces(arguments.shared_pool_namespaces)
+    except ValueError as error:
+        raise ValueError(f"--shared-pool-namespaces: {error}") from None
     path = Path(arguments.gateway_key_file)
     try:
         gateway_keys = KeyFile(path)
@@ -115,6 +125,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     return Settings(
         namespace=arguments.namespace,
         gateway_keys=gateway_keys,
+        shared_pool_namespaces=shared_pool_namespaces,
         limits=Limits(
             hold_seconds=arguments.hold_seconds,
             held_requests=arguments.max_held_requests,

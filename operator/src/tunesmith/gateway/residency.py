@@ -88,7 +88,7 @@ class Backend:
 
     def take(self, state: PodState, now: float) -> bool:
         """Remember what the agent says; True if it changes routing."""
-        serving = state.engine_ready and not state.draining
+        serving = state.engine_ready and not state.draining and not state.problem
         resident = frozenset(
             adapter.engine_name for adapter in state.adapters if adapter.state is ResidencyState.RESIDENT
         )

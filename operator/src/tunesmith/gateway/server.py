@@ -43,6 +43,7 @@ class Settings:
     Attributes:
         namespace: its own, which holds the keys.
         gateway_keys: return the gateway's keys, which all its tokens derive from.
+        shared_pool_namespaces: namespaces whose pools' bases may be called by their bare name; empty: its own.
         limits: what it takes upon itself.
         linger_seconds: how long it still accepts connections after SIGTERM, until nobody sends new ones.
         drain_seconds: how long running requests may take after that.
@@ -50,6 +51,7 @@ class Settings:
 
     namespace: str
     gateway_keys: Callable[[], Keys] = field(repr=False)
+    shared_pool_namespaces: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
     host: str | None = None
     port: int = GATEWAY_PORT
@@ -76,7 +78,7 @@ class Gateway:
         self.demand = Demand()
         self.metrics = Metrics(self.demand)
         self.keys = KeyTable()
-        self.catalog = Catalog()
+        self.catalog = Catalog(settings.shared_pool_namespaces or (settings.namespace,))
         self.residency = Residency(
             self._session,
             settings.gateway_keys,

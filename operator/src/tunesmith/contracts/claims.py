@@ -1,7 +1,8 @@
-"""Who owns a model name. The older claim wins; a pool's base and an adapter claim from the same set of names."""
+"""Ownership of model names, for the operator and the gateway: which of several claims on one id wins."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -13,9 +14,10 @@ if TYPE_CHECKING:
     from tunesmith.api.servingpool import ServingPool
 
 _NEVER = datetime.max.replace(tzinfo=UTC)
+_NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Claim:
     """A claim on a global id, `<namespace>/<modelName>`."""
 
@@ -33,20 +35,33 @@ class Claim:
 
 
 def claim_of(resource: AdapterDeployment | ServingPool) -> Claim:
-    """The claim that a resource makes."""
+    """Return the claim that a resource makes."""
     meta = resource.metadata
     return Claim(resource.model, resource.kind, meta.namespace, meta.name, meta.uid, meta.creation_timestamp or _NEVER)
 
 
 def owner(model: str, claims: Iterable[Claim]) -> Claim | None:
-    """The claim that holds the id: the oldest by creation time, then by UID. None when nobody claims it."""
+    """Return the claim that holds the id: the oldest by creation time, then by UID. None when nobody claims it."""
     return min(
         (claim for claim in claims if claim.model == model), key=lambda claim: (claim.created, claim.uid), default=None
     )
 
 
 def lost_to(resource: AdapterDeployment | ServingPool, claims: Iterable[Claim]) -> Claim | None:
-    """The older claim that takes the resource's id from it; None when the resource holds it."""
+    """Return the older claim that takes the resource's id from it; None when the resource holds it."""
     mine = claim_of(resource)
     first = owner(mine.model, claims)
     return None if first is None or first.uid == mine.uid else first
+
+
+def parse_namespaces(text: str) -> tuple[str, ...]:
+    """Return the namespaces of a list separated by commas, as the option `shared-pool-namespaces` has them.
+
+    Raises:
+        ValueError: one is not a valid name of a namespace; the message names it.
+    """
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    for name in names:
+        if _NAMESPACE.fullmatch(name) is None:
+            raise ValueError(f"{name} is not a valid name of a namespace")
+    return names

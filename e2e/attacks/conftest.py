@@ -1,0 +1,131 @@
+"""The attacks' stage, the measuring of the victim, and the table of what came of each attack."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import pytest
+from installation import REPOSITORY
+from stage import Stage
+from trial import GRAIN_SECONDS, TOLERANCE, Outcome, Trial, table
+from victim import Victim
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+TABLE = REPOSITORY / "out/attacks.md"
+KEEP = "TUNESMITH_ATTACKS_KEEP"
+"""Environment variable: when set, pool, tenants and keys stay for the next run."""
+_OUTCOMES = pytest.StashKey[dict[str, Outcome]]()
+_BEGAN = pytest.StashKey[float]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_OUTCOMES] = {}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.e2e)
+            mark = item.get_closest_marker("attack")
+            if mark is None:
+                raise pytest.UsageError(f"{item.nodeid} has no mark attack(row, title)")
+            config.stash[_OUTCOMES][item.nodeid] = Outcome(*mark.args)
+
+
+def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
+    """Print nothing: pytest_runtest_logreport prints a line of its own."""
+    return (report.outcome if report.when == "call" or report.failed else "", "", "")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Print the attack before it starts and its verdict after it, since some take a minute."""
+    outcomes = item.config.stash[_OUTCOMES]
+    number = list(outcomes).index(item.nodeid) + 1
+    _print(item.config, f"  {number:3}/{len(outcomes)} {item.name}: {outcomes[item.nodeid].attack}")
+    item.config.stash[_BEGAN] = time.monotonic()
+    try:
+        return (yield)
+    finally:
+        took = time.monotonic() - item.config.stash[_BEGAN]
+        _print(item.config, f"          {took:4.0f} s  {outcomes[item.nodeid].verdict}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[pytest.TestReport]:
+    report = cast("pytest.TestReport", (yield))
+    outcome = item.config.stash[_OUTCOMES][item.nodeid]
+    if report.failed and call.excinfo is not None:
+        first = next(iter(str(call.excinfo.value).splitlines()), "")
+        outcome.verdict = f"**FAILED** {first or call.excinfo.typename}"[:400]
+    elif report.when == "call" and report.passed:
+        outcome.verdict = _held(outcome)
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Write and print the table."""
+    outcomes = [outcome for outcome in config.stash[_OUTCOMES].values() if outcome.verdict != "not run"]
+    if outcomes:
+        text = table(outcomes)
+        TABLE.parent.mkdir(exist_ok=True)
+        TABLE.write_text(text)
+        terminalreporter.write_line(text)
+        terminalreporter.write_line(f"The table is in {TABLE.relative_to(REPOSITORY)}.")
+
+
+@pytest.fixture(scope="session")
+def stage(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[Stage]:
+    """Pool, tenants and keys; removed at the end."""
+    built = Stage(tmp_path_factory.mktemp("artifacts"))
+    _print(pytestconfig, "      the shared pool, its tenants and their keys are set up")
+    began = time.monotonic()
+    try:
+        built.setup()
+        _print(pytestconfig, f"          {time.monotonic() - began:4.0f} s")
+        yield built
+    finally:
+        if not os.environ.get(KEEP):
+            built.teardown()
+
+
+@pytest.fixture(scope="session")
+def victim(stage: Stage) -> Iterator[Victim]:
+    """The victim's stream of requests, to its adapter and to the base."""
+    with Victim(stage.gateway, stage.victims_key, [stage.victims_model, stage.base_model]) as stream:
+        stream.learn()
+        yield stream
+
+
+@pytest.fixture
+def outcome(request: pytest.FixtureRequest) -> Outcome:
+    """The row of this attack."""
+    return request.config.stash[_OUTCOMES][request.node.nodeid]
+
+
+@pytest.fixture
+def trial(outcome: Outcome, victim: Victim) -> Iterator[Trial]:
+    """Measures this attack. What it needs before it attacks is no part of the measure."""
+    victim.disturbed()
+    yield Trial(outcome, victim)
+    victim.disturbed()
+
+
+def _held(outcome: Outcome) -> str:
+    before, during = outcome.before, outcome.during
+    if before and during and before.p95 and during.p95 > TOLERANCE * before.p95:
+        if during.refused:
+            return "held; the victim waited for a restart"
+        return f"held; p95 grew by less than {GRAIN_SECONDS} s, which two cores shared with the attacker cost"
+    return "held"
+
+
+def _print(config: pytest.Config, line: str) -> None:
+    reporter = config.pluginmanager.getplugin("terminalreporter")
+    if reporter is not None:
+        reporter.write_line(line)

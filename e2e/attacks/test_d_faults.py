@@ -1,0 +1,159 @@
+"""D. Faults that lie or hide: the status tells them, and they end without a human."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from artifacts import build
+from installation import (
+    InstallationError,
+    apply,
+    condition,
+    get,
+    kubectl,
+    store_secret,
+    until,
+)
+from stage import HOSTILE, PLATFORM, pool_manifest
+from wire import CHAT, Client
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from stage import Stage
+    from trial import Trial
+
+
+@pytest.mark.attack("D2, D5", "a pool whose engines end at once: told, and its pods can be evicted")
+def test_crashing_pool(stage: Stage, trial: Trial) -> None:
+    manifest = pool_manifest("broken")
+    manifest["spec"]["engine"] = manifest["spec"]["engine"] | {"args": ["--no-such-argument"]}
+    with stage.pool(manifest, ready=False), trial.attack(tolerance=3):  # two engines start again and again on two cores
+
+        def told() -> Any:  # noqa: ANN401 - the condition
+            found = condition(get("servingpool", "broken", PLATFORM), "Degraded")
+            return found if found["status"] == "True" and "no-such-argument" in found["message"] else None
+
+        # An engine needs about 20 s to read its arguments on a busy core.
+        found = trial.status("the pool says why its engines end", told, within=90, patience=180)
+        trial.observe(f"{found['reason']}: {found['message']}")
+        evicted = [_evict(pod["metadata"]["name"]) for pod in stage.pods("broken")]
+        trial.observe(f"evictions allowed: {sum(evicted)} of {len(evicted)}")
+        assert evicted
+        assert all(evicted)
+
+
+def _evict(pod: str) -> bool:
+    body = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": pod, "namespace": PLATFORM}}
+    try:
+        kubectl(
+            *("create", "--raw", f"/api/v1/namespaces/{PLATFORM}/pods/{pod}/eviction", "--filename", "-"),
+            stdin=json.dumps(body),
+        )
+    except InstallationError as error:
+        if "disruption budget" in str(error):
+            return False
+        raise
+    return True
+
+
+@pytest.mark.attack("D3", "the store's keys are wrong, and right again a little later")
+def test_wrong_store_keys(stage: Stage, trial: Trial, tmp_path: Path) -> None:
+    name = "late"
+    # An artifact of its own: a pod that has the files already asks the store for nothing.
+    build(tmp_path / "artifact", stage.template, weights=stage.template.scaled(0.5))
+    stage.publish(name, tmp_path / "artifact")
+    try:
+        with trial.attack():
+            apply(store_secret(PLATFORM, AWS_SECRET_ACCESS_KEY="wrong"))
+            time.sleep(1)
+            stage.deploy(name)
+
+            def told() -> Any:  # noqa: ANN401 - the condition
+                found = condition(get("adapterdeployment", name, HOSTILE), "Ready")
+                return found if re.search("tunesmith-store|denied|403|credential", found["message"]) else None
+
+            # The kubelet brings a changed Secret into running pods within 60 to 90 s; until then the old keys work.
+            until("denied, or served with the keys that the pod still has", lambda: told() or _ready(name), 120)
+            trial.observe(condition(get("adapterdeployment", name, HOSTILE), "Ready")["message"])
+            apply(store_secret(PLATFORM))
+            trial.recovered("the adapter is served once the keys are right", lambda: _ready(name), 240)
+    finally:
+        apply(store_secret(PLATFORM))
+        stage.remove(name)
+
+
+def _ready(name: str) -> bool:
+    return bool(condition(get("adapterdeployment", name, HOSTILE), "Ready")["status"] == "True")
+
+
+@pytest.mark.attack("D6", "a pool of one pod is changed under load")
+def test_change_of_one_pod(stage: Stage, trial: Trial) -> None:
+    manifest = pool_manifest("single", replicas=1)
+    client = Client(stage.gateway, stage.hostile_key)
+    statuses: list[int] = []
+    done = threading.Event()
+
+    with stage.pool(manifest) as model:
+
+        def load() -> None:
+            body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+            while not done.wait(0.5):
+                statuses.append(client.one(CHAT, body).status)
+
+        worker = threading.Thread(target=load)
+        worker.start()
+        try:
+            with trial.attack(tolerance=4):  # a third engine starts on two cores
+                manifest["spec"]["engine"] = manifest["spec"]["engine"] | {"maxModelLength": 512}
+                apply(manifest)
+                generation = (get("servingpool", "single", PLATFORM) or {})["metadata"]["generation"]
+
+                def settled() -> bool:
+                    pool = get("servingpool", "single", PLATFORM) or {}
+                    observed = pool.get("status", {}).get("observedGeneration") == generation
+                    return (
+                        observed and condition(pool, "Progressing")["status"] == "False" and _pods_are_new(stage, 512)
+                    )
+
+                trial.recovered("the pool has its new pod", settled, within=300, patience=300)
+        finally:
+            done.set()
+            worker.join()
+    failed = [status for status in statuses if status != 200]
+    trial.observe(f"{len(failed)} of {len(statuses)} requests failed")
+    assert not failed
+
+
+def _pods_are_new(stage: Stage, length: int) -> bool:
+    pods = stage.pods("single")
+    arguments = [" ".join(pod["spec"]["containers"][0].get("args", [])) for pod in pods]
+    return len(pods) == 1 and f"--max-model-len {length}" in arguments[0]
+
+
+ARGUMENTS = (
+    "--hos=::", "--ho=::", "--api-k=x", "--api_k=x", "--config=/x.yaml", "--conf=/x", "--mod=/x", "--served=x",
+    "--middle=x", "--enable-lor", "--max-lora=1", "--lora-mod=x", "--port=1", "--por=1", "--uds=/x", "--root=/x",
+    "--ssl-key=/x", "--no-enable-lora",
+)  # fmt: skip
+
+
+@pytest.mark.attack("D7", "abbreviations of reserved engine arguments")
+def test_abbreviated_arguments(trial: Trial) -> None:
+    accepted = []
+    with trial.attack():
+        for argument in ARGUMENTS:
+            manifest = pool_manifest("sly")
+            manifest["spec"]["engine"] = manifest["spec"]["engine"] | {"args": [argument]}
+            try:
+                kubectl("apply", "--server-side", "--dry-run=server", "--filename", "-", stdin=json.dumps(manifest))
+            except InstallationError:
+                continue
+            accepted.append(argument)
+        trial.observe(f"{len(ARGUMENTS)} tried, accepted: {', '.join(accepted) or 'none'}")
+        assert not accepted

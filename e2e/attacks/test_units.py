@@ -1,0 +1,84 @@
+"""Faults that a unit shows better than a cluster: the tests that do, run together, and their outcome by row."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import xml.etree.ElementTree as ET  # the file is pytest's own
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from installation import REPOSITORY
+
+if TYPE_CHECKING:
+    from trial import Outcome
+
+PYTHON = {
+    "operator": sys.executable,
+    "agent": REPOSITORY / "server-image/.venv/bin/python",
+    "trainer": REPOSITORY / "trainer-image/.venv/bin/python",
+}
+Results = dict[tuple[str, str], str]
+"""Failure by module and test; empty where it passed."""
+
+
+def unit(row: str, fault: str, project: str, *tests: str) -> Any:  # noqa: ANN401 - a pytest.param
+    """A case: the tests, `path` or `path::name` from the repository's root, that show that the fault does no harm."""
+    name = tests[0].rpartition("::")[2].removeprefix("tests/").removeprefix("test_")
+    return pytest.param(project, tests, id=name, marks=pytest.mark.attack(row, fault))
+
+
+UNITS = [
+    unit(
+        "C15", "metrics, demand and events are asked for without a token, or with another purpose's", "operator",
+        "tests/gateway/test_internal.py", "tests/api/test_contracts.py",
+    ),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """The outcomes of all tests that the chosen cases name, from one run for each project."""
+    wanted: defaultdict[str, list[str]] = defaultdict(list)
+    for item in request.session.items:
+        if isinstance(item, pytest.Function) and item.path.name == "test_units.py":
+            wanted[item.callspec.params["project"]].extend(item.callspec.params["tests"])
+    found: Results = {}
+    for project, tests in wanted.items():
+        report = tmp_path_factory.mktemp("units") / f"{project}.xml"
+        command = [PYTHON[project], "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
+        done = subprocess.run(command, check=False, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+        if not report.is_file() or done.returncode > 1:
+            pytest.fail(f"{' '.join(map(str, command))}: {done.stdout[-1000:]}{done.stderr[-1000:]}")
+        found |= outcomes(report.read_text())
+    return found
+
+
+def outcomes(junit: str) -> Results:
+    """What a JUnit file reports of each test."""
+    found: Results = {}
+    for case in ET.fromstring(junit).iter("testcase"):  # noqa: S314 - pytest's own file
+        failure = next((part for part in case if part.tag in {"failure", "error", "skipped"}), None)
+        text = "" if failure is None else f"{failure.tag}: {failure.get('message', '')}"
+        found[case.get("classname", ""), case.get("name", "")] = text
+    return found
+
+
+@pytest.mark.parametrize(("project", "tests"), UNITS)
+def test_unit(project: str, tests: tuple[str, ...], results: Results, outcome: Outcome) -> None:
+    outcome.proof = " ".join(tests)
+    count = 0
+    for test in tests:
+        path, _, name = test.partition("::")
+        module = path.removesuffix(".py").replace("/", ".")
+        mine = {
+            case: failure
+            for (where, case), failure in results.items()
+            if where == module and (not name or case.partition("[")[0] == name)
+        }
+        assert mine, f"{test} of the environment {project} does not exist"
+        failed = {case: failure for case, failure in mine.items() if failure}
+        assert not failed, f"{test}: {failed}"
+        count += len(mine)
+    outcome.seen.append(f"{count} tests passed")

@@ -1,0 +1,168 @@
+"""An attack and its outcome: what was observed, how the victim fared, and the row of the table."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from installation import until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from victim import Figures, Victim
+
+STATUS_SECONDS = 10.0
+RECOVERY_SECONDS = 60.0
+TOLERANCE = 1.5
+"""How much the victim's 95th percentile may grow."""
+GRAIN_SECONDS = 0.25
+"""Growth below this is not counted: on two cores, a neighbour's tokens and the attacker itself cost as much."""
+MIN_REQUESTS = 8
+"""Requests of the victim for a figure of an attack that takes no time."""
+
+
+@dataclass
+class Outcome:
+    """A row of the table."""
+
+    row: str
+    attack: str
+    seen: list[str] = field(default_factory=list)
+    before: Figures | None = None
+    during: Figures | None = None
+    status_seconds: float | None = None
+    recovery_seconds: float | None = None
+    verdict: str = "not run"
+    proof: str = "cluster"
+
+    def cells(self) -> list[str]:
+        """The row's texts, in the order of HEADER."""
+        right = f"{self.during.right}/{self.during.total}" if self.during else "–"
+        p95 = f"{self.before.p95:.2f} / {self.during.p95:.2f}" if self.before and self.during else "–"
+        factor = (
+            f"{self.during.p95 / self.before.p95:.1f} ×" if self.before and self.during and self.before.p95 else "–"
+        )
+        return [
+            self.row,
+            self.attack,
+            "; ".join(self.seen) or "–",
+            right,
+            p95,
+            factor,
+            seconds(self.status_seconds),
+            seconds(self.recovery_seconds),
+            self.proof,
+            self.verdict,
+        ]
+
+
+HEADER = (
+    "Row",
+    "Attack",
+    "Observed",
+    "Victim right",
+    "p95 s before / during",
+    "Factor",
+    "Status after s",
+    "Recovered after s",
+    "Proved by",
+    "Verdict",
+)
+
+
+def seconds(value: float | None) -> str:
+    """A duration for the table."""
+    return "–" if value is None else f"{value:.1f}"
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """The outcomes as a Markdown table."""
+    lines = [" | ".join(HEADER), " | ".join("---" for _ in HEADER)]
+    lines += [" | ".join(_cell(text) for text in outcome.cells()) for outcome in outcomes]
+    return "\n".join(f"| {line} |" for line in lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())[:600]
+
+
+class Trial:
+    """Measures the victim while an attack runs, and takes down what is observed."""
+
+    def __init__(self, outcome: Outcome, victim: Victim) -> None:
+        self.outcome = outcome
+        self._victim = victim
+        self.began = time.monotonic()
+
+    def observe(self, text: object) -> None:
+        """Take down an observation for the table."""
+        self.outcome.seen.append(str(text))
+
+    @contextmanager
+    def attack(
+        self, *, tolerance: float = TOLERANCE, outage_seconds: float = 0.0, measured: bool = True
+    ) -> Iterator[None]:
+        """Run the block as the attack, and judge what the victim got meanwhile.
+
+        Args:
+            tolerance: how much the victim's 95th percentile may grow.
+            outage_seconds: how long the victim's requests may be refused, where the attack ends the process that
+                serves both. Wrong answers are never tolerated.
+            measured: False where the durations mean nothing, such as across a restart.
+
+        Raises:
+            AssertionError: the victim was harmed.
+        """
+        self.outcome.before = before = self._victim.undisturbed()
+        self.began = time.monotonic()
+        try:
+            yield
+            enough = self.began + MIN_REQUESTS * 0.5
+            until("the victim's requests", lambda: time.monotonic() >= enough, 60)
+        finally:
+            during = self._victim.between(self.began, time.monotonic())
+            self.outcome.during = during
+            self._victim.disturbed()
+        assert not during.wrong, f"{during.wrong} wrong answers to the victim: {during.examples}"
+        if outage_seconds:
+            took = self._victim.outage(self.began)
+            assert took <= outage_seconds, f"the victim was refused for {took:.0f} s: {during.examples}"
+        else:
+            assert not during.refused, f"{during.refused} of the victim's requests failed: {during.examples}"
+        limit = before.p95 * tolerance + GRAIN_SECONDS
+        if measured and not outage_seconds:
+            assert during.p95 <= limit, f"the victim's p95 rose from {before.p95:.2f} s to {during.p95:.2f} s"
+
+    def status(self, name: str, probe: Callable[[], Any], within: float = STATUS_SECONDS, patience: float = 60) -> Any:  # noqa: ANN401 - what the probe gives
+        """Wait for the truth to be in a status, and take down how long that took since the attack began.
+
+        Raises:
+            AssertionError: it took longer than `within`.
+        """
+        value = until(name, probe, patience, interval=0.25)
+        took = time.monotonic() - self.began
+        self.outcome.status_seconds = took
+        assert took <= within, f"{name}: only after {took:.1f} s"
+        return value
+
+    def recovered(
+        self, name: str, probe: Callable[[], Any], within: float = RECOVERY_SECONDS, patience: float = 240
+    ) -> Any:  # noqa: ANN401 - what the probe gives
+        """Wait for things to be as before, and take down how long that took since the attack began.
+
+        Raises:
+            AssertionError: it took longer than `within`.
+        """
+        value = until(name, probe, patience, interval=0.25)
+        took = time.monotonic() - self.began
+        self.outcome.recovery_seconds = took
+        assert took <= within, f"{name}: only after {took:.1f} s"
+        return value
+
+    def victim_recovers(self, within: float = RECOVERY_SECONDS) -> None:
+        """Wait until the victim is answered right again."""
+        begin = self.began
+        self.recovered("the victim is answered right again", lambda: self._victim.recovered(begin), within)

@@ -1,0 +1,70 @@
+"""What a FineTuneJob may ask of the installation: where its pods run, what it reads and where it writes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tunesmith.contracts.location import reads_foreign_store, writes_into_store
+from tunesmith.contracts.scheduling import refusal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tunesmith.api.dataset import DatasetSource
+    from tunesmith.api.evaluation import TaskFolder
+    from tunesmith.api.finetunejob import BaseModelSource, FineTuneJob
+    from tunesmith.contracts.scheduling import AllowedScheduling
+
+
+def sources(job: FineTuneJob) -> Iterator[tuple[str, BaseModelSource | DatasetSource | TaskFolder]]:
+    """Yield everything that the job reads, with its path in the manifest."""
+    spec = job.spec
+    yield "spec.baseModel", spec.base_model
+    for field in ("train", "validation"):
+        for number, source in enumerate(getattr(spec.dataset, field) or []):
+            yield f"spec.dataset.{field}[{number}]", source
+    for number, suite in enumerate(spec.suites):
+        where = f"spec.evaluation.suites[{number}]"
+        if suite.generation is not None:
+            yield f"{where}.generation.dataset", suite.generation.dataset
+        if suite.lm_eval is not None and suite.lm_eval.task_folder is not None:
+            yield f"{where}.lmEval.taskFolder", suite.lm_eval.task_folder
+
+
+def forbidden(job: FineTuneJob, store: str, allowed: AllowedScheduling) -> str | None:
+    """Return why the installation does not run the job, as a sentence; None where it does.
+
+    Args:
+        job: the FineTuneJob.
+        store: the installation's.
+        allowed: where its pods may run.
+    """
+    found = [
+        refusal(job.spec.scheduling, job.spec.resources, allowed),
+        *(_read(where, source.uri, job, store) for where, source in sources(job)),
+        *(
+            _written(f"spec.output.exports[{number}].uri", export.uri, store)
+            for number, export in enumerate(job.spec.exports)
+            if export.uri is not None
+        ),
+    ]
+    return "; ".join(sentence for sentence in found if sentence is not None) or None
+
+
+def _read(where: str, uri: str, job: FineTuneJob, store: str) -> str | None:
+    namespace = job.metadata.namespace
+    if not reads_foreign_store(store, namespace, uri):
+        return None
+    return (
+        f"{where}.uri {uri} reaches into this installation's store outside the folder of namespace {namespace}: name a "
+        f"place in {store}/{namespace}/, or one outside the store"
+    )
+
+
+def _written(where: str, uri: str, store: str) -> str | None:
+    if not writes_into_store(store, uri):
+        return None
+    return (
+        f"{where} {uri} is in this installation's store {store}, or would hold it: only the operator chooses places "
+        "there; name a folder outside the store"
+    )
