@@ -64,7 +64,6 @@ async def send(
         ("POST", "/v1/chat/completions/", b"{}", None, 404, "unknown_url"),
         ("POST", "/v1/embeddings", b"{}", None, 404, "unknown_url"),
         ("GET", "/metrics", None, None, 404, "unknown_url"),
-        ("GET", "/", None, None, 404, "unknown_url"),
     ],
 )
 async def test_each_mistake_has_its_error(

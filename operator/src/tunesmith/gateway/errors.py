@@ -7,6 +7,8 @@ from http import HTTPStatus
 import orjson
 
 _SHOWN_NAME = 128
+_SHOWN_METHOD = 16
+_LAST_STATUS = 599
 
 
 class ApiError(Exception):
@@ -23,7 +25,7 @@ class ApiError(Exception):
 
     def __init__(
         self,
-        status: HTTPStatus,
+        status: int,
         message: str,
         *,
         code: str | None = None,
@@ -44,6 +46,24 @@ class ApiError(Exception):
         return orjson.dumps(
             {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
         )
+
+
+class RelayedError(ApiError):
+    """An error of the engine, passed on as it is.
+
+    Args:
+        status: HTTP status.
+        body: JSON in OpenAI's schema.
+        headers: more headers of the answer.
+    """
+
+    def __init__(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        super().__init__(status, "the engine's own error", headers=headers)
+        self._body = body
+
+    def body(self) -> bytes:
+        """Return the engine's body."""
+        return self._body
 
 
 def missing_key() -> ApiError:
@@ -104,9 +124,21 @@ def missing_model() -> ApiError:
     return ApiError(HTTPStatus.BAD_REQUEST, "you must provide a model parameter", param="model", code="missing_model")
 
 
-def model_not_a_string() -> ApiError:
-    """400: `model` has another type."""
-    return ApiError(HTTPStatus.BAD_REQUEST, "`model` must be a string", param="model", code="invalid_type")
+def wrong_type(name: str, type_: type) -> ApiError:
+    """400: a member that the gateway reads has another type."""
+    expected = {bool: "true or false", int: "an integer", str: "a string"}[type_]
+    return ApiError(HTTPStatus.BAD_REQUEST, f"`{name}` must be {expected}.", param=name, code="invalid_type")
+
+
+def too_many_sequences(count: int, limit: int) -> ApiError:
+    """400: one request would occupy the engine."""
+    return ApiError(
+        HTTPStatus.BAD_REQUEST,
+        f"The request asks for {count} sequences (choices × prompts), and at most {limit} are allowed in one request."
+        " Lower `n`, or send the prompts in several requests.",
+        param="n",
+        code="too_many_sequences",
+    )
 
 
 def body_not_json(reason: str) -> ApiError:
@@ -123,6 +155,66 @@ def body_not_an_object() -> ApiError:
     return ApiError(HTTPStatus.BAD_REQUEST, "The body of the request must be a JSON object.", code="invalid_json")
 
 
+def body_too_complex(reason: str) -> ApiError:
+    """400: the body is JSON, but its tree is too deep or has too many parts."""
+    return ApiError(
+        HTTPStatus.BAD_REQUEST,
+        f"The body of the request is too complex: {reason}. Send a flatter or smaller document.",
+        code="body_too_complex",
+    )
+
+
+def body_unreadable() -> ApiError:
+    """400: the body's framing or compression is broken."""
+    return ApiError(
+        HTTPStatus.BAD_REQUEST,
+        "The body of the request could not be read: its length, its chunks or its compression are not valid.",
+        code="invalid_body",
+    )
+
+
+def unsupported_encoding() -> ApiError:
+    """415: a compression that the gateway does not undo."""
+    return ApiError(
+        HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+        "This Content-Encoding is not supported: send the body uncompressed, or with gzip or deflate.",
+        code="unsupported_encoding",
+    )
+
+
+def unknown_expectation() -> ApiError:
+    """417: an Expect header that is not 100-continue."""
+    return ApiError(HTTPStatus.EXPECTATION_FAILED, "`Expect` may only be `100-continue`.", code="unknown_expectation")
+
+
+def body_too_slow(seconds: float) -> ApiError:
+    """408: the body did not arrive in time."""
+    return ApiError(
+        HTTPStatus.REQUEST_TIMEOUT,
+        f"The body of the request did not arrive within {seconds:g} s.",
+        code="request_timeout",
+        headers={"Connection": "close"},
+    )
+
+
+def malformed_request() -> ApiError:
+    """400: not HTTP. Nothing of what was sent is repeated: it may hold a key."""
+    return ApiError(
+        HTTPStatus.BAD_REQUEST,
+        "The request is not valid HTTP/1.1. Check its request line, its header lines and how its length is given.",
+        code="malformed_request",
+    )
+
+
+def header_too_large() -> ApiError:
+    """431: a header line is too long, or there are too many."""
+    return ApiError(
+        HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+        "The header of the request is too large: a line may have 8190 bytes, and there may be 128 lines.",
+        code="header_too_large",
+    )
+
+
 def body_too_large(limit: int) -> ApiError:
     """413: the body is above the limit, in bytes."""
     return ApiError(
@@ -136,7 +228,8 @@ def unknown_url(method: str, path: str) -> ApiError:
     """404: a path that is not served."""
     return ApiError(
         HTTPStatus.NOT_FOUND,
-        f"Invalid URL ({method} {path[:_SHOWN_NAME]}): there are /v1/chat/completions, /v1/completions and /v1/models.",
+        f"Invalid URL ({method[:_SHOWN_METHOD]} {path[:_SHOWN_NAME]}): the gateway serves /v1/chat/completions,"
+        " /v1/completions, /v1/models and /health.",
         code="unknown_url",
     )
 
@@ -145,7 +238,7 @@ def method_not_allowed(method: str, path: str, allowed: str) -> ApiError:
     """405: the path wants another method."""
     return ApiError(
         HTTPStatus.METHOD_NOT_ALLOWED,
-        f"Not allowed to {method} on {path[:_SHOWN_NAME]}: use {allowed}.",
+        f"Not allowed to {method[:_SHOWN_METHOD]} on {path[:_SHOWN_NAME]}: use {allowed}.",
         code="method_not_allowed",
         headers={"Allow": allowed},
     )
@@ -185,19 +278,90 @@ def too_many_waiting(model: str) -> ApiError:
     )
 
 
+def not_ready(reason: str) -> ApiError:
+    """503: the gateway should get no requests now."""
+    return _unavailable(f"The gateway is not ready: {reason}.", "gateway_not_ready", 2)
+
+
+def over_budget() -> ApiError:
+    """503: the gateway has as many bytes in flight as its memory allows."""
+    return _unavailable(
+        "The gateway has as many requests in memory as it can take. Try again later.", "gateway_overloaded", 2
+    )
+
+
+def key_over_budget(limit: int) -> ApiError:
+    """429: the key has its part of the gateway's memory in flight."""
+    return ApiError(
+        HTTPStatus.TOO_MANY_REQUESTS,
+        f"Your API key has as many requests in flight as one key may have ({limit} bytes in all). Wait for some to"
+        " finish.",
+        code="too_many_bytes_in_flight",
+        type_="rate_limit_error",
+        headers={"Retry-After": "2"},
+    )
+
+
+def too_many_connections() -> ApiError:
+    """503: the gateway, or one client address, has as many connections as allowed."""
+    return _unavailable("There are too many connections. Try again later.", "too_many_connections", 5)
+
+
+def ending() -> ApiError:
+    """503: the gateway ends before the request was started."""
+    return _unavailable("The gateway is about to end. Send the request again.", "gateway_ending", 1)
+
+
+def cut_off() -> ApiError:
+    """502: the gateway ends before the answer is complete."""
+    return ApiError(
+        HTTPStatus.BAD_GATEWAY,
+        "The gateway ended before the answer was complete. Send the request again.",
+        code="gateway_ended",
+        type_="server_error",
+    )
+
+
 def starting() -> ApiError:
     """503: the gateway has not read the cluster's state yet."""
     return _unavailable("The gateway is starting. Try again in a second.", "gateway_starting", 1)
 
 
+_NO_RETRY = {"x-should-retry": "false"}
+"""OpenAI's clients repeat a request after a 5xx; one that killed its engine would kill the next one too."""
+
+
 def engine_failed(model: str) -> ApiError:
-    """502: the engine took the request and ended before it answered."""
+    """502: the engine accepted the request and failed before its answer was complete."""
     return ApiError(
         HTTPStatus.BAD_GATEWAY,
         f"The pod that answered for `{model}` ended before its answer was complete. The request is not repeated by the"
-        " gateway, since it had started; send it again.",
+        " gateway, since it had started; send it again if it is safe to repeat.",
         code="engine_failed",
         type_="server_error",
+        headers=_NO_RETRY,
+    )
+
+
+def engine_silent(model: str, seconds: float) -> ApiError:
+    """504: the engine accepted the request and sent nothing for too long."""
+    return ApiError(
+        HTTPStatus.GATEWAY_TIMEOUT,
+        f"The pod that answers for `{model}` sent nothing for {seconds:g} s. The request was cancelled.",
+        code="engine_silent",
+        type_="server_error",
+        headers=_NO_RETRY,
+    )
+
+
+def engine_error(model: str, status: int) -> ApiError:
+    """An error status of the engine whose body is not an error in OpenAI's schema."""
+    return ApiError(
+        status if HTTPStatus.BAD_REQUEST <= status <= _LAST_STATUS else HTTPStatus.BAD_GATEWAY,
+        f"The engine of `{model}` answered with status {status} and without an explanation.",
+        code="engine_error",
+        type_="server_error",
+        headers=_NO_RETRY,
     )
 
 
@@ -208,6 +372,7 @@ def wrong_model(model: str) -> ApiError:
         f"The engine answered with another model than `{model}`. The answer was discarded.",
         code="wrong_model",
         type_="server_error",
+        headers=_NO_RETRY,
     )
 
 

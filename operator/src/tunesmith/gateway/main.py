@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import math
 import os
 import signal
 import sys
 from pathlib import Path
+from typing import TypeVar
 
 import uvloop
 
@@ -17,13 +19,15 @@ from tunesmith.cluster.errors import ClusterError
 from tunesmith.contracts.agent import GATEWAY_INTERNAL_PORT, GATEWAY_PORT
 from tunesmith.contracts.claims import parse_namespaces
 from tunesmith.contracts.keyfile import KeyFile
-from tunesmith.gateway.proxy import Limits
+from tunesmith.gateway.forward import ANSWER_BYTES
+from tunesmith.gateway.limits import MIB, Limits, connections, in_flight_bytes, memory_limit
 from tunesmith.gateway.server import Gateway, Settings
 
 GATEWAY_KEY_FILE = "/etc/tunesmith/gateway/key"
-_MIB = 1024 * 1024
 
 LOG = logging.getLogger("tunesmith.gateway")
+
+Number = TypeVar("Number", int, float)
 
 
 def main() -> None:
@@ -87,10 +91,21 @@ def _parser() -> argparse.ArgumentParser:
     option("internal-port", GATEWAY_INTERNAL_PORT, "port for demand, metrics and probes", int)
     option("hold-seconds", 10.0, "how long a request waits for a pod that holds its model", float)
     option("max-held-requests", 1024, "how many requests may wait at once", int)
-    option("max-held-bytes", 64 * _MIB, "how many bytes of bodies may wait at once", int)
-    option("max-body-bytes", 4 * _MIB, "largest body of a request", int)
+    option("max-body-bytes", 4 * MIB, "largest body of a request", int)
+    option("max-sequences", 128, "most sequences (choices × prompts) of one request", int)
+    option("max-in-flight-bytes", 0, "bytes of bodies and answers in memory at once; 0: 2/5 of the memory limit", int)
+    option("max-in-flight-bytes-per-key", 0, "the same for one API key; 0: half of it", int)
+    option("max-connections", 0, "open connections of clients; 0: one for each 256 KiB of the memory limit", int)
+    option("max-connections-per-address", 0, "the same for one client address; 0: half of it", int)
+    option("header-seconds", 15.0, "how long a client may take to send the header of a request", float)
+    option("body-seconds", 120.0, "how long a client may take to send the body of a request", float)
+    option("write-seconds", 60.0, "how long a client may read nothing of its answer", float)
+    option("idle-seconds", 75.0, "how long a connection is kept between two requests", float)
+    option("answer-seconds", 1800.0, "how long an engine may take to begin an answer that is not a stream", float)
+    option("silence-seconds", 300.0, "how long an engine may send nothing in a stream or within an answer", float)
+    option("comment-seconds", 15.0, "interval of the comments that keep a silent stream open", float)
     option("linger-seconds", 3.0, "how long new connections are accepted after SIGTERM", float)
-    option("drain-seconds", 60.0, "how long running requests may take after that", float)
+    option("drain-seconds", 600.0, "how long running requests may take after that", float)
     option("log-level", "INFO", "DEBUG, INFO, WARNING or ERROR", str.upper)  # type: ignore[arg-type]
     return parser
 
@@ -103,11 +118,9 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     """
     if not arguments.namespace:
         raise ValueError("set --namespace (or TUNESMITH_NAMESPACE) to the namespace of the gateway")
-    for name in ("hold_seconds", "max_held_requests", "max_held_bytes", "linger_seconds", "drain_seconds"):
-        if getattr(arguments, name) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} must not be negative")
-    if arguments.max_body_bytes <= 0:
-        raise ValueError("--max-body-bytes must be above 0")
+    limits = _limits(arguments)
+    for name in ("linger_seconds", "drain_seconds"):
+        _check(name, getattr(arguments, name), least=0)
     try:
         shared_pool_namespaces = parse_namespaces(arguments.shared_pool_namespaces)
     except ValueError as error:
@@ -126,14 +139,55 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         namespace=arguments.namespace,
         gateway_keys=gateway_keys,
         shared_pool_namespaces=shared_pool_namespaces,
-        limits=Limits(
-            hold_seconds=arguments.hold_seconds,
-            held_requests=arguments.max_held_requests,
-            held_bytes=arguments.max_held_bytes,
-            body_bytes=arguments.max_body_bytes,
-        ),
+        limits=limits,
         port=arguments.port,
         internal_port=arguments.internal_port,
         linger_seconds=arguments.linger_seconds,
         drain_seconds=arguments.drain_seconds,
     )
+
+
+def _limits(arguments: argparse.Namespace) -> Limits:
+    """Return the limits; those that are not set follow from the memory limit of the container.
+
+    Raises:
+        ValueError: one cannot be used; the message says which.
+    """
+    memory = memory_limit()
+    in_flight = arguments.max_in_flight_bytes or in_flight_bytes(memory)
+    open_connections = arguments.max_connections or connections(memory)
+    limits = Limits(
+        hold_seconds=_check("hold_seconds", arguments.hold_seconds, least=0),
+        held_requests=_check("max_held_requests", arguments.max_held_requests, least=0),
+        body_bytes=_check("max_body_bytes", arguments.max_body_bytes, least=1),
+        sequences=_check("max_sequences", arguments.max_sequences, least=1),
+        in_flight_bytes=_check("max_in_flight_bytes", in_flight, least=1),
+        in_flight_bytes_per_key=_check(
+            "max_in_flight_bytes_per_key", arguments.max_in_flight_bytes_per_key or in_flight // 2, least=1
+        ),
+        connections=_check("max_connections", open_connections, least=1),
+        connections_per_address=_check(
+            "max_connections_per_address", arguments.max_connections_per_address or -(-open_connections // 2), least=1
+        ),
+        header_seconds=_check("header_seconds", arguments.header_seconds, least=1),
+        body_seconds=_check("body_seconds", arguments.body_seconds, least=1),
+        write_seconds=_check("write_seconds", arguments.write_seconds, least=1),
+        idle_seconds=_check("idle_seconds", arguments.idle_seconds, least=1),
+        answer_seconds=_check("answer_seconds", arguments.answer_seconds, least=1),
+        silence_seconds=_check("silence_seconds", arguments.silence_seconds, least=1),
+        comment_seconds=_check("comment_seconds", arguments.comment_seconds, least=1),
+    )
+    smallest = limits.body_bytes + ANSWER_BYTES
+    for name in ("in_flight_bytes", "in_flight_bytes_per_key"):
+        if getattr(limits, name) < smallest:
+            raise ValueError(
+                f"--max-{name.replace('_', '-')} is {getattr(limits, name)}, too small for one request: set it to"
+                f" {smallest} or more, raise the memory limit of the container, or lower --max-body-bytes"
+            )
+    return limits
+
+
+def _check(name: str, value: Number, *, least: Number) -> Number:
+    if not math.isfinite(value) or value < least:
+        raise ValueError(f"--{name.replace('_', '-')} is {value}, and must be {least:g} or more")
+    return value

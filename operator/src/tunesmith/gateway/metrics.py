@@ -60,12 +60,19 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
+        self._malformed = Counter(
+            "tunesmith_gateway_malformed_requests", "Requests that are not valid HTTP.", registry=self.registry
+        )
         self._retries = Counter(
             "tunesmith_gateway_not_started",
             "Attempts that a pod did not take up, by reason; the request went on to another pod.",
             ["reason"],
             registry=self.registry,
         )
+
+    def malformed(self) -> None:
+        """Count a request that is not HTTP."""
+        self._malformed.inc()
 
     def ended(self, model: str, code: int, seconds: float) -> None:
         """A request ended."""

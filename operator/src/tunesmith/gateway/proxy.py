@@ -1,94 +1,83 @@
-"""One request, from the client to a pod and back."""
+"""The handler of the clients' port: request → hold → forward → reply."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import secrets
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import aiohttp
 import orjson
 from aiohttp import web
 
 from tunesmith.gateway import errors
+from tunesmith.gateway.body import Body, parse
 from tunesmith.gateway.broadcast import within
+from tunesmith.gateway.budget import Budget
+from tunesmith.gateway.connections import answer
+from tunesmith.gateway.faults import described
+from tunesmith.gateway.forward import ANSWER_BYTES, OTHER_TOKEN, Forwarder, NotStartedError
+from tunesmith.gateway.limits import Limits
+from tunesmith.gateway.reply import ClientLeftError, EventReply
+from tunesmith.gateway.request import Call, cache_salt, presented_key, read_body, request_id, require
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import aiohttp
+
+    from tunesmith.contracts.agent import Keys
     from tunesmith.contracts.apikey import ApiKey
+    from tunesmith.gateway.budget import Share
     from tunesmith.gateway.catalog import Catalog, Model
     from tunesmith.gateway.demand import Demand
     from tunesmith.gateway.keys import KeyTable
     from tunesmith.gateway.metrics import Metrics
     from tunesmith.gateway.residency import Backend, Residency
 
+__all__ = ["Limits", "Proxy"]
+
 LOG = logging.getLogger(__name__)
 
 GENERATE_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
 MODELS_PATH = "/v1/models"
-NOT_STARTED_HEADER = "x-tunesmith-not-started"
-OTHER_TOKEN = "other_token"  # noqa: S105 - a label in metrics
-"""While the installation's key is rotated: the pod accepts another of the gateway's tokens, it is tried at once."""
+HEALTH_PATHS = frozenset({"/", "/health"})
 CLIENT_LEFT = 499
 """In metrics and the log: the client closed the connection before the answer was complete."""
 _RETRY_PAUSE_SECONDS = 0.25
-_REQUEST_ID_LENGTH = 64
-_JSON = "application/json"
-_EVENT_STREAM = "text/event-stream"
-_EVENT_END = b"\n\n"
+_END_SECONDS = 5.0
+"""How long the last events of cut-off streams may take."""
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What the gateway takes upon itself.
-
-    Attributes:
-        hold_seconds: how long a request waits for a pod that holds its model.
-        held_requests: how many requests wait at once.
-        held_bytes: how many bytes of bodies wait at once.
-        body_bytes: the largest body of a request.
-    """
-
-    hold_seconds: float = 10.0
-    held_requests: int = 1024
-    held_bytes: int = 64 * 1024 * 1024
-    body_bytes: int = 4 * 1024 * 1024
-
-
-class _NotStarted(Exception):  # noqa: N818 - not an error: the next pod is asked
-    """The pod did not take up the request; `reason` is a label in metrics."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-
-class _ClientLeft(Exception):  # noqa: N818 - not an error
-    """The client closed its connection while the answer was written."""
-
-
-class _Call(NamedTuple):
-    """What a request asks for. The body's `model` is replaced by the engine's name of the chosen revision."""
+@dataclass(slots=True)
+class _Exchange:
+    """A request and what has become of it."""
 
     request: web.BaseRequest
     request_id: str
-    key: ApiKey
-    model: Model
-    body: dict[str, Any]
-    size: int
     arrived: float
+    call: Call | None = None
+
+    @property
+    def model(self) -> str:
+        """The global id of the model, for logs and metrics; empty where no known model was named."""
+        return self.call.model.id if self.call else ""
 
 
 class Proxy:
-    """The handler of the clients' port."""
+    """The handler of the clients' port.
+
+    Args:
+        gateway_keys: return the gateway's keys, which the salts of the prefix cache derive from.
+        not_ready: why the gateway should get no requests, or None.
+    """
 
     def __init__(
         self,
         *,
         session: aiohttp.ClientSession,
+        gateway_keys: Callable[[], Keys],
         keys: KeyTable,
         catalog: Catalog,
         residency: Residency,
@@ -97,8 +86,9 @@ class Proxy:
         limits: Limits,
         clock: Callable[[], float],
         synced: Callable[[], bool],
+        not_ready: Callable[[], str | None],
     ) -> None:
-        self._session = session
+        self._gateway_keys = gateway_keys
         self._keys = keys
         self._catalog = catalog
         self._residency = residency
@@ -107,92 +97,135 @@ class Proxy:
         self._limits = limits
         self._clock = clock
         self._synced = synced
+        self._not_ready = not_ready
         self._held_requests = 0
-        self._held_bytes = 0
+        self._cutoffs: set[asyncio.Timeout] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.budget = Budget(limits)
         self.closing = False
         """The process is about to end: every answer asks its client to close the connection."""
+        self._forwarder = Forwarder(
+            session, residency, demand, metrics, limits, clock=clock, closing=lambda: self.closing
+        )
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request."""
-        arrived = self._clock()
-        request_id = _request_id(request)
-        code, model_label = CLIENT_LEFT, ""
-        response: web.StreamResponse
+        exchange = _Exchange(request, request_id(request), self._clock())
+        code: int = CLIENT_LEFT
         try:
-            call = await self._call(request, request_id, arrived)
-            if isinstance(call, _Call):
-                model_label = call.model.id
-                response = await self._generate(call)
-            else:
-                response = call
+            response = await self._respond(exchange)
             code = response.status
         except errors.ApiError as error:
             code = error.status
-            if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-                LOG.warning("request %s for %s: %d %s", request_id, model_label or "-", error.status, error.message)
-            response = _answer(error, request_id)
-        except _ClientLeft:
-            # There is nobody to answer: aiohttp finds the connection closed and drops the response.
-            response = web.Response(status=CLIENT_LEFT)
-        except Exception:
-            LOG.exception("request %s for %s", request_id, model_label or "-")
-            code = HTTPStatus.INTERNAL_SERVER_ERROR
-            response = _answer(errors.internal(), request_id)
+            if code >= HTTPStatus.INTERNAL_SERVER_ERROR:
+                LOG.warning("request %s for %s: %d %s", exchange.request_id, exchange.model or "-", code, error.message)
+            response = await self._report(exchange, error)
+        except ClientLeftError:
+            response = _nobody()
         finally:
-            self._metrics.ended(model_label, code, self._clock() - arrived)
+            self._metrics.ended(exchange.model, code, self._clock() - exchange.arrived)
         if self.closing and not response.prepared:
             response.force_close()
         return response
 
-    async def _call(self, request: web.BaseRequest, request_id: str, arrived: float) -> _Call | web.Response:
-        """What the request asks of a model, or the answer to one that asks the gateway itself."""
+    async def drain(self, seconds: float) -> None:
+        """Wait for the running requests, at most so long, then end those that are left with an error."""
+        await within(self._idle, seconds)
+        if self._cutoffs:
+            LOG.warning("%d requests are cut off after %g s", len(self._cutoffs), seconds)
+        for cutoff in self._cutoffs:
+            cutoff.reschedule(asyncio.get_running_loop().time())
+        await within(self._idle, _END_SECONDS)
+
+    async def _respond(self, exchange: _Exchange) -> web.StreamResponse:
+        """Answer a request before the process ends.
+
+        Raises:
+            ApiError: the answer is an error.
+            ClientLeftError: nobody reads the answer.
+        """
+        try:
+            async with asyncio.timeout(None) as cutoff:
+                self._cutoffs.add(cutoff)
+                self._idle.clear()
+                try:
+                    return await self._answer(exchange)
+                finally:
+                    self._cutoffs.discard(cutoff)
+                    if not self._cutoffs:
+                        self._idle.set()
+        except (errors.ApiError, ClientLeftError):
+            raise
+        except TimeoutError:
+            raise (errors.cut_off() if exchange.call and exchange.call.started else errors.ending()) from None
+        except ConnectionError:
+            raise ClientLeftError from None
+        except Exception as error:  # noqa: BLE001 - a fault of this process; its text may hold what the client sent
+            LOG.error("request %s for %s: %s", exchange.request_id, exchange.model or "-", described(error))  # noqa: TRY400
+            raise errors.internal() from None
+
+    async def _report(self, exchange: _Exchange, error: errors.ApiError) -> web.StreamResponse:
+        """Tell the client of an error: as an event once its stream has begun, otherwise as the answer."""
+        events = exchange.call.events if exchange.call else None
+        if events is None or events.response is None:
+            return answer(error, exchange.request_id)
+        try:
+            return await events.fail(error)
+        except ClientLeftError:
+            return _nobody()
+
+    async def _answer(self, exchange: _Exchange) -> web.StreamResponse:
+        request = exchange.request
         path = request.rel_url.path
         if path in GENERATE_PATHS:
-            _require(request, "POST")
+            require(request, "POST")
             key = self._authenticate(request)
-            body, size = await self._body(request)
-            return _Call(request, request_id, key, self._model(body, key), body, size, arrived)
+            with self.budget.share(key.name) as share:
+                exchange.call = await self._call(exchange, key, share)
+                return await self._generate(exchange.call)
         if path == MODELS_PATH or path.startswith(MODELS_PATH + "/"):
-            _require(request, "GET")
+            require(request, "GET", "HEAD")
             return self._models(self._authenticate(request), path.removeprefix(MODELS_PATH)[1:])
+        if path in HEALTH_PATHS:
+            require(request, "GET", "HEAD")
+            reason = self._not_ready()
+            if reason is not None:
+                raise errors.not_ready(reason)
+            return _json({"status": "ok"})
         raise errors.unknown_url(request.method, path)
 
     def _authenticate(self, request: web.BaseRequest) -> ApiKey:
-        scheme, _, presented = request.headers.get("Authorization", "").partition(" ")
-        presented = presented.strip()
-        if scheme.lower() != "bearer" or not presented:
-            raise errors.missing_key()
-        key = self._keys.find(presented)
+        key = presented_key(request, self._keys)
         if key is None:
             raise errors.invalid_key() if self._synced() else errors.starting()
         return key
 
-    async def _body(self, request: web.BaseRequest) -> tuple[dict[str, Any], int]:
-        limit = self._limits.body_bytes
-        if (request.content_length or 0) > limit:
-            raise errors.body_too_large(limit)
-        try:
-            if request.headers.get("Expect", "").lower() == "100-continue":
-                await _continue(request)
-            data = await request.read()
-        except web.HTTPRequestEntityTooLarge:
-            raise errors.body_too_large(limit) from None
-        try:
-            body = orjson.loads(data)
-        except orjson.JSONDecodeError as error:
-            raise errors.body_not_json(str(error)) from None
-        if not isinstance(body, dict):
-            raise errors.body_not_an_object()
-        return body, len(data)
+    async def _call(self, exchange: _Exchange, key: ApiKey, share: Share) -> Call:
+        share.grow(ANSWER_BYTES)
+        request, limits = exchange.request, self._limits
+        body = parse(await read_body(request, share, limits), limits.sequences)
+        return Call(
+            request=request,
+            request_id=exchange.request_id,
+            key=key,
+            model=self._model(body, key),
+            body=body,
+            share=share,
+            sequences=body.sequences,
+            cache_salt=cache_salt(self._gateway_keys()[0], key.home),
+            events=self._events(exchange) if body.stream else None,
+            arrived=exchange.arrived,
+        )
 
-    def _model(self, body: dict[str, Any], key: ApiKey) -> Model:
-        name = body.get("model")
-        if name is None or name == "":
-            raise errors.missing_model()
-        if not isinstance(name, str):
-            raise errors.model_not_a_string()
+    def _events(self, exchange: _Exchange) -> EventReply:
+        return EventReply(
+            exchange.request, exchange.request_id, self._limits, clock=self._clock, closing=lambda: self.closing
+        )
+
+    def _model(self, body: Body, key: ApiKey) -> Model:
         try:
-            return self._catalog.resolve(name, key)
+            return self._catalog.resolve(body.model, key)
         except errors.ApiError:
             if self._synced():
                 raise
@@ -203,242 +236,84 @@ class Proxy:
             raise errors.starting()
         if name:
             # Clients send the slash of a global id as %2F or as it is.
-            return _json(_described(self._catalog.resolve(name.replace("%2F", "/").replace("%2f", "/"), key)))
-        return _json({"object": "list", "data": [_described(model) for model in self._catalog.visible(key)]})
+            return _json(_description(self._catalog.resolve(name.replace("%2F", "/").replace("%2f", "/"), key)))
+        return _json({"object": "list", "data": [_description(model) for model in self._catalog.visible(key)]})
 
-    async def _generate(self, call: _Call) -> web.StreamResponse:
+    async def _generate(self, call: Call) -> web.StreamResponse:
         """Forward to a pod; hold the request while none holds the model."""
-        model = call.model
         deadline = call.arrived + self._limits.hold_seconds
         refused: set[str] = set()
         while True:
             changed = self._residency.changed.next()
-            chosen = self._pick(model, refused)
-            if chosen is None:
-                if not model.deployed and not refused:
-                    raise errors.model_not_found(model.engine_names[0])
-                if model.not_ready is not None:
-                    raise errors.model_not_ready(model.id, model.not_ready)
-                left = deadline - self._clock()
-                if left <= 0:
-                    raise errors.no_pod_ready(model.id, self._limits.hold_seconds)
-                with _Held(self, call):
-                    await within(changed, min(left, _RETRY_PAUSE_SECONDS) if refused else left)
-                refused.clear()
-                # While a request waits, revisions come and go.
-                model = self._catalog.resolve(call.body["model"], call.key)
-                continue
-            backend, engine_name = chosen
-            try:
-                return await self._forward(call, backend, engine_name)
-            except _NotStarted as not_started:
-                self._metrics.not_started(not_started.reason)
-                LOG.info("request %s: pod %s: %s", call.request_id, backend.pod.name, not_started.reason)
-                if not_started.reason != OTHER_TOKEN:
-                    refused.add(backend.pod.uid)
+            model = call.model
+            chosen = self._pick(call, refused)
+            if chosen is not None:
+                backend, engine_name = chosen
+                try:
+                    return await self._forwarder.forward(call, backend, engine_name)
+                except NotStartedError as not_started:
+                    self._metrics.not_started(not_started.reason)
+                    LOG.info("request %s: pod %s: %s", call.request_id, backend.pod.name, not_started.reason)
+                    if not_started.reason != OTHER_TOKEN:
+                        refused.add(backend.pod.uid)
+                    continue
+            if not model.deployed and not refused:
+                raise errors.model_not_found(model.engine_names[0])
+            if model.not_ready is not None:
+                raise errors.model_not_ready(model.id, model.not_ready)
+            left = deadline - self._clock()
+            if left <= 0:
+                raise errors.no_pod_ready(model.id, self._limits.hold_seconds)
+            await self._hold(call, changed, min(left, _RETRY_PAUSE_SECONDS) if refused else left)
+            refused.clear()
+            # While a request waits, revisions come and go.
+            call.model = self._catalog.resolve(call.body.model, call.key)
 
-    def _pick(self, model: Model, refused: set[str]) -> tuple[Backend, str] | None:
-        """A pod for the newest revision that any usable pod holds."""
+    def _pick(self, call: Call, refused: set[str]) -> tuple[Backend, str] | None:
+        """Return a pod for the newest revision that any usable pod holds."""
+        model = call.model
         if model.pool is None:
             return None
         for engine_name in model.engine_names:
-            backend = self._residency.pick(model.pool, engine_name, is_base=model.is_base, excluded=refused)
+            backend = self._residency.pick(
+                model.pool, engine_name, is_base=model.is_base, excluded=refused, weight=call.sequences
+            )
             if backend is not None:
                 return backend, engine_name
         return None
 
-    async def _forward(self, call: _Call, backend: Backend, engine_name: str) -> web.StreamResponse:
-        """Send the request to a pod and its answer to the client.
-
-        Raises:
-            _NotStarted: the pod did not take it up.
-            ApiError: the pod took it up and failed.
-        """
-        body = orjson.dumps(call.body | {"model": engine_name})
-        token = backend.serving_tokens.current
-        headers = {"Authorization": f"Bearer {token}", "Content-Type": _JSON, "X-Request-Id": call.request_id}
-        backend.in_flight += 1
-        self._demand.add_running(call.model.id, 1)
-        upstream: aiohttp.ClientResponse | None = None
-        try:
-            upstream = await self._session.post(
-                backend.url(call.request.rel_url.path), data=body, headers=headers, allow_redirects=False
-            )
-            if upstream.status == HTTPStatus.UNAUTHORIZED and backend.serving_tokens.refused(token):
-                raise _NotStarted(OTHER_TOKEN)
-            await _raise_not_started(upstream)
-            if upstream.content_type == _EVENT_STREAM:
-                return await self._stream(call, upstream, engine_name)
-            data = await upstream.read()
-            if upstream.status == HTTPStatus.OK and not _names(data, engine_name):
-                LOG.error("request %s: pod %s answered as another model", call.request_id, backend.pod.name)
-                raise errors.wrong_model(call.model.id)
-            self._metrics.first_byte(call.model.id, self._clock() - call.arrived)
-            return web.Response(status=upstream.status, body=data, headers=_reply_headers(upstream, call.request_id))
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            self._residency.suspect(backend)
-            raise _NotStarted("connect") from error
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            LOG.warning("request %s: pod %s: %r", call.request_id, backend.pod.name, error)
-            self._residency.suspect(backend)
-            raise errors.engine_failed(call.model.id) from error
-        finally:
-            backend.in_flight -= 1
-            self._demand.add_running(call.model.id, -1)
-            if upstream is not None:
-                # An answer that was not read to its end is cut off: the engine then stops generating.
-                upstream.release()
-
-    async def _stream(self, call: _Call, upstream: aiohttp.ClientResponse, engine_name: str) -> web.StreamResponse:
-        """Pass server-sent events on as they come, once the first one shows the right model."""
-        start = b""
-        while _EVENT_END not in start and (chunk := await upstream.content.readany()):
-            start += chunk
-        if not _event_names(start, engine_name):
-            LOG.error("request %s: an engine answered as another model", call.request_id)
-            raise errors.wrong_model(call.model.id)
-        self._metrics.first_byte(call.model.id, self._clock() - call.arrived)
-        response = web.StreamResponse(status=upstream.status, headers=_reply_headers(upstream, call.request_id))
-        if self.closing:
-            response.force_close()
-        try:
-            await response.prepare(call.request)
-            await response.write(start)
-            while chunk := await self._next(call, upstream):
-                await response.write(chunk)
-            await response.write_eof()
-        except ConnectionResetError:
-            raise _ClientLeft from None
-        return response
-
-    async def _next(self, call: _Call, upstream: aiohttp.ClientResponse) -> bytes:
-        """The next bytes of a stream, empty at its end. A stream that breaks off ends with an event that says so.
-
-        The status is sent by then, and OpenAI's clients raise on an event that holds an error.
-        """
-        try:
-            return await upstream.content.readany()
-        except (aiohttp.ClientError, OSError) as error:
-            LOG.warning("request %s: the answer broke off: %r", call.request_id, error)
-            upstream.close()
-            return b"data: " + errors.engine_failed(call.model.id).body() + _EVENT_END
-
-    def hold(self, call: _Call) -> None:
-        """Count a request that begins to wait.
+    async def _hold(self, call: Call, changed: asyncio.Event, seconds: float) -> None:
+        """Keep a request until something changes, at most so long.
 
         Raises:
             ApiError: too many wait already.
+            ClientLeftError: the client left.
         """
-        if self._held_requests >= self._limits.held_requests or self._held_bytes + call.size > self._limits.held_bytes:
+        if self._held_requests >= self._limits.held_requests:
             raise errors.too_many_waiting(call.model.id)
+        model, until = call.model.id, self._clock() + seconds
         self._held_requests += 1
-        self._held_bytes += call.size
-        self._demand.add_waiting(call.model.id, 1)
-
-    def unhold(self, call: _Call) -> None:
-        """Count a request that waits no longer."""
-        self._held_requests -= 1
-        self._held_bytes -= call.size
-        self._demand.add_waiting(call.model.id, -1)
-
-
-class _Held:
-    """A request that waits, for as long as the block runs."""
-
-    def __init__(self, proxy: Proxy, call: _Call) -> None:
-        self._proxy = proxy
-        self._call = call
-
-    def __enter__(self) -> None:
-        self._proxy.hold(self._call)
-
-    def __exit__(self, *_: object) -> None:
-        self._proxy.unhold(self._call)
-
-
-async def _raise_not_started(upstream: aiohttp.ClientResponse) -> None:
-    """Raise for answers that say that the engine did not begin.
-
-    A 404 is the engine's for a model it does not hold (unloaded, or restarted and empty): never another model's answer.
-    401 and 403 are the pod's refusal of the gateway, not of the client.
-    """
-    status = upstream.status
-    if status == HTTPStatus.SERVICE_UNAVAILABLE and upstream.headers.get(NOT_STARTED_HEADER) == "true":
-        reason = "draining"
-    elif status == HTTPStatus.NOT_FOUND:
-        reason = "not_resident"
-    elif status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
-        reason = "token_refused"
-    else:
-        return
-    await upstream.read()
-    raise _NotStarted(reason)
-
-
-def _names(data: bytes, engine_name: str) -> bool:
-    """Whether a JSON answer comes from the model that was asked. The whole document is parsed only if in doubt."""
-    if b'"model":"' + engine_name.encode() + b'"' in data:
-        return True
-    try:
-        return bool(orjson.loads(data).get("model") == engine_name)
-    except (orjson.JSONDecodeError, AttributeError):
-        return False
-
-
-def _event_names(start: bytes, engine_name: str) -> bool:
-    """As `_names`, of the first server-sent event; one that tells an error or ends the stream names no model."""
-    for line in start.split(b"\n"):
-        if not line.startswith(b"data:"):
-            continue
-        data = line[5:].strip()
-        if data == b"[DONE]" or _names(data, engine_name):
-            return True
+        self._demand.add_waiting(model, call.sequences)
         try:
-            return "error" in orjson.loads(data)
-        except (orjson.JSONDecodeError, TypeError):
-            return False
-    return not start
+            while not changed.is_set() and (left := until - self._clock()) > 0:
+                if call.events is None:
+                    await within(changed, left)
+                else:
+                    await call.events.comment_if_due()
+                    await within(changed, min(left, call.events.until_comment()))
+        finally:
+            self._held_requests -= 1
+            self._demand.add_waiting(model, -call.sequences)
 
 
-def _request_id(request: web.BaseRequest) -> str:
-    """The client's id of the request, if it fits into a log line and a header, or a new one."""
-    given = request.headers.get("X-Request-Id", "")
-    if given and len(given) <= _REQUEST_ID_LENGTH and given.isascii() and given.isprintable():
-        return given
-    return secrets.token_hex(8)
+def _nobody() -> web.Response:
+    """Return what aiohttp drops, since the connection is closed."""
+    return web.Response(status=CLIENT_LEFT)
 
 
-async def _continue(request: web.BaseRequest) -> None:
-    """Ask for the body: curl, above 1 MiB, and others wait for this before they send it."""
-    await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-    # The interim answer does not count as the answer's first bytes.
-    request.writer.output_size = 0
-
-
-def _require(request: web.BaseRequest, method: str) -> None:
-    if request.method != method:
-        raise errors.method_not_allowed(request.method, request.rel_url.path, method)
-
-
-def _described(model: Model) -> dict[str, Any]:
+def _description(model: Model) -> dict[str, Any]:
     return {"id": model.id, "object": "model", "created": model.created, "owned_by": model.namespace}
 
 
 def _json(document: dict[str, Any]) -> web.Response:
-    return web.Response(body=orjson.dumps(document), content_type=_JSON)
-
-
-def _reply_headers(upstream: aiohttp.ClientResponse, request_id: str) -> dict[str, str]:
-    headers = {"X-Request-Id": request_id, "Content-Type": upstream.headers.get("Content-Type", _JSON)}
-    if "Retry-After" in upstream.headers:
-        headers["Retry-After"] = upstream.headers["Retry-After"]
-    return headers
-
-
-def _answer(error: errors.ApiError, request_id: str) -> web.Response:
-    return web.Response(
-        status=error.status,
-        body=error.body(),
-        content_type=_JSON,
-        headers=error.headers | {"X-Request-Id": request_id},
-    )
+    return web.Response(body=orjson.dumps(document), content_type="application/json")

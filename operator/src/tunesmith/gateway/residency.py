@@ -66,7 +66,7 @@ class _Tokens:
 
 
 class Backend:
-    """A pool's pod: what it holds and how many of this gateway's requests it works on."""
+    """A pool's pod: what it holds and how many sequences of this gateway's requests it works on."""
 
     def __init__(self, pod: Pod, keys: Callable[[], Keys], engine_port: int, agent_port: int) -> None:
         host = f"[{pod.address}]" if ":" in pod.address else pod.address
@@ -159,9 +159,18 @@ class Residency:
         self._backends.clear()
 
     def pick(
-        self, pool: PoolKey, engine_name: str, *, is_base: bool, excluded: frozenset[str] | set[str] = frozenset()
+        self,
+        pool: PoolKey,
+        engine_name: str,
+        *,
+        is_base: bool,
+        excluded: frozenset[str] | set[str] = frozenset(),
+        weight: int = 1,
     ) -> Backend | None:
-        """The pod that takes the next request for an engine name, or None where no usable pod holds it."""
+        """The pod that takes the next request for an engine name, or None where no usable pod holds it.
+
+        `weight` is the number of sequences of the request.
+        """
         now = self._clock()
         usable = [
             backend
@@ -171,7 +180,7 @@ class Residency:
         trusted = [backend for backend in usable if backend.suspect_until <= now] or usable
         if not trusted:
             return None
-        return trusted[choose([backend.in_flight for backend in trusted])]
+        return trusted[choose([backend.in_flight for backend in trusted], weight)]
 
     def suspect(self, backend: Backend) -> None:
         """The pod did not take a connection: ask it last for a moment."""

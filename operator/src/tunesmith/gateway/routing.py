@@ -28,14 +28,15 @@ def rank(model: str, pods: Iterable[T], identity: Callable[[T], str]) -> tuple[T
     return tuple(sorted(pods, key=weight))
 
 
-def choose(loads: Sequence[int]) -> int:
+def choose(loads: Sequence[int], weight: int = 1) -> int:
     """The index of the pod that takes one more request.
 
     Args:
-        loads: running requests per pod, in the model's order; not empty.
+        loads: running sequences per pod, in the model's order; not empty.
+        weight: sequences of the request.
     """
-    bound = math.ceil(LOAD_FACTOR * (sum(loads) + 1) / len(loads))
+    bound = math.ceil(LOAD_FACTOR * (sum(loads) + weight) / len(loads))
     for index, load in enumerate(loads):
-        if load < bound:
+        if load + weight <= bound:
             return index
     return min(range(len(loads)), key=loads.__getitem__)

@@ -13,12 +13,14 @@ from aiohttp import web
 
 from tunesmith.contracts.agent import AGENT_PORT, ENGINE_PORT, GATEWAY_INTERNAL_PORT, GATEWAY_PORT
 from tunesmith.gateway.catalog import Catalog
+from tunesmith.gateway.connections import ClientServer
 from tunesmith.gateway.demand import Demand
 from tunesmith.gateway.feed import Feed
 from tunesmith.gateway.internal import internal_app
 from tunesmith.gateway.keys import KeyTable
+from tunesmith.gateway.limits import Limits
 from tunesmith.gateway.metrics import Metrics
-from tunesmith.gateway.proxy import Limits, Proxy
+from tunesmith.gateway.proxy import Proxy
 from tunesmith.gateway.residency import Residency
 
 if TYPE_CHECKING:
@@ -34,6 +36,10 @@ _IDLE_SECONDS = 3.0
 _CONNECT_SECONDS = 2.0
 _INTERNAL_SHUTDOWN_SECONDS = 0.2
 _BACKLOG = 1024
+_SHUTDOWN_SECONDS = 1.0
+_SOCKET_BUFFER = 128 * 1024
+"""Kernel buffers of one connection count as the container's memory."""
+_READ_BYTES = 32 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +50,9 @@ class Settings:
         namespace: its own, which holds the keys.
         gateway_keys: return the gateway's keys, which all its tokens derive from.
         shared_pool_namespaces: namespaces whose pools' bases may be called by their bare name; empty: its own.
-        limits: what it takes upon itself.
+        limits: bounds of what it accepts.
         linger_seconds: how long it still accepts connections after SIGTERM, until nobody sends new ones.
-        drain_seconds: how long running requests may take after that.
+        drain_seconds: how long running requests may take after that; what is left then ends with an error.
     """
 
     namespace: str
@@ -57,7 +63,7 @@ class Settings:
     port: int = GATEWAY_PORT
     internal_port: int = GATEWAY_INTERNAL_PORT
     linger_seconds: float = 3.0
-    drain_seconds: float = 60.0
+    drain_seconds: float = 600.0
     engine_port: int = ENGINE_PORT
     agent_port: int = AGENT_PORT
 
@@ -74,6 +80,7 @@ class Gateway:
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS),
             cookie_jar=aiohttp.DummyCookieJar(),
             skip_auto_headers=("Accept-Encoding", "User-Agent"),
+            read_bufsize=_READ_BYTES,
         )
         self.demand = Demand()
         self.metrics = Metrics(self.demand)
@@ -95,6 +102,7 @@ class Gateway:
         )
         self.proxy = Proxy(
             session=self._session,
+            gateway_keys=settings.gateway_keys,
             keys=self.keys,
             catalog=self.catalog,
             residency=self.residency,
@@ -103,41 +111,47 @@ class Gateway:
             limits=settings.limits,
             clock=loop.time,
             synced=self.feed.synced,
+            not_ready=self._not_ready,
         )
-        self._clients = web.ServerRunner(
-            web.Server(
-                self.proxy.handle,
-                request_factory=self._request,
-                handler_cancellation=True,
-                access_log=None,
-                keepalive_timeout=75,
-            ),
-            shutdown_timeout=settings.drain_seconds,
+        self._server = ClientServer(
+            self.proxy.handle,
+            settings.limits,
+            now=loop.time,
+            malformed=self.metrics.malformed,
+            request_factory=self._request,
         )
+        self._clients = web.ServerRunner(self._server, shutdown_timeout=_SHUTDOWN_SECONDS)
         self._internal = web.AppRunner(
             internal_app(self.demand, self.metrics, settings.gateway_keys, self._not_ready),
             handler_cancellation=True,
             access_log=None,
             shutdown_timeout=_INTERNAL_SHUTDOWN_SECONDS,
         )
-        self._watching: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:
         await self._clients.setup()
         await self._internal.setup()
         settings = self._settings
         await web.TCPSite(self._internal, settings.host, settings.internal_port).start()
-        await web.TCPSite(self._clients, settings.host, settings.port, backlog=_BACKLOG).start()
-        self._watching = asyncio.create_task(self.feed.run(), name="watches")
+        await web.SockSite(self._clients, _listening(settings.host, settings.port), backlog=_BACKLOG).start()
+        self._tasks = [
+            asyncio.create_task(self.feed.run(), name="watches"),
+            asyncio.create_task(self._server.sweep(), name="connections"),
+        ]
         return self
 
     async def __aexit__(self, *_: object) -> None:
         # The order matters: running requests still need the pods' states, the operator still needs the demand.
+        for site in list(self._clients.sites):
+            await site.stop()
+        self._server.pre_shutdown()
+        await self.proxy.drain(self._settings.drain_seconds)
         await self._clients.cleanup()
         await self._internal.cleanup()
-        if self._watching is not None:
-            self._watching.cancel()
-            await asyncio.gather(self._watching, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.residency.close()
         await self._session.close()
 
@@ -178,8 +192,21 @@ class Gateway:
             writer,  # type: ignore[arg-type]
             task,
             asyncio.get_running_loop(),
-            client_max_size=self._settings.limits.body_bytes,
         )
+
+
+def _listening(host: str | None, port: int) -> socket.socket:
+    """Return the socket that accepts clients, of both families without a host. Connections inherit its buffers' sizes.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    both = host is None and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both or ":" in (host or "") else socket.AF_INET
+    made = socket.create_server((host or "", port), family=family, backlog=_BACKLOG, dualstack_ipv6=both)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SOCKET_BUFFER)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
+    return made
 
 
 def _socket(address: tuple[object, ...]) -> socket.socket:
@@ -187,6 +214,8 @@ def _socket(address: tuple[object, ...]) -> socket.socket:
     family, type_, protocol = address[0], address[1], address[2]
     made = socket.socket(family, type_, protocol)  # type: ignore[arg-type]
     made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SOCKET_BUFFER)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
     if hasattr(socket, "TCP_KEEPIDLE"):
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5)
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)

@@ -1,0 +1,216 @@
+"""The JSON body of a request. Pure.
+
+A body stays bytes: its members are told apart, the few that the gateway reads are decoded, and `model` and `cache_salt`
+are replaced when it is sent on. What is sent has each member once, as the gateway read it: a member that is given twice
+cannot mean one thing to the gateway and another to the engine.
+"""
+
+from __future__ import annotations
+
+import codecs
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from tunesmith.gateway import errors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+MAX_DEPTH = 64
+MAX_CONTAINERS = 20_000
+"""Most arrays and objects. The engine builds and checks an object for each of them."""
+MAX_VALUES = 500_000
+"""Most values; prompts may be lists of token ids."""
+MAX_MEMBERS = 256
+_PLAIN = bytes(set(range(256)) - set(b'"[]{},'))
+_UTF8_PIECE = 64 * 1024
+_PIECE = 64 * 1024
+_REPLACED = frozenset({"model", "cache_salt"})
+_MEMBERS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_ELEMENTS = msgspec.json.Decoder(list[msgspec.Raw])
+_VALUE = msgspec.json.Decoder()
+_WHITESPACE = b" \t\r\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """What a request asks for.
+
+    Attributes:
+        model: the name that the client gave.
+        stream: True if the answer is a stream of events.
+        sequences: number of sequences that the engine generates at once, choices × prompts.
+        members: the other members, undecoded, by name.
+    """
+
+    model: str
+    stream: bool
+    sequences: int
+    members: Mapping[str, msgspec.Raw]
+
+    def pieces(self, model: str, cache_salt: str) -> list[bytes | memoryview]:
+        """Return the body for the engine, in pieces; those of the client's body are not copied.
+
+        Args:
+            model: the engine's name of the revision that answers.
+            cache_salt: what separates the prefix cache of this key's namespace from others.
+        """
+        head = msgspec.json.encode({"model": model, "cache_salt": cache_salt})[:-1]
+        pieces: list[bytes | memoryview] = [head]
+        for name, raw in self.members.items():
+            pieces.append(b"," + msgspec.json.encode(name) + b":")
+            pieces.append(memoryview(raw))
+        pieces.append(b"}")
+        return pieces
+
+    def without_members(self) -> Body:
+        """Return the same without the bytes of the body, for a request that a pod has accepted."""
+        return replace(self, members={})
+
+
+def socket_pieces(pieces: list[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+    """Yield the same bytes in pieces of a size that suits a socket."""
+    small = bytearray()
+    for piece in pieces:
+        if len(piece) + len(small) <= _PIECE:
+            small += piece
+            continue
+        if small:
+            yield bytes(small)
+            small.clear()
+        view = memoryview(piece)
+        for start in range(0, len(view), _PIECE):
+            yield view[start : start + _PIECE]
+    if small:
+        yield bytes(small)
+
+
+def parse(data: bytes | bytearray, max_sequences: int) -> Body:
+    """Return what a body asks for. Later changes of `data` would change the result.
+
+    Raises:
+        ApiError: the body is not a JSON object that the gateway sends on; the message says why.
+    """
+    members = _members(data)
+    body = Body(
+        model=_model(members),
+        stream=bool(_typed(members, "stream", bool)),
+        sequences=_sequences(members),
+        members={name: raw for name, raw in members.items() if name not in _REPLACED},
+    )
+    if body.sequences > max_sequences:
+        raise errors.too_many_sequences(body.sequences, max_sequences)
+    return body
+
+
+def _members(data: bytes | bytearray) -> dict[str, msgspec.Raw]:
+    _check_structure(data)
+    _check_utf8(data)
+    if data.lstrip(_WHITESPACE)[:1] != b"{":
+        # Also a body that is no JSON at all; the decoder tells.
+        try:
+            _VALUE.decode(data)
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise errors.body_not_json(_reason(error)) from None
+        raise errors.body_not_an_object()
+    try:
+        members = _MEMBERS.decode(data)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise errors.body_not_json(_reason(error)) from None
+    if len(members) > MAX_MEMBERS:
+        raise errors.body_too_complex(f"it has {len(members)} members, more than {MAX_MEMBERS}")
+    return members
+
+
+def _reason(error: Exception) -> str:
+    return str(error).removeprefix("JSON is malformed: ") or "it cannot be parsed"
+
+
+def _check_structure(data: bytes | bytearray) -> None:
+    """Refuse bodies whose tree would be deep or many times as large as the body."""
+    if data.count(b",") + data.count(b"[") + data.count(b"{") <= MAX_DEPTH:
+        return
+    # What is left are brackets and commas, and the quotes around those that are part of strings.
+    skeleton = data.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _PLAIN)
+    if skeleton.count(b'"') > 2 * MAX_VALUES:
+        raise errors.body_too_complex(f"it has more than {MAX_VALUES} strings")
+    outside = b"".join(skeleton.split(b'"')[::2])
+    brackets = outside.translate(None, b",")
+    if len(outside) - len(brackets) > MAX_VALUES:
+        raise errors.body_too_complex(f"it has more than {MAX_VALUES} values")
+    if len(brackets) > 2 * MAX_CONTAINERS:
+        raise errors.body_too_complex(f"it has more than {MAX_CONTAINERS} arrays and objects")
+    depth = 0
+    for bracket in brackets:
+        depth += 1 if bracket in b"[{" else -1
+        if depth > MAX_DEPTH:
+            raise errors.body_too_complex(f"it is nested more than {MAX_DEPTH} deep")
+
+
+def _check_utf8(data: bytes | bytearray) -> None:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    view = memoryview(data)
+    try:
+        for start in range(0, len(view), _UTF8_PIECE):
+            decoder.decode(view[start : start + _UTF8_PIECE])
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        raise errors.body_not_json("it is not UTF-8") from None
+
+
+def _value(members: Mapping[str, msgspec.Raw], name: str) -> Any:  # noqa: ANN401 - any JSON value
+    raw = members.get(name)
+    if raw is None:
+        return None
+    try:
+        return _VALUE.decode(raw)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise errors.body_not_json(_reason(error)) from None
+
+
+def _typed(members: Mapping[str, msgspec.Raw], name: str, type_: type) -> Any:  # noqa: ANN401 - of the given type
+    """Return a member of this type, or None. Its text says the type, so a member of another one is not decoded."""
+    raw = members.get(name)
+    if raw is None:
+        return None
+    text = bytes(memoryview(raw)[:5])
+    if text == b"null":
+        return None
+    expected = {bool: text in {b"true", b"false"}, int: text[:1].isdigit() or text[:1] == b"-", str: text[:1] == b'"'}
+    if not expected[type_]:
+        raise errors.wrong_type(name, type_)
+    value = _value(members, name)
+    if type(value) is not type_:
+        raise errors.wrong_type(name, type_)
+    return value
+
+
+def _model(members: Mapping[str, msgspec.Raw]) -> str:
+    name: str | None = _typed(members, "model", str)
+    if not name:
+        raise errors.missing_model()
+    return name
+
+
+def _sequences(members: Mapping[str, msgspec.Raw]) -> int:
+    """Return choices × prompts. A beam search of vLLM keeps `n` beams for each prompt."""
+    _typed(members, "use_beam_search", bool)
+    choices = max(1, _typed(members, "n", int) or 1, _typed(members, "best_of", int) or 1)
+    prompts = _count(members, "prompt") + _count(members, "prompt_embeds")
+    return choices * max(1, prompts)
+
+
+def _count(members: Mapping[str, msgspec.Raw], name: str) -> int:
+    """Return the number of prompts of a member: an array of strings or arrays has several, one of numbers is one."""
+    raw = members.get(name)
+    if raw is None or bytes(memoryview(raw)[:4]) == b"null":
+        return 0
+    text = bytes(memoryview(raw)[:1024])
+    if not text.startswith(b"["):
+        return 1
+    first = text[1:].lstrip(_WHITESPACE)[:1]
+    if first and (first.isdigit() or first == b"-"):
+        return 1
+    return len(_ELEMENTS.decode(raw))

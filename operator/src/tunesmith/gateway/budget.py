@@ -1,0 +1,80 @@
+"""The budget over all bytes in flight: bodies while they are read, held and forwarded, and pieces of answers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Self
+
+from tunesmith.gateway import errors
+
+if TYPE_CHECKING:
+    from tunesmith.gateway.limits import Limits
+
+
+class Budget:
+    """Bytes in flight, in all and by key.
+
+    Args:
+        limits: the bounds, `in_flight_bytes` and `in_flight_bytes_per_key`.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._total = limits.in_flight_bytes
+        self._per_key = limits.in_flight_bytes_per_key
+        self.used = 0
+        self._by_key: Counter[str] = Counter()
+
+    def share(self, key: str) -> Share:
+        """Return the share of one request, empty; `key` is the name of its API key."""
+        return Share(self, key)
+
+    def take(self, key: str, count: int) -> None:
+        """Count bytes.
+
+        Raises:
+            ApiError: 503 above the whole budget, 429 above the key's part of it. A 429 reaches the one who causes it
+                as a rate limit; proxies take several 503 as a broken gateway.
+        """
+        if self._by_key[key] + count > self._per_key:
+            raise errors.key_over_budget(self._per_key)
+        if self.used + count > self._total:
+            raise errors.over_budget()
+        self.used += count
+        self._by_key[key] += count
+
+    def give(self, key: str, count: int) -> None:
+        """Return bytes that were taken."""
+        self.used -= count
+        self._by_key[key] -= count
+        if not self._by_key[key]:
+            del self._by_key[key]
+
+
+class Share:
+    """Bytes of one request; the end of the block returns them."""
+
+    def __init__(self, budget: Budget, key: str) -> None:
+        self._budget = budget
+        self._key = key
+        self._count = 0
+
+    def grow(self, count: int) -> None:
+        """Take more bytes.
+
+        Raises:
+            ApiError: the budget is used up.
+        """
+        self._budget.take(self._key, count)
+        self._count += count
+
+    def shrink_to(self, count: int) -> None:
+        """Return all but `count` bytes."""
+        if count < self._count:
+            self._budget.give(self._key, self._count - count)
+            self._count = count
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shrink_to(0)

@@ -1,0 +1,244 @@
+"""The clients' connections: how many, how long without a request, and what a request that is not HTTP is answered.
+
+aiohttp's server waits for a header as long as for the next request, keeps any number of connections, and logs the
+bytes that it cannot parse, which may hold a key.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import secrets
+from collections import Counter
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, cast
+
+from aiohttp import web
+from aiohttp.http_exceptions import LineTooLong
+from aiohttp.web_protocol import RequestHandler
+
+from tunesmith.gateway import errors
+from tunesmith.gateway.faults import described
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from aiohttp.streams import StreamReader
+
+    from tunesmith.gateway.limits import Limits
+
+LOG = logging.getLogger(__name__)
+
+MAX_AHEAD_BYTES = 64 * 1024
+"""Bytes that a client may send ahead of the answer to its request; above, the connection closes after that answer."""
+_READ_BYTES = 32 * 1024
+_LINGERING_SECONDS = 5.0
+_SWEEP_SECONDS = 1.0
+_IPV6_SITE = 64
+"""Length of the prefix of an IPv6 address that belongs to one client."""
+
+
+def client_site(peer: object) -> str:
+    """Return what counts as one client address: an IPv4 address, or the /64 of an IPv6 one."""
+    host = str(peer[0]) if isinstance(peer, tuple) and peer else ""
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return host
+    if isinstance(address, ipaddress.IPv4Address):
+        return host
+    if address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    return str(ipaddress.ip_network((address, _IPV6_SITE), strict=False))
+
+
+class Connection(RequestHandler):
+    """One connection of a client."""
+
+    __slots__ = ("_ahead", "_clients", "body", "header_started", "served", "since", "site", "working")
+
+    def __init__(self, clients: ClientServer, **settings: Any) -> None:  # noqa: ANN401 - aiohttp's
+        super().__init__(clients, **settings)
+        self._clients = clients
+        self._ahead = 0
+        self.site = ""
+        self.since = 0.0
+        """Time since when the connection waits for a request."""
+        self.header_started = False
+        self.served = False
+        self.working = False
+        self.body: StreamReader | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin to serve, or refuse the connection where there are too many."""
+        self.since = self._clients.now()
+        self.site = client_site(transport.get_extra_info("peername"))
+        if not self._clients.admit(self):
+            transport.write(_REFUSAL)  # type: ignore[attr-defined]
+            transport.close()
+            return
+        super().connection_made(transport)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Forget the connection."""
+        self._clients.forget(self)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what arrived. What comes ahead of an answer is bounded, since it has to be kept."""
+        if self.working:
+            if self.body is not None and self.body.is_eof():
+                self._ahead += len(data)
+                if self._ahead > MAX_AHEAD_BYTES:
+                    self.close()
+                    return
+        elif data and not self.header_started:
+            self.header_started, self.since = True, self._clients.now()
+        super().data_received(data)
+
+    def begin(self, request: web.BaseRequest) -> None:
+        """A request begins."""
+        self.working, self.served, self.body, self._ahead = True, True, request.content, 0
+
+    def finish(self) -> None:
+        """Its answer is complete, or all of it is on its way."""
+        self.working, self.header_started, self.body = False, False, None
+        self.since = self._clients.now()
+
+    def overdue(self, now: float, limits: Limits) -> bool:
+        """Return True if the connection waited too long for a request."""
+        if self.working:
+            return False
+        first_or_partial = self.header_started or not self.served
+        return now - self.since > (limits.header_seconds if first_or_partial else limits.idle_seconds)
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,  # noqa: ARG002 - it repeats what was sent
+    ) -> web.StreamResponse:
+        """Answer what is not HTTP, and faults of this process, in OpenAI's schema and without what was sent."""
+        if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            LOG.error("the answer to a request failed: %s", described(exc))
+            error = errors.internal()
+        else:
+            LOG.debug("a request is not valid HTTP: %s", type(exc).__name__)
+            self._clients.malformed()
+            error = errors.header_too_large() if isinstance(exc, LineTooLong) else errors.malformed_request()
+        if request.writer.output_size > 0:
+            raise ConnectionError("a part of another answer was sent already")
+        response = answer(error, secrets.token_hex(8))
+        response.force_close()
+        return response
+
+    def log_exception(self, *_: Any, **named: Any) -> None:  # noqa: ANN401 - as aiohttp calls it
+        """Log the kind and the place of a fault, without its text, which may hold what a client sent."""
+        LOG.error("a connection failed: %s", described(named.get("exc_info")))
+
+
+class ClientServer(web.Server):
+    """The server of the clients' port.
+
+    Args:
+        handler: answers one request.
+        limits: number of connections, and times.
+        now: monotonic seconds.
+        malformed: called for each request that is not HTTP.
+        request_factory: makes the request objects.
+    """
+
+    def __init__(
+        self,
+        handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]],
+        limits: Limits,
+        *,
+        now: Callable[[], float],
+        malformed: Callable[[], None],
+        request_factory: Callable[..., web.BaseRequest],
+    ) -> None:
+        super().__init__(self._handle, request_factory=request_factory, handler_cancellation=True)
+        self._handler = handler
+        self._limits = limits
+        self._open: dict[Connection, None] = {}
+        self._sites: Counter[str] = Counter()
+        self.now = now
+        self.malformed = malformed
+
+    def __call__(self) -> Connection:
+        """Return the protocol of a new connection."""
+        return Connection(
+            self,
+            loop=self._loop,
+            access_log=None,
+            keepalive_timeout=self._limits.idle_seconds + 2 * _SWEEP_SECONDS,
+            read_bufsize=_READ_BYTES,
+            lingering_time=_LINGERING_SECONDS,
+        )
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        connection = cast("Connection", request.protocol)
+        connection.begin(request)
+        try:
+            return await self._handler(request)
+        finally:
+            connection.finish()
+
+    def admit(self, connection: Connection) -> bool:
+        """Count a connection; False if there are too many. One that waits for a request gives way to a new one."""
+        if self._sites[connection.site] >= self._limits.connections_per_address:
+            idle = next((other for other in self._open if not other.working and other.site == connection.site), None)
+        elif len(self._open) >= self._limits.connections:
+            idle = next((other for other in self._open if not other.working), None)
+        else:
+            idle = connection
+        if idle is None:
+            return False
+        if idle is not connection:
+            self.forget(idle)
+            idle.force_close()
+        self._open[connection] = None
+        self._sites[connection.site] += 1
+        return True
+
+    def forget(self, connection: Connection) -> None:
+        """Count a connection no longer."""
+        if connection not in self._open:
+            return
+        del self._open[connection]
+        self._sites[connection.site] -= 1
+        if not self._sites[connection.site]:
+            del self._sites[connection.site]
+
+    async def sweep(self) -> None:
+        """Close connections that wait too long for a request, until cancelled."""
+        while True:
+            await asyncio.sleep(_SWEEP_SECONDS)
+            now = self.now()
+            for connection in [other for other in self._open if other.overdue(now, self._limits)]:
+                connection.force_close()
+
+
+def answer(error: errors.ApiError, request_id: str) -> web.Response:
+    """Return the answer that reports an error."""
+    return web.Response(
+        status=error.status,
+        body=error.body(),
+        content_type="application/json",
+        headers=error.headers | {"X-Request-Id": request_id},
+    )
+
+
+def _refusal() -> bytes:
+    error = errors.too_many_connections()
+    body = error.body()
+    head = (
+        f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\nRetry-After: {error.headers['Retry-After']}\r\nConnection: close\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+_REFUSAL = _refusal()

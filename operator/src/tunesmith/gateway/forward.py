@@ -1,0 +1,278 @@
+"""One attempt to have a pod answer a request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+
+import aiohttp
+from aiohttp import web
+
+from tunesmith.gateway import errors, events
+from tunesmith.gateway.body import socket_pieces
+from tunesmith.gateway.reply import EventReply, finish, prepare, write
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Coroutine
+
+    from tunesmith.gateway.demand import Demand
+    from tunesmith.gateway.limits import Limits
+    from tunesmith.gateway.metrics import Metrics
+    from tunesmith.gateway.request import Call
+    from tunesmith.gateway.residency import Backend, Residency
+
+LOG = logging.getLogger(__name__)
+
+NOT_STARTED_HEADER = "x-tunesmith-not-started"
+OTHER_TOKEN = "other_token"  # noqa: S105 - a label in metrics
+"""While the installation's key is rotated: the pod accepts another of the gateway's tokens, it is tried at once."""
+ANSWER_BYTES = 64 * 1024
+"""Bytes of the budget that a running answer counts for: its pieces on their way to the client."""
+_JSON = "application/json"
+_EVENT_STREAM = "text/event-stream"
+_MAX_RETRY_AFTER_DIGITS = 6
+
+
+class NotStartedError(Exception):
+    """The pod did not accept the request, so another one may be asked; `reason` is a label in metrics."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Forwarder:
+    """Sends requests to pods and passes their answers on.
+
+    Args:
+        session: makes the requests to engines.
+        closing: True once the process is about to end: answers ask their clients to close the connection.
+    """
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        residency: Residency,
+        demand: Demand,
+        metrics: Metrics,
+        limits: Limits,
+        *,
+        clock: Callable[[], float],
+        closing: Callable[[], bool],
+    ) -> None:
+        self._session = session
+        self._residency = residency
+        self._demand = demand
+        self._metrics = metrics
+        self._limits = limits
+        self._clock = clock
+        self._closing = closing
+
+    async def forward(self, call: Call, backend: Backend, engine_name: str) -> web.StreamResponse:
+        """Send the request to a pod and its answer to the client.
+
+        Raises:
+            NotStartedError: the pod did not accept it.
+            ApiError: the pod accepted it and failed.
+            ClientLeftError: the client left.
+        """
+        backend.in_flight += call.sequences
+        self._demand.add_running(call.model.id, call.sequences)
+        upstream: aiohttp.ClientResponse | None = None
+        try:
+            token = backend.serving_tokens.current
+            upstream = await self._accepted(call, self._post(call, backend, engine_name, token))
+            if upstream.status == HTTPStatus.UNAUTHORIZED and backend.serving_tokens.refused(token):
+                raise NotStartedError(OTHER_TOKEN)
+            await _raise_not_started(upstream)
+            call.started = True
+            call.body = call.body.without_members()
+            call.share.shrink_to(ANSWER_BYTES)
+            return await self._pass_on(call, upstream, engine_name)
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            self._residency.suspect(backend)
+            raise NotStartedError("connect") from error
+        except (aiohttp.ClientError, OSError) as error:
+            # The kind only: a text could repeat what the engine sent.
+            LOG.warning("request %s: pod %s: %s", call.request_id, backend.pod.name, type(error).__name__)
+            self._residency.suspect(backend)
+            call.started = True
+            raise errors.engine_failed(call.model.id) from error
+        except events.WrongModelError:
+            LOG.error("request %s: pod %s answered as another model", call.request_id, backend.pod.name)  # noqa: TRY400
+            raise errors.wrong_model(call.model.id) from None
+        finally:
+            backend.in_flight -= call.sequences
+            self._demand.add_running(call.model.id, -call.sequences)
+            if upstream is not None:
+                # An answer that was not read to its end is cut off: the engine then stops generating.
+                upstream.close()
+
+    def _post(
+        self, call: Call, backend: Backend, engine_name: str, token: str
+    ) -> Coroutine[None, None, aiohttp.ClientResponse]:
+        pieces = list(socket_pieces(call.body.pieces(engine_name, call.cache_salt)))
+        size = sum(len(piece) for piece in pieces)
+        headers = {
+            "Authorization": f"Bearer {token}",
+            "Content-Type": _JSON,
+            "Content-Length": str(size),
+            "X-Request-Id": call.request_id,
+        }
+        return self._session.post(
+            backend.url(call.request.rel_url.path),
+            data=bytes(pieces[0]) if len(pieces) == 1 else _sent(pieces),
+            headers=headers,
+            allow_redirects=False,
+        )
+
+    async def _accepted(
+        self, call: Call, post: Coroutine[None, None, aiohttp.ClientResponse]
+    ) -> aiohttp.ClientResponse:
+        """Wait for the head of the pod's answer, with comments to a client that waits for a stream."""
+        seconds = self._limits.silence_seconds if call.body.stream else self._limits.answer_seconds
+        deadline = self._clock() + seconds
+        task = asyncio.ensure_future(post)
+        try:
+            while not task.done():
+                left = deadline - self._clock()
+                if left <= 0:
+                    call.started = True
+                    raise errors.engine_silent(call.model.id, seconds)  # noqa: TRY301 - the handler closes what came late
+                if call.events is not None:
+                    await call.events.comment_if_due()
+                    left = min(left, call.events.until_comment())
+                await asyncio.wait({task}, timeout=left)
+            return task.result()
+        except BaseException:
+            if not task.cancel() and not task.cancelled() and task.exception() is None:
+                task.result().close()
+            raise
+
+    async def _pass_on(self, call: Call, upstream: aiohttp.ClientResponse, engine_name: str) -> web.StreamResponse:
+        if upstream.status != HTTPStatus.OK:
+            raise await self._error(call, upstream)
+        if upstream.content_type == _EVENT_STREAM:
+            return await self._stream(call, upstream, engine_name)
+        if call.events is not None and call.events.response is not None:
+            raise errors.engine_error(call.model.id, upstream.status)
+        return await self._whole(call, upstream, engine_name)
+
+    async def _error(self, call: Call, upstream: aiohttp.ClientResponse) -> errors.ApiError:
+        """Return the engine's error for the client."""
+        data = await self._start(call, upstream)
+        if upstream.status < HTTPStatus.BAD_REQUEST or len(data) > events.MAX_HELD or not events.is_error(data):
+            return errors.engine_error(call.model.id, upstream.status)
+        headers = {}
+        retry_after = upstream.headers.get("Retry-After", "")
+        if retry_after.isdecimal() and retry_after.isascii() and len(retry_after) <= _MAX_RETRY_AFTER_DIGITS:
+            headers["Retry-After"] = retry_after
+        should_retry = upstream.headers.get("x-should-retry", "")
+        if should_retry in {"true", "false"}:
+            headers["x-should-retry"] = should_retry
+        elif upstream.status >= HTTPStatus.INTERNAL_SERVER_ERROR and upstream.status != HTTPStatus.SERVICE_UNAVAILABLE:
+            headers["x-should-retry"] = "false"
+        self._metrics.first_byte(call.model.id, self._clock() - call.arrived)
+        return errors.RelayedError(upstream.status, data, headers)
+
+    async def _start(self, call: Call, upstream: aiohttp.ClientResponse) -> bytes:
+        """Return the whole body if it is small, otherwise its first `MAX_HELD` bytes or more."""
+        start = bytearray()
+        while len(start) <= events.MAX_HELD and (chunk := await self._read(call, upstream)):
+            start += chunk
+        return bytes(start)
+
+    async def _read(self, call: Call, upstream: aiohttp.ClientResponse) -> bytes:
+        """Return the next bytes of the pod's answer, empty at its end."""
+        try:
+            async with asyncio.timeout(self._limits.silence_seconds):
+                return await upstream.content.readany()
+        except TimeoutError:
+            raise errors.engine_silent(call.model.id, self._limits.silence_seconds) from None
+
+    async def _whole(self, call: Call, upstream: aiohttp.ClientResponse, engine_name: str) -> web.StreamResponse:
+        """Pass an answer on that is not a stream; a large one in pieces, once its start shows the right model."""
+        start = await self._start(call, upstream)
+        small = len(start) <= events.MAX_HELD
+        if not events.names_model(start, engine_name, complete=small):
+            raise events.WrongModelError
+        self._metrics.first_byte(call.model.id, self._clock() - call.arrived)
+        headers = {"Content-Type": _JSON, "X-Request-Id": call.request_id}
+        if small:
+            return web.Response(body=start, headers=headers)
+        response = web.StreamResponse(headers=headers)
+        if self._closing():
+            response.force_close()
+        length = upstream.headers.get("Content-Length", "")
+        if length.isdecimal() and "Content-Encoding" not in upstream.headers:
+            response.content_length = int(length)
+        try:
+            await prepare(call.request, response)
+            piece = start
+            while piece:
+                await write(call.request, response, piece, self._limits)
+                piece = await self._read(call, upstream)
+            await finish(call.request, response, self._limits)
+        except BaseException:
+            # The status is sent, and JSON has no place for an error: the client sees that the answer is incomplete.
+            if call.request.transport is not None:
+                call.request.transport.abort()
+            raise
+        return response
+
+    async def _stream(self, call: Call, upstream: aiohttp.ClientResponse, engine_name: str) -> web.StreamResponse:
+        """Pass server-sent events on as they come, once the first one shows the right model."""
+        reply = call.events = call.events or EventReply(
+            call.request, call.request_id, self._limits, clock=self._clock, closing=self._closing
+        )
+        await reply.begin()
+        stream = events.EventStream(engine_name)
+        first = True
+        while chunk := await self._next(call, reply, upstream):
+            ready = stream.feed(chunk)
+            await reply.write(ready)
+            reply.between_events = stream.between_events
+            if first and stream.named:
+                first = False
+                self._metrics.first_byte(call.model.id, self._clock() - call.arrived)
+        await reply.write(stream.end())
+        return await reply.finish()
+
+    async def _next(self, call: Call, reply: EventReply, upstream: aiohttp.ClientResponse) -> bytes:
+        """Return the next bytes of a stream, empty at its end, with comments to the client meanwhile."""
+        deadline = self._clock() + self._limits.silence_seconds
+        while True:
+            left = deadline - self._clock()
+            if left <= 0:
+                raise errors.engine_silent(call.model.id, self._limits.silence_seconds)
+            await reply.comment_if_due()
+            try:
+                async with asyncio.timeout(min(left, reply.until_comment())):
+                    return await upstream.content.readany()
+            except TimeoutError:
+                continue
+
+
+async def _sent(pieces: list[bytes | memoryview]) -> AsyncIterator[bytes | memoryview]:
+    for piece in pieces:
+        yield piece
+
+
+async def _raise_not_started(upstream: aiohttp.ClientResponse) -> None:
+    """Raise for answers that say that the engine did not begin.
+
+    A 404 is the engine's for a model it does not hold (unloaded, or restarted and empty): never another model's answer.
+    401 and 403 are the pod's refusal of the gateway, not of the client.
+
+    Raises:
+        NotStartedError: with the reason.
+    """
+    status = upstream.status
+    if status == HTTPStatus.SERVICE_UNAVAILABLE and upstream.headers.get(NOT_STARTED_HEADER) == "true":
+        raise NotStartedError("draining")
+    if status == HTTPStatus.NOT_FOUND:
+        raise NotStartedError("not_resident")
+    if status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
+        raise NotStartedError("token_refused")

@@ -1,0 +1,162 @@
+"""The answer to a client: a stream of events that stays alive while the engine is silent, or a passed-through body."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from tunesmith.gateway.events import COMMENT, EVENT_END
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from tunesmith.gateway.errors import ApiError
+    from tunesmith.gateway.limits import Limits
+
+
+class ClientLeftError(Exception):
+    """The client closed its connection, or does not read, while the answer was written."""
+
+
+async def prepare(request: web.BaseRequest, response: web.StreamResponse) -> None:
+    """Send the head of an answer.
+
+    Raises:
+        ClientLeftError: the client left.
+    """
+    try:
+        await response.prepare(request)
+    except ConnectionError:
+        raise ClientLeftError from None
+
+
+async def write(request: web.BaseRequest, response: web.StreamResponse, data: bytes, limits: Limits) -> None:
+    """Write a piece of an answer.
+
+    Raises:
+        ClientLeftError: the client left, or read nothing for `limits.write_seconds`.
+    """
+    await _within(request, response.write(data), limits.write_seconds)
+
+
+async def finish(request: web.BaseRequest, response: web.StreamResponse, limits: Limits) -> None:
+    """Complete an answer.
+
+    Raises:
+        ClientLeftError: as `write`.
+    """
+    await _within(request, response.write_eof(), limits.write_seconds)
+
+
+async def _within(request: web.BaseRequest, writing: Awaitable[None], seconds: float) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            await writing
+    except ConnectionError:
+        raise ClientLeftError from None
+    except TimeoutError:
+        if request.transport is not None:
+            request.transport.abort()
+        raise ClientLeftError from None
+
+
+class EventReply:
+    """A stream of server-sent events to one client.
+
+    Its head is sent when a pod accepts the request, or after `limits.comment_seconds` of waiting: proxies close
+    connections that stay silent. From then on the status is 200, and an error is an event, on which OpenAI's clients
+    raise.
+
+    Args:
+        request: the client's request.
+        request_id: the id in the head.
+        closing: True if the connection should not be used again.
+    """
+
+    def __init__(
+        self,
+        request: web.BaseRequest,
+        request_id: str,
+        limits: Limits,
+        *,
+        clock: Callable[[], float],
+        closing: Callable[[], bool],
+    ) -> None:
+        self._request = request
+        self._request_id = request_id
+        self._limits = limits
+        self._clock = clock
+        self._closing = closing
+        self._last = clock()
+        self.between_events = True
+        self.response: web.StreamResponse | None = None
+
+    async def begin(self) -> web.StreamResponse:
+        """Send the head, once.
+
+        Raises:
+            ClientLeftError: the client left.
+        """
+        if self.response is None:
+            response = web.StreamResponse(
+                headers={
+                    "Content-Type": "text/event-stream; charset=utf-8",
+                    "Cache-Control": "no-cache",
+                    "X-Accel-Buffering": "no",
+                    "X-Request-Id": self._request_id,
+                }
+            )
+            if self._closing():
+                response.force_close()
+            await prepare(self._request, response)
+            self.response = response
+        return self.response
+
+    async def write(self, data: bytes) -> None:
+        """Send bytes of events.
+
+        Raises:
+            ClientLeftError: as `write`.
+        """
+        response = await self.begin()
+        if data:
+            self._last = self._clock()
+            await write(self._request, response, data, self._limits)
+
+    def until_comment(self) -> float:
+        """Return the seconds until a comment is due."""
+        return max(0.0, self._last + self._limits.comment_seconds - self._clock())
+
+    async def comment_if_due(self) -> None:
+        """Send a comment if nothing was sent for long, and no event is incomplete.
+
+        Raises:
+            ClientLeftError: as `write`.
+        """
+        if self.until_comment():
+            return
+        if self.between_events:
+            await self.write(COMMENT)
+        self._last = self._clock()
+
+    async def fail(self, error: ApiError) -> web.StreamResponse:
+        """End the stream with an event that reports an error.
+
+        Raises:
+            ClientLeftError: as `write`.
+        """
+        start = b"" if self.between_events else EVENT_END
+        await self.write(start + b"data: " + error.body() + EVENT_END)
+        return await self.finish()
+
+    async def finish(self) -> web.StreamResponse:
+        """Complete the stream.
+
+        Raises:
+            ClientLeftError: as `write`.
+        """
+        response = await self.begin()
+        await finish(self._request, response, self._limits)
+        return response

@@ -1,0 +1,130 @@
+"""A client's request before it is forwarded: its id, its key and its body."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import re
+import secrets
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.web_protocol import RequestPayloadError
+
+from tunesmith.gateway import errors
+
+if TYPE_CHECKING:
+    from tunesmith.contracts.apikey import ApiKey
+    from tunesmith.gateway.body import Body
+    from tunesmith.gateway.budget import Share
+    from tunesmith.gateway.catalog import Model
+    from tunesmith.gateway.keys import KeyTable
+    from tunesmith.gateway.limits import Limits
+    from tunesmith.gateway.reply import EventReply
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,64}")
+_KEY_MARK = "sk-"
+_ENCODINGS = frozenset({"", "identity", "gzip", "deflate"})
+
+
+@dataclass(slots=True)
+class Call:
+    """A request that asks a model.
+
+    Attributes:
+        body: what it asks for; its bytes are released once a pod accepted it.
+        share: its bytes in the budget.
+        sequences: how many sequences it occupies in an engine.
+        events: the stream to the client, if it asked for one.
+        started: True once it was sent to a pod that did not refuse it.
+    """
+
+    request: web.BaseRequest
+    request_id: str
+    key: ApiKey
+    model: Model
+    body: Body
+    share: Share
+    sequences: int
+    cache_salt: str
+    events: EventReply | None
+    arrived: float
+    started: bool = False
+
+
+def request_id(request: web.BaseRequest) -> str:
+    """Return the client's id of the request if it fits into a log line and a header, otherwise a new one."""
+    given = request.headers.get("X-Request-Id", "")
+    if _REQUEST_ID.fullmatch(given) and _KEY_MARK not in given:
+        return given
+    return secrets.token_hex(8)
+
+
+def presented_key(request: web.BaseRequest, keys: KeyTable) -> ApiKey | None:
+    """Return the API key of a request, or None if it is not valid.
+
+    Raises:
+        ApiError: there is none.
+    """
+    scheme, _, presented = request.headers.get("Authorization", "").partition(" ")
+    presented = presented.strip()
+    if scheme.lower() != "bearer" or not presented:
+        raise errors.missing_key()
+    return keys.find(presented)
+
+
+def require(request: web.BaseRequest, *methods: str) -> None:
+    """Refuse other methods.
+
+    Raises:
+        ApiError: 405.
+    """
+    if request.method not in methods:
+        raise errors.method_not_allowed(request.method, request.rel_url.path, ", ".join(methods))
+
+
+async def read_body(request: web.BaseRequest, share: Share, limits: Limits) -> bytearray:
+    """Return the body of a request, decompressed. Its bytes count in the budget as they arrive.
+
+    Raises:
+        ApiError: too large, too slow, or not valid.
+        ConnectionError: the client left.
+    """
+    if request.headers.get("Content-Encoding", "").strip().lower() not in _ENCODINGS:
+        raise errors.unsupported_encoding()
+    if (request.content_length or 0) > limits.body_bytes:
+        raise errors.body_too_large(limits.body_bytes)
+    expectation = request.headers.get("Expect", "").lower()
+    if expectation == "100-continue":
+        await _continue(request)
+    elif expectation:
+        raise errors.unknown_expectation()
+    body = bytearray()
+    try:
+        async with asyncio.timeout(limits.body_seconds):
+            while chunk := await request.content.readany():
+                if len(body) + len(chunk) > limits.body_bytes:
+                    raise errors.body_too_large(limits.body_bytes)
+                share.grow(len(chunk))
+                body += chunk
+    except TimeoutError:
+        raise errors.body_too_slow(limits.body_seconds) from None
+    except (HttpProcessingError, RequestPayloadError, web.HTTPException):
+        raise errors.body_unreadable() from None
+    return body
+
+
+async def _continue(request: web.BaseRequest) -> None:
+    """Ask for the body: curl, above 1 MiB, and others wait for this before they send it."""
+    await request.writer.write(b"HTTP/1.1 %d Continue\r\n\r\n" % HTTPStatus.CONTINUE)
+    # The interim answer does not count as the answer's first bytes.
+    request.writer.output_size = 0
+
+
+def cache_salt(gateway_key: bytes, namespace: str) -> str:
+    """Return the salt of a namespace's part of the prefix cache: other namespaces cannot guess it."""
+    return hmac.new(gateway_key, f"cache-salt/{namespace}".encode(), hashlib.sha256).hexdigest()
