@@ -351,7 +351,7 @@ class TestProgress:
         "body", [b"", b"<html>", b"[]", b'{"step": -1}', b'{"stage": "Sleeping"}', b" " * (PROGRESS_MAX_BYTES + 1)]
     )
     def test_what_is_no_progress_is_an_error(self, body: bytes) -> None:
-        with pytest.raises(ValueError, match=r"progress|validation error"):
+        with pytest.raises(ValueError, match=r"progress|validation error|is not JSON"):
             parse_progress(body)
 
 

@@ -122,10 +122,29 @@ def test_progress_is_told_every_10_seconds_and_at_each_stage(
         attempts={1: kube_job("1", pod(running=True))},
         progress=ProgressStatus.model_validate(stamped(sample)),
     )
-    status = plan(observation, STORE).status
+    status = plan(replace(observation, now=NOW + timedelta(seconds=10)), STORE).status
     assert status.progress is not None, name
     assert status.progress.step == step
     assert "NaN" not in json.dumps(status.manifest())
+
+
+def test_time_passes_as_it_does_for_the_operator() -> None:
+    """A pod that says it is 2020, then 2099, then 2020 again gets no GPU seconds by that, and blocks nothing."""
+    current = job(validated(attempt(1)), resources={"gpus": 1})
+    attempts = {1: kube_job("1", pod(started=NOW, running=True))}
+    found = []
+    for seconds, said in ((10, "2020"), (20, "2099"), (30, "2020"), (40, "2099"), (50, "0001")):
+        sample = ProgressStatus.model_validate({"step": seconds, "updateTime": f"{said}-01-01T00:00:00+14:00"})
+        now = NOW + timedelta(seconds=seconds)
+        status = plan(replace(seen(current, attempts=attempts, progress=sample), now=now), STORE).status
+        assert status.progress is not None
+        assert status.progress.update_time is not None
+        assert status.progress.update_time <= now
+        found.append(status.gpu_seconds)
+        current = current.model_copy(update={"status": status})
+    assert found == sorted(found, key=lambda value: value or 0.0)
+    assert found[-1] is not None
+    assert found[-1] <= 50
 
 
 @pytest.mark.parametrize("pause", ["Suspended", "Admitted"])

@@ -7,7 +7,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, AwareDatetime, Field
 
 from tunesmith.api.conditions import Condition, FailureReason
 from tunesmith.api.evaluation import MAX_METRIC, MAX_SCORES
@@ -22,8 +22,16 @@ def _rounded(value: float | None) -> float | None:
     return round(value, 4) if value is not None and math.isfinite(value) else None
 
 
+def _finite(value: float | None) -> float | None:
+    """The value, or None where it has no JSON form."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 LOSS_UNIT = "nats per target token; with another objective than sft its own loss"
 Figure = Annotated[float | None, AfterValidator(_rounded)]
+Finite = Annotated[float | None, AfterValidator(_finite)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
+"""A number of something. A larger one is not exact in every program that reads JSON."""
 
 
 class Stage(StrEnum):
@@ -70,9 +78,9 @@ class Resolved(StatusModel):
     task_folders: list[TaskFolderStatus] | None = Field(
         default=None, max_length=8, description="What lmEval.taskFolder of each suite holds; absent: no suite has one."
     )
-    learning_rate: float | None = Field(default=None, description="Peak learning rate.")
-    batch_size: int | None = Field(default=None, description="Sequences per optimizer step.")
-    micro_batch_size: int | None = Field(default=None, description="Sequences per forward pass.")
+    learning_rate: Finite = Field(default=None, description="Peak learning rate.")
+    batch_size: Count | None = Field(default=None, description="Sequences per optimizer step.")
+    micro_batch_size: Count | None = Field(default=None, description="Sequences per forward pass.")
     gradient_checkpointing: bool | None = Field(
         default=None, description="Whether activations are computed again in the backward pass, which saves memory."
     )
@@ -85,8 +93,8 @@ class Resolved(StatusModel):
     data_parallelism: DataParallelism | None = Field(
         default=None, description="What each of several GPUs holds of the base model; absent with one process."
     )
-    total_steps: int | None = Field(default=None, description="Optimizer steps.")
-    evaluation_every_steps: int | None = Field(
+    total_steps: Count | None = Field(default=None, description="Optimizer steps.")
+    evaluation_every_steps: Count | None = Field(
         default=None, description="Optimizer steps between two looks at the held-out loss while training."
     )
     target_modules: list[ModuleName] | None = Field(
@@ -105,11 +113,11 @@ class Verdict(StrEnum):
 class PeakParts(StatusModel):
     """What the estimated peak memory of a GPU is made of."""
 
-    weights_bytes: int = Field(description="The base model.")
-    trainable_bytes: int = Field(description="Trained parameters, their gradients and the optimizer's state.")
-    activations_bytes: int = Field(description="What the backward pass needs of the forward pass of a micro-batch.")
-    logits_bytes: int = Field(description="Scores over the vocabulary, and the loss.")
-    overhead_bytes: int = Field(description="Context, workspaces and fragmentation.")
+    weights_bytes: Count = Field(description="The base model.")
+    trainable_bytes: Count = Field(description="Trained parameters, their gradients and the optimizer's state.")
+    activations_bytes: Count = Field(description="What the backward pass needs of the forward pass of a micro-batch.")
+    logits_bytes: Count = Field(description="Scores over the vocabulary, and the loss.")
+    overhead_bytes: Count = Field(description="Context, workspaces and fragmentation.")
 
 
 class DropReason(StrEnum):
@@ -130,7 +138,7 @@ class DroppedRows(StatusModel):
         description="Undecodable: no JSON, no UTF-8, or too many or few cells. Null, Empty: nothing where text must "
         "be. Duplicate: was there before. Overlong: more than maxLength tokens. NoTarget: no token of it is learned."
     )
-    rows: int = Field(ge=0, description="How many.")
+    rows: Count = Field(description="How many.")
     examples: list[Annotated[str, Field(max_length=256)]] | None = Field(
         default=None, max_length=3, description="The first of them: file, line and what is wrong."
     )
@@ -172,12 +180,12 @@ class ServableStatus(StatusModel):
 class Preflight(StatusModel):
     """What the CPU stage counted, and whether the run fits into the GPU."""
 
-    rows: int | None = Field(
+    rows: Count | None = Field(
         default=None,
         description="Training rows of an epoch, with the sources' weights; for objective.kto a pair of answers is two.",
     )
-    validation_rows: int | None = Field(default=None, description="Held-out rows.")
-    dropped_rows: int | None = Field(
+    validation_rows: Count | None = Field(default=None, description="Held-out rows.")
+    dropped_rows: Count | None = Field(
         default=None, description="Rows that are not used, of the training and held-out rows; why stands in dropped."
     )
     dropped: list[DroppedRows] | None = Field(
@@ -188,23 +196,23 @@ class Preflight(StatusModel):
         max_length=9,
         description="Rows that are scored and trained on too, which flatters the scores; absent: there are none.",
     )
-    truncated_rows: int | None = Field(
+    truncated_rows: Count | None = Field(
         default=None, description="Rows that lost their end to maxLength; absent: overlong is not Truncate."
     )
-    packed_sequences: int | None = Field(
+    packed_sequences: Count | None = Field(
         default=None, description="Sequences that the training rows are packed into; absent without packing."
     )
-    tokens: int | None = Field(default=None, description="Tokens in the training rows.")
-    target_tokens: int | None = Field(default=None, description="Tokens of those that are learned.")
-    trainable_parameters: int | None = Field(default=None, description="Parameters that are trained.")
+    tokens: Count | None = Field(default=None, description="Tokens in the training rows.")
+    target_tokens: Count | None = Field(default=None, description="Tokens of those that are learned.")
+    trainable_parameters: Count | None = Field(default=None, description="Parameters that are trained.")
     servable: ServableStatus | None = Field(
         default=None, description="Whether vLLM will be able to load the result as it is."
     )
-    estimated_peak_bytes: int | None = Field(
+    estimated_peak_bytes: Count | None = Field(
         default=None, description="Estimated peak memory of the GPU, bytes, within about 15 %; absent without a GPU."
     )
     peak_parts: PeakParts | None = Field(default=None, description="What the estimated peak is made of.")
-    gpu_memory_bytes: int | None = Field(
+    gpu_memory_bytes: Count | None = Field(
         default=None, description="Memory of the smallest GPU that the job may get, bytes; absent: not known."
     )
     verdict: Verdict | None = Field(
@@ -221,18 +229,22 @@ class ProgressStatus(StatusModel):
     """How far the running attempt is."""
 
     stage: Stage | None = Field(default=None, description="What the trainer is doing.")
-    step: int | None = Field(default=None, ge=0, description="Optimizer steps done.")
-    total_steps: int | None = Field(default=None, ge=0, description="Optimizer steps in all.")
+    step: Count | None = Field(default=None, description="Optimizer steps done.")
+    total_steps: Count | None = Field(default=None, description="Optimizer steps in all.")
     epoch: Figure = Field(default=None, description="Passes over the training rows.")
     loss: Figure = Field(default=None, description=f"Training loss of the last step, {LOSS_UNIT}.")
     evaluation_loss: Figure = Field(
         default=None, description=f"Held-out loss of the adapter when it was last looked at, {LOSS_UNIT}."
     )
-    learning_rate: float | None = Field(default=None, description="Learning rate of the last step.")
+    learning_rate: Finite = Field(default=None, description="Learning rate of the last step.")
     tokens_per_second: Figure = Field(default=None, description="Tokens trained per second.")
-    memory_bytes: int | None = Field(default=None, description="Peak memory: of the GPU, or resident memory on a CPU.")
-    eta_seconds: int | None = Field(default=None, ge=0, description="Seconds until the last step.")
-    update_time: datetime | None = Field(default=None, description="When the trainer wrote this.")
+    memory_bytes: Count | None = Field(
+        default=None, description="Peak memory: of the GPU, or resident memory on a CPU."
+    )
+    eta_seconds: Count | None = Field(default=None, description="Seconds until the last step.")
+    update_time: AwareDatetime | None = Field(
+        default=None, description="When the trainer wrote this, never later than the operator read it."
+    )
 
 
 class AttemptOutcome(StrEnum):
@@ -254,11 +266,11 @@ class Attempt(StatusModel):
     outcome: AttemptOutcome = Field(default=AttemptOutcome.RUNNING, description="How it ended.")
     reason: FailureReason | None = Field(default=None, description="Why it failed.")
     message: str | None = Field(default=None, max_length=2048, description="Why it failed, as a sentence.")
-    resumed_from_step: int | None = Field(
-        default=None, ge=0, description="Step of the checkpoint that it went on from. Absent: it began at step 0."
+    resumed_from_step: Count | None = Field(
+        default=None, description="Step of the checkpoint that it went on from. Absent: it began at step 0."
     )
-    last_step: int | None = Field(
-        default=None, ge=0, description="Last optimizer step that was seen of it. Absent: none, or it is running."
+    last_step: Count | None = Field(
+        default=None, description="Last optimizer step that was seen of it. Absent: none, or it is running."
     )
     node: str | None = Field(
         default=None,
@@ -282,7 +294,7 @@ class ArtifactStatus(StatusModel):
 
     uri: str = Field(max_length=1024, description="Folder in the store.")
     digest: str = Field(max_length=71, pattern=r"^sha256:[0-9a-f]{64}$", description="SHA-256 of tunesmith.json.")
-    size_bytes: int = Field(ge=0, description="Size of the folder.")
+    size_bytes: Count = Field(description="Size of the folder.")
     servable: ServableStatus = Field(description="Whether an engine can load it.")
     exports: list[ExportStatus] | None = Field(
         default=None, max_length=8, description="What became of spec.output.exports, in their order."
@@ -304,8 +316,8 @@ class GateStatus(StatusModel):
     suite: str = Field(max_length=32, description="Name of the suite.")
     metric: str = Field(max_length=MAX_METRIC, description="Name of the metric.")
     value: Figure = Field(default=None, description="What was reached.")
-    min: float | None = Field(default=None, description="Least value that passes.")
-    max: float | None = Field(default=None, description="Greatest value that passes.")
+    min: Finite = Field(default=None, description="Least value that passes.")
+    max: Finite = Field(default=None, description="Greatest value that passes.")
     passed: bool = Field(description="Whether the value keeps the limits.")
 
 
@@ -349,11 +361,11 @@ class FineTuneJobStatus(StatusModel):
         "Complete or Failed.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
     )
-    observed_generation: int | None = Field(default=None, description="The metadata.generation that was acted on.")
+    observed_generation: Count | None = Field(default=None, description="The metadata.generation that was acted on.")
     start_time: datetime | None = Field(default=None, description="When the first attempt started.")
     completion_time: datetime | None = Field(default=None, description="When the job became terminal.")
-    paused_seconds: int | None = Field(
-        default=None, ge=0, description="Seconds since startTime that the job was suspended or waited in a queue."
+    paused_seconds: Count | None = Field(
+        default=None, description="Seconds since startTime that the job was suspended or waited in a queue."
     )
     gpu_seconds: Figure = Field(
         default=None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tunesmith.api.finetunejob_status import ProgressStatus, Stage
+from tunesmith.contracts.report import parse_report
 
 PROGRESS_PORT = 8080
 """Port of the training pod that serves `/progress` and `/metrics`."""
@@ -28,7 +29,7 @@ def parse_progress(body: bytes) -> ProgressStatus:
     """
     if len(body) > PROGRESS_MAX_BYTES:
         raise ValueError(f"progress has {len(body)} bytes, more than {PROGRESS_MAX_BYTES}")
-    return ProgressStatus.model_validate_json(body)
+    return parse_report(ProgressStatus, body)
 
 
 def step_line(progress: ProgressStatus, *, elapsed: float = 0.0, width: int | None = None) -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from enum import IntEnum, StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from pydantic_core import to_json
 
 from tunesmith.api.conditions import FailureReason
-from tunesmith.api.finetunejob_status import ArtifactStatus, EvaluationStatus, Preflight, Resolved
+from tunesmith.api.finetunejob_status import ArtifactStatus, Count, EvaluationStatus, Preflight, Resolved
 from tunesmith.api.model import StatusModel
+from tunesmith.contracts.report import parse_report
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,6 +49,13 @@ class ExportResult(StatusModel):
     message: str = ""
 
 
+def _finite(metrics: object) -> object:
+    """The metrics that are numbers: others are null in JSON."""
+    if not isinstance(metrics, dict):
+        return metrics
+    return {name: value for name, value in metrics.items() if isinstance(value, int | float) and math.isfinite(value)}
+
+
 class TrainerResult(StatusModel):
     """The termination message. `validate` fills preflight and resolved, `train` also artifact and evaluation."""
 
@@ -58,13 +67,21 @@ class TrainerResult(StatusModel):
     resolved: Resolved | None = None
     artifact: ArtifactStatus | None = None
     evaluation: EvaluationStatus | None = None
-    metrics: dict[str, float] = Field(default_factory=dict)
+    metrics: Annotated[dict[str, float], BeforeValidator(_finite)] = Field(default_factory=dict)
     exports: list[ExportResult] | None = None
     """In the order of spec.output.exports, which says where they go; None where nothing was to be exported."""
-    resumed_from_step: int | None = None
+    resumed_from_step: Count | None = None
     """Step of the checkpoint that the attempt went on from; None where it began at step 0."""
     lost_peer: bool = False
     """Another process of the run ended first: what it says is the cause, this is what followed."""
+
+    @classmethod
+    def parse(cls, message: str) -> TrainerResult | None:
+        """The result in a pod's termination message; None where the message is not one."""
+        try:
+            return parse_report(cls, message)
+        except ValueError:
+            return None
 
     @property
     def exit_code(self) -> ExitCode:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
@@ -22,10 +23,11 @@ from tunesmith.finetune.observe import (
     WORKLOAD_LABEL,
     Observation,
     index_of,
+    is_job_of,
     observe,
 )
 from tunesmith.finetune.plan import Action, CreateAttempt, CreateValidation, Plan, StopJob, plan
-from tunesmith.finetune.status import Status, notices
+from tunesmith.finetune.status import Status, notices, unreadable, without_reports
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,7 +37,12 @@ if TYPE_CHECKING:
     from tunesmith.controller.context import Context
 
 KIND = "FineTuneJob"
+_REFUSED_LOOK = timedelta(seconds=30)
 _log = logging.getLogger(__name__)
+
+
+class _NameTakenError(Exception):
+    """An object that the job needs cannot be created: another one has its name."""
 
 
 class FineTuneJobReconciler:
@@ -81,15 +88,22 @@ class FineTuneJobReconciler:
             seen = observe(manifest, jobs, pods, sample, self._context.now(), await self._workloads(jobs))
         except ValidationError as error:
             # Not a failure for good: a newer release may have written it and may come back.
-            where = ".".join(str(part) for part in error.errors()[0]["loc"])
-            message = f"{where} is not of this release's schema: {error.errors()[0]['msg']}"
-            _log.warning("%s: %s", key, message)
-            await self._context.recorder.event(manifest, FailureReason.INVALID_SPEC, message, type_="Warning")
+            await self._report_unreadable(manifest, error)
             return Result()
         decided = plan(seen, self._installation.store, self._context.settings.allowed_scheduling)
-        status = await self._act(seen, decided, {job["metadata"]["name"]: job for job in jobs})
+        status, look_again = await self._act(seen, decided, manifest, {job["metadata"]["name"]: job for job in jobs})
         await self._write(manifest, seen.job.status, status)
-        return Result(decided.look_again.total_seconds() if decided.look_again is not None else None)
+        return Result(look_again.total_seconds() if look_again is not None else None)
+
+    async def _report_unreadable(self, manifest: Object, error: ValidationError) -> None:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        message = f"{where} does not have the form that this release of the operator expects: {first['msg']}"
+        _log.warning("FineTuneJob %s: %s", manifest["metadata"]["name"], message)
+        document = unreadable(manifest, message, self._context.now())
+        if document != manifest.get("status"):
+            written = await self._context.replace_status({**manifest, "status": document})
+            await self._context.recorder.event(written, FailureReason.INVALID_SPEC, message, type_="Warning")
 
     async def run(self) -> None:
         """Pull the progress of running pods."""
@@ -143,27 +157,41 @@ class FineTuneJobReconciler:
         for pod in await self._context.cluster.list("Pod", job["metadata"]["namespace"], labels=labels):
             self._context.caches["Pod"].put(pod)
 
-    async def _act(self, seen: Observation, decided: Plan, jobs: dict[str, Object]) -> FineTuneJobStatus:
-        """Carry the actions out; the status that is true afterwards."""
+    async def _act(
+        self, seen: Observation, decided: Plan, manifest: Object, jobs: dict[str, Object]
+    ) -> tuple[FineTuneJobStatus, timedelta | None]:
+        """Carry the actions out; the status that is true afterwards, and when to look again."""
+        status = Status(seen.job, seen.now)
         try:
             for action in decided.actions:
-                await self._do(seen.job, decided.status, action, jobs)
+                await self._do(seen.job, decided.status, action, manifest, jobs)
+        except _NameTakenError as error:
+            status.held("NameTaken", str(error))
+        except ForbiddenError as error:
+            status.held("CreateRefused", f"the API server refuses an object that the job needs: {error}")
         except InvalidError as error:
-            status = Status(seen.job, seen.now)
-            status.failed(FailureReason.INVALID_SPEC, f"the API server refuses what the spec leads to: {error}")
-            return status.build()
-        return decided.status
+            message = f"the API server refuses what the spec leads to: {error}"
+            if not seen.job.status.attempts:
+                status.failed(FailureReason.INVALID_SPEC, message)
+                return status.build(), None
+            # A rule of the cluster changed: what was trained so far must not be lost by that.
+            status.held("CreateRefused", message)
+        else:
+            return decided.status, decided.look_again
+        return status.build(), _REFUSED_LOOK
 
-    async def _do(self, job: FineTuneJob, status: FineTuneJobStatus, action: Action, jobs: dict[str, Object]) -> None:
+    async def _do(
+        self, job: FineTuneJob, status: FineTuneJobStatus, action: Action, manifest: Object, jobs: dict[str, Object]
+    ) -> None:
         match action:
             case CreateValidation():
                 rendered = render.validation(job, self._installation, await self._gpu_memory(job))
-                await self._create(render.configuration(job, VALIDATE), rendered)
+                await self._create(manifest, render.configuration(job, VALIDATE), rendered)
             case CreateAttempt(number):
                 # The status that goes with the action holds what validation resolved in this very pass.
                 resolved = job.model_copy(update={"status": status})
                 rendered = render.attempt(job, number, self._installation)
-                await self._create(render.configuration(resolved, TRAIN), *render.meeting(job), rendered)
+                await self._create(manifest, render.configuration(resolved, TRAIN), *render.meeting(job), rendered)
             case StopJob(name):
                 # It stays until its pod is gone, so that what follows sees whether one still saves.
                 await self._context.delete(jobs[name], "Foreground")
@@ -179,19 +207,42 @@ class FineTuneJobReconciler:
             _log.warning("the GPUs' memory is not known: %s", error)
             return None
 
-    async def _create(self, *manifests: Object) -> None:
-        """Created once and never applied again: an object of that name is the one that was meant.
+    async def _create(self, manifest: Object, *items: Object) -> None:
+        """Create each object once and never apply it again: one that exists is the one that was meant.
 
         A newer release may render it otherwise, and what an attempt reads must not change between attempts.
+
+        Raises:
+            _NameTakenError: a Job of that name is not the FineTuneJob's.
         """
-        for item in manifests:
-            with contextlib.suppress(AlreadyExistsError):
+        for item in items:
+            try:
                 await self._context.create(item)
+            except AlreadyExistsError:
+                if item["kind"] == "Job":
+                    await self._adopt(manifest, item["metadata"]["name"])
+
+    async def _adopt(self, manifest: Object, name: str) -> None:
+        job = await self._context.cluster.find("Job", name, manifest["metadata"]["namespace"])
+        if job is None:
+            return
+        if not is_job_of(manifest, job):
+            raise _NameTakenError(
+                f"Job {name} exists and does not belong to this FineTuneJob: delete it, so that it can be created"
+            )
+        self._context.caches["Job"].put(job)
 
     async def _write(self, manifest: Object, old: FineTuneJobStatus, new: FineTuneJobStatus) -> None:
         if new == old:
             return
-        written = await self._context.replace_status({**manifest, "status": new.manifest()})
+        try:
+            written = await self._context.replace_status({**manifest, "status": new.manifest()})
+        except InvalidError as error:
+            # What a pod reports must not keep the rest of the truth from being written.
+            _log.warning("FineTuneJob %s: the status is refused: %s", manifest["metadata"]["name"], error)
+            await self._context.recorder.event(manifest, "StatusRefused", str(error)[:1024], type_="Warning")
+            new = without_reports(old, new)
+            written = await self._context.replace_status({**manifest, "status": new.manifest()})
         for notice in notices(old, new):
             await self._context.recorder.event(written, notice.reason, notice.message, type_=notice.type)
 
@@ -200,9 +251,25 @@ class FineTuneJobReconciler:
             pod
             for pod in self._context.caches["Pod"].list()
             if pod["metadata"].get("labels", {}).get(COMPONENT_LABEL) in {VALIDATE, TRAIN}
-            and pod.get("status", {}).get("phase") == "Running"
+            and (pod.get("status") or {}).get("phase") == "Running"
             and index_of(pod) == 0
+            and self._is_of_a_job(pod)
         ]
+
+    def _is_of_a_job(self, pod: Object) -> bool:
+        """True if a FineTuneJob's Job controls the pod: no other pod is sent requests."""
+        metadata = pod["metadata"]
+        name = (metadata.get("labels") or {}).get(render.JOB_LABEL, "")
+        manifest = self._context.caches[KIND].get(metadata["namespace"], name)
+        owner = next((owner for owner in metadata.get("ownerReferences") or () if owner.get("controller")), None)
+        job = self._context.caches["Job"].get(metadata["namespace"], owner["name"]) if owner is not None else None
+        return (
+            manifest is not None
+            and owner is not None
+            and job is not None
+            and job["metadata"]["uid"] == owner["uid"]
+            and is_job_of(manifest, job)
+        )
 
     def _progressed(self, pod: Object) -> None:
         for key in label_keys(KIND, render.JOB_LABEL)(pod):

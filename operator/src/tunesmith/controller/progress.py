@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING
 
 import aiohttp
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from tunesmith.api.finetunejob_status import ProgressStatus
     from tunesmith.cluster.resources import Object, Objects
 
+_log = logging.getLogger(__name__)
 _INTERVAL_SECONDS = 2.0
 _TIMEOUT = aiohttp.ClientTimeout(total=1.0)
 _AT_ONCE = 32
@@ -38,6 +40,8 @@ class ProgressPoller:
         self._changed = changed
         self._port = port
         self._samples: dict[str, ProgressStatus] = {}
+        self._malformed: set[str] = set()
+        """Uids of the running pods whose malformed progress was logged."""
 
     def newest(self, pods: Iterable[Object]) -> ProgressStatus | None:
         """The newest sample of any of these pods that runs."""
@@ -55,11 +59,12 @@ class ProgressPoller:
                 self._samples = {
                     uid: self._samples[uid] for uid in (pod["metadata"]["uid"] for pod in pods) if uid in self._samples
                 }
+                self._malformed &= {pod["metadata"]["uid"] for pod in pods}
                 await asyncio.gather(*(self._pull(session, slots, pod) for pod in pods))
                 await asyncio.sleep(_INTERVAL_SECONDS)
 
     async def _pull(self, session: aiohttp.ClientSession, slots: asyncio.Semaphore, pod: Object) -> None:
-        address = pod["status"]["podIP"]
+        uid, address = pod["metadata"]["uid"], pod["status"]["podIP"]
         host = f"[{address}]" if ":" in address else address
         try:
             async with (
@@ -74,10 +79,15 @@ class ProgressPoller:
                     if len(body) > PROGRESS_MAX_BYTES:
                         return
                 sample = parse_progress(bytes(body))
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError):
+        except (aiohttp.ClientError, OSError, TimeoutError):
             # The pod may be starting or stopping; the last sample stays.
             return
-        uid = pod["metadata"]["uid"]
+        except ValueError as error:
+            if uid not in self._malformed:
+                metadata = pod["metadata"]
+                _log.warning("pod %s/%s: %s", metadata["namespace"], metadata["name"], str(error)[:500])
+            self._malformed.add(uid)
+            return
         if self._samples.get(uid) != sample:
             self._samples[uid] = sample
             self._changed(pod)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from tunesmith.api.conditions import FailureReason
 from tunesmith.api.finetunejob_status import AttemptOutcome
+from tunesmith.contracts.report import printable
 from tunesmith.contracts.result import ExitCode, Outcome, blame
 
 if TYPE_CHECKING:
@@ -182,5 +183,5 @@ def _configuration(pod: PodView, now: datetime) -> Obstacle:
 
 def _excerpt(text: str) -> str:
     """The last line that says something, at most 600 characters."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in printable(text).splitlines() if line.strip()]
     return lines[-1][:_MAX_EXCERPT] if lines else ""

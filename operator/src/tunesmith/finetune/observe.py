@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from tunesmith.api.finetunejob import FineTuneJob
 from tunesmith.contracts.location import owned_name
 from tunesmith.contracts.result import TrainerResult
@@ -61,10 +59,7 @@ class PodView:
     @property
     def result(self) -> TrainerResult | None:
         """What the trainer said at its end; None where it said nothing that can be read."""
-        try:
-            return TrainerResult.model_validate_json(self.termination_message)
-        except ValidationError:
-            return None
+        return TrainerResult.parse(self.termination_message)
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from tunesmith.api.conditions import Condition, ConditionStatus, FineTuneJobCondition, find, is_true, set_condition
+from pydantic import ValidationError
+
+from tunesmith.api.conditions import (
+    Condition,
+    ConditionStatus,
+    FailureReason,
+    FineTuneJobCondition,
+    find,
+    is_true,
+    set_condition,
+)
 from tunesmith.api.finetunejob_status import (
     AttemptOutcome,
     ExportStatus,
@@ -20,13 +29,25 @@ from tunesmith.api.finetunejob_status import (
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from tunesmith.api.conditions import FailureReason
     from tunesmith.api.finetunejob import FineTuneJob
     from tunesmith.api.finetunejob_status import Attempt, Preflight
     from tunesmith.contracts.result import TrainerResult
 
 PROGRESS_INTERVAL = timedelta(seconds=10)
 _MAX_MESSAGE = 4096
+_WARNINGS = frozenset(
+    {
+        "CreateRefused",
+        "ExportFailed",
+        "ImagePullFailed",
+        "NameTaken",
+        "NotAllowed",
+        "Retrying",
+        "SecretNotFound",
+        "Unschedulable",
+    }
+)
+"""Reasons of conditions, not terminal ones, that somebody should act on."""
 
 
 class Status:
@@ -130,6 +151,13 @@ class Status:
         ]
         return (self._now - max(min(since), start)).total_seconds() if since and start is not None else 0.0
 
+    def held(self, reason: str, message: str) -> None:
+        """An object that the job needs cannot be created now; nothing of the job runs."""
+        if is_true(self._status.conditions, FineTuneJobCondition.VALIDATED):
+            self.waiting(reason, message)
+        else:
+            self.validating(reason, message)
+
     def started(self, number: int) -> None:
         """A pod trains."""
         self._set(FineTuneJobCondition.STARTED, ConditionStatus.TRUE, "Running", f"attempt {number} runs")
@@ -146,16 +174,12 @@ class Status:
         if sample is None:
             return
         told = self._status.progress
-        sample = ProgressStatus.model_validate(finite(sample.model_dump(by_alias=True)))
-        if sample.update_time is None:
-            sample.update_time = self._now
-        if (
-            told is None
-            or told.update_time is None
-            or told.stage is not sample.stage
-            or sample.update_time - told.update_time >= PROGRESS_INTERVAL
-        ):
-            self._status.progress = sample
+        earliest = told.update_time if told is not None and told.update_time is not None else None
+        # A pod's clock may be wrong, and what it says forged: time passes as it does for the operator.
+        at = min(sample.update_time or self._now, self._now)
+        at = max(at, earliest) if earliest is not None else at
+        if told is None or earliest is None or told.stage is not sample.stage or at - earliest >= PROGRESS_INTERVAL:
+            self._status.progress = sample.model_copy(update={"update_time": at})
 
     def failed(self, reason: FailureReason, message: str) -> None:
         """The job is over."""
@@ -309,6 +333,57 @@ def phase(status: FineTuneJobStatus) -> Phase:
     return Phase.PENDING
 
 
+def without_reports(old: FineTuneJobStatus, new: FineTuneJobStatus) -> FineTuneJobStatus:
+    """The new status without what pods reported since the old one, and without sentences that may hold it."""
+    known = {attempt.name: attempt for attempt in old.attempts}
+    reports = ("progress", "preflight", "resolved", "evaluation", "artifact")
+    return new.model_copy(
+        update={
+            **{name: getattr(old, name) for name in reports},
+            "attempts": [
+                attempt.model_copy(
+                    update={
+                        "message": (known[attempt.name].message if attempt.name in known else None),
+                        "last_step": None,
+                        "resumed_from_step": None,
+                    }
+                )
+                for attempt in new.attempts
+            ],
+            "conditions": [
+                condition
+                if condition in old.conditions
+                else condition.model_copy(
+                    update={"message": "the API server refuses what the pod reported: see the events and the pod's log"}
+                )
+                for condition in new.conditions
+            ],
+        }
+    )
+
+
+def unreadable(manifest: dict[str, Any], message: str, now: datetime) -> dict[str, Any]:
+    """The status of a FineTuneJob that this release cannot read: as it is, with a condition that says so."""
+    document = manifest.get("status") or {}
+    try:
+        status = FineTuneJobStatus.model_validate(document)
+    except ValidationError:
+        status = FineTuneJobStatus()
+    generation = manifest["metadata"].get("generation")
+    condition = Condition(
+        type=FineTuneJobCondition.VALIDATED,
+        status=ConditionStatus.FALSE,
+        reason=FailureReason.INVALID_SPEC,
+        message=message[:_MAX_MESSAGE],
+        last_transition_time=now.replace(microsecond=0),
+        observed_generation=generation,
+    )
+    status.conditions = set_condition(status.conditions, condition)
+    status.observed_generation = generation
+    status.phase = phase(status)
+    return status.manifest()
+
+
 class Notice(NamedTuple):
     """An Event to tell."""
 
@@ -330,7 +405,7 @@ def notices(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Notice]:
             found.append(Notice("Normal", condition.type, condition.message))
         elif condition.type == FineTuneJobCondition.ADMITTED and condition.reason == "Queued":
             found.append(Notice("Normal", condition.reason, condition.message))
-        elif condition.reason in {"Unschedulable", "ImagePullFailed", "SecretNotFound", "Retrying", "ExportFailed"}:
+        elif condition.reason in _WARNINGS:
             found.append(Notice("Warning", condition.reason, condition.message))
     known = {attempt.name: attempt.outcome for attempt in old.attempts}
     for attempt in new.attempts:
@@ -365,14 +440,3 @@ def merged(kept: Resolved | None, new: Resolved | None) -> Resolved | None:
     return kept.model_copy(
         update={name: value for name, value in new if getattr(kept, name) is None and value is not None}
     )
-
-
-def finite(value: Any) -> Any:  # noqa: ANN401 - any JSON document
-    """The document with None for numbers that JSON has not: a pod may report a loss that is not a number."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: finite(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [finite(entry) for entry in value]
-    return value
