@@ -135,6 +135,7 @@ def pod() -> Callable[..., PoolPod]:
                 engine_ready=engine,
                 base_model_fingerprint="sha256:f",
                 draining=more.pop("draining", False),
+                problem=more.pop("problem_of_agent", ""),
                 adapters=adapters,
             ),
             "heard": heard,

@@ -54,14 +54,10 @@ def test_load_is_no_news_and_residency_is(link: AgentLink) -> None:
     assert link.take(PodState(adapters=[resident]), 1.1 + SILENCE_SECONDS), "it was unknown meanwhile"
 
 
-def test_an_agent_that_cannot_be_reached_is_named_with_its_address(link: AgentLink) -> None:
-    assert link.unreachable(0.0) is None, "not tried yet"
+def test_a_line_clears_the_error(link: AgentLink) -> None:
     link.error = "connection timed out"
-    sentence = "the operator cannot reach the agent of pod team/p at 10.0.0.1:9000: connection timed out"
-    assert link.unreachable(0.0) == sentence
     link.take(PodState(), 1.0)
-    assert link.unreachable(1.0) is None
-    assert link.unreachable(1.1 + SILENCE_SECONDS) is None, "silent, not unreachable"
+    assert link.error == ""
 
 
 def test_the_token_is_not_printed() -> None:

@@ -1,10 +1,21 @@
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
-from tunesmith.serving.pod import observe_pod
+from tunesmith.contracts.agent import PodState
+from tunesmith.serving.pod import PoolPod, current_problem, observe_pod
+
+NOW = datetime(2026, 1, 1, 2, tzinfo=UTC)
+RUNNING = {
+    "phase": "Running",
+    "podIP": "10.0.0.5",
+    "conditions": [{"type": "ContainersReady", "status": "True"}, {"type": "Ready", "status": "False"}],
+    "initContainerStatuses": [{"name": "agent", "image": "x", "state": {"running": {}}}],
+    "containerStatuses": [{"name": "engine", "image": "y", "state": {"running": {}}}],
+}
 
 
 def pod(**status: Any) -> dict[str, Any]:
@@ -70,7 +81,7 @@ def container(name: str, **state: Any) -> dict[str, Any]:
                 ]
             },
             "BaseModelUnavailable",
-            "the base model cannot be fetched: s3://models/x does not exist.",
+            "the base model cannot be fetched (exit code 2): s3://models/x does not exist.",
             id="base model",
         ),
         pytest.param(
@@ -86,7 +97,7 @@ def container(name: str, **state: Any) -> dict[str, Any]:
                 ]
             },
             "EngineFailed",
-            "the engine ended: ValueError: bad argument",
+            "the engine stopped (exit code 1): ValueError: bad argument",
             id="engine",
         ),
         pytest.param(
@@ -96,7 +107,7 @@ def container(name: str, **state: Any) -> dict[str, Any]:
                 ]
             },
             "EngineFailed",
-            "the engine ended (out of memory)",
+            "the engine stopped (out of memory)",
             id="memory",
         ),
         pytest.param(
@@ -108,8 +119,74 @@ def container(name: str, **state: Any) -> dict[str, Any]:
                 ]
             },
             "BaseModelUnavailable",
-            "the base model cannot be fetched: no bucket",
+            "the base model cannot be fetched (exit code 3): no bucket",
             id="json",
+        ),
+        pytest.param(
+            {
+                "containerStatuses": [
+                    container(
+                        "engine",
+                        restartCount=4,
+                        state={"waiting": {"reason": "CrashLoopBackOff", "message": "back-off 2m40s restarting"}},
+                        lastState={
+                            "terminated": {"exitCode": 0, "reason": "Completed", "message": "EngineDeadError\n"}
+                        },
+                    )
+                ]
+            },
+            "EngineFailed",
+            "the engine stopped (exit code 0, restarted 4 times): EngineDeadError",
+            id="an engine that dies exits with 0",
+        ),
+        pytest.param(
+            {
+                "containerStatuses": [
+                    container("engine", restartCount=1, state={"terminated": {"exitCode": 0, "reason": "Completed"}})
+                ]
+            },
+            "EngineFailed",
+            "the engine stopped (exit code 0, restarted 1 time)",
+            id="without a last line",
+        ),
+        pytest.param(
+            {
+                "containerStatuses": [
+                    container(
+                        "engine",
+                        restartCount=1,
+                        ready=False,
+                        state={"running": {}},
+                        lastState={"terminated": {"exitCode": 1, "message": "boom"}},
+                    )
+                ]
+            },
+            "EngineFailed",
+            "the engine stopped (exit code 1, restarted 1 time): boom",
+            id="until it is ready again",
+        ),
+        pytest.param(
+            {
+                "initContainerStatuses": [
+                    container("agent", state={"terminated": {"exitCode": 0, "reason": "Completed"}})
+                ]
+            },
+            "AgentFailed",
+            "the agent stopped (exit code 0)",
+            id="agent",
+        ),
+        pytest.param(
+            {
+                "containerStatuses": [
+                    container(
+                        "engine",
+                        state={"terminated": {"exitCode": 1, "message": "\x1b[31mbad\u202e \x00line\x07" + "x" * 5000}},
+                    )
+                ]
+            },
+            "EngineFailed",
+            "the engine stopped (exit code 1): bad line" + "x" * 591 + "…",
+            id="control characters and length",
         ),
     ],
 )
@@ -150,3 +227,76 @@ def test_what_is_read() -> None:
     manifest["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
     assert observe_pod(manifest).stopping
     assert observe_pod(pod(phase="Failed")).stopping
+
+
+def found(observed: PoolPod, now: datetime = NOW) -> tuple[str, str] | None:
+    problem = current_problem(observed, now)
+    return None if problem is None else (problem.reason, problem.message)
+
+
+def test_an_agent_that_cannot_be_reached() -> None:
+    reason, message = found(observe_pod(pod(**RUNNING))) or ("", "")
+    assert reason == "AgentUnreachable"
+    assert message == (
+        "the operator cannot reach its agent at 10.0.0.5:9000: allow TCP port 9000 from the operator's pods, "
+        "if a NetworkPolicy of namespace team or of the operator's namespace denies it"
+    )
+    unheard = observe_pod(pod(**RUNNING), unheard_seconds=6.0, stream_error="Cannot connect\x1b\n(timeout)")
+    assert "10.0.0.5:9000 (Cannot connect (timeout)): allow" in (found(unheard) or ("", ""))[1]
+
+
+@pytest.mark.parametrize(
+    "observed",
+    [
+        pytest.param(observe_pod(pod(**RUNNING), PodState(), heard=True), id="heard"),
+        pytest.param(observe_pod(pod(**RUNNING), unheard_seconds=1.0), id="the operator has just begun to listen"),
+        pytest.param(observe_pod(pod(**{**RUNNING, "podIP": None})), id="no address yet"),
+        pytest.param(observe_pod(pod(phase="Pending", podIP="10.0.0.5")), id="the agent does not run yet"),
+    ],
+)
+def test_reachable_or_too_early_to_tell(observed: PoolPod) -> None:
+    assert found(observed) is None
+
+
+def test_an_agent_that_is_connected_and_says_nothing_is_silent() -> None:
+    assert (found(observe_pod(pod(**RUNNING), PodState(), unheard_seconds=6.0)) or ("",))[0] == "AgentSilent"
+
+
+def test_the_agents_own_problem_is_reported_and_takes_the_pod_from_requests() -> None:
+    state = PodState(engine_ready=True, problem="the canary's answer changed after adapter team/huge was loaded")
+    observed = observe_pod(pod(**RUNNING), state, heard=True)
+    assert found(observed) == ("EngineUnhealthy", state.problem)
+    assert not observed.answering
+
+
+def test_an_engine_that_restarts_repeatedly_stays_reported_for_a_while() -> None:
+    end = datetime(2026, 1, 1, 1, 55, tzinfo=UTC)
+    terminated = {"exitCode": 0, "message": "EngineDeadError", "finishedAt": end.isoformat()}
+
+    def restarted(count: int) -> PoolPod:
+        engine = container("engine", restartCount=count, state={"running": {}}, lastState={"terminated": terminated})
+        return observe_pod(pod(**{**RUNNING, "containerStatuses": [engine]}), PodState(), heard=True)
+
+    assert found(restarted(1)) is None
+    assert found(restarted(3)) == (
+        "EngineFailed",
+        "the engine stopped (exit code 0, restarted 3 times): EngineDeadError; it is running again",
+    )
+    assert found(restarted(3), end + timedelta(minutes=11)) is None
+
+
+def test_an_evicted_pod_is_reported_for_a_while() -> None:
+    observed = observe_pod(
+        pod(
+            phase="Failed",
+            reason="Evicted",
+            message='Usage of EmptyDir volume "adapters" exceeds the limit "20Gi". ',
+            startTime="2026-01-01T01:55:00Z",
+        )
+    )
+    assert observed.stopping
+    assert found(observed) == (
+        "PodFailed",
+        'it finished (Evicted): Usage of EmptyDir volume "adapters" exceeds the limit "20Gi".',
+    )
+    assert found(observed, NOW + timedelta(minutes=10)) is None

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -160,6 +160,7 @@ def test_scaled_to_zero(decide: Build, pod: Build) -> None:
 
 
 ONE = "team/one@" + "a" * 12
+START = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +171,12 @@ ONE = "team/one@" + "a" * 12
         pytest.param({"holds": {ONE: "Loading"}}, {}, id="loading"),
         pytest.param({"holds": {ONE: "Resident"}}, {"p": True}, id="resident"),
         pytest.param({"holds": {ONE: ("Failed", "flipped byte", True)}}, {"p": True}, id="failed for good"),
-        pytest.param({"holds": {ONE: ("Failed", "no answer", False)}}, {}, id="will be tried again"),
+        pytest.param(
+            {"holds": {ONE: ("Failed", "no answer", False)}}, {"p": True}, id="failed, and nobody else has it"
+        ),
+        pytest.param({"holds": {ONE: "Resident"}, "problem_of_agent": "canary"}, {}, id="unfit"),
+        pytest.param({"gate": True, "problem_of_agent": "canary"}, {"p": False}, id="closes when it is unfit"),
+        pytest.param({"containers_ready_since": START - timedelta(seconds=31)}, {"p": True}, id="loading for too long"),
         pytest.param({"holds": {ONE: "Resident"}, "heard": False}, {}, id="unknown"),
         pytest.param({"gate": True}, {}, id="stays open for the others"),
         pytest.param({"gate": True, "engine": False}, {"p": False}, id="closes when the engine is gone"),
@@ -200,7 +206,7 @@ def test_the_readiness_gate(
         ),
         pytest.param(
             ["silent"],
-            {"Available": "True PodsReady", "Progressing": "False Settled", "Degraded": "True AgentSilent"},
+            {"Available": "Unknown AgentSilent", "Progressing": "False Settled", "Degraded": "True AgentSilent"},
             "Degraded",
             id="silent",
         ),

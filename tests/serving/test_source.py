@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tunesmith.api.servingpool import ServingPool
-from tunesmith.serving.source import Artifact, Unresolved, choose_pool, resolve_artifact
+from tunesmith.serving.source import Artifact, Unresolved, candidates, choose_pool, resolve_artifact
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -84,6 +84,12 @@ def test_what_is_waited_for(
 OPEN = {"from": "All"}
 
 
+def choose(
+    adapter: AdapterDeployment, fingerprint: str | None, pools: list[ServingPool], shared: tuple[str, ...] = ()
+) -> ServingPool | Unresolved:
+    return choose_pool(adapter, fingerprint, candidates(adapter, fingerprint, pools, shared))
+
+
 @pytest.mark.parametrize(
     ("spec", "fingerprint", "expected"),
     [
@@ -98,7 +104,10 @@ OPEN = {"from": "All"}
         ),
         pytest.param({"pool": {"name": "base"}}, "sha256:other", "BaseModelMismatch", id="named with another base"),
         pytest.param({}, "sha256:f", "base", id="found by its fingerprint"),
-        pytest.param({}, "sha256:s", "shared", id="found in another namespace"),
+        pytest.param({}, "sha256:s", "shared", id="found in a namespace that the platform shares"),
+        pytest.param(
+            {"pool": {"name": "foreign", "namespace": "other"}}, "sha256:x", "foreign", id="named and foreign"
+        ),
         pytest.param({}, "sha256:two", "SeveralPools", id="several"),
         pytest.param({}, "sha256:none", "PoolNotReported", id="none yet"),
     ],
@@ -115,17 +124,19 @@ def test_choose_pool(
         pool("young", fingerprint=None),
         pool("shared", namespace="platform", fingerprint="sha256:s", allowedNamespaces=OPEN),
         pool("closed", namespace="platform"),
+        pool("foreign", namespace="other", fingerprint="sha256:x", allowedNamespaces=OPEN),
+        pool("young-foreign", namespace="other", fingerprint=None, allowedNamespaces=OPEN),
         pool("one", fingerprint="sha256:two"),
         pool("two", fingerprint="sha256:two"),
     ]
-    found = choose_pool(adapter(**spec), fingerprint, pools)
+    found = choose(adapter(**spec), fingerprint, pools, ("platform",))
     assert (found.reason if isinstance(found, Unresolved) else found.metadata.name) == expected
 
 
 def test_no_matching_pool_says_what_to_create(
     adapter: Callable[..., AdapterDeployment], pool: Callable[..., ServingPool]
 ) -> None:
-    found = choose_pool(
+    found = choose(
         adapter(),
         "sha256:" + "9" * 64,
         [pool("base"), pool("closed", namespace="platform", fingerprint="sha256:" + "9" * 64)],
@@ -141,7 +152,7 @@ def test_the_pool_that_serves_now_is_kept_when_another_comes(
     adapter: Callable[..., AdapterDeployment], pool: Callable[..., ServingPool]
 ) -> None:
     serving = adapter(status={"pool": {"name": "two", "namespace": "team"}})
-    found = choose_pool(serving, "sha256:f", [pool("one"), pool("two")])
+    found = choose(serving, "sha256:f", [pool("one"), pool("two")])
     assert isinstance(found, ServingPool)
     assert found.metadata.name == "two"
 
@@ -150,13 +161,34 @@ def test_a_source_that_vanished_keeps_its_pool(
     adapter: Callable[..., AdapterDeployment], pool: Callable[..., ServingPool]
 ) -> None:
     serving = adapter(status={"pool": {"name": "two", "namespace": "team"}})
-    found = choose_pool(serving, None, [pool("one"), pool("two")])
+    found = choose(serving, None, [pool("one"), pool("two")])
     assert isinstance(found, ServingPool)
 
 
 def test_several_pools_are_named(adapter: Callable[..., AdapterDeployment], pool: Callable[..., ServingPool]) -> None:
-    found = choose_pool(adapter(), "sha256:f", [pool("one"), pool("two"), pool("six")])
+    found = choose(adapter(), "sha256:f", [pool("one"), pool("two"), pool("six")])
     assert isinstance(found, Unresolved)
     assert found.message == (
         "ServingPools team/one, team/six and team/two serve the base of this adapter: name one of them in spec.pool"
     )
+
+
+def test_foreign_pools_are_named_and_their_names_are_bounded(
+    adapter: Callable[..., AdapterDeployment], pool: Callable[..., ServingPool]
+) -> None:
+    foreign = [pool(f"p{number}", namespace="other", allowedNamespaces=OPEN) for number in range(9)]
+    found = choose(adapter(), "sha256:f", foreign)
+    assert isinstance(found, Unresolved)
+    assert found.message == (
+        "no ServingPool of namespace team or shared by the platform serves the base of this adapter; ServingPools "
+        "other/p0, other/p1, other/p2, other/p3, other/p4 and 4 more would take it if spec.pool named it: its owners "
+        "can read the adapter and the requests"
+    )
+
+
+def test_a_pool_of_its_own_namespace_is_enough(
+    adapter: Callable[..., AdapterDeployment], pool: Callable[..., ServingPool]
+) -> None:
+    found = choose(adapter(), "sha256:f", [pool("evil", namespace="other", allowedNamespaces=OPEN), pool("base")])
+    assert isinstance(found, ServingPool)
+    assert found.metadata.namespace == "team"

@@ -58,6 +58,7 @@ class ServingPoolCondition(StrEnum):
     AVAILABLE = "Available"
     PROGRESSING = "Progressing"
     DEGRADED = "Degraded"
+    SCALING_ACTIVE = "ScalingActive"
 
 
 class AdapterDeploymentCondition(StrEnum):
@@ -66,6 +67,7 @@ class AdapterDeploymentCondition(StrEnum):
     RESOLVED = "Resolved"
     READY = "Ready"
     PROGRESSING = "Progressing"
+    SCALING_ACTIVE = "ScalingActive"
 
 
 class ServingPoolReason(StrEnum):
@@ -85,15 +87,22 @@ class ServingPoolReason(StrEnum):
     CONFIGURATION = "ContainerConfiguration"
     BASE_MODEL_UNAVAILABLE = "BaseModelUnavailable"
     ENGINE_FAILED = "EngineFailed"
+    ENGINE_UNHEALTHY = "EngineUnhealthy"
     AGENT_FAILED = "AgentFailed"
     AGENT_SILENT = "AgentSilent"
+    AGENT_UNREACHABLE = "AgentUnreachable"
+    POD_FAILED = "PodFailed"
     PODS_REFUSED = "PodsRefused"
+    WRITE_REFUSED = "WriteRefused"
+    DEMAND_KNOWN = "DemandKnown"
+    GATEWAY_SILENT = "GatewaySilent"
     FINGERPRINTS_DIFFER = "FingerprintsDiffer"
 
 
 class AdapterDeploymentReason(StrEnum):
     """Reasons of an AdapterDeployment's conditions."""
 
+    INVALID_SPEC = "InvalidSpec"
     RESOLVED = "Resolved"
     FINE_TUNE_JOB_NOT_FOUND = "FineTuneJobNotFound"
     FINE_TUNE_JOB_RUNNING = "FineTuneJobRunning"
@@ -101,6 +110,7 @@ class AdapterDeploymentReason(StrEnum):
     NOT_SERVABLE = "NotServable"
     POOL_NOT_FOUND = "PoolNotFound"
     POOL_NOT_ALLOWED = "PoolNotAllowed"
+    POOL_NOT_NAMED = "PoolNotNamed"
     POOL_NOT_REPORTED = "PoolNotReported"
     NO_MATCHING_POOL = "NoMatchingPool"
     SEVERAL_POOLS = "SeveralPools"
@@ -114,7 +124,8 @@ class AdapterDeploymentReason(StrEnum):
     NO_FREE_SLOT = "NoFreeSlot"
     LOADING = "Loading"
     SETTLED = "Settled"
-    WAITING = "Waiting"
+    DEMAND_KNOWN = "DemandKnown"
+    GATEWAY_SILENT = "GatewaySilent"
 
 
 class FailureReason(StrEnum):

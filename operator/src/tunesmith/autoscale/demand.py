@@ -1,65 +1,105 @@
-"""What the gateways say is running and waiting, per model."""
+"""Requests that gateways report as running and waiting, per model."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tunesmith.contracts.agent import GATEWAY_INTERNAL_PORT
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from tunesmith.contracts.agent import GatewayDemand
+
+_PATIENCE_SECONDS = 10.0
+"""A gateway that was not heard for so long is reported; a shorter silence only keeps sizes from shrinking."""
 
 
 @dataclass(frozen=True)
 class Demand:
-    """Requests running and waiting at one moment.
+    """Requests running and waiting for some models at one moment.
 
-    `models`: by global id, `<namespace>/<modelName>`; an absent id has none. `complete`: whether every gateway was
-    heard. When it is False the figures are a lower bound: they may raise a size and never lower one.
+    `complete`: True if every gateway was heard. Otherwise the figure is a lower bound: it may raise a size and never
+    lower one.
     """
 
-    models: Mapping[str, int] = field(default_factory=dict)
+    requests: int = 0
     complete: bool = False
 
-    def of(self, models: Iterable[str]) -> int:
-        """Requests for these models together."""
-        return sum(self.models.get(model, 0) for model in models)
+
+@dataclass
+class _Gateway:
+    name: str
+    heard: float
+    """Seconds on a monotonic clock; before the first line, when it appeared."""
+    counts: Mapping[str, int] | None = None
+    """Requests by global id; None before the first line."""
+    error: str = ""
+    """Why the last connection failed; empty after a line."""
 
 
 class DemandBoard:
-    """The last line of each gateway's demand stream."""
+    """The latest line of each gateway's demand stream."""
 
-    def __init__(self, silence_seconds: float) -> None:
-        """`silence_seconds`: after this long without a line, a gateway's demand is unknown."""
+    def __init__(self, silence_seconds: float, rises: Callable[[str], None] = lambda _: None) -> None:
+        """Create an empty board.
+
+        Args:
+            silence_seconds: after this long without a line, a gateway's demand is unknown.
+            rises: called with the global id of each model for which a gateway has its first requests.
+        """
         self._silence = silence_seconds
-        self._lines: dict[str, tuple[float, dict[str, int]] | None] = {}
-        self._errors: dict[str, str] = {}
+        self._rises = rises
+        self._gateways: dict[str, _Gateway] = {}
+        self._asked: float | None = None
+        self._listed = False
 
-    def expect(self, gateways: Iterable[str]) -> None:
-        """Set which gateways exist; what others said is forgotten."""
-        names = set(gateways)
-        self._lines = {name: self._lines.get(name) for name in names}
-        self._errors = {name: error for name, error in self._errors.items() if name in names}
+    def expect(self, gateways: Mapping[str, str], now: float) -> None:
+        """Set which gateways exist, as names by UID; the lines of others are forgotten."""
+        self._listed = True
+        self._gateways = {uid: self._gateways.get(uid) or _Gateway(name, heard=now) for uid, name in gateways.items()}
 
-    def record(self, gateway: str, line: GatewayDemand, now: float) -> None:
+    def record(self, uid: str, line: GatewayDemand, now: float) -> None:
         """Keep a line of a gateway that exists. `now`: seconds on a monotonic clock."""
-        if gateway in self._lines:
-            self._lines[gateway] = (
-                now,
-                {model: demand.running + demand.waiting for model, demand in line.models.items()},
-            )
+        gateway = self._gateways.get(uid)
+        if gateway is None:
+            return
+        before = gateway.counts or {}
+        gateway.heard, gateway.error = now, ""
+        gateway.counts = {model: demand.running + demand.waiting for model, demand in line.models.items()}
+        for model, count in gateway.counts.items():
+            if count and not before.get(model):
+                self._rises(model)
 
-    def fail(self, gateway: str, error: str) -> None:
+    def fail(self, uid: str, error: str) -> None:
         """Record why a gateway could not be heard."""
-        if gateway in self._lines:
-            self._errors[gateway] = error
+        gateway = self._gateways.get(uid)
+        if gateway is not None:
+            gateway.error = error
 
-    def read(self, now: float) -> Demand:
-        """The sum over the gateways that were heard in the last `silence_seconds`."""
-        models: dict[str, int] = {}
-        fresh = [entry[1] for entry in self._lines.values() if entry is not None and now - entry[0] <= self._silence]
-        for line in fresh:
-            for model, count in line.items():
-                models[model] = models.get(model, 0) + count
-        return Demand(models, complete=bool(self._lines) and len(fresh) == len(self._lines))
+    def read(self, models: Iterable[str], now: float) -> Demand:
+        """Return the requests for some models, from the gateways that were heard in the last `silence_seconds`."""
+        fresh = [
+            gateway.counts
+            for gateway in self._gateways.values()
+            if gateway.counts is not None and now - gateway.heard <= self._silence
+        ]
+        complete = bool(fresh) and len(fresh) == len(self._gateways)
+        return Demand(sum(counts.get(model, 0) for model in models for counts in fresh), complete)
+
+    def missing(self, now: float) -> str | None:
+        """Return a sentence on why the demand is not completely known; None while it is, or was until a moment ago."""
+        self._asked = now if self._asked is None else self._asked
+        if not self._gateways:
+            waited = self._listed or now - self._asked > _PATIENCE_SECONDS
+            return "no gateway is running" if waited else None
+        silent = sorted(
+            (gateway for gateway in self._gateways.values() if now - gateway.heard > _PATIENCE_SECONDS),
+            key=lambda gateway: gateway.name,
+        )
+        if not silent:
+            return None
+        more = f" ({len(silent) - 1} more as well)" if len(silent) > 1 else ""
+        error = f": {silent[0].error}" if silent[0].error else ""
+        return f"{silent[0].name} does not report its requests on port {GATEWAY_INTERNAL_PORT}{more}{error}"

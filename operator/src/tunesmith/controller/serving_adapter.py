@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 from tunesmith.api.servingpool import ServingPool
 from tunesmith.autoscale.decide import Decision, decide_copies
 from tunesmith.contracts.claims import lost_to
 from tunesmith.controller.reconciler import Key, Result, Watch
-from tunesmith.serving.notice import notices
 from tunesmith.serving.rollout import Observation, plan
-from tunesmith.serving.source import Artifact, choose_pool, may_attach, reference, resolve_artifact
+from tunesmith.serving.source import Artifact, candidates, choose_pool, may_attach, reference, resolve_artifact
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -45,15 +45,20 @@ class AdapterDeploymentReconciler:
 
     async def reconcile(self, key: Key) -> Result:
         """One pass."""
-        adapter = self._state.adapters.get(key.namespace, key.name)
         manifest = self._context.caches[KIND].get(key.namespace, key.name)
-        if adapter is None or manifest is None:
+        if manifest is None or manifest["metadata"].get("deletionTimestamp"):
             self._state.forget_windows()
+            return Result()
+        adapter = self._state.adapters.get(key.namespace, key.name)
+        if adapter is None:
+            await self._state.report_unreadable(manifest, self._state.adapters.error(manifest))
             return Result()
         job = self._state.jobs.get(key.namespace, adapter.spec.adapter_from.fine_tune_job.name)
         artifact = resolve_artifact(adapter, job, self._context.settings.store)
+        fingerprint = artifact.fingerprint if isinstance(artifact, Artifact) else None
+        shared = self._context.settings.shared_pool_namespaces
         pools = self._state.pools.list()
-        pool = choose_pool(adapter, artifact.fingerprint if isinstance(artifact, Artifact) else None, pools)
+        pool = choose_pool(adapter, fingerprint, candidates(adapter, fingerprint, pools, shared))
         serving = pool if isinstance(pool, ServingPool) else self._still_serving(adapter, pools)
         if serving is not None and adapter.status.revisions and not self._state.settled(serving):
             # What the pods hold is not known yet, and a status that says so would only flicker.
@@ -65,18 +70,15 @@ class AdapterDeploymentReconciler:
             pods=self._state.pods(serving) if serving is not None else (),
             unplaced=self._state.unplaced.get(serving.metadata.uid, {}) if serving is not None else {},
             decision=self._copies(adapter),
+            unknown_demand=self._state.demand.missing(time.monotonic()),
             url=_client_url(self._context.settings.gateway_url),
         )
         status = plan(adapter, seen, self._context.now())
-        document = status.manifest()
-        if document != manifest.get("status", {}):
-            written = await self._context.replace_status({**manifest, "status": document})
-            for notice in notices(adapter.status.conditions, status.conditions):
-                await self._context.recorder.event(written, notice.reason, notice.message, type_=notice.type)
-            old = adapter.status.pool
-            if old is not None and old != status.pool:
-                # It is no longer among those that read this adapter, and takes it from its pods.
-                self._context.queue.add(Key("ServingPool", old.namespace or key.namespace, old.name))
+        old = adapter.status.pool
+        written = await self._state.write_status(manifest, status, adapter.status.conditions)
+        if written and old is not None and old != status.pool:
+            # It is no longer among those that read this adapter, and takes it from its pods.
+            self._context.queue.add(Key("ServingPool", old.namespace or key.namespace, old.name))
         if seen.lost_to is not None:
             # The name is free again when its holder changes, under whatever name it has then.
             return Result(_LOST_SECONDS)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tunesmith.autoscale.decide import Decision, decide_pods, loaded_pods, pods_for_copies
@@ -21,9 +19,9 @@ from tunesmith.contracts.agent import (
 from tunesmith.contracts.claims import lost_to
 from tunesmith.contracts.location import reads_foreign_store
 from tunesmith.contracts.scheduling import refusal
+from tunesmith.controller.applied import AppliedObjects, describe
 from tunesmith.controller.reconciler import MANAGED, Key, Result, Watch, label_keys, owner_keys
 from tunesmith.controller.serving_streams import Target
-from tunesmith.serving.notice import notices
 from tunesmith.serving.pod import DELETION_COST, READINESS_GATE
 from tunesmith.serving.pool import PoolObservation, PoolPlan, plan
 from tunesmith.serving.render import (
@@ -33,7 +31,6 @@ from tunesmith.serving.render import (
     SERVING_KEY,
     Images,
     deployment,
-    deployment_name,
     disruption_budget,
     key_secret,
     reserved,
@@ -44,23 +41,13 @@ if TYPE_CHECKING:
 
     from tunesmith.api.adapterdeployment import AdapterDeployment
     from tunesmith.api.servingpool import ServingPool
-    from tunesmith.cluster.resources import Object, Objects
+    from tunesmith.cluster.resources import Object
     from tunesmith.controller.serving_state import ServingState
     from tunesmith.serving.pod import PoolPod
 
 KIND = "ServingPool"
 _TICK_SECONDS = 2.0
 _UNSETTLED_SECONDS = 0.3
-_APPLY_AGAIN_SECONDS = 300.0
-
-
-@dataclass(frozen=True)
-class _Applied:
-    """What this process applied last: a digest of it, when, and the generation that it led to."""
-
-    digest: str
-    at: float
-    generation: int | None
 
 
 class ServingPoolReconciler:
@@ -73,7 +60,7 @@ class ServingPoolReconciler:
         self._context = state.context
         settings = self._context.settings
         self._images = Images(settings.agent_image, settings.engine_image, settings.image_pull_policy, settings.store)
-        self._applied: dict[tuple[str, str], _Applied] = {}
+        self._applied = AppliedObjects(self._context)
         self._views: dict[str, object] = {}
         self._uids: dict[Key, str] = {}
 
@@ -88,10 +75,13 @@ class ServingPoolReconciler:
 
     async def reconcile(self, key: Key) -> Result:
         """One pass."""
-        pool = self._state.pools.get(key.namespace, key.name)
         manifest = self._context.caches[KIND].get(key.namespace, key.name)
-        if pool is None or manifest is None:
+        if manifest is None or manifest["metadata"].get("deletionTimestamp"):
             self._forget(key)
+            return Result()
+        pool = self._state.pools.get(key.namespace, key.name)
+        if pool is None:
+            await self._state.report_unreadable(manifest, self._state.pools.error(manifest))
             return Result()
         self._uids[key] = pool.metadata.uid
         self._follow(key, pool)
@@ -102,29 +92,22 @@ class ServingPoolReconciler:
         invalid = reserved(pool) or self._forbidden(pool)
         decision, spread = self._pods(pool, attached)
         seen = PoolObservation(
-            deployment=self._context.caches["Deployment"].get(key.namespace, deployment_name(pool)),
+            deployment=self._state.deployment(pool),
             pods=self._state.pods(pool),
             adapters=attached,
             decision=decision,
             spread=spread,
             lost_to=lost_to(pool, self._state.claims(pool)),
             invalid=invalid,
+            unknown_demand=self._state.demand.missing(time.monotonic()),
         )
         decided = plan(pool, seen, self._context.now())
-        if invalid is None:
-            try:
-                await self._apply(pool, seen, decided.replicas)
-            except (InvalidError, ForbiddenError) as error:
-                refused = f"the API server refuses the pool's objects: {error}"
-                seen = PoolObservation(**{**vars(seen), "invalid": refused})
-                decided = plan(pool, seen, self._context.now())
-        await self._act(pool, decided)
+        refused = await self._apply(pool, seen, decided.replicas) if invalid is None else None
+        refused = await self._act(pool, decided) or refused
+        if refused is not None:
+            decided = plan(pool, replace(seen, refused=refused), self._context.now())
         self._wake_adapters(pool, seen, decided, attached)
-        document = decided.status.manifest()
-        if document != manifest.get("status", {}):
-            written = await self._context.replace_status({**manifest, "status": document})
-            for notice in notices(pool.status.conditions, decided.status.conditions):
-                await self._context.recorder.event(written, notice.reason, notice.message, type_=notice.type)
+        await self._state.write_status(manifest, decided.status, pool.status.conditions)
         return Result(_TICK_SECONDS)
 
     def _forbidden(self, pool: ServingPool) -> str | None:
@@ -164,6 +147,7 @@ class ServingPoolReconciler:
             self._state.agents.sync(uid, {}, lambda: None)
             self._state.unplaced.pop(uid, None)
             self._views.pop(uid, None)
+            self._applied.forget(uid)
         self._state.forget_windows()
 
     def _pods(self, pool: ServingPool, attached: Sequence[AdapterDeployment]) -> tuple[Decision, bool]:
@@ -179,12 +163,15 @@ class ServingPoolReconciler:
         window = self._state.window(pool.metadata.uid, models, rule.scale_down_delay_seconds, floor)
         return decide_pods(window, pool.status.desired_replicas, rule, why), loaded_pods(window, rule) > 1
 
-    async def _apply(self, pool: ServingPool, seen: PoolObservation, replicas: int) -> None:
-        """Bring the pool's objects to what is wanted; what this process applied a moment ago is not applied again."""
-        await self._ensure(key_secret(pool, self._pool_keys(pool)), None)
-        await self._ensure(disruption_budget(pool), None)
+    async def _apply(self, pool: ServingPool, seen: PoolObservation, replicas: int) -> str | None:
+        """Apply the pool's objects, each whatever becomes of the others; return why one of them is refused."""
         generation = seen.deployment["metadata"]["generation"] if seen.deployment is not None else -1
-        await self._ensure(deployment(pool, self._images, replicas), generation)
+        refusals = [
+            await self._applied.ensure(pool.metadata.uid, key_secret(pool, self._pool_keys(pool))),
+            await self._applied.ensure(pool.metadata.uid, disruption_budget(pool)),
+            await self._applied.ensure(pool.metadata.uid, deployment(pool, self._images, replicas), generation),
+        ]
+        return next((refusal for refusal in reversed(refusals) if refusal is not None), None)
 
     def _pool_keys(self, pool: ServingPool) -> dict[str, bytes]:
         """The files of the pool's Secret."""
@@ -196,21 +183,11 @@ class ServingPoolReconciler:
             SERVING_KEY: keys_file(serving_keys(gateway, *place)),
         }
 
-    async def _ensure(self, manifest: Object, generation: int | None) -> None:
-        """Apply unless it stands. `generation`: as observed; None where the object is not watched."""
-        place = (manifest["kind"], f"{manifest['metadata']['namespace']}/{manifest['metadata']['name']}")
-        digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-        last, now = self._applied.get(place), time.monotonic()
-        stands = last is not None and last.digest == digest and now - last.at < _APPLY_AGAIN_SECONDS
-        if stands and last is not None and (generation is None or generation == last.generation):
-            return
-        written = await self._context.apply(manifest)
-        self._applied[place] = _Applied(digest, now, written["metadata"].get("generation"))
-
-    async def _act(self, pool: ServingPool, decided: PoolPlan) -> None:
-        pods: Objects = self._state.pod_manifests(pool)
+    async def _act(self, pool: ServingPool, decided: PoolPlan) -> str | None:
+        """Send the lists, and mark the pods; return why the API server refuses to mark one."""
+        refused = None
         links = self._state.agents.of(pool.metadata.uid)
-        for pod in pods:
+        for pod in self._state.pod_manifests(pool):
             name, link = pod["metadata"]["name"], links.get(pod["metadata"]["uid"])
             if link is not None and name in decided.assigned:
                 link.tell(decided.assigned[name])
@@ -222,6 +199,9 @@ class ServingPoolReconciler:
                     await self._set_gate(pod, is_open=decided.gates[name])
             except (NotFoundError, ConflictError):
                 continue  # the pod is gone; its deletion is on its way into the cache
+            except (InvalidError, ForbiddenError) as error:
+                refused = f"the API server refuses a change of {describe(pod)}: {error}"
+        return refused
 
     async def _set_gate(self, pod: Object, *, is_open: bool) -> None:
         condition = {

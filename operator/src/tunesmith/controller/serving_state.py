@@ -14,17 +14,23 @@ from tunesmith.api.model import ApiModel
 from tunesmith.api.servingpool import ServingPool
 from tunesmith.autoscale.decide import Sample, Window
 from tunesmith.autoscale.demand import DemandBoard
+from tunesmith.cluster.errors import ForbiddenError, InvalidError
 from tunesmith.contracts.agent import SILENCE_SECONDS
 from tunesmith.contracts.claims import Claim, claim_of
 from tunesmith.controller.reconciler import Key
 from tunesmith.controller.serving_streams import AgentLinks, GatewayLinks
+from tunesmith.serving.notice import notices
 from tunesmith.serving.pod import PoolPod, observe_pod
-from tunesmith.serving.render import POOL_UID_LABEL
+from tunesmith.serving.render import deployment_name, is_owned_by, is_pod_of
 from tunesmith.serving.source import may_attach
+from tunesmith.serving.unreadable import unreadable_status
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
+    from tunesmith.api.adapterdeployment import AdapterDeploymentStatus
+    from tunesmith.api.conditions import Condition
+    from tunesmith.api.servingpool import ServingPoolStatus
     from tunesmith.cluster.resources import Object, Objects
     from tunesmith.controller.cache import Cache
     from tunesmith.controller.context import Context
@@ -44,16 +50,26 @@ class Parsed(Generic[M]):
         self._known: dict[str, tuple[str, M | None]] = {}
 
     def get(self, namespace: str, name: str) -> M | None:
-        """The object; None where there is none, it is being deleted, or it is not of this release's schema."""
+        """Return the object; None where it does not exist, is being deleted, or does not fit this release's schema."""
         manifest = self._cache.get(namespace, name)
         return None if manifest is None else self._parse(manifest)
 
     def list(self, namespace: str | None = None) -> list[M]:
-        """All objects, or those of one namespace, without those that `get` gives None for."""
+        """Return all objects, or those of one namespace, without those that `get` returns None for."""
         manifests = self._cache.list(namespace)
         if namespace is None and len(self._known) > 2 * len(manifests) + 100:
             self._known.clear()
         return [model for manifest in manifests if (model := self._parse(manifest)) is not None]
+
+    def error(self, manifest: Object) -> str:
+        """Return a sentence on why an object does not fit this release's schema."""
+        try:
+            self._model.model_validate({**manifest, "status": {}})
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+            where = ".".join(str(part) for part in first["loc"])
+            return f"{where} does not fit the schema of this release: {first['msg']}; correct it and apply it again"
+        return "it does not fit the schema of this release"
 
     def _parse(self, manifest: Object) -> M | None:
         metadata = manifest["metadata"]
@@ -61,13 +77,22 @@ class Parsed(Generic[M]):
             return None
         version, model = self._known.get(metadata["uid"], ("", None))
         if version != metadata["resourceVersion"]:
-            try:
-                model = self._model.model_validate(manifest)
-            except ValidationError as error:
-                place = f"{metadata.get('namespace')}/{metadata['name']}"
-                _log.warning("%s %s is not of this release's schema: %s", manifest["kind"], place, error)
-                model = None
+            model = self._validate(manifest)
             self._known[metadata["uid"]] = (metadata["resourceVersion"], model)
+        return model
+
+    def _validate(self, manifest: Object) -> M | None:
+        try:
+            return self._model.model_validate(manifest)
+        except ValidationError:
+            place = f"{manifest['kind']} {manifest['metadata'].get('namespace')}/{manifest['metadata']['name']}"
+        # A status is observed again; only a spec that cannot be read keeps the object from being served.
+        try:
+            model = self._model.model_validate({**manifest, "status": {}})
+        except ValidationError:
+            _log.warning("%s: %s", place, self.error(manifest))
+            return None
+        _log.warning("the status of %s does not fit the schema of this release and is written again", place)
         return model
 
 
@@ -113,13 +138,26 @@ class ServingState:
             if link is None:
                 found.append(observe_pod(manifest))
             else:
-                found.append(observe_pod(manifest, link.state, heard=link.heard(now)))
+                unheard = now - max(link.heard_at, link.since)
+                found.append(
+                    observe_pod(
+                        manifest,
+                        link.state,
+                        heard=link.heard(now),
+                        unheard_seconds=unheard,
+                        stream_error=link.error,
+                    )
+                )
         return found
 
     def pod_manifests(self, pool: ServingPool) -> Objects:
-        """The pool's pods as the API server has them."""
-        pods = self.context.caches["Pod"].list(pool.metadata.namespace)
-        return [pod for pod in pods if (pod["metadata"].get("labels") or {}).get(POOL_UID_LABEL) == pool.metadata.uid]
+        """Return the pool's pods as the API server has them."""
+        return [pod for pod in self.context.caches["Pod"].list(pool.metadata.namespace) if is_pod_of(pool, pod)]
+
+    def deployment(self, pool: ServingPool) -> Object | None:
+        """Return the pool's own Deployment; None where there is none, or one of that name has another owner."""
+        found = self.context.caches["Deployment"].get(pool.metadata.namespace, deployment_name(pool))
+        return found if found is not None and is_owned_by(pool, found) else None
 
     def settled(self, pool: ServingPool) -> bool:
         """Whether every ready pod's agent was heard since this process leads, or was given time enough to be."""
@@ -137,8 +175,8 @@ class ServingState:
         now = time.monotonic()
         last, window = self._windows.get(uid, (float("-inf"), Window()))
         if now - last >= _SAMPLE_SECONDS:
-            demand = self.demand.read(now)
-            window.add(Sample(now, demand.of(models), complete=demand.complete, floor=floor), keep_seconds)
+            demand = self.demand.read(models, now)
+            window.add(Sample(now, demand.requests, complete=demand.complete, floor=floor), keep_seconds)
             self._windows[uid] = (now, window)
         return window
 
@@ -148,6 +186,37 @@ class ServingState:
         living |= {pool.metadata.uid for pool in self.pools.list() if pool.spec.autoscaling is not None}
         for uid in self._windows.keys() - living:
             del self._windows[uid]
+
+    async def write_status(
+        self, manifest: Object, status: ServingPoolStatus | AdapterDeploymentStatus, before: Sequence[Condition]
+    ) -> bool:
+        """Write a status that differs from the observed one, and an Event for each condition that changed.
+
+        Returns:
+            True if it was written.
+
+        Raises:
+            ClusterError: it could not be written; a refusal is reported by an Event.
+        """
+        document = status.manifest()
+        if document == manifest.get("status", {}):
+            return False
+        try:
+            written = await self.context.replace_status({**manifest, "status": document})
+        except (InvalidError, ForbiddenError) as error:
+            message = f"the API server refuses the status, which is out of date: {error}"
+            await self.context.recorder.event(manifest, "StatusRefused", message, type_="Warning")
+            raise
+        for notice in notices(before, status.conditions):
+            await self.context.recorder.event(written, notice.reason, notice.message, type_=notice.type)
+        return True
+
+    async def report_unreadable(self, manifest: Object, message: str) -> None:
+        """Write a condition on an object that does not fit this release's schema. Nothing else of it is changed."""
+        document = unreadable_status(manifest, message, self.context.now())
+        if document != manifest.get("status"):
+            written = await self.context.replace_status({**manifest, "status": document})
+            await self.context.recorder.event(written, "InvalidSpec", message, type_="Warning")
 
     def keys_of(self, adapters: Iterable[AdapterDeployment]) -> list[Key]:
         """Work-queue keys."""

@@ -81,13 +81,6 @@ class AgentLink:
         """Whether the last line is recent."""
         return now - self.heard_at <= SILENCE_SECONDS
 
-    def unreachable(self, now: float) -> str | None:
-        """A sentence about an agent that cannot be reached; None when it was heard, or was not tried yet."""
-        if self.heard(now) or not self.error:
-            return None
-        address = self.target.authority(AGENT_PORT)
-        return f"the operator cannot reach the agent of {self.target.name} at {address}: {self.error}"
-
     def take(self, state: PodState, now: float) -> bool:
         """Keep a line; True when it says something new."""
         new = not self.heard(now) or self.state is None or _without_load(state) != _without_load(self.state)
@@ -257,7 +250,7 @@ class GatewayLinks:
                         if target is not None:
                             targets[uid] = target
                             tasks[uid] = asyncio.create_task(self._listen(session, uid, target))
-                    self._board.expect(targets)
+                    self._board.expect({uid: target.name for uid, target in targets.items()}, time.monotonic())
             finally:
                 for task in tasks.values():
                     task.cancel()

@@ -1,14 +1,16 @@
-"""What a pool's pod says: through the API server, and through its agent."""
+"""Observed state of a pool's pod: from the API server and from its agent."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.api.conditions import ServingPoolReason
-from tunesmith.contracts.agent import ResidencyState
+from tunesmith.contracts.agent import AGENT_PORT, ResidencyState
+from tunesmith.contracts.sentence import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -20,30 +22,48 @@ DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
 BASE_MODEL_CONTAINER = "base-model"
 AGENT_CONTAINER = "agent"
 ENGINE_CONTAINER = "engine"
-_LONGEST = 600
+PROBLEM_LENGTH = 600
 _PULL = frozenset({"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable"})
 _CONFIGURATION = frozenset({"CreateContainerConfigError", "CreateContainerError", "RunContainerError"})
 _OF_CONTAINER = {
     BASE_MODEL_CONTAINER: (ServingPoolReason.BASE_MODEL_UNAVAILABLE, "the base model cannot be fetched"),
-    AGENT_CONTAINER: (ServingPoolReason.AGENT_FAILED, "the agent ended"),
-    ENGINE_CONTAINER: (ServingPoolReason.ENGINE_FAILED, "the engine ended"),
+    AGENT_CONTAINER: (ServingPoolReason.AGENT_FAILED, "the agent stopped"),
+    ENGINE_CONTAINER: (ServingPoolReason.ENGINE_FAILED, "the engine stopped"),
 }
+_UNHEARD_SECONDS = 5.0
+"""An agent that runs and was not heard for this long is reported."""
+_REPEATEDLY = 3
+_RECENT = timedelta(minutes=10)
+"""The kubelet forgets its back-off after a container ran for so long."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What keeps a pod from working, as a sentence."""
+    """A sentence about what keeps a pod from working."""
 
     reason: ServingPoolReason
     message: str
 
 
 @dataclass(frozen=True)
+class Restarts:
+    """Earlier ends of a container that runs now. `last`: the newest one."""
+
+    problem: Problem
+    count: int
+    last: datetime | None
+
+
+@dataclass(frozen=True)
 class PoolPod:
     """A pod of a pool.
 
-    `ready`: its Ready condition. `gate`: the readiness gate as it stands, None when never set. `stopping`: it is being
-    deleted, or has ended. `state`: the agent's last line, None before the first. `heard`: that line is recent.
+    `ready`: its Ready condition. `gate`: the observed readiness gate, None when never set. `stopping`: it is being
+    deleted, or has finished. `problem`: reported by the API server. `failed_at`: when a pod that finished did so.
+    `restarts`: of a container that is running again. `agent_since`: when the agent's container started, None while it
+    does not run. `state`: the agent's last line, None before the first. `heard`: that line is recent.
+    `unheard_seconds`: for how long the operator has read the agent's stream in vain, None while it does not read it.
+    `stream_error`: why that stream broke.
     """
 
     namespace: str
@@ -56,44 +76,67 @@ class PoolPod:
     deletion_cost: str | None
     stopping: bool
     problem: Problem | None = None
+    failed_at: datetime | None = None
+    restarts: Restarts | None = None
+    agent_since: datetime | None = None
+    containers_ready_since: datetime | None = None
+    template: str | None = None
     state: PodState | None = None
     heard: bool = False
+    unheard_seconds: float | None = None
+    stream_error: str = ""
 
     @property
     def answering(self) -> bool:
-        """Whether its engine takes requests, as far as is known now."""
+        """True if its engine accepts requests, as far as is known now."""
         return (
             self.heard
             and not self.stopping
             and self.state is not None
             and self.state.engine_ready
+            and not self.state.problem
             and not self.state.draining
             and not self.state.problem
         )
 
-    def residency(self, engine_name: str) -> Residency | None:
-        """What the agent last said about a revision."""
-        adapters = self.state.adapters if self.state is not None else []
-        return next((entry for entry in adapters if entry.engine_name == engine_name), None)
-
     @property
+    def serving(self) -> bool:
+        """True if requests reach it: it is ready, and its agent does not contradict that."""
+        return self.ready and not self.stopping and (self.answering or not self.heard)
+
+    def residency(self, engine_name: str) -> Residency | None:
+        """Return the agent's last report about a revision."""
+        return self._adapters.get(engine_name)
+
+    @cached_property
+    def _adapters(self) -> Mapping[str, Residency]:
+        return {entry.engine_name: entry for entry in self.state.adapters} if self.state is not None else {}
+
+    @cached_property
     def present(self) -> frozenset[str]:
         """Revisions that it holds, is loading or could not load."""
-        adapters = self.state.adapters if self.state is not None else []
-        return frozenset(entry.engine_name for entry in adapters if entry.state is not ResidencyState.UNLOADING)
+        return frozenset(name for name, entry in self._adapters.items() if entry.state is not ResidencyState.UNLOADING)
 
-    @property
+    @cached_property
     def resident(self) -> frozenset[str]:
-        """Revisions that its engine holds, as the agent said last."""
-        adapters = self.state.adapters if self.state is not None else []
-        return frozenset(entry.engine_name for entry in adapters if entry.state is ResidencyState.RESIDENT)
+        """Revisions that its engine holds, as the agent last reported."""
+        return frozenset(name for name, entry in self._adapters.items() if entry.state is ResidencyState.RESIDENT)
 
 
-def observe_pod(manifest: Mapping[str, Any], state: PodState | None = None, *, heard: bool = False) -> PoolPod:
-    """The pod that a manifest describes, with what its agent said."""
+def observe_pod(
+    manifest: Mapping[str, Any],
+    state: PodState | None = None,
+    *,
+    heard: bool = False,
+    unheard_seconds: float | None = None,
+    stream_error: str = "",
+) -> PoolPod:
+    """Return the pod of a manifest, with its agent's reports."""
     metadata, status = manifest["metadata"], manifest.get("status") or {}
     conditions = {condition["type"]: condition for condition in status.get("conditions") or ()}
     gate = conditions.get(READINESS_GATE)
+    annotations = metadata.get("annotations") or {}
+    over = status.get("phase") in {"Failed", "Succeeded"}
     return PoolPod(
         namespace=metadata["namespace"],
         name=metadata["name"],
@@ -102,11 +145,60 @@ def observe_pod(manifest: Mapping[str, Any], state: PodState | None = None, *, h
         created=datetime.fromisoformat(metadata["creationTimestamp"]).astimezone(UTC),
         ready=_is_true(conditions.get("Ready")),
         gate=None if gate is None else _is_true(gate),
-        deletion_cost=(metadata.get("annotations") or {}).get(DELETION_COST),
-        stopping=bool(metadata.get("deletionTimestamp")) or status.get("phase") in {"Failed", "Succeeded"},
-        problem=next(_problems(status, conditions), None),
+        deletion_cost=annotations.get(DELETION_COST),
+        stopping=bool(metadata.get("deletionTimestamp")) or over,
+        problem=_failed_pod(status) if over else next(_problems(status, conditions), None),
+        failed_at=_newest_change(status) if over and not metadata.get("deletionTimestamp") else None,
+        restarts=next(_restarts(status), None),
+        agent_since=_running_since(status, AGENT_CONTAINER, metadata["creationTimestamp"]),
+        containers_ready_since=_true_since(conditions.get("ContainersReady")),
         state=state,
         heard=heard,
+        unheard_seconds=unheard_seconds,
+        stream_error=stream_error,
+    )
+
+
+def current_problem(pod: PoolPod, now: datetime) -> Problem | None:
+    """Return what is wrong with a pod at this moment; None when nothing is known to be."""
+    if pod.stopping:
+        recent = pod.failed_at is not None and now - pod.failed_at <= _RECENT
+        return pod.problem if recent else None
+    if pod.problem is not None:
+        return pod.problem
+    if pod.heard and pod.state is not None and pod.state.problem:
+        return Problem(ServingPoolReason.ENGINE_UNHEALTHY, one_line(pod.state.problem, PROBLEM_LENGTH))
+    if _unheard_for(pod, now) >= _UNHEARD_SECONDS:
+        return _unreachable(pod)
+    restarts = pod.restarts
+    if (
+        restarts is not None
+        and restarts.count >= _REPEATEDLY
+        and restarts.last is not None
+        and now - restarts.last <= _RECENT
+    ):
+        return restarts.problem
+    return None
+
+
+def _unheard_for(pod: PoolPod, now: datetime) -> float:
+    if pod.heard or not pod.address or pod.agent_since is None:
+        return 0.0
+    return (now - pod.agent_since).total_seconds() if pod.unheard_seconds is None else pod.unheard_seconds
+
+
+def _unreachable(pod: PoolPod) -> Problem | None:
+    if pod.state is not None and not pod.stream_error:
+        return Problem(
+            ServingPoolReason.AGENT_SILENT,
+            "its agent is connected and reports nothing: what the pod holds is unknown",
+        )
+    host = f"[{pod.address}]" if pod.address and ":" in pod.address else pod.address
+    error = f" ({one_line(pod.stream_error, 200)})" if pod.stream_error else ""
+    return Problem(
+        ServingPoolReason.AGENT_UNREACHABLE,
+        f"the operator cannot reach its agent at {host}:{AGENT_PORT}{error}: allow TCP port {AGENT_PORT} from the "
+        f"operator's pods, if a NetworkPolicy of namespace {pod.namespace} or of the operator's namespace denies it",
     )
 
 
@@ -114,55 +206,107 @@ def _is_true(condition: Mapping[str, Any] | None) -> bool:
     return condition is not None and condition.get("status") == "True"
 
 
+def _true_since(condition: Mapping[str, Any] | None) -> datetime | None:
+    return _time(condition.get("lastTransitionTime")) if condition is not None and _is_true(condition) else None
+
+
+def _time(text: str | None) -> datetime | None:
+    return datetime.fromisoformat(text).astimezone(UTC) if text else None
+
+
+def _containers(status: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [*(status.get("initContainerStatuses") or ()), *(status.get("containerStatuses") or ())]
+
+
+def _running_since(status: Mapping[str, Any], name: str, created: str) -> datetime | None:
+    running = next(
+        (container["state"]["running"] for container in _containers(status)
+         if container["name"] == name and "running" in (container.get("state") or {})),
+        None,
+    )  # fmt: skip
+    return None if running is None else _time(running.get("startedAt") or created)
+
+
+def _failed_pod(status: Mapping[str, Any]) -> Problem | None:
+    """Return why a pod finished that was to run for ever."""
+    conditions = {condition["type"]: condition for condition in status.get("conditions") or ()}
+    disruption = conditions.get("DisruptionTarget") or {}
+    reason = status.get("reason") or disruption.get("reason") or status["phase"]
+    message = status.get("message") or disruption.get("message") or "its containers finished"
+    return Problem(ServingPoolReason.POD_FAILED, f"it finished ({one_line(reason, 64)}): {_cut(message)}")
+
+
+def _newest_change(status: Mapping[str, Any]) -> datetime | None:
+    times = [_time(condition.get("lastTransitionTime")) for condition in status.get("conditions") or ()]
+    times += [
+        _time(((container.get("state") or {}).get("terminated") or {}).get("finishedAt"))
+        for container in _containers(status)
+    ]
+    return max((time for time in (*times, _time(status.get("startTime"))) if time is not None), default=None)
+
+
 def _problems(status: Mapping[str, Any], conditions: Mapping[str, Mapping[str, Any]]) -> Iterator[Problem]:
     scheduled = conditions.get("PodScheduled")
     if scheduled is not None and scheduled.get("status") == "False":
-        message = scheduled.get("message") or scheduled.get("reason") or "no node takes it"
+        message = scheduled.get("message") or scheduled.get("reason") or "the scheduler gave no reason"
         yield Problem(ServingPoolReason.UNSCHEDULABLE, f"no node takes it: {_cut(message)}")
-    for container in [*(status.get("initContainerStatuses") or ()), *(status.get("containerStatuses") or ())]:
+    for container in _containers(status):
         waiting = (container.get("state") or {}).get("waiting") or {}
         reason, name = waiting.get("reason", ""), container["name"]
         if reason in _PULL:
             yield Problem(
                 ServingPoolReason.IMAGE_PULL_FAILED,
-                f"image {container.get('image')} of {name} cannot be pulled: {_cut(waiting.get('message') or reason)}",
+                f"image {one_line(str(container.get('image')), 256)} of {name} cannot be pulled: "
+                f"{_cut(waiting.get('message') or reason)}",
             )
         elif reason in _CONFIGURATION:
             yield Problem(
                 ServingPoolReason.CONFIGURATION,
                 f"container {name} cannot be started: {_cut(waiting.get('message') or reason)}",
             )
-        elif not _is_running(container) and (ended := _failure(container)) is not None:
-            kind, what = _OF_CONTAINER.get(name, (ServingPoolReason.ENGINE_FAILED, f"container {name} ended"))
-            yield Problem(kind, f"{what}{ended}")
+        elif not _is_up(container) and (end := _end(container)) is not None:
+            yield end
 
 
-def _is_running(container: Mapping[str, Any]) -> bool:
-    return "running" in (container.get("state") or {})
+def _restarts(status: Mapping[str, Any]) -> Iterator[Restarts]:
+    for container in _containers(status):
+        count = container.get("restartCount", 0)
+        if count and _is_up(container) and (end := _end(container)) is not None:
+            last = ((container.get("lastState") or {}).get("terminated") or {}).get("finishedAt")
+            yield Restarts(Problem(end.reason, f"{end.message}; it is running again"), count, _time(last))
 
 
-def _failure(container: Mapping[str, Any]) -> str | None:
-    """How the container's last run ended; None when it did not fail."""
+def _is_up(container: Mapping[str, Any]) -> bool:
+    """True if the container runs, and passes its readiness probe where the kubelet reports that."""
+    return "running" in (container.get("state") or {}) and container.get("ready", True)
+
+
+def _end(container: Mapping[str, Any]) -> Problem | None:
+    """Return how the container's last run stopped; None if it has not, or if it is one that is meant to finish."""
+    name = container["name"]
     for where in ("state", "lastState"):
         ended = (container.get(where) or {}).get("terminated")
-        if ended and ended.get("exitCode", 0) != 0:
-            said = _said(ended.get("message") or "")
-            cause = "out of memory" if ended.get("reason") == "OOMKilled" else f"exit code {ended['exitCode']}"
-            return f": {said}" if said else f" ({cause})"
+        if not ended or (name == BASE_MODEL_CONTAINER and ended.get("exitCode", 0) == 0):
+            continue
+        cause = "out of memory" if ended.get("reason") == "OOMKilled" else f"exit code {ended.get('exitCode', 0)}"
+        count = container.get("restartCount", 0)
+        restarts = f", restarted {count} time{'' if count == 1 else 's'}" if count else ""
+        text = _last_line(ended.get("message") or "")
+        kind, what = _OF_CONTAINER.get(name, (ServingPoolReason.ENGINE_FAILED, f"container {name} stopped"))
+        return Problem(kind, f"{what} ({cause}{restarts}){f': {text}' if text else ''}")
     return None
 
 
-def _said(message: str) -> str:
-    """The sentence of a termination message: `message` of a JSON object, or the last line of a log."""
+def _last_line(message: str) -> str:
+    """Return the sentence of a termination message: `message` of a JSON object, or the last line of a log."""
     text = message.strip()
     try:
         document = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         return _cut(lines[-1]) if lines else ""
     return _cut(str(document.get("message") or "")) if isinstance(document, dict) else _cut(text)
 
 
 def _cut(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+    return one_line(text, PROBLEM_LENGTH)

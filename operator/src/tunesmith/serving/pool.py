@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import re
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.api.conditions import Condition, ConditionStatus, ServingPoolCondition, set_condition
 from tunesmith.api.conditions import ServingPoolReason as Reason
 from tunesmith.api.servingpool import PoolPhase, ServingPoolStatus
 from tunesmith.contracts.agent import DesiredAdapter, ResidencyState
+from tunesmith.contracts.sentence import one_line
 from tunesmith.serving.placement import Placement, PlacementPod, Wanted, evacuated, place, victims
+from tunesmith.serving.pod import Problem, current_problem
 from tunesmith.serving.render import selector_text
 from tunesmith.serving.rollout import wanted_copies
 
@@ -21,18 +25,23 @@ if TYPE_CHECKING:
     from tunesmith.api.servingpool import ServingPool
     from tunesmith.autoscale.decide import Decision
     from tunesmith.contracts.claims import Claim
-    from tunesmith.serving.pod import PoolPod, Problem
+    from tunesmith.serving.pod import PoolPod
 
 _VICTIM_COST = -1000
+_LONGEST = 2000
+_FINGERPRINT = re.compile(r"[a-z0-9]+:[0-9a-zA-Z]{1,96}")
+_LOADING_BESIDE_OTHERS = timedelta(minutes=5)
+_LOADING_ALONE = timedelta(seconds=30)
 
 
 @dataclass(frozen=True)
 class PoolObservation:
-    """What a pool is decided from.
+    """Input of a pool's plan.
 
     `deployment`: as the API server has it. `pods`: all of the pool's, stopping ones too. `adapters`: attached
     AdapterDeployments, in order of precedence. `decision`: the wanted pods. `spread`: see `placement.place`.
-    `invalid`: why the spec cannot be rendered.
+    `invalid`: why the spec cannot be rendered. `refused`: why the API server refused to write one of the pool's
+    objects. `unknown_demand`: why the demand is not completely known, None while it is.
     """
 
     deployment: Mapping[str, Any] | None
@@ -42,11 +51,13 @@ class PoolObservation:
     spread: bool = False
     lost_to: Claim | None = None
     invalid: str | None = None
+    refused: str | None = None
+    unknown_demand: str | None = None
 
 
 @dataclass(frozen=True)
 class PoolPlan:
-    """What to do.
+    """Decisions about a pool.
 
     `replicas`: of the Deployment. `assigned`: the whole list of each pod, by pod name. `costs`: pod-deletion-cost to
     set, by pod name: the Deployment's controller deletes the pods that were chosen here. `gates`: readiness gates to
@@ -62,7 +73,7 @@ class PoolPlan:
 
 
 def plan(pool: ServingPool, seen: PoolObservation, now: datetime) -> PoolPlan:
-    """Everything about a pool at one moment."""
+    """Decide everything about a pool at one moment."""
     living = [pod for pod in seen.pods if not pod.stopping]
     revisions, wanted = _wanted(seen.adapters)
     placement, leaving = _placement(pool, seen, living, wanted)
@@ -87,7 +98,7 @@ def plan(pool: ServingPool, seen: PoolObservation, now: datetime) -> PoolPlan:
         gates={
             pod.name: gate
             for pod in living
-            if (gate := _gate(pod, assigned[pod.name])) is not pod.gate and gate is not None
+            if (gate := _gate(pod, assigned[pod.name], living, now)) is not pod.gate and gate is not None
         },
         unplaced={entry.revision: entry.reason for entry in placement.unplaced},
         status=_status(pool, seen, living, placement, now),
@@ -146,63 +157,59 @@ def _replicas(deployment: Mapping[str, Any] | None) -> int | None:
     return None if deployment is None else int(deployment["spec"].get("replicas", 1))
 
 
-def _gate(pod: PoolPod, assigned: Sequence[DesiredAdapter]) -> bool | None:
-    """Whether the readiness gate is open; None: as it is.
+def _gate(pod: PoolPod, assigned: Sequence[DesiredAdapter], living: Sequence[PoolPod], now: datetime) -> bool | None:
+    """Return the wanted state of the readiness gate; None: leave it as it is.
 
     Once open it stays open while the engine is up: an adapter on its way must not take the pod from those it serves.
+    Nor may an adapter that cannot be loaded keep the pod from the others for long.
     """
     if not pod.heard or pod.state is None:
         return None
-    if not pod.state.engine_ready:
+    if not pod.state.engine_ready or pod.state.problem:
         return False
     if pod.gate:
         return True
-    return all(_done(pod, adapter) for adapter in assigned)
+    others = [other for other in living if other is not pod and other.serving]
+    since = pod.containers_ready_since
+    if since is not None and now - since >= (_LOADING_BESIDE_OTHERS if others else _LOADING_ALONE):
+        return True
+    return all(_settled(pod, adapter, others) for adapter in assigned)
 
 
-def _done(pod: PoolPod, adapter: DesiredAdapter) -> bool:
+def _settled(pod: PoolPod, adapter: DesiredAdapter, others: Sequence[PoolPod]) -> bool:
+    """Return True if waiting for the adapter serves nobody: it is resident, or failed and no other pod has it."""
     entry = pod.residency(adapter.engine_name)
-    return entry is not None and (
-        entry.state is ResidencyState.RESIDENT or (entry.state is ResidencyState.FAILED and entry.permanent)
-    )
+    if entry is None:
+        return False
+    if entry.state is ResidencyState.FAILED:
+        return entry.permanent or not any(adapter.engine_name in other.resident for other in others)
+    return entry.state is ResidencyState.RESIDENT
 
 
 def _status(
     pool: ServingPool, seen: PoolObservation, living: Sequence[PoolPod], placement: Placement, now: datetime
 ) -> ServingPoolStatus:
-    ready = sum(1 for pod in living if pod.ready)
+    ready = sum(1 for pod in living if pod.serving)
     used = sum(len(keys) for keys in placement.pods.values())
     fingerprint, differing = _fingerprint(pool, living)
-    conditions: Sequence[Condition] = pool.status.conditions
+    problem = _first_problem(seen, living, ready, now)
     outcomes = {
-        ServingPoolCondition.AVAILABLE: _available(seen, ready, living),
+        ServingPoolCondition.AVAILABLE: _available(seen, ready, living, problem),
         ServingPoolCondition.PROGRESSING: _progressing(seen, ready, living),
-        ServingPoolCondition.DEGRADED: _degraded(pool, seen, living, differing),
+        ServingPoolCondition.DEGRADED: _degraded(pool, seen, living, problem, differing),
     }
-    for type_, (holds, reason, message) in outcomes.items():
-        status = ConditionStatus.TRUE if holds else ConditionStatus.FALSE
-        conditions = set_condition(
-            conditions,
-            Condition(
-                type=type_,
-                status=status,
-                reason=reason,
-                message=message,
-                last_transition_time=now,
-                observed_generation=pool.metadata.generation,
-            ),
-        )
+    if pool.spec.autoscaling is not None:
+        outcomes[ServingPoolCondition.SCALING_ACTIVE] = _scaling(seen)
     old = pool.status
     # The reason tells why this size was chosen; it is not written again with every request that comes.
     kept = (old.desired_replicas, old.observed_generation) == (seen.decision.replicas, pool.metadata.generation)
-    degraded, available = outcomes[ServingPoolCondition.DEGRADED][0], outcomes[ServingPoolCondition.AVAILABLE][0]
     return ServingPoolStatus(
-        phase=PoolPhase.DEGRADED if degraded else PoolPhase.AVAILABLE if available else PoolPhase.PENDING,
-        conditions=list(conditions),
+        phase=_phase(outcomes),
+        conditions=_conditions(pool, outcomes, now),
         observed_generation=pool.metadata.generation,
         base_model_fingerprint=fingerprint,
         desired_replicas=seen.decision.replicas,
-        desired_reason=old.desired_reason if kept and old.desired_reason else seen.decision.reason[:1024],
+        desired_reason=old.desired_reason if kept and old.desired_reason else one_line(seen.decision.reason, 1024),
         replicas=len(living),
         ready_replicas=ready,
         adapters=len(seen.adapters),
@@ -212,80 +219,124 @@ def _status(
     )
 
 
-_Outcome = tuple[bool, Reason, str]
+_Outcome = tuple[ConditionStatus, Reason, str]
+_TRUE, _FALSE, _UNKNOWN = ConditionStatus.TRUE, ConditionStatus.FALSE, ConditionStatus.UNKNOWN
 
 
-def _available(seen: PoolObservation, ready: int, living: Sequence[PoolPod]) -> _Outcome:
-    if seen.invalid is not None:
-        return False, Reason.INVALID_SPEC, seen.invalid
+def _conditions(pool: ServingPool, outcomes: Mapping[ServingPoolCondition, _Outcome], now: datetime) -> list[Condition]:
+    conditions = [condition for condition in pool.status.conditions if condition.type in outcomes]
+    for type_, (status, reason, message) in outcomes.items():
+        conditions = set_condition(
+            conditions,
+            Condition(
+                type=type_,
+                status=status,
+                reason=reason,
+                message=one_line(message, _LONGEST),
+                last_transition_time=now,
+                observed_generation=pool.metadata.generation,
+            ),
+        )
+    return conditions
+
+
+def _phase(outcomes: Mapping[ServingPoolCondition, _Outcome]) -> PoolPhase:
+    if outcomes[ServingPoolCondition.DEGRADED][0] is _TRUE:
+        return PoolPhase.DEGRADED
+    return PoolPhase.AVAILABLE if outcomes[ServingPoolCondition.AVAILABLE][0] is _TRUE else PoolPhase.PENDING
+
+
+def _available(seen: PoolObservation, ready: int, living: Sequence[PoolPod], problem: Problem | None) -> _Outcome:
+    wanted = max(seen.decision.replicas, len(living))
+    if any(pod.serving and pod.heard for pod in living):
+        return _TRUE, Reason.PODS_READY, f"{ready} of {wanted} pods ready"
     if ready:
-        return True, Reason.PODS_READY, f"{ready} of {max(seen.decision.replicas, len(living))} pods ready"
+        message = problem.message if problem else "their agents report nothing"
+        return _UNKNOWN, Reason.AGENT_SILENT, f"{ready} of {wanted} pods are ready for Kubernetes; {message}"
+    if seen.invalid is not None:
+        return _FALSE, Reason.INVALID_SPEC, seen.invalid
+    if seen.refused is not None:
+        return _FALSE, Reason.WRITE_REFUSED, seen.refused
     if seen.decision.replicas == 0:
-        return False, Reason.SCALED_TO_ZERO, "replicas is 0: raise it to serve"
-    problem = _first_problem(living)
-    return (
-        False,
-        problem.reason if problem else Reason.NO_POD_READY,
-        problem.message if problem else f"0 of {seen.decision.replicas} pods ready",
-    )
+        return _FALSE, Reason.SCALED_TO_ZERO, "replicas is 0: raise it to serve"
+    if problem is not None:
+        return _FALSE, problem.reason, problem.message
+    return _FALSE, Reason.NO_POD_READY, f"0 of {seen.decision.replicas} pods ready"
 
 
 def _progressing(seen: PoolObservation, ready: int, living: Sequence[PoolPod]) -> _Outcome:
     wanted = seen.decision.replicas
     status = (seen.deployment or {}).get("status") or {}
     if seen.invalid is not None:
-        return False, Reason.INVALID_SPEC, seen.invalid
+        return _FALSE, Reason.INVALID_SPEC, seen.invalid
+    if seen.refused is not None:
+        return _FALSE, Reason.WRITE_REFUSED, seen.refused
     if seen.deployment is not None and status.get("updatedReplicas", 0) < min(wanted, status.get("replicas", 0)):
-        return (
-            True,
-            Reason.ROLLING_OUT,
-            f"{status.get('updatedReplicas', 0)} of {wanted} pods have the current settings",
-        )
+        updated = status.get("updatedReplicas", 0)
+        return _TRUE, Reason.ROLLING_OUT, f"{updated} of {wanted} pods have the current settings"
     if ready < wanted or len(living) != wanted:
-        return True, Reason.SCALING, f"{ready} of {wanted} wanted pods ready, {len(living)} exist"
-    return False, Reason.SETTLED, f"{wanted} pod{'' if wanted == 1 else 's'} as wanted"
+        return _TRUE, Reason.SCALING, f"{ready} of {wanted} wanted pods ready, {len(living)} exist"
+    return _FALSE, Reason.SETTLED, f"{wanted} pod{'' if wanted == 1 else 's'} as wanted"
 
 
-def _degraded(pool: ServingPool, seen: PoolObservation, living: Sequence[PoolPod], differing: str | None) -> _Outcome:
-    if seen.invalid is not None:
-        return True, Reason.INVALID_SPEC, seen.invalid
-    refused = _refusal(seen.deployment)
-    if refused is not None:
-        return True, Reason.PODS_REFUSED, f"the API server refuses the pods: {refused}"
-    problem = _first_problem(living)
-    if problem is not None:
-        return True, problem.reason, problem.message
-    if differing is not None:
-        return True, Reason.FINGERPRINTS_DIFFER, differing
-    if seen.lost_to is not None:
-        return (
-            True,
-            Reason.MODEL_NAME_TAKEN,
-            (
-                f"the model name {pool.model} belongs to {seen.lost_to.holder}, which "
-                "is older: the base cannot be called under it"
-            ),
-        )
-    silent = [pod.name for pod in living if pod.ready and not pod.heard]
-    if silent:
-        return True, Reason.AGENT_SILENT, f"the agent of pod {silent[0]} says nothing: what the pod holds is unknown"
-    return False, Reason.AS_EXPECTED, "no pod reports a problem"
-
-
-def _first_problem(living: Sequence[PoolPod]) -> Problem | None:
-    pod = next((pod for pod in living if pod.problem is not None), None)
-    return (
-        None
-        if pod is None or pod.problem is None
-        else replace(pod.problem, message=f"pod {pod.name}: {pod.problem.message}")
+def _degraded(
+    pool: ServingPool,
+    seen: PoolObservation,
+    living: Sequence[PoolPod],
+    problem: Problem | None,
+    differing: str | None,
+) -> _Outcome:
+    silent = next((pod.name for pod in living if pod.ready and not pod.heard), None)
+    sentences: list[tuple[Reason, str | None]] = [
+        (Reason.INVALID_SPEC, seen.invalid),
+        (Reason.WRITE_REFUSED, seen.refused),
+        (Reason.PODS_REFUSED, _refusal(seen.deployment)),
+        (Reason.AS_EXPECTED, None) if problem is None else (problem.reason, problem.message),
+        (Reason.FINGERPRINTS_DIFFER, differing),
+        (Reason.MODEL_NAME_TAKEN, _taken(pool, seen.lost_to)),
+        (
+            Reason.AGENT_SILENT,
+            None if silent is None else f"the agent of pod {silent} reports nothing: what the pod holds is unknown",
+        ),
+    ]
+    return next(
+        ((_TRUE, reason, message) for reason, message in sentences if message),
+        (_FALSE, Reason.AS_EXPECTED, "no pod reports a problem"),
     )
+
+
+def _taken(pool: ServingPool, by: Claim | None) -> str | None:
+    if by is None:
+        return None
+    return f"the model name {pool.model} belongs to {by.holder}, which is older: the base cannot be called under it"
+
+
+def _scaling(seen: PoolObservation) -> _Outcome:
+    if seen.unknown_demand is not None:
+        return _FALSE, Reason.GATEWAY_SILENT, f"{seen.unknown_demand}: no pod is removed"
+    return _TRUE, Reason.DEMAND_KNOWN, "every gateway reports its requests"
+
+
+def _first_problem(seen: PoolObservation, living: Sequence[PoolPod], ready: int, now: datetime) -> Problem | None:
+    """Return the first pod's problem, with the number of other pods that have one.
+
+    Pods that finished count while there are too few ready ones.
+    """
+    finished = [pod for pod in seen.pods if pod.stopping] if ready < seen.decision.replicas else []
+    found = [(pod, problem) for pod in (*living, *finished) if (problem := current_problem(pod, now)) is not None]
+    if not found:
+        return None
+    pod, problem = found[0]
+    more = len(found) - 1
+    others = f"; {more} more pod{' reports a problem' if more == 1 else 's report problems'}" if more else ""
+    return Problem(problem.reason, f"pod {pod.name}: {problem.message}{others}")
 
 
 def _refusal(deployment: Mapping[str, Any] | None) -> str | None:
     conditions = ((deployment or {}).get("status") or {}).get("conditions") or ()
     return next(
         (
-            condition.get("message") or condition["type"]
+            f"the API server refuses the pods: {condition.get('message') or condition['type']}"
             for condition in conditions
             if condition["type"] == "ReplicaFailure" and condition["status"] == "True"
         ),
@@ -294,12 +345,14 @@ def _refusal(deployment: Mapping[str, Any] | None) -> str | None:
 
 
 def _fingerprint(pool: ServingPool, living: Sequence[PoolPod]) -> tuple[str | None, str | None]:
-    """The base's fingerprint, and a sentence when the pods do not agree on it."""
+    """Return the base's fingerprint, and a sentence when the pods do not agree on it."""
     known = pool.status.base_model_fingerprint
     reported = {
         pod.name: pod.state.base_model_fingerprint
         for pod in living
-        if pod.state is not None and pod.state.base_model_fingerprint is not None
+        if pod.state is not None
+        and pod.state.base_model_fingerprint is not None
+        and _FINGERPRINT.fullmatch(pod.state.base_model_fingerprint)
     }
     values = sorted(set(reported.values()))
     if len(values) > 1:
@@ -307,7 +360,7 @@ def _fingerprint(pool: ServingPool, living: Sequence[PoolPod]) -> tuple[str | No
             known if known in values else values[0],
             (
                 f"the pods fetched different contents of {pool.spec.base_model.uri}: "
-                f"delete the pods {', '.join(sorted(reported))}"
+                f"delete the pods {', '.join(sorted(reported)[:8])}"
             ),
         )
     return (values[0] if values else known), None

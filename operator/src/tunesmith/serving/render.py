@@ -72,6 +72,30 @@ def pod_selector(pool: ServingPool) -> dict[str, str]:
     return {POOL_LABEL: pool.metadata.name, POOL_UID_LABEL: pool.metadata.uid}
 
 
+def is_owned_by(pool: ServingPool, item: Manifest) -> bool:
+    """Return True if the pool is the controlling owner of an object of its namespace."""
+    metadata = item["metadata"]
+    return metadata.get("namespace") == pool.metadata.namespace and any(
+        owner.get("controller") and owner.get("kind") == pool.kind and owner.get("uid") == pool.metadata.uid
+        for owner in metadata.get("ownerReferences") or ()
+    )
+
+
+def is_pod_of(pool: ServingPool, pod: Manifest) -> bool:
+    """Return True if a pod was made for the pool by a ReplicaSet of the pool's Deployment."""
+    metadata = pod["metadata"]
+    labels = metadata.get("labels") or {}
+    replica_set = f"{deployment_name(pool)}-{labels.get('pod-template-hash', '')}"
+    return (
+        metadata.get("namespace") == pool.metadata.namespace
+        and pod_selector(pool).items() <= labels.items()
+        and any(
+            owner.get("controller") and owner.get("kind") == "ReplicaSet" and owner.get("name") == replica_set
+            for owner in metadata.get("ownerReferences") or ()
+        )
+    )
+
+
 def selector_text(pool: ServingPool) -> str:
     """The selector for /scale."""
     return ",".join(f"{key}={value}" for key, value in pod_selector(pool).items())
@@ -111,12 +135,16 @@ def key_secret(pool: ServingPool, files: Mapping[str, bytes]) -> Manifest:
 
 
 def disruption_budget(pool: ServingPool) -> Manifest:
-    """At most one pod is evicted at a time."""
+    """At most one pod is evicted at a time; a pod that is not ready never keeps a node from being drained."""
     return {
         "apiVersion": "policy/v1",
         "kind": "PodDisruptionBudget",
         "metadata": _metadata(pool, deployment_name(pool)),
-        "spec": {"maxUnavailable": 1, "selector": {"matchLabels": pod_selector(pool)}},
+        "spec": {
+            "maxUnavailable": 1,
+            "unhealthyPodEvictionPolicy": "AlwaysAllow",
+            "selector": {"matchLabels": pod_selector(pool)},
+        },
     }
 
 

@@ -21,6 +21,7 @@ from tunesmith.api.conditions import AdapterDeploymentReason as Reason
 from tunesmith.api.servingpool import ServingPool
 from tunesmith.contracts.agent import ResidencyState
 from tunesmith.contracts.location import engine_name
+from tunesmith.contracts.sentence import one_line
 from tunesmith.serving.source import Artifact, Unresolved, reference, short
 
 if TYPE_CHECKING:
@@ -39,10 +40,11 @@ _ON_ITS_WAY = (ResidencyState.DOWNLOADING, ResidencyState.LOADING)
 
 @dataclass(frozen=True)
 class Observation:
-    """What the status is computed from.
+    """Input of an AdapterDeployment's status.
 
     `lost_to`: the older claim on the model name. `pods`: of the chosen pool, or of the one that goes on serving.
-    `unplaced`: by engine name, why copies have no place. `decision`: the wanted copies.
+    `unplaced`: by engine name, why copies have no place. `decision`: the wanted copies. `unknown_demand`: why the
+    demand is not completely known, None while it is.
     """
 
     artifact: Artifact | Unresolved
@@ -52,24 +54,28 @@ class Observation:
     unplaced: Mapping[str, str]
     decision: Decision
     url: str
+    unknown_demand: str | None = None
 
 
 def plan(adapter: AdapterDeployment, seen: Observation, now: datetime) -> AdapterDeploymentStatus:
-    """The whole status."""
+    """Compute the whole status."""
     verdict = _Verdict(adapter, seen, _revisions(adapter, seen))
-    conditions: Sequence[Condition] = adapter.status.conditions
-    for type_, (status, reason, message) in (
-        (AdapterDeploymentCondition.RESOLVED, verdict.resolved()),
-        (AdapterDeploymentCondition.READY, verdict.ready()),
-        (AdapterDeploymentCondition.PROGRESSING, verdict.progressing()),
-    ):
+    outcomes = {
+        AdapterDeploymentCondition.RESOLVED: verdict.resolved(),
+        AdapterDeploymentCondition.READY: verdict.ready(),
+        AdapterDeploymentCondition.PROGRESSING: verdict.progressing(),
+    }
+    if adapter.spec.autoscaling is not None:
+        outcomes[AdapterDeploymentCondition.SCALING_ACTIVE] = verdict.scaling()
+    conditions: Sequence[Condition] = [entry for entry in adapter.status.conditions if entry.type in outcomes]
+    for type_, (status, reason, message) in outcomes.items():
         conditions = set_condition(
             conditions,
             Condition(
                 type=type_,
                 status=status,
                 reason=reason,
-                message=message[:_LONGEST],
+                message=one_line(message, _LONGEST),
                 last_transition_time=now,
                 observed_generation=adapter.metadata.generation,
             ),
@@ -90,7 +96,7 @@ def plan(adapter: AdapterDeployment, seen: Observation, now: datetime) -> Adapte
         model=adapter.model if seen.lost_to is None else None,
         revisions=verdict.revisions,
         desired_replicas=seen.decision.replicas,
-        desired_reason=old.desired_reason if kept and old.desired_reason else seen.decision.reason[:1024],
+        desired_reason=old.desired_reason if kept and old.desired_reason else one_line(seen.decision.reason, 1024),
         replicas=len(holders),
         ready_replicas=sum(1 for pod in holders if pod.ready and pod.answering),
         selector=SELECTOR,
@@ -175,7 +181,7 @@ def _observed(revision: Revision, seen: Observation) -> Revision:
         update={
             "state": state,
             "ready_replicas": sum(1 for pod in resident if pod.ready and pod.answering),
-            "message": message[:_LONGEST] if message else None,
+            "message": one_line(message, _LONGEST) if message else None,
         }
     )
 
@@ -257,6 +263,12 @@ class _Verdict:
             return ConditionStatus.FALSE, Reason.SETTLED, message.replace(" 1 ready pods", " 1 ready pod")
         moving, reason, message = self._what_is_missing()
         return ConditionStatus.TRUE if moving else ConditionStatus.FALSE, reason, message
+
+    def scaling(self) -> _Outcome:
+        if self.seen.unknown_demand is not None:
+            message = f"{self.seen.unknown_demand}: no copy is removed"
+            return ConditionStatus.FALSE, Reason.GATEWAY_SILENT, message
+        return ConditionStatus.TRUE, Reason.DEMAND_KNOWN, "every gateway reports its requests"
 
     def phase(self) -> AdapterPhase:
         if self.serving is not None:

@@ -1,4 +1,4 @@
-"""What an AdapterDeployment serves, and on which pool."""
+"""The artifact that an AdapterDeployment serves, and the pool that serves it."""
 
 from __future__ import annotations
 
@@ -11,19 +11,34 @@ from tunesmith.api.conditions import FineTuneJobCondition, find, is_true
 from tunesmith.contracts.location import artifact_uri
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from tunesmith.api.adapterdeployment import AdapterDeployment
     from tunesmith.api.finetunejob import FineTuneJob
     from tunesmith.api.servingpool import ServingPool
 
+_MOST_NAMES = 5
+
 
 @dataclass(frozen=True)
 class Unresolved:
-    """What is waited for or wrong, as a sentence."""
+    """A sentence about what is missing or wrong."""
 
     reason: Reason
     message: str
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Pools that an AdapterDeployment may get.
+
+    `named`: the one in `spec.pool`. `own`: those of its namespace, and of the namespaces whose pools the platform
+    shares. `foreign`: others with the adapter's base that would take it if `spec.pool` named them.
+    """
+
+    named: ServingPool | None = None
+    own: Sequence[ServingPool] = ()
+    foreign: Sequence[ServingPool] = ()
 
 
 @dataclass(frozen=True)
@@ -37,7 +52,7 @@ class Artifact:
 
 
 def resolve_artifact(adapter: AdapterDeployment, job: FineTuneJob | None, store: str) -> Artifact | Unresolved:
-    """The artifact of the adapter's source, or why there is none yet.
+    """Return the artifact of the adapter's source, or why there is none yet.
 
     Args:
         adapter: the AdapterDeployment.
@@ -86,31 +101,59 @@ def _progress(job: FineTuneJob) -> str:
 
 
 def may_attach(pool: ServingPool, namespace: str) -> bool:
-    """Whether the pool lets that namespace attach adapters."""
+    """Return True if the pool lets that namespace attach adapters."""
     return pool.spec.allowed_namespaces.from_ == "All" or pool.metadata.namespace == namespace
 
 
-def choose_pool(
-    adapter: AdapterDeployment, fingerprint: str | None, pools: Sequence[ServingPool]
-) -> ServingPool | Unresolved:
-    """The pool that serves the adapter.
+def candidates(
+    adapter: AdapterDeployment, fingerprint: str | None, pools: Iterable[ServingPool], shared: Collection[str]
+) -> Candidates:
+    """Sort pools by their part in the choice.
+
+    Args:
+        adapter: the AdapterDeployment.
+        fingerprint: of the base that the adapter was trained on; None when it is not known.
+        pools: at least those of the adapter's and the shared namespaces, the named one, and those with the fingerprint.
+        shared: namespaces whose pools any adapter may get without naming one.
+    """
+    namespace = adapter.metadata.namespace
+    wanted = adapter.spec.pool
+    named = None if wanted is None else (wanted.namespace or namespace, wanted.name)
+    own, foreign, found = [], [], None
+    for pool in pools:
+        place = (pool.metadata.namespace, pool.metadata.name)
+        if place == named:
+            found = pool
+        if not may_attach(pool, namespace):
+            continue
+        if pool.metadata.namespace == namespace or pool.metadata.namespace in shared:
+            own.append(pool)
+        elif fingerprint is not None and pool.status.base_model_fingerprint == fingerprint:
+            foreign.append(pool)
+    return Candidates(found, own, foreign)
+
+
+def choose_pool(adapter: AdapterDeployment, fingerprint: str | None, pools: Candidates) -> ServingPool | Unresolved:
+    """Return the pool that serves the adapter.
+
+    Without `spec.pool` a pool of a foreign namespace is never chosen: who owns it could read the adapter's weights and
+    all requests.
 
     Args:
         adapter: the AdapterDeployment.
         fingerprint: of the base that the adapter was trained on; None when it is not known (its source is gone).
-        pools: all ServingPools.
+        pools: from `candidates`.
     """
     if adapter.spec.pool is not None:
-        return _named(adapter, adapter.spec.pool, fingerprint, pools)
+        return _named(adapter, adapter.spec.pool, fingerprint, pools.named)
     namespace = adapter.metadata.namespace
-    allowed = [pool for pool in pools if may_attach(pool, namespace)]
     matching = [
-        pool for pool in allowed if fingerprint is not None and pool.status.base_model_fingerprint == fingerprint
+        pool for pool in pools.own if fingerprint is not None and pool.status.base_model_fingerprint == fingerprint
     ]
     current = adapter.status.pool
     kept = [
         pool
-        for pool in (matching if fingerprint is not None else allowed)
+        for pool in (matching if fingerprint is not None else pools.own)
         if current is not None and reference(pool) == current
     ]
     if kept:
@@ -121,11 +164,18 @@ def choose_pool(
         return Unresolved(
             Reason.SEVERAL_POOLS, f"{_names(matching)} serve the base of this adapter: name one of them in spec.pool"
         )
-    silent = [pool for pool in allowed if pool.status.base_model_fingerprint is None]
+    silent = [pool for pool in pools.own if pool.status.base_model_fingerprint is None]
     if silent:
         return Unresolved(
             Reason.POOL_NOT_REPORTED,
             f"waits for {_names(silent)} to report the fingerprint of the base; spec.pool names a pool without waiting",
+        )
+    if pools.foreign:
+        return Unresolved(
+            Reason.POOL_NOT_NAMED,
+            f"no ServingPool of namespace {namespace} or shared by the platform serves the base of this adapter; "
+            f"{_names(pools.foreign)} would take it if spec.pool named it: its owners can read the adapter and the "
+            "requests",
         )
     return Unresolved(
         Reason.NO_MATCHING_POOL,
@@ -146,12 +196,9 @@ def short(digest: str) -> str:
 
 
 def _named(
-    adapter: AdapterDeployment, wanted: PoolReference, fingerprint: str | None, pools: Sequence[ServingPool]
+    adapter: AdapterDeployment, wanted: PoolReference, fingerprint: str | None, pool: ServingPool | None
 ) -> ServingPool | Unresolved:
     namespace = wanted.namespace or adapter.metadata.namespace
-    pool = next(
-        (pool for pool in pools if (pool.metadata.namespace, pool.metadata.name) == (namespace, wanted.name)), None
-    )
     if pool is None:
         return Unresolved(
             Reason.POOL_NOT_FOUND,
@@ -178,6 +225,8 @@ def _named(
 
 def _names(pools: Sequence[ServingPool]) -> str:
     names = sorted(f"{pool.metadata.namespace}/{pool.metadata.name}" for pool in pools)
+    if len(names) > _MOST_NAMES:
+        names = [*names[:_MOST_NAMES], f"{len(names) - _MOST_NAMES} more"]
     return (
         f"ServingPool{'s' * (len(names) > 1)} "
         f"{' and '.join([', '.join(names[:-1]), names[-1]] if len(names) > 1 else names)}"
