@@ -71,9 +71,12 @@ class Watches:
         if document["kind"] in self._queues:
             self._queues[document["kind"]].put_nowait(WatchEvent(type_, document))
 
-    async def watch(self, kind: str, namespace: str | None = None, *, labels: str = "") -> AsyncIterator[WatchEvent]:
+    async def watch(
+        self, kind: str, namespace: str | None = None, *, labels: str = "", alive: Callable[[], None]
+    ) -> AsyncIterator[WatchEvent]:
         self.asked[kind] = (namespace, labels)
         await self.sync.wait()
+        alive()
         self._queues[kind] = asyncio.Queue()
         for document in list(self._objects.get(kind, {}).values()):
             yield WatchEvent("ADDED", document)

@@ -307,10 +307,16 @@ class Cluster:
         return True
 
     def watch(
-        self, kind: str, namespace: str | None = None, *, labels: str = "", fields: str = ""
+        self,
+        kind: str,
+        namespace: str | None = None,
+        *,
+        labels: str = "",
+        fields: str = "",
+        alive: Callable[[], None] = lambda: None,
     ) -> AsyncIterator[WatchEvent]:
         """Every object as ADDED, then SYNCED, then every change, without end: see `tunesmith.cluster.watch`."""
-        return watch(self, kind, namespace, labels=labels, fields=fields)
+        return watch(self, kind, namespace, labels=labels, fields=fields, alive=alive)
 
     async def stream(
         self, kind: str, namespace: str | None, query: Mapping[str, str], *, verb: str = "watch"

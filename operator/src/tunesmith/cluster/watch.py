@@ -1,9 +1,10 @@
-"""A watch that does not end: it lists again by itself and tells the differences, deletions too."""
+"""A watch without end: whatever breaks it, it lists again and yields the differences, deletions too."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import random
 import time
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -12,60 +13,101 @@ from tunesmith.cluster.errors import ClusterError, ExpiredError, UnavailableErro
 from tunesmith.cluster.resources import Object, Objects, named, resource_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncIterator, Callable, Mapping
 
     from tunesmith.cluster.client import Cluster
 
 _WATCH_SECONDS = 300
 _MAX_BACKOFF_SECONDS = 10.0
 _SHORT_SECONDS = 1.0
+_UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+_log = logging.getLogger(__name__)
 
 
 class WatchEvent(NamedTuple):
-    """A change. SYNCED (with an empty object) follows every complete list: what was not told by then does not exist."""
+    """A change. SYNCED (with an empty object) follows every complete list: what it does not show does not exist."""
 
     type: Literal["ADDED", "MODIFIED", "DELETED", "SYNCED"]
     object: Object
 
 
 async def watch(
-    cluster: Cluster, kind: str, namespace: str | None = None, *, labels: str = "", fields: str = ""
+    cluster: Cluster,
+    kind: str,
+    namespace: str | None = None,
+    *,
+    labels: str = "",
+    fields: str = "",
+    alive: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[WatchEvent]:
-    """Every object as ADDED, then SYNCED, then every change, without end.
+    """Yield every object as ADDED, then SYNCED, then every change, without end.
 
-    Whatever breaks the stream (expiry, network, an overloaded or restarted API server), it goes on or lists again and
-    tells the differences. Deletions carry the last known object.
+    Whatever breaks the stream (expiry, network, an overloaded or restarted API server, a line that is cut or cannot be
+    read), it continues or lists again and yields the differences. A deletion that a list shows has the object's
+    identity and labels only; nothing more is kept of the objects.
+
+    Args:
+        cluster: the connection.
+        kind: of the objects.
+        namespace: absent: all namespaces.
+        labels: label selector.
+        fields: field selector.
+        alive: called for each sign of life of the API server: a list, an event, a bookmark (about one a minute), the
+            regular end of a stream.
 
     Raises:
-        ClusterError: the first list failed in a way that waiting does not mend (no such kind, forbidden).
+        ClusterError: the first list failed in a way that waiting does not fix (no such kind, forbidden).
     """
     known: dict[tuple[str, str], Object] = {}
     selectors = {"labelSelector": labels, "fieldSelector": fields}
-    synced = False
+    synced, unreadable = False, 0
     while True:
         items, version = await _list(cluster, kind, namespace, selectors, patient=synced)
+        alive()
         for difference in differences(known, items):
             yield difference
-        known = {key_of(item): item for item in items}
+        known = {key_of(item): _identity(item) for item in items}
+        del items
+        synced = True
         yield WatchEvent("SYNCED", {})
-        synced, failures = True, 0
-        while failures < 2:  # noqa: PLR2004 - goes on after a hiccup, lists again after the second in a row
-            started, failures = time.monotonic(), failures + 1
-            try:
-                async for event, newest in _changes(
-                    cluster, kind, namespace, {**selectors, "resourceVersion": version}
-                ):
-                    version, failures = newest, 0
-                    if event is not None:
-                        _remember(known, event)
-                        yield event
-            except ExpiredError:
-                break
-            except ClusterError:
-                await asyncio.sleep(backoff(failures))
-            else:
-                if time.monotonic() - started > _SHORT_SECONDS:
-                    failures = 0
+        try:
+            async for event in _follow(cluster, kind, namespace, selectors, version, alive):
+                unreadable = 0
+                _remember(known, event)
+                yield event
+        except _UNREADABLE as error:
+            unreadable += 1
+            _log.warning("the watch of %s has a line that cannot be read (%s): it lists again", kind, error)
+            await asyncio.sleep(backoff(unreadable))
+
+
+async def _follow(
+    cluster: Cluster,
+    kind: str,
+    namespace: str | None,
+    selectors: Mapping[str, str],
+    version: str,
+    alive: Callable[[], None],
+) -> AsyncIterator[WatchEvent]:
+    """Yield the changes after a version, through streams that end, until only a list can tell what changed."""
+    failures = 0
+    while failures < 2:  # noqa: PLR2004 - continues after a hiccup, lists again after the second in a row
+        started, failures = time.monotonic(), failures + 1
+        try:
+            async for event, newest in _changes(cluster, kind, namespace, {**selectors, "resourceVersion": version}):
+                version, failures = newest, 0
+                alive()
+                if event is not None:
+                    yield event
+        except ExpiredError:
+            return
+        except ClusterError as error:
+            _log.info("the watch of %s broke: %s", kind, error)
+            await asyncio.sleep(backoff(failures))
+        else:
+            alive()
+            if time.monotonic() - started > _SHORT_SECONDS:
+                failures = 0
 
 
 async def _list(
@@ -130,4 +172,13 @@ def _remember(known: dict[tuple[str, str], Object], event: WatchEvent) -> None:
     if event.type == "DELETED":
         known.pop(key_of(event.object), None)
     else:
-        known[key_of(event.object)] = event.object
+        known[key_of(event.object)] = _identity(event.object)
+
+
+def _identity(item: Object) -> Object:
+    """Return the fields of an object that a later difference needs."""
+    metadata = item["metadata"]
+    kept = {
+        name: metadata[name] for name in ("namespace", "name", "uid", "resourceVersion", "labels") if name in metadata
+    }
+    return {**{name: item[name] for name in ("apiVersion", "kind") if name in item}, "metadata": kept}

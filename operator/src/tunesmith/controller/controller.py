@@ -160,7 +160,14 @@ class Controller:
         await self._watcher.stop()
 
     def observe(self, type_: str | None, item: Object) -> None:
-        """Take in an event of a watch."""
+        """Take in an event of a watch. One that cannot be read is logged, and a complete list follows."""
+        try:
+            self._observe(type_, item)
+        except Exception:  # noqa: BLE001 - one object must not hide the others
+            _log.exception("an event of %s cannot be read", item.get("kind"))
+            self._relist.set()
+
+    def _observe(self, type_: str | None, item: Object) -> None:
         cache = self._context.caches[item["kind"]]
         wanted = any(watch.kind == item["kind"] and watch.matches(item) for watch in self._watches)
         changed = cache.put(item) if wanted and type_ != "DELETED" else cache.remove(item)
@@ -182,8 +189,11 @@ class Controller:
     def _enqueue_watching(self, item: Object) -> None:
         for watch in self._watches:
             if watch.kind == item["kind"] and watch.matches(item):
-                for key in watch.keys(item):
-                    self._context.queue.add(key)
+                try:
+                    for key in watch.keys(item):
+                        self._context.queue.add(key)
+                except Exception:  # noqa: BLE001 - an object of a tenant must not end the process
+                    _log.exception("%s cannot be read", _key(item))
 
     def _enqueue_readers(self, item: Object) -> None:
         """Tell the reconcilers of other kinds what one reconciler wrote. Of its own objects it knows."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,14 +22,21 @@ if TYPE_CHECKING:
 LOG = logging.getLogger(__name__)
 
 KINDS = ("ServingPool", "AdapterDeployment", "Pod", "Secret")
+STALE_SECONDS = 180.0
+"""A kind of which nothing was heard for this long, not even a bookmark, may have changed: a deleted key would still be
+valid. The API server sends a bookmark about once a minute, and a stream that is silent for 90 s is opened again."""
 _RETRY_SECONDS = 5.0
+_SLICE_SECONDS = 0.005
+"""Events are taken in for this long before requests get their turn."""
 
 
 class Watcher(Protocol):
-    """What the gateway asks of the cluster."""
+    """The part of the cluster that the gateway reads."""
 
-    def watch(self, kind: str, namespace: str | None = None, *, labels: str = "") -> AsyncIterator[WatchEvent]:
-        """Every object as ADDED, then SYNCED, then every change, without end."""
+    def watch(
+        self, kind: str, namespace: str | None = None, *, labels: str = "", alive: Callable[[], None]
+    ) -> AsyncIterator[WatchEvent]:
+        """Yield every object as ADDED, then SYNCED, then every change; call `alive` for each sign of life."""
 
 
 class Feed:
@@ -39,18 +47,30 @@ class Feed:
         namespace: the gateway's own, which holds the keys.
         keys: the table of keys to fill.
         catalog: the catalog to fill.
-        changed: called after a change of pools or pods.
+        changed: called soon after changes of pools or pods, once for those that came together.
+        stale_seconds: see `STALE_SECONDS`.
     """
 
     def __init__(
-        self, watcher: Watcher, namespace: str, *, keys: KeyTable, catalog: Catalog, changed: Callable[[], None]
+        self,
+        watcher: Watcher,
+        namespace: str,
+        *,
+        keys: KeyTable,
+        catalog: Catalog,
+        changed: Callable[[], None],
+        stale_seconds: float = STALE_SECONDS,
     ) -> None:
         self._watcher = watcher
         self._namespace = namespace
         self._keys = keys
         self._catalog = catalog
         self._changed = changed
+        self._stale_seconds = stale_seconds
         self._synced: set[str] = set()
+        self._heard_at: dict[str, float] = {}
+        self._known: dict[str, dict[tuple[str, str], dict[str, Any]]] = {kind: {} for kind in KINDS}
+        self._change_pending = False
 
     @property
     def missing(self) -> list[str]:
@@ -58,44 +78,89 @@ class Feed:
         return [kind for kind in KINDS if kind not in self._synced]
 
     def synced(self) -> bool:
-        """Whether everything has been read once."""
+        """True if everything has been read once."""
         return len(self._synced) == len(KINDS)
 
+    def problem(self) -> str | None:
+        """Return why the tables must not be relied on, or None."""
+        if self.missing:
+            return f"not read yet: {', '.join(self.missing)}"
+        now = time.monotonic()
+        ages = {kind: now - self._heard_at[kind] for kind in KINDS}
+        stale = [f"{kind} ({age:.0f} s)" for kind, age in ages.items() if age > self._stale_seconds]
+        if stale:
+            return f"the API server was not heard for more than {self._stale_seconds:g} s about {', '.join(stale)}"
+        return None
+
     async def run(self) -> None:
-        """Follow all kinds until cancelled."""
+        """Follow all kinds until cancelled.
+
+        Raises:
+            ExceptionGroup: one of the tasks failed; the others were cancelled.
+        """
         async with asyncio.TaskGroup() as tasks:
             for kind in KINDS:
                 tasks.create_task(self._follow(kind), name=f"watch {kind}")
 
     async def _follow(self, kind: str) -> None:
-        namespace = self._namespace if kind == "Secret" else None
-        labels = {"Pod": POOL_LABEL, "Secret": f"{KEY_LABEL}=true"}.get(kind, "")
         while True:
             try:
-                events: AsyncGenerator[WatchEvent, None]
-                events = self._watcher.watch(kind, namespace, labels=labels)  # type: ignore[assignment]
-                async with aclosing(events):
-                    async for event in events:
-                        self.take(kind, event.type, event.object)
+                await self._watch(kind)
             except ClusterError as error:
                 LOG.error("cannot watch %s: %s", kind, error)  # noqa: TRY400 - the sentence says all
+            except Exception:
+                LOG.exception("the watch of %s failed and is started again", kind)
             await asyncio.sleep(_RETRY_SECONDS)
 
+    async def _watch(self, kind: str) -> None:
+        """Follow a kind until its watch fails. A new watch lists everything: what is not listed is removed."""
+        namespace = self._namespace if kind == "Secret" else None
+        labels = {"Pod": POOL_LABEL, "Secret": f"{KEY_LABEL}=true"}.get(kind, "")
+        listed: set[tuple[str, str]] | None = set()
+
+        def alive() -> None:
+            self._heard_at[kind] = time.monotonic()
+
+        events: AsyncGenerator[WatchEvent, None]
+        events = self._watcher.watch(kind, namespace, labels=labels, alive=alive)  # type: ignore[assignment]
+        async with aclosing(events):
+            resumed = time.monotonic()
+            async for event in events:
+                alive()
+                if event.type == "SYNCED":
+                    if listed is not None:
+                        for vanished in self._known[kind].keys() - listed:
+                            self.take(kind, "DELETED", self._known[kind][vanished])
+                        listed = None
+                    self._synced.add(kind)
+                else:
+                    if listed is not None:
+                        listed.add(_key_of(event.object))
+                    self.take(kind, event.type, event.object)
+                if time.monotonic() - resumed > _SLICE_SECONDS:
+                    await asyncio.sleep(0)
+                    resumed = time.monotonic()
+
     def take(self, kind: str, type_: str, document: dict[str, Any]) -> None:
-        """Take over one event. An object that cannot be read is logged and left out."""
-        if type_ == "SYNCED":
-            self._synced.add(kind)
-            return
+        """Take over one change. An object that cannot be read is logged and omitted."""
         try:
             if type_ == "DELETED":
+                self._known[kind].pop(_key_of(document), None)
                 self._remove(kind, document)
             else:
+                namespace, name = _key_of(document)
+                self._known[kind][namespace, name] = {"metadata": {"namespace": namespace, "name": name}}
                 self._put(kind, document)
-        except (ValueError, KeyError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             metadata = document.get("metadata", {})
             LOG.warning("%s %s/%s is ignored: %s", kind, metadata.get("namespace"), metadata.get("name"), error)
-        if kind in {"ServingPool", "Pod"}:
-            self._changed()
+        if kind in {"ServingPool", "Pod"} and not self._change_pending:
+            self._change_pending = True
+            asyncio.get_running_loop().call_soon(self._report_change)
+
+    def _report_change(self) -> None:
+        self._change_pending = False
+        self._changed()
 
     def _put(self, kind: str, document: dict[str, Any]) -> None:
         if kind == "Secret":
@@ -118,3 +183,8 @@ class Feed:
             self._catalog.remove_adapter(document)
         else:
             self._catalog.remove_pod(document)
+
+
+def _key_of(document: dict[str, Any]) -> tuple[str, str]:
+    metadata = document["metadata"]
+    return metadata.get("namespace", ""), metadata["name"]

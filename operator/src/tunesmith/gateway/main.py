@@ -21,7 +21,7 @@ from tunesmith.contracts.claims import parse_namespaces
 from tunesmith.contracts.keyfile import KeyFile
 from tunesmith.gateway.forward import ANSWER_BYTES
 from tunesmith.gateway.limits import MIB, Limits, connections, in_flight_bytes, memory_limit
-from tunesmith.gateway.server import Gateway, Settings
+from tunesmith.gateway.server import Gateway, Settings, TaskEndedError
 
 GATEWAY_KEY_FILE = "/etc/tunesmith/gateway/key"
 
@@ -31,7 +31,7 @@ Number = TypeVar("Number", int, float)
 
 
 def main() -> None:
-    """Run the gateway until SIGTERM. Exit code 0 after a drained end, 2 for wrong settings."""
+    """Run the gateway until SIGTERM. Exit code 0 after a drained end, 1 for a fault, 2 for wrong settings."""
     arguments = _parser().parse_args()
     logging.basicConfig(
         level=arguments.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
@@ -45,13 +45,15 @@ def main() -> None:
             runner.run(_serve(settings))
     except ClusterError as error:
         sys.exit(_fail(str(error)))
+    except TaskEndedError as error:
+        sys.exit(_fail(str(error), 1))
     except OSError as error:
         sys.exit(_fail(f"cannot listen: {error}"))
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, code: int = 2) -> int:
     sys.stderr.write(f"tunesmith-gateway: {message}\n")
-    return 2
+    return code
 
 
 async def _serve(settings: Settings) -> None:
@@ -61,7 +63,7 @@ async def _serve(settings: Settings) -> None:
         loop.add_signal_handler(number, ended.set)
     async with await Cluster.connect() as cluster, Gateway(settings, cluster) as gateway:
         LOG.info("serving on port %d, internal port %d", gateway.port, gateway.internal_port)
-        await ended.wait()
+        await gateway.run_until(ended)
         LOG.info("ending: no new requests after %g s", settings.linger_seconds)
         await gateway.linger()
 

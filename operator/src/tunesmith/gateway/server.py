@@ -68,6 +68,10 @@ class Settings:
     agent_port: int = AGENT_PORT
 
 
+class TaskEndedError(Exception):
+    """A task of the gateway ended that never should."""
+
+
 class Gateway:
     """A running gateway: `async with Gateway(settings, cluster) as gateway`."""
 
@@ -165,6 +169,23 @@ class Gateway:
         """The internal port, also where the system chose it."""
         return int(self._internal.addresses[0][1])
 
+    async def run_until(self, stop: asyncio.Event) -> None:
+        """Wait for `stop`.
+
+        Raises:
+            TaskEndedError: a task ended that never should. Without the watches deleted keys stay valid, for example, so
+                the process must end.
+        """
+        stopped = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait({stopped, *self._tasks}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopped.cancel()
+        for task in self._tasks:
+            if task.done():
+                error = None if task.cancelled() else task.exception()
+                raise TaskEndedError(f"the task `{task.get_name()}` ended, the process restarts: {error!r}") from error
+
     async def linger(self) -> None:
         """Fail the readiness probe and go on serving until nobody sends new connections."""
         self.proxy.closing = True
@@ -173,9 +194,7 @@ class Gateway:
     def _not_ready(self) -> str | None:
         if self.proxy.closing:
             return "the gateway is about to end"
-        if self.feed.missing:
-            return f"not read yet: {', '.join(self.feed.missing)}"
-        return None
+        return self.feed.problem()
 
     def _request(
         self,
