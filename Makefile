@@ -59,6 +59,7 @@ verify-attacks: environment environment-trainer environment-server ## After `mak
 generate: environment ## Write the CRDs, the API reference and the schema of the charts' values again
 	@$(STEP) "generate the CRDs" $(RUN) $(GENERATE_CRDS)
 	@$(STEP) "generate the values schema of charts/adapters" $(RUN) python charts/values_schema.py
+	@$(STEP) "copy the default values of charts/tunesmith" $(RUN) python charts/defaults.py
 
 images: environment ## Build the images and bring them into the cluster
 	@$(STEP) --live "images" $(CLUSTER) images
@@ -105,6 +106,7 @@ check-imports:
 check-generated:
 	@$(STEP) "generated: CRDs and reference" $(RUN) $(GENERATE_CRDS) --check
 	@$(STEP) "generated: values schema" $(RUN) python charts/values_schema.py --check
+	@$(STEP) "generated: default values" $(RUN) python charts/defaults.py --check
 
 check-unit:
 	@$(STEP) --last ' (passed|failed).* in ' "unit tests" $(RUN) pytest $(UNIT_TESTS)

@@ -63,11 +63,25 @@ def test_store_and_registry_are_required(rendered: Helm, missing: str, sentence:
         ({"store": "/var/lib/adapters"}, "store"),
         ({"operator": {"replicas": 0}}, "replicas"),
         ({"operator": {"replica": 2}}, "replica"),
-        ({"gateway": {"service": {"type": "LoadBalancer"}}}, "type"),
+        ({"gateway": {"service": {"type": "ExternalName"}}}, "type"),
         (
             {"gateway": {"service": {"nodePort": 30080}}},
-            "gateway.service.nodePort is set, but gateway.service.type is not NodePort",
+            "gateway.service.nodePort is set, but gateway.service.type is not NodePort or LoadBalancer",
         ),
+        (
+            {"gateway": {"service": {"type": "NodePort", "loadBalancerSourceRanges": ["10.0.0.0/8"]}}},
+            "gateway.service.loadBalancerClass and loadBalancerSourceRanges need gateway.service.type LoadBalancer",
+        ),
+        (
+            {"gateway": {"service": {"externalTrafficPolicy": "Local"}}},
+            "gateway.service.externalTrafficPolicy is set, but gateway.service.type is not NodePort or LoadBalancer",
+        ),
+        ({"gateway": {"service": {"type": "LoadBalancer", "loadBalancerSourceRanges": ["everyone"]}}}, "everyone"),
+        ({"gateway": {"drainSeconds": -1}}, "drainSeconds"),
+        ({"gateway": {"maxUnavailable": 0}}, "maxUnavailable"),
+        ({"gateway": {"topologySpread": [{"topologyKey": "zone"}]}}, "maxSkew"),
+        ({"watchNamespaces": ["Team_A"]}, "Team_A"),
+        ({"networkPolicy": {"metricsFrom": [{"namespace": "monitoring"}]}}, "namespace"),
         (
             {"images": {"operator": {"tag": "1", "digest": "sha256:" + "0" * 64}}},
             "images.operator has both a tag and a digest: keep one of them",
@@ -152,7 +166,7 @@ def test_users_write_what_their_role_allows(template: Template, role: str, resou
 
 def test_user_roles_can_be_left_out(template: Template) -> None:
     roles = of_kind(template("tunesmith", {"rbac": {"aggregateToUserRoles": False}}), "ClusterRole")
-    assert set(roles) == {"tunesmith-operator", "tunesmith-gateway"}
+    assert set(roles) == {"tunesmith-operator", "tunesmith-operator-cluster", "tunesmith-gateway"}
 
 
 def test_crds_are_the_generated_ones_and_outlive_the_release(template: Template) -> None:
@@ -254,3 +268,115 @@ def test_gateway_service_and_its_url_agree(template: Template) -> None:
     assert (port["port"], port["nodePort"]) == (8000, 30080)
     operator = of_kind(documents, "Deployment")["tunesmith-operator"]["spec"]["template"]["spec"]["containers"][0]
     assert "--gateway-url=http://tunesmith-gateway.tunesmith-system.svc:8000" in operator["command"]
+
+
+def container_of(documents: list[dict[str, Any]], component: str) -> dict[str, Any]:
+    pod = of_kind(documents, "Deployment")[f"tunesmith-{component}"]["spec"]["template"]["spec"]
+    found: dict[str, Any] = pod["containers"][0]
+    return found
+
+
+def test_the_gateways_service_can_be_a_clouds_load_balancer(template: Template) -> None:
+    values = {
+        "type": "LoadBalancer",
+        "annotations": {"service.beta.kubernetes.io/aws-load-balancer-type": "external"},
+        "loadBalancerClass": "service.k8s.aws/nlb",
+        "loadBalancerSourceRanges": ["203.0.113.0/24"],
+        "externalTrafficPolicy": "Local",
+    }
+    service = of_kind(template("tunesmith", {"gateway": {"service": values}}), "Service")["tunesmith-gateway"]
+    assert service["metadata"]["annotations"] == values["annotations"]
+    assert {key: service["spec"][key] for key in values if key != "annotations"} == {
+        key: value for key, value in values.items() if key != "annotations"
+    }
+
+
+def test_services_have_every_family_of_the_cluster(template: Template) -> None:
+    services = of_kind(template("tunesmith"), "Service")
+    assert [service["spec"]["ipFamilyPolicy"] for service in services.values()] == ["PreferDualStack"]
+
+
+def test_the_grace_period_of_gateway_pods_follows_their_drain(template: Template) -> None:
+    for values, drain, grace in (({}, 600, 620), ({"drainSeconds": 30, "lingerSeconds": 10}, 30, 55)):
+        documents = template("tunesmith", {"gateway": values})
+        pod = of_kind(documents, "Deployment")["tunesmith-gateway"]["spec"]["template"]["spec"]
+        assert pod["terminationGracePeriodSeconds"] == grace
+        assert f"--drain-seconds={drain}" in container_of(documents, "gateway")["command"]
+
+
+def test_what_the_gateway_takes_upon_itself_can_be_set(template: Template) -> None:
+    command = container_of(template("tunesmith"), "gateway")["command"]
+    assert {"--hold-seconds=10", "--max-body-bytes=4194304", "--linger-seconds=5"} <= set(command)
+    values = {"holdSeconds": 120, "maxBodyBytes": 67108864}
+    command = container_of(template("tunesmith", {"gateway": values}), "gateway")["command"]
+    assert {"--hold-seconds=120", "--max-body-bytes=67108864"} <= set(command)
+
+
+def test_unhealthy_pods_hold_up_no_drain_of_a_node(template: Template) -> None:
+    budgets = of_kind(template("tunesmith", {"gateway": {"maxUnavailable": "20%"}}), "PodDisruptionBudget")
+    assert {name: budget["spec"]["maxUnavailable"] for name, budget in budgets.items()} == {
+        "tunesmith-operator": 1,
+        "tunesmith-gateway": "20%",
+    }
+    assert {budget["spec"]["unhealthyPodEvictionPolicy"] for budget in budgets.values()} == {"AlwaysAllow"}
+
+
+def test_pods_are_spread_as_the_values_say(template: Template) -> None:
+    zones = [{"topologyKey": "topology.kubernetes.io/zone", "maxSkew": 2, "whenUnsatisfiable": "DoNotSchedule"}]
+    deployments = of_kind(template("tunesmith", {"gateway": {"topologySpread": zones}}), "Deployment")
+    for component, expected in (("gateway", zones[0]), ("operator", {"topologyKey": "kubernetes.io/hostname"})):
+        deployment = deployments[f"tunesmith-{component}"]["spec"]
+        [spread] = deployment["template"]["spec"]["topologySpreadConstraints"]
+        assert expected.items() <= spread.items()
+        assert spread["labelSelector"] == deployment["selector"]
+
+
+def test_with_listed_namespaces_nothing_else_is_granted_but_nodes(template: Template) -> None:
+    documents = template(
+        "tunesmith", {"watchNamespaces": ["team-a", "team-b"], "rbac": {"aggregateToUserRoles": False}}
+    )
+    assert set(of_kind(documents, "ClusterRole")) == {"tunesmith-operator-cluster"}
+    assert set(rules(documents, "tunesmith-operator-cluster")) == {("", "namespaces", "get"), ("", "nodes", "list")}
+    for kind in ("Role", "RoleBinding"):
+        places = {
+            (document["metadata"]["namespace"], document["metadata"]["name"])
+            for document in documents
+            if document["kind"] == kind
+        }
+        assert places == {
+            (namespace, f"tunesmith-{component}{suffix}")
+            for component in ("operator", "gateway")
+            for namespace, suffix in (
+                ("tunesmith-system", ""),
+                ("team-a", "-tunesmith-system"),
+                ("team-b", "-tunesmith-system"),
+            )
+        }
+    for component in ("operator", "gateway"):
+        assert "--watch-namespaces=team-a,team-b" in container_of(documents, component)["command"]
+    everywhere = template("tunesmith")
+    for component in ("operator", "gateway"):
+        assert not [part for part in container_of(everywhere, component)["command"] if "watch-namespaces" in part]
+
+
+def test_network_policies_admit_the_flows_and_no_others(template: Template) -> None:
+    monitoring = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+
+    def admitted(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        policies = of_kind(template("tunesmith", {"networkPolicy": values}), "NetworkPolicy")
+        return {
+            f"{name.removeprefix('tunesmith-')}/{port['port']}": rule.get("from")
+            for name, policy in policies.items()
+            for rule in policy["spec"]["ingress"]
+            for port in rule["ports"]
+        }
+
+    labels = {"app.kubernetes.io/name": "tunesmith", "app.kubernetes.io/instance": "tunesmith"}
+    operator = {"podSelector": {"matchLabels": {**labels, "app.kubernetes.io/component": "operator"}}}
+    assert admitted({}) == {"gateway/http": None, "gateway/internal": [operator]}
+    assert admitted({"metricsFrom": [monitoring], "clientsFrom": [monitoring]}) == {
+        "operator/metrics": [monitoring],
+        "gateway/http": [monitoring],
+        "gateway/internal": [operator, monitoring],
+    }
+    assert not of_kind(template("tunesmith", {"networkPolicy": {"enabled": False}}), "NetworkPolicy")

@@ -39,7 +39,7 @@ def until(condition: Callable[[], bool], *, seconds: float, what: str) -> None:
 
 
 def program(name: str) -> Path:
-    """The path of etcd, kube-apiserver, kube-controller-manager or kubectl.
+    """The path of etcd, kube-apiserver, kube-controller-manager, kubectl or helm.
 
     Raises:
         FileNotFoundError: it is not in the folder of such programs.

@@ -9,6 +9,7 @@ import pytest
 
 from apiserver import ApiServer
 from operatorprocess import Operator
+from rights import grant
 from tunesmith.cluster.client import Cluster
 
 if TYPE_CHECKING:
@@ -40,7 +41,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
 
 @pytest.fixture(scope="module")
 def operator(server: ApiServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
-    with Operator(server.kubeconfig, tmp_path_factory.mktemp("operator")) as running:
+    """A replica with the rights that the chart gives it, and no others."""
+    with Operator(
+        grant(server, "default", scheduling={"allowedNodeSelectorKeys": ["namespace"]}),
+        tmp_path_factory.mktemp("operator"),
+    ) as running:
         yield running
     print(running.log.read_text())  # noqa: T201 - pytest shows it with a failure
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -134,12 +135,14 @@ async def test_a_watch_tells_every_change_and_what_was_missed_meanwhile(
 async def test_an_event_is_one_object_however_often_it_is_told(cluster: Cluster, namespace: str) -> None:
     about = await cluster.create(config_map(namespace))
     first, later = EventRecorder(cluster), EventRecorder(cluster)
+    noon = datetime(2026, 1, 1, 12, tzinfo=UTC)
     for recorder in (first, first, later):
-        await recorder.event(about, "Started", "attempt 1 runs")
-    await first.event(about, "Ended", "attempt 1 ended", type_="Warning")
-    events = {event["reason"]: event for event in await cluster.list("Event", namespace)}
-    assert {reason: event["count"] for reason, event in events.items()} == {"Started": 2, "Ended": 1}
-    assert events["Ended"]["type"] == "Warning"
+        await recorder.event(about, "Started", "attempt 1 runs", now=noon)
+    await first.event(about, "Ended", "attempt 1 ended", type_="Warning", now=noon)
+    events = await cluster.list("Event", namespace)
+    assert sorted((event["reason"], event["type"]) for event in events) == [("Ended", "Warning"), ("Started", "Normal")]
+    await later.event(about, "Started", "attempt 1 runs", now=noon + timedelta(minutes=10))
+    assert len(await cluster.list("Event", namespace)) == len(events) + 1
 
 
 def test_every_error_names_a_retry_policy_and_a_label() -> None:

@@ -1,3 +1,24 @@
+{{/*
+Fill in the values that a release of an older version does not have: `helm upgrade --reuse-values` replaces the chart's
+defaults by that version's. files/values.yaml is a copy of values.yaml, which templates cannot read. Every template
+begins with this. Argument: the root context.
+*/}}
+{{- define "tunesmith.complete" -}}
+{{- include "tunesmith.fill" (list .Values (.Files.Get "files/values.yaml" | fromYaml)) -}}
+{{- end -}}
+
+{{/* Add the keys that a map lacks, in place. `resources` is the user's whole. Arguments: list of the map and its defaults. */}}
+{{- define "tunesmith.fill" -}}
+{{- $values := index . 0 -}}
+{{- range $key, $default := index . 1 -}}
+{{- if not (hasKey $values $key) -}}
+{{- $_ := set $values $key $default -}}
+{{- else if and (kindIs "map" $default) (kindIs "map" (get $values $key)) (ne $key "resources") -}}
+{{- include "tunesmith.fill" (list (get $values $key) $default) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
 {{/* Prefix of every object of this release. */}}
 {{- define "tunesmith.fullname" -}}
 {{- if contains .Chart.Name .Release.Name -}}
@@ -7,7 +28,7 @@
 {{- end -}}
 {{- end -}}
 
-{{/* What tells the pods of a component apart. Arguments: list of the root context and the component. */}}
+{{/* Labels that only the pods of a component have. Arguments: list of the root context and the component. */}}
 {{- define "tunesmith.selector" -}}
 {{- $root := index . 0 -}}
 app.kubernetes.io/name: {{ $root.Chart.Name }}
@@ -70,13 +91,15 @@ capabilities:
 {{- define "tunesmith.placement" -}}
 {{- $root := index . 0 -}}
 {{- $values := index $root.Values (index . 1) -}}
+{{- with $values.topologySpread }}
 topologySpreadConstraints:
-  - maxSkew: 1
-    topologyKey: kubernetes.io/hostname
-    whenUnsatisfiable: ScheduleAnyway
+  {{- range . }}
+  - {{ toYaml . | nindent 4 | trim }}
     labelSelector:
       matchLabels:
-        {{- include "tunesmith.selector" . | nindent 8 }}
+        {{- include "tunesmith.selector" (list $root (index $ 1)) | nindent 8 }}
+  {{- end }}
+{{- end }}
 {{- with $values.nodeSelector }}
 nodeSelector:
   {{- toYaml . | nindent 2 }}
@@ -94,4 +117,16 @@ imagePullSecrets:
   - name: {{ . }}
   {{- end }}
 {{- end }}
+{{- end -}}
+
+{{/* A peer of a NetworkPolicy: the pods of a component. Arguments: root context and component. */}}
+{{- define "tunesmith.peer" -}}
+podSelector:
+  matchLabels:
+    {{- include "tunesmith.selector" . | nindent 4 }}
+{{- end -}}
+
+{{/* The namespaces in which something is granted: those listed, or one empty name for the whole cluster. */}}
+{{- define "tunesmith.scopes" -}}
+{{- toJson (.Values.watchNamespaces | default (list "")) -}}
 {{- end -}}

@@ -16,6 +16,7 @@ from kubernetes.aio import config as kubernetes_config
 from kubernetes.aio.client import ApiClient, Configuration
 
 from tunesmith.cluster.errors import (
+    AlreadyExistsError,
     ClusterError,
     ConfigurationError,
     NotFoundError,
@@ -219,6 +220,16 @@ class Cluster:
             query={"fieldManager": field_manager, "force": str(force).lower()},
             content_type="application/apply-patch+yaml",
         )
+
+    async def overwrite(self, manifest: Object) -> None:
+        """Create an object or replace the one of its name, without reading it.
+
+        For Secrets: server-side apply needs the right to patch, and an empty patch returns what a Secret holds.
+        """
+        try:
+            await self.create(manifest)
+        except AlreadyExistsError:
+            await self.replace(manifest)
 
     async def replace(self, manifest: Object, *, subresource: str | None = None) -> Object:
         """Write the object as read and changed: its resourceVersion must still be the current one.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Literal
@@ -20,13 +21,14 @@ _MAX_MESSAGE = 1024
 class EventRecorder:
     """Writes core/v1 Events. The same event about the same object within 10 minutes is written once.
 
+    Each is created and never changed: the right to patch events would be the right to read those of every namespace.
     A failure to write one never disturbs the caller.
     """
 
     def __init__(self, cluster: Cluster, component: str = "tunesmith-operator") -> None:
         self._cluster = cluster
         self._component = component
-        self._written: dict[str, tuple[datetime, int]] = {}
+        self._written: dict[str, datetime] = {}
 
     async def event(
         self,
@@ -42,13 +44,15 @@ class EventRecorder:
         metadata = about["metadata"]
         namespace = metadata.get("namespace") or "default"
         digest = hashlib.sha256("\0".join((metadata["uid"], type_, reason, message)).encode()).hexdigest()[:16]
-        name = f"{metadata['name']}.{digest}"
-        last, count = self._written.get(name, (None, 0))
+        last = self._written.get(digest)
         if last is not None and now - last < _SILENCE:
             return
         if len(self._written) >= _MAX_REMEMBERED:
             self._written.clear()
-        self._written[name] = (now, count + 1)
+        self._written[digest] = now
+        # Another process finds the name taken for as long as this one is silent.
+        period = int(now.timestamp() // _SILENCE.total_seconds())
+        name = f"{metadata['name']}.{digest}{period:08x}"
         stamp = now.strftime("%Y-%m-%dT%H:%M:%SZ")
         manifest: Object = {
             "apiVersion": "v1",
@@ -71,12 +75,8 @@ class EventRecorder:
             "count": 1,
         }
         try:
-            try:
+            with contextlib.suppress(AlreadyExistsError):
                 await self._cluster.create(manifest)
-            except AlreadyExistsError:
-                # Written before, perhaps by an earlier process: events are not read, so its count is not known.
-                seen = {"count": max(2, count + 1), "lastTimestamp": stamp}
-                await self._cluster.patch("Event", name, namespace, seen)
         except ClusterError:
-            # Events are told once: the state they tell stands in the status.
-            self._written.pop(name, None)
+            # The status has the same facts; the next pass may write the event.
+            self._written.pop(digest, None)

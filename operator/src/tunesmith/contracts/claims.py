@@ -55,7 +55,7 @@ def lost_to(resource: AdapterDeployment | ServingPool, claims: Iterable[Claim]) 
 
 
 def parse_namespaces(text: str) -> tuple[str, ...]:
-    """Return the namespaces of a list separated by commas, as the option `shared-pool-namespaces` has them.
+    """Return the namespaces of an option's list, separated by commas.
 
     Raises:
         ValueError: one is not a valid name of a namespace; the message names it.

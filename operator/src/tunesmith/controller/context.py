@@ -60,8 +60,11 @@ class Context:
         return self._seen(await self.cluster.create(manifest))
 
     async def apply(self, manifest: Object) -> Object:
-        """Server-side apply of the full intent."""
+        """Server-side apply of the full intent. A Secret is overwritten: the operator must not be able to read it."""
         self._check()
+        if manifest["kind"] == "Secret":
+            await self.cluster.overwrite(manifest)
+            return manifest
         return self._seen(await self.cluster.apply(manifest))
 
     async def patch(

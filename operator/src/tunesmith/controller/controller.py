@@ -43,7 +43,13 @@ class Controller:
         self._synced = asyncio.Event()
         self._relist = asyncio.Event()
         self._busy: dict[Key, float] = {}
-        self._watcher = Watcher(context.cluster, self._selectors(), self.observe, self._watches_ended)
+        self._watcher = Watcher(
+            context.cluster,
+            context.settings.watch_namespaces,
+            self._selectors(),
+            self.observe,
+            self._watches_ended,
+        )
         context.written = self._enqueue_readers
         metrics.queue_depth.set_function(lambda: context.queue.depth)
 
@@ -175,10 +181,11 @@ class Controller:
             self._enqueue(item)
 
     async def _list(self, watch: Watch) -> None:
-        items, version = await self._context.cluster.list_at(watch.kind, labels=watch.selector)
         cache = self._context.caches[watch.kind]
-        for item in cache.replace(items, version, watch.matches):
-            self._enqueue(item)
+        for namespace in self._context.settings.watch_namespaces or (None,):
+            items, version = await self._context.cluster.list_at(watch.kind, namespace, labels=watch.selector)
+            for item in cache.replace(items, version, _among(watch, namespace)):
+                self._enqueue(item)
         self._metrics.cached.labels(watch.kind).set(len(cache))
 
     def _enqueue(self, item: Object) -> None:
@@ -249,6 +256,11 @@ class Controller:
         for watch in self._watches:
             found.setdefault(watch.kind, set()).add(watch.selector)
         return {kind: selectors.copy().pop() if len(selectors) == 1 else "" for kind, selectors in found.items()}
+
+
+def _among(watch: Watch, namespace: str | None) -> Callable[[Object], bool]:
+    """Return a predicate for the objects that a list of the watch in a namespace covers; None: in every namespace."""
+    return lambda item: namespace in (None, item["metadata"].get("namespace")) and watch.matches(item)
 
 
 def _combined(reconcilers: Sequence[Reconciler]) -> list[Watch]:

@@ -29,6 +29,8 @@ class Settings:
     """Name of the release: the label app.kubernetes.io/instance of the gateways' pods."""
     shared_pool_namespaces: tuple[str, ...]
     """Namespaces whose pools serve adapters of other namespaces that name no pool."""
+    watch_namespaces: tuple[str, ...]
+    """Namespaces whose resources it serves; empty: all."""
     trainer_image: str
     lm_eval_tasks: str
     """Folder in the trainer's image with the platform's own evaluation tasks; empty: none."""
@@ -63,6 +65,7 @@ _OPTIONS: tuple[tuple[str, str | None, str], ...] = (
         "",
         "namespaces, separated by commas, whose pools serve adapters of others that name no pool; default: its own",
     ),
+    ("watch-namespaces", "", "namespaces whose resources are served, such as team-a,team-b; empty: all"),
     ("trainer-image", None, "image of validation and training pods"),
     (
         "lm-eval-tasks",
@@ -144,6 +147,7 @@ def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str]
             instance=options.instance,
             shared_pool_namespaces=_listed(parser, options, "shared-pool-namespaces", parse_namespaces)
             or (options.namespace,),
+            watch_namespaces=_listed(parser, options, "watch-namespaces", parse_namespaces),
             trainer_image=options.trainer_image,
             lm_eval_tasks=options.lm_eval_tasks,
             allow_task_folders=options.allow_task_folders,

@@ -19,7 +19,7 @@ import uvloop
 from tunesmith.cluster.resources import named, resource_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from tunesmith.cluster.client import Cluster
     from tunesmith.cluster.resources import Object
@@ -41,6 +41,7 @@ class Watcher:
     def __init__(
         self,
         cluster: Cluster,
+        namespaces: Sequence[str],
         selectors: Mapping[str, str],
         observe: Callable[[str | None, Object], None],
         ended: Callable[[], None],
@@ -49,11 +50,13 @@ class Watcher:
 
         Args:
             cluster: whose address and credentials are used.
+            namespaces: where to watch; empty: everywhere.
             selectors: the kinds, each with the label selector that the API server filters by, or "".
             observe: called with the event's type (None: it was there already) and the object.
             ended: called when the watches ended and are about to be started again.
         """
         self._cluster = cluster
+        self._namespaces = namespaces
         self._selectors = selectors
         self._observe = observe
         self._ended = ended
@@ -87,7 +90,8 @@ class Watcher:
                         kopf.operator(
                             registry=self._registry(),
                             settings=self._settings(),
-                            clusterwide=True,
+                            clusterwide=not self._namespaces,
+                            namespaces=self._namespaces,
                             # For peering, which is off; kopf's own asks for the name of a user that an image may lack.
                             identity=cast("Any", "tunesmith-operator"),
                             stop_flag=self._stop,

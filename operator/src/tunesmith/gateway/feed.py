@@ -13,7 +13,7 @@ from tunesmith.contracts.apikey import KEY_LABEL, parse_key_secret
 from tunesmith.gateway.catalog import POOL_LABEL
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Callable
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 
     from tunesmith.cluster.watch import WatchEvent
     from tunesmith.gateway.catalog import Catalog
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 
+_Source = tuple[str, str | None]
+"""A kind, and the namespace in which it is watched; None: in all."""
 KINDS = ("ServingPool", "AdapterDeployment", "Pod", "Secret")
 STALE_SECONDS = 180.0
 """A kind of which nothing was heard for this long, not even a bookmark, may have changed: a deleted key would still be
@@ -45,6 +47,7 @@ class Feed:
     Args:
         watcher: the cluster.
         namespace: the gateway's own, which holds the keys.
+        watched: namespaces whose pools and adapters are served; empty: all.
         keys: the table of keys to fill.
         catalog: the catalog to fill.
         changed: called soon after changes of pools or pods, once for those that came together.
@@ -55,6 +58,7 @@ class Feed:
         self,
         watcher: Watcher,
         namespace: str,
+        watched: Sequence[str] = (),
         *,
         keys: KeyTable,
         catalog: Catalog,
@@ -62,32 +66,34 @@ class Feed:
         stale_seconds: float = STALE_SECONDS,
     ) -> None:
         self._watcher = watcher
-        self._namespace = namespace
+        self._sources: list[_Source] = [
+            (kind, place) for kind in KINDS for place in ((namespace,) if kind == "Secret" else watched or (None,))
+        ]
         self._keys = keys
         self._catalog = catalog
         self._changed = changed
         self._stale_seconds = stale_seconds
-        self._synced: set[str] = set()
-        self._heard_at: dict[str, float] = {}
+        self._synced: set[_Source] = set()
+        self._heard_at: dict[_Source, float] = {}
         self._known: dict[str, dict[tuple[str, str], dict[str, Any]]] = {kind: {} for kind in KINDS}
         self._change_pending = False
 
     @property
     def missing(self) -> list[str]:
         """The kinds that have not been read yet."""
-        return [kind for kind in KINDS if kind not in self._synced]
+        return list(dict.fromkeys(kind for kind, place in self._sources if (kind, place) not in self._synced))
 
     def synced(self) -> bool:
         """True if everything has been read once."""
-        return len(self._synced) == len(KINDS)
+        return len(self._synced) == len(self._sources)
 
     def problem(self) -> str | None:
         """Return why the tables must not be relied on, or None."""
         if self.missing:
             return f"not read yet: {', '.join(self.missing)}"
         now = time.monotonic()
-        ages = {kind: now - self._heard_at[kind] for kind in KINDS}
-        stale = [f"{kind} ({age:.0f} s)" for kind, age in ages.items() if age > self._stale_seconds]
+        ages = {_describe(source): now - self._heard_at[source] for source in self._sources}
+        stale = [f"{source} ({age:.0f} s)" for source, age in ages.items() if age > self._stale_seconds]
         if stale:
             return f"the API server was not heard for more than {self._stale_seconds:g} s about {', '.join(stale)}"
         return None
@@ -99,27 +105,28 @@ class Feed:
             ExceptionGroup: one of the tasks failed; the others were cancelled.
         """
         async with asyncio.TaskGroup() as tasks:
-            for kind in KINDS:
-                tasks.create_task(self._follow(kind), name=f"watch {kind}")
+            for source in self._sources:
+                tasks.create_task(self._follow(source), name=f"watch {_describe(source)}")
 
-    async def _follow(self, kind: str) -> None:
+    async def _follow(self, source: _Source) -> None:
+        kind = _describe(source)
         while True:
             try:
-                await self._watch(kind)
+                await self._watch(source)
             except ClusterError as error:
                 LOG.error("cannot watch %s: %s", kind, error)  # noqa: TRY400 - the sentence says all
             except Exception:
                 LOG.exception("the watch of %s failed and is started again", kind)
             await asyncio.sleep(_RETRY_SECONDS)
 
-    async def _watch(self, kind: str) -> None:
+    async def _watch(self, source: _Source) -> None:
         """Follow a kind until its watch fails. A new watch lists everything: what is not listed is removed."""
-        namespace = self._namespace if kind == "Secret" else None
+        kind, namespace = source
         labels = {"Pod": POOL_LABEL, "Secret": f"{KEY_LABEL}=true"}.get(kind, "")
         listed: set[tuple[str, str]] | None = set()
 
         def alive() -> None:
-            self._heard_at[kind] = time.monotonic()
+            self._heard_at[source] = time.monotonic()
 
         events: AsyncGenerator[WatchEvent, None]
         events = self._watcher.watch(kind, namespace, labels=labels, alive=alive)  # type: ignore[assignment]
@@ -129,10 +136,11 @@ class Feed:
                 alive()
                 if event.type == "SYNCED":
                     if listed is not None:
-                        for vanished in self._known[kind].keys() - listed:
+                        known = {key for key in self._known[kind] if namespace in (None, key[0])}
+                        for vanished in known - listed:
                             self.take(kind, "DELETED", self._known[kind][vanished])
                         listed = None
-                    self._synced.add(kind)
+                    self._synced.add(source)
                 else:
                     if listed is not None:
                         listed.add(_key_of(event.object))
@@ -183,6 +191,11 @@ class Feed:
             self._catalog.remove_adapter(document)
         else:
             self._catalog.remove_pod(document)
+
+
+def _describe(source: _Source) -> str:
+    kind, namespace = source
+    return kind if namespace is None else f"{kind} in {namespace}"
 
 
 def _key_of(document: dict[str, Any]) -> tuple[str, str]:

@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         )
 
     option("namespace", None, "namespace of the gateway, which holds the API keys")
+    option("watch-namespaces", "", "namespaces whose models are served, such as team-a,team-b; empty: all")
     option("gateway-key-file", GATEWAY_KEY_FILE, "file with the gateway's key and, during a rotation, the previous one")
     option(
         "shared-pool-namespaces",
@@ -139,6 +140,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         raise ValueError(f"the gateway's key {path} cannot be used: {error}") from None
     return Settings(
         namespace=arguments.namespace,
+        watched=parse_namespaces(arguments.watch_namespaces),
         gateway_keys=gateway_keys,
         shared_pool_namespaces=shared_pool_namespaces,
         limits=limits,

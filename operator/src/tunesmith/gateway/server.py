@@ -48,6 +48,7 @@ class Settings:
 
     Attributes:
         namespace: its own, which holds the keys.
+        watched: namespaces whose models it serves; empty: all.
         gateway_keys: return the gateway's keys, which all its tokens derive from.
         shared_pool_namespaces: namespaces whose pools' bases may be called by their bare name; empty: its own.
         limits: bounds of what it accepts.
@@ -59,6 +60,7 @@ class Settings:
     gateway_keys: Callable[[], Keys] = field(repr=False)
     shared_pool_namespaces: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
+    watched: tuple[str, ...] = ()
     host: str | None = None
     port: int = GATEWAY_PORT
     internal_port: int = GATEWAY_INTERNAL_PORT
@@ -100,6 +102,7 @@ class Gateway:
         self.feed = Feed(
             watcher,
             settings.namespace,
+            settings.watched,
             keys=self.keys,
             catalog=self.catalog,
             changed=lambda: self.residency.sync(self.catalog.pods()),
