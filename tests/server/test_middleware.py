@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -23,6 +24,7 @@ MODULE = Path(middleware.__path__[0]) / "tunesmith_middleware.py"
 KEY, ADMIN, POD_UID = "k" * 32, "a" * 32, "uid-of-the-pod"
 POOL = pod_tokens((KEY.encode(),), POD_UID)[0]
 CHAT = "/v1/chat/completions"
+HELLO: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
 
 
 @pytest.fixture
@@ -31,6 +33,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         (tmp_path / variable).write_text(token + "\n")
         monkeypatch.setenv(variable, str(tmp_path / variable))
     monkeypatch.setenv("TUNESMITH_POD_UID", POD_UID)
+    monkeypatch.syspath_prepend(str(MODULE.parent))
     spec = importlib.util.spec_from_file_location("tunesmith_middleware", MODULE)
     assert spec is not None
     assert spec.loader is not None
@@ -44,6 +47,7 @@ class Engine:
 
     def __init__(self, status: int = 200) -> None:
         self.status = status
+        self.cut_off = False
         self.bodies: list[bytes] = []
         self.ended: list[str] = []
         self.go = asyncio.Event()
@@ -60,7 +64,8 @@ class Engine:
         await self.go.wait()
         for piece in self.reply[1:]:
             await send({"type": "http.response.body", "body": piece, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
+        if not self.cut_off:
+            await send({"type": "http.response.body", "body": b""})
         self.ended.append((await receive())["type"])
 
 
@@ -141,7 +146,7 @@ async def test_without_the_token_nothing_reaches_the_engine(
 ) -> None:
     engine = Engine()
     exchange = await Exchange(
-        module.Middleware(engine), path, {"model": "m"}, method="GET", root_path="/x", headers=headers
+        module.Middleware(engine), path, HELLO, method="GET", root_path="/x", headers=headers
     ).run()
     assert (exchange.status, exchange.code, engine.bodies) == (401, "invalid_api_key", [])
 
@@ -172,7 +177,12 @@ async def test_websockets_are_refused_and_lifespan_passes(module: ModuleType) ->
         (b"{", "invalid_json"),
         (b"", "invalid_json"),
         (b"[" * 100_000, "invalid_json"),
-        ([], "missing_model"),
+        (b'{"model": "m", "messages": ' + b"[" * 300 + b"]" * 300 + b"}", "invalid_json"),
+        (b'{"model": "m", "messages": [' + b"[]," * 2**20 + b"[]]}", "invalid_json"),
+        (b'{"model": "m", "temperature": NaN}', "invalid_json"),
+        (b'{"model": "m", "user": "\\ud800"}', "invalid_json"),
+        (b'{"model": "\xff"}', "invalid_json"),
+        ([], "invalid_json"),
         ({"prompt": "x"}, "missing_model"),
         ({"model": ""}, "missing_model"),
         ({"model": 3}, "missing_model"),
@@ -198,14 +208,14 @@ async def test_requests_and_tokens_are_counted_while_they_stream(module: ModuleT
     engine = Engine()
     engine.go.clear()
     app = module.Middleware(engine)
-    exchange = Exchange(app, CHAT, {"model": "m"})
+    exchange = Exchange(app, CHAT, HELLO)
     running = asyncio.create_task(exchange.run())
     await exchange.answering.wait()
     assert (await state(app))["inFlight"] == {"m": 1}
     engine.go.set()
     await running
     after = await state(app)
-    assert engine.bodies == [b'{"model": "m"}']
+    assert [json.loads(body) for body in engine.bodies] == [HELLO]
     assert engine.ended == ["http.disconnect"]
     assert after["inFlight"] == {}
     assert after["totals"] == {"m": {"requests": 1, "promptTokens": 3, "completionTokens": 2}}
@@ -224,22 +234,22 @@ async def test_usage_of_a_stream_is_shown_only_to_who_asked(
     text = rb'data: {"choices":[{"text":"\"usage\":{\"prompt_tokens\":9}"}]}' + b"\n\n"
     engine.reply = [text, usage, b"data: [DONE]\n\n"]
     app = module.Middleware(engine)
-    body = {"model": "m", "stream": True} | ({} if options is None else {"stream_options": options})
+    body = HELLO | {"stream": True} | ({} if options is None else {"stream_options": options})
     exchange = await Exchange(app, CHAT, body).run()
-    assert json.loads(engine.bodies[0])["stream_options"]["include_usage"] is True
+    assert json.loads(engine.bodies[0])["stream_options"] == {"include_usage": True, "continuous_usage_stats": True}
     assert exchange.body == text + (usage if shown else b"") + b"data: [DONE]\n\n"
     assert (await state(app))["totals"]["m"] == {"requests": 1, "promptTokens": 3, "completionTokens": 2}
 
 
 async def test_models_that_the_engine_does_not_know_leave_no_trace(module: ModuleType) -> None:
     app = module.Middleware(Engine(status=404))
-    await Exchange(app, CHAT, {"model": "nobody"}).run()
+    await Exchange(app, CHAT, HELLO | {"model": "nobody"}).run()
     assert (await state(app))["totals"] == {}
 
 
 async def test_a_client_that_leaves_early_is_not_served(module: ModuleType) -> None:
     engine = Engine()
-    exchange = await Exchange(module.Middleware(engine), CHAT, {"model": "m"}).hang_up_early().run()
+    exchange = await Exchange(module.Middleware(engine), CHAT, HELLO).hang_up_early().run()
     assert (exchange.sent, engine.bodies) == ([], [])
 
 
@@ -249,7 +259,7 @@ async def test_a_failing_engine_is_not_counted_as_running(module: ModuleType) ->
 
     app = module.Middleware(broken)
     with pytest.raises(RuntimeError):
-        await Exchange(app, CHAT, {"model": "m"}).run()
+        await Exchange(app, CHAT, HELLO).run()
     assert (await state(app))["inFlight"] == {}
 
 
@@ -257,12 +267,12 @@ async def test_draining_refuses_new_requests_and_ends_running_ones(module: Modul
     engine = Engine()
     engine.go.clear()
     app = module.Middleware(engine)
-    exchange = Exchange(app, CHAT, {"model": "m"})
+    exchange = Exchange(app, CHAT, HELLO)
     running = asyncio.create_task(exchange.run())
     await exchange.answering.wait()
     assert (await Exchange(app, "/tunesmith/drain", b"", token=POOL).run()).status == 403
     assert (await Exchange(app, "/tunesmith/drain", b"", token=ADMIN).run()).status == 200
-    refused = await Exchange(app, CHAT, {"model": "m"}).run()
+    refused = await Exchange(app, CHAT, HELLO).run()
     assert (refused.status, refused.code) == (503, "not_started")
     assert (b"x-tunesmith-not-started", b"true") in refused.sent[0]["headers"]
     assert (await state(app))["inFlight"] == {"m": 1}
@@ -296,4 +306,103 @@ def test_without_token_files_the_engine_does_not_start(
         )
         assert ended.returncode == 1
         assert expected in ended.stderr
+        assert "Traceback" not in ended.stderr
+
+
+USAGE = b',"usage":{"prompt_tokens":%d,"completion_tokens":%d}'
+
+
+def event(text: str, index: int = 0, usage: bytes = b"") -> bytes:
+    return b'data: {"choices":[{"index":%d,"text":"%s"}]%s}\n\n' % (index, text.encode(), usage)
+
+
+@pytest.mark.parametrize("pieces", [1, 7, 1000])
+async def test_tokens_of_a_stream_are_counted_as_they_pass(module: ModuleType, pieces: int) -> None:
+    engine = Engine()
+    events = [
+        event("a", 0, USAGE % (5, 1)),
+        event("b", 1, USAGE % (5, 1)),
+        event("c", 0, USAGE % (5, 2)),
+        event("d", 1),
+    ]
+    whole = b"".join(events)
+    engine.reply = [
+        b"",
+        *(whole[i : i + max(1, len(whole) // pieces)] for i in range(0, len(whole), max(1, len(whole) // pieces))),
+    ]
+    engine.cut_off = True  # the client leaves: no last usage comes
+    app = module.Middleware(engine)
+    exchange = await Exchange(app, CHAT, HELLO | {"stream": True, "n": 2}).run()
+    assert exchange.body == b"".join(event(text, index) for text, index in (("a", 0), ("b", 1), ("c", 0), ("d", 1)))
+    assert (await state(app))["totals"]["m"] == {"requests": 1, "promptTokens": 5, "completionTokens": 3}
+
+
+async def test_usage_before_the_end_of_a_reply_is_counted(module: ModuleType) -> None:
+    engine = Engine()
+    engine.reply = [b'{"choices": []' + USAGE % (3, 2) + b', "prompt_logprobs": [', b"0, " * 10_000, b"0]}"]
+    app = module.Middleware(engine)
+    await Exchange(app, CHAT, HELLO).run()
+    assert (await state(app))["totals"]["m"] == {"requests": 1, "promptTokens": 3, "completionTokens": 2}
+
+
+async def test_the_engine_gets_what_was_checked(module: ModuleType) -> None:
+    engine = Engine()
+    twice = b'{"model": "a", "messages": [{"role": "user", "content": "x"}], "n": 1000, "n": 1, "model": "m"}'
+    assert (await Exchange(module.Middleware(engine), CHAT, twice).run()).status == 200
+    assert engine.bodies[0].count(b'"n"') == engine.bodies[0].count(b'"model"') == 1
+
+
+async def test_the_agents_requests_are_neither_checked_nor_counted(module: ModuleType) -> None:
+    engine = Engine()
+    app = module.Middleware(engine)
+    assert (await Exchange(app, "/v1/completions", {"anything": 1}, token=ADMIN).run()).status == 200
+    assert (await state(app))["totals"] == {}
+
+
+async def test_only_the_agent_restarts_the_engine(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: asyncio.Future[tuple[int, str]] = asyncio.get_running_loop().create_future()
+    monkeypatch.setattr(module, "_exit", lambda code, reason: ended.set_result((code, reason)))
+    app = module.Middleware(Engine())
+    assert (await Exchange(app, "/tunesmith/restart", {"reason": "x"}, token=POOL).run()).status == 403
+    assert (await Exchange(app, "/tunesmith/restart", {}, token=ADMIN).run()).status == 400
+    assert (await Exchange(app, "/tunesmith/restart", {"reason": "its canary failed"}, token=ADMIN).run()).status == 200
+    assert (await Exchange(app, CHAT, HELLO).run()).code == "not_started"
+    code, reason = await ended
+    assert code != 0
+    assert "its canary failed" in reason
+
+
+@pytest.mark.parametrize("errored", [True, False])
+async def test_a_server_whose_engine_died_exits_with_an_error(
+    module: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    errored: bool,  # noqa: FBT001
+) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(module, "_exit", lambda code, _reason: codes.append(code))
+
+    async def application(_scope: Any, receive: Any, _send: Any) -> None:
+        while (await receive())["type"] != "lifespan.shutdown":
+            pass
+
+    messages = [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}]
+
+    async def receive() -> Any:
+        return messages.pop(0)
+
+    server = SimpleNamespace(state=SimpleNamespace(engine_client=SimpleNamespace(errored=errored)))
+    await module.Middleware(application)({"type": "lifespan", "app": server}, receive, None)
+    assert codes == ([1] if errored else [])
+
+
+def test_a_policy_that_cannot_be_read_stops_the_engine(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("t" * 32)
+    files = {name: str(tmp_path / "token") for name in ("TUNESMITH_SERVING_KEY_FILE", "TUNESMITH_ADMIN_TOKEN_FILE")}
+    for text in ("{", "[]", '{"maxChoices": 0}', '{"maxChoices": true}', '{"allowMediaUrls": 1}', '{"unknown": 1}'):
+        variables = {**files, "TUNESMITH_POD_UID": "uid", "TUNESMITH_REQUESTS": text}
+        ended = subprocess.run(
+            [sys.executable, MODULE], env=variables, capture_output=True, text=True, check=False, timeout=60
+        )
+        assert ended.returncode == 1
+        assert "TUNESMITH_REQUESTS cannot be used" in ended.stderr
         assert "Traceback" not in ended.stderr

@@ -30,7 +30,6 @@ from tunesmith_server.lora import base_shapes
 from tunesmith_server.metrics import Metrics
 from tunesmith_server.store import StoreError, secret_values
 
-MIDDLEWARE = "tunesmith_middleware.py"
 ADMIN_TOKEN = "admin-token"  # noqa: S105 - a file's name
 
 log = logging.getLogger("tunesmith-agent")
@@ -150,9 +149,10 @@ def prepare_engine(state: Path) -> str:
     """
     folder = state / "middleware"
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{MIDDLEWARE}"
-    shutil.copyfile(Path(middleware.__path__[0]) / MIDDLEWARE, temporary)
-    temporary.replace(folder / MIDDLEWARE)
+    for module in sorted(Path(middleware.__path__[0]).glob("tunesmith_*.py")):
+        temporary = folder / f".{module.name}"
+        shutil.copyfile(module, temporary)
+        temporary.replace(folder / module.name)
     path = state / ADMIN_TOKEN
     if not path.exists():
         temporary = state / f".{ADMIN_TOKEN}"

@@ -1,24 +1,28 @@
 """ASGI middleware that the agent puts into vLLM (`--middleware tunesmith_middleware.Middleware`).
 
 It demands this pod's token on every route but `GET /health`, lets only the agent reach what clients do not need, makes
-`model` mandatory (without one vLLM answers with the base model), counts requests and tokens per model, and refuses work
-while draining. It runs inside vLLM's interpreter, so it uses the standard library only. Its state belongs to one
-process: vLLM must run with one API server.
+`model` mandatory (without one vLLM answers with the base model), refuses what a shared engine cannot take, counts
+requests and tokens per model, and refuses work while draining. It runs inside vLLM's interpreter, so it uses the
+standard library only. Its state belongs to one process: vLLM must run with one API server.
 
 Environment, read when the module is imported, so that vLLM does not start without it:
     TUNESMITH_SERVING_KEY_FILE: file with the pool's serving keys, one a line, newest first; read again when it changes.
     TUNESMITH_POD_UID: UID of this pod. The token of its clients is the HMAC-SHA256 of it by a serving key.
     TUNESMITH_ADMIN_TOKEN_FILE: file with the token of the agent.
+    TUNESMITH_REQUESTS: JSON of the pool's `spec.requests`; absent: its defaults. See tunesmith_parameters.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
+import importlib.metadata
 import json
 import os
 import re
 import secrets
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,26 +30,36 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, MutableMapping
 
+    from tunesmith_server.middleware import tunesmith_parameters
+
     Scope = MutableMapping[str, Any]
     Message = MutableMapping[str, Any]
     Receive = Callable[[], Awaitable[Message]]
     Send = Callable[[Message], Awaitable[None]]
     App = Callable[[Scope, Receive, Send], Awaitable[None]]
+else:
+    import tunesmith_parameters  # beside this file, which the agent puts on the engine's PYTHONPATH
 
 MAX_BODY_BYTES = 32 * 1024 * 1024
 """Largest request body, in bytes; 413 above it."""
 MIN_TOKEN_LENGTH = 16
 """Shortest token that is taken for one, in characters."""
-GENERATE = frozenset({"/v1/chat/completions", "/v1/completions"})
+GENERATE = frozenset({tunesmith_parameters.CHAT, tunesmith_parameters.COMPLETIONS})
 """What clients may POST. These are counted and need a `model`."""
 READ = frozenset({"/v1/models", "/metrics"})
 """What clients may GET."""
 
 # Quotes inside generated text arrive escaped, so this finds the reply's own object only.
-_USAGE = re.compile(rb'"usage"\s*:\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
+_USAGE = re.compile(rb',\s*"usage"\s*:\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
 _USAGE_ONLY = re.compile(rb'"choices"\s*:\s*\[\s*\]')
-_TAIL_BYTES = 4096
+_CHOICE = re.compile(rb'"choices"\s*:\s*\[\s*\{\s*"index"\s*:\s*([0-9]{1,6})')
+_USAGE_BYTES = 1024
+_EVENT_BYTES = 4 * 1024 * 1024
+_LENGTH_HEADERS = frozenset({b"content-length", b"transfer-encoding"})
 _REREAD_SECONDS = 2.0
+_RESTART_CODE = 75
+_DEAD_CODE = 1
+_REASON_CHARACTERS = 1000
 
 
 def _variable(variable: str, content: str) -> str:
@@ -109,8 +123,26 @@ class _ServingTokens:
         return [hmac.new(key, self._pod_uid, hashlib.sha256).hexdigest().encode() for key in keys]
 
 
+def _engine_version() -> str:
+    try:
+        return importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _policy() -> tunesmith_parameters.Policy:
+    try:
+        return tunesmith_parameters.Policy.parse(os.environ.get("TUNESMITH_REQUESTS", "{}"), _engine_version())
+    except ValueError as error:
+        raise SystemExit(
+            f"The environment variable TUNESMITH_REQUESTS cannot be used: {error}. "
+            "It must be the JSON of the pool's spec.requests."
+        ) from None
+
+
 SERVING_TOKENS = _ServingTokens()
 ADMIN_TOKEN = _token("TUNESMITH_ADMIN_TOKEN_FILE")
+POLICY = _policy()
 
 
 class Middleware:
@@ -118,8 +150,10 @@ class Middleware:
 
     Routes of its own, for the agent: `GET /tunesmith/state` answers `{"bootId", "draining", "inFlight": {model:
     requests}, "totals": {model: {"requests", "promptTokens", "completionTokens"}}}`; `POST /tunesmith/drain` refuses
-    new work from then on. Errors have OpenAI's shape. A refusal while draining is 503 with code `not_started` and the
-    header `x-tunesmith-not-started: true`: such a request may be sent again elsewhere.
+    new work from then on; `POST /tunesmith/restart` with `{"reason"}` ends the process, which the kubelet starts again.
+    The agent's own requests are neither checked nor counted. Errors have OpenAI's shape. A refusal while draining is
+    503 with code `not_started` and the header `x-tunesmith-not-started: true`: such a request may be sent again
+    elsewhere.
     """
 
     def __init__(self, app: App) -> None:
@@ -132,7 +166,7 @@ class Middleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Guard one connection."""
         if scope["type"] == "lifespan":
-            await self._app(scope, receive, send)
+            await self._app(scope, _end_of(scope, receive), send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008, "reason": "websockets are not served"})
         else:
@@ -153,7 +187,7 @@ class Middleware:
                 "This pod's token is missing or wrong. Call the gateway, not the pod.",
                 ((b"www-authenticate", b"Bearer"),),
             )
-        elif method == "POST" and path in GENERATE:
+        elif method == "POST" and path in GENERATE and not admin:
             await self._generate(scope, receive, send)
         elif method == "GET" and path in READ:
             await self._app(scope, receive, send)
@@ -164,8 +198,21 @@ class Middleware:
         elif path == "/tunesmith/drain" and method == "POST":
             self._draining = True
             await _reply(send, 200, self._state())
+        elif path == "/tunesmith/restart" and method == "POST":
+            await self._restart(scope, receive, send)
         else:
             await self._app(scope, receive, send)
+
+    async def _restart(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = await _read_body(scope, receive)
+        try:
+            reason = str(json.loads(body or b"")["reason"])[:_REASON_CHARACTERS]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            await _refuse(send, 400, "invalid_json", "The body must be an object with a reason.")
+            return
+        self._draining = True
+        await _reply(send, 200, self._state())
+        asyncio.get_running_loop().call_later(0.1, _exit, _RESTART_CODE, f"the agent restarts the engine: {reason}")
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -183,11 +230,11 @@ class Middleware:
             await _refuse(send, 413, "request_too_large", f"The request body has more than {MAX_BODY_BYTES} bytes.")
             return
         try:
-            document = json.loads(body)
-        except (ValueError, RecursionError):
-            await _refuse(send, 400, "invalid_json", "The request body is not JSON.")
+            document = _parse(body)
+        except ValueError as error:
+            await _refuse(send, 400, "invalid_json", f"The request body {error}.")
             return
-        model = document.get("model") if isinstance(document, dict) else None
+        model = document.get("model")
         if not isinstance(model, str) or not model:
             await _refuse(
                 send,
@@ -197,21 +244,10 @@ class Middleware:
                 param="model",
             )
             return
-        observer = _Reply(send)
-        options = document.get("stream_options")
-        if document.get("stream") is True and (
-            options is None or (isinstance(options, dict) and not options.get("include_usage"))
-        ):
-            # Tokens are counted from the usage that vLLM sends last; a client who did not ask for it does not see it.
-            observer.hide_usage = True
-            body = json.dumps({**document, "stream_options": {**(options or {}), "include_usage": True}}).encode()
-            scope = {
-                **scope,
-                "headers": [
-                    *(h for h in scope["headers"] if h[0] != b"content-length"),
-                    (b"content-length", str(len(body)).encode()),
-                ],
-            }
+        refused = tunesmith_parameters.refusal(_route(scope), document, POLICY)
+        if refused is not None:
+            await _refuse(send, 400, refused.code, refused.message, param=refused.parameter)
+            return
         # No await between the check and the count: a request is either refused or waited for.
         if self._draining:
             headers = ((b"x-tunesmith-not-started", b"true"), (b"retry-after", b"1"))
@@ -219,6 +255,21 @@ class Middleware:
                 send, 503, "not_started", "This pod is stopping and did not start the request. Send it again.", headers
             )
             return
+        observer = _Reply(send, self._count, model)
+        if document.get("stream"):
+            # Tokens are counted from the usage in every event; a client who did not ask for it does not see it.
+            asked = document.get("stream_options") or {}
+            observer.hide_usage(final=not asked.get("include_usage"), others=not asked.get("continuous_usage_stats"))
+            document["stream_options"] = {**asked, "include_usage": True, "continuous_usage_stats": True}
+        # What was checked is what the engine gets: another parser may read the client's own bytes differently.
+        body = json.dumps(document).encode()
+        scope = {
+            **scope,
+            "headers": [
+                *(h for h in scope["headers"] if h[0] not in _LENGTH_HEADERS),
+                (b"content-length", str(len(body)).encode()),
+            ],
+        }
         self._in_flight[model] = self._in_flight.get(model, 0) + 1
         try:
             await self._app(scope, _replay(body, receive), observer.send)
@@ -226,51 +277,143 @@ class Middleware:
             self._in_flight[model] -= 1
             if not self._in_flight[model]:
                 del self._in_flight[model]
-            # Names that the engine does not know answer 404 and are not kept, so totals stay as few as models.
-            if observer.ok:
-                total = self._totals.setdefault(model, {"requests": 0, "promptTokens": 0, "completionTokens": 0})
-                prompt, completion = observer.tokens()
-                total["requests"] += 1
-                total["promptTokens"] += prompt
-                total["completionTokens"] += completion
+
+    def _count(self, model: str, requests: int, prompt: int, completion: int) -> None:
+        # Names that the engine does not know answer 404 and are not counted, so totals stay as few as models.
+        total = self._totals.setdefault(model, {"requests": 0, "promptTokens": 0, "completionTokens": 0})
+        total["requests"] += requests
+        total["promptTokens"] += prompt
+        total["completionTokens"] += completion
 
 
 class _Reply:
-    """Passes a reply on as it comes, and keeps its end, where vLLM puts the usage."""
+    """Passes a reply on as it comes, and counts its tokens from the usage that vLLM reports in it.
 
-    def __init__(self, send: Send) -> None:
+    A stream reports its usage in every event, so the tokens of a client that leaves are counted up to there. Any other
+    reply reports it once; a client that leaves before is counted as a request without tokens.
+    """
+
+    def __init__(self, send: Send, count: Callable[[str, int, int, int], None], model: str) -> None:
         self._send = send
-        self._tail = b""
-        self.ok = False
-        self.hide_usage = False
+        self._count = count
+        self._model = model
+        self._ok = False
+        self._rest = b""
+        self._stream = False
+        self._hide_final = self._hide_others = False
+        self._prompt = self._completion = 0
+        self._choices: dict[bytes, int] = {}
+
+    def hide_usage(self, *, final: bool, others: bool) -> None:
+        """Expect a stream, and take the usage out of its last event, or of all others."""
+        self._stream, self._hide_final, self._hide_others = True, final, others
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self.ok = 200 <= message["status"] < 300  # noqa: PLR2004 - HTTP success
-        elif message["type"] == "http.response.body":
+            self._ok = 200 <= message["status"] < 300  # noqa: PLR2004 - HTTP success
+            if self._ok:
+                self._count(self._model, 1, 0, 0)
+            else:
+                self._stream = False
+        elif message["type"] == "http.response.body" and self._ok:
             body = message.get("body", b"")
-            self._tail = (
-                (self._tail + body)[-max(_TAIL_BYTES, len(body)) :] if len(body) < _TAIL_BYTES else body[-_TAIL_BYTES:]
-            )
-            if self.hide_usage and b'"usage"' in body:
-                message = {
-                    **message,
-                    "body": b"\n\n".join(event for event in body.split(b"\n\n") if not _is_usage_only(event)),
-                }
+            if self._stream:
+                body = self._events(body, last=not message.get("more_body", False))
+                message = {**message, "body": body}
+            else:
+                # An object of usage that two pieces share is found in the second, with the end of the first.
+                window = self._rest + body
+                self._report(window)
+                self._rest = window[-_USAGE_BYTES:]
         await self._send(message)
 
-    def tokens(self) -> tuple[int, int]:
-        """Prompt and completion tokens; zeros where the reply was cut off before its usage."""
-        found = _USAGE.findall(self._tail)
+    def _events(self, body: bytes, *, last: bool) -> bytes:
+        """Return the whole events so far, without the usage that the client did not ask for."""
+        body, self._rest = self._rest + body, b""
+        if not last and not body.endswith(b"\n\n"):
+            whole, found, rest = body.rpartition(b"\n\n")
+            if len(rest) < _EVENT_BYTES:
+                body, self._rest = whole + found, rest
+        if b'"usage"' not in body:
+            return body
+        events = body.split(b"\n\n")
+        return b"\n\n".join(event for event in map(self._event, events) if event is not None)
+
+    def _event(self, event: bytes) -> bytes | None:
+        if not event.startswith(b"data: {") or not self._report(event):
+            return event
+        final = _USAGE_ONLY.search(event) is not None
+        if final:
+            return None if self._hide_final else event
+        return _USAGE.sub(b"", event, count=1) if self._hide_others else event
+
+    def _report(self, text: bytes) -> bool:
+        """Count what the last usage in a text says beyond what was counted."""
+        found = None
+        for found in _USAGE.finditer(text):  # noqa: B007 - the last one is used
+            pass
+        if found is None:
+            return False
         try:
-            usage = json.loads(found[-1]) if found else {}
+            usage = json.loads(found[1])
         except ValueError:
-            usage = {}
-        return int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
+            return False
+        prompt, completion = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
+        if (choice := _CHOICE.search(text)) and self._stream:  # its event reports the tokens of this choice
+            self._choices[choice[1]] = completion
+            completion = sum(self._choices.values())
+        self._count(self._model, 0, max(0, prompt - self._prompt), max(0, completion - self._completion))
+        self._prompt, self._completion = max(prompt, self._prompt), max(completion, self._completion)
+        return True
 
 
-def _is_usage_only(event: bytes) -> bool:
-    return event.startswith(b"data: {") and _USAGE_ONLY.search(event) is not None and _USAGE.search(event) is not None
+def _end_of(scope: Scope, receive: Receive) -> Receive:
+    """A receive for the lifespan: a server that stops because its engine died must not exit with 0."""
+
+    async def guarded() -> Message:
+        message = await receive()
+        if message["type"] == "lifespan.shutdown":
+            engine = getattr(getattr(scope.get("app"), "state", None), "engine_client", None)
+            if getattr(engine, "errored", False):
+                _exit(_DEAD_CODE, "the engine died; its error is above")
+        return message
+
+    return guarded
+
+
+def _exit(code: int, reason: str) -> None:
+    """End the process at once, with its reason as the last line of the log."""
+    sys.stderr.write(f"tunesmith: {reason}\n")
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _parse(body: bytes) -> dict[str, Any]:
+    """Return the JSON object of a body, bounded in depth and in values.
+
+    Raises:
+        ValueError: it is not one; the message continues "The request body …".
+    """
+    if sum(map(body.count, (b",", b"[", b"{"))) > tunesmith_parameters.MAX_VALUES:
+        raise ValueError(f"has more than {tunesmith_parameters.MAX_VALUES} values")
+    try:
+        document = json.loads(body, parse_constant=_no_number)
+        json.dumps(document, ensure_ascii=False).encode()
+    except UnicodeError:
+        raise ValueError("has characters that are not Unicode (a lone surrogate)") from None
+    except RecursionError:
+        raise ValueError(f"nests deeper than {tunesmith_parameters.MAX_DEPTH} levels") from None
+    except ValueError:
+        raise ValueError("is not JSON") from None
+    if not isinstance(document, dict):
+        raise ValueError("is not a JSON object")  # noqa: TRY004 - one kind of error for the caller
+    if tunesmith_parameters.too_deep(document):
+        raise ValueError(f"nests deeper than {tunesmith_parameters.MAX_DEPTH} levels")
+    return document
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is not JSON")
 
 
 def _route(scope: Scope) -> str:

@@ -1,0 +1,230 @@
+"""What a request to a shared engine may ask; each parameter against real vLLM is in test_engine_parameters.py."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from server_rig import vllm_program
+
+from tunesmith_server import middleware
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import ModuleType
+
+FOLDER = Path(middleware.__path__[0])
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+MESSAGES = [{"role": "user", "content": "hello"}]
+CPU, GPU = "0.32.0+cpu", "0.32.0"
+
+
+@pytest.fixture(scope="module")
+def module() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(FOLDER))
+    yield importlib.import_module("tunesmith_parameters")
+    sys.path.remove(str(FOLDER))
+
+
+def ask(module: ModuleType, route: str = CHAT, version: str = GPU, policy: Any = None, **parameters: Any) -> Any:
+    body = {"model": "m", **({"messages": MESSAGES} if route == CHAT else {"prompt": "hello"}), **parameters}
+    return module.refusal(route, body, module.Policy.parse(json.dumps(policy or {}), version))
+
+
+def test_the_middleware_needs_the_standard_library_only() -> None:
+    # tunesmith_server is imported for annotations only; test_serving_pod.py runs the modules without it.
+    names = {path.stem for path in FOLDER.glob("tunesmith_*.py")} | {"__future__", "tunesmith_server"}
+    for path in FOLDER.glob("tunesmith_*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert {name.split(".")[0] for name in modules} <= names | sys.stdlib_module_names, path
+
+
+@pytest.mark.parametrize(
+    ("route", "file", "name"),
+    [
+        (CHAT, "chat_completion/protocol.py", "ChatCompletionRequest"),
+        (COMPLETIONS, "completion/protocol.py", "CompletionRequest"),
+    ],
+)
+def test_every_parameter_of_vllm_is_in_the_table(module: ModuleType, route: str, file: str, name: str) -> None:
+    folder = next(vllm_program().parents[1].glob("lib/python*/site-packages/vllm/entrypoints/openai"))
+    tree = ast.parse((folder / file).read_text())
+    model = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+    fields = {
+        node.target.id
+        for node in model.body
+        if isinstance(node, ast.AnnAssign)
+        and isinstance(node.target, ast.Name)
+        and not node.target.id.startswith("_")
+        and not (isinstance(node.annotation, ast.Subscript) and ast.unparse(node.annotation.value) == "ClassVar")
+    }
+    assert len(fields) > 40
+    known = {parameter for parameter, rows in module.PARAMETERS.items() if any(route in row.routes for row in rows)}
+    assert fields - known - {"_DEFAULT_SAMPLING_PARAMS"} == set(), "decide about them in tunesmith_parameters.py"
+
+
+SERVED: list[tuple[str, dict[str, Any]]] = [
+    (CHAT, {"temperature": 0, "top_p": 1, "n": 16, "seed": -1, "stop": ["a"], "logprobs": True, "top_logprobs": 20}),
+    (CHAT, {"stream": True, "stream_options": {"include_usage": True}}),
+    (CHAT, {"max_tokens": None, "stop": None, "tools": None, "logit_bias": None, "response_format": None}),
+    (CHAT, {"store": False, "metadata": {"a": "b"}, "service_tier": "auto", "user": "u", "parallel_tool_calls": False}),
+    (CHAT, {"chat_template_kwargs": {"enable_thinking": False}}),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, "y"]}]}),
+    (CHAT, {"messages": [{"role": "assistant", "content": None, "tool_calls": []}]}),
+    (CHAT, {"messages": [{"content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}]}]}),
+    (CHAT, {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}}),
+    (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]}),
+    (CHAT, {"priority": 0, "modalities": ["text"]}),
+    (COMPLETIONS, {"prompt": ["a"] * 16}),
+    (COMPLETIONS, {"prompt": [1, 2, 3]}),
+    (COMPLETIONS, {"prompt": [[1], [2]], "n": 8}),
+    (COMPLETIONS, {"logprobs": 5, "echo": False, "best_of": 1}),
+    (COMPLETIONS, {"echo": True, "max_tokens": 0}),
+    (COMPLETIONS, {"structured_outputs": {"regex": "[a-z]{1,20}"}}),
+    (COMPLETIONS, {"structured_outputs": {"json": json.dumps({"type": "integer", "multipleOf": 5})}}),
+]
+REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
+    (CHAT, {"stream": 1}, "stream", "must be true or false"),
+    (CHAT, {"stream": "yes"}, "stream", "must be true or false"),
+    (CHAT, {"n": 1000}, "n", "from 1 to 16, the limit of this pool"),
+    (CHAT, {"n": 0}, "n", "from 1"),
+    (CHAT, {"n": True}, "n", "from 1"),
+    (CHAT, {"n": 1.0}, "n", "from 1"),
+    (CHAT, {"n": 17, "use_beam_search": True}, "n", "from 1 to 16"),
+    (COMPLETIONS, {"prompt": ["a"] * 8, "n": 3}, "n", "24 sequences"),
+    (COMPLETIONS, {"prompt": ["a"] * 17}, "prompt", "at most 16 prompts"),
+    (COMPLETIONS, {"prompt": [1, -1]}, "prompt", "token ids"),
+    (COMPLETIONS, {"prompt": [1, "a"]}, "prompt", "token ids"),
+    (COMPLETIONS, {"prompt": [2**31]}, "prompt", "token ids"),
+    (COMPLETIONS, {"prompt": []}, "prompt", "token ids"),
+    (COMPLETIONS, {"prompt": {}}, "prompt", "token ids"),
+    (COMPLETIONS, {"prompt": None}, "prompt", "prompt is missing"),
+    (CHAT, {"messages": None}, "messages", "messages is missing"),
+    (CHAT, {"messages": []}, "messages", "list of messages"),
+    (CHAT, {"messages": "hi"}, "messages", "list of messages"),
+    (CHAT, {"messages": [[]]}, "messages", "list of messages"),
+    (CHAT, {"messages": [{"content": 5}]}, "messages", "messages[0].content must be a string"),
+    (CHAT, {"max_tokens": -1}, "max_tokens", "not negative"),
+    (CHAT, {"temperature": float("inf")}, "temperature", "from 0 to 10"),
+    (CHAT, {"temperature": -0.1}, "temperature", "from 0 to 10"),
+    (CHAT, {"temperature": 10**400}, "temperature", "from 0 to 10"),
+    (CHAT, {"temperature": "1"}, "temperature", "from 0 to 10"),
+    (CHAT, {"top_p": 0}, "top_p", "above 0"),
+    (CHAT, {"seed": 2**63}, "seed", "whole number"),
+    (CHAT, {"stop": ["a"] * 5}, "stop", "at most 4"),
+    (CHAT, {"stop": ["a" * 513]}, "stop", "512 characters"),
+    (CHAT, {"stop_token_ids": [-1]}, "stop_token_ids", "token ids"),
+    (CHAT, {"allowed_token_ids": list(range(1025))}, "allowed_token_ids", "at most 1024"),
+    (CHAT, {"bad_words": ["a"] * 65}, "bad_words", "at most 64"),
+    (CHAT, {"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias", "at most 1024"),
+    (CHAT, {"logit_bias": {"a": 1}}, "logit_bias", "token ids"),
+    (CHAT, {"logit_bias": {"1": 101}}, "logit_bias", "-100 to 100"),
+    (CHAT, {"logprobs": 5}, "logprobs", "true or false"),
+    (CHAT, {"top_logprobs": 21}, "top_logprobs", "from 0 to 20"),
+    (COMPLETIONS, {"logprobs": True}, "logprobs", "from 0 to 20"),
+    (COMPLETIONS, {"logprobs": -1}, "logprobs", "from 0 to 20"),
+    (CHAT, {"priority": -5}, "priority", "before the others"),
+    (CHAT, {"request_id": "x"}, "request_id", "same one"),
+    (CHAT, {"session_id": "x"}, "session_id", "same one"),
+    (CHAT, {"kv_transfer_params": {}}, "kv_transfer_params", "exchange their caches"),
+    (CHAT, {"ec_transfer_params": {}}, "ec_transfer_params", "exchange their caches"),
+    (CHAT, {"vllm_xargs": {"a": 1}}, "vllm_xargs", "extensions"),
+    (CHAT, {"mm_processor_kwargs": {"a": 1}}, "mm_processor_kwargs", "image"),
+    (COMPLETIONS, {"prompt_embeds": "AA"}, "prompt_embeds", "unchecked"),
+    (COMPLETIONS, {"best_of": 5}, "best_of", "no best_of"),
+    (CHAT, {"lora_request": {}}, "lora_request", "not a parameter"),
+    (CHAT, {"lora_path": "/"}, "lora_path", "not a parameter"),
+    (CHAT, {"guided_grammar": "x"}, "guided_grammar", "not a parameter"),
+    (CHAT, {"prompt": "x"}, "prompt", "not a parameter of /v1/chat/completions"),
+    (CHAT, {"audio": {}}, "audio", "text only"),
+    (CHAT, {"stream_options": True}, "stream_options", "object"),
+    (CHAT, {"stream_options": {"include_usage": 1}}, "stream_options", "true or false"),
+    (CHAT, {"chat_template": "{{ x }}"}, "chat_template", "requests.allowChatTemplate"),
+    (CHAT, {"chat_template_kwargs": {"chat_template": "{{ x }}"}}, "chat_template_kwargs", "switches"),
+    (CHAT, {"chat_template_kwargs": {"a": [1] * 10**6}}, "chat_template_kwargs", "switches"),
+    (CHAT, {"structured_outputs": {"grammar": "root ::= root root"}}, "structured_outputs", "grammar"),
+    (CHAT, {"structured_outputs": {"regex": "a" * 513}}, "structured_outputs", "512"),
+    (CHAT, {"structured_outputs": {"choice": ["x" * i for i in range(500)]}}, "structured_outputs", "8192"),
+    (CHAT, {"structured_outputs": {"backend": "outlines"}}, "structured_outputs", "backend"),
+    (CHAT, {"structured_outputs": {"json": {"multipleOf": 9999991}}}, "structured_outputs", "multipleOf"),
+    (CHAT, {"structured_outputs": {"json": "{" * 5}}, "structured_outputs", "not JSON"),
+    (CHAT, {"structured_outputs": {"json": {"a": "x" * 2**16}}}, "structured_outputs", "32768 bytes"),
+    (CHAT, {"response_format": {"type": "grammar"}}, "response_format", "type is"),
+    (
+        CHAT,
+        {"response_format": {"type": "structural_tag", "format": {"type": "grammar", "grammar": "x"}}},
+        "response_format",
+        "must not have a grammar",
+    ),
+    (
+        CHAT,
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"allOf": [{"pattern": "a"}] * 8}}}},
+        "response_format",
+        "combines patterns",
+    ),
+    (CHAT, {"tools": [{"function": {"parameters": {"allOf": [{}] * 9}}}]}, "tools", "allOf of more than 8"),
+    (CHAT, {"tools": [{"function": {}}] * 129}, "tools", "at most 128"),
+    (CHAT, {"repetition_detection": {"max_pattern_size": 10**9}}, "repetition_detection", "1024"),
+    (CHAT, {"cache_salt": "x" * 129}, "cache_salt", "128"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("route", "parameters"), SERVED)
+def test_what_clients_use_is_served(module: ModuleType, route: str, parameters: dict[str, Any]) -> None:
+    assert ask(module, route, **parameters) is None
+
+
+@pytest.mark.parametrize(("route", "parameters", "parameter", "sentence"), REFUSED)
+def test_what_a_shared_engine_cannot_take_is_refused_with_a_sentence(
+    module: ModuleType, route: str, parameters: dict[str, Any], parameter: str, sentence: str
+) -> None:
+    refusal = ask(module, route, **parameters)
+    assert refusal.parameter == parameter
+    assert sentence in refusal.message
+    assert refusal.message.endswith(".")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"type": "image_url", "image_url": {"url": "http://169.254.169.254/latest"}},
+        {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}},
+        {"image_url": "HTTPS://internal/x"},
+        {"type": "video_url", "video_url": {"url": "http://x"}},
+        {"type": "audio_url", "audio_url": {"url": " http://x"}},
+        {"type": "input_image", "image_url": "http://x"},
+        {"type": "image_embeds", "image_embeds": "AA"},
+        {"type": "image_url", "image_url": None, "uuid": "another-client's"},
+    ],
+)
+def test_the_engine_fetches_nothing_for_clients(module: ModuleType, content: dict[str, Any]) -> None:
+    messages = [{"role": "system", "content": "x"}, {"role": "user", "content": [content]}]
+    assert ask(module, messages=messages).message.startswith("messages[1].content ")
+
+
+def test_a_pool_may_allow_more(module: ModuleType) -> None:
+    url = [{"content": [{"type": "image_url", "image_url": {"url": "https://example.org/x.png"}}]}]
+    file = [{"content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}]
+    assert ask(module, policy={"allowMediaUrls": True}, messages=url) is None
+    assert "neither a data: nor an http(s)" in ask(module, policy={"allowMediaUrls": True}, messages=file).message
+    assert ask(module, policy={"allowChatTemplate": True}, chat_template="{{ x }}") is None
+    assert ask(module, policy={"maxChoices": 100}, n=100) is None
+    assert "at most 64, the limit" in ask(module, policy={"maxTokens": 64}, max_completion_tokens=65).message
+    assert "at most 64, the limit" in ask(module, policy={"maxTokens": 64}, min_tokens=65).message
+
+
+@pytest.mark.parametrize("parameters", [{"prompt_logprobs": 1}, {"echo": True, "logprobs": 1}, {"prompt_logprobs": 0}])
+def test_log_probabilities_of_prompts_depend_on_pool_and_engine(module: ModuleType, parameters: dict[str, Any]) -> None:
+    allowed = {"allowPromptLogprobs": True}
+    assert "requests.allowPromptLogprobs" in ask(module, COMPLETIONS, GPU, **parameters).message
+    assert ask(module, COMPLETIONS, GPU, allowed, **parameters) is None
+    refusal = ask(module, COMPLETIONS, CPU, allowed, **parameters)
+    assert refusal.code == "unsupported_by_engine"
+    assert "runs on CPUs" in refusal.message
