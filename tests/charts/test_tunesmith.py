@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -379,4 +380,15 @@ def test_network_policies_admit_the_flows_and_no_others(template: Template) -> N
         "gateway/http": [monitoring],
         "gateway/internal": [operator, monitoring],
     }
-    assert not of_kind(template("tunesmith", {"networkPolicy": {"enabled": False}}), "NetworkPolicy")
+    off = template("tunesmith", {"networkPolicy": {"enabled": False}})
+    assert not of_kind(off, "NetworkPolicy")
+    assert "--no-network-policies" in container_of(off, "operator")["command"]
+
+
+def test_who_may_read_metrics_reaches_the_operator(template: Template) -> None:
+    monitoring = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+    command = container_of(template("tunesmith", {"networkPolicy": {"metricsFrom": [monitoring]}}), "operator")[
+        "command"
+    ]
+    assert f"--metrics-from={json.dumps([monitoring], separators=(',', ':'))}" in command
+    assert "--no-network-policies" not in command

@@ -15,8 +15,9 @@ from worlds import STORE, job
 from tunesmith.api.finetunejob import FineTuneJob
 from tunesmith.api.finetunejob_status import FineTuneJobStatus
 from tunesmith.contracts.location import CLAIMS_FOLDER
+from tunesmith.contracts.network import Network
 from tunesmith.finetune.observe import TRAIN, VALIDATE
-from tunesmith.finetune.render import Installation, attempt, configuration, meeting, validation
+from tunesmith.finetune.render import Installation, attempt, configuration, isolation, meeting, validation
 
 GOLDEN = Path(__file__).parent / "golden"
 INSTALLATION = Installation(
@@ -27,6 +28,7 @@ INSTALLATION = Installation(
     image_pull_policy="IfNotPresent",
     cluster="0f0e0d0c-0000-4000-8000-00000000000c",
 )
+NETWORK = Network(namespace="tunesmith-system", instance="tunesmith")
 EVERYTHING = job(
     baseModel={"uri": "hf://org/base", "secretRef": {"name": "hub"}},
     dataset={
@@ -48,7 +50,8 @@ RENDERED = {
     "validation": validation(EVERYTHING, INSTALLATION, 80 * 2**30),
     "attempt-gpu": attempt(EVERYTHING, 2, INSTALLATION),
     "attempt-nodes": attempt(SEVERAL, 1, INSTALLATION),
-    "meeting": meeting(SEVERAL),
+    "isolation": isolation(EVERYTHING, NETWORK),
+    "meeting": [*isolation(SEVERAL, NETWORK), *meeting(SEVERAL)],
     "attempt-cpu": attempt(job(resources={"gpus": 0, "cpu": "1", "memory": "4Gi"}), 1, INSTALLATION),
 }
 
@@ -80,6 +83,18 @@ def test_what_validation_resolved_goes_into_the_manifest_of_every_attempt() -> N
 
 def test_one_node_needs_no_meeting() -> None:
     assert meeting(EVERYTHING) == []
+
+
+def test_only_pods_on_several_nodes_are_isolated_where_the_platform_wants_no_policies() -> None:
+    unwanted = replace(NETWORK, policies=False)
+    assert isolation(EVERYTHING, unwanted) == []
+    assert isolation(SEVERAL, unwanted) == isolation(SEVERAL, NETWORK)
+
+
+def test_whoever_reads_metrics_reaches_training_pods() -> None:
+    monitoring = {"namespaceSelector": {"matchLabels": {"team": "sre"}}}
+    [policy] = isolation(EVERYTHING, replace(NETWORK, metrics_from=(monitoring,)))
+    assert policy["spec"]["ingress"][0]["from"] == [NETWORK.component("operator"), monitoring]
 
 
 def test_no_secret_value_or_token_reaches_a_pod_by_itself() -> None:

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from tunesmith.serving.render import Images, deployment, disruption_budget, key_secret, reserved, selector_text
+from tunesmith.contracts.network import Network
+from tunesmith.serving.render import (
+    Images,
+    deployment,
+    disruption_budget,
+    isolation,
+    key_secret,
+    reserved,
+    selector_text,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,6 +75,7 @@ def test_golden(case: str, pool: Callable[..., ServingPool]) -> None:
         deployment(resource, IMAGES, 2),
         key_secret(resource, {"control": b"the-control-key", "events": b"the-events-key"}),
         disruption_budget(resource),
+        isolation(resource, Network(namespace="tunesmith-system", instance="tunesmith")),
     ]
     text = yaml.dump_all(built, Dumper=_NoAliases, sort_keys=False, width=120)
     place = GOLDEN / f"{case}.yaml"

@@ -186,12 +186,14 @@ class FineTuneJobReconciler:
         match action:
             case CreateValidation():
                 rendered = render.validation(job, self._installation, await self._gpu_memory(job))
-                await self._create(manifest, render.configuration(job, VALIDATE), rendered)
+                isolation = render.isolation(job, self._context.settings.network)
+                await self._create(manifest, *isolation, render.configuration(job, VALIDATE), rendered)
             case CreateAttempt(number):
                 # The status that goes with the action holds what validation resolved in this very pass.
                 resolved = job.model_copy(update={"status": status})
                 rendered = render.attempt(job, number, self._installation)
-                await self._create(manifest, render.configuration(resolved, TRAIN), *render.meeting(job), rendered)
+                beside = [*render.isolation(job, self._context.settings.network), *render.meeting(job)]
+                await self._create(manifest, *beside, render.configuration(resolved, TRAIN), rendered)
             case StopJob(name):
                 # It stays until its pod is gone, so that what follows sees whether one still saves.
                 await self._context.delete(jobs[name], "Foreground")

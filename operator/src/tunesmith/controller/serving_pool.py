@@ -32,6 +32,7 @@ from tunesmith.serving.render import (
     Images,
     deployment,
     disruption_budget,
+    isolation,
     key_secret,
     reserved,
 )
@@ -169,9 +170,14 @@ class ServingPoolReconciler:
         refusals = [
             await self._applied.ensure(pool.metadata.uid, key_secret(pool, self._pool_keys(pool))),
             await self._applied.ensure(pool.metadata.uid, disruption_budget(pool)),
+            *[await self._applied.ensure(pool.metadata.uid, policy) for policy in self._policies(pool)],
             await self._applied.ensure(pool.metadata.uid, deployment(pool, self._images, replicas), generation),
         ]
         return next((refusal for refusal in reversed(refusals) if refusal is not None), None)
+
+    def _policies(self, pool: ServingPool) -> list[Object]:
+        network = self._context.settings.network
+        return [isolation(pool, network)] if network.policies else []
 
     def _pool_keys(self, pool: ServingPool) -> dict[str, bytes]:
         """The files of the pool's Secret."""

@@ -7,14 +7,17 @@ import os
 import socket
 import uuid
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from tunesmith.contracts.addresses import parse_networks
 from tunesmith.contracts.claims import parse_namespaces
+from tunesmith.contracts.network import Network, parse_peers
 from tunesmith.contracts.scheduling import DEFAULT_SCHEDULING, AllowedScheduling, parse_names, parse_tolerations
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Settings:
     """Namespaces whose pools serve adapters of other namespaces that name no pool."""
     watch_namespaces: tuple[str, ...]
     """Namespaces whose resources it serves; empty: all."""
+    network: Network
+    """Who may connect to the pods of pools and jobs."""
     trainer_image: str
     lm_eval_tasks: str
     """Folder in the trainer's image with the platform's own evaluation tasks; empty: none."""
@@ -66,6 +71,7 @@ _OPTIONS: tuple[tuple[str, str | None, str], ...] = (
         "namespaces, separated by commas, whose pools serve adapters of others that name no pool; default: its own",
     ),
     ("watch-namespaces", "", "namespaces whose resources are served, such as team-a,team-b; empty: all"),
+    ("metrics-from", "[]", "NetworkPolicy peers that may read metrics of pools and jobs, as a JSON list"),
     ("trainer-image", None, "image of validation and training pods"),
     (
         "lm-eval-tasks",
@@ -135,6 +141,9 @@ def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str]
         "--no-leader-election", action="store_true", help="reconcile without a Lease: for one replica only"
     )
     parser.add_argument(
+        "--no-network-policies", action="store_true", help="create no NetworkPolicies beside pools and jobs of one node"
+    )
+    parser.add_argument(
         "--allow-task-folders",
         action="store_true",
         help="let jobs bring evaluation tasks (lmEval.taskFolder): code that is run in their pods",
@@ -148,6 +157,12 @@ def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str]
             shared_pool_namespaces=_listed(parser, options, "shared-pool-namespaces", parse_namespaces)
             or (options.namespace,),
             watch_namespaces=_listed(parser, options, "watch-namespaces", parse_namespaces),
+            network=Network(
+                namespace=options.namespace,
+                instance=options.instance,
+                policies=not options.no_network_policies,
+                metrics_from=_listed(parser, options, "metrics-from", parse_peers),
+            ),
             trainer_image=options.trainer_image,
             lm_eval_tasks=options.lm_eval_tasks,
             allow_task_folders=options.allow_task_folders,
@@ -180,8 +195,8 @@ def _listed(
     parser: argparse.ArgumentParser,
     options: argparse.Namespace,
     flag: str,
-    parse_entries: Callable[[str], tuple[str, ...]],
-) -> tuple[str, ...]:
+    parse_entries: Callable[[str], tuple[T, ...]],
+) -> tuple[T, ...]:
     try:
         return parse_entries(getattr(options, flag.replace("-", "_")))
     except ValueError as error:

@@ -17,6 +17,7 @@ from tunesmith.contracts.location import (
     short_uid,
     tokens_uri,
 )
+from tunesmith.contracts.network import Network, network_policy
 from tunesmith.contracts.progress import PROGRESS_PORT
 from tunesmith.contracts.result import ExitCode
 from tunesmith.contracts.tasks import LM_EVAL_TASKS
@@ -139,42 +140,42 @@ def attempt(job: FineTuneJob, number: int, installation: Installation) -> Object
 
 
 def meeting(job: FineTuneJob) -> list[Object]:
-    """What pods on several nodes need to find each other: none for one node.
+    """Return the Service by which pods on several nodes find each other: none for one node.
 
-    One for all attempts: their pods have names of their own. What the pods say to each other is neither encrypted nor
-    authenticated, so a NetworkPolicy keeps others out, and lets them ask for the progress.
+    One for all attempts: their pods have names of their own.
     """
     if job.spec.resources.nodes == 1:
         return []
     labels = {COMPONENT_LABEL: TRAIN}
-    pods = {JOB_LABEL: job.metadata.name, **labels}
-    metadata = {**_metadata(job, TRAIN, labels), "name": _meeting_name(job)}
     service = {
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": metadata,
+        "metadata": {**_metadata(job, TRAIN, labels), "name": _meeting_name(job)},
         # The first pod must be found before it is ready, by those that it waits for.
         "spec": {
             "clusterIP": "None",
             "publishNotReadyAddresses": True,
-            "selector": pods,
+            "selector": {JOB_LABEL: job.metadata.name, **labels},
             "ports": [{"name": "ranks", "port": MASTER_PORT, "protocol": "TCP"}],
         },
     }
-    policy = {
-        "apiVersion": "networking.k8s.io/v1",
-        "kind": "NetworkPolicy",
-        "metadata": {**metadata},
-        "spec": {
-            "podSelector": {"matchLabels": pods},
-            "policyTypes": ["Ingress"],
-            "ingress": [
-                {"from": [{"podSelector": {"matchLabels": pods}}]},
-                {"ports": [{"port": PROGRESS_PORT, "protocol": "TCP"}]},
-            ],
-        },
-    }
-    return [service, policy]
+    return [service]
+
+
+def isolation(job: FineTuneJob, network: Network) -> list[Object]:
+    """Return the NetworkPolicy of the job's pods: none where the platform wants none and the pods do not need it.
+
+    Pods on several nodes always have one: their traffic is neither encrypted nor authenticated.
+    """
+    several = job.spec.resources.nodes > 1
+    if not network.policies and not several:
+        return []
+    pods = {JOB_LABEL: job.metadata.name}
+    training = {**pods, COMPONENT_LABEL: TRAIN}
+    ingress = [network.admit(PROGRESS_PORT, "operator")]
+    if several:
+        ingress.append({"from": [{"podSelector": {"matchLabels": training}}]})
+    return [network_policy(_metadata(job, "network", {}), pods, ingress)]
 
 
 def _meeting_name(job: FineTuneJob) -> str:

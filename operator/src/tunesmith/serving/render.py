@@ -10,6 +10,7 @@ from tunesmith.api.model import API_VERSION
 from tunesmith.api.servingpool import RESERVED_ARGUMENTS, RESERVED_VARIABLES
 from tunesmith.contracts.agent import AGENT_PORT, ENGINE_PORT
 from tunesmith.contracts.location import owned_name
+from tunesmith.contracts.network import Network, network_policy
 from tunesmith.serving.pod import AGENT_CONTAINER, BASE_MODEL_CONTAINER, ENGINE_CONTAINER, READINESS_GATE
 
 if TYPE_CHECKING:
@@ -132,6 +133,12 @@ def key_secret(pool: ServingPool, files: Mapping[str, bytes]) -> Manifest:
         "type": "Opaque",
         "data": {name: base64.b64encode(content).decode() for name, content in files.items()},
     }
+
+
+def isolation(pool: ServingPool, network: Network) -> Manifest:
+    """Return the NetworkPolicy of the pool's pods: engines are for the gateways, agents for operator and gateways."""
+    ingress = [network.admit(AGENT_PORT, "operator", "gateway"), network.admit(ENGINE_PORT, "gateway")]
+    return network_policy(_metadata(pool, deployment_name(pool)), pod_selector(pool), ingress)
 
 
 def disruption_budget(pool: ServingPool) -> Manifest:

@@ -1,0 +1,82 @@
+"""Who may connect to the pods that the operator creates: NetworkPolicies of pools and of jobs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+Manifest = dict[str, Any]
+_PEERS = {"namespaceSelector", "podSelector", "ipBlock"}
+
+
+@dataclass(frozen=True)
+class Network:
+    """The installation as a NetworkPolicy sees it."""
+
+    namespace: str
+    """Namespace of the operator and the gateways."""
+    instance: str
+    """Name of the release: the label app.kubernetes.io/instance of their pods."""
+    policies: bool = True
+    """True if the operator creates a NetworkPolicy beside each pool and job."""
+    metrics_from: tuple[Manifest, ...] = ()
+    """NetworkPolicy peers that may read metrics."""
+
+    def component(self, name: str) -> Manifest:
+        """Return the peer of a component's pods, `operator` or `gateway`."""
+        return {
+            "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": self.namespace}},
+            "podSelector": {
+                "matchLabels": {
+                    "app.kubernetes.io/name": "tunesmith",
+                    "app.kubernetes.io/instance": self.instance,
+                    "app.kubernetes.io/component": name,
+                }
+            },
+        }
+
+    def admit(self, port: int, *components: str) -> Manifest:
+        """Return the rule that lets components, and whoever reads metrics, connect to a port."""
+        peers = [*map(self.component, components), *self.metrics_from]
+        return {"from": peers, "ports": [{"port": port, "protocol": "TCP"}]}
+
+
+def parse_peers(text: str) -> tuple[Manifest, ...]:
+    """Return the NetworkPolicy peers of an option's JSON list.
+
+    Raises:
+        ValueError: it is not a list of peers.
+    """
+    try:
+        peers = json.loads(text or "[]")
+    except ValueError:
+        peers = None
+    if not isinstance(peers, list) or any(not isinstance(peer, dict) or not peer.keys() <= _PEERS for peer in peers):
+        raise ValueError(f"{text} is not a JSON list of NetworkPolicy peers, each with {', '.join(sorted(_PEERS))}")
+    return tuple(peers)
+
+
+def network_policy(metadata: Manifest, pods: Mapping[str, str], ingress: Iterable[Manifest]) -> Manifest:
+    """Return the policy that admits the rules' connections to pods and refuses all others.
+
+    Connections from the pods are not restricted: base models, data and stores are wherever users have them.
+
+    Args:
+        metadata: of the policy.
+        pods: labels of the pods.
+        ingress: rules.
+    """
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": metadata,
+        "spec": {
+            "podSelector": {"matchLabels": dict(pods)},
+            "policyTypes": ["Ingress"],
+            "ingress": list(ingress),
+        },
+    }
