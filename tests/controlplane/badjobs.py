@@ -364,7 +364,7 @@ BAD_JOBS: dict[str, BadJob] = {
         "remove the secretRef", dataset__train=[{"uri": "pvc://claim/rows.jsonl", "secretRef": {"name": "mine"}}]
     ),
     "an endpoint at the cloud's metadata": store(
-        "169.254.169.254, an address where clouds have their metadata, which jobs may not reach",
+        "169.254.169.254, an address where clouds have their metadata, which jobs and pools may not reach",
         FailureReason.ACCESS_DENIED,
         secret="mine",
         secrets={"mine": {"AWS_ENDPOINT_URL": "http://169.254.169.254/latest"}},
@@ -379,7 +379,7 @@ BAD_JOBS: dict[str, BadJob] = {
     ),
     "a copy to an address of the pod": BadJob(
         Stage.VALIDATION,
-        "127.0.0.2, an address of the pod itself, which jobs may not reach",
+        "127.0.0.2, an address of the pod itself, which jobs and pools may not reach",
         {"output": {"exports": [{"hub": "org/a", "secretRef": {"name": "mine"}}]}},
         FailureReason.ACCESS_DENIED,
         secrets={"mine": {"HF_TOKEN": "hf_x", "HF_ENDPOINT": "http://127.0.0.2:8080"}},

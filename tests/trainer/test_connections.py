@@ -24,7 +24,8 @@ from trainer_rig import chat_rows, s3_job, write_rows
 
 from tunesmith.api.conditions import FailureReason
 from tunesmith.contracts.addresses import ALLOWED_ADDRESSES
-from tunesmith_trainer.connections import AddressRefusedError, between_ranks, check_server, denied, guarded
+from tunesmith.contracts.connections import AddressRefusedError, between_ranks, check_server
+from tunesmith_trainer.connections import denied, guarded
 from tunesmith_trainer.errors import (
     AccessDeniedError,
     DatasetNotFoundError,
@@ -112,7 +113,7 @@ def test_no_redirect_leads_to_a_refused_address(library: str, public: Server) ->
     told = denied(raised.value, "the data set")
     assert isinstance(told, AccessDeniedError)
     assert str(told).startswith(
-        "the data set leads to 127.0.0.2, an address of the pod itself, which jobs may not reach"
+        "the data set leads to 127.0.0.2, an address of the pod itself, which jobs and pools may not reach"
     )
     assert "the chart's value trainer.allowedAddresses" in str(told)
     assert public.reached == [f"127.0.0.1:{public.server_port}"]
@@ -199,7 +200,7 @@ def test_a_store_in_the_cluster_must_be_listed(bench: Workbench, monkeypatch: py
     for command in ("validate", "train"):
         ran = bench.run(command, s3_job(), allow_file=False, output="s3://tunesmith/store/listed/artifact")
         assert (ran.code, ran.result.reason, ran.result.retryable) == (2, FailureReason.ACCESS_DENIED, False)
-        assert "leads to 127.0.0.1, an address of the pod itself, which jobs may not reach" in ran.result.message
+        assert "127.0.0.1, an address of the pod itself, which jobs and pools may not reach" in ran.result.message
         assert "ask the platform to list it in the chart's value trainer.allowedAddresses" in ran.result.message
 
 
@@ -258,7 +259,7 @@ def test_a_copy_goes_to_no_hub_at_a_refused_address(public: Server) -> None:
             repository = Repository("org/wren", values, "the Secret mine", Retry(attempts=3))
             with (
                 guarded({ALLOWED_ADDRESSES: listed}),
-                pytest.raises(AccessDeniedError, match="which jobs may not reach"),
+                pytest.raises(AccessDeniedError, match="which jobs and pools may not reach"),
             ):
                 repository.create()
         assert hub.repositories == {}

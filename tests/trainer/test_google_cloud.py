@@ -187,7 +187,7 @@ def test_a_key_leads_to_no_address_that_jobs_may_not_reach(endpoint: GcsServer, 
     """Its file names the place where tokens are given out."""
     account = endpoint.service_account(token_uri="http://169.254.169.254/token")
     folder = opened("gs://tunesmith/shared", account, tmp_path)
-    with guarded(), pytest.raises(AccessDeniedError, match=r"169\.254\.169\.254.*which jobs may not reach"):
+    with guarded(), pytest.raises(AccessDeniedError, match=r"169\.254\.169\.254.*which jobs and pools may not reach"):
         folder.names()
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tunesmith_trainer.connections import between_ranks
+from tunesmith.contracts.connections import between_ranks
 from tunesmith_trainer.errors import TrainerError
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Which addresses the pods of a job may connect to: public ones, and those that the platform lists.
+"""Addresses that the pods of jobs and pools may connect to: public ones, and those that the platform lists.
 
 Everything else is the machine's own, its cloud's or a private network's, where clusters have their pods and services.
 The ranges are those of the IANA's special-purpose registries, as `ipaddress` knows them.
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     Network = IPv4Network | IPv6Network
 
 ALLOWED_ADDRESSES = "TUNESMITH_ALLOWED_ADDRESSES"
-"""Variable of a job's pods with the networks that the platform lists."""
+"""Variable of the pods of jobs and pools with the networks that the platform lists."""
 
 _NAT64 = IPv6Network("64:ff9b::/96")
 _COMPATIBLE = IPv6Network("::/96")

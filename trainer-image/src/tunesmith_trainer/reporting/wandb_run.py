@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import wandb
 
-from tunesmith_trainer.connections import check_server
+from tunesmith.contracts.connections import check_server
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -1,0 +1,150 @@
+"""Guard of a process's connections: none goes to an address that the pods of jobs and pools may not reach.
+
+It checks the address that is really connected to, after names are resolved and at every redirect, whatever library
+connects: an audit hook sees each `connect` of a Python socket, and its exception prevents it. It does not see
+connections that are made without Python's sockets: those between ranks (gloo, NCCL, torch's store), which are allowed;
+`NATIVE_CLIENTS`, which are switched off; and programs of their own, for which `check_server` checks beforehand.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import sys
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from tunesmith.contracts.addresses import ALLOWED_ADDRESSES, parse_networks, refused
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from tunesmith.contracts.addresses import Network
+
+NATIVE_CLIENTS = {
+    "HF_HUB_DISABLE_XET": "1",  # Rust
+    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # gRPC's C core, for zonal buckets
+}
+"""Variables that make libraries use Python's sockets instead of their own."""
+
+
+class AddressRefusedError(PermissionError):
+    """A connection to a refused address; an OSError, as libraries expect of sockets.
+
+    Args:
+        explanation: the address, its kind and the fix.
+    """
+
+    def __init__(self, explanation: str) -> None:
+        # Always the same: for a name with several addresses some libraries keep one exception only if all are equal.
+        super().__init__("this address may not be reached")
+        self.explanation = explanation
+
+
+class _Guard:
+    """The audit hook. One for the process, as none can be removed."""
+
+    def __init__(self) -> None:
+        self.allowed: tuple[Network, ...] | None = None
+        """None: everything."""
+        self.installed = False
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event != "socket.connect" or self.allowed is None or _between_ranks.get():
+            return
+        connecting, address = arguments
+        if connecting.family not in {socket.AF_INET, socket.AF_INET6}:
+            return
+        self.refuse(str(address[0]))
+
+    def refuse(self, host: str) -> None:
+        """Raise AddressRefusedError if a connection to this address, a text, must not be made."""
+        if self.allowed is None:
+            return
+        try:
+            plain = ipaddress.ip_address(host.partition("%")[0])
+        except ValueError:  # it would be resolved after this check
+            raise AddressRefusedError(f"{host}, a name, where only an address can be checked") from None
+        kind = refused(plain, self.allowed)
+        if kind is not None:
+            raise AddressRefusedError(
+                f"{host}, {kind}, which jobs and pools may not reach: ask the platform to list it in the chart's value"
+                " trainer.allowedAddresses, or use another server"
+            )
+
+
+_guard = _Guard()
+_between_ranks: ContextVar[bool] = ContextVar("between_ranks", default=False)
+
+
+@contextmanager
+def guarded(environ: Mapping[str, str] = os.environ) -> Iterator[None]:
+    """Keep every thread of this process from connecting to a refused address while the block runs.
+
+    Args:
+        environ: has the networks that the platform allows.
+
+    Raises:
+        ValueError: the platform's list is malformed.
+    """
+    try:
+        allowed = parse_networks(environ.get(ALLOWED_ADDRESSES, ""))
+    except ValueError as error:
+        raise ValueError(f"{ALLOWED_ADDRESSES} of this pod: {error}") from None
+    os.environ.update(NATIVE_CLIENTS)
+    if not _guard.installed:
+        sys.addaudithook(_guard)
+        _guard.installed = True
+    before, _guard.allowed = _guard.allowed, allowed
+    try:
+        yield
+    finally:
+        _guard.allowed = before
+
+
+@contextmanager
+def between_ranks() -> Iterator[None]:
+    """Allow the block's connections: they go to other pods of this job, whose address no manifest names."""
+    token = _between_ranks.set(True)
+    try:
+        yield
+    finally:
+        _between_ranks.reset(token)
+
+
+def check_server(url: str) -> None:
+    """Check the addresses that a server's name, or its proxy's, has now; does nothing while nothing is guarded.
+
+    For a client that does not use Python's sockets. A redirect, or a name that changes afterwards, is not seen.
+
+    Raises:
+        AddressRefusedError: one of its addresses must not be connected to.
+        OSError: the name cannot be resolved.
+    """
+    if _guard.allowed is None:
+        return
+    parts = urlsplit(url)
+    proxy = getproxies().get(parts.scheme)
+    if proxy and not proxy_bypass(parts.hostname or ""):
+        parts = urlsplit(proxy if "//" in proxy else f"//{proxy}")
+    for *_, address in socket.getaddrinfo(parts.hostname, None, type=socket.SOCK_STREAM):
+        _guard.refuse(str(address[0]))
+
+
+def refusal(error: BaseException) -> AddressRefusedError | None:
+    """The refused connection among the causes of an error of any library; None if the error has another cause."""
+    seen: set[int] = set()
+    pending: list[BaseException | None] = [error]
+    while pending:
+        current = pending.pop()
+        if current is None or id(current) in seen:
+            continue
+        if isinstance(current, AddressRefusedError):
+            return current
+        seen.add(id(current))
+        pending += [current.__cause__, current.__context__]
+    return None
