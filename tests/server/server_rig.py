@@ -19,6 +19,7 @@ import numpy as np
 import s3fs  # type: ignore[import-untyped]
 
 from tunesmith.api.finetunejob_status import ServableStatus
+from tunesmith.contracts.addresses import ALLOWED_ADDRESSES
 from tunesmith.contracts.agent import pod_tokens
 from tunesmith.contracts.artifact import (
     ArtifactAdapter,
@@ -96,6 +97,21 @@ def wait_until(condition: Callable[[], T], what: str, seconds: float = PATIENCE)
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {seconds} s: {what}")
         time.sleep(0.1)
+
+
+def write_secret(folder: Path, values: dict[str, str]) -> Path:
+    """A Secret as a kubelet mounts it: links into a folder that is named by the time, to which `..data` is a link."""
+    folder.mkdir(parents=True, exist_ok=True)
+    version = folder / f"..{time.strftime('%Y_%m_%d_%H_%M_%S', time.gmtime())}.{time.monotonic_ns()}"
+    version.mkdir()
+    for name, value in values.items():
+        (version / name).write_text(value)
+        if not (folder / name).is_symlink():
+            (folder / name).symlink_to(f"..data/{name}")
+    link = folder / "..data_tmp"
+    link.symlink_to(version.name)
+    link.replace(folder / "..data")
+    return folder
 
 
 class S3Server:
@@ -240,6 +256,9 @@ class Pod:
         self.keys.mkdir(exist_ok=True)
         for name, key in (("control", CONTROL_KEY), ("events", EVENTS_KEY), ("serving", SERVING_KEY)):
             (self.keys / name).write_bytes(key)
+        self.secret = self.folder / "tunesmith-store"
+        if not self.secret.exists():
+            write_secret(self.secret, self.store.secret)
         self.engine_port, self.agent_port = free_port(), free_port()
         self.engine_url = f"http://127.0.0.1:{self.engine_port}"
         self.agent_url = f"http://127.0.0.1:{self.agent_port}"
@@ -294,13 +313,16 @@ def agent_container(pod: Pod, **options: Any) -> Container:
         "base-model": pod.base,
         "base-fingerprint-file": pod.folder / "base.fingerprint",
         "store": STORE,
+        "secret": pod.secret,
+        "storage": 2**30,
         "max-lora-rank": 16,
         "max-loras": 3,
         "drain-seconds": 60,
         **{name.replace("_", "-"): value for name, value in options.items()},
     }
     arguments = [f"--{name}={value}" for name, value in flags.items()]
-    return Container([str(program), "serve", *arguments], pod.store.secret, pod.folder / "agent.log")
+    environment = {ALLOWED_ADDRESSES: "127.0.0.0/8"}
+    return Container([str(program), "serve", *arguments], environment, pod.folder / "agent.log")
 
 
 def engine_container(pod: Pod) -> Container:

@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 from gcsfs.core import GCSFileSystem
 from gcsserver import GcsServer
-from server_rig import REPOSITORY, S3Server, write_safetensors
+from server_rig import REPOSITORY, S3Server, write_safetensors, write_secret
 
+from tunesmith.contracts.addresses import ALLOWED_ADDRESSES
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
 from tunesmith.contracts.google_key import GOOGLE_KEY
 from tunesmith_server.main import run
-from tunesmith_server.store import StoreError, StoreFolder
+from tunesmith_server.store import StoreCredentials, StoreError, StoreFolder, read_credentials
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -67,10 +68,14 @@ def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
         server.server_close()
 
 
-def fetch(uri: str, target: Path, environment: Mapping[str, str], *more: str) -> subprocess.CompletedProcess[str]:
+def fetch(
+    uri: str, target: Path, secret: Mapping[str, str], *more: str, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Fetch with a Secret that is mounted as the pool's pods have it, in an environment without credentials."""
+    folder = write_secret(target.with_name(f"{target.name}-secrets") / "my-secret", dict(secret))
     return subprocess.run(
-        [AGENT, "fetch-base", "--uri", uri, "--target", target, *more],
-        env={**os.environ, **environment},
+        [AGENT, "fetch-base", "--uri", uri, "--target", target, "--secret", folder, "--storage", str(2**20), *more],
+        env={**os.environ, ALLOWED_ADDRESSES: "127.0.0.0/8", **(environment or {})},
         capture_output=True,
         text=True,
         check=False,
@@ -97,21 +102,19 @@ def test_a_model_on_gs_arrives_with_the_key_of_the_secret(model: Path, tmp_path:
         place = GCSFileSystem(token=account, endpoint_url=server.endpoint, skip_instance_cache=True)
         for path in model.iterdir():
             place.pipe_file(f"tunesmith/models/tiny/{path.name}", path.read_bytes())
-        secret = tmp_path / "secret"
-        secret.mkdir()
         location, environment = "gs://tunesmith/models/tiny", {"STORAGE_EMULATOR_HOST": server.endpoint}
         given = {
             "a key": (account, 0, "(100 %)"),
             "a key that was cut": (
                 account | {"private_key": "-----BEGIN PRIVATE KEY-----"},
-                2,
+                3,
                 "is no key that can be",
             ),
-            "another type": ({"type": "authorized_user"}, 2, "is no key of a service account"),
+            "another type": ({"type": "authorized_user"}, 3, "is no key of a service account"),
         }
         for name, (key, code, words) in given.items():
-            (secret / GOOGLE_KEY).write_text(json.dumps(key))
-            ended = fetch(location, tmp_path / name, environment, "--secret", str(secret))
+            secret = {GOOGLE_KEY: json.dumps(key)}
+            ended = fetch(location, tmp_path / name, secret, environment=environment)
             assert (ended.returncode, words in ended.stdout + ended.stderr) == (code, True), ended.stderr
             assert "PRIVATE" not in ended.stderr
         assert (tmp_path / "a key/model.safetensors").is_file()
@@ -174,13 +177,11 @@ class Blobs(BaseHTTPRequestHandler):
 def test_a_model_on_az_arrives_with_a_connection_string(model: Path, tmp_path: Path) -> None:
     accounts: set[str] = set()
     with serving(type("Handler", (Blobs,), {"folder": model, "accounts": accounts})) as address:
-        secret = tmp_path / "secret"
-        secret.mkdir()
         place = f"BlobEndpoint={address}/devaccount"
         given = f"DefaultEndpointsProtocol=http;AccountName=devaccount;AccountKey=a2V5;{place}"
-        (secret / "AZURE_STORAGE_CONNECTION_STRING").write_text(f"{given}\n")
+        secret = {"AZURE_STORAGE_CONNECTION_STRING": f"{given}\n"}
         environment = {"AZURE_STORAGE_CONNECTION_STRING": "AccountName=the-stores;AccountKey=a2V5"}
-        ended = fetch("az://models/tiny", tmp_path / "base", environment, "--secret", str(secret))
+        ended = fetch("az://models/tiny", tmp_path / "base", secret, environment=environment)
     assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "base/model.safetensors").is_file()
     assert accounts == {"SharedKey devaccount"}
@@ -188,7 +189,7 @@ def test_a_model_on_az_arrives_with_a_connection_string(model: Path, tmp_path: P
 
 def test_a_connection_string_that_is_none_is_told_without_it(tmp_path: Path) -> None:
     ended = fetch("az://models/tiny", tmp_path / "base", {"AZURE_STORAGE_CONNECTION_STRING": "a-secret-value"})
-    assert ended.returncode == 2
+    assert ended.returncode == 3
     assert "check AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT_NAME and" in ended.stderr
     assert "a-secret-value" not in ended.stdout + ended.stderr
 
@@ -196,7 +197,8 @@ def test_a_connection_string_that_is_none_is_told_without_it(tmp_path: Path) -> 
 def test_an_account_of_a_secret_is_not_replaced_by_that_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", "AccountName=the-stores;AccountKey=a2V5")
     secret = {"AZURE_STORAGE_ACCOUNT_NAME": "mine", "AZURE_STORAGE_ACCOUNT_KEY": "a2V5"}
-    assert StoreFolder("az://models/tiny", secret)._files.service_client.account_name == "mine"
+    folder = StoreFolder("az://models/tiny", StoreCredentials(secret, "the Secret my-secret"))
+    assert folder._files.service_client.account_name == "mine"
 
 
 def test_keys_of_a_secret_do_not_go_to_the_endpoint_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +213,7 @@ def test_keys_of_a_secret_do_not_go_to_the_endpoint_of_the_environment(monkeypat
     monkeypatch.setattr("socket.getaddrinfo", resolve)
     secret = {"AWS_ACCESS_KEY_ID": "mine", "AWS_SECRET_ACCESS_KEY": "mine"}
     with pytest.raises(StoreError, match="could not be read"):
-        StoreFolder("s3://models/tiny", secret).list()
+        StoreFolder("s3://models/tiny", StoreCredentials(secret, "the Secret my-secret")).list()
     assert asked == {"models.s3.amazonaws.com"}
 
 
@@ -243,27 +245,53 @@ def test_another_model_replaces_the_files_of_the_last_one(uri: str, store: S3Ser
 def test_mistakes_end_with_a_sentence_and_outages_with_another_code(
     uri: str, store: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    secret = tmp_path / "secret"
-    secret.mkdir()
-    for name, value in (store.secret | {"AWS_SECRET_ACCESS_KEY": "wrong"}).items():
-        (secret / name).write_text(value + "\n")
+    monkeypatch.setenv(ALLOWED_ADDRESSES, "127.0.0.1/32")
+    wrong = store.secret | {"AWS_SECRET_ACCESS_KEY": "wrong"}
+    elsewhere = store.secret | {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
     cases = [
-        (f"{uri}-not", store.secret, (), 2, "Check the location"),
-        ("s3://no-such-bucket/model", store.secret, (), 2, "s3://no-such-bucket/model"),
-        ("s3://tunesmith/models", store.secret, (), 2, "Check the location"),
-        ("ftp://host/model", {}, (), 2, "use s3://, gs:// or az://"),
-        (uri, {}, ("--secret", str(secret)), 2, "Access to"),
-        (uri, {}, ("--secret", str(tmp_path / "none")), 2, "cannot be read: No such file or directory"),
-        (uri, store.secret | {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, (), 3, "could not be read"),
+        (f"{uri}-not", store.secret, 3, "Check the location"),
+        ("s3://no-such-bucket/model", store.secret, 3, "s3://no-such-bucket/model"),
+        ("s3://tunesmith/models", store.secret, 3, "Check the location"),
+        ("ftp://host/model", {}, 2, "use s3://, gs:// or az://"),
+        (uri, wrong, 3, "Access to"),
+        (uri, wrong, 3, "with the Secret my-secret as written to the pod at 20"),
+        (uri, elsewhere, 3, "could not be read"),
+        (uri, store.secret | {"AWS_ENDPOINT_URL": "http://127.0.0.2:9"}, 3, "which jobs and pools may not reach"),
     ]
-    for location, environment, more, code, sentence in cases:
-        with monkeypatch.context() as patch:
-            for name, value in environment.items():
-                patch.setenv(name, value)
-            ended = run(["fetch-base", "--uri", location, "--target", str(tmp_path / "base"), *more])
+    for number, (location, secret, code, sentence) in enumerate(cases):
+        folder = write_secret(tmp_path / f"{number}/my-secret", secret)
+        arguments = ["--target", str(tmp_path / "base"), "--secret", str(folder), "--storage", str(2**20)]
+        ended = run(["fetch-base", "--uri", location, *arguments])
         printed = capsys.readouterr().err
         assert (ended, sentence in printed) == (code, True), (location, printed)
         assert store.secret["AWS_SECRET_ACCESS_KEY"] not in printed
+
+
+def test_a_secret_that_is_missing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert read_credentials(tmp_path / "empty").origin == "the Secret empty, which does not exist or is empty"
+    with pytest.raises(StoreError, match="none cannot be read: No such file or directory"):
+        read_credentials(tmp_path / "none")
+
+
+def test_a_changed_secret_is_read_whole_and_has_a_later_version(tmp_path: Path) -> None:
+    folder = write_secret(tmp_path / "store", {"AWS_ACCESS_KEY_ID": "old", "AWS_REGION": "north"})
+    (folder / "..data").unlink()
+    (folder / "..2026_11_29_12_55_30.1").mkdir()
+    (folder / "..2026_11_29_12_55_30.1/AWS_ACCESS_KEY_ID").write_text("new\n")
+    (folder / "..data").symlink_to("..2026_11_29_12_55_30.1")
+    credentials = read_credentials(folder)
+    assert credentials.values == {"AWS_ACCESS_KEY_ID": "new"}
+    assert credentials.origin == "the Secret store as written to the pod at 2026-11-29 12:55:30 UTC"
+
+
+def test_a_base_model_that_exceeds_its_volume_is_refused_before_its_download(
+    uri: str, store: S3Server, tmp_path: Path
+) -> None:
+    ended = fetch(uri, tmp_path / "base", store.secret, "--storage", "1000")
+    assert ended.returncode == 2
+    assert "bytes and the pod's volume for it may take 1000: ask the platform to raise" in ended.stderr
+    assert list((tmp_path / "base").iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -316,7 +344,7 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(model: Path) -> Iterator[dict[str, str]]:
     with serving(type("Handler", (Hub,), {"folder": model})) as address:
-        yield {"HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1"}
+        yield {"HF_ENDPOINT": address}
 
 
 def test_models_of_the_hub_arrive_at_the_asked_revision(hub: dict[str, str], model: Path, tmp_path: Path) -> None:
@@ -328,5 +356,51 @@ def test_models_of_the_hub_arrive_at_the_asked_revision(hub: dict[str, str], mod
 
 def test_a_model_that_the_hub_has_not_is_named(hub: dict[str, str], tmp_path: Path) -> None:
     ended = fetch("hf://org/none", tmp_path / "base", hub)
-    assert ended.returncode == 2
-    assert "hf://org/none, revision main is not on the Hub" in ended.stderr
+    assert ended.returncode == 3
+    assert "hf://org/none, revision main is not on the Hub, or not for this token (the Secret my-secret" in ended.stderr
+
+
+class Redirecting(BaseHTTPRequestHandler):
+    """A Hub, or a store, that leads elsewhere: to another address of this machine, as to one of the cluster."""
+
+    def do_GET(self) -> None:
+        self.send_response(307)
+        self.send_header("Location", f"http://127.0.0.2:9{self.path}")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET  # noqa: N815 - http.server's name
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - http.server's name
+        """Nothing: pytest shows what matters."""
+
+
+@pytest.mark.parametrize("listed", ["", "127.0.0.1/32"])
+@pytest.mark.parametrize(
+    "location",
+    [
+        "hf://org/tiny",
+        "s3://models/tiny",
+        pytest.param("gs://models/tiny", marks=pytest.mark.long),  # its library tries for 40 s
+        pytest.param("az://models/tiny", marks=pytest.mark.long),  # 90 s
+    ],
+)
+def test_no_endpoint_and_no_redirect_leads_to_an_address_that_is_not_listed(
+    location: str, listed: str, tmp_path: Path
+) -> None:
+    with serving(Redirecting) as address:
+        blobs = (
+            f"DefaultEndpointsProtocol=http;AccountName=devaccount;AccountKey=a2V5;BlobEndpoint={address}/devaccount"
+        )
+        secret = {
+            "HF_ENDPOINT": address,
+            "AWS_ENDPOINT_URL": address,
+            "AWS_ACCESS_KEY_ID": "mine",
+            "AWS_SECRET_ACCESS_KEY": "mine",
+            "AZURE_STORAGE_CONNECTION_STRING": blobs,
+        }
+        environment = {ALLOWED_ADDRESSES: listed, "STORAGE_EMULATOR_HOST": address}
+        ended = fetch(location, tmp_path / "base", secret, environment=environment)
+    refused = "127.0.0.2" if listed else "127.0.0.1"
+    assert ended.returncode == 3
+    assert f"leads to {refused}, an address of the pod itself, which jobs and pools may not reach" in ended.stderr

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 @pytest.fixture
 def made(pool: Callable[..., ServingPool]) -> dict[str, Any]:
     """A pod as the Deployment's controller makes it."""
-    template = deployment(pool("base"), Images("a", "e", "Always", "s3://x"), 1)["spec"]["template"]["metadata"]
+    template = deployment(pool("base"), Images("a", "e", "Always", "s3://x", "", "1Gi", "1Gi", 10.0), 1)["spec"][
+        "template"
+    ]["metadata"]
     owner = {"kind": "ReplicaSet", "name": f"{deployment_name(pool('base'))}-abc12", "uid": "rs", "controller": True}
     return {
         "metadata": {
@@ -56,7 +58,7 @@ def test_a_pod_that_only_looks_like_it(
 
 
 def test_a_deployment_of_that_name_with_another_owner(pool: Callable[..., ServingPool]) -> None:
-    item = deployment(pool("base"), Images("a", "e", "Always", "s3://x"), 1)
+    item = deployment(pool("base"), Images("a", "e", "Always", "s3://x", "", "1Gi", "1Gi", 10.0), 1)
     assert is_owned_by(pool("base"), item)
     assert not is_owned_by(pool("base", namespace="other"), item)
     item["metadata"]["ownerReferences"][0]["uid"] = "uid-of-an-earlier-pool"

@@ -31,6 +31,10 @@ IMAGES = Images(
     engine="registry/vllm@sha256:2",
     pull_policy="IfNotPresent",
     store="s3://tunesmith/store",
+    allowed_addresses="10.0.0.7/32",
+    adapter_storage="16Gi",
+    base_model_storage="512Gi",
+    max_adapter_ratio=10.0,
 )
 CASES: dict[str, dict[str, Any]] = {
     "cpu": {

@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tunesmith.contracts.agent import DesiredAdapter, DesiredAdapters, PodState
-from tunesmith_server.artifact import (
-    PodLimits,
-    adapter_folder,
-    fetch_artifact,
-    remove_leftovers,
-    stored_digests,
-)
+from tunesmith_server.artifact import adapter_folder, remove_leftovers, remove_revision, stored_digests
 from tunesmith_server.engine import EngineClient, EngineDownError, EngineSnapshot, LoadRefusedError
 from tunesmith_server.lora import UnfitAdapterError
 from tunesmith_server.residency import MAX_LOAD_REFUSALS, Failure, Observation, plan
+from tunesmith_server.retention import Retention
 from tunesmith_server.store import StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
     from tunesmith_server.desired import DesiredFile
+    from tunesmith_server.fetching import ArtifactFetcher
     from tunesmith_server.metrics import Metrics
 
 PERIOD_SECONDS = 0.5
@@ -41,7 +35,7 @@ class AgentSettings:
     """How this pod serves. `drain_seconds`: how long `/drain` waits for running requests."""
 
     adapters: Path
-    limits: PodLimits
+    fingerprint: str
     max_loras: int
     drain_seconds: float
 
@@ -53,7 +47,7 @@ class Agent:
         settings: of the pod.
         engine: vLLM beside the agent.
         desired: the kept list.
-        secret: the store's credentials by name.
+        fetcher: of artifacts.
         metrics: counters.
     """
 
@@ -62,17 +56,18 @@ class Agent:
         settings: AgentSettings,
         engine: EngineClient,
         desired: DesiredFile,
-        secret: Mapping[str, str],
+        fetcher: ArtifactFetcher,
         metrics: Metrics,
     ) -> None:
         self._settings = settings
         self._engine = engine
         self._desired = desired
-        self._secret = secret
+        self._fetcher = fetcher
         self._metrics = metrics
         self._snapshot: EngineSnapshot | None = None
         self._boot_id: str | None = None
         self._stored = stored_digests(settings.adapters)
+        self._retention = Retention()
         self._downloads: dict[str, asyncio.Task[None]] = {}
         self._failures: dict[str, Failure] = {}
         self._refused: set[str] = set()
@@ -81,7 +76,7 @@ class Agent:
         self._changed = asyncio.Condition()
         self._draining = False
         self._slots = asyncio.Semaphore(PARALLEL_DOWNLOADS)
-        self.state = PodState(base_model_fingerprint=settings.limits.fingerprint)
+        self.state = PodState(base_model_fingerprint=settings.fingerprint)
 
     async def put(self, wanted: DesiredAdapters) -> None:
         """Take a new list over.
@@ -141,6 +136,7 @@ class Agent:
                 except TimeoutError:
                     pass
         finally:
+            self._fetcher.close()
             for task in self._downloads.values():
                 task.cancel()
 
@@ -161,6 +157,25 @@ class Agent:
         if steps.loads or steps.unloads:
             await self._observe()
             await self._publish()
+        await self._remove_unused()
+
+    async def _remove_unused(self) -> None:
+        """Remove the files that the engine cannot read any more."""
+        snapshot = self._snapshot
+        if snapshot is None or self._desired.current is None:
+            return
+        folders = {digest: str(adapter_folder(self._settings.adapters, digest)) for digest in self._stored}
+        unused = self._retention.unused(
+            folders=folders,
+            wanted={adapter.digest for adapter in self._wanted()} | set(self._downloads),
+            registered=set(snapshot.resident.values()),
+            running=set(snapshot.state.in_flight),
+            now=time.monotonic(),
+        )
+        for digest in unused:
+            self._stored.discard(digest)
+            await asyncio.to_thread(remove_revision, self._settings.adapters, digest)
+            log.info("removed the files of %s", digest)
 
     async def _try_drain(self) -> None:
         try:
@@ -191,18 +206,10 @@ class Agent:
         }
 
     def _engine_booted(self, snapshot: EngineSnapshot) -> None:
-        """Forget what belonged to the last process: its refusals, and the files that only it may still have read."""
+        """Forget the refusals of the previous process."""
         log.info("engine up, boot %s", snapshot.state.boot_id)
         for name in self._refused.copy():
             self._forget(name)
-        if self._boot_id is not None:
-            wanted = {adapter.digest for adapter in self._wanted()}
-            in_use = set(snapshot.resident.values())
-            for digest in self._stored - wanted - set(self._downloads):
-                folder = adapter_folder(self._settings.adapters, digest)
-                if str(folder) not in in_use:
-                    shutil.rmtree(folder, ignore_errors=True)
-                    self._stored.discard(digest)
         self._boot_id = snapshot.state.boot_id
 
     def _wanted(self) -> list[DesiredAdapter]:
@@ -227,14 +234,7 @@ class Agent:
     async def _download(self, adapter: DesiredAdapter) -> None:
         try:
             async with self._slots:
-                await asyncio.to_thread(
-                    fetch_artifact,
-                    adapter,
-                    self._settings.limits,
-                    self._settings.adapters,
-                    self._secret,
-                    self._metrics.downloaded,
-                )
+                await asyncio.to_thread(self._fetcher.fetch, adapter)
             self._stored.add(adapter.digest)
             for name in [a.engine_name for a in self._wanted() if a.digest == adapter.digest]:
                 self._forget(name)
@@ -292,7 +292,7 @@ class Agent:
         state = PodState(
             epoch=current.epoch if current else 0,
             sequence=current.sequence if current else 0,
-            base_model_fingerprint=self._settings.limits.fingerprint,
+            base_model_fingerprint=self._settings.fingerprint,
             engine_ready=snapshot is not None,
             draining=self._draining,
             adapters=plan(self._observation()).report,

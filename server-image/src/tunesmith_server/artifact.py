@@ -1,31 +1,51 @@
-"""Bringing an artifact from the store to the engine's folder: nothing lies there that was not checked."""
+"""Bringing an artifact from the store to the engine's folder: nothing is there that was not checked.
+
+Small parts come first: the manifest, the configuration and the weights' header are read by range and checked, which
+bounds what is downloaded afterwards by the base model's modules. The engine gets only those files that it reads.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-import tempfile
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from pydantic import ValidationError
 
-from tunesmith.contracts.artifact import ArtifactManifest, digest_of
+from tunesmith.contracts.artifact import ArtifactFile, ArtifactManifest, digest_of
 from tunesmith.contracts.location import ARTIFACT_MANIFEST, engine_name, namespace_of_artifact
-from tunesmith_server.lora import CONFIG, WEIGHTS, UnfitAdapterError, check_config, check_weights
-from tunesmith_server.store import StoreFolder
+from tunesmith.contracts.servability import ADAPTER_CONFIG, MAX_CONFIG_BYTES, LoraConfig
+from tunesmith.contracts.strict_json import parse_object
+from tunesmith_server.lora import (
+    WEIGHTS,
+    Modules,
+    UnfitAdapterError,
+    WeightBounds,
+    check_config,
+    check_header,
+    check_length,
+    check_values,
+    weight_bounds,
+)
+from tunesmith_server.safetensors import LENGTH_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from contextlib import AbstractContextManager
 
     from tunesmith.contracts.agent import DesiredAdapter
+    from tunesmith_server.base_weights import BaseWeights
 
 MAX_MANIFEST_BYTES = 1024 * 1024
 MAX_FILES = 64
+_MANIFEST_VALUES = 65_536
 ALLOWED_SUFFIXES = frozenset({".json", ".jsonl", ".jinja", ".txt", ".model", ".md", ".csv", ".png"})
-"""What may lie in an artifact beside its weights: nothing that is code when it is loaded."""
+"""What an artifact may hold besides its weights: nothing that is code when it is loaded."""
 TEMPORARY = ".incoming-"
-"""Prefix of folders that are still being filled."""
+"""Prefix of folders that are being filled or removed."""
 
 
 @dataclass(frozen=True)
@@ -35,19 +55,57 @@ class PodLimits:
     Attributes:
         store: the store's uri; artifacts elsewhere are refused.
         fingerprint: of the pod's base model.
-        base: shapes of the base model's tensors by name.
+        base: tensors of the base model.
         max_rank: highest LoRA rank that the engine takes.
+        max_ratio: highest ratio of an adapter's change of a module to the base's weights.
     """
 
     store: str
     fingerprint: str
-    base: dict[str, tuple[int, ...]]
+    base: BaseWeights
     max_rank: int
+    max_ratio: float
+
+
+class ArtifactSource(Protocol):
+    """Files of an artifact that is not yet trusted; a StoreFolder."""
+
+    def size(self, name: str) -> int:
+        """Size of a file in bytes."""
+
+    def read(self, name: str, start: int, end: int) -> bytes:
+        """Bytes of a file from `start` to `end`, or as many as there are."""
+
+    def download(self, name: str, target: Path, size: int, progress: Callable[[int], None]) -> str:
+        """Write a file of `size` bytes to `target`; its SHA-256 in hex."""
+
+
+class Steps:
+    """Steps of fetching an artifact, for whoever supervises them. This class supervises nothing."""
+
+    def checking(self) -> AbstractContextManager[None]:
+        """The block checks content of foreign files; it does not wait for the network."""
+        return nullcontext()
+
+    def reserve(self, size: int) -> None:
+        """Called before `size` bytes are written.
+
+        Raises:
+            StoreError: the volume has no room for them.
+        """
+
+    def progress(self, size: int) -> None:
+        """Called when `size` more bytes were written."""
 
 
 def adapter_folder(adapters: Path, digest: str) -> Path:
-    """Where the files of a revision lie: the folder of its digest."""
+    """The folder with the files of a revision: that of its digest."""
     return adapters / digest.removeprefix("sha256:")
+
+
+def incoming_folder(adapters: Path, digest: str) -> Path:
+    """The folder of a revision's files until all of them are checked."""
+    return adapters / f"{TEMPORARY}{digest.removeprefix('sha256:')}"
 
 
 def check_location(adapter: DesiredAdapter, store: str) -> None:
@@ -72,69 +130,98 @@ def fetch_artifact(
     adapter: DesiredAdapter,
     limits: PodLimits,
     adapters: Path,
-    secret: Mapping[str, str],
-    progress: Callable[[int], None] = lambda _: None,
+    open_source: Callable[[str], ArtifactSource],
+    steps: Steps | None = None,
 ) -> Path:
     """Download, check and place the artifact of a revision; its folder.
+
+    Args:
+        adapter: the revision.
+        limits: that it must fit.
+        adapters: folder of the pod's adapters.
+        open_source: gives the files at a uri.
+        steps: supervise the work; None: nobody does.
 
     Raises:
         UnfitAdapterError: the artifact is damaged, unsafe, or does not fit this pod.
         StoreError: the store does not give it.
-        OSError: it cannot be written here.
+        OSError: it cannot be written.
     """
     target = adapter_folder(adapters, adapter.digest)
     if target.exists():
         return target
+    steps = steps or Steps()
     check_location(adapter, limits.store)
-    folder = StoreFolder(adapter.uri, secret)
-    manifest_bytes = folder.read(ARTIFACT_MANIFEST, MAX_MANIFEST_BYTES)
-    manifest = check_manifest(manifest_bytes, adapter.digest, limits)
-    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=adapters) as name:
-        incoming = Path(name) / "artifact"
-        incoming.mkdir()
-        for file, entry in manifest.files.items():
-            if folder.download(file, incoming / file, entry.size_bytes, progress) != entry.sha256:
-                raise UnfitAdapterError(
-                    f"{file} was changed after the artifact was published: its SHA-256 is not the manifest's"
-                )
-        (incoming / ARTIFACT_MANIFEST).write_bytes(manifest_bytes)
-        config = check_config((incoming / CONFIG).read_bytes(), max_rank=limits.max_rank)
+    source = open_source(adapter.uri)
+    bounds = weight_bounds(limits.base, limits.max_rank)
+    manifest_bytes = source.read(ARTIFACT_MANIFEST, 0, MAX_MANIFEST_BYTES + 1)
+    with steps.checking():
+        manifest = check_manifest(manifest_bytes, adapter.digest, limits, bounds)
+    config_bytes = _small_file(source, ADAPTER_CONFIG, manifest.files[ADAPTER_CONFIG])
+    weights = manifest.files[WEIGHTS]
+    start = source.read(WEIGHTS, 0, LENGTH_BYTES)
+    length = check_length(start, weights.size_bytes, bounds)
+    header = source.read(WEIGHTS, LENGTH_BYTES, LENGTH_BYTES + length)
+    with steps.checking():
+        config = check_config(config_bytes, max_rank=limits.max_rank)
         if config.rank != manifest.adapter.rank:
-            raise UnfitAdapterError(f"{CONFIG} has rank {config.rank} and {ARTIFACT_MANIFEST} {manifest.adapter.rank}")
-        check_weights(incoming / WEIGHTS, config, limits.base)
+            raise UnfitAdapterError(
+                f"{ADAPTER_CONFIG} has rank {config.rank} and {ARTIFACT_MANIFEST} {manifest.adapter.rank}"
+            )
+        check_header(header, weights.size_bytes, config, limits.base, bounds)
+    steps.reserve(weights.size_bytes)
+    incoming = incoming_folder(adapters, adapter.digest)
+    shutil.rmtree(incoming, ignore_errors=True)
+    incoming.mkdir()
+    try:
+        if source.download(WEIGHTS, incoming / WEIGHTS, weights.size_bytes, steps.progress) != weights.sha256:
+            raise _changed(WEIGHTS)
+        (incoming / ADAPTER_CONFIG).write_bytes(config_bytes)
+        (incoming / ARTIFACT_MANIFEST).write_bytes(manifest_bytes)
+        with steps.checking():
+            modules = _modules_of(incoming / WEIGHTS, config, limits.base, bounds)
+            check_values(incoming / WEIGHTS, modules, config, limits.base, limits.max_ratio)
         incoming.rename(target)
+    finally:
+        shutil.rmtree(incoming, ignore_errors=True)
     return target
 
 
-def check_manifest(document: bytes, digest: str, limits: PodLimits) -> ArtifactManifest:
-    """The checked `tunesmith.json`.
+def _small_file(source: ArtifactSource, name: str, entry: ArtifactFile) -> bytes:
+    data = source.read(name, 0, entry.size_bytes + 1)
+    if hashlib.sha256(data).hexdigest() != entry.sha256:
+        raise _changed(name)
+    return data
+
+
+def _modules_of(path: Path, config: LoraConfig, base: BaseWeights, bounds: WeightBounds) -> Modules:
+    """The header again, from the file whose hash is the manifest's: the store may have sent another one before."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = check_length(file.read(LENGTH_BYTES), size, bounds)
+        return check_header(file.read(length), size, config, base, bounds)
+
+
+def _changed(name: str) -> UnfitAdapterError:
+    return UnfitAdapterError(f"{name} was changed after the artifact was published: its SHA-256 is not the manifest's")
+
+
+def check_manifest(document: bytes, digest: str, limits: PodLimits, bounds: WeightBounds) -> ArtifactManifest:
+    """Check `tunesmith.json`.
 
     Raises:
         UnfitAdapterError: its digest is not the wanted one; it is malformed; it lists files that an artifact must not
-            have, or lacks those that it must have; it is of another base model.
+            have, or lacks those that it must have, or they are too large; it is of another base model.
     """
+    if len(document) > MAX_MANIFEST_BYTES:
+        raise UnfitAdapterError(f"{ARTIFACT_MANIFEST} has more than {MAX_MANIFEST_BYTES} bytes")
     actual = digest_of(document)
     if actual != digest:
         raise UnfitAdapterError(
             f"{ARTIFACT_MANIFEST} was changed after the artifact was published: its digest is {actual}"
         )
-    try:
-        manifest = ArtifactManifest.model_validate_json(document)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise UnfitAdapterError(f"{ARTIFACT_MANIFEST} is malformed: {place}: {first['msg']}") from None
-    if len(manifest.files) > MAX_FILES:
-        raise UnfitAdapterError(f"{ARTIFACT_MANIFEST} lists {len(manifest.files)} files, more than {MAX_FILES}")
-    for name in manifest.files:
-        if name != PurePosixPath(name).name or name.startswith(".") or name == ARTIFACT_MANIFEST:
-            raise UnfitAdapterError(f"{ARTIFACT_MANIFEST} lists {name!r}, which is no plain file name")
-        if name != WEIGHTS and PurePosixPath(name).suffix not in ALLOWED_SUFFIXES:
-            raise UnfitAdapterError(
-                f"{ARTIFACT_MANIFEST} lists {name!r}; weights travel as {WEIGHTS} only, never as code or pickle"
-            )
-    if missing := {CONFIG, WEIGHTS} - set(manifest.files):
-        raise UnfitAdapterError(f"the artifact has no {' and no '.join(sorted(missing))}")
+    manifest = _parse_manifest(document)
+    _check_files(manifest.files, limits, bounds)
     if manifest.base.fingerprint != limits.fingerprint:
         raise UnfitAdapterError(
             f"the adapter was trained on another base model ({manifest.base.uri}, {manifest.base.fingerprint}) "
@@ -143,12 +230,68 @@ def check_manifest(document: bytes, digest: str, limits: PodLimits) -> ArtifactM
     return manifest
 
 
+def _check_files(files: Mapping[str, ArtifactFile], limits: PodLimits, bounds: WeightBounds) -> None:
+    if len(files) > MAX_FILES:
+        raise UnfitAdapterError(f"{ARTIFACT_MANIFEST} lists {len(files)} files, more than {MAX_FILES}")
+    for name in files:
+        if name != PurePosixPath(name).name or name.startswith(".") or name == ARTIFACT_MANIFEST:
+            raise UnfitAdapterError(f"{ARTIFACT_MANIFEST} lists {name[:80]!a}, which is no plain file name")
+        if name != WEIGHTS and PurePosixPath(name).suffix not in ALLOWED_SUFFIXES:
+            raise UnfitAdapterError(
+                f"{ARTIFACT_MANIFEST} lists {name[:80]!a}; weights travel as {WEIGHTS} only, never as code or pickle"
+            )
+    if missing := {ADAPTER_CONFIG, WEIGHTS} - set(files):
+        raise UnfitAdapterError(f"the artifact has no {' and no '.join(sorted(missing))}")
+    for name, most in ((ADAPTER_CONFIG, MAX_CONFIG_BYTES), (WEIGHTS, bounds.size)):
+        if files[name].size_bytes > most:
+            raise UnfitAdapterError(
+                f"{name} has {files[name].size_bytes} bytes; an adapter of this base model with the pool's "
+                f"engine.maxLoraRank of {limits.max_rank} has at most {most}"
+            )
+
+
+def _parse_manifest(document: bytes) -> ArtifactManifest:
+    try:
+        parsed = parse_object(document, max_bytes=MAX_MANIFEST_BYTES, max_values=_MANIFEST_VALUES)
+        return ArtifactManifest.model_validate(parsed)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UnfitAdapterError(f"{ARTIFACT_MANIFEST} is malformed: {place}: {first['msg']}") from None
+    except (ValueError, RecursionError) as error:
+        raise UnfitAdapterError(f"{ARTIFACT_MANIFEST} is malformed: {error}") from None
+
+
 def remove_leftovers(adapters: Path) -> None:
-    """Remove folders that a killed process was still filling."""
+    """Remove folders that a killed process was filling or removing."""
     for path in adapters.glob(f"{TEMPORARY}*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove a folder and what it holds, if it is there."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_revision(adapters: Path, digest: str) -> None:
+    """Remove the files of a revision that no engine reads any more; a half-removed folder is never taken for whole."""
+    leaving = adapters / f"{TEMPORARY}removed-{digest.removeprefix('sha256:')}"
+    try:
+        adapter_folder(adapters, digest).rename(leaving)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(leaving, ignore_errors=True)
+
+
+def stored_sizes(adapters: Path) -> dict[str, int]:
+    """Bytes of each revision whose checked files are on this pod, by digest."""
+    return {
+        f"sha256:{path.name}": sum(file.stat().st_size for file in path.iterdir())
+        for path in adapters.iterdir()
+        if path.is_dir() and not path.name.startswith(".")
+    }
+
+
 def stored_digests(adapters: Path) -> set[str]:
-    """Digests of the revisions whose checked files are here."""
-    return {f"sha256:{path.name}" for path in adapters.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    """Digests of the revisions whose checked files are on this pod."""
+    return set(stored_sizes(adapters))

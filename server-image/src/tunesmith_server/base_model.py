@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
+from tunesmith.contracts.connections import refusal
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
-from tunesmith_server.store import StoredFile, StoreError, StoreFolder
+from tunesmith_server.store import StoreCredentials, StoredFile, StoreError, StoreFolder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
     from pathlib import Path
 
 PARALLEL_FILES = 4
@@ -72,7 +73,7 @@ class Progress:
             )
 
 
-def fetch_base(uri: str, revision: str | None, target: Path, secret: Mapping[str, str]) -> str:
+def fetch_base(uri: str, revision: str | None, target: Path, credentials: StoreCredentials, storage: int) -> str:
     """Download a base model into `target` unless it is there; its fingerprint.
 
     Files that an interrupted download completed are kept.
@@ -81,7 +82,8 @@ def fetch_base(uri: str, revision: str | None, target: Path, secret: Mapping[str
         uri: s3://bucket/folder, gs://…, az://… or hf://org/name.
         revision: commit, tag or branch of an hf:// model.
         target: folder; made when missing.
-        secret: credentials by name; HF_TOKEN for hf://.
+        credentials: of the uri; HF_TOKEN for hf://.
+        storage: bytes that the model may take.
 
     Raises:
         StoreError: the store does not give it.
@@ -91,7 +93,8 @@ def fetch_base(uri: str, revision: str | None, target: Path, secret: Mapping[str
     if _is_complete(target, uri, revision):
         log.info("base model: %s is here already", uri)
     else:
-        files = _fetch_hub(uri, revision, target, secret) if uri.startswith("hf://") else _fetch(uri, target, secret)
+        place = _Place(uri, target, storage)
+        files = _fetch_hub(place, revision, credentials) if uri.startswith("hf://") else _fetch(place, credentials)
         marker = Marker(uri, revision, {file.name: file.size for file in files})
         (target / MARKER).write_text(json.dumps(asdict(marker)))
     try:
@@ -115,8 +118,18 @@ def _is_complete(target: Path, uri: str, revision: str | None) -> bool:
     )
 
 
-def _selected(files: list[StoredFile], uri: str, target: Path) -> list[StoredFile]:
+@dataclass(frozen=True)
+class _Place:
+    """Where a model comes from and goes to."""
+
+    uri: str
+    target: Path
+    storage: int
+
+
+def _selected(files: list[StoredFile], place: _Place) -> list[StoredFile]:
     """The files of a model that are used, after a check that it is one and fits the disk."""
+    uri, target = place.uri, place.target
     chosen = [file for file in files if PurePosixPath(file.name).suffix in SUFFIXES and not file.name.startswith(".")]
     names = {file.name for file in chosen}
     if "config.json" not in names:
@@ -124,15 +137,21 @@ def _selected(files: list[StoredFile], uri: str, target: Path) -> list[StoredFil
     if not any(name.endswith(".safetensors") for name in names):
         raise BaseModelError(f"{uri} holds no .safetensors file; weights are read from safetensors only. Convert it.")
     needed = sum(file.size for file in chosen)
+    if needed > place.storage:
+        raise BaseModelError(
+            f"{uri} has {needed} bytes and the pod's volume for it may take {place.storage}: ask the platform to raise "
+            "the chart's value serving.baseModelStorage."
+        )
     free = shutil.disk_usage(target).free
     if needed > free:
         raise BaseModelError(f"{uri} has {needed} bytes and the volume at {target} has {free} free: make it larger.")
     return chosen
 
 
-def _fetch(uri: str, target: Path, secret: Mapping[str, str]) -> list[StoredFile]:
-    folder = StoreFolder(uri, secret)
-    chosen = _selected(folder.list(), uri, target)
+def _fetch(where: _Place, credentials: StoreCredentials) -> list[StoredFile]:
+    target = where.target
+    folder = StoreFolder(where.uri, credentials)
+    chosen = _selected(folder.list(), where)
     progress = Progress(sum(file.size for file in chosen))
 
     def fetch(file: StoredFile) -> None:
@@ -151,24 +170,31 @@ def _fetch(uri: str, target: Path, secret: Mapping[str, str]) -> list[StoredFile
     return chosen
 
 
-def _fetch_hub(uri: str, revision: str | None, target: Path, secret: Mapping[str, str]) -> list[StoredFile]:
+def _fetch_hub(where: _Place, revision: str | None, credentials: StoreCredentials) -> list[StoredFile]:
+    uri, target = where.uri, where.target
     repository = uri.removeprefix("hf://").strip("/")
-    token = secret.get("HF_TOKEN")
+    token, endpoint = credentials.values.get("HF_TOKEN"), credentials.values.get("HF_ENDPOINT")
     try:
-        found = HfApi(token=token).model_info(repository, revision=revision, files_metadata=True)
+        found = HfApi(endpoint=endpoint, token=token).model_info(repository, revision=revision, files_metadata=True)
         files = [StoredFile(entry.rfilename, entry.size or 0) for entry in found.siblings or []]
-        chosen = _selected([file for file in files if "/" not in file.name], uri, target)
+        chosen = _selected([file for file in files if "/" not in file.name], where)
         progress = Progress(sum(file.size for file in chosen))
         for file in chosen:
-            hf_hub_download(repository, file.name, revision=found.sha, local_dir=target, token=token)
+            hf_hub_download(repository, file.name, revision=found.sha, local_dir=target, token=token, endpoint=endpoint)
             progress.add(file.size)
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         what = f"{uri}, revision {revision or 'main'}"
         hint = "Check its name, and HF_TOKEN of the Secret if it is private or gated"
         if isinstance(error, GatedRepoError):
             hint = "It is gated: accept its terms and put HF_TOKEN into the Secret"
-        raise StoreError(f"{what} is not on the Hub, or not for this token. {hint}.", permanent=True) from None
-    except (HfHubHTTPError, OSError) as error:
+        message = f"{what} is not on the Hub, or not for this token ({credentials.origin}). {hint}."
+        raise StoreError(message, permanent=False) from None
+    except Exception as error:
+        refused = refusal(error)
+        if refused is not None:
+            raise StoreError(f"{uri} leads to {refused.explanation}.", permanent=False) from None
+        if not isinstance(error, (HfHubHTTPError, OSError)):
+            raise
         raise StoreError(f"{uri} could not be read from the Hub: {error}.", permanent=False) from None
     shutil.rmtree(target / ".cache", ignore_errors=True)
     return chosen

@@ -1,19 +1,33 @@
-"""Whether a LoRA adapter fits the engine and the base model. vLLM loads many that do not, and then answers garbage."""
+"""Check of a LoRA adapter's weights against the engine and the base model.
+
+vLLM loads many adapters that do not fit and then answers garbage, and values that overflow reach the answers of others.
+"""
 
 from __future__ import annotations
 
-import json
-import re
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from tunesmith_server.safetensors import Tensor, first_non_finite, read_tensors
+import numpy as np
+
+from tunesmith.contracts.servability import LoraConfig, UnservableError, parse_adapter_config
+from tunesmith_server.safetensors import LENGTH_BYTES, Tensor, columns, header_length, parse_header, rows
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
-CONFIG = "adapter_config.json"
+    from numpy.typing import NDArray
+
+    from tunesmith_server.base_weights import BaseWeights
+
 WEIGHTS = "adapter_model.safetensors"
+DEFAULT_MAX_RATIO = 10.0
+LARGEST_VALUE = 65504.0
+"""Largest number of 16-bit floats: what the engine may round weights to."""
+LARGEST_ROW = 1e3
+"""Highest norm of a row of lora_A: with higher ones, products overflow 16-bit floats before lora_B is applied."""
 _PREFIX = "base_model.model."
 _PARTS = {
     ".lora_A.weight": "A",
@@ -21,155 +35,195 @@ _PARTS = {
     ".lora_embedding_A": "A",
     ".lora_embedding_B": "B",
 }
-# What PEFT's LoRA can do and vLLM can not, by the key of adapter_config.json that turns it on.
-_UNSUPPORTED = {
-    "use_dora": "DoRA",
-    "lora_bias": "biases of LoRA layers",
-    "modules_to_save": "fully trained modules (modules_to_save)",
-    "layer_replication": "layer replication",
-    "trainable_token_indices": "trained tokens",
-    "target_parameters": "parameters as targets",
-    "alora_invocation_tokens": "activated LoRA",
-    "use_qalora": "QALoRA",
-    "use_bdlora": "BD-LoRA",
-    "auto_map": "code of its own (auto_map)",
-}
-_CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_TYPES = frozenset({"F16", "BF16", "F32"})
+_BYTES_PER_TENSOR = 256
+"""Of the header, besides the tensor's name."""
+_MESSAGE_LENGTH = 600
 
 
 class UnfitAdapterError(Exception):
     """The adapter is damaged, or does not fit the engine or the base model. Trying again cannot help."""
 
+    def __init__(self, message: str) -> None:
+        printable = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in message)
+        super().__init__(printable if len(printable) <= _MESSAGE_LENGTH else f"{printable[:_MESSAGE_LENGTH]}…")
+
 
 @dataclass(frozen=True)
-class LoraConfig:
-    """What the shapes depend on."""
+class WeightBounds:
+    """Limits of an adapter's weights file, from the base model's modules.
 
-    rank: int
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    fan_in_fan_out: bool = False
+    Attributes:
+        header: bytes of the header.
+        tensors: their number.
+        size: bytes of the file.
+    """
 
-    def rank_of(self, module: str) -> int:
-        """The rank of a module, as PEFT decides it: the first pattern that ends the module's name."""
-        for pattern, rank in self.rank_pattern.items():
-            if re.match(rf"(?:.*\.)?(?:{pattern})$", module):
-                return rank
-        return self.rank
+    header: int
+    tensors: int
+    size: int
+
+
+def weight_bounds(base: BaseWeights, max_rank: int) -> WeightBounds:
+    """Limits for adapters of a base: two tensors for each of its matrices, of the highest rank, in float32."""
+    matrices = {name: tensor.shape for name, tensor in base.tensors.items() if len(tensor.shape) == 2}  # noqa: PLR2004
+    tensors = 2 * (len(matrices) + 1)  # and a tied lm_head
+    longest = max(map(len, matrices), default=0) + len(_PREFIX) + max(map(len, _PARTS))
+    header = tensors * (longest + _BYTES_PER_TENSOR) + 4096
+    widest = max((sum(shape) for shape in matrices.values()), default=0)
+    values = (sum(sum(shape) for shape in matrices.values()) + widest) * max_rank
+    return WeightBounds(header, tensors, LENGTH_BYTES + header + 4 * values)
 
 
 def check_config(document: bytes, *, max_rank: int) -> LoraConfig:
-    """The checked `adapter_config.json`.
+    """Check `adapter_config.json`.
 
     Raises:
         UnfitAdapterError: it is malformed, no LoRA, of too high a rank, or uses what vLLM does not load.
     """
     try:
-        config = json.loads(document)
-    except ValueError:
-        config = None
-    if not isinstance(config, dict):
-        raise UnfitAdapterError(f"{CONFIG} is not a JSON object")
-    if config.get("peft_type") != "LORA":
-        raise UnfitAdapterError(f"the adapter's method is {config.get('peft_type')}; vLLM serves LORA only")
-    if config.get("task_type") not in {None, "CAUSAL_LM"}:
-        raise UnfitAdapterError(f"the adapter's task is {config['task_type']}; CAUSAL_LM is needed")
-    if used := _unsupported(config):
-        raise UnfitAdapterError(f"the adapter uses {', '.join(used)}; vLLM cannot serve that")
-    ranks = _ranks(config)
-    highest = max(ranks.rank, *ranks.rank_pattern.values(), 0)
-    if highest > max_rank:
+        config = parse_adapter_config(document)
+    except UnservableError as error:
+        raise UnfitAdapterError(str(error)) from None
+    if config.highest_rank > max_rank:
         raise UnfitAdapterError(
-            f"the adapter's rank is {highest} and the pool's engine.maxLoraRank is {max_rank}; "
+            f"the adapter's rank is {config.highest_rank} and the pool's engine.maxLoraRank is {max_rank}; "
             "raise it or train with a lower rank"
         )
-    return ranks
+    return config
 
 
-def _unsupported(config: dict[str, Any]) -> list[str]:
-    used = [name for key, name in _UNSUPPORTED.items() if config.get(key)]
-    if config.get("bias", "none") != "none":
-        used.append(f"bias={config['bias']}")
-    initialization = config.get("init_lora_weights")
-    if isinstance(initialization, str) and initialization.lower().startswith(_CHANGED_BASE):
-        used.append(f"the initialization {initialization}, which changes the base")
-    return used
+Modules = dict[str, dict[str, Tensor]]
+"""Tensors of an adapter: by module, `A` and `B`."""
 
 
-def _ranks(config: dict[str, Any]) -> LoraConfig:
-    rank, pattern = config.get("r"), config.get("rank_pattern") or {}
-    if not isinstance(pattern, dict) or not all(
-        type(value) is int and value > 0 for value in (rank, *pattern.values())
-    ):
-        raise UnfitAdapterError(f"r and rank_pattern of {CONFIG} must be natural numbers")
-    try:
-        for expression in pattern:
-            re.compile(expression)
-    except re.error as error:
-        raise UnfitAdapterError(f"rank_pattern of {CONFIG} is no regular expression: {error}") from None
-    return LoraConfig(rank=int(rank or 0), rank_pattern=pattern, fan_in_fan_out=bool(config.get("fan_in_fan_out")))
+def check_header(text: bytes, size: int, config: LoraConfig, base: BaseWeights, bounds: WeightBounds) -> Modules:
+    """Check the names and shapes of an adapter's tensors against the base's.
 
-
-def base_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of a base model's tensors by name.
+    Args:
+        text: header of the weights file, without its length.
+        size: bytes of the weights file.
+        config: checked configuration.
+        base: the pod's base model.
+        bounds: from `weight_bounds`.
 
     Raises:
-        ValueError: a safetensors file is damaged.
-        OSError: the folder cannot be read.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        shapes |= {name: tensor.shape for name, tensor in read_tensors(path).items()}
-    return shapes
-
-
-def check_weights(path: Path, config: LoraConfig, base: dict[str, tuple[int, ...]]) -> None:
-    """Check the adapter's tensors against the base's.
-
-    Raises:
-        UnfitAdapterError: the file is damaged; a name, a shape or a rank does not fit the base; a value is not finite.
+        UnfitAdapterError: the header is damaged; a name, a shape, a rank or a type does not fit.
     """
     try:
-        tensors = read_tensors(path)
+        tensors = parse_header(text, size, bounds.tensors)
     except ValueError as error:
-        raise UnfitAdapterError(str(error)) from None
+        raise UnfitAdapterError(f"{WEIGHTS} {error}") from None
     modules = _by_module(tensors)
     for module, parts in modules.items():
         if set(parts) != {"A", "B"}:
             raise UnfitAdapterError(f"{module} has only one of lora_A and lora_B")
         _check_module(module, parts["A"], parts["B"], config, base)
+    return modules
+
+
+def check_length(start: bytes, size: int, bounds: WeightBounds) -> int:
+    """Length of the weights file's header, from the file's first bytes.
+
+    Raises:
+        UnfitAdapterError: it is not a safetensors file, or its header is longer than the base's modules need.
+    """
     try:
-        damaged = first_non_finite(path, tensors)
+        return header_length(start, size, bounds.header)
     except ValueError as error:
-        raise UnfitAdapterError(str(error)) from None
-    if damaged is not None:
-        raise UnfitAdapterError(f"{damaged} holds values that are infinite or not a number; train again")
+        raise UnfitAdapterError(f"{WEIGHTS} {error}") from None
 
 
-def _by_module(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def check_values(path: Path, modules: Modules, config: LoraConfig, base: BaseWeights, max_ratio: float) -> float:
+    """Check that an adapter's values are finite and its change of each module is bounded; the highest ratio found.
+
+    The ratio of a module is the Frobenius norm of scaling · B · A over that of the base's matrix. Neither it nor that
+    of any one rank (a column of B times a row of A, which others could cancel out only before rounding) may exceed
+    `max_ratio`.
+
+    Raises:
+        UnfitAdapterError: a value is not finite or too large, or a ratio is above the limit.
+    """
+    highest = 0.0
+    for module, parts in modules.items():
+        name = base.matrix_of(module)
+        assert name is not None  # noqa: S101 - check_header found it
+        ratio = _magnitude(path, module, parts, config.scaling_of(module)) / base.norm(name)
+        if not ratio <= max_ratio:
+            raise UnfitAdapterError(
+                f"the adapter changes {module} by {ratio:.3g} times the base's weights (norm of scaling · B · A), more "
+                f"than the platform's limit of {max_ratio:g}: its values or its lora_alpha are too large; train again, "
+                "with a lower learning rate or lora_alpha"
+            )
+        highest = max(highest, ratio)
+    return highest
+
+
+def _magnitude(path: Path, module: str, parts: dict[str, Tensor], scaling: float) -> float:
+    """The larger of the norm of scaling · B · A and that of its largest rank.
+
+    ‖BA‖² is the trace of (BᵀB)(AAᵀ), two matrices of rank × rank. No overflow: float64 holds what float32 values give.
+    """
+    rank = parts["A"].shape[0]
+    gram_a, largest_a = _gram(columns(path, parts["A"]), rank, f"lora_A of {module}")
+    gram_b, largest_b = _gram((block.T for block in rows(path, parts["B"])), rank, f"lora_B of {module}")
+    if max(largest_a, largest_b * max(scaling, 1.0)) > LARGEST_VALUE:
+        raise UnfitAdapterError(
+            f"{module} has values of up to {max(largest_a, largest_b):.3g} with a scaling of {scaling:.3g}, more than "
+            f"16-bit floats hold ({LARGEST_VALUE:g}); train again"
+        )
+    row_norms = np.sqrt(np.diagonal(gram_a))
+    if float(np.max(row_norms)) > LARGEST_ROW:
+        raise UnfitAdapterError(
+            f"lora_A of {module} has a row of norm {float(np.max(row_norms)):.3g}, more than {LARGEST_ROW:g}: its "
+            "products overflow 16-bit floats; train again"
+        )
+    product = math.sqrt(max(0.0, float(np.sum(gram_a * gram_b))))
+    largest_rank = float(np.max(row_norms * np.sqrt(np.diagonal(gram_b))))
+    return scaling * max(product, largest_rank)
+
+
+def _gram(blocks: Iterator[NDArray[np.float64]], rank: int, part: str) -> tuple[NDArray[np.float64], float]:
+    """Sum of block · blockᵀ, and the largest absolute value."""
+    gram, largest = np.zeros((rank, rank)), 0.0
+    for block in blocks:
+        peak = float(np.max(np.abs(block), initial=0.0))
+        if not math.isfinite(peak):
+            raise UnfitAdapterError(f"{part} holds values that are infinite or not a number; train again")
+        largest = max(largest, peak)
+        gram += block @ block.T
+    return gram, largest
+
+
+def _by_module(tensors: dict[str, Tensor]) -> Modules:
     if not tensors:
         raise UnfitAdapterError(f"{WEIGHTS} holds no tensors")
-    modules: dict[str, dict[str, Tensor]] = {}
+    modules: Modules = {}
     for name, tensor in tensors.items():
         suffix = next((suffix for suffix in _PARTS if name.endswith(suffix)), None)
         if suffix is None or not name.startswith(_PREFIX):
             raise UnfitAdapterError(
                 f"the tensor {name} is none of a LoRA adapter: base_model.model.<module>.lora_A.weight and lora_B are"
             )
-        modules.setdefault(name.removeprefix(_PREFIX).removesuffix(suffix), {})[_PARTS[suffix]] = tensor
+        if tensor.dtype not in _TYPES:
+            raise UnfitAdapterError(f"{name} is of type {tensor.dtype}; LoRA weights are F16, BF16 or F32")
+        parts = modules.setdefault(name.removeprefix(_PREFIX).removesuffix(suffix), {})
+        if _PARTS[suffix] in parts:
+            raise UnfitAdapterError(f"{name} is there twice, as the weight of a layer and of an embedding")
+        parts[_PARTS[suffix]] = tensor
     return modules
 
 
-def _check_module(
-    module: str, first: Tensor, second: Tensor, config: LoraConfig, base: dict[str, tuple[int, ...]]
-) -> None:
+def _check_module(module: str, first: Tensor, second: Tensor, config: LoraConfig, base: BaseWeights) -> None:
     embedding = module.endswith("embed_tokens")
-    shape = base.get(f"{module}.weight")
-    if shape is None and module == "lm_head":  # tied: stored once, as the embedding
-        shape = next((value for name, value in base.items() if name.endswith("embed_tokens.weight")), None)
-    if shape is None:
+    name = base.matrix_of(module)
+    if name is None:
         raise UnfitAdapterError(f"the base model has no {module}.weight: the adapter belongs to another model")
+    shape = base.tensors[name].shape
     if len(shape) != 2:  # noqa: PLR2004 - a matrix
         raise UnfitAdapterError(f"{module} of the base model is no linear layer; LoRA does not apply to it")
+    if 0 in shape:
+        raise UnfitAdapterError(f"{module} of the base model has no values; LoRA does not apply to it")
     outputs, inputs = reversed(shape) if config.fan_in_fan_out or embedding else shape
     rank = config.rank_of(module)
     for part, tensor, expected in (("lora_A", first, (rank, inputs)), ("lora_B", second, (outputs, rank))):

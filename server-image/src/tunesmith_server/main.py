@@ -16,6 +16,7 @@ import aiohttp
 from aiohttp import web
 
 from tunesmith.contracts.agent import AGENT_PORT
+from tunesmith.contracts.connections import guarded
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
 from tunesmith.contracts.keyfile import KeyFile
 from tunesmith.contracts.result import TERMINATION_MESSAGE_MAX_BYTES, TERMINATION_MESSAGE_PATH, ExitCode
@@ -24,11 +25,13 @@ from tunesmith_server.agent import Agent, AgentSettings
 from tunesmith_server.api import AgentApi, Credentials
 from tunesmith_server.artifact import PodLimits
 from tunesmith_server.base_model import BaseModelError, fetch_base
+from tunesmith_server.base_weights import BaseWeights, read_base_weights
 from tunesmith_server.desired import DesiredFile
 from tunesmith_server.engine import EngineClient
-from tunesmith_server.lora import base_shapes
+from tunesmith_server.fetching import ArtifactFetcher, FetchSettings
+from tunesmith_server.lora import DEFAULT_MAX_RATIO
 from tunesmith_server.metrics import Metrics
-from tunesmith_server.store import StoreError, secret_values
+from tunesmith_server.store import StoreError, read_credentials
 
 ADMIN_TOKEN = "admin-token"  # noqa: S105 - a file's name
 
@@ -68,7 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     fetch.add_argument("--uri", required=True, help="s3://bucket/folder, gs://…, az://… or hf://org/name")
     fetch.add_argument("--revision", help="commit, tag or branch of an hf:// model")
     fetch.add_argument("--target", type=Path, required=True, help="folder to fill")
-    fetch.add_argument("--secret", type=Path, help="mounted Secret with the uri's credentials; else the environment's")
+    fetch.add_argument("--secret", type=Path, required=True, help="mounted Secret with the uri's credentials")
+    fetch.add_argument("--storage", type=int, required=True, help="bytes that the base model may take")
     fetch.add_argument("--fingerprint-file", type=Path, help="where the fingerprint goes; default: TARGET.fingerprint")
     run = commands.add_parser("serve", help="keep the engine's adapters as they are wanted")
     run.add_argument("--engine-url", default="http://127.0.0.1:8000")
@@ -82,6 +86,14 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--base-model", type=Path, default=Path("/models/base"), help="the base model's folder")
     run.add_argument("--base-fingerprint-file", type=Path, default=Path("/models/base.fingerprint"))
     run.add_argument("--store", required=True, help="uri of the store; artifacts elsewhere are refused")
+    run.add_argument("--secret", type=Path, required=True, help="mounted Secret with the store's credentials")
+    run.add_argument("--storage", type=int, required=True, help="bytes that all adapters may take")
+    run.add_argument(
+        "--max-adapter-ratio",
+        type=float,
+        default=DEFAULT_MAX_RATIO,
+        help="highest norm of an adapter's change of a module, relative to the base's weights",
+    )
     run.add_argument("--max-lora-rank", type=int, required=True)
     run.add_argument("--max-loras", type=int, required=True, help="adapters that may be resident at once")
     run.add_argument("--drain-seconds", type=float, default=60.0, help="how long /drain waits for running requests")
@@ -90,7 +102,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _fetch_base(options: argparse.Namespace) -> None:
     target: Path = options.target
-    fingerprint = fetch_base(options.uri, options.revision, target, secret_values(options.secret))
+    try:
+        with guarded():
+            credentials = read_credentials(options.secret)
+            credentials.set_proxies()
+            fingerprint = fetch_base(options.uri, options.revision, target, credentials, options.storage)
+    except ValueError as error:
+        raise SetupError(f"{error}.") from None
     place: Path = options.fingerprint_file or target.with_name(f"{target.name}.fingerprint")
     place.write_text(fingerprint + "\n")
     log.info("base model: %s, fingerprint %s", options.uri, fingerprint)
@@ -107,21 +125,24 @@ async def serve(options: argparse.Namespace) -> None:
     control = _keys(options.control_key_file, "the pool's control key")
     events = _keys(options.events_key_file, "the pool's events key")
     fingerprint = _fingerprint(options.base_fingerprint_file, options.base_model)
-    limits = PodLimits(options.store, fingerprint, _shapes(options.base_model), options.max_lora_rank)
-    settings = AgentSettings(options.adapters, limits, options.max_loras, options.drain_seconds)
+    base = _base_weights(options.base_model)
+    limits = PodLimits(options.store, fingerprint, base, options.max_lora_rank, options.max_adapter_ratio)
+    settings = AgentSettings(options.adapters, fingerprint, options.max_loras, options.drain_seconds)
+    metrics = Metrics()
     try:
         admin_token = prepare_engine(options.state)
         options.adapters.mkdir(parents=True, exist_ok=True)
         desired = DesiredFile(options.state)
+        folders = FetchSettings(options.adapters, options.state, options.secret, options.storage)
+        fetcher = ArtifactFetcher(folders, limits, metrics.downloaded)
     except (OSError, ValueError) as error:
         raise SetupError(f"The agent's folders cannot be used: {error}.") from None
-    metrics = Metrics()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     # vLLM closes an idle connection after 5 s; one that it is just closing must not be used.
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(keepalive_timeout=2)) as session:
-        agent = Agent(settings, EngineClient(session, options.engine_url, admin_token), desired, os.environ, metrics)
+        agent = Agent(settings, EngineClient(session, options.engine_url, admin_token), desired, fetcher, metrics)
         credentials = Credentials(control, events, options.pod_uid, admin_token)
         runner = web.AppRunner(AgentApi(agent, metrics, credentials).application(), shutdown_timeout=1)
         await runner.setup()
@@ -172,14 +193,14 @@ def _fingerprint(file: Path, base_model: Path) -> str:
         raise SetupError(f"The base model at {base_model} cannot be used: {error}.") from None
 
 
-def _shapes(base_model: Path) -> dict[str, tuple[int, ...]]:
+def _base_weights(base_model: Path) -> BaseWeights:
     try:
-        shapes = base_shapes(base_model)
+        weights = read_base_weights(base_model)
     except (OSError, ValueError) as error:
         raise SetupError(f"The base model at {base_model} cannot be used: {error}.") from None
-    if not shapes:
+    if not weights.tensors:
         raise SetupError(f"The base model's folder {base_model} holds no safetensors files; mount it into the agent.")
-    return shapes
+    return weights
 
 
 def _keys(path: Path, what: str) -> KeyFile:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass
-from functools import partial
-from pathlib import PurePosixPath
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import fsspec
 
+from tunesmith.contracts.connections import refusal
 from tunesmith.contracts.google_key import GOOGLE_KEY, parse_service_account
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from pathlib import Path
 
 CHUNK_BYTES = 8 * 1024 * 1024
 """Bytes per request to the store."""
@@ -26,12 +26,18 @@ _KEYS = {
     "az": "AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
 }
 _BAD_CREDENTIALS = ("forbidden:", "credential", "access key")
+_VERSION_LINK = "..data"
+"""Link that the kubelet points to a new folder, named by the time, whenever it writes a changed Secret."""
+_VERSION_FORMAT = "..%Y_%m_%d_%H_%M_%S"
+_PROXIES = frozenset({"HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"})
+_MAX_VALUE_BYTES = 1024 * 1024
 
 
 class StoreError(Exception):
     """The store does not give what was asked for.
 
-    `permanent`: asking again cannot help, because the object or the right to read it is missing.
+    `permanent`: trying again cannot help. Missing objects and refused credentials are not permanent: somebody may
+    upload the one and change the other.
     """
 
     def __init__(self, message: str, *, permanent: bool) -> None:
@@ -47,19 +53,57 @@ class StoredFile:
     size: int
 
 
-def secret_values(folder: Path | None) -> dict[str, str]:
-    """The keys of a mounted Secret, each a file; the process's environment where there is none.
+@dataclass(frozen=True)
+class StoreCredentials:
+    """Values of a Secret.
+
+    Attributes:
+        values: by the names of its keys.
+        origin: the Secret's name and version, for messages, such as "the Secret tunesmith-store, written at …".
+    """
+
+    values: Mapping[str, str]
+    origin: str
+
+    def set_proxies(self) -> None:
+        """Let this process use the proxies of the Secret, as libraries expect them: in the environment."""
+        os.environ.update({name: value for name, value in self.values.items() if name.upper() in _PROXIES})
+
+
+def read_credentials(folder: Path) -> StoreCredentials:
+    """Read a mounted Secret: each key is a file, and the folder has the Secret's name.
+
+    The version is the time at which the kubelet wrote the files: an older one than that of the Secret's last change
+    (`kubectl get secret NAME --show-managed-fields`) is the Secret as it was before. The kubelet writes changes within
+    about two minutes.
 
     Raises:
         StoreError: the folder cannot be read.
     """
-    if folder is None:
-        return dict(os.environ)
     try:
-        return {entry.name: entry.read_text().strip() for entry in folder.iterdir() if entry.is_file()}
+        version = folder / _VERSION_LINK
+        current = version.resolve(strict=True) if version.is_symlink() else folder
+        values = {
+            entry.name: entry.read_bytes()[:_MAX_VALUE_BYTES].decode(errors="replace").strip()
+            for entry in current.iterdir()
+            if entry.is_file()
+        }
+        written = _written(current)
     except OSError as error:
         message = f"The Secret mounted at {folder} cannot be read: {error.strerror}."
-        raise StoreError(message, permanent=True) from None
+        raise StoreError(message, permanent=False) from None
+    if not values:
+        return StoreCredentials({}, f"the Secret {folder.name}, which does not exist or is empty")
+    return StoreCredentials(
+        values, f"the Secret {folder.name} as written to the pod at {written:%Y-%m-%d %H:%M:%S} UTC"
+    )
+
+
+def _written(folder: Path) -> datetime:
+    try:
+        return datetime.strptime(folder.name.rpartition(".")[0], _VERSION_FORMAT).replace(tzinfo=UTC)
+    except ValueError:  # not the kubelet's
+        return datetime.fromtimestamp(max(entry.stat().st_mtime for entry in [folder, *folder.iterdir()]), UTC)
 
 
 def _options(scheme: str, secret: Mapping[str, str]) -> dict[str, Any]:
@@ -105,7 +149,7 @@ def _service_account(secret: Mapping[str, str]) -> dict[str, Any] | None:
         return parse_service_account(text)
     except ValueError:
         message = f"{GOOGLE_KEY} is no key of a service account: put the JSON file there, whole and as Google gives it."
-        raise StoreError(message, permanent=True) from None
+        raise StoreError(message, permanent=False) from None
 
 
 def _filesystem(scheme: str, secret: Mapping[str, str]) -> Any:  # noqa: ANN401 - fsspec has no types
@@ -118,7 +162,7 @@ def _filesystem(scheme: str, secret: Mapping[str, str]) -> Any:  # noqa: ANN401 
                 f"The credentials for {scheme}:// are in a form that cannot be used: check {_KEYS[scheme]}, each whole"
                 " and as the store gives it."
             )
-            raise StoreError(message, permanent=True) from None
+            raise StoreError(message, permanent=False) from None
     # Not the class that fsspec knows: it asks over gRPC for features that nothing here uses.
     from gcsfs.core import GCSFileSystem  # noqa: PLC0415
 
@@ -126,7 +170,7 @@ def _filesystem(scheme: str, secret: Mapping[str, str]) -> Any:  # noqa: ANN401 
         return GCSFileSystem(**options)
     except (ValueError, KeyError):  # nothing of what they say, it may hold parts of the key
         message = f"{GOOGLE_KEY} is no key that can be used: put the JSON file there, whole and as Google gives it."
-        raise StoreError(message, permanent=True) from None
+        raise StoreError(message, permanent=False) from None
 
 
 class StoreFolder:
@@ -134,16 +178,17 @@ class StoreFolder:
 
     Args:
         uri: s3://bucket/folder, gs://… or az://….
-        secret: credentials by the names of the Secret's keys, as `secret_values` gives them.
+        credentials: of the store.
 
     Raises:
         StoreError: the scheme is not one of these, or the credentials cannot be used.
     """
 
-    def __init__(self, uri: str, secret: Mapping[str, str]) -> None:
+    def __init__(self, uri: str, credentials: StoreCredentials) -> None:
         self.uri = uri.rstrip("/")
+        self._origin = credentials.origin
         scheme, _, self._path = self.uri.partition("://")
-        self._files = _filesystem(scheme, secret)
+        self._files = _filesystem(scheme, credentials.values)
 
     def list(self) -> list[StoredFile]:
         """The files right in the folder, sorted by name.
@@ -160,18 +205,26 @@ class StoreFolder:
         ]
         if not files:
             message = f"{self.uri} is missing or holds no files. Check the location's spelling and the bucket."
-            raise StoreError(message, permanent=True)
+            raise StoreError(message, permanent=False)
         return sorted(files, key=lambda file: file.name)
 
-    def read(self, name: str, limit: int) -> bytes:
-        """A small file.
+    def size(self, name: str) -> int:
+        """Size of a file in bytes.
 
         Raises:
-            StoreError: it is missing, larger than `limit` bytes, may not be read, or the store cannot be reached.
+            StoreError: it is missing, may not be read, or the store cannot be reached.
         """
-        data: bytes = self._ask(name, lambda: self._files.cat_file(f"{self._path}/{name}", start=0, end=limit + 1))
-        if len(data) > limit:
-            raise StoreError(f"{self.uri}/{name} has more than {limit} bytes.", permanent=True)
+        return int(self._ask(name, lambda: self._files.size(f"{self._path}/{name}")))
+
+    def read(self, name: str, start: int, end: int) -> bytes:
+        """Bytes of a file from `start` to `end`, or as many as there are.
+
+        Raises:
+            StoreError: it is missing, may not be read, or the store cannot be reached.
+        """
+        data: bytes = self._ask(name, lambda: self._files.cat_file(f"{self._path}/{name}", start=start, end=end))
+        if len(data) > end - start:
+            raise StoreError(f"{self.uri}/{name}: the store sent more than it was asked for.", permanent=False)
         return data
 
     def download(self, name: str, target: Path, size: int, progress: Callable[[int], None] = lambda _: None) -> str:
@@ -181,15 +234,13 @@ class StoreFolder:
             StoreError: it is missing, has another size, may not be read, or the store cannot be reached.
         """
         digest = hashlib.sha256()
-        path = f"{self._path}/{name}"
-        actual = int(self._ask(name, lambda: self._files.size(path)))
+        actual = self.size(name)
         if actual != size:
             raise StoreError(f"{self.uri}/{name} has {actual} bytes instead of {size}.", permanent=True)
         with target.open("xb") as file:
             for start in range(0, size, CHUNK_BYTES):
-                end = min(size, start + CHUNK_BYTES)
-                piece = self._ask(name, partial(self._files.cat_file, path, start=start, end=end))
-                if len(piece) != end - start:
+                piece = self.read(name, start, min(size, start + CHUNK_BYTES))
+                if len(piece) != min(size, start + CHUNK_BYTES) - start:
                     raise StoreError(f"{self.uri}/{name} became shorter while it was read.", permanent=False)
                 digest.update(piece)
                 file.write(piece)
@@ -204,14 +255,16 @@ class StoreFolder:
             return request()
         except FileNotFoundError:
             message = f"{location} does not exist. Check the location's spelling and the bucket."
-            raise StoreError(message, permanent=True) from None
-        except PermissionError as error:
-            message = f"Access to {location} was denied ({error}). Check the keys of the Secret."
-            raise StoreError(message, permanent=True) from None
+            raise StoreError(message, permanent=False) from None
         except Exception as error:  # noqa: BLE001
             # Every SDK has exceptions of its own, without a common base; each means: not answered.
-            if any(words in str(error).lower() for words in _BAD_CREDENTIALS):
-                message = f"Access to {location} was denied ({error}). Check the keys of the Secret."
-                raise StoreError(message, permanent=True) from None
-            message = f"{location} could not be read: {type(error).__name__}: {error}."
+            refused = refusal(error)
+            if refused is not None:
+                message = f"{location} leads to {refused.explanation}."
+            elif isinstance(error, PermissionError) or any(words in str(error).lower() for words in _BAD_CREDENTIALS):
+                message = (
+                    f"Access to {location} was denied ({error}) with {self._origin}. Check the keys of the Secret."
+                )
+            else:
+                message = f"{location} could not be read: {type(error).__name__}: {error}."
             raise StoreError(message, permanent=False) from None

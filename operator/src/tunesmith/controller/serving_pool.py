@@ -60,7 +60,16 @@ class ServingPoolReconciler:
         self._state = state
         self._context = state.context
         settings = self._context.settings
-        self._images = Images(settings.agent_image, settings.engine_image, settings.image_pull_policy, settings.store)
+        self._images = Images(
+            settings.agent_image,
+            settings.engine_image,
+            settings.image_pull_policy,
+            settings.store,
+            settings.allowed_addresses,
+            settings.adapter_storage,
+            settings.base_model_storage,
+            settings.max_adapter_ratio,
+        )
         self._applied = AppliedObjects(self._context)
         self._views: dict[str, object] = {}
         self._uids: dict[Key, str] = {}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import re
 import socket
 import uuid
 from dataclasses import dataclass
@@ -51,6 +53,12 @@ class Settings:
     gateway_url: str
     """What AdapterDeployments tell as their url."""
     image_pull_policy: str
+    adapter_storage: str
+    """Disk that the adapters of a pool pod may take, such as 20Gi."""
+    base_model_storage: str
+    """Disk that the base model of a pool pod may take, such as 500Gi."""
+    max_adapter_ratio: float
+    """Highest norm of an adapter's change of a module, relative to the base's weights."""
     lease_seconds: float
     leader_election: bool
     identity: str
@@ -112,6 +120,13 @@ _OPTIONS: tuple[tuple[str, str | None, str], ...] = (
     ("engine-image", None, "vLLM image of pools that name none"),
     ("gateway-url", "", "URL that clients use, told in the status of AdapterDeployments"),
     ("image-pull-policy", "IfNotPresent", "pull policy of all pods: Always, IfNotPresent or Never"),
+    ("adapter-storage", "20Gi", "disk that the adapters of a pool pod may take, in Mi or Gi"),
+    ("base-model-storage", "500Gi", "disk that the downloaded base model of a pool pod may take, in Mi or Gi"),
+    (
+        "max-adapter-ratio",
+        "10",
+        "highest norm of an adapter's change of a module, relative to the base's weights; adapters above are refused",
+    ),
     ("lease-seconds", "5", "seconds after which another replica takes over from one that went silent"),
     ("identity", "", "name of this replica in the Lease, unique; default: a random one"),
     ("workers", "8", "reconciles that run at once"),
@@ -178,6 +193,9 @@ def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str]
             engine_image=options.engine_image,
             gateway_url=options.gateway_url,
             image_pull_policy=options.image_pull_policy,
+            adapter_storage=_size(parser, "adapter-storage", options.adapter_storage),
+            base_model_storage=_size(parser, "base-model-storage", options.base_model_storage),
+            max_adapter_ratio=_ratio(options.max_adapter_ratio),
             lease_seconds=float(options.lease_seconds),
             leader_election=not options.no_leader_election,
             identity=options.identity or f"{socket.gethostname()}-{uuid.uuid4()}",
@@ -201,6 +219,19 @@ def _listed(
         return parse_entries(getattr(options, flag.replace("-", "_")))
     except ValueError as error:
         parser.error(f"--{flag}: {error}")
+
+
+def _size(parser: argparse.ArgumentParser, name: str, text: str) -> str:
+    if re.fullmatch(r"[1-9][0-9]*(Mi|Gi)", text) is None:
+        parser.error(f"--{name}: {text!r} is not a size such as 20Gi or 512Mi")
+    return text
+
+
+def _ratio(text: str) -> float:
+    ratio = float(text)
+    if not 0 < ratio < math.inf:
+        raise ValueError(f"--max-adapter-ratio must be above 0, not {text}")
+    return ratio
 
 
 def _networks(parser: argparse.ArgumentParser, text: str) -> str:

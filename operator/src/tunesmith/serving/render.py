@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.api.model import API_VERSION
 from tunesmith.api.servingpool import RESERVED_ARGUMENTS, RESERVED_VARIABLES
+from tunesmith.contracts.addresses import ALLOWED_ADDRESSES
 from tunesmith.contracts.agent import AGENT_PORT, ENGINE_PORT
 from tunesmith.contracts.location import owned_name
 from tunesmith.contracts.network import Network, network_policy
@@ -35,6 +36,13 @@ _ENGINE_KEYS = "/etc/tunesmith/engine"
 _ADMIN_TOKEN_FILE = "/var/run/tunesmith/admin-token"  # noqa: S105 - a file's name
 _SECRETS = "/etc/tunesmith/secrets"
 _UNITS = {"Mi": 2**20, "Gi": 2**30}
+_LOGS = 2**30
+"""Room for what a container writes beside its volumes: its log."""
+_RUN_SIZE = 256 * 2**20
+_TEMPORARY_SIZE = 2**30
+_ENGINE_TEMPORARY_SIZE = 20 * 2**30
+"""Compiled kernels and caches of the engine."""
+_REQUESTED_STORAGE = "256Mi"
 _GRACE_BEYOND_DRAIN = 30
 _START_SECONDS = 3600
 _PROBE_SECONDS = 5
@@ -56,6 +64,14 @@ class Images:
     engine: str
     pull_policy: str
     store: str
+    allowed_addresses: str
+    """Networks that pool pods may reach beside public addresses; empty: none."""
+    adapter_storage: str
+    """Disk that the adapters of a pod may take, such as 20Gi."""
+    base_model_storage: str
+    """Disk that a downloaded base model may take."""
+    max_adapter_ratio: float
+    """Highest norm of an adapter's change of a module, relative to the base's weights."""
 
 
 def deployment_name(pool: ServingPool) -> str:
@@ -219,7 +235,7 @@ def _pod(pool: ServingPool, images: Images) -> Manifest:
         # A mounted base model is there already: the agent takes its fingerprint itself.
         "initContainers": [*([] if _claim(pool) else [_base_model(pool, images)]), _agent(pool, images)],
         "containers": [_engine(pool, images)],
-        "volumes": _volumes(pool),
+        "volumes": _volumes(pool, images),
         **pool.spec.scheduling.pod_fields(),
     }
 
@@ -229,14 +245,18 @@ def _base_model(pool: ServingPool, images: Images) -> Manifest:
     arguments = ["fetch-base", "--uri", source.uri, "--target", _BASE, "--fingerprint-file", _FINGERPRINT]
     if source.revision is not None:
         arguments += ["--revision", source.revision]
-    mounts = [_models(pool, read_only=False), _mount("tmp-base-model", "/tmp")]  # noqa: S108 - an emptyDir of its own
-    if source.secret_ref is not None:
-        folder = f"{_SECRETS}/{source.secret_ref.name}"
-        arguments += ["--secret", folder]
-        mounts.append(_mount("base-model-secret", folder, read_only=True))
+    own = source.secret_ref
+    volume, secret = ("store-secret", STORE_SECRET) if own is None else ("base-model-secret", own.name)
+    folder = f"{_SECRETS}/{secret}"  # which has the Secret's name, for messages
+    arguments += ["--secret", folder, "--storage", str(_bytes(images.base_model_storage))]
+    mounts = [
+        _models(pool, read_only=False),
+        _mount("tmp-base-model", "/tmp"),  # noqa: S108 - an emptyDir of its own
+        _mount(volume, folder, read_only=True),
+    ]
     return {
         "name": BASE_MODEL_CONTAINER,
-        **_small(images),
+        **_small(images, _volume_sizes(pool, images)["models"] + _TEMPORARY_SIZE),
         "command": ["tunesmith-agent"],
         "args": arguments,
         "volumeMounts": mounts,
@@ -249,7 +269,7 @@ def _agent(pool: ServingPool, images: Images) -> Manifest:
     return {
         "name": AGENT_CONTAINER,
         "restartPolicy": "Always",
-        **_small(images),
+        **_small(images, _volume_sizes(pool, images)["adapters"] + _RUN_SIZE + _TEMPORARY_SIZE),
         "command": ["tunesmith-agent"],
         "args": [
             "serve",
@@ -260,12 +280,15 @@ def _agent(pool: ServingPool, images: Images) -> Manifest:
             "--state", _RUN,
             "--adapters", "/adapters",
             "--store", images.store,
+            "--secret", f"{_SECRETS}/{STORE_SECRET}",
+            "--storage", str(_bytes(images.adapter_storage)),
+            "--max-adapter-ratio", f"{images.max_adapter_ratio:g}",
             "--base-fingerprint-file", _FINGERPRINT,
             "--max-lora-rank", str(engine.max_lora_rank),
             "--max-loras", str(engine.max_loras),
             "--drain-seconds", str(pool.spec.drain_seconds),
         ],
-        "env": [*_small(images)["env"], _POD_UID],
+        "env": [*_small_variables(images), _POD_UID],
         "ports": [{"name": "agent", "containerPort": AGENT_PORT, "protocol": "TCP"}],
         "startupProbe": {**probe, "periodSeconds": 1, "failureThreshold": 120},
         "livenessProbe": {**probe, "periodSeconds": 10, "failureThreshold": 6},
@@ -274,6 +297,7 @@ def _agent(pool: ServingPool, images: Images) -> Manifest:
             _mount("adapters", "/adapters"),
             _mount("run", _RUN),
             _mount("agent-keys", _AGENT_KEYS, read_only=True),
+            _mount("store-secret", f"{_SECRETS}/{STORE_SECRET}", read_only=True),
             _mount("tmp-agent", "/tmp"),  # noqa: S108 - an emptyDir of its own
         ],
     }  # fmt: skip
@@ -292,8 +316,13 @@ def _engine(pool: ServingPool, images: Images) -> Manifest:
         "env": _engine_variables(pool),
         "ports": [{"name": "engine", "containerPort": ENGINE_PORT, "protocol": "TCP"}],
         "resources": {
-            "requests": {"cpu": resources.cpu, "memory": resources.memory, **gpus},
-            "limits": {"memory": resources.memory, **gpus},
+            "requests": {
+                "cpu": resources.cpu,
+                "memory": resources.memory,
+                "ephemeral-storage": _REQUESTED_STORAGE,
+                **gpus,
+            },
+            "limits": {"memory": resources.memory, "ephemeral-storage": _engine_storage(pool, images), **gpus},
         },
         "securityContext": _restricted(),
         "startupProbe": {
@@ -358,17 +387,32 @@ def _engine_variables(pool: ServingPool) -> list[Manifest]:
     ]
 
 
-def _small(images: Images) -> Manifest:
-    """What both containers of the agent's image share."""
+def _small(images: Images, storage: int) -> Manifest:
+    """Fields that both containers of the agent's image share; `storage`: bytes of the volumes that they write."""
     return {
         "image": images.agent,
         "imagePullPolicy": images.pull_policy,
-        "envFrom": [{"secretRef": {"name": STORE_SECRET}}],
-        "env": [{"name": "HOME", "value": "/tmp"}],  # noqa: S108 - an emptyDir of its own
-        "resources": {"requests": {"cpu": "50m", "memory": "256Mi"}, "limits": {"memory": "1Gi"}},
+        "env": _small_variables(images),
+        "resources": {
+            "requests": {"cpu": "50m", "memory": "256Mi", "ephemeral-storage": _REQUESTED_STORAGE},
+            "limits": {"memory": "1Gi", "ephemeral-storage": str(storage + _LOGS)},
+        },
         "securityContext": _restricted(),
         "terminationMessagePolicy": "FallbackToLogsOnError",
     }
+
+
+def _small_variables(images: Images) -> list[Manifest]:
+    return [
+        {"name": "HOME", "value": "/tmp"},  # noqa: S108 - an emptyDir of its own
+        {"name": ALLOWED_ADDRESSES, "value": images.allowed_addresses},
+    ]
+
+
+def _engine_storage(pool: ServingPool, images: Images) -> str:
+    """Limit of the engine's container; the kubelet compares the pod's volumes with the sum of all limits."""
+    sizes = _volume_sizes(pool, images)
+    return str(sizes["tmp-engine"] + sizes.get("models", 0) + _LOGS)
 
 
 def _restricted() -> Manifest:
@@ -391,12 +435,31 @@ def _claim(pool: ServingPool) -> tuple[str, str] | None:
     return claim, folder.strip("/")
 
 
-def _volumes(pool: ServingPool) -> list[Manifest]:
+def _volume_sizes(pool: ServingPool, images: Images) -> dict[str, int]:
+    """Size limits in bytes of the volumes on the node's disk.
+
+    A pod whose volume exceeds its limit is evicted, with the adapters of everyone. So the agent and fetch-base keep to
+    the sizes that the platform sets, and the limits are a sixteenth higher, for what the file system itself takes.
+    """
+    sizes = {
+        "adapters": _bytes(images.adapter_storage) * 17 // 16,
+        "run": _RUN_SIZE,
+        "tmp-agent": _TEMPORARY_SIZE,
+        "tmp-engine": _ENGINE_TEMPORARY_SIZE,
+    }
+    if _claim(pool) is None:
+        sizes |= {"models": _bytes(images.base_model_storage) * 17 // 16, "tmp-base-model": _TEMPORARY_SIZE}
+    return sizes
+
+
+def _volumes(pool: ServingPool, images: Images) -> list[Manifest]:
     claim = _claim(pool)
-    empty = ["adapters", "run", "tmp-agent", "tmp-engine", *([] if claim else ["models", "tmp-base-model"])]
     volumes: list[Manifest] = [
-        *({"name": name, "emptyDir": {}} for name in empty),
-        {"name": "shm", "emptyDir": {"medium": "Memory"}},
+        *({"name": name, "emptyDir": {"sizeLimit": str(size)}} for name, size in _volume_sizes(pool, images).items()),
+        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": pool.spec.resources.memory}},
+        # Optional: no keys are needed where pods have an identity of their own. An adapter whose download needs them
+        # reports that they are missing, and the kubelet mounts a Secret that is created later.
+        {"name": "store-secret", "secret": {"secretName": STORE_SECRET, "defaultMode": 0o440, "optional": True}},
         _keys(pool, "agent-keys", CONTROL_KEY, EVENTS_KEY),
         _keys(pool, "engine-keys", SERVING_KEY),
     ]

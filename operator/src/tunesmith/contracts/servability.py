@@ -1,0 +1,258 @@
+"""Rules for an adapter's `adapter_config.json` that the engine can take safely.
+
+The trainer applies them before it publishes an adapter as servable, the agent before the engine loads one. The engine
+uses the keys of `rank_pattern` and `alpha_pattern` as regular expressions, so only literal module names are accepted.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tunesmith.contracts.strict_json import parse_object
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+T = TypeVar("T")
+
+ADAPTER_CONFIG = "adapter_config.json"
+MAX_CONFIG_BYTES = 256 * 1024
+MAX_PATTERNS = 256
+"""Keys of each pattern: the engine compiles and matches them for every module."""
+MAX_ALPHA = 65_536
+_MAX_VALUES = 65_536
+_MAX_NAMES = 4096
+_MAX_NAME = 256
+_MAX_TEXT = 1024
+_LITERAL = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*")
+_INITIALIZATIONS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
+"""Those that leave the base as it is."""
+
+
+class UnservableError(Exception):
+    """The engine must not load the adapter. The message is a sentence about the adapter."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Values of a checked adapter_config.json on which shapes and scales depend."""
+
+    rank: int
+    alpha: float
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rank_stabilized: bool = False
+    fan_in_fan_out: bool = False
+
+    @property
+    def highest_rank(self) -> int:
+        """Highest rank of any module."""
+        return max(self.rank, *self.rank_pattern.values(), 0)
+
+    def rank_of(self, module: str) -> int:
+        """Rank of a module, as PEFT and vLLM choose it."""
+        return _first_match(self.rank_pattern, module, self.rank)
+
+    def scaling_of(self, module: str) -> float:
+        """Factor of B·A for a module, as PEFT and vLLM compute it."""
+        rank = self.rank_of(module)
+        divisor = math.sqrt(rank) if self.rank_stabilized else rank
+        return _first_match(self.alpha_pattern, module, self.alpha) / divisor
+
+
+def _first_match(pattern: Mapping[str, T], module: str, default: T) -> T:
+    """The value of the first key, in the pattern's order, that is the module's name or its last parts."""
+    if not pattern:
+        return default
+    parts = module.split(".")
+    suffixes = {".".join(parts[start:]) for start in range(len(parts))}
+    found = suffixes & pattern.keys()
+    if len(found) <= 1:
+        return pattern[found.pop()] if found else default
+    return next(value for key, value in pattern.items() if key in found)
+
+
+def parse_adapter_config(document: bytes) -> LoraConfig:
+    """Check an `adapter_config.json`.
+
+    Raises:
+        UnservableError: it is malformed, has unknown keys or values, is not LoRA, or uses a feature that vLLM lacks.
+    """
+    try:
+        config = parse_object(document, max_bytes=MAX_CONFIG_BYTES, max_values=_MAX_VALUES)
+    except ValueError as error:
+        raise UnservableError(f"{ADAPTER_CONFIG} is malformed: {error}") from None
+    return check_adapter_config(config)
+
+
+def check_adapter_config(config: Mapping[str, Any]) -> LoraConfig:
+    """Check the content of an `adapter_config.json`.
+
+    Raises:
+        UnservableError: it has unknown keys or values, is not LoRA, or uses a feature that vLLM lacks.
+    """
+    if config.get("peft_type") != "LORA":
+        raise UnservableError(f"the adapter's method is {_shown(config.get('peft_type'))}; vLLM serves LORA only")
+    if config.get("task_type") not in {None, "CAUSAL_LM"}:
+        raise UnservableError(f"the adapter's task is {_shown(config['task_type'])}; CAUSAL_LM is needed")
+    if used := _unsupported(config):
+        raise UnservableError(f"the adapter uses {', '.join(used)}; vLLM cannot serve that")
+    for key, value in config.items():
+        if key not in _ALLOWED:
+            raise UnservableError(
+                f"{ADAPTER_CONFIG} has the key {_shown(key)}, which is not one of PEFT's LoRA: remove it"
+            )
+        fits, expected = _ALLOWED[key]
+        if not fits(value):
+            raise UnservableError(f"{key} of {ADAPTER_CONFIG} must be {expected}, and is {_shown(value)}")
+    missing = [key for key in ("r", "lora_alpha", "target_modules") if config.get(key) is None]
+    if missing:
+        raise UnservableError(f"{ADAPTER_CONFIG} has no {', no '.join(missing)}")
+    return LoraConfig(
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        rank_pattern=config.get("rank_pattern") or {},
+        alpha_pattern=config.get("alpha_pattern") or {},
+        rank_stabilized=bool(config.get("use_rslora")),
+        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+    )
+
+
+def _unsupported(config: Mapping[str, Any]) -> list[str]:
+    used = [name for key, name in _UNSUPPORTED.items() if config.get(key)]
+    if config.get("bias", "none") != "none":
+        used.append(f"bias={_shown(config['bias'])}")
+    initialization = config.get("init_lora_weights")
+    if isinstance(initialization, str) and initialization.lower() not in _INITIALIZATIONS:
+        used.append(f"the initialization {_shown(initialization)}, which changes the base or is unknown")
+    return used
+
+
+# PEFT's LoRA features that vLLM lacks, by the key of adapter_config.json that turns them on.
+_UNSUPPORTED = {
+    "use_dora": "DoRA",
+    "lora_bias": "biases of LoRA layers",
+    "modules_to_save": "fully trained modules (modules_to_save)",
+    "layer_replication": "layer replication",
+    "trainable_token_indices": "trained tokens",
+    "target_parameters": "parameters as targets",
+    "alora_invocation_tokens": "activated LoRA",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "BD-LoRA",
+    "velora_config": "VeLoRA",
+    "monteclora_config": "MonteCLoRA",
+    "kasa_config": "KaSA",
+    "arrow_config": "Arrow",
+    "auto_map": "code of its own (auto_map)",
+}
+
+
+def is_literal(name: object) -> bool:
+    """True if `name` is a module's name, or its last parts, without characters that a regular expression interprets.
+
+    The dot is the exception: as an expression it matches itself, and no base model has names that differ only there.
+    """
+    return isinstance(name, str) and len(name) <= _MAX_NAME and _LITERAL.fullmatch(name) is not None
+
+
+def _is_flag(value: object) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in {int, float} and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def _is_rank(value: object) -> bool:
+    return type(value) is int and 0 < value <= MAX_ALPHA
+
+
+def _is_alpha(value: object) -> bool:
+    return _is_number(value) and 0 < value <= MAX_ALPHA  # type: ignore[operator]
+
+
+def _is_text(value: object) -> bool:
+    return value is None or (isinstance(value, str) and len(value) <= _MAX_TEXT)
+
+
+def _is_settings(value: object) -> bool:
+    return value is None or isinstance(value, dict)
+
+
+def _are_names(value: object) -> bool:
+    names = value if isinstance(value, list) else [value]
+    return value is None or (len(names) <= _MAX_NAMES and all(map(is_literal, names)))
+
+
+def _are_layers(value: object) -> bool:
+    layers = value if isinstance(value, list) else [value]
+    return value is None or (len(layers) <= _MAX_NAMES and all(type(layer) is int for layer in layers))
+
+
+def _is_pattern(fits: Callable[[object], bool]) -> Callable[[object], bool]:
+    def check(value: object) -> bool:
+        return value is None or (
+            isinstance(value, dict)
+            and len(value) <= MAX_PATTERNS
+            and all(map(is_literal, value))
+            and all(map(fits, value.values()))
+        )
+
+    return check
+
+
+_FLAG = (_is_flag, "true or false")
+_TEXT = (_is_text, f"a text of at most {_MAX_TEXT} characters")
+_SETTINGS = (_is_settings, "an object or null")
+_NAMES = (
+    _are_names,
+    f"module names, at most {_MAX_NAMES}, of letters, digits, '_', '-' and '.': regular expressions are not accepted",
+)
+_PATTERN_NAMES = (
+    f"an object of at most {MAX_PATTERNS} module names of letters, digits, '_', '-' and '.' (regular expressions are "
+    "not accepted)"
+)
+_OFF = (lambda value: not value, "absent")
+
+_ALLOWED: dict[str, tuple[Callable[[object], bool], str]] = {
+    "peft_type": _TEXT,
+    "task_type": _TEXT,
+    "peft_version": _TEXT,
+    "base_model_name_or_path": _TEXT,
+    "revision": _TEXT,
+    "bias": _TEXT,
+    "megatron_core": _TEXT,
+    "inference_mode": _FLAG,
+    "fan_in_fan_out": _FLAG,
+    "use_rslora": _FLAG,
+    "ensure_weight_tying": _FLAG,
+    "init_lora_weights": (lambda value: isinstance(value, bool | str) or value is None, "true, false or a name"),
+    "r": (_is_rank, "a natural number"),
+    "lora_alpha": (_is_alpha, f"a number above 0, at most {MAX_ALPHA}"),
+    "lora_dropout": (lambda value: value is None or _is_number(value), "a number"),
+    "qalora_group_size": (lambda value: value is None or _is_number(value), "a number"),
+    "target_modules": _NAMES,
+    "exclude_modules": _NAMES,
+    "layers_pattern": _NAMES,
+    "layers_to_transform": (_are_layers, "numbers of layers"),
+    "rank_pattern": (_is_pattern(_is_rank), f"{_PATTERN_NAMES} with ranks that are natural numbers"),
+    "alpha_pattern": (_is_pattern(_is_alpha), f"{_PATTERN_NAMES} with numbers above 0, at most {MAX_ALPHA}"),
+    "eva_config": _SETTINGS,
+    "corda_config": _SETTINGS,
+    "lora_ga_config": _SETTINGS,
+    "loftq_config": _SETTINGS,
+    "megatron_config": _SETTINGS,
+    "runtime_config": _SETTINGS,
+    "auto_mapping": _SETTINGS,
+    **dict.fromkeys(_UNSUPPORTED, _OFF),
+}
+"""Keys of PEFT's LoraConfig: a check of the value, and its description."""
+
+
+def _shown(value: object) -> str:
+    """A value of the file in a message: short, and printable."""
+    text = value if isinstance(value, str) and value.isascii() and value.isprintable() else ascii(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"  # noqa: PLR2004

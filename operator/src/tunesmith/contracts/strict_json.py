@@ -1,0 +1,65 @@
+"""Parser for JSON of untrusted files: bounded in size and number of values, and with one meaning only."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+_LONGEST_NUMBER = 32
+"""Digits of a number; more would take quadratic time to convert."""
+
+
+def parse_object(document: bytes, *, max_bytes: int, max_values: int) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Raises:
+        ValueError: it is larger than allowed, is malformed or not an object, repeats a key, is nested too deeply, or
+            holds a number that is not finite or too long.
+    """
+    if len(document) > max_bytes:
+        raise ValueError(f"it has {len(document)} bytes, more than {max_bytes}")
+    # Counted before parsing: a short text can describe many objects, each of which takes memory.
+    values = sum(map(document.count, (b"{", b"[", b",")))
+    if values > max_values:
+        raise ValueError(f"it has more than {max_values} values")
+    if not document.startswith(b"{"):
+        raise ValueError("it is not a JSON object")
+    try:
+        return json.loads(  # type: ignore[no-any-return]
+            document.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_refuse_constant,
+            parse_int=_integer,
+            parse_float=_finite,
+        )
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {repeated[:80]!a} appears twice")
+    return result
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _integer(text: str) -> int:
+    if len(text) > _LONGEST_NUMBER:
+        raise ValueError(f"a number has {len(text)} digits")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    value = float(text) if len(text) <= _LONGEST_NUMBER else math.inf
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:_LONGEST_NUMBER]} is too large or too long")
+    return value

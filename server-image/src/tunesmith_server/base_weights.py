@@ -1,0 +1,92 @@
+"""Tensors of the pod's base model: shapes, and norms to which an adapter's are compared."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tunesmith_server.safetensors import FLOATS, Tensor, read_tensors, values
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MEASURED_WHOLE = 1 << 20
+"""Values up to which a tensor is read whole; of a larger one a sample of as many is read."""
+_BLOCK = 1 << 14
+_NOMINAL_DEVIATION = 0.02
+"""Usual standard deviation of a linear layer's weights."""
+
+
+@dataclass(frozen=True)
+class BaseWeights:
+    """Tensors of a base model by name, each with the file that holds it.
+
+    Attributes:
+        folder: of the model.
+        files: name of the file that holds a tensor.
+        tensors: place and shape of a tensor.
+        norms: Frobenius norms that were measured, by tensor.
+    """
+
+    folder: Path
+    files: dict[str, str]
+    tensors: dict[str, Tensor]
+    norms: dict[str, float] = field(default_factory=dict)
+
+    def matrix_of(self, module: str) -> str | None:
+        """Name of the tensor that a module multiplies with; None if the base has no such module.
+
+        A tied `lm_head` is stored once, as the embedding.
+        """
+        name = f"{module}.weight"
+        if name in self.tensors:
+            return name
+        if module == "lm_head":
+            return next((name for name in self.tensors if name.endswith("embed_tokens.weight")), None)
+        return None
+
+    def norm(self, name: str) -> float:
+        """Frobenius norm of a tensor.
+
+        Large tensors are sampled: evenly spaced blocks, always the same. A tensor that is stored quantised (FP8, INT8)
+        has no norm without its scales: it counts as one of its shape with values of the usual size, as does a tensor
+        that is zero or not finite.
+        """
+        known = self.norms.get(name)
+        if known is None:
+            known = self.norms[name] = self._measure(name)
+        return known
+
+    def _measure(self, name: str) -> float:
+        tensor = self.tensors[name]
+        nominal = _NOMINAL_DEVIATION * math.sqrt(tensor.count)
+        if tensor.dtype not in FLOATS:
+            return nominal
+        path = self.folder / self.files[name]
+        if tensor.count <= MEASURED_WHOLE:
+            places = list(range(0, tensor.count, _BLOCK))
+        else:
+            blocks = MEASURED_WHOLE // _BLOCK
+            places = [(tensor.count - _BLOCK) * block // (blocks - 1) for block in range(blocks)]
+        squares = math.fsum(float(np.sum(np.square(values(path, tensor, place, _BLOCK)))) for place in places)
+        total = squares * max(1.0, tensor.count / MEASURED_WHOLE)
+        return math.sqrt(total) if math.isfinite(total) and total > 0 else nominal
+
+
+def read_base_weights(folder: Path) -> BaseWeights:
+    """Read the headers of a base model's safetensors files.
+
+    Raises:
+        ValueError: a safetensors file is damaged.
+        OSError: the folder cannot be read.
+    """
+    files: dict[str, str] = {}
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found = read_tensors(path)
+        tensors |= found
+        files |= dict.fromkeys(found, path.name)
+    return BaseWeights(folder, files, tensors)

@@ -1,0 +1,278 @@
+"""Supervisor of downloads: each runs in a child process, is checked there, and leaves a trace if it ends the agent."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.contracts.agent import DesiredAdapter
+from tunesmith.contracts.connections import guarded
+from tunesmith_server.artifact import (
+    PodLimits,
+    Steps,
+    fetch_artifact,
+    incoming_folder,
+    remove_folder,
+    stored_sizes,
+)
+from tunesmith_server.lora import UnfitAdapterError, weight_bounds
+from tunesmith_server.sandbox import Channel, Child, ChildEndedError, ChildLimits, Sandbox
+from tunesmith_server.store import StoreError, StoreFolder, read_credentials
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+JOURNAL = "checking.json"
+SILENCE_SECONDS = 120.0
+"""Longest time without a byte from the store."""
+CHECK_SECONDS = 60
+"""Time of a check, and one second more for each `_CHECKED_PER_SECOND` bytes."""
+_CHECKED_PER_SECOND = 20_000_000
+_MEMORY = 160 * 2**20
+"""Of a child, and a part of the header's size."""
+_MEMORY_PER_HEADER_BYTE = 12
+_LIBRARIES = {"s3": "s3fs", "gs": "gcsfs.core", "az": "adlfs"}
+
+log = logging.getLogger(__name__)
+
+
+class Journal:
+    """Digests whose check ended the agent, on the pod's disk.
+
+    A digest is written down before its check and removed after it. Whatever is found at the start was being checked
+    when the agent died, and is not checked again on this pod.
+
+    Args:
+        folder: of the agent's state.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / JOURNAL
+        self._lock = threading.Lock()
+        try:
+            found = json.loads(self._path.read_bytes())
+            self._fatal = {str(digest) for digest in [*found["fatal"], *found["checking"]]}
+        except FileNotFoundError:
+            self._fatal = set()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("%s cannot be read, and is written anew: %s", self._path, error)
+            self._fatal = set()
+        self._checking: set[str] = set()
+        self._write()
+
+    def refuse(self, digest: str) -> None:
+        """Raise UnfitAdapterError if the agent died while it checked this digest."""
+        if digest in self._fatal:
+            raise UnfitAdapterError(
+                "the agent ended while it checked the adapter's files, so they are not checked again on this pod: "
+                "publish the adapter again, or delete the pod if its node or memory was the cause"
+            )
+
+    @contextmanager
+    def checking(self, digest: str) -> Iterator[None]:
+        """Keep the digest written down while the block runs."""
+        self._change(self._checking.add, digest)
+        try:
+            yield
+        finally:
+            self._change(self._checking.discard, digest)
+
+    def _change(self, change: Callable[[str], None], digest: str) -> None:
+        with self._lock:
+            change(digest)
+            self._write()
+
+    def _write(self) -> None:
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"checking": sorted(self._checking), "fatal": sorted(self._fatal)}))
+        temporary.replace(self._path)
+
+
+@dataclass(frozen=True)
+class FetchSettings:
+    """Settings of downloads.
+
+    Attributes:
+        adapters: folder of adapters.
+        state: folder of the agent's state.
+        secret: folder of the mounted Secret with the store's credentials.
+        storage: bytes that all adapters of the pod may take.
+    """
+
+    adapters: Path
+    state: Path
+    secret: Path
+    storage: int
+
+
+class ArtifactFetcher:
+    """Fetches artifacts, several at a time and one check at a time.
+
+    Args:
+        settings: of downloads.
+        limits: that an adapter must fit.
+        downloaded: gets the bytes of every piece.
+    """
+
+    def __init__(self, settings: FetchSettings, limits: PodLimits, downloaded: Callable[[int], None]) -> None:
+        self._settings = settings
+        self._limits = limits
+        self._downloaded = downloaded
+        self._journal = Journal(settings.state)
+        self._sandbox = Sandbox([__name__, _LIBRARIES.get(limits.store.partition("://")[0], "fsspec")])
+        bounds = weight_bounds(limits.base, limits.max_rank)
+        self._check_seconds = CHECK_SECONDS + bounds.size // _CHECKED_PER_SECOND
+        memory = _MEMORY + _MEMORY_PER_HEADER_BYTE * bounds.header
+        # Processor time: all checks, and what copying and hashing the bytes takes.
+        self._child_limits = ChildLimits(memory, cpu_seconds=2 * self._check_seconds)
+        self._one_check = threading.Lock()
+        self._volume = threading.Lock()
+        self._reserved: dict[str, int] = {}
+        self._children: set[Child] = set()
+        self._closed = False
+
+    def fetch(self, adapter: DesiredAdapter) -> None:
+        """Download, check and place the artifact of a revision. Blocks; several threads may call it.
+
+        Raises:
+            UnfitAdapterError: the artifact is damaged, unsafe, or does not fit this pod.
+            StoreError: the store does not give it, or the volume is full.
+            OSError: it cannot be written.
+        """
+        self._journal.refuse(adapter.digest)
+        child = self._sandbox.start(
+            _fetch_in_child,
+            (adapter.model_dump_json(by_alias=True), self._limits, self._settings),
+            self._child_limits,
+        )
+        self._children.add(child)
+        try:
+            if self._closed:
+                raise StoreError("the agent is stopping", permanent=False)
+            self._supervise(child, adapter.digest)
+        finally:
+            self._children.discard(child)
+            child.close()
+            self._reserved.pop(adapter.digest, None)
+            remove_folder(incoming_folder(self._settings.adapters, adapter.digest))
+
+    def close(self) -> None:
+        """Stop everything that runs; the threads in `fetch` return soon."""
+        self._closed = True
+        for child in self._children.copy():
+            child.kill()
+
+    def _supervise(self, child: Child, digest: str) -> None:
+        while True:
+            try:
+                kind, value = child.receive(SILENCE_SECONDS)
+            except ChildEndedError as error:
+                raise StoreError(f"the download {error}", permanent=False) from None
+            if kind == "check":
+                self._supervise_check(child, digest)
+            elif kind == "progress":
+                self._downloaded(value)
+            elif kind == "reserve":
+                child.answer(self._reserve(digest, value))
+            else:
+                self._finish(kind, value)
+                return
+
+    def _supervise_check(self, child: Child, digest: str) -> None:
+        """Let the child check, one at a time; it sends `checked` when it is done, or how the check failed."""
+        with self._one_check, self._journal.checking(digest):
+            child.answer()
+            try:
+                kind, value = child.receive(self._check_seconds)
+            except ChildEndedError as error:
+                if self._closed:
+                    raise StoreError("the agent is stopping", permanent=False) from None
+                raise UnfitAdapterError(f"the check of the adapter's files {error}") from None
+        if kind != "checked":
+            self._finish(kind, value)
+
+    def _reserve(self, digest: str, size: int) -> str:
+        """Reserve room on the volume; the sentence if there is none."""
+        with self._volume:
+            taken = sum(stored_sizes(self._settings.adapters).values()) + sum(self._reserved.values())
+            if taken + size > self._settings.storage:
+                return (
+                    f"the pod's volume for adapters has {self._settings.storage} bytes, {taken} are taken, and the "
+                    f"adapter needs {size}: detach adapters, or ask the platform to raise serving.adapterStorage"
+                )
+            self._reserved[digest] = size
+            return ""
+
+    def _finish(self, kind: str, value: Any) -> None:  # noqa: ANN401 - JSON
+        if kind == "done":
+            self._limits.base.norms.update(value)
+        elif kind == "unfit":
+            raise UnfitAdapterError(value)
+        elif kind == "store":
+            raise StoreError(value[0], permanent=value[1])
+        else:
+            raise OSError(value)
+
+
+class _SupervisedSteps(Steps):
+    """The steps of a child, which its parent permits."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+
+    @contextmanager
+    def checking(self) -> Iterator[None]:
+        self._channel.ask("check")
+        try:
+            yield
+        except (UnfitAdapterError, OSError):
+            raise
+        except MemoryError:
+            raise UnfitAdapterError("the check of the adapter's files needed too much memory") from None
+        except Exception as error:
+            log.exception("check of an adapter")
+            raise UnfitAdapterError(
+                f"the check of the adapter's files failed ({type(error).__name__}: {error})"
+            ) from None
+        self._channel.send("checked")
+
+    def reserve(self, size: int) -> None:
+        full = self._channel.ask("reserve", size)
+        if full:
+            raise StoreError(full, permanent=False)
+
+    def progress(self, size: int) -> None:
+        self._channel.send("progress", size)
+
+
+def _fetch_in_child(channel: Channel, document: str, limits: PodLimits, settings: FetchSettings) -> None:
+    """Fetch an artifact and send how it ended."""
+    adapter = DesiredAdapter.model_validate_json(document)
+    try:
+        with guarded():
+            credentials = read_credentials(settings.secret)
+            credentials.set_proxies()
+            fetch_artifact(
+                adapter,
+                limits,
+                settings.adapters,
+                lambda uri: StoreFolder(uri, credentials),
+                _SupervisedSteps(channel),
+            )
+    except UnfitAdapterError as error:
+        channel.send("unfit", str(error))
+    except StoreError as error:
+        channel.send("store", [str(error), error.permanent])
+    except OSError as error:
+        channel.send("disk", error.strerror or str(error))
+    except MemoryError:
+        channel.send("store", ["the download needed too much memory", False])
+    except ValueError as error:
+        channel.send("store", [str(error), False])
+    else:
+        channel.send("done", limits.base.norms)

@@ -1,0 +1,50 @@
+"""Decision when the files of a revision may be removed: never while the engine may still read them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+GRACE_SECONDS = 30.0
+"""Time after the last sign of use: a request whose client is gone runs in the engine a little longer."""
+
+
+class Retention:
+    """Observes which revisions are in use.
+
+    The engine reads the files of a registered adapter again whenever it has put the adapter out of its cache, and a
+    request that runs keeps its adapter after that is unloaded. So files are removed when their revision is not wanted,
+    its adapter is not registered and none of its requests has run for `GRACE_SECONDS`.
+    """
+
+    def __init__(self) -> None:
+        self._unused_since: dict[str, float] = {}
+
+    def unused(
+        self,
+        *,
+        folders: Mapping[str, str],
+        wanted: Collection[str],
+        registered: Collection[str],
+        running: Collection[str],
+        now: float,
+    ) -> list[str]:
+        """Return the digests whose files may be removed now.
+
+        Args:
+            folders: of the files on this pod, by digest.
+            wanted: digests that are wanted or being downloaded.
+            registered: folders of the adapters that the engine holds.
+            running: engine names with requests in the engine.
+            now: monotonic seconds.
+        """
+        ends = {name.rpartition("@")[2] for name in running}
+        idle = {
+            digest
+            for digest, folder in folders.items()
+            if digest not in wanted and folder not in registered and digest.removeprefix("sha256:")[:12] not in ends
+        }
+        self._unused_since = {digest: self._unused_since.get(digest, now) for digest in idle}
+        return sorted(digest for digest, since in self._unused_since.items() if now - since >= GRACE_SECONDS)
