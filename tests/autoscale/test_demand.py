@@ -52,6 +52,7 @@ def test_a_gateway_that_was_never_heard_makes_it_incomplete(board: DemandBoard) 
     assert board.missing(10.1) == "gateway two does not report its requests on port 8081"
     board.fail("g2", "timed out")
     assert board.missing(10.1) == "gateway two does not report its requests on port 8081: timed out"
+    assert board.silent(10.1) == 1
     assert board.missing(30.0) == "gateway one does not report its requests on port 8081 (1 more as well)"
 
 

@@ -28,9 +28,12 @@ from tunesmith.contracts.agent import (
     ResidencyState,
     accepts,
     demand_tokens,
+    list_digest,
     parse_keys,
     pod_tokens,
 )
+from tunesmith.contracts.podevents import EventWriter
+from tunesmith.controller.serving_streams import gateway_labels
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -44,16 +47,16 @@ GATE = "tunesmith.dev/adapters"
 
 
 class Lines:
-    """Serves a stream of JSON lines: one on each change and one at least every half second."""
+    """Serves streams of JSON lines: one on each change and at least every half second. Each reader has a writer."""
 
-    def __init__(self, tokens: tuple[str, ...], path: str, line: Callable[[], str]) -> None:
+    def __init__(self, tokens: tuple[str, ...], path: str, writer: Callable[[], Callable[[], bytes]]) -> None:
         self.tokens = tokens
         self.control_tokens: tuple[str, ...] = ()
         self.refused = 0
         self.address = f"127.{random.randint(1, 254)}.{random.randint(1, 254)}.{random.randint(1, 254)}"  # noqa: S311
         self.application = web.Application(middlewares=[self._guard])
         self.application.add_routes([web.get(path, self._stream)])
-        self._line = line
+        self._writer = writer
         self._changed = asyncio.Condition()
         self._runner: web.AppRunner | None = None
         self._socket: socket.socket | None = None
@@ -90,10 +93,11 @@ class Lines:
     async def _stream(self, request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse()
         await response.prepare(request)
+        line = self._writer()
         with contextlib.suppress(ConnectionResetError):
             while True:
                 if not self.silent:
-                    await response.write(self._line().encode() + b"\n")
+                    await response.write(line())
                 async with self._changed:
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(self._changed.wait(), 0.5)
@@ -104,14 +108,16 @@ class FakeAgent(Lines):
     """An agent whose engine loads at once; `damaged` names what it finds damaged."""
 
     def __init__(self, keys: dict[str, Keys], pod_uid: str, damaged: set[str]) -> None:
-        super().__init__(
-            pod_tokens(keys["events"], pod_uid), "/v1/events", lambda: self.state.model_dump_json(by_alias=True)
-        )
+        super().__init__(pod_tokens(keys["events"], pod_uid), "/v1/events", self._events)
         self.control_tokens = pod_tokens(keys["control"], pod_uid)
         self.state = PodState(base_model_fingerprint=FINGERPRINT, engine_ready=True)
         self.lists: list[DesiredAdapters] = []
         self.damaged = damaged
         self.application.add_routes([web.put("/v1/adapters", self._put)])
+
+    def _events(self) -> Callable[[], bytes]:
+        writer = EventWriter()
+        return lambda: writer.line(self.state)
 
     @property
     def holds(self) -> list[str]:
@@ -129,6 +135,7 @@ class FakeAgent(Lines):
         await self.set(
             epoch=wanted.epoch,
             sequence=wanted.sequence,
+            list_digest=list_digest(wanted.adapters),
             adapters=[
                 Residency(
                     engine_name=adapter.engine_name,
@@ -149,8 +156,11 @@ class FakeGateway(Lines):
     """A gateway with requests; it registers itself as a pod."""
 
     def __init__(self, keys: Keys) -> None:
-        super().__init__(demand_tokens(keys), "/v1/demand", lambda: self.demand.model_dump_json(by_alias=True))
+        super().__init__(demand_tokens(keys), "/v1/demand", lambda: self._demand)
         self.demand = GatewayDemand()
+
+    def _demand(self) -> bytes:
+        return self.demand.model_dump_json(by_alias=True).encode() + b"\n"
 
     async def set(self, **models: int) -> None:
         self.demand = GatewayDemand(models={name: AdapterDemand(running=count) for name, count in models.items()})
@@ -175,7 +185,7 @@ async def gateway(cluster: Cluster, namespace: str) -> AsyncIterator[FakeGateway
             "metadata": {
                 "generateName": "gateway-",
                 "namespace": namespace,
-                "labels": {"app.kubernetes.io/component": "gateway"},
+                "labels": gateway_labels("tunesmith"),
             },
             "spec": {"containers": [{"name": "gateway", "image": "gateway:1"}]},
         }

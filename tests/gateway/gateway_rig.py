@@ -22,6 +22,7 @@ from tunesmith.contracts.agent import (
 )
 from tunesmith.contracts.apikey import key_secret, new_key
 from tunesmith.contracts.location import engine_name
+from tunesmith.contracts.podevents import EventWriter
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -170,6 +171,7 @@ class FakePod:
             raise web.HTTPUnauthorized
         response = web.StreamResponse()
         await response.prepare(request)
+        writer = EventWriter()
         while not self.silent:
             names = self.resident if self.announced is None else self.announced
             state = PodState(
@@ -180,7 +182,7 @@ class FakePod:
                     for name in sorted(names)
                 ],
             )
-            await response.write(state.model_dump_json(by_alias=True).encode() + b"\n")
+            await response.write(writer.line(state))
             async with self._told:
                 try:
                     async with asyncio.timeout(0.5):

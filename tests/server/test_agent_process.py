@@ -23,7 +23,8 @@ from server_rig import (
     wait_until,
 )
 
-from tunesmith.contracts.agent import PodState, ResidencyState, pod_tokens
+from tunesmith.contracts.agent import PodEvent, PodState, ResidencyState, pod_tokens
+from tunesmith.contracts.podevents import EventReader
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -57,11 +58,12 @@ async def http(agent: Container, pod: Pod) -> AsyncIterator[aiohttp.ClientSessio
 async def until(http: aiohttp.ClientSession, condition: Callable[[PodState], Any]) -> PodState:
     """The first line of the event stream that meets the condition."""
     timeout = aiohttp.ClientTimeout(total=60)
+    reader = EventReader()
     async with http.get("/v1/events", headers=EVENTS, timeout=timeout) as events:
         async for line in events.content:
-            state = PodState.model_validate_json(line)
-            if condition(state):
-                return state
+            reader.read(line)
+            if condition(reader.state):
+                return reader.state
     raise AssertionError("the event stream ended")
 
 
@@ -115,8 +117,9 @@ async def test_the_first_line_says_what_the_pod_is_and_the_heart_beats(
     http: aiohttp.ClientSession, fingerprint: str
 ) -> None:
     async with http.get("/v1/events", headers=EVENTS) as events:
-        lines = [PodState.model_validate_json(await events.content.readline()) for _ in range(2)]
-    assert lines == [PodState(base_model_fingerprint=fingerprint)] * 2
+        lines = [PodEvent.model_validate_json(await events.content.readline()) for _ in range(2)]
+    assert [line.snapshot for line in lines] == [True, False]
+    assert [line.base_model_fingerprint for line in lines] == [fingerprint] * 2
 
 
 @pytest.mark.parametrize(

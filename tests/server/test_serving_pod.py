@@ -28,6 +28,7 @@ from server_rig import (
 )
 
 from tunesmith.contracts.agent import PodState, Residency, ResidencyState
+from tunesmith.contracts.podevents import EventReader
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -94,7 +95,9 @@ class ServingPod:
 
     def state(self) -> PodState:
         with open_stream(f"{self.pod.agent_url}/v1/events", "GET", None, EVENTS_TOKEN) as events:
-            return PodState.model_validate_json(events.readline())
+            reader = EventReader()
+            reader.read(events.readline())
+            return reader.state
 
     def residency(self, name: str) -> Residency | None:
         wanted = self.entries[name]["engineName"]

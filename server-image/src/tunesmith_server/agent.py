@@ -83,9 +83,10 @@ class Agent:
 
         Raises:
             OutdatedError: it is older than the known one.
+            ImplausibleEpochError: its epoch is too far in the future.
         """
         before = {adapter.engine_name: adapter for adapter in self._wanted()}
-        self._desired.put(wanted)
+        self._desired.put(wanted, time.time())
         after = {adapter.engine_name: adapter for adapter in wanted.adapters}
         for name in [name for name in self._failures if after.get(name) != before.get(name)]:
             self._forget(name)
@@ -292,11 +293,11 @@ class Agent:
         state = PodState(
             epoch=current.epoch if current else 0,
             sequence=current.sequence if current else 0,
+            list_digest=self._desired.digest,
             base_model_fingerprint=self._settings.fingerprint,
             engine_ready=snapshot is not None,
             draining=self._draining,
             adapters=plan(self._observation()).report,
-            in_flight={} if snapshot is None else snapshot.state.in_flight,
         )
         self._metrics.residencies(state)
         async with self._changed:

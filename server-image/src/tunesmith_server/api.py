@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable  # noqa: TC003 - of a dataclass
 from dataclasses import dataclass, field
@@ -11,7 +12,8 @@ from aiohttp import web
 from pydantic import ValidationError
 
 from tunesmith.contracts.agent import HEARTBEAT_SECONDS, DesiredAdapters, Keys, accepts, pod_tokens
-from tunesmith_server.desired import OutdatedError
+from tunesmith.contracts.podevents import EventWriter
+from tunesmith_server.desired import ImplausibleEpochError, OutdatedError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
@@ -20,6 +22,12 @@ if TYPE_CHECKING:
     from tunesmith_server.metrics import Metrics
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
+MAX_READERS = 64
+"""Event streams at once: every gateway replica has one, and each operator that leads."""
+WRITE_SECONDS = 10.0
+"""A reader that does not take a line within this time is disconnected."""
+MIN_INTERVAL_SECONDS = 0.05
+"""Changes within this time go into one line."""
 OPEN = "/healthz"
 DRAIN = "/drain"
 READ = frozenset({"/v1/events", "/metrics"})
@@ -64,6 +72,7 @@ class AgentApi:
         self._agent = agent
         self._metrics = metrics
         self._credentials = credentials
+        self._readers = 0
 
     def application(self) -> web.Application:
         """The aiohttp application."""
@@ -109,18 +118,36 @@ class AgentApi:
             await self._agent.put(wanted)
         except OutdatedError as error:
             return web.json_response({"error": str(error)}, status=409)
+        except ImplausibleEpochError as error:
+            return web.json_response({"error": str(error)}, status=400)
         return web.json_response({"epoch": wanted.epoch, "sequence": wanted.sequence})
 
     async def _events(self, request: web.Request) -> web.StreamResponse:
+        if self._readers >= MAX_READERS:
+            return web.json_response({"error": f"{MAX_READERS} streams are open already."}, status=503)
+        self._readers += 1
+        try:
+            return await self._write_events(request)
+        finally:
+            self._readers -= 1
+
+    async def _write_events(self, request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-store"})
         await response.prepare(request)
-        state = self._agent.state
+        state, writer = self._agent.state, EventWriter()
         try:
             while True:
-                await response.write(state.model_dump_json(by_alias=True).encode() + b"\n")
-                state = await self._agent.changed(state, HEARTBEAT_SECONDS)
+                async with asyncio.timeout(WRITE_SECONDS):
+                    await response.write(writer.line(state))
+                await asyncio.sleep(MIN_INTERVAL_SECONDS)
+                state = await self._agent.changed(state, HEARTBEAT_SECONDS - MIN_INTERVAL_SECONDS)
         except ConnectionResetError:
             return response  # the reader is gone
+        except TimeoutError:
+            log.warning("a reader of the events did not take a line within %g s", WRITE_SECONDS)
+            if request.transport is not None:
+                request.transport.abort()
+            return response
 
     async def _drain(self, _request: web.Request) -> web.Response:
         return web.json_response({"drained": await self._agent.drain()})

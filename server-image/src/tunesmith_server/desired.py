@@ -1,4 +1,4 @@
-"""The list of wanted revisions, kept in a file so that a restarted agent goes on with it."""
+"""The list of wanted revisions, kept in a file so that a restarted agent continues with it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from tunesmith.contracts.agent import DesiredAdapters
+from tunesmith.contracts.agent import MAX_EPOCH_LEAD, DesiredAdapters, list_digest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,6 +17,10 @@ FILE = "desired.json"
 
 class OutdatedError(Exception):
     """The list is older than the one that is known."""
+
+
+class ImplausibleEpochError(Exception):
+    """The list's epoch is so far ahead that no leader could follow it."""
 
 
 class DesiredFile:
@@ -32,20 +36,39 @@ class DesiredFile:
     def __init__(self, folder: Path) -> None:
         self._path = folder / FILE
         self.current: DesiredAdapters | None = None
+        self.digest = ""
+        """Digest of the list; empty before the first one."""
         if self._path.exists():
             try:
                 self.current = DesiredAdapters.model_validate_json(self._path.read_bytes())
+                self.digest = list_digest(self.current.adapters)
             except ValidationError as error:
                 raise ValueError(f"{self._path} is damaged; delete the pod to start anew: {error}") from None
 
-    def put(self, wanted: DesiredAdapters) -> None:
+    def put(self, wanted: DesiredAdapters, now: float) -> None:
         """Take a list over and keep it.
 
+        Args:
+            wanted: the list.
+            now: seconds since 1970.
+
         Raises:
-            OutdatedError: its (epoch, sequence) is lower than the known one's.
+            ImplausibleEpochError: its epoch is too far in the future.
+            OutdatedError: its (epoch, sequence) is lower than the known one's, or the same with another list.
         """
-        known = self.current
-        if known is not None and (wanted.epoch, wanted.sequence) < (known.epoch, known.sequence):
+        known, digest = self.current, list_digest(wanted.adapters)
+        latest = int(now) + MAX_EPOCH_LEAD
+        if wanted.epoch > latest:
+            raise ImplausibleEpochError(
+                f"epoch {wanted.epoch} is more than {MAX_EPOCH_LEAD} s ahead of this pod's clock ({int(now)}): check "
+                "the clocks of the operator's node and of this one"
+            )
+        if known is not None and known.epoch > latest:
+            known = None  # it was accepted by a clock that was wrong
+        number = (wanted.epoch, wanted.sequence)
+        if known is not None and number == (known.epoch, known.sequence) and digest != self.digest:
+            raise OutdatedError(f"another list with epoch {wanted.epoch}, sequence {wanted.sequence} is known")
+        if known is not None and number < (known.epoch, known.sequence):
             raise OutdatedError(
                 f"epoch {wanted.epoch}, sequence {wanted.sequence} is older than epoch {known.epoch}, "
                 f"sequence {known.sequence}, which this pod holds"
@@ -56,4 +79,4 @@ class DesiredFile:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self._path)
-        self.current = wanted
+        self.current, self.digest = wanted, digest

@@ -94,12 +94,17 @@ class DemandBoard:
         if not self._gateways:
             waited = self._listed or now - self._asked > _PATIENCE_SECONDS
             return "no gateway is running" if waited else None
-        silent = sorted(
-            (gateway for gateway in self._gateways.values() if now - gateway.heard > _PATIENCE_SECONDS),
-            key=lambda gateway: gateway.name,
-        )
+        silent = self._silent(now)
         if not silent:
             return None
         more = f" ({len(silent) - 1} more as well)" if len(silent) > 1 else ""
         error = f": {silent[0].error}" if silent[0].error else ""
         return f"{silent[0].name} does not report its requests on port {GATEWAY_INTERNAL_PORT}{more}{error}"
+
+    def silent(self, now: float) -> int:
+        """Return the number of gateways that exist and are not heard."""
+        return len(self._silent(now))
+
+    def _silent(self, now: float) -> list[_Gateway]:
+        silent = (gateway for gateway in self._gateways.values() if now - gateway.heard > _PATIENCE_SECONDS)
+        return sorted(silent, key=lambda gateway: gateway.name)

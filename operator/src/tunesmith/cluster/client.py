@@ -27,7 +27,7 @@ from tunesmith.cluster.resources import Object, Objects, Resource, named, resour
 from tunesmith.cluster.watch import WatchEvent, watch
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 
 FIELD_MANAGER = "tunesmith"
 PAGE_SIZE = 500
@@ -331,7 +331,7 @@ class Cluster:
 
     async def stream(
         self, kind: str, namespace: str | None, query: Mapping[str, str], *, verb: str = "watch"
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes, None]:
         """Lines of a streamed answer about a collection."""
         resource = resource_of(kind)
         path = resource.path(namespace)

@@ -7,13 +7,14 @@ import json
 import logging
 import random
 import time
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from tunesmith.cluster.errors import ClusterError, ExpiredError, UnavailableError, error_of
 from tunesmith.cluster.resources import Object, Objects, named, resource_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 
     from tunesmith.cluster.client import Cluster
 
@@ -71,10 +72,11 @@ async def watch(
         synced = True
         yield WatchEvent("SYNCED", {})
         try:
-            async for event in _follow(cluster, kind, namespace, selectors, version, alive):
-                unreadable = 0
-                _remember(known, event)
-                yield event
+            async with aclosing(_follow(cluster, kind, namespace, selectors, version, alive)) as events:
+                async for event in events:
+                    unreadable = 0
+                    _remember(known, event)
+                    yield event
         except _UNREADABLE as error:
             unreadable += 1
             _log.warning("the watch of %s has a line that cannot be read (%s): it lists again", kind, error)
@@ -88,17 +90,19 @@ async def _follow(
     selectors: Mapping[str, str],
     version: str,
     alive: Callable[[], None],
-) -> AsyncIterator[WatchEvent]:
+) -> AsyncGenerator[WatchEvent, None]:
     """Yield the changes after a version, through streams that end, until only a list can tell what changed."""
     failures = 0
     while failures < 2:  # noqa: PLR2004 - continues after a hiccup, lists again after the second in a row
         started, failures = time.monotonic(), failures + 1
         try:
-            async for event, newest in _changes(cluster, kind, namespace, {**selectors, "resourceVersion": version}):
-                version, failures = newest, 0
-                alive()
-                if event is not None:
-                    yield event
+            query = {**selectors, "resourceVersion": version}
+            async with aclosing(_changes(cluster, kind, namespace, query)) as changes:
+                async for event, newest in changes:
+                    version, failures = newest, 0
+                    alive()
+                    if event is not None:
+                        yield event
         except ExpiredError:
             return
         except ClusterError as error:
@@ -129,18 +133,19 @@ async def _list(
 
 async def _changes(
     cluster: Cluster, kind: str, namespace: str | None, query: Mapping[str, str]
-) -> AsyncIterator[tuple[WatchEvent | None, str]]:
+) -> AsyncGenerator[tuple[WatchEvent | None, str], None]:
     """Changes, each with its version (None for a bookmark), until the API server ends the stream."""
     resource = resource_of(kind)
     seconds = str(_WATCH_SECONDS + random.randrange(60))  # noqa: S311 - spreads load, is no secret
     query = {**query, "watch": "true", "allowWatchBookmarks": "true", "timeoutSeconds": seconds}
-    async for line in cluster.stream(kind, namespace, query):
-        event = json.loads(line)
-        item: Object = event["object"]
-        if event["type"] == "ERROR":
-            raise error_of(item.get("code", 500), item.get("reason", ""), item.get("message", ""))
-        version = item["metadata"]["resourceVersion"]
-        yield None if event["type"] == "BOOKMARK" else WatchEvent(event["type"], named(item, resource)), version
+    async with aclosing(cluster.stream(kind, namespace, query)) as lines:
+        async for line in lines:
+            event = json.loads(line)
+            item: Object = event["object"]
+            if event["type"] == "ERROR":
+                raise error_of(item.get("code", 500), item.get("reason", ""), item.get("message", ""))
+            version = item["metadata"]["resourceVersion"]
+            yield None if event["type"] == "BOOKMARK" else WatchEvent(event["type"], named(item, resource)), version
 
 
 def differences(known: Mapping[tuple[str, str], Object], items: Objects) -> list[WatchEvent]:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import hashlib
 import hmac
 from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
 from tunesmith.api.model import StatusModel
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 AGENT_PORT = 9000
 """Port of the agent: PUT /v1/adapters, GET /v1/events, POST /drain, GET /healthz, GET /metrics."""
@@ -102,22 +106,52 @@ def _hex(key: bytes, purpose: str) -> str:
 
 MAX_MESSAGE = 1000
 """Longest sentence of an agent, in characters."""
+MAX_WANTED = 1024
+"""Most revisions that one pod may be asked to hold."""
+MAX_ADAPTERS = 2048
+"""Most revisions on one pod: wanted, and still being unloaded."""
+MAX_MODELS = 20_000
+"""Most models with requests that a gateway reports."""
+MAX_REQUESTS = 1_000_000
+"""Most requests for one model at one gateway: more is not believed."""
+MAX_EPOCH_LEAD = 24 * 3600
+"""An epoch is at least the time, in seconds since 1970, when its leader began. One further ahead of an agent's clock
+than this is refused: a single request must not outbid all leaders to come."""
+_MAX_NUMBER = 2**53
 
 
-class DesiredAdapter(StatusModel):
+class _WireModel(StatusModel):
+    """What another process sent: nothing is converted, and errors do not repeat it."""
+
+    model_config = ConfigDict(strict=True, hide_input_in_errors=True)
+
+
+EngineName = Annotated[str, Field(min_length=1, max_length=200)]
+Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
+Message = Annotated[str, BeforeValidator(lambda text: text[:MAX_MESSAGE] if isinstance(text, str) else text)]
+"""A sentence; what is longer than `MAX_MESSAGE` is cut."""
+
+
+class DesiredAdapter(_WireModel):
     """A revision that a pod should hold."""
 
-    engine_name: str
-    digest: str
-    uri: str
+    engine_name: EngineName
+    digest: Digest
+    uri: str = Field(max_length=2048)
 
 
-class DesiredAdapters(StatusModel):
+class DesiredAdapters(_WireModel):
     """The body of `PUT /v1/adapters`: the whole list. A lower (epoch, sequence) than the last is refused with 409."""
 
-    epoch: int = Field(ge=0)
-    sequence: int = Field(ge=0)
-    adapters: list[DesiredAdapter]
+    epoch: int = Field(ge=0, le=_MAX_NUMBER)
+    sequence: int = Field(ge=0, le=_MAX_NUMBER)
+    adapters: list[DesiredAdapter] = Field(max_length=MAX_WANTED)
+
+
+def list_digest(adapters: Iterable[DesiredAdapter]) -> str:
+    """Return the digest of a list, by which the operator knows that an agent has the one that it sent."""
+    lines = sorted(f"{adapter.engine_name}\0{adapter.digest}\0{adapter.uri}" for adapter in adapters)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 class ResidencyState(StrEnum):
@@ -130,48 +164,69 @@ class ResidencyState(StrEnum):
     FAILED = "Failed"
 
 
-class Residency(StatusModel):
-    """A revision on one pod. `permanent`: trying again cannot help (a damaged or unfit artifact)."""
+class Residency(_WireModel):
+    """A revision on one pod.
 
-    engine_name: str
-    digest: str
+    `digest`: empty for one that the engine holds and nobody wants. `permanent`: trying again cannot help (a damaged or
+    unfit artifact).
+    """
+
+    engine_name: EngineName
+    digest: Digest | Literal[""]
     state: ResidencyState
-    message: str = ""
+    message: Message = ""
     permanent: bool = False
 
 
-class PodState(StatusModel):
-    """One line of `GET /v1/events` (NDJSON): the whole state of the pod, on every change and at least every second."""
+class PodHeader(_WireModel):
+    """The state of a pod without its revisions. `list_digest`: of the list that has the number (epoch, sequence)."""
 
-    epoch: int = 0
-    sequence: int = 0
-    base_model_fingerprint: str | None = None
+    epoch: int = Field(default=0, ge=0, le=_MAX_NUMBER)
+    sequence: int = Field(default=0, ge=0, le=_MAX_NUMBER)
+    list_digest: str = Field(default="", max_length=64)
+    base_model_fingerprint: str | None = Field(default=None, max_length=128)
     engine_ready: bool = False
     draining: bool = False
-    problem: str = Field(
+    problem: Message = Field(
         default="",
-        max_length=MAX_MESSAGE,
         description="Why the pod must not get requests although its engine answers /health; empty: nothing is known "
         "against it.",
     )
-    adapters: list[Residency] = Field(default_factory=list)
-    in_flight: dict[str, int] = Field(
-        default_factory=dict, description="Requests in the engine by model (engine name, or the base's id)."
-    )
 
 
-class AdapterDemand(StatusModel):
+class PodState(PodHeader):
+    """The whole state of a pod."""
+
+    adapters: list[Residency] = Field(default_factory=list, max_length=MAX_ADAPTERS)
+
+
+class PodEvent(PodHeader):
+    """One line of `GET /v1/events` (NDJSON): on every change and at least every second.
+
+    The first line of a stream is a snapshot, all others hold what changed. `residency_digest` covers all revisions
+    after the line, so that a reader that missed something notices and connects again for another snapshot.
+    """
+
+    snapshot: bool = False
+    changed: list[Residency] = Field(default_factory=list, max_length=MAX_ADAPTERS)
+    removed: list[EngineName] = Field(default_factory=list, max_length=MAX_ADAPTERS)
+    residency_digest: str = Field(max_length=64)
+
+
+class AdapterDemand(_WireModel):
     """Requests for one model at one gateway replica."""
 
-    running: int = Field(default=0, ge=0, description="Forwarded to a pod and not finished.")
-    waiting: int = Field(default=0, ge=0, description="Held by the gateway.")
+    running: int = Field(default=0, ge=0, le=MAX_REQUESTS, description="Forwarded to a pod and not finished.")
+    waiting: int = Field(default=0, ge=0, le=MAX_REQUESTS, description="Held by the gateway.")
 
 
-class GatewayDemand(StatusModel):
+class GatewayDemand(_WireModel):
     """One line of a gateway's `GET /v1/demand` (NDJSON), on its internal port: on change, at least every second."""
 
-    models: dict[str, AdapterDemand] = Field(
-        default_factory=dict, description="By global id, <namespace>/<modelName>, of adapters and of pools' bases."
+    models: dict[Annotated[str, Field(max_length=200)], AdapterDemand] = Field(
+        default_factory=dict,
+        max_length=MAX_MODELS,
+        description="By global id, <namespace>/<modelName>, of adapters and of pools' bases.",
     )
 
 

@@ -1,4 +1,8 @@
-"""Leader election by a Lease: one replica leads, and each leader has a higher epoch than the one before."""
+"""Leader election by a Lease: one replica leads, and each leader has a higher epoch than the one before.
+
+An epoch is the time, in seconds since 1970, when its leader began, and at least one more than the epoch before, which
+the Lease records. So it rises even where the Lease was deleted.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +14,18 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from tunesmith.cluster.errors import AlreadyExistsError, ClusterError, ConflictError
+from tunesmith.contracts.agent import MAX_EPOCH_LEAD
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Mapping
 
     from tunesmith.cluster.client import Cluster
     from tunesmith.cluster.resources import Object
 
 LEASE_NAME = "tunesmith-operator"
+EPOCH = "tunesmith.dev/epoch"
+"""Annotation of the Lease: the epoch of its newest leader."""
+_MAX_DIGITS = 15
 _log = logging.getLogger(__name__)
 
 
@@ -76,7 +84,7 @@ class Election:
         while True:
             try:
                 if await self._try():
-                    return int(self._lease["spec"]["leaseTransitions"]) + 1
+                    return int(self._lease["metadata"]["annotations"][EPOCH])
             except (AlreadyExistsError, ConflictError):
                 continue
             except ClusterError as error:
@@ -89,7 +97,12 @@ class Election:
         lease = await self._cluster.find("Lease", LEASE_NAME, self._namespace)
         if lease is None:
             manifest = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease"}
-            manifest["metadata"] = {"name": LEASE_NAME, "namespace": self._namespace}  # type: ignore[assignment]
+            annotations = {EPOCH: str(next_epoch({}, time.time()))}
+            manifest["metadata"] = {  # type: ignore[assignment]
+                "name": LEASE_NAME,
+                "namespace": self._namespace,
+                "annotations": annotations,
+            }
             self._lease = await self._cluster.create({**manifest, "spec": self._spec(0)})
             self._until = started + self._seconds * 0.8
             return True
@@ -101,6 +114,8 @@ class Election:
         if spec.get("holderIdentity") not in ("", None, self._identity) and started - self._seen[1] < duration:
             return False
         lease["spec"] = self._spec(int(spec.get("leaseTransitions") or 0) + 1)
+        annotations = lease["metadata"].get("annotations") or {}
+        lease["metadata"]["annotations"] = {**annotations, EPOCH: str(next_epoch(annotations, time.time()))}
         self._lease = await self._cluster.replace(lease)
         self._until = started + self._seconds * 0.8
         return True
@@ -131,6 +146,16 @@ class Election:
             "renewTime": now,
             "leaseTransitions": transitions,
         }
+
+
+def next_epoch(annotations: Mapping[str, str], now: float) -> int:
+    """Return the epoch of a leader that begins now, in seconds since 1970, on a Lease with these annotations.
+
+    An epoch that the agents would refuse as implausible, because somebody wrote it into the Lease, is not continued.
+    """
+    recorded = annotations.get(EPOCH, "")
+    previous = int(recorded) if recorded.isascii() and recorded.isdigit() and len(recorded) <= _MAX_DIGITS else 0
+    return max(int(now), previous + 1) if previous < now + MAX_EPOCH_LEAD / 2 else int(now)
 
 
 def _stamp() -> str:

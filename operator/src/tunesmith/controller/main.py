@@ -17,7 +17,7 @@ from tunesmith.cluster.errors import ClusterError
 from tunesmith.cluster.events import EventRecorder
 from tunesmith.controller.context import Context
 from tunesmith.controller.controller import Controller
-from tunesmith.controller.election import Election
+from tunesmith.controller.election import Election, next_epoch
 from tunesmith.controller.finetunejob import FineTuneJobReconciler
 from tunesmith.controller.metrics import Metrics
 from tunesmith.controller.probes import serving
@@ -34,9 +34,10 @@ if TYPE_CHECKING:
 _log = logging.getLogger("tunesmith")
 
 
-def reconcilers(context: Context) -> Sequence[Reconciler]:
-    """One for each kind."""
+def reconcilers(context: Context, metrics: Metrics) -> Sequence[Reconciler]:
+    """Return one for each kind."""
     serving_state = ServingState(context)
+    metrics.silent_gateways.set_function(lambda: serving_state.demand.silent(time.monotonic()))
     return [
         FineTuneJobReconciler(context),
         ServingPoolReconciler(serving_state),
@@ -54,14 +55,13 @@ async def operate(settings: Settings, stop: asyncio.Event) -> None:
     metrics = Metrics()
     async with await Cluster.connect(observer=metrics.api_request) as cluster:
         context = Context(cluster=cluster, settings=settings, recorder=EventRecorder(cluster))
-        controller = Controller(context, reconcilers(context), metrics)
+        controller = Controller(context, reconcilers(context, metrics), metrics)
         election = Election(cluster, settings.namespace, settings.identity, settings.lease_seconds)
         if settings.leader_election:
             context.may_write = election.leads
             leading = election.run(controller.lead)
         else:
-            # Without a Lease to count leaders, the clock makes a later process' epoch higher.
-            leading = controller.lead(int(time.time()))
+            leading = controller.lead(next_epoch({}, time.time()))
         async with serving(
             probe_port=settings.probe_port,
             metrics_port=settings.metrics_port,

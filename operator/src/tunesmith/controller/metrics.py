@@ -38,6 +38,11 @@ class Metrics:
         )
         self.cached = Gauge("tunesmith_cache_objects", "Objects in the caches.", ["kind"], registry=self.registry)
         self.leading = Gauge("tunesmith_leader", "1 while this replica leads.", registry=self.registry)
+        self.silent_gateways = Gauge(
+            "tunesmith_gateways_silent",
+            "Gateways whose demand the leader does not hear: while there are any, nothing is scaled down.",
+            registry=self.registry,
+        )
         self.watch_restarts = Counter(
             "tunesmith_watch_restarts", "Times that the watches ended and were started again.", registry=self.registry
         )

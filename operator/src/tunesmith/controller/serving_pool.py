@@ -36,6 +36,7 @@ from tunesmith.serving.render import (
     key_secret,
     reserved,
 )
+from tunesmith.streams import Tokens
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from tunesmith.api.adapterdeployment import AdapterDeployment
     from tunesmith.api.servingpool import ServingPool
     from tunesmith.cluster.resources import Object
+    from tunesmith.contracts.agent import Keys
     from tunesmith.controller.serving_state import ServingState
     from tunesmith.serving.pod import PoolPod
 
@@ -135,20 +137,25 @@ class ServingPoolReconciler:
         await self._state.agents.run()
 
     def _follow(self, key: Key, pool: ServingPool) -> None:
-        installation = self._context.installation_keys
-        place = (pool.metadata.namespace, pool.metadata.uid)
-        control, events = control_keys(installation, *place), events_keys(gateway_keys(installation), *place)
         targets = {
-            pod.uid: Target(
-                f"pod {pod.namespace}/{pod.name}",
-                pod.address,
-                stream_tokens=pod_tokens(events, pod.uid),
-                control_tokens=pod_tokens(control, pod.uid),
-            )
+            pod.uid: self._target(pool, pod, pod.address)
             for pod in self._state.pods(pool)
             if pod.address and not pod.stopping
         }
         self._state.agents.sync(pool.metadata.uid, targets, lambda: self._context.queue.add(key))
+
+    def _target(self, pool: ServingPool, pod: PoolPod, address: str) -> Target:
+        place = (pool.metadata.namespace, pool.metadata.uid)
+
+        def installation() -> Keys:
+            return self._context.installation_keys
+
+        return Target(
+            f"pod {pod.namespace}/{pod.name}",
+            address,
+            Tokens(installation, lambda keys: pod_tokens(events_keys(gateway_keys(keys), *place), pod.uid)),
+            Tokens(installation, lambda keys: pod_tokens(control_keys(keys, *place), pod.uid)),
+        )
 
     def _forget(self, key: Key) -> None:
         """What the pool owned is removed by its owner references."""

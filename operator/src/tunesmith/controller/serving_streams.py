@@ -1,7 +1,6 @@
-"""Streams that the leader reads while it leads: what pool pods hold, and what gateways have to do.
+"""Streams that the leader reads while it leads: what pool pods hold, and the requests that gateways report.
 
-A pod is not trusted: no redirects, bounded lines, a strict schema. Silence makes what was said unknown. Tokens go into
-one header and nowhere else.
+Silence makes what was reported unknown. Tokens go into one header and nowhere else.
 """
 
 from __future__ import annotations
@@ -10,10 +9,10 @@ import asyncio
 import logging
 import time
 from dataclasses import dataclass, field, replace
+from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 import aiohttp
-from pydantic import ValidationError
 
 from tunesmith.cluster.watch import backoff
 from tunesmith.contracts.agent import (
@@ -26,43 +25,57 @@ from tunesmith.contracts.agent import (
     PodState,
     demand_tokens,
     gateway_keys,
+    list_digest,
 )
+from tunesmith.contracts.podevents import EventReader
+from tunesmith.streams import Stream, Tokens, follow
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping
+    from collections.abc import Callable, Mapping
 
     from tunesmith.autoscale.demand import DemandBoard
     from tunesmith.cluster.resources import Object
     from tunesmith.controller.context import Context
 
-_MAX_LINE_BYTES = 4 * 1024 * 1024
-_STREAM = aiohttp.ClientTimeout(total=None, sock_connect=2.0, sock_read=SILENCE_SECONDS)
 _PUSH = aiohttp.ClientTimeout(total=5.0)
-_OK, _UNAUTHORIZED = 200, 401
-_GATEWAYS = "app.kubernetes.io/component=gateway"
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, repr=False)
 class Target:
-    """Address of a pod and the tokens that it may accept, newest first. Not printable: tokens are secret."""
+    """Address of a pod and the tokens that it may accept. Not printable: tokens are secret."""
 
     name: str
     address: str
-    stream_tokens: tuple[str, ...] = field(compare=False)
-    control_tokens: tuple[str, ...] = field(default=(), compare=False)
+    stream_tokens: Tokens = field(compare=False)
+    control_tokens: Tokens | None = field(default=None, compare=False)
 
     def url(self, port: int, path: str) -> str:
         """An address at the target."""
-        return f"http://{self.authority(port)}{path}"
+        return f"http://[{self.address}]:{port}{path}" if ":" in self.address else f"http://{self.address}:{port}{path}"
 
-    def authority(self, port: int) -> str:
-        """Address and port, as in a URL."""
-        return f"[{self.address}]:{port}" if ":" in self.address else f"{self.address}:{port}"
+    def stream(self, port: int, path: str) -> Stream:
+        """A stream of the target."""
+        return Stream(self.name, self.url(port, path), self.stream_tokens)
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A list that an agent accepted. `confirmed`: the agent has reported it since."""
+
+    adapters: tuple[DesiredAdapter, ...]
+    number: tuple[int, int]
+    digest: str
+    at: float
+    confirmed: bool = False
+
+    def is_held(self, state: PodState) -> bool:
+        """True if the agent reports exactly this list."""
+        return (state.epoch, state.sequence, state.list_digest) == (*self.number, self.digest)
 
 
 class AgentLink:
-    """One pod's agent: its last line, and the list that it should have."""
+    """One pod's agent: its latest state, and the list that it should have."""
 
     def __init__(self, target: Target) -> None:
         self.target = target
@@ -73,21 +86,21 @@ class AgentLink:
         """Why the last connection to the agent failed; empty after a line."""
         self.wake = asyncio.Event()
         self.desired: tuple[DesiredAdapter, ...] | None = None
-        self._told: tuple[DesiredAdapter, ...] | None = None
-        self._told_number = (0, 0)
-        self._told_at = float("-inf")
+        self._sent: _Sent | None = None
 
     def heard(self, now: float) -> bool:
-        """Whether the last line is recent."""
+        """True if the latest line is recent."""
         return now - self.heard_at <= SILENCE_SECONDS
 
     def take(self, state: PodState, now: float) -> bool:
-        """Keep a line; True when it says something new."""
-        new = not self.heard(now) or self.state is None or _without_load(state) != _without_load(self.state)
+        """Keep the state after a line; True if it is news to those who place adapters."""
+        news = not self.heard(now) or self.state is None or _placement(state) != _placement(self.state)
         self.state, self.heard_at, self.error = state, now, ""
+        if self._sent is not None and self._sent.is_held(state):
+            self._sent = _confirmed(self._sent)
         if self.behind:
             self.wake.set()
-        return new
+        return news
 
     def tell(self, desired: tuple[DesiredAdapter, ...]) -> None:
         """Set the whole list that the pod should have."""
@@ -95,23 +108,38 @@ class AgentLink:
             self.desired = desired
             self.wake.set()
 
-    def told(self, desired: tuple[DesiredAdapter, ...], number: tuple[int, int], now: float) -> None:
-        """The agent answered that it has the list."""
-        self._told, self._told_number, self._told_at = desired, number, now
+    def sent(self, adapters: tuple[DesiredAdapter, ...], number: tuple[int, int], now: float) -> None:
+        """Record that the agent accepted a list under a number."""
+        self._sent = _Sent(adapters, number, list_digest(adapters), now)
+
+    def number(self, epoch: int, sequence: int) -> tuple[int, int]:
+        """Return the number of the next list: the one given, in a higher epoch where the agent reports a higher number.
+
+        The Lease was deleted, a clock went back, or somebody else sent a list: the leader's list must still win. Each
+        agent is outbid by itself, so that one that reports nonsense cannot make the numbers of others implausible.
+        """
+        if self.state is not None and (self.state.epoch, self.state.sequence) >= (epoch, sequence):
+            return self.state.epoch + 1, sequence
+        return epoch, sequence
 
     @property
     def behind(self) -> bool:
-        """Whether the agent has not taken the list, or has forgotten it."""
+        """True if the agent has not accepted the list, or reports another one."""
         if self.desired is None:
             return False
-        # Lines that were under way when it was told still carry the old number.
-        settled = self.heard_at > self._told_at + SILENCE_SECONDS
-        forgot = settled and self.state is not None and (self.state.epoch, self.state.sequence) < self._told_number
-        return self.desired != self._told or forgot
+        if self._sent is None or self._sent.adapters != self.desired:
+            return True
+        # Until the agent reported the list once, lines that were under way when it was sent may carry the one before.
+        settled = self._sent.confirmed or self.heard_at > self._sent.at + SILENCE_SECONDS
+        return settled and self.state is not None and not self._sent.is_held(self.state)
 
 
-def _without_load(state: PodState) -> PodState:
-    return state.model_copy(update={"in_flight": {}, "epoch": 0, "sequence": 0})
+def _confirmed(sent: _Sent) -> _Sent:
+    return sent if sent.confirmed else replace(sent, confirmed=True)
+
+
+def _placement(state: PodState) -> tuple[object, ...]:
+    return state.engine_ready, state.draining, state.problem, state.base_model_fingerprint, state.adapters
 
 
 class AgentLinks:
@@ -125,7 +153,7 @@ class AgentLinks:
         self._sequence = 0
 
     def of(self, pool: str) -> Mapping[str, AgentLink]:
-        """The links of a pool, by pod UID."""
+        """Return the links of a pool, by pod UID."""
         return self._links.get(pool, {})
 
     def sync(self, pool: str, targets: Mapping[str, Target], changed: Callable[[], None]) -> None:
@@ -134,15 +162,13 @@ class AgentLinks:
         Args:
             pool: the pool's UID.
             targets: by pod UID.
-            changed: called when what one of them says changes.
+            changed: called when the state of one of them changes.
         """
         old = self._links.get(pool, {})
         links = {
             uid: old[uid] if uid in old and old[uid].target == target else AgentLink(target)
             for uid, target in targets.items()
         }
-        for uid, target in targets.items():
-            links[uid].target = target  # with its current tokens
         if links.keys() != old.keys() or any(links[uid] is not old[uid] for uid in links):
             self._dirty.set()
         self._links[pool], self._changed[pool] = links, changed
@@ -150,7 +176,11 @@ class AgentLinks:
             del self._links[pool], self._changed[pool]
 
     async def run(self) -> None:
-        """Read all streams and tell the agents their lists. Runs without end; what was known before is forgotten."""
+        """Read all streams and send the agents their lists. Runs without end; what was known before is forgotten.
+
+        Raises:
+            Exception: a task ended that never should; the caller starts all of them again.
+        """
         self._links.clear()
         self._changed.clear()
         tasks: dict[AgentLink, asyncio.Task[None]] = {}
@@ -164,24 +194,36 @@ class AgentLinks:
                         tasks.pop(link).cancel()
                     for link in wanted.keys() - tasks.keys():
                         tasks[link] = asyncio.create_task(self._serve(session, link, wanted[link]))
+                        tasks[link].add_done_callback(lambda _: self._dirty.set())
                     await self._dirty.wait()
+                    for task in tasks.values():
+                        if task.done():
+                            task.result()
             finally:
                 for task in tasks.values():
                     task.cancel()
                 await asyncio.gather(*tasks.values(), return_exceptions=True)
 
     async def _serve(self, session: aiohttp.ClientSession, link: AgentLink, pool: str) -> None:
-        await asyncio.gather(self._listen(session, link, pool), self._push(session, link))
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._listen(session, link, pool))
+            tasks.create_task(self._push(session, link))
 
     async def _listen(self, session: aiohttp.ClientSession, link: AgentLink, pool: str) -> None:
-        def take(line: bytes) -> None:
-            if link.take(PodState.model_validate_json(line), time.monotonic()) and pool in self._changed:
-                self._changed[pool]()
+        def opened() -> Callable[[bytes], None]:
+            reader = EventReader()
+
+            def take(line: bytes) -> None:
+                reader.read(line)
+                if link.take(reader.state, time.monotonic()) and pool in self._changed:
+                    self._changed[pool]()
+
+            return take
 
         def failed(error: str) -> None:
             link.error = error
 
-        await _follow(session, lambda: link.target, AGENT_PORT, "/v1/events", take, failed)
+        await follow(session, link.target.stream(AGENT_PORT, "/v1/events"), opened, failed)
 
     async def _push(self, session: aiohttp.ClientSession, link: AgentLink) -> None:
         failures = 0
@@ -192,28 +234,26 @@ class AgentLinks:
                 continue  # the next line wakes again
             if not link.behind or link.desired is None:
                 continue
-            desired, number = link.desired, (self._context.epoch, self._next())
-            body = DesiredAdapters(epoch=number[0], sequence=number[1], adapters=list(desired))
+            desired, number = link.desired, link.number(self._context.epoch, self._next())
             try:
-                status = await _put(session, link.target, body)
+                problem = await _put(session, link.target, number, desired)
             except (aiohttp.ClientError, OSError, TimeoutError) as error:
-                failures += 1
-                _log.info("the agent of %s was not told its adapters: %s", link.target.name, _text(error))
-                await asyncio.sleep(min(2.0, backoff(failures)))
-                link.wake.set()
-                continue
-            if status == _OK:
+                problem = type(error).__name__
+            except Exception as error:  # noqa: BLE001 - it must not end the reading of streams
+                _log.exception("the list of %s cannot be sent", link.target.name)
+                problem = type(error).__name__
+            if problem is None:
                 failures = 0
-                link.told(desired, number, time.monotonic())
-            else:
-                # 409: another replica leads by now, or the agent's clock of lists is ahead; the next number may do.
-                failures += 1
-                _log.warning("the agent of %s answered %d to its adapters", link.target.name, status)
-                await asyncio.sleep(min(2.0, backoff(failures)))
-                link.wake.set()
+                link.sent(desired, number, time.monotonic())
+                continue
+            # 409: another replica leads by now, or the agent knows a higher number, which its next line reports.
+            failures += 1
+            _log.warning("the agent of %s did not accept its adapters: %s", link.target.name, problem)
+            await asyncio.sleep(min(2.0, backoff(failures)))
+            link.wake.set()
 
     def _next(self) -> int:
-        # Rises across restarts too: without leader election the epoch is always the same.
+        # Rises across restarts too: without leader election two processes may begin in the same second.
         self._sequence = max(self._sequence + 1, int(time.time() * 1000))
         return self._sequence
 
@@ -226,22 +266,22 @@ class GatewayLinks:
         self._board = board
 
     async def run(self) -> None:
-        """Follow every gateway pod of the operator's namespace. Runs without end.
+        """Follow every gateway pod of this release. Runs without end.
 
         Raises:
             ClusterError: the pods cannot be listed.
         """
+        settings = self._context.settings
+        labels = ",".join(f"{name}={value}" for name, value in gateway_labels(settings.instance).items())
         tasks: dict[str, asyncio.Task[None]] = {}
         targets: dict[str, Target] = {}
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(connector=connector, trust_env=False) as session:
             try:
-                async for event in self._context.cluster.watch(
-                    "Pod", self._context.settings.namespace, labels=_GATEWAYS
-                ):
+                async for event in self._context.cluster.watch("Pod", settings.namespace, labels=labels):
                     if event.type != "SYNCED":
                         uid = event.object["metadata"]["uid"]
-                        target = None if event.type == "DELETED" else _gateway(event.object)
+                        target = None if event.type == "DELETED" else self._target(event.object)
                         if target == targets.get(uid):
                             continue
                         if uid in tasks:
@@ -260,103 +300,51 @@ class GatewayLinks:
         def take(line: bytes) -> None:
             self._board.record(uid, GatewayDemand.model_validate_json(line), time.monotonic())
 
-        def current() -> Target:
-            tokens = demand_tokens(gateway_keys(self._context.installation_keys))
-            return replace(target, stream_tokens=tokens)
-
         def failed(error: str) -> None:
             self._board.fail(uid, error)
 
-        await _follow(session, current, GATEWAY_INTERNAL_PORT, "/v1/demand", take, failed)
+        await follow(session, target.stream(GATEWAY_INTERNAL_PORT, "/v1/demand"), lambda: take, failed)
+
+    def _target(self, pod: Object) -> Target | None:
+        """Return a gateway that runs. One that is stopping counts too: it still has requests."""
+        status = pod.get("status") or {}
+        address = status.get("podIP")
+        if status.get("phase") != "Running" or not address:
+            return None
+        tokens = Tokens(lambda: self._context.installation_keys, lambda keys: demand_tokens(gateway_keys(keys)))
+        return Target(f"gateway {pod['metadata']['name']}", address, tokens)
 
 
-def _gateway(pod: Object) -> Target | None:
-    """A gateway that runs. One that is stopping counts too: it still has requests."""
-    status = pod.get("status") or {}
-    address = status.get("podIP")
-    if status.get("phase") != "Running" or not address:
-        return None
-    return Target(f"gateway {pod['metadata']['name']}", address, stream_tokens=())
+def gateway_labels(instance: str) -> dict[str, str]:
+    """Return the labels by which the pods of this release's gateways differ from all others of their namespace.
 
-
-async def _follow(
-    session: aiohttp.ClientSession,
-    current: Callable[[], Target],
-    port: int,
-    path: str,
-    take: Callable[[bytes], None],
-    failed: Callable[[str], None],
-) -> None:
-    """Read a stream of lines repeatedly, for as long as the pod is a target; nothing that it sends ends this.
-
-    Args:
-        session: makes the requests.
-        current: return the target with its current tokens.
-        port: of the target.
-        path: of the stream.
-        take: called with each line; raises for a line that is not valid.
-        failed: called with the reason after each connection that failed or broke.
+    Other charts label pods with component=gateway too. Whoever may create a pod with all three labels in the operator's
+    namespace may mount the installation key there as well, so nothing more is checked.
     """
-    failures = 0
+    return {
+        "app.kubernetes.io/component": "gateway",
+        "app.kubernetes.io/instance": instance,
+        "app.kubernetes.io/name": "tunesmith",
+    }
+
+
+async def _put(
+    session: aiohttp.ClientSession, target: Target, number: tuple[int, int], desired: tuple[DesiredAdapter, ...]
+) -> str | None:
+    """Send an agent its list; return why it was not accepted, or None. A refused token is followed by the next one."""
+    body = DesiredAdapters(epoch=number[0], sequence=number[1], adapters=list(desired)).model_dump_json(by_alias=True)
+    if target.control_tokens is None:
+        raise ValueError(f"{target.name} has no control tokens")
     while True:
-        target = current()
-        token = target.stream_tokens[failures % len(target.stream_tokens)]
-        try:
-            async for line in _lines(session, target.url(port, path), token):
-                failures = 0
-                take(line)
-            failed("the stream ended")
-        except Exception as error:  # noqa: BLE001 - a pod's line must not end what reads it
-            failed(_text(error))
-            if failures == 0:
-                _log.info("the stream of %s broke: %s", target.name, _text(error))
-        failures += 1
-        await asyncio.sleep(min(2.0, backoff(failures)))
-
-
-async def _lines(session: aiohttp.ClientSession, url: str, token: str) -> AsyncIterator[bytes]:
-    """The newest of the lines that came together: each says everything."""
-    async with session.get(url, headers=_bearer(token), timeout=_STREAM, allow_redirects=False) as response:
-        if response.status != _OK:
-            raise ValueError(f"{url} answered {response.status}")
-        rest = b""
-        async for chunk in response.content.iter_any():
-            *lines, rest = (rest + chunk).split(b"\n")
-            if len(rest) > _MAX_LINE_BYTES:
-                raise ValueError(f"a line has more than {_MAX_LINE_BYTES} bytes")
-            if lines and lines[-1]:
-                yield lines[-1]
-
-
-async def _put(session: aiohttp.ClientSession, target: Target, body: DesiredAdapters) -> int:
-    """Send an agent its list; the status of the answer. A token that is not accepted (yet) is followed by the next."""
-    status = _UNAUTHORIZED
-    for token in target.control_tokens:
+        token = target.control_tokens.current
         async with session.put(
             target.url(AGENT_PORT, "/v1/adapters"),
-            headers={**_bearer(token), "Content-Type": "application/json"},
-            data=body.model_dump_json(by_alias=True),
+            headers={"Authorization": f"Bearer {token}", "Content-Type": "application/json"},
+            data=body,
             timeout=_PUSH,
             allow_redirects=False,
         ) as response:
-            status = response.status
-        if status != _UNAUTHORIZED:
-            break
-    return status
-
-
-def _bearer(token: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {token}"}
-
-
-def _text(error: Exception) -> str:
-    """The cause in a few words. What a pod sent is not repeated, as pydantic does."""
-    if isinstance(error, ValidationError):
-        return "it sends lines that are not valid"
-    if isinstance(error, aiohttp.ServerTimeoutError | TimeoutError):
-        return "connection timed out"
-    if isinstance(error, aiohttp.ClientConnectorError):
-        return (error.os_error.strerror or str(error.os_error)).lower()
-    if isinstance(error, aiohttp.ClientError | OSError | ValueError):
-        return str(error) or type(error).__name__
-    return type(error).__name__
+            if response.status == HTTPStatus.OK:
+                return None
+            if response.status != HTTPStatus.UNAUTHORIZED or not target.control_tokens.refused(token):
+                return f"it answers with status {response.status}"

@@ -4,65 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from http import HTTPStatus
 from typing import TYPE_CHECKING
 
-import aiohttp
 from yarl import URL
 
 from tunesmith.contracts.agent import (
     SILENCE_SECONDS,
-    PodState,
     ResidencyState,
     events_keys,
     pod_tokens,
     serving_keys,
 )
+from tunesmith.contracts.podevents import EventReader
 from tunesmith.gateway.broadcast import Broadcast
 from tunesmith.gateway.routing import choose, rank
+from tunesmith.streams import Stream, Tokens, follow
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    import aiohttp
+
     from tunesmith.contracts.agent import Keys
+    from tunesmith.contracts.podevents import PodChange
     from tunesmith.gateway.catalog import Pod, PoolKey
 
 LOG = logging.getLogger(__name__)
 
 SUSPECT_SECONDS = 1.0
 """A pod that refused a connection is asked last for this long."""
-_CONNECT_SECONDS = 2.0
-_MIN_RETRY_SECONDS = 0.1
-_MAX_RETRY_SECONDS = 2.0
-_MAX_LINE_BYTES = 4 * 1024 * 1024
-
-
-class _Tokens:
-    """The tokens of one pod for one purpose: the newest that the pod accepts.
-
-    Gateway and pod read a rotated key at different times, so the pod may accept only one of two tokens.
-    """
-
-    def __init__(self, keys: Callable[[], Keys], derive: Callable[[Keys], tuple[str, ...]]) -> None:
-        self._keys = keys
-        self._derive = derive
-        self._derived: tuple[Keys, tuple[str, ...]] = ((), ())
-        self._index = 0
-
-    @property
-    def current(self) -> str:
-        """The token to present."""
-        keys = self._keys()
-        if keys != self._derived[0]:
-            self._derived, self._index = (keys, self._derive(keys)), 0
-        return self._derived[1][self._index]
-
-    def refused(self, token: str) -> bool:
-        """Record that the pod refused a token; True if another one has not been tried yet."""
-        if token != self.current:
-            return True
-        self._index = (self._index + 1) % len(self._derived[1])
-        return self._index != 0
 
 
 class Backend:
@@ -75,27 +45,41 @@ class Backend:
         self.suspect_until = 0.0
         self.heard = float("-inf")
         self.serving = False
-        self.resident: frozenset[str] = frozenset()
+        self.resident: set[str] = set()
         place = (pod.pool.key[0], pod.pool.uid)
-        self.serving_tokens = _Tokens(keys, lambda given: pod_tokens(serving_keys(given, *place), pod.uid))
-        self.events_tokens = _Tokens(keys, lambda given: pod_tokens(events_keys(given, *place), pod.uid))
-        self.events_url = URL(f"http://{host}:{agent_port}/v1/events")
+        self.serving_tokens = Tokens(keys, lambda given: pod_tokens(serving_keys(given, *place), pod.uid))
+        events_tokens = Tokens(keys, lambda given: pod_tokens(events_keys(given, *place), pod.uid))
+        self.events = Stream(f"pod {pod.name}", f"http://{host}:{agent_port}/v1/events", events_tokens)
         self._engine_url = URL(f"http://{host}:{engine_port}/")
 
     def url(self, path: str) -> URL:
         """The engine's URL of a path that starts with a slash."""
         return self._engine_url.with_path(path)
 
-    def take(self, state: PodState, now: float) -> bool:
-        """Remember what the agent says; True if it changes routing."""
-        serving = state.engine_ready and not state.draining and not state.problem
-        resident = frozenset(
-            adapter.engine_name for adapter in state.adapters if adapter.state is ResidencyState.RESIDENT
-        )
-        stale = now - self.heard > SILENCE_SECONDS
-        changed = stale or (serving, resident) != (self.serving, self.resident)
-        self.heard, self.serving, self.resident = now, serving, resident
-        return changed
+    def take(self, reader: EventReader, change: PodChange, now: float) -> frozenset[str] | None:
+        """Follow a line of the pod's stream.
+
+        Returns:
+            The engine names that the pod holds from now on, or no longer; None if nothing changes for routing.
+        """
+        header = reader.header
+        serving = header.engine_ready and not header.draining and not header.problem
+        changed = now - self.heard > SILENCE_SECONDS or serving != self.serving
+        self.heard, self.serving = now, serving
+        moved = set()
+        for name in change.names:
+            residency = reader.residency(name)
+            holds = residency is not None and residency.state is ResidencyState.RESIDENT
+            if holds != (name in self.resident):
+                moved.add(name)
+        self.resident ^= moved
+        return frozenset(moved) if moved or changed else None
+
+    def forget_gone(self, reader: EventReader) -> frozenset[str]:
+        """Drop what a new connection's snapshot does not list; return those names."""
+        gone = frozenset(name for name in self.resident if reader.residency(name) is None)
+        self.resident -= gone
+        return gone
 
     def usable(self, now: float) -> bool:
         """Whether requests may go there; what was said too long ago does not count."""
@@ -126,14 +110,17 @@ class Residency:
         self._ports = (engine_port, agent_port)
         self._backends: dict[str, Backend] = {}
         self._streams: dict[str, asyncio.Task[None]] = {}
+        self._by_pool: dict[PoolKey, dict[str, Backend]] = {}
         self._ranked: dict[tuple[PoolKey, str], tuple[Backend, ...]] = {}
         self.changed = Broadcast()
 
     def sync(self, pods: Iterable[Pod]) -> None:
-        """Follow exactly these pods. A running request on a pod that is gone goes on."""
+        """Follow exactly these pods. A running request on a pod that is gone continues."""
         wanted = {pod.uid: pod for pod in pods}
+        changed = False
         for uid in self._backends.keys() - wanted.keys():
             self._forget(uid)
+            changed = True
         for uid, pod in wanted.items():
             backend = self._backends.get(uid)
             if backend is not None and (backend.pod.address, backend.pod.pool) != (pod.address, pod.pool):
@@ -141,13 +128,26 @@ class Residency:
                 backend = None
             if backend is None:
                 backend = self._backends[uid] = Backend(pod, self._keys, *self._ports)
+                self._by_pool.setdefault(pod.pool.key, {})[uid] = backend
                 self._streams[uid] = asyncio.create_task(self._follow(backend), name=f"events of {pod.name}")
+                self._forget_ranks(pod.pool.key)
+                changed = True
+            changed = changed or backend.pod != pod
             backend.pod = pod
-        self._tell()
+        if changed:
+            self.changed.fire()
 
     def _forget(self, uid: str) -> None:
-        del self._backends[uid]
+        pool = self._backends.pop(uid).pod.pool.key
         self._streams.pop(uid).cancel()
+        del self._by_pool[pool][uid]
+        if not self._by_pool[pool]:
+            del self._by_pool[pool]
+        self._forget_ranks(pool)
+
+    def _forget_ranks(self, pool: PoolKey) -> None:
+        for key in [key for key in self._ranked if key[0] == pool]:
+            del self._ranked[key]
 
     async def close(self) -> None:
         """End all streams."""
@@ -157,6 +157,8 @@ class Residency:
         await asyncio.gather(*streams, return_exceptions=True)
         self._streams.clear()
         self._backends.clear()
+        self._by_pool.clear()
+        self._ranked.clear()
 
     def pick(
         self,
@@ -192,52 +194,29 @@ class Residency:
         if ranked is None:
             holders = [
                 backend
-                for backend in self._backends.values()
-                if backend.pod.pool.key == pool and (is_base or engine_name in backend.resident)
+                for backend in self._by_pool.get(pool, {}).values()
+                if is_base or engine_name in backend.resident
             ]
             ranked = rank(engine_name, holders, lambda backend: backend.pod.uid)
             if holders:
                 self._ranked[pool, engine_name] = ranked
         return ranked
 
-    def _tell(self) -> None:
-        self._ranked.clear()
-        self.changed.fire()
-
     async def _follow(self, backend: Backend) -> None:
         """Read the agent's stream for as long as the pod exists."""
-        pause, told = _MIN_RETRY_SECONDS, ""
-        while True:
-            before = backend.heard
-            try:
-                await self._read(backend)
-            except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
-                problem = str(error) or type(error).__name__
-                # A pod that starts, or is gone, fails the same way for long: that is told once.
-                if backend.heard > before or problem != told:
-                    LOG.info("events of pod %s: %s", backend.pod.name, problem)
-                told = problem
-            if backend.heard > before:
-                pause = _MIN_RETRY_SECONDS
-            await asyncio.sleep(pause)
-            pause = min(_MAX_RETRY_SECONDS, pause * 2)
 
-    async def _read(self, backend: Backend) -> None:
-        """Read until the stream ends."""
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=SILENCE_SECONDS)
-        token = backend.events_tokens.current
-        headers = {"Authorization": f"Bearer {token}"}
-        async with self._session.get(
-            backend.events_url, headers=headers, timeout=timeout, allow_redirects=False
-        ) as response:
-            if response.status == HTTPStatus.UNAUTHORIZED:
-                backend.events_tokens.refused(token)
-            response.raise_for_status()
-            rest = b""
-            async for chunk in response.content.iter_any():
-                *lines, rest = (rest + chunk).split(b"\n")
-                if len(rest) > _MAX_LINE_BYTES:
-                    raise ValueError(f"a line has more than {_MAX_LINE_BYTES} bytes")
-                # Each line is the whole state: of several only the last counts.
-                if lines and backend.take(PodState.model_validate_json(lines[-1]), self._clock()):
-                    self._tell()
+        def opened() -> Callable[[bytes], None]:
+            reader = EventReader()
+
+            def take(line: bytes) -> None:
+                change = reader.read(line)
+                gone = backend.forget_gone(reader) if change.snapshot else frozenset()
+                moved = backend.take(reader, change, self._clock())
+                if moved is not None or gone:
+                    for name in gone | (moved or frozenset()):
+                        self._ranked.pop((backend.pod.pool.key, name), None)
+                    self.changed.fire()
+
+            return take
+
+        await follow(self._session, backend.events, opened)

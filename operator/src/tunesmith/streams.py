@@ -1,0 +1,167 @@
+"""Streams of JSON lines that pods serve, as the operator and the gateways read them.
+
+A pod is not trusted: no redirects, bounded lines, a bounded rate, and nothing that it sends ends the reader.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from contextlib import aclosing
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+
+import aiohttp
+from pydantic import ValidationError
+
+from tunesmith.contracts.agent import SILENCE_SECONDS
+from tunesmith.contracts.podevents import StreamOutOfStepError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable
+
+    from tunesmith.contracts.agent import Keys
+
+MAX_LINE_BYTES = 4 * 1024 * 1024
+_BYTES_PER_SECOND = 256 * 1024
+_BURST_BYTES = 8 * 1024 * 1024
+"""A stream that sends more than the burst and then the rate is read no faster: it is slowed down by TCP."""
+_CONNECT_SECONDS = 2.0
+_MIN_RETRY_SECONDS, _MAX_RETRY_SECONDS = 0.1, 2.0
+_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=SILENCE_SECONDS)
+_log = logging.getLogger(__name__)
+
+
+class StreamError(Exception):
+    """The stream is not as agreed; `str()` is a sentence that holds nothing of what the pod sent."""
+
+
+class Tokens:
+    """The tokens of one pod for one purpose: the newest that the pod accepts.
+
+    Reader and pod read a rotated key at different times, so the pod may accept only one of two tokens.
+
+    Args:
+        keys: return the keys now.
+        derive: derive the tokens from them, newest first.
+    """
+
+    def __init__(self, keys: Callable[[], Keys], derive: Callable[[Keys], tuple[str, ...]]) -> None:
+        self._keys = keys
+        self._derive = derive
+        self._derived: tuple[Keys, tuple[str, ...]] = ((), ())
+        self._index = 0
+
+    @property
+    def current(self) -> str:
+        """The token to present."""
+        keys = self._keys()
+        if keys != self._derived[0]:
+            self._derived, self._index = (keys, self._derive(keys)), 0
+        return self._derived[1][self._index]
+
+    def refused(self, token: str) -> bool:
+        """Record that the pod refused a token; True if another one has not been tried yet."""
+        if token != self.current:
+            return True
+        self._index = (self._index + 1) % len(self._derived[1])
+        return self._index != 0
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A stream of a pod. `name`: for the log."""
+
+    name: str
+    url: str
+    tokens: Tokens
+
+
+async def follow(
+    session: aiohttp.ClientSession,
+    stream: Stream,
+    opened: Callable[[], Callable[[bytes], None]],
+    failed: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Read a stream until cancelled, through all its connections.
+
+    Args:
+        session: makes the requests.
+        stream: the pod's.
+        opened: called for each connection; returns what takes its lines, which raises for a line that is not valid.
+        failed: called with the cause, in a few words, after each connection that failed or broke.
+    """
+    pause, reported = _MIN_RETRY_SECONDS, ""
+    while True:
+        heard = False
+        try:
+            take = opened()
+            async with aclosing(_lines(session, stream)) as lines:
+                async for line in lines:
+                    take(line)
+                    heard = True
+            cause = "the stream ended"
+        except Exception as error:  # noqa: BLE001 - no line of a pod may end what reads it
+            cause = _cause(error)
+        failed(cause)
+        # A pod that starts, or is gone, fails the same way for long: that is logged once.
+        if heard or cause != reported:
+            _log.info("the stream of %s broke: %s", stream.name, cause)
+        reported = cause
+        pause = _MIN_RETRY_SECONDS if heard else min(_MAX_RETRY_SECONDS, pause * 2)
+        await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - spreads load
+
+
+async def _lines(session: aiohttp.ClientSession, stream: Stream) -> AsyncGenerator[bytes, None]:
+    token = stream.tokens.current
+    headers = {"Authorization": f"Bearer {token}"}
+    async with session.get(stream.url, headers=headers, timeout=_TIMEOUT, allow_redirects=False) as response:
+        if response.status == HTTPStatus.UNAUTHORIZED:
+            stream.tokens.refused(token)
+        if response.status != HTTPStatus.OK:
+            raise StreamError(f"it answers with status {response.status}")
+        rest, allowance = b"", _Allowance()
+        async for chunk in response.content.iter_any():
+            await allowance.spend(len(chunk))
+            *lines, rest = (rest + chunk).split(b"\n")
+            if len(rest) > MAX_LINE_BYTES:
+                raise StreamError(f"a line has more than {MAX_LINE_BYTES} bytes")
+            for line in lines:
+                yield line
+
+
+class _Allowance:
+    """Bytes that may be read now."""
+
+    def __init__(self) -> None:
+        self._left = float(_BURST_BYTES)
+        self._at = time.monotonic()
+
+    async def spend(self, count: int) -> None:
+        """Wait until so many bytes may be read."""
+        now = time.monotonic()
+        self._left = min(_BURST_BYTES, self._left + (now - self._at) * _BYTES_PER_SECOND) - count
+        self._at = now
+        if self._left < 0:
+            await asyncio.sleep(-self._left / _BYTES_PER_SECOND)
+
+
+def _cause(error: Exception) -> str:
+    """Return the cause in a few words, without anything that the pod sent."""
+    if isinstance(error, StreamError | StreamOutOfStepError):
+        return str(error)
+    if isinstance(error, ValidationError):
+        return "it sends a line that is not valid"
+    if isinstance(error, aiohttp.ServerTimeoutError | TimeoutError):
+        return "connection timed out"
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return (error.os_error.strerror or type(error.os_error).__name__).lower()
+    if isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientPayloadError | OSError):
+        return "the connection was closed"
+    if isinstance(error, aiohttp.ClientError):
+        return "its answer is not valid HTTP"
+    _log.error("a stream cannot be read", exc_info=error)
+    return type(error).__name__
