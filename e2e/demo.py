@@ -123,9 +123,9 @@ def changed(manifest: Object) -> bool:
 
 def api_key() -> str:
     """The demo's API key: made once, kept in a file that only this user can read."""
-    if KEY.is_file() and get("secret", "api-key-demo", SYSTEM):
+    if KEY.is_file() and get("configmap", "api-key-demo", SYSTEM):
         return KEY.read_text().strip()
-    delete("secret", "api-key-demo", SYSTEM)
+    delete("configmap", "api-key-demo", SYSTEM)
     printed = tunesmith("keys", "create", "demo", "--namespace", DEMO, "--gateway-namespace", SYSTEM)
     key = next((word for word in printed.split() if word.startswith("sk-ts-")), "")
     if not key:

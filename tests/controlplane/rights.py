@@ -49,11 +49,16 @@ def render(namespace: str, *, release: str = "tunesmith", **values: object) -> l
     return [document for document in yaml.safe_load_all(done.stdout) if document]
 
 
-def grant(server: ApiServer, namespace: str, component: str = "operator", **values: object) -> Path:
-    """Apply the rights that the chart gives in a namespace; return the kubeconfig of a component that has no others."""
-    documents = [item for item in render(namespace, **values) if item["kind"] in RIGHTS]
+def grant(server: ApiServer, namespace: str, *, release: str = "tunesmith", **values: object) -> Path:
+    """Apply the rights that the chart gives in a namespace; return the kubeconfig of an operator that has no others."""
+    documents = [item for item in render(namespace, release=release, **values) if item["kind"] in RIGHTS]
     server.apply(json.dumps({"apiVersion": "v1", "kind": "List", "items": documents}), "--force-conflicts")
-    return kubeconfig_of(server, namespace, f"tunesmith-{component}")
+    [account] = [
+        item["metadata"]["name"]
+        for item in documents
+        if item["kind"] == "ServiceAccount" and item["metadata"]["name"].endswith("-operator")
+    ]
+    return kubeconfig_of(server, namespace, account)
 
 
 def kubeconfig_of(server: ApiServer, namespace: str, account: str) -> Path:

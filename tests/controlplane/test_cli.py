@@ -15,7 +15,7 @@ import yaml
 
 from apiserver import until
 from manifests import adapter, job, pool
-from tunesmith.contracts.apikey import key_digest, parse_key_secret
+from tunesmith.contracts.apikey import key_digest, parse_key_record
 
 if TYPE_CHECKING:
     from apiserver import ApiServer
@@ -158,9 +158,9 @@ def test_a_key_is_shown_once_and_kept_hashed(apiserver: ApiServer, namespace: st
     key = output.strip()
     assert code == 0
     assert key.startswith("sk-ts-")
-    shown = apiserver.kubectl("get", "secret", "api-key-alice", "-n", namespace, "-o", "json").stdout
+    shown = apiserver.kubectl("get", "configmap", "api-key-alice", "-n", namespace, "-o", "json").stdout
     assert key not in shown
-    stored = parse_key_secret(json.loads(shown))
+    stored = parse_key_record(json.loads(shown))
     assert stored.digest == key_digest(key)
     assert (stored.home, stored.namespaces, stored.models) == ("team", {"team", "shared"}, {"team/pirate"})
 
@@ -179,15 +179,15 @@ def test_a_key_is_shown_once_and_kept_hashed(apiserver: ApiServer, namespace: st
     assert key not in output
 
     assert tunesmith(apiserver, "keys", "delete", "alice", *own)[0] == 0
-    assert not exists(apiserver, "secret", namespace, "api-key-alice")
+    assert not exists(apiserver, "configmap", namespace, "api-key-alice")
     code, _, problems = tunesmith(apiserver, "keys", "delete", "alice", *own)
     assert (code, "there is no key alice" in problems) == (1, True)
 
 
 def test_a_secret_that_is_no_key_is_never_deleted(apiserver: ApiServer, namespace: str) -> None:
-    apiserver.kubectl("create", "secret", "generic", "api-key-other", "-n", namespace)
+    apiserver.kubectl("create", "configmap", "api-key-other", "-n", namespace)
     assert tunesmith(apiserver, "keys", "delete", "other", "--gateway-namespace", namespace)[0] == 1
-    assert exists(apiserver, "secret", namespace, "api-key-other")
+    assert exists(apiserver, "configmap", namespace, "api-key-other")
 
 
 def test_models_say_their_state_and_what_they_wait_for(apiserver: ApiServer, namespace: str) -> None:

@@ -21,7 +21,7 @@ from gateway_rig import GATEWAY_KEYS, FakePod, eventually, free_ports
 from manifests import adapter, pool
 from tunesmith.cluster.client import Cluster
 from tunesmith.contracts.agent import keys_file
-from tunesmith.contracts.apikey import key_secret, new_key
+from tunesmith.contracts.apikey import key_record, new_key
 from tunesmith.gateway.proxy import Limits
 from tunesmith.gateway.server import Gateway, Settings
 
@@ -97,7 +97,7 @@ async def test_models_pods_and_keys_come_and_go(apiserver: ApiServer, namespace:
             await eventually(gateway.feed.synced, "everything is read")
             key = new_key()
             url = f"http://127.0.0.1:{gateway.port}/v1/chat/completions"
-            secret = key_secret("test", namespace, key, home=namespace, namespaces=[namespace], models=["*"])
+            secret = key_record("test", namespace, key, home=namespace, namespaces=[namespace], models=["*"])
 
             async def ask(model: str) -> tuple[int, str]:
                 headers = {"Authorization": f"Bearer {key}"}
@@ -113,7 +113,7 @@ async def test_models_pods_and_keys_come_and_go(apiserver: ApiServer, namespace:
             await asyncio.to_thread(apiserver.kubectl, "delete", "adapterdeployment", "pirate", "-n", namespace)
             await eventually(lambda: f"{namespace}/pirate" not in gateway.catalog._models, "the adapter is gone")
             assert await ask("pirate") == (404, "model_not_found")
-            await asyncio.to_thread(apiserver.kubectl, "delete", "secret", "api-key-test", "-n", namespace)
+            await asyncio.to_thread(apiserver.kubectl, "delete", "configmap", "api-key-test", "-n", namespace)
             await eventually(lambda: gateway.keys.find(key) is None, "the key is gone")
             assert await ask("base") == (401, "invalid_api_key")
             await asyncio.to_thread(apiserver.kubectl, "delete", "pod", "pod-1", "-n", namespace, "--grace-period=0")
@@ -171,7 +171,7 @@ def test_the_process_becomes_ready_and_ends_with_0(apiserver: ApiServer, namespa
     [
         ((), "set --namespace"),
         (("--namespace", "a", "--gateway-key-file", "/nowhere"), "the gateway's key /nowhere cannot be read"),
-        (("--namespace", "a", "--hold-seconds", "-1"), "--hold-seconds must not be negative"),
+        (("--namespace", "a", "--hold-seconds", "-1"), "--hold-seconds is -1.0, and must be 0 or more"),
     ],
 )
 def test_wrong_settings_are_told_in_a_sentence(arguments: tuple[str, ...], sentence: str) -> None:

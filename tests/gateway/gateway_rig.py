@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import socket
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,7 +19,7 @@ from tunesmith.contracts.agent import (
     pod_tokens,
     serving_keys,
 )
-from tunesmith.contracts.apikey import key_secret, new_key
+from tunesmith.contracts.apikey import key_record, new_key
 from tunesmith.contracts.location import engine_name
 from tunesmith.contracts.podevents import EventWriter
 
@@ -311,12 +310,6 @@ def adapter_manifest(
     }
 
 
-def stored(secret: dict[str, Any]) -> dict[str, Any]:
-    """The Secret as the API server gives it back."""
-    text = secret.pop("stringData")
-    return secret | {"data": {key: base64.b64encode(value.encode()).decode() for key, value in text.items()}}
-
-
 class Rig:
     """A gateway, its cluster and its clients."""
 
@@ -333,10 +326,10 @@ class Rig:
         self, name: str, *, home: str, namespaces: list[str] | None = None, models: list[str] | None = None
     ) -> str:
         key = new_key()
-        secret = key_secret(
+        record = key_record(
             name, OWN_NAMESPACE, key, home=home, namespaces=namespaces or [home], models=models or ["*"]
         )
-        self.watches.put(stored(secret))
+        self.watches.put(record)
         return key
 
     async def add_pod(self, *resident: str, pool: dict[str, Any] | None = None, announce: bool = True) -> FakePod:

@@ -125,7 +125,7 @@ def test_a_change_among_many_touches_no_other_object(catalog: Catalog) -> None:
             return super().items()
 
     catalog._models, catalog._claims = Counting(catalog._models), Counting(catalog._claims)
-    keys._by_secret = Counting(keys._by_secret)
+    keys._by_record = Counting(keys._by_record)
     walks.clear()
     put(catalog, adapter_manifest("a5"))
     catalog.remove_adapter(adapter_manifest("a6"))

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from gateway_rig import adapter_manifest, condition, eventually, pool_manifest, stored
-from tunesmith.contracts.apikey import key_secret, new_key
+from gateway_rig import adapter_manifest, condition, eventually, pool_manifest
+from tunesmith.contracts.apikey import key_record, new_key
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -150,19 +150,19 @@ async def test_a_bare_name_that_several_open_pools_offer_is_refused_with_their_i
     assert "elsewhere/base, serving/base" in answer["error"]["message"]
 
 
-async def test_a_key_ends_with_its_secret(rig: Rig) -> None:
+async def test_a_key_ends_with_its_record(rig: Rig) -> None:
     rig.watches.put(pool_manifest())
     key = new_key()
-    secret = stored(key_secret("short", "tunesmith-system", key, home="team", namespaces=["team"], models=["*"]))
-    rig.watches.put(secret)
+    record = key_record("short", "tunesmith-system", key, home="team", namespaces=["team"], models=["*"])
+    rig.watches.put(record)
     await eventually(lambda: rig.gateway.keys.find(key), "the key is known")
-    rig.watches.delete(secret)
+    rig.watches.delete(record)
     await eventually(lambda: not rig.gateway.keys.find(key), "the key is gone")
     assert (await send(rig, "GET", "/v1/models", None, f"Bearer {key}"))[0] == 401
 
 
-async def test_a_damaged_key_secret_harms_no_other_key(rig: Rig) -> None:
-    broken = stored(key_secret("broken", "tunesmith-system", new_key(), home="team", namespaces=[], models=["*"]))
+async def test_a_damaged_key_record_harms_no_other_key(rig: Rig) -> None:
+    broken = key_record("broken", "tunesmith-system", new_key(), home="team", namespaces=[], models=["*"])
     broken["data"]["namespaces"] = "bm90IEpTT04="
     rig.watches.put(broken)
     rig.watches.put(pool_manifest())
@@ -171,8 +171,8 @@ async def test_a_damaged_key_secret_harms_no_other_key(rig: Rig) -> None:
     assert rig.gateway.keys.find(rig.key)
 
 
-async def test_only_the_gateways_own_secrets_are_read(rig: Rig) -> None:
-    assert rig.watches.asked["Secret"] == ("tunesmith-system", "tunesmith.dev/api-key=true")
+async def test_only_keys_of_the_gateways_own_namespace_are_read(rig: Rig) -> None:
+    assert rig.watches.asked["ConfigMap"] == ("tunesmith-system", "tunesmith.dev/api-key=true")
     assert rig.watches.asked["Pod"] == (None, "tunesmith.dev/pool")
 
 
@@ -210,7 +210,7 @@ async def test_before_the_cluster_is_read_everything_is_a_503(start: Callable[..
     async with rig.http.get(f"{rig.internal_url}/readyz") as response:
         assert (response.status, await response.text()) == (
             503,
-            "not read yet: ServingPool, AdapterDeployment, Pod, Secret\n",
+            "not read yet: ServingPool, AdapterDeployment, Pod, ConfigMap\n",
         )
     rig.watches.sync.set()
     await eventually(rig.gateway.feed.synced, "everything is read")

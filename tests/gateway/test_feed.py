@@ -10,10 +10,10 @@ import pytest
 import yaml
 from aiohttp import web
 
-from gateway_rig import GATEWAY_KEYS, OWN_NAMESPACE, Watches, adapter_manifest, eventually, pool_manifest, stored
+from gateway_rig import GATEWAY_KEYS, OWN_NAMESPACE, Watches, adapter_manifest, eventually, pool_manifest
 from tunesmith.cluster.client import Cluster
 from tunesmith.cluster.watch import WatchEvent
-from tunesmith.contracts.apikey import key_secret, new_key
+from tunesmith.contracts.apikey import key_record, new_key
 from tunesmith.gateway.catalog import Catalog
 from tunesmith.gateway.feed import Feed
 from tunesmith.gateway.keys import KeyTable
@@ -113,8 +113,8 @@ class World:
 
     def key(self, name: str) -> tuple[str, Object]:
         key = new_key()
-        secret = stored(key_secret(name, OWN_NAMESPACE, key, home="team", namespaces=["team"], models=["*"]))
-        return key, secret
+        record = key_record(name, OWN_NAMESPACE, key, home="team", namespaces=["team"], models=["*"])
+        return key, record
 
 
 @pytest.fixture
@@ -140,7 +140,9 @@ async def world(
         world = World(api, cluster, stale_seconds)
         task = asyncio.create_task(world.feed.run())
         await eventually(world.feed.synced, "everything is read")
-        await eventually(lambda: api.watched("servingpools", "adapterdeployments", "pods", "secrets"), "all is watched")
+        await eventually(
+            lambda: api.watched("servingpools", "adapterdeployments", "pods", "configmaps"), "all is watched"
+        )
         yield world
         assert not task.done(), "the watches ended"
         task.cancel()
@@ -175,15 +177,15 @@ UNREADABLE = [
 @pytest.mark.parametrize("line", UNREADABLE, ids=range(len(UNREADABLE)))
 async def test_a_line_that_cannot_be_read_ends_no_watch_and_hides_no_deletion(world: World, line: bytes) -> None:
     api = world.api
-    key, secret = world.key("leaked")
-    api.put(secret)
+    key, record = world.key("leaked")
+    api.put(record)
     await eventually(lambda: world.keys.find(key), "the key is known")
-    api.remove(secret)
-    api.send("secrets", line)
+    api.remove(record)
+    api.send("configmaps", line)
     await eventually(lambda: world.keys.find(key) is None, "the deleted key no longer works")
-    other, secret = world.key("other")
-    await eventually(lambda: api.lists["secrets"] == 2 and api.watched("secrets"), "the kind is watched again")
-    api.put(secret)
+    other, record = world.key("other")
+    await eventually(lambda: api.lists["configmaps"] == 2 and api.watched("configmaps"), "the kind is watched again")
+    api.put(record)
     await eventually(lambda: world.keys.find(other), "the watch goes on")
     api.put(pool_manifest(namespace="team"))
     await eventually(lambda: list(world.catalog._models), "the other watches were not disturbed")
@@ -253,7 +255,7 @@ async def test_without_a_sign_of_life_the_tables_are_stale(world: World) -> None
     for plural in ("servingpools", "adapterdeployments", "pods"):
         world.api.send(plural, bookmark)
     await eventually(lambda: "Pod" not in (world.feed.problem() or ""), "bookmarks are signs of life")
-    world.api.send("secrets", bookmark)
+    world.api.send("configmaps", bookmark)
     for plural in ("servingpools", "adapterdeployments", "pods"):
         world.api.send(plural, bookmark)
     await eventually(lambda: world.feed.problem() is None, "all kinds were heard")
@@ -264,7 +266,7 @@ async def test_an_api_server_that_is_gone_makes_the_tables_stale_but_leaves_them
     world.api.put(pool_manifest())
     await eventually(lambda: "serving/base" in world.catalog._models, "the pool is known")
     world.api.down = True
-    for plural in ("servingpools", "adapterdeployments", "pods", "secrets"):
+    for plural in ("servingpools", "adapterdeployments", "pods", "configmaps"):
         world.api.send(plural, None)
     await eventually(lambda: world.feed.problem() is not None, "silence is a problem")
     assert "serving/base" in world.catalog._models

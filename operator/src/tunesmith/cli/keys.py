@@ -12,7 +12,7 @@ from tunesmith.cli.connection import connect
 from tunesmith.cli.errors import CliError, Exit
 from tunesmith.cli.output import Format, FormatOption, NamespaceOption, note, print_json, print_line, print_table
 from tunesmith.cluster.errors import AlreadyExistsError
-from tunesmith.contracts.apikey import KEY_LABEL, SECRET_PREFIX, ApiKey, key_secret, new_key, parse_key_secret
+from tunesmith.contracts.apikey import KEY_KIND, KEY_LABEL, KEY_PREFIX, ApiKey, key_record, new_key, parse_key_record
 
 GATEWAY_NAMESPACE = "tunesmith-system"
 _NAME = re.compile(r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")
@@ -109,7 +109,7 @@ async def _create(
         key = new_key()
         try:
             await cluster.create(
-                key_secret(name, gateway_namespace, key, home=home, namespaces=namespaces, models=allowed)
+                key_record(name, gateway_namespace, key, home=home, namespaces=namespaces, models=allowed)
             )
         except AlreadyExistsError:
             raise CliError(
@@ -125,15 +125,15 @@ async def _create(
 
 async def _list(gateway_namespace: str, output_format: Format) -> None:
     async with await connect() as cluster:
-        secrets = await cluster.list("Secret", gateway_namespace, labels=f"{KEY_LABEL}=true")
+        records = await cluster.list(KEY_KIND, gateway_namespace, labels=f"{KEY_LABEL}=true")
     rows = []
-    for secret in secrets:
-        name = secret["metadata"]["name"].removeprefix(SECRET_PREFIX)
-        created = secret["metadata"].get("creationTimestamp", "")
+    for record in records:
+        name = record["metadata"]["name"].removeprefix(KEY_PREFIX)
+        created = record["metadata"].get("creationTimestamp", "")
         try:
-            key: ApiKey | None = parse_key_secret(secret)
+            key: ApiKey | None = parse_key_record(record)
         except ValueError as error:
-            note(f"the Secret {secret['metadata']['name']} is no key: {error}")
+            note(f"the ConfigMap {record['metadata']['name']} is not a key: {error}")
             key = None
         if key is not None:
             models = sorted(key.models) if key.models is not None else ["*"]
@@ -151,11 +151,11 @@ async def _list(gateway_namespace: str, output_format: Format) -> None:
 
 async def _delete(name: str, gateway_namespace: str) -> None:
     async with await connect() as cluster:
-        secret = await cluster.find("Secret", SECRET_PREFIX + name, gateway_namespace)
-        labels = (secret or {}).get("metadata", {}).get("labels") or {}
-        if secret is None or labels.get(KEY_LABEL) != "true":
+        record = await cluster.find(KEY_KIND, KEY_PREFIX + name, gateway_namespace)
+        labels = (record or {}).get("metadata", {}).get("labels") or {}
+        if record is None or labels.get(KEY_LABEL) != "true":
             raise CliError(
                 f"there is no key {name} in {gateway_namespace}: `tunesmith keys list` shows those there are"
             )
-        await cluster.delete("Secret", SECRET_PREFIX + name, gateway_namespace, uid=secret["metadata"]["uid"])
+        await cluster.delete(KEY_KIND, KEY_PREFIX + name, gateway_namespace, uid=record["metadata"]["uid"])
     note(f"Key {name} is deleted.")

@@ -1,8 +1,11 @@
-"""API keys: made by the CLI, kept hashed in Secrets of the gateway's namespace, checked by the gateway."""
+"""API keys: made by the CLI, kept hashed in ConfigMaps of the gateway's namespace, checked by the gateway.
+
+ConfigMaps, because RBAC has no labels: a gateway that may list the Secrets of its namespace could read the installation
+key. The hash of 256 random bits tells nobody the key.
+"""
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import re
@@ -14,8 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 KEY_LABEL = "tunesmith.dev/api-key"
-"""Label, with the value "true", of the Secrets that hold a key."""
-SECRET_PREFIX = "api-key-"  # noqa: S105 - a name
+"""Label, with the value "true", of the ConfigMaps that hold a key's hash."""
+KEY_PREFIX = "api-key-"
+KEY_KIND = "ConfigMap"
 _ALL = "*"
 _HASH = re.compile(r"^[0-9a-f]{64}$")
 
@@ -53,14 +57,14 @@ def key_digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
-def key_secret(
+def key_record(
     name: str, gateway_namespace: str, key: str, *, home: str, namespaces: Sequence[str], models: Sequence[str]
 ) -> dict[str, Any]:
-    """The Secret that makes a key valid; it holds the key's hash only.
+    """Return the ConfigMap that makes a key valid; it holds the key's hash only.
 
     Args:
-        name: name of the key; the Secret is called `api-key-<name>`.
-        gateway_namespace: namespace of the gateway, in which the Secret lies.
+        name: name of the key; the ConfigMap is called `api-key-<name>`.
+        gateway_namespace: namespace of the gateway, in which the ConfigMap is.
         key: the key itself.
         home: namespace in which bare model names are looked up.
         namespaces: namespaces that may be called.
@@ -68,14 +72,13 @@ def key_secret(
     """
     return {
         "apiVersion": "v1",
-        "kind": "Secret",
+        "kind": KEY_KIND,
         "metadata": {
-            "name": f"{SECRET_PREFIX}{name}",
+            "name": f"{KEY_PREFIX}{name}",
             "namespace": gateway_namespace,
             "labels": {KEY_LABEL: "true", "app.kubernetes.io/managed-by": "tunesmith"},
         },
-        "type": "Opaque",
-        "stringData": {
+        "data": {
             "hash": key_digest(key).hex(),
             "namespace": home,
             "namespaces": json.dumps(list(namespaces)),
@@ -84,14 +87,14 @@ def key_secret(
     }
 
 
-def parse_key_secret(secret: Mapping[str, Any]) -> ApiKey:
-    """The key that a Secret describes.
+def parse_key_record(record: Mapping[str, Any]) -> ApiKey:
+    """Return the key that a ConfigMap describes.
 
     Raises:
         ValueError: a field is missing or malformed; the message names it, never its value.
     """
-    name = str(secret["metadata"]["name"]).removeprefix(SECRET_PREFIX)
-    data = {field: _decoded(field, value) for field, value in (secret.get("data") or {}).items()}
+    name = str(record["metadata"]["name"]).removeprefix(KEY_PREFIX)
+    data = record.get("data") or {}
     digest = data.get("hash", "").strip().lower()
     if not _HASH.match(digest):
         raise ValueError("`hash` must be the SHA-256 of the key as 64 hex digits")
@@ -107,13 +110,6 @@ def parse_key_secret(secret: Mapping[str, Any]) -> ApiKey:
         namespaces=frozenset(namespaces),
         models=None if _ALL in models else frozenset(models),
     )
-
-
-def _decoded(field: str, value: object) -> str:
-    try:
-        return base64.b64decode(str(value), validate=True).decode()
-    except ValueError:
-        raise ValueError(f"`{field}` is not base64 of UTF-8 text") from None
 
 
 def _strings(field: str, text: str) -> list[str]:

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tunesmith.cluster.errors import ClusterError
-from tunesmith.contracts.apikey import KEY_LABEL, parse_key_secret
+from tunesmith.contracts.apikey import KEY_KIND, KEY_LABEL, parse_key_record
 from tunesmith.gateway.catalog import POOL_LABEL
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ LOG = logging.getLogger(__name__)
 
 _Source = tuple[str, str | None]
 """A kind, and the namespace in which it is watched; None: in all."""
-KINDS = ("ServingPool", "AdapterDeployment", "Pod", "Secret")
+KINDS = ("ServingPool", "AdapterDeployment", "Pod", KEY_KIND)
 STALE_SECONDS = 180.0
 """A kind of which nothing was heard for this long, not even a bookmark, may have changed: a deleted key would still be
 valid. The API server sends a bookmark about once a minute, and a stream that is silent for 90 s is opened again."""
@@ -67,7 +67,7 @@ class Feed:
     ) -> None:
         self._watcher = watcher
         self._sources: list[_Source] = [
-            (kind, place) for kind in KINDS for place in ((namespace,) if kind == "Secret" else watched or (None,))
+            (kind, place) for kind in KINDS for place in ((namespace,) if kind == KEY_KIND else watched or (None,))
         ]
         self._keys = keys
         self._catalog = catalog
@@ -122,7 +122,7 @@ class Feed:
     async def _watch(self, source: _Source) -> None:
         """Follow a kind until its watch fails. A new watch lists everything: what is not listed is removed."""
         kind, namespace = source
-        labels = {"Pod": POOL_LABEL, "Secret": f"{KEY_LABEL}=true"}.get(kind, "")
+        labels = {"Pod": POOL_LABEL, KEY_KIND: f"{KEY_LABEL}=true"}.get(kind, "")
         listed: set[tuple[str, str]] | None = set()
 
         def alive() -> None:
@@ -171,10 +171,10 @@ class Feed:
         self._changed()
 
     def _put(self, kind: str, document: dict[str, Any]) -> None:
-        if kind == "Secret":
+        if kind == KEY_KIND:
             name = document["metadata"]["name"]
             self._keys.remove(name)
-            self._keys.put(name, parse_key_secret(document))
+            self._keys.put(name, parse_key_record(document))
         elif kind == "ServingPool":
             self._catalog.put_pool(document)
         elif kind == "AdapterDeployment":
@@ -183,7 +183,7 @@ class Feed:
             self._catalog.put_pod(document)
 
     def _remove(self, kind: str, document: dict[str, Any]) -> None:
-        if kind == "Secret":
+        if kind == KEY_KIND:
             self._keys.remove(document["metadata"]["name"])
         elif kind == "ServingPool":
             self._catalog.remove_pool(document)

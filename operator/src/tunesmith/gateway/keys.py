@@ -17,22 +17,22 @@ class KeyTable:
     """The valid keys by their digest."""
 
     def __init__(self) -> None:
-        self._by_secret: dict[str, ApiKey] = {}
+        self._by_record: dict[str, ApiKey] = {}
         self._by_prefix: dict[bytes, dict[str, ApiKey]] = {}
 
-    def put(self, secret_name: str, key: ApiKey) -> None:
-        """Add or replace the key of a Secret."""
-        self.remove(secret_name)
-        self._by_secret[secret_name] = key
-        self._by_prefix.setdefault(key.digest[:_INDEX], {})[secret_name] = key
+    def put(self, record_name: str, key: ApiKey) -> None:
+        """Add or replace the key of a ConfigMap."""
+        self.remove(record_name)
+        self._by_record[record_name] = key
+        self._by_prefix.setdefault(key.digest[:_INDEX], {})[record_name] = key
 
-    def remove(self, secret_name: str) -> None:
-        """Forget the key of a Secret."""
-        key = self._by_secret.pop(secret_name, None)
+    def remove(self, record_name: str) -> None:
+        """Forget the key of a ConfigMap."""
+        key = self._by_record.pop(record_name, None)
         if key is None:
             return
         prefix = key.digest[:_INDEX]
-        del self._by_prefix[prefix][secret_name]
+        del self._by_prefix[prefix][record_name]
         if not self._by_prefix[prefix]:
             del self._by_prefix[prefix]
 
