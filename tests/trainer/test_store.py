@@ -325,6 +325,7 @@ def test_an_account_of_a_secret_is_not_replaced_by_that_of_the_store(tmp_path: P
     folder = stores.folder("az://data/rows", what="the data set", missing=DatasetNotFoundError, secret="mine")
     assert "AccountName=mine;AccountKey=a2V5;" in folder._filesystem.connection
     (tmp_path / "secrets/mine/AZURE_STORAGE_ACCOUNT_KEY").unlink()
+    stores = Stores(secrets=tmp_path / "secrets", allow_file=False, retry=Retry(attempts=1))
     with pytest.raises(SecretNotFoundError, match="and no AZURE_STORAGE_ACCOUNT_KEY: add the key"):
         stores.folder("az://data/rows", what="the data set", missing=DatasetNotFoundError, secret="mine")
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import fsspec
 
+from tunesmith.contracts.credentials import STORE_KEYS, malformed
 from tunesmith.contracts.google_key import GOOGLE_KEY
 from tunesmith_trainer import google_cloud
 from tunesmith_trainer.errors import AccessDeniedError, SecretNotFoundError
@@ -25,25 +26,38 @@ _HUB = "https://huggingface.co"
 _REGION = "us-east-1"
 
 
-def mounted(secrets: Path, secret: str) -> dict[str, str]:
-    """The keys and values of a Secret.
+def read_secrets(secrets: Path) -> dict[str, dict[str, str]]:
+    """Return the keys and values of all mounted Secrets, by the Secret's name.
 
     Args:
-        secrets: folder with one sub-folder per mounted Secret, one file per key.
-        secret: its name.
+        secrets: folder with one sub-folder per mounted Secret, one file per key. In a cluster the mounts are optional:
+            of a missing Secret there is a folder without keys.
+    """
+    folders = [entry for entry in sorted(secrets.iterdir()) if entry.is_dir()] if secrets.is_dir() else []
+    return {
+        folder.name: {
+            entry.name: entry.read_bytes().decode("utf-8", "surrogateescape").strip()
+            for entry in sorted(folder.iterdir())
+            if entry.is_file()
+        }
+        for folder in folders
+    }
+
+
+def check_values(values: Mapping[str, str], credentials: str) -> None:
+    """Refuse values that no store could have issued, before a library puts them into a message.
+
+    Args:
+        values: by key.
+        credentials: where they come from, for messages.
 
     Raises:
-        SecretNotFoundError: it is not mounted.
+        AccessDeniedError: a value is malformed.
     """
-    folder = secrets / secret
-    # In a cluster the mount is optional: of a missing Secret there is a folder without keys.
-    entries = [entry for entry in sorted(folder.iterdir()) if entry.is_file()] if folder.is_dir() else []
-    if not entries:
-        raise SecretNotFoundError(
-            f"the Secret {secret} does not exist or is empty (nothing is mounted at {folder}): create it,"
-            " or remove the secretRef to use the store's credentials"
-        )
-    return {entry.name: entry.read_text(encoding="utf-8").strip() for entry in entries}
+    for key in STORE_KEYS:
+        sentence = malformed(key, values.get(key, ""), credentials)
+        if sentence is not None:
+            raise AccessDeniedError(sentence)
 
 
 def check_keys(scheme: str, values: Mapping[str, str], secret: str) -> None:

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from tunesmith.api.conditions import FailureReason
 from tunesmith.contracts.result import TERMINATION_MESSAGE_PATH, Outcome, TrainerResult
+from tunesmith_trainer.confidential import cleaned
 from tunesmith_trainer.launch import LAUNCHED
 from tunesmith_trainer.ranks import POD_INDEX, Ranks
 
 if TYPE_CHECKING:
+    from tunesmith.contracts.credentials import Scrubber
     from tunesmith_trainer.errors import InterruptedRunError
     from tunesmith_trainer.interruption import Interruption
     from tunesmith_trainer.progress import Progress
@@ -36,9 +38,13 @@ class Ending:
         form: of that line: text or json.
         path: of the termination message; None: Kubernetes' own, where there is one.
         interruption: what a signal is noted in.
+        scrubber: what removes credentials from sentences.
     """
 
-    def __init__(self, progress: Progress, form: str, path: Path | None, interruption: Interruption) -> None:
+    def __init__(
+        self, progress: Progress, form: str, path: Path | None, interruption: Interruption, scrubber: Scrubber
+    ) -> None:
+        self._scrubber = scrubber
         self.progress = progress
         self.interruption = interruption
         self.ranks = Ranks()
@@ -129,7 +135,9 @@ class Ending:
         os._exit(result.exit_code)
 
     def _resumed(self, result: TrainerResult) -> TrainerResult:
-        return result.model_copy(update={"resumed_from_step": self.interruption.resumed_from_step})
+        return cleaned(result, self._scrubber).model_copy(
+            update={"resumed_from_step": self.interruption.resumed_from_step}
+        )
 
     def _write_message(self, result: TrainerResult) -> None:
         if self._path is not None:

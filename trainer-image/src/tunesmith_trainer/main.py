@@ -16,6 +16,7 @@ from tunesmith.api.conditions import FailureReason
 from tunesmith.contracts.owner import OWNER_FILE, Owner
 from tunesmith.contracts.result import Outcome, TrainerResult
 from tunesmith_trainer.command_line import parser
+from tunesmith_trainer.confidential import clean_output, scrubber_of
 from tunesmith_trainer.connections import denied, guarded
 from tunesmith_trainer.ending import UPLOAD_SECONDS, Ending
 from tunesmith_trainer.errors import InterruptedRunError, InvalidSpecError, StorageUnavailableError, TrainerError
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from tunesmith.api.finetunejob import FineTuneJob
+    from tunesmith.contracts.credentials import Scrubber
     from tunesmith_trainer.store import Folder
 
 log = logging.getLogger("tunesmith_trainer")
@@ -68,14 +70,20 @@ def run(argv: Sequence[str]) -> int:
     arguments.argv = argv
     os.environ.update(_ENVIRONMENT)
     die_with_parent()
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(message)s")
     logging.captureWarnings(capture=True)
     for noisy in ("py.warnings", "bitsandbytes", "lm_eval"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
+    scrubber = scrubber_of(arguments.secrets, os.environ)
+    with clean_output(scrubber):
+        return _run(arguments, scrubber)
+
+
+def _run(arguments: argparse.Namespace, scrubber: Scrubber) -> int:
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(message)s")
     progress = Progress(arguments.format)
     interruption = Interruption()
-    ending = Ending(progress, arguments.format, arguments.termination_message, interruption)
+    ending = Ending(progress, arguments.format, arguments.termination_message, interruption, scrubber)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, ending.signalled)
     try:
@@ -133,6 +141,7 @@ def _execute(arguments: argparse.Namespace, progress: Progress, ending: Ending) 
         secrets=arguments.secrets, allow_file=arguments.allow_file, retry=TRAINING_RETRY if patient else None
     )
     try:
+        stores.check_secrets()
         if arguments.job_folder and arguments.cluster and ending.ranks.first:
             what = "the job's folder"
             place = stores.folder(arguments.job_folder, what=what, missing=StorageUnavailableError)

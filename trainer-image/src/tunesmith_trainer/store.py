@@ -26,10 +26,11 @@ from fsspec.implementations.local import LocalFileSystem
 from tunesmith.contracts.location import claim_path
 from tunesmith_trainer import google_cloud
 from tunesmith_trainer.connections import denied
-from tunesmith_trainer.credentials import check_keys, filesystem, mounted
+from tunesmith_trainer.credentials import check_keys, check_values, filesystem, read_secrets
 from tunesmith_trainer.errors import (
     AccessDeniedError,
     InvalidSpecError,
+    SecretNotFoundError,
     StorageUnavailableError,
     TrainerError,
 )
@@ -440,7 +441,9 @@ class Stores:
     def __init__(
         self, *, secrets: Path, allow_file: bool, environ: Mapping[str, str] | None = None, retry: Retry | None = None
     ) -> None:
-        self._secrets = secrets
+        self._folder = secrets
+        # Read once: a Secret that somebody creates while the job runs was not there when the job was admitted.
+        self._secrets = read_secrets(secrets)
         self._allow_file = allow_file
         self._environ = os.environ if environ is None else environ
         self.retry = retry or Retry()
@@ -511,10 +514,29 @@ class Stores:
 
         Raises:
             SecretNotFoundError: the Secret is not mounted.
+            AccessDeniedError: a value is malformed.
         """
         if secret is None:
-            return self._environ, "the environment (in a cluster: the Secret tunesmith-store)"
-        return mounted(self._secrets, secret), f"the Secret {secret}"
+            credentials = "the environment (in a cluster: the Secret tunesmith-store)"
+            check_values(self._environ, credentials)
+            return self._environ, credentials
+        values = self._secrets.get(secret)
+        if not values:
+            raise SecretNotFoundError(
+                f"the Secret {secret} does not exist, is empty or has no key that is read (nothing is mounted at"
+                f" {self._folder / secret}): create it, or remove the secretRef to use the store's credentials"
+            )
+        check_values(values, f"the Secret {secret}")
+        return values, f"the Secret {secret}"
+
+    def check_secrets(self) -> None:
+        """Check all mounted Secrets, before anything is read with them.
+
+        Raises:
+            AccessDeniedError: a value is malformed.
+        """
+        for secret, values in self._secrets.items():
+            check_values(values, f"the Secret {secret}")
 
 
 def file_sha256(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -13,10 +12,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
-_PREFIXES = {Tracker.MLFLOW: "MLFLOW_", Tracker.WANDB: "WANDB_"}
+PREFIXES = {Tracker.MLFLOW: "MLFLOW_", Tracker.WANDB: "WANDB_"}
 _REQUIRED = {Tracker.MLFLOW: "MLFLOW_TRACKING_URI", Tracker.WANDB: "WANDB_API_KEY"}
 _ADDRESSES = {Tracker.MLFLOW: "MLFLOW_TRACKING_URI", Tracker.WANDB: "WANDB_BASE_URL"}
-_SECRET_KEYS = re.compile("KEY|PASSWORD|TOKEN|SECRET")
 
 
 def tracker_settings(
@@ -36,11 +34,11 @@ def tracker_settings(
     """
     found: dict[Tracker, dict[str, str]] = {}
     for tracker in trackers:
-        if tracker not in _PREFIXES:
+        if tracker not in PREFIXES:
             found[tracker] = {}
             continue
         given = environ if local else _mounted(secrets, tracker)
-        values = {name: value for name, value in given.items() if name.startswith(_PREFIXES[tracker]) and value}
+        values = {name: value for name, value in given.items() if name.startswith(PREFIXES[tracker]) and value}
         _check(tracker, values, local=local)
         found[tracker] = values
     return found
@@ -75,11 +73,3 @@ def _check(tracker: Tracker, values: Mapping[str, str], *, local: bool) -> None:
         raise InvalidSpecError(
             f"{_ADDRESSES[tracker]} in {where} is no http:// or https:// address: {tracker} needs that of its server"
         )
-
-
-def without_secrets(text: str, values: Mapping[str, str]) -> str:
-    """The text, of one line, with what is secret of the variables replaced by `***`."""
-    for name, value in values.items():
-        if _SECRET_KEYS.search(name) and value:
-            text = text.replace(value, "***")
-    return " ".join(re.sub(r"//[^/@\s]*@", "//***@", text).split())

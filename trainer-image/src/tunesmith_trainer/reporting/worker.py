@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from tunesmith.api.output import Tracker
+from tunesmith.contracts.credentials import Scrubber
 from tunesmith_trainer.connections import denied, guarded
 from tunesmith_trainer.launch import kill_with_parent
 from tunesmith_trainer.reporting.journal import JOURNAL, Description, End, JournalReader, Point
-from tunesmith_trainer.reporting.settings import without_secrets
+from tunesmith_trainer.reporting.settings import PREFIXES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,6 +74,8 @@ def follow(run: Description, folder: Path) -> None:
     reader = JournalReader(folder / JOURNAL)
     pause, sink, opened = _PAUSE_SECONDS, None, False
     end: End | None = None
+    given = {name: value for name, value in os.environ.items() if name.startswith(tuple(PREFIXES.values()))}
+    scrubber = Scrubber(given)
     while True:
         try:
             if sink is None:
@@ -87,7 +90,7 @@ def follow(run: Description, folder: Path) -> None:
                 sink.finish(end)
             _tell(folder, run, State(done=end is not None))
         except Exception as error:  # noqa: BLE001 - every library has exceptions of its own; they end here
-            text = without_secrets(_reason(error), os.environ)
+            text = " ".join(scrubber.clean(_reason(error)).split())
             _tell(folder, run, State(problem=text[:_SHOWN_CHARACTERS]))
             reader.rewind()
             opened, end = False, None
