@@ -14,6 +14,7 @@ from worlds import STORE, job
 
 from tunesmith.api.finetunejob import FineTuneJob
 from tunesmith.api.finetunejob_status import FineTuneJobStatus
+from tunesmith.contracts.credentials import STORE_KEYS
 from tunesmith.contracts.location import CLAIMS_FOLDER
 from tunesmith.contracts.network import Network
 from tunesmith.finetune.observe import TRAIN, VALIDATE
@@ -101,7 +102,18 @@ def test_no_secret_value_or_token_reaches_a_pod_by_itself() -> None:
     for name in ("validation", "attempt-gpu"):
         pod: dict[str, Any] = RENDERED[name]["spec"]["template"]["spec"]
         assert pod["automountServiceAccountToken"] is False
-        assert "AWS_" not in json.dumps(pod)
+        assert "AWS_" not in json.dumps(pod["containers"])
+
+
+def test_a_secret_that_is_named_is_mounted_with_the_keys_of_stores_alone() -> None:
+    named = job(
+        baseModel={"uri": "s3://a/base", "secretRef": {"name": "db-password"}}, output={"reporting": ["MLflow"]}
+    )
+    for rendered in (validation(named, INSTALLATION), attempt(named, 1, INSTALLATION)):
+        volumes = {volume["name"]: volume for volume in rendered["spec"]["template"]["spec"]["volumes"]}
+        items = volumes["secret-0"]["secret"]["items"]
+        assert [item["key"] for item in items] == list(STORE_KEYS)
+        assert "items" not in volumes["secret-1"]["secret"]
 
 
 def test_tasks_that_a_job_brings_are_mounted_and_run_only_where_the_platform_says_so() -> None:

@@ -35,8 +35,8 @@ def mounted(bench: Workbench, **values: str) -> Path:
     [
         (f"{FIRST}\n{SECOND}\n", "has several lines"),
         (f"{FIRST} {SECOND}", "has spaces"),
-        (f"{FIRST}é", "not printable ASCII"),
-        (f"{FIRST}\udcff", "not printable ASCII"),
+        (f"{FIRST}é", "has characters that are not printable ASCII"),
+        (f"{FIRST}\udcff", "has characters that are not printable ASCII"),
     ],
     ids=["two lines", "a space", "another language", "bytes"],
 )

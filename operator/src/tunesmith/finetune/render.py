@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.api.output import REPORTING_SECRET
 from tunesmith.contracts.addresses import ALLOWED_ADDRESSES
+from tunesmith.contracts.credentials import STORE_KEYS
 from tunesmith.contracts.location import (
     CLAIMS_FOLDER,
     artifact_uri,
@@ -322,7 +323,7 @@ def _pod(
                 *([{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "1Gi"}}] if shared else []),
                 # Optional: the kubelet would wait for a missing one without a word, the trainer says which is missing.
                 *(
-                    {"name": f"secret-{index}", "secret": {"secretName": name, "optional": True}}
+                    {"name": f"secret-{index}", "secret": {"secretName": name, "optional": True, **_keys(name)}}
                     for index, name in enumerate(secrets)
                 ),
                 *(
@@ -368,6 +369,11 @@ def _secrets(job: FineTuneJob) -> list[str]:
     if job.spec.output is not None and job.spec.output.needs_reporting_secret:
         names.append(REPORTING_SECRET)
     return list(dict.fromkeys(names))
+
+
+def _keys(secret: str) -> Object:
+    """The keys of a Secret that pods mount: of one that a secretRef names, those of stores and no others."""
+    return {} if secret == REPORTING_SECRET else {"items": [{"key": key, "path": key} for key in STORE_KEYS]}
 
 
 def _claims(job: FineTuneJob) -> list[str]:
