@@ -48,6 +48,7 @@ class Operator:
             *("--allowed-node-selectors", "namespace"),
             *("--agent-image", "localhost/agent:1", "--engine-image", "localhost/engine:1"),
             *("--probe-port", str(self.probe_port), "--metrics-port", str(self.metrics_port), "--lease-seconds", "3"),
+            "--open-metrics",
         ]
         environment = {**os.environ, "KUBECONFIG": str(self._kubeconfig), "TUNESMITH_IDENTITY": self._identity}
         with self.log.open("ab") as log:

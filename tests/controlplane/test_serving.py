@@ -354,7 +354,7 @@ async def test_tokens_stay_out_of_status_events_and_logs(world: World, operator:
     await world.serve("pirate", "talk")
     await world.until_condition("pirate", "Ready", "True")
     (secret,) = await world.cluster.list("Secret", world.namespace)
-    assert secret["data"].keys() == {"control", "events", "serving"}
+    assert secret["data"].keys() == {"control", "events", "serving", "metrics"}
     keys = [base64.b64decode(value).decode().strip() for value in secret["data"].values()]
     keys += [token for agent in world.pods.agents.values() for token in (*agent.tokens, *agent.control_tokens)]
     for kind in ("ServingPool", "AdapterDeployment", "Pod", "Deployment", "Event"):

@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from gateway_rig import GATEWAY_KEYS, adapter_manifest, eventually
-from tunesmith.contracts.agent import AdapterDemand, GatewayDemand, demand_tokens
+from tunesmith.contracts.agent import AdapterDemand, GatewayDemand, demand_tokens, metrics_tokens
 
 if TYPE_CHECKING:
     from gateway_rig import Rig
@@ -53,7 +53,14 @@ async def test_metrics_count_by_model_and_code_and_never_by_unknown_names(rig: R
     await rig.chat("pirate")
     await rig.chat("team/pirate")
     await rig.chat("unheard-of")
-    async with rig.http.get(f"{rig.internal_url}/metrics") as response:
+    token = metrics_tokens(GATEWAY_KEYS)[0]
+    wrong = [{}, {"Authorization": f"Bearer {demand_tokens(GATEWAY_KEYS)[0]}"}, {"Authorization": token}]
+    for headers in wrong:
+        async with rig.http.get(f"{rig.internal_url}/metrics", headers=headers) as response:
+            assert response.status == 401
+            assert "team" not in await response.text()
+    headers = {"Authorization": f"Bearer {token}"}
+    async with rig.http.get(f"{rig.internal_url}/metrics", headers=headers) as response:
         text = await response.text()
     assert 'tunesmith_gateway_requests_total{code="200",model="team/pirate"} 2.0' in text
     assert 'tunesmith_gateway_requests_total{code="404",model=""} 1.0' in text

@@ -20,7 +20,7 @@ import s3fs  # type: ignore[import-untyped]
 
 from tunesmith.api.finetunejob_status import ServableStatus
 from tunesmith.contracts.addresses import ALLOWED_ADDRESSES
-from tunesmith.contracts.agent import pod_tokens
+from tunesmith.contracts.agent import keys_file, metrics_digests, metrics_tokens, pod_tokens
 from tunesmith.contracts.artifact import (
     ArtifactAdapter,
     ArtifactBase,
@@ -44,7 +44,9 @@ CONTROL_KEY, EVENTS_KEY, SERVING_KEY = (
     b"events-key-of-the-tests",
     b"serving-key-of-the-tests",
 )
+GATEWAY_KEY = b"gateway-key-of-the-tests"
 POD_UID = "uid-of-the-pod"
+METRICS_TOKEN = metrics_tokens((GATEWAY_KEY,))[0]
 CONTROL_TOKEN, EVENTS_TOKEN, SERVING_TOKEN = (
     pod_tokens((key,), POD_UID)[0] for key in (CONTROL_KEY, EVENTS_KEY, SERVING_KEY)
 )
@@ -256,6 +258,7 @@ class Pod:
         self.keys.mkdir(exist_ok=True)
         for name, key in (("control", CONTROL_KEY), ("events", EVENTS_KEY), ("serving", SERVING_KEY)):
             (self.keys / name).write_bytes(key)
+        (self.keys / "metrics").write_bytes(keys_file(metrics_digests((GATEWAY_KEY,))))
         self.secret = self.folder / "tunesmith-store"
         if not self.secret.exists():
             write_secret(self.secret, self.store.secret)
@@ -307,6 +310,7 @@ def agent_container(pod: Pod, **options: Any) -> Container:
         "port": pod.agent_port,
         "control-key-file": pod.keys / "control",
         "events-key-file": pod.keys / "events",
+        "metrics-digest-file": pod.keys / "metrics",
         "pod-uid": POD_UID,
         "state": pod.state,
         "adapters": pod.adapters,

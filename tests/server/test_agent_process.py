@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -12,6 +13,7 @@ from server_rig import (
     CONTROL_KEY,
     CONTROL_TOKEN,
     EVENTS_TOKEN,
+    METRICS_TOKEN,
     POD_UID,
     SERVING_TOKEN,
     Artifact,
@@ -23,13 +25,22 @@ from server_rig import (
     wait_until,
 )
 
-from tunesmith.contracts.agent import PodEvent, PodState, ResidencyState, pod_tokens
+from tunesmith.contracts.agent import (
+    MAX_EPOCH_LEAD,
+    DesiredAdapter,
+    PodEvent,
+    PodState,
+    ResidencyState,
+    list_digest,
+    pod_tokens,
+)
 from tunesmith.contracts.podevents import EventReader
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
     from pathlib import Path
 
+ENTRY = {"engineName": "a", "uri": "b", "digest": "sha256:" + "c" * 64}
 CONTROL = {"Authorization": f"Bearer {CONTROL_TOKEN}"}
 EVENTS = {"Authorization": f"Bearer {EVENTS_TOKEN}"}
 
@@ -79,9 +90,11 @@ async def put(http: aiohttp.ClientSession, body: Any) -> tuple[int, Any]:
 async def test_each_route_needs_the_token_of_its_purpose(
     http: aiohttp.ClientSession, pod: Pod, method: str, path: str
 ) -> None:
-    right = EVENTS_TOKEN if method == "GET" and path != "/x" else CONTROL_TOKEN
-    others = {CONTROL_TOKEN, EVENTS_TOKEN, SERVING_TOKEN, CONTROL_KEY.decode(), "wrong"} - {right}
-    others |= {pod_tokens((CONTROL_KEY,), "uid-of-another-pod")[0]} | ({pod.admin_token} if path != "/drain" else set())
+    tokens = {"control": CONTROL_TOKEN, "events": EVENTS_TOKEN, "metrics": METRICS_TOKEN, "admin": pod.admin_token}
+    purpose = {"/v1/events": "events", "/metrics": "metrics", "/drain": "admin"}.get(path, "control")
+    right = tokens[purpose]
+    others = {*tokens.values(), SERVING_TOKEN, CONTROL_KEY.decode(), "wrong"} - {right}
+    others |= {pod_tokens((CONTROL_KEY,), "uid-of-another-pod")[0], (pod.keys / "metrics").read_text().strip()}
     for headers in (
         {},
         {"Authorization": f"Basic {right}"},
@@ -129,7 +142,11 @@ async def test_the_first_line_says_what_the_pod_is_and_the_heart_beats(
         ({"epoch": -1, "sequence": 0, "adapters": []}, "epoch"),
         ({"epoch": 1, "sequence": 1}, "adapters"),
         ({"epoch": 1, "sequence": 1, "adapters": [{"engineName": "a", "uri": "b"}]}, "adapters.0.digest"),
-        ({"epoch": 1, "sequence": 1, "adapters": [{"engineName": "a", "uri": "b", "digest": "c"}] * 2}, "adapters: an"),
+        ({"epoch": 1, "sequence": 1, "adapters": [ENTRY] * 2}, "adapters: an"),
+        ({"epoch": 1, "sequence": 1, "adapters": [ENTRY | {"digest": "sha256:../../etc"}]}, "adapters.0.digest"),
+        ({"epoch": 1, "sequence": 1, "adapters": [ENTRY] * 1025}, "adapters"),
+        ({"epoch": 2**62, "sequence": 1, "adapters": []}, "epoch"),
+        ({"epoch": 2**40, "sequence": 1, "adapters": []}, f"epoch {2**40} is more than 86400 s ahead"),
     ],
 )
 async def test_a_malformed_list_is_refused_and_changes_nothing(
@@ -138,6 +155,19 @@ async def test_a_malformed_list_is_refused_and_changes_nothing(
     status, answer = await put(http, body)
     assert (status, answer["error"].startswith(place)) == (400, True), answer
     assert (await until(http, bool)).sequence == 0
+
+
+async def test_a_list_of_somebody_else_is_outbid_and_shows(http: aiohttp.ClientSession) -> None:
+    """One request with the highest epoch that is plausible locks the operator out until its next list only."""
+    epoch = int(time.time()) + MAX_EPOCH_LEAD - 600
+    assert (await put(http, {"epoch": epoch, "sequence": 2**53, "adapters": []}))[0] == 200
+    state = await until(http, lambda state: state.epoch == epoch)
+    assert state.list_digest == list_digest([])
+    wanted = {"epoch": state.epoch + 1, "sequence": 7, "adapters": [ENTRY]}
+    assert (await put(http, wanted))[0] == 200
+    assert (await put(http, wanted | {"adapters": []}))[0] == 409, "another list of the same number"
+    held = await until(http, lambda state: state.epoch == wanted["epoch"])
+    assert held.list_digest == list_digest([DesiredAdapter.model_validate(ENTRY)])
 
 
 async def test_lists_only_go_forward_and_outlive_the_agent(
@@ -169,7 +199,7 @@ async def test_without_an_engine_adapters_are_fetched_and_wait(
     assert "DoRA" in by_name[unfit["engineName"]].message
     assert not state.engine_ready
     assert [path.name for path in pod.adapters.iterdir()] == [sound["digest"].removeprefix("sha256:")]
-    async with http.get("/metrics", headers=EVENTS) as response:
+    async with http.get("/metrics", headers={"Authorization": f"Bearer {METRICS_TOKEN}"}) as response:
         text = await response.text()
     assert 'tunesmith_agent_failures_total{permanent="true"} 1.0' in text
     assert 'tunesmith_agent_adapters{state="Loading"} 1.0' in text

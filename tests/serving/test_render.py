@@ -113,7 +113,7 @@ def test_each_container_gets_the_keys_that_it_needs_and_no_other(pool: Callable[
         container["name"]: set().union(*(entries.get(mount["name"], ()) for mount in container["volumeMounts"]))
         for container in [*spec["initContainers"], *spec["containers"]]
     }
-    assert found == {"base-model": set(), "agent": {"control", "events"}, "engine": {"serving"}}
+    assert found == {"base-model": set(), "agent": {"control", "events", "metrics"}, "engine": {"serving"}}
 
 
 def test_the_engine_has_no_credentials_of_the_store(pool: Callable[..., ServingPool]) -> None:

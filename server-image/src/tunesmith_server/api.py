@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 from pydantic import ValidationError
 
-from tunesmith.contracts.agent import HEARTBEAT_SECONDS, DesiredAdapters, Keys, accepts, pod_tokens
+from tunesmith.contracts.agent import HEARTBEAT_SECONDS, DesiredAdapters, Keys, accepts, accepts_digest, pod_tokens
 from tunesmith.contracts.podevents import EventWriter
 from tunesmith_server.desired import ImplausibleEpochError, OutdatedError
 
@@ -30,7 +30,8 @@ MIN_INTERVAL_SECONDS = 0.05
 """Changes within this time go into one line."""
 OPEN = "/healthz"
 DRAIN = "/drain"
-READ = frozenset({"/v1/events", "/metrics"})
+EVENTS = "/v1/events"
+METRICS = "/metrics"
 
 log = logging.getLogger(__name__)
 
@@ -41,22 +42,26 @@ class Credentials:
 
     Attributes:
         control: return the pool's control keys: for routes that change the pod.
-        events: return the pool's events keys: for routes that show its state.
+        events: return the pool's events keys: for the stream of its state.
+        metrics: return digests of the tokens of /metrics.
         pod_uid: of this pod.
-        admin_token: shared with the engine's container, whose preStop hook drains the pod with it.
+        admin_token: shared with the engine's container, whose preStop hook drains the pod with it. Nothing else may: a
+            pod that drains serves nobody until it is replaced.
     """
 
     control: Callable[[], Keys] = field(repr=False)
     events: Callable[[], Keys] = field(repr=False)
+    metrics: Callable[[], Keys] = field(repr=False)
     pod_uid: str
     admin_token: str = field(repr=False)
 
-    def tokens(self, path: str) -> tuple[str, ...]:
-        """The tokens that a route accepts."""
-        if path in READ:
-            return pod_tokens(self.events(), self.pod_uid)
-        control = pod_tokens(self.control(), self.pod_uid)
-        return (*control, self.admin_token) if path == DRAIN else control
+    def admit(self, path: str, presented: str) -> bool:
+        """True if the value of an Authorization header opens a route."""
+        if path == METRICS:
+            return accepts_digest(presented, self.metrics())
+        if path == DRAIN:
+            return accepts(presented, (self.admin_token,))
+        return accepts(presented, pod_tokens(self.events() if path == EVENTS else self.control(), self.pod_uid))
 
 
 class AgentApi:
@@ -81,9 +86,9 @@ class AgentApi:
             [
                 web.get(OPEN, self._healthz),
                 web.put("/v1/adapters", self._put),
-                web.get("/v1/events", self._events),
+                web.get(EVENTS, self._events),
                 web.post(DRAIN, self._drain),
-                web.get("/metrics", self._show_metrics),
+                web.get(METRICS, self._show_metrics),
             ]
         )
         return application
@@ -93,7 +98,7 @@ class AgentApi:
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         presented = request.headers.get("Authorization", "")
-        if request.path != OPEN and not accepts(presented, self._credentials.tokens(request.path)):
+        if request.path != OPEN and not self._credentials.admit(request.path, presented):
             return web.json_response(
                 {"error": f"The token for {request.method} of this path is missing or wrong."},
                 status=401,

@@ -80,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     keys = Path("/etc/tunesmith/agent")
     run.add_argument("--control-key-file", type=Path, default=keys / "control", help="the pool's control key")
     run.add_argument("--events-key-file", type=Path, default=keys / "events", help="the pool's events key")
+    run.add_argument(
+        "--metrics-digest-file", type=Path, default=keys / "metrics", help="digests of the tokens of /metrics"
+    )
     run.add_argument("--pod-uid", default=os.environ.get("TUNESMITH_POD_UID"), help="this pod's UID")
     run.add_argument("--state", type=Path, default=Path("/var/run/tunesmith"), help="folder shared with the engine")
     run.add_argument("--adapters", type=Path, default=Path("/adapters"), help="folder of adapters, read by the engine")
@@ -124,6 +127,7 @@ async def serve(options: argparse.Namespace) -> None:
         raise SetupError("The pod's UID is missing. Set TUNESMITH_POD_UID from metadata.uid.")
     control = _keys(options.control_key_file, "the pool's control key")
     events = _keys(options.events_key_file, "the pool's events key")
+    metrics_digests = _keys(options.metrics_digest_file, "the digest of the token of /metrics")
     fingerprint = _fingerprint(options.base_fingerprint_file, options.base_model)
     base = _base_weights(options.base_model)
     limits = PodLimits(options.store, fingerprint, base, options.max_lora_rank, options.max_adapter_ratio)
@@ -143,7 +147,7 @@ async def serve(options: argparse.Namespace) -> None:
     # vLLM closes an idle connection after 5 s; one that it is just closing must not be used.
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(keepalive_timeout=2)) as session:
         agent = Agent(settings, EngineClient(session, options.engine_url, admin_token), desired, fetcher, metrics)
-        credentials = Credentials(control, events, options.pod_uid, admin_token)
+        credentials = Credentials(control, events, metrics_digests, options.pod_uid, admin_token)
         runner = web.AppRunner(AgentApi(agent, metrics, credentials).application(), shutdown_timeout=1)
         await runner.setup()
         try:

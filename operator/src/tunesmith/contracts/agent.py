@@ -23,6 +23,7 @@ SILENCE_SECONDS = 3.0
 HEARTBEAT_SECONDS = 1.0
 
 
+METRICS_REFUSAL = "metrics need the token of the Secret tunesmith-metrics-token in the release's namespace\n"
 Keys = tuple[bytes, ...]
 """A key and its predecessors, newest first. More than one while the installation key is being rotated: clients present
 the newest that is accepted, servers accept all of them. A file holds one key a line in this order."""
@@ -84,6 +85,24 @@ def demand_tokens(gateway: Keys) -> tuple[str, ...]:
     return _tokens(gateway, "demand")
 
 
+def metrics_tokens(gateway: Keys) -> tuple[str, ...]:
+    """Derive the bearer tokens of /metrics of operator, gateways and agents."""
+    return _tokens(gateway, "metrics")
+
+
+def metrics_digests(gateway: Keys) -> Keys:
+    """Return what agents know of the tokens of /metrics. A reader of a pool's Secret must not read all metrics."""
+    return tuple(_digest(token) for token in metrics_tokens(gateway))
+
+
+def accepts_digest(presented: str, digests: Keys) -> bool:
+    """True if the value of an Authorization header is a bearer token that one of the digests belongs to."""
+    scheme, _, token = presented.partition(" ")
+    given = _digest(token.strip())
+    equal = [hmac.compare_digest(given, digest) for digest in digests]
+    return scheme.lower() == "bearer" and any(equal)
+
+
 def accepts(presented: str, tokens: tuple[str, ...]) -> bool:
     """True if the value of an Authorization header is one of the bearer tokens; all are compared, in constant time."""
     scheme, _, token = presented.partition(" ")
@@ -98,6 +117,10 @@ def _derived(keys: Keys, purpose: str) -> Keys:
 
 def _tokens(keys: Keys, purpose: str) -> tuple[str, ...]:
     return tuple(_hex(key, purpose) for key in keys)
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest().encode()
 
 
 def _hex(key: bytes, purpose: str) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from tunesmith.cluster.errors import ClusterError, ForbiddenError
 from tunesmith.cluster.watch import backoff
-from tunesmith.controller.installation_key import gateway_key_secret, installation_keys
+from tunesmith.controller.installation_key import gateway_key_secret, installation_keys, metrics_token_secret
 from tunesmith.controller.reconciler import Key, Watch
 from tunesmith.controller.watching import Watcher
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from tunesmith.cluster.resources import Object
-    from tunesmith.contracts.agent import Keys
     from tunesmith.controller.context import Context
     from tunesmith.controller.metrics import Metrics
     from tunesmith.controller.reconciler import Reconciler
@@ -42,6 +41,9 @@ class Controller:
         self._listed: float | None = None
         self._synced = asyncio.Event()
         self._relist = asyncio.Event()
+        self._keys_known = asyncio.Event()
+        self._leading = False
+        self._leads = asyncio.Event()
         self._busy: dict[Key, float] = {}
         self._watcher = Watcher(
             context.cluster,
@@ -102,47 +104,54 @@ class Controller:
             self._relist.set()
         await self._synced.wait()
         self._context.epoch = epoch
-        self._context.installation_keys = await self._patiently("the installation key", self._installation_keys)
+        await self._keys_known.wait()
         self._context.cluster_uid = await self._patiently("the cluster's identity", self._cluster_uid)
-        for kind in self._reconcilers:
-            for item in self._context.caches[kind].list():
-                self._context.queue.add(_key(item))
+        self._enqueue_all()
         self._metrics.leading.set(1)
+        self._leading = True
+        self._leads.set()
         try:
             async with asyncio.TaskGroup() as group:
                 for _ in range(self._context.settings.workers):
                     group.create_task(self._work())
                 for reconciler in self._reconcilers.values():
                     group.create_task(self._background(reconciler))
-                group.create_task(self._keep_keys())
         finally:
+            self._leading = False
             self._metrics.leading.set(0)
 
-    async def _installation_keys(self) -> Keys:
-        return await installation_keys(self._context.cluster, self._context.settings.namespace)
-
-    async def _keep_keys(self) -> None:
-        """Write the gateways' key, and follow a rotation of the installation key. Runs without end."""
+    async def keep_keys(self) -> None:
+        """Follow the installation key, and write what derives from it while this replica leads. Runs without end."""
         context, failures, written = self._context, 0, float("-inf")
         while True:
             try:
-                keys = await self._installation_keys()
+                keys = await installation_keys(context.cluster, context.settings.namespace)
                 if keys != context.installation_keys:
-                    _log.info("the installation key changed: the keys of gateways and pools follow")
+                    if context.installation_keys:
+                        _log.info("the installation key changed: the keys of gateways and pools follow")
                     context.installation_keys, written = keys, float("-inf")
-                    for kind in self._reconcilers:
-                        for item in context.caches[kind].list():
-                            context.queue.add(_key(item))
-                if time.monotonic() - written > _WRITE_KEYS_SECONDS:
-                    await context.apply(gateway_key_secret(keys, context.settings.namespace))
+                    self._keys_known.set()
+                    if self._leading:
+                        self._enqueue_all()
+                if self._leading and time.monotonic() - written > _WRITE_KEYS_SECONDS:
+                    for secret in (gateway_key_secret, metrics_token_secret):
+                        await context.apply(secret(keys, context.settings.namespace))
                     written = time.monotonic()
             except ClusterError as error:
                 failures += 1
                 _log.warning("the keys cannot be renewed: %s", error)
                 await asyncio.sleep(backoff(failures))
-            else:
-                failures = 0
-                await asyncio.sleep(_READ_KEYS_SECONDS)
+                continue
+            failures = 0
+            self._leads.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_READ_KEYS_SECONDS):
+                    await self._leads.wait()
+
+    def _enqueue_all(self) -> None:
+        for kind in self._reconcilers:
+            for item in self._context.caches[kind].list():
+                self._context.queue.add(_key(item))
 
     async def _patiently(self, what: str, read: Callable[[], Awaitable[T]]) -> T:
         failures = 0

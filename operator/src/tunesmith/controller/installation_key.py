@@ -1,4 +1,4 @@
-"""The installation key, a Secret that all keys and tokens are derived from, and the gateways' share of it."""
+"""The installation key, a Secret that all keys and tokens derive from, and what gateways and Prometheus get of it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import secrets
 from typing import TYPE_CHECKING
 
 from tunesmith.cluster.errors import AlreadyExistsError, ClusterError
-from tunesmith.contracts.agent import gateway_keys, keys_file, parse_keys
+from tunesmith.contracts.agent import gateway_keys, keys_file, metrics_tokens, parse_keys
 
 if TYPE_CHECKING:
     from tunesmith.cluster.client import Cluster
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 SECRET_NAME = "tunesmith-installation-key"  # noqa: S105 - a name, not a secret
 GATEWAY_SECRET_NAME = "tunesmith-gateway-key"  # noqa: S105 - a name, not a secret
+METRICS_SECRET_NAME = "tunesmith-metrics-token"  # noqa: S105 - a name, not a secret
 _CURRENT = "key"
 _PREVIOUS = "previous"
 
@@ -60,11 +61,16 @@ def gateway_key_secret(keys: Keys, namespace: str) -> Object:
     return _secret(GATEWAY_SECRET_NAME, namespace, keys_file(gateway_keys(keys)))
 
 
-def _secret(name: str, namespace: str, content: bytes) -> Object:
+def metrics_token_secret(keys: Keys, namespace: str) -> Object:
+    """Build the Secret whose token Prometheus presents to read /metrics."""
+    return _secret(METRICS_SECRET_NAME, namespace, metrics_tokens(gateway_keys(keys))[0].encode(), entry="token")
+
+
+def _secret(name: str, namespace: str, content: bytes, *, entry: str = _CURRENT) -> Object:
     return {
         "apiVersion": "v1",
         "kind": "Secret",
         "metadata": {"name": name, "namespace": namespace, "labels": {"app.kubernetes.io/managed-by": "tunesmith"}},
         "type": "Opaque",
-        "data": {_CURRENT: base64.b64encode(content).decode()},
+        "data": {entry: base64.b64encode(content).decode()},
     }

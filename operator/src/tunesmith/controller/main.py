@@ -15,6 +15,7 @@ import uvloop
 from tunesmith.cluster.client import Cluster
 from tunesmith.cluster.errors import ClusterError
 from tunesmith.cluster.events import EventRecorder
+from tunesmith.contracts.agent import accepts, gateway_keys, metrics_tokens
 from tunesmith.controller.context import Context
 from tunesmith.controller.controller import Controller
 from tunesmith.controller.election import Election, next_epoch
@@ -68,11 +69,16 @@ async def operate(settings: Settings, stop: asyncio.Event) -> None:
             unhealthy=controller.unhealthy,
             unready=controller.unready,
             registry=metrics.registry,
+            may_read=lambda header: settings.open_metrics or accepts(header, _metrics_tokens(context)),
         ):
-            await _until(stop, controller.keep_caches(), leading)
+            await _until(stop, controller.keep_caches(), controller.keep_keys(), leading)
             if settings.leader_election:
                 await election.release()
             await controller.stop()
+
+
+def _metrics_tokens(context: Context) -> tuple[str, ...]:
+    return metrics_tokens(gateway_keys(context.installation_keys))
 
 
 async def _until(stop: asyncio.Event, *endless: object) -> None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 from prometheus_client import generate_latest
 
+from tunesmith.contracts.agent import METRICS_REFUSAL
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
@@ -22,8 +24,17 @@ async def serving(
     unhealthy: Callable[[], list[str]],
     unready: Callable[[], list[str]],
     registry: CollectorRegistry,
+    may_read: Callable[[str], bool],
 ) -> AsyncIterator[None]:
-    """Serve until the block ends. `unhealthy` and `unready` give the reasons against, none when all is well.
+    """Serve until the block ends.
+
+    Args:
+        probe_port: of /healthz and /readyz.
+        metrics_port: of /metrics.
+        unhealthy: return why the process must restart; nothing when all is well.
+        unready: return why the process cannot work now; nothing when all is well.
+        registry: the metrics.
+        may_read: return True if a value of the header Authorization opens /metrics.
 
     Raises:
         OSError: a port is taken.
@@ -36,7 +47,9 @@ async def serving(
 
         return answer
 
-    async def metrics(_: web.Request) -> web.Response:
+    async def metrics(request: web.Request) -> web.Response:
+        if not may_read(request.headers.get("Authorization", "")):
+            raise web.HTTPUnauthorized(text=METRICS_REFUSAL, headers={"WWW-Authenticate": "Bearer"})
         return web.Response(body=generate_latest(registry), content_type="text/plain", charset="utf-8")
 
     probes = web.Application()

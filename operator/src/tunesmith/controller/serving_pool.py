@@ -13,6 +13,7 @@ from tunesmith.contracts.agent import (
     events_keys,
     gateway_keys,
     keys_file,
+    metrics_digests,
     pod_tokens,
     serving_keys,
 )
@@ -27,6 +28,7 @@ from tunesmith.serving.pool import PoolObservation, PoolPlan, plan
 from tunesmith.serving.render import (
     CONTROL_KEY,
     EVENTS_KEY,
+    METRICS_DIGEST,
     POOL_LABEL,
     SERVING_KEY,
     Images,
@@ -203,6 +205,7 @@ class ServingPoolReconciler:
             CONTROL_KEY: keys_file(control_keys(installation, *place)),
             EVENTS_KEY: keys_file(events_keys(gateway, *place)),
             SERVING_KEY: keys_file(serving_keys(gateway, *place)),
+            METRICS_DIGEST: keys_file(metrics_digests(gateway)),
         }
 
     async def _act(self, pool: ServingPool, decided: PoolPlan) -> str | None:

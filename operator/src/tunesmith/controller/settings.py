@@ -66,6 +66,8 @@ class Settings:
     relist_seconds: float
     probe_port: int
     metrics_port: int
+    open_metrics: bool
+    """True if /metrics needs no token."""
     log_level: str
 
 
@@ -163,6 +165,9 @@ def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str]
         action="store_true",
         help="let jobs bring evaluation tasks (lmEval.taskFolder): code that is run in their pods",
     )
+    parser.add_argument(
+        "--open-metrics", action="store_true", help="serve /metrics without a token: every pod may read it"
+    )
     options = parser.parse_args(arguments)
     try:
         return Settings(
@@ -203,6 +208,7 @@ def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str]
             relist_seconds=float(options.relist_seconds),
             probe_port=int(options.probe_port),
             metrics_port=int(options.metrics_port),
+            open_metrics=options.open_metrics,
             log_level=options.log_level.upper(),
         )
     except ValueError as error:

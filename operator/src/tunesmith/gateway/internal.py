@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 from prometheus_client import generate_latest
 
-from tunesmith.contracts.agent import accepts, demand_tokens
+from tunesmith.contracts.agent import METRICS_REFUSAL, accepts, demand_tokens, metrics_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,15 +19,21 @@ if TYPE_CHECKING:
 
 
 def internal_app(
-    demand: Demand, metrics: Metrics, gateway_keys: Callable[[], Keys], not_ready: Callable[[], str | None]
+    demand: Demand,
+    metrics: Metrics,
+    gateway_keys: Callable[[], Keys],
+    not_ready: Callable[[], str | None],
+    *,
+    open_metrics: bool,
 ) -> web.Application:
     """The application of the internal port.
 
     Args:
         demand: what /v1/demand streams.
         metrics: what /metrics shows.
-        gateway_keys: return the gateway's keys, which the token of /v1/demand derives from.
-        not_ready: why the gateway should get no requests, or None.
+        gateway_keys: return the gateway's keys, which the tokens of /v1/demand and /metrics derive from.
+        not_ready: return why the gateway should get no requests, or None.
+        open_metrics: True if /metrics needs no token.
     """
 
     async def stream_demand(request: web.Request) -> web.StreamResponse:
@@ -39,7 +45,10 @@ def internal_app(
             await response.write(line)
         return response
 
-    async def show_metrics(_: web.Request) -> web.Response:
+    async def show_metrics(request: web.Request) -> web.Response:
+        header = request.headers.get("Authorization", "")
+        if not open_metrics and not accepts(header, metrics_tokens(gateway_keys())):
+            raise web.HTTPUnauthorized(text=METRICS_REFUSAL, headers={"WWW-Authenticate": "Bearer"})
         headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
         return web.Response(body=generate_latest(metrics.registry), headers=headers)
 

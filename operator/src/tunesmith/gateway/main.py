@@ -109,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     option("comment-seconds", 15.0, "interval of the comments that keep a silent stream open", float)
     option("linger-seconds", 3.0, "how long new connections are accepted after SIGTERM", float)
     option("drain-seconds", 600.0, "how long running requests may take after that", float)
+    parser.add_argument("--open-metrics", action="store_true", help="serve /metrics without a token")
     option("log-level", "INFO", "DEBUG, INFO, WARNING or ERROR", str.upper)  # type: ignore[arg-type]
     return parser
 
@@ -143,6 +144,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         watched=parse_namespaces(arguments.watch_namespaces),
         gateway_keys=gateway_keys,
         shared_pool_namespaces=shared_pool_namespaces,
+        open_metrics=arguments.open_metrics,
         limits=limits,
         port=arguments.port,
         internal_port=arguments.internal_port,

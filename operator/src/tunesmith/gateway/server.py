@@ -51,6 +51,7 @@ class Settings:
         watched: namespaces whose models it serves; empty: all.
         gateway_keys: return the gateway's keys, which all its tokens derive from.
         shared_pool_namespaces: namespaces whose pools' bases may be called by their bare name; empty: its own.
+        open_metrics: True if /metrics needs no token.
         limits: bounds of what it accepts.
         linger_seconds: how long it still accepts connections after SIGTERM, until nobody sends new ones.
         drain_seconds: how long running requests may take after that; what is left then ends with an error.
@@ -59,6 +60,7 @@ class Settings:
     namespace: str
     gateway_keys: Callable[[], Keys] = field(repr=False)
     shared_pool_namespaces: tuple[str, ...] = ()
+    open_metrics: bool = False
     limits: Limits = field(default_factory=Limits)
     watched: tuple[str, ...] = ()
     host: str | None = None
@@ -129,7 +131,9 @@ class Gateway:
         )
         self._clients = web.ServerRunner(self._server, shutdown_timeout=_SHUTDOWN_SECONDS)
         self._internal = web.AppRunner(
-            internal_app(self.demand, self.metrics, settings.gateway_keys, self._not_ready),
+            internal_app(
+                self.demand, self.metrics, settings.gateway_keys, self._not_ready, open_metrics=settings.open_metrics
+            ),
             handler_cancellation=True,
             access_log=None,
             shutdown_timeout=_INTERNAL_SHUTDOWN_SECONDS,

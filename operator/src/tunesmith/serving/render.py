@@ -29,8 +29,8 @@ _POD_UID: Manifest = {"name": "TUNESMITH_POD_UID", "valueFrom": {"fieldRef": {"f
 _BASE = "/models/base"
 _FINGERPRINT = "/models/base.fingerprint"
 _RUN = "/var/run/tunesmith"
-CONTROL_KEY, EVENTS_KEY, SERVING_KEY = "control", "events", "serving"
-"""Entries of the pool's Secret, and names of their files. The engine's container gets the last one only."""
+CONTROL_KEY, EVENTS_KEY, SERVING_KEY, METRICS_DIGEST = "control", "events", "serving", "metrics"
+"""Entries of the pool's Secret, and names of their files. The engine's container gets `serving` only."""
 _AGENT_KEYS = "/etc/tunesmith/agent"
 _ENGINE_KEYS = "/etc/tunesmith/engine"
 _ADMIN_TOKEN_FILE = "/var/run/tunesmith/admin-token"  # noqa: S105 - a file's name
@@ -277,6 +277,7 @@ def _agent(pool: ServingPool, images: Images) -> Manifest:
             "--port", str(AGENT_PORT),
             "--control-key-file", f"{_AGENT_KEYS}/{CONTROL_KEY}",
             "--events-key-file", f"{_AGENT_KEYS}/{EVENTS_KEY}",
+            "--metrics-digest-file", f"{_AGENT_KEYS}/{METRICS_DIGEST}",
             "--state", _RUN,
             "--adapters", "/adapters",
             "--store", images.store,
@@ -460,7 +461,7 @@ def _volumes(pool: ServingPool, images: Images) -> list[Manifest]:
         # Optional: no keys are needed where pods have an identity of their own. An adapter whose download needs them
         # reports that they are missing, and the kubelet mounts a Secret that is created later.
         {"name": "store-secret", "secret": {"secretName": STORE_SECRET, "defaultMode": 0o440, "optional": True}},
-        _keys(pool, "agent-keys", CONTROL_KEY, EVENTS_KEY),
+        _keys(pool, "agent-keys", CONTROL_KEY, EVENTS_KEY, METRICS_DIGEST),
         _keys(pool, "engine-keys", SERVING_KEY),
     ]
     if claim is not None:
