@@ -60,6 +60,8 @@ generate: environment ## Write the CRDs, the API reference and the schema of the
 	@$(STEP) "generate the CRDs" $(RUN) $(GENERATE_CRDS)
 	@$(STEP) "generate the values schema of charts/adapters" $(RUN) python charts/values_schema.py
 	@$(STEP) "copy the default values of charts/tunesmith" $(RUN) python charts/defaults.py
+	@$(STEP) "generate the reference of the chart's rights" $(RUN) python charts/rights.py
+	@$(STEP) "record the charts' versions" $(RUN) python charts/versions.py
 
 images: environment ## Build the images and bring them into the cluster
 	@$(STEP) --live "images" $(CLUSTER) images
@@ -107,6 +109,8 @@ check-generated:
 	@$(STEP) "generated: CRDs and reference" $(RUN) $(GENERATE_CRDS) --check
 	@$(STEP) "generated: values schema" $(RUN) python charts/values_schema.py --check
 	@$(STEP) "generated: default values" $(RUN) python charts/defaults.py --check
+	@$(STEP) "generated: rights" $(RUN) python charts/rights.py --check
+	@$(STEP) "generated: versions of the charts" $(RUN) python charts/versions.py --check
 
 check-unit:
 	@$(STEP) --last ' (passed|failed).* in ' "unit tests" $(RUN) pytest $(UNIT_TESTS)

@@ -199,7 +199,7 @@ def test_images_by_tag_digest_and_registry(template: Template) -> None:
     operator = deployments["tunesmith-operator"]["spec"]["template"]["spec"]["containers"][0]
     assert operator["image"] == f"registry.example/tunesmith/operator@{digest}"
     assert "--trainer-image=registry.example/tunesmith/trainer:7" in operator["command"]
-    assert "--agent-image=other.example:5000/tunesmith/agent:0.1.0" in operator["command"]
+    assert "--agent-image=other.example:5000/tunesmith/agent:0.2.0" in operator["command"]
     assert any(part.startswith("--engine-image=docker.io/vllm/vllm-openai:v") for part in operator["command"])
 
 

@@ -57,6 +57,7 @@ def create_pod(apiserver: ApiServer, pod: FakePod) -> None:
     spec = {"containers": [{"name": "engine", "image": "vllm"}]}
     apiserver.apply({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec})
     set_status(apiserver, "pod", namespace, pod.name, document["status"])
+    pod.uid = stored(apiserver, "pod", namespace, pod.name)["metadata"]["uid"]
 
 
 async def test_models_pods_and_keys_come_and_go(apiserver: ApiServer, namespace: str) -> None:

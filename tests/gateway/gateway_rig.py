@@ -90,6 +90,7 @@ class FakePod:
 
     def __init__(self, name: str, address: str, pool: dict[str, Any], ports: tuple[int, int]) -> None:
         self.name, self.address, self.pool = name, address, pool
+        self.uid = f"uid-{name}"
         self._ports = ports
         self.base = f"{pool['metadata']['namespace']}/{pool['spec']['modelName']}"
         self.resident: set[str] = set()
@@ -117,7 +118,7 @@ class FakePod:
             "metadata": {
                 "name": self.name,
                 "namespace": metadata["namespace"],
-                "uid": f"uid-{self.name}",
+                "uid": self.uid,
                 "labels": {"tunesmith.dev/pool": metadata["name"], "tunesmith.dev/pool-uid": metadata["uid"]},
             },
             "status": {
@@ -129,7 +130,7 @@ class FakePod:
 
     def tokens(self, derive: Callable[[Keys, str, str], Keys]) -> tuple[str, ...]:
         metadata = self.pool["metadata"]
-        return pod_tokens(derive(self.keys, metadata["namespace"], metadata["uid"]), self.manifest["metadata"]["uid"])
+        return pod_tokens(derive(self.keys, metadata["namespace"], metadata["uid"]), self.uid)
 
     async def start_engine(self) -> None:
         engine = web.Application()
