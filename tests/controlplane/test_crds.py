@@ -155,14 +155,30 @@ REFUSED_POOLS = {
         "a model name has letters, digits, '-', '.' and '_', and begins and ends with a letter or digit",
     ),
     "file base model": ({"baseModel__uri": "file:///models/base"}, LOCAL_ONLY),
-    "an argument that the pool sets": (
-        {"engine": {"args": ["--seed=1", "--max_loras=4"]}},
-        "engine.args must not hold what the pool sets or guards: remove it (there are fields for most",
-    ),
+    **{
+        f"the argument {' '.join(arguments)}": (
+            {"engine": {"args": ["--seed=1", *arguments]}},
+            "engine.args must not hold what the pool sets or guards, nor an abbreviation of it",
+        )
+        for arguments in (
+            ["--max_loras=4"],
+            ["--host=::"],
+            ["--ho", "::"],
+            ["--api-k=x"],
+            ["--config", "/x.yaml"],
+            ["--no-enable-lora"],
+            ["--root_path=/x"],
+            ["--kv_transfer_config.kv_connector=x"],
+            ["--weight-tr.x=1"],
+            ["--"],
+        )
+    },
+    "a short form": ({"engine": {"args": ["-tp=2"]}}, "engine.args must not hold short forms: write the long name"),
     "a variable that the pool sets": (
         {"engine": {"env": [{"name": "PYTHONPATH", "value": "/mine"}]}},
-        "engine.env must not hold what the pool sets: remove it; reserved are HF_HUB_OFFLINE, HOME, PYTHONPATH",
+        "engine.env must not hold what the pool sets, loads code or opens the engine: remove it; reserved are GLOO_",
     ),
+    "no choice at all": ({"requests": {"maxChoices": 0}}, "spec.requests.maxChoices in body should be greater than"),
     "a cache without a unit": (
         {"engine": {"kvCacheMemory": "512"}},
         "a cache size is a whole number with the unit Mi or Gi, such as 512Mi",

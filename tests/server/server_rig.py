@@ -299,6 +299,28 @@ class Container:
             self._process.wait()
             self._process = None
 
+    def exit_code(self) -> int | None:
+        """None while the first process runs."""
+        return None if self._process is None else self._process.poll()
+
+    def listening(self) -> set[tuple[str, int]]:
+        """Addresses and ports on which its processes listen."""
+        assert self._process is not None
+        inodes = set()
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if os.getpgid(int(process.name)) == self._process.pid:
+                    inodes |= {str(link.readlink()) for link in (process / "fd").iterdir()}
+        found = set()
+        for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+            for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:  # LISTEN
+                    address, port = fields[1].split(":")
+                    raw = b"".join(struct.pack("=I", int(address[i : i + 8], 16)) for i in range(0, len(address), 8))
+                    found.add((socket.inet_ntop(family, raw), int(port, 16)))
+        return found
+
     def tail(self) -> str:
         return self.log.read_text(errors="replace")[-3000:]
 
@@ -329,12 +351,13 @@ def agent_container(pod: Pod, **options: Any) -> Container:
     return Container([str(program), "serve", *arguments], environment, pod.folder / "agent.log")
 
 
-def engine_container(pod: Pod) -> Container:
+def engine_container(pod: Pod, **variables: str) -> Container:
     arguments = [
-        *("--served-model-name", BASE_NAME, "--host", "127.0.0.1", "--port", str(pod.engine_port)),
+        *("--served-model-name", BASE_NAME, "--port", str(pod.engine_port)),
         *("--enable-lora", "--max-loras", "4", "--max-cpu-loras", "4", "--max-lora-rank", "16"),
         *("--kv-cache-memory-bytes", str(128 * 2**20), "--max-model-len", "512", "--dtype", "float32"),
         *("--middleware", "tunesmith_middleware.Middleware", "--max-num-seqs", "8"),
+        *("--structured-outputs-config", '{"backend": "guidance"}', "--scheduling-policy", "priority"),
     ]
     environment = {
         "PYTHONPATH": str(pod.state / "middleware"),
@@ -347,6 +370,13 @@ def engine_container(pod: Pod) -> Container:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # As in the image, which has no compiler either.
+        "TORCHDYNAMO_DISABLE": "1",
+        "CXX": "/nowhere/c++",
+        "PATH": f"{vllm_program().parent}:{os.environ['PATH']}",
+        **dict.fromkeys(("VLLM_HOST_IP", "VLLM_LOOPBACK_IP", "MASTER_ADDR"), "127.0.0.1"),
+        **dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME"), "lo"),
+        **variables,
     }
-    command = [str(vllm_program()), "serve", str(pod.base), *arguments]
+    command = [str(vllm_program().with_name("python")), "-m", "tunesmith_launch", str(pod.base), *arguments]
     return Container(command, environment, pod.folder / "engine.log")

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
+import socket
+import sys
 import threading
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from server_rig import (
     BASE_NAME,
+    CONTROL_TOKEN,
     EVENTS_TOKEN,
     SERVING_TOKEN,
     Artifact,
@@ -29,13 +34,21 @@ from server_rig import (
 
 from tunesmith.contracts.agent import PodState, Residency, ResidencyState
 from tunesmith.contracts.podevents import EventReader
+from tunesmith_server import middleware
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from http.client import HTTPResponse
     from pathlib import Path
+    from types import ModuleType
 
 PROMPT = "Q: What is the capital of France?\nA:"
+
+
+def parameters() -> ModuleType:
+    """The table of parameters, as the engine imports it."""
+    sys.path.insert(0, middleware.__path__[0])
+    return importlib.import_module("tunesmith_parameters")
 
 
 @dataclass
@@ -91,7 +104,10 @@ class ServingPod:
         self._sequence += 1
         adapters = [self.entries[name] for name in names]
         body = {"epoch": 1, "sequence": self._sequence, "adapters": adapters}
-        assert call(f"{self.pod.agent_url}/v1/adapters", "PUT", body).json == {"epoch": 1, "sequence": self._sequence}
+        assert call(f"{self.pod.agent_url}/v1/adapters", "PUT", body, CONTROL_TOKEN).json == {
+            "epoch": 1,
+            "sequence": self._sequence,
+        }
 
     def state(self) -> PodState:
         with open_stream(f"{self.pod.agent_url}/v1/events", "GET", None, EVENTS_TOKEN) as events:
@@ -233,6 +249,168 @@ def test_streams_pass_through_and_are_counted(pod: ServingPod) -> None:
     assert after["promptTokens"] > before["promptTokens"]
 
 
+MESSAGES = [{"role": "user", "content": "Name a colour."}]
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+SCHEMA = {"type": "object", "properties": {"colour": {"enum": ["red", "blue"]}}, "required": ["colour"]}
+BOTH_ROUTES: dict[str, Any] = {
+    "frequency_penalty": 0.5,
+    "presence_penalty": 0.5,
+    "repetition_penalty": 1.2,
+    "length_penalty": 1.1,
+    "temperature": 0.7,
+    "top_p": 0.5,
+    "min_p": 0.1,
+    "top_k": 5,
+    "seed": 7,
+    "n": 2,
+    "max_tokens": 3,
+    "min_tokens": 1,
+    "stop": ["x", "y"],
+    "stop_token_ids": [5],
+    "allowed_token_ids": [5, 6, 7],
+    "logit_bias": {"5": 10, "6": -10},
+    "bad_words": ["red"],
+    "prompt_logprobs": 1,
+    "stream": True,
+    "stream_interval": 2,
+    "user": "someone",
+    "use_beam_search": True,
+    "include_stop_str_in_output": True,
+    "ignore_eos": True,
+    "skip_special_tokens": False,
+    "spaces_between_special_tokens": False,
+    "truncate_prompt_tokens": 4,
+    "truncation_side": "left",
+    "echo": True,
+    "add_special_tokens": True,
+    "response_format": {"type": "json_schema", "json_schema": {"name": "colour", "schema": SCHEMA}},
+    "structured_outputs": {"regex": "(red|blue){1,2}"},
+    "thinking_token_budget": 2,
+    "return_tokens_as_token_ids": True,
+    "return_token_ids": True,
+    "return_token_offsets": True,
+    "watermarking": False,
+    "repetition_detection": {"max_pattern_size": 3, "min_count": 2},
+    "cache_salt": "salt",
+    "priority": 0,
+    "request_id": "mine",
+    "session_id": "mine",
+    "kv_transfer_params": {"a": 1},
+    "ec_transfer_params": {"a": 1},
+    "vllm_xargs": {"a": 1},
+    "routed_experts_prompt_start": 0,
+    "mm_payload": "tensors",
+    "return_mm_kwargs": True,
+    "metadata": {"a": "b"},
+    "safety_identifier": "x",
+    "service_tier": "auto",
+    "store": False,
+    "prompt_cache_key": "x",
+    "prompt_cache_retention": "24h",
+    "best_of": 1,
+}
+EACH: dict[str, list[dict[str, Any]]] = {
+    "/v1/chat/completions": [
+        *({name: value} for name, value in BOTH_ROUTES.items()),
+        {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+        {"logprobs": True},
+        {"logprobs": True, "top_logprobs": 3},
+        {"logprobs": True, "logprob_token_ids": [5, 6]},
+        {"max_completion_tokens": 3},
+        {"tools": [TOOL], "tool_choice": "required"},
+        {"tools": [TOOL], "tool_choice": "none"},
+        {"parallel_tool_calls": False},
+        {"reasoning_effort": "low"},
+        {"include_reasoning": False},
+        {"add_generation_prompt": False},
+        {"continue_final_message": True, "add_generation_prompt": False},
+        {"documents": [{"title": "a", "text": "b"}]},
+        {"chat_template": "{{ messages[0].content }}"},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"return_prompt_text": True},
+        {"media_io_kwargs": {}},
+        {"mm_processor_kwargs": {}},
+        {"verbosity": "low"},
+        {"modalities": ["text"]},
+        *({name: {}} for name in ("audio", "prediction", "web_search_options", "functions", "function_call")),
+    ],
+    "/v1/completions": [
+        *({name: value} for name, value in BOTH_ROUTES.items()),
+        {"stream": True, "stream_options": {"include_usage": True}},
+        {"logprobs": 3},
+        {"logprobs": 1, "logprob_token_ids": [5, 6]},
+        {"logprobs": 1, "echo": True},
+        {"suffix": "end"},
+        {"prompt_embeds": "AAAA"},
+        {"prompt": [1, 2, 3]},
+        {"prompt": [49151, 2**31 - 1]},
+        {"prompt": ["a", "b"], "n": 2, "logprobs": 2},
+        {"response_format": {"type": "json_object"}, "logprobs": 1, "n": 2},
+        *({"structured_outputs": value} for value in (
+            {"json": SCHEMA}, {"choice": ["red", "blue"]}, {"json_object": True}, {"regex": "([a-z]+ ?)+"},
+            {"grammar": 'root ::= "a" root | ""'}, {"regex": "(x+x+)+y"}, {"regex": "("},
+        )),
+    ],
+}  # fmt: skip
+
+
+def ask(pod: ServingPod, route: str, model: str, parameters: dict[str, Any]) -> int:
+    prompt = {"messages": MESSAGES} if "chat" in route else {"prompt": PROMPT}
+    limit = {} if "max_completion_tokens" in parameters else {"max_tokens": 2}
+    answer = call(f"{pod.pod.engine_url}{route}", "POST", {"model": model, **prompt, **limit, **parameters})
+    assert answer.status in {200, 400}, f"{route} {parameters}: {answer.status} {answer.text[:300]}"
+    if answer.status == 400:
+        assert answer.json["error"]["message"]
+    return answer.status
+
+
+@pytest.mark.usefixtures("served")
+def test_each_parameter_of_the_api_leaves_the_engine_alive(pod: ServingPod) -> None:
+    boot = pod.engine_state()["bootId"]
+    models = [BASE_NAME, *(pod.entries[name]["engineName"] for name in ("pirate", "poet"))]
+    tables = {
+        route: {name for name, rows in parameters().PARAMETERS.items() if any(route in row.routes for row in rows)}
+        for route in EACH
+    }
+    for route, cases in EACH.items():
+        assert tables[route] - {name for case in cases for name in case} - {"model", "messages", "prompt"} == set()
+        for place, case in enumerate(cases):
+            ask(pod, route, models[place % 2], case)
+    every = [(route, case) for route, cases in EACH.items() for case in cases]
+    with ThreadPoolExecutor(4) as four:
+        statuses = list(four.map(lambda pair: ask(pod, pair[1][0], models[pair[0] % 3], pair[1][1]), enumerate(every)))
+    assert statuses.count(200) > 60
+    assert pod.engine_state()["bootId"] == boot
+    assert call(f"{pod.pod.engine_url}/health").status == 200
+    assert "Traceback" not in pod.engine.log.read_text()
+
+
+@pytest.mark.usefixtures("served")
+def test_a_client_that_leaves_is_counted(pod: ServingPod) -> None:
+    model = pod.entries["poet"]["engineName"]
+    before = pod.engine_state()["totals"].get(model, {"completionTokens": 0})["completionTokens"]
+    body = {"model": model, "prompt": PROMPT, "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with open_stream(f"{pod.pod.engine_url}/v1/completions", "POST", body, SERVING_TOKEN) as stream:
+        for _ in range(10):
+            assert b'"usage"' not in stream.readline()
+    wait_until(lambda: not pod.engine_state()["inFlight"], "the request is aborted", 10)
+    assert 4 <= pod.engine_state()["totals"][model]["completionTokens"] - before < 400
+
+
+def test_only_the_engines_port_is_open_to_other_pods(pod: ServingPod) -> None:
+    listening = pod.engine.listening()
+    assert [(address, port) for address, port in listening if port == pod.pod.engine_port] == [
+        ("::" if socket.has_ipv6 else "0.0.0.0", pod.pod.engine_port)  # noqa: S104
+    ]
+    others = {address for address, port in listening if port != pod.pod.engine_port}
+    assert others <= {"127.0.0.1", "::1"}
+
+
+def test_both_address_families_are_served(pod: ServingPod) -> None:
+    for host in ("127.0.0.1", "[::1]"):
+        assert call(f"http://{host}:{pod.pod.engine_port}/health").status == 200
+
+
 def test_a_damaged_artifact_is_refused_and_the_others_go_on(pod: ServingPod, served: dict[str, str]) -> None:
     pod.want("pirate", "poet", "flipped")
 
@@ -249,7 +427,9 @@ def test_a_damaged_artifact_is_refused_and_the_others_go_on(pod: ServingPod, ser
 
 
 def test_a_lower_sequence_is_refused(pod: ServingPod, served: dict[str, str]) -> None:
-    answer = call(f"{pod.pod.agent_url}/v1/adapters", "PUT", {"epoch": 0, "sequence": 99, "adapters": []})
+    answer = call(
+        f"{pod.pod.agent_url}/v1/adapters", "PUT", {"epoch": 0, "sequence": 99, "adapters": []}, CONTROL_TOKEN
+    )
     assert answer.status == 409
     assert "older than epoch 1" in answer.json["error"]
     assert pod.answers() == served
@@ -292,7 +472,9 @@ def test_a_draining_pod_ends_what_runs_and_refuses_the_rest(pod: ServingPod) -> 
     drained: list[Answer] = []
     with open_stream(f"{pod.pod.engine_url}/v1/completions", "POST", body, SERVING_TOKEN) as stream:
         stream.readline()
-        drain = threading.Thread(target=lambda: drained.append(call(f"{pod.pod.agent_url}/drain", "POST")))
+        drain = threading.Thread(
+            target=lambda: drained.append(call(f"{pod.pod.agent_url}/drain", "POST", None, CONTROL_TOKEN))
+        )
         drain.start()
         wait_until(lambda: pod.engine_state()["draining"], "the engine drains", 20)
         refused = call(f"{pod.pod.engine_url}/v1/completions", "POST", {**body, "stream": False})

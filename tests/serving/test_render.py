@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,14 +143,47 @@ def test_a_stopping_pod_has_time_to_drain(pool: Callable[..., ServingPool]) -> N
         (
             {"args": ["--middleware=mine", "--port", "1"]},
             (
-                "engine.args must not hold --middleware, --port: the pool sets or guards them; "
-                "remove them (there are fields for most, such as engine.maxLoras)"
+                "engine.args must not hold --middleware, --port: remove them (--middleware: the pool sets it, most "
+                "from fields of its own; --port: the gateway and the agent reach the engine at one address"
             ),
         ),
-        ({"args": ["--api_key=x"]}, "engine.args must not hold --api-key: "),
+        *(
+            ({"args": words}, f"engine.args must not hold {name}: remove them ({name}: ")
+            for words, name in (
+                (["--api_key=x"], "--api-key"),
+                (["--host=::"], "--host"),
+                (["--ho", "::"], "--ho"),
+                (["--api-server-count=2"], "--api-server-count"),
+                (["--api-k", "x"], "--api-k"),
+                (["--config", "/x.yaml"], "--config"),
+                (["--conf=/x.yaml"], "--conf"),
+                (["--chat-template", "/x"], "--chat-template"),
+                (["--no-enable-lora"], "--no-enable-lora"),
+                (["--no_enable_l"], "--no-enable-l"),
+                (["--max-lora", "1"], "--max-lora"),
+                (["-tp=2"], "-tp"),
+                (["-dp", "2"], "-dp"),
+                (["-n2"], "-n2"),
+                (["--root_path=/x"], "--root-path"),
+                (["--load-format=dummy"], "--load-format"),
+                (["--tokenizer=/other"], "--tokenizer"),
+                (["--trust-remote-code"], "--trust-remote-code"),
+                (["--kv_transfer_config.kv_role=kv_both"], "--kv-transfer-config"),
+                (["--enable-log-re"], "--enable-log-re"),
+                (["--"], "--"),
+            )
+        ),
+        ({"args": ["--enable-auto-tool-choice", "--tool-call-parser=hermes"]}, None),
+        ({"args": ["--sse-keep-alive-interval=15", "--max-num-seqs", "-1", "--seed=-1"]}, None),
+        ({"args": ["--model-impl=vllm", "--tokenizer-mode=auto", "--quantization", "fp8", "--log-level=info"]}, None),
+        *(
+            ({"env": [{"name": name}]}, f"engine.env must not hold {name}: ")
+            for name in ("PYTHONSTARTUP", "TUNESMITH_REQUESTS", "VLLM_PLUGINS", "VLLM_LORA_RESOLVER_CACHE_DIR")
+        ),
+        ({"env": [{"name": "VLLM_CPU_KVCACHE_SPACE", "value": "1"}, {"name": "LD_PRELOAD", "value": "/x.so"}]}, None),
         (
             {"env": [{"name": "PYTHONPATH", "value": "/x"}]},
-            "engine.env must not hold PYTHONPATH: the pool sets them; remove them",
+            "engine.env must not hold PYTHONPATH: the pool sets or guards them; remove them",
         ),
     ],
 )
@@ -162,3 +196,23 @@ def test_settings_of_the_pool_cannot_be_overridden(
     else:
         assert found is not None
         assert found.startswith(sentence)
+
+
+def test_what_clients_may_ask_reaches_the_engine(pool: Callable[..., ServingPool]) -> None:
+    def engine(**requests: Any) -> tuple[list[str], dict[str, Any]]:
+        container = deployment(pool(requests=requests), IMAGES, 1)["spec"]["template"]["spec"]["containers"][0]
+        variables = {variable["name"]: variable.get("value", "") for variable in container["env"]}
+        return container["args"], json.loads(variables["TUNESMITH_REQUESTS"])
+
+    arguments, requests = engine()
+    assert requests == {
+        "allowPromptLogprobs": False,
+        "allowMediaUrls": False,
+        "allowChatTemplate": False,
+        "maxChoices": 16,
+    }
+    assert "--trust-request-chat-template" not in arguments
+    arguments, requests = engine(allowChatTemplate=True, maxTokens=64, maxChoices=2)
+    assert (requests["allowChatTemplate"], requests["maxTokens"], requests["maxChoices"]) == (True, 64, 2)
+    assert "--trust-request-chat-template" in arguments
+    assert '{"max_new_tokens": 64}' in arguments

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from tunesmith.contracts.agent import DesiredAdapter, DesiredAdapters, PodState
 from tunesmith_server.artifact import adapter_folder, remove_leftovers, remove_revision, stored_digests
-from tunesmith_server.engine import EngineClient, EngineDownError, EngineSnapshot, LoadRefusedError
+from tunesmith_server.engine import EngineClient, EngineDownError, EngineSilentError, EngineSnapshot, LoadRefusedError
+from tunesmith_server.guard import CANARY_SECONDS, HANG_SECONDS, Guard
 from tunesmith_server.lora import UnfitAdapterError
 from tunesmith_server.residency import MAX_LOAD_REFUSALS, Failure, Observation, plan
 from tunesmith_server.retention import Retention
@@ -32,12 +33,24 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class AgentSettings:
-    """How this pod serves. `drain_seconds`: how long `/drain` waits for running requests."""
+    """How this pod serves.
+
+    Attributes:
+        adapters: folder of the adapters' files.
+        fingerprint: of the base model.
+        max_loras: adapters that may be resident at once.
+        drain_seconds: how long `/drain` waits for running requests.
+        state: folder for what outlives the agent's process.
+        canary_seconds, hang_seconds: see Guard.
+    """
 
     adapters: Path
     fingerprint: str
     max_loras: int
     drain_seconds: float
+    state: Path
+    canary_seconds: float = CANARY_SECONDS
+    hang_seconds: float = HANG_SECONDS
 
 
 class Agent:
@@ -76,6 +89,13 @@ class Agent:
         self._changed = asyncio.Condition()
         self._draining = False
         self._slots = asyncio.Semaphore(PARALLEL_DOWNLOADS)
+        self._guard = Guard(
+            engine,
+            settings.state,
+            self._wake.set,
+            canary_seconds=settings.canary_seconds,
+            hang_seconds=settings.hang_seconds,
+        )
         self.state = PodState(base_model_fingerprint=settings.fingerprint)
 
     async def put(self, wanted: DesiredAdapters) -> None:
@@ -137,12 +157,15 @@ class Agent:
                 except TimeoutError:
                     pass
         finally:
+            self._guard.close()
             self._fetcher.close()
             for task in self._downloads.values():
                 task.cancel()
 
     async def _pass(self) -> None:
         await self._observe()
+        if not self._draining:
+            await self._guard.step(self._snapshot, time.monotonic())
         await self._publish()
         if self._draining:
             if self._snapshot is not None and not self._snapshot.state.draining:
@@ -153,10 +176,12 @@ class Agent:
             self._downloads[adapter.digest] = asyncio.create_task(self._download(adapter))
         for name in steps.unloads:
             await self._unload(name)
-        for adapter in steps.loads:
+        loads = self._guard.loads(steps.loads)
+        for adapter in loads:
             await self._load(adapter)
-        if steps.loads or steps.unloads:
+        if loads or steps.unloads:
             await self._observe()
+            await self._guard.step(self._snapshot, time.monotonic())
             await self._publish()
         await self._remove_unused()
 
@@ -225,12 +250,21 @@ class Agent:
             desired=self._wanted(),
             folders={digest: str(adapter_folder(self._settings.adapters, digest)) for digest in self._stored},
             downloading=frozenset(self._downloads),
-            failures=self._failures,
-            engine=None if snapshot is None else (snapshot.resident if known else {}),
+            failures=self._failures | self._refused_failures(),
+            engine=None if snapshot is None or not self._guard.ready else (snapshot.resident if known else {}),
             in_flight={} if snapshot is None else snapshot.state.in_flight,
             unwanted_since=self._unwanted_since,
             max_loras=self._settings.max_loras,
+            unverified=self._guard.unverified,
         )
+
+    def _refused_failures(self) -> dict[str, Failure]:
+        """Return the failures of those that the guard refuses on this pod."""
+        return {
+            adapter.engine_name: Failure(self._guard.refused[adapter.digest], permanent=True, attempts=1, retry_at=0.0)
+            for adapter in self._wanted()
+            if adapter.digest in self._guard.refused
+        }
 
     async def _download(self, adapter: DesiredAdapter) -> None:
         try:
@@ -262,6 +296,8 @@ class Agent:
             final = name in self._refused and previous is not None and previous.attempts + 1 >= MAX_LOAD_REFUSALS
             self._fail(adapter, str(error), permanent=final)
             self._refused.add(name)
+        except EngineSilentError:
+            await self._guard.stuck(name, str(adapter_folder(self._settings.adapters, adapter.digest)))
         except EngineDownError as error:
             log.warning("loading %s: %s", name, error)
         else:
@@ -295,7 +331,8 @@ class Agent:
             sequence=current.sequence if current else 0,
             list_digest=self._desired.digest,
             base_model_fingerprint=self._settings.fingerprint,
-            engine_ready=snapshot is not None,
+            engine_ready=snapshot is not None and self._guard.ready,
+            problem=self._guard.problem,
             draining=self._draining,
             adapters=plan(self._observation()).report,
         )

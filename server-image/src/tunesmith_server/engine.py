@@ -4,20 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.alias_generators import to_camel
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
 POLL_SECONDS = 10.0
 """How long a question to a running engine may take. A dead one refuses the connection at once."""
 LOAD_SECONDS = 120.0
+COMPLETE_SECONDS = 600.0
+"""How long the agent's own request may take. The guard decides sooner."""
+_PROCESSED = re.compile(
+    r"^vllm:(?:prompt_tokens_total|generation_tokens_total|iteration_tokens_total_sum)(?:\{[^}]*\})? (\S+)$",
+    re.MULTILINE,
+)
+
+log = logging.getLogger(__name__)
 
 
 class EngineDownError(Exception):
     """The engine does not answer: it starts, ended, or hangs."""
+
+
+class EngineSilentError(EngineDownError):
+    """The engine took a request and did not answer in time."""
 
 
 class LoadRefusedError(Exception):
@@ -47,10 +64,17 @@ class EngineState(BaseModel):
 
 @dataclass(frozen=True)
 class EngineSnapshot:
-    """One observation of a running engine: its state, and the path of every adapter that it holds by name."""
+    """One observation of a running engine.
+
+    Attributes:
+        state: of the middleware.
+        resident: path of every adapter that it holds by name.
+        base: name of the base model.
+    """
 
     state: EngineState
     resident: dict[str, str]
+    base: str = ""
 
 
 class EngineClient:
@@ -80,22 +104,30 @@ class EngineClient:
             state = EngineState.model_validate(await self._ask("GET", "/tunesmith/state"))
             models = await self._ask("GET", "/v1/models")
             resident = {entry["id"]: entry["root"] for entry in models["data"] if entry.get("parent") is not None}
+            base = next((str(entry["id"]) for entry in models["data"] if entry.get("parent") is None), "")
         except (ValidationError, KeyError, TypeError, AttributeError) as error:
             raise EngineDownError(f"the engine's answer is not understood: {error}") from None
-        return EngineSnapshot(state, resident)
+        return EngineSnapshot(state, resident, base)
 
     async def load(self, name: str, path: str) -> None:
         """Load an adapter from a folder.
 
         Raises:
             LoadRefusedError: the engine does not load it, or holds the name with other weights.
+            EngineSilentError: it did not finish in LOAD_SECONDS.
             EngineDownError: it does not answer.
         """
         status, text = await self._call(
             "POST", "/v1/load_lora_adapter", LOAD_SECONDS, {"lora_name": name, "lora_path": path}
         )
-        if status == 200 or (status == 400 and (await self.observe()).resident.get(name) == path):  # noqa: PLR2004 - HTTP
+        if status == 200:  # noqa: PLR2004 - HTTP
             return
+        if status == 400:  # noqa: PLR2004 - HTTP
+            try:
+                if (await self.observe()).resident.get(name) == path:
+                    return
+            except EngineSilentError as error:
+                raise EngineDownError(str(error)) from None
         raise LoadRefusedError(f"vLLM does not load it ({status}): {text}")
 
     async def unload(self, name: str) -> None:
@@ -117,6 +149,34 @@ class EngineClient:
         """
         await self._ask("POST", "/tunesmith/drain")
 
+    async def complete(self, body: dict[str, object]) -> str:
+        """Send a request of the agent's own; the reply's text, an error's too.
+
+        Raises:
+            EngineDownError: it does not answer.
+        """
+        status, text = await self._call("POST", "/v1/completions", COMPLETE_SECONDS, body, shorten=False)
+        if status != 200:  # noqa: PLR2004 - HTTP
+            log.warning("the engine answers %d to a request of the agent: %s", status, _message(text))
+        return text
+
+    async def processed_tokens(self) -> float:
+        """Return a number that grows with every token that the engine processes, from vLLM's own counters.
+
+        Raises:
+            EngineDownError: it does not answer.
+        """
+        _, text = await self._call("GET", "/metrics", POLL_SECONDS)
+        return sum(float(value) for value in _PROCESSED.findall(text))
+
+    async def restart(self, reason: str) -> None:
+        """End the engine's process; the kubelet starts another one.
+
+        Raises:
+            EngineDownError: it does not answer.
+        """
+        await self._call("POST", "/tunesmith/restart", POLL_SECONDS, {"reason": reason})
+
     async def _ask(self, method: str, path: str) -> Any:  # noqa: ANN401 - JSON
         status, text = await self._call(method, path, POLL_SECONDS)
         if status != 200:  # noqa: PLR2004 - HTTP
@@ -127,7 +187,7 @@ class EngineClient:
             raise EngineDownError(f"the engine's answer to {path} is not JSON: {error}") from None
 
     async def _call(
-        self, method: str, path: str, seconds: float, body: dict[str, str] | None = None
+        self, method: str, path: str, seconds: float, body: Mapping[str, object] | None = None, *, shorten: bool = True
     ) -> tuple[int, str]:
         timeout = aiohttp.ClientTimeout(total=seconds)
         try:
@@ -135,8 +195,10 @@ class EngineClient:
                 method, self._url + path, json=body, headers=self._headers, timeout=timeout, allow_redirects=False
             ) as response:
                 text = await response.text()
-                return response.status, _message(text) if body is not None else text
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                return response.status, _message(text) if body is not None and shorten else text
+        except TimeoutError as error:
+            raise EngineSilentError(f"the engine has not answered for {seconds:.0f} s") from error
+        except (aiohttp.ClientError, OSError) as error:
             raise EngineDownError(f"the engine does not answer ({type(error).__name__})") from None
 
 

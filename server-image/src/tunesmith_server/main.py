@@ -29,6 +29,7 @@ from tunesmith_server.base_weights import BaseWeights, read_base_weights
 from tunesmith_server.desired import DesiredFile
 from tunesmith_server.engine import EngineClient
 from tunesmith_server.fetching import ArtifactFetcher, FetchSettings
+from tunesmith_server.guard import CANARY_SECONDS, HANG_SECONDS
 from tunesmith_server.lora import DEFAULT_MAX_RATIO
 from tunesmith_server.metrics import Metrics
 from tunesmith_server.store import StoreError, read_credentials
@@ -100,6 +101,15 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--max-lora-rank", type=int, required=True)
     run.add_argument("--max-loras", type=int, required=True, help="adapters that may be resident at once")
     run.add_argument("--drain-seconds", type=float, default=60.0, help="how long /drain waits for running requests")
+    run.add_argument(
+        "--canary-seconds",
+        type=float,
+        default=CANARY_SECONDS,
+        help="time between two checks of an idle engine's answers",
+    )
+    run.add_argument(
+        "--hang-seconds", type=float, default=HANG_SECONDS, help="time without a token after which an engine hangs"
+    )
     return parser
 
 
@@ -131,7 +141,15 @@ async def serve(options: argparse.Namespace) -> None:
     fingerprint = _fingerprint(options.base_fingerprint_file, options.base_model)
     base = _base_weights(options.base_model)
     limits = PodLimits(options.store, fingerprint, base, options.max_lora_rank, options.max_adapter_ratio)
-    settings = AgentSettings(options.adapters, fingerprint, options.max_loras, options.drain_seconds)
+    settings = AgentSettings(
+        options.adapters,
+        fingerprint,
+        options.max_loras,
+        options.drain_seconds,
+        options.state,
+        options.canary_seconds,
+        options.hang_seconds,
+    )
     metrics = Metrics()
     try:
         admin_token = prepare_engine(options.state)

@@ -49,6 +49,7 @@ class Observation:
         in_flight: requests in the engine by model.
         unwanted_since: when each adapter in the engine was first seen to be wanted no more.
         max_loras: adapters that may be resident at once.
+        unverified: adapters in the engine that get no requests before their canary passed.
     """
 
     now: float
@@ -60,6 +61,7 @@ class Observation:
     in_flight: Mapping[str, int]
     unwanted_since: Mapping[str, float]
     max_loras: int
+    unverified: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -114,6 +116,8 @@ def _next(adapter: DesiredAdapter, seen: Observation, free: int) -> tuple[Reside
     held = (seen.engine or {}).get(adapter.engine_name)
     failure = seen.failures.get(adapter.engine_name)
     if held is not None and held == path:
+        if adapter.engine_name in seen.unverified:
+            return _residency(adapter, ResidencyState.LOADING, "the engine's answers are checked with it"), ""
         return _residency(adapter, ResidencyState.RESIDENT), ""
     if failure is not None and (failure.permanent or seen.now < failure.retry_at):
         return _residency(adapter, ResidencyState.FAILED, failure.message, permanent=failure.permanent), ""

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
+from tunesmith.api import engine_arguments
 from tunesmith.api.conditions import Condition
 from tunesmith.api.finetunejob import BaseModelSource
 from tunesmith.api.model import API_VERSION, MAX_NAME, ApiModel, Matches, ObjectMeta, Rule, StatusModel
@@ -41,19 +42,6 @@ replicas_or_autoscaling = Rule(
 )
 
 
-RESERVED_ARGUMENTS = (
-    "--api-key", "--enable-lora", "--host", "--kv-cache-memory-bytes", "--lora-modules", "--max-cpu-loras",
-    "--max-lora-rank", "--max-loras", "--max-model-len", "--middleware", "--model", "--port", "--root-path",
-    "--served-model-name", "--ssl-certfile", "--ssl-keyfile", "--uds",
-)  # fmt: skip
-"""Arguments of `vllm serve` that the pool sets, or that would open it to callers without a token."""
-RESERVED_VARIABLES = (
-    "HF_HUB_OFFLINE", "HOME", "PYTHONPATH", "TUNESMITH_ADMIN_TOKEN_FILE", "TUNESMITH_POD_UID",
-    "TUNESMITH_SERVING_KEY_FILE", "USER",
-    "VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_API_KEY", "VLLM_NO_USAGE_STATS", "VLLM_PLUGINS",
-)  # fmt: skip
-
-
 class EnvironmentVariable(ApiModel):
     """A variable of the engine's container."""
 
@@ -64,16 +52,21 @@ class EnvironmentVariable(ApiModel):
 class Engine(ApiModel):
     """The vLLM server's settings."""
 
+    # The operator reports stored pools that break them by `serving.render.reserved`, with a condition.
     rules = (
         Rule(
-            "!has(self.args) || "
-            f"self.args.all(a, !a.replace('_', '-').matches('^({'|'.join(RESERVED_ARGUMENTS)})(=|$)'))",
-            "engine.args must not hold what the pool sets or guards: remove it (there are fields for most, such as "
-            "engine.maxLoras); reserved are " + ", ".join(RESERVED_ARGUMENTS),
+            engine_arguments.ARGUMENTS_CEL,
+            "engine.args must not hold what the pool sets or guards, nor an abbreviation of it: remove it (there are "
+            "fields for most, such as engine.maxLoras); docs/serve.md lists these arguments with the reasons",
         ),
         Rule(
-            f"!has(self.env) || self.env.all(v, !v.name.matches('^({'|'.join(RESERVED_VARIABLES)})$'))",
-            "engine.env must not hold what the pool sets: remove it; reserved are " + ", ".join(RESERVED_VARIABLES),
+            engine_arguments.SHORT_CEL,
+            "engine.args must not hold short forms: write the long name of each argument",
+        ),
+        Rule(
+            engine_arguments.VARIABLES_CEL,
+            "engine.env must not hold what the pool sets, loads code or opens the engine: remove it; reserved are "
+            + ", ".join(engine_arguments.RESERVED_VARIABLES),
         ),
     )
 
@@ -122,6 +115,35 @@ class PoolAutoscaling(ApiModel):
     )
 
 
+class Requests(ApiModel):
+    """What clients may ask of an engine that they share. Anything else is refused with 400 and a sentence."""
+
+    allow_prompt_logprobs: bool = Field(
+        default=False,
+        description="Accept prompt_logprobs, and echo with logprobs: a long prompt takes memory for its whole length "
+        "times the vocabulary. Refused on CPUs in any case.",
+    )
+    allow_media_urls: bool = Field(
+        default=False,
+        description="Let the engine fetch http:// and https:// images, sounds and videos that clients name; it can "
+        "reach what the pod can reach. data: URLs are always accepted.",
+    )
+    allow_chat_template: bool = Field(
+        default=False,
+        description="Accept chat_template and any chat_template_kwargs: programs that the engine runs for all clients. "
+        "Switches such as enable_thinking are always accepted.",
+    )
+    max_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        le=10_000_000,
+        description="Most tokens of one answer; also for requests that name no limit. Absent: the model's length.",
+    )
+    max_choices: int = Field(
+        default=16, ge=1, le=1024, description="Most sequences of one request: n or beams, times prompts."
+    )
+
+
 class AllowedNamespaces(ApiModel):
     """Which namespaces may attach adapters and call the base."""
 
@@ -156,6 +178,7 @@ class ServingPoolSpec(ApiModel):
         default=60, ge=0, le=3600, description="Seconds that a stopping pod waits for its running requests."
     )
     allowed_namespaces: AllowedNamespaces = Field(default_factory=AllowedNamespaces, description="Who may attach.")
+    requests: Requests = Field(default_factory=Requests, description="What clients may ask of the shared engine.")
 
 
 class PoolPhase(StrEnum):

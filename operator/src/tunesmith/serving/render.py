@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import base64
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.api.engine_arguments import reserved_argument, reserved_variable
 from tunesmith.api.model import API_VERSION
-from tunesmith.api.servingpool import RESERVED_ARGUMENTS, RESERVED_VARIABLES
 from tunesmith.contracts.addresses import ALLOWED_ADDRESSES
 from tunesmith.contracts.agent import AGENT_PORT, ENGINE_PORT
 from tunesmith.contracts.location import owned_name
@@ -119,24 +120,19 @@ def selector_text(pool: ServingPool) -> str:
 
 
 def reserved(pool: ServingPool) -> str | None:
-    """A sentence about arguments or variables of the spec that the pool sets itself; None when there are none."""
-    arguments = sorted(
-        {
-            word
-            for argument in pool.spec.engine.args or ()
-            if (word := argument.split("=", 1)[0].replace("_", "-")) in RESERVED_ARGUMENTS
-        }
-    )
+    """Return a sentence about arguments or variables that the spec must not hold; None when there are none.
+
+    Objects stored before a rule existed are not refused by the API server.
+    """
+    arguments = {
+        found[0]: found[1] for argument in pool.spec.engine.args or () if (found := reserved_argument(argument))
+    }
     if arguments:
-        return (
-            f"engine.args must not hold {', '.join(arguments)}: the pool sets or guards them; remove "
-            "them (there are fields for most, such as engine.maxLoras)"
-        )
-    variables = sorted(
-        {variable.name for variable in pool.spec.engine.env or () if variable.name in RESERVED_VARIABLES}
-    )
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(arguments.items()))
+        return f"engine.args must not hold {', '.join(sorted(arguments))}: remove them ({reasons})"
+    variables = sorted({variable.name for variable in pool.spec.engine.env or () if reserved_variable(variable.name)})
     if variables:
-        return f"engine.env must not hold {', '.join(variables)}: the pool sets them; remove them"
+        return f"engine.env must not hold {', '.join(variables)}: the pool sets or guards them; remove them"
     return None
 
 
@@ -312,7 +308,7 @@ def _engine(pool: ServingPool, images: Images) -> Manifest:
         "name": ENGINE_CONTAINER,
         "image": pool.spec.engine.image or images.engine,
         "imagePullPolicy": images.pull_policy,
-        "command": ["vllm", "serve", _BASE],
+        "command": ["python3", "-m", "tunesmith_launch", _BASE],
         "args": _engine_arguments(pool),
         "env": _engine_variables(pool),
         "ports": [{"name": "engine", "containerPort": ENGINE_PORT, "protocol": "TCP"}],
@@ -359,7 +355,17 @@ def _engine_arguments(pool: ServingPool) -> list[str]:
         "--max-cpu-loras", str(slots),
         "--middleware", "tunesmith_middleware.Middleware",
         "--dtype", engine.data_type,
+        # xgrammar, vLLM's default, takes minutes for a hostile grammar and 0.8 s a token for a hostile regular
+        # expression, in which nobody is served; guidance bounds both.
+        "--structured-outputs-config", json.dumps({"backend": "guidance"}),
+        # Only the agent sets a priority, for its canary: clients' are refused.
+        "--scheduling-policy", "priority",
     ]  # fmt: skip
+    requests = pool.spec.requests
+    if requests.max_tokens is not None:  # for requests that name no limit; a higher one is refused
+        arguments += ["--override-generation-config", json.dumps({"max_new_tokens": requests.max_tokens})]
+    if requests.allow_chat_template:
+        arguments.append("--trust-request-chat-template")
     if engine.max_model_length is not None:
         arguments += ["--max-model-len", str(engine.max_model_length)]
     if engine.kv_cache_memory is not None:
@@ -377,6 +383,15 @@ def _engine_variables(pool: ServingPool) -> list[Manifest]:
         "VLLM_NO_USAGE_STATS": "1",
         "TUNESMITH_SERVING_KEY_FILE": f"{_ENGINE_KEYS}/{SERVING_KEY}",
         "TUNESMITH_ADMIN_TOKEN_FILE": _ADMIN_TOKEN_FILE,
+        "TUNESMITH_REQUESTS": json.dumps(pool.spec.requests.manifest()),
+        # The engine is one pod: the ports on which its processes meet are nobody else's.
+        "VLLM_HOST_IP": "127.0.0.1",
+        "VLLM_LOOPBACK_IP": "127.0.0.1",
+        "MASTER_ADDR": "127.0.0.1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
+        "TP_SOCKET_IFNAME": "lo",
+        "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
         # The engine's caches go under its home, and PyTorch asks for the name of a user that the image may not have.
         "HOME": "/tmp",  # noqa: S108 - an emptyDir of its own
         "USER": "tunesmith",

@@ -1,0 +1,105 @@
+"""Arguments and variables of `vllm serve` that a ServingPool's `engine.args` and `engine.env` must not hold.
+
+Checked against all arguments of vLLM 0.32. What is not listed tunes the engine and is the platform's choice.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+_BY_REASON: Final = {
+    "the pool sets it, most from fields of its own": (
+        "--dtype", "--enable-lora", "--kv-cache-memory-bytes", "--max-cpu-loras", "--max-lora-rank", "--max-loras",
+        "--max-model-len", "--middleware", "--model", "--no-enable-lora", "--override-generation-config",
+        "--scheduling-policy", "--served-model-name", "--structured-outputs-config", "--tensor-parallel-size",
+        "--trust-request-chat-template",
+    ),
+    "it reads arguments that nobody checked": ("--config", "--help"),
+    "the gateway and the agent reach the engine at one address, over plain HTTP, with their own tokens": (
+        "--api-key", "--enable-ssl-refresh", "--grpc", "--grpc-port", "--headless", "--host", "--port", "--root-path",
+        "--ssl-ca-certs", "--ssl-cert-reqs", "--ssl-certfile", "--ssl-ciphers", "--ssl-keyfile", "--tokens-only",
+        "--uds",
+    ),
+    "requests, tokens and draining are counted in one API server and one pod": (
+        "--api-server-count", "--data-parallel-address", "--data-parallel-backend", "--data-parallel-external-lb",
+        "--data-parallel-hybrid-lb", "--data-parallel-multi-port-external-lb", "--data-parallel-rank",
+        "--data-parallel-rpc-port", "--data-parallel-size", "--data-parallel-size-local", "--data-parallel-start-rank",
+        "--data-parallel-supervisor-port", "--disable-log-stats", "--distributed-executor-backend",
+        "--elastic-ep-max-dp-size", "--enable-elastic-ep", "--enable-scale-out", "--master-addr", "--master-port",
+        "--nnodes", "--node-rank", "--pipeline-parallel-size",
+    ),
+    "the agent's checks of the engine use it": ("--max-logprobs",),
+    "it opens a port or a connection, or writes files, that nobody guards": (
+        "--ec-transfer-config", "--kv-events-config", "--kv-transfer-config", "--profiler-config", "--tool-server",
+        "--weight-transfer-config",
+    ),
+    "it runs code that is not the engine's": (
+        "--io-processor-plugin", "--log-config-file", "--logging-config", "--logits-processors",
+        "--model-class-overrides", "--reasoning-parser-plugin", "--scheduler-cls", "--tool-parser-plugin",
+        "--trust-remote-code", "--worker-cls", "--worker-extension-cls",
+    ),
+    "the engine must serve the base model whose fingerprint the adapters name": (
+        "--chat-template", "--code-revision", "--config-format", "--download-dir", "--hf-config-path", "--hf-overrides",
+        "--hf-token", "--ignore-patterns", "--load-format", "--model-loader-extra-config", "--revision",
+        "--skip-tokenizer-init", "--tokenizer", "--tokenizer-revision",
+    ),
+    "only the agent loads adapters, after it has checked them": (
+        "--default-mm-loras", "--lora-modules", "--lora-target-modules",
+    ),
+    "it writes what clients send and get into the log": (
+        "--enable-log-deltas", "--enable-log-outputs", "--enable-log-requests",
+    ),
+    "it lets a client reach what is not the client's": (
+        "--allowed-local-media-path", "--enable-mm-embeds", "--enable-prompt-embeds", "--enable-trace-replay",
+        "--mm-hasher-algorithm", "--prefix-caching-hash-algo", "--trust-request-mm-kwargs",
+    ),
+}  # fmt: skip
+RESERVED_ARGUMENTS: Final = {name: reason for reason, names in _BY_REASON.items() for name in names}
+"""Reserved arguments of `vllm serve` with the reason, long forms."""
+RESERVED_VARIABLES: Final = (
+    "GLOO_SOCKET_IFNAME", "HF_HUB_OFFLINE", "HOME", "MASTER_ADDR", "NCCL_SOCKET_IFNAME", "PYTHON[A-Z]*",
+    "TP_SOCKET_IFNAME", "TUNESMITH_[A-Z_]*", "USER", "VLLM_ALLOW_INSECURE_SERIALIZATION",
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_API_KEY", "VLLM_DEBUG_LOG_API_SERVER_RESPONSE", "VLLM_HOST_IP",
+    "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH", "VLLM_LOGGING_CONFIG_PATH", "VLLM_LOOPBACK_IP", "VLLM_LORA_RESOLVER_[A-Z_]*",
+    "VLLM_MEDIA_URL_ALLOW_REDIRECTS", "VLLM_NO_USAGE_STATS", "VLLM_PLUGINS", "VLLM_SERVER_DEV_MODE",
+)  # fmt: skip
+"""Variables that the pool sets, that load code, or that open the engine, as regular expressions."""
+
+_SHORT = re.compile(r"-[^-0-9.]")
+_NAME = re.compile(r"--[^=.]*")
+
+
+def reserved_argument(argument: str) -> tuple[str, str] | None:
+    """Return what a word of `engine.args` may not be, and the reason; None if it is allowed.
+
+    vLLM takes unique prefixes, underscores, `--name=value` and `--name.key=value` for an argument.
+    """
+    if _SHORT.match(argument):
+        return argument.split("=", 1)[0], "it is a short form: write the argument's long name"
+    word = _NAME.match(argument)
+    if word is None:
+        return None
+    name = word[0].replace("_", "-")
+    for reserved, reason in RESERVED_ARGUMENTS.items():
+        if reserved == name:
+            return name, reason
+        if reserved.startswith(name):
+            return name, f"it is short for {reserved}, and {reason}"
+    return None
+
+
+def reserved_variable(name: str) -> bool:
+    """Return True if `engine.env` may not hold a variable."""
+    return re.fullmatch("|".join(RESERVED_VARIABLES), name) is not None
+
+
+_NAMES = "[" + ",".join(f"'{name}'" for name in RESERVED_ARGUMENTS) + "]"
+ARGUMENTS_CEL: Final = (
+    "!has(self.args) || self.args.filter(a, a.startsWith('--'))"
+    ".map(a, (a + '=').substring(0, (a + '=').indexOf('=')))"
+    ".map(a, (a + '.').substring(0, (a + '.').indexOf('.')).replace('_', '-'))"
+    f".all(a, !{_NAMES}.exists(r, r.startsWith(a)))"
+)
+SHORT_CEL: Final = "!has(self.args) || self.args.all(a, !a.matches('^-[^-0-9.]'))"
+VARIABLES_CEL: Final = f"!has(self.env) || self.env.all(v, !v.name.matches('^({'|'.join(RESERVED_VARIABLES)})$'))"

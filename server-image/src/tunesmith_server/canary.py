@@ -1,0 +1,100 @@
+"""What a healthy engine answers: a fixed prompt to the base model, and when a changed answer is not noise."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+PROMPT = (
+    "The seven days of the week are Monday, Tuesday, Wednesday, Thursday, Friday, Saturday and Sunday. The twelve "
+    "months of the year are January, February, March, April, May, June, July, August, September, October, November "
+    "and December. The first five letters of the alphabet are A, B, C,"
+)
+"""Long enough to fill more than one block of the KV cache."""
+TOKENS = 12
+ALTERNATIVES = 5
+TOLERANCE = 0.5
+"""Nats by which a log-probability may differ. Other batches and kernels change it by less than 0.1 in 16 bits; damaged
+activations change it by more than 1, or to not-a-number."""
+FIRST_PRIORITY = -(2**31)
+"""Before every client's request, whose priority is 0: a busy engine answers the canary too."""
+
+
+class CanaryAnswer(BaseModel):
+    """A greedy answer: each token with its log-probability, and the likeliest tokens at its place."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+    tokens: tuple[str, ...]
+    log_probabilities: tuple[float, ...]
+    alternatives: tuple[dict[str, float], ...]
+
+
+def request(model: str, **changes: object) -> dict[str, object]:
+    """Return the body of a canary; its salt keeps it from being answered out of the prefix cache."""
+    return {
+        "model": model,
+        "prompt": PROMPT,
+        "max_tokens": TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+        "logprobs": ALTERNATIVES,
+        "cache_salt": secrets.token_hex(16),
+        "priority": FIRST_PRIORITY,
+        **changes,
+    }
+
+
+def warm_up(model: str) -> list[dict[str, object]]:
+    """Return requests, to be sent at once, that meet the kernels and automata that an engine makes on first use."""
+    sampled: dict[str, object] = {"temperature": 1, "top_p": 0.9, "top_k": 20, "seed": 1, "max_tokens": 4}
+    return [
+        *(request(model, **sampled) for _ in range(3)),
+        request(model, max_tokens=4, response_format={"type": "json_object"}),
+        request(model, max_tokens=2, use_beam_search=True, n=2, logprobs=None),
+        request(
+            model,
+            max_tokens=4,
+            presence_penalty=0.5,
+            frequency_penalty=0.5,
+            repetition_penalty=1.1,
+            min_p=0.1,
+            min_tokens=2,
+            logit_bias={"0": -1},
+            temperature=1,
+        ),
+    ]
+
+
+def read(text: str) -> CanaryAnswer | None:
+    """Return the answer in vLLM's reply; None if it is not one, as with values that are not numbers."""
+    try:
+        found: Mapping[str, Any] = json.loads(text)["choices"][0]["logprobs"]
+        return CanaryAnswer(
+            tokens=found["tokens"], log_probabilities=found["token_logprobs"], alternatives=found["top_logprobs"]
+        )
+    except (ValueError, ValidationError, KeyError, IndexError, TypeError):
+        return None
+
+
+def agrees(reference: CanaryAnswer | None, answer: CanaryAnswer | None) -> bool:
+    """Return True if an answer is the reference's, up to the noise of another batch.
+
+    Where two tokens are about equally likely, noise may choose the other one, and what follows is not comparable.
+    """
+    if reference is None or answer is None or len(answer.tokens) < len(reference.tokens):
+        return False
+    pairs = zip(reference.tokens, reference.log_probabilities, strict=True)
+    for place, (token, expected) in enumerate(pairs):
+        if answer.tokens[place] != token:
+            rival = answer.alternatives[place].get(token)
+            return rival is not None and answer.log_probabilities[place] - rival <= TOLERANCE
+        if abs(answer.log_probabilities[place] - expected) > TOLERANCE:
+            return False
+    return True

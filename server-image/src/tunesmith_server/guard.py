@@ -1,0 +1,344 @@
+"""Watches the engine beside the agent: does it still answer as it did when it started, and does it answer at all?
+
+At each start of the engine, before any adapter is loaded, its answer to a canary prompt is recorded. The canary is
+repeated after every load, once a minute, and when no token comes. Two faults make the pod unready and restart the
+engine, which runs in another container and ends itself when it is asked to:
+
+- The base model's answers changed: CONFIRMATIONS answers in a row differ from the reference by more than noise. The
+  adapters that were loaded since the last good canary are the suspects, or, if there are none, those that were used. A
+  single suspect that was just loaded is refused on this pod for good. Several are loaded one by one after the restart,
+  which finds the one; suspects by use are narrowed down to those of every incident, and the last one is refused.
+- The engine hangs: a canary waits for HANG_SECONDS, in which the engine processed no token of anybody. A busy engine
+  processes tokens, however long its queue is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tunesmith_server import canary
+from tunesmith_server.canary import CanaryAnswer
+from tunesmith_server.engine import EngineDownError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
+
+    from tunesmith.contracts.agent import DesiredAdapter
+    from tunesmith_server.engine import EngineClient, EngineSnapshot
+
+CANARY_SECONDS = 60.0
+"""Time between two canaries of an engine to which nothing happens: 12 tokens a minute."""
+CONFIRMATIONS = 3
+"""Answers in a row that must differ: each is computed in another batch, so that noise does not repeat."""
+HANG_SECONDS = 25.0
+"""Time without a token of anybody while a canary waits. The longest step that a healthy engine takes is the prefill of
+a full batch, some seconds on a CPU."""
+QUIET_SECONDS = 3.0
+"""Time without a token while requests run, after which a canary is sent."""
+PROGRESS_SECONDS = 1.0
+"""Time between two looks at the engine's own counters while no token passes."""
+MAX_UNEXPLAINED = 3
+"""Restarts for changed answers without a suspect, after which they are only logged: such an engine is not
+deterministic, and restarting it helps nobody."""
+MAX_REFUSED = 256
+
+log = logging.getLogger(__name__)
+
+
+class GuardRecord(BaseModel):
+    """What outlives the agent's process, in the state folder.
+
+    Attributes:
+        boot_id: process of the engine that `reference` belongs to.
+        reference: its first answer.
+        refused: why a digest is never loaded on this pod again.
+        suspected: digests of which one changed the base's answers.
+        unexplained: restarts for changed answers without a suspect.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    boot_id: str = ""
+    reference: CanaryAnswer | None = None
+    refused: dict[str, str] = Field(default_factory=dict)
+    suspected: frozenset[str] = frozenset()
+    unexplained: int = 0
+
+
+@dataclass
+class _Boot:
+    """What is known about one process of the engine."""
+
+    verified: set[str] = field(default_factory=set)
+    checked_at: float = float("-inf")
+    differing: int = 0
+    used: dict[str, int] = field(default_factory=dict)
+    progress: tuple[object, ...] = ()
+    progress_at: float = float("-inf")
+    looked_at: float = float("-inf")
+
+
+class Guard:
+    """The watch over one engine.
+
+    Args:
+        engine: vLLM beside the agent.
+        state: folder for the record.
+        changed: called when `problem`, `ready` or `unverified` may have changed.
+        canary_seconds: time between two canaries of an idle engine.
+        hang_seconds: time without a token that an engine may have.
+    """
+
+    def __init__(
+        self,
+        engine: EngineClient,
+        state: Path,
+        changed: Callable[[], None],
+        *,
+        canary_seconds: float = CANARY_SECONDS,
+        hang_seconds: float = HANG_SECONDS,
+    ) -> None:
+        self._engine = engine
+        self._path = state / "guard.json"
+        self._changed = changed
+        self._canary_seconds = canary_seconds
+        self._hang_seconds = hang_seconds
+        self._record = _read_record(self._path)
+        self._boot = _Boot()
+        self._boot_id = ""
+        self._resident: dict[str, str] = {}
+        self._check: asyncio.Task[None] | None = None
+        self._check_started = float("inf")
+        self.problem = ""
+
+    @property
+    def ready(self) -> bool:
+        """True if the engine's first answer is recorded: it is warm, and adapters may be loaded."""
+        return self._boot_id != "" and self._record.boot_id == self._boot_id and self._record.reference is not None
+
+    @property
+    def refused(self) -> Mapping[str, str]:
+        """Why a digest is never loaded on this pod again."""
+        return self._record.refused
+
+    @property
+    def unverified(self) -> frozenset[str]:
+        """Adapters in the engine whose first canary has not passed."""
+        return frozenset(self._resident) - self._boot.verified
+
+    def loads(self, wanted: Sequence[DesiredAdapter]) -> list[DesiredAdapter]:
+        """Return those that may be loaded now: none while the engine is in doubt, suspects alone and last."""
+        if self.problem or self._boot.differing or not self.ready:
+            return []
+        innocent = [adapter for adapter in wanted if adapter.digest not in self._record.suspected]
+        if innocent or self.unverified:
+            return innocent
+        return list(wanted[:1])
+
+    async def step(self, snapshot: EngineSnapshot | None, now: float) -> None:
+        """Follow the engine: start a canary if one is due, and judge one that does not end.
+
+        Args:
+            snapshot: the engine now; None while it does not answer.
+            now: monotonic seconds.
+        """
+        if snapshot is None:
+            self._forget_check()
+            return
+        if snapshot.state.boot_id != self._boot_id:
+            self._booted(snapshot)
+        self._resident = {name: _digest(path) for name, path in snapshot.resident.items()}
+        self._boot.verified &= set(self._resident)
+        if self.problem:
+            return  # it is about to end
+        await self._observe_progress(snapshot, now)
+        if self._check is None:
+            if self._due(snapshot, now):
+                self._start(self._canary(snapshot, now), now)
+        elif min(now - self._check_started, now - self._boot.progress_at) >= self._hang_seconds:
+            await self._restart(
+                f"The engine has processed no token for {self._hang_seconds:.0f} s although requests are waiting: it "
+                "hangs and is restarted."
+            )
+
+    async def stuck(self, name: str, path: str) -> None:
+        """Restart the engine because it never finished loading an adapter, which is refused from now on."""
+        self._refuse(frozenset({_digest(path)}), f"vLLM did not finish loading {name}; it is refused on this pod.")
+        await self._restart(f"The engine did not finish loading the adapter {name}: it hangs and is restarted.")
+
+    def close(self) -> None:
+        """Stop what runs in the background."""
+        self._forget_check()
+
+    def _booted(self, snapshot: EngineSnapshot) -> None:
+        self._forget_check()
+        self._boot_id = snapshot.state.boot_id
+        self._boot = _Boot(used=_requests(snapshot))
+        self.problem = ""
+        if self._record.boot_id == self._boot_id:  # the agent restarted, the engine did not
+            self._boot.verified = set(snapshot.resident)
+        else:
+            self._save(boot_id=self._boot_id, reference=None)
+
+    def _due(self, snapshot: EngineSnapshot, now: float) -> bool:
+        quiet = bool(snapshot.state.in_flight) and now - self._boot.progress_at >= QUIET_SECONDS
+        waited = now - self._boot.checked_at
+        return (
+            not self.ready
+            or bool(self.unverified)
+            or self._boot.differing > 0
+            or waited >= self._canary_seconds
+            or (quiet and waited >= QUIET_SECONDS)
+        )
+
+    async def _observe_progress(self, snapshot: EngineSnapshot, now: float) -> None:
+        """Note when the engine last processed a token: what passed the middleware, else vLLM's own counters."""
+        passed = tuple(
+            sorted((name, t.prompt_tokens + t.completion_tokens) for name, t in snapshot.state.totals.items())
+        )
+        busy = bool(snapshot.state.in_flight) or self._check is not None
+        if not busy or passed != self._boot.progress[:-1]:
+            self._boot.progress, self._boot.progress_at = (*passed, None), now
+            return
+        if now - self._boot.looked_at < PROGRESS_SECONDS:
+            return
+        self._boot.looked_at = now
+        try:
+            processed = await self._engine.processed_tokens()
+        except EngineDownError:
+            return
+        if processed != self._boot.progress[-1]:
+            self._boot.progress, self._boot.progress_at = (*passed, processed), now
+
+    def _start(self, check: Coroutine[None, None, None], now: float) -> None:
+        self._check_started = now
+        self._check = asyncio.create_task(check)
+        self._check.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if task is self._check:
+            self._check = None
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("the canary failed", exc_info=error)
+        self._changed()
+
+    def _forget_check(self) -> None:
+        if self._check is not None:
+            self._check.cancel()
+            self._check = None
+
+    async def _canary(self, snapshot: EngineSnapshot, now: float) -> None:
+        model, used = snapshot.base, _requests(snapshot)
+        candidates = self.unverified
+        try:
+            if not self.ready:
+                await asyncio.gather(*(self._engine.complete(body) for body in canary.warm_up(model)))
+            # A damaging adapter damages when it computes.
+            await asyncio.gather(
+                *(self._engine.complete(canary.request(name, max_tokens=4)) for name in sorted(candidates))
+            )
+            answer = canary.read(await self._engine.complete(canary.request(model)))
+        except EngineDownError as error:
+            log.info("canary: %s", error)
+            return
+        self._boot.checked_at = now
+        if not self.ready:
+            if answer is None:
+                await self._restart(
+                    "The base model's first answer is not a sequence of tokens: the engine is restarted."
+                )
+                return
+            log.info("canary: %r", "".join(answer.tokens))
+            self._save(reference=answer)
+            self._boot.verified |= candidates
+        elif canary.agrees(self._record.reference, answer):
+            self._passed(candidates, used)
+        else:
+            self._boot.differing += 1
+            log.warning("canary: the base model's answer differs (%d of %d)", self._boot.differing, CONFIRMATIONS)
+            if self._boot.differing >= CONFIRMATIONS:
+                await self._condemn(snapshot)
+
+    def _passed(self, candidates: frozenset[str], used: dict[str, int]) -> None:
+        self._boot.differing = 0
+        self._boot.verified |= candidates
+        self._boot.used = used
+
+    async def _condemn(self, snapshot: EngineSnapshot) -> None:
+        """Name who changed the base model's answers, and restart the engine."""
+        used = _requests(snapshot)
+        suspects = self.unverified or {
+            name for name in self._resident if used.get(name, 0) > self._boot.used.get(name, 0)
+        }
+        named = ", ".join(sorted(suspects))
+        digests = frozenset(self._resident[name] for name in suspects)
+        if not digests:
+            if self._record.unexplained >= MAX_UNEXPLAINED:
+                log.error("canary: the base model's answers change without an adapter; this is only logged from now on")
+                self._boot.differing = 0
+                return
+            self._save(unexplained=self._record.unexplained + 1)
+            await self._restart(
+                "The base model's answers changed although no adapter was used: the engine is restarted."
+            )
+            return
+        before = self._record.suspected & digests
+        suspected = before or digests
+        if len(suspected) == 1 and (self.unverified or before):
+            sentence = "It changes the answers of the base model and of other adapters; it is refused on this pod."
+            self._refuse(suspected, sentence)
+            suspected = frozenset()
+        self._save(suspected=suspected)
+        which = f"the adapter {named} was" if len(suspects) == 1 else f"the adapters {named} were"
+        await self._restart(
+            f"The base model's answers changed after {which} {'loaded' if self.unverified else 'used'}: the engine is "
+            "restarted."
+        )
+
+    def _refuse(self, digests: frozenset[str], sentence: str) -> None:
+        refused = {**self._record.refused, **dict.fromkeys(digests, sentence)}
+        self._save(refused=dict(list(refused.items())[-MAX_REFUSED:]))
+
+    async def _restart(self, problem: str) -> None:
+        self.problem = problem
+        log.error("%s", problem)
+        self._changed()
+        try:
+            await self._engine.restart(problem)
+        except EngineDownError as error:
+            log.warning("restart: %s; the kubelet restarts an engine that does not answer", error)
+
+    def _save(self, **changes: object) -> None:
+        self._record = self._record.model_copy(update=changes)
+        temporary = self._path.with_name(f".{self._path.name}")
+        try:
+            temporary.write_text(self._record.model_dump_json())
+            temporary.replace(self._path)
+        except OSError as error:
+            log.warning("%s cannot be written: %s", self._path, error.strerror)
+
+
+def _read_record(path: Path) -> GuardRecord:
+    try:
+        return GuardRecord.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return GuardRecord()
+    except (OSError, ValidationError) as error:
+        log.warning("%s cannot be read and is written anew: %s", path, type(error).__name__)
+        return GuardRecord()
+
+
+def _digest(path: str) -> str:
+    name = Path(path).name
+    return f"sha256:{name}" if re.fullmatch("[0-9a-f]{64}", name) else name
+
+
+def _requests(snapshot: EngineSnapshot) -> dict[str, int]:
+    return {name: totals.requests for name, totals in snapshot.state.totals.items()}
