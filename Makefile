@@ -49,8 +49,9 @@ benchmark-training: environment-trainer model ## Compare the speed of training w
 	@$(RUN) --project trainer-image benchmarks/training/benchmark.py --rows $(or $(ROWS),64) --repeats $(or $(REPEATS),3) \
 	  --output out/benchmark-training.md
 
-verify-long: environment environment-trainer model ## After `make demo`: the tests that `make test` leaves out for their length
+verify-long: environment environment-trainer environment-server model ## After `make demo`: the tests that `make test` leaves out for their length
 	@$(STEP) --last ' (passed|failed).* in ' "long tests: trainer" $(RUN) --project trainer-image pytest -m long tests/trainer
+	@$(STEP) --last ' (passed|failed).* in ' "long tests: engine" $(RUN) --project server-image pytest -m long tests/server
 	@$(STEP) --last ' (passed|failed).* in ' "long tests: scenarios" $(RUN) pytest -m long e2e/scenarios
 
 verify-attacks: environment environment-trainer environment-server ## After `make demo`: each attack of e2e/attacks, a victim measured meanwhile (ATTACKS=name,name)

@@ -299,6 +299,12 @@ class Container:
             self._process.wait()
             self._process = None
 
+    @property
+    def group(self) -> int:
+        """The process group of its processes."""
+        assert self._process is not None
+        return self._process.pid
+
     def exit_code(self) -> int | None:
         """None while the first process runs."""
         return None if self._process is None else self._process.poll()

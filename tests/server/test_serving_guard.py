@@ -1,0 +1,126 @@
+"""A real engine that an adapter damages, that hangs, or that dies: the agent finds it, and the pod recovers."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from server_rig import (
+    BASE_NAME,
+    MissingPartError,
+    Pod,
+    S3Server,
+    agent_container,
+    make_adapter,
+    wait_until,
+    write_safetensors,
+)
+from test_serving_pod import ServingPod
+
+from tunesmith.contracts.agent import ResidencyState
+from tunesmith_server.safetensors import read_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.long
+
+
+@pytest.fixture(scope="module")
+def pod(
+    tmp_path_factory: pytest.TempPathFactory, base: Path, fingerprint: str, store: S3Server
+) -> Iterator[ServingPod]:
+    folder = tmp_path_factory.mktemp("guarded-pod")
+    entries = {
+        name: make_adapter(folder / name, base, fingerprint, seed=seed).publish(store, model=name)
+        for seed, name in enumerate(("pirate", "poet"), 1)
+    }
+    huge = make_adapter(folder / "huge", base, fingerprint, seed=3)
+    weights = huge.folder / "adapter_model.safetensors"
+    tensors = {name: np.full(tensor.shape, 1e30, np.float32) for name, tensor in read_tensors(weights).items()}
+    write_safetensors(weights, tensors)
+    entries["huge"] = huge.publish(store, model="huge")
+    try:
+        running = ServingPod(Pod(folder / "pod", base, store), entries)
+    except MissingPartError as error:
+        pytest.fail(str(error), pytrace=False)
+    # A platform that bounds nothing: what the static checks would find reaches the engine.
+    running.agent = agent_container(running.pod, canary_seconds=5, hang_seconds=10, max_adapter_ratio=1e300)
+    running.start()
+    yield running
+    running.stop()
+
+
+def base_answer(pod: ServingPod) -> str:
+    return pod.complete(BASE_NAME)
+
+
+def restarted(pod: ServingPod) -> int:
+    """Do the kubelet's work: the exit code of the engine, which runs again."""
+    wait_until(lambda: pod.engine.exit_code() is not None, f"the engine ends; see {pod.agent.log}", 120)
+    code = pod.engine.exit_code()
+    assert code is not None
+    pod.engine.kill()  # what is left of the container
+    pod.engine.start()
+    return code
+
+
+def test_an_adapter_that_damages_the_engine_is_found_and_refused(pod: ServingPod) -> None:
+    pod.want("pirate")
+    pod.wait_resident("pirate")
+    before = base_answer(pod), pod.complete(pod.entries["pirate"]["engineName"])
+    name = pod.entries["huge"]["engineName"]
+    pod.want("pirate", "huge")
+    problem = wait_until(lambda: pod.state().problem, f"the pod reports the adapter; see {pod.agent.log}", 120)
+    assert f"The base model's answers changed after the adapter {name} was loaded" in problem
+    assert restarted(pod) != 0
+    pod.wait_resident("pirate")
+    state = pod.state()
+    assert not state.problem
+    assert state.engine_ready
+    failure = pod.residency("huge")
+    assert failure is not None
+    assert (failure.state, failure.permanent) == (ResidencyState.FAILED, True)
+    assert "changes the answers of the base model" in failure.message
+    assert (base_answer(pod), pod.complete(pod.entries["pirate"]["engineName"])) == before
+    assert f"restarts the engine: {problem}" in pod.engine.log.read_text()
+
+
+def test_a_restarted_agent_still_refuses_it(pod: ServingPod) -> None:
+    pod.agent.kill()
+    pod.agent.start()
+    pod.wait_resident("pirate")
+    wait_until(lambda: (entry := pod.residency("huge")) and entry.permanent, "it is refused", 30)
+    pod.want("pirate")
+
+
+def core(pod: ServingPod) -> int:
+    """The process that computes."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getpgid(int(process.name)) == pod.engine.group and b"EngineCor" in (process / "comm").read_bytes():
+                return int(process.name)
+        except OSError:
+            continue
+    pytest.fail("the engine has no process of its own that computes")
+
+
+def test_an_engine_that_hangs_is_restarted(pod: ServingPod) -> None:
+    os.kill(core(pod), signal.SIGSTOP)
+    problem = wait_until(lambda: pod.state().problem, f"the pod reports it; see {pod.agent.log}", 60)
+    assert "it hangs" in problem
+    assert restarted(pod) != 0
+    pod.wait_resident("pirate")
+    assert not pod.state().problem
+
+
+def test_an_engine_that_dies_does_not_exit_with_0(pod: ServingPod) -> None:
+    before = base_answer(pod)
+    os.kill(core(pod), signal.SIGKILL)
+    assert restarted(pod) != 0
+    pod.wait_resident("pirate")
+    assert base_answer(pod) == before
