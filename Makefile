@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help benchmark-training verify-attacks verify-data verify-methods verify-resume demo test check generate images cluster-up cluster-down clean \
+.PHONY: help benchmark-training verify-fuzz-gateway verify-attacks verify-data verify-methods verify-resume demo test check generate images cluster-up cluster-down clean \
   environment environment-trainer environment-server model check-format check-types check-imports check-generated check-unit
 
 UV_VERSION := 0.13.9
@@ -43,6 +43,10 @@ verify-methods: environment-trainer environment-server ## Train, reload, merge a
 verify-data: environment-trainer model ## Validate a million rows: peak memory, and that a second attempt finds the tokens
 	@$(STEP) --last '^(passed|failed)' "a million rows" $(UV) run --frozen --no-sync --project trainer-image \
 	  python tests/trainer/verify_data.py --base $(CACHE)/models/SmolLM2-135M-Instruct
+
+verify-fuzz-gateway: environment ## Send 20,000 mutated requests to a gateway: answers, log and memory (REQUESTS=, SEED=)
+	@$(STEP) --last '^(passed|Assert)' "fuzz the gateway" $(RUN) python tests/gateway/http_fuzzer.py \
+	  --requests $(or $(REQUESTS),20000) --seed $(or $(SEED),1)
 
 benchmark-training: environment-trainer model ## Compare the speed of training with other ways (ROWS=64 REPEATS=3)
 	@mkdir -p out

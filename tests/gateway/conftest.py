@@ -29,7 +29,7 @@ async def start() -> AsyncIterator[Callable[..., Awaitable[Rig]]]:
     async with AsyncExitStack() as stack:
         rigs: list[Rig] = []
 
-        async def run(*, synced: bool = True, **limits: float) -> Rig:
+        async def run(*, synced: bool = True, drain_seconds: float = 5.0, **limits: float) -> Rig:
             engine_port, agent_port = free_ports(2)
             watches = Watches()
             if not synced:
@@ -43,7 +43,7 @@ async def start() -> AsyncIterator[Callable[..., Awaitable[Rig]]]:
                 port=0,
                 internal_port=0,
                 linger_seconds=0.0,
-                drain_seconds=5.0,
+                drain_seconds=drain_seconds,
                 engine_port=engine_port,
                 agent_port=agent_port,
             )

@@ -106,6 +106,7 @@ class FakePod:
         self.gate = asyncio.Event()
         self.gate.set()
         self.silent = False
+        self.max_body_bytes = 8 * 1024 * 1024
         self.keys: Keys = GATEWAY_KEYS
         self._told = asyncio.Condition()
         self._runners: dict[str, web.AppRunner] = {}
@@ -133,7 +134,7 @@ class FakePod:
         return pod_tokens(derive(self.keys, metadata["namespace"], metadata["uid"]), self.uid)
 
     async def start_engine(self) -> None:
-        engine = web.Application()
+        engine = web.Application(client_max_size=self.max_body_bytes)
         engine.router.add_post("/v1/chat/completions", self._generate)
         engine.router.add_post("/v1/completions", self._generate)
         await self._serve("engine", engine, self._ports[0])

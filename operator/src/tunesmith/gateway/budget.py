@@ -67,9 +67,15 @@ class Share:
         self._budget.take(self._key, count)
         self._count += count
 
-    def shrink_to(self, count: int) -> None:
-        """Return all but `count` bytes."""
-        if count < self._count:
+    def set_to(self, count: int) -> None:
+        """Hold exactly `count` bytes.
+
+        Raises:
+            ApiError: the budget is used up.
+        """
+        if count > self._count:
+            self.grow(count - self._count)
+        elif count < self._count:
             self._budget.give(self._key, self._count - count)
             self._count = count
 
@@ -77,4 +83,4 @@ class Share:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.shrink_to(0)
+        self.set_to(0)

@@ -12,7 +12,7 @@ from aiohttp import web
 
 from tunesmith.gateway import errors, events
 from tunesmith.gateway.body import socket_pieces
-from tunesmith.gateway.reply import EventReply, finish, prepare, write
+from tunesmith.gateway.reply import ANSWER_BYTES, EventReply, finish, prepare, write
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
@@ -28,8 +28,6 @@ LOG = logging.getLogger(__name__)
 NOT_STARTED_HEADER = "x-tunesmith-not-started"
 OTHER_TOKEN = "other_token"  # noqa: S105 - a label in metrics
 """While the installation's key is rotated: the pod accepts another of the gateway's tokens, it is tried at once."""
-ANSWER_BYTES = 64 * 1024
-"""Bytes of the budget that a running answer counts for: its pieces on their way to the client."""
 _JSON = "application/json"
 _EVENT_STREAM = "text/event-stream"
 _MAX_RETRY_AFTER_DIGITS = 6
@@ -78,6 +76,7 @@ class Forwarder:
             ApiError: the pod accepted it and failed.
             ClientLeftError: the client left.
         """
+        call.started = True
         backend.in_flight += call.sequences
         self._demand.add_running(call.model.id, call.sequences)
         upstream: aiohttp.ClientResponse | None = None
@@ -87,9 +86,8 @@ class Forwarder:
             if upstream.status == HTTPStatus.UNAUTHORIZED and backend.serving_tokens.refused(token):
                 raise NotStartedError(OTHER_TOKEN)
             await _raise_not_started(upstream)
-            call.started = True
             call.body = call.body.without_members()
-            call.share.shrink_to(ANSWER_BYTES)
+            call.share.set_to(ANSWER_BYTES)
             return await self._pass_on(call, upstream, engine_name)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             self._residency.suspect(backend)
@@ -98,7 +96,6 @@ class Forwarder:
             # The kind only: a text could repeat what the engine sent.
             LOG.warning("request %s: pod %s: %s", call.request_id, backend.pod.name, type(error).__name__)
             self._residency.suspect(backend)
-            call.started = True
             raise errors.engine_failed(call.model.id) from error
         except events.WrongModelError:
             LOG.error("request %s: pod %s answered as another model", call.request_id, backend.pod.name)  # noqa: TRY400
@@ -139,7 +136,6 @@ class Forwarder:
             while not task.done():
                 left = deadline - self._clock()
                 if left <= 0:
-                    call.started = True
                     raise errors.engine_silent(call.model.id, seconds)  # noqa: TRY301 - the handler closes what came late
                 if call.events is not None:
                     await call.events.comment_if_due()
@@ -212,7 +208,7 @@ class Forwarder:
             await prepare(call.request, response)
             piece = start
             while piece:
-                await write(call.request, response, piece, self._limits)
+                await write(call.request, response, piece, call.share, self._limits)
                 piece = await self._read(call, upstream)
             await finish(call.request, response, self._limits)
         except BaseException:
@@ -225,7 +221,7 @@ class Forwarder:
     async def _stream(self, call: Call, upstream: aiohttp.ClientResponse, engine_name: str) -> web.StreamResponse:
         """Pass server-sent events on as they come, once the first one shows the right model."""
         reply = call.events = call.events or EventReply(
-            call.request, call.request_id, self._limits, clock=self._clock, closing=self._closing
+            call.request, call.request_id, call.share, self._limits, clock=self._clock, closing=self._closing
         )
         await reply.begin()
         stream = events.EventStream(engine_name)

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import uvloop
 
@@ -19,9 +19,13 @@ from tunesmith.cluster.errors import ClusterError
 from tunesmith.contracts.agent import GATEWAY_INTERNAL_PORT, GATEWAY_PORT
 from tunesmith.contracts.claims import parse_namespaces
 from tunesmith.contracts.keyfile import KeyFile
-from tunesmith.gateway.forward import ANSWER_BYTES
+from tunesmith.gateway.faults import described
 from tunesmith.gateway.limits import MIB, Limits, connections, in_flight_bytes, memory_limit
+from tunesmith.gateway.reply import ANSWER_BYTES
 from tunesmith.gateway.server import Gateway, Settings, TaskEndedError
+
+if TYPE_CHECKING:
+    from tunesmith.gateway.feed import Watcher
 
 GATEWAY_KEY_FILE = "/etc/tunesmith/gateway/key"
 
@@ -32,17 +36,15 @@ Number = TypeVar("Number", int, float)
 
 def main() -> None:
     """Run the gateway until SIGTERM. Exit code 0 after a drained end, 1 for a fault, 2 for wrong settings."""
-    arguments = _parser().parse_args()
-    logging.basicConfig(
-        level=arguments.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
+    arguments = parser().parse_args()
+    configure_log(arguments.log_level)
     try:
-        settings = _settings(arguments)
+        settings = settings_of(arguments)
     except ValueError as error:
         sys.exit(_fail(str(error)))
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(settings))
+            runner.run(_run(settings))
     except ClusterError as error:
         sys.exit(_fail(str(error)))
     except TaskEndedError as error:
@@ -51,25 +53,43 @@ def main() -> None:
         sys.exit(_fail(f"cannot listen: {error}"))
 
 
+def configure_log(level: str) -> None:
+    """Write the log to stderr."""
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+
+
 def _fail(message: str, code: int = 2) -> int:
     sys.stderr.write(f"tunesmith-gateway: {message}\n")
     return code
 
 
-async def _serve(settings: Settings) -> None:
+async def _run(settings: Settings) -> None:
+    async with await Cluster.connect() as cluster:
+        await serve(settings, cluster)
+
+
+async def serve(settings: Settings, watcher: Watcher) -> None:
+    """Serve until SIGTERM or SIGINT, then drain."""
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
+    loop.set_exception_handler(_log_fault)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
-    async with await Cluster.connect() as cluster, Gateway(settings, cluster) as gateway:
+    async with Gateway(settings, watcher) as gateway:
         LOG.info("serving on port %d, internal port %d", gateway.port, gateway.internal_port)
         await gateway.run_until(ended)
         LOG.info("ending: no new requests after %g s", settings.linger_seconds)
         await gateway.linger()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _log_fault(_: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
+    """Log a fault that nobody handled, without texts and objects that may hold what a client sent."""
+    LOG.error("%s: %s", context.get("message"), described(context.get("exception")))
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the options of `tunesmith-gateway`."""
+    options = argparse.ArgumentParser(
         prog="tunesmith-gateway",
         description="OpenAI-compatible endpoint in front of the ServingPools of a cluster (that of KUBECONFIG, or the"
         " pod's own). Every option has an environment variable: TUNESMITH_ and its name in capitals.",
@@ -78,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def option(name: str, default: object, help_: str, type_: type = str) -> None:
         variable = f"TUNESMITH_{name.upper().replace('-', '_')}"
-        parser.add_argument(
+        options.add_argument(
             f"--{name}", default=os.environ.get(variable, default), type=type_, help=f"{help_} (default: %(default)s)"
         )
 
@@ -111,11 +131,11 @@ def _parser() -> argparse.ArgumentParser:
     option("drain-seconds", 600.0, "how long running requests may take after that", float)
     parser.add_argument("--open-metrics", action="store_true", help="serve /metrics without a token")
     option("log-level", "INFO", "DEBUG, INFO, WARNING or ERROR", str.upper)  # type: ignore[arg-type]
-    return parser
+    return options
 
 
-def _settings(arguments: argparse.Namespace) -> Settings:
-    """The settings.
+def settings_of(arguments: argparse.Namespace) -> Settings:
+    """Return the settings.
 
     Raises:
         ValueError: one is missing or cannot be used; the message says which.

@@ -17,9 +17,9 @@ from tunesmith.gateway.broadcast import within
 from tunesmith.gateway.budget import Budget
 from tunesmith.gateway.connections import answer
 from tunesmith.gateway.faults import described
-from tunesmith.gateway.forward import ANSWER_BYTES, OTHER_TOKEN, Forwarder, NotStartedError
+from tunesmith.gateway.forward import OTHER_TOKEN, Forwarder, NotStartedError
 from tunesmith.gateway.limits import Limits
-from tunesmith.gateway.reply import ClientLeftError, EventReply
+from tunesmith.gateway.reply import ANSWER_BYTES, ClientLeftError, EventReply
 from tunesmith.gateway.request import Call, cache_salt, presented_key, read_body, request_id, require
 
 if TYPE_CHECKING:
@@ -214,13 +214,13 @@ class Proxy:
             share=share,
             sequences=body.sequences,
             cache_salt=cache_salt(self._gateway_keys()[0], key.home),
-            events=self._events(exchange) if body.stream else None,
+            events=self._events(exchange, share) if body.stream else None,
             arrived=exchange.arrived,
         )
 
-    def _events(self, exchange: _Exchange) -> EventReply:
+    def _events(self, exchange: _Exchange, share: Share) -> EventReply:
         return EventReply(
-            exchange.request, exchange.request_id, self._limits, clock=self._clock, closing=lambda: self.closing
+            exchange.request, exchange.request_id, share, self._limits, clock=self._clock, closing=lambda: self.closing
         )
 
     def _model(self, body: Body, key: ApiKey) -> Model:
@@ -252,6 +252,7 @@ class Proxy:
                 try:
                     return await self._forwarder.forward(call, backend, engine_name)
                 except NotStartedError as not_started:
+                    call.started = False
                     self._metrics.not_started(not_started.reason)
                     LOG.info("request %s: pod %s: %s", call.request_id, backend.pod.name, not_started.reason)
                     if not_started.reason != OTHER_TOKEN:

@@ -7,13 +7,20 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
+from tunesmith.gateway.errors import ApiError
 from tunesmith.gateway.events import COMMENT, EVENT_END
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from tunesmith.gateway.errors import ApiError
+    from tunesmith.gateway.budget import Share
     from tunesmith.gateway.limits import Limits
+
+
+ANSWER_BYTES = 16 * 1024
+"""Bytes of the budget that a running answer counts for."""
+BEHIND_BYTES = 256 * 1024
+"""The same while the client reads more slowly than the pod answers."""
 
 
 class ClientLeftError(Exception):
@@ -32,12 +39,24 @@ async def prepare(request: web.BaseRequest, response: web.StreamResponse) -> Non
         raise ClientLeftError from None
 
 
-async def write(request: web.BaseRequest, response: web.StreamResponse, data: bytes, limits: Limits) -> None:
+async def write(
+    request: web.BaseRequest, response: web.StreamResponse, data: bytes, share: Share, limits: Limits
+) -> None:
     """Write a piece of an answer.
 
     Raises:
-        ClientLeftError: the client left, or read nothing for `limits.write_seconds`.
+        ClientLeftError: the client left, read nothing for `limits.write_seconds`, or reads more slowly than the pod
+            answers while the budget of bytes in flight is used up.
     """
+    transport = request.transport
+    if transport is None:
+        raise ClientLeftError
+    # What the client has not read is kept: in this connection's buffers, and in those of the connection to the pod.
+    try:
+        share.set_to(BEHIND_BYTES if transport.get_write_buffer_size() else ANSWER_BYTES)
+    except ApiError:
+        transport.abort()
+        raise ClientLeftError from None
     await _within(request, response.write(data), limits.write_seconds)
 
 
@@ -72,6 +91,7 @@ class EventReply:
     Args:
         request: the client's request.
         request_id: the id in the head.
+        share: bytes of the request in the budget.
         closing: True if the connection should not be used again.
     """
 
@@ -79,6 +99,7 @@ class EventReply:
         self,
         request: web.BaseRequest,
         request_id: str,
+        share: Share,
         limits: Limits,
         *,
         clock: Callable[[], float],
@@ -86,6 +107,7 @@ class EventReply:
     ) -> None:
         self._request = request
         self._request_id = request_id
+        self._share = share
         self._limits = limits
         self._clock = clock
         self._closing = closing
@@ -123,7 +145,7 @@ class EventReply:
         response = await self.begin()
         if data:
             self._last = self._clock()
-            await write(self._request, response, data, self._limits)
+            await write(self._request, response, data, self._share, self._limits)
 
     def until_comment(self) -> float:
         """Return the seconds until a comment is due."""

@@ -40,7 +40,7 @@ class Call:
         share: its bytes in the budget.
         sequences: how many sequences it occupies in an engine.
         events: the stream to the client, if it asked for one.
-        started: True once it was sent to a pod that did not refuse it.
+        started: True while a pod may work on it.
     """
 
     request: web.BaseRequest

@@ -37,9 +37,11 @@ _CONNECT_SECONDS = 2.0
 _INTERNAL_SHUTDOWN_SECONDS = 0.2
 _BACKLOG = 1024
 _SHUTDOWN_SECONDS = 1.0
-_SOCKET_BUFFER = 128 * 1024
-"""Kernel buffers of one connection count as the container's memory."""
-_READ_BYTES = 32 * 1024
+_CLIENT_BUFFER = 128 * 1024
+"""Size of the kernel's buffers for a client's connection: they count as the container's memory."""
+_ENGINE_BUFFER = 32 * 1024
+"""The same for a connection to an engine. What is read from it at once is kept until the client has read it."""
+_READ_BYTES = 16 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,8 +232,8 @@ def _listening(host: str | None, port: int) -> socket.socket:
     both = host is None and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both or ":" in (host or "") else socket.AF_INET
     made = socket.create_server((host or "", port), family=family, backlog=_BACKLOG, dualstack_ipv6=both)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SOCKET_BUFFER)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _CLIENT_BUFFER)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CLIENT_BUFFER)
     return made
 
 
@@ -240,8 +242,8 @@ def _socket(address: tuple[object, ...]) -> socket.socket:
     family, type_, protocol = address[0], address[1], address[2]
     made = socket.socket(family, type_, protocol)  # type: ignore[arg-type]
     made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SOCKET_BUFFER)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _ENGINE_BUFFER)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CLIENT_BUFFER)
     if hasattr(socket, "TCP_KEEPIDLE"):
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5)
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)

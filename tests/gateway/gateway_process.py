@@ -1,0 +1,37 @@
+"""A gateway in a process of its own, with the options, the log and the event loop of `tunesmith-gateway`.
+
+The cluster is played by stdin: one object a line. Run by `ProcessRig`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from dataclasses import replace
+
+import uvloop
+
+from gateway_rig import Watches
+from tunesmith.gateway import main
+
+
+async def run(engine_port: int, agent_port: int, arguments: list[str]) -> None:
+    options = main.parser().parse_args(arguments)
+    main.configure_log(options.log_level)
+    settings = replace(main.settings_of(options), host="127.0.0.1", engine_port=engine_port, agent_port=agent_port)
+    watches = Watches()
+    reader = asyncio.StreamReader(limit=2**24)
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+
+    async def follow() -> None:
+        while line := await reader.readline():
+            watches.put(json.loads(line))
+
+    following = asyncio.create_task(follow())
+    await main.serve(settings, watches)
+    following.cancel()
+
+
+if __name__ == "__main__":
+    uvloop.run(run(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]))
