@@ -156,4 +156,4 @@ class ProcessRig:
         assert "Traceback" not in text, text[text.index("Traceback") - 500 :][:3000]
         for key in self.keys:
             assert key not in text
-            assert key.rpartition("-")[2] not in text
+            assert key.split("-", 3)[3] not in text
