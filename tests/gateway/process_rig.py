@@ -22,10 +22,9 @@ from gateway_rig import (
     adapter_manifest,
     free_ports,
     pool_manifest,
-    stored,
 )
 from tunesmith.contracts.agent import keys_file
-from tunesmith.contracts.apikey import key_secret, new_key
+from tunesmith.contracts.apikey import key_record, new_key
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
@@ -105,7 +104,7 @@ class ProcessRig:
         self._process.stdin.write(json.dumps(document).encode() + b"\n")
 
     def add_key(self, name: str, key: str) -> None:
-        self.put(stored(key_secret(name, OWN_NAMESPACE, key, home="team", namespaces=["team"], models=["*"])))
+        self.put(key_record(name, OWN_NAMESPACE, key, home="team", namespaces=["team"], models=["*"]))
 
     async def another_key(self, name: str) -> str:
         key = new_key()
