@@ -129,7 +129,7 @@ def parser() -> argparse.ArgumentParser:
     option("comment-seconds", 15.0, "interval of the comments that keep a silent stream open", float)
     option("linger-seconds", 3.0, "how long new connections are accepted after SIGTERM", float)
     option("drain-seconds", 600.0, "how long running requests may take after that", float)
-    parser.add_argument("--open-metrics", action="store_true", help="serve /metrics without a token")
+    options.add_argument("--open-metrics", action="store_true", help="serve /metrics without a token")
     option("log-level", "INFO", "DEBUG, INFO, WARNING or ERROR", str.upper)  # type: ignore[arg-type]
     return options
 
