@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 import struct
 from array import array
 from dataclasses import dataclass, field
+from operator import mul
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.contracts.artifact import ArtifactFile, ArtifactManifest, digest_of
@@ -93,13 +95,50 @@ class Template:
                 tensors.values[name] = array("f", [value * factor for value in values])
         return tensors
 
-    def noisy(self, deviation: float, seed: int) -> Tensors:
-        """Random weights of the same shapes."""
+    def changing(self, ratio: float, base: Path, seed: int) -> Tensors:
+        """Random weights, whose change of each module has `ratio` times the norm of the base's weights.
+
+        Args:
+            ratio: norm of scaling · B · A over that of the base's matrix.
+            base: `model.safetensors` of the base, in bfloat16.
+            seed: of the random numbers.
+        """
         source = random.Random(seed)  # noqa: S311 - test data
-        tensors = self.tensors()
+        tensors, config, norms = self.tensors(), self.config, bfloat16_norms(base)
+        scaling = config["lora_alpha"] / config["r"]
         for name, values in tensors.values.items():
-            tensors.values[name] = array("f", [source.gauss(0, deviation) for _ in values])
+            tensors.values[name] = array("f", [source.uniform(-1, 1) for _ in values])
+        for name in [name for name in tensors.values if ".lora_B" in name]:
+            module = name.removeprefix("base_model.model.").partition(".lora_B")[0]
+            outputs, rank = tensors.shapes[name]
+            inputs = tensors.shapes[name.replace("lora_B", "lora_A")][1]
+            # Products of numbers that are uniform between -1 and 1 have the variance 1/9.
+            expected = scaling * math.sqrt(outputs * inputs * rank) / 3
+            factor = ratio * norms[f"{module}.weight"] / expected
+            # A is small, so that B carries the change.
+            first = name.replace("lora_B", "lora_A")
+            tensors.values[first] = array("f", [value * 0.1 for value in tensors.values[first]])
+            tensors.values[name] = array("f", [value * factor * 10 for value in tensors.values[name]])
         return tensors
+
+
+def bfloat16_norms(path: Path) -> dict[str, float]:
+    """Frobenius norms of a bfloat16 file's matrices."""
+    norms = {}
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        for name, entry in header.items():
+            if name == "__metadata__" or len(entry["shape"]) != 2:
+                continue
+            begin, end = entry["data_offsets"]
+            file.seek(8 + length + begin)
+            raw = file.read(end - begin)
+            wide = bytearray(2 * len(raw))
+            wide[2::4], wide[3::4] = raw[0::2], raw[1::2]
+            values = array("f", bytes(wide))
+            norms[name] = math.sqrt(math.fsum(map(mul, values, values)))
+    return norms
 
 
 def build(

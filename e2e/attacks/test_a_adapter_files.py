@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from artifacts import CONFIG, WEIGHTS, Template, build, header_of_many_tensors
 from containers import container_status, processes_of
+from demo import MODEL
 from installation import condition, get
 from stage import ADAPTER, HOSTILE, PLATFORM, POOL, VICTIM
+from wire import CHAT, Client
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
     Craft = Callable[[Path, Template], str]
 
+HIGHEST_RATIO = 10.0
+"""The installation's default bound: norm of an adapter's change of a module over that of the base's weights."""
 MODULE = "model.layers.0.self_attn.q_proj"
 CATASTROPHIC = "(.*)*(.*)*(.*)*(.*)*(.*)*x"
 """A pattern that backtracks for ever on a long module name."""
@@ -154,21 +158,30 @@ def test_adapter(
         stage.remove(name)
 
 
-@pytest.mark.attack("A1", "weights just under the bound on their norm: served or refused, but harmless")
-def test_weights_under_the_bound(stage: Stage, trial: Trial, tmp_path: Path) -> None:
-    name = "under-the-bound"
-    build(tmp_path / "artifact", stage.template, weights=stage.template.scaled(50.0))
+@pytest.mark.parametrize("part", [0.3, 0.95])
+@pytest.mark.attack("A1", "random weights just under the bound on their norm: served or refused, harmless to others")
+def test_weights_under_the_bound(stage: Stage, trial: Trial, tmp_path: Path, part: float) -> None:
+    name = f"under-the-bound-{int(100 * part)}"
+    weights = stage.template.changing(part * HIGHEST_RATIO, MODEL / "model.safetensors", seed=int(100 * part))
+    build(tmp_path / "artifact", stage.template, weights=weights)
     stage.publish(name, tmp_path / "artifact")
+    client = Client(stage.gateway, stage.hostile_key)
 
     def decided() -> Any:  # noqa: ANN401 - the condition
         ready = condition(get("adapterdeployment", name, HOSTILE), "Ready")
         return ready if ready["status"] == "True" or ready["reason"] == "RevisionFailed" else None
 
     try:
+        # Where only the canary finds it, the pod's engine is restarted; the other pod serves on.
         with trial.attack():
             stage.deploy(name)
             ready = trial.status("the AdapterDeployment is decided", decided)
             trial.observe(f"{ready['reason']}: {ready['message']}")
+            for _ in range(8):  # its own garbage is its owner's business
+                client.one(
+                    CHAT,
+                    {"model": f"{HOSTILE}/{name}", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8},
+                )
     finally:
         stage.remove(name)
 
