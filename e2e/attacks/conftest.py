@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 from installation import REPOSITORY
-from stage import Stage
+from stage import SINGLE, Stage, pool_manifest
 from trial import GRAIN_SECONDS, TOLERANCE, Outcome, Trial, table
 from victim import Victim
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from installation import Object
 
 TABLE = REPOSITORY / "out/attacks.md"
 KEEP = "TUNESMITH_ATTACKS_KEEP"
@@ -102,6 +104,15 @@ def victim(stage: Stage) -> Iterator[Victim]:
         yield stream
 
 
+@pytest.fixture(scope="session")
+def single(stage: Stage) -> Iterator[Object]:
+    """A pool of one pod beside the shared one, which sends SSE comments to silent streams; its manifest."""
+    manifest = pool_manifest(SINGLE, replicas=1)
+    manifest["spec"]["engine"]["args"] = ["--sse-keep-alive-interval=1"]
+    with stage.pool(manifest):
+        yield manifest
+
+
 @pytest.fixture
 def outcome(request: pytest.FixtureRequest) -> Outcome:
     """The row of this attack."""
@@ -109,9 +120,16 @@ def outcome(request: pytest.FixtureRequest) -> Outcome:
 
 
 @pytest.fixture
-def trial(outcome: Outcome, victim: Victim) -> Iterator[Trial]:
-    """Measures this attack. What it needs before it attacks is no part of the measure."""
+def trial(outcome: Outcome, victim: Victim, stage: Stage, pytestconfig: pytest.Config) -> Iterator[Trial]:
+    """Measures this attack. What it needs before it attacks is no part of the measure.
+
+    A pool that an earlier attack left broken is replaced, so that each attack stands for itself.
+    """
     victim.disturbed()
+    if not victim.well():
+        _print(pytestconfig, "          the victim is not answered any more: the pool's pods are replaced")
+        stage.replace_pods()
+        victim.disturbed()
     yield Trial(outcome, victim)
     victim.disturbed()
 

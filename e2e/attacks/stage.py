@@ -50,6 +50,8 @@ PLATFORM = "attack-pool"
 VICTIM = "attack-victim"
 HOSTILE = "attack-hostile"
 POOL = "shared"
+SINGLE = "single"
+"""The pool of one pod."""
 ADAPTER = "assistant"
 """The victim's AdapterDeployment."""
 READY_SECONDS = 300
@@ -120,6 +122,11 @@ class Stage:
 
         until(f"AdapterDeployment {VICTIM}/{ADAPTER} ready on 2 pods", served, seconds)
 
+    def replace_pods(self) -> None:
+        """Delete the shared pool's pods and wait until the victim is served from new ones."""
+        kubectl("delete", "pods", "--namespace", PLATFORM, "--selector", f"tunesmith.dev/pool={POOL}")
+        self.wait_until_served()
+
     def teardown(self) -> None:
         """Remove all of it, in the cluster and in the store."""
         for name in (VICTIM, HOSTILE):
@@ -140,12 +147,14 @@ class Stage:
         uri = artifact_uri(STORE, namespace, name, uid)
         in_store("put", str(folder), uri)
         fingerprint = self.template.manifest.base.fingerprint
-        status = complete_status(uri, digest_of_folder(folder), fingerprint)
+        digest = digest_of((folder / ARTIFACT_MANIFEST).read_bytes())
+        status = complete_status(uri, digest, fingerprint)
         patch = json.dumps({"status": status})
 
         def complete() -> bool:
             found = get("finetunejob", name, namespace)
-            if condition(found, "Complete")["status"] == "True":
+            published = ((found or {}).get("status") or {}).get("artifact") or {}
+            if condition(found, "Complete")["status"] == "True" and published.get("digest") == digest:
                 return True
             kubectl(
                 *("patch", "finetunejob", name, "--namespace", namespace, "--subresource=status", "--type=merge"),
@@ -162,12 +171,8 @@ class Stage:
         apply(manifest)
 
     def remove(self, name: str, namespace: str = HOSTILE) -> None:
-        """Remove an AdapterDeployment, its FineTuneJob and its artifact."""
+        """Remove an AdapterDeployment; `teardown` removes its FineTuneJob and its artifact."""
         delete("adapterdeployment", name, namespace)
-        job = get("finetunejob", name, namespace)
-        delete("finetunejob", name, namespace)
-        if job is not None:
-            in_store("remove", artifact_uri(STORE, namespace, name, job["metadata"]["uid"]))
 
     @contextmanager
     def pool(self, manifest: Object, *, ready: bool = True) -> Iterator[str]:
@@ -323,11 +328,6 @@ def demo_artifact() -> str:
     if condition(job, "Complete")["status"] != "True" or job is None:
         raise InstallationError(f"the FineTuneJob {DEMO}/{name} is not complete: run `make demo` first")
     return str(job["status"]["artifact"]["uri"])
-
-
-def digest_of_folder(folder: Path) -> str:
-    """The digest of the artifact in the folder."""
-    return digest_of((folder / ARTIFACT_MANIFEST).read_bytes())
 
 
 def complete_status(uri: str, digest: str, fingerprint: str) -> Object:

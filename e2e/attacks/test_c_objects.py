@@ -24,7 +24,7 @@ from installation import (
     kubectl,
     until,
 )
-from stage import HOSTILE, PLATFORM, POOL, VICTIM, listening, plain_pod, pool_manifest
+from stage import HOSTILE, VICTIM, listening, plain_pod, pool_manifest
 from wire import CHAT, Client
 
 from tunesmith.contracts.agent import AGENT_PORT, pod_tokens
@@ -261,8 +261,7 @@ def test_pool_tokens(stage: Stage, trial: Trial) -> None:
         harmed = False
     finally:
         if harmed:  # pods that took the epoch would refuse every operator for ever
-            kubectl("delete", "pods", "--namespace", PLATFORM, "--selector", f"tunesmith.dev/pool={POOL}")
-            stage.wait_until_served()
+            stage.replace_pods()
 
 
 def agent_call(address: str, method: str, path: str, token: str, body: bytes) -> int:

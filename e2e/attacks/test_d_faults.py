@@ -19,12 +19,13 @@ from installation import (
     store_secret,
     until,
 )
-from stage import HOSTILE, PLATFORM, pool_manifest
+from stage import HOSTILE, PLATFORM, SINGLE, pool_manifest
 from wire import CHAT, Client
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from installation import Object
     from stage import Stage
     from trial import Trial
 
@@ -93,47 +94,39 @@ def _ready(name: str) -> bool:
 
 
 @pytest.mark.attack("D6", "a pool of one pod is changed under load")
-def test_change_of_one_pod(stage: Stage, trial: Trial) -> None:
-    manifest = pool_manifest("single", replicas=1)
+def test_change_of_one_pod(stage: Stage, single: Object, trial: Trial) -> None:
+    model = f"{PLATFORM}/{single['spec']['modelName']}"
     client = Client(stage.gateway, stage.hostile_key)
     statuses: list[int] = []
     done = threading.Event()
 
-    with stage.pool(manifest) as model:
+    def load() -> None:
+        body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+        while not done.wait(0.5):
+            statuses.append(client.one(CHAT, body).status)
 
-        def load() -> None:
-            body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
-            while not done.wait(0.5):
-                statuses.append(client.one(CHAT, body).status)
+    def settled() -> bool:
+        """True once the only pod is one of the new template."""
+        pods = stage.pods(SINGLE)
+        arguments = [" ".join(pod["spec"]["containers"][0].get("args", [])) for pod in pods]
+        return len(pods) == 1 and "--max-model-len 768" in arguments[0] and _serves(pods[0])
 
-        worker = threading.Thread(target=load)
-        worker.start()
-        try:
-            with trial.attack(tolerance=4):  # a third engine starts on two cores
-                manifest["spec"]["engine"] = manifest["spec"]["engine"] | {"maxModelLength": 512}
-                apply(manifest)
-                generation = (get("servingpool", "single", PLATFORM) or {})["metadata"]["generation"]
-
-                def settled() -> bool:
-                    pool = get("servingpool", "single", PLATFORM) or {}
-                    observed = pool.get("status", {}).get("observedGeneration") == generation
-                    return (
-                        observed and condition(pool, "Progressing")["status"] == "False" and _pods_are_new(stage, 512)
-                    )
-
-                trial.recovered("the pool has its new pod", settled, within=300, patience=300)
-        finally:
-            done.set()
-            worker.join()
+    worker = threading.Thread(target=load)
+    worker.start()
+    try:
+        with trial.attack(tolerance=4):  # another engine starts on two cores
+            apply(single | {"spec": single["spec"] | {"engine": single["spec"]["engine"] | {"maxModelLength": 768}}})
+            trial.recovered("the pool has its new pod only", settled, within=300, patience=300)
+    finally:
+        done.set()
+        worker.join()
     failed = [status for status in statuses if status != 200]
     trial.observe(f"{len(failed)} of {len(statuses)} requests failed")
     assert not failed
 
 
-def _pods_are_new(stage: Stage, length: int) -> bool:
-    pods = stage.pods("single")
-    arguments = [" ".join(pod["spec"]["containers"][0].get("args", [])) for pod in pods]
-    return len(pods) == 1 and f"--max-model-len {length}" in arguments[0]
+def _serves(pod: Object) -> bool:
+    return any(entry["type"] == "Ready" and entry["status"] == "True" for entry in pod["status"].get("conditions", []))
 
 
 ARGUMENTS = (

@@ -30,10 +30,20 @@ def unit(row: str, fault: str, project: str, *tests: str) -> Any:  # noqa: ANN40
 
 
 UNITS = [
+    unit("C1", "what an installation allows of scheduling, and refusals", "operator", "tests/api/test_scheduling.py"),
+    unit("C5", "Jobs and pods that only look like an attempt's", "operator", "tests/finetune/test_observe.py"),
     unit(
-        "C15", "metrics, demand and events are asked for without a token, or with another purpose's", "operator",
-        "tests/gateway/test_internal.py", "tests/api/test_contracts.py",
+        "C8", "keys and tokens by purpose and pod; epochs that are implausible", "operator",
+        "tests/api/test_contracts.py", "tests/serving/test_agent_link.py",
     ),
+    unit(
+        "C10, C11", "pre-emption storms, results that are lost, containers and images that do not start", "operator",
+        "tests/finetune/test_plan.py",
+    ),
+    unit("C14", "every spelling of a place in the store of others", "operator", "tests/api/test_location.py"),
+    unit("C15", "metrics and demand without a token", "operator", "tests/gateway/test_internal.py"),
+    unit("D7", "engine arguments that are abbreviated", "operator", "tests/serving/test_render.py"),
+    unit("D9", "values files of older charts, and adoption", "operator", "tests/charts/test_tunesmith.py"),
 ]  # fmt: skip
 
 
@@ -75,7 +85,7 @@ def test_unit(project: str, tests: tuple[str, ...], results: Results, outcome: O
         mine = {
             case: failure
             for (where, case), failure in results.items()
-            if where == module and (not name or case.partition("[")[0] == name)
+            if where == module and (not name or name in {case, case.partition("[")[0]})
         }
         assert mine, f"{test} of the environment {project} does not exist"
         failed = {case: failure for case, failure in mine.items() if failure}

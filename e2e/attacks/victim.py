@@ -131,6 +131,14 @@ class Victim:
         """Requests until now are not a measure of the undisturbed."""
         self._quiet_from = time.monotonic()
 
+    def well(self) -> bool:
+        """True if requests are answered right, which the stream may need some seconds to show."""
+        begin = time.monotonic()
+        try:
+            return bool(until("the victim is answered", lambda: self.recovered(begin, 2), QUIET_SECONDS))
+        except InstallationError:
+            return False
+
     def undisturbed(self) -> Figures:
         """Figures of the latest quiet requests, once there are enough since the last attack.
 
