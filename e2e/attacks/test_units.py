@@ -31,7 +31,14 @@ def unit(row: str, fault: str, project: str, *tests: str) -> Any:  # noqa: ANN40
 
 UNITS = [
     unit("C1", "what an installation allows of scheduling, and refusals", "operator", "tests/api/test_scheduling.py"),
+    unit("C3", "pools and bare names of other namespaces", "operator", "tests/serving/test_source.py"),
+    unit("C4", "10,000 models: a change touches no other", "operator", "tests/gateway/test_catalog.py"),
+    unit(
+        "C5, C10, C11, C12", "forged Jobs, pre-emption storms, containers that do not start, and what pods report",
+        "operator", "tests/controlplane/test_hostile_jobs.py",
+    ),
     unit("C5", "Jobs and pods that only look like an attempt's", "operator", "tests/finetune/test_observe.py"),
+    unit("C6", "gateways that are not heard", "operator", "tests/autoscale/test_demand.py"),
     unit(
         "C8", "keys and tokens by purpose and pod; epochs that are implausible", "operator",
         "tests/api/test_contracts.py", "tests/serving/test_agent_link.py",
@@ -42,7 +49,9 @@ UNITS = [
     ),
     unit("C14", "every spelling of a place in the store of others", "operator", "tests/api/test_location.py"),
     unit("C15", "metrics and demand without a token", "operator", "tests/gateway/test_internal.py"),
-    unit("D7", "engine arguments that are abbreviated", "operator", "tests/serving/test_render.py"),
+    unit("D1", "a watch whose stream is cut, or that ends", "operator", "tests/gateway/test_feed.py"),
+    unit("D2, D4", "engines that end with 0, agents that cannot be reached", "operator", "tests/serving/test_pod.py"),
+    unit("D5, D7", "budgets of pools, engine arguments that are abbreviated", "operator", "tests/serving/test_render.py"),
     unit("D9", "values files of older charts, and adoption", "operator", "tests/charts/test_tunesmith.py"),
 ]  # fmt: skip
 
