@@ -51,7 +51,7 @@ UNITS = [
     unit("C15", "metrics and demand without a token", "operator", "tests/gateway/test_internal.py"),
     unit("D1", "a watch whose stream is cut, or that ends", "operator", "tests/gateway/test_feed.py"),
     unit("D2, D4", "engines that end with 0, agents that cannot be reached", "operator", "tests/serving/test_pod.py"),
-    unit("D5, D7", "budgets of pools, engine arguments that are abbreviated", "operator", "tests/serving/test_render.py"),
+    unit("D5, D7", "budgets of pools, abbreviated engine arguments", "operator", "tests/serving/test_render.py"),
     unit("D9", "values files of older charts, and adoption", "operator", "tests/charts/test_tunesmith.py"),
 ]  # fmt: skip
 
