@@ -247,7 +247,7 @@ def pool_manifest(name: str = POOL, **changes: object) -> Object:
             "modelName": "base" if name == POOL else name,
             "baseModel": {"uri": "s3://tunesmith/models/SmolLM2-135M-Instruct"},
             "engine": {
-                "maxLoras": 4,
+                "maxLoras": 3,
                 "maxLoraRank": 32,
                 "maxModelLength": 1024,
                 "dataType": "float32",
@@ -257,7 +257,7 @@ def pool_manifest(name: str = POOL, **changes: object) -> Object:
                     {"name": "VLLM_CPU_OMP_THREADS_BIND", "value": "nobind"},
                 ],
             },
-            "resources": {"gpus": 0, "cpu": "100m", "memory": "3Gi"},
+            "resources": {"gpus": 0, "cpu": "100m", "memory": "4Gi"},
             "replicas": 2,
             "drainSeconds": 10,
             "allowedNamespaces": {"from": "All"},
