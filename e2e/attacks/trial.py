@@ -120,7 +120,7 @@ class Trial:
         self.began = time.monotonic()
         try:
             yield
-            enough = self.began + MIN_REQUESTS * 0.5
+            enough = self.began + MIN_REQUESTS * self._victim.period
             until("the victim's requests", lambda: time.monotonic() >= enough, 60)
         finally:
             during = self._victim.between(self.began, time.monotonic())

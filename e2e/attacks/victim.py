@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 PERIOD_SECONDS = 0.5
+"""Seconds between two requests, unless the machine is slower."""
 QUIET_REQUESTS = 24
 """Undisturbed requests that the figures of an attack are compared with."""
 QUIET_BETWEEN = 6
@@ -79,6 +80,8 @@ class Victim:
         self._quiet_from = 0.0
         self._quiet: list[Request] = []
         self.models = models
+        self.period = PERIOD_SECONDS
+        """Seconds between the starts of two requests."""
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, text=True, env=self._environment)
@@ -97,6 +100,9 @@ class Victim:
         assert self._process.stdout is not None
         for text in self._process.stdout:
             line = json.loads(text)
+            if "period" in line:
+                self.period = line["period"]
+                continue
             number = line.pop("number")
             with self._lock:
                 self._requests[number] = Request(**line)
@@ -118,7 +124,7 @@ class Victim:
             ended = [request for request in self._since(0) if request.status == 200]
             return ended if len(ended) >= wanted else []
 
-        for request in until("the victim's requests are answered", enough, 180):
+        for request in until("the victim's requests are answered", enough, 300):
             key = (request.model, request.question)
             if self._answers.setdefault(key, request.answer) != request.answer or not request.answer.strip():
                 raise InstallationError(
@@ -173,7 +179,7 @@ class Victim:
     def outage(self, begin: float) -> float:
         """Seconds from the first to the last start of a request since `begin` that was not answered right."""
         bad = [r.began for r in self._since(begin) if r.seconds is not None and not self._right(r)]
-        return max(bad) - min(bad) + PERIOD_SECONDS if bad else 0.0
+        return max(bad) - min(bad) + self.period if bad else 0.0
 
     def _right(self, request: Request) -> bool:
         return request.status == 200 and request.answer == self._answers[request.model, request.question]

@@ -3,10 +3,13 @@
 
     victim_stream.py ENDPOINT SECONDS QUESTIONS MODEL...
 
-A request starts every SECONDS, in turn to each model with each line of the file QUESTIONS, however long the previous
-ones take. The key is read from TUNESMITH_API_KEY. The line of a request that starts is `{"number", "model", "question",
-"began"}`, the line of its end adds `"seconds", "status", "answer"`; times are of the machine's monotonic clock. It runs
-as a process of its own, so that the attacker's work does not delay its clock.
+Requests go in turn to each model with each line of the file QUESTIONS. Those of the first two rounds follow one another.
+From then on one starts every SECONDS, however long the previous ones take, or at twice the duration that the second
+round had, where the machine is slower. The key is read from TUNESMITH_API_KEY.
+
+The line of a request that starts is `{"number", "model", "question", "began"}`, the line of its end adds `"seconds",
+"status", "answer"`; times are of the machine's monotonic clock. `{"period"}` follows the first rounds. It runs as a process
+of its own, so that the attacker's work does not delay its clock.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import asyncio
 import itertools
 import json
 import os
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -33,8 +37,10 @@ def report(line: dict[str, Any]) -> None:
     print(json.dumps(line), flush=True)
 
 
-async def ask(session: aiohttp.ClientSession, line: dict[str, Any]) -> None:
-    """Send a request and report its end."""
+async def ask(session: aiohttp.ClientSession, number: int, model: str, question: str) -> float:
+    """Send a request and report its start and its end; its duration."""
+    line: dict[str, Any] = {"number": number, "model": model, "question": question, "began": time.monotonic()}
+    report(line)
     body = {
         "model": line["model"],
         "messages": [{"role": "user", "content": line["question"]}],
@@ -51,24 +57,30 @@ async def ask(session: aiohttp.ClientSession, line: dict[str, Any]) -> None:
         )
     except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError, TypeError) as error:
         status, answer = LOST, f"{type(error).__name__}: {error}"
-    report({**line, "seconds": time.monotonic() - line["began"], "status": status, "answer": answer})
+    duration = time.monotonic() - line["began"]
+    report({**line, "seconds": duration, "status": status, "answer": answer})
+    return duration
 
 
 async def stream(endpoint: str, seconds: float, questions: list[str], models: list[str]) -> None:
     """Send requests until the process is stopped."""
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_SECONDS)
     headers = {"Authorization": f"Bearer {os.environ['TUNESMITH_API_KEY']}"}
-    requests = itertools.cycle([(model, question) for question in questions for model in models])
+    round_ = [(model, question) for question in questions for model in models]
+    requests = enumerate(itertools.cycle(round_))
     async with (
         aiohttp.ClientSession(endpoint, headers=headers, timeout=timeout) as session,
         asyncio.TaskGroup() as tasks,
     ):
+        first = [
+            await ask(session, number, *request) for number, request in itertools.islice(requests, 2 * len(round_))
+        ]
+        period = max(seconds, 2 * statistics.median(first[len(round_) :]))
+        report({"period": period})
         begin = time.monotonic()
-        for number, (model, question) in enumerate(requests):
-            await asyncio.sleep(begin + number * seconds - time.monotonic())
-            line = {"number": number, "model": model, "question": question, "began": time.monotonic()}
-            report(line)
-            tasks.create_task(ask(session, line))
+        for sent, (number, request) in enumerate(requests):
+            await asyncio.sleep(begin + sent * period - time.monotonic())
+            tasks.create_task(ask(session, number, *request))
 
 
 if __name__ == "__main__":
