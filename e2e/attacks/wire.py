@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import time
 from contextlib import suppress
@@ -71,7 +72,7 @@ class Client:
     async def _post(session: aiohttp.ClientSession, path: str, body: bytes) -> Reply:
         begin = time.monotonic()
         try:
-            async with session.post(path, data=body) as answer:
+            async with session.post(path, data=io.BytesIO(body)) as answer:
                 content = await answer.read()
                 return Reply(answer.status, dict(answer.headers), content, time.monotonic() - begin)
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
