@@ -38,7 +38,7 @@ from installation import (
 )
 
 from tunesmith.contracts.agent import Keys, parse_keys
-from tunesmith.contracts.apikey import SECRET_PREFIX
+from tunesmith.contracts.apikey import KEY_KIND, KEY_PREFIX
 from tunesmith.contracts.artifact import digest_of
 from tunesmith.contracts.location import ARTIFACT_MANIFEST, artifact_uri
 
@@ -130,7 +130,7 @@ class Stage:
     def teardown(self) -> None:
         """Remove all of it, in the cluster and in the store."""
         for name in (VICTIM, HOSTILE):
-            delete("secret", SECRET_PREFIX + name, SYSTEM)
+            delete(KEY_KIND, KEY_PREFIX + name, SYSTEM)
         kubectl("delete", "namespace", PLATFORM, VICTIM, HOSTILE, "--ignore-not-found", "--wait=false")
         for namespace in (VICTIM, HOSTILE):
             in_store("remove", f"{STORE}/{namespace}")
@@ -344,7 +344,7 @@ def complete_status(uri: str, digest: str, fingerprint: str) -> Object:
 
 def new_key(namespace: str) -> str:
     """A new API key of that namespace, which may also call the shared pool's base."""
-    delete("secret", SECRET_PREFIX + namespace, SYSTEM)
+    delete(KEY_KIND, KEY_PREFIX + namespace, SYSTEM)
     printed = tunesmith(
         *("keys", "create", namespace, "--namespace", namespace, "--gateway-namespace", SYSTEM),
         *("--allow-namespace", PLATFORM),

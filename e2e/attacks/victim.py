@@ -165,11 +165,11 @@ class Victim:
     def between(self, begin: float, end: float) -> Figures:
         """Figures of the requests that started in the period, once all of them have ended."""
 
-        def ended() -> list[Request] | None:
-            requests = self._since(begin, end)
-            return requests if all(request.seconds is not None for request in requests) else None
+        def ended() -> bool:
+            return all(request.seconds is not None for request in self._since(begin, end))
 
-        return self._figures(until("the victim's requests end", ended, 120) or [])
+        until("the victim's requests end", ended, 120)
+        return self._figures(self._since(begin, end))
 
     def recovered(self, begin: float, count: int = QUIET_BETWEEN) -> bool:
         """True once the last `count` requests that started after `begin` and ended were answered right."""

@@ -3,13 +3,13 @@
 
     victim_stream.py ENDPOINT SECONDS QUESTIONS MODEL...
 
-Requests go in turn to each model with each line of the file QUESTIONS. Those of the first two rounds follow one another.
-From then on one starts every SECONDS, however long the previous ones take, or at twice the duration that the second
-round had, where the machine is slower. The key is read from TUNESMITH_API_KEY.
+Requests go in turn to each model with each line of the file QUESTIONS. Those of the first two rounds follow one
+another. From then on one starts every SECONDS, however long the previous ones take, or at twice the duration that the
+second round had, where the machine is slower. The key is read from TUNESMITH_API_KEY.
 
 The line of a request that starts is `{"number", "model", "question", "began"}`, the line of its end adds `"seconds",
-"status", "answer"`; times are of the machine's monotonic clock. `{"period"}` follows the first rounds. It runs as a process
-of its own, so that the attacker's work does not delay its clock.
+"status", "answer"`; times are of the machine's monotonic clock. `{"period"}` follows the first rounds. It runs as a
+process of its own, so that the attacker's work does not delay its clock.
 """
 
 from __future__ import annotations
