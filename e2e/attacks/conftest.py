@@ -56,6 +56,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     finally:
         took = time.monotonic() - item.config.stash[_BEGAN]
         _print(item.config, f"          {took:4.0f} s  {outcomes[item.nodeid].verdict}")
+        _write(item.config)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -71,12 +72,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Write and print the table."""
-    outcomes = [outcome for outcome in config.stash[_OUTCOMES].values() if outcome.verdict != "not run"]
-    if outcomes:
-        text = table(outcomes)
-        TABLE.parent.mkdir(exist_ok=True)
-        TABLE.write_text(text)
+    """Print the table."""
+    if text := _write(config):
         terminalreporter.write_line(text)
         terminalreporter.write_line(f"The table is in {TABLE.relative_to(REPOSITORY)}.")
 
@@ -132,6 +129,15 @@ def trial(outcome: Outcome, victim: Victim, stage: Stage, pytestconfig: pytest.C
         victim.disturbed()
     yield Trial(outcome, victim)
     victim.disturbed()
+
+
+def _write(config: pytest.Config) -> str:
+    """Write the table of the attacks that have run, after each, so that a run that is stopped leaves it too."""
+    outcomes = [outcome for outcome in config.stash[_OUTCOMES].values() if outcome.verdict != "not run"]
+    text = table(outcomes) if outcomes else ""
+    TABLE.parent.mkdir(exist_ok=True)
+    TABLE.write_text(text)
+    return text
 
 
 def _held(outcome: Outcome) -> str:
