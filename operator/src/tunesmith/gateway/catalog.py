@@ -184,6 +184,10 @@ class Catalog:
                 name = f"{pod.namespace}/{pod.name}"
                 yield Pod(uid=pod.uid, name=name, address=pod.address, pool=pool, ready=pod.ready)
 
+    def exists(self, model_id: str) -> bool:
+        """True if there is a model with this global id."""
+        return model_id in self._models
+
     def visible(self, key: ApiKey) -> list[Model]:
         """The models that the key may call, by id."""
         found = dict(self._open)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 from aiohttp import web
-from prometheus_client import generate_latest
 
 from tunesmith.contracts.agent import METRICS_REFUSAL, accepts, demand_tokens, metrics_tokens
 
@@ -45,12 +45,11 @@ def internal_app(
             await response.write(line)
         return response
 
-    async def show_metrics(request: web.Request) -> web.Response:
+    async def show_metrics(request: web.Request) -> web.StreamResponse:
         header = request.headers.get("Authorization", "")
         if not open_metrics and not accepts(header, metrics_tokens(gateway_keys())):
             raise web.HTTPUnauthorized(text=METRICS_REFUSAL, headers={"WWW-Authenticate": "Bearer"})
-        headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
-        return web.Response(body=generate_latest(metrics.registry), headers=headers)
+        return await _exposition(request, metrics)
 
     async def healthz(_: web.Request) -> web.Response:
         return web.Response(text="ok\n")
@@ -67,3 +66,14 @@ def internal_app(
     app.router.add_get("/healthz", healthz)
     app.router.add_get("/readyz", readyz)
     return app
+
+
+async def _exposition(request: web.Request, metrics: Metrics) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+    await response.prepare(request)
+    for piece in metrics.exposition():
+        if piece:
+            await response.write(piece)
+        # Requests come before the next piece.
+        await asyncio.sleep(0)
+    return response

@@ -1,73 +1,85 @@
-"""The gateway's Prometheus metrics."""
+"""The gateway's Prometheus metrics.
+
+Those by model are rendered here and not by prometheus_client: with thousands of models it takes seconds, in which the
+event loop serves nobody. The exposition comes in pieces that take about a millisecond each.
+"""
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, Counter, generate_latest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from tunesmith.gateway.demand import Demand
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_BOUNDS = (*map(str, _SECONDS), "+Inf")
+_MODELS_PER_PIECE = 25
+_PRUNED_AT = 256
+"""Series of models that are gone are removed at each exposition, and whenever so many have been added."""
 
 
-class _DemandCollector(Collector):
-    """Gauges of the running and waiting requests."""
+class _Histogram:
+    """Observed seconds."""
 
-    def __init__(self, demand: Demand) -> None:
-        self._demand = demand
+    __slots__ = ("counts", "total")
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        yield _gauge("tunesmith_gateway_requests_running", "Requests that a pod works on.", self._demand.running)
-        yield _gauge("tunesmith_gateway_requests_waiting", "Requests that wait for a pod.", self._demand.waiting)
+    def __init__(self) -> None:
+        self.counts = [0] * len(_BOUNDS)
+        self.total = 0.0
+
+    def observe(self, seconds: float) -> None:
+        self.counts[bisect_left(_SECONDS, seconds)] += 1
+        self.total += seconds
+
+    def lines(self, name: str, label: str) -> Iterator[str]:
+        """Return the lines of the exposition; `label` names the model."""
+        if not any(self.counts):
+            return
+        below = 0
+        for bound, below in zip(_BOUNDS, accumulate(self.counts), strict=True):
+            yield f'{name}_bucket{{le="{bound}",{label}}} {below}.0\n'
+        yield f"{name}_count{{{label}}} {below}.0\n{name}_sum{{{label}}} {self.total!r}\n"
 
 
-def _gauge(name: str, documentation: str, values: Mapping[str, int]) -> GaugeMetricFamily:
-    family = GaugeMetricFamily(name, documentation, labels=["model"])
-    for model, value in values.items():
-        family.add_metric([model], value)
-    return family
+class _Series:
+    """What was counted for one model."""
+
+    __slots__ = ("codes", "first_byte", "label", "seconds")
+
+    def __init__(self, model: str) -> None:
+        self.label = _label(model)
+        self.codes: dict[int, int] = {}
+        self.seconds = _Histogram()
+        self.first_byte = _Histogram()
 
 
 class Metrics:
-    """Counters and histograms by model; the label is empty where no known model was named."""
+    """Counters and histograms by model; the label is empty where no known model was named.
 
-    def __init__(self, demand: Demand) -> None:
-        self.registry = CollectorRegistry()
-        self.registry.register(_DemandCollector(demand))
-        self._requests = Counter(
-            "tunesmith_gateway_requests",
-            "Requests that ended, by model and HTTP status (499: the client left).",
-            ["model", "code"],
-            registry=self.registry,
-        )
-        self._seconds = Histogram(
-            "tunesmith_gateway_request_duration_seconds",
-            "Seconds from a request's arrival to the end of its answer.",
-            ["model"],
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
-        self._first = Histogram(
-            "tunesmith_gateway_time_to_first_byte_seconds",
-            "Seconds from a request's arrival to the first byte of its answer.",
-            ["model"],
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
+    Args:
+        demand: running and waiting sequences.
+        exists: True if there is a model with this id; series of others are removed.
+    """
+
+    def __init__(self, demand: Demand, exists: Callable[[str], bool]) -> None:
+        self._demand = demand
+        self._exists = exists
+        self._series: dict[str, _Series] = {}
+        self._registry = CollectorRegistry()
         self._malformed = Counter(
-            "tunesmith_gateway_malformed_requests", "Requests that are not valid HTTP.", registry=self.registry
+            "tunesmith_gateway_malformed_requests", "Requests that are not valid HTTP.", registry=self._registry
         )
         self._retries = Counter(
             "tunesmith_gateway_not_started",
-            "Attempts that a pod did not take up, by reason; the request went on to another pod.",
+            "Attempts that a pod did not accept, by reason; the request was sent to another pod.",
             ["reason"],
-            registry=self.registry,
+            registry=self._registry,
         )
 
     def malformed(self) -> None:
@@ -75,14 +87,69 @@ class Metrics:
         self._malformed.inc()
 
     def ended(self, model: str, code: int, seconds: float) -> None:
-        """A request ended."""
-        self._requests.labels(model, code).inc()
-        self._seconds.labels(model).observe(seconds)
+        """Count a request that finished."""
+        series = self._of(model)
+        series.codes[code] = series.codes.get(code, 0) + 1
+        series.seconds.observe(seconds)
 
     def first_byte(self, model: str, seconds: float) -> None:
-        """The answer of a pod began."""
-        self._first.labels(model).observe(seconds)
+        """Count an answer of a pod that began."""
+        self._of(model).first_byte.observe(seconds)
 
     def not_started(self, reason: str) -> None:
-        """A pod did not take up a request."""
+        """Count an attempt that a pod did not accept."""
         self._retries.labels(reason).inc()
+
+    def exposition(self) -> Iterator[bytes]:
+        """Return the text format in pieces; the caller may do other things between them."""
+        self._prune()
+        yield generate_latest(self._registry)
+        yield from _gauges("running", "Sequences that pods work on.", self._demand.running)
+        yield from _gauges("waiting", "Sequences that wait for a pod.", self._demand.waiting)
+        series = list(self._series.values())
+        name = "tunesmith_gateway_requests_total"
+        yield _head(name, "counter", "Requests that finished, by model and HTTP status (499: the client left).")
+        yield from _pieces(
+            series,
+            lambda model: (f'{name}{{code="{code}",{model.label}}} {count}.0\n' for code, count in model.codes.items()),
+        )
+        duration = "tunesmith_gateway_request_duration_seconds"
+        yield _head(duration, "histogram", "Seconds from a request's arrival to the end of its answer.")
+        yield from _pieces(series, lambda model: model.seconds.lines(duration, model.label))
+        first = "tunesmith_gateway_time_to_first_byte_seconds"
+        yield _head(first, "histogram", "Seconds from a request's arrival to the first byte of its answer.")
+        yield from _pieces(series, lambda model: model.first_byte.lines(first, model.label))
+
+    def _of(self, model: str) -> _Series:
+        series = self._series.get(model)
+        if series is None:
+            if len(self._series) % _PRUNED_AT == _PRUNED_AT - 1:
+                self._prune()
+            series = self._series[model] = _Series(model)
+        return series
+
+    def _prune(self) -> None:
+        for model in [model for model in self._series if model and not self._exists(model)]:
+            del self._series[model]
+
+
+def _label(model: str) -> str:
+    escaped = model.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'model="{escaped}"'
+
+
+def _head(name: str, type_: str, documentation: str) -> bytes:
+    return f"# HELP {name} {documentation}\n# TYPE {name} {type_}\n".encode()
+
+
+def _pieces(series: list[_Series], lines: Callable[[_Series], Iterable[str]]) -> Iterator[bytes]:
+    for start in range(0, len(series), _MODELS_PER_PIECE):
+        yield "".join(
+            line for model_series in series[start : start + _MODELS_PER_PIECE] for line in lines(model_series)
+        ).encode()
+
+
+def _gauges(state: str, documentation: str, values: Mapping[str, int]) -> Iterator[bytes]:
+    name = f"tunesmith_gateway_requests_{state}"
+    yield _head(name, "gauge", documentation)
+    yield "".join(f"{name}{{{_label(model)}}} {value}.0\n" for model, value in list(values.items())).encode()

@@ -93,9 +93,9 @@ class Gateway:
             read_bufsize=_READ_BYTES,
         )
         self.demand = Demand()
-        self.metrics = Metrics(self.demand)
         self.keys = KeyTable()
         self.catalog = Catalog(settings.shared_pool_namespaces or (settings.namespace,))
+        self.metrics = Metrics(self.demand, self.catalog.exists)
         self.residency = Residency(
             self._session,
             settings.gateway_keys,
