@@ -51,7 +51,7 @@ _REASONS = {
 }
 _SPECIAL = {
     ("operator", "secrets", "tunesmith-installation-key"): "the key that all other keys derive from",
-    ("operator", "secrets", "tunesmith-gateway-key"): "the gateways' share of it",
+    ("operator", "secrets", "tunesmith-gateway-key"): "the gateways' share of it, and the token of metrics",
 }
 
 
@@ -121,7 +121,7 @@ def rows(documents: list[Object]) -> list[Row]:
         for rule in role["rules"]:
             names = rule.get("resourceNames", [])
             reason = _REASONS[who, rule["resources"][0]]
-            if len(names) == 1:
+            if names:
                 reason = _SPECIAL.get((who, rule["resources"][0], names[0]), reason)
             found.append(
                 Row(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import yaml
 
 from tunesmith.contracts.scheduling import DEFAULT_SCHEDULING
 from tunesmith.controller.settings import parse
+from tunesmith.gateway.main import _parser as gateway_options
 
 if TYPE_CHECKING:
     import subprocess
@@ -80,6 +82,7 @@ def test_store_and_registry_are_required(rendered: Helm, missing: str, sentence:
         ({"gateway": {"service": {"type": "LoadBalancer", "loadBalancerSourceRanges": ["everyone"]}}}, "everyone"),
         ({"gateway": {"drainSeconds": -1}}, "drainSeconds"),
         ({"gateway": {"maxUnavailable": 0}}, "maxUnavailable"),
+        ({"gateway": {"limits": {"maxSequence": 1}}}, "maxSequence"),
         ({"gateway": {"topologySpread": [{"topologyKey": "zone"}]}}, "maxSkew"),
         ({"watchNamespaces": ["Team_A"]}, "Team_A"),
         ({"networkPolicy": {"metricsFrom": [{"namespace": "monitoring"}]}}, "namespace"),
@@ -311,6 +314,22 @@ def test_what_the_gateway_takes_upon_itself_can_be_set(template: Template) -> No
     values = {"holdSeconds": 120, "maxBodyBytes": 67108864}
     command = container_of(template("tunesmith", {"gateway": values}), "gateway")["command"]
     assert {"--hold-seconds=120", "--max-body-bytes=67108864"} <= set(command)
+
+
+def test_every_limit_of_the_values_is_an_option_of_the_gateway(template: Template) -> None:
+    schema = json.loads((CHARTS / "tunesmith/values.schema.json").read_text())
+    names = schema["properties"]["gateway"]["properties"]["limits"]["properties"]
+    limits = {name: 2**33 if name.startswith("max") else 2.5 for name in names}
+    command = container_of(template("tunesmith", {"gateway": {"limits": limits}}), "gateway")["command"]
+    assert command[0] == "tunesmith-gateway"
+    parsed = vars(gateway_options().parse_args(command[1:]))
+    for name, value in limits.items():
+        assert parsed[re.sub("[A-Z]", lambda letter: f"_{letter[0].lower()}", name)] == value
+
+
+def test_every_option_of_the_operators_pod_is_one(template: Template) -> None:
+    command = container_of(template("tunesmith", {"watchNamespaces": ["a"]}), "operator")["command"]
+    assert parse(command[1:], {}).watch_namespaces == ("a",)
 
 
 def test_unhealthy_pods_hold_up_no_drain_of_a_node(template: Template) -> None:
