@@ -112,6 +112,22 @@ async def test_failures_wait_longer_each_time_until_one_success() -> None:
     assert queue.failed(A) <= 0.1
 
 
+async def test_a_change_waits_for_the_end_of_a_rest() -> None:
+    clock = Clock()
+    queue = WorkQueue(clock)
+    queue.add(A)
+    assert await queue.get() == A
+    queue.add(A)
+    queue.done(A, rest=2.0)
+    queue.add(A)
+    assert queue.depth == 0
+    clock.now += 2.1
+    assert await queue.get() == A
+    queue.done(A)
+    queue.add(A)
+    assert queue.depth == 1
+
+
 async def test_an_earlier_date_wins_over_a_later_one() -> None:
     clock = Clock()
     queue = WorkQueue(clock)

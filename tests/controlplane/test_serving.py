@@ -151,6 +151,22 @@ async def test_from_a_job_that_does_not_exist_yet_to_an_adapter_that_answers(wor
     assert (pool_status["adapters"], pool_status["slotsUsed"], pool_status["slotsFree"]) == (1, 1, 7)
 
 
+async def test_what_users_write_into_metadata_is_not_read_and_survives(world: World) -> None:
+    note = "x" * 250_000
+    made = await world.pool()
+    metadata = {"annotations": {"example.com/note": note}, "labels": {"example.com/team": "a"}}
+    await world.cluster.patch("ServingPool", "small", world.namespace, {"metadata": metadata})
+    await world.train("talk")
+    await world.serve("pirate", "talk")
+    await world.cluster.patch("AdapterDeployment", "pirate", world.namespace, {"metadata": metadata})
+    await world.until_condition("pirate", "Ready", "True", "Resident")
+    await world.until_condition("small", "Available", "True", kind="ServingPool")
+    for item in (await world.get("pirate"), await world.get("small", "ServingPool")):
+        assert item["metadata"]["annotations"]["example.com/note"] == note
+        assert item["metadata"]["labels"] == {"example.com/team": "a"}
+    assert made["spec"] == (await world.get("small", "ServingPool"))["spec"]
+
+
 async def test_the_pool_owns_its_objects_and_mends_them(world: World) -> None:
     made = await world.pool(replicas=2)
     await world.until_condition("small", "Available", "True", kind="ServingPool")

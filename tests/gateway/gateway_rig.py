@@ -72,17 +72,24 @@ class Watches:
             self._queues[document["kind"]].put_nowait(WatchEvent(type_, document))
 
     async def watch(
-        self, kind: str, namespace: str | None = None, *, labels: str = "", alive: Callable[[], None]
+        self,
+        kind: str,
+        namespace: str | None = None,
+        *,
+        labels: str = "",
+        alive: Callable[[], None],
+        keep: Callable[[Any], Any],
     ) -> AsyncIterator[WatchEvent]:
         self.asked[kind] = (namespace, labels)
         await self.sync.wait()
         alive()
         self._queues[kind] = asyncio.Queue()
         for document in list(self._objects.get(kind, {}).values()):
-            yield WatchEvent("ADDED", document)
+            yield WatchEvent("ADDED", keep(document))
         yield WatchEvent("SYNCED", {})
         while True:
-            yield await self._queues[kind].get()
+            event = await self._queues[kind].get()
+            yield event._replace(object=keep(event.object))
 
 
 class FakePod:

@@ -41,12 +41,12 @@ class Cluster:
     def __init__(self, pods: list[dict[str, Any]]) -> None:
         self._pods = pods
 
-    async def watch(self, kind: str, namespace: str, *, labels: str) -> AsyncIterator[WatchEvent]:
+    async def watch(self, kind: str, namespace: str, *, labels: str, keep: Any) -> AsyncIterator[WatchEvent]:
         assert (kind, namespace) == ("Pod", "tunesmith-system")
         wanted = dict(pair.split("=") for pair in labels.split(","))
         for pod in self._pods:
             if wanted.items() <= pod["metadata"]["labels"].items():
-                yield WatchEvent("ADDED", pod)
+                yield WatchEvent("ADDED", keep({"kind": "Pod", **pod}))
         yield WatchEvent("SYNCED", {})
         await asyncio.Event().wait()
 

@@ -170,15 +170,31 @@ class Cluster:
         return (await self.list_at(kind, namespace, labels=labels, fields=fields))[0]
 
     async def list_at(
-        self, kind: str, namespace: str | None = None, *, labels: str = "", fields: str = ""
+        self,
+        kind: str,
+        namespace: str | None = None,
+        *,
+        labels: str = "",
+        fields: str = "",
+        page_size: int = PAGE_SIZE,
+        keep: Callable[[Object], Object] = lambda item: item,
     ) -> tuple[Objects, str]:
-        """As `list`, with the resourceVersion to watch from."""
+        """Return all objects and the resourceVersion to watch from.
+
+        Args:
+            kind: of the objects.
+            namespace: absent: all namespaces.
+            labels: label selector.
+            fields: field selector.
+            page_size: objects in one answer of the API server.
+            keep: returns what is kept of an object; only one page at a time is held completely.
+        """
         resource = resource_of(kind)
         items: Objects = []
-        query = {"labelSelector": labels, "fieldSelector": fields, "limit": str(PAGE_SIZE)}
+        query = {"labelSelector": labels, "fieldSelector": fields, "limit": str(page_size)}
         while True:
             page = await self._json("list", resource, "GET", resource.path(namespace), query=query)
-            items += [named(item, resource) for item in page.get("items") or []]
+            items += [keep(named(item, resource)) for item in page.get("items") or []]
             metadata = page.get("metadata", {})
             if not metadata.get("continue"):
                 return items, metadata.get("resourceVersion", "")
@@ -325,9 +341,10 @@ class Cluster:
         labels: str = "",
         fields: str = "",
         alive: Callable[[], None] = lambda: None,
+        keep: Callable[[Object], Object] = lambda item: item,
     ) -> AsyncIterator[WatchEvent]:
         """Every object as ADDED, then SYNCED, then every change, without end: see `tunesmith.cluster.watch`."""
-        return watch(self, kind, namespace, labels=labels, fields=fields, alive=alive)
+        return watch(self, kind, namespace, labels=labels, fields=fields, alive=alive, keep=keep)
 
     async def stream(
         self, kind: str, namespace: str | None, query: Mapping[str, str], *, verb: str = "watch"

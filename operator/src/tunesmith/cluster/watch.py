@@ -11,6 +11,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from tunesmith.cluster.errors import ClusterError, ExpiredError, UnavailableError, error_of
+from tunesmith.cluster.keep import PAGE_SIZE
 from tunesmith.cluster.resources import Object, Objects, named, resource_of
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ async def watch(
     labels: str = "",
     fields: str = "",
     alive: Callable[[], None] = lambda: None,
+    keep: Callable[[Object], Object] = lambda item: item,
 ) -> AsyncIterator[WatchEvent]:
     """Yield every object as ADDED, then SYNCED, then every change, without end.
 
@@ -55,6 +57,8 @@ async def watch(
         fields: field selector.
         alive: called for each sign of life of the API server: a list, an event, a bookmark (about one a minute), the
             regular end of a stream.
+        keep: returns what the events hold of an object, such as `keep.kept`; at most one page of a list is held
+            completely.
 
     Raises:
         ClusterError: the first list failed in a way that waiting does not fix (no such kind, forbidden).
@@ -63,7 +67,7 @@ async def watch(
     selectors = {"labelSelector": labels, "fieldSelector": fields}
     synced, unreadable = False, 0
     while True:
-        items, version = await _list(cluster, kind, namespace, selectors, patient=synced)
+        items, version = await _list(cluster, kind, namespace, selectors, keep, patient=synced)
         alive()
         for difference in differences(known, items):
             yield difference
@@ -72,7 +76,7 @@ async def watch(
         synced = True
         yield WatchEvent("SYNCED", {})
         try:
-            async with aclosing(_follow(cluster, kind, namespace, selectors, version, alive)) as events:
+            async with aclosing(_follow(cluster, kind, namespace, selectors, version, alive, keep)) as events:
                 async for event in events:
                     unreadable = 0
                     _remember(known, event)
@@ -90,6 +94,7 @@ async def _follow(
     selectors: Mapping[str, str],
     version: str,
     alive: Callable[[], None],
+    keep: Callable[[Object], Object],
 ) -> AsyncGenerator[WatchEvent, None]:
     """Yield the changes after a version, through streams that end, until only a list can tell what changed."""
     failures = 0
@@ -102,7 +107,7 @@ async def _follow(
                     version, failures = newest, 0
                     alive()
                     if event is not None:
-                        yield event
+                        yield event._replace(object=keep(event.object))
         except ExpiredError:
             return
         except ClusterError as error:
@@ -115,14 +120,25 @@ async def _follow(
 
 
 async def _list(
-    cluster: Cluster, kind: str, namespace: str | None, selectors: Mapping[str, str], *, patient: bool
+    cluster: Cluster,
+    kind: str,
+    namespace: str | None,
+    selectors: Mapping[str, str],
+    keep: Callable[[Object], Object],
+    *,
+    patient: bool,
 ) -> tuple[Objects, str]:
     """A complete list and its version, tried until it succeeds; unless `patient` only if waiting can mend the error."""
     failures = 0
     while True:
         try:
             return await cluster.list_at(
-                kind, namespace, labels=selectors["labelSelector"], fields=selectors["fieldSelector"]
+                kind,
+                namespace,
+                labels=selectors["labelSelector"],
+                fields=selectors["fieldSelector"],
+                page_size=PAGE_SIZE,
+                keep=keep,
             )
         except ClusterError as error:
             if not patient and not isinstance(error, UnavailableError | ExpiredError):

@@ -18,6 +18,8 @@ def one_line(text: str, limit: int) -> str:
     White space becomes single spaces; control characters, sequences for terminals, and characters that change the
     direction of text are removed; a cut text has an ellipsis at its end.
     """
+    if len(text) <= limit and text.isprintable() and "  " not in text and text == text.strip():
+        return text
     # Bounded before it is inspected: the text may be as large as a log.
     words = _TERMINAL.sub("", text[: 4 * limit + 64]).split()
     line = "".join(char for char in " ".join(words) if unicodedata.category(char) not in _INVISIBLE)

@@ -1,9 +1,11 @@
-"""What was last seen of the cluster, by kind. Never older than what this process wrote itself."""
+"""Latest known objects of the cluster, by kind. Never older than what this process wrote itself."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from typing import TYPE_CHECKING
+
+from tunesmith.cluster.keep import kept
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -11,85 +13,146 @@ if TYPE_CHECKING:
     from tunesmith.cluster.resources import Object, Objects
 
 _MAX_TOMBSTONES = 10_000
+_UNREADABLE = (ValueError, LookupError, TypeError, AttributeError)
+_Place = tuple[str, str]
+
+
+class _Index:
+    """Objects by the values that a function finds in them."""
+
+    def __init__(self, values: Callable[[Object], Iterable[str]]) -> None:
+        self._values = values
+        self._places: dict[str, dict[_Place, Object]] = {}
+        self._of: dict[_Place, tuple[str, ...]] = {}
+        self._revisions: dict[str, int] = {}
+        self._changes = 0
+
+    def find(self, value: str) -> Objects:
+        return list(self._places.get(value, {}).values())
+
+    def revision(self, value: str) -> int:
+        return self._revisions.get(value, 0)
+
+    def put(self, place: _Place, item: Object) -> None:
+        try:
+            values = tuple(dict.fromkeys(self._values(item)))
+        except _UNREADABLE:
+            values = ()
+        for value in self._of.get(place, ()):
+            if value not in values:
+                self._drop(value, place)
+        for value in values:
+            self._places.setdefault(value, {})[place] = item
+            self._touch(value)
+        self._of[place] = values
+
+    def remove(self, place: _Place) -> None:
+        for value in self._of.pop(place, ()):
+            self._drop(value, place)
+
+    def _drop(self, value: str, place: _Place) -> None:
+        del self._places[value][place]
+        if self._places[value]:
+            self._touch(value)
+        else:
+            del self._places[value]
+            self._revisions.pop(value, None)
+
+    def _touch(self, value: str) -> None:
+        self._changes += 1
+        self._revisions[value] = self._changes
 
 
 class Cache:
-    """The objects of one kind. Callers must not change what it returns: copy first."""
+    """The objects of one kind, reduced to what is read of them. Callers must not change what it returns: copy first."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self._objects: dict[tuple[str, str], Object] = {}
-        self._owned: dict[str, dict[tuple[str, str], Object]] = {}
+        self._objects: dict[str, dict[str, Object]] = {}
+        self._count = 0
+        self._indexes: dict[str, _Index] = {"owner": _Index(_owners)}
         self._deleted: OrderedDict[str, int] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._objects)
+        return self._count
 
     def get(self, namespace: str, name: str) -> Object | None:
-        """The object, or None."""
-        return self._objects.get((namespace, name))
+        """Return the object, or None."""
+        return self._objects.get(namespace, {}).get(name)
 
     def list(self, namespace: str | None = None) -> Objects:
-        """All objects, or those of one namespace."""
-        return [item for (place, _), item in self._objects.items() if namespace is None or place == namespace]
+        """Return all objects, or those of one namespace."""
+        if namespace is not None:
+            return list(self._objects.get(namespace, {}).values())
+        return [item for objects in self._objects.values() for item in objects.values()]
 
     def owned(self, uid: str) -> Objects:
-        """The objects with an owner reference to that uid."""
-        return list(self._owned.get(uid, {}).values())
+        """Return the objects with an owner reference to that uid."""
+        return self.find("owner", uid)
+
+    def index(self, name: str, values: Callable[[Object], Iterable[str]]) -> None:
+        """Add an index: `find(name, value)` returns the objects for which `values` yields the value."""
+        index = self._indexes[name] = _Index(values)
+        for item in self.list():
+            index.put(_place(item), item)
+
+    def find(self, name: str, value: str) -> Objects:
+        """Return the objects that an index has under a value."""
+        return self._indexes[name].find(value)
+
+    def revision(self, name: str, value: str) -> int:
+        """Return a number that differs whenever the objects that an index has under a value have changed."""
+        return self._indexes[name].revision(value)
 
     def put(self, item: Object) -> bool:
-        """Take in a version from a watch, a list or a write; False where it is not newer than what is known."""
-        metadata = item["metadata"]
-        key = (metadata.get("namespace", ""), metadata["name"])
-        old = self._objects.get(key)
-        if _version(item) <= self._deleted.get(metadata["uid"], -1):
+        """Accept a version from a watch, a list or a write; return False where it is not newer than the known one."""
+        place, old = _place(item), None
+        old = self.get(*place)
+        if _version(item) <= self._deleted.get(item["metadata"]["uid"], -1):
             return False
         if old is not None and _version(old) >= _version(item):
             return False
-        if old is not None:
-            self._forget_owners(key, old)
-        self._objects[key] = item
-        for owner in _owners(item):
-            self._owned.setdefault(owner, {})[key] = item
+        item = kept(item)
+        self._objects.setdefault(place[0], {})[place[1]] = item
+        self._count += old is None
+        for index in self._indexes.values():
+            index.put(place, item)
         return True
 
     def remove(self, item: Object, version: int = 0) -> bool:
-        """Take in a deletion; False where that incarnation is not known (any more).
+        """Accept a deletion; return False where that incarnation is not known (any more).
 
-        Versions up to the object's, or up to `version` where that is higher, are not taken in again.
+        Versions up to the object's, or up to `version` where that is higher, are not accepted again.
         """
-        metadata = item["metadata"]
-        key = (metadata.get("namespace", ""), metadata["name"])
+        metadata, place = item["metadata"], _place(item)
         self._deleted[metadata["uid"]] = max(_version(item), version)
         if len(self._deleted) > _MAX_TOMBSTONES:
             self._deleted.popitem(last=False)
-        old = self._objects.get(key)
+        old = self.get(*place)
         if old is None or old["metadata"]["uid"] != metadata["uid"]:
             return False
-        self._forget_owners(key, old)
-        del self._objects[key]
+        objects = self._objects[place[0]]
+        del objects[place[1]]
+        if not objects:
+            del self._objects[place[0]]
+        self._count -= 1
+        for index in self._indexes.values():
+            index.remove(place)
         return True
 
     def replace(self, items: Iterable[Object], version: str, among: Callable[[Object], bool]) -> Objects:
-        """Take in a complete list made at `version` of the objects that `among` holds for; the objects that changed.
+        """Accept a complete list made at `version` of the objects that `among` holds for; return those that changed.
 
         Objects that are not in the list are gone, unless this process saw them after the list was made.
         """
         changed, present = [], set()
         for item in items:
-            present.add((item["metadata"].get("namespace", ""), item["metadata"]["name"]))
+            present.add(_place(item))
             if self.put(item):
                 changed.append(item)
-        missing = [item for key, item in self._objects.items() if key not in present and among(item)]
+        missing = [item for item in self.list() if _place(item) not in present and among(item)]
         changed += [item for item in missing if _version(item) <= int(version) and self.remove(item, int(version))]
         return changed
-
-    def _forget_owners(self, key: tuple[str, str], item: Object) -> None:
-        for owner in _owners(item):
-            siblings = self._owned.get(owner, {})
-            siblings.pop(key, None)
-            if not siblings:
-                self._owned.pop(owner, None)
 
 
 class Caches:
@@ -99,11 +162,18 @@ class Caches:
         self._caches: dict[str, Cache] = {}
 
     def __getitem__(self, kind: str) -> Cache:
-        return self._caches.setdefault(kind, Cache(kind))
+        cache = self._caches.get(kind)
+        if cache is None:
+            cache = self._caches[kind] = Cache(kind)
+        return cache
 
     def kinds(self) -> tuple[str, ...]:
-        """The kinds that have one."""
+        """Return the kinds that have one."""
         return tuple(self._caches)
+
+
+def _place(item: Object) -> _Place:
+    return item["metadata"].get("namespace", ""), item["metadata"]["name"]
 
 
 def _version(item: Object) -> int:

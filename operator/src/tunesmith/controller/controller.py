@@ -9,9 +9,10 @@ import time
 from typing import TYPE_CHECKING, TypeVar
 
 from tunesmith.cluster.errors import ClusterError, ForbiddenError
+from tunesmith.cluster.keep import PAGE_SIZE, kept
 from tunesmith.cluster.watch import backoff
 from tunesmith.controller.installation_key import gateway_key_secret, installation_keys, metrics_token_secret
-from tunesmith.controller.reconciler import Key, Watch
+from tunesmith.controller.reconciler import Key, Watch, key_of
 from tunesmith.controller.watching import Watcher
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ class Controller:
     def _enqueue_all(self) -> None:
         for kind in self._reconcilers:
             for item in self._context.caches[kind].list():
-                self._context.queue.add(_key(item))
+                self._context.queue.add(key_of(item))
 
     async def _patiently(self, what: str, read: Callable[[], Awaitable[T]]) -> T:
         failures = 0
@@ -192,14 +193,16 @@ class Controller:
     async def _list(self, watch: Watch) -> None:
         cache = self._context.caches[watch.kind]
         for namespace in self._context.settings.watch_namespaces or (None,):
-            items, version = await self._context.cluster.list_at(watch.kind, namespace, labels=watch.selector)
+            items, version = await self._context.cluster.list_at(
+                watch.kind, namespace, labels=watch.selector, page_size=PAGE_SIZE, keep=kept
+            )
             for item in cache.replace(items, version, _among(watch, namespace)):
                 self._enqueue(item)
         self._metrics.cached.labels(watch.kind).set(len(cache))
 
     def _enqueue(self, item: Object) -> None:
         if item["kind"] in self._reconcilers:
-            self._context.queue.add(_key(item))
+            self._context.queue.add(key_of(item))
         self._enqueue_watching(item)
 
     def _enqueue_watching(self, item: Object) -> None:
@@ -209,7 +212,7 @@ class Controller:
                     for key in watch.keys(item):
                         self._context.queue.add(key)
                 except Exception:  # noqa: BLE001 - an object of a tenant must not end the process
-                    _log.exception("%s cannot be read", _key(item))
+                    _log.exception("%s cannot be read", key_of(item))
 
     def _enqueue_readers(self, item: Object) -> None:
         """Tell the reconcilers of other kinds what one reconciler wrote. Of its own objects it knows."""
@@ -238,7 +241,7 @@ class Controller:
                 _log.exception("%s: reconcile failed; again in %.1f s", key, delay)
             else:
                 result = "ok"
-                queue.done(key, outcome.requeue_after)
+                queue.done(key, outcome.requeue_after, outcome.rest)
             finally:
                 del self._busy[key]
                 self._metrics.reconciles.labels(key.kind, result).inc()
@@ -277,7 +280,3 @@ def _combined(reconcilers: Sequence[Reconciler]) -> list[Watch]:
     watches = [Watch(reconciler.kind) for reconciler in reconcilers]
     watches += [watch for reconciler in reconcilers for watch in reconciler.watches]
     return watches
-
-
-def _key(item: Object) -> Key:
-    return Key(item["kind"], item["metadata"].get("namespace", ""), item["metadata"]["name"])

@@ -30,7 +30,7 @@ from tunesmith.finetune.plan import Action, CreateAttempt, CreateValidation, Pla
 from tunesmith.finetune.status import Status, notices, unreadable, without_reports
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from tunesmith.api.finetunejob import FineTuneJob
     from tunesmith.cluster.resources import Object, Objects
@@ -52,6 +52,7 @@ class FineTuneJobReconciler:
 
     def __init__(self, context: Context) -> None:
         self._context = context
+        context.caches["Pod"].index(render.JOB_LABEL, _job_of_pod)
         self._progress = ProgressPoller(self._running_pods, self._progressed)
 
     @property
@@ -142,11 +143,7 @@ class FineTuneJobReconciler:
         names = {job["metadata"]["name"] for job in jobs}
         if all(attempt["name"] in names for attempt in manifest.get("status", {}).get("attempts") or ()):
             return [pod for job in jobs for pod in cache.owned(job["metadata"]["uid"])]
-        return [
-            pod
-            for pod in cache.list(metadata["namespace"])
-            if (pod["metadata"].get("labels") or {}).get(render.JOB_LABEL) == metadata["name"]
-        ]
+        return cache.find(render.JOB_LABEL, f"{metadata['namespace']}/{metadata['name']}")
 
     async def _complete_pods(self, name: str, job: Object) -> None:
         """A Job's end can be told before its pods' ends: then the pods are read."""
@@ -276,3 +273,9 @@ class FineTuneJobReconciler:
     def _progressed(self, pod: Object) -> None:
         for key in label_keys(KIND, render.JOB_LABEL)(pod):
             self._context.queue.add(key)
+
+
+def _job_of_pod(pod: Object) -> Iterable[str]:
+    name = (pod["metadata"].get("labels") or {}).get(render.JOB_LABEL)
+    if name:
+        yield f"{pod['metadata'].get('namespace', '')}/{name}"

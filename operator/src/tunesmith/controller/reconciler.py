@@ -30,6 +30,8 @@ class Result(NamedTuple):
 
     requeue_after: float | None = None
     """Seconds until the key is due again; None: when something changes."""
+    rest: float = 0.0
+    """Seconds during which a change does not make the key due again, so that a long decision does not delay others."""
 
 
 def _no_keys(_: Object) -> Iterable[Key]:
@@ -73,6 +75,11 @@ class Reconciler(Protocol):
 
     async def run(self) -> None:
         """A task that lives while this process leads; it is cancelled when it no longer does."""
+
+
+def key_of(item: Object) -> Key:
+    """Return the object's own key."""
+    return Key(item["kind"], item["metadata"].get("namespace", ""), item["metadata"]["name"])
 
 
 def owner_keys(kind: str) -> Callable[[Object], Iterable[Key]]:

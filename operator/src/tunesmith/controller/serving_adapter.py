@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from tunesmith.api.servingpool import ServingPool
 from tunesmith.autoscale.decide import Decision, decide_copies
 from tunesmith.contracts.claims import lost_to
-from tunesmith.controller.reconciler import Key, Result, Watch
+from tunesmith.controller.reconciler import Key, Result, Watch, key_of
+from tunesmith.controller.serving_state import MODEL, NAMES, SERVED_BY, SOURCE, WAITING
 from tunesmith.serving.rollout import Observation, plan
-from tunesmith.serving.source import Artifact, candidates, choose_pool, may_attach, reference, resolve_artifact
+from tunesmith.serving.source import Artifact, choose_pool, may_attach, resolve_artifact
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 KIND = "AdapterDeployment"
 _TICK_SECONDS = 1.0
-_LOST_SECONDS = 5.0
+_IDLE_TICK_SECONDS = 9.0
+_LOST_SECONDS = 60.0
 _UNSETTLED_SECONDS = 0.3
 
 
@@ -33,6 +35,10 @@ class AdapterDeploymentReconciler:
     def __init__(self, state: ServingState) -> None:
         self._state = state
         self._context = state.context
+        self._adapters = self._context.caches[KIND]
+        self._uids: dict[Key, str] = {}
+        self._pools: dict[Key, tuple[object, ...]] = {}
+        self._claims: dict[str, tuple[str, bool]] = {}
 
     @property
     def watches(self) -> Sequence[Watch]:
@@ -47,19 +53,20 @@ class AdapterDeploymentReconciler:
         """One pass."""
         manifest = self._context.caches[KIND].get(key.namespace, key.name)
         if manifest is None or manifest["metadata"].get("deletionTimestamp"):
-            self._state.forget_windows()
+            uid = self._uids.pop(key, None)
+            if uid is not None:
+                self._state.forget_adapter(uid)
             return Result()
         adapter = self._state.adapters.get(key.namespace, key.name)
         if adapter is None:
             await self._state.report_unreadable(manifest, self._state.adapters.error(manifest))
             return Result()
+        self._uids[key] = adapter.metadata.uid
         job = self._state.jobs.get(key.namespace, adapter.spec.adapter_from.fine_tune_job.name)
         artifact = resolve_artifact(adapter, job, self._context.settings.store)
         fingerprint = artifact.fingerprint if isinstance(artifact, Artifact) else None
-        shared = self._context.settings.shared_pool_namespaces
-        pools = self._state.pools.list()
-        pool = choose_pool(adapter, fingerprint, candidates(adapter, fingerprint, pools, shared))
-        serving = pool if isinstance(pool, ServingPool) else self._still_serving(adapter, pools)
+        pool = choose_pool(adapter, fingerprint, self._state.candidates(adapter, fingerprint))
+        serving = pool if isinstance(pool, ServingPool) else self._still_serving(adapter)
         if serving is not None and adapter.status.revisions and not self._state.settled(serving):
             # What the pods hold is not known yet, and a status that says so would only flicker.
             return Result(_UNSETTLED_SECONDS)
@@ -80,9 +87,13 @@ class AdapterDeploymentReconciler:
             # It is no longer among those that read this adapter, and takes it from its pods.
             self._context.queue.add(Key("ServingPool", old.namespace or key.namespace, old.name))
         if seen.lost_to is not None:
-            # The name is free again when its holder changes, under whatever name it has then.
+            # A change of the holder's claim makes the key due; this repairs what was missed.
             return Result(_LOST_SECONDS)
-        return Result(_TICK_SECONDS if adapter.spec.autoscaling is not None else None)
+        if adapter.spec.autoscaling is None:
+            return Result()
+        idle = seen.decision.replicas == adapter.spec.autoscaling.min_replicas == adapter.status.desired_replicas
+        # The first request of a model makes it due at once.
+        return Result(_IDLE_TICK_SECONDS if idle else _TICK_SECONDS)
 
     async def run(self) -> None:
         """Read the gateways' demand."""
@@ -91,52 +102,71 @@ class AdapterDeploymentReconciler:
     def _copies(self, adapter: AdapterDeployment) -> Decision:
         rule = adapter.spec.autoscaling
         if rule is None:
+            self._state.forget_window(adapter.metadata.uid)
             return Decision(adapter.spec.replicas, f"spec.replicas is {adapter.spec.replicas}")
         window = self._state.window(adapter.metadata.uid, [adapter.model], rule.scale_down_delay_seconds)
         return decide_copies(window, adapter.status.desired_replicas, rule)
 
-    def _still_serving(self, adapter: AdapterDeployment, pools: Iterable[ServingPool]) -> ServingPool | None:
-        """The pool that served so far, while the new choice is not made."""
+    def _still_serving(self, adapter: AdapterDeployment) -> ServingPool | None:
+        """Return the pool that served so far, while the new choice is not made."""
         old = adapter.status.pool
-        return next(
-            (
-                pool
-                for pool in pools
-                if old is not None and reference(pool) == old and may_attach(pool, adapter.metadata.namespace)
-            ),
-            None,
-        )
+        pool = None if old is None else self._state.pools.get(old.namespace or adapter.metadata.namespace, old.name)
+        return pool if pool is not None and may_attach(pool, adapter.metadata.namespace) else None
 
     def _keys_of_job(self, job: Object) -> Iterable[Key]:
-        namespace, name = job["metadata"]["namespace"], job["metadata"]["name"]
-        adapters = self._state.adapters.list(namespace)
-        return self._state.keys_of(
-            adapter for adapter in adapters if adapter.spec.adapter_from.fine_tune_job.name == name
-        )
+        metadata = job["metadata"]
+        return map(key_of, self._adapters.find(SOURCE, f"{metadata['namespace']}/{metadata['name']}"))
 
     def _keys_of_pool(self, pool: Object) -> Iterable[Key]:
-        """Those that the pool serves, those that name it, those that wait for any, and rivals for its base's name."""
-        place = (pool["metadata"]["namespace"], pool["metadata"]["name"])
-        base = f"{place[0]}/{pool['spec'].get('modelName')}"
-        return self._state.keys_of(
-            adapter
-            for adapter in self._state.adapters.list()
-            if (adapter.status.pool is None and adapter.spec.pool is None)
-            or adapter.model == base
-            or any(
-                named is not None and (named.namespace or adapter.metadata.namespace, named.name) == place
-                for named in (adapter.status.pool, adapter.spec.pool)
-            )
-        )
+        """Return those that the pool serves, that name it, that wait for any, and rivals for its base's name.
+
+        Only when something changed that an adapter's status depends on: a pool's status changes with each of them.
+        """
+        place, current = key_of(pool), self._context.caches["ServingPool"].get(*key_of(pool)[1:])
+        view = None if current is None else _view_of_pool(current)
+        if self._pools.get(place) == view:
+            return ()
+        if view is None:
+            del self._pools[place]
+        else:
+            self._pools[place] = view
+        name, base = f"{place.namespace}/{place.name}", f"{place.namespace}/{pool['spec'].get('modelName')}"
+        values = ((SERVED_BY, name), (NAMES, name), (MODEL, base), (WAITING, self._reach(pool)))
+        return {key_of(adapter) for index, value in values for adapter in self._adapters.find(index, value)}
+
+    def _reach(self, pool: Object) -> str:
+        """Return the namespace whose adapters the pool concerns; empty: all of them."""
+        is_open = (pool["spec"].get("allowedNamespaces") or {}).get("from") == "All"
+        return "" if is_open else pool["metadata"]["namespace"]
 
     def _keys_of_rivals(self, manifest: Object) -> Iterable[Key]:
-        metadata = manifest["metadata"]
-        model = f"{metadata['namespace']}/{manifest['spec'].get('modelName') or metadata['name']}"
-        return self._state.keys_of(
-            adapter
-            for adapter in self._state.adapters.list(metadata["namespace"])
-            if adapter.model == model and adapter.metadata.uid != metadata["uid"]
-        )
+        """Return the others that claim its model name, or the one that it had before."""
+        key, uid = key_of(manifest), manifest["metadata"]["uid"]
+        current = self._adapters.get(key.namespace, key.name)
+        is_gone = current is None or current["metadata"]["uid"] != uid
+        model = f"{key.namespace}/{manifest['spec'].get('modelName') or key.name}"
+        view = None if is_gone else (model, bool(manifest["metadata"].get("deletionTimestamp")))
+        old = self._claims.get(uid)
+        if old == view:
+            return ()
+        if view is None:
+            del self._claims[uid]
+        else:
+            self._claims[uid] = view
+        models = {model} if old is None else {model, old[0]}
+        return {found for name in models for item in self._adapters.find(MODEL, name) if (found := key_of(item)) != key}
+
+
+def _view_of_pool(pool: Object) -> tuple[object, ...]:
+    metadata, spec, status = pool["metadata"], pool["spec"], pool.get("status") or {}
+    return (
+        metadata["uid"],
+        bool(metadata.get("deletionTimestamp")),
+        spec.get("modelName"),
+        spec.get("baseModel"),
+        spec.get("allowedNamespaces"),
+        status.get("baseModelFingerprint"),
+    )
 
 
 def _client_url(gateway: str) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING, Generic, TypeVar
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from pydantic import ValidationError
 
@@ -17,24 +19,38 @@ from tunesmith.autoscale.demand import DemandBoard
 from tunesmith.cluster.errors import ForbiddenError, InvalidError
 from tunesmith.contracts.agent import SILENCE_SECONDS
 from tunesmith.contracts.claims import Claim, claim_of
-from tunesmith.controller.reconciler import Key
+from tunesmith.controller.reconciler import key_of
 from tunesmith.controller.serving_streams import AgentLinks, GatewayLinks
 from tunesmith.serving.notice import notices
 from tunesmith.serving.pod import PoolPod, observe_pod
-from tunesmith.serving.render import deployment_name, is_owned_by, is_pod_of
-from tunesmith.serving.source import may_attach
+from tunesmith.serving.render import POOL_UID_LABEL, deployment_name, is_owned_by, is_pod_of
+from tunesmith.serving.source import Candidates, candidates, may_attach
 from tunesmith.serving.unreadable import unreadable_status
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    import builtins
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from tunesmith.api.adapterdeployment import AdapterDeploymentStatus
     from tunesmith.api.conditions import Condition
     from tunesmith.api.servingpool import ServingPoolStatus
     from tunesmith.cluster.resources import Object, Objects
+    from tunesmith.contracts.agent import PodState
     from tunesmith.controller.cache import Cache
     from tunesmith.controller.context import Context
+    from tunesmith.controller.serving_streams import AgentLink
 
+MODEL = "model"
+"""Index of AdapterDeployments and ServingPools by the global id that they claim."""
+SERVED_BY, NAMES, WAITING = "served-by", "names", "waiting"
+"""Indexes of AdapterDeployments: by the pool in their status, by the pool in their spec, and those with neither."""
+SOURCE = "source"
+"""Index of AdapterDeployments by their FineTuneJob."""
+OPEN_BASE = "open-base"
+"""Index of ServingPools that let every namespace attach, by the fingerprint of their base."""
+POOL = "pool"
+"""Index of pods by their pool's UID."""
+_MOST_FOREIGN = 50
 _PATIENCE_SECONDS = 5.0
 _SAMPLE_SECONDS = 0.5
 _log = logging.getLogger(__name__)
@@ -56,9 +72,17 @@ class Parsed(Generic[M]):
 
     def list(self, namespace: str | None = None) -> list[M]:
         """Return all objects, or those of one namespace, without those that `get` returns None for."""
-        manifests = self._cache.list(namespace)
-        if namespace is None and len(self._known) > 2 * len(manifests) + 100:
-            self._known.clear()
+        return self._models(self._cache.list(namespace))
+
+    def find(self, index: str, value: str) -> builtins.list[M]:
+        """Return the objects that an index of the cache has under a value."""
+        return self._models(self._cache.find(index, value))
+
+    def forget(self, uid: str) -> None:
+        """Drop an object that is gone."""
+        self._known.pop(uid, None)
+
+    def _models(self, manifests: Objects) -> builtins.list[M]:
         return [model for manifest in manifests if (model := self._parse(manifest)) is not None]
 
     def error(self, manifest: Object) -> str:
@@ -96,6 +120,37 @@ class Parsed(Generic[M]):
         return model
 
 
+@dataclass(frozen=True)
+class _SeenPod:
+    """A pod, and the versions of what it was observed from."""
+
+    pod: PoolPod
+    version: str
+    state: PodState | None
+
+    @classmethod
+    def observe(cls, manifest: Object, link: AgentLink | None, now: float) -> Self:
+        version = manifest["metadata"]["resourceVersion"]
+        if link is None:
+            return cls(observe_pod(manifest), version, None)
+        pod = observe_pod(
+            manifest,
+            link.state,
+            heard=link.heard(now),
+            unheard_seconds=now - max(link.heard_at, link.since),
+            stream_error=link.error,
+        )
+        return cls(pod, version, link.state)
+
+    def is_current(self, manifest: Object, link: AgentLink | None, now: float) -> bool:
+        """Return True if observing again would lead to an equal pod."""
+        if self.version != manifest["metadata"]["resourceVersion"]:
+            return False
+        if link is None:
+            return self.pod.unheard_seconds is None
+        return self.pod.heard and link.heard(now) and link.state is self.state
+
+
 class ServingState:
     """Shared by both reconcilers; for one event loop."""
 
@@ -104,55 +159,73 @@ class ServingState:
         self.pools = Parsed(context.caches["ServingPool"], ServingPool)
         self.adapters = Parsed(context.caches["AdapterDeployment"], AdapterDeployment)
         self.jobs = Parsed(context.caches["FineTuneJob"], FineTuneJob)
+        for kind, name, values in _INDEXES:
+            context.caches[kind].index(name, values)
         self.agents = AgentLinks(context)
-        self.demand = DemandBoard(SILENCE_SECONDS)
+        self.demand = DemandBoard(SILENCE_SECONDS, rises=self._wake_model)
         self.gateways = GatewayLinks(context, self.demand)
         self.unplaced: dict[str, Mapping[str, str]] = {}
         """By pool UID and engine name, why copies have no place."""
         self._windows: dict[str, tuple[float, Window]] = {}
+        self._attached: dict[str, tuple[object, tuple[AdapterDeployment, ...]]] = {}
+        self._pods: dict[str, dict[str, _SeenPod]] = {}
+        self._pod_manifests: dict[str, tuple[int, Objects]] = {}
 
     def claims(self, resource: AdapterDeployment | ServingPool) -> list[Claim]:
-        """All claims on the model name that a resource claims."""
-        namespace, model = resource.metadata.namespace, resource.model
-        adapters = [claim_of(adapter) for adapter in self.adapters.list(namespace) if adapter.model == model]
-        return adapters + [claim_of(pool) for pool in self.pools.list(namespace) if pool.model == model]
+        """Return all claims on the model name that a resource claims."""
+        adapters = [claim_of(adapter) for adapter in self.adapters.find(MODEL, resource.model)]
+        return adapters + [claim_of(pool) for pool in self.pools.find(MODEL, resource.model)]
 
-    def attached(self, pool: ServingPool) -> list[AdapterDeployment]:
-        """The AdapterDeployments that the pool serves, the oldest first."""
-        place = (pool.metadata.namespace, pool.metadata.name)
+    def candidates(self, adapter: AdapterDeployment, fingerprint: str | None) -> Candidates:
+        """Return the pools that an AdapterDeployment may get."""
+        shared = self.context.settings.shared_pool_namespaces
+        wanted = adapter.spec.pool
+        found = [] if wanted is None else [self.pools.get(wanted.namespace or adapter.metadata.namespace, wanted.name)]
+        if wanted is None:
+            for namespace in {adapter.metadata.namespace, *shared}:
+                found += self.pools.list(namespace)
+            found += self.pools.find(OPEN_BASE, fingerprint or "")[:_MOST_FOREIGN]
+        pools = {pool.metadata.uid: pool for pool in found if pool is not None}
+        return candidates(adapter, fingerprint, pools.values(), shared)
+
+    def attached(self, pool: ServingPool) -> tuple[AdapterDeployment, ...]:
+        """Return the AdapterDeployments that the pool serves, the oldest first.
+
+        The same tuple is returned while none of them and nothing that decides who may attach has changed.
+        """
+        place = f"{pool.metadata.namespace}/{pool.metadata.name}"
+        inputs = (self.context.caches["AdapterDeployment"].revision(SERVED_BY, place), pool.spec.allowed_namespaces)
+        known = self._attached.get(pool.metadata.uid)
+        if known is not None and known[0] == inputs:
+            return known[1]
         found = [
-            adapter
-            for adapter in self.adapters.list()
-            if adapter.status.pool is not None
-            and (adapter.status.pool.namespace or adapter.metadata.namespace, adapter.status.pool.name) == place
-            and may_attach(pool, adapter.metadata.namespace)
+            adapter for adapter in self.adapters.find(SERVED_BY, place) if may_attach(pool, adapter.metadata.namespace)
         ]
-        return sorted(found, key=lambda adapter: (str(adapter.metadata.creation_timestamp), adapter.metadata.uid))
+        attached = tuple(sorted(found, key=_precedence))
+        self._attached[pool.metadata.uid] = (inputs, attached)
+        return attached
 
     def pods(self, pool: ServingPool) -> list[PoolPod]:
-        """The pool's pods, with what their agents said."""
+        """Return the pool's pods, with their agents' reports. A pod that has not changed is the same object."""
         links, now = self.agents.of(pool.metadata.uid), time.monotonic()
-        found = []
+        known, found = self._pods.get(pool.metadata.uid, {}), {}
         for manifest in self.pod_manifests(pool):
-            link = links.get(manifest["metadata"]["uid"])
-            if link is None:
-                found.append(observe_pod(manifest))
-            else:
-                unheard = now - max(link.heard_at, link.since)
-                found.append(
-                    observe_pod(
-                        manifest,
-                        link.state,
-                        heard=link.heard(now),
-                        unheard_seconds=unheard,
-                        stream_error=link.error,
-                    )
-                )
-        return found
+            uid = manifest["metadata"]["uid"]
+            link, old = links.get(uid), known.get(uid)
+            if old is None or not old.is_current(manifest, link, now):
+                old = _SeenPod.observe(manifest, link, now)
+            found[uid] = old
+        self._pods[pool.metadata.uid] = found
+        return [seen.pod for seen in found.values()]
 
     def pod_manifests(self, pool: ServingPool) -> Objects:
         """Return the pool's pods as the API server has them."""
-        return [pod for pod in self.context.caches["Pod"].list(pool.metadata.namespace) if is_pod_of(pool, pod)]
+        cache, uid = self.context.caches["Pod"], pool.metadata.uid
+        revision, known = self._pod_manifests.get(uid, (-1, []))
+        if revision != cache.revision(POOL, uid):
+            known = [pod for pod in cache.find(POOL, uid) if is_pod_of(pool, pod)]
+            self._pod_manifests[uid] = (cache.revision(POOL, uid), known)
+        return known
 
     def deployment(self, pool: ServingPool) -> Object | None:
         """Return the pool's own Deployment; None where there is none, or one of that name has another owner."""
@@ -180,12 +253,27 @@ class ServingState:
             self._windows[uid] = (now, window)
         return window
 
-    def forget_windows(self) -> None:
-        """Drop the windows of resources that are gone or not autoscaled any more."""
-        living = {adapter.metadata.uid for adapter in self.adapters.list() if adapter.spec.autoscaling is not None}
-        living |= {pool.metadata.uid for pool in self.pools.list() if pool.spec.autoscaling is not None}
-        for uid in self._windows.keys() - living:
-            del self._windows[uid]
+    def forget_window(self, uid: str) -> None:
+        """Drop the window of a resource that is gone or not autoscaled any more."""
+        self._windows.pop(uid, None)
+
+    def forget_adapter(self, uid: str) -> None:
+        """Drop what is known about an AdapterDeployment that is gone."""
+        self.forget_window(uid)
+        self.adapters.forget(uid)
+
+    def forget_pool(self, uid: str) -> None:
+        """Drop what is known about a ServingPool that is gone, and stop reading its agents."""
+        self.agents.sync(uid, {}, lambda: None)
+        self.forget_window(uid)
+        self.pools.forget(uid)
+        for known in (self.unplaced, self._attached, self._pods, self._pod_manifests):
+            known.pop(uid, None)
+
+    def _wake_model(self, model: str) -> None:
+        """Reconcile the adapters of a model that has its first requests: they may have been due much later."""
+        for item in self.context.caches["AdapterDeployment"].find(MODEL, model):
+            self.context.queue.add(key_of(item))
 
     async def write_status(
         self, manifest: Object, status: ServingPoolStatus | AdapterDeploymentStatus, before: Sequence[Condition]
@@ -218,6 +306,61 @@ class ServingState:
             written = await self.context.replace_status({**manifest, "status": document})
             await self.context.recorder.event(written, "InvalidSpec", message, type_="Warning")
 
-    def keys_of(self, adapters: Iterable[AdapterDeployment]) -> list[Key]:
-        """Work-queue keys."""
-        return [Key("AdapterDeployment", adapter.metadata.namespace, adapter.metadata.name) for adapter in adapters]
+
+_NEVER = datetime.max.replace(tzinfo=UTC)
+
+
+def _precedence(adapter: AdapterDeployment) -> tuple[datetime, str]:
+    return adapter.metadata.creation_timestamp or _NEVER, adapter.metadata.uid
+
+
+def _model(item: Object) -> Iterable[str]:
+    metadata = item["metadata"]
+    yield f"{metadata['namespace']}/{item['spec'].get('modelName') or metadata['name']}"
+
+
+def _served_by(adapter: Object) -> Iterable[str]:
+    yield from _pool(adapter, (adapter.get("status") or {}).get("pool"))
+
+
+def _named(adapter: Object) -> Iterable[str]:
+    yield from _pool(adapter, adapter["spec"].get("pool"))
+
+
+def _pool(adapter: Object, reference: Mapping[str, Any] | None) -> Iterable[str]:
+    if reference:
+        yield f"{reference.get('namespace') or adapter['metadata']['namespace']}/{reference['name']}"
+
+
+def _waiting(adapter: Object) -> Iterable[str]:
+    if not adapter["spec"].get("pool") and not (adapter.get("status") or {}).get("pool"):
+        # By namespace, and all together.
+        yield from (adapter["metadata"]["namespace"], "")
+
+
+def _source(adapter: Object) -> Iterable[str]:
+    yield f"{adapter['metadata']['namespace']}/{adapter['spec']['adapterFrom']['fineTuneJob']['name']}"
+
+
+def _open_base(pool: Object) -> Iterable[str]:
+    fingerprint = (pool.get("status") or {}).get("baseModelFingerprint")
+    if fingerprint and (pool["spec"].get("allowedNamespaces") or {}).get("from") == "All":
+        yield fingerprint
+
+
+def _pool_of_pod(pod: Object) -> Iterable[str]:
+    uid = (pod["metadata"].get("labels") or {}).get(POOL_UID_LABEL)
+    if uid:
+        yield uid
+
+
+_INDEXES: tuple[tuple[str, str, Callable[[Object], Iterable[str]]], ...] = (
+    ("AdapterDeployment", MODEL, _model),
+    ("AdapterDeployment", SERVED_BY, _served_by),
+    ("AdapterDeployment", NAMES, _named),
+    ("AdapterDeployment", WAITING, _waiting),
+    ("AdapterDeployment", SOURCE, _source),
+    ("ServingPool", MODEL, _model),
+    ("ServingPool", OPEN_BASE, _open_base),
+    ("Pod", POOL, _pool_of_pod),
+)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import aiohttp
 
+from tunesmith.cluster.keep import kept
 from tunesmith.cluster.watch import backoff
 from tunesmith.contracts.agent import (
     AGENT_PORT,
@@ -278,7 +279,7 @@ class GatewayLinks:
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(connector=connector, trust_env=False) as session:
             try:
-                async for event in self._context.cluster.watch("Pod", settings.namespace, labels=labels):
+                async for event in self._context.cluster.watch("Pod", settings.namespace, labels=labels, keep=kept):
                     if event.type != "SYNCED":
                         uid = event.object["metadata"]["uid"]
                         target = None if event.type == "DELETED" else self._target(event.object)

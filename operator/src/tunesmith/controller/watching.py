@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import kopf
 import uvloop
 
+from tunesmith.cluster.keep import PAGE_SIZE, kept
 from tunesmith.cluster.resources import named, resource_of
 
 if TYPE_CHECKING:
@@ -131,9 +132,12 @@ class Watcher:
             resource = resource_of(kind)
 
             async def changed(event: kopf.RawEvent, kind: str = kind, **_: object) -> None:
-                item: Object = {**event["object"]}
-                item["metadata"] = {**item["metadata"]}
-                self._call(self._observe, event["type"], named(item, resource_of(kind)))
+                raw = cast("Object", event["object"])
+                item = kept(named(raw, resource_of(kind)))
+                # kopf holds the last event of each object until its worker has been idle for a while.
+                raw.clear()
+                raw.update(item)
+                self._call(self._observe, event["type"], item)
 
             decorate = kopf.on.event(resource.group, resource.version, resource.plural, id=kind, registry=registry)
             decorate(changed)
@@ -145,6 +149,8 @@ class Watcher:
         settings.peering.standalone = True
         settings.scanning.disabled = True
         settings.queueing.worker_limit = None
+        settings.queueing.idle_timeout = 0.1
+        settings.watching.chunk_size = PAGE_SIZE
         settings.watching.server_timeout = 600
         settings.networking.request_timeout = 60
         settings.networking.error_backoffs = _Backoffs()

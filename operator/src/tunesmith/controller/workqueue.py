@@ -32,6 +32,7 @@ class WorkQueue:
         self._later: list[tuple[float, int, Key]] = []
         self._due: dict[Key, float] = {}
         self._failures: dict[Key, int] = {}
+        self._rests: dict[Key, float] = {}
         self._number = 0
         self._wake = asyncio.Event()
 
@@ -44,9 +45,11 @@ class WorkQueue:
         return len(self._queued) + len(self._again)
 
     def add(self, key: Key) -> None:
-        """The key is due now. While it is worked on, it becomes due again when that ends."""
+        """Make the key due now; while it is worked on, when that is done; while it rests, at the end of its rest."""
         if key in self._running:
             self._again.add(key)
+        elif (rest := self._rests.get(key, 0.0) - self._clock()) > 0:
+            self.add_after(key, rest)
         elif key not in self._queued:
             self._queued.add(key)
             self._ready.append(key)
@@ -85,9 +88,19 @@ class WorkQueue:
                 async with asyncio.timeout(self._later[0][0] - now if self._later else None):
                     await self._wake.wait()
 
-    def done(self, key: Key, requeue_after: float | None = None) -> None:
-        """The work on the key ended well."""
+    def done(self, key: Key, requeue_after: float | None = None, rest: float = 0.0) -> None:
+        """Record that the work on the key succeeded.
+
+        Args:
+            key: from `get`.
+            requeue_after: seconds until it is due again; None: when it is added.
+            rest: seconds in which it is not due, whatever is added.
+        """
         self._failures.pop(key, None)
+        if rest > 0:
+            self._rests[key] = self._clock() + rest
+        else:
+            self._rests.pop(key, None)
         self._finish(key)
         if requeue_after is not None:
             self.add_after(key, requeue_after)

@@ -9,12 +9,14 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tunesmith.cluster.errors import ClusterError
+from tunesmith.cluster.keep import kept
 from tunesmith.contracts.apikey import KEY_KIND, KEY_LABEL, parse_key_record
 from tunesmith.gateway.catalog import POOL_LABEL
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 
+    from tunesmith.cluster.resources import Object
     from tunesmith.cluster.watch import WatchEvent
     from tunesmith.gateway.catalog import Catalog
     from tunesmith.gateway.keys import KeyTable
@@ -36,7 +38,13 @@ class Watcher(Protocol):
     """The part of the cluster that the gateway reads."""
 
     def watch(
-        self, kind: str, namespace: str | None = None, *, labels: str = "", alive: Callable[[], None]
+        self,
+        kind: str,
+        namespace: str | None = None,
+        *,
+        labels: str = "",
+        alive: Callable[[], None],
+        keep: Callable[[Object], Object],
     ) -> AsyncIterator[WatchEvent]:
         """Yield every object as ADDED, then SYNCED, then every change; call `alive` for each sign of life."""
 
@@ -129,7 +137,7 @@ class Feed:
             self._heard_at[source] = time.monotonic()
 
         events: AsyncGenerator[WatchEvent, None]
-        events = self._watcher.watch(kind, namespace, labels=labels, alive=alive)  # type: ignore[assignment]
+        events = self._watcher.watch(kind, namespace, labels=labels, alive=alive, keep=kept)  # type: ignore[assignment]
         async with aclosing(events):
             resumed = time.monotonic()
             async for event in events:

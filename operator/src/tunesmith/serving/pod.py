@@ -106,21 +106,22 @@ class PoolPod:
 
     def residency(self, engine_name: str) -> Residency | None:
         """Return the agent's last report about a revision."""
-        return self._adapters.get(engine_name)
+        return self.adapters.get(engine_name)
 
     @cached_property
-    def _adapters(self) -> Mapping[str, Residency]:
+    def adapters(self) -> Mapping[str, Residency]:
+        """The agent's last reports, by engine name."""
         return {entry.engine_name: entry for entry in self.state.adapters} if self.state is not None else {}
 
     @cached_property
     def present(self) -> frozenset[str]:
         """Revisions that it holds, is loading or could not load."""
-        return frozenset(name for name, entry in self._adapters.items() if entry.state is not ResidencyState.UNLOADING)
+        return frozenset(name for name, entry in self.adapters.items() if entry.state is not ResidencyState.UNLOADING)
 
     @cached_property
     def resident(self) -> frozenset[str]:
         """Revisions that its engine holds, as the agent last reported."""
-        return frozenset(name for name, entry in self._adapters.items() if entry.state is ResidencyState.RESIDENT)
+        return frozenset(name for name, entry in self.adapters.items() if entry.state is ResidencyState.RESIDENT)
 
 
 def observe_pod(

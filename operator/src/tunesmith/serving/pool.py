@@ -72,20 +72,58 @@ class PoolPlan:
     status: ServingPoolStatus
 
 
-def plan(pool: ServingPool, seen: PoolObservation, now: datetime) -> PoolPlan:
-    """Decide everything about a pool at one moment."""
-    living = [pod for pod in seen.pods if not pod.stopping]
-    revisions, wanted = _wanted(seen.adapters)
-    placement, leaving = _placement(pool, seen, living, wanted)
-    assigned = {
-        name: tuple(
+class PlacementMemory:
+    """The latest placement of a pool and its input: equal input is not placed again.
+
+    A decision stays a function of its input; this only saves the time of computing it.
+    """
+
+    def __init__(self) -> None:
+        self._adapters: Sequence[AdapterDeployment] | None = None
+        self._wanted: tuple[dict[str, Revision], list[Wanted]] = ({}, [])
+        self._input: object = None
+        self._output: tuple[Placement, frozenset[str]] = (Placement({}, {}), frozenset())
+        self._assigned: Mapping[str, tuple[DesiredAdapter, ...]] = {}
+
+    def wanted(self, adapters: Sequence[AdapterDeployment]) -> tuple[dict[str, Revision], list[Wanted]]:
+        """Return the revisions by engine name, and the pods that each wants."""
+        if self._adapters is not adapters:
+            self._wanted = _wanted(adapters)
+            self._adapters = adapters
+        return self._wanted
+
+    def place(
+        self, pool: ServingPool, seen: PoolObservation, living: Sequence[PoolPod]
+    ) -> tuple[Placement, frozenset[str], Mapping[str, tuple[DesiredAdapter, ...]]]:
+        """Return the placement, the pods that leave, and the whole list of each pod."""
+        revisions, wanted = self.wanted(seen.adapters)
+        pods = tuple(
+            (pod.name, pod.created, _counts_as_ready(pod), pod.present, pod.resident, _drains(pod), _is_marked(pod))
+            for pod in living
+        )
+        given = (pods, wanted, revisions, seen.decision.replicas, seen.spread, pool.spec.engine.max_loras)
+        if self._input != given:
+            self._output = _placement(pool, seen, living, wanted)
+            self._assigned = {name: self._list(name, keys, revisions) for name, keys in self._output[0].pods.items()}
+            self._input = given
+        return *self._output, self._assigned
+
+    def _list(self, pod: str, keys: Sequence[str], revisions: Mapping[str, Revision]) -> tuple[DesiredAdapter, ...]:
+        """Return a pod's whole list: the same tuple while it is equal, which readers compare in no time."""
+        new = tuple(
             DesiredAdapter(engine_name=key, digest=revisions[key].digest, uri=revisions[key].uri or "") for key in keys
         )
-        for name, keys in placement.pods.items()
-    }
+        old = self._assigned.get(pod)
+        return old if old is not None and old == new else new
+
+
+def plan(pool: ServingPool, seen: PoolObservation, now: datetime, memory: PlacementMemory | None = None) -> PoolPlan:
+    """Decide everything about a pool at one moment. `memory`: of earlier calls for the pool."""
+    living = [pod for pod in seen.pods if not pod.stopping]
+    placement, leaving, assigned = (memory or PlacementMemory()).place(pool, seen, living)
     costs = {pod.name: _VICTIM_COST if pod.name in leaving else 0 for pod in living}
     current = _replicas(seen.deployment)
-    marked = all(pod.deletion_cost == str(_VICTIM_COST) for pod in living if pod.name in leaving)
+    marked = all(_is_marked(pod) for pod in living if pod.name in leaving)
     empty = evacuated(
         placement, [PlacementPod(pod.name, ready=pod.ready, victim=pod.name in leaving) for pod in living]
     )
@@ -94,7 +132,7 @@ def plan(pool: ServingPool, seen: PoolObservation, now: datetime) -> PoolPlan:
     return PoolPlan(
         replicas=replicas,
         assigned=assigned,
-        costs={pod.name: costs[pod.name] for pod in living if int(pod.deletion_cost or 0) != costs[pod.name]},
+        costs={pod.name: costs[pod.name] for pod in living if (pod.deletion_cost or "0") != str(costs[pod.name])},
         gates={
             pod.name: gate
             for pod in living
@@ -136,11 +174,11 @@ def _placement(
         ]
 
     # A draining pod is on its way out, whatever else is said about it.
-    draining = frozenset(pod.name for pod in living if pod.state is not None and pod.state.draining)
+    draining = frozenset(pod.name for pod in living if _drains(pod))
     slots = pool.spec.engine.max_loras
     candidates = pods(draining)
     before = place(wanted, candidates, slots)
-    marked = {pod.name for pod in living if pod.deletion_cost == str(_VICTIM_COST)}
+    marked = {pod.name for pod in living if _is_marked(pod)}
     # Pods that were chosen before are chosen again, so that two passes agree on who leaves.
     counts = {name: -1 if name in marked else len(keys) for name, keys in before.pods.items()}
     staying = [pod for pod in candidates if not pod.victim]
@@ -148,8 +186,16 @@ def _placement(
     return place(wanted, pods(leaving), slots, spread=seen.spread), leaving
 
 
+def _drains(pod: PoolPod) -> bool:
+    return pod.state is not None and pod.state.draining
+
+
+def _is_marked(pod: PoolPod) -> bool:
+    return pod.deletion_cost == str(_VICTIM_COST)
+
+
 def _counts_as_ready(pod: PoolPod) -> bool:
-    """A pod whose agent is silent keeps its copies while Kubernetes says that it is ready."""
+    """Return True if the pod can answer; one whose agent is silent keeps its copies while Kubernetes calls it ready."""
     return pod.answering or (pod.ready and not pod.heard)
 
 

@@ -1,0 +1,34 @@
+"""Observed differences of a pool that change the status of its adapters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from tunesmith.serving.pod import PoolPod
+
+
+@dataclass(frozen=True)
+class PoolView:
+    """Pods of a pool, and by engine name why copies have no place."""
+
+    pods: Sequence[PoolPod]
+    unplaced: Mapping[str, str]
+
+    def changed_since(self, before: PoolView | None) -> set[str] | None:
+        """Return the engine names whose adapters must be reconciled; None: those of all attached adapters."""
+        if before is None or [_facts(pod) for pod in self.pods] != [_facts(pod) for pod in before.pods]:
+            return None
+        names = {name for name, _ in self.unplaced.items() ^ before.unplaced.items()}
+        for pod, old in zip(self.pods, before.pods, strict=True):
+            if pod.state is not old.state:
+                held, had = pod.adapters, old.adapters
+                names |= {name for name in held.keys() | had.keys() if held.get(name) != had.get(name)}
+        return names
+
+
+def _facts(pod: PoolPod) -> tuple[object, ...]:
+    return pod.uid, pod.ready, pod.stopping, pod.heard, pod.answering
