@@ -10,10 +10,10 @@ import secrets
 import shutil
 import signal
 import sys
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import aiohttp
-from aiohttp import web
 
 from tunesmith.contracts.agent import AGENT_PORT
 from tunesmith.contracts.connections import guarded
@@ -26,6 +26,7 @@ from tunesmith_server.api import AgentApi, Credentials
 from tunesmith_server.artifact import PodLimits
 from tunesmith_server.base_model import BaseModelError, fetch_base
 from tunesmith_server.base_weights import BaseWeights, read_base_weights
+from tunesmith_server.connections import Connections, serving
 from tunesmith_server.desired import DesiredFile
 from tunesmith_server.engine import EngineClient
 from tunesmith_server.fetching import ArtifactFetcher, FetchSettings
@@ -166,10 +167,12 @@ async def serve(options: argparse.Namespace) -> None:
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(keepalive_timeout=2)) as session:
         agent = Agent(settings, EngineClient(session, options.engine_url, admin_token), desired, fetcher, metrics)
         credentials = Credentials(control, events, metrics_digests, options.pod_uid, admin_token)
-        runner = web.AppRunner(AgentApi(agent, metrics, credentials).application(), shutdown_timeout=1)
-        await runner.setup()
-        try:
-            await web.TCPSite(runner, port=options.port).start()
+        application = AgentApi(agent, metrics, credentials).application()
+        async with AsyncExitStack() as stack:
+            try:
+                await stack.enter_async_context(serving(application, options.port, Connections()))
+            except OSError as error:
+                raise SetupError(f"Port {options.port} cannot be listened on: {error.strerror}.") from None
             loop = asyncio.create_task(agent.run())
             ended = asyncio.create_task(stop.wait())
             log.info("agent serves on port %d for base %s", options.port, fingerprint)
@@ -178,10 +181,6 @@ async def serve(options: argparse.Namespace) -> None:
                 loop.result()
             loop.cancel()
             ended.cancel()
-        except OSError as error:
-            raise SetupError(f"Port {options.port} cannot be listened on: {error.strerror}.") from None
-        finally:
-            await runner.cleanup()
 
 
 def prepare_engine(state: Path) -> str:
