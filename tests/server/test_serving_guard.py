@@ -61,7 +61,7 @@ def base_answer(pod: ServingPod) -> str:
 
 def restarted(pod: ServingPod) -> int:
     """Do the kubelet's work: the exit code of the engine, which runs again."""
-    wait_until(lambda: pod.engine.exit_code() is not None, f"the engine ends; see {pod.agent.log}", 120)
+    wait_until(lambda: pod.engine.exit_code() is not None, f"the engine ends; see {pod.agent.log}")
     code = pod.engine.exit_code()
     assert code is not None
     pod.engine.kill()  # what is left of the container
@@ -75,7 +75,7 @@ def test_an_adapter_that_damages_the_engine_is_found_and_refused(pod: ServingPod
     before = base_answer(pod), pod.complete(pod.entries["pirate"]["engineName"])
     name = pod.entries["huge"]["engineName"]
     pod.want("pirate", "huge")
-    problem = wait_until(lambda: pod.state().problem, f"the pod reports the adapter; see {pod.agent.log}", 120)
+    problem = wait_until(lambda: pod.state().problem, f"the pod reports the adapter; see {pod.agent.log}")
     assert f"The base model's answers changed after the adapter {name} was loaded" in problem
     assert restarted(pod) != 0
     pod.wait_resident("pirate")
@@ -111,7 +111,7 @@ def core(pod: ServingPod) -> int:
 
 def test_an_engine_that_hangs_is_restarted(pod: ServingPod) -> None:
     os.kill(core(pod), signal.SIGSTOP)
-    problem = wait_until(lambda: pod.state().problem, f"the pod reports it; see {pod.agent.log}", 60)
+    problem = wait_until(lambda: pod.state().problem, f"the pod reports it; see {pod.agent.log}")
     assert "it hangs" in problem
     assert restarted(pod) != 0
     pod.wait_resident("pirate")

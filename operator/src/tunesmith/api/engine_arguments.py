@@ -57,6 +57,8 @@ _BY_REASON: Final = {
 }  # fmt: skip
 RESERVED_ARGUMENTS: Final = {name: reason for reason, names in _BY_REASON.items() for name in names}
 """Reserved arguments of `vllm serve` with the reason, long forms."""
+_WHOLE: Final = ("--reasoning-parser",)
+"""Arguments that are allowed, although reserved ones begin so."""
 RESERVED_VARIABLES: Final = (
     "GLOO_SOCKET_IFNAME", "HF_HUB_OFFLINE", "HOME", "MASTER_ADDR", "NCCL_SOCKET_IFNAME", "PYTHON[A-Z]*",
     "TP_SOCKET_IFNAME", "TUNESMITH_[A-Z_]*", "USER", "VLLM_ALLOW_INSECURE_SERIALIZATION",
@@ -84,7 +86,7 @@ def reserved_argument(argument: str) -> tuple[str, str] | None:
     for reserved, reason in RESERVED_ARGUMENTS.items():
         if reserved == name:
             return name, reason
-        if reserved.startswith(name):
+        if reserved.startswith(name) and name not in _WHOLE:
             return name, f"it is short for {reserved}, and {reason}"
     return None
 
@@ -99,7 +101,7 @@ ARGUMENTS_CEL: Final = (
     "!has(self.args) || self.args.filter(a, a.startsWith('--'))"
     ".map(a, (a + '=').substring(0, (a + '=').indexOf('=')))"
     ".map(a, (a + '.').substring(0, (a + '.').indexOf('.')).replace('_', '-'))"
-    f".all(a, !{_NAMES}.exists(r, r.startsWith(a)))"
+    f".all(a, a in [{', '.join(map(repr, _WHOLE))}] || !{_NAMES}.exists(r, r.startsWith(a)))"
 )
 SHORT_CEL: Final = "!has(self.args) || self.args.all(a, !a.matches('^-[^-0-9.]'))"
 VARIABLES_CEL: Final = f"!has(self.env) || self.env.all(v, !v.name.matches('^({'|'.join(RESERVED_VARIABLES)})$'))"

@@ -57,7 +57,7 @@ class Engine(ApiModel):
         Rule(
             engine_arguments.ARGUMENTS_CEL,
             "engine.args must not hold what the pool sets or guards, nor an abbreviation of it: remove it (there are "
-            "fields for most, such as engine.maxLoras); docs/serve.md lists these arguments with the reasons",
+            "fields for most, such as engine.maxLoras); docs/requests.md lists these arguments with the reasons",
         ),
         Rule(
             engine_arguments.SHORT_CEL,
