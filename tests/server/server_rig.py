@@ -153,6 +153,15 @@ class S3Server:
         self._process.wait()
 
 
+def has_ipv6() -> bool:
+    """True if this machine has IPv6, as the containers of a pod may not."""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
 def listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
