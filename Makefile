@@ -48,6 +48,9 @@ verify-fuzz-gateway: environment ## Send 20,000 mutated requests to a gateway: a
 	@$(STEP) --last '^(passed|Assert)' "fuzz the gateway" $(RUN) python tests/gateway/http_fuzzer.py \
 	  --requests $(or $(REQUESTS),20000) --seed $(or $(SEED),1)
 
+benchmark-operator: environment ## Measure the operator's work with up to 4,000 adapters in a namespace
+	@$(STEP) --live "operator" $(RUN) python benchmarks/operator/benchmark.py
+
 benchmark-training: environment-trainer model ## Compare the speed of training with other ways (ROWS=64 REPEATS=3)
 	@mkdir -p out
 	@$(RUN) --project trainer-image benchmarks/training/benchmark.py --rows $(or $(ROWS),64) --repeats $(or $(REPEATS),3) \

@@ -30,6 +30,7 @@ class Operator:
         self._process: subprocess.Popen[bytes] | None = None
         self.probe_port = 0
         self.metrics_port = 0
+        self.engine_image = "localhost/engine:1"
         self.log = folder / "operator.log"
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -46,7 +47,7 @@ class Operator:
             *(sys.executable, "-c", "from tunesmith.controller.main import main; main()"),
             *("--store", STORE, "--namespace", self._namespace, "--trainer-image", "localhost/trainer:1"),
             *("--allowed-node-selectors", "namespace"),
-            *("--agent-image", "localhost/agent:1", "--engine-image", "localhost/engine:1"),
+            *("--agent-image", "localhost/agent:1", "--engine-image", self.engine_image),
             *("--probe-port", str(self.probe_port), "--metrics-port", str(self.metrics_port), "--lease-seconds", "3"),
             "--open-metrics",
         ]

@@ -208,6 +208,8 @@ class PoolKubelet:
         self.agents: dict[str, FakeAgent] = {}
         """By pod name."""
         self.damaged: set[str] = set()
+        self.engines_start = True
+        """Whether the engines of pods that come from now on are ready at once."""
 
     async def run(self) -> None:
         """Play until cancelled."""
@@ -241,6 +243,7 @@ class PoolKubelet:
             secret = await self.cluster.get("Secret", secret_name, metadata["namespace"])
             keys = {name: parse_keys(base64.b64decode(value)) for name, value in secret["data"].items()}
             agent = FakeAgent(keys, metadata["uid"], self.damaged)
+            await agent.set(engine_ready=self.engines_start)
             self.agents[metadata["name"]] = agent
             await agent.listen(AGENT_PORT)
         address = self.agents[metadata["name"]].address

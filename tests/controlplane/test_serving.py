@@ -329,6 +329,59 @@ async def test_without_gateways_nothing_shrinks(world: World) -> None:
     assert (await world.get("pirate"))["status"]["desiredReplicas"] == 2
 
 
+async def test_a_changed_pool_of_one_pod_never_stops_serving(world: World) -> None:
+    await world.pool()
+    await world.train("talk")
+    await world.serve("pirate", "talk")
+    await world.until_condition("pirate", "Ready", "True", "Resident")
+    await world.until_condition("small", "Updated", "True", "PodsCurrent", kind="ServingPool")
+    (old,) = world.pods.agents
+    since = (await world.condition("pirate", "Ready"))["lastTransitionTime"]
+    world.pods.engines_start = False
+    await world.cluster.patch("ServingPool", "small", world.namespace, {"spec": {"drainSeconds": 7}})
+    await world.until(lambda: len(world.pods.agents) == 2, "a surge pod exists")
+    rolling = await world.until_condition("small", "Updated", "False", "RollingOut", kind="ServingPool")
+    assert "each pod stops after its replacement is ready and holds its adapters" in rolling["message"]
+    assert old in world.pods.agents
+    (new,) = set(world.pods.agents) - {old}
+    await world.pods.agents[new].set(engine_ready=True)
+    await world.until(lambda: list(world.pods.agents) == [new], "the old pod is gone")
+    assert world.pods.holders(world.engine_name("pirate", "talk")) == [new]
+    await world.until_condition("small", "Updated", "True", "PodsCurrent", kind="ServingPool")
+    ready = await world.condition("pirate", "Ready")
+    assert (ready["status"], ready["lastTransitionTime"]) == ("True", since), "it was ready all the time"
+
+
+async def test_a_new_release_updates_one_pool_after_the_other(world: World, operator: Operator) -> None:
+    await world.pool()
+    await world.cluster.create(pool(world.namespace, "tiny", modelName="tiny"))
+    for name in ("small", "tiny"):
+        await world.until_condition(name, "Available", "True", kind="ServingPool")
+        await world.until_condition(name, "Updated", "True", kind="ServingPool")
+    before = set(world.pods.agents)
+    world.pods.engines_start = False
+    operator.kill()
+    operator.engine_image = "localhost/engine:2"
+    operator.start()
+    try:
+        await world.until_condition("small", "Updated", "False", "RollingOut", kind="ServingPool")
+        waiting = await world.until_condition("tiny", "Updated", "False", "UpdatePending", kind="ServingPool")
+        assert f"waits for the update of ServingPool {world.namespace}/small" in waiting["message"]
+        await world.until(lambda: len(world.pods.agents) == 3, "one surge pod exists")
+        (first,) = set(world.pods.agents) - before
+        assert first.startswith("small-")
+        world.pods.engines_start = True
+        await world.pods.agents[first].set(engine_ready=True)
+        await world.until(lambda: not before & set(world.pods.agents), "all pods were replaced")
+        for name in ("small", "tiny"):
+            await world.until_condition(name, "Updated", "True", "PodsCurrent", kind="ServingPool")
+            assert (await world.condition(name, "Available", "ServingPool"))["status"] == "True"
+    finally:
+        operator.engine_image = "localhost/engine:1"
+        operator.kill()
+        operator.start()
+
+
 async def test_a_restart_of_the_operator_moves_nothing(world: World, operator: Operator) -> None:
     await world.pool(replicas=2)
     await world.train("talk")

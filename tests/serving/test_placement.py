@@ -175,3 +175,18 @@ def test_whatever_happens_the_rules_hold(seed: int) -> None:
         if change in {"pod added", "nothing"} and missing == 0 and not spread:
             result, crew = _settle(want, crew, slots, spread=False)
             assert all(pod.resident == before.get(pod.name, frozenset()) for pod in crew), "nothing moved without need"
+
+
+def test_a_copy_is_kept_until_gateways_reach_its_replacement() -> None:
+    def lists(*, reachable: bool) -> dict[str, tuple[str, ...]]:
+        old = PlacementPod("old", ready=True, present=frozenset("a"), resident=frozenset("a"), victim=True)
+        new = PlacementPod("new", ready=True, present=frozenset("a"), resident=frozenset("a"), reachable=reachable)
+        return dict(place([Wanted("a", 1)], [old, new], 2).pods)
+
+    assert lists(reachable=False) == {"old": ("a",), "new": ("a",)}
+    assert lists(reachable=True) == {"old": (), "new": ("a",)}
+
+
+def test_while_no_pod_that_stays_is_ready_one_that_leaves_holds_what_is_new() -> None:
+    old, new = PlacementPod("old", ready=True, victim=True), PlacementPod("new", ready=False)
+    assert place([Wanted("a", 1)], [old, new], 2).pods["old"] == ("a",)

@@ -11,6 +11,7 @@ from tunesmith.autoscale.decide import Decision
 from tunesmith.contracts.claims import claim_of
 from tunesmith.serving.pod import PoolPod, Problem
 from tunesmith.serving.pool import PoolObservation, PoolPlan, plan
+from tunesmith.serving.rolling import Cause, Hold, Rollout
 
 if TYPE_CHECKING:
     from tunesmith.api.adapterdeployment import AdapterDeployment
@@ -73,6 +74,7 @@ def test_a_new_pool_has_the_pods_that_are_wanted(decide: Build) -> None:
         "Available": "False NoPodReady",
         "Progressing": "True Scaling",
         "Degraded": "False AsExpected",
+        "Updated": "True PodsCurrent",
     }
     assert got.status.phase == "Pending"
 
@@ -221,7 +223,7 @@ def test_conditions(pods: list[str], conditions: dict[str, str], phase: str, dec
         "silent": lambda: pod("p", heard=False),
     }
     got = decide([kinds[kind]() for kind in pods], deployed=1).status
-    assert shown(got) == conditions
+    assert shown(got) == {**conditions, "Updated": "True PodsCurrent"}
     assert got.phase == phase
 
 
@@ -273,3 +275,74 @@ def test_the_fingerprint_is_what_the_pods_report(pool: Build, pod: Build, start:
     assert fingerprint(None, pod("p")) == "sha256:f"
     assert fingerprint("sha256:f") == "sha256:f", "kept while no pod is there"
     assert fingerprint("sha256:old", pod("p")) == "sha256:f"
+
+
+def test_a_surge_pod_is_filled_before_the_outdated_pod_leaves(decide: Build, serving: Build, pod: Build) -> None:
+    """The Deployment removes the old pod as soon as the new one is ready, and its gate is what makes it ready."""
+    rollout = Rollout("team/base", outdated=frozenset({"old"}), unfinished=True)
+    old = pod("old", holds={ONE: "Resident"}, template="1")
+
+    def at(state: str | None) -> PoolPlan:
+        held = {} if state is None else {ONE: state}
+        new = pod("new", ready=False, gate=False, holds=held, template="2", created=START + timedelta(seconds=1))
+        return decide([old, new], [serving("one", "a")], deployed=1, rollout=rollout, max_surge=1)
+
+    starting = at(None)
+    assert lists(starting) == {"old": ["one@" + "a" * 12], "new": ["one@" + "a" * 12]}
+    assert (starting.gates, starting.costs, starting.replicas) == ({}, {"old": -1000}, 1)
+    assert at("Loading").gates == {}
+    done = at("Resident")
+    assert done.gates == {"new": True}
+    assert lists(done)["old"] == ["one@" + "a" * 12], "gateways send requests to ready pods only"
+    assert shown(done.status)["Updated"] == "False RollingOut"
+
+
+def test_a_replacement_that_fails_leaves_the_old_pod_serving(decide: Build, serving: Build, pod: Build) -> None:
+    rollout = Rollout("team/base", outdated=frozenset({"old"}), unfinished=True, failure="pod new: image y is missing")
+    new = pod("new", ready=False, gate=None, engine=False, template="2")
+    got = decide(
+        [pod("old", holds={ONE: "Resident"}), new],
+        [serving("one", "a"), serving("two", "b")],
+        deployed=1,
+        rollout=rollout,
+        max_surge=1,
+    )
+    assert lists(got)["old"] == ["one@" + "a" * 12, "two@" + "b" * 12], "also what came meanwhile"
+    updated = find(got.status.conditions, "Updated")
+    assert updated is not None
+    assert (updated.reason, updated.message) == (
+        "UpdateFailed",
+        "pod new: image y is missing; 1 with the previous settings continue",
+    )
+
+
+def test_without_a_surge_pod_the_next_one_is_emptied_first(decide: Build, serving: Build, pod: Build) -> None:
+    rollout = Rollout("team/base", outdated=frozenset({"p", "q"}), unfinished=True)
+    adapters = [serving("one", "a"), serving("two", "b")]
+    two = "team/two@" + "b" * 12
+    new = pod("new", ready=False, gate=False, template="2")
+    pods = [pod("p", holds={ONE: "Resident"}), pod("q", holds={two: "Resident"}), new]
+    got = decide(pods, adapters, wanted=3, deployed=3, rollout=rollout)
+    assert got.costs == {"p": -1000}
+    assert "one@" + "a" * 12 in [*lists(got)["q"], *lists(got)["new"]]
+    assert lists(got)["p"] == ["one@" + "a" * 12], "until it is resident elsewhere"
+    assert got.gates == {}, "a ready pod would let the Deployment remove p"
+    full = decide(pods, adapters, wanted=3, deployed=3, rollout=rollout, slots=1)
+    assert full.replicas == 3
+
+
+def test_a_pool_that_waits_for_its_turn_says_so(decide: Build, pod: Build) -> None:
+    rollout = Rollout("team/base", change=Cause.INSTALLATION, serves=True)
+    got = decide(
+        [pod("p")], deployed=1, rollout=rollout, hold=Hold("waits for the update of ServingPool team/a"), running=4
+    )
+    updated = find(got.status.conditions, "Updated")
+    assert updated is not None
+    assert updated.reason == "UpdatePending"
+    assert updated.message == (
+        "this release of the installation replaces the pods: waits for the update of ServingPool team/a. When it "
+        "begins, the pool's only pod that serves stops before its replacement starts, since no surge pod is possible: "
+        "no request is answered until that is ready; running requests (4 now) have 60 s to finish"
+    )
+    blocked = decide([pod("p")], deployed=1, rollout=rollout, hold=Hold("x fails", failed=True)).status
+    assert shown(blocked)["Updated"] == "False UpdateBlocked"

@@ -109,7 +109,7 @@ class AdapterDeploymentStatus(StatusModel):
     conditions: list[Condition] = Field(
         default_factory=list,
         max_length=16,
-        description="Resolved, Ready, Progressing.",
+        description="Resolved, Ready, Progressing; with autoscaling ScalingActive.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
     )
     observed_generation: int | None = Field(default=None, description="The metadata.generation that was acted on.")

@@ -58,6 +58,7 @@ class ServingPoolCondition(StrEnum):
     AVAILABLE = "Available"
     PROGRESSING = "Progressing"
     DEGRADED = "Degraded"
+    UPDATED = "Updated"
     SCALING_ACTIVE = "ScalingActive"
 
 
@@ -77,6 +78,10 @@ class ServingPoolReason(StrEnum):
     NO_POD_READY = "NoPodReady"
     SCALED_TO_ZERO = "ScaledToZero"
     ROLLING_OUT = "RollingOut"
+    PODS_CURRENT = "PodsCurrent"
+    UPDATE_PENDING = "UpdatePending"
+    UPDATE_BLOCKED = "UpdateBlocked"
+    UPDATE_FAILED = "UpdateFailed"
     SCALING = "Scaling"
     SETTLED = "Settled"
     AS_EXPECTED = "AsExpected"

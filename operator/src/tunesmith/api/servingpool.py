@@ -144,6 +144,17 @@ class Requests(ApiModel):
     )
 
 
+class RollingUpdate(ApiModel):
+    """Replacement of the pods when their template changes: by the spec, or by a new release of the installation."""
+
+    max_surge: Literal[0, 1] | None = Field(
+        default=None,
+        description="1: a pod stops after its replacement is ready and holds its adapters, which takes room for one "
+        "more pod meanwhile; 0 is used if no node has room for 60 s. 0: it stops before. Absent: 1 for a pool of one "
+        "pod or where a node has room, otherwise 0.",
+    )
+
+
 class AllowedNamespaces(ApiModel):
     """Which namespaces may attach adapters and call the base."""
 
@@ -177,6 +188,9 @@ class ServingPoolSpec(ApiModel):
     drain_seconds: int = Field(
         default=60, ge=0, le=3600, description="Seconds that a stopping pod waits for its running requests."
     )
+    rolling_update: RollingUpdate = Field(
+        default_factory=RollingUpdate, description="Replacement of the pods when their template changes."
+    )
     allowed_namespaces: AllowedNamespaces = Field(default_factory=AllowedNamespaces, description="Who may attach.")
     requests: Requests = Field(default_factory=Requests, description="What clients may ask of the shared engine.")
 
@@ -196,7 +210,7 @@ class ServingPoolStatus(StatusModel):
     conditions: list[Condition] = Field(
         default_factory=list,
         max_length=16,
-        description="Available, Progressing, Degraded.",
+        description="Available, Progressing, Degraded, Updated; with autoscaling ScalingActive.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
     )
     observed_generation: int | None = Field(default=None, description="The metadata.generation that was acted on.")

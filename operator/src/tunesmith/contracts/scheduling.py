@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from tunesmith.api.placement import Resources, Scheduling, Toleration
 
@@ -83,6 +83,16 @@ def refusal(scheduling: Scheduling, resources: Resources, allowed: AllowedSchedu
     ]
     sentences = [sentence for sentence in refused if sentence is not None]
     return "; ".join(sentences) or None
+
+
+def tolerates(taint: Mapping[str, Any], tolerations: Iterable[Toleration]) -> bool:
+    """Return True if one of the tolerations is for a node's taint."""
+    return any(
+        toleration.key in {None, taint["key"]}
+        and toleration.effect in {None, taint["effect"]}
+        and (toleration.operator == "Exists" or (toleration.value or "") == taint.get("value", ""))
+        for toleration in tolerations
+    )
 
 
 def _parsed(text: str, form: re.Pattern[str], expected: str) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from tunesmith.contracts.claims import lost_to
 from tunesmith.contracts.location import reads_foreign_store
 from tunesmith.contracts.scheduling import refusal
 from tunesmith.controller.applied import AppliedObjects, describe
+from tunesmith.controller.pool_rollouts import PoolRollouts
 from tunesmith.controller.reconciler import MANAGED, Key, Result, Watch, key_of, label_keys, owner_keys
 from tunesmith.controller.serving_state import MODEL
 from tunesmith.controller.serving_streams import Target
@@ -40,6 +41,7 @@ from tunesmith.serving.render import (
     key_secret,
     reserved,
 )
+from tunesmith.serving.rolling import Cause, asks_for_room, observe_rollout, stamped, surge
 from tunesmith.streams import Tokens
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from tunesmith.contracts.agent import Keys
     from tunesmith.controller.serving_state import ServingState
     from tunesmith.serving.pod import PoolPod
+    from tunesmith.serving.rolling import Rollout
 
 KIND = "ServingPool"
 _TICK_SECONDS = 2.0
@@ -83,6 +86,7 @@ class ServingPoolReconciler:
         self._applied = AppliedObjects(self._context)
         self._views: dict[str, PoolView] = {}
         self._placements: dict[str, PlacementMemory] = {}
+        self._rollouts = PoolRollouts(self._context)
         self._uids: dict[Key, str] = {}
 
     @property
@@ -112,15 +116,25 @@ class ServingPoolReconciler:
         attached = self._state.attached(pool)
         invalid = reserved(pool) or self._forbidden(pool)
         decision, spread = self._pods(pool, attached)
+        observed, pods = self._state.deployment(pool), self._state.pods(pool)
+        rendered = deployment(pool, self._images, decision.replicas)
+        rollout = observe_rollout(pool, rendered, observed, pods, self._context.now())
+        hold = self._rollouts.turn(pool.metadata.uid, rollout, self._state.pools.list)
+        asks = asks_for_room(pool, decision.replicas, rollout)
+        has_room = await self._rollouts.has_room(pool, rendered) if asks else None
         seen = PoolObservation(
-            deployment=self._state.deployment(pool),
-            pods=self._state.pods(pool),
+            deployment=observed,
+            pods=pods,
             adapters=attached,
             decision=decision,
             spread=spread,
             lost_to=lost_to(pool, self._state.claims(pool)),
             invalid=invalid,
             unknown_demand=self._state.demand.missing(time.monotonic()),
+            rollout=rollout,
+            hold=hold,
+            running=self._running(pool, attached, rollout),
+            max_surge=surge(pool, decision.replicas, rollout, observed, has_room=has_room),
         )
         started = time.perf_counter()
         memory = self._placements.setdefault(pool.metadata.uid, PlacementMemory())
@@ -177,6 +191,7 @@ class ServingPoolReconciler:
             self._applied.forget(uid)
             self._views.pop(uid, None)
             self._placements.pop(uid, None)
+            self._rollouts.forget(uid)
 
     def _pods(self, pool: ServingPool, attached: Sequence[AdapterDeployment]) -> tuple[Decision, bool]:
         """The wanted pods, and whether adapters may move to spread them."""
@@ -194,14 +209,36 @@ class ServingPoolReconciler:
 
     async def _apply(self, pool: ServingPool, seen: PoolObservation, replicas: int) -> str | None:
         """Apply the pool's objects, each whatever becomes of the others; return why one of them is refused."""
-        generation = seen.deployment["metadata"]["generation"] if seen.deployment is not None else -1
         refusals = [
             await self._applied.ensure(pool.metadata.uid, key_secret(pool, self._pool_keys(pool))),
             await self._applied.ensure(pool.metadata.uid, disruption_budget(pool)),
             *[await self._applied.ensure(pool.metadata.uid, policy) for policy in self._policies(pool)],
-            await self._applied.ensure(pool.metadata.uid, deployment(pool, self._images, replicas), generation),
+            await self._apply_deployment(pool, seen, replicas),
         ]
         return next((refusal for refusal in reversed(refusals) if refusal is not None), None)
+
+    def _running(self, pool: ServingPool, attached: Sequence[AdapterDeployment], rollout: Rollout) -> int | None:
+        """Return the requests for the pool's models while its pods are to be replaced; None otherwise or if unknown."""
+        if rollout.change is None and not rollout.outdated:
+            return None
+        demand = self._state.demand.read([pool.model, *(adapter.model for adapter in attached)], time.monotonic())
+        return demand.requests if demand.complete else None
+
+    async def _apply_deployment(self, pool: ServingPool, seen: PoolObservation, replicas: int) -> str | None:
+        """Apply the Deployment; while the replacement of its pods does not begin, only the number of pods."""
+        observed = seen.deployment
+        if seen.hold is not None and observed is not None:
+            if observed["spec"].get("replicas") == replicas:
+                return None
+            try:
+                await self._context.patch(observed, {"spec": {"replicas": replicas}})
+            except (InvalidError, ForbiddenError) as error:
+                return f"the API server refuses a change of {describe(observed)}: {error}"
+            return None
+        cause = seen.rollout.change or seen.rollout.cause or Cause.SPEC
+        wanted = stamped(deployment(pool, self._images, replicas, seen.max_surge), pool, cause)
+        generation = observed["metadata"]["generation"] if observed is not None else -1
+        return await self._applied.ensure(pool.metadata.uid, wanted, generation)
 
     def _policies(self, pool: ServingPool) -> list[Object]:
         network = self._context.settings.network

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.contracts.scheduling import tolerates
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from tunesmith.api.finetunejob import FineTuneJob
-    from tunesmith.api.placement import Toleration
 
 Object = dict[str, Any]
 _MIB = 2**20
@@ -50,16 +51,7 @@ def _may_run(job: FineTuneJob, node: Object) -> bool:
         for taint in node.get("spec", {}).get("taints") or ()
         if taint["key"] != resource and not taint["key"].startswith(_STATE)
     ]
-    if any(not _tolerated(taint, wanted.tolerations or []) for taint in taints if taint.get("effect") in _KEEPS_OFF):
+    if any(not tolerates(taint, wanted.tolerations or []) for taint in taints if taint.get("effect") in _KEEPS_OFF):
         return False
     allocatable = str(node.get("status", {}).get("allocatable", {}).get(resource, "0"))
     return allocatable.isdecimal() and int(allocatable) >= job.spec.resources.gpus
-
-
-def _tolerated(taint: Object, tolerations: list[Toleration]) -> bool:
-    return any(
-        toleration.key in {None, taint["key"]}
-        and toleration.effect in {None, taint["effect"]}
-        and (toleration.operator == "Exists" or (toleration.value or "") == taint.get("value", ""))
-        for toleration in tolerations
-    )

@@ -15,11 +15,24 @@ if TYPE_CHECKING:
 _GOOD = {
     ServingPoolCondition.AVAILABLE: ConditionStatus.TRUE,
     ServingPoolCondition.DEGRADED: ConditionStatus.FALSE,
+    ServingPoolCondition.UPDATED: ConditionStatus.TRUE,
+    ServingPoolCondition.SCALING_ACTIVE: ConditionStatus.TRUE,
     AdapterDeploymentCondition.RESOLVED: ConditionStatus.TRUE,
     AdapterDeploymentCondition.READY: ConditionStatus.TRUE,
 }
+_QUIET = frozenset({ServingPoolCondition.DEGRADED, ServingPoolCondition.UPDATED, ServingPoolCondition.SCALING_ACTIVE})
+"""Conditions whose first observation is no news while it is a good one."""
 _WAITING = frozenset(
-    {"FineTuneJobNotFound", "FineTuneJobRunning", "PoolNotReported", "PoolNotReady", "Loading", "NoPodReady"}
+    {
+        "UpdatePending",
+        "RollingOut",
+        "FineTuneJobNotFound",
+        "FineTuneJobRunning",
+        "PoolNotReported",
+        "PoolNotReady",
+        "Loading",
+        "NoPodReady",
+    }
 )
 
 
@@ -42,7 +55,7 @@ def notices(old: Sequence[Condition], new: Sequence[Condition]) -> list[Notice]:
             before is not None and (before.status, before.reason) == (condition.status, condition.reason)
         ):
             continue
-        if condition.type == ServingPoolCondition.DEGRADED and before is None and condition.status is good:
+        if condition.type in _QUIET and before is None and condition.status is good:
             continue
         harmless = condition.status is good or condition.reason in _WAITING
         found[condition.message] = Notice(condition.reason, condition.message, "Normal" if harmless else "Warning")

@@ -27,9 +27,10 @@ class Wanted:
 class PlacementPod:
     """A pod of the pool that is not stopping.
 
-    `ready`: its engine answers, as far as is known. `present`: revisions that it holds or is loading. `resident`: those
+    `ready`: its engine answers, as far as is known. `reachable`: Kubernetes calls it ready, so that gateways send it
+    requests. `present`: revisions that it holds or is loading. `resident`: those
     it can answer for. `age_rank`: 0 for the oldest. `victim`: it is to leave; it only keeps what is not resident
-    elsewhere yet.
+    elsewhere yet. `outdated`: its template is not the current one.
     """
 
     name: str
@@ -37,7 +38,9 @@ class PlacementPod:
     age_rank: int = 0
     present: frozenset[str] = frozenset()
     resident: frozenset[str] = frozenset()
+    reachable: bool = True
     victim: bool = False
+    outdated: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ def place(wanted: Sequence[Wanted], pods: Iterable[PlacementPod], slots: int, *,
         pod.name: {revision for revision, names in board.targets.items() if pod.name in names} for pod in everyone
     }
     _hold(wanted, everyone, board, assigned)
-    _cover(wanted, staying, slots, assigned)
+    _cover(wanted, everyone, slots, assigned)
     return Placement(
         pods={name: tuple(sorted(revisions)) for name, revisions in assigned.items()},
         targets={revision: frozenset(names) for revision, names in board.targets.items()},
@@ -129,14 +132,18 @@ def place(wanted: Sequence[Wanted], pods: Iterable[PlacementPod], slots: int, *,
 
 
 def victims(pods: Iterable[PlacementPod], wanted_pods: int, copies: Mapping[str, int]) -> frozenset[str]:
-    """The pods that leave when the pool shrinks: not ready ones, then those with the fewest copies, then the youngest.
+    """Return the pods that leave when the pool shrinks, or when a surge pod is there.
+
+    Outdated pods first, then those that are not ready, then those with the fewest copies, then the youngest.
 
     Args:
         pods: pods that are not stopping.
         wanted_pods: pods that stay.
         copies: revisions that each pod is to hold now, by pod name.
     """
-    ranked = sorted(pods, key=lambda pod: (pod.ready, copies.get(pod.name, 0), -pod.age_rank, pod.name))
+    ranked = sorted(
+        pods, key=lambda pod: (not pod.outdated, pod.ready, copies.get(pod.name, 0), -pod.age_rank, pod.name)
+    )
     return frozenset(pod.name for pod in ranked[: max(0, len(ranked) - wanted_pods)])
 
 
@@ -199,7 +206,9 @@ def _hold(wanted: Sequence[Wanted], pods: Sequence[PlacementPod], board: _Board,
     """Keep copies that answer now while their targets do not."""
     for item in wanted:
         targets = board.targets[item.revision]
-        answering = sum(1 for pod in pods if pod.name in targets and pod.ready and item.revision in pod.resident)
+        answering = sum(
+            1 for pod in pods if pod.name in targets and pod.ready and pod.reachable and item.revision in pod.resident
+        )
         spare = [
             pod
             for pod in pods
@@ -210,11 +219,10 @@ def _hold(wanted: Sequence[Wanted], pods: Sequence[PlacementPod], board: _Board,
             assigned[pod.name].add(item.revision)
 
 
-def _cover(
-    wanted: Sequence[Wanted], staying: Sequence[PlacementPod], slots: int, assigned: dict[str, set[str]]
-) -> None:
+def _cover(wanted: Sequence[Wanted], pods: Sequence[PlacementPod], slots: int, assigned: dict[str, set[str]]) -> None:
     """Give a revision that no ready pod is to hold (its engine restarts, its node is lost) a place on a ready one."""
-    ready = [pod for pod in staying if pod.ready]
+    # While no pod that stays is ready, such as in a replacement that fails, one that is to leave is better than none.
+    ready = [pod for pod in pods if pod.ready and not pod.victim] or [pod for pod in pods if pod.ready]
     for item in wanted:
         if any(item.revision in assigned[pod.name] for pod in ready):
             continue

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from tunesmith.contracts.agent import PodState, Residency
 
 READINESS_GATE = "tunesmith.dev/adapters"
+TEMPLATE_ANNOTATION = "tunesmith.dev/template"
+"""Digest of the template that a pod was made from; its Deployment has that of its current template."""
 DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
 BASE_MODEL_CONTAINER = "base-model"
 AGENT_CONTAINER = "agent"
@@ -61,9 +63,9 @@ class PoolPod:
     `ready`: its Ready condition. `gate`: the observed readiness gate, None when never set. `stopping`: it is being
     deleted, or has finished. `problem`: reported by the API server. `failed_at`: when a pod that finished did so.
     `restarts`: of a container that is running again. `agent_since`: when the agent's container started, None while it
-    does not run. `state`: the agent's last line, None before the first. `heard`: that line is recent.
-    `unheard_seconds`: for how long the operator has read the agent's stream in vain, None while it does not read it.
-    `stream_error`: why that stream broke.
+    does not run. `template`: digest of its template. `state`: the agent's latest, None before the first line. `heard`:
+    the latest line is recent. `unheard_seconds`: for how long the operator has read the agent's stream in vain, None
+    while it does not read it. `stream_error`: why that stream broke.
     """
 
     namespace: str
@@ -152,6 +154,7 @@ def observe_pod(
         failed_at=_newest_change(status) if over and not metadata.get("deletionTimestamp") else None,
         restarts=next(_restarts(status), None),
         agent_since=_running_since(status, AGENT_CONTAINER, metadata["creationTimestamp"]),
+        template=annotations.get(TEMPLATE_ANNOTATION),
         containers_ready_since=_true_since(conditions.get("ContainersReady")),
         state=state,
         heard=heard,

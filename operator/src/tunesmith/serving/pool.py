@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from tunesmith.contracts.sentence import one_line
 from tunesmith.serving.placement import Placement, PlacementPod, Wanted, evacuated, place, victims
 from tunesmith.serving.pod import Problem, current_problem
 from tunesmith.serving.render import selector_text
+from tunesmith.serving.rolling import Hold, Rollout, interruption
 from tunesmith.serving.rollout import wanted_copies
 
 if TYPE_CHECKING:
@@ -41,10 +42,12 @@ class PoolObservation:
     `deployment`: as the API server has it. `pods`: all of the pool's, stopping ones too. `adapters`: attached
     AdapterDeployments, in order of precedence. `decision`: the wanted pods. `spread`: see `placement.place`.
     `invalid`: why the spec cannot be rendered. `refused`: why the API server refused to write one of the pool's
-    objects. `unknown_demand`: why the demand is not completely known, None while it is.
+    objects. `unknown_demand`: why the demand is not completely known, None while it is. `rollout`: the pods against the
+    wanted template. `hold`: why their replacement does not begin. `max_surge`: see `rolling.surge`. `running`:
+    requests for the pool's models at the moment, None: unknown.
     """
 
-    deployment: Mapping[str, Any] | None
+    deployment: dict[str, Any] | None
     pods: Sequence[PoolPod]
     adapters: Sequence[AdapterDeployment]
     decision: Decision
@@ -53,6 +56,10 @@ class PoolObservation:
     invalid: str | None = None
     refused: str | None = None
     unknown_demand: str | None = None
+    rollout: Rollout = field(default_factory=lambda: Rollout(""))
+    hold: Hold | None = None
+    max_surge: int = 0
+    running: int | None = None
 
 
 @dataclass(frozen=True)
@@ -98,10 +105,20 @@ class PlacementMemory:
         """Return the placement, the pods that leave, and the whole list of each pod."""
         revisions, wanted = self.wanted(seen.adapters)
         pods = tuple(
-            (pod.name, pod.created, _counts_as_ready(pod), pod.present, pod.resident, _drains(pod), _is_marked(pod))
+            (
+                pod.name,
+                pod.created,
+                pod.ready,
+                _counts_as_ready(pod),
+                pod.present,
+                pod.resident,
+                _drains(pod),
+                _is_marked(pod),
+            )
             for pod in living
         )
-        given = (pods, wanted, revisions, seen.decision.replicas, seen.spread, pool.spec.engine.max_loras)
+        size = (seen.decision.replicas, seen.spread, pool.spec.engine.max_loras)
+        given = (pods, wanted, revisions, size, seen.rollout.outdated, seen.max_surge)
         if self._input != given:
             self._output = _placement(pool, seen, living, wanted)
             self._assigned = {name: self._list(name, keys, revisions) for name, keys in self._output[0].pods.items()}
@@ -127,6 +144,8 @@ def plan(pool: ServingPool, seen: PoolObservation, now: datetime, memory: Placem
     empty = evacuated(
         placement, [PlacementPod(pod.name, ready=pod.ready, victim=pod.name in leaving) for pod in living]
     )
+    # A new pod that becomes ready is what lets the Deployment's controller remove an outdated one.
+    may_open = not seen.rollout.outdated or _is_covered(placement, living, leaving)
     shrinks = current is not None and seen.decision.replicas < current
     replicas = current if shrinks and not (marked and empty) and current is not None else seen.decision.replicas
     return PoolPlan(
@@ -136,7 +155,8 @@ def plan(pool: ServingPool, seen: PoolObservation, now: datetime, memory: Placem
         gates={
             pod.name: gate
             for pod in living
-            if (gate := _gate(pod, assigned[pod.name], living, now)) is not pod.gate and gate is not None
+            if (gate := _gate(pod, assigned[pod.name], living, now, may_open=may_open)) is not pod.gate
+            and gate is not None
         },
         unplaced={entry.revision: entry.reason for entry in placement.unplaced},
         status=_status(pool, seen, living, placement, now),
@@ -165,10 +185,12 @@ def _placement(
             PlacementPod(
                 pod.name,
                 ready=_counts_as_ready(pod),
+                reachable=pod.ready,
                 age_rank=ages[pod.name],
                 present=pod.present,
                 resident=pod.resident,
                 victim=pod.name in leaving,
+                outdated=pod.name in seen.rollout.outdated,
             )
             for pod in living
         ]
@@ -183,7 +205,23 @@ def _placement(
     counts = {name: -1 if name in marked else len(keys) for name, keys in before.pods.items()}
     staying = [pod for pod in candidates if not pod.victim]
     leaving = draining | victims(staying, seen.decision.replicas, counts)
-    return place(wanted, pods(leaving), slots, spread=seen.spread), leaving
+    placement = place(wanted, pods(leaving), slots, spread=seen.spread)
+    following = _next_to_be_replaced(seen, staying, leaving, counts)
+    if following is None:
+        return placement, leaving
+    # Without a surge pod the next one is emptied while the last one's replacement starts, if the others have the slots.
+    ahead = place(wanted, pods(leaving | {following}), slots, spread=seen.spread)
+    fits = sum(entry.copies for entry in ahead.unplaced) <= sum(entry.copies for entry in placement.unplaced)
+    return (ahead, leaving | {following}) if fits else (placement, leaving)
+
+
+def _next_to_be_replaced(
+    seen: PoolObservation, staying: Sequence[PlacementPod], leaving: frozenset[str], counts: Mapping[str, int]
+) -> str | None:
+    outdated = [pod for pod in staying if pod.outdated and pod.name not in leaving]
+    if seen.max_surge or leaving or len(outdated) == len(staying):
+        return None
+    return min(outdated, key=lambda pod: (pod.ready, counts.get(pod.name, 0), pod.name)).name if outdated else None
 
 
 def _drains(pod: PoolPod) -> bool:
@@ -203,11 +241,14 @@ def _replicas(deployment: Mapping[str, Any] | None) -> int | None:
     return None if deployment is None else int(deployment["spec"].get("replicas", 1))
 
 
-def _gate(pod: PoolPod, assigned: Sequence[DesiredAdapter], living: Sequence[PoolPod], now: datetime) -> bool | None:
+def _gate(
+    pod: PoolPod, assigned: Sequence[DesiredAdapter], living: Sequence[PoolPod], now: datetime, *, may_open: bool
+) -> bool | None:
     """Return the wanted state of the readiness gate; None: leave it as it is.
 
     Once open it stays open while the engine is up: an adapter on its way must not take the pod from those it serves.
-    Nor may an adapter that cannot be loaded keep the pod from the others for long.
+    Nor may an adapter that cannot be loaded keep the pod from the others for long. `may_open`: no pod that leaves holds
+    an adapter that is not resident elsewhere.
     """
     if not pod.heard or pod.state is None:
         return None
@@ -219,7 +260,14 @@ def _gate(pod: PoolPod, assigned: Sequence[DesiredAdapter], living: Sequence[Poo
     since = pod.containers_ready_since
     if since is not None and now - since >= (_LOADING_BESIDE_OTHERS if others else _LOADING_ALONE):
         return True
-    return all(_settled(pod, adapter, others) for adapter in assigned)
+    return may_open and all(_settled(pod, adapter, others) for adapter in assigned)
+
+
+def _is_covered(placement: Placement, living: Sequence[PoolPod], leaving: frozenset[str]) -> bool:
+    """Return True if every revision that pods keep until they leave is resident on a pod that stays."""
+    staying = [pod for pod in living if pod.name not in leaving and pod.answering]
+    kept = {key for name in leaving for key in placement.pods.get(name, ())}
+    return all(any(key in pod.resident for pod in staying) for key in kept)
 
 
 def _settled(pod: PoolPod, adapter: DesiredAdapter, others: Sequence[PoolPod]) -> bool:
@@ -243,6 +291,7 @@ def _status(
         ServingPoolCondition.AVAILABLE: _available(seen, ready, living, problem),
         ServingPoolCondition.PROGRESSING: _progressing(seen, ready, living),
         ServingPoolCondition.DEGRADED: _degraded(pool, seen, living, problem, differing),
+        ServingPoolCondition.UPDATED: _updated(pool, seen, living),
     }
     if pool.spec.autoscaling is not None:
         outcomes[ServingPoolCondition.SCALING_ACTIVE] = _scaling(seen)
@@ -355,6 +404,30 @@ def _taken(pool: ServingPool, by: Claim | None) -> str | None:
     if by is None:
         return None
     return f"the model name {pool.model} belongs to {by.holder}, which is older: the base cannot be called under it"
+
+
+def _updated(pool: ServingPool, seen: PoolObservation, living: Sequence[PoolPod]) -> _Outcome:
+    rollout = seen.rollout
+    if seen.invalid is not None:
+        return _FALSE, Reason.INVALID_SPEC, seen.invalid
+    if seen.refused is not None:
+        return _FALSE, Reason.WRITE_REFUSED, seen.refused
+    if seen.hold is not None:
+        reason = Reason.UPDATE_BLOCKED if seen.hold.failed else Reason.UPDATE_PENDING
+        impact = interruption(pool, living, frozenset(pod.name for pod in living), seen.max_surge, seen.running)
+        message = f"this release of the installation replaces the pods: {seen.hold.message}. When it begins, {impact}"
+        return _FALSE, reason, message
+    if rollout.change is not None:
+        impact = interruption(pool, living, frozenset(pod.name for pod in living), seen.max_surge, seen.running)
+        return _FALSE, Reason.ROLLING_OUT, f"the pods are being replaced: {impact}"
+    if rollout.failure is not None and rollout.unfinished:
+        kept = f"; {len(rollout.outdated)} with the previous settings continue" if rollout.outdated else ""
+        return _FALSE, Reason.UPDATE_FAILED, f"{rollout.failure}{kept}"
+    if rollout.outdated:
+        impact = interruption(pool, living, rollout.outdated, seen.max_surge, seen.running)
+        current = len(living) - len(rollout.outdated)
+        return _FALSE, Reason.ROLLING_OUT, f"{current} of {len(living)} pods have the current settings: {impact}"
+    return _TRUE, Reason.PODS_CURRENT, "every pod has the current settings"
 
 
 def _scaling(seen: PoolObservation) -> _Outcome:

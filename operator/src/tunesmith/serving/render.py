@@ -167,12 +167,8 @@ def disruption_budget(pool: ServingPool) -> Manifest:
     }
 
 
-def deployment(pool: ServingPool, images: Images, replicas: int) -> Manifest:
-    """The pool's pods.
-
-    A changed template replaces pods one by one without a surge: a spare GPU for a surge pod is rarely there, and a
-    rollout that waits for one never ends.
-    """
+def deployment(pool: ServingPool, images: Images, replicas: int, max_surge: int = 0) -> Manifest:
+    """Render the pool's pods. A changed template replaces them one by one, with `max_surge` 1 without one fewer."""
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
@@ -181,7 +177,10 @@ def deployment(pool: ServingPool, images: Images, replicas: int) -> Manifest:
             "replicas": replicas,
             "revisionHistoryLimit": 2,
             "progressDeadlineSeconds": _START_SECONDS,
-            "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}},
+            "strategy": {
+                "type": "RollingUpdate",
+                "rollingUpdate": {"maxSurge": max_surge, "maxUnavailable": 1 - max_surge},
+            },
             "selector": {"matchLabels": pod_selector(pool)},
             "template": {
                 "metadata": {

@@ -1,0 +1,86 @@
+"""Rollouts of all pools: whose turn it is, and whether a node has room for a surge pod."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from tunesmith.cluster.errors import ClusterError
+from tunesmith.serving.rolling import Cause, Hold, Rollout, hold
+from tunesmith.serving.room import candidates, has_room, pod_requests
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from tunesmith.api.servingpool import ServingPool
+    from tunesmith.cluster.resources import Object
+    from tunesmith.controller.context import Context
+
+_ROOM_SECONDS = 30.0
+_MOST_NODES = 20
+_LIVING = "spec.nodeName={},status.phase!=Succeeded,status.phase!=Failed"
+
+
+class PoolRollouts:
+    """The latest rollout of each pool, by UID."""
+
+    def __init__(self, context: Context, clock: Callable[[], float] = time.monotonic) -> None:
+        self._context = context
+        self._clock = clock
+        self._rollouts: dict[str, Rollout] = {}
+        self._rooms: dict[str, tuple[float, bool | None]] = {}
+
+    def turn(self, uid: str, rollout: Rollout, pools: Callable[[], Iterable[ServingPool]]) -> Hold | None:
+        """Record a pool's rollout; return why its pods are not replaced yet.
+
+        Args:
+            uid: of the pool.
+            rollout: as observed now.
+            pools: all pools.
+        """
+        self._rollouts[uid] = rollout
+        if not rollout.waits:
+            return None
+        complete = all(pool.metadata.uid in self._rollouts for pool in pools())
+        found = hold(rollout, self._rollouts.values(), complete=complete)
+        if found is None:
+            # From this moment it is the one: another worker may decide before the Deployment is written.
+            self._rollouts[uid] = replace(rollout, change=None, cause=Cause.INSTALLATION, unfinished=True)
+        return found
+
+    def forget(self, uid: str) -> None:
+        """Drop a pool that is gone."""
+        self._rollouts.pop(uid, None)
+        self._rooms.pop(uid, None)
+
+    async def has_room(self, pool: ServingPool, rendered: Object) -> bool | None:
+        """Return True if a node has room for one more of the pool's pods; None where it cannot be found out.
+
+        Read at most every 30 s while pods are replaced: watching nodes and all pods would be far more work.
+        """
+        uid, now = pool.metadata.uid, self._clock()
+        at, known = self._rooms.get(uid, (float("-inf"), None))
+        if now - at < _ROOM_SECONDS:
+            return known
+        try:
+            found = await self._find_room(pool, rendered)
+        except ClusterError:
+            found = None
+        self._rooms[uid] = (now, found)
+        return found
+
+    async def _find_room(self, pool: ServingPool, rendered: Object) -> bool:
+        requests = pod_requests(rendered["spec"]["template"]["spec"])
+        scheduling, cluster = pool.spec.scheduling, self._context.cluster
+        labels = ",".join(f"{key}={value}" for key, value in (scheduling.node_selector or {}).items())
+        nodes = {node["metadata"]["name"]: node for node in await cluster.list("Node", labels=labels)}
+        for name in candidates(nodes.values(), requests, scheduling.tolerations or ())[:_MOST_NODES]:
+            used, _ = await cluster.list_at("Pod", fields=_LIVING.format(name), keep=_requests_of)
+            if has_room(nodes[name], requests, [pod["requests"] for pod in used]):
+                return True
+        return False
+
+
+def _requests_of(pod: Object) -> Object:
+    return {"requests": pod_requests(pod.get("spec") or {})}

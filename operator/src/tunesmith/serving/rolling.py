@@ -1,0 +1,254 @@
+"""Replacement of a pool's pods after a change of their template: when it begins, and whether with a surge pod.
+
+A change of the pool's own spec begins at once. A change that comes with the installation (its images and settings)
+would replace the pods of all pools together: pools with pods that serve begin one after the other, by name, and a
+replacement that fails stops the next ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.api.conditions import ServingPoolReason
+from tunesmith.serving.pod import TEMPLATE_ANNOTATION, current_problem
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from datetime import datetime
+
+    from tunesmith.api.servingpool import ServingPool
+    from tunesmith.serving.pod import PoolPod
+
+Manifest = dict[str, Any]
+_SPEC_ANNOTATION = "tunesmith.dev/template-spec"
+_CAUSE_ANNOTATION = "tunesmith.dev/template-cause"
+_BESIDE_TEMPLATE = {"replicas", "autoscaling", "allowed_namespaces", "rolling_update"}
+"""Fields of a pool's spec that do not change its pods."""
+_ROOM_PATIENCE = timedelta(seconds=60)
+"""A surge pod that no node takes for so long is given up."""
+_FAILURE_PATIENCE = timedelta(minutes=3)
+
+
+class Cause(StrEnum):
+    """Origin of a changed template."""
+
+    SPEC = "Spec"
+    INSTALLATION = "Installation"
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Observed state of a pool's pods against the wanted template.
+
+    `pool`: its namespace and name. `change`: the wanted template is not that of the Deployment, and why. `serves`: it
+    has pods that serve. `outdated`: names of pods with another template than the Deployment's. `cause`: of the
+    Deployment's template. `unfinished`: pods with the Deployment's template do not serve yet, or some are outdated.
+    `failure`: of a pod with the Deployment's template. `stuck`: a pod with it finds no room.
+    """
+
+    pool: str
+    change: Cause | None = None
+    serves: bool = False
+    outdated: frozenset[str] = frozenset()
+    cause: Cause | None = None
+    unfinished: bool = False
+    failure: str | None = None
+    stuck: bool = False
+
+    @property
+    def waits(self) -> bool:
+        """True if the pool must wait for its turn."""
+        return self.change is Cause.INSTALLATION and self.serves
+
+    @property
+    def active(self) -> bool:
+        """True while the pods are replaced because the installation changed."""
+        return self.change is None and self.cause is Cause.INSTALLATION and self.unfinished
+
+
+@dataclass(frozen=True)
+class Hold:
+    """A sentence on why a pool's replacement does not begin. `failed`: because that of another pool failed."""
+
+    message: str
+    failed: bool = False
+
+
+def stamped(deployment: Manifest, pool: ServingPool, cause: Cause) -> Manifest:
+    """Return a rendered Deployment with the digests by which `observe_rollout` recognises its template."""
+    template = deployment["spec"]["template"]
+    digest = _digest(template)
+    metadata = template["metadata"]
+    annotations = {**metadata.get("annotations", {}), TEMPLATE_ANNOTATION: digest}
+    own = {TEMPLATE_ANNOTATION: digest, _SPEC_ANNOTATION: _spec_digest(pool), _CAUSE_ANNOTATION: cause.value}
+    return {
+        **deployment,
+        "metadata": {**deployment["metadata"], "annotations": own},
+        "spec": {
+            **deployment["spec"],
+            "template": {**template, "metadata": {**metadata, "annotations": annotations}},
+        },
+    }
+
+
+def observe_rollout(
+    pool: ServingPool,
+    rendered: Manifest,
+    deployment: Mapping[str, Any] | None,
+    pods: Sequence[PoolPod],
+    now: datetime,
+) -> Rollout:
+    """Compare the wanted template with the Deployment and its pods.
+
+    Args:
+        pool: the ServingPool.
+        rendered: its Deployment as this release renders it, without stamps.
+        deployment: as the API server has it; None: it does not exist.
+        pods: of the pool.
+        now: the time.
+    """
+    name = f"{pool.metadata.namespace}/{pool.metadata.name}"
+    living = [pod for pod in pods if not pod.stopping]
+    serves = any(pod.serving and pod.heard for pod in living)
+    if deployment is None:
+        return Rollout(name, serves=serves)
+    annotations = deployment["metadata"].get("annotations") or {}
+    current = annotations.get(TEMPLATE_ANNOTATION)
+    if current != _digest(rendered["spec"]["template"]):
+        same_spec = annotations.get(_SPEC_ANNOTATION) in {None, _spec_digest(pool)}
+        return Rollout(name, Cause.INSTALLATION if same_spec else Cause.SPEC, serves)
+    updated = [pod for pod in living if pod.template == current]
+    outdated = frozenset(pod.name for pod in living if pod.template != current)
+    cause = annotations.get(_CAUSE_ANNOTATION)
+    return Rollout(
+        pool=name,
+        serves=serves,
+        outdated=outdated,
+        cause=Cause(cause) if cause in set(Cause) else None,
+        unfinished=bool(outdated) or not all(pod.serving for pod in updated),
+        failure=_failure(deployment, updated, now),
+        stuck=bool(outdated) and any(_unscheduled(pod) and now - pod.created >= _ROOM_PATIENCE for pod in updated),
+    )
+
+
+def hold(mine: Rollout, rollouts: Iterable[Rollout], *, complete: bool) -> Hold | None:
+    """Return why the pool's pods are not replaced yet; None: they may be.
+
+    Args:
+        mine: of the pool.
+        rollouts: of all pools.
+        complete: all pools have been observed since this process leads.
+    """
+    if not mine.waits:
+        return None
+    if not complete:
+        return Hold("waits until all pools have been observed")
+    others = sorted(rollouts, key=lambda rollout: rollout.pool)
+    waiting = [rollout.pool for rollout in others if rollout.waits]
+    place = f"number {waiting.index(mine.pool) + 1} of {len(waiting)} that wait" if mine.pool in waiting else "waits"
+    active = [rollout for rollout in others if rollout.active]
+    failed = next((rollout for rollout in active if rollout.failure is not None), None)
+    if failed is not None:
+        return Hold(
+            f"the update of ServingPool {failed.pool} fails: {failed.failure}; others wait until that is fixed",
+            failed=True,
+        )
+    if active:
+        return Hold(f"waits for the update of ServingPool {active[0].pool} ({place})")
+    if waiting and waiting[0] != mine.pool:
+        return Hold(f"waits for the update of ServingPool {waiting[0]} ({place})")
+    return None
+
+
+def surge(
+    pool: ServingPool, replicas: int, rollout: Rollout, deployment: Mapping[str, Any] | None, *, has_room: bool | None
+) -> int:
+    """Return the Deployment's maxSurge: 1 if a pod's replacement starts before the pod stops.
+
+    Args:
+        pool: the ServingPool.
+        replicas: pods that are wanted.
+        rollout: its observed state.
+        deployment: as the API server has it.
+        has_room: a node has room for one more pod; None: unknown.
+    """
+    if rollout.stuck:
+        return 0
+    if pool.spec.rolling_update.max_surge is not None:
+        return pool.spec.rolling_update.max_surge
+    if deployment is not None and rollout.change is None and not rollout.outdated:
+        # Nothing is being replaced: what was decided last stays, so that the Deployment is not written for nothing.
+        strategy = (deployment.get("spec") or {}).get("strategy") or {}
+        return 1 if (strategy.get("rollingUpdate") or {}).get("maxSurge") == 1 else 0
+    return 1 if replicas <= 1 or has_room else 0
+
+
+def asks_for_room(pool: ServingPool, replicas: int, rollout: Rollout) -> bool:
+    """Return True if `surge` depends on whether a node has room."""
+    moves = rollout.change is not None or bool(rollout.outdated)
+    return moves and not rollout.stuck and pool.spec.rolling_update.max_surge is None and replicas > 1
+
+
+def interruption(
+    pool: ServingPool, pods: Sequence[PoolPod], replaced: frozenset[str], max_surge: int, running: int | None
+) -> str:
+    """Return a sentence on what replacing pods interrupts.
+
+    Args:
+        pool: the ServingPool.
+        pods: of the pool that are not stopping.
+        replaced: names of those that are replaced.
+        max_surge: from `surge`.
+        running: requests for the pool's models at the moment; None: unknown.
+    """
+    serving = [pod for pod in pods if pod.serving]
+    leaving = [pod for pod in serving if pod.name in replaced]
+    now = "" if running is None else f" ({running} now)"
+    drained = f"running requests{now} have {pool.spec.drain_seconds} s to finish"
+    if not leaving:
+        return "no pod that serves is replaced"
+    if max_surge:
+        return f"each pod stops after its replacement is ready and holds its adapters; {drained}"
+    if len(serving) == 1:
+        return (
+            f"the pool's only pod that serves stops before its replacement starts, since no surge pod is possible: no "
+            f"request is answered until that is ready; {drained}"
+        )
+    once = _on_one_pod_only(leaving, serving)
+    adapters = f"{once} adapter{' is' if once == 1 else 's are'} on one pod only and may have to be loaded again"
+    return f"each pod stops before its replacement starts, one at a time; {adapters}; {drained}"
+
+
+def _on_one_pod_only(leaving: Sequence[PoolPod], serving: Sequence[PoolPod]) -> int:
+    holders: dict[str, int] = {}
+    for pod in serving:
+        for name in pod.resident:
+            holders[name] = holders.get(name, 0) + 1
+    return sum(1 for pod in leaving for name in pod.resident if holders[name] == 1)
+
+
+def _failure(deployment: Mapping[str, Any], updated: Sequence[PoolPod], now: datetime) -> str | None:
+    for pod in updated:
+        problem = current_problem(pod, now)
+        if problem is not None and not (_unscheduled(pod) and now - pod.created < _FAILURE_PATIENCE):
+            return f"pod {pod.name}: {problem.message}"
+    conditions = (deployment.get("status") or {}).get("conditions") or ()
+    exceeded = any(condition.get("reason") == "ProgressDeadlineExceeded" for condition in conditions)
+    return "the new pods are not ready in time" if exceeded else None
+
+
+def _unscheduled(pod: PoolPod) -> bool:
+    return pod.problem is not None and pod.problem.reason is ServingPoolReason.UNSCHEDULABLE
+
+
+def _spec_digest(pool: ServingPool) -> str:
+    return _digest(pool.spec.model_dump(mode="json", exclude_defaults=True, exclude=_BESIDE_TEMPLATE))
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,0 +1,208 @@
+"""When the pods of pools are replaced, with or without a surge pod, and what that interrupts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tunesmith.api.conditions import ServingPoolReason
+from tunesmith.serving.pod import PoolPod, Problem
+from tunesmith.serving.render import Images, deployment
+from tunesmith.serving.rolling import (
+    Cause,
+    Rollout,
+    asks_for_room,
+    hold,
+    interruption,
+    observe_rollout,
+    stamped,
+    surge,
+)
+
+if TYPE_CHECKING:
+    from tunesmith.api.servingpool import ServingPool
+
+Build = Callable[..., Any]
+OLD = Images("agent:1", "engine:1", "Always", "s3://x", "", "1Gi", "1Gi", 10.0)
+NEW = replace(OLD, agent="agent:2", engine="engine:2")
+UNSCHEDULABLE = Problem(ServingPoolReason.UNSCHEDULABLE, "no node takes it: 0/3 nodes")
+
+
+def made(pool: ServingPool, images: Images = OLD, cause: Cause = Cause.SPEC) -> dict[str, Any]:
+    return stamped(deployment(pool, images, 2), pool, cause)
+
+
+def template(manifest: dict[str, Any]) -> str:
+    return str(manifest["spec"]["template"]["metadata"]["annotations"]["tunesmith.dev/template"])
+
+
+@pytest.fixture
+def observed(start: datetime) -> Callable[..., Rollout]:
+    def observe(
+        wanted: ServingPool,
+        deployed: dict[str, Any] | None,
+        pods: Sequence[PoolPod] = (),
+        images: Images = OLD,
+        *,
+        later: timedelta = timedelta(0),
+    ) -> Rollout:
+        return observe_rollout(wanted, deployment(wanted, images, 2), deployed, pods, start + later)
+
+    return observe
+
+
+def test_nothing_changed(observed: Build, pool: Build, pod: Build) -> None:
+    deployed = made(pool())
+    found = observed(pool(), deployed, [pod("p", template=template(deployed))])
+    assert (found.change, found.outdated, found.unfinished, found.serves) == (None, frozenset(), False, True)
+
+
+@pytest.mark.parametrize(
+    ("spec", "images", "change"),
+    [
+        pytest.param({"drainSeconds": 5}, OLD, Cause.SPEC, id="the user changed the pods"),
+        pytest.param({}, NEW, Cause.INSTALLATION, id="the installation changed the images"),
+        pytest.param({"replicas": 7}, NEW, Cause.INSTALLATION, id="scaling is no change of the pods"),
+        pytest.param({"drainSeconds": 5}, NEW, Cause.SPEC, id="both"),
+        pytest.param({"allowedNamespaces": {"from": "All"}}, OLD, None, id="who may attach"),
+    ],
+)
+def test_who_changed_the_template(
+    spec: dict[str, Any], images: Images, change: Cause | None, observed: Build, pool: Build, pod: Build
+) -> None:
+    found = observed(pool(**spec), made(pool()), [pod("p")], images)
+    assert found.change is change
+    assert found.waits is (change is Cause.INSTALLATION)
+
+
+def test_a_deployment_of_a_release_without_stamps_waits_its_turn(observed: Build, pool: Build, pod: Build) -> None:
+    assert observed(pool(), deployment(pool(), OLD, 2), [pod("p")]).waits
+
+
+def test_a_pool_without_a_pod_that_serves_waits_for_nobody(observed: Build, pool: Build, pod: Build) -> None:
+    for broken in (pod("p", ready=False), pod("p", heard=False), pod("p", engine=False), pod("p", stopping=True)):
+        assert not observed(pool(), made(pool()), [broken], NEW).waits
+
+
+def test_progress_and_failure(observed: Build, pool: Build, pod: Build) -> None:
+    deployed = made(pool(), NEW, Cause.INSTALLATION)
+    new = template(deployed)
+    old = pod("old", template="before")
+    found = observed(pool(), deployed, [old, pod("new", template=new, ready=False)], NEW)
+    assert (found.outdated, found.active, found.failure) == ({"old"}, True, None)
+    bad = pod("new", template=new, ready=False, problem=Problem(ServingPoolReason.ENGINE_FAILED, "the engine stopped"))
+    assert observed(pool(), deployed, [old, bad], NEW).failure == "pod new: the engine stopped"
+    assert not observed(pool(), deployed, [pod("new", template=new)], NEW).active
+
+
+def test_a_surge_pod_without_room_is_given_up_before_it_counts_as_a_failure(
+    observed: Build, pool: Build, pod: Build
+) -> None:
+    deployed = made(pool(), NEW, Cause.INSTALLATION)
+    pods = [
+        pod("old", template="before"),
+        pod("new", template=template(deployed), ready=False, problem=UNSCHEDULABLE),
+    ]
+    at_first, later, late = (
+        observed(pool(), deployed, pods, NEW, later=timedelta(seconds=seconds)) for seconds in (59, 61, 181)
+    )
+    assert (at_first.stuck, at_first.failure) == (False, None)
+    assert (later.stuck, later.failure) == (True, None)
+    assert late.failure == "pod new: no node takes it: 0/3 nodes"
+    explicit = pool(rollingUpdate={"maxSurge": 1})
+    assert surge(explicit, 1, at_first, deployed, has_room=None) == 1
+    assert surge(explicit, 1, later, deployed, has_room=None) == 0
+
+
+A, B, C = (Rollout(f"team/{name}", change=Cause.INSTALLATION, serves=True) for name in "abc")
+
+
+def active(rollout: Rollout, failure: str | None = None) -> Rollout:
+    return replace(rollout, change=None, cause=Cause.INSTALLATION, unfinished=True, failure=failure)
+
+
+@pytest.mark.parametrize(
+    ("mine", "others", "sentence"),
+    [
+        pytest.param(A, [C, A, B], None, id="the first by name begins"),
+        pytest.param(B, [C, A, B], "waits for the update of ServingPool team/a (number 2 of 3 that wait)", id="second"),
+        pytest.param(B, [active(A), C, B], "waits for the update of ServingPool team/a (number 1 of 2 that wait)",
+                     id="one is being replaced"),
+        pytest.param(B, [replace(A, change=None), B, C], None, id="the first is done"),
+        pytest.param(B, [replace(A, serves=False), B], None, id="the first does not serve"),
+        pytest.param(
+            B,
+            [active(A, "pod x: image y cannot be pulled"), B],
+            "the update of ServingPool team/a fails: pod x: image y cannot be pulled; others wait until that is fixed",
+            id="one fails",
+        ),
+        pytest.param(replace(B, change=Cause.SPEC), [active(A, "x"), B], None, id="a change of the spec does not wait"),
+        pytest.param(
+            B, [replace(active(A, "x"), cause=Cause.SPEC), B], None, id="another user's own failure stops nobody"
+        ),
+    ],
+)  # fmt: skip
+def test_one_pool_at_a_time(mine: Rollout, others: list[Rollout], sentence: str | None) -> None:
+    found = hold(mine, others, complete=True)
+    assert (None if found is None else found.message) == sentence
+    assert found is None or found.failed is ("fails" in found.message)
+
+
+def test_before_all_pools_are_known_nothing_begins() -> None:
+    found = hold(A, [A], complete=False)
+    assert found is not None
+    assert found.message == "waits until all pools have been observed"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "replicas", "has_room", "expected"),
+    [
+        pytest.param(None, 1, None, 1, id="one pod"),
+        pytest.param(None, 3, True, 1, id="room"),
+        pytest.param(None, 3, False, 0, id="no room"),
+        pytest.param(None, 3, None, 0, id="unknown"),
+        pytest.param(0, 1, True, 0, id="chosen 0"),
+        pytest.param(1, 3, False, 1, id="chosen 1"),
+    ],
+)
+def test_surge(
+    chosen: int | None,
+    replicas: int,
+    has_room: Any,
+    expected: int,
+    pool: Build,
+) -> None:
+    wanted = pool(rollingUpdate={"maxSurge": chosen} if chosen is not None else {})
+    rollout = Rollout("team/base", change=Cause.INSTALLATION, serves=True)
+    assert surge(wanted, replicas, rollout, made(wanted), has_room=has_room) == expected
+    assert asks_for_room(wanted, replicas, rollout) is (chosen is None and replicas > 1)
+
+
+def test_while_nothing_is_replaced_the_strategy_stays(pool: Build) -> None:
+    settled = Rollout("team/base", serves=True)
+    for value in (0, 1):
+        deployed = stamped(deployment(pool(), OLD, 3, value), pool(), Cause.SPEC)
+        assert surge(pool(), 3, settled, deployed, has_room=None) == value
+    assert not asks_for_room(pool(), 3, settled)
+    assert surge(pool(), 1, settled, None, has_room=None) == 1
+
+
+def test_what_is_interrupted(pool: Build, pod: Build) -> None:
+    one, two = pod("p", holds={"t/a@1": "Resident", "t/b@1": "Resident"}), pod("q", holds={"t/a@1": "Resident"})
+    both = frozenset({"p", "q"})
+    assert interruption(pool(), [one], frozenset({"p"}), 1, 3) == (
+        "each pod stops after its replacement is ready and holds its adapters; running requests (3 now) have 60 s to "
+        "finish"
+    )
+    assert interruption(pool(), [one], frozenset({"p"}), 0, None).startswith(
+        "the pool's only pod that serves stops before its replacement starts, since no surge pod is possible: "
+    )
+    assert interruption(pool(), [one, two], both, 0, None) == (
+        "each pod stops before its replacement starts, one at a time; 1 adapter is on one pod only and may have to be "
+        "loaded again; running requests have 60 s to finish"
+    )
+    assert interruption(pool(), [pod("p", ready=False)], frozenset({"p"}), 0, 0) == "no pod that serves is replaced"
