@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help benchmark-operator benchmark-training verify-fuzz-gateway verify-attacks verify-data verify-methods verify-resume demo test check generate images cluster-up cluster-down clean \
+.PHONY: help benchmark-operator benchmark-training verify-fuzz-gateway verify-fuzz-manifests verify-attacks verify-data verify-methods verify-resume demo test check generate images cluster-up cluster-down clean \
   environment environment-trainer environment-server model check-format check-types check-imports check-generated check-unit
 
 UV_VERSION := 0.13.9
@@ -97,6 +97,10 @@ environment-trainer: $(UV)
 environment-server: $(UV)
 	@$(STEP) "environment: agent" $(UV) sync --frozen --project server-image
 	@$(STEP) "environment: engine" $(UV) sync --frozen --project server-image/engine-cpu
+
+verify-fuzz-manifests: environment ## 10,000 mutated manifests through models and plans, 2,000 through an API server and the operator
+	@$(STEP) --last '^(passed|Assert)' "manifests: models and plans" $(RUN) python tests/finetune/manifest_fuzzer.py --count 10000
+	@$(STEP) --last ' (passed|failed).* in ' "manifests: API server" $(RUN) pytest -m long tests/controlplane/test_manifest_fuzz.py
 
 model: environment-trainer
 	@$(STEP) "base model of the demo" python3 e2e/cluster/model.py

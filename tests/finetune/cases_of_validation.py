@@ -80,6 +80,20 @@ CASES = {
         {"Validated": ("False", "OutOfDisk"), "Failed": ("True", "OutOfDisk")},
         "validation filled the disk of its node",
     ),
+    "a validation without end": Case(
+        seen(job(), validation=kube_job("validate", pod(late=True, exit_code=137, ended=NOW), failed=True)),
+        (),
+        "Failed",
+        {"Validated": ("False", "DeadlineExceeded"), "Failed": ("True", "DeadlineExceeded")},
+        "validation took longer than its pod may run",
+    ),
+    "a validation that runs out of memory does not advise about the GPU's": Case(
+        seen(job(), validation=kube_job("validate", ended(137, out_of_memory=True), failed=True)),
+        (),
+        "Failed",
+        {"Validated": ("False", "OutOfMemory"), "Failed": ("True", "OutOfMemory")},
+        "the chat template's text of a row",
+    ),
     "a validation that is pre-empted without end is given up": Case(
         seen(job(), validation=kube_job("validate", *(pod(disrupted=True) for _ in range(10)), pod())),
         (StopJob(owned_name("tone", UID, "validate")),),

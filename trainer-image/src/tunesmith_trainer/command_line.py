@@ -51,6 +51,13 @@ def parser() -> argparse.ArgumentParser:
                 metavar="N",
                 help="memory of the GPU that the job will get, for the verdict (default: not known)",
             )
+            command.add_argument(
+                "--deadline",
+                type=float,
+                metavar="SECONDS",
+                help="run the checks in a process of their own that is stopped after so long, or when a chat template "
+                "or a pattern does not end (default: no limit)",
+            )
         if name == "train":
             command.add_argument(
                 "--output",

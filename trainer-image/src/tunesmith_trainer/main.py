@@ -21,10 +21,11 @@ from tunesmith_trainer.connections import denied, guarded
 from tunesmith_trainer.ending import UPLOAD_SECONDS, Ending
 from tunesmith_trainer.errors import InterruptedRunError, InvalidSpecError, StorageUnavailableError, TrainerError
 from tunesmith_trainer.interruption import Interruption
-from tunesmith_trainer.launch import die_with_parent, launch
+from tunesmith_trainer.launch import LAUNCHED, die_with_parent, launch
 from tunesmith_trainer.progress import Progress, serve
 from tunesmith_trainer.ranks import PeerLostError, Ranks, lost_peer, of_pod
 from tunesmith_trainer.spec import load_job
+from tunesmith_trainer.watched import watched
 
 if TYPE_CHECKING:
     import argparse
@@ -89,7 +90,8 @@ def _run(arguments: argparse.Namespace, scrubber: Scrubber) -> int:
     try:
         # On a person's own machine the network is theirs.
         with contextlib.nullcontext() if arguments.allow_file else guarded():
-            result = _execute(arguments, progress, ending)
+            watches = arguments.command == "validate" and arguments.deadline and LAUNCHED not in os.environ
+            result = _watched(arguments) if watches else _execute(arguments, progress, ending)
     except InterruptedRunError as error:
         result = ending.interrupted(error, local="://" not in arguments.output)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is told
@@ -177,6 +179,12 @@ def _sign(job: FineTuneJob, cluster: str, folder: Folder) -> None:
     metadata = job.metadata
     owner = Owner(cluster=cluster, namespace=metadata.namespace, name=metadata.name, uid=metadata.uid)
     folder.create(OWNER_FILE, owner.model_dump_json(by_alias=True).encode())
+
+
+def _watched(arguments: argparse.Namespace) -> TrainerResult:
+    with _work_folder(arguments.work) as work:
+        command = [sys.executable, "-m", "tunesmith_trainer.main", *arguments.argv, "--work", str(work)]
+        return watched(command, work, arguments.deadline)
 
 
 def _launched(arguments: argparse.Namespace, first: Ranks, count: int, progress: Progress) -> TrainerResult:

@@ -12,6 +12,7 @@ from tunesmith.api.finetunejob_status import ServableStatus
 from tunesmith.api.placement import DataParallelism
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
 from tunesmith_trainer import data, model, plan, preflight
+from tunesmith_trainer.activity import limited
 from tunesmith_trainer.data.loading import load as load_rows
 from tunesmith_trainer.data.rows import FORMS
 from tunesmith_trainer.data.template import same_prompts
@@ -40,6 +41,10 @@ if TYPE_CHECKING:
     from tunesmith_trainer.evaluation.folders import OwnTasks
     from tunesmith_trainer.methods.config import Planned
     from tunesmith_trainer.store import Folder, Stores
+
+
+_PLANNING_SECONDS = 600.0
+"""PEFT reads some names as regular expressions, which can backtrack for ever."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,8 @@ def prepare(
     tokenizer = model.load_tokenizer(base, spec.base_model.uri)
     ends = model.end_tokens(base, tokenizer, spec.base_model.uri)
     modules = modules_of(config)
-    planned = _with_template(plan_method(spec, modules), spec, tokenizer)
+    with limited("spec.method: finding the modules that its names and patterns mean", _PLANNING_SECONDS):
+        planned = _with_template(plan_method(spec, modules), spec, tokenizer)
     folder: ModelFolder = LocalModelFolder(base) if weights else remote
     try:
         fingerprint = base_fingerprint(folder)

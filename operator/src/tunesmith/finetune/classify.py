@@ -24,6 +24,8 @@ _SECRET_PATIENCE = timedelta(minutes=2)
 _POD_PATIENCE = timedelta(seconds=30)
 _START_PATIENCE = timedelta(minutes=2)
 _MAX_EXCERPT = 600
+VALIDATION = "validation"
+"""The CPU stage, in messages."""
 _OVER_LIMIT = re.compile(
     r"exceeded its local ephemeral storage limit|[Pp]od ephemeral local storage usage exceeds|Usage of EmptyDir volume"
 )
@@ -71,6 +73,19 @@ def ending(job: JobView, stage: str) -> Ending:
             message="the pod was evicted, pre-empted or its node went away",
             retryable=True,
             result=result,
+        )
+    if pod is not None and pod.late:
+        return Ending(
+            AttemptOutcome.FAILED,
+            FailureReason.DEADLINE_EXCEEDED,
+            f"{stage} took longer than its pod may run and was stopped: use fewer or smaller data files",
+        )
+    if pod is not None and pod.out_of_memory and stage == VALIDATION:
+        return Ending(
+            AttemptOutcome.FAILED,
+            FailureReason.OUT_OF_MEMORY,
+            "validation needed more memory than its pod has: a row, the chat template's text of a row or a file "
+            "without line breaks is too large; split or remove it, in a new FineTuneJob",
         )
     if pod is not None and pod.out_of_memory:
         return Ending(

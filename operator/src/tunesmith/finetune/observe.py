@@ -52,6 +52,8 @@ class PodView:
     out_of_memory: bool = False
     disrupted: bool = False
     """Evicted, pre-empted, or its node went away."""
+    late: bool = False
+    """Stopped at the pod's activeDeadlineSeconds."""
     eviction: str = ""
     """The kubelet's message, where it evicted the pod."""
     termination_message: str = ""
@@ -286,6 +288,7 @@ def _pod(pod: Object) -> PodView:
         exit_code=ended.get("exitCode"),
         out_of_memory=ended.get("reason") == "OOMKilled",
         disrupted=conditions.get("DisruptionTarget", {}).get("status") == "True" or status.get("reason") == "Evicted",
+        late=status.get("reason") == "DeadlineExceeded",
         eviction=status.get("message", "") if status.get("reason") == "Evicted" else "",
         termination_message=ended.get("message", ""),
     )

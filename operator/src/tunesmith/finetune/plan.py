@@ -10,7 +10,7 @@ from tunesmith.api.conditions import FailureReason, FineTuneJobCondition, is_tru
 from tunesmith.api.finetunejob_status import Attempt, AttemptOutcome, FineTuneJobStatus
 from tunesmith.contracts.location import artifact_uri, owned_name
 from tunesmith.contracts.scheduling import DEFAULT_SCHEDULING
-from tunesmith.finetune.classify import Ending, ending, evicted, obstacle
+from tunesmith.finetune.classify import VALIDATION, Ending, ending, evicted, obstacle
 from tunesmith.finetune.permission import forbidden
 from tunesmith.finetune.status import Status
 
@@ -155,7 +155,7 @@ def _validate(seen: Observation, status: Status, store: str, refused: str | None
             status.validating("Validating", "data, base model and settings are being checked")
             status.progress(seen.progress)
         return Plan((), status.build(), _WAITING_LOOK if wait is not None else None)
-    end = ending(job, "validation")
+    end = ending(job, VALIDATION)
     if end.outcome is AttemptOutcome.SUCCEEDED:
         status.valid(end.result)
         # The first attempt follows in the same pass, and so in the same status write.
@@ -169,7 +169,7 @@ def _validate(seen: Observation, status: Status, store: str, refused: str | None
 
 def _wasteful(job: JobView) -> Ending | None:
     """Why no further pod of a validation is worth its node; the Job itself replaces disrupted ones without end."""
-    found = next((end for pod in job.pods if (end := evicted(pod, "validation")) is not None), None)
+    found = next((end for pod in job.pods if (end := evicted(pod, VALIDATION)) is not None), None)
     if found is not None or sum(pod.disrupted for pod in job.pods) < MAX_VALIDATION_PODS:
         return found
     return Ending(

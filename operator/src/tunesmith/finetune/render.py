@@ -41,7 +41,15 @@ MASTER_PORT = 29500
 """Where the first pod of several waits for the others."""
 GRACE_SECONDS = 120
 """For a checkpoint at the end of the step that runs, and its upload."""
-_VALIDATION_RESOURCES = {"requests": {"cpu": "500m", "memory": "2Gi"}, "limits": {"memory": "2Gi"}}
+VALIDATION_MEMORY = "2Gi"
+VALIDATION_SECONDS = 6 * 3600
+"""For the checks of a job's data; the trainer itself stops them then, with a sentence."""
+_BEYOND_VALIDATION_SECONDS = 1800
+"""For the start of the pod, and for a trainer that does not stop."""
+_VALIDATION_RESOURCES = {
+    "requests": {"cpu": "500m", "memory": VALIDATION_MEMORY},
+    "limits": {"cpu": "2", "memory": VALIDATION_MEMORY},
+}
 _VALIDATION_RETRIES = 3
 _MANIFEST_SUFFIXES = {VALIDATE: "spec", TRAIN: "resolved"}
 
@@ -105,9 +113,11 @@ def validation(job: FineTuneJob, installation: Installation, gpu_memory_bytes: i
     rules = [_on_disruption("Ignore"), _on_exit_codes("FailJob", ExitCode.USER_FAULT)]
     arguments = ["validate", "--job", f"{JOB_FOLDER}/{JOB_FILE}", "--tokens", _tokens(job, installation)]
     arguments += [*_ownership(job, installation), *_permissions(installation)]
+    arguments += ["--deadline", str(VALIDATION_SECONDS)]
     if gpu_memory_bytes is not None:
         arguments += ["--gpu-memory-bytes", str(gpu_memory_bytes)]
     pod = _pod(job, installation, labels, arguments, _VALIDATION_RESOURCES)
+    pod["spec"]["activeDeadlineSeconds"] = VALIDATION_SECONDS + _BEYOND_VALIDATION_SECONDS
     # A check needs no GPU: only what keeps pods off nodes altogether is taken over.
     pod["spec"].pop("runtimeClassName", None)
     return _job(job, VALIDATE, labels, pod, rules, retries=_VALIDATION_RETRIES)

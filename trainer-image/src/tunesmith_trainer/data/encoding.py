@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tunesmith.api.dataset import LossOn
+from tunesmith_trainer.activity import limited
 from tunesmith_trainer.data.rows import RowForm
 from tunesmith_trainer.data.template import ChatTemplate
 from tunesmith_trainer.errors import InvalidSpecError
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 IGNORED = -100
 """Label of a token that is no target (PyTorch's `ignore_index`)."""
 Offsets = list[tuple[int, int]]
+_TOKENIZER_SECONDS = 600.0
+"""For a batch of rows. The patterns of a tokenizer are those of its author."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +199,9 @@ class Encoder:
 
     def _tokens(self, texts: Sequence[str], *, special: bool) -> Iterable[tuple[list[int], Offsets]]:
         """Tokens of texts and where each stands in its text, without what the tokenizer puts behind it."""
-        for encoded in self._backend.encode_batch(list(texts), add_special_tokens=special):
+        with limited(f"the base model's tokenizer, on {len(texts)} texts,", _TOKENIZER_SECONDS):
+            batch = self._backend.encode_batch(list(texts), add_special_tokens=special)
+        for encoded in batch:
             ids: list[int] = encoded.ids
             offsets: Offsets = encoded.offsets
             while special and ids and offsets[-1][0] == offsets[-1][1]:

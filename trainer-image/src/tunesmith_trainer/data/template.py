@@ -11,6 +11,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from tunesmith.api.dataset import LossOn
+from tunesmith_trainer.activity import limited
 from tunesmith_trainer.errors import DatasetInvalidError, InvalidSpecError
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ class ChatTemplate:
         if self._text is None:
             return
         try:
-            compiled = _compile_jinja_template(self._text)
+            with limited(self._whose):  # what is constant in it is computed now
+                compiled = _compile_jinja_template(self._text)
         except TemplateSyntaxError as error:
             raise InvalidSpecError(
                 f"{self._whose} is no Jinja template: line {error.lineno}: {error.message}"
@@ -119,14 +121,19 @@ class ChatTemplate:
                 " tools, or give dataset.chatTemplate"
             )
         try:
-            return render_jinja_template(
-                conversations=[messages],
-                tools=chat.get("tools") or None,
-                chat_template=self._text,
-                return_assistant_tokens_mask=marked,
-                add_generation_prompt=prompt,
-                **self._special,
-            )
+            with limited(f"{where}: {self._whose}" if where else self._whose):
+                return render_jinja_template(
+                    conversations=[messages],
+                    tools=chat.get("tools") or None,
+                    chat_template=self._text,
+                    return_assistant_tokens_mask=marked,
+                    add_generation_prompt=prompt,
+                    **self._special,
+                )
+        except MemoryError:
+            raise DatasetInvalidError(
+                f"{where}: {self._whose} needs more memory than there is: shorten the row, or remove what grows in it"
+            ) from None
         except (TemplateError, TypeError, ValueError, LookupError) as error:
             text = " ".join(str(error).split())[:300]
             raise DatasetInvalidError(f"{where}: {self._whose} refuses the row: {text}") from None

@@ -1,0 +1,74 @@
+"""Checks that would never end are stopped, with a sentence that names what did not end."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+import yaml
+
+from tunesmith_trainer import activity
+from tunesmith_trainer.watched import watched
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from trainer_rig import Workbench
+
+ENDLESS = {
+    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "a power": "{{ 9 ** 9 ** 9 }}",
+}
+
+
+def program(*lines: str) -> list[str]:
+    """A program in the place of the trainer; it is given the options of the trainer."""
+    head = ("import sys, time", "from tunesmith_trainer.activity import limited")
+    return [sys.executable, "-c", "\n".join((*head, *lines))]
+
+
+@pytest.mark.parametrize("template", ENDLESS.values(), ids=ENDLESS.keys())
+def test_a_template_without_end_is_stopped(bench: Workbench, template: str) -> None:
+    code = (
+        "from tunesmith_trainer.data import template",
+        "limited = template.limited",
+        "template.limited = lambda what: limited(what, 1.0)",
+        "from tunesmith_trainer.main import main",
+        "main()",
+    )
+    job = bench.job(dataset={"train": bench.job()["spec"]["dataset"]["train"], "chatTemplate": template})
+    manifest = bench.folder / "job.yaml"
+    manifest.write_text(yaml.safe_dump(job))
+    command = [*program(*code), "validate", "--job", str(manifest), "--progress-port", "0", "--allow-file"]
+    result = watched(command, bench.folder, 300.0)
+    assert result.reason == "InvalidSpec"
+    assert not result.retryable
+    assert "dataset.chatTemplate did not finish in time and was stopped" in result.message
+
+
+def test_the_whole_command_has_a_deadline(tmp_path: Path) -> None:
+    result = watched(program("time.sleep(600)"), tmp_path, 0.5)
+    assert (result.reason, result.retryable) == ("DeadlineExceeded", False)
+    assert "the checks took longer than" in result.message
+
+
+def test_work_within_work_has_its_own_limit_and_then_the_outer_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slot = activity.create(tmp_path / "activity")
+    monkeypatch.setenv(activity.ACTIVITY, str(tmp_path / "activity"))
+    with activity.limited("outer", -1.0):
+        assert activity.overdue(slot) == "outer"
+        with activity.limited("a longer inner text", 100.0):
+            assert activity.overdue(slot) is None
+        assert activity.overdue(slot) == "outer"
+    assert activity.overdue(slot) is None
+
+
+def test_a_result_is_passed_on_and_a_crash_is_named(bench: Workbench) -> None:
+    ran = bench.run("validate", bench.job(), "--deadline", "600")
+    assert ran.code == 0
+    assert ran.result.preflight is not None
+    crashed = watched(program("import os, signal", "os.kill(os.getpid(), signal.SIGSEGV)"), bench.folder, 60.0)
+    assert (crashed.retryable, "exit code 139" in crashed.message) == (True, True)

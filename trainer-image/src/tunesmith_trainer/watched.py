@@ -1,0 +1,81 @@
+"""A command as a process of its own, which is ended when it, or a part of it, takes too long."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from typing import TYPE_CHECKING
+
+from tunesmith.api.conditions import FailureReason
+from tunesmith.contracts.result import ExitCode, Outcome, TrainerResult
+from tunesmith_trainer.activity import ACTIVITY, create, overdue
+from tunesmith_trainer.launch import LAUNCHED
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+_POLL_SECONDS = 0.2
+
+
+def watched(command: Sequence[str], work: Path, deadline_seconds: float) -> TrainerResult:
+    """Run the trainer's command and return its result, or that it did not end.
+
+    Signals are passed on.
+
+    Args:
+        command: without `--termination-message`.
+        work: folder for the result that the process leaves.
+        deadline_seconds: that the whole command may take.
+    """
+    message, activity = work / "result.json", work / "activity"
+    message.unlink(missing_ok=True)
+    slot = create(activity)
+    environment = {**os.environ, LAUNCHED: "1", ACTIVITY: str(activity)}
+    process = subprocess.Popen(  # noqa: S603 - our own command
+        [*command, "--termination-message", str(message)], env=environment, start_new_session=True
+    )
+
+    def pass_on(number: int, frame: object) -> None:  # noqa: ARG001 - a signal handler's signature
+        process.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, pass_on)
+    deadline = time.monotonic() + deadline_seconds
+    while process.poll() is None:
+        what = overdue(slot)
+        if what is not None or time.monotonic() >= deadline:
+            process.kill()
+            process.wait()
+            return _late(what, deadline_seconds)
+        time.sleep(_POLL_SECONDS)
+    result = TrainerResult.parse(message.read_text(encoding="utf-8")) if message.is_file() else None
+    return result or _silent(process.returncode)
+
+
+def _late(what: str | None, deadline_seconds: float) -> TrainerResult:
+    if what is None:
+        return TrainerResult(
+            outcome=Outcome.FAILED,
+            reason=FailureReason.DEADLINE_EXCEEDED,
+            message=f"the checks took longer than {deadline_seconds:.0f} s and were stopped: use fewer or smaller data"
+            " files, or a smaller tokenizer",
+        )
+    return TrainerResult(
+        outcome=Outcome.FAILED,
+        reason=FailureReason.INVALID_SPEC,
+        message=f"{what} did not finish in time and was stopped: remove what repeats without end, or grows with each"
+        " repetition",
+    )
+
+
+def _silent(code: int) -> TrainerResult:
+    return TrainerResult(
+        outcome=Outcome.FAILED,
+        reason=FailureReason.INTERNAL_ERROR,
+        message=f"the checks ended with exit code {code if code >= 0 else 128 - code} and left no result; the log may"
+        " say why",
+        retryable=code != ExitCode.USER_FAULT,
+    )
