@@ -13,7 +13,7 @@ import yaml
 
 from tunesmith.contracts.scheduling import DEFAULT_SCHEDULING
 from tunesmith.controller.settings import parse
-from tunesmith.gateway.main import _parser as gateway_options
+from tunesmith.gateway.main import parser as gateway_options
 
 if TYPE_CHECKING:
     import subprocess
@@ -264,6 +264,14 @@ def test_the_operator_selects_gateways_by_all_labels_of_their_pods(template: Tem
     labels = deployments["tunesmith-gateway"]["spec"]["template"]["metadata"]["labels"]
     command = deployments["tunesmith-operator"]["spec"]["template"]["spec"]["containers"][0]["command"]
     assert f"--instance={labels['app.kubernetes.io/instance']}" in command
+
+
+def test_metrics_demand_a_token_unless_the_platform_opens_them(template: Template) -> None:
+    for values, expected in (({}, []), ({"metrics": {"requireToken": False}}, ["--open-metrics"])):
+        deployments = of_kind(template("tunesmith", values), "Deployment")
+        for name in ("tunesmith-operator", "tunesmith-gateway"):
+            command = deployments[name]["spec"]["template"]["spec"]["containers"][0]["command"]
+            assert [part for part in command if part == "--open-metrics"] == expected
 
 
 def test_gateway_service_and_its_url_agree(template: Template) -> None:

@@ -77,6 +77,13 @@ class Lines:
             if self._socket is not None:
                 self._socket.close()
 
+    async def disconnect(self) -> None:
+        """Break all connections; new ones are accepted."""
+        assert self._runner is not None
+        assert self._runner.server is not None
+        for connection in self._runner.server.connections:
+            connection.force_close()
+
     async def change(self) -> None:
         async with self._changed:
             self._changed.notify_all()
@@ -109,6 +116,7 @@ class FakeAgent(Lines):
 
     def __init__(self, keys: dict[str, Keys], pod_uid: str, damaged: set[str]) -> None:
         super().__init__(pod_tokens(keys["events"], pod_uid), "/v1/events", self._events)
+        self.pod_uid = pod_uid
         self.control_tokens = pod_tokens(keys["control"], pod_uid)
         self.state = PodState(base_model_fingerprint=FINGERPRINT, engine_ready=True)
         self.lists: list[DesiredAdapters] = []

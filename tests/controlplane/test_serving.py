@@ -18,12 +18,14 @@ from manifests import adapter, job, pool
 from operatorprocess import STORE, until
 from poolkubelet import FINGERPRINT, PoolKubelet, gateway
 from tunesmith.cluster.errors import InvalidError
+from tunesmith.contracts.agent import list_digest, parse_keys, pod_tokens
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from operatorprocess import Operator
     from tunesmith.cluster.client import Cluster
+    from tunesmith.contracts.agent import Keys
 
 
 pytestmark = pytest.mark.controlplane
@@ -415,6 +417,57 @@ async def test_a_silent_agent_makes_it_unknown(world: World) -> None:
     await world.until_condition("small", "Degraded", "True", "AgentSilent", kind="ServingPool")
     agent.silent = False
     await world.until_condition("pirate", "Ready", "True", "Resident")
+
+
+async def test_a_rotated_installation_key_reaches_all_and_interrupts_nobody(world: World) -> None:
+    await world.pool()
+    await world.train("talk")
+    await world.serve("first", "talk")
+    ready = await world.until_condition("first", "Ready", "True")
+    (agent,) = world.pods.agents.values()
+    place = ("Secret", "tunesmith-installation-key", "default")
+    installation = await world.cluster.get(*place)
+    old, new = installation["data"]["key"], base64.b64encode(b"the next installation key of the tests").decode()
+
+    async def until_keys(count: int) -> dict[str, Keys]:
+        """Wait until gateways and pools have so many keys; return those of the pool."""
+        found: dict[str, Keys] = {}
+
+        async def holds() -> bool:
+            (secret,) = await world.cluster.list("Secret", world.namespace)
+            gateway = await world.cluster.get("Secret", "tunesmith-gateway-key", "default")
+            found.update({name: parse_keys(base64.b64decode(text)) for name, text in secret["data"].items()})
+            keys = [*found.values(), parse_keys(base64.b64decode(gateway["data"]["key"]))]
+            return [len(entry) for entry in keys] == [count] * 5
+
+        await until(holds, f"{count} keys everywhere")
+        return found
+
+    await world.cluster.patch(*place, {"data": {"key": new, "previous": old}})
+    keys = await until_keys(2)
+    await world.serve("second", "talk")  # the agent has not read its new files yet
+    await world.until_condition("second", "Ready", "True")
+    agent.tokens = pod_tokens(keys["events"], agent.pod_uid)
+    agent.control_tokens = pod_tokens(keys["control"], agent.pod_uid)
+    await world.cluster.patch(*place, {"data": {"previous": None}})
+    keys = await until_keys(1)
+    agent.tokens = pod_tokens(keys["events"], agent.pod_uid)
+    agent.control_tokens = pod_tokens(keys["control"], agent.pod_uid)
+    await agent.disconnect()
+    await world.serve("third", "talk")
+    await world.until_condition("third", "Ready", "True")
+    assert (await world.condition("first", "Ready"))["lastTransitionTime"] == ready["lastTransitionTime"]
+
+
+async def test_somebody_elses_list_is_replaced(world: World) -> None:
+    await world.pool()
+    await world.train("talk")
+    await world.serve("pirate", "talk")
+    await world.until_condition("pirate", "Ready", "True")
+    (agent,) = world.pods.agents.values()
+    await agent.set(epoch=2**50, sequence=2**50, list_digest=list_digest([]), adapters=[])
+    await world.until_holders(world.engine_name("pirate", "talk"), 1)
+    assert agent.lists[-1].epoch == 2**50 + 1
 
 
 async def test_tokens_stay_out_of_status_events_and_logs(world: World, operator: Operator) -> None:

@@ -9,7 +9,7 @@ import aiohttp
 import pytest
 import uvloop
 
-from gateway_rig import GATEWAY_KEYS, OWN_NAMESPACE, Rig, Watches, eventually, free_ports
+from gateway_rig import OWN_NAMESPACE, Rig, Watches, eventually, free_ports
 from tunesmith.gateway.proxy import Limits
 from tunesmith.gateway.server import Gateway, Settings
 
@@ -36,7 +36,7 @@ async def start() -> AsyncIterator[Callable[..., Awaitable[Rig]]]:
                 watches.sync.clear()
             settings = Settings(
                 namespace=OWN_NAMESPACE,
-                gateway_keys=lambda: GATEWAY_KEYS,
+                gateway_keys=lambda: watches.gateway_keys,
                 shared_pool_namespaces=("serving", "elsewhere"),
                 limits=Limits(**limits),  # type: ignore[arg-type]
                 host="127.0.0.1",

@@ -54,6 +54,8 @@ class Watches:
         self._objects: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
         self._queues: dict[str, asyncio.Queue[WatchEvent]] = {}
         self.asked: dict[str, tuple[str | None, str]] = {}
+        self.gateway_keys = GATEWAY_KEYS
+        """What the gateway's key file holds."""
         self.sync = asyncio.Event()
         self.sync.set()
 
