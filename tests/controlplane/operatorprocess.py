@@ -22,11 +22,20 @@ STORE = "s3://tunesmith/store"
 class Operator:
     """One replica; a context manager that kills what still runs."""
 
-    def __init__(self, kubeconfig: Path, folder: Path, *, namespace: str = "default", identity: str = "") -> None:
+    def __init__(
+        self,
+        kubeconfig: Path,
+        folder: Path,
+        *,
+        namespace: str = "default",
+        identity: str = "",
+        options: tuple[str, ...] = (),
+    ) -> None:
         self._kubeconfig = kubeconfig
         self._folder = folder
         self._namespace = namespace
         self._identity = identity
+        self._options = options
         self._process: subprocess.Popen[bytes] | None = None
         self.probe_port = 0
         self.metrics_port = 0
@@ -50,6 +59,7 @@ class Operator:
             *("--agent-image", "localhost/agent:1", "--engine-image", self.engine_image),
             *("--probe-port", str(self.probe_port), "--metrics-port", str(self.metrics_port), "--lease-seconds", "3"),
             "--open-metrics",
+            *self._options,
         ]
         environment = {**os.environ, "KUBECONFIG": str(self._kubeconfig), "TUNESMITH_IDENTITY": self._identity}
         with self.log.open("ab") as log:
@@ -70,10 +80,10 @@ class Operator:
         self.process.terminate()
         return self.process.wait(timeout=20)
 
-    def answers(self, path: str) -> bool:
-        """Whether a probe succeeds."""
+    def answers(self, path: str, host: str = "127.0.0.1") -> bool:
+        """True if a probe succeeds."""
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.probe_port}{path}", timeout=5) as response:
+            with urllib.request.urlopen(f"http://{host}:{self.probe_port}{path}", timeout=5) as response:
                 return bool(response.status == 200)
         except (urllib.error.URLError, OSError):
             return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
 from typing import TYPE_CHECKING, Any
@@ -10,15 +11,21 @@ import pytest
 
 from apiserver import until
 from manifests import job, pool
+from operatorprocess import Operator
+from operatorprocess import until as eventually
 from rights import grant, kubeconfig_of
 from tunesmith.api.placement import Resources, Scheduling
 from tunesmith.cluster.client import Cluster
 from tunesmith.cluster.errors import ForbiddenError
 from tunesmith.contracts.scheduling import DEFAULT_SCHEDULING, AllowedScheduling, refusal
+from tunesmith.gateway.catalog import Catalog
+from tunesmith.gateway.feed import Feed
+from tunesmith.gateway.keys import KeyTable
 
 if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable
+    from pathlib import Path
 
     from apiserver import ApiServer
 
@@ -417,7 +424,7 @@ def test_with_listed_namespaces_the_others_are_closed(server: ApiServer) -> None
     def may(*arguments: str) -> bool:
         return server.kubectl("--kubeconfig", kubeconfig, *arguments).returncode == 0
 
-    assert may("get", "pods,jobs,deployments,ftj", "-n", watched)
+    assert may("get", "pods,jobs.batch,deployments,ftj", "-n", watched)
     assert not may("get", "pods", "-n", other)
     assert not may("get", "pods", "-A")
     assert not may("create", "--dry-run=server", "-f", "-")
@@ -425,6 +432,52 @@ def test_with_listed_namespaces_the_others_are_closed(server: ApiServer) -> None
         *("--kubeconfig", kubeconfig, "create", "--dry-run=server", "-f", "-"), manifest=json.dumps(deployment(other))
     )
     assert RBAC in made.stderr
+
+
+async def test_only_listed_namespaces_are_served(server: ApiServer, cluster: Cluster, tmp_path: Path) -> None:
+    """By an operator and a gateway with the rights of a limited installation, which cannot even look elsewhere."""
+    home, watched, other = "served", "served-a", "served-b"
+    for name in (home, watched, other):
+        server.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
+    values: dict[str, object] = {"watchNamespaces": [watched], "rbac": {"aggregateToUserRoles": False}}
+    kubeconfig = grant(server, home, release="served", **values)
+    for name in (watched, other):
+        server.apply(job(name))
+        server.apply(pool(name, modelName=name))
+
+    async def validating(namespace: str) -> bool:
+        return "status" in await cluster.get("FineTuneJob", "tone", namespace)
+
+    async def pods_wanted(namespace: str) -> bool:
+        return bool(await cluster.list("Deployment", namespace))
+
+    with Operator(kubeconfig, tmp_path, namespace=home, options=("--watch-namespaces", watched)) as operator:
+        await eventually(lambda: validating(watched), "the listed namespace's job is validated")
+        await eventually(lambda: pods_wanted(watched), "the listed namespace's pool has a Deployment")
+        # Its watches, and not only its first list, are allowed.
+        server.apply(job(watched, "second"))
+
+        async def seen() -> bool:
+            return "status" in await cluster.get("FineTuneJob", "second", watched)
+
+        await eventually(seen, "a job that is created later is seen", seconds=30)
+        assert not await validating(other)
+        assert not await pods_wanted(other)
+        assert operator.answers("/readyz")
+        assert operator.answers("/readyz", "[::1]")
+    keys, catalog = KeyTable(), Catalog()
+    gateway = kubeconfig_of(server, home, "served-tunesmith-gateway")
+    async with await Cluster.connect(kubeconfig=gateway) as connected:
+        feed = Feed(connected, home, (watched,), keys=keys, catalog=catalog, changed=lambda: None)
+        following = asyncio.create_task(feed.run())
+
+        async def synced() -> bool:
+            return feed.synced()
+
+        await eventually(synced, "the gateway has read what it may")
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+    assert set(catalog._models) == {f"{watched}/{watched}"}
 
 
 RULES: dict[str, AllowedScheduling] = {
