@@ -18,6 +18,7 @@ from tunesmith_server.guard import (
     MAX_UNEXPLAINED,
     PROGRESS_SECONDS,
     QUIET_SECONDS,
+    WARM_UP_SECONDS,
     Guard,
 )
 
@@ -150,6 +151,16 @@ async def test_an_engine_is_warm_before_it_is_ready(watch: Watch) -> None:
     assert {"logprobs", "use_beam_search", "response_format"} <= {key for body in watch.engine.asked for key in body}
 
 
+async def test_an_engine_that_warms_up_has_more_time(watch: Watch) -> None:
+    watch.engine.answering.clear()
+    await watch.step()
+    await watch.step(PROGRESS_SECONDS)
+    await watch.step(HANG_SECONDS)
+    assert not watch.guard.problem
+    await watch.step(WARM_UP_SECONDS)
+    assert watch.engine.restarts == [watch.guard.problem]
+
+
 async def test_an_idle_engine_is_asked_now_and_then(watch: Watch) -> None:
     await watch.started()
     before = len(watch.engine.asked)
@@ -256,7 +267,7 @@ async def test_an_engine_without_a_token_hangs(watch: Watch) -> None:
     await watch.step(PROGRESS_SECONDS)
     assert not watch.guard.problem
     await watch.step(HANG_SECONDS)
-    assert "processed no token for 25 s" in watch.guard.problem
+    assert "processed no token for 30 s" in watch.guard.problem
     assert watch.engine.restarts == [watch.guard.problem]
 
 

@@ -37,9 +37,11 @@ CANARY_SECONDS = 60.0
 """Time between two canaries of an engine to which nothing happens: 12 tokens a minute."""
 CONFIRMATIONS = 3
 """Answers in a row that must differ: each is computed in another batch, so that noise does not repeat."""
-HANG_SECONDS = 25.0
+HANG_SECONDS = 30.0
 """Time without a token of anybody while a canary waits. The longest step that a healthy engine takes is the prefill of
 a full batch, some seconds on a CPU."""
+WARM_UP_SECONDS = 600.0
+"""The same before the first answer, while kernels are compiled."""
 QUIET_SECONDS = 3.0
 """Time without a token while requests run, after which a canary is sent."""
 PROGRESS_SECONDS = 1.0
@@ -162,11 +164,13 @@ class Guard:
         if self._check is None:
             if self._due(snapshot, now):
                 self._start(self._canary(snapshot, now), now)
-        elif min(now - self._check_started, now - self._boot.progress_at) >= self._hang_seconds:
-            await self._restart(
-                f"The engine has processed no token for {self._hang_seconds:.0f} s although requests are waiting: it "
-                "hangs and is restarted."
-            )
+        else:
+            limit = self._hang_seconds if self.ready else WARM_UP_SECONDS
+            if min(now - self._check_started, now - self._boot.progress_at) >= limit:
+                await self._restart(
+                    f"The engine has processed no token for {limit:.0f} s although requests are waiting: it hangs and "
+                    "is restarted."
+                )
 
     async def stuck(self, name: str, path: str) -> None:
         """Restart the engine because it never finished loading an adapter, which is refused from now on."""
