@@ -23,6 +23,7 @@ from tunesmith.contracts.agent import list_digest, parse_keys, pod_tokens
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
+    from apiserver import ApiServer
     from operatorprocess import Operator
     from tunesmith.cluster.client import Cluster
     from tunesmith.contracts.agent import Keys
@@ -329,6 +330,54 @@ async def test_without_gateways_nothing_shrinks(world: World) -> None:
 
     await until(decided, "the new rule was acted on")
     assert (await world.get("pirate"))["status"]["desiredReplicas"] == 2
+
+
+async def test_a_pods_problem_is_shown_while_it_lasts(world: World) -> None:
+    await world.pool()
+    await world.until_condition("small", "Degraded", "False", "AsExpected", kind="ServingPool")
+    (name,) = world.pods.agents
+
+    async def set_engine(**state: object) -> None:
+        engine = {"name": "engine", "image": "engine:1", "imageID": "", "ready": False, "restartCount": 2, **state}
+        status = {"status": {"containerStatuses": [engine]}}
+        await world.cluster.patch("Pod", name, world.namespace, status, type_="strategic", subresource="status")
+
+    ended = {"terminated": {"exitCode": 0, "reason": "Completed", "message": "EngineDeadError: killed"}}
+    for state, reason, message in (
+        (
+            {"state": {"waiting": {"reason": "ImagePullBackOff", "message": "not found"}}},
+            "ImagePullFailed",
+            "image engine:1 of engine cannot be pulled: not found",
+        ),
+        (
+            {"state": {"waiting": {"reason": "CrashLoopBackOff"}}, "lastState": ended},
+            "EngineFailed",
+            "the engine stopped (exit code 0, restarted 2 times): EngineDeadError: killed",
+        ),
+    ):
+        await set_engine(**state)
+        shown = await world.until_condition("small", "Degraded", "True", reason, kind="ServingPool")
+        assert shown["message"] == f"pod {name}: {message}"
+        await set_engine(state={"running": {}}, lastState=ended, ready=True)
+        await world.until_condition("small", "Degraded", "False", "AsExpected", kind="ServingPool")
+
+
+async def test_a_refused_write_is_a_condition_until_it_is_accepted(world: World, server: ApiServer) -> None:
+    quota = {
+        "apiVersion": "v1",
+        "kind": "ResourceQuota",
+        "metadata": {"name": "none", "namespace": world.namespace},
+        "spec": {"hard": {"count/deployments.apps": "0"}},
+    }
+    server.apply(quota)
+    await world.pool()
+    refused = await world.until_condition("small", "Degraded", "True", "WriteRefused", kind="ServingPool")
+    sentence = rf"the API server refuses Deployment {world.namespace}/small-\w+-pool: .*exceeded quota: none"
+    assert re.match(sentence, refused["message"])
+    assert (await world.condition("small", "Available", "ServingPool"))["reason"] == "WriteRefused"
+    server.apply({**quota, "spec": {"hard": {"count/deployments.apps": "5"}}})
+    await world.until_condition("small", "Available", "True", kind="ServingPool")
+    await world.until_condition("small", "Degraded", "False", kind="ServingPool")
 
 
 async def test_a_changed_pool_of_one_pod_never_stops_serving(world: World) -> None:

@@ -49,6 +49,12 @@ class PoolRollouts:
             self._rollouts[uid] = replace(rollout, change=None, cause=Cause.INSTALLATION, unfinished=True)
         return found
 
+    def withdraw(self, uid: str) -> None:
+        """Record that a pool's pods cannot be replaced, such as for an invalid spec: the others do not wait for it."""
+        rollout = self._rollouts.get(uid)
+        if rollout is not None:
+            self._rollouts[uid] = Rollout(rollout.pool)
+
     def forget(self, uid: str) -> None:
         """Drop a pool that is gone."""
         self._rollouts.pop(uid, None)

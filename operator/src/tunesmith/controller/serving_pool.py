@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from tunesmith.api.adapterdeployment import AdapterDeployment
-    from tunesmith.api.servingpool import ServingPool
+    from tunesmith.api.servingpool import ServingPool, ServingPoolStatus
     from tunesmith.cluster.resources import Object
     from tunesmith.contracts.agent import Keys
     from tunesmith.controller.serving_state import ServingState
@@ -57,6 +58,8 @@ if TYPE_CHECKING:
 
 KIND = "ServingPool"
 _TICK_SECONDS = 2.0
+_REQUESTS_SECONDS = 10.0
+_NUMBER_OF_REQUESTS = re.compile(r"\(\d+ now\)")
 _UNSETTLED_SECONDS = 0.3
 _REST = 4
 """Times that deciding took: a pool with many adapters takes at most a fifth of the operator's time."""
@@ -87,6 +90,7 @@ class ServingPoolReconciler:
         self._views: dict[str, PoolView] = {}
         self._placements: dict[str, PlacementMemory] = {}
         self._rollouts = PoolRollouts(self._context)
+        self._written: dict[str, float] = {}
         self._uids: dict[Key, str] = {}
 
     @property
@@ -106,6 +110,7 @@ class ServingPoolReconciler:
             return Result()
         pool = self._state.pools.get(key.namespace, key.name)
         if pool is None:
+            self._rollouts.forget(manifest["metadata"]["uid"])
             await self._state.report_unreadable(manifest, self._state.pools.error(manifest))
             return Result()
         self._uids[key] = pool.metadata.uid
@@ -141,12 +146,22 @@ class ServingPoolReconciler:
         decided = plan(pool, seen, self._context.now(), memory)
         rest = min(_MOST_REST_SECONDS, _REST * (time.perf_counter() - started))
         refused = await self._apply(pool, seen, decided.replicas) if invalid is None else None
+        if invalid is not None or refused is not None:
+            self._rollouts.withdraw(pool.metadata.uid)
         refused = await self._act(pool, decided) or refused
         if refused is not None:
             decided = plan(pool, replace(seen, refused=refused), self._context.now(), memory)
         self._wake_adapters(pool, seen, decided, attached)
-        await self._state.write_status(manifest, decided.status, pool.status.conditions)
+        if not self._differs_in_requests_only(pool, decided.status):
+            await self._state.write_status(manifest, decided.status, pool.status.conditions)
+            self._written[pool.metadata.uid] = time.monotonic()
         return Result(_TICK_SECONDS, rest if rest > _LEAST_REST_SECONDS else 0.0)
+
+    def _differs_in_requests_only(self, pool: ServingPool, status: ServingPoolStatus) -> bool:
+        """Return True if only the number of running requests changed, and a status was written a moment ago."""
+        if time.monotonic() - self._written.get(pool.metadata.uid, float("-inf")) >= _REQUESTS_SECONDS:
+            return False
+        return status != pool.status and _without_requests(status) == _without_requests(pool.status)
 
     def _forbidden(self, pool: ServingPool) -> str | None:
         """Return why the installation does not run the pool's pods; None where it does."""
@@ -192,6 +207,7 @@ class ServingPoolReconciler:
             self._views.pop(uid, None)
             self._placements.pop(uid, None)
             self._rollouts.forget(uid)
+            self._written.pop(uid, None)
 
     def _pods(self, pool: ServingPool, attached: Sequence[AdapterDeployment]) -> tuple[Decision, bool]:
         """The wanted pods, and whether adapters may move to spread them."""
@@ -301,6 +317,14 @@ class ServingPoolReconciler:
         for name in changed:
             for item in self._context.caches["AdapterDeployment"].find(MODEL, name.partition("@")[0]):
                 self._context.queue.add(key_of(item))
+
+
+def _without_requests(status: ServingPoolStatus) -> ServingPoolStatus:
+    conditions = [
+        condition.model_copy(update={"message": _NUMBER_OF_REQUESTS.sub("", condition.message)})
+        for condition in status.conditions
+    ]
+    return status.model_copy(update={"conditions": conditions})
 
 
 def _keys_of_adapter(adapter: Object) -> Iterable[Key]:

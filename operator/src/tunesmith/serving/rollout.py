@@ -251,7 +251,7 @@ class _Verdict:
             return (
                 ConditionStatus.UNKNOWN,
                 Reason.AGENT_SILENT,
-                f"the agent of pod {silent[0]} says nothing: whether it still holds the adapter is unknown",
+                f"the agent of pod {silent[0]} reports nothing: whether it still holds the adapter is unknown",
             )
         _, reason, message = self._what_is_missing()
         return ConditionStatus.FALSE, reason, message
