@@ -81,7 +81,7 @@ class RevisionState(StrEnum):
 class Revision(StatusModel):
     """One immutable artifact under the model name."""
 
-    digest: str = Field(max_length=71, description="Digest of the artifact.")
+    digest: str = Field(max_length=71, pattern=r"^sha256:[0-9a-f]{64}$", description="Digest of the artifact.")
     uri: str | None = Field(
         default=None,
         max_length=1024,

@@ -149,7 +149,7 @@ class _WireModel(StatusModel):
     model_config = ConfigDict(strict=True, hide_input_in_errors=True)
 
 
-EngineName = Annotated[str, Field(min_length=1, max_length=200)]
+EngineName = Annotated[str, Field(min_length=1, max_length=256)]
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 Message = Annotated[str, BeforeValidator(lambda text: text[:MAX_MESSAGE] if isinstance(text, str) else text)]
 """A sentence; what is longer than `MAX_MESSAGE` is cut."""
