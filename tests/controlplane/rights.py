@@ -32,7 +32,8 @@ def render(namespace: str, *, release: str = "tunesmith", **values: object) -> l
     Raises:
         RuntimeError: helm refused the values.
     """
-    complete = {"store": "s3://tunesmith/store", "images": {"registry": "registry.example"}, **values}
+    images = {"registry": "localhost", **{name: {"repository": name, "tag": "1"} for name in ("trainer", "agent")}}
+    complete = {"store": "s3://tunesmith/store", "images": images, **values}
     done = subprocess.run(
         [
             *(program("helm"), "template", release, ROOT / "charts/tunesmith", "--namespace", namespace),

@@ -14,10 +14,8 @@ from manifests import job, pool
 from operatorprocess import Operator
 from operatorprocess import until as eventually
 from rights import grant, kubeconfig_of
-from tunesmith.api.placement import Resources, Scheduling
 from tunesmith.cluster.client import Cluster
 from tunesmith.cluster.errors import ForbiddenError
-from tunesmith.contracts.scheduling import DEFAULT_SCHEDULING, AllowedScheduling, refusal
 from tunesmith.gateway.catalog import Catalog
 from tunesmith.gateway.feed import Feed
 from tunesmith.gateway.keys import KeyTable
@@ -45,14 +43,18 @@ POD_SPEC: Object = {
     "containers": [
         {
             "name": "main",
-            "image": "registry.example/main:1",
+            "image": "localhost/agent:1",
+            "command": ["tunesmith-agent"],
             "envFrom": [{"secretRef": {"name": "tunesmith-store"}}],
             "securityContext": {
                 "allowPrivilegeEscalation": False,
                 "readOnlyRootFilesystem": True,
                 "capabilities": {"drop": ["ALL"]},
             },
-            "volumeMounts": [{"name": "data", "mountPath": "/data"}],
+            "volumeMounts": [
+                {"name": "data", "mountPath": "/work"},
+                {"name": "hub", "mountPath": "/etc/tunesmith/secrets/hub"},
+            ],
         }
     ],
     "volumes": [{"name": "data", "emptyDir": {}}, {"name": "hub", "secret": {"secretName": "hub"}}],
@@ -96,7 +98,7 @@ def without(item: Object, field: str) -> Object:
 
 
 def volume(**source: object) -> list[Object]:
-    return [{"name": "data", **source}]
+    return [{"name": "data", **source}, POD_SPEC["volumes"][1]]
 
 
 def network_policy(**pods: str) -> Object:
@@ -185,6 +187,24 @@ CREATED: dict[str, tuple[Object, str]] = {
         ),
         "from tunesmith-store alone",
     ),
+    **{
+        what: (deployment(containers=container(**changes)), "get a user's Secret, and nothing that makes them run")
+        for what, changes in {
+            "a user's Secret in another image": {"image": "docker.io/evil:1"},
+            "a user's Secret in an image whose name begins so": {"image": "localhost/agent-evil:1"},
+            "a user's Secret in another program": {"command": ["sh", "-c", "cat /etc/tunesmith/secrets/hub/*"]},
+            "a user's Secret in the trainer's program of the agent's image": {"command": ["tunesmith-trainer"]},
+            "a user's Secret beside code of a job": {"args": ["train", "--allow-task-code"]},
+            "a user's Secret beside a module": {"env": [{"name": "PYTHONPATH", "value": "/work"}]},
+            "a user's Secret beside a library": {"env": [{"name": "LD_PRELOAD", "value": "/work/a.so"}]},
+            "a user's Secret beside tasks": {"env": [{"name": "TUNESMITH_LM_EVAL_TASKS", "value": "/work"}]},
+            "a user's Secret beside a folder of programs": {
+                "volumeMounts": [*POD_SPEC["containers"][0]["volumeMounts"], {"name": "data", "mountPath": "/usr"}]
+            },
+            "a user's Secret beside a hook": {"lifecycle": {"preStop": {"exec": {"command": ["sh"]}}}},
+            "a user's Secret beside a probe": {"livenessProbe": {"exec": {"command": ["sh"]}}},
+        }.items()
+    },
     "a token as a Secret": (
         secret(type="kubernetes.io/service-account-token")
         | {
@@ -478,111 +498,3 @@ async def test_only_listed_namespaces_are_served(server: ApiServer, cluster: Clu
         following.cancel()
         await asyncio.gather(following, return_exceptions=True)
     assert set(catalog._models) == {f"{watched}/{watched}"}
-
-
-RULES: dict[str, AllowedScheduling] = {
-    "rules-default": DEFAULT_SCHEDULING,
-    "rules-listed": AllowedScheduling(
-        priority_classes=("batch", "team-*"),
-        tolerations=("spot=yes", "gpu:NoSchedule", "team*=a:NoExecute", "empty="),
-        runtime_classes=(),
-        node_selectors=("zone*",),
-        gpu_resources=("example.com/gpu",),
-    ),
-    "rules-open": AllowedScheduling(
-        priority_classes=("*",), tolerations=("*",), runtime_classes=("*",), node_selectors=("*",), gpu_resources=("*",)
-    ),
-    "rules-effect": AllowedScheduling(tolerations=("*:NoSchedule",)),
-}
-ASKED: list[Object] = [
-    *({"priorityClassName": name} for name in ("system-node-critical", "batch", "batch2", "team-a")),
-    *({"runtimeClassName": name} for name in ("nvidia", "runc")),
-    *({"nodeSelector": {key: "a"}} for key in ("topology.kubernetes.io/zone", "zone-1", "nvidia.com/gpu.product")),
-    {"nodeSelector": {"zone": "a", "node-role.kubernetes.io/control-plane": ""}},
-    *(
-        {"tolerations": [toleration]}
-        for toleration in (
-            {"operator": "Exists"},
-            {"operator": "Exists", "effect": "NoSchedule"},
-            {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},
-            {"key": "nvidia.com/gpu2", "operator": "Exists"},
-            {"key": "spot", "value": "yes"},
-            {"key": "spot", "value": "no"},
-            {"key": "spot", "operator": "Exists"},
-            {"key": "gpu", "operator": "Exists", "effect": "NoSchedule"},
-            {"key": "gpu", "operator": "Exists", "effect": "NoExecute"},
-            {"key": "team-a", "value": "a", "effect": "NoExecute"},
-            {"key": "team-a", "value": "b", "effect": "NoExecute"},
-            {"key": "empty"},
-            {"key": "empty", "value": "x"},
-        )
-    ),
-    {},
-]
-HARDWARE: list[Object] = [{}, {"gpus": 0, "gpuResource": "devices.kubevirt.io/kvm"}, {"gpuResource": "example.com/gpu"}]
-
-
-@pytest.fixture(scope="module")
-def ruled(server: ApiServer) -> None:
-    """A namespace for each set of rules, with an installation of its own that serves it."""
-    for name, allowed in RULES.items():
-        server.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
-        values: dict[str, object] = {
-            "watchNamespaces": [name],
-            "scheduling": {
-                "allowedPriorityClasses": list(allowed.priority_classes),
-                "allowedTolerations": list(allowed.tolerations),
-                "allowedRuntimeClasses": list(allowed.runtime_classes),
-                "allowedNodeSelectorKeys": list(allowed.node_selectors),
-                "allowedGpuResources": list(allowed.gpu_resources),
-            },
-            "rbac": {"aggregateToUserRoles": False},
-        }
-        grant(server, name, release=name, **values)
-
-    def in_force() -> bool:
-        refused = job("rules-default", scheduling={"priorityClassName": "system-node-critical"})
-        closed = job("rules-effect", scheduling={"priorityClassName": "system-node-critical"})
-        return all(
-            DENIED in server.kubectl("create", "--dry-run=server", "-f", "-", manifest=item).stderr
-            for item in (refused, closed)
-        )
-
-    until(in_force, seconds=60, what="the rules in force")
-
-
-@pytest.mark.usefixtures("ruled")
-@pytest.mark.parametrize("name", RULES)
-def test_the_policy_decides_as_the_operator_does(server: ApiServer, name: str) -> None:
-    cases = [(scheduling, {}) for scheduling in ASKED] + [({}, hardware) for hardware in HARDWARE]
-    manifests, expected = [], {}
-    for number, (scheduling, resources) in enumerate(cases):
-        changes = {"scheduling": scheduling, "resources": resources}
-        for make, kind in ((job, "finetunejob"), (pool, "servingpool")):
-            manifests.append(make(name, f"case-{number}", **changes))
-            sentence = refusal(Scheduling.model_validate(scheduling), Resources.model_validate(resources), RULES[name])
-            expected[f"{kind}.tunesmith.dev/case-{number}"] = sentence is None
-    done = server.kubectl(
-        *("create", "--dry-run=server", "--output=name", "-f", "-"),
-        manifest={"apiVersion": "v1", "kind": "List", "items": manifests},
-    )
-    admitted = set(done.stdout.split())
-    assert admitted == {what for what, allowed in expected.items() if allowed}, done.stderr
-    assert done.stderr.count(DENIED) == len(expected) - len(admitted), done.stderr
-
-
-@pytest.mark.usefixtures("ruled")
-def test_what_was_admitted_before_a_list_became_shorter_can_still_be_labelled_and_suspended(server: ApiServer) -> None:
-    server.apply(job("rules-open", "older", scheduling={"priorityClassName": "batch"}))
-    values: dict[str, object] = {"watchNamespaces": ["rules-open"], "rbac": {"aggregateToUserRoles": False}}
-    grant(server, "rules-open", release="rules-open", **values)
-
-    def shorter() -> bool:
-        again = job("rules-open", "newer", scheduling={"priorityClassName": "batch"})
-        return DENIED in server.kubectl("create", "--dry-run=server", "-f", "-", manifest=again).stderr
-
-    until(shorter, seconds=60, what="the shorter list in force")
-    where = ("finetunejob", "older", "-n", "rules-open")
-    assert server.kubectl("label", *where, "a=b").returncode == 0
-    done = server.kubectl("patch", *where, "--type=merge", "-p", '{"spec": {"suspend": true}}')
-    assert done.returncode == 0, done.stderr

@@ -45,6 +45,11 @@ app.kubernetes.io/managed-by: {{ $root.Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version }}
 {{- end -}}
 
+{{/* Registry and repository of an image. Arguments: list of the root context and the image's key under `images`. */}}
+{{- define "tunesmith.repository" -}}
+{{- include "tunesmith.image" . | regexFind "^[^@]*/[^:@]+" -}}
+{{- end -}}
+
 {{/* Full reference of an image. Arguments: list of the root context and the image's key under `images`. */}}
 {{- define "tunesmith.image" -}}
 {{- $root := index . 0 -}}
