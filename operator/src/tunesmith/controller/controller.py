@@ -57,10 +57,11 @@ class Controller:
         metrics.queue_depth.set_function(lambda: context.queue.depth)
 
     def unhealthy(self) -> list[str]:
-        """Why the process should be started again: a reconcile that does not end."""
+        """Return why the process must be started again: a reconcile that does not end, watches that are gone."""
         now = time.monotonic()
         stuck = [key for key, since in self._busy.items() if now - since > _STUCK_SECONDS]
-        return [f"{key} has been reconciled for more than {_STUCK_SECONDS:.0f} s" for key in stuck]
+        problems = [f"{key} has been reconciled for more than {_STUCK_SECONDS:.0f} s" for key in stuck]
+        return [*problems, "the watches ended for good"] if self._watcher.died else problems
 
     def unready(self) -> list[str]:
         """Why the process cannot do its work now: what it knows of the cluster is missing or old."""

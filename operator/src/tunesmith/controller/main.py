@@ -86,12 +86,15 @@ async def _until(stop: asyncio.Event, *endless: object) -> None:
 
     Raises:
         Exception: one of them raised it.
+        RuntimeError: one of them ended.
     """
     tasks = [asyncio.ensure_future(coroutine) for coroutine in (*endless, stop.wait())]  # type: ignore[call-overload]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()
+        if not stop.is_set():
+            raise RuntimeError("a task of the operator ended that never should")
     finally:
         for task in tasks:
             task.cancel()

@@ -71,6 +71,11 @@ class Watcher:
         """Whether the watches run."""
         return self._thread.is_alive() and self._ready.is_set()
 
+    @property
+    def died(self) -> bool:
+        """True if the thread ended although nobody stopped it."""
+        return self._loop is not None and not self._thread.is_alive() and not self._stop.is_set()
+
     def start(self) -> None:
         """Start the thread. Must be called in the loop that `observe` is to be called in."""
         self._loop = asyncio.get_running_loop()
@@ -99,7 +104,7 @@ class Watcher:
                             ready_flag=self._ready,
                         )
                     )
-            except Exception as error:  # noqa: BLE001 - whatever ended them, they are started again
+            except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - whatever ended them, they are started again
                 _log.warning("the watches ended: %s: %s", type(error).__name__, error)
             self._ready.clear()
             if self._stop.is_set():
