@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tunesmith.gateway import body as bodies
-from tunesmith.gateway.body import MAX_CONTAINERS, MAX_DEPTH, MAX_VALUES, parse, socket_pieces
+from tunesmith.gateway.body import MAX_CONTAINERS, MAX_DEPTH, MAX_STRINGS, MAX_VALUES, parse, socket_pieces
 from tunesmith.gateway.errors import ApiError
 
 
@@ -93,10 +93,12 @@ def test_arrays_and_objects_are_bounded(unit: bytes) -> None:
     assert refused(b'{"model":"a","x":[' + unit * MAX_CONTAINERS + b"0]}")[0] == "body_too_complex"
 
 
-@pytest.mark.parametrize("unit", [b"1,", b'"",', b'"[",', b'"\\"",'])
-def test_values_are_bounded(unit: bytes) -> None:
-    assert parse(b'{"model":"a","x":[' + unit * (MAX_VALUES - 2) + b"0]}", 128)
-    assert refused(b'{"model":"a","x":[' + unit * (MAX_VALUES + 2) + b"0]}")[0] == "body_too_complex"
+@pytest.mark.parametrize(
+    ("unit", "most"), [(b"1,", MAX_VALUES), (b'"",', MAX_STRINGS), (b'"[",', MAX_STRINGS), (b'"\\"",', MAX_STRINGS)]
+)
+def test_values_are_bounded(unit: bytes, most: int) -> None:
+    assert parse(b'{"model":"a","x":[' + unit * (most - 3) + b"0]}", 128)
+    assert refused(b'{"model":"a","x":[' + unit * (most + 2) + b"0]}")[0] == "body_too_complex"
 
 
 def test_top_level_members_are_bounded() -> None:

@@ -154,6 +154,16 @@ async def test_compressed_bodies_are_read_and_bounded(start: Start) -> None:
     assert rig.gateway.proxy.budget.used == 0
 
 
+async def test_a_long_list_of_models_passes_in_pieces(start: Start) -> None:
+    rig = await pirate(start)
+    for number in range(1000):
+        rig.watches.put(adapter_manifest(f"model-{number:04}"))
+    await eventually(lambda: rig.gateway.catalog.exists("team/model-0999"), "all are known")
+    async with rig.http.get(f"{rig.url}/v1/models", headers={"Authorization": f"Bearer {rig.key}"}) as response:
+        assert len((await response.json())["data"]) == 1002
+    assert rig.gateway.proxy.budget.used == 0
+
+
 async def test_expectations(start: Start) -> None:
     rig = await pirate(start)
     answer = await send(rig, post(rig, b"Expect: 100-continue"))

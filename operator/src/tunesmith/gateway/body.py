@@ -23,6 +23,8 @@ MAX_CONTAINERS = 20_000
 """Most arrays and objects. The engine builds and checks an object for each of them."""
 MAX_VALUES = 500_000
 """Most values; prompts may be lists of token ids."""
+MAX_STRINGS = 100_000
+"""Most strings, names of members included."""
 MAX_MEMBERS = 256
 _PLAIN = bytes(set(range(256)) - set(b'"[]{},'))
 _UTF8_PIECE = 64 * 1024
@@ -134,8 +136,8 @@ def _check_structure(data: bytes | bytearray) -> None:
         return
     # What is left are brackets and commas, and the quotes around those that are part of strings.
     skeleton = data.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _PLAIN)
-    if skeleton.count(b'"') > 4 * MAX_VALUES:  # names of members are strings too
-        raise errors.body_too_complex(f"it has more than {2 * MAX_VALUES} strings")
+    if skeleton.count(b'"') > 2 * MAX_STRINGS:
+        raise errors.body_too_complex(f"it has more than {MAX_STRINGS} strings")
     outside = b"".join(skeleton.split(b'"')[::2])
     brackets = outside.translate(None, b",")
     if len(outside) - len(brackets) > MAX_VALUES:

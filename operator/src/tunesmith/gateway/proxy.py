@@ -19,7 +19,7 @@ from tunesmith.gateway.connections import answer
 from tunesmith.gateway.faults import described
 from tunesmith.gateway.forward import OTHER_TOKEN, Forwarder, NotStartedError
 from tunesmith.gateway.limits import Limits
-from tunesmith.gateway.reply import ANSWER_BYTES, ClientLeftError, EventReply
+from tunesmith.gateway.reply import ANSWER_BYTES, ClientLeftError, EventReply, write_large
 from tunesmith.gateway.request import Call, cache_salt, presented_key, read_body, request_id, require
 
 if TYPE_CHECKING:
@@ -186,13 +186,19 @@ class Proxy:
                 return await self._generate(exchange.call)
         if path == MODELS_PATH or path.startswith(MODELS_PATH + "/"):
             require(request, "GET", "HEAD")
-            return self._models(self._authenticate(request), path.removeprefix(MODELS_PATH)[1:])
+            key = self._authenticate(request)
+            body = self._models(key, path.removeprefix(MODELS_PATH)[1:])
+            if request.method == "HEAD" or len(body) <= ANSWER_BYTES:
+                return _json(body)
+            with self.budget.share(key.name) as whole, self.budget.share(key.name) as share:
+                whole.grow(len(body))
+                return await write_large(request, body, share, self._limits)
         if path in HEALTH_PATHS:
             require(request, "GET", "HEAD")
             reason = self._not_ready()
             if reason is not None:
                 raise errors.not_ready(reason)
-            return _json({"status": "ok"})
+            return _json(b'{"status":"ok"}')
         raise errors.unknown_url(request.method, path)
 
     def _authenticate(self, request: web.BaseRequest) -> ApiKey:
@@ -231,13 +237,13 @@ class Proxy:
                 raise
             raise errors.starting() from None
 
-    def _models(self, key: ApiKey, name: str) -> web.Response:
+    def _models(self, key: ApiKey, name: str) -> bytes:
         if not self._synced():
             raise errors.starting()
         if name:
             # Clients send the slash of a global id as %2F or as it is.
-            return _json(_description(self._catalog.resolve(name.replace("%2F", "/").replace("%2f", "/"), key)))
-        return _json({"object": "list", "data": [_description(model) for model in self._catalog.visible(key)]})
+            return orjson.dumps(_description(self._catalog.resolve(name.replace("%2F", "/").replace("%2f", "/"), key)))
+        return orjson.dumps({"object": "list", "data": [_description(model) for model in self._catalog.visible(key)]})
 
     async def _generate(self, call: Call) -> web.StreamResponse:
         """Forward to a pod; hold the request while none holds the model."""
@@ -316,5 +322,5 @@ def _description(model: Model) -> dict[str, Any]:
     return {"id": model.id, "object": "model", "created": model.created, "owned_by": model.namespace}
 
 
-def _json(document: dict[str, Any]) -> web.Response:
-    return web.Response(body=orjson.dumps(document), content_type="application/json")
+def _json(body: bytes) -> web.Response:
+    return web.Response(body=body, content_type="application/json")

@@ -69,6 +69,21 @@ async def finish(request: web.BaseRequest, response: web.StreamResponse, limits:
     await _within(request, response.write_eof(), limits.write_seconds)
 
 
+async def write_large(request: web.BaseRequest, body: bytes, share: Share, limits: Limits) -> web.StreamResponse:
+    """Send a JSON answer in pieces, for a client that may not read it.
+
+    Raises:
+        ClientLeftError: as `write`.
+    """
+    response = web.StreamResponse(headers={"Content-Type": "application/json"})
+    response.content_length = len(body)
+    await prepare(request, response)
+    for start in range(0, len(body), ANSWER_BYTES):
+        await write(request, response, body[start : start + ANSWER_BYTES], share, limits)
+    await finish(request, response, limits)
+    return response
+
+
 async def _within(request: web.BaseRequest, writing: Awaitable[None], seconds: float) -> None:
     try:
         async with asyncio.timeout(seconds):
