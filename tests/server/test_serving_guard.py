@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,8 +49,9 @@ def pod(
         running = ServingPod(Pod(folder / "pod", base, store), entries)
     except MissingPartError as error:
         pytest.fail(str(error), pytrace=False)
-    # A platform that bounds nothing: what the static checks would find reaches the engine.
-    running.agent = agent_container(running.pod, canary_seconds=5, hang_seconds=10, max_adapter_ratio=1e300)
+    # As if its file had passed the checks: it lies where the agent keeps what did.
+    shutil.copytree(huge.folder, running.pod.adapters / entries["huge"]["digest"].removeprefix("sha256:"))
+    running.agent = agent_container(running.pod, canary_seconds=10, hang_seconds=15)
     running.start()
     yield running
     running.stop()
