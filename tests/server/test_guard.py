@@ -10,7 +10,7 @@ import pytest
 
 from tunesmith.contracts.agent import DesiredAdapter
 from tunesmith_server import canary
-from tunesmith_server.engine import EngineDownError, EngineSnapshot, EngineState
+from tunesmith_server.engine import EngineDownError, EngineSnapshot, EngineState, RequestRefusedError
 from tunesmith_server.guard import (
     CANARY_SECONDS,
     CONFIRMATIONS,
@@ -304,6 +304,26 @@ async def test_an_engine_that_is_down_is_nobodys_fault(watch: Watch) -> None:
     watch.engine.reboot()
     await watch.started()
     assert watch.engine.restarts == []
+
+
+async def test_an_engine_that_refuses_its_canary_is_not_ready_and_is_not_restarted(watch: Watch) -> None:
+    def refused() -> str:
+        raise RequestRefusedError("max_logprobs is 0")
+
+    watch.engine.answer = refused
+    await watch.step(times=3)
+    assert not watch.guard.ready
+    assert watch.guard.problem.endswith("max_logprobs is 0")
+    assert watch.engine.restarts == []
+
+
+@pytest.mark.parametrize("length", [16, 64, 512, 10_000_000])
+def test_a_canary_fits_into_any_model(length: int) -> None:
+    for body in (canary.request("m", length), *canary.warm_up("m", length)):
+        prompt, answer = body["truncate_prompt_tokens"], body["max_tokens"]
+        assert isinstance(prompt, int)
+        assert isinstance(answer, int)
+        assert prompt + answer <= length
 
 
 async def test_an_adapter_whose_load_never_ends_is_refused(watch: Watch) -> None:

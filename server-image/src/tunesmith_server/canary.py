@@ -18,6 +18,8 @@ PROMPT = (
 )
 """Long enough to fill more than one block of the KV cache."""
 TOKENS = 12
+MAX_PROMPT_TOKENS = 512
+"""More than the prompt has with any tokenizer."""
 ALTERNATIVES = 5
 TOLERANCE = 0.5
 """Nats by which a log-probability may differ. Other batches and kernels change it by less than 0.1 in 16 bits; damaged
@@ -36,12 +38,20 @@ class CanaryAnswer(BaseModel):
     alternatives: tuple[dict[str, float], ...]
 
 
-def request(model: str, **changes: object) -> dict[str, object]:
-    """Return the body of a canary; its salt keeps it from being answered out of the prefix cache."""
+def request(model: str, length: int, **changes: object) -> dict[str, object]:
+    """Return the body of a canary; its salt keeps it from being answered out of the prefix cache.
+
+    Args:
+        model: name of the base or of an adapter.
+        length: the engine's longest request, in tokens.
+        changes: other parameters.
+    """
+    tokens = min(TOKENS, max(1, length // 4))
     return {
         "model": model,
         "prompt": PROMPT,
-        "max_tokens": TOKENS,
+        "max_tokens": tokens,
+        "truncate_prompt_tokens": min(MAX_PROMPT_TOKENS, length - tokens),
         "temperature": 0,
         "ignore_eos": True,
         "logprobs": ALTERNATIVES,
@@ -51,15 +61,16 @@ def request(model: str, **changes: object) -> dict[str, object]:
     }
 
 
-def warm_up(model: str) -> list[dict[str, object]]:
+def warm_up(model: str, length: int) -> list[dict[str, object]]:
     """Return requests, to be sent at once, that meet the kernels and automata that an engine makes on first use."""
     sampled: dict[str, object] = {"temperature": 1, "top_p": 0.9, "top_k": 20, "seed": 1, "max_tokens": 4}
     return [
-        *(request(model, **sampled) for _ in range(3)),
-        request(model, max_tokens=4, response_format={"type": "json_object"}),
-        request(model, max_tokens=2, use_beam_search=True, n=2, logprobs=None),
+        *(request(model, length, **sampled) for _ in range(3)),
+        request(model, length, max_tokens=4, response_format={"type": "json_object"}),
+        request(model, length, max_tokens=2, use_beam_search=True, n=2, logprobs=None),
         request(
             model,
+            length,
             max_tokens=4,
             presence_penalty=0.5,
             frequency_penalty=0.5,

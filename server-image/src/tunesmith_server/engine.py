@@ -37,6 +37,10 @@ class EngineSilentError(EngineDownError):
     """The engine took a request and did not answer in time."""
 
 
+class RequestRefusedError(Exception):
+    """The engine answered that it does not take a request of the agent."""
+
+
 class LoadRefusedError(Exception):
     """The engine answered that it does not load or unload an adapter."""
 
@@ -70,11 +74,13 @@ class EngineSnapshot:
         state: of the middleware.
         resident: path of every adapter that it holds by name.
         base: name of the base model.
+        length: its longest request, in tokens.
     """
 
     state: EngineState
     resident: dict[str, str]
     base: str = ""
+    length: int = 2048
 
 
 class EngineClient:
@@ -104,10 +110,10 @@ class EngineClient:
             state = EngineState.model_validate(await self._ask("GET", "/tunesmith/state"))
             models = await self._ask("GET", "/v1/models")
             resident = {entry["id"]: entry["root"] for entry in models["data"] if entry.get("parent") is not None}
-            base = next((str(entry["id"]) for entry in models["data"] if entry.get("parent") is None), "")
-        except (ValidationError, KeyError, TypeError, AttributeError) as error:
+            base = next(entry for entry in models["data"] if entry.get("parent") is None)
+        except (ValidationError, KeyError, TypeError, AttributeError, StopIteration) as error:
             raise EngineDownError(f"the engine's answer is not understood: {error}") from None
-        return EngineSnapshot(state, resident, base)
+        return EngineSnapshot(state, resident, str(base["id"]), int(base.get("max_model_len") or 2048))
 
     async def load(self, name: str, path: str) -> None:
         """Load an adapter from a folder.
@@ -150,14 +156,17 @@ class EngineClient:
         await self._ask("POST", "/tunesmith/drain")
 
     async def complete(self, body: dict[str, object]) -> str:
-        """Send a request of the agent's own; the reply's text, an error's too.
+        """Send a request of the agent's own and return the reply's text, also of an error of the engine's own.
 
         Raises:
+            RequestRefusedError: the engine does not take it.
             EngineDownError: it does not answer.
         """
         status, text = await self._call("POST", "/v1/completions", COMPLETE_SECONDS, body, shorten=False)
         if status != 200:  # noqa: PLR2004 - HTTP
             log.warning("the engine answers %d to a request of the agent: %s", status, _message(text))
+        if 400 <= status < 500:  # noqa: PLR2004 - HTTP
+            raise RequestRefusedError(_message(text))
         return text
 
     async def processed_tokens(self) -> float:

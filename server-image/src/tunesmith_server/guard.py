@@ -15,6 +15,7 @@ engine, which runs in another container and ends itself when it is asked to:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tunesmith_server import canary
 from tunesmith_server.canary import CanaryAnswer
-from tunesmith_server.engine import EngineDownError
+from tunesmith_server.engine import EngineDownError, RequestRefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -239,18 +240,24 @@ class Guard:
             self._check = None
 
     async def _canary(self, snapshot: EngineSnapshot, now: float) -> None:
-        model, used = snapshot.base, _requests(snapshot)
+        model, length, used = snapshot.base, snapshot.length, _requests(snapshot)
         candidates = self.unverified
         try:
             if not self.ready:
-                await asyncio.gather(*(self._engine.complete(body) for body in canary.warm_up(model)))
+                await asyncio.gather(*(self._warm_up(body) for body in canary.warm_up(model, length)))
             # A damaging adapter damages when it computes.
             await asyncio.gather(
-                *(self._engine.complete(canary.request(name, max_tokens=4)) for name in sorted(candidates))
+                *(self._engine.complete(canary.request(name, length, max_tokens=4)) for name in sorted(candidates))
             )
-            answer = canary.read(await self._engine.complete(canary.request(model)))
+            answer = canary.read(await self._engine.complete(canary.request(model, length)))
         except EngineDownError as error:
             log.info("canary: %s", error)
+            return
+        except RequestRefusedError as error:
+            if set(snapshot.resident) != set(self._resident):
+                return  # an adapter was unloaded meanwhile
+            self.problem = f"The engine does not take the agent's check of its answers: {error}"
+            log.exception("%s", self.problem)
             return
         self._boot.checked_at = now
         if not self.ready:
@@ -269,6 +276,10 @@ class Guard:
             log.warning("canary: the base model's answer differs (%d of %d)", self._boot.differing, CONFIRMATIONS)
             if self._boot.differing >= CONFIRMATIONS:
                 await self._condemn(snapshot)
+
+    async def _warm_up(self, body: dict[str, object]) -> None:
+        with contextlib.suppress(RequestRefusedError):  # this engine has no such feature, so nothing to warm up
+            await self._engine.complete(body)
 
     def _passed(self, candidates: frozenset[str], used: dict[str, int]) -> None:
         self._boot.differing = 0
