@@ -158,6 +158,8 @@ class Proxy:
         except (errors.ApiError, ClientLeftError):
             raise
         except TimeoutError:
+            if not cutoff.expired():  # the client's connection timed out
+                raise ClientLeftError from None
             raise (errors.cut_off() if exchange.call and exchange.call.started else errors.ending()) from None
         except ConnectionError:
             raise ClientLeftError from None
