@@ -55,6 +55,13 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     return run
 
 
+def test_no_credential_of_the_environment_is_in_an_error(command: Callable[..., Ended]) -> None:
+    secret = "aSecretThatNobodyMaySee"
+    ended = command("models", KUBECONFIG=f"/nowhere/{secret}", AWS_SECRET_ACCESS_KEY=secret)
+    assert "there is no kubeconfig at /nowhere/***" in ended.stderr
+    assert secret not in ended.stderr + ended.stdout
+
+
 def tunesmith(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     inherited = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     return subprocess.run(

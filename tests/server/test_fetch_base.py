@@ -32,6 +32,21 @@ if TYPE_CHECKING:
 AGENT = REPOSITORY / "server-image/.venv/bin/tunesmith-agent"
 
 
+@pytest.mark.parametrize("uri", ["s3://models/tiny", "hf://org/base"])
+def test_a_malformed_credential_is_reported_without_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], uri: str
+) -> None:
+    secret = tmp_path / "mine"
+    secret.mkdir()
+    for key in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
+        (secret / key).write_text("firstLineOfIt\nsecondLineOfIt")
+    arguments = ["fetch-base", "--uri", uri, "--target", str(tmp_path / "base"), "--secret", str(secret)]
+    assert run([*arguments, "--storage", "1000000"]) != 0
+    written = "".join(capsys.readouterr())
+    assert "has several lines" in written
+    assert "LineOfIt" not in written
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that looks like a model, with files that must not travel."""

@@ -17,7 +17,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 
 from tunesmith.contracts.connections import refusal
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
-from tunesmith_server.store import StoreCredentials, StoredFile, StoreError, StoreFolder
+from tunesmith_server.store import StoreCredentials, StoredFile, StoreError, StoreFolder, scrubber_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -173,6 +173,7 @@ def _fetch(where: _Place, credentials: StoreCredentials) -> list[StoredFile]:
 def _fetch_hub(where: _Place, revision: str | None, credentials: StoreCredentials) -> list[StoredFile]:
     uri, target = where.uri, where.target
     repository = uri.removeprefix("hf://").strip("/")
+    scrubber = scrubber_of(credentials)
     token, endpoint = credentials.values.get("HF_TOKEN"), credentials.values.get("HF_ENDPOINT")
     try:
         found = HfApi(endpoint=endpoint, token=token).model_info(repository, revision=revision, files_metadata=True)
@@ -195,6 +196,6 @@ def _fetch_hub(where: _Place, revision: str | None, credentials: StoreCredential
             raise StoreError(f"{uri} leads to {refused.explanation}.", permanent=False) from None
         if not isinstance(error, (HfHubHTTPError, OSError)):
             raise
-        raise StoreError(f"{uri} could not be read from the Hub: {error}.", permanent=False) from None
+        raise StoreError(scrubber.clean(f"{uri} could not be read from the Hub: {error}."), permanent=False) from None
     shutil.rmtree(target / ".cache", ignore_errors=True)
     return chosen

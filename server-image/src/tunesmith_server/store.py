@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 
 from tunesmith.contracts.connections import refusal
+from tunesmith.contracts.credentials import Scrubber, malformed
 from tunesmith.contracts.google_key import GOOGLE_KEY, parse_service_account
 
 if TYPE_CHECKING:
@@ -97,6 +98,19 @@ def read_credentials(folder: Path) -> StoreCredentials:
     return StoreCredentials(
         values, f"the Secret {folder.name} as written to the pod at {written:%Y-%m-%d %H:%M:%S} UTC"
     )
+
+
+def scrubber_of(credentials: StoreCredentials) -> Scrubber:
+    """Return what removes the credentials from what libraries say.
+
+    Raises:
+        StoreError: a value is malformed: libraries would put it into their errors in forms of their own.
+    """
+    for key, value in credentials.values.items():
+        sentence = malformed(key, value, credentials.origin)
+        if sentence is not None:
+            raise StoreError(f"{sentence}.", permanent=False)
+    return Scrubber(credentials.values)
 
 
 def _written(folder: Path) -> datetime:
@@ -187,6 +201,7 @@ class StoreFolder:
     def __init__(self, uri: str, credentials: StoreCredentials) -> None:
         self.uri = uri.rstrip("/")
         self._origin = credentials.origin
+        self._scrubber = scrubber_of(credentials)
         scheme, _, self._path = self.uri.partition("://")
         self._files = _filesystem(scheme, credentials.values)
 
@@ -267,4 +282,4 @@ class StoreFolder:
                 )
             else:
                 message = f"{location} could not be read: {type(error).__name__}: {error}."
-            raise StoreError(message, permanent=False) from None
+            raise StoreError(self._scrubber.clean(message), permanent=False) from None

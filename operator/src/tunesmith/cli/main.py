@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.metadata import version
 from typing import Annotated
@@ -18,6 +19,7 @@ from tunesmith.cli.output import note, print_line
 from tunesmith.cli.run import run
 from tunesmith.cli.submit import submit
 from tunesmith.cluster.errors import ClusterError, ConfigurationError, ForbiddenError, NotFoundError, UnauthorizedError
+from tunesmith.contracts.credentials import Scrubber, secret_values
 
 _UNKNOWN_KIND = ("could not find the requested resource", "page not found")
 """What API servers say about a kind, or a whole group, that they do not serve."""
@@ -58,13 +60,15 @@ def options(
 
 def main() -> None:
     """Run a command. A failure is told in a sentence on standard error; see `Exit` for the exit codes."""
+    # The environment may have the keys of a store, and libraries put what they were given into their errors.
+    scrubber = Scrubber(secret_values(os.environ))
     try:
         app()
     except CliError as error:
-        note(f"error: {error}")
+        note(f"error: {scrubber.clean(str(error))}")
         sys.exit(error.code)
     except ClusterError as error:
-        note(f"error: {_sentence(error)}")
+        note(f"error: {scrubber.clean(_sentence(error))}")
         sys.exit(Exit.USAGE if isinstance(error, ConfigurationError) else Exit.FAILED)
     except BrokenPipeError:
         # Whoever read our output left.
