@@ -98,7 +98,7 @@ environment-server: $(UV)
 	@$(STEP) "environment: agent" $(UV) sync --frozen --project server-image
 	@$(STEP) "environment: engine" $(UV) sync --frozen --project server-image/engine-cpu
 
-verify-fuzz-manifests: environment ## 10,000 mutated manifests through models and plans, 2,000 through an API server and the operator
+verify-fuzz-manifests: environment ## 10,000 mutated manifests through models and plans, 1,000 through an API server and the operator
 	@$(STEP) --last '^(passed|Assert)' "manifests: models and plans" $(RUN) python tests/finetune/manifest_fuzzer.py --count 10000
 	@$(STEP) --last ' (passed|failed).* in ' "manifests: API server" $(RUN) pytest -m long tests/controlplane/test_manifest_fuzz.py
 

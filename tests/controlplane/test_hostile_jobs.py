@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kubelet import Ending, Running, Waiting, published
-from manifests import API
+from manifests import API, job
 from operatorprocess import STORE, until
 from trainingworld import KIND, World
 from tunesmith.cluster.errors import ForbiddenError
@@ -266,3 +267,24 @@ async def test_what_a_pod_reports_never_blocks_the_status(world: World) -> None:
     await world.kubelet.end(pod, Ending(message=hostile))
     await world.until_condition("Complete")
     assert (await world.status())["artifact"]["uri"].startswith(STORE)
+
+
+async def test_an_object_nested_without_end_stops_nobody(world: World, server: ApiServer) -> None:
+    """The API server accepts 10,000 levels in a field without a schema; Python's parser gives up at 1,000."""
+    world.kubelet.script = published
+    levels = '{"a":' * 4000 + "1" + "}" * 4000
+    marker = "MARKER"
+    manifest = job(world.namespace, "deep", method={"peft": {"type": "LOHA", "config": {"target_modules": marker}}})
+    done = server.kubectl(
+        "create", "--validate=false", "-f", "-", manifest=json.dumps(manifest).replace(f'"{marker}"', levels)
+    )
+    assert done.returncode == 0, done.stderr
+
+    async def reported() -> bool:
+        found = server.kubectl("get", "ftj", "deep", "--namespace", world.namespace, "-o", "jsonpath={.status}").stdout
+        return "InvalidSpec" in found and "nested more than 8 levels deep" in found
+
+    await until(reported, "the condition of the deep job")
+    await world.submit()
+    await world.until_condition("Complete")
+    server.kubectl("delete", "ftj", "deep", "--namespace", world.namespace)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tunesmith.cluster.client import Cluster
 
 pytestmark = [pytest.mark.controlplane, pytest.mark.long]
-COUNT = 2000
+COUNT = 1000
 SEED = 11
 
 

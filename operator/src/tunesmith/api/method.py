@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from tunesmith.api.model import ApiModel, Rule
 
@@ -275,13 +275,35 @@ class FullFields(ApiModel):
     """All weights are trained; the artifact is a model, not an adapter."""
 
 
+_MAX_CONFIG_DEPTH = 8
+_MAX_CONFIG_VALUES = 2000
+
+
+def _bounded(config: dict[str, Any]) -> dict[str, Any]:
+    """The config, if it is no larger than any of PEFT's: the API server accepts 10,000 levels."""
+    level: list[Any] = [config]
+    count = 0
+    for _ in range(_MAX_CONFIG_DEPTH):
+        level = [
+            entry
+            for node in level
+            for entry in (node.values() if isinstance(node, dict) else node if isinstance(node, list) else ())
+        ]
+        count += len(level)
+        if count > _MAX_CONFIG_VALUES:
+            raise ValueError(f"method.peft.config has more than {_MAX_CONFIG_VALUES} values: remove some")
+    if any(isinstance(node, dict | list) and node for node in level):
+        raise ValueError(f"method.peft.config is nested more than {_MAX_CONFIG_DEPTH} levels deep: no field of PEFT is")
+    return config
+
+
 class PeftFields(ApiModel):
     """Any other method of PEFT."""
 
     type: str = Field(
         min_length=1, max_length=64, description="PEFT's name of the method, such as VERA, LOHA or OFT (PeftType)."
     )
-    config: dict[str, Any] = Field(
+    config: Annotated[dict[str, Any], AfterValidator(_bounded)] = Field(
         default={},
         max_length=64,
         description="Fields of PEFT's own config class, as PEFT names them. Those that take paths are refused.",

@@ -18,6 +18,7 @@ from tunesmith.cli.models import models
 from tunesmith.cli.output import note, print_line
 from tunesmith.cli.run import run
 from tunesmith.cli.submit import submit
+from tunesmith.cluster.client import allow_deep_objects
 from tunesmith.cluster.errors import ClusterError, ConfigurationError, ForbiddenError, NotFoundError, UnauthorizedError
 from tunesmith.contracts.credentials import Scrubber, secret_values
 
@@ -61,6 +62,7 @@ def options(
 def main() -> None:
     """Run a command. A failure is told in a sentence on standard error; see `Exit` for the exit codes."""
     # The environment may have the keys of a store, and libraries put what they were given into their errors.
+    allow_deep_objects()
     scrubber = Scrubber(secret_values(os.environ))
     try:
         app()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sys
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ PAGE_SIZE = 500
 _SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _REQUEST_TIMEOUT = aiohttp.ClientTimeout(total=30)
 _STREAM_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=90)
+_MAX_DEPTH = 12_000
 _HTTP_ERROR = 400
 
 PatchType = Literal["merge", "strategic", "json"]
@@ -421,6 +423,15 @@ class Cluster:
                 response.release()
             if self._observer is not None:
                 self._observer(verb, resource.kind, result)
+
+
+def allow_deep_objects() -> None:
+    """Let this process read every object that an API server may hold.
+
+    An API server accepts JSON that is 10,000 levels deep, in a field without a schema such as a FineTuneJob's
+    `method.peft.config`; one such object would otherwise fail every list of its kind. 8 MiB of stack are enough for it.
+    """
+    sys.setrecursionlimit(max(sys.getrecursionlimit(), _MAX_DEPTH))
 
 
 def _kubeconfig_path(kubeconfig: str | os.PathLike[str] | None) -> Path:

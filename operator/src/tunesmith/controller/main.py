@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import uvloop
 
-from tunesmith.cluster.client import Cluster
+from tunesmith.cluster.client import Cluster, allow_deep_objects
 from tunesmith.cluster.errors import ClusterError
 from tunesmith.cluster.events import EventRecorder
 from tunesmith.contracts.agent import accepts, gateway_keys, metrics_tokens
@@ -112,6 +112,7 @@ async def _main(settings: Settings) -> None:
 def main() -> None:
     """Run the operator as the command line says."""
     settings = parse()
+    allow_deep_objects()
     logging.basicConfig(
         level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from tunesmith.api.dataset import DatasetSource
     from tunesmith_trainer.store import Folder, Stores
 
+MAX_FILES = 10_000
+"""Of a source. Each is opened, hashed and copied."""
 _GLOB = re.compile(r"[*?\[]")
 _METADATA = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
 """What the `datasets` library writes beside the rows."""
@@ -99,6 +101,11 @@ def _data_files(paths: list[str], uri: str) -> list[str]:
         raise DatasetNotFoundError(
             f"the data set {uri} has no data files: their names end with {', '.join(ENDINGS)}"
             + (f"; there is {', '.join(paths[:5])}" if paths else "")
+        )
+    if len(found) > MAX_FILES:
+        raise DatasetInvalidError(
+            f"the data set {uri} has {len(found)} data files, more than {MAX_FILES}: put the rows into fewer files, or"
+            " choose some of them with a glob"
         )
     formats = {str(format_of(path)) for path in found}
     if len(formats) > 1:
