@@ -12,7 +12,7 @@ from worlds import ARTIFACT, NOW, STORE, attempt, condition, job, kube_job, pod,
 from tunesmith.api.conditions import find
 from tunesmith.api.finetunejob_status import ProgressStatus
 from tunesmith.finetune.plan import plan
-from tunesmith.finetune.status import notices
+from tunesmith.finetune.status import notices, without_reports
 
 if TYPE_CHECKING:
     from tunesmith.api.finetunejob import FineTuneJob
@@ -145,6 +145,21 @@ def test_time_passes_as_it_does_for_the_operator() -> None:
     assert found == sorted(found, key=lambda value: value or 0.0)
     assert found[-1] is not None
     assert found[-1] <= 50
+
+
+def test_a_status_that_is_refused_is_written_without_what_pods_reported() -> None:
+    before = job(validated(attempt(1), resolved={"totalSteps": 30}))
+    words = result(outcome="Failed", reason="DatasetInvalid", message="whatever the API server refuses")
+    status = plan(seen(before, attempts={1: kube_job("1", ended(2, words), failed=True)}), STORE).status
+    kept = without_reports(before.status, status)
+    assert "whatever" not in json.dumps(kept.manifest())
+    assert kept.phase == "Failed"
+    assert [entry.outcome for entry in kept.attempts] == ["Failed"]
+    assert kept.resolved == before.status.resolved
+    assert {entry.type: entry.reason for entry in kept.conditions} == {
+        "Validated": "Valid",
+        "Failed": "DatasetInvalid",
+    }
 
 
 @pytest.mark.parametrize("pause", ["Suspended", "Admitted"])
