@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 FOLDER = Path(middleware.__path__[0])
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MESSAGES = [{"role": "user", "content": "hello"}]
+MANY_TOOLS = [{"type": "function", "function": {"name": "f", "description": "x" * 4096}}] * 30
 CPU, GPU = "0.32.0+cpu", "0.32.0"
 
 
@@ -82,6 +83,7 @@ SERVED: list[tuple[str, dict[str, Any]]] = [
     (CHAT, {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}}),
     (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]}),
     (CHAT, {"priority": 0, "modalities": ["text"]}),
+    (CHAT, {"tools": MANY_TOOLS}),
     (COMPLETIONS, {"prompt": ["a"] * 16}),
     (COMPLETIONS, {"prompt": [1, 2, 3]}),
     (COMPLETIONS, {"prompt": [[1], [2]], "n": 8}),
@@ -171,6 +173,10 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     ),
     (CHAT, {"tools": [{"function": {"parameters": {"allOf": [{}] * 9}}}]}, "tools", "allOf of more than 8"),
     (CHAT, {"tools": [{"function": {}}] * 129}, "tools", "at most 128"),
+    (CHAT, {"tools": MANY_TOOLS, "tool_choice": "required"}, "tools", "32768 bytes where tool_choice"),
+    (CHAT, {"tools": MANY_TOOLS, "tool_choice": {"function": {"name": "f"}}}, "tools", "32768 bytes"),
+    (CHAT, {"tools": [{"function": {"strict": True}}, *MANY_TOOLS]}, "tools", "32768 bytes"),
+    (CHAT, {"tools": MANY_TOOLS * 4}, "tools", "262144 bytes"),
     (CHAT, {"repetition_detection": {"max_pattern_size": 10**9}}, "repetition_detection", "1024"),
     (CHAT, {"cache_salt": "x" * 129}, "cache_salt", "128"),
 ]  # fmt: skip

@@ -34,7 +34,10 @@ MAX_LOGPROB_TOKEN_IDS = 128
 MAX_BAD_WORDS = 64
 MAX_TOOLS = 128
 MAX_SCHEMA_BYTES = 32 * 1024
-"""JSON of a schema, of all tools or of a structural tag: compiling it takes the engine's API server 0.2 s at most."""
+"""JSON of a schema, of a structural tag or of all tools that a grammar is made of: compiling it takes the engine's API
+server 0.2 s at most."""
+MAX_TOOLS_BYTES = 256 * 1024
+"""JSON of all tools that no grammar is made of: they are part of the prompt."""
 MAX_REGEX_CHARACTERS = 512
 MAX_CHOICES_BYTES = 8 * 1024
 """All strings of structured_outputs.choice: 120 KiB of them stopped the API server for 4.7 s."""
@@ -356,7 +359,7 @@ def _tools(value: object, _policy: Policy) -> str | None:
         function = tool.get("function") if isinstance(tool, dict) else None
         if not isinstance(function, dict):
             return f"[{place}] must be an object with a function"
-    return _schema(value)
+    return _schema(value, MAX_TOOLS_BYTES)
 
 
 def _tool_choice(value: object, _policy: Policy) -> str | None:
@@ -423,12 +426,12 @@ def _regex(pattern: object) -> str | None:
     return None
 
 
-def _schema(document: object) -> str | None:
+def _schema(document: object, most: int = MAX_SCHEMA_BYTES) -> str | None:
     """Bound what a compiler of grammars gets: size, depth, patterns, and what makes automata large."""
     if too_deep(document):
         return f"must not nest deeper than {MAX_DEPTH} levels"
-    if len(json.dumps(document)) > MAX_SCHEMA_BYTES:
-        return f"must have at most {MAX_SCHEMA_BYTES} bytes"
+    if len(json.dumps(document)) > most:
+        return f"must have at most {most} bytes"
     return next(filter(None, map(_subschema, _objects(document))), None)
 
 
@@ -674,6 +677,11 @@ def _together(body: Mapping[str, Any], policy: Policy) -> Refusal | None:
             f"The request asks for {count} sequences (n × prompts), and this pool answers at most "
             f"{policy.max_choices} a request (requests.maxChoices).",
         )
+    tools = body.get("tools") or []
+    strict = any(tool["function"].get("strict") for tool in tools)
+    compiled = strict or body.get("tool_choice") not in (None, "none", "auto")
+    if compiled and (wrong := _schema(tools)):
+        return Refusal("tools", f"tools {wrong} where tool_choice or strict makes a grammar of them.")
     for fault in ENGINE_FAULTS:
         if fault.applies(body, policy):
             return Refusal(fault.parameter, fault.message, "unsupported_by_engine")
