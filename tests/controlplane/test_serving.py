@@ -508,6 +508,24 @@ async def test_a_rotated_installation_key_reaches_all_and_interrupts_nobody(worl
     assert (await world.condition("first", "Ready"))["lastTransitionTime"] == ready["lastTransitionTime"]
 
 
+async def test_a_deleted_lease_locks_nobody_out(world: World) -> None:
+    await world.pool()
+    await world.train("talk")
+    await world.serve("first", "talk")
+    await world.until_condition("first", "Ready", "True")
+    (agent,) = world.pods.agents.values()
+    before = agent.lists[-1].epoch
+    assert await world.cluster.delete("Lease", "tunesmith-operator", "default")
+
+    async def led_again() -> bool:
+        return await world.cluster.find("Lease", "tunesmith-operator", "default") is not None
+
+    await until(led_again, "another leader")
+    await world.serve("second", "talk")
+    await world.until_condition("second", "Ready", "True")
+    assert agent.lists[-1].epoch > before
+
+
 async def test_somebody_elses_list_is_replaced(world: World) -> None:
     await world.pool()
     await world.train("talk")
