@@ -15,7 +15,7 @@ _LABELS = ("app.kubernetes.io/", "tunesmith.dev/", "batch.kubernetes.io/", "kueu
 _ANNOTATIONS = ("tunesmith.dev/", "controller.kubernetes.io/pod-deletion-cost")
 _CONDITION = ("type", "status", "reason", "message", "lastTransitionTime", "observedGeneration")
 _CONTAINER = ("name", "image", "ready", "restartCount", "state", "lastState")
-PAGE_SIZE = 25
+PAGE_SIZE = 10
 """Objects that are read at once when all are listed: each may have 1.5 MB."""
 _LONGEST = 4096
 _MOST = 32
