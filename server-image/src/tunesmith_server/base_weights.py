@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tunesmith_server.safetensors import FLOATS, Tensor, read_tensors, values
+from tunesmith_server.safetensors import FLOATS, Tensor, blocks, read_tensors
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,9 +69,9 @@ class BaseWeights:
         if tensor.count <= MEASURED_WHOLE:
             places = list(range(0, tensor.count, _BLOCK))
         else:
-            blocks = MEASURED_WHOLE // _BLOCK
-            places = [(tensor.count - _BLOCK) * block // (blocks - 1) for block in range(blocks)]
-        squares = math.fsum(float(np.sum(np.square(values(path, tensor, place, _BLOCK)))) for place in places)
+            last = MEASURED_WHOLE // _BLOCK - 1
+            places = [(tensor.count - _BLOCK) * number // last for number in range(last + 1)]
+        squares = math.fsum(float(np.dot(block, block)) for block in blocks(path, tensor, places, _BLOCK))
         total = squares * max(1.0, tensor.count / MEASURED_WHOLE)
         return math.sqrt(total) if math.isfinite(total) and total > 0 else nominal
 

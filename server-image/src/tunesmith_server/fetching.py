@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.contracts.addresses import ALLOWED_ADDRESSES
 from tunesmith.contracts.agent import DesiredAdapter
 from tunesmith.contracts.connections import guarded
 from tunesmith_server.artifact import (
@@ -102,12 +103,14 @@ class FetchSettings:
         state: folder of the agent's state.
         secret: folder of the mounted Secret with the store's credentials.
         storage: bytes that all adapters of the pod may take.
+        allowed_addresses: networks that may be reached beside public addresses, as the platform lists them.
     """
 
     adapters: Path
     state: Path
     secret: Path
     storage: int
+    allowed_addresses: str
 
 
 class ArtifactFetcher:
@@ -254,7 +257,7 @@ def _fetch_in_child(channel: Channel, document: str, limits: PodLimits, settings
     """Fetch an artifact and send how it ended."""
     adapter = DesiredAdapter.model_validate_json(document)
     try:
-        with guarded():
+        with guarded({ALLOWED_ADDRESSES: settings.allowed_addresses}):
             credentials = read_credentials(settings.secret)
             credentials.set_proxies()
             fetch_artifact(

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import aiohttp
 
+from tunesmith.contracts.addresses import ALLOWED_ADDRESSES
 from tunesmith.contracts.agent import AGENT_PORT
 from tunesmith.contracts.connections import guarded
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
@@ -156,7 +157,13 @@ async def serve(options: argparse.Namespace) -> None:
         admin_token = prepare_engine(options.state)
         options.adapters.mkdir(parents=True, exist_ok=True)
         desired = DesiredFile(options.state)
-        folders = FetchSettings(options.adapters, options.state, options.secret, options.storage)
+        folders = FetchSettings(
+            options.adapters,
+            options.state,
+            options.secret,
+            options.storage,
+            os.environ.get(ALLOWED_ADDRESSES, ""),
+        )
         fetcher = ArtifactFetcher(folders, limits, metrics.downloaded)
     except (OSError, ValueError) as error:
         raise SetupError(f"The agent's folders cannot be used: {error}.") from None

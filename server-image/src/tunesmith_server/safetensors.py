@@ -12,7 +12,7 @@ import numpy as np
 from tunesmith.contracts.strict_json import parse_object
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -148,9 +148,11 @@ def rows(path: Path, tensor: Tensor, piece: int = 1 << 20) -> Iterator[NDArray[n
         yield _as_float64(matrix[start : start + step], tensor.dtype)
 
 
-def values(path: Path, tensor: Tensor, start: int, count: int) -> NDArray[np.float64]:
-    """Some of a tensor's values as float64, in the order in which they are stored."""
-    return _as_float64(_mapped(path, tensor)[start : start + count], tensor.dtype)
+def blocks(path: Path, tensor: Tensor, places: Iterable[int], size: int) -> Iterator[NDArray[np.float64]]:
+    """Values of a tensor as float64, in the order in which they are stored: from each place on, at most `size`."""
+    stored = _mapped(path, tensor)
+    for place in places:
+        yield _as_float64(stored[place : place + size], tensor.dtype)
 
 
 def _mapped(path: Path, tensor: Tensor) -> NDArray[Any]:

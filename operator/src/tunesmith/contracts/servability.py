@@ -96,7 +96,7 @@ def check_adapter_config(config: Mapping[str, Any]) -> LoraConfig:
     """
     if config.get("peft_type") != "LORA":
         raise UnservableError(f"the adapter's method is {_shown(config.get('peft_type'))}; vLLM serves LORA only")
-    if config.get("task_type") not in {None, "CAUSAL_LM"}:
+    if config.get("task_type") is not None and config["task_type"] != "CAUSAL_LM":
         raise UnservableError(f"the adapter's task is {_shown(config['task_type'])}; CAUSAL_LM is needed")
     if used := _unsupported(config):
         raise UnservableError(f"the adapter uses {', '.join(used)}; vLLM cannot serve that")

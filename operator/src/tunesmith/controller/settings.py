@@ -126,7 +126,7 @@ _OPTIONS: tuple[tuple[str, str | None, str], ...] = (
     ("base-model-storage", "500Gi", "disk that the downloaded base model of a pool pod may take, in Mi or Gi"),
     (
         "max-adapter-ratio",
-        "10",
+        "4",
         "highest norm of an adapter's change of a module, relative to the base's weights; adapters above are refused",
     ),
     ("lease-seconds", "5", "seconds after which another replica takes over from one that went silent"),

@@ -10,12 +10,16 @@ from __future__ import annotations
 import json
 import math
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from peft.utils.other import get_pattern_key
+from safetensors import safe_open
 from safetensors.torch import save_file
+
+from tunesmith.contracts.servability import is_literal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -87,7 +91,30 @@ def save(model: PeftModel, folder: Path) -> None:
     for key in ("target_modules", "exclude_modules", "feedforward_modules"):
         if isinstance(config.get(key), list):
             config[key] = sorted(config[key])
+    if config["peft_type"] == "LORA":
+        config |= _literal(config, folder / ADAPTER_WEIGHTS)
     path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _literal(config: Mapping[str, Any], weights: Path) -> dict[str, Any]:
+    """Fields that name modules by regular expressions, with the names of the adapter's modules instead.
+
+    Engines use such expressions as they are, and one can keep an engine busy for ever.
+    """
+    with safe_open(weights, framework="pt") as tensors:
+        ends = [name.removeprefix("base_model.model.") for name in tensors.keys()]  # noqa: SIM118 - not a dict
+    modules = sorted({name.removesuffix(".lora_A.weight") for name in ends if name.endswith(".lora_A.weight")})
+    changed: dict[str, Any] = {}
+    for key in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(key) or {}
+        if not all(map(is_literal, pattern)):
+            found = {module: get_pattern_key(pattern.keys(), module) for module in modules}
+            changed[key] = {module: pattern[name] for module, name in found.items() if name in pattern}
+    if isinstance(config.get("target_modules"), str) and not is_literal(config["target_modules"]):
+        changed |= {"target_modules": modules, "layers_to_transform": None, "layers_pattern": None}
+    if isinstance(config.get("exclude_modules"), str) and not is_literal(config["exclude_modules"]):
+        changed["exclude_modules"] = None
+    return changed
 
 
 def _doubled(state: Mapping[str, torch.Tensor], initial: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

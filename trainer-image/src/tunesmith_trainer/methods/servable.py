@@ -1,6 +1,6 @@
 """Whether vLLM can load what a method produces: decided before training, and confirmed on the files after it.
 
-What vLLM refuses is in its `vllm/lora/peft_helper.py` (0.32); what it loads and then answers wrongly was measured.
+The rules for adapter_config.json are those of `tunesmith.contracts.servability`, which the agents of pools apply too.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from tunesmith.api.finetunejob_status import ServableStatus
 from tunesmith.api.output import Servable
+from tunesmith.contracts.servability import UnservableError, check_adapter_config
 from tunesmith_trainer.errors import NotServableError, SelfCheckError
 from tunesmith_trainer.methods.conversion import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
@@ -60,10 +61,23 @@ def other(kind: str, config: Mapping[str, Any], *, mergeable: bool) -> ServableS
         mergeable: whether the adapter can be merged into the base.
     """
     if kind == "LORA":
-        verdict = of_files(config, [])
+        verdict = of_files(_named(config), [])
         return verdict if verdict.vllm else _no(f"{verdict.reason}: use method.lora, or {_MERGED}")
     mend = f"use method.lora, or {_MERGED}" if mergeable else "use method.lora; this one cannot be merged either"
     return _no(f"vLLM loads LoRA adapters only, and this is {kind}: {mend}")
+
+
+def _named(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration as it will be saved: lists for sets, and names where it has regular expressions."""
+    named = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    if isinstance(named.get("target_modules"), str) or not named.get("target_modules"):
+        named["target_modules"] = ["chosen-by-peft"]
+    if isinstance(named.get("exclude_modules"), str):
+        named["exclude_modules"] = None
+    for key in ("rank_pattern", "alpha_pattern"):
+        values = (named.get(key) or {}).values()
+        named[key] = {f"module-{number}": value for number, value in enumerate(values)}
+    return named
 
 
 def require(spec: FineTuneJobSpec, verdict: ServableStatus) -> None:
@@ -100,39 +114,16 @@ def of_files(config: Mapping[str, Any], tensors: Sequence[str]) -> ServableStatu
         config: content of adapter_config.json.
         tensors: names in adapter_model.safetensors.
     """
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        return _no(f"the adapter is {kind}, and vLLM loads LORA only")
-    refused = [name for name in _REFUSED if config.get(name)]
-    if config.get("bias", "none") != "none":
-        refused.append("bias")
-    if isinstance(config.get("init_lora_weights"), str):
-        refused.append(f"init_lora_weights {config['init_lora_weights']}")
-    if refused:
-        return _no(f"vLLM does not load an adapter with {', '.join(refused)}")
+    try:
+        checked = check_adapter_config(config)
+    except UnservableError as error:
+        return _no(str(error))
     odd = [name for name in tensors if not name.endswith((".lora_A.weight", ".lora_B.weight"))]
     if odd:
         return _no(f"the adapter holds {odd[0]}, which vLLM does not know")
-    highest = max([config["r"], *(config.get("rank_pattern") or {}).values()])
-    if highest > MAX_RANK:
-        return _no(f"the adapter's rank is {highest} and vLLM loads at most {MAX_RANK}")
+    if checked.highest_rank > MAX_RANK:
+        return _no(f"the adapter's rank is {checked.highest_rank} and vLLM loads at most {MAX_RANK}")
     return _YES
-
-
-_REFUSED = (
-    "use_dora",
-    "lora_bias",
-    "modules_to_save",
-    "alora_invocation_tokens",
-    "layer_replication",
-    "use_bdlora",
-    "use_qalora",
-    "trainable_token_indices",
-    "target_parameters",
-    "velora_config",
-    "monteclora_config",
-    "kasa_config",
-)
 
 
 def _names(path: Path) -> list[str]:
