@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help benchmark-operator benchmark-training verify-fuzz-gateway verify-fuzz-manifests verify-attacks verify-data verify-methods verify-resume demo test check generate images cluster-up cluster-down clean \
+.PHONY: help benchmark-operator benchmark-training verify-fuzz-adapters verify-fuzz-gateway verify-fuzz-manifests verify-attacks verify-data verify-methods verify-resume demo test check generate images cluster-up cluster-down clean \
   environment environment-trainer environment-server model check-format check-types check-imports check-generated check-unit
 
 UV_VERSION := 0.13.9
@@ -47,6 +47,10 @@ verify-data: environment-trainer model ## Validate a million rows: peak memory, 
 verify-fuzz-gateway: environment ## Send 20,000 mutated requests to a gateway: answers, log and memory (REQUESTS=, SEED=)
 	@$(STEP) --last '^(passed|Assert)' "fuzz the gateway" $(RUN) python tests/gateway/http_fuzzer.py \
 	  --requests $(or $(REQUESTS),20000) --seed $(or $(SEED),1)
+
+verify-fuzz-adapters: environment-server ## Check 10,000 mutated adapters as an agent does (MUTATIONS=)
+	@$(STEP) --last '^(passed|failed)' "fuzz the adapter check" $(RUN) --project server-image python \
+	  tests/server/fuzz_adapters.py --mutations $(or $(MUTATIONS),10000)
 
 benchmark-operator: environment ## Measure the operator's work with up to 4,000 adapters in a namespace
 	@$(STEP) --live "operator" $(RUN) python benchmarks/operator/benchmark.py

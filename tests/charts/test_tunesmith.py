@@ -224,6 +224,17 @@ def test_tasks_that_jobs_bring_are_allowed_by_the_platform_alone(template: Templ
         assert [part for part in command if part.startswith("--allow-task")] == told
 
 
+def test_the_limits_of_adapters_reach_the_operator(template: Template) -> None:
+    limits = {"adapterStorage": "8Gi", "baseModelStorage": "64Gi", "maxAdapterRatio": 0.5}
+    for values, expected in (
+        ({}, ["--adapter-storage=20Gi", "--base-model-storage=500Gi", "--max-adapter-ratio=4"]),
+        ({"serving": limits}, ["--adapter-storage=8Gi", "--base-model-storage=64Gi", "--max-adapter-ratio=0.5"]),
+    ):
+        operator = of_kind(template("tunesmith", values), "Deployment")["tunesmith-operator"]
+        command = operator["spec"]["template"]["spec"]["containers"][0]["command"]
+        assert [part for part in command if part.startswith(("--adapter", "--base-model", "--max-adapter"))] == expected
+
+
 def test_the_addresses_that_the_platform_lists_reach_the_operator(template: Template) -> None:
     listed = {"trainer": {"allowedAddresses": ["10.0.0.7/32", "fd00::/8"]}}
     for values, told in (({}, []), (listed, ["--allowed-addresses=10.0.0.7/32,fd00::/8"])):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from sandbox_children import allocates, dies, leaves, never_ends, was_killed
 from server_rig import STORE, Artifact, S3Server, write_secret
 
 from tunesmith.contracts.agent import DesiredAdapter
-from tunesmith_server import fetching
 from tunesmith_server.artifact import PodLimits, stored_digests
 from tunesmith_server.base_weights import read_base_weights
 from tunesmith_server.fetching import ArtifactFetcher, FetchSettings, Journal
@@ -21,33 +19,6 @@ from tunesmith_server.store import StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-    from tunesmith_server.sandbox import Channel
-
-
-def never_ends(_: Channel) -> None:
-    while True:
-        pass
-
-
-def allocates(channel: Channel) -> None:
-    try:
-        bytearray(512 * 2**20)
-    except MemoryError:
-        channel.send("refused", "no memory")
-
-
-def dies(_: Channel) -> None:
-    os.kill(os.getpid(), signal.SIGSEGV)
-
-
-def leaves(_: Channel) -> None:
-    os._exit(7)
-
-
-def runs_out_of_memory(_: Channel) -> None:
-    Path("/proc/self/oom_score_adj").read_text()
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +35,7 @@ def sandbox() -> Iterator[Sandbox]:
         (never_ends, 120.0, "needed more than 1 seconds of processor time"),
         (dies, 120.0, "ended with SIGSEGV"),
         (leaves, 120.0, "ended with exit code 7"),
-        (runs_out_of_memory, 120.0, "was killed, probably for its memory"),
+        (was_killed, 120.0, "was killed, probably for its memory"),
     ],
 )
 def test_the_death_of_a_child_is_a_sentence(
@@ -171,13 +142,10 @@ def test_a_full_volume_is_a_sentence_before_the_download(
 
 
 def test_a_check_that_takes_too_long_fails_the_adapter_for_good(
-    make: Callable[..., ArtifactFetcher],
-    adapter: Callable[..., Artifact],
-    store: S3Server,
-    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[..., ArtifactFetcher], adapter: Callable[..., Artifact], store: S3Server
 ) -> None:
-    monkeypatch.setattr(fetching, "CHECK_SECONDS", -(10**9))
     fetcher = make()
+    fetcher._check_seconds = 0
     entry = wanted(adapter(), store)
     with pytest.raises(UnfitAdapterError, match="the check of the adapter's files took more than"):
         fetcher.fetch(entry)

@@ -124,6 +124,29 @@ def test_the_engine_has_no_credentials_of_the_store(pool: Callable[..., ServingP
     assert "base-model-secret" not in {mount["name"] for mount in engine["volumeMounts"]}
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_every_volume_and_container_has_a_limit_of_storage(case: str, pool: Callable[..., ServingPool]) -> None:
+    spec = deployment(pool("base", **CASES[case]), IMAGES, 1)["spec"]["template"]["spec"]
+    volumes = {volume["name"]: volume["emptyDir"] for volume in spec["volumes"] if "emptyDir" in volume}
+    assert all(volume["sizeLimit"] for volume in volumes.values())
+    on_disk = sum(int(volume["sizeLimit"]) for volume in volumes.values() if volume.get("medium") != "Memory")
+    running = [container for container in spec["initContainers"] if container.get("restartPolicy")] + spec["containers"]
+    limits = [int(container["resources"]["limits"]["ephemeral-storage"]) for container in running]
+    # The kubelet evicts a pod whose volumes and logs exceed the sum. tmp-base-model is in use before the others.
+    assert sum(limits) >= on_disk - int(volumes.get("tmp-base-model", {"sizeLimit": 0})["sizeLimit"])
+    for container in [*spec["initContainers"], *spec["containers"]]:
+        assert container["resources"]["requests"]["ephemeral-storage"] == "256Mi"
+
+
+def test_keys_are_mounted_and_never_variables(pool: Callable[..., ServingPool]) -> None:
+    for case, more in (("cpu", set()), ("gpu", {"hub"}), ("claim", set())):
+        spec = deployment(pool("base", **CASES[case]), IMAGES, 1)["spec"]["template"]["spec"]
+        containers = [*spec["initContainers"], *spec["containers"]]
+        assert not any("envFrom" in container for container in containers)
+        names = {volume["secret"]["secretName"] for volume in spec["volumes"] if volume["name"].endswith("-secret")}
+        assert names == {"tunesmith-store"} | more
+
+
 def test_the_pods_fit_the_selector(pool: Callable[..., ServingPool]) -> None:
     spec = deployment(pool(), IMAGES, 1)["spec"]
     assert spec["selector"]["matchLabels"].items() <= spec["template"]["metadata"]["labels"].items()

@@ -37,6 +37,8 @@ _CHECKED_PER_SECOND = 20_000_000
 _MEMORY = 160 * 2**20
 """Of a child, and a part of the header's size."""
 _MEMORY_PER_HEADER_BYTE = 12
+_MAIN = "tunesmith_server.main"
+"""Every child imports the program's main module, so the server process loads it once."""
 _LIBRARIES = {"s3": "s3fs", "gs": "gcsfs.core", "az": "adlfs"}
 
 log = logging.getLogger(__name__)
@@ -127,7 +129,7 @@ class ArtifactFetcher:
         self._limits = limits
         self._downloaded = downloaded
         self._journal = Journal(settings.state)
-        self._sandbox = Sandbox([__name__, _LIBRARIES.get(limits.store.partition("://")[0], "fsspec")])
+        self._sandbox = Sandbox([_MAIN, _LIBRARIES.get(limits.store.partition("://")[0], "fsspec")])
         bounds = weight_bounds(limits.base, limits.max_rank)
         self._check_seconds = CHECK_SECONDS + bounds.size // _CHECKED_PER_SECOND
         memory = _MEMORY + _MEMORY_PER_HEADER_BYTE * bounds.header

@@ -52,7 +52,7 @@ class Sandbox:
         # One thread per child: the limits bound a process, and pools of idle threads would take memory.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["__main__", *modules])
+        self._context.set_forkserver_preload(list(modules))
 
     def start(self, function: Callable[..., None], arguments: tuple[Any, ...], limits: ChildLimits) -> Child:
         """Start `function(channel, *arguments)` in a child."""

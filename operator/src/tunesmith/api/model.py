@@ -167,5 +167,5 @@ class SecretReference(ApiModel):
         "are the store's own variables. s3://: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, "
         "AWS_ENDPOINT_URL, AWS_REGION. gs://: GOOGLE_SERVICE_ACCOUNT_KEY, the JSON of a service account's key. az://: "
         "AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY. hf:// and the "
-        "Hub: HF_TOKEN and, in a FineTuneJob, HF_ENDPOINT, the address of another Hub than Hugging Face's."
+        "Hub: HF_TOKEN and, for another Hub than Hugging Face's, HF_ENDPOINT, its address."
     )
