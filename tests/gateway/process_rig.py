@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Self
 import aiohttp
 
 from gateway_rig import (
-    DEADLINE,
     GATEWAY_KEYS,
     OWN_NAMESPACE,
     FakePod,
@@ -33,6 +32,8 @@ MIB = 1024 * 1024
 MEMORY_LIMIT = 512 * MIB
 """Of the gateway's container in the chart."""
 PIRATE = "team/pirate@aaaaaaaaaaaa"
+DEADLINE = 60.0
+"""Starting a process takes seconds on a busy machine."""
 
 
 class ProcessRig:
