@@ -85,7 +85,7 @@ def unconfined(**changes: object) -> list[Object]:
     return container(securityContext={**POD_SPEC["containers"][0]["securityContext"], **changes})
 
 
-def secret(namespace: str = TEAM, name: str = "made", **changes: object) -> Object:
+def secret(namespace: str = TEAM, name: str = "small-keys", **changes: object) -> Object:
     made = owned("Secret", "v1", namespace, type="Opaque", stringData={"control": "x"}) | changes
     made["metadata"]["name"] = name
     return made
@@ -215,6 +215,17 @@ CREATED: dict[str, tuple[Object, str]] = {
         },
         "of the type Opaque",
     ),
+    "the credentials of a namespace's store": (secret(name="tunesmith-store"), "with the keys of a pool"),
+    "an API key": (
+        {
+            **owned("ConfigMap", "v1", SYSTEM, data={"hash": "0" * 64, "namespace": TEAM}),
+            "metadata": {
+                **owned("ConfigMap", "v1", SYSTEM)["metadata"],
+                "labels": {**LABELS, "tunesmith.dev/api-key": "true"},
+            },
+        },
+        "makes no API keys",
+    ),
     "another Secret of the installation": (
         without(secret(SYSTEM, "api-key-forged"), "ownerReferences"),
         "are owned by",
@@ -266,11 +277,11 @@ CALLED: dict[str, tuple[tuple[str, ...], str]] = {
     "take a pool's pod from its pool": (("label", "pod", "ours", "-n", TEAM, "a=b"), "and one readiness gate"),
     "annotate a pool's pod": (("annotate", "pod", "ours", "-n", TEAM, "a=b"), "and one readiness gate"),
     "take over the cluster's name service": (
-        ("set", "image", "deployment/coredns", "-n", "kube-system", "main=evil"),
+        ("set", "image", "deployment/coredns", "-n", "kube-system", "main=localhost/agent:2"),
         "writes no objects in the namespaces kube-system",
     ),
     "change another's Deployment": (
-        ("set", "image", "deployment/theirs", "-n", TEAM, "main=evil"),
+        ("set", "image", "deployment/theirs", "-n", TEAM, "main=localhost/agent:2"),
         "are owned by",
     ),
     "read another's Deployment's variables by a label": (
