@@ -473,7 +473,7 @@ def test_a_draining_pod_ends_what_runs_and_refuses_the_rest(pod: ServingPod) -> 
     with open_stream(f"{pod.pod.engine_url}/v1/completions", "POST", body, SERVING_TOKEN) as stream:
         stream.readline()
         drain = threading.Thread(
-            target=lambda: drained.append(call(f"{pod.pod.agent_url}/drain", "POST", None, CONTROL_TOKEN))
+            target=lambda: drained.append(call(f"{pod.pod.agent_url}/drain", "POST", None, pod.pod.admin_token))
         )
         drain.start()
         wait_until(lambda: pod.engine_state()["draining"], "the engine drains", 20)
