@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
 import time
 from contextlib import aclosing
@@ -158,7 +159,8 @@ def _cause(error: Exception) -> str:
     if isinstance(error, aiohttp.ServerTimeoutError | TimeoutError):
         return "connection timed out"
     if isinstance(error, aiohttp.ClientConnectorError):
-        return (error.os_error.strerror or type(error.os_error).__name__).lower()
+        number = error.os_error.errno
+        return os.strerror(number).lower() if number else type(error.os_error).__name__
     if isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientPayloadError | OSError):
         return "the connection was closed"
     if isinstance(error, aiohttp.ClientError):
