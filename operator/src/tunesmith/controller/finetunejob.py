@@ -65,6 +65,7 @@ class FineTuneJobReconciler:
             allow_task_folders=settings.allow_task_folders,
             allowed_addresses=settings.allowed_addresses,
             image_pull_policy=settings.image_pull_policy,
+            storage=settings.job_storage,
             cluster=self._context.cluster_uid,
         )
 

@@ -53,6 +53,8 @@ class Settings:
     gateway_url: str
     """What AdapterDeployments tell as their url."""
     image_pull_policy: str
+    job_storage: str
+    """Disk that a pod of a job may take, such as 500Gi."""
     adapter_storage: str
     """Disk that the adapters of a pool pod may take, such as 20Gi."""
     base_model_storage: str
@@ -122,6 +124,7 @@ _OPTIONS: tuple[tuple[str, str | None, str], ...] = (
     ("engine-image", None, "vLLM image of pools that name none"),
     ("gateway-url", "", "URL that clients use, told in the status of AdapterDeployments"),
     ("image-pull-policy", "IfNotPresent", "pull policy of all pods: Always, IfNotPresent or Never"),
+    ("job-storage", "500Gi", "disk that a pod of a job may take, in Mi or Gi"),
     ("adapter-storage", "20Gi", "disk that the adapters of a pool pod may take, in Mi or Gi"),
     ("base-model-storage", "500Gi", "disk that the downloaded base model of a pool pod may take, in Mi or Gi"),
     (
@@ -198,6 +201,7 @@ def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str]
             engine_image=options.engine_image,
             gateway_url=options.gateway_url,
             image_pull_policy=options.image_pull_policy,
+            job_storage=_size(parser, "job-storage", options.job_storage),
             adapter_storage=_size(parser, "adapter-storage", options.adapter_storage),
             base_model_storage=_size(parser, "base-model-storage", options.base_model_storage),
             max_adapter_ratio=_ratio(options.max_adapter_ratio),

@@ -51,6 +51,8 @@ _VALIDATION_RESOURCES = {
     "limits": {"cpu": "2", "memory": VALIDATION_MEMORY},
 }
 _VALIDATION_RETRIES = 3
+_REQUESTED_STORAGE = "256Mi"
+"""A small request: how much disk a job needs is not known before its validation."""
 _MANIFEST_SUFFIXES = {VALIDATE: "spec", TRAIN: "resolved"}
 
 
@@ -68,6 +70,8 @@ class Installation:
     allowed_addresses: str = ""
     """Networks that jobs may reach beside public addresses, such as `10.0.0.7/32,fd00::/8`; empty: none."""
     image_pull_policy: str = "IfNotPresent"
+    storage: str = "500Gi"
+    """Disk that a pod may take: base model, data, checkpoints and what is merged. More ends the pod, not its node."""
     cluster: str = ""
     """Uid of the namespace kube-system, by which `tunesmith gc` tells this cluster's folders; empty: not known."""
 
@@ -303,7 +307,7 @@ def _pod(
                         {"name": ALLOWED_ADDRESSES, "value": installation.allowed_addresses},
                     ],
                     "ports": [{"name": "progress", "containerPort": PROGRESS_PORT}],
-                    "resources": resources,
+                    "resources": _with_disk(resources, installation.storage),
                     "securityContext": {
                         "allowPrivilegeEscalation": False,
                         "readOnlyRootFilesystem": True,
@@ -328,8 +332,8 @@ def _pod(
             ],
             "volumes": [
                 {"name": "job", "configMap": {"name": owned_name(job.metadata.name, job.metadata.uid, manifest)}},
-                {"name": "work", "emptyDir": {}},
-                {"name": "tmp", "emptyDir": {}},
+                {"name": "work", "emptyDir": {"sizeLimit": installation.storage}},
+                {"name": "tmp", "emptyDir": {"sizeLimit": installation.storage}},
                 *([{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "1Gi"}}] if shared else []),
                 # Optional: the kubelet would wait for a missing one without a word, the trainer says which is missing.
                 *(
@@ -351,6 +355,14 @@ def _resources(job: FineTuneJob) -> Object:
     return {
         "requests": {"cpu": wanted.cpu, "memory": wanted.memory, **gpus},
         "limits": {"memory": wanted.memory, **gpus},
+    }
+
+
+def _with_disk(resources: Object, storage: str) -> Object:
+    """The resources with a limit of all that the pod writes to its node's disk, which volumes count to."""
+    return {
+        "requests": {**resources["requests"], "ephemeral-storage": _REQUESTED_STORAGE},
+        "limits": {**resources["limits"], "ephemeral-storage": storage},
     }
 
 
