@@ -199,6 +199,18 @@ async def test_an_adapter_that_changes_the_bases_answers_is_refused_for_good(wat
     assert "refused on this pod" in watch.guard.refused[A.digest]
 
 
+async def test_answers_that_are_not_numbers_are_refused_by_the_engine_itself(watch: Watch) -> None:
+    def refused() -> str:  # what vLLM 0.32 answered after weights of 1e30
+        raise RequestRefusedError("Out of range float values are not JSON compliant")
+
+    await watch.started()
+    watch.engine.load(A)
+    watch.engine.answer = refused
+    await watch.step(times=CONFIRMATIONS)
+    assert list(watch.guard.refused) == [A.digest]
+    assert len(watch.engine.restarts) == 1
+
+
 async def test_a_single_differing_answer_is_noise(watch: Watch) -> None:
     await watch.started()
     answers = [BAD, BAD]

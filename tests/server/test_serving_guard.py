@@ -16,6 +16,7 @@ from server_rig import (
     Pod,
     S3Server,
     agent_container,
+    listens,
     make_adapter,
     wait_until,
     write_safetensors,
@@ -49,8 +50,6 @@ def pod(
         running = ServingPod(Pod(folder / "pod", base, store), entries)
     except MissingPartError as error:
         pytest.fail(str(error), pytrace=False)
-    # As if its file had passed the checks: it lies where the agent keeps what did.
-    shutil.copytree(huge.folder, running.pod.adapters / entries["huge"]["digest"].removeprefix("sha256:"))
     running.agent = agent_container(running.pod, canary_seconds=10, hang_seconds=15)
     running.start()
     yield running
@@ -76,6 +75,11 @@ def test_an_adapter_that_damages_the_engine_is_found_and_refused(pod: ServingPod
     pod.wait_resident("pirate")
     before = base_answer(pod), pod.complete(pod.entries["pirate"]["engineName"])
     name = pod.entries["huge"]["engineName"]
+    # As if its file had passed the checks: it lies where the agent keeps what did.
+    pod.agent.kill()
+    shutil.copytree(pod.pod.folder.parent / "huge", pod.pod.adapters / pod.entries["huge"]["digest"][7:])
+    pod.agent.start()
+    wait_until(lambda: listens(pod.pod.agent_port), "the agent listens again")
     pod.want("pirate", "huge")
     problem = wait_until(lambda: pod.state().problem, f"the pod reports the adapter; see {pod.agent.log}")
     assert f"The base model's answers changed after the adapter {name} was loaded" in problem

@@ -244,21 +244,20 @@ class Guard:
         candidates = self.unverified
         try:
             if not self.ready:
-                await asyncio.gather(*(self._warm_up(body) for body in canary.warm_up(model, length)))
+                await asyncio.gather(*(self._try(body) for body in canary.warm_up(model, length)))
             # A damaging adapter damages when it computes.
-            await asyncio.gather(
-                *(self._engine.complete(canary.request(name, length, max_tokens=4)) for name in sorted(candidates))
-            )
+            probes = [canary.request(name, length, max_tokens=4, logprobs=None) for name in sorted(candidates)]
+            await asyncio.gather(*(self._try(body) for body in probes))
             answer = canary.read(await self._engine.complete(canary.request(model, length)))
         except EngineDownError as error:
             log.info("canary: %s", error)
             return
         except RequestRefusedError as error:
-            if set(snapshot.resident) != set(self._resident):
-                return  # an adapter was unloaded meanwhile
-            self.problem = f"The engine does not take the agent's check of its answers: {error}"
-            log.exception("%s", self.problem)
-            return
+            if not self.ready:
+                self.problem = f"The engine does not take the agent's check of its answers: {error}"
+                log.exception("%s", self.problem)
+                return
+            answer = None  # it took the same before; log-probabilities that are not numbers are answered with 400
         self._boot.checked_at = now
         if not self.ready:
             if answer is None:
@@ -277,8 +276,9 @@ class Guard:
             if self._boot.differing >= CONFIRMATIONS:
                 await self._condemn(snapshot)
 
-    async def _warm_up(self, body: dict[str, object]) -> None:
-        with contextlib.suppress(RequestRefusedError):  # this engine has no such feature, so nothing to warm up
+    async def _try(self, body: dict[str, object]) -> None:
+        """Send a request whose answer does not matter."""
+        with contextlib.suppress(RequestRefusedError):
             await self._engine.complete(body)
 
     def _passed(self, candidates: frozenset[str], used: dict[str, int]) -> None:
