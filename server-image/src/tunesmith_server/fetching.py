@@ -31,8 +31,10 @@ if TYPE_CHECKING:
 JOURNAL = "checking.json"
 SILENCE_SECONDS = 120.0
 """Longest time without a byte from the store."""
-CHECK_SECONDS = 60
-"""Time of a check, and one second more for each `_CHECKED_PER_SECOND` bytes."""
+PROCESSOR_SECONDS = 30
+"""Processor time of a download with its checks, and one second more for each `_CHECKED_PER_SECOND` bytes."""
+_CHECKED_SLOWLY = 5
+"""Times as long may a check take where the node is busy: processor time is what ends one that does not stop."""
 _CHECKED_PER_SECOND = 20_000_000
 _MEMORY = 160 * 2**20
 """Of a child, and a part of the header's size."""
@@ -131,10 +133,10 @@ class ArtifactFetcher:
         self._journal = Journal(settings.state)
         self._sandbox = Sandbox([_MAIN, _LIBRARIES.get(limits.store.partition("://")[0], "fsspec")])
         bounds = weight_bounds(limits.base, limits.max_rank)
-        self._check_seconds = CHECK_SECONDS + bounds.size // _CHECKED_PER_SECOND
+        processor = PROCESSOR_SECONDS + bounds.size // _CHECKED_PER_SECOND
+        self._check_seconds = _CHECKED_SLOWLY * processor
         memory = _MEMORY + _MEMORY_PER_HEADER_BYTE * bounds.header
-        # Processor time: all checks, and what copying and hashing the bytes takes.
-        self._child_limits = ChildLimits(memory, cpu_seconds=2 * self._check_seconds)
+        self._child_limits = ChildLimits(memory, cpu_seconds=processor)
         self._one_check = threading.Lock()
         self._volume = threading.Lock()
         self._reserved: dict[str, int] = {}

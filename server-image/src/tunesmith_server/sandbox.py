@@ -136,7 +136,6 @@ def _run(
     # If memory runs out all the same, this process goes first, not the agent or the engine.
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
-    os.nice(5)
     # SIGXCPU at the soft limit, SIGKILL at the hard one.
     _limit(resource.RLIMIT_CPU, limits.cpu_seconds, limits.cpu_seconds + 5)
     _limit(resource.RLIMIT_DATA, *[_allocated() + limits.memory] * 2)
