@@ -106,14 +106,8 @@ def test_foreign_secret(stage: Stage, trial: Trial) -> None:
     manifest = job_manifest("curious", changed(baseModel=base), HOSTILE)
     try:
         with trial.attack():
-            stage.apply_as_tenant(manifest)
-
-            def told() -> Any:  # noqa: ANN401 - the message
-                job = get("finetunejob", "curious", HOSTILE)
-                conditions = [condition(job, kind) for kind in ("Failed", "Validated")]
-                return next((c["message"] for c in conditions if "label" in c["message"]), None)
-
-            trial.observe(trial.status("the job says that the Secret is not labelled for it", told))
+            who, told = refused_or_failed(stage, manifest, "label")
+            trial.observe(f"{who}: {told}")
         everything = json.dumps([get("finetunejob", "curious", HOSTILE), items("events", HOSTILE)])
         assert "hf_attack" not in everything
     finally:
