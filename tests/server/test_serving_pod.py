@@ -485,3 +485,12 @@ def test_a_draining_pod_ends_what_runs_and_refuses_the_rest(pod: ServingPod) -> 
     assert rest.strip().endswith(b"data: [DONE]")
     assert drained[0].json == {"drained": True}
     assert pod.state().draining
+
+
+@pytest.mark.usefixtures("served")
+def test_an_engine_restarted_after_its_hook_drained_it_gets_requests_again(pod: ServingPod) -> None:
+    assert call(f"{pod.pod.agent_url}/drain", "POST", None, pod.pod.admin_token).json == {"drained": True}
+    pod.engine.kill()
+    pod.engine.start()
+    wait_until(lambda: not pod.state().draining, "the pod no longer drains", 120)
+    pod.wait_resident("pirate", "poet")

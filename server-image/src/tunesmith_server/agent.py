@@ -232,8 +232,14 @@ class Agent:
         }
 
     def _engine_booted(self, snapshot: EngineSnapshot) -> None:
-        """Forget the refusals of the previous process."""
+        """Forget the refusals of the previous process, and that it was drained.
+
+        The kubelet runs the preStop hook, which drains, before it restarts a container whose liveness probe failed too;
+        in a pod that is being deleted no container starts again.
+        """
         log.info("engine up, boot %s", snapshot.state.boot_id)
+        if self._boot_id is not None:
+            self._draining = False
         for name in self._refused.copy():
             self._forget(name)
         self._boot_id = snapshot.state.boot_id
