@@ -99,6 +99,7 @@ def test_an_adapter_that_damages_the_engine_is_found_and_refused(pod: ServingPod
 def test_a_restarted_agent_still_refuses_it(pod: ServingPod) -> None:
     pod.agent.kill()
     pod.agent.start()
+    wait_until(lambda: listens(pod.pod.agent_port), "the agent listens again")
     pod.wait_resident("pirate")
     wait_until(lambda: (entry := pod.residency("huge")) and entry.permanent, "it is refused", 30)
     pod.want("pirate")
@@ -116,6 +117,8 @@ def core(pod: ServingPod) -> int:
 
 
 def test_an_engine_that_hangs_is_restarted(pod: ServingPod) -> None:
+    pod.want("pirate")
+    pod.wait_resident("pirate")
     os.kill(core(pod), signal.SIGSTOP)
     problem = wait_until(lambda: pod.state().problem, f"the pod reports it; see {pod.agent.log}")
     assert "it hangs" in problem
