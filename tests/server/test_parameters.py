@@ -226,6 +226,12 @@ def test_a_pool_may_allow_more(module: ModuleType) -> None:
     assert "at most 64, the limit" in ask(module, policy={"maxTokens": 64}, min_tokens=65).message
 
 
+@pytest.mark.parametrize("parameters", [{"echo": True}, {"echo": True, "logprobs": True}, {"prompt_logprobs": 0}])
+def test_a_chat_that_is_echoed_asks_for_those_of_its_prompt(module: ModuleType, parameters: dict[str, Any]) -> None:
+    assert ask(module, CHAT, CPU, {"allowPromptLogprobs": True}, **parameters).code == "unsupported_by_engine"
+    assert "requests.allowPromptLogprobs" in ask(module, CHAT, GPU, **parameters).message
+
+
 @pytest.mark.parametrize("parameters", [{"prompt_logprobs": 1}, {"echo": True, "logprobs": 1}, {"prompt_logprobs": 0}])
 def test_log_probabilities_of_prompts_depend_on_pool_and_engine(module: ModuleType, parameters: dict[str, Any]) -> None:
     allowed = {"allowPromptLogprobs": True}

@@ -628,9 +628,10 @@ class EngineFault:
 
 
 def _asks_prompt_logprobs(body: Mapping[str, Any]) -> bool:
-    return body.get("prompt_logprobs") is not None or (
-        bool(body.get("echo")) and body.get("logprobs") not in (None, False)
-    )
+    if body.get("prompt_logprobs") is not None:
+        return True
+    # vLLM takes a chat's top_logprobs, 0 unless it is set, for those of an echoed prompt.
+    return bool(body.get("echo")) and ("messages" in body or body.get("logprobs") is not None)
 
 
 ENGINE_FAULTS = (
@@ -639,7 +640,7 @@ ENGINE_FAULTS = (
         "prompt_logprobs",
         lambda body, policy: policy.on_cpu and _asks_prompt_logprobs(body),
         "This pool runs on CPUs, where vLLM fails when it computes log-probabilities of prompts beside adapters. "
-        "Remove 'prompt_logprobs', or 'echo' with 'logprobs'.",
+        "Remove 'prompt_logprobs', or 'echo' of a chat or with 'logprobs'.",
     ),
 )
 """What an engine version and device cannot take. A row is removed when no supported version has its fault."""
@@ -689,7 +690,7 @@ def _together(body: Mapping[str, Any], policy: Policy) -> Refusal | None:
         return Refusal(
             "prompt_logprobs",
             "Log-probabilities of prompts take the engine's memory from its other clients: remove 'prompt_logprobs', "
-            "or 'echo' with 'logprobs', or use a pool with requests.allowPromptLogprobs.",
+            "or 'echo' of a chat or with 'logprobs', or use a pool with requests.allowPromptLogprobs.",
         )
     return None
 
