@@ -142,10 +142,8 @@ def _write(config: pytest.Config) -> str:
 
 def _held(outcome: Outcome) -> str:
     before, during = outcome.before, outcome.during
-    if before and during and before.p95 and during.p95 > TOLERANCE * before.p95:
-        if during.refused:
-            return "held; the victim waited for a restart"
-        return f"held; p95 grew by less than {GRAIN_SECONDS} s, which two cores shared with the attacker cost"
+    if before and during and (during.refused or during.p95 > TOLERANCE * before.p95):
+        return f"held; {outcome.reason or f'p95 grew by less than {GRAIN_SECONDS} s, the grain of two shared cores'}"
     return "held"
 
 

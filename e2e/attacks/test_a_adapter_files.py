@@ -191,7 +191,7 @@ def test_hung_engine(stage: Stage, trial: Trial) -> None:
     pod = stage.pods()[0]
     name = pod["metadata"]["name"]
     core = _engine_core(str(container_status(pod, "engine")["containerID"]))
-    with trial.attack(outage_seconds=60):
+    with trial.attack(outage_seconds=60, reason="requests in the hung engine ended with it"):
         os.kill(core, signal.SIGSTOP)
         try:
 

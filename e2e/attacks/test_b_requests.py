@@ -295,8 +295,7 @@ def test_clients_that_leave(stage: Stage, trial: Trial, client: Client) -> None:
     async def send() -> list[bytes]:
         return await asyncio.gather(*(client.leave(body, 0.5) for _ in range(30)))
 
-    # Until they leave, the attacker's streams have their fair share of two cores.
-    with trial.attack(tolerance=6):
+    with trial.attack(tolerance=6, reason="until they left, 30 streams shared two cores with the victim"):
         answers = asyncio.run(send())
         trial.observe(f"statuses {sorted({status_of(answer) for answer in answers})}")
     with trial.attack():  # after they have left, nothing may still run for them
@@ -315,7 +314,7 @@ def test_cache_timing(stage: Stage, trial: Trial, client: Client) -> None:
     def prompt(number: int) -> str:
         return " ".join(f"record {number} of line {line}" for line in range(40))
 
-    with trial.attack(tolerance=8):  # prompts of 300 tokens have their fair share of a core
+    with trial.attack(tolerance=8, reason="28 prompts of 300 tokens shared two cores with the victim"):
         fresh = [ask(client, prompt(number)) for number in range(4)]
         own = [min(ask(client, prompt(number)) for _ in range(3)) for number in range(4)]
         probed = []
@@ -350,7 +349,7 @@ def test_stream_head(stage: Stage, trial: Trial, client: Client) -> None:
         finally:
             writer.close()
 
-    with trial.attack(tolerance=3):
+    with trial.attack(tolerance=3, reason="a prompt of 400 tokens shared a core with the victim"):
         at_head, at_token, head = asyncio.run(times())
         trial.observe(f"head after {at_head:.2f} s, first event after {at_token:.2f} s")
     lines = head.lower()
@@ -362,7 +361,7 @@ def test_stream_head(stage: Stage, trial: Trial, client: Client) -> None:
 @pytest.mark.attack("B8", "a pool that sends SSE comments (--sse-keep-alive-interval) before the first event")
 def test_sse_comments(single: Object, trial: Trial, client: Client) -> None:
     model = f"{PLATFORM}/{single['spec']['modelName']}"
-    with trial.attack(tolerance=4):  # six long prompts have their fair share of two cores
+    with trial.attack(tolerance=4, reason="six long prompts shared two cores with the victim"):
         text = " ".join(f"item {number}" for number in range(120))
         body = {"model": model, "stream": True, "max_tokens": 30, "messages": [{"role": "user", "content": text}]}
         replies = client.post(CHAT, body, count=6)

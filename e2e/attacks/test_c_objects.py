@@ -90,28 +90,42 @@ def test_tolerations(stage: Stage, trial: Trial) -> None:
         with trial.attack():
             for name, scheduling in schedulings.items():
                 manifest = job_manifest(name, changed(scheduling=scheduling), HOSTILE)
-                who, sentence = refused_or_failed(stage, manifest, "toleration|node ?selector|runtime ?class")
+                who, sentence = refused_or_failed(stage, manifest, "(?i)toleration|nodeselector|runtimeclass")
                 trial.observe(f"{who}: {sentence}")
     finally:
         for name in schedulings:
             delete("finetunejob", name, HOSTILE)
 
 
-@pytest.mark.attack("C2", "a FineTuneJob that names a Secret whose author may not read Secrets")
+@pytest.mark.attack(
+    "C2", "FineTuneJobs that name a Secret whose author may not read Secrets, before and after it exists"
+)
 def test_foreign_secret(stage: Stage, trial: Trial) -> None:
+    metadata = {"name": "private", "namespace": HOSTILE}
     value = "hf_attack_first_line\nhf_attack_second_line"
-    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "private", "namespace": HOSTILE}}
-    apply(secret | {"stringData": {"HF_TOKEN": value}})
+    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": {"HF_TOKEN": value}}
     base = {"uri": "hf://attack/none", "secretRef": {"name": "private"}}
-    manifest = job_manifest("curious", changed(baseModel=base), HOSTILE)
+    early, late = (job_manifest(name, changed(baseModel=base), HOSTILE) for name in ("early", "late"))
     try:
-        with trial.attack():
-            who, told = refused_or_failed(stage, manifest, "label")
-            trial.observe(f"{who}: {told}")
-        everything = json.dumps([get("finetunejob", "curious", HOSTILE), items("events", HOSTILE)])
+        with trial.attack(tolerance=4, reason="a validation pod shared two cores with the victim"):
+            stage.apply_as_tenant(early)
+            apply(secret)
+            who, sentence = refused_or_failed(stage, late, "label")
+            trial.observe(f"{who}: {sentence}")
+
+            def told() -> Any:  # noqa: ANN401 - the condition
+                job = get("finetunejob", "early", HOSTILE)
+                found = [condition(job, kind) for kind in ("Failed", "Validated", "Started")]
+                return next((c for c in found if "label" in c["message"]), None)
+
+            # The job waits for a Secret that does not exist, and repeats the create with growing delays.
+            found = trial.status("the earlier job says that the Secret is not labelled for it", told, within=60)
+            trial.observe(f"{found['reason']}: {found['message']}")
+        everything = json.dumps([items("finetunejobs", HOSTILE), items("events", HOSTILE)])
         assert "hf_attack" not in everything
     finally:
-        delete("finetunejob", "curious", HOSTILE)
+        for name in ("early", "late"):
+            delete("finetunejob", name, HOSTILE)
         delete("secret", "private", HOSTILE)
 
 
@@ -153,7 +167,7 @@ def test_annotations(trial: Trial) -> None:
     big = "x" * (250 * 1024)
     before = operators()
     try:
-        with trial.attack(tolerance=2):  # the API server writes 15 MB on the cores that they share
+        with trial.attack(tolerance=3, reason="kubectl and etcd wrote 15 MB on the two cores"):
             for start in range(0, 60, 10):
                 manifests = [
                     job_manifest(f"big-{number}", changed(suspend=True), HOSTILE) for number in range(start, start + 10)
@@ -184,7 +198,7 @@ def test_foreign_owner(trial: Trial) -> None:
         "controller": True,
     }  # fmt: skip
     try:
-        with trial.attack(tolerance=3, measured=False):
+        with trial.attack(tolerance=4, reason="a validation pod shared two cores with the victim"):
             for component, more in (("validate", {}), ("train", {"tunesmith.dev/attempt": "1"})):
                 forged = _job(f"forged-{component}", HOSTILE)
                 forged["metadata"] |= {
@@ -399,7 +413,7 @@ def test_endless_chat_template(stage: Stage, trial: Trial) -> None:
     template = "{% for a in range(10**9) %}{% for b in range(10**9) %}{% endfor %}{% endfor %}"
     dataset = SPEC["dataset"] | {"chatTemplate": template}
     try:
-        with trial.attack(measured=False):  # validation takes its share of two cores
+        with trial.attack(tolerance=6, reason="validation shared two cores with the victim"):
             try:
                 stage.apply_as_tenant(job_manifest("endless", changed(dataset=dataset), HOSTILE))
             except InstallationError as error:

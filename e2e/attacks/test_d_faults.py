@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 def test_crashing_pool(stage: Stage, trial: Trial) -> None:
     manifest = pool_manifest("broken")
     manifest["spec"]["engine"] = manifest["spec"]["engine"] | {"args": ["--no-such-argument"]}
-    with stage.pool(manifest, ready=False), trial.attack(tolerance=3):  # two engines start again and again on two cores
+    reason = "two engines started repeatedly on the two cores"
+    with stage.pool(manifest, ready=False), trial.attack(tolerance=4, reason=reason):
 
         def told() -> Any:  # noqa: ANN401 - the condition
             found = condition(get("servingpool", "broken", PLATFORM), "Degraded")
@@ -114,7 +115,7 @@ def test_change_of_one_pod(stage: Stage, single: Object, trial: Trial) -> None:
     worker = threading.Thread(target=load)
     worker.start()
     try:
-        with trial.attack(tolerance=4):  # another engine starts on two cores
+        with trial.attack(tolerance=6, reason="another engine started on the two cores"):
             apply(single | {"spec": single["spec"] | {"engine": single["spec"]["engine"] | {"maxModelLength": 768}}})
             trial.recovered("the pool has its new pod only", settled, within=300, patience=300)
     finally:

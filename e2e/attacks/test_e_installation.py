@@ -53,7 +53,7 @@ def test_gateway_ends(stage: Stage, trial: Trial) -> None:
         return await stream
 
     # The demo has one replica of the gateway: until its successor is ready, nothing routes.
-    with trial.attack(outage_seconds=30):
+    with trial.attack(outage_seconds=30, reason="the only gateway was replaced"):
         answer = asyncio.run(run())
     ending = "[DONE]" if b"[DONE]" in answer else "an error event" if b'"error"' in answer else "nothing"
     trial.observe(f"{answer.count(b'data:')} events, ended with {ending}")
@@ -114,7 +114,7 @@ def test_operators_replaced(stage: Stage, trial: Trial) -> None:
     name = "after-the-operators"
     stage.publish(name, stage.template.folder)
     try:
-        with trial.attack(tolerance=3):  # two processes start on the two cores
+        with trial.attack(tolerance=4, reason="two operators started on the two cores"):
             pods = items("pods", SYSTEM, "app.kubernetes.io/component=operator")
             for pod in pods:
                 kubectl("delete", "pod", pod["metadata"]["name"], "--namespace", SYSTEM, "--grace-period=0", "--force")

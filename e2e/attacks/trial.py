@@ -35,6 +35,7 @@ class Outcome:
     during: Figures | None = None
     status_seconds: float | None = None
     recovery_seconds: float | None = None
+    reason: str = ""
     verdict: str = "not run"
     proof: str = "cluster"
 
@@ -102,21 +103,20 @@ class Trial:
         self.outcome.seen.append(str(text))
 
     @contextmanager
-    def attack(
-        self, *, tolerance: float = TOLERANCE, outage_seconds: float = 0.0, measured: bool = True
-    ) -> Iterator[None]:
+    def attack(self, *, tolerance: float = TOLERANCE, outage_seconds: float = 0.0, reason: str = "") -> Iterator[None]:
         """Run the block as the attack, and judge what the victim got meanwhile.
 
         Args:
             tolerance: how much the victim's 95th percentile may grow.
             outage_seconds: how long the victim's requests may be refused, where the attack ends the process that
                 serves both. Wrong answers are never tolerated.
-            measured: False where the durations mean nothing, such as across a restart.
+            reason: why more than TOLERANCE or an outage is right, for the table.
 
         Raises:
             AssertionError: the victim was harmed.
         """
         self.outcome.before = before = self._victim.undisturbed()
+        self.outcome.reason = reason or self.outcome.reason
         self.began = time.monotonic()
         try:
             yield
@@ -133,7 +133,7 @@ class Trial:
         else:
             assert not during.refused, f"{during.refused} of the victim's requests failed: {during.examples}"
         limit = before.p95 * tolerance + GRAIN_SECONDS
-        if measured and not outage_seconds:
+        if not outage_seconds:
             assert during.p95 <= limit, f"the victim's p95 rose from {before.p95:.2f} s to {during.p95:.2f} s"
 
     def status(self, name: str, probe: Callable[[], Any], within: float = STATUS_SECONDS, patience: float = 60) -> Any:  # noqa: ANN401 - what the probe gives

@@ -120,11 +120,17 @@ class Victim:
         questions = len(QUESTIONS.read_text().splitlines())
         wanted = 2 * questions * len(self.models)
 
-        def enough() -> list[Request]:
-            ended = [request for request in self._since(0) if request.status == 200]
-            return ended if len(ended) >= wanted else []
+        ended: list[Request] = []
 
-        for request in until("the victim's requests are answered", enough, 300):
+        def enough() -> bool:
+            ended[:] = [request for request in self._since(0) if request.seconds is not None]
+            refused = [request.answer for request in ended if request.status != 200]
+            if len(refused) >= wanted:
+                raise InstallationError(f"the victim's first requests are refused: {refused[-1]}")
+            return len(ended) - len(refused) >= wanted
+
+        until("the victim's requests are answered", enough, 300)
+        for request in [request for request in ended if request.status == 200]:
             key = (request.model, request.question)
             if self._answers.setdefault(key, request.answer) != request.answer or not request.answer.strip():
                 raise InstallationError(
