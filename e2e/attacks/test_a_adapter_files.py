@@ -96,7 +96,7 @@ def _deep(folder: Path, template: Template) -> str:
 REFUSED = [
     attack(
         "A1", "finite weights of 1e30 in every tensor", "huge-weights",
-        lambda folder, template: build(folder, template, weights=template.filled(1e30)), "norm|large|bound|weight",
+        lambda folder, template: build(folder, template, weights=template.filled(1e30)), "values of up|norm of",
     ),
     attack(
         "A1", "one module's lora_B of 1e30", "huge-module",
@@ -175,7 +175,8 @@ def test_weights_under_the_bound(stage: Stage, trial: Trial, tmp_path: Path, par
         # Where only the canary finds it, the pod's engine is restarted; the other pod serves on.
         with trial.attack():
             stage.deploy(name)
-            ready = trial.status("the AdapterDeployment is decided", decided)
+            # Its 20 MB are downloaded, measured, loaded and tried by the canary on a busy core.
+            ready = trial.status("the AdapterDeployment is decided", decided, within=45)
             trial.observe(f"{ready['reason']}: {ready['message']}")
             for _ in range(8):  # its own garbage is its owner's business
                 client.one(
