@@ -16,6 +16,7 @@ from tunesmith.serving.rolling import (
     Cause,
     Rollout,
     asks_for_room,
+    cause_of,
     hold,
     interruption,
     observe_rollout,
@@ -121,6 +122,9 @@ def test_a_surge_pod_without_room_is_given_up_before_it_counts_as_a_failure(
 A, B, C = (Rollout(f"team/{name}", change=Cause.INSTALLATION, serves=True) for name in "abc")
 
 
+OTHER = replace(A, pool="zoo/d")
+
+
 def active(rollout: Rollout, failure: str | None = None) -> Rollout:
     return replace(rollout, change=None, cause=Cause.INSTALLATION, unfinished=True, failure=failure)
 
@@ -141,6 +145,19 @@ def active(rollout: Rollout, failure: str | None = None) -> Rollout:
             id="one fails",
         ),
         pytest.param(replace(B, change=Cause.SPEC), [active(A, "x"), B], None, id="a change of the spec does not wait"),
+        pytest.param(OTHER, [active(A, "x"), B, OTHER], None, id="another namespace's failure alone stops nobody"),
+        pytest.param(
+            OTHER,
+            [active(A, "x"), active(replace(OTHER, pool="third/e"), "y"), OTHER],
+            "the update of ServingPool team/a fails: x; others wait until that is fixed",
+            id="two namespaces' failures stop everybody",
+        ),
+        pytest.param(
+            OTHER,
+            [active(A, "x"), B, active(replace(OTHER, pool="other/c")), OTHER],
+            "waits for the update of ServingPool other/c (number 1 of 1 that wait)",
+            id="one at a time beside a failure",
+        ),
         pytest.param(
             B, [replace(active(A, "x"), cause=Cause.SPEC), B], None, id="another user's own failure stops nobody"
         ),
@@ -150,6 +167,13 @@ def test_one_pool_at_a_time(mine: Rollout, others: list[Rollout], sentence: str 
     found = hold(mine, others, complete=True)
     assert (None if found is None else found.message) == sentence
     assert found is None or found.failed is ("fails" in found.message)
+
+
+def test_a_pool_that_does_not_serve_never_holds_up_an_update_of_the_installation() -> None:
+    assert cause_of(A) is Cause.INSTALLATION
+    assert cause_of(replace(A, serves=False)) is Cause.SPEC
+    assert cause_of(replace(A, change=None, cause=Cause.INSTALLATION, serves=False)) is Cause.INSTALLATION
+    assert cause_of(Rollout("team/new")) is Cause.SPEC
 
 
 def test_before_all_pools_are_known_nothing_begins() -> None:

@@ -42,7 +42,7 @@ from tunesmith.serving.render import (
     key_secret,
     reserved,
 )
-from tunesmith.serving.rolling import Cause, asks_for_room, observe_rollout, stamped, surge
+from tunesmith.serving.rolling import asks_for_room, cause_of, observe_rollout, stamped, surge
 from tunesmith.streams import Tokens
 
 if TYPE_CHECKING:
@@ -251,8 +251,7 @@ class ServingPoolReconciler:
             except (InvalidError, ForbiddenError) as error:
                 return f"the API server refuses a change of {describe(observed)}: {error}"
             return None
-        cause = seen.rollout.change or seen.rollout.cause or Cause.SPEC
-        wanted = stamped(deployment(pool, self._images, replicas, seen.max_surge), pool, cause)
+        wanted = stamped(deployment(pool, self._images, replicas, seen.max_surge), pool, cause_of(seen.rollout))
         generation = observed["metadata"]["generation"] if observed is not None else -1
         return await self._applied.ensure(pool.metadata.uid, wanted, generation)
 

@@ -1,8 +1,9 @@
 """Replacement of a pool's pods after a change of their template: when it begins, and whether with a surge pod.
 
 A change of the pool's own spec begins at once. A change that comes with the installation (its images and settings)
-would replace the pods of all pools together: pools with pods that serve begin one after the other, by name, and a
-replacement that fails stops the next ones.
+would replace the pods of all pools together: pools with pods that serve begin one after the other, by name. One whose
+replacement fails stops those of its namespace, and all pools once another namespace's fails as well: whoever owns a
+pool can make its update fail, and must not keep the others from theirs.
 """
 
 from __future__ import annotations
@@ -61,6 +62,11 @@ class Rollout:
     stuck: bool = False
 
     @property
+    def namespace(self) -> str:
+        """The pool's namespace."""
+        return self.pool.partition("/")[0]
+
+    @property
     def waits(self) -> bool:
         """True if the pool must wait for its turn."""
         return self.change is Cause.INSTALLATION and self.serves
@@ -94,6 +100,13 @@ def stamped(deployment: Manifest, pool: ServingPool, cause: Cause) -> Manifest:
             "template": {**template, "metadata": {**metadata, "annotations": annotations}},
         },
     }
+
+
+def cause_of(rollout: Rollout) -> Cause:
+    """Return the cause to stamp. The update of a pool that does not serve before says nothing of the installation."""
+    if rollout.change is Cause.INSTALLATION and not rollout.serves:
+        return Cause.SPEC
+    return rollout.change or rollout.cause or Cause.SPEC
 
 
 def observe_rollout(
@@ -149,17 +162,21 @@ def hold(mine: Rollout, rollouts: Iterable[Rollout], *, complete: bool) -> Hold 
     if not complete:
         return Hold("waits until all pools have been observed")
     others = sorted(rollouts, key=lambda rollout: rollout.pool)
-    waiting = [rollout.pool for rollout in others if rollout.waits]
-    place = f"number {waiting.index(mine.pool) + 1} of {len(waiting)} that wait" if mine.pool in waiting else "waits"
     active = [rollout for rollout in others if rollout.active]
-    failed = next((rollout for rollout in active if rollout.failure is not None), None)
-    if failed is not None:
+    failed = [rollout for rollout in active if rollout.failure is not None]
+    stopped = {rollout.namespace for rollout in failed}
+    if len(stopped) == 1:  # nothing says yet that it is the installation's fault
+        failed = [rollout for rollout in failed if rollout.namespace == mine.namespace]
+    if failed:
         return Hold(
-            f"the update of ServingPool {failed.pool} fails: {failed.failure}; others wait until that is fixed",
+            f"the update of ServingPool {failed[0].pool} fails: {failed[0].failure}; others wait until that is fixed",
             failed=True,
         )
-    if active:
-        return Hold(f"waits for the update of ServingPool {active[0].pool} ({place})")
+    waiting = [rollout.pool for rollout in others if rollout.waits and rollout.namespace not in stopped]
+    place = f"number {waiting.index(mine.pool) + 1} of {len(waiting)} that wait" if mine.pool in waiting else "waits"
+    running = [rollout for rollout in active if rollout.failure is None]
+    if running:
+        return Hold(f"waits for the update of ServingPool {running[0].pool} ({place})")
     if waiting and waiting[0] != mine.pool:
         return Hold(f"waits for the update of ServingPool {waiting[0]} ({place})")
     return None
