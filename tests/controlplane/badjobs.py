@@ -392,7 +392,7 @@ BAD_JOBS: dict[str, BadJob] = {
     ),
     "a copy with a Secret that is not there": BadJob(
         Stage.VALIDATION,
-        "the Secret absent does not exist or is empty",
+        "the Secret absent does not exist, is empty or has no key that is read",
         {"output": {"exports": [{"hub": "org/a", "secretRef": {"name": "absent"}}]}},
         FailureReason.SECRET_NOT_FOUND,
     ),

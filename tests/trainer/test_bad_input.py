@@ -217,7 +217,7 @@ SPECS: dict[str, tuple[dict[str, Any], FailureReason, str]] = {
     "no secret": (
         {"dataset": {"train": [{"uri": "s3://bucket/rows.jsonl", "secretRef": {"name": "absent"}}]}},
         FailureReason.SECRET_NOT_FOUND,
-        "the Secret absent does not exist or is empty",
+        "the Secret absent does not exist, is empty or has no key that is read",
     ),
 }
 
