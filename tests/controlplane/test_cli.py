@@ -164,6 +164,9 @@ def test_a_key_is_shown_once_and_kept_hashed(apiserver: ApiServer, namespace: st
     assert stored.digest == key_digest(key)
     assert (stored.home, stored.namespaces, stored.models) == ("team", {"team", "shared"}, {"team/pirate"})
 
+    foreign = ("keys", "create", "carl", "-n", "team", "--model", "other/x", *own)
+    code, _, problems = tunesmith(apiserver, *foreign)
+    assert (code, "add --allow-namespace other" in problems) == (2, True)
     code, _, problems = tunesmith(apiserver, "keys", "create", "alice", *own)
     assert (code, "there is a key alice already" in problems) == (1, True)
 

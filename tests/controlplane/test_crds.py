@@ -158,7 +158,7 @@ REFUSED_POOLS = {
     **{
         f"the argument {' '.join(arguments)}": (
             {"engine": {"args": ["--seed=1", *arguments]}},
-            "engine.args must not hold what the pool sets or guards, nor an abbreviation of it",
+            "is reserved, or abbreviates a reserved argument. Remove it",
         )
         for arguments in (
             ["--max_loras=4"],
@@ -172,6 +172,17 @@ REFUSED_POOLS = {
             ["--weight-tr.x=1"],
             ["--"],
         )
+    },
+    "an abbreviation": (
+        {"engine": {"args": ["--seed=1", "--trust_rem"]}},
+        "engine.args: --trust-rem is reserved, or abbreviates a reserved argument. Remove it",
+    ),
+    **{
+        f"the value {words}": (
+            {"engine": {"args": words}},
+            "an element that is neither an argument nor the value of one",
+        )
+        for words in (["foo"], [""], ["--seed=1", "foo"], ["--max-num-seqs 8"], ["--seed=1", "--a\tb"])
     },
     "a short form": ({"engine": {"args": ["-tp=2"]}}, "engine.args must not hold short forms: write the long name"),
     "a variable that the pool sets": (
@@ -208,7 +219,7 @@ def test_pool_keeps_its_base_and_its_name(apiserver: ApiServer, namespace: str) 
 
 def test_free_arguments_and_variables_are_taken(apiserver: ApiServer, namespace: str) -> None:
     engine = {
-        "args": ["--max-num-seqs=8", "--model-impl=vllm", "--seed", "1"],
+        "args": ["--max-num-seqs=8", "--model-impl=vllm", "--cudagraph-capture-sizes", "1", "2", "--seed", "-1"],
         "env": [{"name": "VLLM_LOGGING_LEVEL", "value": "INFO"}, {"name": "HOMEPAGE"}],
         "kvCacheMemory": "512Mi",
     }

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.controlplane
 Object = dict[str, Any]
 REF = {"secretRef": {"name": "mine"}}
 ROWS = {"uri": "s3://data/rows.jsonl"}
-SENTENCE = "a secretRef names the Secret mine, which is not labelled for it"
+SENTENCE = "a secretRef names the Secret mine, which is not labelled tunesmith.dev/credentials=true"
 NAMED = {
     "base model": job("", baseModel={"uri": "hf://org/base", **REF}),
     "rows": job("", dataset__train=[ROWS, {**ROWS, **REF}]),
@@ -79,7 +79,7 @@ async def test_a_secret_without_the_label_is_refused_wherever_it_is_named(
 
     # The API server learns of policies and Secrets by watching them.
     await until(denied, "the refusal", seconds=20)
-    assert "kubectl label secret mine tunesmith.dev/credentials=true" in refused(guarded, manifest)
+    assert "label --overwrite secret mine tunesmith.dev/credentials=true" in refused(guarded, manifest)
     assert "hf_nobody" not in refused(guarded, manifest)
     guarded.apply(secret(space, labelled=True))
 

@@ -38,7 +38,7 @@ CASES = {
         (),
         "Validating",
         {"Validated": ("Unknown", "SecretNotFound")},
-        f"{SECRET}; create it in the namespace of the FineTuneJob",
+        f"{SECRET}; create it in the namespace of the FineTuneJob, and the job continues",
     ),
     "a Secret that is missing for minutes is waited for": Case(
         seen(

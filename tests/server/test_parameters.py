@@ -109,11 +109,12 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     (COMPLETIONS, {"prompt": {}}, "prompt", "token ids"),
     (COMPLETIONS, {"prompt": None}, "prompt", "prompt is missing"),
     (CHAT, {"messages": None}, "messages", "messages is missing"),
-    (CHAT, {"messages": []}, "messages", "list of messages"),
+    (CHAT, {"messages": "hi"}, "messages", "list of messages"),
     (CHAT, {"messages": "hi"}, "messages", "list of messages"),
     (CHAT, {"messages": [[]]}, "messages", "list of messages"),
     (CHAT, {"messages": [{"content": 5}]}, "messages", "messages[0].content must be a string"),
-    (CHAT, {"max_tokens": -1}, "max_tokens", "not negative"),
+    (CHAT, {"max_tokens": -1}, "max_tokens", "must be a whole number from 0"),
+    (CHAT, {"messages": []}, "messages", "must have at least one message"),
     (CHAT, {"temperature": float("inf")}, "temperature", "from 0 to 10"),
     (CHAT, {"temperature": -0.1}, "temperature", "from 0 to 10"),
     (CHAT, {"temperature": 10**400}, "temperature", "from 0 to 10"),
@@ -229,7 +230,9 @@ def test_a_pool_may_allow_more(module: ModuleType) -> None:
 @pytest.mark.parametrize("parameters", [{"echo": True}, {"echo": True, "logprobs": True}, {"prompt_logprobs": 0}])
 def test_a_chat_that_is_echoed_asks_for_those_of_its_prompt(module: ModuleType, parameters: dict[str, Any]) -> None:
     assert ask(module, CHAT, CPU, {"allowPromptLogprobs": True}, **parameters).code == "unsupported_by_engine"
-    assert "requests.allowPromptLogprobs" in ask(module, CHAT, GPU, **parameters).message
+    refusal = ask(module, CHAT, GPU, **parameters)
+    assert "requests.allowPromptLogprobs" in refusal.message
+    assert refusal.parameter in parameters
 
 
 @pytest.mark.parametrize("parameters", [{"prompt_logprobs": 1}, {"echo": True, "logprobs": 1}, {"prompt_logprobs": 0}])

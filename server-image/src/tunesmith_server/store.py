@@ -120,13 +120,17 @@ def _written(folder: Path) -> datetime:
         return datetime.fromtimestamp(max(entry.stat().st_mtime for entry in [folder, *folder.iterdir()]), UTC)
 
 
+def _endpoint(secret: Mapping[str, str]) -> str | None:
+    return secret.get("AWS_ENDPOINT_URL") or secret.get("AWS_ENDPOINT_URL_S3")
+
+
 def _options(scheme: str, secret: Mapping[str, str]) -> dict[str, Any]:
     if scheme == "s3":
         return {
             "key": secret.get("AWS_ACCESS_KEY_ID"),
             "secret": secret.get("AWS_SECRET_ACCESS_KEY"),
             "token": secret.get("AWS_SESSION_TOKEN"),
-            "endpoint_url": secret.get("AWS_ENDPOINT_URL") or secret.get("AWS_ENDPOINT_URL_S3"),
+            "endpoint_url": _endpoint(secret),
             "client_kwargs": {"region_name": secret.get("AWS_REGION") or "us-east-1"},
             "config_kwargs": {
                 "connect_timeout": CONNECT_SECONDS,
@@ -204,6 +208,8 @@ class StoreFolder:
         self._scrubber = scrubber_of(credentials)
         scheme, _, self._path = self.uri.partition("://")
         self._files = _filesystem(scheme, credentials.values)
+        endpoint = scheme == "s3" and _endpoint(credentials.values)
+        self._named_by = f"AWS_ENDPOINT_URL of {credentials.origin}, for " if endpoint else ""
 
     def list(self) -> list[StoredFile]:
         """The files right in the folder, sorted by name.
@@ -275,7 +281,7 @@ class StoreFolder:
             # Every SDK has exceptions of its own, without a common base; each means: not answered.
             refused = refusal(error)
             if refused is not None:
-                message = f"{location} leads to {refused.explanation}."
+                message = f"{self._named_by}{location} leads to {refused.explanation}."
             elif isinstance(error, PermissionError) or any(words in str(error).lower() for words in _BAD_CREDENTIALS):
                 message = (
                     f"Access to {location} was denied ({error}) with {self._origin}. Check the keys of the Secret."

@@ -91,7 +91,11 @@ EXPORTING_RETRY = Retry(attempts=16, longest=60.0)
 
 
 def attempted(
-    operation: Callable[[], T], understood: Callable[[Exception], TrainerError], retry: Retry, name: str
+    operation: Callable[[], T],
+    understood: Callable[[Exception], TrainerError],
+    retry: Retry,
+    name: str,
+    server: str | None = None,
 ) -> T:
     """The operation's result, tried again after failures that are worth it.
 
@@ -100,6 +104,7 @@ def attempted(
         understood: makes the failure out of an exception of any store.
         retry: how long outages are waited out.
         name: of what is not available, for the log.
+        server: the setting that names the server, for a refused address; absent: `name`.
 
     Raises:
         TrainerError: it failed for good, or too often.
@@ -111,7 +116,7 @@ def attempted(
         except TrainerError:
             raise
         except Exception as error:  # every store has exceptions of its own; they end here
-            failure = denied(error, name) or understood(error)
+            failure = denied(error, server or name) or understood(error)
             pause = next(pauses, None) if failure.retryable else None
             if pause is None:
                 raise failure from error
@@ -397,7 +402,10 @@ class Folder:
         return found
 
     def _attempted(self, operation: Callable[[], T]) -> T:
-        return attempted(operation, self._understood, self._retry, f"{self._what} ({self.uri})")
+        name = f"{self._what} ({self.uri})"
+        endpoint = "s3" in self._filesystem.protocol and self._filesystem.endpoint_url
+        server = f"AWS_ENDPOINT_URL of {self._credentials}, for {name}," if endpoint else None
+        return attempted(operation, self._understood, self._retry, name, server)
 
     def _understood(self, error: Exception) -> TrainerError:
         cause = error.__cause__ if isinstance(error.__cause__, ClientError) else error

@@ -6,7 +6,10 @@ Checked against all arguments of vLLM 0.32. What is not listed tunes the engine 
 from __future__ import annotations
 
 import re
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _BY_REASON: Final = {
     "the pool sets it, most from fields of its own": (
@@ -70,25 +73,48 @@ RESERVED_VARIABLES: Final = (
 
 _SHORT = re.compile(r"-[^-0-9.]")
 _NAME = re.compile(r"--[^=.]*")
+_POSITIONAL = "Write --name=value, or a value after its --name."
 
 
-def reserved_argument(argument: str) -> tuple[str, str] | None:
-    """Return what a word of `engine.args` may not be, and the reason; None if it is allowed.
+def reserved_argument(argument: str) -> str | None:
+    """Return why a word may not be in `engine.args`, with the fix; None if it is allowed or the value of an argument.
 
     vLLM takes unique prefixes, underscores, `--name=value` and `--name.key=value` for an argument.
     """
     if _SHORT.match(argument):
-        return argument.split("=", 1)[0], "it is a short form: write the argument's long name"
+        return f"{argument.split('=', 1)[0]} is a short form. Write the argument's long name."
     word = _NAME.match(argument)
     if word is None:
         return None
+    if re.search(r"\s", word[0]):
+        return "the name of an argument has no spaces. Write the value after = or as the next element."
     name = word[0].replace("_", "-")
+    if name in RESERVED_ARGUMENTS:
+        return f"{name} is reserved: {RESERVED_ARGUMENTS[name]}. Remove it."
+    if name in _WHOLE:
+        return None
     for reserved, reason in RESERVED_ARGUMENTS.items():
-        if reserved == name:
-            return name, reason
-        if reserved.startswith(name) and name not in _WHOLE:
-            return name, f"it is short for {reserved}, and {reason}"
+        if reserved.startswith(name):
+            return f"{name} abbreviates {reserved}, which is reserved: {reason}. Remove it."
     return None
+
+
+def refused_arguments(arguments: Sequence[str]) -> list[str]:
+    """Return a sentence for each element of `engine.args` that is refused, with its index.
+
+    A word without dashes is the value of the argument before it, or a positional argument: the model.
+    """
+    sentences = []
+    takes_value = False
+    for index, argument in enumerate(arguments):
+        if argument.startswith("--"):
+            takes_value = "=" not in argument
+        wrong = reserved_argument(argument)
+        if wrong is None and not takes_value:
+            wrong = "" if argument.startswith("--") else "it is not the value of an argument. " + _POSITIONAL
+        if wrong:
+            sentences.append(f"spec.engine.args[{index}]: {wrong}")
+    return sentences
 
 
 def reserved_variable(name: str) -> bool:
@@ -97,11 +123,24 @@ def reserved_variable(name: str) -> bool:
 
 
 _NAMES = "[" + ",".join(f"'{name}'" for name in RESERVED_ARGUMENTS) + "]"
-ARGUMENTS_CEL: Final = (
-    "!has(self.args) || self.args.filter(a, a.startsWith('--'))"
+_ARGUMENT_NAMES = (
+    "self.args.filter(a, a.startsWith('--'))"
     ".map(a, (a + '=').substring(0, (a + '=').indexOf('=')))"
     ".map(a, (a + '.').substring(0, (a + '.').indexOf('.')).replace('_', '-'))"
-    f".all(a, a in [{', '.join(map(repr, _WHOLE))}] || !{_NAMES}.exists(r, r.startsWith(a)))"
 )
+_FREE = f"[{', '.join(map(repr, _WHOLE))}]"
+ARGUMENTS_CEL: Final = (
+    f"!has(self.args) || {_ARGUMENT_NAMES}.all(a, a in {_FREE} || !{_NAMES}.exists(r, r.startsWith(a)))"
+)
+ARGUMENTS_MESSAGE_CEL: Final = (
+    f"'engine.args: ' + {_ARGUMENT_NAMES}.filter(a, !(a in {_FREE}) && {_NAMES}.exists(r, r.startsWith(a)))[0] + "
+    "' is reserved, or abbreviates a reserved argument. Remove it; docs/requests.md lists the reserved arguments with "
+    "the reasons, and there are fields for most, such as engine.maxLoras'"
+)
+VALUES_CEL: Final = (
+    "!has(self.args) || self.args.all(a, a != '') && self.args.join('\\n').matches("
+    "'^(--[^=\\\\s]*(=[^\\n]*|(\\n([^-\\n]|-[0-9.])[^\\n]*)*)(\\n|$)|-[^-\\n][^\\n]*(\\n|$))*$')"
+)
+"""Each element is an argument or follows, as its value, one without `=`. Short forms have a sentence of their own."""
 SHORT_CEL: Final = "!has(self.args) || self.args.all(a, !a.matches('^-[^-0-9.]'))"
 VARIABLES_CEL: Final = f"!has(self.env) || self.env.all(v, !v.name.matches('^({'|'.join(RESERVED_VARIABLES)})$'))"

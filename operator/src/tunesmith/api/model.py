@@ -28,17 +28,21 @@ class Rule:
     """A rule that the CRD states in CEL and pydantic in Python, with the one sentence that the user reads.
 
     `holds` is None where only the API server can judge: transitions, and what is refused in a cluster alone.
-    `old` marks a rule that also runs at creation, where `oldSelf` is an optional.
+    `old` marks a rule that also runs at creation, where `oldSelf` is an optional. `message_cel` computes a sentence
+    that names what is wrong; `message` is the general one, for the reference.
     """
 
     cel: str
     message: str
     holds: Callable[[Any], bool] | None = None
     old: bool = False
+    message_cel: str | None = None
 
     def schema(self) -> dict[str, Any]:
         """The entry of `x-kubernetes-validations`."""
         entry: dict[str, Any] = {"rule": self.cel, "message": self.message}
+        if self.message_cel is not None:
+            entry["messageExpression"] = self.message_cel
         return entry | {"optionalOldSelf": True} if self.old else entry
 
 

@@ -56,8 +56,14 @@ class Engine(ApiModel):
     rules = (
         Rule(
             engine_arguments.ARGUMENTS_CEL,
-            "engine.args must not hold what the pool sets or guards, nor an abbreviation of it: remove it (there are "
-            "fields for most, such as engine.maxLoras); docs/requests.md lists these arguments with the reasons",
+            "engine.args must not hold reserved arguments nor abbreviations of them: remove them; docs/requests.md "
+            "lists them with the reasons, and there are fields for most, such as engine.maxLoras",
+            message_cel=engine_arguments.ARGUMENTS_MESSAGE_CEL,
+        ),
+        Rule(
+            engine_arguments.VALUES_CEL,
+            "engine.args has an element that is neither an argument nor the value of one, or a space in the name of an "
+            "argument: write --name=value, or --name and its value as two elements",
         ),
         Rule(
             engine_arguments.SHORT_CEL,
@@ -130,8 +136,9 @@ class Requests(ApiModel):
     )
     allow_chat_template: bool = Field(
         default=False,
-        description="Accept chat_template and any chat_template_kwargs: programs that the engine runs for all clients. "
-        "Switches such as enable_thinking are always accepted.",
+        description="Accept chat_template, which is a program that the engine runs for all clients, and any "
+        "chat_template_kwargs. Otherwise chat_template_kwargs takes at most 16 plain values: they are data for the "
+        "model's own template, such as enable_thinking.",
     )
     max_tokens: int | None = Field(
         default=None,

@@ -106,6 +106,13 @@ async def _create(
         home = namespace or cluster.namespace
         namespaces = list(dict.fromkeys([home, *others]))
         allowed = [model if "/" in model else f"{home}/{model}" for model in models] or ["*"]
+        foreign = next((m for m in allowed if m != "*" and m.partition("/")[0] not in namespaces), None)
+        if foreign is not None:
+            raise CliError(
+                f"the key may not call models of {foreign.partition('/')[0]}, so --model {foreign} "
+                f"would have no effect: add --allow-namespace {foreign.partition('/')[0]}",
+                Exit.USAGE,
+            )
         key = new_key()
         try:
             await cluster.create(
@@ -155,7 +162,8 @@ async def _delete(name: str, gateway_namespace: str) -> None:
         labels = (record or {}).get("metadata", {}).get("labels") or {}
         if record is None or labels.get(KEY_LABEL) != "true":
             raise CliError(
-                f"there is no key {name} in {gateway_namespace}: `tunesmith keys list` shows those there are"
+                f"{gateway_namespace} has no key {name}: list its keys with `tunesmith keys list "
+                f"--gateway-namespace {gateway_namespace}`"
             )
         await cluster.delete(KEY_KIND, KEY_PREFIX + name, gateway_namespace, uid=record["metadata"]["uid"])
     note(f"Key {name} is deleted.")

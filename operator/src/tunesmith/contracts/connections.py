@@ -72,8 +72,9 @@ class _Guard:
         kind = refused(plain, self.allowed)
         if kind is not None:
             raise AddressRefusedError(
-                f"{host}, {kind}, which jobs and pools may not reach: ask the platform to list it in the chart's value"
-                " trainer.allowedAddresses, or use another server"
+                f"{host}, {kind}, which jobs and pools may not reach: correct the address "
+                "or, if it is meant, ask the platform to list "
+                "it in the chart's value trainer.allowedAddresses"
             )
 
 

@@ -191,7 +191,7 @@ def _configuration(pod: PodView, now: datetime) -> Obstacle:
     words = _excerpt(pod.waiting_message) or pod.waiting_reason or ""
     missing = "secret" in words.lower()
     reason = FailureReason.SECRET_NOT_FOUND if missing else FailureReason.INTERNAL_ERROR
-    mend = "; create it in the namespace of the FineTuneJob" if missing else ""
+    mend = "; create it in the namespace of the FineTuneJob, and the job continues" if missing else ""
     message = f"pod {pod.name} cannot start its container: {words}{mend}"
     return Obstacle(reason, message, reason if now - since >= _SECRET_PATIENCE else None)
 

@@ -103,7 +103,7 @@ def parse(data: bytes | bytearray, max_sequences: int) -> Body:
         members={name: raw for name, raw in members.items() if name not in _REPLACED},
     )
     if body.sequences > max_sequences:
-        raise errors.too_many_sequences(body.sequences, max_sequences)
+        raise errors.too_many_sequences(body.sequences)
     return body
 
 

@@ -15,7 +15,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, cast
 
 from aiohttp import web
-from aiohttp.http_exceptions import LineTooLong
+from aiohttp.http_exceptions import ContentEncodingError, LineTooLong
 from aiohttp.web_protocol import RequestHandler
 
 from tunesmith.gateway import errors
@@ -127,7 +127,7 @@ class Connection(RequestHandler):
         else:
             LOG.debug("a request is not valid HTTP: %s", type(exc).__name__)
             self._clients.malformed()
-            error = errors.header_too_large() if isinstance(exc, LineTooLong) else errors.malformed_request()
+            error = _parse_error(exc)
         if request.writer.output_size > 0:
             raise ConnectionError("a part of another answer was sent already")
         response = answer(error, secrets.token_hex(8))
@@ -137,6 +137,16 @@ class Connection(RequestHandler):
     def log_exception(self, *_: Any, **named: Any) -> None:  # noqa: ANN401 - as aiohttp calls it
         """Log the kind and the place of a fault, without its text, which may hold what a client sent."""
         LOG.error("a connection failed: %s", described(named.get("exc_info")))
+
+
+def _parse_error(error: BaseException | None) -> errors.ApiError:
+    """Return the answer to a request that aiohttp's parser refused."""
+    if isinstance(error, LineTooLong):
+        return errors.header_too_large()
+    if isinstance(error, ContentEncodingError):
+        unknown = any(name in error.message for name in ("(br)", "(zstd)"))  # it has no libraries for these
+        return errors.unsupported_encoding() if unknown else errors.body_unreadable()
+    return errors.malformed_request()
 
 
 class ClientServer(web.Server):

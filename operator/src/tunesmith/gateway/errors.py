@@ -130,12 +130,12 @@ def wrong_type(name: str, type_: type) -> ApiError:
     return ApiError(HTTPStatus.BAD_REQUEST, f"`{name}` must be {expected}.", param=name, code="invalid_type")
 
 
-def too_many_sequences(count: int, limit: int) -> ApiError:
+def too_many_sequences(count: int) -> ApiError:
     """400: one request would occupy the engine."""
     return ApiError(
         HTTPStatus.BAD_REQUEST,
-        f"The request asks for {count} sequences (choices × prompts), and at most {limit} are allowed in one request."
-        " Lower `n`, or send the prompts in several requests.",
+        f"The request asks for {count} sequences (choices × prompts), more than the gateway accepts in one request."
+        " Lower `n` to what the pool allows (16 by default), or send the prompts in several requests.",
         param="n",
         code="too_many_sequences",
     )

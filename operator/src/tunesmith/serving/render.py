@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.api.engine_arguments import reserved_argument, reserved_variable
+from tunesmith.api.engine_arguments import refused_arguments, reserved_variable
 from tunesmith.api.model import API_VERSION
 from tunesmith.contracts.addresses import ALLOWED_ADDRESSES
 from tunesmith.contracts.agent import AGENT_PORT, ENGINE_PORT
@@ -124,12 +124,9 @@ def reserved(pool: ServingPool) -> str | None:
 
     Objects stored before a rule existed are not refused by the API server.
     """
-    arguments = {
-        found[0]: found[1] for argument in pool.spec.engine.args or () if (found := reserved_argument(argument))
-    }
+    arguments = refused_arguments(pool.spec.engine.args or ())
     if arguments:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(arguments.items()))
-        return f"engine.args must not hold {', '.join(sorted(arguments))}: remove them ({reasons})"
+        return " ".join(arguments)
     variables = sorted({variable.name for variable in pool.spec.engine.env or () if reserved_variable(variable.name)})
     if variables:
         return f"engine.env must not hold {', '.join(variables)}: the pool sets or guards them; remove them"

@@ -209,8 +209,8 @@ def _named(
         return Unresolved(
             Reason.POOL_NOT_ALLOWED,
             f"ServingPool {namespace}/{wanted.name} does not let namespace "
-            f"{adapter.metadata.namespace} attach adapters: "
-            "its allowedNamespaces.from would have to be All",
+            f"{adapter.metadata.namespace} attach adapters. "
+            "Ask its owners to set allowedNamespaces.from to All, or use another pool.",
         )
     theirs = pool.status.base_model_fingerprint
     if fingerprint is not None and theirs is not None and fingerprint != theirs:

@@ -205,7 +205,7 @@ def _max_tokens(value: object, policy: Policy) -> str | None:
         return None
     if type(value) is int and value > most:
         return f"must be at most {most}, the limit of this pool (requests.maxTokens)"
-    return "must be a whole number that is not negative"
+    return "must be a whole number from 0"
 
 
 def _choices(value: object, policy: Policy) -> str | None:
@@ -301,8 +301,10 @@ _UNSAFE_PARTS = {
 
 
 def _messages(value: object, policy: Policy) -> str | None:
-    if not isinstance(value, list) or not value or not all(isinstance(entry, dict) for entry in value):
+    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
         return "must be a list of messages, which are objects"
+    if not value:
+        return "must have at least one message"
     if len(value) > _MAX_MESSAGES:
         return f"must have at most {_MAX_MESSAGES} messages"
     for place, message in enumerate(value):
@@ -330,10 +332,10 @@ def _part(part: dict[str, Any], policy: Policy) -> str | None:
         if scheme.startswith("data:") or (policy.allow_media_urls and scheme.startswith(("http://", "https://"))):
             continue
         return (
-            f"has a {name} that is not a data: URL: the engine fetches nothing for clients. Send the content as "
-            "data:<type>;base64,…"
+            f"has '{name}' with a URL that is not a data: URL: this engine fetches nothing for clients. Send the "
+            "content as data:<type>;base64,…, or use a pool with requests.allowMediaUrls"
             if not policy.allow_media_urls
-            else f"has a {name} that is neither a data: nor an http(s):// URL"
+            else f"has '{name}' with a URL that is neither a data: nor an http(s):// URL"
         )
     return None
 
@@ -617,14 +619,19 @@ class EngineFault:
     """A request that ends a version of the engine, for all its clients.
 
     Attributes:
-        parameter: OpenAI's `param` of the refusal.
+        parameter: returns OpenAI's `param` of the refusal.
         applies: True if the engine of this policy has the fault and the request meets it.
         message: the sentence.
     """
 
-    parameter: str
+    parameter: Callable[[Mapping[str, Any]], str]
     applies: Callable[[Mapping[str, Any], Policy], bool]
     message: str
+
+
+def _prompt_logprobs_parameter(body: Mapping[str, Any]) -> str:
+    """Return the parameter of a request that asks for log-probabilities of its prompt."""
+    return "prompt_logprobs" if body.get("prompt_logprobs") is not None else "echo"
 
 
 def _asks_prompt_logprobs(body: Mapping[str, Any]) -> bool:
@@ -637,7 +644,7 @@ def _asks_prompt_logprobs(body: Mapping[str, Any]) -> bool:
 ENGINE_FAULTS = (
     # vLLM 0.32 on a CPU: the LoRA kernels index past the rows of a batch whose prompts need all their logits.
     EngineFault(
-        "prompt_logprobs",
+        _prompt_logprobs_parameter,
         lambda body, policy: policy.on_cpu and _asks_prompt_logprobs(body),
         "This pool runs on CPUs, where vLLM fails when it computes log-probabilities of prompts beside adapters. "
         "Remove 'prompt_logprobs', or 'echo' of a chat or with 'logprobs'.",
@@ -685,10 +692,10 @@ def _together(body: Mapping[str, Any], policy: Policy) -> Refusal | None:
         return Refusal("tools", f"tools {wrong} where tool_choice or strict makes a grammar of them.")
     for fault in ENGINE_FAULTS:
         if fault.applies(body, policy):
-            return Refusal(fault.parameter, fault.message, "unsupported_by_engine")
+            return Refusal(fault.parameter(body), fault.message, "unsupported_by_engine")
     if not policy.allow_prompt_logprobs and _asks_prompt_logprobs(body):
         return Refusal(
-            "prompt_logprobs",
+            _prompt_logprobs_parameter(body),
             "Log-probabilities of prompts take the engine's memory from its other clients: remove 'prompt_logprobs', "
             "or 'echo' of a chat or with 'logprobs', or use a pool with requests.allowPromptLogprobs.",
         )
