@@ -364,21 +364,22 @@ def ask(pod: ServingPod, route: str, model: str, parameters: dict[str, Any]) -> 
     return answer.status
 
 
+def test_each_parameter_of_the_table_is_sent() -> None:
+    for route, cases in EACH.items():
+        table = {name for name, rows in parameters().PARAMETERS.items() if any(route in row.routes for row in rows)}
+        assert table - {name for case in cases for name in case} - {"model", "messages", "prompt"} == set()
+
+
 @pytest.mark.usefixtures("served")
-def test_each_parameter_of_the_api_leaves_the_engine_alive(pod: ServingPod) -> None:
+@pytest.mark.parametrize("at_once", [pytest.param(1, marks=pytest.mark.long), 4])
+def test_each_parameter_of_the_api_leaves_the_engine_alive(pod: ServingPod, at_once: int) -> None:
     boot = pod.engine_state()["bootId"]
     models = [BASE_NAME, *(pod.entries[name]["engineName"] for name in ("pirate", "poet"))]
-    tables = {
-        route: {name for name, rows in parameters().PARAMETERS.items() if any(route in row.routes for row in rows)}
-        for route in EACH
-    }
-    for route, cases in EACH.items():
-        assert tables[route] - {name for case in cases for name in case} - {"model", "messages", "prompt"} == set()
-        for place, case in enumerate(cases):
-            ask(pod, route, models[place % 2], case)
     every = [(route, case) for route, cases in EACH.items() for case in cases]
-    with ThreadPoolExecutor(4) as four:
-        statuses = list(four.map(lambda pair: ask(pod, pair[1][0], models[pair[0] % 3], pair[1][1]), enumerate(every)))
+    with ThreadPoolExecutor(at_once) as clients:
+        statuses = list(
+            clients.map(lambda pair: ask(pod, pair[1][0], models[pair[0] % len(models)], pair[1][1]), enumerate(every))
+        )
     assert statuses.count(200) > 60
     assert pod.engine_state()["bootId"] == boot
     assert call(f"{pod.pod.engine_url}/health").status == 200
@@ -492,5 +493,5 @@ def test_an_engine_restarted_after_its_hook_drained_it_gets_requests_again(pod: 
     assert call(f"{pod.pod.agent_url}/drain", "POST", None, pod.pod.admin_token).json == {"drained": True}
     pod.engine.kill()
     pod.engine.start()
-    wait_until(lambda: not pod.state().draining, "the pod no longer drains", 120)
+    wait_until(lambda: not pod.state().draining, "the pod no longer drains")
     pod.wait_resident("pirate", "poet")
