@@ -185,13 +185,23 @@ RBAC knows no labels, owners or shapes. These ValidatingAdmissionPolicies apply 
 (`admissionPolicies.enabled`, on by default):
 
 {policies(operator)}
+## Policies for users
+
+These ValidatingAdmissionPolicies (`admissionPolicies.enabled`) bind everyone who creates objects:
+
+| Policy | Refuses |
+|---|---|
+| `tunesmith-scheduling` | FineTuneJobs and ServingPools with scheduling that the value `scheduling` does not list |
+| `tunesmith-credentials` | a `secretRef` to a Secret without the label `tunesmith.dev/credentials=true` |
+| `tunesmith-credentials-pods` | a pod or Job of Tunesmith that mounts such a Secret |
+
 ## What remains possible
 
 Whoever holds the operator's token can, in the namespaces that it works in and that `excludedNamespaces` does not list:
 
 - read all pods, Jobs, Deployments and Tunesmith's resources, with the variables in their templates;
-- run pods of the standard `restricted` with any image, which can mount Secrets, ConfigMaps and volume claims of their
-  namespace;
+- run pods of the standard `restricted` with any image, which can mount ConfigMaps and volume claims of their namespace,
+  but no Secret other than the key with which a pool's engine checks the gateway's tokens;
 - overwrite the keys of pools and gateways, and the status of Tunesmith's resources; stop training by deleting its Jobs.
 
 It can read no Secret directly, touch no workload of others and nothing in an excluded namespace, run no privileged pod,
