@@ -75,8 +75,8 @@ def _named(config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(named.get("exclude_modules"), str):
         named["exclude_modules"] = None
     for key in ("rank_pattern", "alpha_pattern"):
-        values = (named.get(key) or {}).values()
-        named[key] = {f"module-{number}": value for number, value in enumerate(values)}
+        patterns: dict[str, Any] = config.get(key) or {}
+        named[key] = {f"module-{number}": value for number, value in enumerate(patterns.values())}
     return named
 
 
