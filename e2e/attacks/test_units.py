@@ -30,29 +30,40 @@ def unit(row: str, fault: str, project: str, *tests: str) -> Any:  # noqa: ANN40
 
 
 UNITS = [
-    unit("C1", "what an installation allows of scheduling, and refusals", "operator", "tests/api/test_scheduling.py"),
-    unit("C3", "pools and bare names of other namespaces", "operator", "tests/serving/test_source.py"),
+    unit(
+        "A1, A4", "adapters that change the base's answers, engines that hang, and what only looks so", "agent",
+        "tests/server/test_guard.py",
+    ),
+    unit(
+        "A2, A3", "a check that takes too long, too much memory, or ended the agent", "agent",
+        "tests/server/test_fetching.py",
+    ),
+    unit("A", "mutations of adapter files", "agent", "tests/server/test_fuzz_adapters.py"),
+    unit("B1", "every parameter of vLLM, by version and platform", "agent", "tests/server/test_parameters.py"),
+    unit("B3, B5", "the gateway's memory limit, mutated requests", "operator", "tests/gateway/test_process.py"),
+    unit(
+        "B6, B9", "streams: tokens counted as they pass, silence, held requests, ends", "operator",
+        "tests/gateway/test_streams.py", "tests/gateway/test_event_streams.py",
+    ),
+    unit("C", "mutations of manifests", "operator", "tests/controlplane/test_manifest_fuzz.py"),
     unit("C4", "10,000 models: a change touches no other", "operator", "tests/gateway/test_catalog.py"),
     unit(
         "C5, C10, C11, C12", "forged Jobs, pre-emption storms, containers that do not start, and what pods report",
         "operator", "tests/controlplane/test_hostile_jobs.py",
     ),
-    unit("C5", "Jobs and pods that only look like an attempt's", "operator", "tests/finetune/test_observe.py"),
     unit("C6", "gateways that are not heard", "operator", "tests/autoscale/test_demand.py"),
+    unit("C7", "identities of the operator and the gateway", "operator", "tests/controlplane/test_rights.py"),
     unit(
-        "C8", "keys and tokens by purpose and pod; epochs that are implausible", "operator",
-        "tests/api/test_contracts.py", "tests/serving/test_agent_link.py",
+        "C8", "keys and tokens by purpose and pod, implausible epochs, rotation", "operator",
+        "tests/api/test_contracts.py", "tests/serving/test_agent_link.py", "tests/gateway/test_rotation.py",
     ),
-    unit(
-        "C10, C11", "pre-emption storms, results that are lost, containers and images that do not start", "operator",
-        "tests/finetune/test_plan.py",
-    ),
+    unit("C13", "chat templates without end", "trainer", "tests/trainer/test_watched.py"),
     unit("C14", "every spelling of a place in the store of others", "operator", "tests/api/test_location.py"),
-    unit("C15", "metrics and demand without a token", "operator", "tests/gateway/test_internal.py"),
+    unit("C16", "addresses that a pool's agent connects to", "agent", "tests/server/test_connections.py"),
     unit("D1", "a watch whose stream is cut, or that ends", "operator", "tests/gateway/test_feed.py"),
     unit("D2, D4", "engines that end with 0, agents that cannot be reached", "operator", "tests/serving/test_pod.py"),
-    unit("D5, D7", "budgets of pools, abbreviated engine arguments", "operator", "tests/serving/test_render.py"),
-    unit("D9", "values files of older charts, and adoption", "operator", "tests/charts/test_tunesmith.py"),
+    unit("D5, D7, D8", "budgets, reserved arguments and families of pools", "operator", "tests/serving/test_render.py"),
+    unit("D9", "values files of older charts, and adoption", "operator", "tests/charts/test_upgrade.py"),
 ]  # fmt: skip
 
 
