@@ -20,7 +20,7 @@ TOLERANCE = 1.5
 """How much the victim's 95th percentile may grow."""
 GRAIN_SECONDS = 0.25
 """Growth below this is not counted: on two cores, a neighbour's tokens and the attacker itself cost as much."""
-MIN_REQUESTS = 8
+MIN_REQUESTS = 12
 """Requests of the victim for a figure of an attack that takes no time."""
 
 

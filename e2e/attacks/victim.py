@@ -61,6 +61,16 @@ class Figures:
     examples: list[str] = field(default_factory=list)
 
 
+def percentile(ordered: list[float], part: float) -> float:
+    """The percentile of ordered values, between the two that it lies between; 0 where there are none."""
+    if not ordered:
+        return 0.0
+    place = part * (len(ordered) - 1)
+    low, rest = int(place), place % 1
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + rest * (ordered[high] - ordered[low])
+
+
 class Victim:
     """Runs the stream and reads its lines: `with Victim(...) as victim`."""
 
@@ -200,6 +210,6 @@ class Victim:
             right=len(requests) - len(bad),
             wrong=wrong,
             refused=len(bad) - wrong,
-            p95=durations[max(0, math.ceil(0.95 * len(durations)) - 1)] if durations else 0.0,
+            p95=percentile(durations, 0.95),
             examples=[f"{r.model}: {r.status} {r.answer!r}" for r in bad[:3]],
         )
