@@ -115,11 +115,11 @@ def test_foreign_secret(stage: Stage, trial: Trial) -> None:
 
             def told() -> Any:  # noqa: ANN401 - the condition
                 job = get("finetunejob", "early", HOSTILE)
-                found = [condition(job, kind) for kind in ("Failed", "Validated", "Started")]
-                return next((c for c in found if "label" in c["message"]), None)
+                found = [condition(job, kind) for kind in ("Failed", "Validated")]
+                return next((c for c in found if c["status"] == "False" or c["reason"] == "SecretNotFound"), None)
 
-            # The job waits for a Secret that does not exist, and repeats the create with growing delays.
-            found = trial.status("the earlier job says that the Secret is not labelled for it", told, within=60)
+            # Its pod may exist before the Secret does; it starts within some seconds, and reads no Secret after that.
+            found = trial.status("the earlier job fails without the Secret", told, within=90, patience=180)
             trial.observe(f"{found['reason']}: {found['message']}")
         everything = json.dumps([items("finetunejobs", HOSTILE), items("events", HOSTILE)])
         assert "hf_attack" not in everything
