@@ -105,7 +105,8 @@ def victim(stage: Stage) -> Iterator[Victim]:
 def single(stage: Stage) -> Iterator[Object]:
     """A pool of one pod beside the shared one, which sends SSE comments to silent streams; its manifest."""
     manifest = pool_manifest(SINGLE, replicas=1)
-    manifest["spec"]["engine"]["args"] = ["--sse-keep-alive-interval=1"]
+    manifest["spec"]["engine"] |= {"args": ["--sse-keep-alive-interval=1"], "maxLoras": 1}
+    manifest["spec"]["resources"]["memory"] = "3Gi"  # two of them, while it is changed, must fit beside the others
     with stage.pool(manifest):
         yield manifest
 

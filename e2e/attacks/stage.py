@@ -257,7 +257,7 @@ def pool_manifest(name: str = POOL, **changes: object) -> Object:
                     {"name": "VLLM_CPU_OMP_THREADS_BIND", "value": "nobind"},
                 ],
             },
-            "resources": {"gpus": 0, "cpu": "100m", "memory": "4Gi"},
+            "resources": {"gpus": 0, "cpu": "100m", "memory": "3584Mi"},
             "replicas": 2,
             "drainSeconds": 10,
             "allowedNamespaces": {"from": "All"},

@@ -436,7 +436,7 @@ def test_tenants_rights(stage: Stage, trial: Trial) -> None:
 
 @pytest.mark.attack("C13", "an endless chat template in a FineTuneJob")
 def test_endless_chat_template(stage: Stage, trial: Trial) -> None:
-    template = "{% for a in range(10**9) %}{% for b in range(10**9) %}{% endfor %}{% endfor %}"
+    template = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     dataset = SPEC["dataset"] | {"chatTemplate": template}
     try:
         with trial.attack(tolerance=6, reason="validation shared two cores with the victim"):

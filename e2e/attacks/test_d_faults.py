@@ -112,17 +112,25 @@ def test_change_of_one_pod(stage: Stage, single: Object, trial: Trial) -> None:
         arguments = [" ".join(pod["spec"]["containers"][0].get("args", [])) for pod in pods]
         return len(pods) == 1 and "--max-model-len 768" in arguments[0] and _serves(pods[0])
 
+    sentences: dict[str, None] = {}
+
+    def settled_or_told() -> bool:
+        pool = get("servingpool", SINGLE, PLATFORM)
+        sentences.update({condition(pool, kind)["message"]: None for kind in ("Progressing", "Updated")})
+        return settled()
+
     worker = threading.Thread(target=load)
     worker.start()
     try:
         with trial.attack(tolerance=6, reason="another engine started on the two cores"):
             apply(single | {"spec": single["spec"] | {"engine": single["spec"]["engine"] | {"maxModelLength": 768}}})
-            trial.recovered("the pool has its new pod only", settled, within=300, patience=300)
+            trial.recovered("the pool has its new pod only", settled_or_told, within=300, patience=300)
     finally:
         done.set()
         worker.join()
     failed = [status for status in statuses if status != 200]
     trial.observe(f"{len(failed)} of {len(statuses)} requests failed")
+    trial.observe(" → ".join(sentence for sentence in sentences if sentence))
     assert not failed
 
 

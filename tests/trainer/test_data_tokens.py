@@ -219,6 +219,14 @@ def test_a_row_that_the_template_refuses_is_told(tokenizer: Any) -> None:
         Encoder(tokenizer, [2], chat_template=strict).encode(chat(TURNS))
 
 
+@pytest.mark.parametrize(
+    "fault", ["range(10**9)", "1 // 0", "messages[0].content.nothing()", "'%d' % 'a'", "[][1].x", "(9.0**9)**999"]
+)
+def test_a_fault_of_the_template_is_its_authors(tokenizer: Any, fault: str) -> None:
+    with pytest.raises(DatasetInvalidError, match=r"line 1: dataset.chatTemplate refuses the row: "):
+        Encoder(tokenizer, [2], chat_template=f"{{{{ {fault} }}}}" + MARKED).encode(chat(TURNS))
+
+
 def test_tools_need_a_template_that_knows_them(tokenizer: Any) -> None:
     tool = {"type": "function", "function": {"name": "lookup", "parameters": {"type": "object"}}}
     row = chat({**TURNS, "tools": [tool]})

@@ -25,6 +25,15 @@ Chat = dict[str, Any]
 """`messages`, and `tools` where there are some."""
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_TEMPLATE_FAULTS = (
+    TemplateError,
+    ArithmeticError,  # a division by zero, and a range that is longer than Jinja's sandbox allows
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 _TODAY = datetime(2024, 7, 26, tzinfo=UTC)
 """For templates that print the date: the one that Llama's own use where they know none."""
 
@@ -134,7 +143,7 @@ class ChatTemplate:
             raise DatasetInvalidError(
                 f"{where}: {self._whose} needs more memory than there is: shorten the row, or remove what grows in it"
             ) from None
-        except (TemplateError, TypeError, ValueError, LookupError) as error:
+        except _TEMPLATE_FAULTS as error:
             text = " ".join(str(error).split())[:300]
             raise DatasetInvalidError(f"{where}: {self._whose} refuses the row: {text}") from None
 
