@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 
 def test_every_mutation_of_an_adapter_ends_with_a_sentence_or_is_sound(tmp_path: Path) -> None:
-    report = fuzz(range(240), tmp_path)
+    report = fuzz(range(100), tmp_path)
     assert report.wrong == []
-    assert report.outcomes["refused"] > 120
-    assert report.outcomes["placed"] > 10
-    assert len(report.sentences) > 30
+    assert report.outcomes["refused"] > 60
+    assert report.outcomes["placed"] > 3
+    assert len(report.sentences) > 20
     assert report.memory < 400 * 1024  # KiB, shared libraries among it
