@@ -191,7 +191,7 @@ def test_hung_engine(stage: Stage, trial: Trial) -> None:
     pod = stage.pods()[0]
     name = pod["metadata"]["name"]
     core = _engine_core(str(container_status(pod, "engine")["containerID"]))
-    with trial.attack(outage_seconds=60, reason="requests in the hung engine ended with it"):
+    with trial.attack(outage_seconds=180, reason="requests in the hung engine ended with it"):
         os.kill(core, signal.SIGSTOP)
         try:
 
@@ -200,7 +200,7 @@ def test_hung_engine(stage: Stage, trial: Trial) -> None:
                 return degraded["message"] if degraded["status"] == "True" and name in degraded["message"] else None
 
             # The engine is judged after the seconds of silence that a busy engine may have.
-            trial.observe(trial.status("the pool says that the engine hangs", unready, within=45, patience=120))
+            trial.observe(trial.status("the pool says that the engine hangs", unready, within=150, patience=240))
             trial.recovered("both pods serve the victim again", lambda: stage.wait_until_served(240) or True, 120)
         finally:
             with suppress(ProcessLookupError):
