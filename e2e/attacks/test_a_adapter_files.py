@@ -201,7 +201,7 @@ def test_hung_engine(stage: Stage, trial: Trial) -> None:
 
             # The engine is judged after the seconds of silence that a busy engine may have.
             trial.observe(trial.status("the pool says that the engine hangs", unready, within=150, patience=240))
-            trial.recovered("both pods serve the victim again", lambda: stage.wait_until_served(240) or True, 120)
+            trial.recovered("both pods serve the victim again", lambda: stage.wait_until_served(240) or True, 240)
         finally:
             with suppress(ProcessLookupError):
                 os.kill(core, signal.SIGCONT)
