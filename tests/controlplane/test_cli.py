@@ -184,7 +184,7 @@ def test_a_key_is_shown_once_and_kept_hashed(apiserver: ApiServer, namespace: st
     assert tunesmith(apiserver, "keys", "delete", "alice", *own)[0] == 0
     assert not exists(apiserver, "configmap", namespace, "api-key-alice")
     code, _, problems = tunesmith(apiserver, "keys", "delete", "alice", *own)
-    assert (code, "there is no key alice" in problems) == (1, True)
+    assert (code, "has no key alice" in problems) == (1, True)
 
 
 def test_a_secret_that_is_no_key_is_never_deleted(apiserver: ApiServer, namespace: str) -> None:
