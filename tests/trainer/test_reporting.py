@@ -171,7 +171,7 @@ def test_a_cluster_s_job_reports_to_no_such_server_of_weights_and_biases(
     made = reporter(tmp_path, {Tracker.WANDB: settings}, guarded=True)
     missed = made.close(Outcome.SUCCEEDED, {}, SECONDS)
     assert missed is not None
-    assert "which jobs and pools may not reach: correct the platform to list it" in missed
+    assert "which jobs and pools may not reach: correct the address" in missed
 
 
 def test_a_cluster_s_job_reports_to_weights_and_biases(tmp_path: Path) -> None:
