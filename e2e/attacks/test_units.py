@@ -78,7 +78,9 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     for project, tests in wanted.items():
         report = tmp_path_factory.mktemp("units") / f"{project}.xml"
         command = [PYTHON[project], "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
-        done = subprocess.run(command, check=False, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(
+            command, check=False, cwd=REPOSITORY, capture_output=True, text=True, timeout=900, start_new_session=True
+        )
         if not report.is_file() or done.returncode > 1:
             pytest.fail(f"{' '.join(map(str, command))}: {done.stdout[-1000:]}{done.stderr[-1000:]}")
         found |= outcomes(report.read_text())
