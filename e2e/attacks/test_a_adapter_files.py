@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     Craft = Callable[[Path, Template], str]
 
-HIGHEST_RATIO = 10.0
+HIGHEST_RATIO = 4.0
 """The installation's default bound: norm of an adapter's change of a module over that of the base's weights."""
 MODULE = "model.layers.0.self_attn.q_proj"
 CATASTROPHIC = "(.*)*(.*)*(.*)*(.*)*(.*)*x"
