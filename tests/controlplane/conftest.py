@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import secrets
 from typing import TYPE_CHECKING
 
@@ -10,6 +12,7 @@ import pytest
 from apiserver import ApiServer
 from operatorprocess import Operator
 from rights import grant
+from trainingworld import World
 from tunesmith.cluster.client import Cluster
 
 if TYPE_CHECKING:
@@ -54,3 +57,16 @@ def operator(server: ApiServer, tmp_path_factory: pytest.TempPathFactory) -> Ite
 async def cluster(server: ApiServer) -> AsyncIterator[Cluster]:
     async with await Cluster.connect(kubeconfig=server.kubeconfig) as connected:
         yield connected
+
+
+@pytest.fixture
+async def world(operator: Operator, cluster: Cluster) -> AsyncIterator[World]:
+    """A namespace in which FineTuneJobs run; only the kubelet is played."""
+    assert operator.process.poll() is None
+    name = await cluster.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"generateName": "test-"}})
+    found = World(cluster, name["metadata"]["name"])
+    task = asyncio.create_task(found.kubelet.run())
+    yield found
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task

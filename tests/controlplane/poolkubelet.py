@@ -32,8 +32,8 @@ from tunesmith.contracts.agent import (
     parse_keys,
     pod_tokens,
 )
+from tunesmith.contracts.network import component_labels
 from tunesmith.contracts.podevents import EventWriter
-from tunesmith.controller.serving_streams import gateway_labels
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -193,7 +193,7 @@ async def gateway(cluster: Cluster, namespace: str) -> AsyncIterator[FakeGateway
             "metadata": {
                 "generateName": "gateway-",
                 "namespace": namespace,
-                "labels": gateway_labels("tunesmith"),
+                "labels": component_labels("tunesmith", "gateway"),
             },
             "spec": {"containers": [{"name": "gateway", "image": "gateway:1"}]},
         }

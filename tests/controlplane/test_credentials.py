@@ -11,6 +11,7 @@ from manifests import job, pool
 from operatorprocess import until
 from rights import grant
 from tunesmith.api.finetunejob import FineTuneJob
+from tunesmith.api.model import CREDENTIALS_LABEL
 from tunesmith.finetune import render
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def space(guarded: ApiServer) -> str:
 
 
 def secret(namespace: str, name: str = "mine", *, labelled: bool = False) -> Object:
-    labels = {"tunesmith.dev/credentials": "true"} if labelled else {}
+    labels = {CREDENTIALS_LABEL: "true"} if labelled else {}
     return {
         "apiVersion": "v1",
         "kind": "Secret",

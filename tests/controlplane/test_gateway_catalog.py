@@ -22,7 +22,7 @@ from manifests import adapter, pool
 from tunesmith.cluster.client import Cluster
 from tunesmith.contracts.agent import keys_file
 from tunesmith.contracts.apikey import key_record, new_key
-from tunesmith.gateway.proxy import Limits
+from tunesmith.gateway.limits import Limits
 from tunesmith.gateway.server import Gateway, Settings
 
 if TYPE_CHECKING:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,28 +20,12 @@ from tunesmith.contracts.location import owned_name
 from tunesmith.contracts.progress import PROGRESS_PORT
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from apiserver import ApiServer
-    from operatorprocess import Operator
-    from tunesmith.cluster.client import Cluster
 
 
 pytestmark = pytest.mark.controlplane
 Object = dict[str, Any]
 VALIDATING = "app.kubernetes.io/component=validate"
-
-
-@pytest.fixture
-async def world(operator: Operator, cluster: Cluster) -> AsyncIterator[World]:
-    assert operator.process.poll() is None
-    name = await cluster.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"generateName": "test-"}})
-    found = World(cluster, name["metadata"]["name"])
-    task = asyncio.create_task(found.kubelet.run())
-    yield found
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
 
 
 def validates(pod: Object) -> bool:

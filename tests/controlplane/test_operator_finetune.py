@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,27 +16,12 @@ from trainingworld import KIND, World
 from tunesmith.cluster.errors import AlreadyExistsError, NotFoundError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from operatorprocess import Operator
-    from tunesmith.cluster.client import Cluster
 
 
 pytestmark = pytest.mark.controlplane
 Object = dict[str, Any]
 SAVING = "test.tunesmith.dev/saving"
-
-
-@pytest.fixture
-async def world(operator: Operator, cluster: Cluster) -> AsyncIterator[World]:
-    assert operator.process.poll() is None
-    name = await cluster.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"generateName": "test-"}})
-    found = World(cluster, name["metadata"]["name"])
-    task = asyncio.create_task(found.kubelet.run())
-    yield found
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
 
 
 async def test_a_job_is_validated_trained_and_complete(world: World) -> None:

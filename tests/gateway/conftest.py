@@ -10,7 +10,7 @@ import pytest
 import uvloop
 
 from gateway_rig import OWN_NAMESPACE, Rig, Watches, eventually, free_ports
-from tunesmith.gateway.proxy import Limits
+from tunesmith.gateway.limits import Limits
 from tunesmith.gateway.server import Gateway, Settings
 
 if TYPE_CHECKING:

@@ -13,8 +13,9 @@ from tunesmith.contracts.agent import (
     ResidencyState,
     list_digest,
 )
+from tunesmith.contracts.network import component_labels
 from tunesmith.controller.election import EPOCH, next_epoch
-from tunesmith.controller.serving_streams import AgentLink, Target, gateway_labels
+from tunesmith.controller.serving_streams import AgentLink, Target
 from tunesmith.streams import Tokens
 
 DIGEST = "sha256:" + "1" * 64
@@ -137,8 +138,8 @@ def test_the_other_token_is_tried_once_per_refusal() -> None:
 
 
 def test_gateways_of_another_chart_or_release_are_not_ours() -> None:
-    ours = gateway_labels("tunesmith")
-    assert ours != gateway_labels("another-release")
+    ours = component_labels("tunesmith", "gateway")
+    assert ours != component_labels("another-release", "gateway")
     for foreign in ("loki", "kong"):
         assert not ours.items() <= {**ours, "app.kubernetes.io/name": foreign}.items()
 

@@ -65,7 +65,7 @@ class Journal:
         except FileNotFoundError:
             self._fatal = set()
         except (OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("%s cannot be read, and is written anew: %s", self._path, error)
+            log.warning("%s cannot be read, and is written again: %s", self._path, error)
             self._fatal = set()
         self._checking: set[str] = set()
         self._write()

@@ -346,7 +346,7 @@ def _read_record(path: Path) -> GuardRecord:
     except FileNotFoundError:
         return GuardRecord()
     except (OSError, ValidationError) as error:
-        log.warning("%s cannot be read and is written anew: %s", path, type(error).__name__)
+        log.warning("%s cannot be read and is written again: %s", path, type(error).__name__)
         return GuardRecord()
 
 

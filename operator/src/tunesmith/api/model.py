@@ -163,11 +163,15 @@ class ObjectMeta(StatusModel):
     annotations: dict[str, str] = Field(default_factory=dict)
 
 
+CREDENTIALS_LABEL = "tunesmith.dev/credentials"
+"""Label of a Secret that a secretRef may name; its value is `true`. The chart's admission policies check it."""
+
+
 class SecretReference(ApiModel):
     """A Secret in the namespace of the resource that names it."""
 
     name: ResourceName = Field(
-        description="Name of the Secret. It needs the label tunesmith.dev/credentials with the value true. Its keys "
+        description=f"Name of the Secret. It needs the label {CREDENTIALS_LABEL} with the value true. Its keys "
         "are the store's own variables. s3://: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, "
         "AWS_ENDPOINT_URL, AWS_REGION. gs://: GOOGLE_SERVICE_ACCOUNT_KEY, the JSON of a service account's key. az://: "
         "AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY. hf:// and the "

@@ -31,6 +31,11 @@ _HOST_OF_AZURE = IPv4Address("168.63.129.16")
 """Public by its number, and the host of every virtual machine there."""
 
 
+def url_host(address: str) -> str:
+    """Return an address as it is written in a URL: IPv6 in brackets."""
+    return f"[{address}]" if ":" in address else address
+
+
 def parse_networks(text: str) -> tuple[Network, ...]:
     """The networks of a list such as `10.96.0.0/16,fd00::7/128`.
 

@@ -13,8 +13,6 @@ from tunesmith.contracts.google_key import GOOGLE_KEY
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-CREDENTIALS_LABEL = "tunesmith.dev/credentials"
-"""Label of a Secret that resources may name in a secretRef; its value is `true`."""
 STORE_KEYS = (
     "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3",
     "AWS_REGION", "AWS_DEFAULT_REGION", GOOGLE_KEY, "AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_ACCOUNT_NAME",

@@ -30,19 +30,25 @@ class Network:
         """Return the peer of a component's pods, `operator` or `gateway`."""
         return {
             "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": self.namespace}},
-            "podSelector": {
-                "matchLabels": {
-                    "app.kubernetes.io/name": "tunesmith",
-                    "app.kubernetes.io/instance": self.instance,
-                    "app.kubernetes.io/component": name,
-                }
-            },
+            "podSelector": {"matchLabels": component_labels(self.instance, name)},
         }
 
     def admit(self, port: int, *components: str) -> Manifest:
         """Return the rule that lets components, and whoever reads metrics, connect to a port."""
         peers = [*map(self.component, components), *self.metrics_from]
         return {"from": peers, "ports": [{"port": port, "protocol": "TCP"}]}
+
+
+def component_labels(instance: str, name: str) -> dict[str, str]:
+    """Return the labels by which a component's pods differ from all others of their namespace.
+
+    Other charts label pods with component=gateway too.
+    """
+    return {
+        "app.kubernetes.io/name": "tunesmith",
+        "app.kubernetes.io/instance": instance,
+        "app.kubernetes.io/component": name,
+    }
 
 
 def parse_peers(text: str) -> tuple[Manifest, ...]:

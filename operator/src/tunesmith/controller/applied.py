@@ -58,8 +58,8 @@ class AppliedObjects:
         if last is not None and last.digest == digest:
             if last.refusal is not None and now - last.at < last.delay:
                 return last.refusal
-            stands = last.refusal is None and now - last.at < _APPLY_AGAIN_SECONDS
-            if stands and (generation is None or generation == last.generation):
+            is_fresh = last.refusal is None and now - last.at < _APPLY_AGAIN_SECONDS
+            if is_fresh and (generation is None or generation == last.generation):
                 return None
         try:
             written = await self._context.apply(manifest)

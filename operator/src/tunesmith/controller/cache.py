@@ -106,7 +106,7 @@ class Cache:
 
     def put(self, item: Object) -> bool:
         """Accept a version from a watch, a list or a write; return False where it is not newer than the known one."""
-        place, old = _place(item), None
+        place = _place(item)
         old = self.get(*place)
         if _version(item) <= self._deleted.get(item["metadata"]["uid"], -1):
             return False

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from tunesmith.api.conditions import FailureReason
 from tunesmith.api.finetunejob_status import AttemptOutcome, FineTuneJobStatus
 from tunesmith.cluster.errors import AlreadyExistsError, ForbiddenError, InvalidError, NotFoundError
+from tunesmith.contracts.ownership import controller_of
 from tunesmith.controller.progress import ProgressPoller
 from tunesmith.controller.reconciler import MANAGED, Key, Result, Watch, label_keys, owner_keys
 from tunesmith.finetune import render
@@ -261,7 +262,7 @@ class FineTuneJobReconciler:
         metadata = pod["metadata"]
         name = (metadata.get("labels") or {}).get(render.JOB_LABEL, "")
         manifest = self._context.caches[KIND].get(metadata["namespace"], name)
-        owner = next((owner for owner in metadata.get("ownerReferences") or () if owner.get("controller")), None)
+        owner = controller_of(pod, "Job")
         job = self._context.caches["Job"].get(metadata["namespace"], owner["name"]) if owner is not None else None
         return (
             manifest is not None

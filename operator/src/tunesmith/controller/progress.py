@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import aiohttp
 
+from tunesmith.contracts.addresses import url_host
 from tunesmith.contracts.progress import PROGRESS_MAX_BYTES, PROGRESS_PORT, parse_progress
 
 if TYPE_CHECKING:
@@ -65,11 +66,10 @@ class ProgressPoller:
 
     async def _pull(self, session: aiohttp.ClientSession, slots: asyncio.Semaphore, pod: Object) -> None:
         uid, address = pod["metadata"]["uid"], pod["status"]["podIP"]
-        host = f"[{address}]" if ":" in address else address
         try:
             async with (
                 slots,
-                session.get(f"http://{host}:{self._port}/progress", allow_redirects=False) as response,
+                session.get(f"http://{url_host(address)}:{self._port}/progress", allow_redirects=False) as response,
             ):
                 if response.status != _OK:
                     return

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from tunesmith.contracts.ownership import controller_of
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -86,9 +88,9 @@ def owner_keys(kind: str) -> Callable[[Object], Iterable[Key]]:
     """The key of the controlling owner, where that is of `kind`."""
 
     def keys(item: Object) -> Iterable[Key]:
-        for reference in item["metadata"].get("ownerReferences") or ():
-            if reference.get("controller") and reference["kind"] == kind:
-                yield Key(kind, item["metadata"].get("namespace", ""), reference["name"])
+        owner = controller_of(item, kind)
+        if owner is not None:
+            yield Key(kind, item["metadata"].get("namespace", ""), owner["name"])
 
     return keys
 

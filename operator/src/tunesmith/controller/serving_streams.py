@@ -16,6 +16,7 @@ import aiohttp
 
 from tunesmith.cluster.keep import kept
 from tunesmith.cluster.watch import backoff
+from tunesmith.contracts.addresses import url_host
 from tunesmith.contracts.agent import (
     AGENT_PORT,
     GATEWAY_INTERNAL_PORT,
@@ -28,6 +29,7 @@ from tunesmith.contracts.agent import (
     gateway_keys,
     list_digest,
 )
+from tunesmith.contracts.network import component_labels
 from tunesmith.contracts.podevents import EventReader
 from tunesmith.streams import Stream, Tokens, follow
 
@@ -53,7 +55,7 @@ class Target:
 
     def url(self, port: int, path: str) -> str:
         """An address at the target."""
-        return f"http://[{self.address}]:{port}{path}" if ":" in self.address else f"http://{self.address}:{port}{path}"
+        return f"http://{url_host(self.address)}:{port}{path}"
 
     def stream(self, port: int, path: str) -> Stream:
         """A stream of the target."""
@@ -273,7 +275,9 @@ class GatewayLinks:
             ClusterError: the pods cannot be listed.
         """
         settings = self._context.settings
-        labels = ",".join(f"{name}={value}" for name, value in gateway_labels(settings.instance).items())
+        # Whoever may create a pod with these labels in the operator's namespace may mount the installation key there as
+        # well, so nothing more is checked.
+        labels = ",".join(f"{name}={value}" for name, value in component_labels(settings.instance, "gateway").items())
         tasks: dict[str, asyncio.Task[None]] = {}
         targets: dict[str, Target] = {}
         connector = aiohttp.TCPConnector(limit=0)
@@ -314,19 +318,6 @@ class GatewayLinks:
             return None
         tokens = Tokens(lambda: self._context.installation_keys, lambda keys: demand_tokens(gateway_keys(keys)))
         return Target(f"gateway {pod['metadata']['name']}", address, tokens)
-
-
-def gateway_labels(instance: str) -> dict[str, str]:
-    """Return the labels by which the pods of this release's gateways differ from all others of their namespace.
-
-    Other charts label pods with component=gateway too. Whoever may create a pod with all three labels in the operator's
-    namespace may mount the installation key there as well, so nothing more is checked.
-    """
-    return {
-        "app.kubernetes.io/component": "gateway",
-        "app.kubernetes.io/instance": instance,
-        "app.kubernetes.io/name": "tunesmith",
-    }
 
 
 async def _put(

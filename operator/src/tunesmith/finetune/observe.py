@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.api.finetunejob import FineTuneJob
 from tunesmith.contracts.location import owned_name
+from tunesmith.contracts.ownership import controller_of
 from tunesmith.contracts.result import TrainerResult
 
 if TYPE_CHECKING:
@@ -204,8 +205,7 @@ def _controller(item: Object, manifest: Object, kind: str) -> Object | None:
     """The owner reference of an object's controller, where that is of `kind` and in the FineTuneJob's namespace."""
     if item["metadata"].get("namespace") != manifest["metadata"].get("namespace"):
         return None
-    owners = item["metadata"].get("ownerReferences") or ()
-    return next((owner for owner in owners if owner.get("controller") and owner["kind"] == kind), None)
+    return controller_of(item, kind)
 
 
 def _owned(manifest: Object, suffix: str) -> str:

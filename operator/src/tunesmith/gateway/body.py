@@ -1,6 +1,6 @@
 """The JSON body of a request. Pure.
 
-A body stays bytes: its members are told apart, the few that the gateway reads are decoded, and `model` and `cache_salt`
+A body stays bytes: its members are separated, the few that the gateway reads are decoded, and `model` and `cache_salt`
 are replaced when it is sent on. What is sent has each member once, as the gateway read it: a member that is given twice
 cannot mean one thing to the gateway and another to the engine.
 """

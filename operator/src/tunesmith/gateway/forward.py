@@ -77,8 +77,8 @@ class Forwarder:
             ClientLeftError: the client left.
         """
         call.started = True
-        backend.in_flight += call.sequences
-        self._demand.add_running(call.model.id, call.sequences)
+        backend.in_flight += call.body.sequences
+        self._demand.add_running(call.model.id, call.body.sequences)
         upstream: aiohttp.ClientResponse | None = None
         try:
             token = backend.serving_tokens.current
@@ -101,8 +101,8 @@ class Forwarder:
             LOG.error("request %s: pod %s answered as another model", call.request_id, backend.pod.name)  # noqa: TRY400
             raise errors.wrong_model(call.model.id) from None
         finally:
-            backend.in_flight -= call.sequences
-            self._demand.add_running(call.model.id, -call.sequences)
+            backend.in_flight -= call.body.sequences
+            self._demand.add_running(call.model.id, -call.body.sequences)
             if upstream is not None:
                 # An answer that was not read to its end is cut off: the engine then stops generating.
                 upstream.close()

@@ -18,7 +18,6 @@ from tunesmith.gateway.budget import Budget
 from tunesmith.gateway.connections import answer
 from tunesmith.gateway.faults import described
 from tunesmith.gateway.forward import OTHER_TOKEN, Forwarder, NotStartedError
-from tunesmith.gateway.limits import Limits
 from tunesmith.gateway.reply import ANSWER_BYTES, ClientLeftError, EventReply, write_large
 from tunesmith.gateway.request import Call, cache_salt, presented_key, read_body, request_id, require
 
@@ -33,10 +32,9 @@ if TYPE_CHECKING:
     from tunesmith.gateway.catalog import Catalog, Model
     from tunesmith.gateway.demand import Demand
     from tunesmith.gateway.keys import KeyTable
+    from tunesmith.gateway.limits import Limits
     from tunesmith.gateway.metrics import Metrics
     from tunesmith.gateway.residency import Backend, Residency
-
-__all__ = ["Limits", "Proxy"]
 
 LOG = logging.getLogger(__name__)
 
@@ -220,7 +218,6 @@ class Proxy:
             model=self._model(body, key),
             body=body,
             share=share,
-            sequences=body.sequences,
             cache_salt=cache_salt(self._gateway_keys()[0], key.home),
             events=self._events(exchange, share) if body.stream else None,
             arrived=exchange.arrived,
@@ -285,7 +282,7 @@ class Proxy:
             return None
         for engine_name in model.engine_names:
             backend = self._residency.pick(
-                model.pool, engine_name, is_base=model.is_base, excluded=refused, weight=call.sequences
+                model.pool, engine_name, is_base=model.is_base, excluded=refused, weight=call.body.sequences
             )
             if backend is not None:
                 return backend, engine_name
@@ -302,7 +299,7 @@ class Proxy:
             raise errors.too_many_waiting(call.model.id)
         model, until = call.model.id, self._clock() + seconds
         self._held_requests += 1
-        self._demand.add_waiting(model, call.sequences)
+        self._demand.add_waiting(model, call.body.sequences)
         try:
             while not changed.is_set() and (left := until - self._clock()) > 0:
                 if call.events is None:
@@ -312,7 +309,7 @@ class Proxy:
                     await within(changed, min(left, call.events.until_comment()))
         finally:
             self._held_requests -= 1
-            self._demand.add_waiting(model, -call.sequences)
+            self._demand.add_waiting(model, -call.body.sequences)
 
 
 def _nobody() -> web.Response:

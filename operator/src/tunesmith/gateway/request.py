@@ -38,7 +38,6 @@ class Call:
     Attributes:
         body: what it asks for; its bytes are released once a pod accepted it.
         share: its bytes in the budget.
-        sequences: how many sequences it occupies in an engine.
         events: the stream to the client, if it asked for one.
         started: True while a pod may work on it.
     """
@@ -49,7 +48,6 @@ class Call:
     model: Model
     body: Body
     share: Share
-    sequences: int
     cache_salt: str
     events: EventReply | None
     arrived: float

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from yarl import URL
 
+from tunesmith.contracts.addresses import url_host
 from tunesmith.contracts.agent import (
     SILENCE_SECONDS,
     ResidencyState,
@@ -39,7 +40,7 @@ class Backend:
     """A pool's pod: what it holds and how many sequences of this gateway's requests it works on."""
 
     def __init__(self, pod: Pod, keys: Callable[[], Keys], engine_port: int, agent_port: int) -> None:
-        host = f"[{pod.address}]" if ":" in pod.address else pod.address
+        host = url_host(pod.address)
         self.pod = pod
         self.in_flight = 0
         self.suspect_until = 0.0

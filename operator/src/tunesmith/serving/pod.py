@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.api.conditions import ServingPoolReason
+from tunesmith.contracts.addresses import url_host
 from tunesmith.contracts.agent import AGENT_PORT, ResidencyState
 from tunesmith.contracts.sentence import one_line
 
@@ -197,7 +198,7 @@ def _unreachable(pod: PoolPod) -> Problem | None:
             ServingPoolReason.AGENT_SILENT,
             "its agent is connected and reports nothing: what the pod holds is unknown",
         )
-    host = f"[{pod.address}]" if pod.address and ":" in pod.address else pod.address
+    host = url_host(pod.address or "")
     error = f" ({one_line(pod.stream_error, 200)})" if pod.stream_error else ""
     return Problem(
         ServingPoolReason.AGENT_UNREACHABLE,

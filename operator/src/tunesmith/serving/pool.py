@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.api.conditions import Condition, ConditionStatus, ServingPoolCondition, set_condition
+from tunesmith.api.conditions import ConditionStatus, ServingPoolCondition
 from tunesmith.api.conditions import ServingPoolReason as Reason
 from tunesmith.api.servingpool import PoolPhase, ServingPoolStatus
 from tunesmith.contracts.agent import DesiredAdapter, ResidencyState
 from tunesmith.contracts.sentence import one_line
+from tunesmith.serving.outcome import conditions_of
 from tunesmith.serving.placement import Placement, PlacementPod, Wanted, evacuated, place, victims
 from tunesmith.serving.pod import Problem, current_problem
 from tunesmith.serving.render import selector_text
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from tunesmith.serving.pod import PoolPod
 
 _VICTIM_COST = -1000
-_LONGEST = 2000
 _FINGERPRINT = re.compile(r"[a-z0-9]+:[0-9a-zA-Z]{1,96}")
 _LOADING_BESIDE_OTHERS = timedelta(minutes=5)
 _LOADING_ALONE = timedelta(seconds=30)
@@ -300,7 +300,7 @@ def _status(
     kept = (old.desired_replicas, old.observed_generation) == (seen.decision.replicas, pool.metadata.generation)
     return ServingPoolStatus(
         phase=_phase(outcomes),
-        conditions=_conditions(pool, outcomes, now),
+        conditions=conditions_of(pool.status.conditions, outcomes, pool.metadata.generation, now),
         observed_generation=pool.metadata.generation,
         base_model_fingerprint=fingerprint,
         desired_replicas=seen.decision.replicas,
@@ -316,23 +316,6 @@ def _status(
 
 _Outcome = tuple[ConditionStatus, Reason, str]
 _TRUE, _FALSE, _UNKNOWN = ConditionStatus.TRUE, ConditionStatus.FALSE, ConditionStatus.UNKNOWN
-
-
-def _conditions(pool: ServingPool, outcomes: Mapping[ServingPoolCondition, _Outcome], now: datetime) -> list[Condition]:
-    conditions = [condition for condition in pool.status.conditions if condition.type in outcomes]
-    for type_, (status, reason, message) in outcomes.items():
-        conditions = set_condition(
-            conditions,
-            Condition(
-                type=type_,
-                status=status,
-                reason=reason,
-                message=one_line(message, _LONGEST),
-                last_transition_time=now,
-                observed_generation=pool.metadata.generation,
-            ),
-        )
-    return conditions
 
 
 def _phase(outcomes: Mapping[ServingPoolCondition, _Outcome]) -> PoolPhase:

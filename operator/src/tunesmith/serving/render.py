@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.api.engine_arguments import refused_arguments, reserved_variable
 from tunesmith.api.model import API_VERSION
+from tunesmith.api.placement import quantity_value
 from tunesmith.contracts.addresses import ALLOWED_ADDRESSES
 from tunesmith.contracts.agent import AGENT_PORT, ENGINE_PORT
 from tunesmith.contracts.location import owned_name
 from tunesmith.contracts.network import Network, network_policy
+from tunesmith.contracts.ownership import controller_of
 from tunesmith.serving.pod import AGENT_CONTAINER, BASE_MODEL_CONTAINER, ENGINE_CONTAINER, READINESS_GATE
 
 if TYPE_CHECKING:
@@ -36,7 +38,6 @@ _AGENT_KEYS = "/etc/tunesmith/agent"
 _ENGINE_KEYS = "/etc/tunesmith/engine"
 _ADMIN_TOKEN_FILE = "/var/run/tunesmith/admin-token"  # noqa: S105 - a file's name
 _SECRETS = "/etc/tunesmith/secrets"
-_UNITS = {"Mi": 2**20, "Gi": 2**30}
 _LOGS = 2**30
 """Room for what a container writes beside its volumes: its log."""
 _RUN_SIZE = 256 * 2**20
@@ -95,25 +96,21 @@ def pod_selector(pool: ServingPool) -> dict[str, str]:
 
 def is_owned_by(pool: ServingPool, item: Manifest) -> bool:
     """Return True if the pool is the controlling owner of an object of its namespace."""
-    metadata = item["metadata"]
-    return metadata.get("namespace") == pool.metadata.namespace and any(
-        owner.get("controller") and owner.get("kind") == pool.kind and owner.get("uid") == pool.metadata.uid
-        for owner in metadata.get("ownerReferences") or ()
-    )
+    owner = controller_of(item, pool.kind)
+    same_namespace = item["metadata"].get("namespace") == pool.metadata.namespace
+    return same_namespace and owner is not None and owner.get("uid") == pool.metadata.uid
 
 
 def is_pod_of(pool: ServingPool, pod: Manifest) -> bool:
     """Return True if a pod was made for the pool by a ReplicaSet of the pool's Deployment."""
     metadata = pod["metadata"]
     labels = metadata.get("labels") or {}
-    replica_set = f"{deployment_name(pool)}-{labels.get('pod-template-hash', '')}"
+    owner = controller_of(pod, "ReplicaSet")
     return (
         metadata.get("namespace") == pool.metadata.namespace
         and pod_selector(pool).items() <= labels.items()
-        and any(
-            owner.get("controller") and owner.get("kind") == "ReplicaSet" and owner.get("name") == replica_set
-            for owner in metadata.get("ownerReferences") or ()
-        )
+        and owner is not None
+        and owner.get("name") == f"{deployment_name(pool)}-{labels.get('pod-template-hash', '')}"
     )
 
 
@@ -496,4 +493,4 @@ def _mount(name: str, path: str, *, read_only: bool = False) -> Manifest:
 
 
 def _bytes(quantity: str) -> int:
-    return int(quantity[:-2]) * _UNITS[quantity[-2:]]
+    return int(quantity_value(quantity))

@@ -16,12 +16,13 @@ from tunesmith.api.adapterdeployment import (
     Revision,
     RevisionState,
 )
-from tunesmith.api.conditions import AdapterDeploymentCondition, Condition, ConditionStatus, set_condition
+from tunesmith.api.conditions import AdapterDeploymentCondition, ConditionStatus
 from tunesmith.api.conditions import AdapterDeploymentReason as Reason
 from tunesmith.api.servingpool import ServingPool
 from tunesmith.contracts.agent import ResidencyState
 from tunesmith.contracts.location import engine_name
 from tunesmith.contracts.sentence import one_line
+from tunesmith.serving.outcome import LONGEST_MESSAGE, conditions_of
 from tunesmith.serving.source import Artifact, Unresolved, reference, short
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from tunesmith.serving.pod import PoolPod
 
 SELECTOR = "tunesmith.dev/none=pods-are-shared"
-_LONGEST = 2000
 _ON_ITS_WAY = (ResidencyState.DOWNLOADING, ResidencyState.LOADING)
 
 
@@ -67,19 +67,6 @@ def plan(adapter: AdapterDeployment, seen: Observation, now: datetime) -> Adapte
     }
     if adapter.spec.autoscaling is not None:
         outcomes[AdapterDeploymentCondition.SCALING_ACTIVE] = verdict.scaling()
-    conditions: Sequence[Condition] = [entry for entry in adapter.status.conditions if entry.type in outcomes]
-    for type_, (status, reason, message) in outcomes.items():
-        conditions = set_condition(
-            conditions,
-            Condition(
-                type=type_,
-                status=status,
-                reason=reason,
-                message=one_line(message, _LONGEST),
-                last_transition_time=now,
-                observed_generation=adapter.metadata.generation,
-            ),
-        )
     holders = [
         pod
         for pod in seen.pods
@@ -90,7 +77,7 @@ def plan(adapter: AdapterDeployment, seen: Observation, now: datetime) -> Adapte
     kept = (old.desired_replicas, old.observed_generation) == (seen.decision.replicas, adapter.metadata.generation)
     return AdapterDeploymentStatus(
         phase=verdict.phase(),
-        conditions=list(conditions),
+        conditions=conditions_of(adapter.status.conditions, outcomes, adapter.metadata.generation, now),
         observed_generation=adapter.metadata.generation,
         pool=_pool(adapter, seen) if seen.lost_to is None else None,
         model=adapter.model if seen.lost_to is None else None,
@@ -181,7 +168,7 @@ def _observed(revision: Revision, seen: Observation) -> Revision:
         update={
             "state": state,
             "ready_replicas": sum(1 for pod in resident if pod.ready and pod.answering),
-            "message": one_line(message, _LONGEST) if message else None,
+            "message": one_line(message, LONGEST_MESSAGE) if message else None,
         }
     )
 

@@ -12,15 +12,13 @@ from tunesmith.api.conditions import (
     ConditionStatus,
     ServingPoolCondition,
     ServingPoolReason,
-    set_condition,
 )
-from tunesmith.contracts.sentence import one_line
+from tunesmith.serving.outcome import updated
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from datetime import datetime
 
-_LONGEST = 2000
 _CONDITIONS: dict[str, dict[str, ConditionStatus]] = {
     "ServingPool": {
         ServingPoolCondition.AVAILABLE: ConditionStatus.UNKNOWN,
@@ -41,16 +39,11 @@ def unreadable_status(manifest: Mapping[str, Any], message: str, now: datetime) 
     status = manifest.get("status")
     kept = dict(status) if isinstance(status, dict) else {}
     conditions = _readable(kept.get("conditions"))
-    for type_, value in _CONDITIONS[manifest["kind"]].items():
-        new = Condition(
-            type=type_,
-            status=value,
-            reason=ServingPoolReason.INVALID_SPEC,
-            message=one_line(message, _LONGEST),
-            last_transition_time=now,
-            observed_generation=manifest["metadata"].get("generation"),
-        )
-        conditions = set_condition(conditions, new)
+    outcomes = {
+        type_: (value, ServingPoolReason.INVALID_SPEC, message)
+        for type_, value in _CONDITIONS[manifest["kind"]].items()
+    }
+    conditions = updated(conditions, outcomes, manifest["metadata"].get("generation"), now)
     return {**kept, "conditions": [condition.manifest() for condition in conditions]}
 
 
