@@ -16,15 +16,15 @@ from tunesmith.controller.context import Context
 from tunesmith.controller.controller import Controller
 from tunesmith.controller.metrics import Metrics
 from tunesmith.controller.reconciler import Key, Reconciler
-from tunesmith.controller.serving_adapter import AdapterDeploymentReconciler
-from tunesmith.controller.serving_pool import ServingPoolReconciler
-from tunesmith.controller.serving_state import ServingState
+from tunesmith.controller.serving.adapter import AdapterDeploymentReconciler
+from tunesmith.controller.serving.pool import ServingPoolReconciler
+from tunesmith.controller.serving.state import ServingState
 from tunesmith.controller.settings import parse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tunesmith.controller.serving_streams import AgentLink
+    from tunesmith.controller.serving.agents import AgentLink
 
 Object = dict[str, Any]
 FINGERPRINT = "sha256:" + "f" * 64

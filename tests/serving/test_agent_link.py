@@ -15,7 +15,7 @@ from tunesmith.contracts.agent import (
 )
 from tunesmith.contracts.network import component_labels
 from tunesmith.controller.election import EPOCH, next_epoch
-from tunesmith.controller.serving_streams import AgentLink, Target
+from tunesmith.controller.serving.agents import AgentLink, Target
 from tunesmith.streams import Tokens
 
 DIGEST = "sha256:" + "1" * 64

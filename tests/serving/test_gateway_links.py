@@ -20,7 +20,7 @@ from tunesmith.contracts.agent import (
     demand_tokens,
     gateway_keys,
 )
-from tunesmith.controller.serving_streams import GatewayLinks
+from tunesmith.controller.serving.gateways import GatewayLinks
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -89,7 +89,7 @@ async def test_a_pod_of_another_chart_with_the_same_component_is_neither_asked_n
         return web.Response(status=404)
 
     async with serving("127.0.2.1", 0, gateway) as port, serving("127.0.2.2", port, foreign):
-        monkeypatch.setattr("tunesmith.controller.serving_streams.GATEWAY_INTERNAL_PORT", port)
+        monkeypatch.setattr("tunesmith.controller.serving.gateways.GATEWAY_INTERNAL_PORT", port)
         pods = [
             pod("loki-gateway-0", "127.0.2.2", name="loki"),
             pod("other-release-gateway", "127.0.2.2", instance="other"),

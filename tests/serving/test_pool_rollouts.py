@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tunesmith.cluster.errors import ForbiddenError
-from tunesmith.controller.pool_rollouts import PoolRollouts
+from tunesmith.controller.serving.pool_rollouts import PoolRollouts
 from tunesmith.serving.render import Images, deployment
 from tunesmith.serving.rolling import Cause, Rollout
 

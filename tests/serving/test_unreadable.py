@@ -8,7 +8,7 @@ import pytest
 from tunesmith.api.adapterdeployment import AdapterDeployment
 from tunesmith.api.servingpool import ServingPool
 from tunesmith.controller.cache import Cache
-from tunesmith.controller.serving_state import Parsed
+from tunesmith.controller.serving.state import Parsed
 from tunesmith.serving.unreadable import unreadable_status
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)

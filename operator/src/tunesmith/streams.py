@@ -11,7 +11,7 @@ import os
 import random
 import time
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
@@ -78,7 +78,7 @@ class Stream:
 
     name: str
     url: str
-    tokens: Tokens
+    tokens: Tokens = field(compare=False)
 
 
 async def follow(

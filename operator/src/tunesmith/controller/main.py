@@ -22,9 +22,9 @@ from tunesmith.controller.election import Election, next_epoch
 from tunesmith.controller.finetunejob import FineTuneJobReconciler
 from tunesmith.controller.metrics import Metrics
 from tunesmith.controller.probes import serving
-from tunesmith.controller.serving_adapter import AdapterDeploymentReconciler
-from tunesmith.controller.serving_pool import ServingPoolReconciler
-from tunesmith.controller.serving_state import ServingState
+from tunesmith.controller.serving.adapter import AdapterDeploymentReconciler
+from tunesmith.controller.serving.pool import ServingPoolReconciler
+from tunesmith.controller.serving.state import ServingState
 from tunesmith.controller.settings import Settings, parse
 
 if TYPE_CHECKING:

@@ -12,12 +12,12 @@ from tunesmith.api.conditions import ServingPoolReason as Reason
 from tunesmith.api.servingpool import PoolPhase, ServingPoolStatus
 from tunesmith.contracts.agent import DesiredAdapter, ResidencyState
 from tunesmith.contracts.sentence import one_line
+from tunesmith.serving.adapter import wanted_copies
 from tunesmith.serving.outcome import conditions_of
 from tunesmith.serving.placement import Placement, PlacementPod, Wanted, evacuated, place, victims
 from tunesmith.serving.pod import Problem, current_problem
 from tunesmith.serving.render import selector_text
 from tunesmith.serving.rolling import Hold, Rollout, interruption
-from tunesmith.serving.rollout import wanted_copies
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

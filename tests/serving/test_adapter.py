@@ -11,7 +11,7 @@ from tunesmith.api.conditions import AdapterDeploymentReason as Reason
 from tunesmith.api.conditions import find
 from tunesmith.autoscale.decide import Decision
 from tunesmith.contracts.claims import claim_of
-from tunesmith.serving.rollout import Observation, plan, wanted_copies
+from tunesmith.serving.adapter import Observation, plan, wanted_copies
 from tunesmith.serving.source import Artifact, Unresolved
 
 if TYPE_CHECKING:

@@ -22,10 +22,10 @@ from tunesmith.contracts.claims import lost_to
 from tunesmith.contracts.location import reads_foreign_store
 from tunesmith.contracts.scheduling import refusal
 from tunesmith.controller.applied import AppliedObjects, describe
-from tunesmith.controller.pool_rollouts import PoolRollouts
 from tunesmith.controller.reconciler import MANAGED, Key, Result, Watch, key_of, label_keys, owner_keys
-from tunesmith.controller.serving_state import MODEL
-from tunesmith.controller.serving_streams import Target
+from tunesmith.controller.serving.agents import Target
+from tunesmith.controller.serving.pool_rollouts import PoolRollouts
+from tunesmith.controller.serving.state import MODEL
 from tunesmith.serving.pod import DELETION_COST, READINESS_GATE
 from tunesmith.serving.pool import PlacementMemory, PoolObservation, PoolPlan, plan
 from tunesmith.serving.poolview import PoolView
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from tunesmith.api.servingpool import ServingPool, ServingPoolStatus
     from tunesmith.cluster.resources import Object
     from tunesmith.contracts.agent import Keys
-    from tunesmith.controller.serving_state import ServingState
+    from tunesmith.controller.serving.state import ServingState
     from tunesmith.serving.pod import PoolPod
     from tunesmith.serving.rolling import Rollout
 

@@ -1,6 +1,6 @@
-"""Streams that the leader reads while it leads: what pool pods hold, and the requests that gateways report.
+"""Agents of pool pods, while this process leads: their event streams, and the lists of adapters sent to them.
 
-Silence makes what was reported unknown. Tokens go into one header and nowhere else.
+Silence makes what an agent reported unknown. Tokens go into one header and nowhere else.
 """
 
 from __future__ import annotations
@@ -14,30 +14,22 @@ from typing import TYPE_CHECKING
 
 import aiohttp
 
-from tunesmith.cluster.keep import kept
 from tunesmith.cluster.watch import backoff
 from tunesmith.contracts.addresses import url_host
 from tunesmith.contracts.agent import (
     AGENT_PORT,
-    GATEWAY_INTERNAL_PORT,
     SILENCE_SECONDS,
     DesiredAdapter,
     DesiredAdapters,
-    GatewayDemand,
     PodState,
-    demand_tokens,
-    gateway_keys,
     list_digest,
 )
-from tunesmith.contracts.network import component_labels
 from tunesmith.contracts.podevents import EventReader
 from tunesmith.streams import Stream, Tokens, follow
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from tunesmith.autoscale.demand import DemandBoard
-    from tunesmith.cluster.resources import Object
     from tunesmith.controller.context import Context
 
 _PUSH = aiohttp.ClientTimeout(total=5.0)
@@ -259,65 +251,6 @@ class AgentLinks:
         # Rises across restarts too: without leader election two processes may begin in the same second.
         self._sequence = max(self._sequence + 1, int(time.time() * 1000))
         return self._sequence
-
-
-class GatewayLinks:
-    """The gateways' demand streams: they fill the board."""
-
-    def __init__(self, context: Context, board: DemandBoard) -> None:
-        self._context = context
-        self._board = board
-
-    async def run(self) -> None:
-        """Follow every gateway pod of this release. Runs without end.
-
-        Raises:
-            ClusterError: the pods cannot be listed.
-        """
-        settings = self._context.settings
-        # Whoever may create a pod with these labels in the operator's namespace may mount the installation key there as
-        # well, so nothing more is checked.
-        labels = ",".join(f"{name}={value}" for name, value in component_labels(settings.instance, "gateway").items())
-        tasks: dict[str, asyncio.Task[None]] = {}
-        targets: dict[str, Target] = {}
-        connector = aiohttp.TCPConnector(limit=0)
-        async with aiohttp.ClientSession(connector=connector, trust_env=False) as session:
-            try:
-                async for event in self._context.cluster.watch("Pod", settings.namespace, labels=labels, keep=kept):
-                    if event.type != "SYNCED":
-                        uid = event.object["metadata"]["uid"]
-                        target = None if event.type == "DELETED" else self._target(event.object)
-                        if target == targets.get(uid):
-                            continue
-                        if uid in tasks:
-                            tasks.pop(uid).cancel()
-                        targets.pop(uid, None)
-                        if target is not None:
-                            targets[uid] = target
-                            tasks[uid] = asyncio.create_task(self._listen(session, uid, target))
-                    self._board.expect({uid: target.name for uid, target in targets.items()}, time.monotonic())
-            finally:
-                for task in tasks.values():
-                    task.cancel()
-                await asyncio.gather(*tasks.values(), return_exceptions=True)
-
-    async def _listen(self, session: aiohttp.ClientSession, uid: str, target: Target) -> None:
-        def take(line: bytes) -> None:
-            self._board.record(uid, GatewayDemand.model_validate_json(line), time.monotonic())
-
-        def failed(error: str) -> None:
-            self._board.fail(uid, error)
-
-        await follow(session, target.stream(GATEWAY_INTERNAL_PORT, "/v1/demand"), lambda: take, failed)
-
-    def _target(self, pod: Object) -> Target | None:
-        """Return a gateway that runs. One that is stopping counts too: it still has requests."""
-        status = pod.get("status") or {}
-        address = status.get("podIP")
-        if status.get("phase") != "Running" or not address:
-            return None
-        tokens = Tokens(lambda: self._context.installation_keys, lambda keys: demand_tokens(gateway_keys(keys)))
-        return Target(f"gateway {pod['metadata']['name']}", address, tokens)
 
 
 async def _put(

@@ -9,8 +9,8 @@ from tunesmith.api.servingpool import ServingPool
 from tunesmith.autoscale.decide import Decision, decide_copies
 from tunesmith.contracts.claims import lost_to
 from tunesmith.controller.reconciler import Key, Result, Watch, key_of
-from tunesmith.controller.serving_state import MODEL, NAMES, SERVED_BY, SOURCE, WAITING
-from tunesmith.serving.rollout import Observation, plan
+from tunesmith.controller.serving.state import MODEL, NAMES, SERVED_BY, SOURCE, WAITING
+from tunesmith.serving.adapter import Observation, plan
 from tunesmith.serving.source import Artifact, choose_pool, may_attach, resolve_artifact
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from tunesmith.api.adapterdeployment import AdapterDeployment
     from tunesmith.cluster.resources import Object
-    from tunesmith.controller.serving_state import ServingState
+    from tunesmith.controller.serving.state import ServingState
 
 KIND = "AdapterDeployment"
 _TICK_SECONDS = 1.0

@@ -20,7 +20,8 @@ from tunesmith.cluster.errors import ForbiddenError, InvalidError
 from tunesmith.contracts.agent import SILENCE_SECONDS
 from tunesmith.contracts.claims import Claim, claim_of
 from tunesmith.controller.reconciler import key_of
-from tunesmith.controller.serving_streams import AgentLinks, GatewayLinks
+from tunesmith.controller.serving.agents import AgentLinks
+from tunesmith.controller.serving.gateways import GatewayLinks
 from tunesmith.serving.notice import notices
 from tunesmith.serving.pod import PoolPod, observe_pod
 from tunesmith.serving.render import POOL_UID_LABEL, deployment_name, is_owned_by, is_pod_of
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from tunesmith.contracts.agent import PodState
     from tunesmith.controller.cache import Cache
     from tunesmith.controller.context import Context
-    from tunesmith.controller.serving_streams import AgentLink
+    from tunesmith.controller.serving.agents import AgentLink
 
 MODEL = "model"
 """Index of AdapterDeployments and ServingPools by the global id that they claim."""

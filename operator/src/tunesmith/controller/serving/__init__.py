@@ -1,0 +1,1 @@
+"""Reconcilers of ServingPools and AdapterDeployments, and the streams that they read."""
