@@ -6,8 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tunesmith.api.finetunejob import FineTuneJob
 from tunesmith.api.manifest import parse_manifest
+from tunesmith.api.method import METHODS as DECLARED
 from tunesmith.api.method import Method
+from tunesmith.api.schema import resolved_schema
+from tunesmith.cli.adapterconfig import adapter_of
 from tunesmith.cli.main import main
 
 if TYPE_CHECKING:
@@ -172,6 +176,49 @@ def test_every_kind_of_adapter_becomes_a_method(imported: Import, name: str) -> 
     code, out, err = imported(config, "--strict")
     assert code == 0, err
     assert parse_manifest(out).spec.method.manifest() == Method.model_validate(expected).manifest()
+
+
+IMPORTED = [
+    name
+    for name, fields in DECLARED.items()
+    if fields.declared is not None and fields.declared.peft_type is not None and name != "qlora"
+]
+
+
+def other_than_default(schema: dict[str, Any]) -> Any:
+    """A value of a field that is not its default."""
+    if "enum" in schema:
+        return next(value for value in schema["enum"] if value != schema.get("default"))
+    match schema["type"]:
+        case "array":
+            return ["a_proj", "b_proj"]
+        case "object":
+            return {"a_proj": 7}
+        case "integer":
+            return schema.get("default", 1) + 1
+        case "number":
+            return schema.get("default", 0.0) + 0.125
+        case "boolean":
+            return not schema.get("default", False)
+        case _:
+            return "a text"
+
+
+@pytest.mark.parametrize("name", IMPORTED)
+def test_every_field_of_every_method_is_imported_from_pefts_key(name: str) -> None:
+    model = DECLARED[name]
+    assert model.declared is not None
+    properties = resolved_schema(FineTuneJob)["properties"]["spec"]["properties"]["method"]["properties"][name][
+        "properties"
+    ]
+    aliases = {attribute: str(model.model_fields[attribute].alias) for attribute in model.peft_names}
+    fields = {alias: other_than_default(properties[alias]) for alias in aliases.values()}
+    config: dict[str, Any] = {"peft_type": model.declared.peft_type, "base_model_name_or_path": "org/base"}
+    for attribute, peft in model.peft_names.items():
+        config[peft.key] = peft.peft_value(fields[aliases[attribute]])
+    found = adapter_of(config)
+    assert found.method == {name: fields}
+    assert found.lost == {}
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tunesmith.api.finetunejob import FineTuneJob
 from tunesmith.api.manifest import parse_manifest
-from tunesmith.api.method import FullFields
+from tunesmith.api.methods.full import FullFields
+from tunesmith.api.schema import resolved_schema
+from tunesmith.cli.axolotl_keys import axolotl_keys
 from tunesmith.cli.main import main
 
 if TYPE_CHECKING:
@@ -627,3 +630,43 @@ def test_loftq_as_axolotl_asks_for_it_is_told(imported: Import) -> None:
     assert (
         "peft has no counterpart and is left out: method.qlora with initialization LoftQ does what loftq_config" in err
     )
+
+
+def field_at(path: str) -> dict[str, Any]:
+    """Schema of a field of the spec."""
+    node = resolved_schema(FineTuneJob)["properties"]["spec"]
+    for name in path.split("."):
+        node = node["properties"][name]
+    return node
+
+
+def test_every_key_is_translated_to_a_field_that_exists() -> None:
+    keys = axolotl_keys()
+    paths = [*keys.fields.values()]
+    paths += [f"method.{method}.{field}" for method, fields in keys.methods.items() for field in fields.values()]
+    paths += [f"objective.{name}.{field}" for name, rl in keys.objectives.items() for field in rl.fields.values()]
+    assert all(map(field_at, paths))
+
+
+def test_every_name_is_translated_to_a_value_that_exists() -> None:
+    keys = axolotl_keys()
+    for named in keys.values.values():
+        assert set(named.values.values()) <= set(field_at(named.field)["enum"])
+    assert {rl.format for rl in keys.objectives.values()} <= set(field_at("dataset.format")["enum"])
+
+
+def test_no_key_has_two_meanings() -> None:
+    keys = axolotl_keys()
+    trackers = [key for tracker in keys.trackers.values() for key in (tracker.switch, *tracker.keys)]
+    translated = [*keys.fields, *{key for fields in keys.methods.values() for key in fields}, *keys.values, *trackers]
+    assert len(translated) == len(set(translated))
+    assert not keys.needless & set(translated)
+    assert not keys.needless & keys.hints.keys()
+    assert all(set(tracker.implied_by) <= set(tracker.keys) for tracker in keys.trackers.values())
+
+
+def test_a_key_of_lora_is_lost_with_another_method(imported: Import) -> None:
+    code, out, err = imported(SMALL.replace("adapter: lora", "adapter: ia3\nlora_r: 8"))
+    assert code == 0, err
+    assert "lora_r has no counterpart" in err
+    assert parse_manifest(out).spec.method.name == "ia3"

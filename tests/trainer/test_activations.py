@@ -11,7 +11,7 @@ from methods_rig import plan, rows_of, spec_of
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tunesmith.api.method import Quantization
+from tunesmith.api.methods.fields import Quantization
 from tunesmith.contracts.memory import TOLERANCE, Run, Shape, estimate
 from tunesmith_trainer.methods.wrap import wrap
 from tunesmith_trainer.model import load_model

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Con
 from tunesmith.api.conditions import FailureReason
 from tunesmith.api.finetunejob import FineTuneJobSpec
 from tunesmith.api.hyperparameters import COMPILED_STEPS
-from tunesmith.api.method import Quantization
+from tunesmith.api.methods.fields import Quantization
 from tunesmith_trainer.errors import InvalidSpecError
 from tunesmith_trainer.evaluation.loss import precision
 from tunesmith_trainer.model import load_model

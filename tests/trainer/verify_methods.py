@@ -32,7 +32,7 @@ from tiny_model import make
 from trainer_rig import chat_rows, job_manifest, write_rows
 from transformers import AutoModelForCausalLM
 
-from tunesmith.api.method import Quantization
+from tunesmith.api.methods.fields import Quantization
 from tunesmith.contracts.result import TrainerResult
 from tunesmith_trainer import model as base_model
 from tunesmith_trainer.logits import last_logits

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from tunesmith.api.dataset import DEFAULT_VALIDATION_FRACTION, TrainingSource
 from tunesmith.api.evaluation import LOSS
-from tunesmith.api.method import ALL_LINEAR
+from tunesmith.api.methods.declaration import ALL_LINEAR
 from tunesmith.api.output import Merge
 from tunesmith_trainer import merge
 from tunesmith_trainer.curves import measured

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig
 
-    from tunesmith.api.method import Quantization
+    from tunesmith.api.methods.fields import Quantization
     from tunesmith_trainer.store import Folder
 
 MANIFEST = "merged.json"

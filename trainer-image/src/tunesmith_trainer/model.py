@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from tunesmith.api.finetunejob import BaseModelSource, FineTuneJobSpec
-    from tunesmith.api.method import Quantization
+    from tunesmith.api.methods.fields import Quantization
     from tunesmith_trainer.store import Folder, Stores
 
 log = logging.getLogger(__name__)

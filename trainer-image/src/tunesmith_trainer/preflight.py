@@ -10,7 +10,8 @@ import numpy as np
 from tunesmith.api.dataset import Overlong
 from tunesmith.api.finetunejob_status import PeakParts, Verdict
 from tunesmith.api.hyperparameters import Optimizer, Precision
-from tunesmith.api.method import IN_4_BITS, LoraFields, PeftFields
+from tunesmith.api.methods.lora import INITIALIZATIONS, LoraFields
+from tunesmith.api.methods.peft import PeftFields
 from tunesmith.api.placement import DataParallelism
 from tunesmith.contracts.fitting import Settings, changes, decide, options
 from tunesmith.contracts.memory import Estimate, Run, Shape, estimate, verdict
@@ -300,7 +301,7 @@ def can_recompute(spec: FineTuneJobSpec) -> bool:
 def _can_quantize(spec: FineTuneJobSpec) -> bool:
     fields = spec.method.fields
     if isinstance(fields, LoraFields):
-        return fields.initialization in IN_4_BITS
+        return INITIALIZATIONS[fields.initialization].in_4_bits
     if isinstance(fields, PeftFields):
         return fields.type.upper() not in limits.NOT_IN_4_BITS
     return True

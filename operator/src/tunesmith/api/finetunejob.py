@@ -11,7 +11,7 @@ from tunesmith.api.dataset import DataFormat, Dataset
 from tunesmith.api.evaluation import Evaluation, Suite
 from tunesmith.api.finetunejob_status import FineTuneJobStatus
 from tunesmith.api.hyperparameters import DEFAULT_BATCH_SIZE, Hyperparameters, Optimizer
-from tunesmith.api.method import QUANTIZED_CEL, SHARDABLE_CEL, Method, quoted
+from tunesmith.api.method import QUANTIZED_CEL, SHARDABLE, SHARDABLE_CEL, Method
 from tunesmith.api.model import (
     API_VERSION,
     MAX_NAME,
@@ -20,6 +20,7 @@ from tunesmith.api.model import (
     Rule,
     SecretReference,
     Uri,
+    quoted,
     secret_rule,
     uri_rules,
 )
@@ -128,9 +129,9 @@ class FineTuneJobSpec(ApiModel):
         ),
         Rule(
             f"!({_SHARDED_CEL}) || {SHARDABLE_CEL}",
-            "resources.dataParallelism: FSDP2 goes with lora, qlora, ia3 and full, without dora of qlora and the"
-            " initializations that look at rows (EVA, CorDA, LoRAGA) or compute the base's weights again (LoftQ): use"
-            " another method or initialization, or DDP",
+            f"resources.dataParallelism: FSDP2 goes with {', '.join(SHARDABLE[:-1])} and {SHARDABLE[-1]}, without dora"
+            " of qlora and the initializations that look at rows (EVA, CorDA, LoRAGA) or compute the base's weights"
+            " again (LoftQ): use another method or initialization, or DDP",
             lambda self: self.resources.data_parallelism is not DataParallelism.FSDP2 or self.method.shardable,
         ),
         Rule(

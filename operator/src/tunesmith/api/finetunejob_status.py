@@ -12,7 +12,7 @@ from pydantic import AfterValidator, AwareDatetime, Field
 from tunesmith.api.conditions import Condition, FailureReason
 from tunesmith.api.evaluation import MAX_METRIC, MAX_SCORES
 from tunesmith.api.hyperparameters import Precision
-from tunesmith.api.method import ModuleName
+from tunesmith.api.methods.fields import ModuleName
 from tunesmith.api.model import StatusModel
 from tunesmith.api.placement import DataParallelism
 

@@ -12,7 +12,7 @@ from pydantic.alias_generators import to_camel
 from pydantic_core import core_schema
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 GROUP = "tunesmith.dev"
 VERSION = "v1alpha1"
@@ -21,6 +21,11 @@ MAX_NAME = 40
 """Longest metadata.name of a resource from which names of pods are made (63 characters at most)."""
 INT_OR_STRING = "x-kubernetes-int-or-string"
 VALIDATIONS = "x-kubernetes-validations"
+
+
+def quoted(values: Iterable[str]) -> str:
+    """A list of strings in CEL."""
+    return "[" + ", ".join(f"'{value}'" for value in values) + "]"
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from tunesmith.api.method import Initialization
+from tunesmith.api.method import METHODS
+from tunesmith.api.methods.lora import Initialization, LoraFields, initialization_of
 
 _EMPTY: tuple[Any, ...] = (None, [], {}, "none")
 _ON_BY_DEFAULT = frozenset(
@@ -35,59 +35,7 @@ _DEFAULTS = {
     "tinit": 0,
     "tfinal": 0,
 }
-_SHARED = {"lora_alpha": "alpha", "lora_dropout": "dropout", "modules_to_save": "modulesToSave"}
-_TYPED: dict[str, tuple[str, dict[str, str]]] = {
-    "LORA": (
-        "lora",
-        _SHARED
-        | {"r": "rank", "use_rslora": "rsLora", "use_dora": "dora"}
-        | {"rank_pattern": "rankPattern", "alpha_pattern": "alphaPattern"},
-    ),
-    "ADALORA": (
-        "adaLora",
-        _SHARED
-        | {"init_r": "initialRank", "target_r": "targetRank", "deltaT": "interval", "orth_reg_weight": "orthogonality"},
-    ),
-    "IA3": ("ia3", {"feedforward_modules": "feedforwardModules", "modules_to_save": "modulesToSave"}),
-    "PREFIX_TUNING": (
-        "prefixTuning",
-        {
-            "num_virtual_tokens": "virtualTokens",
-            "prefix_projection": "projection",
-            "encoder_hidden_size": "encoderHiddenSize",
-        },
-    ),
-    "PROMPT_TUNING": (
-        "promptTuning",
-        {"num_virtual_tokens": "virtualTokens", "prompt_tuning_init_text": "initialText"},
-    ),
-    "P_TUNING": (
-        "pTuning",
-        {
-            "num_virtual_tokens": "virtualTokens",
-            "encoder_hidden_size": "encoderHiddenSize",
-            "encoder_num_layers": "encoderLayers",
-            "encoder_dropout": "encoderDropout",
-        },
-    ),
-}
-"""By peft_type, the method's name and the fields that its keys become."""
-_WITH_MODULES = frozenset({"LORA", "ADALORA", "IA3"})
-_INITIALIZATIONS = {
-    "gaussian": Initialization.GAUSSIAN,
-    "orthogonal": Initialization.ORTHOGONAL,
-    "eva": Initialization.EVA,
-    "pissa": Initialization.PISSA,
-    "olora": Initialization.OLORA,
-    "corda": Initialization.CORDA,
-    "lora_ga": Initialization.LORA_GA,
-    "mica": Initialization.MICA,
-    "loftq": Initialization.LOFTQ,
-}
-_FAST_PISSA = re.compile(r"pissa_niter_\d+")
 _LOFTQ_BITS = 4
-_RESULTS = {"ADALORA": frozenset({"rank_pattern", "r"})}
-"""Keys that training wrote."""
 
 
 @dataclass
@@ -107,15 +55,14 @@ class Adapter:
     changed: dict[str, str] = field(default_factory=dict)
 
 
-def initialization_of(asked: object) -> tuple[Initialization | None, str]:
-    """How a LoRA adapter begins, by PEFT's name of it, and what is otherwise here, or "".
+def read_initialization(value: object) -> tuple[Initialization | None, str]:
+    """Initialization for PEFT's value of init_lora_weights, and how it differs from PEFT's, or "".
 
-    None where it has no counterpart; LoftQ goes with qlora.
+    None where it has no counterpart; LoftQ belongs to qlora.
     """
-    name = str(asked).lower()
-    if _FAST_PISSA.fullmatch(name):
-        return Initialization.FAST_PISSA, "initialization FastPiSSA has Tunesmith's own number of iterations"
-    found = _INITIALIZATIONS.get(name)
+    found = initialization_of(value)
+    if found is Initialization.FAST_PISSA:
+        return found, "initialization FastPiSSA has Tunesmith's own number of iterations"
     loftq = "method.qlora holds the base in 4 bits, and LoftQ makes up for what they lose in one iteration"
     return found, loftq if found is Initialization.LOFTQ else ""
 
@@ -132,26 +79,31 @@ def adapter_of(config: dict[str, Any]) -> Adapter:
     given = {key: value for key, value in config.items() if key not in _NEUTRAL and _says_something(key, value)}
     adapter = Adapter({}, {})
     _read_base(config, adapter)
-    if kind not in _TYPED:
+    name = _method_of(kind)
+    if name is None:
         adapter.method = {"peft": {"type": kind, "config": given}}
         return adapter
-    name, renamed = _TYPED[kind]
-    fields = {ours: given.pop(theirs) for theirs, ours in renamed.items() if theirs in given}
-    targets = given.get("target_modules")
-    if kind in _WITH_MODULES and (isinstance(targets, list) or targets == "all-linear"):
-        fields["targetModules"] = sorted(targets) if isinstance(targets, list) else [targets]
-        del given["target_modules"]
-    encoder = given.pop("encoder_reparameterization_type", None)
-    if encoder is not None:
-        fields["encoder"] = str(encoder).capitalize()
-    if kind == "PROMPT_TUNING" and "initialText" in fields:
-        given.pop("prompt_tuning_init", None)
-    if kind == "LORA" and _read_initialization(given, fields, adapter) is Initialization.LOFTQ:
+    fields: dict[str, Any] = {}
+    if issubclass(METHODS[name], LoraFields) and _read_initialization(given, fields, adapter) is Initialization.LOFTQ:
         name = "qlora"
+    model = METHODS[name]
+    for attribute, theirs in model.peft_names.items():
+        found = theirs.field_value(given.get(theirs.key))
+        if found is not None:
+            fields[str(model.model_fields[attribute].alias)] = found
+            del given[theirs.key]
     adapter.method = {name: fields}
-    results = _RESULTS.get(kind, frozenset())
-    adapter.lost |= {key: _hint(key, value, kind) for key, value in given.items() if key not in results}
+    decided = model.declared.decided_by_training if model.declared is not None else frozenset()
+    adapter.lost |= {key: _hint(key, value, kind) for key, value in given.items() if key not in decided}
     return adapter
+
+
+def _method_of(kind: str) -> str | None:
+    """Name of the method that has fields for a type of PEFT's; the first one, where several do."""
+    return next(
+        (name for name, model in METHODS.items() if model.declared is not None and model.declared.peft_type == kind),
+        None,
+    )
 
 
 def _says_something(key: str, value: object) -> bool:
@@ -172,8 +124,8 @@ def _read_base(config: dict[str, Any], adapter: Adapter) -> None:
 
 
 def _read_initialization(given: dict[str, Any], fields: dict[str, Any], adapter: Adapter) -> Initialization | None:
-    """Takes what init_lora_weights says out of the keys."""
-    found, what = initialization_of(given.get("init_lora_weights"))
+    """Move init_lora_weights from the keys to a method's fields, where it is the name of an initialization."""
+    found, what = read_initialization(given.get("init_lora_weights"))
     if found is None:
         return None
     del given["init_lora_weights"]

@@ -13,10 +13,10 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from tunesmith.api.hyperparameters import Optimizer
-from tunesmith.api.method import Initialization
-from tunesmith.api.output import REPORTING_SECRET, Tracker
-from tunesmith.cli.adapterconfig import initialization_of
+from tunesmith.api.methods.lora import Initialization
+from tunesmith.api.output import REPORTING_SECRET
+from tunesmith.cli.adapterconfig import read_initialization
+from tunesmith.cli.axolotl_keys import axolotl_keys
 
 _EMPTY: tuple[object, ...] = (None, "", [], {})
 _LEAST_HELD_OUT, _MOST_HELD_OUT = 0.001, 0.5
@@ -24,135 +24,6 @@ _EPOCHS, _LENGTH, _MICRO_BATCH, _ACCUMULATION = 1.0, 512, 1, 1
 """Axolotl's defaults that are not Tunesmith's (src/axolotl/utils/schemas/)."""
 _STORES = re.compile(r"^(s3|gs|az|gcs|abfs)://")
 _LOCAL = re.compile(r"^(/|\./|\.\./)|\.(jsonl|json|csv|tsv|parquet|arrow)(\.gz)?$")
-_OPTIMIZERS = {
-    **dict.fromkeys(
-        (
-            "adamw_torch",
-            "adamw_torch_fused",
-            "adamw_hf",
-            "adamw_apex_fused",
-            "adamw_bnb",
-            "paged_adamw",
-            "paged_adamw_32bit",
-        ),
-        Optimizer.ADAMW,
-    ),
-    **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "adamw_torch_8bit"), Optimizer.ADAMW_8BIT),
-    **dict.fromkeys(("lion_32bit", "paged_lion_32bit", "lion"), Optimizer.LION),
-    "adafactor": Optimizer.ADAFACTOR,
-    "sgd": Optimizer.SGD,
-}
-_SCHEDULERS = {"cosine": "Cosine", "linear": "Linear", "constant": "Constant", "constant_with_warmup": "Constant"}
-_OBJECTIVES = {
-    "dpo": {"rl_beta": "beta", "dpo_beta": "beta", "dpo_label_smoothing": "labelSmoothing"},
-    "orpo": {"rl_beta": "weight", "orpo_alpha": "weight"},
-    "kto": {
-        "rl_beta": "beta",
-        "kto_desirable_weight": "desirableWeight",
-        "kto_undesirable_weight": "undesirableWeight",
-    },
-}
-"""By `rl`, the keys that say more and the fields that they become."""
-_PREFERENCES = {"dpo": "Preference", "orpo": "Preference", "kto": "UnpairedPreference"}
-_OVERLONG = {"drop": "Drop", "truncate": "Truncate", "raise": "Error"}
-
-_RENAMED = {
-    "lora_r": "method.rank",
-    "lora_alpha": "method.alpha",
-    "lora_dropout": "method.dropout",
-    "lora_modules_to_save": "method.modulesToSave",
-    "peft_use_dora": "method.dora",
-    "peft_use_rslora": "method.rsLora",
-    "loraplus_lr_ratio": "method.loraPlusRatio",
-    "sample_packing": "dataset.packing",
-    "max_steps": "hyperparameters.maxSteps",
-    "learning_rate": "hyperparameters.learningRate",
-    "warmup_ratio": "hyperparameters.warmupRatio",
-    "weight_decay": "hyperparameters.weightDecay",
-    "max_grad_norm": "hyperparameters.maxGradNorm",
-    "neftune_noise_alpha": "hyperparameters.neftuneNoiseAlpha",
-    "seed": "hyperparameters.seed",
-    "save_steps": "checkpoint.everySteps",
-    "save_total_limit": "checkpoint.keep",
-}
-"""Keys whose value is taken over as it is."""
-
-_NEEDLESS = frozenset(
-    """
-    model_type tokenizer_type tokenizer_use_fast tokenizer_legacy base_model_config is_llama_derived_model
-    is_mistral_derived_model is_falcon_derived_model is_qwen_derived_model strict output_dir dataset_prepared_path
-    dataset_processes dataset_num_proc dataset_keep_in_memory skip_prepare_dataset remove_unused_columns
-    shuffle_merged_datasets eval_sample_packing pad_to_sequence_len pad_token_id sample_packing_eff_est
-    group_by_length tf32 bfloat16 low_cpu_mem_usage device_map local_rank ddp ddp_timeout ddp_find_unused_parameters
-    gradient_checkpointing_kwargs logging_steps include_tokens_per_second saves_per_epoch save_strategy save_first_step
-    save_only_model save_safetensors auto_resume_from_checkpoints resume_from_checkpoint flash_attention
-    flash_attn_cross_entropy flash_attn_rms_norm flash_attn_fuse_mlp flash_attn_fuse_qkv sdp_attention
-    eager_attention xformers_attention flex_attention attn_implementation torch_compile torch_compile_backend
-    liger_rope liger_rms_norm liger_glu_activation liger_layer_norm liger_fused_linear_cross_entropy
-    liger_cross_entropy cut_cross_entropy lora_mlp_kernel lora_qkv_kernel lora_o_kernel lora_on_cpu
-    dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor loss_watchdog_threshold
-    loss_watchdog_patience eval_max_new_tokens eval_table_size eval_batch_size lm_eval_batch_size
-    lm_eval_post_train debug
-    """.split()  # noqa: SIM905 - words read better
-)
-"""Keys that only say how Axolotl runs, or what is chosen without being asked."""
-
-_ON_BY_DEFAULT = {
-    "shuffle_merged_datasets": "training takes the rows in an order that hyperparameters.seed chooses",
-    "pretrain_multipack_attn": "packed rows never see each other; dataset.packing: false packs none",
-    "peft_autocast_adapter_dtype": "what is trained is always in float32",
-    "tokenizer_use_fast": "the base model's fast tokenizer is used",
-    "tokenizer_legacy": "the tokenizer is used as the base model's files set it up",
-    "save_safetensors": "weights are always written as safetensors",
-}
-"""Keys that matter where they are false, since Axolotl's or PEFT's default is true, and what is done here."""
-
-_HINTS = {
-    "load_in_8bit": "a base in 8 bits; method.lora holds it in bfloat16, method.qlora in 4 bits",
-    "chat_template": "the base model's own template is used; dataset.chatTemplate takes the text of another",
-    "special_tokens": "the base model's own tokens are used; the pad token is chosen and never learned",
-    "warmup_steps": "hyperparameters.warmupRatio is a share of the steps",
-    "evals_per_epoch": "the held-out loss is looked at about ten times; evaluation.everySteps says after which steps",
-    "eval_steps": "a share of the steps has no counterpart; evaluation.everySteps is a number of steps",
-    "eval_strategy": "the held-out loss is looked at about ten times; evaluation.everySteps says after which steps",
-    "deepspeed": "set resources.gpus and resources.nodes; batchSize counts the sequences of all GPUs",
-    "fsdp": "set resources.gpus and resources.nodes; batchSize counts the sequences of all GPUs",
-    "fsdp_config": "set resources.gpus and resources.nodes",
-    "lm_eval_tasks": "lm_eval_post_train is false; evaluation.suites scores base and adapter in each run",
-    "trust_remote_code": "code that comes with a model is never run",
-    "fp16": "bfloat16 is used on a GPU",
-    "val_set_size": f"a share of {_LEAST_HELD_OUT} to {_MOST_HELD_OUT} of the rows can be held out: set "
-    "dataset.validationFraction, 0.1 where it is absent",
-    "peft": "method.qlora with initialization LoftQ does what loftq_config asks for",
-    "hub_model_id": "name the repository with its organisation, organisation/name, in output.exports",
-    "hub_strategy": "the artifact is pushed once, when it is published",
-    "use_comet": "output.reporting knows TensorBoard, MLflow and WandB",
-    "use_trackio": "output.reporting knows TensorBoard, MLflow and WandB",
-    "use_otel_metrics": "a training pod offers its metrics to Prometheus, see status.progress too",
-    "wandb_watch": "gradients and weights are not sent; the gradient's norm is",
-    "wandb_log_model": "the adapter is in the store",
-    "hf_mlflow_log_artifacts": "the adapter is in the store",
-}
-
-_TRACKERS: dict[Tracker, tuple[str, dict[str, str | None]]] = {
-    Tracker.TENSORBOARD: ("use_tensorboard", {}),
-    Tracker.MLFLOW: (
-        "use_mlflow",
-        {
-            "mlflow_tracking_uri": "MLFLOW_TRACKING_URI",
-            "mlflow_experiment_name": "MLFLOW_EXPERIMENT_NAME",
-            "mlflow_run_name": None,
-        },
-    ),
-    Tracker.WANDB: (
-        "use_wandb",
-        {"wandb_project": "WANDB_PROJECT", "wandb_entity": "WANDB_ENTITY", "wandb_name": None, "wandb_run_id": None},
-    ),
-}
-"""By tracker, the key that switches it on, and others with the variable that says the same."""
-_NAMING = frozenset({"mlflow_experiment_name", "mlflow_tracking_uri", "wandb_project"})
-"""Keys that switch their tracker on as well, unless it is switched off."""
-
 Document = dict[str, Any]
 
 
@@ -197,9 +68,7 @@ def translate(config: Document, folder: str) -> Translation:
     reader.exports()
     reader.reporting()
     reader.evaluation()
-    for key, path in _RENAMED.items():
-        if key in given:
-            reader.put(path, reader.take(key))
+    reader.fields()
     return reader.finish()
 
 
@@ -207,6 +76,7 @@ class _Reader:
     def __init__(self, given: Document, folder: str) -> None:
         self._given = given
         self._folder = folder
+        self._keys = axolotl_keys()
         self._changed: dict[str, str] = {}
         self._taken: set[str] = set()
         self._spec: dict[str, Document] = {}
@@ -239,7 +109,19 @@ class _Reader:
 
     def lose(self, key: str, hint: str = "") -> None:
         """Tells that a key, or a part of one, has no counterpart."""
-        self._lost[key] = hint or _HINTS.get(key.rsplit(".", 1)[-1], "")
+        self._lost[key] = hint or self._keys.hints.get(key.rsplit(".", 1)[-1], "")
+
+    def fields(self) -> None:
+        """Keys whose value is taken as it is, or by a table of names."""
+        method = self._keys.methods.get("lora" if self._method == "qlora" else self._method, {})
+        for key, path in {**self._keys.fields, **{key: f"method.{name}" for key, name in method.items()}}.items():
+            if key in self._given:
+                self.put(path, self.take(key))
+        for key, named in self._keys.values.items():
+            value = named.values.get(str(self._given.get(key)))
+            if value is not None:
+                self.put(named.field, value)
+                self.take(key)
 
     def exports(self) -> None:
         """The repository of the Hub that the adapter is pushed to."""
@@ -253,9 +135,9 @@ class _Reader:
             if key in self._taken:
                 continue
             if value is False:
-                if key in _ON_BY_DEFAULT:
-                    self.lose(key, _ON_BY_DEFAULT[key])
-            elif key in _NEEDLESS or key == "num_epochs":  # which max_steps overrules
+                if key in self._keys.on_by_default:
+                    self.lose(key, self._keys.on_by_default[key])
+            elif key in self._keys.needless or key == "num_epochs":  # which max_steps overrules
                 needless.append(key)
             else:
                 self.lose(key)
@@ -277,12 +159,6 @@ class _Reader:
         adapter = self.take("adapter")
         if adapter == "ia3":
             self._method = "ia3"
-            for theirs, ours in (
-                ("peft_target_modules", "targetModules"),
-                ("peft_feedforward_modules", "feedforwardModules"),
-            ):
-                if theirs in self._given:
-                    self.put(f"method.{ours}", self.take(theirs))
             if self.take("load_in_4bit", default=False):
                 self.put("method.quantization", {})
             return
@@ -302,7 +178,7 @@ class _Reader:
     def _initialization(self) -> None:
         key = "peft_init_lora_weights"
         asked = self._given.get(key)
-        found, what = initialization_of(asked)
+        found, what = read_initialization(asked)
         if found is not None:
             self.put("method.initialization", found.value)
             if found is Initialization.LOFTQ:
@@ -329,9 +205,10 @@ class _Reader:
         if "rl" not in self._given:
             return
         name = str(self.take("rl"))
-        if name not in _OBJECTIVES:
-            raise UntranslatableError(f"rl is {name}: {', '.join(_OBJECTIVES)} can be imported")
-        fields = {ours: self.take(theirs) for theirs, ours in _OBJECTIVES[name].items() if theirs in self._given}
+        if name not in self._keys.objectives:
+            raise UntranslatableError(f"rl is {name}: {', '.join(self._keys.objectives)} can be imported")
+        keys = self._keys.objectives[name].fields
+        fields = {ours: self.take(theirs) for theirs, ours in keys.items() if theirs in self._given}
         self.put(f"objective.{name}", fields)
 
     def dataset(self) -> None:
@@ -341,7 +218,8 @@ class _Reader:
             sources = [{"type": "completion"} | entry for entry in _entries(sources)]
         if not sources:
             raise UntranslatableError("datasets is missing: name the rows to train on")
-        form = _PREFERENCES.get(str(self._given.get("rl")))
+        objective = self._keys.objectives.get(str(self._given.get("rl")))
+        form = objective.format if objective is not None else None
         rows = [
             _Rows.of(entry, f"datasets[{number}]", self._folder, form) for number, entry in enumerate(_entries(sources))
         ]
@@ -400,27 +278,24 @@ class _Reader:
             self.put("dataset.chatTemplate", self.take("chat_template_jinja"))
             if self._given.get("chat_template") == "jinja":
                 self.take("chat_template")
-        strategy = self._given.get("excess_length_strategy")
-        if strategy in _OVERLONG:
-            self.put("dataset.overlong", _OVERLONG[self.take("excess_length_strategy")])
         if not self.take("dataset_exact_deduplication", default=False):
             self.put("dataset.duplicates", "Keep")
 
     def reporting(self) -> None:
         """Trackers; their addresses and keys are in a Secret, the name of the run is the job's."""
         trackers = []
-        for tracker, (switch, names) in _TRACKERS.items():
-            asked = self.take(switch)
-            given = [key for key in names if key in self._given]
+        for tracker, keys in self._keys.trackers.items():
+            asked = self.take(keys.switch)
+            given = [key for key in keys.keys if key in self._given]
             for key in given if asked is not False else ():
-                variable = names[key]
+                variable = keys.variables.get(key)
                 self._changed[key] = (
                     f"put it into the Secret {REPORTING_SECRET} as {variable}"
                     if variable is not None
                     else "the run has the namespace and the name of the job, in all attempts"
                 )
             self._taken.update(given)
-            if asked or (asked is None and names.keys() & _NAMING & set(given)):
+            if asked or (asked is None and set(keys.implied_by) & set(given)):
                 trackers.append(tracker.value)
         if trackers:
             self.put("output.reporting", trackers)
@@ -440,11 +315,6 @@ class _Reader:
         self.default("micro_batch_size", "hyperparameters.microBatchSize", micro)
         if "max_steps" not in self._given:
             self.default("num_epochs", "hyperparameters.epochs", self.take("num_epochs", _EPOCHS))
-        for key, names in (("optimizer", _OPTIMIZERS), ("lr_scheduler", _SCHEDULERS)):
-            found = names.get(str(self._given.get(key)))
-            if found is not None:
-                self.put(f"hyperparameters.{'scheduler' if key == 'lr_scheduler' else key}", str(found))
-                self.take(key)
         if "warmup_steps" in self._given and "max_steps" in self._given:
             steps, total = self.number("warmup_steps", 0), self.number("max_steps", 1)
             self.put("hyperparameters.warmupRatio", round(steps / max(total, 1), 4))

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from peft import LoraConfig
 from peft.tuners.lora.config import CordaConfig, EvaConfig, LoraGAConfig
 
-from tunesmith.api.method import CHANGES_BASE, FullFields, Initialization, LoraFields, PeftFields
+from tunesmith.api.methods.full import FullFields
+from tunesmith.api.methods.lora import INITIALIZATIONS, Initialization, LoraFields
+from tunesmith.api.methods.peft import PeftFields
 from tunesmith.api.output import Merge
 from tunesmith_trainer.errors import InvalidSpecError
 from tunesmith_trainer.methods import generic, limits, servable, typed, weightless
@@ -30,23 +32,6 @@ if TYPE_CHECKING:
     from tunesmith.api.finetunejob_status import ServableStatus
     from tunesmith_trainer.methods.targets import Modules
 
-_INITIALIZATIONS: dict[Initialization, bool | str] = {
-    Initialization.DEFAULT: True,
-    Initialization.GAUSSIAN: "gaussian",
-    Initialization.ORTHOGONAL: "orthogonal",
-    Initialization.EVA: "eva",
-    Initialization.PISSA: "pissa",
-    Initialization.FAST_PISSA: "pissa_niter_16",
-    Initialization.OLORA: "olora",
-    Initialization.CORDA: "corda",
-    Initialization.LORA_GA: "lora_ga",
-    Initialization.MICA: "mica",
-    Initialization.LOFTQ: True,  # once the base is there in 4 bits
-}
-# What these read from the base's weights has no more columns than its smaller side; LoRA-GA takes twice the rank.
-_RANKS_OF_BASE = dict.fromkeys((*CHANGES_BASE, Initialization.MICA, Initialization.LOFTQ), 1) | {
-    Initialization.LORA_GA: 2
-}
 _EMBEDDING = "embed_tokens"
 
 
@@ -196,7 +181,8 @@ def _lora(fields: LoraFields, modules: Modules, *, quantized: bool) -> Planned:
         rank_pattern=dict(fields.rank_pattern or {}),
         alpha_pattern=dict(fields.alpha_pattern or {}),
         modules_to_save=list(saved) or None,
-        init_lora_weights=_INITIALIZATIONS[chosen],
+        # LoftQ begins once the base is there in 4 bits.
+        init_lora_weights=True if chosen is Initialization.LOFTQ else INITIALIZATIONS[chosen].peft,
         bias="none",
         task_type="CAUSAL_LM",
         **more,
@@ -206,7 +192,7 @@ def _lora(fields: LoraFields, modules: Modules, *, quantized: bool) -> Planned:
         # MiCA trains A alone; DoRA adds a magnitude per output.
         parameters += ranks[name] * (wide if chosen is Initialization.MICA else wide + high)
         parameters += high if fields.dora else 0
-    doubled = chosen in CHANGES_BASE or chosen is Initialization.LOFTQ
+    doubled = INITIALIZATIONS[chosen].changes_base or chosen is Initialization.LOFTQ
     verdict = servable.lora(
         {name: rank * (2 if doubled else 1) for name, rank in ranks.items()}, dora=fields.dora, saved=saved
     )
@@ -218,8 +204,8 @@ def _check_ranks(fields: LoraFields, shapes: Mapping[str, tuple[int, int]], rank
     chosen = fields.initialization
     if chosen is Initialization.ORTHOGONAL and any(rank % 2 for rank in ranks.values()):
         raise InvalidSpecError("method rankPattern: initialization Orthogonal needs even ranks")
-    factor = _RANKS_OF_BASE.get(chosen)
-    if factor is None:
+    factor = INITIALIZATIONS[chosen].base_columns
+    if not factor:
         return
     for name, shape in shapes.items():
         if factor * ranks[name] > min(shape):

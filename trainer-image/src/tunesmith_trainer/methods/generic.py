@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from peft import PeftConfig
 
-    from tunesmith.api.method import PeftFields
+    from tunesmith.api.methods.peft import PeftFields
     from tunesmith_trainer.methods.targets import Modules
 
 _ABSENT: tuple[Any, ...] = (None, False, [])

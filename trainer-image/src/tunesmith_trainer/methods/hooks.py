@@ -9,7 +9,7 @@ from peft import AdaLoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from tunesmith.api.method import LoraFields
+from tunesmith.api.methods.lora import LoraFields
 
 if TYPE_CHECKING:
     from pathlib import Path

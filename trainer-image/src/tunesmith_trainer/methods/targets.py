@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import AutoModelForCausalLM
 
-from tunesmith.api.method import ALL_LINEAR
+from tunesmith.api.methods.declaration import ALL_LINEAR
 from tunesmith_trainer.errors import InvalidSpecError
 
 if TYPE_CHECKING:

@@ -10,7 +10,11 @@ from peft.utils.constants import (
     TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
 )
 
-from tunesmith.api.method import AdaLoraFields, Ia3Fields, PrefixTuningFields, PromptTuningFields, PTuningFields
+from tunesmith.api.methods.ada_lora import AdaLoraFields
+from tunesmith.api.methods.ia3 import Ia3Fields
+from tunesmith.api.methods.p_tuning import PTuningFields
+from tunesmith.api.methods.prefix_tuning import PrefixTuningFields
+from tunesmith.api.methods.prompt_tuning import PromptTuningFields
 from tunesmith_trainer.errors import InvalidSpecError
 from tunesmith_trainer.methods import weightless
 from tunesmith_trainer.methods.targets import adapted, check_saved_modules, fits, resolve_targets

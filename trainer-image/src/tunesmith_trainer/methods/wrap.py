@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedModel
 
-    from tunesmith.api.method import Method, Quantization
+    from tunesmith.api.method import Method
+    from tunesmith.api.methods.fields import Quantization
     from tunesmith_trainer.methods.config import Planned
 
 _LOOKED_AT = 256

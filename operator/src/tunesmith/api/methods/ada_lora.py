@@ -1,0 +1,58 @@
+"""AdaLoRA."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from tunesmith.api.methods.declaration import ALL_LINEAR, NOT_IN_PEFT, MethodFields, MethodTraits, PeftName
+from tunesmith.api.methods.fields import (
+    Alpha,
+    LoraDropout,
+    ModulesToSave,
+    OptionalQuantization,
+    Rank,
+    TargetModules,
+    target_rules,
+)
+from tunesmith.api.model import Rule
+
+
+class AdaLoraFields(MethodFields):
+    """LoRA that moves its rank to the modules that need it (AdaLoRA, arXiv:2303.10512)."""
+
+    declared = MethodTraits("ADALORA", learning_rate=1e-3, decided_by_training=frozenset({"r", "rank_pattern"}))
+    rules = (
+        *target_rules,
+        Rule(
+            "self.targetRank < self.initialRank",
+            "adaLora.targetRank must be less than adaLora.initialRank: ranks are only taken away",
+            lambda self: self.target_rank < self.initial_rank,
+        ),
+    )
+
+    initial_rank: Annotated[Rank, PeftName("init_r")] = Field(
+        default=12, description="Rank of every module at the start."
+    )
+    target_rank: Annotated[Rank, PeftName("target_r")] = Field(default=8, description="Mean rank at the end.")
+    alpha: Annotated[Alpha, PeftName("lora_alpha")] = Field(
+        default=32, description="Scale numerator: the update is multiplied by alpha / initialRank."
+    )
+    dropout: LoraDropout = 0.0
+    target_modules: TargetModules = Field(default=[ALL_LINEAR])
+    modules_to_save: ModulesToSave = None
+    # Shares of the run, which PEFT has as steps.
+    warmup_ratio: Annotated[float, NOT_IN_PEFT] = Field(
+        default=0.1, ge=0.0, le=0.4, description="Share of the steps before ranks are taken away."
+    )
+    final_ratio: Annotated[float, NOT_IN_PEFT] = Field(
+        default=0.2, ge=0.0, le=0.4, description="Share of the steps at the end in which ranks are fixed."
+    )
+    interval: Annotated[int, PeftName("deltaT")] = Field(
+        default=1, ge=1, le=10_000, description="Steps between two allocations of the ranks."
+    )
+    orthogonality: Annotated[float, PeftName("orth_reg_weight")] = Field(
+        default=0.5, ge=0.001, le=10.0, description="Weight of the loss that keeps the matrices orthogonal."
+    )
+    quantization: OptionalQuantization = None

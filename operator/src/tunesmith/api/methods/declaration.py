@@ -1,0 +1,172 @@
+"""Base class of every method's fields, and what a method declares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+from tunesmith.api.model import ApiModel
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+
+ALL_LINEAR: Final = "all-linear"
+"""Stands for all linear modules but the output layer, as in PEFT."""
+
+
+@dataclass(frozen=True)
+class MethodTraits:
+    """Facts about a method, measured with PEFT and vLLM by `make verify-methods`.
+
+    Reasons complete the sentence "…, it works on the weights themselves".
+
+    Args:
+        peft_type: PEFT's name of the method (PeftType); None: all weights are trained, without an adapter.
+        learning_rate: peak learning rate of a manifest that sets none. Where PEFT's benchmark (method_comparison,
+            MetaMathQA to GSM8K with Llama 3.2 3B) compared rates, its best; otherwise the paper's, or 1e-4.
+        served: True if vLLM loads this type of adapter.
+        not_quantized: reason why it cannot be trained on a base in 4 bits; None: it can.
+        not_merged: reason why it cannot be merged into the base's weights; None: it can.
+        identity_at_start: True if the untrained adapter does not change the model.
+        counted: True if PEFT can count the trained parameters without the base's weights.
+        recomputable: True if activations can be recomputed in the backward pass (gradient checkpointing).
+        refused: reason why Tunesmith does not train it; None: it does.
+        takes_peft_config: True if `method.peft` accepts the type although it has fields of its own, for variants that
+            those do not cover.
+        decided_by_training: keys of adapter_config.json that training writes, and that therefore ask for nothing.
+    """
+
+    peft_type: str | None
+    learning_rate: float = 1e-4
+    served: bool = False
+    not_quantized: str | None = None
+    not_merged: str | None = None
+    identity_at_start: bool = True
+    counted: bool = True
+    recomputable: bool = True
+    refused: str | None = None
+    takes_peft_config: bool = False
+    decided_by_training: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, eq=False)
+class PeftName:
+    """Metadata of a field: the key of PEFT's configuration class that has the same meaning.
+
+    Args:
+        key: PEFT's name, also in adapter_config.json.
+        values: PEFT's values by the field's, where they differ.
+        modules: True if the field is a list of modules' names, for which PEFT also takes other forms.
+    """
+
+    key: str
+    values: Mapping[Any, Any] = field(default_factory=dict)
+    modules: bool = False
+
+    def peft_value(self, value: object) -> object:
+        """PEFT's value for a field's."""
+        return self.values[value] if self.values else value
+
+    def field_value(self, value: object) -> object:
+        """The field's value for PEFT's; None: it has no counterpart."""
+        if self.values:
+            return next((ours for ours, theirs in self.values.items() if _spelled(theirs) == _spelled(value)), None)
+        if self.modules:
+            # PEFT keeps sets, whose order differs from run to run, and takes regular expressions.
+            return sorted(value) if isinstance(value, list) else [value] if value == ALL_LINEAR else None
+        return value
+
+
+def _spelled(value: object) -> str:
+    return str(value).lower()
+
+
+@dataclass(frozen=True)
+class NotInPeft:
+    """Metadata of a field that PEFT's configuration class does not have."""
+
+
+NOT_IN_PEFT: Final = NotInPeft()
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A condition on a method's fields.
+
+    Args:
+        cel: CEL expression in which `{fields}` stands for the path of the fields; None: they only have to be there.
+        holds: the same in Python.
+    """
+
+    cel: str | None
+    holds: Callable[[Any], bool]
+
+    def at(self, path: str) -> str:
+        """CEL expression that is true where the fields at a path, such as `self.method.lora`, exist and satisfy it."""
+        asked = f"has({path})"
+        return asked if self.cel is None else f"({asked} && {self.cel.replace('{fields}', path)})"
+
+
+ALWAYS: Final = Condition(None, lambda _: True)
+
+
+class MethodFields(ApiModel):
+    """Fields of one method."""
+
+    declared: ClassVar[MethodTraits | None] = None
+    """Traits of the method; None where they follow from its fields."""
+    sharding: ClassVar[Condition | None] = None
+    """Condition under which the base's weights can be sharded over ranks (FSDP2); None: never."""
+    peft_names: ClassVar[dict[str, PeftName]] = {}
+    """PEFT's names by attribute, collected from the fields' metadata."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:  # noqa: ANN401 - pydantic's signature
+        """Collect PEFT's names.
+
+        Raises:
+            TypeError: a field has neither a `PeftName` nor `NOT_IN_PEFT`.
+        """
+        super().__pydantic_init_subclass__(**kwargs)
+        cls.peft_names = {}
+        for attribute, info in cls.model_fields.items():
+            names = [entry for entry in info.metadata if isinstance(entry, PeftName | NotInPeft)]
+            if len(names) != 1:
+                raise TypeError(f"{cls.__name__}.{attribute} needs one PeftName, or NOT_IN_PEFT")
+            if isinstance(names[0], PeftName):
+                cls.peft_names[attribute] = names[0]
+
+    @classmethod
+    def quantization_cel(cls, path: str) -> str | None:
+        """CEL expression that is true where fields at a path ask for a quantized base; None: they never do."""
+        info = cls.model_fields.get("quantization")
+        if info is None:
+            return None
+        asked = f"has({path})"
+        return asked if info.default_factory is not None else f"({asked} && has({path}.quantization))"
+
+    @property
+    def traits(self) -> MethodTraits:
+        """Traits of the method.
+
+        Raises:
+            NotImplementedError: the class neither declares nor computes them.
+        """
+        if self.declared is None:
+            raise NotImplementedError(f"{type(self).__name__} declares no traits")
+        return self.declared
+
+    @property
+    def shardable(self) -> bool:
+        """True if the base's weights can be sharded over ranks."""
+        return self.sharding is not None and self.sharding.holds(self)
+
+    def peft_values(self) -> dict[str, Any]:
+        """Arguments of PEFT's configuration class; absent fields are omitted."""
+        values = {}
+        for attribute, name in self.peft_names.items():
+            value = getattr(self, attribute)
+            if value is not None:
+                values[name.key] = name.peft_value(value)
+        return values

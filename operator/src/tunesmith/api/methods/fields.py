@@ -1,0 +1,70 @@
+"""Fields that several methods have."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from tunesmith.api.methods.declaration import ALL_LINEAR, NOT_IN_PEFT, MethodFields, PeftName
+from tunesmith.api.model import ApiModel, Rule
+
+ModuleName = Annotated[str, Field(min_length=1, max_length=128)]
+Rank = Annotated[int, Field(ge=1, le=512)]
+Alpha = Annotated[int, Field(ge=1, le=4096)]
+
+target_rules = (
+    Rule(
+        "!('all-linear' in self.targetModules) || size(self.targetModules) == 1",
+        "targetModules: all-linear stands for all of them; remove it or the other names",
+        lambda self: ALL_LINEAR not in self.target_modules or len(self.target_modules) == 1,
+    ),
+)
+"""For every method with `target_modules: TargetModules`."""
+TargetModules = Annotated[
+    list[ModuleName],
+    Field(
+        min_length=1,
+        max_length=64,
+        description="Linear modules that get an adapter, by name; all-linear for all but the head.",
+    ),
+    PeftName("target_modules", modules=True),
+]
+ModulesToSave = Annotated[
+    list[ModuleName] | None,
+    Field(
+        min_length=1,
+        max_length=64,
+        description="Modules that are trained whole and saved with the adapter, such as lm_head. vLLM cannot serve it.",
+    ),
+    PeftName("modules_to_save", modules=True),
+]
+LoraDropout = Annotated[
+    float, Field(ge=0.0, le=0.9, description="Dropout on the adapter's input."), PeftName("lora_dropout")
+]
+
+
+class Quantization(ApiModel):
+    """How the frozen base is held in memory (QLoRA, arXiv:2305.14314)."""
+
+    type: Literal["nf4"] = Field(default="nf4", description="4-bit NormalFloat.")
+    double_quantization: bool = Field(default=True, description="Quantise the quantisation constants too.")
+    compute_type: Literal["bfloat16", "float32"] | None = Field(
+        default=None, description="Type of the matrix products. Absent: bfloat16 on a GPU, float32 on a CPU."
+    )
+
+
+OptionalQuantization = Annotated[
+    Quantization | None,
+    Field(description="Holds the frozen base in 4 bits. Absent: in its own precision."),
+    NOT_IN_PEFT,
+]
+
+
+class VirtualTokensFields(MethodFields):
+    """Trained vectors in front of every prompt."""
+
+    virtual_tokens: Annotated[int, PeftName("num_virtual_tokens")] = Field(
+        default=20, ge=1, le=1024, description="Number of trained vectors."
+    )
+    quantization: OptionalQuantization = None

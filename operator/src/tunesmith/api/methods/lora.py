@@ -1,0 +1,167 @@
+"""LoRA."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from tunesmith.api.methods.declaration import ALL_LINEAR, NOT_IN_PEFT, Condition, MethodFields, MethodTraits, PeftName
+from tunesmith.api.methods.fields import (
+    Alpha,
+    LoraDropout,
+    ModuleName,
+    ModulesToSave,
+    Rank,
+    TargetModules,
+    target_rules,
+)
+from tunesmith.api.model import Rule, quoted
+
+LORA = MethodTraits("LORA", learning_rate=2e-4, served=True, takes_peft_config=True)
+
+
+class Initialization(StrEnum):
+    """How a LoRA adapter's matrices begin."""
+
+    DEFAULT = "Default"
+    GAUSSIAN = "Gaussian"
+    ORTHOGONAL = "Orthogonal"
+    EVA = "EVA"
+    PISSA = "PiSSA"
+    FAST_PISSA = "FastPiSSA"
+    OLORA = "OLoRA"
+    CORDA = "CorDA"
+    LORA_GA = "LoRAGA"
+    MICA = "MiCA"
+    LOFTQ = "LoftQ"
+
+
+@dataclass(frozen=True)
+class InitializationTraits:
+    """Facts about an initialization.
+
+    Args:
+        peft: PEFT's value of init_lora_weights.
+        dora: True if DoRA can begin with it.
+        in_4_bits: True if it works on a base in 4 bits.
+        sharded: True if it works on a base whose weights are sharded over ranks.
+        changes_base: True if it takes out of the base what the new adapter adds; saved, the adapter is plain LoRA of
+            twice the rank.
+        base_columns: singular vectors of a base weight that it reads for each rank: the rank is bounded by the
+            weight's smaller side.
+    """
+
+    peft: str | bool
+    dora: bool = False
+    in_4_bits: bool = False
+    sharded: bool = True
+    changes_base: bool = False
+    base_columns: int = 0
+
+
+INITIALIZATIONS = {
+    Initialization.DEFAULT: InitializationTraits(peft=True, dora=True, in_4_bits=True),
+    Initialization.GAUSSIAN: InitializationTraits("gaussian", dora=True, in_4_bits=True),
+    Initialization.ORTHOGONAL: InitializationTraits("orthogonal", dora=True),
+    Initialization.EVA: InitializationTraits("eva", dora=True, in_4_bits=True, sharded=False),
+    Initialization.PISSA: InitializationTraits("pissa", changes_base=True, base_columns=1),
+    Initialization.FAST_PISSA: InitializationTraits("pissa_niter_16", changes_base=True, base_columns=1),
+    Initialization.OLORA: InitializationTraits("olora", changes_base=True, base_columns=1),
+    Initialization.CORDA: InitializationTraits("corda", sharded=False, changes_base=True, base_columns=1),
+    Initialization.LORA_GA: InitializationTraits("lora_ga", sharded=False, changes_base=True, base_columns=2),
+    Initialization.MICA: InitializationTraits("mica", base_columns=1),
+    Initialization.LOFTQ: InitializationTraits("loftq", in_4_bits=True, sharded=False, base_columns=1),
+}
+_FAST_PISSA = re.compile(r"pissa_niter_\d+")
+_WITH_DORA = [name for name, traits in INITIALIZATIONS.items() if traits.dora]
+_IN_4_BITS = [name for name, traits in INITIALIZATIONS.items() if traits.in_4_bits]
+_SHARDED = [name for name, traits in INITIALIZATIONS.items() if traits.sharded]
+
+
+def initialization_of(value: object) -> Initialization | None:
+    """Initialization for PEFT's value of init_lora_weights; None: it has no counterpart, or the value is a boolean."""
+    name = str(value).lower()
+    if _FAST_PISSA.fullmatch(name):
+        return Initialization.FAST_PISSA
+    return next((found for found, traits in INITIALIZATIONS.items() if traits.peft == name), None)
+
+
+lora_rules = (
+    *target_rules,
+    Rule(
+        f"!self.dora || self.initialization in {quoted(_WITH_DORA)}",
+        f"dora goes with initialization {', '.join(_WITH_DORA)}: choose one of them, or remove dora",
+        lambda self: not self.dora or self.initialization in _WITH_DORA,
+    ),
+    Rule(
+        "self.initialization != 'Orthogonal' || self.rank % 2 == 0",
+        "initialization Orthogonal needs an even rank: change rank",
+        lambda self: self.initialization is not Initialization.ORTHOGONAL or self.rank % 2 == 0,
+    ),
+)
+"""For lora and qlora."""
+in_4_bits_rule = Rule(
+    f"self.initialization in {quoted(_IN_4_BITS)}",
+    f"qlora.initialization is {', '.join(_IN_4_BITS[:-1])} or {_IN_4_BITS[-1]}: the others need the base's "
+    "weights in full; use them with method.lora",
+    lambda self: self.initialization in _IN_4_BITS,
+)
+SHARDED_INITIALIZATION = Condition(
+    f"(!has({{fields}}.initialization) || {{fields}}.initialization in {quoted(_SHARDED)})",
+    lambda fields: fields.initialization in _SHARDED,
+)
+
+
+class LoraFields(MethodFields):
+    """Low-rank adaptation (LoRA, arXiv:2106.09685)."""
+
+    declared = LORA
+    sharding: ClassVar[Condition | None] = SHARDED_INITIALIZATION
+    rules: ClassVar[tuple[Rule, ...]] = (
+        *lora_rules,
+        Rule(
+            "self.initialization != 'LoftQ'",
+            "initialization LoftQ makes up for what 4 bits lose: use it with method.qlora",
+            lambda self: self.initialization is not Initialization.LOFTQ,
+        ),
+    )
+
+    rank: Annotated[Rank, PeftName("r")] = Field(default=16, description="Rank of the update matrices.")
+    alpha: Annotated[Alpha, PeftName("lora_alpha")] = Field(
+        default=32, description="Scale numerator: the update is multiplied by alpha / rank."
+    )
+    dropout: LoraDropout = 0.0
+    target_modules: TargetModules = Field(default=[ALL_LINEAR])
+    rs_lora: Annotated[bool, PeftName("use_rslora")] = Field(
+        default=False, description="Multiply the update by alpha / √rank instead (rsLoRA, arXiv:2312.03732)."
+    )
+    dora: Annotated[bool, PeftName("use_dora")] = Field(
+        default=False,
+        description="Train magnitude and direction apart (DoRA, arXiv:2402.09353). vLLM serves it merged only.",
+    )
+    rank_pattern: Annotated[dict[ModuleName, Rank] | None, PeftName("rank_pattern")] = Field(
+        default=None, max_length=64, description="Ranks that differ from rank, by name of the module."
+    )
+    alpha_pattern: Annotated[dict[ModuleName, Alpha] | None, PeftName("alpha_pattern")] = Field(
+        default=None, max_length=64, description="Alphas that differ from alpha, by name of the module."
+    )
+    modules_to_save: ModulesToSave = None
+    initialization: Annotated[
+        Initialization,
+        PeftName("init_lora_weights", {name: traits.peft for name, traits in INITIALIZATIONS.items()}),
+    ] = Field(
+        default=Initialization.DEFAULT,
+        description="How the matrices begin. EVA, CorDA and LoRAGA look at training rows first. PiSSA, FastPiSSA, "
+        "OLoRA, CorDA and LoRAGA change the base while training, LoftQ (qlora only) makes up for the 4 bits; they are "
+        "saved as plain LoRA of twice the rank, on the base as it was published.",
+    )
+    lora_plus_ratio: Annotated[float | None, NOT_IN_PEFT] = Field(
+        default=None,
+        ge=1.0,
+        le=128.0,
+        description="Learning rate of the B matrices over that of the A matrices (LoRA+, arXiv:2402.12354). Absent: 1.",
+    )

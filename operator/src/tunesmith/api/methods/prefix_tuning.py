@@ -1,0 +1,29 @@
+"""Prefix tuning."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from tunesmith.api.methods.declaration import MethodTraits, PeftName
+from tunesmith.api.methods.fields import VirtualTokensFields
+
+
+class PrefixTuningFields(VirtualTokensFields):
+    """Trained keys and values in front of every layer's (prefix tuning, arXiv:2101.00190)."""
+
+    declared = MethodTraits(
+        "PREFIX_TUNING",
+        learning_rate=5e-3,
+        not_merged="it adds keys and values",
+        identity_at_start=False,
+        recomputable=False,
+    )
+
+    projection: Annotated[bool, PeftName("prefix_projection")] = Field(
+        default=False, description="Make them with a small network, left out of the artifact."
+    )
+    encoder_hidden_size: Annotated[int | None, PeftName("encoder_hidden_size")] = Field(
+        default=None, ge=1, le=65536, description="Width of that network. Absent: the model's hidden size."
+    )

@@ -1,0 +1,26 @@
+"""QLoRA."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from tunesmith.api.methods.declaration import NOT_IN_PEFT, Condition
+from tunesmith.api.methods.fields import Quantization
+from tunesmith.api.methods.lora import SHARDED_INITIALIZATION, LoraFields, in_4_bits_rule, lora_rules
+
+
+class QloraFields(LoraFields):
+    """LoRA over a 4-bit base."""
+
+    # DoRA takes the norms of weights that are not in 4 bits yet.
+    sharding = Condition(
+        f"{SHARDED_INITIALIZATION.cel} && !(has({{fields}}.dora) && {{fields}}.dora)",
+        lambda fields: SHARDED_INITIALIZATION.holds(fields) and not fields.dora,
+    )
+    rules = (*lora_rules, in_4_bits_rule)
+
+    quantization: Annotated[Quantization, NOT_IN_PEFT] = Field(
+        default_factory=Quantization, description="How the base is quantised."
+    )

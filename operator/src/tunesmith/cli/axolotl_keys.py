@@ -1,0 +1,91 @@
+"""The keys of an Axolotl configuration, from `axolotl.toml`."""
+
+from __future__ import annotations
+
+import tomllib
+from functools import cache
+from importlib.resources import files
+
+from pydantic import BaseModel, ConfigDict
+
+from tunesmith.api.output import Tracker
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class NamedValues(_Table):
+    """A key with names of things.
+
+    Attributes:
+        field: path of the field in the spec.
+        values: the field's value by Axolotl's.
+    """
+
+    field: str
+    values: dict[str, str]
+
+
+class ObjectiveKeys(_Table):
+    """An objective.
+
+    Attributes:
+        format: of its rows, as in dataset.format.
+        fields: the objective's fields by Axolotl's keys.
+    """
+
+    format: str
+    fields: dict[str, str]
+
+
+class TrackerKeys(_Table):
+    """A tracker.
+
+    Attributes:
+        switch: key that switches it on.
+        implied_by: keys that switch it on as well, unless `switch` is false.
+        variables: variables of the reporting Secret by Axolotl's keys.
+        names: keys that name the run.
+    """
+
+    switch: str
+    implied_by: list[str] = []
+    variables: dict[str, str] = {}
+    names: list[str] = []
+
+    @property
+    def keys(self) -> list[str]:
+        """All keys but the switch."""
+        return [*self.variables, *self.names]
+
+
+class AxolotlKeys(_Table):
+    """What becomes of Axolotl's keys.
+
+    Attributes:
+        needless: keys that need no counterpart.
+        fields: paths in the spec by key, whose value is taken as it is.
+        methods: by method, its fields by key.
+        values: keys with names of things.
+        objectives: by `rl`.
+        trackers: by tracker.
+        on_by_default: keys that matter where they are false, with what happens in Tunesmith.
+        hints: what to do instead, by key without a counterpart.
+    """
+
+    needless: frozenset[str]
+    fields: dict[str, str]
+    methods: dict[str, dict[str, str]]
+    values: dict[str, NamedValues]
+    objectives: dict[str, ObjectiveKeys]
+    trackers: dict[Tracker, TrackerKeys]
+    on_by_default: dict[str, str]
+    hints: dict[str, str]
+
+
+@cache
+def axolotl_keys() -> AxolotlKeys:
+    """The table."""
+    text = files("tunesmith.cli").joinpath("axolotl.toml").read_text(encoding="utf-8")
+    return AxolotlKeys.model_validate(tomllib.loads(text))
