@@ -48,7 +48,7 @@ WHAT = {
 def tokenise(base: Path, folder: Path) -> dict[str, int]:
     """`tokens.json`: the rows as everyone trains on them, with the loss on the answers; their counts."""
     from tunesmith.api.finetunejob import FineTuneJob  # noqa: PLC0415
-    from tunesmith_trainer.prepare import prepare  # noqa: PLC0415
+    from tunesmith_trainer.preflight.prepare import prepare  # noqa: PLC0415
     from tunesmith_trainer.store import Stores  # noqa: PLC0415
 
     dataset = {

@@ -161,15 +161,15 @@ def tunesmith(base: Path, method: str, folder: Path, clock: Clock, gains: Gains)
     """
     from tunesmith.api.finetunejob import FineTuneJob  # noqa: PLC0415
     from tunesmith.api.finetunejob_status import Stage  # noqa: PLC0415
-    from tunesmith_trainer.checkpoint import Checkpoints  # noqa: PLC0415
     from tunesmith_trainer.errors import StorageUnavailableError  # noqa: PLC0415
-    from tunesmith_trainer.interruption import Faults, Interruption  # noqa: PLC0415
-    from tunesmith_trainer.prepare import prepare  # noqa: PLC0415
-    from tunesmith_trainer.progress import Progress  # noqa: PLC0415
-    from tunesmith_trainer.ranks import Ranks  # noqa: PLC0415
+    from tunesmith_trainer.preflight.prepare import prepare  # noqa: PLC0415
+    from tunesmith_trainer.process.interruption import Faults, Interruption  # noqa: PLC0415
+    from tunesmith_trainer.process.progress import Progress  # noqa: PLC0415
+    from tunesmith_trainer.process.ranks import Ranks  # noqa: PLC0415
     from tunesmith_trainer.reporting.reporter import Reporter  # noqa: PLC0415
     from tunesmith_trainer.store import Stores  # noqa: PLC0415
     from tunesmith_trainer.training import layout, loop  # noqa: PLC0415
+    from tunesmith_trainer.training.checkpoint import Checkpoints  # noqa: PLC0415
 
     if not gains.flat:
         layout.ways = lambda *_: [layout.Way(layout.Layout.PADDED, whole_logits=not gains.chunked)]

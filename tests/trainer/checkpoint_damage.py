@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tunesmith_trainer.checkpoint import MANIFEST
+from tunesmith_trainer.training.checkpoint import MANIFEST
 
 if TYPE_CHECKING:
     from pathlib import Path

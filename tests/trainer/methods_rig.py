@@ -10,9 +10,9 @@ from datasets import Dataset
 from transformers import set_seed
 
 from tunesmith.api.finetunejob import FineTuneJobSpec
-from tunesmith_trainer import model as base_model
-from tunesmith_trainer import package
-from tunesmith_trainer.logits import last_logits
+from tunesmith_trainer.artifact import package
+from tunesmith_trainer.base_model import model as base_model
+from tunesmith_trainer.base_model.logits import last_logits
 from tunesmith_trainer.methods import conversion, servable
 from tunesmith_trainer.methods.config import Planned, plan_method
 from tunesmith_trainer.methods.targets import modules_of

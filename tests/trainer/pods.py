@@ -32,7 +32,10 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 """Several threads for so small a model wait for each other where the cores are busy."""
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
-    [f"tunesmith_trainer.{name}" for name in ("prepare", "training.loop", "package", "merge")]
+    [
+        f"tunesmith_trainer.{name}"
+        for name in ("preflight.prepare", "training.loop", "artifact.package", "artifact.merge")
+    ]
 )
 
 

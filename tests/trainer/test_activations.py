@@ -12,9 +12,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tunesmith.api.methods.fields import Quantization
-from tunesmith.contracts.memory import TOLERANCE, Run, Shape, estimate
+from tunesmith_trainer.base_model.model import load_model
 from tunesmith_trainer.methods.wrap import wrap
-from tunesmith_trainer.model import load_model
+from tunesmith_trainer.preflight.memory import TOLERANCE, Run, Shape, estimate
 from tunesmith_trainer.training.loss import add_target_loss
 
 if TYPE_CHECKING:

@@ -18,7 +18,11 @@ from datasets import Dataset
 from transformers import TrainingArguments
 
 from tunesmith.api.checkpoint import Checkpoint
-from tunesmith_trainer.checkpoint import (
+from tunesmith_trainer.errors import InvalidSpecError, StorageUnavailableError
+from tunesmith_trainer.process.interruption import Interruption
+from tunesmith_trainer.process.ranks import Ranks
+from tunesmith_trainer.store import Stores
+from tunesmith_trainer.training.checkpoint import (
     MANIFEST,
     Checkpoints,
     DamagedCheckpointError,
@@ -29,10 +33,6 @@ from tunesmith_trainer.checkpoint import (
     verify,
     write,
 )
-from tunesmith_trainer.errors import InvalidSpecError, StorageUnavailableError
-from tunesmith_trainer.interruption import Interruption
-from tunesmith_trainer.ranks import Ranks
-from tunesmith_trainer.store import Stores
 from tunesmith_trainer.training.saving import NotCompiledError, Saver
 from tunesmith_trainer.training.trainer import StepTrainer
 

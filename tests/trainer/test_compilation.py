@@ -17,14 +17,14 @@ from tunesmith.api.conditions import FailureReason
 from tunesmith.api.finetunejob import FineTuneJobSpec
 from tunesmith.api.hyperparameters import COMPILED_STEPS
 from tunesmith.api.methods.fields import Quantization
+from tunesmith_trainer.base_model.model import load_model
+from tunesmith_trainer.base_model.sharding import shard
 from tunesmith_trainer.errors import InvalidSpecError
-from tunesmith_trainer.evaluation.loss import precision
-from tunesmith_trainer.model import load_model
-from tunesmith_trainer.plan import compiles
-from tunesmith_trainer.ranks import Ranks
-from tunesmith_trainer.sharding import shard
+from tunesmith_trainer.preflight.plan import compiles
+from tunesmith_trainer.process.ranks import Ranks
 from tunesmith_trainer.training.batches import Collator
 from tunesmith_trainer.training.compilation import as_compiled, compile_layers
+from tunesmith_trainer.training.held_out import precision
 from tunesmith_trainer.training.layout import Way, choose_way
 from tunesmith_trainer.training.lora import fuse
 from tunesmith_trainer.training.loss import add_target_loss

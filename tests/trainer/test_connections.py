@@ -309,7 +309,7 @@ def test_the_hub_is_read_through_no_redirect_and_without_the_client_that_cannot_
 MEET = """
 import sys
 from tunesmith_trainer.connections import guarded
-from tunesmith_trainer.ranks import Ranks
+from tunesmith_trainer.process.ranks import Ranks
 
 ranks = Ranks(int(sys.argv[1]), 2, address="127.0.0.2", port=int(sys.argv[2]))
 with guarded({}):
@@ -492,7 +492,7 @@ def test_a_link_leads_out_of_no_claim(claim: Path) -> None:
 
 def test_a_base_model_on_a_claim_has_no_file_from_elsewhere(claim: Path, base_model: Path) -> None:
     """Its library opens files by itself: a chat template, say, which then goes into the artifact."""
-    from tunesmith_trainer.model import fetch_base  # noqa: PLC0415 - takes seconds
+    from tunesmith_trainer.base_model.model import fetch_base  # noqa: PLC0415 - takes seconds
 
     base = claim / "base"
     base.mkdir()

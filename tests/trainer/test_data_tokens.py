@@ -10,7 +10,7 @@ from trainer_rig import Workbench, chat_row, chat_rows
 
 from tunesmith.api.conditions import FailureReason
 from tunesmith.api.dataset import Dataset, LossOn
-from tunesmith_trainer import model
+from tunesmith_trainer.base_model import model
 from tunesmith_trainer.data import IGNORED, Encoder, Row, RowForm
 from tunesmith_trainer.data.packing import best_fit_decreasing
 from tunesmith_trainer.data.selection import held_out, weighted

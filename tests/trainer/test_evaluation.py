@@ -13,7 +13,7 @@ from tunesmith.api.conditions import FailureReason
 from tunesmith.api.dataset import Dataset, LossOn
 from tunesmith.api.evaluation import Evaluation, GenerationMetric, Suite
 from tunesmith.api.finetunejob_status import EvaluationStatus, SuiteFailure
-from tunesmith_trainer import model as base_models
+from tunesmith_trainer.base_model import model as base_models
 from tunesmith_trainer.data import Encoder
 from tunesmith_trainer.evaluation import gates
 from tunesmith_trainer.evaluation.generation import load, score

@@ -10,7 +10,7 @@ from trainer_rig import Workbench, chat_row, chat_rows, write_rows
 from tunesmith.api.dataset import Dataset
 from tunesmith.api.finetunejob_status import AlsoTrained
 from tunesmith.api.objective import ObjectiveName
-from tunesmith_trainer import model
+from tunesmith_trainer.base_model import model
 from tunesmith_trainer.data import Encoder
 from tunesmith_trainer.data.loading import Rows, load
 from tunesmith_trainer.data.rows import FORMS

@@ -43,8 +43,8 @@ signal.signal(signal.SIGINT, told)
 WAIT = "\nwhile True: time.sleep(0.05)\n"
 LAUNCH = """
 import pathlib, sys
-from tunesmith_trainer.launch import launch
-from tunesmith_trainer.ranks import Ranks
+from tunesmith_trainer.process.launch import launch
+from tunesmith_trainer.process.ranks import Ranks
 folder = pathlib.Path(sys.argv[1])
 command = [sys.executable, str(folder / "rank.py"), str(folder), sys.argv[2]]
 result = launch(command, Ranks(rank=2, size=4, port=0), 2, folder, settling=0.5, stopping=0.5)

@@ -18,12 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from tunesmith.api.conditions import FailureReason
 from tunesmith.contracts.artifact import ArtifactManifest
 from tunesmith.contracts.parity import Parity
+from tunesmith_trainer.base_model.layers import layers_of
+from tunesmith_trainer.base_model.logits import last_logits
+from tunesmith_trainer.base_model.model import load_model
 from tunesmith_trainer.errors import InvalidSpecError, NotServableError, SelfCheckError
-from tunesmith_trainer.layers import layers_of
-from tunesmith_trainer.logits import last_logits
 from tunesmith_trainer.methods.full import unfreeze
 from tunesmith_trainer.methods.wrap import wrap
-from tunesmith_trainer.model import load_model
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -22,7 +22,7 @@ from tunesmith_trainer.data.formats import DataFile
 from tunesmith_trainer.data.report import RowReport
 from tunesmith_trainer.data.rows import FORMS, read
 from tunesmith_trainer.data.sources import Source
-from tunesmith_trainer.ranks import Ranks
+from tunesmith_trainer.process.ranks import Ranks
 from tunesmith_trainer.training import preference
 from tunesmith_trainer.training.attention import Attention
 from tunesmith_trainer.training.batches import Collator, Layout

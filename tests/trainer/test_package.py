@@ -18,10 +18,10 @@ from tunesmith.api.method import Method
 from tunesmith.api.objective import ObjectiveName
 from tunesmith.contracts.artifact import ArtifactManifest
 from tunesmith.contracts.parity import Parity
-from tunesmith_trainer.card import tags
-from tunesmith_trainer.curves import measured
-from tunesmith_trainer.memory import available_memory
-from tunesmith_trainer.parity import STREAMED, record
+from tunesmith_trainer.artifact.card import tags
+from tunesmith_trainer.artifact.curves import measured
+from tunesmith_trainer.artifact.main_memory import available_memory
+from tunesmith_trainer.artifact.parity import STREAMED, record
 
 if TYPE_CHECKING:
     from pathlib import Path

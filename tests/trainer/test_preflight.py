@@ -16,15 +16,15 @@ from trainer_rig import chat_row, chat_rows
 from tunesmith.api.conditions import FailureReason
 from tunesmith.api.finetunejob_status import Preflight, Verdict
 from tunesmith.api.placement import DataParallelism
-from tunesmith_trainer.preflight import refusal
-from tunesmith_trainer.prepare import prepare
-from tunesmith_trainer.spec import load_job
+from tunesmith_trainer.preflight.prepare import prepare
+from tunesmith_trainer.preflight.sizing import refusal
+from tunesmith_trainer.preflight.spec import load_job
 from tunesmith_trainer.store import Stores
 
 if TYPE_CHECKING:
     from trainer_rig import Workbench
 
-    from tunesmith_trainer.prepare import Prepared
+    from tunesmith_trainer.preflight.prepare import Prepared
 
 ESTIMATE = Path(__file__).resolve().parents[2] / ".venv" / "bin" / "tunesmith"
 GPU: dict[str, Any] = {"resources": {"gpus": 1}}

@@ -8,7 +8,7 @@ import pytest
 from tunesmith.api.finetunejob import FineTuneJob
 from tunesmith.api.finetunejob_status import FineTuneJobStatus, Phase, Stage
 from tunesmith.cli.progress import live_line
-from tunesmith_trainer.progress import Progress, prometheus
+from tunesmith_trainer.process.progress import Progress, prometheus
 
 STEP = {
     "step": 12,

@@ -20,7 +20,7 @@ from trainer_rig import chat_rows, write_rows
 
 from tunesmith.api.placement import TrainingResources
 from tunesmith.contracts.result import Outcome, TrainerResult
-from tunesmith_trainer.ranks import PeersMissingError, Ranks, of_pod
+from tunesmith_trainer.process.ranks import PeersMissingError, Ranks, of_pod
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 LAUNCH = """
 import pathlib, sys
-from tunesmith_trainer.launch import launch
-from tunesmith_trainer.ranks import Ranks
+from tunesmith_trainer.process.launch import launch
+from tunesmith_trainer.process.ranks import Ranks
 command = [sys.executable, "-m", "tunesmith_trainer.main", *sys.argv[2:]]
 print(launch(command, Ranks(size=2, port=0), 2, pathlib.Path(sys.argv[1])).model_dump_json())
 """

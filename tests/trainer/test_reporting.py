@@ -17,9 +17,9 @@ from tunesmith.api.finetunejob import FineTuneJob
 from tunesmith.api.output import REPORTING_SECRET, Tracker
 from tunesmith.contracts.addresses import ALLOWED_ADDRESSES
 from tunesmith.contracts.result import Outcome
+from tunesmith_trainer.preflight.spec import spec_digest
 from tunesmith_trainer.reporting.mlflow_server import RUN_TAG
 from tunesmith_trainer.reporting.reporter import Reporter, parameters_of
-from tunesmith_trainer.spec import spec_digest
 from tunesmith_trainer.training.watch import CurvePoint
 
 if TYPE_CHECKING:

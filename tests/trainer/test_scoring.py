@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tunesmith_trainer.plan import evaluation_interval
+from tunesmith_trainer.preflight.plan import evaluation_interval
 
 if TYPE_CHECKING:
     from trainer_rig import Workbench

@@ -21,7 +21,7 @@ from trainer_rig import chat_rows, write_rows
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tunesmith.api.conditions import FailureReason
-from tunesmith_trainer.sharding import keep_states_whole
+from tunesmith_trainer.base_model.sharding import keep_states_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tunesmith_trainer import activity
-from tunesmith_trainer.watched import watched
+from tunesmith_trainer.process import activity
+from tunesmith_trainer.process.watched import watched
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,7 +23,7 @@ ENDLESS = {
 
 def program(*lines: str) -> list[str]:
     """A program in the place of the trainer; it is given the options of the trainer."""
-    head = ("import sys, time", "from tunesmith_trainer.activity import limited")
+    head = ("import sys, time", "from tunesmith_trainer.process.activity import limited")
     return [sys.executable, "-c", "\n".join((*head, *lines))]
 
 

@@ -34,8 +34,8 @@ from transformers import AutoModelForCausalLM
 
 from tunesmith.api.methods.fields import Quantization
 from tunesmith.contracts.result import TrainerResult
-from tunesmith_trainer import model as base_model
-from tunesmith_trainer.logits import last_logits
+from tunesmith_trainer.base_model import model as base_model
+from tunesmith_trainer.base_model.logits import last_logits
 from tunesmith_trainer.main import run
 from tunesmith_trainer.methods import conversion, full
 

@@ -16,16 +16,16 @@ from tunesmith.api.conditions import FailureReason
 from tunesmith.contracts.owner import OWNER_FILE, Owner
 from tunesmith.contracts.result import Outcome, TrainerResult
 from tunesmith_trainer.command_line import parser
-from tunesmith_trainer.confidential import clean_output, scrubber_of
 from tunesmith_trainer.connections import denied, guarded
-from tunesmith_trainer.ending import UPLOAD_SECONDS, Ending
 from tunesmith_trainer.errors import InterruptedRunError, InvalidSpecError, StorageUnavailableError, TrainerError
-from tunesmith_trainer.interruption import Interruption
-from tunesmith_trainer.launch import LAUNCHED, die_with_parent, launch
-from tunesmith_trainer.progress import Progress, serve
-from tunesmith_trainer.ranks import PeerLostError, Ranks, lost_peer, of_pod
-from tunesmith_trainer.spec import load_job
-from tunesmith_trainer.watched import watched
+from tunesmith_trainer.preflight.spec import load_job
+from tunesmith_trainer.process.confidential import clean_output, scrubber_of
+from tunesmith_trainer.process.ending import UPLOAD_SECONDS, Ending
+from tunesmith_trainer.process.interruption import Interruption
+from tunesmith_trainer.process.launch import LAUNCHED, die_with_parent, launch
+from tunesmith_trainer.process.progress import Progress, serve
+from tunesmith_trainer.process.ranks import PeerLostError, Ranks, lost_peer, of_pod
+from tunesmith_trainer.process.watched import watched
 
 if TYPE_CHECKING:
     import argparse

@@ -12,28 +12,28 @@ from tunesmith.api.conditions import FailureReason
 from tunesmith.api.finetunejob_status import EvaluationStatus, Stage
 from tunesmith.contracts.location import ARTIFACT_FOLDER, MERGED_FOLDER, beside_artifact
 from tunesmith.contracts.result import Outcome, TrainerResult
-from tunesmith_trainer import exports, merge, package
-from tunesmith_trainer.checkpoint import Checkpoints
+from tunesmith_trainer.artifact import exports, merge, package
 from tunesmith_trainer.data.report import told
 from tunesmith_trainer.errors import InvalidSpecError, StorageUnavailableError, TrainerError
 from tunesmith_trainer.evaluation import gates
 from tunesmith_trainer.evaluation.folders import TaskCode
-from tunesmith_trainer.interruption import Faults
-from tunesmith_trainer.preflight import refusal
-from tunesmith_trainer.prepare import prepare
-from tunesmith_trainer.ranks import POD_INDEX, PeerLostError
+from tunesmith_trainer.preflight.prepare import prepare
+from tunesmith_trainer.preflight.sizing import refusal
+from tunesmith_trainer.preflight.spec import run_digest, spec_digest
+from tunesmith_trainer.process.interruption import Faults
+from tunesmith_trainer.process.ranks import POD_INDEX, PeerLostError
 from tunesmith_trainer.reporting.run import begin, trackers_of
-from tunesmith_trainer.spec import run_digest, spec_digest
 from tunesmith_trainer.store import PUBLISHING_RETRY
+from tunesmith_trainer.training.checkpoint import Checkpoints
 
 if TYPE_CHECKING:
     import argparse
 
     from tunesmith.api.finetunejob import FineTuneJob
-    from tunesmith_trainer.ending import Ending
-    from tunesmith_trainer.prepare import Prepared
-    from tunesmith_trainer.progress import Progress
-    from tunesmith_trainer.ranks import Ranks
+    from tunesmith_trainer.preflight.prepare import Prepared
+    from tunesmith_trainer.process.ending import Ending
+    from tunesmith_trainer.process.progress import Progress
+    from tunesmith_trainer.process.ranks import Ranks
     from tunesmith_trainer.reporting.reporter import Reporter
     from tunesmith_trainer.store import Folder, Stores
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tunesmith.api.dataset import LossOn
-from tunesmith_trainer.activity import limited
 from tunesmith_trainer.data.rows import RowForm
 from tunesmith_trainer.data.template import ChatTemplate
 from tunesmith_trainer.errors import InvalidSpecError
+from tunesmith_trainer.process.activity import limited
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -11,8 +11,8 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from tunesmith.api.dataset import LossOn
-from tunesmith_trainer.activity import limited
 from tunesmith_trainer.errors import DatasetInvalidError, InvalidSpecError
+from tunesmith_trainer.process.activity import limited
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from tunesmith_trainer.errors import DatasetNotFoundError, InvalidSpecError
-from tunesmith_trainer.plan import unchanged
+from tunesmith_trainer.preflight.plan import unchanged
 from tunesmith_trainer.store import file_sha256
 
 if TYPE_CHECKING:

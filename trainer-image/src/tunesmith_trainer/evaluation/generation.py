@@ -21,7 +21,7 @@ from tunesmith_trainer.data.rows import SFT_FORMS, RowForm, read
 from tunesmith_trainer.data.selection import trained_too
 from tunesmith_trainer.data.sources import fetch
 from tunesmith_trainer.errors import DatasetInvalidError, InvalidSpecError
-from tunesmith_trainer.evaluation.loss import precision
+from tunesmith_trainer.training.held_out import precision
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

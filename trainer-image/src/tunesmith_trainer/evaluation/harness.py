@@ -17,8 +17,8 @@ import torch
 from tunesmith.api.evaluation import GAIN, MAX_METRIC, MAX_SCORES
 from tunesmith_trainer.data.report import shortened
 from tunesmith_trainer.errors import InvalidSpecError, TrainerError
-from tunesmith_trainer.evaluation.loss import precision
 from tunesmith_trainer.evaluation.tasks import few, tasks_of, unusable
+from tunesmith_trainer.training.held_out import precision
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

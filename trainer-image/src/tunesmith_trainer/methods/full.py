@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from tunesmith_trainer.base_model.sharding import is_shared_out, part_of
 from tunesmith_trainer.errors import SelfCheckError
-from tunesmith_trainer.sharding import is_shared_out, part_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -12,8 +12,8 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.lora import LoraLayer
 from peft.utils import PeftType
 
+from tunesmith_trainer.base_model.logits import batch_of_one, products
 from tunesmith_trainer.errors import SelfCheckError
-from tunesmith_trainer.logits import batch_of_one, products
 from tunesmith_trainer.methods.targets import pattern_value
 
 if TYPE_CHECKING:

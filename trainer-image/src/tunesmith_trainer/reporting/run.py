@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tunesmith.api.finetunejob import FineTuneJob
     from tunesmith.api.finetunejob_status import Resolved
     from tunesmith.api.output import Tracker
-    from tunesmith_trainer.ranks import Ranks
+    from tunesmith_trainer.process.ranks import Ranks
     from tunesmith_trainer.store import Folder, Stores
 
 RUN_FILE = "run-id"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 from tunesmith.api.output import Tracker
 from tunesmith.contracts.credentials import Scrubber
 from tunesmith_trainer.connections import denied, guarded
-from tunesmith_trainer.launch import kill_with_parent
+from tunesmith_trainer.process.launch import kill_with_parent
 from tunesmith_trainer.reporting.journal import JOURNAL, Description, End, JournalReader, Point
 from tunesmith_trainer.reporting.settings import PREFIXES
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tunesmith.api.finetunejob import FineTuneJob
-    from tunesmith_trainer.prepare import Prepared
+    from tunesmith_trainer.preflight.prepare import Prepared
 
 _SCHEDULERS = {"Cosine": "cosine", "Linear": "linear", "Constant": "constant_with_warmup"}
 _OPTIMIZERS = {

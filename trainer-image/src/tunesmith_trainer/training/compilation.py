@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tunesmith_trainer.base_model.sharding import own_part
 from tunesmith_trainer.data import IGNORED
 from tunesmith_trainer.errors import InvalidSpecError
-from tunesmith_trainer.evaluation.loss import precision
-from tunesmith_trainer.ranks import lost_peer
-from tunesmith_trainer.sharding import own_part
+from tunesmith_trainer.process.ranks import lost_peer
 from tunesmith_trainer.training.batches import Collator, on_device
+from tunesmith_trainer.training.held_out import precision
 from tunesmith_trainer.training.layout import tolerance
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from tunesmith_trainer.ranks import Ranks
+    from tunesmith_trainer.process.ranks import Ranks
     from tunesmith_trainer.training.layout import Way
 
 log = logging.getLogger(__name__)

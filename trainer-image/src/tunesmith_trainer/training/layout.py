@@ -13,9 +13,9 @@ from torch.nn import functional
 
 from tunesmith_trainer.data import IGNORED
 from tunesmith_trainer.errors import SelfCheckError
-from tunesmith_trainer.evaluation.loss import precision
 from tunesmith_trainer.training.attention import Attention, attending, has_varlen_kernel
 from tunesmith_trainer.training.batches import Collator, Layout, on_device
+from tunesmith_trainer.training.held_out import precision
 from tunesmith_trainer.training.loss import add_target_loss
 
 if TYPE_CHECKING:

@@ -13,7 +13,9 @@ from transformers import set_seed
 from tunesmith.api.conditions import FailureReason
 from tunesmith.api.finetunejob_status import EvaluationStatus, Stage, SuiteFailure
 from tunesmith.api.placement import DataParallelism
-from tunesmith_trainer import model, sharding
+from tunesmith_trainer.artifact.parity import prompt_tokens
+from tunesmith_trainer.base_model import model, sharding
+from tunesmith_trainer.base_model.logits import last_logits
 from tunesmith_trainer.errors import (
     InterruptedRunError,
     InvalidSpecError,
@@ -22,15 +24,13 @@ from tunesmith_trainer.errors import (
     TrainerError,
 )
 from tunesmith_trainer.evaluation import gates, generation, harness
-from tunesmith_trainer.evaluation.loss import held_out_loss
-from tunesmith_trainer.logits import last_logits
 from tunesmith_trainer.methods import hooks
 from tunesmith_trainer.methods.wrap import wrap
-from tunesmith_trainer.parity import prompt_tokens
 from tunesmith_trainer.training.arguments import arguments, precision_of
 from tunesmith_trainer.training.batches import Collator, Plan, row_lengths
 from tunesmith_trainer.training.compilation import compile_layers
 from tunesmith_trainer.training.determinism import repeatable
+from tunesmith_trainer.training.held_out import held_out_loss
 from tunesmith_trainer.training.layout import choose_way
 from tunesmith_trainer.training.lora import fuse
 from tunesmith_trainer.training.loss import add_target_loss
@@ -51,12 +51,12 @@ if TYPE_CHECKING:
 
     from tunesmith.api.evaluation import Suite
     from tunesmith.api.finetunejob import FineTuneJob
-    from tunesmith_trainer.checkpoint import Checkpoints, Saved
-    from tunesmith_trainer.interruption import Faults
-    from tunesmith_trainer.prepare import Prepared
-    from tunesmith_trainer.progress import Progress
-    from tunesmith_trainer.ranks import Ranks
+    from tunesmith_trainer.preflight.prepare import Prepared
+    from tunesmith_trainer.process.interruption import Faults
+    from tunesmith_trainer.process.progress import Progress
+    from tunesmith_trainer.process.ranks import Ranks
     from tunesmith_trainer.reporting.reporter import Reporter
+    from tunesmith_trainer.training.checkpoint import Checkpoints, Saved
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.utils.generic import ModelOutput
 
 from tunesmith_trainer.data import IGNORED
-from tunesmith_trainer.preflight import LOSS_POSITIONS
+from tunesmith_trainer.preflight.sizing import LOSS_POSITIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch import nn
 
-    from tunesmith_trainer.ranks import Ranks
+    from tunesmith_trainer.process.ranks import Ranks
     from tunesmith_trainer.training.batches import Row
     from tunesmith_trainer.training.loss import TargetLoss
 

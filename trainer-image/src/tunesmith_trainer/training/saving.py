@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from tunesmith_trainer import sharding
+from tunesmith_trainer.base_model import sharding
 from tunesmith_trainer.errors import LossDivergedError, TrainerError
 from tunesmith_trainer.methods import hooks
 from tunesmith_trainer.training.divergence import SUSTAINED_STEPS, diverged, far_off
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
     from tunesmith.api.checkpoint import Checkpoint
-    from tunesmith_trainer.checkpoint import Checkpoints, Saved
-    from tunesmith_trainer.interruption import Interruption
-    from tunesmith_trainer.ranks import Ranks
+    from tunesmith_trainer.process.interruption import Interruption
+    from tunesmith_trainer.process.ranks import Ranks
+    from tunesmith_trainer.training.checkpoint import Checkpoints, Saved
     from tunesmith_trainer.training.trainer import StepTrainer
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer
 
-from tunesmith_trainer import sharding
+from tunesmith_trainer.base_model import sharding
 from tunesmith_trainer.training.compilation import as_compiled
 from tunesmith_trainer.training.objectives import Forward
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import TrainerCallback, TrainingArguments
 
-    from tunesmith_trainer.ranks import Ranks
+    from tunesmith_trainer.process.ranks import Ranks
     from tunesmith_trainer.training.batches import Plan, Step
     from tunesmith_trainer.training.neftune import EmbeddingNoise
     from tunesmith_trainer.training.objectives import StepObjective, Terms

@@ -16,7 +16,7 @@ from tunesmith_trainer.errors import LossDivergedError, SelfCheckError
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from tunesmith_trainer.progress import Progress
+    from tunesmith_trainer.process.progress import Progress
     from tunesmith_trainer.reporting.reporter import Reporter
 
 _RECENT_STEPS = 10

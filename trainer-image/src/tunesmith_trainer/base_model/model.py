@@ -19,8 +19,8 @@ from transformers.integrations import replace_with_bnb_linear
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.quantizers.base import get_keys_to_not_convert
 
+from tunesmith_trainer.base_model.layers import has_known_layers
 from tunesmith_trainer.errors import BaseModelNotFoundError, InvalidSpecError
-from tunesmith_trainer.layers import has_known_layers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

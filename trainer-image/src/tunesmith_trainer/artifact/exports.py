@@ -13,10 +13,10 @@ from tunesmith.api.output import Merge
 from tunesmith.contracts.artifact import digest_of
 from tunesmith.contracts.location import ARTIFACT_FOLDER, ARTIFACT_MANIFEST, MERGED_FOLDER, beside_artifact
 from tunesmith.contracts.result import ExportResult, Outcome
-from tunesmith_trainer import merge, package
+from tunesmith_trainer.artifact import merge, package
 from tunesmith_trainer.errors import InvalidSpecError, SelfCheckError, StorageUnavailableError, TrainerError
 from tunesmith_trainer.hub import Repository
-from tunesmith_trainer.spec import spec_digest
+from tunesmith_trainer.preflight.spec import spec_digest
 from tunesmith_trainer.store import EXPORTING_RETRY, file_sha256
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tunesmith.api.finetunejob import FineTuneJob
     from tunesmith.api.output import Export
     from tunesmith.contracts.result import TrainerResult
-    from tunesmith_trainer.progress import Progress
+    from tunesmith_trainer.process.progress import Progress
     from tunesmith_trainer.store import Folder, Retry, Stores
 
 log = logging.getLogger(__name__)

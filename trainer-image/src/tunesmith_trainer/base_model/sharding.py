@@ -13,14 +13,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tunesmith_trainer.layers import layers_of
+from tunesmith_trainer.base_model.layers import layers_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from transformers import PreTrainedModel
 
-    from tunesmith_trainer.ranks import Ranks
+    from tunesmith_trainer.process.ranks import Ranks
 
 
 def shard(base: PreTrainedModel, device: torch.device, ranks: Ranks, *, full: bool) -> int:

@@ -3,7 +3,7 @@
 peak = weights + (8 + state) · A + activations + logits + overhead, with A trainable parameters in float32 (4 bytes each
 for the parameter and its gradient) and the optimizer's state, 8 bytes with AdamW. Where several ranks train together,
 DDP keeps a copy of the gradients, and FSDP2 gathers weights. Fitted to published measurements, which
-tests/api/test_memory.py holds; all of them are of LoRA with AdamW over bases in bfloat16 or nf4 on one GPU. The
+tests/trainer/test_memory.py holds; all of them are of LoRA with AdamW over bases in bfloat16 or nf4 on one GPU. The
 activations of the others are what autograd keeps of a real model's layers, as tests/trainer/test_activations.py
 measures.
 """

@@ -13,9 +13,9 @@ from tunesmith.api.hyperparameters import Optimizer, Precision
 from tunesmith.api.methods.lora import INITIALIZATIONS, LoraFields
 from tunesmith.api.methods.peft import PeftFields
 from tunesmith.api.placement import DataParallelism
-from tunesmith.contracts.fitting import Settings, changes, decide, options
-from tunesmith.contracts.memory import Estimate, Run, Shape, estimate, verdict
 from tunesmith_trainer.methods import limits
+from tunesmith_trainer.preflight.fitting import Settings, changes, decide, options
+from tunesmith_trainer.preflight.memory import Estimate, Run, Shape, estimate, verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tunesmith.contracts.fitting import Settings, changes, decide, options
-from tunesmith.contracts.memory import TOLERANCE, Run, Shape, estimate
+from tunesmith_trainer.preflight.fitting import Settings, changes, decide, options
+from tunesmith_trainer.preflight.memory import TOLERANCE, Run, Shape, estimate
 
 GIB = 2**30
 LLAMA_8B = Shape(4096, 32, 14336, 128256, 6_979_321_856, 2 * 128256 * 4096)

@@ -8,8 +8,8 @@ from tunesmith.api.dataset import DEFAULT_VALIDATION_FRACTION, TrainingSource
 from tunesmith.api.evaluation import LOSS
 from tunesmith.api.methods.declaration import ALL_LINEAR
 from tunesmith.api.output import Merge
-from tunesmith_trainer import merge
-from tunesmith_trainer.curves import measured
+from tunesmith_trainer.artifact import merge
+from tunesmith_trainer.artifact.curves import measured
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tunesmith.api.finetunejob_status import GateStatus, Preflight
     from tunesmith.api.method import Method
     from tunesmith.api.model import ApiModel
-    from tunesmith_trainer.prepare import Prepared
+    from tunesmith_trainer.preflight.prepare import Prepared
     from tunesmith_trainer.training.loop import Trained
 
 _MERGED = {Merge.ORIGINAL: "into the base as published", Merge.DEQUANTIZED: "into the 4-bit base turned back"}

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from tunesmith.api.conditions import FailureReason
 from tunesmith.contracts.result import ExitCode, Outcome, TrainerResult
-from tunesmith_trainer.activity import ACTIVITY, create, overdue
-from tunesmith_trainer.launch import LAUNCHED
+from tunesmith_trainer.process.activity import ACTIVITY, create, overdue
+from tunesmith_trainer.process.launch import LAUNCHED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -18,12 +18,13 @@ from tunesmith.api.output import Merge
 from tunesmith.contracts.artifact import ArtifactAdapter, ArtifactBase, ArtifactFile, ArtifactManifest, digest_of
 from tunesmith.contracts.location import ARTIFACT_MANIFEST
 from tunesmith.contracts.parity import PARITY_FILE
-from tunesmith_trainer import card, curves, merge, model, parity
+from tunesmith_trainer.artifact import card, curves, merge, parity
+from tunesmith_trainer.base_model import model
+from tunesmith_trainer.base_model.logits import relative_distance
 from tunesmith_trainer.errors import SelfCheckError
-from tunesmith_trainer.logits import relative_distance
 from tunesmith_trainer.methods import conversion, full, servable
 from tunesmith_trainer.methods.conversion import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from tunesmith_trainer.spec import spec_digest
+from tunesmith_trainer.preflight.spec import spec_digest
 from tunesmith_trainer.store import file_sha256
 from tunesmith_trainer.training.arguments import precision_of
 from tunesmith_trainer.training.watch import CurvePoint
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from tunesmith.api.finetunejob import FineTuneJob
     from tunesmith.api.finetunejob_status import EvaluationStatus
     from tunesmith_trainer.methods.config import Planned
-    from tunesmith_trainer.prepare import Prepared
+    from tunesmith_trainer.preflight.prepare import Prepared
     from tunesmith_trainer.store import Folder
     from tunesmith_trainer.training.loop import Trained
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftModel
 
-    from tunesmith_trainer.ranks import Ranks
+    from tunesmith_trainer.process.ranks import Ranks
     from tunesmith_trainer.training.batches import Collator, Row
 
 

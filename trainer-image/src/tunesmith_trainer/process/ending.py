@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from tunesmith.api.conditions import FailureReason
 from tunesmith.contracts.result import TERMINATION_MESSAGE_PATH, Outcome, TrainerResult
-from tunesmith_trainer.confidential import cleaned
-from tunesmith_trainer.launch import LAUNCHED
-from tunesmith_trainer.ranks import POD_INDEX, Ranks
+from tunesmith_trainer.process.confidential import cleaned
+from tunesmith_trainer.process.launch import LAUNCHED
+from tunesmith_trainer.process.ranks import POD_INDEX, Ranks
 
 if TYPE_CHECKING:
     from tunesmith.contracts.credentials import Scrubber
     from tunesmith_trainer.errors import InterruptedRunError
-    from tunesmith_trainer.interruption import Interruption
-    from tunesmith_trainer.progress import Progress
+    from tunesmith_trainer.process.interruption import Interruption
+    from tunesmith_trainer.process.progress import Progress
 
 UPLOAD_SECONDS = 40.0
 """For the last checkpoint to reach the store, of the grace between SIGTERM and SIGKILL."""

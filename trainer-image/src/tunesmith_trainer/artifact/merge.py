@@ -10,10 +10,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from tunesmith.api.output import Merge
-from tunesmith_trainer import model as base_model
+from tunesmith_trainer.artifact.parity import serving_type
+from tunesmith_trainer.base_model import model as base_model
+from tunesmith_trainer.base_model.logits import last_logits, relative_distance
 from tunesmith_trainer.errors import SelfCheckError
-from tunesmith_trainer.logits import last_logits, relative_distance
-from tunesmith_trainer.parity import serving_type
 from tunesmith_trainer.store import file_sha256
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tunesmith.contracts.memory import TOLERANCE, Run, Shape, Verdict, estimate, verdict
+from tunesmith_trainer.preflight.memory import TOLERANCE, Run, Shape, Verdict, estimate, verdict
 
 GB, GIB = 10**9, 2**30
 QWEN = "QwenLM/Qwen, README, Profiling of Memory and Speed (A100-80, batch 1, LoRA r 64)"

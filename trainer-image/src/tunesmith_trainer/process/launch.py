@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from tunesmith_trainer.ranks import Ranks
+    from tunesmith_trainer.process.ranks import Ranks
 
 LAUNCHED = "TUNESMITH_LAUNCHED"
 """Set in the environment of a process whose end another one tells."""

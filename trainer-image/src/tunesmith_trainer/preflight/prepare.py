@@ -11,8 +11,8 @@ from tunesmith.api.dataset import LossOn
 from tunesmith.api.finetunejob_status import ServableStatus
 from tunesmith.api.placement import DataParallelism
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
-from tunesmith_trainer import data, model, plan, preflight
-from tunesmith_trainer.activity import limited
+from tunesmith_trainer import data
+from tunesmith_trainer.base_model import model
 from tunesmith_trainer.data.loading import load as load_rows
 from tunesmith_trainer.data.rows import FORMS
 from tunesmith_trainer.data.template import same_prompts
@@ -24,6 +24,9 @@ from tunesmith_trainer.methods.config import parameters_at, plan_method
 from tunesmith_trainer.methods.servable import require as require_servable
 from tunesmith_trainer.methods.targets import modules_of
 from tunesmith_trainer.methods.tokens import check_tokens
+from tunesmith_trainer.preflight import plan
+from tunesmith_trainer.preflight import sizing as preflight
+from tunesmith_trainer.process.activity import limited
 from tunesmith_trainer.store import file_sha256
 
 if TYPE_CHECKING:
@@ -37,9 +40,9 @@ if TYPE_CHECKING:
     from tunesmith.api.finetunejob import FineTuneJob, FineTuneJobSpec
     from tunesmith.api.finetunejob_status import Preflight, Resolved
     from tunesmith.contracts.fingerprint import ModelFolder
-    from tunesmith.contracts.fitting import Settings
     from tunesmith_trainer.evaluation.folders import OwnTasks
     from tunesmith_trainer.methods.config import Planned
+    from tunesmith_trainer.preflight.fitting import Settings
     from tunesmith_trainer.store import Folder, Stores
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.contracts.memory import TOLERANCE
+from tunesmith_trainer.preflight.memory import TOLERANCE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

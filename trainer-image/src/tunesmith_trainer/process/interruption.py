@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tunesmith_trainer.checkpoint import Checkpoints
+    from tunesmith_trainer.training.checkpoint import Checkpoints
 
 
 class Interruption:

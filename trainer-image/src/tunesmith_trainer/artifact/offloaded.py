@@ -10,7 +10,7 @@ from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 
-from tunesmith_trainer.layers import layers_of
+from tunesmith_trainer.base_model.layers import layers_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

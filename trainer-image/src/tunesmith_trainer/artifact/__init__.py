@@ -1,0 +1,1 @@
+"""The artifact: packaged, merged, probed for parity, published, exported."""

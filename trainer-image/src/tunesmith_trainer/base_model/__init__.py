@@ -1,0 +1,1 @@
+"""The base model: files, tokenizer, layers, weights shared out among ranks, logits."""

@@ -1,0 +1,1 @@
+"""Checks, counts and decisions before training, without weights."""

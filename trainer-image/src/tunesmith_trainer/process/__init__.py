@@ -1,0 +1,1 @@
+"""The trainer as an operating system process: ranks, signals, progress, result."""
