@@ -1,4 +1,9 @@
-"""The handler of the clients' port: request → hold → forward → reply."""
+"""The handler of the clients' port: request → hold → forward → reply.
+
+Each step is a module: `request` decides who may ask which model, `hold` which revision on which pod answers and when,
+`forward` sends the call to that pod, `reply` writes to the client. This module adds what covers all steps of an
+exchange: errors, metrics, log lines and the shutdown.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +11,20 @@ import asyncio
 import logging
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import orjson
 from aiohttp import web
 
 from tunesmith.gateway import errors
-from tunesmith.gateway.body import Body, parse
 from tunesmith.gateway.broadcast import within
 from tunesmith.gateway.budget import Budget
 from tunesmith.gateway.connections import answer
 from tunesmith.gateway.faults import described
 from tunesmith.gateway.forward import OTHER_TOKEN, Forwarder, NotStartedError
-from tunesmith.gateway.reply import ANSWER_BYTES, ClientLeftError, EventReply, write_large
-from tunesmith.gateway.request import Call, cache_salt, presented_key, read_body, request_id, require
+from tunesmith.gateway.hold import Hold
+from tunesmith.gateway.models import models_body, names_models
+from tunesmith.gateway.reply import ANSWER_BYTES, ClientLeftError, write_large
+from tunesmith.gateway.request import RequestReader, request_id, require
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,22 +33,20 @@ if TYPE_CHECKING:
 
     from tunesmith.contracts.agent import Keys
     from tunesmith.contracts.apikey import ApiKey
-    from tunesmith.gateway.budget import Share
-    from tunesmith.gateway.catalog import Catalog, Model
+    from tunesmith.gateway.catalog import Catalog
     from tunesmith.gateway.demand import Demand
     from tunesmith.gateway.keys import KeyTable
     from tunesmith.gateway.limits import Limits
     from tunesmith.gateway.metrics import Metrics
-    from tunesmith.gateway.residency import Backend, Residency
+    from tunesmith.gateway.request import Call
+    from tunesmith.gateway.residency import Residency
 
 LOG = logging.getLogger(__name__)
 
 GENERATE_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
-MODELS_PATH = "/v1/models"
 HEALTH_PATHS = frozenset({"/", "/health"})
 CLIENT_LEFT = 499
 """In metrics and the log: the client closed the connection before the answer was complete."""
-_RETRY_PAUSE_SECONDS = 0.25
 _END_SECONDS = 5.0
 """How long the last events of cut-off streams may take."""
 
@@ -86,26 +89,25 @@ class Proxy:
         synced: Callable[[], bool],
         not_ready: Callable[[], str | None],
     ) -> None:
-        self._gateway_keys = gateway_keys
-        self._keys = keys
         self._catalog = catalog
-        self._residency = residency
-        self._demand = demand
         self._metrics = metrics
         self._limits = limits
         self._clock = clock
         self._synced = synced
         self._not_ready = not_ready
-        self._held_requests = 0
         self._cutoffs: set[asyncio.Timeout] = set()
         self._idle = asyncio.Event()
         self._idle.set()
         self.budget = Budget(limits)
         self.closing = False
         """The process is about to end: every answer asks its client to close the connection."""
-        self._forwarder = Forwarder(
-            session, residency, demand, metrics, limits, clock=clock, closing=lambda: self.closing
-        )
+
+        def closing() -> bool:
+            return self.closing
+
+        self._requests = RequestReader(gateway_keys, keys, catalog, limits, clock=clock, synced=synced, closing=closing)
+        self._hold = Hold(catalog, residency, demand, limits, clock=clock)
+        self._forwarder = Forwarder(session, residency, demand, metrics, limits, clock=clock, closing=closing)
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request."""
@@ -180,19 +182,13 @@ class Proxy:
         path = request.rel_url.path
         if path in GENERATE_PATHS:
             require(request, "POST")
-            key = self._authenticate(request)
+            key = self._requests.authenticate(request)
             with self.budget.share(key.name) as share:
-                exchange.call = await self._call(exchange, key, share)
+                exchange.call = await self._requests.read(request, exchange.request_id, key, share, exchange.arrived)
                 return await self._generate(exchange.call)
-        if path == MODELS_PATH or path.startswith(MODELS_PATH + "/"):
+        if names_models(path):
             require(request, "GET", "HEAD")
-            key = self._authenticate(request)
-            body = self._models(key, path.removeprefix(MODELS_PATH)[1:])
-            if request.method == "HEAD" or len(body) <= ANSWER_BYTES:
-                return _json(body)
-            with self.budget.share(key.name) as whole, self.budget.share(key.name) as share:
-                whole.grow(len(body))
-                return await write_large(request, body, share, self._limits)
+            return await self._models(request, self._requests.authenticate(request))
         if path in HEALTH_PATHS:
             require(request, "GET", "HEAD")
             reason = self._not_ready()
@@ -201,124 +197,34 @@ class Proxy:
             return _json(b'{"status":"ok"}')
         raise errors.unknown_url(request.method, path)
 
-    def _authenticate(self, request: web.BaseRequest) -> ApiKey:
-        key = presented_key(request, self._keys)
-        if key is None:
-            raise errors.invalid_key() if self._synced() else errors.starting()
-        return key
-
-    async def _call(self, exchange: _Exchange, key: ApiKey, share: Share) -> Call:
-        share.grow(ANSWER_BYTES)
-        request, limits = exchange.request, self._limits
-        body = parse(await read_body(request, share, limits), limits.sequences)
-        return Call(
-            request=request,
-            request_id=exchange.request_id,
-            key=key,
-            model=self._model(body, key),
-            body=body,
-            share=share,
-            cache_salt=cache_salt(self._gateway_keys()[0], key.home),
-            events=self._events(exchange, share) if body.stream else None,
-            arrived=exchange.arrived,
-        )
-
-    def _events(self, exchange: _Exchange, share: Share) -> EventReply:
-        return EventReply(
-            exchange.request, exchange.request_id, share, self._limits, clock=self._clock, closing=lambda: self.closing
-        )
-
-    def _model(self, body: Body, key: ApiKey) -> Model:
-        try:
-            return self._catalog.resolve(body.model, key)
-        except errors.ApiError:
-            if self._synced():
-                raise
-            raise errors.starting() from None
-
-    def _models(self, key: ApiKey, name: str) -> bytes:
-        if not self._synced():
-            raise errors.starting()
-        if name:
-            # Clients send the slash of a global id as %2F or as it is.
-            return orjson.dumps(_description(self._catalog.resolve(name.replace("%2F", "/").replace("%2f", "/"), key)))
-        return orjson.dumps({"object": "list", "data": [_description(model) for model in self._catalog.visible(key)]})
-
     async def _generate(self, call: Call) -> web.StreamResponse:
-        """Forward to a pod; hold the request while none holds the model."""
-        deadline = call.arrived + self._limits.hold_seconds
+        """Hold and forward a call until a pod starts it."""
         refused: set[str] = set()
         while True:
-            changed = self._residency.changed.next()
-            model = call.model
-            chosen = self._pick(call, refused)
-            if chosen is not None:
-                backend, engine_name = chosen
-                try:
-                    return await self._forwarder.forward(call, backend, engine_name)
-                except NotStartedError as not_started:
-                    call.started = False
-                    self._metrics.not_started(not_started.reason)
-                    LOG.info("request %s: pod %s: %s", call.request_id, backend.pod.name, not_started.reason)
-                    if not_started.reason != OTHER_TOKEN:
-                        refused.add(backend.pod.uid)
-                    continue
-            if not model.deployed and not refused:
-                raise errors.model_not_found(model.engine_names[0])
-            if model.not_ready is not None:
-                raise errors.model_not_ready(model.id, model.not_ready)
-            left = deadline - self._clock()
-            if left <= 0:
-                raise errors.no_pod_ready(model.id, self._limits.hold_seconds)
-            await self._hold(call, changed, min(left, _RETRY_PAUSE_SECONDS) if refused else left)
-            refused.clear()
-            # While a request waits, revisions come and go.
-            call.model = self._catalog.resolve(call.body.model, call.key)
+            backend, engine_name = await self._hold.pod(call, refused)
+            try:
+                return await self._forwarder.forward(call, backend, engine_name)
+            except NotStartedError as not_started:
+                call.started = False
+                self._metrics.not_started(not_started.reason)
+                LOG.info("request %s: pod %s: %s", call.request_id, backend.pod.name, not_started.reason)
+                if not_started.reason != OTHER_TOKEN:
+                    refused.add(backend.pod.uid)
 
-    def _pick(self, call: Call, refused: set[str]) -> tuple[Backend, str] | None:
-        """Return a pod for the newest revision that any usable pod holds."""
-        model = call.model
-        if model.pool is None:
-            return None
-        for engine_name in model.engine_names:
-            backend = self._residency.pick(
-                model.pool, engine_name, is_base=model.is_base, excluded=refused, weight=call.body.sequences
-            )
-            if backend is not None:
-                return backend, engine_name
-        return None
-
-    async def _hold(self, call: Call, changed: asyncio.Event, seconds: float) -> None:
-        """Keep a request until something changes, at most so long.
-
-        Raises:
-            ApiError: too many wait already.
-            ClientLeftError: the client left.
-        """
-        if self._held_requests >= self._limits.held_requests:
-            raise errors.too_many_waiting(call.model.id)
-        model, until = call.model.id, self._clock() + seconds
-        self._held_requests += 1
-        self._demand.add_waiting(model, call.body.sequences)
-        try:
-            while not changed.is_set() and (left := until - self._clock()) > 0:
-                if call.events is None:
-                    await within(changed, left)
-                else:
-                    await call.events.comment_if_due()
-                    await within(changed, min(left, call.events.until_comment()))
-        finally:
-            self._held_requests -= 1
-            self._demand.add_waiting(model, -call.body.sequences)
+    async def _models(self, request: web.BaseRequest, key: ApiKey) -> web.StreamResponse:
+        if not self._synced():
+            raise errors.starting()
+        body = models_body(request.rel_url.path, self._catalog, key)
+        if request.method == "HEAD" or len(body) <= ANSWER_BYTES:
+            return _json(body)
+        with self.budget.share(key.name) as whole, self.budget.share(key.name) as share:
+            whole.grow(len(body))
+            return await write_large(request, body, share, self._limits)
 
 
 def _nobody() -> web.Response:
     """Return what aiohttp drops, since the connection is closed."""
     return web.Response(status=CLIENT_LEFT)
-
-
-def _description(model: Model) -> dict[str, Any]:
-    return {"id": model.id, "object": "model", "created": model.created, "owned_by": model.namespace}
 
 
 def _json(body: bytes) -> web.Response:

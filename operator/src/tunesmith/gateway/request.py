@@ -1,4 +1,4 @@
-"""A client's request before it is forwarded: its id, its key and its body."""
+"""A client's request before it is forwarded: authenticate, parse, resolve."""
 
 from __future__ import annotations
 
@@ -16,15 +16,19 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_protocol import RequestPayloadError
 
 from tunesmith.gateway import errors
+from tunesmith.gateway.body import parse
+from tunesmith.gateway.reply import ANSWER_BYTES, EventReply
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tunesmith.contracts.agent import Keys
     from tunesmith.contracts.apikey import ApiKey
     from tunesmith.gateway.body import Body
     from tunesmith.gateway.budget import Share
-    from tunesmith.gateway.catalog import Model
+    from tunesmith.gateway.catalog import Catalog, Model
     from tunesmith.gateway.keys import KeyTable
     from tunesmith.gateway.limits import Limits
-    from tunesmith.gateway.reply import EventReply
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,64}")
 _KEY_MARK = "sk-"
@@ -52,6 +56,74 @@ class Call:
     events: EventReply | None
     arrived: float
     started: bool = False
+
+
+class RequestReader:
+    """Makes calls of clients' requests.
+
+    Args:
+        gateway_keys: return the gateway's keys, which the salts of the prefix cache derive from.
+        keys: the valid API keys.
+        catalog: the models.
+        limits: bounds of a body.
+        clock: monotonic seconds.
+        synced: True if keys and catalog have been read completely.
+        closing: True once the process is about to end.
+    """
+
+    def __init__(
+        self,
+        gateway_keys: Callable[[], Keys],
+        keys: KeyTable,
+        catalog: Catalog,
+        limits: Limits,
+        *,
+        clock: Callable[[], float],
+        synced: Callable[[], bool],
+        closing: Callable[[], bool],
+    ) -> None:
+        self._gateway_keys = gateway_keys
+        self._keys = keys
+        self._catalog = catalog
+        self._limits = limits
+        self._clock = clock
+        self._synced = synced
+        self._closing = closing
+
+    def authenticate(self, request: web.BaseRequest) -> ApiKey:
+        """Return the API key of a request.
+
+        Raises:
+            ApiError: there is no valid one, or it is not known yet.
+        """
+        key = presented_key(request, self._keys)
+        if key is None:
+            raise errors.invalid_key() if self._synced() else errors.starting()
+        return key
+
+    async def read(self, request: web.BaseRequest, request_id: str, key: ApiKey, share: Share, arrived: float) -> Call:
+        """Return the call that a request makes.
+
+        Raises:
+            ApiError: the body cannot be read or is not valid, or the key may not call the model.
+            ConnectionError: the client left.
+        """
+        share.grow(ANSWER_BYTES)
+        body = parse(await read_body(request, share, self._limits), self._limits.sequences)
+        model = self._resolve(body, key)
+        events = None
+        if body.stream:
+            events = EventReply(request, request_id, share, self._limits, clock=self._clock, closing=self._closing)
+        salt = cache_salt(self._gateway_keys()[0], key.home)
+        return Call(request, request_id, key, model, body, share, salt, events, arrived)
+
+    def _resolve(self, body: Body, key: ApiKey) -> Model:
+        try:
+            return self._catalog.resolve(body.model, key)
+        except errors.ApiError:
+            if self._synced():
+                raise
+            raise errors.starting() from None
 
 
 def request_id(request: web.BaseRequest) -> str:

@@ -1,0 +1,106 @@
+"""The pod of a call; a call is held while no usable pod holds its model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tunesmith.gateway import errors
+from tunesmith.gateway.broadcast import within
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable
+
+    from tunesmith.gateway.catalog import Catalog
+    from tunesmith.gateway.demand import Demand
+    from tunesmith.gateway.limits import Limits
+    from tunesmith.gateway.request import Call
+    from tunesmith.gateway.residency import Backend, Residency
+
+_RETRY_PAUSE_SECONDS = 0.25
+
+
+class Hold:
+    """Finds pods for calls.
+
+    Args:
+        catalog: the models; they are resolved again after each wait.
+        residency: the pods.
+        demand: counts the calls that wait.
+        limits: how long a call waits, and how many may.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self, catalog: Catalog, residency: Residency, demand: Demand, limits: Limits, *, clock: Callable[[], float]
+    ) -> None:
+        self._catalog = catalog
+        self._residency = residency
+        self._demand = demand
+        self._limits = limits
+        self._clock = clock
+        self._waiting = 0
+
+    async def pod(self, call: Call, refused: set[str]) -> tuple[Backend, str]:
+        """Return a pod for the newest revision that any usable pod holds, and the revision's name in the engine.
+
+        Args:
+            call: its model is resolved again while it waits: revisions come and go.
+            refused: UIDs of pods that did not accept it; emptied after a pause, so that they are asked again.
+
+        Raises:
+            ApiError: the model cannot be called, no pod holds it in time, or too many calls wait.
+            ClientLeftError: the client left.
+        """
+        deadline = call.arrived + self._limits.hold_seconds
+        while True:
+            changed = self._residency.changed.next()
+            chosen = self._pick(call, refused)
+            if chosen is not None:
+                return chosen
+            model = call.model
+            if not model.deployed and not refused:
+                raise errors.model_not_found(model.engine_names[0])
+            if model.not_ready is not None:
+                raise errors.model_not_ready(model.id, model.not_ready)
+            left = deadline - self._clock()
+            if left <= 0:
+                raise errors.no_pod_ready(model.id, self._limits.hold_seconds)
+            await self._wait(call, changed, min(left, _RETRY_PAUSE_SECONDS) if refused else left)
+            refused.clear()
+            call.model = self._catalog.resolve(call.body.model, call.key)
+
+    def _pick(self, call: Call, refused: set[str]) -> tuple[Backend, str] | None:
+        model = call.model
+        if model.pool is None:
+            return None
+        for engine_name in model.engine_names:
+            backend = self._residency.pick(
+                model.pool, engine_name, is_base=model.is_base, excluded=refused, weight=call.body.sequences
+            )
+            if backend is not None:
+                return backend, engine_name
+        return None
+
+    async def _wait(self, call: Call, changed: asyncio.Event, seconds: float) -> None:
+        """Keep a call until something changes, at most so long.
+
+        Raises:
+            ApiError: too many wait already.
+            ClientLeftError: the client left.
+        """
+        if self._waiting >= self._limits.held_requests:
+            raise errors.too_many_waiting(call.model.id)
+        model, until = call.model.id, self._clock() + seconds
+        self._waiting += 1
+        self._demand.add_waiting(model, call.body.sequences)
+        try:
+            while not changed.is_set() and (left := until - self._clock()) > 0:
+                if call.events is None:
+                    await within(changed, left)
+                else:
+                    await call.events.comment_if_due()
+                    await within(changed, min(left, call.events.until_comment()))
+        finally:
+            self._waiting -= 1
+            self._demand.add_waiting(model, -call.body.sequences)

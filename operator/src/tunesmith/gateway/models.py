@@ -1,0 +1,35 @@
+"""`/v1/models`: what a key may call, as OpenAI describes it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+if TYPE_CHECKING:
+    from tunesmith.contracts.apikey import ApiKey
+    from tunesmith.gateway.catalog import Catalog, Model
+
+MODELS_PATH = "/v1/models"
+
+
+def names_models(path: str) -> bool:
+    """Return True if a path is that of the list or of one model."""
+    return path == MODELS_PATH or path.startswith(MODELS_PATH + "/")
+
+
+def models_body(path: str, catalog: Catalog, key: ApiKey) -> bytes:
+    """Return the list of the models that a key may call, or the one that the path names, as JSON.
+
+    Raises:
+        ApiError: the named model is unknown, or the key may not call it.
+    """
+    # Clients send the slash of a global id as %2F or as it is.
+    name = path.removeprefix(MODELS_PATH)[1:].replace("%2F", "/").replace("%2f", "/")
+    if name:
+        return orjson.dumps(_description(catalog.resolve(name, key)))
+    return orjson.dumps({"object": "list", "data": [_description(model) for model in catalog.visible(key)]})
+
+
+def _description(model: Model) -> dict[str, Any]:
+    return {"id": model.id, "object": "model", "created": model.created, "owned_by": model.namespace}
