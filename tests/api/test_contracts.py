@@ -36,9 +36,10 @@ from tunesmith.contracts.agent import (
 )
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
 from tunesmith.contracts.keyfile import KeyFile
-from tunesmith.contracts.location import artifact_uri, engine_name, namespace_of_artifact, owned_name, plain_uri
+from tunesmith.contracts.location import artifact_uri, engine_name, namespace_of_artifact, owned_name
 from tunesmith.contracts.progress import PROGRESS_MAX_BYTES, parse_progress
 from tunesmith.contracts.result import TERMINATION_MESSAGE_MAX_BYTES, ExitCode, ExportResult, Outcome, TrainerResult
+from tunesmith.storage.schemes import normalised
 
 STORE = "s3://tunesmith/store"
 DIGEST = "sha256:" + "ab" * 32
@@ -159,7 +160,7 @@ class TestLocation:
         ],
     )
     def test_a_place_in_a_bucket_has_one_spelling_to_compare_with(self, uri: str) -> None:
-        assert plain_uri(uri) == "s3://tunesmith/store/team"
+        assert normalised(uri) == "s3://tunesmith/store/team"
 
     def test_engine_name_carries_the_digest(self) -> None:
         assert engine_name("team", "tone", DIGEST) == "team/tone@abababababab"

@@ -6,7 +6,8 @@ from urllib.parse import quote, quote_plus
 
 import pytest
 
-from tunesmith.contracts.credentials import STORE_KEYS, Scrubber, malformed, secret_values
+from tunesmith.storage.credentials import Scrubber, malformed, secret_values
+from tunesmith.storage.schemes import STORE_KEYS
 
 TOKEN = "hf_Q2x+veRl/9kJ=mN4pT7"
 TWO_LINES = "hf_firstLineOfTheToken\nsecondLineOfTheToken"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,9 +62,35 @@ def test_store_and_registry_are_required(rendered: Helm, missing: str, sentence:
 
 
 @pytest.mark.parametrize(
+    ("store", "arguments"),
+    [
+        ("s3://bucket/store", "--from-literal=AWS_ENDPOINT_URL=https://…"),
+        ("gs://bucket/store", "--from-file=GOOGLE_SERVICE_ACCOUNT_KEY=key.json"),
+        ("az://container/store", "--from-literal=AZURE_STORAGE_CONNECTION_STRING="),
+    ],
+)
+def test_the_notes_name_the_keys_of_the_store(helm: Helm, tmp_path: Path, store: str, arguments: str) -> None:
+    """Helm renders notes only with a cluster: they are rendered as a ConfigMap."""
+    chart = tmp_path / "tunesmith"
+    shutil.copytree(CHARTS / "tunesmith", chart)
+    notes = (chart / "templates/NOTES.txt").read_text()
+    document = (
+        '{{- define "notes" }}' + notes + "{{ end }}\nkind: ConfigMap\nmetadata: {name: notes}\n"
+        'data: {notes: {{ include "notes" . | quote }}}\n'
+    )
+    (chart / "templates/notes.yaml").write_text(document)
+    values = yaml.safe_dump({**COMPLETE, "store": store})
+    arguments_of_helm = ("--kube-version", "1.34.0", "--show-only", "templates/notes.yaml", "--values", "-")
+    done = helm("template", "t", str(chart), *arguments_of_helm, stdin=values)
+    assert done.returncode == 0, done.stderr
+    assert arguments in yaml.safe_load(done.stdout)["data"]["notes"]
+
+
+@pytest.mark.parametrize(
     ("values", "sentence"),
     [
         ({"store": "/var/lib/adapters"}, "store"),
+        ({"store": "abfs://container/adapters"}, "(s3|gs|az)://"),
         ({"operator": {"replicas": 0}}, "replicas"),
         ({"operator": {"replica": 2}}, "replica"),
         ({"gateway": {"service": {"type": "ExternalName"}}}, "type"),

@@ -475,7 +475,7 @@ SMALL = "base_model: org/base\ndatasets: [{path: org/rows, type: chat_template}]
         ("base_model: a: b", 2, "is not valid YAML"),
         ("adapter: lora", 2, "base_model is missing: name the base model"),
         ("base_model: org/base\nadapter: lora", 2, "datasets is missing: name the rows to train on"),
-        (SMALL.replace("org/rows", "https://example.org/rows.jsonl"), 2, "copy the rows to s3://, gs://, az:// or pvc"),
+        (SMALL.replace("org/rows", "http://example.org/rows.jsonl"), 2, "copy the rows to hf://, s3://, gs://, az://"),
         (SMALL.replace("org/base", "base"), 1, "says what no FineTuneJob can: spec.baseModel.uri: a uri is hf://"),
         (SMALL.replace("adapter: lora", "adapter: llama-adapter"), 2, "adapter is llama-adapter: lora, qlora and ia3"),
         (SMALL + "micro_batch_size: auto", 2, 'micro_batch_size is "auto": write a number'),

@@ -102,8 +102,8 @@ REFUSED_JOBS: dict[str, tuple[dict[str, Any], str, str]] = {
     "labels for dpo": ({"dataset__format": "UnpairedPreference", "objective": {"dpo": {}}}, UNFIT, UNFIT),
     "a Secret for a claim": (
         {"baseModel": {"uri": "pvc://claim/model", "secretRef": {"name": "mine"}}},
-        "a pvc:// uri is mounted without any: remove the secretRef",
-        "a pvc:// uri is mounted without any: remove the secretRef",
+        "pvc:// and https:// uris are read without any: remove the secretRef",
+        "pvc:// and https:// uris are read without any: remove the secretRef",
     ),
     "more GPUs than sequences": ({"resources": {"gpus": 16}}, IDLE, IDLE),
     "more nodes than sequences": ({"resources": {"gpus": 0, "nodes": 9}}, IDLE, IDLE),

@@ -10,8 +10,8 @@ import pytest
 from manifests import job, pool
 from operatorprocess import until
 from rights import grant
+from tunesmith.api.credentials import CREDENTIALS_LABEL
 from tunesmith.api.finetunejob import FineTuneJob
-from tunesmith.api.model import CREDENTIALS_LABEL
 from tunesmith.finetune import render
 
 if TYPE_CHECKING:

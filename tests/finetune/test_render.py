@@ -14,11 +14,11 @@ from worlds import STORE, job
 
 from tunesmith.api.finetunejob import FineTuneJob
 from tunesmith.api.finetunejob_status import FineTuneJobStatus
-from tunesmith.contracts.credentials import STORE_KEYS
 from tunesmith.contracts.location import CLAIMS_FOLDER
 from tunesmith.contracts.network import Network
 from tunesmith.finetune.observe import TRAIN, VALIDATE
 from tunesmith.finetune.render import Installation, attempt, configuration, isolation, meeting, validation
+from tunesmith.storage.schemes import STORE_KEYS
 
 GOLDEN = Path(__file__).parent / "golden"
 INSTALLATION = Installation(

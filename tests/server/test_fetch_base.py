@@ -21,7 +21,7 @@ from server_rig import REPOSITORY, S3Server, write_safetensors, write_secret
 
 from tunesmith.contracts.addresses import ALLOWED_ADDRESSES
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
-from tunesmith.contracts.google_key import GOOGLE_KEY
+from tunesmith.storage.schemes import GOOGLE_KEY
 from tunesmith_server.main import run
 from tunesmith_server.store import StoreCredentials, StoreError, StoreFolder, read_credentials
 

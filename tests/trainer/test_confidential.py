@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tunesmith.contracts.credentials import Scrubber
+from tunesmith.storage.credentials import Scrubber
 from tunesmith_trainer.process.confidential import clean_output
 from tunesmith_trainer.store import Stores
 

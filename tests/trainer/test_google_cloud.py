@@ -13,7 +13,7 @@ from trainer_rig import Workbench, chat_rows, job_manifest, write_rows
 from tunesmith.api.conditions import FailureReason
 from tunesmith.contracts.addresses import ALLOWED_ADDRESSES
 from tunesmith.contracts.artifact import ArtifactManifest
-from tunesmith.contracts.google_key import GOOGLE_KEY
+from tunesmith.storage.schemes import GOOGLE_KEY
 from tunesmith_trainer.connections import guarded
 from tunesmith_trainer.errors import AccessDeniedError, SecretNotFoundError, StorageUnavailableError
 from tunesmith_trainer.store import Folder, Retry, Stores

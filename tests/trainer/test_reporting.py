@@ -13,8 +13,9 @@ from pods import pods
 from trackers import events, mlflow_server, wandb_records
 
 from tunesmith.api.conditions import FailureReason
+from tunesmith.api.credentials import REPORTING_SECRET
 from tunesmith.api.finetunejob import FineTuneJob
-from tunesmith.api.output import REPORTING_SECRET, Tracker
+from tunesmith.api.output import Tracker
 from tunesmith.contracts.addresses import ALLOWED_ADDRESSES
 from tunesmith.contracts.result import Outcome
 from tunesmith_trainer.preflight.spec import spec_digest

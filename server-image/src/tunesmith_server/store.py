@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 
 from tunesmith.contracts.connections import refusal
-from tunesmith.contracts.credentials import Scrubber, malformed
-from tunesmith.contracts.google_key import GOOGLE_KEY, parse_service_account
+from tunesmith.storage.credentials import Scrubber, malformed
+from tunesmith.storage.schemes import GOOGLE_KEY, parse_service_account
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

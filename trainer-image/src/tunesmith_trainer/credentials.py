@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import fsspec
 
-from tunesmith.contracts.credentials import STORE_KEYS, malformed
-from tunesmith.contracts.google_key import GOOGLE_KEY
+from tunesmith.storage.credentials import malformed
+from tunesmith.storage.schemes import GOOGLE_KEY, STORE_KEYS
 from tunesmith_trainer import google_cloud
 from tunesmith_trainer.errors import AccessDeniedError, SecretNotFoundError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.contracts.google_key import GOOGLE_KEY, parse_service_account
+from tunesmith.storage.schemes import GOOGLE_KEY, parse_service_account
 from tunesmith_trainer.errors import AccessDeniedError
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from tunesmith.api.finetunejob import FineTuneJob
-    from tunesmith.contracts.credentials import Scrubber
+    from tunesmith.storage.credentials import Scrubber
     from tunesmith_trainer.store import Folder
 
 log = logging.getLogger("tunesmith_trainer")

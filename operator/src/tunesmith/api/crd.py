@@ -1,7 +1,7 @@
 r"""Generates what the models say: the CRDs, JSON schemas for checks without a cluster, and the API reference.
 
     python -m tunesmith.api.crd --output crds --output charts/tunesmith/files/crds \
-        --schemas crds/schemas --reference docs/reference/api.md
+        --schemas crds/schemas --reference docs/reference/api.md --stores docs/reference/stores.md
 
 With `--check` nothing is written: the exit code is 1 and each file that would change is named.
 """
@@ -21,7 +21,7 @@ from tunesmith.api.adapterdeployment import AdapterDeployment
 from tunesmith.api.finetunejob import FineTuneJob
 from tunesmith.api.finetunejob_status import LOSS_UNIT
 from tunesmith.api.model import GROUP, VALIDATIONS, VERSION, ApiModel
-from tunesmith.api.reference import reference
+from tunesmith.api.reference import reference, stores_reference
 from tunesmith.api.schema import json_schema, structural_schema
 from tunesmith.api.servingpool import ServingPool
 
@@ -174,7 +174,9 @@ def crd(kind: Kind) -> dict[str, Any]:
     }
 
 
-def generated(outputs: Sequence[Path], schemas: Path | None, reference_file: Path | None) -> dict[Path, str]:
+def generated(
+    outputs: Sequence[Path], schemas: Path | None, reference_file: Path | None, stores_file: Path | None = None
+) -> dict[Path, str]:
     """Every generated file's content by its path."""
     files: dict[Path, str] = {}
     for kind in KINDS:
@@ -185,6 +187,8 @@ def generated(outputs: Sequence[Path], schemas: Path | None, reference_file: Pat
             files[schemas / f"{kind.name.lower()}_{VERSION}.json"] = schema
     if reference_file is not None:
         files[reference_file] = reference([kind.model for kind in KINDS])
+    if stores_file is not None:
+        files[stores_file] = stores_reference()
     return files
 
 
@@ -194,10 +198,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, action="append", default=[], help="folder for the CRDs; may be repeated")
     parser.add_argument("--schemas", type=Path, help="folder for the JSON schemas, named as kubeconform expects")
     parser.add_argument("--reference", type=Path, help="file for the API reference, in Markdown")
+    parser.add_argument("--stores", type=Path, help="file for the reference of stores, in Markdown")
     parser.add_argument("--check", action="store_true", help="write nothing, fail when a file would change")
     options = parser.parse_args(arguments)
     stale = []
-    for path, content in generated(options.output, options.schemas, options.reference).items():
+    for path, content in generated(options.output, options.schemas, options.reference, options.stores).items():
         if path.exists() and path.read_text() == content:
             continue
         stale.append(path)

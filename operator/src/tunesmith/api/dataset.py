@@ -7,7 +7,10 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from tunesmith.api.model import ApiModel, Rule, SecretReference, Uri, secret_rule, uri_rules
+from tunesmith.api.credentials import SecretReference
+from tunesmith.api.model import ApiModel, Rule
+from tunesmith.api.uri import DataUri, secret_rule, uri_rules
+from tunesmith.storage.schemes import Use, prefixes
 
 DEFAULT_VALIDATION_FRACTION = 0.1
 ColumnName = Annotated[str, Field(min_length=1, max_length=128)]
@@ -69,10 +72,11 @@ class DatasetSource(ApiModel):
         ),
     )
 
-    uri: Uri = Field(
+    uri: DataUri = Field(
         description="A file, a folder (all data files in and below it, sorted by path) or a glob (*, ?, [a-z], **). "
         "The name says the format: .jsonl, .json (a list, or a row per line), .csv, .tsv, .parquet, .arrow; .gz "
-        "behind the text ones. hf://datasets/org/name[@revision]/…, s3://, gs://, az://, pvc://; locally file://.",
+        f"behind the text ones. A data set of the Hub is hf://datasets/org/name[@revision]/…; {prefixes(Use.DATA)}, "
+        "locally file://. https:// names one file.",
     )
     secret_ref: SecretReference | None = Field(
         default=None, description="Credentials for the uri; absent: those of the store."

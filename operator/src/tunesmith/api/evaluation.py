@@ -7,8 +7,11 @@ from typing import Annotated
 
 from pydantic import Field
 
+from tunesmith.api.credentials import SecretReference
 from tunesmith.api.dataset import DatasetSource
-from tunesmith.api.model import ApiModel, Matches, Rule, SecretReference, Uri, secret_rule, uri_rules
+from tunesmith.api.model import ApiModel, Matches, Rule
+from tunesmith.api.uri import TasksUri, secret_rule, uri_rules
+from tunesmith.storage.schemes import Use, prefixes
 
 SuiteName = Annotated[str, Field(min_length=1, max_length=32, pattern=r"^[a-zA-Z0-9]([-a-zA-Z0-9]*[a-zA-Z0-9])?$")]
 TaskName = Annotated[
@@ -69,9 +72,9 @@ class TaskFolder(ApiModel):
         ),
     )
 
-    uri: Uri = Field(
+    uri: TasksUri = Field(
         description="A folder with YAML files of tasks and groups, and the Python files that they name. "
-        "s3://, gs://, az://, pvc://, hf://datasets/org/name[@revision]/…; locally file://.",
+        f"{prefixes(Use.TASKS)} (hf://datasets/org/name[@revision]/…); locally file://.",
     )
     secret_ref: SecretReference | None = Field(
         default=None, description="Credentials for the uri; absent: those of the store."

@@ -7,26 +7,18 @@ from typing import ClassVar, Literal
 from pydantic import ConfigDict, Field
 
 from tunesmith.api.checkpoint import Checkpoint
+from tunesmith.api.credentials import SecretReference
 from tunesmith.api.dataset import DataFormat, Dataset
 from tunesmith.api.evaluation import Evaluation, Suite
 from tunesmith.api.finetunejob_status import FineTuneJobStatus
 from tunesmith.api.hyperparameters import DEFAULT_BATCH_SIZE, Hyperparameters, Optimizer
 from tunesmith.api.method import QUANTIZED_CEL, SHARDABLE, SHARDABLE_CEL, Method
-from tunesmith.api.model import (
-    API_VERSION,
-    MAX_NAME,
-    ApiModel,
-    ObjectMeta,
-    Rule,
-    SecretReference,
-    Uri,
-    quoted,
-    secret_rule,
-    uri_rules,
-)
+from tunesmith.api.model import API_VERSION, MAX_NAME, ApiModel, ObjectMeta, Rule, quoted
 from tunesmith.api.objective import Objective, ObjectiveName
 from tunesmith.api.output import Export, Merge, Output, Servable
 from tunesmith.api.placement import DataParallelism, TrainingResources, TrainingScheduling
+from tunesmith.api.uri import BaseModelUri, secret_rule, uri_rules
+from tunesmith.storage.schemes import Use, examples
 
 
 class BaseModelSource(ApiModel):
@@ -42,8 +34,9 @@ class BaseModelSource(ApiModel):
         ),
     )
 
-    uri: Uri = Field(
-        description="hf://org/name, s3://bucket/folder, gs://…, az://…, pvc://claim/path; file:// in a local run only.",
+    uri: BaseModelUri = Field(
+        description=f"Folder in the layout of the Hugging Face Hub: {examples(Use.BASE_MODEL)}; file:// in a local "
+        "run only.",
     )
     revision: str | None = Field(
         default=None, max_length=128, description="Commit, tag or branch of an hf:// model; absent: main."

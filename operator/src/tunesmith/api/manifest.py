@@ -11,8 +11,9 @@ import yaml
 from pydantic import ValidationError
 
 from tunesmith.api.finetunejob import FineTuneJob
-from tunesmith.api.model import API_VERSION, LOCAL_ONLY
+from tunesmith.api.model import API_VERSION
 from tunesmith.api.schema import resolved_schema
+from tunesmith.api.uri import LOCAL_ONLY
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Iterator

@@ -84,33 +84,6 @@ ResourceName = Annotated[
     ),
 ]
 
-Uri = Annotated[
-    str,
-    Field(max_length=1024),
-    Matches(
-        r"^(hf|s3|gs|az)://[^/\s]+/.*[^/]/?$|^pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?/.*[^/]/?$|^file:///.+$",
-        "a uri is hf://organisation/name, s3://bucket/path, gs://bucket/path, az://container/path or pvc://claim/path",
-    ),
-]
-
-LOCAL_ONLY = "file:// works only in a local run: tunesmith run; in a cluster use s3://, gs://, az:// or pvc://"
-uri_rules = (
-    Rule("!self.uri.startsWith('file://')", LOCAL_ONLY),
-    Rule(
-        "!(self.uri + '/').contains('/../')",
-        "a uri must not contain '..': write the path itself",
-        lambda self: "/../" not in f"{self.uri}/",
-    ),
-)
-"""For every model with a `uri`. A local run accepts file://."""
-secret_rule = Rule(
-    "!has(self.secretRef) || !self.uri.startsWith('pvc://')",
-    "a secretRef gives the credentials of an s3://, gs://, az:// or hf:// uri, and a pvc:// uri is mounted without "
-    "any: remove the secretRef",
-    lambda self: self.secret_ref is None or not self.uri.startswith("pvc://"),
-)
-"""For every model with a `uri` and a `secretRef`."""
-
 
 class ApiModel(BaseModel):
     """A part of a resource: camelCase on the wire, unknown fields are refused."""
@@ -166,19 +139,3 @@ class ObjectMeta(StatusModel):
     deletion_timestamp: datetime | None = None
     labels: dict[str, str] = Field(default_factory=dict)
     annotations: dict[str, str] = Field(default_factory=dict)
-
-
-CREDENTIALS_LABEL = "tunesmith.dev/credentials"
-"""Label of a Secret that a secretRef may name; its value is `true`. The chart's admission policies check it."""
-
-
-class SecretReference(ApiModel):
-    """A Secret in the namespace of the resource that names it."""
-
-    name: ResourceName = Field(
-        description=f"Name of the Secret. It needs the label {CREDENTIALS_LABEL} with the value true. Its keys "
-        "are the store's own variables. s3://: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, "
-        "AWS_ENDPOINT_URL, AWS_REGION. gs://: GOOGLE_SERVICE_ACCOUNT_KEY, the JSON of a service account's key. az://: "
-        "AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY. hf:// and the "
-        "Hub: HF_TOKEN and, for another Hub than Hugging Face's, HF_ENDPOINT, its address."
-    )

@@ -7,17 +7,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from tunesmith.api.model import LOCAL_ONLY, ApiModel, Matches, Rule, SecretReference
+from tunesmith.api.credentials import REPORTING_SECRET, SecretReference
+from tunesmith.api.model import ApiModel, Matches, Rule
+from tunesmith.api.uri import ExportUri, optional_uri_rules
+from tunesmith.storage.schemes import Use, prefixes
 
-ExportUri = Annotated[
-    str,
-    Field(max_length=1024),
-    Matches(
-        r"^(s3|gs|az)://[^/\s]+/.*[^/]$|^file:///.*[^/]$",
-        "a copy goes to s3://bucket/path, gs://bucket/path or az://container/path, without a slash at the end, or with "
-        "hub: organisation/name to the Hugging Face Hub",
-    ),
-]
 Repository = Annotated[
     str,
     Field(max_length=193),
@@ -27,9 +21,6 @@ Repository = Annotated[
         "'.' between them",
     ),
 ]
-
-REPORTING_SECRET = "tunesmith-reporting"  # noqa: S105 - a name, not a secret
-"""Secret of a job's namespace with the addresses and keys of trackers."""
 
 
 class Merge(StrEnum):
@@ -56,16 +47,12 @@ class Export(ApiModel):
             "an entry of output.exports needs exactly one of uri and hub: keep one, remove the other",
             lambda self: (self.uri is None) != (self.hub is None),
         ),
-        Rule("!has(self.uri) || !self.uri.startsWith('file://')", LOCAL_ONLY),
-        Rule(
-            "!has(self.uri) || !(self.uri + '/').contains('/../')",
-            "a uri must not contain '..': write the path itself",
-            lambda self: self.uri is None or "/../" not in f"{self.uri}/",
-        ),
+        *optional_uri_rules,
     )
 
     uri: ExportUri | None = Field(
-        default=None, description="Folder of another store: s3://…, gs://…, az://…; file:// in a local run only."
+        default=None,
+        description=f"Folder of another store: {prefixes(Use.EXPORT)}; file:// in a local run only.",
     )
     hub: Repository | None = Field(
         default=None,
@@ -124,7 +111,7 @@ class Output(ApiModel):
         json_schema_extra={"x-kubernetes-list-type": "set"},
         description="Trackers that get the metrics of each step: TensorBoard writes event files into the folder "
         "tensorboard beside the artifact; MLflow and WandB (Weights & Biases) take address and key from the Secret "
-        "tunesmith-reporting of the namespace, in a local run from the environment. One that cannot be reached never "
+        f"{REPORTING_SECRET} of the namespace, in a local run from the environment. One that cannot be reached never "
         "stops the job. Absent: none.",
     )
 

@@ -13,16 +13,16 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from tunesmith.api.credentials import REPORTING_SECRET
 from tunesmith.api.methods.lora import Initialization
-from tunesmith.api.output import REPORTING_SECRET
 from tunesmith.cli.adapterconfig import read_initialization
 from tunesmith.cli.axolotl_keys import axolotl_keys
+from tunesmith.storage.schemes import Use, canonical, prefixes
 
 _EMPTY: tuple[object, ...] = (None, "", [], {})
 _LEAST_HELD_OUT, _MOST_HELD_OUT = 0.001, 0.5
 _EPOCHS, _LENGTH, _MICRO_BATCH, _ACCUMULATION = 1.0, 512, 1, 1
 """Axolotl's defaults that are not Tunesmith's (src/axolotl/utils/schemas/)."""
-_STORES = re.compile(r"^(s3|gs|az|gcs|abfs)://")
 _LOCAL = re.compile(r"^(/|\./|\.\./)|\.(jsonl|json|csv|tsv|parquet|arrow)(\.gz)?$")
 Document = dict[str, Any]
 
@@ -424,8 +424,9 @@ def _entries(value: object) -> list[Document]:
 
 
 def _model_uri(name: str, folder: str) -> str:
-    if _STORES.match(name):
-        return _store_uri(name)
+    stored = canonical(name)
+    if stored is not None:
+        return stored.rstrip("/")
     return _file_uri(name, folder) if name.startswith(("/", "./", "../")) else f"hf://{name}"
 
 
@@ -435,12 +436,12 @@ def _data_uris(entry: Document, where: str, folder: str) -> list[str]:
     files = [files] if isinstance(files, str) else files
     if not isinstance(path, str):
         raise UntranslatableError(f"{where}.path is missing: name the rows")
-    if path.startswith(("http://", "https://")):
-        raise UntranslatableError(f"{where}.path is {path}: copy the rows to s3://, gs://, az:// or pvc://")
-    if _STORES.match(path):
-        return [_store_uri(path)]
+    if path.startswith("http://"):
+        raise UntranslatableError(f"{where}.path is {path}: copy the rows to {prefixes(Use.DATA)}")
+    if (uri := _remote(path)) is not None:
+        return [uri]
     if path in {"json", "csv", "parquet", "arrow", "text"} and files:
-        return [_store_uri(name) if _STORES.match(name) else _file_uri(name, folder) for name in files]
+        return [_remote(name) or _file_uri(name, folder) for name in files]
     if _LOCAL.search(path):
         place = _file_uri(path, folder)
     else:
@@ -449,8 +450,12 @@ def _data_uris(entry: Document, where: str, folder: str) -> list[str]:
     return [f"{place}/{name}" for name in files] or [place]
 
 
-def _store_uri(uri: str) -> str:
-    return uri.replace("gcs://", "gs://", 1).replace("abfs://", "az://", 1).rstrip("/")
+def _remote(name: str) -> str | None:
+    """The uri of rows that are not on this machine; None for another name."""
+    if name.startswith("https://"):
+        return name
+    stored = canonical(name)
+    return None if stored is None else stored.rstrip("/")
 
 
 def _file_uri(path: str, folder: str) -> str:

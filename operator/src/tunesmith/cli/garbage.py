@@ -8,8 +8,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.api.conditions import FineTuneJobCondition
-from tunesmith.contracts.location import ARTIFACT_FOLDER, ARTIFACT_MANIFEST, TEMPORARY_FOLDER, plain_uri
+from tunesmith.contracts.location import ARTIFACT_FOLDER, ARTIFACT_MANIFEST, TEMPORARY_FOLDER
 from tunesmith.contracts.owner import OWNER_FILE
+from tunesmith.storage.schemes import normalised
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -92,7 +93,7 @@ class Resources:
     def told(self) -> list[tuple[str, str]]:
         """Every uri of a spec or a status, in its one spelling, with the resource that says it."""
         return [
-            (plain_uri(text), f"{item['kind']} {item['metadata']['namespace']}/{item['metadata']['name']}")
+            (normalised(text), f"{item['kind']} {item['metadata']['namespace']}/{item['metadata']['name']}")
             for item in (*self.jobs, *self.others)
             for text in _strings([item.get("spec"), item.get("status")])
             if "://" in text
@@ -142,7 +143,7 @@ def leftovers(
         found: the folders that `left` gave.
         owners: by the folder's path, what is written in its `owner.json`; None where there is none.
         seen: the cluster.
-        store: uri of the store's root, as `plain_uri` spells it.
+        store: uri of the store's root, as `normalised` spells it.
         now: the time, UTC.
         older_than: what was written later stays: a pod of a job that was just deleted may still write.
         artifacts: whether published artifacts may go too.

@@ -20,7 +20,7 @@ from tunesmith.cli.run import run
 from tunesmith.cli.submit import submit
 from tunesmith.cluster.client import allow_deep_objects
 from tunesmith.cluster.errors import ClusterError, ConfigurationError, ForbiddenError, NotFoundError, UnauthorizedError
-from tunesmith.contracts.credentials import Scrubber, secret_values
+from tunesmith.storage.credentials import Scrubber, secret_values
 
 _UNKNOWN_KIND = ("could not find the requested resource", "page not found")
 """What API servers say about a kind, or a whole group, that they do not serve."""

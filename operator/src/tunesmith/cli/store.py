@@ -14,8 +14,9 @@ from pydantic import ValidationError
 
 from tunesmith.cli.errors import CliError, Exit
 from tunesmith.cli.garbage import StoredFile
-from tunesmith.contracts.location import TEMPORARY_FOLDER, plain_uri
+from tunesmith.contracts.location import TEMPORARY_FOLDER
 from tunesmith.contracts.owner import Owner
+from tunesmith.storage.schemes import normalised
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -39,7 +40,7 @@ class Store:
     """
 
     def __init__(self, uri: str, patience: timedelta) -> None:
-        self.uri = plain_uri(uri)
+        self.uri = normalised(uri)
         """In its one spelling."""
         scheme, _, place = self.uri.partition("://")
         bucket, _, folder = place.partition("/")

@@ -7,6 +7,8 @@ import re
 from fnmatch import fnmatchcase
 from urllib.parse import unquote
 
+from tunesmith.storage.schemes import normalised, split
+
 ARTIFACT_MANIFEST = "tunesmith.json"
 ARTIFACT_FOLDER = "artifact"
 """In a job's folder of the store, as the next three."""
@@ -17,12 +19,6 @@ EVENTS_FOLDER = "tensorboard"
 CLAIMS_FOLDER = "/mnt/claims"
 """A training pod mounts the PersistentVolumeClaims that its job names here, each under its own name, read-only."""
 _DIGEST = re.compile(r"^sha256:([0-9a-f]{64})$")
-
-
-def plain_uri(uri: str) -> str:
-    """The one spelling of a uri in a bucket, to compare with: its scheme in lower case, one slash between two names."""
-    scheme, _, place = uri.partition("://")
-    return f"{scheme.lower()}://{'/'.join(name for name in place.split('/') if name not in {'', '.'})}"
 
 
 def job_folder(store: str, namespace: str, name: str, uid: str) -> str:
@@ -59,9 +55,8 @@ def tokens_uri(store: str, namespace: str, name: str, uid: str) -> str:
 
 
 def namespace_of_artifact(store: str, uri: str) -> str | None:
-    """The namespace whose prefix of the store holds `uri`; None where it lies outside the store."""
-    prefix = store.rstrip("/") + "/"
-    rest = uri.removeprefix(prefix)
+    """Return the namespace whose prefix of the store holds `uri`; None if it is outside the store."""
+    rest = uri.removeprefix(f"{normalised(store)}/")
     parts = rest.split("/")
     if rest == uri or len(parts) == 1 or not parts[0] or ".." in parts:
         return None
@@ -97,7 +92,7 @@ def _spellings(uri: str) -> set[str]:
 
 def _names(uri: str) -> tuple[str, ...]:
     """Scheme, bucket and the names of the path, without empty names and dots."""
-    scheme, _, place = uri.partition("://")
+    scheme, place = split(uri)
     bucket, *path = [name for name in place.split("/") if name not in {"", "."}] or [""]
     names: list[str] = []
     for name in path:

@@ -15,6 +15,7 @@ from tunesmith.contracts.addresses import parse_networks
 from tunesmith.contracts.claims import parse_namespaces
 from tunesmith.contracts.network import Network, parse_peers
 from tunesmith.contracts.scheduling import DEFAULT_SCHEDULING, AllowedScheduling, parse_names, parse_tolerations
+from tunesmith.storage.schemes import parse_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -174,7 +175,7 @@ def parse(arguments: Sequence[str] | None = None, environment: Mapping[str, str]
     options = parser.parse_args(arguments)
     try:
         return Settings(
-            store=options.store.rstrip("/"),
+            store=_store(parser, options.store),
             namespace=options.namespace,
             instance=options.instance,
             shared_pool_namespaces=_listed(parser, options, "shared-pool-namespaces", parse_namespaces)
@@ -229,6 +230,13 @@ def _listed(
         return parse_entries(getattr(options, flag.replace("-", "_")))
     except ValueError as error:
         parser.error(f"--{flag}: {error}")
+
+
+def _store(parser: argparse.ArgumentParser, uri: str) -> str:
+    try:
+        return parse_store(uri)
+    except ValueError as error:
+        parser.error(f"--store: {error}")
 
 
 def _size(parser: argparse.ArgumentParser, name: str, text: str) -> str:

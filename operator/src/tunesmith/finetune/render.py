@@ -6,9 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.api.output import REPORTING_SECRET
+from tunesmith.api.credentials import REPORTING_SECRET, STORE_SECRET
 from tunesmith.contracts.addresses import ALLOWED_ADDRESSES
-from tunesmith.contracts.credentials import STORE_KEYS
 from tunesmith.contracts.location import (
     CLAIMS_FOLDER,
     artifact_uri,
@@ -24,6 +23,7 @@ from tunesmith.contracts.result import ExitCode
 from tunesmith.contracts.tasks import LM_EVAL_TASKS
 from tunesmith.finetune.observe import ATTEMPT_LABEL, COMPONENT_LABEL, CONTAINER, TRAIN, VALIDATE
 from tunesmith.finetune.permission import sources
+from tunesmith.storage.schemes import STORE_KEYS
 
 if TYPE_CHECKING:
     from tunesmith.api.finetunejob import FineTuneJob
@@ -32,7 +32,6 @@ Object = dict[str, Any]
 
 JOB_LABEL = "tunesmith.dev/finetunejob"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
-STORE_SECRET = "tunesmith-store"  # noqa: S105 - a name, not a secret
 JOB_FOLDER = "/etc/tunesmith/job"
 JOB_FILE = "job.yaml"
 SECRETS_FOLDER = "/etc/tunesmith/secrets"

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.api.credentials import STORE_SECRET
 from tunesmith.api.engine_arguments import refused_arguments, reserved_variable
 from tunesmith.api.model import API_VERSION
 from tunesmith.api.placement import quantity_value
@@ -26,7 +27,6 @@ Manifest = dict[str, Any]
 
 POOL_LABEL = "tunesmith.dev/pool"
 POOL_UID_LABEL = "tunesmith.dev/pool-uid"
-STORE_SECRET = "tunesmith-store"  # noqa: S105 - the name of a Secret
 _USER = 65532
 _POD_UID: Manifest = {"name": "TUNESMITH_POD_UID", "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}}
 _BASE = "/models/base"

@@ -6,8 +6,8 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
-from tunesmith.contracts.credentials import Scrubber, secret_values
 from tunesmith.contracts.result import TrainerResult
+from tunesmith.storage.credentials import Scrubber, secret_values
 from tunesmith_trainer.credentials import read_secrets
 
 if TYPE_CHECKING:

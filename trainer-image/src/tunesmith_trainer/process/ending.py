@@ -19,7 +19,7 @@ from tunesmith_trainer.process.launch import LAUNCHED
 from tunesmith_trainer.process.ranks import POD_INDEX, Ranks
 
 if TYPE_CHECKING:
-    from tunesmith.contracts.credentials import Scrubber
+    from tunesmith.storage.credentials import Scrubber
     from tunesmith_trainer.errors import InterruptedRunError
     from tunesmith_trainer.process.interruption import Interruption
     from tunesmith_trainer.process.progress import Progress

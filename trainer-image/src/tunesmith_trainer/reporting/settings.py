@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from tunesmith.api.output import REPORTING_SECRET, Tracker
+from tunesmith.api.credentials import REPORTING_SECRET
+from tunesmith.api.output import Tracker
 from tunesmith_trainer.errors import InvalidSpecError, SecretNotFoundError
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from tunesmith.api.output import Tracker
-from tunesmith.contracts.credentials import Scrubber
+from tunesmith.storage.credentials import Scrubber
 from tunesmith_trainer.connections import denied, guarded
 from tunesmith_trainer.process.launch import kill_with_parent
 from tunesmith_trainer.reporting.journal import JOURNAL, Description, End, JournalReader, Point

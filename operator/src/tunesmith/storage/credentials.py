@@ -1,30 +1,34 @@
-"""Credentials in Secrets: which Secrets and keys may be used, what a well-formed value is, and texts without them."""
+"""Credentials of stores: from a mounted Secret or the environment, checked before use; and texts without them."""
 
 from __future__ import annotations
 
 import base64
 import json
 import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, quote_plus
 
-from tunesmith.contracts.google_key import GOOGLE_KEY
+from tunesmith.storage.errors import AccessDeniedError, CredentialsMissingError
+from tunesmith.storage.schemes import GOOGLE_KEY, STORE_KEYS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
 
-STORE_KEYS = (
-    "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3",
-    "AWS_REGION", "AWS_DEFAULT_REGION", GOOGLE_KEY, "AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_ACCOUNT_NAME",
-    "AZURE_STORAGE_ACCOUNT_KEY", "HF_TOKEN", "HF_ENDPOINT",
-)  # fmt: skip
-"""Keys of a Secret that a secretRef names. Pods mount no others."""
+    from tunesmith.storage.schemes import Scheme
+
 _PUBLIC = re.compile(
     r"ENDPOINT|REGION|ACCESS_KEY_ID|ACCOUNT_NAME|_PROJECT|_ENTITY|_MODE|EXPERIMENT|TRACKING_URI|BASE_URL"
 )
 """Keys whose values are no secrets. A password in a URL is found by its form."""
 _SEVERAL_LINES = frozenset({GOOGLE_KEY})
 _MAX_VALUE = 65536
+_VERSION_LINK = "..data"
+"""Link that the kubelet points to a new folder, named by the time, whenever it writes a changed Secret."""
+_VERSION_FORMAT = "..%Y_%m_%d_%H_%M_%S"
 _PRINTABLE = re.compile(r"[\x21-\x7e]*")
 _USER_OF_URL = re.compile(r"(https?|ftp|socks5h?)://[^/@\s]*@", re.IGNORECASE)
 _REMOVED = "***"
@@ -34,6 +38,137 @@ _DISTINCT = 8
 """Shortest value that is recognised inside a word."""
 _CUT = 12
 """Shortest beginning of a value that is recognised where a library or a limit cut the rest off."""
+
+
+class Origin(Enum):
+    """Where credentials come from, which decides what the libraries may add to them."""
+
+    SECRET = auto()
+    """A Secret that a secretRef names: nothing is added, and it must have the keys of the scheme."""
+    STORE_SECRET = auto()
+    """The Secret of the installation's store: a scheme of which it has no key uses the identity of the pod."""
+    ENVIRONMENT = auto()
+    """The variables of this process: the libraries may add what they find on the machine."""
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """Credentials of stores.
+
+    Attributes:
+        values: by key.
+        source: where they come from, for messages, such as "the Secret mine".
+        origin: what kind of place that is.
+    """
+
+    values: Mapping[str, str]
+    source: str
+    origin: Origin
+
+    def check_values(self) -> None:
+        """Refuse values that no store could have issued, before a library puts them into a message.
+
+        Raises:
+            AccessDeniedError: a value is malformed.
+        """
+        for key in STORE_KEYS:
+            sentence = malformed(key, self.values.get(key, ""), self.source)
+            if sentence is not None:
+                raise AccessDeniedError(sentence)
+
+    def ambient(self, scheme: Scheme) -> bool:
+        """True if the library may use what it finds on the machine: none of the scheme's keys is set here."""
+        return self.origin is Origin.ENVIRONMENT or (
+            self.origin is Origin.STORE_SECRET and not any(self.values.get(key) for key in scheme.keys)
+        )
+
+    def check_keys(self, scheme: Scheme) -> None:
+        """Refuse a Secret that would not be used, or only in part: the library would look elsewhere, silently.
+
+        Raises:
+            CredentialsMissingError: a key is missing.
+            AccessDeniedError: a value cannot be a credential.
+        """
+        given = {key for keys in scheme.credentials for key in keys if self.values.get(key)}
+        named = self.origin is Origin.SECRET
+        if named and scheme.credentials and not any(self.values.get(key) for key in scheme.keys):
+            first = " and no ".join(keys[0] for keys in scheme.credentials)
+            raise CredentialsMissingError(
+                f"{self.source} has no {first}, with which {scheme.name}:// is reached: add the key, or remove the"
+                " secretRef to use the store's credentials"
+            )
+        complete = any(given.issuperset(keys) for keys in scheme.credentials)
+        if given and not complete and (named or not given <= scheme.alone):
+            raise CredentialsMissingError(self._incomplete(scheme, given))
+        fault = scheme.malformed(self.values)
+        if fault is not None:
+            raise AccessDeniedError(f"{unusable(scheme, self, fault)}")
+
+    def _incomplete(self, scheme: Scheme, given: set[str]) -> str:
+        keys = max(scheme.credentials, key=lambda keys: len(given.intersection(keys)))
+        missing = [key for key in keys if key not in given]
+        others = [" and ".join(other) for other in scheme.credentials if other != keys]
+        instead = f", or give {' or '.join(others)} instead" if others else ""
+        has = " and ".join(key for key in keys if key in given)
+        return f"{self.source} has {has} and no {' and no '.join(missing)}: add the key{instead}"
+
+
+def unusable(scheme: Scheme, credentials: Credentials, fault: str) -> str:
+    """Return the sentence about a credential that cannot be used, without anything of its value."""
+    keys = " or ".join(" and ".join(keys) for keys in scheme.credentials)
+    return (
+        f"{keys} of {credentials.source} cannot be used for {scheme.name}://: {fault}; give it whole and as the store"
+        " issues it"
+    )
+
+
+def environment_credentials(environment: Mapping[str, str], source: str = "the environment") -> Credentials:
+    """Return the credentials among the variables of a process."""
+    return Credentials(environment, source, Origin.ENVIRONMENT)
+
+
+def read_secrets(folder: Path) -> dict[str, dict[str, str]]:
+    """Return the keys and values of all mounted Secrets, by the Secret's name.
+
+    Args:
+        folder: has one sub-folder per mounted Secret, with one file per key. In a cluster the mounts are optional: of a
+            missing Secret there is a folder without keys.
+    """
+    folders = [entry for entry in sorted(folder.iterdir()) if entry.is_dir()] if folder.is_dir() else []
+    return {entry.name: _read_keys(entry) for entry in folders}
+
+
+def read_secret(folder: Path) -> tuple[dict[str, str], datetime | None]:
+    """Return the keys and values of one mounted Secret, all of one version, and when the kubelet wrote them.
+
+    A version older than the Secret's last change (`kubectl get secret NAME --show-managed-fields`) is the Secret as it
+    was before. The kubelet writes changes within about two minutes.
+
+    Returns:
+        No values, and no time, for a Secret that does not exist or is empty.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    version = folder / _VERSION_LINK
+    current = version.resolve(strict=True) if version.is_symlink() else folder
+    values = _read_keys(current)
+    return values, _written(current) if values else None
+
+
+def _read_keys(folder: Path) -> dict[str, str]:
+    return {
+        entry.name: entry.read_bytes()[: _MAX_VALUE + 1].decode("utf-8", "surrogateescape").strip()
+        for entry in sorted(folder.iterdir())
+        if entry.is_file()
+    }
+
+
+def _written(folder: Path) -> datetime:
+    try:
+        return datetime.strptime(folder.name.rpartition(".")[0], _VERSION_FORMAT).replace(tzinfo=UTC)
+    except ValueError:  # not the kubelet's
+        return datetime.fromtimestamp(max(entry.stat().st_mtime for entry in [folder, *folder.iterdir()]), UTC)
 
 
 def malformed(key: str, value: str, credentials: str) -> str | None:

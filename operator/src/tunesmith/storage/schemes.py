@@ -1,0 +1,511 @@
+"""Table of the schemes that a uri may have. Everything that differs between stores is a field of their row."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+GOOGLE_KEY = "GOOGLE_SERVICE_ACCOUNT_KEY"
+"""Key of a Secret, or environment variable: the JSON file that Google gives for a key of a service account."""
+HUB = "https://huggingface.co"
+_BUCKET = r"[^/\s]+"
+_NAME = r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?"
+_DENIED_STATUS = frozenset({401, 403})
+_DENIED_S3_CODES = frozenset(
+    {
+        "AccessDenied",
+        "ExpiredToken",
+        "InvalidAccessKeyId",
+        "InvalidToken",
+        "SignatureDoesNotMatch",
+        "XAdminUserNotFound",
+    }
+)
+"""Codes of S3 servers that s3fs does not translate to PermissionError."""
+
+
+class Use(StrEnum):
+    """What a uri may be used for."""
+
+    BASE_MODEL = "base models"
+    DATA = "data"
+    TASKS = "evaluation tasks"
+    EXPORT = "copies"
+    STORE = "the store"
+
+
+@dataclass(frozen=True)
+class Client:
+    """Settings of the libraries' clients.
+
+    Attributes:
+        connect_seconds: longest time until a connection is made.
+        read_seconds: longest time without a byte.
+        read_only: True if nothing will be written.
+    """
+
+    connect_seconds: float = 10
+    read_seconds: float = 60
+    read_only: bool = False
+
+
+def _never(_: BaseException) -> bool:
+    return False
+
+
+def _no_options(_values: Mapping[str, str], _client: Client, *, ambient: bool) -> dict[str, Any]:  # noqa: ARG001 - a row's signature
+    return {}
+
+
+def _nothing_wrong(_values: Mapping[str, str]) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A row of the table.
+
+    Attributes:
+        name: what a uri begins with, without `://`.
+        title: name of the store.
+        example: a uri, as sentences and the documentation show it.
+        uses: what its uris may be used for.
+        filesystem: import path of the fsspec class.
+        options: arguments of the class for the values of a Secret or of the environment. With `ambient` the library
+            may add what it finds on the machine, otherwise it must not.
+        root: pattern (RE2) of what is between `://` and the first slash.
+        path: pattern (RE2) of what follows that slash, without a slash at its end.
+        aliases: names that other tools give to the scheme.
+        credentials: alternatives, each the keys that together are one complete credential.
+        optional: further keys of a Secret.
+        alone: keys of `credentials` that may be given without the others where pods have an identity of their own.
+        create_arguments: arguments of `kubectl create secret generic` for the usual credential.
+        key_note: what is to know about them.
+        endpoint: the keys that name the server's address, the first that is set counts.
+        malformed: why the values of a complete credential cannot be used; None where they can.
+        unreadable: what is wrong with values that the library refuses although they are not malformed.
+        reserved: what the library would take for something else than a part of a name, and the sentence about it.
+        lists: True if the store can list a folder.
+        local_only: True if only a run without a cluster may use it.
+        mounted: True if Kubernetes mounts it, so that no credentials exist.
+        list_options: arguments of listings, for a fresh one.
+        modified: entry of a listing with the time of a file's last change.
+        no_credentials: True for an exception that means that no credentials were found.
+        denied: True for an exception that means that access is denied, besides PermissionError.
+        invalid: True for an exception that means that the store cannot have such a name.
+    """
+
+    name: str
+    title: str
+    example: str
+    uses: frozenset[Use]
+    filesystem: str
+    options: Callable[..., dict[str, Any]] = _no_options
+    root: str = _BUCKET
+    path: str = ".*[^/]"
+    aliases: tuple[str, ...] = ()
+    credentials: tuple[tuple[str, ...], ...] = ()
+    optional: tuple[str, ...] = ()
+    alone: frozenset[str] = frozenset()
+    create_arguments: str = ""
+    key_note: str = ""
+    endpoint: tuple[str, ...] = ()
+    malformed: Callable[[Mapping[str, str]], str | None] = _nothing_wrong
+    unreadable: str = "the library refuses its form"
+    reserved: tuple[str, str] | None = None
+    lists: bool = True
+    local_only: bool = False
+    mounted: bool = False
+    list_options: Mapping[str, Any] = field(default_factory=dict)
+    modified: str = ""
+    no_credentials: Callable[[BaseException], bool] = _never
+    denied: Callable[[BaseException], bool] = _never
+    invalid: Callable[[BaseException], bool] = _never
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All keys of a Secret that count for this scheme."""
+        return (*(key for keys in self.credentials for key in keys), *self.optional)
+
+    @property
+    def module(self) -> str:
+        """Module of the fsspec class."""
+        return self.filesystem.rpartition(".")[0]
+
+    def endpoint_of(self, values: Mapping[str, str]) -> tuple[str, str] | None:
+        """Return the key that names the server and its value; None if none is set."""
+        return next(((key, values[key]) for key in self.endpoint if values.get(key)), None)
+
+
+def s3_options(values: Mapping[str, str], client: Client, *, ambient: bool) -> dict[str, Any]:
+    """Return the arguments of s3fs."""
+    endpoint = values.get("AWS_ENDPOINT_URL") or values.get("AWS_ENDPOINT_URL_S3") or None
+    region = values.get("AWS_REGION") or values.get("AWS_DEFAULT_REGION") or (None if ambient else "us-east-1")
+    config: dict[str, Any] = {
+        "connect_timeout": client.connect_seconds,
+        "read_timeout": client.read_seconds,
+        "retries": {"max_attempts": 2, "mode": "standard"},
+    }
+    if not ambient:
+        config["ignore_configured_endpoint_urls"] = True
+    if endpoint:
+        # Stores other than Amazon's know neither host names of buckets nor the newer checksums.
+        config |= {
+            "s3": {"addressing_style": "path"},
+            "request_checksum_calculation": "when_required",
+            "response_checksum_validation": "when_required",
+        }
+    return {
+        "key": values.get("AWS_ACCESS_KEY_ID") or None,
+        "secret": values.get("AWS_SECRET_ACCESS_KEY") or None,
+        "token": values.get("AWS_SESSION_TOKEN") or None,
+        "endpoint_url": endpoint,
+        "client_kwargs": {"region_name": region} if region else {},
+        "config_kwargs": config,
+    }
+
+
+def hub_options(values: Mapping[str, str], _client: Client | None = None, *, ambient: bool) -> dict[str, Any]:
+    """Return the arguments of huggingface_hub's clients.
+
+    The address is always given: the library would take it from the environment. Neither does it take the token from
+    there, or from a file, unless `ambient`.
+    """
+    token = values.get("HF_TOKEN") or (None if ambient else False)
+    return {"token": token, "endpoint": (values.get("HF_ENDPOINT") or HUB).rstrip("/")}
+
+
+def gs_options(values: Mapping[str, str], client: Client, *, ambient: bool) -> dict[str, Any]:  # noqa: ARG001 - a row's signature
+    """Return the arguments of gcsfs; without a key, Google's libraries look for credentials."""
+    token = parse_service_account(values[GOOGLE_KEY]) if values.get(GOOGLE_KEY) else None
+    return {"token": token, "access": "read_only" if client.read_only else "read_write"}
+
+
+def az_options(values: Mapping[str, str], _client: Client, *, ambient: bool) -> dict[str, Any]:  # noqa: ARG001 - a row's signature
+    """Return the arguments of adlfs: the account as a connection string, which nothing of the environment overrides."""
+    connection = values.get("AZURE_STORAGE_CONNECTION_STRING") or None
+    name, key = values.get("AZURE_STORAGE_ACCOUNT_NAME") or None, values.get("AZURE_STORAGE_ACCOUNT_KEY") or None
+    if connection is None and name and key:
+        connection = (
+            f"DefaultEndpointsProtocol=https;AccountName={name};AccountKey={key};EndpointSuffix=core.windows.net"
+        )
+    return {"account_name": name, "account_key": key, "connection_string": connection}
+
+
+def https_options(_values: Mapping[str, str], client: Client, *, ambient: bool) -> dict[str, Any]:  # noqa: ARG001 - a row's signature
+    """Return the arguments of the file system of https://."""
+    return {"connect_timeout": client.connect_seconds, "read_timeout": client.read_seconds}
+
+
+def parse_service_account(text: str) -> dict[str, Any]:
+    """Return the document of a Google key.
+
+    Only service accounts are accepted: other types of credentials name files and addresses that a pod would read.
+
+    Raises:
+        ValueError: it is not one; the text says why and contains nothing of it.
+    """
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError("it is not JSON") from None
+    if not isinstance(document, dict) or document.get("type") != "service_account":
+        raise ValueError("its type is not service_account")
+    missing = [name for name in ("client_email", "private_key", "token_uri") if not document.get(name)]
+    if missing:
+        raise ValueError(f"it has no {' and no '.join(missing)}")
+    return document
+
+
+def _google_key_fault(values: Mapping[str, str]) -> str | None:
+    if not values.get(GOOGLE_KEY):
+        return None
+    try:
+        parse_service_account(values[GOOGLE_KEY])
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an exception and those that it was raised from."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        yield current
+        seen.add(id(current))
+        current = current.__cause__
+
+
+def _is(error: BaseException, *names: str) -> bool:
+    """True if the exception is of a class with one of these names: this module imports no library of a store."""
+    return any(kind.__name__ in names for cause in causes(error) for kind in type(cause).__mro__)
+
+
+def _s3_answer(error: BaseException) -> tuple[str, int]:
+    """Code and HTTP status of an S3 server's answer."""
+    for cause in causes(error):
+        answer = getattr(cause, "response", None)
+        if isinstance(answer, dict):
+            status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+            return str(answer.get("Error", {}).get("Code", "")), int(status)
+    return "", 0
+
+
+def _s3_denied(error: BaseException) -> bool:
+    code, status = _s3_answer(error)
+    return code in _DENIED_S3_CODES or code in {"401", "403"} or status in _DENIED_STATUS
+
+
+def _hub_denied(error: BaseException) -> bool:
+    return any(
+        getattr(getattr(cause, "response", None), "status_code", None) in _DENIED_STATUS for cause in causes(error)
+    )
+
+
+def _gs_denied(error: BaseException) -> bool:
+    refused = _is(error, "RefreshError") and "invalid_" in str(error)
+    return refused or getattr(error, "code", None) in _DENIED_STATUS or str(error).startswith("Forbidden: ")
+
+
+def _az_denied(error: BaseException) -> bool:
+    return _is(error, "ClientAuthenticationError") or any(
+        getattr(cause, "status_code", None) in _DENIED_STATUS for cause in causes(error)
+    )
+
+
+def _https_denied(error: BaseException) -> bool:
+    return any(getattr(cause, "status", None) in _DENIED_STATUS for cause in causes(error))
+
+
+def precondition_failed(error: BaseException) -> bool:
+    """True if a conditional write was refused because the object exists."""
+    return _s3_answer(error)[1] == 412  # noqa: PLR2004 - HTTP Precondition Failed
+
+
+_EVERYWHERE = frozenset({Use.BASE_MODEL, Use.DATA, Use.TASKS})
+
+SCHEMES = (
+    Scheme(
+        name="hf",
+        title="Hugging Face Hub",
+        example="hf://organisation/name",
+        uses=_EVERYWHERE,
+        filesystem="huggingface_hub.HfFileSystem",
+        options=hub_options,
+        credentials=(("HF_TOKEN",),),
+        optional=("HF_ENDPOINT",),
+        create_arguments="--from-literal=HF_TOKEN=…",
+        key_note="a public repository needs none; `HF_ENDPOINT` is the address of another Hub than Hugging Face's",
+        endpoint=("HF_ENDPOINT",),
+        denied=_hub_denied,
+    ),
+    Scheme(
+        name="s3",
+        title="S3: Amazon's, MinIO, Ceph and others",
+        example="s3://bucket/path",
+        uses=frozenset(Use),
+        filesystem="s3fs.S3FileSystem",
+        options=s3_options,
+        aliases=("s3a", "s3n"),
+        credentials=(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),),
+        optional=(
+            "AWS_SESSION_TOKEN",
+            "AWS_ENDPOINT_URL",
+            "AWS_ENDPOINT_URL_S3",
+            "AWS_REGION",
+            "AWS_DEFAULT_REGION",
+        ),
+        create_arguments="--from-literal=AWS_ACCESS_KEY_ID=… --from-literal=AWS_SECRET_ACCESS_KEY=… "
+        "--from-literal=AWS_ENDPOINT_URL=https://… --from-literal=AWS_REGION=…",
+        key_note="without `AWS_ENDPOINT_URL` (or `AWS_ENDPOINT_URL_S3`) the store is Amazon's; without `AWS_REGION` "
+        "(or `AWS_DEFAULT_REGION`) the region is us-east-1; `AWS_SESSION_TOKEN` belongs to temporary keys",
+        endpoint=("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"),
+        reserved=(
+            r"\?versionId=",
+            "names a version, and only the newest can be read: remove ?versionId=… from it",
+        ),
+        list_options={"refresh": True},
+        modified="LastModified",
+        no_credentials=lambda error: _is(error, "NoCredentialsError", "PartialCredentialsError"),
+        denied=_s3_denied,
+        invalid=lambda error: _is(error, "ParamValidationError"),
+    ),
+    Scheme(
+        name="gs",
+        title="Google Cloud Storage",
+        example="gs://bucket/path",
+        uses=frozenset(Use),
+        # Not the class that fsspec knows, which asks over gRPC, past the guard, for features that nothing here uses.
+        filesystem="gcsfs.core.GCSFileSystem",
+        options=gs_options,
+        aliases=("gcs",),
+        credentials=((GOOGLE_KEY,),),
+        create_arguments=f"--from-file={GOOGLE_KEY}=key.json",
+        key_note="the JSON file of a service account's key, whole",
+        malformed=_google_key_fault,
+        unreadable="its private_key cannot be read",
+        modified="updated",
+        denied=_gs_denied,
+        invalid=lambda error: isinstance(error, ValueError) and str(error).startswith("Bad Request: "),
+    ),
+    Scheme(
+        name="az",
+        title="Azure Blob Storage",
+        example="az://container/path",
+        uses=frozenset(Use),
+        filesystem="adlfs.AzureBlobFileSystem",
+        options=az_options,
+        aliases=("abfs", "abfss"),
+        credentials=(
+            ("AZURE_STORAGE_CONNECTION_STRING",),
+            ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT_KEY"),
+        ),
+        alone=frozenset({"AZURE_STORAGE_ACCOUNT_NAME"}),
+        create_arguments="--from-literal=AZURE_STORAGE_CONNECTION_STRING='…'",
+        key_note="the connection string, or the account's name and key",
+        reserved=(r"[?#]", "has a '?' or '#', which cannot be read there: give what it names another name"),
+        modified="last_modified",
+        denied=_az_denied,
+    ),
+    Scheme(
+        name="pvc",
+        title="PersistentVolumeClaim of the namespace",
+        example="pvc://claim/path",
+        uses=_EVERYWHERE,
+        filesystem="fsspec.implementations.local.LocalFileSystem",
+        root=_NAME,
+        mounted=True,
+        modified="mtime",
+    ),
+    Scheme(
+        name="https",
+        title="a file on a web server, without credentials",
+        example="https://host/path/rows.jsonl",
+        uses=frozenset({Use.DATA}),
+        filesystem="tunesmith.storage.https.HttpsFileSystem",
+        options=https_options,
+        root=r"[^/\s@?#]+",
+        path=r"[^\s*?#\[\]]*[^/\s*?#\[\]]",
+        lists=False,
+        denied=_https_denied,
+    ),
+    Scheme(
+        name="file",
+        title="files of this machine, with `tunesmith run`",
+        example="file:///path",
+        uses=frozenset({*_EVERYWHERE, Use.EXPORT}),
+        filesystem="fsspec.implementations.local.LocalFileSystem",
+        root="",
+        local_only=True,
+        modified="mtime",
+    ),
+)
+"""All rows, in the order in which sentences and the documentation list them."""
+
+BY_NAME = {scheme.name: scheme for scheme in SCHEMES}
+STORE_KEYS = tuple(dict.fromkeys(key for scheme in SCHEMES for key in scheme.keys))
+"""Keys of a Secret that a secretRef names. Pods mount no others."""
+
+
+def of(use: Use, *, local: bool = False) -> tuple[Scheme, ...]:
+    """Return the schemes of a use; with `local` also those of runs without a cluster."""
+    return tuple(scheme for scheme in SCHEMES if use in scheme.uses and (local or not scheme.local_only))
+
+
+def listed(words: list[str] | tuple[str, ...], last: str = "or") -> str:
+    """Return `a, b or c`."""
+    return f"{', '.join(words[:-1])} {last} {words[-1]}" if len(words) > 1 else "".join(words)
+
+
+def pattern(use: Use) -> str:
+    """Return the pattern (RE2) of the uris of a use, those of local runs included."""
+    trailing = "" if use is Use.EXPORT else "/?"
+    groups: dict[tuple[str, str], list[str]] = {}
+    for scheme in of(use, local=True):
+        # Of a single file, a slash at the end would make it a folder.
+        end = trailing if scheme.lists else ""
+        groups.setdefault((scheme.root, f"{scheme.path}{end}"), []).append(scheme.name)
+    return "|".join(
+        f"^{names[0] if len(names) == 1 else '(' + '|'.join(names) + ')'}://{root}/{path}$"
+        for (root, path), names in groups.items()
+    )
+
+
+def store_pattern() -> str:
+    """Return the pattern (RE2) of the store of an installation: a bucket, and a folder if there is one."""
+    return f"^({'|'.join(scheme.name for scheme in of(Use.STORE))})://{_BUCKET}(/.*)?$"
+
+
+def examples(use: Use) -> str:
+    """Return the examples of a use, as `s3://bucket/path, gs://bucket/path or az://container/path`."""
+    return listed([scheme.example for scheme in of(use)])
+
+
+def prefixes(*uses: Use) -> str:
+    """Return the schemes of some uses as `s3://, gs:// or az://`, those of local runs excluded."""
+    return listed([f"{scheme.name}://" for scheme in SCHEMES if scheme.uses & {*uses} and not scheme.local_only])
+
+
+def split(uri: str) -> tuple[str, str]:
+    """Return the scheme's name and what follows `://`.
+
+    Not by a parser of URLs: in a path `#`, `?` and `%` mean themselves.
+    """
+    name, _, place = uri.partition("://")
+    return name, place
+
+
+def normalised(uri: str) -> str:
+    """Return the one spelling of a uri of a bucket: its scheme in lower case, one slash between two names."""
+    name, place = split(uri)
+    return f"{name.lower()}://{'/'.join(part for part in place.split('/') if part not in {'', '.'})}"
+
+
+def canonical(uri: str) -> str | None:
+    """Return a uri of a bucket with this table's name of its scheme, whatever other tools call it; None for another."""
+    name, place = split(uri)
+    scheme = next((scheme for scheme in of(Use.STORE) if name == scheme.name or name in scheme.aliases), None)
+    return None if scheme is None else f"{scheme.name}://{place}"
+
+
+def parse_store(uri: str) -> str:
+    """Return the uri of an installation's store in its one spelling.
+
+    Raises:
+        ValueError: it cannot be one; the text names the fix.
+    """
+    store = normalised(uri)
+    _, place = split(store)
+    meant = canonical(store)
+    if meant not in {None, store}:
+        raise ValueError(f"{uri} has another tool's name of its scheme: write {meant}")
+    if re.fullmatch(store_pattern(), store) is None:
+        raise ValueError(f"{uri} is not a store: write {examples(Use.STORE)}")
+    if not {"?", "#"}.isdisjoint(place) or ".." in place.split("/"):
+        raise ValueError(
+            f"{uri} contains '?', '#' or '..': write bucket and folder alone, such as {examples(Use.STORE)}"
+        )
+    return store
+
+
+def generic_denied(error: BaseException) -> bool:
+    """True for an exception that means that access is denied, in every store."""
+    return any(isinstance(cause, PermissionError) for cause in causes(error))
+
+
+def generic_invalid(error: BaseException) -> bool:
+    """True for an exception that means that no store can have such a name."""
+    return isinstance(error, OSError) and error.errno == errno.EINVAL
+
+
+def generic_missing(error: BaseException) -> bool:
+    """True for an exception that means that something does not exist, in every store."""
+    return isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
