@@ -8,11 +8,12 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
+import typer
 
-from tunesmith.cli.main import main
+from tunesmith.cli.main import app, main
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,9 +91,17 @@ def manifest(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "name", ["run", "estimate", "submit", "models", "chat", "keys create", "keys list", "keys delete"]
-)
+def verbs(group: Any = None, path: tuple[str, ...] = ()) -> list[str]:
+    """Every command, those of groups too."""
+    commands = (typer.main.get_command(app) if group is None else group).commands
+    return [
+        verb
+        for name, found in commands.items()
+        for verb in (verbs(found, (*path, name)) if hasattr(found, "commands") else [" ".join((*path, name))])
+    ]
+
+
+@pytest.mark.parametrize("name", verbs())
 def test_every_command_has_help_with_an_example(command: Callable[..., Ended], name: str) -> None:
     done = command(*name.split(), "--help")
     assert done.code == 0
@@ -142,6 +151,8 @@ def test_run_finds_the_trainer_on_the_path(trainer: Path, manifest: Path) -> Non
         (("keys", "create", "No Name"), {}, 2, "cannot be the name of a key"),
         (("keys", "create", "a", "-n", "Team"), {}, 2, "cannot be a namespace"),
         (("keys", "list"), {"KUBECONFIG": "/nowhere"}, 2, "there is no kubeconfig at /nowhere"),
+        (("get", "thing", "a"), {}, 2, "'thing' is not a kind of resource: use job, adapter or pool"),
+        (("wait", "job", "a", "--timeout", "soon"), {}, 2, "--timeout soon is not a duration: write seconds, minutes"),
         (("chat", "pirate", "-m", "hi"), {}, 2, "set --url"),
         (("chat", "pirate", "-m", "hi", "--url", "ftp://x"), {}, 2, "is not an address"),
         (("chat", "pirate", "-m", "hi", "--url", "http://127.0.0.1:1"), {}, 2, "set TUNESMITH_API_KEY"),
@@ -177,6 +188,38 @@ def test_each_mistake_is_one_sentence(
     assert "Traceback" not in done.stderr
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
+
+
+def test_an_unexpected_failure_is_a_sentence_and_with_a_variable_a_traceback(
+    command: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def break_down(*_: object) -> None:
+        raise RuntimeError("the disk is full")
+
+    monkeypatch.setattr("tunesmith.cli.submit.read", break_down)
+    ended = command("submit", "-f", tmp_path / "job.yaml")
+    assert ended.code == 1
+    assert ended.stderr == (
+        "error: RuntimeError: the disk is full (a fault of tunesmith: TUNESMITH_TRACEBACK=1 shows where)\n"
+    )
+    monkeypatch.setattr(sys, "argv", ["tunesmith", "submit", "-f", "job.yaml"])
+    monkeypatch.setenv("TUNESMITH_TRACEBACK", "1")
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        main()
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [("tunesmith ca", {"cancel"}), ("tunesmith get ", {"job", "adapter", "pool"})],
+    ids=["a command", "a kind"],
+)
+def test_a_shell_can_complete(words: str, offered: set[str]) -> None:
+    done = tunesmith(
+        _TUNESMITH_COMPLETE="complete_bash",
+        COMP_WORDS=words,
+        COMP_CWORD=str(len(words.rstrip().split(" ")) - 1 + words.endswith(" ")),
+    )
+    assert set(done.stdout.split()) == offered
 
 
 def test_the_version_is_that_of_the_package() -> None:

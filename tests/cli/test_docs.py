@@ -6,9 +6,9 @@ import re
 import shlex
 from pathlib import Path
 
-import click
 import pytest
 import typer
+from typer.core import TyperGroup
 
 from tunesmith.cli.main import app
 
@@ -24,12 +24,22 @@ SHOWN = [
 
 @pytest.mark.parametrize("command", SHOWN)
 def test_a_command_in_the_documentation_can_be_given(command: str) -> None:
-    found: click.Command = typer.main.get_command(app)
-    context = click.Context(found, info_name="tunesmith")
+    found = typer.main.get_command(app)
+    context = typer.Context(found, info_name="tunesmith")
     arguments = shlex.split(command, comments=True)
-    while isinstance(found, click.Group):
+    if arguments[0].startswith("-"):
+        assert {arguments[0]} <= {option for parameter in found.params for option in parameter.opts}
+        return
+    while isinstance(found, TyperGroup):
         inner = found.get_command(context, arguments[0])
         assert inner is not None, arguments[0]
-        context = click.Context(inner, parent=context)
+        context = typer.Context(inner, parent=context)
         found, arguments = inner, arguments[1:]
     found.make_context(str(found.name), arguments)  # raises where an option or an argument is not one of its own
+
+
+def test_a_command_that_does_not_exist_is_found() -> None:
+    with pytest.raises(Exception, match="No such option: --no-such-option"):
+        test_a_command_in_the_documentation_can_be_given("submit -f job.yaml --no-such-option")
+    with pytest.raises(AssertionError, match="no-such-verb"):
+        test_a_command_in_the_documentation_can_be_given("no-such-verb")

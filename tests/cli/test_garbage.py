@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tunesmith.cli.duration import duration
 from tunesmith.cli.errors import CliError, Exit
 from tunesmith.cli.garbage import Folder, Resources, StoredFile, folders, left, leftovers
-from tunesmith.cli.gc import _remove, duration
+from tunesmith.cli.gc import _remove
 from tunesmith.cli.store import Store
 from tunesmith.contracts.location import TEMPORARY_FOLDER
 from tunesmith.contracts.owner import Owner
@@ -278,6 +279,11 @@ def test_a_folder_keeps_its_owner_where_a_part_of_it_could_not_be_removed() -> N
 
 
 def test_durations() -> None:
-    assert [duration(text) for text in ("30m", "24h", "7d")] == [timedelta(minutes=30), DAY, 7 * DAY]
-    with pytest.raises(CliError, match="--older-than 1 week is no duration: write minutes, hours or days as in 30m"):
-        duration("1 week")
+    assert [duration(text, "--older-than") for text in ("90s", "30m", "24h", "7d")] == [
+        timedelta(seconds=90),
+        timedelta(minutes=30),
+        DAY,
+        7 * DAY,
+    ]
+    with pytest.raises(CliError, match="--older-than 1 week is not a duration: write seconds, minutes, hours or days"):
+        duration("1 week", "--older-than")

@@ -89,7 +89,7 @@ def test_a_job_is_followed_to_its_result(apiserver: ApiServer, namespace: str, m
         artifact={"uri": "s3://store/a", "digest": DIGEST, "sizeBytes": 1, "servable": {"vllm": True}},
     )
     output, problems = watching.communicate(timeout=SECONDS)
-    assert (watching.returncode, problems) == (0, "")
+    assert (watching.returncode, problems) == (0, f"Next: tunesmith deploy sail -n {namespace}\n")
     assert output == f"sail is complete: held-out loss fell by 40 %\n  artifact s3://store/a\n  digest   {DIGEST}\n"
     code, output, _ = tunesmith(apiserver, "submit", "-f", manifest, "-n", namespace, "--watch", "-o", "json")
     last = json.loads(output.splitlines()[-1])
@@ -98,14 +98,32 @@ def test_a_job_is_followed_to_its_result(apiserver: ApiServer, namespace: str, m
 
 def test_a_failed_job_is_told_with_its_reason(apiserver: ApiServer, namespace: str, manifest: Path) -> None:
     code, output, _ = tunesmith(apiserver, "submit", "-f", manifest, "-n", namespace)
-    assert (code, output) == (0, f"FineTuneJob {namespace}/sail is submitted. Add --watch to follow it.\n")
+    assert (code, output) == (0, f"FineTuneJob {namespace}/sail is submitted.\n")
     failed = condition("Failed", "True", "DatasetInvalid", "train.jsonl line 3: not JSON")
     set_status(apiserver, "finetunejob", namespace, "sail", phase="Failed", conditions=[failed])
     code, output, problems = tunesmith(apiserver, "submit", "-f", manifest, "-n", namespace, "-w", "-o", "json")
-    sentence = f"error: FineTuneJob {namespace}/sail failed: DatasetInvalid: train.jsonl line 3: not JSON\n"
-    assert (code, problems) == (1, sentence)
+    sentence = f"error: FineTuneJob {namespace}/sail failed: DatasetInvalid: train.jsonl line 3: not JSON"
+    assert (code, problems) == (1, f"{sentence} (`tunesmith logs sail -n {namespace}` shows what its pods wrote)\n")
     last = json.loads(output.splitlines()[-1])
     assert (last["outcome"], last["reason"]) == ("Failed", "DatasetInvalid")
+
+
+def test_submitting_again_says_that_nothing_was_started(apiserver: ApiServer, namespace: str, manifest: Path) -> None:
+    again = ("submit", "-f", manifest, "-n", namespace)
+    assert tunesmith(apiserver, *again)[0] == 0
+    code, output, problems = tunesmith(apiserver, *again)
+    sentence = f"FineTuneJob {namespace}/sail exists already and is Pending: nothing was started.\n"
+    assert (code, output, problems) == (0, sentence, f"Next: tunesmith wait job sail -n {namespace}\n")
+    ended = [condition("Complete", "True", "Completed", "done")]
+    set_status(apiserver, "finetunejob", namespace, "sail", phase="Complete", conditions=ended)
+    code, output, _ = tunesmith(apiserver, *again)
+    assert code == 0
+    assert output == (
+        f"FineTuneJob {namespace}/sail has finished already (complete, without held-out rows): nothing was started."
+        " To train again, submit it under another name.\n"
+    )
+    code, output, _ = tunesmith(apiserver, *again, "-o", "json")
+    assert json.loads(output) == {"name": "sail", "namespace": namespace, "created": False}
 
 
 def test_an_interrupted_watch_leaves_the_job_and_says_how_to_come_back(
@@ -117,11 +135,9 @@ def test_an_interrupted_watch_leaves_the_job_and_says_how_to_come_back(
     watching.send_signal(signal.SIGINT)
     _, problems = watching.communicate(timeout=SECONDS)
     assert watching.returncode == 130
-    assert f"goes on in the cluster. Follow it again with: tunesmith submit -f {manifest} -n {namespace} --watch" in (
-        problems
-    )
-    assert f'-n {namespace} --type merge -p \'{{"spec":{{"suspend":true}}}}\'' in problems
-    assert "Stop it: kubectl delete finetunejob " in problems
+    assert f"continues in the cluster. Follow it again: tunesmith wait job sail -n {namespace}\n" in problems
+    assert f"Pause it, with a checkpoint: tunesmith cancel sail -n {namespace} --pause\n" in problems
+    assert f"Stop it: tunesmith cancel sail -n {namespace}\n" in problems
     assert "Traceback" not in problems
     assert exists(apiserver, "finetunejob", namespace, "sail")
 
@@ -226,3 +242,82 @@ def test_models_say_their_state_and_what_they_wait_for(apiserver: ApiServer, nam
     assert output.splitlines()[0].split() == ["MODEL", "KIND", "POOL", "STATE", "PODS", "WAITS", "FOR"]
     code, output, problems = tunesmith(apiserver, "models", "-n", "empty")
     assert (code, output, "there are no models" in problems) == (0, "", True)
+
+
+def test_everything_of_a_namespace_is_listed_and_shown(apiserver: ApiServer, namespace: str) -> None:
+    for document in (job(namespace, "tone"), adapter(namespace, "tone"), pool(namespace)):
+        apiserver.apply(document)
+    code, output, problems = tunesmith(apiserver, "list", "-n", namespace)
+    assert (code, problems) == (0, "Next: tunesmith get KIND NAME\n")
+    rows = [line.split()[:3] for line in output.splitlines()[1:]]
+    assert rows == [
+        ["job", f"{namespace}/tone", "Pending"],
+        ["adapter", f"{namespace}/tone", "Pending"],
+        ["pool", f"{namespace}/small", "Pending"],
+    ]
+    code, output, _ = tunesmith(apiserver, "list", "adapters", "-n", namespace, "-o", "json")
+    assert [(row["kind"], row["name"]) for row in json.loads(output)] == [("adapter", "tone")]
+    code, output, problems = tunesmith(apiserver, "list", "pools", "-n", "empty")
+    assert (code, output) == (0, "")
+    assert "ask a platform engineer for a ServingPool" in problems
+
+    code, output, problems = tunesmith(apiserver, "get", "job", "tone", "-n", namespace)
+    assert (code, problems) == (0, f"Next: tunesmith wait job tone -n {namespace}\n")
+    assert output.splitlines()[:2] == [f"name      {namespace}/tone", "state     Pending"]
+    code, output, _ = tunesmith(apiserver, "get", "pool", "small", "-n", namespace, "-o", "json")
+    assert (code, json.loads(output)["kind"]) == (0, "ServingPool")
+    code, _, problems = tunesmith(apiserver, "get", "adapter", "pirate", "-n", namespace)
+    assert code == 1
+    assert problems == (
+        f"error: there is no AdapterDeployment {namespace}/pirate: `tunesmith list adapters -n {namespace}` shows"
+        " those that exist\n"
+    )
+
+
+def test_waiting_for_an_adapter_ends_when_it_serves_or_the_time_is_over(apiserver: ApiServer, namespace: str) -> None:
+    apiserver.apply(adapter(namespace, "tone"))
+    code, _, problems = tunesmith(apiserver, "wait", "adapter", "tone", "-n", namespace, "--timeout", "1s")
+    assert (code, "is not there yet after 0:00:01" in problems) == (1, True)
+    waiting = start(apiserver, "wait", "adapter", "tone", "-n", namespace)
+    assert waiting.stdout is not None
+    assert waiting.stdout.readline() == "tone  the operator has not seen it yet\n"
+    revision = {"digest": DIGEST, "engineName": f"{namespace}/tone@a", "state": "Resident", "readyReplicas": 1}
+    set_status(
+        apiserver,
+        *("adapterdeployment", namespace, "tone"),
+        observedGeneration=1,
+        conditions=[condition("Resolved", "True", "Resolved", ""), condition("Ready", "True", "Resident", "")],
+        pool={"name": "small", "namespace": namespace},
+        revisions=[revision],
+        readyReplicas=1,
+        desiredReplicas=1,
+    )
+    output, problems = waiting.communicate(timeout=SECONDS)
+    assert (waiting.returncode, output) == (0, f"tone serves: 1/1 pods of {namespace}/small\n")
+    assert problems == f"Next: tunesmith chat {namespace}/tone\n"
+    code, _, problems = tunesmith(apiserver, "wait", "pool", "small", "-n", namespace)
+    assert (code, f"there is no ServingPool {namespace}/small" in problems) == (1, True)
+
+
+def test_a_job_is_paused_resumed_and_stopped_and_a_finished_one_is_left(apiserver: ApiServer, namespace: str) -> None:
+    def suspended() -> bool:
+        shown = apiserver.kubectl("get", "finetunejob", "tone", "-n", namespace, "-o", "json")
+        return bool(json.loads(shown.stdout)["spec"].get("suspend", False))
+
+    place = ("tone", "-n", namespace)
+    apiserver.apply(job(namespace, "tone"))
+    code, output, problems = tunesmith(apiserver, "cancel", *place, "--pause")
+    assert (code, output, suspended()) == (0, f"FineTuneJob {namespace}/tone is paused.\n", True)
+    assert problems == f"Next: tunesmith cancel tone -n {namespace} --resume\n"
+    assert tunesmith(apiserver, "cancel", *place, "--resume")[0] == 0
+    assert not suspended()
+    assert tunesmith(apiserver, "cancel", *place, "--pause", "--resume")[0] == 2
+    code, output, _ = tunesmith(apiserver, "cancel", *place, "-o", "json")
+    assert json.loads(output) == {"namespace": namespace, "name": "tone", "action": "deleted"}
+    assert not exists(apiserver, "finetunejob", namespace, "tone")
+
+    apiserver.apply(job(namespace, "tone"))
+    set_status(apiserver, "finetunejob", namespace, "tone", conditions=[condition("Complete", "True", "Completed", "")])
+    code, _, problems = tunesmith(apiserver, "cancel", *place)
+    assert (code, "has finished (Complete), there is nothing to stop" in problems) == (1, True)
+    assert exists(apiserver, "finetunejob", namespace, "tone")

@@ -200,7 +200,7 @@ def test_however_the_store_is_spelled_what_serves_stays(place: Place, store: str
 @pytest.mark.parametrize(
     ("arguments", "variables", "code", "words"),
     [
-        (("--older-than", "a week"), {}, 2, "--older-than a week is no duration: write minutes, hours or days"),
+        (("--older-than", "a week"), {}, 2, "--older-than a week is not a duration: write seconds, minutes"),
         ((), {"AWS_SECRET_ACCESS_KEY": "wrong"}, 1, "the credentials of AWS_* in the environment do not allow it"),
         ((), {"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}, 1, "check --store and AWS_* in the environment"),
     ],

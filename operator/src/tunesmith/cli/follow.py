@@ -14,8 +14,9 @@ from rich.live import Live
 from rich.text import Text
 
 from tunesmith.api.finetunejob import FineTuneJob
+from tunesmith.cli.describe import next_step
 from tunesmith.cli.errors import CliError
-from tunesmith.cli.output import Format, print_json, print_line
+from tunesmith.cli.output import Format, note, print_json, print_line
 from tunesmith.cli.progress import News, ended, live_line, result
 from tunesmith.cluster.errors import ForbiddenError
 
@@ -139,11 +140,17 @@ async def follow(cluster: Cluster, namespace: str, name: str, output_format: For
     if output_format is Format.JSON:
         print_json(result(job, end))
     if end.type == "Failed":
-        raise CliError(f"FineTuneJob {namespace}/{name} failed: {end.reason}: {end.message}")
+        raise CliError(
+            f"FineTuneJob {namespace}/{name} failed: {end.reason}: {end.message}"
+            f" (`tunesmith logs {name} -n {namespace}` shows what its pods wrote)"
+        )
     if output_format is Format.TEXT:
         print_line(f"{name} is complete: {end.message}".rstrip(": "))
         if job.status.artifact is not None:
             print_line(f"  artifact {job.status.artifact.uri}\n  digest   {job.status.artifact.digest}")
+        step = next_step(job)
+        if step:
+            note(f"Next: {step}")
 
 
 async def _until_ended(cluster: Cluster, namespace: str, name: str, view: View) -> tuple[FineTuneJob, Condition]:

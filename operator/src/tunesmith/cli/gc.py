@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +10,7 @@ import typer
 
 from tunesmith.cli import garbage
 from tunesmith.cli.connection import connect
+from tunesmith.cli.duration import duration
 from tunesmith.cli.errors import CliError, Exit
 from tunesmith.cli.output import Format, FormatOption, NamespaceOption, note, print_json, print_table
 from tunesmith.contracts.owner import OWNER_FILE
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from tunesmith.cli.store import Store
 
 _PATIENCE = timedelta(seconds=30)
-_UNITS = {"m": "minutes", "h": "hours", "d": "days"}
 
 
 def gc(
@@ -50,7 +49,7 @@ def gc(
 
     Example: tunesmith gc --store s3://tunesmith/store -A --older-than 7d --delete
     """
-    floor = duration(older_than)
+    floor = duration(older_than, "--older-than")
     found, opened = asyncio.run(_find(store, namespace, floor, artifacts=artifacts, everywhere=all_namespaces))
     going = [leftover for leftover in found if leftover.kept is None]
     failed = _remove(opened, going) if delete else {}
@@ -67,20 +66,6 @@ def gc(
         note(f"error: {uri} was not removed: {text}")
     if failed:
         raise typer.Exit(Exit.FAILED)
-
-
-def duration(text: str) -> timedelta:
-    """`30m`, `24h` or `7d`.
-
-    Raises:
-        CliError: it is none of these.
-    """
-    match = re.fullmatch(r"(\d{1,6})([mhd])", text)
-    if match is None:
-        raise CliError(
-            f"--older-than {text} is no duration: write minutes, hours or days as in 30m, 24h or 7d", Exit.USAGE
-        )
-    return timedelta(**{_UNITS[match[2]]: int(match[1])})
 
 
 async def _find(

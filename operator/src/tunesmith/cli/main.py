@@ -10,35 +10,45 @@ from typing import Annotated
 import typer
 
 from tunesmith.cli import importing, keys
+from tunesmith.cli.cancel import cancel
 from tunesmith.cli.chat import chat
 from tunesmith.cli.errors import CliError, Exit
 from tunesmith.cli.estimate import estimate
 from tunesmith.cli.gc import gc
+from tunesmith.cli.get import get
+from tunesmith.cli.list import list_
+from tunesmith.cli.logs import logs
 from tunesmith.cli.models import models
 from tunesmith.cli.output import note, print_line
 from tunesmith.cli.run import run
 from tunesmith.cli.submit import submit
+from tunesmith.cli.wait import wait
 from tunesmith.cluster.client import allow_deep_objects
 from tunesmith.cluster.errors import ClusterError, ConfigurationError, ForbiddenError, NotFoundError, UnauthorizedError
 from tunesmith.storage.credentials import Scrubber, secret_values
 
+TRACEBACK_VARIABLE = "TUNESMITH_TRACEBACK"
 _UNKNOWN_KIND = ("could not find the requested resource", "page not found")
 """What API servers say about a kind, or a whole group, that they do not serve."""
 
 app = typer.Typer(
     name="tunesmith",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Train adapters and talk to them. The cluster is that of $KUBECONFIG (context: $KUBECONTEXT).",
 )
-app.command()(run)
-app.command()(estimate)
 app.command()(submit)
+app.command()(wait)
+app.command("list")(list_)
+app.command()(get)
+app.command()(logs)
+app.command()(cancel)
 app.command()(models)
 app.command()(chat)
+app.command()(run)
+app.command()(estimate)
 app.command()(gc)
 app.add_typer(keys.app, name="keys")
 app.add_typer(importing.app, name="import")
@@ -60,7 +70,7 @@ def options(
 
 
 def main() -> None:
-    """Run a command. A failure is told in a sentence on standard error; see `Exit` for the exit codes."""
+    """Run a command. A failure is a sentence on standard error; see `Exit` for the exit codes."""
     # The environment may have the keys of a store, and libraries put what they were given into their errors.
     allow_deep_objects()
     scrubber = Scrubber(secret_values(os.environ))
@@ -75,6 +85,12 @@ def main() -> None:
     except BrokenPipeError:
         # Whoever read our output left.
         sys.stderr.close()
+        sys.exit(Exit.FAILED)
+    except Exception as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        note(f"error: {scrubber.clean(what)} (a fault of tunesmith: {TRACEBACK_VARIABLE}=1 shows where)")
         sys.exit(Exit.FAILED)
 
 

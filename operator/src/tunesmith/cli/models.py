@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING
 
-import typer
-
-from tunesmith.api.adapterdeployment import AdapterDeployment
-from tunesmith.api.conditions import AdapterDeploymentCondition, ServingPoolCondition, find, is_true
-from tunesmith.api.servingpool import ServingPool
 from tunesmith.cli.connection import connect
-from tunesmith.cli.output import Format, FormatOption, NamespaceOption, print_json, print_table
-from tunesmith.cluster.errors import ForbiddenError
+from tunesmith.cli.describe import adapter_pool, pods, waiting
+from tunesmith.cli.kinds import Kind, parse
+from tunesmith.cli.output import (
+    AllNamespacesOption,
+    Format,
+    FormatOption,
+    NamespaceOption,
+    note,
+    print_json,
+    print_table,
+)
+from tunesmith.cli.pools import usable_pools
+
+if TYPE_CHECKING:
+    from tunesmith.api.adapterdeployment import AdapterDeployment
+    from tunesmith.api.servingpool import ServingPool
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,7 @@ class Row:
 
 def models(
     namespace: NamespaceOption = None,
-    all_namespaces: Annotated[bool, typer.Option("--all-namespaces", "-A", help="Those of every namespace.")] = False,  # noqa: FBT002 - typer's way
+    all_namespaces: AllNamespacesOption = False,  # noqa: FBT002 - typer's way
     output_format: FormatOption = Format.TEXT,
 ) -> None:
     """List the models: adapters of the namespace, and the bases it may call.
@@ -46,67 +55,39 @@ def models(
         [(row.model, row.kind, row.pool, row.state, row.pods, row.message) for row in rows],
         empty="there are no models: apply an AdapterDeployment, or ask the platform for a ServingPool",
     )
+    if rows:
+        note("Next: tunesmith chat MODEL")
 
 
 async def _read(namespace: str | None, *, all_namespaces: bool) -> list[Row]:
     async with await connect() as cluster:
         home = namespace or cluster.namespace
-        adapters = await cluster.list("AdapterDeployment", None if all_namespaces else home)
-        try:
-            pools = await cluster.list("ServingPool")
-        except ForbiddenError:
-            pools = await cluster.list("ServingPool", home)
-    rows = [adapter_row(AdapterDeployment.model_validate(adapter)) for adapter in adapters]
-    rows += [
-        pool_row(pool)
-        for pool in map(ServingPool.model_validate, pools)
-        if all_namespaces or pool.metadata.namespace == home or pool.spec.allowed_namespaces.from_ == "All"
-    ]
+        adapters = await cluster.list(Kind.ADAPTER.resource, None if all_namespaces else home)
+        pools = await (cluster.list(Kind.POOL.resource) if all_namespaces else usable_pools(cluster, home))
+    rows = [adapter_row(parse(Kind.ADAPTER, adapter)) for adapter in adapters]
+    rows += [pool_row(parse(Kind.POOL, pool)) for pool in pools]
     return sorted(rows, key=lambda row: (row.kind, row.model))
 
 
 def adapter_row(adapter: AdapterDeployment) -> Row:
-    """The row of an AdapterDeployment."""
-    status = adapter.status
-    waiting = next(
-        (
-            condition.message or condition.reason
-            for kind in (AdapterDeploymentCondition.RESOLVED, AdapterDeploymentCondition.READY)
-            if (condition := find(status.conditions, kind)) is not None and not is_true(status.conditions, kind)
-        ),
-        "" if status.conditions else "the operator has not seen it yet",
-    )
-    pool = status.pool or adapter.spec.pool
+    """Return the row of an AdapterDeployment."""
     return Row(
         model=adapter.model,
         kind="adapter",
-        pool=f"{pool.namespace or adapter.metadata.namespace}/{pool.name}" if pool else "",
-        state=status.phase.value if status.phase else "Unknown",
-        pods=_count(status.ready_replicas, status.desired_replicas),
-        message=waiting,
+        pool=adapter_pool(adapter),
+        state=adapter.status.phase.value if adapter.status.phase else "Unknown",
+        pods=pods(adapter),
+        message=waiting(adapter),
     )
 
 
 def pool_row(pool: ServingPool) -> Row:
-    """The row of a ServingPool's base."""
-    status = pool.status
-    available = find(status.conditions, ServingPoolCondition.AVAILABLE)
-    message = "the operator has not seen it yet"
-    if available is not None:
-        holds = is_true(status.conditions, ServingPoolCondition.AVAILABLE)
-        message = "" if holds else (available.message or available.reason)
+    """Return the row of a ServingPool's base."""
     return Row(
         model=pool.model,
         kind="base",
         pool=f"{pool.metadata.namespace}/{pool.metadata.name}",
-        state=status.phase.value if status.phase else "Unknown",
-        pods=_count(status.ready_replicas, status.desired_replicas),
-        message=message,
+        state=pool.status.phase.value if pool.status.phase else "Unknown",
+        pods=pods(pool),
+        message=waiting(pool),
     )
-
-
-def _count(ready: int | None, wanted: int | None) -> str:
-    def shown(number: Any) -> str:  # noqa: ANN401 - an int or None
-        return "?" if number is None else str(number)
-
-    return f"{ready or 0}/{shown(wanted)}"

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime
 from pathlib import Path  # noqa: TC003 - typer reads the annotations
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from tunesmith.api.manifest import ManifestError, load_document, parse_manifest
 from tunesmith.cli.connection import connect
+from tunesmith.cli.describe import next_step, state, summary
 from tunesmith.cli.errors import CliError, Exit
 from tunesmith.cli.follow import follow
+from tunesmith.cli.kinds import Kind, parse
 from tunesmith.cli.output import Format, FormatOption, NamespaceOption, note, print_json, print_line
+from tunesmith.cli.progress import ended
+
+if TYPE_CHECKING:
+    from tunesmith.api.finetunejob import FineTuneJob
 
 FIELD_MANAGER = "tunesmith-cli"
 
@@ -32,23 +39,51 @@ def submit(
     """
     document = read(filename)
     name = document["metadata"]["name"]
-    chosen = asyncio.run(_apply(document, namespace))
+    submitted = asyncio.run(_apply(document, namespace))
     if watch:
         try:
-            asyncio.run(_follow(chosen, name, output_format))
+            asyncio.run(_follow(submitted.namespace, name, output_format))
         except KeyboardInterrupt:
-            again = f"tunesmith submit -f {filename}" + (f" -n {namespace}" if namespace else "") + " --watch"
+            place = f"{name} -n {submitted.namespace}"
             note(
-                f"\nFineTuneJob {name} goes on in the cluster. Follow it again with: {again}\n"
-                f"Pause it, with a checkpoint: kubectl patch finetunejob {name} -n {chosen} --type merge"
-                """ -p '{"spec":{"suspend":true}}'\n"""
-                f"Stop it: kubectl delete finetunejob {name} -n {chosen}"
+                f"\nFineTuneJob {name} continues in the cluster. Follow it again: tunesmith wait job {place}\n"
+                f"Pause it, with a checkpoint: tunesmith cancel {place} --pause\n"
+                f"Stop it: tunesmith cancel {place}"
             )
             raise typer.Exit(Exit.INTERRUPTED) from None
     elif output_format is Format.JSON:
-        print_json({"name": name, "namespace": chosen})
+        print_json({"name": name, "namespace": submitted.namespace, "created": submitted.created})
     else:
-        print_line(f"FineTuneJob {chosen}/{name} is submitted. Add --watch to follow it.")
+        print_line(submitted.sentence)
+        step = next_step(submitted.job)
+        if step:
+            note(f"Next: {step}")
+
+
+class Submitted(NamedTuple):
+    """A FineTuneJob after its manifest was applied."""
+
+    job: FineTuneJob
+    created: bool
+
+    @property
+    def namespace(self) -> str:
+        """The namespace that it is in."""
+        return self.job.metadata.namespace
+
+    @property
+    def sentence(self) -> str:
+        """What applying it did."""
+        title = f"FineTuneJob {self.namespace}/{self.job.metadata.name}"
+        if self.created:
+            return f"{title} is submitted."
+        end = ended(self.job)
+        if end is None:
+            return f"{title} exists already and is {state(self.job)}: nothing was started."
+        return (
+            f"{title} has finished already ({summary(self.job, datetime.now(UTC))}): nothing was started. To train"
+            " again, submit it under another name."
+        )
 
 
 def read(filename: Path) -> dict[str, Any]:
@@ -70,8 +105,7 @@ def read(filename: Path) -> dict[str, Any]:
         raise CliError("\n".join(f"{filename}: {problem}" for problem in error.problems), Exit.USAGE) from None
 
 
-async def _apply(document: dict[str, Any], namespace: str | None) -> str:
-    """Apply the manifest and return the namespace that it went to."""
+async def _apply(document: dict[str, Any], namespace: str | None) -> Submitted:
     metadata = document["metadata"]
     written = metadata.get("namespace")
     if namespace and written and namespace != written:
@@ -82,8 +116,10 @@ async def _apply(document: dict[str, Any], namespace: str | None) -> str:
     async with await connect() as cluster:
         chosen: str = namespace or written or cluster.namespace
         document = {key: value for key, value in document.items() if key != "status"}
-        await cluster.apply(document | {"metadata": metadata | {"namespace": chosen}}, field_manager=FIELD_MANAGER)
-    return chosen
+        known = await cluster.find(Kind.JOB.resource, metadata["name"], chosen)
+        manifest = document | {"metadata": metadata | {"namespace": chosen}}
+        applied = await cluster.apply(manifest, field_manager=FIELD_MANAGER)
+    return Submitted(parse(Kind.JOB, applied), created=known is None)
 
 
 async def _follow(namespace: str, name: str, output_format: Format) -> None:

@@ -35,6 +35,8 @@ PAGE_SIZE = 500
 _SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _REQUEST_TIMEOUT = aiohttp.ClientTimeout(total=30)
 _STREAM_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=90)
+_LOG_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10)
+"""A container may be silent for as long as it likes."""
 _MAX_DEPTH = 12_000
 _HTTP_ERROR = 400
 
@@ -358,6 +360,29 @@ class Cluster:
             async for line in _lines(response):
                 yield line
 
+    async def log(
+        self, pod: str, namespace: str | None, *, container: str, tail: int | None = None, follow: bool = False
+    ) -> AsyncGenerator[bytes, None]:
+        """Lines of a container's log.
+
+        Args:
+            pod: name of the pod.
+            namespace: absent: the connection's own.
+            container: name of the container.
+            tail: last lines only; None: all that the kubelet has kept.
+            follow: continue until the container stops.
+
+        Raises:
+            NotFoundError: the pod does not exist.
+            InvalidError: the container has not started.
+        """
+        resource = resource_of("Pod")
+        query = {"container": container, "follow": str(follow).lower(), "tailLines": "" if tail is None else str(tail)}
+        path = resource.path(self._in(resource, namespace), pod, "log")
+        async with self._response("log", resource, "GET", path, query=query, timeout=_LOG_TIMEOUT) as response:
+            async for line in _lines(response):
+                yield line
+
     def _in(self, resource: Resource, namespace: str | None) -> str | None:
         return (namespace or self.namespace) if resource.namespaced else None
 
@@ -417,7 +442,7 @@ class Cluster:
             result = UnavailableError.label
             raise UnavailableError(f"the API server at {self.server} answered what is not JSON: {error}") from error
         finally:
-            if response is not None and timeout is _STREAM_TIMEOUT:
+            if response is not None and (timeout is _STREAM_TIMEOUT or timeout is _LOG_TIMEOUT):
                 _abort(response)
             elif response is not None:
                 response.release()

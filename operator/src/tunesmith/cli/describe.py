@@ -1,0 +1,170 @@
+"""Resources in words: state, one-line summary, details, next command. Pure: the time is passed in."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from tunesmith.api.adapterdeployment import AdapterDeployment
+from tunesmith.api.conditions import AdapterDeploymentCondition, ServingPoolCondition, find, is_true
+from tunesmith.api.finetunejob import FineTuneJob
+from tunesmith.cli.progress import ended, live_line
+from tunesmith.contracts.progress import duration
+
+if TYPE_CHECKING:
+    from tunesmith.api.servingpool import ServingPool
+    from tunesmith.cli.kinds import Resource
+
+_UNSEEN = "the operator has not seen it yet"
+
+
+def state(resource: Resource) -> str:
+    """Return the phase; `Pending` before the operator has set one."""
+    return resource.status.phase.value if resource.status.phase else "Pending"
+
+
+def summary(resource: Resource, now: datetime) -> str:
+    """Return one line: progress, result, or what the resource waits for."""
+    if isinstance(resource, FineTuneJob):
+        end = ended(resource)
+        if end is None:
+            return live_line(resource, now)
+        return _loss(resource) if end.type == "Complete" else f"{end.reason}: {end.message}"
+    if isinstance(resource, AdapterDeployment):
+        pool = adapter_pool(resource)
+        return waiting(resource) or (f"{pods(resource)} pods of {pool}" if pool else "")
+    status = resource.status
+    free = f", {status.slots_free} free adapter slots" if status.slots_free is not None else ""
+    return waiting(resource) or f"{pods(resource)} pods{free}, {resource.spec.base_model.uri}"
+
+
+def waiting(resource: AdapterDeployment | ServingPool) -> str:
+    """Return what an adapter or a pool waits for; empty where it serves."""
+    kinds: tuple[str, ...] = (ServingPoolCondition.AVAILABLE,)
+    if isinstance(resource, AdapterDeployment):
+        kinds = (AdapterDeploymentCondition.RESOLVED, AdapterDeploymentCondition.READY)
+    conditions = resource.status.conditions
+    for kind in kinds:
+        condition = find(conditions, kind)
+        if condition is not None and not is_true(conditions, kind):
+            return condition.message or condition.reason
+    return "" if find(conditions, kinds[0]) is not None else _UNSEEN
+
+
+def pods(resource: AdapterDeployment | ServingPool) -> str:
+    """Return ready and wanted pods as `1/2`; `?` where the operator has not decided."""
+    wanted = resource.status.desired_replicas
+    return f"{resource.status.ready_replicas or 0}/{'?' if wanted is None else wanted}"
+
+
+def adapter_pool(adapter: AdapterDeployment) -> str:
+    """Return `<namespace>/<name>` of the pool that serves an adapter, or of the one that it names; empty without."""
+    pool = adapter.status.pool or adapter.spec.pool
+    return f"{pool.namespace or adapter.metadata.namespace}/{pool.name}" if pool else ""
+
+
+def age(created: datetime | None, now: datetime) -> str:
+    """Return the time since creation as kubectl shows it, such as `5m` or `3d`."""
+    if created is None:
+        return "?"
+    seconds = max(0, int((now - created).total_seconds()))
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
+        if seconds >= size:
+            return f"{seconds // size}{unit}"
+    return f"{seconds}s"
+
+
+def lines(resource: Resource) -> list[tuple[str, str]]:
+    """Return pairs of a heading and a text."""
+    found = [("name", f"{resource.metadata.namespace}/{resource.metadata.name}"), ("state", state(resource))]
+    if isinstance(resource, FineTuneJob):
+        return found + _job(resource)
+    message = waiting(resource)
+    if message:
+        found.append(("waits for", message))
+    if isinstance(resource, AdapterDeployment):
+        return found + _adapter(resource)
+    return found + _of_pool(resource)
+
+
+def _job(job: FineTuneJob) -> list[tuple[str, str]]:
+    status, found = job.status, []
+    end = ended(job)
+    if end is None:
+        found.append(("progress", live_line(job, datetime.now(UTC))))
+        conditions = sorted(status.conditions, key=lambda condition: condition.last_transition_time)
+        found += [(condition.type, condition.message or condition.reason) for condition in conditions]
+    else:
+        found.append(("reason", f"{end.reason}: {end.message}".rstrip(": ")))
+    if status.evaluation is not None:
+        found.append(("held-out", _loss(job)))
+    found += [
+        (f"attempt {attempt.name}", f"{attempt.outcome.value}: {attempt.reason}: {attempt.message or ''}".rstrip(": "))
+        for attempt in status.attempts
+        if attempt.reason is not None
+    ]
+    if status.gpu_seconds is not None:
+        found.append(("cost", f"{duration(status.gpu_seconds)} of GPU time ({status.gpu_seconds:.0f} GPU seconds)"))
+    if status.artifact is not None:
+        found += [("artifact", status.artifact.uri), ("digest", status.artifact.digest)]
+        servable = status.artifact.servable
+        found.append(("servable", "by vLLM" if servable.vllm else f"no: {servable.reason}"))
+    return found
+
+
+def _adapter(adapter: AdapterDeployment) -> list[tuple[str, str]]:
+    status = adapter.status
+    found = [
+        ("model", status.model or adapter.model),
+        ("job", adapter.spec.adapter_from.fine_tune_job.name),
+        ("pool", adapter_pool(adapter) or "not chosen yet"),
+        ("pods", pods(adapter)),
+    ]
+    found += [
+        (
+            "revision",
+            f"{revision.engine_name.rpartition('@')[2]}  {revision.state.value} on {revision.ready_replicas} pods",
+        )
+        for revision in status.revisions
+    ]
+    if status.url:
+        found.append(("url", status.url))
+    return found
+
+
+def _of_pool(pool: ServingPool) -> list[tuple[str, str]]:
+    status = pool.status
+    return [
+        ("model", pool.model),
+        ("base", pool.spec.base_model.uri),
+        ("pods", pods(pool)),
+        (
+            "adapters",
+            f"{status.adapters or 0} attached, {'?' if status.slots_free is None else status.slots_free} free slots",
+        ),
+        ("highest rank", str(pool.spec.engine.max_lora_rank)),
+    ]
+
+
+def next_step(resource: Resource) -> str:
+    """Return the command that comes next; empty where there is none."""
+    place = f"{resource.metadata.name} -n {resource.metadata.namespace}"
+    if isinstance(resource, FineTuneJob):
+        end = ended(resource)
+        if end is None:
+            return f"tunesmith wait job {place}"
+        if end.type == "Failed":
+            return f"tunesmith logs {place}"
+        servable = resource.status.artifact is not None and resource.status.artifact.servable.vllm
+        return f"tunesmith deploy {place}" if servable else ""
+    if isinstance(resource, AdapterDeployment):
+        return f"tunesmith wait adapter {place}" if waiting(resource) else f"tunesmith chat {resource.model}"
+    return f"tunesmith deploy JOB --pool {resource.metadata.namespace}/{resource.metadata.name}"
+
+
+def _loss(job: FineTuneJob) -> str:
+    scores = job.status.evaluation
+    if scores is None or scores.loss is None or scores.base_loss is None:
+        return "complete, without held-out rows"
+    less = f" ({scores.loss_reduction_percent:.0f} % less)" if scores.loss_reduction_percent is not None else ""
+    return f"loss {scores.base_loss:.3f} before, {scores.loss:.3f} after{less}"

@@ -1,0 +1,168 @@
+"""Resources in words, and when `tunesmith wait` is over."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from tunesmith.api.adapterdeployment import AdapterDeployment
+from tunesmith.api.finetunejob import FineTuneJob
+from tunesmith.api.servingpool import ServingPool
+from tunesmith.cli.describe import age, lines, next_step, summary, waiting
+from tunesmith.cli.errors import CliError
+from tunesmith.cli.kinds import Kind, parse, parse_kind
+from tunesmith.cli.wait import final_failure, serves
+
+NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
+DIGEST = "sha256:" + "a" * 64
+ARTIFACT = {"uri": "s3://store/a", "digest": DIGEST, "sizeBytes": 1, "servable": {"vllm": True}}
+EVALUATION = {"baseLoss": 3.0, "loss": 1.5, "lossReductionPercent": 50.0}
+
+
+def condition(type_: str, status: str, reason: str, message: str = "") -> dict[str, Any]:
+    fields = {"type": type_, "status": status, "reason": reason, "message": message}
+    return {**fields, "lastTransitionTime": NOW.isoformat()}
+
+
+def job(**status: Any) -> FineTuneJob:
+    spec = {
+        "baseModel": {"uri": "s3://models/base"},
+        "dataset": {"train": [{"uri": "s3://data/train.jsonl"}]},
+        "method": {"lora": {}},
+    }
+    return FineTuneJob.model_validate(
+        {"metadata": {"name": "sail", "namespace": "team"}, "spec": spec, "status": status}
+    )
+
+
+def adapter(**status: Any) -> AdapterDeployment:
+    metadata = {"name": "sail", "namespace": "team", "generation": 2}
+    spec = {"adapterFrom": {"fineTuneJob": {"name": "sail"}}}
+    return AdapterDeployment.model_validate(
+        {"metadata": metadata, "spec": spec, "status": {"observedGeneration": 2, **status}}
+    )
+
+
+def pool(**status: Any) -> ServingPool:
+    metadata = {"name": "small", "namespace": "platform", "generation": 1}
+    spec = {"modelName": "base", "baseModel": {"uri": "s3://models/base"}}
+    return ServingPool.model_validate(
+        {"metadata": metadata, "spec": spec, "status": {"observedGeneration": 1, **status}}
+    )
+
+
+def revision(state: str, pods: int, message: str | None = None) -> dict[str, Any]:
+    fields = {"digest": DIGEST, "engineName": "team/sail@aaaaaaaaaaaa", "state": state, "readyReplicas": pods}
+    return fields | ({"message": message} if message else {})
+
+
+RESOLVED = condition("Resolved", "True", "Resolved")
+COMPLETE = {"phase": "Complete", "conditions": [condition("Complete", "True", "Completed")]}
+FAILED = {"phase": "Failed", "conditions": [condition("Failed", "True", "OutOfMemory", "no memory")]}
+SERVING = {
+    "conditions": [RESOLVED, condition("Ready", "True", "Resident")],
+    "revisions": [revision("Resident", 1)],
+    "pool": {"name": "small", "namespace": "platform"},
+    "readyReplicas": 1,
+    "desiredReplicas": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("resource", "line", "step"),
+    [
+        (job(), "waiting for the operator", "tunesmith wait job sail -n team"),
+        (
+            job(**COMPLETE, evaluation=EVALUATION, artifact=ARTIFACT),
+            "loss 3.000 before, 1.500 after (50 % less)",
+            "tunesmith deploy sail -n team",
+        ),
+        (job(**COMPLETE), "complete, without held-out rows", ""),
+        (job(**FAILED), "OutOfMemory: no memory", "tunesmith logs sail -n team"),
+        (adapter(), "the operator has not seen it yet", "tunesmith wait adapter sail -n team"),
+        (
+            adapter(conditions=[condition("Resolved", "False", "PoolNotFound", "waits for pool x")]),
+            "waits for pool x",
+            "tunesmith wait adapter sail -n team",
+        ),
+        (adapter(**SERVING), "1/1 pods of platform/small", "tunesmith chat team/sail"),
+        (
+            pool(conditions=[condition("Available", "True", "PodsReady")], readyReplicas=1, slotsFree=3),
+            "1/? pods, 3 free adapter slots, s3://models/base",
+            "tunesmith deploy JOB --pool platform/small",
+        ),
+    ],
+)
+def test_a_resource_has_a_summary_and_a_next_command(
+    resource: FineTuneJob | AdapterDeployment | ServingPool, line: str, step: str
+) -> None:
+    assert summary(resource, NOW) == line
+    assert next_step(resource) == step
+
+
+def test_the_details_of_a_job_name_what_it_cost_and_where_the_artifact_is() -> None:
+    shown = dict(lines(job(**COMPLETE, evaluation=EVALUATION, artifact=ARTIFACT, gpuSeconds=7500)))
+    assert shown["cost"] == "2 h 5 min of GPU time (7500 GPU seconds)"
+    assert (shown["artifact"], shown["digest"], shown["servable"]) == ("s3://store/a", DIGEST, "by vLLM")
+
+
+@pytest.mark.parametrize(
+    ("resource", "over"),
+    [
+        (adapter(), False),
+        (adapter(**SERVING), True),
+        (adapter(**{**SERVING, "observedGeneration": 1}), False),
+        (adapter(**{**SERVING, "revisions": [revision("Loading", 0), revision("Resident", 1)]}), False),
+        (adapter(**{**SERVING, "conditions": [condition("Resolved", "False", "FineTuneJobRunning")]}), False),
+        (pool(conditions=[condition("Available", "True", "PodsReady")]), True),
+        (pool(conditions=[condition("Available", "False", "NoPodReady")]), False),
+    ],
+    ids=["unseen", "serving", "an older spec", "the older version", "next job trains", "pool", "pool without pods"],
+)
+def test_waiting_is_over_once_the_newest_spec_is_served(
+    resource: AdapterDeployment | ServingPool,
+    *,
+    over: bool,
+) -> None:
+    assert serves(resource) is over
+    assert final_failure(resource) is None
+
+
+@pytest.mark.parametrize(
+    ("status", "sentence"),
+    [
+        ({"conditions": [condition("Resolved", "False", "FineTuneJobFailed", "job x failed")]}, "job x failed"),
+        (
+            {"conditions": [RESOLVED], "revisions": [revision("Failed", 0, "rank 64 is above 32")]},
+            "the newest version cannot be loaded: rank 64 is above 32",
+        ),
+    ],
+)
+def test_waiting_ends_where_nothing_but_a_change_helps(status: dict[str, Any], sentence: str) -> None:
+    assert final_failure(adapter(**status)) == sentence
+    assert final_failure(adapter(**{**status, "observedGeneration": 1})) is None
+
+
+@pytest.mark.parametrize("word", ["job", "jobs", "ftj", "FineTuneJob", "finetunejobs"])
+def test_a_kind_has_every_name_that_people_type(word: str) -> None:
+    assert parse_kind(word) is Kind.JOB
+
+
+def test_a_resource_of_another_release_is_a_sentence() -> None:
+    document = {"metadata": {"name": "a", "namespace": "team"}, "spec": {"later": 1}}
+    with pytest.raises(CliError, match=r"ServingPool team/a does not fit this release of tunesmith: spec.modelName"):
+        parse(Kind.POOL, document)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(5, "5s"), (300, "5m"), (7200, "2h"), (200_000, "2d")], ids=["5s", "5m", "2h", "2d"]
+)
+def test_an_age_is_written_as_kubectl_does(seconds: int, text: str) -> None:
+    assert age(NOW - timedelta(seconds=seconds), NOW) == text
+    assert age(None, NOW) == "?"
+
+
+def test_a_pool_that_is_available_waits_for_nothing() -> None:
+    assert waiting(pool(conditions=[condition("Available", "True", "PodsReady")])) == ""
