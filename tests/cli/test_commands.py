@@ -151,6 +151,8 @@ def test_run_finds_the_trainer_on_the_path(trainer: Path, manifest: Path) -> Non
         (("keys", "create", "No Name"), {}, 2, "cannot be the name of a key"),
         (("keys", "create", "a", "-n", "Team"), {}, 2, "cannot be a namespace"),
         (("keys", "list"), {"KUBECONFIG": "/nowhere"}, 2, "there is no kubeconfig at /nowhere"),
+        (("compare", "one"), {}, 2, "give two jobs or more"),
+        (("deploy", "a", "--pool", "a/b/c"), {}, 2, "--pool a/b/c is not a pool: write NAMESPACE/NAME, or NAME"),
         (("get", "thing", "a"), {}, 2, "'thing' is not a kind of resource: use job, adapter or pool"),
         (("wait", "job", "a", "--timeout", "soon"), {}, 2, "--timeout soon is not a duration: write seconds, minutes"),
         (("chat", "pirate", "-m", "hi"), {}, 2, "set --url"),

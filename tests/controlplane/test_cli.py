@@ -321,3 +321,53 @@ def test_a_job_is_paused_resumed_and_stopped_and_a_finished_one_is_left(apiserve
     code, _, problems = tunesmith(apiserver, "cancel", *place)
     assert (code, "has finished (Complete), there is nothing to stop" in problems) == (1, True)
     assert exists(apiserver, "finetunejob", namespace, "tone")
+
+
+def test_an_adapter_is_deployed_and_moved_to_the_next_version(apiserver: ApiServer, namespace: str) -> None:
+    def spec() -> dict[str, Any]:
+        shown = apiserver.kubectl("get", "adapterdeployment", "tone", "-n", namespace, "-o", "json").stdout
+        return dict(json.loads(shown)["spec"])
+
+    for name in ("tone", "tone-2"):
+        apiserver.apply(job(namespace, name))
+    apiserver.apply(pool(namespace))
+    given = ("deploy", "tone", "-n", namespace, "--pool", "small", "--model-name", "support", "--replicas", "2")
+    code, output, problems = tunesmith(apiserver, *given)
+    sentence = f"AdapterDeployment {namespace}/tone is created: it serves the adapter of job tone.\n"
+    assert (code, output, problems) == (0, sentence, f"Next: tunesmith wait adapter tone -n {namespace}\n")
+    common = {"pool": {"name": "small"}, "modelName": "support", "replicas": 2}
+    assert spec() == {"adapterFrom": {"fineTuneJob": {"name": "tone"}}, **common}
+
+    code, output, _ = tunesmith(apiserver, "deploy", "tone-2", "-n", namespace, "--name", "tone")
+    assert (code, "is changed" in output) == (0, True)
+    assert spec() == {"adapterFrom": {"fineTuneJob": {"name": "tone-2"}}, **common}, "what is not named stays"
+
+    code, _, problems = tunesmith(apiserver, "deploy", "tone", "-n", namespace, "--pool", "large")
+    assert code == 1
+    assert problems == f"error: there is no ServingPool {namespace}/large; these may be used: {namespace}/small\n"
+    assert tunesmith(apiserver, "deploy", "absent", "-n", namespace)[0] == 1
+    failed = [condition("Failed", "True", "OutOfMemory", "no memory")]
+    set_status(apiserver, "finetunejob", namespace, "tone", phase="Failed", conditions=failed)
+    code, _, problems = tunesmith(apiserver, "deploy", "tone", "-n", namespace)
+    assert (code, "failed (OutOfMemory) and has no adapter to serve" in problems) == (1, True)
+
+
+def test_two_jobs_are_compared(apiserver: ApiServer, namespace: str) -> None:
+    apiserver.apply(job(namespace, "tone"))
+    apiserver.apply(job(namespace, "tone-2", method__lora__rank=64))
+    for name, loss in (("tone", 1.5), ("tone-2", 1.25)):
+        set_status(
+            apiserver,
+            *("finetunejob", namespace, name),
+            phase="Complete",
+            evaluation={"baseLoss": 3.0, "loss": loss},
+            resolved={"datasetDigest": DIGEST},
+            artifact={"uri": "s3://store/a", "digest": DIGEST, "sizeBytes": 1, "servable": {"vllm": True}},
+        )
+    code, output, problems = tunesmith(apiserver, "compare", "tone", "tone-2", "-n", namespace)
+    assert (code, problems.splitlines()[0]) == (0, "Lowest held-out loss: tone-2")
+    shown = {line.split("   ")[0]: line.split()[-2:] for line in output.splitlines()}
+    assert shown["held-out loss, adapter"] == ["1.5000", "1.2500"]
+    assert shown["spec.method.lora.rank"][1] == "64"
+    code, output, _ = tunesmith(apiserver, "compare", "tone", "tone-2", "-n", namespace, "-o", "json")
+    assert [entry["differences"]["spec.method.lora.rank"] for entry in json.loads(output)][1] == 64

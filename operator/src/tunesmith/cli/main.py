@@ -12,6 +12,8 @@ import typer
 from tunesmith.cli import importing, keys
 from tunesmith.cli.cancel import cancel
 from tunesmith.cli.chat import chat
+from tunesmith.cli.compare import compare
+from tunesmith.cli.deploy import deploy
 from tunesmith.cli.errors import CliError, Exit
 from tunesmith.cli.estimate import estimate
 from tunesmith.cli.gc import gc
@@ -45,6 +47,8 @@ app.command("list")(list_)
 app.command()(get)
 app.command()(logs)
 app.command()(cancel)
+app.command()(compare)
+app.command()(deploy)
 app.command()(models)
 app.command()(chat)
 app.command()(run)

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+FIELD_MANAGER = "tunesmith-cli"
+
+
 class Format(StrEnum):
     """How a command prints its result."""
 

@@ -15,13 +15,11 @@ from tunesmith.cli.describe import next_step, state, summary
 from tunesmith.cli.errors import CliError, Exit
 from tunesmith.cli.follow import follow
 from tunesmith.cli.kinds import Kind, parse
-from tunesmith.cli.output import Format, FormatOption, NamespaceOption, note, print_json, print_line
+from tunesmith.cli.output import FIELD_MANAGER, Format, FormatOption, NamespaceOption, note, print_json, print_line
 from tunesmith.cli.progress import ended
 
 if TYPE_CHECKING:
     from tunesmith.api.finetunejob import FineTuneJob
-
-FIELD_MANAGER = "tunesmith-cli"
 
 
 def submit(
