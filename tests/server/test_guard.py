@@ -18,6 +18,7 @@ from tunesmith_server.guard import (
     MAX_UNEXPLAINED,
     PROGRESS_SECONDS,
     QUIET_SECONDS,
+    STALLED_SECONDS,
     WARM_UP_SECONDS,
     Guard,
 )
@@ -281,6 +282,35 @@ async def test_an_engine_without_a_token_hangs(watch: Watch) -> None:
     await watch.step(HANG_SECONDS)
     assert "processed no token for 30 s" in watch.guard.problem
     assert watch.engine.restarts == [watch.guard.problem]
+
+
+async def test_an_engine_that_stalls_gets_no_requests_until_it_computes_again(watch: Watch) -> None:
+    await watch.started()
+    watch.engine.in_flight = {BASE: 1}
+    watch.engine.answering.clear()
+    await watch.step(times=2)
+    await watch.step(QUIET_SECONDS)
+    await watch.step(PROGRESS_SECONDS)
+    assert not watch.guard.stalled
+    await watch.step(STALLED_SECONDS)
+    assert "restarted after 30 s" in watch.guard.stalled
+    assert not watch.guard.problem
+    watch.engine.tokens += 1
+    await watch.step(PROGRESS_SECONDS)
+    assert not watch.guard.stalled
+    assert watch.engine.restarts == []
+
+
+async def test_an_engine_that_prefills_a_long_prompt_does_not_stall(watch: Watch) -> None:
+    await watch.started()
+    watch.engine.in_flight = {BASE: 1}
+    watch.engine.answering.clear()
+    await watch.step(times=2)
+    await watch.step(QUIET_SECONDS)
+    for _ in range(3):
+        watch.engine.tokens += 1
+        await watch.step(STALLED_SECONDS - PROGRESS_SECONDS)
+        assert not watch.guard.stalled
 
 
 async def test_an_idle_engine_that_hangs_is_found_by_its_canary(watch: Watch) -> None:

@@ -9,7 +9,8 @@ engine, which runs in another container and ends itself when it is asked to:
   single suspect that was just loaded is refused on this pod for good. Several are loaded one by one after the restart,
   which finds the one; suspects by use are narrowed down to those of every incident, and the last one is refused.
 - The engine hangs: a canary waits for HANG_SECONDS, in which the engine processed no token of anybody. A busy engine
-  processes tokens, however long its queue is.
+  processes tokens, however long its queue is. After STALLED_SECONDS the pod already gets no more requests; an engine
+  that was only starved of its cores gets them again with the next token.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ CONFIRMATIONS = 3
 HANG_SECONDS = 30.0
 """Time without a token of anybody while a canary waits. The longest step that a healthy engine takes is the prefill of
 a full batch, some seconds on a CPU."""
+STALLED_SECONDS = 8.0
+"""Time without a token while a canary waits, after which other pods get the requests."""
 WARM_UP_SECONDS = 600.0
 """The same before the first answer, while kernels are compiled."""
 QUIET_SECONDS = 3.0
@@ -94,7 +97,7 @@ class Guard:
     Args:
         engine: vLLM beside the agent.
         state: folder for the record.
-        changed: called when `problem`, `ready` or `unverified` may have changed.
+        changed: called when `problem`, `stalled`, `ready` or `unverified` may have changed.
         canary_seconds: time between two canaries of an idle engine.
         hang_seconds: time without a token that an engine may have.
     """
@@ -120,6 +123,7 @@ class Guard:
         self._check: asyncio.Task[None] | None = None
         self._check_started = float("inf")
         self.problem = ""
+        self.stalled = ""
 
     @property
     def ready(self) -> bool:
@@ -162,6 +166,7 @@ class Guard:
         if self.problem:
             return  # it is about to end
         await self._observe_progress(snapshot, now)
+        self._observe_stall(now)
         if self._check is None:
             if self._due(snapshot, now):
                 self._start(self._canary(snapshot, now), now)
@@ -186,7 +191,7 @@ class Guard:
         self._forget_check()
         self._boot_id = snapshot.state.boot_id
         self._boot = _Boot(used=_requests(snapshot))
-        self.problem = ""
+        self.problem = self.stalled = ""
         if self._record.boot_id == self._boot_id:  # the agent restarted, the engine did not
             self._boot.verified = set(snapshot.resident)
         else:
@@ -221,6 +226,26 @@ class Guard:
             return
         if processed != self._boot.progress[-1]:
             self._boot.progress, self._boot.progress_at = (*passed, processed), now
+
+    def _observe_stall(self, now: float) -> None:
+        """Report an engine that computes nothing, until it does or counts as hung."""
+        waited = now - self._boot.progress_at
+        stalled = (
+            self.ready
+            and self._check is not None
+            and now - self._check_started >= QUIET_SECONDS
+            and waited >= STALLED_SECONDS
+        )
+        if stalled == bool(self.stalled):
+            return
+        self.stalled = ""
+        if stalled:
+            self.stalled = (
+                f"The engine has processed no token for {waited:.0f} s although requests are waiting; it is restarted "
+                f"after {self._hang_seconds:.0f} s."
+            )
+            log.warning("%s", self.stalled)
+        self._changed()
 
     def _start(self, check: Coroutine[None, None, None], now: float) -> None:
         self._check_started = now
@@ -322,7 +347,7 @@ class Guard:
         self._save(refused=dict(list(refused.items())[-MAX_REFUSED:]))
 
     async def _restart(self, problem: str) -> None:
-        self.problem = problem
+        self.problem, self.stalled = problem, ""
         log.error("%s", problem)
         self._changed()
         try:

@@ -91,13 +91,12 @@ class PoolPod:
 
     @property
     def answering(self) -> bool:
-        """True if its engine accepts requests, as far as is known now."""
+        """True if its engine accepts requests, as far as is known now. One that stalls keeps its adapters."""
         return (
             self.heard
             and not self.stopping
             and self.state is not None
             and self.state.engine_ready
-            and not self.state.problem
             and not self.state.draining
             and not self.state.problem
         )
@@ -105,7 +104,8 @@ class PoolPod:
     @property
     def serving(self) -> bool:
         """True if requests reach it: it is ready, and its agent does not contradict that."""
-        return self.ready and not self.stopping and (self.answering or not self.heard)
+        stalls = self.state is not None and bool(self.state.stalled)
+        return self.ready and not self.stopping and ((self.answering and not stalls) or not self.heard)
 
     def residency(self, engine_name: str) -> Residency | None:
         """Return the agent's last report about a revision."""
@@ -171,8 +171,9 @@ def current_problem(pod: PoolPod, now: datetime) -> Problem | None:
         return pod.problem if recent else None
     if pod.problem is not None:
         return pod.problem
-    if pod.heard and pod.state is not None and pod.state.problem:
-        return Problem(ServingPoolReason.ENGINE_UNHEALTHY, one_line(pod.state.problem, PROBLEM_LENGTH))
+    if pod.heard and pod.state is not None and (pod.state.problem or pod.state.stalled):
+        message = pod.state.problem or pod.state.stalled
+        return Problem(ServingPoolReason.ENGINE_UNHEALTHY, one_line(message, PROBLEM_LENGTH))
     if _unheard_for(pod, now) >= _UNHEARD_SECONDS:
         return _unreachable(pod)
     restarts = pod.restarts
