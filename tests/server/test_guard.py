@@ -222,7 +222,7 @@ async def test_a_single_differing_answer_is_noise(watch: Watch) -> None:
     assert watch.guard.unverified == set()
 
 
-async def test_of_several_suspects_each_is_loaded_alone(watch: Watch) -> None:
+async def test_of_several_that_were_loaded_each_is_tried_alone(watch: Watch) -> None:
     await watch.started()
     watch.engine.load(A, B)
     watch.engine.answer = lambda: BAD
@@ -234,12 +234,56 @@ async def test_of_several_suspects_each_is_loaded_alone(watch: Watch) -> None:
     await watch.started()
     assert watch.guard.loads([A, B]) == [A]
     watch.engine.load(A)
+    watch.engine.answering.clear()
+    await watch.step()
+    assert watch.guard.loads([B]) == [], "A is being tried"
+    watch.engine.answering.set()
     await watch.step()
     assert watch.guard.loads([B]) == [B]
     watch.engine.load(B)
     watch.engine.answer = lambda: BAD
     await watch.step(times=CONFIRMATIONS)
     assert list(watch.guard.refused) == [B.digest]
+
+
+async def test_an_adapter_that_damages_on_request_puts_no_blame_on_one_that_is_loaded_meanwhile(watch: Watch) -> None:
+    await watch.started()
+    watch.engine.load(A)
+    await watch.step()
+    for _ in range(2):
+        # B is the victim's: it is loaded while a request to A damages the engine.
+        watch.engine.load(B)
+        watch.engine.requests = {A.engine_name: 1}
+        watch.engine.answer = lambda: BAD
+        await watch.step(times=CONFIRMATIONS)
+        assert f"{B.engine_name} was loaded and the adapter {A.engine_name} was used" in watch.guard.problem
+        assert watch.guard.refused == {}
+        watch.engine.reboot()
+        await watch.started()
+        assert watch.guard.loads([A, B]) == [B], "it is tried before A can be used"
+        watch.engine.load(B)
+        await watch.step()
+        assert watch.guard.loads([A]) == [A]
+        watch.engine.load(A)
+        await watch.step()
+        del watch.engine.resident[B.engine_name]
+        await watch.step()
+    watch.engine.requests = {A.engine_name: 1}
+    watch.engine.answer = lambda: BAD
+    await watch.step(CANARY_SECONDS)
+    await watch.step(times=CONFIRMATIONS)
+    assert list(watch.guard.refused) == [A.digest]
+
+
+async def test_one_on_trial_that_is_not_wanted_any_more_keeps_nobody_waiting(watch: Watch) -> None:
+    await watch.started()
+    watch.engine.load(A, B)
+    watch.engine.answer = lambda: BAD
+    await watch.step(times=CONFIRMATIONS)
+    watch.engine.reboot()
+    await watch.started()
+    other = DesiredAdapter(engine_name=f"team/c@{'c' * 12}", digest=f"sha256:{'c' * 64}", uri="s3://s/team/c")
+    assert watch.guard.loads([other]) == [other]
 
 
 async def test_a_suspect_by_use_is_refused_after_a_second_incident(watch: Watch) -> None:
