@@ -266,7 +266,8 @@ def pool_manifest(name: str = POOL, **changes: object) -> Object:
                     {"name": "VLLM_CPU_OMP_THREADS_BIND", "value": "nobind"},
                 ],
             },
-            "resources": {"gpus": 0, "cpu": "100m", "memory": "3584Mi"},
+            # The shared pool has as large a share of busy cores as the validation of a job has.
+            "resources": {"gpus": 0, "cpu": "500m" if name == POOL else "100m", "memory": "3584Mi"},
             "replicas": 2,
             "drainSeconds": 10,
             "allowedNamespaces": {"from": "All"},

@@ -199,7 +199,7 @@ def test_hung_engine(stage: Stage, trial: Trial) -> None:
                 degraded = condition(get("servingpool", POOL, PLATFORM), "Degraded")
                 return degraded["message"] if degraded["status"] == "True" and name in degraded["message"] else None
 
-            trial.observe(trial.status("the pool says that the engine computes nothing", unready, within=15))
+            trial.observe(trial.status("the pool says that the engine computes nothing", unready))
             # It is restarted after the 120 s without a token that a busy engine on CPUs may have.
             trial.recovered("both pods serve the victim again", lambda: stage.wait_until_served(240) or True, 240)
         finally:

@@ -169,7 +169,7 @@ async def test_pods_that_are_draining_stalled_not_ready_or_silent_get_nothing(
     draining, stalled, unready, silent, good = rig.pods
     draining.draining = True
     await draining.tell()
-    stalled.stalled = "The engine has processed no token for 8 s."
+    stalled.stalled = "The engine has processed no token for 6 s."
     await stalled.tell()
     unready.ready = False
     rig.watches.put(unready.manifest)

@@ -246,11 +246,12 @@ def test_an_agent_that_cannot_be_reached() -> None:
 
 
 def test_a_stalled_engine_is_a_problem_and_keeps_its_adapters() -> None:
-    state = PodState(engine_ready=True, stalled="The engine has processed no token for 8 s.")
+    state = PodState(engine_ready=True, stalled="The engine has processed no token for 6 s.")
     ready = pod(**{**RUNNING, "conditions": [{"type": "Ready", "status": "True"}]})
     stalled = observe_pod(ready, state, heard=True)
     assert found(stalled) == ("EngineUnhealthy", state.stalled)
-    assert stalled.answering
+    assert stalled.engine_up
+    assert not stalled.answering
     assert not stalled.serving
     assert observe_pod(ready, state.model_copy(update={"stalled": ""}), heard=True).serving
 

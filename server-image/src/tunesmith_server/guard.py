@@ -44,7 +44,7 @@ CONFIRMATIONS = 3
 HANG_SECONDS = 30.0
 """Time without a token of anybody while a canary waits. The longest step that a healthy engine takes is the prefill of
 a full batch, some seconds on a CPU."""
-STALLED_SECONDS = 8.0
+STALLED_SECONDS = 6.0
 """Time without a token while a canary waits, after which other pods get the requests."""
 WARM_UP_SECONDS = 600.0
 """The same before the first answer, while kernels are compiled."""

@@ -90,8 +90,8 @@ class PoolPod:
     stream_error: str = ""
 
     @property
-    def answering(self) -> bool:
-        """True if its engine accepts requests, as far as is known now. One that stalls keeps its adapters."""
+    def engine_up(self) -> bool:
+        """True if its engine holds its adapters and accepts requests, as far as is known now."""
         return (
             self.heard
             and not self.stopping
@@ -102,10 +102,14 @@ class PoolPod:
         )
 
     @property
+    def answering(self) -> bool:
+        """True if its engine is up and computes."""
+        return self.engine_up and self.state is not None and not self.state.stalled
+
+    @property
     def serving(self) -> bool:
         """True if requests reach it: it is ready, and its agent does not contradict that."""
-        stalls = self.state is not None and bool(self.state.stalled)
-        return self.ready and not self.stopping and ((self.answering and not stalls) or not self.heard)
+        return self.ready and not self.stopping and (self.answering or not self.heard)
 
     def residency(self, engine_name: str) -> Residency | None:
         """Return the agent's last report about a revision."""
