@@ -81,7 +81,7 @@ def install() -> None:
             "trainer": {"allowedAddresses": [store_network()]},
             "gateway": {
                 "replicas": 1,
-                "resources": small,
+                "resources": small | {"requests": {"cpu": "250m", "memory": "128Mi"}},
                 "service": {"type": "NodePort", "port": 80, "nodePort": NODE_PORT},
             },
         },

@@ -232,6 +232,15 @@ class Stage:
         [secret] = secrets
         return {purpose: parse_keys(base64.b64decode(text)) for purpose, text in secret["data"].items()}
 
+    def store_keys(self, variable: str) -> set[str]:
+        """The values of a variable of the store's Secret in the files that the shared pool's agents read."""
+        file = f"etc/tunesmith/secrets/{store_secret(PLATFORM)['metadata']['name']}/{variable}"
+        return {
+            (Path("/proc") / str(process) / "root" / file).read_text()
+            for pod in self.pods()
+            for process in processes_of(str(container_status(pod, "agent")["containerID"]))[:1]
+        }
+
     def restarts(self, container: str = "engine") -> int:
         """How often that container was restarted in the shared pool's pods."""
         return sum(container_status(pod, container)["restartCount"] for pod in self.pods())
@@ -257,7 +266,8 @@ def pool_manifest(name: str = POOL, **changes: object) -> Object:
                     {"name": "VLLM_CPU_OMP_THREADS_BIND", "value": "nobind"},
                 ],
             },
-            "resources": {"gpus": 0, "cpu": "100m", "memory": "3584Mi"},
+            # The shared pool has as large a share of busy cores as the validation of a job has.
+            "resources": {"gpus": 0, "cpu": "500m" if name == POOL else "100m", "memory": "3584Mi"},
             "replicas": 2,
             "drainSeconds": 10,
             "allowedNamespaces": {"from": "All"},

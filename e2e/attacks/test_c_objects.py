@@ -449,11 +449,11 @@ def test_endless_chat_template(stage: Stage, trial: Trial) -> None:
             def told() -> Any:  # noqa: ANN401 - the condition
                 job = get("finetunejob", "endless", HOSTILE)
                 return next(
-                    (c for c in (condition(job, k) for k in ("Failed", "Validated")) if "template" in c["message"]),
+                    (c for c in (condition(job, k) for k in ("Failed", "Validated")) if "chatTemplate" in c["message"]),
                     None,
                 )
 
-            found = trial.status("the job says that its template does not end", told, within=180, patience=180)
+            found = trial.status("the job says that its template does not end", told, within=120, patience=180)
             trial.observe(f"{found['reason']}: {found['message']}")
     finally:
         delete("finetunejob", "endless", HOSTILE)

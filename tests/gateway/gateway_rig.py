@@ -106,6 +106,7 @@ class FakePod:
         self.announced: set[str] | None = None
         self.engine_ready = True
         self.draining = False
+        self.stalled = ""
         self.ready = True
         self.seen: list[dict[str, Any]] = []
         self.running = 0
@@ -187,6 +188,7 @@ class FakePod:
             state = PodState(
                 engine_ready=self.engine_ready,
                 draining=self.draining,
+                stalled=self.stalled,
                 adapters=[
                     Residency(engine_name=name, digest=digest("a"), state=ResidencyState.RESIDENT)
                     for name in sorted(names)

@@ -161,14 +161,16 @@ async def test_concurrent_requests_spread_over_the_pods_that_hold_the_adapter(ri
     assert {status for status, _ in await asyncio.gather(*requests)} == {200}
 
 
-async def test_pods_that_are_draining_not_ready_or_silent_get_nothing(
+async def test_pods_that_are_draining_stalled_not_ready_or_silent_get_nothing(
     start: Callable[..., Awaitable[Rig]],
 ) -> None:
     rig = await start(hold_seconds=20)
-    await pirate(rig, "draining", "unready", "silent", "good")
-    draining, unready, silent, good = rig.pods
+    await pirate(rig, "draining", "stalled", "unready", "silent", "good")
+    draining, stalled, unready, silent, good = rig.pods
     draining.draining = True
     await draining.tell()
+    stalled.stalled = "The engine has processed no token for 6 s."
+    await stalled.tell()
     unready.ready = False
     rig.watches.put(unready.manifest)
     silent.silent = True
@@ -176,7 +178,7 @@ async def test_pods_that_are_draining_not_ready_or_silent_get_nothing(
     backends = rig.gateway.residency._backends
     loop = asyncio.get_running_loop()
     await eventually(
-        lambda: [backends[f"uid-{pod.name}"].usable(loop.time()) for pod in rig.pods] == [False, False, False, True],
+        lambda: [backends[f"uid-{pod.name}"].usable(loop.time()) for pod in rig.pods] == [False] * 4 + [True],
         "only the good pod is usable",
     )
     for _ in range(10):

@@ -18,6 +18,7 @@ from tunesmith_server.guard import (
     MAX_UNEXPLAINED,
     PROGRESS_SECONDS,
     QUIET_SECONDS,
+    STALLED_SECONDS,
     WARM_UP_SECONDS,
     Guard,
 )
@@ -221,7 +222,7 @@ async def test_a_single_differing_answer_is_noise(watch: Watch) -> None:
     assert watch.guard.unverified == set()
 
 
-async def test_of_several_suspects_each_is_loaded_alone(watch: Watch) -> None:
+async def test_of_several_that_were_loaded_each_is_tried_alone(watch: Watch) -> None:
     await watch.started()
     watch.engine.load(A, B)
     watch.engine.answer = lambda: BAD
@@ -233,12 +234,56 @@ async def test_of_several_suspects_each_is_loaded_alone(watch: Watch) -> None:
     await watch.started()
     assert watch.guard.loads([A, B]) == [A]
     watch.engine.load(A)
+    watch.engine.answering.clear()
+    await watch.step()
+    assert watch.guard.loads([B]) == [], "A is being tried"
+    watch.engine.answering.set()
     await watch.step()
     assert watch.guard.loads([B]) == [B]
     watch.engine.load(B)
     watch.engine.answer = lambda: BAD
     await watch.step(times=CONFIRMATIONS)
     assert list(watch.guard.refused) == [B.digest]
+
+
+async def test_an_adapter_that_damages_on_request_puts_no_blame_on_one_that_is_loaded_meanwhile(watch: Watch) -> None:
+    await watch.started()
+    watch.engine.load(A)
+    await watch.step()
+    for _ in range(2):
+        # B is the victim's: it is loaded while a request to A damages the engine.
+        watch.engine.load(B)
+        watch.engine.requests = {A.engine_name: 1}
+        watch.engine.answer = lambda: BAD
+        await watch.step(times=CONFIRMATIONS)
+        assert f"{B.engine_name} was loaded and the adapter {A.engine_name} was used" in watch.guard.problem
+        assert watch.guard.refused == {}
+        watch.engine.reboot()
+        await watch.started()
+        assert watch.guard.loads([A, B]) == [B], "it is tried before A can be used"
+        watch.engine.load(B)
+        await watch.step()
+        assert watch.guard.loads([A]) == [A]
+        watch.engine.load(A)
+        await watch.step()
+        del watch.engine.resident[B.engine_name]
+        await watch.step()
+    watch.engine.requests = {A.engine_name: 1}
+    watch.engine.answer = lambda: BAD
+    await watch.step(CANARY_SECONDS)
+    await watch.step(times=CONFIRMATIONS)
+    assert list(watch.guard.refused) == [A.digest]
+
+
+async def test_one_on_trial_that_is_not_wanted_any_more_keeps_nobody_waiting(watch: Watch) -> None:
+    await watch.started()
+    watch.engine.load(A, B)
+    watch.engine.answer = lambda: BAD
+    await watch.step(times=CONFIRMATIONS)
+    watch.engine.reboot()
+    await watch.started()
+    other = DesiredAdapter(engine_name=f"team/c@{'c' * 12}", digest=f"sha256:{'c' * 64}", uri="s3://s/team/c")
+    assert watch.guard.loads([other]) == [other]
 
 
 async def test_a_suspect_by_use_is_refused_after_a_second_incident(watch: Watch) -> None:
@@ -281,6 +326,35 @@ async def test_an_engine_without_a_token_hangs(watch: Watch) -> None:
     await watch.step(HANG_SECONDS)
     assert "processed no token for 30 s" in watch.guard.problem
     assert watch.engine.restarts == [watch.guard.problem]
+
+
+async def test_an_engine_that_stalls_gets_no_requests_until_it_computes_again(watch: Watch) -> None:
+    await watch.started()
+    watch.engine.in_flight = {BASE: 1}
+    watch.engine.answering.clear()
+    await watch.step(times=2)
+    await watch.step(QUIET_SECONDS)
+    await watch.step(PROGRESS_SECONDS)
+    assert not watch.guard.stalled
+    await watch.step(STALLED_SECONDS)
+    assert "restarted after 30 s" in watch.guard.stalled
+    assert not watch.guard.problem
+    watch.engine.tokens += 1
+    await watch.step(PROGRESS_SECONDS)
+    assert not watch.guard.stalled
+    assert watch.engine.restarts == []
+
+
+async def test_an_engine_that_prefills_a_long_prompt_does_not_stall(watch: Watch) -> None:
+    await watch.started()
+    watch.engine.in_flight = {BASE: 1}
+    watch.engine.answering.clear()
+    await watch.step(times=2)
+    await watch.step(QUIET_SECONDS)
+    for _ in range(3):
+        watch.engine.tokens += 1
+        await watch.step(STALLED_SECONDS - PROGRESS_SECONDS)
+        assert not watch.guard.stalled
 
 
 async def test_an_idle_engine_that_hangs_is_found_by_its_canary(watch: Watch) -> None:

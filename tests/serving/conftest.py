@@ -136,6 +136,7 @@ def pod() -> Callable[..., PoolPod]:
                 base_model_fingerprint="sha256:f",
                 draining=more.pop("draining", False),
                 problem=more.pop("problem_of_agent", ""),
+                stalled=more.pop("stalled", ""),
                 adapters=adapters,
             ),
             "heard": heard,

@@ -245,6 +245,17 @@ def test_an_agent_that_cannot_be_reached() -> None:
     assert "10.0.0.5:9000 (Cannot connect (timeout)): allow" in (found(unheard) or ("", ""))[1]
 
 
+def test_a_stalled_engine_is_a_problem_and_keeps_its_adapters() -> None:
+    state = PodState(engine_ready=True, stalled="The engine has processed no token for 6 s.")
+    ready = pod(**{**RUNNING, "conditions": [{"type": "Ready", "status": "True"}]})
+    stalled = observe_pod(ready, state, heard=True)
+    assert found(stalled) == ("EngineUnhealthy", state.stalled)
+    assert stalled.engine_up
+    assert not stalled.answering
+    assert not stalled.serving
+    assert observe_pod(ready, state.model_copy(update={"stalled": ""}), heard=True).serving
+
+
 @pytest.mark.parametrize(
     "observed",
     [

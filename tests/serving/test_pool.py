@@ -114,6 +114,14 @@ def test_a_silent_agent_keeps_its_copies_while_its_pod_is_ready(decide: Build, s
     assert lists(lost)["q"] == ["one@" + "a" * 12]
 
 
+def test_a_stalled_engine_keeps_its_copies(decide: Build, serving: Build, pod: Build) -> None:
+    held = {"team/one@" + "a" * 12: "Resident"}
+    stalled = pod("p", holds=held, stalled="The engine has processed no token for 6 s.")
+    got = decide([stalled, pod("q")], [serving("one", "a")], wanted=2, deployed=2)
+    assert lists(got) == {"p": ["one@" + "a" * 12], "q": []}
+    assert got.status.ready_replicas == 1
+
+
 def test_copies_without_a_place_are_told(decide: Build, serving: Build, pod: Build) -> None:
     got = decide([pod("p")], [serving("one", "a", 2)], deployed=1)
     assert got.unplaced == {

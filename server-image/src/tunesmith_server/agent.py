@@ -339,6 +339,7 @@ class Agent:
             base_model_fingerprint=self._settings.fingerprint,
             engine_ready=snapshot is not None and self._guard.ready,
             problem=self._guard.problem,
+            stalled=self._guard.stalled,
             draining=self._draining,
             adapters=plan(self._observation()).report,
         )

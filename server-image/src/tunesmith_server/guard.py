@@ -4,12 +4,15 @@ At each start of the engine, before any adapter is loaded, its answer to a canar
 repeated after every load, once a minute, and when no token comes. Two faults make the pod unready and restart the
 engine, which runs in another container and ends itself when it is asked to:
 
-- The base model's answers changed: CONFIRMATIONS answers in a row differ from the reference by more than noise. The
-  adapters that were loaded since the last good canary are the suspects, or, if there are none, those that were used. A
-  single suspect that was just loaded is refused on this pod for good. Several are loaded one by one after the restart,
-  which finds the one; suspects by use are narrowed down to those of every incident, and the last one is refused.
+- The base model's answers changed: CONFIRMATIONS answers in a row differ from the reference by more than noise. An
+  adapter is refused on this pod for good if it alone can be the cause: it was loaded since the last good canary, and no
+  other adapter was loaded or used since. Otherwise those that were loaded are on trial: after the restart each of them
+  is loaded alone and before all others, so that an adapter that damages on request cannot put the blame on one that is
+  loaded at that moment. Those that were used are suspects: they are narrowed down to those of every incident, and the
+  last one is refused.
 - The engine hangs: a canary waits for HANG_SECONDS, in which the engine processed no token of anybody. A busy engine
-  processes tokens, however long its queue is.
+  processes tokens, however long its queue is. After STALLED_SECONDS the pod already gets no more requests; an engine
+  that was only starved of its cores gets them again with the next token.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from tunesmith_server.canary import CanaryAnswer
 from tunesmith_server.engine import EngineDownError, RequestRefusedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping, Sequence
+    from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 
     from tunesmith.contracts.agent import DesiredAdapter
     from tunesmith_server.engine import EngineClient, EngineSnapshot
@@ -41,6 +44,8 @@ CONFIRMATIONS = 3
 HANG_SECONDS = 30.0
 """Time without a token of anybody while a canary waits. The longest step that a healthy engine takes is the prefill of
 a full batch, some seconds on a CPU."""
+STALLED_SECONDS = 6.0
+"""Time without a token while a canary waits, after which other pods get the requests."""
 WARM_UP_SECONDS = 600.0
 """The same before the first answer, while kernels are compiled."""
 QUIET_SECONDS = 3.0
@@ -62,7 +67,8 @@ class GuardRecord(BaseModel):
         boot_id: process of the engine that `reference` belongs to.
         reference: its first answer.
         refused: why a digest is never loaded on this pod again.
-        suspected: digests of which one changed the base's answers.
+        on_trial: digests that are loaded alone, and first.
+        suspected: digests of which one changed the base's answers when it was used.
         unexplained: restarts for changed answers without a suspect.
     """
 
@@ -71,6 +77,7 @@ class GuardRecord(BaseModel):
     boot_id: str = ""
     reference: CanaryAnswer | None = None
     refused: dict[str, str] = Field(default_factory=dict)
+    on_trial: frozenset[str] = frozenset()
     suspected: frozenset[str] = frozenset()
     unexplained: int = 0
 
@@ -94,7 +101,7 @@ class Guard:
     Args:
         engine: vLLM beside the agent.
         state: folder for the record.
-        changed: called when `problem`, `ready` or `unverified` may have changed.
+        changed: called when `problem`, `stalled`, `ready` or `unverified` may have changed.
         canary_seconds: time between two canaries of an idle engine.
         hang_seconds: time without a token that an engine may have.
     """
@@ -120,6 +127,7 @@ class Guard:
         self._check: asyncio.Task[None] | None = None
         self._check_started = float("inf")
         self.problem = ""
+        self.stalled = ""
 
     @property
     def ready(self) -> bool:
@@ -137,13 +145,13 @@ class Guard:
         return frozenset(self._resident) - self._boot.verified
 
     def loads(self, wanted: Sequence[DesiredAdapter]) -> list[DesiredAdapter]:
-        """Return those that may be loaded now: none while the engine is in doubt, suspects alone and last."""
+        """Return those that may be loaded now: none while the engine is in doubt, those on trial first and alone."""
         if self.problem or self._boot.differing or not self.ready:
             return []
-        innocent = [adapter for adapter in wanted if adapter.digest not in self._record.suspected]
-        if innocent or self.unverified:
-            return innocent
-        return list(wanted[:1])
+        on_trial = [adapter for adapter in wanted if adapter.digest in self._record.on_trial]
+        if any(self._resident[name] in self._record.on_trial for name in self.unverified):
+            return []
+        return on_trial[:1] or list(wanted)
 
     async def step(self, snapshot: EngineSnapshot | None, now: float) -> None:
         """Follow the engine: start a canary if one is due, and judge one that does not end.
@@ -162,6 +170,7 @@ class Guard:
         if self.problem:
             return  # it is about to end
         await self._observe_progress(snapshot, now)
+        self._observe_stall(now)
         if self._check is None:
             if self._due(snapshot, now):
                 self._start(self._canary(snapshot, now), now)
@@ -186,7 +195,7 @@ class Guard:
         self._forget_check()
         self._boot_id = snapshot.state.boot_id
         self._boot = _Boot(used=_requests(snapshot))
-        self.problem = ""
+        self.problem = self.stalled = ""
         if self._record.boot_id == self._boot_id:  # the agent restarted, the engine did not
             self._boot.verified = set(snapshot.resident)
         else:
@@ -221,6 +230,26 @@ class Guard:
             return
         if processed != self._boot.progress[-1]:
             self._boot.progress, self._boot.progress_at = (*passed, processed), now
+
+    def _observe_stall(self, now: float) -> None:
+        """Report an engine that computes nothing, until it does or counts as hung."""
+        waited = now - self._boot.progress_at
+        stalled = (
+            self.ready
+            and self._check is not None
+            and now - self._check_started >= QUIET_SECONDS
+            and waited >= STALLED_SECONDS
+        )
+        if stalled == bool(self.stalled):
+            return
+        self.stalled = ""
+        if stalled:
+            self.stalled = (
+                f"The engine has processed no token for {waited:.0f} s although requests are waiting; it is restarted "
+                f"after {self._hang_seconds:.0f} s."
+            )
+            log.warning("%s", self.stalled)
+        self._changed()
 
     def _start(self, check: Coroutine[None, None, None], now: float) -> None:
         self._check_started = now
@@ -285,16 +314,15 @@ class Guard:
         self._boot.differing = 0
         self._boot.verified |= candidates
         self._boot.used = used
+        passed = self._record.on_trial & {self._resident.get(name, "") for name in candidates}
+        if passed:
+            self._save(on_trial=self._record.on_trial - passed)
 
     async def _condemn(self, snapshot: EngineSnapshot) -> None:
-        """Name who changed the base model's answers, and restart the engine."""
-        used = _requests(snapshot)
-        suspects = self.unverified or {
-            name for name in self._resident if used.get(name, 0) > self._boot.used.get(name, 0)
-        }
-        named = ", ".join(sorted(suspects))
-        digests = frozenset(self._resident[name] for name in suspects)
-        if not digests:
+        """Name who may have changed the base model's answers, and restart the engine."""
+        loaded, now = self.unverified, _requests(snapshot)
+        used = {name for name in self._resident if now.get(name, 0) > self._boot.used.get(name, 0)} - loaded
+        if not loaded and not used:
             if self._record.unexplained >= MAX_UNEXPLAINED:
                 log.error("canary: the base model's answers change without an adapter; this is only logged from now on")
                 self._boot.differing = 0
@@ -304,25 +332,32 @@ class Guard:
                 "The base model's answers changed although no adapter was used: the engine is restarted."
             )
             return
-        before = self._record.suspected & digests
-        suspected = before or digests
-        if len(suspected) == 1 and (self.unverified or before):
-            sentence = "It changes the answers of the base model and of other adapters; it is refused on this pod."
-            self._refuse(suspected, sentence)
-            suspected = frozenset()
-        self._save(suspected=suspected)
-        which = f"the adapter {named} was" if len(suspects) == 1 else f"the adapters {named} were"
-        await self._restart(
-            f"The base model's answers changed after {which} {'loaded' if self.unverified else 'used'}: the engine is "
-            "restarted."
+        if len(loaded) == 1 and not used:
+            self._condemn_one(self._digests(loaded))
+        else:
+            before = self._record.suspected
+            suspected = before & self._digests(used) or self._digests(used)
+            self._save(on_trial=self._record.on_trial | self._digests(loaded), suspected=suspected)
+            if not loaded and before and len(suspected) == 1:
+                self._condemn_one(suspected)
+        what = [f"{_named(names)} {verb}" for names, verb in ((loaded, "loaded"), (used, "used")) if names]
+        await self._restart(f"The base model's answers changed after {' and '.join(what)}: the engine is restarted.")
+
+    def _condemn_one(self, digest: frozenset[str]) -> None:
+        self._refuse(
+            digest, "It changes the answers of the base model and of other adapters; it is refused on this pod."
         )
+        self._save(on_trial=self._record.on_trial - digest, suspected=frozenset())
+
+    def _digests(self, names: Iterable[str]) -> frozenset[str]:
+        return frozenset(self._resident[name] for name in names)
 
     def _refuse(self, digests: frozenset[str], sentence: str) -> None:
         refused = {**self._record.refused, **dict.fromkeys(digests, sentence)}
         self._save(refused=dict(list(refused.items())[-MAX_REFUSED:]))
 
     async def _restart(self, problem: str) -> None:
-        self.problem = problem
+        self.problem, self.stalled = problem, ""
         log.error("%s", problem)
         self._changed()
         try:
@@ -353,6 +388,11 @@ def _read_record(path: Path) -> GuardRecord:
 def _digest(path: str) -> str:
     name = Path(path).name
     return f"sha256:{name}" if re.fullmatch("[0-9a-f]{64}", name) else name
+
+
+def _named(names: Collection[str]) -> str:
+    listed = ", ".join(sorted(names))
+    return f"the adapter {listed} was" if len(names) == 1 else f"the adapters {listed} were"
 
 
 def _requests(snapshot: EngineSnapshot) -> dict[str, int]:

@@ -163,4 +163,5 @@ def _mapped(path: Path, tensor: Tensor) -> NDArray[Any]:
 def _as_float64(stored: NDArray[Any], dtype: str) -> NDArray[np.float64]:
     if dtype == "BF16":
         return (stored.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return stored.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # a signalling NaN, which the caller refuses as it does any other
+        return stored.astype(np.float64)

@@ -215,6 +215,10 @@ class PodHeader(_WireModel):
         description="Why the pod must not get requests although its engine answers /health; empty: nothing is known "
         "against it.",
     )
+    stalled: Message = Field(
+        default="",
+        description="Why the pod gets no requests for now although it keeps its adapters; empty: its engine computes.",
+    )
 
 
 class PodState(PodHeader):

@@ -64,7 +64,7 @@ class Backend:
             The engine names that the pod holds from now on, or no longer; None if nothing changes for routing.
         """
         header = reader.header
-        serving = header.engine_ready and not header.draining and not header.problem
+        serving = header.engine_ready and not (header.draining or header.problem or header.stalled)
         changed = now - self.heard > SILENCE_SECONDS or serving != self.serving
         self.heard, self.serving = now, serving
         moved = set()

@@ -90,17 +90,21 @@ class PoolPod:
     stream_error: str = ""
 
     @property
-    def answering(self) -> bool:
-        """True if its engine accepts requests, as far as is known now."""
+    def engine_up(self) -> bool:
+        """True if its engine holds its adapters and accepts requests, as far as is known now."""
         return (
             self.heard
             and not self.stopping
             and self.state is not None
             and self.state.engine_ready
-            and not self.state.problem
             and not self.state.draining
             and not self.state.problem
         )
+
+    @property
+    def answering(self) -> bool:
+        """True if its engine is up and computes."""
+        return self.engine_up and self.state is not None and not self.state.stalled
 
     @property
     def serving(self) -> bool:
@@ -171,8 +175,9 @@ def current_problem(pod: PoolPod, now: datetime) -> Problem | None:
         return pod.problem if recent else None
     if pod.problem is not None:
         return pod.problem
-    if pod.heard and pod.state is not None and pod.state.problem:
-        return Problem(ServingPoolReason.ENGINE_UNHEALTHY, one_line(pod.state.problem, PROBLEM_LENGTH))
+    if pod.heard and pod.state is not None and (pod.state.problem or pod.state.stalled):
+        message = pod.state.problem or pod.state.stalled
+        return Problem(ServingPoolReason.ENGINE_UNHEALTHY, one_line(message, PROBLEM_LENGTH))
     if _unheard_for(pod, now) >= _UNHEARD_SECONDS:
         return _unreachable(pod)
     restarts = pod.restarts

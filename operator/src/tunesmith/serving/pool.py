@@ -233,8 +233,11 @@ def _is_marked(pod: PoolPod) -> bool:
 
 
 def _counts_as_ready(pod: PoolPod) -> bool:
-    """Return True if the pod can answer; one whose agent is silent keeps its copies while Kubernetes calls it ready."""
-    return pod.answering or (pod.ready and not pod.heard)
+    """Return True if the pod keeps its copies: its engine is up, or its agent is silent and Kubernetes calls it ready.
+
+    An engine that stalls keeps them too: loading them elsewhere would burden the pods that get its requests.
+    """
+    return pod.engine_up or (pod.ready and not pod.heard)
 
 
 def _replicas(deployment: Mapping[str, Any] | None) -> int | None:
