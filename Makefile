@@ -17,7 +17,7 @@ CLUSTER := $(RUN) python e2e/cluster/cluster.py
 GENERATE_CRDS := python -m tunesmith.api.crd --output crds --output charts/tunesmith/files/crds --schemas crds/schemas \
   --reference docs/reference/api.md --stores docs/reference/stores.md
 comma := ,
-UNIT_TESTS := tests/api tests/storage tests/finetune tests/serving tests/autoscale tests/gateway tests/cli
+UNIT_TESTS := tests/api tests/storage tests/finetune tests/serving tests/autoscale tests/gateway tests/cli tests/settings
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))

@@ -7,7 +7,6 @@ from ipaddress import ip_address
 import pytest
 
 from tunesmith.contracts.addresses import parse_networks, refused
-from tunesmith.controller.settings import parse
 
 POD, CLOUD, CLUSTER = "of the pod itself", "where clouds have their metadata", "private networks that clusters have"
 REFUSED = {
@@ -92,30 +91,6 @@ def test_the_platforms_list(listed: str, address: str, *, reached: bool) -> None
 def test_what_is_no_network_is_named(text: str) -> None:
     with pytest.raises(ValueError, match=f"'{text}' is no network such as"):
         parse_networks(f"10.96.0.0/16,{text}")
-
-
-def test_the_operator_does_not_start_with_a_list_that_it_cannot_read(capsys: pytest.CaptureFixture[str]) -> None:
-    images = ("--trainer-image", "t", "--agent-image", "a", "--engine-image", "e")
-    options = ("--store", "s3://b/store", "--namespace", "system", *images, "--allowed-addresses")
-    assert parse([*options, "10.0.0.7/32,fd00::/8"], {}).allowed_addresses == "10.0.0.7/32,fd00::/8"
-    with pytest.raises(SystemExit):
-        parse([*options, "10.0.0.7/8"], {})
-    assert "--allowed-addresses: '10.0.0.7/8' is no network such as" in capsys.readouterr().err
-
-
-def test_the_limits_of_adapters_are_sizes_and_a_ratio(capsys: pytest.CaptureFixture[str]) -> None:
-    images = ("--trainer-image", "t", "--agent-image", "a", "--engine-image", "e")
-    options = ("--store", "s3://b/store", "--namespace", "system", *images)
-    settings = parse([*options, "--adapter-storage", "8Gi", "--max-adapter-ratio", "0.5"], {})
-    assert (settings.adapter_storage, settings.base_model_storage, settings.max_adapter_ratio) == ("8Gi", "500Gi", 0.5)
-    for wrong, sentence in (
-        (("--adapter-storage", "8G"), "--adapter-storage: '8G' is not a size such as 20Gi or 512Mi"),
-        (("--max-adapter-ratio", "0"), "--max-adapter-ratio must be above 0, not 0"),
-        (("--max-adapter-ratio", "inf"), "--max-adapter-ratio must be above 0, not inf"),
-    ):
-        with pytest.raises(SystemExit):
-            parse([*options, *wrong], {})
-        assert sentence in capsys.readouterr().err
 
 
 def test_an_empty_list_has_no_networks() -> None:

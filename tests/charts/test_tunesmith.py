@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
 
-from tunesmith.contracts.scheduling import DEFAULT_SCHEDULING
-from tunesmith.controller.settings import parse
+from tunesmith.contracts.scheduling import DEFAULT_SCHEDULING, AllowedScheduling
+from tunesmith.controller.settings import OperatorSettings
 from tunesmith.gateway.main import parser as gateway_options
+from tunesmith.settings import read
 
 if TYPE_CHECKING:
     import subprocess
@@ -276,12 +276,16 @@ def test_where_pods_may_run_reaches_the_operator(template: Template) -> None:
         ({}, DEFAULT_SCHEDULING),
         (
             {"scheduling": {"allowedPriorityClasses": ["batch", "team-*"], "allowedTolerations": []}},
-            replace(DEFAULT_SCHEDULING, priority_classes=("batch", "team-*"), tolerations=()),
+            AllowedScheduling(allowed_priority_classes=("batch", "team-*"), allowed_tolerations=()),
         ),
     ):
         operator = of_kind(template("tunesmith", values), "Deployment")["tunesmith-operator"]
         command = operator["spec"]["template"]["spec"]["containers"][0]["command"]
-        assert parse(command[1:], {}).allowed_scheduling == expected
+        settings = read(OperatorSettings, command[1:])
+        assert (
+            AllowedScheduling.model_validate(settings.model_dump(include=set(AllowedScheduling.model_fields)))
+            == expected
+        )
 
 
 def test_the_namespaces_of_shared_pools_reach_operator_and_gateway(template: Template) -> None:
@@ -305,11 +309,12 @@ def test_the_operator_selects_gateways_by_all_labels_of_their_pods(template: Tem
 
 
 def test_metrics_demand_a_token_unless_the_platform_opens_them(template: Template) -> None:
-    for values, expected in (({}, []), ({"metrics": {"requireToken": False}}, ["--open-metrics"])):
-        deployments = of_kind(template("tunesmith", values), "Deployment")
-        for name in ("tunesmith-operator", "tunesmith-gateway"):
+    opened = {"metrics": {"requireToken": False}}
+    for name, flag in (("tunesmith-operator", "--no-require-metrics-token"), ("tunesmith-gateway", "--open-metrics")):
+        for values, expected in (({}, []), (opened, [flag])):
+            deployments = of_kind(template("tunesmith", values), "Deployment")
             command = deployments[name]["spec"]["template"]["spec"]["containers"][0]["command"]
-            assert [part for part in command if part == "--open-metrics"] == expected
+            assert [part for part in command if part == flag] == expected
 
 
 def test_gateway_service_and_its_url_agree(template: Template) -> None:
@@ -375,7 +380,7 @@ def test_every_limit_of_the_values_is_an_option_of_the_gateway(template: Templat
 
 def test_every_option_of_the_operators_pod_is_one(template: Template) -> None:
     command = container_of(template("tunesmith", {"watchNamespaces": ["a"]}), "operator")["command"]
-    assert parse(command[1:], {}).watch_namespaces == ("a",)
+    assert read(OperatorSettings, command[1:]).watch_namespaces == ("a",)
 
 
 def test_unhealthy_pods_hold_up_no_drain_of_a_node(template: Template) -> None:

@@ -58,7 +58,7 @@ class Operator:
             *("--allowed-node-selectors", "namespace"),
             *("--agent-image", "localhost/agent:1", "--engine-image", self.engine_image),
             *("--probe-port", str(self.probe_port), "--metrics-port", str(self.metrics_port), "--lease-seconds", "3"),
-            "--open-metrics",
+            "--no-require-metrics-token",
             *self._options,
         ]
         environment = {**os.environ, "KUBECONFIG": str(self._kubeconfig), "TUNESMITH_IDENTITY": self._identity}

@@ -13,6 +13,7 @@ from rights import grant
 from tunesmith.api.credentials import CREDENTIALS_LABEL
 from tunesmith.api.finetunejob import FineTuneJob
 from tunesmith.finetune import render
+from tunesmith.finetune.settings import JobSettings
 
 if TYPE_CHECKING:
     from apiserver import ApiServer
@@ -98,7 +99,7 @@ async def test_a_secret_that_is_created_later_reaches_no_pod(guarded: ApiServer,
     parsed = FineTuneJob.model_validate(
         {**manifest, "metadata": {**manifest["metadata"], "uid": created["metadata"]["uid"]}}
     )
-    installation = render.Installation(store="s3://tunesmith/store", trainer_image="localhost/trainer:1")
+    installation = render.Installation(JobSettings(store="s3://tunesmith/store", trainer_image="localhost/trainer:1"))
     rendered = render.validation(parsed, installation)
     del rendered["metadata"]["ownerReferences"]
     pod = {

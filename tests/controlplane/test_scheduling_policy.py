@@ -22,16 +22,20 @@ DENIED = "denied request: "
 RULES: dict[str, AllowedScheduling] = {
     "rules-default": DEFAULT_SCHEDULING,
     "rules-listed": AllowedScheduling(
-        priority_classes=("batch", "team-*"),
-        tolerations=("spot=yes", "gpu:NoSchedule", "team*=a:NoExecute", "empty="),
-        runtime_classes=(),
-        node_selectors=("zone*",),
-        gpu_resources=("example.com/gpu",),
+        allowed_priority_classes=("batch", "team-*"),
+        allowed_tolerations=("spot=yes", "gpu:NoSchedule", "team*=a:NoExecute", "empty="),
+        allowed_runtime_classes=(),
+        allowed_node_selectors=("zone*",),
+        allowed_gpu_resources=("example.com/gpu",),
     ),
     "rules-open": AllowedScheduling(
-        priority_classes=("*",), tolerations=("*",), runtime_classes=("*",), node_selectors=("*",), gpu_resources=("*",)
+        allowed_priority_classes=("*",),
+        allowed_tolerations=("*",),
+        allowed_runtime_classes=("*",),
+        allowed_node_selectors=("*",),
+        allowed_gpu_resources=("*",),
     ),
-    "rules-effect": AllowedScheduling(tolerations=("*:NoSchedule",)),
+    "rules-effect": AllowedScheduling(allowed_tolerations=("*:NoSchedule",)),
 }
 ASKED: list[Object] = [
     *({"priorityClassName": name} for name in ("system-node-critical", "batch", "batch2", "team-a")),
@@ -69,11 +73,11 @@ def ruled(apiserver: ApiServer) -> None:
         values: dict[str, object] = {
             "watchNamespaces": [name],
             "scheduling": {
-                "allowedPriorityClasses": list(allowed.priority_classes),
-                "allowedTolerations": list(allowed.tolerations),
-                "allowedRuntimeClasses": list(allowed.runtime_classes),
-                "allowedNodeSelectorKeys": list(allowed.node_selectors),
-                "allowedGpuResources": list(allowed.gpu_resources),
+                "allowedPriorityClasses": list(allowed.allowed_priority_classes),
+                "allowedTolerations": list(allowed.allowed_tolerations),
+                "allowedRuntimeClasses": list(allowed.allowed_runtime_classes),
+                "allowedNodeSelectorKeys": list(allowed.allowed_node_selectors),
+                "allowedGpuResources": list(allowed.allowed_gpu_resources),
             },
             "rbac": {"aggregateToUserRoles": False},
         }

@@ -28,10 +28,12 @@ from tunesmith.contracts.scheduling import DEFAULT_SCHEDULING, refusal
 from tunesmith.finetune import render
 from tunesmith.finetune.observe import observe
 from tunesmith.finetune.plan import plan
+from tunesmith.finetune.settings import JobSettings
 from tunesmith.finetune.status import notices, unreadable
+from tunesmith.serving import adapter as adapters
 from tunesmith.serving import pool as pools
 from tunesmith.serving import render as pool_render
-from tunesmith.serving import rollout
+from tunesmith.serving.settings import PoolSettings
 from tunesmith.serving.source import candidates, choose_pool, resolve_artifact
 
 if TYPE_CHECKING:
@@ -42,8 +44,8 @@ API = "tunesmith.dev/v1alpha1"
 STORE = "s3://tunesmith/store"
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 UID = "0f0e0d0c-0000-4000-8000-000000000001"
-INSTALLATION = render.Installation(store=STORE, trainer_image="localhost/trainer:1", cluster="cluster")
-IMAGES = pool_render.Images("localhost/agent:1", "localhost/engine:1", "Never", STORE, "", "20Gi", "100Gi", 1.0)
+INSTALLATION = render.Installation(JobSettings(store=STORE, trainer_image="localhost/trainer:1"), cluster="cluster")
+POOL_SETTINGS = PoolSettings(store=STORE, agent_image="localhost/agent:1", engine_image="localhost/engine:1")
 NETWORK = Network("tunesmith-system", "tunesmith")
 
 SEEDS: tuple[Object, ...] = (
@@ -305,7 +307,7 @@ def _servingpool(manifest: Object, _: random.Random) -> str:
     invalid = pool_render.reserved(pool) or refusal(pool.spec.scheduling, pool.spec.resources, DEFAULT_SCHEDULING)
     reads_foreign_store(STORE, "team", pool.spec.base_model.uri)
     for rendered in (
-        pool_render.deployment(pool, IMAGES, pool.spec.replicas),
+        pool_render.deployment(pool, POOL_SETTINGS, pool.spec.replicas),
         pool_render.disruption_budget(pool),
         pool_render.isolation(pool, NETWORK),
     ):
@@ -325,7 +327,7 @@ def _adapterdeployment(manifest: Object, _: random.Random) -> str:
     pool = ServingPool.model_validate({**SEEDS[2], "status": {"baseModelFingerprint": "sha256:f"}})
     job = FineTuneJob.model_validate(SEEDS[1])
     for of in (None, job):
-        seen = rollout.Observation(
+        seen = adapters.Observation(
             artifact=resolve_artifact(adapter, of, STORE),
             pool=choose_pool(adapter, "sha256:f", candidates(adapter, "sha256:f", [pool], ())),
             lost_to=None,
@@ -334,7 +336,7 @@ def _adapterdeployment(manifest: Object, _: random.Random) -> str:
             decision=Decision(adapter.spec.replicas, "as wanted"),
             url="",
         )
-        status = rollout.plan(adapter, seen, NOW)
+        status = adapters.plan(adapter, seen, NOW)
         assert status.conditions, "an adapter without a condition"
         _writable(status.manifest())
     return "planned"

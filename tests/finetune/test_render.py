@@ -18,17 +18,17 @@ from tunesmith.contracts.location import CLAIMS_FOLDER
 from tunesmith.contracts.network import Network
 from tunesmith.finetune.observe import TRAIN, VALIDATE
 from tunesmith.finetune.render import Installation, attempt, configuration, isolation, meeting, validation
+from tunesmith.finetune.settings import JobSettings
 from tunesmith.storage.schemes import STORE_KEYS
 
 GOLDEN = Path(__file__).parent / "golden"
-INSTALLATION = Installation(
+SETTINGS = JobSettings(
     store=STORE,
     trainer_image="registry.example/trainer@sha256:1",
     lm_eval_tasks="/opt/tasks",
-    allowed_addresses="10.0.0.7/32",
-    image_pull_policy="IfNotPresent",
-    cluster="0f0e0d0c-0000-4000-8000-00000000000c",
+    allowed_addresses=("10.0.0.7/32",),
 )
+INSTALLATION = Installation(SETTINGS, cluster="0f0e0d0c-0000-4000-8000-00000000000c")
 NETWORK = Network(namespace="tunesmith-system", instance="tunesmith")
 EVERYTHING = job(
     baseModel={"uri": "hf://org/base", "secretRef": {"name": "hub"}},
@@ -124,7 +124,7 @@ def test_tasks_that_a_job_brings_are_mounted_and_run_only_where_the_platform_say
     ]
     asking = job(evaluation={"suites": suites})
     for allowed in (False, True):
-        installation = replace(INSTALLATION, allow_task_folders=allowed)
+        installation = Installation(SETTINGS.model_copy(update={"allow_task_folders": allowed}))
         for rendered in (validation(asking, installation), attempt(asking, 1, installation)):
             pod = rendered["spec"]["template"]["spec"]
             assert ("--allow-task-code" in pod["containers"][0]["args"]) is allowed

@@ -19,7 +19,7 @@ from tunesmith.controller.reconciler import Key, Reconciler
 from tunesmith.controller.serving.adapter import AdapterDeploymentReconciler
 from tunesmith.controller.serving.pool import ServingPoolReconciler
 from tunesmith.controller.serving.state import ServingState
-from tunesmith.controller.settings import parse
+from tunesmith.controller.settings import OperatorSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -129,8 +129,8 @@ class World:
 
     def __init__(self) -> None:
         self.store = Store()
-        settings = parse(
-            ["--store=s3://store", "--namespace=system", "--trainer-image=t", "--agent-image=a", "--engine-image=e"], {}
+        settings = OperatorSettings(
+            store="s3://store", namespace="system", trainer_image="t", agent_image="a", engine_image="e"
         )
         self.context = Context(
             cluster=cast("Any", self.store), settings=settings, recorder=cast("Any", Recorder()), epoch=1

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tunesmith.serving.render import Images, deployment, deployment_name, is_owned_by, is_pod_of
+from tunesmith.serving.render import deployment, deployment_name, is_owned_by, is_pod_of
+from tunesmith.serving.settings import PoolSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 @pytest.fixture
 def made(pool: Callable[..., ServingPool]) -> dict[str, Any]:
     """A pod as the Deployment's controller makes it."""
-    template = deployment(pool("base"), Images("a", "e", "Always", "s3://x", "", "1Gi", "1Gi", 10.0), 1)["spec"][
+    template = deployment(pool("base"), PoolSettings(store="s3://x", agent_image="a", engine_image="e"), 1)["spec"][
         "template"
     ]["metadata"]
     owner = {"kind": "ReplicaSet", "name": f"{deployment_name(pool('base'))}-abc12", "uid": "rs", "controller": True}
@@ -58,7 +59,7 @@ def test_a_pod_that_only_looks_like_it(
 
 
 def test_a_deployment_of_that_name_with_another_owner(pool: Callable[..., ServingPool]) -> None:
-    item = deployment(pool("base"), Images("a", "e", "Always", "s3://x", "", "1Gi", "1Gi", 10.0), 1)
+    item = deployment(pool("base"), PoolSettings(store="s3://x", agent_image="a", engine_image="e"), 1)
     assert is_owned_by(pool("base"), item)
     assert not is_owned_by(pool("base", namespace="other"), item)
     item["metadata"]["ownerReferences"][0]["uid"] = "uid-of-an-earlier-pool"

@@ -9,8 +9,9 @@ import pytest
 
 from tunesmith.cluster.errors import ForbiddenError
 from tunesmith.controller.serving.pool_rollouts import PoolRollouts
-from tunesmith.serving.render import Images, deployment
+from tunesmith.serving.render import deployment
 from tunesmith.serving.rolling import Cause, Rollout
+from tunesmith.serving.settings import PoolSettings
 
 if TYPE_CHECKING:
     from tunesmith.api.servingpool import ServingPool
@@ -103,7 +104,7 @@ async def test_room(nodes: Nodes, expected: object, rollouts: Build, pool: Build
     now = [0.0]
     turns, _ = rollouts(nodes, lambda: now[0])
     wanted: ServingPool = pool()
-    rendered = deployment(wanted, Images("a", "e", "Always", "s3://x", "", "1Gi", "1Gi", 10.0), 1)
+    rendered = deployment(wanted, PoolSettings(store="s3://x", agent_image="a", engine_image="e"), 1)
     assert await turns.has_room(wanted, rendered) is expected
     asked = len(nodes.asked)
     assert await turns.has_room(wanted, rendered) is expected

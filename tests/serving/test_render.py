@@ -12,7 +12,6 @@ import yaml
 
 from tunesmith.contracts.network import Network
 from tunesmith.serving.render import (
-    Images,
     deployment,
     disruption_budget,
     isolation,
@@ -20,6 +19,7 @@ from tunesmith.serving.render import (
     reserved,
     selector_text,
 )
+from tunesmith.serving.settings import PoolSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,12 +27,11 @@ if TYPE_CHECKING:
     from tunesmith.api.servingpool import ServingPool
 
 GOLDEN = Path(__file__).parent / "golden"
-IMAGES = Images(
-    agent="registry/agent@sha256:1",
-    engine="registry/vllm@sha256:2",
-    pull_policy="IfNotPresent",
+SETTINGS = PoolSettings(
+    agent_image="registry/agent@sha256:1",
+    engine_image="registry/vllm@sha256:2",
     store="s3://tunesmith/store",
-    allowed_addresses="10.0.0.7/32",
+    allowed_addresses=("10.0.0.7/32",),
     adapter_storage="16Gi",
     base_model_storage="512Gi",
     max_adapter_ratio=10.0,
@@ -77,7 +76,7 @@ class _NoAliases(yaml.SafeDumper):
 def test_golden(case: str, pool: Callable[..., ServingPool]) -> None:
     resource = pool("base", **CASES[case])
     built = [
-        deployment(resource, IMAGES, 2),
+        deployment(resource, SETTINGS, 2),
         key_secret(resource, {"control": b"the-control-key", "events": b"the-events-key"}),
         disruption_budget(resource),
         isolation(resource, Network(namespace="tunesmith-system", instance="tunesmith")),
@@ -91,7 +90,7 @@ def test_golden(case: str, pool: Callable[..., ServingPool]) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_container_passes_pod_security_restricted(case: str, pool: Callable[..., ServingPool]) -> None:
-    spec = deployment(pool("base", **CASES[case]), IMAGES, 1)["spec"]["template"]["spec"]
+    spec = deployment(pool("base", **CASES[case]), SETTINGS, 1)["spec"]["template"]["spec"]
     assert spec["automountServiceAccountToken"] is False
     assert spec["securityContext"]["runAsNonRoot"] is True
     assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -104,7 +103,7 @@ def test_every_container_passes_pod_security_restricted(case: str, pool: Callabl
 
 
 def test_each_container_gets_the_keys_that_it_needs_and_no_other(pool: Callable[..., ServingPool]) -> None:
-    spec = deployment(pool("base", **CASES["gpu"]), IMAGES, 1)["spec"]["template"]["spec"]
+    spec = deployment(pool("base", **CASES["gpu"]), SETTINGS, 1)["spec"]["template"]["spec"]
     entries = {
         volume["name"]: {item["key"] for item in volume["secret"]["items"]}
         for volume in spec["volumes"]
@@ -118,7 +117,7 @@ def test_each_container_gets_the_keys_that_it_needs_and_no_other(pool: Callable[
 
 
 def test_the_engine_has_no_credentials_of_the_store(pool: Callable[..., ServingPool]) -> None:
-    spec = deployment(pool("base", **CASES["gpu"]), IMAGES, 1)["spec"]["template"]["spec"]
+    spec = deployment(pool("base", **CASES["gpu"]), SETTINGS, 1)["spec"]["template"]["spec"]
     engine = spec["containers"][0]
     assert "envFrom" not in engine
     assert "base-model-secret" not in {mount["name"] for mount in engine["volumeMounts"]}
@@ -126,7 +125,7 @@ def test_the_engine_has_no_credentials_of_the_store(pool: Callable[..., ServingP
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_volume_and_container_has_a_limit_of_storage(case: str, pool: Callable[..., ServingPool]) -> None:
-    spec = deployment(pool("base", **CASES[case]), IMAGES, 1)["spec"]["template"]["spec"]
+    spec = deployment(pool("base", **CASES[case]), SETTINGS, 1)["spec"]["template"]["spec"]
     volumes = {volume["name"]: volume["emptyDir"] for volume in spec["volumes"] if "emptyDir" in volume}
     assert all(volume["sizeLimit"] for volume in volumes.values())
     on_disk = sum(int(volume["sizeLimit"]) for volume in volumes.values() if volume.get("medium") != "Memory")
@@ -140,7 +139,7 @@ def test_every_volume_and_container_has_a_limit_of_storage(case: str, pool: Call
 
 def test_keys_are_mounted_and_never_variables(pool: Callable[..., ServingPool]) -> None:
     for case, more in (("cpu", set()), ("gpu", {"hub"}), ("claim", set())):
-        spec = deployment(pool("base", **CASES[case]), IMAGES, 1)["spec"]["template"]["spec"]
+        spec = deployment(pool("base", **CASES[case]), SETTINGS, 1)["spec"]["template"]["spec"]
         containers = [*spec["initContainers"], *spec["containers"]]
         assert not any("envFrom" in container for container in containers)
         names = {volume["secret"]["secretName"] for volume in spec["volumes"] if volume["name"].endswith("-secret")}
@@ -148,13 +147,13 @@ def test_keys_are_mounted_and_never_variables(pool: Callable[..., ServingPool]) 
 
 
 def test_the_pods_fit_the_selector(pool: Callable[..., ServingPool]) -> None:
-    spec = deployment(pool(), IMAGES, 1)["spec"]
+    spec = deployment(pool(), SETTINGS, 1)["spec"]
     assert spec["selector"]["matchLabels"].items() <= spec["template"]["metadata"]["labels"].items()
     assert selector_text(pool()) == "tunesmith.dev/pool=base,tunesmith.dev/pool-uid=uid-base"
 
 
 def test_a_stopping_pod_has_time_to_drain(pool: Callable[..., ServingPool]) -> None:
-    spec = deployment(pool(drainSeconds=20), IMAGES, 1)["spec"]["template"]["spec"]
+    spec = deployment(pool(drainSeconds=20), SETTINGS, 1)["spec"]["template"]["spec"]
     assert spec["terminationGracePeriodSeconds"] == 50
 
 
@@ -234,7 +233,7 @@ def test_settings_of_the_pool_cannot_be_overridden(
 
 def test_what_clients_may_ask_reaches_the_engine(pool: Callable[..., ServingPool]) -> None:
     def engine(**requests: Any) -> tuple[list[str], dict[str, Any]]:
-        container = deployment(pool(requests=requests), IMAGES, 1)["spec"]["template"]["spec"]["containers"][0]
+        container = deployment(pool(requests=requests), SETTINGS, 1)["spec"]["template"]["spec"]["containers"][0]
         variables = {variable["name"]: variable.get("value", "") for variable in container["env"]}
         return container["args"], json.loads(variables["TUNESMITH_REQUESTS"])
 

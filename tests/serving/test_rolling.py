@@ -11,7 +11,7 @@ import pytest
 
 from tunesmith.api.conditions import ServingPoolReason
 from tunesmith.serving.pod import PoolPod, Problem
-from tunesmith.serving.render import Images, deployment
+from tunesmith.serving.render import deployment
 from tunesmith.serving.rolling import (
     Cause,
     Rollout,
@@ -23,18 +23,19 @@ from tunesmith.serving.rolling import (
     stamped,
     surge,
 )
+from tunesmith.serving.settings import PoolSettings
 
 if TYPE_CHECKING:
     from tunesmith.api.servingpool import ServingPool
 
 Build = Callable[..., Any]
-OLD = Images("agent:1", "engine:1", "Always", "s3://x", "", "1Gi", "1Gi", 10.0)
-NEW = replace(OLD, agent="agent:2", engine="engine:2")
+OLD = PoolSettings(store="s3://x", agent_image="agent:1", engine_image="engine:1")
+NEW = OLD.model_copy(update={"agent_image": "agent:2", "engine_image": "engine:2"})
 UNSCHEDULABLE = Problem(ServingPoolReason.UNSCHEDULABLE, "no node takes it: 0/3 nodes")
 
 
-def made(pool: ServingPool, images: Images = OLD, cause: Cause = Cause.SPEC) -> dict[str, Any]:
-    return stamped(deployment(pool, images, 2), pool, cause)
+def made(pool: ServingPool, settings: PoolSettings = OLD, cause: Cause = Cause.SPEC) -> dict[str, Any]:
+    return stamped(deployment(pool, settings, 2), pool, cause)
 
 
 def template(manifest: dict[str, Any]) -> str:
@@ -47,11 +48,11 @@ def observed(start: datetime) -> Callable[..., Rollout]:
         wanted: ServingPool,
         deployed: dict[str, Any] | None,
         pods: Sequence[PoolPod] = (),
-        images: Images = OLD,
+        settings: PoolSettings = OLD,
         *,
         later: timedelta = timedelta(0),
     ) -> Rollout:
-        return observe_rollout(wanted, deployment(wanted, images, 2), deployed, pods, start + later)
+        return observe_rollout(wanted, deployment(wanted, settings, 2), deployed, pods, start + later)
 
     return observe
 
@@ -63,7 +64,7 @@ def test_nothing_changed(observed: Build, pool: Build, pod: Build) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "images", "change"),
+    ("spec", "settings", "change"),
     [
         pytest.param({"drainSeconds": 5}, OLD, Cause.SPEC, id="the user changed the pods"),
         pytest.param({}, NEW, Cause.INSTALLATION, id="the installation changed the images"),
@@ -73,9 +74,9 @@ def test_nothing_changed(observed: Build, pool: Build, pod: Build) -> None:
     ],
 )
 def test_who_changed_the_template(
-    spec: dict[str, Any], images: Images, change: Cause | None, observed: Build, pool: Build, pod: Build
+    spec: dict[str, Any], settings: PoolSettings, change: Cause | None, observed: Build, pool: Build, pod: Build
 ) -> None:
-    found = observed(pool(**spec), made(pool()), [pod("p")], images)
+    found = observed(pool(**spec), made(pool()), [pod("p")], settings)
     assert found.change is change
     assert found.waits is (change is Cause.INSTALLATION)
 

@@ -1,14 +1,16 @@
 """Where an installation lets pods of FineTuneJobs and ServingPools run: the operator and the admission policy check it.
 
-The lists are flags of the operator and values of the chart. An entry is a name; one that ends in `*` admits every name
-that begins with the rest.
+An entry of a list is a name; one that ends in `*` admits every name that begins with the rest.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tunesmith.contracts.settings import COMMA_SEPARATED, MAX_ENTRIES, ChartValue, Matches
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -17,22 +19,43 @@ if TYPE_CHECKING:
 
 _MAX_SHOWN = 12
 _ANY = "*"
-_NAME = re.compile(r"[A-Za-z0-9][-A-Za-z0-9._/]*\*?|\*")
-_TAINT = re.compile(
+_TAINT = (
     r"(?P<key>\*|[A-Za-z0-9][-A-Za-z0-9._/]*\*?)(=(?P<value>[-A-Za-z0-9._]*))?"
     r"(:(?P<effect>NoSchedule|PreferNoSchedule|NoExecute))?"
 )
 
+_Names = Annotated[
+    tuple[
+        Annotated[
+            str, Matches(r"[A-Za-z0-9][-A-Za-z0-9._/]*\*?|\*", "a name, or the beginning of names followed by *")
+        ],
+        ...,
+    ],
+    COMMA_SEPARATED,
+    Field(max_length=MAX_ENTRIES),
+]
+_Taints = Annotated[
+    tuple[Annotated[str, Matches(_TAINT, "key, key=value, key:effect or key=value:effect of a taint")], ...],
+    COMMA_SEPARATED,
+    Field(max_length=MAX_ENTRIES),
+]
 
-@dataclass(frozen=True)
-class AllowedScheduling:
-    """What `spec.scheduling` and `resources.gpuResource` may name. The defaults are those of the flags."""
 
-    priority_classes: tuple[str, ...] = ()
-    tolerations: tuple[str, ...] = ("nvidia.com/gpu", "amd.com/gpu")
-    """Taints that may be tolerated, `key[=value][:effect]`."""
-    runtime_classes: tuple[str, ...] = ("nvidia",)
-    node_selectors: tuple[str, ...] = (
+class AllowedScheduling(BaseModel):
+    """Settings of the operator: what `spec.scheduling` and `resources.gpuResource` may name."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    allowed_priority_classes: Annotated[_Names, ChartValue("scheduling.allowedPriorityClasses")] = ()
+    """PriorityClasses that jobs and pools may name; a name that ends in * admits all that begin so."""
+    allowed_tolerations: Annotated[_Taints, ChartValue("scheduling.allowedTolerations")] = (
+        "nvidia.com/gpu",
+        "amd.com/gpu",
+    )
+    """Taints that jobs and pools may tolerate, each key[=value][:effect]."""
+    allowed_runtime_classes: Annotated[_Names, ChartValue("scheduling.allowedRuntimeClasses")] = ("nvidia",)
+    """RuntimeClasses that jobs and pools may name."""
+    allowed_node_selectors: Annotated[_Names, ChartValue("scheduling.allowedNodeSelectorKeys")] = (
         "kubernetes.io/arch",
         "node.kubernetes.io/instance-type",
         "topology.kubernetes.io/region",
@@ -40,46 +63,35 @@ class AllowedScheduling:
         "nvidia.com/gpu.*",
         "nvidia.com/mig.*",
     )
-    """Keys of node labels."""
-    gpu_resources: tuple[str, ...] = ("nvidia.com/gpu*", "nvidia.com/mig-*", "amd.com/gpu")
-    """Extended resources that stand for a GPU. Other device plugins may hand out devices of the host."""
+    """Keys of node labels by which jobs and pools may choose their nodes."""
+    allowed_gpu_resources: Annotated[_Names, ChartValue("scheduling.allowedGpuResources")] = (
+        "nvidia.com/gpu*",
+        "nvidia.com/mig-*",
+        "amd.com/gpu",
+    )
+    """Extended resources that jobs and pools may ask for as GPUs. Other device plugins may hand out devices of the
+    host."""
 
 
 DEFAULT_SCHEDULING = AllowedScheduling()
 
 
-def parse_names(text: str) -> tuple[str, ...]:
-    """Return the entries of a comma-separated list of names.
-
-    Raises:
-        ValueError: an entry is not a name.
-    """
-    return _parsed(text, _NAME, "a name, or the beginning of names followed by *")
-
-
-def parse_tolerations(text: str) -> tuple[str, ...]:
-    """Return the entries of a comma-separated list of taints that may be tolerated.
-
-    Raises:
-        ValueError: an entry is not `key[=value][:effect]`.
-    """
-    return _parsed(text, _TAINT, "key, key=value, key:effect or key=value:effect of a taint")
-
-
 def refusal(scheduling: Scheduling, resources: Resources, allowed: AllowedScheduling) -> str | None:
     """Return why the installation does not run such pods, as a sentence for each field; None where it does."""
     refused = [
-        _named("priorityClassName", scheduling.priority_class_name, allowed.priority_classes, "PriorityClasses"),
-        _named("runtimeClassName", scheduling.runtime_class_name, allowed.runtime_classes, "RuntimeClasses"),
+        _named(
+            "priorityClassName", scheduling.priority_class_name, allowed.allowed_priority_classes, "PriorityClasses"
+        ),
+        _named("runtimeClassName", scheduling.runtime_class_name, allowed.allowed_runtime_classes, "RuntimeClasses"),
         *(
-            _named("nodeSelector", key, allowed.node_selectors, "NodeSelectorKeys")
+            _named("nodeSelector", key, allowed.allowed_node_selectors, "NodeSelectorKeys")
             for key in scheduling.node_selector or {}
         ),
         *(
-            _toleration(number, toleration, allowed.tolerations)
+            _toleration(number, toleration, allowed.allowed_tolerations)
             for number, toleration in enumerate(scheduling.tolerations or [])
         ),
-        _gpu(resources, allowed.gpu_resources),
+        _gpu(resources, allowed.allowed_gpu_resources),
     ]
     sentences = [sentence for sentence in refused if sentence is not None]
     return "; ".join(sentences) or None
@@ -93,14 +105,6 @@ def tolerates(taint: Mapping[str, Any], tolerations: Iterable[Toleration]) -> bo
         and (toleration.operator == "Exists" or (toleration.value or "") == taint.get("value", ""))
         for toleration in tolerations
     )
-
-
-def _parsed(text: str, form: re.Pattern[str], expected: str) -> tuple[str, ...]:
-    entries = [entry.strip() for entry in text.split(",") if entry.strip()]
-    for entry in entries:
-        if form.fullmatch(entry) is None:
-            raise ValueError(f"{entry!r} is not {expected}")
-    return tuple(entries)
 
 
 def _named(field: str, value: str | None, entries: Sequence[str], setting: str) -> str | None:
@@ -126,7 +130,7 @@ def _toleration(number: int, toleration: Toleration, entries: Sequence[str]) -> 
 
 
 def _admits(entry: str, toleration: Toleration) -> bool:
-    parts = _TAINT.fullmatch(entry)
+    parts = re.fullmatch(_TAINT, entry)
     if parts is None:
         return False
     key, value, effect = parts["key"], parts["value"], parts["effect"]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tunesmith.cluster.events import EventRecorder
     from tunesmith.cluster.resources import Object
     from tunesmith.contracts.agent import Keys
-    from tunesmith.controller.settings import Settings
+    from tunesmith.controller.settings import OperatorSettings
 
 
 class NotLeadingError(ClusterError):
@@ -31,7 +31,7 @@ class Context:
     """The controller's state that reconcilers share."""
 
     cluster: Cluster
-    settings: Settings
+    settings: OperatorSettings
     recorder: EventRecorder
     caches: Caches = field(default_factory=Caches)
     queue: WorkQueue = field(default_factory=WorkQueue)

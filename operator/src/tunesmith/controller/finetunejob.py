@@ -58,17 +58,7 @@ class FineTuneJobReconciler:
 
     @property
     def _installation(self) -> render.Installation:
-        settings = self._context.settings
-        return render.Installation(
-            store=settings.store,
-            trainer_image=settings.trainer_image,
-            lm_eval_tasks=settings.lm_eval_tasks,
-            allow_task_folders=settings.allow_task_folders,
-            allowed_addresses=settings.allowed_addresses,
-            image_pull_policy=settings.image_pull_policy,
-            storage=settings.job_storage,
-            cluster=self._context.cluster_uid,
-        )
+        return render.Installation(self._context.settings, self._context.cluster_uid)
 
     @property
     def watches(self) -> Sequence[Watch]:
@@ -93,7 +83,7 @@ class FineTuneJobReconciler:
             # Not a failure for good: a newer release may have written it and may come back.
             await self._report_unreadable(manifest, error)
             return Result()
-        decided = plan(seen, self._installation.store, self._context.settings.allowed_scheduling)
+        decided = plan(seen, self._context.settings.store, self._context.settings)
         status, look_again = await self._act(seen, decided, manifest, {job["metadata"]["name"]: job for job in jobs})
         await self._write(manifest, seen.job.status, status)
         return Result(look_again.total_seconds() if look_again is not None else None)

@@ -25,7 +25,8 @@ from tunesmith.controller.probes import serving
 from tunesmith.controller.serving.adapter import AdapterDeploymentReconciler
 from tunesmith.controller.serving.pool import ServingPoolReconciler
 from tunesmith.controller.serving.state import ServingState
-from tunesmith.controller.settings import Settings, parse
+from tunesmith.controller.settings import OperatorSettings
+from tunesmith.settings import read
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,7 +47,7 @@ def reconcilers(context: Context, metrics: Metrics) -> Sequence[Reconciler]:
     ]
 
 
-async def operate(settings: Settings, stop: asyncio.Event) -> None:
+async def operate(settings: OperatorSettings, stop: asyncio.Event) -> None:
     """Run until `stop` is set; then hand the Lease over.
 
     Raises:
@@ -69,7 +70,7 @@ async def operate(settings: Settings, stop: asyncio.Event) -> None:
             unhealthy=controller.unhealthy,
             unready=controller.unready,
             registry=metrics.registry,
-            may_read=lambda header: settings.open_metrics or accepts(header, _metrics_tokens(context)),
+            may_read=lambda header: not settings.require_metrics_token or accepts(header, _metrics_tokens(context)),
         ):
             await _until(stop, controller.keep_caches(), controller.keep_keys(), leading)
             if settings.leader_election:
@@ -101,7 +102,7 @@ async def _until(stop: asyncio.Event, *endless: object) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _main(settings: Settings) -> None:
+async def _main(settings: OperatorSettings) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -111,7 +112,7 @@ async def _main(settings: Settings) -> None:
 
 def main() -> None:
     """Run the operator as the command line says."""
-    settings = parse()
+    settings = read(OperatorSettings)
     allow_deep_objects()
     logging.basicConfig(
         level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr

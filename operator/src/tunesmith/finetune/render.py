@@ -27,6 +27,7 @@ from tunesmith.storage.schemes import STORE_KEYS
 
 if TYPE_CHECKING:
     from tunesmith.api.finetunejob import FineTuneJob
+    from tunesmith.finetune.settings import JobSettings
 
 Object = dict[str, Any]
 
@@ -59,18 +60,7 @@ _MANIFEST_SUFFIXES = {VALIDATE: "spec", TRAIN: "resolved"}
 class Installation:
     """What an installation gives to every job."""
 
-    store: str
-    """Root of the store, such as s3://tunesmith/store."""
-    trainer_image: str
-    lm_eval_tasks: str = ""
-    """Folder in that image with the platform's own evaluation tasks; empty: none."""
-    allow_task_folders: bool = False
-    """Whether jobs may bring evaluation tasks, which are code that is run in their pods."""
-    allowed_addresses: str = ""
-    """Networks that jobs may reach beside public addresses, such as `10.0.0.7/32,fd00::/8`; empty: none."""
-    image_pull_policy: str = "IfNotPresent"
-    storage: str = "500Gi"
-    """Disk that a pod may take: base model, data, checkpoints and what is merged. More ends the pod, not its node."""
+    settings: JobSettings
     cluster: str = ""
     """Uid of the namespace kube-system, by which `tunesmith gc` tells this cluster's folders; empty: not known."""
 
@@ -137,8 +127,8 @@ def attempt(job: FineTuneJob, number: int, installation: Installation) -> Object
         _on_disruption("FailJob"),
         *(_on_exit_codes("FailJob", code) for code in (ExitCode.USER_FAULT, ExitCode.RETRYABLE, ExitCode.PREEMPTED)),
     ]
-    place = artifact_uri(installation.store, metadata.namespace, metadata.name, metadata.uid)
-    checkpoints = checkpoints_uri(installation.store, metadata.namespace, metadata.name, metadata.uid)
+    place = artifact_uri(installation.settings.store, metadata.namespace, metadata.name, metadata.uid)
+    checkpoints = checkpoints_uri(installation.settings.store, metadata.namespace, metadata.name, metadata.uid)
     arguments = ["train", "--job", f"{JOB_FOLDER}/{JOB_FILE}", "--output", place, "--checkpoints", checkpoints]
     arguments += ["--tokens", _tokens(job, installation), *_ownership(job, installation), *_permissions(installation)]
     pod = _pod(job, installation, labels, arguments, _resources(job))
@@ -294,19 +284,19 @@ def _pod(
             "containers": [
                 {
                     "name": CONTAINER,
-                    "image": installation.trainer_image,
-                    "imagePullPolicy": installation.image_pull_policy,
+                    "image": installation.settings.trainer_image,
+                    "imagePullPolicy": installation.settings.image_pull_policy,
                     "command": ["tunesmith-trainer"],
                     "args": arguments,
                     "envFrom": [{"secretRef": {"name": STORE_SECRET}}],
                     "env": [
                         {"name": "HOME", "value": "/tmp"},  # noqa: S108 - an emptyDir of the pod
                         # Even if empty: the keys of the Secret above are variables too, and must not set these.
-                        {"name": LM_EVAL_TASKS, "value": installation.lm_eval_tasks},
-                        {"name": ALLOWED_ADDRESSES, "value": installation.allowed_addresses},
+                        {"name": LM_EVAL_TASKS, "value": installation.settings.lm_eval_tasks},
+                        {"name": ALLOWED_ADDRESSES, "value": ",".join(installation.settings.allowed_addresses)},
                     ],
                     "ports": [{"name": "progress", "containerPort": PROGRESS_PORT}],
-                    "resources": _with_disk(resources, installation.storage),
+                    "resources": _with_disk(resources, installation.settings.job_storage),
                     "securityContext": {
                         "allowPrivilegeEscalation": False,
                         "readOnlyRootFilesystem": True,
@@ -331,8 +321,8 @@ def _pod(
             ],
             "volumes": [
                 {"name": "job", "configMap": {"name": owned_name(job.metadata.name, job.metadata.uid, manifest)}},
-                {"name": "work", "emptyDir": {"sizeLimit": installation.storage}},
-                {"name": "tmp", "emptyDir": {"sizeLimit": installation.storage}},
+                {"name": "work", "emptyDir": {"sizeLimit": installation.settings.job_storage}},
+                {"name": "tmp", "emptyDir": {"sizeLimit": installation.settings.job_storage}},
                 *([{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "1Gi"}}] if shared else []),
                 # Optional: the kubelet would wait for a missing one without a word, the trainer says which is missing.
                 *(
@@ -369,18 +359,18 @@ def _ownership(job: FineTuneJob, installation: Installation) -> list[str]:
     if not installation.cluster:
         return []
     metadata = job.metadata
-    folder = job_folder(installation.store, metadata.namespace, metadata.name, metadata.uid)
+    folder = job_folder(installation.settings.store, metadata.namespace, metadata.name, metadata.uid)
     return ["--job-folder", folder, "--cluster", installation.cluster]
 
 
 def _permissions(installation: Installation) -> list[str]:
     # An argument, which no key of the Secret with the pod's variables can set.
-    return ["--allow-task-code"] if installation.allow_task_folders else []
+    return ["--allow-task-code"] if installation.settings.allow_task_folders else []
 
 
 def _tokens(job: FineTuneJob, installation: Installation) -> str:
     metadata = job.metadata
-    return tokens_uri(installation.store, metadata.namespace, metadata.name, metadata.uid)
+    return tokens_uri(installation.settings.store, metadata.namespace, metadata.name, metadata.uid)
 
 
 def _secrets(job: FineTuneJob) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.api.credentials import STORE_SECRET
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from tunesmith.api.servingpool import ServingPool
+    from tunesmith.serving.settings import PoolSettings
 
 Manifest = dict[str, Any]
 
@@ -59,24 +59,6 @@ _DRAIN = (
     f"q=r.Request('http://127.0.0.1:{AGENT_PORT}/drain',method='POST',headers={{'Authorization':'Bearer '+t}});"
     "r.urlopen(q,timeout=%d)"
 )
-
-
-@dataclass(frozen=True)
-class Images:
-    """What pool pods run, and where artifacts are."""
-
-    agent: str
-    engine: str
-    pull_policy: str
-    store: str
-    allowed_addresses: str
-    """Networks that pool pods may reach beside public addresses; empty: none."""
-    adapter_storage: str
-    """Disk that the adapters of a pod may take, such as 20Gi."""
-    base_model_storage: str
-    """Disk that a downloaded base model may take."""
-    max_adapter_ratio: float
-    """Highest norm of an adapter's change of a module, relative to the base's weights."""
 
 
 def deployment_name(pool: ServingPool) -> str:
@@ -164,7 +146,7 @@ def disruption_budget(pool: ServingPool) -> Manifest:
     }
 
 
-def deployment(pool: ServingPool, images: Images, replicas: int, max_surge: int = 0) -> Manifest:
+def deployment(pool: ServingPool, settings: PoolSettings, replicas: int, max_surge: int = 0) -> Manifest:
     """Render the pool's pods. A changed template replaces them one by one, with `max_surge` 1 without one fewer."""
     return {
         "apiVersion": "apps/v1",
@@ -184,7 +166,7 @@ def deployment(pool: ServingPool, images: Images, replicas: int, max_surge: int 
                     "labels": {**_labels(pool), POOL_UID_LABEL: pool.metadata.uid},
                     "annotations": {"kubectl.kubernetes.io/default-container": ENGINE_CONTAINER},
                 },
-                "spec": _pod(pool, images),
+                "spec": _pod(pool, settings),
             },
         },
     }
@@ -210,7 +192,7 @@ def _labels(pool: ServingPool) -> dict[str, str]:
     }
 
 
-def _pod(pool: ServingPool, images: Images) -> Manifest:
+def _pod(pool: ServingPool, settings: PoolSettings) -> Manifest:
     return {
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
@@ -225,14 +207,14 @@ def _pod(pool: ServingPool, images: Images) -> Manifest:
         },
         "readinessGates": [{"conditionType": READINESS_GATE}],
         # A mounted base model is there already: the agent takes its fingerprint itself.
-        "initContainers": [*([] if _claim(pool) else [_base_model(pool, images)]), _agent(pool, images)],
-        "containers": [_engine(pool, images)],
-        "volumes": _volumes(pool, images),
+        "initContainers": [*([] if _claim(pool) else [_base_model(pool, settings)]), _agent(pool, settings)],
+        "containers": [_engine(pool, settings)],
+        "volumes": _volumes(pool, settings),
         **pool.spec.scheduling.pod_fields(),
     }
 
 
-def _base_model(pool: ServingPool, images: Images) -> Manifest:
+def _base_model(pool: ServingPool, settings: PoolSettings) -> Manifest:
     source = pool.spec.base_model
     arguments = ["fetch-base", "--uri", source.uri, "--target", _BASE, "--fingerprint-file", _FINGERPRINT]
     if source.revision is not None:
@@ -240,7 +222,7 @@ def _base_model(pool: ServingPool, images: Images) -> Manifest:
     own = source.secret_ref
     volume, secret = ("store-secret", STORE_SECRET) if own is None else ("base-model-secret", own.name)
     folder = f"{_SECRETS}/{secret}"  # which has the Secret's name, for messages
-    arguments += ["--secret", folder, "--storage", str(_bytes(images.base_model_storage))]
+    arguments += ["--secret", folder, "--storage", str(_bytes(settings.base_model_storage))]
     mounts = [
         _models(pool, read_only=False),
         _mount("tmp-base-model", "/tmp"),  # noqa: S108 - an emptyDir of its own
@@ -248,20 +230,20 @@ def _base_model(pool: ServingPool, images: Images) -> Manifest:
     ]
     return {
         "name": BASE_MODEL_CONTAINER,
-        **_small(images, _volume_sizes(pool, images)["models"] + _TEMPORARY_SIZE),
+        **_small(settings, _volume_sizes(pool, settings)["models"] + _TEMPORARY_SIZE),
         "command": ["tunesmith-agent"],
         "args": arguments,
         "volumeMounts": mounts,
     }
 
 
-def _agent(pool: ServingPool, images: Images) -> Manifest:
+def _agent(pool: ServingPool, settings: PoolSettings) -> Manifest:
     engine = pool.spec.engine
     probe = {"httpGet": {"path": "/healthz", "port": AGENT_PORT}, "timeoutSeconds": 5}
     return {
         "name": AGENT_CONTAINER,
         "restartPolicy": "Always",
-        **_small(images, _volume_sizes(pool, images)["adapters"] + _RUN_SIZE + _TEMPORARY_SIZE),
+        **_small(settings, _volume_sizes(pool, settings)["adapters"] + _RUN_SIZE + _TEMPORARY_SIZE),
         "command": ["tunesmith-agent"],
         "args": [
             "serve",
@@ -272,17 +254,17 @@ def _agent(pool: ServingPool, images: Images) -> Manifest:
             "--metrics-digest-file", f"{_AGENT_KEYS}/{METRICS_DIGEST}",
             "--state", _RUN,
             "--adapters", "/adapters",
-            "--store", images.store,
+            "--store", settings.store,
             "--secret", f"{_SECRETS}/{STORE_SECRET}",
-            "--storage", str(_bytes(images.adapter_storage)),
-            "--max-adapter-ratio", f"{images.max_adapter_ratio:g}",
+            "--storage", str(_bytes(settings.adapter_storage)),
+            "--max-adapter-ratio", f"{settings.max_adapter_ratio:g}",
             "--base-fingerprint-file", _FINGERPRINT,
             "--max-lora-rank", str(engine.max_lora_rank),
             "--max-loras", str(engine.max_loras),
             "--drain-seconds", str(pool.spec.drain_seconds),
             *([] if pool.spec.resources.gpus else ["--hang-seconds", str(_CPU_HANG_SECONDS)]),
         ],
-        "env": [*_small_variables(images), _POD_UID],
+        "env": [*_small_variables(settings), _POD_UID],
         "ports": [{"name": "agent", "containerPort": AGENT_PORT, "protocol": "TCP"}],
         "startupProbe": {**probe, "periodSeconds": 1, "failureThreshold": 120},
         "livenessProbe": {**probe, "periodSeconds": 10, "failureThreshold": 6},
@@ -297,14 +279,14 @@ def _agent(pool: ServingPool, images: Images) -> Manifest:
     }  # fmt: skip
 
 
-def _engine(pool: ServingPool, images: Images) -> Manifest:
+def _engine(pool: ServingPool, settings: PoolSettings) -> Manifest:
     resources = pool.spec.resources
     gpus = {resources.gpu_resource: str(resources.gpus)} if resources.gpus else {}
     health = {"httpGet": {"path": "/health", "port": ENGINE_PORT}, "timeoutSeconds": 10}
     return {
         "name": ENGINE_CONTAINER,
-        "image": pool.spec.engine.image or images.engine,
-        "imagePullPolicy": images.pull_policy,
+        "image": pool.spec.engine.image or settings.engine_image,
+        "imagePullPolicy": settings.image_pull_policy,
         "command": ["python3", "-m", "tunesmith_launch", _BASE],
         "args": _engine_arguments(pool),
         "env": _engine_variables(pool),
@@ -316,7 +298,7 @@ def _engine(pool: ServingPool, images: Images) -> Manifest:
                 "ephemeral-storage": _REQUESTED_STORAGE,
                 **gpus,
             },
-            "limits": {"memory": resources.memory, "ephemeral-storage": _engine_storage(pool, images), **gpus},
+            "limits": {"memory": resources.memory, "ephemeral-storage": _engine_storage(pool, settings), **gpus},
         },
         "securityContext": _restricted(),
         "startupProbe": {
@@ -400,12 +382,12 @@ def _engine_variables(pool: ServingPool) -> list[Manifest]:
     ]
 
 
-def _small(images: Images, storage: int) -> Manifest:
+def _small(settings: PoolSettings, storage: int) -> Manifest:
     """Fields that both containers of the agent's image share; `storage`: bytes of the volumes that they write."""
     return {
-        "image": images.agent,
-        "imagePullPolicy": images.pull_policy,
-        "env": _small_variables(images),
+        "image": settings.agent_image,
+        "imagePullPolicy": settings.image_pull_policy,
+        "env": _small_variables(settings),
         "resources": {
             "requests": {"cpu": "50m", "memory": "256Mi", "ephemeral-storage": _REQUESTED_STORAGE},
             "limits": {"memory": "1Gi", "ephemeral-storage": str(storage + _LOGS)},
@@ -415,16 +397,16 @@ def _small(images: Images, storage: int) -> Manifest:
     }
 
 
-def _small_variables(images: Images) -> list[Manifest]:
+def _small_variables(settings: PoolSettings) -> list[Manifest]:
     return [
         {"name": "HOME", "value": "/tmp"},  # noqa: S108 - an emptyDir of its own
-        {"name": ALLOWED_ADDRESSES, "value": images.allowed_addresses},
+        {"name": ALLOWED_ADDRESSES, "value": ",".join(settings.allowed_addresses)},
     ]
 
 
-def _engine_storage(pool: ServingPool, images: Images) -> str:
+def _engine_storage(pool: ServingPool, settings: PoolSettings) -> str:
     """Limit of the engine's container; the kubelet compares the pod's volumes with the sum of all limits."""
-    sizes = _volume_sizes(pool, images)
+    sizes = _volume_sizes(pool, settings)
     return str(sizes["tmp-engine"] + sizes.get("models", 0) + _LOGS)
 
 
@@ -448,27 +430,27 @@ def _claim(pool: ServingPool) -> tuple[str, str] | None:
     return claim, folder.strip("/")
 
 
-def _volume_sizes(pool: ServingPool, images: Images) -> dict[str, int]:
+def _volume_sizes(pool: ServingPool, settings: PoolSettings) -> dict[str, int]:
     """Size limits in bytes of the volumes on the node's disk.
 
     A pod whose volume exceeds its limit is evicted, with the adapters of everyone. So the agent and fetch-base keep to
     the sizes that the platform sets, and the limits are a sixteenth higher, for what the file system itself takes.
     """
     sizes = {
-        "adapters": _bytes(images.adapter_storage) * 17 // 16,
+        "adapters": _bytes(settings.adapter_storage) * 17 // 16,
         "run": _RUN_SIZE,
         "tmp-agent": _TEMPORARY_SIZE,
         "tmp-engine": _ENGINE_TEMPORARY_SIZE,
     }
     if _claim(pool) is None:
-        sizes |= {"models": _bytes(images.base_model_storage) * 17 // 16, "tmp-base-model": _TEMPORARY_SIZE}
+        sizes |= {"models": _bytes(settings.base_model_storage) * 17 // 16, "tmp-base-model": _TEMPORARY_SIZE}
     return sizes
 
 
-def _volumes(pool: ServingPool, images: Images) -> list[Manifest]:
+def _volumes(pool: ServingPool, settings: PoolSettings) -> list[Manifest]:
     claim = _claim(pool)
     volumes: list[Manifest] = [
-        *({"name": name, "emptyDir": {"sizeLimit": str(size)}} for name, size in _volume_sizes(pool, images).items()),
+        *({"name": name, "emptyDir": {"sizeLimit": str(size)}} for name, size in _volume_sizes(pool, settings).items()),
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": pool.spec.resources.memory}},
         # Optional: no keys are needed where pods have an identity of their own. An adapter whose download needs them
         # reports that they are missing, and the kubelet mounts a Secret that is created later.

@@ -35,7 +35,6 @@ from tunesmith.serving.render import (
     METRICS_DIGEST,
     POOL_LABEL,
     SERVING_KEY,
-    Images,
     deployment,
     disruption_budget,
     isolation,
@@ -75,17 +74,6 @@ class ServingPoolReconciler:
     def __init__(self, state: ServingState) -> None:
         self._state = state
         self._context = state.context
-        settings = self._context.settings
-        self._images = Images(
-            settings.agent_image,
-            settings.engine_image,
-            settings.image_pull_policy,
-            settings.store,
-            settings.allowed_addresses,
-            settings.adapter_storage,
-            settings.base_model_storage,
-            settings.max_adapter_ratio,
-        )
         self._applied = AppliedObjects(self._context)
         self._views: dict[str, PoolView] = {}
         self._placements: dict[str, PlacementMemory] = {}
@@ -122,7 +110,7 @@ class ServingPoolReconciler:
         invalid = reserved(pool) or self._forbidden(pool)
         decision, spread = self._pods(pool, attached)
         observed, pods = self._state.deployment(pool), self._state.pods(pool)
-        rendered = deployment(pool, self._images, decision.replicas)
+        rendered = deployment(pool, self._context.settings, decision.replicas)
         rollout = observe_rollout(pool, rendered, observed, pods, self._context.now())
         hold = self._rollouts.turn(pool.metadata.uid, rollout, self._state.pools.list)
         asks = asks_for_room(pool, decision.replicas, rollout)
@@ -171,7 +159,7 @@ class ServingPoolReconciler:
                 f"spec.baseModel.uri {spec.base_model.uri} reaches into this installation's store outside the folder "
                 f"of namespace {pool.metadata.namespace}: name a place outside the store"
             )
-        return refusal(spec.scheduling, spec.resources, settings.allowed_scheduling)
+        return refusal(spec.scheduling, spec.resources, settings)
 
     async def run(self) -> None:
         """Read the agents' streams and tell them what to hold."""
@@ -251,7 +239,9 @@ class ServingPoolReconciler:
             except (InvalidError, ForbiddenError) as error:
                 return f"the API server refuses a change of {describe(observed)}: {error}"
             return None
-        wanted = stamped(deployment(pool, self._images, replicas, seen.max_surge), pool, cause_of(seen.rollout))
+        wanted = stamped(
+            deployment(pool, self._context.settings, replicas, seen.max_surge), pool, cause_of(seen.rollout)
+        )
         generation = observed["metadata"]["generation"] if observed is not None else -1
         return await self._applied.ensure(pool.metadata.uid, wanted, generation)
 

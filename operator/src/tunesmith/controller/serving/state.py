@@ -179,7 +179,7 @@ class ServingState:
 
     def candidates(self, adapter: AdapterDeployment, fingerprint: str | None) -> Candidates:
         """Return the pools that an AdapterDeployment may get."""
-        shared = self.context.settings.shared_pool_namespaces
+        shared = self.context.settings.shared_namespaces
         wanted = adapter.spec.pool
         found = [] if wanted is None else [self.pools.get(wanted.namespace or adapter.metadata.namespace, wanted.name)]
         if wanted is None:

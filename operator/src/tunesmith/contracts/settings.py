@@ -1,0 +1,128 @@
+"""Declarations of settings: the chart's value that sets each one, and the types that several programs use.
+
+A setting is a field of a pydantic model. Its annotation names the chart's value (`ChartValue`) or the reason that there
+is none (`Internal`); the chart's flags, its values schema and docs/reference/settings.md are generated from the models.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping  # noqa: TC003 - read by pydantic
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import core_schema
+
+from tunesmith.contracts.addresses import parse_networks
+from tunesmith.storage.schemes import parse_store
+
+if TYPE_CHECKING:
+    from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+
+MAX_ENTRIES = 256
+"""Longest list of a setting."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChartValue:
+    """The value of charts/tunesmith that sets a field.
+
+    Attributes:
+        path: keys in values.yaml, such as `serving.adapterStorage`.
+        expression: Go template of the flag's value; empty: the value itself.
+        narrower: keys of JSON Schema by which the chart accepts less than the program.
+        schema: False if the value's schema is written by hand in values.schema.json.
+    """
+
+    path: str
+    expression: str = ""
+    narrower: Mapping[str, Any] | None = None
+    schema: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Internal:
+    """Annotation of a field that no value of the chart sets.
+
+    Attributes:
+        reason: who sets it, or why nobody needs to.
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Matches:
+    """Annotation of a text that matches a pattern.
+
+    Attributes:
+        pattern: regular expression of the whole text.
+        expected: noun phrase that completes "'x' is not …".
+    """
+
+    pattern: str
+    expected: str
+
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        """Check the text after the type."""
+        return core_schema.no_info_after_validator_function(self._checked, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """Return the JSON Schema; its dialect knows no named groups."""
+        unnamed = re.sub(r"\(\?P<\w+>", "(", self.pattern)
+        return {**handler(schema), "pattern": f"^({unnamed})$"}
+
+    def _checked(self, text: str) -> str:
+        if re.fullmatch(self.pattern, text) is None:
+            raise ValueError(f"{text!r} is not {self.expected}")
+        return text
+
+
+def _entries(value: object) -> object:
+    if isinstance(value, str):
+        return tuple(entry for part in value.split(",") if (entry := part.strip()))
+    return value
+
+
+COMMA_SEPARATED = BeforeValidator(_entries)
+"""Annotation of a tuple that a flag gives as `a,b`."""
+
+Namespaces = Annotated[
+    tuple[Annotated[str, Matches("[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", "a valid name of a namespace")], ...],
+    COMMA_SEPARATED,
+    Field(max_length=MAX_ENTRIES),
+]
+StorageSize = Annotated[str, Matches("[1-9][0-9]*(Mi|Gi)", "a size such as 20Gi or 512Mi")]
+
+
+def _network(text: str) -> str:
+    parse_networks(text)
+    return text
+
+
+NetworkAddress = Annotated[
+    str, AfterValidator(_network), Field(json_schema_extra={"pattern": "^[0-9A-Fa-f.:]+/[0-9]{1,3}$"})
+]
+
+
+class WorkloadSettings(BaseModel):
+    """Settings that the pods of FineTuneJobs and those of ServingPools share."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    store: Annotated[str, AfterValidator(parse_store), ChartValue("store", schema=False)]
+    """Bucket and folder where artifacts are published, such as s3://tunesmith/store."""
+    image_pull_policy: Annotated[Literal["Always", "IfNotPresent", "Never"], ChartValue("images.pullPolicy")] = (
+        "IfNotPresent"
+    )
+    """Pull policy of all pods."""
+    allowed_addresses: Annotated[
+        tuple[NetworkAddress, ...],
+        COMMA_SEPARATED,
+        Field(max_length=MAX_ENTRIES),
+        ChartValue("trainer.allowedAddresses"),
+    ] = ()
+    """Networks that pods of jobs and pools may reach beside public addresses, such as 10.0.0.7/32,fd00::/8."""

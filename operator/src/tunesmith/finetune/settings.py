@@ -1,0 +1,24 @@
+"""Settings of the operator that reach the pods of FineTuneJobs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from tunesmith.contracts.settings import ChartValue, Matches, StorageSize, WorkloadSettings
+
+
+class JobSettings(WorkloadSettings):
+    """Settings of validation and training pods."""
+
+    trainer_image: Annotated[str, ChartValue("images.trainer", 'include "tunesmith.image" (list . "trainer")')]
+    """Image of validation and training pods."""
+    lm_eval_tasks: Annotated[
+        str, Matches("(/.+)?", "an absolute path in the trainer's image"), ChartValue("trainer.lmEvalTasks")
+    ] = ""
+    """Folder in the trainer's image with the platform's own tasks for lm-evaluation-harness, whose functions training
+    pods run; empty: none."""
+    allow_task_folders: Annotated[bool, ChartValue("trainer.allowTaskFolders")] = False
+    """Let jobs bring evaluation tasks (lmEval.taskFolder): code that is run in their pods."""
+    job_storage: Annotated[StorageSize, ChartValue("trainer.storage")] = "500Gi"
+    """Disk of its node that a pod of a job may take, in Mi or Gi, for base model, data, checkpoints and a merged model.
+    A pod that takes more is stopped."""

@@ -1,0 +1,25 @@
+"""Settings of the operator that reach the pods of ServingPools."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from tunesmith.contracts.settings import ChartValue, StorageSize, WorkloadSettings
+
+
+class PoolSettings(WorkloadSettings):
+    """Settings of pool pods."""
+
+    agent_image: Annotated[str, ChartValue("images.agent", 'include "tunesmith.image" (list . "agent")')]
+    """Image of the agent in pool pods."""
+    engine_image: Annotated[str, ChartValue("images.engine", 'include "tunesmith.image" (list . "engine")')]
+    """vLLM image of pools that name none."""
+    adapter_storage: Annotated[StorageSize, ChartValue("serving.adapterStorage")] = "20Gi"
+    """Disk of its node that the adapters of a pool pod may take, in Mi or Gi."""
+    base_model_storage: Annotated[StorageSize, ChartValue("serving.baseModelStorage")] = "500Gi"
+    """Disk of its node that the downloaded base model of a pool pod may take, in Mi or Gi."""
+    max_adapter_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False), ChartValue("serving.maxAdapterRatio")] = 4
+    """Highest norm of an adapter's change of a module, relative to that of the base's weights; adapters above it are
+    refused."""

@@ -1,0 +1,161 @@
+"""Settings of the programs: pydantic models, read from flags and, where a flag is absent, from the environment."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import BeforeValidator, ValidationError
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
+
+from tunesmith.contracts.settings import ChartValue, Internal, Namespaces
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pydantic_core import ErrorDetails
+
+VARIABLE_PREFIX = "TUNESMITH_"
+
+
+class ProgramSettings(BaseSettings):
+    """Settings of one program: `--max-loras` or the variable TUNESMITH_MAX_LORAS sets the field `max_loras`."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        use_attribute_docstrings=True,
+        env_prefix=VARIABLE_PREFIX,
+        enable_decoding=False,  # lists are comma-separated, and the fields' own validators split them
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+    )
+
+    program: ClassVar[str]
+    """Name of the program, with its command where it has several."""
+    description: ClassVar[str]
+    """Purpose of the program, for --help."""
+    example: ClassVar[str]
+    """Arguments of a complete call, for --help."""
+
+
+class ClusterSettings(ProgramSettings):
+    """Settings that the operator and the gateway share."""
+
+    namespace: Annotated[str, ChartValue("the release's namespace", ".Release.Namespace")]
+    """Namespace of the operator and the gateways, with their Lease, keys and API keys."""
+    watch_namespaces: Annotated[Namespaces, ChartValue("watchNamespaces")] = ()
+    """Namespaces whose resources are served, such as team-a,team-b; empty: all."""
+    shared_pool_namespaces: Annotated[Namespaces, ChartValue("serving.sharedPoolNamespaces")] = ()
+    """Namespaces whose pools serve adapters of other namespaces that name no pool, and whose base models may be called
+    by their bare name; empty: the program's own."""
+    require_metrics_token: Annotated[bool, ChartValue("metrics.requireToken")] = True
+    """Serve /metrics only to requests with the token of the Secret tunesmith-metrics-token."""
+    log_level: Annotated[
+        Literal["DEBUG", "INFO", "WARNING", "ERROR"],
+        BeforeValidator(lambda text: text.upper() if isinstance(text, str) else text),
+        Internal("for a process that is started by hand"),
+    ] = "INFO"
+    """Lowest level of the log."""
+
+    @property
+    def shared_namespaces(self) -> tuple[str, ...]:
+        """Namespaces whose pools serve others."""
+        return self.shared_pool_namespaces or (self.namespace,)
+
+
+Settings = TypeVar("Settings", bound=ProgramSettings)
+
+
+def read(model: type[Settings], arguments: Sequence[str] | None = None) -> Settings:
+    """Return the settings of the command line and the environment.
+
+    Args:
+        model: the program's.
+        arguments: the command line without the program; None: that of this process.
+
+    Raises:
+        SystemExit: a flag is unknown, missing or wrong. Its exit code is 2, and stderr has a sentence for each.
+    """
+    parser = argparse.ArgumentParser(
+        prog=model.program,
+        description=model.description,
+        epilog=f"Each flag can be given as a variable: --log-level is {VARIABLE_PREFIX}LOG_LEVEL.\n"
+        f"Example: {model.program} {model.example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    fields = {flag_of(name): name for name in model.model_fields}
+
+    def add_argument(
+        target: argparse.ArgumentParser,
+        *names: str,
+        **keywords: Any,  # noqa: ANN401 - what argparse accepts
+    ) -> argparse.Action:
+        flag = names[0].removeprefix("--")
+        keywords["help"] = _help(model, fields[flag])
+        if not keywords.get("metavar", "{").startswith("{"):
+            # The library's is the annotation, such as `tuple[Annotated[str, …], ...]`.
+            keywords["metavar"] = flag.rpartition("-")[2].upper()
+        return target.add_argument(*names, **keywords)
+
+    source: CliSettingsSource[Any] = CliSettingsSource(
+        model,
+        root_parser=parser,
+        add_argument_method=add_argument,
+        cli_parse_args=sys.argv[1:] if arguments is None else list(arguments),
+    )
+    try:
+        return model(_cli_settings_source=source)
+    except ValidationError as error:
+        parser.error("; ".join(_sentence(model, detail) for detail in error.errors()))
+
+
+def flag_of(field: str) -> str:
+    """Return the flag of a field, without its dashes."""
+    return field.replace("_", "-")
+
+
+def place_of(model: type[ProgramSettings], field: str) -> ChartValue | Internal:
+    """Return the place from which an installation sets a field.
+
+    Raises:
+        TypeError: the field's annotation has neither a ChartValue nor an Internal.
+    """
+    for entry in model.model_fields[field].metadata:
+        if isinstance(entry, ChartValue | Internal):
+            return entry
+    raise TypeError(f"{model.__name__}.{field} has no place: annotate it with ChartValue(…) or Internal(…)")
+
+
+def default_of(model: type[ProgramSettings], field: str) -> str | None:
+    """Return a field's default as its flag would give it; None if the field is required."""
+    info = model.model_fields[field]
+    if info.is_required():
+        return None
+    if info.default_factory is not None:
+        return "random"
+    return ",".join(map(str, info.default)) if isinstance(info.default, tuple) else str(info.default)
+
+
+def _help(model: type[ProgramSettings], field: str) -> str:
+    default, place = default_of(model, field), place_of(model, field)
+    notes = ["required" if default is None else f"default: {default or 'empty'}"]
+    if isinstance(place, ChartValue):
+        notes.append(f"chart: {place.path}")
+    text = model.model_fields[field].description or ""
+    return f"{text} ({'; '.join(notes)})".replace("%", "%%")
+
+
+def _sentence(model: type[ProgramSettings], detail: ErrorDetails) -> str:
+    message = detail["msg"].removeprefix("Value error, ")
+    if not detail["loc"]:
+        return message
+    field = str(detail["loc"][0])
+    place = place_of(model, field)
+    flag = f"--{flag_of(field)}" + (f" (chart value {place.path})" if isinstance(place, ChartValue) else "")
+    if detail["type"] == "missing":
+        return f"{flag} is missing"
+    if detail["type"] == "value_error":
+        return f"{flag}: {message}"
+    return f"{flag}: {detail['input']!r}: {message}".replace(": Input should be", " must be")
