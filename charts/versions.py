@@ -3,13 +3,14 @@
 
 A line is the chart, its version, and the SHA-256 of all its files. A version that is recorded keeps its content: raise
 `version` in Chart.yaml, describe the change in CHANGELOG.md and run `make generate`. While a version is not released,
-`--again` records its content again. With `--check` nothing is written: the exit code is 1 if something is missing.
+`--again` records its content again. The Python packages have the version of the chart `tunesmith`. With `--check` nothing is written: the exit code is 1 if something is missing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import sys
+import tomllib
 from pathlib import Path
 
 import yaml
@@ -18,6 +19,7 @@ CHARTS = Path(__file__).parent
 RECORD = CHARTS / "versions.txt"
 CHANGES = CHARTS.parent / "CHANGELOG.md"
 NAMES = ("adapters", "tunesmith")
+PACKAGES = ("operator", "trainer-image", "server-image")
 
 
 def content_digest(chart: Path) -> str:
@@ -48,6 +50,18 @@ def problem(chart: Path, recorded: dict[tuple[str, str], str], changes: str) -> 
     return None
 
 
+def package_problem(folder: Path) -> str | None:
+    """Return a sentence if a Python package has another version than the chart that installs it; None if it has not."""
+    app = yaml.safe_load((CHARTS / "tunesmith/Chart.yaml").read_text())["appVersion"]
+    version = tomllib.loads((folder / "pyproject.toml").read_text())["project"]["version"]
+    if version == app:
+        return None
+    return (
+        f"{folder.name}/pyproject.toml has the version {version} and charts/tunesmith/Chart.yaml the appVersion {app}: "
+        "make them equal and run `uv lock`"
+    )
+
+
 def main() -> int:
     """Command line: see the module's docstring."""
     lines = RECORD.read_text().splitlines() if RECORD.is_file() else []
@@ -62,6 +76,7 @@ def main() -> int:
             "".join(f"{name} {version} {digest}\n" for (name, version), digest in sorted(recorded.items()))
         )
     problems = [found for name in NAMES if (found := problem(CHARTS / name, recorded, CHANGES.read_text()))]
+    problems += [found for name in PACKAGES if (found := package_problem(CHARTS.parent / name))]
     print("\n".join(problems), end="\n" if problems else "")
     return 1 if problems else 0
 
