@@ -266,8 +266,8 @@ def pool_manifest(name: str = POOL, **changes: object) -> Object:
                     {"name": "VLLM_CPU_OMP_THREADS_BIND", "value": "nobind"},
                 ],
             },
-            # The shared pool has as large a share of busy cores as the validation of a job has.
-            "resources": {"gpus": 0, "cpu": "500m" if name == POOL else "100m", "memory": "3584Mi"},
+            # More of busy cores than a pool of the demo: the validation of a job asks for 500m.
+            "resources": {"gpus": 0, "cpu": "300m" if name == POOL else "100m", "memory": "3584Mi"},
             "replicas": 2,
             "drainSeconds": 10,
             "allowedNamespaces": {"from": "All"},
