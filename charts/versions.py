@@ -3,7 +3,8 @@
 
 A line is the chart, its version, and the SHA-256 of all its files. A version that is recorded keeps its content: raise
 `version` in Chart.yaml, describe the change in CHANGELOG.md and run `make generate`. While a version is not released,
-`--again` records its content again. The Python packages have the version of the chart `tunesmith`. With `--check` nothing is written: the exit code is 1 if something is missing.
+`--again` records its content again. The Python packages have the version of the chart `tunesmith`. With `--check`
+nothing is written: the exit code is 1 if something is missing.
 """
 
 from __future__ import annotations
