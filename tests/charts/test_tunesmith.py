@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
+from tunesmith.api.credentials import REPORTING_SECRET, STORE_SECRET
 from tunesmith.contracts.scheduling import DEFAULT_SCHEDULING, AllowedScheduling
 from tunesmith.controller.settings import OperatorSettings
 from tunesmith.gateway.main import parser as gateway_options
@@ -462,3 +463,9 @@ def test_who_may_read_metrics_reaches_the_operator(template: Template) -> None:
     ]
     assert f"--metrics-from={json.dumps([monitoring], separators=(',', ':'))}" in command
     assert "--no-network-policies" not in command
+
+
+def test_admission_policies_name_the_secrets_that_pods_get() -> None:
+    templates = CHARTS / "tunesmith/templates"
+    assert f"source.secretRef.name == '{STORE_SECRET}'" in (templates / "admission-operator.yaml").read_text()
+    assert f"['{STORE_SECRET}', '{REPORTING_SECRET}']" in (templates / "admission-credentials.yaml").read_text()

@@ -14,6 +14,7 @@ from tunesmith.cli.gc import _remove
 from tunesmith.cli.store import Store
 from tunesmith.contracts.location import TEMPORARY_FOLDER
 from tunesmith.contracts.owner import Owner
+from tunesmith.storage.folder import ONE_TRY
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -237,13 +238,13 @@ def test_what_a_resource_names_in_another_spelling_stays(uri: str) -> None:
     "uri", [STORE, f"{STORE}//", "S3://tunesmith/store", "s3://tunesmith//store", "s3://tunesmith/./store/"]
 )
 def test_a_store_has_one_spelling(uri: str) -> None:
-    assert Store(uri, timedelta()).uri == STORE
+    assert Store(uri, ONE_TRY).uri == STORE
 
 
 @pytest.mark.parametrize("uri", [f"{STORE}?region=x", f"{STORE}#1", "s3://tunesmith/a/../store", "s3://tunesmith?x"])
 def test_a_store_with_more_than_bucket_and_folder_is_refused(uri: str) -> None:
-    with pytest.raises(CliError, match="write bucket and folder alone, as in s3://bucket/folder") as raised:
-        Store(uri, timedelta())
+    with pytest.raises(CliError, match="write bucket and folder alone") as raised:
+        Store(uri, ONE_TRY)
     assert raised.value.code == Exit.USAGE
 
 
@@ -251,13 +252,13 @@ class Failing(Store):
     """A store that does not remove what lies in one of its folders."""
 
     def __init__(self, folder: str) -> None:
-        super().__init__(STORE, timedelta())
-        self._folder = folder
+        super().__init__(STORE, ONE_TRY)
+        self._stubborn = folder
         self.removed: list[str] = []
 
     def remove(self, paths: Sequence[str]) -> None:
         for path in paths:
-            if path.startswith(f"{self._folder}/"):
+            if path.startswith(f"{self._stubborn}/"):
                 raise CliError(f"cannot remove {path}")
             self.removed.append(path)
 

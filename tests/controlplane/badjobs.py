@@ -361,7 +361,7 @@ BAD_JOBS: dict[str, BadJob] = {
         secrets={"mine": {}},
     ),
     "a key that is none": store(
-        "GOOGLE_SERVICE_ACCOUNT_KEY of the Secret mine is no key of a service account: it is not JSON; put the JSON",
+        "GOOGLE_SERVICE_ACCOUNT_KEY of the Secret mine cannot be used for gs://: it is not JSON; give it whole",
         FailureReason.ACCESS_DENIED,
         uri="gs://data/rows.jsonl",
         secret="mine",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from plan_cases import DONE, ELSEWHERE, FAR, MALFORMED, NODE_FULL, OUTAGE, PLACED, Case, ended
+from plan_cases import DONE, ELSEWHERE, FAR, MALFORMED, NODE_FULL, OUTAGE, PLACED, SILENT_STORE, Case, ended
 from worlds import NOW, UID, attempt, condition, job, kube_job, pod, seen, validated
 
+from tunesmith.api.finetunejob_status import ProgressStatus
 from tunesmith.contracts.location import owned_name
 from tunesmith.finetune.plan import CreateAttempt, StopJob
 
@@ -17,6 +18,18 @@ CASES = {
         "Running",
         {"Validated": ("True", "Valid"), "Started": ("True", "Running")},
         outcomes=("Running",),
+    ),
+    "a store that an attempt cannot reach is a reason": Case(
+        seen(
+            job(validated(attempt(1))),
+            attempts={1: kube_job("1", pod(running=True, started=NOW))},
+            progress=ProgressStatus(outage=SILENT_STORE),
+        ),
+        (),
+        "Running",
+        {"Validated": ("True", "Valid"), "Started": ("True", "StorageUnavailable")},
+        SILENT_STORE,
+        ("Running",),
     ),
     "an attempt without a pod says where to look": Case(
         seen(job(validated(attempt(1))), attempts={1: kube_job("1")}),

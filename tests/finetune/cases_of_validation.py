@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from plan_cases import MALFORMED, NODE_FULL, PLACED, SECRET, TIGHT, VALID, Case, ended
+from plan_cases import MALFORMED, NODE_FULL, PLACED, SECRET, SILENT_STORE, TIGHT, VALID, Case, ended
 from worlds import NOW, UID, job, kube_job, pod, seen, validated
 
+from tunesmith.api.finetunejob_status import ProgressStatus
 from tunesmith.contracts.location import owned_name
 from tunesmith.finetune.plan import CreateAttempt, CreateValidation, StopJob
 
@@ -19,6 +20,17 @@ CASES = {
         (),
         "Validating",
         {"Validated": ("Unknown", "Validating")},
+    ),
+    "a store that validation cannot reach is a reason": Case(
+        seen(
+            job(),
+            validation=kube_job("validate", pod(running=True)),
+            progress=ProgressStatus(outage=SILENT_STORE),
+        ),
+        (),
+        "Validating",
+        {"Validated": ("Unknown", "StorageUnavailable")},
+        SILENT_STORE,
     ),
     "validation waits for a node": Case(
         seen(job(), validation=kube_job("validate", pod(unschedulable="0/1 nodes are available"))),

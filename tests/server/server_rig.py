@@ -19,7 +19,6 @@ import numpy as np
 import s3fs  # type: ignore[import-untyped]
 
 from tunesmith.api.finetunejob_status import ServableStatus
-from tunesmith.contracts.addresses import ALLOWED_ADDRESSES
 from tunesmith.contracts.agent import keys_file, metrics_digests, metrics_tokens, pod_tokens
 from tunesmith.contracts.artifact import (
     ArtifactAdapter,
@@ -28,8 +27,9 @@ from tunesmith.contracts.artifact import (
     ArtifactManifest,
     digest_of,
 )
+from tunesmith.contracts.environment import ALLOWED_ADDRESSES
 from tunesmith.contracts.location import engine_name
-from tunesmith_server.safetensors import read_tensors
+from tunesmith.contracts.safetensors import read_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,11 +11,12 @@ from server_rig import STORE, Artifact, S3Server, write_safetensors
 
 from tunesmith.contracts.agent import DesiredAdapter
 from tunesmith.contracts.artifact import ArtifactFile
+from tunesmith.contracts.safetensors import read_tensors
+from tunesmith.storage.credentials import Credentials, Origin
 from tunesmith_server.artifact import PodLimits, fetch_artifact, remove_leftovers, stored_digests
 from tunesmith_server.base_weights import read_base_weights
 from tunesmith_server.lora import UnfitAdapterError
-from tunesmith_server.safetensors import read_tensors
-from tunesmith_server.store import StoreCredentials, StoreError, StoreFolder
+from tunesmith_server.store import StoreError, StoreFolder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,7 +41,7 @@ def fetch(entry: dict[str, str], limits: PodLimits, folder: Path, store: S3Serve
 
 
 def opening(secret: dict[str, str]) -> Callable[[str], StoreFolder]:
-    return lambda uri: StoreFolder(uri, StoreCredentials(secret, "the Secret of the tests"))
+    return lambda uri: StoreFolder(uri, Credentials(secret, "the Secret of the tests", Origin.SECRET))
 
 
 def refusal(entry: dict[str, str], limits: PodLimits, folder: Path, store: S3Server) -> str:
@@ -307,9 +308,9 @@ def test_what_is_missing_in_the_store_is_named(
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, "Access to .* was denied .* with the Secret of the tests"),
-        ({"AWS_ACCESS_KEY_ID": "nobody"}, "Access to .* was denied .* with the Secret of the tests"),
-        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "could not be read"),
+        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, "access to .* was denied with the credentials of the Secret of the tests"),
+        ({"AWS_ACCESS_KEY_ID": "nobody"}, "access to .* was denied with the credentials of the Secret of the tests"),
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "could not be reached"),
     ],
 )
 def test_a_store_that_does_not_answer_as_it_should(

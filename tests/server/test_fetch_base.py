@@ -19,11 +19,13 @@ from gcsfs.core import GCSFileSystem
 from gcsserver import GcsServer
 from server_rig import REPOSITORY, S3Server, write_safetensors, write_secret
 
-from tunesmith.contracts.addresses import ALLOWED_ADDRESSES
+from tunesmith.api.credentials import STORE_SECRET
+from tunesmith.contracts.environment import ALLOWED_ADDRESSES
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
+from tunesmith.storage.credentials import Credentials, Origin
 from tunesmith.storage.schemes import GOOGLE_KEY
 from tunesmith_server.main import run
-from tunesmith_server.store import StoreCredentials, StoreError, StoreFolder, read_credentials
+from tunesmith_server.store import StoreError, StoreFolder, read_credentials
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -84,10 +86,15 @@ def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
 
 
 def fetch(
-    uri: str, target: Path, secret: Mapping[str, str], *more: str, environment: Mapping[str, str] | None = None
+    uri: str,
+    target: Path,
+    secret: Mapping[str, str],
+    *more: str,
+    environment: Mapping[str, str] | None = None,
+    name: str = "my-secret",
 ) -> subprocess.CompletedProcess[str]:
     """Fetch with a Secret that is mounted as the pool's pods have it, in an environment without credentials."""
-    folder = write_secret(target.with_name(f"{target.name}-secrets") / "my-secret", dict(secret))
+    folder = write_secret(target.with_name(f"{target.name}-secrets") / name, dict(secret))
     return subprocess.run(
         [AGENT, "fetch-base", "--uri", uri, "--target", target, "--secret", folder, "--storage", str(2**20), *more],
         env={**os.environ, ALLOWED_ADDRESSES: "127.0.0.0/8", **(environment or {})},
@@ -123,9 +130,9 @@ def test_a_model_on_gs_arrives_with_the_key_of_the_secret(model: Path, tmp_path:
             "a key that was cut": (
                 account | {"private_key": "-----BEGIN PRIVATE KEY-----"},
                 3,
-                "is no key that can be",
+                "its private_key cannot be read",
             ),
-            "another type": ({"type": "authorized_user"}, 3, "is no key of a service account"),
+            "another type": ({"type": "authorized_user"}, 3, "its type is not service_account"),
         }
         for name, (key, code, words) in given.items():
             secret = {GOOGLE_KEY: json.dumps(key)}
@@ -205,15 +212,15 @@ def test_a_model_on_az_arrives_with_a_connection_string(model: Path, tmp_path: P
 def test_a_connection_string_that_is_none_is_told_without_it(tmp_path: Path) -> None:
     ended = fetch("az://models/tiny", tmp_path / "base", {"AZURE_STORAGE_CONNECTION_STRING": "a-secret-value"})
     assert ended.returncode == 3
-    assert "check AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT_NAME and" in ended.stderr
+    assert "AZURE_STORAGE_CONNECTION_STRING or AZURE_STORAGE_ACCOUNT_NAME and" in ended.stderr
     assert "a-secret-value" not in ended.stdout + ended.stderr
 
 
 def test_an_account_of_a_secret_is_not_replaced_by_that_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", "AccountName=the-stores;AccountKey=a2V5")
     secret = {"AZURE_STORAGE_ACCOUNT_NAME": "mine", "AZURE_STORAGE_ACCOUNT_KEY": "a2V5"}
-    folder = StoreFolder("az://models/tiny", StoreCredentials(secret, "the Secret my-secret"))
-    assert folder._files.service_client.account_name == "mine"
+    folder = StoreFolder("az://models/tiny", Credentials(secret, "the Secret my-secret", Origin.SECRET))
+    assert folder._folder._filesystem.service_client.account_name == "mine"
 
 
 def test_keys_of_a_secret_do_not_go_to_the_endpoint_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,8 +234,8 @@ def test_keys_of_a_secret_do_not_go_to_the_endpoint_of_the_environment(monkeypat
         monkeypatch.setenv(name, "http://store.example:9")
     monkeypatch.setattr("socket.getaddrinfo", resolve)
     secret = {"AWS_ACCESS_KEY_ID": "mine", "AWS_SECRET_ACCESS_KEY": "mine"}
-    with pytest.raises(StoreError, match="could not be read"):
-        StoreFolder("s3://models/tiny", StoreCredentials(secret, "the Secret my-secret")).list()
+    with pytest.raises(StoreError, match="could not be reached"):
+        StoreFolder("s3://models/tiny", Credentials(secret, "the Secret my-secret", Origin.SECRET)).list()
     assert asked == {"models.s3.amazonaws.com"}
 
 
@@ -264,13 +271,13 @@ def test_mistakes_end_with_a_sentence_and_outages_with_another_code(
     wrong = store.secret | {"AWS_SECRET_ACCESS_KEY": "wrong"}
     elsewhere = store.secret | {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
     cases = [
-        (f"{uri}-not", store.secret, 3, "Check the location"),
+        (f"{uri}-not", store.secret, 3, "check the uri"),
         ("s3://no-such-bucket/model", store.secret, 3, "s3://no-such-bucket/model"),
-        ("s3://tunesmith/models", store.secret, 3, "Check the location"),
-        ("ftp://host/model", {}, 2, "use s3://, gs:// or az://"),
-        (uri, wrong, 3, "Access to"),
-        (uri, wrong, 3, "with the Secret my-secret as written to the pod at 20"),
-        (uri, elsewhere, 3, "could not be read"),
+        ("s3://tunesmith/models", store.secret, 3, "check the uri"),
+        ("ftp://host/model", {}, 2, "is none of hf://, s3://, gs://, az://"),
+        (uri, wrong, 3, "access to"),
+        (uri, wrong, 3, "with the credentials of the Secret my-secret as written to the pod at 20"),
+        (uri, elsewhere, 3, "could not be reached"),
         (uri, store.secret | {"AWS_ENDPOINT_URL": "http://127.0.0.2:9"}, 3, "which jobs and pools may not reach"),
     ]
     for number, (location, secret, code, sentence) in enumerate(cases):
@@ -284,7 +291,7 @@ def test_mistakes_end_with_a_sentence_and_outages_with_another_code(
 
 def test_a_secret_that_is_missing_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert read_credentials(tmp_path / "empty").origin == "the Secret empty, which does not exist or is empty"
+    assert read_credentials(tmp_path / "empty").source == "the Secret empty, which does not exist or is empty"
     with pytest.raises(StoreError, match="none cannot be read: No such file or directory"):
         read_credentials(tmp_path / "none")
 
@@ -297,7 +304,7 @@ def test_a_changed_secret_is_read_whole_and_has_a_later_version(tmp_path: Path) 
     (folder / "..data").symlink_to("..2026_11_29_12_55_30.1")
     credentials = read_credentials(folder)
     assert credentials.values == {"AWS_ACCESS_KEY_ID": "new"}
-    assert credentials.origin == "the Secret store as written to the pod at 2026-11-29 12:55:30 UTC"
+    assert credentials.source == "the Secret store as written to the pod at 2026-11-29 12:55:30 UTC"
 
 
 def test_a_base_model_that_exceeds_its_volume_is_refused_before_its_download(
@@ -415,7 +422,8 @@ def test_no_endpoint_and_no_redirect_leads_to_an_address_that_is_not_listed(
             "AZURE_STORAGE_CONNECTION_STRING": blobs,
         }
         environment = {ALLOWED_ADDRESSES: listed, "STORAGE_EMULATOR_HOST": address}
-        ended = fetch(location, tmp_path / "base", secret, environment=environment)
+        # Of the store's Secret: without a key, gs:// is read with the identity of the pod.
+        ended = fetch(location, tmp_path / "base", secret, environment=environment, name=STORE_SECRET)
     refused = "127.0.0.2" if listed else "127.0.0.1"
     assert ended.returncode == 3
     assert f"leads to {refused}, an address of the pod itself, which jobs and pools may not reach" in ended.stderr

@@ -114,7 +114,9 @@ def test_keys_that_are_corrected_later_are_used_at_the_next_attempt(
     fetcher = make()
     entry = wanted(adapter(), store)
     write_secret(settings.secret, store.secret | {"AWS_SECRET_ACCESS_KEY": "wrong"})
-    with pytest.raises(StoreError, match="with the Secret tunesmith-store as written to the pod at 20") as denied:
+    with pytest.raises(
+        StoreError, match="with the credentials of the Secret tunesmith-store as written to the pod at 20"
+    ) as denied:
         fetcher.fetch(entry)
     assert not denied.value.permanent
     write_secret(settings.secret, store.secret)

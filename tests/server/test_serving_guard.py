@@ -24,7 +24,7 @@ from server_rig import (
 from test_serving_pod import ServingPod
 
 from tunesmith.contracts.agent import ResidencyState
-from tunesmith_server.safetensors import read_tensors
+from tunesmith.contracts.safetensors import read_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
 
+from tunesmith.contracts.environment import ADMIN_TOKEN_FILE, POD_UID, REQUESTS, SERVING_KEY_FILE
 from tunesmith.contracts.network import Network
 from tunesmith.serving.render import (
     deployment,
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from tunesmith.api.servingpool import ServingPool
 
 GOLDEN = Path(__file__).parent / "golden"
+REPOSITORY = Path(__file__).resolve().parents[2]
 SETTINGS = PoolSettings(
     agent_image="registry/agent@sha256:1",
     engine_image="registry/vllm@sha256:2",
@@ -249,3 +252,10 @@ def test_what_clients_may_ask_reaches_the_engine(pool: Callable[..., ServingPool
     assert (requests["allowChatTemplate"], requests["maxTokens"], requests["maxChoices"]) == (True, 64, 2)
     assert "--trust-request-chat-template" in arguments
     assert '{"max_new_tokens": 64}' in arguments
+
+
+def test_the_middleware_reads_the_variables_that_the_operator_sets() -> None:
+    """It imports nothing but the standard library, so it has their names once more."""
+    source = (REPOSITORY / "server-image/src/tunesmith_server/middleware/tunesmith_middleware.py").read_text()
+    read = set(re.findall(r'"(TUNESMITH_[A-Z_]+)"', source))
+    assert read == {POD_UID, SERVING_KEY_FILE, ADMIN_TOKEN_FILE, REQUESTS}

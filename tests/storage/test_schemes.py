@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tunesmith.controller.settings import parse
+from tunesmith.controller.settings import OperatorSettings
+from tunesmith.settings import read
 from tunesmith.storage.credentials import Credentials, Origin, environment_credentials, read_secret
 from tunesmith.storage.errors import AccessDeniedError, CredentialsMissingError
 from tunesmith.storage.schemes import BY_NAME, GOOGLE_KEY, SCHEMES, Client, Use, parse_store, pattern
@@ -61,7 +62,7 @@ def test_uris(use: Use, uri: str, *, accepted: bool) -> None:
 )
 def test_a_store_has_one_spelling_in_the_operator(given: str, store: str) -> None:
     assert parse_store(given) == store
-    assert parse([*REQUIRED, "--store", given], {}).store == store
+    assert read(OperatorSettings, [*REQUIRED, "--store", given]).store == store
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_what_is_not_a_store_is_refused_when_the_operator_starts(
     given: str, fix: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        parse([*REQUIRED, "--store", given], {})
+        read(OperatorSettings, [*REQUIRED, "--store", given])
     assert fix in capsys.readouterr().err
 
 
@@ -118,7 +119,7 @@ def test_a_mirror_of_the_hub_needs_no_token() -> None:
 @pytest.mark.parametrize("origin", [Origin.STORE_SECRET, Origin.ENVIRONMENT])
 def test_half_a_credential_is_refused_wherever_it_comes_from(origin: Origin) -> None:
     """The library would take the other half from somewhere else."""
-    with pytest.raises(CredentialsMissingError, match="has AWS_ACCESS_KEY_ID and no AWS_SECRET_ACCESS_KEY"):
+    with pytest.raises(AccessDeniedError, match="has AWS_ACCESS_KEY_ID and no AWS_SECRET_ACCESS_KEY"):
         Credentials({"AWS_ACCESS_KEY_ID": "id"}, "the place", origin).check_keys(BY_NAME["s3"])
 
 

@@ -11,7 +11,7 @@ from s3server import S3Server
 from tiny_model import make
 from trainer_rig import Workbench, chat_rows, write_rows
 
-from tunesmith.contracts.addresses import ALLOWED_ADDRESSES
+from tunesmith.contracts.environment import ALLOWED_ADDRESSES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

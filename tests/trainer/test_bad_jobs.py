@@ -9,7 +9,7 @@ import pytest
 from trainer_rig import job_manifest
 
 from badjobs import BAD_JOBS, GOOD_ROWS, BadJob, Stage, changed, lines
-from tunesmith.contracts.addresses import ALLOWED_ADDRESSES
+from tunesmith.contracts.environment import ALLOWED_ADDRESSES
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,8 +10,9 @@ import pytest
 from checkpoint_damage import flip, lose_a_file, lose_the_manifest, truncate
 from s3server import S3Server
 
+from tunesmith.storage.folder import Retry
 from tunesmith_trainer.errors import StorageUnavailableError
-from tunesmith_trainer.store import Retry, Stores
+from tunesmith_trainer.store import Stores
 from tunesmith_trainer.training.checkpoint import Checkpoints, name_of
 
 if TYPE_CHECKING:

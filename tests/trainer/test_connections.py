@@ -23,8 +23,10 @@ from s3server import free_port
 from trainer_rig import chat_rows, s3_job, write_rows
 
 from tunesmith.api.conditions import FailureReason
-from tunesmith.contracts.addresses import ALLOWED_ADDRESSES
 from tunesmith.contracts.connections import AddressRefusedError, between_ranks, check_server
+from tunesmith.contracts.environment import ALLOWED_ADDRESSES
+from tunesmith.storage.credentials import Credentials, Origin
+from tunesmith.storage.folder import Retry
 from tunesmith_trainer.connections import denied, guarded
 from tunesmith_trainer.errors import (
     AccessDeniedError,
@@ -33,7 +35,7 @@ from tunesmith_trainer.errors import (
     StorageUnavailableError,
 )
 from tunesmith_trainer.hub import Repository
-from tunesmith_trainer.store import Retry, Stores
+from tunesmith_trainer.store import Stores
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -41,10 +43,16 @@ if TYPE_CHECKING:
     from s3server import S3Server
     from trainer_rig import Workbench
 
-    from tunesmith_trainer.store import Folder
+    from tunesmith.storage.folder import Folder
 
 ONLY_ONE = {ALLOWED_ADDRESSES: "127.0.0.1/32"}
 """The server is there; 127.0.0.2, which is this machine as well, plays an address of the cluster."""
+
+
+def repository_of(values: dict[str, str], retry: Retry) -> Repository:
+    stores = Stores(secrets=Path("/none"), allow_file=False, environ={})
+    credentials = Credentials(values, "the Secret mine", Origin.SECRET)
+    return Repository("org/wren", credentials, stores.access(InvalidSpecError, retry))
 
 
 class Server(ThreadingHTTPServer):
@@ -256,14 +264,14 @@ def test_a_copy_goes_to_no_hub_at_a_refused_address(public: Server) -> None:
             (f"http://127.0.0.1:{public.server_port}", "127.0.0.1/32"),
         ):
             values = {"HF_TOKEN": MAY_WRITE, "HF_ENDPOINT": address}
-            repository = Repository("org/wren", values, "the Secret mine", Retry(attempts=3))
+            repository = repository_of(values, Retry(attempts=3))
             with (
                 guarded({ALLOWED_ADDRESSES: listed}),
                 pytest.raises(AccessDeniedError, match="which jobs and pools may not reach"),
             ):
                 repository.create()
         assert hub.repositories == {}
-        repository = Repository("org/wren", values | {"HF_ENDPOINT": hub.url}, "the Secret mine", Retry(attempts=1))
+        repository = repository_of(values | {"HF_ENDPOINT": hub.url}, Retry(attempts=1))
         with guarded(ONLY_ONE):
             repository.create()
         assert set(hub.repositories) == {"org/wren"}
@@ -276,7 +284,8 @@ from tunesmith_trainer.errors import DatasetNotFoundError, TrainerError
 
 with guarded():
     from pathlib import Path
-    from tunesmith_trainer.store import Retry, Stores
+    from tunesmith.storage.folder import Retry
+    from tunesmith_trainer.store import Stores
 
     stores = Stores(secrets=Path("/none"), allow_file=False, retry=Retry(attempts=3))
     try:
@@ -302,7 +311,8 @@ def test_the_hub_is_read_through_no_redirect_and_without_the_client_that_cannot_
         timeout=120,
     )
     told, switched = ended.stdout.splitlines()
-    assert told.startswith("AccessDenied the data set (hf://datasets/org/doors) leads to 127.0.0.2, "), ended.stderr
+    assert told.startswith("AccessDenied HF_ENDPOINT of "), ended.stderr
+    assert "for the data set hf://datasets/org/doors, leads to 127.0.0.2, " in told
     assert switched == "True False"
 
 
@@ -446,7 +456,7 @@ def test_a_token_of_a_secret_goes_to_its_hub_alone(
 
 
 def test_a_copy_goes_to_the_hub_of_its_secret_alone(stores_own: Place, resolved: set[str]) -> None:
-    repository = Repository("org/wren", {"HF_TOKEN": "hf_mine"}, "the Secret mine", Retry(attempts=1))
+    repository = repository_of({"HF_TOKEN": "hf_mine"}, Retry(attempts=1))
     with pytest.raises(StorageUnavailableError):
         repository.create()
     assert (stores_own.asked, resolved) == ([], {"huggingface.co"})
@@ -456,22 +466,21 @@ def test_a_copy_goes_to_the_hub_of_its_secret_alone(stores_own: Place, resolved:
 
 
 @pytest.fixture
-def claim(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+def claim(tmp_path: Path) -> Path:
     """A mounted claim, with a Secret of the pod beside it."""
-    monkeypatch.setattr("tunesmith_trainer.store.claim_path", lambda uri: str(tmp_path / uri.removeprefix("pvc://")))
     (tmp_path / "secret").mkdir()
     write_rows(tmp_path / "secret/key.jsonl", chat_rows(2))
     write_rows(tmp_path / "claim/data/train.jsonl", chat_rows(2))
     return tmp_path / "claim"
 
 
-def opened(uri: str) -> Any:
-    stores = Stores(secrets=Path("/none"), allow_file=False)
+def opened(claim: Path, uri: str) -> Any:
+    stores = Stores(secrets=Path("/none"), allow_file=False, claims=claim.parent)
     return stores.file(uri, what="the data set", missing=DatasetNotFoundError)
 
 
-def read(uri: str) -> bytes:
-    folder, name = opened(uri)
+def read(claim: Path, uri: str) -> bytes:
+    folder, name = opened(claim, uri)
     return bytes(folder.read(name))
 
 
@@ -479,15 +488,15 @@ def test_a_link_leads_out_of_no_claim(claim: Path) -> None:
     (claim / "data/in.jsonl").symlink_to("train.jsonl")
     (claim / "data/out.jsonl").symlink_to(claim.parent / "secret/key.jsonl")
     (claim / "away").symlink_to("../secret")
-    assert read("pvc://claim/data/in.jsonl") == (claim / "data/train.jsonl").read_bytes()
+    assert read(claim, "pvc://claim/data/in.jsonl") == (claim / "data/train.jsonl").read_bytes()
     for uri in ("pvc://claim/data/out.jsonl", "pvc://claim/away/key.jsonl"):
         with pytest.raises(AccessDeniedError, match="leads out of the claim: put what it links to into the claim"):
-            read(uri)
+            read(claim, uri)
     with pytest.raises(AccessDeniedError, match="leads out of the claim"):
-        opened("pvc://claim/data/x")[0].check_links()
-    folder, _ = opened("pvc://claim/data/x")
+        opened(claim, "pvc://claim/data/x")[0].check_links()
+    folder, _ = opened(claim, "pvc://claim/data/x")
     assert folder.below("*.jsonl") == ["train.jsonl"]
-    assert opened("pvc://claim/x")[0].below("**/*.jsonl") == ["data/train.jsonl"]
+    assert opened(claim, "pvc://claim/x")[0].below("**/*.jsonl") == ["data/train.jsonl"]
 
 
 def test_a_base_model_on_a_claim_has_no_file_from_elsewhere(claim: Path, base_model: Path) -> None:
@@ -498,7 +507,7 @@ def test_a_base_model_on_a_claim_has_no_file_from_elsewhere(claim: Path, base_mo
     base.mkdir()
     for file in base_model.iterdir():
         (base / file.name).write_bytes(file.read_bytes())
-    stores = Stores(secrets=Path("/none"), allow_file=False)
+    stores = Stores(secrets=Path("/none"), allow_file=False, claims=claim.parent)
     folder = stores.folder("pvc://claim/base", what="the base model", missing=DatasetNotFoundError)
     assert fetch_base(folder, claim / "unused", weights=True) == base
     (base / "chat_template.jinja").unlink(missing_ok=True)

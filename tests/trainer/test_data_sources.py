@@ -18,8 +18,9 @@ from trainer_rig import Workbench, chat_row, chat_rows, write_rows
 
 from tunesmith.api.conditions import FailureReason
 from tunesmith.api.dataset import DatasetSource
+from tunesmith.storage.folder import Retry
 from tunesmith_trainer.data.sources import fetch
-from tunesmith_trainer.store import Retry, Stores
+from tunesmith_trainer.store import Stores
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -238,7 +239,8 @@ from pathlib import Path
 from tunesmith.api.dataset import DatasetSource
 from tunesmith_trainer.data.sources import fetch
 from tunesmith_trainer.errors import TrainerError
-from tunesmith_trainer.store import Retry, Stores
+from tunesmith.storage.folder import Retry
+from tunesmith_trainer.store import Stores
 
 stores = Stores(secrets=Path("/none"), allow_file=False, retry=Retry(attempts=1))
 for number, uri in enumerate(sys.argv[2:]):

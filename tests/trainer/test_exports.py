@@ -13,10 +13,11 @@ from trainer_rig import Ran, Workbench, job_manifest
 from tunesmith.api.conditions import FailureReason
 from tunesmith.api.finetunejob import FineTuneJob
 from tunesmith.contracts.artifact import ArtifactManifest, digest_of
+from tunesmith.storage.folder import Retry
 from tunesmith_trainer.artifact.exports import export_all
 from tunesmith_trainer.errors import StorageUnavailableError
 from tunesmith_trainer.preflight.spec import spec_digest
-from tunesmith_trainer.store import Retry, Stores, file_sha256
+from tunesmith_trainer.store import Stores, file_sha256
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

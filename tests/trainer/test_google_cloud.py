@@ -11,12 +11,13 @@ from gcsserver import GcsServer
 from trainer_rig import Workbench, chat_rows, job_manifest, write_rows
 
 from tunesmith.api.conditions import FailureReason
-from tunesmith.contracts.addresses import ALLOWED_ADDRESSES
 from tunesmith.contracts.artifact import ArtifactManifest
+from tunesmith.contracts.environment import ALLOWED_ADDRESSES
+from tunesmith.storage.folder import Folder, Retry
 from tunesmith.storage.schemes import GOOGLE_KEY
 from tunesmith_trainer.connections import guarded
 from tunesmith_trainer.errors import AccessDeniedError, SecretNotFoundError, StorageUnavailableError
-from tunesmith_trainer.store import Folder, Retry, Stores
+from tunesmith_trainer.store import Stores
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -146,7 +147,7 @@ def test_a_key_that_is_none_is_told_with_its_secret(
     job["spec"]["dataset"]["train"] = [{"uri": "gs://tunesmith/data/none.jsonl", "secretRef": {"name": "mine"}}]
     ran = bench.run("validate", job, "--secrets", str(with_secret(tmp_path, **{GOOGLE_KEY: text})))
     assert (ran.code, ran.result.reason) == (2, FailureReason.ACCESS_DENIED)
-    assert f"{GOOGLE_KEY} of the Secret mine is no key of a service account: {why}" in ran.result.message
+    assert f"{GOOGLE_KEY} of the Secret mine cannot be used for gs://: {why}" in ran.result.message
     assert "PRIVATE" not in ran.result.message
 
 
@@ -196,5 +197,5 @@ def test_what_is_not_there_is_told(endpoint: GcsServer, tmp_path: Path) -> None:
     with pytest.raises(StorageUnavailableError, match="gs://tunesmith/none does not exist"):
         folder.names()
     elsewhere = opened("gs://no-such-bucket/none", endpoint.service_account(), tmp_path)
-    with pytest.raises(StorageUnavailableError, match="gs://no-such-bucket/none does not exist"):
+    with pytest.raises(StorageUnavailableError, match="gs://no-such-bucket/none/a does not exist"):
         elsewhere.read("a")

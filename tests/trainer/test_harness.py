@@ -19,7 +19,7 @@ from trainer_rig import Workbench, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tunesmith.api.conditions import FailureReason
-from tunesmith.contracts.tasks import LM_EVAL_TASKS
+from tunesmith.contracts.environment import LM_EVAL_TASKS
 
 if TYPE_CHECKING:
     from pathlib import Path

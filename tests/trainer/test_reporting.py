@@ -16,7 +16,7 @@ from tunesmith.api.conditions import FailureReason
 from tunesmith.api.credentials import REPORTING_SECRET
 from tunesmith.api.finetunejob import FineTuneJob
 from tunesmith.api.output import Tracker
-from tunesmith.contracts.addresses import ALLOWED_ADDRESSES
+from tunesmith.contracts.environment import ALLOWED_ADDRESSES
 from tunesmith.contracts.result import Outcome
 from tunesmith_trainer.preflight.spec import spec_digest
 from tunesmith_trainer.reporting.mlflow_server import RUN_TAG

@@ -5,11 +5,8 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import Any
 
-import fsspec
 import pytest
-from fsspec.registry import _registry
 from s3server import S3Server, free_port
 from trainer_rig import Workbench, chat_rows, s3_job, write_rows
 
@@ -17,6 +14,7 @@ from tunesmith.api.conditions import FailureReason
 from tunesmith.contracts.artifact import ArtifactManifest, digest_of
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
 from tunesmith.contracts.owner import Owner
+from tunesmith.storage.folder import Folder, Retry
 from tunesmith_trainer.errors import (
     AccessDeniedError,
     BaseModelNotFoundError,
@@ -25,7 +23,7 @@ from tunesmith_trainer.errors import (
     SecretNotFoundError,
     StorageUnavailableError,
 )
-from tunesmith_trainer.store import Folder, Retry, Stores
+from tunesmith_trainer.store import Stores
 
 SECRET_VALUE = "a-wrong-secret-value"
 
@@ -184,6 +182,35 @@ def test_an_outage_is_waited_out(tmp_path: Path) -> None:
         assert (tmp_path / "a.bin").stat().st_size == 100_000
 
 
+def test_an_outage_is_reported_while_it_is_waited_out_and_no_longer(tmp_path: Path) -> None:
+    with S3Server(tmp_path / "s3") as server:
+        server.filesystem().pipe_file("tunesmith/a.bin", b"a")
+        told: list[str | None] = []
+
+        def waiting(sentence: str | None) -> None:
+            if not told:
+                server.start()
+            told.append(sentence)
+
+        stores = Stores(
+            secrets=tmp_path,
+            allow_file=False,
+            environ=server.environment(),
+            retry=Retry(attempts=50, first=0.05, longest=0.2),
+            waiting=waiting,
+        )
+        folder = stores.folder("s3://tunesmith", what="the data set", missing=DatasetNotFoundError)
+        server.stop()
+        assert folder.names() == ["a.bin"]
+        *sentences, last = told
+        assert last is None
+        assert all(
+            text is not None and text.startswith("the data set s3://tunesmith could not be reached")
+            for text in sentences
+        )
+        assert sentences
+
+
 def test_an_outage_that_lasts_is_worth_another_attempt(s3: S3Server) -> None:
     environ = {**s3.environment(), "AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}"}
     with pytest.raises(StorageUnavailableError, match=r"could not be reached, tried 2 times") as raised:
@@ -218,10 +245,9 @@ def test_names_do_not_leave_their_folder() -> None:
         target("s3://tunesmith/store").read("../data/train.jsonl")
 
 
-def test_claims_are_read_where_they_are_mounted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("tunesmith_trainer.store.claim_path", lambda uri: str(tmp_path / uri.removeprefix("pvc://")))
+def test_claims_are_read_where_they_are_mounted(tmp_path: Path) -> None:
     write_rows(tmp_path / "claim/data/train.jsonl", chat_rows(2))
-    stores = Stores(secrets=tmp_path, allow_file=False)
+    stores = Stores(secrets=tmp_path, allow_file=False, claims=tmp_path)
     folder, name = stores.file("pvc://claim/data/train.jsonl", what="the data set", missing=DatasetNotFoundError)
     assert folder.exists(name)
     missing = stores.folder("pvc://claim/none", what="the base model", missing=BaseModelNotFoundError)
@@ -291,20 +317,9 @@ def mounted_secret(folder: Path, **values: str) -> Stores:
     return Stores(secrets=folder / "secrets", allow_file=False, retry=Retry(attempts=1))
 
 
-class Azure(fsspec.AbstractFileSystem):
-    """Takes credentials as the real one does, which is not in every environment."""
-
-    def __init__(self, *, connection_string: str | None, **options: Any) -> None:
-        super().__init__(**options)
-        self.connection = connection_string or os.environ["AZURE_STORAGE_CONNECTION_STRING"]
-        if "AccountName=" not in self.connection:
-            raise ValueError(f"unable to connect to account for {self.connection}")
-
-
 @pytest.fixture
 def azure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(_registry, "az", Azure)
-    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", "AccountName=the-stores")
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", "AccountName=the-stores;AccountKey=a2V5")
 
 
 @pytest.mark.usefixtures("azure")
@@ -313,8 +328,8 @@ def test_credentials_in_no_usable_form_are_told_with_their_secret_and_without_th
     with pytest.raises(AccessDeniedError) as raised:
         stores.folder("az://data/rows", what="the data set", missing=DatasetNotFoundError, secret="mine")
     assert str(raised.value) == (
-        "what the Secret mine holds for az:// is in a form that cannot be used: check AZURE_STORAGE_CONNECTION_STRING"
-        " or AZURE_STORAGE_ACCOUNT_NAME there, each whole and as the store gives it"
+        "AZURE_STORAGE_CONNECTION_STRING or AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY of the Secret mine"
+        " cannot be used for az://: the library refuses its form; give it whole and as the store issues it"
     )
     assert SECRET_VALUE not in "".join(traceback.format_exception(raised.value))
 
@@ -323,7 +338,7 @@ def test_credentials_in_no_usable_form_are_told_with_their_secret_and_without_th
 def test_an_account_of_a_secret_is_not_replaced_by_that_of_the_store(tmp_path: Path) -> None:
     stores = mounted_secret(tmp_path, AZURE_STORAGE_ACCOUNT_NAME="mine", AZURE_STORAGE_ACCOUNT_KEY="a2V5")
     folder = stores.folder("az://data/rows", what="the data set", missing=DatasetNotFoundError, secret="mine")
-    assert "AccountName=mine;AccountKey=a2V5;" in folder._filesystem.connection
+    assert folder._filesystem.service_client.account_name == "mine"
     (tmp_path / "secrets/mine/AZURE_STORAGE_ACCOUNT_KEY").unlink()
     stores = Stores(secrets=tmp_path / "secrets", allow_file=False, retry=Retry(attempts=1))
     with pytest.raises(SecretNotFoundError, match="and no AZURE_STORAGE_ACCOUNT_KEY: add the key"):

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from tunesmith.contracts.artifact import ArtifactFile, ArtifactManifest, digest_of
 from tunesmith.contracts.location import ARTIFACT_MANIFEST, engine_name, namespace_of_artifact
+from tunesmith.contracts.safetensors import LENGTH_BYTES
 from tunesmith.contracts.servability import ADAPTER_CONFIG, MAX_CONFIG_BYTES, LoraConfig
 from tunesmith.contracts.strict_json import parse_object
 from tunesmith_server.lora import (
@@ -30,7 +31,6 @@ from tunesmith_server.lora import (
     check_values,
     weight_bounds,
 )
-from tunesmith_server.safetensors import LENGTH_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

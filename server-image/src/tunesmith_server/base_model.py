@@ -12,12 +12,15 @@ from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from tunesmith.contracts.connections import refusal
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
-from tunesmith_server.store import StoreCredentials, StoredFile, StoreError, StoreFolder, scrubber_of
+from tunesmith.storage.credentials import Credentials, Scrubber
+from tunesmith.storage.errors import StorageError
+from tunesmith.storage.folder import StoredFile
+from tunesmith.storage.hub import hub_client
+from tunesmith_server.store import StoreError, StoreFolder, store_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,13 +76,13 @@ class Progress:
             )
 
 
-def fetch_base(uri: str, revision: str | None, target: Path, credentials: StoreCredentials, storage: int) -> str:
+def fetch_base(uri: str, revision: str | None, target: Path, credentials: Credentials, storage: int) -> str:
     """Download a base model into `target` unless it is there; its fingerprint.
 
     Files that an interrupted download completed are kept.
 
     Args:
-        uri: s3://bucket/folder, gs://…, az://… or hf://org/name.
+        uri: such as s3://bucket/folder or hf://org/name.
         revision: commit, tag or branch of an hf:// model.
         target: folder; made when missing.
         credentials: of the uri; HF_TOKEN for hf://.
@@ -148,7 +151,7 @@ def _selected(files: list[StoredFile], place: _Place) -> list[StoredFile]:
     return chosen
 
 
-def _fetch(where: _Place, credentials: StoreCredentials) -> list[StoredFile]:
+def _fetch(where: _Place, credentials: Credentials) -> list[StoredFile]:
     target = where.target
     folder = StoreFolder(where.uri, credentials)
     chosen = _selected(folder.list(), where)
@@ -170,25 +173,27 @@ def _fetch(where: _Place, credentials: StoreCredentials) -> list[StoredFile]:
     return chosen
 
 
-def _fetch_hub(where: _Place, revision: str | None, credentials: StoreCredentials) -> list[StoredFile]:
+def _fetch_hub(where: _Place, revision: str | None, credentials: Credentials) -> list[StoredFile]:
     uri, target = where.uri, where.target
     repository = uri.removeprefix("hf://").strip("/")
-    scrubber = scrubber_of(credentials)
-    token, endpoint = credentials.values.get("HF_TOKEN"), credentials.values.get("HF_ENDPOINT")
     try:
-        found = HfApi(endpoint=endpoint, token=token).model_info(repository, revision=revision, files_metadata=True)
+        hub = hub_client(credentials)
+    except StorageError as error:
+        raise store_error(error, credentials) from None
+    try:
+        found = hub.model_info(repository, revision=revision, files_metadata=True)
         files = [StoredFile(entry.rfilename, entry.size or 0) for entry in found.siblings or []]
         chosen = _selected([file for file in files if "/" not in file.name], where)
         progress = Progress(sum(file.size for file in chosen))
         for file in chosen:
-            hf_hub_download(repository, file.name, revision=found.sha, local_dir=target, token=token, endpoint=endpoint)
+            hub.hf_hub_download(repository, file.name, revision=found.sha, local_dir=target)
             progress.add(file.size)
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         what = f"{uri}, revision {revision or 'main'}"
         hint = "Check its name, and HF_TOKEN of the Secret if it is private or gated"
         if isinstance(error, GatedRepoError):
             hint = "It is gated: accept its terms and put HF_TOKEN into the Secret"
-        message = f"{what} is not on the Hub, or not for this token ({credentials.origin}). {hint}."
+        message = f"{what} is not on the Hub, or not for this token ({credentials.source}). {hint}."
         raise StoreError(message, permanent=False) from None
     except Exception as error:
         refused = refusal(error)
@@ -196,6 +201,7 @@ def _fetch_hub(where: _Place, revision: str | None, credentials: StoreCredential
             raise StoreError(f"{uri} leads to {refused.explanation}.", permanent=False) from None
         if not isinstance(error, (HfHubHTTPError, OSError)):
             raise
-        raise StoreError(scrubber.clean(f"{uri} could not be read from the Hub: {error}."), permanent=False) from None
+        text = Scrubber(credentials.values).clean(f"{uri} could not be read from the Hub: {error}.")
+        raise StoreError(text, permanent=False) from None
     shutil.rmtree(target / ".cache", ignore_errors=True)
     return chosen

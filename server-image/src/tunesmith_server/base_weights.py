@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tunesmith_server.safetensors import FLOATS, Tensor, blocks, read_tensors
+from tunesmith.contracts.safetensors import Tensor, read_tensors
+from tunesmith_server.tensor_values import FLOATS, blocks
 
 if TYPE_CHECKING:
     from pathlib import Path

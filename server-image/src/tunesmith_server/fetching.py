@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.contracts.addresses import ALLOWED_ADDRESSES
 from tunesmith.contracts.agent import DesiredAdapter
 from tunesmith.contracts.connections import guarded
+from tunesmith.contracts.environment import ALLOWED_ADDRESSES
+from tunesmith.storage.schemes import BY_NAME, split
 from tunesmith_server.artifact import (
     PodLimits,
     Steps,
@@ -22,7 +23,7 @@ from tunesmith_server.artifact import (
 )
 from tunesmith_server.lora import UnfitAdapterError, weight_bounds
 from tunesmith_server.sandbox import Channel, Child, ChildEndedError, ChildLimits, Sandbox
-from tunesmith_server.store import StoreError, StoreFolder, read_credentials
+from tunesmith_server.store import StoreError, StoreFolder, read_credentials, set_proxies
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -41,7 +42,6 @@ _MEMORY = 160 * 2**20
 _MEMORY_PER_HEADER_BYTE = 12
 _MAIN = "tunesmith_server.main"
 """Every child imports the program's main module, so the server process loads it once."""
-_LIBRARIES = {"s3": "s3fs", "gs": "gcsfs.core", "az": "adlfs"}
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ class ArtifactFetcher:
         self._limits = limits
         self._downloaded = downloaded
         self._journal = Journal(settings.state)
-        self._sandbox = Sandbox([_MAIN, _LIBRARIES.get(limits.store.partition("://")[0], "fsspec")])
+        self._sandbox = Sandbox([_MAIN, *_library(limits.store)])
         bounds = weight_bounds(limits.base, limits.max_rank)
         processor = PROCESSOR_SECONDS + bounds.size // _CHECKED_PER_SECOND
         self._check_seconds = _CHECKED_SLOWLY * processor
@@ -257,13 +257,19 @@ class _SupervisedSteps(Steps):
         self._channel.send("progress", size)
 
 
+def _library(store: str) -> list[str]:
+    """Modules with the file system of a store: importing them in every child would take its time and memory."""
+    scheme = BY_NAME.get(split(store)[0])
+    return [] if scheme is None else [scheme.module]
+
+
 def _fetch_in_child(channel: Channel, document: str, limits: PodLimits, settings: FetchSettings) -> None:
     """Fetch an artifact and send how it ended."""
     adapter = DesiredAdapter.model_validate_json(document)
     try:
         with guarded({ALLOWED_ADDRESSES: settings.allowed_addresses}):
             credentials = read_credentials(settings.secret)
-            credentials.set_proxies()
+            set_proxies(credentials)
             fetch_artifact(
                 adapter,
                 limits,

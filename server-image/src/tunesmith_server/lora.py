@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tunesmith.contracts.safetensors import LENGTH_BYTES, Tensor, header_length, parse_header
 from tunesmith.contracts.servability import LoraConfig, UnservableError, parse_adapter_config
-from tunesmith_server.safetensors import LENGTH_BYTES, Tensor, columns, header_length, parse_header, rows
+from tunesmith_server.tensor_values import columns, rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

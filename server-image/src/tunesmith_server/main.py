@@ -15,12 +15,22 @@ from pathlib import Path
 
 import aiohttp
 
-from tunesmith.contracts.addresses import ALLOWED_ADDRESSES
 from tunesmith.contracts.agent import AGENT_PORT
 from tunesmith.contracts.connections import guarded
+from tunesmith.contracts.environment import (
+    ADMIN_TOKEN,
+    AGENT_KEYS_FOLDER,
+    AGENT_STATE_FOLDER,
+    ALLOWED_ADDRESSES,
+    CONTROL_KEY,
+    EVENTS_KEY,
+    METRICS_DIGEST,
+    POD_UID,
+)
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
 from tunesmith.contracts.keyfile import KeyFile
 from tunesmith.contracts.result import TERMINATION_MESSAGE_MAX_BYTES, TERMINATION_MESSAGE_PATH, ExitCode
+from tunesmith.storage.schemes import Use, examples
 from tunesmith_server import middleware
 from tunesmith_server.agent import Agent, AgentSettings
 from tunesmith_server.api import AgentApi, Credentials
@@ -34,9 +44,7 @@ from tunesmith_server.fetching import ArtifactFetcher, FetchSettings
 from tunesmith_server.guard import CANARY_SECONDS, HANG_SECONDS
 from tunesmith_server.lora import DEFAULT_MAX_RATIO
 from tunesmith_server.metrics import Metrics
-from tunesmith_server.store import StoreError, read_credentials
-
-ADMIN_TOKEN = "admin-token"  # noqa: S105 - a file's name
+from tunesmith_server.store import StoreError, read_credentials, set_proxies
 
 log = logging.getLogger("tunesmith-agent")
 
@@ -71,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tunesmith-agent", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     fetch = commands.add_parser("fetch-base", help="download the base model")
-    fetch.add_argument("--uri", required=True, help="s3://bucket/folder, gs://…, az://… or hf://org/name")
+    fetch.add_argument("--uri", required=True, help=f"folder of the base model: {examples(Use.BASE_MODEL)}")
     fetch.add_argument("--revision", help="commit, tag or branch of an hf:// model")
     fetch.add_argument("--target", type=Path, required=True, help="folder to fill")
     fetch.add_argument("--secret", type=Path, required=True, help="mounted Secret with the uri's credentials")
@@ -80,14 +88,14 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("serve", help="keep the engine's adapters as they are wanted")
     run.add_argument("--engine-url", default="http://127.0.0.1:8000")
     run.add_argument("--port", type=int, default=AGENT_PORT)
-    keys = Path("/etc/tunesmith/agent")
-    run.add_argument("--control-key-file", type=Path, default=keys / "control", help="the pool's control key")
-    run.add_argument("--events-key-file", type=Path, default=keys / "events", help="the pool's events key")
+    keys = Path(AGENT_KEYS_FOLDER)
+    run.add_argument("--control-key-file", type=Path, default=keys / CONTROL_KEY, help="the pool's control key")
+    run.add_argument("--events-key-file", type=Path, default=keys / EVENTS_KEY, help="the pool's events key")
     run.add_argument(
-        "--metrics-digest-file", type=Path, default=keys / "metrics", help="digests of the tokens of /metrics"
+        "--metrics-digest-file", type=Path, default=keys / METRICS_DIGEST, help="digests of the tokens of /metrics"
     )
-    run.add_argument("--pod-uid", default=os.environ.get("TUNESMITH_POD_UID"), help="this pod's UID")
-    run.add_argument("--state", type=Path, default=Path("/var/run/tunesmith"), help="folder shared with the engine")
+    run.add_argument("--pod-uid", default=os.environ.get(POD_UID), help="this pod's UID")
+    run.add_argument("--state", type=Path, default=Path(AGENT_STATE_FOLDER), help="folder shared with the engine")
     run.add_argument("--adapters", type=Path, default=Path("/adapters"), help="folder of adapters, read by the engine")
     run.add_argument("--base-model", type=Path, default=Path("/models/base"), help="the base model's folder")
     run.add_argument("--base-fingerprint-file", type=Path, default=Path("/models/base.fingerprint"))
@@ -120,7 +128,7 @@ def _fetch_base(options: argparse.Namespace) -> None:
     try:
         with guarded():
             credentials = read_credentials(options.secret)
-            credentials.set_proxies()
+            set_proxies(credentials)
             fingerprint = fetch_base(options.uri, options.revision, target, credentials, options.storage)
     except ValueError as error:
         raise SetupError(f"{error}.") from None
@@ -136,7 +144,7 @@ async def serve(options: argparse.Namespace) -> None:
         SetupError: a file or folder that the pod must bring is missing or damaged.
     """
     if not options.pod_uid:
-        raise SetupError("The pod's UID is missing. Set TUNESMITH_POD_UID from metadata.uid.")
+        raise SetupError(f"The pod's UID is missing. Set {POD_UID} from metadata.uid.")
     control = _keys(options.control_key_file, "the pool's control key")
     events = _keys(options.events_key_file, "the pool's events key")
     metrics_digests = _keys(options.metrics_digest_file, "the digest of the token of /metrics")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from tunesmith.contracts.environment import WORK_FOLDER
 from tunesmith.contracts.owner import OWNER_FILE
 from tunesmith.contracts.progress import PROGRESS_PORT
 from tunesmith.contracts.result import TERMINATION_MESSAGE_PATH
@@ -86,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
             "--work",
             type=Path,
             metavar="DIR",
-            help="for downloads and temporary files (default: $TUNESMITH_WORK, or a temporary folder)",
+            help=f"for downloads and temporary files (default: ${WORK_FOLDER}, or a temporary folder)",
         )
         command.add_argument(
             "--secrets",

@@ -5,20 +5,21 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 
-from tunesmith_trainer.credentials import hub_endpoint
-from tunesmith_trainer.errors import AccessDeniedError, InvalidSpecError, StorageUnavailableError, TrainerError
-from tunesmith_trainer.store import attempted, said
+from tunesmith.storage.errors import AccessDeniedError, InvalidUriError, StorageError, UnavailableError
+from tunesmith.storage.folder import attempt, said
+from tunesmith.storage.hub import hub_client
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
     from typing import TypeVar
 
-    from tunesmith_trainer.store import Retry
+    from tunesmith.storage.credentials import Credentials
+    from tunesmith.storage.folder import Access
 
     T = TypeVar("T")
 
@@ -34,24 +35,26 @@ class Repository:
 
     Args:
         name: organisation/name.
-        values: keys and values of its credentials: HF_TOKEN and, for another Hub than Hugging Face's, HF_ENDPOINT.
-        credentials: where those come from, for messages.
-        retry: how long outages are waited out.
+        credentials: HF_TOKEN and, for another Hub than Hugging Face's, HF_ENDPOINT.
+        access: how calls are made.
 
     Raises:
-        AccessDeniedError: there is no token.
+        TrainerError: there is no token, or it cannot be used.
     """
 
-    def __init__(self, name: str, values: Mapping[str, str], credentials: str, retry: Retry) -> None:
-        token = values.get(TOKEN)
-        if not token:
-            raise AccessDeniedError(
-                f"the export hf://{name} needs a token: put {TOKEN}, a token that may write there, into {credentials}"
-            )
+    def __init__(self, name: str, credentials: Credentials, access: Access) -> None:
         self._name = name
         self._credentials = credentials
-        self._retry = retry
-        self._hub = HfApi(endpoint=hub_endpoint(values), token=token)
+        self._access = access
+        try:
+            if not credentials.values.get(TOKEN):
+                raise AccessDeniedError(
+                    f"the export hf://{name} needs a token: put {TOKEN}, a token that may write there, into"
+                    f" {credentials.source}"
+                )
+            self._hub = hub_client(credentials)
+        except StorageError as error:
+            raise access.failure(error) from None
 
     def create(self) -> None:
         """Makes the repository, private, where there is none, and asks whether the token may write to it.
@@ -99,24 +102,23 @@ class Repository:
         self._attempted(committed)
 
     def _attempted(self, operation: Callable[[], T]) -> T:
-        return attempted(operation, self._understood, self._retry, f"the export (hf://{self._name})")
+        return attempt(operation, self._understood, self._access, f"the export (hf://{self._name})")
 
-    def _understood(self, error: Exception) -> TrainerError:
+    def _understood(self, error: Exception) -> StorageError:
         where = f"the export hf://{self._name}"
         # A failed upload is wrapped, and what wraps it does not say why.
         cause = error.__cause__ if type(error) is RuntimeError and isinstance(error.__cause__, Exception) else error
         status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
         if status in _DENIED:
             return AccessDeniedError(
-                f"access to {where} was denied with the credentials of {self._credentials}: {TOKEN} there must be a"
-                f" token that may write to {self._name}, and may make it where there is no such repository"
+                f"access to {where} was denied with the credentials of {self._credentials.source}: {TOKEN} there must"
+                f" be a token that may write to {self._name}, and may make it where there is no such repository"
             )
         refused = status is not None and status < _SERVER_ERROR and status not in _WORTH_A_RETRY
         if refused or isinstance(error, ValueError):
-            return InvalidSpecError(f"the Hub does not take {where}: {said(cause)}")
-        return StorageUnavailableError(
-            f"{where} could not be reached, tried {self._retry.attempts} times: {said(cause)}"
-        )
+            return InvalidUriError(f"the Hub does not take {where}: {said(cause)}")
+        tries = self._access.retry.attempts
+        return UnavailableError(f"{where} could not be reached, tried {tries} times: {said(cause)}")
 
 
 def _blob_id(data: bytes) -> str:

@@ -9,10 +9,12 @@ import signal
 import sys
 import tempfile
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from tunesmith.api.conditions import FailureReason
+from tunesmith.contracts.environment import WORK_FOLDER
 from tunesmith.contracts.owner import OWNER_FILE, Owner
 from tunesmith.contracts.result import Outcome, TrainerResult
 from tunesmith_trainer.command_line import parser
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
     from tunesmith.api.finetunejob import FineTuneJob
     from tunesmith.storage.credentials import Scrubber
-    from tunesmith_trainer.store import Folder
+    from tunesmith.storage.folder import Folder
 
 log = logging.getLogger("tunesmith_trainer")
 
@@ -91,7 +93,7 @@ def _run(arguments: argparse.Namespace, scrubber: Scrubber) -> int:
         # On a person's own machine the network is theirs.
         with contextlib.nullcontext() if arguments.allow_file else guarded():
             watches = arguments.command == "validate" and arguments.deadline and LAUNCHED not in os.environ
-            result = _watched(arguments) if watches else _execute(arguments, progress, ending)
+            result = _watched(arguments) if watches else _execute(arguments, progress, ending, scrubber)
     except InterruptedRunError as error:
         result = ending.interrupted(error, local="://" not in arguments.output)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is told
@@ -123,7 +125,15 @@ def _failure(error: Exception, ranks: Ranks) -> TrainerResult:
     )
 
 
-def _execute(arguments: argparse.Namespace, progress: Progress, ending: Ending) -> TrainerResult:
+def _report_outage(progress: Progress, scrubber: Scrubber, sentence: str | None) -> None:
+    """Show a store that does not answer where the operator sees it, and in the log."""
+    text = None if sentence is None else scrubber.clean(sentence)[:2048]
+    if text is not None:
+        log.warning("%s", text)
+    progress.update(outage=text)
+
+
+def _execute(arguments: argparse.Namespace, progress: Progress, ending: Ending, scrubber: Scrubber) -> TrainerResult:
     job = load_job(arguments.job)
     if arguments.command == "train":
         ending.ranks, count = of_pod(job.spec.resources, os.environ)
@@ -140,7 +150,10 @@ def _execute(arguments: argparse.Namespace, progress: Progress, ending: Ending) 
 
     patient = arguments.command == "train" and not arguments.allow_file
     stores = Stores(
-        secrets=arguments.secrets, allow_file=arguments.allow_file, retry=TRAINING_RETRY if patient else None
+        secrets=arguments.secrets,
+        allow_file=arguments.allow_file,
+        retry=TRAINING_RETRY if patient else None,
+        waiting=partial(_report_outage, progress, scrubber),
     )
     try:
         stores.check_secrets()
@@ -196,7 +209,7 @@ def _launched(arguments: argparse.Namespace, first: Ranks, count: int, progress:
 
 @contextlib.contextmanager
 def _work_folder(asked: Path | None) -> Iterator[Path]:
-    default = os.environ.get("TUNESMITH_WORK")
+    default = os.environ.get(WORK_FOLDER)
     folder = asked or (Path(default) if default else None)
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="tunesmith-") as name:

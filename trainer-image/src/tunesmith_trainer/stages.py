@@ -30,12 +30,13 @@ if TYPE_CHECKING:
     import argparse
 
     from tunesmith.api.finetunejob import FineTuneJob
+    from tunesmith.storage.folder import Folder
     from tunesmith_trainer.preflight.prepare import Prepared
     from tunesmith_trainer.process.ending import Ending
     from tunesmith_trainer.process.progress import Progress
     from tunesmith_trainer.process.ranks import Ranks
     from tunesmith_trainer.reporting.reporter import Reporter
-    from tunesmith_trainer.store import Folder, Stores
+    from tunesmith_trainer.store import Stores
 
 
 def validate(

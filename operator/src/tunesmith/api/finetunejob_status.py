@@ -229,6 +229,9 @@ class ProgressStatus(StatusModel):
     """How far the running attempt is."""
 
     stage: Stage | None = Field(default=None, description="What the trainer is doing.")
+    outage: str | None = Field(
+        default=None, max_length=2048, description="A store that does not answer, and when it is tried again."
+    )
     step: Count | None = Field(default=None, description="Optimizer steps done.")
     total_steps: Count | None = Field(default=None, description="Optimizer steps in all.")
     epoch: Figure = Field(default=None, description="Passes over the training rows.")

@@ -108,6 +108,11 @@ class Resources:
         return None
 
 
+def is_job_folder(name: str) -> bool:
+    """Return True if a folder of a namespace in the store is that of a FineTuneJob."""
+    return _JOB_FOLDER.match(name) is not None
+
+
 def folders(files: Iterable[StoredFile]) -> list[Folder]:
     """The folders of FineTuneJobs among the files of a store; whatever else lies there is left alone."""
     found: dict[tuple[str, str], list[StoredFile]] = {}

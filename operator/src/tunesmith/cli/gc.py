@@ -14,19 +14,20 @@ from tunesmith.cli.duration import duration
 from tunesmith.cli.errors import CliError, Exit
 from tunesmith.cli.output import Format, FormatOption, NamespaceOption, note, print_json, print_table
 from tunesmith.contracts.owner import OWNER_FILE
+from tunesmith.storage.schemes import Use, examples
 
 if TYPE_CHECKING:
     from tunesmith.cli.garbage import Leftover
     from tunesmith.cli.store import Store
-
-_PATIENCE = timedelta(seconds=30)
 
 
 def gc(
     store: Annotated[
         str,
         typer.Option(
-            "--store", envvar="TUNESMITH_STORE", help="The installation's store, as in its chart: s3://bucket/folder."
+            "--store",
+            envvar="TUNESMITH_STORE",
+            help=f"The installation's store, as in its chart: {examples(Use.STORE)}.",
         ),
     ],
     namespace: NamespaceOption = None,
@@ -44,8 +45,8 @@ def gc(
 
     Checkpoints go, and all that a deleted job left without publishing; published artifacts only with --artifacts.
     What a resource of the cluster names anywhere stays, and so does what another cluster wrote to the same store.
-    Credentials are those of AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL and AWS_REGION. It reads the
-    resources of the whole cluster.
+    Credentials come from the environment, by the names that the store's Secret has, such as AWS_ACCESS_KEY_ID,
+    AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL and AWS_REGION. It reads the resources of the whole cluster.
 
     Example: tunesmith gc --store s3://tunesmith/store -A --older-than 7d --delete
     """
@@ -73,9 +74,11 @@ async def _find(
 ) -> tuple[list[Leftover], Store]:
     # Its libraries take a second to import; other commands should not wait for it.
     from tunesmith.cli.store import Store  # noqa: PLC0415
+    from tunesmith.storage.folder import Retry  # noqa: PLC0415
 
+    opened = Store(store, Retry(attempts=5, longest=8))
     async with await connect() as cluster:
-        opened = Store(store, _PATIENCE)
+        await asyncio.to_thread(opened.check)
         # The store first: the folder of a FineTuneJob that is created meanwhile is then not among the files.
         files = await asyncio.to_thread(opened.files, None if everywhere else namespace or cluster.namespace)
         seen = garbage.Resources(

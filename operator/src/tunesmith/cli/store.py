@@ -1,125 +1,105 @@
-"""The S3 store of an installation, as `tunesmith gc` reads and cleans it."""
+"""The store of an installation, as `tunesmith gc` reads and cleans it."""
 
 from __future__ import annotations
 
 import os
-import re
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
-import obstore
-from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
-from obstore.store import S3Store
 from pydantic import ValidationError
 
 from tunesmith.cli.errors import CliError, Exit
-from tunesmith.cli.garbage import StoredFile
+from tunesmith.cli.garbage import StoredFile, is_job_folder
 from tunesmith.contracts.location import TEMPORARY_FOLDER
 from tunesmith.contracts.owner import Owner
-from tunesmith.storage.schemes import normalised
+from tunesmith.storage.credentials import environment_credentials
+from tunesmith.storage.folder import Access, Folder, open_folder
+from tunesmith.storage.schemes import parse_store
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from datetime import timedelta
+    from collections.abc import Sequence
 
     from tunesmith.cli.garbage import Leftover
-
-_DENIED = re.compile(r"\b40[13] |<Code>(AccessDenied|SignatureDoesNotMatch|InvalidAccessKeyId|ExpiredToken)</Code>")
-_MESSAGE = re.compile(r"<Message>(.*?)</Message>")
+    from tunesmith.storage.errors import StorageError
+    from tunesmith.storage.folder import Retry
 
 
 class Store:
-    """A folder of a bucket, with the credentials of the environment.
+    """The folder of a bucket, with the credentials of the environment.
 
     Args:
-        uri: `s3://bucket/folder`, in any spelling.
-        patience: how long an outage is waited out.
+        uri: such as `s3://bucket/folder`, in any spelling.
+        retry: how long an outage is waited out.
 
     Raises:
-        CliError: it is no such uri.
+        CliError: it is not the uri of a store, or the credentials cannot be used.
     """
 
-    def __init__(self, uri: str, patience: timedelta) -> None:
-        self.uri = normalised(uri)
-        """In its one spelling."""
-        scheme, _, place = self.uri.partition("://")
-        bucket, _, folder = place.partition("/")
-        if scheme != "s3" or not bucket:
-            raise CliError(
-                f"--store {uri} is none that this command can clean, which is s3://bucket/folder: in other stores, let"
-                f" a lifecycle rule remove what is old in the folders {TEMPORARY_FOLDER}/",
-                Exit.USAGE,
-            )
-        if not {"?", "#"}.isdisjoint(place) or ".." in place.split("/"):
-            raise CliError(
-                f"--store {uri} has a '?', a '#' or '..', which no store has: write bucket and folder alone, as in"
-                " s3://bucket/folder",
-                Exit.USAGE,
-            )
-        config: dict[str, Any] = {"region": os.environ.get("AWS_REGION") or "us-east-1"}
-        endpoint = os.environ.get("AWS_ENDPOINT_URL")
-        if endpoint:
-            config["endpoint"] = endpoint
-        self._store = S3Store(
-            bucket,
-            prefix=folder or None,
-            client_options={"allow_http": (endpoint or "").startswith("http://"), "timeout": "60s"},
-            retry_config={"max_retries": 5, "retry_timeout": patience},
-            **config,
-        )
+    def __init__(self, uri: str, retry: Retry) -> None:
+        try:
+            self.uri = parse_store(uri)
+            """In its one spelling."""
+        except ValueError as error:
+            raise CliError(f"--store: {error}", Exit.USAGE) from None
+        access = Access(retry, native=True, failure=_as_cli_error)
+        self._folder = open_folder(self.uri, environment_credentials(os.environ), access, what="the store")
 
     def uri_of(self, leftover: Leftover) -> str:
-        """Where it lies."""
+        """Return where it is."""
         tail = f"/{TEMPORARY_FOLDER}" if leftover.part == TEMPORARY_FOLDER else ""
         return f"{self.uri}/{leftover.folder.path}{tail}"
 
+    def check(self) -> None:
+        """Check that FineTuneJobs have written here: a mistyped store would look as if it were clean.
+
+        Raises:
+            CliError: none has, or the store cannot be read.
+        """
+        self._folder.files()  # fails where the bucket or the folder does not exist
+        for namespace in self._folder.folders():
+            if any(is_job_folder(name) for name in self._folder.child(namespace).folders()):
+                return
+        raise CliError(
+            f"{self.uri} holds no folder of a FineTuneJob, <namespace>/<job>-<uid>: check --store, which is the value"
+            " `store` of the chart, and the address of the server in the environment"
+        )
+
     def files(self, namespace: str | None) -> list[StoredFile]:
-        """Everything in the store, or in the namespace's part of it.
+        """Return everything in the store, or in the namespace's part of it.
 
         Raises:
             CliError: it cannot be read.
         """
-        with self._told(f"read {self.uri}"):
-            return [
-                StoredFile(entry["path"], entry["size"], entry["last_modified"])
-                for page in obstore.list(self._store, prefix=namespace)
-                for entry in page
-            ]
+        folder: Folder = self._folder if namespace is None else self._folder.child(namespace)
+        prefix = "" if namespace is None else f"{namespace}/"
+        # A file without a time is never old enough to be removed.
+        now = datetime.now(UTC)
+        return [StoredFile(f"{prefix}{file.name}", file.size, file.modified or now) for file in folder.tree()]
 
     def owner(self, path: str) -> Owner | None:
-        """What an `owner.json` says; None where it says nothing that can be read.
+        """Return the content of an `owner.json`; None if it cannot be read as one.
 
         Raises:
             CliError: the store did not answer.
         """
-        with self._told(f"read {self.uri}/{path}"):
-            data = obstore.get(self._store, path).bytes().to_bytes()
+        folder, _, name = path.rpartition("/")
+        inner = self._folder
+        for part in folder.split("/"):
+            inner = inner.child(part)
         try:
-            return Owner.model_validate_json(data)
+            return Owner.model_validate_json(inner.read(name))
         except ValidationError:
             return None
 
     def remove(self, paths: Sequence[str]) -> None:
-        """Removes the files, one after the other.
+        """Remove the files, one after the other.
 
         Raises:
-            CliError: one cannot be removed; those behind it are left.
+            CliError: one cannot be removed; those that follow it are kept.
         """
         for path in paths:
-            with self._told(f"remove {self.uri}/{path}"):
-                obstore.delete(self._store, path)
+            self._folder.remove_file(path)
 
-    @contextmanager
-    def _told(self, what: str) -> Iterator[None]:
-        """Failures as sentences."""
-        try:
-            yield
-        except (BaseError, FileNotFoundError) as error:
-            text = " ".join(str(error).split())
-            # Of listings the library has no exception for this.
-            denied = isinstance(error, PermissionDeniedError | UnauthenticatedError) or _DENIED.search(text)
-            if denied:
-                raise CliError(f"cannot {what}: the credentials of AWS_* in the environment do not allow it") from error
-            said = _MESSAGE.search(text)
-            reason = said.group(1) if said else text[:300]
-            raise CliError(f"cannot {what}: {reason}; check --store and AWS_* in the environment") from error
+
+def _as_cli_error(error: StorageError) -> CliError:
+    return CliError(str(error))

@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     Address = IPv4Address | IPv6Address
     Network = IPv4Network | IPv6Network
 
-ALLOWED_ADDRESSES = "TUNESMITH_ALLOWED_ADDRESSES"
-"""Variable of the pods of jobs and pools with the networks that the platform lists."""
-
 _NAT64 = IPv6Network("64:ff9b::/96")
 _COMPATIBLE = IPv6Network("::/96")
 """IPv4 addresses in the low bits, of RFC 4291; long out of use."""

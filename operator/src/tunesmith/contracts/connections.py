@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from tunesmith.contracts.addresses import ALLOWED_ADDRESSES, parse_networks, refused
+from tunesmith.contracts.addresses import parse_networks, refused
+from tunesmith.contracts.environment import ALLOWED_ADDRESSES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

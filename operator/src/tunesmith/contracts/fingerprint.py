@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
 from typing import TYPE_CHECKING, Any, Protocol
+
+from tunesmith.contracts.safetensors import LENGTH_BYTES, header_length, parse_header
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 _PLACES = frozenset({"_name_or_path", "transformers_version", "_commit_hash", "name_or_path", "torch_dtype", "dtype"})
 _SAMPLE = 64
-_MAX_HEADER = 100_000_000
 
 
 class ModelFolder(Protocol):
@@ -107,26 +107,23 @@ def _chat_template(folder: ModelFolder, names: set[str]) -> bytes:
 def _tensors(folder: ModelFolder, weights: list[str]) -> list[tuple[str, str, tuple[int, ...], bytes]]:
     found = []
     for file in weights:
-        (size,) = struct.unpack("<Q", folder.read(file, 0, 8).ljust(8, b"\0"))
-        if not 0 < size <= _MAX_HEADER:
-            raise ValueError(f"{file} of the base model is not a safetensors file")
-        text = folder.read(file, 8, size)
-        if len(text) != size:
-            raise ValueError(f"{file} of the base model ends within its header: copy it again")
         try:
-            header = json.loads(text)
-            entries = [
-                (name, str(entry["dtype"]), tuple(map(int, entry["shape"])), *map(int, entry["data_offsets"]))
-                for name, entry in header.items()
-                if name != "__metadata__"
-            ]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{file} of the base model has a damaged safetensors header: {error}") from None
-        for name, dtype, shape, start, end in entries:
-            length = min(_SAMPLE, end - start)
-            places = (start, start + (end - start - length) // 2, end - length)
-            sample = b"".join(folder.read(file, 8 + size + place, length) for place in places)
+            size = header_length(folder.read(file, 0, LENGTH_BYTES), None)
+            text = folder.read(file, LENGTH_BYTES, size)
+            if len(text) != size:
+                raise ValueError("ends within its header: copy it again")  # noqa: TRY301 - as every other damage
+            tensors = parse_header(text, None)
+        except ValueError as error:
+            raise ValueError(f"{file} of the base model {error}") from None
+        for name, tensor in tensors.items():
+            length = min(_SAMPLE, tensor.end - tensor.start)
+            places = (
+                tensor.start,
+                tensor.start + (tensor.end - tensor.start - length) // 2,
+                tensor.end - length,
+            )
+            sample = b"".join(folder.read(file, place, length) for place in places)
             if len(sample) != length * len(places):
                 raise ValueError(f"{file} of the base model ends before the data of tensor {name}: copy it again")
-            found.append((name, dtype, shape, sample))
+            found.append((name, tensor.dtype, tensor.shape, sample))
     return found

@@ -151,6 +151,9 @@ def _validate(seen: Observation, status: Status, store: str, refused: str | None
             return Plan(_stop_running(seen), status.build())
         if wait is not None:
             status.validating(wait.reason, wait.message)
+        elif seen.progress is not None and seen.progress.outage is not None:
+            status.validating(FailureReason.STORAGE_UNAVAILABLE, seen.progress.outage)
+            status.progress(seen.progress)
         else:
             status.validating("Validating", "data, base model and settings are being checked")
             status.progress(seen.progress)
@@ -302,7 +305,7 @@ def _wait(seen: Observation, status: Status, attempts: dict[int, Attempt], numbe
         status.admitted(queue)
     wait = obstacle(job, seen.now)
     if wait is None:
-        status.started(number)
+        status.started(number, seen.progress.outage if seen.progress is not None else None)
         status.progress(seen.progress)
         return Plan((), status.build())
     if wait.failure is not None:

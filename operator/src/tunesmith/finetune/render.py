@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.api.credentials import REPORTING_SECRET, STORE_SECRET
-from tunesmith.contracts.addresses import ALLOWED_ADDRESSES
+from tunesmith.contracts.environment import ALLOWED_ADDRESSES, LM_EVAL_TASKS
 from tunesmith.contracts.location import (
     CLAIMS_FOLDER,
     artifact_uri,
@@ -20,7 +20,6 @@ from tunesmith.contracts.location import (
 from tunesmith.contracts.network import Network, network_policy
 from tunesmith.contracts.progress import PROGRESS_PORT
 from tunesmith.contracts.result import ExitCode
-from tunesmith.contracts.tasks import LM_EVAL_TASKS
 from tunesmith.finetune.observe import ATTEMPT_LABEL, COMPONENT_LABEL, CONTAINER, TRAIN, VALIDATE
 from tunesmith.finetune.permission import sources
 from tunesmith.storage.schemes import STORE_KEYS

@@ -44,6 +44,7 @@ _WARNINGS = frozenset(
         "NotAllowed",
         "Retrying",
         "SecretNotFound",
+        "StorageUnavailable",
         "Unschedulable",
     }
 )
@@ -158,9 +159,12 @@ class Status:
         else:
             self.validating(reason, message)
 
-    def started(self, number: int) -> None:
-        """A pod trains."""
-        self._set(FineTuneJobCondition.STARTED, ConditionStatus.TRUE, "Running", f"attempt {number} runs")
+    def started(self, number: int, outage: str | None = None) -> None:
+        """Record that the pods of an attempt run, and the store that they wait for, if they do."""
+        reason, message = "Running", f"attempt {number} runs"
+        if outage is not None:
+            reason, message = FailureReason.STORAGE_UNAVAILABLE, f"{message}, and waits: {outage}"
+        self._set(FineTuneJobCondition.STARTED, ConditionStatus.TRUE, reason, message)
 
     def attempts(self, attempts: dict[int, Attempt]) -> None:
         """The attempts, by number."""

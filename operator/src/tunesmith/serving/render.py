@@ -10,8 +10,21 @@ from tunesmith.api.credentials import STORE_SECRET
 from tunesmith.api.engine_arguments import refused_arguments, reserved_variable
 from tunesmith.api.model import API_VERSION
 from tunesmith.api.placement import quantity_value
-from tunesmith.contracts.addresses import ALLOWED_ADDRESSES
 from tunesmith.contracts.agent import AGENT_PORT, ENGINE_PORT
+from tunesmith.contracts.environment import (
+    ADMIN_TOKEN,
+    ADMIN_TOKEN_FILE,
+    AGENT_KEYS_FOLDER,
+    AGENT_STATE_FOLDER,
+    ALLOWED_ADDRESSES,
+    CONTROL_KEY,
+    EVENTS_KEY,
+    METRICS_DIGEST,
+    POD_UID,
+    REQUESTS,
+    SERVING_KEY,
+    SERVING_KEY_FILE,
+)
 from tunesmith.contracts.location import owned_name
 from tunesmith.contracts.network import Network, network_policy
 from tunesmith.contracts.ownership import controller_of
@@ -28,15 +41,12 @@ Manifest = dict[str, Any]
 POOL_LABEL = "tunesmith.dev/pool"
 POOL_UID_LABEL = "tunesmith.dev/pool-uid"
 _USER = 65532
-_POD_UID: Manifest = {"name": "TUNESMITH_POD_UID", "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}}
+_POD_UID: Manifest = {"name": POD_UID, "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}}
 _BASE = "/models/base"
 _FINGERPRINT = "/models/base.fingerprint"
-_RUN = "/var/run/tunesmith"
-CONTROL_KEY, EVENTS_KEY, SERVING_KEY, METRICS_DIGEST = "control", "events", "serving", "metrics"
-"""Entries of the pool's Secret, and names of their files. The engine's container gets `serving` only."""
-_AGENT_KEYS = "/etc/tunesmith/agent"
+_RUN = str(AGENT_STATE_FOLDER)
 _ENGINE_KEYS = "/etc/tunesmith/engine"
-_ADMIN_TOKEN_FILE = "/var/run/tunesmith/admin-token"  # noqa: S105 - a file's name
+_ADMIN_TOKEN_FILE = str(AGENT_STATE_FOLDER / ADMIN_TOKEN)
 _SECRETS = "/etc/tunesmith/secrets"
 _LOGS = 2**30
 """Room for what a container writes beside its volumes: its log."""
@@ -249,9 +259,9 @@ def _agent(pool: ServingPool, settings: PoolSettings) -> Manifest:
             "serve",
             "--engine-url", f"http://127.0.0.1:{ENGINE_PORT}",
             "--port", str(AGENT_PORT),
-            "--control-key-file", f"{_AGENT_KEYS}/{CONTROL_KEY}",
-            "--events-key-file", f"{_AGENT_KEYS}/{EVENTS_KEY}",
-            "--metrics-digest-file", f"{_AGENT_KEYS}/{METRICS_DIGEST}",
+            "--control-key-file", f"{AGENT_KEYS_FOLDER}/{CONTROL_KEY}",
+            "--events-key-file", f"{AGENT_KEYS_FOLDER}/{EVENTS_KEY}",
+            "--metrics-digest-file", f"{AGENT_KEYS_FOLDER}/{METRICS_DIGEST}",
             "--state", _RUN,
             "--adapters", "/adapters",
             "--store", settings.store,
@@ -272,7 +282,7 @@ def _agent(pool: ServingPool, settings: PoolSettings) -> Manifest:
             _models(pool, read_only=True),
             _mount("adapters", "/adapters"),
             _mount("run", _RUN),
-            _mount("agent-keys", _AGENT_KEYS, read_only=True),
+            _mount("agent-keys", str(AGENT_KEYS_FOLDER), read_only=True),
             _mount("store-secret", f"{_SECRETS}/{STORE_SECRET}", read_only=True),
             _mount("tmp-agent", "/tmp"),  # noqa: S108 - an emptyDir of its own
         ],
@@ -360,9 +370,9 @@ def _engine_variables(pool: ServingPool) -> list[Manifest]:
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
-        "TUNESMITH_SERVING_KEY_FILE": f"{_ENGINE_KEYS}/{SERVING_KEY}",
-        "TUNESMITH_ADMIN_TOKEN_FILE": _ADMIN_TOKEN_FILE,
-        "TUNESMITH_REQUESTS": json.dumps(pool.spec.requests.manifest()),
+        SERVING_KEY_FILE: f"{_ENGINE_KEYS}/{SERVING_KEY}",
+        ADMIN_TOKEN_FILE: _ADMIN_TOKEN_FILE,
+        REQUESTS: json.dumps(pool.spec.requests.manifest()),
         # The engine is one pod: the ports on which its processes meet are nobody else's.
         "VLLM_HOST_IP": "127.0.0.1",
         "VLLM_LOOPBACK_IP": "127.0.0.1",

@@ -99,7 +99,7 @@ class Credentials:
             )
         complete = any(given.issuperset(keys) for keys in scheme.credentials)
         if given and not complete and (named or not given <= scheme.alone):
-            raise CredentialsMissingError(self._incomplete(scheme, given))
+            raise (CredentialsMissingError if named else AccessDeniedError)(self._incomplete(scheme, given))
         fault = scheme.malformed(self.values)
         if fault is not None:
             raise AccessDeniedError(f"{unusable(scheme, self, fault)}")

@@ -30,6 +30,9 @@ _DENIED_S3_CODES = frozenset(
 )
 """Codes of S3 servers that s3fs does not translate to PermissionError."""
 
+_NATIVE_DENIED = re.compile(rf"\b40[13] |<Code>({'|'.join(sorted(_DENIED_S3_CODES))}|AuthenticationFailed)</Code>")
+_NATIVE_MISSING = re.compile(r"<Code>(NoSuchBucket|ContainerNotFound)</Code>|\b404 ")
+
 
 class Use(StrEnum):
     """What a uri may be used for."""
@@ -80,6 +83,7 @@ class Scheme:
         filesystem: import path of the fsspec class.
         options: arguments of the class for the values of a Secret or of the environment. With `ambient` the library
             may add what it finds on the machine, otherwise it must not.
+        native: configuration of obstore for the same values; None where it has no such store.
         root: pattern (RE2) of what is between `://` and the first slash.
         path: pattern (RE2) of what follows that slash, without a slash at its end.
         aliases: names that other tools give to the scheme.
@@ -89,16 +93,21 @@ class Scheme:
         create_arguments: arguments of `kubectl create secret generic` for the usual credential.
         key_note: what is to know about them.
         endpoint: the keys that name the server's address, the first that is set counts.
+        default_server: which server is asked without such a key.
+        keys_belong_to_server: True if the credentials of one server mean nothing to another.
         malformed: why the values of a complete credential cannot be used; None where they can.
         unreadable: what is wrong with values that the library refuses although they are not malformed.
         reserved: what the library would take for something else than a part of a name, and the sentence about it.
         lists: True if the store can list a folder.
+        keeps_uri: True if the file system takes whole uris.
         local_only: True if only a run without a cluster may use it.
         mounted: True if Kubernetes mounts it, so that no credentials exist.
         list_options: arguments of listings, for a fresh one.
         modified: entry of a listing with the time of a file's last change.
         no_credentials: True for an exception that means that no credentials were found.
         denied: True for an exception that means that access is denied, besides PermissionError.
+        missing: True for an exception that means that something does not exist, besides FileNotFoundError.
+        no_bucket: True for an exception that means that the bucket does not exist.
         invalid: True for an exception that means that the store cannot have such a name.
     """
 
@@ -108,6 +117,7 @@ class Scheme:
     uses: frozenset[Use]
     filesystem: str
     options: Callable[..., dict[str, Any]] = _no_options
+    native: Callable[[Mapping[str, str]], dict[str, str]] | None = None
     root: str = _BUCKET
     path: str = ".*[^/]"
     aliases: tuple[str, ...] = ()
@@ -117,16 +127,21 @@ class Scheme:
     create_arguments: str = ""
     key_note: str = ""
     endpoint: tuple[str, ...] = ()
+    default_server: str = ""
+    keys_belong_to_server: bool = False
     malformed: Callable[[Mapping[str, str]], str | None] = _nothing_wrong
     unreadable: str = "the library refuses its form"
     reserved: tuple[str, str] | None = None
     lists: bool = True
+    keeps_uri: bool = False
     local_only: bool = False
     mounted: bool = False
     list_options: Mapping[str, Any] = field(default_factory=dict)
     modified: str = ""
     no_credentials: Callable[[BaseException], bool] = _never
     denied: Callable[[BaseException], bool] = _never
+    missing: Callable[[BaseException], bool] = _never
+    no_bucket: Callable[[BaseException], bool] = _never
     invalid: Callable[[BaseException], bool] = _never
 
     @property
@@ -172,6 +187,39 @@ def s3_options(values: Mapping[str, str], client: Client, *, ambient: bool) -> d
     }
 
 
+def s3_native(values: Mapping[str, str]) -> dict[str, str]:
+    """Return obstore's configuration."""
+    endpoint = values.get("AWS_ENDPOINT_URL") or values.get("AWS_ENDPOINT_URL_S3")
+    return _given(
+        access_key_id=values.get("AWS_ACCESS_KEY_ID"),
+        secret_access_key=values.get("AWS_SECRET_ACCESS_KEY"),
+        session_token=values.get("AWS_SESSION_TOKEN"),
+        endpoint=endpoint,
+        region=values.get("AWS_REGION") or values.get("AWS_DEFAULT_REGION") or "us-east-1",
+    )
+
+
+def gs_native(values: Mapping[str, str]) -> dict[str, str]:
+    """Return obstore's configuration."""
+    return _given(service_account_key=values.get(GOOGLE_KEY), base_url=values.get("STORAGE_EMULATOR_HOST"))
+
+
+def az_native(values: Mapping[str, str]) -> dict[str, str]:
+    """Return obstore's configuration, which has no connection string: its parts are given one by one."""
+    connection = values.get("AZURE_STORAGE_CONNECTION_STRING") or ""
+    parts = dict(part.split("=", 1) for part in connection.split(";") if "=" in part)
+    return _given(
+        account_name=parts.get("AccountName") or values.get("AZURE_STORAGE_ACCOUNT_NAME"),
+        account_key=parts.get("AccountKey") or values.get("AZURE_STORAGE_ACCOUNT_KEY"),
+        sas_key=parts.get("SharedAccessSignature"),
+        endpoint=parts.get("BlobEndpoint"),
+    )
+
+
+def _given(**values: str | None) -> dict[str, str]:
+    return {name: value for name, value in values.items() if value}
+
+
 def hub_options(values: Mapping[str, str], _client: Client | None = None, *, ambient: bool) -> dict[str, Any]:
     """Return the arguments of huggingface_hub's clients.
 
@@ -201,7 +249,7 @@ def az_options(values: Mapping[str, str], _client: Client, *, ambient: bool) -> 
 
 def https_options(_values: Mapping[str, str], client: Client, *, ambient: bool) -> dict[str, Any]:  # noqa: ARG001 - a row's signature
     """Return the arguments of the file system of https://."""
-    return {"connect_timeout": client.connect_seconds, "read_timeout": client.read_seconds}
+    return {"connect_seconds": client.connect_seconds, "read_seconds": client.read_seconds}
 
 
 def parse_service_account(text: str) -> dict[str, Any]:
@@ -305,7 +353,9 @@ SCHEMES = (
         create_arguments="--from-literal=HF_TOKEN=…",
         key_note="a public repository needs none; `HF_ENDPOINT` is the address of another Hub than Hugging Face's",
         endpoint=("HF_ENDPOINT",),
+        default_server="huggingface.co",
         denied=_hub_denied,
+        missing=lambda error: _is(error, "RepositoryNotFoundError", "RevisionNotFoundError", "EntryNotFoundError"),
     ),
     Scheme(
         name="s3",
@@ -314,6 +364,7 @@ SCHEMES = (
         uses=frozenset(Use),
         filesystem="s3fs.S3FileSystem",
         options=s3_options,
+        native=s3_native,
         aliases=("s3a", "s3n"),
         credentials=(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),),
         optional=(
@@ -328,6 +379,8 @@ SCHEMES = (
         key_note="without `AWS_ENDPOINT_URL` (or `AWS_ENDPOINT_URL_S3`) the store is Amazon's; without `AWS_REGION` "
         "(or `AWS_DEFAULT_REGION`) the region is us-east-1; `AWS_SESSION_TOKEN` belongs to temporary keys",
         endpoint=("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"),
+        default_server="Amazon S3",
+        keys_belong_to_server=True,
         reserved=(
             r"\?versionId=",
             "names a version, and only the newest can be read: remove ?versionId=… from it",
@@ -336,6 +389,7 @@ SCHEMES = (
         modified="LastModified",
         no_credentials=lambda error: _is(error, "NoCredentialsError", "PartialCredentialsError"),
         denied=_s3_denied,
+        no_bucket=lambda error: _s3_answer(error)[0] == "NoSuchBucket",
         invalid=lambda error: _is(error, "ParamValidationError"),
     ),
     Scheme(
@@ -346,13 +400,14 @@ SCHEMES = (
         # Not the class that fsspec knows, which asks over gRPC, past the guard, for features that nothing here uses.
         filesystem="gcsfs.core.GCSFileSystem",
         options=gs_options,
+        native=gs_native,
         aliases=("gcs",),
         credentials=((GOOGLE_KEY,),),
         create_arguments=f"--from-file={GOOGLE_KEY}=key.json",
         key_note="the JSON file of a service account's key, whole",
         malformed=_google_key_fault,
         unreadable="its private_key cannot be read",
-        modified="updated",
+        modified="mtime",
         denied=_gs_denied,
         invalid=lambda error: isinstance(error, ValueError) and str(error).startswith("Bad Request: "),
     ),
@@ -363,6 +418,7 @@ SCHEMES = (
         uses=frozenset(Use),
         filesystem="adlfs.AzureBlobFileSystem",
         options=az_options,
+        native=az_native,
         aliases=("abfs", "abfss"),
         credentials=(
             ("AZURE_STORAGE_CONNECTION_STRING",),
@@ -374,6 +430,7 @@ SCHEMES = (
         reserved=(r"[?#]", "has a '?' or '#', which cannot be read there: give what it names another name"),
         modified="last_modified",
         denied=_az_denied,
+        missing=lambda error: _is(error, "ResourceNotFoundError"),
     ),
     Scheme(
         name="pvc",
@@ -395,7 +452,9 @@ SCHEMES = (
         root=r"[^/\s@?#]+",
         path=r"[^\s*?#\[\]]*[^/\s*?#\[\]]",
         lists=False,
+        keeps_uri=True,
         denied=_https_denied,
+        invalid=lambda error: _is(error, "UnsuitableServerError"),
     ),
     Scheme(
         name="file",
@@ -498,7 +557,21 @@ def parse_store(uri: str) -> str:
 
 def generic_denied(error: BaseException) -> bool:
     """True for an exception that means that access is denied, in every store."""
-    return any(isinstance(cause, PermissionError) for cause in causes(error))
+    if any(isinstance(cause, PermissionError) for cause in causes(error)):
+        return True
+    # Of listings, obstore has no exception for this.
+    native = type(error).__module__.startswith("obstore")
+    return native and (
+        _is(error, "PermissionDeniedError", "UnauthenticatedError") or _NATIVE_DENIED.search(str(error)) is not None
+    )
+
+
+def generic_no_credentials(error: BaseException) -> bool:
+    """True for an exception of obstore that means that no credentials were found: it asked for the machine's."""
+    return (
+        type(error).__module__.startswith("obstore")
+        and re.search(r"169\.254\.|metadata\.google", str(error)) is not None
+    )
 
 
 def generic_invalid(error: BaseException) -> bool:
@@ -508,4 +581,6 @@ def generic_invalid(error: BaseException) -> bool:
 
 def generic_missing(error: BaseException) -> bool:
     """True for an exception that means that something does not exist, in every store."""
-    return isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+        return True
+    return type(error).__module__.startswith("obstore") and _NATIVE_MISSING.search(str(error)) is not None

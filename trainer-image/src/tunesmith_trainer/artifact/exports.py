@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from tunesmith.api.finetunejob import FineTuneJob
     from tunesmith.api.output import Export
     from tunesmith.contracts.result import TrainerResult
+    from tunesmith.storage.folder import Folder, Retry
     from tunesmith_trainer.process.progress import Progress
-    from tunesmith_trainer.store import Folder, Retry, Stores
+    from tunesmith_trainer.store import Stores
 
 log = logging.getLogger(__name__)
 
@@ -184,5 +185,5 @@ def _folder(export: Export, stores: Stores) -> Folder:
 
 
 def _repository(export: Export, stores: Stores, retry: Retry | None = None) -> Repository:
-    values, credentials = stores.credentials(export.secret_ref.name if export.secret_ref else None)
-    return Repository(export.hub or "", values, credentials, retry or stores.retry)
+    credentials = stores.credentials(export.secret_ref.name if export.secret_ref else None)
+    return Repository(export.hub or "", credentials, stores.access(InvalidSpecError, retry))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from tunesmith.api.methods.fields import Quantization
-    from tunesmith_trainer.store import Folder
+    from tunesmith.storage.folder import Folder
 
 MANIFEST = "merged.json"
 

@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 
     from tunesmith.api.finetunejob import FineTuneJob
     from tunesmith.api.finetunejob_status import EvaluationStatus
+    from tunesmith.storage.folder import Folder
     from tunesmith_trainer.methods.config import Planned
     from tunesmith_trainer.preflight.prepare import Prepared
-    from tunesmith_trainer.store import Folder
     from tunesmith_trainer.training.loop import Trained
 
 CURVES = "metrics.csv"

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
     from tunesmith.api.finetunejob import BaseModelSource, FineTuneJobSpec
     from tunesmith.api.methods.fields import Quantization
-    from tunesmith_trainer.store import Folder, Stores
+    from tunesmith.storage.folder import Folder
+    from tunesmith_trainer.store import Stores
 
 log = logging.getLogger(__name__)
 

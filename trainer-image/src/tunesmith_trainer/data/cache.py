@@ -9,16 +9,17 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.storage.folder import Retry
 from tunesmith_trainer.data.report import RowReport
 from tunesmith_trainer.data.tokens import Counted
 from tunesmith_trainer.errors import TrainerError
-from tunesmith_trainer.store import Retry, file_sha256
+from tunesmith_trainer.store import file_sha256
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from tunesmith_trainer.store import Folder
+    from tunesmith.storage.folder import Folder
 
 log = logging.getLogger(__name__)
 

@@ -26,11 +26,12 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from tunesmith.api import dataset as api
+    from tunesmith.storage.folder import Folder
     from tunesmith_trainer.data.encoding import Encoder
     from tunesmith_trainer.data.rows import RowForm
     from tunesmith_trainer.data.sources import Source
     from tunesmith_trainer.data.tokens import Counted
-    from tunesmith_trainer.store import Folder, Stores
+    from tunesmith_trainer.store import Stores
 
     IntArray = np.ndarray[Any, np.dtype[np.integer[Any]]]
 

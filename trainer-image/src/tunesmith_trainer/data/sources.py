@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tunesmith.api.dataset import DatasetSource
-    from tunesmith_trainer.store import Folder, Stores
+    from tunesmith.storage.folder import Folder
+    from tunesmith_trainer.store import Stores
 
 MAX_FILES = 10_000
 """Of a source. Each is opened, hashed and copied."""

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from tunesmith.api.evaluation import Evaluation, Suite
-    from tunesmith_trainer.store import Folder, Stores
+    from tunesmith.storage.folder import Folder
+    from tunesmith_trainer.store import Stores
 
 _MOST_FILES = 5000
 _NOT_TASKS = frozenset({"__pycache__"})

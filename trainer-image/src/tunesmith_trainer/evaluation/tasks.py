@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.api.evaluation import Suite
-from tunesmith.contracts.tasks import LM_EVAL_TASKS
+from tunesmith.contracts.environment import LM_EVAL_TASKS
 from tunesmith_trainer.connections import denied
 from tunesmith_trainer.errors import DatasetNotFoundError, InvalidSpecError, StorageUnavailableError, TrainerError
 

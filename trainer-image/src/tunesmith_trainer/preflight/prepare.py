@@ -40,10 +40,11 @@ if TYPE_CHECKING:
     from tunesmith.api.finetunejob import FineTuneJob, FineTuneJobSpec
     from tunesmith.api.finetunejob_status import Preflight, Resolved
     from tunesmith.contracts.fingerprint import ModelFolder
+    from tunesmith.storage.folder import Folder
     from tunesmith_trainer.evaluation.folders import OwnTasks
     from tunesmith_trainer.methods.config import Planned
     from tunesmith_trainer.preflight.fitting import Settings
-    from tunesmith_trainer.store import Folder, Stores
+    from tunesmith_trainer.store import Stores
 
 
 _PLANNING_SECONDS = 600.0

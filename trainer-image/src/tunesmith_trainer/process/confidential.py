@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 from tunesmith.contracts.result import TrainerResult
-from tunesmith.storage.credentials import Scrubber, secret_values
-from tunesmith_trainer.credentials import read_secrets
+from tunesmith.storage.credentials import Scrubber, read_secrets, secret_values
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

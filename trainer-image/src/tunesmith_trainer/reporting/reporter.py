@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic.alias_generators import to_camel
 
 from tunesmith.api.output import Tracker
-from tunesmith.contracts.addresses import ALLOWED_ADDRESSES
+from tunesmith.contracts.environment import ALLOWED_ADDRESSES
 from tunesmith_trainer.errors import TrainerError
 from tunesmith_trainer.reporting.journal import JOURNAL, Description, End, JournalWriter, Point
 from tunesmith_trainer.reporting.worker import State, read_state
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from tunesmith.api.finetunejob import FineTuneJob
     from tunesmith.api.finetunejob_status import Resolved
     from tunesmith.contracts.result import Outcome
-    from tunesmith_trainer.store import Folder
+    from tunesmith.storage.folder import Folder
     from tunesmith_trainer.training.watch import CurvePoint
 
 log = logging.getLogger(__name__)

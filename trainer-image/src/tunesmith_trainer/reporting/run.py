@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.contracts.location import EVENTS_FOLDER, beside_artifact
+from tunesmith.storage.folder import ONE_TRY
 from tunesmith_trainer.errors import StorageUnavailableError
 from tunesmith_trainer.reporting.reporter import Reporter, parameters_of
 from tunesmith_trainer.reporting.settings import tracker_settings
-from tunesmith_trainer.store import ONE_TRY
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from tunesmith.api.finetunejob import FineTuneJob
     from tunesmith.api.finetunejob_status import Resolved
     from tunesmith.api.output import Tracker
+    from tunesmith.storage.folder import Folder
     from tunesmith_trainer.process.ranks import Ranks
-    from tunesmith_trainer.store import Folder, Stores
+    from tunesmith_trainer.store import Stores
 
 RUN_FILE = "run-id"
 

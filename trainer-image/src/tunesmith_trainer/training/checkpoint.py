@@ -18,14 +18,15 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.storage.folder import Retry
 from tunesmith_trainer.errors import InvalidSpecError, StorageUnavailableError, TrainerError
-from tunesmith_trainer.store import Retry, file_sha256
+from tunesmith_trainer.store import file_sha256
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from tunesmith_trainer.store import Folder
+    from tunesmith.storage.folder import Folder
 
 log = logging.getLogger(__name__)
 

@@ -1,37 +1,30 @@
-"""Reader for safetensors files without torch: the header's table, and values in pieces."""
+"""Headers of safetensors files, which may be untrusted: read by the check of adapters and by base fingerprints.
+
+The format: 8 bytes with the header's length, the header (JSON: dtype, shape and offsets by tensor), the values.
+"""
 
 from __future__ import annotations
 
 import math
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from tunesmith.contracts.strict_json import parse_object
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
     from pathlib import Path
-
-    from numpy.typing import NDArray
 
 LENGTH_BYTES = 8
 """Bytes before the header, with its length."""
 MAX_HEADER_BYTES = 100_000_000
 """Longest header that safetensors itself reads."""
-_SIZES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
+_BITS = {
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
-FLOATS: dict[str, np.dtype[Any]] = {
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),
-    "F32": np.dtype("<f4"),
-    "F64": np.dtype("<f8"),
-}
-"""Types whose values are numbers as they are stored, by the type that numpy reads them with."""
+"""Bits of a value, by its type."""
 _SHORTEST_ENTRY = 32
 """Bytes of the header that a tensor takes at least."""
 _VALUES_PER_TENSOR = 16
@@ -53,26 +46,31 @@ class Tensor:
         return math.prod(self.shape)
 
 
-def header_length(start: bytes, size: int, limit: int = MAX_HEADER_BYTES) -> int:
-    """Length of the header of a file of `size` bytes, from the first bytes of the file.
+def header_length(start: bytes, size: int | None, limit: int = MAX_HEADER_BYTES) -> int:
+    """Return the length of a file's header.
+
+    Args:
+        start: the first bytes of the file.
+        size: bytes of the whole file; None where they are not known.
+        limit: highest length.
 
     Raises:
         ValueError: it is not a safetensors file, or its header is longer than `limit` bytes.
     """
     (length,) = struct.unpack("<Q", start[:LENGTH_BYTES].ljust(LENGTH_BYTES, b"\xff"))
-    if not 2 <= length <= size - LENGTH_BYTES:  # noqa: PLR2004 - "{}"
+    if length < 2 or (size is not None and length > size - LENGTH_BYTES):  # noqa: PLR2004 - "{}"
         raise ValueError("is not a safetensors file")
     if length > limit:
         raise ValueError(f"has a header of {length} bytes, more than {limit}")
     return int(length)
 
 
-def parse_header(text: bytes, size: int, max_tensors: int | None = None) -> dict[str, Tensor]:
-    """Parse the header of a file of `size` bytes.
+def parse_header(text: bytes, size: int | None, max_tensors: int | None = None) -> dict[str, Tensor]:
+    """Return the tensors of a file by name.
 
     Args:
         text: the header without its length.
-        size: bytes of the whole file.
+        size: bytes of the whole file; None where they are not known.
         max_tensors: highest number of tensors; None: as many as fit.
 
     Raises:
@@ -90,16 +88,16 @@ def parse_header(text: bytes, size: int, max_tensors: int | None = None) -> dict
         raise ValueError(f"has a damaged safetensors header: {error}") from None
     place = LENGTH_BYTES + len(text)
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
-        if tensor.start != place or tensor.end - tensor.start != tensor.count * _SIZES[tensor.dtype]:
+        if tensor.start != place or 8 * (tensor.end - tensor.start) != tensor.count * _BITS[tensor.dtype]:
             raise ValueError(f"is damaged: the bytes of {name} do not fit its shape or its neighbours")
         place = tensor.end
-    if place != size:
+    if size is not None and place != size:
         raise ValueError(f"is damaged: it has {size} bytes and its header describes {place}")
     return tensors
 
 
 def read_tensors(path: Path, *, limit: int = MAX_HEADER_BYTES, max_tensors: int | None = None) -> dict[str, Tensor]:
-    """Tensors of a file by name.
+    """Return the tensors of a file of this machine by name.
 
     Raises:
         ValueError: the file is damaged, or its header is longer or has more tensors than allowed.
@@ -120,7 +118,7 @@ def _check_metadata(metadata: object) -> None:
 
 def _tensor(entry: dict[str, object], data: int) -> Tensor:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _SIZES:
+    if not isinstance(dtype, str) or dtype not in _BITS:
         raise ValueError(f"dtype {str(dtype)[:20]!a} is unknown")
     if not isinstance(shape, list) or not isinstance(offsets, list):
         raise TypeError("shape and data_offsets must be lists")
@@ -128,40 +126,3 @@ def _tensor(entry: dict[str, object], data: int) -> Tensor:
         raise ValueError("shape and data_offsets must be natural numbers")
     start, end = offsets
     return Tensor(dtype, tuple(shape), data + start, data + end)
-
-
-def columns(path: Path, tensor: Tensor, piece: int = 1 << 20) -> Iterator[NDArray[np.float64]]:
-    """A matrix as float64, in blocks of all rows and some columns with about `piece` values each."""
-    rows, width = tensor.shape
-    matrix = _mapped(path, tensor).reshape(rows, width)
-    step = max(1, piece // max(rows, 1))
-    for start in range(0, width, step):
-        yield _as_float64(matrix[:, start : start + step], tensor.dtype)
-
-
-def rows(path: Path, tensor: Tensor, piece: int = 1 << 20) -> Iterator[NDArray[np.float64]]:
-    """A matrix as float64, in blocks of some rows and all columns with about `piece` values each."""
-    height, width = tensor.shape
-    matrix = _mapped(path, tensor).reshape(height, width)
-    step = max(1, piece // max(width, 1))
-    for start in range(0, height, step):
-        yield _as_float64(matrix[start : start + step], tensor.dtype)
-
-
-def blocks(path: Path, tensor: Tensor, places: Iterable[int], size: int) -> Iterator[NDArray[np.float64]]:
-    """Values of a tensor as float64, in the order in which they are stored: from each place on, at most `size`."""
-    stored = _mapped(path, tensor)
-    for place in places:
-        yield _as_float64(stored[place : place + size], tensor.dtype)
-
-
-def _mapped(path: Path, tensor: Tensor) -> NDArray[Any]:
-    mapped: NDArray[Any] = np.memmap(path, FLOATS[tensor.dtype], "r", tensor.start, (tensor.count,))
-    return mapped
-
-
-def _as_float64(stored: NDArray[Any], dtype: str) -> NDArray[np.float64]:
-    if dtype == "BF16":
-        return (stored.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    with np.errstate(invalid="ignore"):  # a signalling NaN, which the caller refuses as it does any other
-        return stored.astype(np.float64)

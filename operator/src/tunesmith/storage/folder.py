@@ -1,0 +1,671 @@
+"""Folders of stores: list, read, write, and create once. All input and output on stores, through fsspec."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib
+import os
+import re
+import time
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from glob import has_magic
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from fsspec.implementations.local import LocalFileSystem
+
+from tunesmith.storage.credentials import unusable
+from tunesmith.storage.errors import (
+    AccessDeniedError,
+    FullError,
+    InvalidUriError,
+    NotFoundError,
+    StorageError,
+    UnavailableError,
+)
+from tunesmith.storage.schemes import (
+    BY_NAME,
+    SCHEMES,
+    Client,
+    Use,
+    generic_denied,
+    generic_invalid,
+    generic_missing,
+    generic_no_credentials,
+    precondition_failed,
+    split,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from tunesmith.storage.credentials import Credentials
+    from tunesmith.storage.schemes import Scheme
+
+T = TypeVar("T")
+
+CHUNK_BYTES = 8 * 2**20
+"""Bytes per request of a download."""
+_WRITE_CHECK = "tunesmith-write-check"
+
+
+class Refusal(Protocol):
+    """Why a connection was not made."""
+
+    explanation: str
+
+
+@dataclass(frozen=True)
+class Retry:
+    """How long an outage of a store is waited out: pauses of 1, 2, 4 … seconds, at most `longest` each."""
+
+    attempts: int = 8
+    first: float = 1.0
+    longest: float = 30.0
+
+    def pauses(self) -> Iterator[float]:
+        """Seconds before each further attempt."""
+        return (min(self.first * 2**number, self.longest) for number in range(self.attempts - 1))
+
+
+ONE_TRY = Retry(attempts=1)
+
+
+def _unguarded(_: BaseException) -> Refusal | None:
+    return None
+
+
+def _silent(_: str | None) -> None:
+    return None
+
+
+def _as_it_is(error: StorageError) -> Exception:
+    return error
+
+
+@dataclass(frozen=True)
+class Access:
+    """How calls to a store are made.
+
+    Attributes:
+        retry: how long outages are waited out.
+        refusal: the refused connection among the causes of an error, where a guard refuses some.
+        waiting: gets the sentence about an outage before each pause, and None once the store answers again.
+        client: settings of the libraries' clients.
+        native: True if obstore makes the requests, past any guard: for people's own machines.
+        failure: the exception that the caller gets for a StorageError.
+    """
+
+    retry: Retry = field(default_factory=Retry)
+    refusal: Callable[[BaseException], Refusal | None] = _unguarded
+    waiting: Callable[[str | None], None] = _silent
+    client: Client = field(default_factory=Client)
+    native: bool = False
+    failure: Callable[[StorageError], Exception] = _as_it_is
+
+
+def attempt(
+    operation: Callable[[], T], understood: Callable[[Exception], StorageError], access: Access, server: str
+) -> T:
+    """Return the operation's result; repeat it after failures of the store that may pass.
+
+    Args:
+        operation: raises exceptions of the store's library, or StorageErrors.
+        understood: returns the failure that an exception of the library means.
+        access: how calls are made.
+        server: names the server, for a refused address.
+
+    Raises:
+        Exception: what `access.failure` returns for the last StorageError.
+    """
+    pauses = access.retry.pauses()
+    waited = False
+    while True:
+        try:
+            result = operation()
+        except Exception as error:  # every library has exceptions of its own; they end here
+            refused = access.refusal(error)
+            if refused is not None:
+                failure: StorageError = AccessDeniedError(f"{server} leads to {refused.explanation}")
+            else:
+                failure = error if isinstance(error, StorageError) else understood(error)
+            pause = next(pauses, None) if isinstance(failure, UnavailableError) else None
+            if pause is None:
+                raise access.failure(failure) from error
+            access.waiting(f"{failure}; next try in {pause:.0f} s")
+            waited = True
+            time.sleep(pause)
+        else:
+            if waited:
+                access.waiting(None)
+            return result
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file of a folder.
+
+    Attributes:
+        name: its path in the folder.
+        size: bytes.
+        modified: time of its last change; None where the store does not tell.
+    """
+
+    name: str
+    size: int
+    modified: datetime | None = None
+
+
+def open_folder(
+    uri: str,
+    credentials: Credentials,
+    access: Access,
+    *,
+    what: str = "",
+    revision: str | None = None,
+    claims: Path | None = None,
+    allow_file: bool = False,
+) -> Folder:
+    """Return the folder at a uri; nothing is read yet.
+
+    Args:
+        uri: of the folder.
+        credentials: of its store.
+        access: how calls are made.
+        what: "the base model", "the data set" or "the artifact", for messages.
+        revision: commit, tag or branch of a repository of the Hub.
+        claims: folder of this machine with the mounted claims, each under its name; None where there are none.
+        allow_file: True if file:// is allowed: in runs without a cluster only.
+
+    Raises:
+        Exception: what `access.failure` returns for an InvalidUriError, a CredentialsMissingError or an
+            AccessDeniedError.
+    """
+    try:
+        return _open(uri, credentials, access, what=what, revision=revision, claims=claims, allow_file=allow_file)
+    except StorageError as error:
+        raise access.failure(error) from None
+
+
+def _open(
+    uri: str,
+    credentials: Credentials,
+    access: Access,
+    *,
+    what: str,
+    revision: str | None,
+    claims: Path | None,
+    allow_file: bool,
+) -> Folder:
+    scheme, path = _place(uri, what, claims is not None, allow_file=allow_file)
+    root = None
+    if scheme.mounted:
+        assert claims is not None  # noqa: S101 - _place has checked it
+        root, path = claims / path.partition("/")[0], str(claims / path)
+    elif scheme.keeps_uri:
+        path = uri
+    elif revision:
+        path = _with_revision(path, revision)
+    credentials.check_values()
+    credentials.check_keys(scheme)
+    try:
+        filesystem = _filesystem(scheme, credentials, access)
+    except ImportError as error:
+        raise InvalidUriError(
+            f"{_named(what, uri)}: {scheme.name}:// cannot be read here, as a library is missing ({error}): install"
+            " tunesmith[storage]"
+        ) from None
+    except (ValueError, TypeError, KeyError):  # nothing of what they say: it may hold parts of a key
+        if not scheme.credentials:
+            raise
+        raise AccessDeniedError(unusable(scheme, credentials, scheme.unreadable)) from None
+    return Folder(uri, path, scheme, filesystem, credentials, access, what=what, root=root)
+
+
+def _filesystem(scheme: Scheme, credentials: Credentials, access: Access) -> Any:  # noqa: ANN401 - fsspec has no types
+    if access.native and scheme.native is not None:
+        from tunesmith.storage.native import NativeFileSystem  # noqa: PLC0415 - not installed in pods
+
+        return NativeFileSystem(scheme.name, scheme.native(credentials.values), access.client)
+    kind = getattr(importlib.import_module(scheme.module), scheme.filesystem.rpartition(".")[2])
+    options = scheme.options(credentials.values, access.client, ambient=credentials.ambient(scheme))
+    return kind(**options, use_listings_cache=False, skip_instance_cache=True)
+
+
+def _place(uri: str, what: str, claims: bool, *, allow_file: bool) -> tuple[Scheme, str]:  # noqa: FBT001 - private
+    name, path = split(uri)
+    scheme = BY_NAME.get(name)
+    known = [scheme for scheme in SCHEMES if (claims or not scheme.mounted) and (allow_file or not scheme.local_only)]
+    if (
+        scheme is None
+        or not path.strip("/")
+        or scheme.local_only != path.startswith("/")
+        or (scheme.mounted and not claims)
+    ):
+        prefixes = ", ".join(f"{scheme.name}://" for scheme in known)
+        raise InvalidUriError(f"the uri {_named(what, uri, of=True)} is none of {prefixes} with a path")
+    if scheme.local_only and not allow_file:
+        raise InvalidUriError(
+            f"{_named(what, uri)} is on this machine, and file:// is allowed only where no cluster runs the job"
+            " (tunesmith run): use s3:// or another store"
+        )
+    if scheme.reserved is not None and re.search(scheme.reserved[0], path):
+        raise InvalidUriError(f"the uri {_named(what, uri, of=True)} {scheme.reserved[1]}")
+    return scheme, path
+
+
+def _named(what: str, uri: str, *, of: bool = False) -> str:
+    if not what:
+        return uri
+    return f"{uri} of {what}" if of else f"{what} {uri}"
+
+
+def _with_revision(path: str, revision: str) -> str:
+    parts = path.strip("/").split("/")
+    return "/".join([*parts[:1], f"{parts[1]}@{revision}", *parts[2:]]) if len(parts) > 1 else path
+
+
+class Folder:
+    """A folder of a store, or one file of it, named by its last part. Every call waits out outages as `access` says.
+
+    Args:
+        uri: of the folder, for messages.
+        path: of the folder in the file system.
+        scheme: of the uri.
+        filesystem: the fsspec file system.
+        credentials: with which it was opened.
+        access: how calls are made.
+        what: "the base model", "the data set" or "the artifact", for messages.
+        root: folder of this machine that no link may lead out of; None where links lead nowhere or anywhere.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        path: str,
+        scheme: Scheme,
+        filesystem: Any,  # noqa: ANN401 - fsspec has no types
+        credentials: Credentials,
+        access: Access,
+        *,
+        what: str = "",
+        root: Path | None = None,
+    ) -> None:
+        self.uri = uri
+        self._path = path.rstrip("/")
+        self._scheme = scheme
+        self._filesystem = filesystem
+        self._credentials = credentials
+        self._access = access
+        self._what = what
+        self._root = root
+        self._stay_inside(self._path)
+
+    @property
+    def local(self) -> Path | None:
+        """The folder on this machine's disk, if it is one: nothing needs to be copied then."""
+        return Path(self._path) if self._is_local else None
+
+    def files(self) -> list[StoredFile]:
+        """Return the files directly in the folder, sorted by name.
+
+        Raises:
+            Exception: the folder does not exist, access is denied, or the store is unavailable.
+        """
+        # Not `find`, which takes a folder that may not be read for an empty one.
+        entries = self._attempt(lambda: self._listing("file"))
+        return sorted(
+            (self._stored(entry, _last(entry)) for entry in entries if entry["name"].rstrip("/") != self._path),
+            key=lambda file: file.name,
+        )
+
+    def names(self) -> list[str]:
+        """Return the names of the files directly in the folder, sorted.
+
+        Raises:
+            Exception: as `files`.
+        """
+        return [file.name for file in self.files()]
+
+    def folders(self) -> list[str]:
+        """Return the names of the folders directly in the folder, sorted; none if it does not exist."""
+
+        def listed() -> list[str]:
+            try:
+                return self._inside(_last(entry) for entry in self._listing("directory"))
+            except FileNotFoundError:
+                return []
+
+        return self._attempt(listed)
+
+    def below(self, pattern: str | None = None) -> list[str]:
+        """Return the paths, in the folder and sorted, of the files in and below it, or of those that a glob matches."""
+        return [file.name for file in self.tree(pattern)]
+
+    def tree(self, pattern: str | None = None) -> list[StoredFile]:
+        """Return the files in and below the folder, or those that a glob matches, sorted by path.
+
+        A folder that does not exist has none.
+        """
+
+        def found() -> list[StoredFile]:
+            self._check_lists()
+            self._filesystem.invalidate_cache()
+            if pattern is None:
+                places = self._filesystem.find(self._path, detail=True)
+            else:
+                places = self._filesystem.glob(f"{self._path}/{pattern}", detail=True)
+            prefix = f"{self._path.strip('/')}/"
+            files = [
+                self._stored(entry, place.lstrip("/").removeprefix(prefix))
+                for place, entry in places.items()
+                if entry["type"] == "file" and place.lstrip("/").startswith(prefix)
+            ]
+            self._inside(file.name for file in files)
+            return sorted(files, key=lambda file: file.name)
+
+        return self._attempt(found)
+
+    def check_links(self) -> None:
+        """Check every link in and below the folder, for libraries that open files of it themselves.
+
+        Raises:
+            Exception: one leads out of the claim that the folder is in.
+        """
+        if self._root is not None:
+            for path in Path(self._path).rglob("*"):
+                if path.is_symlink():
+                    self._stay_inside(str(path))
+
+    def exists(self, name: str) -> bool:
+        """Return True if the file is there."""
+        place = self._at(name)
+        return self._attempt(lambda: self._is_there(place), name)
+
+    def is_folder(self, name: str) -> bool:
+        """Return True if the name is that of a folder.
+
+        Raises:
+            Exception: there is nothing of that name, access is denied, or the store is unavailable.
+        """
+        place = self._at(name)
+        return self._attempt(lambda: bool(self._info(place)["type"] == "directory"), name)
+
+    def size(self, name: str) -> int:
+        """Return the size of a file in bytes."""
+        place = self._at(name)
+        return self._attempt(lambda: int(self._filesystem.size(place) or 0), name)
+
+    def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
+        """Return bytes of one file, by a ranged read."""
+        place = self._at(name)
+
+        def got() -> bytes:
+            data: bytes = self._filesystem.cat_file(
+                place, start=offset or None, end=None if length is None else offset + length
+            )
+            if length is not None and len(data) > length:
+                raise UnavailableError(f"{self._where(name)}: the store sent more than it was asked for")
+            return data
+
+        return b"" if length == 0 else self._attempt(got, name)
+
+    def pieces(self, name: str, size: int, offset: int = 0) -> Iterator[bytes]:
+        """Yield a file of `size` bytes piece by piece; an outage between two of them is waited out.
+
+        Raises:
+            Exception: it became shorter, or what `read` raises.
+        """
+        while offset < size:
+            wanted = min(CHUNK_BYTES, size - offset)
+            data = self.read(name, offset, wanted)
+            if len(data) != wanted:
+                raise self._access.failure(
+                    UnavailableError(
+                        f"{self._where(name)} ended after {offset + len(data)} of {size} bytes: it changed while it"
+                        " was read"
+                    )
+                )
+            offset += wanted
+            yield data
+
+    def download(self, name: str, target: Path) -> None:
+        """Copy one file to this machine. The target appears when it is whole."""
+        partial = target.with_name(f".{target.name}.partial")
+        size = self.size(name)
+        try:
+            with partial.open("wb") as file:
+                for data in self.pieces(name, size):
+                    file.write(data)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise self._access.failure(
+                    FullError(f"the work folder {target.parent} is full: {self._where(name)} needs {size} bytes there")
+                ) from None
+            raise
+        partial.rename(target)
+
+    def upload(self, name: str, source: Path) -> None:
+        """Write one file, over an older one of that name."""
+        place = self._at(name)
+
+        def put() -> None:
+            self._prepare_writing()
+            self._filesystem.put_file(str(source), place)
+
+        self._attempt(put, name)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write one small file if there is none of that name; return False if there is.
+
+        Where the store knows conditional writes they are used, so that of two writers one wins.
+        """
+        place = self._at(name)
+
+        def put() -> bool:
+            if self._is_there(place):
+                return False
+            self._prepare_writing()
+            try:
+                if self._is_local:
+                    _write_exclusively(Path(place), data)
+                else:
+                    self._filesystem.pipe_file(place, data, mode="create")
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if precondition_failed(error):
+                    return False
+                raise
+            return True
+
+        return self._attempt(put, name)
+
+    def check_writable(self) -> None:
+        """Write an empty file and remove it again, if the credentials may remove.
+
+        Raises:
+            Exception: the folder cannot be written to.
+        """
+        place = self._at(_WRITE_CHECK)
+
+        def put() -> None:
+            self._prepare_writing()
+            self._filesystem.pipe_file(place, b"")
+
+        self._attempt(put)
+        with contextlib.suppress(Exception):
+            self._filesystem.rm_file(place)
+
+    def remove(self) -> None:
+        """Remove the folder and everything in it; it need not exist."""
+
+        def removed() -> None:
+            self._check_written()
+            with contextlib.suppress(FileNotFoundError):
+                if self._is_local or not has_magic(self._path):
+                    self._filesystem.rm(self._path, recursive=True)
+                    return
+                for place in self._filesystem.find(self._path):  # `rm` would take the name for a pattern
+                    self._filesystem.rm_file(place)
+
+        self._attempt(removed)
+
+    def remove_file(self, name: str) -> None:
+        """Remove one file of the folder, or below it; it need not exist."""
+
+        def removed() -> None:
+            self._check_written()
+            with contextlib.suppress(FileNotFoundError):
+                self._filesystem.rm_file(f"{self._path}/{name}")
+
+        self._inside([name])
+        self._attempt(removed, name)
+
+    def child(self, name: str = "", *, retry: Retry | None = None) -> Folder:
+        """Return a folder in this one, or this one itself without a name; with other patience if `retry` is given."""
+        access = self._access if retry is None else replace(self._access, retry=retry)
+        return Folder(
+            f"{self.uri}/{name}" if name else self.uri,
+            self._at(name) if name else self._path,
+            self._scheme,
+            self._filesystem,
+            self._credentials,
+            access,
+            what=self._what,
+            root=self._root,
+        )
+
+    @property
+    def _is_local(self) -> bool:
+        return isinstance(self._filesystem, LocalFileSystem)
+
+    def _listing(self, kind: str) -> list[dict[str, Any]]:
+        self._check_lists()
+        entries = self._filesystem.ls(self._path, detail=True, **self._scheme.list_options)
+        return [entry for entry in entries if entry["type"] == kind and (kind != "file" or entry["name"][-1] != "/")]
+
+    def _info(self, place: str) -> dict[str, Any]:
+        info: dict[str, Any] = self._filesystem.info(place, **self._scheme.list_options)
+        return info
+
+    def _is_there(self, place: str) -> bool:
+        try:
+            self._info(place)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _stored(self, entry: dict[str, Any], name: str) -> StoredFile:
+        modified = entry.get("last_modified" if self._access.native else self._scheme.modified)
+        if isinstance(modified, int | float):
+            modified = datetime.fromtimestamp(modified, UTC)
+        return StoredFile(name, int(entry.get("size") or 0), modified if isinstance(modified, datetime) else None)
+
+    def _check_lists(self) -> None:
+        if not self._scheme.lists:
+            raise InvalidUriError(
+                f"{self._where()}: {self._scheme.name}:// names one file, and its folders cannot be listed"
+            )
+
+    def _check_written(self) -> None:
+        if not (self._is_local or Use.EXPORT in self._scheme.uses):
+            raise InvalidUriError(f"{self._where()}: {self._scheme.name}:// cannot be written to")
+
+    def _prepare_writing(self) -> None:
+        self._check_written()
+        if self._is_local:
+            Path(self._path).mkdir(parents=True, exist_ok=True)
+
+    def _at(self, name: str) -> str:
+        if "/" in name or name in {"", ".", ".."}:
+            raise ValueError(f"{name!r} is not the name of a file in a folder")
+        place = f"{self._path}/{name}"
+        self._stay_inside(place)
+        return place
+
+    def _stay_inside(self, place: str) -> None:
+        if self._root is not None and not Path(place).resolve().is_relative_to(self._root.resolve()):
+            raise self._access.failure(
+                AccessDeniedError(
+                    f"{self._where()}: {Path(place).name} leads out of the claim: put what it links to into the claim"
+                    " itself"
+                )
+            )
+
+    def _inside(self, paths: Iterable[str]) -> list[str]:
+        """What a store has listed, sorted, once it is known to be inside the folder."""
+        found = sorted(paths)
+        for path in found:
+            if not {".", ".."}.isdisjoint(path.split("/")):
+                raise AccessDeniedError(
+                    f"{self._where()}: the store lists {path!r} there, which leads out of the folder: remove it, or"
+                    " name another folder"
+                )
+        return found
+
+    def _where(self, name: str = "") -> str:
+        # A folder that stands for one file has that file's uri.
+        place = self.uri if not name or self.uri.endswith(f"/{name}") else f"{self.uri}/{name}"
+        return _named(self._what, place)
+
+    def _attempt(self, operation: Callable[[], T], name: str = "") -> T:
+        where = self._where(name)
+        endpoint = self._scheme.endpoint_of(self._credentials.values)
+        server = f"{endpoint[0]} of {self._credentials.source}, for {where}," if endpoint else where
+        return attempt(operation, lambda error: self._understood(error, where), self._access, server)
+
+    def _understood(self, error: Exception, where: str) -> StorageError:
+        scheme, source = self._scheme, self._credentials.source
+        if scheme.no_credentials(error) or generic_no_credentials(error):
+            keys = " or ".join(" and ".join(keys) for keys in scheme.credentials)
+            return AccessDeniedError(f"no complete credentials for {where}: {source} must give {keys}")
+        if scheme.denied(error) or generic_denied(error):
+            belongs = self._default_server() if scheme.keys_belong_to_server else ""
+            return AccessDeniedError(
+                f"access to {where} was denied with the credentials of {source}: check the keys there and what they may"
+                f" read and write{belongs}"
+            )
+        if scheme.missing(error) or generic_missing(error):
+            belongs = self._default_server() if scheme.keys_belong_to_server else ""
+            return NotFoundError(f"{where} does not exist: check the uri{self._bucket_hint(error)}{belongs}")
+        if scheme.invalid(error) or generic_invalid(error):
+            return InvalidUriError(f"the store does not accept the uri of {where}: {said(error)}")
+        tries = self._access.retry.attempts
+        tried = f", tried {tries} times" if tries > 1 else ""
+        return UnavailableError(f"{where} could not be reached{tried}: {said(error)}{self._default_server()}")
+
+    def _default_server(self) -> str:
+        if not self._scheme.endpoint or self._scheme.endpoint_of(self._credentials.values) is not None:
+            return ""
+        return (
+            f"; {self._credentials.source} has no {self._scheme.endpoint[0]}, so {self._scheme.default_server} was"
+            " asked: add it if the store is another server's"
+        )
+
+    def _bucket_hint(self, error: Exception) -> str:
+        bucket = self._path.split("/", 1)[0]
+        return f" (there is no bucket {bucket!r})" if self._scheme.no_bucket(error) else ""
+
+
+def said(error: Exception) -> str:
+    """Return what an exception says, in one line of at most 300 characters."""
+    name = type(error).__name__
+    kind = name if not str(error) or "botocore" in type(error).__module__ else ""
+    return " ".join(f"{kind} {error}".split())[:300] or name
+
+
+def _last(entry: dict[str, Any]) -> str:
+    return str(entry["name"]).rstrip("/").rsplit("/", 1)[-1]
+
+
+def _write_exclusively(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = path.with_name(f".{path.name}.{os.getpid()}")
+    whole.write_bytes(data)
+    try:
+        os.link(whole, path)  # the name appears with its whole content, or not at all
+    finally:
+        whole.unlink()

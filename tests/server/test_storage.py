@@ -1,0 +1,306 @@
+"""Folders of stores, on real servers: S3 for what all stores share, a web server for https://."""
+
+from __future__ import annotations
+
+import datetime as dt
+import ipaddress
+import os
+import ssl
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING
+
+import aiohttp.connector
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from s3server import S3Server, free_port
+
+from tunesmith.contracts.connections import guarded, refusal
+from tunesmith.contracts.environment import ALLOWED_ADDRESSES
+from tunesmith.storage.credentials import Credentials, Origin, environment_credentials
+from tunesmith.storage.errors import (
+    AccessDeniedError,
+    CredentialsMissingError,
+    InvalidUriError,
+    NotFoundError,
+    StorageError,
+    UnavailableError,
+)
+from tunesmith.storage.folder import ONE_TRY, Access, Folder, Retry, open_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+QUICK = Access(ONE_TRY)
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with S3Server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+def of_secret(**values: str) -> Credentials:
+    return Credentials(values, "the Secret mine", Origin.SECRET)
+
+
+def opened(s3: S3Server, path: str, access: Access = QUICK, **changes: str) -> Folder:
+    return open_folder(f"s3://tunesmith/{path}", of_secret(**{**s3.environment(), **changes}), access, what="the data")
+
+
+def test_what_is_written_is_listed_read_and_removed(s3: S3Server, tmp_path: Path) -> None:
+    folder = opened(s3, "files")
+    content = os.urandom(9_000_000)
+    (tmp_path / "big.bin").write_bytes(content)
+    folder.child("inner").upload("big.bin", tmp_path / "big.bin")
+    assert folder.create("first", b"1")
+    assert not folder.create("first", b"2")
+    assert (folder.names(), folder.folders()) == (["first"], ["inner"])
+    assert folder.below("**/*.bin") == ["inner/big.bin"]
+    [first, big] = folder.tree()
+    assert ((first.name, first.size), (big.name, big.size)) == (("first", 1), ("inner/big.bin", 9_000_000))
+    assert big.modified is not None
+    assert abs(big.modified - dt.datetime.now(dt.UTC)) < dt.timedelta(hours=1)
+    folder.child("inner").download("big.bin", tmp_path / "copy.bin")
+    assert (tmp_path / "copy.bin").read_bytes() == content
+    folder.remove_file("inner/big.bin")
+    folder.remove_file("inner/big.bin")
+    assert folder.below() == ["first"]
+    folder.remove()
+    with pytest.raises(NotFoundError, match=r"the data s3://tunesmith/files does not exist: check the uri"):
+        folder.names()
+
+
+def test_a_secret_with_half_of_its_keys_does_not_take_the_other_half_from_the_environment(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3.environment().items():
+        monkeypatch.setenv(name, value)
+    values = {"AWS_ACCESS_KEY_ID": s3.access_key}
+    for origin, kind in ((Origin.SECRET, CredentialsMissingError), (Origin.STORE_SECRET, AccessDeniedError)):
+        with pytest.raises(kind, match="has AWS_ACCESS_KEY_ID and no AWS_SECRET_ACCESS_KEY: add the key"):
+            open_folder("s3://tunesmith/x", Credentials(values, "the Secret mine", origin), QUICK)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "sentence"),
+    [
+        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, AccessDeniedError, "was denied with the credentials of the Secret mine"),
+        ({"AWS_ACCESS_KEY_ID": "nobody"}, AccessDeniedError, "was denied with the credentials of the Secret mine"),
+        ({"AWS_SECRET_ACCESS_KEY": "a b"}, AccessDeniedError, "AWS_SECRET_ACCESS_KEY of the Secret mine has spaces"),
+    ],
+)
+def test_refused_keys_are_reported_without_them(
+    s3: S3Server, changes: dict[str, str], kind: type[StorageError], sentence: str
+) -> None:
+    with pytest.raises(kind, match=sentence) as failure:
+        opened(s3, "files", **changes).names()
+    assert not any(value in str(failure.value) for value in changes.values())
+
+
+def test_a_missing_endpoint_is_part_of_the_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Amazon is asked then, which knows neither the keys nor the bucket of another server, or cannot be reached."""
+    proxy = f"http://127.0.0.1:{free_port()}"
+    monkeypatch.setenv("HTTPS_PROXY", proxy)
+    waits: list[str] = []
+    access = Access(Retry(attempts=2, first=0.01), waiting=waits.append)
+    folder = open_folder("s3://b/x", of_secret(AWS_ACCESS_KEY_ID="id", AWS_SECRET_ACCESS_KEY="secret"), access)
+    with pytest.raises(UnavailableError) as failure:
+        folder.names()
+    told = "the Secret mine has no AWS_ENDPOINT_URL, so Amazon S3 was asked: add it if the store is another server's"
+    assert "s3://b/x could not be reached, tried 2 times" in str(failure.value)
+    assert told in str(failure.value)
+    [wait] = waits
+    assert told in wait
+    assert wait.endswith("; next try in 0 s")
+
+
+@pytest.mark.parametrize(
+    ("uri", "sentence"),
+    [
+        ("ftp://host/x", "the uri ftp://host/x is none of hf://, s3://, gs://, az://, https:// with a path"),
+        ("S3://b/x", "is none of hf://"),
+        ("s3:///b/x", "is none of hf://"),
+        ("pvc://claim/x", "is none of hf://"),
+        ("file:///x", "file:// is allowed only where no cluster runs the job"),
+        ("s3://b/a.jsonl?versionId=3", "names a version, and only the newest can be read"),
+        ("az://c/run#1", "has a '?' or '#', which cannot be read there"),
+    ],
+)
+def test_a_uri_that_cannot_be_meant_is_refused(uri: str, sentence: str) -> None:
+    with pytest.raises(InvalidUriError) as refused:
+        open_folder(uri, environment_credentials({}), QUICK)
+    assert sentence in str(refused.value)
+
+
+def test_the_caller_chooses_the_exception(s3: S3Server) -> None:
+    access = Access(ONE_TRY, failure=lambda error: LookupError(f"translated: {error}"))
+    with pytest.raises(LookupError, match="translated: the data s3://tunesmith/none does not exist"):
+        opened(s3, "none", access).names()
+    with pytest.raises(LookupError, match="translated: AWS_REGION of the Secret mine has spaces"):
+        opened(s3, "none", access, AWS_REGION="a b")
+
+
+# https://
+
+ROWS = b'{"text": "a"}\n' * 1000
+
+
+class Files(BaseHTTPRequestHandler):
+    """Files of a web server that answers ranges, and paths with which others than files are found."""
+
+    def do_GET(self) -> None:
+        port = self.server.server_port  # type: ignore[attr-defined]
+        redirects = {
+            "/here": f"https://127.0.0.1:{port}/rows.jsonl",
+            "/elsewhere": f"https://127.0.0.2:{port}/rows.jsonl",
+            "/plain": f"http://127.0.0.1:{port}/rows.jsonl",
+            "/round": f"https://127.0.0.1:{port}/round",
+        }
+        if self.path in redirects:
+            self._answer(302, b"", Location=redirects[self.path])
+        elif self.path == "/private.jsonl":
+            self._answer(403, b"")
+        elif self.path == "/broken.jsonl":
+            self._answer(503, b"")
+        elif self.path == "/whole.jsonl":
+            self._answer(200, ROWS)
+        elif self.path == "/longer.jsonl":
+            self._answer(206, ROWS, **{"Content-Range": f"bytes 0-0/{len(ROWS)}"})
+        elif self.path == "/rows.jsonl":
+            first, last = (int(part) for part in self.headers["Range"].removeprefix("bytes=").split("-"))
+            part = ROWS[first : last + 1]
+            self._answer(206, part, **{"Content-Range": f"bytes {first}-{first + len(part) - 1}/{len(ROWS)}"})
+        else:
+            self._answer(404, b"")
+
+    def _answer(self, status: int, body: bytes, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - http.server's name
+        """Nothing: pytest shows what matters."""
+
+
+class Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that closes its connection early is no event."""
+
+
+def certificate(folder: Path) -> Path:
+    """A certificate of 127.0.0.1 and 127.0.0.2 and its key, in one file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
+    now = dt.datetime.now(dt.UTC)
+    addresses = [x509.IPAddress(ipaddress.ip_address(f"127.0.0.{number}")) for number in (1, 2)]
+    signed = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - dt.timedelta(days=1))
+        .not_valid_after(now + dt.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName(addresses), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    path = folder / "server.pem"
+    path.write_bytes(
+        signed.public_bytes(serialization.Encoding.PEM)
+        + key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return path
+
+
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler], context: ssl.SSLContext) -> Iterator[Server]:
+    server = Server(("", 0), handler)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture(scope="module")
+def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    path = certificate(tmp_path_factory.mktemp("web"))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(path)
+    aiohttp.connector._SSL_CONTEXT_VERIFIED.load_verify_locations(path)
+    with serving(Files, context) as server:
+        yield server
+
+
+def at(web: Server) -> Folder:
+    access = Access(ONE_TRY, refusal=refusal)
+    return open_folder(f"https://127.0.0.1:{web.server_port}", environment_credentials({}), access, what="the data")
+
+
+def test_a_file_of_a_web_server_is_read_and_downloaded(web: Server, tmp_path: Path) -> None:
+    folder = at(web)
+    assert not folder.is_folder("rows.jsonl")
+    assert folder.exists("rows.jsonl")
+    assert not folder.exists("none.jsonl")
+    assert folder.size("rows.jsonl") == len(ROWS)
+    assert folder.read("rows.jsonl", 5, 20) == ROWS[5:25]
+    assert folder.read("here") == ROWS
+    folder.download("here", tmp_path / "rows.jsonl")
+    assert (tmp_path / "rows.jsonl").read_bytes() == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "sentence"),
+    [
+        ("none.jsonl", NotFoundError, "/none.jsonl does not exist: check the uri"),
+        ("private.jsonl", AccessDeniedError, "/private.jsonl was denied"),
+        ("broken.jsonl", UnavailableError, "/broken.jsonl could not be reached: 503"),
+        ("whole.jsonl", InvalidUriError, "the server does not support range requests: copy the file to another store"),
+        ("longer.jsonl", InvalidUriError, "the server sends more than it announces"),
+        ("plain", InvalidUriError, "it redirects to 127.0.0.1 by plain HTTP"),
+        ("round", InvalidUriError, "it redirects 10 times"),
+    ],
+)
+def test_what_a_web_server_does_wrong_is_reported(
+    web: Server, name: str, kind: type[StorageError], sentence: str
+) -> None:
+    with pytest.raises(kind) as failure:
+        at(web).read(name, 0, 1)
+    assert sentence in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "name", "refused"), [("", "rows.jsonl", "127.0.0.1"), ("127.0.0.1/32", "elsewhere", "127.0.0.2")]
+)
+def test_neither_a_uri_nor_a_redirect_leads_to_an_address_that_is_not_listed(
+    web: Server, allowed: str, name: str, refused: str
+) -> None:
+    with (
+        guarded({ALLOWED_ADDRESSES: allowed}),
+        pytest.raises(AccessDeniedError, match=rf"leads to {refused}, an address of the pod itself"),
+    ):
+        at(web).read(name, 0, 1)
+
+
+def test_a_web_server_is_neither_listed_nor_written_to(web: Server, tmp_path: Path) -> None:
+    folder = at(web)
+    for listing in (folder.names, folder.folders, folder.below, lambda: folder.below("*.jsonl")):
+        with pytest.raises(InvalidUriError, match="https:// names one file, and its folders cannot be listed"):
+            listing()
+    (tmp_path / "a").write_bytes(b"x")
+    for writing in (lambda: folder.upload("a", tmp_path / "a"), lambda: folder.create("a", b"x"), folder.remove):
+        with pytest.raises(InvalidUriError, match="https:// cannot be written to"):
+            writing()
