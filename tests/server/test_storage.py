@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import datetime as dt
-import ipaddress
 import os
-import ssl
-import threading
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING
 
-import aiohttp.connector
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from s3server import S3Server, free_port
+from webserver import ROWS, Server, web_server
 
 from tunesmith.contracts.connections import guarded, refusal
 from tunesmith.contracts.environment import ALLOWED_ADDRESSES
@@ -148,100 +139,10 @@ def test_the_caller_chooses_the_exception(s3: S3Server) -> None:
 
 # https://
 
-ROWS = b'{"text": "a"}\n' * 1000
-
-
-class Files(BaseHTTPRequestHandler):
-    """Files of a web server that answers ranges, and paths with which others than files are found."""
-
-    def do_GET(self) -> None:
-        port = self.server.server_port  # type: ignore[attr-defined]
-        redirects = {
-            "/here": f"https://127.0.0.1:{port}/rows.jsonl",
-            "/elsewhere": f"https://127.0.0.2:{port}/rows.jsonl",
-            "/plain": f"http://127.0.0.1:{port}/rows.jsonl",
-            "/round": f"https://127.0.0.1:{port}/round",
-        }
-        if self.path in redirects:
-            self._answer(302, b"", Location=redirects[self.path])
-        elif self.path == "/private.jsonl":
-            self._answer(403, b"")
-        elif self.path == "/broken.jsonl":
-            self._answer(503, b"")
-        elif self.path == "/whole.jsonl":
-            self._answer(200, ROWS)
-        elif self.path == "/longer.jsonl":
-            self._answer(206, ROWS, **{"Content-Range": f"bytes 0-0/{len(ROWS)}"})
-        elif self.path == "/rows.jsonl":
-            first, last = (int(part) for part in self.headers["Range"].removeprefix("bytes=").split("-"))
-            part = ROWS[first : last + 1]
-            self._answer(206, part, **{"Content-Range": f"bytes {first}-{first + len(part) - 1}/{len(ROWS)}"})
-        else:
-            self._answer(404, b"")
-
-    def _answer(self, status: int, body: bytes, **headers: str) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - http.server's name
-        """Nothing: pytest shows what matters."""
-
-
-class Server(ThreadingHTTPServer):
-    def handle_error(self, request: object, client_address: object) -> None:
-        """A client that closes its connection early is no event."""
-
-
-def certificate(folder: Path) -> Path:
-    """A certificate of 127.0.0.1 and 127.0.0.2 and its key, in one file."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
-    now = dt.datetime.now(dt.UTC)
-    addresses = [x509.IPAddress(ipaddress.ip_address(f"127.0.0.{number}")) for number in (1, 2)]
-    signed = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - dt.timedelta(days=1))
-        .not_valid_after(now + dt.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName(addresses), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    path = folder / "server.pem"
-    path.write_bytes(
-        signed.public_bytes(serialization.Encoding.PEM)
-        + key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-    return path
-
-
-@contextmanager
-def serving(handler: type[BaseHTTPRequestHandler], context: ssl.SSLContext) -> Iterator[Server]:
-    server = Server(("", 0), handler)
-    server.socket = context.wrap_socket(server.socket, server_side=True)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
 
 @pytest.fixture(scope="module")
 def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    path = certificate(tmp_path_factory.mktemp("web"))
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(path)
-    aiohttp.connector._SSL_CONTEXT_VERIFIED.load_verify_locations(path)
-    with serving(Files, context) as server:
+    with web_server(tmp_path_factory.mktemp("web")) as server:
         yield server
 
 

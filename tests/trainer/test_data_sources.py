@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from trainer_rig import Workbench, chat_row, chat_rows, write_rows
+from webserver import web_server
 
 from tunesmith.api.conditions import FailureReason
 from tunesmith.api.dataset import DatasetSource
@@ -102,6 +103,16 @@ def test_a_folder_with_the_rows_in_two_formats_is_refused(bench: Workbench, part
     assert "has files of several formats (jsonl, parquet)" in ran.result.message
     assert f"choose with a glob, such as file://{parts}/**/*.jsonl" in ran.result.message
     assert counted(validated(bench, {"train": [{"uri": f"file://{parts}/**/*.jsonl"}]})).rows == 18
+
+
+def test_rows_of_a_web_server_are_counted(bench: Workbench, tmp_path: Path) -> None:
+    rows = write_rows(bench.folder / "chats.jsonl", chat_rows(20)).read_bytes()
+    with web_server(tmp_path, rows) as server:
+        uri = f"https://127.0.0.1:{server.server_port}"
+        assert counted(validated(bench, {"train": [{"uri": f"{uri}/rows.jsonl"}]})).rows == 18
+        ran = validated(bench, {"train": [{"uri": f"{uri}/none.jsonl"}]})
+        assert (ran.code, ran.result.reason) == (2, FailureReason.DATASET_NOT_FOUND)
+        assert f"the data set {uri}/none.jsonl does not exist: check the uri" in ran.result.message
 
 
 def test_several_sources_with_weights(bench: Workbench) -> None:

@@ -7,7 +7,7 @@ import re
 from fnmatch import fnmatchcase
 from urllib.parse import unquote
 
-from tunesmith.storage.schemes import normalised, split
+from tunesmith.storage.schemes import BY_NAME, normalised, split
 
 ARTIFACT_MANIFEST = "tunesmith.json"
 ARTIFACT_FOLDER = "artifact"
@@ -126,6 +126,10 @@ def engine_name(namespace: str, model_name: str, digest: str) -> str:
     return f"{namespace}/{model_name}@{match.group(1)[:12]}"
 
 
-def claim_path(uri: str) -> str:
-    """Where a pod that mounts its claims finds `pvc://claim/folder`: `/mnt/claims/<claim>/<folder>`."""
-    return f"{CLAIMS_FOLDER}/{uri.removeprefix('pvc://')}"
+def claim_of(uri: str) -> tuple[str, str] | None:
+    """Return the PersistentVolumeClaim of a uri and the folder in it; None for a uri of a store."""
+    name, place = split(uri)
+    if not (name in BY_NAME and BY_NAME[name].mounted):
+        return None
+    claim, _, folder = place.partition("/")
+    return claim, folder.strip("/")

@@ -12,6 +12,7 @@ from tunesmith.contracts.location import (
     CLAIMS_FOLDER,
     artifact_uri,
     checkpoints_uri,
+    claim_of,
     job_folder,
     owned_name,
     short_uid,
@@ -388,5 +389,5 @@ def _keys(secret: str) -> Object:
 
 def _claims(job: FineTuneJob) -> list[str]:
     """Names of the PersistentVolumeClaims that the sources name, without repeats."""
-    uris = (source.uri for _, source in sources(job))
-    return list(dict.fromkeys(uri.removeprefix("pvc://").split("/")[0] for uri in uris if uri.startswith("pvc://")))
+    found = (claim_of(source.uri) for _, source in sources(job))
+    return list(dict.fromkeys(claim[0] for claim in found if claim is not None))

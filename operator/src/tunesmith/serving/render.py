@@ -25,7 +25,7 @@ from tunesmith.contracts.environment import (
     SERVING_KEY,
     SERVING_KEY_FILE,
 )
-from tunesmith.contracts.location import owned_name
+from tunesmith.contracts.location import claim_of, owned_name
 from tunesmith.contracts.network import Network, network_policy
 from tunesmith.contracts.ownership import controller_of
 from tunesmith.serving.pod import AGENT_CONTAINER, BASE_MODEL_CONTAINER, ENGINE_CONTAINER, READINESS_GATE
@@ -217,7 +217,10 @@ def _pod(pool: ServingPool, settings: PoolSettings) -> Manifest:
         },
         "readinessGates": [{"conditionType": READINESS_GATE}],
         # A mounted base model is there already: the agent takes its fingerprint itself.
-        "initContainers": [*([] if _claim(pool) else [_base_model(pool, settings)]), _agent(pool, settings)],
+        "initContainers": [
+            *([] if claim_of(pool.spec.base_model.uri) else [_base_model(pool, settings)]),
+            _agent(pool, settings),
+        ],
         "containers": [_engine(pool, settings)],
         "volumes": _volumes(pool, settings),
         **pool.spec.scheduling.pod_fields(),
@@ -425,19 +428,10 @@ def _restricted() -> Manifest:
 
 
 def _models(pool: ServingPool, *, read_only: bool) -> Manifest:
-    claim = _claim(pool)
+    claim = claim_of(pool.spec.base_model.uri)
     if claim is None:
         return _mount("models", "/models", read_only=read_only)
     return {**_mount("models", _BASE, read_only=True), **({"subPath": claim[1]} if claim[1] else {})}
-
-
-def _claim(pool: ServingPool) -> tuple[str, str] | None:
-    """Claim and folder of a `pvc://claim/folder` base model."""
-    uri = pool.spec.base_model.uri
-    if not uri.startswith("pvc://"):
-        return None
-    claim, _, folder = uri.removeprefix("pvc://").partition("/")
-    return claim, folder.strip("/")
 
 
 def _volume_sizes(pool: ServingPool, settings: PoolSettings) -> dict[str, int]:
@@ -452,13 +446,13 @@ def _volume_sizes(pool: ServingPool, settings: PoolSettings) -> dict[str, int]:
         "tmp-agent": _TEMPORARY_SIZE,
         "tmp-engine": _ENGINE_TEMPORARY_SIZE,
     }
-    if _claim(pool) is None:
+    if claim_of(pool.spec.base_model.uri) is None:
         sizes |= {"models": _bytes(settings.base_model_storage) * 17 // 16, "tmp-base-model": _TEMPORARY_SIZE}
     return sizes
 
 
 def _volumes(pool: ServingPool, settings: PoolSettings) -> list[Manifest]:
-    claim = _claim(pool)
+    claim = claim_of(pool.spec.base_model.uri)
     volumes: list[Manifest] = [
         *({"name": name, "emptyDir": {"sizeLimit": str(size)}} for name, size in _volume_sizes(pool, settings).items()),
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": pool.spec.resources.memory}},
