@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -20,6 +21,7 @@ from tunesmith.storage.folder import ONE_TRY, Access, Folder, open_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 NATIVE = Access(ONE_TRY, native=True)
 
@@ -56,6 +58,29 @@ def test_an_s3_store_is_listed_read_and_cleaned(s3: S3Server) -> None:
     assert folder.child("team").read("b") == b"12"
     folder.remove_file("team/b")
     assert folder.below() == ["team/a/tmp/x"]
+
+
+def test_files_are_uploaded_created_once_and_downloaded(s3: S3Server, tmp_path: Path) -> None:
+    folder = opened(s3, "s3://tunesmith/new")
+    content = os.urandom(9_000_000)
+    (tmp_path / "big.bin").write_bytes(content)
+    folder.upload("big.bin", tmp_path / "big.bin")
+    folder.download("big.bin", tmp_path / "copy.bin")
+    assert (tmp_path / "copy.bin").read_bytes() == content
+    assert [folder.read("big.bin", *part) for part in ((0, 3), (3,), (3, 4))] == [
+        content[:3],
+        content[3:],
+        content[3:7],
+    ]
+    assert folder.create("first", b"1")
+    assert not folder.create("first", b"2")
+    with pytest.raises(FileExistsError):  # of two writers that saw nothing there, one wins
+        folder._filesystem.pipe_file("tunesmith/new/first", b"3", mode="create")
+    assert folder.read("first") == b"1"
+    folder.check_writable()
+    assert folder.names() == ["big.bin", "first"]
+    folder.remove()
+    assert folder.below() == []
 
 
 @pytest.mark.parametrize(

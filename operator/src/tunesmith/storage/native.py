@@ -8,6 +8,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from obstore.exceptions import AlreadyExistsError
 from obstore.fsspec import FsspecStore
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ _RETRIES = {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
 
 
 class NativeFileSystem(FsspecStore):
-    """obstore's file system, whose listings have the time of each file's last change.
+    """obstore's file system with what it leaves out: times of changes in listings, open ranges and conditional writes.
 
     Args:
         protocol: name of the scheme.
@@ -57,6 +58,26 @@ class NativeFileSystem(FsspecStore):
         pages = self._construct_store(bucket).list(prefix)
         found = {entry["name"]: entry async for page in pages for entry in (_file(bucket, item) for item in page)}
         return found if detail else sorted(found)
+
+    async def _cat_file(self, path: str, start: int | None = None, end: int | None = None, **_kwargs: object) -> bytes:
+        bucket, place = self._split_path(path)
+        store = self._construct_store(bucket)
+        if start is None and end is None:
+            answer = await store.get_async(place)
+        elif end is None:
+            answer = await store.get_async(place, options={"range": {"offset": start or 0}})
+        else:
+            return (await store.get_range_async(place, start=start or 0, end=end)).to_bytes()
+        return (await answer.bytes_async()).to_bytes()
+
+    async def _pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **_kwargs: object) -> None:
+        bucket, place = self._split_path(path)
+        try:
+            await self._construct_store(bucket).put_async(
+                place, value, mode="create" if mode == "create" else "overwrite"
+            )
+        except AlreadyExistsError:
+            raise FileExistsError(path) from None
 
 
 def _file(bucket: str, entry: Mapping[str, Any]) -> dict[str, Any]:
