@@ -1,19 +1,25 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 import traceback
+import urllib.request
 from pathlib import Path
 
 import pytest
+import yaml
 from s3server import S3Server, free_port
 from trainer_rig import Workbench, chat_rows, s3_job, write_rows
 
 from tunesmith.api.conditions import FailureReason
 from tunesmith.contracts.artifact import ArtifactManifest, digest_of
+from tunesmith.contracts.environment import ALLOWED_ADDRESSES
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
 from tunesmith.contracts.owner import Owner
+from tunesmith.contracts.progress import parse_progress
 from tunesmith.storage.folder import Folder, Retry
 from tunesmith_trainer.errors import (
     AccessDeniedError,
@@ -209,6 +215,35 @@ def test_an_outage_is_reported_while_it_is_waited_out_and_no_longer(tmp_path: Pa
             for text in sentences
         )
         assert sentences
+
+
+def test_a_missing_endpoint_is_in_the_progress_of_a_running_job(tmp_path: Path) -> None:
+    """The keys of another store's server are offered to Amazon's, which a pod without the internet cannot reach."""
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(s3_job()))
+    port = free_port()
+    command = [sys.executable, "-m", "tunesmith_trainer.main", "validate", "--job", str(tmp_path / "job.yaml")]
+    command += ["--progress-port", str(port), "--termination-message", str(tmp_path / "message")]
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    environ |= {"AWS_ACCESS_KEY_ID": "writer", "AWS_SECRET_ACCESS_KEY": "writer-secret"}
+    # Names of the internet lead nowhere, by a proxy that is not there.
+    environ |= {"HTTPS_PROXY": f"http://127.0.0.1:{free_port()}", ALLOWED_ADDRESSES: "127.0.0.0/8"}
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, env=environ, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        deadline, outage = time.monotonic() + 120, None
+        while outage is None:
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/progress", timeout=5) as answer:
+                    outage = parse_progress(answer.read()).outage
+            except OSError:
+                time.sleep(0.1)
+    finally:
+        process.kill()
+        process.wait()
+    assert "could not be reached" in outage
+    assert "has no AWS_ENDPOINT_URL, so Amazon S3 was asked: add it if the store is another server's; next" in outage
 
 
 def test_an_outage_that_lasts_is_worth_another_attempt(s3: S3Server) -> None:
