@@ -37,12 +37,15 @@ _REASONS = {
     ("operator", "networkpolicies"): "who may connect to pool and training pods",
     ("operator", "secrets"): "the keys of pools and gateways, written without being read",
     ("operator", "events"): "what happened to a resource",
-    ("operator", "namespaces"): "the cluster's identity, written into folders of the store",
+    ("operator", "namespaces"): "their labels, by which pools choose who may attach",
     ("operator", "nodes"): "the memory of GPUs, from the nodes' labels",
     ("operator", "leases"): "which replica leads",
     ("gateway", "servingpools"): "models that can be called",
     ("gateway", "pods"): "addresses of pool pods",
+    ("gateway", "namespaces"): "their labels, by which pools choose who may call the base",
     ("gateway", "configmaps"): "the hashes of API keys",
+    ("every authenticated user", "configmaps"): "the gateway's address and the namespaces of shared pools",
+    ("every authenticated user", "servingpools"): "pools in the namespaces of shared pools (`rbac.discovery`)",
     ("role view", "finetunejobs"): "in the built-in role `view` (and `edit`, `admin`)",
     ("role edit", "finetunejobs"): "in the built-in role `edit` (and `admin`)",
     ("role edit", "adapterdeployments/scale"): "in the built-in role `edit` (and `admin`)",
@@ -50,6 +53,7 @@ _REASONS = {
     ("role admin", "servingpools/scale"): "in the built-in role `admin`",
 }
 _SPECIAL = {
+    ("operator", "namespaces", "kube-system"): "the cluster's identity, written into folders of the store",
     ("operator", "secrets", "tunesmith-installation-key"): "the key that all other keys derive from",
     ("operator", "secrets", "tunesmith-gateway-key"): "the gateways' share of it, and the token of metrics",
 }
@@ -108,7 +112,8 @@ def rows(documents: list[Object]) -> list[Row]:
     for item in documents:
         if item["kind"] in {"RoleBinding", "ClusterRoleBinding"}:
             place = (item["roleRef"]["kind"], item["metadata"].get("namespace"), item["roleRef"]["name"])
-            bindings[place] = item["subjects"][0]["name"]
+            subject = item["subjects"][0]
+            bindings[place] = "every authenticated user" if subject["kind"] == "Group" else subject["name"]
     found = []
     for role in documents:
         if role["kind"] not in {"Role", "ClusterRole"}:
@@ -117,7 +122,7 @@ def rows(documents: list[Object]) -> list[Row]:
         subject = bindings.get((role["kind"], namespace, name))
         who = (subject or f"role {name.removeprefix('tunesmith-')}").removeprefix("tunesmith-")
         scope = "each listed namespace" if namespace else "the cluster"
-        where = "its own namespace" if namespace == NAMESPACE else scope
+        where = "the installation's namespace" if namespace == NAMESPACE else scope
         for rule in role["rules"]:
             names = rule.get("resourceNames", [])
             reason = _REASONS[who, rule["resources"][0]]
@@ -169,7 +174,8 @@ rights and policies to an API server, run the operator with nothing else, and tr
 ([tests](../../tests/controlplane/test_rights.py)).
 
 No identity may read a Secret, except the operator its own installation key. `operator` and `gateway` are service
-accounts of the release's namespace; `role …` are ClusterRoles that aggregate into the cluster's built-in roles.
+accounts of the release's namespace; `every authenticated user` is the group `system:authenticated`; `role …` are
+ClusterRoles that aggregate into the cluster's built-in roles.
 
 ## In every namespace (the default)
 

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from tunesmith.api.credentials import REPORTING_SECRET, STORE_SECRET
+from tunesmith.contracts import installation
 from tunesmith.contracts.scheduling import DEFAULT_SCHEDULING, AllowedScheduling
 from tunesmith.controller.settings import OperatorSettings
 from tunesmith.gateway.main import parser as gateway_options
@@ -109,6 +110,8 @@ def test_the_notes_name_the_keys_of_the_store(helm: Helm, tmp_path: Path, store:
         ),
         ({"gateway": {"service": {"type": "LoadBalancer", "loadBalancerSourceRanges": ["everyone"]}}}, "everyone"),
         ({"gateway": {"drainSeconds": -1}}, "drainSeconds"),
+        ({"gateway": {"externalUrl": "llm.example.com"}}, "externalUrl"),
+        ({"gateway": {"externalUrl": "https://llm.example.com/v1"}}, "externalUrl"),
         ({"gateway": {"maxUnavailable": 0}}, "maxUnavailable"),
         ({"gateway": {"limits": {"maxSequence": 1}}}, "maxSequence"),
         ({"gateway": {"topologySpread": [{"topologyKey": "zone"}]}}, "maxSkew"),
@@ -198,7 +201,9 @@ def test_users_write_what_their_role_allows(template: Template, role: str, resou
 
 def test_user_roles_can_be_left_out(template: Template) -> None:
     roles = of_kind(template("tunesmith", {"rbac": {"aggregateToUserRoles": False}}), "ClusterRole")
-    assert set(roles) == {"tunesmith-operator", "tunesmith-operator-cluster", "tunesmith-gateway"}
+    assert set(roles) == {
+        *("tunesmith-operator", "tunesmith-operator-cluster", "tunesmith-gateway", "tunesmith-gateway-cluster")
+    }
 
 
 def test_crds_are_the_generated_ones_and_outlive_the_release(template: Template) -> None:
@@ -326,6 +331,38 @@ def test_gateway_service_and_its_url_agree(template: Template) -> None:
     assert "--gateway-url=http://tunesmith-gateway.tunesmith-system.svc:8000" in operator["command"]
 
 
+def test_the_external_url_is_what_users_are_told(template: Template) -> None:
+    url = "https://llm.example.com"
+    documents = template("tunesmith", {"gateway": {"externalUrl": url}})
+    assert f"--gateway-url={url}" in container_of(documents, "operator")["command"]
+    published = of_kind(documents, "ConfigMap")[installation.NAME]
+    assert installation.parse_installation(published) == installation.Installation(url, ("tunesmith-system",))
+    inside = of_kind(template("tunesmith"), "ConfigMap")[installation.NAME]["data"]["url"]
+    assert inside == "http://tunesmith-gateway.tunesmith-system.svc"
+
+
+def test_everybody_may_find_the_installation_and_its_shared_pools(template: Template) -> None:
+    values = {"serving": {"sharedPoolNamespaces": ["models", "more"]}}
+    documents = template("tunesmith", values)
+    everybody = [
+        document["metadata"]
+        for document in documents
+        if document["kind"] == "RoleBinding" and document["subjects"][0]["kind"] == "Group"
+    ]
+    assert {(metadata["namespace"], metadata["name"]) for metadata in everybody} == {
+        ("tunesmith-system", "tunesmith-installation"),
+        ("models", "tunesmith-shared-pools"),
+        ("more", "tunesmith-shared-pools"),
+    }
+    assert set(rules(documents, "tunesmith-installation")) == {("", "configmaps", "get")}
+    [rule] = of_kind(documents, "Role")["tunesmith-installation"]["rules"]
+    assert rule["resourceNames"] == [installation.NAME]
+    assert {verb for _, _, verb in rules(documents, "tunesmith-shared-pools")} == {"get", "list", "watch"}
+    closed = template("tunesmith", {**values, "rbac": {"discovery": False}})
+    bindings = [document for document in closed if document["kind"].endswith("RoleBinding")]
+    assert {subject["kind"] for document in bindings for subject in document["subjects"]} == {"ServiceAccount"}
+
+
 def container_of(documents: list[dict[str, Any]], component: str) -> dict[str, Any]:
     pod = of_kind(documents, "Deployment")[f"tunesmith-{component}"]["spec"]["template"]["spec"]
     found: dict[str, Any] = pod["containers"][0]
@@ -405,10 +442,25 @@ def test_pods_are_spread_as_the_values_say(template: Template) -> None:
 
 def test_with_listed_namespaces_nothing_else_is_granted_but_nodes(template: Template) -> None:
     documents = template(
-        "tunesmith", {"watchNamespaces": ["team-a", "team-b"], "rbac": {"aggregateToUserRoles": False}}
+        "tunesmith",
+        {"watchNamespaces": ["team-a", "team-b"], "rbac": {"aggregateToUserRoles": False, "discovery": False}},
     )
-    assert set(of_kind(documents, "ClusterRole")) == {"tunesmith-operator-cluster"}
-    assert set(rules(documents, "tunesmith-operator-cluster")) == {("", "namespaces", "get"), ("", "nodes", "list")}
+    cluster_roles = of_kind(documents, "ClusterRole")
+    assert set(cluster_roles) == {"tunesmith-operator-cluster", "tunesmith-gateway-cluster"}
+    labels = {("", "namespaces", "list"), ("", "namespaces", "watch")}
+    assert set(rules(documents, "tunesmith-gateway-cluster")) == labels
+    assert set(rules(documents, "tunesmith-operator-cluster")) == {
+        *labels,
+        ("", "namespaces", "get"),
+        ("", "nodes", "list"),
+    }
+    named = [
+        rule["resourceNames"]
+        for role in cluster_roles.values()
+        for rule in role["rules"]
+        if rule["resources"] == ["namespaces"]
+    ]
+    assert sorted(named) == [["kube-system"], ["team-a", "team-b"], ["team-a", "team-b"]]
     for kind in ("Role", "RoleBinding"):
         places = {
             (document["metadata"]["namespace"], document["metadata"]["name"])

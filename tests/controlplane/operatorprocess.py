@@ -61,7 +61,9 @@ class Operator:
             "--no-require-metrics-token",
             *self._options,
         ]
-        environment = {**os.environ, "KUBECONFIG": str(self._kubeconfig), "TUNESMITH_IDENTITY": self._identity}
+        environment = {**os.environ, "KUBECONFIG": str(self._kubeconfig)}
+        if self._identity:
+            environment["TUNESMITH_IDENTITY"] = self._identity
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 

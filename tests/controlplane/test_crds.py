@@ -197,7 +197,19 @@ REFUSED_POOLS = {
     "negative replicas": ({"replicas": -1}, "spec.replicas in body should be greater than or equal to 0"),
     "unknown admission": (
         {"allowedNamespaces": {"from": "Some"}},
-        'spec.allowedNamespaces.from: Unsupported value: "Some": supported values: "Same", "All"',
+        'spec.allowedNamespaces.from: Unsupported value: "Some": supported values: "Same", "All", "Selector"',
+    ),
+    "a selector that is missing": (
+        {"allowedNamespaces": {"from": "Selector"}},
+        "allowedNamespaces.selector belongs to from: Selector, which needs it: set both, or remove the selector",
+    ),
+    "a selector that nothing uses": (
+        {"allowedNamespaces": {"selector": {"matchLabels": {"tier": "paid"}}}},
+        "allowedNamespaces.selector belongs to from: Selector, which needs it: set both, or remove the selector",
+    ),
+    "a requirement without values": (
+        {"allowedNamespaces": {"from": "Selector", "selector": {"matchExpressions": [{"key": "a", "operator": "In"}]}}},
+        "In and NotIn need values, Exists and DoesNotExist take none: change operator or values",
     ),
 }
 

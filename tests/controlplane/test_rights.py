@@ -496,6 +496,7 @@ async def test_only_listed_namespaces_are_served(server: ApiServer, cluster: Clu
         assert not await pods_wanted(other)
         assert operator.answers("/readyz")
         assert operator.answers("/readyz", "[::1]")
+        assert "cannot be read" not in operator.log.read_text(), "labels of the listed namespaces are among its rights"
     keys, catalog = KeyTable(), Catalog()
     gateway = kubeconfig_of(server, home, "served-tunesmith-gateway")
     async with await Cluster.connect(kubeconfig=gateway) as connected:
@@ -509,3 +510,4 @@ async def test_only_listed_namespaces_are_served(server: ApiServer, cluster: Clu
         following.cancel()
         await asyncio.gather(following, return_exceptions=True)
     assert set(catalog._models) == {f"{watched}/{watched}"}
+    assert set(catalog._labels) == {watched}

@@ -242,6 +242,31 @@ async def test_a_failed_job_is_told_with_its_reason(world: World) -> None:
     assert "line 3 of data.jsonl is not JSON" in told["message"]
 
 
+async def test_labels_of_a_namespace_decide_who_may_attach(world: World) -> None:
+    made = await world.cluster.create(
+        {"apiVersion": "v1", "kind": "Namespace", "metadata": {"generateName": "platform-"}}
+    )
+    platform, labels = made["metadata"]["name"], {"labels": {"tier": "paid"}}
+    allowed = {"from": "Selector", "selector": {"matchLabels": labels["labels"]}}
+    await world.cluster.create(pool(platform, allowedNamespaces=allowed))
+    await world.train("talk")
+    await world.serve("pirate", "talk", pool={"name": "small", "namespace": platform})
+    refused = await world.until_condition("pirate", "Resolved", "False", "PoolNotAllowed")
+    assert f"ServingPool {platform}/small does not let namespace {world.namespace} attach" in refused["message"]
+    await world.cluster.patch("Namespace", world.namespace, None, {"metadata": labels})
+    await world.until_condition("pirate", "Resolved", "True")
+
+    async def attached(count: int) -> bool:
+        status = (await world.cluster.get("ServingPool", "small", platform)).get("status", {})
+        return status.get("adapters") == count
+
+    await until(lambda: attached(1), "the pool counts the adapter")
+    await world.cluster.patch("Namespace", world.namespace, None, {"metadata": {"labels": {"tier": None}}})
+    await world.until_condition("pirate", "Resolved", "False", "PoolNotAllowed")
+    await until(lambda: attached(0), "the pool has let it go")
+    await world.cluster.delete("Namespace", platform)
+
+
 async def test_another_job_rolls_out_and_a_source_that_vanishes_leaves_it_serving(world: World) -> None:
     await world.pool()
     await world.train("one")

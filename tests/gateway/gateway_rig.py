@@ -62,11 +62,11 @@ class Watches:
     def put(self, document: dict[str, Any]) -> None:
         self._tell("MODIFIED", document)
         metadata = document["metadata"]
-        self._objects.setdefault(document["kind"], {})[metadata["namespace"], metadata["name"]] = document
+        self._objects.setdefault(document["kind"], {})[metadata.get("namespace", ""), metadata["name"]] = document
 
     def delete(self, document: dict[str, Any]) -> None:
         metadata = document["metadata"]
-        if self._objects.get(document["kind"], {}).pop((metadata["namespace"], metadata["name"]), None):
+        if self._objects.get(document["kind"], {}).pop((metadata.get("namespace", ""), metadata["name"]), None):
             self._tell("DELETED", document)
 
     def _tell(self, type_: Literal["MODIFIED", "DELETED"], document: dict[str, Any]) -> None:
@@ -79,10 +79,11 @@ class Watches:
         namespace: str | None = None,
         *,
         labels: str = "",
+        fields: str = "",
         alive: Callable[[], None],
         keep: Callable[[Any], Any],
     ) -> AsyncIterator[WatchEvent]:
-        self.asked[kind] = (namespace, labels)
+        self.asked[kind] = (namespace, labels or fields)
         await self.sync.wait()
         alive()
         self._queues[kind] = asyncio.Queue()

@@ -45,6 +45,25 @@ def test_a_shared_pool_that_is_not_open_has_no_bare_name(catalog: Catalog) -> No
         catalog.resolve("gpt", KEY)
 
 
+def test_a_base_is_callable_from_namespaces_whose_labels_match(catalog: Catalog) -> None:
+    base = pool_manifest("small", "platform", model="gpt", open_to="Selector")
+    base["spec"]["allowedNamespaces"]["selector"] = {"matchLabels": {"tier": "paid"}}
+    put(catalog, base)
+    for name in ("gpt", "platform/gpt"):
+        with pytest.raises(ApiError):
+            catalog.resolve(name, KEY)
+    assert catalog.visible(KEY) == []
+    catalog.put_namespace({"kind": "Namespace", "metadata": {"name": "team", "labels": {"tier": "paid"}}})
+    assert [catalog.resolve(name, KEY).id for name in ("gpt", "platform/gpt")] == ["platform/gpt"] * 2
+    assert [model.id for model in catalog.visible(KEY)] == ["platform/gpt"]
+    catalog.put_namespace({"kind": "Namespace", "metadata": {"name": "team"}})
+    assert catalog.visible(KEY) == []
+    catalog.put_namespace({"kind": "Namespace", "metadata": {"name": "team", "labels": {"tier": "paid"}}})
+    catalog.remove_namespace({"kind": "Namespace", "metadata": {"name": "team"}})
+    with pytest.raises(ApiError):
+        catalog.resolve("platform/gpt", KEY)
+
+
 def test_the_older_claim_wins_in_any_order_and_the_next_follows_it() -> None:
     old = adapter_manifest("b", model="pirate", digests=("a",), created="2026-01-02T00:00:00Z")
     same = adapter_manifest("c", model="pirate", digests=("b",), created="2026-01-02T00:00:00Z")

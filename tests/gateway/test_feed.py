@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 Object = dict[str, Any]
+PLURALS = ("servingpools", "adapterdeployments", "pods", "namespaces", "configmaps")
+"""The kinds that the gateway watches."""
 
 
 class ApiServer:
-    """Lists and watches of the four kinds; what a watch sends is up to the test."""
+    """Lists and watches of these kinds; what a watch sends is up to the test."""
 
     def __init__(self) -> None:
         self.objects: dict[str, dict[str, Object]] = {}
@@ -140,9 +142,7 @@ async def world(
         world = World(api, cluster, stale_seconds)
         task = asyncio.create_task(world.feed.run())
         await eventually(world.feed.synced, "everything is read")
-        await eventually(
-            lambda: api.watched("servingpools", "adapterdeployments", "pods", "configmaps"), "all is watched"
-        )
+        await eventually(lambda: api.watched(*PLURALS), "all is watched")
         yield world
         assert not task.done(), "the watches ended"
         task.cancel()
@@ -252,11 +252,11 @@ async def test_without_a_sign_of_life_the_tables_are_stale(world: World) -> None
     problem = world.feed.problem()
     assert problem is not None
     assert "the API server was not heard for more than 0.3 s about ServingPool" in problem
-    for plural in ("servingpools", "adapterdeployments", "pods"):
+    for plural in PLURALS[:-1]:
         world.api.send(plural, bookmark)
     await eventually(lambda: "Pod" not in (world.feed.problem() or ""), "bookmarks are signs of life")
     world.api.send("configmaps", bookmark)
-    for plural in ("servingpools", "adapterdeployments", "pods"):
+    for plural in PLURALS[:-1]:
         world.api.send(plural, bookmark)
     await eventually(lambda: world.feed.problem() is None, "all kinds were heard")
 
@@ -266,7 +266,7 @@ async def test_an_api_server_that_is_gone_makes_the_tables_stale_but_leaves_them
     world.api.put(pool_manifest())
     await eventually(lambda: "serving/base" in world.catalog._models, "the pool is known")
     world.api.down = True
-    for plural in ("servingpools", "adapterdeployments", "pods", "configmaps"):
+    for plural in PLURALS:
         world.api.send(plural, None)
     await eventually(lambda: world.feed.problem() is not None, "silence is a problem")
     assert "serving/base" in world.catalog._models

@@ -148,6 +148,44 @@ def test_no_matching_pool_says_what_to_create(
     )
 
 
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [({"tier": "paid"}, "shared"), ({"tier": "free"}, "PoolNotAllowed"), (None, "PoolNotAllowed")],
+    ids=["matching", "other", "unknown"],
+)
+def test_a_selector_admits_namespaces_by_their_labels(
+    labels: dict[str, str] | None,
+    expected: str,
+    adapter: Callable[..., AdapterDeployment],
+    pool: Callable[..., ServingPool],
+) -> None:
+    allowed = {"from": "Selector", "selector": {"matchLabels": {"tier": "paid"}}}
+    named = adapter(pool={"name": "shared", "namespace": "platform"})
+    pools = [pool("shared", namespace="platform", allowedNamespaces=allowed), pool("own")]
+    found = choose_pool(named, "sha256:f", candidates(named, "sha256:f", pools, (), labels))
+    assert (found.reason if isinstance(found, Unresolved) else found.metadata.name) == expected
+    if isinstance(found, Unresolved):
+        assert found.message == (
+            "ServingPool platform/shared does not let namespace team attach adapters: ask its owners to admit it in "
+            "spec.allowedNamespaces, or name another pool; namespace team may attach to ServingPool team/own"
+        )
+
+
+def test_a_missing_pool_is_reported_with_those_that_may_be_used(
+    adapter: Callable[..., AdapterDeployment], pool: Callable[..., ServingPool]
+) -> None:
+    named = adapter(pool={"name": "typo"})
+    found = choose(named, "sha256:f", [pool("own"), pool("shared", namespace="other", allowedNamespaces=OPEN)])
+    assert isinstance(found, Unresolved)
+    assert found.message == (
+        "waits for ServingPool typo, which does not exist in namespace team: create it, or correct spec.pool; "
+        "namespace team may attach to ServingPools other/shared and team/own"
+    )
+    alone = choose(named, "sha256:f", [])
+    assert isinstance(alone, Unresolved)
+    assert alone.message.endswith("; no ServingPool lets namespace team attach this adapter")
+
+
 def test_the_pool_that_serves_now_is_kept_when_another_comes(
     adapter: Callable[..., AdapterDeployment], pool: Callable[..., ServingPool]
 ) -> None:

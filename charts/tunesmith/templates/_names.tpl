@@ -75,6 +75,16 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version }}
 http://{{ include "tunesmith.fullname" . }}-gateway.{{ .Release.Namespace }}.svc{{ if ne $port 80 }}:{{ $port }}{{ end }}
 {{- end -}}
 
+{{/* Where clients find the gateway: `gateway.externalUrl`, or its address inside of the cluster. */}}
+{{- define "tunesmith.clientUrl" -}}
+{{- .Values.gateway.externalUrl | default (include "tunesmith.gatewayUrl" .) -}}
+{{- end -}}
+
+{{/* Namespaces whose pools are shared, as a JSON list. */}}
+{{- define "tunesmith.sharedPoolNamespaces" -}}
+{{- toJson (.Values.serving.sharedPoolNamespaces | default (list .Release.Namespace)) -}}
+{{- end -}}
+
 {{/* Security contexts that the pod security standard `restricted` admits. */}}
 {{- define "tunesmith.podSecurityContext" -}}
 runAsNonRoot: true
@@ -129,6 +139,16 @@ imagePullSecrets:
 podSelector:
   matchLabels:
     {{- include "tunesmith.selector" . | nindent 4 }}
+{{- end -}}
+
+{{/* The right to read the labels of the namespaces that are served: pools choose by them who may attach. */}}
+{{- define "tunesmith.namespaceRules" -}}
+- apiGroups: [""]
+  resources: [namespaces]
+  {{- with .Values.watchNamespaces }}
+  resourceNames: {{ toJson . }}
+  {{- end }}
+  verbs: [list, watch]
 {{- end -}}
 
 {{/* The namespaces in which something is granted: those listed, or one empty name for the whole cluster. */}}

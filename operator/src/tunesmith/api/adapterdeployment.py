@@ -123,7 +123,11 @@ class AdapterDeploymentStatus(StatusModel):
     selector: str | None = Field(
         default=None, max_length=256, description="For /scale; matches no pod, since pods are shared between adapters."
     )
-    url: str | None = Field(default=None, max_length=512, description="The endpoint inside the cluster.")
+    url: str | None = Field(
+        default=None,
+        max_length=512,
+        description="The endpoint for clients: the chart's gateway.externalUrl, or the Service inside the cluster.",
+    )
 
 
 class AdapterDeployment(ApiModel):

@@ -113,7 +113,7 @@ KINDS = (
             Column("Pool", "string", ".status.pool.name", "The pool that serves it."),
             _AGE,
             Column("Model", "string", ".status.model", "Name that clients call.", wide=True),
-            Column("URL", "string", ".status.url", "The endpoint inside the cluster.", wide=True),
+            Column("URL", "string", ".status.url", "The endpoint for clients.", wide=True),
             Column("Why", "string", ".status.desiredReason", "Why that many pods are wanted.", wide=True),
         ),
         scale=True,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -12,6 +12,10 @@ from tunesmith.api.conditions import Condition
 from tunesmith.api.finetunejob import BaseModelSource
 from tunesmith.api.model import API_VERSION, MAX_NAME, ApiModel, Matches, ObjectMeta, Rule, StatusModel
 from tunesmith.api.placement import Resources, Scheduling
+from tunesmith.api.selector import LabelSelector
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 MAX_MODEL_NAME = 63
 ModelName = Annotated[
@@ -165,9 +169,33 @@ class RollingUpdate(ApiModel):
 class AllowedNamespaces(ApiModel):
     """Which namespaces may attach adapters and call the base."""
 
-    from_: Literal["Same", "All"] = Field(
-        default="Same", alias="from", description="Same: the pool's own namespace. All: every namespace."
+    rules = (
+        Rule(
+            "(has(self.from) && self.from == 'Selector') == has(self.selector)",
+            "allowedNamespaces.selector belongs to from: Selector, which needs it: set both, or remove the selector",
+            lambda self: (self.from_ == "Selector") == (self.selector is not None),
+        ),
     )
+
+    from_: Literal["Same", "All", "Selector"] = Field(
+        default="Same",
+        alias="from",
+        description="Same: the pool's own namespace. All: every namespace. Selector: the pool's own, and those whose "
+        "labels match selector.",
+    )
+    selector: LabelSelector | None = Field(default=None, description="Labels of namespaces, for from: Selector.")
+
+    def admits(self, own: str, namespace: str, labels: Mapping[str, str] | None) -> bool:
+        """Return True if a namespace may attach adapters and call the base.
+
+        Args:
+            own: the pool's namespace, which always may.
+            namespace: the namespace that asks.
+            labels: its labels; None: unknown, so a selector does not match.
+        """
+        if namespace == own or self.from_ == "All":
+            return True
+        return self.selector is not None and labels is not None and self.selector.matches(labels)
 
 
 class ServingPoolSpec(ApiModel):
@@ -251,6 +279,10 @@ class ServingPool(ApiModel):
     metadata: ObjectMeta
     spec: ServingPoolSpec
     status: ServingPoolStatus = Field(default_factory=ServingPoolStatus)
+
+    def admits(self, namespace: str, labels: Mapping[str, str] | None) -> bool:
+        """Return True if a namespace with these labels may attach adapters; see `AllowedNamespaces.admits`."""
+        return self.spec.allowed_namespaces.admits(self.metadata.namespace, namespace, labels)
 
     @property
     def model(self) -> str:

@@ -12,8 +12,10 @@ from urllib.parse import urlsplit
 import aiohttp
 import typer
 
+from tunesmith.cli.connection import connect, read_installation
 from tunesmith.cli.errors import CliError, Exit
 from tunesmith.cli.output import Format, FormatOption, note, print_json, print_line
+from tunesmith.cluster.errors import ClusterError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -33,13 +35,17 @@ def chat(
     temperature: Annotated[float | None, typer.Option("--temperature", min=0.0, help="0 is greedy.")] = None,
     url: Annotated[
         str | None,
-        typer.Option("--url", envvar=["TUNESMITH_URL", "OPENAI_BASE_URL"], help="Address of the gateway."),
+        typer.Option(
+            "--url",
+            envvar=["TUNESMITH_URL", "OPENAI_BASE_URL"],
+            help="Address of the gateway; absent: the one that the cluster's installation publishes.",
+        ),
     ] = None,
     output_format: FormatOption = Format.TEXT,
 ) -> None:
     """Talk to an adapter or a base; the answer appears as it is generated. The key comes from $TUNESMITH_API_KEY.
 
-    Example: tunesmith chat pirate --url http://127.0.0.1:30080 --message "Who are you?"
+    Example: tunesmith chat team-a/support --message "Who are you?"
     """
     address = endpoint(url)
     # Not an option: arguments can be read by everybody on the machine.
@@ -65,16 +71,26 @@ def endpoint(url: str | None) -> str:
     Raises:
         CliError: there is none, or it is no http address.
     """
+    url = url or asyncio.run(_published_url())
     if not url:
         raise CliError(
-            "set --url (or TUNESMITH_URL) to the gateway's address, such as http://127.0.0.1:30080;"
-            " inside the cluster it is in `status.url` of the AdapterDeployment",
+            "set --url (or TUNESMITH_URL) to the gateway's address, such as https://llm.example.com: the cluster of the"
+            " kubeconfig does not tell it (the chart's value gateway.externalUrl)",
             Exit.USAGE,
         )
     parts = urlsplit(url)
     if parts.scheme not in {"http", "https"} or not parts.netloc:
         raise CliError(f"{url!r} is not an address: it begins with http:// or https://", Exit.USAGE)
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}/v1/chat/completions"
+
+
+async def _published_url() -> str:
+    """Return the gateway's address that the installation publishes; empty where no cluster tells one."""
+    try:
+        async with await connect() as cluster:
+            return (await read_installation(cluster)).url
+    except ClusterError:
+        return ""
 
 
 def _talk(
@@ -129,7 +145,14 @@ async def _ask(address: str, key: str, request: dict[str, Any], output_format: F
                     sys.stdout.write(piece)
                     sys.stdout.flush()
     except (aiohttp.ClientError, OSError) as error:
-        raise CliError(f"the gateway at {address} cannot be reached: {error or type(error).__name__}") from error
+        inside = (
+            " (an address inside the cluster: give the one that clients outside use with --url)"
+            if urlsplit(address).hostname is not None and str(urlsplit(address).hostname).endswith(".svc")
+            else ""
+        )
+        raise CliError(
+            f"the gateway at {address} cannot be reached: {error or type(error).__name__}{inside}"
+        ) from error
     finally:
         if output_format is Format.TEXT and answer:
             print_line("")

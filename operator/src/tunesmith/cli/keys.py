@@ -8,13 +8,13 @@ from typing import Annotated
 
 import typer
 
-from tunesmith.cli.connection import connect
+from tunesmith.cli.connection import NAMESPACE_VARIABLE, connect
 from tunesmith.cli.errors import CliError, Exit
 from tunesmith.cli.output import Format, FormatOption, NamespaceOption, note, print_json, print_line, print_table
 from tunesmith.cluster.errors import AlreadyExistsError
 from tunesmith.contracts.apikey import KEY_KIND, KEY_LABEL, KEY_PREFIX, ApiKey, key_record, new_key, parse_key_record
+from tunesmith.contracts.installation import NAMESPACE as GATEWAY_NAMESPACE
 
-GATEWAY_NAMESPACE = "tunesmith-system"
 _NAME = re.compile(r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")
 _NAMESPACE = re.compile(r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
 _MAX_NAME = 200
@@ -25,7 +25,7 @@ GatewayNamespaceOption = Annotated[
     str,
     typer.Option(
         "--gateway-namespace",
-        envvar="TUNESMITH_GATEWAY_NAMESPACE",
+        envvar=NAMESPACE_VARIABLE,
         help="Namespace of the gateway, which holds the keys.",
     ),
 ]
@@ -128,6 +128,7 @@ async def _create(
     print_line(key)
     what = "all models" if allowed == ["*"] else ", ".join(allowed)
     note(f"Key {name} may call {what} of {', '.join(namespaces)}. Keep it: it is not stored and not shown again.")
+    note("Next: export TUNESMITH_API_KEY=… (that key), then tunesmith models")
 
 
 async def _list(gateway_namespace: str, output_format: Format) -> None:

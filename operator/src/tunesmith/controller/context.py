@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tunesmith.cluster.errors import ClusterError
 from tunesmith.controller.cache import Caches
+from tunesmith.controller.namespaces import NamespaceLabels
 from tunesmith.controller.workqueue import WorkQueue
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Context:
     settings: OperatorSettings
     recorder: EventRecorder
     caches: Caches = field(default_factory=Caches)
+    namespaces: NamespaceLabels = field(default_factory=NamespaceLabels)
     queue: WorkQueue = field(default_factory=WorkQueue)
     epoch: int = 0
     """Rises with each new leader; 0 while this process has not led yet."""

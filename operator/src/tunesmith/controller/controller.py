@@ -12,6 +12,8 @@ from tunesmith.cluster.errors import ClusterError, ForbiddenError
 from tunesmith.cluster.keep import PAGE_SIZE, kept
 from tunesmith.cluster.watch import backoff
 from tunesmith.controller.installation_key import gateway_key_secret, installation_keys, metrics_token_secret
+from tunesmith.controller.namespaces import KIND as NAMESPACE
+from tunesmith.controller.namespaces import NamespaceFollower
 from tunesmith.controller.reconciler import Key, Watch, key_of
 from tunesmith.controller.watching import Watcher
 
@@ -39,6 +41,10 @@ class Controller:
         self._metrics = metrics
         self._reconcilers = {reconciler.kind: reconciler for reconciler in reconcilers}
         self._watches = _combined(reconcilers)
+        self._cached = [watch for watch in self._watches if watch.kind != NAMESPACE]
+        self._namespaces = NamespaceFollower(
+            context.cluster, context.settings.watch_namespaces, context.namespaces, self._enqueue_watching
+        )
         self._listed: float | None = None
         self._synced = asyncio.Event()
         self._relist = asyncio.Event()
@@ -79,7 +85,7 @@ class Controller:
         while True:
             self._relist.clear()
             try:
-                for watch in {(watch.kind, watch.selector): watch for watch in self._watches}.values():
+                for watch in {(watch.kind, watch.selector): watch for watch in self._cached}.values():
                     await self._list(watch)
             except ClusterError as error:
                 failures += 1
@@ -105,6 +111,7 @@ class Controller:
             self._synced.clear()
             self._relist.set()
         await self._synced.wait()
+        await self._namespaces.read.wait()
         self._context.epoch = epoch
         await self._keys_known.wait()
         self._context.cluster_uid = await self._patiently("the cluster's identity", self._cluster_uid)
@@ -121,6 +128,10 @@ class Controller:
         finally:
             self._leading = False
             self._metrics.leading.set(0)
+
+    async def keep_namespaces(self) -> None:
+        """Follow the labels of the namespaces. Runs without end."""
+        await self._namespaces.run()
 
     async def keep_keys(self) -> None:
         """Follow the installation key, and write what derives from it while this replica leads. Runs without end."""
@@ -266,7 +277,7 @@ class Controller:
     def _selectors(self) -> dict[str, str]:
         """The label selector by kind that the API server filters by: none where one kind has several."""
         found: dict[str, set[str]] = {}
-        for watch in self._watches:
+        for watch in self._cached:
             found.setdefault(watch.kind, set()).add(watch.selector)
         return {kind: selectors.copy().pop() if len(selectors) == 1 else "" for kind, selectors in found.items()}
 

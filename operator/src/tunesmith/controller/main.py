@@ -72,7 +72,7 @@ async def operate(settings: OperatorSettings, stop: asyncio.Event) -> None:
             registry=metrics.registry,
             may_read=lambda header: not settings.require_metrics_token or accepts(header, _metrics_tokens(context)),
         ):
-            await _until(stop, controller.keep_caches(), controller.keep_keys(), leading)
+            await _until(stop, controller.keep_caches(), controller.keep_namespaces(), controller.keep_keys(), leading)
             if settings.leader_election:
                 await election.release()
             await controller.stop()

@@ -41,7 +41,7 @@ class OperatorSettings(JobSettings, PoolSettings, AllowedScheduling, ClusterSett
         ChartValue("networkPolicy.metricsFrom", expression="toJson .Values.networkPolicy.metricsFrom", schema=False),
     ] = ()
     """NetworkPolicy peers that may read metrics of pools and jobs, as a JSON list."""
-    gateway_url: Annotated[str, ChartValue("gateway.service", 'include "tunesmith.gatewayUrl" .')] = ""
+    gateway_url: Annotated[str, ChartValue("gateway.externalUrl", 'include "tunesmith.clientUrl" .', schema=False)] = ""
     """URL of the gateway for clients, which the status of AdapterDeployments shows."""
     lease_seconds: Annotated[
         float,

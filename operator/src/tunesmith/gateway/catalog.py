@@ -14,6 +14,7 @@ from tunesmith.gateway import errors
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
+    from tunesmith.api.servingpool import AllowedNamespaces
     from tunesmith.contracts.apikey import ApiKey
 
 POOL_LABEL = "tunesmith.dev/pool"
@@ -32,7 +33,7 @@ class Model:
         pool: the pool that serves it; None: not decided yet.
         engine_names: names in the engine, newest first; a base has one, its id.
         is_base: the pool's own model, not an adapter.
-        open_to_all: callable from every namespace (a base whose pool allows all).
+        open_to: for a base, the namespaces that its pool admits; None: the model's own namespace only.
         created: seconds since 1970.
         not_ready: why there is nothing to call yet; None: it is, or is about to be, on a pod.
         deployed: False for a revision that the AdapterDeployment does not list (any more).
@@ -43,7 +44,7 @@ class Model:
     pool: PoolKey | None
     engine_names: tuple[str, ...]
     is_base: bool
-    open_to_all: bool
+    open_to: AllowedNamespaces | None
     created: int
     not_ready: str | None = None
     deployed: bool = True
@@ -53,9 +54,13 @@ class Model:
         """The name without its namespace."""
         return self.id.partition("/")[2]
 
-    def visible_to(self, key: ApiKey) -> bool:
-        """Whether the key may know that the model exists."""
-        return self.open_to_all or self.namespace in key.namespaces
+    def visible_to(self, key: ApiKey, labels: Mapping[str, Mapping[str, str]]) -> bool:
+        """Return True if the key may know that the model exists; `labels` are those of the namespaces, by name."""
+        if self.namespace in key.namespaces:
+            return True
+        return self.open_to is not None and any(
+            self.open_to.admits(self.namespace, namespace, labels.get(namespace)) for namespace in key.namespaces
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +119,16 @@ class Catalog:
         self._by_namespace: dict[str, dict[str, Model]] = {}
         self._open: dict[str, Model] = {}
         self._shared: dict[str, dict[str, Model]] = {}
+        self._labels: dict[str, Mapping[str, str]] = {}
+
+    def put_namespace(self, document: Mapping[str, Any]) -> None:
+        """Set the labels of a namespace."""
+        metadata = document["metadata"]
+        self._labels[metadata["name"]] = metadata.get("labels") or {}
+
+    def remove_namespace(self, document: Mapping[str, Any]) -> None:
+        """Forget a namespace."""
+        self._labels.pop(document["metadata"]["name"], None)
 
     def put_adapter(self, document: Mapping[str, Any]) -> None:
         """Add or replace an AdapterDeployment.
@@ -190,7 +205,7 @@ class Catalog:
 
     def visible(self, key: ApiKey) -> list[Model]:
         """The models that the key may call, by id."""
-        found = dict(self._open)
+        found = {name: model for name, model in self._open.items() if model.visible_to(key, self._labels)}
         for namespace in key.namespaces:
             found.update(self._by_namespace.get(namespace, {}))
         return [model for _, model in sorted(found.items()) if key.may_call(model.id) and model.engine_names]
@@ -207,9 +222,9 @@ class Catalog:
         """
         alias, at, revision = name.partition("@")
         model = self._models.get(alias if "/" in alias else f"{key.home}/{alias}")
-        if "/" not in alias and (model is None or not model.visible_to(key)):
-            model = self._shared_base(alias)
-        if model is None or not model.visible_to(key):
+        if "/" not in alias and (model is None or not model.visible_to(key, self._labels)):
+            model = self._shared_base(alias, key)
+        if model is None or not model.visible_to(key, self._labels):
             raise errors.model_not_found(name)
         if not key.may_call(model.id):
             raise errors.model_forbidden(model.id)
@@ -223,13 +238,14 @@ class Catalog:
             pool=model.pool,
             engine_names=(f"{model.id}@{revision}",),
             is_base=False,
-            open_to_all=False,
+            open_to=None,
             created=model.created,
             deployed=f"{model.id}@{revision}" in model.engine_names,
         )
 
-    def _shared_base(self, bare_name: str) -> Model | None:
-        found = self._shared.get(bare_name, {})
+    def _shared_base(self, bare_name: str, key: ApiKey) -> Model | None:
+        shared = self._shared.get(bare_name, {})
+        found = {name: model for name, model in shared.items() if model.visible_to(key, self._labels)}
         if len(found) > 1:
             raise errors.model_ambiguous(bare_name, sorted(found))
         return next(iter(found.values()), None)
@@ -265,7 +281,7 @@ class Catalog:
             return
         self._models[model_id] = model
         self._by_namespace.setdefault(model.namespace, {})[model_id] = model
-        if model.open_to_all:
+        if model.open_to is not None:
             self._open[model_id] = model
             if model.namespace in self._shared_namespaces:
                 self._shared.setdefault(model.bare_name, {})[model_id] = model
@@ -293,7 +309,7 @@ def _base_model(pool: ServingPool) -> Model:
         pool=(pool.metadata.namespace, pool.metadata.name),
         engine_names=(model_id,),
         is_base=True,
-        open_to_all=pool.spec.allowed_namespaces.from_ == "All",
+        open_to=pool.spec.allowed_namespaces if pool.spec.allowed_namespaces.from_ != "Same" else None,
         created=int(created.timestamp()) if created else 0,
     )
 
@@ -316,7 +332,7 @@ def _adapter_model(adapter: AdapterDeployment) -> Model:
         pool=(pool.namespace or namespace, pool.name) if pool else None,
         engine_names=tuple(revision.engine_name for revision in revisions),
         is_base=False,
-        open_to_all=False,
+        open_to=None,
         created=int(created.timestamp()) if created else 0,
         not_ready=not_ready,
     )

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 LOG = logging.getLogger(__name__)
 
 _Source = tuple[str, str | None]
-"""A kind, and the namespace in which it is watched; None: in all."""
-KINDS = ("ServingPool", "AdapterDeployment", "Pod", KEY_KIND)
+"""A kind, and the namespace in which it is watched; None: in all. Of the kind Namespace, the one that is watched."""
+KINDS = ("ServingPool", "AdapterDeployment", "Pod", "Namespace", KEY_KIND)
 STALE_SECONDS = 180.0
 """A kind of which nothing was heard for this long, not even a bookmark, may have changed: a deleted key would still be
 valid. The API server sends a bookmark about once a minute, and a stream that is silent for 90 s is opened again."""
@@ -43,6 +43,7 @@ class Watcher(Protocol):
         namespace: str | None = None,
         *,
         labels: str = "",
+        fields: str = "",
         alive: Callable[[], None],
         keep: Callable[[Object], Object],
     ) -> AsyncIterator[WatchEvent]:
@@ -137,14 +138,17 @@ class Feed:
             self._heard_at[source] = time.monotonic()
 
         events: AsyncGenerator[WatchEvent, None]
-        events = self._watcher.watch(kind, namespace, labels=labels, alive=alive, keep=kept)  # type: ignore[assignment]
+        fields = f"metadata.name={namespace}" if kind == "Namespace" and namespace is not None else ""
+        events = self._watcher.watch(  # type: ignore[assignment]
+            kind, None if fields else namespace, labels=labels, fields=fields, alive=alive, keep=kept
+        )
         async with aclosing(events):
             resumed = time.monotonic()
             async for event in events:
                 alive()
                 if event.type == "SYNCED":
                     if listed is not None:
-                        known = {key for key in self._known[kind] if namespace in (None, key[0])}
+                        known = {key for key in self._known[kind] if namespace in (None, key[kind == "Namespace"])}
                         for vanished in known - listed:
                             self.take(kind, "DELETED", self._known[kind][vanished])
                         listed = None
@@ -185,6 +189,8 @@ class Feed:
             self._keys.put(name, parse_key_record(document))
         elif kind == "ServingPool":
             self._catalog.put_pool(document)
+        elif kind == "Namespace":
+            self._catalog.put_namespace(document)
         elif kind == "AdapterDeployment":
             self._catalog.put_adapter(document)
         else:
@@ -195,6 +201,8 @@ class Feed:
             self._keys.remove(document["metadata"]["name"])
         elif kind == "ServingPool":
             self._catalog.remove_pool(document)
+        elif kind == "Namespace":
+            self._catalog.remove_namespace(document)
         elif kind == "AdapterDeployment":
             self._catalog.remove_adapter(document)
         else:

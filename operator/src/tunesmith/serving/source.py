@@ -11,7 +11,7 @@ from tunesmith.api.conditions import FineTuneJobCondition, find, is_true
 from tunesmith.contracts.location import artifact_uri
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from tunesmith.api.adapterdeployment import AdapterDeployment
     from tunesmith.api.finetunejob import FineTuneJob
@@ -32,11 +32,13 @@ class Unresolved:
 class Candidates:
     """Pools that an AdapterDeployment may get.
 
-    `named`: the one in `spec.pool`. `own`: those of its namespace, and of the namespaces whose pools the platform
-    shares. `foreign`: others with the adapter's base that would take it if `spec.pool` named them.
+    `named`: the one in `spec.pool`. `admitted`: True if that one lets the namespace attach. `own`: those of its
+    namespace, and of the namespaces whose pools the platform shares. `foreign`: others with the adapter's base that
+    would take it if `spec.pool` named them.
     """
 
     named: ServingPool | None = None
+    admitted: bool = False
     own: Sequence[ServingPool] = ()
     foreign: Sequence[ServingPool] = ()
 
@@ -100,13 +102,12 @@ def _progress(job: FineTuneJob) -> str:
     return f"{phase} ({progress.stage}, step {progress.step} of {progress.total_steps})"
 
 
-def may_attach(pool: ServingPool, namespace: str) -> bool:
-    """Return True if the pool lets that namespace attach adapters."""
-    return pool.spec.allowed_namespaces.from_ == "All" or pool.metadata.namespace == namespace
-
-
 def candidates(
-    adapter: AdapterDeployment, fingerprint: str | None, pools: Iterable[ServingPool], shared: Collection[str]
+    adapter: AdapterDeployment,
+    fingerprint: str | None,
+    pools: Iterable[ServingPool],
+    shared: Collection[str],
+    labels: Mapping[str, str] | None = None,
 ) -> Candidates:
     """Sort pools by their part in the choice.
 
@@ -115,22 +116,23 @@ def candidates(
         fingerprint: of the base that the adapter was trained on; None when it is not known.
         pools: at least those of the adapter's and the shared namespaces, the named one, and those with the fingerprint.
         shared: namespaces whose pools any adapter may get without naming one.
+        labels: of the adapter's namespace; None: unknown.
     """
     namespace = adapter.metadata.namespace
     wanted = adapter.spec.pool
     named = None if wanted is None else (wanted.namespace or namespace, wanted.name)
-    own, foreign, found = [], [], None
+    own, foreign, found, admitted = [], [], None, False
     for pool in pools:
-        place = (pool.metadata.namespace, pool.metadata.name)
+        place, admits = (pool.metadata.namespace, pool.metadata.name), pool.admits(namespace, labels)
         if place == named:
-            found = pool
-        if not may_attach(pool, namespace):
+            found, admitted = pool, admits
+        if not admits:
             continue
         if pool.metadata.namespace == namespace or pool.metadata.namespace in shared:
             own.append(pool)
         elif fingerprint is not None and pool.status.base_model_fingerprint == fingerprint:
             foreign.append(pool)
-    return Candidates(found, own, foreign)
+    return Candidates(found, admitted, own, foreign)
 
 
 def choose_pool(adapter: AdapterDeployment, fingerprint: str | None, pools: Candidates) -> ServingPool | Unresolved:
@@ -145,7 +147,7 @@ def choose_pool(adapter: AdapterDeployment, fingerprint: str | None, pools: Cand
         pools: from `candidates`.
     """
     if adapter.spec.pool is not None:
-        return _named(adapter, adapter.spec.pool, fingerprint, pools.named)
+        return _named(adapter, adapter.spec.pool, fingerprint, pools)
     namespace = adapter.metadata.namespace
     matching = [
         pool for pool in pools.own if fingerprint is not None and pool.status.base_model_fingerprint == fingerprint
@@ -196,21 +198,21 @@ def short(digest: str) -> str:
 
 
 def _named(
-    adapter: AdapterDeployment, wanted: PoolReference, fingerprint: str | None, pool: ServingPool | None
+    adapter: AdapterDeployment, wanted: PoolReference, fingerprint: str | None, pools: Candidates
 ) -> ServingPool | Unresolved:
-    namespace = wanted.namespace or adapter.metadata.namespace
+    pool, namespace = pools.named, wanted.namespace or adapter.metadata.namespace
     if pool is None:
         return Unresolved(
             Reason.POOL_NOT_FOUND,
             f"waits for ServingPool {wanted.name}, which does not exist in namespace "
-            f"{namespace}: create it, or correct spec.pool",
+            f"{namespace}: create it, or correct spec.pool; {_usable(adapter, pools)}",
         )
-    if not may_attach(pool, adapter.metadata.namespace):
+    if not pools.admitted:
         return Unresolved(
             Reason.POOL_NOT_ALLOWED,
             f"ServingPool {namespace}/{wanted.name} does not let namespace "
-            f"{adapter.metadata.namespace} attach adapters. "
-            "Ask its owners to set allowedNamespaces.from to All, or use another pool.",
+            f"{adapter.metadata.namespace} attach adapters: ask its owners to admit it in spec.allowedNamespaces, or "
+            f"name another pool; {_usable(adapter, pools)}",
         )
     theirs = pool.status.base_model_fingerprint
     if fingerprint is not None and theirs is not None and fingerprint != theirs:
@@ -221,6 +223,14 @@ def _named(
             f"({pool.spec.base_model.uri}): name a pool with the base that the FineTuneJob names",
         )
     return pool
+
+
+def _usable(adapter: AdapterDeployment, pools: Candidates) -> str:
+    """Return the part of a sentence that names the pools that would take the adapter."""
+    namespace, others = adapter.metadata.namespace, [*pools.own, *pools.foreign]
+    if not others:
+        return f"no ServingPool lets namespace {namespace} attach this adapter"
+    return f"namespace {namespace} may attach to {_names(others)}"
 
 
 def _names(pools: Sequence[ServingPool]) -> str:

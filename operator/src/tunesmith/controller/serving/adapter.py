@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 from tunesmith.api.servingpool import ServingPool
 from tunesmith.autoscale.decide import Decision, decide_copies
 from tunesmith.contracts.claims import lost_to
+from tunesmith.controller.namespaces import KIND as NAMESPACE
 from tunesmith.controller.reconciler import Key, Result, Watch, key_of
-from tunesmith.controller.serving.state import MODEL, NAMES, SERVED_BY, SOURCE, WAITING
+from tunesmith.controller.serving.state import MODEL, NAMES, SERVED_BY, SOURCE, WAITING, is_shared
 from tunesmith.serving.adapter import Observation, plan
-from tunesmith.serving.source import Artifact, choose_pool, may_attach, resolve_artifact
+from tunesmith.serving.source import Artifact, choose_pool, resolve_artifact
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -47,6 +48,7 @@ class AdapterDeploymentReconciler:
             Watch("FineTuneJob", self._keys_of_job),
             Watch("ServingPool", self._keys_of_pool),
             Watch(KIND, self._keys_of_rivals),
+            Watch(NAMESPACE, self._keys_of_namespace),
         )
 
     async def reconcile(self, key: Key) -> Result:
@@ -111,7 +113,8 @@ class AdapterDeploymentReconciler:
         """Return the pool that served so far, while the new choice is not made."""
         old = adapter.status.pool
         pool = None if old is None else self._state.pools.get(old.namespace or adapter.metadata.namespace, old.name)
-        return pool if pool is not None and may_attach(pool, adapter.metadata.namespace) else None
+        labels = self._context.namespaces.labels(adapter.metadata.namespace)
+        return pool if pool is not None and pool.admits(adapter.metadata.namespace, labels) else None
 
     def _keys_of_job(self, job: Object) -> Iterable[Key]:
         metadata = job["metadata"]
@@ -136,8 +139,11 @@ class AdapterDeploymentReconciler:
 
     def _reach(self, pool: Object) -> str:
         """Return the namespace whose adapters the pool concerns; empty: all of them."""
-        is_open = (pool["spec"].get("allowedNamespaces") or {}).get("from") == "All"
-        return "" if is_open else pool["metadata"]["namespace"]
+        return "" if is_shared(pool) else pool["metadata"]["namespace"]
+
+    def _keys_of_namespace(self, namespace: Object) -> Iterable[Key]:
+        """Return the namespace's adapters: its labels decide to which pools they may attach."""
+        return map(key_of, self._adapters.list(namespace["metadata"]["name"]))
 
     def _keys_of_rivals(self, manifest: Object) -> Iterable[Key]:
         """Return the others that claim its model name, or the one that it had before."""

@@ -25,7 +25,7 @@ from tunesmith.controller.serving.gateways import GatewayLinks
 from tunesmith.serving.notice import notices
 from tunesmith.serving.pod import PoolPod, observe_pod
 from tunesmith.serving.render import POOL_UID_LABEL, deployment_name, is_owned_by, is_pod_of
-from tunesmith.serving.source import Candidates, candidates, may_attach
+from tunesmith.serving.source import Candidates, candidates
 from tunesmith.serving.unreadable import unreadable_status
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ SERVED_BY, NAMES, WAITING = "served-by", "names", "waiting"
 SOURCE = "source"
 """Index of AdapterDeployments by their FineTuneJob."""
 OPEN_BASE = "open-base"
-"""Index of ServingPools that let every namespace attach, by the fingerprint of their base."""
+"""Index of ServingPools that may admit other namespaces, by the fingerprint of their base."""
 POOL = "pool"
 """Index of pods by their pool's UID."""
 _MOST_FOREIGN = 50
@@ -180,14 +180,18 @@ class ServingState:
     def candidates(self, adapter: AdapterDeployment, fingerprint: str | None) -> Candidates:
         """Return the pools that an AdapterDeployment may get."""
         shared = self.context.settings.shared_namespaces
-        wanted = adapter.spec.pool
-        found = [] if wanted is None else [self.pools.get(wanted.namespace or adapter.metadata.namespace, wanted.name)]
-        if wanted is None:
+        wanted, labels = adapter.spec.pool, self.context.namespaces.labels(adapter.metadata.namespace)
+        named = None
+        if wanted is not None:
+            named = self.pools.get(wanted.namespace or adapter.metadata.namespace, wanted.name)
+        found = [named]
+        # The others are named in the message about a pool that is missing or does not admit the namespace.
+        if named is None or not named.admits(adapter.metadata.namespace, labels):
             for namespace in {adapter.metadata.namespace, *shared}:
                 found += self.pools.list(namespace)
             found += self.pools.find(OPEN_BASE, fingerprint or "")[:_MOST_FOREIGN]
         pools = {pool.metadata.uid: pool for pool in found if pool is not None}
-        return candidates(adapter, fingerprint, pools.values(), shared)
+        return candidates(adapter, fingerprint, pools.values(), shared, labels)
 
     def attached(self, pool: ServingPool) -> tuple[AdapterDeployment, ...]:
         """Return the AdapterDeployments that the pool serves, the oldest first.
@@ -195,12 +199,20 @@ class ServingState:
         The same tuple is returned while none of them and nothing that decides who may attach has changed.
         """
         place = f"{pool.metadata.namespace}/{pool.metadata.name}"
-        inputs = (self.context.caches["AdapterDeployment"].revision(SERVED_BY, place), pool.spec.allowed_namespaces)
+        namespaces = self.context.namespaces
+        allowed = pool.spec.allowed_namespaces
+        inputs = (
+            self.context.caches["AdapterDeployment"].revision(SERVED_BY, place),
+            allowed,
+            namespaces.revision if allowed.selector is not None else 0,
+        )
         known = self._attached.get(pool.metadata.uid)
         if known is not None and known[0] == inputs:
             return known[1]
         found = [
-            adapter for adapter in self.adapters.find(SERVED_BY, place) if may_attach(pool, adapter.metadata.namespace)
+            adapter
+            for adapter in self.adapters.find(SERVED_BY, place)
+            if pool.admits(adapter.metadata.namespace, namespaces.labels(adapter.metadata.namespace))
         ]
         attached = tuple(sorted(found, key=_precedence))
         self._attached[pool.metadata.uid] = (inputs, attached)
@@ -345,8 +357,13 @@ def _source(adapter: Object) -> Iterable[str]:
 
 def _open_base(pool: Object) -> Iterable[str]:
     fingerprint = (pool.get("status") or {}).get("baseModelFingerprint")
-    if fingerprint and (pool["spec"].get("allowedNamespaces") or {}).get("from") == "All":
+    if fingerprint and is_shared(pool):
         yield fingerprint
+
+
+def is_shared(pool: Object) -> bool:
+    """Return True if a pool may admit other namespaces than its own."""
+    return bool((pool["spec"].get("allowedNamespaces") or {}).get("from", "Same") != "Same")
 
 
 def _pool_of_pod(pod: Object) -> Iterable[str]:
