@@ -83,6 +83,7 @@ def install() -> None:
                 "replicas": 1,
                 "resources": small | {"requests": {"cpu": "250m", "memory": "128Mi"}},
                 "service": {"type": "NodePort", "port": 80, "nodePort": NODE_PORT},
+                "externalUrl": gateway_address(NODE_PORT),
             },
         },
     )

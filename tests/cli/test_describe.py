@@ -79,7 +79,11 @@ SERVING = {
             "loss 3.000 before, 1.500 after (50 % less)",
             "tunesmith deploy sail -n team",
         ),
-        (job(**COMPLETE), "complete, without held-out rows", ""),
+        (
+            job(**COMPLETE, artifact={**ARTIFACT, "servable": {"vllm": False, "reason": "IA3"}}),
+            "complete, without held-out rows",
+            "tunesmith artifact download sail -n team",
+        ),
         (job(**FAILED), "OutOfMemory: no memory", "tunesmith logs sail -n team"),
         (adapter(), "the operator has not seen it yet", "tunesmith wait adapter sail -n team"),
         (

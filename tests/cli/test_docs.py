@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import re
 import shlex
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import typer
+from documentation import PAGES, blocks, commands, name_of
 from typer.core import TyperGroup
 
 from tunesmith.cli.main import app
 
-ROOT = Path(__file__).resolve().parents[2]
-LINE = re.compile(r"^(?:\$ )?(?:\S*/|uv run )?tunesmith (.+?)(?:\s+[>|#].*)?$", re.MULTILINE)
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+LINE = re.compile(r"(?:^|\$\(|&& )(?:\S*/|uv run )?tunesmith (.+?)(?:\)|\s+[>|#].*)?$", re.MULTILINE)
 SHOWN = [
-    pytest.param(command, id=f"{page.relative_to(ROOT)}: {command}")
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-    for block in re.findall(r"^```(?:sh|console)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    pytest.param(command, id=f"{name_of(page)}: {command}")
+    for page in PAGES
+    for block in blocks(page)
     for command in LINE.findall(block)
 ]
+PROGRAMS = {"aws", "cat", "curl", "export", "for", "helm", "kubectl", "make", "mkdir", "sed", "tunesmith", "uv"}
 
 
 @pytest.mark.parametrize("command", SHOWN)
@@ -43,3 +48,11 @@ def test_a_command_that_does_not_exist_is_found() -> None:
         test_a_command_in_the_documentation_can_be_given("submit -f job.yaml --no-such-option")
     with pytest.raises(AssertionError, match="no-such-verb"):
         test_a_command_in_the_documentation_can_be_given("no-such-verb")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_a_shell_block_holds_commands_and_no_output(page: Path) -> None:
+    """Output beside commands is in `console` blocks, whose commands have a prompt: what is in `sh` can be pasted."""
+    first = [command.split()[0] for block in blocks(page) for command in commands(block)]
+    others = [word for word in first if "=" not in word and word.rpartition("/")[2] not in {*PROGRAMS, "tensorboard"}]
+    assert others == []

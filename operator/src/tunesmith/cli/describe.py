@@ -156,7 +156,7 @@ def next_step(resource: Resource) -> str:
         if end.type == "Failed":
             return f"tunesmith logs {place}"
         servable = resource.status.artifact is not None and resource.status.artifact.servable.vllm
-        return f"tunesmith deploy {place}" if servable else ""
+        return f"tunesmith deploy {place}" if servable else f"tunesmith artifact download {place}"
     if isinstance(resource, AdapterDeployment):
         return f"tunesmith wait adapter {place}" if waiting(resource) else f"tunesmith chat {resource.model}"
     return f"tunesmith deploy JOB --pool {resource.metadata.namespace}/{resource.metadata.name}"

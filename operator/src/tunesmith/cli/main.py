@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from tunesmith.cli import importing, keys
+from tunesmith.cli import artifact, data, importing, keys
 from tunesmith.cli.cancel import cancel
 from tunesmith.cli.chat import chat
 from tunesmith.cli.compare import compare
@@ -54,6 +54,8 @@ app.command()(chat)
 app.command()(run)
 app.command()(estimate)
 app.command()(gc)
+app.add_typer(data.app, name="data")
+app.add_typer(artifact.app, name="artifact")
 app.add_typer(keys.app, name="keys")
 app.add_typer(importing.app, name="import")
 

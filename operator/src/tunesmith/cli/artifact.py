@@ -1,0 +1,110 @@
+"""`tunesmith artifact`: published adapters in the store."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from pydantic import ValidationError
+
+from tunesmith.cli.connection import connect
+from tunesmith.cli.errors import CliError, Exit
+from tunesmith.cli.kinds import Kind, NameArgument, fetch, parse
+from tunesmith.cli.output import Format, FormatOption, NamespaceOption, note, print_json, print_line
+from tunesmith.contracts.artifact import ArtifactManifest, digest_of
+from tunesmith.contracts.location import ARTIFACT_MANIFEST
+
+if TYPE_CHECKING:
+    from tunesmith.api.finetunejob import FineTuneJob
+    from tunesmith.storage.folder import Folder
+
+app = typer.Typer(no_args_is_help=True, help="Published adapters in the store.")
+_CHUNK_BYTES = 2**20
+
+
+@app.callback()
+def options() -> None:
+    """Options of all commands about artifacts."""
+
+
+@app.command()
+def download(
+    name: NameArgument,
+    namespace: NamespaceOption = None,
+    output: Annotated[
+        Path, typer.Option("--output", help="Folder that gets the files. It is made where missing, and must be empty.")
+    ] = Path("artifact"),
+    output_format: FormatOption = Format.TEXT,
+) -> None:
+    """Download the artifact of a job, and check every file against its hash.
+
+    The folder can be loaded with PEFT and is what vLLM loads. The keys are those of the environment (AWS_ACCESS_KEY_ID
+    and so on), otherwise those of the Secret tunesmith-store of the namespace.
+
+    Example: tunesmith artifact download support --output support-adapter
+    """
+    # Its libraries take a second to import; other commands should not wait for it.
+    from tunesmith.cli.location import find_credentials, open_at  # noqa: PLC0415
+
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CliError(f"{output} exists and is not an empty folder: name another one with --output", Exit.USAGE)
+    job = asyncio.run(_read(name, namespace))
+    artifact = job.status.artifact
+    if artifact is None:
+        raise CliError(
+            f"FineTuneJob {job.metadata.namespace}/{name} has published no artifact:"
+            f" `tunesmith get job {name} -n {job.metadata.namespace}` shows its state"
+        )
+    credentials = asyncio.run(find_credentials(artifact.uri, job.metadata.namespace))
+    folder = open_at(artifact.uri, credentials, what="the artifact")
+    output.mkdir(parents=True, exist_ok=True)
+    files = fetch_artifact(folder, artifact.digest, output)
+    if output_format is Format.JSON:
+        print_json({"folder": str(output), "digest": artifact.digest, "files": files})
+        return
+    print_line(f"{len(files)} files are in {output}; each has the hash that was published.")
+    note(f'Next: PeftModel.from_pretrained(base, "{output}") in Python, or tunesmith deploy {name}')
+
+
+async def _read(name: str, namespace: str | None) -> FineTuneJob:
+    async with await connect() as cluster:
+        job: FineTuneJob = parse(Kind.JOB, await fetch(cluster, Kind.JOB, namespace or cluster.namespace, name))
+    return job
+
+
+def fetch_artifact(folder: Folder, digest: str, output: Path) -> list[str]:
+    """Download the files that an artifact's manifest lists, the manifest last; return their names.
+
+    Raises:
+        CliError: a file is missing, or is not the one that was published.
+    """
+    data = folder.read(ARTIFACT_MANIFEST)
+    if digest_of(data) != digest:
+        raise CliError(
+            f"{folder.uri}/{ARTIFACT_MANIFEST} is not what the job published: its digest is {digest_of(data)}, that of"
+            f" the job's status {digest}"
+        )
+    try:
+        manifest = ArtifactManifest.model_validate_json(data)
+    except ValidationError:
+        raise CliError(f"{folder.uri}/{ARTIFACT_MANIFEST} is of another release: use the CLI of that release") from None
+    for name, file in sorted(manifest.files.items()):
+        if Path(name).name != name or name in {".", ".."}:
+            raise CliError(f"{folder.uri}/{ARTIFACT_MANIFEST} names {name!r}, which is not a file of its folder")
+        folder.download(name, output / name)
+        if _hash(output / name) != file.sha256:
+            (output / name).unlink()
+            raise CliError(f"{folder.uri}/{name} is damaged: its hash is not the one that was published")
+    (output / ARTIFACT_MANIFEST).write_bytes(data)
+    return [*sorted(manifest.files), ARTIFACT_MANIFEST]
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,117 @@
+"""`tunesmith data`: training data in a store."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path  # noqa: TC003 - typer reads the annotations
+from typing import Annotated
+
+import typer
+
+from tunesmith.cli.errors import CliError, Exit
+from tunesmith.cli.output import Format, FormatOption, NamespaceOption, note, print_json, print_line
+
+app = typer.Typer(no_args_is_help=True, help="Training data in a store.")
+_LINES = ".jsonl"
+
+
+@app.callback()
+def options() -> None:
+    """Options of all commands about data."""
+
+
+@app.command()
+def upload(
+    source: Annotated[Path, typer.Argument(help="A file, or a folder whose files are uploaded.")],
+    destination: Annotated[
+        str, typer.Argument(metavar="URI", help="Such as s3://bucket/rows.jsonl; a folder ends with a slash.")
+    ],
+    namespace: NamespaceOption = None,
+    output_format: FormatOption = Format.TEXT,
+) -> None:
+    """Upload rows to a store, over files of the same name. Each line of a .jsonl file is checked to be a JSON object.
+
+    The keys are those of the environment (AWS_ACCESS_KEY_ID and so on), otherwise those of the namespace's Secret
+    tunesmith-store.
+
+    Example: tunesmith data upload train.jsonl s3://team-a-data/support/train.jsonl
+    """
+    # Its libraries take a second to import; other commands should not wait for it.
+    from tunesmith.cli.location import find_credentials, open_at  # noqa: PLC0415
+
+    folder, names = _targets(source, destination)
+    for file in names.values():
+        _check(file)
+    credentials = asyncio.run(find_credentials(folder, namespace))
+    opened = open_at(folder, credentials, what="the destination")
+    uris = []
+    for name, file in names.items():
+        inner = opened
+        *parents, last = name.split("/")
+        for parent in parents:
+            inner = inner.child(parent)
+        inner.upload(last, file)
+        uris.append(f"{folder}/{name}")
+        if output_format is Format.TEXT:
+            print_line(f"{file} is uploaded to {uris[-1]} ({file.stat().st_size} bytes).")
+    if output_format is Format.JSON:
+        print_json([{"uri": uri} for uri in uris])
+        return
+    named = uris[0] if len(uris) == 1 else f"{folder}/"
+    note(f"Next: name it in a FineTuneJob, `dataset: {{train: [{{uri: {named}}}]}}`, and tunesmith submit -f job.yaml")
+
+
+def _targets(source: Path, destination: str) -> tuple[str, dict[str, Path]]:
+    """Return the uri of the folder, and by the path in it, each file.
+
+    Raises:
+        CliError: there is nothing to upload, or the destination is not a uri.
+    """
+    scheme, separator, path = destination.partition("://")
+    if not separator or not scheme or "/" not in path.strip("/") + ("/" if path.endswith("/") else ""):
+        raise CliError(
+            f"{destination} is not a place in a store: write s3://bucket/folder/ or s3://bucket/folder/rows.jsonl",
+            Exit.USAGE,
+        )
+    if source.is_dir():
+        files = {path.relative_to(source).as_posix(): path for path in sorted(source.rglob("*")) if path.is_file()}
+        if not files:
+            raise CliError(f"the folder {source} has no files", Exit.USAGE)
+        return destination.rstrip("/"), files
+    if not source.is_file():
+        raise CliError(f"there is no file {source}: give the path of the rows", Exit.USAGE)
+    if destination.endswith("/"):
+        return destination.rstrip("/"), {source.name: source}
+    folder, _, name = destination.rpartition("/")
+    return folder, {name: source}
+
+
+def _check(path: Path) -> None:
+    """Refuse a JSONL file that no job could read, before it is uploaded.
+
+    Raises:
+        CliError: the file cannot be read, is empty, or has a line that is not a JSON object.
+    """
+    if path.suffix != _LINES:
+        return
+    rows = 0
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                if not isinstance(_parsed(line), dict):
+                    raise CliError(f"{path} line {number} is not a JSON object: write one row per line", Exit.USAGE)
+                rows += 1
+    except (OSError, UnicodeDecodeError) as error:
+        raise CliError(f"{path} cannot be read: {error}", Exit.USAGE) from None
+    if not rows:
+        raise CliError(f"{path} has no rows", Exit.USAGE)
+
+
+def _parsed(line: str) -> object:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None

@@ -1,0 +1,58 @@
+"""Folders of stores, as commands on a person's machine open them."""
+
+from __future__ import annotations
+
+import base64
+import os
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from tunesmith.api.credentials import STORE_SECRET
+from tunesmith.cli.connection import connect
+from tunesmith.cli.errors import CliError
+from tunesmith.cluster.errors import ClusterError
+from tunesmith.storage.credentials import Credentials, Origin, environment_credentials, secret_values
+from tunesmith.storage.folder import Access, Retry, open_folder
+from tunesmith.storage.schemes import BY_NAME, split
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from tunesmith.storage.errors import StorageError
+    from tunesmith.storage.folder import Folder
+
+_RETRY = Retry(attempts=4)
+
+
+async def find_credentials(uri: str, namespace: str | None) -> Credentials:
+    """Return the keys for a uri: those of the environment, and for keys that it lacks the Secret of the namespace.
+
+    The environment's address of the server has precedence: the Secret's may be reachable inside the cluster only.
+    """
+    environment = environment_credentials(os.environ)
+    scheme = BY_NAME.get(split(uri)[0])
+    if scheme is None or any(os.environ.get(key) for keys in scheme.credentials for key in keys):
+        return environment
+    secret: Mapping[str, str] | None = None
+    with suppress(ClusterError):
+        async with await connect() as cluster:
+            found = await cluster.find("Secret", STORE_SECRET, namespace)
+        data = (found or {}).get("data") or {}
+        secret = {key: base64.b64decode(value).decode(errors="replace").strip() for key, value in data.items()}
+    if not secret:
+        return environment
+    values = {**secret, **secret_values(os.environ)}
+    return Credentials(values, f"the Secret {STORE_SECRET}", Origin.STORE_SECRET)
+
+
+def open_at(uri: str, credentials: Credentials, *, what: str) -> Folder:
+    """Return the folder at a uri.
+
+    Raises:
+        CliError: it is not the uri of a store, or the credentials cannot be used. So does every call of the folder.
+    """
+    return open_folder(uri, credentials, Access(_RETRY, native=True, failure=_as_cli_error), what=what)
+
+
+def _as_cli_error(error: StorageError) -> CliError:
+    return CliError(f"{error} (keys: those of the environment, otherwise the Secret {STORE_SECRET} of the namespace)")
