@@ -118,7 +118,7 @@ PARAMETERS: list[tuple[str, str, Object]] = [
 def test_parameters(stage: Stage, trial: Trial, client: Client, plain: str) -> None:
     restarts = stage.restarts()
     outcomes: dict[str, set[int]] = {}
-    with trial.attack(tolerance=4, reason="up to four of the attacker's requests shared two cores with the victim"):
+    with trial.attack(tolerance=8, reason="four beam searches at once shared two cores with the victim"):
         for name, path, more in PARAMETERS:
             for model in (stage.base_model, plain):
                 make = chat if path == CHAT else completion

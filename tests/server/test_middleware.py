@@ -406,3 +406,59 @@ def test_a_policy_that_cannot_be_read_stops_the_engine(tmp_path: Path) -> None:
         assert ended.returncode == 1
         assert "TUNESMITH_REQUESTS cannot be used" in ended.stderr
         assert "Traceback" not in ended.stderr
+
+
+class LoraEngine(Engine):
+    """An engine with an adapter `m`, and the numbers of adapters that were removed."""
+
+    def __init__(self, status: int = 200) -> None:
+        super().__init__(status)
+        self.removed: list[int] = []
+        self.freed = asyncio.Event()
+        models = SimpleNamespace(lora_requests={"m": SimpleNamespace(lora_int_id=7)})
+        self._state = SimpleNamespace(openai_serving_models=models, engine_client=self)
+
+    async def remove_lora(self, number: int) -> bool:
+        self.removed.append(number)
+        self.freed.set()
+        return True
+
+    def application(self, module: ModuleType) -> Any:
+        """The middleware, with the application in the scope as Starlette puts it there."""
+        guarded = module.Middleware(self)
+
+        async def run(scope: Any, receive: Any, send: Any) -> None:
+            await guarded({**scope, "app": SimpleNamespace(state=self._state)}, receive, send)
+
+        return run
+
+
+def unload(app: Any) -> Exchange:
+    return Exchange(app, "/v1/unload_lora_adapter", {"lora_name": "m"}, token=ADMIN)
+
+
+async def test_an_unloaded_adapter_leaves_its_slot_once_none_of_its_requests_runs(module: ModuleType) -> None:
+    engine = LoraEngine()
+    app = engine.application(module)
+    engine.go.clear()
+    request = Exchange(app, CHAT, HELLO)
+    running = asyncio.create_task(request.run())
+    await request.answering.wait()
+    unloading = asyncio.create_task(unload(app).run())
+    engine.go.set()
+    assert (await unloading).status == 200
+    await running
+    await asyncio.wait_for(engine.freed.wait(), 5)
+    assert engine.removed == [7]
+
+
+async def test_an_unload_frees_the_slot_before_it_answers(module: ModuleType) -> None:
+    engine = LoraEngine()
+    assert (await unload(engine.application(module)).run()).status == 200
+    assert engine.removed == [7]
+
+
+async def test_an_unload_that_is_refused_frees_nothing(module: ModuleType) -> None:
+    engine = LoraEngine(status=404)
+    assert (await unload(engine.application(module)).run()).status == 404
+    assert engine.removed == []

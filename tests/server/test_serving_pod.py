@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import ModuleType
 
+PASSING = ("one", "two", "three", "four", "five")
+"""Adapters that are served for a while."""
 PROMPT = "Q: What is the capital of France?\nA:"
 
 
@@ -153,6 +155,8 @@ def pod(
         return make_adapter(folder / "made" / name, base, fingerprint, seed=seed)
 
     entries = {name: make(name, seed).publish(store, model=name) for seed, name in enumerate(("pirate", "poet"), 1)}
+    passing = {name: make(name, seed).publish(store, model=name) for seed, name in enumerate(PASSING, 4)}
+    entries |= passing
     flipped = make("flipped", 3).publish(store, model="flipped")
     weights = f"{flipped['uri']}/adapter_model.safetensors"
     content = bytearray(store.files.cat_file(weights))
@@ -444,6 +448,23 @@ def test_an_adapter_that_is_wanted_no_more_is_unloaded(pod: ServingPod, served: 
     pod.want("pirate", "poet")
     pod.wait_resident("pirate", "poet")
     assert pod.answers() == served
+
+
+def test_the_base_answers_as_itself_beside_adapters_after_many_were_loaded(
+    pod: ServingPod, served: dict[str, str]
+) -> None:
+    base = pod.complete(BASE_NAME, 24)
+    for name in PASSING:  # one after the other: more than the engine has slots, though never more than it may hold
+        pod.want("poet", name)
+        pod.wait_resident("poet", name)
+        assert pod.complete(pod.entries[name]["engineName"]) not in {base, *served.values()}
+    pod.want("pirate", "poet")
+    pod.wait_resident("pirate", "poet")
+    models = [BASE_NAME, *(pod.entries[name]["engineName"] for name in ("pirate", "poet"))] * 2
+    with ThreadPoolExecutor(len(models)) as clients:
+        for _ in range(4):
+            texts = list(clients.map(lambda model: pod.complete(model, 24), models))
+            assert [text for model, text in zip(models, texts, strict=True) if model == BASE_NAME] == [base, base]
 
 
 def test_the_agents_death_changes_nothing(pod: ServingPod, served: dict[str, str]) -> None:

@@ -161,6 +161,8 @@ class Middleware:
         self._boot_id = secrets.token_hex(16)
         self._draining = False
         self._in_flight: dict[str, int] = {}
+        self._unloaded: dict[str, set[int]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
         self._totals: dict[str, dict[str, int]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -200,6 +202,8 @@ class Middleware:
             await _reply(send, 200, self._state())
         elif path == "/tunesmith/restart" and method == "POST":
             await self._restart(scope, receive, send)
+        elif path == "/v1/unload_lora_adapter" and method == "POST":
+            await self._unload(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
@@ -213,6 +217,37 @@ class Middleware:
         self._draining = True
         await _reply(send, 200, self._state())
         asyncio.get_running_loop().call_later(0.1, _exit, _RESTART_CODE, f"the agent restarts the engine: {reason}")
+
+    async def _unload(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Have vLLM unload an adapter, and free its slot, which vLLM leaves occupied until it needs another one.
+
+        On CPUs a base request that is batched with an adapter's request is computed with the adapter in the last slot:
+        a pool there has one slot more than adapters, which stays empty only if unloaded adapters leave theirs.
+        """
+        body = await _read_body(scope, receive) or b""
+        name, number = _registered(scope, body)
+        reply: list[Message] = []
+
+        async def keep(message: Message) -> None:
+            reply.append(message)
+
+        await self._app(scope, _replay(body, receive), keep)
+        if number is not None and reply[0]["status"] == 200:  # noqa: PLR2004 - HTTP
+            self._unloaded.setdefault(name, set()).add(number)
+            await self._free(scope, name)
+        for message in reply:
+            await send(message)
+
+    async def _free(self, scope: Scope, name: str) -> None:
+        """Remove unloaded adapters of a name from the engine, once none of their requests is running."""
+        if self._in_flight.get(name):
+            return
+        for number in self._unloaded.pop(name, ()):
+            try:
+                await scope["app"].state.engine_client.remove_lora(number)
+            except Exception as error:  # noqa: BLE001 - vLLM's own; the engine serves on
+                sys.stderr.write(f"tunesmith: the slot of the adapter {name} is not freed: {error!r}\n")
+                sys.stderr.flush()
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -277,6 +312,10 @@ class Middleware:
             self._in_flight[model] -= 1
             if not self._in_flight[model]:
                 del self._in_flight[model]
+                if model in self._unloaded:
+                    task = asyncio.create_task(self._free(scope, model))
+                    self._tasks.add(task)
+                    task.add_done_callback(self._tasks.discard)
 
     def _count(self, model: str, requests: int, prompt: int, completion: int) -> None:
         # Names that the engine does not know answer 404 and are not counted, so totals stay as few as models.
@@ -365,6 +404,15 @@ class _Reply:
         self._count(self._model, 0, max(0, prompt - self._prompt), max(0, completion - self._completion))
         self._prompt, self._completion = max(prompt, self._prompt), max(completion, self._completion)
         return True
+
+
+def _registered(scope: Scope, body: bytes) -> tuple[str, int | None]:
+    """Return the name in the body of an unload, and the engine's number of that adapter; None if it has none."""
+    try:
+        name = str(json.loads(body)["lora_name"])
+        return name, int(scope["app"].state.openai_serving_models.lora_requests[name].lora_int_id)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "", None
 
 
 def _end_of(scope: Scope, receive: Receive) -> Receive:
