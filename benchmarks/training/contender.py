@@ -163,7 +163,7 @@ def tunesmith(base: Path, method: str, folder: Path, clock: Clock, gains: Gains)
     from tunesmith.api.finetunejob_status import Stage  # noqa: PLC0415
     from tunesmith_trainer.errors import StorageUnavailableError  # noqa: PLC0415
     from tunesmith_trainer.preflight.prepare import prepare  # noqa: PLC0415
-    from tunesmith_trainer.process.interruption import Faults, Interruption  # noqa: PLC0415
+    from tunesmith_trainer.process.interruption import Interruption  # noqa: PLC0415
     from tunesmith_trainer.process.progress import Progress  # noqa: PLC0415
     from tunesmith_trainer.process.ranks import Ranks  # noqa: PLC0415
     from tunesmith_trainer.reporting.reporter import Reporter  # noqa: PLC0415
@@ -210,11 +210,19 @@ def tunesmith(base: Path, method: str, folder: Path, clock: Clock, gains: Gains)
     prepared = prepare(job, stores, work, weights=True)
     place = stores.folder(f"file://{work}/checkpoints", what="checkpoints", missing=StorageUnavailableError)
     checkpoints = Checkpoints(place, work / "scratch", binding="0" * 64, keep=1, say=lambda _: None)
-    faults = Faults(
-        checkpoints, Interruption(), lambda step, seconds: sys.exit(f"hangs after step {step}, {seconds} s")
-    )
     with (work / "log").open("w", encoding="utf-8") as log:
-        trained = loop.train(job, prepared, Timed("text", out=log), Reporter(), work, faults, Ranks())
+        run = loop.Run(
+            job=job,
+            prepared=prepared,
+            work=work,
+            ranks=Ranks(),
+            progress=Timed("text", out=log),
+            reporter=Reporter(),
+            checkpoints=checkpoints,
+            interruption=Interruption(),
+            hung=lambda step, seconds: sys.exit(f"hangs after step {step}, {seconds} s"),
+        )
+        trained = loop.train(run)
     assert trained.evaluation.loss is not None  # noqa: S101 - a run that ends has one
     return trained.evaluation.loss
 

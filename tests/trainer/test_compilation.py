@@ -18,13 +18,13 @@ from tunesmith.api.finetunejob import FineTuneJobSpec
 from tunesmith.api.hyperparameters import COMPILED_STEPS
 from tunesmith.api.methods.fields import Quantization
 from tunesmith_trainer.base_model.model import load_model
+from tunesmith_trainer.base_model.precision import training_precision
 from tunesmith_trainer.base_model.sharding import shard
 from tunesmith_trainer.errors import InvalidSpecError
 from tunesmith_trainer.preflight.plan import compiles
 from tunesmith_trainer.process.ranks import Ranks
 from tunesmith_trainer.training.batches import Collator
 from tunesmith_trainer.training.compilation import as_compiled, compile_layers
-from tunesmith_trainer.training.held_out import precision
 from tunesmith_trainer.training.layout import Way, choose_way
 from tunesmith_trainer.training.lora import fuse
 from tunesmith_trainer.training.loss import add_target_loss
@@ -63,7 +63,7 @@ def adapted(base: Any, **settings: Any) -> tuple[PeftModel, Way]:
 def results(model: PeftModel, base: Any, way: Way, sizes: tuple[int, ...]) -> tuple[float, torch.Tensor]:
     model.zero_grad()
     torch.manual_seed(7)
-    with way.attending(base), precision(model):
+    with way.attending(base), training_precision(model):
         summed = model(**batch(way, sizes), target_loss=True).summed
         summed.backward()
     return summed.item(), torch.cat([part.grad.flatten() for part in model.parameters() if part.grad is not None])

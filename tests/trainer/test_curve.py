@@ -15,8 +15,8 @@ from trainer_rig import Workbench, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
+from tunesmith_trainer.manifest import load_job
 from tunesmith_trainer.preflight.prepare import prepare
-from tunesmith_trainer.preflight.spec import load_job
 from tunesmith_trainer.store import Stores
 from tunesmith_trainer.training.batches import Plan, row_lengths
 

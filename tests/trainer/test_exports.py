@@ -16,7 +16,7 @@ from tunesmith.contracts.artifact import ArtifactManifest, digest_of
 from tunesmith.storage.folder import Retry
 from tunesmith_trainer.artifact.exports import export_all
 from tunesmith_trainer.errors import StorageUnavailableError
-from tunesmith_trainer.preflight.spec import spec_digest
+from tunesmith_trainer.manifest import spec_digest
 from tunesmith_trainer.store import Stores, file_sha256
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from trainer_rig import chat_row, chat_rows
 from tunesmith.api.conditions import FailureReason
 from tunesmith.api.finetunejob_status import Preflight, Verdict
 from tunesmith.api.placement import DataParallelism
+from tunesmith_trainer.manifest import load_job
 from tunesmith_trainer.preflight.prepare import prepare
 from tunesmith_trainer.preflight.sizing import refusal
-from tunesmith_trainer.preflight.spec import load_job
 from tunesmith_trainer.store import Stores
 
 if TYPE_CHECKING:

@@ -18,10 +18,10 @@ from tunesmith.api.finetunejob import FineTuneJob
 from tunesmith.api.output import Tracker
 from tunesmith.contracts.environment import ALLOWED_ADDRESSES
 from tunesmith.contracts.result import Outcome
-from tunesmith_trainer.preflight.spec import spec_digest
+from tunesmith_trainer.manifest import spec_digest
+from tunesmith_trainer.reporting.curve import CurvePoint
 from tunesmith_trainer.reporting.mlflow_server import RUN_TAG
 from tunesmith_trainer.reporting.reporter import Reporter, parameters_of
-from tunesmith_trainer.training.watch import CurvePoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

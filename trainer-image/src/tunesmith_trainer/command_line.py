@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tunesmith.contracts.environment import WORK_FOLDER
 from tunesmith.contracts.owner import OWNER_FILE
 from tunesmith.contracts.progress import PROGRESS_PORT
 from tunesmith.contracts.result import TERMINATION_MESSAGE_PATH
+from tunesmith_trainer.options import Command, RunOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _EXAMPLES = """examples:
   tunesmith-trainer validate --job job.yaml --allow-file
@@ -22,8 +27,14 @@ exit codes: 0 done, 2 the job must be changed, 3 worth another attempt, 143 stop
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    """The commands with their options."""
+def parse(argv: Sequence[str]) -> RunOptions:
+    """Return the options in a command line; the process exits with code 2 where they are wrong."""
+    given = vars(_parser().parse_args(argv))
+    return RunOptions(**{**given, "command": Command(given["command"])})
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The commands with their options; each option is stored under its name in RunOptions."""
     whole = argparse.ArgumentParser(
         prog="tunesmith-trainer",
         description="Trains a LoRA adapter from a FineTuneJob manifest.",
@@ -32,8 +43,8 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = whole.add_subparsers(dest="command", required=True)
     for name, text in (
-        ("validate", "check the job on the CPU, without weights"),
-        ("train", "train, evaluate, package and publish"),
+        (Command.VALIDATE, "check the job on the CPU, without weights"),
+        (Command.TRAIN, "train, evaluate, package and publish"),
     ):
         command = commands.add_parser(
             name,
@@ -45,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--job", type=Path, required=True, metavar="FILE", help="the FineTuneJob manifest, YAML or JSON"
         )
-        if name == "validate":
+        if name is Command.VALIDATE:
             command.add_argument(
                 "--gpu-memory-bytes",
                 type=int,
@@ -54,12 +65,13 @@ def parser() -> argparse.ArgumentParser:
             )
             command.add_argument(
                 "--deadline",
+                dest="deadline_seconds",
                 type=float,
                 metavar="SECONDS",
                 help="run the checks in a process of their own that is stopped after so long, or when a chat template "
                 "or a pattern does not end (default: no limit)",
             )
-        if name == "train":
+        if name is Command.TRAIN:
             command.add_argument(
                 "--output",
                 required=True,

@@ -17,10 +17,11 @@ from tunesmith.api.conditions import FailureReason
 from tunesmith.contracts.environment import WORK_FOLDER
 from tunesmith.contracts.owner import OWNER_FILE, Owner
 from tunesmith.contracts.result import Outcome, TrainerResult
-from tunesmith_trainer.command_line import parser
+from tunesmith_trainer.command_line import parse
 from tunesmith_trainer.connections import denied, guarded
 from tunesmith_trainer.errors import InterruptedRunError, InvalidSpecError, StorageUnavailableError, TrainerError
-from tunesmith_trainer.preflight.spec import load_job
+from tunesmith_trainer.manifest import load_job
+from tunesmith_trainer.options import Command
 from tunesmith_trainer.process.confidential import clean_output, scrubber_of
 from tunesmith_trainer.process.ending import UPLOAD_SECONDS, Ending
 from tunesmith_trainer.process.interruption import Interruption
@@ -30,12 +31,13 @@ from tunesmith_trainer.process.ranks import PeerLostError, Ranks, lost_peer, of_
 from tunesmith_trainer.process.watched import watched
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Iterator, Sequence
 
     from tunesmith.api.finetunejob import FineTuneJob
     from tunesmith.storage.credentials import Scrubber
     from tunesmith.storage.folder import Folder
+    from tunesmith_trainer.options import RunOptions
+    from tunesmith_trainer.stages import Attempt
 
 log = logging.getLogger("tunesmith_trainer")
 
@@ -68,35 +70,32 @@ def main() -> NoReturn:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Runs one command and returns its exit code."""
-    arguments = parser().parse_args(argv)
-    arguments.argv = argv
+    """Run one command and return its exit code."""
+    options = parse(argv)
     os.environ.update(_ENVIRONMENT)
     die_with_parent()
     logging.captureWarnings(capture=True)
     for noisy in ("py.warnings", "bitsandbytes", "lm_eval"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    scrubber = scrubber_of(arguments.secrets, os.environ)
+    scrubber = scrubber_of(options.secrets, os.environ)
     with clean_output(scrubber):
-        return _run(arguments, scrubber)
+        return _run(options, argv, scrubber)
 
 
-def _run(arguments: argparse.Namespace, scrubber: Scrubber) -> int:
+def _run(options: RunOptions, argv: Sequence[str], scrubber: Scrubber) -> int:
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(message)s")
-    progress = Progress(arguments.format)
-    interruption = Interruption()
-    ending = Ending(progress, arguments.format, arguments.termination_message, interruption, scrubber)
+    progress = Progress(options.format)
+    ending = Ending(progress, options.format, options.termination_message, Interruption(), scrubber)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, ending.signalled)
     try:
         # On a person's own machine the network is theirs.
-        with contextlib.nullcontext() if arguments.allow_file else guarded():
-            watches = arguments.command == "validate" and arguments.deadline and LAUNCHED not in os.environ
-            result = _watched(arguments) if watches else _execute(arguments, progress, ending, scrubber)
+        with contextlib.nullcontext() if options.allow_file else guarded():
+            result = _execute(options, argv, ending, scrubber)
     except InterruptedRunError as error:
-        result = ending.interrupted(error, local="://" not in arguments.output)
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is told
+        result = ending.interrupted(error, local=options.output_folder is not None)
+    except Exception as error:  # noqa: BLE001 - every error becomes a result
         result = _failure(error, ending.ranks)
     if result.lost_peer:
         result = ending.left_alone(result)
@@ -133,78 +132,101 @@ def _report_outage(progress: Progress, scrubber: Scrubber, sentence: str | None)
     progress.update(outage=text)
 
 
-def _execute(arguments: argparse.Namespace, progress: Progress, ending: Ending, scrubber: Scrubber) -> TrainerResult:
-    job = load_job(arguments.job)
-    if arguments.command == "train":
+def _execute(options: RunOptions, argv: Sequence[str], ending: Ending, scrubber: Scrubber) -> TrainerResult:
+    """Run the command in this process, or in child processes where it needs several or one that can be stopped."""
+    if options.command is Command.VALIDATE and options.deadline_seconds and LAUNCHED not in os.environ:
+        with _work_folder(options.work) as work:
+            return watched(_child_command(argv, work), work, options.deadline_seconds)
+    job = load_job(options.job)
+    if options.command is Command.TRAIN:
         ending.ranks, count = of_pod(job.spec.resources, os.environ)
         if count > 1:
-            return _launched(arguments, ending.ranks, count, progress)
+            ending.progress.say(f"  {count} GPUs: one process for each of them")
+            with _work_folder(options.work) as work:
+                return launch(_child_command(argv, work), ending.ranks, count, work)
         os.environ.update(ending.ranks.environment())
         if not ending.ranks.first:
-            progress.mute()
-    serving = arguments.progress_port and ending.ranks.first
-    server = serve(progress, arguments.progress_port) if serving else None
-    # These imports take seconds: a wrong manifest is told before.
-    from tunesmith_trainer.reporting.run import reporter_of  # noqa: PLC0415
+            ending.progress.mute()
+    with _progress_served(options, ending):
+        return _stage(options, job, ending, scrubber)
+
+
+def _child_command(argv: Sequence[str], work: Path) -> list[str]:
+    return [sys.executable, "-m", "tunesmith_trainer.main", *argv, "--work", str(work)]
+
+
+@contextlib.contextmanager
+def _progress_served(options: RunOptions, ending: Ending) -> Iterator[None]:
+    """Serve the progress over HTTP while the block runs, in the first rank only."""
+    if not options.progress_port or not ending.ranks.first:
+        yield
+        return
+    server = serve(ending.progress, options.progress_port)
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def _stage(options: RunOptions, job: FineTuneJob, ending: Ending, scrubber: Scrubber) -> TrainerResult:
+    """Run the command's stage."""
+    # These imports take seconds: a wrong manifest is reported before.
     from tunesmith_trainer.store import TRAINING_RETRY, Stores  # noqa: PLC0415
 
-    patient = arguments.command == "train" and not arguments.allow_file
+    patient = options.command is Command.TRAIN and not options.allow_file
     stores = Stores(
-        secrets=arguments.secrets,
-        allow_file=arguments.allow_file,
+        secrets=options.secrets,
+        allow_file=options.allow_file,
         retry=TRAINING_RETRY if patient else None,
-        waiting=partial(_report_outage, progress, scrubber),
+        waiting=partial(_report_outage, ending.progress, scrubber),
+    )
+    stores.check_secrets()
+    if options.job_folder and options.cluster and ending.ranks.first:
+        folder = stores.folder(options.job_folder, what="the job's folder", missing=StorageUnavailableError)
+        _sign(job, options.cluster, folder)
+    with _work_folder(options.work) as work:
+        # Libraries read their cache's location when they are imported.
+        from tunesmith_trainer import stages  # noqa: PLC0415
+
+        attempt = stages.Attempt(job, options, stores, work, ending)
+        return stages.validate(attempt) if options.command is Command.VALIDATE else _train(attempt)
+
+
+def _train(attempt: Attempt) -> TrainerResult:
+    """Train, and close the trackers' runs and the checkpoints' uploads however that finishes."""
+    from tunesmith_trainer import stages  # noqa: PLC0415
+    from tunesmith_trainer.reporting.run import reporter_of  # noqa: PLC0415
+
+    options, ending = attempt.options, attempt.ending
+    reporter = reporter_of(
+        attempt.job,
+        attempt.work,
+        attempt.ranks,
+        secrets=options.secrets,
+        output=options.output_folder,
+        local=options.allow_file,
     )
     try:
-        stores.check_secrets()
-        if arguments.job_folder and arguments.cluster and ending.ranks.first:
-            what = "the job's folder"
-            place = stores.folder(arguments.job_folder, what=what, missing=StorageUnavailableError)
-            _sign(job, arguments.cluster, place)
-        with _work_folder(arguments.work) as work:
-            # Its libraries look where their cache is when they are imported.
-            from tunesmith_trainer import stages  # noqa: PLC0415
-
-            if arguments.command == "validate":
-                return stages.validate(job, stores, work, progress, arguments)
-            reporter = reporter_of(job, work, ending.ranks, arguments)
-            try:
-                result = stages.train(job, stores, work, ending, reporter, arguments)
-            except Exception as error:
-                # Checkpoints are uploaded from this folder, which may go with the block.
-                if ending.interruption.checkpoints is not None:
-                    ending.interruption.checkpoints.flush(UPLOAD_SECONDS)
-                stopped = isinstance(error, InterruptedRunError)
-                missed = reporter.close(Outcome.PREEMPTED if stopped else Outcome.FAILED, {}, STOPPING_SECONDS)
-                if missed is not None:
-                    log.warning(missed)
-                raise
-            missed = reporter.close(result.outcome, result.metrics, CLOSING_SECONDS)
-            return result if missed is None else result.model_copy(update={"message": f"{result.message}; {missed}"})
-    finally:
-        if server is not None:
-            server.shutdown()
-            server.server_close()
+        result = stages.train(attempt, reporter)
+    except Exception as error:
+        # Checkpoints are uploaded from the work folder, which may be removed with the block that this runs in.
+        if ending.interruption.checkpoints is not None:
+            ending.interruption.checkpoints.flush(UPLOAD_SECONDS)
+        stopped = isinstance(error, InterruptedRunError)
+        missed = reporter.close(Outcome.PREEMPTED if stopped else Outcome.FAILED, {}, STOPPING_SECONDS)
+        if missed is not None:
+            log.warning(missed)
+        raise
+    missed = reporter.close(result.outcome, result.metrics, CLOSING_SECONDS)
+    return result if missed is None else result.model_copy(update={"message": f"{result.message}; {missed}"})
 
 
 def _sign(job: FineTuneJob, cluster: str, folder: Folder) -> None:
-    """Says in the job's folder whose it is: before anything else is there, and once."""
+    """Record the job's owner in its folder: before anything else is there, and once."""
     metadata = job.metadata
     owner = Owner(cluster=cluster, namespace=metadata.namespace, name=metadata.name, uid=metadata.uid)
     folder.create(OWNER_FILE, owner.model_dump_json(by_alias=True).encode())
-
-
-def _watched(arguments: argparse.Namespace) -> TrainerResult:
-    with _work_folder(arguments.work) as work:
-        command = [sys.executable, "-m", "tunesmith_trainer.main", *arguments.argv, "--work", str(work)]
-        return watched(command, work, arguments.deadline)
-
-
-def _launched(arguments: argparse.Namespace, first: Ranks, count: int, progress: Progress) -> TrainerResult:
-    progress.say(f"  {count} GPUs: one process for each of them")
-    with _work_folder(arguments.work) as work:
-        command = [sys.executable, "-m", "tunesmith_trainer.main", *arguments.argv, "--work", str(work)]
-        return launch(command, first, count, work)
 
 
 @contextlib.contextmanager

@@ -1,11 +1,11 @@
-"""The two stages of a job: what the CPU checks, and what trains, packages and publishes."""
+"""The two stages of a job: checks on a CPU; training with packaging, publishing and copies."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shutil
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tunesmith.api.conditions import FailureReason
@@ -17,58 +17,108 @@ from tunesmith_trainer.data.report import told
 from tunesmith_trainer.errors import InvalidSpecError, StorageUnavailableError, TrainerError
 from tunesmith_trainer.evaluation import gates
 from tunesmith_trainer.evaluation.folders import TaskCode
+from tunesmith_trainer.manifest import run_digest, spec_digest
 from tunesmith_trainer.preflight.prepare import prepare
 from tunesmith_trainer.preflight.sizing import refusal
-from tunesmith_trainer.preflight.spec import run_digest, spec_digest
-from tunesmith_trainer.process.interruption import Faults
 from tunesmith_trainer.process.ranks import POD_INDEX, PeerLostError
 from tunesmith_trainer.reporting.run import begin, trackers_of
 from tunesmith_trainer.store import PUBLISHING_RETRY
 from tunesmith_trainer.training.checkpoint import Checkpoints
 
 if TYPE_CHECKING:
-    import argparse
+    from pathlib import Path
 
     from tunesmith.api.finetunejob import FineTuneJob
+    from tunesmith.api.finetunejob_status import ArtifactStatus
+    from tunesmith.contracts.artifact import ArtifactManifest
     from tunesmith.storage.folder import Folder
+    from tunesmith_trainer.options import RunOptions
     from tunesmith_trainer.preflight.prepare import Prepared
     from tunesmith_trainer.process.ending import Ending
     from tunesmith_trainer.process.progress import Progress
     from tunesmith_trainer.process.ranks import Ranks
     from tunesmith_trainer.reporting.reporter import Reporter
     from tunesmith_trainer.store import Stores
+    from tunesmith_trainer.training.loop import Trained
 
 
-def validate(
-    job: FineTuneJob, stores: Stores, work: Path, progress: Progress, arguments: argparse.Namespace
-) -> TrainerResult:
-    """Checks the job on the CPU, without its base's weights.
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt at a stage of a job, by this process.
+
+    Attributes:
+        job: the manifest.
+        options: of the command.
+        stores: opens the places that manifest and options name.
+        work: folder for downloads and temporary files.
+        ending: has the progress, the ranks and a signal to stop; gets the checkpoints.
+    """
+
+    job: FineTuneJob
+    options: RunOptions
+    stores: Stores
+    work: Path
+    ending: Ending
+
+    @property
+    def progress(self) -> Progress:
+        """Progress of this process."""
+        return self.ending.progress
+
+    @property
+    def ranks(self) -> Ranks:
+        """This process among those that train together."""
+        return self.ending.ranks
+
+    @property
+    def tokens(self) -> str | None:
+        """Uri of the folder that keeps tokenised rows; None: they are not kept."""
+        local = self.options.output_folder
+        return self.options.tokens or (f"file://{local}/tokens" if local is not None else None)
+
+    @property
+    def task_code(self) -> TaskCode:
+        """Decide whether evaluation tasks that the job brings may be run."""
+        if self.options.allow_task_code:
+            return TaskCode.ALLOWED
+        return TaskCode.REFUSED_LOCALLY if self.options.allow_file else TaskCode.REFUSED
+
+    def folder(self, uri: str, what: str) -> Folder:
+        """Open a folder that this process writes to.
+
+        Args:
+            uri: of the folder.
+            what: it is, for error messages.
+        """
+        return self.stores.folder(uri, what=what, missing=StorageUnavailableError)
+
+
+def validate(attempt: Attempt) -> TrainerResult:
+    """Check the job on the CPU, without its base's weights.
 
     Raises:
         TrainerError: it cannot be trained as it is.
     """
+    job, options, progress = attempt.job, attempt.options, attempt.progress
     progress.update(stage=Stage.VALIDATING)
-    if not arguments.allow_file:
-        trackers_of(job, arguments.secrets, local=False)
-    tokens = _tokens(arguments.tokens, stores)
-    memory = arguments.gpu_memory_bytes
+    if not options.allow_file:
+        trackers_of(job, options.secrets, local=False)
     prepared = prepare(
         job,
-        stores,
-        work,
+        attempt.stores,
+        attempt.work,
         weights=False,
-        gpu_memory=memory,
-        tokens=tokens,
-        task_code=_task_code(arguments),
+        gpu_memory=options.gpu_memory_bytes,
+        tokens=_tokens(attempt, options.tokens),
+        task_code=attempt.task_code,
         say=progress.say,
     )
     counted = prepared.preflight
-    for line in told(counted):
-        progress.say(line)
-    refused = _refused(prepared, cluster=not arguments.allow_file)
+    _say_counts(progress, prepared)
+    refused = _refused(attempt, prepared)
     if refused is not None:
         return refused
-    exports.check(job, stores)
+    exports.check(job, attempt.stores)
     return TrainerResult(
         outcome=Outcome.SUCCEEDED,
         message=f"{counted.rows} rows to train on with {counted.tokens} tokens, {counted.validation_rows} held out,"
@@ -79,147 +129,106 @@ def validate(
     )
 
 
-def _refused(prepared: Prepared, *, cluster: bool) -> TrainerResult | None:
-    """The result of a job that cannot fit into its GPU."""
-    told = refusal(prepared.preflight, cluster=cluster)
-    if told is None:
-        return None
-    return TrainerResult(
-        outcome=Outcome.FAILED,
-        reason=FailureReason.WILL_NOT_FIT,
-        message=told,
-        preflight=prepared.preflight,
-        resolved=prepared.resolved,
-    )
-
-
-def train(
-    job: FineTuneJob, stores: Stores, work: Path, ending: Ending, reporter: Reporter, arguments: argparse.Namespace
-) -> TrainerResult:
-    """Trains, packages, publishes and copies, unless an earlier attempt has published.
+def train(attempt: Attempt, reporter: Reporter) -> TrainerResult:
+    """Train, package, publish and copy, unless an earlier attempt has published.
 
     Raises:
         TrainerError: it failed.
         InterruptedRunError: it was stopped from outside, and saved its state.
     """
-    progress = ending.progress
-    local, target = _target(arguments.output, stores, allow_file=arguments.allow_file)
-    found = package.find(target)
-    if found is not None:
-        manifest, artifact = found
-        if manifest.spec_digest not in (None, spec_digest(job)):
-            raise InvalidSpecError(
-                f"{target.uri} already holds the artifact of another spec: choose another --output,"
-                " or remove that folder"
-            )
-        if local is None:
-            _remove(stores, arguments.checkpoints, arguments.tokens)
-        result = _judged(
-            TrainerResult(
-                outcome=Outcome.SUCCEEDED,
-                message="an earlier attempt published this artifact; nothing was trained again",
-                artifact=artifact,
-                evaluation=manifest.evaluation,
-                metrics=manifest.metrics,
-            )
-        )
-        return exports.exported(result, job, stores, target, work, progress) if ending.ranks.first else result
-
-    from tunesmith_trainer.training import loop  # noqa: PLC0415
-
-    ranks = ending.ranks
-    tokens = arguments.tokens or (f"file://{local}/tokens" if local is not None else None)
-    prepared = _prepared(job, stores, work, ranks, progress, _tokens(tokens, stores), _task_code(arguments))
-    refused = _refused(prepared, cluster=not arguments.allow_file)
+    target = _artifact_folder(attempt)
+    published = package.find(target)
+    if published is not None:
+        return _reused(attempt, target, *published)
+    prepared = _prepared(attempt)
+    refused = _refused(attempt, prepared)
     if refused is not None:
         return refused
-    counted = prepared.preflight
-    for line in told(counted):
-        progress.say(line)
-    place = stores.folder(
-        arguments.checkpoints or beside_artifact(target.uri, "checkpoints"),
-        what="the checkpoints' folder",
-        missing=StorageUnavailableError,
-    )
-    checkpoints = Checkpoints(
-        place,
-        work / ("checkpoints" if ranks.first else f"checkpoints-{ranks.rank}"),
-        binding=run_digest(job, prepared.resolved),
-        keep=job.spec.checkpoint.keep,
-        say=progress.say,
-    )
-    ending.interruption.checkpoints = checkpoints
-    begin(reporter, job, prepared.resolved, stores, target, local)
-    faults = Faults(checkpoints, ending.interruption, ending.hung)
-    trained = loop.train(job, prepared, progress, reporter, work, faults, ranks)
+    _say_counts(attempt.progress, prepared)
+    checkpoints = _checkpoints(attempt, prepared, target)
+    trained = _trained(attempt, reporter, prepared, target, checkpoints)
+    ranks = attempt.ranks
     if trained is None:
         ranks.part()
         return TrainerResult(
             outcome=Outcome.SUCCEEDED, message=f"rank {ranks.rank} of {ranks.size} is done; rank 0 has the result"
         )
-    progress.update(stage=Stage.PACKAGING)
-    folder, merged = work / ARTIFACT_FOLDER, work / MERGED_FOLDER
-    for old in (folder, merged):
-        shutil.rmtree(old, ignore_errors=True)
-    manifest, merge_error = package.build(job, prepared, trained, folder, merged)
-    progress.update(stage=Stage.PUBLISHING)
-    if merged.is_dir():
-        uri = beside_artifact(target.uri, MERGED_FOLDER)
-        beside = stores.folder(uri, what="the merged model", missing=StorageUnavailableError)
-        merge.publish(merged, beside.child(retry=PUBLISHING_RETRY))
-    artifact = package.publish(folder, manifest, target.child(retry=PUBLISHING_RETRY))
-    if local is not None:
-        package.write_curves(local / package.CURVES, trained.curve)
-    else:
-        checkpoints.clear()
-    _remove(stores, tokens)
+    manifest, artifact, merge_error = _published(attempt, prepared, trained, target)
+    _clean_up(attempt, trained, checkpoints)
     with contextlib.suppress(PeerLostError):  # what is published is published
         ranks.part()
     result = _judged(
         TrainerResult(
             outcome=Outcome.SUCCEEDED,
             message=_summary(trained.evaluation, merge_error),
-            preflight=counted,
+            preflight=prepared.preflight,
             resolved=prepared.resolved,
             artifact=artifact,
             evaluation=trained.evaluation,
             metrics=manifest.metrics,
         )
     )
-    return exports.exported(result, job, stores, target, work, progress)
+    return exports.exported(result, attempt.job, attempt.stores, target, attempt.work, attempt.progress)
 
 
-def _remove(stores: Stores, *uris: str | None) -> None:
-    """Removes temporary folders; what stays is for the bucket's lifecycle rule."""
-    for uri in uris:
-        if uri is not None:
-            with contextlib.suppress(TrainerError):
-                stores.folder(uri, what="temporary files", missing=StorageUnavailableError).remove()
+def _artifact_folder(attempt: Attempt) -> Folder:
+    """Return the artifact's folder; for a local run, the folder that holds it is made.
+
+    Raises:
+        InvalidSpecError: the output is a folder of this machine, which is not allowed here or cannot be made.
+    """
+    options, local = attempt.options, attempt.options.output_folder
+    if local is None:
+        return attempt.folder(options.output, "the artifact's folder")
+    if not options.allow_file:
+        raise InvalidSpecError(
+            f"--output {options.output} is a folder of this machine, which is allowed only where no cluster runs the"
+            " job: use a uri"
+        )
+    try:
+        local.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidSpecError(f"cannot make the folder {local}: {error.strerror}") from None
+    return attempt.folder(f"file://{local}/{ARTIFACT_FOLDER}", "the artifact's folder")
 
 
-def _tokens(uri: str | None, stores: Stores) -> Folder | None:
-    """The folder of tokenised rows that outlives this process."""
-    return stores.folder(uri, what="the folder of tokenised rows", missing=StorageUnavailableError) if uri else None
+def _reused(attempt: Attempt, target: Folder, manifest: ArtifactManifest, artifact: ArtifactStatus) -> TrainerResult:
+    """Return the result of an artifact that an earlier attempt has published.
+
+    Raises:
+        InvalidSpecError: it is the artifact of another spec.
+    """
+    job, options = attempt.job, attempt.options
+    if manifest.spec_digest not in (None, spec_digest(job)):
+        raise InvalidSpecError(
+            f"{target.uri} already holds the artifact of another spec: choose another --output, or remove that folder"
+        )
+    if options.output_folder is None:
+        _remove(attempt, options.checkpoints, options.tokens)
+    result = _judged(
+        TrainerResult(
+            outcome=Outcome.SUCCEEDED,
+            message="an earlier attempt published this artifact; nothing was trained again",
+            artifact=artifact,
+            evaluation=manifest.evaluation,
+            metrics=manifest.metrics,
+        )
+    )
+    if not attempt.ranks.first:
+        return result
+    return exports.exported(result, job, attempt.stores, target, attempt.work, attempt.progress)
 
 
-def _task_code(arguments: argparse.Namespace) -> TaskCode:
-    if arguments.allow_task_code:
-        return TaskCode.ALLOWED
-    return TaskCode.REFUSED_LOCALLY if arguments.allow_file else TaskCode.REFUSED
+def _prepared(attempt: Attempt) -> Prepared:
+    """Return the inputs, once all ranks have started; each pod reads them once.
 
+    Raises:
+        TrainerError: an input is missing, refused or not usable.
+        InvalidSpecError: pods have read different inputs.
+    """
+    from tunesmith_trainer.training.device import choose_device, device_memory  # noqa: PLC0415
 
-def _prepared(
-    job: FineTuneJob,
-    stores: Stores,
-    work: Path,
-    ranks: Ranks,
-    progress: Progress,
-    tokens: Folder | None,
-    task_code: TaskCode,
-) -> Prepared:
-    """The inputs, once all ranks are here: each pod reads them once."""
-    from tunesmith_trainer.training.loop import choose_device, device_memory  # noqa: PLC0415
-
+    job, ranks, progress = attempt.job, attempt.ranks, attempt.progress
     wanted = job.spec.resources
     device = choose_device(wanted.gpus, ranks.local_rank)
     if wanted.nodes > 1 and POD_INDEX not in os.environ:
@@ -228,22 +237,23 @@ def _prepared(
     progress.update(stage=Stage.PREPARING)
     # What the CPU stage of a cluster decided stays; a local run has had none, and knows its GPU.
     memory = device_memory(device) if job.status.resolved is None else None
+    tokens = _tokens(attempt, attempt.tokens)
     prepared = ranks.once_per_pod(
-        work / "prepared",
+        attempt.work / "prepared",
         lambda: prepare(
             job,
-            stores,
-            work,
+            attempt.stores,
+            attempt.work,
             weights=True,
             ranks=ranks.size,
             gpu_memory=memory,
             tokens=tokens,
-            task_code=task_code,
+            task_code=attempt.task_code,
             say=progress.say,
         ),
     )
     if job.status.resolved is None and ranks.first:
-        exports.check(job, stores)
+        exports.check(job, attempt.stores)
     if not ranks.agree(prepared.resolved.model_dump_json()):
         raise InvalidSpecError(
             "the base model, the data set or a task folder changed while the pods of this job read it: give the job"
@@ -252,14 +262,116 @@ def _prepared(
     return prepared
 
 
+def _say_counts(progress: Progress, prepared: Prepared) -> None:
+    for line in told(prepared.preflight):
+        progress.say(line)
+
+
+def _refused(attempt: Attempt, prepared: Prepared) -> TrainerResult | None:
+    """Return the result of a job that cannot fit into its GPU; None where it may fit."""
+    message = refusal(prepared.preflight, cluster=not attempt.options.allow_file)
+    if message is None:
+        return None
+    return TrainerResult(
+        outcome=Outcome.FAILED,
+        reason=FailureReason.WILL_NOT_FIT,
+        message=message,
+        preflight=prepared.preflight,
+        resolved=prepared.resolved,
+    )
+
+
+def _checkpoints(attempt: Attempt, prepared: Prepared, target: Folder) -> Checkpoints:
+    """Open the run's checkpoints, beside the artifact unless the command names another folder."""
+    ranks = attempt.ranks
+    return Checkpoints(
+        attempt.folder(
+            attempt.options.checkpoints or beside_artifact(target.uri, "checkpoints"), "the checkpoints' folder"
+        ),
+        attempt.work / ("checkpoints" if ranks.first else f"checkpoints-{ranks.rank}"),
+        binding=run_digest(attempt.job, prepared.resolved),
+        keep=attempt.job.spec.checkpoint.keep,
+        say=attempt.progress.say,
+    )
+
+
+def _trained(
+    attempt: Attempt, reporter: Reporter, prepared: Prepared, target: Folder, checkpoints: Checkpoints
+) -> Trained | None:
+    """Train and score, from the newest usable checkpoint; the first rank has the result, the others None."""
+    from tunesmith_trainer.training import loop  # noqa: PLC0415
+
+    job, ending = attempt.job, attempt.ending
+    ending.interruption.checkpoints = checkpoints
+    begin(reporter, job, prepared.resolved, attempt.stores, target, attempt.options.output_folder)
+    return loop.train(
+        loop.Run(
+            job=job,
+            prepared=prepared,
+            work=attempt.work,
+            ranks=attempt.ranks,
+            progress=attempt.progress,
+            reporter=reporter,
+            checkpoints=checkpoints,
+            interruption=ending.interruption,
+            hung=ending.hung,
+        )
+    )
+
+
+def _published(
+    attempt: Attempt, prepared: Prepared, trained: Trained, target: Folder
+) -> tuple[ArtifactManifest, ArtifactStatus, float | None]:
+    """Package and publish the artifact, after merged weights where the job asks for some.
+
+    Returns:
+        The manifest, the published artifact, and the distance of merged weights from what was trained.
+    """
+    progress = attempt.progress
+    progress.update(stage=Stage.PACKAGING)
+    folder, merged = attempt.work / ARTIFACT_FOLDER, attempt.work / MERGED_FOLDER
+    for old in (folder, merged):
+        shutil.rmtree(old, ignore_errors=True)
+    manifest, merge_error = package.build(attempt.job, prepared, trained, folder, merged)
+    progress.update(stage=Stage.PUBLISHING)
+    if merged.is_dir():
+        beside = attempt.folder(beside_artifact(target.uri, MERGED_FOLDER), "the merged model")
+        merge.publish(merged, beside.child(retry=PUBLISHING_RETRY))
+    artifact = package.publish(folder, manifest, target.child(retry=PUBLISHING_RETRY))
+    return manifest, artifact, merge_error
+
+
+def _clean_up(attempt: Attempt, trained: Trained, checkpoints: Checkpoints) -> None:
+    """Remove what only another attempt would need; a local run keeps its checkpoints and gets its curves."""
+    local = attempt.options.output_folder
+    if local is not None:
+        package.write_curves(local / package.CURVES, trained.curve)
+    else:
+        checkpoints.clear()
+    _remove(attempt, attempt.tokens)
+
+
+def _remove(attempt: Attempt, *uris: str | None) -> None:
+    """Remove temporary folders; what cannot be removed is left to the bucket's lifecycle rule."""
+    for uri in uris:
+        if uri is not None:
+            with contextlib.suppress(TrainerError):
+                attempt.folder(uri, "temporary files").remove()
+
+
+def _tokens(attempt: Attempt, uri: str | None) -> Folder | None:
+    """Open the folder of tokenised rows that outlives this process; None where they are not kept."""
+    return attempt.folder(uri, "the folder of tokenised rows") if uri else None
+
+
 def _judged(result: TrainerResult) -> TrainerResult:
-    """The result, failed where a gate did not pass. The artifact stays published and reported."""
+    """Return the result, failed where a gate did not pass. The artifact stays published and reported."""
     evaluation = result.evaluation
     if evaluation is None:
         return result
-    told = gates.failure(evaluation)
-    if told is not None:
-        change = {"outcome": Outcome.FAILED, "reason": FailureReason.GATE_FAILED, "message": told}
+    failure = gates.failure(evaluation)
+    if failure is not None:
+        change = {"outcome": Outcome.FAILED, "reason": FailureReason.GATE_FAILED, "message": failure}
         return result.model_copy(update=change)
     if evaluation.failures:
         return result.model_copy(update={"message": f"{result.message}; {evaluation.unscored}"})
@@ -272,21 +384,3 @@ def _summary(evaluation: EvaluationStatus, merge_error: float | None) -> str:
         f" {-(evaluation.loss_reduction_percent or 0.0):+.0f} %"
     )
     return losses if merge_error is None else f"{losses}; merged weights {merge.told(merge_error)}"
-
-
-def _target(output: str, stores: Stores, *, allow_file: bool) -> tuple[Path | None, Folder]:
-    """The folder of a local run, or None, and the artifact's folder."""
-    local = None
-    if "://" not in output:
-        if not allow_file:
-            raise InvalidSpecError(
-                f"--output {output} is a folder of this machine, which is allowed only where no cluster runs the job:"
-                " use a uri"
-            )
-        local = Path(output).resolve()
-        try:
-            local.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InvalidSpecError(f"cannot make the folder {local}: {error.strerror}") from None
-        output = f"file://{local}/artifact"
-    return local, stores.folder(output, what="the artifact's folder", missing=StorageUnavailableError)

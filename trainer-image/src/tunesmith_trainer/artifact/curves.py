@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from tunesmith_trainer.training.watch import CurvePoint
+    from tunesmith_trainer.reporting.curve import CurvePoint
 
 
 def measured(loss: str, objective: ObjectiveName) -> str:

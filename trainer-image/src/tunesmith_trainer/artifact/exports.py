@@ -16,7 +16,7 @@ from tunesmith.contracts.result import ExportResult, Outcome
 from tunesmith_trainer.artifact import merge, package
 from tunesmith_trainer.errors import InvalidSpecError, SelfCheckError, StorageUnavailableError, TrainerError
 from tunesmith_trainer.hub import Repository
-from tunesmith_trainer.preflight.spec import spec_digest
+from tunesmith_trainer.manifest import spec_digest
 from tunesmith_trainer.store import EXPORTING_RETRY, file_sha256
 
 if TYPE_CHECKING:

@@ -21,13 +21,13 @@ from tunesmith.contracts.parity import PARITY_FILE
 from tunesmith_trainer.artifact import card, curves, merge, parity
 from tunesmith_trainer.base_model import model
 from tunesmith_trainer.base_model.logits import relative_distance
+from tunesmith_trainer.base_model.precision import dtype_of
 from tunesmith_trainer.errors import SelfCheckError
+from tunesmith_trainer.manifest import spec_digest
 from tunesmith_trainer.methods import conversion, full, servable
 from tunesmith_trainer.methods.conversion import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from tunesmith_trainer.preflight.spec import spec_digest
+from tunesmith_trainer.reporting.curve import CurvePoint
 from tunesmith_trainer.store import file_sha256
-from tunesmith_trainer.training.arguments import precision_of
-from tunesmith_trainer.training.watch import CurvePoint
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -94,7 +94,7 @@ def build(
             merged,
             config=config,
             quantization=job.spec.method.quantization,
-            dtype=precision_of(prepared.resolved.precision),
+            dtype=dtype_of(prepared.resolved.precision),
             prompts=trained.prompts,
             trained=logits,
         )

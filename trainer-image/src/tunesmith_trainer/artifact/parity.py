@@ -15,6 +15,7 @@ from tunesmith.contracts.parity import Parity, ParityPosition, ParityProbe, Toke
 from tunesmith_trainer.artifact.main_memory import available_memory
 from tunesmith_trainer.artifact.offloaded import hold_adapter, is_offloaded, read_by_layer
 from tunesmith_trainer.base_model.logits import batch_of_one, last_logits, products
+from tunesmith_trainer.base_model.prompts import PROMPTS, prompt_tokens
 from tunesmith_trainer.methods.conversion import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:
@@ -24,11 +25,6 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-PROMPTS = (
-    "What is the capital of France?",
-    "Write one sentence about the sea.",
-    "Count from one to five, in words.",
-)
 _ANSWER_TOKENS = 16
 _TOP = 5
 _DECIMALS = 5
@@ -44,21 +40,6 @@ STREAMED = frozenset(
 base's weights, or draws, when it loads them."""
 _OF_EMBEDDINGS = ("modules_to_save", "trainable_token_indices")
 """Fields of an adapter that holds copies of modules outside of the layers."""
-
-
-def prompt_tokens(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
-    """The fixed prompts as token ids, in the chat template where there is one."""
-    if not tokenizer.chat_template:
-        return [list(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
-    texts = [
-        str(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-            )
-        )
-        for prompt in PROMPTS
-    ]
-    return [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
 
 
 def serving_type(config: PretrainedConfig) -> torch.dtype:

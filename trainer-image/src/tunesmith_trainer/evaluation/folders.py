@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from tunesmith_trainer.errors import DatasetNotFoundError, InvalidSpecError
-from tunesmith_trainer.preflight.plan import unchanged
+from tunesmith_trainer.manifest import require_unchanged
 from tunesmith_trainer.store import file_sha256
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def fetch(evaluation: Evaluation, stores: Stores, work: Path, validated: Mapping
         target = (work / suite.name).resolve()
         shutil.rmtree(target, ignore_errors=True)  # of a container of this pod that ran before
         own = OwnTasks(target, uri, _copied(folder, target, where))
-        unchanged(f"task folder {uri} of evaluation suite {suite.name}", validated.get(suite.name), own.digest)
+        require_unchanged(f"task folder {uri} of evaluation suite {suite.name}", validated.get(suite.name), own.digest)
         _check(own, where)
         found[suite.name] = own
     return found

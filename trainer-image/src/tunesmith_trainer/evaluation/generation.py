@@ -16,12 +16,12 @@ from tunesmith.api.dataset import DataFormat, DuplicateRows, UnusableRows
 from tunesmith.api.evaluation import GenerationMetric
 from tunesmith.api.finetunejob_status import AlsoTrained
 from tunesmith_trainer import data
+from tunesmith_trainer.base_model.precision import training_precision
 from tunesmith_trainer.data.report import EXAMPLES, RowReport, shortened
 from tunesmith_trainer.data.rows import SFT_FORMS, RowForm, read
 from tunesmith_trainer.data.selection import trained_too
 from tunesmith_trainer.data.sources import fetch
 from tunesmith_trainer.errors import DatasetInvalidError, InvalidSpecError
-from tunesmith_trainer.training.held_out import precision
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -155,7 +155,7 @@ def answers(
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), nullcontext() if adapter else model.disable_adapter(), precision(model):
+        with torch.no_grad(), nullcontext() if adapter else model.disable_adapter(), training_precision(model):
             for begin in range(0, len(order), batch_size):
                 places = order[begin : begin + batch_size]
                 prompts = [examples[place].prompt for place in places]

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from tunesmith.api.evaluation import GAIN, MAX_METRIC, MAX_SCORES
+from tunesmith_trainer.base_model.precision import training_precision
 from tunesmith_trainer.data.report import shortened
 from tunesmith_trainer.errors import InvalidSpecError, TrainerError
 from tunesmith_trainer.evaluation.tasks import few, tasks_of, unusable
-from tunesmith_trainer.training.held_out import precision
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -104,7 +104,7 @@ def scores(
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), nullcontext() if adapter else model.disable_adapter(), precision(model):
+        with torch.no_grad(), nullcontext() if adapter else model.disable_adapter(), training_precision(model):
             while True:
                 try:
                     return _evaluated(_answering(model, tokenizer, batch_size), suite, tasks)

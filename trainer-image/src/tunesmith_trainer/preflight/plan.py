@@ -14,7 +14,7 @@ from tunesmith.api.hyperparameters import (
     Precision,
 )
 from tunesmith.api.placement import DataParallelism
-from tunesmith_trainer.errors import InvalidSpecError
+from tunesmith_trainer.manifest import require_unchanged
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -115,24 +115,6 @@ def frozen(before: Resolved | None, now: Resolved) -> Resolved:
     """
     if before is None:
         return now
-    unchanged("base model", before.base_model_fingerprint, now.base_model_fingerprint)
-    unchanged("data set", before.dataset_digest, now.dataset_digest)
+    require_unchanged("base model", before.base_model_fingerprint, now.base_model_fingerprint)
+    require_unchanged("data set", before.dataset_digest, now.dataset_digest)
     return now.model_copy(update={name: value for name, value in before if value is not None})
-
-
-def unchanged(what: str, before: str | None, now: str | None) -> None:
-    """Looks whether an input is what it was.
-
-    Args:
-        what: the input, for the message.
-        before: its digest in an earlier stage; None where there was none.
-        now: its digest.
-
-    Raises:
-        InvalidSpecError: it is not.
-    """
-    if before is not None and before != now:
-        raise InvalidSpecError(
-            f"the {what} changed since the job was validated (it was {before[:19]}…, it is {str(now)[:19]}…): "
-            "create a new FineTuneJob"
-        )

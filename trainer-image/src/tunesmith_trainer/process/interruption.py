@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import signal
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
-    from tunesmith_trainer.training.checkpoint import Checkpoints
+class SavedCheckpoints(Protocol):
+    """What ending a process needs to know of the run's checkpoints."""
+
+    @property
+    def uri(self) -> str:
+        """Folder of the checkpoints."""
+
+    @property
+    def last(self) -> int | None:
+        """Step of the newest checkpoint in the store; None: there is none."""
+
+    @property
+    def pending(self) -> bool:
+        """True while an upload is running or waiting. Read without locks: for signal handlers."""
+
+    def flush(self, seconds: float) -> bool:
+        """Wait for uploads, at most so long; False if some are unfinished."""
 
 
 class Interruption:
@@ -25,7 +38,7 @@ class Interruption:
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self.armed = False
-        self.checkpoints: Checkpoints | None = None
+        self.checkpoints: SavedCheckpoints | None = None
         self.resumed_from_step: int | None = None
 
     def asked(self, number: int) -> bool:
@@ -34,18 +47,3 @@ class Interruption:
             return False
         self.signal = signal.Signals(number)
         return True
-
-
-@dataclass(frozen=True)
-class Faults:
-    """What a training loop needs to survive its end.
-
-    Attributes:
-        checkpoints: of the job.
-        interruption: a signal to stop.
-        hung: called, from another thread, with the steps done and the seconds since the last sign of life.
-    """
-
-    checkpoints: Checkpoints
-    interruption: Interruption
-    hung: Callable[[int, float], None]

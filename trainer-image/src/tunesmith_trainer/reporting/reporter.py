@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tunesmith.api.finetunejob_status import Resolved
     from tunesmith.contracts.result import Outcome
     from tunesmith.storage.folder import Folder
-    from tunesmith_trainer.training.watch import CurvePoint
+    from tunesmith_trainer.reporting.curve import CurvePoint
 
 log = logging.getLogger(__name__)
 

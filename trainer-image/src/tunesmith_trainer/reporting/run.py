@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import uuid
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.contracts.location import EVENTS_FOLDER, beside_artifact
@@ -15,7 +14,7 @@ from tunesmith_trainer.reporting.reporter import Reporter, parameters_of
 from tunesmith_trainer.reporting.settings import tracker_settings
 
 if TYPE_CHECKING:
-    from argparse import Namespace
+    from pathlib import Path
 
     from tunesmith.api.finetunejob import FineTuneJob
     from tunesmith.api.finetunejob_status import Resolved
@@ -42,23 +41,26 @@ def trackers_of(job: FineTuneJob, secrets: Path, *, local: bool) -> dict[Tracker
     return tracker_settings(wanted, secrets, os.environ, local=local)
 
 
-def reporter_of(job: FineTuneJob, work: Path, ranks: Ranks, arguments: Namespace) -> Reporter:
-    """What reports to the job's trackers once it is begun: on the first rank alone.
+def reporter_of(
+    job: FineTuneJob, work: Path, ranks: Ranks, *, secrets: Path, output: Path | None, local: bool
+) -> Reporter:
+    """Return what reports to the job's trackers once it is begun: on the first rank only.
 
     Args:
         job: the FineTuneJob.
         work: folder for the journal, and for the event files of a run whose output is no folder here.
         ranks: which of the processes that train together this is.
-        arguments: of the command: `output`, `secrets` and `allow_file`.
+        secrets: folder with the mounted Secrets.
+        output: folder of this machine that gets the artifact; None if it goes to a store.
+        local: True if no cluster runs the job.
 
     Raises:
         TrainerError: a Secret, a key of it or a variable is missing.
     """
     if not ranks.first:
         return Reporter()
-    settings = trackers_of(job, arguments.secrets, local=arguments.allow_file)
-    events = work if "://" in arguments.output else Path(arguments.output).resolve()
-    return Reporter(settings, work / "reporting", events / EVENTS_FOLDER)
+    settings = trackers_of(job, secrets, local=local)
+    return Reporter(settings, work / "reporting", (output or work) / EVENTS_FOLDER)
 
 
 def begin(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-import torch
 from transformers import TrainingArguments
 
 from tunesmith.api.hyperparameters import Optimizer, Precision
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import torch
 
     from tunesmith.api.finetunejob import FineTuneJob
     from tunesmith_trainer.preflight.prepare import Prepared
@@ -60,8 +61,3 @@ def arguments(job: FineTuneJob, prepared: Prepared, work: Path, device: torch.de
         save_strategy="no",
         eval_strategy="no",
     )
-
-
-def precision_of(precision: Precision | None) -> torch.dtype:
-    """The type of the frozen weights and of the products."""
-    return torch.bfloat16 if precision is Precision.BFLOAT16 else torch.float32

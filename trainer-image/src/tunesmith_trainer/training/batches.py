@@ -24,9 +24,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from numpy.typing import NDArray
 
-    Row = Mapping[str, Any]
-    """`input_ids` and `labels` of one length; a packed bin and a pair of answers also have `seq_lengths`, the sizes of
-    their sequences, and an answer that is good or bad has `desirable`."""
+    from tunesmith_trainer.training.objectives import Row
 
 _READ_ROWS = 1000
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tunesmith_trainer.base_model.precision import training_precision
 from tunesmith_trainer.base_model.sharding import own_part
 from tunesmith_trainer.data import IGNORED
 from tunesmith_trainer.errors import InvalidSpecError
 from tunesmith_trainer.process.ranks import lost_peer
 from tunesmith_trainer.training.batches import Collator, on_device
-from tunesmith_trainer.training.held_out import precision
 from tunesmith_trainer.training.layout import tolerance
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def _tried(model: PeftModel, base: PreTrainedModel, way: Way) -> torch.Tensor:
     model.zero_grad()
     try:
         gpus = [model.device] if model.device.type == "cuda" else []
-        with torch.random.fork_rng(gpus), way.attending(base), precision(model), as_compiled():
+        with torch.random.fork_rng(gpus), way.attending(base), training_precision(model), as_compiled():
             torch.manual_seed(0)
             summed = model(**batch, target_loss=True).summed
             summed.backward()  # not `grad`: in the graph of weights that are shared out there are others

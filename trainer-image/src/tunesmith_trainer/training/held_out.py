@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from tunesmith_trainer.base_model.precision import training_precision
 from tunesmith_trainer.training.batches import mismatched, on_device, row_lengths, silent
 from tunesmith_trainer.training.objectives import Forward
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from contextlib import AbstractContextManager
 
     from datasets import Dataset
     from peft import PeftModel
 
     from tunesmith_trainer.process.ranks import Ranks
-    from tunesmith_trainer.training.batches import Collator, Row
+    from tunesmith_trainer.training.batches import Collator
+    from tunesmith_trainer.training.objectives import Row
 
 
 def held_out_loss(
@@ -47,7 +47,7 @@ def held_out_loss(
         return on_device(collate.join(batch), model.device)
 
     try:
-        with torch.no_grad(), precision(model):
+        with torch.no_grad(), training_precision(model):
             if objective.mismatched:
                 others = _own(_batches(rows, batch_size, others=True), ranks)
                 objective.estimate(forward, (tensors(batch or _idle(rows)) for batch in others), ranks)
@@ -82,9 +82,3 @@ def _batches(rows: Dataset, size: int, *, others: bool = False) -> Iterator[list
             yield mismatched([fast[order[start - 1]], *batch])[1:]
         elif not others:
             yield batch
-
-
-def precision(model: PeftModel) -> AbstractContextManager[None]:
-    """Products in the type that the base was loaded in, as in training."""
-    rounded = model.config.dtype is torch.bfloat16
-    return torch.autocast(model.device.type, torch.bfloat16) if rounded else nullcontext()

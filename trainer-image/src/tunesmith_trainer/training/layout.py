@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
+from tunesmith_trainer.base_model.precision import training_precision
 from tunesmith_trainer.data import IGNORED
 from tunesmith_trainer.errors import SelfCheckError
 from tunesmith_trainer.training.attention import Attention, attending, has_varlen_kernel
 from tunesmith_trainer.training.batches import Collator, Layout, on_device
-from tunesmith_trainer.training.held_out import precision
 from tunesmith_trainer.training.loss import add_target_loss
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def _evaluating(model: PeftModel) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), precision(model):
+        with torch.no_grad(), training_precision(model):
             yield
     finally:
         model.train(was_training)

@@ -21,15 +21,17 @@ from tunesmith_trainer.data import IGNORED
 from tunesmith_trainer.training import preference
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from peft import PeftModel
     from torch import nn
 
     from tunesmith_trainer.process.ranks import Ranks
-    from tunesmith_trainer.training.batches import Row
     from tunesmith_trainer.training.loss import TargetLoss
 
+    Row = Mapping[str, Any]
+    """`input_ids` and `labels` of one length; a packed bin and a pair of answers also have `seq_lengths`, the sizes of
+    their sequences, and an answer that is good or bad has `desirable`."""
     Batch = dict[str, Any]
 
 DESIRABLE = "desirable"

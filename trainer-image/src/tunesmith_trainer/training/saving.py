@@ -22,8 +22,8 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from tunesmith_trainer.base_model import sharding
 from tunesmith_trainer.errors import LossDivergedError, TrainerError
 from tunesmith_trainer.methods import hooks
+from tunesmith_trainer.reporting.curve import CurvePoint
 from tunesmith_trainer.training.divergence import SUSTAINED_STEPS, diverged, far_off
-from tunesmith_trainer.training.watch import CurvePoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable

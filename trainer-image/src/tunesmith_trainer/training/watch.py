@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import resource
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback
 
 from tunesmith_trainer.errors import LossDivergedError, SelfCheckError
+from tunesmith_trainer.reporting.curve import CurvePoint
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -20,19 +20,6 @@ if TYPE_CHECKING:
     from tunesmith_trainer.reporting.reporter import Reporter
 
 _RECENT_STEPS = 10
-
-
-@dataclass(frozen=True)
-class CurvePoint:
-    """One line of the curves: the objective's losses (SFT: nats per target token)."""
-
-    step: int
-    epoch: float
-    loss: float | None = None
-    learning_rate: float | None = None
-    gradient_norm: float | None = None
-    tokens: int | None = None
-    evaluation_loss: float | None = None
 
 
 class Watch(TrainerCallback):

@@ -1,4 +1,4 @@
-"""Reading the FineTuneJob manifest."""
+"""The FineTuneJob manifest: read, its digests, and inputs compared with those that were validated."""
 
 from __future__ import annotations
 
@@ -85,3 +85,21 @@ def run_digest(job: FineTuneJob, resolved: Resolved) -> str:
         mode="json", include={"base_model_fingerprint", "dataset_digest", "batch_size", "learning_rate", "total_steps"}
     )
     return hashlib.sha256(json.dumps([spec_digest(job), inputs], sort_keys=True).encode()).hexdigest()
+
+
+def require_unchanged(what: str, before: str | None, now: str | None) -> None:
+    """Raise an error if an input is not the one that was validated.
+
+    Args:
+        what: the input, for the message.
+        before: its digest in an earlier stage; None where there was none.
+        now: its digest.
+
+    Raises:
+        InvalidSpecError: the input changed in between.
+    """
+    if before is not None and before != now:
+        raise InvalidSpecError(
+            f"the {what} changed since the job was validated (it was {before[:19]}…, it is {str(now)[:19]}…): "
+            "create a new FineTuneJob"
+        )

@@ -1,0 +1,39 @@
+"""The device that a run trains on."""
+
+from __future__ import annotations
+
+import torch
+
+from tunesmith_trainer.errors import InvalidSpecError
+
+
+def choose_device(gpus: int, number: int = 0) -> torch.device:
+    """Return the device that the manifest asks for.
+
+    Args:
+        gpus: of the manifest.
+        number: which of them.
+
+    Raises:
+        InvalidSpecError: it asks for more GPUs than there are.
+    """
+    if gpus == 0:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise InvalidSpecError(
+            f"resources.gpus is {gpus} and no GPU is visible here: set it to 0 to train on the CPU, or check the "
+            "node's driver"
+        )
+    if torch.cuda.device_count() < gpus:
+        raise InvalidSpecError(
+            f"resources.gpus is {gpus} and {torch.cuda.device_count()} can be seen here: lower it, or use a machine "
+            "with more"
+        )
+    device = torch.device("cuda", number)
+    torch.cuda.set_device(device)
+    return device
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Bytes of memory of a GPU; None for the CPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
