@@ -20,17 +20,18 @@ from tunesmith_trainer.data.tokens import measure, open_rows, pack, tokenise
 from tunesmith_trainer.errors import DatasetInvalidError, InvalidSpecError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Mapping
     from pathlib import Path
 
     from datasets import Dataset
 
     from tunesmith.api import dataset as api
     from tunesmith.storage.folder import Folder
+    from tunesmith_trainer.data.cache import Cached
     from tunesmith_trainer.data.encoding import Encoder
     from tunesmith_trainer.data.rows import RowForm
     from tunesmith_trainer.data.sources import Source
-    from tunesmith_trainer.data.tokens import Counted
+    from tunesmith_trainer.data.tokens import Counted, Sizes
     from tunesmith_trainer.store import Stores
 
     IntArray = np.ndarray[Any, np.dtype[np.integer[Any]]]
@@ -92,23 +93,8 @@ def load(
     Raises:
         TrainerError: something is missing, refused or not usable.
     """
-    sources = {"train": fetch(dataset.train, stores, work / "data/train")}
-    if dataset.validation:
-        sources["validation"] = fetch(dataset.validation, stores, work / "data/validation")
-    digest = hashlib.sha256()
-    for name, some in sources.items():
-        digest.update(f"{name}\n".encode())
-        add_content(some, digest)
-    key = key_of(
-        {
-            "encoding": [_ENCODING, version("transformers"), version("tokenizers")],
-            "content": digest.hexdigest(),
-            "files": {name: [len(source.files) for source in some] for name, some in sources.items()},
-            "tokenizer": tokenizer,
-            "forms": sorted(forms),
-            "dataset": dataset.model_dump(mode="json", include=_DECIDING),
-        }
-    )
+    sources = _fetched(dataset, stores, work)
+    content = _content_digest(sources)
 
     def make(folder: Path) -> dict[str, Counted]:
         return {
@@ -116,56 +102,155 @@ def load(
             for name, some in sources.items()
         }
 
+    key = _token_key(dataset, sources, content, forms, tokenizer)
     cached = TokenCache(work / "tokens", store).get(key, make)
-    counted = cached.counted["train"]
-    limit = dataset.max_length
-    counted.require("training rows", limit, least=1 if dataset.validation else 2)
-    report = counted.report
-    rows = open_rows(cached.path("train"))
-    sizes = measure(cached.path("train"))
-    chosen, out = held_out(sizes.keys, dataset, seed)
-    _check_context(sizes.longest, context)
-    if dataset.validation:
-        cached.counted["validation"].require("held-out rows", limit)
-        validation = open_rows(cached.path("validation"))
-        scored = measure(cached.path("validation"))
-        _check_context(scored.longest, context)
-        report = report.add(cached.counted["validation"].report)
-    else:
-        scored = None
-        validation = _at(rows, out)
-    places = weighted(chosen, counted.per_source, [source.weight for source in dataset.train], seed)
-    if not len(places):
-        raise DatasetInvalidError("the weights of dataset.train leave no row to train on: raise them")
-    train, lengths = _at(rows, places), sizes.lengths[places]
+    divided = _divided(cached, dataset, seed, context)
+    places = _weighted(divided, cached, dataset, seed)
+    train, lengths = _at(divided.rows, places), divided.sizes.lengths[places]
     packed = None
     if dataset.packing:
-        packed = pack(cached.path("train"), places, lengths, limit, work / "packed.arrow")
+        packed = pack(cached.path("train"), places, lengths, dataset.max_length, work / "packed.arrow")
         train = open_rows(work / "packed.arrow")
-    keys = sizes.keys[np.unique(places)]
-    shared = scored.keys[trained_too(scored.keys, keys)] if scored is not None else keys[:0]
-    also_trained = None
-    if len(shared):
-        examples = _first_of(set(shared.tolist()), sources["validation"], dataset, forms)
-        also_trained = [AlsoTrained(rows=len(shared), scored_rows=len(validation), examples=examples)]
+    keys = divided.sizes.keys[np.unique(places)]
     return Rows(
         train=train,
-        validation=validation,
+        validation=divided.validation,
         lengths=lengths if packed is None else packed,
         keys=keys,
-        digest=f"sha256:{digest.hexdigest()}",
+        digest=f"sha256:{content}",
         counted=Preflight(
             rows=len(places),
-            validation_rows=len(validation),
-            dropped_rows=report.dropped,
-            dropped=report.status(),
-            also_trained=also_trained,
-            truncated_rows=report.truncated if dataset.overlong is Overlong.TRUNCATE else None,
+            validation_rows=len(divided.validation),
+            dropped_rows=divided.report.dropped,
+            dropped=divided.report.status(),
+            also_trained=_also_trained(divided, keys, sources, dataset, forms),
+            truncated_rows=divided.report.truncated if dataset.overlong is Overlong.TRUNCATE else None,
             packed_sequences=None if packed is None else len(packed),
             tokens=int(lengths.sum()),
-            target_tokens=int(sizes.targets[places].sum()),
+            target_tokens=int(divided.sizes.targets[places].sum()),
         ),
     )
+
+
+def _fetched(dataset: api.Dataset, stores: Stores, work: Path) -> dict[str, list[Source]]:
+    """Fetch the files, by the part of the data set that they belong to: `train`, and `validation` where there is one.
+
+    Raises:
+        TrainerError: a file is missing, or its store cannot be read.
+    """
+    sources = {"train": fetch(dataset.train, stores, work / "data/train")}
+    if dataset.validation:
+        sources["validation"] = fetch(dataset.validation, stores, work / "data/validation")
+    return sources
+
+
+def _content_digest(sources: Mapping[str, list[Source]]) -> str:
+    """Return 64 hex digits of the content of all files."""
+    digest = hashlib.sha256()
+    for name, some in sources.items():
+        digest.update(f"{name}\n".encode())
+        add_content(some, digest)
+    return digest.hexdigest()
+
+
+def _token_key(
+    dataset: api.Dataset,
+    sources: Mapping[str, list[Source]],
+    content: str,
+    forms: Collection[RowForm],
+    tokenizer: str,
+) -> str:
+    """Return the key under which the rows' tokens are kept: it covers everything that they depend on."""
+    return key_of(
+        {
+            "encoding": [_ENCODING, version("transformers"), version("tokenizers")],
+            "content": content,
+            "files": {name: [len(source.files) for source in some] for name, some in sources.items()},
+            "tokenizer": tokenizer,
+            "forms": sorted(forms),
+            "dataset": dataset.model_dump(mode="json", include=_DECIDING),
+        }
+    )
+
+
+@dataclass(frozen=True)
+class _Divided:
+    """Tokenised rows, divided into those to train on and those held out.
+
+    Args:
+        rows: of the training files.
+        sizes: keys, tokens and target tokens of each of `rows`.
+        chosen: places in `rows` to train on, ascending.
+        validation: rows held out.
+        scored: keys and tokens of each row of validation files; None where the held-out rows are taken from `rows`.
+        report: counts of all files.
+    """
+
+    rows: Dataset
+    sizes: Sizes
+    chosen: IntArray
+    validation: Dataset
+    scored: Sizes | None
+    report: RowReport
+
+
+def _divided(cached: Cached, dataset: api.Dataset, seed: int, context: int | None) -> _Divided:
+    """Divide the tokenised rows.
+
+    Raises:
+        DatasetInvalidError: there are too few rows.
+        InvalidSpecError: a row is longer than the base model's context.
+    """
+    counted, limit = cached.counted["train"], dataset.max_length
+    counted.require("training rows", limit, least=1 if dataset.validation else 2)
+    rows, sizes = open_rows(cached.path("train")), measure(cached.path("train"))
+    chosen, out = held_out(sizes.keys, dataset, seed)
+    _check_context(sizes.longest, context)
+    if not dataset.validation:
+        return _Divided(rows, sizes, chosen, _at(rows, out), None, counted.report)
+    held = cached.counted["validation"]
+    held.require("held-out rows", limit)
+    validation, scored = open_rows(cached.path("validation")), measure(cached.path("validation"))
+    _check_context(scored.longest, context)
+    return _Divided(rows, sizes, chosen, validation, scored, counted.report.add(held.report))
+
+
+def _weighted(divided: _Divided, cached: Cached, dataset: api.Dataset, seed: int) -> IntArray:
+    """Return the places of the rows of an epoch, each as often as the weight of its source says.
+
+    Raises:
+        DatasetInvalidError: no row is left.
+    """
+    weights = [source.weight for source in dataset.train]
+    places = weighted(divided.chosen, cached.counted["train"].per_source, weights, seed)
+    if not len(places):
+        raise DatasetInvalidError("the weights of dataset.train leave no row to train on: raise them")
+    return places
+
+
+def _also_trained(
+    divided: _Divided,
+    keys: IntArray,
+    sources: Mapping[str, list[Source]],
+    dataset: api.Dataset,
+    forms: Collection[RowForm],
+) -> list[AlsoTrained] | None:
+    """Return the count of rows of validation files that are trained on too, with examples; None where there are none.
+
+    Args:
+        divided: the rows.
+        keys: of the rows that are trained on.
+        sources: the files.
+        dataset: how they are read.
+        forms: that the objective can learn from.
+    """
+    if divided.scored is None:
+        return None
+    shared = divided.scored.keys[trained_too(divided.scored.keys, keys)]
+    if not len(shared):
+        return None
+    examples = _first_of(set(shared.tolist()), sources["validation"], dataset, forms)
+    return [AlsoTrained(rows=len(shared), scored_rows=len(divided.validation), examples=examples)]
 
 
 def _at(rows: Dataset, places: IntArray) -> Dataset:

@@ -35,14 +35,16 @@ if TYPE_CHECKING:
 
     import numpy as np
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
     from tunesmith.api.finetunejob import FineTuneJob, FineTuneJobSpec
     from tunesmith.api.finetunejob_status import Preflight, Resolved
     from tunesmith.contracts.fingerprint import ModelFolder
     from tunesmith.storage.folder import Folder
+    from tunesmith_trainer.data.loading import Rows
     from tunesmith_trainer.evaluation.folders import OwnTasks
     from tunesmith_trainer.methods.config import Planned
+    from tunesmith_trainer.methods.targets import Modules
     from tunesmith_trainer.preflight.fitting import Settings
     from tunesmith_trainer.store import Stores
 
@@ -114,55 +116,15 @@ def prepare(
     before = job.status.resolved
     folders.permit(spec.evaluation, task_code)
     remote = model.open_base(spec.base_model, stores)
-    base = model.fetch_base(remote, work / "base", weights=weights)
-    config = model.load_config(base, spec.base_model.uri)
-    tokenizer = model.load_tokenizer(base, spec.base_model.uri)
-    ends = model.end_tokens(base, tokenizer, spec.base_model.uri)
-    modules = modules_of(config)
-    with limited("spec.method: finding the modules that its names and patterns mean", _PLANNING_SECONDS):
-        planned = _with_template(plan_method(spec, modules), spec, tokenizer)
-    folder: ModelFolder = LocalModelFolder(base) if weights else remote
-    try:
-        fingerprint = base_fingerprint(folder)
-    except ValueError as error:
-        raise BaseModelNotFoundError(f"{spec.base_model.uri}: {error}") from None
-
-    asked = spec.dataset
-    encoder = data.Encoder(tokenizer, ends, chat_template=asked.chat_template, loss_on=asked.loss_on)
-    context = getattr(config, "max_position_embeddings", None)
-    rows = load_rows(
-        asked,
-        stores,
-        work,
-        encoder,
-        forms=FORMS[spec.objective_name],
-        tokenizer=_tokenizer_digest(base, ends),
-        seed=spec.hyperparameters.seed,
-        context=context,
-        store=tokens,
-        say=say,
-    )
+    base = _read_base(spec, model.fetch_base(remote, work / "base", weights=weights))
+    planned = _planned(spec, base)
+    fingerprint = _fingerprint(spec, LocalModelFolder(base.folder) if weights else remote)
+    rows = _rows(spec, base, stores, work, tokens, say)
     check_tokens(planned.config, rows.train)
-    answers = data.Encoder(tokenizer, ends, chat_template=asked.chat_template, loss_on=LossOn.COMPLETION)
-    examples = {
-        suite.name: load(suite, asked, stores, work / "data", answers, tokenizer, context)
-        for suite in spec.suites
-        if suite.generation is not None
-    }
-    own: dict[str, OwnTasks] = {}
-    if spec.evaluation is not None and any(suite.lm_eval is not None for suite in spec.suites):
-        say("  fetching the tasks of lm-evaluation-harness")
-        validated = {one.suite: one.digest for one in (before.task_folders if before is not None else None) or []}
-        own = folders.fetch(spec.evaluation, stores, work / "tasks", validated)
-        harness.check(spec.evaluation, own)
-    lengths = rows.lengths
-
-    def trainable(rank: int | None) -> int:
-        return parameters_at(rank, planned, spec, modules)
-
-    known = planned.parameters is not None
-    sized = preflight.sizing(spec, config, modules, planned.modules, trainable, lengths) if known else None
-    run, sizes = _settings(spec, before, sized, gpu_memory, has_layers=model.can_be_shared_out(config))
+    examples = _examples(spec, base, stores, work)
+    own = _own_tasks(spec, before, stores, work, say)
+    sized = _sized(spec, base, planned, rows)
+    run, sizes = _settings(spec, before, sized, gpu_memory, has_layers=model.can_be_shared_out(base.config))
     now = plan.resolve(
         spec,
         rows=len(rows.train),
@@ -176,14 +138,144 @@ def prepare(
         sharded=run.sharded,
     )
     resolved = plan.frozen(before, now)
-    counted = rows.counted.model_copy(update={"trainable_parameters": planned.parameters, "servable": planned.servable})
-    flattered = [also_trained(name, some, rows.keys) for name, some in examples.items()]
-    found = [*(counted.also_trained or []), *(one for one in flattered if one is not None)]
-    counted = counted.model_copy(update={"also_trained": found or None})
-    counted = preflight.judge(counted, sized, spec, run, sizes, gpu_memory)
-    pad = model.pad_token(tokenizer, ends)
+    counted = preflight.judge(_counted(rows, planned, examples), sized, spec, run, sizes, gpu_memory)
     return Prepared(
-        base, rows.train, rows.validation, rows.lengths, pad, counted, resolved, planned, ends, examples, own
+        base=base.folder,
+        train=rows.train,
+        validation=rows.validation,
+        lengths=rows.lengths,
+        pad=model.pad_token(base.tokenizer, base.ends),
+        preflight=counted,
+        resolved=resolved,
+        planned=planned,
+        ends=base.ends,
+        examples=examples,
+        task_folders=own,
+    )
+
+
+@dataclass(frozen=True)
+class _Base:
+    """A base model without its weights.
+
+    Args:
+        folder: with its files.
+        config: its configuration.
+        tokenizer: its tokenizer.
+        ends: tokens that end an answer.
+        modules: its linear modules.
+    """
+
+    folder: Path
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerFast
+    ends: list[int]
+    modules: Modules
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that the base can take; None if its configuration does not say."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+
+def _read_base(spec: FineTuneJobSpec, folder: Path) -> _Base:
+    uri = spec.base_model.uri
+    config = model.load_config(folder, uri)
+    tokenizer = model.load_tokenizer(folder, uri)
+    return _Base(folder, config, tokenizer, model.end_tokens(folder, tokenizer, uri), modules_of(config))
+
+
+def _planned(spec: FineTuneJobSpec, base: _Base) -> Planned:
+    """Return the adapter that the spec asks for, on this base."""
+    with limited("spec.method: finding the modules that its names and patterns mean", _PLANNING_SECONDS):
+        return _with_template(plan_method(spec, base.modules), spec, base.tokenizer)
+
+
+def _fingerprint(spec: FineTuneJobSpec, folder: ModelFolder) -> str:
+    try:
+        return base_fingerprint(folder)
+    except ValueError as error:
+        raise BaseModelNotFoundError(f"{spec.base_model.uri}: {error}") from None
+
+
+def _rows(
+    spec: FineTuneJobSpec,
+    base: _Base,
+    stores: Stores,
+    work: Path,
+    tokens: Folder | None,
+    say: Callable[[str], None],
+) -> Rows:
+    """Return the job's rows, tokenised."""
+    asked = spec.dataset
+    encoder = data.Encoder(base.tokenizer, base.ends, chat_template=asked.chat_template, loss_on=asked.loss_on)
+    return load_rows(
+        asked,
+        stores,
+        work,
+        encoder,
+        forms=FORMS[spec.objective_name],
+        tokenizer=_tokenizer_digest(base.folder, base.ends),
+        seed=spec.hyperparameters.seed,
+        context=base.context,
+        store=tokens,
+        say=say,
+    )
+
+
+def _examples(spec: FineTuneJobSpec, base: _Base, stores: Stores, work: Path) -> dict[str, list[Example]]:
+    """Return the questions and answers of each generation suite."""
+    asked = spec.dataset
+    answers = data.Encoder(base.tokenizer, base.ends, chat_template=asked.chat_template, loss_on=LossOn.COMPLETION)
+    return {
+        suite.name: load(suite, asked, stores, work / "data", answers, base.tokenizer, base.context)
+        for suite in spec.suites
+        if suite.generation is not None
+    }
+
+
+def _own_tasks(
+    spec: FineTuneJobSpec, before: Resolved | None, stores: Stores, work: Path, say: Callable[[str], None]
+) -> dict[str, OwnTasks]:
+    """Fetch and check the tasks of suites that run lm-evaluation-harness; return those that the job brings, by suite.
+
+    Args:
+        spec: the job's spec.
+        before: decisions of an earlier stage, with the digests of the task folders that it has checked.
+        stores: opens the places of the folders.
+        work: folder for the copies.
+        say: reports progress to a person.
+    """
+    if spec.evaluation is None or all(suite.lm_eval is None for suite in spec.suites):
+        return {}
+    say("  fetching the tasks of lm-evaluation-harness")
+    validated = {folder.suite: folder.digest for folder in (before.task_folders if before is not None else None) or []}
+    own = folders.fetch(spec.evaluation, stores, work / "tasks", validated)
+    harness.check(spec.evaluation, own)
+    return own
+
+
+def _sized(spec: FineTuneJobSpec, base: _Base, planned: Planned, rows: Rows) -> preflight.Sizing | None:
+    """Return what the peak of GPU memory follows from; None where it cannot be estimated."""
+    if planned.parameters is None:
+        return None
+
+    def trainable(rank: int | None) -> int:
+        return parameters_at(rank, planned, spec, base.modules)
+
+    return preflight.sizing(spec, base.config, base.modules, planned.modules, trainable, rows.lengths)
+
+
+def _counted(rows: Rows, planned: Planned, examples: dict[str, list[Example]]) -> Preflight:
+    """Return the counts of rows and parameters, with the scored examples that are trained on too."""
+    by_suite = [also_trained(name, some, rows.keys) for name, some in examples.items()]
+    found = [*(rows.counted.also_trained or []), *(overlap for overlap in by_suite if overlap is not None)]
+    return rows.counted.model_copy(
+        update={
+            "trainable_parameters": planned.parameters,
+            "servable": planned.servable,
+            "also_trained": found or None,
+        }
     )
 
 
