@@ -120,6 +120,8 @@ check-types:
 
 check-imports:
 	@$(STEP) "import contracts" $(RUN) lint-imports
+	@$(STEP) "import contracts: trainer" env PYTHONPATH=trainer-image/src $(RUN) lint-imports --config trainer-image/pyproject.toml
+	@$(STEP) "import contracts: agent" env PYTHONPATH=server-image/src $(RUN) lint-imports --config server-image/pyproject.toml
 
 check-generated:
 	@$(STEP) "generated: CRDs and reference" $(RUN) $(GENERATE_CRDS) --check
