@@ -89,7 +89,6 @@ def test_ranks_are_placed(tmp_path: Path) -> None:
     first, second = (json.loads((tmp_path / f"here-{rank}").read_text()) for rank in (2, 3))
     assert (first["WORLD_SIZE"], first["LOCAL_RANK"], second["LOCAL_RANK"]) == ("4", "0", "1")
     assert first["MASTER_PORT"] == second["MASTER_PORT"] != "0"
-    assert first["argv"][-2:] == second["argv"][-2:] == ["--progress-port", "0"]  # neither is rank 0
 
 
 def test_the_command_starts_a_process_per_gpu_and_tells_their_end_once(tmp_path: Path) -> None:

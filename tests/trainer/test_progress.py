@@ -1,14 +1,25 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+import socket
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tunesmith.api.finetunejob import FineTuneJob
 from tunesmith.api.finetunejob_status import FineTuneJobStatus, Phase, Stage
 from tunesmith.cli.progress import live_line
-from tunesmith_trainer.process.progress import Progress, prometheus
+from tunesmith.storage.credentials import Scrubber
+from tunesmith_trainer.main import progress_served
+from tunesmith_trainer.options import Command, RunOptions
+from tunesmith_trainer.process.ending import Ending
+from tunesmith_trainer.process.interruption import Interruption
+from tunesmith_trainer.process.metrics import exposition
+from tunesmith_trainer.process.progress import Progress
+from tunesmith_trainer.process.ranks import Ranks
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 STEP = {
     "step": 12,
@@ -75,8 +86,20 @@ def test_a_line_that_is_rewritten_fits_its_terminal(monkeypatch: pytest.MonkeyPa
 
 
 def test_metrics_of_losses_say_what_they_count() -> None:
-    metrics = prometheus(training(io.StringIO()).status)
+    metrics = exposition(training(io.StringIO()).status).decode()
     unit = "nats per target token for objective sft, the loss of the objective for others."
-    assert f"# HELP tunesmith_training_loss Training loss of the last step: {unit}\n" in metrics
-    assert f"# HELP tunesmith_evaluation_loss Held-out loss: {unit}\n" in metrics
-    assert "\ntunesmith_evaluation_loss 2.4\n" in metrics
+    assert f"# HELP tunesmith_trainer_loss Training loss of the last step: {unit}\n" in metrics
+    assert f"# HELP tunesmith_trainer_evaluation_loss Held-out loss: {unit}\n" in metrics
+    assert "\ntunesmith_trainer_evaluation_loss 2.4\n" in metrics
+
+
+def test_only_rank_0_serves_progress(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = RunOptions(Command.TRAIN, tmp_path / "job.yaml", tmp_path, "json", progress_port=port)
+    ending = Ending(Progress("json", io.StringIO()), "json", None, Interruption(), Scrubber())
+    for ranks, served in ((Ranks(rank=0, size=2), True), (Ranks(rank=1, size=2), False)):
+        ending.ranks = ranks
+        with progress_served(options, ending), socket.socket() as client:
+            assert (client.connect_ex(("127.0.0.1", port)) == 0) is served

@@ -292,8 +292,8 @@ def test_progress_and_metrics_are_served_and_sigterm_ends_after_a_step(tmp_path:
         assert progress.evaluation_loss is not None
         assert progress.eta_seconds
         metrics = _get(port, "/metrics").decode()
-        assert re.search(r"^tunesmith_training_step \d+$", metrics, re.MULTILINE)
-        assert 'tunesmith_training_stage{stage="Training"} 1' in metrics
+        assert re.search(r"^tunesmith_trainer_step \d+\.0$", metrics, re.MULTILINE)
+        assert 'tunesmith_trainer_stage{stage="Training"} 1' in metrics
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 143
     finally:

@@ -147,7 +147,7 @@ def _execute(options: RunOptions, argv: Sequence[str], ending: Ending, scrubber:
         os.environ.update(ending.ranks.environment())
         if not ending.ranks.first:
             ending.progress.mute()
-    with _progress_served(options, ending):
+    with progress_served(options, ending):
         return _stage(options, job, ending, scrubber)
 
 
@@ -156,7 +156,7 @@ def _child_command(argv: Sequence[str], work: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def _progress_served(options: RunOptions, ending: Ending) -> Iterator[None]:
+def progress_served(options: RunOptions, ending: Ending) -> Iterator[None]:
     """Serve the progress over HTTP while the block runs, in the first rank only."""
     if not options.progress_port or not ending.ranks.first:
         yield

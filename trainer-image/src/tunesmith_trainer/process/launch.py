@@ -1,4 +1,8 @@
-"""Runs the ranks of a pod that has several GPUs, each as a process of its own, and tells their ends as one."""
+"""Run the ranks of a pod that has several GPUs, each as a process of its own, and return one result for all.
+
+Not torchrun: it restarts ranks itself and reports one exit code, while here the operator starts the attempts and needs
+the result of the rank that caused the end, which also has to receive SIGTERM once to save a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +74,7 @@ def launch(
     are then told to end, and are killed in the end.
 
     Args:
-        command: the trainer's command; `--termination-message` and, for all but rank 0, `--progress-port 0` are added.
+        command: the trainer's command; `--termination-message` is added.
         first: of them.
         count: how many.
         folder: for the results that they leave.
@@ -113,8 +117,6 @@ def _start(command: Sequence[str], ranks: Ranks, folder: Path, shared: dict[str,
     message = folder / f"result-{ranks.rank}.json"
     message.unlink(missing_ok=True)
     arguments = [*command, "--termination-message", str(message)]
-    if not ranks.first:
-        arguments += ["--progress-port", "0"]
     environment = {**os.environ, **ranks.environment(), **shared, LAUNCHED: "1"}
     # A session of its own: a terminal's Ctrl-C would reach it twice, and a second signal stops at once.
     process = subprocess.Popen(arguments, env=environment, start_new_session=True)  # noqa: S603 - our own command

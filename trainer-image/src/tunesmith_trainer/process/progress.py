@@ -10,25 +10,15 @@ from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal, TextIO
 
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
+
 from tunesmith.api.finetunejob_status import ProgressStatus, Stage
 from tunesmith.contracts.progress import step_line
 from tunesmith_trainer.errors import InvalidSpecError
+from tunesmith_trainer.process.metrics import exposition
 
 Form = Literal["text", "json"]
 _INDENT = "  "
-
-_UNIT = "nats per target token for objective sft, the loss of the objective for others."
-_GAUGES = {
-    "step": ("tunesmith_training_step", "Optimizer steps done."),
-    "total_steps": ("tunesmith_training_steps", "Optimizer steps in all."),
-    "epoch": ("tunesmith_training_epoch", "Passes over the training rows."),
-    "loss": ("tunesmith_training_loss", f"Training loss of the last step: {_UNIT}"),
-    "evaluation_loss": ("tunesmith_evaluation_loss", f"Held-out loss: {_UNIT}"),
-    "learning_rate": ("tunesmith_training_learning_rate", "Learning rate of the last step."),
-    "tokens_per_second": ("tunesmith_training_tokens_per_second", "Tokens trained per second."),
-    "memory_bytes": ("tunesmith_training_memory_bytes", "Peak memory: of the GPU, or resident memory on a CPU."),
-    "eta_seconds": ("tunesmith_training_eta_seconds", "Seconds until the last step."),
-}
 
 
 class Progress:
@@ -102,20 +92,6 @@ class Progress:
         self._out.flush()
 
 
-def prometheus(status: ProgressStatus) -> str:
-    """The progress in Prometheus' text format."""
-    lines = []
-    for field, (name, help_text) in _GAUGES.items():
-        value = getattr(status, field)
-        if value is not None:
-            lines += [f"# HELP {name} {help_text}", f"# TYPE {name} gauge", f"{name} {value}"]
-    if status.stage is not None:
-        name = "tunesmith_training_stage"
-        lines += [f"# HELP {name} What the trainer is doing.", f"# TYPE {name} gauge"]
-        lines += [f'{name}{{stage="{stage}"}} {int(stage is status.stage)}' for stage in Stage]
-    return "\n".join(lines) + "\n"
-
-
 def serve(progress: Progress, port: int) -> ThreadingHTTPServer:
     """Serves `GET /progress` (JSON) and `GET /metrics` on all addresses, from a thread of its own.
 
@@ -128,14 +104,15 @@ def serve(progress: Progress, port: int) -> ThreadingHTTPServer:
 
         def do_GET(self) -> None:
             if self.path == "/progress":
-                self._answer("application/json", progress.status.model_dump_json(by_alias=True, exclude_none=True))
+                self._answer(
+                    "application/json", progress.status.model_dump_json(by_alias=True, exclude_none=True).encode()
+                )
             elif self.path == "/metrics":
-                self._answer("text/plain; version=0.0.4; charset=utf-8", prometheus(progress.status))
+                self._answer(CONTENT_TYPE_PLAIN_0_0_4, exposition(progress.status))
             else:
                 self.send_error(404)
 
-        def _answer(self, kind: str, text: str) -> None:
-            body = text.encode()
+        def _answer(self, kind: str, body: bytes) -> None:
             self.send_response(200)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(body)))
