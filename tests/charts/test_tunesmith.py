@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +11,6 @@ import yaml
 
 from tunesmith.api.credentials import REPORTING_SECRET, STORE_SECRET
 from tunesmith.contracts import installation
-from tunesmith.contracts.scheduling import DEFAULT_SCHEDULING, AllowedScheduling
-from tunesmith.controller.settings import OperatorSettings
-from tunesmith.gateway.main import parser as gateway_options
-from tunesmith.settings import read
 
 if TYPE_CHECKING:
     import subprocess
@@ -239,88 +233,11 @@ def test_images_by_tag_digest_and_registry(template: Template) -> None:
     assert any(part.startswith("--engine-image=docker.io/vllm/vllm-openai:v") for part in operator["command"])
 
 
-def test_the_platforms_evaluation_tasks_reach_the_operator(template: Template) -> None:
-    for values, told in (({}, []), ({"trainer": {"lmEvalTasks": "/opt/tasks"}}, ["--lm-eval-tasks=/opt/tasks"])):
-        operator = of_kind(template("tunesmith", values), "Deployment")["tunesmith-operator"]
-        command = operator["spec"]["template"]["spec"]["containers"][0]["command"]
-        assert [part for part in command if part.startswith("--lm-eval-tasks")] == told
-
-
-def test_tasks_that_jobs_bring_are_allowed_by_the_platform_alone(template: Template) -> None:
-    for values, told in (
-        ({}, []),
-        ({"trainer": {"allowTaskFolders": False}}, []),
-        ({"trainer": {"allowTaskFolders": True}}, ["--allow-task-folders"]),
-    ):
-        operator = of_kind(template("tunesmith", values), "Deployment")["tunesmith-operator"]
-        command = operator["spec"]["template"]["spec"]["containers"][0]["command"]
-        assert [part for part in command if part.startswith("--allow-task")] == told
-
-
-def test_the_limits_of_adapters_reach_the_operator(template: Template) -> None:
-    limits = {"adapterStorage": "8Gi", "baseModelStorage": "64Gi", "maxAdapterRatio": 0.5}
-    for values, expected in (
-        ({}, ["--adapter-storage=20Gi", "--base-model-storage=500Gi", "--max-adapter-ratio=4"]),
-        ({"serving": limits}, ["--adapter-storage=8Gi", "--base-model-storage=64Gi", "--max-adapter-ratio=0.5"]),
-    ):
-        operator = of_kind(template("tunesmith", values), "Deployment")["tunesmith-operator"]
-        command = operator["spec"]["template"]["spec"]["containers"][0]["command"]
-        assert [part for part in command if part.startswith(("--adapter", "--base-model", "--max-adapter"))] == expected
-
-
-def test_the_addresses_that_the_platform_lists_reach_the_operator(template: Template) -> None:
-    listed = {"trainer": {"allowedAddresses": ["10.0.0.7/32", "fd00::/8"]}}
-    for values, told in (({}, []), (listed, ["--allowed-addresses=10.0.0.7/32,fd00::/8"])):
-        operator = of_kind(template("tunesmith", values), "Deployment")["tunesmith-operator"]
-        command = operator["spec"]["template"]["spec"]["containers"][0]["command"]
-        assert [part for part in command if part.startswith("--allowed-addresses")] == told
-
-
-def test_where_pods_may_run_reaches_the_operator(template: Template) -> None:
-    """The chart's defaults are the operator's own."""
-    for values, expected in (
-        ({}, DEFAULT_SCHEDULING),
-        (
-            {"scheduling": {"allowedPriorityClasses": ["batch", "team-*"], "allowedTolerations": []}},
-            AllowedScheduling(allowed_priority_classes=("batch", "team-*"), allowed_tolerations=()),
-        ),
-    ):
-        operator = of_kind(template("tunesmith", values), "Deployment")["tunesmith-operator"]
-        command = operator["spec"]["template"]["spec"]["containers"][0]["command"]
-        settings = read(OperatorSettings, command[1:])
-        assert (
-            AllowedScheduling.model_validate(settings.model_dump(include=set(AllowedScheduling.model_fields)))
-            == expected
-        )
-
-
-def test_the_namespaces_of_shared_pools_reach_operator_and_gateway(template: Template) -> None:
-    listed = {"serving": {"sharedPoolNamespaces": ["models", "more-models"]}}
-    for values, expected in (
-        ({}, []),
-        ({"serving": None}, []),
-        (listed, ["--shared-pool-namespaces=models,more-models"]),
-    ):
-        deployments = of_kind(template("tunesmith", values), "Deployment")
-        for name in ("tunesmith-operator", "tunesmith-gateway"):
-            command = deployments[name]["spec"]["template"]["spec"]["containers"][0]["command"]
-            assert [part for part in command if part.startswith("--shared-pool")] == expected
-
-
 def test_the_operator_selects_gateways_by_all_labels_of_their_pods(template: Template) -> None:
     deployments = of_kind(template("tunesmith", {}), "Deployment")
     labels = deployments["tunesmith-gateway"]["spec"]["template"]["metadata"]["labels"]
     command = deployments["tunesmith-operator"]["spec"]["template"]["spec"]["containers"][0]["command"]
     assert f"--instance={labels['app.kubernetes.io/instance']}" in command
-
-
-def test_metrics_demand_a_token_unless_the_platform_opens_them(template: Template) -> None:
-    opened = {"metrics": {"requireToken": False}}
-    for name, flag in (("tunesmith-operator", "--no-require-metrics-token"), ("tunesmith-gateway", "--open-metrics")):
-        for values, expected in (({}, []), (opened, [flag])):
-            deployments = of_kind(template("tunesmith", values), "Deployment")
-            command = deployments[name]["spec"]["template"]["spec"]["containers"][0]["command"]
-            assert [part for part in command if part == flag] == expected
 
 
 def test_gateway_service_and_its_url_agree(template: Template) -> None:
@@ -395,30 +312,6 @@ def test_the_grace_period_of_gateway_pods_follows_their_drain(template: Template
         pod = of_kind(documents, "Deployment")["tunesmith-gateway"]["spec"]["template"]["spec"]
         assert pod["terminationGracePeriodSeconds"] == grace
         assert f"--drain-seconds={drain}" in container_of(documents, "gateway")["command"]
-
-
-def test_what_the_gateway_takes_upon_itself_can_be_set(template: Template) -> None:
-    command = container_of(template("tunesmith"), "gateway")["command"]
-    assert {"--hold-seconds=10", "--max-body-bytes=4194304", "--linger-seconds=5"} <= set(command)
-    values = {"holdSeconds": 120, "maxBodyBytes": 67108864}
-    command = container_of(template("tunesmith", {"gateway": values}), "gateway")["command"]
-    assert {"--hold-seconds=120", "--max-body-bytes=67108864"} <= set(command)
-
-
-def test_every_limit_of_the_values_is_an_option_of_the_gateway(template: Template) -> None:
-    schema = json.loads((CHARTS / "tunesmith/values.schema.json").read_text())
-    names = schema["properties"]["gateway"]["properties"]["limits"]["properties"]
-    limits = {name: 2**33 if name.startswith("max") else 2.5 for name in names}
-    command = container_of(template("tunesmith", {"gateway": {"limits": limits}}), "gateway")["command"]
-    assert command[0] == "tunesmith-gateway"
-    parsed = vars(gateway_options().parse_args(command[1:]))
-    for name, value in limits.items():
-        assert parsed[re.sub("[A-Z]", lambda letter: f"_{letter[0].lower()}", name)] == value
-
-
-def test_every_option_of_the_operators_pod_is_one(template: Template) -> None:
-    command = container_of(template("tunesmith", {"watchNamespaces": ["a"]}), "operator")["command"]
-    assert read(OperatorSettings, command[1:]).watch_namespaces == ("a",)
 
 
 def test_unhealthy_pods_hold_up_no_drain_of_a_node(template: Template) -> None:
@@ -506,15 +399,6 @@ def test_network_policies_admit_the_flows_and_no_others(template: Template) -> N
     off = template("tunesmith", {"networkPolicy": {"enabled": False}})
     assert not of_kind(off, "NetworkPolicy")
     assert "--no-network-policies" in container_of(off, "operator")["command"]
-
-
-def test_who_may_read_metrics_reaches_the_operator(template: Template) -> None:
-    monitoring = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
-    command = container_of(template("tunesmith", {"networkPolicy": {"metricsFrom": [monitoring]}}), "operator")[
-        "command"
-    ]
-    assert f"--metrics-from={json.dumps([monitoring], separators=(',', ':'))}" in command
-    assert "--no-network-policies" not in command
 
 
 def test_admission_policies_name_the_secrets_that_pods_get() -> None:

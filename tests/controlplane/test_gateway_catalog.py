@@ -22,8 +22,9 @@ from manifests import adapter, pool
 from tunesmith.cluster.client import Cluster
 from tunesmith.contracts.agent import keys_file
 from tunesmith.contracts.apikey import key_record, new_key
-from tunesmith.gateway.limits import Limits
-from tunesmith.gateway.server import Gateway, Settings
+from tunesmith.gateway.limits import MIB
+from tunesmith.gateway.server import Gateway
+from tunesmith.gateway.settings import GatewaySettings
 
 if TYPE_CHECKING:
     from apiserver import ApiServer
@@ -77,22 +78,21 @@ async def test_models_pods_and_keys_come_and_go(apiserver: ApiServer, namespace:
     pod = FakePod("pod-1", "127.0.2.1", stored(apiserver, "servingpool", namespace, "small"), (ports[0], ports[1]))
     pod.resident.add(name)
     create_pod(apiserver, pod)
-    settings = Settings(
+    settings = GatewaySettings(
         namespace=namespace,
-        gateway_keys=lambda: GATEWAY_KEYS,
-        limits=Limits(hold_seconds=SECONDS),
+        hold_seconds=SECONDS,
         host="127.0.0.1",
         port=0,
         internal_port=0,
         engine_port=ports[0],
         agent_port=ports[1],
-    )
+    ).within(512 * MIB)
     await pod.start_engine()
     await pod.start_agent()
     try:
         async with (
             await Cluster.connect(kubeconfig=apiserver.kubeconfig) as cluster,
-            Gateway(settings, cluster) as gateway,
+            Gateway(settings, lambda: GATEWAY_KEYS, cluster) as gateway,
             aiohttp.ClientSession() as http,
         ):
             await eventually(gateway.feed.synced, "everything is read")
@@ -170,9 +170,12 @@ def test_the_process_becomes_ready_and_ends_with_0(apiserver: ApiServer, namespa
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ((), "set --namespace"),
+        ((), "--namespace (chart value the release's namespace) is missing"),
         (("--namespace", "a", "--gateway-key-file", "/nowhere"), "the gateway's key /nowhere cannot be read"),
-        (("--namespace", "a", "--hold-seconds", "-1"), "--hold-seconds is -1.0, and must be 0 or more"),
+        (
+            ("--namespace", "a", "--hold-seconds", "-1"),
+            "--hold-seconds (chart value gateway.holdSeconds): '-1' must be",
+        ),
     ],
 )
 def test_wrong_settings_are_told_in_a_sentence(arguments: tuple[str, ...], sentence: str) -> None:

@@ -10,8 +10,9 @@ import pytest
 import uvloop
 
 from gateway_rig import OWN_NAMESPACE, Rig, Watches, eventually, free_ports
-from tunesmith.gateway.limits import Limits
-from tunesmith.gateway.server import Gateway, Settings
+from tunesmith.gateway.limits import MIB
+from tunesmith.gateway.server import Gateway
+from tunesmith.gateway.settings import GatewaySettings
 
 if TYPE_CHECKING:
     import asyncio
@@ -34,11 +35,9 @@ async def start() -> AsyncIterator[Callable[..., Awaitable[Rig]]]:
             watches = Watches()
             if not synced:
                 watches.sync.clear()
-            settings = Settings(
+            settings = GatewaySettings(
                 namespace=OWN_NAMESPACE,
-                gateway_keys=lambda: watches.gateway_keys,
                 shared_pool_namespaces=("serving", "elsewhere"),
-                limits=Limits(**limits),  # type: ignore[arg-type]
                 host="127.0.0.1",
                 port=0,
                 internal_port=0,
@@ -46,8 +45,9 @@ async def start() -> AsyncIterator[Callable[..., Awaitable[Rig]]]:
                 drain_seconds=drain_seconds,
                 engine_port=engine_port,
                 agent_port=agent_port,
-            )
-            gateway = await stack.enter_async_context(Gateway(settings, watches))
+                **limits,
+            ).within(512 * MIB)
+            gateway = await stack.enter_async_context(Gateway(settings, lambda: watches.gateway_keys, watches))
             http = await stack.enter_async_context(aiohttp.ClientSession())
             rig = Rig(gateway, watches, http, (engine_port, agent_port))
             rigs.append(rig)

@@ -8,18 +8,19 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from dataclasses import replace
 
 import uvloop
 
 from gateway_rig import Watches
 from tunesmith.gateway import main
+from tunesmith.gateway.settings import GatewaySettings
+from tunesmith.settings import read
 
 
 async def run(engine_port: int, agent_port: int, arguments: list[str]) -> None:
-    options = main.parser().parse_args(arguments)
-    main.configure_log(options.log_level)
-    settings = replace(main.settings_of(options), host="127.0.0.1", engine_port=engine_port, agent_port=agent_port)
+    pods = ("--host=127.0.0.1", f"--engine-port={engine_port}", f"--agent-port={agent_port}")
+    settings = main.bounded(read(GatewaySettings, [*arguments, *pods]))
+    main.configure_log(settings.log_level)
     watches = Watches()
     reader = asyncio.StreamReader(limit=2**24)
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
@@ -29,7 +30,7 @@ async def run(engine_port: int, agent_port: int, arguments: list[str]) -> None:
             watches.put(json.loads(line))
 
     following = asyncio.create_task(follow())
-    await main.serve(settings, watches)
+    await main.serve(settings, main.gateway_keys(settings.gateway_key_file), watches)
     following.cancel()
 
 

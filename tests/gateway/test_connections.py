@@ -247,7 +247,7 @@ async def test_a_slow_body_is_a_408(start: Start) -> None:
 
 
 async def test_a_new_connection_replaces_an_idle_one_and_is_refused_where_all_work(start: Start) -> None:
-    rig = await pirate(start, connections=3, connections_per_address=3)
+    rig = await pirate(start, max_connections=3, max_connections_per_address=3)
     pod = rig.pods[0]
     idle = [await asyncio.open_connection("127.0.0.1", rig.gateway.port) for _ in range(20)]
     assert status_of(await send(rig, post(rig)))[0] == 200
@@ -263,7 +263,7 @@ async def test_a_new_connection_replaces_an_idle_one_and_is_refused_where_all_wo
 
 
 async def test_a_key_has_its_part_of_the_bytes_in_flight_and_all_keys_have_the_rest(start: Start) -> None:
-    rig = await pirate(start, in_flight_bytes=500_000, in_flight_bytes_per_key=300_000)
+    rig = await pirate(start, max_in_flight_bytes=500_000, max_in_flight_bytes_per_key=300_000)
     other, third = rig.add_key("other", home="team"), rig.add_key("third", home="team")
     await eventually(lambda: rig.gateway.keys.find(third), "the keys are known")
     pod = rig.pods[0]

@@ -91,7 +91,7 @@ async def test_a_wrong_key_is_not_repeated(rig: Rig) -> None:
 
 
 async def test_a_body_above_the_limit_is_refused(start: Callable[..., Awaitable[Rig]]) -> None:
-    rig = await start(body_bytes=1000)
+    rig = await start(max_body_bytes=1000)
     status, error, _ = await send(rig, "POST", CHAT, b'{"model": "%s"}' % (b"x" * 2000))
     assert (status, error["code"]) == (413, "request_too_large")
 

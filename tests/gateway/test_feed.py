@@ -17,7 +17,9 @@ from tunesmith.contracts.apikey import key_record, new_key
 from tunesmith.gateway.catalog import Catalog
 from tunesmith.gateway.feed import Feed
 from tunesmith.gateway.keys import KeyTable
-from tunesmith.gateway.server import Gateway, Settings, TaskEndedError
+from tunesmith.gateway.limits import MIB
+from tunesmith.gateway.server import Gateway, TaskEndedError
+from tunesmith.gateway.settings import GatewaySettings
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -150,8 +152,8 @@ async def world(
 
 
 async def test_a_gateway_whose_watches_end_does_not_go_on_without_them() -> None:
-    settings = Settings(OWN_NAMESPACE, lambda: GATEWAY_KEYS, host="127.0.0.1", port=0, internal_port=0)
-    async with Gateway(settings, Watches()) as gateway:
+    settings = GatewaySettings(namespace=OWN_NAMESPACE, host="127.0.0.1", port=0, internal_port=0).within(512 * MIB)
+    async with Gateway(settings, lambda: GATEWAY_KEYS, Watches()) as gateway:
         stop = asyncio.Event()
         running = asyncio.create_task(gateway.run_until(stop))
         await eventually(gateway.feed.synced, "everything is read")

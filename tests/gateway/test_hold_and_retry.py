@@ -58,7 +58,7 @@ async def test_after_the_time_of_grace_it_is_a_503_that_says_when_to_come_back(r
     assert "0.5 s" in answer["error"]["message"]
 
 
-@pytest.mark.parametrize("limits", [{"held_requests": 2}])
+@pytest.mark.parametrize("limits", [{"max_held_requests": 2}])
 async def test_requests_above_the_bound_do_not_wait(
     start: Callable[..., Awaitable[Rig]], limits: dict[str, int]
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
 
 from pydantic import BeforeValidator, ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
@@ -44,7 +44,7 @@ class ClusterSettings(ProgramSettings):
 
     namespace: Annotated[str, ChartValue("the release's namespace", ".Release.Namespace")]
     """Namespace of the operator and the gateways, with their Lease, keys and API keys."""
-    watch_namespaces: Annotated[Namespaces, ChartValue("watchNamespaces")] = ()
+    watch_namespaces: Annotated[Namespaces, ChartValue("watchNamespaces", narrower={"uniqueItems": True})] = ()
     """Namespaces whose resources are served, such as team-a,team-b; empty: all."""
     shared_pool_namespaces: Annotated[Namespaces, ChartValue("serving.sharedPoolNamespaces")] = ()
     """Namespaces whose pools serve adapters of other namespaces that name no pool, and whose base models may be called
@@ -64,6 +64,12 @@ class ClusterSettings(ProgramSettings):
         return self.shared_pool_namespaces or (self.namespace,)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Exit with one line on stderr, which is what a pod's log shows; --help has the usage."""
+        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+
 Settings = TypeVar("Settings", bound=ProgramSettings)
 
 
@@ -77,7 +83,7 @@ def read(model: type[Settings], arguments: Sequence[str] | None = None) -> Setti
     Raises:
         SystemExit: a flag is unknown, missing or wrong. Its exit code is 2, and stderr has a sentence for each.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=model.program,
         description=model.description,
         epilog=f"Each flag can be given as a variable: --log-level is {VARIABLE_PREFIX}LOG_LEVEL.\n"
@@ -135,7 +141,18 @@ def default_of(model: type[ProgramSettings], field: str) -> str | None:
         return None
     if info.default_factory is not None:
         return "random"
+    if info.default is None:
+        return ""
+    if isinstance(info.default, bool):
+        return str(info.default).lower()
+    if isinstance(info.default, float):
+        return f"{info.default:g}"
     return ",".join(map(str, info.default)) if isinstance(info.default, tuple) else str(info.default)
+
+
+def meaning_of(model: type[ProgramSettings], field: str) -> str:
+    """Return the sentences about a field, on one line."""
+    return " ".join((model.model_fields[field].description or "").split())
 
 
 def _help(model: type[ProgramSettings], field: str) -> str:
@@ -143,8 +160,7 @@ def _help(model: type[ProgramSettings], field: str) -> str:
     notes = ["required" if default is None else f"default: {default or 'empty'}"]
     if isinstance(place, ChartValue):
         notes.append(f"chart: {place.path}")
-    text = model.model_fields[field].description or ""
-    return f"{text} ({'; '.join(notes)})".replace("%", "%%")
+    return f"{meaning_of(model, field)} ({'; '.join(notes)})".replace("%", "%%")
 
 
 def _sentence(model: type[ProgramSettings], detail: ErrorDetails) -> str:
@@ -155,7 +171,7 @@ def _sentence(model: type[ProgramSettings], detail: ErrorDetails) -> str:
     place = place_of(model, field)
     flag = f"--{flag_of(field)}" + (f" (chart value {place.path})" if isinstance(place, ChartValue) else "")
     if detail["type"] == "missing":
-        return f"{flag} is missing"
+        return f"{flag} is missing: set it, or the variable {VARIABLE_PREFIX}{field.upper()}"
     if detail["type"] == "value_error":
         return f"{flag}: {message}"
     return f"{flag}: {detail['input']!r}: {message}".replace(": Input should be", " must be")

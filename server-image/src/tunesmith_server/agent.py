@@ -5,24 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tunesmith.contracts.agent import DesiredAdapter, DesiredAdapters, PodState
 from tunesmith_server.artifact import adapter_folder, remove_leftovers, remove_revision, stored_digests
 from tunesmith_server.engine import EngineClient, EngineDownError, EngineSilentError, EngineSnapshot, LoadRefusedError
-from tunesmith_server.guard import CANARY_SECONDS, HANG_SECONDS, Guard
+from tunesmith_server.guard import Guard
 from tunesmith_server.lora import UnfitAdapterError
 from tunesmith_server.residency import MAX_LOAD_REFUSALS, Failure, Observation, plan
 from tunesmith_server.retention import Retention
 from tunesmith_server.store import StoreError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tunesmith_server.desired import DesiredFile
     from tunesmith_server.fetching import ArtifactFetcher
     from tunesmith_server.metrics import Metrics
+    from tunesmith_server.settings import ServeSettings
 
 PERIOD_SECONDS = 0.5
 """Time between two looks at the engine, unless something happens sooner."""
@@ -31,33 +29,12 @@ PARALLEL_DOWNLOADS = 4
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class AgentSettings:
-    """How this pod serves.
-
-    Attributes:
-        adapters: folder of the adapters' files.
-        fingerprint: of the base model.
-        max_loras: adapters that may be resident at once.
-        drain_seconds: how long `/drain` waits for running requests.
-        state: folder for what outlives the agent's process.
-        canary_seconds, hang_seconds: see Guard.
-    """
-
-    adapters: Path
-    fingerprint: str
-    max_loras: int
-    drain_seconds: float
-    state: Path
-    canary_seconds: float = CANARY_SECONDS
-    hang_seconds: float = HANG_SECONDS
-
-
 class Agent:
     """Brings the engine to hold what is wanted.
 
     Args:
         settings: of the pod.
+        fingerprint: of the base model.
         engine: vLLM beside the agent.
         desired: the kept list.
         fetcher: of artifacts.
@@ -66,13 +43,15 @@ class Agent:
 
     def __init__(
         self,
-        settings: AgentSettings,
+        settings: ServeSettings,
+        fingerprint: str,
         engine: EngineClient,
         desired: DesiredFile,
         fetcher: ArtifactFetcher,
         metrics: Metrics,
     ) -> None:
         self._settings = settings
+        self._fingerprint = fingerprint
         self._engine = engine
         self._desired = desired
         self._fetcher = fetcher
@@ -96,7 +75,7 @@ class Agent:
             canary_seconds=settings.canary_seconds,
             hang_seconds=settings.hang_seconds,
         )
-        self.state = PodState(base_model_fingerprint=settings.fingerprint)
+        self.state = PodState(base_model_fingerprint=fingerprint)
 
     async def put(self, wanted: DesiredAdapters) -> None:
         """Take a new list over.
@@ -336,7 +315,7 @@ class Agent:
             epoch=current.epoch if current else 0,
             sequence=current.sequence if current else 0,
             list_digest=self._desired.digest,
-            base_model_fingerprint=self._settings.fingerprint,
+            base_model_fingerprint=self._fingerprint,
             engine_ready=snapshot is not None and self._guard.ready,
             problem=self._guard.problem,
             stalled=self._guard.stalled,

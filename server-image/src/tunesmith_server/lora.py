@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from tunesmith_server.base_weights import BaseWeights
 
 WEIGHTS = "adapter_model.safetensors"
-DEFAULT_MAX_RATIO = 4.0
 LARGEST_VALUE = 65504.0
 """Largest number of 16-bit floats: what the engine may round weights to."""
 LARGEST_ROW = 1e3

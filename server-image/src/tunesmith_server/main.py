@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
-import os
 import secrets
 import shutil
 import signal
@@ -15,24 +14,14 @@ from pathlib import Path
 
 import aiohttp
 
-from tunesmith.contracts.agent import AGENT_PORT
 from tunesmith.contracts.connections import guarded
-from tunesmith.contracts.environment import (
-    ADMIN_TOKEN,
-    AGENT_KEYS_FOLDER,
-    AGENT_STATE_FOLDER,
-    ALLOWED_ADDRESSES,
-    CONTROL_KEY,
-    EVENTS_KEY,
-    METRICS_DIGEST,
-    POD_UID,
-)
+from tunesmith.contracts.environment import ADMIN_TOKEN, ALLOWED_ADDRESSES
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
 from tunesmith.contracts.keyfile import KeyFile
 from tunesmith.contracts.result import TERMINATION_MESSAGE_MAX_BYTES, TERMINATION_MESSAGE_PATH, ExitCode
-from tunesmith.storage.schemes import Use, examples
+from tunesmith.settings import read
 from tunesmith_server import middleware
-from tunesmith_server.agent import Agent, AgentSettings
+from tunesmith_server.agent import Agent
 from tunesmith_server.api import AgentApi, Credentials
 from tunesmith_server.artifact import PodLimits
 from tunesmith_server.base_model import BaseModelError, fetch_base
@@ -41,9 +30,8 @@ from tunesmith_server.connections import Connections, serving
 from tunesmith_server.desired import DesiredFile
 from tunesmith_server.engine import EngineClient
 from tunesmith_server.fetching import ArtifactFetcher, FetchSettings
-from tunesmith_server.guard import CANARY_SECONDS, HANG_SECONDS
-from tunesmith_server.lora import DEFAULT_MAX_RATIO
 from tunesmith_server.metrics import Metrics
+from tunesmith_server.settings import FetchBaseSettings, ServeSettings
 from tunesmith_server.store import StoreError, read_credentials, set_proxies
 
 log = logging.getLogger("tunesmith-agent")
@@ -57,17 +45,17 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; its exit code: 0, 2 for a mistake of the setup, 3 where trying again can help."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stdout)
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
-    return run(arguments)
+    return run(sys.argv[1:] if arguments is None else arguments)
 
 
-def run(arguments: list[str] | None) -> int:
-    """As `main`, with the logging that is set up already."""
-    options = _parser().parse_args(arguments)
+def run(arguments: list[str]) -> int:
+    """Run a command without setting up the log."""
+    command, *flags = _parser().parse_args(arguments[:1]).command, *arguments[1:]
     try:
-        if options.command == "serve":
-            asyncio.run(serve(options))
+        if command == "serve":
+            asyncio.run(serve(read(ServeSettings, flags)))
         else:
-            _fetch_base(options)
+            _fetch_base(read(FetchBaseSettings, flags))
     except (SetupError, BaseModelError) as error:
         return _end(str(error), ExitCode.USER_FAULT)
     except StoreError as error:
@@ -76,101 +64,50 @@ def run(arguments: list[str] | None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tunesmith-agent", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    fetch = commands.add_parser("fetch-base", help="download the base model")
-    fetch.add_argument("--uri", required=True, help=f"folder of the base model: {examples(Use.BASE_MODEL)}")
-    fetch.add_argument("--revision", help="commit, tag or branch of an hf:// model")
-    fetch.add_argument("--target", type=Path, required=True, help="folder to fill")
-    fetch.add_argument("--secret", type=Path, required=True, help="mounted Secret with the uri's credentials")
-    fetch.add_argument("--storage", type=int, required=True, help="bytes that the base model may take")
-    fetch.add_argument("--fingerprint-file", type=Path, help="where the fingerprint goes; default: TARGET.fingerprint")
-    run = commands.add_parser("serve", help="keep the engine's adapters as they are wanted")
-    run.add_argument("--engine-url", default="http://127.0.0.1:8000")
-    run.add_argument("--port", type=int, default=AGENT_PORT)
-    keys = Path(AGENT_KEYS_FOLDER)
-    run.add_argument("--control-key-file", type=Path, default=keys / CONTROL_KEY, help="the pool's control key")
-    run.add_argument("--events-key-file", type=Path, default=keys / EVENTS_KEY, help="the pool's events key")
-    run.add_argument(
-        "--metrics-digest-file", type=Path, default=keys / METRICS_DIGEST, help="digests of the tokens of /metrics"
+    parser = argparse.ArgumentParser(
+        prog="tunesmith-agent", description=__doc__, epilog="Example: tunesmith-agent serve --help"
     )
-    run.add_argument("--pod-uid", default=os.environ.get(POD_UID), help="this pod's UID")
-    run.add_argument("--state", type=Path, default=Path(AGENT_STATE_FOLDER), help="folder shared with the engine")
-    run.add_argument("--adapters", type=Path, default=Path("/adapters"), help="folder of adapters, read by the engine")
-    run.add_argument("--base-model", type=Path, default=Path("/models/base"), help="the base model's folder")
-    run.add_argument("--base-fingerprint-file", type=Path, default=Path("/models/base.fingerprint"))
-    run.add_argument("--store", required=True, help="uri of the store; artifacts elsewhere are refused")
-    run.add_argument("--secret", type=Path, required=True, help="mounted Secret with the store's credentials")
-    run.add_argument("--storage", type=int, required=True, help="bytes that all adapters may take")
-    run.add_argument(
-        "--max-adapter-ratio",
-        type=float,
-        default=DEFAULT_MAX_RATIO,
-        help="highest norm of an adapter's change of a module, relative to the base's weights",
-    )
-    run.add_argument("--max-lora-rank", type=int, required=True)
-    run.add_argument("--max-loras", type=int, required=True, help="adapters that may be resident at once")
-    run.add_argument("--drain-seconds", type=float, default=60.0, help="how long /drain waits for running requests")
-    run.add_argument(
-        "--canary-seconds",
-        type=float,
-        default=CANARY_SECONDS,
-        help="time between two checks of an idle engine's answers",
-    )
-    run.add_argument(
-        "--hang-seconds", type=float, default=HANG_SECONDS, help="time without a token after which an engine hangs"
-    )
+    parser.add_argument("command", choices=("fetch-base", "serve"), help="with --help: its flags")
     return parser
 
 
-def _fetch_base(options: argparse.Namespace) -> None:
-    target: Path = options.target
+def _fetch_base(settings: FetchBaseSettings) -> None:
+    target = settings.target
     try:
-        with guarded():
-            credentials = read_credentials(options.secret)
+        with guarded({ALLOWED_ADDRESSES: ",".join(settings.allowed_addresses)}):
+            credentials = read_credentials(settings.secret)
             set_proxies(credentials)
-            fingerprint = fetch_base(options.uri, options.revision, target, credentials, options.storage)
+            fingerprint = fetch_base(settings.uri, settings.revision, target, credentials, settings.storage)
     except ValueError as error:
         raise SetupError(f"{error}.") from None
-    place: Path = options.fingerprint_file or target.with_name(f"{target.name}.fingerprint")
+    place = settings.fingerprint_file or target.with_name(f"{target.name}.fingerprint")
     place.write_text(fingerprint + "\n")
-    log.info("base model: %s, fingerprint %s", options.uri, fingerprint)
+    log.info("base model: %s, fingerprint %s", settings.uri, fingerprint)
 
 
-async def serve(options: argparse.Namespace) -> None:
+async def serve(settings: ServeSettings) -> None:
     """Run the agent until SIGTERM or SIGINT.
 
     Raises:
         SetupError: a file or folder that the pod must bring is missing or damaged.
     """
-    if not options.pod_uid:
-        raise SetupError(f"The pod's UID is missing. Set {POD_UID} from metadata.uid.")
-    control = _keys(options.control_key_file, "the pool's control key")
-    events = _keys(options.events_key_file, "the pool's events key")
-    metrics_digests = _keys(options.metrics_digest_file, "the digest of the token of /metrics")
-    fingerprint = _fingerprint(options.base_fingerprint_file, options.base_model)
-    base = _base_weights(options.base_model)
-    limits = PodLimits(options.store, fingerprint, base, options.max_lora_rank, options.max_adapter_ratio)
-    settings = AgentSettings(
-        options.adapters,
-        fingerprint,
-        options.max_loras,
-        options.drain_seconds,
-        options.state,
-        options.canary_seconds,
-        options.hang_seconds,
-    )
+    control = _keys(settings.control_key_file, "the pool's control key")
+    events = _keys(settings.events_key_file, "the pool's events key")
+    metrics_digests = _keys(settings.metrics_digest_file, "the digest of the token of /metrics")
+    fingerprint = _fingerprint(settings.base_fingerprint_file, settings.base_model)
+    base = _base_weights(settings.base_model)
+    limits = PodLimits(settings.store, fingerprint, base, settings.max_lora_rank, settings.max_adapter_ratio)
     metrics = Metrics()
     try:
-        admin_token = prepare_engine(options.state)
-        options.adapters.mkdir(parents=True, exist_ok=True)
-        desired = DesiredFile(options.state)
+        admin_token = prepare_engine(settings.state)
+        settings.adapters.mkdir(parents=True, exist_ok=True)
+        desired = DesiredFile(settings.state)
         folders = FetchSettings(
-            options.adapters,
-            options.state,
-            options.secret,
-            options.storage,
-            os.environ.get(ALLOWED_ADDRESSES, ""),
+            settings.adapters,
+            settings.state,
+            settings.secret,
+            settings.storage,
+            ",".join(settings.allowed_addresses),
         )
         fetcher = ArtifactFetcher(folders, limits, metrics.downloaded)
     except (OSError, ValueError) as error:
@@ -180,17 +117,18 @@ async def serve(options: argparse.Namespace) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     # vLLM closes an idle connection after 5 s; one that it is just closing must not be used.
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(keepalive_timeout=2)) as session:
-        agent = Agent(settings, EngineClient(session, options.engine_url, admin_token), desired, fetcher, metrics)
-        credentials = Credentials(control, events, metrics_digests, options.pod_uid, admin_token)
+        engine = EngineClient(session, settings.engine_url, admin_token)
+        agent = Agent(settings, fingerprint, engine, desired, fetcher, metrics)
+        credentials = Credentials(control, events, metrics_digests, settings.pod_uid, admin_token)
         application = AgentApi(agent, metrics, credentials).application()
         async with AsyncExitStack() as stack:
             try:
-                await stack.enter_async_context(serving(application, options.port, Connections()))
+                await stack.enter_async_context(serving(application, settings.port, Connections()))
             except OSError as error:
-                raise SetupError(f"Port {options.port} cannot be listened on: {error.strerror}.") from None
+                raise SetupError(f"Port {settings.port} cannot be listened on: {error.strerror}.") from None
             loop = asyncio.create_task(agent.run())
             ended = asyncio.create_task(stop.wait())
-            log.info("agent serves on port %d for base %s", options.port, fingerprint)
+            log.info("agent serves on port %d for base %s", settings.port, fingerprint)
             await asyncio.wait({loop, ended}, return_when=asyncio.FIRST_COMPLETED)
             if loop.done():
                 loop.result()

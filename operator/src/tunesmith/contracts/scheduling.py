@@ -31,13 +31,13 @@ _Names = Annotated[
         ],
         ...,
     ],
-    COMMA_SEPARATED,
     Field(max_length=MAX_ENTRIES),
+    COMMA_SEPARATED,
 ]
 _Taints = Annotated[
     tuple[Annotated[str, Matches(_TAINT, "key, key=value, key:effect or key=value:effect of a taint")], ...],
-    COMMA_SEPARATED,
     Field(max_length=MAX_ENTRIES),
+    COMMA_SEPARATED,
 ]
 
 

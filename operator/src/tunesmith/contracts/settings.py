@@ -15,11 +15,13 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import core_schema
 
 from tunesmith.contracts.addresses import parse_networks
-from tunesmith.storage.schemes import parse_store
+from tunesmith.storage.schemes import parse_store, store_pattern
 
 if TYPE_CHECKING:
     from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 
+DEFAULT_MAX_ADAPTER_RATIO = 4.0
+"""Highest norm of an adapter's change of a module, relative to that of the base's weights."""
 MAX_ENTRIES = 256
 """Longest list of a setting."""
 
@@ -32,13 +34,11 @@ class ChartValue:
         path: keys in values.yaml, such as `serving.adapterStorage`.
         expression: Go template of the flag's value; empty: the value itself.
         narrower: keys of JSON Schema by which the chart accepts less than the program.
-        schema: False if the value's schema is written by hand in values.schema.json.
     """
 
     path: str
     expression: str = ""
     narrower: Mapping[str, Any] | None = None
-    schema: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +92,8 @@ COMMA_SEPARATED = BeforeValidator(_entries)
 
 Namespaces = Annotated[
     tuple[Annotated[str, Matches("[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", "a valid name of a namespace")], ...],
-    COMMA_SEPARATED,
     Field(max_length=MAX_ENTRIES),
+    COMMA_SEPARATED,
 ]
 StorageSize = Annotated[str, Matches("[1-9][0-9]*(Mi|Gi)", "a size such as 20Gi or 512Mi")]
 
@@ -113,7 +113,13 @@ class WorkloadSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
-    store: Annotated[str, AfterValidator(parse_store), ChartValue("store", schema=False)]
+    store: Annotated[
+        str,
+        AfterValidator(parse_store),
+        # The chart has a sentence of its own for an empty one.
+        Field(json_schema_extra={"pattern": f"^$|{store_pattern()}"}),
+        ChartValue("store"),
+    ]
     """Bucket and folder where artifacts are published, such as s3://tunesmith/store."""
     image_pull_policy: Annotated[Literal["Always", "IfNotPresent", "Never"], ChartValue("images.pullPolicy")] = (
         "IfNotPresent"
@@ -121,8 +127,8 @@ class WorkloadSettings(BaseModel):
     """Pull policy of all pods."""
     allowed_addresses: Annotated[
         tuple[NetworkAddress, ...],
-        COMMA_SEPARATED,
         Field(max_length=MAX_ENTRIES),
+        COMMA_SEPARATED,
         ChartValue("trainer.allowedAddresses"),
     ] = ()
     """Networks that pods of jobs and pools may reach beside public addresses, such as 10.0.0.7/32,fd00::/8."""

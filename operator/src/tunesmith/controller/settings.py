@@ -38,10 +38,10 @@ class OperatorSettings(JobSettings, PoolSettings, AllowedScheduling, ClusterSett
     metrics_from: Annotated[
         tuple[Manifest, ...],
         BeforeValidator(lambda value: parse_peers(value) if isinstance(value, str) else value),
-        ChartValue("networkPolicy.metricsFrom", expression="toJson .Values.networkPolicy.metricsFrom", schema=False),
+        ChartValue("networkPolicy.metricsFrom", "toJson .Values.networkPolicy.metricsFrom"),
     ] = ()
     """NetworkPolicy peers that may read metrics of pools and jobs, as a JSON list."""
-    gateway_url: Annotated[str, ChartValue("gateway.externalUrl", 'include "tunesmith.clientUrl" .', schema=False)] = ""
+    gateway_url: Annotated[str, ChartValue("gateway.externalUrl", 'include "tunesmith.clientUrl" .')] = ""
     """URL of the gateway for clients, which the status of AdapterDeployments shows."""
     lease_seconds: Annotated[
         float,

@@ -19,8 +19,8 @@ class Budget:
     """
 
     def __init__(self, limits: Limits) -> None:
-        self._total = limits.in_flight_bytes
-        self._per_key = limits.in_flight_bytes_per_key
+        self._total = limits.max_in_flight_bytes
+        self._per_key = limits.max_in_flight_bytes_per_key
         self.used = 0
         self._by_key: Counter[str] = Counter()
 

@@ -198,9 +198,9 @@ class ClientServer(web.Server):
 
     def admit(self, connection: Connection) -> bool:
         """Count a connection; False if there are too many. One that waits for a request gives way to a new one."""
-        if self._sites[connection.site] >= self._limits.connections_per_address:
+        if self._sites[connection.site] >= self._limits.max_connections_per_address:
             idle = next((other for other in self._open if not other.working and other.site == connection.site), None)
-        elif len(self._open) >= self._limits.connections:
+        elif len(self._open) >= self._limits.max_connections:
             idle = next((other for other in self._open if not other.working), None)
         else:
             idle = connection

@@ -89,7 +89,7 @@ class Hold:
             ApiError: too many wait already.
             ClientLeftError: the client left.
         """
-        if self._waiting >= self._limits.held_requests:
+        if self._waiting >= self._limits.max_held_requests:
             raise errors.too_many_waiting(call.model.id)
         model, until = call.model.id, self._clock() + seconds
         self._waiting += 1

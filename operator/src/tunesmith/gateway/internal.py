@@ -24,7 +24,7 @@ def internal_app(
     gateway_keys: Callable[[], Keys],
     not_ready: Callable[[], str | None],
     *,
-    open_metrics: bool,
+    require_token: bool,
 ) -> web.Application:
     """The application of the internal port.
 
@@ -33,7 +33,7 @@ def internal_app(
         metrics: what /metrics shows.
         gateway_keys: return the gateway's keys, which the tokens of /v1/demand and /metrics derive from.
         not_ready: return why the gateway should get no requests, or None.
-        open_metrics: True if /metrics needs no token.
+        require_token: True if /metrics needs a token.
     """
 
     async def stream_demand(request: web.Request) -> web.StreamResponse:
@@ -47,7 +47,7 @@ def internal_app(
 
     async def show_metrics(request: web.Request) -> web.StreamResponse:
         header = request.headers.get("Authorization", "")
-        if not open_metrics and not accepts(header, metrics_tokens(gateway_keys())):
+        if require_token and not accepts(header, metrics_tokens(gateway_keys())):
             raise web.HTTPUnauthorized(text=METRICS_REFUSAL, headers={"WWW-Authenticate": "Bearer"})
         return await _exposition(request, metrics)
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tunesmith.contracts.settings import ChartValue
+from tunesmith.gateway.reply import ANSWER_BYTES
 
 MIB = 1024 * 1024
 
@@ -14,44 +19,77 @@ _IN_FLIGHT_SHARE = 0.4
 _BYTES_PER_CONNECTION = 256 * 1024
 """Memory that one connection may pin in buffers outside the budget of bytes in flight."""
 
+_Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Bounds that protect the gateway and its clients from each other.
 
-    Attributes:
-        hold_seconds: how long a request waits for a pod that holds its model.
-        held_requests: how many requests wait at once.
-        body_bytes: largest body of a request.
-        sequences: most sequences (choices × prompts) that one request may ask for.
-        in_flight_bytes: bytes of bodies and answers in memory at once, of all keys.
-        in_flight_bytes_per_key: the same for one key.
-        connections: open connections of clients.
-        connections_per_address: the same for one client address.
-        header_seconds: time for the header of a request, from the connection or the header's first byte on.
-        body_seconds: time for the body of a request.
-        write_seconds: how long a client may read nothing of its answer.
-        idle_seconds: how long a connection is kept between requests.
-        answer_seconds: how long an engine may take to begin an answer that is not a stream.
-        silence_seconds: how long an engine may send nothing within an answer or a stream.
-        comment_seconds: interval of the comments in a silent stream.
-    """
+class Limits(BaseModel):
+    """Settings that protect the gateway and its clients from each other."""
 
-    hold_seconds: float = 10.0
-    held_requests: int = 1024
-    body_bytes: int = 4 * MIB
-    sequences: int = 128
-    in_flight_bytes: int = 200 * MIB
-    in_flight_bytes_per_key: int = 100 * MIB
-    connections: int = 2048
-    connections_per_address: int = 1024
-    header_seconds: float = 15.0
-    body_seconds: float = 120.0
-    write_seconds: float = 60.0
-    idle_seconds: float = 75.0
-    answer_seconds: float = 1800.0
-    silence_seconds: float = 300.0
-    comment_seconds: float = 15.0
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    hold_seconds: Annotated[
+        float,
+        Field(ge=0, allow_inf_nan=False),
+        ChartValue("gateway.holdSeconds", narrower={"type": "integer", "maximum": 3600}),
+    ] = 10
+    """Seconds that a request waits for a pod that holds its model."""
+    max_held_requests: Annotated[int, Field(ge=0), ChartValue("gateway.limits.maxHeldRequests")] = 1024
+    """Number of requests that may wait for a pod at once."""
+    max_body_bytes: Annotated[
+        int, Field(ge=1), ChartValue("gateway.maxBodyBytes", narrower={"minimum": 1024, "maximum": 2**30})
+    ] = 4 * MIB
+    """Largest body of a request, in bytes."""
+    max_sequences: Annotated[int, Field(ge=1), ChartValue("gateway.limits.maxSequences")] = 128
+    """Largest number of sequences (choices × prompts) of one request."""
+    max_in_flight_bytes: Annotated[int, Field(ge=0), ChartValue("gateway.limits.maxInFlightBytes")] = 0
+    """Bytes of bodies and answers in memory at once, of all API keys; 0: 2/5 of the container's memory limit."""
+    max_in_flight_bytes_per_key: Annotated[int, Field(ge=0), ChartValue("gateway.limits.maxInFlightBytesPerKey")] = 0
+    """Bytes of bodies and answers in memory at once, of one API key; 0: half of --max-in-flight-bytes."""
+    max_connections: Annotated[int, Field(ge=0), ChartValue("gateway.limits.maxConnections")] = 0
+    """Number of open connections of clients; 0: one for each 256 KiB of the container's memory limit."""
+    max_connections_per_address: Annotated[int, Field(ge=0), ChartValue("gateway.limits.maxConnectionsPerAddress")] = 0
+    """Number of open connections of one client address; 0: half of --max-connections."""
+    header_seconds: Annotated[_Seconds, ChartValue("gateway.limits.headerSeconds")] = 15
+    """Seconds for the header of a request, from the connection or the header's first byte on."""
+    body_seconds: Annotated[_Seconds, ChartValue("gateway.limits.bodySeconds")] = 120
+    """Seconds for the body of a request."""
+    write_seconds: Annotated[_Seconds, ChartValue("gateway.limits.writeSeconds")] = 60
+    """Seconds for which a client may read nothing of its answer."""
+    idle_seconds: Annotated[_Seconds, ChartValue("gateway.limits.idleSeconds")] = 75
+    """Seconds for which a connection is kept between two requests."""
+    answer_seconds: Annotated[_Seconds, ChartValue("gateway.limits.answerSeconds")] = 1800
+    """Seconds after which an engine must have begun an answer that is not a stream."""
+    silence_seconds: Annotated[_Seconds, ChartValue("gateway.limits.silenceSeconds")] = 300
+    """Seconds for which an engine may send nothing within an answer or a stream."""
+    comment_seconds: Annotated[_Seconds, ChartValue("gateway.limits.commentSeconds")] = 15
+    """Seconds between the comments that keep a silent stream open."""
+
+    def within(self, memory: int) -> Self:
+        """Return the limits with those that are 0 computed from the memory limit of the container, in bytes."""
+        in_flight = self.max_in_flight_bytes or int(memory * _IN_FLIGHT_SHARE)
+        connections = self.max_connections or max(64, min(65_536, memory // _BYTES_PER_CONNECTION))
+        return self.model_copy(
+            update={
+                "max_in_flight_bytes": in_flight,
+                "max_in_flight_bytes_per_key": self.max_in_flight_bytes_per_key or in_flight // 2,
+                "max_connections": connections,
+                "max_connections_per_address": self.max_connections_per_address or -(-connections // 2),
+            }
+        )
+
+    def problem(self) -> str | None:
+        """Return a sentence about a budget that is too small for one request; None if there is none."""
+        smallest = self.max_body_bytes + ANSWER_BYTES
+        for flag, budget in (
+            ("--max-in-flight-bytes", self.max_in_flight_bytes),
+            ("--max-in-flight-bytes-per-key", self.max_in_flight_bytes_per_key),
+        ):
+            if budget < smallest:
+                return (
+                    f"{flag} is {budget}, too small for one request: set it to {smallest} or more, raise the memory "
+                    "limit of the container (chart value gateway.resources), or lower --max-body-bytes"
+                )
+        return None
 
 
 def memory_limit(files: tuple[Path, ...] = _CGROUP_FILES) -> int:
@@ -65,13 +103,3 @@ def memory_limit(files: tuple[Path, ...] = _CGROUP_FILES) -> int:
         if text.isdigit():
             return min(int(text), machine)
     return machine
-
-
-def in_flight_bytes(memory: int) -> int:
-    """Return the default budget of bytes in flight for a memory limit, both in bytes."""
-    return int(memory * _IN_FLIGHT_SHARE)
-
-
-def connections(memory: int) -> int:
-    """Return the default number of connections for a memory limit in bytes."""
-    return max(64, min(65_536, memory // _BYTES_PER_CONNECTION))

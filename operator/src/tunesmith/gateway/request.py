@@ -109,7 +109,7 @@ class RequestReader:
             ConnectionError: the client left.
         """
         share.grow(ANSWER_BYTES)
-        body = parse(await read_body(request, share, self._limits), self._limits.sequences)
+        body = parse(await read_body(request, share, self._limits), self._limits.max_sequences)
         model = self._resolve(body, key)
         events = None
         if body.stream:
@@ -166,8 +166,8 @@ async def read_body(request: web.BaseRequest, share: Share, limits: Limits) -> b
     """
     if request.headers.get("Content-Encoding", "").strip().lower() not in _ENCODINGS:
         raise errors.unsupported_encoding()
-    if (request.content_length or 0) > limits.body_bytes:
-        raise errors.body_too_large(limits.body_bytes)
+    if (request.content_length or 0) > limits.max_body_bytes:
+        raise errors.body_too_large(limits.max_body_bytes)
     expectation = request.headers.get("Expect", "").lower()
     if expectation == "100-continue":
         await _continue(request)
@@ -177,8 +177,8 @@ async def read_body(request: web.BaseRequest, share: Share, limits: Limits) -> b
     try:
         async with asyncio.timeout(limits.body_seconds):
             while chunk := await request.content.readany():
-                if len(body) + len(chunk) > limits.body_bytes:
-                    raise errors.body_too_large(limits.body_bytes)
+                if len(body) + len(chunk) > limits.max_body_bytes:
+                    raise errors.body_too_large(limits.max_body_bytes)
                 share.grow(len(chunk))
                 body += chunk
     except TimeoutError:

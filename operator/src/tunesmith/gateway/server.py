@@ -5,20 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
 import aiohttp
 from aiohttp import web
 
-from tunesmith.contracts.agent import AGENT_PORT, ENGINE_PORT, GATEWAY_INTERNAL_PORT, GATEWAY_PORT
 from tunesmith.gateway.catalog import Catalog
 from tunesmith.gateway.connections import ClientServer
 from tunesmith.gateway.demand import Demand
 from tunesmith.gateway.feed import Feed
 from tunesmith.gateway.internal import internal_app
 from tunesmith.gateway.keys import KeyTable
-from tunesmith.gateway.limits import Limits
 from tunesmith.gateway.metrics import Metrics
 from tunesmith.gateway.proxy import Proxy
 from tunesmith.gateway.residency import Residency
@@ -28,6 +25,7 @@ if TYPE_CHECKING:
 
     from tunesmith.contracts.agent import Keys
     from tunesmith.gateway.feed import Watcher
+    from tunesmith.gateway.settings import GatewaySettings
 
 LOG = logging.getLogger(__name__)
 
@@ -44,44 +42,20 @@ _ENGINE_BUFFER = 32 * 1024
 _READ_BYTES = 16 * 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How the gateway runs.
-
-    Attributes:
-        namespace: its own, which holds the keys.
-        watched: namespaces whose models it serves; empty: all.
-        gateway_keys: return the gateway's keys, which all its tokens derive from.
-        shared_pool_namespaces: namespaces whose pools' bases may be called by their bare name; empty: its own.
-        open_metrics: True if /metrics needs no token.
-        limits: bounds of what it accepts.
-        linger_seconds: how long it still accepts connections after SIGTERM, until nobody sends new ones.
-        drain_seconds: how long running requests may take after that; what is left then ends with an error.
-    """
-
-    namespace: str
-    gateway_keys: Callable[[], Keys] = field(repr=False)
-    shared_pool_namespaces: tuple[str, ...] = ()
-    open_metrics: bool = False
-    limits: Limits = field(default_factory=Limits)
-    watched: tuple[str, ...] = ()
-    host: str | None = None
-    port: int = GATEWAY_PORT
-    internal_port: int = GATEWAY_INTERNAL_PORT
-    linger_seconds: float = 3.0
-    drain_seconds: float = 600.0
-    engine_port: int = ENGINE_PORT
-    agent_port: int = AGENT_PORT
-
-
 class TaskEndedError(Exception):
     """A task of the gateway ended that never should."""
 
 
 class Gateway:
-    """A running gateway: `async with Gateway(settings, cluster) as gateway`."""
+    """A running gateway: `async with Gateway(settings, keys, cluster) as gateway`.
 
-    def __init__(self, settings: Settings, watcher: Watcher) -> None:
+    Args:
+        settings: with limits that follow from the container's memory.
+        gateway_keys: return the gateway's keys, which all its tokens derive from.
+        watcher: the API server.
+    """
+
+    def __init__(self, settings: GatewaySettings, gateway_keys: Callable[[], Keys], watcher: Watcher) -> None:
         self._settings = settings
         loop = asyncio.get_running_loop()
         # No limit of connections: what limits is the pods. Pods' answers are never compressed.
@@ -94,11 +68,11 @@ class Gateway:
         )
         self.demand = Demand()
         self.keys = KeyTable()
-        self.catalog = Catalog(settings.shared_pool_namespaces or (settings.namespace,))
+        self.catalog = Catalog(settings.shared_namespaces)
         self.metrics = Metrics(self.demand, self.catalog.exists)
         self.residency = Residency(
             self._session,
-            settings.gateway_keys,
+            gateway_keys,
             clock=loop.time,
             engine_port=settings.engine_port,
             agent_port=settings.agent_port,
@@ -106,27 +80,27 @@ class Gateway:
         self.feed = Feed(
             watcher,
             settings.namespace,
-            settings.watched,
+            settings.watch_namespaces,
             keys=self.keys,
             catalog=self.catalog,
             changed=lambda: self.residency.sync(self.catalog.pods()),
         )
         self.proxy = Proxy(
             session=self._session,
-            gateway_keys=settings.gateway_keys,
+            gateway_keys=gateway_keys,
             keys=self.keys,
             catalog=self.catalog,
             residency=self.residency,
             demand=self.demand,
             metrics=self.metrics,
-            limits=settings.limits,
+            limits=settings,
             clock=loop.time,
             synced=self.feed.synced,
             not_ready=self._not_ready,
         )
         self._server = ClientServer(
             self.proxy.handle,
-            settings.limits,
+            settings,
             now=loop.time,
             malformed=self.metrics.malformed,
             request_factory=self._request,
@@ -134,7 +108,11 @@ class Gateway:
         self._clients = web.ServerRunner(self._server, shutdown_timeout=_SHUTDOWN_SECONDS)
         self._internal = web.AppRunner(
             internal_app(
-                self.demand, self.metrics, settings.gateway_keys, self._not_ready, open_metrics=settings.open_metrics
+                self.demand,
+                self.metrics,
+                gateway_keys,
+                self._not_ready,
+                require_token=settings.require_metrics_token,
             ),
             handler_cancellation=True,
             access_log=None,
@@ -146,8 +124,8 @@ class Gateway:
         await self._clients.setup()
         await self._internal.setup()
         settings = self._settings
-        await web.TCPSite(self._internal, settings.host, settings.internal_port).start()
-        await web.SockSite(self._clients, _listening(settings.host, settings.port), backlog=_BACKLOG).start()
+        await web.TCPSite(self._internal, settings.host or None, settings.internal_port).start()
+        await web.SockSite(self._clients, _listening(settings.host or None, settings.port), backlog=_BACKLOG).start()
         self._tasks = [
             asyncio.create_task(self.feed.run(), name="watches"),
             asyncio.create_task(self._server.sweep(), name="connections"),

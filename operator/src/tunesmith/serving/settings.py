@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from tunesmith.contracts.settings import ChartValue, StorageSize, WorkloadSettings
+from tunesmith.contracts.settings import DEFAULT_MAX_ADAPTER_RATIO, ChartValue, StorageSize, WorkloadSettings
 
 
 class PoolSettings(WorkloadSettings):
@@ -20,6 +20,8 @@ class PoolSettings(WorkloadSettings):
     """Disk of its node that the adapters of a pool pod may take, in Mi or Gi."""
     base_model_storage: Annotated[StorageSize, ChartValue("serving.baseModelStorage")] = "500Gi"
     """Disk of its node that the downloaded base model of a pool pod may take, in Mi or Gi."""
-    max_adapter_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False), ChartValue("serving.maxAdapterRatio")] = 4
+    max_adapter_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False), ChartValue("serving.maxAdapterRatio")] = (
+        DEFAULT_MAX_ADAPTER_RATIO
+    )
     """Highest norm of an adapter's change of a module, relative to that of the base's weights; adapters above it are
     refused."""

@@ -1,0 +1,109 @@
+"""Settings of the agent's commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from tunesmith.contracts.agent import AGENT_PORT, ENGINE_PORT
+from tunesmith.contracts.environment import (
+    AGENT_KEYS_FOLDER,
+    AGENT_STATE_FOLDER,
+    CONTROL_KEY,
+    EVENTS_KEY,
+    METRICS_DIGEST,
+    POD_UID,
+)
+from tunesmith.contracts.settings import COMMA_SEPARATED, DEFAULT_MAX_ADAPTER_RATIO, Internal, NetworkAddress
+from tunesmith.settings import ProgramSettings
+from tunesmith_server.guard import CANARY_SECONDS, HANG_SECONDS
+
+_KEYS = Path(AGENT_KEYS_FOLDER)
+_POD = Internal("the operator sets it in the pods of a pool")
+_SIZE = Internal("the operator sets it from serving.adapterStorage or serving.baseModelStorage")
+_BY_HAND = Internal("the default fits the pods of a pool")
+_Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Reading(ProgramSettings):
+    """Settings of commands that read from a store."""
+
+    secret: Annotated[Path, _POD]
+    """Folder of the mounted Secret with the credentials."""
+    allowed_addresses: Annotated[
+        tuple[NetworkAddress, ...], COMMA_SEPARATED, Internal("the operator sets it from trainer.allowedAddresses")
+    ] = ()
+    """Networks that may be reached beside public addresses, such as 10.0.0.7/32,fd00::/8."""
+
+
+class FetchBaseSettings(_Reading):
+    """Settings of `fetch-base`."""
+
+    program: ClassVar[str] = "tunesmith-agent fetch-base"
+    description: ClassVar[str] = "Download a base model."
+    example: ClassVar[str] = (
+        "--uri hf://org/name --target /models/base --secret /etc/tunesmith/secrets/hub --storage 500000000000"
+    )
+
+    uri: Annotated[str, _POD]
+    """Location of the base model."""
+    revision: Annotated[str | None, _POD] = None
+    """Commit, tag or branch of an hf:// model; absent: the repository's default branch."""
+    target: Annotated[Path, _POD]
+    """Folder to fill."""
+    storage: Annotated[int, Field(ge=1), _SIZE]
+    """Bytes that the base model may take."""
+    fingerprint_file: Annotated[Path | None, _POD] = None
+    """File for the fingerprint; absent: the target's name with the suffix .fingerprint."""
+
+
+class ServeSettings(_Reading):
+    """Settings of `serve`."""
+
+    program: ClassVar[str] = "tunesmith-agent serve"
+    description: ClassVar[str] = "Keep the engine's adapters as the operator wants them."
+    example: ClassVar[str] = (
+        "--pod-uid 1234 --store s3://bucket/store --secret /etc/tunesmith/secrets/tunesmith-store"
+        " --storage 20000000000 --max-lora-rank 16 --max-loras 8"
+    )
+
+    pod_uid: Annotated[str, Field(min_length=1), Internal(f"the pod's metadata.uid, as {POD_UID}")]
+    """UID of this pod, which the tokens of its clients depend on."""
+    engine_url: Annotated[str, _POD] = f"http://127.0.0.1:{ENGINE_PORT}"
+    """URL of the engine."""
+    port: Annotated[int, Field(ge=0, le=65535), _POD] = AGENT_PORT
+    """Port of the agent's API."""
+    control_key_file: Annotated[Path, _POD] = _KEYS / CONTROL_KEY
+    """File with the pool's control key."""
+    events_key_file: Annotated[Path, _POD] = _KEYS / EVENTS_KEY
+    """File with the pool's events key."""
+    metrics_digest_file: Annotated[Path, _POD] = _KEYS / METRICS_DIGEST
+    """File with the digests of the tokens of /metrics."""
+    state: Annotated[Path, _POD] = Path(AGENT_STATE_FOLDER)
+    """Folder that the agent shares with the engine."""
+    adapters: Annotated[Path, _POD] = Path("/adapters")
+    """Folder of adapters, which the engine reads."""
+    base_model: Annotated[Path, _POD] = Path("/models/base")
+    """Folder of the base model."""
+    base_fingerprint_file: Annotated[Path, _POD] = Path("/models/base.fingerprint")
+    """File with the base model's fingerprint; it is computed where the file does not exist."""
+    store: Annotated[str, Internal("the operator sets it from store")]
+    """Uri of the store; artifacts elsewhere are refused."""
+    storage: Annotated[int, Field(ge=1), _SIZE]
+    """Bytes that all adapters may take."""
+    max_adapter_ratio: Annotated[
+        float, Field(gt=0, allow_inf_nan=False), Internal("the operator sets it from serving.maxAdapterRatio")
+    ] = DEFAULT_MAX_ADAPTER_RATIO
+    """Highest norm of an adapter's change of a module, relative to that of the base's weights."""
+    max_lora_rank: Annotated[int, Field(ge=1), _POD]
+    """Highest rank of an adapter."""
+    max_loras: Annotated[int, Field(ge=1), _POD]
+    """Number of adapters that may be resident at once."""
+    drain_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False), _POD] = 60
+    """Seconds that /drain waits for running requests."""
+    canary_seconds: Annotated[_Seconds, _BY_HAND] = CANARY_SECONDS
+    """Seconds between two checks of an idle engine's answers."""
+    hang_seconds: Annotated[_Seconds, _POD] = HANG_SECONDS
+    """Seconds without a token after which an engine counts as hung."""

@@ -1,0 +1,130 @@
+"""The values of the chart and the settings of the programs that it deploys: each value arrives in the field it sets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+
+from tunesmith.contracts.settings import ChartValue
+from tunesmith.controller.settings import OperatorSettings
+from tunesmith.gateway.settings import GatewaySettings
+from tunesmith.settings import ProgramSettings, place_of, read
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    Template = Callable[..., list[dict[str, Any]]]
+
+VALUES = yaml.safe_load((Path(__file__).resolve().parents[2] / "charts/tunesmith/values.yaml").read_text())
+PROGRAMS: dict[str, type[ProgramSettings]] = {"operator": OperatorSettings, "gateway": GatewaySettings}
+PEER = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+OTHER: dict[str, Any] = {
+    "store": "gs://other/store",
+    "watchNamespaces": ["team-a", "team-b"],
+    "images.pullPolicy": "Always",
+    "trainer.allowedAddresses": ["10.0.0.7/32", "fd00::/8"],
+    "trainer.lmEvalTasks": "/opt/tasks of mine",
+    "trainer.storage": "7Gi",
+    "scheduling.allowedPriorityClasses": ["batch", "team-*"],
+    "scheduling.allowedTolerations": [],
+    "scheduling.allowedRuntimeClasses": ["kata"],
+    "scheduling.allowedNodeSelectorKeys": ["zone"],
+    "scheduling.allowedGpuResources": ["*"],
+    "serving.sharedPoolNamespaces": ["models"],
+    "serving.adapterStorage": "8Gi",
+    "serving.baseModelStorage": "64Gi",
+}
+"""A value that is not the default, by path; those of numbers and booleans follow from their defaults."""
+
+
+def at(values: dict[str, Any], path: str) -> Any:
+    found: Any = values
+    for key in path.split("."):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found
+
+
+def placed(model: type[ProgramSettings]) -> Iterator[tuple[str, ChartValue]]:
+    """The fields that a value sets as it is."""
+    for field in model.model_fields:
+        place = place_of(model, field)
+        if isinstance(place, ChartValue) and not place.expression:
+            yield field, place
+
+
+def other(model: type[ProgramSettings], field: str, place: ChartValue) -> Any:
+    default = model.model_fields[field].default
+    if isinstance(default, bool):
+        return not default
+    return default + 1 if isinstance(default, int | float) else OTHER[place.path]
+
+
+def settings(template: Template, component: str, values: dict[str, Any]) -> ProgramSettings:
+    for document in template("tunesmith", values):
+        if document["kind"] == "Deployment" and document["metadata"]["name"] == f"tunesmith-{component}":
+            command = document["spec"]["template"]["spec"]["containers"][0]["command"]
+            assert command[0] == f"tunesmith-{component}"
+            return read(PROGRAMS[component], command[1:])
+    raise AssertionError(component)
+
+
+@pytest.mark.parametrize("component", PROGRAMS)
+def test_every_value_arrives_in_its_field(template: Template, component: str) -> None:
+    model = PROGRAMS[component]
+    values: dict[str, Any] = {}
+    expected = {field: other(model, field, place) for field, place in placed(model)}
+    for field, place in placed(model):
+        *sections, name = place.path.split(".")
+        section = values
+        for key in sections:
+            section = section.setdefault(key, {})
+        section[name] = expected[field]
+    found = settings(template, component, values)
+    arrived = {field: getattr(found, field) for field in expected}
+    assert {key: list(value) if isinstance(value, tuple) else value for key, value in arrived.items()} == expected
+
+
+@pytest.mark.parametrize("component", PROGRAMS)
+def test_the_charts_defaults_are_the_programs(template: Template, component: str) -> None:
+    model = PROGRAMS[component]
+    found = settings(template, component, {})
+    defaults = {
+        field: info.default
+        for field, info in model.model_fields.items()
+        if not info.is_required() and info.default_factory is None and field != "gateway_url"
+    }
+    assert {field: getattr(found, field) for field in defaults} == defaults
+
+
+def test_what_the_release_and_its_objects_set(template: Template) -> None:
+    found = settings(
+        template, "operator", {"networkPolicy": {"metricsFrom": [PEER]}, "images": {"trainer": {"tag": "7"}}}
+    )
+    assert isinstance(found, OperatorSettings)
+    assert (found.namespace, found.instance) == ("tunesmith-system", "tunesmith")
+    assert found.metrics_from == (PEER,)
+    assert found.trainer_image == "registry.example/tunesmith/trainer:7"
+    assert found.gateway_url == "http://tunesmith-gateway.tunesmith-system.svc"
+
+
+@pytest.mark.parametrize(
+    ("component", "ports"),
+    [
+        ("operator", {"probes": "probe_port", "metrics": "metrics_port"}),
+        ("gateway", {"http": "port", "internal": "internal_port"}),
+    ],
+)
+def test_the_ports_of_the_pods_are_the_programs(template: Template, component: str, ports: dict[str, str]) -> None:
+    [deployment] = [
+        document
+        for document in template("tunesmith")
+        if document["kind"] == "Deployment" and document["metadata"]["name"] == f"tunesmith-{component}"
+    ]
+    [container] = deployment["spec"]["template"]["spec"]["containers"]
+    fields = PROGRAMS[component].model_fields
+    assert {port["name"]: port["containerPort"] for port in container["ports"]} == {
+        name: fields[field].default for name, field in ports.items()
+    }
