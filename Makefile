@@ -72,6 +72,7 @@ generate: environment ## Write the CRDs, the API reference and the schema of the
 	@$(STEP) "generate the CRDs" $(RUN) $(GENERATE_CRDS)
 	@$(STEP) "generate the values schema of charts/adapters" $(RUN) python charts/values_schema.py
 	@$(STEP) "generate flags and values schema of charts/tunesmith" $(RUN) python charts/flags.py
+	@$(STEP) "generate the reference of metrics" $(RUN) python docs/metrics.py
 	@$(STEP) "copy the default values of charts/tunesmith" $(RUN) python charts/defaults.py
 	@$(STEP) "generate the reference of the chart's rights" $(RUN) python charts/rights.py
 	@$(STEP) "record the charts' versions" $(RUN) python charts/versions.py
@@ -128,6 +129,7 @@ check-generated:
 	@$(STEP) "generated: CRDs and reference" $(RUN) $(GENERATE_CRDS) --check
 	@$(STEP) "generated: values schema" $(RUN) python charts/values_schema.py --check
 	@$(STEP) "generated: flags and settings" $(RUN) python charts/flags.py --check
+	@$(STEP) "generated: metrics" $(RUN) python docs/metrics.py --check
 	@$(STEP) "generated: default values" $(RUN) python charts/defaults.py --check
 	@$(STEP) "generated: rights" $(RUN) python charts/rights.py --check
 	@$(STEP) "generated: versions of the charts" $(RUN) python charts/versions.py --check

@@ -57,13 +57,13 @@ async def test_another_replica_takes_over_from_a_killed_leader(
 
         async def led() -> bool:
             ready = first.answers("/readyz") and second.answers("/readyz")
-            return ready and first.metric("tunesmith_leader") + second.metric("tunesmith_leader") == 1
+            return ready and first.metric("tunesmith_operator_leader") + second.metric("tunesmith_operator_leader") == 1
 
         await until(led, "two ready replicas with a leader")
         before = await lease(cluster, namespace)
         leader = before["holderIdentity"]
         (other,) = set(replicas) - {leader}
-        assert replicas[leader].metric("tunesmith_leader") == 1
+        assert replicas[leader].metric("tunesmith_operator_leader") == 1
         replicas[leader].kill()
         await cluster.create(job(namespace, "after"))
 
@@ -89,10 +89,10 @@ async def test_an_outage_of_the_api_server_is_survived(
 
             async def leads() -> bool:
                 ready = await asyncio.to_thread(operator.answers, "/readyz")
-                return ready and await asyncio.to_thread(operator.metric, "tunesmith_leader") == 1
+                return ready and await asyncio.to_thread(operator.metric, "tunesmith_operator_leader") == 1
 
             async def follows() -> bool:
-                return await asyncio.to_thread(operator.metric, "tunesmith_leader") == 0
+                return await asyncio.to_thread(operator.metric, "tunesmith_operator_leader") == 0
 
             await until(leads, "a leader")
             cable.cut()

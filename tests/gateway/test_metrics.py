@@ -40,7 +40,7 @@ def test_the_exposition_is_what_prometheus_reads() -> None:
     name = "tunesmith_gateway_request_duration_seconds"
     assert seen["tunesmith_gateway_requests_total", (("code", "200"), a)] == 3
     assert seen["tunesmith_gateway_requests_total", (("code", "404"), ("model", ""))] == 1
-    assert seen["tunesmith_gateway_requests_running", (a,)] == 3
+    assert seen["tunesmith_gateway_sequences_running", (a,)] == 3
     assert seen[f"{name}_bucket", (("le", "0.01"), a)] == 1
     assert seen[f"{name}_bucket", (("le", "0.25"), a)] == 2
     assert seen[f"{name}_bucket", (("le", "300.0"), a)] == 2
@@ -48,7 +48,7 @@ def test_the_exposition_is_what_prometheus_reads() -> None:
     assert seen[f"{name}_count", (a,)] == 3
     assert seen[f"{name}_sum", (a,)] == 1000.21
     assert seen["tunesmith_gateway_time_to_first_byte_seconds_count", (a,)] == 1
-    assert seen["tunesmith_gateway_not_started_total", (("reason", "draining"),)] == 1
+    assert seen["tunesmith_gateway_failed_attempts_total", (("reason", "draining"),)] == 1
     assert seen["tunesmith_gateway_malformed_requests_total", ()] == 1
 
 

@@ -201,7 +201,7 @@ async def test_without_an_engine_adapters_are_fetched_and_wait(
     assert [path.name for path in pod.adapters.iterdir()] == [sound["digest"].removeprefix("sha256:")]
     async with http.get("/metrics", headers={"Authorization": f"Bearer {METRICS_TOKEN}"}) as response:
         text = await response.text()
-    assert 'tunesmith_agent_failures_total{permanent="true"} 1.0' in text
+    assert 'tunesmith_agent_adapter_failures_total{permanent="true"} 1.0' in text
     assert 'tunesmith_agent_adapters{state="Loading"} 1.0' in text
 
 

@@ -14,7 +14,6 @@ from tunesmith.cluster.errors import ConflictError, NotFoundError
 from tunesmith.contracts.agent import PodState, Residency, ResidencyState
 from tunesmith.controller.context import Context
 from tunesmith.controller.controller import Controller
-from tunesmith.controller.metrics import Metrics
 from tunesmith.controller.reconciler import Key, Reconciler
 from tunesmith.controller.serving.adapter import AdapterDeploymentReconciler
 from tunesmith.controller.serving.pool import ServingPoolReconciler
@@ -141,7 +140,7 @@ class World:
             "ServingPool": ServingPoolReconciler(self.state),
             "AdapterDeployment": AdapterDeploymentReconciler(self.state),
         }
-        self.controller = Controller(self.context, list(self.reconcilers.values()), Metrics())
+        self.controller = Controller(self.context, list(self.reconcilers.values()))
         self.passes: dict[str, int] = {}
 
     def observe(self, item: Object) -> None:

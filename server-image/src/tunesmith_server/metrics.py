@@ -1,4 +1,4 @@
-"""The agent's Prometheus metrics."""
+"""The agent's Prometheus metrics. docs/reference/metrics.md is generated from them."""
 
 from __future__ import annotations
 
@@ -6,32 +6,77 @@ from collections import Counter as Count
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from tunesmith.contracts.agent import PodState, ResidencyState
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from prometheus_client import Metric
+
     from tunesmith_server.engine import EngineState
+
+
+class EngineTotals(Collector):
+    """Totals by model as the engine reports them; its counters begin at 0 when it restarts, as Prometheus expects."""
+
+    def __init__(self) -> None:
+        self.state: EngineState | None = None
+
+    def describe(self) -> Iterator[Metric]:
+        """Yield the families without samples."""
+        yield from self._families()
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the families with the newest samples; an engine that has not answered has none."""
+        running, requests, tokens = self._families()
+        if self.state is not None:
+            for model, number in self.state.in_flight.items():
+                running.add_metric([model], number)
+            for model, total in self.state.totals.items():
+                requests.add_metric([model], total.requests)
+                tokens.add_metric([model, "prompt"], total.prompt_tokens)
+                tokens.add_metric([model, "completion"], total.completion_tokens)
+        yield from (running, requests, tokens)
+
+    @staticmethod
+    def _families() -> tuple[GaugeMetricFamily, CounterMetricFamily, CounterMetricFamily]:
+        return (
+            GaugeMetricFamily("tunesmith_agent_engine_requests_running", "Requests in vLLM.", labels=["model"]),
+            CounterMetricFamily(
+                "tunesmith_agent_engine_requests", "Requests that vLLM answered since its start.", labels=["model"]
+            ),
+            CounterMetricFamily(
+                "tunesmith_agent_engine_tokens",
+                "Tokens that vLLM processed since its start, by kind: prompt or completion.",
+                labels=["model", "kind"],
+            ),
+        )
 
 
 class Metrics:
     """Counters and gauges of one agent, in a registry of their own."""
 
     def __init__(self) -> None:
-        self._registry = CollectorRegistry()
-        self._adapters = Gauge("tunesmith_agent_adapters", "Revisions on this pod.", ["state"], registry=self._registry)
-        self._ready = Gauge("tunesmith_agent_engine_ready", "1 while vLLM answers.", registry=self._registry)
-        self._loads = Counter("tunesmith_agent_loads", "Adapters loaded into vLLM.", registry=self._registry)
+        self.registry = CollectorRegistry()
+        self._adapters = Gauge(
+            "tunesmith_agent_adapters", "Revisions on this pod, by state.", ["state"], registry=self.registry
+        )
+        self._ready = Gauge(
+            "tunesmith_agent_engine_ready", "1 while vLLM answers, otherwise 0.", registry=self.registry
+        )
+        self._loads = Counter("tunesmith_agent_adapter_loads", "Adapters loaded into vLLM.", registry=self.registry)
         self._failures = Counter(
-            "tunesmith_agent_failures", "Failed downloads, checks and loads.", ["permanent"], registry=self._registry
+            "tunesmith_agent_adapter_failures",
+            "Failed downloads, checks and loads of adapters; permanent: true if repeating them cannot help.",
+            ["permanent"],
+            registry=self.registry,
         )
-        self._bytes = Counter("tunesmith_agent_download_bytes", "Read from the store.", registry=self._registry)
-        self._in_flight = Gauge("tunesmith_engine_in_flight", "Requests in vLLM.", ["model"], registry=self._registry)
-        self._requests = Gauge(
-            "tunesmith_engine_requests", "Answered since vLLM's start.", ["model"], registry=self._registry
-        )
-        self._tokens = Gauge(
-            "tunesmith_engine_tokens", "Tokens since vLLM's start.", ["model", "kind"], registry=self._registry
-        )
+        self._bytes = Counter("tunesmith_agent_downloaded_bytes", "Bytes read from the store.", registry=self.registry)
+        self._engine = EngineTotals()
+        self.registry.register(self._engine)
 
     def loaded(self) -> None:
         """Count a load."""
@@ -46,26 +91,19 @@ class Metrics:
         self._bytes.inc(size)
 
     def engine_ready(self, *, ready: bool) -> None:
-        """Whether vLLM answers."""
+        """Record if vLLM answers."""
         self._ready.set(ready)
 
     def engine_totals(self, state: EngineState) -> None:
-        """What vLLM did and does, by model."""
-        for gauge in (self._in_flight, self._requests, self._tokens):
-            gauge.clear()
-        for model, running in state.in_flight.items():
-            self._in_flight.labels(model).set(running)
-        for model, total in state.totals.items():
-            self._requests.labels(model).set(total.requests)
-            self._tokens.labels(model, "prompt").set(total.prompt_tokens)
-            self._tokens.labels(model, "completion").set(total.completion_tokens)
+        """Record what vLLM reports, by model."""
+        self._engine.state = state
 
     def residencies(self, state: PodState) -> None:
-        """How many revisions are in which state."""
+        """Record the number of revisions in each state."""
         counts = Count(residency.state for residency in state.adapters)
         for kind in ResidencyState:
             self._adapters.labels(kind.value).set(counts[kind])
 
     def text(self) -> bytes:
-        """The exposition format."""
-        return generate_latest(self._registry)
+        """Return the exposition."""
+        return generate_latest(self.registry)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tunesmith.cluster.errors import ClusterError
 from tunesmith.controller.cache import Caches
+from tunesmith.controller.metrics import Metrics
 from tunesmith.controller.namespaces import NamespaceLabels
 from tunesmith.controller.workqueue import WorkQueue
 
@@ -34,6 +35,7 @@ class Context:
     cluster: Cluster
     settings: OperatorSettings
     recorder: EventRecorder
+    metrics: Metrics = field(default_factory=Metrics)
     caches: Caches = field(default_factory=Caches)
     namespaces: NamespaceLabels = field(default_factory=NamespaceLabels)
     queue: WorkQueue = field(default_factory=WorkQueue)

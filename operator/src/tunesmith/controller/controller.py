@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from tunesmith.cluster.resources import Object
     from tunesmith.controller.context import Context
-    from tunesmith.controller.metrics import Metrics
     from tunesmith.controller.reconciler import Reconciler
 
 T = TypeVar("T")
@@ -36,9 +35,8 @@ _log = logging.getLogger(__name__)
 class Controller:
     """The caches, the queue and the workers of some reconcilers."""
 
-    def __init__(self, context: Context, reconcilers: Sequence[Reconciler], metrics: Metrics) -> None:
+    def __init__(self, context: Context, reconcilers: Sequence[Reconciler]) -> None:
         self._context = context
-        self._metrics = metrics
         self._reconcilers = {reconciler.kind: reconciler for reconciler in reconcilers}
         self._watches = _combined(reconcilers)
         self._cached = [watch for watch in self._watches if watch.kind != NAMESPACE]
@@ -60,7 +58,7 @@ class Controller:
             self._watches_ended,
         )
         context.written = self._enqueue_readers
-        metrics.queue_depth.set_function(lambda: context.queue.depth)
+        context.metrics.queue_depth.set_function(lambda: context.queue.depth)
 
     def unhealthy(self) -> list[str]:
         """Return why the process must be started again: a reconcile that does not end, watches that are gone."""
@@ -116,7 +114,7 @@ class Controller:
         await self._keys_known.wait()
         self._context.cluster_uid = await self._patiently("the cluster's identity", self._cluster_uid)
         self._enqueue_all()
-        self._metrics.leading.set(1)
+        self._context.metrics.leading.set(1)
         self._leading = True
         self._leads.set()
         try:
@@ -127,7 +125,7 @@ class Controller:
                     group.create_task(self._background(reconciler))
         finally:
             self._leading = False
-            self._metrics.leading.set(0)
+            self._context.metrics.leading.set(0)
 
     async def keep_namespaces(self) -> None:
         """Follow the labels of the namespaces. Runs without end."""
@@ -210,7 +208,7 @@ class Controller:
             )
             for item in cache.replace(items, version, _among(watch, namespace)):
                 self._enqueue(item)
-        self._metrics.cached.labels(watch.kind).set(len(cache))
+        self._context.metrics.cached.labels(watch.kind).set(len(cache))
 
     def _enqueue(self, item: Object) -> None:
         if item["kind"] in self._reconcilers:
@@ -256,8 +254,8 @@ class Controller:
                 queue.done(key, outcome.requeue_after, outcome.rest)
             finally:
                 del self._busy[key]
-                self._metrics.reconciles.labels(key.kind, result).inc()
-                self._metrics.reconcile_seconds.labels(key.kind).observe(time.monotonic() - started)
+                self._context.metrics.reconciles.labels(key.kind, result).inc()
+                self._context.metrics.reconcile_seconds.labels(key.kind).observe(time.monotonic() - started)
 
     async def _background(self, reconciler: Reconciler) -> None:
         failures = 0
@@ -270,7 +268,7 @@ class Controller:
             await asyncio.sleep(backoff(failures))
 
     def _watches_ended(self) -> None:
-        self._metrics.watch_restarts.inc()
+        self._context.metrics.watch_restarts.inc()
         # What the watches missed until they run again is found by a complete list.
         self._relist.set()
 

@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 _log = logging.getLogger("tunesmith")
 
 
-def reconcilers(context: Context, metrics: Metrics) -> Sequence[Reconciler]:
+def reconcilers(context: Context) -> Sequence[Reconciler]:
     """Return one for each kind."""
     serving_state = ServingState(context)
-    metrics.silent_gateways.set_function(lambda: serving_state.demand.silent(time.monotonic()))
+    context.metrics.silent_gateways.set_function(lambda: serving_state.demand.silent(time.monotonic()))
     return [
         FineTuneJobReconciler(context),
         ServingPoolReconciler(serving_state),
@@ -56,8 +56,8 @@ async def operate(settings: OperatorSettings, stop: asyncio.Event) -> None:
     """
     metrics = Metrics()
     async with await Cluster.connect(observer=metrics.api_request) as cluster:
-        context = Context(cluster=cluster, settings=settings, recorder=EventRecorder(cluster))
-        controller = Controller(context, reconcilers(context, metrics), metrics)
+        context = Context(cluster=cluster, settings=settings, recorder=EventRecorder(cluster), metrics=metrics)
+        controller = Controller(context, reconcilers(context))
         election = Election(cluster, settings.namespace, settings.identity, settings.lease_seconds)
         if settings.leader_election:
             context.may_write = election.leads

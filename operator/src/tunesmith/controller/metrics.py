@@ -1,4 +1,4 @@
-"""Metrics of the operator, for Prometheus."""
+"""Metrics of the operator, for Prometheus. docs/reference/metrics.md is generated from them."""
 
 from __future__ import annotations
 
@@ -15,36 +15,43 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         self.queue_depth = Gauge(
-            "tunesmith_queue_depth", "Keys that are due and wait for a worker.", registry=self.registry
+            "tunesmith_operator_queue_depth", "Keys that are due and wait for a worker.", registry=self.registry
         )
         self.reconcile_seconds = Histogram(
-            "tunesmith_reconcile_duration_seconds",
-            "Time that one reconcile took.",
+            "tunesmith_operator_reconcile_duration_seconds",
+            "Duration of a reconcile.",
             ["kind"],
             buckets=BUCKETS,
             registry=self.registry,
         )
         self.reconciles = Counter(
-            "tunesmith_reconciles",
+            "tunesmith_operator_reconciles",
             "Reconciles by result: ok, or the error's label.",
             ["kind", "result"],
             registry=self.registry,
         )
         self.api_requests = Counter(
-            "tunesmith_api_requests",
-            "Requests to the API server by result: ok, or the error's label. Watches are kopf's and not counted.",
+            "tunesmith_operator_api_requests",
+            "Requests to the API server by result: ok, or the error's label. Watches are not counted.",
             ["verb", "kind", "result"],
             registry=self.registry,
         )
-        self.cached = Gauge("tunesmith_cache_objects", "Objects in the caches.", ["kind"], registry=self.registry)
-        self.leading = Gauge("tunesmith_leader", "1 while this replica leads.", registry=self.registry)
+        self.cached = Gauge(
+            "tunesmith_operator_cached_objects",
+            "Objects in the caches at the last complete list.",
+            ["kind"],
+            registry=self.registry,
+        )
+        self.leading = Gauge(
+            "tunesmith_operator_leader", "1 while this replica leads, otherwise 0.", registry=self.registry
+        )
         self.silent_gateways = Gauge(
-            "tunesmith_gateways_silent",
-            "Gateways whose demand the leader does not hear: while there are any, nothing is scaled down.",
+            "tunesmith_operator_silent_gateways",
+            "Gateways that report no demand to the leader; while there are any, nothing is scaled down.",
             registry=self.registry,
         )
         self.watch_restarts = Counter(
-            "tunesmith_watch_restarts", "Times that the watches ended and were started again.", registry=self.registry
+            "tunesmith_operator_watch_restarts", "Restarts of the watches of the API server.", registry=self.registry
         )
 
     def api_request(self, verb: str, kind: str, result: str) -> None:

@@ -11,9 +11,12 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from prometheus_client import Metric
 
     from tunesmith.gateway.demand import Demand
 
@@ -22,6 +25,28 @@ _BOUNDS = (*map(str, _SECONDS), "+Inf")
 _MODELS_PER_PIECE = 25
 _PRUNED_AT = 256
 """Series of models that are gone are removed at each exposition, and whenever so many have been added."""
+
+
+RUNNING = GaugeMetricFamily(
+    "tunesmith_gateway_sequences_running", "Sequences that pods generate now.", labels=["model"]
+)
+WAITING = GaugeMetricFamily("tunesmith_gateway_sequences_waiting", "Sequences that wait for a pod.", labels=["model"])
+REQUESTS = CounterMetricFamily(
+    "tunesmith_gateway_requests",
+    "Requests that finished, by model and HTTP status (499: the client left).",
+    labels=["code", "model"],
+)
+DURATION = HistogramMetricFamily(
+    "tunesmith_gateway_request_duration_seconds",
+    "Time from a request's arrival to the end of its answer.",
+    labels=["model"],
+)
+FIRST_BYTE = HistogramMetricFamily(
+    "tunesmith_gateway_time_to_first_byte_seconds",
+    "Time from a request's arrival to the first byte of its answer.",
+    labels=["model"],
+)
+BY_MODEL = (RUNNING, WAITING, REQUESTS, DURATION, FIRST_BYTE)
 
 
 class _Histogram:
@@ -71,15 +96,15 @@ class Metrics:
         self._demand = demand
         self._exists = exists
         self._series: dict[str, _Series] = {}
-        self._registry = CollectorRegistry()
+        self.registry = CollectorRegistry()
         self._malformed = Counter(
-            "tunesmith_gateway_malformed_requests", "Requests that are not valid HTTP.", registry=self._registry
+            "tunesmith_gateway_malformed_requests", "Requests that are not valid HTTP.", registry=self.registry
         )
         self._retries = Counter(
-            "tunesmith_gateway_not_started",
-            "Attempts that a pod did not accept, by reason; the request was sent to another pod.",
+            "tunesmith_gateway_failed_attempts",
+            "Attempts that failed before a pod accepted the request, by reason; another pod gets the request.",
             ["reason"],
-            registry=self._registry,
+            registry=self.registry,
         )
 
     def malformed(self) -> None:
@@ -103,22 +128,20 @@ class Metrics:
     def exposition(self) -> Iterator[bytes]:
         """Return the text format in pieces; the caller may do other things between them."""
         self._prune()
-        yield generate_latest(self._registry)
-        yield from _gauges("running", "Sequences that pods work on.", self._demand.running)
-        yield from _gauges("waiting", "Sequences that wait for a pod.", self._demand.waiting)
+        yield generate_latest(self.registry)
+        yield from _gauges(RUNNING, self._demand.running)
+        yield from _gauges(WAITING, self._demand.waiting)
         series = list(self._series.values())
-        name = "tunesmith_gateway_requests_total"
-        yield _head(name, "counter", "Requests that finished, by model and HTTP status (499: the client left).")
+        name = f"{REQUESTS.name}_total"
+        yield _head(REQUESTS, name)
         yield from _pieces(
             series,
             lambda model: (f'{name}{{code="{code}",{model.label}}} {count}.0\n' for code, count in model.codes.items()),
         )
-        duration = "tunesmith_gateway_request_duration_seconds"
-        yield _head(duration, "histogram", "Seconds from a request's arrival to the end of its answer.")
-        yield from _pieces(series, lambda model: model.seconds.lines(duration, model.label))
-        first = "tunesmith_gateway_time_to_first_byte_seconds"
-        yield _head(first, "histogram", "Seconds from a request's arrival to the first byte of its answer.")
-        yield from _pieces(series, lambda model: model.first_byte.lines(first, model.label))
+        yield _head(DURATION, DURATION.name)
+        yield from _pieces(series, lambda model: model.seconds.lines(DURATION.name, model.label))
+        yield _head(FIRST_BYTE, FIRST_BYTE.name)
+        yield from _pieces(series, lambda model: model.first_byte.lines(FIRST_BYTE.name, model.label))
 
     def _of(self, model: str) -> _Series:
         series = self._series.get(model)
@@ -138,8 +161,8 @@ def _label(model: str) -> str:
     return f'model="{escaped}"'
 
 
-def _head(name: str, type_: str, documentation: str) -> bytes:
-    return f"# HELP {name} {documentation}\n# TYPE {name} {type_}\n".encode()
+def _head(family: Metric, name: str) -> bytes:
+    return f"# HELP {name} {family.documentation}\n# TYPE {name} {family.type}\n".encode()
 
 
 def _pieces(series: list[_Series], lines: Callable[[_Series], Iterable[str]]) -> Iterator[bytes]:
@@ -149,7 +172,6 @@ def _pieces(series: list[_Series], lines: Callable[[_Series], Iterable[str]]) ->
         ).encode()
 
 
-def _gauges(state: str, documentation: str, values: Mapping[str, int]) -> Iterator[bytes]:
-    name = f"tunesmith_gateway_requests_{state}"
-    yield _head(name, "gauge", documentation)
-    yield "".join(f"{name}{{{_label(model)}}} {value}.0\n" for model, value in list(values.items())).encode()
+def _gauges(family: GaugeMetricFamily, values: Mapping[str, int]) -> Iterator[bytes]:
+    yield _head(family, family.name)
+    yield "".join(f"{family.name}{{{_label(model)}}} {value}.0\n" for model, value in list(values.items())).encode()
