@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
 import obstore
 import pytest
@@ -130,17 +132,41 @@ class Listings(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def do_DELETE(self) -> None:
+        self.server.deleted.append(self.path)  # type: ignore[attr-defined]
+        self.send_response(202)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def do_POST(self) -> None:
+        """Azure's batch of deletions."""
+        asked = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        self.server.deleted += re.findall(r"DELETE (\S+)", asked)  # type: ignore[attr-defined]
+        part = "Content-Type: application/http\r\nContent-ID: 0\r\n\r\nHTTP/1.1 202 Accepted\r\nx-ms-version: 1\r\n"
+        body = f"--batchresponse_1\r\n{part}\r\n--batchresponse_1--\r\n".encode()
+        self.send_response(202)
+        self.send_header("Content-Type", "multipart/mixed; boundary=batchresponse_1")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - http.server's name
         """Nothing: pytest shows what matters."""
 
 
+class Server(ThreadingHTTPServer):
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Listings)
+        self.deleted: list[str] = []
+
+
 @contextmanager
-def serving() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Listings)
+def serving() -> Iterator[Server]:
+    server = Server()
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield server
     finally:
         server.shutdown()
         thread.join()
@@ -148,8 +174,9 @@ def serving() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("scheme", ["gs", "az"])
-def test_other_stores_are_listed_with_the_keys_of_their_secrets(scheme: str) -> None:
-    with serving() as address:
+def test_other_stores_are_listed_and_cleaned_with_the_keys_of_their_secrets(scheme: str) -> None:
+    with serving() as server:
+        address = f"http://127.0.0.1:{server.server_port}"
         account = {
             "type": "service_account",
             "client_email": "a@b",
@@ -168,4 +195,7 @@ def test_other_stores_are_listed_with_the_keys_of_their_secrets(scheme: str) -> 
         }[scheme]
         folder = open_folder(f"{scheme}://container/store", environment_credentials(values), NATIVE)
         [file] = folder.tree()
+        folder.remove_file("team/a")
+        [deleted] = server.deleted
+    assert unquote(deleted).endswith("/container/store/team/a")
     assert (file.name, file.size, file.modified) == ("team/a", 2, datetime(2026, 11, 24, 12, tzinfo=UTC))

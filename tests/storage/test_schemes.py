@@ -155,7 +155,7 @@ def test_both_names_of_the_region_count_everywhere(variable: str, *, ambient: bo
         ('{"type": "service_account", "token_uri": "u"}', "it has no client_email and no private_key"),
     ],
 )
-def test_a_google_key_that_is_none_is_reported_without_it(text: str, why: str) -> None:
+def test_a_malformed_google_key_is_reported_without_it(text: str, why: str) -> None:
     with pytest.raises(AccessDeniedError) as denied:
         of_secret(**{GOOGLE_KEY: text}).check_keys(BY_NAME["gs"])
     assert str(denied.value) == (
