@@ -105,3 +105,10 @@ SHARDED = {
 def test_methods_whose_base_can_be_sharded(name: str) -> None:
     method, shardable = SHARDED[name]
     assert Method.model_validate(method).shardable is shardable
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in {"lora", "full", "peft"}])
+def test_a_method_has_the_field_quantization_or_a_reason_why_not(name: str) -> None:
+    fields = METHODS[name]
+    assert fields.declared is not None
+    assert ("quantization" in fields.model_fields) == (fields.declared.not_quantized is None)

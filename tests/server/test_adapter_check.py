@@ -55,6 +55,14 @@ def test_a_sound_adapter_is_placed(limits: PodLimits, tmp_path: Path) -> None:
     assert check(LocalArtifact.make(tmp_path / "made"), limits, tmp_path).is_dir()
 
 
+def test_what_was_published_as_unservable_is_refused(limits: PodLimits, tmp_path: Path) -> None:
+    artifact = LocalArtifact.make(tmp_path / "made")
+    artifact.manifest["servable"] = {"vllm": False, "reason": "it has a chat template of its own"}
+    assert refusal(artifact, limits, tmp_path) == (
+        "it was published as one that vLLM cannot serve: it has a chat template of its own"
+    )
+
+
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [

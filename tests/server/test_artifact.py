@@ -91,7 +91,7 @@ def test_a_flipped_bit_anywhere_is_found(
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"peft_type": "IA3"}, "the adapter's method is IA3"),
+        ({"peft_type": "IA3"}, "vLLM loads LORA adapters only, and this is IA3"),
         ({"task_type": "SEQ_CLS"}, "the adapter's task is SEQ_CLS"),
         ({"use_dora": True}, "uses DoRA"),
         ({"bias": "all"}, "bias=all"),

@@ -1,21 +1,33 @@
-"""Adapters of the trainer pass the check that the agent of a pool makes before an engine loads them."""
+"""The agent of a pool refuses exactly those adapters that validation calls unservable."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from methods_rig import try_method
+from methods_cases import CASES, LOFTQ, Case
+from methods_rig import plan, try_method
+
+from tunesmith.api.finetunejob_status import ServableStatus
+from tunesmith.contracts.agent import DesiredAdapter
+from tunesmith.contracts.artifact import ArtifactAdapter, ArtifactBase, ArtifactFile, ArtifactManifest, digest_of
+from tunesmith.contracts.location import ARTIFACT_MANIFEST, engine_name
+from tunesmith.contracts.servability import ADAPTER_CONFIG, MAX_RANK
+from tunesmith_trainer.errors import InvalidSpecError
 
 # The agent's package has an environment of its own; what is imported of it needs numpy only.
 sys.path.append(str(Path(__file__).resolve().parents[2] / "server-image/src"))
 
+from tunesmith_server.artifact import PodLimits, fetch_artifact
 from tunesmith_server.base_weights import read_base_weights
-from tunesmith_server.lora import WEIGHTS, check_config, check_header, check_length, check_values, weight_bounds
+from tunesmith_server.lora import UnfitAdapterError
 
+STORE, FINGERPRINT = "s3://tunesmith", "sha256:" + "b" * 64
 _QV = ["q_proj", "v_proj"]
 METHODS: dict[str, dict[str, Any]] = {
     "plain": {"lora": {"rank": 4, "alpha": 8}},
@@ -49,18 +61,91 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_what_is_saved_passes_the_agents_check(base_model: Path, tmp_path: Path, name: str) -> None:
-    trial = try_method(METHODS[name], base_model, tmp_path / "adapter")
-    assert trial.servable.vllm, trial.servable.reason
-    base = read_base_weights(base_model)
-    bounds = weight_bounds(base, 16)
-    config = check_config((tmp_path / "adapter/adapter_config.json").read_bytes(), max_rank=16)
-    path = tmp_path / "adapter" / WEIGHTS
-    content = path.read_bytes()
-    length = check_length(content[:8], len(content), bounds)
-    modules = check_header(content[8 : 8 + length], len(content), config, base, bounds)
-    assert 0 < check_values(path, modules, config, base, 4.0) < 4
+OTHERS = {
+    "an embedding": {"peft": {"type": "LORA", "config": {"r": 4, "target_modules": ["embed_tokens"]}}},
+    "an embedding and a layer": {"peft": {"type": "LORA", "config": {"r": 4, "target_modules": ["embed_tokens", *_QV]}}},
+    "a rank above all pools'": {"peft": {"type": "LORA", "config": {"r": MAX_RANK + 1, "target_modules": ["q_proj"]}}},
+    "modules by their ending": {"peft": {"type": "LORA", "config": {"r": 4, "target_modules": "all-linear"}}},
+    "DoRA and a saved module": {"lora": {"dora": True, "targetModules": _QV, "modulesToSave": ["lm_head"]}},
+}
+EVERY = [*CASES, *(Case(name, method, None) for name, method in (METHODS | OTHERS).items())]
+
+
+class FolderSource:
+    """A folder that the agent reads as it reads a store."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def size(self, name: str) -> int:
+        return (self._folder / name).stat().st_size
+
+    def read(self, name: str, start: int, end: int) -> bytes:
+        return (self._folder / name).read_bytes()[start:end]
+
+    def download(self, name: str, target: Path, size: int, progress: Any) -> str:
+        target.write_bytes(self.read(name, 0, size))
+        progress(size)
+        return hashlib.sha256(target.read_bytes()).hexdigest()
+
+
+def refusal(artifact: Path, base: Path, work: Path) -> str | None:
+    """The agent's reason to refuse an artifact, whose manifest calls it servable; None where it takes it."""
+    config = artifact / ADAPTER_CONFIG
+    rank = json.loads(config.read_text()).get("r") if config.exists() else None
+    files = {
+        path.name: ArtifactFile(sha256=hashlib.sha256(path.read_bytes()).hexdigest(), size_bytes=path.stat().st_size)
+        for path in artifact.iterdir()
+        if path.name != ARTIFACT_MANIFEST
+    }
+    manifest = ArtifactManifest(
+        files=files,
+        base=ArtifactBase(fingerprint=FINGERPRINT, uri="s3://tunesmith/models/tiny"),
+        adapter=ArtifactAdapter(method="lora", rank=rank if isinstance(rank, int) else None, alpha=None, target_modules=[]),
+        dataset_digest="sha256:" + "0" * 64,
+        hyperparameters={},
+        versions={},
+        servable=ServableStatus(vllm=True),
+    ).to_bytes()
+    (artifact / ARTIFACT_MANIFEST).write_bytes(manifest)
+    digest = digest_of(manifest)
+    wanted = DesiredAdapter(
+        engine_name=engine_name("team", "pirate", digest), digest=digest, uri=f"{STORE}/team/pirate-1/artifact"
+    )
+    limits = PodLimits(STORE, FINGERPRINT, read_base_weights(base), max_rank=MAX_RANK, max_ratio=4.0)
+    work.mkdir()
+    try:
+        fetch_artifact(wanted, limits, work, lambda _: FolderSource(artifact))
+    except UnfitAdapterError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("case", EVERY, ids=[case.name for case in EVERY])
+def test_the_agent_refuses_exactly_what_validation_calls_unservable(
+    case: Case, base_model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapter"
+    method = case.quantized if LOFTQ in case.name and case.quantized is not None else case.method
+    try:
+        planned = plan(method, base_model)
+    except InvalidSpecError:
+        return  # it is not trained at all
+    if planned.config is None:
+        shutil.copytree(base_model, folder)
+    else:
+        try_method(method, base_model, folder, steps=1)
+    refused = refusal(folder, base_model, tmp_path / "adapters")
+    assert (refused is None) == planned.servable.vllm, (refused, planned.servable.reason)
+
+
+def test_validation_and_agent_give_the_same_reason(base_model: Path, tmp_path: Path) -> None:
+    method = METHODS["plain"] | {"lora": {"rank": 4, "dora": True}}
+    trial = try_method(method, base_model, tmp_path / "adapter", steps=1)
+    refused = refusal(tmp_path / "adapter", base_model, tmp_path / "adapters")
+    assert refused == "the adapter uses DoRA; vLLM cannot serve that"
+    assert trial.servable.reason is not None
+    assert trial.servable.reason.startswith(f"{refused}: leave out dora")
 
 
 def test_expressions_are_saved_as_names(base_model: Path, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ _VARIANTS: dict[str, tuple[dict[str, Any], int]] = {
         2 * (4 * 128 + 6 * 96),
     ),
 }
-_UNSERVABLE = {"dora": "does not load DoRA", "lm_head": "trained whole"}
+_UNSERVABLE = {"dora": "the adapter uses DoRA", "lm_head": "leave out modulesToSave"}
 
 
 def reload(base: Path, folder: Path) -> list[torch.Tensor]:
@@ -176,7 +176,7 @@ def test_combinations_that_cannot_be_are_refused_by_the_manifest(
 
 
 def test_servable_required_refuses_before_training(base_model: Path) -> None:
-    with pytest.raises(NotServableError, match="vLLM does not load DoRA: leave out dora"):
+    with pytest.raises(NotServableError, match="vLLM cannot serve that: leave out dora"):
         plan({"lora": {"dora": True}}, base_model, servable="Required")
     assert not plan({"lora": {"dora": True}}, base_model).servable.vllm
     assert plan({"lora": {"rsLora": True}}, base_model, servable="Required").servable.vllm
@@ -248,7 +248,7 @@ _PEFT_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "LoRA that has a field": ({"type": "LORA", "config": {"use_dora": True}}, "use method.lora.dora"),
     "a beginning": (
         {"type": "LORA", "config": {"init_lora_weights": "pissa_niter_4"}},
-        "for 'pissa_niter_4' use method.lora.initialization: PiSSA",
+        "for 'pissa_niter_4' use method.lora.initialization: FastPiSSA",
     ),
     "no effect": ({"type": "LORA", "config": {"use_qalora": True}}, "it has no effect on a base"),
     "base cut for good": ({"type": "LORA", "config": {"kasa_config": {}}}, "KaSA cuts the base's weights for good"),

@@ -34,6 +34,7 @@ from transformers import AutoModelForCausalLM
 
 from tunesmith.api.methods.fields import Quantization
 from tunesmith.contracts.result import TrainerResult
+from tunesmith.contracts.servability import ADAPTER_CONFIG
 from tunesmith_trainer.base_model import model as base_model
 from tunesmith_trainer.base_model.logits import last_logits
 from tunesmith_trainer.main import run
@@ -127,7 +128,7 @@ def load_again(listed: Path) -> None:
             base = base_model.load_model(Path(request["base"]), cpu, Quantization(), torch.float32)
         else:
             base = AutoModelForCausalLM.from_pretrained(request["base"], dtype=torch.float32)
-        if (Path(folder) / conversion.ADAPTER_CONFIG).exists():
+        if (Path(folder) / ADAPTER_CONFIG).exists():
             model: Any = PeftModel.from_pretrained(base, folder)
         else:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -18,10 +18,9 @@ from pydantic import ValidationError
 from tunesmith.contracts.artifact import ArtifactFile, ArtifactManifest, digest_of
 from tunesmith.contracts.location import ARTIFACT_MANIFEST, engine_name, namespace_of_artifact
 from tunesmith.contracts.safetensors import LENGTH_BYTES
-from tunesmith.contracts.servability import ADAPTER_CONFIG, MAX_CONFIG_BYTES, LoraConfig
+from tunesmith.contracts.servability import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MAX_CONFIG_BYTES, LoraConfig
 from tunesmith.contracts.strict_json import parse_object
 from tunesmith_server.lora import (
-    WEIGHTS,
     Modules,
     UnfitAdapterError,
     WeightBounds,
@@ -158,10 +157,10 @@ def fetch_artifact(
     with steps.checking():
         manifest = check_manifest(manifest_bytes, adapter.digest, limits, bounds)
     config_bytes = _small_file(source, ADAPTER_CONFIG, manifest.files[ADAPTER_CONFIG])
-    weights = manifest.files[WEIGHTS]
-    start = source.read(WEIGHTS, 0, LENGTH_BYTES)
+    weights = manifest.files[ADAPTER_WEIGHTS]
+    start = source.read(ADAPTER_WEIGHTS, 0, LENGTH_BYTES)
     length = check_length(start, weights.size_bytes, bounds)
-    header = source.read(WEIGHTS, LENGTH_BYTES, LENGTH_BYTES + length)
+    header = source.read(ADAPTER_WEIGHTS, LENGTH_BYTES, LENGTH_BYTES + length)
     with steps.checking():
         config = check_config(config_bytes, max_rank=limits.max_rank)
         if config.rank != manifest.adapter.rank:
@@ -174,13 +173,13 @@ def fetch_artifact(
     shutil.rmtree(incoming, ignore_errors=True)
     incoming.mkdir()
     try:
-        if source.download(WEIGHTS, incoming / WEIGHTS, weights.size_bytes, steps.progress) != weights.sha256:
-            raise _changed(WEIGHTS)
+        if source.download(ADAPTER_WEIGHTS, incoming / ADAPTER_WEIGHTS, weights.size_bytes, steps.progress) != weights.sha256:
+            raise _changed(ADAPTER_WEIGHTS)
         (incoming / ADAPTER_CONFIG).write_bytes(config_bytes)
         (incoming / ARTIFACT_MANIFEST).write_bytes(manifest_bytes)
         with steps.checking():
-            modules = _modules_of(incoming / WEIGHTS, config, limits.base, bounds)
-            check_values(incoming / WEIGHTS, modules, config, limits.base, limits.max_ratio)
+            modules = _modules_of(incoming / ADAPTER_WEIGHTS, config, limits.base, bounds)
+            check_values(incoming / ADAPTER_WEIGHTS, modules, config, limits.base, limits.max_ratio)
         incoming.rename(target)
     finally:
         shutil.rmtree(incoming, ignore_errors=True)
@@ -210,8 +209,9 @@ def check_manifest(document: bytes, digest: str, limits: PodLimits, bounds: Weig
     """Check `tunesmith.json`.
 
     Raises:
-        UnfitAdapterError: its digest is not the wanted one; it is malformed; it lists files that an artifact must not
-            have, or lacks those that it must have, or they are too large; it is of another base model.
+        UnfitAdapterError: its digest is not the wanted one; it is malformed; vLLM cannot serve the artifact; it lists
+            files that an artifact must not have, or lacks those that it must have, or they are too large; it is of
+            another base model.
     """
     if len(document) > MAX_MANIFEST_BYTES:
         raise UnfitAdapterError(f"{ARTIFACT_MANIFEST} has more than {MAX_MANIFEST_BYTES} bytes")
@@ -221,6 +221,8 @@ def check_manifest(document: bytes, digest: str, limits: PodLimits, bounds: Weig
             f"{ARTIFACT_MANIFEST} was changed after the artifact was published: its digest is {actual}"
         )
     manifest = _parse_manifest(document)
+    if not manifest.servable.vllm:
+        raise UnfitAdapterError(f"it was published as one that vLLM cannot serve: {manifest.servable.reason}")
     _check_files(manifest.files, limits, bounds)
     if manifest.base.fingerprint != limits.fingerprint:
         raise UnfitAdapterError(
@@ -236,13 +238,13 @@ def _check_files(files: Mapping[str, ArtifactFile], limits: PodLimits, bounds: W
     for name in files:
         if name != PurePosixPath(name).name or name.startswith(".") or name == ARTIFACT_MANIFEST:
             raise UnfitAdapterError(f"{ARTIFACT_MANIFEST} lists {name[:80]!a}, which is no plain file name")
-        if name != WEIGHTS and PurePosixPath(name).suffix not in ALLOWED_SUFFIXES:
+        if name != ADAPTER_WEIGHTS and PurePosixPath(name).suffix not in ALLOWED_SUFFIXES:
             raise UnfitAdapterError(
-                f"{ARTIFACT_MANIFEST} lists {name[:80]!a}; weights travel as {WEIGHTS} only, never as code or pickle"
+                f"{ARTIFACT_MANIFEST} lists {name[:80]!a}; weights travel as {ADAPTER_WEIGHTS} only, never as code or pickle"
             )
-    if missing := {ADAPTER_CONFIG, WEIGHTS} - set(files):
+    if missing := {ADAPTER_CONFIG, ADAPTER_WEIGHTS} - set(files):
         raise UnfitAdapterError(f"the artifact has no {' and no '.join(sorted(missing))}")
-    for name, most in ((ADAPTER_CONFIG, MAX_CONFIG_BYTES), (WEIGHTS, bounds.size)):
+    for name, most in ((ADAPTER_CONFIG, MAX_CONFIG_BYTES), (ADAPTER_WEIGHTS, bounds.size)):
         if files[name].size_bytes > most:
             raise UnfitAdapterError(
                 f"{name} has {files[name].size_bytes} bytes; an adapter of this base model with the pool's "

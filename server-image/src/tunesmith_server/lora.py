@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tunesmith.contracts.safetensors import LENGTH_BYTES, Tensor, header_length, parse_header
-from tunesmith.contracts.servability import LoraConfig, UnservableError, parse_adapter_config
+from tunesmith.contracts.servability import (
+    ADAPTER_WEIGHTS,
+    TENSOR_PREFIX,
+    TENSOR_SUFFIXES,
+    LoraConfig,
+    UnservableError,
+    check_pairs,
+    check_rank,
+    parse_adapter_config,
+)
 from tunesmith_server.tensor_values import columns, rows
 
 if TYPE_CHECKING:
@@ -23,18 +32,10 @@ if TYPE_CHECKING:
 
     from tunesmith_server.base_weights import BaseWeights
 
-WEIGHTS = "adapter_model.safetensors"
 LARGEST_VALUE = 65504.0
 """Largest number of 16-bit floats: what the engine may round weights to."""
 LARGEST_ROW = 1e3
 """Highest norm of a row of lora_A: with higher ones, products overflow 16-bit floats before lora_B is applied."""
-_PREFIX = "base_model.model."
-_PARTS = {
-    ".lora_A.weight": "A",
-    ".lora_B.weight": "B",
-    ".lora_embedding_A": "A",
-    ".lora_embedding_B": "B",
-}
 _TYPES = frozenset({"F16", "BF16", "F32"})
 _BYTES_PER_TENSOR = 256
 """Of the header, besides the tensor's name."""
@@ -68,7 +69,7 @@ def weight_bounds(base: BaseWeights, max_rank: int) -> WeightBounds:
     """Limits for adapters of a base: two tensors for each of its matrices, of the highest rank, in float32."""
     matrices = {name: tensor.shape for name, tensor in base.tensors.items() if len(tensor.shape) == 2}  # noqa: PLR2004
     tensors = 2 * (len(matrices) + 1)  # and a tied lm_head
-    longest = max(map(len, matrices), default=0) + len(_PREFIX) + max(map(len, _PARTS))
+    longest = max(map(len, matrices), default=0) + len(TENSOR_PREFIX) + max(map(len, TENSOR_SUFFIXES))
     header = tensors * (longest + _BYTES_PER_TENSOR) + 4096
     widest = max((sum(shape) for shape in matrices.values()), default=0)
     values = (sum(sum(shape) for shape in matrices.values()) + widest) * max_rank
@@ -85,11 +86,10 @@ def check_config(document: bytes, *, max_rank: int) -> LoraConfig:
         config = parse_adapter_config(document)
     except UnservableError as error:
         raise UnfitAdapterError(str(error)) from None
-    if config.highest_rank > max_rank:
-        raise UnfitAdapterError(
-            f"the adapter's rank is {config.highest_rank} and the pool's engine.maxLoraRank is {max_rank}; "
-            "raise it or train with a lower rank"
-        )
+    try:
+        check_rank(config, max_rank, "the pool's engine.maxLoraRank")
+    except UnservableError as error:
+        raise UnfitAdapterError(f"{error}; raise it or train with a lower rank") from None
     return config
 
 
@@ -113,11 +113,9 @@ def check_header(text: bytes, size: int, config: LoraConfig, base: BaseWeights, 
     try:
         tensors = parse_header(text, size, bounds.tensors)
     except ValueError as error:
-        raise UnfitAdapterError(f"{WEIGHTS} {error}") from None
+        raise UnfitAdapterError(f"{ADAPTER_WEIGHTS} {error}") from None
     modules = _by_module(tensors)
     for module, parts in modules.items():
-        if set(parts) != {"A", "B"}:
-            raise UnfitAdapterError(f"{module} has only one of lora_A and lora_B")
         _check_module(module, parts["A"], parts["B"], config, base)
     return modules
 
@@ -131,7 +129,7 @@ def check_length(start: bytes, size: int, bounds: WeightBounds) -> int:
     try:
         return header_length(start, size, bounds.header)
     except ValueError as error:
-        raise UnfitAdapterError(f"{WEIGHTS} {error}") from None
+        raise UnfitAdapterError(f"{ADAPTER_WEIGHTS} {error}") from None
 
 
 def check_values(path: Path, modules: Modules, config: LoraConfig, base: BaseWeights, max_ratio: float) -> float:
@@ -196,22 +194,14 @@ def _gram(blocks: Iterator[NDArray[np.float64]], rank: int, part: str) -> tuple[
 
 
 def _by_module(tensors: dict[str, Tensor]) -> Modules:
-    if not tensors:
-        raise UnfitAdapterError(f"{WEIGHTS} holds no tensors")
-    modules: Modules = {}
+    try:
+        pairs = check_pairs(tensors)
+    except UnservableError as error:
+        raise UnfitAdapterError(str(error)) from None
     for name, tensor in tensors.items():
-        suffix = next((suffix for suffix in _PARTS if name.endswith(suffix)), None)
-        if suffix is None or not name.startswith(_PREFIX):
-            raise UnfitAdapterError(
-                f"the tensor {name} is none of a LoRA adapter: base_model.model.<module>.lora_A.weight and lora_B are"
-            )
         if tensor.dtype not in _TYPES:
             raise UnfitAdapterError(f"{name} is of type {tensor.dtype}; LoRA weights are F16, BF16 or F32")
-        parts = modules.setdefault(name.removeprefix(_PREFIX).removesuffix(suffix), {})
-        if _PARTS[suffix] in parts:
-            raise UnfitAdapterError(f"{name} is there twice, as the weight of a layer and of an embedding")
-        parts[_PARTS[suffix]] = tensor
-    return modules
+    return {module: {matrix: tensors[name] for matrix, name in pair.items()} for module, pair in pairs.items()}
 
 
 def _check_module(module: str, first: Tensor, second: Tensor, config: LoraConfig, base: BaseWeights) -> None:

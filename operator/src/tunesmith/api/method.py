@@ -11,7 +11,7 @@ from tunesmith.api.methods.full import FullFields
 from tunesmith.api.methods.ia3 import Ia3Fields
 from tunesmith.api.methods.lora import LoraFields
 from tunesmith.api.methods.p_tuning import PTuningFields
-from tunesmith.api.methods.peft import PeftFields
+from tunesmith.api.methods.peft import OTHER_METHODS, PeftFields
 from tunesmith.api.methods.prefix_tuning import PrefixTuningFields
 from tunesmith.api.methods.prompt_tuning import PromptTuningFields
 from tunesmith.api.methods.qlora import QloraFields
@@ -79,6 +79,14 @@ METHODS: dict[str, type[MethodFields]] = {
     for info in Method.model_fields.values()
 }
 """Every method's class of fields by its name in the manifest."""
+SERVED_TYPES = sorted(
+    {
+        str(traits.peft_type)
+        for traits in (*(fields.declared for fields in METHODS.values()), *OTHER_METHODS.values())
+        if traits is not None and traits.served
+    }
+)
+"""PEFT's types of the adapters that vLLM loads."""
 SHARDABLE = [name for name, fields in METHODS.items() if fields.sharding is not None]
 """Names of the methods under which the base's weights can be sharded over ranks, with some of their fields at least."""
 QUANTIZED_CEL = (

@@ -1,7 +1,8 @@
-"""Rules for an adapter's `adapter_config.json` that the engine can take safely.
+"""Rules for adapters that vLLM loads, and loads safely: `adapter_config.json` and the names of the weights.
 
-The trainer applies them before it publishes an adapter as servable, the agent before the engine loads one. The engine
-uses the keys of `rank_pattern` and `alpha_pattern` as regular expressions, so only literal module names are accepted.
+Validation applies them to what a job will save, the trainer to what it saved, and the agent before the engine loads it.
+The engine uses the keys of `rank_pattern` and `alpha_pattern` as regular expressions, so only literal module names are
+accepted.
 """
 
 from __future__ import annotations
@@ -9,16 +10,30 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from tunesmith.api.method import SERVED_TYPES
+from tunesmith.api.methods.lora import INITIALIZATIONS, Initialization
 from tunesmith.contracts.strict_json import parse_object
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
 T = TypeVar("T")
 
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+TENSOR_PREFIX = "base_model.model."
+"""What the name of every tensor begins with, before the module's."""
+TENSOR_SUFFIXES: dict[str, Literal["A", "B"]] = {
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_embedding_A": "A",
+    ".lora_embedding_B": "B",
+}
+"""What it ends with, after the module's name, and the matrix that it is."""
+MAX_RANK = 512
+"""Highest rank that vLLM can be started for (--max-lora-rank)."""
 MAX_CONFIG_BYTES = 256 * 1024
 MAX_PATTERNS = 256
 """Keys of each pattern: the engine compiles and matches them for every module."""
@@ -28,12 +43,25 @@ _MAX_NAMES = 4096
 _MAX_NAME = 256
 _MAX_TEXT = 1024
 _LITERAL = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*")
-_INITIALIZATIONS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
+_INITIALIZATIONS = frozenset(
+    traits.peft
+    for name, traits in INITIALIZATIONS.items()
+    if isinstance(traits.peft, str) and not traits.changes_base and name is not Initialization.LOFTQ
+)
 """Those that leave the base as it is."""
 
 
 class UnservableError(Exception):
-    """The engine must not load the adapter. The message is a sentence about the adapter."""
+    """The engine must not load the adapter. The message is a sentence about the adapter.
+
+    Args:
+        message: the sentence.
+        keys: keys of adapter_config.json that turn on what vLLM lacks.
+    """
+
+    def __init__(self, message: str, keys: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.keys = keys
 
 
 @dataclass(frozen=True)
@@ -94,12 +122,15 @@ def check_adapter_config(config: Mapping[str, Any]) -> LoraConfig:
     Raises:
         UnservableError: it has unknown keys or values, is not LoRA, or uses a feature that vLLM lacks.
     """
-    if config.get("peft_type") != "LORA":
-        raise UnservableError(f"the adapter's method is {_shown(config.get('peft_type'))}; vLLM serves LORA only")
+    if config.get("peft_type") not in SERVED_TYPES:
+        raise UnservableError(
+            f"vLLM loads {', '.join(SERVED_TYPES)} adapters only, and this is {_shown(config.get('peft_type'))}",
+            ("peft_type",),
+        )
     if config.get("task_type") is not None and config["task_type"] != "CAUSAL_LM":
         raise UnservableError(f"the adapter's task is {_shown(config['task_type'])}; CAUSAL_LM is needed")
     if used := _unsupported(config):
-        raise UnservableError(f"the adapter uses {', '.join(used)}; vLLM cannot serve that")
+        raise UnservableError(f"the adapter uses {', '.join(used.values())}; vLLM cannot serve that", tuple(used))
     for key, value in config.items():
         if key not in _ALLOWED:
             raise UnservableError(
@@ -121,13 +152,66 @@ def check_adapter_config(config: Mapping[str, Any]) -> LoraConfig:
     )
 
 
-def _unsupported(config: Mapping[str, Any]) -> list[str]:
-    used = [name for key, name in _UNSUPPORTED.items() if config.get(key)]
+def check_rank(config: LoraConfig, max_rank: int, limit: str) -> None:
+    """Check the highest rank of any module.
+
+    Args:
+        config: of the adapter.
+        max_rank: highest rank that is accepted.
+        limit: the limit's name in the message, such as "the pool's engine.maxLoraRank".
+
+    Raises:
+        UnservableError: it is higher.
+    """
+    if config.highest_rank > max_rank:
+        raise UnservableError(f"the adapter's rank is {config.highest_rank} and {limit} is {max_rank}", ("r",))
+
+
+def split_tensor_name(name: str) -> tuple[str, Literal["A", "B"]]:
+    """Module of the base model, and matrix, that a tensor of an adapter belongs to.
+
+    Raises:
+        UnservableError: it is not a tensor of a LoRA adapter.
+    """
+    suffix = next((suffix for suffix in TENSOR_SUFFIXES if name.endswith(suffix)), None)
+    if suffix is None or not name.startswith(TENSOR_PREFIX):
+        raise UnservableError(
+            f"the tensor {name} is none of a LoRA adapter: {TENSOR_PREFIX}<module>.lora_A.weight and lora_B are"
+        )
+    return name.removeprefix(TENSOR_PREFIX).removesuffix(suffix), TENSOR_SUFFIXES[suffix]
+
+
+def check_pairs(names: Iterable[str]) -> dict[str, dict[Literal["A", "B"], str]]:
+    """Check the names of an adapter's tensors; by module, the names of its two matrices.
+
+    Raises:
+        UnservableError: there is none, one is not a tensor of a LoRA adapter, or a module lacks one matrix or has two.
+    """
+    modules: dict[str, dict[Literal["A", "B"], str]] = {}
+    for name in names:
+        module, matrix = split_tensor_name(name)
+        matrices = modules.setdefault(module, {})
+        if matrix in matrices:
+            raise UnservableError(f"{name} is there twice, as the weight of a layer and of an embedding")
+        matrices[matrix] = name
+    if not modules:
+        raise UnservableError(f"{ADAPTER_WEIGHTS} holds no tensors")
+    for module, matrices in modules.items():
+        if len(matrices) != len(set(TENSOR_SUFFIXES.values())):
+            raise UnservableError(f"{module} has only one of lora_A and lora_B")
+    return modules
+
+
+def _unsupported(config: Mapping[str, Any]) -> dict[str, str]:
+    """Features that vLLM lacks, by the key that turns one on."""
+    used = {key: name for key, name in _UNSUPPORTED.items() if config.get(key)}
     if config.get("bias", "none") != "none":
-        used.append(f"bias={_shown(config['bias'])}")
+        used["bias"] = f"bias={_shown(config['bias'])}"
     initialization = config.get("init_lora_weights")
     if isinstance(initialization, str) and initialization.lower() not in _INITIALIZATIONS:
-        used.append(f"the initialization {_shown(initialization)}, which changes the base or is unknown")
+        used["init_lora_weights"] = (
+            f"the initialization {_shown(initialization)}, which changes the base or is unknown"
+        )
     return used
 
 

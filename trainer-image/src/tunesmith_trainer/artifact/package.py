@@ -18,6 +18,7 @@ from tunesmith.api.output import Merge
 from tunesmith.contracts.artifact import ArtifactAdapter, ArtifactBase, ArtifactFile, ArtifactManifest, digest_of
 from tunesmith.contracts.location import ARTIFACT_MANIFEST
 from tunesmith.contracts.parity import PARITY_FILE
+from tunesmith.contracts.servability import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tunesmith_trainer.artifact import card, curves, merge, parity
 from tunesmith_trainer.base_model import model
 from tunesmith_trainer.base_model.logits import relative_distance
@@ -25,7 +26,6 @@ from tunesmith_trainer.base_model.precision import dtype_of
 from tunesmith_trainer.errors import SelfCheckError
 from tunesmith_trainer.manifest import spec_digest
 from tunesmith_trainer.methods import conversion, full, servable
-from tunesmith_trainer.methods.conversion import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tunesmith_trainer.reporting.curve import CurvePoint
 from tunesmith_trainer.store import file_sha256
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from peft import LoraConfig
+from peft import AdaLoraConfig, LoraConfig
 from peft.tuners.lora.config import CordaConfig, EvaConfig, LoraGAConfig
 
 from tunesmith.api.methods.full import FullFields
@@ -13,7 +13,8 @@ from tunesmith.api.methods.lora import INITIALIZATIONS, Initialization, LoraFiel
 from tunesmith.api.methods.peft import PeftFields
 from tunesmith.api.output import Merge
 from tunesmith_trainer.errors import InvalidSpecError
-from tunesmith_trainer.methods import generic, limits, servable, typed, weightless
+from tunesmith_trainer.methods import generic, servable, typed, weightless
+from tunesmith_trainer.methods.conversion import published_config
 from tunesmith_trainer.methods.targets import (
     adapted,
     check_pattern,
@@ -24,11 +25,12 @@ from tunesmith_trainer.methods.targets import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from peft import PeftConfig
 
     from tunesmith.api.finetunejob import FineTuneJobSpec
+    from tunesmith.api.method import Method
     from tunesmith.api.finetunejob_status import ServableStatus
     from tunesmith_trainer.methods.targets import Modules
 
@@ -72,12 +74,12 @@ def plan_method(spec: FineTuneJobSpec, modules: Modules) -> Planned:
         planned = _lora(fields, modules, quantized=quantized)
     elif isinstance(fields, FullFields):
         planned = Planned(None, modules.parameters, [], {}, servable.WHOLE_MODEL)
-    elif isinstance(fields, PeftFields):
-        planned = _generic(fields, modules)
     else:
-        config = typed.config_of(fields, modules, quantized=quantized)
-        parameters, targets = typed.trained(fields, config, modules)
-        planned = _other(config, parameters, targets, modules)
+        if isinstance(fields, PeftFields):
+            config = generic.config_of(fields, modules)
+        else:
+            config = typed.config_of(spec.method.name, fields, modules, quantized=quantized)
+        planned = _other(spec.method, config, modules)
     _check_merge(spec, planned, modules)
     servable.require(spec, planned.servable)
     return planned
@@ -95,13 +97,24 @@ def parameters_at(rank: int | None, planned: Planned, spec: FineTuneJobSpec, mod
     return _lora(other, modules, quantized=spec.method.quantization is not None).parameters or 0
 
 
-def _generic(fields: PeftFields, modules: Modules) -> Planned:
-    config = generic.config_of(fields, modules)
-    kind = kind_of(config)
-    if kind in limits.UNCOUNTED or getattr(config, "monteclora_config", None) is not None:
-        return _other(config, None, sorted(_names(config)), modules)
-    model = weightless.wrapped(config, modules.config, f"peft {kind}")
-    return _other(config, weightless.trained_parameters(model), weightless.targets(model), modules)
+def _counted(method: Method, config: PeftConfig, modules: Modules) -> tuple[int | None, list[str]]:
+    """Number of trained parameters, and names of the modules that get an adapter, sorted."""
+    if not method.fields.traits.counted or getattr(config, "monteclora_config", None) is not None:
+        return None, sorted(_names(config))
+    if isinstance(config, AdaLoraConfig):
+        # Beside its matrices it has values that PEFT counts and nothing trains.
+        targets = sorted(_names(config))
+        shapes = adapted(targets, modules).values()
+        matrices = sum(config.init_r * (wide + high + 1) for wide, high in shapes)
+        return matrices + _saved(config.modules_to_save or [], modules), targets
+    name = f"peft {method.peft.peft_type}" if method.peft is not None else method.name
+    model = weightless.wrapped(config, modules.config, name)
+    return weightless.trained_parameters(model), weightless.targets(model)
+
+
+def _saved(names: Sequence[str], modules: Modules) -> int:
+    """Parameters of the modules that are trained whole."""
+    return sum(size for full, size in modules.sizes.items() if any(fits(full, name) for name in names))
 
 
 def _names(config: PeftConfig) -> list[str]:
@@ -109,22 +122,19 @@ def _names(config: PeftConfig) -> list[str]:
     return [named] if isinstance(named, str) else list(named or [])
 
 
-def _other(config: PeftConfig, parameters: int | None, targets: list[str], modules: Modules) -> Planned:
-    kind = kind_of(config)
+def _other(method: Method, config: PeftConfig, modules: Modules) -> Planned:
+    traits = method.fields.traits
+    parameters, names = _counted(method, config, modules)
+    targets = sorted({name.rsplit(".", 1)[-1] for name in names})
     begun = [getattr(config, key, True) for key in ("init_weights", "init_lora_weights", "init_ia3_weights")]
     return Planned(
         config,
         parameters,
         targets,
         adapted(targets, modules),
-        servable.other(kind, config.to_dict(), mergeable=kind not in limits.NOT_MERGED),
-        identity=kind not in limits.CHANGES_AT_FIRST and False not in begun,
+        servable.verdict(method.fields, published_config(config.to_dict(), names, doubled=False)),
+        identity=traits.identity_at_start and False not in begun,
     )
-
-
-def kind_of(config: PeftConfig) -> str:
-    """PEFT's name of the method, such as LORA."""
-    return str(getattr(config.peft_type, "value", config.peft_type))
 
 
 def _check_merge(spec: FineTuneJobSpec, planned: Planned, modules: Modules) -> None:
@@ -132,12 +142,11 @@ def _check_merge(spec: FineTuneJobSpec, planned: Planned, modules: Modules) -> N
         return
     if planned.config is None:
         raise InvalidSpecError("output.merge: method.full makes whole weights, there is nothing to merge: remove it")
-    kind = kind_of(planned.config)
-    if kind in limits.NOT_MERGED:
+    not_merged = spec.method.fields.traits.not_merged
+    if not_merged is not None:
         raise InvalidSpecError(
             f"output.merge: what {spec.method.peft.type if spec.method.peft else spec.method.name} trains cannot be "
-            "merged into the base's weights, "
-            f"{limits.NOT_MERGED[kind]}: remove output.merge, or use another method"
+            f"merged into the base's weights, {not_merged}: remove output.merge, or use another method"
         )
     if planned.doubled and not planned.identity and spec.output.merge is Merge.DEQUANTIZED:
         raise InvalidSpecError(
@@ -171,31 +180,17 @@ def _lora(fields: LoraFields, modules: Modules, *, quantized: bool) -> Planned:
         more["corda_config"] = CordaConfig(corda_method="ipm")
     elif chosen is Initialization.LORA_GA:
         more["lora_ga_config"] = LoraGAConfig()
-    config = LoraConfig(
-        r=fields.rank,
-        lora_alpha=fields.alpha,
-        lora_dropout=fields.dropout,
-        target_modules=list(targets),
-        use_rslora=fields.rs_lora,
-        use_dora=fields.dora,
-        rank_pattern=dict(fields.rank_pattern or {}),
-        alpha_pattern=dict(fields.alpha_pattern or {}),
-        modules_to_save=list(saved) or None,
-        # LoftQ begins once the base is there in 4 bits.
-        init_lora_weights=True if chosen is Initialization.LOFTQ else INITIALIZATIONS[chosen].peft,
-        bias="none",
-        task_type="CAUSAL_LM",
-        **more,
-    )
-    parameters = sum(modules.sizes[name] for name in modules.sizes if any(fits(name, one) for one in saved))
+    elif chosen is Initialization.LOFTQ:
+        more["init_lora_weights"] = True  # it begins once the base is there in 4 bits
+    values = fields.peft_values() | {"target_modules": list(targets)} | more
+    config = LoraConfig(bias="none", task_type="CAUSAL_LM", **values)
+    parameters = _saved(saved, modules)
     for name, (wide, high) in shapes.items():
         # MiCA trains A alone; DoRA adds a magnitude per output.
         parameters += ranks[name] * (wide if chosen is Initialization.MICA else wide + high)
         parameters += high if fields.dora else 0
     doubled = INITIALIZATIONS[chosen].changes_base or chosen is Initialization.LOFTQ
-    verdict = servable.lora(
-        {name: rank * (2 if doubled else 1) for name, rank in ranks.items()}, dora=fields.dora, saved=saved
-    )
+    verdict = servable.verdict(fields, published_config(config.to_dict(), sorted(shapes), doubled=doubled))
     identity = chosen is not Initialization.LOFTQ
     return Planned(config, parameters, targets, shapes, verdict, ranks, identity=identity, doubled=doubled)
 

@@ -19,14 +19,12 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tunesmith.contracts.servability import is_literal
+from tunesmith.contracts.servability import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TENSOR_PREFIX, is_literal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _initial: WeakKeyDictionary[PeftModel, dict[str, torch.Tensor]] = WeakKeyDictionary()
 """Of models whose base was changed: the adapter as it was at first, by parameter name."""
 
@@ -71,10 +69,22 @@ def save(model: PeftModel, folder: Path) -> None:
         model.peft_config[model.active_adapter].save_pretrained(str(folder))
     path = folder / ADAPTER_CONFIG
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["inference_mode"] = True
+    config = published_config(config, _lora_modules(folder / ADAPTER_WEIGHTS), doubled=initial is not None)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def published_config(config: Mapping[str, Any], modules: Sequence[str], *, doubled: bool) -> dict[str, Any]:
+    """Content of the adapter_config.json that is published.
+
+    Args:
+        config: content of PEFT's.
+        modules: full names of the modules that have LoRA matrices.
+        doubled: True if the adapter is saved less what it began as, with twice the rank.
+    """
+    config = {**config, "inference_mode": True}
     if isinstance(config.get("init_lora_weights"), str):
         config |= {"init_lora_weights": True, "eva_config": None, "corda_config": None, "lora_ga_config": None}
-    if initial is not None:
+    if doubled:
         # The scale is alpha / rank, or alpha / √rank.
         alpha = math.sqrt(2) if config["use_rslora"] else 2
         config["r"] *= 2
@@ -89,21 +99,25 @@ def save(model: PeftModel, folder: Path) -> None:
         config["prompt_tuning_init"] = "RANDOM"
     # PEFT keeps sets, whose order differs from run to run.
     for key in ("target_modules", "exclude_modules", "feedforward_modules"):
-        if isinstance(config.get(key), list):
+        if isinstance(config.get(key), list | set):
             config[key] = sorted(config[key])
     if config["peft_type"] == "LORA":
-        config |= _literal(config, folder / ADAPTER_WEIGHTS)
-    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+        config |= _literal(config, modules)
+    return config
 
 
-def _literal(config: Mapping[str, Any], weights: Path) -> dict[str, Any]:
+def _lora_modules(weights: Path) -> list[str]:
+    """Full names of the modules that have LoRA matrices in a file, sorted."""
+    with safe_open(weights, framework="pt") as tensors:
+        ends = [name.removeprefix(TENSOR_PREFIX) for name in tensors.keys()]  # noqa: SIM118 - not a dict
+    return sorted({name.removesuffix(".lora_A.weight") for name in ends if name.endswith(".lora_A.weight")})
+
+
+def _literal(config: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
     """Fields that name modules by regular expressions, with the names of the adapter's modules instead.
 
     Engines use such expressions as they are, and one can keep an engine busy for ever.
     """
-    with safe_open(weights, framework="pt") as tensors:
-        ends = [name.removeprefix("base_model.model.") for name in tensors.keys()]  # noqa: SIM118 - not a dict
-    modules = sorted({name.removesuffix(".lora_A.weight") for name in ends if name.endswith(".lora_A.weight")})
     changed: dict[str, Any] = {}
     for key in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(key) or {}
@@ -111,7 +125,7 @@ def _literal(config: Mapping[str, Any], weights: Path) -> dict[str, Any]:
             found = {module: get_pattern_key(pattern.keys(), module) for module in modules}
             changed[key] = {module: pattern[name] for module, name in found.items() if name in pattern}
     if isinstance(config.get("target_modules"), str) and not is_literal(config["target_modules"]):
-        changed |= {"target_modules": modules, "layers_to_transform": None, "layers_pattern": None}
+        changed |= {"target_modules": list(modules), "layers_to_transform": None, "layers_pattern": None}
     if isinstance(config.get("exclude_modules"), str) and not is_literal(config["exclude_modules"]):
         changed["exclude_modules"] = None
     return changed

@@ -9,8 +9,11 @@ import typing
 from typing import TYPE_CHECKING, Any
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import PeftType
 from pydantic import TypeAdapter, ValidationError
 
+from tunesmith.api.method import METHODS
+from tunesmith.api.methods.lora import LORA, Initialization, initialization_of
 from tunesmith_trainer.errors import InvalidSpecError
 from tunesmith_trainer.methods import limits
 from tunesmith_trainer.methods.targets import check_named_modules, check_saved_modules
@@ -20,27 +23,44 @@ if TYPE_CHECKING:
 
     from peft import PeftConfig
 
+    from tunesmith.api.methods.declaration import MethodTraits
     from tunesmith.api.methods.peft import PeftFields
     from tunesmith_trainer.methods.targets import Modules
 
 _ABSENT: tuple[Any, ...] = (None, False, [])
 
 
-def type_of(asked: str) -> str:
-    """PEFT's name of a method.
+def config_class(peft_type: str) -> type[PeftConfig]:
+    """PEFT's configuration class of a method, by PEFT's name of it."""
+    found: type[PeftConfig] = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(peft_type)]
+    return found
+
+
+def traits_of(fields: PeftFields) -> MethodTraits:
+    """Traits of the chosen type.
 
     Raises:
-        InvalidSpecError: there is none, or it cannot be trained here.
+        InvalidSpecError: PEFT has no such type, or it cannot be trained.
     """
     known = [kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING]
-    name = asked.upper().replace("-", "_")
+    name = fields.peft_type
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(known))}"
-        raise InvalidSpecError(f"method.peft.type: PEFT has no method {asked}; {hint}")
-    if name in limits.REFUSED:
-        raise InvalidSpecError(f"method.peft.type: {name} is not possible, {limits.REFUSED[name]}")
-    return name
+        raise InvalidSpecError(f"method.peft.type: PEFT has no method {fields.type}; {hint}")
+    refused = fields.traits.refused or _own_fields(name)
+    if refused is not None:
+        raise InvalidSpecError(f"method.peft.type: {name} is not possible, {refused}")
+    return fields.traits
+
+
+def _own_fields(peft_type: str) -> str | None:
+    """Reason to refuse a type that is a method of its own; None: it is not one, or has variants that method.peft takes."""
+    for name, fields in METHODS.items():
+        traits = fields.declared
+        if traits is not None and traits.peft_type == peft_type and not traits.takes_peft_config:
+            return f"it has fields of its own here: use method.{name}"
+    return None
 
 
 def config_of(fields: PeftFields, modules: Modules) -> PeftConfig:
@@ -50,24 +70,24 @@ def config_of(fields: PeftFields, modules: Modules) -> PeftConfig:
         InvalidSpecError: a key is unknown, refused or of the wrong type, a name fits no module of the base, or the
             method cannot be trained in 4 bits.
     """
-    kind = type_of(fields.type)
+    traits = traits_of(fields)
     quantized = fields.quantization is not None
-    if quantized and kind in limits.NOT_IN_4_BITS:
+    if quantized and traits.not_quantized is not None:
         raise InvalidSpecError(
-            f"method.peft: {kind} cannot be trained on a base in 4 bits, {limits.NOT_IN_4_BITS[kind]}: remove "
+            f"method.peft: {traits.peft_type} cannot be trained on a base in 4 bits, {traits.not_quantized}: remove "
             "quantization, or use method.qlora"
         )
     _refuse(fields.config, "config")
-    if kind == "LORA":
+    if traits is LORA:
         _check_lora(fields.config, quantized=quantized)
-    cls = PEFT_TYPE_TO_CONFIG_MAPPING[next(one for one in PEFT_TYPE_TO_CONFIG_MAPPING if one.value == kind)]
+    cls = config_class(fields.peft_type)
     values = _typed(cls, fields.config, "config")
     for key in ("target_modules", "feedforward_modules", "exclude_modules"):
         check_named_modules(f"peft.config.{key}", fields.config.get(key), modules)
     saved = fields.config.get("modules_to_save") or []
     check_saved_modules(saved, fields.config.get("target_modules") or [], modules, quantized=quantized)
     try:
-        config: PeftConfig = cls(task_type="CAUSAL_LM", **values)
+        config = cls(task_type="CAUSAL_LM", **values)
     except (ValueError, TypeError, ImportError) as error:
         raise InvalidSpecError(f"method.peft.config: {' '.join(str(error).split())[:300]}") from None
     return config
@@ -90,9 +110,11 @@ def _check_lora(config: Mapping[str, Any], *, quantized: bool) -> None:
             raise InvalidSpecError(f"method.peft.config.{key} is not possible, {why}")
     begin = config.get("init_lora_weights")
     if isinstance(begin, str):
-        known = next((said for name, said in limits.LORA_BEGINNINGS.items() if begin.lower().startswith(name)), None)
+        found = initialization_of(begin)
+        method = "method.qlora" if found is Initialization.LOFTQ else "method.lora"
         raise InvalidSpecError(
-            f"method.peft.config.init_lora_weights is true or false here: for {begin!r} use {known or 'method.lora'}"
+            f"method.peft.config.init_lora_weights is true or false here: for {begin!r} use {method}"
+            + (f".initialization: {found}" if found is not None else "")
         )
     for key, why in limits.LORA_NOT_IN_4_BITS.items():
         if quantized and config.get(key) is not None:

@@ -1,6 +1,6 @@
 """Whether vLLM can load what a method produces: decided before training, and confirmed on the files after it.
 
-The rules for adapter_config.json are those of `tunesmith.contracts.servability`, which the agents of pools apply too.
+The rules are those of `tunesmith.contracts.servability`, which the agents of pools apply too.
 """
 
 from __future__ import annotations
@@ -11,19 +11,26 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 
 from tunesmith.api.finetunejob_status import ServableStatus
+from tunesmith.api.methods.lora import LoraFields
 from tunesmith.api.output import Servable
-from tunesmith.contracts.servability import UnservableError, check_adapter_config
+from tunesmith.contracts.servability import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    MAX_RANK,
+    UnservableError,
+    check_adapter_config,
+    check_pairs,
+    check_rank,
+)
 from tunesmith_trainer.errors import NotServableError, SelfCheckError
-from tunesmith_trainer.methods.conversion import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from tunesmith.api.finetunejob import FineTuneJobSpec
+    from tunesmith.api.methods.declaration import MethodFields
 
-MAX_RANK = 512
-"""vLLM's highest max_lora_rank."""
 _MERGED = "serve merged weights (output.merge) as a model of its own"
 _YES = ServableStatus(vllm=True)
 WHOLE_MODEL = ServableStatus(
@@ -32,52 +39,39 @@ WHOLE_MODEL = ServableStatus(
     "method.lora",
 )
 """The verdict on full fine-tuning."""
+_REMEDIES = {
+    "use_dora": "leave out dora (rsLora is the nearest that it serves)",
+    "modules_to_save": "leave out modulesToSave",
+    "r": "lower rank",
+}
+"""Changes of method.lora and method.qlora, by the key of adapter_config.json that vLLM does not take."""
 
 
-def lora(ranks: Mapping[str, int], *, dora: bool, saved: Sequence[str]) -> ServableStatus:
-    """The verdict on LoRA.
+def verdict(fields: MethodFields, config: Mapping[str, Any]) -> ServableStatus:
+    """The verdict on an adapter that is yet to be trained.
 
     Args:
-        ranks: module → rank, as it will be saved.
-        dora: magnitude and direction are trained apart.
-        saved: modules that are trained whole.
+        fields: the method's.
+        config: content of its adapter_config.json as it will be published.
     """
-    if dora:
-        return _no(f"vLLM does not load DoRA: leave out dora (rsLora is the nearest that it serves), or {_MERGED}")
-    if saved:
-        return _no(f"vLLM does not load modules that are trained whole: leave out modulesToSave, or {_MERGED}")
-    highest = max(ranks.values())
-    if highest > MAX_RANK:
-        return _no(f"the adapter is saved with rank {highest} and vLLM loads at most {MAX_RANK}: lower rank")
+    try:
+        # Of an adapter that has target_modules only once PEFT has chosen them.
+        _check(config if config.get("target_modules") else {**config, "target_modules": ["chosen-by-peft"]})
+    except UnservableError as error:
+        return _no(f"{error}: {_remedy(fields, error.keys)}")
     return _YES
 
 
-def other(kind: str, config: Mapping[str, Any], *, mergeable: bool) -> ServableStatus:
-    """The verdict on what is not one of `method.lora` and `method.qlora`.
-
-    Args:
-        kind: PEFT's name of the method.
-        config: content of its adapter_config.json.
-        mergeable: whether the adapter can be merged into the base.
-    """
-    if kind == "LORA":
-        verdict = of_files(_named(config), [])
-        return verdict if verdict.vllm else _no(f"{verdict.reason}: use method.lora, or {_MERGED}")
-    mend = f"use method.lora, or {_MERGED}" if mergeable else "use method.lora; this one cannot be merged either"
-    return _no(f"vLLM loads LoRA adapters only, and this is {kind}: {mend}")
+def _remedy(fields: MethodFields, keys: Sequence[str]) -> str:
+    if fields.traits.not_merged is not None:
+        return "use method.lora; this one cannot be merged either"
+    known = _REMEDIES if isinstance(fields, LoraFields) else {}
+    changes = [known[key] for key in keys if key in known] or ["use method.lora"]
+    return f"{' and '.join(changes)}, or {_MERGED}"
 
 
-def _named(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration as it will be saved: lists for sets, and names where it has regular expressions."""
-    named = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    if isinstance(named.get("target_modules"), str) or not named.get("target_modules"):
-        named["target_modules"] = ["chosen-by-peft"]
-    if isinstance(named.get("exclude_modules"), str):
-        named["exclude_modules"] = None
-    for key in ("rank_pattern", "alpha_pattern"):
-        patterns: dict[str, Any] = config.get(key) or {}
-        named[key] = {f"module-{number}": value for number, value in enumerate(patterns.values())}
-    return named
+def _check(config: Mapping[str, Any]) -> None:
+    check_rank(check_adapter_config(config), MAX_RANK, "the highest that vLLM loads")
 
 
 def require(spec: FineTuneJobSpec, verdict: ServableStatus) -> None:
@@ -108,21 +102,17 @@ def confirm(folder: Path, before: ServableStatus) -> ServableStatus:
 
 
 def of_files(config: Mapping[str, Any], tensors: Sequence[str]) -> ServableStatus:
-    """The verdict by the rules of vLLM's loader.
+    """The verdict on a saved adapter.
 
     Args:
         config: content of adapter_config.json.
         tensors: names in adapter_model.safetensors.
     """
     try:
-        checked = check_adapter_config(config)
+        _check(config)
+        check_pairs(tensors)
     except UnservableError as error:
         return _no(str(error))
-    odd = [name for name in tensors if not name.endswith((".lora_A.weight", ".lora_B.weight"))]
-    if odd:
-        return _no(f"the adapter holds {odd[0]}, which vLLM does not know")
-    if checked.highest_rank > MAX_RANK:
-        return _no(f"the adapter's rank is {checked.highest_rank} and vLLM loads at most {MAX_RANK}")
     return _YES
 
 

@@ -44,6 +44,5 @@ def trained_parameters(model: PeftModel) -> int:
 
 
 def targets(model: PeftModel) -> list[str]:
-    """Last parts of the names of the modules that have an adapter, sorted; none for a method that adds to prompts."""
-    names: list[str] = getattr(model.base_model, "targeted_module_names", [])
-    return sorted({name.rsplit(".", 1)[-1] for name in names})
+    """Full names of the modules that have an adapter, sorted; none for a method that adds to prompts."""
+    return sorted(getattr(model.base_model, "targeted_module_names", []))

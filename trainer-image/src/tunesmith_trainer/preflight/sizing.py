@@ -11,9 +11,7 @@ from tunesmith.api.dataset import Overlong
 from tunesmith.api.finetunejob_status import PeakParts, Verdict
 from tunesmith.api.hyperparameters import Optimizer, Precision
 from tunesmith.api.methods.lora import INITIALIZATIONS, LoraFields
-from tunesmith.api.methods.peft import PeftFields
 from tunesmith.api.placement import DataParallelism
-from tunesmith_trainer.methods import limits
 from tunesmith_trainer.preflight.fitting import Settings, changes, decide, options
 from tunesmith_trainer.preflight.memory import Estimate, Run, Shape, estimate, verdict
 
@@ -294,17 +292,14 @@ def _words(name: str, value: int, method: str, dropped: int, rows: int) -> str:
 
 def can_recompute(spec: FineTuneJobSpec) -> bool:
     """Whether activations can be computed again: not where an adapter lives in the keys and values of the layers."""
-    peft = spec.method.peft
-    return spec.method.prefix_tuning is None and (peft is None or peft.type.upper() != "CARTRIDGE")
+    return spec.method.fields.traits.recomputable
 
 
 def _can_quantize(spec: FineTuneJobSpec) -> bool:
     fields = spec.method.fields
     if isinstance(fields, LoraFields):
         return INITIALIZATIONS[fields.initialization].in_4_bits
-    if isinstance(fields, PeftFields):
-        return fields.type.upper() not in limits.NOT_IN_4_BITS
-    return True
+    return fields.traits.not_quantized is None
 
 
 def gibibytes(size: int) -> str:
