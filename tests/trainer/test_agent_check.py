@@ -61,9 +61,10 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+_EMBEDDING_AND_LAYERS = ["embed_tokens", *_QV]
 OTHERS = {
     "an embedding": {"peft": {"type": "LORA", "config": {"r": 4, "target_modules": ["embed_tokens"]}}},
-    "an embedding and a layer": {"peft": {"type": "LORA", "config": {"r": 4, "target_modules": ["embed_tokens", *_QV]}}},
+    "an embedding and a layer": {"peft": {"type": "LORA", "config": {"r": 4, "target_modules": _EMBEDDING_AND_LAYERS}}},
     "a rank above all pools'": {"peft": {"type": "LORA", "config": {"r": MAX_RANK + 1, "target_modules": ["q_proj"]}}},
     "modules by their ending": {"peft": {"type": "LORA", "config": {"r": 4, "target_modules": "all-linear"}}},
     "DoRA and a saved module": {"lora": {"dora": True, "targetModules": _QV, "modulesToSave": ["lm_head"]}},
@@ -101,7 +102,7 @@ def refusal(artifact: Path, base: Path, work: Path) -> str | None:
     manifest = ArtifactManifest(
         files=files,
         base=ArtifactBase(fingerprint=FINGERPRINT, uri="s3://tunesmith/models/tiny"),
-        adapter=ArtifactAdapter(method="lora", rank=rank if isinstance(rank, int) else None, alpha=None, target_modules=[]),
+        adapter=ArtifactAdapter(method="lora", rank=rank or None, target_modules=[]),
         dataset_digest="sha256:" + "0" * 64,
         hyperparameters={},
         versions={},

@@ -173,7 +173,8 @@ def fetch_artifact(
     shutil.rmtree(incoming, ignore_errors=True)
     incoming.mkdir()
     try:
-        if source.download(ADAPTER_WEIGHTS, incoming / ADAPTER_WEIGHTS, weights.size_bytes, steps.progress) != weights.sha256:
+        received = source.download(ADAPTER_WEIGHTS, incoming / ADAPTER_WEIGHTS, weights.size_bytes, steps.progress)
+        if received != weights.sha256:
             raise _changed(ADAPTER_WEIGHTS)
         (incoming / ADAPTER_CONFIG).write_bytes(config_bytes)
         (incoming / ARTIFACT_MANIFEST).write_bytes(manifest_bytes)
@@ -240,7 +241,8 @@ def _check_files(files: Mapping[str, ArtifactFile], limits: PodLimits, bounds: W
             raise UnfitAdapterError(f"{ARTIFACT_MANIFEST} lists {name[:80]!a}, which is no plain file name")
         if name != ADAPTER_WEIGHTS and PurePosixPath(name).suffix not in ALLOWED_SUFFIXES:
             raise UnfitAdapterError(
-                f"{ARTIFACT_MANIFEST} lists {name[:80]!a}; weights travel as {ADAPTER_WEIGHTS} only, never as code or pickle"
+                f"{ARTIFACT_MANIFEST} lists {name[:80]!a}; weights travel as {ADAPTER_WEIGHTS} only, never as code or "
+                "pickle"
             )
     if missing := {ADAPTER_CONFIG, ADAPTER_WEIGHTS} - set(files):
         raise UnfitAdapterError(f"the artifact has no {' and no '.join(sorted(missing))}")

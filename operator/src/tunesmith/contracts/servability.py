@@ -209,9 +209,7 @@ def _unsupported(config: Mapping[str, Any]) -> dict[str, str]:
         used["bias"] = f"bias={_shown(config['bias'])}"
     initialization = config.get("init_lora_weights")
     if isinstance(initialization, str) and initialization.lower() not in _INITIALIZATIONS:
-        used["init_lora_weights"] = (
-            f"the initialization {_shown(initialization)}, which changes the base or is unknown"
-        )
+        used["init_lora_weights"] = f"the initialization {_shown(initialization)}, which changes the base or is unknown"
     return used
 
 

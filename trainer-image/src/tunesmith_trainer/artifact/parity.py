@@ -11,8 +11,8 @@ from accelerate.utils import get_max_memory
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from tunesmith.contracts.servability import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tunesmith.contracts.parity import Parity, ParityPosition, ParityProbe, TokenLogProbability
+from tunesmith.contracts.servability import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tunesmith_trainer.artifact.main_memory import available_memory
 from tunesmith_trainer.artifact.offloaded import hold_adapter, is_offloaded, read_by_layer
 from tunesmith_trainer.base_model.logits import batch_of_one, last_logits, products

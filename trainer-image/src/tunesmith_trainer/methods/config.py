@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
     from tunesmith.api.finetunejob import FineTuneJobSpec
-    from tunesmith.api.method import Method
     from tunesmith.api.finetunejob_status import ServableStatus
+    from tunesmith.api.method import Method
     from tunesmith_trainer.methods.targets import Modules
 
 _EMBEDDING = "embed_tokens"

@@ -55,7 +55,7 @@ def traits_of(fields: PeftFields) -> MethodTraits:
 
 
 def _own_fields(peft_type: str) -> str | None:
-    """Reason to refuse a type that is a method of its own; None: it is not one, or has variants that method.peft takes."""
+    """Reason to refuse a type that is a method of its own; None: it is not, or has variants that method.peft takes."""
     for name, fields in METHODS.items():
         traits = fields.declared
         if traits is not None and traits.peft_type == peft_type and not traits.takes_peft_config:

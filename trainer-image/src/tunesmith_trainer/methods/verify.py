@@ -63,7 +63,9 @@ def check_parameters(model: PeftModel, planned: Planned) -> None:
         raise SelfCheckError(f"{strange[0]} is trained and is not of the adapter")
     if planned.parameters is not None and count != planned.parameters:
         raise SelfCheckError(f"the adapter has {count} trainable parameters where {planned.parameters} are expected")
-    missing = [part for part in must if not any(part in name for name in trained)]
+    # LoRA's matrices of an embedding have names of their own.
+    names = [name.replace(".lora_embedding_", ".lora_") for name in trained]
+    missing = [part for part in must if not any(part in name for name in names)]
     if missing:
         raise SelfCheckError(f"no parameter named {missing[0].strip('.')} is trained, which the method needs")
     if isinstance(config, LoraConfig) and planned.ranks:
