@@ -149,6 +149,15 @@ def test_validation_and_agent_give_the_same_reason(base_model: Path, tmp_path: P
     assert trial.servable.reason.startswith(f"{refused}: leave out dora")
 
 
+def test_an_expression_for_an_embedding_and_layers_is_saved_as_names(base_model: Path, tmp_path: Path) -> None:
+    config = {"r": 4, "target_modules": r".*(embed_tokens|layers\.0\.self_attn\.q_proj)"}
+    trial = try_method({"peft": {"type": "LORA", "config": config}}, base_model, tmp_path / "adapter", steps=1)
+    saved = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert saved["target_modules"] == ["model.embed_tokens", "model.layers.0.self_attn.q_proj"]
+    assert trial.servable.vllm
+    assert refusal(tmp_path / "adapter", base_model, tmp_path / "adapters") is None
+
+
 def test_expressions_are_saved_as_names(base_model: Path, tmp_path: Path) -> None:
     try_method(METHODS["expressions"], base_model, tmp_path / "adapter", steps=1)
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())

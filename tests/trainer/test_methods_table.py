@@ -1,16 +1,24 @@
-"""docs/methods.md says of each method what the CPU stage says; `make verify-methods` measures the rest."""
+"""docs/methods.md says of each method what the CPU stage says; `make verify-methods` measures the rest.
+
+The methods' declarations name what the installed PEFT has.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 from methods_cases import CASES, Case
 from methods_rig import plan
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from pydantic import ValidationError
 
+from tunesmith.api.method import METHODS
+from tunesmith.api.methods.peft import OTHER_METHODS
 from tunesmith_trainer.errors import InvalidSpecError
+from tunesmith_trainer.methods.generic import config_class
 
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
 TRAINS, TRAINS_IN_4_BITS, VLLM = 3, 6, 9
@@ -46,3 +54,20 @@ def test_the_table_says_what_the_validation_does(case: Case, table: dict[str, li
 
 def test_the_table_has_no_other_methods(table: dict[str, list[str]]) -> None:
     assert list(table) == [case.name for case in CASES]
+
+
+TYPED = {name: fields for name, fields in METHODS.items() if fields.declared and fields.declared.peft_type}
+
+
+def test_every_type_of_peft_is_declared() -> None:
+    typed = {str(fields.declared.peft_type) for fields in TYPED.values() if fields.declared}
+    assert typed | OTHER_METHODS.keys() == {kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
+
+
+@pytest.mark.parametrize("name", TYPED)
+def test_every_declared_name_is_a_field_of_pefts_configuration(name: str) -> None:
+    declared = TYPED[name].declared
+    assert declared is not None
+    keys = {field.name for field in dataclasses.fields(config_class(str(declared.peft_type)))}
+    assert {peft.key for peft in TYPED[name].peft_names.values()} <= keys
+    assert declared.decided_by_training <= keys

@@ -19,7 +19,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tunesmith.contracts.servability import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TENSOR_PREFIX, is_literal
+from tunesmith.contracts.servability import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TENSOR_PREFIX, TENSOR_SUFFIXES, is_literal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -109,8 +109,9 @@ def published_config(config: Mapping[str, Any], modules: Sequence[str], *, doubl
 def _lora_modules(weights: Path) -> list[str]:
     """Full names of the modules that have LoRA matrices in a file, sorted."""
     with safe_open(weights, framework="pt") as tensors:
-        ends = [name.removeprefix(TENSOR_PREFIX) for name in tensors.keys()]  # noqa: SIM118 - not a dict
-    return sorted({name.removesuffix(".lora_A.weight") for name in ends if name.endswith(".lora_A.weight")})
+        names = [name.removeprefix(TENSOR_PREFIX) for name in tensors.keys()]  # noqa: SIM118 - not a dict
+    ends = [suffix for suffix, matrix in TENSOR_SUFFIXES.items() if matrix == "A"]
+    return sorted({name.removesuffix(end) for name in names for end in ends if name.endswith(end)})
 
 
 def _literal(config: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
