@@ -95,6 +95,9 @@ def test_a_changed_chart_needs_another_version(tmp_path: Path) -> None:
     charts = tmp_path / "charts"
     shutil.copytree(CHART.parent, charts)
     shutil.copy(CHART.parents[1] / "CHANGELOG.md", tmp_path)
+    for package in ("operator", "trainer-image", "server-image"):
+        (tmp_path / package).mkdir()
+        shutil.copy(CHART.parents[1] / package / "pyproject.toml", tmp_path / package)
 
     def check(*arguments: str) -> tuple[int, str]:
         command = [sys.executable, charts / "versions.py", *arguments]
