@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import permutations
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from gateway_rig import adapter_manifest, pool_manifest
-from tunesmith.contracts.apikey import ApiKey, key_digest
+from tunesmith.contracts.apikey import ApiKey, key_digest, key_record
+from tunesmith.contracts.labels import POOL_LABEL, POOL_UID_LABEL
 from tunesmith.gateway.catalog import Catalog
 from tunesmith.gateway.errors import ApiError
+from tunesmith.gateway.feed import Feed
 from tunesmith.gateway.keys import KeyTable
 
 KEY = ApiKey(name="k", digest=b"", home="team", namespaces=frozenset({"team"}), models=None)
@@ -98,29 +101,102 @@ def test_what_does_not_fit_the_schema_is_forgotten(catalog: Catalog) -> None:
     assert catalog.visible(KEY) == []
 
 
-def test_random_changes_leave_the_indexes_as_a_fresh_catalog_has_them() -> None:
-    numbers = random.Random(7)  # noqa: S311 - repeatable, no secret
-    changed, objects = Catalog({"platform"}), dict[tuple[str, str, str], dict[str, Any]]()
-    for _ in range(2000):
-        namespace, name = numbers.choice(["team", "platform"]), f"n{numbers.randrange(12)}"
-        model, created = f"m{numbers.randrange(6)}", f"2026-01-0{numbers.randrange(1, 5)}T00:00:00Z"
-        if numbers.random() < 0.5:
-            document = adapter_manifest(name, namespace, model=model, created=created)
-        else:
-            document = pool_manifest(name, namespace, model=model, open_to=numbers.choice(["All", "Same"]))
-            document["metadata"]["creationTimestamp"] = created
-        place = (document["kind"], namespace, name)
+def _random_document(numbers: random.Random) -> dict[str, Any]:
+    namespace, name = numbers.choice(["team", "platform"]), f"n{numbers.randrange(12)}"
+    model = f"m{numbers.randrange(6)}"
+    kind = numbers.choice(["AdapterDeployment", "AdapterDeployment", "ServingPool", "Pod"])
+    if kind == "Pod":
+        uid = numbers.choice([f"uid-pool-{namespace}-{name}", "uid-of-another"])
+        labels = {POOL_LABEL: name, POOL_UID_LABEL: uid}
+        metadata = {"name": f"p{numbers.randrange(4)}", "namespace": namespace, "uid": "u", "labels": labels}
+        address = numbers.choice([{}, {"podIP": "10.0.0.1"}, {"podIP": "10.0.0.2", "phase": "Failed"}])
+        return {"kind": "Pod", "metadata": metadata, "status": address}
+    if kind == "ServingPool":
+        document = pool_manifest(name, namespace, model=model, open_to=numbers.choice(["All", "Same"]))
+        document["metadata"]["uid"] = f"uid-pool-{namespace}-{name}"
+    else:
+        document = adapter_manifest(name, namespace, model=model, digests=numbers.choice([(), ("a",), ("b", "a")]))
+    document["metadata"]["creationTimestamp"] = numbers.choice([None, "2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z"])
+    if numbers.random() < 0.1:
+        document["spec"] = {"modelName": 7}
+    return document
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_after_any_changes_the_catalog_equals_one_read_from_scratch(seed: int) -> None:
+    numbers = random.Random(seed)  # noqa: S311 - repeatable, no secret
+    catalog = Catalog({"platform"})
+    feed = _feed(KeyTable(), catalog)
+    objects: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for step in range(600):
+        document = _random_document(numbers)
+        place = (document["kind"], document["metadata"]["namespace"], document["metadata"]["name"])
         if numbers.random() < 0.3:
             objects.pop(place, None)
-            remove = changed.remove_pool if document["kind"] == "ServingPool" else changed.remove_adapter
-            remove(document)
+            feed.take(document["kind"], "DELETED", document)
         else:
             objects[place] = document
-            put(changed, document)
+            feed.take(document["kind"], "MODIFIED", document)
+        if step % 50 == 0:
+            _assert_equal(catalog, objects, numbers)
+    _assert_equal(catalog, objects, numbers)
+
+
+def _assert_equal(catalog: Catalog, objects: dict[Any, dict[str, Any]], numbers: random.Random) -> None:
     fresh = Catalog({"platform"})
-    put(fresh, *objects.values())
-    for index in ("_models", "_by_namespace", "_open", "_shared"):
-        assert getattr(changed, index) == getattr(fresh, index)
+    feed = _feed(KeyTable(), fresh)
+    for document in numbers.sample(list(objects.values()), len(objects)):
+        feed.take(document["kind"], "ADDED", document)
+    for index in ("_models", "_by_namespace", "_open", "_shared", "_claims", "_claimed"):
+        assert getattr(catalog, index) == getattr(fresh, index), index
+    assert sorted(catalog.pods(), key=str) == sorted(fresh.pods(), key=str)
+    keys = [replace(KEY, home=home, namespaces=frozenset({home})) for home in ("team", "platform", "other")]
+    for key in keys:
+        assert catalog.visible(key) == fresh.visible(key)
+        for name in ("m1", "team/m2", "platform/m3", "n1"):
+            assert _answer(catalog, name, key) == _answer(fresh, name, key)
+
+
+def _answer(catalog: Catalog, name: str, key: ApiKey) -> object:
+    try:
+        return catalog.resolve(name, key)
+    except ApiError as error:
+        return error.status, error.message
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_after_any_changes_the_key_table_equals_one_read_from_scratch(seed: int) -> None:
+    numbers = random.Random(seed)  # noqa: S311 - repeatable, no secret
+    table, records = KeyTable(), dict[str, dict[str, Any]]()
+    feed = _feed(table, Catalog())
+    for _ in range(600):
+        # Names share keys, and some records cannot be read: those are as good as gone.
+        name, key = f"k{numbers.randrange(12)}", f"sk-ts-{numbers.randrange(6)}"
+        record = key_record(name, "system", key, home="team", namespaces=["team"], models=["*"])
+        if numbers.random() < 0.1:
+            record["data"]["hash"] = "no digest"
+        deleted = numbers.random() < 0.3
+        feed.take("ConfigMap", "DELETED" if deleted else "MODIFIED", record)
+        if deleted:
+            records.pop(name, None)
+        else:
+            records[name] = record
+    fresh = KeyTable()
+    feed = _feed(fresh, Catalog())
+    for record in numbers.sample(list(records.values()), len(records)):
+        feed.take("ConfigMap", "ADDED", record)
+    assert (table._by_record, table._by_prefix) == (fresh._by_record, fresh._by_prefix)
+    for number in range(7):
+        found, again = table.find(f"sk-ts-{number}"), fresh.find(f"sk-ts-{number}")
+        assert (found is None) == (again is None)
+        assert found is None or found.digest == again.digest
+
+
+def _feed(keys: KeyTable, catalog: Catalog) -> Feed:
+    """A feed that nothing but the test fills."""
+    feed = Feed(cast("Any", None), "system", keys=keys, catalog=catalog, changed=lambda: None)
+    feed._change_pending = True  # there is no event loop, and nobody to report changes to
+    return feed
 
 
 def test_a_change_among_many_touches_no_other_object(catalog: Catalog) -> None:

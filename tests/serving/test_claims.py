@@ -27,6 +27,15 @@ def test_of_two_of_one_age_the_uid_decides(adapter: Callable[..., AdapterDeploym
     assert first.uid == "uid-a"
 
 
+def test_a_claim_without_a_creation_time_comes_last(adapter: Callable[..., AdapterDeployment]) -> None:
+    known, unknown = adapter("known", modelName="pirate"), adapter("a-unknown", modelName="pirate")
+    unknown.metadata.creation_timestamp = None
+    claims = [claim_of(unknown), claim_of(known)]
+    assert lost_to(known, claims) is None
+    assert lost_to(unknown, claims) == claim_of(known)
+    assert owner("team/pirate", claims[:1]) == claim_of(unknown)
+
+
 def test_a_base_and_an_adapter_share_the_names(
     adapter: Callable[..., AdapterDeployment], pool: Callable[..., ServingPool]
 ) -> None:

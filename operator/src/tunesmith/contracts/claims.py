@@ -17,6 +17,14 @@ _NEVER = datetime.max.replace(tzinfo=UTC)
 _NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
 
+def precedence(created: datetime | None, uid: str) -> tuple[datetime, str]:
+    """Return the sort key of objects that compete for a name or a slot: the oldest first, then by UID.
+
+    An object whose creation time is unknown comes last.
+    """
+    return created or _NEVER, uid
+
+
 @dataclass(frozen=True, slots=True)
 class Claim:
     """A claim on a global id, `<namespace>/<modelName>`."""
@@ -26,7 +34,7 @@ class Claim:
     namespace: str
     name: str
     uid: str
-    created: datetime
+    created: datetime | None
 
     @property
     def holder(self) -> str:
@@ -37,14 +45,13 @@ class Claim:
 def claim_of(resource: AdapterDeployment | ServingPool) -> Claim:
     """Return the claim that a resource makes."""
     meta = resource.metadata
-    return Claim(resource.model, resource.kind, meta.namespace, meta.name, meta.uid, meta.creation_timestamp or _NEVER)
+    return Claim(resource.model, resource.kind, meta.namespace, meta.name, meta.uid, meta.creation_timestamp)
 
 
 def owner(model: str, claims: Iterable[Claim]) -> Claim | None:
-    """Return the claim that holds the id: the oldest by creation time, then by UID. None when nobody claims it."""
-    return min(
-        (claim for claim in claims if claim.model == model), key=lambda claim: (claim.created, claim.uid), default=None
-    )
+    """Return the claim that holds the id, by `precedence`. None when nobody claims it."""
+    rivals = (claim for claim in claims if claim.model == model)
+    return min(rivals, key=lambda claim: precedence(claim.created, claim.uid), default=None)
 
 
 def lost_to(resource: AdapterDeployment | ServingPool, claims: Iterable[Claim]) -> Claim | None:

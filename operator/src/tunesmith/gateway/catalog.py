@@ -9,6 +9,7 @@ from tunesmith.api.adapterdeployment import AdapterDeployment, RevisionState
 from tunesmith.api.conditions import AdapterDeploymentCondition, find
 from tunesmith.api.servingpool import ServingPool
 from tunesmith.contracts.claims import Claim, claim_of, owner
+from tunesmith.contracts.labels import POOL_LABEL, POOL_UID_LABEL
 from tunesmith.gateway import errors
 
 if TYPE_CHECKING:
@@ -16,9 +17,6 @@ if TYPE_CHECKING:
 
     from tunesmith.api.servingpool import AllowedNamespaces
     from tunesmith.contracts.apikey import ApiKey
-
-POOL_LABEL = "tunesmith.dev/pool"
-POOL_UID_LABEL = "tunesmith.dev/pool-uid"
 
 PoolKey = tuple[str, str]
 """Namespace and name of a ServingPool."""

@@ -26,6 +26,7 @@ from tunesmith.contracts.environment import (
     SERVING_KEY_FILE,
 )
 from tunesmith.contracts.location import claim_of, owned_name
+from tunesmith.contracts.labels import POOL_LABEL, POOL_UID_LABEL
 from tunesmith.contracts.network import Network, network_policy
 from tunesmith.contracts.ownership import controller_of
 from tunesmith.serving.pod import AGENT_CONTAINER, BASE_MODEL_CONTAINER, ENGINE_CONTAINER, READINESS_GATE
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
 
 Manifest = dict[str, Any]
 
-POOL_LABEL = "tunesmith.dev/pool"
-POOL_UID_LABEL = "tunesmith.dev/pool-uid"
 _USER = 65532
 _POD_UID: Manifest = {"name": POD_UID, "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}}
 _BASE = "/models/base"

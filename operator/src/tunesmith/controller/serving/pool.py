@@ -20,6 +20,7 @@ from tunesmith.contracts.agent import (
 )
 from tunesmith.contracts.claims import lost_to
 from tunesmith.contracts.environment import CONTROL_KEY, EVENTS_KEY, METRICS_DIGEST, SERVING_KEY
+from tunesmith.contracts.labels import POOL_LABEL
 from tunesmith.contracts.location import reads_foreign_store
 from tunesmith.contracts.scheduling import refusal
 from tunesmith.controller.applied import AppliedObjects, describe
@@ -30,7 +31,7 @@ from tunesmith.controller.serving.state import MODEL
 from tunesmith.serving.pod import DELETION_COST, READINESS_GATE
 from tunesmith.serving.pool import PlacementMemory, PoolObservation, PoolPlan, plan
 from tunesmith.serving.poolview import PoolView
-from tunesmith.serving.render import POOL_LABEL, deployment, disruption_budget, isolation, key_secret, reserved
+from tunesmith.serving.render import deployment, disruption_budget, isolation, key_secret, reserved
 from tunesmith.serving.rolling import asks_for_room, cause_of, observe_rollout, stamped, surge
 from tunesmith.streams import Tokens
 

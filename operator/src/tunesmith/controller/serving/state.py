@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from pydantic import ValidationError
@@ -18,13 +17,14 @@ from tunesmith.autoscale.decide import Sample, Window
 from tunesmith.autoscale.demand import DemandBoard
 from tunesmith.cluster.errors import ForbiddenError, InvalidError
 from tunesmith.contracts.agent import SILENCE_SECONDS
-from tunesmith.contracts.claims import Claim, claim_of
+from tunesmith.contracts.claims import Claim, claim_of, precedence
+from tunesmith.contracts.labels import POOL_UID_LABEL
 from tunesmith.controller.reconciler import key_of
 from tunesmith.controller.serving.agents import AgentLinks
 from tunesmith.controller.serving.gateways import GatewayLinks
 from tunesmith.serving.notice import notices
 from tunesmith.serving.pod import PoolPod, observe_pod
-from tunesmith.serving.render import POOL_UID_LABEL, deployment_name, is_owned_by, is_pod_of
+from tunesmith.serving.render import deployment_name, is_owned_by, is_pod_of
 from tunesmith.serving.source import Candidates, candidates
 from tunesmith.serving.unreadable import unreadable_status
 
@@ -214,7 +214,9 @@ class ServingState:
             for adapter in self.adapters.find(SERVED_BY, place)
             if pool.admits(adapter.metadata.namespace, namespaces.labels(adapter.metadata.namespace))
         ]
-        attached = tuple(sorted(found, key=_precedence))
+        attached = tuple(
+            sorted(found, key=lambda adapter: precedence(adapter.metadata.creation_timestamp, adapter.metadata.uid))
+        )
         self._attached[pool.metadata.uid] = (inputs, attached)
         return attached
 
@@ -318,13 +320,6 @@ class ServingState:
         if document != manifest.get("status"):
             written = await self.context.replace_status({**manifest, "status": document})
             await self.context.recorder.event(written, "InvalidSpec", message, type_="Warning")
-
-
-_NEVER = datetime.max.replace(tzinfo=UTC)
-
-
-def _precedence(adapter: AdapterDeployment) -> tuple[datetime, str]:
-    return adapter.metadata.creation_timestamp or _NEVER, adapter.metadata.uid
 
 
 def _model(item: Object) -> Iterable[str]:
