@@ -193,15 +193,33 @@ class Cluster:
             page_size: objects in one answer of the API server.
             keep: returns what is kept of an object; only one page at a time is held completely.
         """
+        items, version = [], ""
+        pages = self.pages(kind, namespace, labels=labels, fields=fields, page_size=page_size)
+        async for page, version in pages:  # noqa: B007 - every page has the same version
+            items += [keep(item) for item in page]
+        return items, version
+
+    async def pages(
+        self,
+        kind: str,
+        namespace: str | None = None,
+        *,
+        labels: str = "",
+        fields: str = "",
+        page_size: int = PAGE_SIZE,
+    ) -> AsyncGenerator[tuple[Objects, str], None]:
+        """Yield all objects, one answer of the API server at a time, each with the list's resourceVersion.
+
+        Args: as of `list_at`.
+        """
         resource = resource_of(kind)
-        items: Objects = []
         query = {"labelSelector": labels, "fieldSelector": fields, "limit": str(page_size)}
         while True:
             page = await self._json("list", resource, "GET", resource.path(namespace), query=query)
-            items += [keep(named(item, resource)) for item in page.get("items") or []]
             metadata = page.get("metadata", {})
+            yield [named(item, resource) for item in page.get("items") or []], metadata.get("resourceVersion", "")
             if not metadata.get("continue"):
-                return items, metadata.get("resourceVersion", "")
+                return
             query["continue"] = metadata["continue"]
 
     async def create(self, manifest: Object, *, field_manager: str = FIELD_MANAGER) -> Object:

@@ -11,11 +11,10 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from tunesmith.cluster.errors import ClusterError, ExpiredError, UnavailableError, error_of
-from tunesmith.cluster.keep import PAGE_SIZE
-from tunesmith.cluster.resources import Object, Objects, named, resource_of
+from tunesmith.cluster.resources import Object, named, resource_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 
     from tunesmith.cluster.client import Cluster
 
@@ -47,7 +46,8 @@ async def watch(
 
     Whatever breaks the stream (expiry, network, an overloaded or restarted API server, a line that is cut or cannot be
     read), it continues or lists again and yields the differences. A deletion that a list shows has the object's
-    identity and labels only; nothing more is kept of the objects.
+    identity and labels only; nothing more is kept of the objects. What a page of a list shows is yielded before the
+    next page is read.
 
     Args:
         cluster: the connection.
@@ -57,23 +57,35 @@ async def watch(
         fields: field selector.
         alive: called for each sign of life of the API server: a list, an event, a bookmark (about one a minute), the
             regular end of a stream.
-        keep: returns what the events hold of an object, such as `keep.kept`; at most one page of a list is held
-            completely.
+        keep: returns what the events hold of an object, such as `keep.kept`.
 
     Raises:
         ClusterError: the first list failed in a way that waiting does not fix (no such kind, forbidden).
     """
     known: dict[tuple[str, str], Object] = {}
     selectors = {"labelSelector": labels, "fieldSelector": fields}
-    synced, unreadable = False, 0
+    synced, failures, unreadable = False, 0, 0
     while True:
-        items, version = await _list(cluster, kind, namespace, selectors, keep, patient=synced)
-        alive()
-        for difference in differences(known, items):
-            yield difference
-        known = {key_of(item): _identity(item) for item in items}
-        del items
-        synced = True
+        listed: set[tuple[str, str]] = set()
+        version = ""
+        try:
+            async with aclosing(cluster.pages(kind, namespace, labels=labels, fields=fields)) as pages:
+                async for page, version in pages:  # noqa: B007 - every page has the same version
+                    alive()
+                    for item in page:
+                        listed.add(key_of(item))
+                        for event in _difference(known.get(key_of(item)), item):
+                            _remember(known, event)
+                            yield event._replace(object=keep(event.object))
+        except ClusterError as error:
+            if not synced and not isinstance(error, UnavailableError | ExpiredError):
+                raise
+            failures += 1
+            await asyncio.sleep(backoff(failures))
+            continue
+        for key in known.keys() - listed:
+            yield WatchEvent("DELETED", known.pop(key))
+        synced, failures = True, 0
         yield WatchEvent("SYNCED", {})
         try:
             async with aclosing(_follow(cluster, kind, namespace, selectors, version, alive, keep)) as events:
@@ -119,34 +131,6 @@ async def _follow(
                 failures = 0
 
 
-async def _list(
-    cluster: Cluster,
-    kind: str,
-    namespace: str | None,
-    selectors: Mapping[str, str],
-    keep: Callable[[Object], Object],
-    *,
-    patient: bool,
-) -> tuple[Objects, str]:
-    """A complete list and its version, tried until it succeeds; unless `patient` only if waiting can mend the error."""
-    failures = 0
-    while True:
-        try:
-            return await cluster.list_at(
-                kind,
-                namespace,
-                labels=selectors["labelSelector"],
-                fields=selectors["fieldSelector"],
-                page_size=PAGE_SIZE,
-                keep=keep,
-            )
-        except ClusterError as error:
-            if not patient and not isinstance(error, UnavailableError | ExpiredError):
-                raise
-            failures += 1
-            await asyncio.sleep(backoff(failures))
-
-
 async def _changes(
     cluster: Cluster, kind: str, namespace: str | None, query: Mapping[str, str]
 ) -> AsyncGenerator[tuple[WatchEvent | None, str], None]:
@@ -164,19 +148,15 @@ async def _changes(
             yield None if event["type"] == "BOOKMARK" else WatchEvent(event["type"], named(item, resource)), version
 
 
-def differences(known: Mapping[tuple[str, str], Object], items: Objects) -> list[WatchEvent]:
-    """The changes from what was known, by (namespace, name), to a complete list."""
-    current = {key_of(item) for item in items}
-    events = [WatchEvent("DELETED", item) for key, item in known.items() if key not in current]
-    for item in items:
-        old = known.get(key_of(item))
-        if old is None:
-            events.append(WatchEvent("ADDED", item))
-        elif old["metadata"]["uid"] != item["metadata"]["uid"]:
-            events += [WatchEvent("DELETED", old), WatchEvent("ADDED", item)]
-        elif old["metadata"]["resourceVersion"] != item["metadata"]["resourceVersion"]:
-            events.append(WatchEvent("MODIFIED", item))
-    return events
+def _difference(old: Object | None, item: Object) -> Iterator[WatchEvent]:
+    """Yield the changes from what was known of an object to what a list shows."""
+    if old is None:
+        yield WatchEvent("ADDED", item)
+    elif old["metadata"]["uid"] != item["metadata"]["uid"]:
+        yield WatchEvent("DELETED", old)
+        yield WatchEvent("ADDED", item)
+    elif old["metadata"]["resourceVersion"] != item["metadata"]["resourceVersion"]:
+        yield WatchEvent("MODIFIED", item)
 
 
 def key_of(item: Object) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from tunesmith.cluster.errors import ClusterError
 from tunesmith.cluster.keep import kept
 from tunesmith.contracts.apikey import KEY_KIND, KEY_LABEL, parse_key_record
-from tunesmith.gateway.catalog import POOL_LABEL
+from tunesmith.contracts.labels import POOL_LABEL
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
@@ -84,7 +84,7 @@ class Feed:
         self._stale_seconds = stale_seconds
         self._synced: set[_Source] = set()
         self._heard_at: dict[_Source, float] = {}
-        self._known: dict[str, dict[tuple[str, str], dict[str, Any]]] = {kind: {} for kind in KINDS}
+        self._known: dict[str, set[tuple[str, str]]] = {kind: set() for kind in KINDS}
         self._change_pending = False
 
     @property
@@ -143,33 +143,31 @@ class Feed:
             kind, None if fields else namespace, labels=labels, fields=fields, alive=alive, keep=kept
         )
         async with aclosing(events):
-            resumed = time.monotonic()
+            turn = _Turn()
             async for event in events:
                 alive()
                 if event.type == "SYNCED":
                     if listed is not None:
                         known = {key for key in self._known[kind] if namespace in (None, key[kind == "Namespace"])}
                         for vanished in known - listed:
-                            self.take(kind, "DELETED", self._known[kind][vanished])
+                            self.take(kind, "DELETED", _identity(*vanished))
+                            await turn.give()
                         listed = None
                     self._synced.add(source)
                 else:
                     if listed is not None:
                         listed.add(_key_of(event.object))
                     self.take(kind, event.type, event.object)
-                if time.monotonic() - resumed > _SLICE_SECONDS:
-                    await asyncio.sleep(0)
-                    resumed = time.monotonic()
+                await turn.give()
 
     def take(self, kind: str, type_: str, document: dict[str, Any]) -> None:
         """Take over one change. An object that cannot be read is logged and omitted."""
         try:
             if type_ == "DELETED":
-                self._known[kind].pop(_key_of(document), None)
+                self._known[kind].discard(_key_of(document))
                 self._remove(kind, document)
             else:
-                namespace, name = _key_of(document)
-                self._known[kind][namespace, name] = {"metadata": {"namespace": namespace, "name": name}}
+                self._known[kind].add(_key_of(document))
                 self._put(kind, document)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             metadata = document.get("metadata", {})
@@ -207,6 +205,23 @@ class Feed:
             self._catalog.remove_adapter(document)
         else:
             self._catalog.remove_pod(document)
+
+
+class _Turn:
+    """Time that events may be taken in without a pause."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+
+    async def give(self) -> None:
+        """Let other tasks run if the turn is over."""
+        if time.monotonic() - self._began > _SLICE_SECONDS:
+            await asyncio.sleep(0)
+            self._began = time.monotonic()
+
+
+def _identity(namespace: str, name: str) -> Object:
+    return {"metadata": {"namespace": namespace, "name": name}}
 
 
 def _describe(source: _Source) -> str:
