@@ -11,7 +11,7 @@ from tunesmith.api.conditions import AdapterDeploymentReason as Reason
 from tunesmith.api.conditions import find
 from tunesmith.autoscale.decide import Decision
 from tunesmith.contracts.claims import claim_of
-from tunesmith.serving.adapter import Observation, plan, wanted_copies
+from tunesmith.serving.adapter import Observation, needs_slots, plan, wanted_copies
 from tunesmith.serving.source import Artifact, Unresolved
 
 if TYPE_CHECKING:
@@ -202,6 +202,22 @@ def test_the_old_one_goes_on_when_the_new_one_is_damaged(status: Build, pod: Bui
     assert shown(got)["Progressing"] == "False RevisionFailed"
 
 
+def test_what_failed_stays_failed_until_it_is_resident(status: Build, pod: Build, revision: Build) -> None:
+    failed = revision("a", state="Failed").model_copy(update={"message": "damaged (pod p)"})
+    before = {"pool": {"name": "base", "namespace": "team"}, "observedGeneration": 1}
+
+    def then(*pods: PoolPod, **more: Any) -> tuple[str, str | None]:
+        got = status(artifact("a"), pods, revisions=[failed], before={**before, **more}, unplaced={A: "no slot"})
+        return str(got.revisions[0].state), got.revisions[0].message
+
+    assert then(pod("p")) == ("Failed", "damaged (pod p)"), "it has no slot"
+    assert then(pod("q", holds={A: "Loading"})) == ("Failed", "damaged (pod p)"), "it is tried again"
+    assert then(pod("q", holds={A: DAMAGED}))[1] == "adapter_model.safetensors has another SHA-256 (pod q)"
+    assert then(pod("q", holds={A: "Resident"}))[0] == "Resident"
+    assert then(pod("p"), observedGeneration=0)[0] == "Pending", "the spec has changed"
+    assert then(pod("p"), pool={"name": "other", "namespace": "team"})[0] == "Pending", "it has another pool"
+
+
 def test_of_older_revisions_only_the_serving_one_stays(status: Build, pod: Build, revision: Build) -> None:
     known = [revision("b", state="Failed"), revision("a")]
     got = status(artifact("c"), [pod("p", holds={A: "Resident", B: DAMAGED})], revisions=known)
@@ -268,6 +284,16 @@ def test_wanted_copies(revision: Build) -> None:
     assert want(revision("b"), revision("a", state="Resident", ready=2)) == [("a", 2), ("b", 3)]
     assert want(revision("b"), revision("a")) == [("a", 1), ("b", 3)]
     assert want(revision("b", state="Failed"), revision("a", state="Resident", ready=1)) == [("a", 3), ("b", 1)]
+
+
+def test_an_adapter_that_cannot_be_loaded_needs_no_slots(adapter: Build, revision: Build) -> None:
+    def needs(*revisions: Revision) -> bool:
+        return needs_slots(adapter(status={"revisions": [entry.manifest() for entry in revisions]}))
+
+    assert not needs()
+    assert not needs(revision("a", state="Failed"))
+    assert needs(revision("a"))
+    assert needs(revision("b", state="Failed"), revision("a", state="Resident", ready=1))
 
 
 def test_the_status_of_an_adapter_is_what_the_crd_takes(status: Build, pod: Build, adapter: Build) -> None:

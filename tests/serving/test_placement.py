@@ -72,6 +72,25 @@ def test_unplaced_copies_say_why(want: str, there: list[str], slots: int, reason
     assert result.unplaced_reason("z") is None
 
 
+@pytest.mark.parametrize(
+    ("want", "there", "slots", "expected"),
+    [
+        pytest.param("a1", ["x"], 1, "a", id="it gives its slot to one that can be loaded"),
+        pytest.param("a1", ["ax", ""], 2, "ax -", id="it stays where it is while there is room"),
+        pytest.param("a1", ["ax", ""], 1, "a x", id="it moves to a slot that is left over"),
+        pytest.param("a2", ["x", "x"], 1, "a a", id="second copies come before it"),
+        pytest.param("a1", ["a"], 1, "a", id="without room it has no place"),
+    ],
+)
+def test_what_cannot_be_loaded_has_only_slots_that_are_left_over(
+    want: str, there: list[str], slots: int, expected: str
+) -> None:
+    result = place([Wanted("x", 1, spare=True), *wanted(want)], pods(*there), slots)
+    assert shown(result) == expected
+    assert result.unplaced == ()
+    assert result.spare == {"x"}
+
+
 def test_ready_pods_come_first() -> None:
     starting, ready = PlacementPod("p0", ready=False, age_rank=0), PlacementPod("p1", ready=True, age_rank=1)
     assert shown(place(wanted("a1"), [starting, ready], 4)) == "- a"

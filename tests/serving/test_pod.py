@@ -269,6 +269,16 @@ def test_reachable_or_too_early_to_tell(observed: PoolPod) -> None:
     assert found(observed) is None
 
 
+def test_an_agent_may_take_some_seconds_to_start() -> None:
+    started = NOW.isoformat()
+    agent = {"name": "agent", "image": "x", "state": {"running": {"startedAt": started}}}
+    unheard = observe_pod(
+        pod(**{**RUNNING, "initContainerStatuses": [agent]}), unheard_seconds=19.0, stream_error="connection refused"
+    )
+    assert found(unheard, NOW + timedelta(seconds=19)) is None
+    assert (found(unheard, NOW + timedelta(seconds=20)) or ("",))[0] == "AgentUnreachable"
+
+
 def test_an_agent_that_is_connected_and_says_nothing_is_silent() -> None:
     assert (found(observe_pod(pod(**RUNNING), PodState(), unheard_seconds=6.0)) or ("",))[0] == "AgentSilent"
 

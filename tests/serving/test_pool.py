@@ -92,6 +92,19 @@ def test_each_pod_gets_its_whole_list(decide: Build, serving: Build, pod: Build)
     assert (got.status.adapters, got.status.slots_used, got.status.slots_free) == (2, 3, 5)
 
 
+def test_an_adapter_that_cannot_be_loaded_keeps_no_slot(decide: Build, serving: Build, pod: Build) -> None:
+    broken, one = serving("broken", "b", state="Failed"), serving("one", "a")
+    held = {"team/broken@" + "b" * 12: ("Failed", "rank 64", True)}
+    got = decide([pod("p", holds=held)], [broken, one], deployed=1, slots=1)
+    assert lists(got) == {"p": ["one@" + "a" * 12]}
+    assert got.unplaced == {}
+    assert (got.status.slots_used, got.status.slots_free) == (1, 0)
+    alone = decide([pod("p", ready=False)], [broken], deployed=1)
+    assert lists(alone) == {"p": ["broken@" + "b" * 12]}, "it is tried again where nobody else needs the slot"
+    assert (alone.status.slots_used, alone.status.slots_free) == (0, 4)
+    assert alone.gates == {"p": True}, "the pod does not wait for it"
+
+
 def test_a_stopping_pod_has_no_part(decide: Build, serving: Build, pod: Build) -> None:
     got = decide([pod("p", stopping=True), pod("q")], [serving("one", "a")], deployed=1)
     assert set(got.assigned) == {"q"}

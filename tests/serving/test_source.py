@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tunesmith.api.method import Method
 from tunesmith.api.servingpool import ServingPool
 from tunesmith.serving.source import Artifact, Unresolved, candidates, choose_pool, resolve_artifact
 
@@ -30,7 +31,7 @@ def test_a_complete_job_gives_its_artifact_at_the_place_the_operator_computes(
 ) -> None:
     done = job(conditions=[condition("Complete")], artifact=artifact(), resolved={"baseModelFingerprint": "sha256:f"})
     assert resolve_artifact(adapter(), done, "s3://store") == Artifact(
-        DIGEST, "s3://store/team/job-uid-job/artifact", "sha256:f", "FineTuneJob job"
+        DIGEST, "s3://store/team/job-uid-job/artifact", "sha256:f", "FineTuneJob job", rank=16
     )
 
 
@@ -131,6 +132,49 @@ def test_choose_pool(
     ]
     found = choose(adapter(**spec), fingerprint, pools, ("platform",))
     assert (found.reason if isinstance(found, Unresolved) else found.metadata.name) == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "rank"),
+    [
+        ({"lora": {"rank": 32}}, 32),
+        ({"lora": {"rank": 8, "rankPattern": {"q_proj": 128}}}, 128),
+        ({"lora": {"rank": 32, "initialization": "PiSSA"}}, 64),
+        ({"qlora": {"rank": 64}}, 64),
+        ({"ia3": {}}, None),
+    ],
+)
+def test_the_rank_that_the_published_adapter_has_at_least(method: dict[str, Any], rank: int | None) -> None:
+    assert Method.model_validate(method).published_rank == rank
+
+
+@pytest.mark.parametrize(
+    ("spec", "rank", "expected"),
+    [
+        ({"pool": {"name": "small"}}, 16, "small"),
+        ({"pool": {"name": "small"}}, 17, "RankTooHigh"),
+        ({"pool": {"name": "small"}}, None, "small"),
+        ({}, 17, "large"),
+        ({}, 65, "RankTooHigh"),
+    ],
+    ids=["fits", "too high for the named one", "not known", "another one fits", "too high for all"],
+)
+def test_an_adapter_gets_no_pool_that_cannot_load_its_rank(
+    spec: dict[str, Any],
+    rank: int | None,
+    expected: str,
+    adapter: Callable[..., AdapterDeployment],
+    pool: Callable[..., ServingPool],
+) -> None:
+    pools = [pool("small", engine={"maxLoraRank": 16}), pool("large", engine={"maxLoraRank": 64})]
+    serving = adapter(status={"pool": {"name": "small", "namespace": "team"}}, **spec)
+    found = choose_pool(serving, "sha256:f", candidates(serving, "sha256:f", pools, ()), rank)
+    assert (found.reason if isinstance(found, Unresolved) else found.metadata.name) == expected
+    if rank == 17 and isinstance(found, Unresolved):
+        assert found.message == (
+            "the adapter has rank 17 and ServingPool team/small loads ranks up to 16: raise its engine.maxLoraRank, "
+            "name another pool in spec.pool, or train with a lower rank"
+        )
 
 
 def test_no_matching_pool_says_what_to_create(

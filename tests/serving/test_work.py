@@ -56,6 +56,27 @@ async def everything(world: World) -> None:
     await world.drain()
 
 
+async def test_an_adapter_whose_rank_is_too_high_takes_no_slot_and_adds_no_pod() -> None:
+    world = World()
+    rule = {"minReplicas": 1, "maxReplicas": 3}
+    world.add_pool("base", engine={"maxLoras": 1, "maxLoraRank": 8}, autoscaling=rule)
+    await world.converge()
+    for number in range(3):
+        world.add_adapter(number)
+    await world.converge()
+    (deployment,) = world.store.of_kind("Deployment")
+    assert deployment["spec"]["replicas"] == 1
+    assert world.store.find("ServingPool", "team", "base")["status"]["slotsUsed"] == 0
+    for item in world.adapters():
+        reasons = {condition["type"]: condition["reason"] for condition in item["status"]["conditions"]}
+        assert reasons["Resolved"] == reasons["Ready"] == "RankTooHigh"
+    pool = world.store.find("ServingPool", "team", "base")
+    engine = {**pool["spec"]["engine"], "maxLoraRank": 16, "maxLoras": 4}
+    world.observe(world.store.put({**pool, "spec": {**pool["spec"], "engine": engine}}))
+    await world.converge()
+    assert {item["status"]["phase"] for item in world.adapters()} == {"Ready"}
+
+
 async def test_reconciling_everything_is_linear() -> None:
     small = await calls(everything(await settled(SMALL)))
     large = await calls(everything(await settled(LARGE)))

@@ -120,6 +120,7 @@ class AdapterDeploymentReason(StrEnum):
     NO_MATCHING_POOL = "NoMatchingPool"
     SEVERAL_POOLS = "SeveralPools"
     BASE_MODEL_MISMATCH = "BaseModelMismatch"
+    RANK_TOO_HIGH = "RankTooHigh"
     MODEL_NAME_TAKEN = "ModelNameTaken"
     RESIDENT = "Resident"
     PREVIOUS_REVISION = "PreviousRevision"

@@ -52,6 +52,11 @@ class Method(ApiModel):
         return self.fields.rank if isinstance(self.fields, LoraFields) else None
 
     @property
+    def published_rank(self) -> int | None:
+        """Lowest value that the highest rank of the published LoRA adapter can have; None for other methods."""
+        return self.fields.published_rank if isinstance(self.fields, LoraFields) else None
+
+    @property
     def shardable(self) -> bool:
         """True if the base's weights can be sharded over ranks."""
         return self.fields.shardable

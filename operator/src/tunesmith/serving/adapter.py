@@ -101,7 +101,7 @@ def _pool(adapter: AdapterDeployment, seen: Observation) -> PoolReference | None
 def wanted_copies(revisions: Sequence[Revision], desired: int) -> list[tuple[Revision, int]]:
     """Each revision with the pods that should hold it, those that serve first.
 
-    A revision that failed for good keeps one place, so that a pod that comes later tries it again.
+    A revision that failed for good is tried on one pod, if a slot is left over: a pod that comes later may load it.
     """
     if not revisions:
         return []
@@ -109,6 +109,11 @@ def wanted_copies(revisions: Sequence[Revision], desired: int) -> list[tuple[Rev
     if newest.state is RevisionState.FAILED:
         return [*((revision, desired) for revision in older), (newest, 1)]
     return [*((revision, max(1, min(desired, revision.ready_replicas))) for revision in older), (newest, desired)]
+
+
+def needs_slots(adapter: AdapterDeployment) -> bool:
+    """Return True if the adapter has a revision that is not known to fail on the pool."""
+    return any(revision.state is not RevisionState.FAILED for revision in adapter.status.revisions)
 
 
 def _revisions(adapter: AdapterDeployment, seen: Observation) -> list[Revision]:
@@ -124,6 +129,9 @@ def _revisions(adapter: AdapterDeployment, seen: Observation) -> list[Revision]:
             engine_name=engine_name(namespace, model_name, seen.artifact.digest),
             state=RevisionState.PENDING,
         )
+        before = next((revision for revision in known if revision.engine_name == newest.engine_name), None)
+        if before is not None and before.state is RevisionState.FAILED and _is_same_trial(adapter, seen.pool):
+            newest = before.model_copy(update={"uri": newest.uri})
         known = [newest, *(revision for revision in known if revision.engine_name != newest.engine_name)]
     observed = [_observed(revision, seen) for revision in known]
     if not observed:
@@ -138,6 +146,12 @@ def _revisions(adapter: AdapterDeployment, seen: Observation) -> list[Revision]:
     return [newest, *(serving or older)[:1]]
 
 
+def _is_same_trial(adapter: AdapterDeployment, pool: ServingPool) -> bool:
+    """Return True if neither the spec nor the pool has changed since the status was written."""
+    status = adapter.status
+    return status.observed_generation == adapter.metadata.generation and status.pool == reference(pool)
+
+
 def _settled(revision: Revision, seen: Observation) -> bool:
     answering = sum(1 for pod in seen.pods if pod.answering)
     return revision.ready_replicas >= max(1, min(seen.decision.replicas, answering))
@@ -150,15 +164,17 @@ def _observed(revision: Revision, seen: Observation) -> Revision:
         if not pod.stopping and (entry := pod.residency(revision.engine_name)) is not None
     ]
     resident = [pod for pod, entry in found if entry.state is ResidencyState.RESIDENT]
+    has_failed = revision.state is RevisionState.FAILED
     failures = [(pod, entry) for pod, entry in found if entry.state is ResidencyState.FAILED]
     message = (
         f"{failures[0][1].message or 'it could not be loaded'} (pod {failures[0][0].name})"
         if failures
-        else seen.unplaced.get(revision.engine_name)
+        else (revision.message if has_failed else seen.unplaced.get(revision.engine_name))
     )
     if resident:
         state = RevisionState.RESIDENT
-    elif any(entry.permanent for _, entry in failures):
+    elif has_failed or any(entry.permanent for _, entry in failures):
+        # While it is tried again, or has no slot, it stays failed: it must not compete with those that can be loaded.
         state = RevisionState.FAILED
     elif failures or any(entry.state in _ON_ITS_WAY for _, entry in found):
         state = RevisionState.LOADING

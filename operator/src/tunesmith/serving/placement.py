@@ -17,10 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Wanted:
-    """A revision and the number of pods that should hold it."""
+    """A revision and the number of pods that should hold it.
+
+    `spare`: it could not be loaded. It is tried again where a slot is left over, and never keeps one from another.
+    """
 
     revision: str
     copies: int
+    spare: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,14 @@ class Placement:
     """The whole assignment.
 
     `pods`: revisions per pod, sorted; every pod has an entry. `targets`: the pods that are to hold a revision in the
-    end; the other holders of it in `pods` wait for these. `unplaced`: what found no place.
+    end; the other holders of it in `pods` wait for these. `unplaced`: what found no place. `spare`: revisions in slots
+    that were left over.
     """
 
     pods: Mapping[str, tuple[str, ...]]
     targets: Mapping[str, frozenset[str]]
     unplaced: tuple[Unplaced, ...] = ()
+    spare: frozenset[str] = frozenset()
 
     def unplaced_reason(self, revision: str) -> str | None:
         """Why copies of the revision have no place; None when all have one."""
@@ -102,6 +108,7 @@ def place(wanted: Sequence[Wanted], pods: Iterable[PlacementPod], slots: int, *,
         An assignment in which no pod has more than `slots` revisions and none has one twice.
     """
     everyone = sorted(pods, key=lambda pod: (pod.age_rank, pod.name))
+    spare, wanted = [item for item in wanted if item.spare], [item for item in wanted if not item.spare]
     staying = [pod for pod in everyone if not pod.victim]
     names = {item.revision for item in wanted}
     board = _Board(
@@ -124,10 +131,12 @@ def place(wanted: Sequence[Wanted], pods: Iterable[PlacementPod], slots: int, *,
     }
     _hold(wanted, everyone, board, assigned)
     _cover(wanted, everyone, slots, assigned)
+    _fill_spare_slots(spare, staying, slots, assigned)
     return Placement(
         pods={name: tuple(sorted(revisions)) for name, revisions in assigned.items()},
         targets={revision: frozenset(names) for revision, names in board.targets.items()},
         unplaced=tuple(_unplaced(wanted, staying, board)),
+        spare=frozenset(item.revision for item in spare),
     )
 
 
@@ -229,6 +238,25 @@ def _cover(wanted: Sequence[Wanted], pods: Sequence[PlacementPod], slots: int, a
         free = [pod for pod in ready if len(assigned[pod.name]) < slots]
         if item.copies > 0 and free:
             pod = min(free, key=lambda pod: (len(assigned[pod.name]), _rendezvous(item.revision, pod.name)))
+            assigned[pod.name].add(item.revision)
+
+
+def _fill_spare_slots(
+    spare: Sequence[Wanted], pods: Sequence[PlacementPod], slots: int, assigned: dict[str, set[str]]
+) -> None:
+    """Give revisions that could not be loaded one of the slots that are left over: where they are, if possible."""
+    for item in spare:
+        free = [pod for pod in pods if len(assigned[pod.name]) < slots]
+        if free:
+            pod = min(
+                free,
+                key=lambda pod: (
+                    item.revision not in pod.present,
+                    not pod.ready,
+                    len(assigned[pod.name]),
+                    _rendezvous(item.revision, pod.name),
+                ),
+            )
             assigned[pod.name].add(item.revision)
 
 

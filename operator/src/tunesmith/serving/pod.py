@@ -35,6 +35,8 @@ _OF_CONTAINER = {
 }
 _UNHEARD_SECONDS = 5.0
 """An agent that runs and was not heard for this long is reported."""
+_AGENT_START_SECONDS = 20.0
+"""Until its container has run for this long, an agent may be starting, and the network learning its address."""
 _REPEATEDLY = 3
 _RECENT = timedelta(minutes=10)
 """The kubelet forgets its back-off after a container ran for so long."""
@@ -193,6 +195,8 @@ def current_problem(pod: PoolPod, now: datetime) -> Problem | None:
 
 def _unheard_for(pod: PoolPod, now: datetime) -> float:
     if pod.heard or not pod.address or pod.agent_since is None:
+        return 0.0
+    if (now - pod.agent_since).total_seconds() < _AGENT_START_SECONDS:
         return 0.0
     return (now - pod.agent_since).total_seconds() if pod.unheard_seconds is None else pod.unheard_seconds
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.api.adapterdeployment import RevisionState
 from tunesmith.api.conditions import ConditionStatus, ServingPoolCondition
 from tunesmith.api.conditions import ServingPoolReason as Reason
 from tunesmith.api.servingpool import PoolPhase, ServingPoolStatus
@@ -155,7 +156,8 @@ def plan(pool: ServingPool, seen: PoolObservation, now: datetime, memory: Placem
         gates={
             pod.name: gate
             for pod in living
-            if (gate := _gate(pod, assigned[pod.name], living, now, may_open=may_open)) is not pod.gate
+            if (gate := _gate(pod, _awaited(assigned[pod.name], placement), living, now, may_open=may_open))
+            is not pod.gate
             and gate is not None
         },
         unplaced={entry.revision: entry.reason for entry in placement.unplaced},
@@ -171,7 +173,7 @@ def _wanted(adapters: Sequence[AdapterDeployment]) -> tuple[dict[str, Revision],
         for revision, copies in wanted_copies(adapter.status.revisions, adapter.status.desired_replicas or 1):
             if revision.engine_name not in revisions and revision.uri is not None:
                 revisions[revision.engine_name] = revision
-                wanted.append(Wanted(revision.engine_name, copies))
+                wanted.append(Wanted(revision.engine_name, copies, spare=revision.state is RevisionState.FAILED))
     return revisions, wanted
 
 
@@ -244,6 +246,11 @@ def _replicas(deployment: Mapping[str, Any] | None) -> int | None:
     return None if deployment is None else int(deployment["spec"].get("replicas", 1))
 
 
+def _awaited(assigned: Sequence[DesiredAdapter], placement: Placement) -> list[DesiredAdapter]:
+    """Return the adapters of a pod that it waits for before it gets requests."""
+    return [adapter for adapter in assigned if adapter.engine_name not in placement.spare]
+
+
 def _gate(
     pod: PoolPod, assigned: Sequence[DesiredAdapter], living: Sequence[PoolPod], now: datetime, *, may_open: bool
 ) -> bool | None:
@@ -287,7 +294,7 @@ def _status(
     pool: ServingPool, seen: PoolObservation, living: Sequence[PoolPod], placement: Placement, now: datetime
 ) -> ServingPoolStatus:
     ready = sum(1 for pod in living if pod.serving)
-    used = sum(len(keys) for keys in placement.pods.values())
+    used = sum(len(frozenset(keys) - placement.spare) for keys in placement.pods.values())
     fingerprint, differing = _fingerprint(pool, living)
     problem = _first_problem(seen, living, ready, now)
     outcomes = {

@@ -45,12 +45,17 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A published adapter. `fingerprint`: of the base that it was trained on; None when its job does not tell."""
+    """A published adapter.
+
+    `fingerprint`: of the base that it was trained on, None when its job does not tell. `rank`: its highest rank has at
+    least this value, None when its method does not tell.
+    """
 
     digest: str
     uri: str
     fingerprint: str | None
     origin: str
+    rank: int | None = None
 
 
 def resolve_artifact(adapter: AdapterDeployment, job: FineTuneJob | None, store: str) -> Artifact | Unresolved:
@@ -89,6 +94,7 @@ def resolve_artifact(adapter: AdapterDeployment, job: FineTuneJob | None, store:
         uri=artifact_uri(store, namespace, name, job.metadata.uid),
         fingerprint=status.resolved.base_model_fingerprint if status.resolved is not None else None,
         origin=f"FineTuneJob {name}",
+        rank=job.spec.method.published_rank,
     )
 
 
@@ -135,7 +141,9 @@ def candidates(
     return Candidates(found, admitted, own, foreign)
 
 
-def choose_pool(adapter: AdapterDeployment, fingerprint: str | None, pools: Candidates) -> ServingPool | Unresolved:
+def choose_pool(
+    adapter: AdapterDeployment, fingerprint: str | None, pools: Candidates, rank: int | None = None
+) -> ServingPool | Unresolved:
     """Return the pool that serves the adapter.
 
     Without `spec.pool` a pool of a foreign namespace is never chosen: who owns it could read the adapter's weights and
@@ -145,13 +153,17 @@ def choose_pool(adapter: AdapterDeployment, fingerprint: str | None, pools: Cand
         adapter: the AdapterDeployment.
         fingerprint: of the base that the adapter was trained on; None when it is not known (its source is gone).
         pools: from `candidates`.
+        rank: of the adapter; None when it is not known.
     """
     if adapter.spec.pool is not None:
-        return _named(adapter, adapter.spec.pool, fingerprint, pools)
+        return _accepting(_named(adapter, adapter.spec.pool, fingerprint, pools), rank)
     namespace = adapter.metadata.namespace
     matching = [
         pool for pool in pools.own if fingerprint is not None and pool.status.base_model_fingerprint == fingerprint
     ]
+    if matching and not any(_accepts(pool, rank) for pool in matching):
+        return _accepting(max(matching, key=lambda pool: pool.spec.engine.max_lora_rank), rank)
+    matching = [pool for pool in matching if _accepts(pool, rank)]
     current = adapter.status.pool
     kept = [
         pool
@@ -184,6 +196,22 @@ def choose_pool(adapter: AdapterDeployment, fingerprint: str | None, pools: Cand
         f"no ServingPool that namespace {namespace} may use serves the base of this adapter"
         f"{' (' + short(fingerprint) + ')' if fingerprint else ''}: create a ServingPool "
         "with the baseModel that the FineTuneJob names",
+    )
+
+
+def _accepts(pool: ServingPool, rank: int | None) -> bool:
+    return rank is None or rank <= pool.spec.engine.max_lora_rank
+
+
+def _accepting(pool: ServingPool | Unresolved, rank: int | None) -> ServingPool | Unresolved:
+    """Return the pool if its engine loads adapters of that rank."""
+    if isinstance(pool, Unresolved) or _accepts(pool, rank):
+        return pool
+    name, most = f"{pool.metadata.namespace}/{pool.metadata.name}", pool.spec.engine.max_lora_rank
+    return Unresolved(
+        Reason.RANK_TOO_HIGH,
+        f"the adapter has rank {rank} and ServingPool {name} loads ranks up to {most}: raise its engine.maxLoraRank, "
+        "name another pool in spec.pool, or train with a lower rank",
     )
 
 

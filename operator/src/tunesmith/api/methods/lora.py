@@ -159,6 +159,13 @@ class LoraFields(MethodFields):
         "OLoRA, CorDA and LoRAGA change the base while training, LoftQ (qlora only) makes up for the 4 bits; they are "
         "saved as plain LoRA of twice the rank, on the base as it was published.",
     )
+
+    @property
+    def published_rank(self) -> int:
+        """Lowest value that the highest rank of the published adapter can have."""
+        highest = max(self.rank, *(self.rank_pattern or {}).values(), 0)
+        return 2 * highest if INITIALIZATIONS[self.initialization].changes_base else highest
+
     lora_plus_ratio: Annotated[float | None, NOT_IN_PEFT] = Field(
         default=None,
         ge=1.0,

@@ -67,7 +67,8 @@ class AdapterDeploymentReconciler:
         job = self._state.jobs.get(key.namespace, adapter.spec.adapter_from.fine_tune_job.name)
         artifact = resolve_artifact(adapter, job, self._context.settings.store)
         fingerprint = artifact.fingerprint if isinstance(artifact, Artifact) else None
-        pool = choose_pool(adapter, fingerprint, self._state.candidates(adapter, fingerprint))
+        rank = artifact.rank if isinstance(artifact, Artifact) else None
+        pool = choose_pool(adapter, fingerprint, self._state.candidates(adapter, fingerprint), rank)
         serving = pool if isinstance(pool, ServingPool) else self._still_serving(adapter)
         if serving is not None and adapter.status.revisions and not self._state.settled(serving):
             # What the pods hold is not known yet, and a status that says so would only flicker.
@@ -171,6 +172,7 @@ def _view_of_pool(pool: Object) -> tuple[object, ...]:
         spec.get("modelName"),
         spec.get("baseModel"),
         spec.get("allowedNamespaces"),
+        (spec.get("engine") or {}).get("maxLoraRank"),
         status.get("baseModelFingerprint"),
     )
 

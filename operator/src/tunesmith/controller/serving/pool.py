@@ -28,6 +28,7 @@ from tunesmith.controller.reconciler import MANAGED, Key, Result, Watch, key_of,
 from tunesmith.controller.serving.agents import Target
 from tunesmith.controller.serving.pool_rollouts import PoolRollouts
 from tunesmith.controller.serving.state import MODEL
+from tunesmith.serving.adapter import needs_slots
 from tunesmith.serving.pod import DELETION_COST, READINESS_GATE
 from tunesmith.serving.pool import PlacementMemory, PoolObservation, PoolPlan, plan
 from tunesmith.serving.poolview import PoolView
@@ -194,9 +195,7 @@ class ServingPoolReconciler:
         if rule is None:
             self._state.forget_window(pool.metadata.uid)
             return Decision(pool.spec.replicas, f"spec.replicas is {pool.spec.replicas}"), True
-        copies = {
-            adapter.model: adapter.status.desired_replicas or 1 for adapter in attached if adapter.status.revisions
-        }
+        copies = {adapter.model: adapter.status.desired_replicas or 1 for adapter in attached if needs_slots(adapter)}
         floor, why = pods_for_copies(copies, pool.spec.engine.max_loras)
         models = [*copies, pool.model]
         window = self._state.window(pool.metadata.uid, models, rule.scale_down_delay_seconds, floor)
