@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help benchmark-operator benchmark-training verify-fuzz-adapters verify-fuzz-gateway verify-fuzz-manifests verify-attacks verify-data verify-methods verify-resume demo test check generate images cluster-up cluster-down clean \
+.PHONY: help benchmark-gateway benchmark-operator benchmark-training verify-fuzz-adapters verify-fuzz-gateway verify-fuzz-manifests verify-attacks verify-data verify-methods verify-resume demo test check generate images cluster-up cluster-down clean \
   environment environment-trainer environment-server model check-format check-types check-imports check-generated check-unit
 
 UV_VERSION := 0.13.9
@@ -54,6 +54,9 @@ verify-fuzz-adapters: environment-server ## Check 10,000 mutated adapters as an 
 
 benchmark-operator: environment ## Measure the operator's work with up to 4,000 adapters in a namespace
 	@$(STEP) --live "operator" $(RUN) python benchmarks/operator/benchmark.py
+
+benchmark-gateway: environment ## Measure how a gateway reads 10,000 adapters and 10,000 API keys; fails above 3 s of CPU or a pause of 100 ms
+	@$(STEP) --live "gateway" $(RUN) python benchmarks/gateway/benchmark.py
 
 benchmark-training: environment-trainer model ## Compare the speed of training with other ways (ROWS=64 REPEATS=3)
 	@mkdir -p out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import sys
@@ -33,6 +34,7 @@ def main() -> None:
     """Run the gateway until SIGTERM. Exit code 0 after draining, 1 for a fault, 2 for wrong settings."""
     settings = read(GatewaySettings)
     configure_log(settings.log_level)
+    exempt_modules_from_collection()
     try:
         limited, keys = bounded(settings), gateway_keys(settings.gateway_key_file)
     except ValueError as error:
@@ -56,6 +58,16 @@ def configure_log(level: str) -> None:
 def _fail(message: str, code: int = 2) -> int:
     sys.stderr.write(f"tunesmith-gateway: {message}\n")
     return code
+
+
+def exempt_modules_from_collection() -> None:
+    """Exclude what exists so far from garbage collection.
+
+    Modules live as long as the process. Without this every full collection scans them, for a tenth of a second in which
+    no request is served.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def bounded(settings: GatewaySettings) -> GatewaySettings:

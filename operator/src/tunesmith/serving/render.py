@@ -25,8 +25,8 @@ from tunesmith.contracts.environment import (
     SERVING_KEY,
     SERVING_KEY_FILE,
 )
-from tunesmith.contracts.location import claim_of, owned_name
 from tunesmith.contracts.labels import POOL_LABEL, POOL_UID_LABEL
+from tunesmith.contracts.location import claim_of, owned_name
 from tunesmith.contracts.network import Network, network_policy
 from tunesmith.contracts.ownership import controller_of
 from tunesmith.serving.pod import AGENT_CONTAINER, BASE_MODEL_CONTAINER, ENGINE_CONTAINER, READINESS_GATE
