@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
+from tunesmith.api.engine_arguments import reserved_argument, reserved_variable
 from tunesmith.contracts.environment import ADMIN_TOKEN_FILE, POD_UID, REQUESTS, SERVING_KEY_FILE
 from tunesmith.contracts.network import Network
 from tunesmith.serving.render import (
@@ -259,3 +260,19 @@ def test_the_middleware_reads_the_variables_that_the_operator_sets() -> None:
     source = (REPOSITORY / "server-image/src/tunesmith_server/middleware/tunesmith_middleware.py").read_text()
     read = set(re.findall(r'"(TUNESMITH_[A-Z_]+)"', source))
     assert read == {POD_UID, SERVING_KEY_FILE, ADMIN_TOKEN_FILE, REQUESTS}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_whatever_the_pool_sets_on_the_engine_is_reserved(case: str, pool: Callable[..., ServingPool]) -> None:
+    given = pool(
+        **{"baseModel": {"uri": "s3://models/base"}, "requests": {"maxTokens": 9, "allowChatTemplate": True}}
+        | CASES[case]
+    )
+    spec = deployment(given, SETTINGS, 1)["spec"]["template"]["spec"]
+    engine = next(container for container in spec["containers"] if container["name"] == "engine")
+    own = engine["args"][: len(engine["args"]) - len(given.spec.engine.args or ())]
+    names = {argument for argument in own if argument.startswith("--")}
+    assert names
+    assert {name for name in names if reserved_argument(name) is None} == set()
+    users = {variable.name for variable in given.spec.engine.env or ()}
+    assert {variable["name"] for variable in engine["env"] if not reserved_variable(variable["name"])} <= users
