@@ -30,8 +30,8 @@ def submit(
 ) -> None:
     """Apply a FineTuneJob to the cluster. With --watch its exit code is 0 only if the job completes.
 
-    Submitting the same manifest again does not train again: it follows the job that there is. Ctrl-C leaves the job
-    running.
+    Submitting the same manifest again does not train again: it reports, or follows, the existing job. Ctrl-C leaves the
+    job running.
 
     Example: tunesmith submit -f job.yaml --watch
     """
