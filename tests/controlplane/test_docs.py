@@ -71,6 +71,7 @@ ELSEWHERE = {
     "docs/local-cluster.md": "make targets that start a cluster",
     "docs/run-locally.md": "needs the trainer",
     "docs/train.md": "asks a job of the reader's own",
+    "docs/reference/settings.md": "the programs of pods: tests/settings",
     "docs/reference/stores.md": "the keys are the reader's own",
 }
 NOT_RUN = {
