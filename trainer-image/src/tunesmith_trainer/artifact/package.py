@@ -32,6 +32,8 @@ from tunesmith_trainer.store import file_sha256
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from transformers import PretrainedConfig
+
     from tunesmith.api.finetunejob import FineTuneJob
     from tunesmith.api.finetunejob_status import EvaluationStatus
     from tunesmith.storage.folder import Folder
@@ -63,80 +65,133 @@ def build(
     """
     folder.mkdir(parents=True)
     config = model.load_config(prepared.base, job.spec.base_model.uri)
-    saved: dict[str, Any] = {}
+    saved = _save_weights(job, prepared, trained, folder, config)
+    _write_tokenizer(job, prepared, folder)
+    _write_scores(job, prepared, trained, folder)
+    # What follows loads the base again; both do not have to fit.
+    for parameter in trained.model.parameters():
+        parameter.data = torch.empty(0)
+    merge_error = _merge(job, prepared, trained, folder, merged, config)
+    error = _probe_parity(job, prepared, trained, folder, config)
+    versions = {name: version(name) for name in _VERSIONED}
+    text = card.text(job, prepared, trained, versions, merge_error)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    adapter = ArtifactAdapter(
+        method=job.spec.method.name,
+        rank=saved["r"] if saved.get("peft_type") == "LORA" else None,
+        alpha=saved["lora_alpha"] if saved.get("peft_type") == "LORA" else None,
+        target_modules=prepared.resolved.target_modules or [],
+        relative_logit_error=error,
+    )
+    return _manifest(job, prepared, trained, folder, adapter, versions), merge_error
+
+
+def _save_weights(
+    job: FineTuneJob, prepared: Prepared, trained: Trained, folder: Path, config: PretrainedConfig
+) -> dict[str, Any]:
+    """Save the adapter, or all weights, and return PEFT's configuration of it; empty where all weights were trained.
+
+    Raises:
+        SelfCheckError: what was saved is not what was asked for.
+    """
     if prepared.planned.config is None:
         full.save(trained.model, folder, config, parity.serving_type(config))
         full.check(folder)
-    else:
-        conversion.save(trained.model, folder)
-        _rewrite_config(folder / ADAPTER_CONFIG, job, prepared)
-        saved = check_saved(folder, prepared.planned)
+        return {}
+    conversion.save(trained.model, folder)
+    _rewrite_config(folder / ADAPTER_CONFIG, job, prepared)
+    return check_saved(folder, prepared.planned)
+
+
+def _write_tokenizer(job: FineTuneJob, prepared: Prepared, folder: Path) -> None:
+    """Copy the base's tokenizer; a chat template of the job replaces the base's."""
     for file in model.tokenizer_files(prepared.base):
         (folder / file.name).write_bytes(file.read_bytes())
     template = job.spec.dataset.chat_template
     if template is not None:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def _write_scores(job: FineTuneJob, prepared: Prepared, trained: Trained, folder: Path) -> None:
+    """Write the scores and the curves."""
     _write_json(folder / "evaluation.json", _evaluation(trained.evaluation, prepared))
     write_curves(folder / CURVES, trained.curve)
     curves.draw(folder / PICTURE, trained.curve, job.spec.objective_name)
-    tokenizer = model.load_tokenizer_of(prepared.base, job.spec)
-    logits = trained.logits
-    # What follows loads the base anew; both do not have to fit.
-    for parameter in trained.model.parameters():
-        parameter.data = torch.empty(0)
+
+
+def _merge(
+    job: FineTuneJob, prepared: Prepared, trained: Trained, folder: Path, merged: Path, config: PretrainedConfig
+) -> float | None:
+    """Write merged weights into `merged` where the job asks for them.
+
+    Returns:
+        Their distance from what was trained; None where there are none.
+    """
     how = job.spec.output.merge if job.spec.output else Merge.NONE
-    merge_error = None
-    if how is not Merge.NONE:
-        merge_error = merge.merge(
-            how,
-            prepared.base,
-            folder,
-            merged,
-            config=config,
-            quantization=job.spec.method.quantization,
-            dtype=dtype_of(prepared.resolved.precision),
-            prompts=trained.prompts,
-            trained=logits,
-        )
+    if how is Merge.NONE:
+        return None
+    return merge.merge(
+        how,
+        prepared.base,
+        folder,
+        merged,
+        config=config,
+        quantization=job.spec.method.quantization,
+        dtype=dtype_of(prepared.resolved.precision),
+        prompts=trained.prompts,
+        trained=trained.logits,
+    )
+
+
+def _probe_parity(
+    job: FineTuneJob, prepared: Prepared, trained: Trained, folder: Path, config: PretrainedConfig
+) -> float:
+    """Load base and saved adapter again, record what an engine should answer, and return the distance of the logits.
+
+    Raises:
+        SelfCheckError: the saved adapter is not what was trained.
+    """
+    tokenizer = model.load_tokenizer_of(prepared.base, job.spec)
     recorded, served = parity.record(prepared.base, folder, config, tokenizer, ends=prepared.ends, pad=prepared.pad)
-    error = relative_distance(served, logits)
+    error = relative_distance(served, trained.logits)
     _check_error(error, job, prepared, parity.serving_type(config))
     _write_json(folder / PARITY_FILE, recorded.manifest())
-    versions = {name: version(name) for name in _VERSIONED}
-    text = card.text(job, prepared, trained, versions, merge_error)
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    return error
 
+
+def _manifest(
+    job: FineTuneJob,
+    prepared: Prepared,
+    trained: Trained,
+    folder: Path,
+    adapter: ArtifactAdapter,
+    versions: dict[str, str],
+) -> ArtifactManifest:
+    """Describe the files in `folder`, and what they were made from."""
+    resolved = prepared.resolved
     hyper = job.spec.hyperparameters.model_dump(mode="json", by_alias=True, exclude_none=True)
-    decided = prepared.resolved.model_dump(
+    decided = resolved.model_dump(
         mode="json", by_alias=True, include={"learning_rate", "batch_size", "micro_batch_size", "total_steps"}
     )
-    evaluation = trained.evaluation
-    manifest = ArtifactManifest(
+    return ArtifactManifest(
         files={
             file.name: ArtifactFile(sha256=file_sha256(file), size_bytes=file.stat().st_size)
             for file in sorted(folder.iterdir())
         },
         base=ArtifactBase(
-            fingerprint=prepared.resolved.base_model_fingerprint or "",
+            fingerprint=resolved.base_model_fingerprint or "",
             uri=job.spec.base_model.uri,
             revision=job.spec.base_model.revision,
         ),
-        adapter=ArtifactAdapter(
-            method=job.spec.method.name,
-            rank=saved["r"] if saved.get("peft_type") == "LORA" else None,
-            alpha=saved["lora_alpha"] if saved.get("peft_type") == "LORA" else None,
-            target_modules=prepared.resolved.target_modules or [],
-            relative_logit_error=error,
-        ),
-        dataset_digest=prepared.resolved.dataset_digest or "",
+        adapter=adapter,
+        dataset_digest=resolved.dataset_digest or "",
         spec_digest=spec_digest(job),
         hyperparameters={**hyper, **decided},
         versions=versions,
-        evaluation=evaluation,
-        metrics=metrics_of(evaluation),
+        evaluation=trained.evaluation,
+        metrics=metrics_of(trained.evaluation),
         servable=servable.confirm(folder, prepared.planned.servable),
     )
-    return manifest, merge_error
 
 
 def metrics_of(evaluation: EvaluationStatus) -> dict[str, float]:
