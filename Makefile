@@ -109,6 +109,7 @@ environment-server: $(UV)
 
 verify-fuzz-manifests: environment ## 10,000 mutated manifests through models and plans, 1,000 through an API server and the operator
 	@$(STEP) --last '^(passed|Assert)' "manifests: models and plans" $(RUN) python tests/finetune/manifest_fuzzer.py --count 10000
+	@$(STEP) "programs of the cluster" $(CLUSTER) build
 	@$(STEP) --last ' (passed|failed).* in ' "manifests: API server" $(RUN) pytest -m long tests/controlplane/test_manifest_fuzz.py
 
 model: environment-trainer
