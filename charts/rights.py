@@ -37,6 +37,7 @@ _REASONS = {
     ("operator", "networkpolicies"): "who may connect to pool and training pods",
     ("operator", "secrets"): "the keys of pools and gateways, written without being read",
     ("operator", "events"): "what happened to a resource",
+    ("operator", "resourcequotas"): "why the pods of a Job are refused",
     ("operator", "namespaces"): "their labels, by which pools choose who may attach",
     ("operator", "nodes"): "the memory of GPUs, from the nodes' labels",
     ("operator", "leases"): "which replica leads",

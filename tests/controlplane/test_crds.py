@@ -340,15 +340,18 @@ def patch_status(apiserver: ApiServer, namespace: str, resource: str, patch: str
 
 
 STATUSES = {
-    "ftj": """{"status": {"phase": "Validating", "progress": {"stage": "Training", "step": 12345, "totalSteps": 12345,
+    "ftj": """{"status": {"phase": "Validating", "reason": "StorageUnavailable",
+        "progress": {"stage": "Training", "step": 12345, "totalSteps": 12345,
         "loss": 12.3456, "evaluationLoss": 11.2345, "etaSeconds": 3600}, "gpuSeconds": 123456.7,
         "artifact": {"uri": "s3://tunesmith/store/team/tone-123/artifact", "digest": "sha256:%s", "sizeBytes": 1,
         "servable": {"vllm": true}}, "attempts": [{"name": "a-1", "outcome": "Failed", "node": "node-1"},
         {"name": "a-2", "outcome": "Succeeded", "node": "node-2"}]}}"""
     % ("a" * 64),
-    "spool": """{"status": {"phase": "Available", "readyReplicas": 10, "desiredReplicas": 12, "adapters": 100,
+    "spool": """{"status": {"phase": "Available", "reason": "ContainerConfiguration",
+        "readyReplicas": 10, "desiredReplicas": 12, "adapters": 100,
         "slotsFree": 100}}""",
-    "adep": """{"status": {"phase": "Loading", "readyReplicas": 10, "desiredReplicas": 12,
+    "adep": """{"status": {"phase": "Waiting", "reason": "FineTuneJobNotFound",
+        "readyReplicas": 10, "desiredReplicas": 12,
         "pool": {"name": "a-pool-of-20-letters"}}}""",
 }
 
@@ -356,9 +359,9 @@ STATUSES = {
 @pytest.mark.parametrize(
     ("build", "short", "shown"),
     [
-        (job, "ftj", ["Validating", "12345", "12.3456", "11.2345"]),
-        (pool, "spool", ["Available", "10", "12", "100"]),
-        (adapter, "adep", ["Loading", "10", "12", "a-pool-of-20-letters"]),
+        (job, "ftj", ["Validating", "StorageUnavailable", "12345", "12.3456"]),
+        (pool, "spool", ["Available", "ContainerConfiguration", "10", "12"]),
+        (adapter, "adep", ["Waiting", "FineTuneJobNotFound", "10", "12"]),
     ],
     ids=["ftj", "spool", "adep"],
 )
@@ -377,6 +380,7 @@ def test_wide_shows_where(apiserver: ApiServer, namespace: str) -> None:
     patch_status(apiserver, namespace, "ftj/tone", STATUSES["ftj"])
     printed = apiserver.kubectl("get", "ftj", "-n", namespace, "-o", "wide").stdout
     assert "s3://tunesmith/store/team/tone-123/artifact" in printed
+    assert "11.2345" in printed
     assert "node-2" in printed
     assert "node-1" not in printed
 

@@ -121,7 +121,7 @@ async def test_a_refused_create_is_a_condition(world: World, server: ApiServer) 
 
     await until(enforced, "the quota's status")
     await world.cluster.patch(KIND, "tone", world.namespace, {"spec": {"suspend": False}})
-    condition = await world.until_condition("Validated", "Unknown", reason="CreateRefused")
+    condition = await world.until_condition("Validated", "Unknown", reason="WriteRefused")
     assert owned_name("tone", uid, "validate") in condition["message"]
     assert "quota" in condition["message"]
 

@@ -47,9 +47,9 @@ async def test_a_job_is_validated_trained_and_complete(world: World) -> None:
 
     async def told() -> bool:
         events = await world.cluster.list("Event", world.namespace, fields="involvedObject.kind=FineTuneJob")
-        return {"Validated", "Complete"} <= {event["reason"] for event in events}
+        return {"Valid", "Complete"} <= {event["reason"] for event in events}
 
-    await until(told, "the events Validated and Complete")
+    await until(told, "the events Valid and Complete")
 
 
 async def test_a_finished_job_is_not_run_again_when_its_jobs_are_removed(world: World, operator: Operator) -> None:

@@ -31,14 +31,6 @@ CASES = {
         SILENT_STORE,
         ("Running",),
     ),
-    "an attempt without a pod says where to look": Case(
-        seen(job(validated(attempt(1))), attempts={1: kube_job("1")}),
-        (),
-        "Pending",
-        {"Validated": ("True", "Valid"), "Started": ("False", "PodPending")},
-        "has no pod after 60 s: a quota, an admission rule or a missing PriorityClass may refuse it",
-        ("Running",),
-    ),
     "an image that cannot be pulled is told at once": Case(
         seen(
             job(validated(attempt(1))),

@@ -10,7 +10,7 @@ from tunesmith.finetune.plan import CreateAttempt, StopJob
 
 CASES = {
     "a job created suspended waits": Case(
-        seen(job(suspend=True)), (), "Suspended", {"Suspended": ("True", "Suspended")}, "set it to false to go on"
+        seen(job(suspend=True)), (), "Suspended", {"Suspended": ("True", "Suspended")}, "set it to false to continue"
     ),
     "suspend is told before the Job is deleted": Case(
         seen(job(validated(attempt(1)), suspend=True), attempts={1: kube_job("1", pod(running=True))}),

@@ -25,11 +25,12 @@ from tunesmith.contracts.location import owned_name, reads_foreign_store
 from tunesmith.contracts.network import Network
 from tunesmith.contracts.progress import parse_progress
 from tunesmith.contracts.scheduling import DEFAULT_SCHEDULING, refusal
+from tunesmith.contracts.transitions import notices, unreadable_status
 from tunesmith.finetune import render
 from tunesmith.finetune.observe import observe
 from tunesmith.finetune.plan import plan
 from tunesmith.finetune.settings import JobSettings
-from tunesmith.finetune.status import notices, unreadable
+from tunesmith.finetune.status import reports
 from tunesmith.serving import adapter as adapters
 from tunesmith.serving import pool as pools
 from tunesmith.serving import render as pool_render
@@ -214,7 +215,7 @@ def _finetunejob(manifest: Object, chance: random.Random) -> str:
     try:
         job = FineTuneJob.model_validate(manifest)
     except ValidationError:
-        found = unreadable(manifest, "spec does not have the form", NOW)
+        found = unreadable_status(manifest, "spec does not fit", NOW)
         assert found["conditions"], "an unreadable job has no condition"
         return "refused"
     for rendered in (
@@ -233,11 +234,12 @@ def _finetunejob(manifest: Object, chance: random.Random) -> str:
             sample = parse_progress(chance.choice(SAMPLES))
         except ValueError:
             sample = None
-        seen = observe({**manifest, "status": status}, jobs, pods, sample, now)
+        seen = observe(FineTuneJob.model_validate({**manifest, "status": status}), jobs, pods, sample, now)
         decided = plan(seen, STORE)
         assert decided.status.conditions, "a plan without a condition"
         assert decided.status.phase is not None, "a plan without a phase"
-        notices(seen.job.status, decided.status)
+        notices("FineTuneJob", seen.job.status.conditions, decided.status.conditions)
+        reports(seen.job.status, decided.status)
         status = decided.status.manifest()
         _writable(status)
     return "planned"

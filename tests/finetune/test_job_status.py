@@ -11,8 +11,9 @@ from worlds import ARTIFACT, NOW, STORE, attempt, condition, job, kube_job, pod,
 
 from tunesmith.api.conditions import find
 from tunesmith.api.finetunejob_status import ProgressStatus
+from tunesmith.contracts.transitions import notices
 from tunesmith.finetune.plan import plan
-from tunesmith.finetune.status import notices, without_reports
+from tunesmith.finetune.status import reports, without_reports
 
 if TYPE_CHECKING:
     from tunesmith.api.finetunejob import FineTuneJob
@@ -40,19 +41,19 @@ def test_rows_that_are_scored_and_trained_on_are_told_once_as_a_warning() -> Non
     assert status.preflight is not None
     assert status.preflight.manifest()["alsoTrained"] == [trained]
     sentence = "12 of 200 held-out rows are also trained on: evaluation.loss flatters the adapter"
-    told = [notice for notice in notices(before.status, status) if notice.type == "Warning"]
+    told = [notice for notice in reports(before.status, status) if notice.type == "Warning"]
     assert [(notice.reason, sentence in notice.message) for notice in told] == [("ScoredRowsTrained", True)]
     assert sentence in next(one.message for one in status.conditions if one.type == "Validated")
-    assert [notice for notice in notices(status, status) if notice.type == "Warning"] == []
+    assert [notice for notice in reports(status, status) if notice.type == "Warning"] == []
 
 
 def test_a_suite_without_scores_is_told_once_as_a_warning() -> None:
     attempts = {1: kube_job("1", ended(0, UNSCORED), succeeded=True)}
     before = job(validated(attempt(1)))
     status = plan(seen(before, attempts=attempts), STORE).status
-    told = [notice for notice in notices(before.status, status) if notice.type == "Warning"]
+    told = [notice for notice in reports(before.status, status) if notice.type == "Warning"]
     assert [(notice.reason, notice.message) for notice in told] == [("SuiteFailed", NO_SCORES)]
-    assert [notice for notice in notices(status, status) if notice.type == "Warning"] == []
+    assert [notice for notice in reports(status, status) if notice.type == "Warning"] == []
 
 
 def test_the_status_tells_what_became_of_each_export() -> None:
@@ -66,7 +67,8 @@ def test_the_status_tells_what_became_of_each_export() -> None:
         {"uri": "s3://copies/tone", "exported": True},
         {"hub": "org/tone", "exported": False, **DENIED},
     ]
-    told = [notice for notice in notices(before.status, status) if notice.type == "Warning"]
+    changed = notices("FineTuneJob", before.status.conditions, status.conditions)
+    told = [notice for notice in changed if notice.type == "Warning"]
     assert [(notice.reason, "access to the export was denied" in notice.message) for notice in told] == [
         ("ExportFailed", True)
     ]

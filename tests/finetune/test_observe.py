@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from plan_cases import NODE_FULL
-from worlds import NOW, UID, manifest
+from worlds import NOW, UID, job
 
 from tunesmith.contracts.location import owned_name
 from tunesmith.finetune.classify import ending, obstacle
@@ -46,7 +46,7 @@ def terminated(**state: Any) -> Object:
 
 def test_jobs_are_told_apart_and_get_their_own_pods() -> None:
     seen = observe(
-        manifest(),
+        job(),
         [kube_job("train", "two", "2"), kube_job("validate", "zero"), kube_job("train", "one", "1")],
         [kube_pod("one", "a", {}), kube_pod("zero", "b", {}), kube_pod("stranger", "c", {})],
         None,
@@ -84,7 +84,7 @@ FORGED = {
 def test_a_job_that_only_looks_like_its_own_is_not_counted(changes: Object, attempt: str | None) -> None:
     forged = kube_job("validate" if attempt is None else "train", "one", attempt)
     forged["metadata"] |= changes
-    seen = observe(manifest(), [forged], [kube_pod("one", "a", {})], None, NOW)
+    seen = observe(job(), [forged], [kube_pod("one", "a", {})], None, NOW)
     assert (seen.validation, seen.attempts) == (None, {})
 
 
@@ -100,13 +100,13 @@ def test_a_job_that_only_looks_like_its_own_is_not_counted(changes: Object, atte
 def test_a_pod_that_only_names_the_jobs_uid_is_not_counted(changes: Object) -> None:
     pod = kube_pod("one", "a", terminated(exitCode=2, message=FAULT))
     pod["metadata"] |= changes
-    seen = observe(manifest(), [kube_job("train", "one", "1")], [pod], None, NOW)
+    seen = observe(job(), [kube_job("train", "one", "1")], [pod], None, NOW)
     assert seen.attempts[1].pods == ()
 
 
 def test_a_pods_index_that_is_no_number_is_0() -> None:
     pod = kube_pod("one", "a", {}, index="²")
-    assert observe(manifest(), [kube_job("train", "one", "1")], [pod], None, NOW).attempts[1].pods[0].index == 0
+    assert observe(job(), [kube_job("train", "one", "1")], [pod], None, NOW).attempts[1].pods[0].index == 0
 
 
 def attempts_pod(name: str, uid: str, phase: str) -> Object:
@@ -123,7 +123,7 @@ def test_a_pod_that_outlives_its_job_is_seen_until_it_has_ended() -> None:
         attempts_pod("saved", UID, "Failed"),
         attempts_pod("of-another-job-of-that-name", "0f0e0d0c-0000-4000-8000-000000000002", "Running"),
     ]
-    assert observe(manifest(), [], pods, None, NOW).lingering == ("saves",)
+    assert observe(job(), [], pods, None, NOW).lingering == ("saves",)
 
 
 def test_the_newest_pod_speaks_for_a_job() -> None:
@@ -131,7 +131,7 @@ def test_the_newest_pod_speaks_for_a_job() -> None:
         kube_pod("zero", "new", terminated(exitCode=0, finishedAt=TIME), "2026-11-24T11:59:30Z"),
         kube_pod("zero", "old", terminated(exitCode=3, finishedAt=TIME)),
     ]
-    seen = observe(manifest(), [kube_job("validate", "zero")], pods, None, NOW)
+    seen = observe(job(), [kube_job("validate", "zero")], pods, None, NOW)
     assert seen.validation is not None
     assert seen.validation.exit_code == 0
 
@@ -162,7 +162,7 @@ def evicted(message: str) -> Object:
 def test_how_a_pod_ended(name: str, status: Object, expected: str) -> None:
     failed = {"type": "Failed", "status": "True", "lastTransitionTime": TIME}
     seen = observe(
-        manifest(), [kube_job("train", "one", "1", conditions=[failed])], [kube_pod("one", "a", status)], None, NOW
+        job(), [kube_job("train", "one", "1", conditions=[failed])], [kube_pod("one", "a", status)], None, NOW
     )
     assert ending(seen.attempts[1], "attempt 1").outcome == expected, name
 
@@ -201,7 +201,7 @@ def test_which_of_two_pods_ended_an_attempt(
     name: str, first: Object, second: Object, expected: tuple[str | None, bool], message: str
 ) -> None:
     pods = [kube_pod("one", "b", second, index="1"), kube_pod("one", "a", first, index="0")]
-    seen = observe(manifest(), [kube_job("train", "one", "1", conditions=[FAILED])], pods, None, NOW)
+    seen = observe(job(), [kube_job("train", "one", "1", conditions=[FAILED])], pods, None, NOW)
     end = ending(seen.attempts[1], "attempt 1")
     assert (end.reason, end.retryable) == expected, name
     assert end.outcome == ("Failed" if end.reason else "Preempted")
@@ -217,7 +217,7 @@ def test_the_first_pod_reports_for_all() -> None:
         kube_pod("one", "b", dead(0, other), index="1"),
         kube_pod("one", "a", dead(0, done), index="0"),
     ]
-    seen = observe(manifest(), [kube_job("train", "one", "1", conditions=[complete])], pods, None, NOW)
+    seen = observe(job(), [kube_job("train", "one", "1", conditions=[complete])], pods, None, NOW)
     end = ending(seen.attempts[1], "attempt 1")
     assert end.outcome == "Succeeded"
     assert end.result is not None
@@ -231,14 +231,14 @@ def test_an_attempt_runs_once_all_its_pods_run() -> None:
     first = kube_pod("one", "a", running, index="0")
     waiting = kube_pod("one", "b", {"conditions": [unplaced]}, index="1")
     for pods, expected in (
-        ([first], "has 1 of 2 pods after 60 s"),
+        ([first], "has 1 of 2 pods: "),
         ([first, waiting], "pod b waits for a node: no GPU is free"),
     ):
-        wait = obstacle(observe(manifest(), [several], pods, None, NOW).attempts[1], NOW)
+        wait = obstacle(observe(job(), [several], pods, None, NOW).attempts[1], NOW)
         assert wait is not None
         assert expected in wait.message
     both = [first, kube_pod("one", "b", running, index="1")]
-    assert obstacle(observe(manifest(), [several], both, None, NOW).attempts[1], NOW) is None
+    assert obstacle(observe(job(), [several], both, None, NOW).attempts[1], NOW) is None
 
 
 @pytest.mark.parametrize(
@@ -261,4 +261,4 @@ def test_why_a_queue_holds_a_job_back(conditions: list[tuple[str, str, str]], to
         {"metadata": {"labels": {"kueue.x-k8s.io/job-uid": uid}}, "status": {"conditions": said}}
         for uid, said in (("one", entries), ("other", [{"type": "QuotaReserved", "status": "False", "message": "no"}]))
     ]
-    assert observe(manifest(), [waiting], [], None, NOW, workloads).attempts[1].held_back == told
+    assert observe(job(), [waiting], [], None, NOW, workloads).attempts[1].held_back == told

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import cases_of_attempts
 import cases_of_endings
 import cases_of_pauses
+import cases_of_refusals
 import cases_of_validation
 import pytest
 from worlds import STORE
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 CASES = [
     pytest.param(case, id=name)
-    for subject in (cases_of_validation, cases_of_attempts, cases_of_pauses, cases_of_endings)
+    for subject in (cases_of_validation, cases_of_attempts, cases_of_pauses, cases_of_refusals, cases_of_endings)
     for name, case in subject.CASES.items()
 ]
 
@@ -29,6 +30,7 @@ def test_plan(case: Case) -> None:
     status = decided.status
     assert {entry.type: (entry.status, entry.reason) for entry in status.conditions} == case.conditions
     assert status.phase == case.phase
+    assert status.reason in {entry.reason for entry in status.conditions}
     assert case.message in " | ".join(entry.message for entry in status.conditions)
     assert tuple(entry.outcome for entry in status.attempts) == case.outcomes
 

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from tunesmith.api.placement import Toleration
-from tunesmith.serving.room import candidates, has_room, pod_requests
+from tunesmith.contracts.quantities import pod_requests
+from tunesmith.serving.room import candidates, has_room
 
 
 def node(name: str = "n", *, ready: str = "True", **spec: Any) -> dict[str, Any]:

@@ -140,13 +140,25 @@ def test_the_agent_refuses_exactly_what_validation_calls_unservable(
     assert (refused is None) == planned.servable.vllm, (refused, planned.servable.reason)
 
 
-def test_validation_and_agent_give_the_same_reason(base_model: Path, tmp_path: Path) -> None:
-    method = METHODS["plain"] | {"lora": {"rank": 4, "dora": True}}
+@pytest.mark.parametrize(
+    ("method", "reason", "remedy"),
+    [
+        ({"lora": {"rank": 4, "dora": True}}, "the adapter uses DoRA; vLLM cannot serve that", "leave out dora ("),
+        ({"ia3": {}}, "vLLM loads LORA adapters only, and this is IA3", "use method.lora, or serve merged"),
+        (
+            {"peft": {"type": "lily", "config": {"r": 4, "target_modules": _QV}}},
+            "vLLM loads LORA adapters only, and this is LILY",
+            "use method.lora; this one cannot be merged",
+        ),
+    ],
+    ids=["DoRA", "IA3", "Lily"],
+)
+def test_validation_and_agent_give_the_same_reason(
+    base_model: Path, tmp_path: Path, method: dict[str, Any], reason: str, remedy: str
+) -> None:
     trial = try_method(method, base_model, tmp_path / "adapter", steps=1)
-    refused = refusal(tmp_path / "adapter", base_model, tmp_path / "adapters")
-    assert refused == "the adapter uses DoRA; vLLM cannot serve that"
-    assert trial.servable.reason is not None
-    assert trial.servable.reason.startswith(f"{refused}: leave out dora")
+    assert refusal(tmp_path / "adapter", base_model, tmp_path / "adapters") == reason
+    assert (trial.servable.reason or "").startswith(f"{reason}: {remedy}")
 
 
 def test_an_expression_for_an_embedding_and_layers_is_saved_as_names(base_model: Path, tmp_path: Path) -> None:

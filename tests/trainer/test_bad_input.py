@@ -200,7 +200,7 @@ SPECS: dict[str, tuple[dict[str, Any], FailureReason, str]] = {
         "file:///nowhere/model does not exist",
     ),
     "odd scheme": (
-        {"dataset": {"train": [{"uri": "https://example.org/a.jsonl"}]}},
+        {"dataset": {"train": [{"uri": "http://example.org/a.jsonl"}]}},
         FailureReason.INVALID_SPEC,
         "spec.dataset.train.0.uri",
     ),

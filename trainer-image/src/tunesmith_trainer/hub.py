@@ -104,7 +104,7 @@ class Repository:
     def _attempted(self, operation: Callable[[], T]) -> T:
         return attempt(operation, self._understood, self._access, f"the export (hf://{self._name})")
 
-    def _understood(self, error: Exception) -> StorageError:
+    def _understood(self, error: Exception, tries: int) -> StorageError:
         where = f"the export hf://{self._name}"
         # A failed upload is wrapped, and what wraps it does not say why.
         cause = error.__cause__ if type(error) is RuntimeError and isinstance(error.__cause__, Exception) else error
@@ -117,8 +117,8 @@ class Repository:
         refused = status is not None and status < _SERVER_ERROR and status not in _WORTH_A_RETRY
         if refused or isinstance(error, ValueError):
             return InvalidUriError(f"the Hub does not take {where}: {said(cause)}")
-        tries = self._access.retry.attempts
-        return UnavailableError(f"{where} could not be reached, tried {tries} times: {said(cause)}")
+        tried = f", tried {tries} times" if tries > 1 else ""
+        return UnavailableError(f"{where} could not be reached{tried}: {said(cause)}")
 
 
 def _blob_id(data: bytes) -> str:

@@ -63,6 +63,9 @@ class Kind:
         return self.model.__name__
 
 
+_PHASE = Column("Phase", "string", ".status.phase", "Derived from the conditions.")
+_REASON = Column("Reason", "string", ".status.reason", "Reason of the condition that the phase is derived from.")
+_WHY = Column("Why", "string", ".status.desiredReason", "Why that many pods are wanted.", wide=True)
 _AGE = Column("Age", "date", ".metadata.creationTimestamp", "Time since creation.")
 
 KINDS = (
@@ -71,18 +74,18 @@ KINDS = (
         "finetunejobs",
         "ftj",
         (
-            Column("Phase", "string", ".status.phase", "Derived from the conditions."),
+            _PHASE,
+            _REASON,
             Column("Step", "integer", ".status.progress.step", "Optimizer steps done."),
-            Column("Of", "integer", ".status.progress.totalSteps", "Optimizer steps in all."),
             Column("Loss", "number", ".status.progress.loss", f"Training loss, {LOSS_UNIT}."),
-            Column("Eval", "number", ".status.progress.evaluationLoss", f"Held-out loss, {LOSS_UNIT}."),
             _AGE,
+            Column("Of", "integer", ".status.progress.totalSteps", "Optimizer steps in all.", wide=True),
+            Column("Eval", "number", ".status.progress.evaluationLoss", f"Held-out loss, {LOSS_UNIT}.", wide=True),
             Column("Stage", "string", ".status.progress.stage", "What the trainer is doing.", wide=True),
             Column("ETA", "integer", ".status.progress.etaSeconds", "Seconds until the last step.", wide=True),
             Column("GPUSeconds", "number", ".status.gpuSeconds", "GPUs times seconds, all attempts.", wide=True),
             Column("Node", "string", ".status.attempts[-1:].node", "Node of the latest attempt.", wide=True),
             Column("Artifact", "string", ".status.artifact.uri", "Where the adapter lies.", wide=True),
-            Column("Reason", "string", '.status.conditions[?(@.type=="Failed")].reason', "Why it failed.", wide=True),
         ),
     ),
     Kind(
@@ -90,15 +93,16 @@ KINDS = (
         "servingpools",
         "spool",
         (
-            Column("Phase", "string", ".status.phase", "Derived from the conditions."),
+            _PHASE,
+            _REASON,
             Column("Ready", "integer", ".status.readyReplicas", "Pods that are ready."),
-            Column("Wanted", "integer", ".status.desiredReplicas", "Pods that are wanted now."),
-            Column("Adapters", "integer", ".status.adapters", "AdapterDeployments that are attached."),
-            Column("Free", "integer", ".status.slotsFree", "Adapter copies that would still fit."),
+            Column("Want", "integer", ".status.desiredReplicas", "Pods that are wanted now."),
             _AGE,
+            Column("Adapters", "integer", ".status.adapters", "AdapterDeployments that are attached.", wide=True),
+            Column("Free", "integer", ".status.slotsFree", "Adapter copies that would still fit.", wide=True),
             Column("Model", "string", ".spec.modelName", "Name under which the base is callable.", wide=True),
             Column("Base", "string", ".spec.baseModel.uri", "The base model.", wide=True),
-            Column("Why", "string", ".status.desiredReason", "Why that many pods are wanted.", wide=True),
+            _WHY,
         ),
         scale=True,
     ),
@@ -107,14 +111,15 @@ KINDS = (
         "adapterdeployments",
         "adep",
         (
-            Column("Phase", "string", ".status.phase", "Derived from the conditions."),
+            _PHASE,
+            _REASON,
             Column("Ready", "integer", ".status.readyReplicas", "Ready pods that hold the adapter."),
-            Column("Wanted", "integer", ".status.desiredReplicas", "Pods that should hold the adapter now."),
-            Column("Pool", "string", ".status.pool.name", "The pool that serves it."),
+            Column("Want", "integer", ".status.desiredReplicas", "Pods that should hold the adapter now."),
             _AGE,
+            Column("Pool", "string", ".status.pool.name", "The pool that serves it.", wide=True),
             Column("Model", "string", ".status.model", "Name that clients call.", wide=True),
             Column("URL", "string", ".status.url", "The endpoint for clients.", wide=True),
-            Column("Why", "string", ".status.desiredReason", "Why that many pods are wanted.", wide=True),
+            _WHY,
         ),
         scale=True,
     ),

@@ -357,6 +357,9 @@ class FineTuneJobStatus(StatusModel):
     """What was observed."""
 
     phase: Phase | None = Field(default=None, description="Derived from the conditions.")
+    reason: str | None = Field(
+        default=None, max_length=64, description="Reason of the condition that the phase is derived from."
+    )
     conditions: list[Condition] = Field(
         default_factory=list,
         max_length=16,

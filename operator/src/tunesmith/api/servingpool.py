@@ -242,6 +242,9 @@ class ServingPoolStatus(StatusModel):
     """What was observed."""
 
     phase: PoolPhase | None = Field(default=None, description="Derived from the conditions.")
+    reason: str | None = Field(
+        default=None, max_length=64, description="Reason of the condition that the phase is derived from."
+    )
     conditions: list[Condition] = Field(
         default_factory=list,
         max_length=16,

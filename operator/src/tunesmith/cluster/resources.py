@@ -47,6 +47,7 @@ _RESOURCES = (
     Resource("", "v1", "serviceaccounts", "ServiceAccount"),
     Resource("", "v1", "persistentvolumeclaims", "PersistentVolumeClaim"),
     Resource("", "v1", "events", "Event"),
+    Resource("", "v1", "resourcequotas", "ResourceQuota"),
     Resource("apps", "v1", "deployments", "Deployment"),
     Resource("batch", "v1", "jobs", "Job"),
     Resource("policy", "v1", "poddisruptionbudgets", "PodDisruptionBudget"),

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from tunesmith.api.finetunejob import FineTuneJob
 from tunesmith.cluster.errors import ClusterError
 from tunesmith.controller.cache import Caches
 from tunesmith.controller.metrics import Metrics
 from tunesmith.controller.namespaces import NamespaceLabels
+from tunesmith.controller.parsed import Parsed
 from tunesmith.controller.workqueue import WorkQueue
 
 if TYPE_CHECKING:
@@ -49,6 +51,11 @@ class Context:
     """Uid of the namespace kube-system; empty where it may not be read. Set before the first reconcile."""
     installation_keys: Keys = ()
     """The keys that all tokens derive from, newest first. Set before the first reconcile, renewed in a rotation."""
+    jobs: Parsed[FineTuneJob] = field(init=False)
+    """The FineTuneJobs. Their status is the record of their attempts, which nothing else holds."""
+
+    def __post_init__(self) -> None:
+        self.jobs = Parsed(self.caches["FineTuneJob"], FineTuneJob, is_status_kept=True)
 
     def now(self) -> datetime:
         """The time, UTC."""

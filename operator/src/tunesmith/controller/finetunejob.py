@@ -1,20 +1,21 @@
-"""FineTuneJobs: caches → observe → plan → create Jobs → one status write → events."""
+"""FineTuneJobs: caches → observe → plan → writes → one status write → events."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from datetime import timedelta
+from dataclasses import replace
+from datetime import datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING
 
-from pydantic import ValidationError
-
-from tunesmith.api.conditions import FailureReason
-from tunesmith.api.finetunejob_status import AttemptOutcome, FineTuneJobStatus
-from tunesmith.cluster.errors import AlreadyExistsError, ForbiddenError, InvalidError, NotFoundError
+from tunesmith.api.finetunejob_status import AttemptOutcome
+from tunesmith.cluster.errors import AlreadyExistsError, ForbiddenError, NotFoundError
 from tunesmith.contracts.ownership import controller_of
+from tunesmith.controller.executor import Executor, name_taken
 from tunesmith.controller.progress import ProgressPoller
 from tunesmith.controller.reconciler import MANAGED, Key, Result, Watch, label_keys, owner_keys
+from tunesmith.controller.status import StatusWriter
 from tunesmith.finetune import render
 from tunesmith.finetune.nodes import gpu_memory_bytes
 from tunesmith.finetune.observe import (
@@ -22,28 +23,27 @@ from tunesmith.finetune.observe import (
     TRAIN,
     VALIDATE,
     WORKLOAD_LABEL,
-    Observation,
     index_of,
     is_job_of,
     observe,
 )
-from tunesmith.finetune.plan import Action, CreateAttempt, CreateValidation, Plan, StopJob, plan
-from tunesmith.finetune.status import Status, notices, unreadable, without_reports
+from tunesmith.finetune.plan import Action, CreateAttempt, CreateValidation, StopJob, plan
+from tunesmith.finetune.quota import lack_of_quota
+from tunesmith.finetune.status import reports, without_reports
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from tunesmith.api.finetunejob import FineTuneJob
+    from tunesmith.api.finetunejob_status import FineTuneJobStatus
     from tunesmith.cluster.resources import Object, Objects
+    from tunesmith.contracts.refusal import Refusal
     from tunesmith.controller.context import Context
 
 KIND = "FineTuneJob"
-_REFUSED_LOOK = timedelta(seconds=30)
+_POD_PATIENCE = timedelta(seconds=2)
+"""Time in which the Job controller makes the pods of a Job."""
 _log = logging.getLogger(__name__)
-
-
-class _NameTakenError(Exception):
-    """An object that the job needs cannot be created: another one has its name."""
 
 
 class FineTuneJobReconciler:
@@ -53,6 +53,9 @@ class FineTuneJobReconciler:
 
     def __init__(self, context: Context) -> None:
         self._context = context
+        self._executor = Executor(context)
+        self._statuses = StatusWriter(context)
+        self._uids: dict[Key, str] = {}
         context.caches["Pod"].index(render.JOB_LABEL, _job_of_pod)
         self._progress = ProgressPoller(self._running_pods, self._progressed)
 
@@ -73,30 +76,43 @@ class FineTuneJobReconciler:
         manifest = self._context.caches[KIND].get(key.namespace, key.name)
         if manifest is None or manifest["metadata"].get("deletionTimestamp"):
             # What it owns is removed by its owner references.
+            uid = self._uids.pop(key, None)
+            if uid is not None:
+                self._executor.forget(uid)
+                self._context.jobs.forget(uid)
             return Result()
-        try:
-            jobs = await self._jobs(manifest)
-            pods = self._pods(manifest, jobs)
-            sample = self._progress.newest(pods)
-            seen = observe(manifest, jobs, pods, sample, self._context.now(), await self._workloads(jobs))
-        except ValidationError as error:
+        finetunejob = self._context.jobs.get(key.namespace, key.name)
+        if finetunejob is None:
             # Not a failure for good: a newer release may have written it and may come back.
-            await self._report_unreadable(manifest, error)
+            await self._statuses.write_unreadable(manifest, self._context.jobs.error(manifest))
             return Result()
-        decided = plan(seen, self._context.settings.store, self._context.settings)
-        status, look_again = await self._act(seen, decided, manifest, {job["metadata"]["name"]: job for job in jobs})
-        await self._write(manifest, seen.job.status, status)
-        return Result(look_again.total_seconds() if look_again is not None else None)
-
-    async def _report_unreadable(self, manifest: Object, error: ValidationError) -> None:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        message = f"{where} does not have the form that this release of the operator expects: {first['msg']}"
-        _log.warning("FineTuneJob %s: %s", manifest["metadata"]["name"], message)
-        document = unreadable(manifest, message, self._context.now())
-        if document != manifest.get("status"):
-            written = await self._context.replace_status({**manifest, "status": document})
-            await self._context.recorder.event(written, FailureReason.INVALID_SPEC, message, type_="Warning")
+        self._uids[key] = finetunejob.metadata.uid
+        now, jobs = self._context.now(), await self._jobs(manifest)
+        pods = self._pods(manifest, jobs)
+        seen = observe(
+            finetunejob,
+            jobs,
+            pods,
+            self._progress.newest(pods),
+            now,
+            await self._workloads(jobs),
+            await self._lacks_of_quota(jobs, now),
+        )
+        decide = partial(plan, store=self._context.settings.store, allowed=self._context.settings)
+        decided = decide(seen)
+        by_name = {job["metadata"]["name"]: job for job in jobs}
+        for action in decided.actions:
+            refusal = await self._do(finetunejob, decided.status, action, by_name)
+            if refusal is not None:
+                decided = decide(replace(seen, refusal=refusal))
+                break
+        await self._statuses.write(
+            manifest,
+            decided.status,
+            reports=partial(reports, finetunejob.status),
+            fallback=partial(without_reports, finetunejob.status),
+        )
+        return Result(decided.look_again.total_seconds() if decided.look_again is not None else None)
 
     async def run(self) -> None:
         """Pull the progress of running pods."""
@@ -114,8 +130,7 @@ class FineTuneJobReconciler:
                     self._context.caches["Job"].put(job)
                     jobs[attempt["name"]] = job
         for name, job in jobs.items():
-            conditions = job.get("status", {}).get("conditions") or ()
-            if any(entry["type"] in {"Complete", "Failed"} and entry["status"] == "True" for entry in conditions):
+            if _is_finished(job):
                 await self._complete_pods(name, job)
         return list(jobs.values())
 
@@ -146,46 +161,47 @@ class FineTuneJobReconciler:
         for pod in await self._context.cluster.list("Pod", job["metadata"]["namespace"], labels=labels):
             self._context.caches["Pod"].put(pod)
 
-    async def _act(
-        self, seen: Observation, decided: Plan, manifest: Object, jobs: dict[str, Object]
-    ) -> tuple[FineTuneJobStatus, timedelta | None]:
-        """Carry the actions out; the status that is true afterwards, and when to look again."""
-        status = Status(seen.job, seen.now)
-        try:
-            for action in decided.actions:
-                await self._do(seen.job, decided.status, action, manifest, jobs)
-        except _NameTakenError as error:
-            status.held("NameTaken", str(error))
-        except ForbiddenError as error:
-            status.held("CreateRefused", f"the API server refuses an object that the job needs: {error}")
-        except InvalidError as error:
-            message = f"the API server refuses what the spec leads to: {error}"
-            if not seen.job.status.attempts:
-                status.failed(FailureReason.INVALID_SPEC, message)
-                return status.build(), None
-            # A rule of the cluster changed: what was trained so far must not be lost by that.
-            status.held("CreateRefused", message)
-        else:
-            return decided.status, decided.look_again
-        return status.build(), _REFUSED_LOOK
+    async def _lacks_of_quota(self, jobs: Objects, now: datetime) -> dict[str, str]:
+        """Return, by name of a Job, why a ResourceQuota leaves no room for its missing pods.
+
+        Read while pods are missing: the Job controller reports what refuses them by Events only.
+        """
+        found: dict[str, str] = {}
+        for job in jobs:
+            if not self._lacks_pods(job, now):
+                continue
+            metadata = job["metadata"]
+            with contextlib.suppress(NotFoundError, ForbiddenError):
+                quotas = await self._context.cluster.list("ResourceQuota", metadata["namespace"])
+                whole = await self._context.cluster.get("Job", metadata["name"], metadata["namespace"])
+                found[metadata["name"]] = lack_of_quota(whole["spec"]["template"]["spec"], quotas)
+        return found
+
+    def _lacks_pods(self, job: Object, now: datetime) -> bool:
+        metadata, spec = job["metadata"], job.get("spec", {})
+        if spec.get("suspend") or "deletionTimestamp" in metadata or _is_finished(job):
+            return False
+        age = now - datetime.fromisoformat(metadata["creationTimestamp"])
+        indexes = {index_of(pod) for pod in self._context.caches["Pod"].owned(metadata["uid"])}
+        return age >= _POD_PATIENCE and len(indexes) < spec.get("parallelism", 1)
 
     async def _do(
-        self, job: FineTuneJob, status: FineTuneJobStatus, action: Action, manifest: Object, jobs: dict[str, Object]
-    ) -> None:
+        self, job: FineTuneJob, status: FineTuneJobStatus, action: Action, jobs: dict[str, Object]
+    ) -> Refusal | None:
         match action:
             case CreateValidation():
                 rendered = render.validation(job, self._installation, await self._gpu_memory(job))
                 isolation = render.isolation(job, self._context.settings.network)
-                await self._create(manifest, *isolation, render.configuration(job, VALIDATE), rendered)
+                return await self._create(job, *isolation, render.configuration(job, VALIDATE), rendered)
             case CreateAttempt(number):
                 # The status that goes with the action holds what validation resolved in this very pass.
                 resolved = job.model_copy(update={"status": status})
                 rendered = render.attempt(job, number, self._installation)
                 beside = [*render.isolation(job, self._context.settings.network), *render.meeting(job)]
-                await self._create(manifest, *beside, render.configuration(resolved, TRAIN), rendered)
+                return await self._create(job, *beside, render.configuration(resolved, TRAIN), rendered)
             case StopJob(name):
                 # It stays until its pod is gone, so that what follows sees whether one still saves.
-                await self._context.delete(jobs[name], "Foreground")
+                return await self._executor.delete(job.metadata.uid, jobs[name], "Foreground")
 
     async def _gpu_memory(self, job: FineTuneJob) -> int | None:
         """Read once per job: watching nodes would be far more work than this one question."""
@@ -198,44 +214,30 @@ class FineTuneJobReconciler:
             _log.warning("the GPUs' memory is not known: %s", error)
             return None
 
-    async def _create(self, manifest: Object, *items: Object) -> None:
+    async def _create(self, job: FineTuneJob, *items: Object) -> Refusal | None:
         """Create each object once and never apply it again: one that exists is the one that was meant.
 
         A newer release may render it otherwise, and what an attempt reads must not change between attempts.
-
-        Raises:
-            _NameTakenError: a Job of that name is not the FineTuneJob's.
         """
         for item in items:
             try:
-                await self._context.create(item)
+                refusal = await self._executor.create(job.metadata.uid, item)
             except AlreadyExistsError:
-                if item["kind"] == "Job":
-                    await self._adopt(manifest, item["metadata"]["name"])
+                refusal = await self._adopt(job, item) if item["kind"] == "Job" else None
+            if refusal is not None:
+                return refusal
+        return None
 
-    async def _adopt(self, manifest: Object, name: str) -> None:
-        job = await self._context.cluster.find("Job", name, manifest["metadata"]["namespace"])
-        if job is None:
-            return
-        if not is_job_of(manifest, job):
-            raise _NameTakenError(
-                f"Job {name} exists and does not belong to this FineTuneJob: delete it, so that it can be created"
-            )
-        self._context.caches["Job"].put(job)
-
-    async def _write(self, manifest: Object, old: FineTuneJobStatus, new: FineTuneJobStatus) -> None:
-        if new == old:
-            return
-        try:
-            written = await self._context.replace_status({**manifest, "status": new.manifest()})
-        except InvalidError as error:
-            # What a pod reports must not keep the rest of the truth from being written.
-            _log.warning("FineTuneJob %s: the status is refused: %s", manifest["metadata"]["name"], error)
-            await self._context.recorder.event(manifest, "StatusRefused", str(error)[:1024], type_="Warning")
-            new = without_reports(old, new)
-            written = await self._context.replace_status({**manifest, "status": new.manifest()})
-        for notice in notices(old, new):
-            await self._context.recorder.event(written, notice.reason, notice.message, type_=notice.type)
+    async def _adopt(self, job: FineTuneJob, rendered: Object) -> Refusal | None:
+        name = rendered["metadata"]["name"]
+        found = await self._context.cluster.find("Job", name, job.metadata.namespace)
+        if found is None:
+            return None
+        if not is_job_of(job.metadata, found):
+            message = f"Job {name} exists and does not belong to this FineTuneJob: delete it, so that it can be created"
+            return name_taken("create", rendered, message)
+        self._context.caches["Job"].put(found)
+        return None
 
     def _running_pods(self) -> Objects:
         return [
@@ -251,20 +253,25 @@ class FineTuneJobReconciler:
         """True if a FineTuneJob's Job controls the pod: no other pod is sent requests."""
         metadata = pod["metadata"]
         name = (metadata.get("labels") or {}).get(render.JOB_LABEL, "")
-        manifest = self._context.caches[KIND].get(metadata["namespace"], name)
+        finetunejob = self._context.jobs.get(metadata["namespace"], name)
         owner = controller_of(pod, "Job")
         job = self._context.caches["Job"].get(metadata["namespace"], owner["name"]) if owner is not None else None
         return (
-            manifest is not None
+            finetunejob is not None
             and owner is not None
             and job is not None
             and job["metadata"]["uid"] == owner["uid"]
-            and is_job_of(manifest, job)
+            and is_job_of(finetunejob.metadata, job)
         )
 
     def _progressed(self, pod: Object) -> None:
         for key in label_keys(KIND, render.JOB_LABEL)(pod):
             self._context.queue.add(key)
+
+
+def _is_finished(job: Object) -> bool:
+    conditions = job.get("status", {}).get("conditions") or ()
+    return any(entry["type"] in {"Complete", "Failed"} and entry["status"] == "True" for entry in conditions)
 
 
 def _job_of_pod(pod: Object) -> Iterable[str]:

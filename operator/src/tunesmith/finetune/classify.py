@@ -1,4 +1,4 @@
-"""How a Job ended, and why a pod does not start."""
+"""Classify finished Jobs and pods that fail to start."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from tunesmith.api.conditions import FailureReason
+from tunesmith.api.conditions import FailureReason, FineTuneJobReason
 from tunesmith.api.finetunejob_status import AttemptOutcome
 from tunesmith.contracts.report import printable
 from tunesmith.contracts.result import ExitCode, Outcome, blame
@@ -15,13 +15,16 @@ from tunesmith.contracts.result import ExitCode, Outcome, blame
 if TYPE_CHECKING:
     from datetime import datetime
 
+    from tunesmith.api.conditions import Reason
     from tunesmith.contracts.result import TrainerResult
     from tunesmith.finetune.observe import JobView, PodView
 
 _IMAGE_REASONS = frozenset({"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"})
 _IMAGE_PATIENCE = timedelta(minutes=5)
 _SECRET_PATIENCE = timedelta(minutes=2)
-_POD_PATIENCE = timedelta(seconds=30)
+_MISSING_PATIENCE = timedelta(seconds=8)
+_MISSING_LOOK = timedelta(seconds=3)
+_WAITING_LOOK = timedelta(seconds=30)
 _START_PATIENCE = timedelta(minutes=2)
 _MAX_EXCERPT = 600
 VALIDATION = "validation"
@@ -46,12 +49,14 @@ class Ending:
 
 @dataclass(frozen=True)
 class Obstacle:
-    """Why a pod does not run yet."""
+    """Cause of a pod that does not run yet."""
 
-    reason: str
+    reason: Reason
     message: str
     failure: FailureReason | None = None
     """Set once the pod has waited long enough: the attempt is over."""
+    look_again: timedelta = _WAITING_LOOK
+    """When to look again if nothing changes until then."""
 
 
 def ending(job: JobView, stage: str) -> Ending:
@@ -151,13 +156,18 @@ def obstacle(job: JobView, now: datetime) -> Obstacle | None:
 
 def _missing(job: JobView, now: datetime) -> Obstacle:
     age = now - job.created
-    if age < _POD_PATIENCE:
-        return Obstacle("PodPending", f"Job {job.name} was created")
+    look = _MISSING_LOOK if age < _WAITING_LOOK else _WAITING_LOOK
     count = f"{len(job.members)} of {job.size} pods" if job.members else "no pod"
+    if job.refused:
+        message = f"Job {job.name} has {count}: {job.refused}"
+        return Obstacle(FineTuneJobReason.PODS_REFUSED, message, look_again=look)
+    if age < _MISSING_PATIENCE:
+        return Obstacle(FineTuneJobReason.POD_PENDING, f"Job {job.name} was created", look_again=look)
     return Obstacle(
-        "PodPending",
-        f"Job {job.name} has {count} after {int(age.total_seconds())} s: a quota, an admission rule or a missing "
-        f"PriorityClass may refuse it; see `kubectl describe job {job.name}`",
+        FineTuneJobReason.PODS_MISSING,
+        f"Job {job.name} has {count}: an admission policy, a LimitRange or a missing PriorityClass may refuse it; "
+        f"`kubectl describe job {job.name}` shows why",
+        look_again=look,
     )
 
 
@@ -165,7 +175,7 @@ def _pod_obstacle(pod: PodView, now: datetime) -> Obstacle | None:
     if pod.running or pod.exit_code is not None:
         return None
     if pod.unschedulable is not None:
-        return Obstacle("Unschedulable", f"pod {pod.name} waits for a node: {pod.unschedulable}")
+        return Obstacle(FineTuneJobReason.UNSCHEDULABLE, f"pod {pod.name} waits for a node: {pod.unschedulable}")
     if pod.waiting_reason in _IMAGE_REASONS:
         return _image(pod, now)
     if pod.waiting_reason in {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}:
@@ -173,7 +183,7 @@ def _pod_obstacle(pod: PodView, now: datetime) -> Obstacle | None:
     where = f" on node {pod.node}" if pod.node else ""
     slow = now - (pod.scheduled or pod.created) >= _START_PATIENCE
     hint = f"; see why it takes long with `kubectl describe pod {pod.name}`" if slow else ""
-    return Obstacle("PodPending", f"pod {pod.name} is being started{where}{hint}")
+    return Obstacle(FineTuneJobReason.POD_PENDING, f"pod {pod.name} is being started{where}{hint}")
 
 
 def _image(pod: PodView, now: datetime) -> Obstacle:

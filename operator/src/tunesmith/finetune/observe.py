@@ -1,13 +1,13 @@
-"""What is seen of a FineTuneJob: its Jobs, their pods and the newest progress, in the words of the plan."""
+"""Observed state of a FineTuneJob: its Jobs, their pods and the latest progress."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
 from datetime import datetime
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.api.finetunejob import FineTuneJob
 from tunesmith.contracts.location import owned_name
 from tunesmith.contracts.ownership import controller_of
 from tunesmith.contracts.result import TrainerResult
@@ -15,7 +15,10 @@ from tunesmith.contracts.result import TrainerResult
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from tunesmith.api.finetunejob import FineTuneJob
     from tunesmith.api.finetunejob_status import ProgressStatus
+    from tunesmith.api.model import ObjectMeta
+    from tunesmith.contracts.refusal import Refusal
 
 CONTAINER = "trainer"
 COMPONENT_LABEL = "app.kubernetes.io/component"
@@ -84,6 +87,8 @@ class JobView:
     """Why, as Kueue says; empty where it says nothing."""
     deleting: bool = False
     """It was deleted, and its pods are ending."""
+    refused: str = ""
+    """Why a ResourceQuota leaves no room for its missing pods; empty if none does."""
     pods: tuple[PodView, ...] = ()
 
     @property
@@ -129,35 +134,37 @@ class Observation:
     """Of the pod that runs now."""
     lingering: tuple[str, ...] = ()
     """Pods of attempts that have not ended although their Job is gone: deleted by somebody, and still saving."""
+    refusal: Refusal | None = None
+    """Of a write that this plan asks for."""
 
 
 def observe(
-    manifest: Object,
+    finetunejob: FineTuneJob,
     jobs: Iterable[Object],
     pods: Iterable[Object],
     progress: ProgressStatus | None,
     now: datetime,
     workloads: Iterable[Object] = (),
+    refused: Mapping[str, str] = MappingProxyType({}),
 ) -> Observation:
     """Read the objects of the cluster.
 
     Args:
-        manifest: the FineTuneJob.
+        finetunejob: the FineTuneJob.
         jobs: the Jobs that it owns.
         pods: the pods of the FineTuneJob's Jobs; those of another FineTuneJob that had its name are ignored.
         progress: the newest sample of the running pod.
         now: the time, UTC.
         workloads: Kueue's, of Jobs that wait in a queue.
-
-    Raises:
-        ValidationError: the FineTuneJob is not of this release's schema.
+        refused: by name of a Job, why a ResourceQuota leaves no room for its pods.
     """
+    metadata = finetunejob.metadata
     by_owner: dict[str, list[Object]] = {}
     for pod in pods:
-        owner = _controller(pod, manifest, "Job")
+        owner = _controller(pod, metadata, "Job")
         if owner is not None:
             by_owner.setdefault(owner["uid"], []).append(pod)
-    jobs = [job for job in jobs if is_job_of(manifest, job)]
+    jobs = [job for job in jobs if is_job_of(metadata, job)]
     known = {job["metadata"]["uid"] for job in jobs}
     waits = {(workload["metadata"].get("labels") or {}).get(WORKLOAD_LABEL): workload for workload in workloads}
     validation: JobView | None = None
@@ -165,13 +172,14 @@ def observe(
     for job in jobs:
         labels = job["metadata"].get("labels") or {}
         uid, name = job["metadata"]["uid"], job["metadata"]["name"]
-        view = _job(job, by_owner.get(uid, ()), held_back(waits[uid]) if uid in waits else "")
-        if name == _owned(manifest, VALIDATE):
+        held = held_back(waits[uid]) if uid in waits else ""
+        view = _job(job, by_owner.get(uid, ()), held, refused.get(name, ""))
+        if name == _owned(metadata, VALIDATE):
             validation = view
-        elif name == _owned(manifest, labels.get(ATTEMPT_LABEL, "")) and _NUMBER.fullmatch(labels[ATTEMPT_LABEL]):
+        elif name == _owned(metadata, labels.get(ATTEMPT_LABEL, "")) and _NUMBER.fullmatch(labels[ATTEMPT_LABEL]):
             attempts[int(labels[ATTEMPT_LABEL])] = view
     return Observation(
-        job=FineTuneJob.model_validate(manifest),
+        job=finetunejob,
         now=now.replace(microsecond=0),
         validation=validation,
         attempts=dict(sorted(attempts.items())),
@@ -181,43 +189,42 @@ def observe(
             for owner, owned in by_owner.items()
             if owner not in known
             for pod in owned
-            if _writes(pod, manifest)
+            if _writes(pod, metadata)
         ),
     )
 
 
-def is_job_of(manifest: Object, job: Object) -> bool:
-    """True if the Job belongs to the FineTuneJob: its namespace, its controlling owner and its name agree.
+def is_job_of(finetunejob: ObjectMeta, job: Object) -> bool:
+    """Return True if the Job belongs to the FineTuneJob: its namespace, its controlling owner and its name agree.
 
-    Anyone may write the uid of an object into the metadata of his own objects, in any namespace.
+    Anyone may write the uid of an object into the metadata of their own objects, in any namespace.
     """
-    metadata = manifest["metadata"]
-    owner = _controller(job, manifest, manifest["kind"])
+    owner = _controller(job, finetunejob, "FineTuneJob")
     suffix = (job["metadata"].get("labels") or {}).get(ATTEMPT_LABEL, VALIDATE)
     return (
         owner is not None
-        and (owner["name"], owner["uid"]) == (metadata["name"], metadata["uid"])
-        and job["metadata"]["name"] == _owned(manifest, suffix)
+        and (owner["name"], owner["uid"]) == (finetunejob.name, finetunejob.uid)
+        and job["metadata"]["name"] == _owned(finetunejob, suffix)
     )
 
 
-def _controller(item: Object, manifest: Object, kind: str) -> Object | None:
-    """The owner reference of an object's controller, where that is of `kind` and in the FineTuneJob's namespace."""
-    if item["metadata"].get("namespace") != manifest["metadata"].get("namespace"):
+def _controller(item: Object, finetunejob: ObjectMeta, kind: str) -> Object | None:
+    """Return the owner reference of an object's controller if it is of `kind` and in the FineTuneJob's namespace."""
+    if item["metadata"].get("namespace") != finetunejob.namespace:
         return None
     return controller_of(item, kind)
 
 
-def _owned(manifest: Object, suffix: str) -> str:
-    return owned_name(manifest["metadata"]["name"], manifest["metadata"]["uid"], suffix)
+def _owned(finetunejob: ObjectMeta, suffix: str) -> str:
+    return owned_name(finetunejob.name, finetunejob.uid, suffix)
 
 
-def _writes(pod: Object, manifest: Object) -> bool:
-    """True if the pod is one of the FineTuneJob's attempts and has not terminated."""
+def _writes(pod: Object, finetunejob: ObjectMeta) -> bool:
+    """Return True if the pod is one of the FineTuneJob's attempts and has not terminated."""
     attempt = (pod["metadata"].get("labels") or {}).get(ATTEMPT_LABEL, "")
-    owner = _controller(pod, manifest, "Job")
+    owner = _controller(pod, finetunejob, "Job")
     running = (pod.get("status") or {}).get("phase") not in {"Succeeded", "Failed"}
-    return owner is not None and owner["name"] == _owned(manifest, attempt) and running
+    return owner is not None and owner["name"] == _owned(finetunejob, attempt) and running
 
 
 def held_back(workload: Object) -> str:
@@ -232,7 +239,7 @@ def held_back(workload: Object) -> str:
     return "; ".join(dict.fromkeys(waiting))[:_LONGEST_REASON]
 
 
-def _job(job: Object, pods: Iterable[Object], waits_for: str) -> JobView:
+def _job(job: Object, pods: Iterable[Object], held: str, refused: str) -> JobView:
     conditions = {
         condition["type"]: condition
         for condition in job.get("status", {}).get("conditions") or ()
@@ -249,8 +256,9 @@ def _job(job: Object, pods: Iterable[Object], waits_for: str) -> JobView:
         ended=_time(end.get("lastTransitionTime")),
         size=job.get("spec", {}).get("parallelism", 1),
         suspended=bool(job.get("spec", {}).get("suspend")),
-        held_back=waits_for,
+        held_back=held,
         deleting="deletionTimestamp" in job["metadata"],
+        refused=refused,
         pods=tuple(sorted((_pod(pod) for pod in pods), key=lambda pod: (pod.created, pod.name))),
     )
 

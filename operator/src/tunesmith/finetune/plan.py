@@ -1,4 +1,4 @@
-"""What to do next with a FineTuneJob and what to say about it. Pure: an observation in, a plan out."""
+"""Decide what to do next with a FineTuneJob, and its next status. Pure: an observation in, a plan out."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from tunesmith.api.conditions import FailureReason, FineTuneJobCondition, is_true
+from tunesmith.api.conditions import FailureReason, FineTuneJobReason
 from tunesmith.api.finetunejob_status import Attempt, AttemptOutcome, FineTuneJobStatus
 from tunesmith.contracts.location import artifact_uri, owned_name
+from tunesmith.contracts.refusal import RefusalCause
 from tunesmith.contracts.scheduling import DEFAULT_SCHEDULING
 from tunesmith.finetune.classify import VALIDATION, Ending, ending, evicted, obstacle
 from tunesmith.finetune.permission import forbidden
 from tunesmith.finetune.status import Status
 
 if TYPE_CHECKING:
+    from tunesmith.contracts.refusal import Refusal
     from tunesmith.contracts.scheduling import AllowedScheduling
     from tunesmith.finetune.observe import JobView, Observation
 
@@ -27,6 +29,8 @@ _PERMISSION_LOOK = timedelta(minutes=5)
 _FIRST_RETRY = timedelta(seconds=5)
 _LAST_RETRY = timedelta(minutes=5)
 _WAITING_LOOK = timedelta(seconds=30)
+_REFUSED_LOOK = timedelta(seconds=5)
+"""The executor tries a refused write again after delays of its own, which are longer."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +57,21 @@ Action = CreateValidation | CreateAttempt | StopJob
 
 @dataclass(frozen=True)
 class Plan:
-    """Actions in order, then the status to write, then when to look again (None: when something changes)."""
+    """Actions in order, then the status to write, then when to look again (None: when something changes).
+
+    If an action is refused, the plan is made again with that observation, and its status is the one to write.
+    """
 
     actions: tuple[Action, ...]
     status: FineTuneJobStatus
+    look_again: timedelta | None = None
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Actions, and when to look again, without the status."""
+
+    actions: tuple[Action, ...] = ()
     look_again: timedelta | None = None
 
 
@@ -69,109 +84,122 @@ def plan(seen: Observation, store: str, allowed: AllowedScheduling = DEFAULT_SCH
         allowed: where pods may run.
     """
     status = Status(seen.job, seen.now)
+    step = _decide(seen, status, store, allowed)
+    if step.actions and seen.refusal is not None:
+        step = _refused(seen.refusal, seen, status)
+    return Plan(step.actions, status.build(), step.look_again)
+
+
+def _decide(seen: Observation, status: Status, store: str, allowed: AllowedScheduling) -> _Step:
     if status.terminal:
-        return Plan(_stop_running(seen), seen.job.status)
+        status.released()
+        return _Step(_stop_running(seen))
     late = _deadline(seen, status)
     if late is not None:
         return late
     if seen.job.spec.suspend:
         return _suspend(seen, status)
     status.resumed()
-    decided = _go_on(seen, status, store, forbidden(seen.job, store, allowed))
+    forbids = forbidden(seen.job, store, allowed)
+    step = _train(seen, status, store, forbids) if status.validated else _validate(seen, status, store, forbids)
     limit, active = seen.job.spec.active_deadline_seconds, status.active_seconds
     if limit is None or active is None or status.terminal:
-        return decided
+        return step
     left = timedelta(seconds=max(1.0, limit - active))
-    return replace(decided, look_again=min(left, decided.look_again or left))
+    return replace(step, look_again=min(left, step.look_again or left))
 
 
-def _deadline(seen: Observation, status: Status) -> Plan | None:
-    """The job's end, where it has run for longer than it may."""
+def _refused(refusal: Refusal, seen: Observation, status: Status) -> _Step:
+    """Report the refusal of the step's action. Nothing of what was trained is lost by a rule of the cluster."""
+    if refusal.cause is RefusalCause.INVALID and not status.terminal and not seen.job.status.attempts:
+        status.failed(FailureReason.INVALID_SPEC, f"the spec leads to an invalid object: {refusal.message}")
+        return _Step()
+    taken = refusal.cause is RefusalCause.NAME_TAKEN
+    status.held(FineTuneJobReason.NAME_TAKEN if taken else FineTuneJobReason.WRITE_REFUSED, refusal.sentence)
+    return _Step(look_again=_REFUSED_LOOK)
+
+
+def _deadline(seen: Observation, status: Status) -> _Step | None:
+    """Return the last step of a job that has run for longer than it may; None for any other."""
     limit, active = seen.job.spec.active_deadline_seconds, status.active_seconds
     if limit is None or active is None or active < limit:
         return None
-    told = {_number(attempt.name) for attempt in seen.job.status.attempts if attempt.end_time is not None}
-    if any(job.finished for number, job in seen.attempts.items() if number not in told):
-        return None  # how an attempt ended is told first
+    recorded = {_number(attempt.name) for attempt in seen.job.status.attempts if attempt.end_time is not None}
+    if any(job.finished for number, job in seen.attempts.items() if number not in recorded):
+        return None  # how an attempt ended is recorded first
     status.failed(
         FailureReason.DEADLINE_EXCEEDED,
         f"the job ran for {int(active)} s, longer than spec.activeDeadlineSeconds, {limit}: "
         "give another FineTuneJob more time, or fewer steps",
     )
-    return Plan(_stop_running(seen), status.build())
+    return _Step(_stop_running(seen))
 
 
-def _suspend(seen: Observation, status: Status) -> Plan:
-    """Stop what runs; an attempt is told to be suspended before its Job is deleted, so that no crash miscounts it."""
+def _suspend(seen: Observation, status: Status) -> _Step:
+    """Stop what runs. An attempt is recorded as suspended before its Job is deleted, so that no crash miscounts it."""
     attempts = _recorded(seen)
-    told = True
+    recorded = True
     for number, attempt in attempts.items():
         job = seen.attempts.get(number)
         if attempt.outcome is AttemptOutcome.RUNNING and not (job is not None and job.finished):
             attempts[number] = attempt.model_copy(
                 update={"outcome": AttemptOutcome.SUSPENDED, "message": "stopped by spec.suspend"}
             )
-            told = False
+            recorded = False
         elif attempt.outcome is AttemptOutcome.SUSPENDED and attempt.end_time is None and job is None:
             attempts[number] = attempt.model_copy(update={"end_time": seen.now})
     status.attempts(attempts)
     left = _unfinished(seen)
     if not left and not seen.lingering:
         status.suspended()
-        return Plan((), status.build())
+        return _Step()
     status.stopping(f"Job {left[0].name}" if left else f"pod {seen.lingering[0]}")
-    if not told:
-        return Plan((), status.build(), timedelta(0))
-    return Plan(_stop_running(seen), status.build(), _WAITING_LOOK)
+    if not recorded:
+        return _Step(look_again=timedelta(0))
+    return _Step(_stop_running(seen), _WAITING_LOOK)
 
 
-def _go_on(seen: Observation, status: Status, store: str, refused: str | None) -> Plan:
-    if not is_true(seen.job.status.conditions, FineTuneJobCondition.VALIDATED):
-        return _validate(seen, status, store, refused)
-    return _train(seen, status, store, refused)
-
-
-def _validate(seen: Observation, status: Status, store: str, refused: str | None) -> Plan:
+def _validate(seen: Observation, status: Status, store: str, forbids: str | None) -> _Step:
     job = seen.validation
-    if job is None and refused is not None:
-        status.invalid(FailureReason.NOT_ALLOWED, refused)
-        return Plan((), status.build())
+    if job is None and forbids is not None:
+        status.invalid(FailureReason.NOT_ALLOWED, forbids)
+        return _Step()
     if job is None:
-        status.validating("PodPending", "the validation Job is created")
-        return Plan((CreateValidation(),), status.build(), _WAITING_LOOK)
+        status.validating(FineTuneJobReason.POD_PENDING, "the validation Job is created")
+        return _Step((CreateValidation(),), _WAITING_LOOK)
     if not job.finished:
         end = _wasteful(job)
         if end is not None:
             status.invalid(end.reason or FailureReason.INTERNAL_ERROR, end.message)
-            return Plan(_stop_running(seen), status.build())
+            return _Step(_stop_running(seen))
         wait = obstacle(job, seen.now)
-        # Nothing is lost by waiting: the kubelet itself tries again, and goes on once the cause is gone.
+        # Nothing is lost by waiting: the kubelet itself tries again, and continues once the cause is gone.
         if wait is not None and wait.failure is not None and seen.now - job.created >= _VALIDATION_PATIENCE:
             status.invalid(wait.failure, wait.message)
-            return Plan(_stop_running(seen), status.build())
+            return _Step(_stop_running(seen))
         if wait is not None:
             status.validating(wait.reason, wait.message)
         elif seen.progress is not None and seen.progress.outage is not None:
             status.validating(FailureReason.STORAGE_UNAVAILABLE, seen.progress.outage)
             status.progress(seen.progress)
         else:
-            status.validating("Validating", "data, base model and settings are being checked")
+            status.validating(FineTuneJobReason.VALIDATING, "data, base model and settings are being checked")
             status.progress(seen.progress)
-        return Plan((), status.build(), _WAITING_LOOK if wait is not None else None)
+        return _Step(look_again=wait.look_again if wait is not None else None)
     end = ending(job, VALIDATION)
     if end.outcome is AttemptOutcome.SUCCEEDED:
         status.valid(end.result)
         # The first attempt follows in the same pass, and so in the same status write.
-        return _train(seen, status, store, refused)
+        return _train(seen, status, store, forbids)
     if end.outcome is AttemptOutcome.PREEMPTED:
-        # The Job replaces disrupted pods itself: it ends this way only where a whole Job was pre-empted.
+        # The Job replaces disrupted pods itself: it ends this way only if a whole Job was pre-empted.
         end = replace(end, reason=FailureReason.INTERNAL_ERROR, message="validation was pre-empted too often")
     status.invalid(end.reason or FailureReason.INTERNAL_ERROR, end.message, end.result)
-    return Plan((), status.build())
+    return _Step()
 
 
 def _wasteful(job: JobView) -> Ending | None:
-    """Why no further pod of a validation is worth its node; the Job itself replaces disrupted ones without end."""
+    """Return why no further pod of a validation is worth its node; the Job itself replaces disrupted ones forever."""
     found = next((end for pod in job.pods if (end := evicted(pod, VALIDATION)) is not None), None)
     if found is not None or sum(pod.disrupted for pod in job.pods) < MAX_VALIDATION_PODS:
         return found
@@ -183,7 +211,7 @@ def _wasteful(job: JobView) -> Ending | None:
     )
 
 
-def _train(seen: Observation, status: Status, store: str, refused: str | None) -> Plan:
+def _train(seen: Observation, status: Status, store: str, forbids: str | None) -> _Step:
     attempts = _recorded(seen)
     for number, attempt in list(attempts.items()):
         job = seen.attempts.get(number)
@@ -192,15 +220,17 @@ def _train(seen: Observation, status: Status, store: str, refused: str | None) -
                 # Two attempts must not write at once.
                 status.attempts(attempts)
                 status.stopping(f"Job {job.name}")
-                return Plan(() if job.deleting else (StopJob(job.name),), status.build(), _WAITING_LOOK)
+                return _Step(() if job.deleting else (StopJob(job.name),), _WAITING_LOOK)
             attempts[number] = attempt.model_copy(update={"end_time": seen.now})
             continue
         if attempt.outcome is not AttemptOutcome.RUNNING:
             if job is not None and not job.finished:
                 # Its pod never started; the next attempt's must not run beside it.
                 status.attempts(attempts)
-                status.waiting("Stopping", f"Job {job.name} of an attempt that is over is being deleted")
-                return Plan(() if job.deleting else (StopJob(job.name),), status.build(), _WAITING_LOOK)
+                status.waiting(
+                    FineTuneJobReason.STOPPING, f"Job {job.name} of an attempt that is over is being deleted"
+                )
+                return _Step(() if job.deleting else (StopJob(job.name),), _WAITING_LOOK)
             continue
         if job is None:
             attempts[number] = attempt.model_copy(
@@ -217,17 +247,17 @@ def _train(seen: Observation, status: Status, store: str, refused: str | None) -
             attempts[number] = _ended(attempt, job, end, seen)
             status.attempts(attempts)
             if _conclude(seen, status, end, store):
-                return Plan(_stop_running(seen), status.build())
+                return _Step(_stop_running(seen))
         else:
             attempts[number] = _running(attempt, job)
             status.attempts(attempts)
             return _wait(seen, status, attempts, number)
     status.attempts(attempts)
-    return _next(seen, status, attempts, refused)
+    return _next(seen, status, attempts, forbids)
 
 
 def _recorded(seen: Observation) -> dict[int, Attempt]:
-    """The attempts of the status, with those whose Job was created but not yet told."""
+    """Return the attempts of the status, and those whose Job was created but is not recorded yet."""
     metadata = seen.job.metadata
     known = {_number(attempt.name): attempt for attempt in seen.job.status.attempts}
     for number in seen.attempts:
@@ -240,7 +270,7 @@ def _number(name: str) -> int:
 
 
 def _running(attempt: Attempt, job: JobView) -> Attempt:
-    """The attempt with the start of its last pod, and where they run."""
+    """Return the attempt with the start of its last pod, and its nodes."""
     started = [pod.started for pod in job.members]
     update: dict[str, object] = {}
     if len(started) == job.size and None not in started:
@@ -252,7 +282,7 @@ def _running(attempt: Attempt, job: JobView) -> Attempt:
 
 
 def _last_step(seen: Observation) -> int | None:
-    """Last step that was seen of the attempt that ended just now."""
+    """Return the last step that was seen of the attempt that just ended."""
     samples = [sample for sample in (seen.progress, seen.job.status.progress) if sample is not None]
     return max((sample.step for sample in samples if sample.step is not None), default=None)
 
@@ -272,7 +302,7 @@ def _ended(attempt: Attempt, job: JobView, end: Ending, seen: Observation) -> At
 
 
 def _conclude(seen: Observation, status: Status, end: Ending, store: str) -> bool:
-    """Whether the attempt's end is the job's end; the status then says so."""
+    """Return True if the attempt's end is the job's end, which the status then reports."""
     metadata = seen.job.metadata
     place = artifact_uri(store, metadata.namespace, metadata.name, metadata.uid)
     if end.outcome is AttemptOutcome.FAILED and not end.retryable:
@@ -295,48 +325,47 @@ def _conclude(seen: Observation, status: Status, end: Ending, store: str) -> boo
     return True
 
 
-def _wait(seen: Observation, status: Status, attempts: dict[int, Attempt], number: int) -> Plan:
+def _wait(seen: Observation, status: Status, attempts: dict[int, Attempt], number: int) -> _Step:
     job = seen.attempts[number]
     queue = seen.job.spec.scheduling.queue
     if queue is not None:
         if job.suspended:
             status.queued(queue, job.name, job.held_back)
-            return Plan((), status.build(), _WAITING_LOOK)
+            return _Step(look_again=_WAITING_LOOK)
         status.admitted(queue)
     wait = obstacle(job, seen.now)
     if wait is None:
         status.started(number, seen.progress.outage if seen.progress is not None else None)
         status.progress(seen.progress)
-        return Plan((), status.build())
-    if wait.failure is not None:
-        # What keeps a pod from starting may pass: it ends this attempt, and the next one follows once its Job is gone.
-        attempts[number] = attempts[number].model_copy(
-            update={
-                "outcome": AttemptOutcome.FAILED,
-                "end_time": seen.now,
-                "reason": wait.failure,
-                "message": wait.message[:2048],
-            }
-        )
-        status.attempts(attempts)
-        status.waiting(wait.reason, wait.message)
-        return Plan((StopJob(job.name),), status.build(), _WAITING_LOOK)
+        return _Step()
     status.waiting(wait.reason, wait.message)
-    return Plan((), status.build(), _WAITING_LOOK)
+    if wait.failure is None:
+        return _Step(look_again=wait.look_again)
+    # What keeps a pod from starting may pass: it ends this attempt, and the next one follows once its Job is gone.
+    attempts[number] = attempts[number].model_copy(
+        update={
+            "outcome": AttemptOutcome.FAILED,
+            "end_time": seen.now,
+            "reason": wait.failure,
+            "message": wait.message[:2048],
+        }
+    )
+    status.attempts(attempts)
+    return _Step((StopJob(job.name),), _WAITING_LOOK)
 
 
-def _next(seen: Observation, status: Status, attempts: dict[int, Attempt], refused: str | None) -> Plan:
-    """The first attempt, the next one, or the end of all attempts."""
+def _next(seen: Observation, status: Status, attempts: dict[int, Attempt], forbids: str | None) -> _Step:
+    """Begin the first attempt or the next one, or fail the job after the last."""
     failures = [attempt for attempt in attempts.values() if attempt.outcome is AttemptOutcome.FAILED]
     allowed = seen.job.spec.max_attempts
     last = attempts[max(attempts)] if attempts else None
     if len(failures) >= allowed:
-        words = failures[-1]
+        final = failures[-1]
         status.failed(
             FailureReason.ATTEMPTS_EXHAUSTED,
-            f"{len(failures)} of {allowed} attempts failed; the last: {words.reason}: {words.message}",
+            f"{len(failures)} of {allowed} attempts failed; the last: {final.reason}: {final.message}",
         )
-        return Plan((), status.build())
+        return _Step()
     since, best = _since_progress(attempts)
     fruitless = since - (best > 0)
     if fruitless >= MAX_FRUITLESS_ATTEMPTS and last is not None:
@@ -346,32 +375,35 @@ def _next(seen: Observation, status: Status, attempts: dict[int, Attempt], refus
             f"{last.message or last.outcome}; use nodes or a PriorityClass from which pods are not taken away, or save "
             "more often (checkpoint.everySteps), in a new FineTuneJob",
         )
-        return Plan((), status.build())
+        return _Step()
     number = max(attempts, default=0) + 1
     if seen.lingering:
-        # Two attempts must not write at once, and this one's checkpoint is what the next goes on from.
+        # Two attempts must not write at once, and the next one resumes from this one's checkpoint.
         pod = seen.lingering[0]
-        status.waiting("Stopping", f"attempt {number} waits for pod {pod} of the one before, which saves and ends")
-        return Plan((), status.build(), _WAITING_LOOK)
+        status.waiting(
+            FineTuneJobReason.STOPPING, f"attempt {number} waits for pod {pod} of the one before, which saves and ends"
+        )
+        return _Step(look_again=_WAITING_LOOK)
     if last is not None and last.outcome is not AttemptOutcome.SUSPENDED and last.end_time is not None:
         delay = min(_FIRST_RETRY * 2 ** (since - 1), _LAST_RETRY)
         due = last.end_time + delay
         if seen.now < due:
-            status.waiting("Retrying", _retry(number, last, int(delay.total_seconds())))
-            return Plan((), status.build(), due - seen.now)
-    if refused is not None:
+            status.waiting(FineTuneJobReason.RETRYING, _retry(number, last, int(delay.total_seconds())))
+            return _Step(look_again=due - seen.now)
+    if forbids is not None:
         # The installation changed since the validation: what was trained so far must not be lost by that.
-        status.waiting(FailureReason.NOT_ALLOWED, f"attempt {number} is not created: {refused}")
-        return Plan((), status.build(), _PERMISSION_LOOK)
-    status.begin_attempt(number)
-    metadata = seen.job.metadata
-    attempts[number] = Attempt(name=owned_name(metadata.name, metadata.uid, str(number)))
-    status.attempts(attempts)
-    return Plan((CreateAttempt(number),), status.build(), _WAITING_LOOK)
+        status.waiting(FailureReason.NOT_ALLOWED, f"attempt {number} is not created: {forbids}")
+        return _Step(look_again=_PERMISSION_LOOK)
+    if seen.refusal is None:
+        status.begin_attempt(number)
+        metadata = seen.job.metadata
+        attempts[number] = Attempt(name=owned_name(metadata.name, metadata.uid, str(number)))
+        status.attempts(attempts)
+    return _Step((CreateAttempt(number),), _WAITING_LOOK)
 
 
 def _since_progress(attempts: dict[int, Attempt]) -> tuple[int, int]:
-    """Number of ended attempts since one trained further than all before it, that one included, and the best step."""
+    """Return the attempts that ended since one trained further than all before it, with that one, and the best step."""
     count, best = 0, 0
     for attempt in attempts.values():
         if attempt.outcome in {AttemptOutcome.RUNNING, AttemptOutcome.SUSPENDED}:

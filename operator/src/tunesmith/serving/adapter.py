@@ -22,7 +22,7 @@ from tunesmith.api.servingpool import ServingPool
 from tunesmith.contracts.agent import ResidencyState
 from tunesmith.contracts.location import engine_name
 from tunesmith.contracts.sentence import one_line
-from tunesmith.serving.outcome import LONGEST_MESSAGE, conditions_of
+from tunesmith.contracts.transitions import conditions_of
 from tunesmith.serving.source import Artifact, Unresolved, reference, short
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from tunesmith.serving.pod import PoolPod
 
 SELECTOR = "tunesmith.dev/none=pods-are-shared"
+_LONGEST_MESSAGE = 2000
 _ON_ITS_WAY = (ResidencyState.DOWNLOADING, ResidencyState.LOADING)
 
 
@@ -77,6 +78,7 @@ def plan(adapter: AdapterDeployment, seen: Observation, now: datetime) -> Adapte
     kept = (old.desired_replicas, old.observed_generation) == (seen.decision.replicas, adapter.metadata.generation)
     return AdapterDeploymentStatus(
         phase=verdict.phase(),
+        reason=outcomes[AdapterDeploymentCondition.READY][1],
         conditions=conditions_of(adapter.status.conditions, outcomes, adapter.metadata.generation, now),
         observed_generation=adapter.metadata.generation,
         pool=_pool(adapter, seen) if seen.lost_to is None else None,
@@ -184,7 +186,7 @@ def _observed(revision: Revision, seen: Observation) -> Revision:
         update={
             "state": state,
             "ready_replicas": sum(1 for pod in resident if pod.ready and pod.answering),
-            "message": one_line(message, LONGEST_MESSAGE) if message else None,
+            "message": one_line(message, _LONGEST_MESSAGE) if message else None,
         }
     )
 

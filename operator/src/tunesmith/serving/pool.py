@@ -13,8 +13,8 @@ from tunesmith.api.conditions import ServingPoolReason as Reason
 from tunesmith.api.servingpool import PoolPhase, ServingPoolStatus
 from tunesmith.contracts.agent import DesiredAdapter, ResidencyState
 from tunesmith.contracts.sentence import one_line
+from tunesmith.contracts.transitions import conditions_of
 from tunesmith.serving.adapter import wanted_copies
-from tunesmith.serving.outcome import conditions_of
 from tunesmith.serving.placement import Placement, PlacementPod, Wanted, evacuated, place, victims
 from tunesmith.serving.pod import Problem, current_problem
 from tunesmith.serving.render import selector_text
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tunesmith.api.servingpool import ServingPool
     from tunesmith.autoscale.decide import Decision
     from tunesmith.contracts.claims import Claim
+    from tunesmith.contracts.refusal import Refusal
     from tunesmith.serving.pod import PoolPod
 
 _VICTIM_COST = -1000
@@ -42,10 +43,10 @@ class PoolObservation:
 
     `deployment`: as the API server has it. `pods`: all of the pool's, stopping ones too. `adapters`: attached
     AdapterDeployments, in order of precedence. `decision`: the wanted pods. `spread`: see `placement.place`.
-    `invalid`: why the spec cannot be rendered. `refused`: why the API server refused to write one of the pool's
-    objects. `unknown_demand`: why the demand is not completely known, None while it is. `rollout`: the pods against the
-    wanted template. `hold`: why their replacement does not begin. `max_surge`: see `rolling.surge`. `running`:
-    requests for the pool's models at the moment, None: unknown.
+    `invalid`: why the spec cannot be rendered. `refusal`: of a write of one of the pool's objects. `unknown_demand`:
+    why the demand is not completely known, None while it is. `rollout`: the pods against the wanted template. `hold`:
+    why their replacement does not begin. `max_surge`: see `rolling.surge`. `running`: requests for the pool's models
+    at the moment, None: unknown.
     """
 
     deployment: dict[str, Any] | None
@@ -55,7 +56,7 @@ class PoolObservation:
     spread: bool = False
     lost_to: Claim | None = None
     invalid: str | None = None
-    refused: str | None = None
+    refusal: Refusal | None = None
     unknown_demand: str | None = None
     rollout: Rollout = field(default_factory=lambda: Rollout(""))
     hold: Hold | None = None
@@ -305,11 +306,13 @@ def _status(
     }
     if pool.spec.autoscaling is not None:
         outcomes[ServingPoolCondition.SCALING_ACTIVE] = _scaling(seen)
+    phase, decisive = _phase(outcomes)
     old = pool.status
     # The reason tells why this size was chosen; it is not written again with every request that comes.
     kept = (old.desired_replicas, old.observed_generation) == (seen.decision.replicas, pool.metadata.generation)
     return ServingPoolStatus(
-        phase=_phase(outcomes),
+        phase=phase,
+        reason=outcomes[decisive][1],
         conditions=conditions_of(pool.status.conditions, outcomes, pool.metadata.generation, now),
         observed_generation=pool.metadata.generation,
         base_model_fingerprint=fingerprint,
@@ -328,10 +331,12 @@ _Outcome = tuple[ConditionStatus, Reason, str]
 _TRUE, _FALSE, _UNKNOWN = ConditionStatus.TRUE, ConditionStatus.FALSE, ConditionStatus.UNKNOWN
 
 
-def _phase(outcomes: Mapping[ServingPoolCondition, _Outcome]) -> PoolPhase:
+def _phase(outcomes: Mapping[ServingPoolCondition, _Outcome]) -> tuple[PoolPhase, ServingPoolCondition]:
+    """Return the phase, and the condition that it is derived from."""
     if outcomes[ServingPoolCondition.DEGRADED][0] is _TRUE:
-        return PoolPhase.DEGRADED
-    return PoolPhase.AVAILABLE if outcomes[ServingPoolCondition.AVAILABLE][0] is _TRUE else PoolPhase.PENDING
+        return PoolPhase.DEGRADED, ServingPoolCondition.DEGRADED
+    available = outcomes[ServingPoolCondition.AVAILABLE][0] is _TRUE
+    return PoolPhase.AVAILABLE if available else PoolPhase.PENDING, ServingPoolCondition.AVAILABLE
 
 
 def _available(seen: PoolObservation, ready: int, living: Sequence[PoolPod], problem: Problem | None) -> _Outcome:
@@ -343,8 +348,8 @@ def _available(seen: PoolObservation, ready: int, living: Sequence[PoolPod], pro
         return _UNKNOWN, Reason.AGENT_SILENT, f"{ready} of {wanted} pods are ready for Kubernetes; {message}"
     if seen.invalid is not None:
         return _FALSE, Reason.INVALID_SPEC, seen.invalid
-    if seen.refused is not None:
-        return _FALSE, Reason.WRITE_REFUSED, seen.refused
+    if seen.refusal is not None:
+        return _FALSE, Reason.WRITE_REFUSED, seen.refusal.sentence
     if seen.decision.replicas == 0:
         return _FALSE, Reason.SCALED_TO_ZERO, "replicas is 0: raise it to serve"
     if problem is not None:
@@ -357,8 +362,8 @@ def _progressing(seen: PoolObservation, ready: int, living: Sequence[PoolPod]) -
     status = (seen.deployment or {}).get("status") or {}
     if seen.invalid is not None:
         return _FALSE, Reason.INVALID_SPEC, seen.invalid
-    if seen.refused is not None:
-        return _FALSE, Reason.WRITE_REFUSED, seen.refused
+    if seen.refusal is not None:
+        return _FALSE, Reason.WRITE_REFUSED, seen.refusal.sentence
     if seen.deployment is not None and status.get("updatedReplicas", 0) < min(wanted, status.get("replicas", 0)):
         updated = status.get("updatedReplicas", 0)
         return _TRUE, Reason.ROLLING_OUT, f"{updated} of {wanted} pods have the current settings"
@@ -377,8 +382,8 @@ def _degraded(
     silent = next((pod.name for pod in living if pod.ready and not pod.heard), None)
     sentences: list[tuple[Reason, str | None]] = [
         (Reason.INVALID_SPEC, seen.invalid),
-        (Reason.WRITE_REFUSED, seen.refused),
-        (Reason.PODS_REFUSED, _refusal(seen.deployment)),
+        (Reason.WRITE_REFUSED, seen.refusal.sentence if seen.refusal is not None else None),
+        (Reason.PODS_REFUSED, refusal_of_pods(seen.deployment)),
         (Reason.AS_EXPECTED, None) if problem is None else (problem.reason, problem.message),
         (Reason.FINGERPRINTS_DIFFER, differing),
         (Reason.MODEL_NAME_TAKEN, _taken(pool, seen.lost_to)),
@@ -403,8 +408,8 @@ def _updated(pool: ServingPool, seen: PoolObservation, living: Sequence[PoolPod]
     rollout = seen.rollout
     if seen.invalid is not None:
         return _FALSE, Reason.INVALID_SPEC, seen.invalid
-    if seen.refused is not None:
-        return _FALSE, Reason.WRITE_REFUSED, seen.refused
+    if seen.refusal is not None:
+        return _FALSE, Reason.WRITE_REFUSED, seen.refusal.sentence
     if seen.hold is not None:
         reason = Reason.UPDATE_BLOCKED if seen.hold.failed else Reason.UPDATE_PENDING
         impact = interruption(pool, living, frozenset(pod.name for pod in living), seen.max_surge, seen.running)
@@ -444,7 +449,8 @@ def _first_problem(seen: PoolObservation, living: Sequence[PoolPod], ready: int,
     return Problem(problem.reason, f"pod {pod.name}: {problem.message}{others}")
 
 
-def _refusal(deployment: Mapping[str, Any] | None) -> str | None:
+def refusal_of_pods(deployment: Mapping[str, Any] | None) -> str | None:
+    """Return a sentence on why the API server refuses the Deployment's pods; None if it does not."""
     conditions = ((deployment or {}).get("status") or {}).get("conditions") or ()
     return next(
         (

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.api.placement import quantity_value
+from tunesmith.contracts.quantities import quantities
 from tunesmith.contracts.scheduling import tolerates
 
 if TYPE_CHECKING:
@@ -15,25 +15,6 @@ if TYPE_CHECKING:
 
 Object = dict[str, Any]
 _KEEPS_OFF = frozenset({"NoSchedule", "NoExecute"})
-_PODS = "pods"
-
-
-def pod_requests(spec: Mapping[str, Any]) -> Mapping[str, Decimal]:
-    """Return what a pod requests of its node; the pod itself counts as one of the resource `pods`.
-
-    Containers and sidecars run together, and each other init container beside the sidecars before it.
-    """
-    together: dict[str, Decimal] = {_PODS: Decimal(1)}
-    highest: dict[str, Decimal] = {}
-    for container in spec.get("initContainers") or ():
-        wanted = _quantities((container.get("resources") or {}).get("requests") or {})
-        if container.get("restartPolicy") == "Always":
-            together = _sum(together, wanted)
-        else:
-            highest = _most(highest, _sum(together, wanted))
-    for container in spec.get("containers") or ():
-        together = _sum(together, _quantities((container.get("resources") or {}).get("requests") or {}))
-    return _sum(_most(together, highest), _quantities(spec.get("overhead") or {}))
 
 
 def candidates(
@@ -73,27 +54,8 @@ def _accepts(node: Object, tolerations: Sequence[Toleration]) -> bool:
 
 
 def _allocatable(node: Object) -> Mapping[str, Decimal]:
-    return _quantities((node.get("status") or {}).get("allocatable") or {})
+    return quantities((node.get("status") or {}).get("allocatable") or {})
 
 
 def _fits(free: Mapping[str, Decimal], requests: Mapping[str, Decimal]) -> bool:
     return all(free.get(name, Decimal(0)) >= quantity for name, quantity in requests.items())
-
-
-def _quantities(texts: Mapping[str, Any]) -> dict[str, Decimal]:
-    """Parse quantities. One in another notation counts as none: the scheduler decides in the end."""
-    found = {}
-    for name, text in texts.items():
-        try:
-            found[name] = quantity_value(str(text))
-        except InvalidOperation:
-            found[name] = Decimal(0)
-    return found
-
-
-def _sum(first: Mapping[str, Decimal], second: Mapping[str, Decimal]) -> dict[str, Decimal]:
-    return {name: first.get(name, Decimal(0)) + second.get(name, Decimal(0)) for name in {*first, *second}}
-
-
-def _most(first: Mapping[str, Decimal], second: Mapping[str, Decimal]) -> dict[str, Decimal]:
-    return {name: max(first.get(name, Decimal(0)), second.get(name, Decimal(0))) for name in {*first, *second}}

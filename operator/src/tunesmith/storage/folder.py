@@ -107,13 +107,13 @@ class Access:
 
 
 def attempt(
-    operation: Callable[[], T], understood: Callable[[Exception], StorageError], access: Access, server: str
+    operation: Callable[[], T], understood: Callable[[Exception, int], StorageError], access: Access, server: str
 ) -> T:
     """Return the operation's result; repeat it after failures of the store that may pass.
 
     Args:
         operation: raises exceptions of the store's library, or StorageErrors.
-        understood: returns the failure that an exception of the library means.
+        understood: returns the failure that an exception of the library means, given the number of tries so far.
         access: how calls are made.
         server: names the server, for a refused address.
 
@@ -121,8 +121,9 @@ def attempt(
         Exception: what `access.failure` returns for the last StorageError.
     """
     pauses = access.retry.pauses()
-    waited = False
+    tries = 0
     while True:
+        tries += 1
         try:
             result = operation()
         except Exception as error:  # every library has exceptions of its own; they end here
@@ -130,15 +131,14 @@ def attempt(
             if refused is not None:
                 failure: StorageError = AccessDeniedError(f"{server} leads to {refused.explanation}")
             else:
-                failure = error if isinstance(error, StorageError) else understood(error)
+                failure = error if isinstance(error, StorageError) else understood(error, tries)
             pause = next(pauses, None) if isinstance(failure, UnavailableError) else None
             if pause is None:
                 raise access.failure(failure) from error
             access.waiting(f"{failure}; next try in {pause:.0f} s")
-            waited = True
             time.sleep(pause)
         else:
-            if waited:
+            if tries > 1:
                 access.waiting(None)
             return result
 
@@ -615,9 +615,9 @@ class Folder:
         where = self._where(name)
         endpoint = self._scheme.endpoint_of(self._credentials.values)
         server = f"{endpoint[0]} of {self._credentials.source}, for {where}," if endpoint else where
-        return attempt(operation, lambda error: self._understood(error, where), self._access, server)
+        return attempt(operation, lambda error, tries: self._understood(error, where, tries), self._access, server)
 
-    def _understood(self, error: Exception, where: str) -> StorageError:
+    def _understood(self, error: Exception, where: str, tries: int) -> StorageError:
         scheme, source = self._scheme, self._credentials.source
         if scheme.no_credentials(error) or generic_no_credentials(error):
             keys = " or ".join(" and ".join(keys) for keys in scheme.credentials)
@@ -633,7 +633,6 @@ class Folder:
             return NotFoundError(f"{where} does not exist: check the uri{self._bucket_hint(error)}{belongs}")
         if scheme.invalid(error) or generic_invalid(error):
             return InvalidUriError(f"the store does not accept the uri of {where}: {said(error)}")
-        tries = self._access.retry.attempts
         tried = f", tried {tries} times" if tries > 1 else ""
         return UnavailableError(f"{where} could not be reached{tried}: {said(error)}{self._default_server()}")
 

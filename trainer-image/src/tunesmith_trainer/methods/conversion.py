@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import PeftType
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -81,7 +82,7 @@ def published_config(config: Mapping[str, Any], modules: Sequence[str], *, doubl
         modules: full names of the modules that have LoRA matrices.
         doubled: True if the adapter is saved less what it began as, with twice the rank.
     """
-    config = {**config, "inference_mode": True}
+    config = {**config, "peft_type": PeftType(config["peft_type"]).value, "inference_mode": True}
     if isinstance(config.get("init_lora_weights"), str):
         config |= {"init_lora_weights": True, "eva_config": None, "corda_config": None, "lora_ga_config": None}
     if doubled:

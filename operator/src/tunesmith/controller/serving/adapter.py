@@ -61,7 +61,7 @@ class AdapterDeploymentReconciler:
             return Result()
         adapter = self._state.adapters.get(key.namespace, key.name)
         if adapter is None:
-            await self._state.report_unreadable(manifest, self._state.adapters.error(manifest))
+            await self._state.statuses.write_unreadable(manifest, self._state.adapters.error(manifest))
             return Result()
         self._uids[key] = adapter.metadata.uid
         job = self._state.jobs.get(key.namespace, adapter.spec.adapter_from.fine_tune_job.name)
@@ -85,7 +85,7 @@ class AdapterDeploymentReconciler:
         )
         status = plan(adapter, seen, self._context.now())
         old = adapter.status.pool
-        written = await self._state.write_status(manifest, status, adapter.status.conditions)
+        written = await self._state.statuses.write(manifest, status)
         if written and old is not None and old != status.pool:
             # It is no longer among those that read this adapter, and takes it from its pods.
             self._context.queue.add(Key("ServingPool", old.namespace or key.namespace, old.name))

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tunesmith.autoscale.decide import Decision, decide_pods, loaded_pods, pods_for_copies
-from tunesmith.cluster.errors import ConflictError, ForbiddenError, InvalidError, NotFoundError
+from tunesmith.cluster.errors import ConflictError, NotFoundError
 from tunesmith.contracts.agent import (
     control_keys,
     events_keys,
@@ -22,15 +22,15 @@ from tunesmith.contracts.claims import lost_to
 from tunesmith.contracts.environment import CONTROL_KEY, EVENTS_KEY, METRICS_DIGEST, SERVING_KEY
 from tunesmith.contracts.labels import POOL_LABEL
 from tunesmith.contracts.location import reads_foreign_store
+from tunesmith.contracts.refusal import MAX_RETRY_SECONDS
 from tunesmith.contracts.scheduling import refusal
-from tunesmith.controller.applied import AppliedObjects, describe
 from tunesmith.controller.reconciler import MANAGED, Key, Result, Watch, key_of, label_keys, owner_keys
 from tunesmith.controller.serving.agents import Target
 from tunesmith.controller.serving.pool_rollouts import PoolRollouts
 from tunesmith.controller.serving.state import MODEL
 from tunesmith.serving.adapter import needs_slots
 from tunesmith.serving.pod import DELETION_COST, READINESS_GATE
-from tunesmith.serving.pool import PlacementMemory, PoolObservation, PoolPlan, plan
+from tunesmith.serving.pool import PlacementMemory, PoolObservation, PoolPlan, plan, refusal_of_pods
 from tunesmith.serving.poolview import PoolView
 from tunesmith.serving.render import deployment, disruption_budget, isolation, key_secret, reserved
 from tunesmith.serving.rolling import asks_for_room, cause_of, observe_rollout, stamped, surge
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from tunesmith.api.servingpool import ServingPool, ServingPoolStatus
     from tunesmith.cluster.resources import Object
     from tunesmith.contracts.agent import Keys
+    from tunesmith.contracts.refusal import Refusal
     from tunesmith.controller.serving.state import ServingState
     from tunesmith.serving.pod import PoolPod
     from tunesmith.serving.rolling import Rollout
@@ -52,6 +53,8 @@ _TICK_SECONDS = 2.0
 _REQUESTS_SECONDS = 10.0
 _NUMBER_OF_REQUESTS = re.compile(r"\(\d+ now\)")
 _UNSETTLED_SECONDS = 0.3
+_RETRY = "tunesmith.dev/retry"
+"""Annotation of a Deployment whose pods are refused."""
 _REST = 4
 """Times that deciding took: a pool with many adapters takes at most a fifth of the operator's time."""
 _LEAST_REST_SECONDS = 0.1
@@ -66,7 +69,7 @@ class ServingPoolReconciler:
     def __init__(self, state: ServingState) -> None:
         self._state = state
         self._context = state.context
-        self._applied = AppliedObjects(self._context)
+        self._executor = state.executor
         self._views: dict[str, PoolView] = {}
         self._placements: dict[str, PlacementMemory] = {}
         self._rollouts = PoolRollouts(self._context)
@@ -91,7 +94,7 @@ class ServingPoolReconciler:
         pool = self._state.pools.get(key.namespace, key.name)
         if pool is None:
             self._rollouts.forget(manifest["metadata"]["uid"])
-            await self._state.report_unreadable(manifest, self._state.pools.error(manifest))
+            await self._state.statuses.write_unreadable(manifest, self._state.pools.error(manifest))
             return Result()
         self._uids[key] = pool.metadata.uid
         self._follow(key, pool)
@@ -130,10 +133,10 @@ class ServingPoolReconciler:
             self._rollouts.withdraw(pool.metadata.uid)
         refused = await self._act(pool, decided) or refused
         if refused is not None:
-            decided = plan(pool, replace(seen, refused=refused), self._context.now(), memory)
+            decided = plan(pool, replace(seen, refusal=refused), self._context.now(), memory)
         self._wake_adapters(pool, seen, decided, attached)
         if not self._differs_in_requests_only(pool, decided.status):
-            await self._state.write_status(manifest, decided.status, pool.status.conditions)
+            await self._state.statuses.write(manifest, decided.status)
             self._written[pool.metadata.uid] = time.monotonic()
         return Result(_TICK_SECONDS, rest if rest > _LEAST_REST_SECONDS else 0.0)
 
@@ -183,7 +186,7 @@ class ServingPoolReconciler:
         uid = self._uids.pop(key, None)
         if uid is not None:
             self._state.forget_pool(uid)
-            self._applied.forget(uid)
+            self._executor.forget(uid)
             self._views.pop(uid, None)
             self._placements.pop(uid, None)
             self._rollouts.forget(uid)
@@ -201,12 +204,12 @@ class ServingPoolReconciler:
         window = self._state.window(pool.metadata.uid, models, rule.scale_down_delay_seconds, floor)
         return decide_pods(window, pool.status.desired_replicas, rule, why), loaded_pods(window, rule) > 1
 
-    async def _apply(self, pool: ServingPool, seen: PoolObservation, replicas: int) -> str | None:
-        """Apply the pool's objects, each whatever becomes of the others; return why one of them is refused."""
+    async def _apply(self, pool: ServingPool, seen: PoolObservation, replicas: int) -> Refusal | None:
+        """Apply the pool's objects, each whatever becomes of the others; return the refusal of one of them."""
         refusals = [
-            await self._applied.ensure(pool.metadata.uid, key_secret(pool, self._pool_keys(pool))),
-            await self._applied.ensure(pool.metadata.uid, disruption_budget(pool)),
-            *[await self._applied.ensure(pool.metadata.uid, policy) for policy in self._policies(pool)],
+            await self._executor.apply(pool.metadata.uid, key_secret(pool, self._pool_keys(pool))),
+            await self._executor.apply(pool.metadata.uid, disruption_budget(pool)),
+            *[await self._executor.apply(pool.metadata.uid, policy) for policy in self._policies(pool)],
             await self._apply_deployment(pool, seen, replicas),
         ]
         return next((refusal for refusal in reversed(refusals) if refusal is not None), None)
@@ -218,22 +221,21 @@ class ServingPoolReconciler:
         demand = self._state.demand.read([pool.model, *(adapter.model for adapter in attached)], time.monotonic())
         return demand.requests if demand.complete else None
 
-    async def _apply_deployment(self, pool: ServingPool, seen: PoolObservation, replicas: int) -> str | None:
+    async def _apply_deployment(self, pool: ServingPool, seen: PoolObservation, replicas: int) -> Refusal | None:
         """Apply the Deployment; while the replacement of its pods does not begin, only the number of pods."""
         observed = seen.deployment
         if seen.hold is not None and observed is not None:
             if observed["spec"].get("replicas") == replicas:
                 return None
-            try:
-                await self._context.patch(observed, {"spec": {"replicas": replicas}})
-            except (InvalidError, ForbiddenError) as error:
-                return f"the API server refuses a change of {describe(observed)}: {error}"
-            return None
+            return await self._executor.patch(pool.metadata.uid, observed, {"spec": {"replicas": replicas}})
         wanted = stamped(
             deployment(pool, self._context.settings, replicas, seen.max_surge), pool, cause_of(seen.rollout)
         )
+        if refusal_of_pods(observed) is not None:
+            # Kubernetes tries again after up to 17 minutes; it copies this to the ReplicaSet and tries at once.
+            wanted["metadata"]["annotations"][_RETRY] = str(int(self._context.now().timestamp() // MAX_RETRY_SECONDS))
         generation = observed["metadata"]["generation"] if observed is not None else -1
-        return await self._applied.ensure(pool.metadata.uid, wanted, generation)
+        return await self._executor.apply(pool.metadata.uid, wanted, generation)
 
     def _policies(self, pool: ServingPool) -> list[Object]:
         network = self._context.settings.network
@@ -250,9 +252,9 @@ class ServingPoolReconciler:
             METRICS_DIGEST: keys_file(metrics_digests(gateway)),
         }
 
-    async def _act(self, pool: ServingPool, decided: PoolPlan) -> str | None:
-        """Send the lists, and mark the pods; return why the API server refuses to mark one."""
-        refused = None
+    async def _act(self, pool: ServingPool, decided: PoolPlan) -> Refusal | None:
+        """Send the lists, and mark the pods; return the refusal to mark one."""
+        refused: Refusal | None = None
         links = self._state.agents.of(pool.metadata.uid)
         for pod in self._state.pod_manifests(pool):
             name, link = pod["metadata"]["name"], links.get(pod["metadata"]["uid"])
@@ -261,16 +263,14 @@ class ServingPoolReconciler:
             try:
                 if name in decided.costs:
                     cost = {"annotations": {DELETION_COST: str(decided.costs[name])}}
-                    await self._context.patch(pod, {"metadata": cost})
+                    refused = await self._executor.patch(pool.metadata.uid, pod, {"metadata": cost}) or refused
                 if name in decided.gates:
-                    await self._set_gate(pod, is_open=decided.gates[name])
+                    refused = await self._set_gate(pool, pod, is_open=decided.gates[name]) or refused
             except (NotFoundError, ConflictError):
                 continue  # the pod is gone; its deletion is on its way into the cache
-            except (InvalidError, ForbiddenError) as error:
-                refused = f"the API server refuses a change of {describe(pod)}: {error}"
         return refused
 
-    async def _set_gate(self, pod: Object, *, is_open: bool) -> None:
+    async def _set_gate(self, pool: ServingPool, pod: Object, *, is_open: bool) -> Refusal | None:
         condition = {
             "type": READINESS_GATE,
             "status": "True" if is_open else "False",
@@ -278,7 +278,8 @@ class ServingPoolReconciler:
             "lastTransitionTime": self._context.now().strftime("%Y-%m-%dT%H:%M:%SZ"),
         }
         # A strategic merge keeps the kubelet's own conditions beside this one.
-        await self._context.patch(pod, {"status": {"conditions": [condition]}}, type_="strategic", subresource="status")
+        body: Object = {"status": {"conditions": [condition]}}
+        return await self._executor.patch(pool.metadata.uid, pod, body, type_="strategic", subresource="status")
 
     def _wake_adapters(
         self, pool: ServingPool, seen: PoolObservation, decided: PoolPlan, attached: Iterable[AdapterDeployment]

@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tunesmith.cluster.errors import ClusterError
+from tunesmith.contracts.quantities import pod_requests
 from tunesmith.serving.rolling import Cause, Hold, Rollout, hold
-from tunesmith.serving.room import candidates, has_room, pod_requests
+from tunesmith.serving.room import candidates, has_room
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

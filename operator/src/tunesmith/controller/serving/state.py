@@ -2,42 +2,32 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
-
-from pydantic import ValidationError
+from typing import TYPE_CHECKING, Any, Self
 
 from tunesmith.api.adapterdeployment import AdapterDeployment
-from tunesmith.api.finetunejob import FineTuneJob
-from tunesmith.api.model import ApiModel
 from tunesmith.api.servingpool import ServingPool
 from tunesmith.autoscale.decide import Sample, Window
 from tunesmith.autoscale.demand import DemandBoard
-from tunesmith.cluster.errors import ForbiddenError, InvalidError
 from tunesmith.contracts.agent import SILENCE_SECONDS
 from tunesmith.contracts.claims import Claim, claim_of, precedence
 from tunesmith.contracts.labels import POOL_UID_LABEL
+from tunesmith.controller.executor import Executor
+from tunesmith.controller.parsed import Parsed
 from tunesmith.controller.reconciler import key_of
 from tunesmith.controller.serving.agents import AgentLinks
 from tunesmith.controller.serving.gateways import GatewayLinks
-from tunesmith.serving.notice import notices
+from tunesmith.controller.status import StatusWriter
 from tunesmith.serving.pod import PoolPod, observe_pod
 from tunesmith.serving.render import deployment_name, is_owned_by, is_pod_of
 from tunesmith.serving.source import Candidates, candidates
-from tunesmith.serving.unreadable import unreadable_status
 
 if TYPE_CHECKING:
-    import builtins
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping
 
-    from tunesmith.api.adapterdeployment import AdapterDeploymentStatus
-    from tunesmith.api.conditions import Condition
-    from tunesmith.api.servingpool import ServingPoolStatus
     from tunesmith.cluster.resources import Object, Objects
     from tunesmith.contracts.agent import PodState
-    from tunesmith.controller.cache import Cache
     from tunesmith.controller.context import Context
     from tunesmith.controller.serving.agents import AgentLink
 
@@ -54,71 +44,6 @@ POOL = "pool"
 _MOST_FOREIGN = 50
 _PATIENCE_SECONDS = 5.0
 _SAMPLE_SECONDS = 0.5
-_log = logging.getLogger(__name__)
-M = TypeVar("M", bound=ApiModel)
-
-
-class Parsed(Generic[M]):
-    """The objects of a cache as models; each version is parsed once."""
-
-    def __init__(self, cache: Cache, model: type[M]) -> None:
-        self._cache = cache
-        self._model = model
-        self._known: dict[str, tuple[str, M | None]] = {}
-
-    def get(self, namespace: str, name: str) -> M | None:
-        """Return the object; None where it does not exist, is being deleted, or does not fit this release's schema."""
-        manifest = self._cache.get(namespace, name)
-        return None if manifest is None else self._parse(manifest)
-
-    def list(self, namespace: str | None = None) -> list[M]:
-        """Return all objects, or those of one namespace, without those that `get` returns None for."""
-        return self._models(self._cache.list(namespace))
-
-    def find(self, index: str, value: str) -> builtins.list[M]:
-        """Return the objects that an index of the cache has under a value."""
-        return self._models(self._cache.find(index, value))
-
-    def forget(self, uid: str) -> None:
-        """Drop an object that is gone."""
-        self._known.pop(uid, None)
-
-    def _models(self, manifests: Objects) -> builtins.list[M]:
-        return [model for manifest in manifests if (model := self._parse(manifest)) is not None]
-
-    def error(self, manifest: Object) -> str:
-        """Return a sentence on why an object does not fit this release's schema."""
-        try:
-            self._model.model_validate({**manifest, "status": {}})
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-            where = ".".join(str(part) for part in first["loc"])
-            return f"{where} does not fit the schema of this release: {first['msg']}; correct it and apply it again"
-        return "it does not fit the schema of this release"
-
-    def _parse(self, manifest: Object) -> M | None:
-        metadata = manifest["metadata"]
-        if metadata.get("deletionTimestamp"):
-            return None
-        version, model = self._known.get(metadata["uid"], ("", None))
-        if version != metadata["resourceVersion"]:
-            model = self._validate(manifest)
-            self._known[metadata["uid"]] = (metadata["resourceVersion"], model)
-        return model
-
-    def _validate(self, manifest: Object) -> M | None:
-        try:
-            return self._model.model_validate(manifest)
-        except ValidationError:
-            place = f"{manifest['kind']} {manifest['metadata'].get('namespace')}/{manifest['metadata']['name']}"
-        # A status is observed again; only a spec that cannot be read keeps the object from being served.
-        try:
-            model = self._model.model_validate({**manifest, "status": {}})
-        except ValidationError:
-            _log.warning("%s: %s", place, self.error(manifest))
-            return None
-        _log.warning("the status of %s does not fit the schema of this release and is written again", place)
-        return model
 
 
 @dataclass(frozen=True)
@@ -159,7 +84,9 @@ class ServingState:
         self.context = context
         self.pools = Parsed(context.caches["ServingPool"], ServingPool)
         self.adapters = Parsed(context.caches["AdapterDeployment"], AdapterDeployment)
-        self.jobs = Parsed(context.caches["FineTuneJob"], FineTuneJob)
+        self.jobs = context.jobs
+        self.statuses = StatusWriter(context)
+        self.executor = Executor(context)
         for kind, name, values in _INDEXES:
             context.caches[kind].index(name, values)
         self.agents = AgentLinks(context)
@@ -289,37 +216,6 @@ class ServingState:
         """Reconcile the adapters of a model that has its first requests: they may have been due much later."""
         for item in self.context.caches["AdapterDeployment"].find(MODEL, model):
             self.context.queue.add(key_of(item))
-
-    async def write_status(
-        self, manifest: Object, status: ServingPoolStatus | AdapterDeploymentStatus, before: Sequence[Condition]
-    ) -> bool:
-        """Write a status that differs from the observed one, and an Event for each condition that changed.
-
-        Returns:
-            True if it was written.
-
-        Raises:
-            ClusterError: it could not be written; a refusal is reported by an Event.
-        """
-        document = status.manifest()
-        if document == manifest.get("status", {}):
-            return False
-        try:
-            written = await self.context.replace_status({**manifest, "status": document})
-        except (InvalidError, ForbiddenError) as error:
-            message = f"the API server refuses the status, which is out of date: {error}"
-            await self.context.recorder.event(manifest, "StatusRefused", message, type_="Warning")
-            raise
-        for notice in notices(before, status.conditions):
-            await self.context.recorder.event(written, notice.reason, notice.message, type_=notice.type)
-        return True
-
-    async def report_unreadable(self, manifest: Object, message: str) -> None:
-        """Write a condition on an object that does not fit this release's schema. Nothing else of it is changed."""
-        document = unreadable_status(manifest, message, self.context.now())
-        if document != manifest.get("status"):
-            written = await self.context.replace_status({**manifest, "status": document})
-            await self.context.recorder.event(written, "InvalidSpec", message, type_="Warning")
 
 
 def _model(item: Object) -> Iterable[str]:

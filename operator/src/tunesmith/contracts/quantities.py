@@ -1,0 +1,55 @@
+"""Quantities of resources that pods ask for."""
+
+from __future__ import annotations
+
+from decimal import Decimal, InvalidOperation
+from typing import TYPE_CHECKING, Any, Literal
+
+from tunesmith.api.placement import quantity_value
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+PODS = "pods"
+
+
+def pod_requests(spec: Mapping[str, Any]) -> Mapping[str, Decimal]:
+    """Return what a pod requests of its node; the pod itself counts as one of the resource `pods`."""
+    return _sum({PODS: Decimal(1)}, pod_resources(spec, "requests"))
+
+
+def pod_resources(spec: Mapping[str, Any], part: Literal["requests", "limits"]) -> Mapping[str, Decimal]:
+    """Return the sum of a pod's requests or limits.
+
+    Containers and sidecars run together, and each other init container beside the sidecars before it.
+    """
+    together: Mapping[str, Decimal] = {}
+    highest: Mapping[str, Decimal] = {}
+    for container in spec.get("initContainers") or ():
+        wanted = quantities((container.get("resources") or {}).get(part) or {})
+        if container.get("restartPolicy") == "Always":
+            together = _sum(together, wanted)
+        else:
+            highest = _most(highest, _sum(together, wanted))
+    for container in spec.get("containers") or ():
+        together = _sum(together, quantities((container.get("resources") or {}).get(part) or {}))
+    return _sum(_most(together, highest), quantities(spec.get("overhead") or {}))
+
+
+def quantities(texts: Mapping[str, Any]) -> dict[str, Decimal]:
+    """Parse quantities. One in another notation counts as zero: the API server and the scheduler decide in the end."""
+    found = {}
+    for name, text in texts.items():
+        try:
+            found[name] = quantity_value(str(text))
+        except InvalidOperation:
+            found[name] = Decimal(0)
+    return found
+
+
+def _sum(first: Mapping[str, Decimal], second: Mapping[str, Decimal]) -> dict[str, Decimal]:
+    return {name: first.get(name, Decimal(0)) + second.get(name, Decimal(0)) for name in {*first, *second}}
+
+
+def _most(first: Mapping[str, Decimal], second: Mapping[str, Decimal]) -> dict[str, Decimal]:
+    return {name: max(first.get(name, Decimal(0)), second.get(name, Decimal(0))) for name in {*first, *second}}

@@ -1,0 +1,149 @@
+"""Changes of a resource's conditions: the next ones from what was observed, and the Events about what changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from pydantic import ValidationError
+
+from tunesmith.api.conditions import (
+    AdapterDeploymentCondition,
+    AdapterDeploymentReason,
+    Condition,
+    ConditionStatus,
+    FailureReason,
+    FineTuneJobCondition,
+    ServingPoolCondition,
+    ServingPoolReason,
+    Severity,
+    find,
+    set_condition,
+    severity_of,
+)
+from tunesmith.contracts.sentence import one_line
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from datetime import datetime
+
+    from tunesmith.api.conditions import ConditionType, Reason
+
+Outcome = tuple[ConditionStatus, str, str]
+"""Status, reason and message of a condition."""
+Type = TypeVar("Type", bound=str)
+LONGEST_MESSAGE = 4096
+_UNREADABLE: Mapping[str, tuple[Reason, Mapping[ConditionType, ConditionStatus]]] = {
+    "FineTuneJob": (FailureReason.INVALID_SPEC, {FineTuneJobCondition.VALIDATED: ConditionStatus.FALSE}),
+    "ServingPool": (
+        ServingPoolReason.INVALID_SPEC,
+        {
+            ServingPoolCondition.AVAILABLE: ConditionStatus.UNKNOWN,
+            ServingPoolCondition.DEGRADED: ConditionStatus.TRUE,
+        },
+    ),
+    "AdapterDeployment": (
+        AdapterDeploymentReason.INVALID_SPEC,
+        {
+            AdapterDeploymentCondition.RESOLVED: ConditionStatus.FALSE,
+            AdapterDeploymentCondition.READY: ConditionStatus.FALSE,
+        },
+    ),
+}
+
+
+def conditions_of(
+    before: Sequence[Condition], outcomes: Mapping[Type, Outcome], generation: int | None, now: datetime
+) -> list[Condition]:
+    """Return the conditions of the outcomes; those before that have no outcome are dropped.
+
+    Args:
+        before: the observed conditions.
+        outcomes: by condition type.
+        generation: the metadata.generation that the outcomes are about.
+        now: the time of what changed.
+    """
+    return updated([condition for condition in before if condition.type in outcomes], outcomes, generation, now)
+
+
+def updated(
+    before: Sequence[Condition], outcomes: Mapping[Type, Outcome], generation: int | None, now: datetime
+) -> list[Condition]:
+    """Return the conditions with those of the outcomes in place of the ones before; the others stay."""
+    conditions = list(before)
+    for type_, (status, reason, message) in outcomes.items():
+        new = Condition(
+            type=type_,
+            status=status,
+            reason=reason,
+            message=one_line(message, LONGEST_MESSAGE),
+            last_transition_time=now,
+            observed_generation=generation,
+        )
+        conditions = set_condition(conditions, new)
+    return conditions
+
+
+def unreadable_status(manifest: Mapping[str, Any], message: str, now: datetime) -> dict[str, Any]:
+    """Return the observed status of a resource that does not fit this release's schema, with conditions that say so.
+
+    Nothing else of the status is changed: a newer release may have written it. A FineTuneJob's Jobs and a pool's pods
+    keep running, unobserved; such an adapter is not served.
+    """
+    kept = status_of(manifest)
+    reason, types = _UNREADABLE[manifest["kind"]]
+    outcomes = {type_: (value, reason, message) for type_, value in types.items()}
+    conditions = updated(readable_conditions(kept), outcomes, manifest["metadata"].get("generation"), now)
+    return {**kept, "reason": str(reason), "conditions": [condition.manifest() for condition in conditions]}
+
+
+def status_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the status of a manifest; empty if it has none, or one that is not an object."""
+    status = manifest.get("status")
+    return dict(status) if isinstance(status, dict) else {}
+
+
+def readable_conditions(status: Mapping[str, Any]) -> list[Condition]:
+    """Return those conditions of a status that fit this release's schema."""
+    found = []
+    conditions = status.get("conditions")
+    for condition in conditions if isinstance(conditions, list) else ():
+        try:
+            found.append(Condition.model_validate(condition))
+        except ValidationError:
+            continue
+    return found
+
+
+@dataclass(frozen=True)
+class Notice:
+    """An Event to write."""
+
+    reason: str
+    message: str
+    type: Literal["Normal", "Warning"] = "Normal"
+
+
+def notices(kind: str, before: Sequence[Condition], after: Sequence[Condition]) -> list[Notice]:
+    """Return the Events about conditions whose status or reason changed, one for each reason.
+
+    The severity of the new reason decides: a warning is a Warning, news are Normal, and a detail is only worth an Event
+    when it replaces a warning, which is over then.
+
+    Args:
+        kind: of the resource.
+        before: the conditions that were written last.
+        after: the ones that are written now.
+    """
+    found: dict[str, Notice] = {}
+    for condition in after:
+        old = find(before, condition.type)
+        if old is not None and (old.status, old.reason) == (condition.status, condition.reason):
+            continue
+        severity = severity_of(kind, condition.reason)
+        ends_warning = old is not None and severity_of(kind, old.reason) is Severity.WARNING
+        if severity is Severity.DETAIL and not ends_warning:
+            continue
+        type_: Literal["Normal", "Warning"] = "Warning" if severity is Severity.WARNING else "Normal"
+        found.setdefault(condition.reason, Notice(condition.reason, condition.message, type_))
+    return list(found.values())

@@ -1,0 +1,156 @@
+"""Writes of the reconcilers. What the API server refuses is returned as an observation and retried with delays."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tunesmith.cluster.errors import ClusterError, ForbiddenError, InvalidError, UnavailableError
+from tunesmith.contracts.refusal import MAX_RETRY_SECONDS, Refusal, RefusalCause, cause_of
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from tunesmith.cluster.client import PatchType, Propagation
+    from tunesmith.cluster.resources import Object
+    from tunesmith.controller.context import Context
+
+_APPLY_AGAIN_SECONDS = 300.0
+_FIRST_DELAY_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """The last answer to a write. `refusal`: None where it was accepted."""
+
+    digest: str
+    at: float
+    generation: int | None = None
+    refusal: Refusal | None = None
+    delay: float = 0.0
+
+
+class Executor:
+    """Writes for owners, by the owner's UID.
+
+    A refused write is not sent again before its delay is over, unless it creates or applies other content. Errors that
+    are not refusals are raised: the queue tries the whole key again.
+    """
+
+    def __init__(self, context: Context, clock: Callable[[], float] = time.monotonic) -> None:
+        self._context = context
+        self._clock = clock
+        self._outcomes: dict[str, dict[str, _Outcome]] = {}
+
+    async def apply(self, owner: str, manifest: Object, generation: int | None = None) -> Refusal | None:
+        """Apply an object unless it is as this process applied it a moment ago.
+
+        Args:
+            owner: UID of the owner.
+            manifest: the full intent.
+            generation: as observed; None where the object is not watched.
+        """
+        last = self._outcomes.get(owner, {}).get(_place("apply", manifest))
+        if last is not None and last.refusal is None and last.digest == _digest(manifest):
+            is_fresh = self._clock() - last.at < _APPLY_AGAIN_SECONDS
+            if is_fresh and (generation is None or generation == last.generation):
+                return None
+        return await self._send(
+            "apply", owner, manifest, lambda: self._context.apply(manifest), digest=_digest(manifest)
+        )
+
+    async def create(self, owner: str, manifest: Object) -> Refusal | None:
+        """Create an object.
+
+        Raises:
+            AlreadyExistsError: an object of that name exists.
+        """
+        return await self._send(
+            "create", owner, manifest, lambda: self._context.create(manifest), digest=_digest(manifest)
+        )
+
+    async def patch(
+        self, owner: str, item: Object, body: Object, *, type_: PatchType = "merge", subresource: str | None = None
+    ) -> Refusal | None:
+        """Change this incarnation of an object.
+
+        Raises:
+            ConflictError: another object has its name.
+            NotFoundError: it does not exist.
+        """
+        return await self._send(
+            "patch",
+            owner,
+            item,
+            lambda: self._context.patch(item, body, type_=type_, subresource=subresource),
+            subresource=subresource or "",
+        )
+
+    async def delete(self, owner: str, item: Object, propagation: Propagation) -> Refusal | None:
+        """Delete this incarnation of an object and what it owns; nothing happens if it does not exist."""
+        return await self._send("delete", owner, item, lambda: self._context.delete(item, propagation))
+
+    def forget(self, owner: str) -> None:
+        """Drop what is known about the objects of an owner that is gone."""
+        self._outcomes.pop(owner, None)
+
+    async def _send(
+        self,
+        verb: str,
+        owner: str,
+        item: Object,
+        write: Callable[[], Awaitable[Object | bool]],
+        *,
+        digest: str = "",
+        subresource: str = "",
+    ) -> Refusal | None:
+        outcomes = self._outcomes.setdefault(owner, {})
+        place, now = _place(verb, item) + subresource, self._clock()
+        last = outcomes.get(place)
+        before = last if last is not None and last.refusal is not None and last.digest == digest else None
+        if before is not None and now - before.at < before.delay:
+            return before.refusal
+        try:
+            written = await write()
+        except (InvalidError, ForbiddenError, UnavailableError) as error:
+            refusal = _refusal(verb, item, error)
+            if refusal is None:
+                raise
+            delay = max(_FIRST_DELAY_SECONDS, 2 * before.delay) if before is not None else _FIRST_DELAY_SECONDS
+            outcomes[place] = _Outcome(digest, now, refusal=refusal, delay=min(MAX_RETRY_SECONDS, delay))
+            return refusal
+        if verb == "apply" and isinstance(written, dict):
+            outcomes[place] = _Outcome(digest, now, written["metadata"].get("generation"))
+        else:
+            outcomes.pop(place, None)
+        return None
+
+
+def name_taken(verb: str, manifest: Object, message: str) -> Refusal:
+    """Return the refusal of an object whose name another one has."""
+    return Refusal(verb, manifest["kind"], message, RefusalCause.NAME_TAKEN)
+
+
+def describe(item: Object) -> str:
+    """Return an object's kind, namespace and name, for a sentence."""
+    return f"{item['kind']} {item['metadata'].get('namespace', '')}/{item['metadata']['name']}"
+
+
+def _refusal(verb: str, item: Object, error: ClusterError) -> Refusal | None:
+    """Return the refusal that an error means; None for an API server that only could not answer."""
+    what = describe(item) if verb in {"apply", "create"} else f"to {verb} {describe(item)}"
+    cause = cause_of(str(error), forbidden=isinstance(error, ForbiddenError))
+    if isinstance(error, UnavailableError) and cause is RefusalCause.INVALID:
+        return None
+    return Refusal(verb, item["kind"], f"the API server refuses {what}: {error}", cause)
+
+
+def _place(verb: str, item: Object) -> str:
+    return f"{verb} {describe(item)}"
+
+
+def _digest(document: Object) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

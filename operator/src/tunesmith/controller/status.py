@@ -1,0 +1,83 @@
+"""The one writer of statuses, and of the Events about what changed in them."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tunesmith.api.conditions import EventReason
+from tunesmith.api.model import StatusModel
+from tunesmith.cluster.errors import ForbiddenError, InvalidError
+from tunesmith.contracts.transitions import notices, readable_conditions, status_of, unreadable_status
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from tunesmith.cluster.resources import Object
+    from tunesmith.contracts.transitions import Notice
+    from tunesmith.controller.context import Context
+
+S = TypeVar("S", bound=StatusModel)
+_log = logging.getLogger(__name__)
+
+
+class StatusWriter:
+    """Writes the status of a resource once in each pass, if it differs from the observed one."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    async def write(
+        self,
+        manifest: Object,
+        status: S,
+        *,
+        reports: Callable[[S], Iterable[Notice]] = lambda _: (),
+        fallback: Callable[[S], S] | None = None,
+    ) -> bool:
+        """Write a status, and an Event for each condition that changed.
+
+        Args:
+            manifest: the resource as observed.
+            status: the whole next status.
+            reports: returns the Events about what else changed in the status that was written.
+            fallback: returns the status without what a pod reported, which must not keep the rest from being written.
+
+        Returns:
+            True if it was written.
+
+        Raises:
+            ClusterError: it could not be written; a refusal is reported by an Event.
+        """
+        if status.manifest() == status_of(manifest):
+            return False
+        try:
+            written = await self._replace(manifest, status.manifest())
+        except InvalidError:
+            if fallback is None:
+                raise
+            status = fallback(status)
+            written = await self._replace(manifest, status.manifest())
+        await self._report(manifest, written, reports(status))
+        return True
+
+    async def write_unreadable(self, manifest: Object, message: str) -> None:
+        """Write conditions on a resource that does not fit this release's schema. Nothing else of it is changed."""
+        document = unreadable_status(manifest, message, self._context.now())
+        if document != status_of(manifest):
+            await self._report(manifest, await self._replace(manifest, document), ())
+
+    async def _replace(self, manifest: Object, document: dict[str, Any]) -> Object:
+        try:
+            return await self._context.replace_status({**manifest, "status": document})
+        except (InvalidError, ForbiddenError) as error:
+            place = f"{manifest['kind']} {manifest['metadata'].get('namespace')}/{manifest['metadata']['name']}"
+            _log.warning("the status of %s is refused: %s", place, error)
+            message = f"the API server refuses the status, which is out of date: {error}"
+            await self._context.recorder.event(manifest, EventReason.STATUS_REFUSED, message, type_="Warning")
+            raise
+
+    async def _report(self, manifest: Object, written: Object, reports: Iterable[Notice]) -> None:
+        before, after = readable_conditions(status_of(manifest)), readable_conditions(status_of(written))
+        for notice in (*notices(manifest["kind"], before, after), *reports):
+            await self._context.recorder.event(written, notice.reason, notice.message, type_=notice.type)

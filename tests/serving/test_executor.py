@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import pytest
+
+from tunesmith.cluster.errors import ForbiddenError, InvalidError, UnavailableError
+from tunesmith.contracts.refusal import RefusalCause
+from tunesmith.controller.executor import Executor
+
+MANIFEST = {"kind": "Secret", "metadata": {"name": "keys", "namespace": "team"}, "data": {}}
+
+
+@dataclass
+class Writes:
+    """The part of the controller's context that applies, with refusals from an admission policy or a quota."""
+
+    refusal: Exception | None = None
+    applied: list[Any] = field(default_factory=list)
+
+    async def apply(self, manifest: Any) -> Any:
+        self.applied.append(manifest)
+        if self.refusal is not None:
+            raise self.refusal
+        return {"metadata": {"generation": len(self.applied)}}
+
+    async def create(self, manifest: Any) -> Any:
+        return await self.apply(manifest)
+
+
+@pytest.fixture
+def writes() -> Writes:
+    return Writes()
+
+
+@pytest.fixture
+def clock() -> list[float]:
+    return [0.0]
+
+
+@pytest.fixture
+def executor(writes: Writes, clock: list[float]) -> Executor:
+    return Executor(cast("Any", writes), lambda: clock[0])
+
+
+async def test_what_was_applied_a_moment_ago_is_not_applied_again(
+    executor: Executor, writes: Writes, clock: list[float]
+) -> None:
+    for _ in range(3):
+        assert await executor.apply("uid", MANIFEST) is None
+    assert len(writes.applied) == 1
+    await executor.apply("uid", {**MANIFEST, "data": {"x": "y"}})
+    assert len(writes.applied) == 2
+    clock[0] = 301.0
+    await executor.apply("uid", {**MANIFEST, "data": {"x": "y"}})
+    assert len(writes.applied) == 3
+
+
+async def test_a_watched_object_that_somebody_changed_is_applied_again(executor: Executor, writes: Writes) -> None:
+    await executor.apply("uid", MANIFEST, -1)
+    await executor.apply("uid", MANIFEST, 1)
+    assert len(writes.applied) == 1
+    await executor.apply("uid", MANIFEST, 2)
+    assert len(writes.applied) == 2
+
+
+async def test_a_refusal_is_returned_and_the_write_repeated_with_growing_delays(
+    executor: Executor, writes: Writes, clock: list[float]
+) -> None:
+    writes.refusal = ForbiddenError("exceeded quota: pods")
+    attempts = []
+    for second in range(120):
+        clock[0] = float(second)
+        refused = await executor.apply("uid", MANIFEST)
+        assert refused is not None
+        assert refused.message == "the API server refuses Secret team/keys: exceeded quota: pods"
+        assert refused.sentence.endswith("; the operator tries again within 30 s")
+        attempts.append(len(writes.applied))
+    assert [attempts.count(number) for number in (1, 2, 3, 4)] == [5, 10, 20, 30]
+    writes.refusal = None
+    changed = {**MANIFEST, "data": {"other": "x"}}
+    assert await executor.apply("uid", changed) is None, "a changed object is tried at once"
+
+
+async def test_an_accepted_write_forgets_the_refusal(executor: Executor, writes: Writes, clock: list[float]) -> None:
+    writes.refusal = ForbiddenError("exceeded quota: pods")
+    assert await executor.create("uid", MANIFEST) is not None
+    assert len(writes.applied) == 1
+    writes.refusal = None
+    assert await executor.create("uid", MANIFEST) is not None, "its delay is not over"
+    clock[0] = 5.0
+    assert await executor.create("uid", MANIFEST) is None
+    writes.refusal = ForbiddenError("exceeded quota: pods")
+    assert await executor.create("uid", MANIFEST) is not None
+    assert len(writes.applied) == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (ForbiddenError('pods "x" is forbidden: exceeded quota: none, requested: pods=1'), RefusalCause.QUOTA),
+        (ForbiddenError('pods "x" is forbidden: failed quota: cpu: must specify limits.cpu'), RefusalCause.QUOTA),
+        (
+            InvalidError(
+                "jobs.batch \"x\" is invalid: : ValidatingAdmissionPolicy 'p' with binding 'b' denied request: no"
+            ),
+            RefusalCause.POLICY,
+        ),
+        (InvalidError('admission webhook "a.b" denied the request: no'), RefusalCause.POLICY),
+        (UnavailableError('failed calling webhook "a.b": context deadline exceeded'), RefusalCause.POLICY),
+        (ForbiddenError('pods "x" is forbidden: violates PodSecurity "restricted:latest"'), RefusalCause.POLICY),
+        (ForbiddenError('User "u" cannot create resource "jobs" in API group "batch"'), RefusalCause.RIGHT),
+        (InvalidError('Job.batch "x" is invalid: spec.template.spec: Required value'), RefusalCause.INVALID),
+    ],
+)
+async def test_a_refusal_has_a_cause(executor: Executor, writes: Writes, error: Exception, cause: RefusalCause) -> None:
+    writes.refusal = error
+    refused = await executor.create("uid", MANIFEST)
+    assert refused is not None
+    assert (refused.verb, refused.kind, refused.cause) == ("create", "Secret", cause)
+    assert cause.fix in refused.sentence
+
+
+async def test_what_may_succeed_later_is_left_to_the_queue(executor: Executor, writes: Writes) -> None:
+    writes.refusal = UnavailableError("503")
+    with pytest.raises(UnavailableError):
+        await executor.apply("uid", MANIFEST)
