@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import yaml
 
 from tunesmith.contracts.settings import ChartValue
 from tunesmith.controller.settings import OperatorSettings
@@ -18,7 +16,6 @@ if TYPE_CHECKING:
 
     Template = Callable[..., list[dict[str, Any]]]
 
-VALUES = yaml.safe_load((Path(__file__).resolve().parents[2] / "charts/tunesmith/values.yaml").read_text())
 PROGRAMS: dict[str, type[ProgramSettings]] = {"operator": OperatorSettings, "gateway": GatewaySettings}
 PEER = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
 OTHER: dict[str, Any] = {
@@ -38,13 +35,6 @@ OTHER: dict[str, Any] = {
     "serving.baseModelStorage": "64Gi",
 }
 """A value that is not the default, by path; those of numbers and booleans follow from their defaults."""
-
-
-def at(values: dict[str, Any], path: str) -> Any:
-    found: Any = values
-    for key in path.split("."):
-        found = found.get(key) if isinstance(found, dict) else None
-    return found
 
 
 def placed(model: type[ProgramSettings]) -> Iterator[tuple[str, ChartValue]]:

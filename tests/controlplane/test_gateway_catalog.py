@@ -170,7 +170,7 @@ def test_the_process_becomes_ready_and_ends_with_0(apiserver: ApiServer, namespa
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ((), "--namespace (chart value the release's namespace) is missing"),
+        ((), "--namespace (chart value .Release.Namespace) is missing"),
         (("--namespace", "a", "--gateway-key-file", "/nowhere"), "the gateway's key /nowhere cannot be read"),
         (
             ("--namespace", "a", "--hold-seconds", "-1"),

@@ -42,7 +42,7 @@ class ProgramSettings(BaseSettings):
 class ClusterSettings(ProgramSettings):
     """Settings that the operator and the gateway share."""
 
-    namespace: Annotated[str, ChartValue("the release's namespace", ".Release.Namespace")]
+    namespace: Annotated[str, ChartValue(".Release.Namespace", ".Release.Namespace")]
     """Namespace of the operator and the gateways, with their Lease, keys and API keys."""
     watch_namespaces: Annotated[Namespaces, ChartValue("watchNamespaces", narrower={"uniqueItems": True})] = ()
     """Namespaces whose resources are served, such as team-a,team-b; empty: all."""

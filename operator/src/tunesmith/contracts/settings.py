@@ -31,7 +31,7 @@ class ChartValue:
     """The value of charts/tunesmith that sets a field.
 
     Attributes:
-        path: keys in values.yaml, such as `serving.adapterStorage`.
+        path: keys in values.yaml, such as `serving.adapterStorage`, or a built-in object of Helm.
         expression: Go template of the flag's value; empty: the value itself.
         narrower: keys of JSON Schema by which the chart accepts less than the program.
     """

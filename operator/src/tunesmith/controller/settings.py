@@ -31,7 +31,7 @@ class OperatorSettings(JobSettings, PoolSettings, AllowedScheduling, ClusterSett
         " --agent-image registry.example/agent:1 --engine-image vllm/vllm-openai:v0.32.0"
     )
 
-    instance: Annotated[str, ChartValue("the release's name", ".Release.Name")] = "tunesmith"
+    instance: Annotated[str, ChartValue(".Release.Name", ".Release.Name")] = "tunesmith"
     """Name of the release: the label app.kubernetes.io/instance of the gateways' pods."""
     network_policies: Annotated[bool, ChartValue("networkPolicy.enabled")] = True
     """Create a NetworkPolicy beside each pool and job. Jobs on several nodes have one in any case."""
@@ -55,11 +55,11 @@ class OperatorSettings(JobSettings, PoolSettings, AllowedScheduling, ClusterSett
         default_factory=lambda: f"{socket.gethostname()}-{uuid.uuid4()}"
     )
     """Unique name of this replica in the Lease."""
-    workers: Annotated[int, Field(ge=1), Internal("eight keep the API server's limits busy")] = 8
+    workers: Annotated[int, Field(ge=1), Internal("the default suits thousands of resources")] = 8
     """Reconciles that run at once."""
-    relist_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False), Internal("a repair, not a way to be faster")] = (
-        60
-    )
+    relist_seconds: Annotated[
+        float, Field(gt=0, allow_inf_nan=False), Internal("changes arrive by watches, so it need not be shorter")
+    ] = 60
     """Seconds between complete lists, which repair whatever a watch missed."""
     probe_port: Annotated[int, Field(ge=0, le=65535), _POD] = 8080
     """Port of /healthz and /readyz; 0: any free one."""
