@@ -117,8 +117,8 @@ def keys(count: int) -> list[Object]:
 
 def serve(count: int, kind: str, port: Connection) -> None:
     """Play the API server for one kind; send its port. A line from the reader starts the changes."""
-    objects = {"adapterdeployments": [], "configmaps": [], "servingpools": [pool_manifest()], "pods": []}
     plural = f"{kind.lower()}s"
+    objects = {"servingpools": [pool_manifest()]}
     objects[plural] = adapters(count) if kind == "AdapterDeployment" else keys(count)
     for documents in objects.values():
         for number, document in enumerate(documents, 1):
@@ -138,9 +138,9 @@ def serve(count: int, kind: str, port: Connection) -> None:
                     await response.write(json.dumps({"type": "MODIFIED", "object": document}).encode() + b"\n")
             await asyncio.Event().wait()
         start, limit = int(request.query.get("continue", "0")), int(request.query["limit"])
-        page, end = encoded[name][start : start + limit], start + limit
+        page, end = encoded.get(name, [])[start : start + limit], start + limit
         metadata: Object = {"resourceVersion": str(count)}
-        if end < len(encoded[name]):
+        if end < len(encoded.get(name, [])):
             metadata["continue"] = str(end)
         body = b'{"metadata":' + json.dumps(metadata).encode() + b',"items":[' + b",".join(page) + b"]}"
         return web.Response(body=body, content_type="application/json")

@@ -312,6 +312,8 @@ class EventReason(Reason):
     ATTEMPT_PREEMPTED = _warning("AttemptPreempted", "An attempt of a FineTuneJob was pre-empted.")
     SCORED_ROWS_TRAINED = _warning("ScoredRowsTrained", "Rows that are scored are trained on too.")
     SUITE_FAILED = _warning("SuiteFailed", "A suite of spec.evaluation could not be scored.")
+    SCALED_UP = _normal("ScaledUp", "More pods of a pool, or copies of an adapter, are wanted. The message says why.")
+    SCALED_DOWN = _normal("ScaledDown", "Fewer pods of a pool, or copies of an adapter, are wanted.")
     STATUS_REFUSED = _warning("StatusRefused", "The API server refuses the status, which is out of date until then.")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tunesmith.api.servingpool import ServingPool
@@ -12,6 +13,7 @@ from tunesmith.controller.namespaces import KIND as NAMESPACE
 from tunesmith.controller.reconciler import Key, Result, Watch, key_of
 from tunesmith.controller.serving.state import MODEL, NAMES, SERVED_BY, SOURCE, WAITING, is_shared
 from tunesmith.serving.adapter import Observation, plan
+from tunesmith.serving.scaling import scaled
 from tunesmith.serving.source import Artifact, choose_pool, resolve_artifact
 
 if TYPE_CHECKING:
@@ -85,7 +87,9 @@ class AdapterDeploymentReconciler:
         )
         status = plan(adapter, seen, self._context.now())
         old = adapter.status.pool
-        written = await self._state.statuses.write(manifest, status)
+        written = await self._state.statuses.write(
+            manifest, status, reports=partial(scaled, "copies", adapter.status.desired_replicas)
+        )
         if written and old is not None and old != status.pool:
             # It is no longer among those that read this adapter, and takes it from its pods.
             self._context.queue.add(Key("ServingPool", old.namespace or key.namespace, old.name))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tunesmith.autoscale.decide import Decision, decide_pods, loaded_pods, pods_for_copies
@@ -34,6 +35,7 @@ from tunesmith.serving.pool import PlacementMemory, PoolObservation, PoolPlan, p
 from tunesmith.serving.poolview import PoolView
 from tunesmith.serving.render import deployment, disruption_budget, isolation, key_secret, reserved
 from tunesmith.serving.rolling import asks_for_room, cause_of, observe_rollout, stamped, surge
+from tunesmith.serving.scaling import scaled
 from tunesmith.streams import Tokens
 
 if TYPE_CHECKING:
@@ -136,7 +138,9 @@ class ServingPoolReconciler:
             decided = plan(pool, replace(seen, refusal=refused), self._context.now(), memory)
         self._wake_adapters(pool, seen, decided, attached)
         if not self._differs_in_requests_only(pool, decided.status):
-            await self._state.statuses.write(manifest, decided.status)
+            await self._state.statuses.write(
+                manifest, decided.status, reports=partial(scaled, "pods", pool.status.desired_replicas)
+            )
             self._written[pool.metadata.uid] = time.monotonic()
         return Result(_TICK_SECONDS, rest if rest > _LEAST_REST_SECONDS else 0.0)
 

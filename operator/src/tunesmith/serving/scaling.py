@@ -1,0 +1,27 @@
+"""Events about the size of a pool or an adapter."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tunesmith.api.conditions import EventReason
+from tunesmith.contracts.transitions import Notice
+
+if TYPE_CHECKING:
+    from tunesmith.api.adapterdeployment import AdapterDeploymentStatus
+    from tunesmith.api.servingpool import ServingPoolStatus
+
+
+def scaled(unit: str, before: int | None, status: AdapterDeploymentStatus | ServingPoolStatus) -> list[Notice]:
+    """Return the Event about a new number of wanted pods or copies; none for a resource that is new.
+
+    Args:
+        unit: `pods` or `copies`.
+        before: the number that was wanted; None: the resource is new.
+        status: the status that is written now.
+    """
+    after = status.desired_replicas
+    if before is None or after is None or after == before:
+        return []
+    reason = EventReason.SCALED_UP if after > before else EventReason.SCALED_DOWN
+    return [Notice(reason, f"{before} → {after} {unit}: {status.desired_reason}")]
