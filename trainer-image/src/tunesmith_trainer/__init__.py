@@ -1,1 +1,1 @@
-"""Trains LoRA adapters from a FineTuneJob manifest."""
+"""Train LoRA adapters from a FineTuneJob manifest."""

@@ -1,4 +1,4 @@
-"""The arguments of `tunesmith-trainer`."""
+"""Command-line arguments of `tunesmith-trainer`."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ exit codes: 0 done, 2 the job must be changed, 3 worth another attempt, 143 stop
 
 
 def parse(argv: Sequence[str]) -> RunOptions:
-    """Return the options in a command line; the process exits with code 2 where they are wrong."""
+    """Return the options in a command line; exit the process with code 2 if they are wrong."""
     given = vars(_parser().parse_args(argv))
     return RunOptions(**{**given, "command": Command(given["command"])})
 
 
 def _parser() -> argparse.ArgumentParser:
-    """The commands with their options; each option is stored under its name in RunOptions."""
+    """Return a parser for the commands and their options; each option is stored under its name in RunOptions."""
     whole = argparse.ArgumentParser(
         prog="tunesmith-trainer",
         description="Trains a LoRA adapter from a FineTuneJob manifest.",

@@ -1,4 +1,4 @@
-"""The guard of connections, with the trainer's errors."""
+"""The connection guard, with the trainer's errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def guarded(environ: Mapping[str, str] = os.environ) -> Iterator[None]:
     """Keep every thread of this process from connecting to a refused address while the block runs.
 
     Args:
-        environ: has the networks that the platform allows.
+        environ: environment with the networks that the platform allows.
 
     Raises:
         InvalidSpecError: the platform's list is malformed.
@@ -32,11 +32,11 @@ def guarded(environ: Mapping[str, str] = os.environ) -> Iterator[None]:
 
 
 def denied(error: BaseException, what: str) -> AccessDeniedError | None:
-    """The failure of a job whose connection was refused; None if an error has another cause.
+    """Return the failure of a job whose connection was refused; None if the error has another cause.
 
     Args:
-        error: of any library; they wrap what their sockets raise.
-        what: would have been read or written.
+        error: error of any library; libraries wrap what their sockets raise.
+        what: description of what would have been read or written.
     """
     refusal = connections.refusal(error)
     return None if refusal is None else AccessDeniedError(f"{what} leads to {refusal.explanation}")

@@ -1,4 +1,4 @@
-"""What can go wrong, each with its failure reason and whether another attempt can help."""
+"""Errors of the trainer, each with its failure reason and whether another attempt can help."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from tunesmith.api.conditions import FailureReason
 
 
 class TrainerError(Exception):
-    """A failure that has been understood: its text says what is wrong, where, and how to mend it."""
+    """A failure with a known cause: its text states what is wrong, where, and how to fix it."""
 
     reason: ClassVar[FailureReason] = FailureReason.INTERNAL_ERROR
     retryable: ClassVar[bool] = False
 
 
 class InvalidSpecError(TrainerError):
-    """The manifest asks for something that cannot be done."""
+    """The manifest requests something that cannot be done."""
 
     reason = FailureReason.INVALID_SPEC
 
 
 class NotServableError(TrainerError):
-    """vLLM could not load the result, and the manifest demands it."""
+    """vLLM could not load the result, and the manifest requires that it can."""
 
     reason = FailureReason.NOT_SERVABLE
 
 
 class BaseModelNotFoundError(TrainerError):
-    """There is no usable base model at its uri."""
+    """No usable base model exists at its URI."""
 
     reason = FailureReason.BASE_MODEL_NOT_FOUND
 
 
 class DatasetNotFoundError(TrainerError):
-    """There is no data set at its uri."""
+    """No data set exists at its URI."""
 
     reason = FailureReason.DATASET_NOT_FOUND
 
@@ -57,37 +57,37 @@ class AccessDeniedError(TrainerError):
 
 
 class StorageUnavailableError(TrainerError):
-    """The store did not answer, or not well, for as long as was waited for it."""
+    """The store did not answer, or answered with errors, until the retries were exhausted."""
 
     reason = FailureReason.STORAGE_UNAVAILABLE
     retryable = True
 
 
 class OutOfMemoryError(TrainerError):
-    """The model, its activations or the optimizer did not fit."""
+    """The model, its activations or the optimizer did not fit into memory."""
 
     reason = FailureReason.OUT_OF_MEMORY
 
 
 class LossDivergedError(TrainerError):
-    """The loss or the gradient is not a number any more."""
+    """The loss or the gradient is no longer a finite number."""
 
     reason = FailureReason.LOSS_DIVERGED
 
 
 class SelfCheckError(TrainerError):
-    """What was built is not what was asked for: a fault of the trainer or of its libraries."""
+    """The result differs from what was requested: a fault of the trainer or of its libraries."""
 
     reason = FailureReason.INTERNAL_ERROR
     retryable = True
 
 
 class InterruptedRunError(Exception):
-    """Training was asked to stop from outside and saved its state; no failure.
+    """Training was asked to stop from outside and saved its state; not a failure.
 
     Args:
         step: optimizer steps done.
-        total: optimizer steps in all.
+        total: optimizer steps of the whole run.
     """
 
     def __init__(self, step: int, total: int) -> None:

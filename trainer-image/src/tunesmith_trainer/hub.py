@@ -1,4 +1,4 @@
-"""Writing to a model repository of the Hugging Face Hub."""
+"""Write to a model repository of the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ if TYPE_CHECKING:
 
 TOKEN = "HF_TOKEN"  # noqa: S105 - a name, not a secret
 _DENIED = frozenset({401, 403, 404})
-"""The Hub does not tell a repository that is not there from one that the token must not see."""
+"""Status codes of a denial: the Hub does not distinguish a missing repository from one that the token must not see."""
 _WORTH_A_RETRY = frozenset({408, 409, 412, 425, 429})
 _SERVER_ERROR = 500
 
 
 class Repository:
-    """A model repository. Every call waits out short outages.
+    """A model repository. Every call retries through short outages.
 
     Args:
-        name: organisation/name.
-        credentials: HF_TOKEN and, for another Hub than Hugging Face's, HF_ENDPOINT.
-        access: how calls are made.
+        name: `<organisation>/<name>`.
+        credentials: HF_TOKEN and, for a Hub other than Hugging Face's, HF_ENDPOINT.
+        access: retries and error mapping of calls.
 
     Raises:
-        TrainerError: there is no token, or it cannot be used.
+        TrainerError: the token is missing or cannot be used.
     """
 
     def __init__(self, name: str, credentials: Credentials, access: Access) -> None:
@@ -57,31 +57,32 @@ class Repository:
             raise access.failure(error) from None
 
     def create(self) -> None:
-        """Makes the repository, private, where there is none, and asks whether the token may write to it.
+        """Create the repository, private, unless it exists, and check that the token may write to it.
 
         Raises:
-            TrainerError: it must not, or the Hub is not available.
+            TrainerError: the token may not write to it, or the Hub is unavailable.
         """
 
         def made() -> None:
             if not self._hub.repo_exists(self._name):
                 self._hub.create_repo(self._name, private=True, exist_ok=True)
-            # Asks how a file is to be sent, which only who may write is told; a small one is not sent by that.
+            # Ask how a file is to be uploaded: only those with write access get an answer. Small files take
+            # another path.
             self._hub.preupload_lfs_files(self._name, [CommitOperationAdd("README.md", b"-")])
 
         self._attempted(made)
 
     def commit(self, files: Mapping[str, Path], last: str, folder: str, message: str) -> None:
-        """One commit with all the files; none where the repository holds them already.
+        """Commit all files in one commit; do nothing if the repository already holds them.
 
         Args:
-            files: by their paths in the repository.
-            last: path of the file that names all the others by their hashes: equal, all are.
-            folder: what lies there and is not of the files is removed; everything else is kept.
-            message: of the commit.
+            files: local files by their path in the repository.
+            last: path of the file that lists the hashes of all the others: if it is equal, all are.
+            folder: folder in the repository from which files not in `files` are removed; all others are kept.
+            message: commit message.
 
         Raises:
-            TrainerError: the token must not, or the Hub is not available.
+            TrainerError: the token may not write to the repository, or the Hub is unavailable.
         """
 
         def committed() -> None:
@@ -106,7 +107,7 @@ class Repository:
 
     def _understood(self, error: Exception, tries: int) -> StorageError:
         where = f"the export hf://{self._name}"
-        # A failed upload is wrapped, and what wraps it does not say why.
+        # A failed upload is wrapped in an error that does not state the cause.
         cause = error.__cause__ if type(error) is RuntimeError and isinstance(error.__cause__, Exception) else error
         status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
         if status in _DENIED:
@@ -122,5 +123,5 @@ class Repository:
 
 
 def _blob_id(data: bytes) -> str:
-    """Git's name for a file with this content."""
+    """Return Git's name for a file with this content."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()

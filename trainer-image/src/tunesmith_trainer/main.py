@@ -42,11 +42,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("tunesmith_trainer")
 
 CLOSING_SECONDS = 30.0
-"""For trackers, after the artifact is published."""
+"""Time for trackers to finish after the artifact is published, in seconds."""
 STOPPING_SECONDS = 10.0
-"""For trackers, of the grace between SIGTERM and SIGKILL, after the checkpoint."""
+"""Time for trackers to finish after the checkpoint, out of the grace period between SIGTERM and SIGKILL, in seconds."""
 
-# Libraries that would report to their makers, draw progress bars of their own or go to the network.
+# Libraries that would otherwise send telemetry, draw their own progress bars or access the network.
 _ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -59,7 +59,7 @@ _ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     # Threads that spin while they wait make training many times slower where the cores are shared.
     "OMP_WAIT_POLICY": "PASSIVE",
-    # Without it cuBLAS sums in an order of its own: see training/determinism.py.
+    # Without it cuBLAS sums in no fixed order: see training/determinism.py.
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
 }
 
@@ -90,7 +90,7 @@ def _run(options: RunOptions, argv: Sequence[str], scrubber: Scrubber) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, ending.signalled)
     try:
-        # On a person's own machine the network is theirs.
+        # A local run uses the network of its user, unguarded.
         with contextlib.nullcontext() if options.allow_file else guarded():
             result = _execute(options, argv, ending, scrubber)
     except InterruptedRunError as error:
@@ -125,7 +125,7 @@ def _failure(error: Exception, ranks: Ranks) -> TrainerResult:
 
 
 def _report_outage(progress: Progress, scrubber: Scrubber, sentence: str | None) -> None:
-    """Show a store that does not answer where the operator sees it, and in the log."""
+    """Show a store that does not answer in the progress, which the operator reads, and in the log."""
     text = None if sentence is None else scrubber.clean(sentence)[:2048]
     if text is not None:
         log.warning("%s", text)
@@ -133,7 +133,7 @@ def _report_outage(progress: Progress, scrubber: Scrubber, sentence: str | None)
 
 
 def _execute(options: RunOptions, argv: Sequence[str], ending: Ending, scrubber: Scrubber) -> TrainerResult:
-    """Run the command in this process, or in child processes where it needs several or one that can be stopped."""
+    """Run the command in this process, or in child processes if it needs several or one that can be killed."""
     if options.command is Command.VALIDATE and options.deadline_seconds and LAUNCHED not in os.environ:
         with _work_folder(options.work) as work:
             return watched(_child_command(argv, work), work, options.deadline_seconds)
@@ -157,7 +157,7 @@ def _child_command(argv: Sequence[str], work: Path) -> list[str]:
 
 @contextlib.contextmanager
 def progress_served(options: RunOptions, ending: Ending) -> Iterator[None]:
-    """Serve the progress over HTTP while the block runs, in the first rank only."""
+    """Serve the progress over HTTP while the block runs, on the first rank only."""
     if not options.progress_port or not ending.ranks.first:
         yield
         return
@@ -171,7 +171,7 @@ def progress_served(options: RunOptions, ending: Ending) -> Iterator[None]:
 
 def _stage(options: RunOptions, job: FineTuneJob, ending: Ending, scrubber: Scrubber) -> TrainerResult:
     """Run the command's stage."""
-    # These imports take seconds: a wrong manifest is reported before.
+    # These imports take seconds: an invalid manifest is reported before them.
     from tunesmith_trainer.store import TRAINING_RETRY, Stores  # noqa: PLC0415
 
     patient = options.command is Command.TRAIN and not options.allow_file
@@ -186,7 +186,7 @@ def _stage(options: RunOptions, job: FineTuneJob, ending: Ending, scrubber: Scru
         folder = stores.folder(options.job_folder, what="the job's folder", missing=StorageUnavailableError)
         _sign(job, options.cluster, folder)
     with _work_folder(options.work) as work:
-        # Libraries read their cache's location when they are imported.
+        # Libraries read the location of their cache when they are imported.
         from tunesmith_trainer import stages  # noqa: PLC0415
 
         attempt = stages.Attempt(job, options, stores, work, ending)
@@ -194,7 +194,7 @@ def _stage(options: RunOptions, job: FineTuneJob, ending: Ending, scrubber: Scru
 
 
 def _train(attempt: Attempt) -> TrainerResult:
-    """Train, and close the trackers' runs and the checkpoints' uploads however that finishes."""
+    """Train, and close the trackers' runs and the checkpoints' uploads whatever the outcome."""
     from tunesmith_trainer import stages  # noqa: PLC0415
     from tunesmith_trainer.reporting.run import reporter_of  # noqa: PLC0415
 
@@ -210,7 +210,7 @@ def _train(attempt: Attempt) -> TrainerResult:
     try:
         result = stages.train(attempt, reporter)
     except Exception as error:
-        # Checkpoints are uploaded from the work folder, which may be removed with the block that this runs in.
+        # Checkpoints are uploaded from the work folder, which may be removed when the caller's block is left.
         if ending.interruption.checkpoints is not None:
             ending.interruption.checkpoints.flush(UPLOAD_SECONDS)
         stopped = isinstance(error, InterruptedRunError)
@@ -223,7 +223,7 @@ def _train(attempt: Attempt) -> TrainerResult:
 
 
 def _sign(job: FineTuneJob, cluster: str, folder: Folder) -> None:
-    """Record the job's owner in its folder: before anything else is there, and once."""
+    """Record the job's owner in its folder, once, before anything else is written there."""
     metadata = job.metadata
     owner = Owner(cluster=cluster, namespace=metadata.namespace, name=metadata.name, uid=metadata.uid)
     folder.create(OWNER_FILE, owner.model_dump_json(by_alias=True).encode())

@@ -1,4 +1,4 @@
-"""The FineTuneJob manifest: read, its digests, and inputs compared with those that were validated."""
+"""Read the FineTuneJob manifest, compute its digests, and compare inputs with those that were validated."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _WITHOUT_EFFECT = {
     "active_deadline_seconds",
     "servable",
 }
-"""Fields of the spec that do not change the result."""
+"""Fields of the spec that do not affect the result."""
 
 
 def load_job(path: Path) -> FineTuneJob:
-    """The FineTuneJob in a YAML or JSON file.
+    """Load the FineTuneJob from a YAML or JSON file.
 
     Raises:
-        InvalidSpecError: the file is missing, is not YAML or is no valid FineTuneJob.
+        InvalidSpecError: the file is missing, is not YAML or is not a valid FineTuneJob.
     """
     try:
         documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
@@ -56,7 +56,7 @@ def load_job(path: Path) -> FineTuneJob:
 
 
 def _problems(error: ValidationError) -> str:
-    """The problems as one line: `spec.method.lora.rank: Input should be greater than or equal to 1 (it is 0)`."""
+    """Return the problems, such as `spec.method.lora.rank: Input should be greater than or equal to 1 (it is 0)`."""
     lines = []
     for problem in error.errors(include_url=False):
         where = ".".join(str(part) for part in problem["loc"]) or "manifest"
@@ -69,10 +69,10 @@ def _problems(error: ValidationError) -> str:
 
 
 def spec_digest(job: FineTuneJob) -> str:
-    """`sha256:<64 hex>` of what determines the result: the spec without where and how often it runs."""
+    """Return `sha256:<64 hex>` of what determines the result: the spec without where and how often it runs."""
     spec = job.spec
     if spec.output is not None:
-        # Copies and reports change nothing of what is made: a job with them and one without make the same.
+        # Copies and reports do not affect the result: a job with them and one without produce the same.
         output = spec.output.model_copy(update={"exports": None, "reporting": None})
         spec = spec.model_copy(update={"output": None if output == Output() else output})
     document = spec.model_dump(mode="json", by_alias=True, exclude_none=True, exclude=_WITHOUT_EFFECT)
@@ -80,7 +80,7 @@ def spec_digest(job: FineTuneJob) -> str:
 
 
 def run_digest(job: FineTuneJob, resolved: Resolved) -> str:
-    """64 hex digits of what determines a run: the spec, the inputs' content and the length of the run."""
+    """Return 64 hex digits of what determines a run: the spec, the inputs' content and the length of the run."""
     inputs = resolved.model_dump(
         mode="json", include={"base_model_fingerprint", "dataset_digest", "batch_size", "learning_rate", "total_steps"}
     )
@@ -91,12 +91,12 @@ def require_unchanged(what: str, before: str | None, now: str | None) -> None:
     """Raise an error if an input is not the one that was validated.
 
     Args:
-        what: the input, for the message.
-        before: its digest in an earlier stage; None where there was none.
-        now: its digest.
+        what: description of the input for the message.
+        before: digest of the input in an earlier stage; None if there was no such stage.
+        now: digest of the input in this stage.
 
     Raises:
-        InvalidSpecError: the input changed in between.
+        InvalidSpecError: the input has changed since.
     """
     if before is not None and before != now:
         raise InvalidSpecError(

@@ -1,4 +1,4 @@
-"""Options of one run of `tunesmith-trainer`: parsed once, and the same for every step of it."""
+"""Options of one run of `tunesmith-trainer`: parsed once, and the same for each of its stages."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ class Command(StrEnum):
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What the command line asks for.
+    """Options given on the command line.
 
     Attributes:
         command: stage to run.
         job: file of the FineTuneJob manifest.
         secrets: folder of the mounted Secrets.
-        format: of the progress on standard output.
-        progress_port: port of `/progress` and `/metrics`; 0: none.
-        allow_file: True where no cluster runs the job: `file://` and folders of this machine are allowed.
-        allow_task_code: True if evaluation tasks that the job brings may be run.
-        output: uri of the artifact's folder, or a folder of this machine; empty for `validate`.
-        checkpoints: uri of the checkpoints' folder; None: beside the artifact.
-        tokens: uri of the folder that keeps tokenised rows; None: beside the artifact of a local run, otherwise none.
-        job_folder: uri of the job's folder in the store, which gets the owner file; None: no such file.
+        format: format of the progress on standard output.
+        progress_port: port of `/progress` and `/metrics`; 0: not served.
+        allow_file: True if the job runs outside a cluster: `file://` and local folders are allowed.
+        allow_task_code: True if evaluation tasks supplied with the job may be run.
+        output: URI of the artifact's folder, or a local folder; empty for `validate`.
+        checkpoints: URI of the checkpoints' folder; None: beside the artifact.
+        tokens: URI of the folder that keeps tokenised rows; None: beside the artifact in a local run, otherwise not
+            kept.
+        job_folder: URI of the job's folder in the store, for the owner file; None: no such file.
         cluster: identity of the cluster, for the owner file.
         work: folder for downloads and temporary files; None: `$TUNESMITH_WORK`, or a temporary folder.
-        termination_message: file for the result; None: Kubernetes' own, if it exists.
-        gpu_memory_bytes: of the GPU that the job will get; None: unknown. `validate` only.
-        deadline_seconds: for all checks together; None: no limit. `validate` only.
+        termination_message: file for the result; None: Kubernetes' default, if it exists.
+        gpu_memory_bytes: memory of the GPU that the job will get; None: unknown. `validate` only.
+        deadline_seconds: time limit for all checks together; None: no limit. `validate` only.
     """
 
     command: Command
@@ -60,5 +61,5 @@ class RunOptions:
 
     @property
     def output_folder(self) -> Path | None:
-        """Folder of this machine that gets the artifact, checkpoints and curves; None if the output is a uri."""
+        """Local folder for the artifact, checkpoints and curves; None if the output is a URI."""
         return Path(self.output).resolve() if self.output and "://" not in self.output else None

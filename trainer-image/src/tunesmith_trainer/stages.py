@@ -48,10 +48,10 @@ class Attempt:
 
     Attributes:
         job: the manifest.
-        options: of the command.
-        stores: opens the places that manifest and options name.
+        options: options of the command.
+        stores: opens the locations that the manifest and the options name.
         work: folder for downloads and temporary files.
-        ending: has the progress, the ranks and a signal to stop; gets the checkpoints.
+        ending: holds the progress, the ranks and a signal to stop; is given the checkpoints.
     """
 
     job: FineTuneJob
@@ -72,13 +72,13 @@ class Attempt:
 
     @property
     def tokens(self) -> str | None:
-        """Uri of the folder that keeps tokenised rows; None: they are not kept."""
+        """URI of the folder that keeps tokenised rows; None if they are not kept."""
         local = self.options.output_folder
         return self.options.tokens or (f"file://{local}/tokens" if local is not None else None)
 
     @property
     def task_code(self) -> TaskCode:
-        """Decide whether evaluation tasks that the job brings may be run."""
+        """Decide whether evaluation tasks supplied with the job may be run."""
         if self.options.allow_task_code:
             return TaskCode.ALLOWED
         return TaskCode.REFUSED_LOCALLY if self.options.allow_file else TaskCode.REFUSED
@@ -87,17 +87,17 @@ class Attempt:
         """Open a folder that this process writes to.
 
         Args:
-            uri: of the folder.
-            what: it is, for error messages.
+            uri: URI of the folder.
+            what: description of the folder for error messages.
         """
         return self.stores.folder(uri, what=what, missing=StorageUnavailableError)
 
 
 def validate(attempt: Attempt) -> TrainerResult:
-    """Check the job on the CPU, without its base's weights.
+    """Check the job on the CPU, without its base model's weights.
 
     Raises:
-        TrainerError: it cannot be trained as it is.
+        TrainerError: the job cannot be trained as specified.
     """
     job, options, progress = attempt.job, attempt.options, attempt.progress
     progress.update(stage=Stage.VALIDATING)
@@ -133,8 +133,8 @@ def train(attempt: Attempt, reporter: Reporter) -> TrainerResult:
     """Train, package, publish and copy, unless an earlier attempt has published.
 
     Raises:
-        TrainerError: it failed.
-        InterruptedRunError: it was stopped from outside, and saved its state.
+        TrainerError: the job failed.
+        InterruptedRunError: the job was stopped from outside and saved its state.
     """
     target = _artifact_folder(attempt)
     published = package.find(target)
@@ -155,7 +155,7 @@ def train(attempt: Attempt, reporter: Reporter) -> TrainerResult:
         )
     manifest, artifact, merge_error = _published(attempt, prepared, trained, target)
     _clean_up(attempt, trained, checkpoints)
-    with contextlib.suppress(PeerLostError):  # what is published is published
+    with contextlib.suppress(PeerLostError):  # a lost peer does not undo what is published
         ranks.part()
     result = _judged(
         TrainerResult(
@@ -172,10 +172,10 @@ def train(attempt: Attempt, reporter: Reporter) -> TrainerResult:
 
 
 def _artifact_folder(attempt: Attempt) -> Folder:
-    """Return the artifact's folder; for a local run, the folder that holds it is made.
+    """Return the artifact's folder; in a local run, create its parent folder.
 
     Raises:
-        InvalidSpecError: the output is a folder of this machine, which is not allowed here or cannot be made.
+        InvalidSpecError: the output is a local folder, which is not allowed here or cannot be created.
     """
     options, local = attempt.options, attempt.options.output_folder
     if local is None:
@@ -196,7 +196,7 @@ def _reused(attempt: Attempt, target: Folder, manifest: ArtifactManifest, artifa
     """Return the result of an artifact that an earlier attempt has published.
 
     Raises:
-        InvalidSpecError: it is the artifact of another spec.
+        InvalidSpecError: the artifact belongs to another spec.
     """
     job, options = attempt.job, attempt.options
     if manifest.spec_digest not in (None, spec_digest(job)):
@@ -220,11 +220,11 @@ def _reused(attempt: Attempt, target: Folder, manifest: ArtifactManifest, artifa
 
 
 def _prepared(attempt: Attempt) -> Prepared:
-    """Return the inputs, once all ranks have started; each pod reads them once.
+    """Return the inputs once all ranks have started; each pod reads them once.
 
     Raises:
-        TrainerError: an input is missing, refused or not usable.
-        InvalidSpecError: pods have read different inputs.
+        TrainerError: an input is missing, refused or unusable.
+        InvalidSpecError: the pods have read different inputs.
     """
     from tunesmith_trainer.training.device import choose_device, device_memory  # noqa: PLC0415
 
@@ -235,7 +235,7 @@ def _prepared(attempt: Attempt) -> Prepared:
         progress.say(f"  resources.nodes is {wanted.nodes}: this machine trains alone, to the same result")
     ranks.meet("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
     progress.update(stage=Stage.PREPARING)
-    # What the CPU stage of a cluster decided stays; a local run has had none, and knows its GPU.
+    # In a cluster the decisions of the CPU stage are kept; a local run has no such stage, and knows its GPU.
     memory = device_memory(device) if job.status.resolved is None else None
     tokens = _tokens(attempt, attempt.tokens)
     prepared = ranks.once_per_pod(
@@ -268,7 +268,7 @@ def _say_counts(progress: Progress, prepared: Prepared) -> None:
 
 
 def _refused(attempt: Attempt, prepared: Prepared) -> TrainerResult | None:
-    """Return the result of a job that cannot fit into its GPU; None where it may fit."""
+    """Return the result of a job that cannot fit into its GPU; None if it may fit."""
     message = refusal(prepared.preflight, cluster=not attempt.options.allow_file)
     if message is None:
         return None
@@ -298,7 +298,7 @@ def _checkpoints(attempt: Attempt, prepared: Prepared, target: Folder) -> Checkp
 def _trained(
     attempt: Attempt, reporter: Reporter, prepared: Prepared, target: Folder, checkpoints: Checkpoints
 ) -> Trained | None:
-    """Train and score, from the newest usable checkpoint; the first rank has the result, the others None."""
+    """Train and score from the newest usable checkpoint; return the result on the first rank, None on the others."""
     from tunesmith_trainer.training import loop  # noqa: PLC0415
 
     job, ending = attempt.job, attempt.ending
@@ -322,10 +322,10 @@ def _trained(
 def _published(
     attempt: Attempt, prepared: Prepared, trained: Trained, target: Folder
 ) -> tuple[ArtifactManifest, ArtifactStatus, float | None]:
-    """Package and publish the artifact, after merged weights where the job asks for some.
+    """Package and publish the artifact, preceded by merged weights if the job requests them.
 
     Returns:
-        The manifest, the published artifact, and the distance of merged weights from what was trained.
+        The manifest, the published artifact, and the distance of the merged model from the trained one.
     """
     progress = attempt.progress
     progress.update(stage=Stage.PACKAGING)
@@ -342,7 +342,7 @@ def _published(
 
 
 def _clean_up(attempt: Attempt, trained: Trained, checkpoints: Checkpoints) -> None:
-    """Remove what only another attempt would need; a local run keeps its checkpoints and gets its curves."""
+    """Remove what only another attempt would need; a local run keeps its checkpoints and gets a plot of its curves."""
     local = attempt.options.output_folder
     if local is not None:
         package.write_curves(local / package.CURVES, trained.curve)
@@ -352,7 +352,7 @@ def _clean_up(attempt: Attempt, trained: Trained, checkpoints: Checkpoints) -> N
 
 
 def _remove(attempt: Attempt, *uris: str | None) -> None:
-    """Remove temporary folders; what cannot be removed is left to the bucket's lifecycle rule."""
+    """Remove temporary folders; anything that cannot be removed is left to the bucket's lifecycle rule."""
     for uri in uris:
         if uri is not None:
             with contextlib.suppress(TrainerError):
@@ -360,12 +360,12 @@ def _remove(attempt: Attempt, *uris: str | None) -> None:
 
 
 def _tokens(attempt: Attempt, uri: str | None) -> Folder | None:
-    """Open the folder of tokenised rows that outlives this process; None where they are not kept."""
+    """Open the folder of tokenised rows that outlives this process; None if they are not kept."""
     return attempt.folder(uri, "the folder of tokenised rows") if uri else None
 
 
 def _judged(result: TrainerResult) -> TrainerResult:
-    """Return the result, failed where a gate did not pass. The artifact stays published and reported."""
+    """Return the result, marked as failed if a gate did not pass. The artifact stays published and reported."""
     evaluation = result.evaluation
     if evaluation is None:
         return result

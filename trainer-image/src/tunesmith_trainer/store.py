@@ -1,4 +1,4 @@
-"""Stores as the trainer opens them: with the Secrets that a manifest names, its patience, and its errors."""
+"""Open stores for the trainer: with the Secrets that a manifest names, its retries and its errors."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TRAINING_RETRY = Retry(attempts=26, longest=60.0)
-"""Twenty minutes, by each attempt of a job in a cluster: what the attempts before it have computed is in the store."""
+"""Twenty minutes, for each attempt of a job in a cluster: the results of earlier attempts are in the store."""
 PUBLISHING_RETRY = Retry(attempts=66, longest=60.0)
-"""An hour: what was trained for hours is not given up for a store that is being repaired."""
+"""An hour: the result of hours of training is not discarded while a store is being repaired."""
 EXPORTING_RETRY = Retry(attempts=16, longest=60.0)
-"""Ten minutes: what was trained is safe in the store by then, and the pod may hold a GPU."""
+"""Ten minutes: the artifact is safe in the store by then, and the pod may hold a GPU."""
 
 
 def _log_outage(sentence: str | None) -> None:
@@ -48,15 +48,16 @@ def _log_outage(sentence: str | None) -> None:
 
 
 class Stores:
-    """Opens the places that a manifest names.
+    """Opens the locations that a manifest names.
 
     Args:
         secrets: folder with one sub-folder per mounted Secret, one file per key.
         allow_file: True if file:// is allowed: in local runs only.
-        environ: the process' environment, with the credentials of the store.
-        retry: how long outages are waited out.
+        environ: environment of the process, with the credentials of the store.
+        retry: retries during outages.
         claims: folder with the mounted claims.
-        waiting: gets the sentence about an outage before each pause, and None once the store answers again.
+        waiting: is called with a description of an outage before each pause, and with None once the store answers
+            again.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Stores:
         waiting: Callable[[str | None], None] = _log_outage,
     ) -> None:
         self._folder = secrets
-        # Read once: a Secret that somebody creates while the job runs was not there when the job was admitted.
+        # Read once: a Secret that is created while the job runs did not exist when the job was admitted.
         self._secrets = read_secrets(secrets)
         self._allow_file = allow_file
         self._environ = os.environ if environ is None else environ
@@ -90,8 +91,8 @@ class Stores:
         """Return the folder at `uri`.
 
         Raises:
-            InvalidSpecError: the scheme is unknown or not allowed here, or the store cannot have such a name.
-            SecretNotFoundError: the Secret is not mounted, or has no key that the scheme needs.
+            InvalidSpecError: the scheme is unknown or not allowed here, or the name is invalid for the store.
+            SecretNotFoundError: the Secret is not mounted, or lacks a key that the scheme needs.
             AccessDeniedError: the value of a key cannot be used.
         """
         return open_folder(
@@ -110,7 +111,7 @@ class Stores:
         """Return the folder that holds the file at `uri`, and the file's name.
 
         Raises:
-            TrainerError: as `folder`.
+            TrainerError: the folder cannot be opened; see `folder`.
         """
         parent, _, name = uri.rstrip("/").rpartition("/")
         folder = self.folder(parent, what=what, missing=missing, secret=secret)
@@ -118,7 +119,7 @@ class Stores:
         return folder, name
 
     def access(self, missing: type[TrainerError], retry: Retry | None = None) -> Access:
-        """Return how calls are made: `missing` is raised for what does not exist."""
+        """Return the retries and error mapping of calls; `missing` is raised for what does not exist."""
         return Access(
             retry or self.retry,
             refusal=refusal,
@@ -127,7 +128,7 @@ class Stores:
         )
 
     def credentials(self, secret: str | None) -> Credentials:
-        """Return the credentials of a Secret, or those of the store without one.
+        """Return the credentials of a Secret, or those of the store if no Secret is named.
 
         Raises:
             SecretNotFoundError: the Secret is not mounted.
@@ -144,7 +145,7 @@ class Stores:
         return _checked(Credentials(values, f"the Secret {secret}", Origin.SECRET))
 
     def check_secrets(self) -> None:
-        """Check all mounted Secrets, before anything is read with them.
+        """Check all mounted Secrets before anything is read with them.
 
         Raises:
             AccessDeniedError: a value is malformed.
@@ -157,7 +158,7 @@ _STORE = "the environment (in a cluster: the Secret tunesmith-store)"
 
 
 def trainer_error(error: StorageError, missing: type[TrainerError]) -> TrainerError:
-    """Return the trainer's failure for one of a store; `missing` for what does not exist."""
+    """Return the trainer's failure for an error of a store; `missing` for what does not exist."""
     if isinstance(error, NotFoundError):
         return missing(str(error))
     if isinstance(error, StoreAccessDeniedError):

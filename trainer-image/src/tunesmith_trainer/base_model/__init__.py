@@ -1,1 +1,1 @@
-"""The base model: files, tokenizer, layers, weights shared out among ranks, logits."""
+"""The base model: files, tokenizer, layers, weights sharded over ranks, logits."""

@@ -1,4 +1,4 @@
-"""Which modules of a base model are its layers: what is gathered, or read from disk, one at a time."""
+"""Find the layers of a base model: the modules that are gathered, or read from disk, one at a time."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
 
 
 def has_known_layers(model: type[PreTrainedModel]) -> bool:
-    """Whether an architecture says what its layers are."""
-    return bool(model._no_split_modules)  # noqa: SLF001 - what accelerate goes by, too
+    """Return True if an architecture declares its layers."""
+    return bool(model._no_split_modules)  # noqa: SLF001 - accelerate uses it, too
 
 
 def layers_of(base: PreTrainedModel) -> list[nn.Module]:
-    """The layers of a base, an adapter in it or not; none where its architecture does not say."""
+    """Return the layers of a base model, with or without an adapter; empty if its architecture declares none."""
     names = set(base._no_split_modules or ())  # noqa: SLF001
     return [module for module in base.modules() if type(module).__name__ in names]

@@ -1,4 +1,4 @@
-"""What models say to the same prompts, and how far apart they are."""
+"""Logits of models after the same prompts, and the distance between them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def last_logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:  # noqa: ANN401 - with or without adapter
-    """The logits of the token after each prompt, in float32 on the CPU."""
+    """Return the logits of the token after each prompt, in float32 on the CPU."""
     was_training = model.training
     model.eval()
     try:
@@ -26,25 +26,25 @@ def last_logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[torch.Tens
 
 
 def batch_of_one(model: Any, tokens: Sequence[int]) -> torch.Tensor:  # noqa: ANN401 - with or without adapter
-    """(1, tokens): where the model takes it. One whose weights are read from disk (`meta`) moves it itself."""
+    """Return (1, tokens) on the model's device. A model whose weights are read from disk (`meta`) moves it itself."""
     device = model.device
     return torch.tensor([list(tokens)], device="cpu" if device.type == "meta" else device)
 
 
 def products(model: nn.Module) -> AbstractContextManager[None]:
-    """Products as in training, where weights are in float32 and in a type of fewer bits: in the latter."""
+    """Compute products as in training: if weights are in float32 and another type has fewer bits, in the latter."""
     device, types = "cpu", set()
     for parameter in model.parameters():
         if parameter.is_floating_point():
             device = parameter.device.type
             types.add(parameter.dtype)
-    if device == "meta":  # read from disk when it is computed
+    if device == "meta":  # read from disk when computed
         device = "cuda" if torch.cuda.is_available() else "cpu"
     fewer = types - {torch.float32}
     return torch.autocast(device, fewer.pop()) if len(types) > 1 else nullcontext()
 
 
 def relative_distance(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
-    """Norm of the difference over the norm of the expected logits."""
+    """Return the norm of the difference over the norm of the expected logits."""
     one, other = torch.cat(list(found)).double(), torch.cat(list(expected)).double()
     return round(float((one - other).norm() / other.norm()), 6)

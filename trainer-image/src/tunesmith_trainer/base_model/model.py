@@ -50,7 +50,7 @@ _SMALL_FILES = ("config.json", "generation_config.json", *_TOKENIZER_FILES)
 
 
 def open_base(source: BaseModelSource, stores: Stores) -> Folder:
-    """The base model's folder in its store."""
+    """Return the base model's folder in its store."""
     return stores.folder(
         source.uri,
         what="the base model",
@@ -61,10 +61,10 @@ def open_base(source: BaseModelSource, stores: Stores) -> Folder:
 
 
 def fetch_base(folder: Folder, target: Path, *, weights: bool) -> Path:
-    """A local folder with the base model, downloaded into `target` if needed; weights only where `weights`.
+    """Return a local folder with the base model, downloaded into `target` if needed; weights only if `weights`.
 
     Raises:
-        BaseModelNotFoundError: the folder is missing or is no model.
+        BaseModelNotFoundError: the folder is missing or is not a model.
     """
     names = folder.names()
     if (
@@ -89,8 +89,8 @@ def fetch_base(folder: Folder, target: Path, *, weights: bool) -> Path:
 
 
 def _check_index(folder: Folder, names: Sequence[str]) -> None:
-    """The parts that an index names are files of the folder: they are opened by those names."""
-    if _INDEX not in names or "model.safetensors" in names:  # which is what is loaded then
+    """Raise unless the shards that an index names are files of the folder: they are opened by those names."""
+    if _INDEX not in names or "model.safetensors" in names:  # the single file is loaded then
         return
     try:
         parts = {str(part) for part in json.loads(folder.read(_INDEX))["weight_map"].values()}
@@ -105,15 +105,15 @@ def _check_index(folder: Folder, names: Sequence[str]) -> None:
 
 
 def tokenizer_files(base: Path) -> list[Path]:
-    """The files that make up the base model's tokenizer and chat template."""
+    """Return the files that make up the base model's tokenizer and chat template."""
     return [base / name for name in _TOKENIZER_FILES if (base / name).is_file()]
 
 
 def load_config(base: Path, uri: str) -> PretrainedConfig:
-    """The base model's configuration.
+    """Load the base model's configuration.
 
     Raises:
-        InvalidSpecError: it is no causal language model that this release can train.
+        InvalidSpecError: it is not a causal language model that this release can train.
     """
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
@@ -127,15 +127,15 @@ def load_config(base: Path, uri: str) -> PretrainedConfig:
 
 
 def can_be_shared_out(config: PretrainedConfig) -> bool:
-    """Whether FSDP2 knows the layers of a model of this configuration."""
+    """Return True if FSDP2 can shard a model of this configuration: its layers are known."""
     return has_known_layers(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
 
 
 def load_tokenizer(base: Path, uri: str) -> PreTrainedTokenizerFast:
-    """The base model's tokenizer, as it is.
+    """Load the base model's tokenizer, unchanged.
 
     Raises:
-        InvalidSpecError: it cannot be loaded or has no end token.
+        InvalidSpecError: the tokenizer cannot be loaded or has no end-of-sequence token.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False)
@@ -147,17 +147,17 @@ def load_tokenizer(base: Path, uri: str) -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer_of(base: Path, spec: FineTuneJobSpec) -> PreTrainedTokenizerFast:
-    """The tokenizer that a job's rows and its artifact have: the base's, with the job's own chat template if any."""
+    """Load the tokenizer for a job's rows and its artifact: the base model's, or with the job's chat template."""
     tokenizer = load_tokenizer(base, spec.base_model.uri)
     tokenizer.chat_template = spec.dataset.chat_template or tokenizer.chat_template
     return tokenizer
 
 
 def end_tokens(base: Path, tokenizer: PreTrainedTokenizerFast, uri: str) -> list[int]:
-    """The tokens that end an answer: the tokenizer's end token first, then those of generation_config.json.
+    """Return the tokens that end an answer: the tokenizer's end token first, then those of generation_config.json.
 
     Raises:
-        InvalidSpecError: there is none.
+        InvalidSpecError: there is no such token.
     """
     found = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     path = base / "generation_config.json"
@@ -177,7 +177,7 @@ def end_tokens(base: Path, tokenizer: PreTrainedTokenizerFast, uri: str) -> list
 
 
 def pad_token(tokenizer: PreTrainedTokenizerFast, ends: Sequence[int]) -> int:
-    """A token for padding that is no end token: a masked end token would never be learned."""
+    """Return a padding token that is not an end token: a masked end token would never be learned."""
     candidates = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *range(len(ends) + 1))
     return next(int(token) for token in candidates if token is not None and token not in ends)
 
@@ -190,14 +190,14 @@ def load_model(
     *,
     as_stored: bool = False,
 ) -> PreTrainedModel:
-    """The base with its weights on a device, or in 4 bits; frozen.
+    """Load the base model with its weights on a device, or in 4 bits; frozen.
 
     Args:
-        base: its folder.
-        device: where to.
-        quantization: of its linear layers, or None.
-        dtype: of the weights, and of the products.
-        as_stored: the weights keep the type that they have in their files.
+        base: folder of the base model.
+        device: device to load the weights onto.
+        quantization: quantization of the linear layers, or None.
+        dtype: type of the weights and of matrix products.
+        as_stored: True if the weights keep the type that they have in their files.
     """
     arguments: dict[str, Any] = {}
     if quantization is not None:
@@ -212,15 +212,15 @@ def load_model(
 def load_to_share_out(
     base: Path, quantization: Quantization | None, dtype: torch.dtype, *, as_stored: bool
 ) -> PreTrainedModel:
-    """The base in main memory, where weights that have their type already are read only when they are used; frozen.
+    """Load the base model into main memory, frozen; weights that already have their type are read only when used.
 
-    What is to be in 4 bits waits: moved to a device, it is quantized there as `load_model` would have done it.
+    Weights to be held in 4 bits are quantized when they are moved to a device, as `load_model` would have done it.
 
     Args:
-        base: its folder.
-        quantization: of its linear layers, or None.
-        dtype: of the weights, and of the products.
-        as_stored: the weights keep the type that they have in their files.
+        base: folder of the base model.
+        quantization: quantization of the linear layers, or None.
+        dtype: type of the weights and of matrix products.
+        as_stored: True if the weights keep the type that they have in their files.
     """
     model = _load(base, "auto" if as_stored else dtype)
     model.config.dtype = dtype
@@ -240,7 +240,7 @@ def load_to_share_out(
             module=module,
         )
         module.bias = before.bias
-    model.is_loaded_in_4bit = True  # PEFT goes by it
+    model.is_loaded_in_4bit = True  # PEFT checks this attribute
     model.requires_grad_(requires_grad=False)
     _keep_order(model)
     return model
@@ -250,7 +250,7 @@ def _load(base: Path, dtype: torch.dtype | str, **arguments: object) -> PreTrain
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         base, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True, **arguments
     )
-    # The loss never needs it, and it takes memory for each layer.
+    # The loss never needs the cache, and it takes memory for each layer.
     model.config.use_cache = False
     return model
 
@@ -266,7 +266,7 @@ def _bits_and_bytes(quantization: Quantization, dtype: torch.dtype) -> BitsAndBy
 
 
 def _keep_order(model: PreTrainedModel) -> None:
-    """On some CPUs bitsandbytes repacks 4-bit weights at the first evaluation, and no gradient passes them any more."""
+    """Keep bitsandbytes from repacking 4-bit weights, which it does on some CPUs and which blocks gradients."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - an attribute its type does not declare

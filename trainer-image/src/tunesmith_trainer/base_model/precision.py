@@ -1,4 +1,4 @@
-"""Number types of a run: of the frozen weights, and of matrix products."""
+"""Number types of a run: of the frozen weights and of matrix products."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 def dtype_of(precision: Precision | None) -> torch.dtype:
-    """Type of the frozen weights and of matrix products."""
+    """Return the type of the frozen weights and of matrix products."""
     return torch.bfloat16 if precision is Precision.BFLOAT16 else torch.float32
 
 
 def training_precision(model: PeftModel) -> AbstractContextManager[None]:
-    """Compute matrix products in the type that the base was loaded in, as training does."""
+    """Compute matrix products in the type that the base model was loaded in, as training does."""
     rounded = model.config.dtype is torch.bfloat16
     return torch.autocast(model.device.type, torch.bfloat16) if rounded else nullcontext()

@@ -1,4 +1,4 @@
-"""Fixed prompts that compare models: trained and saved, merged, served."""
+"""Fixed prompts for comparing models: trained and saved, merged, served."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PROMPTS = (
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
-    """Return the fixed prompts as token ids, in the chat template where there is one."""
+    """Return the fixed prompts as token ids, rendered with the chat template if there is one."""
     if not tokenizer.chat_template:
         return [list(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
     texts = [

@@ -1,6 +1,6 @@
-"""FSDP2: each rank keeps a part of every weight of the base and gathers a layer while it is computed.
+"""FSDP2: each rank keeps a shard of every weight of the base model and gathers a layer while it is computed.
 
-An adapter is small, so it is whole at every rank, and its gradients are averaged once per step.
+An adapter is small, so every rank holds all of it, and its gradients are averaged once per step.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ if TYPE_CHECKING:
 
 
 def shard(base: PreTrainedModel, device: torch.device, ranks: Ranks, *, full: bool) -> int:
-    """Shares the base's weights out, layer by layer: no device ever holds more than a layer of what it does not keep.
+    """Shard the base model's weights layer by layer and return the bytes that this rank keeps.
 
-    Returns the bytes that this rank keeps of them.
+    No device ever holds more than its own shards and one gathered layer.
 
     Args:
-        base: in main memory, an adapter in it or not; weights that wait to be quantized become so on the device.
-        device: of this rank.
-        ranks: that train together, met.
-        full: all weights are trained, in float32; otherwise those that are trained stay whole.
+        base: model in main memory, with or without an adapter; weights waiting to be quantized are quantized on the
+            device.
+        device: device of this rank.
+        ranks: ranks that train together, already connected.
+        full: True if all weights are trained, in float32; otherwise trained weights are not sharded.
     """
     mesh = init_device_mesh(device.type, (ranks.size,))
     whole = set() if full else {parameter for parameter in base.parameters() if parameter.requires_grad}
@@ -46,7 +47,7 @@ def shard(base: PreTrainedModel, device: torch.device, ranks: Ranks, *, full: bo
     for parameter in whole:
         parameter.data = parameter.data.to(device)
     fully_shard(base, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
-    # A Trainer would otherwise put DistributedDataParallel around it, and generation would not keep step.
+    # Otherwise a Trainer would wrap it in DistributedDataParallel, and generation would not stay in step.
     base._is_distributed_loading_by_transformers = True  # noqa: SLF001 - there is no other way to say it
     base._is_fsdp_managed_module = True  # noqa: SLF001
     parts: list[Any] = [parameter.to_local() for parameter in base.parameters() if is_shared_out(parameter)]
@@ -54,13 +55,13 @@ def shard(base: PreTrainedModel, device: torch.device, ranks: Ranks, *, full: bo
 
 
 def begin_alike(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Gives parameters that every rank has whole the first rank's values."""
+    """Give unsharded parameters the first rank's values on every rank."""
     for parameter in _replicated(parameters):
         dist.broadcast(parameter.data, src=0)
 
 
 def average(parameters: Iterable[torch.nn.Parameter], ranks: Ranks) -> None:
-    """Makes the gradients of parameters that every rank has whole their means over the ranks."""
+    """Replace the gradients of unsharded parameters by their means over the ranks."""
     replicated = _replicated(parameters)
     if not replicated:
         return
@@ -78,11 +79,11 @@ def _replicated(parameters: Iterable[torch.nn.Parameter]) -> list[torch.nn.Param
 
 
 def gather(base: PreTrainedModel, *, keep: bool) -> None:
-    """Ends sharing out: what was trained becomes whole in main memory where `keep`, and nothing else is left.
+    """Undo sharding: what was trained becomes whole in main memory if `keep`; everything else is freed.
 
-    Every rank must call it. The model can be saved then, and computes nothing any more.
+    Every rank must call it. The model can then be saved, but no longer computes anything.
     """
-    whole: dict[int, torch.nn.Parameter] = {}  # weights that are shared stay shared
+    whole: dict[int, torch.nn.Parameter] = {}  # shared weights stay shared
     for module in base.modules():
         for name, parameter in module._parameters.items():  # noqa: SLF001 - set_parameter would count a tied one twice
             if not is_shared_out(parameter):
@@ -96,29 +97,29 @@ def gather(base: PreTrainedModel, *, keep: bool) -> None:
 
 
 def gathered(tensor: torch.Tensor, *, keep: bool) -> torch.Tensor:
-    """The whole of a tensor, in main memory, where `keep`, and nothing elsewhere; every rank must ask for it."""
+    """Return the whole of a tensor in main memory if `keep`, otherwise nothing; every rank must call it."""
     whole: Any = tensor.full_tensor() if is_shared_out(tensor) else tensor
     result: torch.Tensor = whole.detach().contiguous().cpu() if keep else torch.empty(0)
     return result
 
 
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank has of a tensor: all of it, where it is not shared out."""
+    """Return this rank's shard of a tensor, or all of it if it is not sharded."""
     part: Any = tensor.to_local() if is_shared_out(tensor) else tensor
     result: torch.Tensor = part
     return result
 
 
 def is_shared_out(value: object) -> bool:
-    """Whether each rank has a part of it."""
+    """Return True if each rank has a shard of it."""
     return isinstance(value, DTensor)
 
 
 def keep_states_whole(optimizer: torch.optim.Optimizer, *, keep: bool) -> None:
-    """Makes `state_dict()`, which every rank must call, give whole states, and `load_state_dict()` take them.
+    """Make `state_dict()`, which every rank must call, return whole states, and `load_state_dict()` accept them.
 
-    A checkpoint is the same whether weights are shared out or not. Where not `keep`, `state_dict()` has no states: the
-    main memory of a node has no room for as many copies as it has ranks.
+    A checkpoint is the same whether or not weights are sharded. Unless `keep`, `state_dict()` has no states: the main
+    memory of a node has no room for one copy per rank.
     """
 
     def whole(_: torch.optim.Optimizer, document: dict[str, Any]) -> dict[str, Any]:
@@ -150,14 +151,14 @@ def _is_like(value: object, parameter: torch.Tensor) -> bool:
 
 
 def part_of(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """What this rank keeps of a whole tensor, shared out as another one is."""
+    """Return this rank's shard of a whole tensor, sharded like another one."""
     if not is_shared_out(like):
         return whole
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def _widen(module: torch.nn.Module) -> None:
-    """Weights in float32: in bfloat16 small updates would be lost."""
+    """Convert weights to float32: in bfloat16 small updates would be lost."""
     for parameter in module.parameters():
         if not is_shared_out(parameter):
             parameter.data = parameter.data.float()

@@ -1,4 +1,4 @@
-"""Tokenised rows that a second attempt finds: on this machine's disk, and in the job's folder of the store."""
+"""Cache of tokenised rows for later attempts: on this machine's disk and in the job's folder of the store."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 _MANIFEST = "rows.json"
 _SCHEMA_VERSION = 1
 _RETRY = Retry(attempts=3)
-"""Rows can be tokenised anew: an outage is not waited out for them."""
+"""Few retries: rows can be tokenised again, so an outage is not waited out."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,17 @@ class Cached:
     counted: dict[str, Counted]
 
     def path(self, name: str) -> Path:
-        """The Arrow file of that name."""
+        """Return the path of the Arrow file of that name."""
         return self.folder / f"{name}.arrow"
 
 
 class TokenCache:
-    """Tokenised rows by the digest of all that determines them.
+    """Cache of tokenised rows, keyed by the digest of everything that determines them.
 
-    The manifest with the hashes of the files is written last, so what is cut off is never used.
+    The manifest with the hashes of the files is written last, so an incomplete entry is never used.
 
     Args:
-        scratch: folder of this machine.
+        scratch: local folder.
         store: folder of the job in the store that outlives the pod, or None.
     """
 
@@ -57,7 +57,7 @@ class TokenCache:
         self._store = store.child(retry=_RETRY) if store is not None and here is None else None
 
     def get(self, key: str, make: Callable[[Path], Mapping[str, Counted]]) -> Cached:
-        """The rows of that key; where there are none, `make` writes `<name>.arrow` for each name that it returns."""
+        """Return the rows for a key; if none are cached, `make` writes `<name>.arrow` for each name it returns."""
         folder = self._scratch / key
         found = self._here(folder) or self._stored(key, folder)
         if found is not None:
@@ -108,7 +108,7 @@ class TokenCache:
 
 
 def key_of(document: Mapping[str, Any]) -> str:
-    """32 hex digits of what determines the tokens."""
+    """Return 32 hex digits of what determines the tokens."""
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -1,4 +1,4 @@
-"""The rows of a job: fetched, checked, tokenised or found tokenised, divided, weighted and packed."""
+"""Load the rows of a job: fetched, checked, tokenised or read from the cache, divided, weighted and packed."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     IntArray = np.ndarray[Any, np.dtype[np.integer[Any]]]
 
 _ENCODING = 2
-"""Raised when the same rows give other tokens than before."""
+"""Version of the encoding: increased when the same rows produce different tokens."""
 _DECIDING = {"format", "columns", "chat_template", "loss_on", "max_length", "overlong", "unusable", "duplicates"}
-"""Fields of the data set on which the tokens depend."""
+"""Fields of the data set that the tokens depend on."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ class Rows:
     """The tokenised rows of a job.
 
     Args:
-        train: rows of an epoch, or sequences that they are packed into, which have `seq_lengths` too.
+        train: rows of an epoch, or the sequences that they are packed into, which also have `seq_lengths`.
         validation: rows held out.
         lengths: tokens of each of `train`.
         keys: of the rows that are trained on, as `Row.key`.
         digest: `sha256:<64 hex>` of the content of all files.
-        counted: what stands in `status.preflight` about them.
+        counted: their part of `status.preflight`.
     """
 
     train: Dataset

@@ -1,4 +1,4 @@
-"""The checks of a chat's messages and tools, which bring them into the one form that chat templates read."""
+"""Check a chat's messages and tools, and normalise them into the form that chat templates expect."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _MAY_BE_EMPTY = frozenset({"system", "tool"})
 
 
 class RowError(ValueError):
-    """What is wrong with a row.
+    """A row that cannot be used.
 
     Args:
-        text: follows the row's place.
-        reason: why the row cannot be used where it holds nothing; None where it does not have the form of the others.
+        text: description of the problem; follows the row's location in messages.
+        reason: drop reason if the row contains nothing; None if its format differs from that of the other rows.
     """
 
     def __init__(self, text: str, reason: DropReason | None = None) -> None:
@@ -28,7 +28,7 @@ class RowError(ValueError):
 
 
 def kind(value: object) -> str:
-    """What a decoded value is, in words."""
+    """Return the type of a decoded value, in words."""
     if value is None:
         return "null"
     names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
@@ -36,7 +36,7 @@ def kind(value: object) -> str:
 
 
 def text_of(value: object, what: str) -> str:
-    """A text that is not blank."""
+    """Return a text that is not blank."""
     if value is None:
         raise RowError(f"{what} is null, not a string", DropReason.NULL)
     if not isinstance(value, str):
@@ -47,7 +47,7 @@ def text_of(value: object, what: str) -> str:
 
 
 def chat_of(value: object, what: str) -> list[dict[str, Any]]:
-    """Messages that end with an answer."""
+    """Return messages that end with an answer."""
     messages = messages_of(value, what)
     last, first = messages[-1]["role"], messages[0]["role"]
     if last != "assistant":
@@ -58,7 +58,7 @@ def chat_of(value: object, what: str) -> list[dict[str, Any]]:
 
 
 def messages_of(value: object, what: str) -> list[dict[str, Any]]:
-    """A list of messages, or its JSON text."""
+    """Return a list of messages, given as such or as JSON text."""
     if isinstance(value, str):
         value = _parsed(value, what)
     if value is None:
@@ -71,7 +71,7 @@ def messages_of(value: object, what: str) -> list[dict[str, Any]]:
 
 
 def tools_of(value: object) -> list[dict[str, Any]]:
-    """Descriptions of tools, or their JSON text; none where there are none."""
+    """Return the descriptions of tools, given as such or as JSON text; empty if there are no tools."""
     if isinstance(value, str):
         value = _parsed(value, "'tools'")
     if value is None:
@@ -91,7 +91,7 @@ def _parsed(text: str, what: str) -> object:
 
 
 def _present(value: Any) -> Any:  # noqa: ANN401 - JSON
-    """Without nulls: columnar files hold one for every key that another row has."""
+    """Remove nulls: columnar files have one for every key that another row has."""
     if isinstance(value, dict):
         return {key: _present(item) for key, item in value.items() if item is not None}
     return [_present(item) for item in value] if isinstance(value, list) else value
@@ -150,7 +150,7 @@ def _content(message: dict[str, Any], number: int) -> str:
 
 
 def _calls(calls: object, number: int) -> list[dict[str, Any]]:
-    """Calls with their arguments as an object, as vLLM hands them to the template."""
+    """Return tool calls with their arguments as an object, as vLLM passes them to the template."""
     what = f"message {number}: 'tool_calls'"
     if isinstance(calls, str):
         calls = _parsed(calls, what)

@@ -1,4 +1,4 @@
-"""Several rows in one sequence, without one seeing the other."""
+"""Pack several rows into one sequence without letting one attend to another."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ if TYPE_CHECKING:
 
 
 def best_fit_decreasing(lengths: Sequence[int] | IntArray, capacity: int) -> list[list[int]]:
-    """Places of rows, grouped so that each group has at most `capacity` tokens.
+    """Group row indices so that each group has at most `capacity` tokens.
 
-    The longest row comes first, and each goes where it leaves the least room. Rows of the same length keep their order,
+    The longest row is placed first, each where it leaves the least room. Rows of the same length keep their order,
     so the same lengths always give the same groups.
 
     Args:
-        lengths: tokens of each row, 1 to `capacity`.
+        lengths: tokens per row, 1 to `capacity`.
         capacity: tokens of a sequence.
     """
     sizes = np.asarray(lengths)
     bins: list[list[int]] = []
     with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    """By room, the bins that have just that much."""
+    """Bins by their exact remaining room."""
     rooms = 0
-    """A bit for each room that some bin has."""
+    """Bit set of the remaining rooms for which a bin exists."""
     for place in np.argsort(-sizes, kind="stable").tolist():
         size = int(sizes[place])
         enough = rooms >> size

@@ -11,15 +11,15 @@ if TYPE_CHECKING:
     from tunesmith.api.finetunejob_status import Preflight
 
 EXAMPLES = 3
-"""Rows that are shown of each kind."""
+"""Number of example rows per reason."""
 _EXAMPLE_LENGTH = 160
-"""Characters of each; a path in a store may have more."""
+"""Characters per example; a path in a store may be longer."""
 UNUSABLE = (DropReason.UNDECODABLE, DropReason.NULL, DropReason.EMPTY)
-"""Reasons that lie in the row itself: there is nothing in it to learn."""
+"""Reasons that lie in the row itself: it contains nothing to learn."""
 
 
 def shortened(example: str) -> str:
-    """A row's place, and what is said of it, without their middle where they are long: both ends tell which it is."""
+    """Shorten a row's location and description in the middle: both ends are needed to identify it."""
     if len(example) <= _EXAMPLE_LENGTH:
         return example
     half = (_EXAMPLE_LENGTH - 1) // 2
@@ -28,19 +28,19 @@ def shortened(example: str) -> str:
 
 @dataclass
 class RowReport:
-    """What became of the rows of a data set."""
+    """Counts of the rows of a data set: read, truncated, dropped."""
 
     read: int = 0
-    """Rows that were looked at; a pair that becomes two examples is two."""
+    """Rows that were read; a pair that becomes two examples counts as two."""
     truncated: int = 0
-    """Rows that were cut to the longest length."""
+    """Rows that were truncated to the maximum length."""
     longest: int = 0
     """Tokens of the longest row, used or not."""
     counts: dict[DropReason, int] = field(default_factory=dict)
     examples: dict[DropReason, list[str]] = field(default_factory=dict)
 
     def drop(self, reason: DropReason, example: str) -> None:
-        """Counts a row that is not used."""
+        """Count a row that is not used."""
         self.counts[reason] = self.counts.get(reason, 0) + 1
         shown = self.examples.setdefault(reason, [])
         if len(shown) < EXAMPLES:
@@ -48,20 +48,20 @@ class RowReport:
 
     @property
     def dropped(self) -> int:
-        """Rows that are not used."""
+        """Number of rows that are not used."""
         return sum(self.counts.values())
 
     @property
     def unusable(self) -> int:
-        """Rows that hold nothing to learn."""
+        """Number of rows that contain nothing to learn."""
         return sum(self.counts.get(reason, 0) for reason in UNUSABLE)
 
     def unusable_examples(self) -> list[str]:
-        """The first rows that hold nothing to learn, in the order of their reasons."""
+        """Return the first rows that contain nothing to learn, in the order of their reasons."""
         return [example for reason in UNUSABLE for example in self.examples.get(reason, [])]
 
     def add(self, other: RowReport) -> RowReport:
-        """The report of both data sets; the examples are this one's first."""
+        """Return the combined report of both data sets; this one's examples come first."""
         return RowReport(
             read=self.read + other.read,
             truncated=self.truncated + other.truncated,
@@ -78,7 +78,7 @@ class RowReport:
         )
 
     def status(self) -> list[DroppedRows] | None:
-        """For `status.preflight.dropped`, the most frequent reason first."""
+        """Return the value of `status.preflight.dropped`, the most frequent reason first."""
         order = sorted(self.counts, key=lambda reason: -self.counts[reason])
         return [
             DroppedRows(reason=reason, rows=self.counts[reason], examples=self.examples.get(reason) or None)
@@ -86,7 +86,7 @@ class RowReport:
         ] or None
 
     def document(self) -> dict[str, Any]:
-        """As JSON, for the cache."""
+        """Return the report as JSON, for the cache."""
         return {
             "read": self.read,
             "truncated": self.truncated,
@@ -97,7 +97,7 @@ class RowReport:
 
     @classmethod
     def of(cls, document: dict[str, Any]) -> RowReport:
-        """The report that `document` made."""
+        """Restore the report from the output of `document`."""
         return cls(
             read=document["read"],
             truncated=document["truncated"],
@@ -108,7 +108,7 @@ class RowReport:
 
 
 def told(preflight: Preflight) -> list[str]:
-    """What was counted, in lines for people: the totals, then for each reason the rows that are not used."""
+    """Return the counts as lines for people: the totals, then the unused rows by reason."""
     packed = f" in {preflight.packed_sequences} sequences" if preflight.packed_sequences is not None else ""
     cut = f", {preflight.truncated_rows} cut" if preflight.truncated_rows else ""
     total = (

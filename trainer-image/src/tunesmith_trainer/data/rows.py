@@ -1,4 +1,4 @@
-"""Rows: which form they have, whether each has it, and what of them is not used."""
+"""Read rows: determine their form, check each row against it, and count the rows that are not used."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _OTHER_NAMES = {
     "output": ("response", "answer", "completion"),
     "text": ("content", "document"),
 }
-"""What files often call a column; for suggestions only."""
+"""Common names of columns; used for suggestions only."""
 
 
 class RowForm(StrEnum):
-    """What a row holds."""
+    """Content of a row."""
 
     MESSAGES = "Messages"
     PROMPT_COMPLETION = "PromptCompletion"
@@ -51,9 +51,9 @@ FORMS = {
     objective: frozenset(RowForm(data_format.value) for data_format in formats)
     for objective, formats in FORMATS.items()
 }
-"""What each objective can learn from."""
+"""Row forms that each objective can learn from."""
 SFT_FORMS = FORMS[ObjectiveName.SFT]
-"""Each is a text with a part that is learned."""
+"""Forms of which each is a text with a part that is learned."""
 _REQUIRED = {
     RowForm.MESSAGES: ("messages",),
     RowForm.PROMPT_COMPLETION: ("prompt", "completion"),
@@ -69,14 +69,14 @@ class Row:
     """One checked row.
 
     Args:
-        form: what it holds.
+        form: form of its content.
         value: `messages` and, where there are some, `tools` (Messages, Instruction); `prompt` and `completion`; `text`;
             `prompt`, `chosen` and `rejected`; or `prompt`, `completion` and `label`. Prompts and answers are texts or
             lists of messages.
-        where: file and line.
-        source: number of its source.
-        key: 64 bits of a digest of what it holds: the same for the same row, whatever the file and its columns' names.
-            The two examples that a pair becomes have the pair's.
+        where: file and line of the row.
+        source: index of its source.
+        key: 64 bits of a digest of its content: the same for the same row, whatever the file and its column names.
+            The two examples made from a pair have the pair's key.
     """
 
     form: RowForm
@@ -93,19 +93,19 @@ def read(
     *,
     forms: Collection[RowForm] = SFT_FORMS,
 ) -> Iterator[Row]:
-    """The rows that can be used, in order; the others are counted in `report`.
+    """Yield the usable rows in order; the others are counted in `report`.
 
     Args:
         sources: downloaded files.
-        dataset: how they are read.
-        report: counts what is not used.
-        forms: what the objective can learn from. Where that is single answers too, a pair becomes two rows: the chosen
-            answer, which is a good one, and the rejected one.
+        dataset: settings for reading them.
+        report: counts the rows that are not used.
+        forms: row forms that the objective can learn from. If they include single answers, a pair becomes two rows: the
+            chosen answer, which is a good one, and the rejected one.
 
     Raises:
         DatasetInvalidError: a source has no rows, a row does not have the form of the others (raised at the end, with
-            file, line and mend), or too few can be used.
-        InvalidSpecError: `dataset.columns` names something that these rows do not have.
+            file, line and fix), or too few rows are usable.
+        InvalidSpecError: `dataset.columns` names a column that these rows do not have.
     """
     reader = _Reader(dataset, report, forms)
     for number, source in enumerate(sources):
@@ -128,7 +128,7 @@ class _Reader:
     forms: Collection[RowForm]
     names: dict[str, str] = field(default_factory=dict)
     first: dict[int, tuple[RowForm, str]] = field(default_factory=dict)
-    """By source, the form of its first usable row, and where that stands."""
+    """Form and location of the first usable row, by source."""
     seen: set[bytes] = field(default_factory=set)
     mismatches: list[str] = field(default_factory=list)
     mismatched: int = 0
@@ -140,7 +140,7 @@ class _Reader:
 
     @property
     def wanted(self) -> frozenset[str]:
-        """Columns that a row is made of, and those that a suggestion may name."""
+        """Columns that rows are read from, and those that a suggestion may name."""
         return frozenset(self.names.values()).union(*_OTHER_NAMES.values())
 
     def row(self, record: Record, source: int) -> Row | None:
@@ -162,7 +162,7 @@ class _Reader:
             return None
         self.first.setdefault(source, (form, record.where))
         if self.mismatched:
-            return None  # the rest is read for its mistakes only
+            return None  # the rest is read only to report its errors
         digest = hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=12).digest()
         if self.dataset.duplicates is DuplicateRows.DROP:
             if digest in self.seen:
@@ -172,7 +172,7 @@ class _Reader:
         return Row(form, value, record.where, source, int.from_bytes(digest[:8]))
 
     def examples(self, row: Row) -> list[Row]:
-        """The row, or the two that a pair becomes where single answers are learned."""
+        """Return the row, or the two examples made from a pair if single answers are learned."""
         if row.form is not RowForm.PREFERENCE or RowForm.UNPAIRED_PREFERENCE not in self.forms:
             return [row]
         self.report.read += 1
@@ -187,7 +187,7 @@ class _Reader:
         ]
 
     def finish(self) -> None:
-        """Raises DatasetInvalidError unless enough of the rows can be used."""
+        """Raise DatasetInvalidError unless enough rows are usable."""
         unusable = self.report.unusable
         refused = unusable and (self.dataset.unusable is UnusableRows.ERROR or 2 * unusable >= self.records)
         if not self.mismatched and not refused:
@@ -288,7 +288,7 @@ def _tools(value: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
 
 
 def _asked_and_answered(value: dict[str, Any], names: dict[str, str], *answers: str) -> dict[str, Any]:
-    """Prompt and answers, all texts or all messages."""
+    """Return prompt and answers, either all as texts or all as messages."""
     result: dict[str, Any] = {}
     for name in ("prompt", *answers):
         given, what = value[names[name]], f"'{names[name]}'"
@@ -308,7 +308,7 @@ def _prompt_completion(value: dict[str, Any], names: dict[str, str]) -> dict[str
 
 
 def _instruction(value: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    """A chat of one question, with the input below the instruction."""
+    """Return a chat with one question, with the input below the instruction."""
     asked = text_of(value[names["instruction"]], f"'{names['instruction']}'")
     about = value.get(names["input"])
     if about is not None and not isinstance(about, str):
@@ -326,7 +326,7 @@ def _text(value: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
 def _preference(value: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
     chosen, rejected = (value[names[name]] for name in ("chosen", "rejected"))
     if isinstance(chosen, list) and isinstance(rejected, list) and not isinstance(value.get(names["prompt"]), list):
-        # Whole chats: what both begin with is the prompt.
+        # Whole chats: their common prefix is the prompt.
         better = chat_of(chosen, f"'{names['chosen']}'")
         worse = chat_of(rejected, f"'{names['rejected']}'")
         pairs = enumerate(zip(better, worse, strict=False))

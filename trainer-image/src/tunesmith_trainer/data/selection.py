@@ -1,4 +1,4 @@
-"""Which rows train, how often, and which are held out: pure functions of counts, weights and the seed."""
+"""Select the rows that train, how often, and those held out: pure functions of counts, weights and the seed."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ if TYPE_CHECKING:
 
 
 def held_out(keys: IntArray, dataset: Dataset, seed: int) -> tuple[IntArray, IntArray]:
-    """Places of the rows that train and of those held out, ascending: all and none where there is a validation set.
+    """Return the indices of training rows and of held-out rows, ascending.
 
-    Rows of one key, the same row again or the two answers of a pair, are on one side. So there may be fewer held out
-    than the fraction says, and more only where every key has more rows than that.
+    With a validation set, all rows are trained on and none is held out. Rows with the same key (duplicates, or the two
+    answers of a pair) are on the same side. So fewer rows may be held out than the fraction specifies, and more only if
+    every key has more rows than that.
 
     Args:
-        keys: of each row.
-        dataset: with the fraction.
-        seed: chooses.
+        keys: key of each row.
+        dataset: settings, with the fraction.
+        seed: seed of the random choice.
 
     Raises:
         DatasetInvalidError: there is only one key.
@@ -45,7 +46,7 @@ def held_out(keys: IntArray, dataset: Dataset, seed: int) -> tuple[IntArray, Int
     room = min(max(1, math.floor(count * fraction + 0.5)), count - 1)
     order = np.random.default_rng(seed).permutation(len(sizes))
     chosen = []
-    for number in map(int, order):  # of few of them, where each is one row
+    for number in map(int, order):  # small keys first: of few rows, usually one each
         if sizes[number] <= room:
             chosen.append(number)
             room -= int(sizes[number])
@@ -56,18 +57,18 @@ def held_out(keys: IntArray, dataset: Dataset, seed: int) -> tuple[IntArray, Int
 
 
 def trained_too(scored: IntArray, trained: IntArray) -> IntArray:
-    """Places of the scored rows that are trained on too, by the keys of both."""
+    """Return the indices of the scored rows that are trained on too, compared by key."""
     return np.flatnonzero(np.isin(scored, trained))
 
 
 def weighted(places: Sequence[int] | IntArray, counts: Sequence[int], weights: Sequence[float], seed: int) -> IntArray:
-    """Places of rows, each as often as the weight of its source says; the order of the rows stays.
+    """Return row indices, each as often as the weight of its source specifies; the order of the rows is kept.
 
     Args:
-        places: ascending, of rows that stand source after source.
-        counts: rows of each source.
-        weights: of each source.
-        seed: chooses the rows that a fraction takes.
+        places: indices of rows, ascending; rows are ordered by source.
+        counts: number of rows per source.
+        weights: weight per source.
+        seed: seed for choosing the rows of a fractional weight.
     """
     rows = np.asarray(places, dtype=np.int64)
     ends = np.cumsum(counts)

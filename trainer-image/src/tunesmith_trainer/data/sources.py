@@ -1,4 +1,4 @@
-"""Which files the sources of a data set are, and their copies on this machine."""
+"""Find the files of a data set's sources and copy them to this machine."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ if TYPE_CHECKING:
     from tunesmith_trainer.store import Stores
 
 MAX_FILES = 10_000
-"""Of a source. Each is opened, hashed and copied."""
+"""Maximum number of files of a source. Each is opened, hashed and copied."""
 _GLOB = re.compile(r"[*?\[]")
 _METADATA = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
-"""What the `datasets` library writes beside the rows."""
+"""Files that the `datasets` library writes beside the rows."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """The files of a source, in the order in which they are read."""
+    """Files of a source, in the order in which they are read."""
 
     uri: str
     files: list[DataFile]
 
 
 def fetch(sources: Sequence[DatasetSource], stores: Stores, folder: Path) -> list[Source]:
-    """Downloads the files of sources into `folder`; what lies on this machine's disk is read in place.
+    """Download the files of sources into `folder`; files on this machine's disk are read in place.
 
     Raises:
         DatasetNotFoundError: a file does not exist, or a folder or a glob has no data files.
-        DatasetInvalidError: a folder has files of several formats, or a file's name says no format.
+        DatasetInvalidError: a folder has files of several formats, or a file's name does not indicate a format.
     """
     return [_fetched(source, stores, folder / str(number)) for number, source in enumerate(sources)]
 
 
 def add_content(sources: Iterable[Source], digest: hashlib._Hash) -> None:
-    """Adds the content of all files, without their names, to a digest."""
+    """Add the content of all files, without their names, to a digest."""
     for source in sources:
         for file in source.files:
             digest.update(f"{file_sha256(file.path)}\n".encode())
@@ -70,7 +70,7 @@ def _fetched(source: DatasetSource, stores: Stores, target: Path) -> Source:
 
 
 def _listed(source: DatasetSource, stores: Stores) -> tuple[Folder, list[str]]:
-    """A folder, and the paths of the source's files in it."""
+    """Return a folder and the paths of the source's files in it."""
     uri = source.uri.rstrip("/")
     secret = source.secret_ref.name if source.secret_ref else None
     glob = _GLOB.search(uri)
@@ -90,7 +90,7 @@ def _listed(source: DatasetSource, stores: Stores) -> tuple[Folder, list[str]]:
 
 
 def _data_files(paths: list[str], uri: str) -> list[str]:
-    """Those of the paths that are data files."""
+    """Return the paths that are data files."""
     found = [
         path
         for path in paths

@@ -1,4 +1,4 @@
-"""Tokenised rows on disk: memory does not grow with them."""
+"""Tokenised rows on disk: memory use does not grow with their number."""
 
 from __future__ import annotations
 
@@ -34,29 +34,29 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _BATCH = 512
-"""Rows that are tokenised, and written, at once."""
+"""Rows that are tokenised and written at once."""
 _HELD = 200
-"""Rows whose pages are held at once: each may bring 64 KiB around it into memory."""
+"""Rows whose pages are in memory at once: each may bring in 64 KiB around it."""
 _KEY = "key"
-"""Column of `Row.key`, which nothing is trained on."""
+"""Column of `Row.key`, which is not used in training."""
 _TOLD = 50_000
-"""Rows between two lines for people."""
+"""Rows between two progress lines."""
 
 
 @dataclass(frozen=True)
 class Counted:
-    """What became of the rows: a report, and by source how many are used."""
+    """Counts of the rows: a report, and the number of rows used per source."""
 
     report: RowReport
     per_source: list[int]
 
     @property
     def used(self) -> int:
-        """Rows that are used."""
+        """Number of rows that are used."""
         return sum(self.per_source)
 
     def require(self, what: str, limit: int, least: int = 1) -> None:
-        """Raises DatasetInvalidError where too few rows are left."""
+        """Raise DatasetInvalidError if too few rows are left."""
         if self.used >= least:
             return
         report = self.report
@@ -82,18 +82,18 @@ def tokenise(
     path: Path,
     say: Callable[[str], None],
 ) -> Counted:
-    """Writes the tokens of the rows that can be used to an Arrow file.
+    """Write the tokens of the usable rows to an Arrow file.
 
     Args:
         sources: downloaded files.
-        dataset: how they are read.
-        forms: what the objective can learn from.
+        dataset: settings for reading the files.
+        forms: row forms that the objective can learn from.
         encoder: turns rows into tokens.
-        path: of the Arrow file.
-        say: tells a person how far it is.
+        path: path of the Arrow file.
+        say: reports progress to a person.
 
     Raises:
-        DatasetInvalidError: a row is not usable, or too long where that is an error.
+        DatasetInvalidError: a row is unusable, or too long where that is an error.
         InvalidSpecError: the chat template cannot be used.
     """
     report = RowReport()
@@ -125,7 +125,7 @@ def tokenise(
 
 
 def _fitted(tokens: Tokens, where: str, dataset: api.Dataset, report: RowReport) -> Tokens | None:
-    """The row at its longest; None, and counted, where it is not used."""
+    """Return the row within its maximum length; count it and return None if it is not used."""
     size, limit = tokens.longest, dataset.max_length
     report.longest = max(report.longest, size)
     if size > limit:
@@ -143,13 +143,13 @@ def _fitted(tokens: Tokens, where: str, dataset: api.Dataset, report: RowReport)
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large tokenised rows are.
+    """Sizes of tokenised rows.
 
     Args:
-        lengths: tokens of each row.
-        targets: how many of them are learned.
+        lengths: tokens per row.
+        targets: target tokens per row.
         longest: tokens of the longest sequence; a pair of answers is two.
-        keys: of each row, `Row.key`.
+        keys: `Row.key` per row.
     """
 
     lengths: IntArray
@@ -159,7 +159,7 @@ class Sizes:
 
 
 def measure(path: Path) -> Sizes:
-    """The sizes of the rows of an Arrow file."""
+    """Return the sizes of the rows of an Arrow file."""
     lengths, targets, longest = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
     keys = [np.zeros(0, np.uint64)]
     for batch in _Reader(path).batches():
@@ -176,14 +176,14 @@ def measure(path: Path) -> Sizes:
 
 
 def pack(rows: Path, places: IntArray, lengths: IntArray, capacity: int, path: Path) -> IntArray:
-    """Writes the rows at `places` in sequences of at most `capacity` tokens; `seq_lengths` has the size of each row.
+    """Pack the rows at `places` into sequences of at most `capacity` tokens; `seq_lengths` has the size of each row.
 
     Args:
         rows: Arrow file of tokenised rows.
-        places: of the rows that are packed; a place may stand there more than once.
-        lengths: tokens of the row at each of them.
+        places: indices of the rows to pack; an index may appear more than once.
+        lengths: tokens of each of these rows.
         capacity: tokens of a sequence.
-        path: of the Arrow file that is written.
+        path: path of the Arrow file to write.
 
     Returns:
         Tokens of each sequence.
@@ -202,33 +202,33 @@ def pack(rows: Path, places: IntArray, lengths: IntArray, capacity: int, path: P
 
 
 def _first_ignored(labels: IntArray) -> IntArray:
-    """The first token of a row follows another row, which does not predict it."""
+    """Ignore the first label of a row: the token follows another row, which does not predict it."""
     copy = labels.copy()
     copy[0] = IGNORED
     return copy
 
 
 def open_rows(path: Path) -> Dataset:
-    """What is trained on of the rows of an Arrow file, read from the disk when it is needed."""
+    """Open the training columns of an Arrow file; rows are read from disk when needed."""
     rows = Dataset.from_file(str(path))
     return rows.remove_columns(_KEY) if _KEY in rows.column_names else rows
 
 
 class _Reader:
-    """An Arrow file, without that what was read of it stays in this process's memory."""
+    """Reads an Arrow file without keeping what was read in this process's memory."""
 
     def __init__(self, path: Path) -> None:
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """The batches, one after the other."""
+        """Yield the batches in order."""
         for batch in pa.ipc.open_stream(pa.py_buffer(self._map)):
             yield batch
             self.forget()
 
     def rows(self, groups: Iterable[Sequence[int]]) -> Iterator[list[tuple[IntArray, IntArray]]]:
-        """Tokens and labels of the rows at some places, group after group; they are to be copied before the next."""
+        """Yield the tokens and labels of the rows in each group of indices; copy them before the next group."""
         columns, begins, read = [], [0], 0
         for batch in self.batches():
             names = ("input_ids", "labels")
@@ -249,7 +249,7 @@ class _Reader:
                 read = 0
 
     def forget(self) -> None:
-        """Gives the pages back; they are read anew when they are needed again."""
+        """Release the pages; they are read again when needed."""
         self._map.madvise(mmap.MADV_DONTNEED)
 
 
@@ -257,10 +257,10 @@ class _Writer:
     """Writes an Arrow file in batches.
 
     Args:
-        path: of the file.
-        paired: the rows have `seq_lengths`.
-        judged: the rows have `desirable`.
-        keyed: the rows have `key`.
+        path: path of the file.
+        paired: True if the rows have `seq_lengths`.
+        judged: True if the rows have `desirable`.
+        keyed: True if the rows have `key`.
     """
 
     def __init__(self, path: Path, *, paired: bool = False, judged: bool = False, keyed: bool = False) -> None:
@@ -280,7 +280,7 @@ class _Writer:
         self._writer.close()
 
     def write(self, rows: Sequence[Tokens], keys: Sequence[int]) -> None:
-        """Writes rows, each with its key."""
+        """Write rows, each with its key."""
         if rows:
             columns: dict[str, Callable[[], pa.Array]] = {
                 "input_ids": lambda: _lists([row.input_ids for row in rows]),
@@ -292,7 +292,7 @@ class _Writer:
             self.write_columns([columns[name]() for name in self._schema.names])
 
     def write_columns(self, columns: Sequence[pa.Array]) -> None:
-        """Writes rows, each column as an array."""
+        """Write rows, one array per column."""
         self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
 
 
