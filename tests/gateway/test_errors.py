@@ -210,7 +210,7 @@ async def test_before_the_cluster_is_read_everything_is_a_503(start: Callable[..
     async with rig.http.get(f"{rig.internal_url}/readyz") as response:
         assert (response.status, await response.text()) == (
             503,
-            "not read yet: ServingPool, AdapterDeployment, Pod, ConfigMap\n",
+            "not read yet: ServingPool, AdapterDeployment, Pod, Namespace, ConfigMap\n",
         )
     rig.watches.sync.set()
     await eventually(rig.gateway.feed.synced, "everything is read")
