@@ -1,8 +1,8 @@
 """The JSON body of a request. Pure.
 
 A body stays bytes: its members are separated, the few that the gateway reads are decoded, and `model` and `cache_salt`
-are replaced when it is sent on. What is sent has each member once, as the gateway read it: a member that is given twice
-cannot mean one thing to the gateway and another to the engine.
+are replaced when it is forwarded. The forwarded body has each member once, as the gateway read it, so a duplicate
+member cannot mean one thing to the gateway and another to the engine.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 MAX_DEPTH = 64
 MAX_CONTAINERS = 20_000
-"""Most arrays and objects. The engine builds and checks an object for each of them."""
+"""Maximum number of arrays and objects. The engine builds and checks a Python object for each of them."""
 MAX_VALUES = 500_000
-"""Most values; prompts may be lists of token ids."""
+"""Maximum number of values; prompts may be lists of token ids."""
 MAX_STRINGS = 100_000
-"""Most strings, names of members included."""
+"""Maximum number of strings, including names of members."""
 MAX_MEMBERS = 256
 _PLAIN = bytes(set(range(256)) - set(b'"[]{},'))
 _UTF8_PIECE = 64 * 1024
@@ -38,11 +38,11 @@ _WHITESPACE = b" \t\r\n"
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """What a request asks for.
+    """Parsed body of a request.
 
     Attributes:
-        model: the name that the client gave.
-        stream: True if the answer is a stream of events.
+        model: the model name that the client sent.
+        stream: True if the client requests a stream of events.
         sequences: number of sequences that the engine generates at once, choices × prompts.
         members: the other members, undecoded, by name.
     """
@@ -53,11 +53,11 @@ class Body:
     members: Mapping[str, msgspec.Raw]
 
     def pieces(self, model: str, cache_salt: str) -> list[bytes | memoryview]:
-        """Return the body for the engine, in pieces; those of the client's body are not copied.
+        """Return the body for the engine, in pieces; the client's members are not copied.
 
         Args:
             model: the engine's name of the revision that answers.
-            cache_salt: what separates the prefix cache of this key's namespace from others.
+            cache_salt: salt that separates the prefix cache of this key's namespace from those of others.
         """
         head = msgspec.json.encode({"model": model, "cache_salt": cache_salt})[:-1]
         pieces: list[bytes | memoryview] = [head]
@@ -68,7 +68,7 @@ class Body:
         return pieces
 
     def without_members(self) -> Body:
-        """Return the same without the bytes of the body, for a request that a pod has accepted."""
+        """Return a copy without the bytes of the body, for a request that a pod has accepted."""
         return replace(self, members={})
 
 
@@ -90,10 +90,10 @@ def socket_pieces(pieces: list[bytes | memoryview]) -> Iterator[bytes | memoryvi
 
 
 def parse(data: bytes | bytearray, max_sequences: int) -> Body:
-    """Return what a body asks for. Later changes of `data` would change the result.
+    """Return the parsed body. The result refers to `data`, which must not be changed afterwards.
 
     Raises:
-        ApiError: the body is not a JSON object that the gateway sends on; the message says why.
+        ApiError: the gateway does not forward the body; the message gives the reason.
     """
     members = _members(data)
     body = Body(
@@ -111,7 +111,7 @@ def _members(data: bytes | bytearray) -> dict[str, msgspec.Raw]:
     _check_structure(data)
     _check_utf8(data)
     if data.lstrip(_WHITESPACE)[:1] != b"{":
-        # Also a body that is no JSON at all; the decoder tells.
+        # The decoder distinguishes other JSON values from invalid JSON.
         try:
             _VALUE.decode(data)
         except (msgspec.DecodeError, RecursionError) as error:
@@ -134,7 +134,7 @@ def _check_structure(data: bytes | bytearray) -> None:
     """Refuse bodies whose tree would be deep or many times as large as the body."""
     if data.count(b",") + data.count(b"[") + data.count(b"{") <= MAX_DEPTH:
         return
-    # What is left are brackets and commas, and the quotes around those that are part of strings.
+    # Keep only brackets and commas, and the quotes around those that are part of strings.
     skeleton = data.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _PLAIN)
     if skeleton.count(b'"') > 2 * MAX_STRINGS:
         raise errors.body_too_complex(f"it has more than {MAX_STRINGS} strings")
@@ -173,7 +173,7 @@ def _value(members: Mapping[str, msgspec.Raw], name: str) -> Any:  # noqa: ANN40
 
 
 def _typed(members: Mapping[str, msgspec.Raw], name: str, type_: type) -> Any:  # noqa: ANN401 - of the given type
-    """Return a member of this type, or None. Its text says the type, so a member of another one is not decoded."""
+    """Return a member of this type, or None. Its first bytes show the type, so other types are not decoded."""
     raw = members.get(name)
     if raw is None:
         return None
@@ -197,7 +197,7 @@ def _model(members: Mapping[str, msgspec.Raw]) -> str:
 
 
 def _sequences(members: Mapping[str, msgspec.Raw]) -> int:
-    """Return choices × prompts. A beam search of vLLM keeps `n` beams for each prompt."""
+    """Return choices × prompts. vLLM's beam search keeps `n` beams for each prompt."""
     _typed(members, "use_beam_search", bool)
     choices = max(1, _typed(members, "n", int) or 1, _typed(members, "best_of", int) or 1)
     prompts = _count(members, "prompt") + _count(members, "prompt_embeds")
@@ -205,7 +205,7 @@ def _sequences(members: Mapping[str, msgspec.Raw]) -> int:
 
 
 def _count(members: Mapping[str, msgspec.Raw], name: str) -> int:
-    """Return the number of prompts of a member: an array of strings or arrays has several, one of numbers is one."""
+    """Return the number of prompts in a member: one per element of an array, but one for an array of token ids."""
     raw = members.get(name)
     if raw is None or bytes(memoryview(raw)[:4]) == b"null":
         return 0

@@ -1,4 +1,4 @@
-"""Wake everybody who waits for a change."""
+"""Notification of all tasks that wait for a change."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import asyncio
 
 
 class Broadcast:
-    """A change that any number of tasks may wait for.
+    """Change notification that any number of tasks can await.
 
-    Take `next()` before looking at the state, look, then wait for what was taken: no change in between is missed.
+    Call `next()` before reading the state, then await the returned event: no change in between is missed.
     """
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
 
     def next(self) -> asyncio.Event:
-        """The event that the next change sets."""
+        """Return the event that the next change sets."""
         return self._event
 
     def fire(self) -> None:
-        """Tell a change."""
+        """Wake all tasks that wait for a change."""
         self._event.set()
         self._event = asyncio.Event()
 
 
 async def within(event: asyncio.Event, seconds: float) -> None:
-    """Wait for the event, at most so long."""
+    """Wait for the event or until the timeout, whichever comes first."""
     try:
         async with asyncio.timeout(max(0.0, seconds)):
             await event.wait()

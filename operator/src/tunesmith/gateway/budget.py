@@ -1,4 +1,4 @@
-"""The budget over all bytes in flight: bodies while they are read, held and forwarded, and pieces of answers."""
+"""The budget for all bytes in flight: bodies while they are read, held and forwarded, and pieces of answers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 class Budget:
-    """Bytes in flight, in all and by key.
+    """Bytes in flight, in total and by key.
 
     Args:
-        limits: the bounds, `in_flight_bytes` and `in_flight_bytes_per_key`.
+        limits: the bounds, `max_in_flight_bytes` and `max_in_flight_bytes_per_key`.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -25,15 +25,15 @@ class Budget:
         self._by_key: Counter[str] = Counter()
 
     def share(self, key: str) -> Share:
-        """Return the share of one request, empty; `key` is the name of its API key."""
+        """Return an empty share for one request; `key` is the name of its API key."""
         return Share(self, key)
 
     def take(self, key: str, count: int) -> None:
-        """Count bytes.
+        """Reserve bytes.
 
         Raises:
-            ApiError: 503 above the whole budget, 429 above the key's part of it. A 429 reaches the one who causes it
-                as a rate limit; proxies take several 503 as a broken gateway.
+            ApiError: 503 above the whole budget, 429 above the key's part of it. Clients see a 429 as a rate limit,
+                whereas proxies interpret several 503 as a broken gateway.
         """
         if self._by_key[key] + count > self._per_key:
             raise errors.key_over_budget(self._per_key)
@@ -43,7 +43,7 @@ class Budget:
         self._by_key[key] += count
 
     def give(self, key: str, count: int) -> None:
-        """Return bytes that were taken."""
+        """Release reserved bytes."""
         self.used -= count
         self._by_key[key] -= count
         if not self._by_key[key]:
@@ -51,7 +51,7 @@ class Budget:
 
 
 class Share:
-    """Bytes of one request; the end of the block returns them."""
+    """Bytes reserved for one request; a context manager that releases them on exit."""
 
     def __init__(self, budget: Budget, key: str) -> None:
         self._budget = budget
@@ -59,7 +59,7 @@ class Share:
         self._count = 0
 
     def grow(self, count: int) -> None:
-        """Take more bytes.
+        """Reserve more bytes.
 
         Raises:
             ApiError: the budget is used up.
@@ -68,7 +68,7 @@ class Share:
         self._count += count
 
     def set_to(self, count: int) -> None:
-        """Hold exactly `count` bytes.
+        """Reserve or release bytes so that the share is exactly `count` bytes.
 
         Raises:
             ApiError: the budget is used up.

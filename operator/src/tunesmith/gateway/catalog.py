@@ -1,4 +1,4 @@
-"""Models by id, their pools and the pools' pods, as the API server has them."""
+"""Models by id, their pools and the pools' pods, as observed from the API server."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ PoolKey = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """Something that can be called.
+    """A base model or an adapter that clients can call.
 
     Attributes:
         id: the global id, `<namespace>/<modelName>`.
-        pool: the pool that serves it; None: not decided yet.
+        pool: the pool that serves it; None if it is not chosen yet.
         engine_names: names in the engine, newest first; a base has one, its id.
-        is_base: the pool's own model, not an adapter.
-        open_to: for a base, the namespaces that its pool admits; None: the model's own namespace only.
-        created: seconds since 1970.
-        not_ready: why there is nothing to call yet; None: it is, or is about to be, on a pod.
-        deployed: False for a revision that the AdapterDeployment does not list (any more).
+        is_base: True for the pool's base model, False for an adapter.
+        open_to: for a base, the namespaces that its pool admits; None: only the model's own namespace.
+        created: Unix time in seconds.
+        not_ready: reason why it cannot be called yet; None if a pod holds it or is about to.
+        deployed: False for a revision that the AdapterDeployment does not list, or no longer lists.
     """
 
     id: str
@@ -49,7 +49,7 @@ class Model:
 
     @property
     def bare_name(self) -> str:
-        """The name without its namespace."""
+        """Name without the namespace."""
         return self.id.partition("/")[2]
 
     def visible_to(self, key: ApiKey, labels: Mapping[str, Mapping[str, str]]) -> bool:
@@ -71,7 +71,7 @@ class Pool:
 
 @dataclass(frozen=True, slots=True)
 class Pod:
-    """A pod of a pool that can be talked to. `ready`: the API server says so and it is not being deleted."""
+    """A pool's pod that has an address. `ready`: its Ready condition is True and it is not being deleted."""
 
     uid: str
     name: str
@@ -101,10 +101,10 @@ class _PodFacts(NamedTuple):
 
 
 class Catalog:
-    """The objects observed so far, by kind. Reading it costs a dictionary look-up, and so does a change.
+    """The objects observed so far, by kind. Reads and changes cost a dictionary look-up each.
 
     Args:
-        shared_namespaces: the namespaces whose pools' bases may be called by their bare name from everywhere.
+        shared_namespaces: namespaces whose pools' bases may be called by their bare name from any namespace.
     """
 
     def __init__(self, shared_namespaces: Iterable[str] = ()) -> None:
@@ -187,9 +187,9 @@ class Catalog:
         self._pods.pop(_key_of(document), None)
 
     def pods(self) -> Iterator[Pod]:
-        """The pods that have an address and whose pool exists.
+        """Yield the pods that have an address and whose pool exists.
 
-        The pool's UID comes from the ServingPool, so a pod cannot claim another pool's token by its labels.
+        The pool's UID comes from the ServingPool, so a pod cannot claim another pool's token through its labels.
         """
         for pod in self._pods.values():
             pool = self._pools.get((pod.namespace, pod.pool))
@@ -198,25 +198,25 @@ class Catalog:
                 yield Pod(uid=pod.uid, name=name, address=pod.address, pool=pool, ready=pod.ready)
 
     def exists(self, model_id: str) -> bool:
-        """True if there is a model with this global id."""
+        """Return True if there is a model with this global id."""
         return model_id in self._models
 
     def visible(self, key: ApiKey) -> list[Model]:
-        """The models that the key may call, by id."""
+        """Return the models that the key may call, sorted by id."""
         found = {name: model for name, model in self._open.items() if model.visible_to(key, self._labels)}
         for namespace in key.namespaces:
             found.update(self._by_namespace.get(namespace, {}))
         return [model for _, model in sorted(found.items()) if key.may_call(model.id) and model.engine_names]
 
     def resolve(self, name: str, key: ApiKey) -> Model:
-        """The model that a request names: a global id, a bare name, or either with `@<revision>`.
+        """Return the model that a request names: a global id, a bare name, or either with `@<revision>`.
 
-        A bare name is looked up in the key's home namespace, then among the bases that are open to all in the
-        namespaces that the platform lists: a pool of any other namespace cannot attract requests by a bare name. The
-        model of a revision has that one engine name; whether a pod holds it is for the caller to find out.
+        A bare name is looked up in the key's home namespace, then among the bases that the pools of the shared
+        namespaces open to others: a pool of any other namespace cannot attract requests by a bare name. The model of a
+        revision has only that engine name; the caller checks whether a pod holds it.
 
         Raises:
-            ApiError: unknown (or in a namespace that is closed to the key), forbidden, or ambiguous.
+            ApiError: the model is unknown (or in a namespace that is closed to the key), forbidden, or ambiguous.
         """
         alias, at, revision = name.partition("@")
         model = self._models.get(alias if "/" in alias else f"{key.home}/{alias}")
@@ -266,7 +266,7 @@ class Catalog:
         self._decide(model_id)
 
     def _decide(self, model_id: str) -> None:
-        """Bring the indexes to the claim that holds an id now."""
+        """Update the indexes to the claim that owns an id now."""
         old = self._models.pop(model_id, None)
         if old is not None:
             _drop(self._by_namespace, old.namespace, model_id)
@@ -319,7 +319,7 @@ def _adapter_model(adapter: AdapterDeployment) -> Model:
     revisions = adapter.status.revisions
     created = adapter.metadata.creation_timestamp
     not_ready = None
-    # A source that vanished leaves its revisions serving: what counts is whether there are any, not `Resolved`.
+    # Revisions keep serving after their source is deleted, so their presence counts, not `Resolved`.
     if not revisions or pool is None:
         not_ready = (resolved.message or resolved.reason) if resolved else "it was created a moment ago"
     elif all(revision.state is RevisionState.FAILED for revision in revisions):

@@ -1,7 +1,7 @@
-"""The clients' connections: how many, how long without a request, and what a request that is not HTTP is answered.
+"""Client connections: their number, their idle time, and the answer to requests that are not HTTP.
 
-aiohttp's server waits for a header as long as for the next request, keeps any number of connections, and logs the
-bytes that it cannot parse, which may hold a key.
+aiohttp's server waits for a header as long as for the next request, does not bound the number of connections, and logs
+the bytes that it cannot parse, which may contain a key.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
 LOG = logging.getLogger(__name__)
 
 MAX_AHEAD_BYTES = 64 * 1024
-"""Bytes that a client may send ahead of the answer to its request; above, the connection closes after that answer."""
+"""Bytes that a client may send before its request is answered; above this, the connection closes after the answer."""
 _READ_BYTES = 32 * 1024
 _LINGERING_SECONDS = 5.0
 _SWEEP_SECONDS = 1.0
 _IPV6_SITE = 64
-"""Length of the prefix of an IPv6 address that belongs to one client."""
+"""Prefix length of the IPv6 network that counts as one client."""
 
 
 def client_site(peer: object) -> str:
-    """Return what counts as one client address: an IPv4 address, or the /64 of an IPv6 one."""
+    """Return the client address that connections are counted by: an IPv4 address, or the /64 of an IPv6 one."""
     host = str(peer[0]) if isinstance(peer, tuple) and peer else ""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
@@ -64,14 +64,14 @@ class Connection(RequestHandler):
         self._ahead = 0
         self.site = ""
         self.since = 0.0
-        """Time since when the connection waits for a request."""
+        """Time at which the connection began to wait for a request."""
         self.header_started = False
         self.served = False
         self.working = False
         self.body: StreamReader | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin to serve, or refuse the connection where there are too many."""
+        """Serve the connection, or refuse it if there are too many."""
         self.since = self._clients.now()
         self.site = client_site(transport.get_extra_info("peername"))
         if not self._clients.admit(self):
@@ -86,7 +86,7 @@ class Connection(RequestHandler):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse what arrived. What comes ahead of an answer is bounded, since it has to be kept."""
+        """Parse received bytes. Those that arrive before the answer are bounded, since they have to be buffered."""
         if self.working:
             if self.body is not None and self.body.is_eof():
                 self._ahead += len(data)
@@ -98,11 +98,11 @@ class Connection(RequestHandler):
         super().data_received(data)
 
     def begin(self, request: web.BaseRequest) -> None:
-        """A request begins."""
+        """Record that a request begins."""
         self.working, self.served, self.body, self._ahead = True, True, request.content, 0
 
     def finish(self) -> None:
-        """Its answer is complete, or all of it is on its way."""
+        """Record that the request's answer is complete, or all of it is in the send buffers."""
         self.working, self.header_started, self.body = False, False, None
         self.since = self._clients.now()
 
@@ -120,7 +120,7 @@ class Connection(RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,  # noqa: ARG002 - it repeats what was sent
     ) -> web.StreamResponse:
-        """Answer what is not HTTP, and faults of this process, in OpenAI's schema and without what was sent."""
+        """Answer malformed requests and internal faults in OpenAI's schema, without repeating the request."""
         if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             LOG.error("the answer to a request failed: %s", described(exc))
             error = errors.internal()
@@ -135,7 +135,7 @@ class Connection(RequestHandler):
         return response
 
     def log_exception(self, *_: Any, **named: Any) -> None:  # noqa: ANN401 - as aiohttp calls it
-        """Log the kind and the place of a fault, without its text, which may hold what a client sent."""
+        """Log the type and the location of a fault, without its text, which may contain the client's data."""
         LOG.error("a connection failed: %s", described(named.get("exc_info")))
 
 
@@ -144,7 +144,7 @@ def _parse_error(error: BaseException | None) -> errors.ApiError:
     if isinstance(error, LineTooLong):
         return errors.header_too_large()
     if isinstance(error, ContentEncodingError):
-        unknown = any(name in error.message for name in ("(br)", "(zstd)"))  # it has no libraries for these
+        unknown = any(name in error.message for name in ("(br)", "(zstd)"))  # their libraries are not installed
         return errors.unsupported_encoding() if unknown else errors.body_unreadable()
     return errors.malformed_request()
 
@@ -154,7 +154,7 @@ class ClientServer(web.Server):
 
     Args:
         handler: answers one request.
-        limits: number of connections, and times.
+        limits: bounds on connections and timeouts.
         now: monotonic seconds.
         malformed: called for each request that is not HTTP.
         request_factory: makes the request objects.
@@ -197,7 +197,7 @@ class ClientServer(web.Server):
             connection.finish()
 
     def admit(self, connection: Connection) -> bool:
-        """Count a connection; False if there are too many. One that waits for a request gives way to a new one."""
+        """Return True if the connection is accepted. An idle one is closed to make room for a new one."""
         if self._sites[connection.site] >= self._limits.max_connections_per_address:
             idle = next((other for other in self._open if not other.working and other.site == connection.site), None)
         elif len(self._open) >= self._limits.max_connections:
@@ -214,7 +214,7 @@ class ClientServer(web.Server):
         return True
 
     def forget(self, connection: Connection) -> None:
-        """Count a connection no longer."""
+        """Stop counting a connection."""
         if connection not in self._open:
             return
         del self._open[connection]

@@ -1,4 +1,4 @@
-"""What clients ask for right now, per model: the operator scales by it."""
+"""Current demand per model, by which the operator scales."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 MIN_INTERVAL_SECONDS = 0.1
-"""Changes within this time go into one line."""
+"""Changes within this time are combined into one line."""
 
 
 class Demand:
-    """Counts of running and waiting requests by global id."""
+    """Counts of running and waiting sequences by the model's global id."""
 
     def __init__(self) -> None:
         self.running: Counter[str] = Counter()
@@ -25,11 +25,11 @@ class Demand:
         self._changed = Broadcast()
 
     def add_running(self, model: str, count: int) -> None:
-        """Change the number of forwarded requests."""
+        """Change the number of sequences of forwarded requests."""
         self._add(self.running, model, count)
 
     def add_waiting(self, model: str, count: int) -> None:
-        """Change the number of held requests."""
+        """Change the number of sequences of held requests."""
         self._add(self.waiting, model, count)
 
     def _add(self, counter: Counter[str], model: str, count: int) -> None:
@@ -39,7 +39,7 @@ class Demand:
         self._changed.fire()
 
     def snapshot(self) -> GatewayDemand:
-        """The counts now; a model without requests is absent."""
+        """Return the current counts; models without requests are omitted."""
         models = self.running.keys() | self.waiting.keys()
         return GatewayDemand(
             models={
@@ -49,7 +49,7 @@ class Demand:
         )
 
     async def lines(self) -> AsyncIterator[bytes]:
-        """NDJSON lines: at once, on each change, and at least once per heartbeat."""
+        """Yield NDJSON lines: immediately, on each change, and at least once per heartbeat."""
         while True:
             changed = self._changed.next()
             yield self.snapshot().model_dump_json(by_alias=True).encode() + b"\n"

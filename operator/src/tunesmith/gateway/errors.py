@@ -12,15 +12,15 @@ _LAST_STATUS = 599
 
 
 class ApiError(Exception):
-    """An answer that ends a request.
+    """Error response to a request.
 
     Args:
         status: HTTP status.
         message: the sentence that the client reads.
-        code: OpenAI's word for programs, or None.
-        type_: OpenAI's class of errors.
+        code: OpenAI's machine-readable code, or None.
+        type_: OpenAI's error type.
         param: the field of the request that is at fault.
-        headers: more headers of the answer.
+        headers: additional response headers.
     """
 
     def __init__(
@@ -42,19 +42,19 @@ class ApiError(Exception):
         self.headers = headers or {}
 
     def body(self) -> bytes:
-        """The answer's body."""
+        """Return the response body."""
         return orjson.dumps(
             {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
         )
 
 
 class RelayedError(ApiError):
-    """An error of the engine, passed on as it is.
+    """An error of the engine, relayed unchanged.
 
     Args:
         status: HTTP status.
         body: JSON in OpenAI's schema.
-        headers: more headers of the answer.
+        headers: additional response headers.
     """
 
     def __init__(self, status: int, body: bytes, headers: dict[str, str]) -> None:
@@ -67,7 +67,7 @@ class RelayedError(ApiError):
 
 
 def missing_key() -> ApiError:
-    """401: no bearer key in the request."""
+    """401: the request has no bearer key."""
     return ApiError(
         HTTPStatus.UNAUTHORIZED,
         "You didn't provide an API key. Send it in the header `Authorization: Bearer <key>`;"
@@ -78,7 +78,7 @@ def missing_key() -> ApiError:
 
 
 def invalid_key() -> ApiError:
-    """401: the key is not one of ours. The key is not repeated."""
+    """401: the key is unknown. The message does not repeat it."""
     return ApiError(
         HTTPStatus.UNAUTHORIZED,
         "Incorrect API key provided. `tunesmith keys list` shows the keys there are.",
@@ -88,7 +88,7 @@ def invalid_key() -> ApiError:
 
 
 def model_not_found(model: str) -> ApiError:
-    """404: there is no such model, or its namespace is closed to the key: the answer does not tell which."""
+    """404: the model does not exist, or its namespace is closed to the key; the response does not reveal which."""
     return ApiError(
         HTTPStatus.NOT_FOUND,
         f"The model `{model[:_SHOWN_NAME]}` does not exist or you do not have access to it."
@@ -109,7 +109,7 @@ def model_ambiguous(model: str, ids: list[str]) -> ApiError:
 
 
 def model_forbidden(model: str) -> ApiError:
-    """403: the key may call the namespace but not this model."""
+    """403: the key may call other models of the namespace but not this one."""
     return ApiError(
         HTTPStatus.FORBIDDEN,
         f"Your API key may not call the model `{model}`."
@@ -125,13 +125,13 @@ def missing_model() -> ApiError:
 
 
 def wrong_type(name: str, type_: type) -> ApiError:
-    """400: a member that the gateway reads has another type."""
+    """400: a member that the gateway reads has the wrong type."""
     expected = {bool: "true or false", int: "an integer", str: "a string"}[type_]
     return ApiError(HTTPStatus.BAD_REQUEST, f"`{name}` must be {expected}.", param=name, code="invalid_type")
 
 
 def too_many_sequences(count: int) -> ApiError:
-    """400: one request would occupy the engine."""
+    """400: the request asks for more sequences than one request may."""
     return ApiError(
         HTTPStatus.BAD_REQUEST,
         f"The request asks for {count} sequences (choices × prompts), more than the gateway accepts in one request."
@@ -151,7 +151,7 @@ def body_not_json(reason: str) -> ApiError:
 
 
 def body_not_an_object() -> ApiError:
-    """400: the body is JSON but no object."""
+    """400: the body is JSON but not an object."""
     return ApiError(HTTPStatus.BAD_REQUEST, "The body of the request must be a JSON object.", code="invalid_json")
 
 
@@ -174,7 +174,7 @@ def body_unreadable() -> ApiError:
 
 
 def unsupported_encoding() -> ApiError:
-    """415: a compression that the gateway does not undo."""
+    """415: the body has a compression that the gateway does not support."""
     return ApiError(
         HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
         "This Content-Encoding is not supported: send the body uncompressed, or with gzip or deflate.",
@@ -183,7 +183,7 @@ def unsupported_encoding() -> ApiError:
 
 
 def unknown_expectation() -> ApiError:
-    """417: an Expect header that is not 100-continue."""
+    """417: the Expect header is not 100-continue."""
     return ApiError(HTTPStatus.EXPECTATION_FAILED, "`Expect` may only be `100-continue`.", code="unknown_expectation")
 
 
@@ -198,7 +198,7 @@ def body_too_slow(seconds: float) -> ApiError:
 
 
 def malformed_request() -> ApiError:
-    """400: not HTTP. Nothing of what was sent is repeated: it may hold a key."""
+    """400: the request is not HTTP. The message repeats nothing of it, since it may contain a key."""
     return ApiError(
         HTTPStatus.BAD_REQUEST,
         "The request is not valid HTTP/1.1. Check its request line, its header lines and how its length is given.",
@@ -207,7 +207,7 @@ def malformed_request() -> ApiError:
 
 
 def header_too_large() -> ApiError:
-    """431: a header line is too long, or there are too many."""
+    """431: a header line is too long, or there are too many header lines."""
     return ApiError(
         HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
         "The header of the request is too large: a line may have 8190 bytes, and there may be 128 lines.",
@@ -216,7 +216,7 @@ def header_too_large() -> ApiError:
 
 
 def body_too_large(limit: int) -> ApiError:
-    """413: the body is above the limit, in bytes."""
+    """413: the body is larger than `limit`, in bytes."""
     return ApiError(
         HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
         f"The body of the request is larger than {limit} bytes.",
@@ -225,7 +225,7 @@ def body_too_large(limit: int) -> ApiError:
 
 
 def unknown_url(method: str, path: str) -> ApiError:
-    """404: a path that is not served."""
+    """404: the path is not served."""
     return ApiError(
         HTTPStatus.NOT_FOUND,
         f"Invalid URL ({method[:_SHOWN_METHOD]} {path[:_SHOWN_NAME]}): the gateway serves /v1/chat/completions,"
@@ -235,7 +235,7 @@ def unknown_url(method: str, path: str) -> ApiError:
 
 
 def method_not_allowed(method: str, path: str, allowed: str) -> ApiError:
-    """405: the path wants another method."""
+    """405: the path does not support the method."""
     return ApiError(
         HTTPStatus.METHOD_NOT_ALLOWED,
         f"Not allowed to {method[:_SHOWN_METHOD]} on {path[:_SHOWN_NAME]}: use {allowed}.",
@@ -255,7 +255,7 @@ def _unavailable(message: str, code: str, retry_after: int) -> ApiError:
 
 
 def no_pod_ready(model: str, seconds: float) -> ApiError:
-    """503: no pod held the model while the request was kept."""
+    """503: no pod held the model while the request waited."""
     return _unavailable(
         f"No pod that holds `{model}` became ready within {seconds:g} s. Try again later;"
         " `tunesmith models` shows what it waits for.",
@@ -265,12 +265,12 @@ def no_pod_ready(model: str, seconds: float) -> ApiError:
 
 
 def model_not_ready(model: str, reason: str) -> ApiError:
-    """503: the model is known but there is nothing to load yet, or loading failed for good."""
+    """503: the model is known, but there is nothing to load yet or loading failed permanently."""
     return _unavailable(f"The model `{model}` is not ready: {reason}", "model_not_ready", 10)
 
 
 def too_many_waiting(model: str) -> ApiError:
-    """503: the model is on its way, but the gateway keeps as many requests as it may."""
+    """503: no pod holds the model yet, and the gateway holds the maximum number of waiting requests."""
     return _unavailable(
         f"No pod holds `{model}` yet, and too many requests already wait at this gateway. Try again later.",
         "too_many_waiting",
@@ -279,7 +279,7 @@ def too_many_waiting(model: str) -> ApiError:
 
 
 def not_ready(reason: str) -> ApiError:
-    """503: the gateway should get no requests now."""
+    """503: the gateway is not ready for requests."""
     return _unavailable(f"The gateway is not ready: {reason}.", "gateway_not_ready", 2)
 
 
@@ -291,7 +291,7 @@ def over_budget() -> ApiError:
 
 
 def key_over_budget(limit: int) -> ApiError:
-    """429: the key has its part of the gateway's memory in flight."""
+    """429: the key's requests in flight use up its part of the gateway's memory."""
     return ApiError(
         HTTPStatus.TOO_MANY_REQUESTS,
         f"Your API key has as many requests in flight as one key may have ({limit} bytes in all). Wait for some to"
@@ -303,17 +303,17 @@ def key_over_budget(limit: int) -> ApiError:
 
 
 def too_many_connections() -> ApiError:
-    """503: the gateway, or one client address, has as many connections as allowed."""
+    """503: the gateway or the client address has the maximum number of connections."""
     return _unavailable("There are too many connections. Try again later.", "too_many_connections", 5)
 
 
 def ending() -> ApiError:
-    """503: the gateway ends before the request was started."""
+    """503: the gateway shuts down before the request was started."""
     return _unavailable("The gateway is about to end. Send the request again.", "gateway_ending", 1)
 
 
 def cut_off() -> ApiError:
-    """502: the gateway ends before the answer is complete."""
+    """502: the gateway shuts down before the response is complete."""
     return ApiError(
         HTTPStatus.BAD_GATEWAY,
         "The gateway ended before the answer was complete. Send the request again.",
@@ -328,11 +328,11 @@ def starting() -> ApiError:
 
 
 _NO_RETRY = {"x-should-retry": "false"}
-"""OpenAI's clients repeat a request after a 5xx; one that killed its engine would kill the next one too."""
+"""OpenAI's clients retry after a 5xx, and a request that crashed its engine would crash the next one too."""
 
 
 def engine_failed(model: str) -> ApiError:
-    """502: the engine accepted the request and failed before its answer was complete."""
+    """502: the engine accepted the request and failed before its response was complete."""
     return ApiError(
         HTTPStatus.BAD_GATEWAY,
         f"The pod that answered for `{model}` ended before its answer was complete. The request is not repeated by the"
@@ -355,7 +355,7 @@ def engine_silent(model: str, seconds: float) -> ApiError:
 
 
 def engine_error(model: str, status: int) -> ApiError:
-    """An error status of the engine whose body is not an error in OpenAI's schema."""
+    """Return the error for an engine's error status whose body is not an error in OpenAI's schema."""
     return ApiError(
         status if HTTPStatus.BAD_REQUEST <= status <= _LAST_STATUS else HTTPStatus.BAD_GATEWAY,
         f"The engine of `{model}` answered with status {status} and without an explanation.",
@@ -366,7 +366,7 @@ def engine_error(model: str, status: int) -> ApiError:
 
 
 def wrong_model(model: str) -> ApiError:
-    """502: the engine's reply names another model; it is not passed on."""
+    """502: the engine's response names another model; it is discarded."""
     return ApiError(
         HTTPStatus.BAD_GATEWAY,
         f"The engine answered with another model than `{model}`. The answer was discarded.",
@@ -377,7 +377,7 @@ def wrong_model(model: str) -> ApiError:
 
 
 def internal() -> ApiError:
-    """500: a fault of the gateway."""
+    """500: an internal error of the gateway."""
     return ApiError(
         HTTPStatus.INTERNAL_SERVER_ERROR,
         "The gateway failed to handle the request. Its log has the request id of this answer.",

@@ -1,4 +1,4 @@
-"""Answers of engines while they pass: which model they name, and where a server-sent event ends. Pure."""
+"""Inspection of engines' answers in transit: the model that they name, and the end of a server-sent event. Pure."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import orjson
 
 MAX_HELD = 64 * 1024
-"""Bytes of an answer that are kept back until they show the right model, or until an event is complete."""
+"""Bytes of an answer that are withheld until they show the right model, or until an event is complete."""
 EVENT_END = b"\n\n"
 COMMENT = b": keep-alive\n\n"
 _STRING = rb'"(?:[^"\\]|\\.)*+"'
-# A member called model of the outermost object, after members that are neither objects nor arrays.
+# The member `model` of the outermost object, after members that are neither objects nor arrays.
 _MODEL = re.compile(
     rb"\s*\{(?:\s*+" + _STRING + rb"\s*+:\s*+(?:" + _STRING + rb"|[-+.0-9eE]++|true|false|null)\s*+,)*?"
     rb'\s*+"model"\s*+:\s*+(' + _STRING + rb")"
@@ -20,7 +20,7 @@ _MODEL = re.compile(
 
 
 class WrongModelError(Exception):
-    """The answer does not show that it comes from the model that was asked."""
+    """The answer does not show that it comes from the requested model."""
 
 
 def names_model(start: bytes | bytearray, engine_name: str, *, complete: bool) -> bool | None:
@@ -56,30 +56,30 @@ def _last_event_end(data: bytearray, start: int) -> int:
 
 
 class EventStream:
-    """The events of one answer. Whole events pass, so that something may be inserted between them.
+    """The events of one answer. Events are passed whole, so that comments can be inserted between them.
 
-    Comments and empty events pass at once; the first event with data passes once it names the model, reports an error
-    or ends the stream.
+    Comments and empty events pass immediately; the first event with data passes once it names the model, reports an
+    error or ends the stream.
     """
 
     def __init__(self, engine_name: str) -> None:
         self._engine_name = engine_name
         self._held = bytearray()
         self.named = False
-        """An event with data passed."""
+        """True once an event with data has passed."""
         self.between_events = True
-        """What passed so far ends with a whole event."""
+        """True if the bytes passed so far end with a whole event."""
 
     def feed(self, chunk: bytes) -> bytes:
-        """Return what may pass after this chunk.
+        """Return the bytes that may pass after this chunk.
 
         Raises:
-            WrongModelError: the first event names another model, or none within `MAX_HELD` bytes.
+            WrongModelError: the first event names another model, or no model within `MAX_HELD` bytes.
         """
         held = self._held
         if self.named and self.between_events and not held and chunk.endswith(EVENT_END):
             return chunk
-        # An event's end may lie in two chunks, so the search begins three bytes before this one.
+        # An event's end may be split across chunks, so the search begins three bytes before this one.
         start = max(0, len(held) - 3)
         held += chunk
         end = _last_event_end(held, start)
@@ -100,10 +100,10 @@ class EventStream:
         return ready
 
     def end(self) -> bytes:
-        """Return what is left at the end of the stream.
+        """Return the remaining bytes at the end of the stream.
 
         Raises:
-            WrongModelError: as `feed`.
+            WrongModelError: the first event does not name the right model.
         """
         if self._held and not self.named:
             self._check(bytes(self._held), complete=True)

@@ -1,4 +1,4 @@
-"""Descriptions of exceptions for the log, without their texts: those may hold what a client sent."""
+"""Descriptions of exceptions for the log, without their texts, which may contain a client's data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _FRAMES = 4
 
 
 def described(error: object) -> str:
-    """Return the kind of an exception and the innermost places it passed."""
+    """Return the type of an exception and its innermost stack frames."""
     if not isinstance(error, BaseException):
         return "unknown"
     frames = traceback.extract_tb(error.__traceback__)[-_FRAMES:]

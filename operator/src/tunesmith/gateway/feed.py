@@ -1,4 +1,4 @@
-"""From the API server's watches into the gateway's tables."""
+"""Updates of the gateway's tables from watches of the API server."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 LOG = logging.getLogger(__name__)
 
 _Source = tuple[str, str | None]
-"""A kind, and the namespace in which it is watched; None: in all. Of the kind Namespace, the one that is watched."""
+"""A kind and the namespace in which it is watched; None: all. For the kind Namespace, the name of the watched one."""
 KINDS = ("ServingPool", "AdapterDeployment", "Pod", "Namespace", KEY_KIND)
 STALE_SECONDS = 180.0
-"""A kind of which nothing was heard for this long, not even a bookmark, may have changed: a deleted key would still be
-valid. The API server sends a bookmark about once a minute, and a stream that is silent for 90 s is opened again."""
+"""A kind whose watch received nothing for this long, not even a bookmark, is stale: a deleted key would still be valid.
+The API server sends a bookmark about once a minute, and a stream that is silent for 90 s is reopened."""
 _RETRY_SECONDS = 5.0
 _SLICE_SECONDS = 0.005
-"""Events are taken in for this long before requests get their turn."""
+"""Events are processed for this long before requests get their turn."""
 
 
 class Watcher(Protocol):
@@ -47,19 +47,19 @@ class Watcher(Protocol):
         alive: Callable[[], None],
         keep: Callable[[Object], Object],
     ) -> AsyncIterator[WatchEvent]:
-        """Yield every object as ADDED, then SYNCED, then every change; call `alive` for each sign of life."""
+        """Yield every object as ADDED, then SYNCED, then every change; call `alive` whenever data arrives."""
 
 
 class Feed:
-    """Keeps the tables as the API server has them. While it cannot be reached, the tables stay as they are.
+    """Synchronisation of the tables with the API server. While it is unreachable, the tables stay unchanged.
 
     Args:
         watcher: the cluster.
-        namespace: the gateway's own, which holds the keys.
+        namespace: the gateway's namespace, which holds the keys.
         watched: namespaces whose pools and adapters are served; empty: all.
         keys: the table of keys to fill.
         catalog: the catalog to fill.
-        changed: called soon after changes of pools or pods, once for those that came together.
+        changed: called soon after changes of pools or pods, once for changes that arrive together.
         stale_seconds: see `STALE_SECONDS`.
     """
 
@@ -89,15 +89,15 @@ class Feed:
 
     @property
     def missing(self) -> list[str]:
-        """The kinds that have not been read yet."""
+        """Kinds that have not been read yet."""
         return list(dict.fromkeys(kind for kind, place in self._sources if (kind, place) not in self._synced))
 
     def synced(self) -> bool:
-        """True if everything has been read once."""
+        """Return True if everything has been read once."""
         return len(self._synced) == len(self._sources)
 
     def problem(self) -> str | None:
-        """Return why the tables must not be relied on, or None."""
+        """Return the reason why the tables are not reliable, or None."""
         if self.missing:
             return f"not read yet: {', '.join(self.missing)}"
         now = time.monotonic()
@@ -123,13 +123,13 @@ class Feed:
             try:
                 await self._watch(source)
             except ClusterError as error:
-                LOG.error("cannot watch %s: %s", kind, error)  # noqa: TRY400 - the sentence says all
+                LOG.error("cannot watch %s: %s", kind, error)  # noqa: TRY400 - the message is sufficient
             except Exception:
                 LOG.exception("the watch of %s failed and is started again", kind)
             await asyncio.sleep(_RETRY_SECONDS)
 
     async def _watch(self, source: _Source) -> None:
-        """Follow a kind until its watch fails. A new watch lists everything: what is not listed is removed."""
+        """Follow a kind until its watch fails. A new watch lists everything; objects that it omits are removed."""
         kind, namespace = source
         labels = {"Pod": POOL_LABEL, KEY_KIND: f"{KEY_LABEL}=true"}.get(kind, "")
         listed: set[tuple[str, str]] | None = set()
@@ -161,7 +161,7 @@ class Feed:
                 await turn.give()
 
     def take(self, kind: str, type_: str, document: dict[str, Any]) -> None:
-        """Take over one change. An object that cannot be read is logged and omitted."""
+        """Apply one change. An object that cannot be parsed is logged and skipped."""
         try:
             if type_ == "DELETED":
                 self._known[kind].discard(_key_of(document))
@@ -208,7 +208,7 @@ class Feed:
 
 
 class _Turn:
-    """Time that events may be taken in without a pause."""
+    """Time for which events may be processed without a pause."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()

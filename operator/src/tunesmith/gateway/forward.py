@@ -1,4 +1,4 @@
-"""One attempt to have a pod answer a request."""
+"""One attempt to forward a request to a pod."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ LOG = logging.getLogger(__name__)
 
 NOT_STARTED_HEADER = "x-tunesmith-not-started"
 OTHER_TOKEN = "other_token"  # noqa: S105 - a label in metrics
-"""While the installation's key is rotated: the pod accepts another of the gateway's tokens, it is tried at once."""
+"""During a rotation of the installation's key: the pod accepts another of the gateway's tokens, tried immediately."""
 _JSON = "application/json"
 _EVENT_STREAM = "text/event-stream"
 _MAX_RETRY_AFTER_DIGITS = 6
 
 
 class NotStartedError(Exception):
-    """The pod did not accept the request, so another one may be asked; `reason` is a label in metrics."""
+    """The pod did not accept the request, so it may be sent to another pod; `reason` is a label in metrics."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -42,11 +42,11 @@ class NotStartedError(Exception):
 
 
 class Forwarder:
-    """Sends requests to pods and passes their answers on.
+    """Forwarding of requests to pods and of their answers to clients.
 
     Args:
         session: makes the requests to engines.
-        closing: True once the process is about to end: answers ask their clients to close the connection.
+        closing: True once the process shuts down: answers ask clients to close the connection.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Forwarder:
         Raises:
             NotStartedError: the pod did not accept it.
             ApiError: the pod accepted it and failed.
-            ClientLeftError: the client left.
+            ClientLeftError: the client closed its connection.
         """
         call.started = True
         backend.in_flight += call.body.sequences
@@ -93,7 +93,7 @@ class Forwarder:
             self._residency.suspect(backend)
             raise NotStartedError("connect") from error
         except (aiohttp.ClientError, OSError) as error:
-            # The kind only: a text could repeat what the engine sent.
+            # Only the type: the text could repeat data from the engine.
             LOG.warning("request %s: pod %s: %s", call.request_id, backend.pod.name, type(error).__name__)
             self._residency.suspect(backend)
             raise errors.engine_failed(call.model.id) from error
@@ -104,7 +104,7 @@ class Forwarder:
             backend.in_flight -= call.body.sequences
             self._demand.add_running(call.model.id, -call.body.sequences)
             if upstream is not None:
-                # An answer that was not read to its end is cut off: the engine then stops generating.
+                # Closing the connection before the end of the answer stops the engine's generation.
                 upstream.close()
 
     def _post(
@@ -128,7 +128,7 @@ class Forwarder:
     async def _accepted(
         self, call: Call, post: Coroutine[None, None, aiohttp.ClientResponse]
     ) -> aiohttp.ClientResponse:
-        """Wait for the head of the pod's answer, with comments to a client that waits for a stream."""
+        """Wait for the head of the pod's answer and send comments to a client that waits for a stream."""
         seconds = self._limits.silence_seconds if call.body.stream else self._limits.answer_seconds
         deadline = self._clock() + seconds
         task = asyncio.ensure_future(post)
@@ -136,7 +136,7 @@ class Forwarder:
             while not task.done():
                 left = deadline - self._clock()
                 if left <= 0:
-                    raise errors.engine_silent(call.model.id, seconds)  # noqa: TRY301 - the handler closes what came late
+                    raise errors.engine_silent(call.model.id, seconds)  # noqa: TRY301 - the handler closes a late response
                 if call.events is not None:
                     await call.events.comment_if_due()
                     left = min(left, call.events.until_comment())
@@ -189,7 +189,7 @@ class Forwarder:
             raise errors.engine_silent(call.model.id, self._limits.silence_seconds) from None
 
     async def _whole(self, call: Call, upstream: aiohttp.ClientResponse, engine_name: str) -> web.StreamResponse:
-        """Pass an answer on that is not a stream; a large one in pieces, once its start shows the right model."""
+        """Relay an answer that is not a stream, a large one in pieces, once its start shows the right model."""
         start = await self._start(call, upstream)
         small = len(start) <= events.MAX_HELD
         if not events.names_model(start, engine_name, complete=small):
@@ -212,14 +212,14 @@ class Forwarder:
                 piece = await self._read(call, upstream)
             await finish(call.request, response, self._limits)
         except BaseException:
-            # The status is sent, and JSON has no place for an error: the client sees that the answer is incomplete.
+            # The status is already sent and JSON cannot carry an error: an aborted connection shows the answer as cut.
             if call.request.transport is not None:
                 call.request.transport.abort()
             raise
         return response
 
     async def _stream(self, call: Call, upstream: aiohttp.ClientResponse, engine_name: str) -> web.StreamResponse:
-        """Pass server-sent events on as they come, once the first one shows the right model."""
+        """Relay server-sent events as they arrive, once the first one shows the right model."""
         reply = call.events = call.events or EventReply(
             call.request, call.request_id, call.share, self._limits, clock=self._clock, closing=self._closing
         )
@@ -237,7 +237,7 @@ class Forwarder:
         return await reply.finish()
 
     async def _next(self, call: Call, reply: EventReply, upstream: aiohttp.ClientResponse) -> bytes:
-        """Return the next bytes of a stream, empty at its end, with comments to the client meanwhile."""
+        """Return the next bytes of a stream, empty at its end, and send comments to the client meanwhile."""
         deadline = self._clock() + self._limits.silence_seconds
         while True:
             left = deadline - self._clock()
@@ -257,10 +257,10 @@ async def _sent(pieces: list[bytes | memoryview]) -> AsyncIterator[bytes | memor
 
 
 async def _raise_not_started(upstream: aiohttp.ClientResponse) -> None:
-    """Raise for answers that say that the engine did not begin.
+    """Raise for answers that show that the engine did not start the request.
 
-    A 404 is the engine's for a model it does not hold (unloaded, or restarted and empty): never another model's answer.
-    401 and 403 are the pod's refusal of the gateway, not of the client.
+    The engine returns 404 for a model that it does not hold (unloaded, or lost in a restart), never another model's
+    answer. With 401 and 403 the pod refuses the gateway, not the client.
 
     Raises:
         NotStartedError: with the reason.

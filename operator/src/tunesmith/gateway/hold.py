@@ -1,4 +1,4 @@
-"""The pod of a call; a call is held while no usable pod holds its model."""
+"""Selection of a pod for a call; a call waits while no usable pod holds its model."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _RETRY_PAUSE_SECONDS = 0.25
 
 
 class Hold:
-    """Finds pods for calls.
+    """Queue of calls that wait for a pod.
 
     Args:
         catalog: the models; they are resolved again after each wait.
         residency: the pods.
-        demand: counts the calls that wait.
-        limits: how long a call waits, and how many may.
+        demand: counts of waiting calls.
+        limits: bounds on the time and the number of waiting calls.
         clock: monotonic seconds.
     """
 
@@ -46,11 +46,11 @@ class Hold:
 
         Args:
             call: its model is resolved again while it waits: revisions come and go.
-            refused: UIDs of pods that did not accept it; emptied after a pause, so that they are asked again.
+            refused: UIDs of pods that did not accept it; cleared after a pause, so that they are tried again.
 
         Raises:
             ApiError: the model cannot be called, no pod holds it in time, or too many calls wait.
-            ClientLeftError: the client left.
+            ClientLeftError: the client closed its connection.
         """
         deadline = call.arrived + self._limits.hold_seconds
         while True:
@@ -83,11 +83,11 @@ class Hold:
         return None
 
     async def _wait(self, call: Call, changed: asyncio.Event, seconds: float) -> None:
-        """Keep a call until something changes, at most so long.
+        """Hold a call until a change or for at most `seconds`.
 
         Raises:
-            ApiError: too many wait already.
-            ClientLeftError: the client left.
+            ApiError: too many calls wait already.
+            ClientLeftError: the client closed its connection.
         """
         if self._waiting >= self._limits.max_held_requests:
             raise errors.too_many_waiting(call.model.id)

@@ -26,14 +26,14 @@ def internal_app(
     *,
     require_token: bool,
 ) -> web.Application:
-    """The application of the internal port.
+    """Return the application of the internal port.
 
     Args:
-        demand: what /v1/demand streams.
-        metrics: what /metrics shows.
-        gateway_keys: return the gateway's keys, which the tokens of /v1/demand and /metrics derive from.
-        not_ready: return why the gateway should get no requests, or None.
-        require_token: True if /metrics needs a token.
+        demand: streamed by /v1/demand.
+        metrics: exposed by /metrics.
+        gateway_keys: returns the gateway's keys, from which the tokens of /v1/demand and /metrics are derived.
+        not_ready: returns the reason why the gateway is not ready for requests, or None.
+        require_token: True if /metrics requires a token.
     """
 
     async def stream_demand(request: web.Request) -> web.StreamResponse:
@@ -74,6 +74,6 @@ async def _exposition(request: web.Request, metrics: Metrics) -> web.StreamRespo
     for piece in metrics.exposition():
         if piece:
             await response.write(piece)
-        # Requests come before the next piece.
+        # Serve requests before the next piece.
         await asyncio.sleep(0)
     return response

@@ -37,9 +37,9 @@ class KeyTable:
             del self._by_prefix[prefix]
 
     def find(self, presented: str) -> ApiKey | None:
-        """The key that a client presents, or None.
+        """Return the API key that a client presents, or None if it is not valid.
 
-        The index sees only a prefix of the SHA-256; the whole digest is compared in constant time.
+        The index uses only a prefix of the SHA-256; the whole digest is compared in constant time.
         """
         digest = key_digest(presented)
         found = None

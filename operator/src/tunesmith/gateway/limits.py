@@ -1,4 +1,4 @@
-"""Bounds of what one gateway accepts from clients and how long it waits for engines."""
+"""Bounds on the requests that one gateway accepts and on its waits for engines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MIB = 1024 * 1024
 
 _CGROUP_FILES = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _IN_FLIGHT_SHARE = 0.4
-"""Part of the memory limit for bytes in flight; interpreter, tables and socket buffers need the rest."""
+"""Fraction of the memory limit for bytes in flight; interpreter, tables and socket buffers need the rest."""
 _BYTES_PER_CONNECTION = 256 * 1024
 """Memory that one connection may pin in buffers outside the budget of bytes in flight."""
 
@@ -65,7 +65,7 @@ class Limits(BaseModel):
     """Seconds between the comments that keep a silent stream open."""
 
     def within(self, memory: int) -> Self:
-        """Return the limits with those that are 0 computed from the memory limit of the container, in bytes."""
+        """Return the limits, those that are 0 replaced by values for the container's memory limit in bytes."""
         in_flight = self.max_in_flight_bytes or int(memory * _IN_FLIGHT_SHARE)
         connections = self.max_connections or max(64, min(65_536, memory // _BYTES_PER_CONNECTION))
         return self.model_copy(
@@ -78,7 +78,7 @@ class Limits(BaseModel):
         )
 
     def problem(self) -> str | None:
-        """Return a sentence about a budget that is too small for one request; None if there is none."""
+        """Return an error message if a budget is too small for one request, otherwise None."""
         smallest = self.max_body_bytes + ANSWER_BYTES
         for flag, budget in (
             ("--max-in-flight-bytes", self.max_in_flight_bytes),
@@ -93,7 +93,7 @@ class Limits(BaseModel):
 
 
 def memory_limit(files: tuple[Path, ...] = _CGROUP_FILES) -> int:
-    """Return the memory limit of this container in bytes, or the machine's memory where there is no limit."""
+    """Return the memory limit of this container in bytes, or the machine's memory if there is no limit."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for file in files:
         try:

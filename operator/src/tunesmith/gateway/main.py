@@ -31,7 +31,7 @@ LOG = logging.getLogger("tunesmith.gateway")
 
 
 def main() -> None:
-    """Run the gateway until SIGTERM. Exit code 0 after draining, 1 for a fault, 2 for wrong settings."""
+    """Run the gateway until SIGTERM. Exit code 0 after draining, 1 for a fault, 2 for invalid settings."""
     settings = read(GatewaySettings)
     configure_log(settings.log_level)
     exempt_modules_from_collection()
@@ -61,9 +61,9 @@ def _fail(message: str, code: int = 2) -> int:
 
 
 def exempt_modules_from_collection() -> None:
-    """Exclude what exists so far from garbage collection.
+    """Exclude all existing objects from garbage collection.
 
-    Modules live as long as the process. Without this every full collection scans them, for a tenth of a second in which
+    Modules live as long as the process. Otherwise every full collection would scan them, which takes 0.1 s during which
     no request is served.
     """
     gc.collect()
@@ -71,7 +71,7 @@ def exempt_modules_from_collection() -> None:
 
 
 def bounded(settings: GatewaySettings) -> GatewaySettings:
-    """Return the settings with the limits that follow from the memory of this container.
+    """Return the settings with the limits that depend on the memory of this container.
 
     Raises:
         ValueError: a limit is too small for one request.
@@ -83,10 +83,10 @@ def bounded(settings: GatewaySettings) -> GatewaySettings:
 
 
 def gateway_keys(path: Path) -> KeyFile:
-    """Return the gateway's keys, which follow their file.
+    """Return the gateway's keys, reloaded when their file changes.
 
     Raises:
-        ValueError: the file cannot be used; the message tells why and how to fix it.
+        ValueError: the file cannot be used; the message gives the reason and the fix.
     """
     try:
         return KeyFile(path)
@@ -119,5 +119,5 @@ async def serve(settings: GatewaySettings, keys: Callable[[], Keys], watcher: Wa
 
 
 def _log_fault(_: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
-    """Log a fault that nobody handled, without texts and objects that may hold what a client sent."""
+    """Log an unhandled exception without texts and objects that may contain a client's data."""
     LOG.error("%s: %s", context.get("message"), described(context.get("exception")))

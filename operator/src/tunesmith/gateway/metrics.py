@@ -1,7 +1,7 @@
 """The gateway's Prometheus metrics.
 
-Those by model are rendered here and not by prometheus_client: with thousands of models it takes seconds, in which the
-event loop serves nobody. The exposition comes in pieces that take about a millisecond each.
+Metrics by model are rendered in this module, not by prometheus_client, which takes seconds for thousands of models and
+blocks the event loop meanwhile. The exposition is rendered in pieces that take about a millisecond each.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 
 _BOUNDS = (*map(str, _SECONDS), "+Inf")
 _MODELS_PER_PIECE = 25
 _PRUNED_AT = 256
-"""Series of models that are gone are removed at each exposition, and whenever so many have been added."""
+"""Series of deleted models are removed at each exposition, and each time this many series have been added."""
 
 
 RUNNING = GaugeMetricFamily(
@@ -50,7 +50,7 @@ BY_MODEL = (RUNNING, WAITING, REQUESTS, DURATION, FIRST_BYTE)
 
 
 class _Histogram:
-    """Observed seconds."""
+    """Histogram of durations in seconds."""
 
     __slots__ = ("counts", "total")
 
@@ -63,7 +63,7 @@ class _Histogram:
         self.total += seconds
 
     def lines(self, name: str, label: str) -> Iterator[str]:
-        """Return the lines of the exposition; `label` names the model."""
+        """Yield the lines of the exposition; `label` names the model."""
         if not any(self.counts):
             return
         below = 0
@@ -73,7 +73,7 @@ class _Histogram:
 
 
 class _Series:
-    """What was counted for one model."""
+    """Counts and histograms of one model."""
 
     __slots__ = ("codes", "first_byte", "label", "seconds")
 
@@ -85,11 +85,11 @@ class _Series:
 
 
 class Metrics:
-    """Counters and histograms by model; the label is empty where no known model was named.
+    """Counters and histograms by model; the label is empty for requests that name no known model.
 
     Args:
         demand: running and waiting sequences.
-        exists: True if there is a model with this id; series of others are removed.
+        exists: returns True if there is a model with this id; series of others are removed.
     """
 
     def __init__(self, demand: Demand, exists: Callable[[str], bool]) -> None:
@@ -118,7 +118,7 @@ class Metrics:
         series.seconds.observe(seconds)
 
     def first_byte(self, model: str, seconds: float) -> None:
-        """Count an answer of a pod that began."""
+        """Record the time to the first byte of a pod's answer."""
         self._of(model).first_byte.observe(seconds)
 
     def not_started(self, reason: str) -> None:
@@ -126,7 +126,7 @@ class Metrics:
         self._retries.labels(reason).inc()
 
     def exposition(self) -> Iterator[bytes]:
-        """Return the text format in pieces; the caller may do other things between them."""
+        """Yield the text format in pieces; the caller may run other tasks between them."""
         self._prune()
         yield generate_latest(self.registry)
         yield from _gauges(RUNNING, self._demand.running)

@@ -1,4 +1,4 @@
-"""`/v1/models`: what a key may call, as OpenAI describes it."""
+"""`/v1/models`: the models that a key may call, in OpenAI's schema."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MODELS_PATH = "/v1/models"
 
 
 def names_models(path: str) -> bool:
-    """Return True if a path is that of the list or of one model."""
+    """Return True if the path is the list of models or one model."""
     return path == MODELS_PATH or path.startswith(MODELS_PATH + "/")
 
 
@@ -24,7 +24,7 @@ def models_body(path: str, catalog: Catalog, key: ApiKey) -> bytes:
     Raises:
         ApiError: the named model is unknown, or the key may not call it.
     """
-    # Clients send the slash of a global id as %2F or as it is.
+    # Clients send the slash of a global id as %2F or unescaped.
     name = path.removeprefix(MODELS_PATH)[1:].replace("%2F", "/").replace("%2f", "/")
     if name:
         return orjson.dumps(_description(catalog.resolve(name, key)))

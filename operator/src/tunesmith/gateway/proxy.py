@@ -1,8 +1,8 @@
 """The handler of the clients' port: request → hold → forward → reply.
 
-Each step is a module: `request` decides who may ask which model, `hold` which revision on which pod answers and when,
-`forward` sends the call to that pod, `reply` writes to the client. This module adds what covers all steps of an
-exchange: errors, metrics, log lines and the shutdown.
+Each step is a module: `request` authenticates the client and resolves the model, `hold` chooses the revision and the
+pod and waits for them, `forward` sends the call to that pod, `reply` writes to the client. This module adds what covers
+all steps of an exchange: errors, metrics, log lines and the shutdown.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ LOG = logging.getLogger(__name__)
 GENERATE_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
 HEALTH_PATHS = frozenset({"/", "/health"})
 CLIENT_LEFT = 499
-"""In metrics and the log: the client closed the connection before the answer was complete."""
+"""Status code in metrics and the log if the client closed the connection before the answer was complete."""
 _END_SECONDS = 5.0
-"""How long the last events of cut-off streams may take."""
+"""Time limit for sending the last events of cut-off streams."""
 
 
 @dataclass(slots=True)
 class _Exchange:
-    """A request and what has become of it."""
+    """A request and its progress."""
 
     request: web.BaseRequest
     request_id: str
@@ -62,7 +62,7 @@ class _Exchange:
 
     @property
     def model(self) -> str:
-        """The global id of the model, for logs and metrics; empty where no known model was named."""
+        """Global id of the model, for logs and metrics; empty if the request names no known model."""
         return self.call.model.id if self.call else ""
 
 
@@ -70,8 +70,8 @@ class Proxy:
     """The handler of the clients' port.
 
     Args:
-        gateway_keys: return the gateway's keys, which the salts of the prefix cache derive from.
-        not_ready: why the gateway should get no requests, or None.
+        gateway_keys: returns the gateway's keys, from which the salts of the prefix cache are derived.
+        not_ready: returns the reason why the gateway is not ready for requests, or None.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Proxy:
         self._idle.set()
         self.budget = Budget(limits)
         self.closing = False
-        """The process is about to end: every answer asks its client to close the connection."""
+        """True once the process shuts down: every answer asks its client to close the connection."""
 
         def closing() -> bool:
             return self.closing
@@ -130,7 +130,7 @@ class Proxy:
         return response
 
     async def drain(self, seconds: float) -> None:
-        """Wait for the running requests, at most so long, then end those that are left with an error."""
+        """Wait for running requests for at most `seconds`, then terminate the remaining ones with an error."""
         await within(self._idle, seconds)
         if self._cutoffs:
             LOG.warning("%d requests are cut off after %g s", len(self._cutoffs), seconds)
@@ -139,11 +139,11 @@ class Proxy:
         await within(self._idle, _END_SECONDS)
 
     async def _respond(self, exchange: _Exchange) -> web.StreamResponse:
-        """Answer a request before the process ends.
+        """Answer a request, or cut it off when the process shuts down.
 
         Raises:
             ApiError: the answer is an error.
-            ClientLeftError: nobody reads the answer.
+            ClientLeftError: the client closed its connection.
         """
         try:
             async with asyncio.timeout(None) as cutoff:
@@ -163,12 +163,12 @@ class Proxy:
             raise (errors.cut_off() if exchange.call and exchange.call.started else errors.ending()) from None
         except ConnectionError:
             raise ClientLeftError from None
-        except Exception as error:  # noqa: BLE001 - a fault of this process; its text may hold what the client sent
+        except Exception as error:  # noqa: BLE001 - an internal fault; its text may contain the client's data
             LOG.error("request %s for %s: %s", exchange.request_id, exchange.model or "-", described(error))  # noqa: TRY400
             raise errors.internal() from None
 
     async def _report(self, exchange: _Exchange, error: errors.ApiError) -> web.StreamResponse:
-        """Tell the client of an error: as an event once its stream has begun, otherwise as the answer."""
+        """Report an error to the client: as an event once its stream has begun, otherwise as the answer."""
         events = exchange.call.events if exchange.call else None
         if events is None or events.response is None:
             return answer(error, exchange.request_id)
@@ -223,7 +223,7 @@ class Proxy:
 
 
 def _nobody() -> web.Response:
-    """Return what aiohttp drops, since the connection is closed."""
+    """Return a placeholder response, which aiohttp drops since the connection is closed."""
     return web.Response(status=CLIENT_LEFT)
 
 

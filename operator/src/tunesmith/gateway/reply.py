@@ -1,4 +1,4 @@
-"""The answer to a client: a stream of events that stays alive while the engine is silent, or a passed-through body."""
+"""The answer to a client: a stream of events that is kept alive while the engine is silent, or a relayed body."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
 
 ANSWER_BYTES = 16 * 1024
-"""Bytes of the budget that a running answer counts for."""
+"""Bytes of the budget that a running answer uses."""
 BEHIND_BYTES = 256 * 1024
-"""The same while the client reads more slowly than the pod answers."""
+"""Bytes of the budget that an answer uses while the client reads more slowly than the pod answers."""
 
 
 class ClientLeftError(Exception):
-    """The client closed its connection, or does not read, while the answer was written."""
+    """The client closed its connection or stopped reading while the answer was written."""
 
 
 async def prepare(request: web.BaseRequest, response: web.StreamResponse) -> None:
     """Send the head of an answer.
 
     Raises:
-        ClientLeftError: the client left.
+        ClientLeftError: the client closed its connection.
     """
     try:
         await response.prepare(request)
@@ -45,13 +45,13 @@ async def write(
     """Write a piece of an answer.
 
     Raises:
-        ClientLeftError: the client left, read nothing for `limits.write_seconds`, or reads more slowly than the pod
-            answers while the budget of bytes in flight is used up.
+        ClientLeftError: the client closed its connection, read nothing for `limits.write_seconds`, or reads more slowly
+            than the pod answers while the budget of bytes in flight is used up.
     """
     transport = request.transport
     if transport is None:
         raise ClientLeftError
-    # What the client has not read is kept: in this connection's buffers, and in those of the connection to the pod.
+    # Unread data is buffered, in this connection and in the connection to the pod.
     try:
         share.set_to(BEHIND_BYTES if transport.get_write_buffer_size() else ANSWER_BYTES)
     except ApiError:
@@ -64,16 +64,16 @@ async def finish(request: web.BaseRequest, response: web.StreamResponse, limits:
     """Complete an answer.
 
     Raises:
-        ClientLeftError: as `write`.
+        ClientLeftError: see `write`.
     """
     await _within(request, response.write_eof(), limits.write_seconds)
 
 
 async def write_large(request: web.BaseRequest, body: bytes, share: Share, limits: Limits) -> web.StreamResponse:
-    """Send a JSON answer in pieces, for a client that may not read it.
+    """Send a JSON answer in pieces, so that a client that does not read it occupies little memory.
 
     Raises:
-        ClientLeftError: as `write`.
+        ClientLeftError: see `write`.
     """
     response = web.StreamResponse(headers={"Content-Type": "application/json"})
     response.content_length = len(body)
@@ -99,15 +99,15 @@ async def _within(request: web.BaseRequest, writing: Awaitable[None], seconds: f
 class EventReply:
     """A stream of server-sent events to one client.
 
-    Its head is sent when a pod accepts the request, or after `limits.comment_seconds` of waiting: proxies close
-    connections that stay silent. From then on the status is 200, and an error is an event, on which OpenAI's clients
-    raise.
+    Its head is sent when a pod accepts the request, or after `limits.comment_seconds` of waiting, since proxies close
+    silent connections. From then on the status is 200, and an error is sent as an event, for which OpenAI's clients
+    raise an exception.
 
     Args:
         request: the client's request.
         request_id: the id in the head.
         share: bytes of the request in the budget.
-        closing: True if the connection should not be used again.
+        closing: returns True if the connection should not be reused.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class EventReply:
         """Send the head, once.
 
         Raises:
-            ClientLeftError: the client left.
+            ClientLeftError: the client closed its connection.
         """
         if self.response is None:
             response = web.StreamResponse(
@@ -155,7 +155,7 @@ class EventReply:
         """Send bytes of events.
 
         Raises:
-            ClientLeftError: as `write`.
+            ClientLeftError: see the function `write`.
         """
         response = await self.begin()
         if data:
@@ -167,10 +167,10 @@ class EventReply:
         return max(0.0, self._last + self._limits.comment_seconds - self._clock())
 
     async def comment_if_due(self) -> None:
-        """Send a comment if nothing was sent for long, and no event is incomplete.
+        """Send a comment if one is due and no event is incomplete.
 
         Raises:
-            ClientLeftError: as `write`.
+            ClientLeftError: see the function `write`.
         """
         if self.until_comment():
             return
@@ -179,10 +179,10 @@ class EventReply:
         self._last = self._clock()
 
     async def fail(self, error: ApiError) -> web.StreamResponse:
-        """End the stream with an event that reports an error.
+        """Finish the stream with an event that reports an error.
 
         Raises:
-            ClientLeftError: as `write`.
+            ClientLeftError: see the function `write`.
         """
         start = b"" if self.between_events else EVENT_END
         await self.write(start + b"data: " + error.body() + EVENT_END)
@@ -192,7 +192,7 @@ class EventReply:
         """Complete the stream.
 
         Raises:
-            ClientLeftError: as `write`.
+            ClientLeftError: see the function `write`.
         """
         response = await self.begin()
         await finish(self._request, response, self._limits)

@@ -1,4 +1,4 @@
-"""A client's request before it is forwarded: authenticate, parse, resolve."""
+"""Preparation of a client's request: authenticate, parse, resolve."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ _ENCODINGS = frozenset({"", "identity", "gzip", "deflate"})
 
 @dataclass(slots=True)
 class Call:
-    """A request that asks a model.
+    """A request to a model.
 
     Attributes:
-        body: what it asks for; its bytes are released once a pod accepted it.
+        body: the parsed body; its bytes are released once a pod has accepted the request.
         share: its bytes in the budget.
-        events: the stream to the client, if it asked for one.
-        started: True while a pod may work on it.
+        events: the stream to the client, if it requested one.
+        started: True while a pod may process it.
     """
 
     request: web.BaseRequest
@@ -59,16 +59,16 @@ class Call:
 
 
 class RequestReader:
-    """Makes calls of clients' requests.
+    """Reader of clients' requests.
 
     Args:
-        gateway_keys: return the gateway's keys, which the salts of the prefix cache derive from.
+        gateway_keys: returns the gateway's keys, from which the salts of the prefix cache are derived.
         keys: the valid API keys.
         catalog: the models.
         limits: bounds of a body.
         clock: monotonic seconds.
-        synced: True if keys and catalog have been read completely.
-        closing: True once the process is about to end.
+        synced: returns True if keys and catalog have been read completely.
+        closing: returns True once the process shuts down.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class RequestReader:
         """Return the API key of a request.
 
         Raises:
-            ApiError: there is no valid one, or it is not known yet.
+            ApiError: the request has no valid key, or the gateway has not read all keys yet.
         """
         key = presented_key(request, self._keys)
         if key is None:
@@ -102,11 +102,11 @@ class RequestReader:
         return key
 
     async def read(self, request: web.BaseRequest, request_id: str, key: ApiKey, share: Share, arrived: float) -> Call:
-        """Return the call that a request makes.
+        """Read and resolve a request.
 
         Raises:
             ApiError: the body cannot be read or is not valid, or the key may not call the model.
-            ConnectionError: the client left.
+            ConnectionError: the client closed its connection.
         """
         share.grow(ANSWER_BYTES)
         body = parse(await read_body(request, share, self._limits), self._limits.max_sequences)
@@ -127,7 +127,7 @@ class RequestReader:
 
 
 def request_id(request: web.BaseRequest) -> str:
-    """Return the client's id of the request if it fits into a log line and a header, otherwise a new one."""
+    """Return the client's id of the request if it is valid in a log line and a header, otherwise a new id."""
     given = request.headers.get("X-Request-Id", "")
     if _REQUEST_ID.fullmatch(given) and _KEY_MARK not in given:
         return given
@@ -138,7 +138,7 @@ def presented_key(request: web.BaseRequest, keys: KeyTable) -> ApiKey | None:
     """Return the API key of a request, or None if it is not valid.
 
     Raises:
-        ApiError: there is none.
+        ApiError: the request has no key.
     """
     scheme, _, presented = request.headers.get("Authorization", "").partition(" ")
     presented = presented.strip()
@@ -148,7 +148,7 @@ def presented_key(request: web.BaseRequest, keys: KeyTable) -> ApiKey | None:
 
 
 def require(request: web.BaseRequest, *methods: str) -> None:
-    """Refuse other methods.
+    """Raise unless the request has one of the methods.
 
     Raises:
         ApiError: 405.
@@ -158,11 +158,11 @@ def require(request: web.BaseRequest, *methods: str) -> None:
 
 
 async def read_body(request: web.BaseRequest, share: Share, limits: Limits) -> bytearray:
-    """Return the body of a request, decompressed. Its bytes count in the budget as they arrive.
+    """Return the decompressed body of a request. Its bytes count in the budget as they arrive.
 
     Raises:
-        ApiError: too large, too slow, or not valid.
-        ConnectionError: the client left.
+        ApiError: the body is too large, too slow, or not valid.
+        ConnectionError: the client closed its connection.
     """
     if request.headers.get("Content-Encoding", "").strip().lower() not in _ENCODINGS:
         raise errors.unsupported_encoding()
@@ -189,12 +189,12 @@ async def read_body(request: web.BaseRequest, share: Share, limits: Limits) -> b
 
 
 async def _continue(request: web.BaseRequest) -> None:
-    """Ask for the body: curl, above 1 MiB, and others wait for this before they send it."""
+    """Send 100 Continue: some clients, such as curl above 1 MiB, wait for it before they send the body."""
     await request.writer.write(b"HTTP/1.1 %d Continue\r\n\r\n" % HTTPStatus.CONTINUE)
-    # The interim answer does not count as the answer's first bytes.
+    # The interim response does not count as the first bytes of the answer.
     request.writer.output_size = 0
 
 
 def cache_salt(gateway_key: bytes, namespace: str) -> str:
-    """Return the salt of a namespace's part of the prefix cache: other namespaces cannot guess it."""
+    """Return the salt of a namespace's part of the prefix cache, which other namespaces cannot guess."""
     return hmac.new(gateway_key, f"cache-salt/{namespace}".encode(), hashlib.sha256).hexdigest()

@@ -1,4 +1,4 @@
-"""Which pod holds what, from the event streams of the pools' agents."""
+"""Models that each pod holds, from the event streams of the pools' agents."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 LOG = logging.getLogger(__name__)
 
 SUSPECT_SECONDS = 1.0
-"""A pod that refused a connection is asked last for this long."""
+"""Time for which a pod that refused a connection is tried last."""
 
 
 class Backend:
-    """A pool's pod: what it holds and how many sequences of this gateway's requests it works on."""
+    """A pool's pod, the models it holds and the sequences of this gateway that it generates."""
 
     def __init__(self, pod: Pod, keys: Callable[[], Keys], engine_port: int, agent_port: int) -> None:
         host = url_host(pod.address)
@@ -54,14 +54,14 @@ class Backend:
         self._engine_url = URL(f"http://{host}:{engine_port}/")
 
     def url(self, path: str) -> URL:
-        """The engine's URL of a path that starts with a slash."""
+        """Return the engine's URL for a path that starts with a slash."""
         return self._engine_url.with_path(path)
 
     def take(self, reader: EventReader, change: PodChange, now: float) -> frozenset[str] | None:
-        """Follow a line of the pod's stream.
+        """Apply a line of the pod's stream.
 
         Returns:
-            The engine names that the pod holds from now on, or no longer; None if nothing changes for routing.
+            The engine names that were added to or removed from the pod; None if nothing changes for routing.
         """
         header = reader.header
         serving = header.engine_ready and not (header.draining or header.problem or header.stalled)
@@ -77,13 +77,13 @@ class Backend:
         return frozenset(moved) if moved or changed else None
 
     def forget_gone(self, reader: EventReader) -> frozenset[str]:
-        """Drop what a new connection's snapshot does not list; return those names."""
+        """Remove and return the engine names that a new connection's snapshot does not list."""
         gone = frozenset(name for name in self.resident if reader.residency(name) is None)
         self.resident -= gone
         return gone
 
     def usable(self, now: float) -> bool:
-        """Whether requests may go there; what was said too long ago does not count."""
+        """Return True if the pod can receive requests; reports that are too old do not count."""
         return self.pod.ready and self.serving and now - self.heard <= SILENCE_SECONDS
 
 
@@ -92,7 +92,7 @@ class Residency:
 
     Args:
         session: makes the requests to agents.
-        gateway_keys: return the gateway's keys, which the pods' tokens derive from.
+        gateway_keys: returns the gateway's keys, from which the pods' tokens are derived.
         clock: monotonic seconds.
     """
 
@@ -116,7 +116,7 @@ class Residency:
         self.changed = Broadcast()
 
     def sync(self, pods: Iterable[Pod]) -> None:
-        """Follow exactly these pods. A running request on a pod that is gone continues."""
+        """Follow exactly these pods. Running requests on a removed pod continue."""
         wanted = {pod.uid: pod for pod in pods}
         changed = False
         for uid in self._backends.keys() - wanted.keys():
@@ -151,7 +151,7 @@ class Residency:
             del self._ranked[key]
 
     async def close(self) -> None:
-        """End all streams."""
+        """Close all streams."""
         streams = list(self._streams.values())
         for stream in streams:
             stream.cancel()
@@ -170,7 +170,7 @@ class Residency:
         excluded: frozenset[str] | set[str] = frozenset(),
         weight: int = 1,
     ) -> Backend | None:
-        """The pod that takes the next request for an engine name, or None where no usable pod holds it.
+        """Return the pod for the next request for an engine name, or None if no usable pod holds it.
 
         `weight` is the number of sequences of the request.
         """
@@ -186,11 +186,11 @@ class Residency:
         return trusted[choose([backend.in_flight for backend in trusted], weight)]
 
     def suspect(self, backend: Backend) -> None:
-        """The pod did not take a connection: ask it last for a moment."""
+        """Record that the pod did not accept a connection: it is tried last for `SUSPECT_SECONDS`."""
         backend.suspect_until = self._clock() + SUSPECT_SECONDS
 
     def _holders(self, pool: PoolKey, engine_name: str, *, is_base: bool) -> tuple[Backend, ...]:
-        """The pods that hold it, in its own order, fresh or not."""
+        """Return the pods that hold an engine name, in its rendezvous order, usable or not."""
         ranked = self._ranked.get((pool, engine_name))
         if ranked is None:
             holders = [

@@ -1,8 +1,8 @@
-"""Which pod answers: consistent hashing with bounded loads. Pure.
+"""Choice of the pod for a request: consistent hashing with bounded loads. Pure.
 
 Rendezvous hashing (Thaler, Ravishankar 1998) orders the pods that hold a model; the first one whose load stays within
-`LOAD_FACTOR` times the mean takes the request (consistent hashing with bounded loads, arXiv:1608.01350). So a model's
-requests meet a warm prefix cache while there is room, and spread over all its pods when there is not.
+`LOAD_FACTOR` times the mean gets the request (consistent hashing with bounded loads, arXiv:1608.01350). So a model's
+requests reach a warm prefix cache while there is room, and spread over all its pods otherwise.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def rank(model: str, pods: Iterable[T], identity: Callable[[T], str]) -> tuple[T, ...]:
-    """The pods in the model's own order, which adding or removing a pod does not change for the others."""
+    """Return the pods in the model's own order; adding or removing a pod does not change the order of the others."""
 
     def weight(pod: T) -> bytes:
         return hashlib.blake2b(f"{model}\0{identity(pod)}".encode(), digest_size=8).digest()
@@ -29,7 +29,7 @@ def rank(model: str, pods: Iterable[T], identity: Callable[[T], str]) -> tuple[T
 
 
 def choose(loads: Sequence[int], weight: int = 1) -> int:
-    """The index of the pod that takes one more request.
+    """Return the index of the pod that gets the request.
 
     Args:
         loads: running sequences per pod, in the model's order; not empty.

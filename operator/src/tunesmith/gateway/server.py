@@ -1,4 +1,4 @@
-"""The gateway's process: its parts, put together, started and ended."""
+"""The gateway's process: construction, start and shutdown of its parts."""
 
 from __future__ import annotations
 
@@ -30,35 +30,36 @@ if TYPE_CHECKING:
 LOG = logging.getLogger(__name__)
 
 _IDLE_SECONDS = 3.0
-"""Idle connections to engines close after this: vLLM closes them after 5 s, and a request would meet the closing."""
+"""Time after which idle connections to engines close: vLLM closes them after 5 s, and a request could fail then."""
 _CONNECT_SECONDS = 2.0
 _INTERNAL_SHUTDOWN_SECONDS = 0.2
 _BACKLOG = 1024
 _SHUTDOWN_SECONDS = 1.0
 _CLIENT_BUFFER = 128 * 1024
-"""Size of the kernel's buffers for a client's connection: they count as the container's memory."""
+"""Bytes of each kernel buffer of a client's connection; they count towards the container's memory."""
 _ENGINE_BUFFER = 32 * 1024
-"""The same for a connection to an engine. What is read from it at once is kept until the client has read it."""
+"""Bytes of the kernel's receive buffer of a connection to an engine. Data that is read from it is buffered until the
+client has read it."""
 _READ_BYTES = 16 * 1024
 
 
 class TaskEndedError(Exception):
-    """A task of the gateway ended that never should."""
+    """A task of the gateway stopped that must run as long as the process."""
 
 
 class Gateway:
     """A running gateway: `async with Gateway(settings, keys, cluster) as gateway`.
 
     Args:
-        settings: with limits that follow from the container's memory.
-        gateway_keys: return the gateway's keys, which all its tokens derive from.
+        settings: with the limits that depend on the container's memory.
+        gateway_keys: returns the gateway's keys, from which all its tokens are derived.
         watcher: the API server.
     """
 
     def __init__(self, settings: GatewaySettings, gateway_keys: Callable[[], Keys], watcher: Watcher) -> None:
         self._settings = settings
         loop = asyncio.get_running_loop()
-        # No limit of connections: what limits is the pods. Pods' answers are never compressed.
+        # Connections are unlimited, since the pods limit the load. Pods' answers are never compressed.
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_SECONDS, socket_factory=_socket),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS),
@@ -148,20 +149,20 @@ class Gateway:
 
     @property
     def port(self) -> int:
-        """The clients' port, also where the system chose it."""
+        """Port for clients; the actual one if the system chose it."""
         return int(self._clients.addresses[0][1])
 
     @property
     def internal_port(self) -> int:
-        """The internal port, also where the system chose it."""
+        """Internal port; the actual one if the system chose it."""
         return int(self._internal.addresses[0][1])
 
     async def run_until(self, stop: asyncio.Event) -> None:
         """Wait for `stop`.
 
         Raises:
-            TaskEndedError: a task ended that never should. Without the watches deleted keys stay valid, for example, so
-                the process must end.
+            TaskEndedError: a permanent task stopped. The process must exit, since for example deleted keys stay valid
+                without the watches.
         """
         stopped = asyncio.create_task(stop.wait())
         try:
@@ -174,7 +175,7 @@ class Gateway:
                 raise TaskEndedError(f"the task `{task.get_name()}` ended, the process restarts: {error!r}") from error
 
     async def linger(self) -> None:
-        """Fail the readiness probe and go on serving until nobody sends new connections."""
+        """Fail the readiness probe and keep serving until load balancers send no new connections."""
         self.proxy.closing = True
         await asyncio.sleep(self._settings.linger_seconds)
 
@@ -202,7 +203,7 @@ class Gateway:
 
 
 def _listening(host: str | None, port: int) -> socket.socket:
-    """Return the socket that accepts clients, of both families without a host. Connections inherit its buffers' sizes.
+    """Return the listening socket for clients, dual-stack if no host is given. Connections inherit its buffer sizes.
 
     Raises:
         OSError: the port is taken.
@@ -216,7 +217,7 @@ def _listening(host: str | None, port: int) -> socket.socket:
 
 
 def _socket(address: tuple[object, ...]) -> socket.socket:
-    """A socket that notices within 20 s that the other side's machine is gone: answers may be silent for minutes."""
+    """Return a socket that detects within 20 s that the peer's machine is gone: answers may be silent for minutes."""
     family, type_, protocol = address[0], address[1], address[2]
     made = socket.socket(family, type_, protocol)  # type: ignore[arg-type]
     made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
