@@ -21,7 +21,7 @@ class FineTuneJobReference(ApiModel):
 
 
 class AdapterSource(ApiModel):
-    """Where the adapter comes from."""
+    """Source of the adapter."""
 
     fine_tune_job: FineTuneJobReference = Field(description="The artifact of a FineTuneJob.")
 
@@ -36,7 +36,7 @@ class PoolReference(ApiModel):
 
 
 class AdapterAutoscaling(ApiModel):
-    """On how many pods of its pool the adapter is resident."""
+    """Bounds and target for the number of pods on which the adapter is resident."""
 
     rules = (min_below_max,)
 
@@ -51,7 +51,7 @@ class AdapterAutoscaling(ApiModel):
 
 
 class AdapterDeploymentSpec(ApiModel):
-    """Which adapter to serve, where, and on how many pods."""
+    """The adapter to serve, its pool, and its number of replicas."""
 
     rules = (replicas_or_autoscaling,)
 
@@ -70,7 +70,7 @@ class AdapterDeploymentSpec(ApiModel):
 
 
 class RevisionState(StrEnum):
-    """How far a revision is."""
+    """Progress of a revision."""
 
     PENDING = "Pending"
     LOADING = "Loading"
@@ -94,7 +94,7 @@ class Revision(StatusModel):
 
 
 class AdapterPhase(StrEnum):
-    """Derived from the conditions, for people."""
+    """Summary of the conditions, for people."""
 
     WAITING = "Waiting"
     LOADING = "Loading"
@@ -103,7 +103,7 @@ class AdapterPhase(StrEnum):
 
 
 class AdapterDeploymentStatus(StatusModel):
-    """What was observed."""
+    """Observed state of an AdapterDeployment."""
 
     phase: AdapterPhase | None = Field(default=None, description="Derived from the conditions.")
     reason: str | None = Field(
@@ -153,5 +153,5 @@ class AdapterDeployment(ApiModel):
 
     @property
     def model(self) -> str:
-        """The global id, `<namespace>/<modelName>`."""
+        """Global id of the model, `<namespace>/<modelName>`."""
         return f"{self.metadata.namespace}/{self.spec.model_name or self.metadata.name}"

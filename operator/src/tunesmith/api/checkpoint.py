@@ -1,4 +1,4 @@
-"""The checkpoints of a FineTuneJob: how often its state is saved, and how many of them are kept."""
+"""Checkpoints of a FineTuneJob: the interval between them and the number that is kept."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ DEFAULT_EVERY_MINUTES = 10.0
 
 
 class Checkpoint(ApiModel):
-    """How often the training state is saved. An interruption costs at most one interval."""
+    """Interval and retention of checkpoints. An interruption costs at most one interval of training."""
 
     rules = (
         Rule(
@@ -32,7 +32,12 @@ class Checkpoint(ApiModel):
     keep: int = Field(default=2, ge=1, le=100, description="Newest checkpoints that are kept until the job is done.")
 
     def due(self, *, steps: int, seconds: float) -> bool:
-        """Whether a checkpoint is to be written, so many steps and seconds after the last one."""
+        """Return True if a checkpoint is due.
+
+        Args:
+            steps: optimizer steps since the last checkpoint.
+            seconds: seconds since the last checkpoint.
+        """
         if self.every_steps is not None:
             return steps >= self.every_steps
         return seconds >= 60 * (self.every_minutes or DEFAULT_EVERY_MINUTES)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class ConditionStatus(StrEnum):
-    """Whether a condition holds."""
+    """Status of a condition."""
 
     TRUE = "True"
     FALSE = "False"
@@ -40,14 +40,14 @@ class Condition(StatusModel):
 
 
 class Severity(StrEnum):
-    """Weight of a reason. The Events about a resource follow from it."""
+    """Severity of a reason. It decides which Events are written about the resource."""
 
     DETAIL = "Detail"
-    """An ordinary step. An Event is written only where it replaces a warning."""
+    """An ordinary step. An Event is written only if it replaces a warning."""
     NORMAL = "Normal"
-    """News, and nothing to act on: an Event of type Normal."""
+    """News that needs no action: an Event of type Normal."""
     WARNING = "Warning"
-    """Somebody should act: an Event of type Warning."""
+    """A problem that needs action: an Event of type Warning."""
 
 
 _Declared = tuple[str, Severity, str]
@@ -71,7 +71,7 @@ class ConditionType(StrEnum):
     description: str
 
     def __new__(cls, value: str, description: str = "") -> Self:
-        """Make a member from its value and its description."""
+        """Return a new member."""
         member = str.__new__(cls, value)
         member._value_ = value
         member.description = description
@@ -85,7 +85,7 @@ class Reason(StrEnum):
     description: str
 
     def __new__(cls, value: str, severity: Severity = Severity.NORMAL, description: str = "") -> Self:
-        """Make a member from its value, its severity and its description."""
+        """Return a new member."""
         member = str.__new__(cls, value)
         member._value_ = value
         member.severity = severity
@@ -164,7 +164,7 @@ class FineTuneJobReason(Reason):
 
 
 class FailureReason(Reason):
-    """Reasons for which a FineTuneJob, an attempt or an export fails. The message says how to fix it."""
+    """Reasons for the failure of a FineTuneJob, an attempt or an export. The message names the fix."""
 
     INVALID_SPEC = _warning("InvalidSpec", "The manifest is wrong; found by the validation, or by a newer release.")
     BASE_MODEL_NOT_FOUND = _warning("BaseModelNotFound", "The base model is not at its uri.")
@@ -306,7 +306,7 @@ class AdapterDeploymentReason(Reason):
 
 
 class EventReason(Reason):
-    """Reasons of Events that no condition has."""
+    """Reasons of Events that do not come from a condition."""
 
     ATTEMPT_FAILED = _warning("AttemptFailed", "An attempt of a FineTuneJob failed.")
     ATTEMPT_PREEMPTED = _warning("AttemptPreempted", "An attempt of a FineTuneJob was pre-empted.")
@@ -332,23 +332,26 @@ REASONS: Mapping[str, tuple[type[Reason], ...]] = {
 
 
 def severity_of(kind: str, reason: str) -> Severity:
-    """Return the severity of a reason in a kind's conditions; Detail if this release does not know the reason."""
+    """Return the severity of a reason in a kind's conditions; Detail for a reason unknown to this release."""
     return next((enum(reason).severity for enum in REASONS[kind] if reason in set(enum)), Severity.DETAIL)
 
 
 def find(conditions: Iterable[Condition], type_: str) -> Condition | None:
-    """The condition of that type, or None."""
+    """Return the condition of a type; None if it is missing."""
     return next((condition for condition in conditions if condition.type == type_), None)
 
 
 def is_true(conditions: Iterable[Condition], type_: str) -> bool:
-    """Whether the condition of that type is present with status True."""
+    """Return True if the condition of a type is present and its status is True."""
     condition = find(conditions, type_)
     return condition is not None and condition.status is ConditionStatus.TRUE
 
 
 def set_condition(conditions: Sequence[Condition], new: Condition) -> list[Condition]:
-    """The list with `new` in place of its type; the transition time is kept while the status does not change."""
+    """Return the conditions with `new` in place of the one of its type.
+
+    The transition time is kept if the status does not change.
+    """
     old = find(conditions, new.type)
     if old is None:
         return [*conditions, new]

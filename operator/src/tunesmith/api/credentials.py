@@ -1,4 +1,4 @@
-"""Secrets that users create: their names, their label, and the reference to one of them."""
+"""Secrets that users create: their names, their label, and references to them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _keys(scheme: Scheme) -> str:
 
 
 class SecretReference(ApiModel):
-    """A Secret in the namespace of the resource that names it."""
+    """Reference to a Secret in the namespace of the resource."""
 
     name: ResourceName = Field(
         description=f"Name of the Secret. It needs the label {CREDENTIALS_LABEL} with the value true. Its keys are the "

@@ -1,4 +1,4 @@
-"""The rows of a FineTuneJob: where they are, how they are read and what of them is learned."""
+"""Rows of a FineTuneJob: their sources, their format, and the tokens that are learned."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ColumnName = Annotated[str, Field(min_length=1, max_length=128)]
 
 
 class DataFormat(StrEnum):
-    """What a row holds."""
+    """Format of a row."""
 
     AUTO = "Auto"
     MESSAGES = "Messages"
@@ -29,7 +29,7 @@ class DataFormat(StrEnum):
 
 
 class LossOn(StrEnum):
-    """Which tokens of a row are learned."""
+    """Tokens of a row that contribute to the loss."""
 
     COMPLETION = "Completion"
     ASSISTANT_TURNS = "AssistantTurns"
@@ -37,7 +37,7 @@ class LossOn(StrEnum):
 
 
 class Overlong(StrEnum):
-    """What becomes of a row with more than maxLength tokens."""
+    """Handling of a row with more than maxLength tokens."""
 
     DROP = "Drop"
     TRUNCATE = "Truncate"
@@ -45,14 +45,14 @@ class Overlong(StrEnum):
 
 
 class UnusableRows(StrEnum):
-    """What becomes of rows that hold nothing to learn."""
+    """Handling of rows without anything to learn."""
 
     DROP = "Drop"
     ERROR = "Error"
 
 
 class DuplicateRows(StrEnum):
-    """What becomes of a row that stands in the training rows, or in the held-out rows, a second time."""
+    """Handling of a row that appears more than once in the training rows, or in the held-out rows."""
 
     DROP = "Drop"
     KEEP = "Keep"
@@ -84,7 +84,7 @@ class DatasetSource(ApiModel):
 
 
 class TrainingSource(DatasetSource):
-    """Files with rows, and how often they are taken."""
+    """Files with rows, and their weight in an epoch."""
 
     weight: float = Field(
         default=1.0,
@@ -96,7 +96,7 @@ class TrainingSource(DatasetSource):
 
 
 class Columns(ApiModel):
-    """Names that the files give to what a row holds. An absent one has the name of its field."""
+    """Column names in the files. An absent one is the name of its field."""
 
     messages: ColumnName | None = Field(default=None, description="A list of messages.")
     tools: ColumnName | None = Field(default=None, description="Tools that a chat may call, as JSON schemas.")

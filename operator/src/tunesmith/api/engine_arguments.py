@@ -1,6 +1,6 @@
 """Arguments and variables of `vllm serve` that a ServingPool's `engine.args` and `engine.env` must not hold.
 
-Checked against all arguments of vLLM 0.32. What is not listed tunes the engine and is the platform's choice.
+Checked against all arguments of vLLM 0.32. Arguments that are not listed tune the engine; the platform may choose them.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ _BY_REASON: Final = {
     ),
 }  # fmt: skip
 RESERVED_ARGUMENTS: Final = {name: reason for reason, names in _BY_REASON.items() for name in names}
-"""Reserved arguments of `vllm serve` with the reason, long forms."""
+"""Reasons by reserved argument of `vllm serve`, in its long form."""
 _WHOLE: Final = ("--reasoning-parser",)
-"""Arguments that are allowed, although reserved ones begin so."""
+"""Arguments that are allowed although they are prefixes of reserved ones."""
 RESERVED_VARIABLES: Final = (
     "GLOO_SOCKET_IFNAME", "HF_HUB_OFFLINE", "HOME", "MASTER_ADDR", "NCCL_SOCKET_IFNAME", "PYTHON[A-Z]*",
     "TP_SOCKET_IFNAME", "TUNESMITH_[A-Z_]*", "USER", "VLLM_ALLOW_INSECURE_SERIALIZATION",
@@ -69,7 +69,7 @@ RESERVED_VARIABLES: Final = (
     "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH", "VLLM_LOGGING_CONFIG_PATH", "VLLM_LOOPBACK_IP", "VLLM_LORA_RESOLVER_[A-Z_]*",
     "VLLM_MEDIA_URL_ALLOW_REDIRECTS", "VLLM_NO_USAGE_STATS", "VLLM_PLUGINS", "VLLM_SERVER_DEV_MODE",
 )  # fmt: skip
-"""Variables that the pool sets, that load code, or that open the engine, as regular expressions."""
+"""Regular expressions of variables that the pool sets, that load code, or that give access to the engine."""
 
 _SHORT = re.compile(r"-[^-0-9.]")
 _NAME = re.compile(r"--[^=.]*")
@@ -77,9 +77,9 @@ _POSITIONAL = "Write --name=value, or a value after its --name."
 
 
 def reserved_argument(argument: str) -> str | None:
-    """Return why a word may not be in `engine.args`, with the fix; None if it is allowed or the value of an argument.
+    """Return why a word is not allowed in `engine.args`, with the fix; None if it is allowed or an argument's value.
 
-    vLLM takes unique prefixes, underscores, `--name=value` and `--name.key=value` for an argument.
+    vLLM also accepts unique prefixes, underscores, `--name=value` and `--name.key=value` as the argument.
     """
     if _SHORT.match(argument):
         return f"{argument.split('=', 1)[0]} is a short form. Write the argument's long name."
@@ -100,9 +100,9 @@ def reserved_argument(argument: str) -> str | None:
 
 
 def refused_arguments(arguments: Sequence[str]) -> list[str]:
-    """Return a sentence for each element of `engine.args` that is refused, with its index.
+    """Return a sentence, with the index, for each element of `engine.args` that is refused.
 
-    A word without dashes is the value of the argument before it, or a positional argument: the model.
+    A word without dashes is the value of the preceding argument, or a positional argument: the model.
     """
     sentences = []
     takes_value = False
@@ -118,7 +118,7 @@ def refused_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def reserved_variable(name: str) -> bool:
-    """Return True if `engine.env` may not hold a variable."""
+    """Return True if a variable is not allowed in `engine.env`."""
     return re.fullmatch("|".join(RESERVED_VARIABLES), name) is not None
 
 
@@ -141,6 +141,7 @@ VALUES_CEL: Final = (
     "!has(self.args) || self.args.all(a, a != '') && self.args.join('\\n').matches("
     "'^(--[^=\\\\s]*(=[^\\n]*|(\\n([^-\\n]|-[0-9.])[^\\n]*)*)(\\n|$)|-[^-\\n][^\\n]*(\\n|$))*$')"
 )
-"""Each element is an argument or follows, as its value, one without `=`. Short forms have a sentence of their own."""
+"""True if each element is an argument, or the value of the preceding one, written without `=`. `SHORT_CEL` covers short
+forms, with their own message."""
 SHORT_CEL: Final = "!has(self.args) || self.args.all(a, !a.matches('^-[^-0-9.]'))"
 VARIABLES_CEL: Final = f"!has(self.env) || self.env.all(v, !v.name.matches('^({'|'.join(RESERVED_VARIABLES)})$'))"

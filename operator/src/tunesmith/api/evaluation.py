@@ -1,4 +1,4 @@
-"""What a FineTuneJob is scored on, and the limits that its adapter must keep."""
+"""Evaluation suites of a FineTuneJob, and the gates that its adapter must pass."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ TaskName = Annotated[
 LOSS = "Loss"
 LOSS_REDUCTION = "LossReductionPercent"
 GAIN = "Gain"
-"""`<metric>Gain` is the adapter's score less the base's."""
+"""Suffix of a metric: `<metric>Gain` is the adapter's score minus the base's."""
 MAX_METRIC = 160
 MAX_SCORES = 128
-"""Most scores of all suites together."""
+"""Highest number of scores of all suites together."""
 
 
 class GenerationMetric(StrEnum):
-    """How an answer is compared with the one of the data set."""
+    """Metric that compares an answer with the data set's."""
 
     EXACT_MATCH = "ExactMatch"
     CONTAINS = "Contains"
@@ -60,7 +60,7 @@ class Generation(ApiModel):
 
 
 class TaskFolder(ApiModel):
-    """Tasks of lm-evaluation-harness that a job brings."""
+    """Tasks of lm-evaluation-harness that belong to a job."""
 
     rules = (
         *uri_rules,
@@ -82,7 +82,7 @@ class TaskFolder(ApiModel):
 
 
 class LmEval(ApiModel):
-    """Tasks of lm-evaluation-harness, with its own prompts and metrics."""
+    """Tasks of lm-evaluation-harness, with their own prompts and metrics."""
 
     tasks: list[TaskName] = Field(
         min_length=1,
@@ -107,7 +107,7 @@ class LmEval(ApiModel):
 
 
 class Suite(ApiModel):
-    """One set of scores of base and adapter."""
+    """Suite of scores of base and adapter."""
 
     rules = (
         Rule(
@@ -124,7 +124,7 @@ class Suite(ApiModel):
     lm_eval: LmEval | None = Field(default=None, description="Tasks of lm-evaluation-harness.")
 
     def has_metric(self, name: str) -> bool:
-        """Whether a gate can name it; of `lmEval` only as far as it shows without the tasks."""
+        """Return True if a gate can use the metric; for `lmEval` only the task's name is checked."""
         if self.lm_eval is not None:
             return any(name.startswith(f"{task}/") for task in self.lm_eval.tasks)
         if self.generation is None:
@@ -133,7 +133,7 @@ class Suite(ApiModel):
 
 
 class Gate(ApiModel):
-    """A limit that the adapter's score must keep, or the job ends as GateFailed. The artifact is kept."""
+    """Threshold for a score of the adapter. The job fails with GateFailed if it is missed; the artifact is kept."""
 
     rules = (
         Rule(
@@ -161,7 +161,7 @@ class Gate(ApiModel):
 
 
 class Evaluation(ApiModel):
-    """Scores of base and adapter, taken in the same run, and what the adapter must reach."""
+    """Suites that score base and adapter in the same run, and gates for the adapter's scores."""
 
     rules = (
         Rule(

@@ -1,4 +1,4 @@
-"""FineTuneJob: a base model, data and a method become a trained adapter."""
+"""FineTuneJob: trains an adapter from a base model, data and a method."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tunesmith.storage.schemes import Use, examples
 
 
 class BaseModelSource(ApiModel):
-    """Where the base model's folder is (config, tokenizer, safetensors)."""
+    """Location of the base model's folder (config, tokenizer, safetensors)."""
 
     rules = (
         *uri_rules,
@@ -54,20 +54,20 @@ FORMATS = {
     ObjectiveName.ORPO: frozenset({DataFormat.PREFERENCE}),
     ObjectiveName.KTO: frozenset({DataFormat.UNPAIRED_PREFERENCE, DataFormat.PREFERENCE}),
 }
-"""What each objective can learn from."""
+"""Data formats that each objective can learn from."""
 
 
 SHARDED_OPTIMIZERS = (Optimizer.ADAMW, Optimizer.SGD)
-"""Those that can train weights of which each rank has a part."""
+"""Optimizers that can train sharded weights."""
 _SHARDED_CEL = "has(self.resources.dataParallelism) && self.resources.dataParallelism == 'FSDP2'"
 
 
 class FineTuneJobSpec(ApiModel):
-    """What to train, on what, and how."""
+    """Base model, data, method and settings of a training run."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
-            # has: the API server checks the default {} of a part before it fills in what is inside
+            # `has`: the API server checks the default {} of an object before it fills in the defaults inside.
             f"(has(self.hyperparameters.batchSize) ? self.hyperparameters.batchSize : {DEFAULT_BATCH_SIZE}) >= "
             "(has(self.hyperparameters.microBatchSize) ? self.hyperparameters.microBatchSize : 1) * "
             "(has(self.resources.nodes) ? self.resources.nodes : 1) * "
@@ -184,33 +184,33 @@ class FineTuneJobSpec(ApiModel):
 
     @property
     def objective_name(self) -> ObjectiveName:
-        """The objective; sft where there is none."""
+        """Name of the objective; sft if none is set."""
         return ObjectiveName.SFT if self.objective is None else self.objective.name
 
     @property
     def shardable(self) -> bool:
-        """Whether the base's weights can be shared out among ranks."""
+        """True if the base's weights can be sharded over ranks."""
         whole = self.method.full is not None and self.hyperparameters.optimizer not in SHARDED_OPTIMIZERS
         return self.method.shardable and not whole
 
     @property
     def suites(self) -> list[Suite]:
-        """What base and adapter are scored on, besides the held-out loss."""
+        """Evaluation suites besides the held-out loss."""
         return (self.evaluation.suites or []) if self.evaluation is not None else []
 
     @property
     def exports(self) -> list[Export]:
-        """Where copies of the artifact go."""
+        """Copies of the artifact to write."""
         return (self.output.exports if self.output else None) or []
 
     @property
     def learns_preferences(self) -> bool:
-        """Whether rows hold answers to compare, and not answers to learn."""
+        """True if the objective compares answers instead of learning them."""
         return self.objective_name is not ObjectiveName.SFT
 
     @property
     def learning_rate(self) -> float:
-        """Peak learning rate. Comparing answers goes wrong at rates at which learning them goes well."""
+        """Peak learning rate. Preference objectives diverge at rates that suit supervised fine-tuning."""
         own = self.method.learning_rate
         return self.hyperparameters.learning_rate or (own / 10 if self.learns_preferences else own)
 
@@ -219,7 +219,7 @@ _MUTABLE = frozenset({"suspend", "active_deadline_seconds"})
 
 
 def _kept(name: str) -> str:
-    """CEL: the field is as it was, absent or not."""
+    """Return the CEL expression that is true if the field did not change, absent or not."""
     return f"(has(self.{name}) ? has(oldSelf.{name}) && self.{name} == oldSelf.{name} : !has(oldSelf.{name}))"
 
 
@@ -236,7 +236,7 @@ FineTuneJobSpec.rules = (
 
 
 class FineTuneJob(ApiModel):
-    """A base model, data and a method become a trained adapter."""
+    """A run that trains an adapter from a base model, data and a method."""
 
     model_config = ConfigDict(extra="ignore")
     rules = (

@@ -1,4 +1,4 @@
-"""The status of a FineTuneJob: what was observed."""
+"""Observed state of a FineTuneJob."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tunesmith.api.placement import DataParallelism
 
 
 def _rounded(value: float | None) -> float | None:
-    """Four decimals are enough for people; what is not finite has no JSON form and is left out."""
+    """Return the value with four decimals, which are enough for people; None for a value that is not finite."""
     return round(value, 4) if value is not None and math.isfinite(value) else None
 
 
 def _finite(value: float | None) -> float | None:
-    """The value, or None where it has no JSON form."""
+    """Return the value; None if it is not finite and so has no JSON form."""
     return value if value is not None and math.isfinite(value) else None
 
 
@@ -31,11 +31,11 @@ LOSS_UNIT = "nats per target token; with another objective than sft its own loss
 Figure = Annotated[float | None, AfterValidator(_rounded)]
 Finite = Annotated[float | None, AfterValidator(_finite)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
-"""A number of something. A larger one is not exact in every program that reads JSON."""
+"""A count. JSON readers that use doubles represent no larger integer exactly."""
 
 
 class Stage(StrEnum):
-    """What the trainer is doing."""
+    """Current activity of the trainer."""
 
     PREPARING = "Preparing"
     VALIDATING = "Validating"
@@ -48,7 +48,7 @@ class Stage(StrEnum):
 
 
 class Phase(StrEnum):
-    """Derived from the conditions, for people."""
+    """Summary of the conditions, for people."""
 
     PENDING = "Pending"
     VALIDATING = "Validating"
@@ -60,14 +60,14 @@ class Phase(StrEnum):
 
 
 class TaskFolderStatus(StatusModel):
-    """A folder of evaluation tasks that the job brings."""
+    """Folder with the job's own evaluation tasks."""
 
     suite: str = Field(max_length=32, description="Name of the suite that brings it.")
     digest: str = Field(max_length=71, description="SHA-256 of the names and the content of its files.")
 
 
 class Resolved(StatusModel):
-    """What was decided for the user and what the inputs turned out to be. Frozen by the first attempt."""
+    """Values that were chosen for the user, and facts about the inputs. Fixed by the first attempt."""
 
     base_model_fingerprint: str | None = Field(
         default=None, max_length=128, description="Content fingerprint of the base model."
@@ -103,7 +103,7 @@ class Resolved(StatusModel):
 
 
 class Verdict(StrEnum):
-    """Whether a run fits into a GPU's memory."""
+    """Verdict on whether a run fits into a GPU's memory."""
 
     FITS = "Fits"
     WILL_NOT_FIT = "WillNotFit"
@@ -111,7 +111,7 @@ class Verdict(StrEnum):
 
 
 class PeakParts(StatusModel):
-    """What the estimated peak memory of a GPU is made of."""
+    """Parts of a GPU's estimated peak memory."""
 
     weights_bytes: Count = Field(description="The base model.")
     trainable_bytes: Count = Field(description="Trained parameters, their gradients and the optimizer's state.")
@@ -121,7 +121,7 @@ class PeakParts(StatusModel):
 
 
 class DropReason(StrEnum):
-    """Why a row is not used."""
+    """Reason for dropping a row."""
 
     UNDECODABLE = "Undecodable"
     NULL = "Null"
@@ -132,7 +132,7 @@ class DropReason(StrEnum):
 
 
 class DroppedRows(StatusModel):
-    """Rows that are not used for one reason."""
+    """Rows that were dropped for one reason."""
 
     reason: DropReason = Field(
         description="Undecodable: no JSON, no UTF-8, or too many or few cells. Null, Empty: nothing where text must "
@@ -145,7 +145,7 @@ class DroppedRows(StatusModel):
 
 
 class AlsoTrained(StatusModel):
-    """Rows that base and adapter are scored on and that are trained on too."""
+    """Rows that are both scored and trained on."""
 
     suite: str | None = Field(
         default=None, max_length=32, description="Suite of evaluation.suites that has them; absent: the held-out rows."
@@ -158,7 +158,7 @@ class AlsoTrained(StatusModel):
 
     @property
     def sentence(self) -> str:
-        """What that means, and how to mend it."""
+        """Effect of the overlap, and how to remove it."""
         are = "is" if self.rows == 1 else "are"
         if self.suite is None:
             which, scores, place = "held-out rows", "evaluation.loss flatters", "dataset.validation"
@@ -178,7 +178,7 @@ class ServableStatus(StatusModel):
 
 
 class Preflight(StatusModel):
-    """What the CPU stage counted, and whether the run fits into the GPU."""
+    """Counts of the CPU stage, and whether the run fits into the GPU."""
 
     rows: Count | None = Field(
         default=None,
@@ -226,7 +226,7 @@ class Preflight(StatusModel):
 
 
 class ProgressStatus(StatusModel):
-    """How far the running attempt is."""
+    """Progress of the running attempt."""
 
     stage: Stage | None = Field(default=None, description="What the trainer is doing.")
     outage: str | None = Field(
@@ -251,7 +251,7 @@ class ProgressStatus(StatusModel):
 
 
 class AttemptOutcome(StrEnum):
-    """How an attempt ended."""
+    """Outcome of an attempt."""
 
     RUNNING = "Running"
     SUCCEEDED = "Succeeded"
@@ -283,7 +283,7 @@ class Attempt(StatusModel):
 
 
 class ExportStatus(StatusModel):
-    """What became of an entry of output.exports."""
+    """Outcome of an entry of output.exports."""
 
     uri: str | None = Field(default=None, max_length=1024, description="Folder of the copy.")
     hub: str | None = Field(default=None, max_length=193, description="Repository of the Hugging Face Hub.")
@@ -305,7 +305,7 @@ class ArtifactStatus(StatusModel):
 
 
 class Score(StatusModel):
-    """One metric of one suite."""
+    """Score of one metric of one suite."""
 
     suite: str = Field(max_length=32, description="Name of the suite.")
     metric: str = Field(max_length=MAX_METRIC, description="Name of the metric.")
@@ -314,7 +314,7 @@ class Score(StatusModel):
 
 
 class GateStatus(StatusModel):
-    """What became of a gate."""
+    """Outcome of a gate."""
 
     suite: str = Field(max_length=32, description="Name of the suite.")
     metric: str = Field(max_length=MAX_METRIC, description="Name of the metric.")
@@ -325,7 +325,7 @@ class GateStatus(StatusModel):
 
 
 class SuiteFailure(StatusModel):
-    """A suite that could not be scored. What was trained is published all the same."""
+    """A suite that could not be scored. The artifact is published nevertheless."""
 
     suite: str = Field(max_length=32, description="Name of the suite.")
     reason: FailureReason = Field(description="Why it has no scores.")
@@ -333,7 +333,7 @@ class SuiteFailure(StatusModel):
 
 
 class EvaluationStatus(StatusModel):
-    """Scores of base and adapter, taken in the same run."""
+    """Scores of base and adapter from the same run."""
 
     base_loss: Figure = Field(default=None, description=f"Held-out loss of the base, {LOSS_UNIT}.")
     loss: Figure = Field(default=None, description=f"Held-out loss of the adapter, {LOSS_UNIT}.")
@@ -349,12 +349,12 @@ class EvaluationStatus(StatusModel):
 
     @property
     def unscored(self) -> str:
-        """What the suites without scores say, as a sentence; empty where all were scored."""
+        """Messages of the suites without scores, as one sentence; empty if all were scored."""
         return "; ".join(one.message for one in self.failures or [])
 
 
 class FineTuneJobStatus(StatusModel):
-    """What was observed."""
+    """Observed state of a FineTuneJob."""
 
     phase: Phase | None = Field(default=None, description="Derived from the conditions.")
     reason: str | None = Field(

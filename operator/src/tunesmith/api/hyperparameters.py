@@ -1,4 +1,4 @@
-"""The hyperparameters of a FineTuneJob: how the optimizer runs."""
+"""Hyperparameters of a FineTuneJob."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tunesmith.api.model import ApiModel, Rule
 DEFAULT_EPOCHS = 3.0
 DEFAULT_BATCH_SIZE = 8
 DEFAULT_MICRO_BATCH_SIZE = 8
-"""Highest; batchSize where that is lower."""
+"""Upper bound of the default; batchSize if that is lower."""
 COMPILED_STEPS = 200
-"""Optimizer steps from which compiling earns the minute that it takes."""
+"""Fewest optimizer steps for which compiling, which takes about a minute, saves time."""
 
 
 class Optimizer(StrEnum):
-    """What turns gradients into updates."""
+    """Optimizer that updates the weights."""
 
     ADAMW = "AdamW"
     ADAMW_8BIT = "AdamW8bit"
@@ -28,14 +28,14 @@ class Optimizer(StrEnum):
 
 
 class Precision(StrEnum):
-    """The type of the frozen weights and of the matrix products. What is trained is in float32 either way."""
+    """Data type of the frozen weights and of matrix products. Trained weights are float32 in either case."""
 
     BFLOAT16 = "bfloat16"
     FLOAT32 = "float32"
 
 
 class Hyperparameters(ApiModel):
-    """How the optimizer runs. An absent field is decided for the user and told in status.resolved."""
+    """Hyperparameters of the training run. Absent fields get values, which status.resolved lists."""
 
     rules = (
         Rule(
@@ -44,7 +44,7 @@ class Hyperparameters(ApiModel):
             lambda self: self.epochs is None or self.max_steps is None,
         ),
         Rule(
-            # the guard against 0 keeps a second, arithmetic error away from the one that `minimum` gives
+            # The guard against 0 avoids a second, arithmetic error beside the one of `minimum`.
             "!has(self.microBatchSize) || self.microBatchSize < 1 || "
             f"(has(self.batchSize) ? self.batchSize : {DEFAULT_BATCH_SIZE}) % self.microBatchSize == 0",
             "hyperparameters.microBatchSize must divide hyperparameters.batchSize "

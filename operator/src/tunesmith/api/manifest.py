@@ -1,4 +1,4 @@
-"""Reads a FineTuneJob from a YAML text outside the cluster: the CRD's rules, a sentence per mistake."""
+"""Read a FineTuneJob from a YAML text without a cluster, by the CRD's rules, with a sentence per mistake."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MAX_SHOWN = 60
 
 
 class ManifestError(ValueError):
-    """A manifest that cannot be used. `problems` holds one sentence per mistake: where, what, and how to mend it."""
+    """A manifest that cannot be used. `problems` has one sentence per mistake: where, what, and how to fix it."""
 
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems = tuple(problems)
@@ -34,14 +34,14 @@ class ManifestError(ValueError):
 
 
 def parse_manifest(text: str, *, allow_file: bool = True) -> FineTuneJob:
-    """The FineTuneJob in a YAML (or JSON) text. Other documents in the text are not allowed.
+    """Return the FineTuneJob in a YAML (or JSON) text, which must not contain other documents.
 
     Args:
-        text: The manifest, as `kubectl apply` takes it.
-        allow_file: Whether file:// uris may be used, as in a local run.
+        text: The manifest, as `kubectl apply` accepts it.
+        allow_file: True if file:// uris are allowed, as in a local run.
 
     Raises:
-        ManifestError: the text is no FineTuneJob that the API server would take; all mistakes are told at once.
+        ManifestError: the text is not a FineTuneJob that the API server would accept; it lists all mistakes.
     """
     document = load_document(text)
     problems = [*_envelope(document), *_nulls(document.get("spec"), "spec")]
@@ -60,7 +60,7 @@ def parse_manifest(text: str, *, allow_file: bool = True) -> FineTuneJob:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as Kubernetes reads it: 2e-4 is a number, dates are text, a key that stands twice is an error."""
+    """YAML loader that reads as Kubernetes does: 2e-4 is a number, dates are text, a repeated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:  # noqa: FBT001, FBT002 - PyYAML's signature
         seen = set()
@@ -82,10 +82,10 @@ _Loader.add_implicit_resolver(
 
 
 def load_document(text: str) -> dict[str, Any]:
-    """The one YAML (or JSON) document in a text, as it is written.
+    """Return the only YAML (or JSON) document in a text, unchanged.
 
     Raises:
-        ManifestError: it is not one mapping.
+        ManifestError: the text is not a single mapping.
     """
     try:
         documents = [document for document in yaml.load_all(text, Loader=_Loader) if document is not None]
@@ -105,7 +105,7 @@ def load_document(text: str) -> dict[str, Any]:
 
 
 def _envelope(document: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with the fields around spec, which Kubernetes checks before it looks at the CRD."""
+    """Yield the mistakes in the fields around spec, which Kubernetes checks before the CRD's schema."""
     for field, expected in (("apiVersion", API_VERSION), ("kind", "FineTuneJob")):
         found = document.get(field)
         if found is None:
@@ -122,7 +122,7 @@ def _envelope(document: dict[str, Any]) -> Iterator[str]:
 
 
 def _nulls(node: object, path: str) -> Iterator[str]:
-    """Fields without a value. The API server refuses them, and dropping them could change what is meant."""
+    """Yield a sentence per field without a value: the API server refuses it; dropping it could change the meaning."""
     if isinstance(node, dict):
         for key, child in node.items():
             if child is None:
@@ -145,7 +145,7 @@ def _uris(node: object, path: str) -> Iterator[tuple[str, str]]:
 
 
 def _sentence(detail: ErrorDetails, schema: Schema) -> str:
-    """One pydantic error as a sentence: the path, what is wrong and how to mend it."""
+    """Return a pydantic error as a sentence: the path, what is wrong and how to fix it."""
     location = detail["loc"]
     path = _path(location)
     context = detail.get("ctx", {})
@@ -195,7 +195,7 @@ def _unknown(path: str, name: str, known: Iterable[str]) -> str:
 
 
 def _meant(found: str, known: list[str]) -> str:
-    """`; did you mean …?`, where one of the known words is near, whatever its case."""
+    """Return `; did you mean …?` for the closest known word, ignoring case; empty if none is close."""
     by_folded = {word.casefold().replace("_", ""): word for word in known}
     near = difflib.get_close_matches(found.casefold().replace("_", ""), by_folded, n=1)
     return f"; did you mean {by_folded[near[0]]}?" if near else ""
@@ -206,7 +206,7 @@ def _path(location: tuple[int | str, ...]) -> str:
 
 
 def _node(schema: Schema, location: tuple[int | str, ...]) -> Schema:
-    """The schema at a location; an empty one where the location is unknown."""
+    """Return the schema at a location; empty for an unknown location."""
     for part in location:
         schema = schema.get("items", {}) if isinstance(part, int) else schema.get("properties", {}).get(part, {})
     return schema

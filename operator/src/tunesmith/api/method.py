@@ -1,4 +1,4 @@
-"""The fine-tuning method of a FineTuneJob: exactly one of those that `tunesmith.api.methods` declares."""
+"""Fine-tuning method of a FineTuneJob: exactly one of those that `tunesmith.api.methods` declares."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class Method(ApiModel):
 
     @property
     def name(self) -> str:
-        """The chosen method's name in the manifest, such as adaLora."""
+        """Name of the chosen method in the manifest, such as adaLora."""
         return next(name for attribute, name in _NAMES.items() if getattr(self, attribute) is not None)
 
     @property
     def fields(self) -> MethodFields:
-        """The chosen method's fields."""
+        """Fields of the chosen method."""
         chosen: MethodFields = next(fields for attribute in _NAMES if (fields := getattr(self, attribute)) is not None)
         return chosen
 
@@ -68,22 +68,22 @@ class Method(ApiModel):
 
     @property
     def quantization(self) -> Quantization | None:
-        """How the base is quantised, or None."""
+        """Quantisation of the base; None if it is not quantised."""
         return getattr(self.fields, "quantization", None)
 
     @property
     def learning_rate(self) -> float:
-        """Peak learning rate of a manifest that sets none. One rate for all would leave many methods untrained."""
+        """Default peak learning rate. A single default for all methods would leave many of them untrained."""
         return self.fields.traits.learning_rate
 
 
 _NAMES = {attribute: str(info.alias) for attribute, info in Method.model_fields.items()}
-"""Attribute → name in the manifest."""
+"""Name in the manifest by attribute."""
 METHODS: dict[str, type[MethodFields]] = {
     str(info.alias): next(option for option in get_args(info.annotation) if option is not type(None))
     for info in Method.model_fields.values()
 }
-"""Every method's class of fields by its name in the manifest."""
+"""Class of fields by method, under the method's name in the manifest."""
 SERVED_TYPES = sorted(
     {
         str(traits.peft_type)
@@ -91,9 +91,10 @@ SERVED_TYPES = sorted(
         if traits is not None and traits.served
     }
 )
-"""PEFT's types of the adapters that vLLM loads."""
+"""PEFT types of the adapters that vLLM loads."""
 SHARDABLE = [name for name, fields in METHODS.items() if fields.sharding is not None]
-"""Names of the methods under which the base's weights can be sharded over ranks, with some of their fields at least."""
+"""Names of the methods that allow sharding of the base's weights over ranks, at least with some values of their
+fields."""
 QUANTIZED_CEL = (
     "("
     + " || ".join(

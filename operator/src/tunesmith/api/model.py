@@ -18,23 +18,23 @@ GROUP = "tunesmith.dev"
 VERSION = "v1alpha1"
 API_VERSION: Final = "tunesmith.dev/v1alpha1"
 MAX_NAME = 40
-"""Longest metadata.name of a resource from which names of pods are made (63 characters at most)."""
+"""Longest metadata.name of a resource whose name is part of pod names (63 characters at most)."""
 INT_OR_STRING = "x-kubernetes-int-or-string"
 VALIDATIONS = "x-kubernetes-validations"
 
 
 def quoted(values: Iterable[str]) -> str:
-    """A list of strings in CEL."""
+    """Return the strings as a CEL list."""
     return "[" + ", ".join(f"'{value}'" for value in values) + "]"
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule that the CRD states in CEL and pydantic in Python, with the one sentence that the user reads.
+    """A rule that the CRD states in CEL and pydantic in Python, with one message for the user.
 
-    `holds` is None where only the API server can judge: transitions, and what is refused in a cluster alone.
-    `old` marks a rule that also runs at creation, where `oldSelf` is an optional. `message_cel` computes a sentence
-    that names what is wrong; `message` is the general one, for the reference.
+    `holds` is None if only the API server can check it: transitions, and restrictions that apply in a cluster alone.
+    `old` marks a rule that also runs at creation, with `oldSelf` as an optional. `message_cel` computes a message
+    that names the offending value; `message` is the general one, for the reference.
     """
 
     cel: str
@@ -44,7 +44,7 @@ class Rule:
     message_cel: str | None = None
 
     def schema(self) -> dict[str, Any]:
-        """The entry of `x-kubernetes-validations`."""
+        """Return the entry of `x-kubernetes-validations`."""
         entry: dict[str, Any] = {"rule": self.cel, "message": self.message}
         if self.message_cel is not None:
             entry["messageExpression"] = self.message_cel
@@ -53,19 +53,19 @@ class Rule:
 
 @dataclass(frozen=True)
 class Matches:
-    """Metadata of a string: the whole of it matches `pattern` (RE2), or the user reads `message`."""
+    """Constraint on a string: the whole of it matches `pattern` (RE2); otherwise `message` is the error."""
 
     pattern: str
     message: str
 
     def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
-        """The string's schema with the check behind it."""
+        """Return the string's schema followed by the check."""
         return core_schema.no_info_after_validator_function(self._check, handler(source))
 
     def __get_pydantic_json_schema__(
         self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        """The pattern for JSON schema, the same as a CEL rule with its sentence for the CRD."""
+        """Return the JSON schema with the pattern, and with the same check as a CEL rule for the CRD."""
         rule = Rule(f"self.matches(r'{self.pattern}')", self.message)
         return handler(schema) | {"pattern": self.pattern, VALIDATIONS: [rule.schema()]}
 
@@ -86,7 +86,7 @@ ResourceName = Annotated[
 
 
 class ApiModel(BaseModel):
-    """A part of a resource: camelCase on the wire, unknown fields are refused."""
+    """Part of a resource: camelCase in JSON; unknown fields are refused."""
 
     model_config = ConfigDict(
         alias_generator=to_camel,
@@ -97,7 +97,7 @@ class ApiModel(BaseModel):
     )
 
     rules: ClassVar[tuple[Rule, ...]] = ()
-    """What must hold between the fields, checked here and, as CEL, by the API server."""
+    """Rules between the fields, checked here and, as CEL, by the API server."""
 
     @model_validator(mode="after")
     def _obey_rules(self) -> Self:
@@ -110,25 +110,25 @@ class ApiModel(BaseModel):
     def __get_pydantic_json_schema__(
         cls, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        """The JSON schema with the rules as `x-kubernetes-validations`."""
+        """Return the JSON schema with the rules as `x-kubernetes-validations`."""
         result = handler.resolve_ref_schema(handler(schema))
         if cls.rules:
             result[VALIDATIONS] = [rule.schema() for rule in cls.rules]
         return result
 
     def manifest(self) -> dict[str, Any]:
-        """The JSON form, without absent fields, as Kubernetes stores it."""
+        """Return the JSON form without absent fields, as Kubernetes stores it."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
 class StatusModel(ApiModel):
-    """A part of a status: an unknown field (written by a newer release) is ignored."""
+    """Part of a status; an unknown field, written by a newer release, is ignored."""
 
     model_config = ConfigDict(extra="ignore")
 
 
 class ObjectMeta(StatusModel):
-    """The fields of Kubernetes' ObjectMeta that Tunesmith reads."""
+    """Fields of Kubernetes' ObjectMeta that Tunesmith reads."""
 
     name: str
     namespace: str = "default"

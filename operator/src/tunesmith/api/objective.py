@@ -1,4 +1,4 @@
-"""What a FineTuneJob's training makes smaller."""
+"""Training objective of a FineTuneJob."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tunesmith.api.model import ApiModel, Rule
 
 
 class ObjectiveName(StrEnum):
-    """The objectives, by their names in the manifest."""
+    """Names of the objectives in the manifest."""
 
     SFT = "sft"
     DPO = "dpo"
@@ -19,11 +19,11 @@ class ObjectiveName(StrEnum):
 
 
 class SftFields(ApiModel):
-    """Supervised fine-tuning: the answers become likelier."""
+    """Supervised fine-tuning: raises the probability of the answers."""
 
 
 class DpoFields(ApiModel):
-    """Direct preference optimisation (DPO, arXiv:2305.18290): the chosen answer gains on the rejected one."""
+    """Direct preference optimisation (DPO, arXiv:2305.18290): raises the chosen answer relative to the rejected one."""
 
     beta: float = Field(
         default=0.1, ge=0.001, le=10.0, description="How strongly the adapter is held to the base: higher is closer."
@@ -37,7 +37,7 @@ class DpoFields(ApiModel):
 
 
 class OrpoFields(ApiModel):
-    """Odds ratio preference optimisation (ORPO, arXiv:2403.07691): learns the chosen answer, shuns the rejected one."""
+    """Odds ratio preference optimisation (ORPO, arXiv:2403.07691): learns chosen answers, penalises rejected ones."""
 
     weight: float = Field(
         default=0.1, ge=0.001, le=10.0, description="Weight of the odds ratio beside the chosen answer's own loss (λ)."
@@ -47,7 +47,7 @@ class OrpoFields(ApiModel):
 class KtoFields(ApiModel):
     """Kahneman-Tversky optimisation (KTO, arXiv:2402.01306): learns from single good and bad answers.
 
-    A pair of a chosen and a rejected answer is one of each.
+    A pair of a chosen and a rejected answer counts as one good and one bad answer.
     """
 
     beta: float = Field(
@@ -75,5 +75,5 @@ class Objective(ApiModel):
 
     @property
     def name(self) -> ObjectiveName:
-        """The chosen objective."""
+        """Name of the chosen objective."""
         return next(name for name in ObjectiveName if getattr(self, name) is not None)

@@ -1,4 +1,4 @@
-"""What a FineTuneJob writes beside its adapter."""
+"""Outputs of a FineTuneJob besides its adapter."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Repository = Annotated[
 
 
 class Merge(StrEnum):
-    """Into which base the adapter is merged."""
+    """Base model that the adapter is merged into."""
 
     NONE = "None"
     ORIGINAL = "Original"
@@ -32,14 +32,14 @@ class Merge(StrEnum):
 
 
 class Servable(StrEnum):
-    """Whether an engine must be able to load the result."""
+    """Requirement that an engine can load the result."""
 
     REQUIRED = "Required"
     IGNORED = "Ignored"
 
 
 class Export(ApiModel):
-    """A place that gets a copy of the published artifact."""
+    """Destination of a copy of the published artifact."""
 
     rules = (
         Rule(
@@ -67,12 +67,12 @@ class Export(ApiModel):
 
     @property
     def place(self) -> str:
-        """Where the copy goes, as a uri."""
+        """Uri of the destination."""
         return self.uri or f"hf://{self.hub}"
 
 
 class Tracker(StrEnum):
-    """Where the steps of a run are shown."""
+    """Tracking server or format for the run's metrics."""
 
     TENSORBOARD = "TensorBoard"
     MLFLOW = "MLflow"
@@ -80,7 +80,7 @@ class Tracker(StrEnum):
 
 
 class Output(ApiModel):
-    """What is written beside the adapter."""
+    """Outputs besides the adapter."""
 
     rules = (
         Rule(
@@ -117,5 +117,5 @@ class Output(ApiModel):
 
     @property
     def needs_reporting_secret(self) -> bool:
-        """Whether a tracker has a server of its own."""
+        """True if a tracker needs a server."""
         return bool({Tracker.MLFLOW, Tracker.WANDB} & set(self.reporting or []))

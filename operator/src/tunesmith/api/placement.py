@@ -19,7 +19,7 @@ _UNITS = {
 
 
 def _text(value: object) -> object:
-    """A whole number, as YAML reads `cpu: 2`, becomes text."""
+    """Return a whole number, as YAML reads `cpu: 2`, as text."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
@@ -63,17 +63,17 @@ LabelValue = Annotated[
 
 
 def quantity_value(quantity: str) -> Decimal:
-    """The number that a Quantity stands for: bytes of memory, or cores."""
+    """Return the value of a Quantity: bytes of memory, or cores."""
     digits = quantity.rstrip("mkMGTi")
     return Decimal(digits) * _UNITS.get(quantity.removeprefix(digits), Decimal(1))
 
 
 class Resources(ApiModel):
-    """What one pod asks the node for. Requests equal limits for memory and GPUs; CPU has a request only."""
+    """Resources that one pod requests. Requests equal limits for memory and GPUs; CPU has a request only."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
-            # has: the API server checks the default {} of resources before it fills in what is inside
+            # `has`: the API server checks the default {} of resources before it fills in the defaults inside.
             "!has(self.memory) || !isQuantity(string(self.memory)) || "
             f"quantity(string(self.memory)).compareTo(quantity('{LEAST_MEMORY}')) >= 0",
             f"resources.memory is less than {LEAST_MEMORY}: write its unit, as in 8Gi",
@@ -90,14 +90,14 @@ class Resources(ApiModel):
 
 
 class DataParallelism(StrEnum):
-    """What each of several processes that train together holds of the base model."""
+    """Distribution of the base model over several ranks that train together."""
 
     DDP = "DDP"
     FSDP2 = "FSDP2"
 
 
 class TrainingResources(Resources):
-    """What the training pods ask their nodes for. Results do not depend on how many there are."""
+    """Resources that the training pods request. Results do not depend on the number of pods."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         *Resources.rules,
@@ -126,12 +126,12 @@ class TrainingResources(Resources):
 
     @property
     def ranks(self) -> int:
-        """Processes that train together: one per GPU, or one per pod on the CPU."""
+        """Ranks that train together: one per GPU, or one per pod on the CPU."""
         return self.nodes * max(self.gpus, 1)
 
 
 class Toleration(ApiModel):
-    """A taint that the pod tolerates (core/v1 Toleration)."""
+    """Toleration of a taint (core/v1 Toleration)."""
 
     rules = (
         Rule(
@@ -157,7 +157,7 @@ class Toleration(ApiModel):
 
 
 class Scheduling(ApiModel):
-    """Where pods may run."""
+    """Constraints on the nodes of pods."""
 
     node_selector: dict[Annotated[str, Field(max_length=317)], LabelValue] | None = Field(
         default=None, max_length=32, description="Labels a node must have."
@@ -167,12 +167,12 @@ class Scheduling(ApiModel):
     runtime_class_name: ResourceName | None = Field(default=None, description="RuntimeClass of the pods.")
 
     def pod_fields(self) -> dict[str, Any]:
-        """The fields of a pod's spec; an empty one is left out."""
+        """Return the fields of a pod's spec; empty ones are omitted."""
         return {name: value for name, value in self.manifest().items() if value}
 
 
 class TrainingScheduling(Scheduling):
-    """Where and when training pods may run."""
+    """Constraints on the nodes of training pods, and their queue."""
 
     queue: LabelValue | None = Field(
         default=None,
@@ -181,7 +181,7 @@ class TrainingScheduling(Scheduling):
     )
 
     def pod_fields(self) -> dict[str, Any]:
-        """The fields of a pod's spec; the queue is the Job's."""
+        """Return the fields of a pod's spec; the queue is a field of the Job instead."""
         fields = super().pod_fields()
         fields.pop("queue", None)
         return fields

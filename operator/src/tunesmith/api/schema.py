@@ -1,4 +1,4 @@
-"""pydantic's JSON schema of a model, turned into the structural schema that a CRD may hold and into a strict one."""
+"""Conversion of a model's JSON schema, from pydantic, into a CRD's structural schema and into a strict JSON schema."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ _KEPT = (
 
 
 class UnboundedError(ValueError):
-    """A field has no maximum, without which CEL rules near it exceed the API server's cost budget."""
+    """A field lacks a maximum, without which CEL rules around it exceed the API server's cost budget."""
 
 
 def structural_schema(model: type[ApiModel]) -> Schema:
-    """The structural schema of a model.
+    """Return the structural schema of a model.
 
     References are inlined, an optional field is a property that is not required, and an object whose fields all have
     defaults gets the default {}.
@@ -53,9 +53,9 @@ def structural_schema(model: type[ApiModel]) -> Schema:
 
 
 def resolved_schema(model: type[ApiModel]) -> Schema:
-    """The JSON schema, as pydantic makes it, of a model's spec and status with every reference inlined."""
+    """Return pydantic's JSON schema of a model's spec and status, with every reference inlined."""
     root = model.model_json_schema(by_alias=True)
-    # only what Tunesmith reads of metadata is in the model; its schema is the API server's
+    # The model has only those fields of metadata that Tunesmith reads; the schema is the API server's.
     del root["properties"]["metadata"]
     schema = _resolved(root, root.get("$defs", {}))
     del schema["properties"]["status"]["default"]
@@ -63,7 +63,7 @@ def resolved_schema(model: type[ApiModel]) -> Schema:
 
 
 def json_schema(model: type[ApiModel]) -> Schema:
-    """A strict JSON schema of a model's manifests, for checks without a cluster: an unknown field is an error."""
+    """Return a strict JSON schema of a model's manifests, for checks without a cluster: unknown fields are errors."""
     schema = _strict(resolved_schema(model))
     schema["properties"] = {
         "apiVersion": {"type": "string", "enum": [API_VERSION]},
@@ -80,7 +80,7 @@ def json_schema(model: type[ApiModel]) -> Schema:
 
 
 def _resolved(node: Schema, definitions: dict[str, Schema]) -> Schema:
-    """The node with its references inlined and `anyOf: [X, null]` as X; what stands beside a reference wins."""
+    """Return the node with references inlined and `anyOf: [X, null]` as X; keys beside a reference take precedence."""
     while "$ref" in node or "anyOf" in node:
         if "$ref" in node:
             target = definitions[node["$ref"].removeprefix("#/$defs/")]
@@ -110,7 +110,7 @@ def _resolved(node: Schema, definitions: dict[str, Schema]) -> Schema:
 def _property(node: Schema, definitions: dict[str, Schema], *, optional: bool) -> Schema:
     result = _resolved(node, definitions)
     if optional and "default" not in node and "properties" in result:
-        # made by a default_factory: without {} the API server would not fill in the defaults inside
+        # Has a default_factory: without {} the API server would not fill in the defaults inside.
         result["default"] = {}
     return result
 
@@ -130,7 +130,7 @@ def _strict(node: Schema) -> Schema:
 def _converted(node: Schema, path: str) -> Schema:
     result = {key: node[key] for key in _KEPT if key in node}
     if VALIDATIONS in result:
-        # a rule with a sentence says what the pattern says
+        # The rule checks the pattern, and has a message.
         result.pop("pattern", None)
     if "properties" in node:
         result["properties"] = {name: _converted(child, f"{path}.{name}") for name, child in node["properties"].items()}
@@ -140,7 +140,7 @@ def _converted(node: Schema, path: str) -> Schema:
         result["items"] = _converted(node["items"], f"{path}[]")
         result.setdefault("x-kubernetes-list-type", "atomic")
     if 0 < result.get("minimum", 0) < 1:
-        # The API server compares a whole number with the whole part of a minimum, and would take 0.
+        # The API server truncates the minimum when it compares a whole number, and would accept 0.
         refused = {"rule": "self != 0.0", "message": f"0 is too small: it must be at least {result['minimum']:g}"}
         result[VALIDATIONS] = [*result.get(VALIDATIONS, ()), refused]
     _require_maximum(result, path)

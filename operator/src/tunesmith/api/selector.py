@@ -25,7 +25,7 @@ LabelKey = Annotated[
 
 
 class SelectorOperator(StrEnum):
-    """Relation of a label to the values of a requirement."""
+    """Operator of a requirement."""
 
     IN = "In"
     NOT_IN = "NotIn"
@@ -37,7 +37,7 @@ _WITH_VALUES = (SelectorOperator.IN, SelectorOperator.NOT_IN)
 
 
 class SelectorRequirement(ApiModel):
-    """A requirement on one label."""
+    """Requirement on one label."""
 
     rules = (
         Rule(
@@ -55,7 +55,7 @@ class SelectorRequirement(ApiModel):
     values: list[LabelValue] | None = Field(default=None, max_length=32, description="Values for In and NotIn.")
 
     def matches(self, labels: Mapping[str, str]) -> bool:
-        """Return True if the labels fulfil the requirement."""
+        """Return True if the labels meet the requirement."""
         value = labels.get(self.key)
         if self.operator is SelectorOperator.EXISTS:
             return value is not None
@@ -65,7 +65,7 @@ class SelectorRequirement(ApiModel):
 
 
 class LabelSelector(ApiModel):
-    """Objects by their labels. All requirements must hold; without any, every object matches."""
+    """Selector of objects by labels. All requirements must be met; without any, every object matches."""
 
     match_labels: dict[Annotated[str, Field(max_length=317)], LabelValue] | None = Field(
         default=None, max_length=32, description="Labels that must have exactly these values."
@@ -75,7 +75,7 @@ class LabelSelector(ApiModel):
     )
 
     def matches(self, labels: Mapping[str, str]) -> bool:
-        """Return True if labels fulfil every requirement."""
+        """Return True if the labels meet every requirement."""
         exact = (self.match_labels or {}).items()
         return all(labels.get(key) == value for key, value in exact) and all(
             requirement.matches(labels) for requirement in self.match_expressions or ()

@@ -38,7 +38,8 @@ min_below_max = Rule(
     lambda self: self.min_replicas <= self.max_replicas,
 )
 replicas_or_autoscaling = Rule(
-    # While autoscaling is set, replicas stays; when it comes, replicas is the default or what it was.
+    # While autoscaling is set, replicas does not change; when autoscaling is added, replicas is the default or
+    # unchanged.
     "!has(self.autoscaling) || (oldSelf.hasValue() && self.replicas == oldSelf.value().replicas) || "
     "(self.replicas == 1 && !(oldSelf.hasValue() && has(oldSelf.value().autoscaling)))",
     "replicas is decided by autoscaling: remove autoscaling first",
@@ -54,9 +55,9 @@ class EnvironmentVariable(ApiModel):
 
 
 class Engine(ApiModel):
-    """The vLLM server's settings."""
+    """Settings of the vLLM server."""
 
-    # The operator reports stored pools that break them by `serving.render.reserved`, with a condition.
+    # For stored pools that violate these rules the operator sets a condition, by `serving.render.reserved`.
     rules = (
         Rule(
             engine_arguments.ARGUMENTS_CEL,
@@ -108,7 +109,7 @@ class Engine(ApiModel):
 
 
 class PoolAutoscaling(ApiModel):
-    """How many pods the pool has."""
+    """Bounds and target for the number of pods."""
 
     rules = (min_below_max,)
 
@@ -126,7 +127,7 @@ class PoolAutoscaling(ApiModel):
 
 
 class Requests(ApiModel):
-    """What clients may ask of an engine that they share. Anything else is refused with 400 and a sentence."""
+    """Limits on requests to the shared engine. Other requests are refused with 400 and an explanation."""
 
     allow_prompt_logprobs: bool = Field(
         default=False,
@@ -156,7 +157,7 @@ class Requests(ApiModel):
 
 
 class RollingUpdate(ApiModel):
-    """Replacement of the pods when their template changes: by the spec, or by a new release of the installation."""
+    """Replacement of the pods when their template changes, by a new spec or a new release of the installation."""
 
     max_surge: Literal[0, 1] | None = Field(
         default=None,
@@ -167,7 +168,7 @@ class RollingUpdate(ApiModel):
 
 
 class AllowedNamespaces(ApiModel):
-    """Which namespaces may attach adapters and call the base."""
+    """Namespaces that may attach adapters and call the base."""
 
     rules = (
         Rule(
@@ -189,9 +190,9 @@ class AllowedNamespaces(ApiModel):
         """Return True if a namespace may attach adapters and call the base.
 
         Args:
-            own: the pool's namespace, which always may.
-            namespace: the namespace that asks.
-            labels: its labels; None: unknown, so a selector does not match.
+            own: the pool's namespace, which is always allowed.
+            namespace: the namespace to check.
+            labels: its labels; None: unknown, so no selector matches.
         """
         if namespace == own or self.from_ == "All":
             return True
@@ -231,7 +232,7 @@ class ServingPoolSpec(ApiModel):
 
 
 class PoolPhase(StrEnum):
-    """Derived from the conditions, for people."""
+    """Summary of the conditions, for people."""
 
     PENDING = "Pending"
     AVAILABLE = "Available"
@@ -239,7 +240,7 @@ class PoolPhase(StrEnum):
 
 
 class ServingPoolStatus(StatusModel):
-    """What was observed."""
+    """Observed state of a ServingPool."""
 
     phase: PoolPhase | None = Field(default=None, description="Derived from the conditions.")
     reason: str | None = Field(
@@ -289,5 +290,5 @@ class ServingPool(ApiModel):
 
     @property
     def model(self) -> str:
-        """The global id of the base, `<namespace>/<modelName>`."""
+        """Global id of the base, `<namespace>/<modelName>`."""
         return f"{self.metadata.namespace}/{self.spec.model_name}"

@@ -1,4 +1,4 @@
-"""Uris in manifests: their patterns, sentences and rules come from the table of stores."""
+"""Uris in manifests: patterns, messages and rules, derived from the table of stores."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ uri_rules = (
     Rule("!self.uri.startsWith('file://')", LOCAL_ONLY),
     Rule("!(self.uri + '/').contains('/../')", _CLIMBS, _climbs_not(lambda self: self.uri)),
 )
-"""For every model with a `uri`. A local run accepts file://."""
+"""Rules of every model with a `uri`. A local run accepts file://."""
 optional_uri_rules = (
     Rule("!has(self.uri) || !self.uri.startsWith('file://')", LOCAL_ONLY),
     Rule("!has(self.uri) || !(self.uri + '/').contains('/../')", _CLIMBS, _climbs_not(lambda self: self.uri)),
 )
-"""For every model whose `uri` may be absent."""
+"""Rules of every model with an optional `uri`."""
 _NEEDS_NONE = " || ".join(f"self.uri.startsWith('{prefix}')" for prefix in _WITHOUT)
 secret_rule = Rule(
     f"!has(self.secretRef) || !({_NEEDS_NONE})",
@@ -57,4 +57,4 @@ secret_rule = Rule(
     "read without any: remove the secretRef",
     lambda self: self.secret_ref is None or not self.uri.startswith(tuple(_WITHOUT)),
 )
-"""For every model with a `uri` and a `secretRef`."""
+"""Rule of every model with a `uri` and a `secretRef`."""

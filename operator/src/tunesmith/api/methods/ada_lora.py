@@ -20,7 +20,7 @@ from tunesmith.api.model import Rule
 
 
 class AdaLoraFields(MethodFields):
-    """LoRA that moves its rank to the modules that need it (AdaLoRA, arXiv:2303.10512)."""
+    """LoRA that reallocates rank to the modules that need it (AdaLoRA, arXiv:2303.10512)."""
 
     declared = MethodTraits("ADALORA", learning_rate=1e-3, decided_by_training=frozenset({"r", "rank_pattern"}))
     rules = (
@@ -42,7 +42,7 @@ class AdaLoraFields(MethodFields):
     dropout: LoraDropout = 0.0
     target_modules: TargetModules = Field(default=[ALL_LINEAR])
     modules_to_save: ModulesToSave = None
-    # Shares of the run, which PEFT has as steps.
+    # Fractions of the run; PEFT expects steps.
     warmup_ratio: Annotated[float, NOT_IN_PEFT] = Field(
         default=0.1, ge=0.0, le=0.4, description="Share of the steps before ranks are taken away."
     )

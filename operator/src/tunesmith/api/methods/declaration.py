@@ -1,4 +1,4 @@
-"""Base class of every method's fields, and what a method declares."""
+"""Base class of every method's fields, and the declarations that a method makes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 ALL_LINEAR: Final = "all-linear"
-"""Stands for all linear modules but the output layer, as in PEFT."""
+"""All linear modules except the output layer, as in PEFT."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class MethodTraits:
         counted: True if PEFT can count the trained parameters without the base's weights.
         recomputable: True if activations can be recomputed in the backward pass (gradient checkpointing).
         refused: reason why Tunesmith does not train it; None: it does.
-        takes_peft_config: True if `method.peft` accepts the type although it has fields of its own, for variants that
-            those do not cover.
-        decided_by_training: keys of adapter_config.json that training writes, and that therefore ask for nothing.
+        takes_peft_config: True if `method.peft` accepts the type although it has its own fields, for variants that
+            those fields do not cover.
+        decided_by_training: keys of adapter_config.json that training writes, and that are therefore not requests.
     """
 
     peft_type: str | None
@@ -56,8 +56,8 @@ class PeftName:
 
     Args:
         key: PEFT's name, also in adapter_config.json.
-        values: PEFT's values by the field's, where they differ.
-        modules: True if the field is a list of modules' names, for which PEFT also takes other forms.
+        values: PEFT's values by the field's values, if they differ.
+        modules: True if the field is a list of module names, for which PEFT also accepts other forms.
     """
 
     key: str
@@ -65,15 +65,15 @@ class PeftName:
     modules: bool = False
 
     def peft_value(self, value: object) -> object:
-        """PEFT's value for a field's."""
+        """Return PEFT's value for a value of the field."""
         return self.values[value] if self.values else value
 
     def field_value(self, value: object) -> object:
-        """The field's value for PEFT's; None: it has no counterpart."""
+        """Return the field's value for PEFT's value; None if it has no counterpart."""
         if self.values:
             return next((ours for ours, theirs in self.values.items() if _spelled(theirs) == _spelled(value)), None)
         if self.modules:
-            # PEFT keeps sets, whose order differs from run to run, and takes regular expressions.
+            # PEFT keeps sets, whose order differs between runs, and accepts regular expressions.
             return sorted(value) if isinstance(value, list) else [value] if value == ALL_LINEAR else None
         return value
 
@@ -95,7 +95,7 @@ class Condition:
     """A condition on a method's fields.
 
     Args:
-        cel: CEL expression in which `{fields}` stands for the path of the fields; None: they only have to be there.
+        cel: CEL expression with `{fields}` as the placeholder for the fields' path; None: they only have to exist.
         holds: the same in Python.
     """
 
@@ -103,7 +103,7 @@ class Condition:
     holds: Callable[[Any], bool]
 
     def at(self, path: str) -> str:
-        """CEL expression that is true where the fields at a path, such as `self.method.lora`, exist and satisfy it."""
+        """Return the CEL expression: true if the fields at a path, such as `self.method.lora`, exist and satisfy it."""
         asked = f"has({path})"
         return asked if self.cel is None else f"({asked} && {self.cel.replace('{fields}', path)})"
 
@@ -115,9 +115,9 @@ class MethodFields(ApiModel):
     """Fields of one method."""
 
     declared: ClassVar[MethodTraits | None] = None
-    """Traits of the method; None where they follow from its fields."""
+    """Traits of the method; None if they depend on its fields."""
     sharding: ClassVar[Condition | None] = None
-    """Condition under which the base's weights can be sharded over ranks (FSDP2); None: never."""
+    """Condition for sharding the base's weights over ranks (FSDP2); None: never possible."""
     peft_names: ClassVar[dict[str, PeftName]] = {}
     """PEFT's names by attribute, collected from the fields' metadata."""
 
@@ -139,7 +139,7 @@ class MethodFields(ApiModel):
 
     @classmethod
     def quantization_cel(cls, path: str) -> str | None:
-        """CEL expression that is true where fields at a path ask for a quantized base; None: they never do."""
+        """Return the CEL expression that is true if fields at a path request a quantized base; None: they never do."""
         info = cls.model_fields.get("quantization")
         if info is None:
             return None
@@ -163,7 +163,7 @@ class MethodFields(ApiModel):
         return self.sharding is not None and self.sharding.holds(self)
 
     def peft_values(self) -> dict[str, Any]:
-        """Arguments of PEFT's configuration class; absent fields are omitted."""
+        """Return the arguments of PEFT's configuration class; absent fields are omitted."""
         values = {}
         for attribute, name in self.peft_names.items():
             value = getattr(self, attribute)

@@ -1,4 +1,4 @@
-"""Fields that several methods have."""
+"""Fields shared by several methods."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ target_rules = (
         lambda self: ALL_LINEAR not in self.target_modules or len(self.target_modules) == 1,
     ),
 )
-"""For every method with `target_modules: TargetModules`."""
+"""Rules of every method with `target_modules: TargetModules`."""
 TargetModules = Annotated[
     list[ModuleName],
     Field(
@@ -45,7 +45,7 @@ LoraDropout = Annotated[
 
 
 class Quantization(ApiModel):
-    """How the frozen base is held in memory (QLoRA, arXiv:2305.14314)."""
+    """Quantisation of the frozen base in memory (QLoRA, arXiv:2305.14314)."""
 
     type: Literal["nf4"] = Field(default="nf4", description="4-bit NormalFloat.")
     double_quantization: bool = Field(default=True, description="Quantise the quantisation constants too.")
@@ -62,7 +62,7 @@ OptionalQuantization = Annotated[
 
 
 class VirtualTokensFields(MethodFields):
-    """Trained vectors in front of every prompt."""
+    """Trained vectors that precede every prompt."""
 
     virtual_tokens: Annotated[int, PeftName("num_virtual_tokens")] = Field(
         default=20, ge=1, le=1024, description="Number of trained vectors."

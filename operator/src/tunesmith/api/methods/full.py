@@ -6,7 +6,7 @@ from tunesmith.api.methods.declaration import ALWAYS, MethodFields, MethodTraits
 
 
 class FullFields(MethodFields):
-    """All weights are trained; the artifact is a model, not an adapter."""
+    """Full fine-tuning of all weights; the artifact is a model, not an adapter."""
 
     declared = MethodTraits(None, learning_rate=1e-5)
     sharding = ALWAYS

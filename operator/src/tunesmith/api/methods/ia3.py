@@ -12,7 +12,7 @@ from tunesmith.api.model import Rule
 
 
 class Ia3Fields(MethodFields):
-    """Learned scales of keys, values and the feed-forward's inner activations (IA3, arXiv:2205.05638)."""
+    """Learned scales of keys, values and the inner activations of the feed-forward layers (IA3, arXiv:2205.05638)."""
 
     declared = MethodTraits("IA3", learning_rate=5e-3)
     sharding = ALWAYS

@@ -25,7 +25,7 @@ LORA = MethodTraits("LORA", learning_rate=2e-4, served=True, takes_peft_config=T
 
 
 class Initialization(StrEnum):
-    """How a LoRA adapter's matrices begin."""
+    """Initial values of a LoRA adapter's matrices."""
 
     DEFAULT = "Default"
     GAUSSIAN = "Gaussian"
@@ -46,12 +46,12 @@ class InitializationTraits:
 
     Args:
         peft: PEFT's value of init_lora_weights.
-        dora: True if DoRA can begin with it.
+        dora: True if DoRA supports it.
         in_4_bits: True if it works on a base in 4 bits.
         sharded: True if it works on a base whose weights are sharded over ranks.
-        changes_base: True if it takes out of the base what the new adapter adds; saved, the adapter is plain LoRA of
+        changes_base: True if it subtracts the new adapter from the base; saved, the adapter is plain LoRA of
             twice the rank.
-        base_columns: singular vectors of a base weight that it reads for each rank: the rank is bounded by the
+        base_columns: singular vectors of a base weight that it reads per unit of rank; the rank is bounded by the
             weight's smaller side.
     """
 
@@ -83,7 +83,7 @@ _SHARDED = [name for name, traits in INITIALIZATIONS.items() if traits.sharded]
 
 
 def initialization_of(value: object) -> Initialization | None:
-    """Initialization for PEFT's value of init_lora_weights; None: it has no counterpart, or the value is a boolean."""
+    """Return the initialization for PEFT's value of init_lora_weights; None for a boolean or without a counterpart."""
     name = str(value).lower()
     if _FAST_PISSA.fullmatch(name):
         return Initialization.FAST_PISSA
@@ -103,7 +103,7 @@ lora_rules = (
         lambda self: self.initialization is not Initialization.ORTHOGONAL or self.rank % 2 == 0,
     ),
 )
-"""For lora and qlora."""
+"""Rules of lora and qlora."""
 in_4_bits_rule = Rule(
     f"self.initialization in {quoted(_IN_4_BITS)}",
     f"qlora.initialization is {', '.join(_IN_4_BITS[:-1])} or {_IN_4_BITS[-1]}: the others need the base's "
@@ -162,7 +162,7 @@ class LoraFields(MethodFields):
 
     @property
     def published_rank(self) -> int:
-        """Lowest value that the highest rank of the published adapter can have."""
+        """Lower bound of the published adapter's highest rank."""
         highest = max(self.rank, *(self.rank_pattern or {}).values(), 0)
         return 2 * highest if INITIALIZATIONS[self.initialization].changes_base else highest
 

@@ -11,7 +11,7 @@ from tunesmith.api.methods.fields import VirtualTokensFields
 
 
 class PTuningFields(VirtualTokensFields):
-    """Embeddings in front of the prompt that a small network makes (P-tuning, arXiv:2103.10385)."""
+    """Prompt embeddings produced by a small network (P-tuning, arXiv:2103.10385)."""
 
     declared = MethodTraits(
         "P_TUNING", learning_rate=1e-4, not_merged="it adds vectors to the prompt", identity_at_start=False

@@ -1,4 +1,4 @@
-"""Every other method of PEFT, with PEFT's own fields."""
+"""All other methods of PEFT, with PEFT's own fields."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ OTHER_METHODS = {str(traits.peft_type): traits for traits in _TRAITS}
 
 
 def _bounded(config: dict[str, Any]) -> dict[str, Any]:
-    """The config, if it is no larger than any of PEFT's: the API server accepts 10,000 levels."""
+    """Check the config's depth and number of values: the API server alone would accept 10,000 levels."""
     level: list[Any] = [config]
     count = 0
     for _ in range(_MAX_CONFIG_DEPTH):
@@ -91,7 +91,7 @@ def _bounded(config: dict[str, Any]) -> dict[str, Any]:
 
 
 class PeftFields(MethodFields):
-    """Any other method of PEFT."""
+    """Any other PEFT method."""
 
     type: Annotated[str, NOT_IN_PEFT] = Field(
         min_length=1, max_length=64, description="PEFT's name of the method, such as VERA, LOHA or OFT (PeftType)."

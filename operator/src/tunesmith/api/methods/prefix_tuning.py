@@ -11,7 +11,7 @@ from tunesmith.api.methods.fields import VirtualTokensFields
 
 
 class PrefixTuningFields(VirtualTokensFields):
-    """Trained keys and values in front of every layer's (prefix tuning, arXiv:2101.00190)."""
+    """Trained keys and values that precede those of every layer (prefix tuning, arXiv:2101.00190)."""
 
     declared = MethodTraits(
         "PREFIX_TUNING",

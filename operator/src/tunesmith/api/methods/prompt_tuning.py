@@ -11,14 +11,14 @@ from tunesmith.api.methods.fields import VirtualTokensFields
 
 
 class PromptTuningFields(VirtualTokensFields):
-    """Trained embeddings in front of the prompt (prompt tuning, arXiv:2104.08691)."""
+    """Trained embeddings that precede the prompt (prompt tuning, arXiv:2104.08691)."""
 
     declared = MethodTraits(
         "PROMPT_TUNING",
         learning_rate=1e-3,
         not_merged="it adds vectors to the prompt",
         identity_at_start=False,
-        # They begin as the text's embeddings where there is one, and otherwise as those of tokens at random.
+        # Initialised with the embeddings of the given text, or of random tokens without a text.
         decided_by_training=frozenset({"prompt_tuning_init"}),
     )
 

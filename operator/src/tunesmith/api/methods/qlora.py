@@ -14,7 +14,7 @@ from tunesmith.api.methods.lora import SHARDED_INITIALIZATION, LoraFields, in_4_
 class QloraFields(LoraFields):
     """LoRA over a 4-bit base."""
 
-    # DoRA takes the norms of weights that are not in 4 bits yet.
+    # DoRA needs the norms of weights before they are quantized to 4 bits.
     sharding = Condition(
         f"{SHARDED_INITIALIZATION.cel} && !(has({{fields}}.dora) && {{fields}}.dora)",
         lambda fields: SHARDED_INITIALIZATION.holds(fields) and not fields.dora,
