@@ -1,4 +1,4 @@
-"""The model card of an artifact: what a colleague needs to judge and use the adapter."""
+"""Model card of an artifact: the information needed to judge and use the adapter."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _MERGED = {Merge.ORIGINAL: "into the base as published", Merge.DEQUANTIZED: "int
 def text(
     job: FineTuneJob, prepared: Prepared, trained: Trained, versions: Mapping[str, str], merge_error: float | None
 ) -> str:
-    """Markdown with the Hub's front matter; no times, and no paths of this machine but the manifest's uris.
+    """Return Markdown with the Hub's front matter; without times, and without local paths except the manifest's URIs.
 
     Args:
         job: the FineTuneJob.
-        prepared: its inputs.
-        trained: the scores.
-        versions: of libraries, by name.
-        merge_error: distance of the merged weights from what was trained; None: there are none.
+        prepared: inputs of the job.
+        trained: training result with the scores.
+        versions: versions of libraries by name.
+        merge_error: distance of the merged model from the trained one; None if nothing was merged.
     """
     spec, evaluation = job.spec, trained.evaluation
     base = spec.base_model.uri
@@ -109,7 +109,7 @@ def text(
 
 
 def _trained_too(counted: Preflight) -> str:
-    """How far what is scored was also learned."""
+    """Describe the overlap of scored and trained rows."""
     found = counted.also_trained or []
     held_out = sum(one.rows for one in found if one.suite is None)
     text = f", {held_out} of which were trained on too" if held_out else " that were not trained on"
@@ -142,7 +142,7 @@ def _loading(prepared: Prepared) -> list[str]:
 
 
 def tags(method: Method) -> list[str]:
-    """The Hub's tags: what kind of adapter it is, by the names that its filters and people use."""
+    """Return the Hub's tags for the kind of adapter, by the names that its filters and people use."""
     name = method.peft.type.lower() if method.peft is not None else method.name
     return [name, *(["lora"] if method.qlora is not None else []), "tunesmith"]
 
@@ -153,7 +153,7 @@ def _objective(spec: FineTuneJobSpec) -> str:
 
 
 def _said(name: str, fields: ApiModel) -> str:
-    """Such as `lora: rank 16, alpha 32`: what the manifest says, defaults included."""
+    """Format the manifest's values, defaults included, such as `lora: rank 16, alpha 32`."""
     said = [
         f"{field} {_value(value)}" for field, value in fields.manifest().items() if value not in (False, [ALL_LINEAR])
     ]
@@ -166,7 +166,7 @@ def _precision(prepared: Prepared, method: Method) -> str:
 
 
 def _sources(sources: Sequence[DatasetSource]) -> str:
-    """The uris, with the weights that are not 1."""
+    """Format the URIs, with the weights that are not 1."""
     return ", ".join(
         _code(one.uri) + (f" (weight {one.weight:g})" if isinstance(one, TrainingSource) and one.weight != 1 else "")
         for one in sources
@@ -180,7 +180,7 @@ def _held_out(dataset: Dataset) -> str:
 
 
 def _not_used(counted: Preflight) -> str:
-    """Such as `3 Overlong, 1 Duplicate`."""
+    """Format the unused rows, such as `3 Overlong, 1 Duplicate`."""
     return ", ".join(f"{one.rows} {one.reason}" for one in counted.dropped or []) or "none"
 
 
@@ -196,7 +196,7 @@ def _merged(spec: FineTuneJobSpec, error: float | None) -> list[str]:
 
 
 def _code(uri: str) -> str:
-    """In a cell of a table."""
+    """Format a URI as code in a table cell."""
     return "`" + uri.replace("|", "\\|") + "`"
 
 
@@ -223,5 +223,5 @@ def _serving(job: FineTuneJob, prepared: Prepared) -> list[str]:
 
 
 def _limits(gate: GateStatus) -> str:
-    """Such as `min 0.8`."""
+    """Format the limits of a gate, such as `min 0.8`."""
     return ", ".join(f"{name} {value:g}" for name, value in (("min", gate.min), ("max", gate.max)) if value is not None)

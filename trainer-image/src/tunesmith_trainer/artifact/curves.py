@@ -1,4 +1,4 @@
-"""The curves as a picture: training loss and held-out loss over the steps."""
+"""Plot the curves: training loss and held-out loss over the steps."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 def measured(loss: str, objective: ObjectiveName) -> str:
-    """The loss with what it counts: `loss, nats per target token` or `loss of DPO`."""
+    """Return the loss with its unit: `loss, nats per target token` or `loss of DPO`."""
     return f"{loss}, nats per target token" if objective is ObjectiveName.SFT else f"{loss} of {objective.upper()}"
 
 
 def draw(path: Path, curve: Sequence[CurvePoint], objective: ObjectiveName) -> None:
-    """Writes a PNG of 960 × 540 pixels; the same curve gives the same bytes."""
+    """Write a PNG of 960 × 540 pixels; the same curve gives the same bytes."""
     figure = Figure(figsize=(9.6, 5.4), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -37,5 +37,5 @@ def draw(path: Path, curve: Sequence[CurvePoint], objective: ObjectiveName) -> N
     axes.grid(alpha=0.3)
     if trained or held_out:
         axes.legend()
-    # Without the library's version the file depends on what it shows alone.
+    # Without the library's version the file depends on its content alone.
     figure.savefig(path, metadata={"Software": None})

@@ -1,4 +1,4 @@
-"""Copies of the published artifact: in folders of other stores and in repositories of the Hugging Face Hub."""
+"""Copy the published artifact to folders of other stores and to repositories of the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ log = logging.getLogger(__name__)
 
 
 def check(job: FineTuneJob, stores: Stores) -> None:
-    """Finds before training what would make an export fail: each place is written to.
+    """Find before training what would make an export fail: write to each destination.
 
     Raises:
-        TrainerError: a Secret is missing, access is denied, there is no such bucket, or another artifact is there.
+        TrainerError: a Secret is missing, access is denied, the bucket does not exist, or it holds another artifact.
     """
     for export in job.spec.exports:
         if export.uri is None:
@@ -47,7 +47,7 @@ def check(job: FineTuneJob, stores: Stores) -> None:
         folder.check_writable()
         try:
             found = package.find(folder)
-        except SelfCheckError:  # no manifest of ours
+        except SelfCheckError:  # not a manifest of ours
             raise _taken(folder) from None
         if found is not None and found[0].spec_digest != spec_digest(job):
             raise _taken(folder)
@@ -56,7 +56,7 @@ def check(job: FineTuneJob, stores: Stores) -> None:
 def exported(
     result: TrainerResult, job: FineTuneJob, stores: Stores, published: Folder, work: Path, progress: Progress
 ) -> TrainerResult:
-    """The result with what became of the copies; nothing is copied where a gate did not pass."""
+    """Return the result with the outcome of each copy; nothing is copied if a gate did not pass."""
     wanted = job.spec.exports
     if not wanted or result.outcome is not Outcome.SUCCEEDED:
         return result
@@ -77,17 +77,17 @@ def export_all(
     say: Callable[[str], None],
     retry: Retry = EXPORTING_RETRY,
 ) -> list[ExportResult]:
-    """Copies the artifact to every place that the job names, and tells what became of each.
+    """Copy the artifact to every destination of the job, and return the outcome of each copy.
 
-    It never fails: the artifact is in the store, whatever becomes of its copies.
+    It never fails: the artifact is in the store, whatever the outcome of its copies.
 
     Args:
         job: the FineTuneJob.
-        stores: opens the places.
+        stores: opens the destinations.
         published: the artifact's folder in the store.
-        work: folder of this machine, with what this attempt has built, or empty.
-        say: tells people what was copied.
-        retry: how long outages are waited out.
+        work: local folder with the files that this attempt has built, or empty.
+        say: reports copies to people.
+        retry: retries during outages.
     """
     files: dict[str, Path] = {}
     gathered = _told("of the artifact", lambda: files.update(_gathered(job, stores, published, work, retry)))
@@ -102,7 +102,7 @@ def export_all(
 
 
 def _told(place: str, operation: Callable[[], None]) -> ExportResult:
-    """What became of an operation, whatever it was."""
+    """Run an operation and return its outcome; never raises."""
     try:
         operation()
     except TrainerError as error:
@@ -126,7 +126,7 @@ def _copied(job: FineTuneJob, export: Export, stores: Stores, files: Mapping[str
 
 
 def _to_folder(folder: Folder, files: Mapping[str, Path], manifest: bytes) -> None:
-    """Copies the files, the manifest last: where it is, all the others are."""
+    """Copy the files, the manifest last: if it exists, so do all the others."""
     if not folder.exists(ARTIFACT_MANIFEST):
         for path, file in files.items():
             if path == ARTIFACT_MANIFEST:
@@ -146,7 +146,7 @@ def _taken(folder: Folder) -> InvalidSpecError:
 
 
 def _gathered(job: FineTuneJob, stores: Stores, published: Folder, work: Path, retry: Retry) -> dict[str, Path]:
-    """What is copied, by its path in the copy, as it lies in the store: fetched where it is not on this machine."""
+    """Return the files to copy by their path in the copy, as in the store: fetched unless they are on this machine."""
     published = published.child(retry=retry)
     found = package.find(published)
     if found is None:
@@ -169,7 +169,7 @@ def _gathered(job: FineTuneJob, stores: Stores, published: Folder, work: Path, r
 
 
 def _here(name: str, digest: str, folder: Path, source: Folder) -> Path:
-    """A file of the store on this machine's disk."""
+    """Return a local copy of a file of the store."""
     folder.mkdir(exist_ok=True)
     file = folder / name
     if not (file.is_file() and file_sha256(file) == digest):

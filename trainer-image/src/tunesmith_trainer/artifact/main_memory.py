@@ -1,4 +1,4 @@
-"""Main memory that this process may still take."""
+"""Main memory that is still available to this process."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ _MEMINFO = Path("/proc/meminfo")
 
 
 def available_memory(cgroup: Path = _CGROUP, meminfo: Path = _MEMINFO) -> int:
-    """Bytes that can be taken before the machine or the container has none; pages of files are given back, and count.
+    """Return the bytes available before the machine or the container is out of memory; reclaimable file pages count.
 
     Args:
-        cgroup: folder of the container's control group (version 2); without a limit there the machine's memory counts.
-        meminfo: the machine's figures.
+        cgroup: folder of the container's control group (version 2); if it has no limit, the machine's memory counts.
+        meminfo: memory statistics of the machine.
     """
     figures = _figures(meminfo)
     machine = 1024 * figures["MemAvailable:"]

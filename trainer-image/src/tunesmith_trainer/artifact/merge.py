@@ -1,4 +1,4 @@
-"""Full weights: the adapter merged into its base, with the measured distance from what was trained."""
+"""Merge the adapter into its base model, and measure the distance of the full weights from the trained model."""
 
 from __future__ import annotations
 
@@ -40,21 +40,21 @@ def merge(
     prompts: Sequence[Sequence[int]],
     trained: Sequence[torch.Tensor],
 ) -> float:
-    """Writes the merged model into `target`: sharded safetensors, tokenizer and `merged.json`.
+    """Write the merged model into `target`: sharded safetensors, tokenizer and `merged.json`.
 
     Args:
-        how: into the base as published, or into the 4-bit base turned back.
+        how: merge into the published base model, or into the dequantized 4-bit one.
         base: folder of the base model with its weights.
         artifact: folder of the saved adapter.
-        target: folder that is made.
-        config: the base's configuration.
-        quantization: how the base was held while training.
-        dtype: the type that it was quantised from.
-        prompts: prompts to compare on, as token ids.
-        trained: `last_logits` of the trained model for them.
+        target: folder to create.
+        config: configuration of the base model.
+        quantization: quantization of the base model while training.
+        dtype: type that it was quantized from.
+        prompts: prompts for the comparison, as token ids.
+        trained: `last_logits` of the trained model for these prompts.
 
     Returns:
-        The distance of the merged model from the trained one: norm of the difference of logits over their norm.
+        Distance of the merged model from the trained one: norm of the difference of the logits over their norm.
 
     Raises:
         SelfCheckError: the merged weights are not finite.
@@ -63,10 +63,10 @@ def merge(
     loaded: Any
     if how is Merge.DEQUANTIZED:
         loaded = base_model.load_model(base, cpu, quantization, dtype).dequantize()
-        loaded.is_loaded_in_4bit = False  # what dequantize() forgets, and PEFT's IA3 asks
+        loaded.is_loaded_in_4bit = False  # dequantize() does not reset it, and PEFT's IA3 checks it
     else:
         loaded = base_model.load_model(base, cpu, None, torch.float32)
-    # Merged in float32 and rounded once, when it is saved.
+    # Merge in float32 and round once, when saving.
     merged: Any = PeftModel.from_pretrained(loaded.float(), str(artifact)).merge_and_unload(safe_merge=True)
     merged.config.use_cache = config.use_cache
     merged.to(serving_type(config)).save_pretrained(str(target))
@@ -89,11 +89,11 @@ def merge(
 
 
 def told(error: float) -> str:
-    """The distance for people."""
+    """Format the distance for people."""
     return f"differ from what was trained by {error:.2g} (relative, logits)"
 
 
 def publish(folder: Path, target: Folder) -> None:
-    """Uploads the merged model, its manifest last."""
+    """Upload the merged model, its manifest last."""
     for name in sorted((file.name for file in folder.iterdir()), key=lambda name: (name == MANIFEST, name)):
         target.upload(name, folder / name)

@@ -1,4 +1,4 @@
-"""Adapters on a base whose layers are partly on disk and read whenever they are computed."""
+"""Adapters on a base model whose layers are partly on disk and read whenever they are computed."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
 
 
 def is_offloaded(model: nn.Module) -> bool:
-    """Whether there are weights that are not in memory."""
+    """Return True if some weights are not in memory."""
     return any(parameter.device.type == "meta" for parameter in model.parameters())
 
 
 def read_by_layer(model: PeftModel) -> None:
-    """Has the weights of a layer read before it is computed, and given back after it.
+    """Read the weights of a layer before it is computed, and release them after it.
 
-    Accelerate reads each module's weights for that module alone. An adapter may need those of the module that it is
-    on, for which it is another one.
+    Accelerate reads each module's weights for that module alone. An adapter may need the weights of the module that it
+    wraps, which accelerate treats as another module.
 
     Args:
-        model: base with adapter, its hooks as accelerate put them.
+        model: base with adapter, with accelerate's hooks.
     """
     layers = layers_of(model.get_base_model())
-    # Those that are in no layer, such as one on the output embedding.
+    # Modules outside of the layers, such as the output embedding.
     adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     for block in (*layers, *adapted):
         parts = [(part, hook) for part in block.modules() for hook in _reading(part)]
@@ -59,25 +59,25 @@ def _attach(block: nn.Module, parts: Iterable[tuple[nn.Module, AlignDevicesHook]
 
 
 def _reading(part: nn.Module) -> list[AlignDevicesHook]:
-    """Hooks of a module that read its weights."""
+    """Return the hooks of a module that read its weights."""
     hook = getattr(part, "_hf_hook", None)
     hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
     return [one for one in hooks if isinstance(one, AlignDevicesHook) and one.offload]
 
 
 def hold_adapter(model: PeftModel, weights: Path, rounded: torch.dtype | None) -> None:
-    """Puts the saved adapter into memory: PEFT puts what belongs to a layer on disk where that layer is.
+    """Load the saved adapter into memory: PEFT offloads the adapter of a layer that is on disk.
 
     Args:
         model: base with adapter.
-        weights: the file of the saved adapter.
-        rounded: type that its values are rounded to; None: they are as they were saved.
+        weights: file of the saved adapter.
+        rounded: type to round its values to; None: keep the saved type.
     """
     own = dict(model.named_parameters())
     places = {id(tensor): name for name, tensor in own.items()}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     saved = {name: tensor.to(rounded) for name, tensor in load_file(weights).items()}
-    # PEFT saves under other names; given the parameters themselves, it tells which is which.
+    # PEFT saves under other names; given the parameters themselves, it returns the mapping.
     named = get_peft_model_state_dict(model, state_dict=own, save_embedding_layers=False)
     found = {
         places[id(tensor)]: saved[name].to(device if tensor.device.type == "meta" else tensor.device, tensor.dtype)

@@ -1,4 +1,4 @@
-"""The artifact: adapter, tokenizer, scores, curves, model card and, last, the manifest; built here, then published."""
+"""Build the artifact (adapter, tokenizer, scores, curves, model card and, last, the manifest), then publish it."""
 
 from __future__ import annotations
 
@@ -44,31 +44,31 @@ if TYPE_CHECKING:
 CURVES = "metrics.csv"
 PICTURE = "curves.png"
 _EXACT_LIMIT, _ROUNDED_LIMIT = 1e-3, 1e-1
-"""Of the relative distance of logits: in float32, and where weights or products are rounded to fewer bits."""
+"""Limits of the relative distance of logits: in float32, and where weights or products are rounded to fewer bits."""
 _VERSIONED = ("tunesmith-trainer", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")
 
 
 def build(
     job: FineTuneJob, prepared: Prepared, trained: Trained, folder: Path, merged: Path
 ) -> tuple[ArtifactManifest, float | None]:
-    """Writes every file of the artifact but its manifest into `folder`.
+    """Write every file of the artifact except its manifest into `folder`.
 
-    Where the job asks for merged weights, they go into `merged`. The trained model is used up.
+    If the job requests merged weights, they are written into `merged`. The trained model is consumed.
 
-    The files hold no times and no paths of this machine: the same job gives the same bytes.
+    The files contain no times and no local paths: the same job gives the same bytes.
 
     Returns:
-        The manifest, and the distance of merged weights from what was trained, where there are some.
+        The manifest, and the distance of the merged model from the trained one, or None if nothing was merged.
 
     Raises:
-        SelfCheckError: the saved adapter is not the one that was asked for.
+        SelfCheckError: the saved adapter is not the one that was requested.
     """
     folder.mkdir(parents=True)
     config = model.load_config(prepared.base, job.spec.base_model.uri)
     saved = _save_weights(job, prepared, trained, folder, config)
     _write_tokenizer(job, prepared, folder)
     _write_scores(job, prepared, trained, folder)
-    # What follows loads the base again; both do not have to fit.
+    # The following steps load the base again; memory need not hold both.
     for parameter in trained.model.parameters():
         parameter.data = torch.empty(0)
     merge_error = _merge(job, prepared, trained, folder, merged, config)
@@ -89,10 +89,10 @@ def build(
 def _save_weights(
     job: FineTuneJob, prepared: Prepared, trained: Trained, folder: Path, config: PretrainedConfig
 ) -> dict[str, Any]:
-    """Save the adapter, or all weights, and return PEFT's configuration of it; empty where all weights were trained.
+    """Save the adapter, or all weights, and return PEFT's configuration of it; empty if all weights were trained.
 
     Raises:
-        SelfCheckError: what was saved is not what was asked for.
+        SelfCheckError: the saved files are not what was requested.
     """
     if prepared.planned.config is None:
         full.save(trained.model, folder, config, parity.serving_type(config))
@@ -104,7 +104,7 @@ def _save_weights(
 
 
 def _write_tokenizer(job: FineTuneJob, prepared: Prepared, folder: Path) -> None:
-    """Copy the base's tokenizer; a chat template of the job replaces the base's."""
+    """Copy the base model's tokenizer; a chat template of the job replaces the base model's."""
     for file in model.tokenizer_files(prepared.base):
         (folder / file.name).write_bytes(file.read_bytes())
     template = job.spec.dataset.chat_template
@@ -122,10 +122,10 @@ def _write_scores(job: FineTuneJob, prepared: Prepared, trained: Trained, folder
 def _merge(
     job: FineTuneJob, prepared: Prepared, trained: Trained, folder: Path, merged: Path, config: PretrainedConfig
 ) -> float | None:
-    """Write merged weights into `merged` where the job asks for them.
+    """Write merged weights into `merged` if the job requests them.
 
     Returns:
-        Their distance from what was trained; None where there are none.
+        Distance of the merged model from the trained one; None if nothing was merged.
     """
     how = job.spec.output.merge if job.spec.output else Merge.NONE
     if how is Merge.NONE:
@@ -146,10 +146,10 @@ def _merge(
 def _probe_parity(
     job: FineTuneJob, prepared: Prepared, trained: Trained, folder: Path, config: PretrainedConfig
 ) -> float:
-    """Load base and saved adapter again, record what an engine should answer, and return the distance of the logits.
+    """Reload base and saved adapter, record an engine's expected answers, and return the distance of the logits.
 
     Raises:
-        SelfCheckError: the saved adapter is not what was trained.
+        SelfCheckError: the saved adapter is not the trained one.
     """
     tokenizer = model.load_tokenizer_of(prepared.base, job.spec)
     recorded, served = parity.record(prepared.base, folder, config, tokenizer, ends=prepared.ends, pad=prepared.pad)
@@ -167,7 +167,7 @@ def _manifest(
     adapter: ArtifactAdapter,
     versions: dict[str, str],
 ) -> ArtifactManifest:
-    """Describe the files in `folder`, and what they were made from."""
+    """Describe the files in `folder` and what they were made from."""
     resolved = prepared.resolved
     hyper = job.spec.hyperparameters.model_dump(mode="json", by_alias=True, exclude_none=True)
     decided = resolved.model_dump(
@@ -195,14 +195,14 @@ def _manifest(
 
 
 def metrics_of(evaluation: EvaluationStatus) -> dict[str, float]:
-    """The metrics of a result: the objective's held-out losses, the adapter's scores by suite and metric."""
+    """Return the metrics of a result: the objective's held-out losses, and the adapter's scores by suite and metric."""
     named = {"baseEvaluationLoss": evaluation.base_loss, "evaluationLoss": evaluation.loss}
     named |= {f"{score.suite}/{score.metric}": score.adapter for score in evaluation.scores or []}
     return {name: value for name, value in named.items() if value is not None}
 
 
 def _evaluation(evaluation: EvaluationStatus, prepared: Prepared) -> dict[str, object]:
-    """`evaluation.json`."""
+    """Return the content of `evaluation.json`."""
     whole = evaluation.manifest()
     more: dict[str, object] = {name: whole.pop(name) for name in ("scores", "gates", "failures") if name in whole}
     brought = [
@@ -214,7 +214,7 @@ def _evaluation(evaluation: EvaluationStatus, prepared: Prepared) -> dict[str, o
 
 
 def publish(folder: Path, manifest: ArtifactManifest, target: Folder) -> ArtifactStatus:
-    """Uploads the files, then the manifest if there is none: where another attempt was first, that is the result."""
+    """Upload the files, then the manifest unless one exists: if another attempt was first, return its artifact."""
     published = find(target)
     if published is None:
         for name in manifest.files:
@@ -232,10 +232,10 @@ def publish(folder: Path, manifest: ArtifactManifest, target: Folder) -> Artifac
 
 
 def find(target: Folder) -> tuple[ArtifactManifest, ArtifactStatus] | None:
-    """The artifact that an earlier attempt published, or None.
+    """Return the artifact that an earlier attempt published, or None.
 
     Raises:
-        SelfCheckError: what is there is no manifest.
+        SelfCheckError: the manifest there is not valid.
     """
     if not target.exists(ARTIFACT_MANIFEST):
         return None
@@ -253,9 +253,9 @@ def _status(uri: str, manifest: ArtifactManifest, data: bytes) -> ArtifactStatus
 
 
 def _check_error(error: float, job: FineTuneJob, prepared: Prepared, served: torch.dtype) -> None:
-    """Raises SelfCheckError where the adapter, loaded anew, is not what was trained.
+    """Raise SelfCheckError if the reloaded adapter is not the trained one.
 
-    On a base that was in 4 bits while training they differ by what the 4 bits lost, for which there is no limit.
+    On a base that was in 4 bits while training, they differ by the quantization error, for which there is no limit.
     """
     exact = served is torch.float32 and prepared.resolved.precision is not Precision.BFLOAT16
     limit = _EXACT_LIMIT if exact else _ROUNDED_LIMIT
@@ -267,13 +267,13 @@ def _check_error(error: float, job: FineTuneJob, prepared: Prepared, served: tor
 
 
 def check_saved(folder: Path, planned: Planned) -> dict[str, Any]:
-    """Checks names, shapes and values of the saved adapter: what PEFT and vLLM load under these names.
+    """Check names, shapes and values of the saved adapter's tensors: PEFT and vLLM load them by these names.
 
     Returns:
         PEFT's configuration of the saved adapter.
 
     Raises:
-        SelfCheckError: with the first tensor that is wrong.
+        SelfCheckError: a tensor is wrong; names the first one.
     """
     config: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     expected = {}
@@ -300,7 +300,7 @@ def check_saved(folder: Path, planned: Planned) -> dict[str, Any]:
 
 
 def write_curves(path: Path, curve: list[CurvePoint]) -> None:
-    """The curves as CSV, one line per step and per evaluation; an empty cell is not measured there."""
+    """Write the curves as CSV, one line per step and per evaluation; empty cells were not measured."""
     names = [field.name for field in fields(CurvePoint)]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

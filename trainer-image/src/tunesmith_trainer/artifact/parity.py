@@ -1,4 +1,4 @@
-"""What base and adapter say to fixed prompts, at the precision that they are served with."""
+"""Record the answers of base and adapter to fixed prompts, at the precision that they are served with."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _ANSWER_TOKENS = 16
 _TOP = 5
 _DECIMALS = 5
-# Of the main memory that is left: activations and what reads the files need some too.
+# Share of the remaining main memory: activations and file readers need some too.
 _SHARE = 0.8
 STREAMED = frozenset(
     {
@@ -36,14 +36,14 @@ STREAMED = frozenset(
         *("MISS", "PEANUT", "ROAD", "WAVEFT", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING"),
     }
 )
-"""Methods of PEFT that say the same, to the bit, with the base's layers on disk. Others have what PEFT computes of the
-base's weights, or draws, when it loads them."""
+"""Methods of PEFT whose output is bit-identical with the base's layers on disk. For the others, PEFT computes something
+from the base's weights, or draws random numbers, when it loads them."""
 _OF_EMBEDDINGS = ("modules_to_save", "trainable_token_indices")
-"""Fields of an adapter that holds copies of modules outside of the layers."""
+"""Fields of an adapter that copies modules outside of the layers."""
 
 
 def serving_type(config: PretrainedConfig) -> torch.dtype:
-    """The type that an engine serves the base with unless told otherwise: that of its configuration."""
+    """Return the default type in which an engine serves the base model: that of its configuration."""
     dtype = getattr(config, "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
 
@@ -57,22 +57,22 @@ def record(
     pad: int,
     memory: int | None = None,
 ) -> tuple[Parity, list[torch.Tensor]]:
-    """Loads base and saved adapter anew, as an engine does, and asks both.
+    """Reload base and saved adapter as an engine does, and record the answers of both.
 
-    Layers that fit neither on the GPUs nor in main memory are read from disk whenever they are computed. With a few
-    methods, which compute something of the base's weights when they are loaded, all of it must fit.
+    Layers that fit neither on the GPUs nor in main memory are read from disk whenever they are computed. A few methods
+    compute something from the base's weights when they are loaded; for them, all of it must fit.
 
     Args:
         base: folder of the base model with its weights.
         artifact: folder of the saved adapter, or of the saved model.
-        config: the base's configuration.
-        tokenizer: the base's tokenizer.
+        config: configuration of the base model.
+        tokenizer: tokenizer of the base model.
         ends: tokens that end an answer.
         pad: token for padding.
-        memory: main memory for weights, bytes; absent: most of what this process may still take.
+        memory: main memory for weights, in bytes; None: most of what is available to this process.
 
     Returns:
-        What both say, and the adapter's logits after each prompt.
+        The answers of both, and the adapter's logits after each prompt.
     """
     dtype = serving_type(config)
     offload = artifact.parent / "offload"
@@ -99,7 +99,8 @@ def record(
     logits = last_logits(model, prompts)
     if not adapter:
         model = _loaded(base, dtype, room, offload)
-    # Inference mode first: where weights are read from disk it made them, and only there may the adapter be taken off.
+    # Inference mode first: weights that are read from disk were created in it, and the adapter can only be removed in
+    # it.
     with torch.inference_mode(), model.disable_adapter() if adapter else nullcontext(), _products(model, artifact):
         before = [_positions(model, ids, answer) for ids, answer in asked]
     probes = [
@@ -110,19 +111,19 @@ def record(
 
 
 def _products(model: Any, artifact: Path) -> AbstractContextManager[None]:  # noqa: ANN401 - with or without adapter
-    """As an engine computes LoRA, with the adapter in its own type; any other method as in training."""
+    """Compute as an engine computes LoRA, with the adapter in its own type; any other method as in training."""
     return nullcontext() if _is_plain_lora(artifact) else products(model)
 
 
 def _adapted(base: PreTrainedModel, artifact: Path, *, streams: bool) -> PeftModel:
-    """The base with the saved adapter."""
+    """Return the base with the saved adapter."""
     engines = _is_plain_lora(artifact) and not _config(artifact).get("use_dora")
     if streams:
-        # By the map PEFT would write the base's files again, with the adapter in them. The hooks that read layers from
-        # disk stay where they are, and the adapter itself fits into memory.
+        # With a device map PEFT would write the base's files again, including the adapter. The hooks that read layers
+        # from disk stay in place, and the adapter itself fits into memory.
         vars(base).pop("hf_device_map", None)
     if not (streams and is_offloaded(base)):
-        # Where memory is spared, PEFT rounds an adapter to the base's type, as engines do.
+        # With low memory usage, PEFT rounds an adapter to the base's type, as engines do.
         return PeftModel.from_pretrained(base, str(artifact), low_cpu_mem_usage=engines).eval()
     model = PeftModel.from_pretrained(base, str(artifact), low_cpu_mem_usage=True).eval()
     hold_adapter(model, artifact / ADAPTER_WEIGHTS, rounded=base.dtype if engines else None)
@@ -131,7 +132,7 @@ def _adapted(base: PreTrainedModel, artifact: Path, *, streams: bool) -> PeftMod
 
 
 def _streams(artifact: Path) -> bool:
-    """Whether the base's layers may be on disk: the adapter is all in its file, and needs one layer at a time."""
+    """Return True if the base's layers may be on disk: the adapter is all in its file and needs one layer at a time."""
     config = _config(artifact)
     return config.get("peft_type") in STREAMED and not any(config.get(name) for name in _OF_EMBEDDINGS)
 
@@ -142,7 +143,7 @@ def _is_plain_lora(artifact: Path) -> bool:
 
 
 def _config(artifact: Path) -> dict[str, Any]:
-    """PEFT's configuration of the adapter; empty where all weights were trained."""
+    """Return PEFT's configuration of the adapter; empty if all weights were trained."""
     path = artifact / ADAPTER_CONFIG
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
@@ -163,7 +164,7 @@ def _loaded(folder: Path, dtype: torch.dtype, room: Mapping[int | str, int], off
 def _positions(model: Any, prompt: list[int], answer: list[int]) -> list[ParityPosition]:  # noqa: ANN401 - with or without adapter
     with torch.inference_mode():
         logits = model(input_ids=batch_of_one(model, prompt + answer)).logits
-    # A method that puts tokens in front of the prompt has more logits.
+    # A method that prepends tokens to the prompt has more logits.
     scores = torch.log_softmax(logits[0, -len(answer) - 1 : -1].float(), dim=-1).cpu()
     positions = []
     for token, row in zip(answer, scores, strict=True):

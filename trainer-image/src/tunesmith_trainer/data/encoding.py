@@ -1,4 +1,4 @@
-"""Rows as tokens, and which tokens are learned."""
+"""Encode rows as tokens with labels on those that are learned."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from tunesmith_trainer.data.template import Span
 
 IGNORED = -100
-"""Label of a token that is no target (PyTorch's `ignore_index`)."""
+"""Label of a token that is not a target (PyTorch's `ignore_index`)."""
 Offsets = list[tuple[int, int]]
 _TOKENIZER_SECONDS = 600.0
-"""For a batch of rows. The patterns of a tokenizer are those of its author."""
+"""Time limit for a batch of rows: a tokenizer's patterns are arbitrary regular expressions of its author."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Tokens:
     """A tokenised row.
 
     Args:
-        input_ids: of its sequences, one after the other.
-        labels: of the same length, `IGNORED` where there is no loss.
-        seq_lengths: tokens of each sequence, where there are two: a chosen and a rejected answer to one prompt.
-        desirable: whether an answer is a good one, where the row says so.
+        input_ids: token ids of its sequences, concatenated.
+        labels: same length as `input_ids`, `IGNORED` where there is no loss.
+        seq_lengths: tokens of each sequence if there are two: a chosen and a rejected answer to one prompt.
+        desirable: True if the answer is a good one; None if the row does not specify it.
     """
 
     input_ids: list[int]
@@ -46,11 +46,11 @@ class Tokens:
 
     @property
     def longest(self) -> int:
-        """Tokens of its longest sequence."""
+        """Number of tokens of its longest sequence."""
         return max(self.seq_lengths or [len(self.input_ids)])
 
     def cut(self, limit: int) -> Tokens:
-        """The row with the end of each sequence lost that has more than `limit` tokens."""
+        """Return the row with each sequence truncated to `limit` tokens."""
         ids, labels, sizes, start = [], [], [], 0
         for size in self.seq_lengths or [len(self.input_ids)]:
             end = start + min(size, limit)
@@ -62,7 +62,7 @@ class Tokens:
 
     @property
     def without_target(self) -> bool:
-        """Whether there is a sequence of which nothing is learned."""
+        """Return True if one of its sequences has no targets."""
         start = 0
         for size in self.seq_lengths or [len(self.labels)]:
             if self.labels[start : start + size].count(IGNORED) == size:
@@ -76,22 +76,22 @@ class _Rendered:
     text: str
     learned: list[Span]
     special: bool
-    """Whether the tokenizer adds its special tokens: a template has written them already."""
+    """True if the tokenizer adds its special tokens; a template has already written them."""
     document: bool = False
-    """Whether it is one text that ends where it ends, whatever tokens stand in it."""
+    """True if it is one text that ends only at its end, whatever tokens it contains."""
 
 
 class Encoder:
-    """Turns rows into tokens and labels.
+    """Encodes rows as tokens and labels.
 
     Args:
-        tokenizer: a fast tokenizer, as the base model has it.
-        end_tokens: the tokens that end an answer; the first is put after a completion whose template puts none.
-        chat_template: in the place of the base model's.
-        loss_on: what is learned; None decides by the row's form.
+        tokenizer: fast tokenizer of the base model.
+        end_tokens: tokens that end an answer; the first is appended to a completion whose template adds none.
+        chat_template: template that replaces the base model's.
+        loss_on: parts that are learned; None: decided by the row's form.
 
     Raises:
-        InvalidSpecError: `chat_template` is no Jinja template.
+        InvalidSpecError: `chat_template` is not valid Jinja.
     """
 
     def __init__(
@@ -111,16 +111,16 @@ class Encoder:
         self._loss_on = loss_on
 
     def encode(self, row: Row) -> Tokens:
-        """Tokens of a row, with labels on what is learned.
+        """Return the tokens of a row, with labels on those that are learned.
 
         Raises:
-            InvalidSpecError: there is no chat template, or one in whose text the answers cannot be told apart.
-            DatasetInvalidError: the template does not accept the row.
+            InvalidSpecError: there is no chat template, or the answers cannot be located in its output.
+            DatasetInvalidError: the template rejects the row.
         """
         return self.encode_all([row])[0]
 
     def encode_all(self, rows: Sequence[Row]) -> list[Tokens]:
-        """Tokens of rows, as `encode` gives them for each; several at once are faster."""
+        """Return the tokens of each row, as `encode` does; encoding several at once is faster."""
         forms = {row.form for row in rows}
         if RowForm.PREFERENCE in forms:
             return [self._pair(row) for row in rows]
@@ -138,7 +138,7 @@ class Encoder:
         return [tokens for tokens in result if tokens is not None]
 
     def _pair(self, row: Row) -> Tokens:
-        """A row of the form Preference: both answers behind the same prompt."""
+        """Encode a row of the form Preference: both answers, each after the same prompt."""
         chosen, rejected = (self._answered(row, answer) for answer in ("chosen", "rejected"))
         return Tokens(
             chosen.input_ids + rejected.input_ids,
@@ -147,12 +147,12 @@ class Encoder:
         )
 
     def _judged(self, row: Row) -> Tokens:
-        """A row of the form UnpairedPreference."""
+        """Encode a row of the form UnpairedPreference."""
         answered = self._answered(row, "completion")
         return Tokens(answered.input_ids, answered.labels, desirable=bool(row.value["label"]))
 
     def _answered(self, row: Row, answer: str) -> Tokens:
-        """A prompt and one of its answers, which ends with an end token."""
+        """Encode a prompt and one of its answers, which ends with an end token."""
         prompt, ids = self._asked_and_answered(row, answer)
         labels = [*[IGNORED] * len(prompt), *ids]
         labels[0] = IGNORED  # nothing precedes the first token, so nothing can predict it
@@ -174,7 +174,7 @@ class Encoder:
         return _Rendered(text, [(0 if whole else len(prompt), len(text))], special=isinstance(value["prompt"], str))
 
     def _texts(self, row: Row, answer: str) -> tuple[str, str]:
-        """The prompt, and the prompt with the answer."""
+        """Return the prompt, and the prompt with the answer."""
         value = row.value
         if isinstance(value["prompt"], str):
             return value["prompt"], value["prompt"] + value[answer]
@@ -189,7 +189,7 @@ class Encoder:
         return prompt, text
 
     def _asked_and_answered(self, row: Row, answer: str) -> tuple[list[int], list[int]]:
-        """Tokens of prompt and answer, apart as an engine has them: it gets the prompt and makes the answer."""
+        """Tokenise prompt and answer separately, as in an engine: it receives the prompt and generates the answer."""
         prompt, text = self._texts(row, answer)
         special = isinstance(row.value["prompt"], str)
         ((prompt_ids, _),) = self._tokens([prompt], special=special)
@@ -198,7 +198,7 @@ class Encoder:
         return prompt_ids, ids[: ends[-1] + 1] if ends else [*ids, self._end]
 
     def _tokens(self, texts: Sequence[str], *, special: bool) -> Iterable[tuple[list[int], Offsets]]:
-        """Tokens of texts and where each stands in its text, without what the tokenizer puts behind it."""
+        """Tokenise texts and return each token's position in its text, without tokens that the tokenizer appends."""
         with limited(f"the base model's tokenizer, on {len(texts)} texts,", _TOKENIZER_SECONDS):
             batch = self._backend.encode_batch(list(texts), add_special_tokens=special)
         for encoded in batch:
@@ -213,7 +213,8 @@ class Encoder:
         begins = [left for left, _ in offsets]
         first = [bisect_left(begins, start) for start in starts]
         if any(place and offsets[place - 1][1] > start for place, start in zip(first, starts, strict=True)):
-            # A token over the border would hide the first word of an answer. A served prompt ends at the border too.
+            # A token across the boundary would hide the first word of an answer. A served prompt ends at the boundary
+            # too.
             ids, offsets = self._in_pieces(rendered, starts)
             begins = [left for left, _ in offsets]
             first = [bisect_left(begins, start) for start in starts]
@@ -233,10 +234,10 @@ class Encoder:
         return Tokens(ids, labels)
 
     def _ended(self, ids: list[int], begin: int, end: int) -> int:
-        """Where an answer ends: behind its last end token, which may stand just behind the answer's marks."""
+        """Return the end of an answer: after its last end token, which may directly follow the answer's marks."""
         for place in range(end - 1, begin - 1, -1):
             if ids[place] in self._ends:
-                return place + 1  # what a template writes after it is never generated
+                return place + 1  # text that a template writes after it is never generated
         return end + 1 if end < len(ids) and ids[end] in self._ends else end
 
     def _in_pieces(self, rendered: _Rendered, starts: list[int]) -> tuple[list[int], Offsets]:

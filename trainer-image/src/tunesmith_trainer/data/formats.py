@@ -1,4 +1,4 @@
-"""Records of data files, one after the other, in memory that does not grow with the file."""
+"""Iterate over the records of data files, in memory that does not grow with the file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _LONGEST = 64 * 2**20
-"""Bytes of the longest record that is read."""
+"""Size limit of a record, in bytes."""
 _CHUNK = 2**20
 _BATCH = 512
 _BOM = b"\xef\xbb\xbf"
@@ -35,7 +35,7 @@ csv.field_size_limit(_LONGEST)
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file on this machine's disk and the name that messages give it, whose ending says its format."""
+    """A local file and its name in messages, whose extension indicates its format."""
 
     name: str
     path: Path
@@ -43,7 +43,7 @@ class DataFile:
 
 @dataclass(frozen=True)
 class Record:
-    """What stands at one place of a file: a decoded value, or the reason why it cannot be decoded."""
+    """Content of one location in a file: a decoded value, or the reason why it cannot be decoded."""
 
     where: str
     value: Any = None
@@ -51,7 +51,7 @@ class Record:
 
 
 def format_of(name: str) -> str | None:
-    """The format that a file's name says, such as "parquet"; None for a name that says none."""
+    """Return the format that a file name indicates, such as "parquet"; None if it indicates none."""
     stem = name.lower()
     packed = stem.endswith(".gz")
     ending = stem.removesuffix(".gz").rpartition(".")[2] if "." in stem else ""
@@ -60,14 +60,16 @@ def format_of(name: str) -> str | None:
 
 
 def records(file: DataFile, wanted: Collection[str] | None = None) -> Iterator[Record]:
-    """The records of a file.
+    """Yield the records of a file.
 
     Args:
-        file: where they stand.
-        wanted: names of columns; of columnar files the others are not read, unless it has none of them. None: all.
+        file: file to read.
+        wanted: names of columns; other columns of columnar files are not read, unless the file has none of these. None:
+            all.
 
     Raises:
-        DatasetInvalidError: the name says no format, or the file is damaged in a way that hides the rows behind it.
+        DatasetInvalidError: the name indicates no format, or the file is damaged so that the rows after the damage
+            cannot be read.
     """
     ending = format_of(file.name)
     if ending is None:
@@ -93,7 +95,7 @@ def _open(file: DataFile) -> IO[bytes]:
 
 
 def _jsonl(file: DataFile) -> Iterator[Record]:
-    """One value per line; blank lines are passed over."""
+    """Yield one value per line; blank lines are skipped."""
     with _open(file) as lines:
         for number in itertools.count(1):
             line = lines.readline(_LONGEST + 1)
@@ -119,14 +121,14 @@ def _decoded(content: bytes, where: str) -> Record:
 
 
 def _json(file: DataFile) -> Iterator[Record]:
-    """A list of values, or one value per line."""
+    """Yield the values of a list, or one value per line."""
     with _open(file) as content:
         start = content.read(_CHUNK).removeprefix(_BOM).lstrip(_BLANK)
     return _json_list(file) if start.startswith(b"[") else _jsonl(file)
 
 
 def _json_list(file: DataFile) -> Iterator[Record]:
-    """The values of a list, decoded one after the other from a window of the file."""
+    """Yield the values of a list, decoded one at a time from a window of the file."""
     decoder = json.JSONDecoder()
     with _open(file) as raw:
         text = _Window(raw, file.name)
@@ -147,7 +149,7 @@ def _json_list(file: DataFile) -> Iterator[Record]:
 
 
 class _Window:
-    """A part of a JSON text that moves on through its file."""
+    """Sliding window over a file with JSON text."""
 
     def __init__(self, raw: IO[bytes], name: str) -> None:
         self._raw = raw
@@ -159,7 +161,7 @@ class _Window:
         self._begun = False
 
     def next(self) -> str:
-        """The next character that is not blank; "" at the end of the file."""
+        """Return the next character that is not blank; "" at the end of the file."""
         while True:
             while self._place < len(self._text) and self._text[self._place] in " \t\r\n":
                 self._place += 1
@@ -185,21 +187,21 @@ class _Window:
             try:
                 value, end = decoder.raw_decode(self._text, self._place)
             except (ValueError, RecursionError) as error:
-                # What looks wrong may only be cut off.
+                # An apparent error may only be a value that is cut off.
                 if len(self._text) - self._place < _LONGEST and self._more():
                     continue
                 told = error.msg if isinstance(error, json.JSONDecodeError) else "it is nested too deeply"
                 raise DatasetInvalidError(f"{where} is not JSON: {told}; the rows behind it cannot be read") from None
             if end == len(self._text) and self._more():
-                continue  # a number may go on
+                continue  # more digits may follow
             self._place = end
             return value
 
     def _more(self) -> bool:
-        """Reads on; False at the end of the file."""
+        """Read more of the file; return False at its end."""
         if self._ended:
             return False
-        # Ever more, so that a long row is not decoded from its start too often.
+        # Read increasing amounts, so that a long row is not decoded from its start too often.
         data = self._raw.read(max(_CHUNK, len(self._text) - self._place))
         self._ended = not data
         if not self._begun:
@@ -218,7 +220,7 @@ class _Window:
 
 
 def _separated(file: DataFile, delimiter: str) -> Iterator[Record]:
-    """Rows under a line of column names."""
+    """Yield the rows that follow a header line of column names."""
     with _open(file) as raw, io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="") as text:
         reader = csv.reader(text, delimiter=delimiter, strict=True)
         names: list[str] = []
@@ -259,7 +261,7 @@ def _row_of(names: list[str], cells: list[str], where: str) -> Record:
 def _parquet(file: DataFile, wanted: Collection[str] | None) -> Iterator[Record]:
     with pq.ParquetFile(file.path, memory_map=True) as table:
         columns = _chosen(table.schema_arrow.names, wanted)
-        # Without threads no column is decoded ahead of the rows that are asked for.
+        # Without threads, no column is decoded ahead of the rows that are requested.
         yield from _rows(file, table.iter_batches(batch_size=_BATCH, columns=columns, use_threads=False))
 
 
@@ -268,7 +270,7 @@ def _chosen(names: list[str], wanted: Collection[str] | None) -> list[str]:
 
 
 def _arrow(file: DataFile, wanted: Collection[str] | None) -> Iterator[Record]:
-    """Arrow's stream format, as `datasets` writes it, or its file format."""
+    """Yield the rows of Arrow's stream format, as written by `datasets`, or of its file format."""
     with pa.memory_map(str(file.path)) as source:
         try:
             stream = pa.ipc.open_stream(source)

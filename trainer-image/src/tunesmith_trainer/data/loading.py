@@ -49,8 +49,8 @@ class Rows:
     Args:
         train: rows of an epoch, or the sequences that they are packed into, which also have `seq_lengths`.
         validation: rows held out.
-        lengths: tokens of each of `train`.
-        keys: of the rows that are trained on, as `Row.key`.
+        lengths: tokens of each element of `train`.
+        keys: `Row.key` of the rows that are trained on.
         digest: `sha256:<64 hex>` of the content of all files.
         counted: their part of `status.preflight`.
     """
@@ -76,22 +76,22 @@ def load(
     store: Folder | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Rows:
-    """The rows that a manifest names, ready to train on.
+    """Load the rows that a manifest names, ready to train on.
 
     Args:
-        dataset: where they are, and how they are read.
-        stores: opens the places.
-        work: folder of this machine for downloads and tokens.
+        dataset: their locations, and settings for reading them.
+        stores: opens the locations.
+        work: local folder for downloads and tokens.
         encoder: turns rows into tokens.
-        forms: what the objective can learn from.
+        forms: row forms that the objective can learn from.
         tokenizer: digest of the tokenizer, its chat template and its end tokens.
-        seed: chooses the rows that are held out, and those that a weight takes.
-        context: tokens that the base model can take; None where it does not say.
+        seed: seed for choosing the held-out rows and the rows of a fractional weight.
+        context: maximum tokens of the base model; None if its configuration does not state it.
         store: keeps the tokens for the next attempt.
-        say: tells a person how far it is.
+        say: reports progress to a person.
 
     Raises:
-        TrainerError: something is missing, refused or not usable.
+        TrainerError: an input is missing, refused or unusable.
     """
     sources = _fetched(dataset, stores, work)
     content = _content_digest(sources)
@@ -133,7 +133,7 @@ def load(
 
 
 def _fetched(dataset: api.Dataset, stores: Stores, work: Path) -> dict[str, list[Source]]:
-    """Fetch the files, by the part of the data set that they belong to: `train`, and `validation` where there is one.
+    """Fetch the files by part of the data set: `train`, and `validation` if there is one.
 
     Raises:
         TrainerError: a file is missing, or its store cannot be read.
@@ -160,7 +160,7 @@ def _token_key(
     forms: Collection[RowForm],
     tokenizer: str,
 ) -> str:
-    """Return the key under which the rows' tokens are kept: it covers everything that they depend on."""
+    """Return the key under which the rows' tokens are cached: it covers everything that they depend on."""
     return key_of(
         {
             "encoding": [_ENCODING, version("transformers"), version("tokenizers")],
@@ -178,12 +178,12 @@ class _Divided:
     """Tokenised rows, divided into those to train on and those held out.
 
     Args:
-        rows: of the training files.
-        sizes: keys, tokens and target tokens of each of `rows`.
-        chosen: places in `rows` to train on, ascending.
+        rows: rows of the training files.
+        sizes: keys, tokens and target tokens of each row of `rows`.
+        chosen: indices in `rows` to train on, ascending.
         validation: rows held out.
-        scored: keys and tokens of each row of validation files; None where the held-out rows are taken from `rows`.
-        report: counts of all files.
+        scored: keys and tokens of each row of validation files; None if the held-out rows are taken from `rows`.
+        report: counts over all files.
     """
 
     rows: Dataset
@@ -195,7 +195,7 @@ class _Divided:
 
 
 def _divided(cached: Cached, dataset: api.Dataset, seed: int, context: int | None) -> _Divided:
-    """Divide the tokenised rows.
+    """Divide the tokenised rows into training and held-out rows.
 
     Raises:
         DatasetInvalidError: there are too few rows.
@@ -216,7 +216,7 @@ def _divided(cached: Cached, dataset: api.Dataset, seed: int, context: int | Non
 
 
 def _weighted(divided: _Divided, cached: Cached, dataset: api.Dataset, seed: int) -> IntArray:
-    """Return the places of the rows of an epoch, each as often as the weight of its source says.
+    """Return the row indices of an epoch, each as often as the weight of its source specifies.
 
     Raises:
         DatasetInvalidError: no row is left.
@@ -235,14 +235,14 @@ def _also_trained(
     dataset: api.Dataset,
     forms: Collection[RowForm],
 ) -> list[AlsoTrained] | None:
-    """Return the count of rows of validation files that are trained on too, with examples; None where there are none.
+    """Return the number of validation rows that are trained on too, with examples; None if there are none.
 
     Args:
-        divided: the rows.
-        keys: of the rows that are trained on.
-        sources: the files.
-        dataset: how they are read.
-        forms: that the objective can learn from.
+        divided: tokenised rows.
+        keys: keys of the rows that are trained on.
+        sources: downloaded files.
+        dataset: settings for reading them.
+        forms: row forms that the objective can learn from.
     """
     if divided.scored is None:
         return None
@@ -254,14 +254,14 @@ def _also_trained(
 
 
 def _at(rows: Dataset, places: IntArray) -> Dataset:
-    """The rows at places; the name only tells `datasets` not to hash them."""
+    """Return the rows at these indices; the fingerprint only keeps `datasets` from hashing them."""
     return rows.select(places, new_fingerprint="selected")
 
 
 def _first_of(
     keys: Collection[int], sources: list[Source], dataset: api.Dataset, forms: Collection[RowForm]
 ) -> list[str]:
-    """Where the first rows of some keys stand, read again: what the tokens are kept with does not say it."""
+    """Read the files again to locate the first rows with these keys: the cache does not store locations."""
     found: dict[str, None] = {}
     for row in read(sources, dataset, RowReport(), forms=forms):
         if row.key in keys:

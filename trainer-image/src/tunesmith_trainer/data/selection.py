@@ -46,7 +46,7 @@ def held_out(keys: IntArray, dataset: Dataset, seed: int) -> tuple[IntArray, Int
     room = min(max(1, math.floor(count * fraction + 0.5)), count - 1)
     order = np.random.default_rng(seed).permutation(len(sizes))
     chosen = []
-    for number in map(int, order):  # small keys first: of few rows, usually one each
+    for number in map(int, order):  # where each key is one row, only the first few are visited
         if sizes[number] <= room:
             chosen.append(number)
             room -= int(sizes[number])

@@ -1,4 +1,4 @@
-"""Chats as texts, by a chat template, and where the answers stand in them."""
+"""Render chats as text with a chat template, and locate the answers in it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Span = tuple[int, int]
-"""Begin and end of a passage, in characters."""
+"""Start and end of a passage, in characters."""
 Chat = dict[str, Any]
-"""`messages`, and `tools` where there are some."""
+"""A chat: `messages`, and `tools` if there are any."""
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _TEMPLATE_FAULTS = (
     TemplateError,
-    ArithmeticError,  # a division by zero, and a range that is longer than Jinja's sandbox allows
+    ArithmeticError,  # division by zero, and ranges longer than Jinja's sandbox allows
     AttributeError,
     LookupError,
     RecursionError,
@@ -35,18 +35,18 @@ _TEMPLATE_FAULTS = (
     ValueError,
 )
 _TODAY = datetime(2024, 7, 26, tzinfo=UTC)
-"""For templates that print the date: the one that Llama's own use where they know none."""
+"""Date for templates that print one: the default of Llama's own templates."""
 
 
 class ChatTemplate:
-    """The base model's chat template, or the one that is given in its place.
+    """The base model's chat template, or one that replaces it.
 
     Args:
-        tokenizer: of the base model.
-        given: `dataset.chatTemplate`.
+        tokenizer: tokenizer of the base model.
+        given: value of `dataset.chatTemplate`.
 
     Raises:
-        InvalidSpecError: the template is no Jinja template.
+        InvalidSpecError: the template is not valid Jinja.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, given: str | None = None) -> None:
@@ -57,21 +57,21 @@ class ChatTemplate:
         if self._text is None:
             return
         try:
-            with limited(self._whose):  # what is constant in it is computed now
+            with limited(self._whose):  # constant expressions in it are evaluated here
                 compiled = _compile_jinja_template(self._text)
         except TemplateSyntaxError as error:
             raise InvalidSpecError(
                 f"{self._whose} is no Jinja template: line {error.lineno}: {error.message}"
             ) from None
-        # The same rows give the same tokens on every day, for an attempt that goes on tomorrow too.
+        # The same rows give the same tokens on every day, also for an attempt that resumes tomorrow.
         compiled.environment.globals["strftime_now"] = _TODAY.strftime
 
     def answers(self, chat: Chat, loss_on: LossOn, where: str) -> tuple[str, list[Span]]:
-        """The text of a chat, and what of it is learned.
+        """Return the text of a chat, and the spans of it that are learned.
 
         Raises:
-            InvalidSpecError: there is no template, or the answers cannot be told apart in what it writes.
-            DatasetInvalidError: the template refuses the chat.
+            InvalidSpecError: there is no template, or the answers cannot be located in its output.
+            DatasetInvalidError: the template rejects the chat.
         """
         messages = chat["messages"]
         turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
@@ -93,15 +93,15 @@ class ChatTemplate:
         return text, [self._found(chat, text, number, where) for number in learned]
 
     def prompt(self, chat: Chat, where: str) -> str:
-        """The text of a chat up to where the next answer begins."""
+        """Return the text of a chat up to the start of the next answer."""
         return self.render(chat, where, prompt=True)
 
     def render(self, chat: Chat, where: str, *, prompt: bool = False) -> str:
-        """The text of a chat.
+        """Return the text of a chat.
 
         Raises:
-            InvalidSpecError: there is no template, or none for tools.
-            DatasetInvalidError: the template refuses the chat.
+            InvalidSpecError: there is no template, or it does not support tools.
+            DatasetInvalidError: the template rejects the chat.
         """
         return str(self._rendered(chat, where, prompt=prompt, marked=False)[0][0])
 
@@ -148,7 +148,7 @@ class ChatTemplate:
             raise DatasetInvalidError(f"{where}: {self._whose} refuses the row: {text}") from None
 
     def _found(self, chat: Chat, text: str, number: int, where: str) -> Span:
-        """Where the answer of a message stands: between the texts of the chat up to it and through it."""
+        """Locate the answer of a message: between the texts of the chat before it and including it."""
         messages = chat["messages"]
         last = number == len(messages) - 1
         before = self.render({**chat, "messages": messages[:number]}, where, prompt=True)
@@ -169,7 +169,7 @@ class ChatTemplate:
 
 
 def same_prompts(tokenizer: PreTrainedTokenizerFast, given: str) -> bool:
-    """Whether the template that is given asks as the base model's own does; then marks are all that it adds."""
+    """Return True if the given template renders prompts as the base model's does; then it only adds marks."""
     if not tokenizer.chat_template:
         return False
     chats: Sequence[Chat] = [

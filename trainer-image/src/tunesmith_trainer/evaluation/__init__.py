@@ -1,1 +1,1 @@
-"""Scores of base and adapter, taken in the same run, and the gates over them."""
+"""Score base and adapter in the same run, and apply gates to the scores."""

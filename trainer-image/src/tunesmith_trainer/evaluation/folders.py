@@ -1,4 +1,4 @@
-"""Folders with evaluation tasks of a job's own: fetched, hashed and checked. What they hold is code, and is run."""
+"""Fetch, hash and check folders with evaluation tasks supplied with a job. They contain code, which is run."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ if TYPE_CHECKING:
 
 _MOST_FILES = 5000
 _NOT_TASKS = frozenset({"__pycache__"})
-"""Folders that are not looked into, beside those whose names begin with a dot."""
+"""Folders that are skipped, in addition to those whose names begin with a dot."""
 
 
 class TaskCode(StrEnum):
-    """Whether tasks that a job brings may be run here."""
+    """Permission to run tasks supplied with a job."""
 
     ALLOWED = "Allowed"
     REFUSED = "Refused"
     REFUSED_LOCALLY = "RefusedLocally"
-    """On a person's own machine, who can allow it."""
+    """In a local run, whose user can allow it."""
 
 
 @dataclass(frozen=True)
 class OwnTasks:
-    """A folder of tasks on this machine.
+    """A local copy of a folder of tasks.
 
     Args:
-        path: the copy, without links in its path.
-        uri: where it comes from.
+        path: path of the copy, with symbolic links resolved.
+        uri: URI of the original folder.
         digest: `sha256:<64 hex>` of the names and the content of its files.
     """
 
@@ -52,7 +52,7 @@ class OwnTasks:
     digest: str
 
     def blamed(self, error: BaseException) -> str | None:
-        """File, line and what went wrong, where the error was raised in the folder's Python."""
+        """Return file, line and message of an error raised in the folder's Python; None for any other error."""
         for one in _causes(error):
             if isinstance(one, SyntaxError) and one.filename and Path(one.filename).is_relative_to(self.path):
                 return f"{self.within(one.filename)} line {one.lineno}: {type(one).__name__}: {one.msg}"
@@ -65,15 +65,15 @@ class OwnTasks:
         return None
 
     def within(self, text: str) -> str:
-        """A text in which the folder's files go by their paths in it."""
+        """Replace the paths of the folder's files in a text by their paths within the folder."""
         return text.replace(f"{self.path}/", "").replace(str(self.path), "the folder")
 
 
 def permit(evaluation: Evaluation | None, code: TaskCode) -> None:
-    """Looks whether what a job brings may be run, before anything of it is fetched.
+    """Raise unless the job may run the tasks supplied with it; called before any of them are fetched.
 
     Raises:
-        InvalidSpecError: it brings tasks, and they may not.
+        InvalidSpecError: the job supplies tasks, and may not run them.
     """
     for suite, uri in _wanted(evaluation):
         what = f"evaluation suite {suite.name}: lmEval.taskFolder {uri} holds code that would be run"
@@ -89,17 +89,17 @@ def permit(evaluation: Evaluation | None, code: TaskCode) -> None:
 
 
 def fetch(evaluation: Evaluation, stores: Stores, work: Path, validated: Mapping[str, str]) -> dict[str, OwnTasks]:
-    """By suite, the tasks that it brings: copied to this machine, and their YAML read.
+    """Fetch the tasks supplied with each suite and read their YAML; return them by suite.
 
     Args:
         evaluation: all suites.
-        stores: opens the places of the folders.
-        work: folder for the copies.
-        validated: by suite, the digest of what an earlier stage has tried; nothing else is run.
+        stores: opens the folders.
+        work: local folder for the copies.
+        validated: digests of the folders that an earlier stage has checked, by suite; no other content is run.
 
     Raises:
-        InvalidSpecError: a file is not as lm-evaluation-harness wants it, or a folder changed since it was validated.
-        DatasetNotFoundError: there is no such folder, or it has no YAML file.
+        InvalidSpecError: a file is not what lm-evaluation-harness expects, or a folder changed since it was validated.
+        DatasetNotFoundError: the folder does not exist, or has no YAML file.
         TrainerError: the store cannot be read.
     """
     found = {}
@@ -112,7 +112,7 @@ def fetch(evaluation: Evaluation, stores: Stores, work: Path, validated: Mapping
         secret = reference.name if reference is not None else None
         folder = stores.folder(uri.rstrip("/"), what=what, missing=DatasetNotFoundError, secret=secret)
         target = (work / suite.name).resolve()
-        shutil.rmtree(target, ignore_errors=True)  # of a container of this pod that ran before
+        shutil.rmtree(target, ignore_errors=True)  # left by an earlier container of this pod
         own = OwnTasks(target, uri, _copied(folder, target, where))
         require_unchanged(f"task folder {uri} of evaluation suite {suite.name}", validated.get(suite.name), own.digest)
         _check(own, where)
@@ -127,7 +127,7 @@ def _wanted(evaluation: Evaluation | None) -> Iterator[tuple[Suite, str]]:
 
 
 def _copied(folder: Folder, target: Path, where: str) -> str:
-    """Copies all files, and returns the digest of what was copied."""
+    """Copy all files and return the digest of the copies."""
     if folder.local is not None:
         links = [path.relative_to(folder.local) for path in folder.local.rglob("*") if path.is_symlink()]
         seen = [str(path) for path in links if _looked_at(path.as_posix())]
@@ -160,7 +160,7 @@ def _looked_at(path: str) -> bool:
 
 
 def _check(own: OwnTasks, where: str) -> None:
-    """Reads all YAML: of what it cannot read, the harness says only that there is no such task."""
+    """Read all YAML files: for one that it cannot read, the harness only reports that there is no such task."""
     names: dict[str, Path] = {}
     for path in sorted(own.path.rglob("*.yaml")):
         config = _read(own, path, where, ())
@@ -185,7 +185,7 @@ def _check(own: OwnTasks, where: str) -> None:
 
 
 def _read(own: OwnTasks, path: Path, where: str, around: tuple[Path, ...]) -> dict[str, Any]:
-    """A YAML file with those that it includes, its functions not loaded."""
+    """Return a YAML file merged with those that it includes, its functions not loaded."""
     from lm_eval.tasks._yaml_loader import load_yaml  # noqa: PLC0415
 
     name = own.within(str(path))
@@ -210,7 +210,7 @@ def _read(own: OwnTasks, path: Path, where: str, around: tuple[Path, ...]) -> di
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """The error, and those that it came of."""
+    """Return the error and the chain of its causes."""
     chain: list[BaseException] = []
     one: BaseException | None = error
     while one is not None and one not in chain:

@@ -1,4 +1,4 @@
-"""Gates: whether the adapter's scores keep the limits of the manifest. Pure."""
+"""Gates: decide whether the adapter's scores are within the limits of the manifest. Pure."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
     from tunesmith.api.evaluation import Evaluation
 
 _LONGEST_MESSAGE = 1024
-"""Characters that the status has room for."""
+"""Maximum number of characters of a message in the status."""
 
 
 def compared(
     suite: str, base: Mapping[str, float], adapter: Mapping[str, float], *, taken: int = 0
 ) -> tuple[dict[str, tuple[float, float]], SuiteFailure | None]:
-    """By metric, the scores of base and adapter; and what is told of metrics that are left out.
+    """Pair the scores of base and adapter by metric, and report the metrics that are omitted.
 
-    A task may have a metric only for some answers, so one of the two may lack it, or have more than were tried.
+    A task may report a metric only for some answers, so either may lack it, or have more than when it was tried.
 
     Args:
-        suite: its name.
-        base: by metric, the scores of the base alone.
-        adapter: by metric, those with the adapter.
-        taken: scores that other suites have already.
+        suite: name of the suite.
+        base: scores of the base alone, by metric.
+        adapter: scores with the adapter, by metric.
+        taken: number of scores of the other suites.
     """
     both = [metric for metric in adapter if metric in base]
     fit = [metric for metric in both if len(metric) <= MAX_METRIC][: max(0, MAX_SCORES - taken)]
@@ -57,13 +57,13 @@ def judge(
     measured: Mapping[str, Mapping[str, tuple[float, float]]],
     failures: Sequence[SuiteFailure] = (),
 ) -> EvaluationStatus:
-    """The scores of all suites and what became of each gate.
+    """Return the scores of all suites and the outcome of each gate.
 
     Args:
-        asked: the manifest's evaluation.
+        asked: evaluation settings of the manifest.
         losses: held-out losses of base and adapter.
-        measured: by suite other than of held-out loss and by metric, the scores of base and adapter.
-        failures: suites of which metrics are not in `measured`: a gate on one of those does not pass.
+        measured: scores of base and adapter, by suite (other than held-out loss) and metric.
+        failures: suites with metrics missing from `measured`: a gate on one of these does not pass.
     """
     if asked is None:
         return losses
@@ -96,7 +96,7 @@ def judge(
 
 
 def failure(evaluation: EvaluationStatus) -> str | None:
-    """What the gates that did not pass say, as a sentence; None where all passed."""
+    """Describe the gates that did not pass in one sentence; None if all passed."""
     failed = [gate for gate in evaluation.gates or [] if not gate.passed]
     if not failed:
         return None
@@ -121,7 +121,7 @@ def failure(evaluation: EvaluationStatus) -> str | None:
 def _told(gate: GateStatus) -> str:
     if gate.value is None or math.isnan(gate.value):
         return "its score is no finite number"
-    # It is rounded, and may stand on the limit.
+    # The value is rounded, and may equal the limit.
     if gate.max is None or (gate.min is not None and gate.value <= (gate.min + gate.max) / 2):
         return f"{gate.value:.4g} is below its min {gate.min:g}"
     return f"{gate.value:.4g} is above its max {gate.max:g}"
@@ -132,5 +132,5 @@ def _number(value: float | None) -> float:
 
 
 def _keeps(value: float, least: float | None, most: float | None) -> bool:
-    """What is not a number keeps no limit."""
+    """Return True if the value is within the limits; NaN never is."""
     return not math.isnan(value) and (least is None or value >= least) and (most is None or value <= most)

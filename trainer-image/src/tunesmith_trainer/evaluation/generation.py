@@ -1,4 +1,4 @@
-"""Answers of base and adapter to the prompts of a data set, by greedy decoding, compared with its answers."""
+"""Compare the answers of base and adapter to the prompts of a data set, by greedy decoding, with its answers."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ if TYPE_CHECKING:
 
 
 _WITHOUT_ANSWERS = (DataFormat.TEXT, DataFormat.PREFERENCE, DataFormat.UNPAIRED_PREFERENCE)
-"""Rows that have not one answer which could be compared."""
+"""Formats whose rows do not have exactly one answer to compare."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt, as tokens, the answer that the data set has for it, and the row that they are of.
+    """A prompt as tokens, the expected answer, and the row that they come from.
 
     Args:
-        prompt: tokens.
-        answer: the data set's.
-        key: of the row, `Row.key`.
-        where: file and line.
+        prompt: token ids.
+        answer: the data set's answer.
+        key: `Row.key` of the row.
+        where: file and line of the row.
     """
 
     prompt: list[int]
@@ -67,14 +67,14 @@ def load(
     tokenizer: PreTrainedTokenizerFast,
     context: int | None,
 ) -> list[Example]:
-    """The examples of a generation suite: each row up to its last answer, and that answer, whatever its weight.
+    """Load the examples of a generation suite: each row up to its last answer, and that answer, whatever its weight.
 
-    Its rows are read as those of the job's data set, or by what they show where that has preferences or texts; each
-    must be usable.
+    Rows are read like those of the job's data set, or in the detected format if that one has preferences or texts. Each
+    row must be usable.
 
     Raises:
-        DatasetNotFoundError: there is no such file.
-        DatasetInvalidError: a row is not usable.
+        DatasetNotFoundError: the file does not exist.
+        DatasetInvalidError: a row is unusable.
         InvalidSpecError: a prompt and its answer do not fit the model's context.
     """
     asked = suite.generation
@@ -86,7 +86,7 @@ def load(
     sources = fetch([asked.dataset], stores, folder / suite.name)
     for row in read(sources, whole, RowReport(), forms=SFT_FORMS - {RowForm.TEXT}):
         if asked.limit is not None and len(examples) == asked.limit:
-            continue  # the rest is read for its mistakes
+            continue  # the rest is read only to report its errors
         example = _example(row, encoder.encode(_weighed(row)), tokenizer)
         if not example.answer.strip():
             raise DatasetInvalidError(f"{row.where}: there is no answer to compare with")
@@ -101,11 +101,11 @@ def load(
 
 
 def also_trained(suite: str, examples: Sequence[Example], trained: IntArray) -> AlsoTrained | None:
-    """How many of a suite's rows are trained on too; None where none is.
+    """Return the number of a suite's rows that are trained on too, with examples; None if there are none.
 
     Args:
-        suite: its name.
-        examples: of the suite.
+        suite: name of the suite.
+        examples: examples of the suite.
         trained: keys of the rows that are trained on.
     """
     places = trained_too(np.asarray([example.key for example in examples], np.uint64), trained)
@@ -116,7 +116,7 @@ def also_trained(suite: str, examples: Sequence[Example], trained: IntArray) -> 
 
 
 def _weighed(row: data.Row) -> data.Row:
-    """The row with its last answer learned: a weight says what is trained on, not what is compared."""
+    """Return the row with its last answer as a target: a weight applies to training, not to the comparison."""
     messages = row.value.get("messages")
     if not messages or "weight" not in messages[-1]:
         return row
@@ -145,7 +145,7 @@ def answers(
     pad: int,
     batch_size: int,
 ) -> list[str]:
-    """The answers of the adapter, or of the base alone, in the order of the examples."""
+    """Generate the answers of the adapter, or of the base alone, in the order of the examples."""
     device = model.device
     config = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(ends), pad_token_id=pad, use_cache=True
@@ -173,7 +173,7 @@ def answers(
 
 
 def score(metric: GenerationMetric, given: Sequence[str], expected: Sequence[str]) -> float:
-    """The metric over all answers: ExactMatch and Contains 0 to 1, Bleu and ChrF 0 to 100 (sacrebleu, corpus)."""
+    """Return the metric over all answers: ExactMatch, Contains 0 to 1; Bleu, ChrF 0 to 100 (sacrebleu, corpus)."""
     if metric is GenerationMetric.EXACT_MATCH:
         return _share(one.strip() == other.strip() for one, other in zip(given, expected, strict=True))
     if metric is GenerationMetric.CONTAINS:

@@ -1,7 +1,7 @@
-"""Tasks of lm-evaluation-harness, answered by base and adapter.
+"""Score base and adapter on tasks of lm-evaluation-harness.
 
-The harness's own loop runs (`lm_eval.evaluator.evaluate`) with the seeds that its command line has, so that a score is
-the one that `lm_eval` gives for the same model.
+This runs the harness's own loop (`lm_eval.evaluator.evaluate`) with the default seeds of its command line, so a score
+equals the one that `lm_eval` reports for the same model.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ log = logging.getLogger(__name__)
 
 _TRIED_ROWS = 2
 _TRIED_OWN_ROWS = 100
-"""Of tasks whose Python nobody has tried yet."""
+"""Rows to try of tasks whose Python has not been tried yet."""
 _OF_RUNS = (RuntimeError, MemoryError, OSError, TrainerError)
-"""What the GPU, memory, other ranks and stores raise: never a fault of tasks, unless their own Python raises it."""
+"""Errors of the GPU, memory, other ranks and stores: not a fault of tasks unless raised in their own Python."""
 _PYTHON_SEED, _SEED = 0, 1234
-"""Of the harness's command line."""
+"""Default seeds of the harness's command line."""
 
 
 def check(evaluation: Evaluation, own: Mapping[str, OwnTasks]) -> None:
-    """Fetches the data of all tasks and asks a model that answers at random: what fails would fail after training.
+    """Fetch the data of all tasks and score random answers: what fails here would otherwise fail after training.
 
     Args:
         evaluation: all suites and gates.
-        own: by suite, the folder of tasks that it brings.
+        own: folders of tasks supplied with the job, by suite.
 
     Raises:
         InvalidSpecError: a task cannot be used here, the name of a metric is too long, or a gate names a metric that
-            its task does not have.
-        DatasetNotFoundError: a task's data is not there, or only for those who have signed in.
+        its task does not have.
+        DatasetNotFoundError: a task's data does not exist, or requires a login.
         StorageUnavailableError: the Hub cannot be reached.
     """
     from lm_eval.models.dummy import DummyLM  # noqa: PLC0415
@@ -85,20 +85,20 @@ def scores(
     adapter: bool,
     own: OwnTasks | None = None,
 ) -> dict[str, float]:
-    """By `<task>/<metric>`, the scores of the adapter, or of the base alone.
+    """Return the scores of the adapter, or of the base alone, by `<task>/<metric>`.
 
-    Where memory does not last for the batch size, it is halved.
+    If memory does not suffice for the batch size, the size is halved.
 
     Args:
-        suite: with `lmEval`, checked.
+        suite: suite with `lmEval`, checked.
         model: base with adapter.
-        tokenizer: the base's, used up.
+        tokenizer: the base model's; consumed by the call.
         batch_size: rows per forward pass.
-        adapter: with the adapter, or the base alone.
-        own: the folder of tasks that the suite brings.
+        adapter: True to score with the adapter, False to score the base alone.
+        own: folder of tasks supplied with the suite.
 
     Raises:
-        TrainerError: the tasks, or the Python of that folder, failed on a row.
+        TrainerError: the tasks, or the Python in that folder, failed on a row.
     """
     tasks = tasks_of(suite, own)
     was_training = model.training
@@ -123,7 +123,7 @@ def scores(
 
 
 class _Asked:
-    """The part of a model that the harness uses. It would tie the weights of a whole one again."""
+    """The part of a model that the harness uses. Given a whole model, it would tie the weights again."""
 
     def __init__(self, model: PeftModel) -> None:
         self._model = model
@@ -132,7 +132,7 @@ class _Asked:
 
     def __call__(self, ids: torch.Tensor) -> Any:  # noqa: ANN401 - the model's own kind of output
         found = self._model(input_ids=ids)
-        found.logits = found.logits[:, -ids.shape[1] :]  # without those of virtual tokens, which come first
+        found.logits = found.logits[:, -ids.shape[1] :]  # without the virtual tokens, which come first
         return found
 
     def generate(self, **asked: Any) -> Any:  # noqa: ANN401 - as the model's
@@ -147,7 +147,7 @@ def _answering(model: PeftModel, tokenizer: PreTrainedTokenizerFast, batch_size:
 
 
 def _evaluated(lm: LM, suite: Suite, tasks: Mapping[str, Any], most: int | None = None) -> dict[str, float]:
-    """By `<task>/<metric>`, the scores of the tasks and groups that are named; `most`: rows of each task."""
+    """Return the scores of the named tasks and groups by `<task>/<metric>`; `most` limits the rows of each task."""
     from lm_eval.evaluator import evaluate  # noqa: PLC0415
 
     asked = suite.lm_eval
@@ -159,7 +159,7 @@ def _evaluated(lm: LM, suite: Suite, tasks: Mapping[str, Any], most: int | None 
         task.set_fewshot_seed(seed=_SEED)
     limits = [limit for limit in (asked.limit, most) if limit is not None]
     whole = evaluate(lm=lm, task_dict=tasks, limit=min(limits, default=None), bootstrap_iters=0, log_samples=False)
-    assert whole is not None  # noqa: S101 - only other ranks get none
+    assert whole is not None  # noqa: S101 - only other ranks get None
     found = {**whole["results"], **whole.get("groups", {})}
     return {
         f"{name}/{metric}": value for name in asked.tasks for metric, value in sorted(_metrics(found.get(name, {})))
@@ -167,7 +167,7 @@ def _evaluated(lm: LM, suite: Suite, tasks: Mapping[str, Any], most: int | None 
 
 
 def _metrics(found: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """`acc,none` is called acc, `exact_match,strict-match` as it is; standard errors are left out."""
+    """Yield the metrics: `acc,none` becomes acc, `exact_match,strict-match` is kept; standard errors are omitted."""
     for key, value in found.items():
         metric, comma, kind = key.partition(",")
         if comma and not metric.endswith("_stderr") and isinstance(value, int | float):

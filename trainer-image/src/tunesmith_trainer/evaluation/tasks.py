@@ -1,6 +1,6 @@
-"""The tasks that lm-evaluation-harness knows, those of the platform, and those that a job brings where it may.
+"""Tasks of lm-evaluation-harness, of the platform, and of the job if it may supply any.
 
-Code from elsewhere is never run: no metric of the Hub, no task that is marked as unsafe, no task of a path.
+Code from elsewhere is never run: no metrics from the Hub, no tasks marked as unsafe, no tasks given by path.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ if TYPE_CHECKING:
     from tunesmith_trainer.evaluation.folders import OwnTasks
 
 _NAMED = 8
-"""Most names that a message lists."""
+"""Maximum number of names that a message lists."""
 _OF_FILES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
-"""Errors of the files of this machine, which another attempt does not mend."""
+"""Errors of local files, which another attempt does not fix."""
 
 
 def tasks_of(suite: Suite, own: OwnTasks | None = None) -> Mapping[str, Any]:
-    """The tasks of a suite with their data, as the harness's `evaluate` takes them.
+    """Load the tasks of a suite with their data, in the form that the harness's `evaluate` takes.
 
-    The process that has checked a suite does not need the Hub again to score it.
+    The process that checked a suite does not need the Hub again to score it.
 
     Args:
-        suite: with `lmEval`.
-        own: the folder of tasks that it brings.
+        suite: suite with `lmEval`.
+        own: folder of tasks supplied with it.
 
     Raises:
-        InvalidSpecError: there is no such task, or it cannot be used.
-        DatasetNotFoundError: its data is not there.
+        InvalidSpecError: a task does not exist or cannot be used.
+        DatasetNotFoundError: a task's data does not exist.
         StorageUnavailableError: the Hub cannot be reached.
     """
     return _built(suite.model_dump_json(), os.environ.get(LM_EVAL_TASKS, ""), own)
@@ -79,7 +79,7 @@ def _built(document: str, folder: str, own: OwnTasks | None) -> Mapping[str, Any
 
 
 def _answer_first(suite: Suite, tasks: Mapping[str, Any]) -> None:
-    """Gives each task its number of answered examples."""
+    """Set the number of few-shot examples of each task."""
     asked = suite.lm_eval
     assert asked is not None  # noqa: S101 - the caller has looked
     for name, task in tasks.items():
@@ -94,7 +94,7 @@ def _answer_first(suite: Suite, tasks: Mapping[str, Any]) -> None:
 
 @functools.cache
 def _known(folder: str) -> TaskManager:
-    """The harness's tasks and those of the platform, of which the latter win; seconds of reading."""
+    """Index the tasks of the harness and the platform, of which the latter take precedence; takes seconds."""
     from lm_eval.tasks import TaskManager  # noqa: PLC0415
 
     if folder and not Path(folder).is_dir():
@@ -105,7 +105,7 @@ def _known(folder: str) -> TaskManager:
 
 
 def _with(own: OwnTasks, known: TaskManager, suite: Suite) -> TaskManager:
-    """The tasks that a job brings and all others: under each name there is one."""
+    """Add the tasks supplied with a job to all others; raise if a name is already taken."""
     from lm_eval.tasks import TaskManager  # noqa: PLC0415
 
     whole = TaskManager(include_path=str(own.path), include_defaults=False)
@@ -121,7 +121,7 @@ def _with(own: OwnTasks, known: TaskManager, suite: Suite) -> TaskManager:
 
 
 def _refuse(known: TaskManager, suite: Suite, name: str, own: OwnTasks | None) -> None:
-    """Raises where the task is not known, is written wrong, has no score, or would run code from elsewhere."""
+    """Raise if the task is unknown, is malformed, has no score, or would run code from elsewhere."""
     from lm_eval.tasks._index import Kind  # noqa: PLC0415
 
     index = known.task_index
@@ -159,13 +159,13 @@ def _refuse(known: TaskManager, suite: Suite, name: str, own: OwnTasks | None) -
 
 @dataclass(frozen=True)
 class _Part:
-    """What is written of a task, a group, or a member of a group.
+    """Configuration of a task, a group, or a member of a group.
 
     Args:
-        name: of the task or group whose file it stands in.
-        file: that file.
-        config: what is written.
-        around: the groups that it is in, from the outermost on.
+        name: name of the task or group in whose file it appears.
+        file: path of that file.
+        config: content of the configuration.
+        around: groups that contain it, the outermost first.
     """
 
     name: str
@@ -175,7 +175,7 @@ class _Part:
 
     @property
     def wrong(self) -> str | None:
-        """What is not as the harness wants it, and how it should be."""
+        """Describe what the harness would not accept, and how to fix it."""
         metrics, options, members = (self.config.get(key) for key in ("metric_list", "dataset_kwargs", "task"))
         if any(one.config is self.config for one in self.around):
             chain = few([one.name for one in (*self.around, self)])
@@ -191,7 +191,7 @@ class _Part:
 
     @property
     def refused(self) -> str | None:
-        """What of it is code from elsewhere."""
+        """Name the part of it that is code from elsewhere."""
         if self.config.get("unsafe_code"):
             return "runs what the model writes"
         if (self.config.get("dataset_kwargs") or {}).get("trust_remote_code"):
@@ -206,7 +206,7 @@ def _are(values: object, kind: type | UnionType) -> bool:
 
 
 def _configs(known: TaskManager, name: str, around: tuple[_Part, ...] = ()) -> Iterator[_Part]:
-    """What is written of a task, or of a group or tag and all that is in it; not what is in one that is wrong."""
+    """Yield the configurations of a task, or of a group or tag and its members, except those of an invalid one."""
     entry = known.task_index.get(name)
     if entry is None:
         return
@@ -218,7 +218,7 @@ def _configs(known: TaskManager, name: str, around: tuple[_Part, ...] = ()) -> I
 
 
 def _within(known: TaskManager, part: _Part) -> Iterator[_Part]:
-    """A part and those of its members, which are named or written out in it."""
+    """Yield a part and its members, which are either named or defined inline."""
     yield part
     inner = part.config.get("task")
     if part.wrong is not None or not isinstance(inner, list):
@@ -228,14 +228,14 @@ def _within(known: TaskManager, part: _Part) -> Iterator[_Part]:
         names = [one]
         if isinstance(one, dict):
             yield from _within(known, replace(part, config=one, around=around))
-            names = [one.get("group"), one.get("task")]  # what is written out changes the one of that name
+            names = [one.get("group"), one.get("task")]  # an inline definition overrides the task of that name
         for name in names:
             if isinstance(name, str):
                 yield from _configs(known, name, around)
 
 
 def unusable(suite: Suite, name: str, error: BaseException, own: OwnTasks | None = None) -> TrainerError:
-    """The error in other words: what went wrong in a job's own Python is told with its file and line."""
+    """Translate the error; for an error in a job's own Python, include its file and line."""
     where = f"evaluation suite {suite.name}: the task {name}"
     refused = denied(error, where)
     if refused is not None:
@@ -267,6 +267,6 @@ def unusable(suite: Suite, name: str, error: BaseException, own: OwnTasks | None
 
 
 def few(names: list[str]) -> str:
-    """The names, or the first of them and how many more there are."""
+    """List the names, or the first of them and the number of the others."""
     rest = len(names) - _NAMED
     return ", ".join(names[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,1 +1,1 @@
-"""Fine-tuning methods: what a manifest asks for as PEFT's configuration, put on a base, checked, and saved."""
+"""Fine-tuning methods: converted from a manifest to PEFT's configuration, put on a base, checked, and saved."""

@@ -1,4 +1,4 @@
-"""A manifest's method as PEFT's configuration, checked against the base model's real modules; no weights needed."""
+"""Convert a manifest's method to PEFT's configuration, and check it against the base's modules without weights."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ _EMBEDDING = "embed_tokens"
 
 @dataclass(frozen=True)
 class Planned:
-    """An adapter, known before any weight is loaded.
+    """An adapter, planned before any weight is loaded.
 
     Args:
-        config: PEFT's configuration of it; None where all weights are trained.
-        parameters: how many parameters are trained; None where PEFT can count them only with the weights at hand.
-        targets: last parts of the names of the modules that get it.
-        modules: of the linear modules that get it, full name → (in, out) features.
-        servable: whether vLLM will be able to load it.
-        ranks: of LoRA matrices, full name of the module → rank.
-        identity: whether the new adapter changes nothing.
-        doubled: whether it is saved less what it began as, with twice the rank.
+        config: PEFT's configuration of it; None if all weights are trained.
+        parameters: number of trained parameters; None if PEFT can only count them with the weights loaded.
+        targets: last parts of the names of the adapted modules.
+        modules: adapted linear modules: full name → (in, out) features.
+        servable: verdict on whether vLLM will be able to load it.
+        ranks: ranks of the LoRA matrices: full name of the module → rank.
+        identity: True if the new adapter changes nothing.
+        doubled: True if it is saved as the difference from its initial state, with twice the rank.
     """
 
     config: PeftConfig | None
@@ -63,11 +63,11 @@ class Planned:
 
 
 def plan_method(spec: FineTuneJobSpec, modules: Modules) -> Planned:
-    """The adapter that a spec asks for, on a base with these modules.
+    """Plan the adapter that a spec requests, on a base with these modules.
 
     Raises:
         InvalidSpecError: a field does not fit the base model, or another field of the spec.
-        NotServableError: the spec demands an adapter that vLLM can load, and this is none.
+        NotServableError: the spec requires an adapter that vLLM can load, and this is not one.
     """
     fields, quantized = spec.method.fields, spec.method.quantization is not None
     if isinstance(fields, LoraFields):
@@ -86,9 +86,9 @@ def plan_method(spec: FineTuneJobSpec, modules: Modules) -> Planned:
 
 
 def parameters_at(rank: int | None, planned: Planned, spec: FineTuneJobSpec, modules: Modules) -> int:
-    """How many parameters a spec would train with LoRA of another rank; as planned where that is None.
+    """Return the number of parameters a spec would train with LoRA of another rank; as planned if that is None.
 
-    0 where PEFT can count them only with the weights at hand.
+    0 if PEFT can only count them with the weights loaded.
     """
     fields = spec.method.fields
     if rank is None or not isinstance(fields, LoraFields) or rank == fields.rank:
@@ -98,11 +98,11 @@ def parameters_at(rank: int | None, planned: Planned, spec: FineTuneJobSpec, mod
 
 
 def _counted(method: Method, config: PeftConfig, modules: Modules) -> tuple[int | None, list[str]]:
-    """Number of trained parameters, and names of the modules that get an adapter, sorted."""
+    """Return the number of trained parameters and the sorted names of the adapted modules."""
     if not method.fields.traits.counted or getattr(config, "monteclora_config", None) is not None:
         return None, sorted(_names(config))
     if isinstance(config, AdaLoraConfig):
-        # Beside its matrices it has values that PEFT counts and nothing trains.
+        # Besides its matrices it has values that PEFT counts and nothing trains.
         targets = sorted(_names(config))
         shapes = adapted(targets, modules).values()
         matrices = sum(config.init_r * (wide + high + 1) for wide, high in shapes)
@@ -113,7 +113,7 @@ def _counted(method: Method, config: PeftConfig, modules: Modules) -> tuple[int 
 
 
 def _saved(names: Sequence[str], modules: Modules) -> int:
-    """Parameters of the modules that are trained whole."""
+    """Return the number of parameters of the modules that are trained whole."""
     return sum(size for full, size in modules.sizes.items() if any(fits(full, name) for name in names))
 
 
@@ -174,14 +174,14 @@ def _lora(fields: LoraFields, modules: Modules, *, quantized: bool) -> Planned:
     chosen = fields.initialization
     more: dict[str, Any] = {}
     if chosen is Initialization.EVA:
-        # Every module keeps the rank that was asked for, so that memory and vLLM's limit are known before.
+        # Every module keeps the requested rank, so that memory and vLLM's limit are known in advance.
         more["eva_config"] = EvaConfig(rho=1.0)
     elif chosen is Initialization.CORDA:
         more["corda_config"] = CordaConfig(corda_method="ipm")
     elif chosen is Initialization.LORA_GA:
         more["lora_ga_config"] = LoraGAConfig()
     elif chosen is Initialization.LOFTQ:
-        more["init_lora_weights"] = True  # it begins once the base is there in 4 bits
+        more["init_lora_weights"] = True  # initialised once the base is loaded in 4 bits
     values = fields.peft_values() | {"target_modules": list(targets)} | more
     config = LoraConfig(bias="none", task_type="CAUSAL_LM", **values)
     parameters = _saved(saved, modules)

@@ -1,8 +1,9 @@
-"""Initialisations that change the base, undone: base behaviour while training, and plain LoRA when it is saved.
+"""Undo initialisations that change the base: base behaviour while training, and plain LoRA when it is saved.
 
 Such an initialisation (PiSSA, OLoRA, CorDA, LoRA-GA) replaces a weight W by W - s·B₀A₀ and begins with the adapter
 B₀A₀. With the trained BA, the difference from W is s·(BA - B₀A₀): LoRA of twice the rank, [A; A₀] and [B, -B₀], with
-the same scale s. LoftQ begins with what W lost in 4 bits: there, too, W is about the base with its first adapter.
+the same scale s. LoftQ begins with the quantization error of W: there, too, W is approximately the base with its first
+adapter.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _initial: WeakKeyDictionary[PeftModel, dict[str, torch.Tensor]] = WeakKeyDictionary()
-"""Of models whose base was changed: the adapter as it was at first, by parameter name."""
+"""Initial adapters of models whose base was changed, by parameter name."""
 
 
 def remember(model: PeftModel, *, changed: bool) -> None:
-    """Keeps the new adapter.
+    """Keep a copy of the new adapter.
 
-    Where the base was changed, base and first adapter together are the base: from here on `model.disable_adapter()`
-    gives the base as it was published, not what was left of it.
+    If the base was changed, the published base is the changed base plus the initial adapter: from here on
+    `model.disable_adapter()` gives the base as it was published, not the changed one.
     """
     kept = {name: tensor.detach().clone() for name, tensor in model.named_parameters() if tensor.requires_grad}
     _initial[model] = kept
@@ -57,9 +58,9 @@ def remember(model: PeftModel, *, changed: bool) -> None:
 
 
 def save(model: PeftModel, folder: Path) -> None:
-    """Saves the adapter so that it belongs to the base as it was published: weights, and PEFT's configuration.
+    """Save the adapter so that it fits the published base: weights, and PEFT's configuration.
 
-    The configuration says nothing of the initialisation any more: what is loaded is not initialised again.
+    The configuration no longer mentions the initialisation: a loaded adapter is not initialised again.
     """
     initial = _initial.get(model)
     if initial is None:
@@ -75,12 +76,12 @@ def save(model: PeftModel, folder: Path) -> None:
 
 
 def published_config(config: Mapping[str, Any], modules: Sequence[str], *, doubled: bool) -> dict[str, Any]:
-    """Content of the adapter_config.json that is published.
+    """Return the content of the adapter_config.json that is published.
 
     Args:
-        config: content of PEFT's.
+        config: content of PEFT's file.
         modules: full names of the modules that have LoRA matrices.
-        doubled: True if the adapter is saved less what it began as, with twice the rank.
+        doubled: True if the adapter is saved as the difference from its initial state, with twice the rank.
     """
     config = {**config, "peft_type": PeftType(config["peft_type"]).value, "inference_mode": True}
     if isinstance(config.get("init_lora_weights"), str):
@@ -92,7 +93,7 @@ def published_config(config: Mapping[str, Any], modules: Sequence[str], *, doubl
         config["lora_alpha"] *= alpha
         config["rank_pattern"] = {name: 2 * rank for name, rank in (config["rank_pattern"] or {}).items()}
         config["alpha_pattern"] = {name: alpha * value for name, value in (config["alpha_pattern"] or {}).items()}
-    # What only the beginning of training needs, and names this machine's folders.
+    # Only needed at the start of training, and names local folders.
     for key in ("tokenizer_name_or_path", "tokenizer_kwargs", "prompt_tuning_init_text"):
         if key in config:
             config[key] = None
@@ -108,7 +109,7 @@ def published_config(config: Mapping[str, Any], modules: Sequence[str], *, doubl
 
 
 def _lora_modules(weights: Path) -> list[str]:
-    """Full names of the modules that have LoRA matrices in a file, sorted."""
+    """Return the sorted full names of the modules that have LoRA matrices in a file."""
     with safe_open(weights, framework="pt") as tensors:
         names = [name.removeprefix(TENSOR_PREFIX) for name in tensors.keys()]  # noqa: SIM118 - not a dict
     ends = [suffix for suffix, matrix in TENSOR_SUFFIXES.items() if matrix == "A"]
@@ -116,9 +117,9 @@ def _lora_modules(weights: Path) -> list[str]:
 
 
 def _literal(config: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
-    """Fields that name modules by regular expressions, with the names of the adapter's modules instead.
+    """Replace regular expressions that name modules by the names of the adapter's modules.
 
-    Engines use such expressions as they are, and one can keep an engine busy for ever.
+    Engines evaluate such expressions as they are, and one can keep an engine busy forever.
     """
     changed: dict[str, Any] = {}
     for key in ("rank_pattern", "alpha_pattern"):
@@ -134,8 +135,8 @@ def _literal(config: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any
 
 
 def _doubled(state: Mapping[str, torch.Tensor], initial: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The matrices of the trained adapter less the first one."""
-    # Saved names lack the adapter's own.
+    """Return the matrices of the trained adapter minus the initial one."""
+    # Saved names omit the adapter's name.
     first = {name.replace(".default.", "."): tensor for name, tensor in initial.items()}
     result = {}
     for name, tensor in state.items():

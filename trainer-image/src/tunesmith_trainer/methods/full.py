@@ -1,4 +1,4 @@
-"""Full fine-tuning: all weights are trained, and the artifact is a model of its own."""
+"""Full fine-tuning: all weights are trained, and the artifact is a complete model."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 
 def unfreeze(base: PreTrainedModel, share_out: Callable[[], None] | None = None) -> PeftModel:
-    """The base with all its weights trained, in float32: in bfloat16 small updates would be lost.
+    """Return the base with all its weights trained, in float32: in bfloat16 small updates would be lost.
 
     It has the one method of a PeftModel that the trainer needs: within `model.disable_adapter()` the weights are those
     of the base, read again from its folder.
 
     Args:
-        base: with its weights.
-        share_out: shares them out among ranks, in float32.
+        base: base model with its weights.
+        share_out: shards them over the ranks, in float32.
     """
     model: Any = base
     model.requires_grad_(requires_grad=True)
@@ -62,7 +62,7 @@ def _set(own: dict[str, Any], values: dict[str, Any]) -> None:
 
 
 def load(folder: Path | str, dtype: torch.dtype | str) -> PreTrainedModel:
-    """A whole model in main memory."""
+    """Load a whole model into main memory."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
     )
@@ -70,9 +70,9 @@ def load(folder: Path | str, dtype: torch.dtype | str) -> PreTrainedModel:
 
 
 def save(model: PeftModel, folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> None:
-    """Saves the model in the type that it will be served with."""
+    """Save the model in the type that it will be served with."""
     whole: Any = model
-    rounded: dict[int, torch.Tensor] = {}  # weights that are shared stay shared
+    rounded: dict[int, torch.Tensor] = {}  # shared weights stay shared
     state = {}
     for name, tensor in whole.state_dict().items():
         key = tensor.data_ptr()
@@ -87,7 +87,7 @@ def save(model: PeftModel, folder: Path, config: PretrainedConfig, dtype: torch.
 
 
 def check(folder: Path) -> None:
-    """Raises SelfCheckError where a saved weight is not finite, or there is none."""
+    """Raise SelfCheckError if a saved weight is not finite, or if there are none."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise SelfCheckError("the model was saved without weights")

@@ -1,4 +1,4 @@
-"""`method.peft`: a configuration of PEFT's own, checked against its class before any weight is loaded."""
+"""`method.peft`: a raw PEFT configuration, checked against its class before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _ABSENT: tuple[Any, ...] = (None, False, [])
 
 
 def config_class(peft_type: str) -> type[PeftConfig]:
-    """PEFT's configuration class of a method, by PEFT's name of it."""
+    """Return PEFT's configuration class of a method, by PEFT's name for the method."""
     found: type[PeftConfig] = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(peft_type)]
     return found
 
 
 def traits_of(fields: PeftFields) -> MethodTraits:
-    """Traits of the chosen type.
+    """Return the traits of the chosen type.
 
     Raises:
         InvalidSpecError: PEFT has no such type, or it cannot be trained.
@@ -55,7 +55,7 @@ def traits_of(fields: PeftFields) -> MethodTraits:
 
 
 def _own_fields(peft_type: str) -> str | None:
-    """Reason to refuse a type that is a method of its own; None: it is not, or has variants that method.peft takes."""
+    """Return why a type that has its own method is refused; None: it has none, or has variants for method.peft."""
     for name, fields in METHODS.items():
         traits = fields.declared
         if traits is not None and traits.peft_type == peft_type and not traits.takes_peft_config:
@@ -64,11 +64,11 @@ def _own_fields(peft_type: str) -> str | None:
 
 
 def config_of(fields: PeftFields, modules: Modules) -> PeftConfig:
-    """PEFT's configuration.
+    """Return PEFT's configuration.
 
     Raises:
-        InvalidSpecError: a key is unknown, refused or of the wrong type, a name fits no module of the base, or the
-            method cannot be trained in 4 bits.
+        InvalidSpecError: a key is unknown, refused or of the wrong type, a name matches no module of the base, or the
+        method cannot be trained in 4 bits.
     """
     traits = traits_of(fields)
     quantized = fields.quantization is not None
@@ -94,7 +94,7 @@ def config_of(fields: PeftFields, modules: Modules) -> PeftConfig:
 
 
 def _refuse(config: Mapping[str, Any], where: str) -> None:
-    """Raises for keys that name files, code or models, at any depth, and for those that are set here."""
+    """Raise for keys that name files, code or models, at any depth, and for those that the trainer sets."""
     for key, value in config.items():
         if key in limits.PATHS:
             raise InvalidSpecError(f"method.peft.{where}.{key} names files or code, which a job must not: remove it")
@@ -124,7 +124,7 @@ def _check_lora(config: Mapping[str, Any], *, quantized: bool) -> None:
 
 
 def _typed(cls: type[Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The values as the fields of a dataclass of PEFT's say."""
+    """Convert the values to the types of the fields of one of PEFT's dataclasses."""
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     hints = typing.get_type_hints(cls)
     values = {}

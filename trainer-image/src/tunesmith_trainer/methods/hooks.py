@@ -1,4 +1,4 @@
-"""What a method does in the training loop: learning rates of their own (LoRA+), ranks that move (AdaLoRA)."""
+"""Extend the training loop for a method: separate learning rates (LoRA+), rank allocation (AdaLoRA)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PATTERN = "rank_pattern"
 
 
 def attach(trainer: Trainer, model: PeftModel, method: Method) -> None:
-    """Gives the loop what the method needs in it; nothing for most."""
+    """Add to the loop what the method needs; most need nothing."""
     fields = method.fields
     if isinstance(fields, LoraFields) and fields.lora_plus_ratio is not None:
         _raise_rate_of_b(trainer, model, fields.lora_plus_ratio)
@@ -33,7 +33,7 @@ def attach(trainer: Trainer, model: PeftModel, method: Method) -> None:
 
 
 def save_state(model: object, folder: Path) -> None:
-    """What a checkpoint must hold of the method beside the trained parameters."""
+    """Save the method's state other than the trained parameters in a checkpoint."""
     if isinstance(model, PeftModel) and _allocates(model):
         allocator: Any = model.base_model.rankallocator
         state = {
@@ -47,7 +47,7 @@ def save_state(model: object, folder: Path) -> None:
 
 
 def load_state(model: object, folder: Path) -> None:
-    """The counterpart of `save_state`."""
+    """Restore the state saved by `save_state`."""
     if isinstance(model, PeftModel) and _allocates(model):
         config: Any = model.peft_config[model.active_adapter]
         allocator: Any = model.base_model.rankallocator
@@ -61,7 +61,7 @@ def load_state(model: object, folder: Path) -> None:
 
 
 class _Allocation(TrainerCallback):
-    """AdaLoRA takes ranks away between an optimizer step and the next, while the gradients are there."""
+    """AdaLoRA reduces ranks after the optimizer step and before the next one, while the gradients exist."""
 
     def __init__(self, model: PeftModel) -> None:
         self._tuner: Any = model.base_model
@@ -69,7 +69,7 @@ class _Allocation(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Steps are counted from 1, so that the last one is `total_step`."""
+        """Update the ranks. Steps are counted from 1, so that the last one is `total_step`."""
         self._tuner.update_and_allocate(state.global_step + 1)
 
 
@@ -78,7 +78,7 @@ def _allocates(model: PeftModel) -> bool:
 
 
 def _raise_rate_of_b(trainer: Trainer, model: PeftModel, ratio: float) -> None:
-    """The B matrices, and DoRA's magnitudes, learn `ratio` times as fast as the A matrices."""
+    """Make the B matrices, and DoRA's magnitudes, learn `ratio` times as fast as the A matrices."""
     create = trainer.create_optimizer
 
     def create_optimizer(*args: Any, **kwargs: Any) -> torch.optim.Optimizer:

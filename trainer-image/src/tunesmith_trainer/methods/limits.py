@@ -1,6 +1,6 @@
-"""Keys of PEFT's configurations that `method.peft` does not take (peft 0.21.2, bitsandbytes 0.50.2).
+"""Keys of PEFT's configurations that `method.peft` does not accept (peft 0.21.2, bitsandbytes 0.50.2).
 
-What is known of whole methods is in their traits (`tunesmith.api.methods`). `make verify-methods` measures both.
+Limits of whole methods are in their traits (`tunesmith.api.methods`). `make verify-methods` measures both.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ LORA_NOT_IN_4_BITS = {
     "monteclora_config": "it is silently left out",
     "velora_config": "it knows full weights only",
 }
-"""Variants of LoRA that cannot be trained on a base in 4 bits, by their key, and why."""
+"""Reasons why variants of LoRA cannot be trained on a base in 4 bits, by their key."""
 
 PATHS = frozenset(
     {
@@ -36,7 +36,7 @@ OURS = {
     "revision": "baseModel.revision says it",
     "peft_version": "the trainer's image decides it",
 }
-"""Keys that are set here."""
+"""Keys that the trainer sets, with the source of their value."""
 
 LORA_REFUSED = {
     "kasa_config": "KaSA cuts the base's weights for good, so that base and adapter cannot be compared",
@@ -50,4 +50,4 @@ LORA_REFUSED = {
     "lora_ga_config": "use method.lora.initialization: LoRAGA",
     "loftq_config": "use method.qlora.initialization: LoftQ",
 }
-"""Keys of LoraConfig that `method.peft` does not take, and why."""
+"""Reasons why `method.peft` does not accept these keys of LoraConfig."""

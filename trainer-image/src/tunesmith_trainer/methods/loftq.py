@@ -1,4 +1,4 @@
-"""LoftQ (arXiv:2310.08659): the adapter begins as the best approximation of what the base's weights lose in 4 bits."""
+"""LoftQ (arXiv:2310.08659): the adapter begins as the best approximation of the base's quantization error in 4 bits."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 def begin_as_loss(model: PeftModel, folder: str) -> None:
-    """Sets each adapter to the truncated singular value decomposition of the full weight less the 4-bit one.
+    """Set each adapter to the truncated singular value decomposition of the full weight minus the 4-bit one.
 
     Args:
         model: base in 4 bits with a new LoRA adapter.
-        folder: of the base model, with its weights in full.
+        folder: folder of the base model, with its unquantized weights.
 
     Raises:
-        InvalidSpecError: the files name the weights otherwise than the model does.
+        InvalidSpecError: the names of the weights in the files differ from those of the model.
     """
     places: dict[str, Path] = {}
     for path in sorted(Path(folder).glob("*.safetensors")):

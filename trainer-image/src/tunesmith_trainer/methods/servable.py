@@ -1,6 +1,6 @@
-"""Whether vLLM can load what a method produces: decided before training, and confirmed on the files after it.
+"""Decide before training whether vLLM can load what a method produces, and confirm it afterwards on the files.
 
-The rules are those of `tunesmith.contracts.servability`, which the agents of pools apply too.
+The rules are in `tunesmith.contracts.servability`; the agents of pools apply them too.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ WHOLE_MODEL = ServableStatus(
     reason="method.full makes a model, not an adapter: serve its folder as the baseModel of a ServingPool, or use "
     "method.lora",
 )
-"""The verdict on full fine-tuning."""
+"""Verdict on full fine-tuning."""
 _REMEDIES = {
     "use_dora": "leave out dora (rsLora is the nearest that it serves)",
     "modules_to_save": "leave out modulesToSave",
     "r": "lower rank",
 }
-"""Changes of method.lora and method.qlora, by the key of adapter_config.json that vLLM does not take."""
+"""Settings of method.lora and method.qlora, by the key of adapter_config.json that vLLM does not accept."""
 
 
 def verdict(fields: MethodFields, config: Mapping[str, Any]) -> ServableStatus:
-    """The verdict on an adapter that is yet to be trained.
+    """Return the verdict on an adapter before it is trained.
 
     Args:
-        fields: the method's.
-        config: content of its adapter_config.json as it will be published.
+        fields: fields of the method.
+        config: content of its future adapter_config.json.
     """
     try:
-        # Of an adapter that has target_modules only once PEFT has chosen them.
+        # An adapter may have no target_modules until PEFT has chosen them.
         _check(config if config.get("target_modules") else {**config, "target_modules": ["chosen-by-peft"]})
     except UnservableError as error:
         return _no(f"{error}: {_remedy(fields, error.keys)}")
@@ -75,7 +75,7 @@ def _check(config: Mapping[str, Any]) -> None:
 
 
 def require(spec: FineTuneJobSpec, verdict: ServableStatus) -> None:
-    """Raises NotServableError where the spec demands what the verdict denies."""
+    """Raise NotServableError if the spec requires a servable artifact and the verdict is negative."""
     if spec.servable is Servable.REQUIRED and not verdict.vllm:
         raise NotServableError(
             f"servable is Required and {verdict.reason}; or set servable to Ignored, to train it all the same"
@@ -83,14 +83,14 @@ def require(spec: FineTuneJobSpec, verdict: ServableStatus) -> None:
 
 
 def confirm(folder: Path, before: ServableStatus) -> ServableStatus:
-    """The verdict on a saved adapter; where it is no, the reason is that from before training.
+    """Return the verdict on a saved adapter; if it is negative, with the reason found before training.
 
     Args:
-        folder: with PEFT's adapter_config.json and adapter_model.safetensors.
-        before: the verdict on what was to be trained.
+        folder: folder with PEFT's adapter_config.json and adapter_model.safetensors.
+        before: verdict before training.
 
     Raises:
-        SelfCheckError: the files are not what the verdict before was about.
+        SelfCheckError: the files do not match the verdict before training.
     """
     if not before.vllm:
         return before
@@ -102,11 +102,11 @@ def confirm(folder: Path, before: ServableStatus) -> ServableStatus:
 
 
 def of_files(config: Mapping[str, Any], tensors: Sequence[str]) -> ServableStatus:
-    """The verdict on a saved adapter.
+    """Return the verdict on a saved adapter.
 
     Args:
         config: content of adapter_config.json.
-        tensors: names in adapter_model.safetensors.
+        tensors: names of the tensors in adapter_model.safetensors.
     """
     try:
         _check(config)

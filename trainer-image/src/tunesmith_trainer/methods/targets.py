@@ -24,12 +24,12 @@ class Modules:
     """The modules of a base model.
 
     Args:
-        linear: of the linear modules without the output layer, full name → (in, out) features.
+        linear: linear modules except the output layer: full name → (in, out) features.
         others: full names of all other modules.
         output: full name of the output layer, or None.
-        sizes: full name → parameters, of every module.
-        parameters: of the whole model; shared ones count once.
-        tied: whether the output layer and the embedding share their weights.
+        sizes: number of parameters of every module, by full name.
+        parameters: number of parameters of the whole model; shared ones count once.
+        tied: True if the output layer and the embedding share their weights.
         config: the base model's configuration.
     """
 
@@ -43,7 +43,7 @@ class Modules:
 
 
 def modules_of(config: PretrainedConfig) -> Modules:
-    """The modules that a model of this configuration has; no memory is used for weights."""
+    """Return the modules of a model with this configuration, without allocating its weights."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     output = model.get_output_embeddings()
@@ -63,10 +63,10 @@ def modules_of(config: PretrainedConfig) -> Modules:
 
 
 def resolve_targets(asked: Sequence[str], modules: Modules) -> list[str]:
-    """The names for PEFT's `target_modules`: `all-linear` becomes the last parts of all linear modules' names, sorted.
+    """Return the names for PEFT's `target_modules`; `all-linear` becomes the sorted last parts of all linear names.
 
     Raises:
-        InvalidSpecError: a name fits no linear module.
+        InvalidSpecError: a name matches no linear module.
     """
     if ALL_LINEAR in asked:
         return sorted({name.rsplit(".", 1)[-1] for name in modules.linear})
@@ -87,10 +87,10 @@ def resolve_targets(asked: Sequence[str], modules: Modules) -> list[str]:
 
 
 def check_saved_modules(asked: Sequence[str], targets: Sequence[str], modules: Modules, *, quantized: bool) -> None:
-    """Checks the names of `modulesToSave`.
+    """Check the names of `modulesToSave`.
 
     Raises:
-        InvalidSpecError: a name fits no module, gets an adapter too, or is held in 4 bits.
+        InvalidSpecError: a name matches no module, gets an adapter too, or is held in 4 bits.
     """
     for name in asked:
         if not any(fits(full, name) for full in modules.sizes):
@@ -117,10 +117,10 @@ def check_saved_modules(asked: Sequence[str], targets: Sequence[str], modules: M
 
 
 def check_named_modules(field: str, asked: Sequence[str] | str | None, modules: Modules) -> None:
-    """Checks names, or the regular expression, that PEFT will look for in the names of modules.
+    """Check names, or the regular expression, that PEFT will look for in the names of modules.
 
     Raises:
-        InvalidSpecError: one fits no module, or the expression is none.
+        InvalidSpecError: a name matches no module, or the regular expression is invalid.
     """
     if asked is None or asked == ALL_LINEAR:
         return
@@ -138,10 +138,10 @@ def check_named_modules(field: str, asked: Sequence[str] | str | None, modules: 
 
 
 def check_pattern(field: str, pattern: Mapping[str, int], targets: Sequence[str], modules: Modules) -> None:
-    """Checks that every key of a pattern is the name of a module that gets an adapter.
+    """Check that every key of a pattern is the name of a module that gets an adapter.
 
     Raises:
-        InvalidSpecError: one is not.
+        InvalidSpecError: a key is not.
     """
     adapted_modules = adapted(targets, modules)
     for name in pattern:
@@ -150,7 +150,7 @@ def check_pattern(field: str, pattern: Mapping[str, int], targets: Sequence[str]
 
 
 def pattern_value(pattern: Mapping[str, int] | None, module: str, default: int) -> int:
-    """The value that PEFT takes for a module: that of the first key which ends its name."""
+    """Return the value that PEFT uses for a module: that of the first key that is a suffix of its name."""
     for key, value in (pattern or {}).items():
         if re.match(rf"(.*\.)?({re.escape(key)})$", module):
             return value
@@ -158,12 +158,12 @@ def pattern_value(pattern: Mapping[str, int] | None, module: str, default: int) 
 
 
 def fits(full: str, name: str) -> bool:
-    """Whether `name` is the module's full name or its last parts."""
+    """Return True if `name` is the module's full name or its last parts."""
     return full == name or full.endswith(f".{name}")
 
 
 def adapted(targets: Sequence[str], modules: Modules) -> dict[str, tuple[int, int]]:
-    """The modules that get an adapter, with their (in, out) features."""
+    """Return the adapted modules with their (in, out) features."""
     return {full: shape for full, shape in modules.linear.items() if any(fits(full, name) for name in targets)}
 
 

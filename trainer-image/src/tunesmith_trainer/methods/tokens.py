@@ -1,4 +1,4 @@
-"""Methods that train the embeddings of a few tokens: which tokens, and whether training rows hold them."""
+"""Methods that train the embeddings of a few tokens: find the tokens, and check that training rows contain them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _READ_ROWS = 1000
 
 
 def check_tokens(config: PeftConfig | None, rows: Dataset) -> None:
-    """Every token that is to be trained must be in a row: the embedding of another one would never be learned.
+    """Raise unless every token to be trained is in a row: the embedding of any other would never be learned.
 
     Args:
-        config: PEFT's configuration of the adapter; None where all weights are trained.
-        rows: to train on, tokenised.
+        config: PEFT's configuration of the adapter; None if all weights are trained.
+        rows: tokenised training rows.
 
     Raises:
-        InvalidSpecError: names the tokens that no row has.
+        InvalidSpecError: some tokens are in no row; names them.
     """
     name, wanted = _trained_tokens(config)
     missing = set(wanted)
@@ -39,7 +39,7 @@ def check_tokens(config: PeftConfig | None, rows: Dataset) -> None:
 
 
 def _trained_tokens(config: PeftConfig | None) -> tuple[str, list[int]]:
-    """The name of the setting and the ids; none where the method trains no tokens."""
+    """Return the name of the setting and the token ids; empty if the method trains no tokens."""
     for name in ("token_indices", "trainable_token_indices"):
         given = getattr(config, name, None)
         if given:

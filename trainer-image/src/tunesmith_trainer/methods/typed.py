@@ -1,4 +1,4 @@
-"""Methods with fields of their own, but for LoRA: their fields as PEFT's configurations."""
+"""Convert the fields of methods that have their own, except LoRA, to PEFT's configurations."""
 
 from __future__ import annotations
 
@@ -27,16 +27,17 @@ _PLACEHOLDER_STEPS = 1_000_000
 
 
 def config_of(name: str, fields: MethodFields, modules: Modules, *, quantized: bool) -> PeftConfig:
-    """PEFT's configuration: the fields by PEFT's names, and what the base model or the trainer adds.
+    """Return PEFT's configuration: the fields under PEFT's names, and values from the base model or the trainer.
 
     Args:
-        name: of the method in the manifest, for messages.
-        fields: the method's.
-        modules: of the base model.
+        name: name of the method in the manifest, for messages.
+        fields: fields of the method.
+        modules: modules of the base model.
         quantized: True if the base is held in 4 bits.
 
     Raises:
-        InvalidSpecError: a name fits no module of the base, the architecture has no default, or PEFT refuses a value.
+        InvalidSpecError: a name matches no module of the base, the architecture has no default, or PEFT rejects a
+            value.
     """
     values = fields.peft_values()
     match fields:
@@ -45,7 +46,7 @@ def config_of(name: str, fields: MethodFields, modules: Modules, *, quantized: b
         case Ia3Fields():
             values |= _ia3_modules(fields, modules)
         case PromptTuningFields():
-            # A text's tokens are looked up once the weights are there.
+            # A text's tokens are looked up once the weights are loaded.
             values.pop("prompt_tuning_init_text", None)
             values["prompt_tuning_init"] = "SAMPLE_VOCAB"
         case PTuningFields():

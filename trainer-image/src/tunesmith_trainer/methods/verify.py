@@ -1,4 +1,4 @@
-"""Whether a model that was wrapped is what was asked for, before anything is paid for training it."""
+"""Verify that a wrapped model is what was requested, before time is spent on training it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _COARSE_TOLERANCE = 3e-2
 
 @dataclass(frozen=True)
 class Probe:
-    """What the base says to a few rows.
+    """Loss of the base on a few rows.
 
     Args:
         rows: token ids.
@@ -46,13 +46,13 @@ class Probe:
 
 
 def probe(base: nn.Module, rows: Dataset) -> Probe:
-    """The base's loss on the first training rows, measured before anything is changed."""
+    """Measure the base's loss on the first training rows, before anything is changed."""
     few = [list(rows[place]["input_ids"])[:_PROBE_TOKENS] for place in range(min(len(rows), _PROBE_ROWS))]
     return Probe(few, _loss(base, few))
 
 
 def check_parameters(model: PeftModel, planned: Planned) -> None:
-    """Raises SelfCheckError unless exactly the planned parameters are trained, with the planned ranks and scales."""
+    """Raise SelfCheckError unless exactly the planned parameters are trained, with the planned ranks and scales."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     count = sum(parameter.numel() for parameter in trained.values())
     config = planned.config
@@ -63,7 +63,7 @@ def check_parameters(model: PeftModel, planned: Planned) -> None:
         raise SelfCheckError(f"{strange[0]} is trained and is not of the adapter")
     if planned.parameters is not None and count != planned.parameters:
         raise SelfCheckError(f"the adapter has {count} trainable parameters where {planned.parameters} are expected")
-    # LoRA's matrices of an embedding have names of their own.
+    # LoRA's matrices of an embedding have different names.
     names = [name.replace(".lora_embedding_", ".lora_") for name in trained]
     missing = [part for part in must if not any(part in name for name in names)]
     if missing:
@@ -73,19 +73,19 @@ def check_parameters(model: PeftModel, planned: Planned) -> None:
 
 
 def probe_without(model: PeftModel, rows: Dataset) -> Probe:
-    """The base's loss as `probe` says, where it cannot be computed before the adapter is there."""
+    """Measure the base's loss as in `probe`, if it cannot be computed before the adapter exists."""
     with model.disable_adapter():
         return probe(model, rows)
 
 
 def check_start(model: PeftModel, planned: Planned, before: Probe) -> None:
-    """Raises SelfCheckError where the untrained adapter changes the base's loss, or taking it off does."""
+    """Raise SelfCheckError if the untrained adapter changes the base's loss, or if disabling it does."""
     coarse = any(
         parameter.dtype is not torch.float32 or hasattr(parameter, "quant_state") for parameter in model.parameters()
     )
     tolerance = (_COARSE_TOLERANCE if coarse else _TOLERANCE) * max(1.0, before.loss)
     if not math.isfinite(before.loss):
-        return  # the held-out loss tells it
+        return  # the held-out loss will reveal it
     found = _loss(model, before.rows)
     if planned.identity and not abs(found - before.loss) <= tolerance:
         raise SelfCheckError(
@@ -102,7 +102,7 @@ def check_start(model: PeftModel, planned: Planned, before: Probe) -> None:
 
 
 def _parts(config: PeftConfig) -> tuple[list[str], list[str]]:
-    """Pieces of the names of trained parameters: those that must be there, and others that may."""
+    """Return parts of the names of trained parameters: required ones and optional ones."""
     if config.is_prompt_learning:
         return ["prompt_encoder."], []
     may = ["trainable_tokens_"] if getattr(config, "trainable_token_indices", None) else []
@@ -146,7 +146,7 @@ def _loss(model: Any, rows: Sequence[Sequence[int]]) -> float:  # noqa: ANN401 -
         with torch.no_grad(), products(model):
             for ids in rows:
                 given = batch_of_one(model, ids)
-                # A prompt that the method puts in front has logits too.
+                # A prompt that the method prepends has logits too.
                 logits = model(input_ids=given).logits[0, -len(ids) : -1].float()
                 scores = torch.log_softmax(logits, dim=-1).gather(1, given[0, 1:, None])
                 total -= float(scores.double().sum())

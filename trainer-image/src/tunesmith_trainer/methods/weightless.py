@@ -1,4 +1,4 @@
-"""A model with an adapter, without memory for their weights: how many parameters are trained, and where."""
+"""A model with an adapter, without memory for weights: the number and location of the trained parameters."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 
 def wrapped(config: PeftConfig, base: PretrainedConfig, name: str) -> PeftModel:
-    """The adapter on a base of this configuration, on no device.
+    """Return the adapter on a base of this configuration, on the meta device.
 
     Raises:
-        InvalidSpecError: PEFT does not take the configuration for this base; its own sentence says why.
+        InvalidSpecError: PEFT rejects the configuration for this base; includes its message.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(base))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they come again when the weights are there
+            warnings.simplefilter("ignore")  # they are issued again when the weights are loaded
             made = get_peft_model(model, copy.deepcopy(config))
     except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
         if isinstance(error, NotImplementedError):
@@ -39,10 +39,10 @@ def wrapped(config: PeftConfig, base: PretrainedConfig, name: str) -> PeftModel:
 
 
 def trained_parameters(model: PeftModel) -> int:
-    """How many are trained."""
+    """Return the number of trained parameters."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def targets(model: PeftModel) -> list[str]:
-    """Full names of the modules that have an adapter, sorted; none for a method that adds to prompts."""
+    """Return the sorted full names of the modules that have an adapter; empty for a method that adds to prompts."""
     return sorted(getattr(model.base_model, "targeted_module_names", []))

@@ -1,4 +1,4 @@
-"""Putting a planned adapter on a base with weights."""
+"""Put a planned adapter on a base with weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from tunesmith_trainer.methods.config import Planned
 
 _LOOKED_AT = 256
-"""Training rows, at most, that an initialisation looks at."""
+"""Maximum number of training rows that an initialisation reads."""
 
 
 def wrap(
@@ -46,22 +46,22 @@ def wrap(
     total_steps: int,
     share_out: Callable[[], None] | None = None,
 ) -> PeftModel:
-    """The base with a new adapter in float32, verified; only the adapter can be trained, or all weights.
+    """Return the base with a new adapter in float32, verified; only the adapter, or all weights, can be trained.
 
     Args:
-        base: with its weights.
-        planned: what to put on it.
+        base: base model with its weights.
+        planned: adapter to add.
         rows: training rows, as `input_ids` and `labels`.
-        method: as the manifest says it.
+        method: method of the manifest.
         total_steps: optimizer steps of the run.
-        share_out: shares the base's weights out among ranks, before it computes anything.
+        share_out: shards the base's weights over the ranks; called before the base computes anything.
 
     Raises:
-        SelfCheckError: the adapter is not the one that was asked for.
+        SelfCheckError: the adapter is not the one that was requested.
     """
     if planned.config is None:
         if share_out is not None:
-            # Autocast would keep a copy of every layer's gathered weights to the end of the forward pass.
+            # Autocast would keep a copy of every layer's gathered weights until the end of the forward pass.
             torch.set_autocast_cache_enabled(False)
         return full.unfreeze(base, share_out)
     before = verify.probe(base, rows) if share_out is None else None
@@ -88,11 +88,11 @@ def wrap(
 
 
 def _frozen(base: PreTrainedModel, quantization: Quantization) -> PreTrainedModel:
-    """A base in 4 bits; what is not in 4 bits keeps the type in which it was loaded, as under LoRA.
+    """Prepare a base in 4 bits; weights that are not in 4 bits keep the type they were loaded in, as under LoRA.
 
     In float32, as PEFT prepares it, embedding and output layer would take twice the memory. Norms alone in float32
-    would make the whole residual stream so: a norm's result has the wider type, and a layer in 4 bits gives back its
-    input's. Where the products of 4-bit weights are to be in float32, everything is.
+    would make the whole residual stream float32: a norm's result has the wider type, and a layer in 4 bits returns the
+    type of its input. If the products of 4-bit weights are to be in float32, everything is.
     """
     if quantization.compute_type == "float32":
         return prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
@@ -101,16 +101,16 @@ def _frozen(base: PreTrainedModel, quantization: Quantization) -> PreTrainedMode
 
 
 def _widen(model: PeftModel) -> None:
-    """What is trained in float32: in bfloat16 small updates would be lost."""
+    """Convert trained parameters to float32: in bfloat16 small updates would be lost."""
     for name, parameter in model.named_parameters():
         if ".ranknum." in name:
-            parameter.requires_grad_(requires_grad=False)  # a constant of AdaLoRA's that PEFT thaws when it casts it
+            parameter.requires_grad_(requires_grad=False)  # a constant of AdaLoRA that PEFT unfreezes when it casts it
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
 
 
 def _for_run(planned: PeftConfig, base: PreTrainedModel, method: Method, total_steps: int) -> PeftConfig:
-    """A copy of the configuration, with what only the run tells."""
+    """Return a copy of the configuration with the values that are only known in the run."""
     config = copy.deepcopy(planned)
     if isinstance(config, AdaLoraConfig) and method.ada_lora is not None:
         typed.schedule(config, method.ada_lora, total_steps)
@@ -123,7 +123,7 @@ def _for_run(planned: PeftConfig, base: PreTrainedModel, method: Method, total_s
 
 
 def _look_at_rows(base: PreTrainedModel, config: LoraConfig, rows: Dataset) -> None:
-    """What an initialisation measures before the adapter is there."""
+    """Run the measurements that an initialisation needs before the adapter exists."""
     if config.init_lora_weights == "corda":
         _look_for_corda(base, config, rows)
     elif config.init_lora_weights == "lora_ga":
@@ -149,13 +149,13 @@ def _look_for_lora_ga(base: PreTrainedModel, config: LoraConfig, rows: Dataset) 
             loss.backward()
 
     with warnings.catch_warnings():
-        # Its hook on the first layer sees no input that needs a gradient, which is so.
+        # Its hook on the first layer warns that no input needs a gradient, which is expected.
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
         preprocess_loraga(base, config, run)
 
 
 def _batches(rows: Dataset, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
-    """One sequence at a time, in the order of the data, of the first rows."""
+    """Yield the first rows in order, one sequence at a time."""
     for place in range(min(len(rows), _LOOKED_AT)):
         row = rows[place]
         start = 0

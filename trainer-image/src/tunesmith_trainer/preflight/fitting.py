@@ -1,4 +1,4 @@
-"""Which settings make a run fit into a GPU: those chosen for the user, and the change that costs least. Pure."""
+"""Choose settings with which a run fits into a GPU, and the change that costs the user least. Pure."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ if TYPE_CHECKING:
     Options = Mapping[str, Sequence[Any]]
 
 BUSY_TOKENS = 1024
-"""Tokens of a micro-batch that keep a GPU busy: from there on, computing activations twice costs more than it gains."""
+"""Tokens per micro-batch that keep a GPU busy: beyond this, recomputing activations costs more than it gains."""
 _LEAST_RANK = 8
 _LEAST_LENGTH = 256
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the memory of a run follows from, as far as a user can change it.
+    """Settings of a run that determine its memory and that a user can change.
 
     Args:
         micro_batch_size: rows per forward pass.
-        checkpointing: activations are computed again in the backward pass.
-        quantized: the base is in 4 bits.
-        rank: of the adapter; None where it has none.
-        max_length: longest row, in tokens.
-        full: all weights are trained, and not an adapter.
-        sharded: FSDP2 shares the base's weights out among the ranks.
+        checkpointing: True if activations are recomputed in the backward pass.
+        quantized: True if the base is in 4 bits.
+        rank: rank of the adapter; None if it has none.
+        max_length: length of the longest row, in tokens.
+        full: True if all weights are trained, instead of an adapter.
+        sharded: True if FSDP2 shards the base's weights over the ranks.
     """
 
     micro_batch_size: int
@@ -51,15 +51,15 @@ def decide(
     tokens: Callable[[Settings], int],
     gpu_memory: int,
 ) -> Settings:
-    """The fastest settings that fit with the estimate's own error to spare; the smallest ones where none do.
+    """Return the fastest settings that fit with a margin for the estimate's error; the smallest ones if none do.
 
     Args:
         asked: the settings that are not decided here.
-        micro_batch_sizes: those to choose from.
-        checkpointing: as above.
-        peak: estimated bytes.
-        tokens: tokens of a micro-batch.
-        gpu_memory: bytes.
+        micro_batch_sizes: micro-batch sizes to choose from.
+        checkpointing: values of `checkpointing` to choose from.
+        peak: estimates the peak memory, in bytes.
+        tokens: returns the tokens of a micro-batch.
+        gpu_memory: memory of the GPU, in bytes.
     """
     candidates = [
         replace(asked, micro_batch_size=size, checkpointing=again)
@@ -83,17 +83,17 @@ def options(
     sharding: bool,
     quantization: bool,
 ) -> dict[str, list[Any]]:
-    """What can be changed, in the order of what it costs the user, each with its values, the mildest first.
+    """Return the possible changes by increasing cost to the user, each with its values, the mildest first.
 
-    The first three leave the result as it is and cost time; an adapter in the place of all weights, 4 bits and a lower
-    rank change it; a shorter length drops rows.
+    The first three leave the result as it is and cost time; an adapter instead of all weights, 4 bits and a lower rank
+    change it; a shorter maximum length drops rows.
 
     Args:
-        start: the settings that do not fit.
-        micro_batch_sizes: those that are possible.
-        checkpointing: whether the method can compute activations again.
-        sharding: whether there are ranks to share the base's weights out among, and the method goes with that.
-        quantization: whether the method can be trained over a base in 4 bits.
+        start: settings that do not fit.
+        micro_batch_sizes: possible micro-batch sizes.
+        checkpointing: True if the method can recompute activations.
+        sharding: True if there are several ranks to shard the base's weights over, and the method supports it.
+        quantization: True if the method can be trained over a base in 4 bits.
     """
     smaller = [size for size in sorted(micro_batch_sizes, reverse=True) if size < start.micro_batch_size]
     return {
@@ -108,10 +108,10 @@ def options(
 
 
 def changes(start: Settings, options: Options, fits: Callable[[Settings], bool]) -> dict[str, Any] | None:
-    """The fields to change with their values, so that a run fits; None where nothing of `options` does it.
+    """Return the fields to change, with their values, so that a run fits; None if no combination of `options` does.
 
-    Cheaper changes are exhausted before a dearer one is tried; then those that turned out not to be needed are taken
-    back, the dearest first, and the others are made as mild as they can be.
+    Cheaper changes are exhausted before a more expensive one is tried. Then unnecessary changes are undone, the most
+    expensive first, and the others are made as mild as possible.
     """
     strongest: dict[str, Any] = {}
     for name, values in options.items():

@@ -1,11 +1,11 @@
-"""Peak GPU memory of a LoRA or QLoRA run, estimated from shapes alone. Bytes; pure, without torch.
+"""Peak GPU memory of a run, estimated from shapes alone. In bytes; pure, without torch.
 
 peak = weights + (8 + state) · A + activations + logits + overhead, with A trainable parameters in float32 (4 bytes each
-for the parameter and its gradient) and the optimizer's state, 8 bytes with AdamW. Where several ranks train together,
-DDP keeps a copy of the gradients, and FSDP2 gathers weights. Fitted to published measurements, which
-tests/trainer/test_memory.py holds; all of them are of LoRA with AdamW over bases in bfloat16 or nf4 on one GPU. The
-activations of the others are what autograd keeps of a real model's layers, as tests/trainer/test_activations.py
-measures.
+for the parameter and its gradient) and the optimizer's state, 8 bytes with AdamW. If several ranks train together, DDP
+keeps a copy of the gradients, and FSDP2 gathers weights. Fitted to published measurements, which are in
+tests/trainer/test_memory.py; all of them are of LoRA with AdamW over bases in bfloat16 or nf4 on one GPU. The
+activations of the others are the tensors that autograd saves in a real model's layers, as measured by
+tests/trainer/test_activations.py.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from tunesmith.api.finetunejob_status import Verdict
 
 TOLERANCE = 0.15
-"""How far the estimate is from the published measurements, at most."""
+"""Maximum relative deviation of the estimate from the published measurements."""
 _FLOAT32 = 4
 _TRAINABLE = 2 * _FLOAT32
 _BUCKETS = _FLOAT32
-"""DDP keeps them throughout: a gradient is no view of them, because it goes after each step."""
+"""DDP keeps them throughout: gradients are not views of its buckets, because they are freed after each step."""
 _NF4 = 0.516  # with double quantisation: 4 bits, and 8 bits per 64 weights with their own constants
 _NF4_CONSTANTS = 0.016
-"""Of _NF4, the part that FSDP2 does not share out: bitsandbytes keeps the constants outside of the weights."""
+"""Part of _NF4 that FSDP2 does not shard: bitsandbytes keeps the constants outside of the weights."""
 _OVERHEAD = 800_000_000  # CUDA context, kernels' workspaces, fragmentation
 _LOGITS = 16  # bf16 logits, their float32 copy, the softmax and its gradient
 _FUSED_LOGITS = 0.5
@@ -37,15 +37,15 @@ _GATHERED_LAYERS = 2
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder's shape.
+    """Shape of a decoder.
 
     Args:
         hidden: width of the residual stream.
         layers: decoder layers.
         intermediate: width of the MLP.
         vocabulary: rows of the output layer.
-        linear_parameters: weights of all linear layers but the output layer.
-        embedding_parameters: of the embedding and the output layer; a tied one counts once.
+        linear_parameters: weights of all linear layers except the output layer.
+        embedding_parameters: weights of the embedding and the output layer; tied ones count once.
     """
 
     hidden: int
@@ -58,23 +58,23 @@ class Shape:
 
 @dataclass(frozen=True)
 class Run:
-    """How the run uses memory.
+    """Memory-related settings of a run.
 
     Args:
         adapter_parameters: trainable parameters.
         adapted_inputs: in-features of the adapted modules of one layer, summed.
-        tokens: per micro-batch: rows × the longest row, padding included.
-        quantized: the base is in nf4.
-        checkpointing: activations are computed again in the backward pass.
-        fused_loss: the logits are never whole in memory.
-        logit_positions: positions whose logits exist at one time; None: those of all tokens.
-        optimizer_bytes: state of the optimizer, per trainable parameter.
-        full_precision: base and matrix products in float32.
-        full: all weights are trained; in bfloat16 the matrix products use copies of them.
-        dropout: the adapter has dropout.
-        dora: the adapter is DoRA.
-        ddp: several ranks that each hold the whole base average their gradients.
-        shards: ranks among which FSDP2 shares the base out; 1: none.
+        tokens: tokens per micro-batch: rows × the longest row, padding included.
+        quantized: True if the base is in nf4.
+        checkpointing: True if activations are recomputed in the backward pass.
+        fused_loss: True if the logits are never whole in memory.
+        logit_positions: positions whose logits exist at the same time; None: all tokens.
+        optimizer_bytes: optimizer state per trainable parameter, in bytes.
+        full_precision: True if base and matrix products are in float32.
+        full: True if all weights are trained; in bfloat16 the matrix products use copies of them.
+        dropout: True if the adapter has dropout.
+        dora: True if the adapter is DoRA.
+        ddp: True if several ranks that each hold the whole base average their gradients.
+        shards: ranks over which FSDP2 shards the base; 1: not sharded.
     """
 
     adapter_parameters: int
@@ -95,7 +95,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The parts of the peak, in bytes."""
+    """Parts of the peak, in bytes."""
 
     weights: int
     adapter: int
@@ -105,18 +105,18 @@ class Estimate:
 
     @property
     def peak(self) -> int:
-        """Their sum."""
+        """Sum of the parts."""
         return self.weights + self.adapter + self.activations + self.logits + self.overhead
 
 
 def estimate(shape: Shape, run: Run) -> Estimate:
-    """The peak of a run, within TOLERANCE of what was measured for runs of its kind."""
+    """Estimate the peak of a run, within TOLERANCE of measurements of similar runs."""
     width = 4 if run.full_precision else 2
     linear = _NF4 if run.quantized else width
     per_input = _ADAPTER_INPUT + _DROPOUT_INPUT * run.dropout + _DORA_INPUT * run.dora * width / 2
     hidden = _HIDDEN_FULL[width] if run.full else _HIDDEN * width / 2
     layer = 4 * width * shape.intermediate + hidden * shape.hidden + per_input * run.adapted_inputs
-    # With checkpointing: each layer's input, and one layer at a time in full.
+    # With checkpointing: each layer's input, and the activations of one layer at a time.
     stream = 4 if run.full else width
     token = stream * shape.hidden * shape.layers + layer if run.checkpointing else shape.layers * layer
     positions = run.tokens if run.logit_positions is None else min(run.tokens, run.logit_positions)
@@ -127,12 +127,12 @@ def estimate(shape: Shape, run: Run) -> Estimate:
         kept = 0.0 if run.full and run.full_precision else weights
     elif run.full:
         gathered, gradients = _whole_while_trained(shape)
-        # The products' copies of the weights go with their layer where it is computed again.
+        # If a layer is recomputed, the products' copies of its weights are freed with it.
         copies = 0.0 if run.full_precision else width * a_layer if run.checkpointing else weights
         kept = _FLOAT32 * gathered + copies
         trained = trained / run.shards + _FLOAT32 * gradients
     else:
-        # A layer is gathered while another one is computed; embedding and output layer are whole throughout.
+        # A layer is gathered while another one is computed; embedding and output layer stay gathered throughout.
         gathered = _GATHERED_LAYERS * linear * a_layer + width * shape.embedding_parameters
         constants = _NF4_CONSTANTS * shape.linear_parameters if run.quantized else 0.0
         kept = gathered + constants + (weights - constants) / run.shards
@@ -145,11 +145,11 @@ def estimate(shape: Shape, run: Run) -> Estimate:
 
 
 def _whole_while_trained(shape: Shape) -> tuple[float, float]:
-    """Parameters that FSDP2 has gathered, and those of gradients before they are shared out, where all are trained.
+    """Return the gathered parameters, and the gradients before they are sharded, if FSDP2 trains all weights.
 
     At the larger of two moments of the backward pass. At its end these are embedding and output layer, and their
-    gradients with a copy that is sent. Before, two layers are gathered beside them, and there are the output layer's
-    gradient and one layer's with its copy.
+    gradients with a copy that is sent. Before that, two layers are gathered in addition, and there are the output
+    layer's gradient and one layer's with its copy.
     """
     a_layer = shape.linear_parameters / shape.layers
     embeddings, output = shape.embedding_parameters, shape.vocabulary * shape.hidden
@@ -159,7 +159,7 @@ def _whole_while_trained(shape: Shape) -> tuple[float, float]:
 
 
 def verdict(peak: int, gpu_memory: int | None) -> Verdict:
-    """Unknown where the memory is not known, or where the estimate's own error could decide it."""
+    """Return Unknown if the memory is unknown, or if the peak exceeds it by no more than the estimate's own error."""
     if gpu_memory is None:
         return Verdict.UNKNOWN
     if peak <= gpu_memory:

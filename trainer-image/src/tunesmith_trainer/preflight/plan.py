@@ -1,4 +1,4 @@
-"""Decisions about a run: pure functions of the manifest and of what was counted."""
+"""Decide the settings of a run: pure functions of the manifest and of the counts."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 
 _EVALUATIONS = 10
 _MOST_EVALUATION = 0.05
-"""Share of the training's time."""
+"""Maximum time for evaluation, as a share of the training time."""
 
 
 def divisors(number: int) -> list[int]:
-    """All divisors, ascending."""
+    """Return all divisors in ascending order."""
     return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
 
 
 def micro_batch_sizes(spec: FineTuneJobSpec) -> list[int]:
-    """The micro-batch sizes that are possible where the user names none: divisors of the batch size up to 8.
+    """Return the possible micro-batch sizes if the user names none: divisors of the batch size up to 8.
 
-    Each rank gets a micro-batch of each step.
+    Each rank gets at least one micro-batch of each step.
     """
     batch = spec.hyperparameters.batch_size or DEFAULT_BATCH_SIZE
     most = min(DEFAULT_MICRO_BATCH_SIZE, batch // spec.resources.ranks)
@@ -42,12 +42,12 @@ def micro_batch_sizes(spec: FineTuneJobSpec) -> list[int]:
 
 
 def evaluation_interval(steps: int, batch: int, held_out: int) -> int:
-    """Steps between two looks at the held-out loss, where the user says nothing.
+    """Return the steps between two evaluations of the held-out loss if the user names none.
 
     Args:
-        steps: of the run.
+        steps: steps of the run.
         batch: rows per step.
-        held_out: rows that are looked at; each takes a third of a training row's time, its forward pass.
+        held_out: rows that are evaluated; each takes a third of a training row's time, its forward pass.
     """
     affordable = math.ceil(held_out / 3 / (_MOST_EVALUATION * batch))
     return max(math.ceil(steps / _EVALUATIONS), affordable)
@@ -66,19 +66,19 @@ def resolve(
     checkpointing: bool,
     sharded: bool,
 ) -> Resolved:
-    """What is decided for the user.
+    """Return the decisions that are made for the user.
 
     Args:
         spec: the job's spec, checked.
-        rows: training rows that are used.
-        held_out: held-out rows.
-        targets: modules that get an adapter.
-        fingerprint: of the base model.
-        digest: of the rows.
-        folders: by suite, the digest of the task folder that it brings.
+        rows: number of training rows used.
+        held_out: number of held-out rows.
+        targets: names of the adapted modules.
+        fingerprint: fingerprint of the base model.
+        digest: digest of the rows.
+        folders: digests of the supplied task folders, by suite.
         micro_batch_size: sequences per forward pass.
-        checkpointing: whether activations are computed again.
-        sharded: whether the base's weights are shared out among ranks.
+        checkpointing: True if activations are recomputed.
+        sharded: True if the base's weights are sharded over the ranks.
     """
     hyper = spec.hyperparameters
     batch = hyper.batch_size or DEFAULT_BATCH_SIZE
@@ -103,15 +103,15 @@ def resolve(
 
 
 def compiles(spec: FineTuneJobSpec, steps: int, *, sharded: bool) -> bool:
-    """Whether layers are compiled where the user says nothing: on GPUs that have all weights, in runs that earn it."""
+    """Return True if layers are compiled by default: on GPUs, without sharding, in runs long enough to benefit."""
     return spec.resources.gpus > 0 and not sharded and steps >= COMPILED_STEPS
 
 
 def frozen(before: Resolved | None, now: Resolved) -> Resolved:
-    """What an earlier stage decided stays, whatever GPU this one runs on; what it did not decide is as now.
+    """Keep what an earlier stage decided, whatever GPU this one runs on; decide the rest now.
 
     Raises:
-        InvalidSpecError: the base model or the data changed in between.
+        InvalidSpecError: the base model or the data has changed since.
     """
     if before is None:
         return now

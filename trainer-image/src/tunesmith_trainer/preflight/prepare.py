@@ -1,4 +1,4 @@
-"""The CPU stage: everything that can be known without weights is checked and counted."""
+"""The CPU stage: check and count everything that can be known without weights."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 
 _PLANNING_SECONDS = 600.0
-"""PEFT reads some names as regular expressions, which can backtrack for ever."""
+"""Time limit: PEFT reads some names as regular expressions, which can backtrack forever."""
 
 
 @dataclass(frozen=True)
@@ -58,17 +58,17 @@ class Prepared:
     """A job whose inputs are checked, counted and tokenised.
 
     Args:
-        base: folder with the base's configuration and tokenizer, and its weights where they were asked for.
-        train: rows to train on, tokenised: `input_ids` and `labels`, and `seq_lengths` where they are packed.
-        validation: rows held out, tokenised.
-        lengths: tokens of each of `train`.
+        base: folder with the base's configuration and tokenizer, and its weights if they were requested.
+        train: tokenised training rows: `input_ids` and `labels`, and `seq_lengths` if they are packed.
+        validation: tokenised held-out rows.
+        lengths: tokens of each element of `train`.
         pad: token for padding.
-        preflight: what was counted.
-        resolved: what was decided.
-        planned: the adapter.
+        preflight: counts and verdicts.
+        resolved: decisions that were made.
+        planned: the planned adapter.
         ends: tokens that end an answer.
-        examples: by generation suite, what is asked and answered.
-        task_folders: by suite, the tasks that it brings.
+        examples: prompts and expected answers, by generation suite.
+        task_folders: supplied tasks, by suite.
     """
 
     base: Path
@@ -96,21 +96,21 @@ def prepare(
     task_code: TaskCode = TaskCode.REFUSED,
     say: Callable[[str], None] = lambda _: None,
 ) -> Prepared:
-    """Checks, counts and tokenises the inputs of a job.
+    """Check, count and tokenise the inputs of a job.
 
     Args:
         job: the manifest.
-        stores: opens the places that it names.
+        stores: opens the locations that it names.
         work: folder for downloads and tokenised rows.
-        weights: download the base's weights too; without them the fingerprint is read with ranged reads.
-        ranks: that train together; None: as many as the manifest asks for.
-        gpu_memory: of the GPU, bytes; None where it is not known.
+        weights: True to download the base's weights too; otherwise the fingerprint is computed with ranged reads.
+        ranks: number of ranks that train together; None: the number that the manifest requests.
+        gpu_memory: memory of the GPU, in bytes; None if it is unknown.
         tokens: keeps the tokenised rows for the next attempt.
-        task_code: whether tasks that the job brings may be run.
-        say: tells a person how far it is.
+        task_code: permission to run tasks supplied with the job.
+        say: reports progress to a person.
 
     Raises:
-        TrainerError: an input is missing, refused or not usable.
+        TrainerError: an input is missing, refused or unusable.
     """
     spec = job.spec if ranks is None else _of_ranks(job.spec, ranks)
     before = job.status.resolved
@@ -159,7 +159,7 @@ class _Base:
     """A base model without its weights.
 
     Args:
-        folder: with its files.
+        folder: folder with its files.
         config: its configuration.
         tokenizer: its tokenizer.
         ends: tokens that end an answer.
@@ -174,7 +174,7 @@ class _Base:
 
     @property
     def context(self) -> int | None:
-        """Tokens that the base can take; None if its configuration does not say."""
+        """Maximum number of tokens of the base; None if its configuration does not state it."""
         return getattr(self.config, "max_position_embeddings", None)
 
 
@@ -186,7 +186,7 @@ def _read_base(spec: FineTuneJobSpec, folder: Path) -> _Base:
 
 
 def _planned(spec: FineTuneJobSpec, base: _Base) -> Planned:
-    """Return the adapter that the spec asks for, on this base."""
+    """Return the adapter that the spec requests, on this base."""
     with limited("spec.method: finding the modules that its names and patterns mean", _PLANNING_SECONDS):
         return _with_template(plan_method(spec, base.modules), spec, base.tokenizer)
 
@@ -224,7 +224,7 @@ def _rows(
 
 
 def _examples(spec: FineTuneJobSpec, base: _Base, stores: Stores, work: Path) -> dict[str, list[Example]]:
-    """Return the questions and answers of each generation suite."""
+    """Return the prompts and expected answers of each generation suite."""
     asked = spec.dataset
     answers = data.Encoder(base.tokenizer, base.ends, chat_template=asked.chat_template, loss_on=LossOn.COMPLETION)
     return {
@@ -237,11 +237,11 @@ def _examples(spec: FineTuneJobSpec, base: _Base, stores: Stores, work: Path) ->
 def _own_tasks(
     spec: FineTuneJobSpec, before: Resolved | None, stores: Stores, work: Path, say: Callable[[str], None]
 ) -> dict[str, OwnTasks]:
-    """Fetch and check the tasks of suites that run lm-evaluation-harness; return those that the job brings, by suite.
+    """Fetch and check the tasks of suites that run lm-evaluation-harness; return the supplied ones by suite.
 
     Args:
         spec: the job's spec.
-        before: decisions of an earlier stage, with the digests of the task folders that it has checked.
+        before: decisions of an earlier stage, with the digests of the task folders that it checked.
         stores: opens the places of the folders.
         work: folder for the copies.
         say: reports progress to a person.
@@ -256,7 +256,7 @@ def _own_tasks(
 
 
 def _sized(spec: FineTuneJobSpec, base: _Base, planned: Planned, rows: Rows) -> preflight.Sizing | None:
-    """Return what the peak of GPU memory follows from; None where it cannot be estimated."""
+    """Return the quantities that determine the peak of GPU memory; None if it cannot be estimated."""
     if planned.parameters is None:
         return None
 
@@ -280,7 +280,7 @@ def _counted(rows: Rows, planned: Planned, examples: dict[str, list[Example]]) -
 
 
 def _of_ranks(spec: FineTuneJobSpec, ranks: int) -> FineTuneJobSpec:
-    """The spec with the nodes that are there: outside of a cluster it is one, whatever the manifest says."""
+    """Return the spec with the actual number of nodes: outside a cluster it is one, whatever the manifest states."""
     nodes = max(1, ranks // max(1, spec.resources.gpus))
     return spec.model_copy(update={"resources": spec.resources.model_copy(update={"nodes": nodes})})
 
@@ -293,10 +293,10 @@ def _settings(
     *,
     has_layers: bool,
 ) -> tuple[Settings, list[int]]:
-    """The micro-batch size, the checkpointing and the data parallelism of a run, and the sizes that are possible.
+    """Return micro-batch size, checkpointing and data parallelism of a run, and the possible micro-batch sizes.
 
     Raises:
-        InvalidSpecError: activations are to be computed again, or weights shared out, where that is not possible.
+        InvalidSpecError: recomputed activations or sharded weights are requested, but not possible.
     """
     asked = spec.hyperparameters.micro_batch_size
     before = frozen.micro_batch_size if frozen is not None else None
@@ -325,7 +325,7 @@ def _settings(
 
 
 def _with_template(planned: Planned, spec: FineTuneJobSpec, tokenizer: PreTrainedTokenizerFast) -> Planned:
-    """The adapter, with the verdict on a chat template of its own: a pool asks with that of its base model."""
+    """Return the adapter, with the verdict on the job's chat template: a pool uses that of its base model."""
     template = spec.dataset.chat_template
     if spec.method.full is not None or template is None or same_prompts(tokenizer, template):
         return planned

@@ -1,4 +1,4 @@
-"""Whether a job fits into its GPU, known before any weight is loaded."""
+"""Decide whether a job fits into its GPU before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _GIB = 2**30
 LOSS_POSITIONS = 512
-"""Target positions whose logits exist at one time."""
+"""Number of target positions whose logits exist at the same time."""
 _OPTIMIZER_BYTES = {
     Optimizer.ADAMW: 8.0,
     Optimizer.ADAMW_8BIT: 2.0,
@@ -35,28 +35,28 @@ _OPTIMIZER_BYTES = {
     Optimizer.LION: 4.0,
     Optimizer.SGD: 0.0,
 }
-"""State per trained parameter; Adafactor's sums of rows and columns are too few to count."""
+"""Bytes of optimizer state per trained parameter; Adafactor's sums of rows and columns are negligible."""
 _WIDTHS = ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _KEPT_SHARE = 0.5
-"""Of the rows: a shorter maxLength that keeps fewer is not worth proposing."""
+"""Minimum share of rows to keep: a shorter maxLength that keeps fewer is not worth proposing."""
 
 
 @dataclass(frozen=True)
 class Sizing:
-    """What the peak of a run follows from.
+    """Quantities that determine the peak memory of a run.
 
     Args:
-        shape: of the base model.
-        trainable: parameters that are trained, by the adapter's rank.
+        shape: shape of the base model.
+        trainable: number of trained parameters, by the adapter's rank.
         adapted_inputs: in-features of the adapted modules of one layer, summed.
-        dropout: whether the adapter has dropout.
-        dora: whether it is DoRA.
-        optimizer_bytes: state of the optimizer, per trained parameter.
-        full_precision: what is not in 4 bits, and matrix products, in float32.
-        shortened: whether rows become as short as maxLength: packed or truncated ones do, others are dropped.
-        lengths: tokens of each row, ascending.
-        ranks: that train together.
+        dropout: True if the adapter has dropout.
+        dora: True if the adapter is DoRA.
+        optimizer_bytes: optimizer state per trained parameter, in bytes.
+        full_precision: True if weights that are not in 4 bits, and matrix products, are in float32.
+        shortened: True if longer rows are shortened to maxLength (packed or truncated), False if they are dropped.
+        lengths: tokens per row, ascending.
+        ranks: number of ranks that train together.
     """
 
     shape: Shape
@@ -71,18 +71,18 @@ class Sizing:
     ranks: int = 1
 
     def kept(self, settings: Settings) -> int:
-        """Rows that are not longer than the settings allow."""
+        """Return the number of rows that are not longer than the settings allow."""
         return int(np.searchsorted(self.lengths, settings.max_length, side="right"))
 
     def tokens(self, settings: Settings) -> int:
-        """Tokens of a micro-batch of the longest rows."""
+        """Return the tokens of a micro-batch of the longest rows."""
         if self.shortened:
             return settings.micro_batch_size * min(int(self.lengths[-1]), settings.max_length)
         kept = self.kept(settings)
         return settings.micro_batch_size * int(self.lengths[kept - 1]) if kept else 0
 
     def estimate(self, settings: Settings) -> Estimate:
-        """The peak with its parts."""
+        """Estimate the peak and its parts."""
         whole = self.shape.linear_parameters + self.shape.embedding_parameters
         run = Run(
             adapter_parameters=whole if settings.full else self.trainable(settings.rank),
@@ -102,7 +102,7 @@ class Sizing:
         return estimate(self.shape, run)
 
     def peak(self, settings: Settings) -> int:
-        """The peak in bytes."""
+        """Estimate the peak, in bytes."""
         return self.estimate(settings).peak
 
 
@@ -114,17 +114,17 @@ def sizing(
     trainable: Callable[[int | None], int],
     lengths: npt.ArrayLike,
 ) -> Sizing | None:
-    """What the peak follows from; None where it cannot be estimated.
+    """Return the quantities that determine the peak; None if it cannot be estimated.
 
-    So it is without a GPU, for a base of experts, and for one whose configuration does not tell its widths.
+    It cannot be without a GPU, for a mixture-of-experts base, or for one whose configuration does not state its widths.
 
     Args:
         spec: the job's spec.
         config: the base model's configuration.
-        modules: its linear modules.
-        adapted: those that get an adapter, with their (in, out) features.
-        trainable: parameters that are trained, by the adapter's rank.
-        lengths: tokens of each training row.
+        modules: linear modules of the base model.
+        adapted: adapted modules with their (in, out) features.
+        trainable: number of trained parameters, by the adapter's rank.
+        lengths: tokens per training row.
     """
     text = config.get_text_config()
     widths = [width for name in _WIDTHS if isinstance(width := getattr(text, name, None), int)]
@@ -132,7 +132,7 @@ def sizing(
         return None
     hidden, layers, intermediate, vocabulary = widths
     if spec.method.full is not None:
-        # Beside it, what LoRA with its defaults would train: where all weights do not fit, it is proposed.
+        # Also count what LoRA with its defaults would train: it is proposed if all weights do not fit.
         adapted = modules.linear
         trainable = _of_default_lora(modules.linear)
     quantization = spec.method.quantization
@@ -159,7 +159,7 @@ def _of_default_lora(linear: Mapping[str, tuple[int, int]]) -> Callable[[int | N
 
 
 def settings_of(spec: FineTuneJobSpec, *, micro_batch_size: int, checkpointing: bool) -> Settings:
-    """The settings of a job that its memory follows from."""
+    """Return the settings of a job that determine its memory."""
     return Settings(
         micro_batch_size=micro_batch_size,
         checkpointing=checkpointing,
@@ -180,15 +180,15 @@ def decided(
     *,
     sharding: bool,
 ) -> Settings:
-    """The settings that the estimate chooses for a GPU's bytes.
+    """Return the settings that the estimate chooses for a GPU's memory.
 
     Args:
-        sized: what the peak follows from.
-        asked: what is not decided here.
-        sizes: of micro-batches, to choose from.
-        ways: with and without checkpointing, to choose from.
-        gpu_memory: bytes.
-        sharding: whether FSDP2 may be chosen, which is slower: where nothing else fits.
+        sized: quantities that determine the peak.
+        asked: settings that are not decided here.
+        sizes: micro-batch sizes to choose from.
+        ways: values of checkpointing to choose from.
+        gpu_memory: memory of the GPU, in bytes.
+        sharding: True if FSDP2 may be chosen, which is slower: only if nothing else fits.
     """
     chosen = decide(asked, sizes, ways, peak=sized.peak, tokens=sized.tokens, gpu_memory=gpu_memory)
     if not sharding or sized.peak(chosen) <= gpu_memory:
@@ -206,9 +206,9 @@ def judge(
     sizes: Sequence[int],
     gpu_memory: int | None,
 ) -> Preflight:
-    """The counts with the peak, its parts, the verdict and, where it may not fit, the change that costs least.
+    """Add the peak, its parts, the verdict and, if it may not fit, the cheapest change to the counts.
 
-    Without a GPU none of them; where the peak cannot be estimated, the verdict is Unknown.
+    Without a GPU nothing is added; if the peak cannot be estimated, the verdict is Unknown.
     """
     if not spec.resources.gpus:
         return counted
@@ -237,7 +237,7 @@ def judge(
 
 
 def suggest(sized: Sizing, spec: FineTuneJobSpec, run: Settings, sizes: Sequence[int], gpu_memory: int) -> str:
-    """A sentence with the change that fits and costs least, tried with the same estimate."""
+    """Describe the cheapest change that fits according to the same estimate, in one sentence."""
 
     def fits(trial: Settings) -> bool:
         if trial.full and trial.quantized:
@@ -264,7 +264,7 @@ def suggest(sized: Sizing, spec: FineTuneJobSpec, run: Settings, sizes: Sequence
     then = replace(run, **found)
     dropped = 0 if sized.shortened else len(sized.lengths) - sized.kept(then)
     if "quantized" in found:
-        found.pop("full", None)  # method.qlora says both
+        found.pop("full", None)  # implied by method.qlora
     words = [_words(name, value, spec.method.name, dropped, len(sized.lengths)) for name, value in found.items()]
     listed = " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
     return f"it fits with {listed} (about {gibibytes(sized.peak(then))})"
@@ -291,7 +291,7 @@ def _words(name: str, value: int, method: str, dropped: int, rows: int) -> str:
 
 
 def can_recompute(spec: FineTuneJobSpec) -> bool:
-    """Whether activations can be computed again: not where an adapter lives in the keys and values of the layers."""
+    """Return True if activations can be recomputed: not if an adapter is in the keys and values of the layers."""
     return spec.method.fields.traits.recomputable
 
 
@@ -303,16 +303,16 @@ def _can_quantize(spec: FineTuneJobSpec) -> bool:
 
 
 def gibibytes(size: int) -> str:
-    """`15.9 GiB`."""
+    """Format a size, such as `15.9 GiB`."""
     return f"{size / _GIB:.1f} GiB"
 
 
 def refusal(counted: Preflight, *, cluster: bool) -> str | None:
-    """Why training would be pointless, and the change that fits; None where it may fit.
+    """Explain why training would be pointless, with a change that fits; None if it may fit.
 
     Args:
-        counted: with the verdict.
-        cluster: whether a scheduler chooses among nodes.
+        counted: counts with the verdict.
+        cluster: True if a scheduler chooses among nodes.
     """
     if counted.verdict is not Verdict.WILL_NOT_FIT:
         return None

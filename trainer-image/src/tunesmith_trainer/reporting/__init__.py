@@ -1,5 +1,5 @@
-"""Metrics for trackers (TensorBoard, MLflow, Weights & Biases), each by its own library in a process of its own.
+"""Report metrics to trackers (TensorBoard, MLflow, Weights & Biases), each by its own library in a separate process.
 
-Training writes each step into a file, the journal, and never waits: a tracker that is slow, hangs or ends is no matter
-to it, its library's threads and exit handlers are not in the process that trains, and neither are its keys.
+Training appends each step to a file, the journal, and never waits: a tracker that is slow, hangs or fails does not
+affect it. The libraries' threads and exit handlers, and the trackers' keys, are not in the training process.
 """

@@ -1,4 +1,4 @@
-"""What crosses from the process that trains to one that reports: a description, and a file that grows by lines."""
+"""Data passed from the training process to a reporting one: a description, and a file to which lines are appended."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ JOURNAL = "journal.jsonl"
 
 @dataclass(frozen=True)
 class Description:
-    """A run, for one tracker.
+    """Description of a run for one tracker.
 
     Attributes:
-        tracker: its name in the manifest.
-        run: identifies the run over its attempts.
-        name: what people call it: `<namespace>/<job>`.
-        parameters: the resolved ones, by dotted path.
-        folder: for files.
-        guarded: whether its connections are, as those of a job in a cluster.
+        tracker: name of the tracker in the manifest.
+        run: identifies the run across attempts.
+        name: display name: `<namespace>/<job>`.
+        parameters: resolved parameters by dotted path.
+        folder: folder for files.
+        guarded: True if its connections are guarded, as those of a job in a cluster.
     """
 
     tracker: str
@@ -33,13 +33,13 @@ class Description:
     guarded: bool
 
     def to_json(self) -> str:
-        """One line."""
+        """Return one line of JSON."""
         return json.dumps(asdict(self))
 
 
 @dataclass(frozen=True)
 class Point:
-    """The metrics of a step. `time` is in seconds since 1970."""
+    """Metrics of a step. `time` is in seconds since 1970."""
 
     step: int
     time: float
@@ -48,7 +48,7 @@ class Point:
 
 @dataclass(frozen=True)
 class End:
-    """The last entry: Succeeded, Failed or Preempted, and the metrics of the result."""
+    """Last entry: Succeeded, Failed or Preempted, and the metrics of the result."""
 
     outcome: str
     metrics: dict[str, float] = field(default_factory=dict)
@@ -61,22 +61,22 @@ class JournalWriter:
         self._file = path.open("wb", buffering=0)
 
     def append(self, entry: Point | End) -> None:
-        """Writes one entry."""
+        """Write one entry."""
         self._file.write(json.dumps(asdict(entry)).encode() + b"\n")
 
     def close(self) -> None:
-        """Nothing more comes."""
+        """Close the file; no more entries follow."""
         self._file.close()
 
 
 class JournalReader:
-    """Reads the entries that are whole."""
+    """Reads the complete entries."""
 
     def __init__(self, path: Path) -> None:
         self._file: BinaryIO = path.open("rb")
 
     def read(self, most: int) -> list[Point | End]:
-        """The next entries, at most so many."""
+        """Return the next entries, at most `most`."""
         entries: list[Point | End] = []
         while len(entries) < most:
             position = self._file.tell()
@@ -89,5 +89,5 @@ class JournalReader:
         return entries
 
     def rewind(self) -> None:
-        """Reads everything again."""
+        """Restart from the first entry."""
         self._file.seek(0)

@@ -1,4 +1,4 @@
-"""MLflow: one run per FineTuneJob, found again by a tag; a step is sent once."""
+"""MLflow: one run per FineTuneJob, found by a tag; each step is sent once."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 RUN_TAG = "tunesmith.run"
 _STATUS = {"Succeeded": "FINISHED", "Failed": "FAILED", "Preempted": "KILLED"}
 _SENT_AT_ONCE = 500
-"""Of at most 1,000 metrics in a request of MLflow."""
+"""Metrics per request; MLflow accepts at most 1,000."""
 _PARAMETERS_AT_ONCE = 100
 
 
 class MlflowTracker:
-    """Sends to the server in MLFLOW_TRACKING_URI, into the experiment in MLFLOW_EXPERIMENT_NAME."""
+    """Reports to the server in MLFLOW_TRACKING_URI, to the experiment in MLFLOW_EXPERIMENT_NAME."""
 
     def __init__(self, run: Description) -> None:
         self._run = run
@@ -33,7 +33,7 @@ class MlflowTracker:
         self._last = 0
 
     def open(self) -> None:
-        """Finds the run of the attempts before, with what it has, or makes one."""
+        """Find the run of earlier attempts and the steps that it has, or create one."""
         client = self._client
         experiment = self._experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", "tunesmith"))
         found = client.search_runs([experiment], f"tags.`{RUN_TAG}` = '{self._run.run}'", max_results=1)
@@ -51,7 +51,7 @@ class MlflowTracker:
             client.log_batch(self._id, params=missing[first : first + _PARAMETERS_AT_ONCE])
 
     def write(self, points: Sequence[Point]) -> None:
-        """Sends what the run does not have."""
+        """Send the points that the run does not have."""
         metrics = []
         for point in points:
             self._last = max(self._last, point.step)
@@ -64,7 +64,7 @@ class MlflowTracker:
             self._client.log_batch(self._id, metrics=metrics[first : first + _SENT_AT_ONCE])
 
     def finish(self, end: End) -> None:
-        """Sends the metrics of the result, and how it ended."""
+        """Send the metrics and the outcome of the result."""
         now = round(time.time() * 1000)
         final = [
             Metric(name, value, now, self._last)
@@ -80,7 +80,7 @@ class MlflowTracker:
             return str(found.experiment_id)
         try:
             return str(self._client.create_experiment(name))
-        except MlflowException:  # another job was first
+        except MlflowException:  # another job created it first
             found = self._client.get_experiment_by_name(name)
             if found is None:
                 raise

@@ -1,4 +1,4 @@
-"""The side of the process that trains: starts a process per tracker, writes the journal, tells what did not arrive."""
+"""Reporting in the training process: start a process per tracker, write the journal, report what was not delivered."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _LOOKING_SECONDS = 5.0
-"""Between two looks at what a tracker's process says."""
+"""Seconds between two checks of the state of a tracker's process."""
 _UPLOADING_SECONDS = 60.0
-"""Between two copies of the event files into the store."""
+"""Seconds between two copies of the event files to the store."""
 _LONGEST_VALUE = 500
-"""Characters of a parameter, which MLflow limits."""
+"""Maximum number of characters of a parameter, limited by MLflow."""
 _FAILING_SECONDS = 5.0
-"""After the end, for a tracker that cannot be reached: it is asked once more."""
+"""Seconds after the end for a tracker that cannot be reached: it is tried once more."""
 _POLL_SECONDS = 0.05
 _PASSED_ON = (
     *("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "PYTHONPATH", "LD_LIBRARY_PATH"),
@@ -50,7 +50,7 @@ _PASSED_ON = (
     ALLOWED_ADDRESSES,
     *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"),
 )
-"""Variables of a tracker's process: the credentials of the store are none of them."""
+"""Variables passed to a tracker's process; the store's credentials are not among them."""
 _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
@@ -59,7 +59,7 @@ _QUIET = {
     "PYTHONDONTWRITEBYTECODE": "1",
 }
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
-"""The worker has its own."""
+"""Short timeouts: the worker has its own retries."""
 
 
 @dataclass
@@ -70,14 +70,14 @@ class _Worker:
 
 
 class Reporter:
-    """Reports to the trackers that were started; without one it does nothing.
+    """Reports to the trackers that were started; without trackers it does nothing.
 
-    Nothing here raises for a tracker's sake, and only `close` waits, for a bounded time.
+    No method raises because of a tracker, and only `close` waits, for a bounded time.
 
     Args:
-        settings: variables, by tracker.
-        folder: of the journal; None where there is nothing to report.
-        events: folder of the event files on this machine.
+        settings: environment variables by tracker.
+        folder: folder of the journal; None if there is nothing to report.
+        events: local folder of the event files.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Reporter:
 
     @property
     def wanted(self) -> bool:
-        """Whether there is a tracker."""
+        """True if there is a tracker."""
         return bool(self._settings)
 
     def start(
@@ -111,14 +111,14 @@ class Reporter:
         guarded: bool,
         store: Folder | None,
     ) -> None:
-        """Starts a process per tracker.
+        """Start a process per tracker.
 
         Args:
-            run: identifies the run over its attempts.
-            name: of the run.
-            parameters: resolved, by dotted path.
-            guarded: whether its connections are, as those of a job in a cluster.
-            store: folder that gets a copy of the event files; None where they are where they belong.
+            run: identifies the run across attempts.
+            name: name of the run.
+            parameters: resolved parameters by dotted path.
+            guarded: True if its connections are guarded, as those of a job in a cluster.
+            store: folder for a copy of the event files; None if they are already in their final location.
         """
         settings, folder, events = self._settings, self._folder, self._events
         if not settings or folder is None or events is None:
@@ -137,7 +137,7 @@ class Reporter:
             self._copying.start()
 
     def add(self, point: CurvePoint, **more: float | None) -> None:
-        """One point of the curves, with what else was measured."""
+        """Add one point of the curves, with other measurements."""
         if self._journal is None:
             return
         self._last = point.step
@@ -151,24 +151,24 @@ class Reporter:
             **{to_camel(name): value for name, value in more.items()},
         }
         metrics = {name: float(value) for name, value in named.items() if value is not None and math.isfinite(value)}
-        with suppress(OSError):  # a full disk stops what needs it, not this
+        with suppress(OSError):  # a full disk must not stop training here
             self._journal.append(Point(point.step, time.time(), metrics))
         if time.monotonic() - self._looked >= _LOOKING_SECONDS:
             self._looked = time.monotonic()
             self._warn()
 
     def replay(self, curve: Iterable[CurvePoint]) -> None:
-        """The points of the attempts before, after what was added: a tracker gets those that it does not have."""
+        """Add the points of earlier attempts, after what was added: a tracker gets those that it does not have."""
         before = self._last
         for point in curve:
             if point.step > before:
                 self.add(point)
 
     def close(self, outcome: Outcome, metrics: Mapping[str, float], seconds: float) -> str | None:
-        """Tells the end, waits a little for what is under way, and ends the processes.
+        """Report the end, wait briefly for pending reports, and terminate the processes.
 
         Returns:
-            A sentence about what did not arrive, or None.
+            A sentence about what was not delivered, or None.
         """
         if self._journal is None or self._folder is None:
             return None
@@ -194,7 +194,7 @@ class Reporter:
         return f"not all steps were reported to {' and '.join(missed)}" if missed else None
 
     def _awaited(self, worker: _Worker, deadline: float) -> State:
-        """What a worker says at its end; one whose tracker fails gets a few seconds more, not all."""
+        """Wait for the final state of a worker; one whose tracker fails gets only a few more seconds."""
         assert self._folder is not None  # noqa: S101 - there are workers
         while worker.process.poll() is None and time.monotonic() < deadline:
             if read_state(self._folder, worker.tracker).problem is not None:
@@ -202,14 +202,14 @@ class Reporter:
                 _wait(worker.process, deadline)
                 break
             time.sleep(_POLL_SECONDS)
-        # What it started itself goes with it.
+        # Terminate its child processes as well.
         with suppress(ProcessLookupError):
             os.killpg(worker.process.pid, signal.SIGKILL)
         worker.process.wait()
         return read_state(self._folder, worker.tracker)
 
     def _warn(self) -> None:
-        """Once for each tracker that has a problem."""
+        """Warn once about each tracker that has a problem."""
         assert self._folder is not None  # noqa: S101 - there are workers
         for worker in self._workers:
             problem = read_state(self._folder, worker.tracker).problem
@@ -220,7 +220,7 @@ class Reporter:
                 log.warning("reporting to %s fails, training goes on: %s", worker.tracker, problem)
 
     def _copy(self, store: Folder, events: Path) -> None:
-        """Keeps the store's folder of event files as the one of this machine."""
+        """Keep the store's folder of event files identical to the local one."""
         fresh = False
         last = False
         while not last:
@@ -228,7 +228,7 @@ class Reporter:
             files = sorted(events.glob("events.out.tfevents.*"))
             try:
                 if files and not fresh:
-                    store.remove()  # this attempt's file has what those of the attempts before have
+                    store.remove()  # this attempt's file includes the content of earlier attempts' files
                     fresh = True
                 for file in files:
                     store.upload(file.name, file)
@@ -239,7 +239,7 @@ class Reporter:
 
 
 def parameters_of(job: FineTuneJob, resolved: Resolved) -> dict[str, str]:
-    """The manifest's decisions and those that were made for the user, by dotted path."""
+    """Return the manifest's settings and those that were decided for the user, by dotted path."""
     spec = job.spec.manifest()
     told = ("baseModel", "objective", "method", "hyperparameters")
     parts: dict[str, Any] = {name: spec[name] for name in told if name in spec}
@@ -266,13 +266,13 @@ def _started(
     process = subprocess.Popen(  # noqa: S603 - our own command
         [sys.executable, "-m", "tunesmith_trainer.reporting.worker", str(folder)],
         stdin=subprocess.PIPE,
-        # Libraries write addresses, and may write keys; what went wrong is told without them.
+        # Libraries log addresses, and may log keys; problems are reported without them.
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env={**environment, **_QUIET, **_PATIENCE, **variables},
         start_new_session=True,
     )
-    with suppress(OSError):  # it has ended, which is seen later
+    with suppress(OSError):  # it has exited, which is detected later
         assert process.stdin is not None  # noqa: S101 - it is a pipe
         process.stdin.write(description.to_json().encode() + b"\n")
         process.stdin.close()

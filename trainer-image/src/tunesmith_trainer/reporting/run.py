@@ -1,4 +1,4 @@
-"""A job's run in its trackers: which they are, and what the run is called over the job's attempts."""
+"""The run of a job in its trackers: the trackers, and the run's identity across attempts."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ RUN_FILE = "run-id"
 
 
 def trackers_of(job: FineTuneJob, secrets: Path, *, local: bool) -> dict[Tracker, dict[str, str]]:
-    """The variables of each tracker that the job reports to.
+    """Return the environment variables of each tracker that the job reports to.
 
     Args:
         job: the FineTuneJob.
         secrets: folder with the mounted Secrets.
-        local: whether no cluster runs the job.
+        local: True if the job runs outside a cluster.
 
     Raises:
-        TrainerError: a Secret, a key of it or a variable is missing.
+        TrainerError: a Secret, one of its keys or a variable is missing.
     """
     wanted = (job.spec.output.reporting or []) if job.spec.output else []
     return tracker_settings(wanted, secrets, os.environ, local=local)
@@ -44,18 +44,18 @@ def trackers_of(job: FineTuneJob, secrets: Path, *, local: bool) -> dict[Tracker
 def reporter_of(
     job: FineTuneJob, work: Path, ranks: Ranks, *, secrets: Path, output: Path | None, local: bool
 ) -> Reporter:
-    """Return what reports to the job's trackers once it is begun: on the first rank only.
+    """Return the reporter of the job, which reports once it is started, on the first rank only.
 
     Args:
         job: the FineTuneJob.
-        work: folder for the journal, and for the event files of a run whose output is no folder here.
-        ranks: which of the processes that train together this is.
+        work: folder for the journal, and for the event files of a run without a local output folder.
+        ranks: this process among those that train together.
         secrets: folder with the mounted Secrets.
-        output: folder of this machine that gets the artifact; None if it goes to a store.
-        local: True if no cluster runs the job.
+        output: local folder for the artifact; None if it goes to a store.
+        local: True if the job runs outside a cluster.
 
     Raises:
-        TrainerError: a Secret, a key of it or a variable is missing.
+        TrainerError: a Secret, one of its keys or a variable is missing.
     """
     if not ranks.first:
         return Reporter()
@@ -66,7 +66,7 @@ def reporter_of(
 def begin(
     reporter: Reporter, job: FineTuneJob, resolved: Resolved, stores: Stores, target: Folder, local: Path | None
 ) -> None:
-    """Begins to report: the job's uid identifies the run over its attempts, in a folder here a file of it does."""
+    """Start reporting: the run is identified across attempts by the job's uid, or in a local folder by a file in it."""
     if not reporter.wanted:
         return
     metadata = job.metadata

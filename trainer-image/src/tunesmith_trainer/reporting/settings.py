@@ -1,4 +1,4 @@
-"""Addresses and keys of trackers: out of the Secret `tunesmith-reporting`, or of the environment of a local run."""
+"""Addresses and keys of trackers, from the Secret `tunesmith-reporting` or from the environment of a local run."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _ADDRESSES = {Tracker.MLFLOW: "MLFLOW_TRACKING_URI", Tracker.WANDB: "WANDB_BASE_
 def tracker_settings(
     trackers: Iterable[Tracker], secrets: Path, environ: Mapping[str, str], *, local: bool
 ) -> dict[Tracker, dict[str, str]]:
-    """The variables of each tracker, by tracker.
+    """Return the environment variables of each tracker.
 
     Args:
-        trackers: that the job reports to.
+        trackers: trackers that the job reports to.
         secrets: folder with one sub-folder per mounted Secret, one file per key.
-        environ: of this process; where no cluster runs the job, the variables are its own.
-        local: whether that is so.
+        environ: environment of this process; a local run takes the variables from it.
+        local: True for a local run.
 
     Raises:
         SecretNotFoundError: the Secret or one of its keys is missing.
-        InvalidSpecError: a variable is missing in a local run, or is no address.
+        InvalidSpecError: a variable is missing in a local run, or is not an address.
     """
     found: dict[Tracker, dict[str, str]] = {}
     for tracker in trackers:
@@ -58,7 +58,7 @@ def _mounted(secrets: Path, tracker: Tracker) -> dict[str, str]:
 
 def _check(tracker: Tracker, values: Mapping[str, str], *, local: bool) -> None:
     required = _REQUIRED[tracker]
-    # On a machine of one's own the key may also be where `wandb login` puts it, and a run may be offline.
+    # In a local run the key may also be where `wandb login` stores it, and the run may be offline.
     if required not in values and not (local and tracker is Tracker.WANDB):
         if local:
             raise InvalidSpecError(

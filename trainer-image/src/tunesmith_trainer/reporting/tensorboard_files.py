@@ -1,4 +1,4 @@
-"""TensorBoard: one event file per attempt, which holds the run from its first step on."""
+"""TensorBoard: one event file per attempt, which contains the run from its first step."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from tunesmith_trainer.reporting.journal import Description, End, Point
 
 _STRING = 7
-"""Of TensorFlow's DataType."""
+"""Value of TensorFlow's DataType.DT_STRING."""
 
 
 class TensorBoardTracker:
-    """Writes event files into the run's folder."""
+    """Writes event files to the run's folder."""
 
     def __init__(self, run: Description) -> None:
         self._run = run
@@ -31,14 +31,14 @@ class TensorBoardTracker:
         self._last = 0
 
     def open(self) -> None:
-        """Takes the place of the file of the attempt before."""
+        """Replace the file of the previous attempt."""
         self._folder.mkdir(parents=True, exist_ok=True)
         before = list(self._folder.glob("events.out.tfevents.*"))
         now = time.time()
         path = self._folder / f"events.out.tfevents.{round(now * 1000)}.tunesmith"
         self._writer = RecordWriter(path.open("wb"))
         self._write(Event(wall_time=now, file_version="brain.Event:2"))
-        # A TensorBoard that is looking forgets what it had read.
+        # A TensorBoard that is open discards what it has read.
         self._write(Event(wall_time=now, session_log=SessionLog(status=SessionLog.START)))
         self._write(Event(wall_time=now, summary=_table(self._run.parameters)))
         self._flush()
@@ -46,14 +46,14 @@ class TensorBoardTracker:
             old.unlink(missing_ok=True)
 
     def write(self, points: Sequence[Point]) -> None:
-        """Adds the points of the training."""
+        """Add the points of the training."""
         for point in points:
             self._last = point.step
             self._write(Event(wall_time=point.time, step=point.step, summary=_scalars(point.metrics)))
         self._flush()
 
     def finish(self, end: End) -> None:
-        """Adds the metrics of the result."""
+        """Add the metrics of the result."""
         final = {f"final/{name}": value for name, value in end.metrics.items()}
         if final:
             self._write(Event(wall_time=time.time(), step=self._last, summary=_scalars(final)))
@@ -76,7 +76,7 @@ def _scalars(metrics: dict[str, float]) -> Summary:
 
 
 def _table(parameters: dict[str, str]) -> Summary:
-    """The parameters as a table of the text plugin."""
+    """Format the parameters as a table of the text plugin."""
     rows = [f"| {name} | {value.replace('|', '&#124;')} |" for name, value in parameters.items()]
     text = "\n".join(["| parameter | value |", "|---|---|", *rows])
     tensor = TensorProto(dtype=_STRING, string_val=[text.encode()])

@@ -1,4 +1,4 @@
-"""Weights & Biases: one run per FineTuneJob, whose id goes on over attempts."""
+"""Weights & Biases: one run per FineTuneJob, whose id is kept across attempts."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
 
 _CONNECTING_SECONDS = 60
 _SERVERS = ("WANDB_BASE_URL", "WANDB_HTTP_PROXY", "WANDB_HTTPS_PROXY")
-"""Variables with what its program connects to; without them that is wandb.ai."""
+"""Variables with the addresses that its client connects to; by default it is wandb.ai."""
 _UNCONNECTED = ("offline", "dryrun", "disabled")
-"""Values of WANDB_MODE with which nothing is connected to."""
+"""Values of WANDB_MODE with which the client does not connect."""
 
 
 class WandbTracker:
-    """Sends to WANDB_BASE_URL (wandb.ai without one), into the project WANDB_PROJECT."""
+    """Reports to WANDB_BASE_URL (default: wandb.ai), to the project WANDB_PROJECT."""
 
     def __init__(self, run: Description) -> None:
         self._run = run
         self._started: wandb.Run | None = None
 
     def open(self) -> None:
-        """Starts the run, or goes on with that of the attempts before."""
+        """Start the run, or continue that of earlier attempts."""
         if self._started is not None:
-            return  # from here on the library itself waits out an outage
+            return  # from here on the library itself handles outages
         if os.environ.get("WANDB_MODE") not in _UNCONNECTED:
             for server in filter(None, (os.environ.get(name) for name in _SERVERS)):
                 check_server(server)
@@ -43,7 +43,7 @@ class WandbTracker:
             disable_code=True,
             save_code=False,
             disable_job_creation=True,
-            # Neither command line and host nor other users' processes on the GPU are for a tracker.
+            # Trackers must not get command line, host or other users' processes on the GPU.
             x_disable_meta=True,
             x_disable_stats=True,
             x_save_requirements=False,
@@ -59,18 +59,18 @@ class WandbTracker:
                 settings=settings,
             )
         except Exception:
-            wandb.teardown()  # or the next try is told that the run is in use
+            wandb.teardown()  # otherwise the next attempt fails because the run is in use
             raise
         self._next = self._started.step
 
     def write(self, points: Sequence[Point]) -> None:
-        """Sends the steps that the run does not have; its steps only go up."""
+        """Send the steps that the run does not have; its steps only increase."""
         for point in points:
             if point.step >= self._next:
                 self._run_now.log(dict(point.metrics), step=point.step)
 
     def finish(self, end: End) -> None:
-        """Puts the metrics of the result into the summary, and waits until everything is sent."""
+        """Add the metrics of the result to the summary, and wait until everything is sent."""
         run = self._run_now
         run.summary.update({f"final/{name}": value for name, value in end.metrics.items()})
         if end.outcome == "Preempted":

@@ -1,7 +1,7 @@
-"""The process that reports to one tracker: `python -m tunesmith_trainer.reporting.worker FOLDER`.
+"""Process that reports to one tracker: `python -m tunesmith_trainer.reporting.worker FOLDER`.
 
-Reads the description from standard input and follows the journal. An outage of the tracker is waited out for as long
-as the process that trains lives; it ends this one.
+It reads the description from standard input and follows the journal. It waits out an outage of the tracker until the
+training process terminates it.
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ _SHOWN_CHARACTERS = 300
 
 
 class Sink(Protocol):
-    """What each tracker's module offers. Everything may raise: it is opened anew, and gets all points again."""
+    """Interface of the trackers' modules. After an exception the sink is opened again and sent all points again."""
 
     def open(self) -> None:
-        """Connects, and finds the run of the attempts before."""
+        """Connect, and find the run of earlier attempts."""
 
     def write(self, points: Sequence[Point]) -> None:
-        """Sends the points; those that the run has already are left out."""
+        """Send the points, except those that the run already has."""
 
     def finish(self, end: End) -> None:
-        """Sends the result."""
+        """Send the result."""
 
 
 @dataclass(frozen=True)
 class State:
-    """How far the reporting is: the latest problem, and whether everything up to the end was sent."""
+    """Progress of the reporting: the latest problem, and whether everything up to the end was sent."""
 
     problem: str | None = None
     done: bool = False
 
 
 def read_state(folder: Path, tracker: str) -> State:
-    """What the worker of a tracker said last."""
+    """Return the last state that the worker of a tracker recorded."""
     try:
         return State(**json.loads((folder / STATE.format(tracker)).read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def follow(run: Description, folder: Path) -> None:
-    """Sends what stands in the journal until its end."""
+    """Send the entries of the journal until its end."""
     reader = JournalReader(folder / JOURNAL)
     pause, sink, opened = _PAUSE_SECONDS, None, False
     end: End | None = None
@@ -89,7 +89,7 @@ def follow(run: Description, folder: Path) -> None:
             if end is not None:
                 sink.finish(end)
             _tell(folder, run, State(done=end is not None))
-        except Exception as error:  # noqa: BLE001 - every library has exceptions of its own; they end here
+        except Exception as error:  # noqa: BLE001 - every library has its own exceptions; they are handled here
             text = " ".join(scrubber.clean(_reason(error)).split())
             _tell(folder, run, State(problem=text[:_SHOWN_CHARACTERS]))
             reader.rewind()
@@ -103,7 +103,7 @@ def follow(run: Description, folder: Path) -> None:
 
 
 def make_sink(run: Description) -> Sink:
-    """The tracker, with its library."""
+    """Return the tracker's sink; imports its library."""
     if run.tracker == Tracker.TENSORBOARD:
         from tunesmith_trainer.reporting.tensorboard_files import TensorBoardTracker  # noqa: PLC0415 - only what is used
 
@@ -118,7 +118,7 @@ def make_sink(run: Description) -> Sink:
 
 
 def _reason(error: BaseException) -> str:
-    """What the guard or the operating system said, where that is behind it, or else the error itself."""
+    """Return the message of the guard or the operating system if it caused the error, otherwise the error itself."""
     refused = denied(error, "its address")
     if refused is not None:
         return str(refused)
