@@ -1,4 +1,4 @@
-"""What an adapter_config.json of PEFT says, as the method and base of a FineTuneJob. Pure."""
+"""Translation of PEFT's adapter_config.json into the method and base of a FineTuneJob. Pure."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _ON_BY_DEFAULT = frozenset(
         "use_idwt",
     }
 )
-"""Keys that matter where they are false, since PEFT's default is true."""
+"""Keys that matter if they are false, since PEFT's default is true."""
 _NEUTRAL = frozenset(
     {
         *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "task_type"),
         "revision",  # of the base
-        # what PEFT fills in from the base model
+        # filled in by PEFT from the base model
         *("token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers", "tokenizer_name_or_path"),
     }
 )
@@ -40,13 +40,13 @@ _LOFTQ_BITS = 4
 
 @dataclass
 class Adapter:
-    """An adapter's counterpart.
+    """Parts of a FineTuneJob that train an adapter like a given one.
 
     Args:
-        base: of a FineTuneJob, its baseModel.
-        method: of a FineTuneJob.
+        base: baseModel of the FineTuneJob.
+        method: method of the FineTuneJob.
         lost: keys without a counterpart, with a hint or "".
-        changed: keys whose counterpart does something else, with what.
+        changed: keys whose counterpart behaves differently, with a description of the difference.
     """
 
     base: dict[str, Any]
@@ -56,9 +56,9 @@ class Adapter:
 
 
 def read_initialization(value: object) -> tuple[Initialization | None, str]:
-    """Initialization for PEFT's value of init_lora_weights, and how it differs from PEFT's, or "".
+    """Return the initialization for PEFT's value of init_lora_weights, and its difference from PEFT's, or "".
 
-    None where it has no counterpart; LoftQ belongs to qlora.
+    The initialization is None if the value has no counterpart; LoftQ is one of the method qlora.
     """
     found = initialization_of(value)
     if found is Initialization.FAST_PISSA:
@@ -68,12 +68,12 @@ def read_initialization(value: object) -> tuple[Initialization | None, str]:
 
 
 def adapter_of(config: dict[str, Any]) -> Adapter:
-    """The base and the method that train such an adapter, and what becomes of the other keys.
+    """Return the base and the method that train such an adapter, and the keys that are lost or changed.
 
-    Methods that have no fields of their own here become `peft`, with all of their keys.
+    Methods for which FineTuneJobs have no fields become `peft`, with all of their keys.
 
     Args:
-        config: the file's content; `peft_type` and `base_model_name_or_path` are in it.
+        config: the file's content, which has `peft_type` and `base_model_name_or_path`.
     """
     kind = str(config["peft_type"])
     given = {key: value for key, value in config.items() if key not in _NEUTRAL and _says_something(key, value)}
@@ -99,7 +99,7 @@ def adapter_of(config: dict[str, Any]) -> Adapter:
 
 
 def _method_of(kind: str) -> str | None:
-    """Name of the method that has fields for a type of PEFT's; the first one, where several do."""
+    """Return the name of the first method that has fields for one of PEFT's types, or None."""
     return next(
         (name for name, model in METHODS.items() if model.declared is not None and model.declared.peft_type == kind),
         None,
@@ -107,7 +107,7 @@ def _method_of(kind: str) -> str | None:
 
 
 def _says_something(key: str, value: object) -> bool:
-    """Whether a key asks for something that PEFT would not do without it."""
+    """Return True if PEFT would behave differently without the key."""
     if value is False:
         return key in _ON_BY_DEFAULT
     return value not in _EMPTY and value != _DEFAULTS.get(key)
@@ -124,7 +124,7 @@ def _read_base(config: dict[str, Any], adapter: Adapter) -> None:
 
 
 def _read_initialization(given: dict[str, Any], fields: dict[str, Any], adapter: Adapter) -> Initialization | None:
-    """Move init_lora_weights from the keys to a method's fields, where it is the name of an initialization."""
+    """Move init_lora_weights from the keys to a method's fields if it names an initialization."""
     found, what = read_initialization(given.get("init_lora_weights"))
     if found is None:
         return None

@@ -46,7 +46,7 @@ def download(
 
     Example: tunesmith artifact download support --output support-adapter
     """
-    # Its libraries take a second to import; other commands should not wait for it.
+    # Imported lazily: its libraries take a second to import, for which other commands should not wait.
     from tunesmith.cli.location import find_credentials, open_at  # noqa: PLC0415
 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -79,7 +79,7 @@ def fetch_artifact(folder: Folder, digest: str, output: Path) -> list[str]:
     """Download the files that an artifact's manifest lists, the manifest last; return their names.
 
     Raises:
-        CliError: a file is missing, or is not the one that was published.
+        CliError: a file is missing, or its hash is not the published one.
     """
     data = folder.read(ARTIFACT_MANIFEST)
     if digest_of(data) != digest:

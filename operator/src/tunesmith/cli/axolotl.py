@@ -1,8 +1,8 @@
-"""What an Axolotl configuration says, in the fields of a FineTuneJob. Pure.
+"""Translation of an Axolotl configuration into the fields of a FineTuneJob. Pure.
 
-Every key that has a value is either translated, or needs no counterpart (Tunesmith decides it, or it only says how
-Axolotl runs), or is told to be lost, with what to do instead where there is something. Where Axolotl's default of an
-absent key is not Tunesmith's, it is written and told.
+Every key that has a value is either translated, or needs no counterpart (Tunesmith decides it, or it only affects how
+Axolotl runs), or is reported as lost, with an alternative if there is one. If Axolotl's default of an absent key
+differs from Tunesmith's, Axolotl's is written to the spec and reported.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from tunesmith.storage.schemes import Use, canonical, prefixes
 _EMPTY: tuple[object, ...] = (None, "", [], {})
 _LEAST_HELD_OUT, _MOST_HELD_OUT = 0.001, 0.5
 _EPOCHS, _LENGTH, _MICRO_BATCH, _ACCUMULATION = 1.0, 512, 1, 1
-"""Axolotl's defaults that are not Tunesmith's (src/axolotl/utils/schemas/)."""
+"""Axolotl's defaults that differ from Tunesmith's (src/axolotl/utils/schemas/)."""
 _LOCAL = re.compile(r"^(/|\./|\.\./)|\.(jsonl|json|csv|tsv|parquet|arrow)(\.gz)?$")
 Document = dict[str, Any]
 
 
 @dataclass
 class Translation:
-    """A configuration's counterpart.
+    """Result of translating a configuration.
 
     Args:
-        spec: of a FineTuneJob.
+        spec: spec of the FineTuneJob.
         lost: keys without a counterpart, with a hint or "".
-        needless: keys that need none.
-        changed: keys whose counterpart does something else, with what, and absent keys whose default was written.
+        needless: keys that need no counterpart.
+        changed: keys whose counterpart behaves differently, with a description of the difference, and absent keys
+            whose default was written.
     """
 
     spec: Document = field(default_factory=dict)
@@ -45,18 +46,18 @@ class Translation:
 
 
 class UntranslatableError(ValueError):
-    """The configuration trains something that no FineTuneJob can train."""
+    """The configuration cannot be expressed as a FineTuneJob."""
 
 
 def translate(config: Document, folder: str) -> Translation:
-    """The FineTuneJob's spec that trains what an Axolotl configuration trains.
+    """Return the FineTuneJob spec that is equivalent to an Axolotl configuration.
 
     Args:
         config: the configuration.
-        folder: absolute path of the folder that its relative paths are in.
+        folder: absolute path of the folder to which its relative paths refer.
 
     Raises:
-        UntranslatableError: with the key and what is possible instead.
+        UntranslatableError: the configuration has no equivalent; the message names the key and the alternatives.
     """
     given = {key: value for key, value in config.items() if value not in _EMPTY}
     reader = _Reader(given, folder)
@@ -84,12 +85,12 @@ class _Reader:
         self._lost: dict[str, str] = {}
 
     def take(self, key: str, default: Any = None) -> Any:  # noqa: ANN401 - any YAML value
-        """The key's value; the key counts as translated."""
+        """Return the key's value and mark the key as translated."""
         self._taken.add(key)
         return self._given.get(key, default)
 
     def number(self, key: str, default: float) -> float:
-        """The key's value where it must be a number."""
+        """Return the value of a key that must be a number."""
         value = self.take(key, default)
         try:
             return float(value)
@@ -97,22 +98,22 @@ class _Reader:
             raise UntranslatableError(f"{key} is {json.dumps(value)}: write a number") from None
 
     def put(self, path: str, value: object) -> None:
-        """Sets a field of the spec."""
+        """Set a field of the spec."""
         part, name = path.split(".")
         self._spec.setdefault(part, {})[name] = value
 
     def default(self, key: str, path: str, value: object) -> None:
-        """Sets a field, and tells it where the key is absent, so that the value is Axolotl's default."""
+        """Set a field, and report it if the key is absent and the value is therefore Axolotl's default."""
         self.put(path, value)
         if key not in self._given:
             self._changed[key] = f"absent, so {path} is {value}, as in Axolotl"
 
     def lose(self, key: str, hint: str = "") -> None:
-        """Tells that a key, or a part of one, has no counterpart."""
+        """Record that a key, or a part of one, has no counterpart."""
         self._lost[key] = hint or self._keys.hints.get(key.rsplit(".", 1)[-1], "")
 
     def fields(self) -> None:
-        """Keys whose value is taken as it is, or by a table of names."""
+        """Translate keys whose value is copied or mapped by a table of names."""
         method = self._keys.methods.get("lora" if self._method == "qlora" else self._method, {})
         for key, path in {**self._keys.fields, **{key: f"method.{name}" for key, name in method.items()}}.items():
             if key in self._given:
@@ -124,12 +125,12 @@ class _Reader:
                 self.take(key)
 
     def exports(self) -> None:
-        """The repository of the Hub that the adapter is pushed to."""
+        """Translate the Hugging Face Hub repository to which the adapter is pushed."""
         if "/" in str(self._given.get("hub_model_id")):
             self.put("output.exports", [{"hub": self.take("hub_model_id")}])
 
     def finish(self) -> Translation:
-        """The whole, with what became of the other keys."""
+        """Return the translation, with the remaining keys sorted into needless and lost."""
         needless = []
         for key, value in self._given.items():
             if key in self._taken:
@@ -137,7 +138,7 @@ class _Reader:
             if value is False:
                 if key in self._keys.on_by_default:
                     self.lose(key, self._keys.on_by_default[key])
-            elif key in self._keys.needless or key == "num_epochs":  # which max_steps overrules
+            elif key in self._keys.needless or key == "num_epochs":  # max_steps overrides it
                 needless.append(key)
             else:
                 self.lose(key)
@@ -168,7 +169,7 @@ class _Reader:
                 self.lose(key, "it has no effect without an adapter")
                 del self._given[key]
             return
-        if adapter not in ("lora", "qlora"):  # YAML may give what has no hash
+        if adapter not in ("lora", "qlora"):  # YAML values may be unhashable
             raise UntranslatableError(f"adapter is {adapter}: lora, qlora and ia3 can be imported, and none at all")
         in_4_bits = bool(self.take("load_in_4bit", default=False))
         self._method = "qlora" if adapter == "qlora" or in_4_bits else "lora"
@@ -263,12 +264,12 @@ class _Reader:
         self._rows()
 
     def _rows(self) -> None:
-        """How rows are read."""
+        """Translate the options for reading rows."""
         plugins = self._given.get("plugins")
         if isinstance(plugins, list) and all(
             re.search("liger|cut_cross_entropy|lm_eval", str(name)) for name in plugins
         ):
-            self.take("plugins")  # layers chosen without being asked, and evaluation
+            self.take("plugins")  # fused kernels, which Tunesmith chooses automatically, and evaluation
         if self.take("train_on_inputs", default=False):
             self.put("dataset.lossOn", "AllTokens")
         if self._given.get("chat_template") == "tokenizer_default":
@@ -282,7 +283,7 @@ class _Reader:
             self.put("dataset.duplicates", "Keep")
 
     def reporting(self) -> None:
-        """Trackers; their addresses and keys are in a Secret, the name of the run is the job's."""
+        """Translate trackers; their addresses and keys are in a Secret, and the run has the job's name."""
         trackers = []
         for tracker, keys in self._keys.trackers.items():
             asked = self.take(keys.switch)
@@ -301,7 +302,7 @@ class _Reader:
             self.put("output.reporting", trackers)
 
     def evaluation(self) -> None:
-        """Axolotl's plugin of lm-evaluation-harness."""
+        """Translate Axolotl's plugin for lm-evaluation-harness."""
         tasks = self._given.get("lm_eval_tasks")
         if self._given.get("lm_eval_post_train") is False:
             return
@@ -344,7 +345,7 @@ class _Rows:
 
     @classmethod
     def of(cls, entry: Document, where: str, folder: str, preference: str | None) -> _Rows:
-        """Reads an entry, of preferences where their format is given."""
+        """Return the rows of an entry, preference rows if their format is given."""
         left = {key: value for key, value in entry.items() if value not in _EMPTY}
         rows = cls(_data_uris(left, where, folder))
         kind = left.pop("type", None)
@@ -403,7 +404,7 @@ class _Rows:
             self._property_names(left)
 
     def _property_names(self, left: Document) -> None:
-        """The names of a message's parts; the trainer knows role and content, and from and value."""
+        """Check the property names of messages; the trainer knows role and content, and from and value."""
         names = left.get("message_property_mappings") or {
             "role": left.get("message_field_role", "role"),
             "content": left.get("message_field_content", "content"),
@@ -431,7 +432,7 @@ def _model_uri(name: str, folder: str) -> str:
 
 
 def _data_uris(entry: Document, where: str, folder: str) -> list[str]:
-    """Takes path, data_files and revision out of the entry."""
+    """Remove path, data_files and revision from the entry and return their uris."""
     path, files = entry.pop("path", None), entry.pop("data_files", [])
     files = [files] if isinstance(files, str) else files
     if not isinstance(path, str):
@@ -451,7 +452,7 @@ def _data_uris(entry: Document, where: str, folder: str) -> list[str]:
 
 
 def _remote(name: str) -> str | None:
-    """The uri of rows that are not on this machine; None for another name."""
+    """Return the uri of remote rows; None if the name is not one."""
     if name.startswith("https://"):
         return name
     stored = canonical(name)

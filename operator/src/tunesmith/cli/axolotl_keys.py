@@ -16,11 +16,11 @@ class _Table(BaseModel):
 
 
 class NamedValues(_Table):
-    """A key with names of things.
+    """A key whose values are names.
 
     Attributes:
         field: path of the field in the spec.
-        values: the field's value by Axolotl's.
+        values: the field's value by Axolotl's value.
     """
 
     field: str
@@ -31,7 +31,7 @@ class ObjectiveKeys(_Table):
     """An objective.
 
     Attributes:
-        format: of its rows, as in dataset.format.
+        format: format of its rows, a value of dataset.format.
         fields: the objective's fields by Axolotl's keys.
     """
 
@@ -43,8 +43,8 @@ class TrackerKeys(_Table):
     """A tracker.
 
     Attributes:
-        switch: key that switches it on.
-        implied_by: keys that switch it on as well, unless `switch` is false.
+        switch: key that enables it.
+        implied_by: keys that also enable it, unless `switch` is false.
         variables: variables of the reporting Secret by Axolotl's keys.
         names: keys that name the run.
     """
@@ -56,22 +56,22 @@ class TrackerKeys(_Table):
 
     @property
     def keys(self) -> list[str]:
-        """All keys but the switch."""
+        """All keys except the switch."""
         return [*self.variables, *self.names]
 
 
 class AxolotlKeys(_Table):
-    """What becomes of Axolotl's keys.
+    """Counterparts of Axolotl's keys.
 
     Attributes:
         needless: keys that need no counterpart.
-        fields: paths in the spec by key, whose value is taken as it is.
-        methods: by method, its fields by key.
-        values: keys with names of things.
-        objectives: by `rl`.
-        trackers: by tracker.
-        on_by_default: keys that matter where they are false, with what happens in Tunesmith.
-        hints: what to do instead, by key without a counterpart.
+        fields: paths in the spec by key; the value is copied.
+        methods: fields by key, for each method.
+        values: keys whose values are names.
+        objectives: objectives by the value of `rl`.
+        trackers: keys by tracker.
+        on_by_default: keys that matter if they are false, with the behaviour of Tunesmith.
+        hints: alternatives for keys without a counterpart.
     """
 
     needless: frozenset[str]
@@ -86,6 +86,6 @@ class AxolotlKeys(_Table):
 
 @cache
 def axolotl_keys() -> AxolotlKeys:
-    """The table."""
+    """Return the table."""
     text = files("tunesmith.cli").joinpath("axolotl.toml").read_text(encoding="utf-8")
     return AxolotlKeys.model_validate(tomllib.loads(text))

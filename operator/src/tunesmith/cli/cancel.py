@@ -1,4 +1,4 @@
-"""`tunesmith cancel`: stops a job, for good or for now."""
+"""`tunesmith cancel`: stops or pauses a job."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from tunesmith.cli.progress import ended
 def cancel(
     name: NameArgument,
     namespace: NamespaceOption = None,
-    pause: Annotated[  # noqa: FBT002 - typer's way
+    pause: Annotated[  # noqa: FBT002 - typer's convention
         bool, typer.Option("--pause", help="Keep the job: it saves a checkpoint and can be resumed.")
     ] = False,
-    resume: Annotated[  # noqa: FBT002 - typer's way
+    resume: Annotated[  # noqa: FBT002 - typer's convention
         bool, typer.Option("--resume", help="Resume a paused job from its latest checkpoint.")
     ] = False,
     output_format: FormatOption = Format.TEXT,

@@ -48,7 +48,7 @@ def chat(
     Example: tunesmith chat team-a/support --message "Who are you?"
     """
     address = endpoint(url)
-    # Not an option: arguments can be read by everybody on the machine.
+    # Not an option, since any user of the machine can read a process's arguments.
     key = next(filter(None, map(os.environ.get, KEY_VARIABLES)), None)
     if key is None:
         raise CliError(
@@ -66,10 +66,10 @@ def chat(
 
 
 def endpoint(url: str | None) -> str:
-    """The address of the chat endpoint under the gateway's, with or without its /v1.
+    """Return the URL of the chat endpoint for the gateway's URL, which may or may not end in /v1.
 
     Raises:
-        CliError: there is none, or it is no http address.
+        CliError: the gateway's URL is missing or is not an http URL.
     """
     url = url or asyncio.run(_published_url())
     if not url:
@@ -85,7 +85,7 @@ def endpoint(url: str | None) -> str:
 
 
 async def _published_url() -> str:
-    """Return the gateway's address that the installation publishes; empty where no cluster tells one."""
+    """Return the gateway's address that the installation publishes; empty if it is unavailable."""
     try:
         async with await connect() as cluster:
             return (await read_installation(cluster)).url
@@ -96,7 +96,7 @@ async def _published_url() -> str:
 def _talk(
     ask: Callable[[list[dict[str, str]]], str], messages: list[dict[str, str]], message: str | None, model: str
 ) -> None:
-    """Ask one question, or those on standard input, each with what was said before."""
+    """Ask one question, or those on standard input, each with the preceding conversation."""
     if message is not None:
         ask([*messages, _user(message)])
         return
@@ -123,7 +123,7 @@ def _user(text: str) -> dict[str, str]:
 
 
 async def _ask(address: str, key: str, request: dict[str, Any], output_format: Format) -> str:
-    """Print the answer as it comes, and return it."""
+    """Print the answer as it arrives, and return it."""
     answer, model, finish = "", request["model"], None
     headers = {"Authorization": f"Bearer {key}"}
     try:
@@ -162,7 +162,7 @@ async def _ask(address: str, key: str, request: dict[str, Any], output_format: F
 
 
 async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
-    """The JSON of each server-sent event."""
+    """Yield the JSON of each server-sent event."""
     rest = b""
     async for chunk in response.content.iter_any():
         *lines, rest = (rest + chunk).split(b"\n")
@@ -173,7 +173,7 @@ async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, A
 
 
 def _reason(status: int, body: str) -> str:
-    """The sentence in an OpenAI-style error."""
+    """Return the message of an error in OpenAI's schema."""
     try:
         return str(json.loads(body)["error"]["message"])
     except (ValueError, KeyError, TypeError):

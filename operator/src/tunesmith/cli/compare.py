@@ -1,4 +1,4 @@
-"""`tunesmith compare`: what two or more jobs reached, cost and did differently."""
+"""`tunesmith compare`: results, cost and differing fields of two or more jobs."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ async def _read(jobs: list[str], namespace: str | None) -> list[Object]:
 
 
 def figures(job: FineTuneJob) -> dict[str, str]:
-    """Return what a job reached and cost, by heading; what is unknown is absent."""
+    """Return a job's results and cost by heading, without those that are unknown."""
     status = job.status
     preflight, resolved, artifact = status.preflight, status.resolved, status.artifact
     digest = resolved.dataset_digest if resolved is not None else None
@@ -109,7 +109,7 @@ def _figure(value: float | None) -> str | None:
 
 
 def differences(specs: list[dict[str, Any]]) -> list[tuple[str, list[Any]]]:
-    """Return the paths at which specs differ, each with its value in every spec; None where it is absent."""
+    """Return the paths at which specs differ, each with its value in every spec; None if it is absent."""
     flat = [_leaves(spec) for spec in specs]
     paths = sorted({path for leaves in flat for path in leaves})
     found = [(path, [leaves.get(path) for leaves in flat]) for path in paths]
@@ -133,7 +133,7 @@ def _shown(value: object) -> str:
 
 
 def best(jobs: list[FineTuneJob]) -> FineTuneJob | None:
-    """Return the job with the lowest held-out loss; None where one has none, or the held-out rows are not the same."""
+    """Return the job with the lowest held-out loss; None if one is missing or the held-out rows differ."""
     losses = [
         job.status.evaluation.loss if job.status.evaluation is not None and job.status.artifact is not None else None
         for job in jobs

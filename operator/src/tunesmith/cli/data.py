@@ -37,7 +37,7 @@ def upload(
 
     Example: tunesmith data upload train.jsonl s3://team-a-data/support/train.jsonl
     """
-    # Its libraries take a second to import; other commands should not wait for it.
+    # Imported lazily: its libraries take a second to import, for which other commands should not wait.
     from tunesmith.cli.location import find_credentials, open_at  # noqa: PLC0415
 
     folder, names = _targets(source, destination)
@@ -63,7 +63,7 @@ def upload(
 
 
 def _targets(source: Path, destination: str) -> tuple[str, dict[str, Path]]:
-    """Return the uri of the folder, and by the path in it, each file.
+    """Return the uri of the destination folder, and the files by their path in it.
 
     Raises:
         CliError: there is nothing to upload, or the destination is not a uri.

@@ -40,10 +40,10 @@ def deploy(
     ] = None,
     output_format: FormatOption = Format.TEXT,
 ) -> None:
-    """Serve the adapter of a job. It can be given before the job is complete: the adapter waits for it.
+    """Serve the adapter of a job. The job need not be complete yet: the adapter waits for it.
 
-    With the --name of an existing adapter only its job, and the options that are given, change: the version that serves
-    is replaced once the new one is loaded.
+    With the --name of an existing adapter only its job and the given options change: the serving version is replaced
+    once the new one is loaded.
 
     Example: tunesmith deploy support-2 --name support
     """
@@ -98,7 +98,7 @@ async def _deploy(
 
 
 def _check_job(job: FineTuneJob) -> None:
-    """Raise a CliError for a job that will never have an adapter that can be served."""
+    """Raise a CliError for a job that will never publish an adapter that can be served."""
     end, title = ended(job), f"FineTuneJob {job.metadata.namespace}/{job.metadata.name}"
     if end is not None and end.type == "Failed":
         raise CliError(f"{title} failed ({end.reason}) and has no adapter to serve: name another job")
@@ -108,7 +108,7 @@ def _check_job(job: FineTuneJob) -> None:
 
 
 async def _check_pool(cluster: Cluster, namespace: str, wanted: dict[str, Any]) -> None:
-    """Raise a CliError for a pool of the namespace's own that does not exist; others cannot always be read."""
+    """Raise a CliError if a pool of the adapter's namespace does not exist; pools of others may be unreadable."""
     pools = [pool["metadata"] for pool in await usable_pools(cluster, namespace)]
     place = (wanted["namespace"] or namespace, wanted["name"])
     if place[0] != namespace or place in {(pool["namespace"], pool["name"]) for pool in pools}:

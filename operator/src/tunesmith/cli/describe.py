@@ -39,7 +39,7 @@ def summary(resource: Resource, now: datetime) -> str:
 
 
 def waiting(resource: AdapterDeployment | ServingPool) -> str:
-    """Return what an adapter or a pool waits for; empty where it serves."""
+    """Return the reason why an adapter or a pool does not serve yet; empty if it serves."""
     kinds: tuple[str, ...] = (ServingPoolCondition.AVAILABLE,)
     if isinstance(resource, AdapterDeployment):
         kinds = (AdapterDeploymentCondition.RESOLVED, AdapterDeploymentCondition.READY)
@@ -52,19 +52,19 @@ def waiting(resource: AdapterDeployment | ServingPool) -> str:
 
 
 def pods(resource: AdapterDeployment | ServingPool) -> str:
-    """Return ready and wanted pods as `1/2`; `?` where the operator has not decided."""
+    """Return ready and wanted pods as `1/2`; `?` for a number that the operator has not decided."""
     wanted = resource.status.desired_replicas
     return f"{resource.status.ready_replicas or 0}/{'?' if wanted is None else wanted}"
 
 
 def adapter_pool(adapter: AdapterDeployment) -> str:
-    """Return `<namespace>/<name>` of the pool that serves an adapter, or of the one that it names; empty without."""
+    """Return `<namespace>/<name>` of the pool that serves an adapter, or of the one that its spec names, or ""."""
     pool = adapter.status.pool or adapter.spec.pool
     return f"{pool.namespace or adapter.metadata.namespace}/{pool.name}" if pool else ""
 
 
 def age(created: datetime | None, now: datetime) -> str:
-    """Return the time since creation as kubectl shows it, such as `5m` or `3d`."""
+    """Return the time since creation in kubectl's format, such as `5m` or `3d`."""
     if created is None:
         return "?"
     seconds = max(0, int((now - created).total_seconds()))
@@ -147,7 +147,7 @@ def _of_pool(pool: ServingPool) -> list[tuple[str, str]]:
 
 
 def next_step(resource: Resource) -> str:
-    """Return the command that comes next; empty where there is none."""
+    """Return the next command to run; empty if there is none."""
     place = f"{resource.metadata.name} -n {resource.metadata.namespace}"
     if isinstance(resource, FineTuneJob):
         end = ended(resource)

@@ -14,7 +14,7 @@ def duration(text: str, option: str) -> timedelta:
     """Return the duration of a text such as `90s`, `30m`, `24h` or `7d`.
 
     Raises:
-        CliError: it is not a duration; the message names the option.
+        CliError: the text is not a duration; the message names the option.
     """
     match = re.fullmatch(r"(\d{1,6})([smhd])", text)
     if match is None:

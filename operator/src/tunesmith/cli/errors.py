@@ -1,4 +1,4 @@
-"""Failures that a command tells in one sentence."""
+"""Failures that a command reports in one sentence."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Exit(IntEnum):
 
 
 class CliError(Exception):
-    """A command that cannot go on.
+    """A command cannot continue.
 
     Args:
-        message: the sentence that the user reads; it names the mend.
+        message: the sentence that the user reads; it names the fix.
         code: the exit code.
     """
 

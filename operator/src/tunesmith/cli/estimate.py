@@ -1,4 +1,4 @@
-"""`tunesmith estimate`: what a job will cost and whether it fits, by the trainer's CPU stage on this machine."""
+"""`tunesmith estimate`: cost and memory estimate of a job, from the trainer's CPU stage on this machine."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def estimate(
 ) -> None:
     """Check a job on this machine, without a GPU or a cluster: rows, tokens, steps, peak memory, does it fit.
 
-    The data and the base's configuration are read, its weights are not. Exit codes: 0 it fits or nobody knows, 2 the
-    job must be changed, 3 worth another try.
+    The data and the base's configuration are read, its weights are not. Exit codes: 0 it fits or that is unknown, 2 the
+    job must be changed, 3 worth retrying.
 
     Example: tunesmith estimate -f job.yaml --gpu-memory 80GiB
     """

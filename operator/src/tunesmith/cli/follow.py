@@ -1,4 +1,4 @@
-"""Follows a FineTuneJob to its end."""
+"""Following of a FineTuneJob until it finishes."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ if TYPE_CHECKING:
 
 _TICK_SECONDS = 1.0
 _LINE_SECONDS = 10.0
-"""Without a terminal, a line about the same stage comes at most this often."""
+"""Without a terminal, minimum interval between lines about the same stage."""
 _SILENCE_SECONDS = 30.0
 
 
 class View(Protocol):
-    """Shows what is followed; used as `with view:`."""
+    """Display of a followed job; a context manager."""
 
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *_: object) -> None: ...
 
     def news(self, line: str) -> None:
-        """Something happened."""
+        """Show a line about something that happened."""
 
     def show(self, job: FineTuneJob, line: str) -> None:
-        """This is how far it is."""
+        """Show the current progress."""
 
 
 class TerminalView:
-    """One line that changes, on a narrow terminal two, with the news above it."""
+    """A live line (two on a narrow terminal) below the news."""
 
     def __init__(self) -> None:
         self._console = Console(highlight=False)
@@ -88,7 +88,7 @@ class PlainView:
         print_line(line)
 
     def show(self, job: FineTuneJob, line: str) -> None:
-        """Print at each change of the stage, in between now and then."""
+        """Print at each change of the stage, and in between at a limited rate."""
         stage, now = line.partition("  ")[0], time.monotonic()
         told = line.partition("  ETA")[0]
         if stage != self._stage or (told != self._line and now - self._printed >= _LINE_SECONDS):
@@ -109,11 +109,11 @@ class JsonView:
         return
 
     def news(self, line: str) -> None:
-        """An object with the message."""
+        """Print an object with the message."""
         print_json({"message": line})
 
     def show(self, job: FineTuneJob, line: str) -> None:  # noqa: ARG002 - a line for people
-        """An object with phase and progress."""
+        """Print an object with phase and progress."""
         progress = job.status.progress
         document = {"phase": job.status.phase.value if job.status.phase else None}
         document |= progress.manifest() if progress else {}
@@ -123,17 +123,17 @@ class JsonView:
 
 
 def view_for(output_format: Format) -> View:
-    """The view for the format and for what standard output is."""
+    """Return the view for the output format and for standard output, a terminal or not."""
     if output_format is Format.JSON:
         return JsonView()
     return TerminalView() if sys.stdout.isatty() else PlainView()
 
 
 async def follow(cluster: Cluster, namespace: str, name: str, output_format: Format) -> None:
-    """Show the job until it has ended, then its result.
+    """Show the job until it finishes, then its result.
 
     Raises:
-        CliError: it failed, was deleted, or does not exist.
+        CliError: the job failed, was deleted, or does not exist.
     """
     view = view_for(output_format)
     job, end = await _until_ended(cluster, namespace, name, view)
@@ -185,7 +185,7 @@ class _Change(NamedTuple):
 
 
 class _Followed:
-    """The job as last seen."""
+    """Latest observed state of the job."""
 
     def __init__(self, title: str, view: View) -> None:
         self.job: FineTuneJob | None = None
@@ -194,10 +194,10 @@ class _Followed:
         self._news = News()
 
     def take(self, change: _Change) -> None:
-        """Take over a change and tell what is new in it.
+        """Apply a change and show its news.
 
         Raises:
-            CliError: the job does not exist, or no longer.
+            CliError: the job does not exist, or no longer exists.
         """
         lines: list[str] = []
         if change.kind == "Event":
@@ -217,14 +217,14 @@ class _Followed:
 async def _watching(
     cluster: Cluster, namespace: str, name: str, changes: asyncio.Queue[_Change]
 ) -> AsyncIterator[Callable[[], None]]:
-    """Watch the job and its events into the queue; what it gives raises if watching the job failed."""
+    """Watch the job and its events into the queue; yield a function that raises if the watch of the job failed."""
 
     async def pump(kind: str, fields: str) -> None:
         async for event in cluster.watch(kind, namespace, fields=fields):
             changes.put_nowait(_Change(kind, event.type, event.object))
 
     async def pump_events() -> None:
-        # Who may not read events follows the job without them.
+        # A user who may not read events follows the job without them.
         with contextlib.suppress(ForbiddenError):
             await pump("Event", f"involvedObject.kind=FineTuneJob,involvedObject.name={name}")
 

@@ -1,4 +1,4 @@
-"""What deleted FineTuneJobs left in the store, and what of it may go: pure functions of what was listed."""
+"""Leftovers of FineTuneJobs in the store and the decision which of them to remove. Pure."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class StoredFile:
     """One object of the store."""
 
     path: str
-    """Below the store's root, without a slash at its begin."""
+    """Path relative to the store's root, without a leading slash."""
     size: int
     modified: datetime
 
@@ -45,7 +45,7 @@ class Folder:
 
     @property
     def path(self) -> str:
-        """Below the store's root."""
+        """Path relative to the store's root."""
         return f"{self.namespace}/{self.name}-{self.uid}"
 
 
@@ -55,20 +55,20 @@ class Leftover:
 
     folder: Folder
     part: str
-    """`tmp`, what a training needs until it is done; all the rest is `artifact`, or `unpublished` without one."""
+    """`tmp`: files needed only during training; the rest is `artifact`, or `unpublished` if no artifact exists."""
     files: tuple[StoredFile, ...]
-    """In the order in which they are to be removed."""
+    """Files in the order of their removal."""
     kept: str | None
-    """Why it stays nevertheless; None where it may go."""
+    """Reason why it is kept; None if it may be removed."""
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Total size in bytes."""
         return sum(file.size for file in self.files)
 
     @property
     def modified(self) -> datetime:
-        """When the newest file was written."""
+        """Modification time of the newest file."""
         return max(file.modified for file in self.files)
 
 
@@ -76,22 +76,22 @@ class Leftover:
 class Resources:
     """The custom resources of the whole cluster, listed after the store.
 
-    In this order a folder that a new FineTuneJob makes is never taken for that of a deleted one.
+    With this order, the folder of a new FineTuneJob is never mistaken for that of a deleted one.
     """
 
     cluster: str
-    """Uid of the namespace kube-system."""
+    """UID of the namespace kube-system."""
     jobs: Sequence[Object]
     others: Sequence[Object]
     """AdapterDeployments and ServingPools."""
 
     def find(self, folder: Folder) -> Object | None:
-        """The FineTuneJob that the folder belongs to."""
+        """Return the FineTuneJob that owns the folder, or None."""
         return next((job for job in self.jobs if job["metadata"]["uid"] == folder.uid), None)
 
     @cached_property
     def told(self) -> list[tuple[str, str]]:
-        """Every uri of a spec or a status, in its one spelling, with the resource that says it."""
+        """Every uri in a spec or a status, normalised, with the resource that contains it."""
         return [
             (normalised(text), f"{item['kind']} {item['metadata']['namespace']}/{item['metadata']['name']}")
             for item in (*self.jobs, *self.others)
@@ -100,7 +100,7 @@ class Resources:
         ]
 
     def user_of(self, root: str, parts: Iterable[str]) -> str | None:
-        """A resource that says the folder's uri, or that of one of its parts or of something in them, anywhere."""
+        """Return a resource that contains the uri of the folder, of one of its parts or of a file in them, or None."""
         uris = [f"{root}/{part}" for part in parts]
         for text, user in self.told:
             if text == root or any(text == uri or text.startswith(f"{uri}/") for uri in uris):
@@ -114,7 +114,7 @@ def is_job_folder(name: str) -> bool:
 
 
 def folders(files: Iterable[StoredFile]) -> list[Folder]:
-    """The folders of FineTuneJobs among the files of a store; whatever else lies there is left alone."""
+    """Return the folders of FineTuneJobs among the files of a store; other files are ignored."""
     found: dict[tuple[str, str], list[StoredFile]] = {}
     for file in files:
         parts = file.path.split("/")
@@ -128,7 +128,7 @@ def folders(files: Iterable[StoredFile]) -> list[Folder]:
 
 
 def left(found: Iterable[Folder], seen: Resources) -> list[Folder]:
-    """The folders whose FineTuneJob is complete or gone. For those of the second kind the owner has to be read."""
+    """Return the folders whose FineTuneJob is complete or deleted. If it is deleted, the owner has to be read."""
     return [folder for folder in found if (job := seen.find(folder)) is None or _complete(job)]
 
 
@@ -142,16 +142,16 @@ def leftovers(
     older_than: timedelta,
     artifacts: bool,
 ) -> list[Leftover]:
-    """What FineTuneJobs that are complete or gone left in the store, and why it stays where it does.
+    """Return the leftovers of complete and deleted FineTuneJobs in the store, with the reasons for keeping some.
 
     Args:
-        found: the folders that `left` gave.
-        owners: by the folder's path, what is written in its `owner.json`; None where there is none.
+        found: folders returned by `left`.
+        owners: content of `owner.json` by the folder's path; None if there is no such file.
         seen: the cluster.
-        store: uri of the store's root, as `normalised` spells it.
-        now: the time, UTC.
-        older_than: what was written later stays: a pod of a job that was just deleted may still write.
-        artifacts: whether published artifacts may go too.
+        store: normalised uri of the store's root.
+        now: current time, UTC.
+        older_than: minimum age; a pod of a job that was just deleted may still write.
+        artifacts: True if published artifacts may be removed too.
     """
     found_parts = []
     for folder in found:
@@ -168,17 +168,17 @@ def leftovers(
 
 
 def _parts(folder: Folder, *, gone: bool, artifacts: bool) -> Iterator[tuple[str, tuple[StoredFile, ...]]]:
-    """The folder's parts that its FineTuneJob does not need: of a complete one, the temporary part.
+    """Yield the folder's parts that its FineTuneJob does not need; for a complete job, the temporary part.
 
-    Of a deleted one that published nothing, the rest goes as `tmp` does: event files, a merged model, files of an
-    artifact without a manifest. The owner goes with the last of the parts, as its last file, so that a removal that was
-    interrupted can be taken up.
+    For a deleted job that published nothing, the rest is removed like `tmp`: event files, a merged model, files of an
+    artifact without a manifest. The owner is the last file of the last part, so that an interrupted removal can be
+    resumed.
     """
     below = len(folder.path) + 1
     temporary = [file for file in folder.files if file.path[below:].startswith(f"{TEMPORARY_FOLDER}/")]
     owner = [file for file in folder.files if file.path[below:] == OWNER_FILE]
     rest = [file for file in folder.files if file not in temporary and file not in owner]
-    # Without its manifest an artifact is none: what is half removed must not be found.
+    # Delete the manifest first, so that a half-deleted artifact is never found.
     rest.sort(key=lambda file: (not file.path.endswith(f"/{ARTIFACT_MANIFEST}"), file.path))
     manifest = f"{ARTIFACT_FOLDER}/{ARTIFACT_MANIFEST}"
     published = any(file.path[below:] == manifest for file in rest)
@@ -191,7 +191,7 @@ def _parts(folder: Folder, *, gone: bool, artifacts: bool) -> Iterator[tuple[str
 
 
 def _ownership(folder: Folder, owner: Owner | None, seen: Resources) -> str | None:
-    """Why the folder of a FineTuneJob that is not there may be none of this cluster's."""
+    """Return the reason why the folder of a missing FineTuneJob may not belong to this cluster, or None."""
     if owner is None:
         return f"it has no {OWNER_FILE}, so whose it is is not known"
     if owner.cluster != seen.cluster:
@@ -202,7 +202,7 @@ def _ownership(folder: Folder, owner: Owner | None, seen: Resources) -> str | No
 
 
 def _use(folder: Folder, part: str, files: Iterable[StoredFile], seen: Resources, store: str) -> str | None:
-    """Who uses the part."""
+    """Return a sentence that names the user of the part, or None if it is unused."""
     below = len(folder.path) + 1
     others = set() if part == TEMPORARY_FOLDER else {file.path[below:].split("/")[0] for file in files}
     names = {TEMPORARY_FOLDER} | others

@@ -1,4 +1,4 @@
-"""`tunesmith gc`: removes what deleted FineTuneJobs left in the store."""
+"""`tunesmith gc`: removes leftovers of complete and deleted FineTuneJobs from the store."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def gc(
         ),
     ],
     namespace: NamespaceOption = None,
-    all_namespaces: Annotated[bool, typer.Option("--all-namespaces", "-A", help="Those of every namespace.")] = False,  # noqa: FBT002 - typer's way
+    all_namespaces: Annotated[bool, typer.Option("--all-namespaces", "-A", help="Those of every namespace.")] = False,  # noqa: FBT002 - typer's convention
     older_than: Annotated[
         str, typer.Option("--older-than", help="Keep what was written to more recently: 30m, 24h, 7d.")
     ] = "24h",
-    artifacts: Annotated[  # noqa: FBT002 - typer's way
+    artifacts: Annotated[  # noqa: FBT002 - typer's convention
         bool, typer.Option("--artifacts", help="Also published artifacts that nothing in the cluster uses.")
     ] = False,
-    delete: Annotated[bool, typer.Option("--delete", help="Remove them; absent: only list them.")] = False,  # noqa: FBT002 - typer's way
+    delete: Annotated[bool, typer.Option("--delete", help="Remove them; absent: only list them.")] = False,  # noqa: FBT002 - typer's convention
     output_format: FormatOption = Format.TEXT,
 ) -> None:
     """List, and with --delete remove, what FineTuneJobs that are gone or complete left in the store.
@@ -72,14 +72,14 @@ def gc(
 async def _find(
     store: str, namespace: str | None, older_than: timedelta, *, artifacts: bool, everywhere: bool
 ) -> tuple[list[Leftover], Store]:
-    # Its libraries take a second to import; other commands should not wait for it.
+    # Imported lazily: its libraries take a second to import, for which other commands should not wait.
     from tunesmith.cli.store import Store  # noqa: PLC0415
     from tunesmith.storage.folder import Retry  # noqa: PLC0415
 
     opened = Store(store, Retry(attempts=5, longest=8))
     async with await connect() as cluster:
         await asyncio.to_thread(opened.check)
-        # The store first: the folder of a FineTuneJob that is created meanwhile is then not among the files.
+        # List the store first, so that the folder of a FineTuneJob created meanwhile is not among the files.
         files = await asyncio.to_thread(opened.files, None if everywhere else namespace or cluster.namespace)
         seen = garbage.Resources(
             cluster=(await cluster.get("Namespace", "kube-system"))["metadata"]["uid"],
@@ -99,9 +99,10 @@ async def _find(
 
 
 def _remove(store: Store, going: list[Leftover]) -> dict[str, str]:
-    """Removes them; by uri, why one was not.
+    """Remove leftovers; return the errors by uri.
 
-    Where a part of a folder stays, its other parts do: the last one holds the owner, without whom nobody removes it.
+    After an error the other parts of the same folder are kept: the last one has the owner, without which the folder
+    could not be removed later.
     """
     failed = {}
     staying = set()
@@ -149,7 +150,7 @@ def _size(count: float) -> str:
 
 
 def _explain(found: list[Leftover], going: list[Leftover], *, deleted: bool) -> None:
-    """For people: what was done, and why the others stay."""
+    """Print notes about removed leftovers and the reasons why the others are kept."""
     if going and not deleted:
         note(f"{_size(sum(leftover.size for leftover in going))} would be freed: add --delete to remove them")
     kept: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""`tunesmith get`: one resource, with what it waits for or what came of it."""
+"""`tunesmith get`: state and result of one resource."""
 
 from __future__ import annotations
 

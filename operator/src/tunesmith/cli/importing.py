@@ -1,4 +1,4 @@
-"""`tunesmith import`: the manifest for what another tool's configuration says."""
+"""`tunesmith import`: manifests from the configurations of other tools."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def options() -> None:
 def peft(
     config: Annotated[Path, typer.Argument(help="An adapter_config.json of PEFT.")],
     data: Annotated[str, typer.Option("--data", help="Uri of the training rows, which the file does not name.")],
-    strict: Annotated[  # noqa: FBT002 - typer's way
+    strict: Annotated[  # noqa: FBT002 - typer's convention
         bool, typer.Option("--strict", help="Fail where a key has no counterpart.")
     ] = False,
 ) -> None:
@@ -56,11 +56,11 @@ def peft(
 @app.command()
 def axolotl(
     config: Annotated[Path, typer.Argument(help="A configuration of Axolotl (YAML).")],
-    strict: Annotated[  # noqa: FBT002 - typer's way
+    strict: Annotated[  # noqa: FBT002 - typer's convention
         bool, typer.Option("--strict", help="Fail where a key has no counterpart.")
     ] = False,
 ) -> None:
-    """Print the FineTuneJob that trains what this file does; keys without a counterpart go to standard error.
+    """Print the FineTuneJob that is equivalent to this file; keys without a counterpart go to standard error.
 
     Example: tunesmith import axolotl config.yaml > job.yaml
     """
@@ -80,7 +80,7 @@ def axolotl(
 
 
 def _print(config: Path, spec: dict[str, Any]) -> None:
-    """Prints the manifest, which is one that the API server takes."""
+    """Print the manifest after checking that the API server would accept it."""
     name = re.sub(r"[^a-z0-9]+", "-", config.stem.lower()).strip("-")[:MAX_NAME].strip("-") or "imported"
     manifest = {"apiVersion": API_VERSION, "kind": "FineTuneJob", "metadata": {"name": name}, "spec": spec}
     text = yaml.safe_dump(manifest, sort_keys=False)

@@ -49,9 +49,9 @@ def create(
     gateway_namespace: GatewayNamespaceOption = GATEWAY_NAMESPACE,
     output_format: FormatOption = Format.TEXT,
 ) -> None:
-    """Make a key and print it, once: it cannot be shown again.
+    """Create a key and print it, once: it cannot be shown again.
 
-    The key's namespace is where it looks for models that are named without one.
+    Models that are named without a namespace are looked up in the key's namespace.
 
     Example: export OPENAI_API_KEY=$(tunesmith keys create alice --namespace team-a)
     """

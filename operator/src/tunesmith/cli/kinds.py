@@ -1,4 +1,4 @@
-"""Kinds of resources as commands name them, and how commands read them."""
+"""Kinds of resources, their names on the command line, and reading of resources."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Resource = FineTuneJob | AdapterDeployment | ServingPool
 
 
 class Kind(StrEnum):
-    """A kind of resource, by the word that commands use."""
+    """A kind of resource; the value is its name on the command line."""
 
     JOB = "job"
     ADAPTER = "adapter"
@@ -45,7 +45,7 @@ def parse_kind(text: str) -> Kind:
     """Return the kind that a word names: singular, plural, kubectl's short name or the kind itself, in any case.
 
     Raises:
-        CliError: it names none.
+        CliError: the word names no kind.
     """
     word = text.lower()
     for kind in Kind:
@@ -55,7 +55,7 @@ def parse_kind(text: str) -> Kind:
 
 
 def complete_kind(incomplete: str) -> list[str]:
-    """Return the words that a shell offers."""
+    """Return the words for shell completion."""
     return [kind for kind in Kind if kind.startswith(incomplete)]
 
 
@@ -100,10 +100,10 @@ def parse(kind: Kind, document: Object) -> Any:  # noqa: ANN401 - the kind's mod
 
 
 async def fetch(cluster: Cluster, kind: Kind, namespace: str, name: str) -> Object:
-    """Return a resource as the API server has it.
+    """Return a resource as read from the API server.
 
     Raises:
-        CliError: it does not exist.
+        CliError: the resource does not exist.
     """
     found = await cluster.find(kind.resource, name, namespace)
     if found is None:

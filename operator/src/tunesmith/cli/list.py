@@ -42,7 +42,7 @@ class Row:
 def list_(
     kind: OptionalKindArgument = None,
     namespace: NamespaceOption = None,
-    all_namespaces: AllNamespacesOption = False,  # noqa: FBT002 - typer's way
+    all_namespaces: AllNamespacesOption = False,  # noqa: FBT002 - typer's convention
     output_format: FormatOption = Format.TEXT,
 ) -> None:
     """List jobs, adapters and pools of a namespace, and the pools of other namespaces that it may use.
@@ -90,7 +90,7 @@ async def _documents(cluster: Cluster, kind: Kind, namespace: str | None) -> Obj
 
 
 def _row(kind: Kind, document: Object, now: datetime) -> Row:
-    """Return a resource's row; one that this release cannot read has a row as well."""
+    """Return a resource's row, even if this release cannot parse the resource."""
     metadata = document["metadata"]
     try:
         resource = parse(kind, document)

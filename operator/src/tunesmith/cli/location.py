@@ -1,4 +1,4 @@
-"""Folders of stores, as commands on a person's machine open them."""
+"""Access to folders of stores from a user's machine."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _RETRY = Retry(attempts=4)
 
 
 async def find_credentials(uri: str, namespace: str | None) -> Credentials:
-    """Return the keys for a uri: those of the environment, and for keys that it lacks the Secret of the namespace.
+    """Return the keys for a uri: those of the environment, or of the namespace's Secret if the environment lacks them.
 
-    The environment's address of the server has precedence: the Secret's may be reachable inside the cluster only.
+    The environment's address of the server has precedence, since the Secret's may be reachable only inside the cluster.
     """
     environment = environment_credentials(os.environ)
     scheme = BY_NAME.get(split(uri)[0])
@@ -49,7 +49,7 @@ def open_at(uri: str, credentials: Credentials, *, what: str) -> Folder:
     """Return the folder at a uri.
 
     Raises:
-        CliError: it is not the uri of a store, or the credentials cannot be used. So does every call of the folder.
+        CliError: the uri is not that of a store, or the credentials cannot be used. Calls of the folder also raise it.
     """
     return open_folder(uri, credentials, Access(_RETRY, native=True, failure=_as_cli_error), what=what)
 

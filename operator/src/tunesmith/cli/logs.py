@@ -1,4 +1,4 @@
-"""`tunesmith logs`: what the pods of a job wrote."""
+"""`tunesmith logs`: logs of a job's pods."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def logs(
     name: NameArgument,
     namespace: NamespaceOption = None,
-    follow: Annotated[  # noqa: FBT002 - typer's way
+    follow: Annotated[  # noqa: FBT002 - typer's convention
         bool, typer.Option("--follow", "-f", help="Follow the newest pod until it stops.")
     ] = False,
     tail: Annotated[int | None, typer.Option("--tail", min=0, help="Last lines of each pod only; absent: all.")] = None,

@@ -31,7 +31,7 @@ from tunesmith.storage.credentials import Scrubber, secret_values
 
 TRACEBACK_VARIABLE = "TUNESMITH_TRACEBACK"
 _UNKNOWN_KIND = ("could not find the requested resource", "page not found")
-"""What API servers say about a kind, or a whole group, that they do not serve."""
+"""Parts of the API server's message about a kind or an API group that it does not serve."""
 
 app = typer.Typer(
     name="tunesmith",
@@ -60,7 +60,7 @@ app.add_typer(keys.app, name="keys")
 app.add_typer(importing.app, name="import")
 
 
-def _show_version(wanted: bool) -> None:  # noqa: FBT001 - typer's way
+def _show_version(wanted: bool) -> None:  # noqa: FBT001 - typer's convention
     if wanted:
         print_line(version("tunesmith"))
         raise typer.Exit
@@ -68,7 +68,7 @@ def _show_version(wanted: bool) -> None:  # noqa: FBT001 - typer's way
 
 @app.callback()
 def options(
-    show_version: Annotated[  # noqa: FBT002 - typer's way
+    show_version: Annotated[  # noqa: FBT002 - typer's convention
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
@@ -77,7 +77,7 @@ def options(
 
 def main() -> None:
     """Run a command. A failure is a sentence on standard error; see `Exit` for the exit codes."""
-    # The environment may have the keys of a store, and libraries put what they were given into their errors.
+    # The environment may have the keys of a store, and libraries include their arguments in errors.
     allow_deep_objects()
     scrubber = Scrubber(secret_values(os.environ))
     try:
@@ -89,7 +89,7 @@ def main() -> None:
         note(f"error: {scrubber.clean(_sentence(error))}")
         sys.exit(Exit.USAGE if isinstance(error, ConfigurationError) else Exit.FAILED)
     except BrokenPipeError:
-        # Whoever read our output left.
+        # The reader of standard output has closed it.
         sys.stderr.close()
         sys.exit(Exit.FAILED)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""`tunesmith models`: what can be called, and what it waits for."""
+"""`tunesmith models`: models that can be called, and reasons why some do not serve yet."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """One model. `pods` is ready/wanted; `message` says what it waits for, empty where it serves."""
+    """One model. `pods` is ready/wanted; `message` is the reason why it does not serve yet, empty if it serves."""
 
     model: str
     kind: str
@@ -39,7 +39,7 @@ class Row:
 
 def models(
     namespace: NamespaceOption = None,
-    all_namespaces: AllNamespacesOption = False,  # noqa: FBT002 - typer's way
+    all_namespaces: AllNamespacesOption = False,  # noqa: FBT002 - typer's convention
     output_format: FormatOption = Format.TEXT,
 ) -> None:
     """List the models: adapters of the namespace, and the bases it may call.

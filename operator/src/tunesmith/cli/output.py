@@ -1,4 +1,4 @@
-"""What commands print: text for people, JSON for programs."""
+"""Output of commands: text for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FIELD_MANAGER = "tunesmith-cli"
 
 
 class Format(StrEnum):
-    """How a command prints its result."""
+    """Output format of a command."""
 
     TEXT = "text"
     JSON = "json"
@@ -33,31 +33,31 @@ AllNamespacesOption = Annotated[bool, typer.Option("--all-namespaces", "-A", hel
 
 
 def print_json(document: object) -> None:
-    """One line of JSON on standard output."""
+    """Print one line of JSON on standard output."""
     sys.stdout.write(json.dumps(document, ensure_ascii=False) + "\n")
     sys.stdout.flush()
 
 
 def print_line(text: str) -> None:
-    """One line of text on standard output, as it is."""
+    """Print one line of text on standard output, unformatted."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
 
 def note(text: str) -> None:
-    """A remark for people, on standard error, so that standard output can be piped."""
+    """Print a remark for people on standard error, so that standard output can be piped."""
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, empty: str) -> None:
-    """Aligned columns; `empty` is said where there are no rows."""
+    """Print aligned columns, or `empty` as a remark if there are no rows."""
     if not rows:
         note(empty)
         return
     console = Console(file=sys.stdout, highlight=False)
     if not console.is_terminal:
-        # Without a terminal nothing is folded or cut.
+        # Without a terminal, lines are neither wrapped nor truncated.
         widths = [max(len(row[index]) for row in (columns, *rows)) for index in range(len(columns))]
         for row in (columns, *rows):
             print_line("   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

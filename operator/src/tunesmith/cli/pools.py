@@ -41,7 +41,7 @@ async def _list_shared(cluster: Cluster, namespace: str) -> Objects:
 
 
 async def _labels(cluster: Cluster, namespace: str) -> Mapping[str, str] | None:
-    """Return the labels of a namespace; None where it does not exist or the user may not read it."""
+    """Return the labels of a namespace; None if it does not exist or the user may not read it."""
     try:
         found = await cluster.find("Namespace", namespace)
     except ForbiddenError:

@@ -1,4 +1,4 @@
-"""How far a FineTuneJob is, in words. Pure: the time is passed in."""
+"""Progress of a FineTuneJob in words. Pure: the time is passed in."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def live_line(job: FineTuneJob, now: datetime) -> str:
-    """One line: stage, and how far it is."""
+    """Return one line with the stage and its progress."""
     status = job.status
     if not status.conditions and status.phase is None:
         return "waiting for the operator"
@@ -30,7 +30,7 @@ def live_line(job: FineTuneJob, now: datetime) -> str:
 
 
 def ended(job: FineTuneJob) -> Condition | None:
-    """The condition that ended the job, or None while it goes on."""
+    """Return the condition with which the job finished, or None while it is unfinished."""
     for kind in (FineTuneJobCondition.COMPLETE, FineTuneJobCondition.FAILED):
         if is_true(job.status.conditions, kind):
             return find(job.status.conditions, kind)
@@ -38,7 +38,7 @@ def ended(job: FineTuneJob) -> Condition | None:
 
 
 def result(job: FineTuneJob, end: Condition) -> dict[str, Any]:
-    """The last line of `-o json`, in the form of `tunesmith run`."""
+    """Return the last line of `-o json`, in the format of `tunesmith run`."""
     artifact, scores = job.status.artifact, job.status.evaluation
     succeeded = end.type == FineTuneJobCondition.COMPLETE
     losses = {"evaluationLoss": scores.loss, "baseEvaluationLoss": scores.base_loss} if scores else {}
@@ -52,13 +52,13 @@ def result(job: FineTuneJob, end: Condition) -> dict[str, Any]:
 
 
 class News:
-    """Tells each condition and each failed attempt once."""
+    """Reports of conditions, failed attempts and warnings, each once."""
 
     def __init__(self) -> None:
         self._told: set[tuple[str, ...]] = set()
 
     def of(self, job: FineTuneJob) -> list[str]:
-        """What has not been told yet, oldest first; the end itself is told by the caller."""
+        """Return the news that were not reported yet, oldest first; the caller reports the final condition."""
         lines = []
         for condition in sorted(job.status.conditions, key=lambda one: one.last_transition_time):
             if condition.type in {FineTuneJobCondition.COMPLETE, FineTuneJobCondition.FAILED}:
@@ -76,7 +76,7 @@ class News:
         return lines
 
     def of_event(self, event: dict[str, Any]) -> list[str]:
-        """A Kubernetes event of type Warning."""
+        """Return the news of a Kubernetes Event: a line for one of type Warning."""
         reason, message = str(event.get("reason", "")), str(event.get("message", ""))
         if event.get("type") == "Warning" and self._new("event", reason, message):
             return [_sentence(f"warning, {reason}", message)]

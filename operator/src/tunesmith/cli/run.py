@@ -33,12 +33,12 @@ def run(
     allow_task_code: TaskCodeOption = False,
     output_format: FormatOption = Format.TEXT,
 ) -> None:
-    """Train on this machine, without a cluster, from the manifest that a cluster would take.
+    """Train on this machine, without a cluster, from the same manifest that a cluster accepts.
 
-    resources.gpus starts one process per GPU; resources.nodes does not count here, the result is the same.
+    resources.gpus starts one process per GPU; resources.nodes has no effect, the result is the same.
 
     With -o json each line is a JSON object and the last one is the result. Exit codes: 0 done, 2 the job must be
-    changed, 3 worth another attempt, 143 stopped from outside.
+    changed, 3 worth retrying, 143 stopped by a signal.
 
     Example: tunesmith run -f job.yaml --output out
     """
@@ -54,7 +54,7 @@ def run(
 
 
 def _execute(command: list[str]) -> NoReturn:
-    # The trainer takes this process's place: signals and the exit code are its own.
+    # The trainer replaces this process, so that it receives the signals and sets the exit code.
     try:
         os.execvp(command[0], command)  # noqa: S606 - no shell on purpose
     except OSError as error:
@@ -62,15 +62,15 @@ def _execute(command: list[str]) -> NoReturn:
 
 
 def task_code(*, allowed: bool) -> list[str]:
-    """The trainer's arguments for it."""
+    """Return the trainer's arguments that allow the code of evaluation tasks."""
     return ["--allow-task-code"] if allowed else []
 
 
 def trainer_command() -> list[str]:
-    """How to start the trainer of this machine: $TUNESMITH_TRAINER, one on the PATH, or a checkout's own.
+    """Return the command of this machine's trainer: $TUNESMITH_TRAINER, one on the PATH, or that of a checkout.
 
     Raises:
-        CliError: there is none.
+        CliError: there is no trainer.
     """
     named = os.environ.get(TRAINER_VARIABLE)
     if named:
@@ -94,7 +94,7 @@ def trainer_command() -> list[str]:
 
 
 def _checkout() -> Path | None:
-    """The trainer's project: of the checkout that the command is run in, or of the one that holds this file."""
+    """Return the trainer's project in the checkout of the working directory or of this file, or None."""
     for start in (Path.cwd(), Path(__file__).resolve()):
         for folder in (start, *start.parents):
             if (folder / "trainer-image" / "uv.lock").is_file():

@@ -1,4 +1,4 @@
-"""The store of an installation, as `tunesmith gc` reads and cleans it."""
+"""The store of an installation, for `tunesmith gc`."""
 
 from __future__ import annotations
 
@@ -28,34 +28,34 @@ class Store:
     """The folder of a bucket, with the credentials of the environment.
 
     Args:
-        uri: such as `s3://bucket/folder`, in any spelling.
-        retry: how long an outage is waited out.
+        uri: uri such as `s3://bucket/folder`, normalised or not.
+        retry: policy for retries during an outage.
 
     Raises:
-        CliError: it is not the uri of a store, or the credentials cannot be used.
+        CliError: the uri is not that of a store, or the credentials cannot be used.
     """
 
     def __init__(self, uri: str, retry: Retry) -> None:
         try:
             self.uri = parse_store(uri)
-            """In its one spelling."""
+            """Normalised uri of the store."""
         except ValueError as error:
             raise CliError(f"--store: {error}", Exit.USAGE) from None
         access = Access(retry, native=True, failure=_as_cli_error)
         self._folder = open_folder(self.uri, environment_credentials(os.environ), access, what="the store")
 
     def uri_of(self, leftover: Leftover) -> str:
-        """Return where it is."""
+        """Return the uri of a leftover."""
         tail = f"/{TEMPORARY_FOLDER}" if leftover.part == TEMPORARY_FOLDER else ""
         return f"{self.uri}/{leftover.folder.path}{tail}"
 
     def check(self) -> None:
-        """Check that FineTuneJobs have written here: a mistyped store would look as if it were clean.
+        """Check that FineTuneJobs have written to the store: a mistyped uri would look like a clean store.
 
         Raises:
-            CliError: none has, or the store cannot be read.
+            CliError: no FineTuneJob has written to it, or it cannot be read.
         """
-        self._folder.files()  # fails where the bucket or the folder does not exist
+        self._folder.files()  # fails if the bucket or the folder does not exist
         for namespace in self._folder.folders():
             if any(is_job_folder(name) for name in self._folder.child(namespace).folders()):
                 return
@@ -65,10 +65,10 @@ class Store:
         )
 
     def files(self, namespace: str | None) -> list[StoredFile]:
-        """Return everything in the store, or in the namespace's part of it.
+        """Return all files of the store, or of a namespace in it.
 
         Raises:
-            CliError: it cannot be read.
+            CliError: the store cannot be read.
         """
         folder: Folder = self._folder if namespace is None else self._folder.child(namespace)
         prefix = "" if namespace is None else f"{namespace}/"
@@ -77,7 +77,7 @@ class Store:
         return [StoredFile(f"{prefix}{file.name}", file.size, file.modified or now) for file in folder.tree()]
 
     def owner(self, path: str) -> Owner | None:
-        """Return the content of an `owner.json`; None if it cannot be read as one.
+        """Return the content of an `owner.json`; None if it is not valid.
 
         Raises:
             CliError: the store did not answer.
@@ -92,10 +92,10 @@ class Store:
             return None
 
     def remove(self, paths: Sequence[str]) -> None:
-        """Remove the files, one after the other.
+        """Remove the files in order.
 
         Raises:
-            CliError: one cannot be removed; those that follow it are kept.
+            CliError: a file cannot be removed; the files after it are kept.
         """
         for path in paths:
             self._folder.remove_file(path)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def submit(
     filename: Annotated[Path, typer.Option("--filename", "-f", help="The FineTuneJob manifest (YAML or JSON).")],
     namespace: NamespaceOption = None,
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Follow the job to its end.")] = False,  # noqa: FBT002 - typer's way
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Follow the job to its end.")] = False,  # noqa: FBT002 - typer's convention
     output_format: FormatOption = Format.TEXT,
 ) -> None:
     """Apply a FineTuneJob to the cluster. With --watch its exit code is 0 only if the job completes.
@@ -66,12 +66,12 @@ class Submitted(NamedTuple):
 
     @property
     def namespace(self) -> str:
-        """The namespace that it is in."""
+        """Namespace of the FineTuneJob."""
         return self.job.metadata.namespace
 
     @property
     def sentence(self) -> str:
-        """What applying it did."""
+        """Sentence about the effect of applying the manifest."""
         title = f"FineTuneJob {self.namespace}/{self.job.metadata.name}"
         if self.created:
             return f"{title} is submitted."
@@ -85,10 +85,10 @@ class Submitted(NamedTuple):
 
 
 def read(filename: Path) -> dict[str, Any]:
-    """The manifest in a file, checked as far as it can be without a cluster.
+    """Return the manifest in a file, checked as far as possible without a cluster.
 
     Raises:
-        CliError: it is not there, or the API server would refuse it; all mistakes are told at once.
+        CliError: the file is missing, or the API server would refuse the manifest; the message lists all mistakes.
     """
     try:
         text = filename.read_text(encoding="utf-8")

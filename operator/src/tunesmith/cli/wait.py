@@ -1,4 +1,4 @@
-"""`tunesmith wait`: until a job is complete, an adapter answers or a pool is available."""
+"""`tunesmith wait`: waits until a job is complete, an adapter answers or a pool is available."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from tunesmith.cluster.resources import Object
 
 _FINAL = {AdapterDeploymentReason.FINE_TUNE_JOB_FAILED, AdapterDeploymentReason.NOT_SERVABLE}
-"""Reasons of `Resolved` that only a changed spec removes."""
+"""Reasons of `Resolved` that persist until the spec is changed."""
 
 
 def wait(
@@ -46,8 +46,8 @@ def wait(
 ) -> None:
     """Wait until a job is complete, the newest version of an adapter answers, or a pool is available.
 
-    The exit code is 1 where that cannot happen any more (a failed job, an adapter that no pod can load) or the time is
-    over. Ctrl-C stops waiting, nothing else.
+    The exit code is 1 if that can no longer happen (a failed job, an adapter that no pod can load) or the timeout has
+    passed. Ctrl-C only stops waiting.
 
     Example: tunesmith wait adapter support --timeout 10m
     """
@@ -113,7 +113,7 @@ def serves(resource: AdapterDeployment | ServingPool) -> bool:
 
 
 def final_failure(resource: AdapterDeployment | ServingPool) -> str | None:
-    """Return why the resource will not serve unless somebody changes something; None while it may."""
+    """Return the reason why the resource cannot serve without a change by the user; None if it still can."""
     status = resource.status
     if (status.observed_generation or 0) < resource.metadata.generation or not isinstance(resource, AdapterDeployment):
         return None
