@@ -1,7 +1,7 @@
-"""Work on what a job brings that may never end, and the time that it may take.
+"""Limit the time of work on untrusted input that may never finish.
 
-A chat template can repeat without end and a regular expression can backtrack for ever; neither can be stopped from
-within, because C code holds the interpreter. So another process watches: see `watched`.
+A chat template can loop forever and a regular expression can backtrack forever; neither can be interrupted from within,
+because C code holds the interpreter lock. So another process watches: see `watched`.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 ACTIVITY = "TUNESMITH_ACTIVITY"
-"""Variable with the file that both processes map."""
+"""Environment variable with the path of the file that both processes map."""
 _SIZE = 4096
 _HEAD = struct.Struct("=dH")
 _open: dict[str, mmap.mmap] = {}
 
 
 def create(path: Path) -> mmap.mmap:
-    """Return the watching process's map of a new file."""
+    """Create a file and return the watching process's memory map of it."""
     path.write_bytes(b"\0" * _SIZE)
     with path.open("r+b") as file:
         return mmap.mmap(file.fileno(), _SIZE)
 
 
 def overdue(slot: mmap.mmap) -> str | None:
-    """Return what the watched process is doing for longer than it may; None where nothing is."""
+    """Return what the watched process has been doing for longer than allowed; None if nothing is overdue."""
     deadline, size = _HEAD.unpack_from(slot)
     if not deadline or time.monotonic() < deadline:
         return None
@@ -41,11 +41,11 @@ def overdue(slot: mmap.mmap) -> str | None:
 
 @contextmanager
 def limited(what: str, seconds: float = 60.0) -> Iterator[None]:
-    """Announce work that may take so long and no longer; nothing where no process watches.
+    """Announce work with a time limit to the watching process; do nothing if no process watches.
 
     Args:
-        what: it is, for the sentence about its end.
-        seconds: of the clock on the wall.
+        what: description of the work, for the message when it exceeds the limit.
+        seconds: time limit, in seconds of wall-clock time.
     """
     slot = _slot()
     if slot is None:
@@ -65,6 +65,6 @@ def _slot() -> mmap.mmap | None:
     if path is None:
         return None
     if path not in _open:
-        with open(path, "r+b") as file:  # noqa: PTH123 - as short as it gets, once
+        with open(path, "r+b") as file:  # noqa: PTH123 - as fast as possible, and once
             _open[path] = mmap.mmap(file.fileno(), _SIZE)
     return _open[path]

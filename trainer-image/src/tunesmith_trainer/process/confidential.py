@@ -1,4 +1,4 @@
-"""What this process writes, without the credentials that it knows."""
+"""Remove known credentials from everything that this process writes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _TEXTS = frozenset({"message", "examples", "suggestion"})
-"""Fields of a result with sentences, which may hold what a library said."""
+"""Fields of a result with sentences, which may include messages of libraries."""
 
 
 def scrubber_of(secrets: Path, environment: Mapping[str, str]) -> Scrubber:
-    """Return what removes the values of the mounted Secrets and of the environment's credentials from texts."""
+    """Return a scrubber of the mounted Secrets' values and the environment's credentials."""
     return Scrubber(secret_values(environment), *read_secrets(secrets).values())
 
 
@@ -40,14 +40,14 @@ def clean_output(scrubber: Scrubber) -> Iterator[None]:
 
 
 class _CleanStream:
-    """A text stream that writes texts without credentials; everything else is the stream's own."""
+    """Text stream that removes credentials; everything else is delegated to the wrapped stream."""
 
     def __init__(self, stream: TextIO, scrubber: Scrubber) -> None:
         self._stream = stream
         self._scrubber = scrubber
 
     def write(self, text: str) -> int:
-        """Write the text without credentials; the number of characters is that of the text as given."""
+        """Write the text without credentials; return the number of characters of the text as given."""
         self._stream.write(self._scrubber.clean(text))
         return len(text)
 

@@ -1,4 +1,4 @@
-"""How a run ends: its result, told to Kubernetes, to programs and to people; signals and hung steps."""
+"""Finish a run: write its result for Kubernetes, programs and people; handle signals and hung steps."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
     from tunesmith_trainer.process.progress import Progress
 
 UPLOAD_SECONDS = 40.0
-"""For the last checkpoint to reach the store, of the grace between SIGTERM and SIGKILL."""
+"""Seconds for the last checkpoint to reach the store, out of the grace period between SIGTERM and SIGKILL."""
 _MOURNING_SECONDS = 5.0
-"""Between the loss of another rank and this process's end."""
+"""Seconds between the loss of another rank and this process's exit."""
 
 
 class Ending:
-    """How the process tells its result: termination message, last line, exit code.
+    """Writes the result of the process: termination message, last line of output, exit code.
 
     Args:
-        progress: of the run; its last line is the result.
-        form: of that line: text or json.
-        path: of the termination message; None: Kubernetes' own, where there is one.
-        interruption: what a signal is noted in.
-        scrubber: what removes credentials from sentences.
+        progress: progress of the run; its last line is the result.
+        form: format of that line: text or json.
+        path: path of the termination message; None: Kubernetes' default, if it exists.
+        interruption: records signals.
+        scrubber: removes credentials from sentences.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Ending:
         self._path = path or (default if default.exists() else None)
 
     def tell(self, result: TrainerResult) -> None:
-        """Writes the termination message and the last line of the output."""
+        """Write the termination message and the last line of the output."""
         result = self._resumed(result)
         self._write_message(result)
         text = f"{result.outcome}: {result.message}"
@@ -65,7 +65,7 @@ class Ending:
             self.progress.finish(_document(result), text)
 
     def left_alone(self, result: TrainerResult) -> TrainerResult:
-        """The result where another rank is gone: that of a stop, where this process was asked to stop as well."""
+        """Return the result after another rank was lost: that of a stop if this process was asked to stop as well."""
         number = self.interruption.signal
         if number is not None:
             return TrainerResult(
@@ -74,12 +74,12 @@ class Ending:
                 retryable=True,
             )
         if POD_INDEX in os.environ and LAUNCHED not in os.environ:
-            # The first pod that is seen to fail ends the others: it should be the one that has the reason.
+            # The first pod that is seen to fail terminates the others: it should be the one with the cause.
             time.sleep(_MOURNING_SECONDS)
         return result
 
     def interrupted(self, error: InterruptedRunError, *, local: bool) -> TrainerResult:
-        """The result of a run that was stopped and saved."""
+        """Return the result of a run that was stopped and saved its state."""
         checkpoints = self.interruption.checkpoints
         number = self.interruption.signal
         stopped = f"stopped by {number.name}" if number is not None else "stopped with another rank"
@@ -94,7 +94,7 @@ class Ending:
         )
 
     def signalled(self, number: int, frame: object) -> None:  # noqa: ARG002 - a signal handler's signature
-        """While training, the step is finished and saved; at any other time, or the second time, the process ends."""
+        """Let training finish its step and save; at any other time, or on the second signal, exit."""
         if self.interruption.asked(number):
             _write_at_once(sys.stderr.fileno(), b"stopping after this step; a second signal stops at once\n")
             return
@@ -102,7 +102,7 @@ class Ending:
         if checkpoints is not None and self.interruption.signal is None:
             self.interruption.signal = signal.Signals(number)
             deadline = time.monotonic() + UPLOAD_SECONDS
-            while checkpoints.pending and time.monotonic() < deadline:  # without locks, as below
+            while checkpoints.pending and time.monotonic() < deadline:  # without locks, see _end
                 time.sleep(0.05)
         self._end(
             TrainerResult(
@@ -113,7 +113,7 @@ class Ending:
         )
 
     def hung(self, step: int, seconds: float) -> None:
-        """Ends the process from the watchdog's thread: the main thread does not answer."""
+        """Terminate the process from the watchdog's thread: the main thread does not respond."""
         self._end(
             TrainerResult(
                 outcome=Outcome.FAILED,
@@ -125,7 +125,7 @@ class Ending:
         )
 
     def _end(self, result: TrainerResult) -> NoReturn:
-        """Ends the process at once; written without locks, which the interrupted code may hold."""
+        """Exit at once; without locks, which the interrupted code may hold."""
         result = self._resumed(result)
         with contextlib.suppress(OSError):
             self._write_message(result)
@@ -145,7 +145,7 @@ class Ending:
 
 
 def _write_at_once(descriptor: int, data: bytes) -> None:
-    """Writes what goes without waiting: a reader that has stopped reading may be why the process ends."""
+    """Write what fits without blocking: the process may be exiting because a reader has stopped reading."""
     if select.select([], [descriptor], [], 0)[1]:
         os.write(descriptor, data[: select.PIPE_BUF])
 

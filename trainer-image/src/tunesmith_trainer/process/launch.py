@@ -1,7 +1,7 @@
-"""Run the ranks of a pod that has several GPUs, each as a process of its own, and return one result for all.
+"""Run the ranks of a pod that has several GPUs, each in its own process, and return one result for all.
 
-Not torchrun: it restarts ranks itself and reports one exit code, while here the operator starts the attempts and needs
-the result of the rank that caused the end, which also has to receive SIGTERM once to save a checkpoint.
+Not torchrun: it restarts ranks itself and reports one exit code. Here the operator starts the attempts and needs the
+result of the rank that caused the failure; that rank must also receive SIGTERM only once, to save a checkpoint.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from tunesmith_trainer.process.ranks import Ranks
 
 LAUNCHED = "TUNESMITH_LAUNCHED"
-"""Set in the environment of a process whose end another one tells."""
+"""Set in the environment of a process whose result another process reports."""
 SETTLING_SECONDS = 15.0
-"""For ranks that lost a peer to notice it themselves."""
+"""Seconds for ranks that lost a peer to notice it themselves."""
 STOPPING_SECONDS = 60.0
-"""For ranks that were told to end, before they are killed."""
+"""Seconds between asking ranks to terminate and killing them."""
 _POLL_SECONDS = 0.1
 _SET_PARENT_DEATH_SIGNAL = 1
 
@@ -43,11 +43,11 @@ class _Process:
     process: subprocess.Popen[bytes]
     message: Path
     ended: int | None = None
-    """When it ended, in the order of ends."""
+    """Position in the order of exits; None while it runs."""
 
     @property
     def code(self) -> int:
-        """As a shell tells it: 128 and the signal's number where a signal ended it."""
+        """Exit code as in a shell: 128 plus the signal's number if a signal terminated it."""
         code = self.process.returncode
         return code if code >= 0 else 128 - code
 
@@ -68,18 +68,18 @@ def launch(
     settling: float = SETTLING_SECONDS,
     stopping: float = STOPPING_SECONDS,
 ) -> TrainerResult:
-    """Runs `count` ranks and returns the result of the one that speaks for them: the first, or the one that failed.
+    """Run `count` ranks and return the decisive result: that of the first rank, or of the one that failed.
 
-    Signals are passed on to all of them, each once. Where one fails, the others are given time to end by themselves,
-    are then told to end, and are killed in the end.
+    Signals are passed on to all ranks, once each. If one fails, the others get time to exit on their own, are then
+    asked to terminate, and are finally killed.
 
     Args:
         command: the trainer's command; `--termination-message` is added.
-        first: of them.
-        count: how many.
-        folder: for the results that they leave.
-        settling: seconds that the others get by themselves.
-        stopping: seconds that they get after they were told to end.
+        first: first rank to run.
+        count: number of ranks.
+        folder: folder for their result files.
+        settling: seconds that the others get to exit on their own.
+        stopping: seconds that they get after they were asked to terminate.
     """
     if not first.port:
         first = replace(first, port=_free_port())
@@ -102,13 +102,13 @@ def launch(
 
 
 def die_with_parent() -> None:
-    """Ends this process when the one that launched it is killed: a rank left behind would write beside the next run."""
+    """Terminate this process when its launcher is killed: an orphaned rank would write beside the next run."""
     if os.environ.get(LAUNCHED):
         kill_with_parent()
 
 
 def kill_with_parent() -> None:
-    """Has this process killed when the one that started it ends."""
+    """Have this process killed when its parent exits."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
@@ -118,7 +118,7 @@ def _start(command: Sequence[str], ranks: Ranks, folder: Path, shared: dict[str,
     message.unlink(missing_ok=True)
     arguments = [*command, "--termination-message", str(message)]
     environment = {**os.environ, **ranks.environment(), **shared, LAUNCHED: "1"}
-    # A session of its own: a terminal's Ctrl-C would reach it twice, and a second signal stops at once.
+    # A separate session: otherwise a terminal's Ctrl-C would reach it twice, and a second signal stops at once.
     process = subprocess.Popen(arguments, env=environment, start_new_session=True)  # noqa: S603 - our own command
     return _Process(ranks, process, message)
 
@@ -151,7 +151,7 @@ def _tell(running: list[_Process], number: int) -> None:
 def _speak(running: list[_Process]) -> TrainerResult:
     failed = [one for one in running if one.code]
     one = min(failed, key=lambda one: (blame(one.result), one.ended), default=running[0])
-    if one.code == ExitCode.PREEMPTED:  # all were stopped, and the first one knows what was saved
+    if one.code == ExitCode.PREEMPTED:  # all were stopped, and the first rank knows what was saved
         one = next(one for one in running if one.code == ExitCode.PREEMPTED)
     result = one.result
     if result is not None:

@@ -23,7 +23,7 @@ GAUGES = {
     "memory_bytes": ("tunesmith_trainer_memory_bytes", "Peak memory: of the GPU, or resident memory on a CPU."),
     "eta_seconds": ("tunesmith_trainer_eta_seconds", "Seconds until the last step."),
 }
-"""By field of the progress: name and meaning of its metric. A field without a value has no metric."""
+"""Name and description of each metric, by field of the progress. A field without a value has no metric."""
 STAGE = ("tunesmith_trainer_stage", "1 for the stage that is running, 0 for the others.")
 
 

@@ -22,11 +22,11 @@ _INDENT = "  "
 
 
 class Progress:
-    """What the trainer is doing now. Safe to read from other threads.
+    """Current state of the trainer. Safe to read from other threads.
 
     Args:
-        form: how a change is written to `out`: lines for people (one line that is rewritten on a terminal), or JSON.
-        out: where to.
+        form: format of the lines: text for people (one line that is rewritten on a terminal), or JSON.
+        out: stream that each change is written to.
     """
 
     def __init__(self, form: Form = "text", out: TextIO | None = None) -> None:
@@ -38,35 +38,35 @@ class Progress:
         self._muted = False
 
     def mute(self) -> None:
-        """Writes nothing any more until the end: another process of the run reports."""
+        """Stop writing until the end: another process of the run reports."""
         self._muted = True
 
     @property
     def status(self) -> ProgressStatus:
-        """The latest progress."""
+        """Latest progress."""
         with self._lock:
             return self._status
 
     @property
     def stage(self) -> Stage | None:
-        """The stage, read without the lock: for signal handlers."""
+        """Current stage, read without the lock: for signal handlers."""
         return self._status.stage
 
     def update(self, **changes: Any) -> None:  # noqa: ANN401 - the fields of ProgressStatus
-        """Changes some fields of the progress and tells it."""
+        """Change some fields of the progress and report it."""
         with self._lock:
             before = self._status
             self._status = before.model_copy(update={**changes, "update_time": datetime.now(UTC)})
             self._tell(before, self._status)
 
     def say(self, text: str) -> None:
-        """One line for people; programs do not get it."""
+        """Write one line for people; it is not written in JSON format."""
         with self._lock:
             if self._form == "text" and not self._muted:
                 self._write(text, rewrite=False)
 
     def finish(self, document: dict[str, Any], text: str) -> None:
-        """The last line: the result, for programs or for people."""
+        """Write the last line: the result, for programs or for people."""
         with self._lock:
             self._write(json.dumps(document) if self._form == "json" else text, rewrite=False)
 
@@ -79,7 +79,7 @@ class Progress:
             self._write(f"{now.stage}", rewrite=False)
         elif now.step is not None and now.step != before.step and now.stage is Stage.TRAINING:
             rewrite = self._out.isatty()
-            # A line that is rewritten must be one line.
+            # A line that is rewritten must fit on one line.
             width = shutil.get_terminal_size().columns - len(_INDENT) if rewrite else None
             self._write(_INDENT + step_line(now, width=width), rewrite=rewrite)
 
@@ -93,7 +93,7 @@ class Progress:
 
 
 def serve(progress: Progress, port: int) -> ThreadingHTTPServer:
-    """Serves `GET /progress` (JSON) and `GET /metrics` on all addresses, from a thread of its own.
+    """Serve `GET /progress` (JSON) and `GET /metrics` on all addresses, from a separate thread.
 
     Raises:
         InvalidSpecError: the port is in use.
@@ -120,16 +120,16 @@ def serve(progress: Progress, port: int) -> ThreadingHTTPServer:
             self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the standard library's name
-            """Requests are not logged: the operator asks every few seconds."""
+            """Do not log requests: the operator sends one every few seconds."""
 
     class Server(ThreadingHTTPServer):
         daemon_threads = True
 
         def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ANN401 - the standard library's signature
-            """A client that goes away in the middle of an answer is no event."""
+            """Ignore errors: a client that disconnects during a response is no problem."""
 
     try:
-        server = Server(("0.0.0.0", port), Handler)  # noqa: S104 - the operator asks from another pod
+        server = Server(("0.0.0.0", port), Handler)  # noqa: S104 - the operator connects from another pod
     except OSError as error:
         raise InvalidSpecError(
             f"cannot serve progress on port {port}: {error.strerror}; choose another with --progress-port, or 0 for "

@@ -1,7 +1,7 @@
-"""The processes that train together: which one this is, how they meet, and what they agree on.
+"""The processes that train together: this process's rank, how the ranks connect, and what they agree on.
 
-Each process is a rank: one per GPU, or one per pod on the CPU. They meet as torchrun's do, by RANK, WORLD_SIZE,
-LOCAL_RANK, MASTER_ADDR and MASTER_PORT, so a launcher of that kind can start them too.
+Each process is a rank: one per GPU, or one per pod on the CPU. They connect as torchrun's ranks do, with RANK,
+WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, so such a launcher can start them too.
 """
 
 from __future__ import annotations
@@ -26,38 +26,38 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 POD_INDEX = "JOB_COMPLETION_INDEX"
-"""Set by the Job controller in each pod of an Indexed Job."""
+"""Environment variable set by the Job controller in each pod of an Indexed Job."""
 MEETING_SECONDS = 1800.0
-"""For all pods to be scheduled, to pull their image and to start."""
+"""Seconds for all pods to be scheduled, to pull their image and to start."""
 _STEP = timedelta(minutes=30)
-"""For the others to reach the same place of a step."""
+"""Time limit for the other ranks to reach the same point of a step."""
 _LONGEST = timedelta(days=2)
-"""While the first rank publishes, or waits for a store, the others wait for it. A rank that dies is noticed at once."""
+"""Time limit for the first rank to publish or wait for a store. The death of a rank is noticed at once."""
 _POLL_SECONDS = 0.5
 
 
 class PeersMissingError(TrainerError):
-    """The other ranks did not come."""
+    """The other ranks did not connect in time."""
 
     retryable = True
 
 
 class PeerLostError(TrainerError):
-    """Another rank ended before this one was done with it."""
+    """Another rank exited before this one was done with it."""
 
     retryable = True
 
 
 @dataclass
 class Ranks:
-    """The place of this process among those that train together.
+    """Position of this process among those that train together.
 
     Args:
-        rank: 0 reports, saves and publishes.
-        size: number of processes.
-        local_rank: among those of this pod; the number of its GPU.
+        rank: rank of this process; rank 0 reports, saves and publishes.
+        size: number of ranks.
+        local_rank: rank within this pod; the index of its GPU.
         address: host of rank 0.
-        port: of rank 0.
+        port: port of rank 0.
     """
 
     rank: int = 0
@@ -66,20 +66,20 @@ class Ranks:
     address: str = "localhost"
     port: int = 29500
     _agreeing: Any = field(default=None, init=False, repr=False, compare=False)
-    """The process group of what is agreed upon, beside that of the gradients: on the CPU, and patient."""
+    """Process group for agreements, separate from that of the gradients: on the CPU, with a long timeout."""
 
     @property
     def first(self) -> bool:
-        """Whether this process speaks for all."""
+        """True if this is rank 0, which reports for all."""
         return self.rank == 0
 
     @property
     def alone(self) -> bool:
-        """Whether there is no other."""
+        """True if there are no other ranks."""
         return self.size == 1
 
     def environment(self) -> dict[str, str]:
-        """What torch, transformers and accelerate read."""
+        """Environment variables that torch, transformers and accelerate read."""
         if self.alone:
             return {}
         return {
@@ -91,16 +91,16 @@ class Ranks:
         }
 
     def meet(self, backend: str, seconds: float = MEETING_SECONDS) -> None:
-        """Waits for all ranks and joins their process group.
+        """Wait for all ranks and join their process group.
 
-        The waiting is done here, and not in torch's library, where a signal would be looked at only after it.
+        The waiting is done here and not in torch's library, which would handle signals only after it.
 
         Args:
-            backend: gloo, or cpu:gloo,cuda:nccl.
-            seconds: how long the others may take to come.
+            backend: backend of torch.distributed: gloo, or cpu:gloo,cuda:nccl.
+            seconds: time limit for the others to connect.
 
         Raises:
-            PeersMissingError: with who is missing.
+            PeersMissingError: some ranks did not connect; names them.
         """
         if self.alone:
             return
@@ -110,7 +110,7 @@ class Ranks:
         if not self.first:
             self._await_first(deadline, seconds)
         store = dist.TCPStore(
-            # Its own name may not be in the DNS yet.
+            # This pod's own name may not be in the DNS yet.
             "localhost" if self.first else self.address,
             self.port,
             self.size,
@@ -148,10 +148,10 @@ class Ranks:
                 return
 
     def part(self) -> None:
-        """Waits until all ranks are done, and leaves their group.
+        """Wait until all ranks are done, and leave their process group.
 
         Raises:
-            PeerLostError: one of them ended otherwise.
+            PeerLostError: one of them exited otherwise.
         """
         if self.alone:
             return
@@ -161,32 +161,32 @@ class Ranks:
         dist.destroy_process_group()
 
     def wait(self) -> None:
-        """Waits until all ranks are here."""
+        """Wait until all ranks have reached this point."""
         self.any()
 
     def any(self, *flags: bool) -> list[bool]:
-        """Of each flag, whether it is set at any rank."""
+        """For each flag, return True if it is set on any rank."""
         if self.alone:
             return list(flags)
         return [value > 0 for value in self._reduced([float(flag) for flag in flags] or [0.0], "max")][: len(flags)]
 
     def sum(self, *values: float) -> list[float]:
-        """The sums over all ranks."""
+        """Return the sums over all ranks."""
         return list(values) if self.alone else self._reduced(list(values), "sum")
 
     def of_first(self, value: int) -> int:
-        """The first rank's value."""
+        """Return the first rank's value."""
         return value if self.alone else int(self._reduced([float(value) if self.first else 0.0], "sum")[0])
 
     def agree(self, text: str) -> bool:
-        """Whether all ranks have the same text."""
+        """Return True if all ranks have the same text."""
         if self.alone:
             return True
         number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6])  # exact as a float
         return not self.any(number != self.of_first(number))[0]
 
     def once_per_pod(self, file: Path, make: Callable[[], T]) -> T:
-        """What the first rank of a pod makes; the others read what that one wrote into `file`."""
+        """Return what the first rank of a pod makes; the others read what it wrote to `file`."""
         if self.alone:
             return make()
         made: list[T] = []
@@ -223,12 +223,12 @@ def _present(rank: int) -> str:
 
 
 def lost_peer(error: Exception, ranks: Ranks) -> PeerLostError | None:
-    """The error in other words, where it says that another rank is gone."""
+    """Translate the error if it shows that another rank was lost; otherwise return None."""
     if ranks.alone or not isinstance(error, RuntimeError):
         return None
     import torch.distributed as dist  # noqa: PLC0415
 
-    # gloo has no exception of its own.
+    # gloo has no specific exception.
     if not isinstance(error, dist.DistError) and "gloo" not in str(error):
         return None
     return PeerLostError(
@@ -238,13 +238,13 @@ def lost_peer(error: Exception, ranks: Ranks) -> PeerLostError | None:
 
 
 def of_pod(resources: TrainingResources, environment: Mapping[str, str]) -> tuple[Ranks, int]:
-    """The first rank of this pod, or what a launcher made of this process, and how many ranks are to run here.
+    """Return the first rank of this pod, or the rank that a launcher assigned, and the number of ranks to run here.
 
-    Outside a cluster there is one pod, whatever the manifest says: the result does not depend on it.
+    Outside a cluster there is one pod, whatever the manifest states: the result does not depend on it.
 
     Args:
-        resources: of the manifest.
-        environment: of the process.
+        resources: resources of the manifest.
+        environment: environment of the process.
     """
     address, port = environment.get("MASTER_ADDR", "localhost"), int(environment.get("MASTER_PORT", "0"))
     if "RANK" in environment:

@@ -1,4 +1,4 @@
-"""A command as a process of its own, which is ended when it, or a part of it, takes too long."""
+"""Run a command in a child process that is killed if it, or a part of it, takes too long."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _POLL_SECONDS = 0.2
 
 
 def watched(command: Sequence[str], work: Path, deadline_seconds: float) -> TrainerResult:
-    """Run the trainer's command and return its result, or that it did not end.
+    """Run the trainer's command and return its result, or a failure if it did not finish.
 
     Signals are passed on.
 
     Args:
         command: without `--termination-message`.
-        work: folder for the result that the process leaves.
-        deadline_seconds: that the whole command may take.
+        work: folder for the result file of the child process.
+        deadline_seconds: time limit for the whole command.
     """
     message, activity = work / "result.json", work / "activity"
     message.unlink(missing_ok=True)

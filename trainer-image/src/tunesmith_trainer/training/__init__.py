@@ -1,1 +1,1 @@
-"""Training: a Trainer over our own tokens and batches, watched at every step."""
+"""Training: a Trainer with its own tokens and batches, monitored at every step."""

@@ -1,4 +1,4 @@
-"""The hyperparameters as the Trainer's arguments."""
+"""Convert the hyperparameters to the Trainer's arguments."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _OPTIMIZERS = {
 
 
 def arguments(job: FineTuneJob, prepared: Prepared, work: Path, device: torch.device) -> TrainingArguments:
-    """The arguments of a run: one optimizer step is one log line; nothing is saved or reported by itself."""
+    """Return the arguments of a run: one log line per optimizer step; the Trainer itself saves and reports nothing."""
     hyper = job.spec.hyperparameters
     resolved = prepared.resolved
     assert resolved.micro_batch_size is not None  # noqa: S101 - prepare() fills everything
@@ -50,7 +50,7 @@ def arguments(job: FineTuneJob, prepared: Prepared, work: Path, device: torch.de
         data_seed=hyper.seed,
         bf16=resolved.precision is Precision.BFLOAT16,
         use_cpu=device.type == "cpu",
-        # What the Trainer would remove, its own collator needs.
+        # The collator needs columns that the Trainer would remove.
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,

@@ -1,4 +1,4 @@
-"""Attention over sequences that stand one after the other in one row, each seeing itself alone."""
+"""Attention over sequences that are concatenated in one row, each attending to itself alone."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
 
 _KERNEL_TYPES = (torch.bfloat16, torch.float16)
 _KERNEL_CAPABILITY = (8, 0)
-"""Compute capability that PyTorch's FlashAttention needs: Ampere."""
+"""Minimum compute capability for PyTorch's FlashAttention: Ampere."""
 _KERNEL_WIDTH = 256
-"""Widest head that it computes."""
+"""Maximum head width that it supports."""
 
 
 class Attention(StrEnum):
-    """How a row's sequences attend, by the name under which transformers knows it."""
+    """Attention implementation for a row's sequences, by its name in transformers."""
 
     VARLEN = "tunesmith_varlen"
     """One FlashAttention call for all sequences; on GPUs, in 16 bits."""
     SEGMENTS = "tunesmith_segments"
-    """One call per sequence, of the kernel that PyTorch finds best; anywhere."""
+    """One call per sequence, of the kernel that PyTorch considers best; on any device."""
 
 
 def has_varlen_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a device computes `Attention.VARLEN` with products of a type."""
+    """Return True if a device supports `Attention.VARLEN` with products of a type."""
     if device.type != "cuda" or dtype not in _KERNEL_TYPES:
         return False
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= _KERNEL_CAPABILITY
@@ -54,23 +54,24 @@ def segment_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each sequence: the work grows with the sequences' own lengths.
+    """Compute causal attention within each sequence: the work grows with the sequences' own lengths.
 
     Args:
         module: the attention layer.
         query: (1, heads, tokens, width).
         key: (1, key heads, tokens, width).
         value: as key.
-        attention_mask: must be absent: sequences are told apart by their bounds.
-        dropout: probability.
-        scaling: factor of the scores; absent: 1 / √width.
-        cu_seq_lens_q: bounds of the sequences, from 0 to tokens; absent: one sequence.
-        sequence_bounds: the same where the host knows them: reading a GPU's would wait for it at every layer.
-        sliding_window: tokens that a token sees, itself included.
-        kwargs: for other implementations.
+        attention_mask: must be None: sequences are separated by their bounds.
+        dropout: dropout probability.
+        scaling: factor of the scores; None: 1 / √width.
+        cu_seq_lens_q: bounds of the sequences, from 0 to tokens; None: one sequence.
+        sequence_bounds: the same bounds on the host, if known: reading them from a GPU would synchronise at every
+            layer.
+        sliding_window: tokens that a token attends to, itself included.
+        kwargs: arguments of other implementations: some are refused, the others do not apply.
 
     Raises:
-        NotImplementedError: for what it would compute wrongly.
+        NotImplementedError: the arguments are not supported and the result would be wrong.
     """
     _refuse_others(query, key, attention_mask, kwargs)
     groups = query.shape[1] // key.shape[1]
@@ -114,29 +115,29 @@ def varlen_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What `segment_attention` computes, in one call of PyTorch's FlashAttention for sequences of any length.
+    """Compute the same as `segment_attention` in one call of PyTorch's FlashAttention for sequences of any length.
 
     Args:
-        module: as there; so are the others.
+        module: the attention layer.
         query: (1, heads, tokens, width).
         key: (1, key heads, tokens, width).
         value: as key.
-        attention_mask: must be absent.
+        attention_mask: must be None.
         dropout: must be 0: the kernel has none.
-        scaling: factor of the scores; absent: 1 / √width.
-        cu_seq_lens_q: bounds of the sequences, int32, on the device; absent: one sequence.
-        max_length_q: tokens of the longest sequence; absent: all tokens.
-        sliding_window: tokens that a token sees, itself included.
-        kwargs: for other implementations.
+        scaling: factor of the scores; None: 1 / √width.
+        cu_seq_lens_q: bounds of the sequences, int32, on the device; None: one sequence.
+        max_length_q: tokens of the longest sequence; None: all tokens.
+        sliding_window: tokens that a token attends to, itself included.
+        kwargs: arguments of other implementations: some are refused, the others do not apply.
 
     Raises:
-        NotImplementedError: for what it would compute wrongly.
+        NotImplementedError: the arguments are not supported and the result would be wrong.
     """
     _refuse_others(query, key, attention_mask, kwargs)
     if dropout or query.shape[-1] > _KERNEL_WIDTH or query.shape[-1] != value.shape[-1]:
         raise NotImplementedError("the kernel has no dropout, and heads of one width up to 256")
     kind = query.device.type
-    # Layers that compute positions in float32 leave them so; under autocast a product would round them.
+    # Layers that compute positions in float32 leave them in it; under autocast a product would round them.
     rounded = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if rounded else query.dtype
     rows = [part[0].transpose(0, 1).to(dtype) for part in (query, key, value)]
@@ -152,7 +153,7 @@ def varlen_attention(
         longest,
         longest,
         scale=scaling,
-        # Tokens to the left of one's own, and to the right; -1: all.
+        # Tokens to the left of the token, and to its right; -1: all.
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
@@ -173,7 +174,7 @@ AttentionInterface.register(Attention.VARLEN, varlen_attention)
 
 @contextmanager
 def attending(model: PreTrainedModel, attention: Attention) -> Iterator[None]:
-    """The model attends so within, as before after: generation with a cache needs its own attention."""
+    """Make the model use this attention within the block: generation with a cache needs the model's own."""
     before = model.config._attn_implementation  # noqa: SLF001 - there is a public setter and no public getter
     model.set_attn_implementation(attention)
     try:

@@ -1,7 +1,7 @@
-"""Which rows an optimizer step takes, and how they become micro-batches.
+"""Select the rows of an optimizer step, and divide them into micro-batches.
 
-The rows of a step follow from the seed, the step and the batch size alone. Ranks and micro-batches only divide them,
-and the loss is a sum over target tokens divided by those of the whole step, so neither changes the result.
+The rows of a step depend only on the seed, the step and the batch size. Ranks and micro-batches only divide them, and
+the loss is a sum over target tokens divided by those of the whole step, so neither changes the result.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ _READ_ROWS = 1000
 
 
 class Layout(StrEnum):
-    """How the rows of a micro-batch lie in its tensors."""
+    """Layout of the rows of a micro-batch in its tensors."""
 
     FLAT = "flat"
-    """(1, tokens): one after the other, told apart by `cu_seq_lens_q`; nothing is spent on padding."""
+    """(1, tokens): concatenated, separated by `cu_seq_lens_q`; no padding."""
     PADDED = "padded"
-    """(rows, longest): on the right, with a mask where there is padding."""
+    """(rows, longest): padded on the right, with a mask where there is padding."""
 
 
 def row_lengths(rows: Dataset) -> NDArray[np.int64]:
-    """Tokens of each row, read in parts: the rows themselves are never whole in memory."""
+    """Return the tokens of each row, read in parts: the rows are never all in memory."""
     parts = rows.select_columns("input_ids").with_format("arrow").iter(_READ_ROWS)
     return np.concatenate([pc.list_value_length(part["input_ids"]).to_numpy() for part in parts]).astype(np.int64)
 
@@ -47,13 +47,13 @@ def row_lengths(rows: Dataset) -> NDArray[np.int64]:
 class Plan(Sampler[list[int]]):
     """The rows of each optimizer step of a run.
 
-    Every pass over the rows takes each row once, in an order of its own; its last step may be smaller. The very first
-    step takes the longest rows: what needs the most memory runs first, whatever the micro-batch size.
+    Every pass over the rows takes each row once, in a different order; its last step may be smaller. The very first
+    step takes the longest rows: the step that needs the most memory runs first, whatever the micro-batch size.
 
     Args:
-        lengths: tokens of each row.
+        lengths: tokens per row.
         batch_size: rows per optimizer step, over all ranks.
-        seed: of the order.
+        seed: seed of the order.
         steps: optimizer steps of the run.
     """
 
@@ -65,15 +65,15 @@ class Plan(Sampler[list[int]]):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of one pass over the rows."""
+        """Number of optimizer steps of one pass over the rows."""
         return -(-len(self._lengths) // self._batch_size)
 
     def epoch(self, step: int) -> float:
-        """Passes over the rows after `step` steps."""
+        """Return the number of passes over the rows after `step` steps."""
         return step / self.steps_per_epoch
 
     def order(self, epoch: int) -> NDArray[np.int64]:
-        """The rows of a pass (counted from 0), in the order in which the steps take them."""
+        """Return the rows of a pass (counted from 0), in the order in which the steps take them."""
         order = np.random.default_rng((self._seed, epoch)).permutation(len(self._lengths))
         if epoch > 0:
             return order
@@ -94,15 +94,15 @@ class Plan(Sampler[list[int]]):
 
 
 def micro_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Places of rows, divided into micro-batches of at most `size` rows of similar length, the longest first."""
+    """Divide row indices into micro-batches of at most `size` rows of similar length, the longest first."""
     places = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
     return [places[start : start + size] for start in range(0, len(places), size)]
 
 
 def share(parts: Sequence[list[int]], rank: int, ranks: int) -> list[list[int]]:
-    """The micro-batches of one rank; an empty one fills up where others have one more.
+    """Return the micro-batches of one rank; if others have one more, an empty one is added.
 
-    Every rank gets the same number, because the ranks' forward and backward passes meet.
+    Every rank gets the same number, because the ranks' forward and backward passes communicate.
     """
     rounds = -(-len(parts) // ranks)
     own = list(parts[rank::ranks])
@@ -111,13 +111,13 @@ def share(parts: Sequence[list[int]], rank: int, ranks: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Step:
-    """What one rank computes for one optimizer step.
+    """Input of one rank for one optimizer step.
 
     Attributes:
-        micro_batches: the rank's own.
-        counts: by term of the objective, what it is divided by: of the whole step, over all ranks.
+        micro_batches: micro-batches of the rank.
+        counts: divisor of each term of the objective: of the whole step, over all ranks.
         tokens: tokens of the whole step, over all ranks, without padding.
-        mismatched: micro-batches of the rank's own mismatched rows, where the objective needs them.
+        mismatched: micro-batches of the rank's own mismatched rows, if the objective needs them.
     """
 
     micro_batches: list[dict[str, Any]]
@@ -128,15 +128,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Collator:
-    """Turns the rows of a step into the micro-batches of a rank.
+    """Converts the rows of a step to the micro-batches of a rank.
 
     Args:
         size: rows per micro-batch.
         pad: token for padding.
-        layout: of a micro-batch.
-        rank: of this process.
-        ranks: number of processes.
-        objective: counts what its terms are divided by.
+        layout: layout of a micro-batch.
+        rank: rank of this process.
+        ranks: number of ranks.
+        objective: counts the divisors of its terms.
     """
 
     size: int
@@ -147,7 +147,7 @@ class Collator:
     objective: StepObjective = field(default_factory=SupervisedObjective)
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Step]:
-        """The rank's share of a step, under the key `step`: a Trainer takes mappings only."""
+        """Return the rank's share of a step, under the key `step`: a Trainer accepts mappings only."""
         return {
             "step": Step(
                 micro_batches=self._own(rows),
@@ -163,7 +163,7 @@ class Collator:
         return [self.join([rows[place] for place in part] if part else [silent(rows[0])]) for part in own]
 
     def join(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """The tensors of one micro-batch."""
+        """Return the tensors of one micro-batch."""
         batch = _flat(rows) if self.layout is Layout.FLAT else _padded(rows, self.pad)
         if DESIRABLE in rows[0]:
             batch[DESIRABLE] = torch.tensor([bool(row[DESIRABLE]) for row in rows])
@@ -171,14 +171,14 @@ class Collator:
 
 
 def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """A micro-batch with its tensors on a device."""
+    """Return a micro-batch with its tensors on a device."""
     return {name: part.to(device) if isinstance(part, torch.Tensor) else part for name, part in batch.items()}
 
 
 def mismatched(rows: Sequence[Row]) -> list[Row]:
-    """Each row's prompt with the answer of the row before it (the first's: of the last), no longer than the rows.
+    """Combine each row's prompt with the answer of the row before it (or the last), no longer than the rows.
 
-    A row alone has no other, so there is none.
+    Return an empty list for a single row, which has no other.
     """
     if len(rows) == 1:
         return []
@@ -195,7 +195,7 @@ def mismatched(rows: Sequence[Row]) -> list[Row]:
 
 
 def silent(row: Row) -> Row:
-    """A row like another one, but short and without targets, for a rank that has nothing to add."""
+    """Return a short row like another one but without targets, for a rank that has nothing to add."""
     ids = row["input_ids"][:1]
     sequences = len(row.get("seq_lengths", [0]))
     silent = {"input_ids": [*ids, *ids] * sequences, "labels": [IGNORED] * 2 * sequences}
@@ -225,7 +225,7 @@ def _flat(rows: Sequence[Row]) -> dict[str, Any]:
     bounds = torch.tensor([0, *np.cumsum(sizes).tolist()], dtype=torch.int32)
     ids = torch.cat([torch.as_tensor(ids) for ids, _ in pieces]).long()
     labels = torch.cat([torch.as_tensor(labels) for _, labels in pieces]).long()
-    labels[bounds[:-1].long()] = IGNORED  # what precedes a sequence does not predict it
+    labels[bounds[:-1].long()] = IGNORED  # the token before a sequence does not predict its first
     return {
         "input_ids": ids[None],
         "labels": labels[None],
@@ -239,7 +239,7 @@ def _flat(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _sequences(row: Row) -> Iterator[tuple[Any, Any]]:
-    """The sequences of a row: itself, or those of a packed bin."""
+    """Yield the sequences of a row: itself, or those of a packed row."""
     start = 0
     sizes = row.get("seq_lengths")
     for size in [len(row["input_ids"])] if sizes is None else sizes:

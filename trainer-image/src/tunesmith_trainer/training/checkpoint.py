@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, verified before they are used, kept in the job's store.
+"""Checkpoints: written atomically, verified before they are used, kept in the job's store.
 
 A checkpoint is a folder `step-<8 digits>`. It is written under another name, every file is fsynced, `checkpoint.json`
 with the SHA-256 of each comes last, then the folder is renamed. In a remote store `checkpoint.json` is uploaded last.
@@ -36,17 +36,17 @@ _FILE_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
 _UNFINISHED = ".unfinished-"
 _SCHEMA_VERSION = 1
 _LAST_UPLOAD_SECONDS = 60.0
-"""That an upload under way at the end of the job may take, before all checkpoints are removed."""
+"""Seconds that an upload in progress at the end of the job may take, before all checkpoints are removed."""
 UPLOAD_RETRY = Retry(attempts=1_000_000, first=1.0, longest=60.0)
-"""Training goes on meanwhile, and a newer checkpoint takes the place of one that waits."""
+"""Retries during training; a newer checkpoint replaces one that waits."""
 
 
 class DamagedCheckpointError(Exception):
-    """A checkpoint that must not be used; the text says what is wrong with it."""
+    """A checkpoint that must not be used; the text describes the problem."""
 
 
 class OtherJobError(Exception):
-    """A whole checkpoint, of another spec or other data."""
+    """A complete checkpoint, but of another spec or other data."""
 
 
 class NotWrittenError(Exception):
@@ -55,33 +55,33 @@ class NotWrittenError(Exception):
 
 @dataclass(frozen=True)
 class Saved:
-    """A verified checkpoint on this machine's disk."""
+    """A verified checkpoint on local disk."""
 
     step: int
     path: Path
 
 
 def name_of(step: int) -> str:
-    """The folder's name; names sort as steps do."""
+    """Return the folder's name; names sort in the order of steps."""
     return f"step-{step:08d}"
 
 
 def steps_of(names: list[str]) -> list[int]:
-    """The steps among the names of folders, newest first."""
+    """Return the steps among the names of folders, newest first."""
     return sorted((int(match.group(1)) for match in map(_NAME.match, names) if match), reverse=True)
 
 
 def write(parent: Path, step: int, binding: str, fill: Callable[[Path], None]) -> Path:
-    """Writes a checkpoint; it appears under its name when it is whole and on the disk.
+    """Write a checkpoint; it appears under its name once it is complete and on disk.
 
     Args:
         parent: folder of the checkpoints.
         step: optimizer steps done.
-        binding: digest of what determines the run.
-        fill: writes the files into the folder it gets.
+        binding: digest of everything that determines the run.
+        fill: writes the files into the folder that it is given.
 
     Raises:
-        NotWrittenError: the disk is full or not writable.
+        NotWrittenError: the disk is full or read-only.
     """
     unfinished = parent / f"{_UNFINISHED}{step}"
     final = parent / name_of(step)
@@ -96,12 +96,12 @@ def write(parent: Path, step: int, binding: str, fill: Callable[[Path], None]) -
         (unfinished / MANIFEST).write_bytes(manifest)
         _sync(unfinished / MANIFEST)
         _sync(unfinished)
-        if final.exists():  # a damaged one of that step, from which an earlier one was taken
+        if final.exists():  # a damaged one of that step: the run resumed from an earlier one
             shutil.rmtree(final)
         unfinished.rename(final)
         _sync(parent)
     except Exception as error:
-        # torch and safetensors have exceptions of their own for a disk that is full.
+        # torch and safetensors have their own exceptions for a full disk.
         text = _full_disk(error, parent)
         shutil.rmtree(unfinished, ignore_errors=True)
         if text is None:
@@ -111,11 +111,11 @@ def write(parent: Path, step: int, binding: str, fill: Callable[[Path], None]) -
 
 
 def verify(folder: Path, step: int, binding: str) -> None:
-    """Checks every byte of a checkpoint.
+    """Verify every byte of a checkpoint.
 
     Raises:
-        DamagedCheckpointError: a file is missing, too many or changed.
-        OtherJobError: it is whole, but belongs to another run.
+        DamagedCheckpointError: a file is missing, unexpected or changed.
+        OtherJobError: the checkpoint is complete, but belongs to another run.
     """
     try:
         data = (folder / MANIFEST).read_bytes()
@@ -137,10 +137,10 @@ def verify(folder: Path, step: int, binding: str) -> None:
 
 
 def parse(data: bytes, step: int) -> dict[str, Any]:
-    """The content of `checkpoint.json`.
+    """Return the content of `checkpoint.json`.
 
     Raises:
-        DamagedCheckpointError: it is not what was written.
+        DamagedCheckpointError: the content is invalid.
     """
     try:
         document = json.loads(data)
@@ -161,17 +161,17 @@ def parse(data: bytes, step: int) -> dict[str, Any]:
 
 
 class Checkpoints:
-    """The checkpoints of one job.
+    """Checkpoints of one job.
 
-    In a folder of this machine they are written in place; to a store they are uploaded by a thread, and training does
-    not wait for it.
+    They are written in place to a local folder; to a store they are uploaded by a thread, for which training does not
+    wait.
 
     Args:
-        folder: where they are kept.
-        scratch: folder of this machine, for writing and downloading.
-        binding: digest of what determines the run; a checkpoint with another one is refused.
-        keep: how many of the newest are kept.
-        say: tells a person what happened.
+        folder: folder that they are kept in.
+        scratch: local folder for writing and downloading.
+        binding: digest of everything that determines the run; a checkpoint with another one is refused.
+        keep: number of the newest checkpoints to keep.
+        say: reports events to a person.
         retry: pauses between attempts to upload.
     """
 
@@ -201,16 +201,16 @@ class Checkpoints:
 
     @property
     def last(self) -> int | None:
-        """Step of the newest checkpoint that is whole in its store."""
+        """Step of the newest checkpoint that is complete in its store."""
         return self._last
 
     @property
     def pending(self) -> bool:
-        """Whether a checkpoint still has to reach the store; read without a lock, for signal handlers."""
+        """True if a checkpoint still has to reach the store; read without a lock, for signal handlers."""
         return self._waiting is not None or self._busy
 
     def newest(self) -> Saved | None:
-        """The newest checkpoint that verifies, on this machine's disk; those that do not are told and removed.
+        """Return the newest checkpoint that verifies, on local disk; those that do not are reported and removed.
 
         Raises:
             InvalidSpecError: the folder holds checkpoints of another spec or other data.
@@ -238,10 +238,10 @@ class Checkpoints:
         return None
 
     def at(self, step: int) -> Saved:
-        """The checkpoint that another process of the run found whole, on this machine's disk.
+        """Return the checkpoint that another process of the run found complete, on local disk.
 
         Raises:
-            StorageUnavailableError: it is not whole here, or the store did not answer.
+            StorageUnavailableError: it is incomplete here, or the store did not answer.
         """
         try:
             path = self._fetch(step)
@@ -252,9 +252,9 @@ class Checkpoints:
         return Saved(step, path)
 
     def save(self, step: int, fill: Callable[[Path], None]) -> bool:
-        """Writes a checkpoint and, to a store, begins to upload it; False, and a sentence, where it cannot be written.
+        """Write a checkpoint and, for a store, start its upload; if it cannot be written, report why and return False.
 
-        What was saved before stays as it is until the new one is whole.
+        Earlier checkpoints are kept until the new one is complete.
         """
         try:
             path = write(self._local or self._scratch, step, self._binding, fill)
@@ -270,12 +270,12 @@ class Checkpoints:
         return True
 
     def flush(self, seconds: float) -> bool:
-        """Waits until everything is in the store, at most so long; whether it is."""
+        """Wait until everything is in the store, at most `seconds`; return True if it is."""
         with self._changed:
             return self._changed.wait_for(lambda: not self.pending, timeout=seconds)
 
     def clear(self) -> None:
-        """Removes all of them, once the artifact is published: best effort."""
+        """Remove all checkpoints once the artifact is published; best effort."""
         with self._changed:
             self._waiting = None
             self._closed = True
@@ -344,7 +344,7 @@ class Checkpoints:
                     self._changed.notify_all()
 
     def _upload_patiently(self, saved: Saved) -> None:
-        """Uploads until it succeeds, a newer checkpoint waits or none is needed any more."""
+        """Upload until it succeeds, a newer checkpoint is waiting, or none is needed any more."""
         told = False
         for pause in self._retry.pauses():
             try:
@@ -375,7 +375,7 @@ class Checkpoints:
         remote = remote_at(saved.step)
         for file in sorted(saved.path.iterdir(), key=lambda file: (file.name == MANIFEST, file.name)):
             remote.upload(file.name, file)
-        # What an upload that was given up or killed left is not counted among those that are kept.
+        # Remains of an upload that was given up or killed do not count towards the checkpoints to keep.
         stored = {step: remote_at(step) for step in steps_of(self._folder.child(retry=impatient).folders())}
         whole = [step for step, folder in stored.items() if folder.exists(MANIFEST)]
         for step in stored.keys() - set(whole[: self._keep]):
@@ -411,7 +411,7 @@ def _remove_unfinished(parent: Path) -> None:
 
 
 def _full_disk(error: Exception, parent: Path) -> str | None:
-    """What is wrong with the disk; None where the error is another one."""
+    """Describe the problem with the disk; None if the error has another cause."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno is not None:

@@ -1,7 +1,7 @@
-"""Norms and feed-forward layers as kernels that torch.compile makes of them: fewer passes over the activations.
+"""Compile norms and feed-forward layers with torch.compile: fewer passes over the activations.
 
-Attention is left out: its matrix products and its softmax are kernels already, and what tells sequences apart would
-compile it anew for every batch.
+Attention is excluded: its matrix products and its softmax are kernels already, and the arguments that separate
+sequences would require compiling again for every batch.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _NAMES = ("RMSNorm", "MLP")
-"""How the classes of such layers end in transformers. A norm that is one kernel by itself gains nothing."""
+"""Suffixes of the names of such layers' classes in transformers. A norm that is already one kernel gains nothing."""
 _ROW_TOKENS = 19
 
 
 def as_compiled() -> AbstractContextManager[None]:
-    """Compiled layers compute so within; everywhere else as they are written.
+    """Run the compiled form of compiled layers within the block; outside of it they run as written.
 
-    Generation and evaluation have shapes of their own, for which compiling again takes longer than it saves.
+    Generation and evaluation have different shapes, for which compiling again takes longer than it saves.
     """
     stance: AbstractContextManager[None] = torch.compiler.set_stance("default")
     return stance
@@ -58,34 +58,35 @@ def compile_layers(
     *,
     asked: bool,
 ) -> bool:
-    """Compiles a model's norms and feed-forward layers, and tries them on two short rows; whether they stay compiled.
+    """Compile a model's norms and feed-forward layers and try them on two short rows; True if they stay compiled.
 
-    They do at all ranks or at none.
+    They stay compiled on all ranks or on none.
 
-    The rows are the same at every start of a job, so that what is compiled, and with it the result, is as well.
+    The rows are the same in every attempt of a job, so that the compiled code, and with it the result, is as well.
 
     Args:
         model: base with adapter.
-        base: the model inside.
-        way: how the loss is computed.
-        cache: folder for what is compiled.
-        say: tells a person.
-        ranks: that train together.
-        asked: the user wants it, so that it must work; otherwise the layers stay as they are where it does not.
+        base: the model inside it.
+        way: layout and attention.
+        cache: folder for compiled code.
+        say: reports to a person.
+        ranks: ranks that train together.
+        asked: True if the user requests it, so that it must work; otherwise layers that cannot be compiled stay as they
+            are.
 
     Raises:
-        InvalidSpecError: it was asked for and is not possible.
+        InvalidSpecError: it was requested and is not possible.
     """
     layers = [module for name, module in base.named_modules() if _gains(name, module)]
     if not layers:
         return _refused(f"a {type(base).__name__} has no layers that are known to gain", say, asked=asked)
-    # A pod's user has no name, by which the compiler would name a folder; the few kernels need no pool of processes.
+    # A pod's user has no name, which the compiler needs to name a folder; the few kernels need no process pool.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     torch.compiler.set_stance("force_eager")
     expected = _tried(model, base, way)
     for layer in layers:
-        # Dropout takes the random numbers that it would take uncompiled.
+        # Dropout draws the same random numbers as without compilation.
         layer.compile(dynamic=True, options={"fallback_random": True})
     reason = None
     try:
@@ -96,14 +97,15 @@ def compile_layers(
         lost = lost_peer(error, ranks)
         if lost is not None:
             raise lost from error
-        # A compiler can fail in any way, and training goes on without it.
+        # A compiler can fail in any way, and training continues without it.
         reason = " ".join(str(error).split())[:300]
-    # An error that was asked for does not wait for the others: they may be in a layer that all have to gather.
+    # If it was requested, do not wait for the others before raising: they may be in a layer that all ranks have to
+    # gather.
     if (reason is None or not asked) and not ranks.any(reason is not None)[0]:
         say(f"  compiled {len(layers)} norms and feed-forward layers")
         return True
     if reason is not None and not ranks.first:
-        log.warning("layers are not compiled: %s", reason)  # what it says is not heard
+        log.warning("layers are not compiled: %s", reason)  # only the first rank can use `say`
     for layer in layers:
         layer._compiled_call_impl = None  # noqa: SLF001 - `compile` has no other way back
     return _refused(reason or "they cannot be at another rank, whose log says why", say, asked=asked)
@@ -124,7 +126,7 @@ def _refused(reason: str, say: Callable[[str], None], *, asked: bool) -> bool:
 
 
 def _tried(model: PeftModel, base: PreTrainedModel, way: Way) -> torch.Tensor:
-    """Loss and the norms of all gradients, or of the rank's parts of them, in float64, for two rows of fixed tokens."""
+    """Return the loss and the norms of all gradients, or of this rank's shards, in float64, for two fixed rows."""
     vocabulary = base.config.get_text_config().vocab_size
     ids = [[(3 + 7 * place) % vocabulary for place in range(size)] for size in (_ROW_TOKENS, _ROW_TOKENS - 7)]
     rows = [{"input_ids": row, "labels": [IGNORED, *row[1:]]} for row in ids]
@@ -138,7 +140,7 @@ def _tried(model: PeftModel, base: PreTrainedModel, way: Way) -> torch.Tensor:
         with torch.random.fork_rng(gpus), way.attending(base), training_precision(model), as_compiled():
             torch.manual_seed(0)
             summed = model(**batch, target_loss=True).summed
-            summed.backward()  # not `grad`: in the graph of weights that are shared out there are others
+            summed.backward()  # not `grad`: the graph of sharded weights includes other weights
         norms = [own_part(one.grad).double().norm() for one in parameters if one.grad is not None]
     finally:
         model.train(was_training)

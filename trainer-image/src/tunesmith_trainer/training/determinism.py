@@ -1,4 +1,4 @@
-"""Equal bits from equal runs on a GPU. On a CPU they come by themselves."""
+"""Bit-identical results of equal runs on a GPU. On a CPU they are so by default."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ _LACKING = re.compile(r"(\S+) does not have a deterministic implementation")
 
 
 def repeatable(device: torch.device, run: Callable[[], T], say: Callable[[str], None]) -> T:
-    """What `run` returns, computed with PyTorch's deterministic algorithms on a GPU.
+    """Return the result of `run`, computed with PyTorch's deterministic algorithms on a GPU.
 
-    Where the model needs an operation that has none, that is said and the run begins again without the demand: a job
-    must not fail for it. cuBLAS needs the environment variable CUBLAS_WORKSPACE_CONFIG, which the command sets.
+    If the model needs an operation that has none, this is reported and the run starts again without the requirement: a
+    job must not fail because of it. cuBLAS needs the environment variable CUBLAS_WORKSPACE_CONFIG, which the command
+    sets.
 
     Args:
-        device: where it computes.
-        run: may be called twice.
-        say: tells a person.
+        device: device of the computation.
+        run: computation; may be called twice.
+        say: reports to a person.
     """
     if device.type != "cuda":
         return run()
     torch.backends.cudnn.benchmark = False
-    # The content of new tensors decides nothing here, and filling them costs time.
+    # Uninitialised tensors do not affect the result here, and filling them costs time.
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.use_deterministic_algorithms(mode=True)
     try:

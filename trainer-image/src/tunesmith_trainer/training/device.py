@@ -8,14 +8,14 @@ from tunesmith_trainer.errors import InvalidSpecError
 
 
 def choose_device(gpus: int, number: int = 0) -> torch.device:
-    """Return the device that the manifest asks for.
+    """Return the device that the manifest requests.
 
     Args:
-        gpus: of the manifest.
-        number: which of them.
+        gpus: number of GPUs of the manifest.
+        number: index of the device.
 
     Raises:
-        InvalidSpecError: it asks for more GPUs than there are.
+        InvalidSpecError: the manifest requests more GPUs than there are.
     """
     if gpus == 0:
         return torch.device("cpu")
@@ -35,5 +35,5 @@ def choose_device(gpus: int, number: int = 0) -> torch.device:
 
 
 def device_memory(device: torch.device) -> int | None:
-    """Bytes of memory of a GPU; None for the CPU."""
+    """Return the memory of a GPU in bytes; None for the CPU."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None

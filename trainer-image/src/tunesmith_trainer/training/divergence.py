@@ -1,4 +1,4 @@
-"""When a training loss has run away: a pure function of the losses so far."""
+"""Detect a diverged training loss: a pure function of the losses so far."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _MARGIN = 2.0
 
 
 def far_off(losses: Sequence[float], steps: int = 1) -> bool:
-    """Whether each of the last `steps` losses is both twice the first ones and 2 above them.
+    """Return True if each of the last `steps` losses is both twice the initial loss and 2 above it.
 
-    Twice the first loss and 2 nats more is far above what warm-up or an order by difficulty causes: a model in that
-    state has forgotten what it knew.
+    Twice the initial loss and 2 nats more is far above the effect of warm-up or of rows ordered by difficulty: a model
+    in that state has forgotten what it knew.
 
     Args:
-        losses: of every step so far.
-        steps: how many of the last count.
+        losses: losses of all steps so far.
+        steps: number of last steps to consider.
     """
     if len(losses) < _FIRST_STEPS + steps:
         return False
@@ -31,5 +31,5 @@ def far_off(losses: Sequence[float], steps: int = 1) -> bool:
 
 
 def diverged(losses: Sequence[float]) -> bool:
-    """Whether the last 20 losses are far off: one odd batch does not count, and a loss that comes back goes on."""
+    """Return True if the last 20 losses are far off: one odd batch does not count, nor does a loss that recovers."""
     return far_off(losses, SUSTAINED_STEPS)

@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 def held_out_loss(
     model: PeftModel, rows: Dataset, collate: Collator, batch_size: int, *, adapter: bool, ranks: Ranks
 ) -> float:
-    """The objective's loss over all rows (SFT: nats per target token), whatever the batches.
+    """Return the objective's loss over all rows (SFT: nats per target token), independent of the batches.
 
     Args:
-        model: base with adapter; its forward pass must have the `target_loss` that training has.
+        model: base with adapter; its forward pass must have the same `target_loss` as in training.
         rows: tokenised rows.
-        collate: rows → tensors of a batch, as in training, with the objective.
+        collate: converts rows to the tensors of a batch, as in training, with the objective.
         batch_size: rows per forward pass.
-        adapter: with the adapter, or the base alone.
-        ranks: that share the batches out; each gets the same mean.
+        adapter: True for the loss with the adapter, False for the base alone.
+        ranks: ranks over which the batches are divided; each gets the same mean.
     """
     objective = collate.objective
     forward = Forward(model, model, adapter=adapter)
@@ -63,7 +63,7 @@ def held_out_loss(
 
 
 def _own(batches: Iterator[list[Row]], ranks: Ranks) -> Iterator[list[Row]]:
-    """The batches of one rank; an empty one where others have one more, because their forward passes may meet."""
+    """Yield the batches of one rank, with an empty one if others have one more: forward passes may communicate."""
     while together := list(islice(batches, ranks.size)):
         yield together[ranks.rank] if ranks.rank < len(together) else []
 
@@ -73,7 +73,7 @@ def _idle(rows: Dataset) -> list[Row]:
 
 
 def _batches(rows: Dataset, size: int, *, others: bool = False) -> Iterator[list[Row]]:
-    """Rows of similar length together: little padding, the same sum; `others`: with another row's answer each."""
+    """Yield batches of rows of similar length: little padding, same sum; `others`: with another row's answer each."""
     order = np.argsort(-row_lengths(rows), kind="stable").tolist()
     fast = rows.with_format("numpy")
     for start in range(0, len(order), size):

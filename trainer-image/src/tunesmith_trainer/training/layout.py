@@ -1,4 +1,4 @@
-"""Which way of computing the loss is the fastest that a model computes rightly: tried on two short rows."""
+"""Choose the fastest loss implementation with which a model is correct: they are tried on two short rows."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ log = logging.getLogger(__name__)
 
 _TOLERANCE = {torch.float32: 1e-4}
 _TOLERANCE_ROUNDED = 2e-2
-"""Relative, for types with fewer digits."""
+"""Relative tolerance for types with fewer digits."""
 _ROW_TOKENS = 12
 _REFUSALS = (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError)
-"""What a way raises that a model does not bear."""
+"""Errors raised by implementations that a model does not support."""
 
 
 @dataclass(frozen=True)
 class Way:
-    """A way of computing the loss.
+    """A loss implementation.
 
     Attributes:
-        layout: how rows lie in a micro-batch.
-        attention: how they attend; None: as the model does by itself.
-        whole_logits: whether the model's own forward pass makes all logits.
+        layout: layout of the rows in a micro-batch.
+        attention: attention implementation; None: the model's default.
+        whole_logits: True if the model's own forward pass computes all logits.
     """
 
     layout: Layout
@@ -53,38 +53,38 @@ class Way:
         return f"rows {self.layout}{attention}, logits {'whole' if self.whole_logits else 'chunked'}"
 
     def attending(self, base: PreTrainedModel) -> AbstractContextManager[None]:
-        """The model attends so within a `with` block."""
+        """Make the model use this attention within the block."""
         return nullcontext() if self.attention is None else attending(base, self.attention)
 
 
 def products_of(base: PreTrainedModel) -> torch.dtype:
-    """The type of a base's products."""
+    """Return the type of a base's matrix products."""
     return base.config.dtype or torch.float32
 
 
 def tolerance(base: PreTrainedModel) -> float:
-    """How far, relatively, equal results of two ways may be apart in the type of a base's products."""
+    """Return the relative tolerance for equal results of two implementations, in the type of a base's products."""
     return _TOLERANCE.get(products_of(base), _TOLERANCE_ROUNDED)
 
 
 def ways(device: torch.device, dtype: torch.dtype) -> list[Way]:
-    """The ways to try on a device with products of a type, the fastest first."""
+    """Return the implementations to try on a device with products of a type, the fastest first."""
     flat = [Attention.VARLEN, Attention.SEGMENTS] if has_varlen_kernel(device, dtype) else [Attention.SEGMENTS]
     padded = [Way(Layout.PADDED, whole_logits=whole) for whole in (False, True)]
     return [*(Way(Layout.FLAT, attention) for attention in flat), *padded]
 
 
 def choose_way(model: PeftModel, base: PreTrainedModel) -> Way:
-    """The fastest way in which a row's loss is what the model's own forward pass gives it alone.
+    """Return the fastest implementation whose loss for a row equals that of the model's own pass over it alone.
 
-    Architectures whose layers mix neighbouring rows, and methods that put tokens before a row, are found out by trying.
+    Architectures whose layers mix neighbouring rows, and methods that put tokens before a row, are detected by trying.
 
     Args:
         model: base with adapter.
-        base: the model inside, which gets `target_loss` (see `add_target_loss`).
+        base: the model inside it, which gets `target_loss` (see `add_target_loss`).
 
     Raises:
-        SelfCheckError: no way gives the row's loss.
+        SelfCheckError: no implementation returns the row's loss.
     """
     tokens = torch.arange(3, 3 + 2 * _ROW_TOKENS) * 7 % base.config.get_text_config().vocab_size
     before = {"input_ids": tokens[: 2 * _ROW_TOKENS - 5].tolist(), "labels": [IGNORED] * (2 * _ROW_TOKENS - 5)}
@@ -96,7 +96,7 @@ def choose_way(model: PeftModel, base: PreTrainedModel) -> Way:
     with _evaluating(model):
         expected = _alone(model, ids)
         if not math.isfinite(expected):
-            return candidates[0]  # nothing to compare with; the held-out loss tells it
+            return candidates[0]  # nothing to compare with; the held-out loss will show errors
         for way in candidates:
             add_target_loss(base, whole_logits=way.whole_logits)
             batch = on_device(Collator(size=2, pad=0, layout=way.layout).join([before, row]), model.device)
@@ -121,7 +121,7 @@ def choose_way(model: PeftModel, base: PreTrainedModel) -> Way:
 
 
 def _training_refused(model: PeftModel, base: PreTrainedModel, way: Way, batch: dict[str, Any]) -> Exception | None:
-    """Why a way that evaluates rightly cannot train: only the kernel may lack dropout or a backward pass."""
+    """Return why an implementation that evaluates correctly cannot train: its kernel may lack dropout or backward."""
     if way.attention is not Attention.VARLEN:
         return None
     devices = [model.device] if model.device.type == "cuda" else []
@@ -139,7 +139,7 @@ def _training_refused(model: PeftModel, base: PreTrainedModel, way: Way, batch: 
 
 def _alone(model: PeftModel, ids: list[int]) -> float:
     logits = model(input_ids=torch.tensor([ids], device=model.device)).logits
-    # A method that puts tokens of its own before the row has more logits.
+    # A method that puts its own tokens before the row has more logits.
     scores = logits[0, -len(ids) : -1].float()
     return float(functional.cross_entropy(scores, torch.tensor(ids[1:], device=scores.device), reduction="sum"))
 

@@ -66,12 +66,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _LONGEST_MESSAGE = 1024
-"""Characters that the status has room for."""
+"""Maximum number of characters of a message in the status."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run: its job and inputs, where it works, what it reports to and what it survives its end by.
+    """A run: its job and inputs, its folders, its reports and its checkpoints.
 
     Attributes:
         job: the manifest.
@@ -82,7 +82,7 @@ class Run:
         reporter: gets the curves.
         checkpoints: of the job.
         interruption: a signal to stop.
-        hung: called, from another thread, with the steps done and the seconds since the last sign of life.
+        hung: called from another thread with the steps done and the seconds without progress.
     """
 
     job: FineTuneJob
@@ -128,27 +128,27 @@ def _decided(value: int | None) -> int:
 
 @dataclass
 class Trained:
-    """A trained adapter, its scores and its curves."""
+    """A trained adapter with its scores and curves."""
 
     model: PeftModel
     evaluation: EvaluationStatus
     prompts: list[list[int]]
-    """Tokens of the parity prompts."""
+    """Token ids of the parity prompts."""
     logits: list[torch.Tensor]
-    """The model's logits after each of them, computed in the type in which it was trained."""
+    """The model's logits after each prompt, computed in the type in which it was trained."""
     curve: list[CurvePoint] = field(default_factory=list)
 
 
 def train(run: Run) -> Trained | None:
     """Train the adapter and score base and adapter on the held-out rows, from the newest checkpoint that verifies.
 
-    The first rank has the result, the others None.
+    Return the result on the first rank, None on the others.
 
     Raises:
-        InterruptedRunError: the process was asked to stop, and its state is saved.
-        OutOfMemoryError: with what to change.
-        LossDivergedError: the loss or its gradient is not finite, with the step.
-        SelfCheckError: what was built is not what was asked for.
+        InterruptedRunError: the process was asked to stop, and has saved its state.
+        OutOfMemoryError: memory does not suffice; states what to change.
+        LossDivergedError: the loss or its gradient is not finite; states the step.
+        SelfCheckError: the model is not what was requested.
     """
     device = run.device
     try:
@@ -169,14 +169,14 @@ def _train(run: Run) -> Trained | None:
     session = _session(run, base, peft_model, way, compiled=compiled)
     with way.attending(base), session.watchdog:
         losses = _scored(run, session)
-    # Where weights are sharded, each rank takes part in every forward pass of the first one.
+    # If weights are sharded, each rank takes part in every forward pass of the first rank.
     if not run.ranks.first and not run.sharded:
         return None
     return _result(run, base, session, losses)
 
 
 def _loaded(run: Run) -> tuple[PreTrainedModel, PeftModel]:
-    """Load the base and wrap it with the adapter; each rank has all of the base, or a part where it is sharded."""
+    """Load the base and wrap it with the adapter; each rank has all of the base, or a shard if it is sharded."""
     prepared, device = run.prepared, run.device
     method, resolved = run.job.spec.method, prepared.resolved
     dtype, full = dtype_of(resolved.precision), method.full is not None
@@ -230,7 +230,7 @@ def _checkpoint_activations(base: PreTrainedModel) -> None:
 
 @dataclass(frozen=True)
 class _Session:
-    """A model in its trainer, with what follows, saves and stops it."""
+    """A model in its trainer, with the callbacks that monitor, save and stop it."""
 
     model: PeftModel
     trainer: StepTrainer
@@ -321,7 +321,7 @@ def _scored(run: Run, session: _Session) -> EvaluationStatus:
 
 
 def _take_steps(run: Run, session: _Session) -> None:
-    """Take all optimizer steps that are left, from the newest usable checkpoint.
+    """Take all remaining optimizer steps, from the newest usable checkpoint.
 
     Raises:
         InterruptedRunError: the process was asked to stop.
@@ -347,14 +347,14 @@ def _take_steps(run: Run, session: _Session) -> None:
 
 
 def _newest(checkpoints: Checkpoints, ranks: Ranks) -> Saved | None:
-    """Return the newest checkpoint that the first rank can use; the others take the same one."""
+    """Return the newest checkpoint that the first rank can use; the others use the same one."""
     saved = checkpoints.newest() if ranks.first else None
     step = ranks.of_first(-1 if saved is None else saved.step)
     return saved if ranks.first or step < 0 else checkpoints.at(step)
 
 
 def _result(run: Run, base: PreTrainedModel, session: _Session, losses: EvaluationStatus) -> Trained | None:
-    """Score the suites and record the logits; None on ranks that only take part in it."""
+    """Score the suites and record the logits; return None on the other ranks, which only take part in it."""
     measured, failures = _measured(run, session.model)
     prompts = prompt_tokens(model.load_tokenizer_of(run.prepared.base, run.job.spec))
     logits = last_logits(session.model, prompts)
@@ -367,9 +367,9 @@ def _result(run: Run, base: PreTrainedModel, session: _Session, losses: Evaluati
 
 
 def _measured(run: Run, peft_model: PeftModel) -> tuple[dict[str, dict[str, tuple[float, float]]], list[SuiteFailure]]:
-    """Return the scores of base and adapter by suite and metric, and the suites that lack some or all.
+    """Return the scores of base and adapter by suite and metric, and the suites that lack some or all of them.
 
-    Tasks, and the code of those that a job brings, may fail on a model's output: the adapter is not lost by that.
+    Tasks, and the code of those supplied with a job, may fail on a model's output: that must not lose the adapter.
     """
     suites, say = run.job.spec.suites, run.progress.say
     found: dict[str, dict[str, tuple[float, float]]] = {}

@@ -1,4 +1,4 @@
-"""LoRA layers as one operation: the low-rank product is added in place, and nothing but its factors is kept."""
+"""LoRA layers as one operation: the low-rank product is added in place, and only its factors are kept."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """x Wᵀ + bias + scale · (x Aᵀ) Bᵀ, with gradients for x, A and B; all in one type, or W in 4 bits."""
+    """Compute x Wᵀ + bias + scale · (x Aᵀ) Bᵀ, with gradients for x, A and B; all in one type, or W in 4 bits."""
 
     @staticmethod
     def forward(
@@ -54,14 +54,14 @@ class _LowRankLinear(torch.autograd.Function):
                 weight = dequantize_4bit(weight, ctx.state).to(outputs.dtype)
             inputs = (outputs @ weight).addmm_(low_gradient, down, alpha=ctx.scale)
             inputs = inputs.view(*outer[0].shape[:-1], rows.shape[-1])
-        # The scale multiplies the small factor.
+        # Apply the scale to the small factor.
         return inputs, None, None, None, (low_gradient * ctx.scale).T @ rows, outputs.T @ (low * ctx.scale), None
 
 
 class _FusedLinear(LoraLinear):
-    """PEFT's layer over a base in 16 or 32 bits."""
+    """PEFT's layer over a base in 16 or 32 bits, as one operation."""
 
-    # What is added in place would become a copy.
+    # Compiled, the addition in place would become a copy.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         base = self.get_base_layer()
@@ -73,9 +73,9 @@ class _FusedLinear(LoraLinear):
 
 
 class _FusedLinear4bit(LoraLinear4bit):
-    """PEFT's layer over a base in 4 bits."""
+    """PEFT's layer over a base in 4 bits, as one operation."""
 
-    # What is added in place would become a copy.
+    # Compiled, the addition in place would become a copy.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         base = self.get_base_layer()
@@ -88,10 +88,10 @@ class _FusedLinear4bit(LoraLinear4bit):
 
 
 def fuse(model: PeftModel) -> int:
-    """Makes plain LoRA layers compute in one operation; their number.
+    """Make plain LoRA layers compute in one operation, and return their number.
 
-    A layer with dropout, DoRA or another variant stays as PEFT has it; so does every layer while its adapter is off, or
-    while products are in another type than the base's.
+    A layer with dropout, DoRA or another variant stays PEFT's; PEFT's computation is also used while a layer's adapter
+    is disabled, or while products are in another type than the base's.
     """
     layers = [module for module in model.modules() if _plain(module)]
     for layer in layers:
@@ -123,7 +123,7 @@ def _product_type(inputs: torch.Tensor) -> torch.dtype:
 
 
 def _one_operation(layer: LoraLinear | LoraLinear4bit, dtype: torch.dtype) -> bool:
-    """Whether a layer's adapter is on, and computes in the type by itself."""
+    """Return True if a layer's adapter is enabled and computes in this type without casts."""
     if layer.disable_adapters or layer.merged:
         return False
     down: torch.Tensor = layer.lora_A[layer.active_adapters[0]].weight

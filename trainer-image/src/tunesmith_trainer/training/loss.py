@@ -1,4 +1,4 @@
-"""The loss at target positions only: no logits of other positions, and never those of a whole batch at one time."""
+"""The loss at target positions only: no logits of other positions, and never those of a whole batch at once."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class TargetLoss(ModelOutput):
-    """What a model with `add_target_loss` returns.
+    """Output of a model with `add_target_loss`.
 
     Attributes:
-        loss: 0; where a PEFT method has a penalty of its own (AdaLoRA's orthogonality), it adds it here.
-        each: negative log-likelihood of each target, in nats, in the order in which they stand.
-        summed: their sum.
-        targets: their number.
+        loss: 0, plus the penalty of a PEFT method that has one (AdaLoRA's orthogonality).
+        each: negative log-likelihood of each target, in nats, in the order of the targets.
+        summed: sum of `each`.
+        targets: number of targets.
     """
 
     loss: torch.Tensor | None = None
@@ -41,7 +41,7 @@ class TargetLoss(ModelOutput):
 
 
 class _FrozenHead(torch.autograd.Function):
-    """Cross entropy through a head that is not trained: its gradient is made in the forward pass, chunk by chunk."""
+    """Cross entropy with a frozen head: the gradient is computed in the forward pass, chunk by chunk."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, labels: torch.Tensor, score: Score) -> torch.Tensor:
@@ -72,17 +72,17 @@ def _cross_entropy(hidden: torch.Tensor, labels: torch.Tensor, score: Score) -> 
 
 
 def losses_at(hidden: torch.Tensor, labels: torch.Tensor, score: Score, *, trained: bool) -> torch.Tensor:
-    """Negative log-likelihood of each of `labels` (n) at `hidden` (n, width), in nats: (n), float32.
+    """Return the negative log-likelihood of each of `labels` (n) at `hidden` (n, width), in nats: (n), float32.
 
     Args:
         hidden: last hidden states at the positions that predict the labels.
         labels: token ids.
-        score: hidden states → logits.
-        trained: whether the head itself is trained, so that gradients must reach it.
+        score: maps hidden states to logits.
+        trained: True if the head itself is trained, so that gradients must reach it.
     """
     if not len(labels):
-        # Empty; keeps the graph where a micro-batch has no target. A trained head gets a gradient, of zeros, as that of
-        # the ranks that have one.
+        # Empty; keeps the graph connected if a micro-batch has no target. A trained head gets a gradient of zeros, as
+        # the other ranks have one.
         return (score(hidden) if trained else hidden).sum(dim=1).float()
     if not trained:
         frozen: torch.Tensor = _FrozenHead.apply(hidden, labels, score)
@@ -101,14 +101,15 @@ def losses_at(hidden: torch.Tensor, labels: torch.Tensor, score: Score, *, train
 
 
 def add_target_loss(model: PreTrainedModel, *, whole_logits: bool = False) -> None:
-    """Gives a causal language model `model(…, labels=…, target_loss=True)`, which returns a TargetLoss.
+    """Give a causal language model `model(…, labels=…, target_loss=True)`, which returns a TargetLoss.
 
-    Every other call is as before. To be called before PEFT or a distributed wrapper goes around the model, so that it
-    works through them; called again, it changes `whole_logits`.
+    All other calls are unchanged. Call it before PEFT or a distributed wrapper wraps the model, so that it works
+    through them; calling it again changes `whole_logits`.
 
     Args:
-        model: the base.
-        whole_logits: compute the logits with the model's own forward pass, where its head does more than is known here.
+        model: the base model.
+        whole_logits: True to compute the logits with the model's own forward pass, if its head does more than is known
+            here.
     """
     original = getattr(model, "_before_target_loss", model.forward)
     scale, softcap = _logit_transform(model)
@@ -124,7 +125,7 @@ def add_target_loss(model: PreTrainedModel, *, whole_logits: bool = False) -> No
         else:
             states = self.base_model(*args, **kwargs).last_hidden_state
         head = self.get_output_embeddings()
-        # A method that puts tokens of its own before the row gives as many labels as there are states.
+        # A method that puts its own tokens before the row returns as many labels as there are states.
         shifted = labels[:, 1:].to(states.device)
         chosen = shifted != IGNORED
 
@@ -146,7 +147,7 @@ def add_target_loss(model: PreTrainedModel, *, whole_logits: bool = False) -> No
 
 
 def _logit_transform(model: PreTrainedModel) -> tuple[float, float | None]:
-    """What the model's own forward pass does to the logits: a factor and a soft cap."""
+    """Return the factor and the soft cap that the model's own forward pass applies to the logits."""
     config = model.config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):

@@ -1,4 +1,4 @@
-"""Noise on the embeddings while training (NEFTune, arXiv:2310.05914)."""
+"""Noise on the embeddings during training (NEFTune, arXiv:2310.05914)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 class EmbeddingNoise:
     """Adds uniform noise of ± alpha / √(tokens · width) to the embeddings of each row, in training mode only.
 
-    transformers' own hook takes the tokens of the whole tensor, padding and neighbours included; here they are those of
-    the row, as in the paper.
+    transformers' own hook counts the tokens of the whole tensor, including padding and other rows; here only those of
+    the row are counted, as in the paper.
 
     Args:
-        embedding: the layer that looks tokens up.
+        embedding: embedding layer.
         alpha: scale of the noise.
     """
 
@@ -27,7 +27,7 @@ class EmbeddingNoise:
         embedding.register_forward_hook(self._add)
 
     def expect(self, batch: dict[str, Any]) -> None:
-        """Tells the micro-batch that comes next."""
+        """Announce the next micro-batch."""
         ids = batch["input_ids"]
         if "cu_seq_lens_q" in batch:
             sizes = batch["cu_seq_lens_q"].diff()

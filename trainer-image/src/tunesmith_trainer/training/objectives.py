@@ -1,9 +1,9 @@
-"""What training makes smaller: SFT, DPO, ORPO and KTO over the rows of an optimizer step.
+"""Training objectives: SFT, DPO, ORPO and KTO over the rows of an optimizer step.
 
 A loss is a sum of terms. Each term is summed over micro-batches and ranks and divided by its own count over the whole
 step (target tokens, rows), so that the result depends on neither micro-batches nor ranks.
 
-A preference row is two sequences in one row, the chosen answer and the rejected one, each behind the prompt.
+A preference row is two sequences in one row, the chosen answer and the rejected one, each after the prompt.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from tunesmith_trainer.training.loss import TargetLoss
 
     Row = Mapping[str, Any]
-    """`input_ids` and `labels` of one length; a packed bin and a pair of answers also have `seq_lengths`, the sizes of
-    their sequences, and an answer that is good or bad has `desirable`."""
+    """`input_ids` and `labels` of the same length. A packed row and a pair of answers also have `seq_lengths`, the
+    lengths of their sequences; an answer that is labelled as good or bad has `desirable`."""
     Batch = dict[str, Any]
 
 DESIRABLE = "desirable"
-"""Key of a micro-batch that the model does not take: whether each answer is a good one, (rows,) bool."""
+"""Key of a micro-batch that is not passed to the model: True for each answer that is a good one, (rows,) bool."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Forward:
     """Runs a model on micro-batches.
 
     Args:
-        model: with adapter and `target_loss`; may be wrapped for several ranks.
-        unwrapped: the same without that wrapper.
-        adapter: with the adapter, or the base alone.
+        model: model with adapter and `target_loss`; may be wrapped for several ranks.
+        unwrapped: the same model without that wrapper.
+        adapter: True to compute with the adapter, False for the base alone.
     """
 
     model: nn.Module
@@ -53,18 +53,18 @@ class Forward:
     adapter: bool = True
 
     def __call__(self, batch: Batch) -> TargetLoss:
-        """The policy's loss at the targets of a micro-batch."""
+        """Return the policy's loss at the targets of a micro-batch."""
         if not self.adapter:
             return self.base(batch)
         output: TargetLoss = self.model(**_inputs(batch), target_loss=True)
         return output
 
     def base(self, batch: Batch) -> TargetLoss:
-        """The base's, which is the reference."""
+        """Return the base's loss, which is the reference."""
         return self.without_gradient(batch, adapter=False)
 
     def without_gradient(self, batch: Batch, *, adapter: bool | None = None) -> TargetLoss:
-        """Without dropout, noise and gradients; `adapter` as this Forward has it unless given."""
+        """Return the loss without dropout, noise and gradients; `adapter` defaults to that of this Forward."""
         adapted = self.adapter if adapter is None else adapter
         training = self.unwrapped.training
         self.unwrapped.eval()
@@ -78,39 +78,39 @@ class Forward:
 
 @dataclass(frozen=True)
 class Terms:
-    """What a micro-batch adds to each term of the loss, and the penalty that the method itself adds."""
+    """Contribution of a micro-batch to each term of the loss, and the penalty that the method itself adds."""
 
     sums: list[torch.Tensor]
     penalty: torch.Tensor
 
 
 class StepObjective(ABC):
-    """What training makes smaller."""
+    """Objective that an optimizer step minimises."""
 
     mismatched = False
-    """Whether it needs the rows' prompts with other rows' answers (see `estimate`)."""
+    """True if it needs the rows' prompts with other rows' answers (see `estimate`)."""
 
     @abstractmethod
     def counts(self, rows: Sequence[Row]) -> tuple[int, ...]:
-        """By term, what rows add to the count that it is divided by."""
+        """Return the number that rows add to each term's count, by which the term is divided."""
 
     @abstractmethod
     def terms(self, forward: Forward, batch: Batch) -> Terms:
-        """What a micro-batch adds to each term."""
+        """Return the contribution of a micro-batch to each term."""
 
     def estimate(self, forward: Forward, batches: Iterable[Batch], ranks: Ranks) -> None:  # noqa: B027 - few need it
-        """Called before the micro-batches of a step with those of its mismatched rows, where it needs them."""
+        """Process a step's mismatched rows before its micro-batches, if the objective needs them."""
 
 
 class SupervisedObjective(StepObjective):
     """Negative log-likelihood per target token."""
 
     def counts(self, rows: Sequence[Row]) -> tuple[int, ...]:
-        """Target tokens."""
+        """Return the number of target tokens."""
         return (sum(_targets(row, 0, 1) for row in rows),)
 
     def terms(self, forward: Forward, batch: Batch) -> Terms:
-        """Summed over the targets."""
+        """Return the sum over the targets."""
         output = forward(batch)
         return Terms([_given(output.summed)], _given(output.loss))
 
@@ -122,11 +122,11 @@ class PairObjective(StepObjective):
         self._fields = fields
 
     def counts(self, rows: Sequence[Row]) -> tuple[int, ...]:
-        """Pairs."""
+        """Return the number of pairs."""
         return (len(rows),)
 
     def terms(self, forward: Forward, batch: Batch) -> Terms:
-        """Summed over the pairs."""
+        """Return the sum over the pairs."""
         reference, _ = answers(forward.base(batch), batch)
         output = forward(batch)
         policy, sizes = answers(output, batch)
@@ -141,11 +141,11 @@ class OddsRatioObjective(StepObjective):
         self._weight = fields.weight
 
     def counts(self, rows: Sequence[Row]) -> tuple[int, ...]:
-        """Target tokens of the chosen answers, and pairs."""
+        """Return the target tokens of the chosen answers, and the number of pairs."""
         return sum(_targets(row, 0, 2) for row in rows), len(rows)
 
     def terms(self, forward: Forward, batch: Batch) -> Terms:
-        """Summed over the chosen answers' targets, and over the pairs with the weight."""
+        """Return the sum over the chosen answers' targets, and the weighted sum over the pairs."""
         output = forward(batch)
         policy, sizes = answers(output, batch)
         mean = policy / sizes.clamp(min=1)
@@ -167,11 +167,11 @@ class LabelledObjective(StepObjective):
         self._divergence = torch.zeros(())
 
     def counts(self, rows: Sequence[Row]) -> tuple[int, ...]:
-        """Answers."""
+        """Return the number of answers."""
         return (len(rows),)
 
     def estimate(self, forward: Forward, batches: Iterable[Batch], ranks: Ranks) -> None:
-        """The mean log-ratio of policy and base over the mismatched rows, at least 0."""
+        """Estimate the divergence: the mean log-ratio of policy and base over the mismatched rows, at least 0."""
         total, rows = 0.0, 0
         for batch in batches:
             policy, sizes = answers(forward.without_gradient(batch), batch)
@@ -182,7 +182,7 @@ class LabelledObjective(StepObjective):
         self._divergence = torch.tensor(max(total / max(count, 1.0), 0.0), device=forward.unwrapped.device)
 
     def terms(self, forward: Forward, batch: Batch) -> Terms:
-        """Summed over the answers."""
+        """Return the sum over the answers."""
         reference, _ = answers(forward.base(batch), batch)
         output = forward(batch)
         policy, sizes = answers(output, batch)
@@ -191,7 +191,7 @@ class LabelledObjective(StepObjective):
 
 
 def step_objective(objective: Objective | None) -> StepObjective:
-    """The objective that a manifest asks for; SFT where it asks for none."""
+    """Return the objective that a manifest requests; SFT by default."""
     name = ObjectiveName.SFT if objective is None else objective.name
     made: dict[ObjectiveName, Callable[[Any], StepObjective]] = {
         ObjectiveName.DPO: PairObjective,
@@ -202,7 +202,7 @@ def step_objective(objective: Objective | None) -> StepObjective:
 
 
 def answers(output: TargetLoss, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each sequence's targets, summed, and their number: two tensors (sequences,)."""
+    """Return the summed log-probability of each sequence's targets, and their number: two tensors (sequences,)."""
     each = _given(output.each)
     # A target is predicted by the token before it.
     places = (batch["labels"][:, 1:] != IGNORED).nonzero()
@@ -217,7 +217,7 @@ def answers(output: TargetLoss, batch: Batch) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _targets(row: Row, sequence: int, step: int) -> int:
-    """Targets of every `step`-th sequence of a row, from one on."""
+    """Return the number of targets of every `step`-th sequence of a row, starting with `sequence`."""
     sizes = row.get("seq_lengths")
     bounds = np.cumsum([0, *([len(row["labels"])] if sizes is None else sizes)])
     labels = np.asarray(row["labels"])

@@ -1,7 +1,7 @@
-"""The losses of DPO, ORPO and KTO, from the log-probabilities of whole answers.
+"""Losses of DPO, ORPO and KTO, from the log-probabilities of whole answers.
 
 Shapes: one number per answer, float32; the losses are one number per pair, or per answer for KTO. Pure functions, which
-tests hold against TRL's.
+tests compare with TRL's.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ def dpo(
     rejected_reference: torch.Tensor,
     fields: DpoFields,
 ) -> torch.Tensor:
-    """Equation 7 of arXiv:2305.18290, with the label smoothing of its section on noisy preferences.
+    """Return equation 7 of arXiv:2305.18290, with the label smoothing of its section on noisy preferences.
 
     Args:
         chosen: summed log-probability of the chosen answers.
-        rejected: of the rejected ones.
-        chosen_reference: of the chosen answers by the base.
-        rejected_reference: of the rejected ones by the base.
-        fields: beta and the smoothing.
+        rejected: summed log-probability of the rejected answers.
+        chosen_reference: summed log-probability of the chosen answers under the base.
+        rejected_reference: summed log-probability of the rejected answers under the base.
+        fields: beta and the label smoothing.
     """
     margin = fields.beta * ((chosen - rejected) - (chosen_reference - rejected_reference))
     smoothing = fields.label_smoothing
@@ -38,11 +38,11 @@ def dpo(
 
 
 def odds_ratio(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    """The second term of equation 6 of arXiv:2403.07691, without its weight.
+    """Return the second term of equation 6 of arXiv:2403.07691, without its weight.
 
     Args:
         chosen: mean log-probability per token of the chosen answers.
-        rejected: of the rejected ones.
+        rejected: mean log-probability per token of the rejected answers.
     """
     log_odds = (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
     return -functional.logsigmoid(log_odds)
@@ -51,13 +51,13 @@ def odds_ratio(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
 def kto(
     answers: torch.Tensor, reference: torch.Tensor, desirable: torch.Tensor, divergence: torch.Tensor, fields: KtoFields
 ) -> torch.Tensor:
-    """Equation 8 of arXiv:2402.01306, weighted.
+    """Return equation 8 of arXiv:2402.01306, weighted.
 
     Args:
         answers: summed log-probability of the answers.
-        reference: by the base.
-        desirable: whether an answer is a good one (bool).
-        divergence: estimate of the KL divergence from the base, a number of at least 0; no gradient reaches it.
+        reference: summed log-probability of the answers under the base.
+        desirable: True if an answer is a good one (bool).
+        divergence: estimate of the KL divergence from the base, at least 0; no gradient flows through it.
         fields: beta and the weights.
     """
     gain = answers - reference - divergence
@@ -67,8 +67,8 @@ def kto(
 
 
 def _log1mexp(negative: torch.Tensor) -> torch.Tensor:
-    """log(1 - exp(x)) for x < 0, exact at both ends (Mächler, 2012)."""
-    # A token that the model is sure of has the log-probability 0, whose odds are infinite.
+    """Return log(1 - exp(x)) for x < 0, accurate at both ends (Mächler, 2012)."""
+    # A token of probability 1 has the log-probability 0, and its odds are infinite.
     below = negative.clamp(max=-1e-7)
     near = torch.log(-torch.expm1(below))
     far = torch.log1p(-torch.exp(below))

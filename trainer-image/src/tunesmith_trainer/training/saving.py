@@ -1,7 +1,7 @@
-"""Saves the state of a Trainer and restores it, so that a resumed run equals one that was never interrupted.
+"""Save and restore the state of a Trainer, so that a resumed run equals one that was never interrupted.
 
-The Trainer's own resume runs the data up to the position and loads optimizer, scheduler and random states; its own
-saving is neither atomic nor checked, so what it reads is written and verified here.
+The Trainer's own resume skips the data up to the position and loads optimizer, scheduler and random states; its own
+saving is neither atomic nor verified, so the files that it reads are written and verified here.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ TRAINER_STATE = "trainer_state.json"
 
 
 class NotCompiledError(TrainerError):
-    """The run began with compiled layers, and cannot go on with them here."""
+    """The run began with compiled layers, and cannot resume with them here."""
 
     retryable = True
 
@@ -55,13 +55,13 @@ class Saver(TrainerCallback):
     """Writes checkpoints when they are due, on interruption and after the last step.
 
     Args:
-        checkpoints: where to.
-        policy: how often.
-        interruption: asks for the end of the run.
-        curve: of the run; a restored checkpoint replaces its content.
-        ranks: that train together; the first one saves for all.
-        paused: within it, nobody takes the time that passes for that of a step.
-        clock: seconds.
+        checkpoints: destination of the checkpoints.
+        policy: checkpoint interval.
+        interruption: request to stop the run.
+        curve: curve of the run; a restored checkpoint replaces its content.
+        ranks: ranks that train together; the first one saves for all.
+        paused: context manager within which the time does not count towards a step.
+        clock: returns the time in seconds.
     """
 
     def __init__(
@@ -85,10 +85,10 @@ class Saver(TrainerCallback):
         self._saved_at = clock()
         self._trainer: StepTrainer | None = None
         self.interrupted_at: int | None = None
-        """Step after which the run was stopped, where it was."""
+        """Step after which the run was stopped; None if it was not."""
 
     def attach(self, trainer: StepTrainer) -> None:
-        """Takes the place of the Trainer's own saving, and of its loading of weights and of the optimizer's state."""
+        """Replace the Trainer's own saving, and its loading of weights and optimizer state."""
         self._trainer = trainer
         trainer._save_checkpoint = self._save  # noqa: SLF001 - its one place between logging and the next step
         trainer._load_from_checkpoint = self._load_weights  # noqa: SLF001 - it knows PEFT's files only
@@ -96,16 +96,16 @@ class Saver(TrainerCallback):
         trainer.add_callback(self)
 
     def restore(self, saved: Saved) -> None:
-        """Brings back the curve and the counters; the Trainer's `resume_from_checkpoint` does the rest.
+        """Restore the curve and the counters; the Trainer's `resume_from_checkpoint` does the rest.
 
         Raises:
-            NotCompiledError: with what to change.
+            NotCompiledError: layers cannot be compiled as before; states what to change.
         """
         trainer = self._attached
         run = json.loads((saved.path / RUN_STATE).read_text(encoding="utf-8"))
         self._curve[:] = [CurvePoint(**point) for point in run["curve"]]
         if saved.step >= trainer.args.max_steps:
-            # No step is left, so the Trainer does not load them.
+            # No steps are left, so the Trainer does not load them.
             self._load_weights(str(saved.path))
         else:
             self._compute_alike(saved.step, compiled=run.get("compiled", trainer.compiled))
@@ -115,15 +115,15 @@ class Saver(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The interval begins, and signals are looked at from here on."""
+        """Start the checkpoint interval, and check for signals from here on."""
         self._saved_at = self._clock()
         self._interruption.armed = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Asks for a checkpoint where one is due; it is written once the step is in the curves."""
+        """Request a checkpoint if one is due; it is written once the step is in the curves."""
         step = state.global_step
         due = self._policy.due(steps=step - self._saved_step, seconds=self._clock() - self._saved_at)
-        # A signal to any rank stops all of them after the same step; the first one's clock counts.
+        # A signal to any rank stops all of them after the same step; the first rank's clock counts.
         asked, due = self._ranks.any(self._interruption.signal is not None, due and self._ranks.first)
         if asked:
             control.should_training_stop = True
@@ -135,11 +135,11 @@ class Saver(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Nothing looks at signals any more."""
+        """Stop checking for signals."""
         self._interruption.armed = False
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stops a run whose loss has run away, before its state is saved."""
+        """Stop a run whose loss has diverged, before its state is saved."""
         if "loss" in kwargs["logs"] and diverged(self._losses):
             raise LossDivergedError(
                 f"the loss is far above that of the first steps since {SUSTAINED_STEPS} steps, at step"
@@ -148,7 +148,7 @@ class Saver(TrainerCallback):
             )
 
     def last_good(self) -> str:
-        """The words of an error about the newest checkpoint."""
+        """Describe the newest checkpoint for an error message."""
         last = self._checkpoints.last
         if last is None:
             return "no checkpoint was written before"
@@ -156,7 +156,7 @@ class Saver(TrainerCallback):
 
     @property
     def _losses(self) -> list[float]:
-        """The first and the last, which is what is looked at after each of perhaps a million steps."""
+        """First and last losses: only these are checked, after each of perhaps a million steps."""
         few = self._curve if len(self._curve) < 4 * _FEW else [*self._curve[:_FEW], *self._curve[-_FEW:]]
         return [point.loss for point in few if point.loss is not None]
 
@@ -168,20 +168,20 @@ class Saver(TrainerCallback):
     def _save(self, model: torch.nn.Module, trial: object = None) -> None:
         trainer = self._attached
         step = trainer.state.global_step
-        # The first rank's word: what follows may need all of them.
+        # Decided by the first rank: the following may need all of them.
         if self._ranks.of_first(int(step == self._saved_step and self._checkpoints.last == step)):
             return
         if far_off(self._losses) and self.interrupted_at is None and step < trainer.state.max_steps:
-            # The newest checkpoint stays one from before the loss ran away; the next step is looked at again.
+            # Keep the newest checkpoint from before the loss diverged; the next step is checked again.
             return
         with self._paused():
             weights = _trainable(trainer, keep=self._ranks.first)
             optimizer = trainer.optimizer.state_dict()
             if self._ranks.first:
                 self._write(step, weights, optimizer)
-            # Here, and not in the next step, whose time is limited.
+            # Wait here and not in the next step, whose time is limited.
             self._ranks.wait()
-        # Where it could not be written, the next attempt comes after the next interval, not at every step.
+        # If it could not be written, it is tried again after the next interval, not at every step.
         self._saved_step, self._saved_at = step, self._clock()
 
     def _write(self, step: int, weights: dict[str, torch.Tensor], optimizer: dict[str, Any]) -> None:
@@ -200,7 +200,7 @@ class Saver(TrainerCallback):
         torch.save(trainer.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
         trainer._save_rng_state(str(folder))  # noqa: SLF001
         state = copy.copy(trainer.state)
-        state.log_history = []  # the curve has it
+        state.log_history = []  # the curve contains it
         state.save_to_json(str(folder / TRAINER_STATE))
         run = {"curve": [asdict(point) for point in self._curve], "compiled": trainer.compiled}
         (folder / RUN_STATE).write_text(json.dumps(run), encoding="utf-8")
@@ -220,18 +220,18 @@ class Saver(TrainerCallback):
 
     def _load_optimizer(self, folder: str) -> None:
         trainer = self._attached
-        # Mapped: ranks of one node share its pages, where each keeps a part of each state.
+        # Memory-mapped: ranks of one node share its pages if each keeps a shard of each state.
         states = torch.load(f"{folder}/{OPTIMIZER_NAME}", map_location="cpu", mmap=True, weights_only=True)
         trainer.optimizer.load_state_dict(states)
         for state in trainer.optimizer.state.values():
             for name, value in state.items():
                 if isinstance(value, torch.Tensor) and value.device.type == "cpu":
-                    state[name] = value.clone()  # the file goes with its checkpoint
+                    state[name] = value.clone()  # the file is removed with its checkpoint
         schedule = torch.load(f"{folder}/{SCHEDULER_NAME}", map_location="cpu", weights_only=True)
         trainer.lr_scheduler.load_state_dict(schedule)
 
     def _compute_alike(self, step: int, *, compiled: bool) -> None:
-        """What kernels an attempt gets is tried by each; a run is to have the same in all of its attempts."""
+        """Compute as up to the checkpoint: a run uses compiled layers in all of its attempts or in none."""
         if compiled and not self._attached.compiled:
             raise NotCompiledError(
                 f"layers were compiled up to the checkpoint of step {step}, and cannot be here, where the result would"
@@ -248,7 +248,7 @@ def _named(trainer: Trainer) -> dict[str, torch.nn.Parameter]:
 
 
 def _trainable(trainer: Trainer, *, keep: bool) -> dict[str, torch.Tensor]:
-    """What is trained, whole and in main memory where `keep`; each rank must ask for what is shared out."""
+    """Return the trained weights, whole and in main memory if `keep`; every rank must call it for sharded ones."""
     asked = {
         name: tensor
         for name, tensor in _named(trainer).items()

@@ -1,4 +1,4 @@
-"""Looks at the held-out loss while training: the points of its curve between the first and the last."""
+"""Compute the held-out loss during training: the points of its curve between the first and the last."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 
 class Scoring(TrainerCallback):
-    """Scores the adapter every few steps; all ranks after the same ones.
+    """Scores the adapter every few steps; all ranks after the same steps.
 
-    It comes with the line of the step, so a checkpoint of that step has the score: a run that goes on from there does
-    not take it again. The last step is scored with the result.
+    It runs when the step is logged, so a checkpoint of that step includes the score: a run that resumes from it does
+    not compute it again. The last step is scored with the result.
 
     Args:
-        every: optimizer steps.
-        score: the adapter's held-out loss as it is now.
-        watch: gets the points.
+        every: optimizer steps between scores.
+        score: returns the current held-out loss of the adapter.
+        watch: receives the points.
     """
 
     def __init__(self, every: int, score: Callable[[], float], watch: Watch) -> None:
@@ -36,7 +36,7 @@ class Scoring(TrainerCallback):
         self._watch = watch
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """A step is done."""
+        """Score the adapter if the step is due."""
         step = state.global_step
         if "loss" not in kwargs["logs"] or step % self._every or step >= state.max_steps:
             return

@@ -1,4 +1,4 @@
-"""A Trainer of transformers whose batches are whole optimizer steps."""
+"""A transformers Trainer whose batches are whole optimizer steps."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ class StepTrainer(Trainer):
 
     Args:
         model: base with adapter.
-        args: with gradient_accumulation_steps 1: the micro-batches are inside a step.
-        rows: tokenised.
-        plan: which rows each step takes.
-        collate: rows of a step → `{"step": Step}`.
-        objective: what is made smaller.
-        ranks: that train together.
-        callbacks: on_substep_end comes after each micro-batch.
-        compiled: some layers are, and compute so in the steps.
-        noise: on the embeddings, or None.
+        args: arguments with gradient_accumulation_steps 1: the micro-batches are inside a step.
+        rows: tokenised rows.
+        plan: rows of each step.
+        collate: converts the rows of a step to `{"step": Step}`.
+        objective: objective to minimise.
+        ranks: ranks that train together.
+        callbacks: callbacks; on_substep_end is called after each micro-batch.
+        compiled: True if some layers are compiled; they run compiled within the steps.
+        noise: noise on the embeddings, or None.
     """
 
     def __init__(
@@ -74,12 +74,12 @@ class StepTrainer(Trainer):
         self._noise = noise
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """One element is one optimizer step, and the whole run is one pass; every rank goes through all steps."""
-        # Not prepared by accelerate, which would share out the steps instead of their micro-batches.
+        """Return a loader of one optimizer step per element and one pass per run; every rank sees all steps."""
+        # Not prepared by accelerate, which would divide the steps instead of their micro-batches.
         return DataLoader(self.train_dataset, batch_sampler=self._plan, collate_fn=self.data_collator)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As the Trainer does; its states are whole in checkpoints."""
+        """Create the optimizer like the Trainer; its states are whole in checkpoints."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if self.is_distributed_loading_by_transformers:
             sharding.keep_states_whole(optimizer, keep=self._ranks.first)
@@ -91,7 +91,7 @@ class StepTrainer(Trainer):
         inputs: dict[str, Any],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Forward and backward pass of a step; the loss returned, averaged over ranks, is the step's."""
+        """Run the forward and backward pass of a step; the loss returned, averaged over ranks, is the step's."""
         step: Step = inputs["step"]
         self.state.num_input_tokens_seen += step.tokens
         model.train()
@@ -102,7 +102,7 @@ class StepTrainer(Trainer):
         for number, batch in enumerate(self._in_turn(step.micro_batches, 0), start=1):
             if self._noise is not None:
                 self._noise.expect(batch)
-            # The ranks' gradients meet once per step.
+            # The ranks' gradients are averaged once per step.
             last = number == len(step.micro_batches)
             with nullcontext() if last else self.accelerator.no_sync(model), self._kernels():
                 loss = self._share(self._objective.terms(forward, batch), step)
@@ -115,13 +115,14 @@ class StepTrainer(Trainer):
         return total
 
     def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
-        """An adapter over a base that is shared out begins at every rank as at the first; `average` does the rest."""
+        """Give an adapter over a sharded base the first rank's values on every rank; `average` does the rest."""
         sharding.begin_alike(model.parameters())
 
     def _in_turn(self, batches: Sequence[dict[str, Any]], pass_: int) -> Iterator[dict[str, Any]]:
-        """The rank's batches on its device.
+        """Yield the rank's batches on its device.
 
-        Dropout and noise follow from the seed, the step and a batch's place in the pass over it, whichever rank has it.
+        Dropout and noise depend on the seed, the step and a batch's position in the pass over it, whichever rank has
+        it.
         """
         for number, tensors in enumerate(batches):
             place = number * self._ranks.size + self._ranks.rank
@@ -133,13 +134,13 @@ class StepTrainer(Trainer):
         return as_compiled() if self.compiled else nullcontext()
 
     def _share(self, terms: Terms, step: Step) -> torch.Tensor:
-        """What a micro-batch adds to the step's loss. Ranks average their gradients, so each counts `ranks` times."""
+        """Return a micro-batch's part of the step's loss, times `ranks`: ranks average their gradients."""
         loss = terms.penalty / len(step.micro_batches)
         for summed, count in zip(terms.sums, step.counts, strict=True):
             loss = loss + summed / max(count, 1) * self.args.world_size
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As the Trainer does, with passes over the rows as the epoch."""
+        """Log like the Trainer, with the number of passes over the rows as the epoch."""
         self.state.epoch = self._plan.epoch(self.state.global_step)
         super().log(logs, start_time)

@@ -1,4 +1,4 @@
-"""What is seen of a run while it trains: progress, curves, and the reasons to stop it."""
+"""Monitor a run during training: progress, curves, and the reasons to stop it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _RECENT_STEPS = 10
 
 
 class Watch(TrainerCallback):
-    """Tells progress, keeps the curves, reports them, and stops a run that went wrong."""
+    """Updates progress, records and reports the curves, and stops a run that fails."""
 
     def __init__(self, progress: Progress, reporter: Reporter, curve: list[CurvePoint], device: torch.device) -> None:
         self._progress = progress
@@ -34,11 +34,11 @@ class Watch(TrainerCallback):
         self._tokens: list[int] = []
 
     def scored(self, loss: float, seconds: float = 0.0) -> None:
-        """The adapter was scored after the last step.
+        """Record a score of the adapter after the last step.
 
         Args:
-            loss: held-out.
-            seconds: that it took; speed and the estimate of what is left do not count them.
+            loss: held-out loss.
+            seconds: duration of the scoring; it is not counted in the speed and the estimated time left.
         """
         last = self._curve[-1]
         self._curve.append(CurvePoint(step=last.step, epoch=last.epoch, evaluation_loss=loss))
@@ -49,16 +49,16 @@ class Watch(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The clock of the first step starts here."""
+        """Start the clock of the first step."""
         self._times.append(time.monotonic())
         self._tokens.append(state.num_input_tokens_seen)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """At the first step a gradient must have reached the adapter.
+        """Raise unless a gradient reaches the adapter in the first step.
 
-        The embeddings of a few tokens are the exception: the rows of the first step may have none of them.
+        The embeddings of a few tokens are exempt: the rows of the first step may contain none of them.
         """
         if state.global_step == 0:
             trained = {name: part for name, part in kwargs["model"].named_parameters() if part.requires_grad}
@@ -71,7 +71,7 @@ class Watch(TrainerCallback):
                     raise SelfCheckError("no gradient reaches the adapter at step 1: nothing would be learned")
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """One optimizer step is done."""
+        """Record an optimizer step."""
         logs: dict[str, float] = kwargs["logs"]
         if "loss" not in logs:
             return

@@ -1,4 +1,4 @@
-"""Finds a step that hangs: a lost collective, a driver that does not answer, a data source that blocks."""
+"""Detect a step that hangs: a lost collective, a driver that does not respond, a data source that blocks."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
 FIRST_STEP_SECONDS = 1800.0
-"""The first step compiles, fills caches and may wait for other nodes."""
+"""Time limit of the first step, which compiles, fills caches and may wait for other nodes."""
 LEAST_SECONDS = 300.0
 FACTOR = 20.0
 LONGEST_PAUSE_SECONDS = 12 * 3600.0
-"""What is no step may take: a disk that never answers must not keep the GPUs for ever."""
+"""Limit of work between steps: a disk that never responds must not occupy the GPUs forever."""
 _RECENT_STEPS = 50
 
 
 def deadline(seconds: Sequence[float]) -> float:
-    """How long a step may take, in seconds, by how long the last ones took: 20 medians, at least five minutes."""
+    """Return the time limit of a step from the recent durations, in seconds: 20 medians, at least five minutes."""
     if not seconds:
         return FIRST_STEP_SECONDS
     return max(LEAST_SECONDS, FACTOR * median(seconds[-_RECENT_STEPS:]))
 
 
 class Watchdog(TrainerCallback):
-    """Calls `hung(step, seconds)` from a thread of its own when nothing has moved for too long.
+    """Calls `hung(step, seconds)` from a separate thread when there has been no progress for too long.
 
-    As a context manager it watches no longer once its block is left, also by an error, which ends training without
+    As a context manager it stops watching when its block is left, including by an error, which ends training without
     `on_train_end`.
 
     Args:
-        hung: what to do; it gets the steps done and the seconds without a sign of life.
-        limit: seconds allowed, by the durations of the steps so far.
-        pause: seconds between two looks.
-        longest_pause: seconds allowed for what is no step.
+        hung: called with the steps done and the seconds without progress.
+        limit: returns the seconds allowed, given the durations of the steps so far.
+        pause: seconds between two checks.
+        longest_pause: seconds allowed for work between steps.
     """
 
     def __init__(
@@ -65,18 +65,18 @@ class Watchdog(TrainerCallback):
         self._stop = threading.Event()
 
     def start(self) -> None:
-        """Watches from now on."""
+        """Start watching."""
         self._alive = self._began = time.monotonic()
         self._stop.clear()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def stop(self) -> None:
-        """Watches no longer."""
+        """Stop watching."""
         self._stop.set()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What is no step may take its time, such as the scores of many rows or a large checkpoint."""
+        """Allow more time within the block, for work between steps such as scoring many rows or saving a checkpoint."""
         self._alive = time.monotonic()
         self._paused = True
         try:
@@ -96,24 +96,24 @@ class Watchdog(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The first step begins."""
+        """Start the clock of the first step."""
         self._step = state.global_step
         self.start()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A step begins."""
+        """Start the clock of the step."""
         self._alive = self._began = time.monotonic()
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A micro-batch is done."""
+        """Record progress: a micro-batch is done."""
         self._alive = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """A step is done."""
+        """Record the duration of the step."""
         self._alive = time.monotonic()
         self._step = state.global_step
         self._seconds.append(self._alive - self._began)
@@ -122,7 +122,7 @@ class Watchdog(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """There are no more steps."""
+        """Stop watching: there are no more steps."""
         self.stop()
 
     def _watch(self) -> None:
@@ -130,10 +130,10 @@ class Watchdog(TrainerCallback):
         while not self._stop.wait(self._pause):
             now = time.monotonic()
             if now - looked > 10 * self._pause:
-                # The whole process stood still, as in a machine that was paused: that is no sign of a hung step.
+                # The whole process stood still, as when the machine was suspended: that does not indicate a hung step.
                 self._alive = now
             looked = now
-            # Before the sign of life, which comes before the end of a pause.
+            # Read before the time of the last progress, which is updated before a pause ends.
             limit = self._longest_pause if self._paused else self._limit(self._seconds)
             silent = now - self._alive
             if silent > limit:
