@@ -1,1 +1,1 @@
-"""What crosses a process boundary: progress, results, artifacts, the agent protocol, fingerprints, locations."""
+"""Formats and rules shared by processes: progress, results, artifacts, the agent protocol, fingerprints, locations."""

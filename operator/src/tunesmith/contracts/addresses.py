@@ -1,7 +1,7 @@
 """Addresses that the pods of jobs and pools may connect to: public ones, and those that the platform lists.
 
-Everything else is the machine's own, its cloud's or a private network's, where clusters have their pods and services.
-The ranges are those of the IANA's special-purpose registries, as `ipaddress` knows them.
+All others belong to the machine itself, its cloud or a private network, which clusters use for pods and services.
+The ranges are those of IANA's special-purpose registries, as `ipaddress` lists them.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ if TYPE_CHECKING:
 
 _NAT64 = IPv6Network("64:ff9b::/96")
 _COMPATIBLE = IPv6Network("::/96")
-"""IPv4 addresses in the low bits, of RFC 4291; long out of use."""
+"""IPv4-compatible IPv6 addresses (RFC 4291), with the IPv4 address in the low bits; deprecated."""
 _SPECIAL = tuple(
     ipaddress.ip_network(text)
     for text in ("192.0.0.0/24", "192.88.99.0/24", "64:ff9b:1::/48", "100::/64", "5f00::/16", "fec0::/10")
 )
-"""Which not every release of Python knows: protocols', relays', a network's own NAT64, and IPv6's old private ones."""
+"""Ranges that some releases of Python treat as public: protocol assignments, relays, local NAT64, discard-only, SRv6
+and site-local addresses."""
 _HOST_OF_AZURE = IPv4Address("168.63.129.16")
-"""Public by its number, and the host of every virtual machine there."""
+"""A public address by its number, but the host of every virtual machine on Azure."""
 
 
 def url_host(address: str) -> str:
@@ -34,10 +35,10 @@ def url_host(address: str) -> str:
 
 
 def parse_networks(text: str) -> tuple[Network, ...]:
-    """The networks of a list such as `10.96.0.0/16,fd00::7/128`.
+    """Return the networks of a list such as `10.96.0.0/16,fd00::7/128`.
 
     Raises:
-        ValueError: one is no network.
+        ValueError: an entry is not a network.
     """
     networks: list[Network] = []
     for part in filter(None, (part.strip() for part in text.split(","))):
@@ -49,9 +50,9 @@ def parse_networks(text: str) -> tuple[Network, ...]:
 
 
 def refused(address: Address, allowed: Iterable[Network]) -> str | None:
-    """What an address is that may not be connected to, such as "a multicast address"; None where it may be.
+    """Return the kind of a refused address, such as "a multicast address"; None if the connection is allowed.
 
-    An IPv6 address that carries one of IPv4 is as that one.
+    An IPv6 address that embeds an IPv4 address is treated as that address.
     """
     carried = _carried(address)
     plain = carried if carried is not None else address
@@ -62,7 +63,7 @@ def refused(address: Address, allowed: Iterable[Network]) -> str | None:
 
 
 def _carried(address: Address) -> IPv4Address | None:
-    """The IPv4 address to which a packet for this address goes in the end."""
+    """Return the IPv4 address that receives packets for this IPv6 address; None if it embeds none."""
     if isinstance(address, IPv4Address):
         return None
     if address in _NAT64 or (address in _COMPATIBLE and not (address.is_loopback or address.is_unspecified)):

@@ -19,14 +19,14 @@ AGENT_PORT = 9000
 ENGINE_PORT = 8000
 """Port of vLLM."""
 SILENCE_SECONDS = 3.0
-"""After this long without a line, what an event stream said is unknown."""
+"""Seconds without a line after which the state from an event stream is unknown."""
 HEARTBEAT_SECONDS = 1.0
 
 
 METRICS_REFUSAL = "metrics need the token of the Secret tunesmith-metrics-token in the release's namespace\n"
 Keys = tuple[bytes, ...]
-"""A key and its predecessors, newest first. More than one while the installation key is being rotated: clients present
-the newest that is accepted, servers accept all of them. A file holds one key a line in this order."""
+"""A key and its predecessors, newest first. Has several during a rotation of the installation key: clients present
+the newest accepted one, and servers accept all of them. A file has one key per line, in this order."""
 _MAX_KEYS = 2
 _MIN_KEY_LENGTH = 16
 
@@ -35,7 +35,7 @@ def parse_keys(content: bytes) -> Keys:
     """Return the keys of a file.
 
     Raises:
-        ValueError: there is no key, there are too many, or one is too short; the message never contains one.
+        ValueError: there is no key, there are too many, or one is too short; the message never contains a key.
     """
     keys = tuple(line.strip() for line in content.splitlines() if line.strip())
     if not keys:
@@ -48,17 +48,17 @@ def parse_keys(content: bytes) -> Keys:
 
 
 def keys_file(keys: Keys) -> bytes:
-    """Return the content of a file with these keys."""
+    """Return the content of a file with the keys."""
     return b"".join(key + b"\n" for key in keys)
 
 
 def gateway_keys(installation: Keys) -> Keys:
-    """Derive the gateways' keys. No control key can be derived from them."""
+    """Derive the gateways' keys, from which no control key can be derived."""
     return _derived(installation, "gateway")
 
 
 def control_keys(installation: Keys, pool_namespace: str, pool_uid: str) -> Keys:
-    """Derive a pool's keys for what changes a pod: PUT /v1/adapters and POST /drain of its agent."""
+    """Derive a pool's keys for requests that change a pod: PUT /v1/adapters and POST /drain of its agent."""
     return _derived(installation, f"control/{pool_namespace}/{pool_uid}")
 
 
@@ -73,9 +73,9 @@ def events_keys(gateway: Keys, pool_namespace: str, pool_uid: str) -> Keys:
 
 
 def pod_tokens(pool: Keys, pod_uid: str) -> tuple[str, ...]:
-    """Derive the bearer tokens of one pod from its pool's keys, so that what one pod is sent is refused by all others.
+    """Derive the bearer tokens of one pod from its pool's keys. No other pod accepts them.
 
-    The engine's middleware derives the same with the standard library: HMAC-SHA256 of the pod's UID, hex.
+    The engine's middleware derives the same tokens with the standard library: HMAC-SHA256 of the pod's UID, hex.
     """
     return _tokens(pool, pod_uid)
 
@@ -91,12 +91,15 @@ def metrics_tokens(gateway: Keys) -> tuple[str, ...]:
 
 
 def metrics_digests(gateway: Keys) -> Keys:
-    """Return what agents know of the tokens of /metrics. A reader of a pool's Secret must not read all metrics."""
+    """Return the digests by which agents check the tokens of /metrics.
+
+    A pool's Secret has these instead of the keys, so that its readers cannot read all metrics.
+    """
     return tuple(_digest(token) for token in metrics_tokens(gateway))
 
 
 def accepts_digest(presented: str, digests: Keys) -> bool:
-    """True if the value of an Authorization header is a bearer token that one of the digests belongs to."""
+    """Return True if the value of an Authorization header is a bearer token with one of the digests."""
     scheme, _, token = presented.partition(" ")
     given = _digest(token.strip())
     equal = [hmac.compare_digest(given, digest) for digest in digests]
@@ -104,7 +107,7 @@ def accepts_digest(presented: str, digests: Keys) -> bool:
 
 
 def accepts(presented: str, tokens: tuple[str, ...]) -> bool:
-    """True if the value of an Authorization header is one of the bearer tokens; all are compared, in constant time."""
+    """Return True if an Authorization header's value is one of the bearer tokens; compares all in constant time."""
     scheme, _, token = presented.partition(" ")
     given = token.strip().encode("utf-8", "surrogateescape")
     equal = [hmac.compare_digest(given, expected.encode()) for expected in tokens]
@@ -128,23 +131,23 @@ def _hex(key: bytes, purpose: str) -> str:
 
 
 MAX_MESSAGE = 1000
-"""Longest sentence of an agent, in characters."""
+"""Longest message of an agent, in characters."""
 MAX_WANTED = 1024
-"""Most revisions that one pod may be asked to hold."""
+"""Highest number of revisions that one pod may be asked to hold."""
 MAX_ADAPTERS = 2048
-"""Most revisions on one pod: wanted, and still being unloaded."""
+"""Highest number of revisions on one pod, with those still being unloaded."""
 MAX_MODELS = 20_000
-"""Most models with requests that a gateway reports."""
+"""Highest number of models with requests that a gateway reports."""
 MAX_REQUESTS = 1_000_000
-"""Most requests for one model at one gateway: more is not believed."""
+"""Highest plausible number of requests for one model at one gateway; a higher one is invalid."""
 MAX_EPOCH_LEAD = 24 * 3600
-"""An epoch is at least the time, in seconds since 1970, when its leader began. One further ahead of an agent's clock
-than this is refused: a single request must not outbid all leaders to come."""
+"""Highest accepted lead, in seconds, of an epoch over an agent's clock. An epoch is at least the time, in seconds since
+1970, at which its leader began; without this limit a single request could lock out all future leaders."""
 _MAX_NUMBER = 2**53
 
 
 class _WireModel(StatusModel):
-    """What another process sent: nothing is converted, and errors do not repeat it."""
+    """Message from another process: values are not converted, and errors do not contain the input."""
 
     model_config = ConfigDict(strict=True, hide_input_in_errors=True)
 
@@ -152,7 +155,7 @@ class _WireModel(StatusModel):
 EngineName = Annotated[str, Field(min_length=1, max_length=256)]
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 Message = Annotated[str, BeforeValidator(lambda text: text[:MAX_MESSAGE] if isinstance(text, str) else text)]
-"""A sentence; what is longer than `MAX_MESSAGE` is cut."""
+"""A message; cut to `MAX_MESSAGE` characters."""
 
 
 class DesiredAdapter(_WireModel):
@@ -164,7 +167,7 @@ class DesiredAdapter(_WireModel):
 
 
 class DesiredAdapters(_WireModel):
-    """The body of `PUT /v1/adapters`: the whole list. A lower (epoch, sequence) than the last is refused with 409."""
+    """Body of `PUT /v1/adapters`: the whole list. A lower (epoch, sequence) than the last is refused with 409."""
 
     epoch: int = Field(ge=0, le=_MAX_NUMBER)
     sequence: int = Field(ge=0, le=_MAX_NUMBER)
@@ -172,13 +175,13 @@ class DesiredAdapters(_WireModel):
 
 
 def list_digest(adapters: Iterable[DesiredAdapter]) -> str:
-    """Return the digest of a list, by which the operator knows that an agent has the one that it sent."""
+    """Return the digest of a list; the operator compares it to check that an agent has the list that it sent."""
     lines = sorted(f"{adapter.engine_name}\0{adapter.digest}\0{adapter.uri}" for adapter in adapters)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 class ResidencyState(StrEnum):
-    """How far a revision is on one pod."""
+    """State of a revision on one pod."""
 
     DOWNLOADING = "Downloading"
     LOADING = "Loading"
@@ -190,8 +193,8 @@ class ResidencyState(StrEnum):
 class Residency(_WireModel):
     """A revision on one pod.
 
-    `digest`: empty for one that the engine holds and nobody wants. `permanent`: trying again cannot help (a damaged or
-    unfit artifact).
+    `digest`: empty if the engine holds a revision that is not wanted. `permanent`: a retry cannot succeed (a damaged or
+    unsuitable artifact).
     """
 
     engine_name: EngineName
@@ -202,7 +205,7 @@ class Residency(_WireModel):
 
 
 class PodHeader(_WireModel):
-    """The state of a pod without its revisions. `list_digest`: of the list that has the number (epoch, sequence)."""
+    """State of a pod without its revisions. `list_digest`: digest of the list with the number (epoch, sequence)."""
 
     epoch: int = Field(default=0, ge=0, le=_MAX_NUMBER)
     sequence: int = Field(default=0, ge=0, le=_MAX_NUMBER)
@@ -222,7 +225,7 @@ class PodHeader(_WireModel):
 
 
 class PodState(PodHeader):
-    """The whole state of a pod."""
+    """Complete state of a pod."""
 
     adapters: list[Residency] = Field(default_factory=list, max_length=MAX_ADAPTERS)
 
@@ -230,8 +233,8 @@ class PodState(PodHeader):
 class PodEvent(PodHeader):
     """One line of `GET /v1/events` (NDJSON): on every change and at least every second.
 
-    The first line of a stream is a snapshot, all others hold what changed. `residency_digest` covers all revisions
-    after the line, so that a reader that missed something notices and connects again for another snapshot.
+    The first line of a stream is a snapshot; each later line holds the changes. `residency_digest` covers all revisions
+    as of the line, so a reader that missed a change detects it and reconnects for another snapshot.
     """
 
     snapshot: bool = False
@@ -259,4 +262,4 @@ class GatewayDemand(_WireModel):
 
 GATEWAY_PORT = 8000
 GATEWAY_INTERNAL_PORT = 8081
-"""Demand, metrics and probes of the gateway."""
+"""Port of the gateway's demand stream, metrics and probes."""

@@ -1,7 +1,7 @@
 """API keys: made by the CLI, kept hashed in ConfigMaps of the gateway's namespace, checked by the gateway.
 
-ConfigMaps, because RBAC has no labels: a gateway that may list the Secrets of its namespace could read the installation
-key. The hash of 256 random bits tells nobody the key.
+ConfigMaps, because RBAC cannot select by label: a gateway that may list Secrets could also read the installation
+key. The key cannot be recovered from the hash of 256 random bits.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _HASH = re.compile(r"^[0-9a-f]{64}$")
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """What a key may do.
+    """An API key and its permissions.
 
     Attributes:
         name: for people and logs.
         digest: SHA-256 of the key.
-        home: the namespace in which bare model names are looked up.
+        home: namespace in which bare model names are looked up.
         namespaces: namespaces whose models may be called.
-        models: global ids that may be called; None: all of those namespaces.
+        models: global ids that may be called; None: all in those namespaces.
     """
 
     name: str
@@ -43,24 +43,24 @@ class ApiKey:
     models: frozenset[str] | None
 
     def may_call(self, model: str) -> bool:
-        """Whether the list of models allows the global id (its namespace is checked apart)."""
+        """Return True if the list of models allows the global id; its namespace is checked separately."""
         return self.models is None or model in self.models
 
 
 def new_key() -> str:
-    """A fresh key: `sk-ts-<8 hex id>-<43 characters, 256 random bits>`."""
+    """Return a new key: `sk-ts-<8 hex id>-<43 characters, 256 random bits>`."""
     return f"sk-ts-{secrets.token_hex(4)}-{secrets.token_urlsafe(32)}"
 
 
 def key_digest(key: str) -> bytes:
-    """SHA-256 of a key. The key has 256 random bits, so a slow hash would add nothing."""
+    """Return the SHA-256 of a key. The key has 256 random bits, so a slow hash would not add security."""
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
 def key_record(
     name: str, gateway_namespace: str, key: str, *, home: str, namespaces: Sequence[str], models: Sequence[str]
 ) -> dict[str, Any]:
-    """Return the ConfigMap that makes a key valid; it holds the key's hash only.
+    """Return the ConfigMap that makes a key valid; it contains only the key's hash.
 
     Args:
         name: name of the key; the ConfigMap is called `api-key-<name>`.

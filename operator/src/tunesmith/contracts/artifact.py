@@ -1,4 +1,4 @@
-"""The artifact's manifest, `tunesmith.json`: written last, only if absent; its SHA-256 is the artifact's digest."""
+"""The artifact's manifest, `tunesmith.json`: written last, and only if absent; its SHA-256 is the artifact's digest."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tunesmith.api.model import StatusModel
 
 
 class ArtifactFile(StatusModel):
-    """One file of the artifact, by its name in the folder."""
+    """File of the artifact, by its name in the folder."""
 
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     size_bytes: int = Field(ge=0)
 
 
 class ArtifactBase(StatusModel):
-    """The base that the adapter belongs to."""
+    """Base model that the adapter belongs to."""
 
     fingerprint: str
     uri: str
@@ -28,7 +28,7 @@ class ArtifactBase(StatusModel):
 
 
 class ArtifactAdapter(StatusModel):
-    """What the engine must be able to hold."""
+    """Properties of the adapter that the engine must support."""
 
     method: str = Field(description="Its name in the manifest, such as lora.")
     rank: int | None = Field(default=None, ge=1, description="As it was saved; absent where the method has none.")
@@ -59,11 +59,11 @@ class ArtifactManifest(StatusModel):
     servable: ServableStatus
 
     def to_bytes(self) -> bytes:
-        """The canonical form: sorted keys, UTF-8, one newline at the end."""
+        """Return the canonical form: sorted keys, UTF-8, one newline at the end."""
         document = self.model_dump(mode="json", by_alias=True, exclude_none=True)
         return (json.dumps(document, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def digest_of(data: bytes) -> str:
-    """`sha256:<64 hex>` of the bytes of `tunesmith.json`."""
+    """Return the digest `sha256:<64 hex>` of the bytes of `tunesmith.json`."""
     return f"sha256:{hashlib.sha256(data).hexdigest()}"

@@ -1,4 +1,4 @@
-"""Ownership of model names, for the operator and the gateway: which of several claims on one id wins."""
+"""Ownership of model names, for the operator and the gateway: the precedence of competing claims on one id."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
 
 def precedence(created: datetime | None, uid: str) -> tuple[datetime, str]:
-    """Return the sort key of objects that compete for a name or a slot: the oldest first, then by UID.
+    """Return the sort key of objects that compete for a name or a slot: oldest first, then by UID.
 
-    An object whose creation time is unknown comes last.
+    An object with an unknown creation time sorts last.
     """
     return created or _NEVER, uid
 
@@ -38,7 +38,7 @@ class Claim:
 
     @property
     def holder(self) -> str:
-        """The claimant, for a sentence."""
+        """The claimant, as a noun phrase for messages."""
         return f"{self.kind} {self.namespace}/{self.name}"
 
 
@@ -49,23 +49,23 @@ def claim_of(resource: AdapterDeployment | ServingPool) -> Claim:
 
 
 def owner(model: str, claims: Iterable[Claim]) -> Claim | None:
-    """Return the claim that holds the id, by `precedence`. None when nobody claims it."""
+    """Return the claim that holds the id, by `precedence`; None if nobody claims it."""
     rivals = (claim for claim in claims if claim.model == model)
     return min(rivals, key=lambda claim: precedence(claim.created, claim.uid), default=None)
 
 
 def lost_to(resource: AdapterDeployment | ServingPool, claims: Iterable[Claim]) -> Claim | None:
-    """Return the older claim that takes the resource's id from it; None when the resource holds it."""
+    """Return the older claim on the resource's id; None if the resource holds the id itself."""
     mine = claim_of(resource)
     first = owner(mine.model, claims)
     return None if first is None or first.uid == mine.uid else first
 
 
 def parse_namespaces(text: str) -> tuple[str, ...]:
-    """Return the namespaces of an option's list, separated by commas.
+    """Return the namespaces in an option's comma-separated list.
 
     Raises:
-        ValueError: one is not a valid name of a namespace; the message names it.
+        ValueError: an entry is not a valid namespace name; the message contains it.
     """
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     for name in names:

@@ -1,9 +1,9 @@
-"""Guard of a process's connections: none goes to an address that the pods of jobs and pools may not reach.
+"""Guard of a process's connections: refuses addresses that the pods of jobs and pools must not reach.
 
-It checks the address that is really connected to, after names are resolved and at every redirect, whatever library
-connects: an audit hook sees each `connect` of a Python socket, and its exception prevents it. It does not see
-connections that are made without Python's sockets: those between ranks (gloo, NCCL, torch's store), which are allowed;
-`NATIVE_CLIENTS`, which are switched off; and programs of their own, for which `check_server` checks beforehand.
+It checks the address of each connection, after name resolution and at every redirect, whatever library connects: an
+audit hook runs before each `connect` of a Python socket, and its exception prevents the connection. It does not see
+connections made without Python's sockets: those between ranks (gloo, NCCL, torch's store), which are allowed;
+`NATIVE_CLIENTS`, which are disabled; and separate programs, for which `check_server` checks beforehand.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ NATIVE_CLIENTS = {
     "HF_HUB_DISABLE_XET": "1",  # Rust
     "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # gRPC's C core, for zonal buckets
 }
-"""Variables that make libraries use Python's sockets instead of their own."""
+"""Variables that make libraries use Python's sockets instead of native clients."""
 
 
 class AddressRefusedError(PermissionError):
-    """A connection to a refused address; an OSError, as libraries expect of sockets.
+    """A connection to a refused address. An OSError, because libraries expect one from sockets.
 
     Args:
         explanation: the address, its kind and the fix.
     """
 
     def __init__(self, explanation: str) -> None:
-        # Always the same: for a name with several addresses some libraries keep one exception only if all are equal.
+        # Constant: for a name with several addresses some libraries keep a single exception only if all are equal.
         super().__init__("this address may not be reached")
         self.explanation = explanation
 
 
 class _Guard:
-    """The audit hook. One for the process, as none can be removed."""
+    """Audit hook. A process has a single one, since hooks cannot be removed."""
 
     def __init__(self) -> None:
         self.allowed: tuple[Network, ...] | None = None
-        """None: everything."""
+        """Networks that are allowed besides public addresses; None: every connection is allowed."""
         self.installed = False
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
@@ -63,12 +63,12 @@ class _Guard:
         self.refuse(str(address[0]))
 
     def refuse(self, host: str) -> None:
-        """Raise AddressRefusedError if a connection to this address, a text, must not be made."""
+        """Raise AddressRefusedError if a connection to this address, given as text, is not allowed."""
         if self.allowed is None:
             return
         try:
             plain = ipaddress.ip_address(host.partition("%")[0])
-        except ValueError:  # it would be resolved after this check
+        except ValueError:  # a name, which would be resolved after this check
             raise AddressRefusedError(f"{host}, a name, where only an address can be checked") from None
         kind = refused(plain, self.allowed)
         if kind is not None:
@@ -88,7 +88,7 @@ def guarded(environ: Mapping[str, str] = os.environ) -> Iterator[None]:
     """Keep every thread of this process from connecting to a refused address while the block runs.
 
     Args:
-        environ: has the networks that the platform allows.
+        environ: environment with the networks that the platform allows.
 
     Raises:
         ValueError: the platform's list is malformed.
@@ -110,7 +110,7 @@ def guarded(environ: Mapping[str, str] = os.environ) -> Iterator[None]:
 
 @contextmanager
 def between_ranks() -> Iterator[None]:
-    """Allow the block's connections: they go to other pods of this job, whose address no manifest names."""
+    """Allow the block's connections: they go to other pods of this job, whose addresses no manifest names."""
     token = _between_ranks.set(True)
     try:
         yield
@@ -119,12 +119,12 @@ def between_ranks() -> Iterator[None]:
 
 
 def check_server(url: str) -> None:
-    """Check the addresses that a server's name, or its proxy's, has now; does nothing while nothing is guarded.
+    """Check the addresses to which a server's or its proxy's name resolves now; do nothing if no guard is active.
 
-    For a client that does not use Python's sockets. A redirect, or a name that changes afterwards, is not seen.
+    For clients that do not use Python's sockets. Redirects and later changes of the name are not checked.
 
     Raises:
-        AddressRefusedError: one of its addresses must not be connected to.
+        AddressRefusedError: a connection to one of the addresses is not allowed.
         OSError: the name cannot be resolved.
     """
     if _guard.allowed is None:
@@ -138,7 +138,7 @@ def check_server(url: str) -> None:
 
 
 def refusal(error: BaseException) -> AddressRefusedError | None:
-    """The refused connection among the causes of an error of any library; None if the error has another cause."""
+    """Return the refused connection among the causes of an error of any library; None if there is none."""
     seen: set[int] = set()
     pending: list[BaseException | None] = [error]
     while pending:

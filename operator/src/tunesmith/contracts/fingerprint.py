@@ -1,6 +1,6 @@
-"""The base fingerprint: of content, never of names, which mirrors change.
+"""Fingerprint of a base model: computed from its content, never from names, which mirrors change.
 
-SHA-256 over, in this order: `config.json` (canonical JSON, without the keys that name places and versions),
+SHA-256 over, in this order: `config.json` (canonical JSON, without the keys for paths and versions),
 `tokenizer.json`, the chat template (`chat_template.jinja`, or `chat_template` of `tokenizer_config.json`), and for
 every safetensors file in order of tensor names: name, dtype, shape and 64 bytes sampled at the start, the middle and
 the end of the tensor's data.
@@ -25,13 +25,13 @@ class ModelFolder(Protocol):
     """Random access to a model's files."""
 
     def names(self) -> list[str]:
-        """Names of the files in the folder, without sub-folders."""
+        """Return the names of the files in the folder, without sub-folders."""
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
-        """Bytes of one file.
+        """Return bytes of one file.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: the file does not exist.
         """
 
 
@@ -42,21 +42,21 @@ class LocalModelFolder:
         self._root = root
 
     def names(self) -> list[str]:
-        """Names of the regular files in the folder."""
+        """Return the names of the regular files in the folder."""
         return sorted(entry.name for entry in self._root.iterdir() if entry.is_file())
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
-        """Bytes of one file."""
+        """Return bytes of one file."""
         with (self._root / name).open("rb") as file:
             file.seek(offset)
             return file.read() if length is None else file.read(length)
 
 
 def base_fingerprint(folder: ModelFolder) -> str:
-    """`sha256:<64 hex>` of a base model's content.
+    """Return the fingerprint, `sha256:<64 hex>`, of a base model's content.
 
     Raises:
-        ValueError: the folder is no model: config, tokenizer or safetensors are missing or malformed.
+        ValueError: the folder is not a model: config, tokenizer or safetensors are missing or malformed.
     """
     names = set(folder.names())
     weights = sorted(name for name in names if name.endswith(".safetensors"))

@@ -1,4 +1,4 @@
-"""The ConfigMap by which users find an installation: written by the chart, read by the CLI. It holds no secret."""
+"""ConfigMap that describes an installation to users: written by the chart, read by the CLI, without secrets."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 NAMESPACE = "tunesmith-system"
-"""Namespace of the installation unless it is configured otherwise."""
+"""Default namespace of the installation."""
 NAME = "tunesmith-installation"
 
 
 class Installation(NamedTuple):
-    """What users may know about an installation."""
+    """Public facts about an installation."""
 
     url: str = ""
     """Address of the gateway without /v1; empty: unknown."""
     shared_pool_namespaces: tuple[str, ...] = ()
-    """Namespaces whose pools every namespace may be allowed to use."""
+    """Namespaces whose pools any namespace may be allowed to use."""
 
 
 def parse_installation(config_map: Mapping[str, Any]) -> Installation:
-    """Return what the ConfigMap holds; a missing entry is empty."""
+    """Return the content of the ConfigMap; missing entries are empty."""
     data = config_map.get("data") or {}
     namespaces = str(data.get("sharedPoolNamespaces") or "").split(",")
     return Installation(str(data.get("url") or ""), tuple(name for name in namespaces if name))

@@ -1,4 +1,4 @@
-"""A mounted file of keys that is read again while the process runs, so that a rotation needs no restart."""
+"""A mounted file of keys that is reread while the process runs, so a rotation needs no restart."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _log = logging.getLogger(__name__)
 
 
 class KeyFile:
-    """The keys of a file, at most two seconds old. A file that disappears or is damaged leaves the last keys valid.
+    """Keys of a file, at most two seconds old. If the file disappears or is damaged, the last keys stay valid.
 
     Args:
-        path: the file, with one key a line, newest first.
+        path: file with one key per line, newest first.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it holds no usable key.
+        ValueError: it has no usable key.
     """
 
     def __init__(self, path: Path) -> None:
@@ -35,7 +35,7 @@ class KeyFile:
         self._read_at = time.monotonic()
 
     def __call__(self) -> Keys:
-        """Return the keys."""
+        """Return the current keys."""
         now = time.monotonic()
         if now - self._read_at >= _REREAD_SECONDS:
             self._read_at = now

@@ -1,4 +1,4 @@
-"""Where things lie in the store, and names made from a resource. The operator computes them, never a pod."""
+"""Locations in the store, and names derived from a resource. The operator computes them, never a pod."""
 
 from __future__ import annotations
 
@@ -11,51 +11,52 @@ from tunesmith.storage.schemes import BY_NAME, normalised, split
 
 ARTIFACT_MANIFEST = "tunesmith.json"
 ARTIFACT_FOLDER = "artifact"
-"""In a job's folder of the store, as the next three."""
+"""Sub-folder of a job's folder in the store, as are the next three."""
 TEMPORARY_FOLDER = "tmp"
 MERGED_FOLDER = "merged"
-"""Beside the artifact, as the next: an engine's pod fetches all that the artifact's manifest lists."""
+"""Beside the artifact, as is EVENTS_FOLDER: an engine's pod downloads every file that the artifact's manifest lists."""
 EVENTS_FOLDER = "tensorboard"
 CLAIMS_FOLDER = "/mnt/claims"
-"""A training pod mounts the PersistentVolumeClaims that its job names here, each under its own name, read-only."""
+"""Folder in which a training pod mounts the PersistentVolumeClaims that its job names, each under its name, read-
+only."""
 _DIGEST = re.compile(r"^sha256:([0-9a-f]{64})$")
 
 
 def job_folder(store: str, namespace: str, name: str, uid: str) -> str:
-    """The folder of a FineTuneJob: `<store>/<namespace>/<job>-<uid>`, without a slash at its end."""
+    """Return the folder of a FineTuneJob: `<store>/<namespace>/<job>-<uid>`, without a trailing slash."""
     return f"{store.rstrip('/')}/{namespace}/{name}-{uid}"
 
 
 def artifact_uri(store: str, namespace: str, name: str, uid: str) -> str:
-    """The folder of a FineTuneJob's artifact."""
+    """Return the folder of a FineTuneJob's artifact."""
     return f"{job_folder(store, namespace, name, uid)}/{ARTIFACT_FOLDER}"
 
 
 def beside_artifact(uri: str, folder: str) -> str:
-    """A folder that lies where the artifact of `uri` does."""
+    """Return the folder of that name beside the artifact at `uri`."""
     return f"{uri.removesuffix(f'/{ARTIFACT_FOLDER}')}/{folder}"
 
 
 def temporary_folder(store: str, namespace: str, name: str, uid: str) -> str:
-    """What a FineTuneJob needs until it is done: removed on success.
+    """Return the folder for data that a FineTuneJob needs only until it succeeds.
 
-    What a deleted job left there is removed by `tunesmith gc`.
+    It is removed on success; `tunesmith gc` removes those of deleted jobs.
     """
     return f"{job_folder(store, namespace, name, uid)}/{TEMPORARY_FOLDER}"
 
 
 def checkpoints_uri(store: str, namespace: str, name: str, uid: str) -> str:
-    """The folder of a FineTuneJob's checkpoints."""
+    """Return the folder of a FineTuneJob's checkpoints."""
     return f"{temporary_folder(store, namespace, name, uid)}/checkpoints"
 
 
 def tokens_uri(store: str, namespace: str, name: str, uid: str) -> str:
-    """The folder of a FineTuneJob's tokenised rows, from its validation until its artifact is published."""
+    """Return the folder of a FineTuneJob's tokenised rows, kept from validation until the artifact is published."""
     return f"{temporary_folder(store, namespace, name, uid)}/tokens"
 
 
 def namespace_of_artifact(store: str, uri: str) -> str | None:
-    """Return the namespace whose prefix of the store holds `uri`; None if it is outside the store."""
+    """Return the namespace whose prefix of the store contains `uri`; None if it is outside the store."""
     rest = uri.removeprefix(f"{normalised(store)}/")
     parts = rest.split("/")
     if rest == uri or len(parts) == 1 or not parts[0] or ".." in parts:
@@ -64,13 +65,13 @@ def namespace_of_artifact(store: str, uri: str) -> str | None:
 
 
 def writes_into_store(store: str, uri: str) -> bool:
-    """True if files below `uri` would lie in the store or hold it, however the uri is spelled."""
+    """Return True if files below `uri` would be in the store or contain it, for any spelling of the uri."""
     root = _names(store)
     return any(names[: len(root)] == root or root[: len(names)] == names for names in map(_names, _spellings(uri)))
 
 
 def reads_foreign_store(store: str, namespace: str, uri: str) -> bool:
-    """True if the file, folder or glob of `uri` may be in the store, outside the folder of `namespace`."""
+    """Return True if the file, folder or glob of `uri` may be in the store but outside the folder of `namespace`."""
     root = _names(store)
     return any(_reaches(_names(spelling), root, namespace) for spelling in _spellings(uri))
 
@@ -85,13 +86,13 @@ def _reaches(wanted: tuple[str, ...], root: tuple[str, ...], namespace: str) -> 
 
 
 def _spellings(uri: str) -> set[str]:
-    """The uri, and what it is once its percent-encoding is decoded, up to twice."""
+    """Return the uri and its percent-decoded forms, decoded up to twice."""
     once = unquote(uri)
     return {uri, once, unquote(once)}
 
 
 def _names(uri: str) -> tuple[str, ...]:
-    """Scheme, bucket and the names of the path, without empty names and dots."""
+    """Return the scheme, the bucket and the names of the path, without empty names and dots."""
     scheme, place = split(uri)
     bucket, *path = [name for name in place.split("/") if name not in {"", "."}] or [""]
     names: list[str] = []
@@ -100,22 +101,22 @@ def _names(uri: str) -> tuple[str, ...]:
             del names[-1:]
         else:
             names.append(name)
-    # az://container@account.dfs.core.windows.net/ is the container; names of buckets have no capitals.
+    # The bucket of az://container@account.dfs.core.windows.net/ is the container; bucket names have no capitals.
     return scheme.lower(), bucket.partition("@")[0].lower(), *names
 
 
 def short_uid(uid: str) -> str:
-    """Five hex digits that tell two resources of one name apart."""
+    """Return five hex digits that distinguish resources with the same name."""
     return hashlib.sha256(uid.encode()).hexdigest()[:5]
 
 
 def owned_name(name: str, uid: str, suffix: str) -> str:
-    """`<name>-<uid5>-<suffix>`: the deterministic name of an object that belongs to a resource."""
+    """Return `<name>-<uid5>-<suffix>`: the deterministic name of an object that belongs to a resource."""
     return f"{name}-{short_uid(uid)}-{suffix}"
 
 
 def engine_name(namespace: str, model_name: str, digest: str) -> str:
-    """A revision's name in the engine: `<namespace>/<modelName>@<12 hex of its digest>`.
+    """Return a revision's name in the engine: `<namespace>/<modelName>@<12 hex of its digest>`.
 
     Raises:
         ValueError: `digest` is not `sha256:<64 hex>`.

@@ -1,4 +1,4 @@
-"""Who may connect to the pods that the operator creates: NetworkPolicies of pools and of jobs."""
+"""NetworkPolicies of pools and jobs: the peers that may connect to the pods that the operator creates."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ _PEERS = {"namespaceSelector", "podSelector", "ipBlock"}
 
 @dataclass(frozen=True)
 class Network:
-    """The installation as a NetworkPolicy sees it."""
+    """Peers and settings of the installation for NetworkPolicies."""
 
     namespace: str
     """Namespace of the operator and the gateways."""
     instance: str
-    """Name of the release: the label app.kubernetes.io/instance of their pods."""
+    """Name of the release, which is the label app.kubernetes.io/instance of their pods."""
     policies: bool = True
     """True if the operator creates a NetworkPolicy beside each pool and job."""
     metrics_from: tuple[Manifest, ...] = ()
     """NetworkPolicy peers that may read metrics."""
 
     def component(self, name: str) -> Manifest:
-        """Return the peer of a component's pods, `operator` or `gateway`."""
+        """Return the peer that selects a component's pods, `operator` or `gateway`."""
         return {
             "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": self.namespace}},
             "podSelector": {"matchLabels": component_labels(self.instance, name)},
         }
 
     def admit(self, port: int, *components: str) -> Manifest:
-        """Return the rule that lets components, and whoever reads metrics, connect to a port."""
+        """Return the rule that lets components and the readers of metrics connect to a port."""
         peers = [*map(self.component, components), *self.metrics_from]
         return {"from": peers, "ports": [{"port": port, "protocol": "TCP"}]}
 
 
 def component_labels(instance: str, name: str) -> dict[str, str]:
-    """Return the labels by which a component's pods differ from all others of their namespace.
+    """Return the labels that distinguish a component's pods from all others in their namespace.
 
-    Other charts label pods with component=gateway too.
+    The component alone is not enough: other charts label pods with component=gateway too.
     """
     return {
         "app.kubernetes.io/name": "tunesmith",
@@ -52,7 +52,7 @@ def component_labels(instance: str, name: str) -> dict[str, str]:
 
 
 def parse_peers(text: str) -> tuple[Manifest, ...]:
-    """Return the NetworkPolicy peers of an option's JSON list.
+    """Return the NetworkPolicy peers in an option's JSON list.
 
     Raises:
         ValueError: it is not a list of peers.
@@ -67,14 +67,14 @@ def parse_peers(text: str) -> tuple[Manifest, ...]:
 
 
 def network_policy(metadata: Manifest, pods: Mapping[str, str], ingress: Iterable[Manifest]) -> Manifest:
-    """Return the policy that admits the rules' connections to pods and refuses all others.
+    """Return a policy that allows ingress to the pods by the rules and denies all other ingress.
 
-    Connections from the pods are not restricted: base models, data and stores are wherever users have them.
+    Egress is not restricted: base models, data and stores are wherever users keep them.
 
     Args:
-        metadata: of the policy.
+        metadata: metadata of the policy.
         pods: labels of the pods.
-        ingress: rules.
+        ingress: ingress rules.
     """
     return {
         "apiVersion": "networking.k8s.io/v1",

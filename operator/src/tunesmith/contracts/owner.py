@@ -1,4 +1,4 @@
-"""`owner.json` in a FineTuneJob's folder of the store: whose it is, once the FineTuneJob is gone."""
+"""`owner.json` in a FineTuneJob's folder of the store: identifies the owner after the FineTuneJob is deleted."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ OWNER_FILE = "owner.json"
 
 
 class Owner(StatusModel):
-    """Written by the validation. Several clusters may share a store, and their FineTuneJobs may share names."""
+    """Owner of the folder, written by the validation. Clusters that share a store may have FineTuneJobs of one name."""
 
     cluster: str
-    """Uid of the cluster's namespace kube-system."""
+    """UID of the cluster's namespace kube-system."""
     namespace: str
     name: str
     uid: str
-    """Of the FineTuneJob."""
+    """UID of the FineTuneJob."""

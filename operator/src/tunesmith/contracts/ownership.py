@@ -1,4 +1,4 @@
-"""Owners of objects in the cluster. Anyone may write owner references, labels and uids into objects of their own."""
+"""Owners of objects in the cluster. Users may write any owner references, labels and UIDs into their own objects."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ if TYPE_CHECKING:
 
 
 def controller_of(item: Mapping[str, Any], kind: str) -> dict[str, Any] | None:
-    """Return the owner reference of an object's controller if that is of `kind`, otherwise None.
+    """Return the owner reference of an object's controller if it is of `kind`, otherwise None.
 
-    The API server admits one controller at most. An owner is of the object's own namespace: the caller compares it.
+    The API server allows at most one controller. An owner is always in the object's namespace, which the caller must
+    compare.
     """
     owners = item["metadata"].get("ownerReferences") or ()
     return next((owner for owner in owners if owner.get("controller") and owner.get("kind") == kind), None)

@@ -1,4 +1,4 @@
-"""`parity.json` of an artifact: what base and adapter must say, for the check of the engine that serves them."""
+"""`parity.json` of an artifact: expected log-probabilities of base and adapter, to check a serving engine."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class TokenLogProbability(StatusModel):
 
 
 class ParityPosition(StatusModel):
-    """What is said at one token of the answer, with all before it given."""
+    """Log-probabilities at one position of the answer, given all preceding tokens."""
 
     chosen: float = Field(description="Log-probability of the answer's token.")
     top: list[TokenLogProbability] = Field(description="The most probable tokens, most probable first.")
 
 
 class ParityProbe(StatusModel):
-    """One prompt, an answer, and the log-probabilities of the answer's tokens."""
+    """A prompt, an answer, and the log-probabilities of the answer's tokens."""
 
     prompt: str = Field(description="The user's message; without a chat template, the text itself.")
     prompt_token_ids: list[int] = Field(min_length=1)
@@ -36,7 +36,7 @@ class ParityProbe(StatusModel):
 
 
 class Parity(StatusModel):
-    """The file. To check an engine, send prompt and answer as token ids and compare the answer's log-probabilities."""
+    """Content of the file. To check an engine, send prompt and answer as token ids and compare log-probabilities."""
 
     schema_version: Literal[1] = 1
     data_type: str = Field(description="Type of the weights that it was computed with, such as bfloat16.")

@@ -1,4 +1,4 @@
-"""Both ends of an agent's event stream: states become lines, and lines become the state again."""
+"""Encoding and decoding of an agent's event stream: states to lines, and lines to the state."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _HEADER = frozenset(PodHeader.model_fields)
 
 
 class StreamOutOfStepError(Exception):
-    """A line does not follow from the ones before it: only another snapshot helps."""
+    """A line does not follow from the preceding ones; the reader needs another snapshot."""
 
 
 class _Residencies:
-    """Revisions by engine name, with a digest of all of them that follows each change."""
+    """Revisions by engine name, with a digest over all of them that is updated at each change."""
 
     def __init__(self) -> None:
         self.by_name: dict[str, Residency] = {}
@@ -23,7 +23,7 @@ class _Residencies:
 
     @property
     def digest(self) -> str:
-        """The digest; the order of the revisions does not matter."""
+        """Digest of the revisions, independent of their order."""
         return f"{self._sum:032x}"
 
     def put(self, residency: Residency) -> None:
@@ -33,20 +33,20 @@ class _Residencies:
         self._sum ^= _number(residency)
 
     def remove(self, name: str) -> None:
-        """Forget a revision."""
+        """Remove a revision."""
         old = self.by_name.pop(name, None)
         if old is not None:
             self._sum ^= _number(old)
 
 
 class EventWriter:
-    """Writes the lines of one reader's stream."""
+    """Writer of one reader's stream."""
 
     def __init__(self) -> None:
         self._sent: _Residencies | None = None
 
     def line(self, state: PodState) -> bytes:
-        """Return the next line: a snapshot first, then what changed since the line before."""
+        """Return the next line: first a snapshot, then the changes since the previous line."""
         snapshot = self._sent is None
         sent = self._sent = _Residencies() if self._sent is None else self._sent
         current = {residency.engine_name: residency for residency in state.adapters}
@@ -67,7 +67,7 @@ class EventWriter:
 
 
 class PodChange(NamedTuple):
-    """A line's news. `names`: the revisions that it adds, changes or removes."""
+    """Changes in one line. `names`: the revisions that were added, changed or removed."""
 
     snapshot: bool
     header: bool
@@ -75,7 +75,7 @@ class PodChange(NamedTuple):
 
 
 class EventReader:
-    """Reads the lines of one connection."""
+    """Reader of one connection's lines."""
 
     def __init__(self) -> None:
         self._known: _Residencies | None = None
@@ -83,11 +83,11 @@ class EventReader:
         self._state: PodState | None = None
 
     def read(self, line: bytes) -> PodChange:
-        """Take the next line over.
+        """Apply the next line and return its changes.
 
         Raises:
             ValidationError: it is not a line of such a stream.
-            StreamOutOfStepError: it does not follow from those before it.
+            StreamOutOfStepError: it does not follow from the preceding lines.
         """
         event = PodEvent.model_validate_json(line)
         if self._known is None and not event.snapshot:
@@ -114,16 +114,16 @@ class EventReader:
 
     @property
     def header(self) -> PodHeader:
-        """The state without the revisions."""
+        """State of the pod without its revisions."""
         return self._header
 
     def residency(self, name: str) -> Residency | None:
-        """Return what the pod reports about a revision."""
+        """Return a revision as the pod reports it; None if the pod reports no such revision."""
         return self._known.by_name.get(name) if self._known is not None else None
 
     @property
     def state(self) -> PodState:
-        """The whole state; the same object until a line changes it."""
+        """Complete state of the pod; the same object until a line changes it."""
         if self._state is None:
             header = {name: getattr(self._header, name) for name in _HEADER}
             adapters = list(self._known.by_name.values()) if self._known is not None else []

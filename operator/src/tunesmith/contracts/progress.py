@@ -1,4 +1,4 @@
-"""What the trainer serves at `GET /progress`: the ProgressStatus of the API, at most 64 KiB of JSON; and its words."""
+"""Progress that the trainer serves at `GET /progress`: a ProgressStatus, at most 64 KiB of JSON; and its text form."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _FIGURES = {
     "tokens_per_second": "{:.0f} tok/s",
 }
 _FIRST_TO_GO = ("memory", "learning_rate", "epoch", "tokens_per_second")
-"""What matters least on a narrow terminal."""
+"""Figures that are omitted first on a narrow terminal."""
 
 
 def parse_progress(body: bytes) -> ProgressStatus:
-    """The progress in a response body.
+    """Return the progress in a response body.
 
     Raises:
-        ValueError: the body is too large or not of the schema.
+        ValueError: the body is too large or does not match the schema.
     """
     if len(body) > PROGRESS_MAX_BYTES:
         raise ValueError(f"progress has {len(body)} bytes, more than {PROGRESS_MAX_BYTES}")
@@ -33,14 +33,14 @@ def parse_progress(body: bytes) -> ProgressStatus:
 
 
 def step_line(progress: ProgressStatus, *, elapsed: float = 0.0, width: int | None = None) -> str:
-    """How far a run is, in one line for people, wherever it runs; empty before the first step.
+    """Return the progress of a run as one line for people; empty before the first step.
 
-    Such as `step 12/90 (13 %)  epoch 0.4  loss 1.234  held-out 1.300  rate 2.0e-04  410 tok/s  1.9 GB  ETA 45 s`.
+    For example `step 12/90 (13 %)  epoch 0.4  loss 1.234  held-out 1.300  rate 2.0e-04  410 tok/s  1.9 GB  ETA 45 s`.
 
     Args:
-        progress: what the trainer said last.
-        elapsed: seconds since then.
-        width: characters that there is room for; None: for all.
+        progress: latest report of the trainer.
+        elapsed: seconds since that report.
+        width: available characters; None: no limit.
     """
     figures: dict[str, str] = {}
     if progress.step is not None and progress.total_steps:
@@ -63,7 +63,7 @@ def step_line(progress: ProgressStatus, *, elapsed: float = 0.0, width: int | No
 
 
 def duration(seconds: float) -> str:
-    """Such as `45 s`, `3 min 20 s`, `2 h 5 min`."""
+    """Return a duration such as `45 s`, `3 min 20 s` or `2 h 5 min`."""
     whole = max(0, round(seconds))
     if whole < _MINUTE:
         return f"{whole} s"

@@ -14,14 +14,14 @@ PODS = "pods"
 
 
 def pod_requests(spec: Mapping[str, Any]) -> Mapping[str, Decimal]:
-    """Return what a pod requests of its node; the pod itself counts as one of the resource `pods`."""
+    """Return the resources that a pod requests of its node; the pod itself counts as one of the resource `pods`."""
     return _sum({PODS: Decimal(1)}, pod_resources(spec, "requests"))
 
 
 def pod_resources(spec: Mapping[str, Any], part: Literal["requests", "limits"]) -> Mapping[str, Decimal]:
     """Return the sum of a pod's requests or limits.
 
-    Containers and sidecars run together, and each other init container beside the sidecars before it.
+    Containers and sidecars run together; each other init container runs with the sidecars that precede it.
     """
     together: Mapping[str, Decimal] = {}
     highest: Mapping[str, Decimal] = {}
@@ -37,7 +37,7 @@ def pod_resources(spec: Mapping[str, Any], part: Literal["requests", "limits"]) 
 
 
 def quantities(texts: Mapping[str, Any]) -> dict[str, Decimal]:
-    """Parse quantities. One in another notation counts as zero: the API server and the scheduler decide in the end."""
+    """Parse quantities. Unknown notations count as zero: the API server and the scheduler have the final decision."""
     found = {}
     for name, text in texts.items():
         try:

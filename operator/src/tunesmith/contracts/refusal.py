@@ -1,4 +1,4 @@
-"""A write that the API server refused, as an observation from which the next status is decided."""
+"""A write that the API server refused, as an observation for the next status."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from enum import StrEnum
 from typing import Self
 
 MAX_RETRY_SECONDS = 30.0
-"""A refused write is tried again at least this often: what refuses it changes without telling anybody."""
+"""Longest time between retries of a refused write: no event announces that its cause is gone."""
 _QUOTA = re.compile(r"(exceeded|failed) quota: ")
 _POLICY = re.compile(r"denied (the )?request|failed calling webhook|violates PodSecurity")
 _RIGHT = re.compile(r'cannot [a-z]+ resource "')
 
 
 class RefusalCause(StrEnum):
-    """Kinds of refusals, each with what ends it."""
+    """Causes of refusals, each with its fix."""
 
     fix: str
 
     def __new__(cls, value: str, fix: str = "") -> Self:
-        """Make a member from its value and its fix."""
+        """Return a new member."""
         member = str.__new__(cls, value)
         member._value_ = value
         member.fix = fix
@@ -30,7 +30,7 @@ class RefusalCause(StrEnum):
     POLICY = "Policy", "change what the admission policy denies, or ask who owns it"
     RIGHT = "Right", "give the operator the right that docs/reference/rbac.md lists"
     INVALID = "Invalid", ""
-    """The object itself is wrong: the same write is refused until the spec is another one."""
+    """The object itself is invalid: the same write is refused until the spec changes."""
     NAME_TAKEN = "NameTaken", ""
     """Another object has the name."""
 
@@ -39,7 +39,7 @@ class RefusalCause(StrEnum):
 class Refusal:
     """A refused write.
 
-    `verb`: such as create. `kind`: of the object. `message`: a sentence that names the object and has the API server's
+    `verb`: such as create. `kind`: of the object. `message`: a sentence with the object's name and the API server's
     message.
     """
 
@@ -50,13 +50,13 @@ class Refusal:
 
     @property
     def sentence(self) -> str:
-        """The message, what ends the refusal, and when the write is tried again."""
+        """Sentence with the message, the fix, and the time of the next try."""
         fix = f"; {self.cause.fix}" if self.cause.fix else ""
         return f"{self.message}{fix}; the operator tries again within {MAX_RETRY_SECONDS:.0f} s"
 
 
 def cause_of(message: str, *, forbidden: bool) -> RefusalCause:
-    """Classify a refusal by the API server's message. `forbidden`: its status is 403."""
+    """Return the cause of a refusal, from the API server's message. `forbidden`: True for HTTP status 403."""
     for pattern, cause in (
         (_QUOTA, RefusalCause.QUOTA),
         (_POLICY, RefusalCause.POLICY),

@@ -1,4 +1,4 @@
-"""What a training pod reports, read as data of a stranger: whatever a job runs in its pod can change it."""
+"""Parser for reports of training pods, which are untrusted: any code that a job runs in its pod can change them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     Report = TypeVar("Report", bound=StatusModel)
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Control characters but for tab and line feed, those that reverse the order of text, and halves of characters."""
+"""Control characters except tab and line feed, characters that reverse the direction of text, and lone surrogates."""
 
 
 def parse_report(model: type[Report], document: str | bytes) -> Report:
-    """Return the report in a JSON document. Its texts hold no control characters, so that a terminal may show them.
+    """Return the report in a JSON document. Control characters in its texts are replaced, so terminals can show them.
 
     Raises:
         ValueError: the document is not JSON, or does not have the model's fields.
@@ -30,7 +30,7 @@ def parse_report(model: type[Report], document: str | bytes) -> Report:
 
 
 def printable(text: str) -> str:
-    """Return the text with spaces in place of control characters."""
+    """Return the text with control characters replaced by spaces."""
     return _CONTROLS.sub(" ", text)
 
 

@@ -1,4 +1,4 @@
-"""How a trainer process says how it ended: exit code and termination message (at most 4,096 bytes of JSON)."""
+"""Result of a trainer process: exit code and termination message (at most 4,096 bytes of JSON)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 TERMINATION_MESSAGE_PATH = "/dev/termination-log"
 TERMINATION_MESSAGE_MAX_BYTES = 4096
 _SHORT = 200
-"""Bytes of a message that has to share the space with others."""
+"""Bytes kept of a message that shares the space with others."""
 _LEAST_MESSAGE = 1024
-"""Bytes of the result's own message that are worth more than what the rest says."""
+"""Bytes of the result's own message that take priority over the other fields."""
 
 
 class ExitCode(IntEnum):
@@ -35,7 +35,7 @@ class ExitCode(IntEnum):
 
 
 class Outcome(StrEnum):
-    """How the process ended."""
+    """Outcome of the process."""
 
     SUCCEEDED = "Succeeded"
     FAILED = "Failed"
@@ -43,14 +43,14 @@ class Outcome(StrEnum):
 
 
 class ExportResult(StatusModel):
-    """What became of an entry of spec.output.exports; no reason: the whole copy is there."""
+    """Outcome of an entry of spec.output.exports; without a reason the copy is complete."""
 
     reason: FailureReason | None = None
     message: str = ""
 
 
 def _finite(metrics: object) -> object:
-    """The metrics that are numbers: others are null in JSON."""
+    """Return the finite metrics: others are null in JSON."""
     if not isinstance(metrics, dict):
         return metrics
     return {name: value for name, value in metrics.items() if isinstance(value, int | float) and math.isfinite(value)}
@@ -69,15 +69,15 @@ class TrainerResult(StatusModel):
     evaluation: EvaluationStatus | None = None
     metrics: Annotated[dict[str, float], BeforeValidator(_finite)] = Field(default_factory=dict)
     exports: list[ExportResult] | None = None
-    """In the order of spec.output.exports, which says where they go; None where nothing was to be exported."""
+    """Outcomes in the order of spec.output.exports, which has the destinations; None if nothing was to be exported."""
     resumed_from_step: Count | None = None
-    """Step of the checkpoint that the attempt went on from; None where it began at step 0."""
+    """Step of the checkpoint from which the attempt resumed; None if it began at step 0."""
     lost_peer: bool = False
-    """Another process of the run ended first: what it says is the cause, this is what followed."""
+    """True if another process of the run failed first: its report has the cause, and this one a consequence."""
 
     @classmethod
     def parse(cls, message: str) -> TrainerResult | None:
-        """The result in a pod's termination message; None where the message is not one."""
+        """Return the result in a pod's termination message; None if the message is not a result."""
         try:
             return parse_report(cls, message)
         except ValueError:
@@ -85,7 +85,7 @@ class TrainerResult(StatusModel):
 
     @property
     def exit_code(self) -> ExitCode:
-        """The exit code that goes with the outcome."""
+        """Exit code for the outcome."""
         if self.outcome is Outcome.SUCCEEDED:
             return ExitCode.DONE
         if self.outcome is Outcome.PREEMPTED:
@@ -93,12 +93,13 @@ class TrainerResult(StatusModel):
         return ExitCode.RETRYABLE if self.retryable else ExitCode.USER_FAULT
 
     def termination_message(self) -> str:
-        """JSON of at most 4,096 bytes.
+        """Return the JSON of the result, at most 4,096 bytes long.
 
-        Too long, it loses, one after the other and until it fits: the examples of rows, the suites' scores
-        (evaluation.json has them), the ends of the suites' messages, the gates, the ends of the exports' messages; then
-        the end of its own message, of which 1,024 bytes stay while it loses the suites' and the exports' messages,
-        what was resolved and what was counted, and last the metrics, the evaluation, the exports and the artifact.
+        If it is too long, these are removed in order until it fits: the examples of rows; the suites' scores, which
+        evaluation.json has; the ends of the suites' messages; the gates; the ends of the exports' messages. Then the
+        end of its own message is cut. To keep 1,024 bytes of that message, these are removed in order: the suites' and
+        the exports' messages, what was resolved, what was counted, the metrics, the evaluation, the exports and the
+        artifact.
         """
         result = self
         for lose in _LOSSES:
@@ -113,9 +114,9 @@ class TrainerResult(StatusModel):
 
 
 def blame(result: TrainerResult | None) -> int:
-    """Which of several failed processes ended the others, by what each said at its end: the one with the least number.
+    """Return the sort key of a failed process: the lowest one is the cause of the others' failures.
 
-    Who failed and says why comes before who was stopped or died without a word, and that before who lost a peer.
+    Processes that report a cause come first, then those stopped or without a report, then those that lost a peer.
     """
     if result is None or result.outcome is not Outcome.FAILED:
         return 2
@@ -179,11 +180,11 @@ _LAST_LOSSES: tuple[Callable[[TrainerResult], TrainerResult], ...] = (
     _without(exports=None),
     _without(artifact=None),
 )
-"""After the last of them nothing is left but the outcome, its reason and the message."""
+"""Trims after which only the outcome, its reason and the message are left."""
 
 
 def _evaluated(result: TrainerResult, **fields: object) -> TrainerResult:
-    """The result with other fields of its evaluation, where it has one."""
+    """Return the result with changed fields of its evaluation; unchanged without an evaluation."""
     if result.evaluation is None:
         return result
     return result.model_copy(update={"evaluation": result.evaluation.model_copy(update=fields)})
@@ -198,17 +199,17 @@ def _size(result: TrainerResult) -> int:
 
 
 def _room(result: TrainerResult) -> int:
-    """Bytes that are left for the message."""
+    """Return the bytes left for the message."""
     return TERMINATION_MESSAGE_MAX_BYTES - _size(result.model_copy(update={"message": ""}))
 
 
 def _size_of(text: str) -> int:
-    """Bytes of a text inside the quotes of its JSON."""
+    """Return the size of a text as JSON, in bytes, without the quotes."""
     return len(to_json(text)) - 2
 
 
 def _cut(text: str, most: int, end: str = "") -> str:
-    """The text's begin, of at most so many bytes in JSON, with `end` where it was cut."""
+    """Return the beginning of the text, at most `most` bytes as JSON; if it was cut, it is followed by `end`."""
     if _size_of(text) <= most:
         return text
     room = most - _size_of(end)

@@ -16,24 +16,24 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 LENGTH_BYTES = 8
-"""Bytes before the header, with its length."""
+"""Size, in bytes, of the field before the header that holds the header's length."""
 MAX_HEADER_BYTES = 100_000_000
-"""Longest header that safetensors itself reads."""
+"""Longest header that the safetensors library reads."""
 _BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
     "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
     "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
-"""Bits of a value, by its type."""
+"""Bits per value, by data type."""
 _SHORTEST_ENTRY = 32
-"""Bytes of the header that a tensor takes at least."""
+"""Fewest bytes of the header per tensor."""
 _VALUES_PER_TENSOR = 16
-"""Of JSON: seven, and some more that other writers may add."""
+"""JSON values per tensor: seven, and some more that other writers may add."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor's dtype as safetensors names it, its shape, and the place of its bytes in the file."""
+    """A tensor's data type (safetensors' name), its shape, and the position of its bytes in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -51,7 +51,7 @@ def header_length(start: bytes, size: int | None, limit: int = MAX_HEADER_BYTES)
 
     Args:
         start: the first bytes of the file.
-        size: bytes of the whole file; None where they are not known.
+        size: bytes of the whole file; None if unknown.
         limit: highest length.
 
     Raises:
@@ -70,7 +70,7 @@ def parse_header(text: bytes, size: int | None, max_tensors: int | None = None) 
 
     Args:
         text: the header without its length.
-        size: bytes of the whole file; None where they are not known.
+        size: bytes of the whole file; None if unknown.
         max_tensors: highest number of tensors; None: as many as fit.
 
     Raises:
@@ -97,10 +97,10 @@ def parse_header(text: bytes, size: int | None, max_tensors: int | None = None) 
 
 
 def read_tensors(path: Path, *, limit: int = MAX_HEADER_BYTES, max_tensors: int | None = None) -> dict[str, Tensor]:
-    """Return the tensors of a file of this machine by name.
+    """Return the tensors of a local file by name.
 
     Raises:
-        ValueError: the file is damaged, or its header is longer or has more tensors than allowed.
+        ValueError: the file is damaged, or has a longer header or more tensors than allowed.
     """
     size = path.stat().st_size
     try:

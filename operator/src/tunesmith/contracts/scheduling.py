@@ -1,6 +1,6 @@
-"""Where an installation lets pods of FineTuneJobs and ServingPools run: the operator and the admission policy check it.
+"""Scheduling that an installation allows its jobs and pools; checked by the operator and by the admission policy.
 
-An entry of a list is a name; one that ends in `*` admits every name that begins with the rest.
+An entry of a list is a name; one that ends in `*` allows every name with that prefix.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _Taints = Annotated[
 
 
 class AllowedScheduling(BaseModel):
-    """Settings of the operator: what `spec.scheduling` and `resources.gpuResource` may name."""
+    """Settings of the operator: the values that `spec.scheduling` and `resources.gpuResource` may have."""
 
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
@@ -77,7 +77,7 @@ DEFAULT_SCHEDULING = AllowedScheduling()
 
 
 def refusal(scheduling: Scheduling, resources: Resources, allowed: AllowedScheduling) -> str | None:
-    """Return why the installation does not run such pods, as a sentence for each field; None where it does."""
+    """Return why the installation does not allow such pods, as a sentence per field; None if it does."""
     refused = [
         _named(
             "priorityClassName", scheduling.priority_class_name, allowed.allowed_priority_classes, "PriorityClasses"
@@ -98,7 +98,7 @@ def refusal(scheduling: Scheduling, resources: Resources, allowed: AllowedSchedu
 
 
 def tolerates(taint: Mapping[str, Any], tolerations: Iterable[Toleration]) -> bool:
-    """Return True if one of the tolerations is for a node's taint."""
+    """Return True if a toleration matches a node's taint."""
     return any(
         toleration.key in {None, taint["key"]}
         and toleration.effect in {None, taint["effect"]}
@@ -134,7 +134,7 @@ def _admits(entry: str, toleration: Toleration) -> bool:
     if parts is None:
         return False
     key, value, effect = parts["key"], parts["value"], parts["effect"]
-    # A toleration without a key is for every taint, and so is one without an effect for every effect.
+    # A toleration without a key matches every key, and one without an effect every effect.
     keyed = key == _ANY if toleration.key is None else _matches(toleration.key, key)
     valued = value is None or (toleration.operator == "Equal" and (toleration.value or "") == value)
     return keyed and valued and (effect is None or toleration.effect == effect)

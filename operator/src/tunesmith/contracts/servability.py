@@ -1,6 +1,6 @@
-"""Rules for adapters that vLLM loads, and loads safely: `adapter_config.json` and the names of the weights.
+"""Rules for adapters that vLLM can load safely: `adapter_config.json` and the names of the weights.
 
-Validation applies them to what a job will save, the trainer to what it saved, and the agent before the engine loads it.
+Validation applies them to the adapter that a job will save, the trainer to the saved one, the agent before loading.
 The engine uses the keys of `rank_pattern` and `alpha_pattern` as regular expressions, so only literal module names are
 accepted.
 """
@@ -24,19 +24,19 @@ T = TypeVar("T")
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TENSOR_PREFIX = "base_model.model."
-"""What the name of every tensor begins with, before the module's."""
+"""Prefix of every tensor's name, before the module's name."""
 TENSOR_SUFFIXES: dict[str, Literal["A", "B"]] = {
     ".lora_A.weight": "A",
     ".lora_B.weight": "B",
     ".lora_embedding_A": "A",
     ".lora_embedding_B": "B",
 }
-"""What it ends with, after the module's name, and the matrix that it is."""
+"""Suffixes of tensors' names, after the module's name, with the matrix that each denotes."""
 MAX_RANK = 512
-"""Highest rank that vLLM can be started for (--max-lora-rank)."""
+"""Highest rank that vLLM supports (--max-lora-rank)."""
 MAX_CONFIG_BYTES = 256 * 1024
 MAX_PATTERNS = 256
-"""Keys of each pattern: the engine compiles and matches them for every module."""
+"""Highest number of keys in each pattern: the engine compiles them and matches them against every module."""
 MAX_ALPHA = 65_536
 _MAX_VALUES = 65_536
 _MAX_NAMES = 4096
@@ -48,15 +48,15 @@ _INITIALIZATIONS = frozenset(
     for name, traits in INITIALIZATIONS.items()
     if isinstance(traits.peft, str) and not traits.changes_base and name is not Initialization.LOFTQ
 )
-"""Those that leave the base as it is."""
+"""Initializations that leave the base unchanged."""
 
 
 class UnservableError(Exception):
-    """The engine must not load the adapter. The message is a sentence about the adapter.
+    """An adapter that the engine must not load.
 
     Args:
-        message: the sentence.
-        keys: keys of adapter_config.json that turn on what vLLM lacks.
+        message: a sentence about the adapter.
+        keys: keys of adapter_config.json that enable features that vLLM lacks.
     """
 
     def __init__(self, message: str, keys: tuple[str, ...] = ()) -> None:
@@ -66,7 +66,7 @@ class UnservableError(Exception):
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Values of a checked adapter_config.json on which shapes and scales depend."""
+    """Values of a checked adapter_config.json that determine shapes and scales."""
 
     rank: int
     alpha: float
@@ -81,18 +81,18 @@ class LoraConfig:
         return max(self.rank, *self.rank_pattern.values(), 0)
 
     def rank_of(self, module: str) -> int:
-        """Rank of a module, as PEFT and vLLM choose it."""
+        """Return the rank of a module, as PEFT and vLLM choose it."""
         return _first_match(self.rank_pattern, module, self.rank)
 
     def scaling_of(self, module: str) -> float:
-        """Factor of B·A for a module, as PEFT and vLLM compute it."""
+        """Return the factor of B·A for a module, as PEFT and vLLM compute it."""
         rank = self.rank_of(module)
         divisor = math.sqrt(rank) if self.rank_stabilized else rank
         return _first_match(self.alpha_pattern, module, self.alpha) / divisor
 
 
 def _first_match(pattern: Mapping[str, T], module: str, default: T) -> T:
-    """The value of the first key, in the pattern's order, that is the module's name or its last parts."""
+    """Return the value of the first key, in the pattern's order, that is the module's name or its last components."""
     if not pattern:
         return default
     parts = module.split(".")
@@ -156,22 +156,22 @@ def check_rank(config: LoraConfig, max_rank: int, limit: str) -> None:
     """Check the highest rank of any module.
 
     Args:
-        config: of the adapter.
+        config: configuration of the adapter.
         max_rank: highest rank that is accepted.
         limit: the limit's name in the message, such as "the pool's engine.maxLoraRank".
 
     Raises:
-        UnservableError: it is higher.
+        UnservableError: the highest rank exceeds `max_rank`.
     """
     if config.highest_rank > max_rank:
         raise UnservableError(f"the adapter's rank is {config.highest_rank} and {limit} is {max_rank}", ("r",))
 
 
 def split_tensor_name(name: str) -> tuple[str, Literal["A", "B"]]:
-    """Module of the base model, and matrix, that a tensor of an adapter belongs to.
+    """Return the module of the base model, and the matrix, that a tensor of an adapter belongs to.
 
     Raises:
-        UnservableError: it is not a tensor of a LoRA adapter.
+        UnservableError: the name is not that of a tensor of a LoRA adapter.
     """
     suffix = next((suffix for suffix in TENSOR_SUFFIXES if name.endswith(suffix)), None)
     if suffix is None or not name.startswith(TENSOR_PREFIX):
@@ -182,10 +182,10 @@ def split_tensor_name(name: str) -> tuple[str, Literal["A", "B"]]:
 
 
 def check_pairs(names: Iterable[str]) -> dict[str, dict[Literal["A", "B"], str]]:
-    """Check the names of an adapter's tensors; by module, the names of its two matrices.
+    """Check the names of an adapter's tensors; return the names of each module's two matrices.
 
     Raises:
-        UnservableError: there is none, one is not a tensor of a LoRA adapter, or a module lacks one matrix or has two.
+        UnservableError: there are no tensors, one is not a LoRA adapter's, or a module lacks a matrix or has two.
     """
     modules: dict[str, dict[Literal["A", "B"], str]] = {}
     for name in names:
@@ -203,7 +203,7 @@ def check_pairs(names: Iterable[str]) -> dict[str, dict[Literal["A", "B"], str]]
 
 
 def _unsupported(config: Mapping[str, Any]) -> dict[str, str]:
-    """Features that vLLM lacks, by the key that turns one on."""
+    """Return the enabled features that vLLM lacks, by the key that enables each."""
     used = {key: name for key, name in _UNSUPPORTED.items() if config.get(key)}
     if config.get("bias", "none") != "none":
         used["bias"] = f"bias={_shown(config['bias'])}"
@@ -213,7 +213,7 @@ def _unsupported(config: Mapping[str, Any]) -> dict[str, str]:
     return used
 
 
-# PEFT's LoRA features that vLLM lacks, by the key of adapter_config.json that turns them on.
+# PEFT's LoRA features that vLLM lacks, by the key of adapter_config.json that enables each.
 _UNSUPPORTED = {
     "use_dora": "DoRA",
     "lora_bias": "biases of LoRA layers",
@@ -233,9 +233,9 @@ _UNSUPPORTED = {
 
 
 def is_literal(name: object) -> bool:
-    """True if `name` is a module's name, or its last parts, without characters that a regular expression interprets.
+    """Return True if `name` is a module's name, or its last components, without regular-expression metacharacters.
 
-    The dot is the exception: as an expression it matches itself, and no base model has names that differ only there.
+    The dot is allowed: as an expression it also matches itself, and no base model has names that differ only there.
     """
     return isinstance(name, str) and len(name) <= _MAX_NAME and _LITERAL.fullmatch(name) is not None
 
@@ -335,6 +335,6 @@ _ALLOWED: dict[str, tuple[Callable[[object], bool], str]] = {
 
 
 def _shown(value: object) -> str:
-    """A value of the file in a message: short, and printable."""
+    """Return a value of the file for a message: short and printable."""
     text = value if isinstance(value, str) and value.isascii() and value.isprintable() else ascii(value)
     return text if len(text) <= 80 else f"{text[:77]}…"  # noqa: PLR2004

@@ -1,7 +1,7 @@
 """Declarations of settings: the chart's value that sets each one, and the types that several programs use.
 
-A setting is a field of a pydantic model. Its annotation names the chart's value (`ChartValue`) or the reason that there
-is none (`Internal`); the chart's flags, its values schema and docs/reference/settings.md are generated from the models.
+A setting is a field of a pydantic model. Its annotation names the chart's value (`ChartValue`) or the reason for having
+none (`Internal`); the chart's flags, its values schema and docs/reference/settings.md are generated from the models.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ MAX_ENTRIES = 256
 
 @dataclass(frozen=True, slots=True)
 class ChartValue:
-    """The value of charts/tunesmith that sets a field.
+    """Annotation of a field that a value of charts/tunesmith sets.
 
     Attributes:
         path: keys in values.yaml, such as `serving.adapterStorage`, or a built-in object of Helm.
         expression: Go template of the flag's value; empty: the value itself.
-        narrower: keys of JSON Schema by which the chart accepts less than the program.
+        narrower: JSON Schema keywords by which the chart accepts less than the program.
     """
 
     path: str
@@ -46,7 +46,7 @@ class Internal:
     """Annotation of a field that no value of the chart sets.
 
     Attributes:
-        reason: who sets it, or why nobody needs to.
+        reason: its source, or why it never needs to be set.
     """
 
     reason: str
@@ -54,24 +54,24 @@ class Internal:
 
 @dataclass(frozen=True, slots=True)
 class Matches:
-    """Annotation of a text that matches a pattern.
+    """Annotation of a text that must match a pattern.
 
     Attributes:
         pattern: regular expression of the whole text.
-        expected: noun phrase that completes "'x' is not …".
+        expected: noun phrase for the error "'x' is not …".
     """
 
     pattern: str
     expected: str
 
     def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
-        """Check the text after the type."""
+        """Return the type's schema followed by the check of the text."""
         return core_schema.no_info_after_validator_function(self._checked, handler(source))
 
     def __get_pydantic_json_schema__(
         self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        """Return the JSON Schema; its dialect knows no named groups."""
+        """Return the JSON Schema; its regular expressions have no named groups."""
         unnamed = re.sub(r"\(\?P<\w+>", "(", self.pattern)
         return {**handler(schema), "pattern": f"^({unnamed})$"}
 
@@ -88,7 +88,7 @@ def _entries(value: object) -> object:
 
 
 COMMA_SEPARATED = BeforeValidator(_entries)
-"""Annotation of a tuple that a flag gives as `a,b`."""
+"""Annotation of a tuple whose flag is `a,b`."""
 
 Namespaces = Annotated[
     tuple[Annotated[str, Matches("[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", "a valid name of a namespace")], ...],
@@ -109,14 +109,14 @@ NetworkAddress = Annotated[
 
 
 class WorkloadSettings(BaseModel):
-    """Settings that the pods of FineTuneJobs and those of ServingPools share."""
+    """Settings of the pods of both FineTuneJobs and ServingPools."""
 
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     store: Annotated[
         str,
         AfterValidator(parse_store),
-        # The chart has a sentence of its own for an empty one.
+        # The chart has its own message for an empty value.
         Field(json_schema_extra={"pattern": f"^$|{store_pattern()}"}),
         ChartValue("store"),
     ]

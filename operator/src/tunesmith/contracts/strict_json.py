@@ -1,4 +1,4 @@
-"""Parser for JSON of untrusted files: bounded in size and number of values, and with one meaning only."""
+"""Parser for JSON from untrusted files: bounded in size and number of values, and without ambiguity."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import math
 from typing import Any
 
 _LONGEST_NUMBER = 32
-"""Digits of a number; more would take quadratic time to convert."""
+"""Highest number of digits of a number; conversion takes quadratic time."""
 
 
 def parse_object(document: bytes, *, max_bytes: int, max_values: int) -> dict[str, Any]:
     """Parse a JSON object.
 
     Raises:
-        ValueError: it is larger than allowed, is malformed or not an object, repeats a key, is nested too deeply, or
-            holds a number that is not finite or too long.
+        ValueError: it is too large, malformed or not an object, has a duplicate key, is nested too deeply, or
+            has a number that is too long or not finite.
     """
     if len(document) > max_bytes:
         raise ValueError(f"it has {len(document)} bytes, more than {max_bytes}")
-    # Counted before parsing: a short text can describe many objects, each of which takes memory.
+    # Counted before parsing: a short text can describe many objects, each of which needs memory.
     values = sum(map(document.count, (b"{", b"[", b",")))
     if values > max_values:
         raise ValueError(f"it has more than {max_values} values")

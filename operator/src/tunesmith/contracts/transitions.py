@@ -1,4 +1,4 @@
-"""Changes of a resource's conditions: the next ones from what was observed, and the Events about what changed."""
+"""Transitions of a resource's conditions: the next conditions from observed outcomes, and Events about the changes."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ _UNREADABLE: Mapping[str, tuple[Reason, Mapping[ConditionType, ConditionStatus]]
 def conditions_of(
     before: Sequence[Condition], outcomes: Mapping[Type, Outcome], generation: int | None, now: datetime
 ) -> list[Condition]:
-    """Return the conditions of the outcomes; those before that have no outcome are dropped.
+    """Return the conditions for the outcomes; previous conditions without an outcome are dropped.
 
     Args:
         before: the observed conditions.
         outcomes: by condition type.
-        generation: the metadata.generation that the outcomes are about.
-        now: the time of what changed.
+        generation: the metadata.generation that was observed.
+        now: the transition time of changed conditions.
     """
     return updated([condition for condition in before if condition.type in outcomes], outcomes, generation, now)
 
@@ -69,7 +69,7 @@ def conditions_of(
 def updated(
     before: Sequence[Condition], outcomes: Mapping[Type, Outcome], generation: int | None, now: datetime
 ) -> list[Condition]:
-    """Return the conditions with those of the outcomes in place of the ones before; the others stay."""
+    """Return the previous conditions, with those that have an outcome replaced."""
     conditions = list(before)
     for type_, (status, reason, message) in outcomes.items():
         new = Condition(
@@ -85,10 +85,10 @@ def updated(
 
 
 def unreadable_status(manifest: Mapping[str, Any], message: str, now: datetime) -> dict[str, Any]:
-    """Return the observed status of a resource that does not fit this release's schema, with conditions that say so.
+    """Return the status of a resource that does not fit this release's schema, with conditions that report it.
 
-    Nothing else of the status is changed: a newer release may have written it. A FineTuneJob's Jobs and a pool's pods
-    keep running, unobserved; such an adapter is not served.
+    The rest of the status is unchanged: a newer release may have written it. A FineTuneJob's Jobs and a pool's pods
+    keep running, unobserved; an AdapterDeployment with such a status is not served.
     """
     kept = status_of(manifest)
     reason, types = _UNREADABLE[manifest["kind"]]
@@ -98,13 +98,13 @@ def unreadable_status(manifest: Mapping[str, Any], message: str, now: datetime) 
 
 
 def status_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the status of a manifest; empty if it has none, or one that is not an object."""
+    """Return the status of a manifest; empty if it is missing or not an object."""
     status = manifest.get("status")
     return dict(status) if isinstance(status, dict) else {}
 
 
 def readable_conditions(status: Mapping[str, Any]) -> list[Condition]:
-    """Return those conditions of a status that fit this release's schema."""
+    """Return the conditions of a status that fit this release's schema."""
     found = []
     conditions = status.get("conditions")
     for condition in conditions if isinstance(conditions, list) else ():
@@ -125,15 +125,15 @@ class Notice:
 
 
 def notices(kind: str, before: Sequence[Condition], after: Sequence[Condition]) -> list[Notice]:
-    """Return the Events about conditions whose status or reason changed, one for each reason.
+    """Return one Event for each reason among the conditions whose status or reason changed.
 
-    The severity of the new reason decides: a warning is a Warning, news are Normal, and a detail is only worth an Event
-    when it replaces a warning, which is over then.
+    The severity of the new reason decides: a warning becomes a Warning Event, news a Normal one, and a detail an Event
+    only if it replaces a warning, which is then over.
 
     Args:
-        kind: of the resource.
-        before: the conditions that were written last.
-        after: the ones that are written now.
+        kind: kind of the resource.
+        before: conditions that were written last.
+        after: conditions that are written now.
     """
     found: dict[str, Notice] = {}
     for condition in after:
