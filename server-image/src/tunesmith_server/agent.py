@@ -1,4 +1,4 @@
-"""The agent's loop: observe the engine, plan, act, and publish the pod's state."""
+"""Reconcile loop of the agent: observe the engine, plan, act, and publish the pod's state."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ if TYPE_CHECKING:
     from tunesmith_server.settings import ServeSettings
 
 PERIOD_SECONDS = 0.5
-"""Time between two looks at the engine, unless something happens sooner."""
+"""Time between two observations of the engine, unless an event triggers one sooner."""
 PARALLEL_DOWNLOADS = 4
 
 log = logging.getLogger(__name__)
 
 
 class Agent:
-    """Brings the engine to hold what is wanted.
+    """Reconciler of the engine's adapters with the list of wanted adapters.
 
     Args:
-        settings: of the pod.
-        fingerprint: of the base model.
-        engine: vLLM beside the agent.
-        desired: the kept list.
-        fetcher: of artifacts.
-        metrics: counters.
+        settings: settings of the pod.
+        fingerprint: fingerprint of the base model.
+        engine: client of the pod's vLLM.
+        desired: persisted list of wanted adapters.
+        fetcher: fetcher of artifacts.
+        metrics: metrics to update.
     """
 
     def __init__(
@@ -78,10 +78,10 @@ class Agent:
         self.state = PodState(base_model_fingerprint=fingerprint)
 
     async def put(self, wanted: DesiredAdapters) -> None:
-        """Take a new list over.
+        """Accept a new list.
 
         Raises:
-            OutdatedError: it is older than the known one.
+            OutdatedError: the list is older than the current one.
             ImplausibleEpochError: its epoch is too far in the future.
         """
         before = {adapter.engine_name: adapter for adapter in self._wanted()}
@@ -93,7 +93,7 @@ class Agent:
         self._wake.set()
 
     async def changed(self, than: PodState, seconds: float) -> PodState:
-        """The state as soon as it differs from `than`, or what it is after `seconds`."""
+        """Return the state as soon as it differs from `than`, or the current state after `seconds`."""
         async with self._changed:
             try:
                 async with asyncio.timeout(seconds):
@@ -103,7 +103,7 @@ class Agent:
             return self.state
 
     async def drain(self) -> bool:
-        """Stop taking requests and wait for those that run; whether all ended within `drain_seconds`."""
+        """Refuse new requests and wait for running ones; return True if all finished within `drain_seconds`."""
         self._draining = True
         self._wake.set()
         try:
@@ -120,7 +120,7 @@ class Agent:
             await self._engine.drain()
             snapshot = await self._engine.observe()
         except EngineDownError:
-            return True  # an engine that is down runs nothing
+            return True  # an engine that is down runs no requests
         return snapshot.state.draining and not snapshot.state.in_flight
 
     async def run(self) -> None:
@@ -165,7 +165,7 @@ class Agent:
         await self._remove_unused()
 
     async def _remove_unused(self) -> None:
-        """Remove the files that the engine cannot read any more."""
+        """Remove the files that the engine can no longer read."""
         snapshot = self._snapshot
         if snapshot is None or self._desired.current is None:
             return
@@ -213,8 +213,8 @@ class Agent:
     def _engine_booted(self, snapshot: EngineSnapshot) -> None:
         """Forget the refusals of the previous process, and that it was drained.
 
-        The kubelet runs the preStop hook, which drains, before it restarts a container whose liveness probe failed too;
-        in a pod that is being deleted no container starts again.
+        The kubelet also runs the preStop hook, which drains, before it restarts a container whose liveness probe
+        failed. In a pod that is being deleted no container is restarted.
         """
         log.info("engine up, boot %s", snapshot.state.boot_id)
         if self._boot_id is not None:
@@ -228,7 +228,7 @@ class Agent:
 
     def _observation(self) -> Observation:
         snapshot = self._snapshot
-        # Before the first list nothing is known to be unwanted.
+        # Before the first list, no adapter is known to be unwanted.
         known = self._desired.current is not None
         return Observation(
             now=time.monotonic(),
@@ -244,7 +244,7 @@ class Agent:
         )
 
     def _refused_failures(self) -> dict[str, Failure]:
-        """Return the failures of those that the guard refuses on this pod."""
+        """Return the failures of the adapters that the guard refuses on this pod."""
         return {
             adapter.engine_name: Failure(self._guard.refused[adapter.digest], permanent=True, attempts=1, retry_at=0.0)
             for adapter in self._wanted()

@@ -1,4 +1,4 @@
-"""The agent's HTTP API, for the operator, the gateway, Prometheus and vLLM's preStop hook."""
+"""HTTP API of the agent, for the operator, the gateway, Prometheus and vLLM's preStop hook."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
 MAX_READERS = 64
-"""Event streams at once: every gateway replica has one, and each operator that leads."""
+"""Highest number of concurrent event streams: every gateway replica and the leading operator open one."""
 WRITE_SECONDS = 10.0
-"""A reader that does not take a line within this time is disconnected."""
+"""Time within which a reader must accept a line; otherwise it is disconnected."""
 MIN_INTERVAL_SECONDS = 0.05
-"""Changes within this time go into one line."""
+"""Time within which changes are combined into one line."""
 OPEN = "/healthz"
 DRAIN = "/drain"
 EVENTS = "/v1/events"
@@ -38,15 +38,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Credentials:
-    """What the tokens of this pod derive from.
+    """Keys from which this pod's tokens are derived.
 
     Attributes:
-        control: return the pool's control keys: for routes that change the pod.
-        events: return the pool's events keys: for the stream of its state.
-        metrics: return digests of the tokens of /metrics.
-        pod_uid: of this pod.
-        admin_token: shared with the engine's container, whose preStop hook drains the pod with it. Nothing else may: a
-            pod that drains serves nobody until it is replaced.
+        control: return the pool's control keys, for routes that change the pod.
+        events: return the pool's events keys, for the stream of the pod's state.
+        metrics: return the digests of the tokens of /metrics.
+        pod_uid: UID of this pod.
+        admin_token: shared with the engine's container, whose preStop hook drains the pod with it. Nothing else may
+            drain the pod: a draining pod serves no requests until it is replaced.
     """
 
     control: Callable[[], Keys] = field(repr=False)
@@ -65,12 +65,12 @@ class Credentials:
 
 
 class AgentApi:
-    """The routes.
+    """Routes of the agent.
 
     Args:
-        agent: whose state is shown.
-        metrics: what `/metrics` shows.
-        credentials: what callers must present.
+        agent: agent whose state is returned.
+        metrics: metrics that `/metrics` returns.
+        credentials: credentials that callers must present.
     """
 
     def __init__(self, agent: Agent, metrics: Metrics, credentials: Credentials) -> None:
@@ -80,7 +80,7 @@ class AgentApi:
         self._readers = 0
 
     def application(self) -> web.Application:
-        """The aiohttp application."""
+        """Return the aiohttp application."""
         application = web.Application(middlewares=[self._guard], client_max_size=MAX_BODY_BYTES)
         application.add_routes(
             [
@@ -147,7 +147,7 @@ class AgentApi:
                 await asyncio.sleep(MIN_INTERVAL_SECONDS)
                 state = await self._agent.changed(state, HEARTBEAT_SECONDS - MIN_INTERVAL_SECONDS)
         except ConnectionResetError:
-            return response  # the reader is gone
+            return response  # the reader has disconnected
         except TimeoutError:
             log.warning("a reader of the events did not take a line within %g s", WRITE_SECONDS)
             if request.transport is not None:

@@ -1,7 +1,7 @@
-"""Bringing an artifact from the store to the engine's folder: nothing is there that was not checked.
+"""Download of an artifact from the store to the engine's folder, which only ever contains checked files.
 
-Small parts come first: the manifest, the configuration and the weights' header are read by range and checked, which
-bounds what is downloaded afterwards by the base model's modules. The engine gets only those files that it reads.
+Small parts come first: the manifest, the configuration and the weights' header are read by range and checked. This
+bounds the later download by the size of the base model's modules. The engine gets only the files that it reads.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ MAX_MANIFEST_BYTES = 1024 * 1024
 MAX_FILES = 64
 _MANIFEST_VALUES = 65_536
 ALLOWED_SUFFIXES = frozenset({".json", ".jsonl", ".jinja", ".txt", ".model", ".md", ".csv", ".png"})
-"""What an artifact may hold besides its weights: nothing that is code when it is loaded."""
+"""Files that an artifact may contain besides its weights: none that executes code when it is loaded."""
 TEMPORARY = ".incoming-"
-"""Prefix of folders that are being filled or removed."""
+"""Prefix of folders that are being written or removed."""
 
 
 @dataclass(frozen=True)
 class PodLimits:
-    """What an adapter must fit.
+    """Limits of a pod that an adapter must not exceed.
 
     Attributes:
-        store: the store's uri; artifacts elsewhere are refused.
-        fingerprint: of the pod's base model.
+        store: URI of the store; artifacts outside it are refused.
+        fingerprint: fingerprint of the pod's base model.
         base: tensors of the base model.
-        max_rank: highest LoRA rank that the engine takes.
-        max_ratio: highest ratio of an adapter's change of a module to the base's weights.
+        max_rank: highest LoRA rank that the engine accepts.
+        max_ratio: highest ratio of the norm of an adapter's change to a module to the norm of the base model's weights.
     """
 
     store: str
@@ -67,51 +67,51 @@ class PodLimits:
 
 
 class ArtifactSource(Protocol):
-    """Files of an artifact that is not yet trusted; a StoreFolder."""
+    """Files of an artifact that is not yet trusted, such as a StoreFolder."""
 
     def size(self, name: str) -> int:
-        """Size of a file in bytes."""
+        """Return the size of a file in bytes."""
 
     def read(self, name: str, start: int, end: int) -> bytes:
-        """Bytes of a file from `start` to `end`, or as many as there are."""
+        """Return the bytes of a file from `start` to `end`, or up to the end of the file."""
 
     def download(self, name: str, target: Path, size: int, progress: Callable[[int], None]) -> str:
-        """Write a file of `size` bytes to `target`; its SHA-256 in hex."""
+        """Write a file of `size` bytes to `target` and return its SHA-256 in hex."""
 
 
 class Steps:
-    """Steps of fetching an artifact, for whoever supervises them. This class supervises nothing."""
+    """Steps of fetching an artifact, overridden by a supervisor. This class does not supervise."""
 
     def checking(self) -> AbstractContextManager[None]:
-        """The block checks content of foreign files; it does not wait for the network."""
+        """Return a context for a block that checks untrusted content; the block does not wait for the network."""
         return nullcontext()
 
     def reserve(self, size: int) -> None:
-        """Called before `size` bytes are written.
+        """Reserve space for `size` bytes before they are written.
 
         Raises:
-            StoreError: the volume has no room for them.
+            StoreError: the volume has too little space.
         """
 
     def progress(self, size: int) -> None:
-        """Called when `size` more bytes were written."""
+        """Record that `size` more bytes were written."""
 
 
 def adapter_folder(adapters: Path, digest: str) -> Path:
-    """The folder with the files of a revision: that of its digest."""
+    """Return the folder of a revision's files, which is named after its digest."""
     return adapters / digest.removeprefix("sha256:")
 
 
 def incoming_folder(adapters: Path, digest: str) -> Path:
-    """The folder of a revision's files until all of them are checked."""
+    """Return the folder of a revision's files until all of them are checked."""
     return adapters / f"{TEMPORARY}{digest.removeprefix('sha256:')}"
 
 
 def check_location(adapter: DesiredAdapter, store: str) -> None:
-    """Check that a revision's name belongs to its digest, and its location to its namespace's part of the store.
+    """Check that a revision's name matches its digest, and that it is in its namespace's part of the store.
 
     Raises:
-        UnfitAdapterError: one of them does not hold.
+        UnfitAdapterError: one of these checks fails.
     """
     namespace, _, rest = adapter.engine_name.partition("/")
     model_name = rest.rpartition("@")[0]
@@ -132,19 +132,19 @@ def fetch_artifact(
     open_source: Callable[[str], ArtifactSource],
     steps: Steps | None = None,
 ) -> Path:
-    """Download, check and place the artifact of a revision; its folder.
+    """Download and check the artifact of a revision, move it to its folder, and return the folder.
 
     Args:
-        adapter: the revision.
-        limits: that it must fit.
+        adapter: revision.
+        limits: limits that it must not exceed.
         adapters: folder of the pod's adapters.
-        open_source: gives the files at a uri.
-        steps: supervise the work; None: nobody does.
+        open_source: return the files at a URI.
+        steps: supervisor of the work; None: unsupervised.
 
     Raises:
         UnfitAdapterError: the artifact is damaged, unsafe, or does not fit this pod.
-        StoreError: the store does not give it.
-        OSError: it cannot be written.
+        StoreError: the store does not provide the artifact.
+        OSError: the artifact cannot be written.
     """
     target = adapter_folder(adapters, adapter.digest)
     if target.exists():
@@ -195,7 +195,7 @@ def _small_file(source: ArtifactSource, name: str, entry: ArtifactFile) -> bytes
 
 
 def _modules_of(path: Path, config: LoraConfig, base: BaseWeights, bounds: WeightBounds) -> Modules:
-    """The header again, from the file whose hash is the manifest's: the store may have sent another one before."""
+    """Check the header again, in the file with the manifest's hash: the store may have sent another header before."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = check_length(file.read(LENGTH_BYTES), size, bounds)
@@ -210,9 +210,9 @@ def check_manifest(document: bytes, digest: str, limits: PodLimits, bounds: Weig
     """Check `tunesmith.json`.
 
     Raises:
-        UnfitAdapterError: its digest is not the wanted one; it is malformed; vLLM cannot serve the artifact; it lists
-            files that an artifact must not have, or lacks those that it must have, or they are too large; it is of
-            another base model.
+        UnfitAdapterError: the manifest has another digest or is malformed; it lists files that an artifact must not
+            have or that are too large, or omits required files; vLLM cannot serve the artifact; or the artifact belongs
+            to another base model.
     """
     if len(document) > MAX_MANIFEST_BYTES:
         raise UnfitAdapterError(f"{ARTIFACT_MANIFEST} has more than {MAX_MANIFEST_BYTES} bytes")
@@ -267,18 +267,18 @@ def _parse_manifest(document: bytes) -> ArtifactManifest:
 
 
 def remove_leftovers(adapters: Path) -> None:
-    """Remove folders that a killed process was filling or removing."""
+    """Remove folders that a killed process was writing or removing."""
     for path in adapters.glob(f"{TEMPORARY}*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder and what it holds, if it is there."""
+    """Remove a folder and its contents, if it exists."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_revision(adapters: Path, digest: str) -> None:
-    """Remove the files of a revision that no engine reads any more; a half-removed folder is never taken for whole."""
+    """Remove a revision's files, which no engine reads any more; rename the folder first, so it is never incomplete."""
     leaving = adapters / f"{TEMPORARY}removed-{digest.removeprefix('sha256:')}"
     try:
         adapter_folder(adapters, digest).rename(leaving)
@@ -288,7 +288,7 @@ def remove_revision(adapters: Path, digest: str) -> None:
 
 
 def stored_sizes(adapters: Path) -> dict[str, int]:
-    """Bytes of each revision whose checked files are on this pod, by digest."""
+    """Return the bytes of each revision whose checked files are on this pod, by digest."""
     return {
         f"sha256:{path.name}": sum(file.stat().st_size for file in path.iterdir())
         for path in adapters.iterdir()
@@ -297,5 +297,5 @@ def stored_sizes(adapters: Path) -> dict[str, int]:
 
 
 def stored_digests(adapters: Path) -> set[str]:
-    """Digests of the revisions whose checked files are on this pod."""
+    """Return the digests of the revisions whose checked files are on this pod."""
     return set(stored_sizes(adapters))

@@ -1,4 +1,4 @@
-"""Bringing the base model to the pod's disk, and its fingerprint."""
+"""Download of the base model to the pod's disk, and its fingerprint."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
 PARALLEL_FILES = 4
 PROGRESS_SECONDS = 2.0
 MARKER = ".tunesmith-base.json"
-"""Written into the folder when it is whole: what it was made from, and the size of every file."""
+"""File written into the folder once it is complete: the model's source, and the size of every file."""
 SUFFIXES = frozenset({".json", ".safetensors", ".jinja", ".txt", ".model"})
-"""What of a model is used: never code, never pickle."""
+"""Patterns of the model files that are used: never code, never pickle."""
 
 log = logging.getLogger(__name__)
 
 
 class BaseModelError(Exception):
-    """The folder is no usable base model, or does not fit the disk."""
+    """The folder is not a usable base model, or does not fit on the disk."""
 
 
 @dataclass(frozen=True)
 class Marker:
-    """What a complete folder was made from."""
+    """Source of a complete folder."""
 
     uri: str
     revision: str | None
@@ -50,7 +50,7 @@ class Marker:
 
 
 class Progress:
-    """Writes a line about every two seconds."""
+    """Progress log with a line about every two seconds."""
 
     def __init__(self, total: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._total, self._clock = total, clock
@@ -59,7 +59,7 @@ class Progress:
         self._lock = threading.Lock()
 
     def add(self, size: int) -> None:
-        """Count bytes that arrived."""
+        """Count downloaded bytes."""
         with self._lock:
             self._done += size
             now = self._clock()
@@ -77,20 +77,20 @@ class Progress:
 
 
 def fetch_base(uri: str, revision: str | None, target: Path, credentials: Credentials, storage: int) -> str:
-    """Download a base model into `target` unless it is there; its fingerprint.
+    """Download a base model into `target` unless it is already there; return its fingerprint.
 
     Files that an interrupted download completed are kept.
 
     Args:
-        uri: such as s3://bucket/folder or hf://org/name.
+        uri: URI such as s3://bucket/folder or hf://org/name.
         revision: commit, tag or branch of an hf:// model.
-        target: folder; made when missing.
-        credentials: of the uri; HF_TOKEN for hf://.
+        target: folder; created if missing.
+        credentials: credentials for the URI; HF_TOKEN for hf://.
         storage: bytes that the model may take.
 
     Raises:
-        StoreError: the store does not give it.
-        BaseModelError: what it gives is no base model, or the disk is too small.
+        StoreError: the store does not provide the model.
+        BaseModelError: the files are not a base model, or the disk is too small.
     """
     target.mkdir(parents=True, exist_ok=True)
     if _is_complete(target, uri, revision):
@@ -112,7 +112,7 @@ def _is_complete(target: Path, uri: str, revision: str | None) -> bool:
     except (OSError, ValueError, TypeError):
         return False
     if (marker.uri, marker.revision) != (uri, revision):
-        for name in marker.files:  # of another model: nothing of it may stay
+        for name in marker.files:  # of another model: none of its files may stay
             (target / name).unlink(missing_ok=True)
         (target / MARKER).unlink()
         return False
@@ -123,7 +123,7 @@ def _is_complete(target: Path, uri: str, revision: str | None) -> bool:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a model comes from and goes to."""
+    """Source and target of a download."""
 
     uri: str
     target: Path
@@ -131,7 +131,7 @@ class _Place:
 
 
 def _selected(files: list[StoredFile], place: _Place) -> list[StoredFile]:
-    """The files of a model that are used, after a check that it is one and fits the disk."""
+    """Return the files of a model that are used, after checking that they are a model and fit on the disk."""
     uri, target = place.uri, place.target
     chosen = [file for file in files if PurePosixPath(file.name).suffix in SUFFIXES and not file.name.startswith(".")]
     names = {file.name for file in chosen}

@@ -1,4 +1,4 @@
-"""Tensors of the pod's base model: shapes, and norms to which an adapter's are compared."""
+"""Shapes and norms of the base model's tensors, to which an adapter's are compared."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MEASURED_WHOLE = 1 << 20
-"""Values up to which a tensor is read whole; of a larger one a sample of as many is read."""
+"""Number of values up to which a tensor is read in full; of a larger tensor, a sample of this size is read."""
 _BLOCK = 1 << 14
 _NOMINAL_DEVIATION = 0.02
 """Usual standard deviation of a linear layer's weights."""
@@ -26,10 +26,10 @@ class BaseWeights:
     """Tensors of a base model by name, each with the file that holds it.
 
     Attributes:
-        folder: of the model.
-        files: name of the file that holds a tensor.
-        tensors: place and shape of a tensor.
-        norms: Frobenius norms that were measured, by tensor.
+        folder: folder of the model.
+        files: name of the file that holds each tensor.
+        tensors: position and shape of each tensor.
+        norms: Frobenius norms measured so far, by tensor.
     """
 
     folder: Path
@@ -38,7 +38,7 @@ class BaseWeights:
     norms: dict[str, float] = field(default_factory=dict)
 
     def matrix_of(self, module: str) -> str | None:
-        """Name of the tensor that a module multiplies with; None if the base has no such module.
+        """Return the name of a module's weight matrix; None if the base model has no such module.
 
         A tied `lm_head` is stored once, as the embedding.
         """
@@ -50,11 +50,11 @@ class BaseWeights:
         return None
 
     def norm(self, name: str) -> float:
-        """Frobenius norm of a tensor.
+        """Return the Frobenius norm of a tensor.
 
-        Large tensors are sampled: evenly spaced blocks, always the same. A tensor that is stored quantised (FP8, INT8)
-        has no norm without its scales: it counts as one of its shape with values of the usual size, as does a tensor
-        that is zero or not finite.
+        Large tensors are sampled in evenly spaced blocks, always the same ones. The norm of a quantised tensor (FP8,
+        INT8) cannot be computed without its scales; for it, and for a tensor that is zero or not finite, the norm of a
+        tensor of its shape with values of the usual size is returned.
         """
         known = self.norms.get(name)
         if known is None:

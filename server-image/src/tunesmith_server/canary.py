@@ -1,4 +1,4 @@
-"""What a healthy engine answers: a fixed prompt to the base model, and when a changed answer is not noise."""
+"""Canary: a fixed prompt to the base model, and the comparison that tells a changed answer from noise."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ PROMPT = (
     "months of the year are January, February, March, April, May, June, July, August, September, October, November "
     "and December. The first five letters of the alphabet are A, B, C,"
 )
-"""Long enough to fill more than one block of the KV cache."""
+"""Prompt that is long enough to fill more than one block of the KV cache."""
 TOKENS = 12
 MAX_PROMPT_TOKENS = 512
-"""More than the prompt has with any tokenizer."""
+"""Upper bound of the prompt's tokens with any tokenizer."""
 ALTERNATIVES = 5
 TOLERANCE = 0.5
-"""Nats by which a log-probability may differ. Other batches and kernels change it by less than 0.1 in 16 bits; damaged
-activations change it by more than 1, or to not-a-number."""
+"""Nats by which a log-probability may differ. Other batches and kernels change it by less than 0.1 in 16-bit precision;
+damaged activations change it by more than 1, or to NaN."""
 FIRST_PRIORITY = -(2**31)
-"""Before every client's request, whose priority is 0: a busy engine answers the canary too."""
+"""Priority ahead of every client's request, which has 0: a busy engine answers the canary too."""
 
 
 class CanaryAnswer(BaseModel):
-    """A greedy answer: each token with its log-probability, and the likeliest tokens at its place."""
+    """Greedy answer: each token with its log-probability, and the likeliest tokens at its position."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
@@ -39,12 +39,12 @@ class CanaryAnswer(BaseModel):
 
 
 def request(model: str, length: int, **changes: object) -> dict[str, object]:
-    """Return the body of a canary; its salt keeps it from being answered out of the prefix cache.
+    """Return the body of a canary; its salt prevents an answer from the prefix cache.
 
     Args:
-        model: name of the base or of an adapter.
+        model: name of the base model or of an adapter.
         length: the engine's longest request, in tokens.
-        changes: other parameters.
+        changes: parameters to override.
     """
     tokens = min(TOKENS, max(1, length // 4))
     return {
@@ -62,7 +62,7 @@ def request(model: str, length: int, **changes: object) -> dict[str, object]:
 
 
 def warm_up(model: str, length: int) -> list[dict[str, object]]:
-    """Return requests, to be sent at once, that meet the kernels and automata that an engine makes on first use."""
+    """Return requests, to be sent concurrently, that trigger the kernels and automata that an engine builds lazily."""
     sampled: dict[str, object] = {"temperature": 1, "top_p": 0.9, "top_k": 20, "seed": 1, "max_tokens": 4}
     return [
         *(request(model, length, **sampled) for _ in range(3)),
@@ -84,7 +84,7 @@ def warm_up(model: str, length: int) -> list[dict[str, object]]:
 
 
 def read(text: str) -> CanaryAnswer | None:
-    """Return the answer in vLLM's reply; None if it is not one, as with values that are not numbers."""
+    """Return the answer in vLLM's reply; None if the reply is not an answer, for example because of NaN values."""
     try:
         found: Mapping[str, Any] = json.loads(text)["choices"][0]["logprobs"]
         return CanaryAnswer(
@@ -95,9 +95,9 @@ def read(text: str) -> CanaryAnswer | None:
 
 
 def agrees(reference: CanaryAnswer | None, answer: CanaryAnswer | None) -> bool:
-    """Return True if an answer is the reference's, up to the noise of another batch.
+    """Return True if an answer equals the reference, up to the noise of another batch.
 
-    Where two tokens are about equally likely, noise may choose the other one, and what follows is not comparable.
+    If two tokens are about equally likely, noise may select the other one, and the tokens after it are not comparable.
     """
     if reference is None or answer is None or len(answer.tokens) < len(reference.tokens):
         return False

@@ -1,4 +1,4 @@
-"""Bounds of the connections to the agent: their number, and the time that one may wait for its first request."""
+"""Limits of the connections to the agent: their number, and the time until the first request."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
 MAX_CONNECTIONS = 512
-"""Connections at once: streams of the gateway replicas and of the leading operator, lists, the kubelet's probes."""
+"""Highest number of concurrent connections: streams of the gateway replicas and of the leading operator, lists, and the
+kubelet's probes."""
 MAX_CONNECTIONS_PER_ADDRESS = 32
 FIRST_REQUEST_SECONDS = 10.0
 _IDLE_SECONDS = 15.0
 
 
 class Connections:
-    """The open connections."""
+    """Open connections of the agent."""
 
     def __init__(
         self,
@@ -38,7 +39,7 @@ class Connections:
         self._asked: weakref.WeakSet[RequestHandler] = weakref.WeakSet()
 
     def admit(self, connection: RequestHandler, address: str) -> bool:
-        """Return True if one more connection from an address may be served; it is counted then."""
+        """Count one more connection from an address and return True, or return False if it may not be served."""
         if len(self._open) >= self._most or self._by_address[address] >= self._most_per_address:
             return False
         self._open[connection] = address
@@ -90,10 +91,10 @@ class _Connection(RequestHandler):
 async def serving(
     application: web.Application, port: int, connections: Connections, host: str | None = None
 ) -> AsyncIterator[int]:
-    """Serve an application within the bounds until the block ends; yield the port.
+    """Serve an application within the limits until the block exits; yield the port.
 
     Raises:
-        OSError: the port is taken.
+        OSError: the port is in use.
     """
     application.middlewares.insert(0, connections.middleware)
     runner = web.AppRunner(application, shutdown_timeout=1, keepalive_timeout=_IDLE_SECONDS, access_log=None)

@@ -1,4 +1,4 @@
-"""The list of wanted revisions, kept in a file so that a restarted agent continues with it."""
+"""List of wanted revisions, kept in a file so that a restarted agent continues with it."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ FILE = "desired.json"
 
 
 class OutdatedError(Exception):
-    """The list is older than the one that is known."""
+    """The list is older than the current one."""
 
 
 class ImplausibleEpochError(Exception):
-    """The list's epoch is so far ahead that no leader could follow it."""
+    """The list's epoch is so far in the future that no later leader could exceed it."""
 
 
 class DesiredFile:
-    """The newest list.
+    """Newest list of wanted revisions.
 
     Args:
-        folder: where it is kept; on an emptyDir, so it lives as long as the pod.
+        folder: folder of the file; on an emptyDir, so that the file lives as long as the pod.
 
     Raises:
-        ValueError: the file there is damaged.
+        ValueError: the file is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -46,15 +46,15 @@ class DesiredFile:
                 raise ValueError(f"{self._path} is damaged; delete the pod to start anew: {error}") from None
 
     def put(self, wanted: DesiredAdapters, now: float) -> None:
-        """Take a list over and keep it.
+        """Accept a list and save it.
 
         Args:
-            wanted: the list.
+            wanted: list of wanted revisions.
             now: seconds since 1970.
 
         Raises:
             ImplausibleEpochError: its epoch is too far in the future.
-            OutdatedError: its (epoch, sequence) is lower than the known one's, or the same with another list.
+            OutdatedError: its (epoch, sequence) is lower than the current one, or equal with other content.
         """
         known, digest = self.current, list_digest(wanted.adapters)
         latest = int(now) + MAX_EPOCH_LEAD
@@ -64,7 +64,7 @@ class DesiredFile:
                 "the clocks of the operator's node and of this one"
             )
         if known is not None and known.epoch > latest:
-            known = None  # it was accepted by a clock that was wrong
+            known = None  # it was accepted while the clock was wrong
         number = (wanted.epoch, wanted.sequence)
         if known is not None and number == (known.epoch, known.sequence) and digest != self.digest:
             raise OutdatedError(f"another list with epoch {wanted.epoch}, sequence {wanted.sequence} is known")

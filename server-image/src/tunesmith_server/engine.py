@@ -1,4 +1,4 @@
-"""The agent's view of vLLM beside it: its state, the adapters it holds, loading and unloading."""
+"""Client of the pod's vLLM: observes its state and adapters, and loads and unloads adapters."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 POLL_SECONDS = 10.0
-"""How long a question to a running engine may take. A dead one refuses the connection at once."""
+"""Timeout of a status request to a running engine. A dead engine refuses the connection immediately."""
 LOAD_SECONDS = 120.0
 COMPLETE_SECONDS = 600.0
-"""How long the agent's own request may take. The guard decides sooner."""
+"""Timeout of the agent's own completion request. The guard decides sooner."""
 _PROCESSED = re.compile(
     r"^vllm:(?:prompt_tokens_total|generation_tokens_total|iteration_tokens_total_sum)(?:\{[^}]*\})? (\S+)$",
     re.MULTILINE,
@@ -30,23 +30,23 @@ log = logging.getLogger(__name__)
 
 
 class EngineDownError(Exception):
-    """The engine does not answer: it starts, ended, or hangs."""
+    """The engine does not answer: it is starting, has exited, or hangs."""
 
 
 class EngineSilentError(EngineDownError):
-    """The engine took a request and did not answer in time."""
+    """The engine accepted a request and did not answer in time."""
 
 
 class RequestRefusedError(Exception):
-    """The engine answered that it does not take a request of the agent."""
+    """The engine refused a request of the agent."""
 
 
 class LoadRefusedError(Exception):
-    """The engine answered that it does not load or unload an adapter."""
+    """The engine refused to load or unload an adapter."""
 
 
 class ModelTotals(BaseModel):
-    """What one process of the engine did for a model so far."""
+    """Requests and tokens that one process of the engine has processed for a model so far."""
 
     model_config = ConfigDict(alias_generator=to_camel)
 
@@ -56,7 +56,7 @@ class ModelTotals(BaseModel):
 
 
 class EngineState(BaseModel):
-    """`GET /tunesmith/state` of the middleware. `boot_id` is new with every process of the engine."""
+    """Response of the middleware's `GET /tunesmith/state`. Every process of the engine has another `boot_id`."""
 
     model_config = ConfigDict(alias_generator=to_camel)
 
@@ -68,13 +68,13 @@ class EngineState(BaseModel):
 
 @dataclass(frozen=True)
 class EngineSnapshot:
-    """One observation of a running engine.
+    """Snapshot of a running engine.
 
     Attributes:
-        state: of the middleware.
-        resident: path of every adapter that it holds by name.
+        state: state of the middleware.
+        resident: path of every loaded adapter, by name.
         base: name of the base model.
-        length: its longest request, in tokens.
+        length: longest request, in tokens.
     """
 
     state: EngineState
@@ -84,12 +84,12 @@ class EngineSnapshot:
 
 
 class EngineClient:
-    """Calls vLLM's API as the agent.
+    """Client of vLLM's API with the agent's token.
 
     Args:
         session: HTTP session.
-        url: of the engine, http://127.0.0.1:8000.
-        admin_token: the middleware's admin token.
+        url: URL of the engine, such as http://127.0.0.1:8000.
+        admin_token: admin token of the middleware.
     """
 
     def __init__(self, session: aiohttp.ClientSession, url: str, admin_token: str) -> None:
@@ -98,10 +98,10 @@ class EngineClient:
         self._headers = {"Authorization": f"Bearer {admin_token}"}
 
     async def observe(self) -> EngineSnapshot:
-        """What the engine holds and does now.
+        """Return a snapshot of the engine.
 
         Raises:
-            EngineDownError: it does not answer, or its health check fails.
+            EngineDownError: the engine does not answer, or its health check fails.
         """
         status, _ = await self._call("GET", "/health", POLL_SECONDS)
         if status != 200:  # noqa: PLR2004 - HTTP
@@ -119,9 +119,9 @@ class EngineClient:
         """Load an adapter from a folder.
 
         Raises:
-            LoadRefusedError: the engine does not load it, or holds the name with other weights.
-            EngineSilentError: it did not finish in LOAD_SECONDS.
-            EngineDownError: it does not answer.
+            LoadRefusedError: the engine refuses to load the adapter, or has other weights loaded under the name.
+            EngineSilentError: the engine did not finish in LOAD_SECONDS.
+            EngineDownError: the engine does not answer.
         """
         status, text = await self._call(
             "POST", "/v1/load_lora_adapter", LOAD_SECONDS, {"lora_name": name, "lora_path": path}
@@ -137,11 +137,11 @@ class EngineClient:
         raise LoadRefusedError(f"vLLM does not load it ({status}): {text}")
 
     async def unload(self, name: str) -> None:
-        """Unload an adapter; one that is not there is unloaded already.
+        """Unload an adapter; do nothing if it is not loaded.
 
         Raises:
-            LoadRefusedError: the engine does not unload it.
-            EngineDownError: it does not answer.
+            LoadRefusedError: the engine refuses to unload the adapter.
+            EngineDownError: the engine does not answer.
         """
         status, text = await self._call("POST", "/v1/unload_lora_adapter", POLL_SECONDS, {"lora_name": name})
         if status not in {200, 404}:
@@ -151,16 +151,16 @@ class EngineClient:
         """Make the engine refuse new requests from now on.
 
         Raises:
-            EngineDownError: it does not answer.
+            EngineDownError: the engine does not answer.
         """
         await self._ask("POST", "/tunesmith/drain")
 
     async def complete(self, body: dict[str, object]) -> str:
-        """Send a request of the agent's own and return the reply's text, also of an error of the engine's own.
+        """Send a completion request of the agent and return the reply's text, also for a server error.
 
         Raises:
-            RequestRefusedError: the engine does not take it.
-            EngineDownError: it does not answer.
+            RequestRefusedError: the engine refuses the request.
+            EngineDownError: the engine does not answer.
         """
         status, text = await self._call("POST", "/v1/completions", COMPLETE_SECONDS, body, shorten=False)
         if status != 200:  # noqa: PLR2004 - HTTP
@@ -173,16 +173,16 @@ class EngineClient:
         """Return a number that grows with every token that the engine processes, from vLLM's own counters.
 
         Raises:
-            EngineDownError: it does not answer.
+            EngineDownError: the engine does not answer.
         """
         _, text = await self._call("GET", "/metrics", POLL_SECONDS)
         return sum(float(value) for value in _PROCESSED.findall(text))
 
     async def restart(self, reason: str) -> None:
-        """End the engine's process; the kubelet starts another one.
+        """Make the engine's process exit, so that the kubelet restarts its container.
 
         Raises:
-            EngineDownError: it does not answer.
+            EngineDownError: the engine does not answer.
         """
         await self._call("POST", "/tunesmith/restart", POLL_SECONDS, {"reason": reason})
 
@@ -212,7 +212,7 @@ class EngineClient:
 
 
 def _message(text: str) -> str:
-    """The sentence in vLLM's error, at most 500 characters."""
+    """Return the message in vLLM's error, at most 500 characters."""
     with contextlib.suppress(ValueError, KeyError, TypeError):
         text = json.loads(text)["error"]["message"]
     return str(text)[:500]

@@ -1,4 +1,4 @@
-"""Supervisor of downloads: each runs in a child process, is checked there, and leaves a trace if it ends the agent."""
+"""Supervisor of downloads: each is fetched and checked in a child process, and is recorded if it kills the agent."""
 
 from __future__ import annotations
 
@@ -31,29 +31,30 @@ if TYPE_CHECKING:
 
 JOURNAL = "checking.json"
 SILENCE_SECONDS = 120.0
-"""Longest time without a byte from the store."""
+"""Longest time without data from the store."""
 PROCESSOR_SECONDS = 30
-"""Processor time of a download with its checks, and one second more for each `_CHECKED_PER_SECOND` bytes."""
+"""Processor time allowed for a download with its checks, plus one second for each `_CHECKED_PER_SECOND` bytes."""
 _CHECKED_SLOWLY = 5
-"""Times as long may a check take where the node is busy: processor time is what ends one that does not stop."""
+"""Factor for the wall-clock limit of a check, since the node may be busy: the limit of processor time stops an endless
+check."""
 _CHECKED_PER_SECOND = 20_000_000
 _MEMORY = 160 * 2**20
-"""Of a child, and a part of the header's size."""
+"""Memory of a child, in bytes; `_MEMORY_PER_HEADER_BYTE` is added for each byte of the header."""
 _MEMORY_PER_HEADER_BYTE = 12
 _MAIN = "tunesmith_server.main"
-"""Every child imports the program's main module, so the server process loads it once."""
+"""Every child imports the program's main module, so the fork server loads it once."""
 
 log = logging.getLogger(__name__)
 
 
 class Journal:
-    """Digests whose check ended the agent, on the pod's disk.
+    """Digests whose check killed the agent, on the pod's disk.
 
-    A digest is written down before its check and removed after it. Whatever is found at the start was being checked
-    when the agent died, and is not checked again on this pod.
+    A digest is recorded before its check and removed after it. A digest found at the start was being checked when the
+    agent died, and is not checked again on this pod.
 
     Args:
-        folder: of the agent's state.
+        folder: folder of the agent's state.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -80,7 +81,7 @@ class Journal:
 
     @contextmanager
     def checking(self, digest: str) -> Iterator[None]:
-        """Keep the digest written down while the block runs."""
+        """Keep the digest recorded while the block runs."""
         self._change(self._checking.add, digest)
         try:
             yield
@@ -107,7 +108,7 @@ class FetchSettings:
         state: folder of the agent's state.
         secret: folder of the mounted Secret with the store's credentials.
         storage: bytes that all adapters of the pod may take.
-        allowed_addresses: networks that may be reached beside public addresses, as the platform lists them.
+        allowed_addresses: networks that may be reached besides public addresses, in the format of the platform's list.
     """
 
     adapters: Path
@@ -118,12 +119,12 @@ class FetchSettings:
 
 
 class ArtifactFetcher:
-    """Fetches artifacts, several at a time and one check at a time.
+    """Fetcher of artifacts: downloads run concurrently, checks one at a time.
 
     Args:
-        settings: of downloads.
-        limits: that an adapter must fit.
-        downloaded: gets the bytes of every piece.
+        settings: settings of downloads.
+        limits: limits for an adapter.
+        downloaded: called with the size of every piece, in bytes.
     """
 
     def __init__(self, settings: FetchSettings, limits: PodLimits, downloaded: Callable[[int], None]) -> None:
@@ -144,12 +145,12 @@ class ArtifactFetcher:
         self._closed = False
 
     def fetch(self, adapter: DesiredAdapter) -> None:
-        """Download, check and place the artifact of a revision. Blocks; several threads may call it.
+        """Download and check the artifact of a revision and move it to its folder. Blocks; thread-safe.
 
         Raises:
             UnfitAdapterError: the artifact is damaged, unsafe, or does not fit this pod.
-            StoreError: the store does not give it, or the volume is full.
-            OSError: it cannot be written.
+            StoreError: the store does not provide the artifact, or the volume is full.
+            OSError: the artifact cannot be written.
         """
         self._journal.refuse(adapter.digest)
         child = self._sandbox.start(
@@ -169,7 +170,7 @@ class ArtifactFetcher:
             remove_folder(incoming_folder(self._settings.adapters, adapter.digest))
 
     def close(self) -> None:
-        """Stop everything that runs; the threads in `fetch` return soon."""
+        """Stop all children; the threads in `fetch` return soon afterwards."""
         self._closed = True
         for child in self._children.copy():
             child.kill()
@@ -191,7 +192,7 @@ class ArtifactFetcher:
                 return
 
     def _supervise_check(self, child: Child, digest: str) -> None:
-        """Let the child check, one at a time; it sends `checked` when it is done, or how the check failed."""
+        """Let the child check, one child at a time; it sends `checked` when it is done, or the check's failure."""
         with self._one_check, self._journal.checking(digest):
             child.answer()
             try:
@@ -204,7 +205,7 @@ class ArtifactFetcher:
             self._finish(kind, value)
 
     def _reserve(self, digest: str, size: int) -> str:
-        """Reserve room on the volume; the sentence if there is none."""
+        """Reserve space on the volume; return an error message if it is full, else an empty string."""
         with self._volume:
             taken = sum(stored_sizes(self._settings.adapters).values()) + sum(self._reserved.values())
             if taken + size > self._settings.storage:
@@ -227,7 +228,7 @@ class ArtifactFetcher:
 
 
 class _SupervisedSteps(Steps):
-    """The steps of a child, which its parent permits."""
+    """Steps of a child, each permitted by its parent."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
@@ -258,13 +259,13 @@ class _SupervisedSteps(Steps):
 
 
 def _library(store: str) -> list[str]:
-    """Modules with the file system of a store: importing them in every child would take its time and memory."""
+    """Return the modules with a store's file system: importing them in every child would cost time and memory."""
     scheme = BY_NAME.get(split(store)[0])
     return [] if scheme is None else [scheme.module]
 
 
 def _fetch_in_child(channel: Channel, document: str, limits: PodLimits, settings: FetchSettings) -> None:
-    """Fetch an artifact and send how it ended."""
+    """Fetch an artifact and send the result."""
     adapter = DesiredAdapter.model_validate_json(document)
     try:
         with guarded({ALLOWED_ADDRESSES: settings.allowed_addresses}):

@@ -1,18 +1,18 @@
-"""Watches the engine beside the agent: does it still answer as it did when it started, and does it answer at all?
+"""Guard of the engine: detects changed answers of the base model, and hangs.
 
 At each start of the engine, before any adapter is loaded, its answer to a canary prompt is recorded. The canary is
-repeated after every load, once a minute, and when no token comes. Two faults make the pod unready and restart the
-engine, which runs in another container and ends itself when it is asked to:
+repeated after every load, once a minute, and when no token is processed. Two faults make the pod unready and restart
+the engine, which runs in another container and exits on request:
 
-- The base model's answers changed: CONFIRMATIONS answers in a row differ from the reference by more than noise. An
-  adapter is refused on this pod for good if it alone can be the cause: it was loaded since the last good canary, and no
-  other adapter was loaded or used since. Otherwise those that were loaded are on trial: after the restart each of them
-  is loaded alone and before all others, so that an adapter that damages on request cannot put the blame on one that is
-  loaded at that moment. Those that were used are suspects: they are narrowed down to those of every incident, and the
-  last one is refused.
-- The engine hangs: a canary waits for HANG_SECONDS, in which the engine processed no token of anybody. A busy engine
-  processes tokens, however long its queue is. After STALLED_SECONDS the pod already gets no more requests; an engine
-  that was only starved of its cores gets them again with the next token.
+- The base model's answers changed: CONFIRMATIONS consecutive answers differ from the reference by more than noise. An
+  adapter is permanently refused on this pod if no other can be the cause: it was loaded since the last good canary, and
+  no other adapter was loaded or used since. Otherwise the adapters that were loaded are on trial: after the restart
+  each of them is loaded alone and before all others, so that an adapter that does damage on request cannot make an
+  adapter that is being loaded appear to be the cause. The adapters that were used are suspects: they are narrowed down
+  to those involved in every incident, and the last remaining one is refused.
+- The engine hangs: a canary has waited for HANG_SECONDS, in which the engine processed no client's token. A busy engine
+  processes tokens, however long its queue is. After STALLED_SECONDS the pod receives no more requests; an engine that
+  was only starved of CPU receives them again after its next token.
 """
 
 from __future__ import annotations
@@ -38,38 +38,38 @@ if TYPE_CHECKING:
     from tunesmith_server.engine import EngineClient, EngineSnapshot
 
 CANARY_SECONDS = 60.0
-"""Time between two canaries of an engine to which nothing happens: 12 tokens a minute."""
+"""Time between two canaries of an idle engine: 12 tokens a minute."""
 CONFIRMATIONS = 3
-"""Answers in a row that must differ: each is computed in another batch, so that noise does not repeat."""
+"""Number of consecutive answers that must differ: each is computed in another batch, so that noise does not repeat."""
 HANG_SECONDS = 30.0
-"""Time without a token of anybody while a canary waits. The longest step that a healthy engine takes is the prefill of
-a full batch, some seconds on a CPU."""
+"""Time without any client's token while a canary waits, after which the engine counts as hung. The longest step of a
+healthy engine is the prefill of a full batch: some seconds on a CPU."""
 STALLED_SECONDS = 6.0
-"""Time without a token while a canary waits, after which other pods get the requests."""
+"""Time without a token while a canary waits, after which requests are routed to other pods."""
 WARM_UP_SECONDS = 600.0
-"""The same before the first answer, while kernels are compiled."""
+"""Time without a token before the first answer, while kernels are compiled, after which the engine counts as hung."""
 QUIET_SECONDS = 3.0
 """Time without a token while requests run, after which a canary is sent."""
 PROGRESS_SECONDS = 1.0
-"""Time between two looks at the engine's own counters while no token passes."""
+"""Time between two reads of the engine's own counters while no token passes the middleware."""
 MAX_UNEXPLAINED = 3
-"""Restarts for changed answers without a suspect, after which they are only logged: such an engine is not
-deterministic, and restarting it helps nobody."""
+"""Number of restarts for changed answers without a suspect, after which changes are only logged: such an engine is not
+deterministic, and another restart does not help."""
 MAX_REFUSED = 256
 
 log = logging.getLogger(__name__)
 
 
 class GuardRecord(BaseModel):
-    """What outlives the agent's process, in the state folder.
+    """State that outlives the agent's process, in the state folder.
 
     Attributes:
-        boot_id: process of the engine that `reference` belongs to.
-        reference: its first answer.
-        refused: why a digest is never loaded on this pod again.
-        on_trial: digests that are loaded alone, and first.
-        suspected: digests of which one changed the base's answers when it was used.
-        unexplained: restarts for changed answers without a suspect.
+        boot_id: process of the engine to which `reference` belongs.
+        reference: first answer of that process.
+        refused: reason for never loading a digest on this pod again, by digest.
+        on_trial: digests that are loaded alone, and before others.
+        suspected: digests of which one changed the base model's answers when it was used.
+        unexplained: number of restarts for changed answers without a suspect.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -84,7 +84,7 @@ class GuardRecord(BaseModel):
 
 @dataclass
 class _Boot:
-    """What is known about one process of the engine."""
+    """State of one process of the engine."""
 
     verified: set[str] = field(default_factory=set)
     checked_at: float = float("-inf")
@@ -96,14 +96,14 @@ class _Boot:
 
 
 class Guard:
-    """The watch over one engine.
+    """Guard of one engine.
 
     Args:
-        engine: vLLM beside the agent.
+        engine: client of the pod's vLLM.
         state: folder for the record.
         changed: called when `problem`, `stalled`, `ready` or `unverified` may have changed.
         canary_seconds: time between two canaries of an idle engine.
-        hang_seconds: time without a token that an engine may have.
+        hang_seconds: time without a token after which an engine counts as hung.
     """
 
     def __init__(
@@ -131,12 +131,12 @@ class Guard:
 
     @property
     def ready(self) -> bool:
-        """True if the engine's first answer is recorded: it is warm, and adapters may be loaded."""
+        """True if the engine's first answer is recorded: it is warmed up, and adapters may be loaded."""
         return self._boot_id != "" and self._record.boot_id == self._boot_id and self._record.reference is not None
 
     @property
     def refused(self) -> Mapping[str, str]:
-        """Why a digest is never loaded on this pod again."""
+        """Reason for never loading a digest on this pod again, by digest."""
         return self._record.refused
 
     @property
@@ -145,7 +145,7 @@ class Guard:
         return frozenset(self._resident) - self._boot.verified
 
     def loads(self, wanted: Sequence[DesiredAdapter]) -> list[DesiredAdapter]:
-        """Return those that may be loaded now: none while the engine is in doubt, those on trial first and alone."""
+        """Return the adapters that may be loaded now: none while the engine is suspect; those on trial first, alone."""
         if self.problem or self._boot.differing or not self.ready:
             return []
         on_trial = [adapter for adapter in wanted if adapter.digest in self._record.on_trial]
@@ -154,10 +154,10 @@ class Guard:
         return on_trial[:1] or list(wanted)
 
     async def step(self, snapshot: EngineSnapshot | None, now: float) -> None:
-        """Follow the engine: start a canary if one is due, and judge one that does not end.
+        """Observe the engine: start a canary if one is due, and judge one that does not finish.
 
         Args:
-            snapshot: the engine now; None while it does not answer.
+            snapshot: current snapshot of the engine; None while it does not answer.
             now: monotonic seconds.
         """
         if snapshot is None:
@@ -168,7 +168,7 @@ class Guard:
         self._resident = {name: _digest(path) for name, path in snapshot.resident.items()}
         self._boot.verified &= set(self._resident)
         if self.problem:
-            return  # it is about to end
+            return  # it is about to exit
         await self._observe_progress(snapshot, now)
         self._observe_stall(now)
         if self._check is None:
@@ -183,12 +183,12 @@ class Guard:
                 )
 
     async def stuck(self, name: str, path: str) -> None:
-        """Restart the engine because it never finished loading an adapter, which is refused from now on."""
+        """Restart the engine because it did not finish loading an adapter, and refuse the adapter from now on."""
         self._refuse(frozenset({_digest(path)}), f"vLLM did not finish loading {name}; it is refused on this pod.")
         await self._restart(f"The engine did not finish loading the adapter {name}: it hangs and is restarted.")
 
     def close(self) -> None:
-        """Stop what runs in the background."""
+        """Stop the background task."""
         self._forget_check()
 
     def _booted(self, snapshot: EngineSnapshot) -> None:
@@ -213,7 +213,7 @@ class Guard:
         )
 
     async def _observe_progress(self, snapshot: EngineSnapshot, now: float) -> None:
-        """Note when the engine last processed a token: what passed the middleware, else vLLM's own counters."""
+        """Record when the engine last processed a token: from the middleware's totals, else vLLM's own counters."""
         passed = tuple(
             sorted((name, t.prompt_tokens + t.completion_tokens) for name, t in snapshot.state.totals.items())
         )
@@ -232,7 +232,7 @@ class Guard:
             self._boot.progress, self._boot.progress_at = (*passed, processed), now
 
     def _observe_stall(self, now: float) -> None:
-        """Report an engine that computes nothing, until it does or counts as hung."""
+        """Report an engine that processes no tokens, until it does or counts as hung."""
         waited = now - self._boot.progress_at
         stalled = (
             self.ready
@@ -274,7 +274,7 @@ class Guard:
         try:
             if not self.ready:
                 await asyncio.gather(*(self._try(body) for body in canary.warm_up(model, length)))
-            # A damaging adapter damages when it computes.
+            # A harmful adapter does damage only when it computes.
             probes = [canary.request(name, length, max_tokens=4, logprobs=None) for name in sorted(candidates)]
             await asyncio.gather(*(self._try(body) for body in probes))
             answer = canary.read(await self._engine.complete(canary.request(model, length)))
@@ -286,7 +286,7 @@ class Guard:
                 self.problem = f"The engine does not take the agent's check of its answers: {error}"
                 log.exception("%s", self.problem)
                 return
-            answer = None  # it took the same before; log-probabilities that are not numbers are answered with 400
+            answer = None  # the engine accepted this request before; log-probabilities that are NaN cause a 400
         self._boot.checked_at = now
         if not self.ready:
             if answer is None:
@@ -319,7 +319,7 @@ class Guard:
             self._save(on_trial=self._record.on_trial - passed)
 
     async def _condemn(self, snapshot: EngineSnapshot) -> None:
-        """Name who may have changed the base model's answers, and restart the engine."""
+        """Determine which adapters may have changed the base model's answers, and restart the engine."""
         loaded, now = self.unverified, _requests(snapshot)
         used = {name for name in self._resident if now.get(name, 0) > self._boot.used.get(name, 0)} - loaded
         if not loaded and not used:

@@ -1,6 +1,7 @@
-"""Check of a LoRA adapter's weights against the engine and the base model.
+"""Checks of a LoRA adapter's weights against the engine and the base model.
 
-vLLM loads many adapters that do not fit and then answers garbage, and values that overflow reach the answers of others.
+vLLM loads many adapters that do not fit and then returns garbage, and overflowing values spread to other clients'
+answers.
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ if TYPE_CHECKING:
     from tunesmith_server.base_weights import BaseWeights
 
 LARGEST_VALUE = 65504.0
-"""Largest number of 16-bit floats: what the engine may round weights to."""
+"""Largest 16-bit float: the engine may convert weights to float16."""
 LARGEST_ROW = 1e3
-"""Highest norm of a row of lora_A: with higher ones, products overflow 16-bit floats before lora_B is applied."""
+"""Highest norm of a row of lora_A: above it, products overflow 16-bit floats before lora_B is applied."""
 _TYPES = frozenset({"F16", "BF16", "F32"})
 _BYTES_PER_TENSOR = 256
-"""Of the header, besides the tensor's name."""
+"""Bytes of the header for each tensor, besides its name."""
 _MESSAGE_LENGTH = 600
 
 
 class UnfitAdapterError(Exception):
-    """The adapter is damaged, or does not fit the engine or the base model. Trying again cannot help."""
+    """The adapter is damaged, or does not fit the engine or the base model. Retrying does not help."""
 
     def __init__(self, message: str) -> None:
         printable = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in message)
@@ -52,11 +53,11 @@ class UnfitAdapterError(Exception):
 
 @dataclass(frozen=True)
 class WeightBounds:
-    """Limits of an adapter's weights file, from the base model's modules.
+    """Limits of an adapter's weights file, derived from the base model's modules.
 
     Attributes:
         header: bytes of the header.
-        tensors: their number.
+        tensors: number of tensors.
         size: bytes of the file.
     """
 
@@ -66,9 +67,9 @@ class WeightBounds:
 
 
 def weight_bounds(base: BaseWeights, max_rank: int) -> WeightBounds:
-    """Limits for adapters of a base: two tensors for each of its matrices, of the highest rank, in float32."""
+    """Return the limits for adapters of a base model: two float32 tensors of the highest rank for each matrix."""
     matrices = {name: tensor.shape for name, tensor in base.tensors.items() if len(tensor.shape) == 2}  # noqa: PLR2004
-    tensors = 2 * (len(matrices) + 1)  # and a tied lm_head
+    tensors = 2 * (len(matrices) + 1)  # one more for a tied lm_head
     longest = max(map(len, matrices), default=0) + len(TENSOR_PREFIX) + max(map(len, TENSOR_SUFFIXES))
     header = tensors * (longest + _BYTES_PER_TENSOR) + 4096
     widest = max((sum(shape) for shape in matrices.values()), default=0)
@@ -80,7 +81,8 @@ def check_config(document: bytes, *, max_rank: int) -> LoraConfig:
     """Check `adapter_config.json`.
 
     Raises:
-        UnfitAdapterError: it is malformed, no LoRA, of too high a rank, or uses what vLLM does not load.
+        UnfitAdapterError: the configuration is malformed, is not LoRA, has too high a rank, or uses a feature that vLLM
+            does not load.
     """
     try:
         config = parse_adapter_config(document)
@@ -94,21 +96,21 @@ def check_config(document: bytes, *, max_rank: int) -> LoraConfig:
 
 
 Modules = dict[str, dict[str, Tensor]]
-"""Tensors of an adapter: by module, `A` and `B`."""
+"""Tensors of an adapter by module: `A` and `B`."""
 
 
 def check_header(text: bytes, size: int, config: LoraConfig, base: BaseWeights, bounds: WeightBounds) -> Modules:
     """Check the names and shapes of an adapter's tensors against the base's.
 
     Args:
-        text: header of the weights file, without its length.
+        text: header of the weights file, without its length prefix.
         size: bytes of the weights file.
         config: checked configuration.
-        base: the pod's base model.
-        bounds: from `weight_bounds`.
+        base: base model of the pod.
+        bounds: bounds from `weight_bounds`.
 
     Raises:
-        UnfitAdapterError: the header is damaged; a name, a shape, a rank or a type does not fit.
+        UnfitAdapterError: the header is damaged, or a name, shape, rank or type does not fit.
     """
     try:
         tensors = parse_header(text, size, bounds.tensors)
@@ -121,10 +123,11 @@ def check_header(text: bytes, size: int, config: LoraConfig, base: BaseWeights, 
 
 
 def check_length(start: bytes, size: int, bounds: WeightBounds) -> int:
-    """Length of the weights file's header, from the file's first bytes.
+    """Return the length of the weights file's header, from the file's first bytes.
 
     Raises:
-        UnfitAdapterError: it is not a safetensors file, or its header is longer than the base's modules need.
+        UnfitAdapterError: the file is not a safetensors file, or its header is longer than the base model's modules
+            need.
     """
     try:
         return header_length(start, size, bounds.header)
@@ -133,11 +136,11 @@ def check_length(start: bytes, size: int, bounds: WeightBounds) -> int:
 
 
 def check_values(path: Path, modules: Modules, config: LoraConfig, base: BaseWeights, max_ratio: float) -> float:
-    """Check that an adapter's values are finite and its change of each module is bounded; the highest ratio found.
+    """Check that an adapter's values are finite and its change to each module is bounded; return the highest ratio.
 
-    The ratio of a module is the Frobenius norm of scaling · B · A over that of the base's matrix. Neither it nor that
-    of any one rank (a column of B times a row of A, which others could cancel out only before rounding) may exceed
-    `max_ratio`.
+    The ratio of a module is the Frobenius norm of scaling · B · A divided by the norm of the base model's matrix. This
+    ratio must not exceed `max_ratio`, and neither must the ratio of any single rank: a column of B times a row of A,
+    which other ranks could cancel out only before rounding.
 
     Raises:
         UnfitAdapterError: a value is not finite or too large, or a ratio is above the limit.
@@ -158,9 +161,9 @@ def check_values(path: Path, modules: Modules, config: LoraConfig, base: BaseWei
 
 
 def _magnitude(path: Path, module: str, parts: dict[str, Tensor], scaling: float) -> float:
-    """The larger of the norm of scaling · B · A and that of its largest rank.
+    """Return the larger of the norm of scaling · B · A and the norm of its largest rank.
 
-    ‖BA‖² is the trace of (BᵀB)(AAᵀ), two matrices of rank × rank. No overflow: float64 holds what float32 values give.
+    ‖BA‖² is the trace of (BᵀB)(AAᵀ), two matrices of rank × rank. Products of float32 values do not overflow float64.
     """
     rank = parts["A"].shape[0]
     gram_a, largest_a = _gram(columns(path, parts["A"]), rank, f"lora_A of {module}")
@@ -182,7 +185,7 @@ def _magnitude(path: Path, module: str, parts: dict[str, Tensor], scaling: float
 
 
 def _gram(blocks: Iterator[NDArray[np.float64]], rank: int, part: str) -> tuple[NDArray[np.float64], float]:
-    """Sum of block · blockᵀ, and the largest absolute value."""
+    """Return the sum of block · blockᵀ, and the largest absolute value."""
     gram, largest = np.zeros((rank, rank)), 0.0
     for block in blocks:
         peak = float(np.max(np.abs(block), initial=0.0))

@@ -1,4 +1,4 @@
-"""`tunesmith-agent`: `serve` runs beside vLLM, `fetch-base` before it."""
+"""Command `tunesmith-agent`: `serve` runs beside vLLM, `fetch-base` before vLLM starts."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ log = logging.getLogger("tunesmith-agent")
 
 
 class SetupError(Exception):
-    """The pod is not set up as the agent needs it."""
+    """The pod lacks something that the agent needs."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; its exit code: 0, 2 for a mistake of the setup, 3 where trying again can help."""
+    """Run a command and return its exit code: 0, 2 for an error in the setup, 3 for an error that a retry can fix."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stdout)
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
     return run(sys.argv[1:] if arguments is None else arguments)
 
 
 def run(arguments: list[str]) -> int:
-    """Run a command without setting up the log."""
+    """Run a command without configuring logging."""
     command, *flags = _parser().parse_args(arguments[:1]).command, *arguments[1:]
     try:
         if command == "serve":
@@ -89,7 +89,7 @@ async def serve(settings: ServeSettings) -> None:
     """Run the agent until SIGTERM or SIGINT.
 
     Raises:
-        SetupError: a file or folder that the pod must bring is missing or damaged.
+        SetupError: a file or folder that the pod must provide is missing or damaged.
     """
     control = _keys(settings.control_key_file, "the pool's control key")
     events = _keys(settings.events_key_file, "the pool's events key")
@@ -115,7 +115,7 @@ async def serve(settings: ServeSettings) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    # vLLM closes an idle connection after 5 s; one that it is just closing must not be used.
+    # vLLM closes an idle connection after 5 s; a connection that vLLM is about to close must not be reused.
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(keepalive_timeout=2)) as session:
         engine = EngineClient(session, settings.engine_url, admin_token)
         agent = Agent(settings, fingerprint, engine, desired, fetcher, metrics)
@@ -137,7 +137,9 @@ async def serve(settings: ServeSettings) -> None:
 
 
 def prepare_engine(state: Path) -> str:
-    """Put the middleware and its admin token where vLLM finds them; the token. A restarted agent keeps the token.
+    """Copy the middleware and its admin token to where vLLM finds them; return the token.
+
+    A restarted agent keeps the token.
 
     Raises:
         OSError: the folder cannot be written.
@@ -162,7 +164,7 @@ def _fingerprint(file: Path, base_model: Path) -> str:
     if file.exists():
         return _read(file, "the base model's fingerprint").strip()
     try:
-        return base_fingerprint(LocalModelFolder(base_model))  # a mounted volume, which nobody downloaded
+        return base_fingerprint(LocalModelFolder(base_model))  # a mounted volume, so no download recorded a fingerprint
     except (OSError, ValueError) as error:
         raise SetupError(f"The base model at {base_model} cannot be used: {error}.") from None
 
@@ -194,7 +196,7 @@ def _read(path: Path, what: str) -> str:
 
 
 def _end(message: str, code: ExitCode) -> int:
-    """Say why the process ends where Kubernetes and people look."""
+    """Write the reason for the exit to the log and to the container's termination message; return the exit code."""
     sys.stderr.write(f"tunesmith-agent: {message}\n")
     termination = Path(TERMINATION_MESSAGE_PATH)
     if termination.exists():

@@ -1,4 +1,4 @@
-"""The agent's Prometheus metrics. docs/reference/metrics.md is generated from them."""
+"""Prometheus metrics of the agent. docs/reference/metrics.md is generated from them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class EngineTotals(Collector):
-    """Totals by model as the engine reports them; its counters begin at 0 when it restarts, as Prometheus expects."""
+    """Totals by model as reported by the engine; they restart at 0 with the engine, as Prometheus expects."""
 
     def __init__(self) -> None:
         self.state: EngineState | None = None
@@ -30,7 +30,7 @@ class EngineTotals(Collector):
         yield from self._families()
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the families with the newest samples; an engine that has not answered has none."""
+        """Yield the families with the latest samples; without samples if the engine has not answered."""
         running, requests, tokens = self._families()
         if self.state is not None:
             for model, number in self.state.in_flight.items():
@@ -91,7 +91,7 @@ class Metrics:
         self._bytes.inc(size)
 
     def engine_ready(self, *, ready: bool) -> None:
-        """Record if vLLM answers."""
+        """Record whether vLLM answers."""
         self._ready.set(ready)
 
     def engine_totals(self, state: EngineState) -> None:
@@ -105,5 +105,5 @@ class Metrics:
             self._adapters.labels(kind.value).set(counts[kind])
 
     def text(self) -> bytes:
-        """Return the exposition."""
+        """Return the metrics in Prometheus's text format."""
         return generate_latest(self.registry)

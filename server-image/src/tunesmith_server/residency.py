@@ -1,4 +1,4 @@
-"""What the agent does next: a pure decision from what is wanted, what the engine holds and what was tried."""
+"""Plan of the agent's next actions: a pure decision from wanted adapters, loaded adapters and failed attempts."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 UNLOAD_SECONDS = 30.0
-"""How long an adapter that is wanted no more stays for its running requests."""
+"""Time for which an adapter that is no longer wanted stays loaded for its running requests."""
 FIRST_RETRY_SECONDS = 1.0
 LAST_RETRY_SECONDS = 60.0
 MAX_LOAD_REFUSALS = 3
-"""After so many refusals by one engine process, the adapter is taken for unfit."""
+"""Number of refusals by one engine process after which an adapter counts as unfit."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """The last attempt at a revision failed. `retry_at`: monotonic seconds; unused where it is permanent."""
+    """Failure of the last attempt at a revision. `retry_at`: monotonic seconds; unused if the failure is permanent."""
 
     message: str
     permanent: bool
@@ -29,7 +29,7 @@ class Failure:
 
     @classmethod
     def after(cls, previous: Failure | None, message: str, *, permanent: bool, now: float) -> Failure:
-        """The failure that follows `previous`, with twice its delay."""
+        """Return the failure that follows `previous`, with twice its delay."""
         attempts = (previous.attempts if previous else 0) + 1
         delay = min(LAST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2 ** (attempts - 1))
         return cls(message, permanent, attempts, now + delay)
@@ -37,19 +37,19 @@ class Failure:
 
 @dataclass(frozen=True)
 class Observation:
-    """What is known at one moment.
+    """Observed state of the pod.
 
     Attributes:
         now: monotonic seconds.
-        desired: the wanted revisions, the most important first.
-        folders: where a revision's files lie, by digest, for those that are here and checked.
+        desired: wanted revisions, the most important first.
+        folders: folders of the revisions whose checked files are on this pod, by digest.
         downloading: digests that are being fetched.
-        failures: by engine name.
-        engine: paths of the adapters that the engine holds by name; None while it is not up.
+        failures: failures by engine name.
+        engine: paths of the adapters loaded in the engine, by name; None while it is down.
         in_flight: requests in the engine by model.
-        unwanted_since: when each adapter in the engine was first seen to be wanted no more.
-        max_loras: adapters that may be resident at once.
-        unverified: adapters in the engine that get no requests before their canary passed.
+        unwanted_since: monotonic seconds at which each loaded adapter was first observed to be unwanted.
+        max_loras: number of adapters that may be resident at once.
+        unverified: loaded adapters that get no requests until their canary has passed.
     """
 
     now: float
@@ -66,7 +66,7 @@ class Observation:
 
 @dataclass
 class Plan:
-    """What to do now, and what to report."""
+    """Actions to take now, and state to report."""
 
     downloads: list[DesiredAdapter] = field(default_factory=list)
     loads: list[DesiredAdapter] = field(default_factory=list)
@@ -75,7 +75,7 @@ class Plan:
 
 
 def plan(seen: Observation) -> Plan:
-    """The next downloads, loads and unloads, and the state of every revision."""
+    """Return the next downloads, loads and unloads, and the state of every revision."""
     result = Plan()
     engine = seen.engine or {}
     paths = {adapter.engine_name: seen.folders.get(adapter.digest) for adapter in seen.desired}

@@ -1,4 +1,4 @@
-"""Decision when the files of a revision may be removed: never while the engine may still read them."""
+"""Retention of a revision's files: they are never removed while the engine may still read them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
 GRACE_SECONDS = 30.0
-"""Time after the last sign of use: a request whose client is gone runs in the engine a little longer."""
+"""Grace period after the last use: a request whose client disconnected runs in the engine a little longer."""
 
 
 class Retention:
-    """Observes which revisions are in use.
+    """Record of the revisions in use.
 
-    The engine reads the files of a registered adapter again whenever it has put the adapter out of its cache, and a
-    request that runs keeps its adapter after that is unloaded. So files are removed when their revision is not wanted,
-    its adapter is not registered and none of its requests has run for `GRACE_SECONDS`.
+    The engine reads the files of a registered adapter again after it has evicted the adapter from its cache, and a
+    running request keeps its adapter even after the adapter is unloaded. Files are therefore removed when their
+    revision is not wanted, its adapter is not registered and none of its requests has run for `GRACE_SECONDS`.
     """
 
     def __init__(self) -> None:
@@ -34,9 +34,9 @@ class Retention:
         """Return the digests whose files may be removed now.
 
         Args:
-            folders: of the files on this pod, by digest.
+            folders: folders of the files on this pod, by digest.
             wanted: digests that are wanted or being downloaded.
-            registered: folders of the adapters that the engine holds.
+            registered: folders of the adapters that are loaded in the engine.
             running: engine names with requests in the engine.
             now: monotonic seconds.
         """

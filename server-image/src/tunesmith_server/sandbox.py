@@ -1,7 +1,7 @@
-"""Child processes for work on foreign files, with limits on memory, processor time and silence.
+"""Child processes for work on untrusted files, with limits on memory, processor time and silence.
 
-Each child is forked from a small server process that has the libraries loaded and nothing else: starting one takes
-milliseconds. A child that exceeds a limit is killed, and its end is an exception with a sentence.
+Each child is forked from a small server process that has only the libraries loaded, so a start takes milliseconds. A
+child that exceeds a limit is killed, and an exception reports the reason.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 
 
 class ChildEndedError(Exception):
-    """The child ended without a result. The message is a clause, such as "needed more than 256 MiB of memory"."""
+    """The child exited without a result. The message is a clause, such as "needed more than 256 MiB of memory"."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class ChildLimits:
     """Limits of a child.
 
     Attributes:
-        memory: bytes that it may allocate, beyond what it starts with.
-        cpu_seconds: processor time.
+        memory: bytes that it may allocate after its start.
+        cpu_seconds: processor time in seconds.
     """
 
     memory: int
@@ -42,14 +42,14 @@ class ChildLimits:
 
 
 class Sandbox:
-    """Starts children.
+    """Launcher of children.
 
     Args:
-        modules: loaded by the server process, before children are forked.
+        modules: modules that the server process loads before children are forked.
     """
 
     def __init__(self, modules: Iterable[str]) -> None:
-        # One thread per child: the limits bound a process, and pools of idle threads would take memory.
+        # One thread per child: the limits apply to a process, and pools of idle threads would take memory.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(list(modules))
@@ -64,7 +64,7 @@ class Sandbox:
 
 
 class Channel:
-    """The child's end of the pipe."""
+    """Child's end of the pipe."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -74,13 +74,13 @@ class Channel:
         self._connection.send_bytes(json.dumps([kind, value]).encode())
 
     def ask(self, kind: str, value: object = None) -> Any:  # noqa: ANN401 - JSON
-        """Send a message to the parent, and wait for its answer."""
+        """Send a message to the parent and return its answer."""
         self.send(kind, value)
         return json.loads(self._connection.recv_bytes(_MAX_MESSAGE_BYTES))
 
 
 class Child:
-    """The parent's view of a child."""
+    """Handle of a child in its parent."""
 
     def __init__(self, process: Any, connection: Connection, limits: ChildLimits) -> None:  # noqa: ANN401 - a Process of the context
         self._process = process
@@ -88,10 +88,10 @@ class Child:
         self._limits = limits
 
     def receive(self, seconds: float) -> tuple[str, Any]:
-        """The next message.
+        """Return the next message.
 
         Raises:
-            ChildEndedError: the child ended, or sent nothing for `seconds`; it does not run any more.
+            ChildEndedError: the child exited, or was killed because it sent nothing for `seconds`.
         """
         try:
             if not self._connection.poll(seconds):
@@ -104,17 +104,17 @@ class Child:
         return str(kind), value
 
     def answer(self, value: object = None) -> None:
-        """Answer the child's question. One that ended meanwhile is noticed by `receive`."""
+        """Answer the child's question. If the child has exited, the next `receive` raises."""
         with suppress(OSError, ValueError):
             self._connection.send_bytes(json.dumps(value).encode())
 
     def kill(self) -> None:
-        """Kill the child if it still runs. May be called from another thread."""
+        """Kill the child if it is still running. Thread-safe."""
         with suppress(OSError, ValueError, AttributeError):
             self._process.kill()
 
     def close(self) -> None:
-        """Kill the child if it still runs, and release what belongs to it."""
+        """Kill the child if it is still running, and release its resources."""
         self.kill()
         self._process.join(_EXIT_SECONDS)
         self._connection.close()
@@ -133,7 +133,7 @@ class Child:
 def _run(
     connection: Connection, limits: ChildLimits, function: Callable[..., None], arguments: tuple[Any, ...]
 ) -> None:
-    # If memory runs out all the same, this process goes first, not the agent or the engine.
+    # If memory runs out nevertheless, the kernel kills this process first, not the agent or the engine.
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
     # SIGXCPU at the soft limit, SIGKILL at the hard one.
@@ -151,7 +151,7 @@ def _limit(kind: int, soft: int, hard: int) -> None:
 
 
 def _allocated() -> int:
-    """Bytes of memory that this process has allocated, in the kernel's measure of RLIMIT_DATA."""
+    """Return the bytes of memory that this process has allocated, as the kernel counts them for RLIMIT_DATA."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmData:"):
             return int(line.split()[1]) * 1024

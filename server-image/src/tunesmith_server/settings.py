@@ -35,7 +35,7 @@ class _Reading(ProgramSettings):
     allowed_addresses: Annotated[
         tuple[NetworkAddress, ...], COMMA_SEPARATED, Internal("the operator sets it from trainer.allowedAddresses")
     ] = ()
-    """Networks that may be reached beside public addresses, such as 10.0.0.7/32,fd00::/8."""
+    """Networks that may be reached besides public addresses, such as 10.0.0.7/32,fd00::/8."""
 
 
 class FetchBaseSettings(_Reading):
@@ -70,7 +70,7 @@ class ServeSettings(_Reading):
     )
 
     pod_uid: Annotated[str, Field(min_length=1), Internal(f"the pod's metadata.uid, as {POD_UID}")]
-    """UID of this pod, which the tokens of its clients depend on."""
+    """UID of this pod, from which its clients' tokens are derived."""
     engine_url: Annotated[str, _POD] = f"http://127.0.0.1:{ENGINE_PORT}"
     """URL of the engine."""
     port: Annotated[int, Field(ge=0, le=65535), _POD] = AGENT_PORT
@@ -88,15 +88,15 @@ class ServeSettings(_Reading):
     base_model: Annotated[Path, _POD] = Path("/models/base")
     """Folder of the base model."""
     base_fingerprint_file: Annotated[Path, _POD] = Path("/models/base.fingerprint")
-    """File with the base model's fingerprint; it is computed where the file does not exist."""
+    """File with the base model's fingerprint; it is computed if the file does not exist."""
     store: Annotated[str, Internal("the operator sets it from store")]
-    """Uri of the store; artifacts elsewhere are refused."""
+    """URI of the store; artifacts outside it are refused."""
     storage: Annotated[int, Field(ge=1), _SIZE]
     """Bytes that all adapters may take."""
     max_adapter_ratio: Annotated[
         float, Field(gt=0, allow_inf_nan=False), Internal("the operator sets it from serving.maxAdapterRatio")
     ] = DEFAULT_MAX_ADAPTER_RATIO
-    """Highest norm of an adapter's change of a module, relative to that of the base's weights."""
+    """Highest norm of an adapter's change to a module, relative to the norm of the base model's weights."""
     max_lora_rank: Annotated[int, Field(ge=1), _POD]
     """Highest rank of an adapter."""
     max_loras: Annotated[int, Field(ge=1), _POD]

@@ -1,4 +1,4 @@
-"""Stores as the agent reads them: with one mounted Secret, once, and with sentences for conditions."""
+"""Access to stores for the agent: with one mounted Secret, without retries, and with messages for conditions."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _PROXIES = frozenset({"HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"})
 
 
 class StoreError(Exception):
-    """The store does not give what was asked for.
+    """The store does not provide the requested object.
 
-    `permanent`: trying again cannot help. Missing objects and refused credentials are not permanent: somebody may
-    upload the one and change the other.
+    `permanent`: retrying does not help. Missing objects and refused credentials are not permanent: somebody may upload
+    the object or change the credentials.
     """
 
     def __init__(self, message: str, *, permanent: bool) -> None:
@@ -36,7 +36,7 @@ class StoreError(Exception):
 
 
 def read_credentials(folder: Path) -> Credentials:
-    """Read a mounted Secret: each key is a file, and the folder has the Secret's name.
+    """Read a mounted Secret: each key is a file, and the folder is named after the Secret.
 
     Raises:
         StoreError: the folder cannot be read.
@@ -56,12 +56,12 @@ def read_credentials(folder: Path) -> Credentials:
 
 
 def set_proxies(credentials: Credentials) -> None:
-    """Let this process use the proxies of a Secret, as libraries expect them: in the environment."""
+    """Set the proxies of a Secret in this process's environment, where libraries expect them."""
     os.environ.update({name: value for name, value in credentials.values.items() if name.upper() in _PROXIES})
 
 
 def store_error(error: StorageError, credentials: Credentials) -> StoreError:
-    """Return the agent's failure for one of a store, without credentials in its text."""
+    """Return the agent's error for a storage error, without credentials in its message."""
     text = Scrubber(credentials.values).clean(f"{error}.")
     return StoreError(text, permanent=isinstance(error, InvalidUriError))
 
@@ -70,11 +70,11 @@ class StoreFolder:
     """A folder of an object store, read with one set of credentials.
 
     Args:
-        uri: such as s3://bucket/folder.
-        credentials: of the store.
+        uri: URI such as s3://bucket/folder.
+        credentials: credentials of the store.
 
     Raises:
-        StoreError: the uri is not one that is read here, or the credentials cannot be used.
+        StoreError: the URI is not supported, or the credentials cannot be used.
     """
 
     def __init__(self, uri: str, credentials: Credentials) -> None:
@@ -98,23 +98,25 @@ class StoreFolder:
         """Return the size of a file in bytes.
 
         Raises:
-            StoreError: it is missing, may not be read, or the store cannot be reached.
+            StoreError: the file is missing or may not be read, or the store cannot be reached.
         """
         return self._folder.size(name)
 
     def read(self, name: str, start: int, end: int) -> bytes:
-        """Return the bytes of a file from `start` to `end`, or as many as there are.
+        """Return the bytes of a file from `start` to `end`, or up to the end of the file.
 
         Raises:
-            StoreError: it is missing, may not be read, or the store cannot be reached.
+            StoreError: the file is missing or may not be read, or the store cannot be reached.
         """
         return self._folder.read(name, start, end - start)
 
     def download(self, name: str, target: Path, size: int, progress: Callable[[int], None] = lambda _: None) -> str:
-        """Write a file of `size` bytes to `target`; `progress` gets the bytes of every piece. Return its SHA-256, hex.
+        """Write a file of `size` bytes to `target` and return its SHA-256 in hex.
+
+        `progress` is called with the size of every piece, in bytes.
 
         Raises:
-            StoreError: it is missing, has another size, may not be read, or the store cannot be reached.
+            StoreError: the file is missing, has another size or may not be read, or the store cannot be reached.
         """
         digest = hashlib.sha256()
         actual = self.size(name)

@@ -1,4 +1,4 @@
-"""Values of tensors in safetensors files, without torch: read in pieces, as float64."""
+"""Reader of tensor values in safetensors files, without torch: in pieces, as float64."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ FLOATS: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "F64": np.dtype("<f8"),
 }
-"""Types whose values are numbers as they are stored, by the type that numpy reads them with."""
+"""safetensors types that need no scales, with the numpy type that reads them."""
 
 
 def columns(path: Path, tensor: Tensor, piece: int = 1 << 20) -> Iterator[NDArray[np.float64]]:
-    """A matrix as float64, in blocks of all rows and some columns with about `piece` values each."""
+    """Yield a matrix as float64, in blocks of all rows and some columns with about `piece` values each."""
     rows, width = tensor.shape
     matrix = _mapped(path, tensor).reshape(rows, width)
     step = max(1, piece // max(rows, 1))
@@ -33,7 +33,7 @@ def columns(path: Path, tensor: Tensor, piece: int = 1 << 20) -> Iterator[NDArra
 
 
 def rows(path: Path, tensor: Tensor, piece: int = 1 << 20) -> Iterator[NDArray[np.float64]]:
-    """A matrix as float64, in blocks of some rows and all columns with about `piece` values each."""
+    """Yield a matrix as float64, in blocks of some rows and all columns with about `piece` values each."""
     height, width = tensor.shape
     matrix = _mapped(path, tensor).reshape(height, width)
     step = max(1, piece // max(width, 1))
@@ -42,7 +42,7 @@ def rows(path: Path, tensor: Tensor, piece: int = 1 << 20) -> Iterator[NDArray[n
 
 
 def blocks(path: Path, tensor: Tensor, places: Iterable[int], size: int) -> Iterator[NDArray[np.float64]]:
-    """Values of a tensor as float64, in the order in which they are stored: from each place on, at most `size`."""
+    """Yield values of a tensor as float64, in storage order: at most `size` from each place on."""
     stored = _mapped(path, tensor)
     for place in places:
         yield _as_float64(stored[place : place + size], tensor.dtype)

@@ -1,1 +1,1 @@
-"""Modules that run inside vLLM; the agent copies them next to it."""
+"""Modules that run inside vLLM; the agent copies them to a folder that the engine's container mounts."""

@@ -1,15 +1,15 @@
-"""ASGI middleware that the agent puts into vLLM (`--middleware tunesmith_middleware.Middleware`).
+"""ASGI middleware that the agent installs in vLLM (`--middleware tunesmith_middleware.Middleware`).
 
-It demands this pod's token on every route but `GET /health`, lets only the agent reach what clients do not need, makes
-`model` mandatory (without one vLLM answers with the base model), refuses what a shared engine cannot take, counts
-requests and tokens per model, and refuses work while draining. It runs inside vLLM's interpreter, so it uses the
-standard library only. Its state belongs to one process: vLLM must run with one API server.
+It requires this pod's token on every route except `GET /health`, reserves the routes that clients do not need for the
+agent, makes `model` mandatory (without it vLLM answers with the base model), refuses requests that a shared engine
+cannot take, counts requests and tokens per model, and refuses new work while draining. It runs inside vLLM's
+interpreter, so it uses the standard library only. Its state belongs to one process: vLLM must run with one API server.
 
-Environment, read when the module is imported, so that vLLM does not start without it:
-    TUNESMITH_SERVING_KEY_FILE: file with the pool's serving keys, one a line, newest first; read again when it changes.
-    TUNESMITH_POD_UID: UID of this pod. The token of its clients is the HMAC-SHA256 of it by a serving key.
-    TUNESMITH_ADMIN_TOKEN_FILE: file with the token of the agent.
-    TUNESMITH_REQUESTS: JSON of the pool's `spec.requests`; absent: its defaults. See tunesmith_parameters.
+The environment is read when the module is imported, so that vLLM does not start without it:
+    TUNESMITH_SERVING_KEY_FILE: file with the pool's serving keys, one per line, newest first; reread when it changes.
+    TUNESMITH_POD_UID: UID of this pod. A client's token is the HMAC-SHA256 of the UID under a serving key.
+    TUNESMITH_ADMIN_TOKEN_FILE: file with the agent's token.
+    TUNESMITH_REQUESTS: JSON of the pool's `spec.requests`; absent: the defaults. See tunesmith_parameters.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ else:
 MAX_BODY_BYTES = 32 * 1024 * 1024
 """Largest request body, in bytes; 413 above it."""
 MIN_TOKEN_LENGTH = 16
-"""Shortest token that is taken for one, in characters."""
+"""Length of the shortest valid token, in characters."""
 GENERATE = frozenset({tunesmith_parameters.CHAT, tunesmith_parameters.COMPLETIONS})
-"""What clients may POST. These are counted and need a `model`."""
+"""Routes to which clients may POST. Their requests are counted and need a `model`."""
 READ = frozenset({"/v1/models", "/metrics"})
-"""What clients may GET."""
+"""Routes that clients may GET."""
 
-# Quotes inside generated text arrive escaped, so this finds the reply's own object only.
+# Quotes inside generated text are escaped, so this matches only the reply's own object.
 _USAGE = re.compile(rb',\s*"usage"\s*:\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
 _USAGE_ONLY = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 _CHOICE = re.compile(rb'"choices"\s*:\s*\[\s*\{\s*"index"\s*:\s*([0-9]{1,6})')
@@ -89,7 +89,7 @@ def _token(variable: str) -> bytes:
 
 
 class _ServingTokens:
-    """The tokens of this pod's clients, at most two seconds behind the file with the pool's serving keys."""
+    """Tokens of this pod's clients, at most two seconds older than the file with the pool's serving keys."""
 
     def __init__(self) -> None:
         self._content = _token("TUNESMITH_SERVING_KEY_FILE")
@@ -110,7 +110,7 @@ class _ServingTokens:
         return any(equal)
 
     def _reread(self) -> None:
-        """Follow the file; one that is missing or damaged leaves the last tokens valid."""
+        """Read the file again if it changed; if it is missing or damaged, the last tokens stay valid."""
         try:
             content = self._path.read_bytes().strip()
         except OSError:
@@ -146,14 +146,14 @@ POLICY = _policy()
 
 
 class Middleware:
-    """The middleware around vLLM's application.
+    """Middleware around vLLM's application.
 
-    Routes of its own, for the agent: `GET /tunesmith/state` answers `{"bootId", "draining", "inFlight": {model:
-    requests}, "totals": {model: {"requests", "promptTokens", "completionTokens"}}}`; `POST /tunesmith/drain` refuses
-    new work from then on; `POST /tunesmith/restart` with `{"reason"}` ends the process, which the kubelet starts again.
-    The agent's own requests are neither checked nor counted. Errors have OpenAI's shape. A refusal while draining is
-    503 with code `not_started` and the header `x-tunesmith-not-started: true`: such a request may be sent again
-    elsewhere.
+    Its own routes, for the agent: `GET /tunesmith/state` returns `{"bootId", "draining", "inFlight": {model:
+    requests}, "totals": {model: {"requests", "promptTokens", "completionTokens"}}}`; after `POST /tunesmith/drain` new
+    work is refused; `POST /tunesmith/restart` with `{"reason"}` exits the process, and the kubelet restarts the
+    container. The agent's own requests are neither checked nor counted. Errors have OpenAI's format. A refusal while
+    draining is 503 with code `not_started` and the header `x-tunesmith-not-started: true`: the client may retry such a
+    request on another pod.
     """
 
     def __init__(self, app: App) -> None:
@@ -166,7 +166,7 @@ class Middleware:
         self._totals: dict[str, dict[str, int]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Guard one connection."""
+        """Handle one connection."""
         if scope["type"] == "lifespan":
             await self._app(scope, _end_of(scope, receive), send)
         elif scope["type"] == "websocket":
@@ -219,10 +219,11 @@ class Middleware:
         asyncio.get_running_loop().call_later(0.1, _exit, _RESTART_CODE, f"the agent restarts the engine: {reason}")
 
     async def _unload(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Have vLLM unload an adapter, and free its slot, which vLLM leaves occupied until it needs another one.
+        """Have vLLM unload an adapter, and free its slot, which vLLM otherwise keeps until another adapter needs it.
 
-        On CPUs a base request that is batched with an adapter's request is computed with the adapter in the last slot:
-        a pool there has one slot more than adapters, which stays empty only if unloaded adapters leave theirs.
+        On CPUs, a base request that is batched with an adapter's request is computed with the adapter in the last
+        slot. A CPU pool therefore has one slot more than adapters, which stays empty only if unloaded adapters free
+        their slots.
         """
         body = await _read_body(scope, receive) or b""
         name, number = _registered(scope, body)
@@ -239,13 +240,13 @@ class Middleware:
             await send(message)
 
     async def _free(self, scope: Scope, name: str) -> None:
-        """Remove unloaded adapters of a name from the engine, once none of their requests is running."""
+        """Remove the unloaded adapters with a name from the engine, once none of their requests is running."""
         if self._in_flight.get(name):
             return
         for number in self._unloaded.pop(name, ()):
             try:
                 await scope["app"].state.engine_client.remove_lora(number)
-            except Exception as error:  # noqa: BLE001 - vLLM's own; the engine serves on
+            except Exception as error:  # noqa: BLE001 - vLLM's own; the engine continues to serve
                 sys.stderr.write(f"tunesmith: the slot of the adapter {name} is not freed: {error!r}\n")
                 sys.stderr.flush()
 
@@ -283,7 +284,7 @@ class Middleware:
         if refused is not None:
             await _refuse(send, 400, refused.code, refused.message, param=refused.parameter)
             return
-        # No await between the check and the count: a request is either refused or waited for.
+        # No await between the check and the count: a drain either refuses a request or waits for it.
         if self._draining:
             headers = ((b"x-tunesmith-not-started", b"true"), (b"retry-after", b"1"))
             await _refuse(
@@ -292,11 +293,11 @@ class Middleware:
             return
         observer = _Reply(send, self._count, model)
         if document.get("stream"):
-            # Tokens are counted from the usage in every event; a client who did not ask for it does not see it.
+            # Tokens are counted from the usage in every event; it is removed for a client that did not request it.
             asked = document.get("stream_options") or {}
             observer.hide_usage(final=not asked.get("include_usage"), others=not asked.get("continuous_usage_stats"))
             document["stream_options"] = {**asked, "include_usage": True, "continuous_usage_stats": True}
-        # What was checked is what the engine gets: another parser may read the client's own bytes differently.
+        # Pass on the checked document, not the client's bytes: another parser may read those differently.
         body = json.dumps(document).encode()
         scope = {
             **scope,
@@ -318,7 +319,7 @@ class Middleware:
                     task.add_done_callback(self._tasks.discard)
 
     def _count(self, model: str, requests: int, prompt: int, completion: int) -> None:
-        # Names that the engine does not know answer 404 and are not counted, so totals stay as few as models.
+        # The engine answers unknown names with 404, which is not counted, so there are no more totals than models.
         total = self._totals.setdefault(model, {"requests": 0, "promptTokens": 0, "completionTokens": 0})
         total["requests"] += requests
         total["promptTokens"] += prompt
@@ -326,10 +327,10 @@ class Middleware:
 
 
 class _Reply:
-    """Passes a reply on as it comes, and counts its tokens from the usage that vLLM reports in it.
+    """Forwarder of a reply that counts its tokens from the usage that vLLM reports in it.
 
-    A stream reports its usage in every event, so the tokens of a client that leaves are counted up to there. Any other
-    reply reports it once; a client that leaves before is counted as a request without tokens.
+    A stream reports its usage in every event, so if the client disconnects, the tokens up to then are counted. Any
+    other reply reports it once; if the client disconnects before, its request is counted without tokens.
     """
 
     def __init__(self, send: Send, count: Callable[[str, int, int, int], None], model: str) -> None:
@@ -344,7 +345,7 @@ class _Reply:
         self._choices: dict[bytes, int] = {}
 
     def hide_usage(self, *, final: bool, others: bool) -> None:
-        """Expect a stream, and take the usage out of its last event, or of all others."""
+        """Expect a stream, and remove the usage from its last event (`final`), or from all others (`others`)."""
         self._stream, self._hide_final, self._hide_others = True, final, others
 
     async def send(self, message: Message) -> None:
@@ -360,14 +361,14 @@ class _Reply:
                 body = self._events(body, last=not message.get("more_body", False))
                 message = {**message, "body": body}
             else:
-                # An object of usage that two pieces share is found in the second, with the end of the first.
+                # A usage object split over two pieces is found by prepending the end of the first to the second.
                 window = self._rest + body
                 self._report(window)
                 self._rest = window[-_USAGE_BYTES:]
         await self._send(message)
 
     def _events(self, body: bytes, *, last: bool) -> bytes:
-        """Return the whole events so far, without the usage that the client did not ask for."""
+        """Return the complete events so far, without the usage that the client did not request."""
         body, self._rest = self._rest + body, b""
         if not last and not body.endswith(b"\n\n"):
             whole, found, rest = body.rpartition(b"\n\n")
@@ -387,7 +388,7 @@ class _Reply:
         return _USAGE.sub(b"", event, count=1) if self._hide_others else event
 
     def _report(self, text: bytes) -> bool:
-        """Count what the last usage in a text says beyond what was counted."""
+        """Count the tokens that the last usage in a text adds to those already counted."""
         found = None
         for found in _USAGE.finditer(text):  # noqa: B007 - the last one is used
             pass
@@ -407,7 +408,7 @@ class _Reply:
 
 
 def _registered(scope: Scope, body: bytes) -> tuple[str, int | None]:
-    """Return the name in the body of an unload, and the engine's number of that adapter; None if it has none."""
+    """Return the name in the body of an unload request, and the engine's number of that adapter or None."""
     try:
         name = str(json.loads(body)["lora_name"])
         return name, int(scope["app"].state.openai_serving_models.lora_requests[name].lora_int_id)
@@ -416,7 +417,7 @@ def _registered(scope: Scope, body: bytes) -> tuple[str, int | None]:
 
 
 def _end_of(scope: Scope, receive: Receive) -> Receive:
-    """A receive for the lifespan: a server that stops because its engine died must not exit with 0."""
+    """Return a receive for the lifespan scope: a server that stops because its engine died must not exit with 0."""
 
     async def guarded() -> Message:
         message = await receive()
@@ -430,17 +431,17 @@ def _end_of(scope: Scope, receive: Receive) -> Receive:
 
 
 def _exit(code: int, reason: str) -> None:
-    """End the process at once, with its reason as the last line of the log."""
+    """Exit the process immediately, with the reason as the last line of the log."""
     sys.stderr.write(f"tunesmith: {reason}\n")
     sys.stderr.flush()
     os._exit(code)
 
 
 def _parse(body: bytes) -> dict[str, Any]:
-    """Return the JSON object of a body, bounded in depth and in values.
+    """Return the JSON object in a body, bounded in depth and number of values.
 
     Raises:
-        ValueError: it is not one; the message continues "The request body …".
+        ValueError: the body is not such an object; the message continues "The request body …".
     """
     if sum(map(body.count, (b",", b"[", b"{"))) > tunesmith_parameters.MAX_VALUES:
         raise ValueError(f"has more than {tunesmith_parameters.MAX_VALUES} values")
@@ -465,7 +466,7 @@ def _no_number(text: str) -> None:
 
 
 def _route(scope: Scope) -> str:
-    """The path as Starlette's router sees it: without the root path, if it starts with it."""
+    """Return the path as Starlette's router sees it: without the root path, if it starts with it."""
     path: str = scope["path"]
     root: str = scope.get("root_path", "")
     if root and path.startswith(root) and path[len(root) : len(root) + 1] in {"", "/"}:
@@ -482,7 +483,7 @@ def _bearer(scope: Scope) -> bytes:
 
 
 async def _read_body(scope: Scope, receive: Receive) -> bytes | None:
-    """The whole body, a byte more than MAX_BODY_BYTES at most; None when the client went away."""
+    """Return the body, up to MAX_BODY_BYTES and one byte; None if the client disconnected."""
     for name, value in scope["headers"]:
         if name == b"content-length" and value.isdigit() and int(value) > MAX_BODY_BYTES:
             return b" " * (MAX_BODY_BYTES + 1)
@@ -499,7 +500,7 @@ async def _read_body(scope: Scope, receive: Receive) -> bytes | None:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """A receive that gives the body that was read, and then what the connection brings: its end."""
+    """Return a receive that first returns the body that was read, then the connection's next message: its end."""
     pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:

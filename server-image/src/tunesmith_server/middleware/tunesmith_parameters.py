@@ -1,10 +1,10 @@
-"""What a request to a shared engine may ask: every parameter of vLLM's chat and completion API, its type and its bound.
+"""Parameters that a request to a shared engine may set: all of vLLM's chat and completion API, with type and bounds.
 
-Runs inside vLLM's interpreter, so it uses the standard library only. `refusal` is the one entry point: it checks a
-parsed request body and returns the first thing that is wrong, as a sentence for the client.
+This module runs inside vLLM's interpreter, so it uses the standard library only. `refusal` is the entry point: it
+checks a parsed request body and returns the first violation, as a sentence for the client.
 
-An engine is shared by tenants, so a parameter that is not in the table is refused: the engine might honour it. A
-parameter of OpenAI's API that vLLM ignores is accepted where ignoring it changes no answer.
+Tenants share an engine, so a parameter that is not in the table is refused: the engine might honour it. A parameter of
+OpenAI's API that vLLM ignores is accepted if ignoring it changes no answer.
 """
 
 from __future__ import annotations
@@ -21,37 +21,37 @@ CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 
 MAX_DEPTH = 64
-"""Nested arrays and objects in a request: vLLM's own limit for schemas."""
+"""Highest nesting depth of arrays and objects in a request: vLLM's own limit for schemas."""
 MAX_VALUES = 1_000_000
-"""JSON values in a request: each costs some 100 bytes once parsed."""
+"""Highest number of JSON values in a request: each takes some 100 bytes once parsed."""
 MAX_LOGPROBS = 20
-"""Alternatives per token, vLLM's default --max-logprobs."""
+"""Highest number of alternatives per token: vLLM's default for --max-logprobs."""
 MAX_STOPS = 4
-"""Stop strings, vLLM's default VLLM_MAX_STOP_STRINGS: each is searched for after every token."""
+"""Highest number of stop strings, vLLM's default for VLLM_MAX_STOP_STRINGS: each is searched for after every token."""
 MAX_TOKEN_IDS = 1024
-"""Token ids in a list or a logit_bias: they become a row of the sampler's tensors in every step."""
+"""Highest number of token ids in a list or a logit_bias: they become a row of the sampler's tensors in every step."""
 MAX_LOGPROB_TOKEN_IDS = 128
 MAX_BAD_WORDS = 64
 MAX_TOOLS = 128
 MAX_SCHEMA_BYTES = 32 * 1024
-"""JSON of a schema, of a structural tag or of all tools that a grammar is made of: compiling it takes the engine's API
-server 0.2 s at most."""
+"""Largest JSON of a schema, of a structural tag or of all tools from which a grammar is compiled. Compiling it takes
+the engine's API server at most 0.2 s."""
 MAX_TOOLS_BYTES = 256 * 1024
-"""JSON of all tools that no grammar is made of: they are part of the prompt."""
+"""Largest JSON of all tools from which no grammar is compiled: they are part of the prompt."""
 MAX_REGEX_CHARACTERS = 512
 MAX_CHOICES_BYTES = 8 * 1024
-"""All strings of structured_outputs.choice: 120 KiB of them stopped the API server for 4.7 s."""
+"""Largest total size of the strings in structured_outputs.choice: 120 KiB blocked the API server for 4.7 s."""
 MAX_MULTIPLE = 1000
-"""Highest multipleOf: its automaton has that many states; 10^7 took more than four minutes."""
+"""Highest multipleOf: its automaton has that many states; compiling 10^7 took more than four minutes."""
 MAX_ALL_OF = 8
-"""Entries of one allOf: they are intersected."""
+"""Highest number of entries in one allOf: they are intersected."""
 _INT64 = 2**63 - 1
 _MAX_MESSAGES = 4096
 _MAX_TEXT = 512
 
 
 class Refusal(NamedTuple):
-    """Why a request is refused with 400: the parameter, OpenAI's `param`, and a sentence."""
+    """Reason for refusing a request with 400: OpenAI's `param`, and a sentence."""
 
     parameter: str
     message: str
@@ -64,11 +64,11 @@ class Policy:
 
     Attributes:
         allow_prompt_logprobs: accept `prompt_logprobs`, and `echo` with `logprobs`.
-        allow_media_urls: let the engine fetch http:// and https:// media.
-        allow_chat_template: accept templates of the client, and any arguments for the model's template.
-        max_tokens: tokens of one choice; None: the model's length.
-        max_choices: sequences of one request: choices or beams, times prompts.
-        engine_version: vLLM's version, "0.32.0+cpu".
+        allow_media_urls: let the engine fetch media from http:// and https:// URLs.
+        allow_chat_template: accept the client's chat templates, and any arguments for the model's template.
+        max_tokens: highest number of tokens of one choice; None: the model's length.
+        max_choices: highest number of sequences of one request: choices or beams, times prompts.
+        engine_version: vLLM's version, such as "0.32.0+cpu".
     """
 
     allow_prompt_logprobs: bool = False
@@ -80,10 +80,10 @@ class Policy:
 
     @classmethod
     def parse(cls, text: str, engine_version: str) -> Policy:
-        """Return the policy of a JSON object with the fields of `spec.requests`.
+        """Return the policy in a JSON object with the fields of `spec.requests`.
 
         Raises:
-            ValueError: it is not such an object.
+            ValueError: the text is not such an object.
         """
         document = json.loads(text)
         if not isinstance(document, dict):
@@ -115,7 +115,7 @@ Check = "Callable[[object, Policy], str | None]"
 
 @dataclass(frozen=True)
 class Parameter:
-    """A row of the table: the routes that have it, and a check that returns what is wrong ("must be …") or None."""
+    """Row of the table: the routes that accept the parameter, and a check that returns None or "must be …"."""
 
     routes: frozenset[str]
     check: Callable[[object, Policy], str | None]
@@ -185,7 +185,7 @@ def _texts(most: int, longest: int) -> Callable[[object, Policy], str | None]:
 
 
 def _refused(reason: str, *harmless: object) -> Callable[[object, Policy], str | None]:
-    """A parameter that a shared engine does not take, other than with a harmless value."""
+    """Return the check of a parameter that a shared engine accepts only with a harmless value."""
 
     def check(value: object, _policy: Policy) -> str | None:
         if any(value == other and type(value) is type(other) for other in harmless):
@@ -429,7 +429,7 @@ def _regex(pattern: object) -> str | None:
 
 
 def _schema(document: object, most: int = MAX_SCHEMA_BYTES) -> str | None:
-    """Bound what a compiler of grammars gets: size, depth, patterns, and what makes automata large."""
+    """Bound the input of the grammar compiler: size, depth, patterns, and keywords that make automata large."""
     if too_deep(document):
         return f"must not nest deeper than {MAX_DEPTH} levels"
     if len(json.dumps(document)) > most:
@@ -566,14 +566,14 @@ PARAMETERS = _table(
         routed_experts_prompt_start=_refused(_RENDER, 0),
         mm_payload=_refused(_RENDER, "tensors"),
         return_mm_kwargs=_refused(_RENDER),
-        # OpenAI's, ignored by vLLM, and no answer is different for it.
+        # OpenAI's parameters that vLLM ignores without changing an answer.
         metadata=_accepted,
         safety_identifier=_text(),
         service_tier=_text(),
         store=_boolean,
         prompt_cache_key=_text(),
         prompt_cache_retention=_text(),
-        # OpenAI's, unknown to vLLM, and an answer without it would be another one.
+        # OpenAI's parameters that vLLM does not know and that would change the answer.
         best_of=_refused("vLLM has no best_of", 1),
     ),
     _rows(
@@ -616,12 +616,12 @@ _NEEDED = {CHAT: "messages", COMPLETIONS: "prompt"}
 
 @dataclass(frozen=True)
 class EngineFault:
-    """A request that ends a version of the engine, for all its clients.
+    """Fault of an engine version that lets one request crash the engine for all its clients.
 
     Attributes:
-        parameter: returns OpenAI's `param` of the refusal.
-        applies: True if the engine of this policy has the fault and the request meets it.
-        message: the sentence.
+        parameter: return OpenAI's `param` of the refusal.
+        applies: return True if the policy's engine has the fault and the request triggers it.
+        message: sentence of the refusal.
     """
 
     parameter: Callable[[Mapping[str, Any]], str]
@@ -642,7 +642,7 @@ def _asks_prompt_logprobs(body: Mapping[str, Any]) -> bool:
 
 
 ENGINE_FAULTS = (
-    # vLLM 0.32 on a CPU: the LoRA kernels index past the rows of a batch whose prompts need all their logits.
+    # vLLM 0.32 on a CPU: the LoRA kernels index out of bounds when a batch's prompts need all their logits.
     EngineFault(
         _prompt_logprobs_parameter,
         lambda body, policy: policy.on_cpu and _asks_prompt_logprobs(body),
@@ -650,23 +650,23 @@ ENGINE_FAULTS = (
         "Remove 'prompt_logprobs', or 'echo' of a chat or with 'logprobs'.",
     ),
 )
-"""What an engine version and device cannot take. A row is removed when no supported version has its fault."""
+"""Faults of engine versions and devices. A row is removed when no supported version has its fault."""
 
 
 def refusal(route: str, body: Mapping[str, Any], policy: Policy) -> Refusal | None:
-    """Return why a request to a route is refused, or None.
+    """Return the reason for refusing a request, or None.
 
     Args:
         route: CHAT or COMPLETIONS.
-        body: the parsed JSON object.
-        policy: the pool's.
+        body: parsed JSON object.
+        policy: policy of the pool.
     """
     for name, value in body.items():
         row = next((row for row in PARAMETERS.get(name, ()) if route in row.routes), None)
         if row is None:
             return Refusal(name[:100], f"'{name[:100]}' is not a parameter of {route}: remove it.", "unknown_parameter")
         if value is None:
-            continue  # an absent one, for OpenAI's clients and for vLLM
+            continue  # the same as an absent parameter, for OpenAI's clients and for vLLM
         wrong = row.check(value, policy)
         if wrong is not None:
             separator = "" if wrong.startswith("[") else " "
@@ -677,7 +677,7 @@ def refusal(route: str, body: Mapping[str, Any], policy: Policy) -> Refusal | No
 
 
 def _together(body: Mapping[str, Any], policy: Policy) -> Refusal | None:
-    """Check what the parameters ask for as a whole."""
+    """Check the parameters in combination."""
     count = sequences(body)
     if count > policy.max_choices:
         return Refusal(
@@ -703,7 +703,7 @@ def _together(body: Mapping[str, Any], policy: Policy) -> Refusal | None:
 
 
 def sequences(body: Mapping[str, Any]) -> int:
-    """Return how many sequences the engine runs for a request at once: choices or beams, times prompts."""
+    """Return the number of sequences that the engine runs at once for a request: choices or beams, times prompts."""
     prompt = body.get("prompt")
     prompts = len(prompt) if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list) else 1
     return (body.get("n") or 1) * prompts
