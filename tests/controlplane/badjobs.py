@@ -185,7 +185,7 @@ BAD_JOBS: dict[str, BadJob] = {
     ),
     "a bucket alone": apply("s3://bucket/path", baseModel__uri="s3://models"),
     "a path that climbs": apply("write the path itself", baseModel__uri="pvc://claim/../other"),
-    "a file of this machine": apply("in a cluster use s3://", baseModel__uri="file:///models/base"),
+    "a file of this machine": apply("in a cluster use hf://, s3://", baseModel__uri="file:///models/base"),
     "a model as a data set": apply("hf://datasets/organisation/name", dataset__train=[{"uri": "hf://org/base"}]),
     "a revision of a bucket": apply("name a copy of that revision in the uri", baseModel__revision="main"),
     "memory without a unit": apply("write its unit, as in 8Gi", resources={"memory": 8}),
