@@ -1,1 +1,1 @@
-"""Stores that uris name: the table of their schemes, credentials, and reading and writing their folders."""
+"""Stores that uris name: the table of schemes, credentials, and access to folders."""

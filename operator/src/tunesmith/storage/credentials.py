@@ -1,4 +1,4 @@
-"""Credentials of stores: from a mounted Secret or the environment, checked before use; and texts without them."""
+"""Credentials of stores: read from a mounted Secret or the environment, checked before use, and removed from texts."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ if TYPE_CHECKING:
 _PUBLIC = re.compile(
     r"ENDPOINT|REGION|ACCESS_KEY_ID|ACCOUNT_NAME|_PROJECT|_ENTITY|_MODE|EXPERIMENT|TRACKING_URI|BASE_URL"
 )
-"""Keys whose values are no secrets. A password in a URL is found by its form."""
+"""Keys with public values. A password in a URL is recognised by its format."""
 _SEVERAL_LINES = frozenset({GOOGLE_KEY})
 _MAX_VALUE = 65536
 _VERSION_LINK = "..data"
-"""Link that the kubelet points to a new folder, named by the time, whenever it writes a changed Secret."""
+"""Link that the kubelet points to a new folder, named after the time, whenever it writes a changed Secret."""
 _VERSION_FORMAT = "..%Y_%m_%d_%H_%M_%S"
 _PRINTABLE = re.compile(r"[\x21-\x7e]*")
 _USER_OF_URL = re.compile(r"(https?|ftp|socks5h?)://[^/@\s]*@", re.IGNORECASE)
 _REMOVED = "***"
 _SHORTEST = 4
-"""Shorter values would be found in any text."""
+"""Fewest characters of a value; shorter ones would match in any text."""
 _DISTINCT = 8
-"""Shortest value that is recognised inside a word."""
+"""Fewest characters of a value that is recognised inside a word."""
 _CUT = 12
-"""Shortest beginning of a value that is recognised where a library or a limit cut the rest off."""
+"""Fewest characters of a value's beginning that are recognised where a library or a limit cut off the rest."""
 
 
 class Origin(Enum):
-    """Where credentials come from, which decides what the libraries may add to them."""
+    """Source of credentials, which determines what the libraries may add to them."""
 
     SECRET = auto()
     """A Secret that a secretRef names: nothing is added, and it must have the keys of the scheme."""
     STORE_SECRET = auto()
-    """The Secret of the installation's store: a scheme of which it has no key uses the identity of the pod."""
+    """The Secret of the installation's store: schemes without a key in it use the identity of the pod."""
     ENVIRONMENT = auto()
-    """The variables of this process: the libraries may add what they find on the machine."""
+    """Variables of this process: the libraries may add what they find on the machine."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Credentials:
 
     Attributes:
         values: by key.
-        source: where they come from, for messages, such as "the Secret mine".
-        origin: what kind of place that is.
+        source: source for messages, such as "the Secret mine".
+        origin: kind of source.
     """
 
     values: Mapping[str, str]
@@ -66,7 +66,7 @@ class Credentials:
     origin: Origin
 
     def check_values(self) -> None:
-        """Refuse values that no store could have issued, before a library puts them into a message.
+        """Check that a store could have issued the values, before a library puts them into a message.
 
         Raises:
             AccessDeniedError: a value is malformed.
@@ -77,13 +77,13 @@ class Credentials:
                 raise AccessDeniedError(sentence)
 
     def ambient(self, scheme: Scheme) -> bool:
-        """True if the library may use what it finds on the machine: none of the scheme's keys is set here."""
+        """Return True if no key of the scheme is set, so the library may use credentials of the machine."""
         return self.origin is Origin.ENVIRONMENT or (
             self.origin is Origin.STORE_SECRET and not any(self.values.get(key) for key in scheme.keys)
         )
 
     def check_keys(self, scheme: Scheme) -> None:
-        """Refuse a Secret that would not be used, or only in part: the library would look elsewhere, silently.
+        """Check that a Secret is complete; otherwise the library would silently look for credentials elsewhere.
 
         Raises:
             CredentialsMissingError: a key is missing.
@@ -114,7 +114,7 @@ class Credentials:
 
 
 def unusable(scheme: Scheme, credentials: Credentials, fault: str) -> str:
-    """Return the sentence about a credential that cannot be used, without anything of its value."""
+    """Return the message about a credential that cannot be used, which contains no part of its value."""
     keys = " or ".join(" and ".join(keys) for keys in scheme.credentials)
     return (
         f"{keys} of {credentials.source} cannot be used for {scheme.name}://: {fault}; give it whole and as the store"
@@ -131,21 +131,21 @@ def read_secrets(folder: Path) -> dict[str, dict[str, str]]:
     """Return the keys and values of all mounted Secrets, by the Secret's name.
 
     Args:
-        folder: has one sub-folder per mounted Secret, with one file per key. In a cluster the mounts are optional: of a
-            missing Secret there is a folder without keys.
+        folder: one sub-folder per mounted Secret, with one file per key. In a cluster the mounts are optional: a
+            missing Secret has an empty folder.
     """
     folders = [entry for entry in sorted(folder.iterdir()) if entry.is_dir()] if folder.is_dir() else []
     return {entry.name: _read_keys(entry) for entry in folders}
 
 
 def read_secret(folder: Path) -> tuple[dict[str, str], datetime | None]:
-    """Return the keys and values of one mounted Secret, all of one version, and when the kubelet wrote them.
+    """Return the keys and values of one mounted Secret, all of one version, and the time when the kubelet wrote them.
 
-    A version older than the Secret's last change (`kubectl get secret NAME --show-managed-fields`) is the Secret as it
-    was before. The kubelet writes changes within about two minutes.
+    The kubelet writes changes within about two minutes. The values are outdated if the time is before the Secret's last
+    change (`kubectl get secret NAME --show-managed-fields`).
 
     Returns:
-        No values, and no time, for a Secret that does not exist or is empty.
+        An empty dict and None for a Secret that does not exist or is empty.
 
     Raises:
         OSError: the folder cannot be read.
@@ -167,17 +167,17 @@ def _read_keys(folder: Path) -> dict[str, str]:
 def _written(folder: Path) -> datetime:
     try:
         return datetime.strptime(folder.name.rpartition(".")[0], _VERSION_FORMAT).replace(tzinfo=UTC)
-    except ValueError:  # not the kubelet's
+    except ValueError:  # not written by the kubelet
         return datetime.fromtimestamp(max(entry.stat().st_mtime for entry in [folder, *folder.iterdir()]), UTC)
 
 
 def malformed(key: str, value: str, credentials: str) -> str | None:
-    """Return why a value cannot be used, as a sentence that does not contain it; None where it can.
+    """Return why a value cannot be used, as a sentence that does not contain it; None if it can.
 
     Args:
         key: name of the value, such as HF_TOKEN.
-        value: without the line break at its end.
-        credentials: where it comes from, for the sentence.
+        value: the value without a trailing line break.
+        credentials: source of the value, for the sentence.
     """
     if key not in STORE_KEYS or not value:
         return None
@@ -197,10 +197,10 @@ def malformed(key: str, value: str, credentials: str) -> str | None:
 
 
 class Scrubber:
-    """Removes the values of credentials from texts, also where they are encoded or cut off at their end.
+    """Filter that removes the values of credentials from texts, even if encoded or truncated.
 
     Args:
-        values: keys and values of all credentials that this process knows.
+        values: keys and values of all credentials known to this process.
     """
 
     def __init__(self, *values: Mapping[str, str]) -> None:
@@ -214,7 +214,7 @@ class Scrubber:
         self._short = re.compile(rf"(?<![A-Za-z0-9])(?:{'|'.join(short)})(?![A-Za-z0-9])") if short else None
 
     def clean(self, text: str) -> str:
-        """Return the text with `***` in place of credentials."""
+        """Return the text with credentials replaced by `***`."""
         for beginning, forms in self._long.items():
             if beginning in text:
                 text = _without(text, beginning, forms)
@@ -223,7 +223,7 @@ class Scrubber:
         return _USER_OF_URL.sub(rf"\1://{_REMOVED}@", text)
 
     def clean_fields(self, document: Any, names: frozenset[str]) -> Any:  # noqa: ANN401 - any JSON document
-        """Return the JSON document with the texts in fields of these names cleaned."""
+        """Return the JSON document with credentials removed from the texts in fields of these names."""
         if isinstance(document, list):
             return [self.clean_fields(entry, names) for entry in document]
         if not isinstance(document, dict):
@@ -240,7 +240,7 @@ class Scrubber:
 
 
 def _without(text: str, beginning: str, forms: Iterable[str]) -> str:
-    """The text without values that begin so, and without what is left of them where a library or a limit cut them."""
+    """Return the text without values that have this beginning, even if a library or a limit truncated them."""
     pieces, position = [], 0
     while (found := text.find(beginning, position)) >= 0:
         length = max((_found(text[found : found + len(form)], form) for form in forms), default=0)
@@ -250,14 +250,14 @@ def _without(text: str, beginning: str, forms: Iterable[str]) -> str:
 
 
 def _found(text: str, form: str) -> int:
-    """Number of characters of the value with which the text begins; 0 where they are too few to be the value."""
+    """Return the length of the value's prefix at the start of the text; 0 if too short to identify the value."""
     pairs = enumerate(zip(text, form, strict=False))
     same = next((number for number, (one, other) in pairs if one != other), len(text))
     return same if same == len(form) or same >= _CUT else 0
 
 
 def _parts(key: str, value: str) -> Iterator[str]:
-    """What of a value is secret: all of it, its lines, and the values inside of a document or a connection string."""
+    """Yield the secret parts of a value: all of it, its lines, and the secrets in a document or a connection string."""
     if _PUBLIC.search(key) or not value.strip():
         return
     yield value.strip()
@@ -279,7 +279,7 @@ def _texts_of(document: str) -> Iterator[str]:
 
 
 def _forms(text: str) -> Iterator[str]:
-    """The text as programs write it: plain, in a URL, in JSON or a repr, in base64 at each of its three offsets."""
+    """Yield the forms in which programs write a text: plain, URL, JSON, repr, and base64 at its three offsets."""
     if len(text) < _SHORTEST or text.startswith("-----"):
         return
     data = text.encode("utf-8", "surrogateescape")
@@ -288,7 +288,7 @@ def _forms(text: str) -> Iterator[str]:
     if len(data) < _DISTINCT:
         return
     for offset in range(3):
-        # Characters that share bits with what is beside the value are left out.
+        # Without the characters that share bits with the value's neighbours.
         for encoded in (base64.b64encode(b"\0" * offset + data), base64.urlsafe_b64encode(b"\0" * offset + data)):
             clipped = encoded.decode().rstrip("=")
             yield clipped[(0, 2, 3)[offset] : len(clipped) - 1]

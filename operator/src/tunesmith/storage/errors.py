@@ -1,14 +1,14 @@
-"""Failures of stores. Their texts say what is wrong, where, and how to fix it, and contain no credential."""
+"""Failures of stores. Messages name the problem, the place and the fix, and contain no credentials."""
 
 from __future__ import annotations
 
 
 class StorageError(Exception):
-    """A store does not do what was asked of it."""
+    """A failed operation of a store."""
 
 
 class AccessDeniedError(StorageError):
-    """The store refused the credentials, they cannot be used, or the address may not be reached."""
+    """The store refused the credentials, they cannot be used, or the address is not allowed."""
 
 
 class CredentialsMissingError(StorageError):
@@ -16,16 +16,16 @@ class CredentialsMissingError(StorageError):
 
 
 class NotFoundError(StorageError):
-    """The place does not exist."""
+    """The file, folder or bucket does not exist."""
 
 
 class InvalidUriError(StorageError):
-    """The uri is not one that can be read or written here."""
+    """The uri is malformed or not supported for the operation."""
 
 
 class UnavailableError(StorageError):
-    """The store did not answer, or not well: another try may help."""
+    """The store did not respond, or responded with an error; a retry may succeed."""
 
 
 class FullError(StorageError):
-    """The disk of this machine is full."""
+    """The local disk is full."""

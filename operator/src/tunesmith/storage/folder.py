@@ -1,4 +1,4 @@
-"""Folders of stores: list, read, write, and create once. All input and output on stores, through fsspec."""
+"""Folders of stores: list, read, write, and create once. All input and output of stores, through fsspec."""
 
 from __future__ import annotations
 
@@ -52,21 +52,21 @@ _WRITE_CHECK = "tunesmith-write-check"
 
 
 class Refusal(Protocol):
-    """Why a connection was not made."""
+    """Refused connection, with the reason."""
 
     explanation: str
 
 
 @dataclass(frozen=True)
 class Retry:
-    """How long an outage of a store is waited out: pauses of 1, 2, 4 … seconds, at most `longest` each."""
+    """Retry policy for outages of a store: pauses of 1, 2, 4 … seconds, at most `longest` each."""
 
     attempts: int = 8
     first: float = 1.0
     longest: float = 30.0
 
     def pauses(self) -> Iterator[float]:
-        """Seconds before each further attempt."""
+        """Return the seconds before each retry."""
         return (min(self.first * 2**number, self.longest) for number in range(self.attempts - 1))
 
 
@@ -87,15 +87,15 @@ def _as_it_is(error: StorageError) -> Exception:
 
 @dataclass(frozen=True)
 class Access:
-    """How calls to a store are made.
+    """Settings of all calls to a store.
 
     Attributes:
-        retry: how long outages are waited out.
-        refusal: the refused connection among the causes of an error, where a guard refuses some.
-        waiting: gets the sentence about an outage before each pause, and None once the store answers again.
+        retry: retry policy for outages.
+        refusal: returns the refused connection among the causes of an error, if a guard refuses some.
+        waiting: called with the message about an outage before each pause, and with None once the store responds again.
         client: settings of the libraries' clients.
-        native: True if obstore makes the requests, past any guard: for people's own machines.
-        failure: the exception that the caller gets for a StorageError.
+        native: True if obstore makes the requests, bypassing any guard; only for users' own machines.
+        failure: returns the exception that the caller gets for a StorageError.
     """
 
     retry: Retry = field(default_factory=Retry)
@@ -109,16 +109,16 @@ class Access:
 def attempt(
     operation: Callable[[], T], understood: Callable[[Exception, int], StorageError], access: Access, server: str
 ) -> T:
-    """Return the operation's result; repeat it after failures of the store that may pass.
+    """Return the operation's result; retry it after temporary failures of the store.
 
     Args:
         operation: raises exceptions of the store's library, or StorageErrors.
-        understood: returns the failure that an exception of the library means, given the number of tries so far.
-        access: how calls are made.
-        server: names the server, for a refused address.
+        understood: translates an exception of the library, given the number of tries so far.
+        access: settings of the calls.
+        server: description of the server, for a refused address.
 
     Raises:
-        Exception: what `access.failure` returns for the last StorageError.
+        Exception: the result of `access.failure` for the last StorageError.
     """
     pauses = access.retry.pauses()
     tries = 0
@@ -126,7 +126,7 @@ def attempt(
         tries += 1
         try:
             result = operation()
-        except Exception as error:  # every library has exceptions of its own; they end here
+        except Exception as error:  # every library has its own exceptions; they are translated here
             refused = access.refusal(error)
             if refused is not None:
                 failure: StorageError = AccessDeniedError(f"{server} leads to {refused.explanation}")
@@ -145,12 +145,12 @@ def attempt(
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file of a folder.
+    """File of a folder.
 
     Attributes:
-        name: its path in the folder.
-        size: bytes.
-        modified: time of its last change; None where the store does not tell.
+        name: path in the folder.
+        size: size in bytes.
+        modified: time of its last change; None if the store does not report it.
     """
 
     name: str
@@ -168,19 +168,19 @@ def open_folder(
     claims: Path | None = None,
     allow_file: bool = False,
 ) -> Folder:
-    """Return the folder at a uri; nothing is read yet.
+    """Return the folder at a uri, without reading anything.
 
     Args:
-        uri: of the folder.
-        credentials: of its store.
-        access: how calls are made.
+        uri: uri of the folder.
+        credentials: credentials of its store.
+        access: settings of the calls.
         what: "the base model", "the data set" or "the artifact", for messages.
         revision: commit, tag or branch of a repository of the Hub.
-        claims: folder of this machine with the mounted claims, each under its name; None where there are none.
+        claims: local folder with the mounted claims, each under its name; None if there are none.
         allow_file: True if file:// is allowed: in runs without a cluster only.
 
     Raises:
-        Exception: what `access.failure` returns for an InvalidUriError, a CredentialsMissingError or an
+        Exception: the result of `access.failure` for an InvalidUriError, a CredentialsMissingError or an
             AccessDeniedError.
     """
     try:
@@ -217,7 +217,7 @@ def _open(
             f"{_named(what, uri)}: {scheme.name}:// cannot be read here, as a library is missing ({error}): install"
             " tunesmith[storage]"
         ) from None
-    except (ValueError, TypeError, KeyError):  # nothing of what they say: it may hold parts of a key
+    except (ValueError, TypeError, KeyError):  # without their message, which may contain parts of a key
         if not scheme.credentials:
             raise
         raise AccessDeniedError(unusable(scheme, credentials, scheme.unreadable)) from None
@@ -268,17 +268,17 @@ def _with_revision(path: str, revision: str) -> str:
 
 
 class Folder:
-    """A folder of a store, or one file of it, named by its last part. Every call waits out outages as `access` says.
+    """Folder of a store, or a single file, named by its last part. Every call retries according to `access`.
 
     Args:
-        uri: of the folder, for messages.
-        path: of the folder in the file system.
-        scheme: of the uri.
+        uri: uri of the folder, for messages.
+        path: path of the folder in the file system.
+        scheme: scheme of the uri.
         filesystem: the fsspec file system.
-        credentials: with which it was opened.
-        access: how calls are made.
+        credentials: credentials of the store.
+        access: settings of the calls.
         what: "the base model", "the data set" or "the artifact", for messages.
-        root: folder of this machine that no link may lead out of; None where links lead nowhere or anywhere.
+        root: local folder that no link may leave; None if there are no links, or links are unrestricted.
     """
 
     def __init__(
@@ -305,7 +305,7 @@ class Folder:
 
     @property
     def local(self) -> Path | None:
-        """The folder on this machine's disk, if it is one: nothing needs to be copied then."""
+        """Path of the folder if it is on the local disk, so that nothing needs to be copied; otherwise None."""
         return Path(self._path) if self._is_local else None
 
     def files(self) -> list[StoredFile]:
@@ -314,7 +314,7 @@ class Folder:
         Raises:
             Exception: the folder does not exist, access is denied, or the store is unavailable.
         """
-        # Not `find`, which takes a folder that may not be read for an empty one.
+        # Not `find`, which treats an unreadable folder as empty.
         entries = self._attempt(lambda: self._listing("file"))
         return sorted(
             (self._stored(entry, _last(entry)) for entry in entries if entry["name"].rstrip("/") != self._path),
@@ -325,7 +325,7 @@ class Folder:
         """Return the names of the files directly in the folder, sorted.
 
         Raises:
-            Exception: as `files`.
+            Exception: as for `files`.
         """
         return [file.name for file in self.files()]
 
@@ -341,13 +341,13 @@ class Folder:
         return self._attempt(listed)
 
     def below(self, pattern: str | None = None) -> list[str]:
-        """Return the paths, in the folder and sorted, of the files in and below it, or of those that a glob matches."""
+        """Return the sorted relative paths of all files in and below the folder, or of those that match a glob."""
         return [file.name for file in self.tree(pattern)]
 
     def tree(self, pattern: str | None = None) -> list[StoredFile]:
-        """Return the files in and below the folder, or those that a glob matches, sorted by path.
+        """Return all files in and below the folder, or those that match a glob, sorted by path.
 
-        A folder that does not exist has none.
+        The list is empty if the folder does not exist.
         """
 
         def found() -> list[StoredFile]:
@@ -369,10 +369,10 @@ class Folder:
         return self._attempt(found)
 
     def check_links(self) -> None:
-        """Check every link in and below the folder, for libraries that open files of it themselves.
+        """Check every link in and below the folder, before a library opens files in it directly.
 
         Raises:
-            Exception: one leads out of the claim that the folder is in.
+            Exception: a link leaves the claim that contains the folder.
         """
         if self._root is not None:
             for path in Path(self._path).rglob("*"):
@@ -380,15 +380,15 @@ class Folder:
                     self._stay_inside(str(path))
 
     def exists(self, name: str) -> bool:
-        """Return True if the file is there."""
+        """Return True if the file exists."""
         place = self._at(name)
         return self._attempt(lambda: self._is_there(place), name)
 
     def is_folder(self, name: str) -> bool:
-        """Return True if the name is that of a folder.
+        """Return True if the name is a folder's.
 
         Raises:
-            Exception: there is nothing of that name, access is denied, or the store is unavailable.
+            Exception: the name does not exist, access is denied, or the store is unavailable.
         """
         place = self._at(name)
         return self._attempt(lambda: bool(self._info(place)["type"] == "directory"), name)
@@ -413,10 +413,10 @@ class Folder:
         return b"" if length == 0 else self._attempt(got, name)
 
     def pieces(self, name: str, size: int, offset: int = 0) -> Iterator[bytes]:
-        """Yield a file of `size` bytes piece by piece; an outage between two of them is waited out.
+        """Yield the pieces of a file of `size` bytes, with retries between pieces.
 
         Raises:
-            Exception: it became shorter, or what `read` raises.
+            Exception: the file became shorter, or `read` failed.
         """
         while offset < size:
             wanted = min(CHUNK_BYTES, size - offset)
@@ -432,7 +432,7 @@ class Folder:
             yield data
 
     def download(self, name: str, target: Path) -> None:
-        """Copy one file to this machine. The target appears when it is whole."""
+        """Copy one file to the local disk. The target appears once it is complete."""
         partial = target.with_name(f".{target.name}.partial")
         size = self.size(name)
         try:
@@ -448,7 +448,7 @@ class Folder:
         partial.rename(target)
 
     def upload(self, name: str, source: Path) -> None:
-        """Write one file, over an older one of that name."""
+        """Write one file, replacing an existing one."""
         place = self._at(name)
 
         def put() -> None:
@@ -458,9 +458,9 @@ class Folder:
         self._attempt(put, name)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write one small file if there is none of that name; return False if there is.
+        """Write one small file if it does not exist; return False if it does.
 
-        Where the store knows conditional writes they are used, so that of two writers one wins.
+        Stores with conditional writes use them, so that only one of two concurrent writers succeeds.
         """
         place = self._at(name)
 
@@ -484,10 +484,10 @@ class Folder:
         return self._attempt(put, name)
 
     def check_writable(self) -> None:
-        """Write an empty file and remove it again, if the credentials may remove.
+        """Write an empty file, and remove it if the credentials allow that.
 
         Raises:
-            Exception: the folder cannot be written to.
+            Exception: the folder is not writable.
         """
         place = self._at(_WRITE_CHECK)
 
@@ -500,7 +500,7 @@ class Folder:
             self._filesystem.rm_file(place)
 
     def remove(self) -> None:
-        """Remove the folder and everything in it; it need not exist."""
+        """Remove the folder and everything in it, if it exists."""
 
         def removed() -> None:
             self._check_written()
@@ -508,13 +508,13 @@ class Folder:
                 if self._is_local or not has_magic(self._path):
                     self._filesystem.rm(self._path, recursive=True)
                     return
-                for place in self._filesystem.find(self._path):  # `rm` would take the name for a pattern
+                for place in self._filesystem.find(self._path):  # `rm` would interpret the name as a pattern
                     self._filesystem.rm_file(place)
 
         self._attempt(removed)
 
     def remove_file(self, name: str) -> None:
-        """Remove one file of the folder, or below it; it need not exist."""
+        """Remove one file in or below the folder, if it exists."""
 
         def removed() -> None:
             self._check_written()
@@ -525,7 +525,7 @@ class Folder:
         self._attempt(removed, name)
 
     def child(self, name: str = "", *, retry: Retry | None = None) -> Folder:
-        """Return a folder in this one, or this one itself without a name; with other patience if `retry` is given."""
+        """Return a folder in this one, or this one if `name` is empty; `retry` replaces the retry policy."""
         access = self._access if retry is None else replace(self._access, retry=retry)
         return Folder(
             f"{self.uri}/{name}" if name else self.uri,
@@ -596,7 +596,7 @@ class Folder:
             )
 
     def _inside(self, paths: Iterable[str]) -> list[str]:
-        """What a store has listed, sorted, once it is known to be inside the folder."""
+        """Return the paths that a store listed, sorted, after checking that they are inside the folder."""
         found = sorted(paths)
         for path in found:
             if not {".", ".."}.isdisjoint(path.split("/")):
@@ -607,7 +607,7 @@ class Folder:
         return found
 
     def _where(self, name: str = "") -> str:
-        # A folder that stands for one file has that file's uri.
+        # A folder that represents a single file has that file's uri.
         place = self.uri if not name or self.uri.endswith(f"/{name}") else f"{self.uri}/{name}"
         return _named(self._what, place)
 
@@ -650,7 +650,7 @@ class Folder:
 
 
 def said(error: Exception) -> str:
-    """Return what an exception says, in one line of at most 300 characters."""
+    """Return an exception's message in one line of at most 300 characters."""
     name = type(error).__name__
     kind = name if not str(error) or "botocore" in type(error).__module__ else ""
     return " ".join(f"{kind} {error}".split())[:300] or name
@@ -665,6 +665,6 @@ def _write_exclusively(path: Path, data: bytes) -> None:
     whole = path.with_name(f".{path.name}.{os.getpid()}")
     whole.write_bytes(data)
     try:
-        os.link(whole, path)  # the name appears with its whole content, or not at all
+        os.link(whole, path)  # the name appears with its complete content, or not at all
     finally:
         whole.unlink()

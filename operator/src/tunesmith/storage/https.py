@@ -1,4 +1,4 @@
-"""Files of web servers, by https:// alone: ranges of bounded length, and no redirect to plain HTTP."""
+"""Files of web servers, over https:// only: ranges of bounded length, and no redirects to plain HTTP."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _DENIED = frozenset({401, 403})
 
 
 class UnsuitableServerError(Exception):
-    """The server's answers cannot be used; the text says why."""
+    """The server's responses cannot be used; the message has the reason."""
 
 
 class HttpsFileSystem(HTTPFileSystem):  # type: ignore[misc] # fsspec has no types
-    """fsspec's file system with requests of its own, which read no more than was asked for.
+    """fsspec's file system with its own requests, which read no more than the requested range.
 
     Args:
         connect_seconds: longest time until a connection is made.
         read_seconds: longest time without a byte.
-        options: of fsspec.
+        options: options of fsspec.
     """
 
     protocol = "https"
@@ -45,7 +45,7 @@ class HttpsFileSystem(HTTPFileSystem):  # type: ignore[misc] # fsspec has no typ
         super().__init__(client_kwargs=client, **options)
 
     async def _info(self, url: str, **_kwargs: object) -> dict[str, Any]:
-        # A range and not HEAD, which servers of signed or generated files often refuse.
+        # A range request instead of HEAD, which servers of signed or generated files often refuse.
         async with self._part(url, 0, 0) as answer:
             if answer.status == _UNSATISFIABLE:
                 return {"name": url, "size": 0, "type": "file"}
@@ -79,7 +79,7 @@ class HttpsFileSystem(HTTPFileSystem):  # type: ignore[misc] # fsspec has no typ
 
 
 def _range_of(answer: aiohttp.ClientResponse) -> tuple[int, int, int]:
-    """First and last byte of an answer, and the size of the file."""
+    """Return the first and last byte of a response, and the size of the file."""
     if answer.status in _MISSING:
         raise FileNotFoundError(str(answer.url))
     if answer.status in _DENIED:

@@ -1,4 +1,4 @@
-"""The client of the Hugging Face Hub's API, with the address and the token of credentials and of nothing else."""
+"""Client of the Hugging Face Hub's API that uses only the address and the token of the credentials."""
 
 from __future__ import annotations
 

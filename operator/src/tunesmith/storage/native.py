@@ -1,6 +1,6 @@
-"""Object stores through obstore: for the CLI, whose client for Kubernetes excludes s3fs.
+"""Object stores through obstore, for the CLI, whose Kubernetes client is incompatible with s3fs.
 
-Its requests are made in Rust, which `tunesmith.contracts.connections` does not see: pods never use it.
+Pods never use it: its requests are made in Rust, which `tunesmith.contracts.connections` cannot check.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _RETRIES = {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
 
 
 class NativeFileSystem(FsspecStore):
-    """obstore's file system with what it leaves out: times of changes in listings, open ranges and conditional writes.
+    """obstore's file system, extended by modification times in listings, open ranges and conditional writes.
 
     Args:
         protocol: name of the scheme.
-        config: credentials and server, by obstore's names.
+        config: credentials and server, under obstore's names.
         client: settings of the client.
-        options: of fsspec.
+        options: options of fsspec.
     """
 
     cachable = False

@@ -1,4 +1,4 @@
-"""Table of the schemes that a uri may have. Everything that differs between stores is a field of their row."""
+"""Table of the schemes of uris. Everything that differs between stores is a field of a row."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
 GOOGLE_KEY = "GOOGLE_SERVICE_ACCOUNT_KEY"
-"""Key of a Secret, or environment variable: the JSON file that Google gives for a key of a service account."""
+"""Key of a Secret, or environment variable, with the JSON file of a Google service account's key."""
 HUB = "https://huggingface.co"
 _BUCKET = r"[^/\s]+"
 _NAME = r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?"
@@ -35,7 +35,7 @@ _NATIVE_MISSING = re.compile(r"<Code>(NoSuchBucket|ContainerNotFound)</Code>|\b4
 
 
 class Use(StrEnum):
-    """What a uri may be used for."""
+    """Purpose of a uri."""
 
     BASE_MODEL = "base models"
     DATA = "data"
@@ -51,7 +51,7 @@ class Client:
     Attributes:
         connect_seconds: longest time until a connection is made.
         read_seconds: longest time without a byte.
-        read_only: True if nothing will be written.
+        read_only: True if no writes follow.
     """
 
     connect_seconds: float = 10
@@ -73,42 +73,42 @@ def _nothing_wrong(_values: Mapping[str, str]) -> str | None:
 
 @dataclass(frozen=True)
 class Scheme:
-    """A row of the table.
+    """Row of the table.
 
     Attributes:
-        name: what a uri begins with, without `://`.
+        name: scheme of the uri, without `://`.
         title: name of the store.
-        example: a uri, as sentences and the documentation show it.
-        uses: what its uris may be used for.
+        example: example of a uri, for messages and the documentation.
+        uses: permitted uses of its uris.
         filesystem: import path of the fsspec class.
-        options: arguments of the class for the values of a Secret or of the environment. With `ambient` the library
-            may add what it finds on the machine, otherwise it must not.
-        native: configuration of obstore for the same values; None where it has no such store.
-        root: pattern (RE2) of what is between `://` and the first slash.
-        path: pattern (RE2) of what follows that slash, without a slash at its end.
-        aliases: names that other tools give to the scheme.
-        credentials: alternatives, each the keys that together are one complete credential.
+        options: returns arguments of the class for the values of a Secret or the environment. With `ambient` the library
+            may add credentials from the machine; otherwise it must not.
+        native: returns obstore's configuration for the same values; None if obstore does not support the store.
+        root: pattern (RE2) of the part between `://` and the first slash.
+        path: pattern (RE2) of the part after that slash, without a trailing slash.
+        aliases: other tools' names of the scheme.
+        credentials: alternatives, each with the keys that form a complete credential.
         optional: further keys of a Secret.
-        alone: keys of `credentials` that may be given without the others where pods have an identity of their own.
+        alone: keys of `credentials` that may be set without the others if pods have their own identity.
         create_arguments: arguments of `kubectl create secret generic` for the usual credential.
-        key_note: what is to know about them.
-        endpoint: the keys that name the server's address, the first that is set counts.
-        default_server: which server is asked without such a key.
-        keys_belong_to_server: True if the credentials of one server mean nothing to another.
-        malformed: why the values of a complete credential cannot be used; None where they can.
-        unreadable: what is wrong with values that the library refuses although they are not malformed.
-        reserved: what the library would take for something else than a part of a name, and the sentence about it.
+        key_note: remark about the keys.
+        endpoint: keys for the server's address; the first one set is used.
+        default_server: server that is used without such a key.
+        keys_belong_to_server: True if credentials are valid for one server only.
+        malformed: returns why the values of a complete credential cannot be used; None if they can.
+        unreadable: explanation for values that the library refuses although they are not malformed.
+        reserved: what the library would not treat as part of a name, and the message about it.
         lists: True if the store can list a folder.
-        keeps_uri: True if the file system takes whole uris.
-        local_only: True if only a run without a cluster may use it.
-        mounted: True if Kubernetes mounts it, so that no credentials exist.
-        list_options: arguments of listings, for a fresh one.
-        modified: entry of a listing with the time of a file's last change.
-        no_credentials: True for an exception that means that no credentials were found.
-        denied: True for an exception that means that access is denied, besides PermissionError.
-        missing: True for an exception that means that something does not exist, besides FileNotFoundError.
-        no_bucket: True for an exception that means that the bucket does not exist.
-        invalid: True for an exception that means that the store cannot have such a name.
+        keeps_uri: True if the file system expects complete uris.
+        local_only: True if it is available only in a run without a cluster.
+        mounted: True if Kubernetes mounts it, so it needs no credentials.
+        list_options: arguments that make a listing bypass the cache.
+        modified: key of a listing's entry with the time of a file's last change.
+        no_credentials: returns True for an exception that means that no credentials were found.
+        denied: returns True for an exception, besides PermissionError, that means that access is denied.
+        missing: returns True for an exception, besides FileNotFoundError, that means that something does not exist.
+        no_bucket: returns True for an exception that means that the bucket does not exist.
+        invalid: returns True for an exception that means that the store cannot have such a name.
     """
 
     name: str
@@ -146,7 +146,7 @@ class Scheme:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """All keys of a Secret that count for this scheme."""
+        """All keys of a Secret that are used for this scheme."""
         return (*(key for keys in self.credentials for key in keys), *self.optional)
 
     @property
@@ -155,7 +155,7 @@ class Scheme:
         return self.filesystem.rpartition(".")[0]
 
     def endpoint_of(self, values: Mapping[str, str]) -> tuple[str, str] | None:
-        """Return the key that names the server and its value; None if none is set."""
+        """Return the key for the server's address, and its value; None if none is set."""
         return next(((key, values[key]) for key in self.endpoint if values.get(key)), None)
 
 
@@ -171,7 +171,7 @@ def s3_options(values: Mapping[str, str], client: Client, *, ambient: bool) -> d
     if not ambient:
         config["ignore_configured_endpoint_urls"] = True
     if endpoint:
-        # Stores other than Amazon's know neither host names of buckets nor the newer checksums.
+        # Stores other than Amazon's support neither virtual-hosted buckets nor the newer checksums.
         config |= {
             "s3": {"addressing_style": "path"},
             "request_checksum_calculation": "when_required",
@@ -205,7 +205,7 @@ def gs_native(values: Mapping[str, str]) -> dict[str, str]:
 
 
 def az_native(values: Mapping[str, str]) -> dict[str, str]:
-    """Return obstore's configuration, which has no connection string: its parts are given one by one."""
+    """Return obstore's configuration. It has no connection string, so the parts are set one by one."""
     connection = values.get("AZURE_STORAGE_CONNECTION_STRING") or ""
     parts = dict(part.split("=", 1) for part in connection.split(";") if "=" in part)
     return _given(
@@ -223,8 +223,8 @@ def _given(**values: str | None) -> dict[str, str]:
 def hub_options(values: Mapping[str, str], _client: Client | None = None, *, ambient: bool) -> dict[str, Any]:
     """Return the arguments of huggingface_hub's clients.
 
-    The address is always given: the library would take it from the environment. Neither does it take the token from
-    there, or from a file, unless `ambient`.
+    The address is always set, because the library would read it from the environment. Likewise the token is never read
+    from there or from a file, unless `ambient` is set.
     """
     token = values.get("HF_TOKEN") or (None if ambient else False)
     return {"token": token, "endpoint": (values.get("HF_ENDPOINT") or HUB).rstrip("/")}
@@ -237,7 +237,7 @@ def gs_options(values: Mapping[str, str], client: Client, *, ambient: bool) -> d
 
 
 def az_options(values: Mapping[str, str], _client: Client, *, ambient: bool) -> dict[str, Any]:  # noqa: ARG001 - a row's signature
-    """Return the arguments of adlfs: the account as a connection string, which nothing of the environment overrides."""
+    """Return the arguments of adlfs: the account as a connection string, which no environment variable overrides."""
     connection = values.get("AZURE_STORAGE_CONNECTION_STRING") or None
     name, key = values.get("AZURE_STORAGE_ACCOUNT_NAME") or None, values.get("AZURE_STORAGE_ACCOUNT_KEY") or None
     if connection is None and name and key:
@@ -248,17 +248,17 @@ def az_options(values: Mapping[str, str], _client: Client, *, ambient: bool) -> 
 
 
 def https_options(_values: Mapping[str, str], client: Client, *, ambient: bool) -> dict[str, Any]:  # noqa: ARG001 - a row's signature
-    """Return the arguments of the file system of https://."""
+    """Return the arguments of the https:// file system."""
     return {"connect_seconds": client.connect_seconds, "read_seconds": client.read_seconds}
 
 
 def parse_service_account(text: str) -> dict[str, Any]:
     """Return the document of a Google key.
 
-    Only service accounts are accepted: other types of credentials name files and addresses that a pod would read.
+    Only service accounts are accepted: other credential types name files and addresses that a pod would read.
 
     Raises:
-        ValueError: it is not one; the text says why and contains nothing of it.
+        ValueError: it is not a service account's key; the message has the reason and no part of the text.
     """
     try:
         document = json.loads(text)
@@ -283,7 +283,7 @@ def _google_key_fault(values: Mapping[str, str]) -> str | None:
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an exception and those that it was raised from."""
+    """Yield an exception and its causes."""
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
@@ -293,12 +293,12 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _is(error: BaseException, *names: str) -> bool:
-    """True if the exception is of a class with one of these names: this module imports no library of a store."""
+    """Return True if the exception's class has one of these names, since this module imports no store's library."""
     return any(kind.__name__ in names for cause in causes(error) for kind in type(cause).__mro__)
 
 
 def _s3_answer(error: BaseException) -> tuple[str, int]:
-    """Code and HTTP status of an S3 server's answer."""
+    """Return the error code and HTTP status of an S3 server's response."""
     for cause in causes(error):
         answer = getattr(cause, "response", None)
         if isinstance(answer, dict):
@@ -334,7 +334,7 @@ def _https_denied(error: BaseException) -> bool:
 
 
 def precondition_failed(error: BaseException) -> bool:
-    """True if a conditional write was refused because the object exists."""
+    """Return True if a conditional write was refused because the object exists."""
     return _s3_answer(error)[1] == 412  # noqa: PLR2004 - HTTP Precondition Failed
 
 
@@ -397,7 +397,8 @@ SCHEMES = (
         title="Google Cloud Storage",
         example="gs://bucket/path",
         uses=frozenset(Use),
-        # Not the class that fsspec knows, which asks over gRPC, past the guard, for features that nothing here uses.
+        # Not fsspec's registered class: it queries features over gRPC, which the guard does not see, and nothing here
+        # uses them.
         filesystem="gcsfs.core.GCSFileSystem",
         options=gs_options,
         native=gs_native,
@@ -467,15 +468,15 @@ SCHEMES = (
         modified="mtime",
     ),
 )
-"""All rows, in the order in which sentences and the documentation list them."""
+"""All rows, in the order of messages and of the documentation."""
 
 BY_NAME = {scheme.name: scheme for scheme in SCHEMES}
 STORE_KEYS = tuple(dict.fromkeys(key for scheme in SCHEMES for key in scheme.keys))
-"""Keys of a Secret that a secretRef names. Pods mount no others."""
+"""Keys of a Secret that a secretRef names. Pods mount no other keys."""
 
 
 def of(use: Use, *, local: bool = False) -> tuple[Scheme, ...]:
-    """Return the schemes of a use; with `local` also those of runs without a cluster."""
+    """Return the schemes with a use; with `local` also those of runs without a cluster."""
     return tuple(scheme for scheme in SCHEMES if use in scheme.uses and (local or not scheme.local_only))
 
 
@@ -485,11 +486,11 @@ def listed(words: list[str] | tuple[str, ...], last: str = "or") -> str:
 
 
 def pattern(use: Use) -> str:
-    """Return the pattern (RE2) of the uris of a use, those of local runs included."""
+    """Return the pattern (RE2) of a use's uris, with those of local runs."""
     trailing = "" if use is Use.EXPORT else "/?"
     groups: dict[tuple[str, str], list[str]] = {}
     for scheme in of(use, local=True):
-        # Of a single file, a slash at the end would make it a folder.
+        # A trailing slash would turn a single file into a folder.
         end = trailing if scheme.lists else ""
         groups.setdefault((scheme.root, f"{scheme.path}{end}"), []).append(scheme.name)
     return "|".join(
@@ -499,47 +500,47 @@ def pattern(use: Use) -> str:
 
 
 def store_pattern() -> str:
-    """Return the pattern (RE2) of the store of an installation: a bucket, and a folder if there is one."""
+    """Return the pattern (RE2) of an installation's store: a bucket, optionally with a folder."""
     return f"^({'|'.join(scheme.name for scheme in of(Use.STORE))})://{_BUCKET}(/.*)?$"
 
 
 def examples(use: Use) -> str:
-    """Return the examples of a use, as `s3://bucket/path, gs://bucket/path or az://container/path`."""
+    """Return the examples of a use, such as `s3://bucket/path, gs://bucket/path or az://container/path`."""
     return listed([scheme.example for scheme in of(use)])
 
 
 def prefixes(*uses: Use) -> str:
-    """Return the schemes of some uses as `s3://, gs:// or az://`, those of local runs excluded."""
+    """Return the schemes of some uses, such as `s3://, gs:// or az://`, without those of local runs."""
     return listed([f"{scheme.name}://" for scheme in SCHEMES if scheme.uses & {*uses} and not scheme.local_only])
 
 
 def split(uri: str) -> tuple[str, str]:
-    """Return the scheme's name and what follows `://`.
+    """Return the scheme's name and the rest after `://`.
 
-    Not by a parser of URLs: in a path `#`, `?` and `%` mean themselves.
+    This is not a URL parser: in a path `#`, `?` and `%` are literal.
     """
     name, _, place = uri.partition("://")
     return name, place
 
 
 def normalised(uri: str) -> str:
-    """Return the one spelling of a uri of a bucket: its scheme in lower case, one slash between two names."""
+    """Return the normal form of a bucket's uri: the scheme in lower case, single slashes between names."""
     name, place = split(uri)
     return f"{name.lower()}://{'/'.join(part for part in place.split('/') if part not in {'', '.'})}"
 
 
 def canonical(uri: str) -> str | None:
-    """Return a uri of a bucket with this table's name of its scheme, whatever other tools call it; None for another."""
+    """Return a bucket's uri with aliases of its scheme replaced by this table's name; None for other uris."""
     name, place = split(uri)
     scheme = next((scheme for scheme in of(Use.STORE) if name == scheme.name or name in scheme.aliases), None)
     return None if scheme is None else f"{scheme.name}://{place}"
 
 
 def parse_store(uri: str) -> str:
-    """Return the uri of an installation's store in its one spelling.
+    """Return the uri of an installation's store in its normal form.
 
     Raises:
-        ValueError: it cannot be one; the text names the fix.
+        ValueError: it cannot be a store's uri; the message names the fix.
     """
     store = normalised(uri)
     _, place = split(store)
@@ -556,10 +557,10 @@ def parse_store(uri: str) -> str:
 
 
 def generic_denied(error: BaseException) -> bool:
-    """True for an exception that means that access is denied, in every store."""
+    """Return True for an exception that means, in every store, that access is denied."""
     if any(isinstance(cause, PermissionError) for cause in causes(error)):
         return True
-    # Of listings, obstore has no exception for this.
+    # obstore has no such exception for listings.
     native = type(error).__module__.startswith("obstore")
     return native and (
         _is(error, "PermissionDeniedError", "UnauthenticatedError") or _NATIVE_DENIED.search(str(error)) is not None
@@ -567,7 +568,7 @@ def generic_denied(error: BaseException) -> bool:
 
 
 def generic_no_credentials(error: BaseException) -> bool:
-    """True for an exception of obstore that means that no credentials were found: it asked for the machine's."""
+    """Return True for an obstore exception that means that no credentials were found: it asked for the machine's."""
     return (
         type(error).__module__.startswith("obstore")
         and re.search(r"169\.254\.|metadata\.google", str(error)) is not None
@@ -575,12 +576,12 @@ def generic_no_credentials(error: BaseException) -> bool:
 
 
 def generic_invalid(error: BaseException) -> bool:
-    """True for an exception that means that no store can have such a name."""
+    """Return True for an exception that means that no store can have such a name."""
     return isinstance(error, OSError) and error.errno == errno.EINVAL
 
 
 def generic_missing(error: BaseException) -> bool:
-    """True for an exception that means that something does not exist, in every store."""
+    """Return True for an exception that means, in every store, that something does not exist."""
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
         return True
     return type(error).__module__.startswith("obstore") and _NATIVE_MISSING.search(str(error)) is not None
