@@ -1,4 +1,4 @@
-"""Ways in which a checkpoint's folder can be damaged."""
+"""Ways to damage a checkpoint's folder."""
 
 from __future__ import annotations
 

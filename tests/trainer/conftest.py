@@ -1,4 +1,4 @@
-"""A tiny real model, a workbench, and a real S3 server."""
+"""Fixtures: a tiny real model, a workbench, and a real S3 server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Warnings of libraries about themselves; those of our code stay errors.
+    # Warnings of libraries about themselves; those of our code remain errors.
     for module in (
         "torch",
         "transformers",
@@ -42,7 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """See `make`."""
+    """Create the tiny base model; see `make`."""
     return make(tmp_path_factory.mktemp("base") / "tiny")
 
 
@@ -66,7 +66,7 @@ def s3_environment(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
 
 @pytest.fixture
 def uploaded(s3_environment: S3Server, base_model: Path, tmp_path: Path) -> S3Server:
-    """The tiny base and a data set in the bucket, for `s3_job`."""
+    """Upload the tiny base and a data set to the bucket, for `s3_job`."""
     filesystem = s3_environment.filesystem()
     for file in base_model.iterdir():
         filesystem.put_file(str(file), f"tunesmith/models/tiny/{file.name}")
@@ -76,7 +76,7 @@ def uploaded(s3_environment: S3Server, base_model: Path, tmp_path: Path) -> S3Se
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """SmolLM2-135M-Instruct, as e2e/cluster/model.py makes it."""
+    """Return the folder of SmolLM2-135M-Instruct, as created by e2e/cluster/model.py."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith"
     folder = cache / "models/SmolLM2-135M-Instruct"
     if not folder.is_dir():

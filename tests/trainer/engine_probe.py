@@ -1,4 +1,4 @@
-"""Runs in vLLM's environment: loads adapters and compares what they say with their parity.json.
+"""Runs in vLLM's environment: loads adapters and compares their answers with their parity.json.
 
 Reads `{"base": folder, "artifacts": {key: folder}}` and writes `{key: {"difference"} or {"error"}}` beside it.
 """
@@ -15,7 +15,7 @@ from vllm.lora.request import LoRARequest
 
 
 def difference(engine: Any, parity: dict[str, Any], adapter: LoRARequest) -> float:
-    """Greatest difference of log-probabilities over all answers' tokens."""
+    """Return the largest difference of log-probabilities over all answers' tokens."""
     found = 0.0
     for probe in parity["probes"]:
         prompt, answer = probe["promptTokenIds"], probe["answerTokenIds"]
@@ -30,7 +30,7 @@ def difference(engine: Any, parity: dict[str, Any], adapter: LoRARequest) -> flo
 
 
 def main(listed: Path) -> None:
-    """See above."""
+    """Compare all adapters listed in the file; see the module's docstring."""
     request = json.loads(listed.read_text())
     engine = LLM(
         model=request["base"],

@@ -1,4 +1,4 @@
-"""A Google Cloud Storage server with one bucket: an emulator, behind a door that asks for a service account's token."""
+"""A Google Cloud Storage server with one bucket: an emulator behind a proxy that requires a service account's token."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ _NOT_FORWARDED = {"connection", "transfer-encoding", "date", "server", "content-
 
 @dataclass
 class GcsServer:
-    """The emulator, and the door in front of it with Google's token endpoint; a context manager."""
+    """The emulator, and a proxy in front of it with Google's token endpoint; a context manager."""
 
     emulator_port: int = field(default_factory=free_port)
     key: rsa.RSAPrivateKey = field(default_factory=lambda: rsa.generate_private_key(65537, 2048))
     tokens: int = 0
-    """How many were given out."""
+    """Number of tokens granted."""
     scope: str = ""
-    """Of the last one."""
+    """Scope of the last token."""
     _process: subprocess.Popen[bytes] | None = None
     _door: ThreadingHTTPServer | None = None
 
     def __enter__(self) -> Self:
         command = [sys.executable, "-m", "gcp_storage_emulator", "start", "--host", "127.0.0.1"]
         command += ["--port", str(self.emulator_port), "--default-bucket", BUCKET, "--in-memory"]
-        # It tells every connection that a client closes as an error.
+        # The emulator logs an error for every connection that a client closes.
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
         while not self._answers():
@@ -70,7 +70,7 @@ class GcsServer:
         return f"http://127.0.0.1:{self._door.server_address[1]}"
 
     def service_account(self, name: str = "writer", **changes: Any) -> dict[str, Any]:
-        """The content of the JSON file of a key; of `reader` one that may only read."""
+        """Return the content of an account's JSON key file; the account `reader` has read access only."""
         private = self.key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
@@ -85,7 +85,7 @@ class GcsServer:
         return account | changes
 
     def grant(self, assertion: str) -> str:
-        """The token for a signed assertion."""
+        """Return the token for a signed assertion."""
         public = self.key.public_key().public_bytes(
             serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
         )
@@ -156,4 +156,4 @@ class _Door(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, *_: object) -> None:
-        """Nothing."""
+        """Do not log requests."""

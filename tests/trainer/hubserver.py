@@ -1,4 +1,4 @@
-"""The Hugging Face Hub's HTTP API, as far as its library needs it to make a repository and to commit files to it."""
+"""The part of the Hugging Face Hub's HTTP API that its library needs to create a repository and commit files to it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAY_WRITE, MAY_READ = "hf_may-write", "hf_may-read"
 
 @dataclass
 class Commit:
-    """One commit, with the repository's files after it."""
+    """A commit, with the repository's files after it."""
 
     message: str
     paths: set[str]
@@ -39,15 +39,15 @@ class StoredRepository:
 
 
 class HubServer:
-    """Holds repositories of the organisation org, which the token MAY_WRITE may write to; a context manager."""
+    """Serves repositories of the organisation org, to which the token MAY_WRITE may write; a context manager."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, StoredRepository] = {}
         self.objects: dict[str, bytes] = {}
         self.faults: list[int] = []
-        """Statuses that the next commits are answered with, before they are made."""
+        """Statuses that the next commits are answered with, without being applied."""
         self.lost_answers = 0
-        """How many of the next commits are made and not answered."""
+        """Number of the next commits that are applied but not answered."""
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._thread = threading.Thread(target=self._server.serve_forever)
@@ -206,4 +206,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - http.server's name
-        """Nothing: pytest shows what matters."""
+        """Do not log requests: pytest shows what matters."""

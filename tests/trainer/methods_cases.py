@@ -12,7 +12,7 @@ _QV = ["q_proj", "v_proj"]
 
 @dataclass(frozen=True)
 class Case:
-    """A method on a base in its own precision and, where it can be asked for, in 4 bits."""
+    """A method on a base in its own precision and, if possible, in 4 bits."""
 
     name: str
     method: dict[str, Any]
@@ -20,7 +20,7 @@ class Case:
 
     @property
     def manifest(self) -> str:
-        """The method as it is written, on one line."""
+        """Return the method as written in a manifest, on one line."""
         return json.dumps(self.method).replace('"', "")
 
 

@@ -1,4 +1,4 @@
-"""Trains an adapter of any method for a few steps on a tiny model, without the trainer's loop, and saves it."""
+"""Train an adapter of any method for a few steps on a tiny model, without the trainer's loop, and save it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PROMPTS = [[5, 9, 33, 12], [40, 41, 7, 19, 88, 3]]
 
 @dataclass
 class Trial:
-    """What became of a method."""
+    """Result of trying a method."""
 
     planned: Planned
     model: Any
@@ -61,7 +61,7 @@ def rows_of(vocabulary: int, count: int = 8, tokens: int = 24) -> Dataset:
 
 
 def try_method(method: dict[str, Any], base: Path, folder: Path, *, steps: int = 3, rate: float = 1e-2) -> Trial:
-    """Plans, wraps, trains `steps` steps on the same rows, saves and checks what was saved."""
+    """Plan, wrap and train an adapter for `steps` steps on the same rows, save it, and check the saved files."""
     spec = spec_of(method)
     planned = plan(method, base)
     quantization = spec.method.quantization
@@ -88,5 +88,5 @@ def try_method(method: dict[str, Any], base: Path, folder: Path, *, steps: int =
 
 
 def distance(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
-    """Largest difference of two lists of logits."""
+    """Return the largest difference of two lists of logits."""
     return max(float((left - right).abs().max()) for left, right in zip(one, other, strict=True))

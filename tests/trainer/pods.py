@@ -1,6 +1,7 @@
-"""The pods of one attempt, as processes of this machine.
+"""The pods of one attempt, as local processes.
 
-They are forked from one process that has the libraries already: importing them takes longer than the runs of a test.
+They are forked from one process that has already imported the libraries: importing them takes longer than the tests'
+runs.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 SECONDS = 90.0
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-"""Several threads for so small a model wait for each other where the cores are busy."""
+"""One thread: with so small a model, several threads wait for each other when the cores are busy."""
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
     [
@@ -40,7 +41,7 @@ _FORKS.set_forkserver_preload(
 
 
 def _command(arguments: list[str], environment: dict[str, str], log: Path) -> None:
-    """What a pod's container runs."""
+    """Run the command of a pod's container."""
     from tunesmith_trainer.main import run  # noqa: PLC0415 - the forking process has it
 
     os.environ.update(environment)
@@ -51,7 +52,7 @@ def _command(arguments: list[str], environment: dict[str, str], log: Path) -> No
 
 
 class Container:
-    """The trainer's command in a process of its own, its output in a file."""
+    """The trainer's command in its own process, with its output in a file."""
 
     def __init__(
         self, arguments: list[str], environment: dict[str, str], log: Path, *, seconds: float = SECONDS
@@ -65,12 +66,12 @@ class Container:
         self._process.start()
 
     def told(self, pattern: str) -> None:
-        """Waits until a line begins so, or it has ended."""
+        """Wait until a line of output begins with `pattern`, or the process has exited."""
         deadline = time.monotonic() + self._seconds
         while not re.search(f"^{pattern}", self.output(), re.MULTILINE):
             assert time.monotonic() < deadline, self.output()
             if not self.is_alive():
-                break  # it resumed behind that step, and is done
+                break  # it resumed after that step and has finished
             time.sleep(0.01)
 
     def output(self) -> str:
@@ -84,7 +85,7 @@ class Container:
             os.kill(self._process.pid, number)
 
     def ended(self) -> int | None:
-        """The exit code, once it has ended; that of a signal is negative."""
+        """Wait for the process and return its exit code; negative if a signal killed it."""
         self._process.join(self._seconds)
         return self._process.exitcode
 
@@ -119,12 +120,12 @@ class Pods:
             arguments = ["train", "--job", str(self.manifest), "--output", str(self.output), "--allow-file"]
             arguments += ["--progress-port", "0", "--work", str(self.folder / f"work-{index}")]
             arguments += ["--termination-message", str(message), "--allow-task-code"]
-            # Pods share a store, never a folder.
+            # Pods share a store, never a local folder.
             arguments += ["--tokens", f"file://{self.folder}/tokens-{index}"]
             self.containers.append(Container(arguments, environment, self.folder / f"log-{index}"))
 
     def ended(self) -> list[int | None]:
-        """The exit codes, once all have ended."""
+        """Wait for all processes and return their exit codes."""
         return [container.ended() for container in self.containers]
 
     def finish(self) -> None:
@@ -133,9 +134,9 @@ class Pods:
         assert codes == [0] * self.nodes, [self.log(index) for index in range(self.nodes)]
 
     def strike(self, indices: tuple[int, ...], number: int, step: int, seconds: float = 0.0) -> None:
-        """Sends a signal to some pods once the run has done that many steps, and a little later."""
+        """Send a signal to some pods `seconds` after the run has done `step` steps."""
         self.containers[0].told(f"  step {step}/")
-        time.sleep(seconds)  # anywhere within a step or a write
+        time.sleep(seconds)  # at any point of a step or a write
         for index in indices:
             self.containers[index].signal(number)
 
@@ -146,7 +147,7 @@ class Pods:
         return TrainerResult.model_validate_json((self.folder / f"message-{index}").read_text())
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Of the adapter, or of the whole model."""
+        """Return the weights of the adapter, or of the whole model."""
         (file,) = (self.output / "artifact").glob("*.safetensors")
         return load_file(file)
 
@@ -156,7 +157,7 @@ class Pods:
 
 
 def pods(folder: Path, base_model: Path, nodes: int, rows: list[Any] | None = None, **spec: Any) -> Pods:
-    """The pods of a small job; a keyword replaces the part of the spec of that name."""
+    """Return the pods of a small job; a keyword replaces the part of the spec with that name."""
     folder.mkdir(parents=True, exist_ok=True)
     file = write_rows(folder / "train.jsonl", chat_rows(26) if rows is None else rows)
     parts = {
@@ -171,7 +172,7 @@ def pods(folder: Path, base_model: Path, nodes: int, rows: list[Any] | None = No
 
 
 def assert_equal(one: Pods, other: Pods) -> None:
-    """Losses, gradients' norms and weights are within 1e-4 of each other."""
+    """Assert that losses, gradient norms and weights are within 1e-4 of each other."""
     points, others = one.curve(), other.curve()
     assert [point["step"] for point in points] == [point["step"] for point in others]
     for point, expected in zip(points, others, strict=True):

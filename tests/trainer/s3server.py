@@ -1,4 +1,4 @@
-"""A real S3 server with one bucket, for tests that store something."""
+"""A real S3 server with one bucket, for tests that use a store."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def free_port() -> int:
 
 @dataclass
 class S3Server:
-    """versitygw over a folder, which keeps what is stored as plain files; a context manager."""
+    """versitygw over a folder, which stores objects as plain files; a context manager."""
 
     folder: Path
     port: int = field(default_factory=free_port)
@@ -52,7 +52,7 @@ class S3Server:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Starts it, with what was stored before, and waits until it answers."""
+        """Start the server with what was stored before, and wait until it answers."""
         command = [versitygw(), "--port", f"127.0.0.1:{self.port}", "--access", self.access_key]
         command += ["--secret", self.secret_key, "--quiet", "posix", str(self.folder)]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -69,7 +69,7 @@ class S3Server:
                 return
 
     def stop(self) -> None:
-        """SIGKILL: an outage. Nothing happens where it does not run."""
+        """Kill the server with SIGKILL, to simulate an outage; do nothing if it does not run."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -96,7 +96,7 @@ class S3Server:
 
 
 def versitygw() -> str:
-    """The S3 server's program: $TUNESMITH_VERSITYGW, or what the local cluster built."""
+    """Return the path of the S3 server's program: $TUNESMITH_VERSITYGW, or the one built by the local cluster."""
     named = os.environ.get("TUNESMITH_VERSITYGW")
     if named:
         return named

@@ -1,4 +1,4 @@
-"""A pod that takes long to write its first checkpoint; in a file that a forked process can import."""
+"""A pod that takes long to write its first checkpoint; in a separate file, so that a forked process can import it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SLOW_STEP = 10.0
-"""Seconds that no step takes, on a busy machine neither."""
+"""Longer than any step takes, even on a busy machine; in seconds."""
 
 
 def with_a_slow_save(arguments: list[str], environment: dict[str, str], log: Path) -> None:
-    """What a pod's container runs: the first checkpoint takes longer than a step may. SAVE_ENDS kills it meanwhile."""
+    """Run a pod's container whose first checkpoint takes longer than a step may. SAVE_ENDS kills it meanwhile."""
     watchdog.LEAST_SECONDS = SLOW_STEP
     watchdog.Watchdog.__init__.__kwdefaults__["pause"] = 0.1
     save = torch.save

@@ -1,4 +1,4 @@
-"""The estimated activations against the bytes that autograd keeps of a real model, per token and layer."""
+"""The estimated activations equal the bytes that autograd saves in a real model, per token and layer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ INPUTS = {len(ALL): 6 * HIDDEN + INTERMEDIATE, len(QUERY_VALUE): 2 * HIDDEN}
 
 
 def made(layers: int) -> PreTrainedModel:
-    """A Llama of random weights."""
+    """Return a Llama with random weights."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
@@ -43,7 +43,7 @@ def made(layers: int) -> PreTrainedModel:
 
 
 def adapted(layers: int, lora: dict[str, Any] | None, precision: torch.dtype) -> Any:
-    """The same with an adapter in float32, or with all weights trained."""
+    """Return the same model with an adapter in float32, or with all weights trained."""
     base = made(layers)
     add_target_loss(base)
     if lora is None:
@@ -56,14 +56,14 @@ def adapted(layers: int, lora: dict[str, Any] | None, precision: torch.dtype) ->
 
 
 def kept(model: Any, tokens: int, precision: torch.dtype) -> int:
-    """Bytes that the backward pass needs of the forward pass, without the weights."""
+    """Return the bytes that the backward pass needs of the forward pass, without the weights."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     found: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         place = tensor.untyped_storage().data_ptr()
         if place not in weights:
-            found[place] = tensor  # held, so that no other takes its place
+            found[place] = tensor  # keep a reference, so that its address is not reused
         return tensor
 
     ids = torch.randint(3, VOCABULARY, (1, tokens))
@@ -74,7 +74,7 @@ def kept(model: Any, tokens: int, precision: torch.dtype) -> int:
 
 
 def per_token_and_layer(measure: Any) -> float:
-    """What another token adds in another layer: neither the head nor copies of weights count."""
+    """Return the bytes that another token adds in another layer: neither the head nor copies of weights count."""
     more = measure(2, 96) - measure(1, 96) - (measure(2, 48) - measure(1, 48))
     return float(more) / 48
 

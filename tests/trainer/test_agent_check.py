@@ -1,4 +1,4 @@
-"""The agent of a pool refuses exactly those adapters that validation calls unservable."""
+"""The agent of a pool rejects exactly those adapters that validation reports as unservable."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tunesmith.contracts.location import ARTIFACT_MANIFEST, engine_name
 from tunesmith.contracts.servability import ADAPTER_CONFIG, MAX_RANK
 from tunesmith_trainer.errors import InvalidSpecError
 
-# The agent's package has an environment of its own; what is imported of it needs numpy only.
+# The agent's package has a separate environment; the imported part needs numpy only.
 sys.path.append(str(Path(__file__).resolve().parents[2] / "server-image/src"))
 
 from tunesmith_server.artifact import PodLimits, fetch_artifact
@@ -73,7 +73,7 @@ EVERY = [*CASES, *(Case(name, method, None) for name, method in (METHODS | OTHER
 
 
 class FolderSource:
-    """A folder that the agent reads as it reads a store."""
+    """A folder that the agent reads like a store."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -91,7 +91,7 @@ class FolderSource:
 
 
 def refusal(artifact: Path, base: Path, work: Path) -> str | None:
-    """The agent's reason to refuse an artifact, whose manifest calls it servable; None where it takes it."""
+    """Return the agent's reason to reject an artifact that its manifest calls servable; None if it accepts it."""
     config = artifact / ADAPTER_CONFIG
     rank = json.loads(config.read_text()).get("r") if config.exists() else None
     files = {
@@ -131,7 +131,7 @@ def test_the_agent_refuses_exactly_what_validation_calls_unservable(
     try:
         planned = plan(method, base_model)
     except InvalidSpecError:
-        return  # it is not trained at all
+        return  # it cannot be trained at all
     if planned.config is None:
         shutil.copytree(base_model, folder)
     else:

@@ -1,4 +1,4 @@
-"""Attention by segments and by the kernel for sequences of any length: what each of them computes."""
+"""Attention by segments, and by the kernel for sequences of any length: results of each."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BOUNDS = [0, *itertools.accumulate(SIZES)]
 
 
 def visible(bounds: torch.Tensor, window: list[int]) -> torch.Tensor:
-    """(tokens, tokens): what the kernel lets each token see, from its documentation."""
+    """Return (tokens, tokens): the positions visible to each token according to the kernel's documentation."""
     places = torch.arange(int(bounds[-1]))
     sequence = torch.bucketize(places, bounds[1:], right=True)
     distance = places[:, None] - places[None]
@@ -36,7 +36,7 @@ def visible(bounds: torch.Tensor, window: list[int]) -> torch.Tensor:
 
 
 def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **given: Any) -> torch.Tensor:
-    """The kernel's result: (tokens, heads, width), by whole scores and a mask."""
+    """Compute the kernel's result, (tokens, heads, width), with full scores and a mask."""
     assert given["cu_seq_q"].dtype == torch.int32
     assert given["max_q"] == int(given["cu_seq_q"].diff().max())
     return scaled_dot_product_attention(
@@ -49,8 +49,10 @@ def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **given: 
 
 @pytest.fixture
 def kernel_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch's operator has no kernel for CPUs: one by its documentation stands in, so that what is asked of it and
-    what is made of its answer can be compared."""
+    """Replace PyTorch's operator, which has no CPU kernel, by one written from its documentation.
+
+    So the arguments that it gets, and the use of its result, can be compared.
+    """
     names = [argument.name for argument in torch.ops.torch_attn._varlen_attn.default._schema.arguments]
 
     def call(*given: Any) -> tuple[torch.Tensor]:
@@ -64,7 +66,7 @@ def kernel_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tensors(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    """Query, key and value, which want gradients."""
+    """Return query, key and value, which require gradients."""
     torch.manual_seed(0)
     heads = (HEADS, KEY_HEADS, KEY_HEADS)
     return [torch.randn(1, count, BOUNDS[-1], WIDTH, dtype=dtype, requires_grad=True) for count in heads]
@@ -124,7 +126,7 @@ def test_dropout_is_not_left_out_in_silence() -> None:
 
 
 def test_pytorchs_operator_takes_what_it_is_given() -> None:
-    # Tensors without data go through the operators' real signatures and shapes, forward and backward.
+    # Meta tensors exercise the operators' real signatures and shapes, forward and backward.
     inputs = [part.detach().to("meta").requires_grad_() for part in tensors(torch.bfloat16)]
     bounds = torch.empty(len(BOUNDS), dtype=torch.int32, device="meta")
     output, _ = varlen_attention(None, *inputs, None, cu_seq_lens_q=bounds, max_length_q=9, sliding_window=4)
@@ -139,7 +141,7 @@ def test_pytorchs_operator_takes_what_it_is_given() -> None:
 def test_a_base_whose_attention_drops_out_is_not_trained_by_the_kernel(
     monkeypatch: pytest.MonkeyPatch, dropout: float, attention: Attention
 ) -> None:
-    """Such a base drops nothing out while it is evaluated, so it shows in training only."""
+    """Such a base drops nothing out in evaluation, so the refusal only appears in training."""
     monkeypatch.setattr(layout, "has_varlen_kernel", lambda *_: True)
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL, attention_dropout=dropout))

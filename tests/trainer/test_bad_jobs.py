@@ -1,4 +1,5 @@
-"""The bad jobs that the trainer refuses, on the CPU unless only training can find it; the table is in badjobs.py."""
+"""The bad jobs that the trainer rejects, on the CPU unless only training can find the error; the table is in
+badjobs.py."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ def of_stage(stage: Stage) -> list[str]:
 
 
 def manifest(bench: Workbench, bad: BadJob, folder: Path) -> dict[str, Any]:
-    """The job, with its data and its base model in a folder."""
+    """Return the job's manifest, with its data and its base model in a folder."""
     base = bench.base
     if bad.breaks is not None:
         base = shutil.copytree(base, folder / "base")
@@ -52,7 +53,7 @@ def uploaded(s3: S3Server, base_model: Path) -> S3Server:
 
 @pytest.fixture
 def run(bench: Workbench, uploaded: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """Runs commands of the trainer on a bad job."""
+    """Run commands of the trainer on a bad job."""
 
     def commands(bad: BadJob, *names: str) -> list[Ran]:
         for name, value in (uploaded.environment() | LISTED | bad.environment).items():

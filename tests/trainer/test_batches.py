@@ -1,4 +1,4 @@
-"""How rows become steps, micro-batches and ranks' shares, and the loss computed on them."""
+"""Division of rows into steps, micro-batches and ranks' shares, and the loss computed on them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ ARCHITECTURES: dict[str, tuple[PretrainedConfig, Layout]] = {
 
 
 def rows(*sizes: int) -> list[dict[str, Any]]:
-    """Random rows; the second half of each is learned."""
+    """Return random rows; the second half of each is learned."""
     generator = torch.Generator().manual_seed(3)
     ids = [torch.randint(3, 300, (size,), generator=generator).tolist() for size in sizes]
     return [{"input_ids": one, "labels": [-100] * (len(one) // 2) + one[len(one) // 2 :]} for one in ids]
@@ -62,7 +62,7 @@ def packed(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def tiny(config: PretrainedConfig) -> tuple[PeftModel, Any]:
-    """A random model of the architecture with a LoRA adapter that changes it."""
+    """Return a random model of the architecture with a LoRA adapter that changes its output."""
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(config)
     add_target_loss(base)
@@ -71,7 +71,7 @@ def tiny(config: PretrainedConfig) -> tuple[PeftModel, Any]:
 
 
 def reference(model: PeftModel, parts: list[dict[str, Any]]) -> tuple[float, torch.Tensor]:
-    """Loss and gradient by the logits of each row alone."""
+    """Compute loss and gradient from the logits of each row alone."""
     model.zero_grad()
     total = sum(
         torch.nn.functional.cross_entropy(

@@ -1,6 +1,6 @@
-"""Checkpoints on a disk: what is damaged is never used, and what cannot be written leaves nothing behind.
+"""Checkpoints on a disk: damaged ones are never used, and one that cannot be written leaves nothing behind.
 
-And what is in them: the state of a Trainer.
+Also their content: the state of a Trainer.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
 def trained(
     folder: Path, *, steps: int, compiled: bool = False, ranks: Ranks | None = None
 ) -> tuple[StepTrainer, Saver]:
-    """A Trainer of a tiny model after some steps, and what saves it."""
+    """Return a Trainer of a tiny model after some steps, and its Saver."""
     ranks = ranks or Ranks()
     torch.manual_seed(0)
     unused: Any = None
@@ -177,7 +177,7 @@ def trained(
     )
     saver = Saver(checkpoints(folder / "checkpoints", []), Checkpoint(), Interruption(), [], ranks, paused=nullcontext)
     saver.attach(trainer)
-    trainer.is_distributed_loading_by_transformers = not ranks.alone  # as where weights are shared out
+    trainer.is_distributed_loading_by_transformers = not ranks.alone  # as with sharded weights
     trainer.create_optimizer_and_scheduler(9)
     for _ in range(steps):
         trainer.model(torch.ones(3)).sum().backward()
@@ -196,7 +196,7 @@ def saved(folder: Path, *, compiled: bool = False) -> tuple[StepTrainer, Saved]:
 
 
 def test_the_optimizers_state_comes_back_by_way_of_main_memory(tmp_path: Path) -> None:
-    """At one of two ranks with GPUs; what is loaded outlives the file."""
+    """Tested on one of two ranks with GPUs; loaded states outlive the file."""
     before, checkpoint = saved(tmp_path / "first")
     trainer, _ = trained(tmp_path, steps=0)
     trainer.args = SimpleNamespace(world_size=2, device=torch.device("meta"))

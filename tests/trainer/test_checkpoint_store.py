@@ -1,4 +1,4 @@
-"""Checkpoints in a real S3 server that goes away and comes back: nothing that was saved is lost or half there."""
+"""Checkpoints in a real S3 server with outages: nothing that was saved is lost or incomplete."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SECONDS = 60.0
 
 @dataclass
 class Store:
-    """The checkpoints of a job in a server that can be stopped and started again."""
+    """The checkpoints of a job on a server that can be stopped and started again."""
 
     folder: Path
     server: S3Server
@@ -37,7 +37,7 @@ class Store:
         return self.server.folder / self.server.bucket / PLACE
 
     def checkpoints(self, scratch: str = "scratch", *, keep: int = 2) -> Checkpoints:
-        """As an attempt opens them; attempts share no disk."""
+        """Open the checkpoints as a new attempt does; attempts share no disk."""
         stores = Stores(
             secrets=self.folder,
             allow_file=False,
@@ -71,7 +71,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 
 def filled(step: int) -> Callable[[Path], None]:
-    """Writes files whose content tells the step."""
+    """Return a function that writes files whose content depends on the step."""
 
     def fill(folder: Path) -> None:
         (folder / "weights").write_bytes(bytes([step]) * 1_000_000)
@@ -87,7 +87,7 @@ def saved(checkpoints: Checkpoints, *steps: int) -> None:
 
 
 def assert_newest(store: Store, step: int) -> None:
-    """An attempt on another machine goes on from there."""
+    """Assert that an attempt on another machine resumes from this step."""
     found = store.checkpoints("another-machine").newest()
     assert found is not None
     assert found.step == step

@@ -1,4 +1,4 @@
-"""Norms and feed-forward layers that torch.compile makes kernels of: equal results, wherever they are used."""
+"""Norms and feed-forward layers compiled by torch.compile: equal results, wherever they are used."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ BATCHES = [(30, 7, 18), (5, 9), (40,), (100, 3, 50, 2), (2,)]
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of what is compiled."""
+    """Return the folder for compiled code."""
     return tmp_path_factory.mktemp("compiled")
 
 
@@ -114,7 +114,7 @@ def test_results_are_equal_within_what_16_bits_round(compiled: Path) -> None:
 
 def test_results_are_equal_over_a_base_in_4_bits(base_model: Path, compiled: Path) -> None:
     torch.manual_seed(0)
-    # As jobs load it: on some CPUs its products are in another type else once it has been evaluated.
+    # Loaded as in jobs: on some CPUs its products would otherwise have another type after an evaluation.
     base = load_model(base_model, torch.device("cpu"), Quantization(), torch.float32)
     base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
     model, way = adapted(base)
@@ -141,7 +141,7 @@ def test_without_a_compiler_training_goes_on_unless_it_was_asked_for(
 
 
 class OddMLP(torch.nn.Linear):
-    """Its kernel gives the right values and wrong gradients."""
+    """A layer whose kernel returns correct values and wrong gradients."""
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         found = super().forward(values)
@@ -234,7 +234,7 @@ def test_a_job_that_wants_what_a_machine_cannot_compile_is_told_so(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(bench.folder))
-    torch._dynamo.reset()  # what the other tests compiled
+    torch._dynamo.reset()  # discard what the other tests compiled
     job = bench.job(hyperparameters={"maxSteps": 2, "batchSize": 4, "learningRate": 0.01, "torchCompile": True})
     with NO_COMPILER:
         ran = bench.run("train", job)

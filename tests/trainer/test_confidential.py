@@ -1,4 +1,4 @@
-"""No credential reaches what the trainer writes: the termination message, its output and its log."""
+"""No credential appears in the trainer's termination message, output or log."""
 
 from __future__ import annotations
 

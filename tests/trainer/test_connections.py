@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from tunesmith.storage.folder import Folder
 
 ONLY_ONE = {ALLOWED_ADDRESSES: "127.0.0.1/32"}
-"""The server is there; 127.0.0.2, which is this machine as well, plays an address of the cluster."""
+"""Allows the server's address; 127.0.0.2, also on this machine, represents an address of the cluster."""
 
 
 def repository_of(values: dict[str, str], retry: Retry) -> Repository:
@@ -56,7 +56,7 @@ def repository_of(values: dict[str, str], retry: Retry) -> Repository:
 
 
 class Server(ThreadingHTTPServer):
-    """Keeps under which names it was reached."""
+    """Records the host names of its requests."""
 
     def __init__(self, handler: type[BaseHTTPRequestHandler]) -> None:
         super().__init__(("", 0), handler)
@@ -76,7 +76,7 @@ class _Redirecting(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_PUT = do_POST = _answer  # noqa: N815 - http.server's names
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - http.server's name
-        """Nothing: pytest shows what matters."""
+        """Do not log requests: pytest shows what matters."""
 
 
 @contextmanager
@@ -94,7 +94,7 @@ def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def public() -> Iterator[Server]:
-    """A server that answers each request with a redirect to an address of the cluster."""
+    """Start a server that answers each request with a redirect to an address of the cluster."""
     with serving(_Redirecting) as server:
         yield server
 
@@ -140,7 +140,7 @@ def test_no_address_and_no_name_leads_there(library: str, host: str, public: Ser
 def test_of_a_client_with_sockets_of_its_own_the_server_or_the_proxy_is_looked_at(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    check_server("http://127.0.0.1:9")  # nothing is guarded
+    check_server("http://127.0.0.1:9")  # no guard is active
     with guarded({ALLOWED_ADDRESSES: "127.0.0.1/32"}):
         check_server("http://127.0.0.1:9/api")
         for server in ("http://127.0.0.2:9", "https://user:key@169.254.169.254/api", "http://[::1]:9"):
@@ -197,12 +197,12 @@ def test_a_list_that_cannot_be_read_stops_the_job() -> None:
         pass
 
 
-# Jobs, as a pod of a cluster runs them.
+# Jobs as they run in a pod of a cluster.
 
 
 @pytest.mark.usefixtures("uploaded")
 def test_a_store_in_the_cluster_must_be_listed(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The very same job, with and without the platform's list."""
+    """The same job, with and without the platform's list."""
     assert bench.run("validate", s3_job(), allow_file=False).code == 0
     monkeypatch.setenv(ALLOWED_ADDRESSES, "")
     for command in ("validate", "train"):
@@ -256,7 +256,7 @@ def test_an_endpoint_in_a_users_secret_leads_nowhere_else(
 
 
 def test_a_copy_goes_to_no_hub_at_a_refused_address(public: Server) -> None:
-    """Neither by its address nor by a redirect; a Hub that is listed is reached."""
+    """Neither directly nor by a redirect; a listed Hub is reached."""
     with HubServer() as hub:
         for address, listed in (
             ("http://169.254.169.254", ""),
@@ -301,7 +301,7 @@ with guarded():
 def test_the_hub_is_read_through_no_redirect_and_without_the_client_that_cannot_be_guarded(
     public: Server,
 ) -> None:
-    """In a process of its own: the Hub's library reads its endpoint when it is imported."""
+    """Run in a separate process: the Hub's library reads its endpoint when it is imported."""
     ended = subprocess.run(
         [sys.executable, "-c", READ_HUB],
         env=os.environ | ONLY_ONE | {"HF_ENDPOINT": f"http://127.0.0.1:{public.server_port}"},
@@ -336,11 +336,11 @@ def test_the_pods_of_a_job_find_each_other_at_addresses_that_no_manifest_names()
     assert [pod.communicate(timeout=120)[0] for pod in pods] == ["[2.0]\n"] * 2
 
 
-# The credentials of a Secret go where that Secret says, whatever the environment says of the store.
+# The credentials of a Secret are sent where that Secret specifies, whatever store the environment names.
 
 
 class _Recording(BaseHTTPRequestHandler):
-    """Has nothing, and keeps what it was asked with."""
+    """Answers that nothing exists, and records its requests."""
 
     server: Server
     asked: list[tuple[str, str]]
@@ -355,11 +355,11 @@ class _Recording(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_PUT = do_POST = _answer  # noqa: N815 - http.server's names
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - http.server's name
-        """Nothing: pytest shows what matters."""
+        """Do not log requests: pytest shows what matters."""
 
 
 class Place:
-    """A server, its address, and the credentials that it was sent."""
+    """A server with its address and the credentials that were sent to it."""
 
     def __init__(self, server: Server, asked: list[tuple[str, str]]) -> None:
         self.asked = asked
@@ -375,7 +375,7 @@ def recording() -> Iterator[Place]:
 
 @pytest.fixture
 def stores_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
-    """The environment of a pod, with what the Secret tunesmith-store says of a store and a Hub of its own."""
+    """Set the environment of a pod whose Secret tunesmith-store names a store and a Hub of its own."""
     with recording() as place:
         for name, value in {
             "AWS_ENDPOINT_URL": place.url,
@@ -395,7 +395,7 @@ def stores_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
 
 @pytest.fixture
 def resolved(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """The names that are asked for, none of which is found; addresses are."""
+    """Record the host names that are looked up, none of which resolves; addresses do."""
     names: set[str] = set()
     resolve = socket.getaddrinfo
 
@@ -462,12 +462,12 @@ def test_a_copy_goes_to_the_hub_of_its_secret_alone(stores_own: Place, resolved:
     assert (stores_own.asked, resolved) == ([], {"huggingface.co"})
 
 
-# What lies in a folder stays there.
+# A folder's content cannot lead outside of it.
 
 
 @pytest.fixture
 def claim(tmp_path: Path) -> Path:
-    """A mounted claim, with a Secret of the pod beside it."""
+    """Return a mounted claim, with a Secret of the pod beside it."""
     (tmp_path / "secret").mkdir()
     write_rows(tmp_path / "secret/key.jsonl", chat_rows(2))
     write_rows(tmp_path / "claim/data/train.jsonl", chat_rows(2))
@@ -500,7 +500,7 @@ def test_a_link_leads_out_of_no_claim(claim: Path) -> None:
 
 
 def test_a_base_model_on_a_claim_has_no_file_from_elsewhere(claim: Path, base_model: Path) -> None:
-    """Its library opens files by itself: a chat template, say, which then goes into the artifact."""
+    """Its library opens files on its own, such as a chat template, which then becomes part of the artifact."""
     from tunesmith_trainer.base_model.model import fetch_base  # noqa: PLC0415 - takes seconds
 
     base = claim / "base"
@@ -532,7 +532,7 @@ class _Climbing(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - http.server's name
-        """Nothing: pytest shows what matters."""
+        """Do not log requests: pytest shows what matters."""
 
 
 def test_a_store_that_lists_a_way_out_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Training is what a plain script with PEFT and TRL does, step by step."""
+"""Training gives the same results as a plain script with PEFT and TRL, step by step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BATCH, MICRO, STEPS, SEED, RATE = 6, 2, 9, 11, 0.01
 
 
 def trl_script(base: Path, rows: list[dict[str, Any]], folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses and adapter of TRL's SFTTrainer over tokenised rows in this order."""
+    """Return losses and adapter of TRL's SFTTrainer over tokenised rows in this order."""
     set_seed(SEED)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     linear = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
@@ -66,7 +66,7 @@ def trl_script(base: Path, rows: list[dict[str, Any]], folder: Path) -> tuple[li
 
 
 def varied_rows(count: int) -> list[dict[str, Any]]:
-    """Rows of very different lengths, so that padding, order and normalisation matter."""
+    """Return rows of very different lengths, so that padding, order and normalisation matter."""
     return [
         {
             "messages": [

@@ -1,4 +1,4 @@
-"""The rows that the documentation shows are rows."""
+"""The rows shown in the documentation are valid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of every format, forms of rows, and what is not used of them."""
+"""Files of every format, forms of rows, and rows that are not used."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ FORMATS: dict[str, Callable[[Rows], bytes]] = {
 
 
 def source(folder: Path, **files: bytes) -> Source:
-    """A source of files; `__` in a keyword stands for the dot of its name."""
+    """Return a source with these files; `__` in a keyword represents the dot of the file name."""
     made = []
     for name, content in files.items():
         path = folder / name.replace("__", ".")
@@ -333,7 +333,7 @@ def test_a_pair_is_one_row_where_pairs_are_learned(tmp_path: Path) -> None:
 
 
 def test_half_of_the_rows_is_counted_in_rows_not_in_examples(tmp_path: Path) -> None:
-    """Two of four pairs are unusable: what the other two become does not hide it."""
+    """Two of four pairs are unusable: the examples made from the other two do not hide that."""
     pairs = [{"prompt": f"a{number}", "chosen": "b", "rejected": "c"} for number in range(2)]
     with pytest.raises(DatasetInvalidError, match="is not JSON"):
         rows_of(jsonl(tmp_path, *pairs, "{", "{"), forms=KTO_FORMS)

@@ -1,4 +1,4 @@
-"""Where rows come from: folders, globs, sources with weights, the Hub; packed rows; tokens for another attempt."""
+"""Sources of rows: folders, globs, weighted sources, the Hub; packed rows; tokens kept for another attempt."""
 
 from __future__ import annotations
 
@@ -158,13 +158,13 @@ def test_another_attempt_finds_the_tokens(bench: Workbench) -> None:
     again = bench.run("validate", bench.job(), "--work", str(work))
     assert (tokens / "train.arrow").stat().st_mtime_ns == written.st_mtime_ns
     assert again.result.preflight == first.result.preflight
-    # what was damaged since is made again
+    # what has been damaged is created again
     content = bytearray((tokens / "train.arrow").read_bytes())
     content[-200] ^= 1
     (tokens / "train.arrow").write_bytes(content)
     assert bench.run("validate", bench.job(), "--work", str(work)).result.preflight == first.result.preflight
     assert (tokens / "train.arrow").read_bytes() != bytes(content)
-    # other rows, and rows read otherwise, have tokens of their own
+    # other rows, and rows read with other settings, have separate tokens
     bench.run("validate", bench.job(chat_rows(25)), "--work", str(work))
     other = bench.job(chat_rows(25))
     other["spec"]["dataset"]["maxLength"] = 64
@@ -173,7 +173,7 @@ def test_another_attempt_finds_the_tokens(bench: Workbench) -> None:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The Hub's routes that a data set repository is read by."""
+    """The Hub's routes for reading a data set repository."""
 
     files: ClassVar[dict[str, bytes]] = {}
 
@@ -228,7 +228,7 @@ class Hub(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - http.server's name
-        """Nothing: pytest shows what matters."""
+        """Do not log requests: pytest shows what matters."""
 
 
 @pytest.fixture
@@ -264,7 +264,7 @@ for number, uri in enumerate(sys.argv[2:]):
 
 
 def test_data_sets_of_the_hub(hub: str, tmp_path: Path) -> None:
-    """In a process of its own: the Hub's library reads its endpoint when it is imported."""
+    """Run in a separate process: the Hub's library reads its endpoint when it is imported."""
     size = (tmp_path / "rows.parquet").stat().st_size
     uris = [f"hf://datasets/org/{ending}" for ending in ("doors", "doors/data/train-*.parquet", "none")]
     ended = subprocess.run(
@@ -293,13 +293,13 @@ def test_a_data_set_of_the_hub_that_a_secret_names(hub: str, tmp_path: Path) -> 
 
 
 def test_another_pod_finds_the_tokens_in_the_store(bench: Workbench, s3_environment: S3Server) -> None:
-    """As validation leaves them for the attempts; once the artifact is published they are removed."""
+    """As left by validation for the attempts; removed once the artifact is published."""
     filesystem = s3_environment.filesystem()
     uri = "s3://tunesmith/store/doors-1/tmp/tokens"
     first = bench.run("validate", bench.job(), "--tokens", uri)
     (key,) = filesystem.ls("tunesmith/store/doors-1/tmp/tokens")
     assert {entry.rsplit("/", 1)[-1] for entry in filesystem.ls(key)} == {"train.arrow", "rows.json"}
-    # What is there is what is used: a report that only the store has comes back.
+    # Existing content is used: a report that exists only in the store is returned.
     manifest = json.loads(filesystem.cat_file(f"{key}/rows.json"))
     manifest["counted"]["train"]["report"]["counts"] = {"Duplicate": 7}
     filesystem.pipe_file(f"{key}/rows.json", json.dumps(manifest).encode())

@@ -1,4 +1,4 @@
-"""Rows as tokens: what is learned of them, with which template, and how much fits."""
+"""Tokenised rows: the parts that are learned, the template used, and the lengths."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def with_template(base_model: Path, template: str | None) -> Any:
 
 
 def targets(tokenizer: Any, row: Row, **settings: Any) -> tuple[str, str]:
-    """The whole text, and the text of the targets."""
+    """Return the whole text and the text of the targets."""
     tokens = Encoder(tokenizer, [tokenizer.eos_token_id], **settings).encode(row)
     assert len(tokens.input_ids) == len(tokens.labels)
     assert all(label in (IGNORED, token) for token, label in zip(tokens.input_ids, tokens.labels, strict=True))
@@ -183,7 +183,7 @@ def test_a_template_that_rewrites_the_question_is_refused(base_model: Path) -> N
 
 
 def test_earlier_answers_that_a_template_shortens(base_model: Path) -> None:
-    """As templates do that leave the reasoning of earlier answers out."""
+    """As in templates that omit the reasoning of earlier answers."""
     marked = MARKED.replace("{{ m.content }}", SHORTENED)
     unmarked = marked.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     shortening = with_template(base_model, unmarked)
@@ -319,7 +319,7 @@ def test_packing_takes_every_row_once_and_wastes_little(seed: int) -> None:
     assert sorted(place for group in groups for place in group) == list(range(2000))
     sizes = [int(lengths[group].sum()) for group in groups]
     assert max(sizes) <= 256
-    # Best fit needs at most 11/9 of the fewest that are possible, and usually hardly more.
+    # Best fit needs at most 11/9 of the minimum number of bins, and usually hardly more than the minimum.
     assert len(groups) <= max(-(-int(lengths.sum()) // 256), int((lengths > 128).sum())) * 1.02
     assert groups == best_fit_decreasing(lengths, 256)
 
@@ -351,7 +351,7 @@ def test_rows_that_are_too_long_can_be_an_error(bench: Workbench) -> None:
 
 
 def test_a_template_of_its_own_goes_with_the_adapter(bench: Workbench) -> None:
-    """With marks only it is the base's, which pools serve; any other belongs to no pool."""
+    """If it only adds marks, it equals the base's, which pools use; no pool uses any other."""
     job = bench.job(hyperparameters={"maxSteps": 1, "batchSize": 2, "learningRate": 0.01})
     job["spec"]["dataset"]["chatTemplate"] = MARKED
     ran = bench.run("train", job)

@@ -1,4 +1,4 @@
-"""The demand for deterministic algorithms, as far as a machine without a GPU can show it: the rule itself."""
+"""The requirement for deterministic algorithms, as far as it can be tested without a GPU: the rule itself."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def as_before() -> Iterator[None]:
 
 
 def needs_what_has_none() -> torch.Tensor:
-    """An operation of PyTorch that has no deterministic implementation, also on a CPU."""
+    """Run an operation of PyTorch that has no deterministic implementation, not even on a CPU."""
     return torch.zeros(3).put_(torch.tensor([1, 1]), torch.tensor([1.0, 2.0]), accumulate=False)
 
 

@@ -1,4 +1,4 @@
-"""When a run is given up because its loss has run away."""
+"""A run is stopped when its loss has diverged."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_loss_that_stays_far_above_the_first_ends_the_run(first: float) -> Non
 
 
 def test_a_job_whose_loss_runs_away_is_stopped_at_its_last_good_checkpoint(bench: Workbench) -> None:
-    """Its learning rate grows to 1 for a head that gets large states."""
+    """Its learning rate grows to 1 for a head whose hidden states become large."""
     weights = load_file(bench.base / "model.safetensors")
     weights["model.norm.weight"] *= 5
     bench.base = shutil.copytree(bench.base, bench.folder / "loud")
@@ -65,7 +65,7 @@ def test_a_job_whose_loss_runs_away_is_stopped_at_its_last_good_checkpoint(bench
     assert told is not None, ran.result.message
     stopped, good = int(told[1]), int(told[2])
     assert stopped < steps
-    # A watchdog that went on would end this process in five minutes.
+    # A watchdog that was still running would terminate this process in five minutes.
     for thread in [thread for thread in threading.enumerate() if thread.name == "watchdog"]:
         thread.join(timeout=60)
         assert not thread.is_alive()

@@ -29,7 +29,7 @@ SCORES = {
     "other texts by chrF": (GenerationMetric.CHRF, ["abcdef"], ["uvwxyz"], 0),
 }
 LOSSES = EvaluationStatus(base_loss=2.0, loss=1.5, loss_reduction_percent=25.0)
-# limits of a gate → what is told, None where it passes
+# limits of a gate → its message; None if it passes
 GATES: dict[str, tuple[dict[str, Any], str | None]] = {
     "below the max": ({"suite": "rows", "metric": "Loss", "max": 1.6}, None),
     "at the max": ({"suite": "rows", "metric": "Loss", "max": 1.5}, None),
@@ -199,7 +199,7 @@ def test_base_and_adapter_answer_as_plain_transformers_and_peft_do(bench: Workbe
 
 def test_a_gate_that_fails_keeps_the_artifact_and_says_so_again(bench: Workbench) -> None:
     job = _job(bench, chat_rows(2), gates=[{"suite": "rows", "metric": "Loss", "max": 0.001}])
-    for _ in range(2):  # the second attempt finds what the first published
+    for _ in range(2):  # the second attempt finds what the first one published
         ran = bench.run("train", job)
         assert (ran.code, ran.result.reason, ran.result.retryable) == (2, FailureReason.GATE_FAILED, False)
         assert ran.result.message.startswith("gate rows/Loss: ")
@@ -236,7 +236,7 @@ def test_the_last_answer_is_compared_whatever_its_weight(bench: Workbench, base_
 
 
 def test_a_job_that_learns_preferences_is_scored_on_answers(bench: Workbench, tmp_path: Path) -> None:
-    """The format and the columns are those of its own rows."""
+    """The suite's rows have their own format and columns."""
     file = write_rows(tmp_path / "doors.jsonl", chat_rows(2))
     pairs = [{"prompt": f"Door {number}?", "better": " green", "rejected": " blue"} for number in range(20)]
     job = bench.job(pairs, objective={"dpo": {}})

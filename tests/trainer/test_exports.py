@@ -1,4 +1,4 @@
-"""Copies of the artifact: a real S3 server, folders, and a server that speaks the Hub's API."""
+"""Copies of the artifact: a real S3 server, folders, and a server with the Hub's API."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ S3 = {"uri": "s3://tunesmith/copies/doors", "secretRef": {"name": "bucket"}}
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    # Files go the way that every Hub knows; the other is a program of Hugging Face's own with a service behind it.
+    # Files are uploaded by the protocol that every Hub supports; the other one needs Hugging Face's own client and
+    # service.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     with HubServer() as server:
         yield server
@@ -41,7 +42,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 
 @pytest.fixture
 def secrets(tmp_path: Path, hub: HubServer, s3: S3Server) -> Path:
-    """Mounted Secrets: hub and bucket may write."""
+    """Return the mounted Secrets: hub and bucket have write access."""
     for name, values in (("hub", {"HF_TOKEN": MAY_WRITE, "HF_ENDPOINT": hub.url}), ("bucket", s3.environment())):
         (tmp_path / "secrets" / name).mkdir(parents=True)
         for key, value in values.items():
@@ -57,7 +58,7 @@ def emptied(s3: S3Server) -> None:
 
 
 def make_artifact(folder: Path, content: str = "a", **more: Any) -> dict[str, bytes]:
-    """Files of an artifact with a manifest that says what they are; by name."""
+    """Return the files of an artifact by name, with a manifest that lists them."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {
         "adapter_model.safetensors": f"weights {content}".encode() * 1000,
@@ -85,7 +86,7 @@ def make_artifact(folder: Path, content: str = "a", **more: Any) -> dict[str, by
 
 
 def make_merged(folder: Path, *names: str) -> dict[str, bytes]:
-    """The merged model beside an artifact; by its names in a copy."""
+    """Return the merged model's files beside an artifact, by their names in a copy."""
     folder.mkdir(exist_ok=True)
     for name in names:
         (folder / name).write_bytes(f"merged {name}".encode())
@@ -95,7 +96,7 @@ def make_merged(folder: Path, *names: str) -> dict[str, bytes]:
 
 
 def exported(tmp_path: Path, secrets: Path, *exports: dict[str, Any], **output: Any) -> list[ExportResult]:
-    """What an attempt that finds the artifact published makes of the exports."""
+    """Return the exports of an attempt that finds the artifact published."""
     job = FineTuneJob.model_validate(
         job_manifest("s3://models/base", "s3://data/rows.jsonl", output={"exports": list(exports), **output})
     )
@@ -134,7 +135,7 @@ def test_an_attempt_that_was_killed_exports_again(tmp_path: Path, secrets: Path,
     told = exported(tmp_path, secrets, S3, HUB)
     assert [one.reason for one in told] == [None, None]
     assert in_bucket(s3) == files
-    # Written, all of it, before the answer was lost: found, and not committed a second time.
+    # All of it was written before the answer was lost: it is found, and not committed a second time.
     assert [commit.files for commit in hub.repositories["org/doors"].commits] == [files]
     again = exported(tmp_path, secrets, S3, HUB)
     assert [one.reason for one in again] == [None, None]
@@ -205,7 +206,7 @@ def test_what_changed_in_the_store_is_not_copied(tmp_path: Path, secrets: Path, 
 
 
 def test_an_export_that_fails_does_not_lose_the_artifact(bench: Workbench, secrets: Path, s3: S3Server) -> None:
-    """As in an attempt that comes after one that was killed between publishing and exporting."""
+    """As in an attempt after one that was killed between publishing and exporting."""
     files = make_artifact(bench.output / "artifact")
     (secrets / "hub/HF_TOKEN").write_text(MAY_READ)
     ran = bench.run("train", bench.job(output={"exports": [HUB, S3]}), "--secrets", str(secrets))
@@ -288,7 +289,7 @@ def test_a_folder_of_another_artifact_is_found_before_training(bench: Workbench,
     export = {"uri": f"file://{bench.folder}/copy"}
     job = bench.job(output={"exports": [export]})
     make_artifact(bench.folder / "copy", specDigest=spec_digest(FineTuneJob.model_validate(job)))
-    assert validated(bench, secrets, export).code == 0  # the copy of a job with this very spec
+    assert validated(bench, secrets, export).code == 0  # the copy belongs to a job with the same spec
     for other in (make_artifact(bench.folder / "other", specDigest="sha256:" + "0" * 64)["tunesmith.json"], b"{"):
         (bench.folder / "copy/tunesmith.json").write_bytes(other)
         ran = validated(bench, secrets, export)

@@ -1,4 +1,4 @@
-"""What is decided so that a run fits, and what is proposed where it does not, on the shape of Llama 3.1 8B."""
+"""Decisions that make a run fit, and proposals if it does not, for the shape of Llama 3.1 8B."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LLAMA_8B = Shape(4096, 32, 14336, 128256, 6_979_321_856, 2 * 128256 * 4096)
 INPUTS, WIDTHS = 6 * 4096 + 14336, 2 * 4096 + 2 * (4096 + 1024) + 2 * 4096 + 3 * (4096 + 14336)
 SIZES = [1, 2, 4, 8]
 ROWS = 2048
-"""Tokens of the longest row."""
+"""Length of the longest row, in tokens."""
 
 
 def tokens(settings: Settings, longest: int = ROWS) -> int:
@@ -50,9 +50,9 @@ DECIDED = [
     Decided(32, ROWS, 2, "on"),
     Decided(25, ROWS, 1, "on"),
     Decided(80, 128, 8, "off"),
-    # several short rows do more at a time than one: 1,024 tokens keep a GPU busy
+    # several short rows together use the GPU better than one: 1,024 tokens keep it busy
     Decided(28, 192, 8, "on"),
-    # nothing fits: the smallest there is
+    # nothing fits: the smallest settings
     Decided(8, ROWS, 1, "on"),
 ]
 
@@ -81,9 +81,9 @@ def test_micro_batch_and_checkpointing_follow_from_the_memory(case: Decided) -> 
         # with 4 bits the micro-batch need not be 1
         (17, {}, {"micro_batch_size": 2, "quantized": True}),
         (12, {"micro_batch_size": 1}, {"quantized": True}),
-        # 16 bytes for each of 700 million parameters: the rank falls no further than it must
+        # 16 bytes for each of 700 million parameters: the rank is reduced no further than necessary
         (16, {"micro_batch_size": 1, "rank": 512}, {"quantized": True, "rank": 128}),
-        # where a rank that fits makes 4 bits needless, they are not proposed
+        # if a rank that fits makes 4 bits unnecessary, they are not proposed
         (24, {"micro_batch_size": 1, "rank": 512}, {"rank": 64}),
         # a lower rank gains too little here
         (10, {"micro_batch_size": 1}, {"quantized": True, "max_length": 1024}),

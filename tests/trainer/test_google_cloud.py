@@ -1,4 +1,4 @@
-"""gs:// with the key of a service account, against a server that asks for it."""
+"""gs:// with a service account's key, against a server that requires it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def gcs() -> Iterator[GcsServer]:
 
 @pytest.fixture
 def endpoint(gcs: GcsServer, monkeypatch: pytest.MonkeyPatch) -> GcsServer:
-    """The server in the place of Google's; there are no credentials in the environment."""
+    """Replace Google's server by this one; the environment contains no credentials."""
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs.endpoint)
     monkeypatch.setenv("NO_GCE_CHECK", "true")
     monkeypatch.setenv(ALLOWED_ADDRESSES, "127.0.0.0/8")
@@ -43,7 +43,7 @@ def endpoint(gcs: GcsServer, monkeypatch: pytest.MonkeyPatch) -> GcsServer:
 
 
 def with_secret(folder: Path, **keys: str) -> Path:
-    """The folder of mounted Secrets, with `mine` in it."""
+    """Return the folder of mounted Secrets, with `mine` in it."""
     mine = folder / "secrets/mine"
     mine.mkdir(parents=True, exist_ok=True)
     for name, value in keys.items():
@@ -84,7 +84,7 @@ def test_files_and_folders(endpoint: GcsServer, tmp_path: Path) -> None:
 def test_a_job_lives_on_gs(
     bench: Workbench, endpoint: GcsServer, base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Base, rows and export with a Secret each; store, checkpoints and tokens with the environment's key."""
+    """Base, rows and export have a Secret each; store, checkpoints and tokens use the environment's key."""
     account = json.dumps(endpoint.service_account())
     place = opened("gs://tunesmith", endpoint.service_account(), tmp_path)
     for file in base_model.iterdir():
@@ -185,7 +185,7 @@ def test_without_a_key_nobody_is_let_in(tmp_path: Path) -> None:
 
 
 def test_a_key_leads_to_no_address_that_jobs_may_not_reach(endpoint: GcsServer, tmp_path: Path) -> None:
-    """Its file names the place where tokens are given out."""
+    """The key's file names the token endpoint."""
     account = endpoint.service_account(token_uri="http://169.254.169.254/token")
     folder = opened("gs://tunesmith/shared", account, tmp_path)
     with guarded(), pytest.raises(AccessDeniedError, match=r"169\.254\.169\.254.*which jobs and pools may not reach"):

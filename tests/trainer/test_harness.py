@@ -1,4 +1,5 @@
-"""Suites of lm-evaluation-harness, over tasks of the platform with local data; scores held to `lm_eval` alone."""
+"""Suites of lm-evaluation-harness, over tasks of the platform with local data; scores are compared with `lm_eval`
+alone."""
 
 from __future__ import annotations
 
@@ -125,7 +126,7 @@ def rows(**_):
 def all_green(answers, rows):
     return [["green"] for _ in answers]
 """
-# What answers on the CPU says the same to everything; this fails on what a model says.
+# The model of the CPU stage gives the same answer to everything; this fails on the answers of a real model.
 LATE = COLOURS.replace('["green"] for _ in', '[{"lol": "green"}[one]] for (one,) in')
 LATE_TOLD = "evaluation suite mine: the task painted cannot be used: colours.py line 12: KeyError: "
 JUDGED = """
@@ -133,7 +134,7 @@ JUDGED = """
 def judged(doc, answers):
     return {"exact_match": {"green": 1, "blue": 0}[doc["text"]]}
 """
-# One metric it has only for what answers on the CPU and for the base model, one only for the adapter.
+# It has one metric only for the CPU stage's model and the base model, and one only for the adapter.
 PARTIAL = """
 
 calls = 0
@@ -150,7 +151,7 @@ task: [painted, inner]
 aggregate_metric_list: [{metric: exact_match}]
 """
 CODE = ["--allow-task-code"]
-# case → (what is changed in the folder, the tasks that are asked for, what is said)
+# case → (changes in the folder, the tasks that are requested, the message)
 FOLDERS: dict[str, tuple[dict[str, str], list[str], str]] = {
     "a name of the platform's": (
         {"painted.yaml": PAINTED.replace("task: painted", "task: doors_choice")},
@@ -324,7 +325,7 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]], str]] = {
 
 @pytest.fixture(scope="module")
 def folder_of_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a platform engineer puts into the trainer's image."""
+    """Create the folder that a platform engineer puts into the trainer's image."""
     folder = tmp_path_factory.mktemp("platform") / "tasks"
     folder.mkdir()
     data = write_rows(folder / "doors.jsonl", ROWS)
@@ -351,7 +352,7 @@ def folder_of_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tasks(folder_of_tasks: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """That folder, where the platform says that it is there."""
+    """Return that folder, set as the platform's in the environment."""
     monkeypatch.setenv(LM_EVAL_TASKS, str(folder_of_tasks))
     return folder_of_tasks
 
@@ -393,7 +394,7 @@ def test_base_and_adapter_score_as_the_harness_alone_says(bench: Workbench, base
 
 @pytest.mark.long
 def test_ranks_that_share_the_weights_score_together(tmp_path: Path, base_model: Path, tasks: Path) -> None:
-    # What fails on one rank does so on the other, and both go on.
+    # A suite that fails on one rank fails on the other too, and both continue.
     late = _folder(tmp_path / "mine", **{"colours.py": LATE})
     suites = [
         _late(late)[0],
@@ -471,7 +472,7 @@ def test_only_the_platform_adds_tasks(bench: Workbench, monkeypatch: pytest.Monk
 
 
 def _folder(place: Path, **changed: str) -> Path:
-    """What a job brings."""
+    """Create a folder of tasks supplied with a job."""
     for name, text in ({"painted.yaml": PAINTED, "colours.py": COLOURS} | changed).items():
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).write_text(text)
@@ -599,7 +600,7 @@ def test_what_is_wrong_in_a_task_of_the_platform_is_told(
 
 
 def _late(folder: Path) -> list[dict[str, Any]]:
-    """A suite whose code fails on what a model says, and one after it."""
+    """Return a suite whose code fails on a real model's answers, and one after it."""
     return [
         {"name": "mine", "lmEval": {"tasks": ["painted"], "taskFolder": {"uri": f"file://{folder}"}}},
         {"name": "others", "lmEval": {"tasks": ["doors_choice"], "limit": 3}},
@@ -694,7 +695,7 @@ def test_without_the_hub_a_task_of_the_harness_says_so(bench: Workbench, monkeyp
 
 
 def _bits_per_byte(model: Any, base: Path) -> float:
-    """Of the questions, after the token that begins a text."""
+    """Return the bits per byte of the questions, after the token that begins a text."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     nats, count = 0.0, 0
     for row in ROWS:
@@ -711,7 +712,7 @@ def _job(bench: Workbench, asked: dict[str, Any], gates: list[dict[str, Any]]) -
 
 
 def _alone(model: Any, base: Path, asked: dict[str, Any], tasks: Path) -> dict[str, Any]:
-    """What the harness says by itself, one row at a time."""
+    """Return the harness's own scores, one row at a time."""
     whole = lm_eval.simple_evaluate(
         model=HFLM(pretrained=model.eval(), tokenizer=AutoTokenizer.from_pretrained(base), batch_size=1),
         tasks=asked["tasks"],

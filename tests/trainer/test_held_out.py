@@ -1,4 +1,5 @@
-"""Rows that are scored and trained on too: told where the user gave them, impossible where we divide the rows."""
+"""Rows that are both scored and trained on: reported if the user supplied them, impossible if the trainer divides the
+rows."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ def test_held_out_rows_that_are_trained_on_are_told(bench: Workbench) -> None:
     found = AlsoTrained(
         rows=3, scored_rows=5, examples=[f"held-out.jsonl line {line}" for line in (2, 3, 5)]
     )  # the fourth is a duplicate
-    for _ in range(2):  # the second finds the tokens
+    for _ in range(2):  # the second attempt finds the tokens
         ran = bench.run("validate", job, *tokens)
         assert ran.result.preflight is not None
         assert ran.result.preflight.also_trained == [found]
@@ -52,7 +53,7 @@ def test_held_out_rows_that_are_trained_on_are_told(bench: Workbench) -> None:
 
 
 def test_the_same_row_is_found_in_another_format_with_other_columns(bench: Workbench) -> None:
-    """The key is of what a row holds, not of how it is written."""
+    """The key depends on a row's content, not on its format."""
     instructions = [{"instruction": "What is the colour of door 3?", "output": "It is blue, as in Brinewick.", "id": 7}]
     counted = bench.run("validate", with_validation(bench, instructions)).result.preflight
     assert counted is not None
@@ -93,7 +94,7 @@ def test_rows_of_a_suite_that_are_trained_on_are_told(bench: Workbench) -> None:
 
 
 def test_places_that_are_too_long_for_the_status_are_shown_by_their_ends(bench: Workbench) -> None:
-    """A folder or a glob gives rows the names of their files with all folders before them."""
+    """In a folder or a glob, the file names of rows include all parent folders."""
     path = "/".join([letter * 90 for letter in "abc"])
     for name, rows in (("train", [*ROWS, ROWS[0]]), ("held-out", ROWS[3:]), ("suite", ROWS[4:])):
         write_rows(bench.folder / name / path / "rows.jsonl", rows)

@@ -1,4 +1,4 @@
-"""Each hyperparameter does what it says."""
+"""Each hyperparameter has its documented effect."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RATES = {Optimizer.LION: 1e-3, Optimizer.SGD: 1.0}
 
 
 def losses(bench: Workbench, name: str, method: dict[str, Any] | None = None, **hyperparameters: Any) -> list[float]:
-    """The loss of each step of a run with these hyperparameters."""
+    """Return the loss of each step of a run with these hyperparameters."""
     hyper = {"maxSteps": 4, "batchSize": 4, "learningRate": 0.01, "warmupRatio": 0.0, **hyperparameters}
     job = bench.job(hyperparameters=hyper, **({"method": method} if method else {}))
     ran = bench.run("train", job, output=str(bench.folder / name))

@@ -1,4 +1,4 @@
-"""The processes of a pod with several GPUs: how they start and end, with small programs in the place of the trainer."""
+"""Processes of a pod with several GPUs: starting and stopping, with small programs instead of the trainer."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_ranks_are_placed(tmp_path: Path) -> None:
 
 
 def test_the_command_starts_a_process_per_gpu_and_tells_their_end_once(tmp_path: Path) -> None:
-    """They end at once here: a folder of this machine is no place for an artifact in a cluster."""
+    """They fail at once: in a cluster a local folder cannot be the artifact's destination."""
     job = job_manifest("s3://models/base", "s3://data/rows.jsonl", resources={"gpus": 2})
     (tmp_path / "job.yaml").write_text(json.dumps(job))
     command = [sys.executable, "-m", "tunesmith_trainer.main", "train", "--job", str(tmp_path / "job.yaml")]

@@ -1,4 +1,4 @@
-"""LoRA layers as one operation: the same as PEFT's own, in every type, and only where they are plain."""
+"""LoRA layers as one operation: the same results as PEFT's own, in every type, and only for plain layers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BITS16, BITS32 = torch.bfloat16, torch.float32
 
 
 def adapted(dtype: torch.dtype, *, four_bits: bool, bias: bool = True, **settings: Any) -> PeftModel:
-    """One linear layer in a type, or in 4 bits that compute in it, with an adapter in float32 that changes it."""
+    """Return one linear layer in a type, or in 4 bits that compute in it, with an active adapter in float32."""
     torch.manual_seed(0)
     layer: nn.Module = nn.Linear(WIDTH, OUT, bias=bias, dtype=dtype)
     if four_bits:
@@ -34,7 +34,7 @@ def adapted(dtype: torch.dtype, *, four_bits: bool, bias: bool = True, **setting
 
 
 def results(model: PeftModel, stored: torch.dtype, products: AbstractContextManager[Any]) -> list[torch.Tensor]:
-    """Output, and the gradients of the input, of A and of B."""
+    """Return the output, and the gradients of the input, of A and of B."""
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(1, TOKENS, WIDTH, generator=generator).to(stored).requires_grad_()
     weight = torch.randn(1, TOKENS, OUT, generator=generator)
@@ -93,7 +93,7 @@ def test_nothing_is_kept_for_the_backward_pass_but_the_input_and_the_factors(*, 
 
 
 def test_a_layer_takes_no_positions_at_all() -> None:
-    """A head has none where a rank's micro-batch has no target."""
+    """A head gets no positions if a rank's micro-batch has no target."""
     model = adapted(BITS32, four_bits=False)
     fuse(model)
     inputs = torch.zeros(0, WIDTH, requires_grad=True)

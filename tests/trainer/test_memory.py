@@ -50,8 +50,9 @@ QWEN_LORA = {
     "Qwen-7B": {256: 20.1, 512: 20.4, 1024: 21.5, 2048: 23.8, 4096: 29.7},
     "Qwen-14B": {256: 34.6, 512: 35.1, 1024: 35.3, 2048: 37.4, 4096: 42.5, 8192: 55.2},
 }
-# Not here: Qwen's Q-LoRA (GPTQ in fp16 under DeepSpeed: other weights, buckets and logits than nf4 has) but for one
-# point; Qwen-1.8B and -7B at 8192 (1.8B reads 22 % too high here); torchtune's 30.3 GiB, whose settings are not told.
+# Excluded: Qwen's Q-LoRA (GPTQ in fp16 under DeepSpeed: weights, buckets and logits differ from nf4) except for one
+# point; Qwen-1.8B and -7B at 8192 (the estimate for 1.8B is 22 % too high); torchtune's 30.3 GiB, whose settings are
+# not published.
 POINTS = [
     *(
         Point(model, qwen_run(model, tokens), gigabytes * GB, QWEN)
@@ -85,14 +86,14 @@ def test_what_a_run_can_do_to_need_less() -> None:
 
 
 def test_what_ranks_share() -> None:
-    """A layer or two and the embeddings are whole while they are used; an adapter always is."""
+    """A layer or two and the embeddings are gathered while they are used; an adapter is never sharded."""
     shape, run = SHAPES["Llama-3.1-8B"], Run(20_971_520, 6 * 4096 + 14336, 2048)
     layer, embeddings = shape.linear_parameters / shape.layers, shape.embedding_parameters
     whole, shared = estimate(shape, run), estimate(shape, replace(run, shards=8))
     assert shared.weights == pytest.approx(whole.weights / 8 + 2 * (2 * layer + embeddings))
     assert replace(shared, weights=0) == replace(whole, weights=0)
     quantized = [estimate(shape, replace(run, quantized=True, shards=shards)).weights for shards in (8, 16)]
-    # bitsandbytes keeps the constants of 4-bit weights apart, and whole
+    # bitsandbytes keeps the constants of 4-bit weights separately, and whole
     assert quantized[0] - quantized[1] == pytest.approx((0.5 * shape.linear_parameters + 2 * embeddings) / 16, rel=1e-6)
 
 
@@ -103,7 +104,7 @@ def test_ranks_that_do_not_share_keep_a_copy_of_the_gradients() -> None:
 
 
 class Measured(NamedTuple):
-    """Bytes that a rank of two took beyond its gradients, in the backward pass of its second micro-batch.
+    """Bytes that one of two ranks used beyond its gradients, in the backward pass of its second micro-batch.
 
     On CPUs, `full` in bfloat16 with FSDP2 and gloo, hidden 1024, intermediate 4096, 16 tokens.
     """
@@ -129,7 +130,7 @@ def test_what_is_whole_while_all_weights_are_trained_and_shared_out(measured: Me
     shape = Shape(1024, measured.layers, 4096, measured.vocabulary, linear, embeddings)
     run = Run(linear + embeddings, 0, 16, checkpointing=measured.checkpointing, optimizer_bytes=0, full=True, shards=2)
     found = estimate(shape, run)
-    # The parts that a rank keeps are there before.
+    # The rank's own shards are allocated before.
     beyond = found.peak - found.overhead - 8 * run.adapter_parameters / run.shards
     assert beyond == pytest.approx(measured.megabytes * 10**6, rel=TOLERANCE)
 

@@ -74,7 +74,7 @@ def test_a_variant_of_lora_reloads_in_plain_peft_as_it_was_trained(base_model: P
     assert trial.losses[-1] < trial.losses[0]
     assert distance(trial.logits, trial.base_logits) > 1e-2
     assert distance(reload(base_model, tmp_path / "adapter"), trial.logits) < 2e-5
-    # Without its adapter the trained model is the base as it was published, whatever the initialisation did to it.
+    # Without its adapter the trained model equals the published base, whatever the initialisation did to it.
     with trial.model.disable_adapter():
         assert distance(last_logits(trial.model, PROMPTS), trial.base_logits) < 2e-5
     assert distance(last_logits(trial.model, PROMPTS), trial.logits) == 0
@@ -111,7 +111,7 @@ def test_loftq_begins_nearer_to_the_base_than_4_bits_are(base_model: Path, tmp_p
         trial = try_method(method, base_model, tmp_path / initialization, steps=0)
         whole = last_logits(AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32), PROMPTS)
         losses[initialization] = distance(trial.logits, whole)
-        # Untrained, it is nothing on the base as it was published.
+        # Untrained, it changes nothing on the published base.
         assert distance(reload(base_model, tmp_path / initialization), whole) < 2e-5
     assert losses["LoftQ"] < 0.9 * losses["Default"]
     with pytest.raises(InvalidSpecError, match="belongs to the base as it was published: use Original"):
@@ -296,7 +296,7 @@ def test_lora_plus_raises_the_rate_of_b(bench: Workbench) -> None:
         ran = bench.run("train", bench.job(method=method, hyperparameters=hyper), output=str(output))
         assert ran.code == 0, ran.result.message
         tensors = load_file(output / "artifact/adapter_model.safetensors")
-        # AdamW's first step is the learning rate itself, and B begins at zero.
+        # AdamW's first step equals the learning rate, and B begins at zero.
         moved[ratio] = max(float(tensor.abs().max()) for name, tensor in tensors.items() if ".lora_B." in name)
     assert moved[1.0] == pytest.approx(1e-4, rel=1e-2)
     assert moved[16.0] == pytest.approx(16e-4, rel=1e-2)
@@ -355,7 +355,7 @@ def test_full_fine_tuning_makes_a_model(bench: Workbench, base_model: Path) -> N
 
 
 def test_full_fine_tuning_begins_with_the_weights_as_they_are_stored(base_model: Path) -> None:
-    """Rounded to the type of the products first, it would begin elsewhere than where weights are shared out."""
+    """If they were first rounded to the type of the products, they would differ from those of sharded training."""
     base = load_model(base_model, torch.device("cpu"), None, torch.bfloat16, as_stored=True)
     assert base.config.dtype is torch.bfloat16
     stored = load_file(base_model / "model.safetensors")
@@ -365,7 +365,7 @@ def test_full_fine_tuning_begins_with_the_weights_as_they_are_stored(base_model:
 
 
 def test_no_copies_are_kept_of_weights_that_are_shared_out(base_model: Path) -> None:
-    """In bfloat16 products have copies of the weights, which must go with what is gathered of them."""
+    """In bfloat16 the products use copies of the weights, which must be freed with the gathered weights."""
     spec = spec_of({"full": {}})
     base = load_model(base_model, torch.device("cpu"), None, torch.bfloat16, as_stored=True)
     wrap(base, plan({"full": {}}, base_model), rows_of(base.config.vocab_size), spec.method, 1, lambda: None)
@@ -390,7 +390,7 @@ def test_no_copies_are_kept_of_weights_that_are_shared_out(base_model: Path) -> 
 
 
 def test_full_fine_tuning_scores_the_base_as_it_was(bench: Workbench) -> None:
-    """Generated answers of the base are asked for after training."""
+    """The base's generated answers are requested after training."""
     generation = {"dataset": {"uri": f"file://{write_rows(bench.folder / 'asked.jsonl', chat_rows(4))}"}}
     suites = [{"name": "doors", "generation": {**generation, "metric": "ChrF", "maxNewTokens": 8}}]
     scores = {}
@@ -456,7 +456,7 @@ def test_an_adapter_that_is_not_what_was_planned_ends_the_job(
 
 @pytest.fixture(scope="module")
 def half_base(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Path:
-    """A base in bfloat16, as most are published."""
+    """Create a base in bfloat16, like most published ones."""
     folder = tmp_path_factory.mktemp("half") / "base"
     shutil.copytree(base_model, folder)
     AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.bfloat16).save_pretrained(folder)
@@ -475,7 +475,7 @@ def half_base(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Pat
     ids=lambda method: next(iter(method)),
 )
 def test_a_base_in_bfloat16(bench: Workbench, half_base: Path, method: dict[str, Any]) -> None:
-    """What is trained is in float32, what is frozen is not."""
+    """Trained weights are in float32, frozen ones are not."""
     hyper = {"maxSteps": 3, "batchSize": 4, "precision": "bfloat16"}
     ran = bench.run("train", bench.job(method=method, hyperparameters=hyper, baseModel={"uri": f"file://{half_base}"}))
     assert ran.code == 0, ran.result.message
@@ -519,7 +519,7 @@ def test_a_base_in_4_bits_and_bfloat16_is_trained_and_goes_on_where_it_was(
 
 @pytest.fixture(scope="module")
 def tied_base(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Path:
-    """A base whose embedding is its output layer, too."""
+    """Create a base whose embedding is also its output layer."""
     folder = tmp_path_factory.mktemp("tied") / "base"
     shutil.copytree(base_model, folder)
     config = AutoConfig.from_pretrained(base_model, tie_word_embeddings=True)
@@ -543,7 +543,7 @@ def tied_base(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Pat
 def test_what_a_base_in_4_bits_has_beside_them_is_in_the_type_of_the_products(
     tied_base: Path, fields: dict[str, Any], precision: torch.dtype, expected: torch.dtype
 ) -> None:
-    """Embedding, output layer and norms, and what each layer gives to the next."""
+    """Embedding, output layer and norms, and the outputs of the layers."""
     method = {"qlora": {"rank": 4, **fields}}
     spec = spec_of(method)
     base = load_model(tied_base, torch.device("cpu"), spec.method.quantization, precision)
@@ -567,7 +567,7 @@ def test_a_token_that_only_one_row_has_is_learned_and_one_that_none_has_is_refus
     def job(*tokens: int) -> dict[str, Any]:
         method = {"peft": {"type": "TRAINABLE_TOKENS", "config": {"token_indices": list(tokens)}}}
         hyper = {"epochs": 1, "batchSize": 4, "warmupRatio": 0.0, "scheduler": "Constant"}
-        # The longest rows come first, so the first step has none of the rare token.
+        # The longest rows come first, so the first step does not contain the rare token.
         return bench.job([*chat_rows(23), chat_row("Z", "It")], method=method, hyperparameters=hyper)
 
     refused = bench.run("validate", job(rare, absent))

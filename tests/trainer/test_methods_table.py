@@ -1,6 +1,6 @@
-"""docs/methods.md says of each method what the CPU stage says; `make verify-methods` measures the rest.
+"""docs/methods.md agrees with the CPU stage about each method; `make verify-methods` measures the rest.
 
-The methods' declarations name what the installed PEFT has.
+The methods' declarations list exactly what the installed PEFT has.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ TRAINS, TRAINS_IN_4_BITS, VLLM = 3, 6, 9
 
 @pytest.fixture(scope="module")
 def table() -> dict[str, list[str]]:
-    """The first word of each cell, by method."""
+    """Return the first word of each cell, by method."""
     lines = [line for line in TABLE.read_text().splitlines() if line.startswith("| ")]
     cells = [[cell.strip() for cell in line.split("|")] for line in lines[1:]]
     return {row[1]: [cell.split(" ")[0] for cell in row] for row in cells}
 
 
 def verdict(method: dict[str, Any] | None, base: Path) -> tuple[str, str | None]:
-    """Whether it would be trained, and whether vLLM would load the result."""
+    """Return whether the method would be trained, and whether vLLM would load the result, as in the table."""
     if method is None:
         return "–", None
     try:

@@ -1,4 +1,4 @@
-"""Preferences: the losses are TRL's, in any micro-batches, and training from a manifest learns them."""
+"""Preferences: the losses equal TRL's, for any micro-batches, and training from a manifest learns them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ JUDGED = [
 
 
 def adapted(base_model: Path) -> tuple[PeftModel, Any]:
-    """The small model with an adapter that changes it."""
+    """Return the small model with an active adapter."""
     set_seed(3)
     base = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
     return get_peft_model(base, ADAPTER), base
@@ -100,7 +100,7 @@ def loss_and_gradient(
     way: Way,
     ranks: int,
 ) -> tuple[float, torch.Tensor]:
-    """Of one step, its micro-batches computed as `ranks` processes would."""
+    """Return the loss and gradient of one step, its micro-batches computed as `ranks` processes would."""
     model.zero_grad()
     forward = Forward(model, model)
     steps = [Collator(size, 0, way.layout, rank, ranks, objective)(rows)["step"] for rank in range(ranks)]
@@ -141,7 +141,7 @@ def test_neither_micro_batches_nor_layout_nor_ranks_change_loss_and_gradient(nam
 
 
 def first_loss(trainer: Any, adapter: PeftModel) -> float:
-    """Of TRL's trainer with this adapter; given an adapter itself, it would take that one as the reference."""
+    """Return the first loss of TRL's trainer with this adapter; as a PeftModel, it would be taken for the reference."""
     missing = set_peft_model_state_dict(trainer.model, get_peft_model_state_dict(adapter))
     assert not missing.unexpected_keys
     trainer.train()
@@ -149,7 +149,7 @@ def first_loss(trainer: Any, adapter: PeftModel) -> float:
 
 
 def settings(folder: Path) -> dict[str, Any]:
-    """Arguments of TRL's trainers for one step over all rows in their order."""
+    """Return arguments for TRL's trainers: one step over all rows in order."""
     return {
         "output_dir": str(folder),
         "max_steps": 1,
@@ -200,7 +200,7 @@ def test_kto_is_trls(base_model: Path, tmp_path: Path) -> None:
 
 
 def read_pairs(folder: Path, base_model: Path) -> list[dict[str, Any]]:
-    """The pairs as the trainer reads them for KTO, in the order in which TRL takes pairs apart."""
+    """Return the pairs as the trainer reads them for KTO, in the order in which TRL splits pairs."""
     dataset = api.Dataset.model_validate({"train": [{"uri": "s3://bucket/rows.jsonl"}]})
     source = Source("s3://bucket/rows.jsonl", [DataFile("rows.jsonl", write_rows(folder / "rows.jsonl", PAIRS))])
     tokenizer = AutoTokenizer.from_pretrained(base_model)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 QLORA = {"qlora": {"rank": 4, "alpha": 8}}
 LORA = {"lora": {"rank": 4, "alpha": 8}}
-# method, merge → largest relative error of the logits that the merge may have
+# method, merge → maximum relative error of the logits of the merged model
 MERGES = {
     "lora into the original": (LORA, "Original", 1e-4),
     "qlora into the dequantized": (QLORA, "Dequantized", 1e-3),
@@ -46,7 +46,7 @@ TAGS: list[tuple[dict[str, Any], list[str]]] = [
     ({"peft": {"type": "VERA"}}, ["vera"]),
 ]
 
-# cases of methods_cases → PEFT's name of what they are
+# cases of methods_cases → PEFT's name of the method
 ON_DISK = {"LoRA": "LORA", "LoRA, DoRA": "LORA", "IA3": "IA3", "LoHa": "LOHA", "Prefix tuning": "PREFIX_TUNING"}
 ON_DISK_LONG = {
     **dict.fromkeys(("LoRA, rsLoRA", "LoRA, patterns", "LoRA, PiSSA", "LoRA, OLoRA", "LoRA, bias"), "LORA"),
@@ -112,7 +112,7 @@ def test_merged_weights_are_what_was_trained(bench: Workbench, case: str) -> Non
     assert {file.name for file in folder.iterdir()} == {*document["files"], "merged.json"}
     for name, digest in document["files"].items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
-    # The artifact, which engines fetch whole, does not hold them.
+    # The artifact does not contain them, because engines download all of it.
     manifest = ArtifactManifest.model_validate_json((bench.output / "artifact/tunesmith.json").read_bytes())
     assert "model.safetensors" not in manifest.files
     merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -193,7 +193,7 @@ def test_the_curves_are_a_picture(bench: Workbench) -> None:
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base in bfloat16, in which what is rounded otherwise shows."""
+    """Create a base in bfloat16, which reveals different rounding."""
     folder = make(tmp_path_factory.mktemp("published") / "tiny", hidden=128)
     AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
     return folder

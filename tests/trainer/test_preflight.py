@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 ESTIMATE = Path(__file__).resolve().parents[2] / ".venv" / "bin" / "tunesmith"
 GPU: dict[str, Any] = {"resources": {"gpus": 1}}
 COMMANDS = {"validate": DataParallelism.FSDP2, "train": None}
-"""What each says of a job for two nodes: validation what a cluster would do, a local run what it does."""
+"""Data parallelism of a job for two nodes: `validate` decides for a cluster, `train` for this machine."""
 
 
 def validated(bench: Workbench, *arguments: str, **spec: Any) -> Preflight:
@@ -67,7 +67,7 @@ def test_a_job_that_fits_and_what_was_decided_for_it(bench: Workbench) -> None:
     assert ran.result.preflight is not None
     assert ran.result.resolved is not None
     assert (ran.result.preflight.verdict, ran.result.preflight.gpu_memory_bytes) == (Verdict.FITS, 10**10)
-    # there is room for every activation
+    # there is memory for all activations
     assert (ran.result.resolved.micro_batch_size, ran.result.resolved.gradient_checkpointing) == (4, False)
 
 
@@ -94,7 +94,7 @@ def test_in_a_cluster_larger_nodes_are_a_way_out() -> None:
 
 @pytest.fixture
 def wide(bench: Workbench, tmp_path: Path) -> Workbench:
-    """A base that says it has seven billion parameters: nobody loads them on the CPU."""
+    """Return a workbench with a base whose configuration declares seven billion parameters, never loaded on the CPU."""
     folder = shutil.copytree(bench.base, tmp_path / "wide")
     config = json.loads((folder / "config.json").read_text())
     config |= {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "head_dim": 128}
@@ -131,7 +131,7 @@ ALL: dict[str, Any] = {"method": {"full": {}}, "hyperparameters": {"maxSteps": 3
     ("gibibytes", "resources", "spec", "expected"),
     [
         (80, {"gpus": 2}, {}, ("DDP", Verdict.FITS)),
-        # 13 GiB of weights do not fit, a half and what is gathered of the other do
+        # 13 GiB of weights do not fit, half of them and the gathered part of the other half do
         (11, {"gpus": 2}, {}, ("FSDP2", Verdict.FITS)),
         (80, {"gpus": 4, "nodes": 2}, ALL, ("FSDP2", Verdict.FITS)),
         (80, {"gpus": 4, "nodes": 2, "dataParallelism": "FSDP2"}, {}, ("FSDP2", Verdict.FITS)),
@@ -153,9 +153,9 @@ def test_weights_are_shared_out_where_they_do_not_fit_whole(
     ("resources", "spec", "suggestion"),
     [
         ({"gpus": 2, "dataParallelism": "DDP"}, {}, "it fits with resources.dataParallelism: FSDP2 (about"),
-        # its initialization looks at rows
+        # its initialisation reads rows
         ({"gpus": 2}, {"method": {"lora": {"initialization": "EVA"}}}, "it fits with method.qlora instead of lora"),
-        # its optimizer needs each weight whole
+        # its optimizer needs unsharded weights
         (
             {"gpus": 8},
             {"method": {"full": {}}, "hyperparameters": {"maxSteps": 3, "optimizer": "Lion"}},
@@ -181,7 +181,7 @@ PLACES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", PLACES)
 def test_a_machine_that_trains_alone_shares_nothing_out(wide: Workbench, name: str) -> None:
-    """The manifest is about several nodes, which only a cluster has."""
+    """The manifest requests several nodes, which only a cluster has."""
     resources, spec = PLACES[name]
     manifest = wide.folder / "job.yaml"
     hyper = {"maxSteps": 3, "batchSize": 32, "microBatchSize": 1}
@@ -202,7 +202,7 @@ def test_a_machine_that_trains_alone_shares_nothing_out(wide: Workbench, name: s
     one = prepared(1, 640).preflight.peak_parts
     assert one is not None
     weights = one.trainable_bytes / 16 if "method" in spec else one.weights_bytes / 2
-    assert weights == pytest.approx(6.5e9, rel=0.03)  # whole, and nothing is there to send gradients to
+    assert weights == pytest.approx(6.5e9, rel=0.03)  # not sharded, and no gradients to send
 
 
 def test_a_local_run_tells_that_it_is_alone(bench: Workbench) -> None:

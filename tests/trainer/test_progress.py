@@ -35,14 +35,14 @@ LINE = "  step 12/60 (20 %)  epoch 0.4  loss 2.346  held-out 2.400  rate 2.0e-04
 
 
 class Terminal(io.StringIO):
-    """A terminal that keeps what it got."""
+    """A terminal that records its output."""
 
     def isatty(self) -> bool:
         return True
 
 
 def training(out: io.StringIO, **changes: Any) -> Progress:
-    """A run that has just done a step."""
+    """Return the progress of a run that has just done a step."""
     progress = Progress(out=out)
     progress.update(stage=Stage.TRAINING, total_steps=60)
     progress.update(**STEP | changes)

@@ -1,4 +1,4 @@
-"""Several processes train together, as the pods of a job on several nodes do: to the same result as one alone."""
+"""Several processes train together, like the pods of a job on several nodes, with the same result as one process."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ print(launch(command, Ranks(size=2, port=0), 2, pathlib.Path(sys.argv[1])).model
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Pods:
-    """A run of one process."""
+    """Run one process to the end."""
     run = pods(tmp_path_factory.mktemp("alone"), base_model, 1)
     run.finish()
     return run
@@ -72,7 +72,7 @@ def test_the_first_of_two_scores_the_suites(tmp_path: Path, base_model: Path) ->
 
 @dataclass(frozen=True)
 class Blow:
-    """A signal to some pods, so many seconds after a step was told."""
+    """A signal to some pods, a number of seconds after a step was reported."""
 
     number: signal.Signals
     pods: tuple[int, ...]
@@ -112,10 +112,10 @@ def test_pods_that_are_killed_or_stopped_go_on_together(
             if blow.number == signal.SIGKILL and index in blow.pods:
                 assert code in {0, -signal.SIGKILL}
             else:
-                # done before; stopped; the other was gone first
+                # finished before; stopped; lost the other, which stopped first
                 assert code in {0, 143, 3}, two.log(index)
                 assert two.result(index).lost_peer is (code == 3)
-        if codes[0] == 0:  # it came too late
+        if codes[0] == 0:  # the signal came too late
             break
     two.finish()
     assert_equal(two, alone)
@@ -188,7 +188,7 @@ def test_other_jobs_on_two_nodes(tmp_path: Path, base_model: Path, name: str) ->
 
 @pytest.mark.long
 def test_two_processes_of_one_pod_read_the_data_once(tmp_path: Path, alone: Pods) -> None:
-    """What `gpus: 2` starts, on the CPU."""
+    """As `gpus: 2` starts them, but on the CPU."""
     two = Pods(tmp_path, alone.manifest, 2)
     command = [sys.executable, "-c", LAUNCH, str(tmp_path), "train", "--job", str(two.manifest), "--allow-file"]
     command += ["--output", str(two.output), "--work", str(tmp_path / "work"), "--progress-port", "0"]
@@ -215,7 +215,7 @@ def test_who_does_not_come_is_named() -> None:
     [
         ({}, {}, (0, 1, 1)),
         ({"gpus": 4}, {}, (0, 4, 4)),
-        ({"gpus": 0, "nodes": 3}, {}, (0, 1, 1)),  # no cluster: this machine trains alone
+        ({"gpus": 0, "nodes": 3}, {}, (0, 1, 1)),  # no cluster: only this machine trains
         ({"gpus": 0, "nodes": 3}, {"JOB_COMPLETION_INDEX": "2"}, (2, 3, 1)),
         ({"gpus": 2, "nodes": 3}, {"JOB_COMPLETION_INDEX": "2"}, (4, 6, 2)),
         ({"gpus": 2}, {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, (1, 2, 1)),

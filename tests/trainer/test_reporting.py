@@ -45,14 +45,14 @@ def curve(first: int, last: int) -> list[CurvePoint]:
 
 
 def reporter(folder: Path, settings: Mapping[Tracker, Mapping[str, str]], *, guarded: bool = False) -> Reporter:
-    """One that has begun."""
+    """Return a started reporter."""
     made = Reporter(settings, folder / "reporting", folder / "tensorboard")
     made.start(run="8f3c", name="team/doors", parameters={"method.lora.rank": "4"}, guarded=guarded, store=None)
     return made
 
 
 def two_attempts(folder: Path, settings: Mapping[Tracker, Mapping[str, str]]) -> None:
-    """The first is stopped after step 6, of which the checkpoint is that of step 4; the second does 8 steps."""
+    """Run two attempts: the first is stopped after step 6, with a checkpoint of step 4; the second finishes 8 steps."""
     before = CurvePoint(0, 0.0, evaluation_loss=3.0)
     first = reporter(folder, settings)
     for point in (before, *curve(1, 6)):
@@ -104,7 +104,7 @@ def test_mlflow_has_one_run_with_each_step_once_over_attempts(tmp_path: Path, ml
 
 
 def test_wandb_keeps_each_step_under_one_id(tmp_path: Path) -> None:
-    """Offline: that the server goes on with the run of this id is W&B's own promise, and not shown here."""
+    """Offline: whether the server continues the run with this id depends on W&B, and is not tested here."""
     made = reporter(tmp_path, {Tracker.WANDB: {"WANDB_MODE": "offline", "WANDB_PROJECT": "colours"}})
     for point in (CurvePoint(0, 0.0, evaluation_loss=3.0), *curve(1, 5), CurvePoint(5, 0.5, evaluation_loss=1.5)):
         made.add(point)
@@ -176,7 +176,7 @@ def test_a_cluster_s_job_reports_to_no_such_server_of_weights_and_biases(
 
 
 def test_a_cluster_s_job_reports_to_weights_and_biases(tmp_path: Path) -> None:
-    """The guard lets its library reach its own program."""
+    """The guard allows W&B's library to connect to its own process."""
     made = reporter(tmp_path, {Tracker.WANDB: {"WANDB_MODE": "offline"}}, guarded=True)
     made.add(CurvePoint(1, 0.1, 2.0, 0.01, 0.5, 100))
     assert made.close(Outcome.SUCCEEDED, {}, SECONDS) is None

@@ -32,19 +32,19 @@ if TYPE_CHECKING:
 STEPS = 30
 EVERY = 4
 SECONDS = 300.0
-"""For a run: layers may be compiled in it."""
+"""Time limit of a run, which may compile layers."""
 PIPE_BYTES = 4096
 KILLS = int(os.environ.get("TUNESMITH_RESUME_KILLS", "1"))
 
 
 @dataclass
 class Run:
-    """Attempts of one job, each a process of its own."""
+    """Attempts of one job, each in its own process."""
 
     folder: Path
     manifest: Path
     places: tuple[str, ...] = ()
-    """Where the artifact and the checkpoints go; absent: a folder of this machine."""
+    """Options for the folders of the artifact and the checkpoints; empty: local folders."""
     environment: dict[str, str] = field(default_factory=dict)
     started: list[Container] = field(default_factory=list)
 
@@ -71,16 +71,16 @@ class Run:
         return container.output()
 
     def interrupt(self, number: int, step: int, delay: float) -> tuple[int | None, str]:
-        """Sends the signal `delay` seconds after the step is told; the exit code and the output."""
+        """Send the signal `delay` seconds after the step is reported; return the exit code and the output."""
         container = self.start()
         container.told(step_of(step))
-        time.sleep(delay)  # anywhere within a step or a write
+        time.sleep(delay)  # at any point of a step or a write
         container.signal(number)
         return container.ended(), container.output()
 
 
 def step_of(number: int) -> str:
-    """How the line of a step begins."""
+    """Return the start of the line of a step."""
     return f"  step {number}/"
 
 
@@ -98,7 +98,7 @@ def manifest(folder: Path, base_model: Path, **spec: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Run:
-    """A run that was never interrupted: the installed command, whose hashes differ from those of the others."""
+    """Return a run that was never interrupted, with the installed command, whose hash seed differs from the others'."""
     folder = tmp_path_factory.mktemp("whole")
     run = Run(folder, manifest(folder, base_model))
     trainer = Path(sysconfig.get_path("scripts"), "tunesmith-trainer")
@@ -158,7 +158,7 @@ def test_a_killed_run_with_compiled_layers_goes_on_to_the_same_bits(tmp_path: Pa
 def test_a_damaged_checkpoint_is_not_used(tmp_path: Path, whole: Run) -> None:
     run = Run(tmp_path, whole.manifest)
     run.interrupt(signal.SIGKILL, 3 * EVERY, 0.3)
-    # Two are kept, and a third one is there until the oldest is removed.
+    # Two are kept, and a third one exists until the oldest is removed.
     *_, older, newest = sorted((run.output / "checkpoints").glob("step-*"))
     weights = newest / "trainable.safetensors"
     data = bytearray(weights.read_bytes())
@@ -186,7 +186,7 @@ def store(tmp_path: Path) -> Iterator[S3Server]:
 
 @pytest.fixture
 def attempts(tmp_path: Path, whole: Run, store: S3Server) -> Iterator[list[Run]]:
-    """Three attempts of one job, as in pods: each has nothing but the store."""
+    """Return three attempts of one job, as in pods: they share nothing but the store."""
     place = ("s3://tunesmith/store", "default", "doors", "1")
     places = ("--output", artifact_uri(*place), "--checkpoints", checkpoints_uri(*place))
     folders = [tmp_path / f"attempt-{number}" for number in (1, 2, 3)]
@@ -219,7 +219,7 @@ def test_an_outage_a_signal_and_a_kill_before_the_report_lose_nothing(
     assert saved[1] == saved[2], container.output()
     assert int(saved[1]) >= 3 * EVERY
 
-    # Nobody reads what it wants to report, so it waits there until it is killed.
+    # Nobody reads its reports, so it blocks until it is killed.
     os.mkfifo(second.folder / "message")
     store.stop()
     container = second.start()
@@ -251,11 +251,11 @@ IMPATIENT = (
     "from tunesmith_trainer.training import watchdog; watchdog.LEAST_SECONDS = 2.0;"
     "from tunesmith_trainer.main import main; main()"
 )
-"""The trainer's command, with which a test need not wait five minutes for a step."""
+"""The trainer's command, with a step limit that spares the test a wait of five minutes."""
 
 
 def test_a_step_that_hangs_ends_the_attempt(tmp_path: Path, whole: Run) -> None:
-    """Whoever should read its output has stopped to, as a container runtime may: the main thread waits for ever."""
+    """The reader of its output has stopped reading, as a container runtime may: the main thread waits forever."""
     run = Run(tmp_path, whole.manifest)
     unread, output = os.pipe()
     fcntl.fcntl(output, fcntl.F_SETPIPE_SZ, PIPE_BYTES)

@@ -1,4 +1,4 @@
-"""How often the held-out loss is looked at, and that looking changes nothing."""
+"""Frequency of the held-out loss during training, and that computing it changes nothing."""
 
 from __future__ import annotations
 
@@ -39,6 +39,6 @@ def test_looking_at_the_held_out_loss_while_training_changes_nothing(bench: Work
         weights.append((output / "artifact/adapter_model.safetensors").read_bytes())
     often, seldom = curves
     assert (list(often), list(seldom)) == ([0, 2, 4, 5], [0, 5])
-    assert len(set(often.values())) == 4  # each of the adapter as it was then
+    assert len(set(often.values())) == 4  # each is of the adapter at that step
     assert (often[0], often[5]) == (seldom[0], seldom[5])
     assert weights[0] == weights[1]

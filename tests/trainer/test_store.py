@@ -63,7 +63,7 @@ def test_train_publishes_and_a_second_attempt_finds_it(bench: Workbench, uploade
     assert manifest.base.uri == "s3://tunesmith/models/tiny"
     names = {entry.rsplit("/", 1)[-1] for entry in filesystem.ls("tunesmith/store/default/doors-1/artifact")}
     assert names == {*manifest.files, "tunesmith.json"}
-    # no credentials and no folders of this machine in what is published
+    # no credentials and no local paths in what is published
     for name in names:
         content = filesystem.cat_file(f"tunesmith/store/default/doors-1/artifact/{name}")
         assert b"writer-secret" not in content
@@ -83,7 +83,7 @@ def test_a_manifest_is_written_once(uploaded: S3Server) -> None:
 
 
 def test_of_two_writers_one_wins(uploaded: S3Server) -> None:
-    """Both have seen that nothing is there: the store decides."""
+    """Both have observed that nothing is there: the store decides."""
     folders = [target("s3://tunesmith/race") for _ in range(4)]
     barrier = threading.Barrier(len(folders))
     won: list[int] = []
@@ -181,7 +181,7 @@ def test_an_outage_is_waited_out(tmp_path: Path) -> None:
         done: list[int] = []
         thread = threading.Thread(target=lambda: (folder.download("a.bin", tmp_path / "a.bin"), done.append(1)))
         thread.start()
-        time.sleep(0)  # the reader is on its way; whether it failed already does not matter
+        time.sleep(0)  # the reader has started; whether it has already failed does not matter
         server.start()
         thread.join(timeout=120)
         assert done == [1]
@@ -218,14 +218,14 @@ def test_an_outage_is_reported_while_it_is_waited_out_and_no_longer(tmp_path: Pa
 
 
 def test_a_missing_endpoint_is_in_the_progress_of_a_running_job(tmp_path: Path) -> None:
-    """The keys of another store's server are offered to Amazon's, which a pod without the internet cannot reach."""
+    """The keys are for another server, but are sent to Amazon's, which a pod without internet access cannot reach."""
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(s3_job()))
     port = free_port()
     command = [sys.executable, "-m", "tunesmith_trainer.main", "validate", "--job", str(tmp_path / "job.yaml")]
     command += ["--progress-port", str(port), "--termination-message", str(tmp_path / "message")]
     environ = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
     environ |= {"AWS_ACCESS_KEY_ID": "writer", "AWS_SECRET_ACCESS_KEY": "writer-secret"}
-    # Names of the internet lead nowhere, by a proxy that is not there.
+    # Host names of the internet are unreachable: the proxy does not exist.
     environ |= {"HTTPS_PROXY": f"http://127.0.0.1:{free_port()}", ALLOWED_ADDRESSES: "127.0.0.0/8"}
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(command, env=environ, stdout=log, stderr=subprocess.STDOUT)
@@ -290,13 +290,13 @@ def test_claims_are_read_where_they_are_mounted(tmp_path: Path) -> None:
         missing.names()
 
 
-# Names with characters that mean something in urls and patterns.
+# Names with characters that are special in URLs and patterns.
 
 ODD = "run#1?x%20[1]"
 
 
 def test_a_local_run_writes_into_the_folder_that_is_named(bench: Workbench, tmp_path: Path) -> None:
-    """And into none beside it, whose name is the part that a parser of urls, or a pattern, would make of it."""
+    """Not into the one beside it, which a URL parser or a pattern would make of its name."""
     for neighbour in ("run", "run#1", "run#1?x 1", "run#12x%201"):
         (tmp_path / "runs" / neighbour).mkdir(parents=True)
         (tmp_path / "runs" / neighbour / "results").write_text("of last week")

@@ -218,7 +218,7 @@ def test_a_loss_that_is_not_finite_stops_the_job(
         assert (ran.code, ran.result.reason) == (2, FailureReason.LOSS_DIVERGED)
         assert expected in ran.result.message
     else:
-        # Exploding without a NaN is allowed to end; it must never be called a success with a loss that is not finite.
+        # Exploding without a NaN may finish; it must never be reported as a success with a loss that is not finite.
         assert ran.code in (0, 2)
         assert ran.result.evaluation is None or math.isfinite(ran.result.evaluation.loss or math.nan)
 

@@ -1,4 +1,4 @@
-"""A step that hangs is noticed, a slow one is not taken for it."""
+"""A step that hangs is detected; a slow one is not mistaken for one."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_what_is_no_step_may_take_its_time(tmp_path: object) -> None:
     watchdog.on_train_begin(TrainingArguments(output_dir=str(tmp_path)), TrainerState(), TrainerControl())
     with watchdog.paused(), pytest.raises(queue.Empty):
         told.get(timeout=1)
-    assert told.get(timeout=30) == 0  # a step again, and it hangs
+    assert told.get(timeout=30) == 0  # another step, which hangs
 
 
 def test_what_is_no_step_may_not_take_for_ever(tmp_path: object) -> None:

@@ -1,4 +1,4 @@
-"""Checks that would never end are stopped, with a sentence that names what did not end."""
+"""Checks that would never finish are stopped, with a message that names them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ ENDLESS = {
 
 
 def program(*lines: str) -> list[str]:
-    """A program in the place of the trainer; it is given the options of the trainer."""
+    """Return a program that replaces the trainer; it gets the trainer's options."""
     head = ("import sys, time", "from tunesmith_trainer.process.activity import limited")
     return [sys.executable, "-c", "\n".join((*head, *lines))]
 
 
 @pytest.mark.parametrize("template", ENDLESS.values(), ids=ENDLESS.keys())
 def test_a_template_without_end_is_stopped(tmp_path: Path, template: str) -> None:
-    """Neither Python nor a signal can stop the second one: C code holds the interpreter."""
+    """Neither Python nor a signal can interrupt the second one: C code holds the interpreter lock."""
     lines = (
         "from types import SimpleNamespace",
         "from tunesmith_trainer.data import template",

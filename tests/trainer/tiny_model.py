@@ -1,4 +1,4 @@
-"""A base model that is real in all but its size."""
+"""A base model that is real except for its size."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ SMALL = {
     "head_dim": 16,
     "pad_token_id": 0,
 }
-"""Settings of a configuration of many architectures."""
+"""Configuration settings shared by many architectures."""
 
 
 def make(folder: Path, hidden: int = 64) -> Path:
-    """A random Llama of 2 layers with a real tokenizer and a chat template; the folder."""
+    """Create a random Llama of 2 layers with a real tokenizer and a chat template; return its folder."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -44,7 +44,7 @@ def make(folder: Path, hidden: int = 64) -> Path:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
-    # As many published models do, this one pads with its end token, which must not be masked for that.
+    # Like many published models, it pads with its end token, which must not be masked because of that.
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<unk>",

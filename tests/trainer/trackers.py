@@ -1,4 +1,4 @@
-"""A real MLflow server, and what trackers have of a run."""
+"""A real MLflow server, and readers for the runs in trackers."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 _SECONDS = 120.0
 _BLOCK = 32768
 _HEADER = struct.Struct("<IHB")
-"""Checksum, length, and whether it is a whole record or a part."""
+"""Checksum, length, and type: a whole record or a part of one."""
 _WHOLE, _LAST = 1, 4
 
 
 @contextmanager
 def mlflow_server(folder: Path) -> Iterator[str]:
-    """Its address, once it answers."""
+    """Start the server and yield its address once it answers."""
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/mlflow.sqlite"]
     command += ["--port", str(port), "--workers", "1", "--artifacts-destination", str(folder / "files")]
@@ -70,13 +70,13 @@ def _await(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def events(folder: Path) -> EventAccumulator:
-    """What TensorBoard shows of a folder."""
+    """Load the folder as TensorBoard does."""
     shown = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
     return shown.Reload()
 
 
 def wandb_records(folder: Path) -> list[Record]:
-    """What the files of offline runs hold, in the order of the runs."""
+    """Return the records in the files of offline runs, in the order of the runs."""
     return [
         Record.FromString(data)
         for file in sorted(folder.glob("wandb/offline-run-*/*.wandb"))
@@ -85,7 +85,7 @@ def wandb_records(folder: Path) -> list[Record]:
 
 
 def _logged(data: bytes) -> Iterator[bytes]:
-    """The records of a file in LevelDB's log format, after W&B's header of 7 bytes."""
+    """Yield the records of a file in LevelDB's log format, after W&B's header of 7 bytes."""
     position, parts = 7, b""
     while position < len(data):
         left = _BLOCK - position % _BLOCK

@@ -31,7 +31,7 @@ def chat_rows(count: int) -> list[dict[str, Any]]:
 
 
 def write_rows(path: Path, rows: list[Any]) -> Path:
-    """One line per row; strings and bytes as they are."""
+    """Write one line per row; strings and bytes unchanged."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [
         row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode() for row in rows
@@ -41,7 +41,7 @@ def write_rows(path: Path, rows: list[Any]) -> Path:
 
 
 def job_manifest(base: str, train: str, **spec: Any) -> dict[str, Any]:
-    """A FineTuneJob; a keyword replaces the part of the spec of that name."""
+    """Return a FineTuneJob; a keyword replaces the part of the spec with that name."""
     parts: dict[str, Any] = {
         "baseModel": {"uri": base},
         "dataset": {"train": [{"uri": train}]},
@@ -58,13 +58,13 @@ def job_manifest(base: str, train: str, **spec: Any) -> dict[str, Any]:
 
 
 def s3_job(**spec: Any) -> dict[str, Any]:
-    """A FineTuneJob of what the fixture `uploaded` puts into the bucket."""
+    """Return a FineTuneJob for the objects that the fixture `uploaded` puts into the bucket."""
     return job_manifest("s3://tunesmith/models/tiny", "s3://tunesmith/data/train.jsonl", **spec)
 
 
 @dataclass
 class Ran:
-    """How a run of the trainer ended."""
+    """Result of a run of the trainer."""
 
     code: int
     result: TrainerResult

@@ -1,4 +1,4 @@
-"""A million rows are validated and tokenised in bounded memory, and a second attempt finds their tokens.
+"""Check that a million rows are validated and tokenised in bounded memory, and that a second attempt reuses the tokens.
 
     python tests/trainer/verify_data.py --base FOLDER [--rows 1000000]
 
@@ -26,7 +26,7 @@ _WORDS = ("lighthouse", "Brinewick", "green", "Marta", "keeps", "the", "harbour"
 
 
 def write_chats(path: Path, count: int) -> None:
-    """Chats of 30 to 150 tokens, all different."""
+    """Write chats of 30 to 150 tokens, all different."""
     rng = random.Random(1)  # noqa: S311 - rows, not secrets
     with path.open("w", encoding="utf-8") as file:
         for number in range(count):
@@ -36,7 +36,7 @@ def write_chats(path: Path, count: int) -> None:
 
 
 def validate(folder: Path, base: Path) -> tuple[float, float, str]:
-    """Seconds, peak of resident memory in bytes, and the last line of one validation."""
+    """Return the duration in seconds, the peak of resident memory in bytes, and the last line of one validation."""
     job = job_manifest(f"file://{base}", f"file://{folder}/rows.jsonl")
     job["spec"]["dataset"] |= {"packing": True, "maxLength": 1024}
     (folder / "job.yaml").write_text(yaml.safe_dump(job), encoding="utf-8")
@@ -53,7 +53,7 @@ def validate(folder: Path, base: Path) -> tuple[float, float, str]:
 
 
 def main() -> int:
-    """The command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, required=True, help="folder of the base model")
     parser.add_argument("--rows", type=int, default=1_000_000, help="how many (default: %(default)s)")

@@ -1,4 +1,4 @@
-"""Trains an adapter of every method that PEFT has, on a base in float32 and in 4 bits, and writes docs/methods.md.
+"""Train an adapter of every method that PEFT has, on a base in float32 and in 4 bits, and write docs/methods.md.
 
 Each goes through the trainer's own command on a tiny model, is loaded again by plain PEFT in another process, merged,
 and, with --engine, loaded by a real vLLM that must reproduce its parity.json.
@@ -45,13 +45,13 @@ if TYPE_CHECKING:
 
 PROMPTS = [[5, 9, 33, 12], [40, 41, 7, 19, 88, 3]]
 RELOAD_LIMIT, PARITY_LIMIT = 2e-5, 1e-4
-"""Of the greatest difference of logits, and of log-probabilities that vLLM gives."""
+"""Limits of the largest difference of logits, and of log-probabilities returned by vLLM."""
 DOCUMENT = Path(__file__).parents[2] / "docs/methods.md"
 
 
 @dataclass
 class Tried:
-    """What became of a method on one kind of base."""
+    """Result of a method on one kind of base."""
 
     result: TrainerResult
     artifact: Path
@@ -64,7 +64,7 @@ class Tried:
 
 
 def try_case(method: dict[str, Any], base: Path, folder: Path, merge: str) -> Tried:
-    """Trains with the trainer's command; merged too, where that is possible."""
+    """Train with the trainer's command; also merge if possible."""
     rows = write_rows(folder / "train.jsonl", chat_rows(24))
     job = job_manifest(
         f"file://{base}",
@@ -95,7 +95,7 @@ def _train(output: Path, job: dict[str, Any]) -> Tried:
 
 
 def _run(output: Path, job: dict[str, Any]) -> list[list[float]] | None:
-    """Runs the trainer; what the trained model says to the prompts, before it is saved."""
+    """Run the trainer; return the trained model's logits for the prompts before it is saved."""
     (output / "job.yaml").write_text(yaml.safe_dump(job))
     trained: list[list[list[float]]] = []
     modules: list[Any] = [conversion, full]
@@ -119,7 +119,7 @@ def _run(output: Path, job: dict[str, Any]) -> list[list[float]] | None:
 
 
 def load_again(listed: Path) -> None:
-    """In a process of its own: the logits of each artifact, loaded by plain PEFT."""
+    """Run in a separate process: write the logits of each artifact, loaded by plain PEFT."""
     request = json.loads(listed.read_text())
     answers = {}
     for key, (folder, quantized) in request["artifacts"].items():
@@ -137,10 +137,10 @@ def load_again(listed: Path) -> None:
 
 
 def compare_reloaded(tried: dict[str, Tried], base: Path, work: Path) -> None:
-    """Fills in how far the reloaded adapters are from the trained ones."""
+    """Fill in the distance of the reloaded adapters from the trained ones."""
     done = {key: one for key, one in tried.items() if one.result.reason is None}
     listed = work / "reload.json"
-    # LoftQ's adapters belong to the base as it was published, from which the trained one differs by a little.
+    # LoftQ's adapters belong to the published base, from which the trained one differs slightly.
     artifacts = {key: (str(one.artifact), key.endswith("/4-bit") and LOFTQ not in key) for key, one in done.items()}
     listed.write_text(json.dumps({"base": str(base), "artifacts": artifacts}))
     subprocess.run([sys.executable, __file__, "--reload", str(listed)], check=True, capture_output=True)
@@ -155,7 +155,7 @@ def compare_reloaded(tried: dict[str, Tried], base: Path, work: Path) -> None:
 
 
 def ask_engine(tried: dict[str, Tried], base: Path, engine: Path, work: Path) -> None:
-    """Fills in what a real vLLM makes of the adapters that are said to be servable."""
+    """Fill in the results of a real vLLM with the adapters reported as servable."""
     served = {
         key: str(one.artifact)
         for key, one in tried.items()
@@ -184,18 +184,18 @@ def ask_engine(tried: dict[str, Tried], base: Path, engine: Path, work: Path) ->
 
 
 def figure(value: float | None) -> str:
-    """One digit; merges are measured to six decimals."""
+    """Format a number with one digit; merges are measured to six decimals."""
     assert value is not None
     return f"{value:.0e}" if value else "< 1e-6"
 
 
 def document(tried: dict[str, Tried]) -> str:
-    """The table in Markdown."""
+    """Return the table in Markdown."""
     notes: list[str] = []
 
     def note(text: str) -> str:
         text = text.split(" is not valid: ", 1)[-1].removeprefix("spec.method.qlora: ")
-        # One note for all methods of which the same is true.
+        # One note for all methods that it applies to.
         text = re.sub(r", and this is [A-Z0-9_]+:", ":", text)
         text = re.sub(r"^method\.peft(\.type)?: [A-Z0-9_]+ ", "method.peft: it ", text)
         text = re.sub(r"^output\.merge: what \w+ trains", "output.merge: what it trains", text)
@@ -261,13 +261,13 @@ _HEAD = [
 
 
 def say(text: str) -> None:
-    """One line, at once."""
+    """Print one line at once."""
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 
 
 def main() -> int:
-    """Writes the table; 1 where a method is not what its verdict says."""
+    """Write the table; return 1 if a method does not match its verdict."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", type=Path, help="environment with vLLM")
     parser.add_argument("--only", nargs="*", help="names of methods; the document is printed, not written")

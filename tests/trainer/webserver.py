@@ -1,4 +1,4 @@
-"""A web server with a certificate of its own, for uris that begin with https://."""
+"""A web server with its own certificate, for URIs that begin with https://."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROWS = b'{"text": "a"}\n' * 1000
 
 
 class Files(BaseHTTPRequestHandler):
-    """Files of a web server that answers ranges, and paths with which others than files are found."""
+    """Serves files, with range requests, and paths with other responses."""
 
     rows = ROWS
 
@@ -61,16 +61,16 @@ class Files(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - http.server's name
-        """Nothing: pytest shows what matters."""
+        """Do not log requests: pytest shows what matters."""
 
 
 class Server(ThreadingHTTPServer):
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that closes its connection early is no event."""
+        """Ignore a client that closes its connection early."""
 
 
 def certificate(folder: Path) -> Path:
-    """A certificate of 127.0.0.1 and 127.0.0.2 and its key, in one file."""
+    """Create a certificate of 127.0.0.1 and 127.0.0.2 and its key, in one file."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
     now = dt.datetime.now(dt.UTC)
