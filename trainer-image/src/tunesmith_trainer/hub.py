@@ -66,8 +66,7 @@ class Repository:
         def made() -> None:
             if not self._hub.repo_exists(self._name):
                 self._hub.create_repo(self._name, private=True, exist_ok=True)
-            # Ask how a file is to be uploaded: only those with write access get an answer. Small files take
-            # another path.
+            # Ask how a file is to be uploaded, which requires write access; this does not upload a small file.
             self._hub.preupload_lfs_files(self._name, [CommitOperationAdd("README.md", b"-")])
 
         self._attempted(made)

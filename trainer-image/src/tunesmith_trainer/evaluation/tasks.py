@@ -175,7 +175,7 @@ class _Part:
 
     @property
     def wrong(self) -> str | None:
-        """Describe what the harness would not accept, and how to fix it."""
+        """Description of what the harness would reject, with the fix; None if it is valid."""
         metrics, options, members = (self.config.get(key) for key in ("metric_list", "dataset_kwargs", "task"))
         if any(one.config is self.config for one in self.around):
             chain = few([one.name for one in (*self.around, self)])
@@ -191,7 +191,7 @@ class _Part:
 
     @property
     def refused(self) -> str | None:
-        """Name the part of it that is code from elsewhere."""
+        """Description of the part that runs code from elsewhere; None if there is none."""
         if self.config.get("unsafe_code"):
             return "runs what the model writes"
         if (self.config.get("dataset_kwargs") or {}).get("trust_remote_code"):
@@ -206,7 +206,7 @@ def _are(values: object, kind: type | UnionType) -> bool:
 
 
 def _configs(known: TaskManager, name: str, around: tuple[_Part, ...] = ()) -> Iterator[_Part]:
-    """Yield the configurations of a task, or of a group or tag and its members, except those of an invalid one."""
+    """Yield the configurations of a task, or of a group or tag and its members, but no members of an invalid one."""
     entry = known.task_index.get(name)
     if entry is None:
         return

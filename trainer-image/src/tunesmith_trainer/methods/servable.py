@@ -83,7 +83,7 @@ def require(spec: FineTuneJobSpec, verdict: ServableStatus) -> None:
 
 
 def confirm(folder: Path, before: ServableStatus) -> ServableStatus:
-    """Return the verdict on a saved adapter; if it is negative, with the reason found before training.
+    """Return the verdict from before training, after checking that the saved files agree with a positive one.
 
     Args:
         folder: folder with PEFT's adapter_config.json and adapter_model.safetensors.

@@ -102,7 +102,7 @@ def launch(
 
 
 def die_with_parent() -> None:
-    """Terminate this process when its launcher is killed: an orphaned rank would write beside the next run."""
+    """Have this process killed when its launcher exits: an orphaned rank would write beside the next run."""
     if os.environ.get(LAUNCHED):
         kill_with_parent()
 
