@@ -199,8 +199,11 @@ def test_hung_engine(stage: Stage, trial: Trial) -> None:
                 degraded = condition(get("servingpool", POOL, PLATFORM), "Degraded")
                 return degraded["message"] if degraded["status"] == "True" and name in degraded["message"] else None
 
-            trial.observe(trial.status("the pool says that the engine computes nothing", unready))
-            # It is restarted after the 120 s without a token that a busy engine on CPUs may have.
+            # A busy engine on CPUs may compute nothing for 60 s before its pod is avoided, and for 120 s before it is
+            # restarted.
+            trial.observe(
+                trial.status("the pool says that the engine computes nothing", unready, within=75, patience=90)
+            )
             trial.recovered("both pods serve the victim again", lambda: stage.wait_until_served(240) or True, 240)
         finally:
             with suppress(ProcessLookupError):

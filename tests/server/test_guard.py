@@ -18,7 +18,7 @@ from tunesmith_server.guard import (
     MAX_UNEXPLAINED,
     PROGRESS_SECONDS,
     QUIET_SECONDS,
-    STALLED_SECONDS,
+    STALL_SECONDS,
     WARM_UP_SECONDS,
     Guard,
 )
@@ -336,7 +336,7 @@ async def test_an_engine_that_stalls_gets_no_requests_until_it_computes_again(wa
     await watch.step(QUIET_SECONDS)
     await watch.step(PROGRESS_SECONDS)
     assert not watch.guard.stalled
-    await watch.step(STALLED_SECONDS)
+    await watch.step(STALL_SECONDS)
     assert "restarted after 30 s" in watch.guard.stalled
     assert not watch.guard.problem
     watch.engine.tokens += 1
@@ -353,7 +353,7 @@ async def test_an_engine_that_prefills_a_long_prompt_does_not_stall(watch: Watch
     await watch.step(QUIET_SECONDS)
     for _ in range(3):
         watch.engine.tokens += 1
-        await watch.step(STALLED_SECONDS - PROGRESS_SECONDS)
+        await watch.step(STALL_SECONDS - PROGRESS_SECONDS)
         assert not watch.guard.stalled
 
 

@@ -57,6 +57,7 @@ def test_the_flags_of_a_pool_pod_are_the_agents(containers: dict[str, list[str]]
     assert settings.allowed_addresses == ("10.0.0.7/32", "fd00::/8")
     assert settings.secret == Path("/etc/tunesmith/secrets/tunesmith-store")
     assert settings.hang_seconds > ServeSettings.model_fields["hang_seconds"].default
+    assert settings.hang_seconds > settings.stall_seconds > ServeSettings.model_fields["stall_seconds"].default
     fetched = read(FetchBaseSettings, containers["fetch-base"])
     assert (fetched.uri, fetched.revision, fetched.storage) == ("hf://org/base", "main", 3 * 2**30)
     assert fetched.target == settings.base_model

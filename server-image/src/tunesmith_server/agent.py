@@ -74,6 +74,7 @@ class Agent:
             self._wake.set,
             canary_seconds=settings.canary_seconds,
             hang_seconds=settings.hang_seconds,
+            stall_seconds=settings.stall_seconds,
         )
         self.state = PodState(base_model_fingerprint=fingerprint)
 

@@ -10,8 +10,8 @@ the engine, which runs in another container and exits on request:
   each of them is loaded alone and before all others, so that an adapter that does damage on request cannot make an
   adapter that is being loaded appear to be the cause. The adapters that were used are suspects: they are narrowed down
   to those involved in every incident, and the last remaining one is refused.
-- The engine hangs: a canary has waited for HANG_SECONDS, in which the engine processed no client's token. A busy engine
-  processes tokens, however long its queue is. After STALLED_SECONDS the pod receives no more requests; an engine that
+- The engine hangs: a canary has waited for HANG_SECONDS, in which the engine processed no token at all. A busy engine
+  processes tokens, however long its queue is. After STALL_SECONDS the pod receives no more requests; an engine that
   was only starved of CPU receives them again after its next token.
 """
 
@@ -44,7 +44,7 @@ CONFIRMATIONS = 3
 HANG_SECONDS = 30.0
 """Time without any client's token while a canary waits, after which the engine counts as hung. The longest step of a
 healthy engine is the prefill of a full batch: some seconds on a CPU."""
-STALLED_SECONDS = 6.0
+STALL_SECONDS = 6.0
 """Time without a token while a canary waits, after which requests are routed to other pods."""
 WARM_UP_SECONDS = 600.0
 """Time without a token before the first answer, while kernels are compiled, after which the engine counts as hung."""
@@ -104,6 +104,7 @@ class Guard:
         changed: called when `problem`, `stalled`, `ready` or `unverified` may have changed.
         canary_seconds: time between two canaries of an idle engine.
         hang_seconds: time without a token after which an engine counts as hung.
+        stall_seconds: time without a token after which it receives no requests.
     """
 
     def __init__(
@@ -114,12 +115,14 @@ class Guard:
         *,
         canary_seconds: float = CANARY_SECONDS,
         hang_seconds: float = HANG_SECONDS,
+        stall_seconds: float = STALL_SECONDS,
     ) -> None:
         self._engine = engine
         self._path = state / "guard.json"
         self._changed = changed
         self._canary_seconds = canary_seconds
         self._hang_seconds = hang_seconds
+        self._stall_seconds = stall_seconds
         self._record = _read_record(self._path)
         self._boot = _Boot()
         self._boot_id = ""
@@ -238,7 +241,7 @@ class Guard:
             self.ready
             and self._check is not None
             and now - self._check_started >= QUIET_SECONDS
-            and waited >= STALLED_SECONDS
+            and waited >= self._stall_seconds
         )
         if stalled == bool(self.stalled):
             return

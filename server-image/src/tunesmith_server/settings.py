@@ -18,7 +18,7 @@ from tunesmith.contracts.environment import (
 )
 from tunesmith.contracts.settings import COMMA_SEPARATED, DEFAULT_MAX_ADAPTER_RATIO, Internal, NetworkAddress
 from tunesmith.settings import ProgramSettings
-from tunesmith_server.guard import CANARY_SECONDS, HANG_SECONDS
+from tunesmith_server.guard import CANARY_SECONDS, HANG_SECONDS, STALL_SECONDS
 
 _KEYS = Path(AGENT_KEYS_FOLDER)
 _POD = Internal("the operator sets it in the pods of a pool")
@@ -107,3 +107,5 @@ class ServeSettings(_Reading):
     """Seconds between two checks of an idle engine's answers."""
     hang_seconds: Annotated[_Seconds, _POD] = HANG_SECONDS
     """Seconds without a token after which an engine counts as hung."""
+    stall_seconds: Annotated[_Seconds, _POD] = STALL_SECONDS
+    """Seconds without a token after which an engine receives no requests."""

@@ -57,9 +57,9 @@ _REQUESTED_STORAGE = "256Mi"
 _GRACE_BEYOND_DRAIN = 30
 _START_SECONDS = 3600
 _PROBE_SECONDS = 5
-_CPU_HANG_SECONDS = 120
-"""Time without a token after which an engine on CPUs counts as hung: one that shares its cores with an engine that
-starts was measured to compute none for more than 30 s."""
+_CPU_PATIENCE = ["--hang-seconds", "120", "--stall-seconds", "60"]
+"""Time without a token that an engine on CPUs may need: one that shares its cores with an engine that starts was
+measured to compute none for more than 30 s."""
 # The kubelet's own HTTP hooks cannot read a token, so the engine's container asks its agent itself, with the token that
 # the two share: the pool's control key is not in the engine's container.
 _DRAIN = (
@@ -274,7 +274,7 @@ def _agent(pool: ServingPool, settings: PoolSettings) -> Manifest:
             "--max-lora-rank", str(engine.max_lora_rank),
             "--max-loras", str(engine.max_loras),
             "--drain-seconds", str(pool.spec.drain_seconds),
-            *([] if pool.spec.resources.gpus else ["--hang-seconds", str(_CPU_HANG_SECONDS)]),
+            *([] if pool.spec.resources.gpus else _CPU_PATIENCE),
         ],
         "env": [*_small_variables(settings), _POD_UID],
         "ports": [{"name": "agent", "containerPort": AGENT_PORT, "protocol": "TCP"}],
