@@ -1,4 +1,4 @@
-"""Latest known objects of the cluster, by kind. Never older than what this process wrote itself."""
+"""Latest known objects of the cluster, by kind, never older than this process's own writes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _Place = tuple[str, str]
 
 
 class _Index:
-    """Objects by the values that a function finds in them."""
+    """Objects by the values that a function extracts from them."""
 
     def __init__(self, values: Callable[[Object], Iterable[str]]) -> None:
         self._values = values
@@ -64,7 +64,7 @@ class _Index:
 
 
 class Cache:
-    """The objects of one kind, reduced to what is read of them. Callers must not change what it returns: copy first."""
+    """The objects of one kind, reduced to the fields that are read. Callers must not change returned objects."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -77,7 +77,7 @@ class Cache:
         return self._count
 
     def get(self, namespace: str, name: str) -> Object | None:
-        """Return the object, or None."""
+        """Return the object, or None if it is not known."""
         return self._objects.get(namespace, {}).get(name)
 
     def list(self, namespace: str | None = None) -> Objects:
@@ -87,7 +87,7 @@ class Cache:
         return [item for objects in self._objects.values() for item in objects.values()]
 
     def owned(self, uid: str) -> Objects:
-        """Return the objects with an owner reference to that uid."""
+        """Return the objects with an owner reference to the UID."""
         return self.find("owner", uid)
 
     def index(self, name: str, values: Callable[[Object], Iterable[str]]) -> None:
@@ -97,15 +97,15 @@ class Cache:
             index.put(_place(item), item)
 
     def find(self, name: str, value: str) -> Objects:
-        """Return the objects that an index has under a value."""
+        """Return the objects for which an index yields a value."""
         return self._indexes[name].find(value)
 
     def revision(self, name: str, value: str) -> int:
-        """Return a number that differs whenever the objects that an index has under a value have changed."""
+        """Return a number that changes whenever the objects for which an index yields a value change."""
         return self._indexes[name].revision(value)
 
     def put(self, item: Object) -> bool:
-        """Accept a version from a watch, a list or a write; return False where it is not newer than the known one."""
+        """Store a version from a watch, a list or a write; return False if it is not newer than the known one."""
         place = _place(item)
         old = self.get(*place)
         if _version(item) <= self._deleted.get(item["metadata"]["uid"], -1):
@@ -120,9 +120,9 @@ class Cache:
         return True
 
     def remove(self, item: Object, version: int = 0) -> bool:
-        """Accept a deletion; return False where that incarnation is not known (any more).
+        """Remove a deleted object; return False if that incarnation is not known, or no longer known.
 
-        Versions up to the object's, or up to `version` where that is higher, are not accepted again.
+        Versions up to the object's, or up to `version` if that is higher, are rejected from then on.
         """
         metadata, place = item["metadata"], _place(item)
         self._deleted[metadata["uid"]] = max(_version(item), version)
@@ -141,9 +141,9 @@ class Cache:
         return True
 
     def replace(self, items: Iterable[Object], version: str, among: Callable[[Object], bool]) -> Objects:
-        """Accept a complete list made at `version` of the objects that `among` holds for; return those that changed.
+        """Store a complete list, at `version`, of the objects for which `among` is True; return those that changed.
 
-        Objects that are not in the list are gone, unless this process saw them after the list was made.
+        Objects that are not in the list are removed, unless this process observed them after the list was made.
         """
         changed, present = [], set()
         for item in items:
@@ -156,7 +156,7 @@ class Cache:
 
 
 class Caches:
-    """A cache for each kind."""
+    """Caches by kind."""
 
     def __init__(self) -> None:
         self._caches: dict[str, Cache] = {}
@@ -168,7 +168,7 @@ class Caches:
         return cache
 
     def kinds(self) -> tuple[str, ...]:
-        """Return the kinds that have one."""
+        """Return the kinds that have a cache."""
         return tuple(self._caches)
 
 

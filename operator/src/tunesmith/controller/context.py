@@ -1,4 +1,4 @@
-"""What every reconciler gets: the caches, the queue, and writes whose answers go into the caches."""
+"""Context of all reconcilers: the caches, the queue, and writes whose responses update the caches."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class NotLeadingError(ClusterError):
-    """A write was held back: another replica may lead by now."""
+    """A write was not sent, since another replica may lead by now."""
 
     label = "not_leading"
 
@@ -42,36 +42,36 @@ class Context:
     namespaces: NamespaceLabels = field(default_factory=NamespaceLabels)
     queue: WorkQueue = field(default_factory=WorkQueue)
     epoch: int = 0
-    """Rises with each new leader; 0 while this process has not led yet."""
+    """Number that increases with each new leader; 0 until this process leads for the first time."""
     may_write: Callable[[], bool] = lambda: True
-    """Whether this process surely leads now; it does not after a stall in which the Lease ran out."""
+    """Returns True if this process certainly leads; False, for example, after a stall in which the Lease expired."""
     written: Callable[[Object], None] = lambda _: None
-    """Called with each object that was written: its watch event will be nothing new to the cache."""
+    """Called with each written object, since the cache ignores its watch event as already known."""
     cluster_uid: str = ""
-    """Uid of the namespace kube-system; empty where it may not be read. Set before the first reconcile."""
+    """UID of the namespace kube-system; empty if it may not be read. Set before the first reconcile."""
     installation_keys: Keys = ()
-    """The keys that all tokens derive from, newest first. Set before the first reconcile, renewed in a rotation."""
+    """Keys from which all tokens are derived, newest first. Set before the first reconcile, replaced in a rotation."""
     jobs: Parsed[FineTuneJob] = field(init=False)
-    """The FineTuneJobs. Their status is the record of their attempts, which nothing else holds."""
+    """The FineTuneJobs. Their status is the only record of their attempts."""
 
     def __post_init__(self) -> None:
         self.jobs = Parsed(self.caches["FineTuneJob"], FineTuneJob, is_status_kept=True)
 
     def now(self) -> datetime:
-        """The time, UTC."""
+        """Return the current time, UTC."""
         return datetime.now(UTC)
 
     async def create(self, manifest: Object) -> Object:
         """Create an object.
 
         Raises:
-            AlreadyExistsError: there is one of that name.
+            AlreadyExistsError: an object of that name exists.
         """
         self._check()
         return self._seen(await self.cluster.create(manifest))
 
     async def apply(self, manifest: Object) -> Object:
-        """Server-side apply of the full intent. A Secret is overwritten: the operator must not be able to read it."""
+        """Apply the full intent on the server side. A Secret is overwritten, since the operator must not read it."""
         self._check()
         if manifest["kind"] == "Secret":
             await self.cluster.overwrite(manifest)
@@ -81,7 +81,7 @@ class Context:
     async def patch(
         self, item: Object, body: Object, *, type_: PatchType = "merge", subresource: str | None = None
     ) -> Object:
-        """Change this incarnation of an object that somebody else owns.
+        """Patch this incarnation of an object that another controller manages.
 
         Raises:
             ConflictError: another object has its name by now.
@@ -96,18 +96,18 @@ class Context:
         )
 
     async def replace_status(self, manifest: Object) -> Object:
-        """Write the status of an object as it was read, with another `status`.
+        """Replace the status of an object; `manifest` is the object as read, with the new `status`.
 
         Raises:
-            ConflictError: the object changed since it was read; the key comes back by itself.
+            ConflictError: the object changed since it was read; its key is requeued automatically.
         """
         self._check()
         return self._seen(await self.cluster.replace_status(manifest))
 
     async def delete(self, item: Object, propagation: Propagation = "Background") -> bool:
-        """Delete this incarnation of an object and what it owns; False where it is gone already.
+        """Delete this incarnation of an object and its dependents; return False if it is already deleted.
 
-        With `Foreground` it stays, marked as being deleted, until what it owns is gone.
+        With `Foreground` it remains, marked as being deleted, until its dependents are deleted.
         """
         self._check()
         metadata = item["metadata"]

@@ -1,4 +1,4 @@
-"""Keeps the caches true, and reconciles what changed while this replica leads."""
+"""Maintenance of the caches, and reconciling of changed objects while this replica leads."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 
 class Controller:
-    """The caches, the queue and the workers of some reconcilers."""
+    """The caches, the queue and the workers of a set of reconcilers."""
 
     def __init__(self, context: Context, reconcilers: Sequence[Reconciler]) -> None:
         self._context = context
@@ -61,14 +61,14 @@ class Controller:
         context.metrics.queue_depth.set_function(lambda: context.queue.depth)
 
     def unhealthy(self) -> list[str]:
-        """Return why the process must be started again: a reconcile that does not end, watches that are gone."""
+        """Return the reasons to restart the process: a reconcile that does not return, stopped watches."""
         now = time.monotonic()
         stuck = [key for key, since in self._busy.items() if now - since > _STUCK_SECONDS]
         problems = [f"{key} has been reconciled for more than {_STUCK_SECONDS:.0f} s" for key in stuck]
         return [*problems, "the watches ended for good"] if self._watcher.died else problems
 
     def unready(self) -> list[str]:
-        """Why the process cannot do its work now: what it knows of the cluster is missing or old."""
+        """Return the reasons why the process cannot work now: its state of the cluster is missing or stale."""
         if self._listed is None:
             return ["the caches are not synced"]
         problems = [] if self._watcher.alive else ["the watches do not run"]
@@ -78,7 +78,7 @@ class Controller:
         return problems
 
     async def keep_caches(self) -> None:
-        """List everything, start the watches, list again now and then. Runs without end."""
+        """List everything, start the watches, and relist periodically. Runs until cancelled."""
         failures = lists = 0
         while True:
             self._relist.clear()
@@ -95,7 +95,7 @@ class Controller:
                 self._watcher.start()
             self._listed = time.monotonic()
             self._synced.set()
-            # The second list comes soon: between the first one and the start of the watches, deletions can be missed.
+            # The second list follows soon, since deletions between the first one and the watches' start are missed.
             seconds = self._context.settings.relist_seconds
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(seconds if lists else min(seconds, _SECOND_LIST_SECONDS)):
@@ -105,7 +105,7 @@ class Controller:
     async def lead(self, epoch: int) -> None:
         """Reconcile until cancelled."""
         if self._listed is not None:
-            # A replica that stood by acts on what is there now, not on what its watches may have missed.
+            # A replica that was on standby relists first, since its watches may have missed changes.
             self._synced.clear()
             self._relist.set()
         await self._synced.wait()
@@ -128,11 +128,14 @@ class Controller:
             self._context.metrics.leading.set(0)
 
     async def keep_namespaces(self) -> None:
-        """Follow the labels of the namespaces. Runs without end."""
+        """Follow the labels of the namespaces. Runs until cancelled."""
         await self._namespaces.run()
 
     async def keep_keys(self) -> None:
-        """Follow the installation key, and write what derives from it while this replica leads. Runs without end."""
+        """Follow the installation key, and write the Secrets derived from it while this replica leads.
+
+        Runs until cancelled.
+        """
         context, failures, written = self._context, 0, float("-inf")
         while True:
             try:
@@ -182,11 +185,11 @@ class Controller:
             return ""
 
     async def stop(self) -> None:
-        """End the watches."""
+        """Stop the watches."""
         await self._watcher.stop()
 
     def observe(self, type_: str | None, item: Object) -> None:
-        """Take in an event of a watch. One that cannot be read is logged, and a complete list follows."""
+        """Process a watch event. An event that cannot be read is logged, and a complete list follows."""
         try:
             self._observe(type_, item)
         except Exception:  # noqa: BLE001 - one object must not hide the others
@@ -221,11 +224,11 @@ class Controller:
                 try:
                     for key in watch.keys(item):
                         self._context.queue.add(key)
-                except Exception:  # noqa: BLE001 - an object of a tenant must not end the process
+                except Exception:  # noqa: BLE001 - an object of a tenant must not terminate the process
                     _log.exception("%s cannot be read", key_of(item))
 
     def _enqueue_readers(self, item: Object) -> None:
-        """Tell the reconcilers of other kinds what one reconciler wrote. Of its own objects it knows."""
+        """Enqueue keys of other kinds that depend on an object that a reconciler wrote."""
         if item["kind"] in self._reconcilers:
             self._enqueue_watching(item)
 
@@ -245,7 +248,7 @@ class Controller:
                 result = error.label
                 delay = queue.failed(key)
                 _log.info("%s: %s; again in %.1f s", key, error, delay)
-            except Exception:  # noqa: BLE001 - one key's failure must not end the worker
+            except Exception:  # noqa: BLE001 - one key's failure must not stop the worker
                 result = "error"
                 delay = queue.failed(key)
                 _log.exception("%s: reconcile failed; again in %.1f s", key, delay)
@@ -262,18 +265,18 @@ class Controller:
         while True:
             try:
                 await reconciler.run()
-            except Exception:  # noqa: BLE001 - it is started again
+            except Exception:  # noqa: BLE001 - it is restarted
                 _log.exception("the background task of %s failed", reconciler.kind)
             failures += 1
             await asyncio.sleep(backoff(failures))
 
     def _watches_ended(self) -> None:
         self._context.metrics.watch_restarts.inc()
-        # What the watches missed until they run again is found by a complete list.
+        # A complete list finds the changes that are missed until the watches run again.
         self._relist.set()
 
     def _selectors(self) -> dict[str, str]:
-        """The label selector by kind that the API server filters by: none where one kind has several."""
+        """Return the label selector for each kind; empty if watches of one kind have different ones."""
         found: dict[str, set[str]] = {}
         for watch in self._cached:
             found.setdefault(watch.kind, set()).add(watch.selector)
@@ -281,12 +284,12 @@ class Controller:
 
 
 def _among(watch: Watch, namespace: str | None) -> Callable[[Object], bool]:
-    """Return a predicate for the objects that a list of the watch in a namespace covers; None: in every namespace."""
+    """Return a predicate for the objects that a list of the watch covers, in one namespace or, if None, in all."""
     return lambda item: namespace in (None, item["metadata"].get("namespace")) and watch.matches(item)
 
 
 def _combined(reconcilers: Sequence[Reconciler]) -> list[Watch]:
-    """Every primary kind, and the secondary ones of each reconciler."""
+    """Return watches of every primary kind and of each reconciler's secondary kinds."""
     watches = [Watch(reconciler.kind) for reconciler in reconcilers]
     watches += [watch for reconciler in reconcilers for watch in reconciler.watches]
     return watches

@@ -1,7 +1,7 @@
-"""Leader election by a Lease: one replica leads, and each leader has a higher epoch than the one before.
+"""Leader election by a Lease: one replica leads, and each leader has a higher epoch than its predecessor.
 
-An epoch is the time, in seconds since 1970, when its leader began, and at least one more than the epoch before, which
-the Lease records. So it rises even where the Lease was deleted.
+An epoch is the Unix time, in seconds, at which its leader started, but higher than the previous epoch, which the Lease
+records. So epochs increase even if the Lease is deleted.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ _log = logging.getLogger(__name__)
 
 
 class Election:
-    """Takes the Lease, keeps it, and says until when it holds.
+    """Acquisition and renewal of the Lease.
 
-    A leader that cannot renew stops after 0.8 of the Lease's duration, counted from the start of its last good renewal;
-    another takes over when the Lease has not changed for the whole duration. Both count on their own monotonic clocks.
+    A leader that cannot renew stops after 0.8 of the Lease's duration, counted from the start of its last successful
+    renewal; another takes over when the Lease has not changed for the whole duration. Both use their own monotonic
+    clocks.
     """
 
     def __init__(self, cluster: Cluster, namespace: str, identity: str, seconds: float) -> None:
@@ -46,11 +47,13 @@ class Election:
         self._until = 0.0
 
     def leads(self) -> bool:
-        """Whether the Lease is surely held now."""
+        """Return True if the Lease is certainly held now."""
         return time.monotonic() < self._until
 
     async def run(self, lead: Callable[[int], Awaitable[None]]) -> None:
-        """Call `lead(epoch)` whenever this replica leads and cancel it when it no longer does. Runs without end.
+        """Call `lead(epoch)` whenever this replica becomes the leader, cancel it when it no longer is.
+
+        Runs until cancelled.
 
         Raises:
             Exception: `lead` raised it.
@@ -70,11 +73,11 @@ class Election:
             _log.warning("%s lost the lease and waits for it", self._identity)
 
     async def release(self) -> None:
-        """Let another replica take over at once, where this one holds the Lease."""
+        """Release the Lease if this replica holds it, so that another one takes over immediately."""
         self._until = 0.0
         with contextlib.suppress(ClusterError, TimeoutError):
             async with asyncio.timeout(self._seconds):
-                # Read anew: a renewal may have been under way.
+                # Read it again, since a renewal may have been in flight.
                 lease = await self._cluster.find("Lease", LEASE_NAME, self._namespace)
                 if lease is not None and lease["spec"].get("holderIdentity") == self._identity:
                     lease["spec"]["holderIdentity"] = ""
@@ -92,7 +95,7 @@ class Election:
             await asyncio.sleep(self._seconds / 5)
 
     async def _try(self) -> bool:
-        """Take the Lease where it is free, expired, or was this replica's own before a restart."""
+        """Take the Lease if it is free, expired, or held by this replica since before a restart."""
         started = time.monotonic()
         lease = await self._cluster.find("Lease", LEASE_NAME, self._namespace)
         if lease is None:
@@ -121,7 +124,7 @@ class Election:
         return True
 
     async def _hold(self, leading: asyncio.Future[None]) -> None:
-        """Renew until the Lease is lost or `leading` ends."""
+        """Renew until the Lease is lost or `leading` finishes."""
         while not leading.done() and self.leads():
             await asyncio.wait([leading], timeout=self._seconds / 5)
             started = time.monotonic()
@@ -149,9 +152,9 @@ class Election:
 
 
 def next_epoch(annotations: Mapping[str, str], now: float) -> int:
-    """Return the epoch of a leader that begins now, in seconds since 1970, on a Lease with these annotations.
+    """Return the epoch of a leader that starts at `now`, a Unix time, with the Lease's annotations.
 
-    An epoch that the agents would refuse as implausible, because somebody wrote it into the Lease, is not continued.
+    A recorded epoch that agents would refuse as implausible, because it was tampered with, is ignored.
     """
     recorded = annotations.get(EPOCH, "")
     previous = int(recorded) if recorded.isascii() and recorded.isdigit() and len(recorded) <= _MAX_DIGITS else 0

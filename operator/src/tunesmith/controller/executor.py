@@ -1,4 +1,4 @@
-"""Writes of the reconcilers. What the API server refuses is returned as an observation and retried with delays."""
+"""Writes of the reconcilers. Refusals of the API server are returned as observations and retried with delays."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FIRST_DELAY_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class _Outcome:
-    """The last answer to a write. `refusal`: None where it was accepted."""
+    """The latest response to a write. `refusal`: None if it was accepted."""
 
     digest: str
     at: float
@@ -34,10 +34,10 @@ class _Outcome:
 
 
 class Executor:
-    """Writes for owners, by the owner's UID.
+    """Writes on behalf of owners, by the owner's UID.
 
-    A refused write is not sent again before its delay is over, unless it creates or applies other content. Errors that
-    are not refusals are raised: the queue tries the whole key again.
+    A refused write is not repeated until its delay has passed, unless it creates or applies different content. Errors
+    that are not refusals are raised, and the queue retries the whole key.
     """
 
     def __init__(self, context: Context, clock: Callable[[], float] = time.monotonic) -> None:
@@ -46,12 +46,12 @@ class Executor:
         self._outcomes: dict[str, dict[str, _Outcome]] = {}
 
     async def apply(self, owner: str, manifest: Object, generation: int | None = None) -> Refusal | None:
-        """Apply an object unless it is as this process applied it a moment ago.
+        """Apply an object unless it is unchanged since this process recently applied it.
 
         Args:
             owner: UID of the owner.
             manifest: the full intent.
-            generation: as observed; None where the object is not watched.
+            generation: the observed generation; None if the object is not watched.
         """
         last = self._outcomes.get(owner, {}).get(_place("apply", manifest))
         if last is not None and last.refusal is None and last.digest == _digest(manifest):
@@ -75,11 +75,11 @@ class Executor:
     async def patch(
         self, owner: str, item: Object, body: Object, *, type_: PatchType = "merge", subresource: str | None = None
     ) -> Refusal | None:
-        """Change this incarnation of an object.
+        """Patch this incarnation of an object.
 
         Raises:
             ConflictError: another object has its name.
-            NotFoundError: it does not exist.
+            NotFoundError: the object does not exist.
         """
         return await self._send(
             "patch",
@@ -90,11 +90,11 @@ class Executor:
         )
 
     async def delete(self, owner: str, item: Object, propagation: Propagation) -> Refusal | None:
-        """Delete this incarnation of an object and what it owns; nothing happens if it does not exist."""
+        """Delete this incarnation of an object and its dependents; do nothing if it does not exist."""
         return await self._send("delete", owner, item, lambda: self._context.delete(item, propagation))
 
     def forget(self, owner: str) -> None:
-        """Drop what is known about the objects of an owner that is gone."""
+        """Discard the records of a deleted owner's objects."""
         self._outcomes.pop(owner, None)
 
     async def _send(
@@ -130,17 +130,17 @@ class Executor:
 
 
 def name_taken(verb: str, manifest: Object, message: str) -> Refusal:
-    """Return the refusal of an object whose name another one has."""
+    """Return the refusal for an object whose name is taken."""
     return Refusal(verb, manifest["kind"], message, RefusalCause.NAME_TAKEN)
 
 
 def describe(item: Object) -> str:
-    """Return an object's kind, namespace and name, for a sentence."""
+    """Return an object's kind, namespace and name, for messages."""
     return f"{item['kind']} {item['metadata'].get('namespace', '')}/{item['metadata']['name']}"
 
 
 def _refusal(verb: str, item: Object, error: ClusterError) -> Refusal | None:
-    """Return the refusal that an error means; None for an API server that only could not answer."""
+    """Return the refusal for an error; None if the API server was merely unable to respond."""
     what = describe(item) if verb in {"apply", "create"} else f"to {verb} {describe(item)}"
     cause = cause_of(str(error), forbidden=isinstance(error, ForbiddenError))
     if isinstance(error, UnavailableError) and cause is RefusalCause.INVALID:

@@ -1,4 +1,4 @@
-"""FineTuneJobs: caches → observe → plan → writes → one status write → events."""
+"""Reconciler of FineTuneJobs: caches → observe → plan → writes → one status write → Events."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ if TYPE_CHECKING:
 
 KIND = "FineTuneJob"
 _POD_PATIENCE = timedelta(seconds=2)
-"""Time in which the Job controller makes the pods of a Job."""
+"""Time that the Job controller may take to create the pods of a Job."""
 _log = logging.getLogger(__name__)
 
 
 class FineTuneJobReconciler:
-    """Trains what FineTuneJobs ask for."""
+    """Reconciler of FineTuneJobs."""
 
     kind = KIND
 
@@ -65,17 +65,17 @@ class FineTuneJobReconciler:
 
     @property
     def watches(self) -> Sequence[Watch]:
-        """Its Jobs and their pods."""
+        """Jobs of a FineTuneJob and their pods."""
         return (
             Watch("Job", owner_keys(KIND), MANAGED),
             Watch("Pod", label_keys(KIND, render.JOB_LABEL), MANAGED),
         )
 
     async def reconcile(self, key: Key) -> Result:
-        """One pass."""
+        """Reconcile one FineTuneJob."""
         manifest = self._context.caches[KIND].get(key.namespace, key.name)
         if manifest is None or manifest["metadata"].get("deletionTimestamp"):
-            # What it owns is removed by its owner references.
+            # Kubernetes deletes its dependents by their owner references.
             uid = self._uids.pop(key, None)
             if uid is not None:
                 self._executor.forget(uid)
@@ -83,7 +83,7 @@ class FineTuneJobReconciler:
             return Result()
         finetunejob = self._context.jobs.get(key.namespace, key.name)
         if finetunejob is None:
-            # Not a failure for good: a newer release may have written it and may come back.
+            # Not a permanent failure: a newer release may have written it and may be reinstalled.
             await self._statuses.write_unreadable(manifest, self._context.jobs.error(manifest))
             return Result()
         self._uids[key] = finetunejob.metadata.uid
@@ -119,7 +119,7 @@ class FineTuneJobReconciler:
         await self._progress.run()
 
     async def _jobs(self, manifest: Object) -> Objects:
-        """The Jobs of a FineTuneJob. What would be decided upon for good is read from the API server, not the cache."""
+        """Return the Jobs of a FineTuneJob. Before a permanent decision, read the API server instead of the cache."""
         metadata = manifest["metadata"]
         jobs = {job["metadata"]["name"]: job for job in self._context.caches["Job"].owned(metadata["uid"])}
         for attempt in manifest.get("status", {}).get("attempts") or ():
@@ -135,7 +135,7 @@ class FineTuneJobReconciler:
         return list(jobs.values())
 
     async def _workloads(self, jobs: Objects) -> Objects:
-        """What Kueue has of the Jobs that wait in a queue; read, not watched: clusters without Kueue have none."""
+        """Return the Kueue Workloads of suspended Jobs; read, not watched, since Kueue may not be installed."""
         found: Objects = []
         for job in jobs:
             if job.get("spec", {}).get("suspend"):
@@ -145,7 +145,7 @@ class FineTuneJobReconciler:
         return found
 
     def _pods(self, manifest: Object, jobs: Objects) -> Objects:
-        """The pods of the Jobs, and where a Job is gone those that it may have left."""
+        """Return the pods of the Jobs and, if a Job is missing, the pods that it may have left."""
         cache, metadata = self._context.caches["Pod"], manifest["metadata"]
         names = {job["metadata"]["name"] for job in jobs}
         if all(attempt["name"] in names for attempt in manifest.get("status", {}).get("attempts") or ()):
@@ -153,7 +153,7 @@ class FineTuneJobReconciler:
         return cache.find(render.JOB_LABEL, f"{metadata['namespace']}/{metadata['name']}")
 
     async def _complete_pods(self, name: str, job: Object) -> None:
-        """A Job's end can be told before its pods' ends: then the pods are read."""
+        """Read the pods of a finished Job from the API server if the cache does not show them as finished yet."""
         pods = self._context.caches["Pod"].owned(job["metadata"]["uid"])
         if all(pod.get("status", {}).get("phase") in {"Succeeded", "Failed"} for pod in pods) and pods:
             return
@@ -162,9 +162,9 @@ class FineTuneJobReconciler:
             self._context.caches["Pod"].put(pod)
 
     async def _lacks_of_quota(self, jobs: Objects, now: datetime) -> dict[str, str]:
-        """Return, by name of a Job, why a ResourceQuota leaves no room for its missing pods.
+        """Return the reasons why a ResourceQuota leaves no room for missing pods, by name of the Job.
 
-        Read while pods are missing: the Job controller reports what refuses them by Events only.
+        Quotas are read only while pods are missing, since the Job controller reports refused pods only by Events.
         """
         found: dict[str, str] = {}
         for job in jobs:
@@ -194,17 +194,17 @@ class FineTuneJobReconciler:
                 isolation = render.isolation(job, self._context.settings.network)
                 return await self._create(job, *isolation, render.configuration(job, VALIDATE), rendered)
             case CreateAttempt(number):
-                # The status that goes with the action holds what validation resolved in this very pass.
+                # The status of the plan has the values that validation resolved in this pass.
                 resolved = job.model_copy(update={"status": status})
                 rendered = render.attempt(job, number, self._installation)
                 beside = [*render.isolation(job, self._context.settings.network), *render.meeting(job)]
                 return await self._create(job, *beside, render.configuration(resolved, TRAIN), rendered)
             case StopJob(name):
-                # It stays until its pod is gone, so that what follows sees whether one still saves.
+                # The Job remains until its pods are deleted, so that later passes see whether one is still saving.
                 return await self._executor.delete(job.metadata.uid, jobs[name], "Foreground")
 
     async def _gpu_memory(self, job: FineTuneJob) -> int | None:
-        """Read once per job: watching nodes would be far more work than this one question."""
+        """Return the GPU's memory in bytes, or None. Read once per job, which is much cheaper than watching nodes."""
         if not job.spec.resources.gpus:
             return None
         selector = ",".join(f"{key}={value}" for key, value in (job.spec.scheduling.node_selector or {}).items())
@@ -215,9 +215,9 @@ class FineTuneJobReconciler:
             return None
 
     async def _create(self, job: FineTuneJob, *items: Object) -> Refusal | None:
-        """Create each object once and never apply it again: one that exists is the one that was meant.
+        """Create each object once and never apply it again: an existing object is accepted unchanged.
 
-        A newer release may render it otherwise, and what an attempt reads must not change between attempts.
+        A newer release may render it differently, and the input of a job must not change between attempts.
         """
         for item in items:
             try:
@@ -250,7 +250,7 @@ class FineTuneJobReconciler:
         ]
 
     def _is_of_a_job(self, pod: Object) -> bool:
-        """True if a FineTuneJob's Job controls the pod: no other pod is sent requests."""
+        """Return True if a FineTuneJob's Job controls the pod: requests are sent to no other pods."""
         metadata = pod["metadata"]
         name = (metadata.get("labels") or {}).get(render.JOB_LABEL, "")
         finetunejob = self._context.jobs.get(metadata["namespace"], name)

@@ -1,4 +1,4 @@
-"""The installation key, a Secret that all keys and tokens derive from, and what gateways and Prometheus get of it."""
+"""The installation key, from which all keys and tokens are derived, and the Secrets of gateways and Prometheus."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class InstallationKeyError(ClusterError):
 async def installation_keys(cluster: Cluster, namespace: str) -> Keys:
     """Return the installation key and, during a rotation, its predecessor. A missing Secret is created.
 
-    `key` is base64 text of 32 random bytes, and is used as that text. `previous` is the key before it, as long as
-    what was derived from it must be accepted.
+    `key` is base64 text of 32 random bytes, and is used as that text. `previous` is the key before it, for as long as
+    tokens derived from it must be accepted.
 
     Raises:
-        InstallationKeyError: the Secret holds no usable key.
+        InstallationKeyError: the Secret contains no usable key.
     """
     secret = await cluster.find("Secret", SECRET_NAME, namespace)
     if secret is None:
@@ -57,7 +57,7 @@ async def installation_keys(cluster: Cluster, namespace: str) -> Keys:
 
 
 def gateway_key_secret(keys: Keys, namespace: str) -> Object:
-    """Build the Secret that the gateways mount: what they may derive tokens from."""
+    """Build the Secret that the gateways mount, with the keys from which they derive tokens."""
     return _secret(GATEWAY_SECRET_NAME, namespace, keys_file(gateway_keys(keys)))
 
 

@@ -37,7 +37,7 @@ _log = logging.getLogger("tunesmith")
 
 
 def reconcilers(context: Context) -> Sequence[Reconciler]:
-    """Return one for each kind."""
+    """Return the reconcilers, one for each kind."""
     serving_state = ServingState(context)
     context.metrics.silent_gateways.set_function(lambda: serving_state.demand.silent(time.monotonic()))
     return [
@@ -48,7 +48,7 @@ def reconcilers(context: Context) -> Sequence[Reconciler]:
 
 
 async def operate(settings: OperatorSettings, stop: asyncio.Event) -> None:
-    """Run until `stop` is set; then hand the Lease over.
+    """Run until `stop` is set, then release the Lease.
 
     Raises:
         ClusterError: there are no usable credentials.
@@ -86,8 +86,8 @@ async def _until(stop: asyncio.Event, *endless: object) -> None:
     """Run coroutines until `stop` is set.
 
     Raises:
-        Exception: one of them raised it.
-        RuntimeError: one of them ended.
+        Exception: a coroutine raised it.
+        RuntimeError: a coroutine returned.
     """
     tasks = [asyncio.ensure_future(coroutine) for coroutine in (*endless, stop.wait())]  # type: ignore[call-overload]
     try:
@@ -111,14 +111,14 @@ async def _main(settings: OperatorSettings) -> None:
 
 
 def main() -> None:
-    """Run the operator as the command line says."""
+    """Run the operator with the settings of the command line."""
     settings = read(OperatorSettings)
     allow_deep_objects()
     logging.basicConfig(
         level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
     logging.getLogger("kopf").setLevel(logging.WARNING)
-    # It warns that it cannot catch signals in its thread, which is as wanted.
+    # It warns that it cannot handle signals in its thread, which is intended.
     logging.getLogger("kopf._core.reactor.running").setLevel(logging.ERROR)
     try:
         with contextlib.suppress(KeyboardInterrupt), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

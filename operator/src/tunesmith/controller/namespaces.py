@@ -1,7 +1,7 @@
 """Labels of the namespaces that the operator serves, which decide to which pools their adapters may attach.
 
-They are followed by watches of their own: with `watch-namespaces` the operator may read each of these namespaces alone,
-by a field selector, which kopf does not offer.
+They have their own watches: with `watch-namespaces` the operator may read only these namespaces, one by one with a
+field selector, which kopf does not support.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ _log = logging.getLogger(__name__)
 
 
 class NamespaceLabels:
-    """Labels by namespace. While the API server cannot be reached, they stay as they are."""
+    """Labels by namespace. While the API server is unreachable, they stay unchanged."""
 
     def __init__(self) -> None:
         self._labels: dict[str, Mapping[str, str]] = {}
         self.revision = 0
-        """Differs whenever any labels have changed."""
+        """Number that changes whenever any labels change."""
 
     def labels(self, namespace: str) -> Mapping[str, str] | None:
-        """Return the labels of a namespace; None: it does not exist, or may not be read."""
+        """Return the labels of a namespace; None if it does not exist or may not be read."""
         return self._labels.get(namespace)
 
     def put(self, namespace: str, labels: Mapping[str, str]) -> bool:
-        """Set the labels of a namespace; return False if they are known already."""
+        """Set the labels of a namespace; return False if they are unchanged."""
         if self._labels.get(namespace) == labels:
             return False
         self._labels[namespace] = labels
@@ -57,7 +57,7 @@ class NamespaceLabels:
 
 
 class NamespaceFollower:
-    """Keeps a table of labels as the API server has them.
+    """Synchronisation of a table of labels with the API server.
 
     Args:
         cluster: the cluster.
@@ -74,10 +74,10 @@ class NamespaceFollower:
         self._changed = changed
         self._unread = set(names or (_ALL,))
         self.read = asyncio.Event()
-        """Set once all were read, or cannot be read: then no selector matches them."""
+        """Set once every namespace was read or proved unreadable; no selector matches unreadable ones."""
 
     async def run(self) -> None:
-        """Follow them until cancelled."""
+        """Follow the namespaces until cancelled."""
         async with asyncio.TaskGroup() as group:
             for name in tuple(self._unread):
                 group.create_task(self._follow(name))
@@ -114,7 +114,7 @@ class NamespaceFollower:
                 self._changed(event.object)
 
     def _vanished(self, name: str, listed: set[str] | None) -> list[str]:
-        """Return the known namespaces that the first list of a watch does not have."""
+        """Return the known namespaces that are missing from the first list of a watch."""
         if listed is None:
             return []
         return [known for known in self._labels.names() if known not in listed and name in {_ALL, known}]

@@ -1,4 +1,4 @@
-"""Cached objects as models: each version is parsed once."""
+"""Cached objects as pydantic models; each version is parsed once."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Parsed(Generic[M]):
     """The objects of a cache as models."""
 
     def __init__(self, cache: Cache, model: type[M], *, is_status_kept: bool = False) -> None:
-        """Parse the objects of a cache when they are asked for.
+        """Initialise; objects of the cache are parsed on demand.
 
         Args:
             cache: the objects of one kind.
-            model: of that kind.
-            is_status_kept: an object whose status does not fit the schema is treated as one whose spec does not: the
-                status is a record of what happened, and cannot be observed again.
+            model: model of that kind.
+            is_status_kept: True if the status is a record that cannot be observed again; an object whose status does
+                not fit the schema is then treated like one whose spec does not.
         """
         self._cache = cache
         self._model = model
@@ -37,24 +37,24 @@ class Parsed(Generic[M]):
         self._known: dict[str, tuple[str, M | None]] = {}
 
     def get(self, namespace: str, name: str) -> M | None:
-        """Return the object; None where it does not exist, is being deleted, or does not fit this release's schema."""
+        """Return the object; None if it does not exist, is being deleted, or does not fit this release's schema."""
         manifest = self._cache.get(namespace, name)
         return None if manifest is None else self._parse(manifest)
 
     def list(self, namespace: str | None = None) -> list[M]:
-        """Return all objects, or those of one namespace, without those that `get` returns None for."""
+        """Return all objects, or those of one namespace, except those for which `get` returns None."""
         return self._models(self._cache.list(namespace))
 
     def find(self, index: str, value: str) -> builtins.list[M]:
-        """Return the objects that an index of the cache has under a value."""
+        """Return the objects for which an index of the cache yields a value."""
         return self._models(self._cache.find(index, value))
 
     def forget(self, uid: str) -> None:
-        """Drop an object that is gone."""
+        """Discard a deleted object."""
         self._known.pop(uid, None)
 
     def error(self, manifest: Object) -> str:
-        """Return a sentence on why an object does not fit this release's schema."""
+        """Return the reason why an object does not fit this release's schema, as a sentence."""
         try:
             self._model.model_validate(manifest if self._is_status_kept else {**manifest, "status": {}})
         except ValidationError as error:
@@ -82,7 +82,7 @@ class Parsed(Generic[M]):
         except ValidationError:
             place = f"{manifest['kind']} {manifest['metadata'].get('namespace')}/{manifest['metadata']['name']}"
         if not self._is_status_kept:
-            # A status is observed again; only a spec that cannot be read keeps the object from being served.
+            # A status can be observed again; only an unreadable spec prevents the object from being served.
             try:
                 model = self._model.model_validate({**manifest, "status": {}})
             except ValidationError:

@@ -1,4 +1,4 @@
-"""HTTP: /healthz and /readyz on one port, /metrics on another."""
+"""HTTP servers for /healthz and /readyz on one port and /metrics on another."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ async def serving(
     registry: CollectorRegistry,
     may_read: Callable[[str], bool],
 ) -> AsyncIterator[None]:
-    """Serve until the block ends.
+    """Serve until the context exits.
 
     Args:
-        probe_port: of /healthz and /readyz.
-        metrics_port: of /metrics.
-        unhealthy: return why the process must restart; nothing when all is well.
-        unready: return why the process cannot work now; nothing when all is well.
+        probe_port: port of /healthz and /readyz.
+        metrics_port: port of /metrics.
+        unhealthy: returns the reasons why the process must restart; empty if there are none.
+        unready: returns the reasons why the process cannot work now; empty if there are none.
         registry: the metrics.
-        may_read: return True if a value of the header Authorization opens /metrics.
+        may_read: returns True if a value of the header Authorization grants access to /metrics.
 
     Raises:
         OSError: a port is taken.

@@ -1,4 +1,4 @@
-"""Pulls `/progress` from running training pods, apart from reconciles."""
+"""Polling of `/progress` of running training pods, independent of reconciles."""
 
 from __future__ import annotations
 
@@ -25,33 +25,33 @@ _OK = 200
 
 
 class ProgressPoller:
-    """The newest progress of each running pod. A pod is not trusted: 1 s, 64 KiB, no redirects, a strict schema."""
+    """Latest progress of each running pod. Pods are not trusted: 1 s, 64 KiB, no redirects, a strict schema."""
 
     def __init__(
         self, pods: Callable[[], Objects], changed: Callable[[Object], None], port: int = PROGRESS_PORT
     ) -> None:
-        """Prepare.
+        """Initialise.
 
         Args:
-            pods: the pods that run now.
-            changed: called with a pod whose progress is another than before.
-            port: of the pods.
+            pods: returns the running pods.
+            changed: called with a pod whose progress has changed.
+            port: port of the pods' progress server.
         """
         self._pods = pods
         self._changed = changed
         self._port = port
         self._samples: dict[str, ProgressStatus] = {}
         self._malformed: set[str] = set()
-        """Uids of the running pods whose malformed progress was logged."""
+        """UIDs of the running pods whose malformed progress was logged."""
 
     def newest(self, pods: Iterable[Object]) -> ProgressStatus | None:
-        """The newest sample of any of these pods that runs."""
+        """Return the latest sample of any running pod among these, or None."""
         return next(
             (self._samples[pod["metadata"]["uid"]] for pod in pods if pod["metadata"]["uid"] in self._samples), None
         )
 
     async def run(self) -> None:
-        """Pull every 2 s. Runs without end."""
+        """Poll every 2 s. Runs until cancelled."""
         slots = asyncio.Semaphore(_AT_ONCE)
         connector = aiohttp.TCPConnector(limit=_AT_ONCE, force_close=True)
         async with aiohttp.ClientSession(timeout=_TIMEOUT, connector=connector) as session:
@@ -80,7 +80,7 @@ class ProgressPoller:
                         return
                 sample = parse_progress(bytes(body))
         except (aiohttp.ClientError, OSError, TimeoutError):
-            # The pod may be starting or stopping; the last sample stays.
+            # The pod may be starting or stopping; keep the latest sample.
             return
         except ValueError as error:
             if uid not in self._malformed:

@@ -1,4 +1,4 @@
-"""What a reconciler is: the plug-in point of the controller."""
+"""The interface between reconcilers and the controller."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MANAGED = {"app.kubernetes.io/managed-by": "tunesmith"}
 
 
 class Key(NamedTuple):
-    """What is reconciled."""
+    """Identity of an object to reconcile."""
 
     kind: str
     namespace: str
@@ -28,12 +28,12 @@ class Key(NamedTuple):
 
 
 class Result(NamedTuple):
-    """The outcome of a reconcile that raised nothing."""
+    """Result of a reconcile that raised no exception."""
 
     requeue_after: float | None = None
-    """Seconds until the key is due again; None: when something changes."""
+    """Seconds until the key is due again; None: on the next change."""
     rest: float = 0.0
-    """Seconds during which a change does not make the key due again, so that a long decision does not delay others."""
+    """Seconds during which changes do not make the key due, so that an expensive reconcile does not delay others."""
 
 
 def _no_keys(_: Object) -> Iterable[Key]:
@@ -46,37 +46,37 @@ class Watch:
 
     kind: str
     keys: Callable[[Object], Iterable[Key]] = _no_keys
-    """Called with the object after each change, and with the last known one after its deletion."""
+    """Returns the keys; called with the object after each change, and with its last known version after deletion."""
     labels: Mapping[str, str] = field(default_factory=dict)
-    """Only objects with all of these labels; empty: every object of the kind."""
+    """Labels that watched objects must all have; empty: every object of the kind."""
 
     @property
     def selector(self) -> str:
-        """The label selector of the API."""
+        """Label selector for the API server."""
         return ",".join(f"{key}={value}" for key, value in sorted(self.labels.items()))
 
     def matches(self, item: Object) -> bool:
-        """Whether the object has the labels."""
+        """Return True if the object has the labels."""
         labels = item["metadata"].get("labels") or {}
         return all(labels.get(key) == value for key, value in self.labels.items())
 
 
 class Reconciler(Protocol):
-    """Brings one kind to what its spec says."""
+    """Reconciler of one kind: brings the cluster to the state in the spec."""
 
     @property
     def kind(self) -> str:
-        """The kind of its keys. Its objects are watched without being named in `watches`."""
+        """Kind of its keys. Its objects are watched without being listed in `watches`."""
 
     @property
     def watches(self) -> Sequence[Watch]:
-        """The other kinds that it reads."""
+        """Other kinds that it reads."""
 
     async def reconcile(self, key: Key) -> Result:
-        """Observe, decide, write. Called for one key at a time, for several keys at once."""
+        """Observe, decide, write. Called concurrently for different keys, never for the same key."""
 
     async def run(self) -> None:
-        """A task that lives while this process leads; it is cancelled when it no longer does."""
+        """Run a background task while this process leads; cancelled when it no longer does."""
 
 
 def key_of(item: Object) -> Key:
@@ -85,7 +85,7 @@ def key_of(item: Object) -> Key:
 
 
 def owner_keys(kind: str) -> Callable[[Object], Iterable[Key]]:
-    """The key of the controlling owner, where that is of `kind`."""
+    """Return a function that yields the key of the controlling owner if that is of `kind`."""
 
     def keys(item: Object) -> Iterable[Key]:
         owner = controller_of(item, kind)
@@ -96,7 +96,7 @@ def owner_keys(kind: str) -> Callable[[Object], Iterable[Key]]:
 
 
 def label_keys(kind: str, label: str) -> Callable[[Object], Iterable[Key]]:
-    """The key of the object of `kind` that a label names, in the same namespace."""
+    """Return a function that yields the key of the object of `kind` that a label names, in the same namespace."""
 
     def keys(item: Object) -> Iterable[Key]:
         name = (item["metadata"].get("labels") or {}).get(label)

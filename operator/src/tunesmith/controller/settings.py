@@ -20,7 +20,7 @@ _POD = Internal("the Deployment's ports and probes name it")
 
 
 class OperatorSettings(JobSettings, PoolSettings, AllowedScheduling, ClusterSettings):
-    """Settings of the operator: its own and those of the pods that it creates."""
+    """Settings of the operator and of the pods that it creates."""
 
     model_config = SettingsConfigDict()
 
@@ -68,5 +68,5 @@ class OperatorSettings(JobSettings, PoolSettings, AllowedScheduling, ClusterSett
 
     @property
     def network(self) -> Network:
-        """The installation as a NetworkPolicy sees it."""
+        """Parts of the installation that NetworkPolicies refer to."""
         return Network(self.namespace, self.instance, self.network_policies, self.metrics_from)

@@ -1,4 +1,4 @@
-"""The one writer of statuses, and of the Events about what changed in them."""
+"""Writes of statuses and of the Events about their changes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 class StatusWriter:
-    """Writes the status of a resource once in each pass, if it differs from the observed one."""
+    """Writer of statuses: one write per reconcile, if the status differs from the observed one."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -40,14 +40,14 @@ class StatusWriter:
         Args:
             manifest: the resource as observed.
             status: the whole next status.
-            reports: returns the Events about what else changed in the status that was written.
-            fallback: returns the status without what a pod reported, which must not keep the rest from being written.
+            reports: returns the Events about other changes in the written status.
+            fallback: returns the status without values reported by a pod, which must not prevent the write of the rest.
 
         Returns:
             True if it was written.
 
         Raises:
-            ClusterError: it could not be written; a refusal is reported by an Event.
+            ClusterError: the status could not be written; a refusal is reported by an Event.
         """
         if status.manifest() == status_of(manifest):
             return False
@@ -62,7 +62,7 @@ class StatusWriter:
         return True
 
     async def write_unreadable(self, manifest: Object, message: str) -> None:
-        """Write conditions on a resource that does not fit this release's schema. Nothing else of it is changed."""
+        """Write conditions of a resource that does not fit this release's schema; the rest stays unchanged."""
         document = unreadable_status(manifest, message, self._context.now())
         if document != status_of(manifest):
             await self._report(manifest, await self._replace(manifest, document), ())

@@ -1,7 +1,7 @@
-"""kopf's watches, in a thread of their own, started again whenever they end.
+"""kopf's watches, in a separate thread, restarted whenever they stop.
 
-kopf ends its process' tasks on any watch error but 410, and then cancels every task of its event loop that it does not
-know: in a loop of its own that hurts nobody.
+On any watch error except 410, kopf stops and cancels every task of its event loop that it does not know. In a separate
+loop this affects no other tasks.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _MAX_BACKOFF_SECONDS = 30.0
 
 
 class _Backoffs:
-    """Seconds between tries of one request, with jitter; long, since giving up ends all watches."""
+    """Seconds between attempts of one request, with jitter; many attempts, since giving up stops all watches."""
 
     def __iter__(self) -> Iterator[float]:
         return (min(10.0, 0.5 * 2.0**n) * random.uniform(0.5, 1.0) for n in range(30))  # noqa: S311 - spreads load
 
 
 class Watcher:
-    """Watches kinds and calls `observe(type, object)` in the loop that started it."""
+    """Watches of several kinds that call `observe(type, object)` in the loop that started them."""
 
     def __init__(
         self,
@@ -47,14 +47,14 @@ class Watcher:
         observe: Callable[[str | None, Object], None],
         ended: Callable[[], None],
     ) -> None:
-        """Prepare; `start` starts.
+        """Initialise; `start` starts the watches.
 
         Args:
-            cluster: whose address and credentials are used.
-            namespaces: where to watch; empty: everywhere.
-            selectors: the kinds, each with the label selector that the API server filters by, or "".
-            observe: called with the event's type (None: it was there already) and the object.
-            ended: called when the watches ended and are about to be started again.
+            cluster: cluster whose address and credentials are used.
+            namespaces: namespaces to watch; empty: all.
+            selectors: label selector by kind; "" for all objects of the kind.
+            observe: called with the event's type (None if the object existed before) and the object.
+            ended: called when the watches have stopped and are about to be restarted.
         """
         self._cluster = cluster
         self._namespaces = namespaces
@@ -68,21 +68,21 @@ class Watcher:
 
     @property
     def alive(self) -> bool:
-        """Whether the watches run."""
+        """True if the watches are running."""
         return self._thread.is_alive() and self._ready.is_set()
 
     @property
     def died(self) -> bool:
-        """True if the thread ended although nobody stopped it."""
+        """True if the thread stopped unexpectedly."""
         return self._loop is not None and not self._thread.is_alive() and not self._stop.is_set()
 
     def start(self) -> None:
-        """Start the thread. Must be called in the loop that `observe` is to be called in."""
+        """Start the thread. Must be called in the loop in which `observe` is to be called."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     async def stop(self, seconds: float = 2.0) -> None:
-        """Ask the watches to end and wait a little; the thread dies with the process."""
+        """Stop the watches and wait for at most `seconds`; the thread terminates with the process."""
         self._stop.set()
         await asyncio.to_thread(self._thread.join, seconds)
 
@@ -98,13 +98,13 @@ class Watcher:
                             settings=self._settings(),
                             clusterwide=not self._namespaces,
                             namespaces=self._namespaces,
-                            # For peering, which is off; kopf's own asks for the name of a user that an image may lack.
+                            # For peering, which is off; kopf's default looks up a user name that the image may lack.
                             identity=cast("Any", "tunesmith-operator"),
                             stop_flag=self._stop,
                             ready_flag=self._ready,
                         )
                     )
-            except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - whatever ended them, they are started again
+            except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - they are restarted after any error
                 _log.warning("the watches ended: %s: %s", type(error).__name__, error)
             self._ready.clear()
             if self._stop.is_set():
@@ -139,7 +139,7 @@ class Watcher:
             async def changed(event: kopf.RawEvent, kind: str = kind, **_: object) -> None:
                 raw = cast("Object", event["object"])
                 item = kept(named(raw, resource_of(kind)))
-                # kopf holds the last event of each object until its worker has been idle for a while.
+                # Free the memory: kopf keeps the last event of each object until its worker has been idle for a while.
                 raw.clear()
                 raw.update(item)
                 self._call(self._observe, event["type"], item)

@@ -1,4 +1,4 @@
-"""One queue of keys: each is there once, is worked on by one worker at a time, and is delayed after failures."""
+"""Queue of unique keys: each is processed by one worker at a time, and is delayed after failures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PATIENCE = 3
 
 
 class WorkQueue:
-    """Keys that are due, being worked on, or due later. For one event loop."""
+    """Keys that are due, being processed, or due later. For one event loop."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -41,11 +41,11 @@ class WorkQueue:
 
     @property
     def depth(self) -> int:
-        """Keys that are due now and wait for a worker."""
+        """Number of keys that are due and wait for a worker."""
         return len(self._queued) + len(self._again)
 
     def add(self, key: Key) -> None:
-        """Make the key due now; while it is worked on, when that is done; while it rests, at the end of its rest."""
+        """Make the key due now, or once its processing or its rest is over."""
         if key in self._running:
             self._again.add(key)
         elif (rest := self._rests.get(key, 0.0) - self._clock()) > 0:
@@ -56,7 +56,7 @@ class WorkQueue:
             self._wake.set()
 
     def add_after(self, key: Key, seconds: float) -> None:
-        """The key is due in so many seconds, or earlier where it already was."""
+        """Make the key due after some seconds, unless it is already due earlier."""
         due = self._clock() + seconds
         if due < self._due.get(key, float("inf")):
             self._due[key] = due
@@ -65,8 +65,8 @@ class WorkQueue:
             self._wake.set()
 
     async def get(self) -> Key:
-        """The next key that is due. `done` or `failed` must be called with it."""
-        # Workers whose keys need no input or output would otherwise keep everything else from running.
+        """Wait for the next due key and return it. `done` or `failed` must be called with it."""
+        # Workers whose keys need no I/O would otherwise block the event loop.
         await asyncio.sleep(0)
         while True:
             now = self._clock()
@@ -83,18 +83,18 @@ class WorkQueue:
                     self._wake.set()
                 return key
             self._wake.clear()
-            # Not wait_for, which in Python 3.11 swallows a cancellation that comes together with the wake-up.
+            # Not wait_for, which in Python 3.11 swallows a cancellation that coincides with the wake-up.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._later[0][0] - now if self._later else None):
                     await self._wake.wait()
 
     def done(self, key: Key, requeue_after: float | None = None, rest: float = 0.0) -> None:
-        """Record that the work on the key succeeded.
+        """Record that processing the key succeeded.
 
         Args:
-            key: from `get`.
+            key: key returned by `get`.
             requeue_after: seconds until it is due again; None: when it is added.
-            rest: seconds in which it is not due, whatever is added.
+            rest: seconds during which it is not due, even if it is added.
         """
         self._failures.pop(key, None)
         if rest > 0:
@@ -106,15 +106,15 @@ class WorkQueue:
             self.add_after(key, requeue_after)
 
     def failed(self, key: Key) -> float:
-        """The work on the key failed; it is due again after the seconds that are returned, doubled each time.
+        """Record that processing the key failed; return the seconds until it is due again, doubled each time.
 
-        A change that came in meanwhile makes it due now, but only after the first failures.
+        A change that arrived meanwhile makes it due now, but only after the first failures.
         """
         failures = self._failures.get(key, 0)
         self._failures[key] = failures + 1
         delay = min(_MAX_BACKOFF_SECONDS, _FIRST_BACKOFF_SECONDS * 2.0 ** min(failures, 20)) * random.uniform(0.5, 1.0)  # noqa: S311 - spreads load
         if failures >= _PATIENCE:
-            # A reconcile that fails again and again while it changes what it watches must not spin.
+            # A reconcile that fails repeatedly while it changes objects that it watches must not spin.
             self._again.discard(key)
         self._finish(key)
         self.add_after(key, delay)

@@ -1,7 +1,7 @@
-"""The status of an AdapterDeployment: which revisions it has, how far they are, and what it waits for.
+"""The status of an AdapterDeployment: its revisions, their states, and the reasons why it is not ready.
 
-A new artifact becomes a revision beside the one that serves. The old one stays until the new one is resident on every
-pod that is to hold it, and goes on serving when the new one cannot be loaded.
+A new artifact becomes a revision beside the serving one. The old revision stays until the new one is resident on every
+pod that is to hold it, and keeps serving if the new one cannot be loaded.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ _ON_ITS_WAY = (ResidencyState.DOWNLOADING, ResidencyState.LOADING)
 
 @dataclass(frozen=True)
 class Observation:
-    """Input of an AdapterDeployment's status.
+    """Observed state from which an AdapterDeployment's status is computed.
 
-    `lost_to`: the older claim on the model name. `pods`: of the chosen pool, or of the one that goes on serving.
-    `unplaced`: by engine name, why copies have no place. `decision`: the wanted copies. `unknown_demand`: why the
-    demand is not completely known, None while it is.
+    `lost_to`: the older claim on the model name. `pods`: pods of the chosen pool, or of the one that keeps serving.
+    `unplaced`: reason why copies have no slot, by engine name. `decision`: the wanted copies. `unknown_demand`: reason
+    why the demand is not completely known, None if it is.
     """
 
     artifact: Artifact | Unresolved
@@ -74,7 +74,7 @@ def plan(adapter: AdapterDeployment, seen: Observation, now: datetime) -> Adapte
         if not pod.stopping and any(revision.engine_name in pod.resident for revision in verdict.revisions)
     ]
     old = adapter.status
-    # The reason tells why this size was chosen; it is not written again with every request that comes.
+    # The reason explains the choice of this size; it is not rewritten with every request.
     kept = (old.desired_replicas, old.observed_generation) == (seen.decision.replicas, adapter.metadata.generation)
     return AdapterDeploymentStatus(
         phase=verdict.phase(),
@@ -101,9 +101,9 @@ def _pool(adapter: AdapterDeployment, seen: Observation) -> PoolReference | None
 
 
 def wanted_copies(revisions: Sequence[Revision], desired: int) -> list[tuple[Revision, int]]:
-    """Each revision with the pods that should hold it, those that serve first.
+    """Return each revision with the number of pods that should hold it, serving revisions first.
 
-    A revision that failed for good is tried on one pod, if a slot is left over: a pod that comes later may load it.
+    A revision that failed permanently is tried on one pod if a slot is free, since a newer pod may be able to load it.
     """
     if not revisions:
         return []
@@ -141,7 +141,7 @@ def _revisions(adapter: AdapterDeployment, seen: Observation) -> list[Revision]:
     newest, older = observed[0], observed[1:]
     if _settled(newest, seen):
         return [newest]
-    # Of older ones only what serves now is worth keeping; what was resident a moment ago may be again.
+    # Of the older revisions keep only serving ones; those that were resident a moment ago may serve again.
     serving = [revision for revision in older if revision.ready_replicas > 0] or [
         revision for revision in older if revision.state is RevisionState.RESIDENT
     ]
@@ -176,7 +176,7 @@ def _observed(revision: Revision, seen: Observation) -> Revision:
     if resident:
         state = RevisionState.RESIDENT
     elif has_failed or any(entry.permanent for _, entry in failures):
-        # While it is tried again, or has no slot, it stays failed: it must not compete with those that can be loaded.
+        # It stays failed while it is retried or has no slot, so that it does not compete with loadable revisions.
         state = RevisionState.FAILED
     elif failures or any(entry.state in _ON_ITS_WAY for _, entry in found):
         state = RevisionState.LOADING
@@ -195,7 +195,7 @@ _Outcome = tuple[ConditionStatus, Reason, str]
 
 
 class _Verdict:
-    """The conditions of one observation."""
+    """Conditions that follow from one observation."""
 
     def __init__(self, adapter: AdapterDeployment, seen: Observation, revisions: list[Revision]) -> None:
         self.adapter = adapter
@@ -283,7 +283,7 @@ class _Verdict:
         return AdapterPhase.LOADING if self.revisions else AdapterPhase.WAITING
 
     def _what_is_missing(self) -> tuple[bool, Reason, str]:
-        """Whether something is under way, and what keeps the newest revision from being resident everywhere."""
+        """Return True if progress is being made, and the reason why the newest revision is not resident everywhere."""
         _, reason, message = self.resolved()
         if not self.revisions:
             return False, reason, message

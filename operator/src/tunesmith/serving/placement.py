@@ -1,8 +1,8 @@
-"""Which pod of a pool holds which revisions.
+"""Placement of revisions on the pods of a pool.
 
-Stable: a revision stays where it is unless its pod leaves, its copies shrink, or `spread` asks for even pods. Nothing
-is taken from a pod before its replacement is resident (make before break), as far as slots allow. Ties are broken by
-rendezvous hashing, so two runs over the same input agree.
+Stable: a revision stays where it is unless its pod leaves, its number of copies decreases, or `spread` asks for even
+pods. Nothing is removed from a pod before its replacement is resident (make before break), as far as slots allow. Ties
+are broken by rendezvous hashing, so two runs with the same input agree.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Wanted:
     """A revision and the number of pods that should hold it.
 
-    `spare`: it could not be loaded. It is tried again where a slot is left over, and never keeps one from another.
+    `spare`: it could not be loaded. It is retried if a slot is free, and never takes one from another revision.
     """
 
     revision: str
@@ -31,10 +31,10 @@ class Wanted:
 class PlacementPod:
     """A pod of the pool that is not stopping.
 
-    `ready`: its engine answers, as far as is known. `reachable`: Kubernetes calls it ready, so that gateways send it
-    requests. `present`: revisions that it holds or is loading. `resident`: those
-    it can answer for. `age_rank`: 0 for the oldest. `victim`: it is to leave; it only keeps what is not resident
-    elsewhere yet. `outdated`: its template is not the current one.
+    `ready`: its engine answers, as far as is known. `reachable`: its Ready condition is True, so that gateways send it
+    requests. `present`: revisions that it holds or is loading. `resident`: revisions that its engine holds.
+    `age_rank`: 0 for the oldest. `victim`: it is to be removed and keeps only revisions that are not yet resident
+    elsewhere. `outdated`: its template is not the current one.
     """
 
     name: str
@@ -49,7 +49,7 @@ class PlacementPod:
 
 @dataclass(frozen=True)
 class Unplaced:
-    """Copies of a revision for which there is no place, with the reason as a sentence."""
+    """Copies of a revision for which there is no slot, with the reason as a sentence."""
 
     revision: str
     copies: int
@@ -58,11 +58,11 @@ class Unplaced:
 
 @dataclass(frozen=True)
 class Placement:
-    """The whole assignment.
+    """The complete assignment of revisions to pods.
 
-    `pods`: revisions per pod, sorted; every pod has an entry. `targets`: the pods that are to hold a revision in the
-    end; the other holders of it in `pods` wait for these. `unplaced`: what found no place. `spare`: revisions in slots
-    that were left over.
+    `pods`: sorted revisions by pod; every pod has an entry. `targets`: the final pods of each revision; its other
+    holders in `pods` keep it until it is resident on these. `unplaced`: copies without a slot. `spare`: revisions in
+    slots that are otherwise free.
     """
 
     pods: Mapping[str, tuple[str, ...]]
@@ -71,7 +71,7 @@ class Placement:
     spare: frozenset[str] = frozenset()
 
     def unplaced_reason(self, revision: str) -> str | None:
-        """Why copies of the revision have no place; None when all have one."""
+        """Return the reason why copies of the revision have no slot; None if all have one."""
         return next((entry.reason for entry in self.unplaced if entry.revision == revision), None)
 
 
@@ -82,7 +82,7 @@ class _Board:
     targets: dict[str, set[str]] = field(default_factory=dict)
     load: dict[str, int] = field(default_factory=dict)
     claims: dict[str, int] = field(default_factory=dict)
-    """Copies that are on the pod already, are wanted, and are not assigned yet."""
+    """Wanted copies that are already on the pod and are not assigned yet."""
 
     def put(self, revision: str, pod: PlacementPod) -> None:
         self.targets[revision].add(pod.name)
@@ -98,14 +98,14 @@ def place(wanted: Sequence[Wanted], pods: Iterable[PlacementPod], slots: int, *,
     """Assign revisions to pods.
 
     Args:
-        wanted: revisions in order of precedence: where slots are short, every revision gets its first copy before any
+        wanted: revisions in order of precedence: if slots are scarce, every revision gets its first copy before any
             gets a second, and among equals the earlier one wins.
         pods: the pool's pods, without those that are stopping.
-        slots: revisions that one pod can hold.
-        spread: whether revisions may move from full pods to pods that hold at least two fewer.
+        slots: number of revisions that one pod can hold.
+        spread: True if revisions may move from full pods to pods that hold at least two fewer.
 
     Returns:
-        An assignment in which no pod has more than `slots` revisions and none has one twice.
+        An assignment in which no pod has more than `slots` revisions or the same revision twice.
     """
     everyone = sorted(pods, key=lambda pod: (pod.age_rank, pod.name))
     spare, wanted = [item for item in wanted if item.spare], [item for item in wanted if not item.spare]
@@ -120,7 +120,7 @@ def place(wanted: Sequence[Wanted], pods: Iterable[PlacementPod], slots: int, *,
     )
     for copy in range(max((item.copies for item in wanted), default=0)):
         asking = [item.revision for item in wanted if item.copies > copy]
-        # First everybody keeps what is there, then the rest is handed out: no copy loses its place to a newcomer.
+        # First keep existing copies, then assign the missing ones, so that no copy loses its slot to a new one.
         missing = [revision for revision in asking if not _keep(board, revision)]
         for revision in missing:
             _fill(board, revision)
@@ -141,14 +141,14 @@ def place(wanted: Sequence[Wanted], pods: Iterable[PlacementPod], slots: int, *,
 
 
 def victims(pods: Iterable[PlacementPod], wanted_pods: int, copies: Mapping[str, int]) -> frozenset[str]:
-    """Return the pods that leave when the pool shrinks, or when a surge pod is there.
+    """Return the pods to remove when the pool shrinks, or when a surge pod exists.
 
-    Outdated pods first, then those that are not ready, then those with the fewest copies, then the youngest.
+    Outdated pods come first, then those that are not ready, then those with the fewest copies, then the newest.
 
     Args:
         pods: pods that are not stopping.
-        wanted_pods: pods that stay.
-        copies: revisions that each pod is to hold now, by pod name.
+        wanted_pods: number of pods that stay.
+        copies: number of revisions that each pod is to hold now, by pod name.
     """
     ranked = sorted(
         pods, key=lambda pod: (not pod.outdated, pod.ready, copies.get(pod.name, 0), -pod.age_rank, pod.name)
@@ -157,7 +157,7 @@ def victims(pods: Iterable[PlacementPod], wanted_pods: int, copies: Mapping[str,
 
 
 def evacuated(placement: Placement, pods: Iterable[PlacementPod]) -> bool:
-    """Whether no victim holds a revision that waits to become resident elsewhere."""
+    """Return True if no victim holds a revision that is not yet resident on its target pods."""
     return not any(placement.pods.get(pod.name) for pod in pods if pod.victim)
 
 
@@ -203,7 +203,7 @@ def _even_out(board: _Board) -> None:
         ]
         if board.load[high.name] - board.load[low.name] < 2 or not movable:  # noqa: PLR2004 - a difference of one cannot be evened out
             return
-        # One that is on its way already goes first, so that the same input always continues the same move.
+        # A revision that is already being loaded goes first, so that the same input always continues the same move.
         revision = min(movable, key=lambda name: (name not in low.present, _rendezvous(name, low.name)))
         board.targets[revision].remove(high.name)
         board.targets[revision].add(low.name)
@@ -229,8 +229,8 @@ def _hold(wanted: Sequence[Wanted], pods: Sequence[PlacementPod], board: _Board,
 
 
 def _cover(wanted: Sequence[Wanted], pods: Sequence[PlacementPod], slots: int, assigned: dict[str, set[str]]) -> None:
-    """Give a revision that no ready pod is to hold (its engine restarts, its node is lost) a place on a ready one."""
-    # While no pod that stays is ready, such as in a replacement that fails, one that is to leave is better than none.
+    """Assign a ready pod to each revision whose pods are all unready (an engine restarts, a node is lost)."""
+    # If no remaining pod is ready, for example in a failing replacement, use a pod that is to be removed.
     ready = [pod for pod in pods if pod.ready and not pod.victim] or [pod for pod in pods if pod.ready]
     for item in wanted:
         if any(item.revision in assigned[pod.name] for pod in ready):
@@ -244,7 +244,7 @@ def _cover(wanted: Sequence[Wanted], pods: Sequence[PlacementPod], slots: int, a
 def _fill_spare_slots(
     spare: Sequence[Wanted], pods: Sequence[PlacementPod], slots: int, assigned: dict[str, set[str]]
 ) -> None:
-    """Give revisions that could not be loaded one of the slots that are left over: where they are, if possible."""
+    """Assign free slots to revisions that could not be loaded, preferably on the pods where they are."""
     for item in spare:
         free = [pod for pod in pods if len(assigned[pod.name]) < slots]
         if free:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 READINESS_GATE = "tunesmith.dev/adapters"
 TEMPLATE_ANNOTATION = "tunesmith.dev/template"
-"""Digest of the template that a pod was made from; its Deployment has that of its current template."""
+"""Digest of the template of a pod; the Deployment has that of its current template."""
 DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
 BASE_MODEL_CONTAINER = "base-model"
 AGENT_CONTAINER = "agent"
@@ -34,17 +34,17 @@ _OF_CONTAINER = {
     ENGINE_CONTAINER: (ServingPoolReason.ENGINE_FAILED, "the engine stopped"),
 }
 _UNHEARD_SECONDS = 5.0
-"""An agent that runs and was not heard for this long is reported."""
+"""Time without a line after which a running agent is reported."""
 _AGENT_START_SECONDS = 20.0
-"""Until its container has run for this long, an agent may be starting, and the network learning its address."""
+"""Time that a new container may take to start its agent, and the network to learn its address."""
 _REPEATEDLY = 3
 _RECENT = timedelta(minutes=10)
-"""The kubelet forgets its back-off after a container ran for so long."""
+"""Time for which a container has to run until the kubelet resets its restart back-off."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A sentence about what keeps a pod from working."""
+    """A sentence about a pod's problem."""
 
     reason: ServingPoolReason
     message: str
@@ -52,7 +52,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Restarts:
-    """Earlier ends of a container that runs now. `last`: the newest one."""
+    """Earlier terminations of a container that is running. `last`: the newest one."""
 
     problem: Problem
     count: int
@@ -63,12 +63,13 @@ class Restarts:
 class PoolPod:
     """A pod of a pool.
 
-    `ready`: its Ready condition. `gate`: the observed readiness gate, None when never set. `stopping`: it is being
-    deleted, or has finished. `problem`: reported by the API server. `failed_at`: when a pod that finished did so.
-    `restarts`: of a container that is running again. `agent_since`: when the agent's container started, None while it
-    does not run. `template`: digest of its template. `state`: the agent's latest, None before the first line. `heard`:
-    the latest line is recent. `unheard_seconds`: for how long the operator has read the agent's stream in vain, None
-    while it does not read it. `stream_error`: why that stream broke.
+    `ready`: its Ready condition. `gate`: the observed readiness gate, None if it was never set. `stopping`: it is being
+    deleted, or has finished. `problem`: problem reported by the API server. `failed_at`: time at which the pod
+    finished. `restarts`: restarts of a container that is running again. `agent_since`: start time of the agent's
+    container, None while it does not run. `template`: digest of its template. `state`: the agent's latest state, None
+    before the first line. `heard`: True if the latest line is recent. `unheard_seconds`: time for which the operator
+    has read the agent's stream without receiving a line, None while it does not read it. `stream_error`: error that
+    broke that stream.
     """
 
     namespace: str
@@ -93,7 +94,7 @@ class PoolPod:
 
     @property
     def engine_up(self) -> bool:
-        """True if its engine holds its adapters and accepts requests, as far as is known now."""
+        """True if its engine holds its adapters and accepts requests, as far as is currently known."""
         return (
             self.heard
             and not self.stopping
@@ -105,31 +106,31 @@ class PoolPod:
 
     @property
     def answering(self) -> bool:
-        """True if its engine is up and computes."""
+        """True if its engine is up and not stalled."""
         return self.engine_up and self.state is not None and not self.state.stalled
 
     @property
     def serving(self) -> bool:
-        """True if requests reach it: it is ready, and its agent does not contradict that."""
+        """True if it receives requests: it is ready, and its agent does not contradict that."""
         return self.ready and not self.stopping and (self.answering or not self.heard)
 
     def residency(self, engine_name: str) -> Residency | None:
-        """Return the agent's last report about a revision."""
+        """Return the agent's latest report about a revision, or None."""
         return self.adapters.get(engine_name)
 
     @cached_property
     def adapters(self) -> Mapping[str, Residency]:
-        """The agent's last reports, by engine name."""
+        """The agent's latest reports, by engine name."""
         return {entry.engine_name: entry for entry in self.state.adapters} if self.state is not None else {}
 
     @cached_property
     def present(self) -> frozenset[str]:
-        """Revisions that it holds, is loading or could not load."""
+        """Revisions that the pod holds, is loading or could not load."""
         return frozenset(name for name, entry in self.adapters.items() if entry.state is not ResidencyState.UNLOADING)
 
     @cached_property
     def resident(self) -> frozenset[str]:
-        """Revisions that its engine holds, as the agent last reported."""
+        """Revisions that its engine holds, by the agent's latest report."""
         return frozenset(name for name, entry in self.adapters.items() if entry.state is ResidencyState.RESIDENT)
 
 
@@ -171,7 +172,7 @@ def observe_pod(
 
 
 def current_problem(pod: PoolPod, now: datetime) -> Problem | None:
-    """Return what is wrong with a pod at this moment; None when nothing is known to be."""
+    """Return a pod's current problem; None if none is known."""
     if pod.stopping:
         recent = pod.failed_at is not None and now - pod.failed_at <= _RECENT
         return pod.problem if recent else None
@@ -242,7 +243,7 @@ def _running_since(status: Mapping[str, Any], name: str, created: str) -> dateti
 
 
 def _failed_pod(status: Mapping[str, Any]) -> Problem | None:
-    """Return why a pod finished that was to run for ever."""
+    """Return the reason why a finished pod stopped, although pool pods should run indefinitely."""
     conditions = {condition["type"]: condition for condition in status.get("conditions") or ()}
     disruption = conditions.get("DisruptionTarget") or {}
     reason = status.get("reason") or disruption.get("reason") or status["phase"]
@@ -296,7 +297,7 @@ def _is_up(container: Mapping[str, Any]) -> bool:
 
 
 def _end(container: Mapping[str, Any]) -> Problem | None:
-    """Return how the container's last run stopped; None if it has not, or if it is one that is meant to finish."""
+    """Return the container's latest termination as a problem; None if there is none, or it is expected."""
     name = container["name"]
     for where in ("state", "lastState"):
         ended = (container.get(where) or {}).get("terminated")
@@ -312,7 +313,7 @@ def _end(container: Mapping[str, Any]) -> Problem | None:
 
 
 def _last_line(message: str) -> str:
-    """Return the sentence of a termination message: `message` of a JSON object, or the last line of a log."""
+    """Return the sentence in a termination message: `message` of a JSON object, or the last line of a log."""
     text = message.strip()
     try:
         document = json.loads(text)

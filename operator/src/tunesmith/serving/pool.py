@@ -1,4 +1,4 @@
-"""A ServingPool: what its pods should hold, which may leave, and its status."""
+"""The plan of a ServingPool: the adapters of its pods, the pods to remove, and its status."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ _LOADING_ALONE = timedelta(seconds=30)
 
 @dataclass(frozen=True)
 class PoolObservation:
-    """Input of a pool's plan.
+    """Observed state from which a pool's plan is computed.
 
-    `deployment`: as the API server has it. `pods`: all of the pool's, stopping ones too. `adapters`: attached
+    `deployment`: as observed. `pods`: all pods of the pool, including stopping ones. `adapters`: attached
     AdapterDeployments, in order of precedence. `decision`: the wanted pods. `spread`: see `placement.place`.
-    `invalid`: why the spec cannot be rendered. `refusal`: of a write of one of the pool's objects. `unknown_demand`:
-    why the demand is not completely known, None while it is. `rollout`: the pods against the wanted template. `hold`:
-    why their replacement does not begin. `max_surge`: see `rolling.surge`. `running`: requests for the pool's models
-    at the moment, None: unknown.
+    `invalid`: reason why the spec cannot be rendered. `refusal`: refused write of one of the pool's objects.
+    `unknown_demand`: reason why the demand is not completely known, None if it is. `rollout`: the pods compared with
+    the wanted template. `hold`: reason why their replacement does not begin. `max_surge`: see `rolling.surge`.
+    `running`: current number of requests for the pool's models, None if unknown.
     """
 
     deployment: dict[str, Any] | None
@@ -68,9 +68,9 @@ class PoolObservation:
 class PoolPlan:
     """Decisions about a pool.
 
-    `replicas`: of the Deployment. `assigned`: the whole list of each pod, by pod name. `costs`: pod-deletion-cost to
-    set, by pod name: the Deployment's controller deletes the pods that were chosen here. `gates`: readiness gates to
-    set, by pod name. `unplaced`: by engine name, why copies have no place.
+    `replicas`: replicas of the Deployment. `assigned`: complete list of each pod's adapters, by pod name. `costs`:
+    pod-deletion-cost to set, by pod name, so that the Deployment's controller deletes the pods that the plan chose.
+    `gates`: readiness gates to set, by pod name. `unplaced`: reason why copies have no slot, by engine name.
     """
 
     replicas: int
@@ -82,9 +82,9 @@ class PoolPlan:
 
 
 class PlacementMemory:
-    """The latest placement of a pool and its input: equal input is not placed again.
+    """Cache of the latest placement of a pool and its input.
 
-    A decision stays a function of its input; this only saves the time of computing it.
+    Decisions remain functions of their input; the cache only avoids computing them again for equal input.
     """
 
     def __init__(self) -> None:
@@ -95,7 +95,7 @@ class PlacementMemory:
         self._assigned: Mapping[str, tuple[DesiredAdapter, ...]] = {}
 
     def wanted(self, adapters: Sequence[AdapterDeployment]) -> tuple[dict[str, Revision], list[Wanted]]:
-        """Return the revisions by engine name, and the pods that each wants."""
+        """Return the revisions by engine name, and the number of pods that each wants."""
         if self._adapters is not adapters:
             self._wanted = _wanted(adapters)
             self._adapters = adapters
@@ -104,7 +104,7 @@ class PlacementMemory:
     def place(
         self, pool: ServingPool, seen: PoolObservation, living: Sequence[PoolPod]
     ) -> tuple[Placement, frozenset[str], Mapping[str, tuple[DesiredAdapter, ...]]]:
-        """Return the placement, the pods that leave, and the whole list of each pod."""
+        """Return the placement, the pods to remove, and the complete list of each pod's adapters."""
         revisions, wanted = self.wanted(seen.adapters)
         pods = tuple(
             (
@@ -128,7 +128,7 @@ class PlacementMemory:
         return *self._output, self._assigned
 
     def _list(self, pod: str, keys: Sequence[str], revisions: Mapping[str, Revision]) -> tuple[DesiredAdapter, ...]:
-        """Return a pod's whole list: the same tuple while it is equal, which readers compare in no time."""
+        """Return the complete list of a pod: the same tuple while it is equal, so that comparisons are cheap."""
         new = tuple(
             DesiredAdapter(engine_name=key, digest=revisions[key].digest, uri=revisions[key].uri or "") for key in keys
         )
@@ -137,7 +137,7 @@ class PlacementMemory:
 
 
 def plan(pool: ServingPool, seen: PoolObservation, now: datetime, memory: PlacementMemory | None = None) -> PoolPlan:
-    """Decide everything about a pool at one moment. `memory`: of earlier calls for the pool."""
+    """Return all decisions about a pool. `memory`: cache of earlier calls for the pool."""
     living = [pod for pod in seen.pods if not pod.stopping]
     placement, leaving, assigned = (memory or PlacementMemory()).place(pool, seen, living)
     costs = {pod.name: _VICTIM_COST if pod.name in leaving else 0 for pod in living}
@@ -146,7 +146,7 @@ def plan(pool: ServingPool, seen: PoolObservation, now: datetime, memory: Placem
     empty = evacuated(
         placement, [PlacementPod(pod.name, ready=pod.ready, victim=pod.name in leaving) for pod in living]
     )
-    # A new pod that becomes ready is what lets the Deployment's controller remove an outdated one.
+    # The Deployment's controller removes an outdated pod once a new one is ready.
     may_open = not seen.rollout.outdated or _is_covered(placement, living, leaving)
     shrinks = current is not None and seen.decision.replicas < current
     replicas = current if shrinks and not (marked and empty) and current is not None else seen.decision.replicas
@@ -167,7 +167,7 @@ def plan(pool: ServingPool, seen: PoolObservation, now: datetime, memory: Placem
 
 
 def _wanted(adapters: Sequence[AdapterDeployment]) -> tuple[dict[str, Revision], list[Wanted]]:
-    """Revisions by engine name, and the pods that each wants, in order of precedence."""
+    """Return the revisions by engine name, and the number of pods that each wants, in order of precedence."""
     revisions: dict[str, Revision] = {}
     wanted: list[Wanted] = []
     for adapter in adapters:
@@ -198,13 +198,13 @@ def _placement(
             for pod in living
         ]
 
-    # A draining pod is on its way out, whatever else is said about it.
+    # A draining pod is leaving, regardless of its other state.
     draining = frozenset(pod.name for pod in living if _drains(pod))
     slots = pool.spec.engine.max_loras
     candidates = pods(draining)
     before = place(wanted, candidates, slots)
     marked = {pod.name for pod in living if _is_marked(pod)}
-    # Pods that were chosen before are chosen again, so that two passes agree on who leaves.
+    # Prefer pods that were chosen before, so that consecutive passes remove the same pods.
     counts = {name: -1 if name in marked else len(keys) for name, keys in before.pods.items()}
     staying = [pod for pod in candidates if not pod.victim]
     leaving = draining | victims(staying, seen.decision.replicas, counts)
@@ -212,7 +212,7 @@ def _placement(
     following = _next_to_be_replaced(seen, staying, leaving, counts)
     if following is None:
         return placement, leaving
-    # Without a surge pod the next one is emptied while the last one's replacement starts, if the others have the slots.
+    # Without a surge pod, the next pod is emptied while the previous one's replacement starts, if others have slots.
     ahead = place(wanted, pods(leaving | {following}), slots, spread=seen.spread)
     fits = sum(entry.copies for entry in ahead.unplaced) <= sum(entry.copies for entry in placement.unplaced)
     return (ahead, leaving | {following}) if fits else (placement, leaving)
@@ -236,9 +236,9 @@ def _is_marked(pod: PoolPod) -> bool:
 
 
 def _counts_as_ready(pod: PoolPod) -> bool:
-    """Return True if the pod keeps its copies: its engine is up, or its agent is silent and Kubernetes calls it ready.
+    """Return True if the pod keeps its copies: its engine is up, or its agent is silent but the pod ready.
 
-    An engine that stalls keeps them too: loading them elsewhere would burden the pods that get its requests.
+    A stalled engine keeps them too: loading them elsewhere would burden the pods that get its requests.
     """
     return pod.engine_up or (pod.ready and not pod.heard)
 
@@ -248,18 +248,18 @@ def _replicas(deployment: Mapping[str, Any] | None) -> int | None:
 
 
 def _awaited(assigned: Sequence[DesiredAdapter], placement: Placement) -> list[DesiredAdapter]:
-    """Return the adapters of a pod that it waits for before it gets requests."""
+    """Return the adapters that a pod must load before it gets requests."""
     return [adapter for adapter in assigned if adapter.engine_name not in placement.spare]
 
 
 def _gate(
     pod: PoolPod, assigned: Sequence[DesiredAdapter], living: Sequence[PoolPod], now: datetime, *, may_open: bool
 ) -> bool | None:
-    """Return the wanted state of the readiness gate; None: leave it as it is.
+    """Return the wanted state of the readiness gate; None to leave it unchanged.
 
-    Once open it stays open while the engine is up: an adapter on its way must not take the pod from those it serves.
-    Nor may an adapter that cannot be loaded keep the pod from the others for long. `may_open`: no pod that leaves holds
-    an adapter that is not resident elsewhere.
+    An open gate stays open while the engine is up, so that loading an adapter does not interrupt the others. An adapter
+    that cannot be loaded must not delay the others for long either. `may_open`: True if every adapter of the pods to
+    remove is resident elsewhere.
     """
     if not pod.heard or pod.state is None:
         return None
@@ -275,14 +275,14 @@ def _gate(
 
 
 def _is_covered(placement: Placement, living: Sequence[PoolPod], leaving: frozenset[str]) -> bool:
-    """Return True if every revision that pods keep until they leave is resident on a pod that stays."""
+    """Return True if every revision that pods to remove still hold is resident on a pod that stays."""
     staying = [pod for pod in living if pod.name not in leaving and pod.answering]
     kept = {key for name in leaving for key in placement.pods.get(name, ())}
     return all(any(key in pod.resident for pod in staying) for key in kept)
 
 
 def _settled(pod: PoolPod, adapter: DesiredAdapter, others: Sequence[PoolPod]) -> bool:
-    """Return True if waiting for the adapter serves nobody: it is resident, or failed and no other pod has it."""
+    """Return True if waiting for the adapter is useless: it is resident, or it failed and no other pod has it."""
     entry = pod.residency(adapter.engine_name)
     if entry is None:
         return False
@@ -308,7 +308,7 @@ def _status(
         outcomes[ServingPoolCondition.SCALING_ACTIVE] = _scaling(seen)
     phase, decisive = _phase(outcomes)
     old = pool.status
-    # The reason tells why this size was chosen; it is not written again with every request that comes.
+    # The reason explains the choice of this size; it is not rewritten with every request.
     kept = (old.desired_replicas, old.observed_generation) == (seen.decision.replicas, pool.metadata.generation)
     return ServingPoolStatus(
         phase=phase,
@@ -332,7 +332,7 @@ _TRUE, _FALSE, _UNKNOWN = ConditionStatus.TRUE, ConditionStatus.FALSE, Condition
 
 
 def _phase(outcomes: Mapping[ServingPoolCondition, _Outcome]) -> tuple[PoolPhase, ServingPoolCondition]:
-    """Return the phase, and the condition that it is derived from."""
+    """Return the phase and the condition from which it is derived."""
     if outcomes[ServingPoolCondition.DEGRADED][0] is _TRUE:
         return PoolPhase.DEGRADED, ServingPoolCondition.DEGRADED
     available = outcomes[ServingPoolCondition.AVAILABLE][0] is _TRUE
@@ -450,7 +450,7 @@ def _first_problem(seen: PoolObservation, living: Sequence[PoolPod], ready: int,
 
 
 def refusal_of_pods(deployment: Mapping[str, Any] | None) -> str | None:
-    """Return a sentence on why the API server refuses the Deployment's pods; None if it does not."""
+    """Return the reason why the API server refuses the Deployment's pods, as a sentence; None if it does not."""
     conditions = ((deployment or {}).get("status") or {}).get("conditions") or ()
     return next(
         (
@@ -463,7 +463,7 @@ def refusal_of_pods(deployment: Mapping[str, Any] | None) -> str | None:
 
 
 def _fingerprint(pool: ServingPool, living: Sequence[PoolPod]) -> tuple[str | None, str | None]:
-    """Return the base's fingerprint, and a sentence when the pods do not agree on it."""
+    """Return the base's fingerprint, and a sentence if the pods report different ones."""
     known = pool.status.base_model_fingerprint
     reported = {
         pod.name: pod.state.base_model_fingerprint

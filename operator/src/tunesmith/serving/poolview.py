@@ -1,4 +1,4 @@
-"""Observed differences of a pool that change the status of its adapters."""
+"""Detection of changes of a pool that affect the status of its adapters."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PoolView:
-    """Pods of a pool, and by engine name why copies have no place."""
+    """Pods of a pool, and the reasons why copies have no slot, by engine name."""
 
     pods: Sequence[PoolPod]
     unplaced: Mapping[str, str]
 
     def changed_since(self, before: PoolView | None) -> set[str] | None:
-        """Return the engine names whose adapters must be reconciled; None: those of all attached adapters."""
+        """Return the engine names whose adapters must be reconciled; None: all attached adapters."""
         if before is None or [_facts(pod) for pod in self.pods] != [_facts(pod) for pod in before.pods]:
             return None
         names = {name for name, _ in self.unplaced.items() ^ before.unplaced.items()}

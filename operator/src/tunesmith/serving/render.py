@@ -1,4 +1,4 @@
-"""The objects of a ServingPool: Deployment, Secret, PodDisruptionBudget. Each builder returns the full intent."""
+"""Rendering of a ServingPool's objects, such as its Deployment and Secret. Each builder returns the full intent."""
 
 from __future__ import annotations
 
@@ -48,20 +48,20 @@ _ENGINE_KEYS = "/etc/tunesmith/engine"
 _ADMIN_TOKEN_FILE = str(AGENT_STATE_FOLDER / ADMIN_TOKEN)
 _SECRETS = "/etc/tunesmith/secrets"
 _LOGS = 2**30
-"""Room for what a container writes beside its volumes: its log."""
+"""Storage for data that a container writes outside its volumes, such as its log."""
 _RUN_SIZE = 256 * 2**20
 _TEMPORARY_SIZE = 2**30
 _ENGINE_TEMPORARY_SIZE = 20 * 2**30
-"""Compiled kernels and caches of the engine."""
+"""Storage for the engine's compiled kernels and caches."""
 _REQUESTED_STORAGE = "256Mi"
 _GRACE_BEYOND_DRAIN = 30
 _START_SECONDS = 3600
 _PROBE_SECONDS = 5
 _CPU_PATIENCE = ["--hang-seconds", "120", "--stall-seconds", "60"]
-"""Time without a token that an engine on CPUs may need: one that shares its cores with an engine that starts was
-measured to compute none for more than 30 s."""
-# The kubelet's own HTTP hooks cannot read a token, so the engine's container asks its agent itself, with the token that
-# the two share: the pool's control key is not in the engine's container.
+"""Agent arguments for the time without a token that an engine on CPUs may need: while another engine was starting on
+the same cores, one was measured to generate none for more than 30 s."""
+# The kubelet's HTTP hooks cannot send a token from a file, so the engine's container calls its agent with the token
+# that both share: the pool's control key is not in the engine's container.
 _DRAIN = (
     "import urllib.request as r;"
     f"t=open('{_ADMIN_TOKEN_FILE}').read().strip();"
@@ -81,19 +81,19 @@ def secret_name(pool: ServingPool) -> str:
 
 
 def pod_selector(pool: ServingPool) -> dict[str, str]:
-    """Labels that the pool's pods have and no other pods."""
+    """Return the labels that select exactly the pool's pods."""
     return {POOL_LABEL: pool.metadata.name, POOL_UID_LABEL: pool.metadata.uid}
 
 
 def is_owned_by(pool: ServingPool, item: Manifest) -> bool:
-    """Return True if the pool is the controlling owner of an object of its namespace."""
+    """Return True if the pool is the controlling owner of an object in its namespace."""
     owner = controller_of(item, pool.kind)
     same_namespace = item["metadata"].get("namespace") == pool.metadata.namespace
     return same_namespace and owner is not None and owner.get("uid") == pool.metadata.uid
 
 
 def is_pod_of(pool: ServingPool, pod: Manifest) -> bool:
-    """Return True if a pod was made for the pool by a ReplicaSet of the pool's Deployment."""
+    """Return True if a pod was created by a ReplicaSet of the pool's Deployment."""
     metadata = pod["metadata"]
     labels = metadata.get("labels") or {}
     owner = controller_of(pod, "ReplicaSet")
@@ -106,14 +106,14 @@ def is_pod_of(pool: ServingPool, pod: Manifest) -> bool:
 
 
 def selector_text(pool: ServingPool) -> str:
-    """The selector for /scale."""
+    """Return the label selector of the scale subresource."""
     return ",".join(f"{key}={value}" for key, value in pod_selector(pool).items())
 
 
 def reserved(pool: ServingPool) -> str | None:
-    """Return a sentence about arguments or variables that the spec must not hold; None when there are none.
+    """Return a sentence about arguments or variables that the spec must not contain; None if it has none.
 
-    Objects stored before a rule existed are not refused by the API server.
+    The API server does not check objects that were stored before the rule existed.
     """
     arguments = refused_arguments(pool.spec.engine.args or ())
     if arguments:
@@ -125,7 +125,7 @@ def reserved(pool: ServingPool) -> str | None:
 
 
 def key_secret(pool: ServingPool, files: Mapping[str, bytes]) -> Manifest:
-    """The Secret with the keys that the pool's agents and engines derive their tokens from, by entry."""
+    """Return the Secret with the keys from which the pool's agents and engines derive their tokens, by entry."""
     return {
         "apiVersion": "v1",
         "kind": "Secret",
@@ -136,13 +136,13 @@ def key_secret(pool: ServingPool, files: Mapping[str, bytes]) -> Manifest:
 
 
 def isolation(pool: ServingPool, network: Network) -> Manifest:
-    """Return the NetworkPolicy of the pool's pods: engines are for the gateways, agents for operator and gateways."""
+    """Return the NetworkPolicy of the pool's pods: gateways reach engines and agents, the operator reaches agents."""
     ingress = [network.admit(AGENT_PORT, "operator", "gateway"), network.admit(ENGINE_PORT, "gateway")]
     return network_policy(_metadata(pool, deployment_name(pool)), pod_selector(pool), ingress)
 
 
 def disruption_budget(pool: ServingPool) -> Manifest:
-    """At most one pod is evicted at a time; a pod that is not ready never keeps a node from being drained."""
+    """Return the PodDisruptionBudget: one pod is evicted at a time, and an unready pod never blocks a node's drain."""
     return {
         "apiVersion": "policy/v1",
         "kind": "PodDisruptionBudget",
@@ -156,7 +156,7 @@ def disruption_budget(pool: ServingPool) -> Manifest:
 
 
 def deployment(pool: ServingPool, settings: PoolSettings, replicas: int, max_surge: int = 0) -> Manifest:
-    """Render the pool's pods. A changed template replaces them one by one, with `max_surge` 1 without one fewer."""
+    """Return the Deployment. A changed template replaces pods one by one; `max_surge` 1 keeps the number of pods."""
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
@@ -215,7 +215,7 @@ def _pod(pool: ServingPool, settings: PoolSettings) -> Manifest:
             "seccompProfile": {"type": "RuntimeDefault"},
         },
         "readinessGates": [{"conditionType": READINESS_GATE}],
-        # A mounted base model is there already: the agent takes its fingerprint itself.
+        # A mounted base model needs no download: the agent computes its fingerprint.
         "initContainers": [
             *([] if claim_of(pool.spec.base_model.uri) else [_base_model(pool, settings)]),
             _agent(pool, settings),
@@ -233,7 +233,7 @@ def _base_model(pool: ServingPool, settings: PoolSettings) -> Manifest:
         arguments += ["--revision", source.revision]
     own = source.secret_ref
     volume, secret = ("store-secret", STORE_SECRET) if own is None else ("base-model-secret", own.name)
-    folder = f"{_SECRETS}/{secret}"  # which has the Secret's name, for messages
+    folder = f"{_SECRETS}/{secret}"  # contains the Secret's name, for messages
     arguments += ["--secret", folder, "--storage", str(_bytes(settings.base_model_storage))]
     mounts = [
         _models(pool, read_only=False),
@@ -327,7 +327,7 @@ def _engine(pool: ServingPool, settings: PoolSettings) -> Manifest:
             _mount("adapters", "/adapters", read_only=True),
             _mount("run", _RUN, read_only=True),
             _mount("engine-keys", _ENGINE_KEYS, read_only=True),
-            _mount("shm", "/dev/shm"),  # noqa: S108 - the engine's processes share tensors here; a pod's own has 64 MiB
+            _mount("shm", "/dev/shm"),  # noqa: S108 - the engine's processes share tensors in it; a pod's default has 64 MiB
             _mount("tmp-engine", "/tmp"),  # noqa: S108 - an emptyDir of its own
         ],
     }
@@ -335,7 +335,7 @@ def _engine(pool: ServingPool, settings: PoolSettings) -> Manifest:
 
 def _engine_arguments(pool: ServingPool) -> list[str]:
     engine = pool.spec.engine
-    # On a CPU, base requests batched with LoRA requests get the last slot's adapter: one slot stays empty for them.
+    # On CPUs, base requests batched with LoRA requests use the adapter in the last slot, so one slot is kept empty.
     slots = engine.max_loras + (1 if pool.spec.resources.gpus == 0 else 0)
     arguments = [
         "--served-model-name", pool.model,
@@ -346,14 +346,14 @@ def _engine_arguments(pool: ServingPool) -> list[str]:
         "--max-cpu-loras", str(slots),
         "--middleware", "tunesmith_middleware.Middleware",
         "--dtype", engine.data_type,
-        # xgrammar, vLLM's default, takes minutes for a hostile grammar and 0.8 s a token for a hostile regular
-        # expression, in which nobody is served; guidance bounds both.
+        # xgrammar, vLLM's default, takes minutes for a hostile grammar and 0.8 s per token for a hostile regular
+        # expression, and blocks all requests meanwhile; guidance bounds both.
         "--structured-outputs-config", json.dumps({"backend": "guidance"}),
-        # Only the agent sets a priority, for its canary: clients' are refused.
+        # Only the agent sets a priority, for its canary; priorities from clients are refused.
         "--scheduling-policy", "priority",
     ]  # fmt: skip
     requests = pool.spec.requests
-    if requests.max_tokens is not None:  # for requests that name no limit; a higher one is refused
+    if requests.max_tokens is not None:  # for requests without a limit; higher limits are refused
         arguments += ["--override-generation-config", json.dumps({"max_new_tokens": requests.max_tokens})]
     if requests.allow_chat_template:
         arguments.append("--trust-request-chat-template")
@@ -375,7 +375,7 @@ def _engine_variables(pool: ServingPool) -> list[Manifest]:
         SERVING_KEY_FILE: f"{_ENGINE_KEYS}/{SERVING_KEY}",
         ADMIN_TOKEN_FILE: _ADMIN_TOKEN_FILE,
         REQUESTS: json.dumps(pool.spec.requests.manifest()),
-        # The engine is one pod: the ports on which its processes meet are nobody else's.
+        # The engine runs in one pod: its processes' ports are not exposed to others.
         "VLLM_HOST_IP": "127.0.0.1",
         "VLLM_LOOPBACK_IP": "127.0.0.1",
         "MASTER_ADDR": "127.0.0.1",
@@ -383,7 +383,7 @@ def _engine_variables(pool: ServingPool) -> list[Manifest]:
         "NCCL_SOCKET_IFNAME": "lo",
         "TP_SOCKET_IFNAME": "lo",
         "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
-        # The engine's caches go under its home, and PyTorch asks for the name of a user that the image may not have.
+        # The engine's caches are in its home, and PyTorch looks up a user name that the image may lack.
         "HOME": "/tmp",  # noqa: S108 - an emptyDir of its own
         "USER": "tunesmith",
     }
@@ -395,7 +395,7 @@ def _engine_variables(pool: ServingPool) -> list[Manifest]:
 
 
 def _small(settings: PoolSettings, storage: int) -> Manifest:
-    """Fields that both containers of the agent's image share; `storage`: bytes of the volumes that they write."""
+    """Return the fields common to both containers of the agent's image; `storage`: bytes of their volumes."""
     return {
         "image": settings.agent_image,
         "imagePullPolicy": settings.image_pull_policy,
@@ -417,7 +417,10 @@ def _small_variables(settings: PoolSettings) -> list[Manifest]:
 
 
 def _engine_storage(pool: ServingPool, settings: PoolSettings) -> str:
-    """Limit of the engine's container; the kubelet compares the pod's volumes with the sum of all limits."""
+    """Return the storage limit of the engine's container.
+
+    The kubelet compares the size of the pod's volumes with the sum of all containers' limits.
+    """
     sizes = _volume_sizes(pool, settings)
     return str(sizes["tmp-engine"] + sizes.get("models", 0) + _LOGS)
 
@@ -434,10 +437,10 @@ def _models(pool: ServingPool, *, read_only: bool) -> Manifest:
 
 
 def _volume_sizes(pool: ServingPool, settings: PoolSettings) -> dict[str, int]:
-    """Size limits in bytes of the volumes on the node's disk.
+    """Return the size limits in bytes of the volumes on the node's disk.
 
-    A pod whose volume exceeds its limit is evicted, with the adapters of everyone. So the agent and fetch-base keep to
-    the sizes that the platform sets, and the limits are a sixteenth higher, for what the file system itself takes.
+    A pod whose volume exceeds its limit is evicted, with the adapters of all tenants. So the agent and fetch-base
+    enforce the sizes that the platform sets, and the limits are a sixteenth higher, for the file system's overhead.
     """
     sizes = {
         "adapters": _bytes(settings.adapter_storage) * 17 // 16,
@@ -455,8 +458,8 @@ def _volumes(pool: ServingPool, settings: PoolSettings) -> list[Manifest]:
     volumes: list[Manifest] = [
         *({"name": name, "emptyDir": {"sizeLimit": str(size)}} for name, size in _volume_sizes(pool, settings).items()),
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": pool.spec.resources.memory}},
-        # Optional: no keys are needed where pods have an identity of their own. An adapter whose download needs them
-        # reports that they are missing, and the kubelet mounts a Secret that is created later.
+        # Optional: no keys are needed if pods have a cloud identity. An adapter whose download needs keys reports that
+        # they are missing, and the kubelet mounts a Secret that is created later.
         {"name": "store-secret", "secret": {"secretName": STORE_SECRET, "defaultMode": 0o440, "optional": True}},
         _keys(pool, "agent-keys", CONTROL_KEY, EVENTS_KEY, METRICS_DIGEST),
         _keys(pool, "engine-keys", SERVING_KEY),

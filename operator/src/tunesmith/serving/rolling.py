@@ -1,9 +1,9 @@
-"""Replacement of a pool's pods after a change of their template: when it begins, and whether with a surge pod.
+"""Replacement of a pool's pods after a change of their template: its start, and the use of a surge pod.
 
-A change of the pool's own spec begins at once. A change that comes with the installation (its images and settings)
-would replace the pods of all pools together: pools with pods that serve begin one after the other, by name. One whose
-replacement fails stops those of its namespace, and all pools once another namespace's fails as well: whoever owns a
-pool can make its update fail, and must not keep the others from theirs.
+Replacement after a change of the pool's own spec starts immediately. A change of the installation (its images and
+settings) would replace the pods of all pools at the same time, so pools with serving pods start one after the other,
+by name. If a replacement fails, the other pools of its namespace wait, and all pools wait once the replacement of a
+pool in a second namespace fails: the owner of a pool can make its update fail, and must not block those of others.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ Manifest = dict[str, Any]
 _SPEC_ANNOTATION = "tunesmith.dev/template-spec"
 _CAUSE_ANNOTATION = "tunesmith.dev/template-cause"
 _BESIDE_TEMPLATE = {"replicas", "autoscaling", "allowed_namespaces", "rolling_update"}
-"""Fields of a pool's spec that do not change its pods."""
+"""Fields of a pool's spec that do not affect its pods."""
 _ROOM_PATIENCE = timedelta(seconds=60)
-"""A surge pod that no node takes for so long is given up."""
+"""Time after which a surge pod that cannot be scheduled is abandoned."""
 _FAILURE_PATIENCE = timedelta(minutes=3)
 
 
@@ -44,12 +44,13 @@ class Cause(StrEnum):
 
 @dataclass(frozen=True)
 class Rollout:
-    """Observed state of a pool's pods against the wanted template.
+    """Observed state of a pool's pods compared with the wanted template.
 
-    `pool`: its namespace and name. `change`: the wanted template is not that of the Deployment, and why. `serves`: it
-    has pods that serve. `outdated`: names of pods with another template than the Deployment's. `cause`: of the
-    Deployment's template. `unfinished`: pods with the Deployment's template do not serve yet, or some are outdated.
-    `failure`: of a pod with the Deployment's template. `stuck`: a pod with it finds no room.
+    `pool`: its namespace and name. `change`: cause of the difference between the wanted template and the Deployment's,
+    None if they are equal. `serves`: True if it has serving pods. `outdated`: names of pods whose template is not the
+    Deployment's. `cause`: cause of the Deployment's template. `unfinished`: True if pods with the Deployment's template
+    do not serve yet, or some are outdated. `failure`: problem of a pod with the Deployment's template. `stuck`: True if
+    such a pod cannot be scheduled.
     """
 
     pool: str
@@ -63,7 +64,7 @@ class Rollout:
 
     @property
     def namespace(self) -> str:
-        """The pool's namespace."""
+        """Namespace of the pool."""
         return self.pool.partition("/")[0]
 
     @property
@@ -73,20 +74,20 @@ class Rollout:
 
     @property
     def active(self) -> bool:
-        """True while the pods are replaced because the installation changed."""
+        """True while the pods are being replaced because the installation changed."""
         return self.change is None and self.cause is Cause.INSTALLATION and self.unfinished
 
 
 @dataclass(frozen=True)
 class Hold:
-    """A sentence on why a pool's replacement does not begin. `failed`: because that of another pool failed."""
+    """A sentence on why a pool's replacement does not begin. `failed`: True if another pool's replacement failed."""
 
     message: str
     failed: bool = False
 
 
 def stamped(deployment: Manifest, pool: ServingPool, cause: Cause) -> Manifest:
-    """Return a rendered Deployment with the digests by which `observe_rollout` recognises its template."""
+    """Return a rendered Deployment with the digests by which `observe_rollout` identifies its template."""
     template = deployment["spec"]["template"]
     digest = _digest(template)
     metadata = template["metadata"]
@@ -103,7 +104,7 @@ def stamped(deployment: Manifest, pool: ServingPool, cause: Cause) -> Manifest:
 
 
 def cause_of(rollout: Rollout) -> Cause:
-    """Return the cause to stamp. The update of a pool that does not serve before says nothing of the installation."""
+    """Return the cause to stamp. Updating a pool that does not serve gives no evidence about the installation."""
     if rollout.change is Cause.INSTALLATION and not rollout.serves:
         return Cause.SPEC
     return rollout.change or rollout.cause or Cause.SPEC
@@ -120,10 +121,10 @@ def observe_rollout(
 
     Args:
         pool: the ServingPool.
-        rendered: its Deployment as this release renders it, without stamps.
-        deployment: as the API server has it; None: it does not exist.
-        pods: of the pool.
-        now: the time.
+        rendered: its Deployment as rendered by this release, without stamps.
+        deployment: the observed Deployment; None if it does not exist.
+        pods: pods of the pool.
+        now: current time.
     """
     name = f"{pool.metadata.namespace}/{pool.metadata.name}"
     living = [pod for pod in pods if not pod.stopping]
@@ -150,12 +151,12 @@ def observe_rollout(
 
 
 def hold(mine: Rollout, rollouts: Iterable[Rollout], *, complete: bool) -> Hold | None:
-    """Return why the pool's pods are not replaced yet; None: they may be.
+    """Return the reason why the pool's pods are not replaced yet; None if they may be replaced.
 
     Args:
-        mine: of the pool.
-        rollouts: of all pools.
-        complete: all pools have been observed since this process leads.
+        mine: rollout of the pool.
+        rollouts: rollouts of all pools.
+        complete: True if all pools have been observed since this process became the leader.
     """
     if not mine.waits:
         return None
@@ -165,7 +166,7 @@ def hold(mine: Rollout, rollouts: Iterable[Rollout], *, complete: bool) -> Hold 
     active = [rollout for rollout in others if rollout.active]
     failed = [rollout for rollout in active if rollout.failure is not None]
     stopped = {rollout.namespace for rollout in failed}
-    if len(stopped) == 1:  # nothing says yet that it is the installation's fault
+    if len(stopped) == 1:  # no evidence yet that the installation is the cause
         failed = [rollout for rollout in failed if rollout.namespace == mine.namespace]
     if failed:
         return Hold(
@@ -189,17 +190,17 @@ def surge(
 
     Args:
         pool: the ServingPool.
-        replicas: pods that are wanted.
+        replicas: number of wanted pods.
         rollout: its observed state.
-        deployment: as the API server has it.
-        has_room: a node has room for one more pod; None: unknown.
+        deployment: the observed Deployment, or None.
+        has_room: True if a node has room for one more pod; None if unknown.
     """
     if rollout.stuck:
         return 0
     if pool.spec.rolling_update.max_surge is not None:
         return pool.spec.rolling_update.max_surge
     if deployment is not None and rollout.change is None and not rollout.outdated:
-        # Nothing is being replaced: what was decided last stays, so that the Deployment is not written for nothing.
+        # No pod is being replaced: keep the latest decision, so that the Deployment is not written needlessly.
         strategy = (deployment.get("spec") or {}).get("strategy") or {}
         return 1 if (strategy.get("rollingUpdate") or {}).get("maxSurge") == 1 else 0
     return 1 if replicas <= 1 or has_room else 0
@@ -214,14 +215,14 @@ def asks_for_room(pool: ServingPool, replicas: int, rollout: Rollout) -> bool:
 def interruption(
     pool: ServingPool, pods: Sequence[PoolPod], replaced: frozenset[str], max_surge: int, running: int | None
 ) -> str:
-    """Return a sentence on what replacing pods interrupts.
+    """Return a sentence on the interruptions that replacing pods causes.
 
     Args:
         pool: the ServingPool.
-        pods: of the pool that are not stopping.
-        replaced: names of those that are replaced.
-        max_surge: from `surge`.
-        running: requests for the pool's models at the moment; None: unknown.
+        pods: pods of the pool that are not stopping.
+        replaced: names of the pods to replace.
+        max_surge: result of `surge`.
+        running: current number of requests for the pool's models; None if unknown.
     """
     serving = [pod for pod in pods if pod.serving]
     leaving = [pod for pod in serving if pod.name in replaced]

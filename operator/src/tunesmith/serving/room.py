@@ -1,4 +1,4 @@
-"""Room for one more pod of a pool on the nodes, by requests and allocatable resources."""
+"""Check for room for one more pod of a pool, by requests and the nodes' allocatable resources."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def has_room(node: Object, requests: Mapping[str, Decimal], used: Iterable[Mappi
 
     Args:
         node: the Node.
-        requests: of the pod.
-        used: requests of the pods that are on the node and have not finished.
+        requests: requests of the pod.
+        used: requests of the unfinished pods on the node.
     """
     free = dict(_allocatable(node))
     for pod in used:

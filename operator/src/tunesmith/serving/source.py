@@ -1,4 +1,4 @@
-"""The artifact that an AdapterDeployment serves, and the pool that serves it."""
+"""Choice of the artifact and the pool of an AdapterDeployment."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MOST_NAMES = 5
 
 @dataclass(frozen=True)
 class Unresolved:
-    """A sentence about what is missing or wrong."""
+    """Reason and message if an artifact or a pool cannot be determined."""
 
     reason: Reason
     message: str
@@ -30,11 +30,11 @@ class Unresolved:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Pools that an AdapterDeployment may get.
+    """Pools that may serve an AdapterDeployment.
 
-    `named`: the one in `spec.pool`. `admitted`: True if that one lets the namespace attach. `own`: those of its
-    namespace, and of the namespaces whose pools the platform shares. `foreign`: others with the adapter's base that
-    would take it if `spec.pool` named them.
+    `named`: the pool in `spec.pool`. `admitted`: True if that pool admits the namespace. `own`: pools of its namespace,
+    and of the namespaces whose pools the platform shares. `foreign`: other pools with the adapter's base that would
+    accept it if `spec.pool` named them.
     """
 
     named: ServingPool | None = None
@@ -47,8 +47,8 @@ class Candidates:
 class Artifact:
     """A published adapter.
 
-    `fingerprint`: of the base that it was trained on, None when its job does not tell. `rank`: its highest rank has at
-    least this value, None when its method does not tell.
+    `fingerprint`: fingerprint of the base that it was trained on, None if its job does not record it. `rank`: lower
+    bound of its highest rank, None if its method does not define one.
     """
 
     digest: str
@@ -59,12 +59,12 @@ class Artifact:
 
 
 def resolve_artifact(adapter: AdapterDeployment, job: FineTuneJob | None, store: str) -> Artifact | Unresolved:
-    """Return the artifact of the adapter's source, or why there is none yet.
+    """Return the artifact of the adapter's source, or the reason why there is none yet.
 
     Args:
         adapter: the AdapterDeployment.
-        job: the FineTuneJob that it names; None: it does not exist.
-        store: the installation's store. The location is computed, never taken from what a pod said.
+        job: the FineTuneJob that it names; None if it does not exist.
+        store: the installation's store. The location is computed, never taken from a pod's report.
     """
     name, namespace = adapter.spec.adapter_from.fine_tune_job.name, adapter.metadata.namespace
     if job is None:
@@ -115,14 +115,14 @@ def candidates(
     shared: Collection[str],
     labels: Mapping[str, str] | None = None,
 ) -> Candidates:
-    """Sort pools by their part in the choice.
+    """Return the pools by their role in the choice.
 
     Args:
         adapter: the AdapterDeployment.
-        fingerprint: of the base that the adapter was trained on; None when it is not known.
+        fingerprint: fingerprint of the base that the adapter was trained on; None if unknown.
         pools: at least those of the adapter's and the shared namespaces, the named one, and those with the fingerprint.
-        shared: namespaces whose pools any adapter may get without naming one.
-        labels: of the adapter's namespace; None: unknown.
+        shared: namespaces whose pools may serve any adapter that names no pool.
+        labels: labels of the adapter's namespace; None if unknown.
     """
     namespace = adapter.metadata.namespace
     wanted = adapter.spec.pool
@@ -146,14 +146,14 @@ def choose_pool(
 ) -> ServingPool | Unresolved:
     """Return the pool that serves the adapter.
 
-    Without `spec.pool` a pool of a foreign namespace is never chosen: who owns it could read the adapter's weights and
-    all requests.
+    Without `spec.pool` a pool of a foreign namespace is never chosen, since its owner could read the adapter's weights
+    and all requests.
 
     Args:
         adapter: the AdapterDeployment.
-        fingerprint: of the base that the adapter was trained on; None when it is not known (its source is gone).
-        pools: from `candidates`.
-        rank: of the adapter; None when it is not known.
+        fingerprint: fingerprint of the base that the adapter was trained on; None if unknown (its source was deleted).
+        pools: result of `candidates`.
+        rank: rank of the adapter; None if unknown.
     """
     if adapter.spec.pool is not None:
         return _accepting(_named(adapter, adapter.spec.pool, fingerprint, pools), rank)
@@ -216,12 +216,12 @@ def _accepting(pool: ServingPool | Unresolved, rank: int | None) -> ServingPool 
 
 
 def reference(pool: ServingPool) -> PoolReference:
-    """The pool's name and namespace."""
+    """Return the pool's name and namespace."""
     return PoolReference(name=pool.metadata.name, namespace=pool.metadata.namespace)
 
 
 def short(digest: str) -> str:
-    """A digest as people read it: its first 12 hex digits."""
+    """Return the first 12 hex digits of a digest, for messages."""
     return digest.removeprefix("sha256:")[:12]
 
 
@@ -254,7 +254,7 @@ def _named(
 
 
 def _usable(adapter: AdapterDeployment, pools: Candidates) -> str:
-    """Return the part of a sentence that names the pools that would take the adapter."""
+    """Return the part of a sentence that names the pools that would accept the adapter."""
     namespace, others = adapter.metadata.namespace, [*pools.own, *pools.foreign]
     if not others:
         return f"no ServingPool lets namespace {namespace} attach this adapter"

@@ -1,4 +1,7 @@
-"""AdapterDeployments: source, pool, copies and revisions → one status write. What pods hold follows from the status."""
+"""Reconciler of AdapterDeployments: source, pool, copies and revisions → one status write.
+
+The adapters that pods hold follow from the status.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ _UNSETTLED_SECONDS = 0.3
 
 
 class AdapterDeploymentReconciler:
-    """Serves what AdapterDeployments ask for."""
+    """Reconciler of AdapterDeployments."""
 
     kind = KIND
 
@@ -45,7 +48,7 @@ class AdapterDeploymentReconciler:
 
     @property
     def watches(self) -> Sequence[Watch]:
-        """Sources, pools, and the others that claim the same name."""
+        """Sources, pools, and other AdapterDeployments that claim the same name."""
         return (
             Watch("FineTuneJob", self._keys_of_job),
             Watch("ServingPool", self._keys_of_pool),
@@ -54,7 +57,7 @@ class AdapterDeploymentReconciler:
         )
 
     async def reconcile(self, key: Key) -> Result:
-        """One pass."""
+        """Reconcile one AdapterDeployment."""
         manifest = self._context.caches[KIND].get(key.namespace, key.name)
         if manifest is None or manifest["metadata"].get("deletionTimestamp"):
             uid = self._uids.pop(key, None)
@@ -73,7 +76,7 @@ class AdapterDeploymentReconciler:
         pool = choose_pool(adapter, fingerprint, self._state.candidates(adapter, fingerprint), rank)
         serving = pool if isinstance(pool, ServingPool) else self._still_serving(adapter)
         if serving is not None and adapter.status.revisions and not self._state.settled(serving):
-            # What the pods hold is not known yet, and a status that says so would only flicker.
+            # The adapters of the pods are not known yet, and reporting that would make the status flicker.
             return Result(_UNSETTLED_SECONDS)
         seen = Observation(
             artifact=artifact,
@@ -91,15 +94,15 @@ class AdapterDeploymentReconciler:
             manifest, status, reports=partial(scaled, "copies", adapter.status.desired_replicas)
         )
         if written and old is not None and old != status.pool:
-            # It is no longer among those that read this adapter, and takes it from its pods.
+            # The old pool is no longer indexed for this adapter, and has to remove it from its pods.
             self._context.queue.add(Key("ServingPool", old.namespace or key.namespace, old.name))
         if seen.lost_to is not None:
-            # A change of the holder's claim makes the key due; this repairs what was missed.
+            # A change of the owner's claim makes the key due; this covers missed changes.
             return Result(_LOST_SECONDS)
         if adapter.spec.autoscaling is None:
             return Result()
         idle = seen.decision.replicas == adapter.spec.autoscaling.min_replicas == adapter.status.desired_replicas
-        # The first request of a model makes it due at once.
+        # The first request to a model makes the key due immediately.
         return Result(_IDLE_TICK_SECONDS if idle else _TICK_SECONDS)
 
     async def run(self) -> None:
@@ -115,7 +118,7 @@ class AdapterDeploymentReconciler:
         return decide_copies(window, adapter.status.desired_replicas, rule)
 
     def _still_serving(self, adapter: AdapterDeployment) -> ServingPool | None:
-        """Return the pool that served so far, while the new choice is not made."""
+        """Return the pool that has served so far, until the new choice is made."""
         old = adapter.status.pool
         pool = None if old is None else self._state.pools.get(old.namespace or adapter.metadata.namespace, old.name)
         labels = self._context.namespaces.labels(adapter.metadata.namespace)
@@ -126,9 +129,9 @@ class AdapterDeploymentReconciler:
         return map(key_of, self._adapters.find(SOURCE, f"{metadata['namespace']}/{metadata['name']}"))
 
     def _keys_of_pool(self, pool: Object) -> Iterable[Key]:
-        """Return those that the pool serves, that name it, that wait for any, and rivals for its base's name.
+        """Return the adapters that the pool serves, that name it, that wait for a pool, or that claim its base's name.
 
-        Only when something changed that an adapter's status depends on: a pool's status changes with each of them.
+        Empty unless something changed that their status depends on, since a pool's status changes with each of them.
         """
         place, current = key_of(pool), self._context.caches["ServingPool"].get(*key_of(pool)[1:])
         view = None if current is None else _view_of_pool(current)
@@ -143,15 +146,15 @@ class AdapterDeploymentReconciler:
         return {key_of(adapter) for index, value in values for adapter in self._adapters.find(index, value)}
 
     def _reach(self, pool: Object) -> str:
-        """Return the namespace whose adapters the pool concerns; empty: all of them."""
+        """Return the namespace whose adapters may use the pool; empty: all namespaces."""
         return "" if is_shared(pool) else pool["metadata"]["namespace"]
 
     def _keys_of_namespace(self, namespace: Object) -> Iterable[Key]:
-        """Return the namespace's adapters: its labels decide to which pools they may attach."""
+        """Return the namespace's adapters, since its labels decide to which pools they may attach."""
         return map(key_of, self._adapters.list(namespace["metadata"]["name"]))
 
     def _keys_of_rivals(self, manifest: Object) -> Iterable[Key]:
-        """Return the others that claim its model name, or the one that it had before."""
+        """Return the other adapters that claim its current or previous model name."""
         key, uid = key_of(manifest), manifest["metadata"]["uid"]
         current = self._adapters.get(key.namespace, key.name)
         is_gone = current is None or current["metadata"]["uid"] != uid

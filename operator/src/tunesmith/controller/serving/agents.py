@@ -1,6 +1,6 @@
 """Agents of pool pods, while this process leads: their event streams, and the lists of adapters sent to them.
 
-Silence makes what an agent reported unknown. Tokens go into one header and nowhere else.
+An agent's report expires when the agent falls silent. Tokens are used only in one header.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, repr=False)
 class Target:
-    """Address of a pod and the tokens that it may accept. Not printable: tokens are secret."""
+    """Address of a pod and the tokens that it may accept. Without a repr, since tokens are secret."""
 
     name: str
     address: str
@@ -46,17 +46,17 @@ class Target:
     control_tokens: Tokens | None = field(default=None, compare=False)
 
     def url(self, port: int, path: str) -> str:
-        """An address at the target."""
+        """Return a URL of the target."""
         return f"http://{url_host(self.address)}:{port}{path}"
 
     def stream(self, port: int, path: str) -> Stream:
-        """A stream of the target."""
+        """Return a stream of the target."""
         return Stream(self.name, self.url(port, path), self.stream_tokens)
 
 
 @dataclass(frozen=True)
 class _Sent:
-    """A list that an agent accepted. `confirmed`: the agent has reported it since."""
+    """A list that an agent accepted. `confirmed`: True if the agent has reported it since."""
 
     adapters: tuple[DesiredAdapter, ...]
     number: tuple[int, int]
@@ -65,7 +65,7 @@ class _Sent:
     confirmed: bool = False
 
     def is_held(self, state: PodState) -> bool:
-        """True if the agent reports exactly this list."""
+        """Return True if the agent reports exactly this list."""
         return (state.epoch, state.sequence, state.list_digest) == (*self.number, self.digest)
 
 
@@ -78,17 +78,17 @@ class AgentLink:
         self.heard_at = float("-inf")
         self.since = time.monotonic()
         self.error = ""
-        """Why the last connection to the agent failed; empty after a line."""
+        """Error of the latest connection to the agent; empty after a line."""
         self.wake = asyncio.Event()
         self.desired: tuple[DesiredAdapter, ...] | None = None
         self._sent: _Sent | None = None
 
     def heard(self, now: float) -> bool:
-        """True if the latest line is recent."""
+        """Return True if the latest line is recent."""
         return now - self.heard_at <= SILENCE_SECONDS
 
     def take(self, state: PodState, now: float) -> bool:
-        """Keep the state after a line; True if it is news to those who place adapters."""
+        """Store the state after a line; return True if it affects the placement of adapters."""
         news = not self.heard(now) or self.state is None or _placement(state) != _placement(self.state)
         self.state, self.heard_at, self.error = state, now, ""
         if self._sent is not None and self._sent.is_held(state):
@@ -98,7 +98,7 @@ class AgentLink:
         return news
 
     def tell(self, desired: tuple[DesiredAdapter, ...]) -> None:
-        """Set the whole list that the pod should have."""
+        """Set the complete list that the pod should have."""
         if desired != self.desired:
             self.desired = desired
             self.wake.set()
@@ -108,10 +108,11 @@ class AgentLink:
         self._sent = _Sent(adapters, number, list_digest(adapters), now)
 
     def number(self, epoch: int, sequence: int) -> tuple[int, int]:
-        """Return the number of the next list: the one given, in a higher epoch where the agent reports a higher number.
+        """Return the number of the next list: the given one, in a higher epoch if the agent reports a higher number.
 
-        The Lease was deleted, a clock went back, or somebody else sent a list: the leader's list must still win. Each
-        agent is outbid by itself, so that one that reports nonsense cannot make the numbers of others implausible.
+        The leader's list must win even if the Lease was deleted, a clock was set back, or another client sent a list.
+        Each agent is outbid separately, so that one that reports nonsense cannot make the numbers of others
+        implausible.
         """
         if self.state is not None and (self.state.epoch, self.state.sequence) >= (epoch, sequence):
             return self.state.epoch + 1, sequence
@@ -119,12 +120,12 @@ class AgentLink:
 
     @property
     def behind(self) -> bool:
-        """True if the agent has not accepted the list, or reports another one."""
+        """True if the agent has not accepted the list, or reports a different one."""
         if self.desired is None:
             return False
         if self._sent is None or self._sent.adapters != self.desired:
             return True
-        # Until the agent reported the list once, lines that were under way when it was sent may carry the one before.
+        # Until the agent has reported the list once, lines that were already in flight may contain the previous one.
         settled = self._sent.confirmed or self.heard_at > self._sent.at + SILENCE_SECONDS
         return settled and self.state is not None and not self._sent.is_held(self.state)
 
@@ -152,11 +153,11 @@ class AgentLinks:
         return self._links.get(pool, {})
 
     def sync(self, pool: str, targets: Mapping[str, Target], changed: Callable[[], None]) -> None:
-        """Follow exactly these pods of a pool; none forgets the pool.
+        """Follow exactly these pods of a pool; without targets, the pool is forgotten.
 
         Args:
             pool: the pool's UID.
-            targets: by pod UID.
+            targets: targets by pod UID.
             changed: called when the state of one of them changes.
         """
         old = self._links.get(pool, {})
@@ -171,10 +172,10 @@ class AgentLinks:
             del self._links[pool], self._changed[pool]
 
     async def run(self) -> None:
-        """Read all streams and send the agents their lists. Runs without end; what was known before is forgotten.
+        """Read all streams and send the agents their lists. Runs until cancelled; earlier state is discarded.
 
         Raises:
-            Exception: a task ended that never should; the caller starts all of them again.
+            Exception: a permanent task stopped; the caller restarts all of them.
         """
         self._links.clear()
         self._changed.clear()
@@ -226,7 +227,7 @@ class AgentLinks:
             await link.wake.wait()
             link.wake.clear()
             if not link.heard(time.monotonic()) or not self._context.may_write():
-                continue  # the next line wakes again
+                continue  # the next line wakes this task again
             if not link.behind or link.desired is None:
                 continue
             desired, number = link.desired, link.number(self._context.epoch, self._next())
@@ -234,21 +235,21 @@ class AgentLinks:
                 problem = await _put(session, link.target, number, desired)
             except (aiohttp.ClientError, OSError, TimeoutError) as error:
                 problem = type(error).__name__
-            except Exception as error:  # noqa: BLE001 - it must not end the reading of streams
+            except Exception as error:  # noqa: BLE001 - it must not stop the reading of streams
                 _log.exception("the list of %s cannot be sent", link.target.name)
                 problem = type(error).__name__
             if problem is None:
                 failures = 0
                 link.sent(desired, number, time.monotonic())
                 continue
-            # 409: another replica leads by now, or the agent knows a higher number, which its next line reports.
+            # 409: another replica leads by now, or the agent has a higher number, which its next line reports.
             failures += 1
             _log.warning("the agent of %s did not accept its adapters: %s", link.target.name, problem)
             await asyncio.sleep(min(2.0, backoff(failures)))
             link.wake.set()
 
     def _next(self) -> int:
-        # Rises across restarts too: without leader election two processes may begin in the same second.
+        # Increases across restarts too: without leader election two processes may start in the same second.
         self._sequence = max(self._sequence + 1, int(time.time() * 1000))
         return self._sequence
 
@@ -256,7 +257,10 @@ class AgentLinks:
 async def _put(
     session: aiohttp.ClientSession, target: Target, number: tuple[int, int], desired: tuple[DesiredAdapter, ...]
 ) -> str | None:
-    """Send an agent its list; return why it was not accepted, or None. A refused token is followed by the next one."""
+    """Send an agent its list; return the reason why it was not accepted, or None.
+
+    After a refused token the next one is used.
+    """
     body = DesiredAdapters(epoch=number[0], sequence=number[1], adapters=list(desired)).model_dump_json(by_alias=True)
     if target.control_tokens is None:
         raise ValueError(f"{target.name} has no control tokens")

@@ -1,4 +1,4 @@
-"""Demand that the gateways report, while this process leads. Silence makes it unknown."""
+"""Demand that the gateways report, while this process leads. Demand of a silent gateway is unknown."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
 
 
 class GatewayLinks:
-    """The gateways' demand streams: they fill the board."""
+    """The gateways' demand streams, which update the board."""
 
     def __init__(self, context: Context, board: DemandBoard) -> None:
         self._context = context
         self._board = board
 
     async def run(self) -> None:
-        """Follow every gateway pod of this release. Runs without end.
+        """Follow every gateway pod of this release. Runs until cancelled.
 
         Raises:
             ClusterError: the pods cannot be listed.
         """
         settings = self._context.settings
-        # Whoever may create a pod with these labels in the operator's namespace may mount the installation key there as
-        # well, so nothing more is checked.
+        # Anyone who may create a pod with these labels in the operator's namespace may also mount the installation key,
+        # so no further checks are needed.
         labels = ",".join(f"{name}={value}" for name, value in component_labels(settings.instance, "gateway").items())
         tasks: dict[str, asyncio.Task[None]] = {}
         streams: dict[str, Stream] = {}
@@ -70,7 +70,7 @@ class GatewayLinks:
         await follow(session, stream, lambda: take, failed)
 
     def _stream(self, pod: Object) -> Stream | None:
-        """Return the stream of a running gateway. One that is stopping counts too: it still has requests."""
+        """Return the stream of a running gateway, or None. A stopping one counts too, since it still has requests."""
         status = pod.get("status") or {}
         address = status.get("podIP")
         if status.get("phase") != "Running" or not address:

@@ -1,4 +1,4 @@
-"""ServingPools: pods, what each of them holds, readiness gates, and one status write."""
+"""Reconciler of ServingPools: pods, their adapters, readiness gates, and one status write."""
 
 from __future__ import annotations
 
@@ -56,15 +56,15 @@ _REQUESTS_SECONDS = 10.0
 _NUMBER_OF_REQUESTS = re.compile(r"\(\d+ now\)")
 _UNSETTLED_SECONDS = 0.3
 _RETRY = "tunesmith.dev/retry"
-"""Annotation of a Deployment whose pods are refused."""
+"""Annotation of a Deployment whose pods are refused, changed to trigger a retry."""
 _REST = 4
-"""Times that deciding took: a pool with many adapters takes at most a fifth of the operator's time."""
+"""Rest after a decision, as a multiple of its duration: one pool takes at most a fifth of the operator's time."""
 _LEAST_REST_SECONDS = 0.1
 _MOST_REST_SECONDS = 2.0
 
 
 class ServingPoolReconciler:
-    """Runs what ServingPools ask for."""
+    """Reconciler of ServingPools."""
 
     kind = KIND
 
@@ -80,7 +80,7 @@ class ServingPoolReconciler:
 
     @property
     def watches(self) -> Sequence[Watch]:
-        """Its Deployment, its pods, and the adapters that it serves."""
+        """Deployment, pods and adapters of a pool."""
         return (
             Watch("Deployment", owner_keys(KIND), MANAGED),
             Watch("Pod", label_keys(KIND, POOL_LABEL), MANAGED),
@@ -88,7 +88,7 @@ class ServingPoolReconciler:
         )
 
     async def reconcile(self, key: Key) -> Result:
-        """One pass."""
+        """Reconcile one ServingPool."""
         manifest = self._context.caches[KIND].get(key.namespace, key.name)
         if manifest is None or manifest["metadata"].get("deletionTimestamp"):
             self._forget(key)
@@ -101,7 +101,7 @@ class ServingPoolReconciler:
         self._uids[key] = pool.metadata.uid
         self._follow(key, pool)
         if not self._state.settled(pool):
-            # Placing without knowing what the pods hold would move adapters about.
+            # Placing adapters without knowing those of the pods would move them needlessly.
             return Result(_UNSETTLED_SECONDS)
         attached = self._state.attached(pool)
         invalid = reserved(pool) or self._forbidden(pool)
@@ -151,7 +151,7 @@ class ServingPoolReconciler:
         return status != pool.status and _without_requests(status) == _without_requests(pool.status)
 
     def _forbidden(self, pool: ServingPool) -> str | None:
-        """Return why the installation does not run the pool's pods; None where it does."""
+        """Return the reason why the installation does not allow the pool's pods; None if it allows them."""
         settings, spec = self._context.settings, pool.spec
         if reads_foreign_store(settings.store, pool.metadata.namespace, spec.base_model.uri):
             return (
@@ -161,7 +161,7 @@ class ServingPoolReconciler:
         return refusal(spec.scheduling, spec.resources, settings)
 
     async def run(self) -> None:
-        """Read the agents' streams and tell them what to hold."""
+        """Read the agents' streams and send them their lists."""
         await self._state.agents.run()
 
     def _follow(self, key: Key, pool: ServingPool) -> None:
@@ -186,7 +186,7 @@ class ServingPoolReconciler:
         )
 
     def _forget(self, key: Key) -> None:
-        """Drop what is known about a pool that is gone; what it owned is removed by its owner references."""
+        """Discard the state of a deleted pool; Kubernetes deletes its dependents by their owner references."""
         uid = self._uids.pop(key, None)
         if uid is not None:
             self._state.forget_pool(uid)
@@ -197,7 +197,7 @@ class ServingPoolReconciler:
             self._written.pop(uid, None)
 
     def _pods(self, pool: ServingPool, attached: Sequence[AdapterDeployment]) -> tuple[Decision, bool]:
-        """The wanted pods, and whether adapters may move to spread them."""
+        """Return the wanted pods, and True if adapters may move to spread them."""
         rule = pool.spec.autoscaling
         if rule is None:
             self._state.forget_window(pool.metadata.uid)
@@ -209,7 +209,7 @@ class ServingPoolReconciler:
         return decide_pods(window, pool.status.desired_replicas, rule, why), loaded_pods(window, rule) > 1
 
     async def _apply(self, pool: ServingPool, seen: PoolObservation, replicas: int) -> Refusal | None:
-        """Apply the pool's objects, each whatever becomes of the others; return the refusal of one of them."""
+        """Apply each of the pool's objects, even if others are refused; return one of the refusals."""
         refusals = [
             await self._executor.apply(pool.metadata.uid, key_secret(pool, self._pool_keys(pool))),
             await self._executor.apply(pool.metadata.uid, disruption_budget(pool)),
@@ -226,7 +226,7 @@ class ServingPoolReconciler:
         return demand.requests if demand.complete else None
 
     async def _apply_deployment(self, pool: ServingPool, seen: PoolObservation, replicas: int) -> Refusal | None:
-        """Apply the Deployment; while the replacement of its pods does not begin, only the number of pods."""
+        """Apply the Deployment, but only its number of pods until their replacement may begin."""
         observed = seen.deployment
         if seen.hold is not None and observed is not None:
             if observed["spec"].get("replicas") == replicas:
@@ -236,7 +236,7 @@ class ServingPoolReconciler:
             deployment(pool, self._context.settings, replicas, seen.max_surge), pool, cause_of(seen.rollout)
         )
         if refusal_of_pods(observed) is not None:
-            # Kubernetes tries again after up to 17 minutes; it copies this to the ReplicaSet and tries at once.
+            # Kubernetes retries after up to 17 minutes, but at once if the annotation changes, also on the ReplicaSet.
             wanted["metadata"]["annotations"][_RETRY] = str(int(self._context.now().timestamp() // MAX_RETRY_SECONDS))
         generation = observed["metadata"]["generation"] if observed is not None else -1
         return await self._executor.apply(pool.metadata.uid, wanted, generation)
@@ -246,7 +246,7 @@ class ServingPoolReconciler:
         return [isolation(pool, network)] if network.policies else []
 
     def _pool_keys(self, pool: ServingPool) -> dict[str, bytes]:
-        """The files of the pool's Secret."""
+        """Return the files of the pool's Secret."""
         installation = self._context.installation_keys
         gateway, place = gateway_keys(installation), (pool.metadata.namespace, pool.metadata.uid)
         return {
@@ -257,7 +257,7 @@ class ServingPoolReconciler:
         }
 
     async def _act(self, pool: ServingPool, decided: PoolPlan) -> Refusal | None:
-        """Send the lists, and mark the pods; return the refusal to mark one."""
+        """Send the lists, and set deletion costs and gates; return the refusal of one of these writes."""
         refused: Refusal | None = None
         links = self._state.agents.of(pool.metadata.uid)
         for pod in self._state.pod_manifests(pool):
@@ -271,7 +271,7 @@ class ServingPoolReconciler:
                 if name in decided.gates:
                     refused = await self._set_gate(pool, pod, is_open=decided.gates[name]) or refused
             except (NotFoundError, ConflictError):
-                continue  # the pod is gone; its deletion is on its way into the cache
+                continue  # the pod is deleted; the cache will be updated soon
         return refused
 
     async def _set_gate(self, pool: ServingPool, pod: Object, *, is_open: bool) -> Refusal | None:
@@ -281,14 +281,14 @@ class ServingPoolReconciler:
             "reason": "AdaptersResident" if is_open else "EngineNotReady",
             "lastTransitionTime": self._context.now().strftime("%Y-%m-%dT%H:%M:%SZ"),
         }
-        # A strategic merge keeps the kubelet's own conditions beside this one.
+        # A strategic merge preserves the kubelet's conditions.
         body: Object = {"status": {"conditions": [condition]}}
         return await self._executor.patch(pool.metadata.uid, pod, body, type_="strategic", subresource="status")
 
     def _wake_adapters(
         self, pool: ServingPool, seen: PoolObservation, decided: PoolPlan, attached: Iterable[AdapterDeployment]
     ) -> None:
-        """Make the adapters due whose status depends on what changed on the pods or in their placement."""
+        """Make the adapters due whose status depends on changes of the pods or the placement."""
         uid = pool.metadata.uid
         self._state.unplaced[uid] = decided.unplaced
         view = PoolView(tuple(seen.pods), decided.unplaced)
@@ -312,7 +312,7 @@ def _without_requests(status: ServingPoolStatus) -> ServingPoolStatus:
 
 
 def _keys_of_adapter(adapter: Object) -> Iterable[Key]:
-    """The pool that serves it, and the one that it names."""
+    """Return the pool that serves an adapter, and the pool that its spec names."""
     namespace = adapter["metadata"]["namespace"]
     for pool in ((adapter.get("status") or {}).get("pool"), adapter["spec"].get("pool")):
         if pool:

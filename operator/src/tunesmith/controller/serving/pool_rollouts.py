@@ -1,4 +1,4 @@
-"""Rollouts of all pools: whose turn it is, and whether a node has room for a surge pod."""
+"""Rollouts of all pools: their order, and the check for a node with room for a surge pod."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class PoolRollouts:
         self._rooms: dict[str, tuple[float, bool | None]] = {}
 
     def turn(self, uid: str, rollout: Rollout, pools: Callable[[], Iterable[ServingPool]]) -> Hold | None:
-        """Record a pool's rollout; return why its pods are not replaced yet.
+        """Record a pool's rollout; return the reason why its pods are not replaced yet, or None.
 
         Args:
-            uid: of the pool.
-            rollout: as observed now.
-            pools: all pools.
+            uid: UID of the pool.
+            rollout: the observed rollout.
+            pools: returns all pools.
         """
         self._rollouts[uid] = rollout
         if not rollout.waits:
@@ -46,25 +46,25 @@ class PoolRollouts:
         complete = all(pool.metadata.uid in self._rollouts for pool in pools())
         found = hold(rollout, self._rollouts.values(), complete=complete)
         if found is None:
-            # From this moment it is the one: another worker may decide before the Deployment is written.
+            # Record its start now, since another worker may decide before the Deployment is written.
             self._rollouts[uid] = replace(rollout, change=None, cause=Cause.INSTALLATION, unfinished=True)
         return found
 
     def withdraw(self, uid: str) -> None:
-        """Record that a pool's pods cannot be replaced, such as for an invalid spec: the others do not wait for it."""
+        """Record that a pool's pods cannot be replaced, e.g. for an invalid spec, so that others do not wait for it."""
         rollout = self._rollouts.get(uid)
         if rollout is not None:
             self._rollouts[uid] = Rollout(rollout.pool)
 
     def forget(self, uid: str) -> None:
-        """Drop a pool that is gone."""
+        """Discard a deleted pool."""
         self._rollouts.pop(uid, None)
         self._rooms.pop(uid, None)
 
     async def has_room(self, pool: ServingPool, rendered: Object) -> bool | None:
-        """Return True if a node has room for one more of the pool's pods; None where it cannot be found out.
+        """Return True if a node has room for one more of the pool's pods; None if that cannot be determined.
 
-        Read at most every 30 s while pods are replaced: watching nodes and all pods would be far more work.
+        Nodes and pods are read at most every 30 s while pods are replaced, which is much cheaper than watching them.
         """
         uid, now = pool.metadata.uid, self._clock()
         at, known = self._rooms.get(uid, (float("-inf"), None))

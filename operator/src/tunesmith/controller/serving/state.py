@@ -1,4 +1,4 @@
-"""What the reconcilers of ServingPools and AdapterDeployments share: parsed resources, agents, demand."""
+"""Shared state of the reconcilers of ServingPools and AdapterDeployments: parsed resources, agents, demand."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _SAMPLE_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class _SeenPod:
-    """A pod, and the versions of what it was observed from."""
+    """A pod, and the versions of its manifest and of its agent's state."""
 
     pod: PoolPod
     version: str
@@ -69,7 +69,7 @@ class _SeenPod:
         return cls(pod, version, link.state)
 
     def is_current(self, manifest: Object, link: AgentLink | None, now: float) -> bool:
-        """Return True if observing again would lead to an equal pod."""
+        """Return True if observing it again would return an equal pod."""
         if self.version != manifest["metadata"]["resourceVersion"]:
             return False
         if link is None:
@@ -78,7 +78,7 @@ class _SeenPod:
 
 
 class ServingState:
-    """Shared by both reconcilers; for one event loop."""
+    """State shared by both reconcilers; for one event loop."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -93,7 +93,7 @@ class ServingState:
         self.demand = DemandBoard(SILENCE_SECONDS, rises=self._wake_model)
         self.gateways = GatewayLinks(context, self.demand)
         self.unplaced: dict[str, Mapping[str, str]] = {}
-        """By pool UID and engine name, why copies have no place."""
+        """Reasons why copies have no slot, by pool UID and engine name."""
         self._windows: dict[str, tuple[float, Window]] = {}
         self._attached: dict[str, tuple[object, tuple[AdapterDeployment, ...]]] = {}
         self._pods: dict[str, dict[str, _SeenPod]] = {}
@@ -105,14 +105,14 @@ class ServingState:
         return adapters + [claim_of(pool) for pool in self.pools.find(MODEL, resource.model)]
 
     def candidates(self, adapter: AdapterDeployment, fingerprint: str | None) -> Candidates:
-        """Return the pools that an AdapterDeployment may get."""
+        """Return the pools that may serve an AdapterDeployment."""
         shared = self.context.settings.shared_namespaces
         wanted, labels = adapter.spec.pool, self.context.namespaces.labels(adapter.metadata.namespace)
         named = None
         if wanted is not None:
             named = self.pools.get(wanted.namespace or adapter.metadata.namespace, wanted.name)
         found = [named]
-        # The others are named in the message about a pool that is missing or does not admit the namespace.
+        # The message about a named pool that is missing or does not admit the namespace lists the other pools.
         if named is None or not named.admits(adapter.metadata.namespace, labels):
             for namespace in {adapter.metadata.namespace, *shared}:
                 found += self.pools.list(namespace)
@@ -121,9 +121,9 @@ class ServingState:
         return candidates(adapter, fingerprint, pools.values(), shared, labels)
 
     def attached(self, pool: ServingPool) -> tuple[AdapterDeployment, ...]:
-        """Return the AdapterDeployments that the pool serves, the oldest first.
+        """Return the AdapterDeployments that the pool serves, oldest first.
 
-        The same tuple is returned while none of them and nothing that decides who may attach has changed.
+        The same tuple is returned until one of them, or a condition for attaching, changes.
         """
         place = f"{pool.metadata.namespace}/{pool.metadata.name}"
         namespaces = self.context.namespaces
@@ -148,7 +148,7 @@ class ServingState:
         return attached
 
     def pods(self, pool: ServingPool) -> list[PoolPod]:
-        """Return the pool's pods, with their agents' reports. A pod that has not changed is the same object."""
+        """Return the pool's pods, with their agents' reports. The same object is returned for an unchanged pod."""
         links, now = self.agents.of(pool.metadata.uid), time.monotonic()
         known, found = self._pods.get(pool.metadata.uid, {}), {}
         for manifest in self.pod_manifests(pool):
@@ -161,7 +161,7 @@ class ServingState:
         return [seen.pod for seen in found.values()]
 
     def pod_manifests(self, pool: ServingPool) -> Objects:
-        """Return the pool's pods as the API server has them."""
+        """Return the manifests of the pool's pods."""
         cache, uid = self.context.caches["Pod"], pool.metadata.uid
         revision, known = self._pod_manifests.get(uid, (-1, []))
         if revision != cache.revision(POOL, uid):
@@ -170,12 +170,12 @@ class ServingState:
         return known
 
     def deployment(self, pool: ServingPool) -> Object | None:
-        """Return the pool's own Deployment; None where there is none, or one of that name has another owner."""
+        """Return the pool's Deployment; None if it does not exist, or has another owner."""
         found = self.context.caches["Deployment"].get(pool.metadata.namespace, deployment_name(pool))
         return found if found is not None and is_owned_by(pool, found) else None
 
     def settled(self, pool: ServingPool) -> bool:
-        """Whether every ready pod's agent was heard since this process leads, or was given time enough to be."""
+        """Return True if every ready pod's agent has reported since this process leads, or had enough time to."""
         links, now = self.agents.of(pool.metadata.uid), time.monotonic()
         for pod in self.pods(pool):
             if not pod.ready or pod.stopping or pod.state is not None:
@@ -186,7 +186,7 @@ class ServingState:
         return True
 
     def window(self, uid: str, models: Iterable[str], keep_seconds: float, floor: int = 0) -> Window:
-        """The window of an autoscaled resource, with demand as it is now."""
+        """Return the window of an autoscaled resource, updated with the current demand."""
         now = time.monotonic()
         last, window = self._windows.get(uid, (float("-inf"), Window()))
         if now - last >= _SAMPLE_SECONDS:
@@ -196,16 +196,16 @@ class ServingState:
         return window
 
     def forget_window(self, uid: str) -> None:
-        """Drop the window of a resource that is gone or not autoscaled any more."""
+        """Discard the window of a resource that is deleted or no longer autoscaled."""
         self._windows.pop(uid, None)
 
     def forget_adapter(self, uid: str) -> None:
-        """Drop what is known about an AdapterDeployment that is gone."""
+        """Discard the state of a deleted AdapterDeployment."""
         self.forget_window(uid)
         self.adapters.forget(uid)
 
     def forget_pool(self, uid: str) -> None:
-        """Drop what is known about a ServingPool that is gone, and stop reading its agents."""
+        """Discard the state of a deleted ServingPool, and stop reading its agents."""
         self.agents.sync(uid, {}, lambda: None)
         self.forget_window(uid)
         self.pools.forget(uid)
@@ -213,7 +213,7 @@ class ServingState:
             known.pop(uid, None)
 
     def _wake_model(self, model: str) -> None:
-        """Reconcile the adapters of a model that has its first requests: they may have been due much later."""
+        """Make the adapters of a model due on its first requests, since they may be due much later."""
         for item in self.context.caches["AdapterDeployment"].find(MODEL, model):
             self.context.queue.add(key_of(item))
 
@@ -238,7 +238,7 @@ def _pool(adapter: Object, reference: Mapping[str, Any] | None) -> Iterable[str]
 
 def _waiting(adapter: Object) -> Iterable[str]:
     if not adapter["spec"].get("pool") and not (adapter.get("status") or {}).get("pool"):
-        # By namespace, and all together.
+        # By namespace, and under "" for all namespaces.
         yield from (adapter["metadata"]["namespace"], "")
 
 
