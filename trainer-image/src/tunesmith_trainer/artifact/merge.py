@@ -43,13 +43,13 @@ def merge(
     """Write the merged model into `target`: sharded safetensors, tokenizer and `merged.json`.
 
     Args:
-        how: merge into the published base model, or into the dequantized 4-bit one.
+        how: merge into the published base model, or into the dequantised 4-bit one.
         base: folder of the base model with its weights.
         artifact: folder of the saved adapter.
         target: folder to create.
         config: configuration of the base model.
-        quantization: quantization of the base model while training.
-        dtype: type that it was quantized from.
+        quantization: quantisation of the base model while training.
+        dtype: type that it was quantised from.
         prompts: prompts for the comparison, as token ids.
         trained: `last_logits` of the trained model for these prompts.
 

@@ -255,7 +255,7 @@ def _status(uri: str, manifest: ArtifactManifest, data: bytes) -> ArtifactStatus
 def _check_error(error: float, job: FineTuneJob, prepared: Prepared, served: torch.dtype) -> None:
     """Raise SelfCheckError if the reloaded adapter is not the trained one.
 
-    On a base that was in 4 bits while training, they differ by the quantization error, for which there is no limit.
+    On a base that was in 4 bits while training, they differ by the quantisation error, for which there is no limit.
     """
     exact = served is torch.float32 and prepared.resolved.precision is not Precision.BFLOAT16
     limit = _EXACT_LIMIT if exact else _ROUNDED_LIMIT

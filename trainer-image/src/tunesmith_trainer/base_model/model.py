@@ -195,7 +195,7 @@ def load_model(
     Args:
         base: folder of the base model.
         device: device to load the weights onto.
-        quantization: quantization of the linear layers, or None.
+        quantization: quantisation of the linear layers, or None.
         dtype: type of the weights and of matrix products.
         as_stored: True if the weights keep the type that they have in their files.
     """
@@ -214,11 +214,11 @@ def load_to_share_out(
 ) -> PreTrainedModel:
     """Load the base model into main memory, frozen; weights that already have their type are read only when used.
 
-    Weights to be held in 4 bits are quantized when they are moved to a device, as `load_model` would have done it.
+    Weights to be held in 4 bits are quantised when they are moved to a device, as `load_model` would have done it.
 
     Args:
         base: folder of the base model.
-        quantization: quantization of the linear layers, or None.
+        quantization: quantisation of the linear layers, or None.
         dtype: type of the weights and of matrix products.
         as_stored: True if the weights keep the type that they have in their files.
     """

@@ -29,7 +29,7 @@ def shard(base: PreTrainedModel, device: torch.device, ranks: Ranks, *, full: bo
     No device ever holds more than its own shards and one gathered layer.
 
     Args:
-        base: model in main memory, with or without an adapter; weights waiting to be quantized are quantized on the
+        base: model in main memory, with or without an adapter; weights waiting to be quantised are quantised on the
             device.
         device: device of this rank.
         ranks: ranks that train together, already connected.

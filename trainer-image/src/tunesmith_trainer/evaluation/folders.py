@@ -34,7 +34,7 @@ class TaskCode(StrEnum):
     ALLOWED = "Allowed"
     REFUSED = "Refused"
     REFUSED_LOCALLY = "RefusedLocally"
-    """In a local run, whose user can allow it."""
+    """Refused in a local run, whose user can allow it."""
 
 
 @dataclass(frozen=True)

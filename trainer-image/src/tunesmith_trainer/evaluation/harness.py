@@ -50,7 +50,7 @@ def check(evaluation: Evaluation, own: Mapping[str, OwnTasks]) -> None:
 
     Raises:
         InvalidSpecError: a task cannot be used here, the name of a metric is too long, or a gate names a metric that
-        its task does not have.
+            its task does not have.
         DatasetNotFoundError: a task's data does not exist, or requires a login.
         StorageUnavailableError: the Hub cannot be reached.
     """

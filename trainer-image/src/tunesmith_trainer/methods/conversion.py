@@ -2,7 +2,7 @@
 
 Such an initialisation (PiSSA, OLoRA, CorDA, LoRA-GA) replaces a weight W by W - s·B₀A₀ and begins with the adapter
 B₀A₀. With the trained BA, the difference from W is s·(BA - B₀A₀): LoRA of twice the rank, [A; A₀] and [B, -B₀], with
-the same scale s. LoftQ begins with the quantization error of W: there, too, W is approximately the base with its first
+the same scale s. LoftQ begins with the quantisation error of W: there, too, W is approximately the base with its first
 adapter.
 """
 

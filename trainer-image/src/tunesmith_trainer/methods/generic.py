@@ -68,7 +68,7 @@ def config_of(fields: PeftFields, modules: Modules) -> PeftConfig:
 
     Raises:
         InvalidSpecError: a key is unknown, refused or of the wrong type, a name matches no module of the base, or the
-        method cannot be trained in 4 bits.
+            method cannot be trained in 4 bits.
     """
     traits = traits_of(fields)
     quantized = fields.quantization is not None

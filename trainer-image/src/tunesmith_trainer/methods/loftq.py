@@ -1,4 +1,4 @@
-"""LoftQ (arXiv:2310.08659): the adapter begins as the best approximation of the base's quantization error in 4 bits."""
+"""LoftQ (arXiv:2310.08659): the adapter begins as the best approximation of the base's quantisation error in 4 bits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def begin_as_loss(model: PeftModel, folder: str) -> None:
 
     Args:
         model: base in 4 bits with a new LoRA adapter.
-        folder: folder of the base model, with its unquantized weights.
+        folder: folder of the base model, with its unquantised weights.
 
     Raises:
         InvalidSpecError: the names of the weights in the files differ from those of the model.

@@ -159,7 +159,7 @@ def _whole_while_trained(shape: Shape) -> tuple[float, float]:
 
 
 def verdict(peak: int, gpu_memory: int | None) -> Verdict:
-    """Return Unknown if the memory is unknown, or if the peak exceeds it by no more than the estimate's own error."""
+    """Return the verdict: Unknown if the memory is unknown or exceeded by no more than the estimate's own error."""
     if gpu_memory is None:
         return Verdict.UNKNOWN
     if peak <= gpu_memory:

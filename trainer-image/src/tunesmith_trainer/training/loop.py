@@ -80,7 +80,7 @@ class Run:
         ranks: this process among those that train together.
         progress: is updated with each step.
         reporter: gets the curves.
-        checkpoints: of the job.
+        checkpoints: checkpoints of the job.
         interruption: a signal to stop.
         hung: called from another thread with the steps done and the seconds without progress.
     """
