@@ -1,1 +1,1 @@
-"""Tunesmith: FineTuneJob manifests become trained adapters, AdapterDeployment manifests become endpoints."""
+"""Tunesmith: trains adapters from FineTuneJob manifests and serves them by AdapterDeployment manifests."""

@@ -26,13 +26,13 @@ class ProgramSettings(BaseSettings):
         frozen=True,
         use_attribute_docstrings=True,
         env_prefix=VARIABLE_PREFIX,
-        enable_decoding=False,  # lists are comma-separated, and the fields' own validators split them
+        enable_decoding=False,  # lists are comma-separated; the fields' own validators split them
         cli_kebab_case=True,
         cli_implicit_flags=True,
     )
 
     program: ClassVar[str]
-    """Name of the program, with its command where it has several."""
+    """Name of the program, with its command if it has several."""
     description: ClassVar[str]
     """Purpose of the program, for --help."""
     example: ClassVar[str]
@@ -66,7 +66,7 @@ class ClusterSettings(ProgramSettings):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Exit with one line on stderr, which is what a pod's log shows; --help has the usage."""
+        """Exit with one line on stderr, which appears in a pod's log; --help has the usage."""
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
 
@@ -77,11 +77,11 @@ def read(model: type[Settings], arguments: Sequence[str] | None = None) -> Setti
     """Return the settings of the command line and the environment.
 
     Args:
-        model: the program's.
-        arguments: the command line without the program; None: that of this process.
+        model: the program's model of settings.
+        arguments: the command line without the program; None: this process's own.
 
     Raises:
-        SystemExit: a flag is unknown, missing or wrong. Its exit code is 2, and stderr has a sentence for each.
+        SystemExit: a flag is unknown, missing or invalid. The exit code is 2, and stderr has a sentence per problem.
     """
     parser = _Parser(
         prog=model.program,
@@ -101,7 +101,7 @@ def read(model: type[Settings], arguments: Sequence[str] | None = None) -> Setti
         flag = names[0].removeprefix("--")
         keywords["help"] = _help(model, fields[flag])
         if not keywords.get("metavar", "{").startswith("{"):
-            # The library's is the annotation, such as `tuple[Annotated[str, …], ...]`.
+            # The library would show the annotation, such as `tuple[Annotated[str, …], ...]`.
             keywords["metavar"] = flag.rpartition("-")[2].upper()
         return target.add_argument(*names, **keywords)
 
@@ -118,12 +118,12 @@ def read(model: type[Settings], arguments: Sequence[str] | None = None) -> Setti
 
 
 def flag_of(field: str) -> str:
-    """Return the flag of a field, without its dashes."""
+    """Return the flag of a field, without the leading dashes."""
     return field.replace("_", "-")
 
 
 def place_of(model: type[ProgramSettings], field: str) -> ChartValue | Internal:
-    """Return the place from which an installation sets a field.
+    """Return the source from which an installation sets a field.
 
     Raises:
         TypeError: the field's annotation has neither a ChartValue nor an Internal.
@@ -135,7 +135,7 @@ def place_of(model: type[ProgramSettings], field: str) -> ChartValue | Internal:
 
 
 def default_of(model: type[ProgramSettings], field: str) -> str | None:
-    """Return a field's default as its flag would give it; None if the field is required."""
+    """Return a field's default in the format of its flag; None if the field is required."""
     info = model.model_fields[field]
     if info.is_required():
         return None
@@ -151,7 +151,7 @@ def default_of(model: type[ProgramSettings], field: str) -> str | None:
 
 
 def meaning_of(model: type[ProgramSettings], field: str) -> str:
-    """Return the sentences about a field, on one line."""
+    """Return the description of a field, on one line."""
     return " ".join((model.model_fields[field].description or "").split())
 
 

@@ -1,6 +1,6 @@
 """Streams of JSON lines that pods serve, as the operator and the gateways read them.
 
-A pod is not trusted: no redirects, bounded lines, a bounded rate, and nothing that it sends ends the reader.
+Pods are untrusted: no redirects, bounded lines, a bounded rate, and nothing that a pod sends stops the reader.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 MAX_LINE_BYTES = 4 * 1024 * 1024
 _BYTES_PER_SECOND = 256 * 1024
 _BURST_BYTES = 8 * 1024 * 1024
-"""A stream that sends more than the burst and then the rate is read no faster: it is slowed down by TCP."""
+"""Bytes that are read without delay. A faster stream is throttled to the rate by TCP flow control."""
 _CONNECT_SECONDS = 2.0
 _MIN_RETRY_SECONDS, _MAX_RETRY_SECONDS = 0.1, 2.0
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=SILENCE_SECONDS)
@@ -37,17 +37,17 @@ _log = logging.getLogger(__name__)
 
 
 class StreamError(Exception):
-    """The stream is not as agreed; `str()` is a sentence that holds nothing of what the pod sent."""
+    """The stream violates the protocol. `str()` is a sentence without anything that the pod sent."""
 
 
 class Tokens:
-    """The tokens of one pod for one purpose: the newest that the pod accepts.
+    """Tokens of one pod for one purpose, with the newest that the pod accepts.
 
-    Reader and pod read a rotated key at different times, so the pod may accept only one of two tokens.
+    Reader and pod reread a rotated key at different times, so the pod may accept only one of two tokens.
 
     Args:
-        keys: return the keys now.
-        derive: derive the tokens from them, newest first.
+        keys: returns the current keys.
+        derive: derives the tokens from the keys, newest first.
     """
 
     def __init__(self, keys: Callable[[], Keys], derive: Callable[[Keys], tuple[str, ...]]) -> None:
@@ -58,14 +58,14 @@ class Tokens:
 
     @property
     def current(self) -> str:
-        """The token to present."""
+        """Return the token to present."""
         keys = self._keys()
         if keys != self._derived[0]:
             self._derived, self._index = (keys, self._derive(keys)), 0
         return self._derived[1][self._index]
 
     def refused(self, token: str) -> bool:
-        """Record that the pod refused a token; True if another one has not been tried yet."""
+        """Record that the pod refused a token; return True if another one has not been tried yet."""
         if token != self.current:
             return True
         self._index = (self._index + 1) % len(self._derived[1])
@@ -74,7 +74,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Stream:
-    """A stream of a pod. `name`: for the log."""
+    """Stream of a pod. `name`: its name in the log."""
 
     name: str
     url: str
@@ -87,13 +87,13 @@ async def follow(
     opened: Callable[[], Callable[[bytes], None]],
     failed: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Read a stream until cancelled, through all its connections.
+    """Read a stream until cancelled, reconnecting as needed.
 
     Args:
-        session: makes the requests.
-        stream: the pod's.
-        opened: called for each connection; returns what takes its lines, which raises for a line that is not valid.
-        failed: called with the cause, in a few words, after each connection that failed or broke.
+        session: session for the requests.
+        stream: the stream to read.
+        opened: called for each connection; returns the function that processes its lines and raises for invalid ones.
+        failed: called with a short cause after each connection that failed or was interrupted.
     """
     pause, reported = _MIN_RETRY_SECONDS, ""
     while True:
@@ -108,7 +108,7 @@ async def follow(
         except Exception as error:  # noqa: BLE001 - no line of a pod may end what reads it
             cause = _cause(error)
         failed(cause)
-        # A pod that starts, or is gone, fails the same way for long: that is logged once.
+        # Logged once: a pod that is starting or gone fails the same way for a long time.
         if heard or cause != reported:
             _log.info("the stream of %s broke: %s", stream.name, cause)
         reported = cause
@@ -135,14 +135,14 @@ async def _lines(session: aiohttp.ClientSession, stream: Stream) -> AsyncGenerat
 
 
 class _Allowance:
-    """Bytes that may be read now."""
+    """Allowance of bytes that may be read now."""
 
     def __init__(self) -> None:
         self._left = float(_BURST_BYTES)
         self._at = time.monotonic()
 
     async def spend(self, count: int) -> None:
-        """Wait until so many bytes may be read."""
+        """Wait until `count` bytes may be read."""
         now = time.monotonic()
         self._left = min(_BURST_BYTES, self._left + (now - self._at) * _BYTES_PER_SECOND) - count
         self._at = now
@@ -151,7 +151,7 @@ class _Allowance:
 
 
 def _cause(error: Exception) -> str:
-    """Return the cause in a few words, without anything that the pod sent."""
+    """Return a short cause, without anything that the pod sent."""
     if isinstance(error, StreamError | StreamOutOfStepError):
         return str(error)
     if isinstance(error, ValidationError):

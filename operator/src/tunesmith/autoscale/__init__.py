@@ -1,1 +1,1 @@
-"""Decisions about scale: demand and copies per adapter, pods per pool. Pure: no I/O."""
+"""Scaling decisions: demand and copies per adapter, pods per pool. Pure: no I/O."""

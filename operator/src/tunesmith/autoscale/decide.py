@@ -1,8 +1,8 @@
-"""How many copies of an adapter, how many pods of a pool. Pure: the clock is an argument.
+"""Decide the number of copies of an adapter and of pods of a pool. Pure: the clock is an argument.
 
-Up at once, from the mean demand of the last `UP_SECONDS`; down only to what the highest demand of the last
-`scaleDownDelaySeconds` needs. While demand is not completely known for that long (a gateway is silent, the operator
-has just started), nothing shrinks.
+Sizes grow at once, by the mean demand of the last `UP_SECONDS`; they shrink only to what the highest demand of the
+last `scaleDownDelaySeconds` needs. Nothing shrinks unless demand was completely known for all of that time: not while
+a gateway is silent, nor just after the operator has started.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 UP_SECONDS = 2.0
 GAP_SECONDS = 10.0
-"""Samples further apart leave time between them that nobody observed: another replica led, or writes failed."""
+"""Longest gap between samples; in a longer one demand was unobserved: another replica led, or writes failed."""
 
 
 @dataclass(frozen=True)
 class Sample:
     """Demand at one moment.
 
-    `requests`: running and waiting. `complete`: not a lower bound. `floor`: the size that is needed whatever the load.
+    `requests`: running and waiting. `complete`: False for a lower bound. `floor`: size that is needed at any load.
     """
 
     at: float
@@ -38,16 +38,16 @@ class Sample:
 
 
 class Window:
-    """The samples of the last `scaleDownDelaySeconds` and of the last `UP_SECONDS`."""
+    """Samples of the last `scaleDownDelaySeconds` and of the last `UP_SECONDS`."""
 
     def __init__(self) -> None:
         self._samples: deque[Sample] = deque()
 
     def add(self, sample: Sample, keep_seconds: float) -> None:
-        """Add the newest sample and forget those that no decision needs any more."""
+        """Add the newest sample and remove those that no decision needs any more."""
         self._samples.append(sample)
         horizon = sample.at - max(keep_seconds, UP_SECONDS)
-        # One sample at or before the horizon stays: it shows that the whole window was observed.
+        # One sample at or before the horizon stays, as proof that the whole window was observed.
         while len(self._samples) > 1 and self._samples[1].at <= horizon:
             self._samples.popleft()
 
@@ -57,11 +57,11 @@ class Window:
         return sum(sample.requests for sample in recent) / len(recent)
 
     def floor(self) -> int:
-        """The newest sample's floor."""
+        """Floor of the newest sample."""
         return self._samples[-1].floor
 
     def complete(self, seconds: float) -> bool:
-        """Whether all of the last `seconds` was observed, without a gap and completely."""
+        """Return True if demand was observed completely, without a gap, for the last `seconds`."""
         samples, newest = list(self._samples), self._samples[-1].at
         if samples[0].at > newest - seconds or any(not sample.complete for sample in self._last(seconds)):
             return False
@@ -69,11 +69,11 @@ class Window:
         return all(later.at - earlier.at <= GAP_SECONDS for earlier, later in pairs if newest - later.at < seconds)
 
     def most_requests(self, seconds: float) -> int:
-        """Most requests of the last `seconds`."""
+        """Return the highest number of requests in the last `seconds`."""
         return max(sample.requests for sample in self._last(seconds))
 
     def highest_floor(self, seconds: float) -> int:
-        """Highest floor of the last `seconds`."""
+        """Return the highest floor in the last `seconds`."""
         return max(sample.floor for sample in self._last(seconds))
 
     def _last(self, seconds: float) -> list[Sample]:
@@ -83,40 +83,40 @@ class Window:
 
 @dataclass(frozen=True)
 class Decision:
-    """A size and why, as a sentence."""
+    """A size, with the reason as a sentence."""
 
     replicas: int
     reason: str
 
 
 def decide_copies(window: Window, current: int | None, rule: AdapterAutoscaling) -> Decision:
-    """Copies of an adapter.
+    """Decide the number of copies of an adapter.
 
     Args:
         window: samples of the adapter's demand; at least one.
-        current: copies wanted so far; None for a new adapter.
+        current: desired copies so far; None for a new adapter.
         rule: the adapter's limits.
     """
     return _decide(window, current, rule, ("copy", "copies"), "")
 
 
 def decide_pods(window: Window, current: int | None, rule: PoolAutoscaling, why_floor: str) -> Decision:
-    """Pods of a pool.
+    """Decide the number of pods of a pool.
 
     Args:
         window: samples of the demand for the pool's adapters and base together, with `pods_for_copies` as their floor.
-        current: pods wanted so far; None for a new pool.
+        current: desired pods so far; None for a new pool.
         rule: the pool's limits.
-        why_floor: the sentence of `pods_for_copies`.
+        why_floor: the reason that `pods_for_copies` returned.
     """
     return _decide(window, current, rule, ("pod", "pods"), why_floor)
 
 
 def pods_for_copies(copies: Mapping[str, int], slots: int) -> tuple[int, str]:
-    """Pods that the copies of a pool's adapters need, and why.
+    """Return the number of pods that the copies of a pool's adapters need, and the reason as a sentence.
 
     Args:
-        copies: by adapter. Two copies of one adapter never share a pod.
+        copies: number of copies by adapter. Two copies of one adapter never share a pod.
         slots: adapters that one pod holds.
     """
     if not copies:
@@ -130,7 +130,7 @@ def pods_for_copies(copies: Mapping[str, int], slots: int) -> tuple[int, str]:
 
 
 def loaded_pods(window: Window, rule: PoolAutoscaling) -> int:
-    """Pods that the demand of the last seconds needs."""
+    """Return the number of pods that the demand of the last seconds needs."""
     return ceil(window.requests() / rule.target_concurrency)
 
 

@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from tunesmith.contracts.agent import GatewayDemand
 
 _PATIENCE_SECONDS = 10.0
-"""A gateway that was not heard for so long is reported; a shorter silence only keeps sizes from shrinking."""
+"""Seconds of silence after which a gateway is reported; a shorter silence only keeps sizes from shrinking."""
 
 
 @dataclass(frozen=True)
 class Demand:
     """Requests running and waiting for some models at one moment.
 
-    `complete`: True if every gateway was heard. Otherwise the figure is a lower bound: it may raise a size and never
+    `complete`: True if every gateway reported. Otherwise the figure is a lower bound: it may raise a size but never
     lower one.
     """
 
@@ -32,11 +32,12 @@ class Demand:
 class _Gateway:
     name: str
     heard: float
-    """Seconds on a monotonic clock; before the first line, when it appeared."""
+    """Time of the last line, in seconds on a monotonic clock; before the first line, time at which the gateway
+    appeared."""
     counts: Mapping[str, int] | None = None
     """Requests by global id; None before the first line."""
     error: str = ""
-    """Why the last connection failed; empty after a line."""
+    """Cause of the last failed connection; empty after a line."""
 
 
 class DemandBoard:
@@ -46,8 +47,8 @@ class DemandBoard:
         """Create an empty board.
 
         Args:
-            silence_seconds: after this long without a line, a gateway's demand is unknown.
-            rises: called with the global id of each model for which a gateway has its first requests.
+            silence_seconds: seconds without a line after which a gateway's demand is unknown.
+            rises: called with the global id of a model when a gateway reports its first requests.
         """
         self._silence = silence_seconds
         self._rises = rises
@@ -56,12 +57,12 @@ class DemandBoard:
         self._listed = False
 
     def expect(self, gateways: Mapping[str, str], now: float) -> None:
-        """Set which gateways exist, as names by UID; the lines of others are forgotten."""
+        """Set the existing gateways, as names by UID, and discard the lines of all others."""
         self._listed = True
         self._gateways = {uid: self._gateways.get(uid) or _Gateway(name, heard=now) for uid, name in gateways.items()}
 
     def record(self, uid: str, line: GatewayDemand, now: float) -> None:
-        """Keep a line of a gateway that exists. `now`: seconds on a monotonic clock."""
+        """Record a line of an existing gateway. `now`: seconds on a monotonic clock."""
         gateway = self._gateways.get(uid)
         if gateway is None:
             return
@@ -73,13 +74,13 @@ class DemandBoard:
                 self._rises(model)
 
     def fail(self, uid: str, error: str) -> None:
-        """Record why a gateway could not be heard."""
+        """Record why a gateway could not be read."""
         gateway = self._gateways.get(uid)
         if gateway is not None:
             gateway.error = error
 
     def read(self, models: Iterable[str], now: float) -> Demand:
-        """Return the requests for some models, from the gateways that were heard in the last `silence_seconds`."""
+        """Return the requests for some models, from gateways with a line in the last `silence_seconds`."""
         fresh = [
             gateway.counts
             for gateway in self._gateways.values()
@@ -89,7 +90,7 @@ class DemandBoard:
         return Demand(sum(counts.get(model, 0) for model in models for counts in fresh), complete)
 
     def missing(self, now: float) -> str | None:
-        """Return a sentence on why the demand is not completely known; None while it is, or was until a moment ago."""
+        """Return a sentence on why demand is not completely known; None if it is, or was until a moment ago."""
         self._asked = now if self._asked is None else self._asked
         if not self._gateways:
             waited = self._listed or now - self._asked > _PATIENCE_SECONDS
@@ -102,7 +103,7 @@ class DemandBoard:
         return f"{silent[0].name} does not report its requests on port {GATEWAY_INTERNAL_PORT}{more}{error}"
 
     def silent(self, now: float) -> int:
-        """Return the number of gateways that exist and are not heard."""
+        """Return the number of existing gateways that are silent."""
         return len(self._silent(now))
 
     def _silent(self, now: float) -> list[_Gateway]:

@@ -1,1 +1,1 @@
-"""The only Kubernetes input and output: `client.Cluster`, `events.EventRecorder`, and the errors of `errors`."""
+"""All Kubernetes input and output: `client.Cluster`, `events.EventRecorder`, and the errors of `errors`."""

@@ -1,4 +1,4 @@
-"""An asynchronous client of one cluster. Objects are plain dicts; kubernetes' exceptions do not leave this package."""
+"""Asynchronous client of one cluster. Objects are plain dicts; kubernetes' exceptions do not leave this package."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _REQUEST_TIMEOUT = aiohttp.ClientTimeout(total=30)
 _STREAM_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=90)
 _LOG_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10)
-"""A container may be silent for as long as it likes."""
+"""No read timeout: a container may log nothing for any length of time."""
 _MAX_DEPTH = 12_000
 _HTTP_ERROR = 400
 
@@ -51,7 +51,7 @@ _PATCH_CONTENT_TYPES: dict[str, str] = {
 
 @dataclass(frozen=True, repr=False)
 class Connection:
-    """Where the API server is and how to log in there. Not printable: it holds credentials."""
+    """Address of the API server, and credentials for it. Its repr is hidden because it contains credentials."""
 
     server: str
     ca_file: str | None
@@ -62,7 +62,7 @@ class Connection:
 
 
 class Cluster:
-    """One API server. Make it with `Cluster.connect()`; close it, or use it as `async with`."""
+    """Client of one API server. Create it with `Cluster.connect()`; close it, or use it with `async with`."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class Cluster:
         self._client: Any = ApiClient(configuration)
         self._observer = observer
         self.namespace = namespace
-        """The namespace of the kubeconfig's context, or that of the pod."""
+        """Namespace of the kubeconfig's context, or of the pod."""
 
     @classmethod
     async def connect(
@@ -85,18 +85,18 @@ class Cluster:
         context: str | None = None,
         observer: Callable[[str, str, str], None] | None = None,
     ) -> Self:
-        """Read the credentials; no request is made yet.
+        """Return a client with the credentials read, without making a request.
 
         Args:
-            kubeconfig: file to read; absent: $KUBECONFIG, the pod's service account, ~/.kube/config, in this order.
-            context: context of the kubeconfig; absent: $KUBECONTEXT, then the file's current one.
-            observer: called with (verb, kind, result) after each request, result being `ok` or an error's label.
+            kubeconfig: file to read; None: $KUBECONFIG, the pod's service account, ~/.kube/config, in this order.
+            context: context of the kubeconfig; None: $KUBECONTEXT, then the file's current one.
+            observer: called with (verb, kind, result) after each request; result is `ok` or an error's label.
 
         Raises:
-            ConfigurationError: there are none, or they cannot be read.
+            ConfigurationError: there are no credentials, or they cannot be read.
         """
         configuration: Any = Configuration()
-        # Without a retry policy of the library's own: callers decide by the error's `retry`.
+        # Disables the library's own retries: callers decide by the error's `retry`.
         configuration.retries = None
         load: Any = kubernetes_config
         in_cluster = kubeconfig is None and "KUBECONFIG" not in os.environ and "KUBERNETES_SERVICE_HOST" in os.environ
@@ -108,7 +108,7 @@ class Cluster:
         try:
             if in_cluster:
                 load.load_incluster_config(client_configuration=configuration)
-                # Proxies are for the world outside; reading their variables costs a thread's work per request.
+                # The API server needs no proxy, and reading the proxy variables costs a thread per request.
                 configuration.client_session_kwargs = {"trust_env": False}
                 return cls(configuration, namespace=_pod_namespace(), observer=observer)
             loader = await load.load_kube_config(
@@ -119,7 +119,7 @@ class Cluster:
             )
             namespace = loader.current_context.get("context", {}).get("namespace") or "default"
             return cls(configuration, namespace=namespace, observer=observer)
-        except Exception as error:  # the loader raises whatever YAML, files and exec plugins raise
+        except Exception as error:  # the loader propagates any error of YAML, files and exec plugins
             place = "the pod's service account" if in_cluster else f"the kubeconfig {path}"
             raise ConfigurationError(f"{place} cannot be used: {error}") from error
 
@@ -132,16 +132,16 @@ class Cluster:
     async def close(self) -> None:
         """Close the connections."""
         await self._client.close()
-        # Aborted streams close their sockets in the loop's next round.
+        # Aborted streams close their sockets in the event loop's next iteration.
         await asyncio.sleep(0)
 
     @property
     def server(self) -> str:
-        """The API server's address, `https://host:port`."""
+        """Address of the API server, `https://host:port`."""
         return str(self._configuration.host)
 
     async def connection(self) -> Connection:
-        """The address with current credentials, for another client of the same API server."""
+        """Return the address with current credentials, for another client of the same API server."""
         settings = self._configuration
         token = (await settings.auth_settings()).get("BearerToken", {}).get("value") or ""
         return Connection(
@@ -154,23 +154,23 @@ class Cluster:
         )
 
     async def get(self, kind: str, name: str, namespace: str | None = None) -> Object:
-        """An object.
+        """Return an object.
 
         Raises:
-            NotFoundError: there is none of that name.
+            NotFoundError: the object does not exist.
         """
         resource = resource_of(kind)
         return await self._json("get", resource, "GET", resource.path(self._in(resource, namespace), name))
 
     async def find(self, kind: str, name: str, namespace: str | None = None) -> Object | None:
-        """An object, or None where there is none of that name."""
+        """Return an object, or None if it does not exist."""
         try:
             return await self.get(kind, name, namespace)
         except NotFoundError:
             return None
 
     async def list(self, kind: str, namespace: str | None = None, *, labels: str = "", fields: str = "") -> Objects:
-        """All objects of a kind; without `namespace` those of every namespace. `labels` and `fields` are selectors."""
+        """Return all objects of a kind; without `namespace` those of all. `labels` and `fields` are selectors."""
         return (await self.list_at(kind, namespace, labels=labels, fields=fields))[0]
 
     async def list_at(
@@ -186,12 +186,12 @@ class Cluster:
         """Return all objects and the resourceVersion to watch from.
 
         Args:
-            kind: of the objects.
-            namespace: absent: all namespaces.
+            kind: kind of the objects.
+            namespace: namespace of the objects; None: all namespaces.
             labels: label selector.
             fields: field selector.
-            page_size: objects in one answer of the API server.
-            keep: returns what is kept of an object; only one page at a time is held completely.
+            page_size: objects per response of the API server.
+            keep: returns the parts of an object to keep; only one page at a time is in memory completely.
         """
         items, version = [], ""
         pages = self.pages(kind, namespace, labels=labels, fields=fields, page_size=page_size)
@@ -208,9 +208,9 @@ class Cluster:
         fields: str = "",
         page_size: int = PAGE_SIZE,
     ) -> AsyncGenerator[tuple[Objects, str], None]:
-        """Yield all objects, one answer of the API server at a time, each with the list's resourceVersion.
+        """Yield all objects, one response of the API server at a time, each with the list's resourceVersion.
 
-        Args: as of `list_at`.
+        The arguments are those of `list_at`.
         """
         resource = resource_of(kind)
         query = {"labelSelector": labels, "fieldSelector": fields, "limit": str(page_size)}
@@ -226,8 +226,8 @@ class Cluster:
         """Create an object.
 
         Raises:
-            AlreadyExistsError: there is one of that name.
-            InvalidError: the API server refuses it.
+            AlreadyExistsError: an object of that name exists.
+            InvalidError: the API server refuses the object.
         """
         resource = resource_of(manifest["kind"])
         path = resource.path(self._in(resource, manifest["metadata"].get("namespace")))
@@ -241,11 +241,11 @@ class Cluster:
         field_manager: str = FIELD_MANAGER,
         subresource: str | None = None,
     ) -> Object:
-        """Server-side apply: `manifest` is the full intent, what it no longer holds is removed.
+        """Apply a manifest (server-side apply). It is the full intent: fields that it no longer has are removed.
 
         Raises:
-            ConflictError: `force` is off and somebody else owns a field.
-            InvalidError: the API server refuses it.
+            ConflictError: `force` is False and another field manager owns a field.
+            InvalidError: the API server refuses the object.
         """
         resource = resource_of(manifest["kind"])
         metadata = manifest["metadata"]
@@ -260,9 +260,9 @@ class Cluster:
         )
 
     async def overwrite(self, manifest: Object) -> None:
-        """Create an object or replace the one of its name, without reading it.
+        """Create an object, or replace it without reading it.
 
-        For Secrets: server-side apply needs the right to patch, and an empty patch returns what a Secret holds.
+        For Secrets: server-side apply needs the right to patch, and an empty patch returns a Secret's content.
         """
         try:
             await self.create(manifest)
@@ -270,7 +270,7 @@ class Cluster:
             await self.replace(manifest)
 
     async def replace(self, manifest: Object, *, subresource: str | None = None) -> Object:
-        """Write the object as read and changed: its resourceVersion must still be the current one.
+        """Replace an object that was read and modified; its resourceVersion must still be current.
 
         Raises:
             ConflictError: the object changed since it was read.
@@ -281,7 +281,7 @@ class Cluster:
         return await self._json("update", resource, "PUT", path, body=manifest, query={"fieldManager": FIELD_MANAGER})
 
     async def replace_status(self, manifest: Object) -> Object:
-        """Write `status` of the object as read and changed, by its resourceVersion.
+        """Replace the `status` of an object that was read and modified; its resourceVersion must still be current.
 
         Raises:
             ConflictError: the object changed since it was read.
@@ -298,7 +298,7 @@ class Cluster:
         type_: PatchType = "merge",
         subresource: str | None = None,
     ) -> Object:
-        """Change an object by a JSON merge patch, a strategic merge patch (built-in kinds only) or a JSON patch."""
+        """Patch an object with a JSON merge patch, a strategic merge patch (built-in kinds only) or a JSON patch."""
         resource = resource_of(kind)
         return await self._json(
             "patch",
@@ -314,7 +314,7 @@ class Cluster:
         """Set `spec.replicas` through the scale subresource.
 
         Raises:
-            InvalidError: a rule of the kind refuses it, with its sentence.
+            InvalidError: a rule of the kind refuses it; the message is the rule's.
         """
         await self.patch(kind, name, namespace, {"spec": {"replicas": replicas}}, subresource="scale")
 
@@ -328,18 +328,18 @@ class Cluster:
         grace_seconds: int | None = None,
         uid: str | None = None,
     ) -> bool:
-        """Delete an object; False where there was none.
+        """Delete an object; return False if it did not exist.
 
         Args:
-            kind: such as `Job`.
-            name: of the object.
-            namespace: absent: the connection's own.
-            propagation: what happens to the objects it owns.
-            grace_seconds: of a pod; absent: the pod's own.
-            uid: delete only this incarnation.
+            kind: kind of the object, such as `Job`.
+            name: name of the object.
+            namespace: namespace of the object; None: the connection's own.
+            propagation: deletion policy for the objects that it owns.
+            grace_seconds: grace period of a pod; None: the pod's own.
+            uid: delete the object only if it has this UID.
 
         Raises:
-            ConflictError: the object has another uid.
+            ConflictError: the object has another UID.
         """
         resource = resource_of(kind)
         body: Object = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": propagation}
@@ -365,13 +365,13 @@ class Cluster:
         alive: Callable[[], None] = lambda: None,
         keep: Callable[[Object], Object] = lambda item: item,
     ) -> AsyncIterator[WatchEvent]:
-        """Every object as ADDED, then SYNCED, then every change, without end: see `tunesmith.cluster.watch`."""
+        """Yield every object as ADDED, then SYNCED, then every change, without end: see `tunesmith.cluster.watch`."""
         return watch(self, kind, namespace, labels=labels, fields=fields, alive=alive, keep=keep)
 
     async def stream(
         self, kind: str, namespace: str | None, query: Mapping[str, str], *, verb: str = "watch"
     ) -> AsyncGenerator[bytes, None]:
-        """Lines of a streamed answer about a collection."""
+        """Yield the lines of a streamed response about a collection."""
         resource = resource_of(kind)
         path = resource.path(namespace)
         async with self._response(verb, resource, "GET", path, query=query, timeout=_STREAM_TIMEOUT) as response:
@@ -381,13 +381,13 @@ class Cluster:
     async def log(
         self, pod: str, namespace: str | None, *, container: str, tail: int | None = None, follow: bool = False
     ) -> AsyncGenerator[bytes, None]:
-        """Lines of a container's log.
+        """Yield the lines of a container's log.
 
         Args:
             pod: name of the pod.
-            namespace: absent: the connection's own.
+            namespace: namespace of the pod; None: the connection's own.
             container: name of the container.
-            tail: last lines only; None: all that the kubelet has kept.
+            tail: number of last lines; None: all that the kubelet has kept.
             follow: continue until the container stops.
 
         Raises:
@@ -469,10 +469,10 @@ class Cluster:
 
 
 def allow_deep_objects() -> None:
-    """Let this process read every object that an API server may hold.
+    """Allow this process to parse every object that an API server may return.
 
-    An API server accepts JSON that is 10,000 levels deep, in a field without a schema such as a FineTuneJob's
-    `method.peft.config`; one such object would otherwise fail every list of its kind. 8 MiB of stack are enough for it.
+    An API server accepts JSON with 10,000 levels in a field without a schema, such as a FineTuneJob's
+    `method.peft.config`; a single such object would otherwise break every list of its kind. 8 MiB of stack suffice.
     """
     sys.setrecursionlimit(max(sys.getrecursionlimit(), _MAX_DEPTH))
 
@@ -486,7 +486,7 @@ def _pod_namespace() -> str:
 
 
 def _abort(response: aiohttp.ClientResponse) -> None:
-    """End a stream that was perhaps not read to its end, without waiting for the API server to agree."""
+    """Close a stream that may be unread, without waiting for the API server."""
     transport = response.connection.transport if response.connection is not None else None
     response.close()
     if transport is not None:
@@ -503,7 +503,7 @@ async def _error(response: aiohttp.ClientResponse) -> ClusterError:
 
 
 async def _lines(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-    """Lines of any length, without their ends; not `StreamReader.readline`, which refuses long ones."""
+    """Yield lines of any length, without their ends. `StreamReader.readline` refuses long ones."""
     rest = b""
     async for chunk in response.content.iter_any():
         *complete, rest = (rest + chunk).split(b"\n")

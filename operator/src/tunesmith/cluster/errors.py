@@ -1,4 +1,4 @@
-"""Errors of the cluster: each names whether trying again helps and the label it has in metrics."""
+"""Errors of the cluster, each with its retry policy and its label in metrics."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import ClassVar
 
 
 class Retry(StrEnum):
-    """What a caller that wants the call to succeed should do."""
+    """Retry policy for a caller that needs the call to succeed."""
 
     NEVER = "Never"
-    """The same call fails again until somebody changes something."""
+    """The same call keeps failing until somebody changes something."""
     REREAD = "Reread"
-    """Read the object again, decide again, call again."""
+    """Read the object again, decide again, and repeat the call."""
     BACKOFF = "Backoff"
     """The same call may succeed later."""
 
 
 class ClusterError(Exception):
-    """A call to the cluster that did not succeed. `str()` is a sentence for people."""
+    """A failed call to the cluster. `str()` is a sentence for people."""
 
     retry: ClassVar[Retry] = Retry.BACKOFF
     label: ClassVar[str] = "error"
@@ -30,14 +30,14 @@ class ClusterError(Exception):
 
 
 class ConfigurationError(ClusterError):
-    """There is no usable kubeconfig and no service account."""
+    """No usable kubeconfig and no service account was found."""
 
     retry = Retry.NEVER
     label = "configuration"
 
 
 class NotFoundError(ClusterError):
-    """There is no such object, or no such kind (HTTP 404)."""
+    """The object, or its kind, does not exist (HTTP 404)."""
 
     retry = Retry.REREAD
     label = "not_found"
@@ -58,7 +58,7 @@ class ConflictError(ClusterError):
 
 
 class InvalidError(ClusterError):
-    """The API server refuses the object (HTTP 400, 405, 413, 415, 422); the message is the API server's."""
+    """The API server refuses the object (HTTP 400, 405, 413, 415, 422). The message is the API server's."""
 
     retry = Retry.NEVER
     label = "invalid"
@@ -104,6 +104,6 @@ _BY_STATUS: dict[int, type[ClusterError]] = {
 
 
 def error_of(status: int, reason: str, message: str) -> ClusterError:
-    """The error for an HTTP status and the `reason` and `message` of the API server's Status object."""
+    """Return the error for an HTTP status and the `reason` and `message` of the API server's Status object."""
     kind = AlreadyExistsError if reason == "AlreadyExists" else _BY_STATUS.get(status, UnavailableError)
     return kind(message or reason or f"the API server answered {status}", status=status, reason=reason)

@@ -19,10 +19,10 @@ _MAX_MESSAGE = 1024
 
 
 class EventRecorder:
-    """Writes core/v1 Events. The same event about the same object within 10 minutes is written once.
+    """Writer of core/v1 Events. An event that repeats within 10 minutes is written once.
 
-    Each is created and never changed: the right to patch events would be the right to read those of every namespace.
-    A failure to write one never disturbs the caller.
+    Events are created and never changed: the right to patch events would include reading those of every namespace. A
+    failed write never affects the caller.
     """
 
     def __init__(self, cluster: Cluster, component: str = "tunesmith-operator") -> None:
@@ -50,7 +50,7 @@ class EventRecorder:
         if len(self._written) >= _MAX_REMEMBERED:
             self._written.clear()
         self._written[digest] = now
-        # Another process finds the name taken for as long as this one is silent.
+        # Another process finds the name taken during the same period.
         period = int(now.timestamp() // _SILENCE.total_seconds())
         name = f"{metadata['name']}.{digest}{period:08x}"
         stamp = now.strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -78,5 +78,5 @@ class EventRecorder:
             with contextlib.suppress(AlreadyExistsError):
                 await self._cluster.create(manifest)
         except ClusterError:
-            # The status has the same facts; the next pass may write the event.
+            # The status has the same information; the next pass may write the event.
             self._written.pop(digest, None)

@@ -1,4 +1,4 @@
-"""Fields of objects that operator and gateway read. They keep nothing else: users choose how large the rest is."""
+"""Fields of objects that the operator and the gateway read. They keep no others, whose size users choose."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _ANNOTATIONS = ("tunesmith.dev/", "controller.kubernetes.io/pod-deletion-cost")
 _CONDITION = ("type", "status", "reason", "message", "lastTransitionTime", "observedGeneration")
 _CONTAINER = ("name", "image", "ready", "restartCount", "state", "lastState")
 PAGE_SIZE = 10
-"""Objects that are read at once when all are listed: each may have 1.5 MB."""
+"""Objects per request when all are listed; each may have 1.5 MB."""
 _LONGEST = 4096
 _MOST = 32
-"""Entries of a list or mapping; no object that the operator makes has more."""
+"""Highest number of entries of a list or mapping; no object that the operator creates has more."""
 
 
 def kept(item: Object) -> Object:
-    """Return the object with those of its fields that operator and gateway read; the given one is not changed."""
+    """Return a copy of the object with only those fields that the operator and the gateway read."""
     reduce = _BY_KIND.get(item.get("kind", ""))
     return item if reduce is None else {**reduce(item), "metadata": _metadata(item["metadata"])}
 
@@ -45,7 +45,7 @@ def _metadata(metadata: Mapping[str, Any]) -> Object:
 
 
 def _resource(item: Object) -> Object:
-    """Reduce a custom resource: its schema bounds spec and status."""
+    """Return a custom resource without other fields; its schema bounds spec and status."""
     return _fields(item, ("apiVersion", "kind", "spec", "status"))
 
 

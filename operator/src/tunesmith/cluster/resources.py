@@ -1,4 +1,4 @@
-"""The kinds that Tunesmith reads and writes, and their places in the API."""
+"""Kinds that Tunesmith reads and writes, with their API paths."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 from tunesmith.api.model import GROUP, VERSION
 
 Object = dict[str, Any]
-"""A Kubernetes object as its JSON."""
+"""A Kubernetes object, as parsed JSON."""
 Objects = list[Object]
 
 
 class Resource(NamedTuple):
-    """A kind and where it is served."""
+    """A kind, with its API group, version and path."""
 
     group: str
     version: str
@@ -22,11 +22,11 @@ class Resource(NamedTuple):
 
     @property
     def api_version(self) -> str:
-        """`group/version`, or `v1` for the core group."""
+        """API version: `group/version`, or `v1` for the core group."""
         return f"{self.group}/{self.version}" if self.group else self.version
 
     def path(self, namespace: str | None = None, name: str | None = None, subresource: str | None = None) -> str:
-        """The URL path of the collection, of an object or of its subresource."""
+        """Return the URL path of the collection, of an object or of its subresource."""
         parts = ["/apis/" + self.api_version if self.group else "/api/" + self.version]
         if namespace is not None and self.namespaced:
             parts += ["namespaces", namespace]
@@ -60,7 +60,7 @@ BY_KIND = {resource.kind: resource for resource in _RESOURCES}
 
 
 def resource_of(kind: str) -> Resource:
-    """The resource of a kind such as `Job`.
+    """Return the resource of a kind, such as `Job`.
 
     Raises:
         KeyError: Tunesmith does not use that kind.
@@ -69,9 +69,9 @@ def resource_of(kind: str) -> Resource:
 
 
 def named(item: Object, resource: Resource) -> Object:
-    """The object with kind and apiVersion, which items of a list lack, and without managedFields.
+    """Return the object with kind and apiVersion, which items of a list lack, and without managedFields.
 
-    managedFields are half of an object's bytes, are never read, and must be absent in what is applied.
+    managedFields are half of an object's bytes, are never read, and must be absent from an applied object.
     """
     item.setdefault("kind", resource.kind)
     item.setdefault("apiVersion", resource.api_version)

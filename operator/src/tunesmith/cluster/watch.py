@@ -1,4 +1,4 @@
-"""A watch without end: whatever breaks it, it lists again and yields the differences, deletions too."""
+"""Watch without end: after any interruption it lists again and yields the differences, deletions included."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 
 class WatchEvent(NamedTuple):
-    """A change. SYNCED (with an empty object) follows every complete list: what it does not show does not exist."""
+    """A change. SYNCED, with an empty object, follows every complete list: objects not in the list do not exist."""
 
     type: Literal["ADDED", "MODIFIED", "DELETED", "SYNCED"]
     object: Object
@@ -44,20 +44,20 @@ async def watch(
 ) -> AsyncIterator[WatchEvent]:
     """Yield every object as ADDED, then SYNCED, then every change, without end.
 
-    Whatever breaks the stream (expiry, network, an overloaded or restarted API server, a line that is cut or cannot be
-    read), it continues or lists again and yields the differences. A deletion that a list shows has the object's
-    identity and labels only; nothing more is kept of the objects. What a page of a list shows is yielded before the
+    After any interruption (expiry, network, an overloaded or restarted API server, a line that is cut or cannot be
+    parsed), it resumes or lists again and yields the differences. A deletion that a list reveals has the object's
+    identity and labels only; nothing more is kept of the objects. The changes in a list's page are yielded before the
     next page is read.
 
     Args:
         cluster: the connection.
-        kind: of the objects.
-        namespace: absent: all namespaces.
+        kind: kind of the objects.
+        namespace: namespace of the objects; None: all namespaces.
         labels: label selector.
         fields: field selector.
         alive: called for each sign of life of the API server: a list, an event, a bookmark (about one a minute), the
-            regular end of a stream.
-        keep: returns what the events hold of an object, such as `keep.kept`.
+            regular close of a stream.
+        keep: returns the parts of an object that events contain, such as `keep.kept`.
 
     Raises:
         ClusterError: the first list failed in a way that waiting does not fix (no such kind, forbidden).
@@ -108,7 +108,7 @@ async def _follow(
     alive: Callable[[], None],
     keep: Callable[[Object], Object],
 ) -> AsyncGenerator[WatchEvent, None]:
-    """Yield the changes after a version, through streams that end, until only a list can tell what changed."""
+    """Yield the changes after a version, reopening streams that close, until a new list is needed."""
     failures = 0
     while failures < 2:  # noqa: PLR2004 - continues after a hiccup, lists again after the second in a row
         started, failures = time.monotonic(), failures + 1
@@ -134,7 +134,7 @@ async def _follow(
 async def _changes(
     cluster: Cluster, kind: str, namespace: str | None, query: Mapping[str, str]
 ) -> AsyncGenerator[tuple[WatchEvent | None, str], None]:
-    """Changes, each with its version (None for a bookmark), until the API server ends the stream."""
+    """Yield changes, each with its version (None for a bookmark), until the API server closes the stream."""
     resource = resource_of(kind)
     seconds = str(_WATCH_SECONDS + random.randrange(60))  # noqa: S311 - spreads load, is no secret
     query = {**query, "watch": "true", "allowWatchBookmarks": "true", "timeoutSeconds": seconds}
@@ -149,7 +149,7 @@ async def _changes(
 
 
 def _difference(old: Object | None, item: Object) -> Iterator[WatchEvent]:
-    """Yield the changes from what was known of an object to what a list shows."""
+    """Yield the differences between the known state of an object and its state in a list."""
     if old is None:
         yield WatchEvent("ADDED", item)
     elif old["metadata"]["uid"] != item["metadata"]["uid"]:
@@ -160,12 +160,12 @@ def _difference(old: Object | None, item: Object) -> Iterator[WatchEvent]:
 
 
 def key_of(item: Object) -> tuple[str, str]:
-    """(namespace, name) of an object."""
+    """Return (namespace, name) of an object."""
     return item["metadata"].get("namespace", ""), item["metadata"]["name"]
 
 
 def backoff(failures: int) -> float:
-    """Seconds to wait after so many failures in a row: 0.2 doubled each time, at most 10, less up to half at random."""
+    """Return the seconds to wait after consecutive failures: 0.2 doubled each time, at most 10, minus up to half."""
     return min(_MAX_BACKOFF_SECONDS, 0.2 * 2.0 ** min(failures, 10)) * random.uniform(0.5, 1.0)  # noqa: S311 - spreads load
 
 
@@ -177,7 +177,7 @@ def _remember(known: dict[tuple[str, str], Object], event: WatchEvent) -> None:
 
 
 def _identity(item: Object) -> Object:
-    """Return the fields of an object that a later difference needs."""
+    """Return the fields of an object that later comparisons need."""
     metadata = item["metadata"]
     kept = {
         name: metadata[name] for name in ("namespace", "name", "uid", "resourceVersion", "labels") if name in metadata

@@ -28,17 +28,17 @@ _WAITING_LOOK = timedelta(seconds=30)
 _START_PATIENCE = timedelta(minutes=2)
 _MAX_EXCERPT = 600
 VALIDATION = "validation"
-"""The CPU stage, in messages."""
+"""Name of the CPU stage in messages."""
 _OVER_LIMIT = re.compile(
     r"exceeded its local ephemeral storage limit|[Pp]od ephemeral local storage usage exceeds|Usage of EmptyDir volume"
 )
 _OVER_REQUEST = re.compile(r"low on resource: (?P<resource>ephemeral-storage|inodes|memory)\b.*Container \S+ was using")
-"""The kubelet's messages when it evicts a pod for what the pod itself uses."""
+"""Messages of the kubelet when it evicts a pod for the pod's own usage."""
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How a Job of a trainer ended."""
+    """Outcome of a finished Job of the trainer."""
 
     outcome: AttemptOutcome
     reason: FailureReason | None = None
@@ -49,20 +49,20 @@ class Ending:
 
 @dataclass(frozen=True)
 class Obstacle:
-    """Cause of a pod that does not run yet."""
+    """Reason why a pod is not running yet."""
 
     reason: Reason
     message: str
     failure: FailureReason | None = None
-    """Set once the pod has waited long enough: the attempt is over."""
+    """Set once the pod has waited too long: the attempt has then failed."""
     look_again: timedelta = _WAITING_LOOK
-    """When to look again if nothing changes until then."""
+    """Delay until the next check, unless something changes earlier."""
 
 
 def ending(job: JobView, stage: str) -> Ending:
-    """How a finished Job ended. `stage` names it in messages.
+    """Return the outcome of a finished Job. `stage` is its name in messages.
 
-    The trainer's own words come first, then what the pod and the Job controller recorded.
+    The trainer's own result takes precedence over the records of the pod and of the Job controller.
     """
     if job.succeeded:
         return Ending(AttemptOutcome.SUCCEEDED, result=job.pod.result if job.pod is not None else None)
@@ -118,7 +118,7 @@ def ending(job: JobView, stage: str) -> Ending:
 
 
 def evicted(pod: PodView, stage: str) -> Ending | None:
-    """How a pod ended that the kubelet evicted for its own use of the node; None where it was not at fault."""
+    """Return the outcome of a pod that was evicted for its own usage of the node; None if it was not at fault."""
     message = _excerpt(pod.eviction)
     limited, used = _OVER_LIMIT.search(message) is not None, _OVER_REQUEST.search(message)
     if used is not None and used["resource"] == "memory":
@@ -141,12 +141,15 @@ def evicted(pod: PodView, stage: str) -> Ending | None:
 
 
 def _blame(pod: PodView) -> tuple[int, bool, datetime, int]:
-    """Which of several pods ended the others: the least. A container that is out of memory cannot say so itself."""
+    """Return the sort key of a failed pod: the lowest one caused the others to fail.
+
+    A container that ran out of memory cannot report it itself.
+    """
     return 0 if pod.out_of_memory else blame(pod.result), pod.ended is None, pod.ended or pod.created, pod.index
 
 
 def obstacle(job: JobView, now: datetime) -> Obstacle | None:
-    """Why the newest pods of an unfinished Job do not all run; None when they do, or ended."""
+    """Return why the newest pods of an unfinished Job are not all running; None if they are, or have terminated."""
     members = job.members
     found = [wait for pod in members if (wait := _pod_obstacle(pod, now)) is not None]
     if len(members) < job.size and not found:
@@ -207,6 +210,6 @@ def _configuration(pod: PodView, now: datetime) -> Obstacle:
 
 
 def _excerpt(text: str) -> str:
-    """The last line that says something, at most 600 characters."""
+    """Return the last line that is not blank, at most 600 characters."""
     lines = [line.strip() for line in printable(text).splitlines() if line.strip()]
     return lines[-1][:_MAX_EXCERPT] if lines else ""

@@ -1,4 +1,4 @@
-"""The GPU that a job may get, from the labels that GPU feature discovery gives to nodes."""
+"""The GPU that a job may get, from the node labels of GPU feature discovery."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _KEEPS_OFF = frozenset({"NoSchedule", "NoExecute"})
 
 
 def gpu_memory_bytes(job: FineTuneJob, nodes: Iterable[Object]) -> int | None:
-    """Memory of the smallest GPU among the nodes that may run the job's pods, in bytes; None where it is not known.
+    """Return the memory, in bytes, of the smallest GPU among the nodes that may run the job's pods; None if unknown.
 
-    The label `<resources.gpuResource>.memory`, in MiB, tells it: `nvidia.com/gpu.memory`, or that of a MIG profile. A
-    node without the label, or one that shares its GPUs among pods (`….replicas` above 1), makes the answer unknown.
+    It is read from the label `<resources.gpuResource>.memory`, in MiB: `nvidia.com/gpu.memory`, or a MIG profile's. A
+    node without the label, or with GPUs shared among pods (`….replicas` above 1), makes the result unknown.
 
     Args:
-        job: whose resources and scheduling say which nodes may run it.
-        nodes: of the cluster.
+        job: the FineTuneJob, whose resources and scheduling determine the nodes that may run it.
+        nodes: nodes of the cluster.
     """
     resource = job.spec.resources.gpu_resource
     found = [_memory(node, resource) for node in nodes if job.spec.resources.gpus and _may_run(job, node)]
@@ -43,9 +43,9 @@ def _may_run(job: FineTuneJob, node: Object) -> bool:
     wanted, labels = job.spec.scheduling, node["metadata"].get("labels") or {}
     if any(labels.get(key) != value for key, value in (wanted.node_selector or {}).items()):
         return False
-    # The API server's ExtendedResourceToleration makes pods tolerate a taint of the resource's own name.
+    # The API server's ExtendedResourceToleration adds a toleration for taints named after the resource.
     resource = job.spec.resources.gpu_resource
-    # Kubernetes' own taints say how a node is at the moment, not which GPU it has.
+    # Kubernetes' own taints describe a node's current condition, not its GPU.
     taints = [
         taint
         for taint in node.get("spec", {}).get("taints") or ()

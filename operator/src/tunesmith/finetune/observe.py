@@ -41,13 +41,13 @@ class PodView:
     name: str
     created: datetime
     index: int = 0
-    """Its place among the pods that a Job runs at one time."""
+    """Index among the pods that a Job runs at the same time."""
     node: str | None = None
     scheduled: datetime | None = None
     unschedulable: str | None = None
-    """The scheduler's message, where no node takes the pod."""
+    """The scheduler's message, if no node fits the pod."""
     waiting_reason: str | None = None
-    """Why its container does not start, such as ImagePullBackOff."""
+    """Reason why its container does not start, such as ImagePullBackOff."""
     waiting_message: str = ""
     started: datetime | None = None
     running: bool = False
@@ -55,16 +55,16 @@ class PodView:
     exit_code: int | None = None
     out_of_memory: bool = False
     disrupted: bool = False
-    """Evicted, pre-empted, or its node went away."""
+    """True if it was evicted or pre-empted, or its node disappeared."""
     late: bool = False
-    """Stopped at the pod's activeDeadlineSeconds."""
+    """True if it was stopped at the pod's activeDeadlineSeconds."""
     eviction: str = ""
-    """The kubelet's message, where it evicted the pod."""
+    """The kubelet's message, if it evicted the pod."""
     termination_message: str = ""
 
     @property
     def result(self) -> TrainerResult | None:
-        """What the trainer said at its end; None where it said nothing that can be read."""
+        """The trainer's result; None if there is none, or it cannot be read."""
         return TrainerResult.parse(self.termination_message)
 
 
@@ -77,39 +77,39 @@ class JobView:
     succeeded: bool = False
     failed: bool = False
     failure_message: str = ""
-    """The Job controller's words; with a rule of the pod failure policy they hold the exit code or the disruption."""
+    """The Job controller's message; with a rule of the pod failure policy it has the exit code or the disruption."""
     ended: datetime | None = None
     size: int = 1
-    """Pods that it runs at one time."""
+    """Number of pods that it runs at the same time."""
     suspended: bool = False
-    """A queue holds it back."""
+    """True if a queue holds it back."""
     held_back: str = ""
-    """Why, as Kueue says; empty where it says nothing."""
+    """Kueue's reason for that; empty if it reports none."""
     deleting: bool = False
-    """It was deleted, and its pods are ending."""
+    """True if it was deleted and its pods are terminating."""
     refused: str = ""
-    """Why a ResourceQuota leaves no room for its missing pods; empty if none does."""
+    """Reason why a ResourceQuota leaves no room for its missing pods; empty if none prevents them."""
     pods: tuple[PodView, ...] = ()
 
     @property
     def finished(self) -> bool:
-        """Whether the Job controller is done with it."""
+        """True if the Job controller marked it as succeeded or failed."""
         return self.succeeded or self.failed
 
     @property
     def members(self) -> tuple[PodView, ...]:
-        """The newest pod of each index, by index: those that run together, or did."""
+        """Newest pod of each index, in order of index: the pods that run, or ran, together."""
         newest = {pod.index: pod for pod in self.pods}
         return tuple(newest[index] for index in sorted(newest))
 
     @property
     def pod(self) -> PodView | None:
-        """The newest pod of index 0, which reports for all."""
+        """Newest pod of index 0, which reports for all."""
         return next((pod for pod in self.members if pod.index == 0), None)
 
     @property
     def exit_code(self) -> int | None:
-        """The newest pod's exit code, from the Job's own record where the pod is gone."""
+        """Exit code of the newest pod, or from the Job's record if the pod is gone."""
         if self.pod is not None and self.pod.exit_code is not None:
             return self.pod.exit_code
         match = _EXIT_CODE.search(self.failure_message)
@@ -117,25 +117,25 @@ class JobView:
 
     @property
     def disrupted(self) -> bool:
-        """Whether a disruption ended it, and not the program."""
+        """True if a disruption stopped it, not the program."""
         return any(pod.disrupted for pod in self.members) or "DisruptionTarget" in self.failure_message
 
 
 @dataclass(frozen=True)
 class Observation:
-    """Everything that a plan is made from."""
+    """Everything that a plan depends on."""
 
     job: FineTuneJob
     now: datetime
     validation: JobView | None = None
     attempts: Mapping[int, JobView] = field(default_factory=dict)
-    """By attempt number, from 1."""
+    """Jobs by number of the attempt, from 1."""
     progress: ProgressStatus | None = None
-    """Of the pod that runs now."""
+    """Progress of the running pod."""
     lingering: tuple[str, ...] = ()
-    """Pods of attempts that have not ended although their Job is gone: deleted by somebody, and still saving."""
+    """Pods of attempts that are still saving although somebody deleted their Job."""
     refusal: Refusal | None = None
-    """Of a write that this plan asks for."""
+    """Refusal of a write that this plan requests."""
 
 
 def observe(
@@ -147,16 +147,16 @@ def observe(
     workloads: Iterable[Object] = (),
     refused: Mapping[str, str] = MappingProxyType({}),
 ) -> Observation:
-    """Read the objects of the cluster.
+    """Return the observed state from the cluster's objects.
 
     Args:
         finetunejob: the FineTuneJob.
-        jobs: the Jobs that it owns.
-        pods: the pods of the FineTuneJob's Jobs; those of another FineTuneJob that had its name are ignored.
+        jobs: its Jobs.
+        pods: the pods of its Jobs; pods of an earlier FineTuneJob with the same name are ignored.
         progress: the newest sample of the running pod.
         now: the time, UTC.
-        workloads: Kueue's, of Jobs that wait in a queue.
-        refused: by name of a Job, why a ResourceQuota leaves no room for its pods.
+        workloads: Kueue's Workloads of Jobs that wait in a queue.
+        refused: reason, by name of a Job, why a ResourceQuota leaves no room for its pods.
     """
     metadata = finetunejob.metadata
     by_owner: dict[str, list[Object]] = {}
@@ -195,9 +195,9 @@ def observe(
 
 
 def is_job_of(finetunejob: ObjectMeta, job: Object) -> bool:
-    """Return True if the Job belongs to the FineTuneJob: its namespace, its controlling owner and its name agree.
+    """Return True if the Job belongs to the FineTuneJob: its namespace, its controlling owner and its name match.
 
-    Anyone may write the uid of an object into the metadata of their own objects, in any namespace.
+    The UID alone is not enough: users may write any UID into the metadata of their own objects, in any namespace.
     """
     owner = _controller(job, finetunejob, "FineTuneJob")
     suffix = (job["metadata"].get("labels") or {}).get(ATTEMPT_LABEL, VALIDATE)
@@ -228,7 +228,7 @@ def _writes(pod: Object, finetunejob: ObjectMeta) -> bool:
 
 
 def held_back(workload: Object) -> str:
-    """Why Kueue does not admit what a Workload stands for, in its own words; empty where it does not say."""
+    """Return Kueue's reason for not admitting a Workload; empty if it reports none."""
     conditions = workload.get("status", {}).get("conditions") or ()
     waiting = [
         condition["message"]
@@ -264,7 +264,7 @@ def _job(job: Object, pods: Iterable[Object], held: str, refused: str) -> JobVie
 
 
 def index_of(pod: Object) -> int:
-    """The pod's place among those that its Job runs at one time; 0 where it has one alone."""
+    """Return the pod's index among the pods that its Job runs at the same time; 0 for a single pod."""
     index = (pod["metadata"].get("labels") or {}).get(INDEX_LABEL, "0")
     return int(index) if _NUMBER.fullmatch(index) else 0
 

@@ -1,4 +1,4 @@
-"""What a FineTuneJob may ask of the installation: where its pods run, what it reads and where it writes."""
+"""Permissions of a FineTuneJob in an installation: its scheduling, its sources and its destinations."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def sources(job: FineTuneJob) -> Iterator[tuple[str, BaseModelSource | DatasetSo
 
 
 def forbidden(job: FineTuneJob, store: str, allowed: AllowedScheduling) -> str | None:
-    """Return why the installation does not run the job, as a sentence; None where it does.
+    """Return why the installation does not run the job, as a sentence; None if it does.
 
     Args:
         job: the FineTuneJob.
-        store: the installation's.
-        allowed: where its pods may run.
+        store: uri of the installation's store.
+        allowed: scheduling that the installation allows.
     """
     found = [
         refusal(job.spec.scheduling, job.spec.resources, allowed),

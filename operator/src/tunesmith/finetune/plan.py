@@ -1,4 +1,4 @@
-"""Decide what to do next with a FineTuneJob, and its next status. Pure: an observation in, a plan out."""
+"""Decide the next actions for a FineTuneJob, and its next status. Pure: an observation in, a plan out."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 MAX_LISTED_ATTEMPTS = 100
 MAX_FRUITLESS_ATTEMPTS = 10
-"""Attempts in a row that may be stopped before they train further than those before them."""
+"""Consecutive attempts, stopped before they train further than the preceding ones, after which the job fails."""
 MAX_VALIDATION_PODS = 10
 _VALIDATION_PATIENCE = timedelta(hours=1)
 _PERMISSION_LOOK = timedelta(minutes=5)
@@ -30,7 +30,7 @@ _FIRST_RETRY = timedelta(seconds=5)
 _LAST_RETRY = timedelta(minutes=5)
 _WAITING_LOOK = timedelta(seconds=30)
 _REFUSED_LOOK = timedelta(seconds=5)
-"""The executor tries a refused write again after delays of its own, which are longer."""
+"""Delay until the next plan after a refused write; the executor's own delays between retries are longer."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class CreateAttempt:
 
 @dataclass(frozen=True)
 class StopJob:
-    """Delete a Job that still runs or waits, with its pods."""
+    """Delete a Job that is running or waiting, with its pods."""
 
     name: str
 
@@ -57,9 +57,9 @@ Action = CreateValidation | CreateAttempt | StopJob
 
 @dataclass(frozen=True)
 class Plan:
-    """Actions in order, then the status to write, then when to look again (None: when something changes).
+    """Actions in order, the status to write after them, and the delay until the next check (None: at the next change).
 
-    If an action is refused, the plan is made again with that observation, and its status is the one to write.
+    If an action is refused, the plan is made again with the refusal as an observation, and the new status is written.
     """
 
     actions: tuple[Action, ...]
@@ -69,19 +69,19 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Step:
-    """Actions, and when to look again, without the status."""
+    """Actions, and the delay until the next check, without the status."""
 
     actions: tuple[Action, ...] = ()
     look_again: timedelta | None = None
 
 
 def plan(seen: Observation, store: str, allowed: AllowedScheduling = DEFAULT_SCHEDULING) -> Plan:
-    """Decide what to do next.
+    """Decide the next actions.
 
     Args:
         seen: the observed state.
-        store: the installation's, from which the artifact's place is computed.
-        allowed: where pods may run.
+        store: uri of the installation's store, from which the artifact's uri is computed.
+        allowed: scheduling that the installation allows.
     """
     status = Status(seen.job, seen.now)
     step = _decide(seen, status, store, allowed)
@@ -110,7 +110,7 @@ def _decide(seen: Observation, status: Status, store: str, allowed: AllowedSched
 
 
 def _refused(refusal: Refusal, seen: Observation, status: Status) -> _Step:
-    """Report the refusal of the step's action. Nothing of what was trained is lost by a rule of the cluster."""
+    """Report the refusal of the step's action. A rule of the cluster never discards training progress."""
     if refusal.cause is RefusalCause.INVALID and not status.terminal and not seen.job.status.attempts:
         status.failed(FailureReason.INVALID_SPEC, f"the spec leads to an invalid object: {refusal.message}")
         return _Step()
@@ -120,13 +120,13 @@ def _refused(refusal: Refusal, seen: Observation, status: Status) -> _Step:
 
 
 def _deadline(seen: Observation, status: Status) -> _Step | None:
-    """Return the last step of a job that has run for longer than it may; None for any other."""
+    """Return the final step of a job that exceeded its deadline; None if it did not."""
     limit, active = seen.job.spec.active_deadline_seconds, status.active_seconds
     if limit is None or active is None or active < limit:
         return None
     recorded = {_number(attempt.name) for attempt in seen.job.status.attempts if attempt.end_time is not None}
     if any(job.finished for number, job in seen.attempts.items() if number not in recorded):
-        return None  # how an attempt ended is recorded first
+        return None  # the outcome of an attempt is recorded first
     status.failed(
         FailureReason.DEADLINE_EXCEEDED,
         f"the job ran for {int(active)} s, longer than spec.activeDeadlineSeconds, {limit}: "
@@ -136,7 +136,10 @@ def _deadline(seen: Observation, status: Status) -> _Step | None:
 
 
 def _suspend(seen: Observation, status: Status) -> _Step:
-    """Stop what runs. An attempt is recorded as suspended before its Job is deleted, so that no crash miscounts it."""
+    """Stop the running Jobs.
+
+    An attempt is recorded as suspended before its Job is deleted, so that a crash does not miscount it.
+    """
     attempts = _recorded(seen)
     recorded = True
     for number, attempt in attempts.items():
@@ -173,7 +176,7 @@ def _validate(seen: Observation, status: Status, store: str, forbids: str | None
             status.invalid(end.reason or FailureReason.INTERNAL_ERROR, end.message)
             return _Step(_stop_running(seen))
         wait = obstacle(job, seen.now)
-        # Nothing is lost by waiting: the kubelet itself tries again, and continues once the cause is gone.
+        # Waiting loses nothing: the kubelet retries automatically, and succeeds once the cause is gone.
         if wait is not None and wait.failure is not None and seen.now - job.created >= _VALIDATION_PATIENCE:
             status.invalid(wait.failure, wait.message)
             return _Step(_stop_running(seen))
@@ -189,17 +192,20 @@ def _validate(seen: Observation, status: Status, store: str, forbids: str | None
     end = ending(job, VALIDATION)
     if end.outcome is AttemptOutcome.SUCCEEDED:
         status.valid(end.result)
-        # The first attempt follows in the same pass, and so in the same status write.
+        # The first attempt follows in the same pass, and therefore in the same status write.
         return _train(seen, status, store, forbids)
     if end.outcome is AttemptOutcome.PREEMPTED:
-        # The Job replaces disrupted pods itself: it ends this way only if a whole Job was pre-empted.
+        # The Job replaces disrupted pods automatically, so this outcome means that the whole Job was pre-empted.
         end = replace(end, reason=FailureReason.INTERNAL_ERROR, message="validation was pre-empted too often")
     status.invalid(end.reason or FailureReason.INTERNAL_ERROR, end.message, end.result)
     return _Step()
 
 
 def _wasteful(job: JobView) -> Ending | None:
-    """Return why no further pod of a validation is worth its node; the Job itself replaces disrupted ones forever."""
+    """Return why another pod of a validation would be wasted; None if it would not.
+
+    The Job itself would replace disrupted pods without limit.
+    """
     found = next((end for pod in job.pods if (end := evicted(pod, VALIDATION)) is not None), None)
     if found is not None or sum(pod.disrupted for pod in job.pods) < MAX_VALIDATION_PODS:
         return found
@@ -217,7 +223,7 @@ def _train(seen: Observation, status: Status, store: str, forbids: str | None) -
         job = seen.attempts.get(number)
         if attempt.outcome is AttemptOutcome.SUSPENDED and attempt.end_time is None:
             if job is not None and not job.finished:
-                # Two attempts must not write at once.
+                # Two attempts must not write at the same time.
                 status.attempts(attempts)
                 status.stopping(f"Job {job.name}")
                 return _Step(() if job.deleting else (StopJob(job.name),), _WAITING_LOOK)
@@ -225,7 +231,7 @@ def _train(seen: Observation, status: Status, store: str, forbids: str | None) -
             continue
         if attempt.outcome is not AttemptOutcome.RUNNING:
             if job is not None and not job.finished:
-                # Its pod never started; the next attempt's must not run beside it.
+                # Its pod never started, and must not start beside the next attempt's.
                 status.attempts(attempts)
                 status.waiting(
                     FineTuneJobReason.STOPPING, f"Job {job.name} of an attempt that is over is being deleted"
@@ -270,7 +276,7 @@ def _number(name: str) -> int:
 
 
 def _running(attempt: Attempt, job: JobView) -> Attempt:
-    """Return the attempt with the start of its last pod, and its nodes."""
+    """Return the attempt with its nodes and, once all its pods have started, its start time."""
     started = [pod.started for pod in job.members]
     update: dict[str, object] = {}
     if len(started) == job.size and None not in started:
@@ -282,7 +288,7 @@ def _running(attempt: Attempt, job: JobView) -> Attempt:
 
 
 def _last_step(seen: Observation) -> int | None:
-    """Return the last step that was seen of the attempt that just ended."""
+    """Return the last observed step of the attempt that just finished."""
     samples = [sample for sample in (seen.progress, seen.job.status.progress) if sample is not None]
     return max((sample.step for sample in samples if sample.step is not None), default=None)
 
@@ -302,7 +308,7 @@ def _ended(attempt: Attempt, job: JobView, end: Ending, seen: Observation) -> At
 
 
 def _conclude(seen: Observation, status: Status, end: Ending, store: str) -> bool:
-    """Return True if the attempt's end is the job's end, which the status then reports."""
+    """Return True if the attempt's outcome finishes the job, and report that outcome in the status."""
     metadata = seen.job.metadata
     place = artifact_uri(store, metadata.namespace, metadata.name, metadata.uid)
     if end.outcome is AttemptOutcome.FAILED and not end.retryable:
@@ -313,7 +319,7 @@ def _conclude(seen: Observation, status: Status, end: Ending, store: str) -> boo
     if end.outcome is not AttemptOutcome.SUCCEEDED:
         return False
     if end.result is None or end.result.artifact is None:
-        # The pod is gone before it was read. The next attempt finds the artifact in the store and reports it.
+        # The pod was gone before its result was read. The next attempt finds the artifact in the store and reports it.
         return False
     if end.result.artifact.uri != place:
         status.failed(
@@ -341,7 +347,7 @@ def _wait(seen: Observation, status: Status, attempts: dict[int, Attempt], numbe
     status.waiting(wait.reason, wait.message)
     if wait.failure is None:
         return _Step(look_again=wait.look_again)
-    # What keeps a pod from starting may pass: it ends this attempt, and the next one follows once its Job is gone.
+    # The cause may be temporary: this attempt fails, and the next one follows once its Job is gone.
     attempts[number] = attempts[number].model_copy(
         update={
             "outcome": AttemptOutcome.FAILED,
@@ -355,7 +361,7 @@ def _wait(seen: Observation, status: Status, attempts: dict[int, Attempt], numbe
 
 
 def _next(seen: Observation, status: Status, attempts: dict[int, Attempt], forbids: str | None) -> _Step:
-    """Begin the first attempt or the next one, or fail the job after the last."""
+    """Begin the next attempt, or fail the job if no attempts are left."""
     failures = [attempt for attempt in attempts.values() if attempt.outcome is AttemptOutcome.FAILED]
     allowed = seen.job.spec.max_attempts
     last = attempts[max(attempts)] if attempts else None
@@ -378,7 +384,7 @@ def _next(seen: Observation, status: Status, attempts: dict[int, Attempt], forbi
         return _Step()
     number = max(attempts, default=0) + 1
     if seen.lingering:
-        # Two attempts must not write at once, and the next one resumes from this one's checkpoint.
+        # Two attempts must not write at the same time, and the next one resumes from this one's checkpoint.
         pod = seen.lingering[0]
         status.waiting(
             FineTuneJobReason.STOPPING, f"attempt {number} waits for pod {pod} of the one before, which saves and ends"
@@ -391,7 +397,7 @@ def _next(seen: Observation, status: Status, attempts: dict[int, Attempt], forbi
             status.waiting(FineTuneJobReason.RETRYING, _retry(number, last, int(delay.total_seconds())))
             return _Step(look_again=due - seen.now)
     if forbids is not None:
-        # The installation changed since the validation: what was trained so far must not be lost by that.
+        # The installation changed after the validation; that must not discard training progress.
         status.waiting(FailureReason.NOT_ALLOWED, f"attempt {number} is not created: {forbids}")
         return _Step(look_again=_PERMISSION_LOOK)
     if seen.refusal is None:
@@ -403,7 +409,7 @@ def _next(seen: Observation, status: Status, attempts: dict[int, Attempt], forbi
 
 
 def _since_progress(attempts: dict[int, Attempt]) -> tuple[int, int]:
-    """Return the attempts that ended since one trained further than all before it, with that one, and the best step."""
+    """Return the number of attempts since the one that trained furthest, that one included, and the highest step."""
     count, best = 0, 0
     for attempt in attempts.values():
         if attempt.outcome in {AttemptOutcome.RUNNING, AttemptOutcome.SUSPENDED}:

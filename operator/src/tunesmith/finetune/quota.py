@@ -1,6 +1,6 @@
 """ResourceQuotas that leave no room for a pod of a Job.
 
-The Job controller reports a refused pod by an Event only, which the operator has no right to read: Events hold what
+The Job controller reports a refused pod only by an Event, which the operator has no right to read: Events contain what
 other programs write about other tenants.
 """
 

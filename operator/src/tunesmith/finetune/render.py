@@ -1,4 +1,4 @@
-"""The objects of a FineTuneJob, each as its full intent."""
+"""Kubernetes objects of a FineTuneJob, each with its full intent."""
 
 from __future__ import annotations
 
@@ -38,41 +38,41 @@ JOB_FILE = "job.yaml"
 SECRETS_FOLDER = "/etc/tunesmith/secrets"
 USER_ID = 65532
 MASTER_PORT = 29500
-"""Where the first pod of several waits for the others."""
+"""Port of the first pod at which the other pods of an attempt join it."""
 GRACE_SECONDS = 120
-"""For a checkpoint at the end of the step that runs, and its upload."""
+"""Time for a checkpoint at the end of the current step, and for its upload."""
 VALIDATION_MEMORY = "2Gi"
 VALIDATION_SECONDS = 6 * 3600
-"""For the checks of a job's data; the trainer itself stops them then, with a sentence."""
+"""Time for the checks of a job's data, after which the trainer stops with a message."""
 _BEYOND_VALIDATION_SECONDS = 1800
-"""For the start of the pod, and for a trainer that does not stop."""
+"""Further time for the start of the pod, and for a trainer that does not stop."""
 _VALIDATION_RESOURCES = {
     "requests": {"cpu": "500m", "memory": VALIDATION_MEMORY},
     "limits": {"cpu": "2", "memory": VALIDATION_MEMORY},
 }
 _VALIDATION_RETRIES = 3
 _REQUESTED_STORAGE = "256Mi"
-"""A small request: how much disk a job needs is not known before its validation."""
+"""A small request, because a job's need for disk space is unknown before its validation."""
 _MANIFEST_SUFFIXES = {VALIDATE: "spec", TRAIN: "resolved"}
 
 
 @dataclass(frozen=True)
 class Installation:
-    """What an installation gives to every job."""
+    """Settings of the installation that apply to every job."""
 
     settings: JobSettings
     cluster: str = ""
-    """Uid of the namespace kube-system, by which `tunesmith gc` tells this cluster's folders; empty: not known."""
+    """UID of the namespace kube-system, by which `tunesmith gc` recognises this cluster's folders; empty if unknown."""
 
 
 def configuration(job: FineTuneJob, stage: str) -> Object:
-    """The ConfigMap with the manifest that the trainer reads.
+    """Return the ConfigMap with the manifest that the trainer reads.
 
-    Created once and never written again: what was resolved until the first attempt holds for all attempts.
+    It is created once and never changed: the values resolved before the first attempt apply to all attempts.
 
     Args:
         job: the FineTuneJob.
-        stage: VALIDATE, or TRAIN for every attempt, whose manifest also tells what validation resolved.
+        stage: VALIDATE, or TRAIN for every attempt, whose manifest also has the values that validation resolved.
     """
     resolved = job.status.resolved if stage == TRAIN else None
     manifest = {
@@ -87,20 +87,20 @@ def configuration(job: FineTuneJob, stage: str) -> Object:
         "kind": "ConfigMap",
         "metadata": _metadata(job, _MANIFEST_SUFFIXES[stage], {}),
         "immutable": True,
-        # JSON is YAML, and made a hundred times faster.
+        # JSON is valid YAML, and serialises a hundred times faster.
         "data": {JOB_FILE: json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"},
     }
 
 
 def validation(job: FineTuneJob, installation: Installation, gpu_memory_bytes: int | None = None) -> Object:
-    """The Job that checks data, base model and settings on a CPU.
+    """Return the Job that checks data, base model and settings on a CPU.
 
-    The Job controller itself repeats it after a failure that is worth it, and replaces disrupted pods.
+    The Job controller retries it after retryable failures, and replaces disrupted pods.
 
     Args:
         job: the FineTuneJob.
-        installation: what it gets from the installation.
-        gpu_memory_bytes: of the smallest GPU that it may train on; None where that is not known.
+        installation: settings of the installation.
+        gpu_memory_bytes: memory of the smallest GPU that it may train on; None if unknown.
     """
     labels = {COMPONENT_LABEL: VALIDATE}
     rules = [_on_disruption("Ignore"), _on_exit_codes("FailJob", ExitCode.USER_FAULT)]
@@ -111,15 +111,15 @@ def validation(job: FineTuneJob, installation: Installation, gpu_memory_bytes: i
         arguments += ["--gpu-memory-bytes", str(gpu_memory_bytes)]
     pod = _pod(job, installation, labels, arguments, _VALIDATION_RESOURCES)
     pod["spec"]["activeDeadlineSeconds"] = VALIDATION_SECONDS + _BEYOND_VALIDATION_SECONDS
-    # A check needs no GPU: only what keeps pods off nodes altogether is taken over.
+    # A validation needs no GPU, so only the constraints that exclude nodes apply.
     pod["spec"].pop("runtimeClassName", None)
     return _job(job, VALIDATE, labels, pod, rules, retries=_VALIDATION_RETRIES)
 
 
 def attempt(job: FineTuneJob, number: int, installation: Installation) -> Object:
-    """The Job of an attempt: one pod per node, once; where one fails, the Job controller ends the others.
+    """Return the Job of an attempt: one pod per node, no retries; if one fails, the Job controller stops the others.
 
-    What ended it stands in the Job even when the pods are gone.
+    The cause of the failure remains in the Job after the pods are gone.
     """
     metadata = job.metadata
     labels = {COMPONENT_LABEL: TRAIN, ATTEMPT_LABEL: str(number)}
@@ -137,16 +137,16 @@ def attempt(job: FineTuneJob, number: int, installation: Installation) -> Object
         _join(job, manifest)
     queue = job.spec.scheduling.queue
     if queue is not None:
-        # Created suspended and never written again: from here on the queue decides when its pods run.
+        # Created suspended and never written again: from now on the queue decides when its pods run.
         manifest["metadata"]["labels"][QUEUE_LABEL] = queue
         manifest["spec"]["suspend"] = True
     return manifest
 
 
 def meeting(job: FineTuneJob) -> list[Object]:
-    """Return the Service by which pods on several nodes find each other: none for one node.
+    """Return the Service through which pods on several nodes find each other; empty for a single node.
 
-    One for all attempts: their pods have names of their own.
+    All attempts share it, since their pods' names differ.
     """
     if job.spec.resources.nodes == 1:
         return []
@@ -155,7 +155,7 @@ def meeting(job: FineTuneJob) -> list[Object]:
         "apiVersion": "v1",
         "kind": "Service",
         "metadata": {**_metadata(job, TRAIN, labels), "name": _meeting_name(job)},
-        # The first pod must be found before it is ready, by those that it waits for.
+        # The other pods must find the first one before it is ready, because it waits for them.
         "spec": {
             "clusterIP": "None",
             "publishNotReadyAddresses": True,
@@ -167,7 +167,7 @@ def meeting(job: FineTuneJob) -> list[Object]:
 
 
 def isolation(job: FineTuneJob, network: Network) -> list[Object]:
-    """Return the NetworkPolicy of the job's pods: none where the platform wants none and the pods do not need it.
+    """Return the NetworkPolicy of the job's pods; empty if the platform disables policies and the job has one node.
 
     Pods on several nodes always have one: their traffic is neither encrypted nor authenticated.
     """
@@ -183,12 +183,12 @@ def isolation(job: FineTuneJob, network: Network) -> list[Object]:
 
 
 def _meeting_name(job: FineTuneJob) -> str:
-    # A Service's name begins with a letter, a FineTuneJob's may begin with a digit.
+    # A Service's name must begin with a letter; a FineTuneJob's may begin with a digit.
     return f"ranks-{job.metadata.name}-{short_uid(job.metadata.uid)}"
 
 
 def _join(job: FineTuneJob, manifest: Object) -> None:
-    """Makes a Job of one pod one of a pod per node."""
+    """Change a Job with one pod into one with a pod per node."""
     nodes = job.spec.resources.nodes
     manifest["spec"] |= {"completionMode": "Indexed", "completions": nodes, "parallelism": nodes}
     template = manifest["spec"]["template"]
@@ -219,7 +219,7 @@ def _job(
             "completions": 1,
             "parallelism": 1,
             "backoffLimit": retries,
-            # A second pod must not start while the first still writes.
+            # A second pod must not start while the first is still writing.
             "podReplacementPolicy": "Failed",
             "podFailurePolicy": {"rules": rules},
             "template": pod,
@@ -262,7 +262,7 @@ def _pod(
     job: FineTuneJob, installation: Installation, labels: dict[str, str], arguments: list[str], resources: Object
 ) -> Object:
     secrets, claims = _secrets(job), _claims(job)
-    # The ranks of a pod exchange gradients through shared memory, of which a container has 64 MiB.
+    # The ranks of a pod exchange gradients through shared memory, which is 64 MiB by default.
     shared = job.spec.resources.gpus > 1
     manifest = _MANIFEST_SUFFIXES[labels[COMPONENT_LABEL]]
     scheduling = job.spec.scheduling
@@ -291,7 +291,7 @@ def _pod(
                     "envFrom": [{"secretRef": {"name": STORE_SECRET}}],
                     "env": [
                         {"name": "HOME", "value": "/tmp"},  # noqa: S108 - an emptyDir of the pod
-                        # Even if empty: the keys of the Secret above are variables too, and must not set these.
+                        # Set even if empty: the keys of the Secret above are variables too, and must not set these.
                         {"name": LM_EVAL_TASKS, "value": installation.settings.lm_eval_tasks},
                         {"name": ALLOWED_ADDRESSES, "value": ",".join(installation.settings.allowed_addresses)},
                     ],
@@ -324,7 +324,8 @@ def _pod(
                 {"name": "work", "emptyDir": {"sizeLimit": installation.settings.job_storage}},
                 {"name": "tmp", "emptyDir": {"sizeLimit": installation.settings.job_storage}},
                 *([{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "1Gi"}}] if shared else []),
-                # Optional: the kubelet would wait for a missing one without a word, the trainer says which is missing.
+                # Optional: the kubelet would wait silently for a missing Secret; the trainer reports which one is
+                # missing.
                 *(
                     {"name": f"secret-{index}", "secret": {"secretName": name, "optional": True, **_keys(name)}}
                     for index, name in enumerate(secrets)
@@ -348,7 +349,7 @@ def _resources(job: FineTuneJob) -> Object:
 
 
 def _with_disk(resources: Object, storage: str) -> Object:
-    """The resources with a limit of all that the pod writes to its node's disk, which volumes count to."""
+    """Return the resources with a limit on everything that the pod writes to its node's disk, volumes included."""
     return {
         "requests": {**resources["requests"], "ephemeral-storage": _REQUESTED_STORAGE},
         "limits": {**resources["limits"], "ephemeral-storage": storage},
@@ -364,7 +365,7 @@ def _ownership(job: FineTuneJob, installation: Installation) -> list[str]:
 
 
 def _permissions(installation: Installation) -> list[str]:
-    # An argument, which no key of the Secret with the pod's variables can set.
+    # An argument, because no key of the Secret with the pod's variables can set it.
     return ["--allow-task-code"] if installation.settings.allow_task_folders else []
 
 
@@ -374,7 +375,7 @@ def _tokens(job: FineTuneJob, installation: Installation) -> str:
 
 
 def _secrets(job: FineTuneJob) -> list[str]:
-    """Names of the Secrets that the sources and the exports name and that trackers need, without repeats."""
+    """Return the names of the Secrets that the sources, exports and trackers need, without duplicates."""
     places = [*(source for _, source in sources(job)), *job.spec.exports]
     names = [place.secret_ref.name for place in places if place.secret_ref is not None]
     if job.spec.output is not None and job.spec.output.needs_reporting_secret:
@@ -383,11 +384,11 @@ def _secrets(job: FineTuneJob) -> list[str]:
 
 
 def _keys(secret: str) -> Object:
-    """The keys of a Secret that pods mount: of one that a secretRef names, those of stores and no others."""
+    """Return the volume items of a Secret: the stores' keys only, but all keys of the reporting Secret."""
     return {} if secret == REPORTING_SECRET else {"items": [{"key": key, "path": key} for key in STORE_KEYS]}
 
 
 def _claims(job: FineTuneJob) -> list[str]:
-    """Names of the PersistentVolumeClaims that the sources name, without repeats."""
+    """Return the names of the PersistentVolumeClaims that the sources name, without duplicates."""
     found = (claim_of(source.uri) for _, source in sources(job))
     return list(dict.fromkeys(claim[0] for claim in found if claim is not None))

@@ -1,4 +1,4 @@
-"""Status of a FineTuneJob: conditions are the truth, and the phase is derived from them."""
+"""Status of a FineTuneJob: its conditions, and the phase that is derived from them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _NO_ATTEMPT = "no attempt is running"
 
 
 class Status:
-    """The next status, from the present one and what is reported about it. `build` is called once, at the end."""
+    """Builder of the next status from the current one and from reported changes. `build` is called once, at the end."""
 
     def __init__(self, job: FineTuneJob, now: datetime) -> None:
         self._job = job
@@ -47,7 +47,7 @@ class Status:
 
     @property
     def terminal(self) -> bool:
-        """True if the job is finished for good."""
+        """True if the job is finished and will not run again."""
         conditions = self._status.conditions
         return is_true(conditions, FineTuneJobCondition.COMPLETE) or is_true(conditions, FineTuneJobCondition.FAILED)
 
@@ -57,7 +57,7 @@ class Status:
         return is_true(self._status.conditions, FineTuneJobCondition.VALIDATED)
 
     def validating(self, reason: Reason, message: str) -> None:
-        """Report that the CPU stage waits or runs."""
+        """Report that the CPU stage is waiting or running."""
         self._set(FineTuneJobCondition.VALIDATED, ConditionStatus.UNKNOWN, reason, message)
 
     def valid(self, result: TrainerResult | None) -> None:
@@ -77,7 +77,7 @@ class Status:
         self._status.progress = None
 
     def invalid(self, reason: FailureReason, message: str, result: TrainerResult | None = None) -> None:
-        """Report that the CPU stage found what makes training pointless, and what it counted until then."""
+        """Report the problem that the CPU stage found, and its counts so far. Training would be pointless."""
         if result is not None:
             self._status.preflight = result.preflight or self._status.preflight
         self._set(FineTuneJobCondition.VALIDATED, ConditionStatus.FALSE, reason, message)
@@ -93,20 +93,20 @@ class Status:
         self._set(FineTuneJobCondition.STARTED, ConditionStatus.FALSE, reason, message)
 
     def held(self, reason: Reason, message: str) -> None:
-        """Report what keeps the present stage from going on: of the validation, or of training."""
+        """Report what blocks the current stage, validation or training."""
         if self.validated or self.terminal:
             self.waiting(reason, message)
         else:
             self.validating(reason, message)
 
     def released(self) -> None:
-        """Report, of a terminal job, that what kept its last Job from being removed is over."""
+        """Report that nothing blocks the removal of a terminal job's last Job any longer."""
         started = find(self._status.conditions, FineTuneJobCondition.STARTED)
         if started is not None and started.reason == FineTuneJobReason.WRITE_REFUSED:
             self.waiting(FineTuneJobReason.ENDED, _NO_ATTEMPT)
 
     def queued(self, queue: str, job: str, why: str) -> None:
-        """Report that a queue holds the attempt's Job back. `why`: Kueue's message, empty if there is none."""
+        """Report that a queue is holding the attempt's Job back. `why`: Kueue's message; empty if there is none."""
         message = f"Job {job} waits for queue {queue} to admit it: " + (
             why or f"`kubectl describe job {job}` and `kubectl describe localqueue {queue}` show what it waits for"
         )
@@ -119,13 +119,13 @@ class Status:
         self._set(FineTuneJobCondition.ADMITTED, ConditionStatus.TRUE, FineTuneJobReason.ADMITTED, message)
 
     def stopping(self, what: str) -> None:
-        """Report that an attempt is stopped by spec.suspend and given time to save. `what`: its Job or its pod."""
+        """Report that spec.suspend is stopping an attempt, which has time to save. `what`: its Job or its pod."""
         message = f"{what} is being stopped: a checkpoint is saved first"
         self._set(FineTuneJobCondition.SUSPENDED, ConditionStatus.FALSE, FineTuneJobReason.STOPPING, message)
         self.waiting(FineTuneJobReason.STOPPING, message)
 
     def suspended(self) -> None:
-        """Report that nothing runs, as the user wants it."""
+        """Report that the job is suspended and nothing is running."""
         message = "spec.suspend is true: set it to false to continue"
         self._set(FineTuneJobCondition.SUSPENDED, ConditionStatus.TRUE, FineTuneJobReason.SUSPENDED, message)
         if find(self._status.conditions, FineTuneJobCondition.STARTED) is not None:
@@ -139,7 +139,7 @@ class Status:
 
     @property
     def active_seconds(self) -> float | None:
-        """Seconds since startTime without pauses; None if no attempt has started yet."""
+        """Seconds since startTime, without pauses; None before the first attempt has started."""
         start = self._status.start_time
         if start is None:
             return None
@@ -147,7 +147,7 @@ class Status:
         return (self._now - start).total_seconds() - paused
 
     def _pause(self) -> float:
-        """Return the seconds of the present pause: suspended, or waiting in a queue."""
+        """Return the seconds of the current pause: suspended, or waiting in a queue."""
         start = self._status.start_time
         suspended = find(self._status.conditions, FineTuneJobCondition.SUSPENDED)
         admitted = find(self._status.conditions, FineTuneJobCondition.ADMITTED)
@@ -159,7 +159,7 @@ class Status:
         return (self._now - max(min(since), start)).total_seconds() if since and start is not None else 0.0
 
     def started(self, number: int, outage: str | None = None) -> None:
-        """Report that the pods of an attempt run, and the store that they wait for, if they do."""
+        """Report that the pods of an attempt are running. `outage`: the store that they are waiting for, if any."""
         reason: Reason = FineTuneJobReason.RUNNING
         message = f"attempt {number} runs"
         if outage is not None:
@@ -167,19 +167,19 @@ class Status:
         self._set(FineTuneJobCondition.STARTED, ConditionStatus.TRUE, reason, message)
 
     def attempts(self, attempts: dict[int, Attempt]) -> None:
-        """Record the attempts, by number."""
+        """Record the attempts by their number."""
         self._status.attempts = [attempt for _, attempt in sorted(attempts.items())]
         starts = [attempt.start_time for attempt in self._status.attempts if attempt.start_time is not None]
         if starts and self._status.start_time is None:
             self._status.start_time = min(starts)
 
     def progress(self, sample: ProgressStatus | None) -> None:
-        """Record the newest progress if its stage is another one, or 10 s after the recorded one."""
+        """Record the newest progress if the stage changed, or the recorded one is at least 10 s older."""
         if sample is None:
             return
         recorded = self._status.progress
         earliest = recorded.update_time if recorded is not None else None
-        # A pod's clock may be wrong, and what it reports forged: time passes as it does for the operator.
+        # A pod's clock may be wrong and its report forged, so time is limited to the operator's clock.
         at = min(sample.update_time or self._now, self._now)
         at = max(at, earliest) if earliest is not None else at
         is_due = earliest is None or at - earliest >= PROGRESS_INTERVAL
@@ -195,13 +195,13 @@ class Status:
         self._end(FineTuneJobCondition.FAILED, reason, message)
 
     def published(self, result: TrainerResult) -> str:
-        """Report that the adapter is in the store; return the sentence that says where."""
+        """Report that the adapter is in the store; return a sentence with its uri."""
         assert result.artifact is not None  # noqa: S101 - checked by the caller
         exports = self._exported(result)
         self._status.artifact = result.artifact.model_copy(update={"exports": exports})
         self._status.evaluation = result.evaluation or self._status.evaluation
         if result.evaluation is not None:
-            # The pod finished with this score; its progress may have been read before.
+            # The pod finished with this score; its progress may have been read earlier.
             progress = self._status.progress or ProgressStatus()
             self._status.progress = progress.model_copy(update={"evaluation_loss": result.evaluation.loss})
         self._status.resolved = merged(self._status.resolved, result.resolved)
@@ -211,7 +211,7 @@ class Status:
         return place
 
     def _exported(self, result: TrainerResult) -> list[ExportStatus] | None:
-        """Return the outcome of each copy. Where they go is taken from the spec, not from a pod's report."""
+        """Return the outcome of each copy. Destinations come from the spec, never from a pod's report."""
         wanted = self._job.spec.exports
         if not wanted or result.exports is None:
             return None
@@ -236,7 +236,7 @@ class Status:
         return exports
 
     def complete(self, result: TrainerResult) -> None:
-        """Report that the adapter is published and the job finished."""
+        """Report that the adapter is published and the job is finished."""
         place = self.published(result)
         evaluation, message = self._status.evaluation, place
         if evaluation is not None and evaluation.base_loss is not None and evaluation.loss is not None:
@@ -272,14 +272,14 @@ class Status:
 
 
 def gpu_seconds(old: FineTuneJobStatus, new: FineTuneJobStatus, gpus: int, now: datetime) -> float:
-    """Return what was counted before, and what attempts held their GPUs for since.
+    """Return the GPU seconds counted so far, plus those for which attempts have held GPUs since.
 
-    A running attempt is counted up to the recorded progress, so that the figure changes when the status does.
+    A running attempt is counted up to the recorded progress, so that the figure changes only with the status.
 
     Args:
-        old: the status as it was written last.
-        new: the next one.
-        gpus: of all pods of an attempt.
+        old: the status that was written last.
+        new: the next status.
+        gpus: number of GPUs of all pods of an attempt.
         now: the time, UTC.
     """
     counted = old.progress.update_time if old.progress is not None else None
@@ -312,7 +312,7 @@ def _memory(counted: Preflight) -> str:
 
 
 def summary(status: FineTuneJobStatus) -> tuple[Phase, str | None]:
-    """Return the phase that follows from the conditions, and the reason of the condition that it follows from."""
+    """Return the phase, and the reason of the condition from which it is derived."""
     conditions = status.conditions
     for type_, found in _PHASES:
         condition = find(conditions, type_)
@@ -336,11 +336,11 @@ _PHASES = (
     (FineTuneJobCondition.SUSPENDED, Phase.SUSPENDED),
     (FineTuneJobCondition.STARTED, Phase.RUNNING),
 )
-"""Phases that follow from one condition, the first that is True."""
+"""Phases that depend on a single condition; the first condition that is True decides."""
 
 
 def without_reports(old: FineTuneJobStatus, new: FineTuneJobStatus) -> FineTuneJobStatus:
-    """Return the new status without what pods reported since the old one, and without sentences that may hold it."""
+    """Return the new status without pod reports since the old one, and without sentences that may quote them."""
     known = {attempt.name: attempt for attempt in old.attempts}
     reported = ("progress", "preflight", "resolved", "evaluation", "artifact")
     return new.model_copy(
@@ -369,7 +369,7 @@ def without_reports(old: FineTuneJobStatus, new: FineTuneJobStatus) -> FineTuneJ
 
 
 def reports(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Notice]:
-    """Return the Events about what changed besides the conditions: attempts, stages, rows and suites."""
+    """Return the Events about changes other than conditions: attempts, stages, rows and suites."""
     counted = new.preflight if old.preflight is None else None
     found = [
         Notice(EventReason.SCORED_ROWS_TRAINED, rows.sentence, "Warning")
@@ -397,11 +397,11 @@ _OUTCOMES = {
     AttemptOutcome.FAILED: EventReason.ATTEMPT_FAILED,
     AttemptOutcome.PREEMPTED: EventReason.ATTEMPT_PREEMPTED,
 }
-"""Outcomes of attempts that are worth an Event."""
+"""Outcomes of attempts that get an Event."""
 
 
 def merged(kept: Resolved | None, new: Resolved | None) -> Resolved | None:
-    """Return what was resolved first, with absent fields filled in."""
+    """Return the values that were resolved first, with absent fields filled in from the new ones."""
     if kept is None or new is None:
         return kept or new
     return kept.model_copy(

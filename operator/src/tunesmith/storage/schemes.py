@@ -81,7 +81,7 @@ class Scheme:
         example: example of a uri, for messages and the documentation.
         uses: permitted uses of its uris.
         filesystem: import path of the fsspec class.
-        options: returns arguments of the class for the values of a Secret or the environment. With `ambient` the library
+        options: returns arguments of the class for the values of a Secret or the environment. If `ambient`, the library
             may add credentials from the machine; otherwise it must not.
         native: returns obstore's configuration for the same values; None if obstore does not support the store.
         root: pattern (RE2) of the part between `://` and the first slash.
