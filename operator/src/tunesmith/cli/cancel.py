@@ -27,7 +27,7 @@ def cancel(
 ) -> None:
     """Stop a job and delete it; with --pause keep it, with a checkpoint, until --resume.
 
-    A job that has finished is left as it is. What a deleted job wrote to the store stays there until `tunesmith gc`.
+    A finished job is not changed. Files that a deleted job wrote to the store stay there until `tunesmith gc`.
 
     Example: tunesmith cancel support --pause
     """

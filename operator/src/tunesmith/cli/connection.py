@@ -1,4 +1,4 @@
-"""The cluster that commands talk to, and the installation in it."""
+"""Connection of commands to the cluster, and the installation in it."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ if TYPE_CHECKING:
     from tunesmith.cluster.client import Cluster
 
 NAMESPACE_VARIABLE = "TUNESMITH_GATEWAY_NAMESPACE"
-"""Names the installation's namespace where it is not the usual one."""
+"""Environment variable with the installation's namespace if it is not the default one."""
 
 
 async def connect() -> Cluster:
-    """The cluster of $KUBECONFIG and $KUBECONTEXT.
+    """Return a client for the cluster of $KUBECONFIG and $KUBECONTEXT.
 
     Raises:
-        ConfigurationError: there is none.
+        ConfigurationError: no cluster is configured.
     """
-    # Kubernetes' client takes a second to import; commands without a cluster should not wait for it.
+    # Imported lazily: its libraries take a second to import, for which other commands should not wait.
     from tunesmith.cluster.client import Cluster  # noqa: PLC0415
 
     return await Cluster.connect()
 
 
 async def read_installation(cluster: Cluster) -> Installation:
-    """Return what the installation tells its users; nothing where it is not found or may not be read."""
+    """Return the published facts of the installation; without values if it is not found or may not be read."""
     namespace = os.environ.get(NAMESPACE_VARIABLE) or NAMESPACE
     try:
         found = await cluster.find("ConfigMap", NAME, namespace)

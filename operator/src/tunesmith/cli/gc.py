@@ -41,12 +41,12 @@ def gc(
     delete: Annotated[bool, typer.Option("--delete", help="Remove them; absent: only list them.")] = False,  # noqa: FBT002 - typer's convention
     output_format: FormatOption = Format.TEXT,
 ) -> None:
-    """List, and with --delete remove, what FineTuneJobs that are gone or complete left in the store.
+    """List, and with --delete remove, the leftovers of deleted and complete FineTuneJobs in the store.
 
-    Checkpoints go, and all that a deleted job left without publishing; published artifacts only with --artifacts.
-    What a resource of the cluster names anywhere stays, and so does what another cluster wrote to the same store.
-    Credentials come from the environment, by the names that the store's Secret has, such as AWS_ACCESS_KEY_ID,
-    AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL and AWS_REGION. It reads the resources of the whole cluster.
+    Checkpoints are removed, and all files of deleted jobs that published nothing; published artifacts only with
+    --artifacts. Files that a resource of the cluster refers to are kept, and so are the files of other clusters.
+    Credentials come from environment variables named like the keys of the store's Secret, such as AWS_ACCESS_KEY_ID,
+    AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL and AWS_REGION. The command reads the resources of the whole cluster.
 
     Example: tunesmith gc --store s3://tunesmith/store -A --older-than 7d --delete
     """
