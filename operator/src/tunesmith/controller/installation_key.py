@@ -47,7 +47,7 @@ async def installation_keys(cluster: Cluster, namespace: str) -> Keys:
     try:
         values = [base64.b64decode(data[field]).strip() for field in (_CURRENT, _PREVIOUS) if data.get(field)]
         if not data.get(_CURRENT):
-            raise ValueError(f"it has no entry `{_CURRENT}`")  # noqa: TRY301 - reported as errors of the decoding are
+            raise ValueError(f"it has no entry `{_CURRENT}`")  # noqa: TRY301 - reported like decoding errors
         return parse_keys(b"\n".join(values))
     except ValueError as error:
         raise InstallationKeyError(

@@ -212,7 +212,7 @@ class Forwarder:
                 piece = await self._read(call, upstream)
             await finish(call.request, response, self._limits)
         except BaseException:
-            # The status is already sent and JSON cannot carry an error: an aborted connection shows the answer as cut.
+            # The status is sent and JSON cannot carry an error: an aborted connection shows an incomplete answer.
             if call.request.transport is not None:
                 call.request.transport.abort()
             raise

@@ -236,7 +236,7 @@ class ServingPoolReconciler:
             deployment(pool, self._context.settings, replicas, seen.max_surge), pool, cause_of(seen.rollout)
         )
         if refusal_of_pods(observed) is not None:
-            # Kubernetes retries after up to 17 minutes, but at once if the annotation changes, also on the ReplicaSet.
+            # Kubernetes retries after up to 17 minutes, but at once after a change, which it copies to the ReplicaSet.
             wanted["metadata"]["annotations"][_RETRY] = str(int(self._context.now().timestamp() // MAX_RETRY_SECONDS))
         generation = observed["metadata"]["generation"] if observed is not None else -1
         return await self._executor.apply(pool.metadata.uid, wanted, generation)
