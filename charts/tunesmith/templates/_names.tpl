@@ -7,7 +7,7 @@ begins with this. Argument: the root context.
 {{- include "tunesmith.fill" (list .Values (.Files.Get "files/values.yaml" | fromYaml)) -}}
 {{- end -}}
 
-{{/* Add the keys that a map lacks, in place. `resources` is the user's whole. Arguments: list of the map and its defaults. */}}
+{{/* Add missing keys to a map, in place; a `resources` map stays as the user set it. Arguments: list of the map and its defaults. */}}
 {{- define "tunesmith.fill" -}}
 {{- $values := index . 0 -}}
 {{- range $key, $default := index . 1 -}}
@@ -28,7 +28,7 @@ begins with this. Argument: the root context.
 {{- end -}}
 {{- end -}}
 
-{{/* Labels that only the pods of a component have. Arguments: list of the root context and the component. */}}
+{{/* Labels that identify the pods of a component. Arguments: list of the root context and the component. */}}
 {{- define "tunesmith.selector" -}}
 {{- $root := index . 0 -}}
 app.kubernetes.io/name: {{ $root.Chart.Name }}
@@ -69,13 +69,13 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version }}
 {{- end -}}
 {{- end -}}
 
-{{/* Where clients inside of the cluster find the gateway. */}}
+{{/* Address of the gateway for clients inside the cluster. */}}
 {{- define "tunesmith.gatewayUrl" -}}
 {{- $port := int .Values.gateway.service.port -}}
 http://{{ include "tunesmith.fullname" . }}-gateway.{{ .Release.Namespace }}.svc{{ if ne $port 80 }}:{{ $port }}{{ end }}
 {{- end -}}
 
-{{/* Where clients find the gateway: `gateway.externalUrl`, or its address inside of the cluster. */}}
+{{/* Address of the gateway for clients: `gateway.externalUrl`, or its address inside the cluster. */}}
 {{- define "tunesmith.clientUrl" -}}
 {{- .Values.gateway.externalUrl | default (include "tunesmith.gatewayUrl" .) -}}
 {{- end -}}
@@ -102,7 +102,7 @@ capabilities:
   drop: [ALL]
 {{- end -}}
 
-{{/* Placement of a component's pods: spread over nodes, and what its values say. Arguments: root context and component. */}}
+{{/* Placement of a component's pods: spread over nodes, and the component's values. Arguments: root context and component. */}}
 {{- define "tunesmith.placement" -}}
 {{- $root := index . 0 -}}
 {{- $values := index $root.Values (index . 1) -}}
@@ -141,7 +141,7 @@ podSelector:
     {{- include "tunesmith.selector" . | nindent 4 }}
 {{- end -}}
 
-{{/* The right to read the labels of the namespaces that are served: pools choose by them who may attach. */}}
+{{/* Right to read the labels of the served namespaces, by which pools select who may attach. */}}
 {{- define "tunesmith.namespaceRules" -}}
 - apiGroups: [""]
   resources: [namespaces]
@@ -151,7 +151,7 @@ podSelector:
   verbs: [list, watch]
 {{- end -}}
 
-{{/* The namespaces in which something is granted: those listed, or one empty name for the whole cluster. */}}
+{{/* Namespaces in which rights are granted: those listed, or one empty name for the whole cluster. */}}
 {{- define "tunesmith.scopes" -}}
 {{- toJson (.Values.watchNamespaces | default (list "")) -}}
 {{- end -}}
