@@ -404,7 +404,7 @@ class _Rows:
             self._property_names(left)
 
     def _property_names(self, left: Document) -> None:
-        """Check the property names of messages; the trainer knows role and content, and from and value."""
+        """Remove the property names that the trainer knows: role and content, or from and value."""
         names = left.get("message_property_mappings") or {
             "role": left.get("message_field_role", "role"),
             "content": left.get("message_field_content", "content"),

@@ -21,7 +21,7 @@ _RETRY_PAUSE_SECONDS = 0.25
 
 
 class Hold:
-    """Queue of calls that wait for a pod.
+    """Assignment of pods to calls, which wait until a pod holds their model.
 
     Args:
         catalog: the models; they are resolved again after each wait.
