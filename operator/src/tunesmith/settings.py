@@ -56,7 +56,7 @@ class ClusterSettings(ProgramSettings):
         BeforeValidator(lambda text: text.upper() if isinstance(text, str) else text),
         Internal("for a process that is started by hand"),
     ] = "INFO"
-    """Lowest level of the log."""
+    """Lowest level that is logged."""
 
     @property
     def shared_namespaces(self) -> tuple[str, ...]:

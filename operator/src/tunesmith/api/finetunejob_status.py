@@ -171,7 +171,7 @@ class AlsoTrained(StatusModel):
 
 
 class ServableStatus(StatusModel):
-    """Whether an engine can load the result."""
+    """Result of the check that an engine can load the adapter."""
 
     vllm: bool = Field(description="Whether vLLM can serve the adapter.")
     reason: str | None = Field(default=None, max_length=1024, description="Why not.")

@@ -165,7 +165,7 @@ def key_of(item: Object) -> tuple[str, str]:
 
 
 def backoff(failures: int) -> float:
-    """Return the seconds to wait after consecutive failures: 0.2 doubled each time, at most 10, minus up to half."""
+    """Return the wait after consecutive failures, in seconds: 0.2 doubled each time, at most 10, 0 to 50 % less."""
     return min(_MAX_BACKOFF_SECONDS, 0.2 * 2.0 ** min(failures, 10)) * random.uniform(0.5, 1.0)  # noqa: S311 - spreads load
 
 

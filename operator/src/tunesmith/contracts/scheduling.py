@@ -47,7 +47,7 @@ class AllowedScheduling(BaseModel):
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     allowed_priority_classes: Annotated[_Names, ChartValue("scheduling.allowedPriorityClasses")] = ()
-    """PriorityClasses that jobs and pools may name; a name that ends in * admits all that begin so."""
+    """PriorityClasses that jobs and pools may name; a name that ends in * allows every name with that prefix."""
     allowed_tolerations: Annotated[_Taints, ChartValue("scheduling.allowedTolerations")] = (
         "nvidia.com/gpu",
         "amd.com/gpu",
@@ -69,7 +69,7 @@ class AllowedScheduling(BaseModel):
         "nvidia.com/mig-*",
         "amd.com/gpu",
     )
-    """Extended resources that jobs and pools may ask for as GPUs. Other device plugins may hand out devices of the
+    """Extended resources that jobs and pools may request as GPUs. Other device plugins may expose devices of the
     host."""
 
 

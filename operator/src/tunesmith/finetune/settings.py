@@ -16,9 +16,9 @@ class JobSettings(WorkloadSettings):
         str, Matches("(/.+)?", "an absolute path in the trainer's image"), ChartValue("trainer.lmEvalTasks")
     ] = ""
     """Folder in the trainer's image with the platform's own tasks for lm-evaluation-harness, whose functions training
-    pods run; empty: none."""
+    pods execute; empty: no folder."""
     allow_task_folders: Annotated[bool, ChartValue("trainer.allowTaskFolders")] = False
-    """Let jobs bring evaluation tasks (lmEval.taskFolder): code that is run in their pods."""
+    """Allow jobs to provide evaluation tasks (lmEval.taskFolder), which are code that runs in their pods."""
     job_storage: Annotated[StorageSize, ChartValue("trainer.storage")] = "500Gi"
-    """Disk of its node that a pod of a job may take, in Mi or Gi, for base model, data, checkpoints and a merged model.
-    A pod that takes more is stopped."""
+    """Local disk space that a pod of a job may use, in Mi or Gi, for base model, data, checkpoints and a merged model.
+    A pod that uses more is stopped."""
