@@ -31,7 +31,7 @@ LOSS_UNIT = "nats per target token; with another objective than sft its own loss
 Figure = Annotated[float | None, AfterValidator(_rounded)]
 Finite = Annotated[float | None, AfterValidator(_finite)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
-"""A count. JSON readers that use doubles represent no larger integer exactly."""
+"""Number of items. Not every JSON reader represents larger integers exactly."""
 
 
 class Stage(StrEnum):

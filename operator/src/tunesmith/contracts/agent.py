@@ -25,8 +25,8 @@ HEARTBEAT_SECONDS = 1.0
 
 METRICS_REFUSAL = "metrics need the token of the Secret tunesmith-metrics-token in the release's namespace\n"
 Keys = tuple[bytes, ...]
-"""A key and its predecessors, newest first. Has several during a rotation of the installation key: clients present
-the newest accepted one, and servers accept all of them. A file has one key per line, in this order."""
+"""A key and its predecessors, newest first. There are several while the installation key is being rotated: clients
+present the newest accepted one, and servers accept all. A file has one key per line, in this order."""
 _MAX_KEYS = 2
 _MIN_KEY_LENGTH = 16
 

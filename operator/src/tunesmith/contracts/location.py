@@ -17,8 +17,7 @@ MERGED_FOLDER = "merged"
 """Beside the artifact, as is EVENTS_FOLDER: an engine's pod downloads every file that the artifact's manifest lists."""
 EVENTS_FOLDER = "tensorboard"
 CLAIMS_FOLDER = "/mnt/claims"
-"""Folder in which a training pod mounts the PersistentVolumeClaims that its job names, each under its name, read-
-only."""
+"""Folder in which a training pod mounts its job's PersistentVolumeClaims read-only, each under its own name."""
 _DIGEST = re.compile(r"^sha256:([0-9a-f]{64})$")
 
 
