@@ -1,4 +1,4 @@
-"""Canary: a fixed prompt to the base model, and the comparison that tells a changed answer from noise."""
+"""Canary: a fixed prompt to the base model, and a comparison of answers that distinguishes changes from noise."""
 
 from __future__ import annotations
 

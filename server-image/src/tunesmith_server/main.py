@@ -1,4 +1,4 @@
-"""Command `tunesmith-agent`: `serve` runs beside vLLM, `fetch-base` before vLLM starts."""
+"""Agent of a serving pod: `serve` runs beside vLLM, `fetch-base` before vLLM starts."""
 
 from __future__ import annotations
 
