@@ -42,7 +42,7 @@ CANARY_SECONDS = 60.0
 CONFIRMATIONS = 3
 """Number of consecutive answers that must differ: each is computed in another batch, so that noise does not repeat."""
 HANG_SECONDS = 30.0
-"""Time without any client's token while a canary waits, after which the engine counts as hung. The longest step of a
+"""Time without any token while a canary waits, after which the engine counts as hung. The longest step of a
 healthy engine is the prefill of a full batch: some seconds on a CPU."""
 STALL_SECONDS = 6.0
 """Time without a token while a canary waits, after which requests are routed to other pods."""
