@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Credentials:
-    """Keys from which this pod's tokens are derived.
+    """Keys and digests with which the agent verifies tokens.
 
     Attributes:
         control: return the pool's control keys, for routes that change the pod.
