@@ -340,14 +340,14 @@ def patch_status(apiserver: ApiServer, namespace: str, resource: str, patch: str
 
 
 STATUSES = {
-    "ftj": """{"status": {"phase": "Validating", "reason": "StorageUnavailable",
+    "ftj": """{"status": {"phase": "Validating", "reason": "StoreUnavailable",
         "progress": {"stage": "Training", "step": 12345, "totalSteps": 12345,
         "loss": 12.3456, "evaluationLoss": 11.2345, "etaSeconds": 3600}, "gpuSeconds": 123456.7,
         "artifact": {"uri": "s3://tunesmith/store/team/tone-123/artifact", "digest": "sha256:%s", "sizeBytes": 1,
         "servable": {"vllm": true}}, "attempts": [{"name": "a-1", "outcome": "Failed", "node": "node-1"},
         {"name": "a-2", "outcome": "Succeeded", "node": "node-2"}]}}"""
     % ("a" * 64),
-    "spool": """{"status": {"phase": "Available", "reason": "ContainerConfiguration",
+    "spool": """{"status": {"phase": "Available", "reason": "ContainerConfigError",
         "readyReplicas": 10, "desiredReplicas": 12, "adapters": 100,
         "slotsFree": 100}}""",
     "adep": """{"status": {"phase": "Waiting", "reason": "FineTuneJobNotFound",
@@ -359,8 +359,8 @@ STATUSES = {
 @pytest.mark.parametrize(
     ("build", "short", "shown"),
     [
-        (job, "ftj", ["Validating", "StorageUnavailable", "12345", "12.3456"]),
-        (pool, "spool", ["Available", "ContainerConfiguration", "10", "12"]),
+        (job, "ftj", ["Validating", "StoreUnavailable", "12345", "12.3456"]),
+        (pool, "spool", ["Available", "ContainerConfigError", "10", "12"]),
         (adapter, "adep", ["Waiting", "FineTuneJobNotFound", "10", "12"]),
     ],
     ids=["ftj", "spool", "adep"],

@@ -124,7 +124,7 @@ async def test_what_validation_decided_is_told_to_every_attempt(world: World) ->
             return Ending(message=json.dumps({"outcome": "Succeeded", "resolved": decided}))
         told.append(pod["spec"]["volumes"][0]["configMap"]["name"])
         if len(told) == 1:
-            return failed(3, retryable=True, reason="StorageUnavailable", message="the store does not answer")
+            return failed(3, retryable=True, reason="StoreUnavailable", message="the store does not answer")
         return published(pod)
 
     world.kubelet.script = script
@@ -138,15 +138,15 @@ async def test_a_failure_worth_it_is_retried_and_then_the_attempts_are_exhausted
     def script(pod: Object) -> Ending:
         if pod["spec"]["containers"][0]["args"][0] == "validate":
             return published(pod)
-        return failed(3, retryable=True, reason="StorageUnavailable", message="the store does not answer")
+        return failed(3, retryable=True, reason="StoreUnavailable", message="the store does not answer")
 
     world.kubelet.script = script
     await world.submit(maxAttempts=2)
     condition = await world.until_condition("Failed", seconds=90)
     assert condition["reason"] == "AttemptsExhausted"
-    assert "2 of 2 attempts failed; the last: StorageUnavailable: the store does not answer" in condition["message"]
+    assert "2 of 2 attempts failed; the last: StoreUnavailable: the store does not answer" in condition["message"]
     attempts = (await world.status())["attempts"]
-    assert [attempt["reason"] for attempt in attempts] == ["StorageUnavailable"] * 2
+    assert [attempt["reason"] for attempt in attempts] == ["StoreUnavailable"] * 2
     assert len(await world.jobs()) == 3
 
 
@@ -591,7 +591,7 @@ async def test_one_lost_pod_of_two_ends_the_attempt(world: World) -> None:
         if attempt == "1":  # evicted
             return Ending(exit_code=137, disrupted=True) if index_of(pod) == 1 else Running()
         if attempt == "2":  # one fails for a reason, the other because of that
-            reason = failed(3, retryable=True, reason="StorageUnavailable", message="the store does not answer")
+            reason = failed(3, retryable=True, reason="StoreUnavailable", message="the store does not answer")
             return reason if index_of(pod) == 1 else Ending(exit_code=3, message=lost, reason="Error")
         return published(pod)
 
@@ -600,5 +600,5 @@ async def test_one_lost_pod_of_two_ends_the_attempt(world: World) -> None:
     await world.until_condition("Complete", seconds=90)
     outcomes = [(attempt["outcome"], attempt.get("reason")) for attempt in (await world.status())["attempts"]]
     assert outcomes[0] == ("Preempted", None)
-    assert outcomes[1] in {("Failed", "StorageUnavailable"), ("Failed", "InternalError")}  # whose pod is left
+    assert outcomes[1] in {("Failed", "StoreUnavailable"), ("Failed", "InternalError")}  # whose pod is left
     assert outcomes[2] == ("Succeeded", None)

@@ -260,7 +260,7 @@ CALLED: dict[str, tuple[tuple[str, ...], str]] = {
     "delete a Secret": (("delete", "secret", "mine", "-n", TEAM), RBAC),
     "read a ConfigMap": (("get", "configmap", "mine", "-n", TEAM), RBAC),
     "read events": (("get", "events", "-n", TEAM), RBAC),
-    "list namespaces": (("get", "namespaces"), RBAC),
+    "change a namespace": (("label", "namespace", TEAM, "a=b"), RBAC),
     "change a node": (("label", "node", "n", "a=b"), RBAC),
     "run a command in a pod": (("exec", "theirs", "-n", TEAM, "--", "id"), RBAC),
     "read a pod's log": (("get", "--raw", f"/api/v1/namespaces/{TEAM}/pods/theirs/log"), RBAC),

@@ -27,7 +27,7 @@ CASES = {
         ),
         (),
         "Running",
-        {"Validated": ("True", "Valid"), "Started": ("True", "StorageUnavailable")},
+        {"Validated": ("True", "Valid"), "Started": ("True", "StoreUnavailable")},
         SILENT_STORE,
         ("Running",),
     ),
@@ -255,7 +255,7 @@ CASES = {
         (),
         "Failed",
         {"Validated": ("True", "Valid"), "Failed": ("True", "AttemptsExhausted")},
-        "3 of 3 attempts failed; the last: StorageUnavailable: no answer",
+        "3 of 3 attempts failed; the last: StoreUnavailable: no answer",
         ("Failed", "Failed", "Failed"),
     ),
     "an eviction is not counted": Case(

@@ -29,7 +29,7 @@ CASES = {
         ),
         (),
         "Validating",
-        {"Validated": ("Unknown", "StorageUnavailable")},
+        {"Validated": ("Unknown", "StoreUnavailable")},
         SILENT_STORE,
     ),
     "validation waits for a node": Case(

@@ -53,7 +53,7 @@ UNSCORED = result(
     },
 )
 GATE = result(outcome="Failed", reason="GateFailed", message="loss 1.5 is above 1", artifact=ARTIFACT)
-OUTAGE = result(outcome="Failed", reason="StorageUnavailable", message="no answer", retryable=True)
+OUTAGE = result(outcome="Failed", reason="StoreUnavailable", message="no answer", retryable=True)
 SILENT_STORE = "the data set s3://data/a.jsonl could not be reached; the Secret has no AWS_ENDPOINT_URL"
 MALFORMED = result(outcome="Failed", reason="DatasetInvalid", message="line 3 is not JSON")
 NODE_FULL = (

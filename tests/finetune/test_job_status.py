@@ -79,7 +79,7 @@ def test_the_status_tells_what_became_of_each_export() -> None:
     [
         (0, {"outcome": "Succeeded", "artifact": ARTIFACT}, {"succeeded": True}),
         (143, {"outcome": "Preempted", "retryable": True}, {"failed": True}),
-        (3, {"outcome": "Failed", "reason": "StorageUnavailable", "retryable": True}, {"failed": True}),
+        (3, {"outcome": "Failed", "reason": "StoreUnavailable", "retryable": True}, {"failed": True}),
     ],
     ids=["succeeded", "pre-empted", "failed"],
 )

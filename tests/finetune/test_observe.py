@@ -172,7 +172,7 @@ LOST = (
     '{"outcome": "Failed", "reason": "InternalError", "message": "rank 1 is gone", "retryable": true, "lostPeer": true}'
 )
 FAULT = '{"outcome": "Failed", "reason": "DatasetInvalid", "message": "line 3 is not JSON"}'
-OUTAGE = '{"outcome": "Failed", "reason": "StorageUnavailable", "message": "no answer", "retryable": true}'
+OUTAGE = '{"outcome": "Failed", "reason": "StoreUnavailable", "message": "no answer", "retryable": true}'
 STOPPED = '{"outcome": "Preempted", "message": "stopped by SIGTERM", "retryable": true}'
 DISRUPTED = {"conditions": [{"type": "DisruptionTarget", "status": "True"}]}
 
@@ -189,12 +189,12 @@ def dead(exit_code: int, message: str = "", second: int = 0, reason: str = "Erro
         ("a peer's fault", dead(3, LOST, 1), dead(2, FAULT, 2), ("DatasetInvalid", False), "line 3"),
         ("a fault and an outage", dead(3, OUTAGE, 1), dead(2, FAULT, 2), ("DatasetInvalid", False), "line 3"),
         ("a peer out of memory", dead(3, LOST), dead(137, reason="OOMKilled"), ("OutOfMemory", False), "more memory"),
-        ("a peer's outage", dead(143, STOPPED, 1), dead(3, OUTAGE, 2), ("StorageUnavailable", True), "no answer"),
+        ("a peer's outage", dead(143, STOPPED, 1), dead(3, OUTAGE, 2), ("StoreUnavailable", True), "no answer"),
         ("a peer that died", dead(143, STOPPED, 9), dead(139, second=8), ("InternalError", True), "exit code 139"),
         ("a peer that is gone", dead(3, LOST), {}, ("InternalError", True), "rank 1 is gone"),
         ("a peer that was stopped", dead(3, LOST, 1), dead(143, STOPPED, 2), (None, True), "pre-empted"),
         ("a peer that was evicted", dead(3, LOST, 1), dead(137, second=2, **DISRUPTED), (None, True), "pre-empted"),
-        ("a peer that was done", dead(3, OUTAGE, 2), dead(0, "{}", 1), ("StorageUnavailable", True), "no answer"),
+        ("a peer that was done", dead(3, OUTAGE, 2), dead(0, "{}", 1), ("StoreUnavailable", True), "no answer"),
     ],
 )
 def test_which_of_two_pods_ended_an_attempt(

@@ -52,7 +52,7 @@ def attempt(number: int, outcome: str = "Running", ended: timedelta | None = Non
     """An attempt of the status; `ended` so long ago."""
     found: dict[str, Any] = {"name": owned_name("tone", UID, str(number)), "outcome": outcome}
     if ended is not None:
-        found |= {"endTime": (NOW - ended).isoformat(), "reason": "StorageUnavailable", "message": "no answer"}
+        found |= {"endTime": (NOW - ended).isoformat(), "reason": "StoreUnavailable", "message": "no answer"}
     return found
 
 

@@ -66,7 +66,7 @@ def container(name: str, **state: Any) -> dict[str, Any]:
                     )
                 ]
             },
-            "ContainerConfiguration",
+            "ContainerConfigError",
             'container agent cannot be started: secret "tunesmith-store" not found',
             id="secret",
         ),

@@ -224,7 +224,7 @@ def test_an_outage_a_signal_and_a_kill_before_the_report_lose_nothing(
     store.stop()
     container = second.start()
     container.told(r".*\n")
-    assert "is not available" in container.output().splitlines()[0]
+    assert "could not be reached" in container.output().splitlines()[0]
     store.start()
     filesystem = store.filesystem()
     deadline = time.monotonic() + 120

@@ -208,7 +208,7 @@ class FailureReason(Reason):
         "A score is outside the limits of evaluation.gates. The artifact is published; nothing of it is exported,"
         " and no AdapterDeployment serves it.",
     )
-    STORAGE_UNAVAILABLE = _warning("StorageUnavailable", "The store cannot be reached; a pod that runs waits for it.")
+    STORAGE_UNAVAILABLE = _warning("StoreUnavailable", "The store cannot be reached; a pod that runs waits for it.")
     IMAGE_PULL_FAILED = _warning("ImagePullFailed", "The trainer's image cannot be pulled.")
     DEADLINE_EXCEEDED = _warning(
         "DeadlineExceeded",
@@ -253,7 +253,7 @@ class ServingPoolReason(Reason):
     MODEL_NAME_TAKEN = _warning("ModelNameTaken", "An older resource has the model name of the base.")
     UNSCHEDULABLE = _warning("Unschedulable", "No node takes a pod. The message is the scheduler's.")
     IMAGE_PULL_FAILED = _warning("ImagePullFailed", "An image of the pods cannot be pulled.")
-    CONFIGURATION = _warning("ContainerConfiguration", "The kubelet cannot start a container, such as for a Secret.")
+    CONFIGURATION = _warning("ContainerConfigError", "The kubelet cannot start a container, such as for a Secret.")
     BASE_MODEL_UNAVAILABLE = _warning("BaseModelUnavailable", "The base model cannot be fetched.")
     ENGINE_FAILED = _warning("EngineFailed", "The engine stopped. The message has the last line of its log.")
     ENGINE_UNHEALTHY = _warning(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -75,8 +76,22 @@ def options(
     """Options of all commands."""
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Run a command. A failure is a sentence on standard error; see `Exit` for the exit codes."""
+    try:
+        _run()
+    except SystemExit as exit_:
+        if "obstore" not in sys.modules:
+            raise
+        # A thread of obstore's runtime that ends a request while the interpreter shuts down aborts the process.
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(ValueError, OSError):
+                stream.flush()
+        code = exit_.code
+        os._exit(code if isinstance(code, int) else int(code is not None))
+
+
+def _run() -> NoReturn:
     # The environment may have the keys of a store, and libraries include their arguments in errors.
     allow_deep_objects()
     scrubber = Scrubber(secret_values(os.environ))
@@ -98,6 +113,7 @@ def main() -> None:
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         note(f"error: {scrubber.clean(what)} (a fault of tunesmith: {TRACEBACK_VARIABLE}=1 shows where)")
         sys.exit(Exit.FAILED)
+    sys.exit()
 
 
 def _sentence(error: ClusterError) -> str:
