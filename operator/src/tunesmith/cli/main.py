@@ -76,10 +76,10 @@ def options(
     """Options of all commands."""
 
 
-def main() -> NoReturn:
-    """Run a command. A failure is a sentence on standard error; see `Exit` for the exit codes."""
+def program() -> NoReturn:
+    """Run a command as a process of its own, and end the process."""
     try:
-        _run()
+        main()
     except SystemExit as exit_:
         if "obstore" not in sys.modules:
             raise
@@ -91,7 +91,8 @@ def main() -> NoReturn:
         os._exit(code if isinstance(code, int) else int(code is not None))
 
 
-def _run() -> NoReturn:
+def main() -> NoReturn:
+    """Run a command. A failure is a sentence on standard error; see `Exit` for the exit codes."""
     # The environment may have the keys of a store, and libraries include their arguments in errors.
     allow_deep_objects()
     scrubber = Scrubber(secret_values(os.environ))
