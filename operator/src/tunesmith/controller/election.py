@@ -1,7 +1,8 @@
 """Leader election by a Lease: one replica leads, and each leader has a higher epoch than its predecessor.
 
 An epoch is the Unix time, in seconds, at which its leader started, but higher than the previous epoch, which the Lease
-records. So epochs increase even if the Lease is deleted.
+records. So epochs increase even if the Lease is deleted. The Kubernetes client's own leader election is not used: it
+blocks a thread, and has no such epoch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """kopf's watches, in a separate thread, restarted whenever they stop.
 
 On any watch error except 410, kopf stops and cancels every task of its event loop that it does not know. In a separate
-loop this affects no other tasks.
+loop this affects no other tasks. The gateway and the CLI use `tunesmith.cluster.watch` instead, because kopf runs
+handlers in an operator and has no events to iterate over.
 """
 
 from __future__ import annotations

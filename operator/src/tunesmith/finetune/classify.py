@@ -11,6 +11,7 @@ from tunesmith.api.conditions import FailureReason, FineTuneJobReason
 from tunesmith.api.finetunejob_status import AttemptOutcome
 from tunesmith.contracts.report import printable
 from tunesmith.contracts.result import ExitCode, Outcome, blame
+from tunesmith.contracts.waiting import CONFIGURATION_REASONS, IMAGE_PULL_REASONS
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from tunesmith.contracts.result import TrainerResult
     from tunesmith.finetune.observe import JobView, PodView
 
-_IMAGE_REASONS = frozenset({"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"})
 _IMAGE_PATIENCE = timedelta(minutes=5)
 _SECRET_PATIENCE = timedelta(minutes=2)
 _MISSING_PATIENCE = timedelta(seconds=8)
@@ -179,9 +179,9 @@ def _pod_obstacle(pod: PodView, now: datetime) -> Obstacle | None:
         return None
     if pod.unschedulable is not None:
         return Obstacle(FineTuneJobReason.UNSCHEDULABLE, f"pod {pod.name} waits for a node: {pod.unschedulable}")
-    if pod.waiting_reason in _IMAGE_REASONS:
+    if pod.waiting_reason in IMAGE_PULL_REASONS:
         return _image(pod, now)
-    if pod.waiting_reason in {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}:
+    if pod.waiting_reason in CONFIGURATION_REASONS:
         return _configuration(pod, now)
     where = f" on node {pod.node}" if pod.node else ""
     slow = now - (pod.scheduled or pod.created) >= _START_PATIENCE

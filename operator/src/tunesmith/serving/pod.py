@@ -12,6 +12,7 @@ from tunesmith.api.conditions import ServingPoolReason
 from tunesmith.contracts.addresses import url_host
 from tunesmith.contracts.agent import AGENT_PORT, ResidencyState
 from tunesmith.contracts.sentence import one_line
+from tunesmith.contracts.waiting import CONFIGURATION_REASONS, IMAGE_PULL_REASONS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -26,8 +27,6 @@ BASE_MODEL_CONTAINER = "base-model"
 AGENT_CONTAINER = "agent"
 ENGINE_CONTAINER = "engine"
 PROBLEM_LENGTH = 600
-_PULL = frozenset({"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable"})
-_CONFIGURATION = frozenset({"CreateContainerConfigError", "CreateContainerError", "RunContainerError"})
 _OF_CONTAINER = {
     BASE_MODEL_CONTAINER: (ServingPoolReason.BASE_MODEL_UNAVAILABLE, "the base model cannot be fetched"),
     AGENT_CONTAINER: (ServingPoolReason.AGENT_FAILED, "the agent stopped"),
@@ -268,13 +267,13 @@ def _problems(status: Mapping[str, Any], conditions: Mapping[str, Mapping[str, A
     for container in _containers(status):
         waiting = (container.get("state") or {}).get("waiting") or {}
         reason, name = waiting.get("reason", ""), container["name"]
-        if reason in _PULL:
+        if reason in IMAGE_PULL_REASONS:
             yield Problem(
                 ServingPoolReason.IMAGE_PULL_FAILED,
                 f"image {one_line(str(container.get('image')), 256)} of {name} cannot be pulled: "
                 f"{_cut(waiting.get('message') or reason)}",
             )
-        elif reason in _CONFIGURATION:
+        elif reason in CONFIGURATION_REASONS:
             yield Problem(
                 ServingPoolReason.CONFIGURATION,
                 f"container {name} cannot be started: {_cut(waiting.get('message') or reason)}",
