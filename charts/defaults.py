@@ -9,19 +9,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from generated import write_or_check
+
 SOURCE = Path(__file__).parent / "tunesmith/values.yaml"
 TARGET = Path(__file__).parent / "tunesmith/files/values.yaml"
 
 
 def main() -> int:
     """Command line: see the module's docstring."""
-    text = SOURCE.read_text()
-    if "--check" not in sys.argv[1:]:
-        TARGET.write_text(text)
-    elif not TARGET.is_file() or TARGET.read_text() != text:
-        print(f"{TARGET} is not a copy of {SOURCE.name}: run `make generate`")
-        return 1
-    return 0
+    return write_or_check({TARGET: SOURCE.read_text()}, SOURCE.name)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from generated import write_or_check
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "server-image/src"))  # the agent's settings need nothing beyond the gateway's
@@ -44,7 +45,7 @@ Schema = dict[str, Any]
 
 
 def value_at(values: Schema, path: str) -> Any:  # noqa: ANN401 - a value of any type
-    """Return the value at a path such as `serving.adapterStorage`; None if there is none."""
+    """Return the value at a path such as `serving.adapterStorage`; None if it is absent."""
     found: Any = values
     for key in path.split("."):
         found = found.get(key) if isinstance(found, dict) else None
@@ -160,15 +161,7 @@ def page() -> str:
 
 def main() -> int:
     """Command line: see the module's docstring."""
-    contents = {FLAGS: flags(), SCHEMA: schema(), PAGE: page()}
-    stale = [path for path, text in contents.items() if not path.is_file() or path.read_text() != text]
-    if "--check" in sys.argv[1:]:
-        for path in stale:
-            print(f"{path} differs from the models of the settings: run `make generate`")
-        return 1 if stale else 0
-    for path in stale:
-        path.write_text(contents[path])
-    return 0
+    return write_or_check({FLAGS: flags(), SCHEMA: schema(), PAGE: page()}, "the models of the settings")
 
 
 if __name__ == "__main__":

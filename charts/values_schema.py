@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from generated import write_or_check
 from pydantic.json_schema import models_json_schema
 
 from tunesmith.api.adapterdeployment import AdapterDeploymentSpec
@@ -82,18 +83,8 @@ def store_templates() -> str:
 
 def main() -> int:
     """Command line: see the module's docstring."""
-    contents = {
-        ADAPTERS: json.dumps(schema(), indent=2) + "\n",
-        STORES: store_templates(),
-    }
-    stale = [path for path, text in contents.items() if not path.is_file() or path.read_text() != text]
-    if "--check" in sys.argv[1:]:
-        for path in stale:
-            print(f"{path} differs from the models: run `make generate`")
-        return 1 if stale else 0
-    for path in stale:
-        path.write_text(contents[path])
-    return 0
+    contents = {ADAPTERS: json.dumps(schema(), indent=2) + "\n", STORES: store_templates()}
+    return write_or_check(contents, "the models")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-# Their modules of metrics need nothing beyond the operator's environment.
-sys.path[:0] = [str(REPOSITORY / image / "src") for image in ("server-image", "trainer-image")]
+# The modules of metrics of the images need nothing beyond the operator's environment.
+sys.path[:0] = [str(REPOSITORY / folder) for folder in ("server-image/src", "trainer-image/src", "charts")]
+
+from generated import write_or_check  # noqa: E402
 
 from tunesmith.controller.metrics import Metrics as OperatorMetrics  # noqa: E402
 from tunesmith.gateway.demand import Demand  # noqa: E402
@@ -99,13 +101,7 @@ def page() -> str:
 
 def main() -> int:
     """Command line: see the module's docstring."""
-    text = page()
-    if "--check" not in sys.argv[1:]:
-        PAGE.write_text(text)
-    elif not PAGE.is_file() or PAGE.read_text() != text:
-        print(f"{PAGE} differs from the components' metrics: run `make generate`")
-        return 1
-    return 0
+    return write_or_check({PAGE: page()}, "the components' metrics")
 
 
 if __name__ == "__main__":
