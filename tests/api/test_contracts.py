@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import json
-import random
 import struct
 from pathlib import Path  # noqa: TC003 - pytest reads the annotations of fixtures
 from typing import Any
 
 import pytest
+from pydantic_core import to_json
 
 from tunesmith.api.conditions import FailureReason
 from tunesmith.api.finetunejob_status import (
@@ -38,7 +38,16 @@ from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
 from tunesmith.contracts.keyfile import KeyFile
 from tunesmith.contracts.location import artifact_uri, engine_name, namespace_of_artifact, owned_name
 from tunesmith.contracts.progress import PROGRESS_MAX_BYTES, parse_progress
-from tunesmith.contracts.result import TERMINATION_MESSAGE_MAX_BYTES, ExitCode, ExportResult, Outcome, TrainerResult
+from tunesmith.contracts.result import (
+    RESERVED_MESSAGE_BYTES,
+    TERMINATION_MESSAGE_MAX_BYTES,
+    Culpability,
+    ExitCode,
+    ExportResult,
+    Outcome,
+    TrainerResult,
+    culpability,
+)
 from tunesmith.storage.schemes import normalised
 
 STORE = "s3://tunesmith/store"
@@ -176,39 +185,86 @@ class TestLocation:
         assert len(owned_name("n" * MAX_NAME, "uid", "pool") + "-1234567890") <= 63  # the ReplicaSet's hash
 
 
-def crowded(chance: random.Random) -> TrainerResult:
-    """Results with more than fits: long texts of several scripts, and characters that JSON writes as several."""
+WRITING = {
+    "ascii": "x",
+    "accents": "é",
+    "chinese": "模型的数据",
+    "emoji": "🙂🚪",
+    "escaped": '"\\\n\t',
+    "control": "\x01",
+}
+REASON = FailureReason.DATASET_INVALID
 
-    def text(most: int) -> str:
-        characters = chance.choice(["x", "é", "模型的数据", "🙂🚪", '"\\', "\n\t", "\x01", 'aé模🙂"\n'])
-        return "".join(chance.choices(characters, k=chance.choice([0, 3, most // 3, most])))
 
-    reason = FailureReason.DATASET_INVALID
-    suites = [SuiteFailure(suite=f"s{number}", reason=reason, message=text(1024)) for number in range(8)]
-    dropped = [DroppedRows(reason=one, rows=9, examples=[text(256)] * 3) for one in DropReason]
-    names = [f"a-task-of-some-length-{number}/acc" for number in range(60)]
-    evaluation = EvaluationStatus(
-        loss=1.5,
-        scores=[Score(suite="tasks", metric=name, base=0.5, adapter=0.5) for name in names],
-        gates=[GateStatus(suite="tasks", metric=name, min=0.6, passed=False) for name in names[:16]],
-        failures=chance.choice([None, suites]),
-    )
-    artifact = ArtifactStatus(
-        uri=f"s3://tunesmith/{'f' * 900}", digest=DIGEST, size_bytes=9, servable=ServableStatus(vllm=False, reason="no")
-    )
+def words(writing: str, length: int) -> str:
+    characters = WRITING[writing]
+    return (characters * (length // len(characters) + 1))[:length]
+
+
+def crowded(
+    writing: str = "ascii", message: int = 300, exports: int = 0, suites: int = 0, scores: int = 0, examples: int = 0
+) -> TrainerResult:
+    """A result with all fields; `message` is the length of its messages, and the other numbers are counts."""
+    text = words(writing, message)
+    names = [f"a-task-of-some-length-{number}/acc" for number in range(scores)]
+    rows = [words(writing, 256)] * examples or None
     return TrainerResult(
-        outcome=chance.choice(list(Outcome)),
-        reason=chance.choice([None, reason]),
-        message=text(chance.choice([900, 4000, 20_000])),
-        preflight=chance.choice([None, Preflight(rows=1, dropped=dropped, suggestion=text(1024))]),
-        resolved=chance.choice([None, Resolved(target_modules=["m" * 128] * 64), Resolved(target_modules=["m"] * 9)]),
-        artifact=chance.choice([None, artifact]),
-        evaluation=chance.choice([None, evaluation]),
-        metrics=dict.fromkeys(names, 0.5) if chance.random() < 0.5 else {},
-        exports=chance.choice([None, [ExportResult(reason=reason, message=text(1024)) for _ in range(8)]]),
-        resumed_from_step=chance.choice([None, 7]),
-        lost_peer=chance.random() < 0.5,
+        outcome=Outcome.FAILED,
+        reason=REASON,
+        message=text,
+        retryable=True,
+        preflight=Preflight(
+            rows=1,
+            dropped=[DroppedRows(reason=reason, rows=9, examples=rows) for reason in DropReason],
+            also_trained=[AlsoTrained(suite=f"s{number}", rows=1, scored_rows=2, examples=rows) for number in range(9)],
+            servable=ServableStatus(vllm=False, reason=text[:1024]),
+            suggestion=text[:1024],
+        ),
+        resolved=Resolved(learning_rate=1e-4, target_modules=["down_proj"] * 64),
+        artifact=ArtifactStatus(
+            uri=f"s3://tunesmith/{'f' * 1000}",
+            digest=DIGEST,
+            size_bytes=9,
+            servable=ServableStatus(vllm=False, reason=text[:1024]),
+        ),
+        evaluation=EvaluationStatus(
+            loss=1.5,
+            scores=[Score(suite="tasks", metric=name, base=0.5, adapter=0.5) for name in names] or None,
+            gates=[GateStatus(suite="tasks", metric=name, min=0.6, passed=False) for name in names[:16]] or None,
+            failures=[SuiteFailure(suite=f"s{number}", reason=REASON, message=text[:1024]) for number in range(suites)]
+            or None,
+        ),
+        metrics={"evaluationLoss": 1.5} | {f"tasks/{name}": 0.5 for name in names},
+        exports=[ExportResult(reason=REASON, message=text) for _ in range(exports)] or None,
+        resumed_from_step=7,
+        lost_peer=True,
     )
+
+
+def read(result: TrainerResult) -> TrainerResult:
+    """The result as the operator reads it from the termination message."""
+    text = result.termination_message()
+    assert len(text.encode()) <= TERMINATION_MESSAGE_MAX_BYTES
+    return TrainerResult.model_validate_json(text)
+
+
+def levels(result: TrainerResult) -> dict[str, bool]:
+    """Fields that a result has, from the highest priority to the lowest."""
+    preflight, evaluation = result.preflight, result.evaluation
+    rows = [*(preflight.dropped or []), *(preflight.also_trained or [])] if preflight is not None else []
+    return {
+        "artifact": result.artifact is not None,
+        "exports": result.exports is not None,
+        "preflight": preflight is not None,
+        "resolved": result.resolved is not None,
+        "evaluation": evaluation is not None,
+        "gates": evaluation is not None and evaluation.gates is not None,
+        "failures": evaluation is not None and evaluation.failures is not None,
+        "metrics": "evaluationLoss" in result.metrics,
+        "scores": evaluation is not None and evaluation.scores is not None,
+        "metrics of suites": any("/" in name for name in result.metrics),
+        "examples": any(row.examples for row in rows),
+    }
 
 
 class TestResult:
@@ -224,124 +280,107 @@ class TestResult:
     def test_exit_codes(self, result: TrainerResult, code: ExitCode) -> None:
         assert result.exit_code == code
 
-    @pytest.mark.parametrize("message", ["x" * 10_000, "é\n" * 5_000, "🙂" * 3_000, "short"])
-    def test_termination_message_fits_and_keeps_the_facts(self, message: str) -> None:
-        result = TrainerResult(
-            outcome=Outcome.FAILED,
-            reason=FailureReason.OUT_OF_MEMORY,
-            message=message,
-            retryable=True,
-            preflight=Preflight(rows=10, tokens=1000),
-            metrics={"evaluationLoss": 1.5},
-        )
-        text = result.termination_message()
-        assert len(text.encode()) <= TERMINATION_MESSAGE_MAX_BYTES
-        read = TrainerResult.model_validate_json(text)
-        assert (read.reason, read.retryable, read.preflight) == (result.reason, True, result.preflight)
-        assert message.startswith(read.message.rstrip("…"))
+    @pytest.mark.parametrize("writing", WRITING)
+    @pytest.mark.parametrize("message", [0, 90, 1024, 20_000])
+    @pytest.mark.parametrize(
+        ("exports", "suites", "scores", "examples"),
+        [(0, 0, 0, 0), (8, 0, 0, 0), (0, 8, 0, 0), (0, 0, 128, 0), (0, 0, 0, 3), (1, 1, 4, 1), (8, 8, 128, 3)],
+    )
+    def test_termination_message_fits_and_omits_the_lowest_fields(
+        self, writing: str, message: int, exports: int, suites: int, scores: int, examples: int
+    ) -> None:
+        result = crowded(writing, message, exports, suites, scores, examples)
+        kept = read(result)
+        always = ("outcome", "reason", "retryable", "lost_peer", "resumed_from_step")
+        assert [getattr(kept, name) for name in always] == [getattr(result, name) for name in always]
+        assert kept.artifact is not None
+        assert (kept.artifact.uri, kept.artifact.digest) == (result.artifact.uri, DIGEST)  # type: ignore[union-attr]
+        whole = kept.message == result.message
+        assert whole or (kept.message.endswith("…") and result.message.startswith(kept.message[:-1]))
+        assert whole or len(to_json(kept.message)) > RESERVED_MESSAGE_BYTES - 10
+        present = levels(kept)
+        expected = [present[name] for name, filled in levels(result).items() if filled]
+        assert expected == sorted(expected, reverse=True)
 
-    def test_termination_message_keeps_what_was_resolved_rather_than_examples(self) -> None:
-        dropped = [DroppedRows(reason=reason, rows=9, examples=["é" * 160] * 3) for reason in DropReason]
-        trained = [AlsoTrained(rows=3, scored_rows=9, examples=["é" * 160] * 3)]
-        resolved = Resolved(target_modules=["down_proj"] * 20)
+    def test_a_short_result_is_complete(self) -> None:
         result = TrainerResult(
             outcome=Outcome.SUCCEEDED,
             message="done",
-            preflight=Preflight(rows=10, dropped=dropped, also_trained=trained),
-            resolved=resolved,
-        )
-        text = result.termination_message()
-        assert len(text.encode()) <= TERMINATION_MESSAGE_MAX_BYTES
-        read = TrainerResult.model_validate_json(text)
-        assert (read.message, read.resolved) == ("done", resolved)
-        assert read.preflight is not None
-        assert [one.rows for one in read.preflight.dropped or []] == [9] * len(DropReason)
-        assert read.preflight.also_trained == [AlsoTrained(rows=3, scored_rows=9)]
-
-    def test_termination_message_keeps_what_became_of_each_export(self) -> None:
-        exports = [ExportResult(reason=FailureReason.ACCESS_DENIED, message="é" * 900), *[ExportResult()] * 7]
-        result = TrainerResult(outcome=Outcome.SUCCEEDED, message="m" * 4000, exports=exports)
-        text = result.termination_message()
-        assert len(text.encode()) <= TERMINATION_MESSAGE_MAX_BYTES
-        read = TrainerResult.model_validate_json(text).exports
-        assert read is not None
-        assert [one.reason for one in read] == [one.reason for one in exports]
-        assert read[0].message == "é" * 100
-
-    def test_termination_message_keeps_the_gates_rather_than_the_scores(self) -> None:
-        names = [f"a-task-of-some-length-{number}/acc" for number in range(60)]
-        gates = [GateStatus(suite="tasks", metric=names[0], value=0.5, min=0.6, passed=False)]
-        result = TrainerResult(
-            outcome=Outcome.FAILED,
-            message="gate tasks: below",
-            metrics={"evaluationLoss": 1.5} | {f"tasks/{name}": 0.5 for name in names},
+            preflight=Preflight(rows=10, dropped=[DroppedRows(reason=DropReason.EMPTY, rows=1, examples=["a:1"])]),
+            resolved=Resolved(target_modules=["down_proj"]),
             evaluation=EvaluationStatus(
                 loss=1.5,
-                scores=[Score(suite="tasks", metric=name, base=0.5, adapter=0.5) for name in names],
-                gates=gates,
+                scores=[Score(suite="tasks", metric="acc", base=0.5, adapter=0.6)],
+                gates=[GateStatus(suite="tasks", metric="acc", value=0.6, min=0.5, passed=True)],
+                failures=[SuiteFailure(suite="other", reason=REASON, message="no rows")],
             ),
+            metrics={"evaluationLoss": 1.5, "tasks/acc": 0.6},
+            exports=[ExportResult(), ExportResult(reason=FailureReason.ACCESS_DENIED, message="no right to write")],
+            artifact=ArtifactStatus(uri="s3://a/b", digest=DIGEST, size_bytes=9, servable=ServableStatus(vllm=True)),
         )
-        read = TrainerResult.model_validate_json(result.termination_message())
-        assert (read.message, read.metrics) == (result.message, {"evaluationLoss": 1.5})
-        assert read.evaluation is not None
-        assert (read.evaluation.gates, read.evaluation.scores) == (gates, None)
+        assert read(result) == result
 
-    def test_termination_message_keeps_which_suites_have_no_scores_and_the_gates(self) -> None:
-        reason = FailureReason.INVALID_SPEC
-        failures = [SuiteFailure(suite=f"s{number}", reason=reason, message="é" * 900) for number in range(8)]
-        gates = [GateStatus(suite="s0", metric="a-task/acc", min=0.6, passed=False)]
-        evaluation = EvaluationStatus(loss=1.5, gates=gates, failures=failures)
-        result = TrainerResult(outcome=Outcome.FAILED, message="gate s0: no scores", evaluation=evaluation)
-        text = result.termination_message()
-        assert len(text.encode()) <= TERMINATION_MESSAGE_MAX_BYTES
-        read = TrainerResult.model_validate_json(text)
-        assert read.evaluation is not None
-        assert (read.message, read.evaluation.gates) == (result.message, gates)
-        assert [one.message for one in read.evaluation.failures or []] == ["é" * 100] * 8
+    def test_examples_are_omitted_before_the_counts_of_rows(self) -> None:
+        dropped = [DroppedRows(reason=reason, rows=9, examples=["é" * 160] * 3) for reason in DropReason]
+        trained = [AlsoTrained(rows=3, scored_rows=9, examples=["é" * 160] * 3)]
+        resolved = Resolved(target_modules=["down_proj"] * 20)
+        preflight = Preflight(rows=10, dropped=dropped, also_trained=trained)
+        result = TrainerResult(outcome=Outcome.SUCCEEDED, message="done", preflight=preflight, resolved=resolved)
+        kept = read(result)
+        assert (kept.message, kept.resolved) == ("done", resolved)
+        assert kept.preflight == Preflight(
+            rows=10,
+            dropped=[DroppedRows(reason=reason, rows=9) for reason in DropReason],
+            also_trained=[AlsoTrained(rows=3, scored_rows=9)],
+        )
 
-    def test_termination_message_fits_whatever_was_resolved(self) -> None:
-        resolved = Resolved(target_modules=["m" * 128] * 64)
-        result = TrainerResult(outcome=Outcome.FAILED, message="too little memory", resolved=resolved)
-        assert len(result.termination_message().encode()) <= TERMINATION_MESSAGE_MAX_BYTES
-
-    @pytest.mark.parametrize("seed", range(60))
-    def test_termination_message_fits_whatever_is_in_it(self, seed: int) -> None:
-        chance = random.Random(seed)  # noqa: S311 - a case
-        result = crowded(chance)
-        text = result.termination_message()
-        assert len(text.encode()) <= TERMINATION_MESSAGE_MAX_BYTES
-        read = TrainerResult.model_validate_json(text)
-        facts = ("outcome", "reason", "retryable", "lost_peer", "resumed_from_step", "artifact")
-        assert [getattr(read, name) for name in facts] == [getattr(result, name) for name in facts]
-        whole = read.message == result.message
-        assert whole or (read.message.endswith("…") and result.message.startswith(read.message[:-1]))
-        assert whole or len(json.dumps(read.message, ensure_ascii=False).encode()) > 1000
-        if read.evaluation is not None and result.evaluation is not None:
-            assert len(read.evaluation.failures or []) == len(result.evaluation.failures or [])
-        if read.exports is not None:
-            assert [one.reason for one in read.exports] == [one.reason for one in result.exports or []]
-
-    def test_a_message_is_worth_more_than_those_of_suites_and_exports_and_what_was_resolved(self) -> None:
-        reason = FailureReason.ACCESS_DENIED
-        told = "模型" * 150  # 900 bytes
+    def test_scores_are_omitted_before_gates_and_the_message(self) -> None:
+        names = [f"a-task-of-some-length-{number}/acc" for number in range(60)]
+        gates = [GateStatus(suite="tasks", metric=names[0], value=0.5, min=0.6, passed=False)]
+        scores = [Score(suite="tasks", metric=name, base=0.5, adapter=0.5) for name in names]
         result = TrainerResult(
-            outcome=Outcome.SUCCEEDED,
-            message=told,
-            preflight=Preflight(rows=10),
-            resolved=Resolved(target_modules=[f"module_{number}" for number in range(64)]),
-            evaluation=EvaluationStatus(
-                failures=[SuiteFailure(suite=f"s{number}", reason=reason, message="評" * 1024) for number in range(8)]
-            ),
-            exports=[ExportResult(reason=reason, message="複" * 1024)] * 8,
+            outcome=Outcome.FAILED,
+            message="m" * 3000,
+            metrics={"evaluationLoss": 1.5} | {f"tasks/{name}": 0.5 for name in names},
+            evaluation=EvaluationStatus(loss=1.5, scores=scores, gates=gates),
         )
-        read = TrainerResult.model_validate_json(result.termination_message())
-        assert (read.message, read.preflight, read.resolved) == (told, result.preflight, result.resolved)
-        assert read.evaluation is not None
-        assert [one.message for one in (*(read.evaluation.failures or []), *(read.exports or []))] == [""] * 16
+        kept = read(result)
+        assert (kept.message, kept.metrics) == (result.message, {"evaluationLoss": 1.5})
+        assert kept.evaluation == EvaluationStatus(loss=1.5, gates=gates)
+
+    def test_long_messages_of_exports_and_suites_are_cut(self) -> None:
+        failures = [SuiteFailure(suite=f"s{number}", reason=REASON, message="é" * 900) for number in range(8)]
+        exports = [ExportResult(reason=REASON, message="é" * 900)] * 8
+        result = TrainerResult(
+            outcome=Outcome.FAILED, message="short", evaluation=EvaluationStatus(failures=failures), exports=exports
+        )
+        kept = read(result)
+        cut = "é" * 48 + "…"
+        assert kept.exports == [ExportResult(reason=REASON, message=cut)] * 8
+        assert kept.evaluation is not None
+        assert kept.evaluation.failures == [failure.model_copy(update={"message": cut}) for failure in failures]
+
+    def test_a_base_model_with_many_modules_keeps_the_other_resolved_values(self) -> None:
+        resolved = Resolved(learning_rate=1e-4, target_modules=["m" * 128] * 64)
+        kept = read(TrainerResult(outcome=Outcome.FAILED, message="too little memory", resolved=resolved))
+        assert kept.resolved == Resolved(learning_rate=1e-4)
 
     def test_a_cut_message_uses_all_the_space(self) -> None:
         text = TrainerResult(outcome=Outcome.FAILED, message="é" * 5000).termination_message()
         assert TERMINATION_MESSAGE_MAX_BYTES - 1 <= len(text.encode()) <= TERMINATION_MESSAGE_MAX_BYTES
+
+    @pytest.mark.parametrize(
+        ("result", "expected"),
+        [
+            (TrainerResult(outcome=Outcome.FAILED), Culpability.ROOT_CAUSE),
+            (TrainerResult(outcome=Outcome.FAILED, retryable=True), Culpability.RETRYABLE),
+            (TrainerResult(outcome=Outcome.PREEMPTED, retryable=True), Culpability.SILENT),
+            (None, Culpability.SILENT),
+            (TrainerResult(outcome=Outcome.FAILED, lost_peer=True), Culpability.PEER_LOST),
+        ],
+    )
+    def test_culpability(self, result: TrainerResult | None, expected: Culpability) -> None:
+        assert culpability(result) is expected
 
 
 class TestProgress:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from enum import IntEnum, StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, Field
 from pydantic_core import to_json
@@ -19,10 +20,11 @@ if TYPE_CHECKING:
 
 TERMINATION_MESSAGE_PATH = "/dev/termination-log"
 TERMINATION_MESSAGE_MAX_BYTES = 4096
-_SHORT = 200
-"""Bytes kept of a message that shares the space with others."""
-_LEAST_MESSAGE = 1024
-"""Bytes of the result's own message that take priority over the other fields."""
+RESERVED_MESSAGE_BYTES = 1024
+"""Bytes of the result's own message that have priority over the other fields."""
+_SHORT_TEXT_BYTES = 100
+_TEXTS = frozenset({"message", "reason", "suggestion"})
+"""Fields whose values are sentences. Enumerated reasons are shorter than a short text."""
 
 
 class ExitCode(IntEnum):
@@ -93,128 +95,137 @@ class TrainerResult(StatusModel):
         return ExitCode.RETRYABLE if self.retryable else ExitCode.USER_FAULT
 
     def termination_message(self) -> str:
-        """Return the JSON of the result, at most 4,096 bytes long.
+        """Return the JSON of the result, at most 4,096 bytes long: the limit of the kubelet.
 
-        If it is too long, these are removed in order until it fits: the examples of rows; the suites' scores, which
-        evaluation.json has; the ends of the suites' messages; the gates; the ends of the exports' messages. Then the
-        end of its own message is cut. To keep 1,024 bytes of that message, these are removed in order: the suites' and
-        the exports' messages, what was resolved, what was counted, the metrics, the evaluation, the exports and the
-        artifact.
+        The outcome, its reason, the flags and the beginning of the message are always included. The other fields are
+        added in the order of `_FIELDS`, in their full or short form, until one does not fit; the message gets the
+        remaining space. The rest cannot reach the operator another way: it reads neither Secrets nor the object store,
+        and the trainer's `/progress` ends with its process.
         """
-        result = self
-        for lose in _LOSSES:
-            if _size(result) <= TERMINATION_MESSAGE_MAX_BYTES:
+        complete = self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        document = {name: value for name, value in complete.items() if name in _ALWAYS}
+        document["message"] = _cut(self.message, RESERVED_MESSAGE_BYTES)
+        for field in _FIELDS:
+            value = _get(complete, field.path)
+            if value is None:
+                continue
+            forms = (_with(document, field.path, form(value)) for form in (field.full, field.short) if form is not None)
+            fitting = next((form for form in forms if len(to_json(form)) <= TERMINATION_MESSAGE_MAX_BYTES), None)
+            if fitting is None:
                 break
-            result = lose(result)
-        for lose in _LAST_LOSSES:
-            if _room(result) >= min(_LEAST_MESSAGE, _size_of(self.message)):
-                break
-            result = lose(result)
-        return _text(result.model_copy(update={"message": _cut(self.message, _room(result), end="…")})).decode()
+            document = fitting
+        room = TERMINATION_MESSAGE_MAX_BYTES - len(to_json({**document, "message": ""}))
+        return to_json({**document, "message": _cut(self.message, room)}).decode()
 
 
-def blame(result: TrainerResult | None) -> int:
-    """Return the sort key of a failed process: the lowest one is the cause of the others' failures.
+class Culpability(IntEnum):
+    """Rank of a failed process among those of a run: the lowest one caused the others to fail."""
 
-    Processes that report a cause come first, then those stopped or without a report, then those that lost a peer.
-    """
+    ROOT_CAUSE = 0
+    """It reports a failure that a new attempt would repeat."""
+    RETRYABLE = 1
+    """It reports a failure that a new attempt may not have."""
+    SILENT = 2
+    """It was stopped, or exited without a result."""
+    PEER_LOST = 3
+    """It reports that another process failed first."""
+
+
+def culpability(result: TrainerResult | None) -> Culpability:
+    """Return the culpability of a failed process with this result; None: it left no result."""
     if result is None or result.outcome is not Outcome.FAILED:
-        return 2
+        return Culpability.SILENT
     if result.lost_peer:
-        return 3
-    return 1 if result.retryable else 0
+        return Culpability.PEER_LOST
+    return Culpability.RETRYABLE if result.retryable else Culpability.ROOT_CAUSE
 
 
-def _without_examples(result: TrainerResult) -> TrainerResult:
-    if result.preflight is None:
-        return result
-    dropped = [one.model_copy(update={"examples": None}) for one in result.preflight.dropped or []]
-    trained = [one.model_copy(update={"examples": None}) for one in result.preflight.also_trained or []]
-    shown = {"dropped": dropped or None, "also_trained": trained or None}
-    return result.model_copy(update={"preflight": result.preflight.model_copy(update=shown)})
+def _whole(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+    return value
 
 
-def _without_scores(result: TrainerResult) -> TrainerResult:
-    metrics = {name: value for name, value in result.metrics.items() if "/" not in name}
-    return _evaluated(result.model_copy(update={"metrics": metrics}), scores=None)
+def _without(*names: str) -> Callable[[Any], Any]:
+    """Return a form that omits the fields with these names, at any depth."""
+
+    def form(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+        if isinstance(value, dict):
+            return {name: form(entry) for name, entry in value.items() if name not in names}
+        return [form(entry) for entry in value] if isinstance(value, list) else value
+
+    return form
 
 
-def _with_short_failures(result: TrainerResult, most: int = _SHORT) -> TrainerResult:
-    failures = (result.evaluation.failures if result.evaluation is not None else None) or []
-    cut = [one.model_copy(update={"message": _cut(one.message, most)}) for one in failures]
-    return _evaluated(result, failures=cut or None)
+def _short_texts(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+    """Return the value with the ends of its sentences cut, at any depth."""
+    if isinstance(value, dict):
+        return {
+            name: _cut(entry, _SHORT_TEXT_BYTES) if name in _TEXTS and isinstance(entry, str) else _short_texts(entry)
+            for name, entry in value.items()
+        }
+    return [_short_texts(entry) for entry in value] if isinstance(value, list) else value
 
 
-def _without_gates(result: TrainerResult) -> TrainerResult:
-    return _evaluated(result, gates=None)
+def _short_preflight(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+    return _short_texts(_without("dropped", "alsoTrained", "peakParts")(value))
 
 
-def _with_short_exports(result: TrainerResult, most: int = _SHORT) -> TrainerResult:
-    if result.exports is None:
-        return result
-    cut = [one.model_copy(update={"message": _cut(one.message, most)}) for one in result.exports]
-    return result.model_copy(update={"exports": cut})
+def _own_metrics(metrics: dict[str, float]) -> dict[str, float]:
+    """Return the metrics of training, without the scores of suites, whose names are `suite/metric`."""
+    return {name: value for name, value in metrics.items() if "/" not in name}
 
 
-def _without_messages(result: TrainerResult) -> TrainerResult:
-    return _with_short_exports(_with_short_failures(result, 0), 0)
+@dataclass(frozen=True)
+class _Field:
+    """A field of the termination message, and its forms by preference."""
+
+    path: str
+    full: Callable[[Any], Any] = _whole
+    short: Callable[[Any], Any] | None = None
 
 
-def _without(**fields: object) -> Callable[[TrainerResult], TrainerResult]:
-    return lambda result: result.model_copy(update=fields)
-
-
-_LOSSES: tuple[Callable[[TrainerResult], TrainerResult], ...] = (
-    _without_examples,
-    _without_scores,
-    _with_short_failures,
-    _without_gates,
-    _with_short_exports,
+_ALWAYS = frozenset({"outcome", "reason", "retryable", "lostPeer", "resumedFromStep"})
+_FIELDS = (
+    _Field("artifact", short=_short_texts),
+    _Field("exports", short=_short_texts),
+    _Field("preflight", full=_without("examples"), short=_short_preflight),
+    _Field("resolved", short=_without("targetModules")),
+    _Field("evaluation", full=_without("gates", "failures", "scores")),
+    _Field("evaluation.gates", short=_without("min", "max")),
+    _Field("evaluation.failures", short=_short_texts),
+    _Field("metrics", full=_own_metrics),
+    _Field("message"),
+    _Field("evaluation.scores"),  # evaluation.json in the artifact has all of them
+    _Field("metrics"),
+    _Field("preflight"),
 )
-_LAST_LOSSES: tuple[Callable[[TrainerResult], TrainerResult], ...] = (
-    _without_messages,
-    _without(resolved=None),
-    _without(preflight=None),
-    _without(metrics={}),
-    _without(evaluation=None),
-    _without(exports=None),
-    _without(artifact=None),
-)
-"""Trims after which only the outcome, its reason and the message are left."""
+"""Fields in the order of their priority. A field that is listed again replaces its earlier form."""
 
 
-def _evaluated(result: TrainerResult, **fields: object) -> TrainerResult:
-    """Return the result with changed fields of its evaluation; unchanged without an evaluation."""
-    if result.evaluation is None:
-        return result
-    return result.model_copy(update={"evaluation": result.evaluation.model_copy(update=fields)})
+def _get(document: dict[str, Any], path: str) -> Any:  # noqa: ANN401 - any JSON value
+    value: Any = document
+    for name in path.split("."):
+        value = value.get(name) if value is not None else None
+    return value
 
 
-def _text(result: TrainerResult) -> bytes:
-    return result.model_dump_json(by_alias=True, exclude_none=True).encode()
+def _with(document: dict[str, Any], path: str, value: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
+    """Return a copy of the document with a value at the path."""
+    name, _, rest = path.partition(".")
+    return {**document, name: _with(document.get(name, {}), rest, value) if rest else value}
 
 
-def _size(result: TrainerResult) -> int:
-    return len(_text(result))
-
-
-def _room(result: TrainerResult) -> int:
-    """Return the bytes left for the message."""
-    return TERMINATION_MESSAGE_MAX_BYTES - _size(result.model_copy(update={"message": ""}))
-
-
-def _size_of(text: str) -> int:
+def _json_size(text: str) -> int:
     """Return the size of a text as JSON, in bytes, without the quotes."""
     return len(to_json(text)) - 2
 
 
-def _cut(text: str, most: int, end: str = "") -> str:
-    """Return the beginning of the text, at most `most` bytes as JSON; if it was cut, it is followed by `end`."""
-    if _size_of(text) <= most:
+def _cut(text: str, limit: int) -> str:
+    """Return the text; if it is longer than `limit` bytes as JSON, its beginning, followed by "…"."""
+    if _json_size(text) <= limit:
         return text
-    room = most - _size_of(end)
+    room = limit - _json_size("…")
     for length, character in enumerate(text):
-        room -= _size_of(character)
+        room -= _json_size(character)
         if room < 0:
-            return text[:length] + end
+            return text[:length] + "…"
     return text

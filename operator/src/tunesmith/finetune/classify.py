@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tunesmith.api.conditions import FailureReason, FineTuneJobReason
 from tunesmith.api.finetunejob_status import AttemptOutcome
 from tunesmith.contracts.report import printable
-from tunesmith.contracts.result import ExitCode, Outcome, blame
+from tunesmith.contracts.result import Culpability, ExitCode, Outcome, culpability
 from tunesmith.contracts.waiting import CONFIGURATION_REASONS, IMAGE_PULL_REASONS
 
 if TYPE_CHECKING:
@@ -66,7 +66,9 @@ def ending(job: JobView, stage: str) -> Ending:
     """
     if job.succeeded:
         return Ending(AttemptOutcome.SUCCEEDED, result=job.pod.result if job.pod is not None else None)
-    pod = min((pod for pod in job.members if pod.exit_code not in {None, ExitCode.DONE}), key=_blame, default=job.pod)
+    pod = min(
+        (pod for pod in job.members if pod.exit_code not in {None, ExitCode.DONE}), key=_culpability, default=job.pod
+    )
     result = pod.result if pod is not None else None
     greedy = next((end for member in job.members if (end := evicted(member, stage)) is not None), None)
     if greedy is not None:
@@ -140,12 +142,13 @@ def evicted(pod: PodView, stage: str) -> Ending | None:
     )
 
 
-def _blame(pod: PodView) -> tuple[int, bool, datetime, int]:
+def _culpability(pod: PodView) -> tuple[Culpability, bool, datetime, int]:
     """Return the sort key of a failed pod: the lowest one caused the others to fail.
 
     A container that ran out of memory cannot report it itself.
     """
-    return 0 if pod.out_of_memory else blame(pod.result), pod.ended is None, pod.ended or pod.created, pod.index
+    rank = Culpability.ROOT_CAUSE if pod.out_of_memory else culpability(pod.result)
+    return rank, pod.ended is None, pod.ended or pod.created, pod.index
 
 
 def obstacle(job: JobView, now: datetime) -> Obstacle | None:

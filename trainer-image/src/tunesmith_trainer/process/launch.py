@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from tunesmith.api.conditions import FailureReason
-from tunesmith.contracts.result import ExitCode, Outcome, TrainerResult, blame
+from tunesmith.contracts.result import ExitCode, Outcome, TrainerResult, culpability
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -150,7 +150,7 @@ def _tell(running: list[_Process], number: int) -> None:
 
 def _speak(running: list[_Process]) -> TrainerResult:
     failed = [one for one in running if one.code]
-    one = min(failed, key=lambda one: (blame(one.result), one.ended), default=running[0])
+    one = min(failed, key=lambda one: (culpability(one.result), one.ended), default=running[0])
     if one.code == ExitCode.PREEMPTED:  # all were stopped, and the first rank knows what was saved
         one = next(one for one in running if one.code == ExitCode.PREEMPTED)
     result = one.result
