@@ -1,4 +1,4 @@
-"""One run of one way to train, in a process of its own; prints its figures as one JSON line."""
+"""One run of one implementation to train, in a process of its own; prints its figures as one JSON line."""
 
 from __future__ import annotations
 
@@ -172,7 +172,9 @@ def tunesmith(base: Path, method: str, folder: Path, clock: Clock, gains: Gains)
     from tunesmith_trainer.training.checkpoint import Checkpoints  # noqa: PLC0415
 
     if not gains.flat:
-        layout.ways = lambda *_: [layout.Way(layout.Layout.PADDED, whole_logits=not gains.chunked)]
+        layout.loss_implementations = lambda *_: [
+            layout.LossImplementation(layout.Layout.PADDED, whole_logits=not gains.chunked)
+        ]
 
     class Timed(Progress):
         def update(self, **changes: Any) -> None:
@@ -209,7 +211,7 @@ def tunesmith(base: Path, method: str, folder: Path, clock: Clock, gains: Gains)
     work.mkdir()
     prepared = prepare(job, stores, work, weights=True)
     place = stores.folder(f"file://{work}/checkpoints", what="checkpoints", missing=StorageUnavailableError)
-    checkpoints = Checkpoints(place, work / "scratch", binding="0" * 64, keep=1, say=lambda _: None)
+    checkpoints = Checkpoints(place, work / "scratch", binding="0" * 64, keep=1, report=lambda _: None)
     with (work / "log").open("w", encoding="utf-8") as log:
         run = loop.Run(
             job=job,

@@ -243,7 +243,7 @@ BAD_JOBS: dict[str, BadJob] = {
         "has no field d_inital; did you mean d_initial?", method={"peft": {"type": "VERA", "config": {"d_inital": 1}}}
     ),
     "a path in PEFT's configuration": invalid(
-        "names files or code, which a job must not: remove it",
+        "names files or code, which a job cannot use: remove it",
         method={"peft": {"type": "LORA", "config": {"megatron_core": "os"}}},
     ),
     "a method that 4 bits make learn nothing": invalid(

@@ -14,7 +14,7 @@ from tunesmith_trainer.artifact import package
 from tunesmith_trainer.base_model import model as base_model
 from tunesmith_trainer.base_model.logits import last_logits
 from tunesmith_trainer.methods import conversion, servable
-from tunesmith_trainer.methods.config import Planned, plan_method
+from tunesmith_trainer.methods.config import MethodPlan, plan_method
 from tunesmith_trainer.methods.targets import modules_of
 from tunesmith_trainer.methods.wrap import wrap
 
@@ -30,7 +30,7 @@ PROMPTS = [[5, 9, 33, 12], [40, 41, 7, 19, 88, 3]]
 class Trial:
     """Result of trying a method."""
 
-    planned: Planned
+    planned: MethodPlan
     model: Any
     losses: list[float]
     base_logits: list[torch.Tensor]
@@ -50,7 +50,7 @@ def spec_of(method: dict[str, Any], **more: Any) -> FineTuneJobSpec:
     )
 
 
-def plan(method: dict[str, Any], base: Path, **more: Any) -> Planned:
+def plan(method: dict[str, Any], base: Path, **more: Any) -> MethodPlan:
     return plan_method(spec_of(method, **more), modules_of(base_model.load_config(base, "base")))
 
 

@@ -21,7 +21,7 @@ SLOW_STEP = 10.0
 
 def with_a_slow_save(arguments: list[str], environment: dict[str, str], log: Path) -> None:
     """Run a pod's container whose first checkpoint takes longer than a step may. SAVE_ENDS kills it meanwhile."""
-    watchdog.LEAST_SECONDS = SLOW_STEP
+    watchdog.MIN_STEP_SECONDS = SLOW_STEP
     watchdog.Watchdog.__init__.__kwdefaults__["pause"] = 0.1
     save = torch.save
 

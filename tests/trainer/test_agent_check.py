@@ -143,7 +143,7 @@ def test_the_agent_refuses_exactly_what_validation_calls_unservable(
 @pytest.mark.parametrize(
     ("method", "reason", "remedy"),
     [
-        ({"lora": {"rank": 4, "dora": True}}, "the adapter uses DoRA; vLLM cannot serve that", "leave out dora ("),
+        ({"lora": {"rank": 4, "dora": True}}, "the adapter uses DoRA; vLLM cannot serve that", "remove dora ("),
         ({"ia3": {}}, "vLLM loads LORA adapters only, and this is IA3", "use method.lora, or serve merged"),
         (
             {"peft": {"type": "lily", "config": {"r": 4, "target_modules": _QV}}},

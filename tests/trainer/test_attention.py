@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from tunesmith_trainer.training import layout
 from tunesmith_trainer.training.attention import Attention, has_varlen_kernel, segment_attention, varlen_attention
 from tunesmith_trainer.training.batches import Layout
-from tunesmith_trainer.training.layout import Way, choose_way, ways
+from tunesmith_trainer.training.layout import LossImplementation, choose_loss_implementation, loss_implementations
 from tunesmith_trainer.training.loss import add_target_loss
 
 HEADS, KEY_HEADS, WIDTH = 4, 2, 16
@@ -148,7 +148,7 @@ def test_a_base_whose_attention_drops_out_is_not_trained_by_the_kernel(
     add_target_loss(base)
     model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"]))
     before = torch.get_rng_state()
-    assert choose_way(model, base).attention is attention
+    assert choose_loss_implementation(model, base).attention is attention
     assert torch.equal(torch.get_rng_state(), before)
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -156,12 +156,12 @@ def test_a_base_whose_attention_drops_out_is_not_trained_by_the_kernel(
 def test_cpus_and_float32_have_segments_first_and_gpus_with_16_bits_the_kernel(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    padded = [Way(Layout.PADDED), Way(Layout.PADDED, whole_logits=True)]
-    segments = Way(Layout.FLAT, Attention.SEGMENTS)
+    padded = [LossImplementation(Layout.PADDED), LossImplementation(Layout.PADDED, whole_logits=True)]
+    segments = LossImplementation(Layout.FLAT, Attention.SEGMENTS)
     gpu = torch.device("cuda", 0)
-    assert ways(torch.device("cpu"), torch.bfloat16) == [segments, *padded]
-    assert ways(gpu, torch.float32) == [segments, *padded]
+    assert loss_implementations(torch.device("cpu"), torch.bfloat16) == [segments, *padded]
+    assert loss_implementations(gpu, torch.float32) == [segments, *padded]
     for capability, has in (((7, 5), False), ((8, 0), True), ((9, 0), True), ((12, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
         assert has_varlen_kernel(gpu, torch.bfloat16) is has
-        assert (ways(gpu, torch.bfloat16)[0].attention is Attention.VARLEN) is has
+        assert (loss_implementations(gpu, torch.bfloat16)[0].attention is Attention.VARLEN) is has

@@ -272,7 +272,7 @@ def test_a_gpu_that_is_not_there_is_told(bench: Workbench, monkeypatch: pytest.M
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     ran = bench.run("train", bench.job(resources={"gpus": 1}))
     assert (ran.code, ran.result.reason) == (2, FailureReason.INVALID_SPEC)
-    assert "no GPU is visible here: set it to 0" in ran.result.message
+    assert "this machine has no visible GPU: set it to 0" in ran.result.message
 
 
 def test_data_that_changed_since_validation_is_refused(bench: Workbench) -> None:

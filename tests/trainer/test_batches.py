@@ -23,8 +23,15 @@ from transformers import (
 )
 
 from tunesmith_trainer.training.attention import Attention
-from tunesmith_trainer.training.batches import Collator, Layout, Plan, micro_batches, row_lengths, share
-from tunesmith_trainer.training.layout import Way, choose_way
+from tunesmith_trainer.training.batches import (
+    Collator,
+    Layout,
+    StepPlan,
+    micro_batches,
+    micro_batches_of_rank,
+    row_lengths,
+)
+from tunesmith_trainer.training.layout import LossImplementation, choose_loss_implementation
 from tunesmith_trainer.training.lora import fuse
 from tunesmith_trainer.training.loss import add_target_loss
 
@@ -32,7 +39,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from trainer_rig import Workbench
 
-SEGMENTS = Way(Layout.FLAT, Attention.SEGMENTS)
+SEGMENTS = LossImplementation(Layout.FLAT, Attention.SEGMENTS)
 LENGTHS = [5, 9, 3, 7, 8, 2, 6]
 # architecture → its configuration, and the layout that fits it
 ARCHITECTURES: dict[str, tuple[PretrainedConfig, Layout]] = {
@@ -96,15 +103,15 @@ def close(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def test_every_pass_takes_each_row_once_and_the_longest_rows_run_first() -> None:
-    steps = list(Plan(LENGTHS, batch_size=3, seed=1, steps=8))
+    steps = list(StepPlan(LENGTHS, batch_size=3, seed=1, steps=8))
     assert [len(step) for step in steps] == [3, 3, 1, 3, 3, 1, 3, 3]
     assert sorted(LENGTHS[row] for row in steps[0]) == [7, 8, 9]
     for first in (0, 3):
         assert sorted(row for step in steps[first : first + 3] for row in step) == list(range(7))
     assert steps[:3] != steps[3:6]
-    assert steps == list(Plan(LENGTHS, batch_size=3, seed=1, steps=8))
-    assert steps != list(Plan(LENGTHS, batch_size=3, seed=2, steps=8))
-    assert Plan(LENGTHS, batch_size=3, seed=1, steps=8).epoch(6) == 2
+    assert steps == list(StepPlan(LENGTHS, batch_size=3, seed=1, steps=8))
+    assert steps != list(StepPlan(LENGTHS, batch_size=3, seed=2, steps=8))
+    assert StepPlan(LENGTHS, batch_size=3, seed=1, steps=8).epoch(6) == 2
 
 
 def test_lengths_are_those_of_the_selected_rows() -> None:
@@ -117,7 +124,7 @@ def test_lengths_are_those_of_the_selected_rows() -> None:
 def test_ranks_share_all_micro_batches_and_have_the_same_number(ranks: int) -> None:
     parts = micro_batches(LENGTHS, 2)
     assert [LENGTHS[place] for place in parts[0]] == [9, 8]
-    shares = [share(parts, rank, ranks) for rank in range(ranks)]
+    shares = [micro_batches_of_rank(parts, rank, ranks) for rank in range(ranks)]
     assert len({len(own) for own in shares}) == 1
     assert sorted(place for own in shares for part in own for place in part) == list(range(len(LENGTHS)))
 
@@ -128,11 +135,11 @@ def test_the_fastest_layout_that_is_right_is_chosen_and_gives_each_rows_own_loss
     model, base = tiny(config)
     parts = rows(30, 7, 18)
     loss, expected = reference(model, parts)
-    way = choose_way(model, base)
-    assert way.layout is layout
+    implementation = choose_loss_implementation(model, base)
+    assert implementation.layout is layout
     for batch in (parts, [packed(parts)], [packed(parts[:2]), parts[2]]):
         model.zero_grad()
-        with way.attending(base):
+        with implementation.use_attention(base):
             output = model(**Collator(size=8, pad=0, layout=layout).join(batch), target_loss=True)
             output.summed.backward()
         assert output.summed.item() == pytest.approx(loss, rel=1e-5)
@@ -170,7 +177,7 @@ def test_fused_layers_change_neither_loss_nor_gradient() -> None:
         model = get_peft_model(base, config).eval()
         loss, expected = reference(model, parts)
         assert fuse(model) == 4
-        assert choose_way(model, base) == SEGMENTS
+        assert choose_loss_implementation(model, base) == SEGMENTS
         model.zero_grad()
         with SEGMENTS.attending(base):
             output = model(**Collator(8, 0, Layout.FLAT).join(parts), target_loss=True)

@@ -25,10 +25,10 @@ from tunesmith_trainer.store import Stores
 from tunesmith_trainer.training.checkpoint import (
     MANIFEST,
     Checkpoints,
+    CheckpointWriteError,
     DamagedCheckpointError,
-    NotWrittenError,
+    LocalCheckpoint,
     OtherJobError,
-    Saved,
     name_of,
     verify,
     write,
@@ -61,16 +61,16 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
     (truncate, "weights has 999 bytes instead of 1000"),
     (lose_a_file, "state is missing"),
     (lose_the_manifest, "checkpoint.json is missing"),
-    (add_a_file, "stranger is not of it"),
+    (add_a_file, "stranger is not listed in its manifest"),
     (claim_another_step, "the content of checkpoint.json changed"),
 ]
 
 
-def checkpoints(folder: Path, said: list[str], *, keep: int = 2) -> Checkpoints:
+def checkpoints(folder: Path, reports: list[str], *, keep: int = 2) -> Checkpoints:
     folder.mkdir(exist_ok=True)
     stores = Stores(secrets=folder, allow_file=True)
     place = stores.folder(f"file://{folder}", what="the checkpoints", missing=StorageUnavailableError)
-    return Checkpoints(place, folder.parent / "scratch", binding=BINDING, keep=keep, say=said.append)
+    return Checkpoints(place, folder.parent / "scratch", binding=BINDING, keep=keep, report=reports.append)
 
 
 def test_a_whole_checkpoint_verifies(tmp_path: Path) -> None:
@@ -83,8 +83,8 @@ def test_a_whole_checkpoint_verifies(tmp_path: Path) -> None:
 def test_damage_is_found_and_the_older_checkpoint_is_taken(
     tmp_path: Path, damage: Callable[[Path], None], words: str
 ) -> None:
-    folder, said = tmp_path / "checkpoints", list[str]()
-    kept = checkpoints(folder, said)
+    folder, reports = tmp_path / "checkpoints", list[str]()
+    kept = checkpoints(folder, reports)
     for step in (4, 8):
         assert kept.save(step, fill)
     damage(folder / name_of(8))
@@ -93,16 +93,16 @@ def test_damage_is_found_and_the_older_checkpoint_is_taken(
     found = kept.newest()
     assert found is not None
     assert found.step == 4
-    assert any("step 8 is damaged and not used" in line and words in line for line in said)
+    assert any("step 8 is damaged and not used" in line and words in line for line in reports)
 
 
 def test_where_none_is_usable_training_begins_anew_and_says_so(tmp_path: Path) -> None:
-    folder, said = tmp_path / "checkpoints", list[str]()
-    kept = checkpoints(folder, said)
+    folder, reports = tmp_path / "checkpoints", list[str]()
+    kept = checkpoints(folder, reports)
     kept.save(4, fill)
     flip(folder / name_of(4))
     assert kept.newest() is None
-    assert said[-1].strip() == "no checkpoint is usable: training begins at step 0"
+    assert reports[-1].strip() == "no checkpoint is usable: training starts at step 0"
 
 
 def test_the_checkpoints_of_another_run_are_refused(tmp_path: Path) -> None:
@@ -118,13 +118,13 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_nothing_else(tmp_path: Path
         (folder / "weights").symlink_to("/dev/full")
         (folder / "weights").write_bytes(b"w" * 100_000)
 
-    folder, said = tmp_path / "checkpoints", list[str]()
-    kept = checkpoints(folder, said)
+    folder, reports = tmp_path / "checkpoints", list[str]()
+    kept = checkpoints(folder, reports)
     kept.save(4, fill)
-    with pytest.raises(NotWrittenError, match=r"the disk of .* is full"):
+    with pytest.raises(CheckpointWriteError, match=r"the disk of .* is full"):
         write(folder, 8, BINDING, too_much)
     assert not kept.save(8, too_much)
-    assert "that of step 4 stays, training goes on" in said[-1]
+    assert "that of step 4 is kept, training continues" in reports[-1]
     assert [entry.name for entry in folder.iterdir()] == [name_of(4)]
     found = kept.newest()
     assert found is not None
@@ -188,11 +188,11 @@ def trained(
     return trainer, saver
 
 
-def saved(folder: Path, *, compiled: bool = False) -> tuple[StepTrainer, Saved]:
+def saved(folder: Path, *, compiled: bool = False) -> tuple[StepTrainer, LocalCheckpoint]:
     folder.mkdir()
     trainer, _ = trained(folder, steps=2, compiled=compiled)
     trainer._save_checkpoint(trainer.model)
-    return trainer, Saved(2, folder / "checkpoints" / name_of(2))
+    return trainer, LocalCheckpoint(2, folder / "checkpoints" / name_of(2))
 
 
 def test_the_optimizers_state_comes_back_by_way_of_main_memory(tmp_path: Path) -> None:
@@ -221,7 +221,8 @@ def test_a_run_goes_on_with_the_kernels_it_began_with(tmp_path: Path) -> None:
     saver.restore(written)
     assert not trainer.compiled
     with pytest.raises(
-        NotCompiledError, match=r"checkpoint of step 2, and cannot be here.*with hyperparameters\.torchCompile false"
+        NotCompiledError,
+        match=r"checkpoint of step 2 and cannot be compiled on this machine.*with hyperparameters\.torchCompile false",
     ):
         saver.restore(compiled)
 

@@ -30,7 +30,7 @@ class Store:
 
     folder: Path
     server: S3Server
-    said: list[str] = field(default_factory=list)
+    reports: list[str] = field(default_factory=list)
 
     @property
     def stored(self) -> Path:
@@ -50,7 +50,7 @@ class Store:
             self.folder / scratch,
             binding=BINDING,
             keep=keep,
-            say=self.said.append,
+            report=self.reports.append,
             retry=Retry(attempts=1_000_000, first=0.1, longest=0.5),
         )
 
@@ -59,8 +59,8 @@ class Store:
 
     def until_said(self, words: str) -> None:
         deadline = time.monotonic() + SECONDS
-        while not any(words in line for line in self.said):
-            assert time.monotonic() < deadline, f"not said: {words}; but {self.said}"
+        while not any(words in line for line in self.reports):
+            assert time.monotonic() < deadline, f"not reports: {words}; but {self.reports}"
             time.sleep(0.05)
 
 
@@ -105,7 +105,7 @@ def test_an_outage_is_retried_until_the_checkpoint_is_in_the_store(store: Store)
     store.server.start()
     assert kept.flush(SECONDS)
     assert kept.last == 8
-    assert [line.strip() for line in store.said[1:]] == ["the checkpoint of step 8 is in the store now"]
+    assert [line.strip() for line in store.reports[1:]] == ["the checkpoint of step 8 is now in the store"]
     assert_newest(store, 8)
 
 
@@ -128,7 +128,7 @@ def test_what_a_killed_upload_left_is_not_used_and_displaces_nothing(store: Stor
     half = store.server.filesystem()
     half.pipe_file(f"tunesmith/{PLACE}/{name_of(8)}/weights", b"8")
     assert_newest(store, 4)
-    assert "the checkpoint of step 8 is damaged and not used: checkpoint.json is missing" in store.said[-1]
+    assert "the checkpoint of step 8 is damaged and will not be used: checkpoint.json is missing" in store.reports[-1]
     half.pipe_file(f"tunesmith/{PLACE}/{name_of(8)}/weights", b"8")
     saved(store.checkpoints(), 12)
     assert store.steps() == [name_of(4), name_of(12)]
@@ -150,7 +150,7 @@ def test_damage_in_the_store_is_found_and_the_older_checkpoint_is_taken(
     saved(store.checkpoints(), 4, 8)
     damage(store.stored / name_of(8))
     assert_newest(store, 4)
-    assert f"the checkpoint of step 8 is damaged and not used: {words}" in store.said[-1]
+    assert f"the checkpoint of step 8 is damaged and will not be used: {words}" in store.reports[-1]
     assert store.steps() == [name_of(4)]
 
 
@@ -174,4 +174,4 @@ def test_checkpoints_that_cannot_be_removed_are_told_and_fail_nothing(store: Sto
     saved(kept, 4)
     store.server.stop()
     kept.clear()
-    assert f"the checkpoints in s3://tunesmith/{PLACE} could not be removed" in store.said[-1]
+    assert f"the checkpoints in s3://tunesmith/{PLACE} could not be removed" in store.reports[-1]

@@ -24,8 +24,8 @@ from tunesmith_trainer.errors import InvalidSpecError
 from tunesmith_trainer.preflight.plan import compiles
 from tunesmith_trainer.process.ranks import Ranks
 from tunesmith_trainer.training.batches import Collator
-from tunesmith_trainer.training.compilation import as_compiled, compile_layers
-from tunesmith_trainer.training.layout import Way, choose_way
+from tunesmith_trainer.training.compilation import compile_layers, run_compiled
+from tunesmith_trainer.training.layout import LossImplementation, choose_loss_implementation
 from tunesmith_trainer.training.lora import fuse
 from tunesmith_trainer.training.loss import add_target_loss
 
@@ -46,41 +46,45 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("compiled")
 
 
-def batch(way: Way, sizes: tuple[int, ...]) -> dict[str, Any]:
+def batch(implementation: LossImplementation, sizes: tuple[int, ...]) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(3)
     ids = [torch.randint(3, 300, (size,), generator=generator).tolist() for size in sizes]
-    return Collator(8, 0, way.layout).join([{"input_ids": row, "labels": [-100, *row[1:]]} for row in ids])
+    return Collator(8, 0, implementation.layout).join([{"input_ids": row, "labels": [-100, *row[1:]]} for row in ids])
 
 
-def adapted(base: Any, **settings: Any) -> tuple[PeftModel, Way]:
+def adapted(base: Any, **settings: Any) -> tuple[PeftModel, LossImplementation]:
     add_target_loss(base)
     names = ["q_proj", "gate_proj", "down_proj"]
     model = get_peft_model(base, LoraConfig(r=4, target_modules=names, init_lora_weights=False, **settings))
     fuse(model)
-    return model.train(), choose_way(model, base)
+    return model.train(), choose_loss_implementation(model, base)
 
 
-def results(model: PeftModel, base: Any, way: Way, sizes: tuple[int, ...]) -> tuple[float, torch.Tensor]:
+def results(
+    model: PeftModel, base: Any, implementation: LossImplementation, sizes: tuple[int, ...]
+) -> tuple[float, torch.Tensor]:
     model.zero_grad()
     torch.manual_seed(7)
-    with way.attending(base), training_precision(model):
-        summed = model(**batch(way, sizes), target_loss=True).summed
+    with implementation.use_attention(base), training_precision(model):
+        summed = model(**batch(implementation, sizes), target_loss=True).summed
         summed.backward()
     return summed.item(), torch.cat([part.grad.flatten() for part in model.parameters() if part.grad is not None])
 
 
-def assert_equal_results(model: PeftModel, base: Any, way: Way, folder: Path, near: float = 1e-4) -> None:
-    expected = [results(model, base, way, sizes) for sizes in BATCHES]
-    said: list[str] = []
-    assert compile_layers(model, base, way, folder, said.append, Ranks(), asked=True)
-    assert "norms and feed-forward layers" in said[0]
+def assert_equal_results(
+    model: PeftModel, base: Any, implementation: LossImplementation, folder: Path, near: float = 1e-4
+) -> None:
+    expected = [results(model, base, implementation, sizes) for sizes in BATCHES]
+    reports: list[str] = []
+    assert compile_layers(model, base, implementation, folder, reports.append, Ranks(), required=True)
+    assert "norms and feed-forward layers" in reports[0]
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for sizes, (loss, gradient) in zip(BATCHES, expected, strict=True):
-        with as_compiled():
-            found, slope = results(model, base, way, sizes)
+        with run_compiled():
+            found, slope = results(model, base, implementation, sizes)
         assert found == pytest.approx(loss, rel=near / 10)
         assert float((slope - gradient).norm()) <= near * float(gradient.norm())
-    written = results(model, base, way, BATCHES[0])
+    written = results(model, base, implementation, BATCHES[0])
     assert written[0] == expected[0][0]
     assert torch.equal(written[1], expected[0][1])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs, "compiled again for other lengths"
@@ -99,17 +103,17 @@ def test_results_are_equal_for_sequences_of_all_lengths(
 ) -> None:
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(config)
-    model, way = adapted(base, **settings)
+    model, implementation = adapted(base, **settings)
     if recomputed:
         base.activation_checkpointing_enable({"use_reentrant": False})
-    assert_equal_results(model, base, way, compiled)
+    assert_equal_results(model, base, implementation, compiled)
 
 
 def test_results_are_equal_within_what_16_bits_round(compiled: Path) -> None:
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL), dtype=torch.bfloat16)
-    model, way = adapted(base)
-    assert_equal_results(model, base, way, compiled, near=2e-2)
+    model, implementation = adapted(base)
+    assert_equal_results(model, base, implementation, compiled, near=2e-2)
 
 
 def test_results_are_equal_over_a_base_in_4_bits(base_model: Path, compiled: Path) -> None:
@@ -117,8 +121,8 @@ def test_results_are_equal_over_a_base_in_4_bits(base_model: Path, compiled: Pat
     # Loaded as in jobs: on some CPUs its products would otherwise have another type after an evaluation.
     base = load_model(base_model, torch.device("cpu"), Quantization(), torch.float32)
     base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
-    model, way = adapted(base)
-    assert_equal_results(model, base, way, compiled)
+    model, implementation = adapted(base)
+    assert_equal_results(model, base, implementation, compiled)
 
 
 def test_without_a_compiler_training_goes_on_unless_it_was_asked_for(
@@ -126,18 +130,18 @@ def test_without_a_compiler_training_goes_on_unless_it_was_asked_for(
 ) -> None:
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(LlamaConfig(**(SMALL | {"hidden_size": 48})))
-    model, way = adapted(base)
-    expected = results(model, base, way, BATCHES[0])
+    model, implementation = adapted(base)
+    expected = results(model, base, implementation, BATCHES[0])
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    said: list[str] = []
+    reports: list[str] = []
     with NO_COMPILER:
-        assert not compile_layers(model, base, way, tmp_path, said.append, Ranks(), asked=False)
-        assert "layers are not compiled: " in said[0]
-        assert results(model, base, way, BATCHES[0])[0] == expected[0]
+        assert not compile_layers(model, base, implementation, tmp_path, reports.append, Ranks(), required=False)
+        assert "layers are not compiled: " in reports[0]
+        assert results(model, base, implementation, BATCHES[0])[0] == expected[0]
         with pytest.raises(
-            InvalidSpecError, match=r"torchCompile: the model cannot be compiled here .*: set it to false"
+            InvalidSpecError, match=r"torchCompile: the model cannot be compiled on this machine .*: set it to false"
         ):
-            compile_layers(model, base, way, tmp_path, said.append, Ranks(), asked=True)
+            compile_layers(model, base, implementation, tmp_path, reports.append, Ranks(), required=True)
 
 
 class OddMLP(torch.nn.Linear):
@@ -166,20 +170,22 @@ def test_a_kernel_with_wrong_gradients_is_not_used(compiled: Path, *, shared_out
     add_target_loss(base)
     if shared_out:
         shard(base, torch.device("cpu"), Ranks(), full=True)
-    said: list[str] = []
-    assert not compile_layers(base, base, choose_way(base, base), compiled, said.append, Ranks(), asked=False)
-    assert "layers are not compiled: the results differ by" in said[0]
+    reports: list[str] = []
+    assert not compile_layers(
+        base, base, choose_loss_implementation(base, base), compiled, reports.append, Ranks(), required=False
+    )
+    assert "layers are not compiled: the results differ by" in reports[0]
     assert all(parameter.grad is None for parameter in base.parameters())
 
 
 def test_what_another_rank_cannot_compile_no_rank_does(monkeypatch: pytest.MonkeyPatch, compiled: Path) -> None:
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL))
-    model, way = adapted(base)
+    model, implementation = adapted(base)
     monkeypatch.setattr(Ranks, "any", lambda *_: [True])
-    said: list[str] = []
-    assert not compile_layers(model, base, way, compiled, said.append, Ranks(), asked=False)
-    assert said == ["  layers are not compiled: they cannot be at another rank, whose log says why"]
+    reports: list[str] = []
+    assert not compile_layers(model, base, implementation, compiled, reports.append, Ranks(), required=False)
+    assert reports == ["  layers are not compiled: they cannot be at another rank, whose log says why"]
     assert not any(module._compiled_call_impl for module in base.modules())
 
 
@@ -191,9 +197,11 @@ def test_an_architecture_without_such_layers_is_left_alone(tmp_path: Path) -> No
         layer.mlp = torch.nn.Identity()
     add_target_loss(base)
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["c_attn"]))
-    said: list[str] = []
-    assert not compile_layers(model, base, choose_way(model, base), tmp_path, said.append, Ranks(), asked=False)
-    assert "GPT2LMHeadModel" in said[0]
+    reports: list[str] = []
+    assert not compile_layers(
+        model, base, choose_loss_implementation(model, base), tmp_path, reports.append, Ranks(), required=False
+    )
+    assert "GPT2LMHeadModel" in reports[0]
 
 
 def test_layers_are_compiled_on_gpus_in_runs_that_earn_it() -> None:

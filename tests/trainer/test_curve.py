@@ -18,7 +18,7 @@ from trl import SFTConfig, SFTTrainer
 from tunesmith_trainer.manifest import load_job
 from tunesmith_trainer.preflight.prepare import prepare
 from tunesmith_trainer.store import Stores
-from tunesmith_trainer.training.batches import Plan, row_lengths
+from tunesmith_trainer.training.batches import StepPlan, row_lengths
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -105,7 +105,7 @@ def test_the_loss_curve_is_that_of_peft_and_trl(bench: Workbench, base_model: Pa
         bench.folder / "work",
         weights=True,
     )
-    plan = Plan(row_lengths(prepared.train), BATCH, SEED, STEPS)
+    plan = StepPlan(row_lengths(prepared.train), BATCH, SEED, STEPS)
     rows = [dict(prepared.train[row]) for step in plan for row in step]
     theirs, adapter = trl_script(base_model, rows, bench.folder / "trl")
     assert len(ours) == len(theirs) == STEPS

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from tunesmith_trainer.training.determinism import repeatable
+from tunesmith_trainer.training.determinism import run_deterministically
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,19 +29,19 @@ def needs_what_has_none() -> torch.Tensor:
 
 
 def test_on_a_cpu_nothing_is_demanded() -> None:
-    assert repeatable(torch.device("cpu"), torch.are_deterministic_algorithms_enabled, print) is False
+    assert run_deterministically(torch.device("cpu"), torch.are_deterministic_algorithms_enabled, print) is False
 
 
 def test_on_a_gpu_deterministic_algorithms_are_demanded() -> None:
-    assert repeatable(GPU, torch.are_deterministic_algorithms_enabled, print) is True
+    assert run_deterministically(GPU, torch.are_deterministic_algorithms_enabled, print) is True
     assert not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 def test_an_operation_without_one_is_told_and_the_run_goes_on() -> None:
-    said: list[str] = []
+    reports: list[str] = []
     with pytest.warns(UserWarning, match="put_ does not have a deterministic implementation"):
-        assert repeatable(GPU, needs_what_has_none, said.append).shape == (3,)
-    assert said == ["  put_ has no deterministic implementation: this run cannot be repeated bit for bit"]
+        assert run_deterministically(GPU, needs_what_has_none, reports.append).shape == (3,)
+    assert reports == ["  put_ has no deterministic implementation: this run cannot be repeated bit for bit"]
 
 
 def test_another_failure_is_not_taken_for_that() -> None:
@@ -49,4 +49,4 @@ def test_another_failure_is_not_taken_for_that() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        repeatable(GPU, fail, print)
+        run_deterministically(GPU, fail, print)

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tunesmith.api.conditions import FailureReason
-from tunesmith_trainer.training.divergence import SUSTAINED_STEPS, diverged, far_off
+from tunesmith_trainer.training.divergence import SUSTAINED_STEPS, diverged, far_above_start
 
 if TYPE_CHECKING:
     from trainer_rig import Workbench
@@ -71,5 +71,5 @@ def test_a_job_whose_loss_runs_away_is_stopped_at_its_last_good_checkpoint(bench
         assert not thread.is_alive()
     assert [entry.name for entry in (bench.output / "checkpoints").iterdir()] == [f"step-{good:08d}"]
     losses = [float(found[1]) for line in ran.lines if (found := re.search(r"  step \d+/.* loss ([\d.]+)", line))]
-    assert not far_off(losses[:good])
-    assert all(far_off(losses[:step]) for step in range(good + 1, stopped))
+    assert not far_above_start(losses[:good])
+    assert all(far_above_start(losses[:step]) for step in range(good + 1, stopped))

@@ -57,7 +57,7 @@ _VARIANTS: dict[str, tuple[dict[str, Any], int]] = {
         2 * (4 * 128 + 6 * 96),
     ),
 }
-_UNSERVABLE = {"dora": "the adapter uses DoRA", "lm_head": "leave out modulesToSave"}
+_UNSERVABLE = {"dora": "the adapter uses DoRA", "lm_head": "remove modulesToSave"}
 
 
 def reload(base: Path, folder: Path) -> list[torch.Tensor]:
@@ -114,7 +114,7 @@ def test_loftq_begins_nearer_to_the_base_than_4_bits_are(base_model: Path, tmp_p
         # Untrained, it changes nothing on the published base.
         assert distance(reload(base_model, tmp_path / initialization), whole) < 2e-5
     assert losses["LoftQ"] < 0.9 * losses["Default"]
-    with pytest.raises(InvalidSpecError, match="belongs to the base as it was published: use Original"):
+    with pytest.raises(InvalidSpecError, match="fits the published base, not the quantised one: use Original"):
         plan({"qlora": {"initialization": "LoftQ"}}, base_model, output={"merge": "Dequantized"})
 
 
@@ -176,7 +176,7 @@ def test_combinations_that_cannot_be_are_refused_by_the_manifest(
 
 
 def test_servable_required_refuses_before_training(base_model: Path) -> None:
-    with pytest.raises(NotServableError, match="vLLM cannot serve that: leave out dora"):
+    with pytest.raises(NotServableError, match="vLLM cannot serve that: remove dora"):
         plan({"lora": {"dora": True}}, base_model, servable="Required")
     assert not plan({"lora": {"dora": True}}, base_model).servable.vllm
     assert plan({"lora": {"rsLora": True}}, base_model, servable="Required").servable.vllm
@@ -223,8 +223,8 @@ def test_other_methods_train_and_reload(base_model: Path, tmp_path: Path, name: 
 _PEFT_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown method": ({"type": "VERRA"}, "PEFT has no method VERRA; did you mean VERA?"),
     "a method with fields": ({"type": "IA3"}, "use method.ia3"),
-    "adapters in folders": ({"type": "XLORA"}, "adapters that lie in folders"),
-    "several tasks": ({"type": "POLY"}, "the rows of a data set name none"),
+    "adapters in folders": ({"type": "XLORA"}, "it combines adapters in folders"),
+    "several tasks": ({"type": "POLY"}, "the rows of a data set do not name their task"),
     "unknown key": ({"type": "VERA", "config": {"rr": 4}}, "VeraConfig has no field rr; did you mean r?"),
     "wrong type": ({"type": "VERA", "config": {"r": "4"}}, 'config.r is "4": input should be a valid integer'),
     "wrong value": ({"type": "OFT", "config": {"r": 4, "oft_block_size": 8}}, "method.peft.config: "),
@@ -239,12 +239,12 @@ _PEFT_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "expression": ({"type": "VERA", "config": {"target_modules": ".*nothing"}}, "no module of the base model fits"),
     "a path": (
         {"type": "LORA", "config": {"corda_config": {"cache_file": "/etc/passwd"}}},
-        "method.peft.config.corda_config.cache_file names files or code, which a job must not",
+        "method.peft.config.corda_config.cache_file names files or code, which a job cannot use",
     ),
     "a core": ({"type": "LORA", "config": {"megatron_core": "os"}}, "megatron_core names files or code"),
     "a mapping": ({"type": "VERA", "config": {"auto_mapping": {"base_model_class": "x"}}}, "auto_mapping names files"),
     "another base": ({"type": "VERA", "config": {"base_model_name_or_path": "/x"}}, "base_model_name_or_path names"),
-    "task": ({"type": "VERA", "config": {"task_type": "SEQ_CLS"}}, "task_type cannot be set, it is CAUSAL_LM"),
+    "task": ({"type": "VERA", "config": {"task_type": "SEQ_CLS"}}, "task_type cannot be set, it is always CAUSAL_LM"),
     "LoRA that has a field": ({"type": "LORA", "config": {"use_dora": True}}, "use method.lora.dora"),
     "a beginning": (
         {"type": "LORA", "config": {"init_lora_weights": "pissa_niter_4"}},
@@ -256,11 +256,11 @@ _PEFT_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"type": "LOHA", "quantization": {}},
         "LOHA cannot be trained on a base in 4 bits, it works on the weights themselves",
     ),
-    "silently left out in 4 bits": (
+    "silently ignored in 4 bits": (
         {"type": "LORA", "config": {"use_bdlora": {"nblocks": 2}}, "quantization": {}},
-        "config.use_bdlora cannot be used on a base in 4 bits, it is silently left out",
+        "config.use_bdlora cannot be used on a base in 4 bits, PEFT silently ignores it",
     ),
-    "no gradient in 4 bits": ({"type": "UNILORA", "quantization": {}}, "no gradient reaches it there"),
+    "no gradient in 4 bits": ({"type": "UNILORA", "quantization": {}}, "no gradient reaches it"),
 }
 
 
@@ -273,7 +273,7 @@ def test_a_configuration_of_pefts_is_checked_without_weights(base_model: Path, n
 
 
 def test_what_cannot_be_merged_is_refused(base_model: Path) -> None:
-    with pytest.raises(InvalidSpecError, match="what promptTuning trains cannot be merged into the base's weights"):
+    with pytest.raises(InvalidSpecError, match="an adapter of promptTuning cannot be merged into the base's weights"):
         plan({"promptTuning": {}}, base_model, output={"merge": "Original"})
     assert plan({"adaLora": {}}, base_model, output={"merge": "Original"}).parameters
 
@@ -407,7 +407,7 @@ def test_full_fine_tuning_scores_the_base_as_it_was(bench: Workbench) -> None:
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
-        ({"output": {"merge": "Original"}}, "there is nothing to merge"),
+        ({"output": {"merge": "Original"}}, "makes no adapter to merge"),
         ({"objective": {"dpo": {}}}, "method.full goes with objective sft and orpo"),
         ({"servable": "Required"}, "serve its folder as the baseModel of a ServingPool"),
     ],
@@ -573,8 +573,8 @@ def test_a_token_that_only_one_row_has_is_learned_and_one_that_none_has_is_refus
     refused = bench.run("validate", job(rare, absent))
     assert refused.code == 2
     assert refused.result.message == (
-        f"method.peft.config.token_indices has {absent}, and no training row has a token with that id: take it away, "
-        "or add rows with it"
+        f"method.peft.config.token_indices has {absent}, which no training row contains: remove these token ids, or "
+        "add rows that contain them"
     )
     ran = bench.run("train", job(rare))
     assert ran.code == 0, ran.result.message

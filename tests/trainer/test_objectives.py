@@ -26,7 +26,7 @@ from tunesmith_trainer.process.ranks import Ranks
 from tunesmith_trainer.training import preference
 from tunesmith_trainer.training.attention import Attention
 from tunesmith_trainer.training.batches import Collator, Layout
-from tunesmith_trainer.training.layout import Way
+from tunesmith_trainer.training.layout import LossImplementation
 from tunesmith_trainer.training.loss import add_target_loss
 from tunesmith_trainer.training.objectives import Forward, StepObjective, step_objective
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from trainer_rig import Workbench
 
-FLAT, PADDED = Way(Layout.FLAT, Attention.SEGMENTS), Way(Layout.PADDED)
+FLAT, PADDED = LossImplementation(Layout.FLAT, Attention.SEGMENTS), LossImplementation(Layout.PADDED)
 ADAPTER = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
 PAIRS = [
     {
@@ -97,15 +97,15 @@ def loss_and_gradient(
     objective: StepObjective,
     rows: list[dict[str, Any]],
     size: int,
-    way: Way,
+    implementation: LossImplementation,
     ranks: int,
 ) -> tuple[float, torch.Tensor]:
     """Return the loss and gradient of one step, its micro-batches computed as `ranks` processes would."""
     model.zero_grad()
     forward = Forward(model, model)
-    steps = [Collator(size, 0, way.layout, rank, ranks, objective)(rows)["step"] for rank in range(ranks)]
+    steps = [Collator(size, 0, implementation.layout, rank, ranks, objective)(rows)["step"] for rank in range(ranks)]
     loss = 0.0
-    with way.attending(base):
+    with implementation.use_attention(base):
         if objective.mismatched:
             objective.estimate(forward, [batch for step in steps for batch in step.mismatched], Ranks())
         for step in steps:
@@ -134,8 +134,8 @@ def test_neither_micro_batches_nor_layout_nor_ranks_change_loss_and_gradient(nam
     objective = step_objective(OBJECTIVES[name])
     loss, gradient = loss_and_gradient(model, base, objective, rows, 8, PADDED, 1)
     assert float(gradient.norm()) > 0
-    for size, way, ranks in ((1, PADDED, 1), (3, FLAT, 1), (8, FLAT, 2), (2, FLAT, 3)):
-        other, found = loss_and_gradient(model, base, objective, rows, size, way, ranks)
+    for size, implementation, ranks in ((1, PADDED, 1), (3, FLAT, 1), (8, FLAT, 2), (2, FLAT, 3)):
+        other, found = loss_and_gradient(model, base, objective, rows, size, implementation, ranks)
         assert other == pytest.approx(loss, rel=1e-5)
         assert float((found - gradient).norm()) <= 1e-4 * float(gradient.norm())
 

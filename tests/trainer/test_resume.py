@@ -165,7 +165,7 @@ def test_a_damaged_checkpoint_is_not_used(tmp_path: Path, whole: Run) -> None:
     data[-5] ^= 1
     weights.write_bytes(data)
     out = run.finish()
-    assert "is damaged and not used: the content of trainable.safetensors changed" in out
+    assert "is damaged and will not be used: the content of trainable.safetensors changed" in out
     assert run.result().resumed_from_step == int(older.name[5:])
     same(run, whole)
 
@@ -248,7 +248,7 @@ def test_an_outage_a_signal_and_a_kill_before_the_report_lose_nothing(
 
 
 IMPATIENT = (
-    "from tunesmith_trainer.training import watchdog; watchdog.LEAST_SECONDS = 2.0;"
+    "from tunesmith_trainer.training import watchdog; watchdog.MIN_STEP_SECONDS = 2.0;"
     "from tunesmith_trainer.main import main; main()"
 )
 """The trainer's command, with a step limit that spares the test a wait of five minutes."""

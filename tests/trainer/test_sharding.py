@@ -21,7 +21,7 @@ from trainer_rig import chat_rows, write_rows
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tunesmith.api.conditions import FailureReason
-from tunesmith_trainer.base_model.sharding import keep_states_whole
+from tunesmith_trainer.base_model.sharding import use_full_optimizer_states
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -195,7 +195,7 @@ def test_all_gather_an_optimizers_states_and_only_the_first_keeps_them(*, keep: 
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    keep_states_whole(optimizer, keep=keep)
+    use_full_optimizer_states(optimizer, keep=keep)
     with CommDebugMode() as seen:
         states = optimizer.state_dict()["state"]
     assert seen.get_total_counts() == 2  # both averages of the sharded weight

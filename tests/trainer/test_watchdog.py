@@ -7,14 +7,14 @@ import queue
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from tunesmith_trainer.training.watchdog import FIRST_STEP_SECONDS, LEAST_SECONDS, Watchdog, deadline
+from tunesmith_trainer.training.watchdog import FIRST_STEP_SECONDS, MIN_STEP_SECONDS, Watchdog, deadline
 
 ENDLESS = 60.0
 
 
 @pytest.mark.parametrize(
     ("seconds", "allowed"),
-    [([], FIRST_STEP_SECONDS), ([1.0] * 10, LEAST_SECONDS), ([60.0] * 10, 1200.0), ([900.0] + [30.0] * 9, 600.0)],
+    [([], FIRST_STEP_SECONDS), ([1.0] * 10, MIN_STEP_SECONDS), ([60.0] * 10, 1200.0), ([900.0] + [30.0] * 9, 600.0)],
     ids=["first step", "quick steps", "slow steps", "one that compiled"],
 )
 def test_the_time_that_a_step_may_take_follows_from_the_steps_before(seconds: list[float], allowed: float) -> None:
@@ -51,7 +51,7 @@ def test_what_is_no_step_may_take_its_time(tmp_path: object) -> None:
 
 def test_what_is_no_step_may_not_take_for_ever(tmp_path: object) -> None:
     told: queue.Queue[float] = queue.Queue()
-    watchdog = Watchdog(lambda _, seconds: told.put(seconds), limit=lambda _: ENDLESS, pause=0.02, longest_pause=0.2)
+    watchdog = Watchdog(lambda _, seconds: told.put(seconds), limit=lambda _: ENDLESS, pause=0.02, max_pause=0.2)
     watchdog.on_train_begin(TrainingArguments(output_dir=str(tmp_path)), TrainerState(), TrainerControl())
     with watchdog.paused():
         assert told.get(timeout=30) > 0.2

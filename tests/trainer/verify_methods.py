@@ -198,7 +198,7 @@ def document(tried: dict[str, Tried]) -> str:
         # One note for all methods that it applies to.
         text = re.sub(r", and this is [A-Z0-9_]+:", ":", text)
         text = re.sub(r"^method\.peft(\.type)?: [A-Z0-9_]+ ", "method.peft: it ", text)
-        text = re.sub(r"^output\.merge: what \w+ trains", "output.merge: what it trains", text)
+        text = re.sub(r"^output\.merge: an adapter of \w+ ", "output.merge: an adapter of this method ", text)
         if text not in notes:
             notes.append(text)
         return f"[{notes.index(text) + 1}](#notes)"

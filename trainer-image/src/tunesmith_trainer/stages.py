@@ -291,7 +291,7 @@ def _checkpoints(attempt: Attempt, prepared: Prepared, target: Folder) -> Checkp
         attempt.work / ("checkpoints" if ranks.first else f"checkpoints-{ranks.rank}"),
         binding=run_digest(attempt.job, prepared.resolved),
         keep=attempt.job.spec.checkpoint.keep,
-        say=attempt.progress.say,
+        report=attempt.progress.say,
     )
 
 

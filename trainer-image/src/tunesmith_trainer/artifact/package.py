@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from tunesmith.api.finetunejob import FineTuneJob
     from tunesmith.api.finetunejob_status import EvaluationStatus
     from tunesmith.storage.folder import Folder
-    from tunesmith_trainer.methods.config import Planned
+    from tunesmith_trainer.methods.config import MethodPlan
     from tunesmith_trainer.preflight.prepare import Prepared
     from tunesmith_trainer.training.loop import Trained
 
@@ -266,7 +266,7 @@ def _check_error(error: float, job: FineTuneJob, prepared: Prepared, served: tor
         )
 
 
-def check_saved(folder: Path, planned: Planned) -> dict[str, Any]:
+def check_saved(folder: Path, planned: MethodPlan) -> dict[str, Any]:
     """Check names, shapes and values of the saved adapter's tensors: PEFT and vLLM load them by these names.
 
     Returns:

@@ -15,7 +15,7 @@ from tunesmith.contracts.parity import Parity, ParityPosition, ParityProbe, Toke
 from tunesmith.contracts.servability import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tunesmith_trainer.artifact.main_memory import available_memory
 from tunesmith_trainer.artifact.offloaded import hold_adapter, is_offloaded, read_by_layer
-from tunesmith_trainer.base_model.logits import batch_of_one, last_logits, products
+from tunesmith_trainer.base_model.logits import batch_of_one, last_logits, mixed_precision
 from tunesmith_trainer.base_model.prompts import PROMPTS, prompt_tokens
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def record(
 
 def _products(model: Any, artifact: Path) -> AbstractContextManager[None]:  # noqa: ANN401 - with or without adapter
     """Compute as an engine computes LoRA, with the adapter in its own type; any other method as in training."""
-    return nullcontext() if _is_plain_lora(artifact) else products(model)
+    return nullcontext() if _is_plain_lora(artifact) else mixed_precision(model)
 
 
 def _adapted(base: PreTrainedModel, artifact: Path, *, streams: bool) -> PeftModel:

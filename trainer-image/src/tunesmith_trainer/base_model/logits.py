@@ -19,7 +19,7 @@ def last_logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[torch.Tens
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), products(model):
+        with torch.no_grad(), mixed_precision(model):
             return [model(input_ids=batch_of_one(model, prompt)).logits[0, -1].float().cpu() for prompt in prompts]
     finally:
         model.train(was_training)
@@ -31,8 +31,8 @@ def batch_of_one(model: Any, tokens: Sequence[int]) -> torch.Tensor:  # noqa: AN
     return torch.tensor([list(tokens)], device="cpu" if device.type == "meta" else device)
 
 
-def products(model: nn.Module) -> AbstractContextManager[None]:
-    """Compute products as in training: if weights are in float32 and another type has fewer bits, in the latter."""
+def mixed_precision(model: nn.Module) -> AbstractContextManager[None]:
+    """Compute matrix products as in training: in the type with fewer bits if weights are in it and in float32."""
     device, types = "cpu", set()
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -46,5 +46,5 @@ def products(model: nn.Module) -> AbstractContextManager[None]:
 
 def relative_distance(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
     """Return the norm of the difference over the norm of the expected logits."""
-    one, other = torch.cat(list(found)).double(), torch.cat(list(expected)).double()
-    return round(float((one - other).norm() / other.norm()), 6)
+    logits, reference = torch.cat(list(found)).double(), torch.cat(list(expected)).double()
+    return round(float((logits - reference).norm() / reference.norm()), 6)

@@ -74,7 +74,7 @@ def fetch_base(folder: Folder, target: Path, *, weights: bool) -> Path:
     ):
         raise BaseModelNotFoundError(
             f"there is no base model in {folder.uri}: it needs config.json, tokenizer.json and *.safetensors, and "
-            f"holds {', '.join(names[:10]) or 'nothing'}"
+            f"contains {', '.join(names[:10]) or 'no files'}"
         )
     _check_index(folder, names)
     if folder.local is not None:
@@ -93,14 +93,14 @@ def _check_index(folder: Folder, names: Sequence[str]) -> None:
     if _INDEX not in names or "model.safetensors" in names:  # the single file is loaded then
         return
     try:
-        parts = {str(part) for part in json.loads(folder.read(_INDEX))["weight_map"].values()}
+        shards = {str(shard) for shard in json.loads(folder.read(_INDEX))["weight_map"].values()}
     except (ValueError, KeyError, AttributeError, TypeError):
         raise BaseModelNotFoundError(f"{_INDEX} in {folder.uri} is damaged: copy the base model again") from None
-    absent = sorted(parts.difference(names))
-    if absent:
+    missing = sorted(shards.difference(names))
+    if missing:
         raise BaseModelNotFoundError(
-            f"{_INDEX} in {folder.uri} names {', '.join(absent[:3])}, which the folder does not have: copy the whole"
-            " base model"
+            f"{_INDEX} in {folder.uri} names {', '.join(missing[:3])}, which the folder does not contain: copy the"
+            " whole base model"
         )
 
 
@@ -118,15 +118,16 @@ def load_config(base: Path, uri: str) -> PretrainedConfig:
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
-        raise InvalidSpecError(f"the config.json of the base model {uri} cannot be used: {_line(error)}") from None
+        raise InvalidSpecError(f"the config.json of the base model {uri} cannot be loaded: {_line(error)}") from None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise InvalidSpecError(
-            f"the base model {uri} is a {config.model_type}, which is no causal language model that can be trained here"
+            f"the base model {uri} is a {config.model_type}, which is not a causal language model that this release "
+            "can train: use another base model"
         )
     return config
 
 
-def can_be_shared_out(config: PretrainedConfig) -> bool:
+def can_be_sharded(config: PretrainedConfig) -> bool:
     """Return True if FSDP2 can shard a model of this configuration: its layers are known."""
     return has_known_layers(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
 
@@ -140,9 +141,12 @@ def load_tokenizer(base: Path, uri: str) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
-        raise InvalidSpecError(f"the tokenizer of the base model {uri} cannot be used: {_line(error)}") from None
+        raise InvalidSpecError(f"the tokenizer of the base model {uri} cannot be loaded: {_line(error)}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise InvalidSpecError(f"the tokenizer of the base model {uri} has no tokenizer.json that can be used")
+        raise InvalidSpecError(
+            f"the tokenizer of the base model {uri} has no usable tokenizer.json: use a base model with a fast "
+            "tokenizer"
+        )
     return tokenizer
 
 
@@ -159,21 +163,21 @@ def end_tokens(base: Path, tokenizer: PreTrainedTokenizerFast, uri: str) -> list
     Raises:
         InvalidSpecError: there is no such token.
     """
-    found = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    tokens = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     path = base / "generation_config.json"
     if path.is_file():
-        more = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        found += [
+        configured = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        tokens += [
             token
-            for token in (more if isinstance(more, list) else [more])
-            if isinstance(token, int) and token not in found
+            for token in (configured if isinstance(configured, list) else [configured])
+            if isinstance(token, int) and token not in tokens
         ]
-    if not found:
+    if not tokens:
         raise InvalidSpecError(
-            f"the base model {uri} has no end token, in its tokenizer or its generation_config.json: its answers "
-            "would never stop"
+            f"the base model {uri} has no end token in its tokenizer or its generation_config.json, so its answers "
+            "would never end: add eos_token_id to generation_config.json"
         )
-    return found
+    return tokens
 
 
 def pad_token(tokenizer: PreTrainedTokenizerFast, ends: Sequence[int]) -> int:
@@ -209,7 +213,7 @@ def load_model(
     return model
 
 
-def load_to_share_out(
+def load_for_sharding(
     base: Path, quantization: Quantization | None, dtype: torch.dtype, *, as_stored: bool
 ) -> PreTrainedModel:
     """Load the base model into main memory, frozen; weights that already have their type are read only when used.

@@ -38,7 +38,7 @@ class TaskCode(StrEnum):
 
 
 @dataclass(frozen=True)
-class OwnTasks:
+class SuppliedTasks:
     """A local copy of a folder of tasks.
 
     Args:
@@ -88,7 +88,7 @@ def permit(evaluation: Evaluation | None, code: TaskCode) -> None:
             )
 
 
-def fetch(evaluation: Evaluation, stores: Stores, work: Path, validated: Mapping[str, str]) -> dict[str, OwnTasks]:
+def fetch(evaluation: Evaluation, stores: Stores, work: Path, validated: Mapping[str, str]) -> dict[str, SuppliedTasks]:
     """Fetch the tasks supplied with each suite and read their YAML; return them by suite.
 
     Args:
@@ -113,7 +113,7 @@ def fetch(evaluation: Evaluation, stores: Stores, work: Path, validated: Mapping
         folder = stores.folder(uri.rstrip("/"), what=what, missing=DatasetNotFoundError, secret=secret)
         target = (work / suite.name).resolve()
         shutil.rmtree(target, ignore_errors=True)  # left by an earlier container of this pod
-        own = OwnTasks(target, uri, _copied(folder, target, where))
+        own = SuppliedTasks(target, uri, _copied(folder, target, where))
         require_unchanged(f"task folder {uri} of evaluation suite {suite.name}", validated.get(suite.name), own.digest)
         _check(own, where)
         found[suite.name] = own
@@ -159,7 +159,7 @@ def _looked_at(path: str) -> bool:
     return not any(part.startswith(".") or part in _NOT_TASKS for part in path.split("/"))
 
 
-def _check(own: OwnTasks, where: str) -> None:
+def _check(own: SuppliedTasks, where: str) -> None:
     """Read all YAML files: for one that it cannot read, the harness only reports that there is no such task."""
     names: dict[str, Path] = {}
     for path in sorted(own.path.rglob("*.yaml")):
@@ -184,7 +184,7 @@ def _check(own: OwnTasks, where: str) -> None:
         names[name] = path
 
 
-def _read(own: OwnTasks, path: Path, where: str, around: tuple[Path, ...]) -> dict[str, Any]:
+def _read(own: SuppliedTasks, path: Path, where: str, around: tuple[Path, ...]) -> dict[str, Any]:
     """Return a YAML file merged with those that it includes, its functions not loaded."""
     from lm_eval.tasks._yaml_loader import load_yaml  # noqa: PLC0415
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from tunesmith.api.evaluation import Evaluation
 
-_LONGEST_MESSAGE = 1024
+_MAX_MESSAGE_LENGTH = 1024
 """Maximum number of characters of a message in the status."""
 
 
@@ -48,7 +48,7 @@ def compared(
     message = (
         f"evaluation suite {suite}: metrics are left out, let its tasks give the same ones for every answer: {told}"
     )
-    return kept, SuiteFailure(suite=suite, reason=FailureReason.INVALID_SPEC, message=message[:_LONGEST_MESSAGE])
+    return kept, SuiteFailure(suite=suite, reason=FailureReason.INVALID_SPEC, message=message[:_MAX_MESSAGE_LENGTH])
 
 
 def judge(

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from tunesmith.api.evaluation import Evaluation, Suite
-    from tunesmith_trainer.evaluation.folders import OwnTasks
+    from tunesmith_trainer.evaluation.folders import SuppliedTasks
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ _PYTHON_SEED, _SEED = 0, 1234
 """Default seeds of the harness's command line."""
 
 
-def check(evaluation: Evaluation, own: Mapping[str, OwnTasks]) -> None:
+def check(evaluation: Evaluation, own: Mapping[str, SuppliedTasks]) -> None:
     """Fetch the data of all tasks and score random answers: what fails here would otherwise fail after training.
 
     Args:
@@ -83,7 +83,7 @@ def scores(
     batch_size: int,
     *,
     adapter: bool,
-    own: OwnTasks | None = None,
+    own: SuppliedTasks | None = None,
 ) -> dict[str, float]:
     """Return the scores of the adapter, or of the base alone, by `<task>/<metric>`.
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from lm_eval.tasks import TaskManager
 
-    from tunesmith_trainer.evaluation.folders import OwnTasks
+    from tunesmith_trainer.evaluation.folders import SuppliedTasks
 
 _NAMED = 8
 """Maximum number of names that a message lists."""
@@ -31,7 +31,7 @@ _OF_FILES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirector
 """Errors of local files, which another attempt does not fix."""
 
 
-def tasks_of(suite: Suite, own: OwnTasks | None = None) -> Mapping[str, Any]:
+def tasks_of(suite: Suite, own: SuppliedTasks | None = None) -> Mapping[str, Any]:
     """Load the tasks of a suite with their data, in the form that the harness's `evaluate` takes.
 
     The process that checked a suite does not need the Hub again to score it.
@@ -49,7 +49,7 @@ def tasks_of(suite: Suite, own: OwnTasks | None = None) -> Mapping[str, Any]:
 
 
 @functools.cache
-def _built(document: str, folder: str, own: OwnTasks | None) -> Mapping[str, Any]:
+def _built(document: str, folder: str, own: SuppliedTasks | None) -> Mapping[str, Any]:
     suite = Suite.model_validate_json(document)
     asked = suite.lm_eval
     assert asked is not None  # noqa: S101 - the caller has looked
@@ -104,7 +104,7 @@ def _known(folder: str) -> TaskManager:
     return TaskManager(include_path=folder or None)
 
 
-def _with(own: OwnTasks, known: TaskManager, suite: Suite) -> TaskManager:
+def _with(own: SuppliedTasks, known: TaskManager, suite: Suite) -> TaskManager:
     """Add the tasks supplied with a job to all others; raise if a name is already taken."""
     from lm_eval.tasks import TaskManager  # noqa: PLC0415
 
@@ -120,7 +120,7 @@ def _with(own: OwnTasks, known: TaskManager, suite: Suite) -> TaskManager:
     return whole
 
 
-def _refuse(known: TaskManager, suite: Suite, name: str, own: OwnTasks | None) -> None:
+def _refuse(known: TaskManager, suite: Suite, name: str, own: SuppliedTasks | None) -> None:
     """Raise if the task is unknown, is malformed, has no score, or would run code from elsewhere."""
     from lm_eval.tasks._index import Kind  # noqa: PLC0415
 
@@ -234,7 +234,7 @@ def _within(known: TaskManager, part: _Part) -> Iterator[_Part]:
                 yield from _configs(known, name, around)
 
 
-def unusable(suite: Suite, name: str, error: BaseException, own: OwnTasks | None = None) -> TrainerError:
+def unusable(suite: Suite, name: str, error: BaseException, own: SuppliedTasks | None = None) -> TrainerError:
     """Translate the error; for an error in a job's own Python, include its file and line."""
     where = f"evaluation suite {suite.name}: the task {name}"
     refused = denied(error, where)

@@ -16,10 +16,10 @@ from tunesmith_trainer.errors import InvalidSpecError
 from tunesmith_trainer.methods import generic, servable, typed, weightless
 from tunesmith_trainer.methods.conversion import published_config
 from tunesmith_trainer.methods.targets import (
-    adapted,
+    adapted_modules,
     check_pattern,
     check_saved_modules,
-    fits,
+    matches_name,
     pattern_value,
     resolve_targets,
 )
@@ -38,8 +38,8 @@ _EMBEDDING = "embed_tokens"
 
 
 @dataclass(frozen=True)
-class Planned:
-    """An adapter, planned before any weight is loaded.
+class MethodPlan:
+    """Plan of an adapter, made before any weight is loaded.
 
     Args:
         config: PEFT's configuration of it; None if all weights are trained.
@@ -62,7 +62,7 @@ class Planned:
     doubled: bool = False
 
 
-def plan_method(spec: FineTuneJobSpec, modules: Modules) -> Planned:
+def plan_method(spec: FineTuneJobSpec, modules: Modules) -> MethodPlan:
     """Plan the adapter that a spec requests, on a base with these modules.
 
     Raises:
@@ -71,21 +71,21 @@ def plan_method(spec: FineTuneJobSpec, modules: Modules) -> Planned:
     """
     fields, quantized = spec.method.fields, spec.method.quantization is not None
     if isinstance(fields, LoraFields):
-        planned = _lora(fields, modules, quantized=quantized)
+        planned = _plan_lora(fields, modules, quantized=quantized)
     elif isinstance(fields, FullFields):
-        planned = Planned(None, modules.parameters, [], {}, servable.WHOLE_MODEL)
+        planned = MethodPlan(None, modules.parameters, [], {}, servable.WHOLE_MODEL)
     else:
         if isinstance(fields, PeftFields):
             config = generic.config_of(fields, modules)
         else:
             config = typed.config_of(spec.method.name, fields, modules, quantized=quantized)
-        planned = _other(spec.method, config, modules)
+        planned = _plan_other(spec.method, config, modules)
     _check_merge(spec, planned, modules)
     servable.require(spec, planned.servable)
     return planned
 
 
-def parameters_at(rank: int | None, planned: Planned, spec: FineTuneJobSpec, modules: Modules) -> int:
+def parameters_at(rank: int | None, planned: MethodPlan, spec: FineTuneJobSpec, modules: Modules) -> int:
     """Return the number of parameters a spec would train with LoRA of another rank; as planned if that is None.
 
     0 if PEFT can only count them with the weights loaded.
@@ -94,117 +94,122 @@ def parameters_at(rank: int | None, planned: Planned, spec: FineTuneJobSpec, mod
     if rank is None or not isinstance(fields, LoraFields) or rank == fields.rank:
         return planned.parameters or 0
     other = fields.model_copy(update={"rank": rank})
-    return _lora(other, modules, quantized=spec.method.quantization is not None).parameters or 0
+    return _plan_lora(other, modules, quantized=spec.method.quantization is not None).parameters or 0
 
 
-def _counted(method: Method, config: PeftConfig, modules: Modules) -> tuple[int | None, list[str]]:
+def _count_parameters(method: Method, config: PeftConfig, modules: Modules) -> tuple[int | None, list[str]]:
     """Return the number of trained parameters and the sorted names of the adapted modules."""
     if not method.fields.traits.counted or getattr(config, "monteclora_config", None) is not None:
-        return None, sorted(_names(config))
+        return None, sorted(_target_names(config))
     if isinstance(config, AdaLoraConfig):
         # Besides its matrices it has values that PEFT counts and nothing trains.
-        targets = sorted(_names(config))
-        shapes = adapted(targets, modules).values()
-        matrices = sum(config.init_r * (wide + high + 1) for wide, high in shapes)
-        return matrices + _saved(config.modules_to_save or [], modules), targets
+        targets = sorted(_target_names(config))
+        shapes = adapted_modules(targets, modules).values()
+        matrices = sum(config.init_r * (inputs + outputs + 1) for inputs, outputs in shapes)
+        return matrices + _saved_parameters(config.modules_to_save or [], modules), targets
     name = f"peft {method.peft.peft_type}" if method.peft is not None else method.name
     model = weightless.wrapped(config, modules.config, name)
     return weightless.trained_parameters(model), weightless.targets(model)
 
 
-def _saved(names: Sequence[str], modules: Modules) -> int:
+def _saved_parameters(names: Sequence[str], modules: Modules) -> int:
     """Return the number of parameters of the modules that are trained whole."""
-    return sum(size for full, size in modules.sizes.items() if any(fits(full, name) for name in names))
+    return sum(size for full, size in modules.sizes.items() if any(matches_name(full, name) for name in names))
 
 
-def _names(config: PeftConfig) -> list[str]:
-    named = getattr(config, "target_modules", None)
-    return [named] if isinstance(named, str) else list(named or [])
+def _target_names(config: PeftConfig) -> list[str]:
+    targets = getattr(config, "target_modules", None)
+    return [targets] if isinstance(targets, str) else list(targets or [])
 
 
-def _other(method: Method, config: PeftConfig, modules: Modules) -> Planned:
+def _plan_other(method: Method, config: PeftConfig, modules: Modules) -> MethodPlan:
     traits = method.fields.traits
-    parameters, names = _counted(method, config, modules)
+    parameters, names = _count_parameters(method, config, modules)
     targets = sorted({name.rsplit(".", 1)[-1] for name in names})
-    begun = [getattr(config, key, True) for key in ("init_weights", "init_lora_weights", "init_ia3_weights")]
-    return Planned(
+    initial = [getattr(config, key, True) for key in ("init_weights", "init_lora_weights", "init_ia3_weights")]
+    return MethodPlan(
         config,
         parameters,
         targets,
-        adapted(targets, modules),
+        adapted_modules(targets, modules),
         servable.verdict(method.fields, published_config(config.to_dict(), names, doubled=False)),
-        identity=traits.identity_at_start and False not in begun,
+        identity=traits.identity_at_start and False not in initial,
     )
 
 
-def _check_merge(spec: FineTuneJobSpec, planned: Planned, modules: Modules) -> None:
+def _check_merge(spec: FineTuneJobSpec, planned: MethodPlan, modules: Modules) -> None:
     if spec.output is None or spec.output.merge is Merge.NONE:
         return
     if planned.config is None:
-        raise InvalidSpecError("output.merge: method.full makes whole weights, there is nothing to merge: remove it")
+        raise InvalidSpecError(
+            "output.merge: method.full trains all weights and makes no adapter to merge: remove output.merge"
+        )
     not_merged = spec.method.fields.traits.not_merged
     if not_merged is not None:
         raise InvalidSpecError(
-            f"output.merge: what {spec.method.peft.type if spec.method.peft else spec.method.name} trains cannot be "
+            f"output.merge: an adapter of {spec.method.peft.type if spec.method.peft else spec.method.name} cannot be "
             f"merged into the base's weights, {not_merged}: remove output.merge, or use another method"
         )
     if planned.doubled and not planned.identity and spec.output.merge is Merge.DEQUANTIZED:
         raise InvalidSpecError(
-            "output.merge: an adapter that began as LoftQ belongs to the base as it was published: use Original"
+            "output.merge: an adapter initialised with LoftQ fits the published base, not the quantised "
+            "one: use Original"
         )
     if getattr(planned.config, "lora_bias", False):
         raise InvalidSpecError("output.merge: biases of LoRA layers cannot be merged: remove lora_bias or output.merge")
     saved = getattr(planned.config, "modules_to_save", None) or []
-    if modules.tied and any(fits(name, one) for one in saved for name in (modules.output or "", _EMBEDDING)):
+    if modules.tied and any(
+        matches_name(name, module) for module in saved for name in (modules.output or "", _EMBEDDING)
+    ):
         raise InvalidSpecError(
             f"output.merge: the base model's output layer and embedding share their weights, and {', '.join(saved)} is "
-            "trained apart: remove output.merge or modulesToSave"
+            "trained separately: remove output.merge or modulesToSave"
         )
 
 
-def _lora(fields: LoraFields, modules: Modules, *, quantized: bool) -> Planned:
+def _plan_lora(fields: LoraFields, modules: Modules, *, quantized: bool) -> MethodPlan:
     targets = resolve_targets(fields.target_modules, modules)
     saved = fields.modules_to_save or []
     check_saved_modules(saved, targets, modules, quantized=quantized)
     check_pattern("rankPattern", fields.rank_pattern or {}, targets, modules)
     check_pattern("alphaPattern", fields.alpha_pattern or {}, targets, modules)
-    shapes = adapted(targets, modules)
+    shapes = adapted_modules(targets, modules)
     ranks = {name: pattern_value(fields.rank_pattern, name, fields.rank) for name in shapes}
     _check_ranks(fields, shapes, ranks)
-    chosen = fields.initialization
-    more: dict[str, Any] = {}
-    if chosen is Initialization.EVA:
+    initialization = fields.initialization
+    settings: dict[str, Any] = {}
+    if initialization is Initialization.EVA:
         # Every module keeps the requested rank, so that memory and vLLM's limit are known in advance.
-        more["eva_config"] = EvaConfig(rho=1.0)
-    elif chosen is Initialization.CORDA:
-        more["corda_config"] = CordaConfig(corda_method="ipm")
-    elif chosen is Initialization.LORA_GA:
-        more["lora_ga_config"] = LoraGAConfig()
-    elif chosen is Initialization.LOFTQ:
-        more["init_lora_weights"] = True  # initialised once the base is loaded in 4 bits
-    values = fields.peft_values() | {"target_modules": list(targets)} | more
+        settings["eva_config"] = EvaConfig(rho=1.0)
+    elif initialization is Initialization.CORDA:
+        settings["corda_config"] = CordaConfig(corda_method="ipm")
+    elif initialization is Initialization.LORA_GA:
+        settings["lora_ga_config"] = LoraGAConfig()
+    elif initialization is Initialization.LOFTQ:
+        settings["init_lora_weights"] = True  # initialised once the base is loaded in 4 bits
+    values = fields.peft_values() | {"target_modules": list(targets)} | settings
     config = LoraConfig(bias="none", task_type="CAUSAL_LM", **values)
-    parameters = _saved(saved, modules)
-    for name, (wide, high) in shapes.items():
+    parameters = _saved_parameters(saved, modules)
+    for name, (inputs, outputs) in shapes.items():
         # MiCA trains A alone; DoRA adds a magnitude per output.
-        parameters += ranks[name] * (wide if chosen is Initialization.MICA else wide + high)
-        parameters += high if fields.dora else 0
-    doubled = INITIALIZATIONS[chosen].changes_base or chosen is Initialization.LOFTQ
+        parameters += ranks[name] * (inputs if initialization is Initialization.MICA else inputs + outputs)
+        parameters += outputs if fields.dora else 0
+    doubled = INITIALIZATIONS[initialization].changes_base or initialization is Initialization.LOFTQ
     verdict = servable.verdict(fields, published_config(config.to_dict(), sorted(shapes), doubled=doubled))
-    identity = chosen is not Initialization.LOFTQ
-    return Planned(config, parameters, targets, shapes, verdict, ranks, identity=identity, doubled=doubled)
+    identity = initialization is not Initialization.LOFTQ
+    return MethodPlan(config, parameters, targets, shapes, verdict, ranks, identity=identity, doubled=doubled)
 
 
 def _check_ranks(fields: LoraFields, shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int]) -> None:
-    chosen = fields.initialization
-    if chosen is Initialization.ORTHOGONAL and any(rank % 2 for rank in ranks.values()):
-        raise InvalidSpecError("method rankPattern: initialization Orthogonal needs even ranks")
-    factor = INITIALIZATIONS[chosen].base_columns
+    initialization = fields.initialization
+    if initialization is Initialization.ORTHOGONAL and any(rank % 2 for rank in ranks.values()):
+        raise InvalidSpecError("method rankPattern: initialization Orthogonal needs even ranks: change the odd ones")
+    factor = INITIALIZATIONS[initialization].base_columns
     if not factor:
         return
     for name, shape in shapes.items():
         if factor * ranks[name] > min(shape):
             raise InvalidSpecError(
-                f"method initialization {chosen} takes rank {factor * ranks[name]} out of {name}, whose smaller side "
-                f"has {min(shape)}: lower rank to at most {min(shape) // factor}, or leave that module out"
+                f"method initialization {initialization} needs rank {factor * ranks[name]} of {name}, whose smaller "
+                f"dimension is {min(shape)}: lower rank to at most {min(shape) // factor}, or exclude that module"
             )

@@ -31,27 +31,27 @@ _initial: WeakKeyDictionary[PeftModel, dict[str, torch.Tensor]] = WeakKeyDiction
 """Initial adapters of models whose base was changed, by parameter name."""
 
 
-def remember(model: PeftModel, *, changed: bool) -> None:
+def keep_initial(model: PeftModel, *, changed: bool) -> None:
     """Keep a copy of the new adapter.
 
     If the base was changed, the published base is the changed base plus the initial adapter: from here on
     `model.disable_adapter()` gives the base as it was published, not the changed one.
     """
-    kept = {name: tensor.detach().clone() for name, tensor in model.named_parameters() if tensor.requires_grad}
-    _initial[model] = kept
+    initial = {name: tensor.detach().clone() for name, tensor in model.named_parameters() if tensor.requires_grad}
+    _initial[model] = initial
     if not changed:
         return
 
     @contextmanager
     def base_alone() -> Iterator[None]:
-        own = {name: tensor for name, tensor in model.named_parameters() if name in kept}
-        trained = {name: tensor.data for name, tensor in own.items()}
+        parameters = {name: tensor for name, tensor in model.named_parameters() if name in initial}
+        trained = {name: tensor.data for name, tensor in parameters.items()}
         try:
-            for name, tensor in own.items():
-                tensor.data = kept[name].to(tensor)
+            for name, tensor in parameters.items():
+                tensor.data = initial[name].to(tensor)
             yield
         finally:
-            for name, tensor in own.items():
+            for name, tensor in parameters.items():
                 tensor.data = trained[name]
 
     model.disable_adapter = base_alone
@@ -66,7 +66,7 @@ def save(model: PeftModel, folder: Path) -> None:
     if initial is None:
         model.save_pretrained(str(folder), save_embedding_layers=False)
     else:
-        state = _doubled(get_peft_model_state_dict(model, save_embedding_layers=False), initial)
+        state = _difference_from_initial(get_peft_model_state_dict(model, save_embedding_layers=False), initial)
         save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         model.peft_config[model.active_adapter].save_pretrained(str(folder))
     path = folder / ADAPTER_CONFIG
@@ -134,16 +134,18 @@ def _literal(config: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any
     return changed
 
 
-def _doubled(state: Mapping[str, torch.Tensor], initial: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _difference_from_initial(
+    state: Mapping[str, torch.Tensor], initial: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """Return the matrices of the trained adapter minus the initial one."""
     # Saved names omit the adapter's name.
-    first = {name.replace(".default.", "."): tensor for name, tensor in initial.items()}
+    initial_by_saved_name = {name.replace(".default.", "."): tensor for name, tensor in initial.items()}
     result = {}
     for name, tensor in state.items():
         if name.endswith(".lora_A.weight"):
-            result[name] = torch.cat([tensor, first[name].to(tensor)], dim=0)
+            result[name] = torch.cat([tensor, initial_by_saved_name[name].to(tensor)], dim=0)
         elif name.endswith(".lora_B.weight"):
-            result[name] = torch.cat([tensor, -first[name].to(tensor)], dim=1)
+            result[name] = torch.cat([tensor, -initial_by_saved_name[name].to(tensor)], dim=1)
         else:
             result[name] = tensor
     return {name: tensor.detach().cpu().contiguous() for name, tensor in result.items()}

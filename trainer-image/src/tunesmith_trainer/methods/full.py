@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from tunesmith_trainer.base_model.sharding import is_shared_out, part_of
+from tunesmith_trainer.base_model.sharding import is_sharded, shard_like
 from tunesmith_trainer.errors import SelfCheckError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-def unfreeze(base: PreTrainedModel, share_out: Callable[[], None] | None = None) -> PeftModel:
+def unfreeze(base: PreTrainedModel, shard: Callable[[], None] | None = None) -> PeftModel:
     """Return the base with all its weights trained, in float32: in bfloat16 small updates would be lost.
 
     It has the one method of a PeftModel that the trainer needs: within `model.disable_adapter()` the weights are those
@@ -29,36 +29,36 @@ def unfreeze(base: PreTrainedModel, share_out: Callable[[], None] | None = None)
 
     Args:
         base: base model with its weights.
-        share_out: shards them over the ranks, in float32.
+        shard: shards them over the ranks, in float32.
     """
     model: Any = base
     model.requires_grad_(requires_grad=True)
-    if share_out is None:
+    if shard is None:
         model.float()
     else:
-        share_out()
+        shard()
 
     @contextmanager
     def base_alone() -> Iterator[None]:
         published = dict(load(base.name_or_path, "auto").named_parameters())
         own = dict(model.named_parameters())
         trained = {name: parameter.detach().cpu() for name, parameter in own.items()}
-        _set(own, published)
+        _copy_values(own, published)
         try:
             yield
         finally:
-            _set(own, trained)
+            _copy_values(own, trained)
 
     model.disable_adapter = base_alone
     result: PeftModel = model
     return result
 
 
-def _set(own: dict[str, Any], values: dict[str, Any]) -> None:
+def _copy_values(own: dict[str, Any], values: dict[str, Any]) -> None:
     with torch.no_grad():
         for name, parameter in own.items():
             value = values[name].detach()
-            parameter.copy_(value if is_shared_out(value) else part_of(value.to(parameter.dtype), parameter))
+            parameter.copy_(value if is_sharded(value) else shard_like(value.to(parameter.dtype), parameter))
 
 
 def load(folder: Path | str, dtype: torch.dtype | str) -> PreTrainedModel:

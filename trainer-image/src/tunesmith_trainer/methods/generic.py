@@ -45,21 +45,21 @@ def traits_of(fields: PeftFields) -> MethodTraits:
     known = [kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING]
     name = fields.peft_type
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(known))}"
+        matches = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {matches[0]}?" if matches else f"it has {', '.join(sorted(known))}"
         raise InvalidSpecError(f"method.peft.type: PEFT has no method {fields.type}; {hint}")
-    refused = fields.traits.refused or _own_fields(name)
-    if refused is not None:
-        raise InvalidSpecError(f"method.peft.type: {name} is not possible, {refused}")
+    reason = fields.traits.refused or _dedicated_fields(name)
+    if reason is not None:
+        raise InvalidSpecError(f"method.peft.type: {name} is not supported, {reason}")
     return fields.traits
 
 
-def _own_fields(peft_type: str) -> str | None:
-    """Return why a type that has its own method is refused; None: it has none, or has variants for method.peft."""
+def _dedicated_fields(peft_type: str) -> str | None:
+    """Return why a type with its own method is refused; None: it has none, or has variants for method.peft."""
     for name, fields in METHODS.items():
         traits = fields.declared
         if traits is not None and traits.peft_type == peft_type and not traits.takes_peft_config:
-            return f"it has fields of its own here: use method.{name}"
+            return f"it has its own fields: use method.{name}"
     return None
 
 
@@ -77,11 +77,11 @@ def config_of(fields: PeftFields, modules: Modules) -> PeftConfig:
             f"method.peft: {traits.peft_type} cannot be trained on a base in 4 bits, {traits.not_quantized}: remove "
             "quantization, or use method.qlora"
         )
-    _refuse(fields.config, "config")
+    _check_keys(fields.config, "config")
     if traits is LORA:
         _check_lora(fields.config, quantized=quantized)
     cls = config_class(fields.peft_type)
-    values = _typed(cls, fields.config, "config")
+    values = _convert(cls, fields.config, "config")
     for key in ("target_modules", "feedforward_modules", "exclude_modules"):
         check_named_modules(f"peft.config.{key}", fields.config.get(key), modules)
     saved = fields.config.get("modules_to_save") or []
@@ -93,50 +93,50 @@ def config_of(fields: PeftFields, modules: Modules) -> PeftConfig:
     return config
 
 
-def _refuse(config: Mapping[str, Any], where: str) -> None:
+def _check_keys(config: Mapping[str, Any], where: str) -> None:
     """Raise for keys that name files, code or models, at any depth, and for those that the trainer sets."""
     for key, value in config.items():
         if key in limits.PATHS:
-            raise InvalidSpecError(f"method.peft.{where}.{key} names files or code, which a job must not: remove it")
-        if where == "config" and key in limits.OURS:
-            raise InvalidSpecError(f"method.peft.{where}.{key} cannot be set, {limits.OURS[key]}: remove it")
+            raise InvalidSpecError(f"method.peft.{where}.{key} names files or code, which a job cannot use: remove it")
+        if where == "config" and key in limits.SET_BY_TRAINER:
+            raise InvalidSpecError(f"method.peft.{where}.{key} cannot be set, {limits.SET_BY_TRAINER[key]}: remove it")
         if isinstance(value, dict):
-            _refuse(value, f"{where}.{key}")
+            _check_keys(value, f"{where}.{key}")
 
 
 def _check_lora(config: Mapping[str, Any], *, quantized: bool) -> None:
-    for key, why in limits.LORA_REFUSED.items():
+    for key, reason in limits.LORA_REFUSED.items():
         if config.get(key, False) not in _ABSENT:
-            raise InvalidSpecError(f"method.peft.config.{key} is not possible, {why}")
-    begin = config.get("init_lora_weights")
-    if isinstance(begin, str):
-        found = initialization_of(begin)
+            raise InvalidSpecError(f"method.peft.config.{key} is not supported, {reason}")
+    initialization = config.get("init_lora_weights")
+    if isinstance(initialization, str):
+        found = initialization_of(initialization)
         method = "method.qlora" if found is Initialization.LOFTQ else "method.lora"
         raise InvalidSpecError(
-            f"method.peft.config.init_lora_weights is true or false here: for {begin!r} use {method}"
+            f"method.peft.config.init_lora_weights must be true or false: for {initialization!r} use {method}"
             + (f".initialization: {found}" if found is not None else "")
         )
-    for key, why in limits.LORA_NOT_IN_4_BITS.items():
+    for key, reason in limits.LORA_NOT_IN_4_BITS.items():
         if quantized and config.get(key) is not None:
             raise InvalidSpecError(
-                f"method.peft.config.{key} cannot be used on a base in 4 bits, {why}: remove quantization, or {key}"
+                f"method.peft.config.{key} cannot be used on a base in 4 bits, {reason}: remove quantization, or {key}"
             )
 
 
-def _typed(cls: type[Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _convert(cls: type[Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Convert the values to the types of the fields of one of PEFT's dataclasses."""
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     hints = typing.get_type_hints(cls)
     values = {}
     for key, value in given.items():
         if key not in fields:
-            near = difflib.get_close_matches(key, list(fields), n=1)
-            own = set(fields) - limits.PATHS - set(limits.OURS)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(own))}"
+            matches = difflib.get_close_matches(key, list(fields), n=1)
+            accepted = set(fields) - limits.PATHS - set(limits.SET_BY_TRAINER)
+            hint = f"did you mean {matches[0]}?" if matches else f"it has {', '.join(sorted(accepted))}"
             raise InvalidSpecError(f"method.peft.{where}: {cls.__name__} has no field {key}; {hint}")
-        inner = _dataclass_in(hints[key])
-        if inner is not None and isinstance(value, dict):
-            values[key] = _made(inner, _typed(inner, value, f"{where}.{key}"), f"{where}.{key}")
+        nested = _dataclass_in(hints[key])
+        if nested is not None and isinstance(value, dict):
+            values[key] = _build(nested, _convert(nested, value, f"{where}.{key}"), f"{where}.{key}")
             continue
         try:
             values[key] = TypeAdapter(hints[key]).validate_json(json.dumps(value), strict=True)
@@ -148,7 +148,7 @@ def _typed(cls: type[Any], given: Mapping[str, Any], where: str) -> dict[str, An
     return values
 
 
-def _made(cls: type[Any], values: Mapping[str, Any], where: str) -> Any:  # noqa: ANN401 - a dataclass of PEFT's
+def _build(cls: type[Any], values: Mapping[str, Any], where: str) -> Any:  # noqa: ANN401 - a dataclass of PEFT's
     try:
         return cls(**values)
     except (ValueError, TypeError) as error:
@@ -157,4 +157,4 @@ def _made(cls: type[Any], values: Mapping[str, Any], where: str) -> Any:  # noqa
 
 def _dataclass_in(hint: Any) -> type[Any] | None:  # noqa: ANN401 - any annotation
     options: Iterable[Any] = typing.get_args(hint) or (hint,)
-    return next((one for one in options if isinstance(one, type) and dataclasses.is_dataclass(one)), None)
+    return next((option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)), None)

@@ -19,48 +19,48 @@ if TYPE_CHECKING:
     from tunesmith.api.method import Method
 
 _STATE = "method.safetensors"
-_AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
-_PATTERN = "rank_pattern"
+_STATISTICS = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+_RANK_PATTERN = "rank_pattern"
 
 
 def attach(trainer: Trainer, model: PeftModel, method: Method) -> None:
     """Add to the loop what the method needs; most need nothing."""
     fields = method.fields
     if isinstance(fields, LoraFields) and fields.lora_plus_ratio is not None:
-        _raise_rate_of_b(trainer, model, fields.lora_plus_ratio)
-    if _allocates(model):
-        trainer.add_callback(_Allocation(model))
+        _scale_learning_rate_of_b(trainer, model, fields.lora_plus_ratio)
+    if _reallocates_ranks(model):
+        trainer.add_callback(_RankAllocation(model))
 
 
 def save_state(model: object, folder: Path) -> None:
     """Save the method's state other than the trained parameters in a checkpoint."""
-    if isinstance(model, PeftModel) and _allocates(model):
+    if isinstance(model, PeftModel) and _reallocates_ranks(model):
         allocator: Any = model.base_model.rankallocator
         state = {
-            f"{kind}.{name}": tensor.detach().cpu().contiguous()
-            for kind in _AVERAGES
-            for name, tensor in getattr(allocator, kind).items()
+            f"{statistic}.{name}": tensor.detach().cpu().contiguous()
+            for statistic in _STATISTICS
+            for name, tensor in getattr(allocator, statistic).items()
         }
         pattern = model.peft_config[model.active_adapter].rank_pattern or {}
-        state |= {f"{_PATTERN}.{name}": torch.tensor(kept) for name, kept in pattern.items()}
+        state |= {f"{_RANK_PATTERN}.{name}": torch.tensor(kept) for name, kept in pattern.items()}
         save_file(state, folder / _STATE)
 
 
 def load_state(model: object, folder: Path) -> None:
     """Restore the state saved by `save_state`."""
-    if isinstance(model, PeftModel) and _allocates(model):
+    if isinstance(model, PeftModel) and _reallocates_ranks(model):
         config: Any = model.peft_config[model.active_adapter]
         allocator: Any = model.base_model.rankallocator
-        stored: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in (*_AVERAGES, _PATTERN)}
+        stored: dict[str, dict[str, torch.Tensor]] = {statistic: {} for statistic in (*_STATISTICS, _RANK_PATTERN)}
         for key, tensor in load_file(folder / _STATE).items():
-            kind, name = key.split(".", 1)
-            stored[kind][name] = tensor
-        for kind in _AVERAGES:
-            setattr(allocator, kind, {name: tensor.to(model.device) for name, tensor in stored[kind].items()})
-        config.rank_pattern = {name: kept.tolist() for name, kept in stored[_PATTERN].items()} or None
+            statistic, name = key.split(".", 1)
+            stored[statistic][name] = tensor
+        for statistic in _STATISTICS:
+            setattr(allocator, statistic, {name: tensor.to(model.device) for name, tensor in stored[statistic].items()})
+        config.rank_pattern = {name: kept.tolist() for name, kept in stored[_RANK_PATTERN].items()} or None
 
 
-class _Allocation(TrainerCallback):
+class _RankAllocation(TrainerCallback):
     """AdaLoRA reduces ranks after the optimizer step and before the next one, while the gradients exist."""
 
     def __init__(self, model: PeftModel) -> None:
@@ -73,11 +73,11 @@ class _Allocation(TrainerCallback):
         self._tuner.update_and_allocate(state.global_step + 1)
 
 
-def _allocates(model: PeftModel) -> bool:
+def _reallocates_ranks(model: PeftModel) -> bool:
     return isinstance(model, PeftModel) and isinstance(model.peft_config[model.active_adapter], AdaLoraConfig)
 
 
-def _raise_rate_of_b(trainer: Trainer, model: PeftModel, ratio: float) -> None:
+def _scale_learning_rate_of_b(trainer: Trainer, model: PeftModel, ratio: float) -> None:
     """Make the B matrices, and DoRA's magnitudes, learn `ratio` times as fast as the A matrices."""
     create = trainer.create_optimizer
 

@@ -6,10 +6,10 @@ Limits of whole methods are in their traits (`tunesmith.api.methods`). `make ver
 from __future__ import annotations
 
 LORA_NOT_IN_4_BITS = {
-    "kasa_config": "it is silently left out",
-    "use_bdlora": "it is silently left out",
-    "monteclora_config": "it is silently left out",
-    "velora_config": "it knows full weights only",
+    "kasa_config": "PEFT silently ignores it",
+    "use_bdlora": "PEFT silently ignores it",
+    "monteclora_config": "PEFT silently ignores it",
+    "velora_config": "it supports unquantised weights only",
 }
 """Reasons why variants of LoRA cannot be trained on a base in 4 bits, by their key."""
 
@@ -29,22 +29,23 @@ PATHS = frozenset(
 )
 """Keys of PEFT's configurations that name files, code or models, at any depth."""
 
-OURS = {
-    "peft_type": "method.peft.type says it",
-    "task_type": "it is CAUSAL_LM",
-    "inference_mode": "training decides it",
-    "revision": "baseModel.revision says it",
-    "peft_version": "the trainer's image decides it",
+SET_BY_TRAINER = {
+    "peft_type": "method.peft.type determines it",
+    "task_type": "it is always CAUSAL_LM",
+    "inference_mode": "training sets it",
+    "revision": "baseModel.revision determines it",
+    "peft_version": "the trainer's image determines it",
 }
 """Keys that the trainer sets, with the source of their value."""
 
 LORA_REFUSED = {
-    "kasa_config": "KaSA cuts the base's weights for good, so that base and adapter cannot be compared",
-    "layer_replication": "it changes the base itself, so that base and adapter cannot be compared",
+    "kasa_config": "KaSA truncates the base's weights permanently, so base and adapter cannot be compared",
+    "layer_replication": "it changes the base itself, so base and adapter cannot be compared",
     "use_qalora": "it has no effect on a base that is not quantised with GPTQ: use method.qlora",
-    "alora_invocation_tokens": "activated LoRA learns only behind its invocation tokens, and no engine here knows them",
-    "arrow_config": "it routes between adapters that were trained before",
-    "use_dora": "it has a field of its own here: use method.lora.dora",
+    "alora_invocation_tokens": "activated LoRA only takes effect after its invocation tokens, which the serving "
+    "engine does not support",
+    "arrow_config": "it routes between adapters that must already be trained",
+    "use_dora": "it has its own field: use method.lora.dora",
     "eva_config": "use method.lora.initialization: EVA",
     "corda_config": "use method.lora.initialization: CorDA",
     "lora_ga_config": "use method.lora.initialization: LoRAGA",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-def begin_as_loss(model: PeftModel, folder: str) -> None:
+def initialize_loftq(model: PeftModel, folder: str) -> None:
     """Set each adapter to the truncated singular value decomposition of the full weight minus the 4-bit one.
 
     Args:
@@ -26,24 +26,24 @@ def begin_as_loss(model: PeftModel, folder: str) -> None:
     Raises:
         InvalidSpecError: the names of the weights in the files differ from those of the model.
     """
-    places: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for path in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(path, framework="pt") as tensors:
-            places |= dict.fromkeys(tensors.keys(), path)
+            files |= dict.fromkeys(tensors.keys(), path)
     for full, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
         name = f"{full.removeprefix('base_model.model.')}.weight"
-        if name not in places:
+        if name not in files:
             raise InvalidSpecError(
-                f"method.qlora.initialization: LoftQ needs {name} of the base model, which its files name otherwise: "
-                "use Default"
+                f"method.qlora.initialization: LoftQ needs {name} of the base model, and its files have no weight of "
+                "that name: use Default"
             )
-        with safe_open(places[name], framework="pt") as tensors:
-            whole = tensors.get_tensor(name).float()
-        lost = whole - dequantize_module_weight(module.get_base_layer()).float().cpu()
+        with safe_open(files[name], framework="pt") as tensors:
+            weight_in_full = tensors.get_tensor(name).float()
+        error = weight_in_full - dequantize_module_weight(module.get_base_layer()).float().cpu()
         rank = module.r["default"]
-        left, values, right = torch.linalg.svd(lost, full_matrices=False)
+        left, values, right = torch.linalg.svd(error, full_matrices=False)
         root = (values[:rank] / module.scaling["default"]).sqrt()
         for weight, value in (
             (module.lora_A["default"].weight, root[:, None] * right[:rank]),

@@ -31,17 +31,17 @@ if TYPE_CHECKING:
     from tunesmith.api.finetunejob import FineTuneJobSpec
     from tunesmith.api.methods.declaration import MethodFields
 
-_MERGED = "serve merged weights (output.merge) as a model of its own"
-_YES = ServableStatus(vllm=True)
+_MERGED = "merge the adapter (output.merge) and serve the result as a model of its own"
+_SERVABLE = ServableStatus(vllm=True)
 WHOLE_MODEL = ServableStatus(
     vllm=False,
-    reason="method.full makes a model, not an adapter: serve its folder as the baseModel of a ServingPool, or use "
+    reason="method.full produces a model, not an adapter: serve its folder as the baseModel of a ServingPool, or use "
     "method.lora",
 )
 """Verdict on full fine-tuning."""
 _REMEDIES = {
-    "use_dora": "leave out dora (rsLora is the nearest that it serves)",
-    "modules_to_save": "leave out modulesToSave",
+    "use_dora": "remove dora (rsLora is the closest variant that vLLM serves)",
+    "modules_to_save": "remove modulesToSave",
     "r": "lower rank",
 }
 """Settings of method.lora and method.qlora, by the key of adapter_config.json that vLLM does not accept."""
@@ -58,13 +58,13 @@ def verdict(fields: MethodFields, config: Mapping[str, Any]) -> ServableStatus:
         # An adapter may have no target_modules until PEFT has chosen them.
         _check(config if config.get("target_modules") else {**config, "target_modules": ["chosen-by-peft"]})
     except UnservableError as error:
-        return _no(f"{error}: {_remedy(fields, error.keys)}")
-    return _YES
+        return _not_servable(f"{error}: {_remedy(fields, error.keys)}")
+    return _SERVABLE
 
 
 def _remedy(fields: MethodFields, keys: Sequence[str]) -> str:
     if fields.traits.not_merged is not None:
-        return "use method.lora; this one cannot be merged either"
+        return "use method.lora; this adapter cannot be merged either"
     known = _REMEDIES if isinstance(fields, LoraFields) else {}
     changes = [known[key] for key in keys if key in known] or ["use method.lora"]
     return f"{' and '.join(changes)}, or {_MERGED}"
@@ -78,7 +78,7 @@ def require(spec: FineTuneJobSpec, verdict: ServableStatus) -> None:
     """Raise NotServableError if the spec requires a servable artifact and the verdict is negative."""
     if spec.servable is Servable.REQUIRED and not verdict.vllm:
         raise NotServableError(
-            f"servable is Required and {verdict.reason}; or set servable to Ignored, to train it all the same"
+            f"servable is Required and {verdict.reason}; or set servable to Ignored to train it anyway"
         )
 
 
@@ -97,7 +97,7 @@ def confirm(folder: Path, before: ServableStatus) -> ServableStatus:
     config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     found = of_files(config, _names(folder / ADAPTER_WEIGHTS))
     if not found.vllm:
-        raise SelfCheckError(f"the adapter was to be servable, and as it was saved {found.reason}")
+        raise SelfCheckError(f"the adapter should be servable, but for the saved files {found.reason}")
     return before
 
 
@@ -112,8 +112,8 @@ def of_files(config: Mapping[str, Any], tensors: Sequence[str]) -> ServableStatu
         _check(config)
         check_pairs(tensors)
     except UnservableError as error:
-        return _no(str(error))
-    return _YES
+        return _not_servable(str(error))
+    return _SERVABLE
 
 
 def _names(path: Path) -> list[str]:
@@ -121,5 +121,5 @@ def _names(path: Path) -> list[str]:
         return sorted(tensors.keys())
 
 
-def _no(reason: str) -> ServableStatus:
+def _not_servable(reason: str) -> ServableStatus:
     return ServableStatus(vllm=False, reason=reason)

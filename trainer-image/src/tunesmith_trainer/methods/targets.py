@@ -62,50 +62,51 @@ def modules_of(config: PretrainedConfig) -> Modules:
     return Modules(linear, frozenset(others), output_name, sizes, parameters, tied, config)
 
 
-def resolve_targets(asked: Sequence[str], modules: Modules) -> list[str]:
+def resolve_targets(names: Sequence[str], modules: Modules) -> list[str]:
     """Return the names for PEFT's `target_modules`; `all-linear` becomes the sorted last parts of all linear names.
 
     Raises:
         InvalidSpecError: a name matches no linear module.
     """
-    if ALL_LINEAR in asked:
+    if ALL_LINEAR in names:
         return sorted({name.rsplit(".", 1)[-1] for name in modules.linear})
-    for name in asked:
-        if modules.output is not None and fits(modules.output, name):
+    for name in names:
+        if modules.output is not None and matches_name(modules.output, name):
             raise InvalidSpecError(
                 f"method targetModules: {name} is the output layer, which cannot get an adapter; remove it, or train "
                 f"it whole with modulesToSave: [{name}]"
             )
-        if any(fits(full, name) for full in modules.linear):
+        if any(matches_name(full, name) for full in modules.linear):
             continue
-        if any(fits(full, name) for full in modules.others):
+        if any(matches_name(full, name) for full in modules.others):
             raise InvalidSpecError(
-                f"method targetModules: {name} is not a linear module of the base model, so it cannot get an adapter"
+                f"method targetModules: {name} is not a linear module of the base model, so it cannot get an adapter: "
+                "remove it"
             )
         raise InvalidSpecError(_unknown("targetModules", name, modules.linear))
-    return sorted(set(asked))
+    return sorted(set(names))
 
 
-def check_saved_modules(asked: Sequence[str], targets: Sequence[str], modules: Modules, *, quantized: bool) -> None:
+def check_saved_modules(names: Sequence[str], targets: Sequence[str], modules: Modules, *, quantized: bool) -> None:
     """Check the names of `modulesToSave`.
 
     Raises:
         InvalidSpecError: a name matches no module, gets an adapter too, or is held in 4 bits.
     """
-    for name in asked:
-        if not any(fits(full, name) for full in modules.sizes):
+    for name in names:
+        if not any(matches_name(full, name) for full in modules.sizes):
             raise InvalidSpecError(_unknown("modulesToSave", name, modules.sizes))
-        inside = [full for full in modules.sizes if fits(full, name)]
-        adapted = [
+        inside = [full for full in modules.sizes if matches_name(full, name)]
+        with_adapter = [
             full
             for full in modules.linear
-            if any(fits(full, target) for target in targets)
+            if any(matches_name(full, target) for target in targets)
             and any(full == outer or full.startswith(f"{outer}.") for outer in inside)
         ]
-        if adapted:
+        if with_adapter:
             raise InvalidSpecError(
-                f"method modulesToSave: {name} would be trained whole and, as {adapted[0]}, with an adapter: remove "
-                "it, or name other targetModules"
+                f"method modulesToSave: {name} would be trained whole and, as {with_adapter[0]}, with an adapter: "
+                "remove it, or name other targetModules"
             )
         if quantized and any(
             full == outer or full.startswith(f"{outer}.") for full in modules.linear for outer in inside
@@ -116,24 +117,27 @@ def check_saved_modules(asked: Sequence[str], targets: Sequence[str], modules: M
             )
 
 
-def check_named_modules(field: str, asked: Sequence[str] | str | None, modules: Modules) -> None:
+def check_named_modules(field: str, names: Sequence[str] | str | None, modules: Modules) -> None:
     """Check names, or the regular expression, that PEFT will look for in the names of modules.
 
     Raises:
         InvalidSpecError: a name matches no module, or the regular expression is invalid.
     """
-    if asked is None or asked == ALL_LINEAR:
+    if names is None or names == ALL_LINEAR:
         return
-    if isinstance(asked, str):
+    if isinstance(names, str):
         try:
-            found = any(re.fullmatch(asked, full) for full in modules.sizes)
+            found = any(re.fullmatch(names, full) for full in modules.sizes)
         except re.error as error:
-            raise InvalidSpecError(f"method {field}: {asked} is no regular expression: {error}") from None
+            raise InvalidSpecError(f"method {field}: {names} is not a regular expression: {error}") from None
         if not found:
-            raise InvalidSpecError(f"method {field}: no module of the base model fits the expression {asked}")
+            raise InvalidSpecError(
+                f"method {field}: no module of the base model has a name that matches the expression {names}: "
+                "correct it"
+            )
         return
-    for name in asked:
-        if not any(fits(full, name) for full in modules.sizes):
+    for name in names:
+        if not any(matches_name(full, name) for full in modules.sizes):
             raise InvalidSpecError(_unknown(field, name, modules.sizes))
 
 
@@ -143,10 +147,10 @@ def check_pattern(field: str, pattern: Mapping[str, int], targets: Sequence[str]
     Raises:
         InvalidSpecError: a key is not.
     """
-    adapted_modules = adapted(targets, modules)
+    known = adapted_modules(targets, modules)
     for name in pattern:
-        if not any(fits(full, name) for full in adapted_modules):
-            raise InvalidSpecError(_unknown(field, name, adapted_modules, what="module with an adapter"))
+        if not any(matches_name(full, name) for full in known):
+            raise InvalidSpecError(_unknown(field, name, known, what="module with an adapter"))
 
 
 def pattern_value(pattern: Mapping[str, int] | None, module: str, default: int) -> int:
@@ -157,19 +161,19 @@ def pattern_value(pattern: Mapping[str, int] | None, module: str, default: int) 
     return default
 
 
-def fits(full: str, name: str) -> bool:
+def matches_name(full: str, name: str) -> bool:
     """Return True if `name` is the module's full name or its last parts."""
     return full == name or full.endswith(f".{name}")
 
 
-def adapted(targets: Sequence[str], modules: Modules) -> dict[str, tuple[int, int]]:
+def adapted_modules(targets: Sequence[str], modules: Modules) -> dict[str, tuple[int, int]]:
     """Return the adapted modules with their (in, out) features."""
-    return {full: shape for full, shape in modules.linear.items() if any(fits(full, name) for name in targets)}
+    return {full: shape for full, shape in modules.linear.items() if any(matches_name(full, name) for name in targets)}
 
 
 def _unknown(field: str, name: str, known: Iterable[str], what: str = "module") -> str:
-    short = sorted({full.rsplit(".", 1)[-1] for full in known} - {""})
-    short = [one for one in short if not one.isdigit()]
-    near = difflib.get_close_matches(name, short, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(short)}"
+    last_parts = sorted({full.rsplit(".", 1)[-1] for full in known} - {""})
+    last_parts = [name for name in last_parts if not name.isdigit()]
+    matches = difflib.get_close_matches(name, last_parts, n=1)
+    hint = f"did you mean {matches[0]}?" if matches else f"it has {', '.join(last_parts)}"
     return f"method {field}: the base model has no {what} named {name}; {hint}"

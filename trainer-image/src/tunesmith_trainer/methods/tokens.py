@@ -25,16 +25,16 @@ def check_tokens(config: PeftConfig | None, rows: Dataset) -> None:
     Raises:
         InvalidSpecError: some tokens are in no row; names them.
     """
-    name, wanted = _trained_tokens(config)
-    missing = set(wanted)
+    name, trained = _trained_tokens(config)
+    missing = set(trained)
     for part in rows.select_columns("input_ids").with_format("arrow").iter(_READ_ROWS) if missing else ():
         missing -= set(np.unique(part["input_ids"].combine_chunks().flatten().to_numpy()).tolist())
         if not missing:
             return
     if missing:
         raise InvalidSpecError(
-            f"method.peft.config.{name} has {', '.join(str(token) for token in sorted(missing))}, and no training row "
-            "has a token with that id: take it away, or add rows with it"
+            f"method.peft.config.{name} has {', '.join(str(token) for token in sorted(missing))}, which no "
+            "training row contains: remove these token ids, or add rows that contain them"
         )
 
 

@@ -12,7 +12,7 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.lora import LoraLayer
 from peft.utils import PeftType
 
-from tunesmith_trainer.base_model.logits import batch_of_one, products
+from tunesmith_trainer.base_model.logits import batch_of_one, mixed_precision
 from tunesmith_trainer.errors import SelfCheckError
 from tunesmith_trainer.methods.targets import pattern_value
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from torch import nn
 
-    from tunesmith_trainer.methods.config import Planned
+    from tunesmith_trainer.methods.config import MethodPlan
 
 _PROBE_ROWS = 2
 _PROBE_TOKENS = 256
-# Relative to the loss: rounding of float32, and of the products in bfloat16 or 4 bits.
+# Relative to the loss: rounding of float32, and of products in bfloat16 or 4 bits.
 _TOLERANCE = 1e-3
 _COARSE_TOLERANCE = 3e-2
 
@@ -47,25 +47,25 @@ class Probe:
 
 def probe(base: nn.Module, rows: Dataset) -> Probe:
     """Measure the base's loss on the first training rows, before anything is changed."""
-    few = [list(rows[place]["input_ids"])[:_PROBE_TOKENS] for place in range(min(len(rows), _PROBE_ROWS))]
-    return Probe(few, _loss(base, few))
+    probed = [list(rows[index]["input_ids"])[:_PROBE_TOKENS] for index in range(min(len(rows), _PROBE_ROWS))]
+    return Probe(probed, _loss(base, probed))
 
 
-def check_parameters(model: PeftModel, planned: Planned) -> None:
+def check_parameters(model: PeftModel, planned: MethodPlan) -> None:
     """Raise SelfCheckError unless exactly the planned parameters are trained, with the planned ranks and scales."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     count = sum(parameter.numel() for parameter in trained.values())
     config = planned.config
     assert config is not None  # noqa: S101 - there is an adapter
-    must, may = _parts(config)
-    strange = [name for name in trained if not any(part in name for part in (*must, *may))]
-    if strange:
-        raise SelfCheckError(f"{strange[0]} is trained and is not of the adapter")
+    required, optional = _parts(config)
+    unexpected = [name for name in trained if not any(part in name for part in (*required, *optional))]
+    if unexpected:
+        raise SelfCheckError(f"{unexpected[0]} is trained and is not part of the adapter")
     if planned.parameters is not None and count != planned.parameters:
         raise SelfCheckError(f"the adapter has {count} trainable parameters where {planned.parameters} are expected")
     # LoRA's matrices of an embedding have different names.
     names = [name.replace(".lora_embedding_", ".lora_") for name in trained]
-    missing = [part for part in must if not any(part in name for name in names)]
+    missing = [part for part in required if not any(part in name for name in names)]
     if missing:
         raise SelfCheckError(f"no parameter named {missing[0].strip('.')} is trained, which the method needs")
     if isinstance(config, LoraConfig) and planned.ranks:
@@ -78,7 +78,7 @@ def probe_without(model: PeftModel, rows: Dataset) -> Probe:
         return probe(model, rows)
 
 
-def check_start(model: PeftModel, planned: Planned, before: Probe) -> None:
+def check_start(model: PeftModel, planned: MethodPlan, before: Probe) -> None:
     """Raise SelfCheckError if the untrained adapter changes the base's loss, or if disabling it does."""
     coarse = any(
         parameter.dtype is not torch.float32 or hasattr(parameter, "quant_state") for parameter in model.parameters()
@@ -89,7 +89,7 @@ def check_start(model: PeftModel, planned: Planned, before: Probe) -> None:
     found = _loss(model, before.rows)
     if planned.identity and not abs(found - before.loss) <= tolerance:
         raise SelfCheckError(
-            f"the untrained adapter changes the base's loss from {before.loss:.6f} to {found:.6f}, it must not "
+            f"the untrained adapter changes the base's loss from {before.loss:.6f} to {found:.6f}, which must not "
             "change it"
         )
     with model.disable_adapter():
@@ -97,7 +97,7 @@ def check_start(model: PeftModel, planned: Planned, before: Probe) -> None:
     if not abs(base - before.loss) <= tolerance:
         raise SelfCheckError(
             f"without its adapter the model has the loss {base:.6f}, the base had {before.loss:.6f}: base and adapter "
-            "could not be compared"
+            "cannot be compared"
         )
 
 
@@ -105,21 +105,21 @@ def _parts(config: PeftConfig) -> tuple[list[str], list[str]]:
     """Return parts of the names of trained parameters: required ones and optional ones."""
     if config.is_prompt_learning:
         return ["prompt_encoder."], []
-    may = ["trainable_tokens_"] if getattr(config, "trainable_token_indices", None) else []
-    may += [".bias"] if getattr(config, "bias", "none") != "none" else []
+    optional = ["trainable_tokens_"] if getattr(config, "trainable_token_indices", None) else []
+    optional += [".bias"] if getattr(config, "bias", "none") != "none" else []
     if isinstance(config, AdaLoraConfig):
-        must = [".lora_A.", ".lora_B.", ".lora_E."]
+        required = [".lora_A.", ".lora_B.", ".lora_E."]
     elif isinstance(config, LoraConfig):
-        must = [".lora_A."] if config.init_lora_weights == "mica" else [".lora_A.", ".lora_B."]
-        must += [".lora_magnitude_vector."] if config.use_dora else []
-        may.append(".lora_")
+        required = [".lora_A."] if config.init_lora_weights == "mica" else [".lora_A.", ".lora_B."]
+        required += [".lora_magnitude_vector."] if config.use_dora else []
+        optional.append(".lora_")
     elif config.is_adaption_prompt:
-        must = [".adaption_"]
+        required = [".adaption_"]
     else:
-        must = [PEFT_TYPE_TO_PREFIX_MAPPING[PeftType(config.peft_type)]]
+        required = [PEFT_TYPE_TO_PREFIX_MAPPING[PeftType(config.peft_type)]]
     if getattr(config, "modules_to_save", None):
-        must.append(".modules_to_save.")
-    return must, may
+        required.append(".modules_to_save.")
+    return required, optional
 
 
 def _check_scales(model: PeftModel, config: LoraConfig, ranks: Mapping[str, int]) -> None:
@@ -143,7 +143,7 @@ def _loss(model: Any, rows: Sequence[Sequence[int]]) -> float:  # noqa: ANN401 -
     model.eval()
     total, count = 0.0, 0
     try:
-        with torch.no_grad(), products(model):
+        with torch.no_grad(), mixed_precision(model):
             for ids in rows:
                 given = batch_of_one(model, ids)
                 # A prompt that the method prepends has logits too.

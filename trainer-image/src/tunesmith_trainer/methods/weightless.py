@@ -28,14 +28,14 @@ def wrapped(config: PeftConfig, base: PretrainedConfig, name: str) -> PeftModel:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they are issued again when the weights are loaded
-            made = get_peft_model(model, copy.deepcopy(config))
+            wrapped_model = get_peft_model(model, copy.deepcopy(config))
     except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
         if isinstance(error, NotImplementedError):
             raise
         text = " ".join(str(error).split())[:300]
         raise InvalidSpecError(f"method {name} does not fit the base model: {text}") from None
-    assert isinstance(made, PeftModel)  # noqa: S101 - narrows the type
-    return made
+    assert isinstance(wrapped_model, PeftModel)  # noqa: S101 - narrows the type
+    return wrapped_model
 
 
 def trained_parameters(model: PeftModel) -> int:

@@ -7,21 +7,13 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import (
-    AdaLoraConfig,
-    LoraConfig,
-    PeftModel,
-    PromptTuningConfig,
-    PromptTuningInit,
-    get_peft_model,
-    prepare_model_for_kbit_training,
-)
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.eva import initialize_lora_eva_weights
 from peft.tuners.lora.loraga import preprocess_loraga
 
-from tunesmith_trainer.methods import conversion, full, typed, verify
-from tunesmith_trainer.methods.loftq import begin_as_loss
+from tunesmith_trainer.methods import conversion, full, verify
+from tunesmith_trainer.methods.loftq import initialize_loftq
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -32,19 +24,19 @@ if TYPE_CHECKING:
 
     from tunesmith.api.method import Method
     from tunesmith.api.methods.fields import Quantization
-    from tunesmith_trainer.methods.config import Planned
+    from tunesmith_trainer.methods.config import MethodPlan
 
-_LOOKED_AT = 256
+_INITIALIZATION_ROWS = 256
 """Maximum number of training rows that an initialisation reads."""
 
 
 def wrap(
     base: PreTrainedModel,
-    planned: Planned,
+    planned: MethodPlan,
     rows: Dataset,
     method: Method,
     total_steps: int,
-    share_out: Callable[[], None] | None = None,
+    shard: Callable[[], None] | None = None,
 ) -> PeftModel:
     """Return the base with a new adapter in float32, verified; only the adapter, or all weights, can be trained.
 
@@ -54,40 +46,40 @@ def wrap(
         rows: training rows, as `input_ids` and `labels`.
         method: method of the manifest.
         total_steps: optimizer steps of the run.
-        share_out: shards the base's weights over the ranks; called before the base computes anything.
+        shard: shards the base's weights over the ranks; called before the base computes anything.
 
     Raises:
         SelfCheckError: the adapter is not the one that was requested.
     """
     if planned.config is None:
-        if share_out is not None:
+        if shard is not None:
             # Autocast would keep a copy of every layer's gathered weights until the end of the forward pass.
             torch.set_autocast_cache_enabled(False)
-        return full.unfreeze(base, share_out)
-    before = verify.probe(base, rows) if share_out is None else None
+        return full.unfreeze(base, shard)
+    before = verify.probe(base, rows) if shard is None else None
     if method.quantization is not None:
-        base = _frozen(base, method.quantization)
-    config = _for_run(planned.config, base, method, total_steps)
+        base = _freeze(base, method.quantization)
+    config = _run_config(planned.config, base, method, total_steps)
     if isinstance(config, LoraConfig):
-        _look_at_rows(base, config, rows)
+        _measure_rows(base, config, rows)
     model = get_peft_model(base, config)
     assert isinstance(model, PeftModel)  # noqa: S101 - narrows the type
-    _widen(model)
+    _train_in_float32(model)
     if isinstance(config, LoraConfig) and config.init_lora_weights == "eva":
         initialize_lora_eva_weights(model, list(_batches(rows, model.device)), show_progress_bar=False)
     if planned.doubled:
         loftq = not planned.identity
         if loftq:
-            begin_as_loss(model, base.name_or_path)
-        conversion.remember(model, changed=not loftq)
+            initialize_loftq(model, base.name_or_path)
+        conversion.keep_initial(model, changed=not loftq)
     verify.check_parameters(model, planned)
-    if share_out is not None:
-        share_out()
+    if shard is not None:
+        shard()
     verify.check_start(model, planned, before or verify.probe_without(model, rows))
     return model
 
 
-def _frozen(base: PreTrainedModel, quantization: Quantization) -> PreTrainedModel:
+def _freeze(base: PreTrainedModel, quantization: Quantization) -> PreTrainedModel:
     """Prepare a base in 4 bits; weights that are not in 4 bits keep the type they were loaded in, as under LoRA.
 
     In float32, as PEFT prepares it, embedding and output layer would take twice the memory. Norms alone in float32
@@ -100,7 +92,7 @@ def _frozen(base: PreTrainedModel, quantization: Quantization) -> PreTrainedMode
     return base
 
 
-def _widen(model: PeftModel) -> None:
+def _train_in_float32(model: PeftModel) -> None:
     """Convert trained parameters to float32: in bfloat16 small updates would be lost."""
     for name, parameter in model.named_parameters():
         if ".ranknum." in name:
@@ -109,28 +101,23 @@ def _widen(model: PeftModel) -> None:
             parameter.data = parameter.data.to(torch.float32)
 
 
-def _for_run(planned: PeftConfig, base: PreTrainedModel, method: Method, total_steps: int) -> PeftConfig:
+def _run_config(planned: PeftConfig, base: PreTrainedModel, method: Method, total_steps: int) -> PeftConfig:
     """Return a copy of the configuration with the values that are only known in the run."""
     config = copy.deepcopy(planned)
-    if isinstance(config, AdaLoraConfig) and method.ada_lora is not None:
-        typed.schedule(config, method.ada_lora, total_steps)
-    text = method.prompt_tuning.initial_text if method.prompt_tuning is not None else None
-    if isinstance(config, PromptTuningConfig) and text is not None:
-        config.prompt_tuning_init = PromptTuningInit.TEXT
-        config.prompt_tuning_init_text = text
-        config.tokenizer_name_or_path = base.name_or_path
+    for key, value in method.fields.peft_values_of_run(total_steps, base.name_or_path).items():
+        setattr(config, key, value)
     return config
 
 
-def _look_at_rows(base: PreTrainedModel, config: LoraConfig, rows: Dataset) -> None:
+def _measure_rows(base: PreTrainedModel, config: LoraConfig, rows: Dataset) -> None:
     """Run the measurements that an initialisation needs before the adapter exists."""
     if config.init_lora_weights == "corda":
-        _look_for_corda(base, config, rows)
+        _measure_for_corda(base, config, rows)
     elif config.init_lora_weights == "lora_ga":
-        _look_for_lora_ga(base, config, rows)
+        _measure_for_lora_ga(base, config, rows)
 
 
-def _look_for_corda(base: PreTrainedModel, config: LoraConfig, rows: Dataset) -> None:
+def _measure_for_corda(base: PreTrainedModel, config: LoraConfig, rows: Dataset) -> None:
     def run() -> None:
         was_training = base.training
         base.eval()
@@ -142,7 +129,7 @@ def _look_for_corda(base: PreTrainedModel, config: LoraConfig, rows: Dataset) ->
     preprocess_corda(base, config, run_model=run)
 
 
-def _look_for_lora_ga(base: PreTrainedModel, config: LoraConfig, rows: Dataset) -> None:
+def _measure_for_lora_ga(base: PreTrainedModel, config: LoraConfig, rows: Dataset) -> None:
     def run() -> None:
         for batch in _batches(rows, base.device):
             loss: Any = base(**batch).loss
@@ -156,8 +143,8 @@ def _look_for_lora_ga(base: PreTrainedModel, config: LoraConfig, rows: Dataset) 
 
 def _batches(rows: Dataset, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
     """Yield the first rows in order, one sequence at a time."""
-    for place in range(min(len(rows), _LOOKED_AT)):
-        row = rows[place]
+    for index in range(min(len(rows), _INITIALIZATION_ROWS)):
+        row = rows[index]
         start = 0
         for size in row.get("seq_lengths") or [len(row["input_ids"])]:
             part = slice(start, start + size)

@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from tunesmith.contracts.fingerprint import ModelFolder
     from tunesmith.storage.folder import Folder
     from tunesmith_trainer.data.loading import Rows
-    from tunesmith_trainer.evaluation.folders import OwnTasks
-    from tunesmith_trainer.methods.config import Planned
+    from tunesmith_trainer.evaluation.folders import SuppliedTasks
+    from tunesmith_trainer.methods.config import MethodPlan
     from tunesmith_trainer.methods.targets import Modules
     from tunesmith_trainer.preflight.fitting import Settings
     from tunesmith_trainer.store import Stores
@@ -78,10 +78,10 @@ class Prepared:
     pad: int
     preflight: Preflight
     resolved: Resolved
-    planned: Planned
+    planned: MethodPlan
     ends: list[int]
     examples: dict[str, list[Example]]
-    task_folders: dict[str, OwnTasks]
+    task_folders: dict[str, SuppliedTasks]
 
 
 def prepare(
@@ -124,7 +124,7 @@ def prepare(
     examples = _examples(spec, base, stores, work)
     own = _own_tasks(spec, before, stores, work, say)
     sized = _sized(spec, base, planned, rows)
-    run, sizes = _settings(spec, before, sized, gpu_memory, has_layers=model.can_be_shared_out(base.config))
+    run, sizes = _settings(spec, before, sized, gpu_memory, has_layers=model.can_be_sharded(base.config))
     now = plan.resolve(
         spec,
         rows=len(rows.train),
@@ -185,7 +185,7 @@ def _read_base(spec: FineTuneJobSpec, folder: Path) -> _Base:
     return _Base(folder, config, tokenizer, model.end_tokens(folder, tokenizer, uri), modules_of(config))
 
 
-def _planned(spec: FineTuneJobSpec, base: _Base) -> Planned:
+def _planned(spec: FineTuneJobSpec, base: _Base) -> MethodPlan:
     """Return the adapter that the spec requests, on this base."""
     with limited("spec.method: finding the modules that its names and patterns mean", _PLANNING_SECONDS):
         return _with_template(plan_method(spec, base.modules), spec, base.tokenizer)
@@ -236,7 +236,7 @@ def _examples(spec: FineTuneJobSpec, base: _Base, stores: Stores, work: Path) ->
 
 def _own_tasks(
     spec: FineTuneJobSpec, before: Resolved | None, stores: Stores, work: Path, say: Callable[[str], None]
-) -> dict[str, OwnTasks]:
+) -> dict[str, SuppliedTasks]:
     """Fetch and check the tasks of suites that run lm-evaluation-harness; return the supplied ones by suite.
 
     Args:
@@ -255,7 +255,7 @@ def _own_tasks(
     return own
 
 
-def _sized(spec: FineTuneJobSpec, base: _Base, planned: Planned, rows: Rows) -> preflight.Sizing | None:
+def _sized(spec: FineTuneJobSpec, base: _Base, planned: MethodPlan, rows: Rows) -> preflight.Sizing | None:
     """Return the quantities that determine the peak of GPU memory; None if it cannot be estimated."""
     if planned.parameters is None:
         return None
@@ -266,7 +266,7 @@ def _sized(spec: FineTuneJobSpec, base: _Base, planned: Planned, rows: Rows) -> 
     return preflight.sizing(spec, base.config, base.modules, planned.modules, trainable, rows.lengths)
 
 
-def _counted(rows: Rows, planned: Planned, examples: dict[str, list[Example]]) -> Preflight:
+def _counted(rows: Rows, planned: MethodPlan, examples: dict[str, list[Example]]) -> Preflight:
     """Return the counts of rows and parameters, with the scored examples that are trained on too."""
     by_suite = [also_trained(name, some, rows.keys) for name, some in examples.items()]
     found = [*(rows.counted.also_trained or []), *(overlap for overlap in by_suite if overlap is not None)]
@@ -324,7 +324,7 @@ def _settings(
     return preflight.decided(sized, run, [asked] if asked else sizes, ways, gpu_memory, sharding=sharding), sizes
 
 
-def _with_template(planned: Planned, spec: FineTuneJobSpec, tokenizer: PreTrainedTokenizerFast) -> Planned:
+def _with_template(planned: MethodPlan, spec: FineTuneJobSpec, tokenizer: PreTrainedTokenizerFast) -> MethodPlan:
     """Return the adapter, with the verdict on the job's chat template: a pool uses that of its base model."""
     template = spec.dataset.chat_template
     if spec.method.full is not None or template is None or same_prompts(tokenizer, template):

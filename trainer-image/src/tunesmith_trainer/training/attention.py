@@ -73,7 +73,7 @@ def segment_attention(
     Raises:
         NotImplementedError: the arguments are not supported and the result would be wrong.
     """
-    _refuse_others(query, key, attention_mask, kwargs)
+    _check_arguments(query, key, attention_mask, kwargs)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key = key.repeat_interleave(groups, dim=1)
@@ -85,8 +85,8 @@ def segment_attention(
     for start, end in itertools.pairwise(bounds):
         mask = None
         if sliding_window is not None and end - start > sliding_window:
-            places = torch.arange(end - start, device=query.device)
-            distance = places[:, None] - places[None]
+            positions = torch.arange(end - start, device=query.device)
+            distance = positions[:, None] - positions[None]
             mask = (distance >= 0) & (distance < sliding_window)
         parts.append(
             functional.scaled_dot_product_attention(
@@ -133,9 +133,9 @@ def varlen_attention(
     Raises:
         NotImplementedError: the arguments are not supported and the result would be wrong.
     """
-    _refuse_others(query, key, attention_mask, kwargs)
+    _check_arguments(query, key, attention_mask, kwargs)
     if dropout or query.shape[-1] > _KERNEL_WIDTH or query.shape[-1] != value.shape[-1]:
-        raise NotImplementedError("the kernel has no dropout, and heads of one width up to 256")
+        raise NotImplementedError(f"the kernel supports no dropout, and only heads of one width up to {_KERNEL_WIDTH}")
     kind = query.device.type
     # Layers that compute positions in float32 leave them in it; under autocast a product would round them.
     rounded = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
@@ -160,12 +160,12 @@ def varlen_attention(
     return attended[None].to(query.dtype), None
 
 
-def _refuse_others(
+def _check_arguments(
     query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None, kwargs: dict[str, Any]
 ) -> None:
-    odd = attention_mask is not None or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None
-    if odd or len(query) != 1 or query.shape[2] != key.shape[2]:
-        raise NotImplementedError("attention by segments takes no mask, soft cap, sink, batch or cache")
+    unsupported = attention_mask is not None or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None
+    if unsupported or len(query) != 1 or query.shape[2] != key.shape[2]:
+        raise NotImplementedError("attention within segments supports no mask, soft cap, sink, batch or cache")
 
 
 AttentionInterface.register(Attention.SEGMENTS, segment_attention)
@@ -173,7 +173,7 @@ AttentionInterface.register(Attention.VARLEN, varlen_attention)
 
 
 @contextmanager
-def attending(model: PreTrainedModel, attention: Attention) -> Iterator[None]:
+def use_attention(model: PreTrainedModel, attention: Attention) -> Iterator[None]:
     """Make the model use this attention within the block: generation with a cache needs the model's own."""
     before = model.config._attn_implementation  # noqa: SLF001 - there is a public setter and no public getter
     model.set_attn_implementation(attention)

@@ -44,7 +44,7 @@ def row_lengths(rows: Dataset) -> NDArray[np.int64]:
     return np.concatenate([pc.list_value_length(part["input_ids"]).to_numpy() for part in parts]).astype(np.int64)
 
 
-class Plan(Sampler[list[int]]):
+class StepPlan(Sampler[list[int]]):
     """The rows of each optimizer step of a run.
 
     Every pass over the rows takes each row once, in a different order; its last step may be smaller. The very first
@@ -87,19 +87,19 @@ class Plan(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         order = np.empty(0, dtype=np.int64)
         for step in range(self._steps):
-            epoch, place = divmod(step, self.steps_per_epoch)
-            if place == 0:
+            epoch, index = divmod(step, self.steps_per_epoch)
+            if index == 0:
                 order = self.order(epoch)
-            yield order[place * self._batch_size : (place + 1) * self._batch_size].tolist()
+            yield order[index * self._batch_size : (index + 1) * self._batch_size].tolist()
 
 
 def micro_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
     """Divide row indices into micro-batches of at most `size` rows of similar length, the longest first."""
-    places = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
-    return [places[start : start + size] for start in range(0, len(places), size)]
+    indices = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
-def share(parts: Sequence[list[int]], rank: int, ranks: int) -> list[list[int]]:
+def micro_batches_of_rank(parts: Sequence[list[int]], rank: int, ranks: int) -> list[list[int]]:
     """Return the micro-batches of one rank; if others have one more, an empty one is added.
 
     Every rank gets the same number, because the ranks' forward and backward passes communicate.
@@ -150,17 +150,17 @@ class Collator:
         """Return the rank's share of a step, under the key `step`: a Trainer accepts mappings only."""
         return {
             "step": Step(
-                micro_batches=self._own(rows),
+                micro_batches=self._micro_batches(rows),
                 counts=self.objective.counts(rows),
                 tokens=sum(len(row["input_ids"]) for row in rows),
-                mismatched=self._own(mismatched(rows)) if self.objective.mismatched else [],
+                mismatched=self._micro_batches(mismatched(rows)) if self.objective.mismatched else [],
             )
         }
 
-    def _own(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    def _micro_batches(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         parts = micro_batches([len(row["input_ids"]) for row in rows], self.size)
-        own = share(parts, self.rank, self.ranks)
-        return [self.join([rows[place] for place in part] if part else [silent(rows[0])]) for part in own]
+        own = micro_batches_of_rank(parts, self.rank, self.ranks)
+        return [self.join([rows[index] for index in part] if part else [row_without_targets(rows[0])]) for part in own]
 
     def join(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Return the tensors of one micro-batch."""
@@ -183,25 +183,25 @@ def mismatched(rows: Sequence[Row]) -> list[Row]:
     if len(rows) == 1:
         return []
     longest = max(len(row["input_ids"]) for row in rows)
-    begins = [int(np.argmax(np.asarray(row["labels"]) != IGNORED)) for row in rows]
+    starts = [int(np.argmax(np.asarray(row["labels"]) != IGNORED)) for row in rows]
     result: list[Row] = []
-    for place, row in enumerate(rows):
-        other, begin = rows[place - 1], begins[place - 1]
-        prompt, answer = row["input_ids"][: begins[place]], other["input_ids"][begin:]
-        labels = [*[IGNORED] * len(prompt), *other["labels"][begin:]]
+    for index, row in enumerate(rows):
+        other, start = rows[index - 1], starts[index - 1]
+        prompt, answer = row["input_ids"][: starts[index]], other["input_ids"][start:]
+        labels = [*[IGNORED] * len(prompt), *other["labels"][start:]]
         ids = [*prompt, *answer]
         result.append({"input_ids": ids[:longest], "labels": labels[:longest]})
     return result
 
 
-def silent(row: Row) -> Row:
+def row_without_targets(row: Row) -> Row:
     """Return a short row like another one but without targets, for a rank that has nothing to add."""
     ids = row["input_ids"][:1]
     sequences = len(row.get("seq_lengths", [0]))
-    silent = {"input_ids": [*ids, *ids] * sequences, "labels": [IGNORED] * 2 * sequences}
+    result = {"input_ids": [*ids, *ids] * sequences, "labels": [IGNORED] * 2 * sequences}
     if "seq_lengths" in row:
-        silent["seq_lengths"] = [2] * sequences
-    return silent | {DESIRABLE: row[DESIRABLE]} if DESIRABLE in row else silent
+        result["seq_lengths"] = [2] * sequences
+    return result | {DESIRABLE: row[DESIRABLE]} if DESIRABLE in row else result
 
 
 def _padded(rows: Sequence[Row], pad: int) -> dict[str, Any]:

@@ -49,12 +49,12 @@ class OtherJobError(Exception):
     """A complete checkpoint, but of another spec or other data."""
 
 
-class NotWrittenError(Exception):
+class CheckpointWriteError(Exception):
     """A checkpoint could not be written; nothing of it is left."""
 
 
 @dataclass(frozen=True)
-class Saved:
+class LocalCheckpoint:
     """A verified checkpoint on local disk."""
 
     step: int
@@ -81,7 +81,7 @@ def write(parent: Path, step: int, binding: str, fill: Callable[[Path], None]) -
         fill: writes the files into the folder that it is given.
 
     Raises:
-        NotWrittenError: the disk is full or read-only.
+        CheckpointWriteError: the disk is full or read-only.
     """
     unfinished = parent / f"{_UNFINISHED}{step}"
     final = parent / name_of(step)
@@ -106,7 +106,7 @@ def write(parent: Path, step: int, binding: str, fill: Callable[[Path], None]) -
         shutil.rmtree(unfinished, ignore_errors=True)
         if text is None:
             raise
-        raise NotWrittenError(text) from error
+        raise CheckpointWriteError(text) from error
     return final
 
 
@@ -120,12 +120,12 @@ def verify(folder: Path, step: int, binding: str) -> None:
     try:
         data = (folder / MANIFEST).read_bytes()
     except OSError:
-        raise DamagedCheckpointError(f"{MANIFEST} is missing, it was not written to its end") from None
+        raise DamagedCheckpointError(f"{MANIFEST} is missing, writing it did not finish") from None
     document = parse(data, step)
     files: dict[str, Any] = document["files"]
     present = {entry.name for entry in folder.iterdir()} - {MANIFEST}
     for name in sorted(present ^ set(files)):
-        raise DamagedCheckpointError(f"{name} is {'missing' if name in files else 'not of it'}")
+        raise DamagedCheckpointError(f"{name} is {'missing' if name in files else 'not listed in its manifest'}")
     for name, expected in files.items():
         size = (folder / name).stat().st_size
         if size != expected["sizeBytes"]:
@@ -144,18 +144,18 @@ def parse(data: bytes, step: int) -> dict[str, Any]:
     """
     try:
         document = json.loads(data)
-        said = document.pop("sha256")
-        whole = (
-            said == _digest(document)
+        digest = document.pop("sha256")
+        complete = (
+            digest == _digest(document)
             and document["schemaVersion"] == _SCHEMA_VERSION
             and all(_FILE_NAME.match(name) for name in document["files"])
         )
     except (ValueError, KeyError, TypeError, AttributeError):
-        whole = False
-    if not whole:
+        complete = False
+    if not complete:
         raise DamagedCheckpointError(f"the content of {MANIFEST} changed")
     if document["step"] != step:
-        raise DamagedCheckpointError(f"it says that it is of step {document['step']}")
+        raise DamagedCheckpointError(f"{MANIFEST} is that of step {document['step']}")
     parsed: dict[str, Any] = document
     return parsed
 
@@ -171,7 +171,7 @@ class Checkpoints:
         scratch: local folder for writing and downloading.
         binding: digest of everything that determines the run; a checkpoint with another one is refused.
         keep: number of the newest checkpoints to keep.
-        say: reports events to a person.
+        report: reports events to a person.
         retry: pauses between attempts to upload.
     """
 
@@ -182,7 +182,7 @@ class Checkpoints:
         *,
         binding: str,
         keep: int,
-        say: Callable[[str], None],
+        report: Callable[[str], None],
         retry: Retry = UPLOAD_RETRY,
     ) -> None:
         self.uri = folder.uri
@@ -190,12 +190,12 @@ class Checkpoints:
         self._scratch = scratch
         self._binding = binding
         self._keep = keep
-        self._say = say
+        self._report = report
         self._retry = retry
         self._last: int | None = None
         self._changed = threading.Condition()
-        self._waiting: Saved | None = None
-        self._busy = False
+        self._waiting: LocalCheckpoint | None = None
+        self._uploading = False
         self._closed = False
         self._thread: threading.Thread | None = None
 
@@ -207,9 +207,9 @@ class Checkpoints:
     @property
     def pending(self) -> bool:
         """True if a checkpoint still has to reach the store; read without a lock, for signal handlers."""
-        return self._waiting is not None or self._busy
+        return self._waiting is not None or self._uploading
 
-    def newest(self) -> Saved | None:
+    def newest(self) -> LocalCheckpoint | None:
         """Return the newest checkpoint that verifies, on local disk; those that do not are reported and removed.
 
         Raises:
@@ -222,34 +222,34 @@ class Checkpoints:
                 path = self._fetch(step)
                 verify(path, step, self._binding)
             except DamagedCheckpointError as error:
-                self._say(f"  the checkpoint of step {step} is damaged and not used: {error}")
+                self._report(f"  the checkpoint of step {step} is damaged and will not be used: {error}")
                 self._remove(step)
                 damaged += 1
             except OtherJobError:
                 raise InvalidSpecError(
                     f"{self.uri} holds checkpoints of another spec, base model or data set: choose another --output,"
-                    " or remove that folder to begin anew"
+                    " or remove that folder to start from the beginning"
                 ) from None
             else:
                 self._last = step
-                return Saved(step, path)
+                return LocalCheckpoint(step, path)
         if damaged:
-            self._say("  no checkpoint is usable: training begins at step 0")
+            self._report("  no checkpoint is usable: training starts at step 0")
         return None
 
-    def at(self, step: int) -> Saved:
+    def at(self, step: int) -> LocalCheckpoint:
         """Return the checkpoint that another process of the run found complete, on local disk.
 
         Raises:
-            StorageUnavailableError: it is incomplete here, or the store did not answer.
+            StorageUnavailableError: it is incomplete on this machine, or the store did not answer.
         """
         try:
             path = self._fetch(step)
             verify(path, step, self._binding)
         except (DamagedCheckpointError, OtherJobError) as error:
-            told = f"the checkpoint of step {step} in {self.uri} cannot be read: {error}"
-            raise StorageUnavailableError(told) from error
-        return Saved(step, path)
+            message = f"the checkpoint of step {step} in {self.uri} cannot be read: {error}"
+            raise StorageUnavailableError(message) from error
+        return LocalCheckpoint(step, path)
 
     def save(self, step: int, fill: Callable[[Path], None]) -> bool:
         """Write a checkpoint and, for a store, start its upload; if it cannot be written, report why and return False.
@@ -258,15 +258,15 @@ class Checkpoints:
         """
         try:
             path = write(self._local or self._scratch, step, self._binding, fill)
-        except NotWrittenError as error:
-            kept = f"that of step {self._last} stays" if self._last is not None else "there is none yet"
-            self._say(f"  the checkpoint of step {step} could not be written: {error}; {kept}, training goes on")
+        except CheckpointWriteError as error:
+            kept = f"that of step {self._last} is kept" if self._last is not None else "no earlier one exists"
+            self._report(f"  the checkpoint of step {step} could not be written: {error}; {kept}, training continues")
             return False
         if self._local is not None:
             self._last = step
             self._prune(self._local)
         else:
-            self._hand_over(Saved(step, path))
+            self._enqueue(LocalCheckpoint(step, path))
         return True
 
     def flush(self, seconds: float) -> bool:
@@ -280,11 +280,11 @@ class Checkpoints:
             self._waiting = None
             self._closed = True
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._busy, timeout=_LAST_UPLOAD_SECONDS)
+            self._changed.wait_for(lambda: not self._uploading, timeout=_LAST_UPLOAD_SECONDS)
         try:
             self._folder.remove()
         except TrainerError as error:
-            self._say(f"  the checkpoints in {self.uri} could not be removed ({error}): remove that folder")
+            self._report(f"  the checkpoints in {self.uri} could not be removed ({error}): remove that folder")
 
     @property
     def _local(self) -> Path | None:
@@ -299,7 +299,7 @@ class Checkpoints:
         target.mkdir(parents=True)
         present = remote.names()
         if MANIFEST not in present:
-            raise DamagedCheckpointError(f"{MANIFEST} is missing, it was not uploaded to its end")
+            raise DamagedCheckpointError(f"{MANIFEST} is missing, its upload did not finish")
         remote.download(MANIFEST, target / MANIFEST)
         for file in parse((target / MANIFEST).read_bytes(), step)["files"]:
             if file not in present:
@@ -317,7 +317,7 @@ class Checkpoints:
         for step in steps_of([entry.name for entry in folder.iterdir()])[self._keep :]:
             shutil.rmtree(folder / name_of(step), ignore_errors=True)
 
-    def _hand_over(self, saved: Saved) -> None:
+    def _enqueue(self, saved: LocalCheckpoint) -> None:
         with self._changed:
             if self._waiting is not None:
                 shutil.rmtree(self._waiting.path, ignore_errors=True)
@@ -331,54 +331,54 @@ class Checkpoints:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting is not None)
-                saved, self._busy, self._waiting = self._waiting, True, None
+                saved, self._uploading, self._waiting = self._waiting, True, None
             try:
                 if saved is not None:
-                    self._upload_patiently(saved)
+                    self._upload_with_retries(saved)
             except Exception:
                 log.exception("the checkpoint could not be uploaded")
-                self._say("  a checkpoint could not be uploaded; the log has the traceback, training goes on")
+                self._report("  a checkpoint could not be uploaded; the log has the traceback, training continues")
             finally:
                 with self._changed:
-                    self._busy = False
+                    self._uploading = False
                     self._changed.notify_all()
 
-    def _upload_patiently(self, saved: Saved) -> None:
+    def _upload_with_retries(self, saved: LocalCheckpoint) -> None:
         """Upload until it succeeds, a newer checkpoint is waiting, or none is needed any more."""
-        told = False
+        reported = False
         for pause in self._retry.pauses():
             try:
                 self._upload(saved)
             except TrainerError as error:
-                if not told:
-                    self._say(
-                        f"  the checkpoint of step {saved.step} cannot be uploaded: {error}; training goes on, so do"
-                        " the attempts"
+                if not reported:
+                    self._report(
+                        f"  the checkpoint of step {saved.step} cannot be uploaded: {error}; training continues, and"
+                        " the upload will be retried"
                     )
-                    told = True
+                    reported = True
                 with self._changed:
                     if self._changed.wait_for(lambda: self._waiting is not None or self._closed, timeout=pause):
                         break
             else:
                 self._last = saved.step
-                if told:
-                    self._say(f"  the checkpoint of step {saved.step} is in the store now")
+                if reported:
+                    self._report(f"  the checkpoint of step {saved.step} is now in the store")
                 break
         shutil.rmtree(saved.path, ignore_errors=True)
 
-    def _upload(self, saved: Saved) -> None:
-        impatient = Retry(attempts=1)
+    def _upload(self, saved: LocalCheckpoint) -> None:
+        single_attempt = Retry(attempts=1)
 
         def remote_at(step: int) -> Folder:
-            return self._folder.child(name_of(step), retry=impatient)
+            return self._folder.child(name_of(step), retry=single_attempt)
 
         remote = remote_at(saved.step)
         for file in sorted(saved.path.iterdir(), key=lambda file: (file.name == MANIFEST, file.name)):
             remote.upload(file.name, file)
         # Remains of an upload that was given up or killed do not count towards the checkpoints to keep.
-        stored = {step: remote_at(step) for step in steps_of(self._folder.child(retry=impatient).folders())}
-        whole = [step for step, folder in stored.items() if folder.exists(MANIFEST)]
-        for step in stored.keys() - set(whole[: self._keep]):
+        stored = {step: remote_at(step) for step in steps_of(self._folder.child(retry=single_attempt).folders())}
+        complete = [step for step, folder in stored.items() if folder.exists(MANIFEST)]
+        for step in stored.keys() - set(complete[: self._keep]):
             stored[step].remove()
 
 
@@ -406,8 +406,8 @@ def _sync(path: Path) -> None:
 
 def _remove_unfinished(parent: Path) -> None:
     if parent.is_dir():
-        for left in parent.glob(f"{_UNFINISHED}*"):
-            shutil.rmtree(left, ignore_errors=True)
+        for remnant in parent.glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(remnant, ignore_errors=True)
 
 
 def _full_disk(error: Exception, parent: Path) -> str | None:

@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 T = TypeVar("T")
-_LACKING = re.compile(r"(\S+) does not have a deterministic implementation")
+_NOT_DETERMINISTIC = re.compile(r"(\S+) does not have a deterministic implementation")
 
 
-def repeatable(device: torch.device, run: Callable[[], T], say: Callable[[str], None]) -> T:
+def run_deterministically(device: torch.device, run: Callable[[], T], report: Callable[[str], None]) -> T:
     """Return the result of `run`, computed with PyTorch's deterministic algorithms on a GPU.
 
     If the model needs an operation that has none, this is reported and the run starts again without the requirement: a
@@ -24,7 +24,7 @@ def repeatable(device: torch.device, run: Callable[[], T], say: Callable[[str], 
     Args:
         device: device of the computation.
         run: computation; may be called twice.
-        say: reports to a person.
+        report: reports to a person.
     """
     if device.type != "cuda":
         return run()
@@ -35,10 +35,10 @@ def repeatable(device: torch.device, run: Callable[[], T], say: Callable[[str], 
     try:
         return run()
     except RuntimeError as error:
-        lacking = _LACKING.match(str(error))
-        if lacking is None:
+        match = _NOT_DETERMINISTIC.match(str(error))
+        if match is None:
             raise
     # Outside of the handler, which would keep the first run's tensors alive.
-    say(f"  {lacking[1]} has no deterministic implementation: this run cannot be repeated bit for bit")
+    report(f"  {match[1]} has no deterministic implementation: this run cannot be repeated bit for bit")
     torch.use_deterministic_algorithms(mode=True, warn_only=True)
     return run()

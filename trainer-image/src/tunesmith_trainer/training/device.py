@@ -15,19 +15,19 @@ def choose_device(gpus: int, number: int = 0) -> torch.device:
         number: index of the device.
 
     Raises:
-        InvalidSpecError: the manifest requests more GPUs than there are.
+        InvalidSpecError: the manifest requests more GPUs than are visible.
     """
     if gpus == 0:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise InvalidSpecError(
-            f"resources.gpus is {gpus} and no GPU is visible here: set it to 0 to train on the CPU, or check the "
-            "node's driver"
+            f"resources.gpus is {gpus} and this machine has no visible GPU: set it to 0 to train on the CPU, or check "
+            "the driver"
         )
     if torch.cuda.device_count() < gpus:
         raise InvalidSpecError(
-            f"resources.gpus is {gpus} and {torch.cuda.device_count()} can be seen here: lower it, or use a machine "
-            "with more"
+            f"resources.gpus is {gpus} and this machine has {torch.cuda.device_count()} visible GPUs: lower it, or use "
+            "a machine with more"
         )
     device = torch.device("cuda", number)
     torch.cuda.set_device(device)

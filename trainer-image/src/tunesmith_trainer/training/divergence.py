@@ -14,7 +14,7 @@ _FACTOR = 2.0
 _MARGIN = 2.0
 
 
-def far_off(losses: Sequence[float], steps: int = 1) -> bool:
+def far_above_start(losses: Sequence[float], steps: int = 1) -> bool:
     """Return True if each of the last `steps` losses is both twice the initial loss and 2 above it.
 
     Twice the initial loss and 2 nats more is far above the effect of warm-up or of rows ordered by difficulty: a model
@@ -32,4 +32,4 @@ def far_off(losses: Sequence[float], steps: int = 1) -> bool:
 
 def diverged(losses: Sequence[float]) -> bool:
     """Return True if the last 20 losses are far off: one odd batch does not count, nor does a loss that recovers."""
-    return far_off(losses, SUSTAINED_STEPS)
+    return far_above_start(losses, SUSTAINED_STEPS)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from tunesmith_trainer.base_model.precision import training_precision
-from tunesmith_trainer.training.batches import mismatched, on_device, row_lengths, silent
+from tunesmith_trainer.training.batches import mismatched, on_device, row_lengths, row_without_targets
 from tunesmith_trainer.training.objectives import Forward
 
 if TYPE_CHECKING:
@@ -44,41 +44,38 @@ def held_out_loss(
     found: list[tuple[list[float], tuple[int, ...]]] = []
 
     def tensors(batch: Sequence[Row]) -> dict[str, Any]:
-        return on_device(collate.join(batch), model.device)
+        filled = batch or [row_without_targets(rows.with_format("numpy")[0])]
+        return on_device(collate.join(filled), model.device)
 
     try:
         with torch.no_grad(), training_precision(model):
             if objective.mismatched:
-                others = _own(_batches(rows, batch_size, others=True), ranks)
-                objective.estimate(forward, (tensors(batch or _idle(rows)) for batch in others), ranks)
-            for batch in _own(_batches(rows, batch_size), ranks):
-                terms = objective.terms(forward, tensors(batch or _idle(rows)))
+                batches = _batches_of_rank(_batches(rows, batch_size, with_other_answers=True), ranks)
+                objective.estimate(forward, map(tensors, batches), ranks)
+            for batch in _batches_of_rank(_batches(rows, batch_size), ranks):
+                terms = objective.terms(forward, tensors(batch))
                 found.append(([float(summed) for summed in terms.sums], objective.counts(batch)))
     finally:
         model.train(was_training)
     width = len(objective.counts([]))
-    sums = ranks.sum(*(sum(one[0][place] for one in found) for place in range(width)))
-    counts = ranks.sum(*(sum(one[1][place] for one in found) for place in range(width)))
+    sums = ranks.sum(*(sum(batch_sums[index] for batch_sums, _ in found) for index in range(width)))
+    counts = ranks.sum(*(sum(batch_counts[index] for _, batch_counts in found) for index in range(width)))
     return sum(total / count if count else math.nan for total, count in zip(sums, counts, strict=True))
 
 
-def _own(batches: Iterator[list[Row]], ranks: Ranks) -> Iterator[list[Row]]:
-    """Yield the batches of one rank, with an empty one if others have one more: forward passes may communicate."""
+def _batches_of_rank(batches: Iterator[list[Row]], ranks: Ranks) -> Iterator[list[Row]]:
+    """Yield the batches of one rank, with an empty one if other ranks have one more: forward passes may communicate."""
     while together := list(islice(batches, ranks.size)):
         yield together[ranks.rank] if ranks.rank < len(together) else []
 
 
-def _idle(rows: Dataset) -> list[Row]:
-    return [silent(rows.with_format("numpy")[0])]
-
-
-def _batches(rows: Dataset, size: int, *, others: bool = False) -> Iterator[list[Row]]:
-    """Yield batches of rows of similar length: little padding, same sum; `others`: with another row's answer each."""
+def _batches(rows: Dataset, size: int, *, with_other_answers: bool = False) -> Iterator[list[Row]]:
+    """Yield batches of rows of similar length, for little padding, or of their prompts with other rows' answers."""
     order = np.argsort(-row_lengths(rows), kind="stable").tolist()
     fast = rows.with_format("numpy")
     for start in range(0, len(order), size):
-        batch = [fast[place] for place in order[start : start + size]]
-        if others and len(order) > 1:
+        batch = [fast[index] for index in order[start : start + size]]
+        if with_other_answers and len(order) > 1:
             yield mismatched([fast[order[start - 1]], *batch])[1:]
-        elif not others:
+        elif not with_other_answers:
             yield batch

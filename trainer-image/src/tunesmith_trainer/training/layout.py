@@ -14,7 +14,7 @@ from torch.nn import functional
 from tunesmith_trainer.base_model.precision import training_precision
 from tunesmith_trainer.data import IGNORED
 from tunesmith_trainer.errors import SelfCheckError
-from tunesmith_trainer.training.attention import Attention, attending, has_varlen_kernel
+from tunesmith_trainer.training.attention import Attention, has_varlen_kernel, use_attention
 from tunesmith_trainer.training.batches import Collator, Layout, on_device
 from tunesmith_trainer.training.loss import add_target_loss
 
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _TOLERANCE = {torch.float32: 1e-4}
-_TOLERANCE_ROUNDED = 2e-2
+_ROUNDED_TOLERANCE = 2e-2
 """Relative tolerance for types with fewer digits."""
 _ROW_TOKENS = 12
-_REFUSALS = (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError)
+_UNSUPPORTED_ERRORS = (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError)
 """Errors raised by implementations that a model does not support."""
 
 
 @dataclass(frozen=True)
-class Way:
+class LossImplementation:
     """A loss implementation.
 
     Attributes:
@@ -52,29 +52,29 @@ class Way:
         attention = "" if self.attention is None else f", {self.attention}"
         return f"rows {self.layout}{attention}, logits {'whole' if self.whole_logits else 'chunked'}"
 
-    def attending(self, base: PreTrainedModel) -> AbstractContextManager[None]:
+    def use_attention(self, base: PreTrainedModel) -> AbstractContextManager[None]:
         """Make the model use this attention within the block."""
-        return nullcontext() if self.attention is None else attending(base, self.attention)
+        return nullcontext() if self.attention is None else use_attention(base, self.attention)
 
 
-def products_of(base: PreTrainedModel) -> torch.dtype:
+def product_type(base: PreTrainedModel) -> torch.dtype:
     """Return the type of a base's matrix products."""
     return base.config.dtype or torch.float32
 
 
 def tolerance(base: PreTrainedModel) -> float:
     """Return the relative tolerance for equal results of two implementations, in the type of a base's products."""
-    return _TOLERANCE.get(products_of(base), _TOLERANCE_ROUNDED)
+    return _TOLERANCE.get(product_type(base), _ROUNDED_TOLERANCE)
 
 
-def ways(device: torch.device, dtype: torch.dtype) -> list[Way]:
+def loss_implementations(device: torch.device, dtype: torch.dtype) -> list[LossImplementation]:
     """Return the implementations to try on a device with products of a type, the fastest first."""
     flat = [Attention.VARLEN, Attention.SEGMENTS] if has_varlen_kernel(device, dtype) else [Attention.SEGMENTS]
-    padded = [Way(Layout.PADDED, whole_logits=whole) for whole in (False, True)]
-    return [*(Way(Layout.FLAT, attention) for attention in flat), *padded]
+    padded = [LossImplementation(Layout.PADDED, whole_logits=whole) for whole in (False, True)]
+    return [*(LossImplementation(Layout.FLAT, attention) for attention in flat), *padded]
 
 
-def choose_way(model: PeftModel, base: PreTrainedModel) -> Way:
+def choose_loss_implementation(model: PeftModel, base: PreTrainedModel) -> LossImplementation:
     """Return the fastest implementation whose loss for a row equals that of the model's own pass over it alone.
 
     Architectures whose layers mix neighbouring rows, and methods that put tokens before a row, are detected by trying.
@@ -87,49 +87,51 @@ def choose_way(model: PeftModel, base: PreTrainedModel) -> Way:
         SelfCheckError: no implementation returns the row's loss.
     """
     tokens = torch.arange(3, 3 + 2 * _ROW_TOKENS) * 7 % base.config.get_text_config().vocab_size
-    before = {"input_ids": tokens[: 2 * _ROW_TOKENS - 5].tolist(), "labels": [IGNORED] * (2 * _ROW_TOKENS - 5)}
+    other = {"input_ids": tokens[: 2 * _ROW_TOKENS - 5].tolist(), "labels": [IGNORED] * (2 * _ROW_TOKENS - 5)}
     ids = tokens[:_ROW_TOKENS].tolist()
     row = {"input_ids": ids, "labels": [IGNORED, *ids[1:]]}
-    near = tolerance(base)
-    candidates = ways(model.device, products_of(base))
+    tolerated = tolerance(base)
+    candidates = loss_implementations(model.device, product_type(base))
     reasons = []
-    with _evaluating(model):
-        expected = _alone(model, ids)
+    with _evaluation_mode(model):
+        expected = _loss_alone(model, ids)
         if not math.isfinite(expected):
             return candidates[0]  # nothing to compare with; the held-out loss will show errors
-        for way in candidates:
-            add_target_loss(base, whole_logits=way.whole_logits)
-            batch = on_device(Collator(size=2, pad=0, layout=way.layout).join([before, row]), model.device)
+        for implementation in candidates:
+            add_target_loss(base, whole_logits=implementation.whole_logits)
+            batch = on_device(Collator(size=2, pad=0, layout=implementation.layout).join([other, row]), model.device)
             try:
-                with way.attending(base):
+                with implementation.use_attention(base):
                     loss = float(model(**batch, target_loss=True).summed)
-            except _REFUSALS as error:
-                reasons.append(f"{way}: {error}")
+            except _UNSUPPORTED_ERRORS as error:
+                reasons.append(f"{implementation}: {error}")
                 continue
-            if abs(loss - expected) > near * abs(expected):
-                reasons.append(f"{way}: {loss:.6f} instead of {expected:.6f}")
+            if abs(loss - expected) > tolerated * abs(expected):
+                reasons.append(f"{implementation}: {loss:.6f} instead of {expected:.6f}")
                 continue
-            refused = _training_refused(model, base, way, batch)
-            if refused is None:
-                log.info("%s; %s", way, reasons)
-                return way
-            reasons.append(f"{way}: {refused}")
+            error_in_training = _training_error(model, base, implementation, batch)
+            if error_in_training is None:
+                log.info("%s; %s", implementation, reasons)
+                return implementation
+            reasons.append(f"{implementation}: {error_in_training}")
     raise SelfCheckError(
-        f"the loss of a row depends on the rows beside it in a {type(base).__name__} ({'; '.join(reasons)}): this base "
-        "model cannot be trained in batches"
+        f"the loss of a row depends on the other rows of its micro-batch in a {type(base).__name__} "
+        f"({'; '.join(reasons)}): this base model cannot be trained in batches; use another one"
     )
 
 
-def _training_refused(model: PeftModel, base: PreTrainedModel, way: Way, batch: dict[str, Any]) -> Exception | None:
+def _training_error(
+    model: PeftModel, base: PreTrainedModel, implementation: LossImplementation, batch: dict[str, Any]
+) -> Exception | None:
     """Return why an implementation that evaluates correctly cannot train: its kernel may lack dropout or backward."""
-    if way.attention is not Attention.VARLEN:
+    if implementation.attention is not Attention.VARLEN:
         return None
     devices = [model.device] if model.device.type == "cuda" else []
     model.train()
     try:
-        with torch.random.fork_rng(devices), torch.enable_grad(), way.attending(base):
+        with torch.random.fork_rng(devices), torch.enable_grad(), implementation.use_attention(base):
             model(**batch, target_loss=True).summed.backward()
-    except _REFUSALS as error:
+    except _UNSUPPORTED_ERRORS as error:
         return error
     finally:
         model.zero_grad()
@@ -137,7 +139,7 @@ def _training_refused(model: PeftModel, base: PreTrainedModel, way: Way, batch: 
     return None
 
 
-def _alone(model: PeftModel, ids: list[int]) -> float:
+def _loss_alone(model: PeftModel, ids: list[int]) -> float:
     logits = model(input_ids=torch.tensor([ids], device=model.device)).logits
     # A method that puts its own tokens before the row has more logits.
     scores = logits[0, -len(ids) : -1].float()
@@ -145,7 +147,7 @@ def _alone(model: PeftModel, ids: list[int]) -> float:
 
 
 @contextmanager
-def _evaluating(model: PeftModel) -> Iterator[None]:
+def _evaluation_mode(model: PeftModel) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:

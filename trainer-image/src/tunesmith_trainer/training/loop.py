@@ -30,20 +30,20 @@ from tunesmith_trainer.methods import hooks
 from tunesmith_trainer.methods.wrap import wrap
 from tunesmith_trainer.reporting.curve import CurvePoint
 from tunesmith_trainer.training.arguments import arguments
-from tunesmith_trainer.training.batches import Collator, Plan, row_lengths
+from tunesmith_trainer.training.batches import Collator, StepPlan, row_lengths
 from tunesmith_trainer.training.compilation import compile_layers
-from tunesmith_trainer.training.determinism import repeatable
+from tunesmith_trainer.training.determinism import run_deterministically
 from tunesmith_trainer.training.device import choose_device
 from tunesmith_trainer.training.held_out import held_out_loss
-from tunesmith_trainer.training.layout import choose_way
+from tunesmith_trainer.training.layout import choose_loss_implementation
 from tunesmith_trainer.training.lora import fuse
 from tunesmith_trainer.training.loss import add_target_loss
 from tunesmith_trainer.training.neftune import EmbeddingNoise
 from tunesmith_trainer.training.objectives import step_objective
+from tunesmith_trainer.training.progress_callback import ProgressCallback
 from tunesmith_trainer.training.saving import Saver
 from tunesmith_trainer.training.scoring import Scoring
 from tunesmith_trainer.training.trainer import StepTrainer
-from tunesmith_trainer.training.watch import Watch
 from tunesmith_trainer.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -60,12 +60,12 @@ if TYPE_CHECKING:
     from tunesmith_trainer.process.progress import Progress
     from tunesmith_trainer.process.ranks import Ranks
     from tunesmith_trainer.reporting.reporter import Reporter
-    from tunesmith_trainer.training.checkpoint import Checkpoints, Saved
-    from tunesmith_trainer.training.layout import Way
+    from tunesmith_trainer.training.checkpoint import Checkpoints, LocalCheckpoint
+    from tunesmith_trainer.training.layout import LossImplementation
 
 log = logging.getLogger(__name__)
 
-_LONGEST_MESSAGE = 1024
+_MAX_MESSAGE_LENGTH = 1024
 """Maximum number of characters of a message in the status."""
 
 
@@ -108,20 +108,20 @@ class Run:
     @property
     def batch_size(self) -> int:
         """Rows per optimizer step."""
-        return _decided(self.prepared.resolved.batch_size)
+        return _resolved(self.prepared.resolved.batch_size)
 
     @property
     def micro_batch_size(self) -> int:
         """Rows per forward pass."""
-        return _decided(self.prepared.resolved.micro_batch_size)
+        return _resolved(self.prepared.resolved.micro_batch_size)
 
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return _decided(self.prepared.resolved.total_steps)
+        return _resolved(self.prepared.resolved.total_steps)
 
 
-def _decided(value: int | None) -> int:
+def _resolved(value: int | None) -> int:
     assert value is not None  # noqa: S101 - prepare() fills everything
     return value
 
@@ -152,7 +152,7 @@ def train(run: Run) -> Trained | None:
     """
     device = run.device
     try:
-        return repeatable(device, lambda: _train(run), run.progress.say)
+        return run_deterministically(device, lambda: _train(run), run.progress.say)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise _out_of_memory(run.job, run.prepared, device) from error
     except RuntimeError as error:
@@ -164,39 +164,39 @@ def train(run: Run) -> Trained | None:
 def _train(run: Run) -> Trained | None:
     run.progress.update(stage=Stage.LOADING)
     set_seed(run.job.spec.hyperparameters.seed)
-    base, peft_model = _loaded(run)
-    way, compiled = _computed(run, base, peft_model)
-    session = _session(run, base, peft_model, way, compiled=compiled)
-    with way.attending(base), session.watchdog:
-        losses = _scored(run, session)
+    base, peft_model = _load(run)
+    implementation, compiled = _configure_computation(run, base, peft_model)
+    session = _build_session(run, base, peft_model, implementation, compiled=compiled)
+    with implementation.use_attention(base), session.watchdog:
+        losses = _train_and_score(run, session)
     # If weights are sharded, each rank takes part in every forward pass of the first rank.
     if not run.ranks.first and not run.sharded:
         return None
     return _result(run, base, session, losses)
 
 
-def _loaded(run: Run) -> tuple[PreTrainedModel, PeftModel]:
+def _load(run: Run) -> tuple[PreTrainedModel, PeftModel]:
     """Load the base and wrap it with the adapter; each rank has all of the base, or a shard if it is sharded."""
     prepared, device = run.prepared, run.device
     method, resolved = run.job.spec.method, prepared.resolved
     dtype, full = dtype_of(resolved.precision), method.full is not None
     if run.sharded:
-        base = model.load_to_share_out(prepared.base, method.quantization, dtype, as_stored=full)
+        base = model.load_for_sharding(prepared.base, method.quantization, dtype, as_stored=full)
     else:
         base = model.load_model(prepared.base, device, method.quantization, dtype, as_stored=full)
     add_target_loss(base)
 
-    def share_out() -> None:
+    def shard() -> None:
         kept = sharding.shard(base, device, run.ranks, full=full)
         run.progress.say(
             f"  FSDP2: each of {run.ranks.size} processes keeps {kept / 2**20:,.1f} MiB of the base's weights"
         )
 
     steps = resolved.total_steps or 0
-    return base, wrap(base, prepared.planned, prepared.train, method, steps, share_out if run.sharded else None)
+    return base, wrap(base, prepared.planned, prepared.train, method, steps, shard if run.sharded else None)
 
 
-def _computed(run: Run, base: PreTrainedModel, peft_model: PeftModel) -> tuple[Way, bool]:
+def _configure_computation(run: Run, base: PreTrainedModel, peft_model: PeftModel) -> tuple[LossImplementation, bool]:
     """Choose how the model is computed: fused LoRA, attention, recomputed activations, compiled layers.
 
     Returns:
@@ -204,25 +204,25 @@ def _computed(run: Run, base: PreTrainedModel, peft_model: PeftModel) -> tuple[W
     """
     resolved = run.prepared.resolved
     fuse(peft_model)
-    way = choose_way(peft_model, base)
+    implementation = choose_loss_implementation(peft_model, base)
     if resolved.gradient_checkpointing:
         _checkpoint_activations(base)
     compiled = bool(resolved.torch_compile) and compile_layers(
         peft_model,
         base,
-        way,
+        implementation,
         run.work / "compiled",
         run.progress.say,
         run.ranks,
-        asked=bool(run.job.spec.hyperparameters.torch_compile),
+        required=bool(run.job.spec.hyperparameters.torch_compile),
     )
-    return way, compiled
+    return implementation, compiled
 
 
 def _checkpoint_activations(base: PreTrainedModel) -> None:
     if not base.supports_gradient_checkpointing:
         raise InvalidSpecError(
-            f"a {type(base).__name__} cannot compute its activations again: set hyperparameters.gradientCheckpointing "
+            f"a {type(base).__name__} cannot recompute its activations: set hyperparameters.gradientCheckpointing "
             "to false"
         )
     base.activation_checkpointing_enable({"use_reentrant": False})
@@ -235,13 +235,15 @@ class _Session:
     model: PeftModel
     trainer: StepTrainer
     collate: Collator
-    watch: Watch
+    progress_callback: ProgressCallback
     saver: Saver
     watchdog: Watchdog
     curve: list[CurvePoint]
 
 
-def _session(run: Run, base: PreTrainedModel, peft_model: PeftModel, way: Way, *, compiled: bool) -> _Session:
+def _build_session(
+    run: Run, base: PreTrainedModel, peft_model: PeftModel, implementation: LossImplementation, *, compiled: bool
+) -> _Session:
     """Build the trainer with its callbacks, which are called in the order in which they are attached."""
     spec, prepared, ranks = run.job.spec, run.prepared, run.ranks
     args = arguments(run.job, prepared, run.work, run.device)
@@ -249,23 +251,23 @@ def _session(run: Run, base: PreTrainedModel, peft_model: PeftModel, way: Way, *
     collate = Collator(
         size=run.micro_batch_size,
         pad=prepared.pad,
-        layout=way.layout,
+        layout=implementation.layout,
         objective=objective,
         rank=ranks.rank,
         ranks=ranks.size,
     )
     curve: list[CurvePoint] = []
-    watch = Watch(run.progress, run.reporter, curve, run.device)
+    progress_callback = ProgressCallback(run.progress, run.reporter, curve, run.device)
     alpha = spec.hyperparameters.neftune_noise_alpha
     trainer = StepTrainer(
         model=peft_model,
         args=args,
         rows=prepared.train,
-        plan=Plan(row_lengths(prepared.train), run.batch_size, spec.hyperparameters.seed, run.steps),
+        plan=StepPlan(row_lengths(prepared.train), run.batch_size, spec.hyperparameters.seed, run.steps),
         collate=collate,
         objective=objective,
         ranks=ranks,
-        callbacks=[watch],
+        callbacks=[progress_callback],
         compiled=compiled,
         noise=None if alpha is None else EmbeddingNoise(base.get_input_embeddings(), alpha),
     )
@@ -274,7 +276,7 @@ def _session(run: Run, base: PreTrainedModel, peft_model: PeftModel, way: Way, *
     saver = Saver(run.checkpoints, spec.checkpoint, run.interruption, curve, ranks, watchdog.paused)
     saver.attach(trainer)
     trainer.add_callback(watchdog)
-    session = _Session(peft_model, trainer, collate, watch, saver, watchdog, curve)
+    session = _Session(peft_model, trainer, collate, progress_callback, saver, watchdog, curve)
     every = prepared.resolved.evaluation_every_steps
     if every is not None:
 
@@ -282,7 +284,7 @@ def _session(run: Run, base: PreTrainedModel, peft_model: PeftModel, way: Way, *
             with watchdog.paused():
                 return _held_out_loss(run, session, adapter=True)
 
-        trainer.add_callback(Scoring(every, score, watch))
+        trainer.add_callback(Scoring(every, score, progress_callback))
     return session
 
 
@@ -291,7 +293,7 @@ def _held_out_loss(run: Run, session: _Session, *, adapter: bool) -> float:
     return held_out_loss(session.model, rows, session.collate, size, adapter=adapter, ranks=run.ranks)
 
 
-def _scored(run: Run, session: _Session) -> EvaluationStatus:
+def _train_and_score(run: Run, session: _Session) -> EvaluationStatus:
     """Train, and return the held-out losses before and after.
 
     Raises:
@@ -316,7 +318,7 @@ def _scored(run: Run, session: _Session) -> EvaluationStatus:
         raise LossDivergedError(
             f"the held-out loss is {after} after step {run.steps}: lower hyperparameters.learningRate"
         )
-    session.watch.scored(after)
+    session.progress_callback.record_score(after)
     return EvaluationStatus(base_loss=before, loss=after, loss_reduction_percent=100 * (before - after) / before)
 
 
@@ -328,7 +330,7 @@ def _take_steps(run: Run, session: _Session) -> None:
         LossDivergedError: the loss or its gradient is not finite.
     """
     trainer, saver = session.trainer, session.saver
-    saved = _newest(run.checkpoints, run.ranks)
+    saved = _newest_checkpoint(run.checkpoints, run.ranks)
     if saved is not None:
         saver.restore(saved)
         run.reporter.replay(session.curve)
@@ -339,14 +341,14 @@ def _take_steps(run: Run, session: _Session) -> None:
         if saved is None or saved.step < trainer.args.max_steps:
             trainer.train(resume_from_checkpoint=None if saved is None else str(saved.path))
     except LossDivergedError as error:
-        raise LossDivergedError(f"{error}; {saver.last_good()}") from error
+        raise LossDivergedError(f"{error}; {saver.describe_last_checkpoint()}") from error
     finally:
         run.interruption.armed = False
     if saver.interrupted_at is not None:
         raise InterruptedRunError(saver.interrupted_at, trainer.args.max_steps)
 
 
-def _newest(checkpoints: Checkpoints, ranks: Ranks) -> Saved | None:
+def _newest_checkpoint(checkpoints: Checkpoints, ranks: Ranks) -> LocalCheckpoint | None:
     """Return the newest checkpoint that the first rank can use; the others use the same one."""
     saved = checkpoints.newest() if ranks.first else None
     step = ranks.of_first(-1 if saved is None else saved.step)
@@ -355,7 +357,7 @@ def _newest(checkpoints: Checkpoints, ranks: Ranks) -> Saved | None:
 
 def _result(run: Run, base: PreTrainedModel, session: _Session, losses: EvaluationStatus) -> Trained | None:
     """Score the suites and record the logits; return None on the other ranks, which only take part in it."""
-    measured, failures = _measured(run, session.model)
+    measured, failures = _score_suites(run, session.model)
     prompts = prompt_tokens(model.load_tokenizer_of(run.prepared.base, run.job.spec))
     logits = last_logits(session.model, prompts)
     if run.sharded:
@@ -366,29 +368,31 @@ def _result(run: Run, base: PreTrainedModel, session: _Session, losses: Evaluati
     return Trained(session.model, evaluation, prompts, logits, session.curve)
 
 
-def _measured(run: Run, peft_model: PeftModel) -> tuple[dict[str, dict[str, tuple[float, float]]], list[SuiteFailure]]:
+def _score_suites(
+    run: Run, peft_model: PeftModel
+) -> tuple[dict[str, dict[str, tuple[float, float]]], list[SuiteFailure]]:
     """Return the scores of base and adapter by suite and metric, and the suites that lack some or all of them.
 
-    Tasks, and the code of those supplied with a job, may fail on a model's output: that must not lose the adapter.
+    Tasks, and the code of those supplied with a job, may fail on a model's output, which must not lose the adapter.
     """
-    suites, say = run.job.spec.suites, run.progress.say
-    found: dict[str, dict[str, tuple[float, float]]] = {}
+    suites, report = run.job.spec.suites, run.progress.say
+    scores_by_suite: dict[str, dict[str, tuple[float, float]]] = {}
     failures = []
     for suite in suites:
         if suite.held_out_loss is not None:
             continue
         scores = _suite_scores(run, suite, peft_model)
         if isinstance(scores, SuiteFailure):
-            say(f"  not scored: {scores.message}")
+            report(f"  not scored: {scores.message}")
             failures.append(scores)
             continue
         base, adapter = scores
-        taken = sum(map(len, found.values())) + sum(other.held_out_loss is not None for other in suites)
-        found[suite.name], lost = gates.compared(suite.name, base, adapter, taken=taken)
-        if lost is not None:
-            say(f"  {lost.message}")
-            failures.append(lost)
-    return found, failures
+        taken = sum(map(len, scores_by_suite.values())) + sum(other.held_out_loss is not None for other in suites)
+        scores_by_suite[suite.name], omitted = gates.compared(suite.name, base, adapter, taken=taken)
+        if omitted is not None:
+            report(f"  {omitted.message}")
+            failures.append(omitted)
+    return scores_by_suite, failures
 
 
 def _suite_scores(
@@ -402,11 +406,11 @@ def _suite_scores(
         try:
             scores.append(_scores(suite, run.job, run.prepared, peft_model, adapter=adapted))
         except TrainerError as error:
-            failure = SuiteFailure(suite=suite.name, reason=error.reason, message=str(error)[:_LONGEST_MESSAGE])
+            failure = SuiteFailure(suite=suite.name, reason=error.reason, message=str(error)[:_MAX_MESSAGE_LENGTH])
         # Ranks score together only where weights are sharded.
         if run.sharded and run.ranks.any(failure is not None)[0] and failure is None:
-            told = f"evaluation suite {suite.name} failed at another rank, whose pod says why"
-            failure = SuiteFailure(suite=suite.name, reason=FailureReason.INVALID_SPEC, message=told)
+            message = f"evaluation suite {suite.name} failed on another rank: see the log of its pod"
+            failure = SuiteFailure(suite=suite.name, reason=FailureReason.INVALID_SPEC, message=message)
         if failure is not None:
             return failure
     base, adapter = scores
@@ -418,22 +422,22 @@ def _scores(
 ) -> dict[str, float]:
     tokenizer = model.load_tokenizer(prepared.base, job.spec.base_model.uri)
     batch_size = prepared.resolved.micro_batch_size or 1
-    asked = suite.generation
-    if asked is None:
+    settings = suite.generation
+    if settings is None:
         own = prepared.task_folders.get(suite.name)
         return harness.scores(suite, peft_model, tokenizer, batch_size, adapter=adapter, own=own)
     examples = prepared.examples[suite.name]
-    given = generation.answers(
+    answers = generation.answers(
         peft_model,
         tokenizer,
         examples,
         adapter=adapter,
-        max_new_tokens=asked.max_new_tokens,
+        max_new_tokens=settings.max_new_tokens,
         ends=prepared.ends,
         pad=prepared.pad,
         batch_size=batch_size,
     )
-    return {asked.metric.value: generation.score(asked.metric, given, [example.answer for example in examples])}
+    return {settings.metric.value: generation.score(settings.metric, answers, [example.answer for example in examples])}
 
 
 def _out_of_memory(job: FineTuneJob, prepared: Prepared, device: torch.device) -> OutOfMemoryError:

@@ -112,7 +112,7 @@ class SupervisedObjective(StepObjective):
     def terms(self, forward: Forward, batch: Batch) -> Terms:
         """Return the sum over the targets."""
         output = forward(batch)
-        return Terms([_given(output.summed)], _given(output.loss))
+        return Terms([_filled(output.summed)], _filled(output.loss))
 
 
 class PairObjective(StepObjective):
@@ -131,7 +131,7 @@ class PairObjective(StepObjective):
         output = forward(batch)
         policy, sizes = answers(output, batch)
         losses = preference.dpo(policy[::2], policy[1::2], reference[::2], reference[1::2], self._fields)
-        return Terms([(losses * (sizes[::2] > 0)).sum()], _given(output.loss))
+        return Terms([(losses * (sizes[::2] > 0)).sum()], _filled(output.loss))
 
 
 class OddsRatioObjective(StepObjective):
@@ -150,7 +150,7 @@ class OddsRatioObjective(StepObjective):
         policy, sizes = answers(output, batch)
         mean = policy / sizes.clamp(min=1)
         losses = self._weight * preference.odds_ratio(mean[::2], mean[1::2]) * (sizes[::2] > 0)
-        return Terms([-policy[::2].sum(), losses.sum()], _given(output.loss))
+        return Terms([-policy[::2].sum(), losses.sum()], _filled(output.loss))
 
 
 class LabelledObjective(StepObjective):
@@ -187,31 +187,31 @@ class LabelledObjective(StepObjective):
         output = forward(batch)
         policy, sizes = answers(output, batch)
         losses = preference.kto(policy, reference, batch[DESIRABLE], self._divergence, self._fields)
-        return Terms([(losses * (sizes > 0)).sum()], _given(output.loss))
+        return Terms([(losses * (sizes > 0)).sum()], _filled(output.loss))
 
 
 def step_objective(objective: Objective | None) -> StepObjective:
     """Return the objective that a manifest requests; SFT by default."""
     name = ObjectiveName.SFT if objective is None else objective.name
-    made: dict[ObjectiveName, Callable[[Any], StepObjective]] = {
+    classes: dict[ObjectiveName, Callable[[Any], StepObjective]] = {
         ObjectiveName.DPO: PairObjective,
         ObjectiveName.ORPO: OddsRatioObjective,
         ObjectiveName.KTO: LabelledObjective,
     }
-    return SupervisedObjective() if name is ObjectiveName.SFT else made[name](getattr(objective, name))
+    return SupervisedObjective() if name is ObjectiveName.SFT else classes[name](getattr(objective, name))
 
 
 def answers(output: TargetLoss, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the summed log-probability of each sequence's targets, and their number: two tensors (sequences,)."""
-    each = _given(output.each)
+    each = _filled(output.each)
     # A target is predicted by the token before it.
-    places = (batch["labels"][:, 1:] != IGNORED).nonzero()
+    positions = (batch["labels"][:, 1:] != IGNORED).nonzero()
     if "cu_seq_lens_q" in batch:
         bounds = batch["cu_seq_lens_q"].long()
-        number = torch.bucketize(places[:, 1] + 1, bounds, right=True) - 1
+        number = torch.bucketize(positions[:, 1] + 1, bounds, right=True) - 1
         sequences = len(bounds) - 1
     else:
-        number, sequences = places[:, 0], len(batch["labels"])
+        number, sequences = positions[:, 0], len(batch["labels"])
     sums = torch.zeros(sequences, dtype=each.dtype, device=each.device).index_add(0, number, -each)
     return sums, torch.bincount(number, minlength=sequences)
 
@@ -232,6 +232,6 @@ def _inputs(batch: Batch) -> Batch:
     return {name: value for name, value in batch.items() if name != DESIRABLE}
 
 
-def _given(value: torch.Tensor | None) -> torch.Tensor:
+def _filled(value: torch.Tensor | None) -> torch.Tensor:
     assert value is not None  # noqa: S101 - a model with target_loss fills it
     return value

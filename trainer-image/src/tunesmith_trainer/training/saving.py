@@ -23,7 +23,7 @@ from tunesmith_trainer.base_model import sharding
 from tunesmith_trainer.errors import LossDivergedError, TrainerError
 from tunesmith_trainer.methods import hooks
 from tunesmith_trainer.reporting.curve import CurvePoint
-from tunesmith_trainer.training.divergence import SUSTAINED_STEPS, diverged, far_off
+from tunesmith_trainer.training.divergence import SUSTAINED_STEPS, diverged, far_above_start
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,19 +34,19 @@ if TYPE_CHECKING:
     from tunesmith.api.checkpoint import Checkpoint
     from tunesmith_trainer.process.interruption import Interruption
     from tunesmith_trainer.process.ranks import Ranks
-    from tunesmith_trainer.training.checkpoint import Checkpoints, Saved
+    from tunesmith_trainer.training.checkpoint import Checkpoints, LocalCheckpoint
     from tunesmith_trainer.training.trainer import StepTrainer
 
 log = logging.getLogger(__name__)
 
 WEIGHTS = "trainable.safetensors"
 RUN_STATE = "run.json"
-_FEW = 2 * SUSTAINED_STEPS
+_CHECKED_POINTS = 2 * SUSTAINED_STEPS
 TRAINER_STATE = "trainer_state.json"
 
 
 class NotCompiledError(TrainerError):
-    """The run began with compiled layers, and cannot resume with them here."""
+    """The run began with compiled layers, and cannot resume with them on this machine."""
 
     retryable = True
 
@@ -95,7 +95,7 @@ class Saver(TrainerCallback):
         trainer._load_optimizer_and_scheduler = self._load_optimizer  # noqa: SLF001 - it loads all onto each rank's GPU
         trainer.add_callback(self)
 
-    def restore(self, saved: Saved) -> None:
+    def restore(self, saved: LocalCheckpoint) -> None:
         """Restore the curve and the counters; the Trainer's `resume_from_checkpoint` does the rest.
 
         Raises:
@@ -108,7 +108,7 @@ class Saver(TrainerCallback):
             # No steps are left, so the Trainer does not load them.
             self._load_weights(str(saved.path))
         else:
-            self._compute_alike(saved.step, compiled=run.get("compiled", trainer.compiled))
+            self._restore_compilation(saved.step, compiled=run.get("compiled", trainer.compiled))
         self._saved_step = saved.step
         self._interruption.resumed_from_step = saved.step
 
@@ -124,12 +124,12 @@ class Saver(TrainerCallback):
         step = state.global_step
         due = self._policy.due(steps=step - self._saved_step, seconds=self._clock() - self._saved_at)
         # A signal to any rank stops all of them after the same step; the first rank's clock counts.
-        asked, due = self._ranks.any(self._interruption.signal is not None, due and self._ranks.first)
-        if asked:
+        stop, due = self._ranks.any(self._interruption.signal is not None, due and self._ranks.first)
+        if stop:
             control.should_training_stop = True
             if step < state.max_steps:
                 self.interrupted_at = step
-        if due or asked or step >= state.max_steps:
+        if due or stop or step >= state.max_steps:
             control.should_save = True
 
     def on_train_end(
@@ -142,23 +142,25 @@ class Saver(TrainerCallback):
         """Stop a run whose loss has diverged, before its state is saved."""
         if "loss" in kwargs["logs"] and diverged(self._losses):
             raise LossDivergedError(
-                f"the loss is far above that of the first steps since {SUSTAINED_STEPS} steps, at step"
+                f"the loss has been far above that of the first steps for {SUSTAINED_STEPS} steps; at step"
                 f" {state.global_step} of {state.max_steps} it is {kwargs['logs']['loss']:.3f}: lower"
                 f" hyperparameters.learningRate (it is {args.learning_rate:g})"
             )
 
-    def last_good(self) -> str:
+    def describe_last_checkpoint(self) -> str:
         """Describe the newest checkpoint for an error message."""
         last = self._checkpoints.last
         if last is None:
-            return "no checkpoint was written before"
+            return "no checkpoint was written before it"
         return f"the last good checkpoint is that of step {last}, in {self._checkpoints.uri}"
 
     @property
     def _losses(self) -> list[float]:
         """First and last losses: only these are checked, after each of perhaps a million steps."""
-        few = self._curve if len(self._curve) < 4 * _FEW else [*self._curve[:_FEW], *self._curve[-_FEW:]]
-        return [point.loss for point in few if point.loss is not None]
+        points = self._curve
+        if len(points) >= 4 * _CHECKED_POINTS:
+            points = [*points[:_CHECKED_POINTS], *points[-_CHECKED_POINTS:]]
+        return [point.loss for point in points if point.loss is not None]
 
     @property
     def _attached(self) -> StepTrainer:
@@ -171,7 +173,7 @@ class Saver(TrainerCallback):
         # Decided by the first rank: the following may need all of them.
         if self._ranks.of_first(int(step == self._saved_step and self._checkpoints.last == step)):
             return
-        if far_off(self._losses) and self.interrupted_at is None and step < trainer.state.max_steps:
+        if far_above_start(self._losses) and self.interrupted_at is None and step < trainer.state.max_steps:
             # Keep the newest checkpoint from before the loss diverged; the next step is checked again.
             return
         with self._paused():
@@ -209,13 +211,13 @@ class Saver(TrainerCallback):
     def _load_weights(self, folder: str, model: object = None) -> None:
         trainer = self._attached
         stored = load_file(f"{folder}/{WEIGHTS}")
-        own = {name: tensor for name, tensor in _named(trainer).items() if tensor.requires_grad}
-        if set(stored) != set(own):
-            odd = min(set(stored) ^ set(own))
-            raise RuntimeError(f"the checkpoint and the model differ in the trainable parameter {odd}")
+        parameters = {name: tensor for name, tensor in _parameters(trainer).items() if tensor.requires_grad}
+        if set(stored) != set(parameters):
+            difference = min(set(stored) ^ set(parameters))
+            raise RuntimeError(f"the checkpoint and the model differ in the trainable parameter {difference}")
         with torch.no_grad():
             for name, tensor in stored.items():
-                own[name].copy_(sharding.part_of(tensor, own[name]))
+                parameters[name].copy_(sharding.shard_like(tensor, parameters[name]))
         hooks.load_state(trainer.accelerator.unwrap_model(trainer.model), Path(folder))
 
     def _load_optimizer(self, folder: str) -> None:
@@ -230,29 +232,29 @@ class Saver(TrainerCallback):
         schedule = torch.load(f"{folder}/{SCHEDULER_NAME}", map_location="cpu", weights_only=True)
         trainer.lr_scheduler.load_state_dict(schedule)
 
-    def _compute_alike(self, step: int, *, compiled: bool) -> None:
+    def _restore_compilation(self, step: int, *, compiled: bool) -> None:
         """Compute as up to the checkpoint: a run uses compiled layers in all of its attempts or in none."""
         if compiled and not self._attached.compiled:
             raise NotCompiledError(
-                f"layers were compiled up to the checkpoint of step {step}, and cannot be here, where the result would"
-                " be another: let the next attempt run on a machine like that of the first"
+                f"layers were compiled up to the checkpoint of step {step} and cannot be compiled on this machine,"
+                " which would change the result: run the next attempt on a machine like that of the first"
                 " (scheduling.nodeSelector), or create a new FineTuneJob with hyperparameters.torchCompile false"
             )
         if self._attached.compiled and not compiled:
-            log.warning("compiled layers are not used: they were not up to the checkpoint of step %d", step)
+            log.warning("compiled layers are not used: layers were not compiled up to the checkpoint of step %d", step)
         self._attached.compiled = compiled
 
 
-def _named(trainer: Trainer) -> dict[str, torch.nn.Parameter]:
+def _parameters(trainer: Trainer) -> dict[str, torch.nn.Parameter]:
     return dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
 
 
 def _trainable(trainer: Trainer, *, keep: bool) -> dict[str, torch.Tensor]:
     """Return the trained weights, whole and in main memory if `keep`; every rank must call it for sharded ones."""
-    asked = {
+    trained = {
         name: tensor
-        for name, tensor in _named(trainer).items()
-        if tensor.requires_grad and (keep or sharding.is_shared_out(tensor))
+        for name, tensor in _parameters(trainer).items()
+        if tensor.requires_grad and (keep or sharding.is_sharded(tensor))
     }
-    found = {name: sharding.gathered(tensor, keep=keep) for name, tensor in asked.items()}
+    found = {name: sharding.full_tensor_of(tensor, keep=keep) for name, tensor in trained.items()}
     return found if keep else {}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from tunesmith_trainer.training.watch import Watch
+    from tunesmith_trainer.training.progress_callback import ProgressCallback
 
 
 class Scoring(TrainerCallback):
@@ -27,13 +27,13 @@ class Scoring(TrainerCallback):
     Args:
         every: optimizer steps between scores.
         score: returns the current held-out loss of the adapter.
-        watch: receives the points.
+        progress_callback: receives the points.
     """
 
-    def __init__(self, every: int, score: Callable[[], float], watch: Watch) -> None:
+    def __init__(self, every: int, score: Callable[[], float], progress_callback: ProgressCallback) -> None:
         self._every = every
         self._score = score
-        self._watch = watch
+        self._progress_callback = progress_callback
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Score the adapter if the step is due."""
@@ -47,4 +47,4 @@ class Scoring(TrainerCallback):
                 f"the held-out loss is {loss} after step {step} of {state.max_steps}: lower"
                 f" hyperparameters.learningRate (it is {args.learning_rate:g})"
             )
-        self._watch.scored(loss, time.monotonic() - began)
+        self._progress_callback.record_score(loss, time.monotonic() - began)

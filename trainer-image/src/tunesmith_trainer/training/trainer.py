@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer
 
 from tunesmith_trainer.base_model import sharding
-from tunesmith_trainer.training.compilation import as_compiled
+from tunesmith_trainer.training.compilation import run_compiled
 from tunesmith_trainer.training.objectives import Forward
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback, TrainingArguments
 
     from tunesmith_trainer.process.ranks import Ranks
-    from tunesmith_trainer.training.batches import Plan, Step
+    from tunesmith_trainer.training.batches import Step, StepPlan
     from tunesmith_trainer.training.neftune import EmbeddingNoise
     from tunesmith_trainer.training.objectives import StepObjective, Terms
 
@@ -50,7 +50,7 @@ class StepTrainer(Trainer):
         model: PeftModel,
         args: TrainingArguments,
         rows: Dataset,
-        plan: Plan,
+        plan: StepPlan,
         collate: Callable[[Sequence[Any]], dict[str, Step]],
         objective: StepObjective,
         ranks: Ranks,
@@ -82,7 +82,7 @@ class StepTrainer(Trainer):
         """Create the optimizer like the Trainer; its states are whole in checkpoints."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if self.is_distributed_loading_by_transformers:
-            sharding.keep_states_whole(optimizer, keep=self._ranks.first)
+            sharding.use_full_optimizer_states(optimizer, keep=self._ranks.first)
         return optimizer
 
     def training_step(
@@ -97,43 +97,43 @@ class StepTrainer(Trainer):
         model.train()
         forward = Forward(model, self.accelerator.unwrap_model(model))
         if self._objective.mismatched:
-            self._objective.estimate(forward, self._in_turn(step.mismatched, 1), self._ranks)
+            self._objective.estimate(forward, self._batches_in_order(step.mismatched, 1), self._ranks)
         total = torch.zeros((), device=self.args.device)
-        for number, batch in enumerate(self._in_turn(step.micro_batches, 0), start=1):
+        for number, batch in enumerate(self._batches_in_order(step.micro_batches, 0), start=1):
             if self._noise is not None:
                 self._noise.expect(batch)
             # The ranks' gradients are averaged once per step.
             last = number == len(step.micro_batches)
-            with nullcontext() if last else self.accelerator.no_sync(model), self._kernels():
-                loss = self._share(self._objective.terms(forward, batch), step)
+            with nullcontext() if last else self.accelerator.no_sync(model), self._compiled_layers():
+                loss = self._step_loss(self._objective.terms(forward, batch), step)
                 self.accelerator.backward(loss)
             total += loss.detach()
             if not last:
                 self.callback_handler.on_substep_end(self.args, self.state, self.control)
         if self.is_distributed_loading_by_transformers:
-            sharding.average(model.parameters(), self._ranks)
+            sharding.average_gradients(model.parameters(), self._ranks)
         return total
 
     def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
-        """Give an adapter over a sharded base the first rank's values on every rank; `average` does the rest."""
-        sharding.begin_alike(model.parameters())
+        """Give an adapter over a sharded base the first rank's values on every rank; its gradients are averaged."""
+        sharding.broadcast_from_first(model.parameters())
 
-    def _in_turn(self, batches: Sequence[dict[str, Any]], pass_: int) -> Iterator[dict[str, Any]]:
+    def _batches_in_order(self, batches: Sequence[dict[str, Any]], pass_: int) -> Iterator[dict[str, Any]]:
         """Yield the rank's batches on its device.
 
         Dropout and noise depend on the seed, the step and a batch's position in the pass over it, whichever rank has
         it.
         """
         for number, tensors in enumerate(batches):
-            place = number * self._ranks.size + self._ranks.rank
-            words = (self.args.seed, self.state.global_step, pass_, place)
-            torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
+            position = number * self._ranks.size + self._ranks.rank
+            entropy = (self.args.seed, self.state.global_step, pass_, position)
+            torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
             yield self._prepare_inputs(tensors)
 
-    def _kernels(self) -> AbstractContextManager[None]:
-        return as_compiled() if self.compiled else nullcontext()
+    def _compiled_layers(self) -> AbstractContextManager[None]:
+        return run_compiled() if self.compiled else nullcontext()
 
-    def _share(self, terms: Terms, step: Step) -> torch.Tensor:
+    def _step_loss(self, terms: Terms, step: Step) -> torch.Tensor:
         """Return a micro-batch's part of the step's loss, times `ranks`: ranks average their gradients."""
         loss = terms.penalty / len(step.micro_batches)
         for summed, count in zip(terms.sums, step.counts, strict=True):

@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 
 FIRST_STEP_SECONDS = 1800.0
 """Time limit of the first step, which compiles, fills caches and may wait for other nodes."""
-LEAST_SECONDS = 300.0
+MIN_STEP_SECONDS = 300.0
+"""Lower bound of a step's time limit."""
 FACTOR = 20.0
-LONGEST_PAUSE_SECONDS = 12 * 3600.0
+"""Time limit of a step, in medians of the recent ones."""
+MAX_PAUSE_SECONDS = 12 * 3600.0
 """Limit of work between steps: a disk that never responds must not occupy the GPUs forever."""
 _RECENT_STEPS = 50
 
@@ -29,7 +31,7 @@ def deadline(seconds: Sequence[float]) -> float:
     """Return the time limit of a step from the recent durations, in seconds: 20 medians, at least five minutes."""
     if not seconds:
         return FIRST_STEP_SECONDS
-    return max(LEAST_SECONDS, FACTOR * median(seconds[-_RECENT_STEPS:]))
+    return max(MIN_STEP_SECONDS, FACTOR * median(seconds[-_RECENT_STEPS:]))
 
 
 class Watchdog(TrainerCallback):
@@ -42,7 +44,7 @@ class Watchdog(TrainerCallback):
         hung: called with the steps done and the seconds without progress.
         limit: returns the seconds allowed, given the durations of the steps so far.
         pause: seconds between two checks.
-        longest_pause: seconds allowed for work between steps.
+        max_pause: seconds allowed for work between steps.
     """
 
     def __init__(
@@ -51,14 +53,14 @@ class Watchdog(TrainerCallback):
         *,
         limit: Callable[[Sequence[float]], float] = deadline,
         pause: float = 5.0,
-        longest_pause: float = LONGEST_PAUSE_SECONDS,
+        max_pause: float = MAX_PAUSE_SECONDS,
     ) -> None:
         self._hung = hung
         self._limit = limit
         self._pause = pause
-        self._longest_pause = longest_pause
-        self._alive = 0.0
-        self._began = 0.0
+        self._max_pause = max_pause
+        self._last_progress = 0.0
+        self._step_started = 0.0
         self._step = 0
         self._seconds: list[float] = []
         self._paused = False
@@ -66,7 +68,7 @@ class Watchdog(TrainerCallback):
 
     def start(self) -> None:
         """Start watching."""
-        self._alive = self._began = time.monotonic()
+        self._last_progress = self._step_started = time.monotonic()
         self._stop.clear()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
@@ -77,12 +79,12 @@ class Watchdog(TrainerCallback):
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Allow more time within the block, for work between steps such as scoring many rows or saving a checkpoint."""
-        self._alive = time.monotonic()
+        self._last_progress = time.monotonic()
         self._paused = True
         try:
             yield
         finally:
-            self._alive = time.monotonic()
+            self._last_progress = time.monotonic()
             self._paused = False
 
     def __enter__(self) -> Self:
@@ -104,19 +106,19 @@ class Watchdog(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the clock of the step."""
-        self._alive = self._began = time.monotonic()
+        self._last_progress = self._step_started = time.monotonic()
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Record progress: a micro-batch is done."""
-        self._alive = time.monotonic()
+        self._last_progress = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Record the duration of the step."""
-        self._alive = time.monotonic()
+        self._last_progress = time.monotonic()
         self._step = state.global_step
-        self._seconds.append(self._alive - self._began)
+        self._seconds.append(self._last_progress - self._step_started)
         del self._seconds[:-_RECENT_STEPS]
 
     def on_train_end(
@@ -126,16 +128,16 @@ class Watchdog(TrainerCallback):
         self.stop()
 
     def _watch(self) -> None:
-        looked = time.monotonic()
+        checked = time.monotonic()
         while not self._stop.wait(self._pause):
             now = time.monotonic()
-            if now - looked > 10 * self._pause:
+            if now - checked > 10 * self._pause:
                 # The whole process stood still, as when the machine was suspended: that does not indicate a hung step.
-                self._alive = now
-            looked = now
+                self._last_progress = now
+            checked = now
             # Read before the time of the last progress, which is updated before a pause ends.
-            limit = self._longest_pause if self._paused else self._limit(self._seconds)
-            silent = now - self._alive
-            if silent > limit:
+            limit = self._max_pause if self._paused else self._limit(self._seconds)
+            idle = now - self._last_progress
+            if idle > limit:
                 self._stop.set()
-                self._hung(self._step, silent)
+                self._hung(self._step, idle)

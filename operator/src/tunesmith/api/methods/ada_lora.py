@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -23,6 +23,8 @@ class AdaLoraFields(MethodFields):
     """LoRA that reallocates rank to the modules that need it (AdaLoRA, arXiv:2303.10512)."""
 
     declared = MethodTraits("ADALORA", learning_rate=1e-3, decided_by_training=frozenset({"r", "rank_pattern"}))
+    # PEFT requires it before the steps of the run are known.
+    peft_constants: ClassVar[dict[str, Any]] = {"total_step": 1_000_000}
     rules = (
         *target_rules,
         Rule(
@@ -56,3 +58,11 @@ class AdaLoraFields(MethodFields):
         default=0.5, ge=0.001, le=10.0, description="Weight of the loss that keeps the matrices orthogonal."
     )
     quantization: OptionalQuantization = None
+
+    def peft_values_of_run(self, total_steps: int, base_model: str) -> dict[str, Any]:  # noqa: ARG002 - as in the base class
+        """Return the steps at which ranks begin and cease to be taken away."""
+        return {
+            "total_step": total_steps,
+            "tinit": int(self.warmup_ratio * total_steps),
+            "tfinal": int(self.final_ratio * total_steps),
+        }

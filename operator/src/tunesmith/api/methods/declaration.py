@@ -120,6 +120,8 @@ class MethodFields(ApiModel):
     """Condition for sharding the base's weights over ranks (FSDP2); None: never possible."""
     peft_names: ClassVar[dict[str, PeftName]] = {}
     """PEFT's names by attribute, collected from the fields' metadata."""
+    peft_constants: ClassVar[dict[str, Any]] = {}
+    """Arguments of PEFT's configuration class that no field sets, by PEFT's names."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:  # noqa: ANN401 - pydantic's signature
@@ -164,9 +166,18 @@ class MethodFields(ApiModel):
 
     def peft_values(self) -> dict[str, Any]:
         """Return the arguments of PEFT's configuration class; absent fields are omitted."""
-        values = {}
+        values = dict(self.peft_constants)
         for attribute, name in self.peft_names.items():
             value = getattr(self, attribute)
             if value is not None:
                 values[name.key] = name.peft_value(value)
         return values
+
+    def peft_values_of_run(self, total_steps: int, base_model: str) -> dict[str, Any]:  # noqa: ARG002 - few use them
+        """Return the arguments of PEFT's configuration class that are only known in the run.
+
+        Args:
+            total_steps: optimizer steps of the run.
+            base_model: folder of the base model and its tokenizer.
+        """
+        return {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -21,6 +21,7 @@ class PromptTuningFields(VirtualTokensFields):
         # Initialised with the embeddings of the given text, or of random tokens without a text.
         decided_by_training=frozenset({"prompt_tuning_init"}),
     )
+    peft_constants: ClassVar[dict[str, Any]] = {"prompt_tuning_init": "SAMPLE_VOCAB"}
 
     initial_text: Annotated[str | None, PeftName("prompt_tuning_init_text")] = Field(
         default=None,
@@ -28,3 +29,9 @@ class PromptTuningFields(VirtualTokensFields):
         max_length=4096,
         description="Text whose embeddings they begin as. Absent: those of tokens at random.",
     )
+
+    def peft_values_of_run(self, total_steps: int, base_model: str) -> dict[str, Any]:  # noqa: ARG002 - as in the base class
+        """Return the initialisation with the text, whose tokens PEFT looks up in the base model's tokenizer."""
+        if self.initial_text is None:
+            return {}
+        return {"prompt_tuning_init": "TEXT", "tokenizer_name_or_path": base_model}

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _RECENT_STEPS = 10
 
 
-class Watch(TrainerCallback):
+class ProgressCallback(TrainerCallback):
     """Updates progress, records and reports the curves, and stops a run that fails."""
 
     def __init__(self, progress: Progress, reporter: Reporter, curve: list[CurvePoint], device: torch.device) -> None:
@@ -33,7 +33,7 @@ class Watch(TrainerCallback):
         self._times: list[float] = []
         self._tokens: list[int] = []
 
-    def scored(self, loss: float, seconds: float = 0.0) -> None:
+    def record_score(self, loss: float, seconds: float = 0.0) -> None:
         """Record a score of the adapter after the last step.
 
         Args:
@@ -61,14 +61,15 @@ class Watch(TrainerCallback):
         The embeddings of a few tokens are exempt: the rows of the first step may contain none of them.
         """
         if state.global_step == 0:
-            trained = {name: part for name, part in kwargs["model"].named_parameters() if part.requires_grad}
+            parameters = kwargs["model"].named_parameters()
+            trained = {name: parameter for name, parameter in parameters if parameter.requires_grad}
             if all("trainable_tokens_" in name for name in trained):
                 return
             gradients = [parameter.grad for parameter in trained.values()]
             if not any(gradient is not None and bool(gradient.abs().sum() > 0) for gradient in gradients):
                 finite = all(gradient is None or bool(torch.isfinite(gradient).all()) for gradient in gradients)
                 if finite:
-                    raise SelfCheckError("no gradient reaches the adapter at step 1: nothing would be learned")
+                    raise SelfCheckError("no gradient reaches the adapter at step 1, so it would learn nothing")
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Record an optimizer step."""
@@ -80,7 +81,7 @@ class Watch(TrainerCallback):
             what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient's norm is {norm}"
             raise LossDivergedError(
                 f"the {what} at step {step} of {state.max_steps}: lower hyperparameters.learningRate (it is "
-                f"{args.learning_rate:g}) and look for odd rows"
+                f"{args.learning_rate:g}) and check the rows for outliers"
             )
         self._times.append(time.monotonic())
         self._tokens.append(state.num_input_tokens_seen)
