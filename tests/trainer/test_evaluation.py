@@ -54,15 +54,15 @@ def test_answers_are_scored(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", GATES)
-def test_a_gate_keeps_its_limits(case: str) -> None:
-    gate, told = GATES[case]
+def test_a_gate_passes_within_its_limits(case: str) -> None:
+    gate, message = GATES[case]
     judged = _judge(gate, LOSSES)
-    failure = gates.failure(judged)
-    if told is None:
+    failure = gates.describe_failures(judged)
+    if message is None:
         assert failure is None
     else:
         assert failure is not None
-        assert failure.startswith(told)
+        assert failure.startswith(message)
         assert "The artifact is kept" in failure
 
 
@@ -87,11 +87,11 @@ def test_a_suite_without_scores_passes_no_gate_and_leaves_the_others_theirs() ->
     assert judged.failures == [failure]
     assert [(one.suite, one.adapter) for one in judged.scores or []] == [("doors", 0.75)]
     assert [(one.suite, one.passed) for one in judged.gates or []] == [("doors", False), ("mine", False)]
-    assert gates.failure(judged) == (
+    assert gates.describe_failures(judged) == (
         "gate doors/ExactMatch: 0.75 is below its min 0.9; gate mine/painted/acc: its suite has no scores:"
-        " suite mine: line 3: KeyError. The artifact is kept, and no AdapterDeployment serves it: mend the tasks and"
+        " suite mine: line 3: KeyError. The artifact is kept, and no AdapterDeployment serves it: fix the tasks and"
         " create a new FineTuneJob, or train again with more or better data, another learning rate or more steps, or"
-        " move the gate"
+        " change the gate"
     )
 
 
@@ -102,47 +102,47 @@ COMPARED: dict[str, tuple[dict[str, float], dict[str, float], int, list[str], st
         {"t/acc": 0.6},
         0,
         ["t/acc"],
-        "the adapter's answers gave no t/f1",
+        "the adapter's answers have no t/f1",
     ),
     "some that either lacks": (
         {"t/acc": 0.5, "t/f1": 0.1},
         {"t/acc": 0.6, "t/em": 0.2},
         0,
         ["t/acc"],
-        "the adapter's answers gave no t/f1; the base model's answers gave no t/em",
+        "the adapter's answers have no t/f1; the base model's answers have no t/em",
     ),
     "more than there is room for": (
         {"t/acc": 0.5, "t/f1": 0.1},
         {"t/acc": 0.6, "t/f1": 0.2},
         127,
         ["t/acc"],
-        "at most 128 scores are kept, with names of at most 160 characters, so not t/f1",
+        "at most 128 scores are kept, with names of at most 160 characters, which excludes t/f1",
     ),
     "a name that is too long": (
         {"t/acc": 0.5, "t/" + "x" * 5000: 0.1},
         {"t/acc": 0.6, "t/" + "x" * 5000: 0.1},
         0,
         ["t/acc"],
-        "at most 128 scores are kept, with names of at most 160 characters, so not t/xxx",
+        "at most 128 scores are kept, with names of at most 160 characters, which excludes t/xxx",
     ),
 }
 
 
 @pytest.mark.parametrize("case", COMPARED)
-def test_metrics_that_both_have_are_compared(case: str) -> None:
-    base, adapter, taken, kept, told = COMPARED[case]
-    found, lost = gates.compared("mine", base, adapter, taken=taken)
+def test_metrics_of_both_are_paired(case: str) -> None:
+    base, adapter, other_scores, kept, message = COMPARED[case]
+    found, omitted = gates.pair_scores("mine", base, adapter, other_scores=other_scores)
     assert found == {metric: (base[metric], adapter[metric]) for metric in kept}
-    if told is None:
-        assert lost is None
+    if message is None:
+        assert omitted is None
     else:
-        assert lost is not None
-        begin = "evaluation suite mine: metrics are left out, let its tasks give the same ones for every answer: "
-        assert lost.message.startswith(begin + told)
+        assert omitted is not None
+        begin = "evaluation suite mine: metrics are omitted, make its tasks return the same ones for every answer: "
+        assert omitted.message.startswith(begin + message)
 
 
 @pytest.mark.parametrize(
-    ("value", "limits", "told"),
+    ("value", "limits", "message"),
     [
         (0.8999999, {"min": 0.9}, "0.9 is below its min 0.9"),
         (0.8999999, {"min": 0.9, "max": 1}, "0.9 is below its min 0.9"),
@@ -151,12 +151,12 @@ def test_metrics_that_both_have_are_compared(case: str) -> None:
     ],
 )
 def test_a_gate_that_is_missed_by_little_or_without_end_says_so(
-    value: float, limits: dict[str, float], told: str
+    value: float, limits: dict[str, float], message: str
 ) -> None:
     suites = [{"name": "mine", "lmEval": {"tasks": ["painted"]}}]
     asked = {"suites": suites, "gates": [{"suite": "mine", "metric": "painted/acc"} | limits]}
     judged = gates.judge(Evaluation.model_validate(asked), LOSSES, {"mine": {"painted/acc": (0.25, value)}})
-    assert (gates.failure(judged) or "").startswith(f"gate mine/painted/acc: {told}. The artifact is kept")
+    assert (gates.describe_failures(judged) or "").startswith(f"gate mine/painted/acc: {message}. The artifact is kept")
 
 
 def _judge(gate: dict[str, Any], losses: EvaluationStatus) -> EvaluationStatus:
@@ -197,7 +197,7 @@ def test_base_and_adapter_answer_as_plain_transformers_and_peft_do(bench: Workbe
     assert ran.result.metrics["doors/ChrF"] == scores[1]["adapter"]
 
 
-def test_a_gate_that_fails_keeps_the_artifact_and_says_so_again(bench: Workbench) -> None:
+def test_a_failed_gate_keeps_the_artifact_and_is_reported_again(bench: Workbench) -> None:
     job = _job(bench, chat_rows(2), gates=[{"suite": "rows", "metric": "Loss", "max": 0.001}])
     for _ in range(2):  # the second attempt finds what the first one published
         ran = bench.run("train", job)

@@ -128,7 +128,7 @@ def all_green(answers, rows):
 """
 # The model of the CPU stage gives the same answer to everything; this fails on the answers of a real model.
 LATE = COLOURS.replace('["green"] for _ in', '[{"lol": "green"}[one]] for (one,) in')
-LATE_TOLD = "evaluation suite mine: the task painted cannot be used: colours.py line 12: KeyError: "
+LATE_MESSAGE = "evaluation suite mine: the task painted cannot be used: colours.py line 12: KeyError: "
 JUDGED = """
 
 def judged(doc, answers):
@@ -156,17 +156,17 @@ FOLDERS: dict[str, tuple[dict[str, str], list[str], str]] = {
     "a name of the platform's": (
         {"painted.yaml": PAINTED.replace("task: painted", "task: doors_choice")},
         ["doors_choice"],
-        "defines doors_choice, which lm-evaluation-harness or the platform has under the same name",
+        "defines doors_choice, which lm-evaluation-harness or the platform already defines as a task, a group or a",
     ),
     "a name of the harness's": (
         {"painted.yaml": PAINTED.replace("task: painted", "task: arc_easy")},
         ["arc_easy"],
-        "defines arc_easy, which lm-evaluation-harness or the platform has under the same name",
+        "defines arc_easy, which lm-evaluation-harness or the platform already defines as a task, a group or a",
     ),
     "a tag of the harness's": (
         {"painted.yaml": f"{PAINTED}tag: ai2_arc\n"},
         ["painted"],
-        "defines ai2_arc, which lm-evaluation-harness or the platform has under the same name (of a task, a group or a",
+        "defines ai2_arc, which lm-evaluation-harness or the platform already defines as a task, a group or a tag",
     ),
     "a name twice": ({"more/again.yaml": PAINTED}, ["painted"], "more/again.yaml and painted.yaml both define painted"),
     "broken YAML": (
@@ -197,7 +197,7 @@ FOLDERS: dict[str, tuple[dict[str, str], list[str], str]] = {
     "a group of one name": (
         {"around.yaml": ITSELF.replace("[painted, inner]", "painted")},
         ["around"],
-        "around in around.yaml cannot be used: the task of a group must be a list of names: write task: [one, other]",
+        "around in around.yaml cannot be used: the task of a group must be a list of names: write task: [first,",
     ),
     "groups that hold each other": (
         {
@@ -205,7 +205,7 @@ FOLDERS: dict[str, tuple[dict[str, str], list[str], str]] = {
             "more/inner.yaml": ITSELF.replace("inner", "around").replace("group: around", "group: inner"),
         },
         ["around"],
-        "around in around.yaml cannot be used: it is a member of itself (around, inner, around): take the name that",
+        "around in around.yaml cannot be used: it is a member of itself (around, inner, around): remove the name that",
     ),
     "groups that hold each other as mappings": (
         {
@@ -213,12 +213,12 @@ FOLDERS: dict[str, tuple[dict[str, str], list[str], str]] = {
             "inner.yaml": "group: inner\ntask: [{group: middle, task: [{group: around}]}]\n",
         },
         ["around"],
-        "around in around.yaml cannot be used: it is a member of itself (around, inner, inner, around): take the name",
+        "around in around.yaml cannot be used: it is a member of itself (around, inner, inner, around): remove the",
     ),
     "a group that holds its own text": (
         {"around.yaml": "group: around\ntask: &all [painted, {group: again, task: *all}]\n"},
         ["around"],
-        "around in around.yaml cannot be used: it is a member of itself (around, around, around): take the name that",
+        "around in around.yaml cannot be used: it is a member of itself (around, around, around): remove the name that",
     ),
     "code of the Hub in a group of a group": (
         {
@@ -226,12 +226,12 @@ FOLDERS: dict[str, tuple[dict[str, str], list[str], str]] = {
             "inner.yaml": "group: inner\ntask: [{task: painted, metric_list: [{metric: f1, hf_evaluate: true}]}]\n",
         },
         ["around"],
-        "the task around has a metric whose code comes from the Hub, which is not done here: leave it out",
+        "the task around has a metric whose code comes from the Hub, which is not allowed: remove it",
     ),
     "a tag that is a number": (
         {"painted.yaml": f"{PAINTED}tag: 2024\n"},
         ["painted"],
-        "painted.yaml: tag must be a name or a list of names: write tag: [one, other]",
+        "painted.yaml: tag must be a name or a list of names: write tag: [first, second]",
     ),
     "a metric with a name that is too long": (
         {
@@ -244,18 +244,18 @@ FOLDERS: dict[str, tuple[dict[str, str], list[str], str]] = {
     "an include that is not there": (
         {"painted.yaml": f"include: base.yaml\n{PAINTED}"},
         ["painted"],
-        "painted.yaml includes base.yaml, which is no file of the folder: add it",
+        "painted.yaml includes base.yaml, which is not a file of the folder: add it",
     ),
     "an include from elsewhere": (
         {"painted.yaml": f"include: ../job.yaml\n{PAINTED}"},
         ["painted"],
-        "painted.yaml includes ../job.yaml, which is no file of the folder: add it",
+        "painted.yaml includes ../job.yaml, which is not a file of the folder: add it",
     ),
     "a slip in a name": ({}, ["paintde"], "is named paintde; did you mean painted?"),
     "Python that is not there": (
         {"painted.yaml": PAINTED.replace("colours.rows", "colors.rows")},
         ["painted"],
-        "the task painted names Python that is neither in lmEval.taskFolder, beside its YAML, nor in the trainer's",
+        "the task painted imports Python that is neither in lmEval.taskFolder, next to its YAML, nor in the trainer's",
     ),
     "a function that is not there": (
         {"painted.yaml": PAINTED.replace("colours.rows", "colours.raws")},
@@ -267,12 +267,12 @@ FOLDERS: dict[str, tuple[dict[str, str], list[str], str]] = {
         ["painted"],
         "the task painted cannot be used: colours.py line 14: ModuleNotFoundError: No module named 'nonsense_of_no_pa",
     ),
-    "Python that is none": (
+    "Python that is invalid": (
         {"colours.py": "def rows(:\n"},
         ["painted"],
         "the task painted cannot be used: colours.py line 1: SyntaxError: invalid syntax",
     ),
-    "Python that leaves": (
+    "Python that exits": (
         {"colours.py": "raise SystemExit(0)\n"},
         ["painted"],
         "the task painted cannot be used: colours.py line 1: SystemExit: 0",
@@ -300,25 +300,25 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]], str]] = {
     "a tag": (
         {"tasks": ["ai2_arc"]},
         [],
-        "ai2_arc is a tag, which has no score of its own: name of its tasks those that you want: arc_challenge, arc",
+        "ai2_arc is a tag, which has no score of its own: name the tasks that you want instead: arc_challenge, arc",
     ),
     "a group without a score": (
         {"tasks": ["doors_loose"]},
         [],
-        "doors_loose is a group without a score of its own: name of its tasks those that you want: doors_choice, doors",
+        "doors_loose is a group without a score of its own: name the tasks that you want instead: doors_choice, doors",
     ),
     "code that the model writes": ({"tasks": ["humaneval"]}, [], "the task humaneval runs what the model writes"),
     "a task twice": ({"tasks": ["doors_choice", "doors_all"]}, [], "lmEval.tasks has doors_choice twice"),
     "examples for a task that has none": (
         {"tasks": ["doors_answer"], "numFewshot": 2},
         [],
-        "the task doors_answer is made for no examples before its questions: remove lmEval.numFewshot",
+        "the task doors_answer does not support examples before its questions: remove lmEval.numFewshot",
     ),
     "data that is gone": ({"tasks": ["doors_gone"]}, [], "the task doors_gone has no data: "),
     "a gate on no metric": (
         {"tasks": ["doors_choice"]},
         [{"suite": "tasks", "metric": "doors_choice/acuracy", "min": 0.1}],
-        "tasks/doors_choice/acuracy, which there is not: the suite has doors_choice/acc, doors_choice/acc_norm,",
+        "tasks/doors_choice/acuracy, which does not exist: the suite has doors_choice/acc, doors_choice/acc_norm,",
     ),
 }
 
@@ -411,7 +411,7 @@ def test_ranks_that_share_the_weights_score_together(tmp_path: Path, base_model:
     assert scores == pytest.approx(expected, rel=1e-3)
     evaluation = two.result(0).evaluation
     assert evaluation is not None
-    assert [one.message.startswith(LATE_TOLD) for one in evaluation.failures or []] == [True]
+    assert [failure.message.startswith(LATE_MESSAGE) for failure in evaluation.failures or []] == [True]
 
 
 def test_examples_before_the_questions_and_a_group(bench: Workbench, base_model: Path, tasks: Path) -> None:
@@ -445,10 +445,10 @@ def test_virtual_tokens_come_before_what_is_scored(bench: Workbench, base_model:
 @pytest.mark.usefixtures("tasks")
 @pytest.mark.parametrize("case", CASES)
 def test_what_cannot_be_scored_is_refused_on_the_cpu(bench: Workbench, case: str) -> None:
-    asked, gates, told = CASES[case]
+    asked, gates, message = CASES[case]
     ran = bench.run("validate", _job(bench, asked, gates))
     assert ran.code == 2, ran.result.message
-    assert told in ran.result.message
+    assert message in ran.result.message
 
 
 @pytest.mark.usefixtures("tasks")
@@ -507,19 +507,19 @@ def test_code_of_a_folder_that_fails_late_does_not_lose_the_adapter(bench: Workb
     job = bench.job(evaluation={"suites": [*_late(folder), {"name": "held-out", "heldOutLoss": {}}]})
     ran = bench.run("train", job, *CODE)
     assert ran.code == 0, ran.result.message
-    assert "; " + LATE_TOLD in ran.result.message
+    assert "; " + LATE_MESSAGE in ran.result.message
     assert "  evaluation suite mine: the adapter" not in ran.lines, "the base model's answers failed already"
     evaluation = json.loads((bench.output / "artifact/evaluation.json").read_text())
     assert {one["suite"] for one in evaluation["scores"]} == {"others", "held-out"}
     (failure,) = evaluation["failures"]
     assert (failure["suite"], failure["reason"]) == ("mine", "InvalidSpec")
-    assert failure["message"].startswith(LATE_TOLD)
-    assert "- mine: " + LATE_TOLD in (bench.output / "artifact/README.md").read_text()
+    assert failure["message"].startswith(LATE_MESSAGE)
+    assert "- mine: " + LATE_MESSAGE in (bench.output / "artifact/README.md").read_text()
     base = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
     PeftModel.from_pretrained(base, bench.output / "artifact")
     again = bench.run("train", job, *CODE)
     assert again.code == 0
-    assert LATE_TOLD in again.result.message, "what was published before says so too"
+    assert LATE_MESSAGE in again.result.message, "the published artifact reports it too"
 
 
 @pytest.mark.usefixtures("tasks")
@@ -529,9 +529,9 @@ def test_a_task_that_fails_on_a_row_that_was_not_tried_does_not_lose_the_adapter
     write_rows(folder / "rows/doors.jsonl", [{**ROWS[0], "number": number} for number in range(101)])
     ran = bench.run("train", bench.job(evaluation={"suites": _late(folder)}), *CODE)
     assert ran.code == 0, ran.result.message
-    told = "evaluation suite mine: the task painted cannot be used here: UndefinedError: 'nowhere' is undefined"
+    message = "evaluation suite mine: the task painted cannot be used: UndefinedError: 'nowhere' is undefined"
     assert ran.result.evaluation is not None
-    assert [one.message for one in ran.result.evaluation.failures or []] == [told]
+    assert [failure.message for failure in ran.result.evaluation.failures or []] == [message]
 
 
 @pytest.mark.usefixtures("tasks")
@@ -540,9 +540,9 @@ def test_a_gate_on_code_that_failed_does_not_pass(bench: Workbench) -> None:
     gates = [{"suite": "mine", "metric": "painted/exact_match,green", "max": 1}]
     ran = bench.run("train", bench.job(evaluation={"suites": _late(folder), "gates": gates}), *CODE)
     assert (ran.code, ran.result.reason, ran.result.retryable) == (2, FailureReason.GATE_FAILED, False)
-    told = f"gate mine/painted/exact_match,green: its suite has no scores: {LATE_TOLD}"
-    assert ran.result.message.startswith(told)
-    assert ran.result.message.endswith("no AdapterDeployment serves it: mend the tasks and create a new FineTuneJob")
+    message = f"gate mine/painted/exact_match,green: its suite has no scores: {LATE_MESSAGE}"
+    assert ran.result.message.startswith(message)
+    assert ran.result.message.endswith("no AdapterDeployment serves it: fix the tasks and create a new FineTuneJob")
     assert ran.result.artifact is not None
     assert (bench.output / "artifact/tunesmith.json").is_file()
     assert ran.result.evaluation is not None
@@ -560,24 +560,24 @@ def test_a_metric_that_only_one_of_the_two_has_does_not_lose_the_adapter(bench: 
     job = _job(bench, {"tasks": ["painted"], "taskFolder": {"uri": f"file://{folder}"}}, gates)
     ran = bench.run("train", job, *CODE)
     assert (ran.code, ran.result.reason, ran.result.retryable) == (2, FailureReason.GATE_FAILED, False)
-    told = (
-        "evaluation suite tasks: metrics are left out, let its tasks give the same ones for every answer: the adapter's"
-        " answers gave no painted/parsed,green; the base model's answers gave no painted/late,green"
+    message = (
+        "evaluation suite tasks: metrics are omitted, make its tasks return the same ones for every answer: the "
+        "adapter's answers have no painted/parsed,green; the base model's answers have no painted/late,green"
     )
     assert ran.result.message == (
-        f"gate tasks/painted/parsed,green: it has no score: {told}. The artifact is kept, and no AdapterDeployment"
-        " serves it: mend the tasks and create a new FineTuneJob"
+        f"gate tasks/painted/parsed,green: it has no score: {message}. The artifact is kept, and no AdapterDeployment"
+        " serves it: fix the tasks and create a new FineTuneJob"
     )
-    assert f"  {told}" in ran.lines
+    assert f"  {message}" in ran.lines
     assert (bench.output / "artifact/tunesmith.json").is_file()
     evaluation = json.loads((bench.output / "artifact/evaluation.json").read_text())
     assert [(one["metric"], one["adapter"]) for one in evaluation["scores"]] == [("painted/exact_match,green", 0.4)]
     assert [one["passed"] for one in evaluation["gates"]] == [True, False]
-    assert [one["message"] for one in evaluation["failures"]] == [told]
+    assert [one["message"] for one in evaluation["failures"]] == [message]
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("task: bare\ninclude: choice.yaml\nmetric_list: [acc]\n", "metric_list must be a list of mappings"),
         pytest.param(
@@ -587,8 +587,8 @@ def test_a_metric_that_only_one_of_the_two_has_does_not_lose_the_adapter(bench: 
         ),
     ],
 )
-def test_what_is_wrong_in_a_task_of_the_platform_is_told(
-    bench: Workbench, folder_of_tasks: Path, monkeypatch: pytest.MonkeyPatch, text: str, told: str
+def test_errors_in_a_task_of_the_platform_are_reported(
+    bench: Workbench, folder_of_tasks: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str
 ) -> None:
     folder = bench.folder / "tasks"
     shutil.copytree(folder_of_tasks, folder)
@@ -596,7 +596,9 @@ def test_what_is_wrong_in_a_task_of_the_platform_is_told(
     monkeypatch.setenv(LM_EVAL_TASKS, str(folder))
     ran = bench.run("validate", _job(bench, {"tasks": ["bare"]}, []))
     assert (ran.code, ran.result.reason, ran.result.retryable) == (2, FailureReason.INVALID_SPEC, False)
-    assert ran.result.message.startswith(f"evaluation suite tasks: bare in {folder}/bare.yaml cannot be used: {told}")
+    assert ran.result.message.startswith(
+        f"evaluation suite tasks: bare in {folder}/bare.yaml cannot be used: {message}"
+    )
 
 
 def _late(folder: Path) -> list[dict[str, Any]]:
@@ -639,13 +641,13 @@ def test_the_code_of_a_folder_is_not_run_unasked(bench: Workbench, command: str)
 
 @pytest.mark.usefixtures("tasks")
 @pytest.mark.parametrize("case", FOLDERS)
-def test_what_is_wrong_in_a_folder_is_told_on_the_cpu(bench: Workbench, case: str) -> None:
-    changed, asked, told = FOLDERS[case]
+def test_errors_in_a_task_folder_are_reported_before_training(bench: Workbench, case: str) -> None:
+    changed, asked, message = FOLDERS[case]
     folder = _folder(bench.folder / "mine", **changed)
     job = _job(bench, {"tasks": asked, "taskFolder": {"uri": f"file://{folder}"}}, [])
     ran = bench.run("validate", job, *CODE)
     assert (ran.code, ran.result.reason) == (2, FailureReason.INVALID_SPEC)
-    assert told in ran.result.message
+    assert message in ran.result.message
     assert "Traceback" not in ran.result.message
     assert str(bench.folder / "work") not in ran.result.message
 

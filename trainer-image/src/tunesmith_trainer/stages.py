@@ -369,7 +369,7 @@ def _judged(result: TrainerResult) -> TrainerResult:
     evaluation = result.evaluation
     if evaluation is None:
         return result
-    failure = gates.failure(evaluation)
+    failure = gates.describe_failures(evaluation)
     if failure is not None:
         change = {"outcome": Outcome.FAILED, "reason": FailureReason.GATE_FAILED, "message": failure}
         return result.model_copy(update=change)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tunesmith.storage.folder import Folder
     from tunesmith_trainer.store import Stores
 
-_MOST_FILES = 5000
+_MAX_FILES = 5000
 _NOT_TASKS = frozenset({"__pycache__"})
 """Folders that are skipped, in addition to those whose names begin with a dot."""
 
@@ -51,35 +51,36 @@ class SuppliedTasks:
     uri: str
     digest: str
 
-    def blamed(self, error: BaseException) -> str | None:
+    def locate_error(self, error: BaseException) -> str | None:
         """Return file, line and message of an error raised in the folder's Python; None for any other error."""
-        for one in _causes(error):
-            if isinstance(one, SyntaxError) and one.filename and Path(one.filename).is_relative_to(self.path):
-                return f"{self.within(one.filename)} line {one.lineno}: {type(one).__name__}: {one.msg}"
-            frames = traceback.extract_tb(one.__traceback__)
+        for cause in _causes(error):
+            kind = type(cause).__name__
+            if isinstance(cause, SyntaxError) and cause.filename and Path(cause.filename).is_relative_to(self.path):
+                return f"{self.strip_folder(cause.filename)} line {cause.lineno}: {kind}: {cause.msg}"
+            frames = traceback.extract_tb(cause.__traceback__)
             inside = [frame for frame in frames if Path(frame.filename).is_relative_to(self.path)]
             if inside:
-                said = self.within(" ".join(str(one).split())[:300])
-                what = f"{type(one).__name__}: {said}" if said else type(one).__name__
-                return f"{self.within(inside[-1].filename)} line {inside[-1].lineno}: {what}"
+                message = self.strip_folder(" ".join(str(cause).split())[:300])
+                what = f"{kind}: {message}" if message else kind
+                return f"{self.strip_folder(inside[-1].filename)} line {inside[-1].lineno}: {what}"
         return None
 
-    def within(self, text: str) -> str:
+    def strip_folder(self, text: str) -> str:
         """Replace the paths of the folder's files in a text by their paths within the folder."""
         return text.replace(f"{self.path}/", "").replace(str(self.path), "the folder")
 
 
-def permit(evaluation: Evaluation | None, code: TaskCode) -> None:
+def check_permission(evaluation: Evaluation | None, code: TaskCode) -> None:
     """Raise unless the job may run the tasks supplied with it; called before any of them are fetched.
 
     Raises:
         InvalidSpecError: the job supplies tasks, and may not run them.
     """
-    for suite, uri in _wanted(evaluation):
-        what = f"evaluation suite {suite.name}: lmEval.taskFolder {uri} holds code that would be run"
+    for suite, uri in _task_folders(evaluation):
+        what = f"evaluation suite {suite.name}: lmEval.taskFolder {uri} contains code that would be run"
         if code is TaskCode.REFUSED_LOCALLY:
             raise InvalidSpecError(
-                f"{what} on this machine: read it, and give --allow-task-code if you trust it, or remove taskFolder"
+                f"{what} on this machine: read it and pass --allow-task-code if you trust it, or remove taskFolder"
             )
         if code is TaskCode.REFUSED:
             raise InvalidSpecError(
@@ -103,7 +104,7 @@ def fetch(evaluation: Evaluation, stores: Stores, work: Path, validated: Mapping
         TrainerError: the store cannot be read.
     """
     found = {}
-    for suite, uri in _wanted(evaluation):
+    for suite, uri in _task_folders(evaluation):
         where = f"evaluation suite {suite.name}: lmEval.taskFolder {uri}"
         assert suite.lm_eval is not None  # noqa: S101 - only those are wanted
         assert suite.lm_eval.task_folder is not None  # noqa: S101 - only those are wanted
@@ -113,49 +114,49 @@ def fetch(evaluation: Evaluation, stores: Stores, work: Path, validated: Mapping
         folder = stores.folder(uri.rstrip("/"), what=what, missing=DatasetNotFoundError, secret=secret)
         target = (work / suite.name).resolve()
         shutil.rmtree(target, ignore_errors=True)  # left by an earlier container of this pod
-        own = SuppliedTasks(target, uri, _copied(folder, target, where))
+        own = SuppliedTasks(target, uri, _copy(folder, target, where))
         require_unchanged(f"task folder {uri} of evaluation suite {suite.name}", validated.get(suite.name), own.digest)
         _check(own, where)
         found[suite.name] = own
     return found
 
 
-def _wanted(evaluation: Evaluation | None) -> Iterator[tuple[Suite, str]]:
+def _task_folders(evaluation: Evaluation | None) -> Iterator[tuple[Suite, str]]:
     for suite in (evaluation.suites or []) if evaluation is not None else []:
         if suite.lm_eval is not None and suite.lm_eval.task_folder is not None:
             yield suite, suite.lm_eval.task_folder.uri
 
 
-def _copied(folder: Folder, target: Path, where: str) -> str:
+def _copy(folder: Folder, target: Path, where: str) -> str:
     """Copy all files and return the digest of the copies."""
     if folder.local is not None:
         links = [path.relative_to(folder.local) for path in folder.local.rglob("*") if path.is_symlink()]
-        seen = [str(path) for path in links if _looked_at(path.as_posix())]
-        if seen:
-            raise InvalidSpecError(f"{where}: {min(seen)} is a link: put what it links to into the folder itself")
-    paths = [path for path in folder.below() if _looked_at(path)]
+        included = [str(path) for path in links if _is_included(path.as_posix())]
+        if included:
+            raise InvalidSpecError(f"{where}: {min(included)} is a link: replace it with a copy of its target")
+    paths = [path for path in folder.below() if _is_included(path)]
     if not any(path.endswith(".yaml") for path in paths):
         raise DatasetNotFoundError(
-            f"{where} has no task: there is no file in or below it whose name ends with .yaml; check the uri"
+            f"{where} has no task: neither it nor a folder below it has a file that ends with .yaml; check the uri"
         )
-    if len(paths) > _MOST_FILES:
+    if len(paths) > _MAX_FILES:
         raise InvalidSpecError(
-            f"{where} has {len(paths)} files, more than {_MOST_FILES}: name the folder that holds the tasks alone"
+            f"{where} has {len(paths)} files, more than {_MAX_FILES}: name a folder that contains only the tasks"
         )
     digest = hashlib.sha256()
     for path in paths:
         *parents, name = path.split("/")
-        place = folder
+        source = folder
         for parent in parents:
-            place = place.child(parent)
+            source = source.child(parent)
         copy = target.joinpath(*parents, name)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        place.download(name, copy)
+        source.download(name, copy)
         digest.update(f"{file_sha256(copy)}  {path}\n".encode())
     return f"sha256:{digest.hexdigest()}"
 
 
-def _looked_at(path: str) -> bool:
+def _is_included(path: str) -> bool:
     return not any(part.startswith(".") or part in _NOT_TASKS for part in path.split("/"))
 
 
@@ -169,17 +170,19 @@ def _check(own: SuppliedTasks, where: str) -> None:
             continue  # a file that others include
         if not isinstance(name, str):
             raise InvalidSpecError(
-                f"{where}: {own.within(str(path))}: a task has a name, and so has a group: write task: name, or"
-                " group: name beside the list task"
+                f"{where}: {own.strip_folder(str(path))}: a task or a group needs a name: write task: name, or"
+                " group: name next to the list task"
             )
         tags = config.get("tag", [])
         if not all(isinstance(tag, str) for tag in (tags if isinstance(tags, list) else [tags])):
             raise InvalidSpecError(
-                f"{where}: {own.within(str(path))}: tag must be a name or a list of names: write tag: [one, other]"
+                f"{where}: {own.strip_folder(str(path))}: tag must be a name or a list of names: "
+                "write tag: [first, second]"
             )
         if name in names:
             raise InvalidSpecError(
-                f"{where}: {own.within(str(names[name]))} and {own.within(str(path))} both define {name}: rename one"
+                f"{where}: {own.strip_folder(str(names[name]))} and {own.strip_folder(str(path))} both define {name}: "
+                "rename one"
             )
         names[name] = path
 
@@ -188,23 +191,23 @@ def _read(own: SuppliedTasks, path: Path, where: str, around: tuple[Path, ...]) 
     """Return a YAML file merged with those that it includes, its functions not loaded."""
     from lm_eval.tasks._yaml_loader import load_yaml  # noqa: PLC0415
 
-    name = own.within(str(path))
+    name = own.strip_folder(str(path))
     try:
         config: dict[str, Any] = load_yaml(path, resolve_func=False, recursive=False)
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark is not None else ""
         raise InvalidSpecError(f"{where}: {name}{line} is not YAML: {error.problem or error.context}") from None
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        told = own.within(" ".join(str(error).split())[:300])
-        raise InvalidSpecError(f"{where}: {name} is not the YAML of a task: {told}") from None
+        message = own.strip_folder(" ".join(str(error).split())[:300])
+        raise InvalidSpecError(f"{where}: {name} is not the YAML of a task: {message}") from None
     included: dict[str, Any] = {}
-    asked = config.get("include", [])
-    for one in asked if isinstance(asked, list) else [asked]:
-        inner = (path.parent / str(one)).resolve()
+    includes = config.get("include", [])
+    for include in includes if isinstance(includes, list) else [includes]:
+        inner = (path.parent / str(include)).resolve()
         if not inner.is_relative_to(own.path) or not inner.is_file():
-            raise InvalidSpecError(f"{where}: {name} includes {one}, which is no file of the folder: add it")
+            raise InvalidSpecError(f"{where}: {name} includes {include}, which is not a file of the folder: add it")
         if inner in (*around, path):
-            raise InvalidSpecError(f"{where}: {name} includes {one}, which includes {name}: remove one of the two")
+            raise InvalidSpecError(f"{where}: {name} includes {include}, which includes {name}: remove one of the two")
         included |= _read(own, inner, where, (*around, path))
     return included | config
 
@@ -212,8 +215,8 @@ def _read(own: SuppliedTasks, path: Path, where: str, around: tuple[Path, ...]) 
 def _causes(error: BaseException) -> list[BaseException]:
     """Return the error and the chain of its causes."""
     chain: list[BaseException] = []
-    one: BaseException | None = error
-    while one is not None and one not in chain:
-        chain.append(one)
-        one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return chain

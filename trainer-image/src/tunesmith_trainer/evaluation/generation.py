@@ -77,23 +77,23 @@ def load(
         DatasetInvalidError: a row is unusable.
         InvalidSpecError: a prompt and its answer do not fit the model's context.
     """
-    asked = suite.generation
-    assert asked is not None  # noqa: S101 - the caller has looked
+    settings = suite.generation
+    assert settings is not None  # noqa: S101 - the caller checks it
     examples: list[Example] = []
     whole = dataset.model_copy(update={"unusable": UnusableRows.ERROR, "duplicates": DuplicateRows.KEEP})
     if dataset.format in _WITHOUT_ANSWERS:
         whole = whole.model_copy(update={"format": DataFormat.AUTO, "columns": None})
-    sources = fetch([asked.dataset], stores, folder / suite.name)
+    sources = fetch([settings.dataset], stores, folder / suite.name)
     for row in read(sources, whole, RowReport(), forms=SFT_FORMS - {RowForm.TEXT}):
-        if asked.limit is not None and len(examples) == asked.limit:
+        if settings.limit is not None and len(examples) == settings.limit:
             continue  # the rest is read only to report its errors
-        example = _example(row, encoder.encode(_weighed(row)), tokenizer)
+        example = _example(row, encoder.encode(_with_last_answer_as_target(row)), tokenizer)
         if not example.answer.strip():
-            raise DatasetInvalidError(f"{row.where}: there is no answer to compare with")
-        if context is not None and len(example.prompt) + asked.max_new_tokens > context:
+            raise DatasetInvalidError(f"{row.where}: there is no answer to compare with, add one or remove the row")
+        if context is not None and len(example.prompt) + settings.max_new_tokens > context:
             raise InvalidSpecError(
                 f"evaluation suite {suite.name}: the prompt of {row.where} has {len(example.prompt)} tokens and "
-                f"maxNewTokens is {asked.max_new_tokens}, together more than the base model's context of {context}: "
+                f"maxNewTokens is {settings.max_new_tokens}, together more than the base model's context of {context}: "
                 "lower maxNewTokens or shorten the prompt"
             )
         examples.append(example)
@@ -108,14 +108,14 @@ def also_trained(suite: str, examples: Sequence[Example], trained: IntArray) -> 
         examples: examples of the suite.
         trained: keys of the rows that are trained on.
     """
-    places = trained_too(np.asarray([example.key for example in examples], np.uint64), trained)
-    if not len(places):
+    indices = trained_too(np.asarray([example.key for example in examples], np.uint64), trained)
+    if not len(indices):
         return None
-    shown = [shortened(examples[place].where) for place in places[:EXAMPLES]]
-    return AlsoTrained(suite=suite, rows=len(places), scored_rows=len(examples), examples=shown)
+    shown = [shortened(examples[index].where) for index in indices[:EXAMPLES]]
+    return AlsoTrained(suite=suite, rows=len(indices), scored_rows=len(examples), examples=shown)
 
 
-def _weighed(row: data.Row) -> data.Row:
+def _with_last_answer_as_target(row: data.Row) -> data.Row:
     """Return the row with its last answer as a target: a weight applies to training, not to the comparison."""
     messages = row.value.get("messages")
     if not messages or "weight" not in messages[-1]:
@@ -126,7 +126,7 @@ def _weighed(row: data.Row) -> data.Row:
 
 def _example(row: data.Row, tokens: data.Tokens, tokenizer: PreTrainedTokenizerFast) -> Example:
     labels = tokens.labels
-    end = max((place for place, label in enumerate(labels) if label != data.IGNORED), default=-1) + 1
+    end = max((index for index, label in enumerate(labels) if label != data.IGNORED), default=-1) + 1
     start = end
     while start > 0 and labels[start - 1] != data.IGNORED:
         start -= 1
@@ -150,38 +150,38 @@ def answers(
     config = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(ends), pad_token_id=pad, use_cache=True
     )
-    order = sorted(range(len(examples)), key=lambda place: (-len(examples[place].prompt), place))
+    order = sorted(range(len(examples)), key=lambda index: (-len(examples[index].prompt), index))
     texts: dict[int, str] = {}
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad(), nullcontext() if adapter else model.disable_adapter(), training_precision(model):
             for begin in range(0, len(order), batch_size):
-                places = order[begin : begin + batch_size]
-                prompts = [examples[place].prompt for place in places]
+                indices = order[begin : begin + batch_size]
+                prompts = [examples[index].prompt for index in indices]
                 width = max(map(len, prompts))
                 ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
                 mask = torch.tensor(
                     [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device
                 )
                 generated: Any = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-                for place, row in zip(places, generated[:, width:].tolist(), strict=True):
-                    texts[place] = str(tokenizer.decode(row, skip_special_tokens=True))
+                for index, row in zip(indices, generated[:, width:].tolist(), strict=True):
+                    texts[index] = str(tokenizer.decode(row, skip_special_tokens=True))
     finally:
         model.train(was_training)
-    return [texts[place] for place in range(len(examples))]
+    return [texts[index] for index in range(len(examples))]
 
 
 def score(metric: GenerationMetric, given: Sequence[str], expected: Sequence[str]) -> float:
     """Return the metric over all answers: ExactMatch, Contains 0 to 1; Bleu, ChrF 0 to 100 (sacrebleu, corpus)."""
     if metric is GenerationMetric.EXACT_MATCH:
-        return _share(one.strip() == other.strip() for one, other in zip(given, expected, strict=True))
+        return _fraction(answer.strip() == target.strip() for answer, target in zip(given, expected, strict=True))
     if metric is GenerationMetric.CONTAINS:
-        return _share(other.strip() in one for one, other in zip(given, expected, strict=True))
+        return _fraction(target.strip() in answer for answer, target in zip(given, expected, strict=True))
     scorer = BLEU() if metric is GenerationMetric.BLEU else CHRF()
     return float(scorer.corpus_score(list(given), [list(expected)]).score)
 
 
-def _share(hits: Iterable[bool]) -> float:
+def _fraction(hits: Iterable[bool]) -> float:
     values = list(hits)
     return sum(values) / len(values)

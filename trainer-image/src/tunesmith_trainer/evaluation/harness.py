@@ -18,7 +18,7 @@ from tunesmith.api.evaluation import GAIN, MAX_METRIC, MAX_SCORES
 from tunesmith_trainer.base_model.precision import training_precision
 from tunesmith_trainer.data.report import shortened
 from tunesmith_trainer.errors import InvalidSpecError, TrainerError
-from tunesmith_trainer.evaluation.tasks import few, tasks_of, unusable
+from tunesmith_trainer.evaluation.tasks import list_names, tasks_of, translate_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_TRIED_ROWS = 2
-_TRIED_OWN_ROWS = 100
+_TRIAL_ROWS = 2
+_TRIAL_ROWS_OF_SUPPLIED_TASKS = 100
 """Rows to try of tasks whose Python has not been tried yet."""
-_OF_RUNS = (RuntimeError, MemoryError, OSError, TrainerError)
+_RUN_ERRORS = (RuntimeError, MemoryError, OSError, TrainerError)
 """Errors of the GPU, memory, other ranks and stores: not a fault of tasks unless raised in their own Python."""
 _PYTHON_SEED, _SEED = 0, 1234
 """Default seeds of the harness's command line."""
@@ -49,7 +49,7 @@ def check(evaluation: Evaluation, own: Mapping[str, SuppliedTasks]) -> None:
         own: folders of tasks supplied with the job, by suite.
 
     Raises:
-        InvalidSpecError: a task cannot be used here, the name of a metric is too long, or a gate names a metric that
+        InvalidSpecError: a task cannot be used, the name of a metric is too long, or a gate names a metric that
             its task does not have.
         DatasetNotFoundError: a task's data does not exist, or requires a login.
         StorageUnavailableError: the Hub cannot be reached.
@@ -63,16 +63,16 @@ def check(evaluation: Evaluation, own: Mapping[str, SuppliedTasks]) -> None:
             continue
         tasks = tasks_of(suite, own.get(suite.name))
         try:
-            most = _TRIED_OWN_ROWS if suite.name in own else _TRIED_ROWS
-            metrics = _evaluated(DummyLM(), suite, tasks, most=most)
+            max_rows = _TRIAL_ROWS_OF_SUPPLIED_TASKS if suite.name in own else _TRIAL_ROWS
+            metrics = _evaluate(DummyLM(), suite, tasks, max_rows=max_rows)
         except (Exception, SystemExit) as error:
-            raise unusable(suite, ", ".join(suite.lm_eval.tasks), error, own.get(suite.name)) from error
-        _named(suite, metrics)
-        _gates(evaluation, suite, metrics)
+            raise translate_error(suite, ", ".join(suite.lm_eval.tasks), error, own.get(suite.name)) from error
+        _check_names(suite, metrics)
+        _check_gates(evaluation, suite, metrics)
         count += len(metrics)
     if count > MAX_SCORES:
         raise InvalidSpecError(
-            f"evaluation.suites have {count} metrics, more than the {MAX_SCORES} that a job can have: leave tasks out"
+            f"evaluation.suites have {count} metrics, more than the {MAX_SCORES} that a job can have: remove tasks"
         )
 
 
@@ -107,22 +107,24 @@ def scores(
         with torch.no_grad(), nullcontext() if adapter else model.disable_adapter(), training_precision(model):
             while True:
                 try:
-                    return _evaluated(_answering(model, tokenizer, batch_size), suite, tasks)
+                    return _evaluate(_language_model(model, tokenizer, batch_size), suite, tasks)
                 except torch.OutOfMemoryError:
                     if batch_size == 1:
                         raise
                     batch_size //= 2
                 torch.cuda.empty_cache()
     except (Exception, SystemExit) as error:
-        if suite.lm_eval is None or (isinstance(error, _OF_RUNS) and (own is None or own.blamed(error) is None)):
+        if suite.lm_eval is None or (
+            isinstance(error, _RUN_ERRORS) and (own is None or own.locate_error(error) is None)
+        ):
             raise
         log.warning("evaluation suite %s failed", suite.name, exc_info=error)
-        raise unusable(suite, ", ".join(suite.lm_eval.tasks), error, own) from error
+        raise translate_error(suite, ", ".join(suite.lm_eval.tasks), error, own) from error
     finally:
         model.train(was_training)
 
 
-class _Asked:
+class _ModelProxy:
     """The part of a model that the harness uses. Given a whole model, it would tie the weights again."""
 
     def __init__(self, model: PeftModel) -> None:
@@ -135,34 +137,34 @@ class _Asked:
         found.logits = found.logits[:, -ids.shape[1] :]  # without the virtual tokens, which come first
         return found
 
-    def generate(self, **asked: Any) -> Any:  # noqa: ANN401 - as the model's
-        return self._model.generate(**asked)
+    def generate(self, **arguments: Any) -> Any:  # noqa: ANN401 - as the model's
+        return self._model.generate(**arguments)
 
 
-def _answering(model: PeftModel, tokenizer: PreTrainedTokenizerFast, batch_size: int) -> LM:
+def _language_model(model: PeftModel, tokenizer: PreTrainedTokenizerFast, batch_size: int) -> LM:
     from lm_eval.models.huggingface import HFLM  # noqa: PLC0415
 
-    asked: Any = _Asked(model)
-    return HFLM(pretrained=asked, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
+    proxy: Any = _ModelProxy(model)
+    return HFLM(pretrained=proxy, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
 
 
-def _evaluated(lm: LM, suite: Suite, tasks: Mapping[str, Any], most: int | None = None) -> dict[str, float]:
-    """Return the scores of the named tasks and groups by `<task>/<metric>`; `most` limits the rows of each task."""
+def _evaluate(lm: LM, suite: Suite, tasks: Mapping[str, Any], max_rows: int | None = None) -> dict[str, float]:
+    """Return the scores of the named tasks and groups by `<task>/<metric>`; `max_rows` limits the rows of each task."""
     from lm_eval.evaluator import evaluate  # noqa: PLC0415
 
-    asked = suite.lm_eval
-    assert asked is not None  # noqa: S101 - the caller has looked
+    settings = suite.lm_eval
+    assert settings is not None  # noqa: S101 - the caller checks it
     random.seed(_PYTHON_SEED)
     np.random.seed(_SEED)  # noqa: NPY002 - the harness draws from this generator
     torch.manual_seed(_SEED)
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(seed=_SEED)
-    limits = [limit for limit in (asked.limit, most) if limit is not None]
-    whole = evaluate(lm=lm, task_dict=tasks, limit=min(limits, default=None), bootstrap_iters=0, log_samples=False)
-    assert whole is not None  # noqa: S101 - only other ranks get None
-    found = {**whole["results"], **whole.get("groups", {})}
+    limits = [limit for limit in (settings.limit, max_rows) if limit is not None]
+    results = evaluate(lm=lm, task_dict=tasks, limit=min(limits, default=None), bootstrap_iters=0, log_samples=False)
+    assert results is not None  # noqa: S101 - only other ranks get None
+    found = {**results["results"], **results.get("groups", {})}
     return {
-        f"{name}/{metric}": value for name in asked.tasks for metric, value in sorted(_metrics(found.get(name, {})))
+        f"{name}/{metric}": value for name in settings.tasks for metric, value in sorted(_metrics(found.get(name, {})))
     }
 
 
@@ -174,7 +176,7 @@ def _metrics(found: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             yield (metric if kind == "none" else key), float(value)
 
 
-def _named(suite: Suite, metrics: Mapping[str, float]) -> None:
+def _check_names(suite: Suite, metrics: Mapping[str, float]) -> None:
     for name in metrics:
         if len(name) > MAX_METRIC:
             raise InvalidSpecError(
@@ -183,10 +185,10 @@ def _named(suite: Suite, metrics: Mapping[str, float]) -> None:
             )
 
 
-def _gates(evaluation: Evaluation, suite: Suite, metrics: Mapping[str, float]) -> None:
+def _check_gates(evaluation: Evaluation, suite: Suite, metrics: Mapping[str, float]) -> None:
     for gate in evaluation.gates or []:
         if gate.suite == suite.name and gate.metric.removesuffix(GAIN) not in metrics:
             raise InvalidSpecError(
-                f"a gate of evaluation.gates names {suite.name}/{gate.metric}, which there is not: the suite has "
-                f"{few(list(metrics))}, and each with {GAIN} behind it"
+                f"a gate of evaluation.gates names {suite.name}/{gate.metric}, which does not exist: the suite has "
+                f"{list_names(list(metrics))}, and each of them followed by {GAIN}"
             )

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
     from tunesmith_trainer.evaluation.folders import SuppliedTasks
 
-_NAMED = 8
+_MAX_NAMES = 8
 """Maximum number of names that a message lists."""
-_OF_FILES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+_LOCAL_FILE_ERRORS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 """Errors of local files, which another attempt does not fix."""
 
 
@@ -45,82 +45,85 @@ def tasks_of(suite: Suite, own: SuppliedTasks | None = None) -> Mapping[str, Any
         DatasetNotFoundError: a task's data does not exist.
         StorageUnavailableError: the Hub cannot be reached.
     """
-    return _built(suite.model_dump_json(), os.environ.get(LM_EVAL_TASKS, ""), own)
+    return _load_tasks(suite.model_dump_json(), os.environ.get(LM_EVAL_TASKS, ""), own)
 
 
 @functools.cache
-def _built(document: str, folder: str, own: SuppliedTasks | None) -> Mapping[str, Any]:
+def _load_tasks(document: str, folder: str, own: SuppliedTasks | None) -> Mapping[str, Any]:
     suite = Suite.model_validate_json(document)
-    asked = suite.lm_eval
-    assert asked is not None  # noqa: S101 - the caller has looked
-    built = []
-    name = ", ".join(asked.tasks)
+    settings = suite.lm_eval
+    assert settings is not None  # noqa: S101 - the caller checks it
+    loaded = []
+    name = ", ".join(settings.tasks)
     try:
-        known = _known(folder) if own is None else _with(own, _known(folder), suite)
-        for name in asked.tasks:
-            _refuse(known, suite, name, own)
-            one = known.load([name])
-            _answer_first(suite, one["tasks"])
-            built.append(one)
+        known = _task_manager(folder) if own is None else _add_supplied_tasks(own, _task_manager(folder), suite)
+        for name in settings.tasks:
+            _check_task(known, suite, name, own)
+            named = known.load([name])
+            _set_few_shot_examples(suite, named["tasks"])
+            loaded.append(named)
     except TrainerError:
         raise
     except (Exception, SystemExit) as error:
-        raise unusable(suite, name, error, own) from error
+        raise translate_error(suite, name, error, own) from error
     whole: dict[str, Any] = {part: {} for part in ("tasks", "groups", "group_map")}
-    for one in built:
-        if whole["tasks"].keys() & one["tasks"].keys():
-            twice = ", ".join(sorted(whole["tasks"].keys() & one["tasks"].keys())[:_NAMED])
+    for named in loaded:
+        if whole["tasks"].keys() & named["tasks"].keys():
+            duplicates = ", ".join(sorted(whole["tasks"].keys() & named["tasks"].keys())[:_MAX_NAMES])
             raise InvalidSpecError(
-                f"evaluation suite {suite.name}: lmEval.tasks has {twice} twice, by itself or in a group: keep one"
+                f"evaluation suite {suite.name}: lmEval.tasks has {duplicates} twice, directly or in a group: keep one"
             )
-        for part, named in one.items():
-            whole[part] |= named
+        for part, entries in named.items():
+            whole[part] |= entries
     return whole
 
 
-def _answer_first(suite: Suite, tasks: Mapping[str, Any]) -> None:
+def _set_few_shot_examples(suite: Suite, tasks: Mapping[str, Any]) -> None:
     """Set the number of few-shot examples of each task."""
-    asked = suite.lm_eval
-    assert asked is not None  # noqa: S101 - the caller has looked
+    settings = suite.lm_eval
+    assert settings is not None  # noqa: S101 - the caller checks it
     for name, task in tasks.items():
-        usual = task.get_config("num_fewshot")
-        if usual == 0 and asked.num_fewshot:
+        default = task.get_config("num_fewshot")
+        if default == 0 and settings.num_fewshot:
             raise InvalidSpecError(
-                f"evaluation suite {suite.name}: the task {name} is made for no examples before its questions: remove "
-                "lmEval.numFewshot, or give the task a suite of its own"
+                f"evaluation suite {suite.name}: the task {name} does not support examples before its questions: "
+                "remove lmEval.numFewshot, or move the task to a suite of its own"
             )
-        task.set_config(key="num_fewshot", value=(usual or 0) if asked.num_fewshot is None else asked.num_fewshot)
+        task.set_config(
+            key="num_fewshot", value=(default or 0) if settings.num_fewshot is None else settings.num_fewshot
+        )
 
 
 @functools.cache
-def _known(folder: str) -> TaskManager:
+def _task_manager(folder: str) -> TaskManager:
     """Index the tasks of the harness and the platform, of which the latter take precedence; takes seconds."""
     from lm_eval.tasks import TaskManager  # noqa: PLC0415
 
     if folder and not Path(folder).is_dir():
         raise InvalidSpecError(
-            f"{LM_EVAL_TASKS} is {folder}, which is no folder here: the trainer's image must have it, or unset it"
+            f"{LM_EVAL_TASKS} is {folder}, which is not a local folder: add it to the trainer's image, or unset the "
+            "variable"
         )
     return TaskManager(include_path=folder or None)
 
 
-def _with(own: SuppliedTasks, known: TaskManager, suite: Suite) -> TaskManager:
+def _add_supplied_tasks(own: SuppliedTasks, known: TaskManager, suite: Suite) -> TaskManager:
     """Add the tasks supplied with a job to all others; raise if a name is already taken."""
     from lm_eval.tasks import TaskManager  # noqa: PLC0415
 
     whole = TaskManager(include_path=str(own.path), include_defaults=False)
-    twice = sorted(whole.task_index.keys() & known.task_index.keys())
-    if twice:
+    duplicates = sorted(whole.task_index.keys() & known.task_index.keys())
+    if duplicates:
         raise InvalidSpecError(
-            f"evaluation suite {suite.name}: lmEval.taskFolder {own.uri} defines {few(twice)}, which"
-            " lm-evaluation-harness or the platform has under the same name (of a task, a group or a tag): rename it in"
+            f"evaluation suite {suite.name}: lmEval.taskFolder {own.uri} defines {list_names(duplicates)}, which"
+            " lm-evaluation-harness or the platform already defines as a task, a group or a tag: rename it in"
             " the folder"
         )
     whole.task_index.update(known.task_index)
     return whole
 
 
-def _refuse(known: TaskManager, suite: Suite, name: str, own: SuppliedTasks | None) -> None:
+def _check_task(known: TaskManager, suite: Suite, name: str, own: SuppliedTasks | None) -> None:
     """Raise if the task is unknown, is malformed, has no score, or would run code from elsewhere."""
     from lm_eval.tasks._index import Kind  # noqa: PLC0415
 
@@ -135,8 +138,8 @@ def _refuse(known: TaskManager, suite: Suite, name: str, own: SuppliedTasks | No
         )
     if entry.kind is Kind.TAG:
         raise InvalidSpecError(
-            f"{where}: {name} is a tag, which has no score of its own: name of its tasks those that you want: "
-            f"{few(sorted(entry.tags))}"
+            f"{where}: {name} is a tag, which has no score of its own: name the tasks that you want "
+            f"instead: {list_names(sorted(entry.tags))}"
         )
     refused = None
     for part in _configs(known, name):
@@ -144,21 +147,24 @@ def _refuse(known: TaskManager, suite: Suite, name: str, own: SuppliedTasks | No
         if wrong is not None:
             file = str(part.file)
             raise InvalidSpecError(
-                f"{where}: {part.name} in {file if own is None else own.within(file)} cannot be used: {wrong}"
+                f"{where}: {part.name} in {file if own is None else own.strip_folder(file)} cannot be used: {wrong}"
             )
         refused = refused or part.refused
     if entry.kind is Kind.GROUP and not (entry.cfg or {}).get("aggregate_metric_list"):
-        members = [one if isinstance(one, str) else str(one.get("task")) for one in (entry.cfg or {}).get("task", [])]
+        members = [
+            member if isinstance(member, str) else str(member.get("task"))
+            for member in (entry.cfg or {}).get("task", [])
+        ]
         raise InvalidSpecError(
-            f"{where}: {name} is a group without a score of its own: name of its tasks those that you want: "
-            f"{few(members)}"
+            f"{where}: {name} is a group without a score of its own: name the tasks that you want "
+            f"instead: {list_names(members)}"
         )
     if refused is not None:
-        raise InvalidSpecError(f"{where}: the task {name} {refused}, which is not done here: leave it out")
+        raise InvalidSpecError(f"{where}: the task {name} {refused}, which is not allowed: remove it")
 
 
 @dataclass(frozen=True)
-class _Part:
+class _TaskPart:
     """Configuration of a task, a group, or a member of a group.
 
     Args:
@@ -171,22 +177,22 @@ class _Part:
     name: str
     file: Path | None
     config: Mapping[str, Any]
-    around: tuple[_Part, ...] = ()
+    around: tuple[_TaskPart, ...] = ()
 
     @property
     def wrong(self) -> str | None:
         """Description of what the harness would reject, with the fix; None if it is valid."""
         metrics, options, members = (self.config.get(key) for key in ("metric_list", "dataset_kwargs", "task"))
-        if any(one.config is self.config for one in self.around):
-            chain = few([one.name for one in (*self.around, self)])
-            return f"it is a member of itself ({chain}): take the name that leads back to it out of the list task"
-        if metrics is not None and not _are(metrics, dict):
+        if any(part.config is self.config for part in self.around):
+            chain = list_names([part.name for part in (*self.around, self)])
+            return f"it is a member of itself ({chain}): remove the name that leads back to it from the list task"
+        if metrics is not None and not _is_list_of(metrics, dict):
             return "metric_list must be a list of mappings: write each metric as - {metric: acc}"
         if options is not None and not isinstance(options, dict):
             return "dataset_kwargs must be a mapping: write each option as name: value"
         grouped = "group" in self.config and "class" not in self.config and members is not None
-        if grouped and not _are(members, str | dict):
-            return "the task of a group must be a list of names: write task: [one, other]"
+        if grouped and not _is_list_of(members, str | dict):
+            return "the task of a group must be a list of names: write task: [first, second]"
         return None
 
     @property
@@ -201,72 +207,73 @@ class _Part:
         return None
 
 
-def _are(values: object, kind: type | UnionType) -> bool:
-    return isinstance(values, list) and all(isinstance(one, kind) for one in values)
+def _is_list_of(values: object, kind: type | UnionType) -> bool:
+    return isinstance(values, list) and all(isinstance(value, kind) for value in values)
 
 
-def _configs(known: TaskManager, name: str, around: tuple[_Part, ...] = ()) -> Iterator[_Part]:
+def _configs(known: TaskManager, name: str, around: tuple[_TaskPart, ...] = ()) -> Iterator[_TaskPart]:
     """Yield the configurations of a task, or of a group or tag and its members, but no members of an invalid one."""
     entry = known.task_index.get(name)
     if entry is None:
         return
     if entry.cfg is not None:
-        yield from _within(known, _Part(name, entry.yaml_path, entry.cfg, around))
+        yield from _with_members(known, _TaskPart(name, entry.yaml_path, entry.cfg, around))
         return
-    for one in sorted(entry.tags):
-        yield from _configs(known, one, around)
+    for member in sorted(entry.tags):
+        yield from _configs(known, member, around)
 
 
-def _within(known: TaskManager, part: _Part) -> Iterator[_Part]:
+def _with_members(known: TaskManager, part: _TaskPart) -> Iterator[_TaskPart]:
     """Yield a part and its members, which are either named or defined inline."""
     yield part
     inner = part.config.get("task")
     if part.wrong is not None or not isinstance(inner, list):
         return
     around = (*part.around, part)
-    for one in inner:
-        names = [one]
-        if isinstance(one, dict):
-            yield from _within(known, replace(part, config=one, around=around))
-            names = [one.get("group"), one.get("task")]  # an inline definition overrides the task of that name
+    for member in inner:
+        names = [member]
+        if isinstance(member, dict):
+            yield from _with_members(known, replace(part, config=member, around=around))
+            names = [member.get("group"), member.get("task")]  # an inline definition overrides the task of that name
         for name in names:
             if isinstance(name, str):
                 yield from _configs(known, name, around)
 
 
-def unusable(suite: Suite, name: str, error: BaseException, own: SuppliedTasks | None = None) -> TrainerError:
+def translate_error(suite: Suite, name: str, error: BaseException, own: SuppliedTasks | None = None) -> TrainerError:
     """Translate the error; for an error in a job's own Python, include its file and line."""
     where = f"evaluation suite {suite.name}: the task {name}"
     refused = denied(error, where)
     if refused is not None:
         return refused
-    told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    blamed = None
+    message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    location = None
     if own is not None:
-        blamed, told = own.blamed(error), own.within(told)
-    if blamed is not None:
-        if isinstance(error, OSError) and not isinstance(error, _OF_FILES):
-            return StorageUnavailableError(f"{where} needs a server that cannot be reached: {blamed}")
-        return InvalidSpecError(f"{where} cannot be used: {blamed}")
+        location, message = own.locate_error(error), own.strip_folder(message)
+    if location is not None:
+        if isinstance(error, OSError) and not isinstance(error, _LOCAL_FILE_ERRORS):
+            return StorageUnavailableError(f"{where} needs a server that cannot be reached: {location}")
+        return InvalidSpecError(f"{where} cannot be used: {location}")
     if isinstance(error, FileNotFoundError):
         return DatasetNotFoundError(
-            f"{where} has no data: {told}; a data set on the Hub that asks for a sign-in cannot be used"
+            f"{where} has no data: {message}; a data set on the Hub that requires a login cannot be used"
         )
     if isinstance(error, OSError):
         return StorageUnavailableError(
-            f"{where} needs its data from the Hugging Face Hub: {told}; let the pod reach it, or leave the task out"
+            f"{where} needs its data from the Hugging Face Hub: {message}; let the pod connect to it, or remove "
+            "the task"
         )
     if isinstance(error, ImportError) and own is not None:
         return InvalidSpecError(
-            f"{where} names Python that is neither in lmEval.taskFolder, beside its YAML, nor in the trainer's image:"
-            f" {told}"
+            f"{where} imports Python that is neither in lmEval.taskFolder, next to its YAML, nor in the trainer's "
+            f"image: {message}"
         )
     if isinstance(error, ImportError):
-        return InvalidSpecError(f"{where} needs a package that the trainer's image does not have: {told}")
-    return InvalidSpecError(f"{where} cannot be used here: {type(error).__name__}: {told}")
+        return InvalidSpecError(f"{where} needs a package that the trainer's image does not have: {message}")
+    return InvalidSpecError(f"{where} cannot be used: {type(error).__name__}: {message}")
 
 
-def few(names: list[str]) -> str:
+def list_names(names: list[str]) -> str:
     """List the names, or the first of them and the number of the others."""
-    rest = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+    rest = len(names) - _MAX_NAMES
+    return ", ".join(names[:_MAX_NAMES]) + (f" and {rest} more" if rest > 0 else "")

@@ -114,7 +114,7 @@ def prepare(
     """
     spec = job.spec if ranks is None else _of_ranks(job.spec, ranks)
     before = job.status.resolved
-    folders.permit(spec.evaluation, task_code)
+    folders.check_permission(spec.evaluation, task_code)
     remote = model.open_base(spec.base_model, stores)
     base = _read_base(spec, model.fetch_base(remote, work / "base", weights=weights))
     planned = _planned(spec, base)

@@ -387,8 +387,10 @@ def _score_suites(
             failures.append(scores)
             continue
         base, adapter = scores
-        taken = sum(map(len, scores_by_suite.values())) + sum(other.held_out_loss is not None for other in suites)
-        scores_by_suite[suite.name], omitted = gates.compared(suite.name, base, adapter, taken=taken)
+        other_scores = sum(map(len, scores_by_suite.values())) + sum(
+            other.held_out_loss is not None for other in suites
+        )
+        scores_by_suite[suite.name], omitted = gates.pair_scores(suite.name, base, adapter, other_scores=other_scores)
         if omitted is not None:
             report(f"  {omitted.message}")
             failures.append(omitted)
