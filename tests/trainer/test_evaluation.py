@@ -85,8 +85,8 @@ def test_a_suite_without_scores_passes_no_gate_and_leaves_the_others_theirs() ->
     asked = Evaluation.model_validate({"suites": suites, "gates": limits})
     judged = gates.judge(asked, LOSSES, {"doors": {"ExactMatch": (0.25, 0.75)}}, [failure])
     assert judged.failures == [failure]
-    assert [(one.suite, one.adapter) for one in judged.scores or []] == [("doors", 0.75)]
-    assert [(one.suite, one.passed) for one in judged.gates or []] == [("doors", False), ("mine", False)]
+    assert [(score.suite, score.adapter) for score in judged.scores or []] == [("doors", 0.75)]
+    assert [(gate.suite, gate.passed) for gate in judged.gates or []] == [("doors", False), ("mine", False)]
     assert gates.describe_failures(judged) == (
         "gate doors/ExactMatch: 0.75 is below its min 0.9; gate mine/painted/acc: its suite has no scores:"
         " suite mine: line 3: KeyError. The artifact is kept, and no AdapterDeployment serves it: fix the tasks and"
@@ -147,7 +147,7 @@ def test_metrics_of_both_are_paired(case: str) -> None:
         (0.8999999, {"min": 0.9}, "0.9 is below its min 0.9"),
         (0.8999999, {"min": 0.9, "max": 1}, "0.9 is below its min 0.9"),
         (0.5000001, {"min": 0.1, "max": 0.5}, "0.5 is above its max 0.5"),
-        (float("inf"), {"max": 3}, "its score is no finite number"),
+        (float("inf"), {"max": 3}, "its score is not a finite number"),
     ],
 )
 def test_a_gate_that_is_missed_by_little_or_without_end_says_so(
@@ -176,7 +176,7 @@ def test_base_and_adapter_answer_as_plain_transformers_and_peft_do(bench: Workbe
     assert ran.code == 0, ran.result.message
     folder = bench.output / "artifact"
     scores = json.loads((folder / "evaluation.json").read_text())["scores"]
-    assert [(one["suite"], one["metric"]) for one in scores] == [("rows", "Loss"), ("doors", "ChrF")]
+    assert [(score["suite"], score["metric"]) for score in scores] == [("rows", "Loss"), ("doors", "ChrF")]
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     base = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
@@ -230,7 +230,7 @@ def test_the_last_answer_is_compared_whatever_its_weight(bench: Workbench, base_
     dataset = Dataset.model_validate({"train": [{"uri": f"file://{file}"}]})
     stores = Stores(secrets=tmp_path, allow_file=True)
     examples = load(suite, dataset, stores, tmp_path, encoder, tokenizer, None)
-    assert [one.answer.strip() for one in examples] == [row["messages"][-1]["content"] for row in rows]
+    assert [example.answer.strip() for example in examples] == [row["messages"][-1]["content"] for row in rows]
     ran = bench.run("validate", _job(bench, rows))
     assert ran.code == 0, ran.result.message
 

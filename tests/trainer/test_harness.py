@@ -371,7 +371,7 @@ def test_base_and_adapter_score_as_the_harness_alone_says(bench: Workbench, base
     ]
     folder = bench.output / "artifact"
     evaluation = json.loads((folder / "evaluation.json").read_text())
-    scores = {one["metric"]: one for one in evaluation["scores"]}
+    scores = {score["metric"]: score for score in evaluation["scores"]}
     assert set(scores) == {
         "doors_choice/acc",
         "doors_choice/acc_norm",
@@ -383,10 +383,10 @@ def test_base_and_adapter_score_as_the_harness_alone_says(bench: Workbench, base
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32), folder)
     for who, model in (("base", base), ("adapter", adapted)):
         alone = _alone(model, base_model, asked, tasks)
-        for metric, one in scores.items():
+        for metric, score in scores.items():
             task, _, name = metric.partition("/")
             expected = alone[task][name if "," in name else f"{name},none"]
-            assert one[who] == pytest.approx(expected, rel=1e-3), (who, metric)
+            assert score[who] == pytest.approx(expected, rel=1e-3), (who, metric)
     assert scores["doors_text/bits_per_byte"]["base"] != scores["doors_text/bits_per_byte"]["adapter"]
     assert ran.result.metrics["tasks/doors_choice/acc"] == scores["doors_choice/acc"]["adapter"]
     assert [gate["passed"] for gate in evaluation["gates"]] == [True, True]
@@ -433,7 +433,7 @@ def test_virtual_tokens_come_before_what_is_scored(bench: Workbench, base_model:
     ran = bench.run("train", job)
     assert ran.code == 0, ran.result.message
     assert ran.result.evaluation is not None
-    scores = {one.metric: one for one in ran.result.evaluation.scores or []}
+    scores = {score.metric: score for score in ran.result.evaluation.scores or []}
     model = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
     alone = _alone(model, base_model, asked, tasks)["doors_text"]["bits_per_byte,none"]
     score = scores["doors_text/bits_per_byte"]
@@ -488,7 +488,7 @@ def test_tasks_of_a_folder_are_scored_beside_others(bench: Workbench) -> None:
     ran = bench.run("train", _job(bench, asked, gates), *CODE)
     assert ran.code == 0, ran.result.message
     evaluation = json.loads((bench.output / "artifact/evaluation.json").read_text())
-    assert {one["metric"] for one in evaluation["scores"]} == {
+    assert {score["metric"] for score in evaluation["scores"]} == {
         "painted/exact_match,green",
         "doors_choice/acc",
         "doors_choice/acc_norm",
@@ -510,7 +510,7 @@ def test_code_of_a_folder_that_fails_late_does_not_lose_the_adapter(bench: Workb
     assert "; " + LATE_MESSAGE in ran.result.message
     assert "  evaluation suite mine: the adapter" not in ran.lines, "the base model's answers failed already"
     evaluation = json.loads((bench.output / "artifact/evaluation.json").read_text())
-    assert {one["suite"] for one in evaluation["scores"]} == {"others", "held-out"}
+    assert {score["suite"] for score in evaluation["scores"]} == {"others", "held-out"}
     (failure,) = evaluation["failures"]
     assert (failure["suite"], failure["reason"]) == ("mine", "InvalidSpec")
     assert failure["message"].startswith(LATE_MESSAGE)
@@ -546,7 +546,7 @@ def test_a_gate_on_code_that_failed_does_not_pass(bench: Workbench) -> None:
     assert ran.result.artifact is not None
     assert (bench.output / "artifact/tunesmith.json").is_file()
     assert ran.result.evaluation is not None
-    assert [(one.passed, one.value) for one in ran.result.evaluation.gates or []] == [(False, None)]
+    assert [(gate.passed, gate.value) for gate in ran.result.evaluation.gates or []] == [(False, None)]
 
 
 @pytest.mark.usefixtures("tasks")
@@ -571,9 +571,9 @@ def test_a_metric_that_only_one_of_the_two_has_does_not_lose_the_adapter(bench: 
     assert f"  {message}" in ran.lines
     assert (bench.output / "artifact/tunesmith.json").is_file()
     evaluation = json.loads((bench.output / "artifact/evaluation.json").read_text())
-    assert [(one["metric"], one["adapter"]) for one in evaluation["scores"]] == [("painted/exact_match,green", 0.4)]
-    assert [one["passed"] for one in evaluation["gates"]] == [True, False]
-    assert [one["message"] for one in evaluation["failures"]] == [message]
+    assert [(score["metric"], score["adapter"]) for score in evaluation["scores"]] == [("painted/exact_match,green", 0.4)]
+    assert [gate["passed"] for gate in evaluation["gates"]] == [True, False]
+    assert [failure["message"] for failure in evaluation["failures"]] == [message]
 
 
 @pytest.mark.parametrize(
