@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Trains SmolLM2-135M on the same rows in several ways, and tells useful tokens per second, memory and loss of each.
+"""Train SmolLM2-135M on the same rows with several contenders, and report the speed, memory and loss of each.
 
-Every run is a process of its own; the repeats are interleaved, so that a busy machine is busy for all. Useful tokens
-are those of the rows, without padding. Needs the trainer's environment:
+Every run is a separate process; the repeats are interleaved, so that other load on the machine affects all. The speed
+counts useful tokens: those of the rows, without padding. Needs the trainer's environment:
 
     uv run --frozen --project trainer-image benchmarks/training/benchmark.py --rows 64 --repeats 3
     uv run --frozen --project trainer-image benchmarks/training/benchmark.py --methods lora --only tunesmith notebook
@@ -30,23 +30,23 @@ WHAT = {
     "notebook": ("PEFT + Trainer, pad to 512", "all positions computed, most of them padding"),
     "trl-default": ("TRL, defaults", "pads to the batch's longest; logits in chunks; activations computed twice"),
     "trl-packed": ("TRL, packing", "no padding; attention of a bin is masked, not skipped"),
-    "trl-grouped": ("TRL, length grouping", "little padding; only similar rows meet in a batch"),
-    "litgpt": ("litgpt", "pads to the batch's longest; a transformer of its own, logits at all positions"),
+    "trl-grouped": ("TRL, length grouping", "little padding; a batch has only rows of similar length"),
+    "litgpt": ("litgpt", "pads to the batch's longest; its own transformer, logits at all positions"),
     "tunesmith-padded-logits": ("Tunesmith, padded, all logits", "a step's rows sorted by length"),
     "tunesmith-padded": (
         "Tunesmith, padded",
         "+ logits at target positions only, in chunks, one pass through the head",
     ),
-    "tunesmith": ("Tunesmith", "+ rows end to end without padding, attention within each row only"),
+    "tunesmith": ("Tunesmith", "+ rows concatenated without padding, attention within each row only"),
     "tunesmith-compiled": (
         "Tunesmith, torchCompile",
-        "+ norms and feed-forward layers compiled (by itself on GPUs only)",
+        "+ norms and feed-forward layers compiled (the default on GPUs only)",
     ),
 }
 
 
 def tokenise(base: Path, folder: Path) -> dict[str, int]:
-    """`tokens.json`: the rows as everyone trains on them, with the loss on the answers; their counts."""
+    """Write `tokens.json`, the rows for all contenders with the answers as targets, and return their counts."""
     from tunesmith.api.finetunejob import FineTuneJob  # noqa: PLC0415
     from tunesmith_trainer.preflight.prepare import prepare  # noqa: PLC0415
     from tunesmith_trainer.store import Stores  # noqa: PLC0415
@@ -74,7 +74,7 @@ def tokenise(base: Path, folder: Path) -> dict[str, int]:
 
 
 def command_of(name: str, method: str) -> list[str]:
-    """The command of a contender, without the arguments that all take."""
+    """Return the command of a contender, without the arguments that all of them have."""
     if name == "litgpt":
         project = HERE / "litgpt"
         uv = os.environ.get("UV", "uv")
@@ -82,24 +82,24 @@ def command_of(name: str, method: str) -> list[str]:
     return [sys.executable, str(HERE / "contender.py"), name, method]
 
 
-def contenders(method: str, asked: list[str]) -> list[str]:
-    """Those that can train so, in the order of the table; tells which are left out, and why."""
-    left_out = {}
-    if "litgpt" in asked:
+def contenders(method: str, requested: list[str]) -> list[str]:
+    """Return the contenders that support a method, in the table's order; report those that are omitted, and why."""
+    omitted = {}
+    if "litgpt" in requested:
         if method == "qlora":
-            left_out["litgpt"] = "it quantises on GPUs only"
+            omitted["litgpt"] = "it quantises on GPUs only"
         elif subprocess.run([*command_of("litgpt", method), "--help"], capture_output=True, check=False).returncode:
-            left_out["litgpt"] = "it cannot be installed here"
-    for name, why in left_out.items():
-        print(f"  {method}: {name} is left out, {why}", flush=True)
-    return [name for name in asked if name not in left_out]
+            omitted["litgpt"] = "it cannot be installed on this machine"
+    for name, why in omitted.items():
+        print(f"  {method}: {name} is omitted: {why}", flush=True)
+    return [name for name in requested if name not in omitted]
 
 
 def measure(name: str, method: str, base: Path, folder: Path, threads: int) -> dict[str, Any]:
-    """The figures of one run."""
+    """Return the results of one run."""
     environment = os.environ | {
         "OMP_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads slow everyone down where cores are shared
+        "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads slow down all processes on shared cores
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -114,7 +114,7 @@ def measure(name: str, method: str, base: Path, folder: Path, threads: int) -> d
 
 
 def table(method: str, found: dict[str, list[dict[str, Any]]]) -> str:
-    """The figures of all runs with one method, as a table in Markdown: medians, and the range of the speed."""
+    """Return the results of all runs with one method as a Markdown table: medians, and the range of the speed."""
     speeds = {name: [run["tokens"] / run["seconds"] for run in runs] for name, runs in found.items()}
     busy = {name: median(run["tokens"] / run["busy"] for run in runs) for name, runs in found.items()}
     lines = [
@@ -135,7 +135,7 @@ def table(method: str, found: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def verdicts(method: str, found: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """The aims, and whether these figures reach them; only where all contenders that they name ran."""
+    """Return the goals and whether the results reach them; none unless all contenders that they compare ran."""
     if not {"notebook", "trl-packed", "trl-grouped", "tunesmith"} <= set(found):
         return []
     times, cores = (
@@ -144,14 +144,14 @@ def verdicts(method: str, found: dict[str, list[dict[str, Any]]]) -> list[str]:
     )
     memory = {name: median(run["peak"] for run in runs) for name, runs in found.items()}
     lines = []
-    for others, aim, what in (
+    for others, goal, what in (
         (("notebook",), 3.0, "the speed of the notebook"),
         (("trl-packed", "trl-grouped"), 1.1, "the speed of the better of TRL packed and grouped"),
     ):
         by_time, by_core = (speed["tunesmith"] / max(speed[name] for name in others) for speed in (times, cores))
         lines.append(
-            f"{method}: {by_time:.2f} × {what} ({by_core:.2f} × by the time of the cores), at least {aim:g}: "
-            f"{'reached' if by_time >= aim else 'MISSED'}"
+            f"{method}: {by_time:.2f} × {what} ({by_core:.2f} × by the time of the cores), at least {goal:g}: "
+            f"{'reached' if by_time >= goal else 'MISSED'}"
         )
     share = memory["tunesmith"] / memory["trl-packed"]
     lines.append(
@@ -161,35 +161,37 @@ def verdicts(method: str, found: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 
 def main() -> None:
-    """Runs everything and prints the tables."""
+    """Run everything and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=64, help="rows to train on, once (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each, interleaved (default: %(default)s)")
     parser.add_argument("--methods", nargs="+", choices=("lora", "qlora"), default=["lora", "qlora"], metavar="METHOD")
     parser.add_argument("--only", nargs="+", choices=tuple(WHAT), default=list(WHAT), metavar="NAME")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of each run (default: all cores)")
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count() or 1, help="threads of each run (default: all cores)"
+    )
     parser.add_argument("--base", type=Path, help="folder of another base model (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--output", type=Path, help="write the tables there too")
-    given = parser.parse_args()
-    base = given.base or Path(
+    parser.add_argument("--output", type=Path, help="file to which the tables are also written")
+    arguments = parser.parse_args()
+    base = arguments.base or Path(
         subprocess.run([sys.executable, str(MODEL)], check=True, capture_output=True, text=True).stdout.split()[-1]
     )
     with tempfile.TemporaryDirectory(prefix="tunesmith-benchmark-") as temporary:
         folder = Path(temporary)
-        texts.write(folder, given.rows, VALIDATION_ROWS)
+        texts.write(folder, arguments.rows, VALIDATION_ROWS)
         counts = tokenise(base, folder)
         head = (
             f"{base.name}, {counts['rows']} rows of {counts['tokens'] / counts['rows']:.0f} tokens on average (longest "
-            f"{counts['longest']}), {given.threads} threads, {given.repeats} interleaved repeats"
+            f"{counts['longest']}), {arguments.threads} threads, {arguments.repeats} interleaved repeats"
         )
         print(head, flush=True)
         runs: dict[str, dict[str, list[dict[str, Any]]]] = {
-            method: {name: [] for name in contenders(method, given.only)} for method in given.methods
+            method: {name: [] for name in contenders(method, arguments.only)} for method in arguments.methods
         }
-        for repeat in range(1, given.repeats + 1):
-            for method in given.methods:
+        for repeat in range(1, arguments.repeats + 1):
+            for method in arguments.methods:
                 for name, found in runs[method].items():
-                    figures = measure(name, method, base, folder, given.threads)
+                    figures = measure(name, method, base, folder, arguments.threads)
                     found.append(figures)
                     print(
                         f"  repeat {repeat} {method:5} {name:24} {figures['tokens'] / figures['seconds']:6.1f} tok/s "
@@ -202,8 +204,8 @@ def main() -> None:
     parts += ["\n".join(line for method, found in runs.items() for line in verdicts(method, found))]
     text = "\n\n".join(part for part in parts if part)
     print(f"\n{text}")
-    if given.output is not None:
-        given.output.write_text(f"{text}\n", encoding="utf-8")
+    if arguments.output is not None:
+        arguments.output.write_text(f"{text}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

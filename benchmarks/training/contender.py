@@ -1,4 +1,4 @@
-"""One run of one implementation to train, in a process of its own; prints its figures as one JSON line."""
+"""Train once with one contender, in a separate process, and print the results as one line of JSON."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ PACK_LENGTH = 1024
 
 
 class Ticks(TrainerCallback):
-    """Takes the times of the Trainer's steps."""
+    """Records the times of the Trainer's steps."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Training begins."""
+        """Record the start of training."""
         self._clock.tick()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A step is done."""
+        """Record the end of a step."""
         self._clock.tick()
 
 
 def common(folder: Path, steps: int) -> dict[str, Any]:
-    """What all of them have in common."""
+    """Return the arguments that all contenders share."""
     return {
         "output_dir": str(folder / "out"),
         "max_steps": steps,
@@ -67,7 +67,7 @@ def common(folder: Path, steps: int) -> dict[str, Any]:
 
 
 def model_of(base: Path, method: str) -> Any:
-    """Base with a LoRA adapter on all linear layers, as PEFT's documentation makes it."""
+    """Return the base with a LoRA adapter on all linear layers, built as in PEFT's documentation."""
     set_seed(SEED)
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -79,7 +79,7 @@ def model_of(base: Path, method: str) -> Any:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **extra)
     if method == "qlora":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-        for module in model.modules():  # or no gradient passes 4-bit layers after the first evaluation
+        for module in model.modules():  # otherwise no gradient passes 4-bit layers after the first evaluation
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -87,7 +87,7 @@ def model_of(base: Path, method: str) -> Any:
 
 
 def notebook(base: Path, method: str, rows: Rows, folder: Path, clock: Clock) -> Any:
-    """The Trainer of transformers over rows padded to one length, as most notebooks do it."""
+    """Train with the Trainer of transformers on rows padded to one length, as most notebooks do."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     trainer = Trainer(
         model=model_of(base, method),
@@ -105,13 +105,13 @@ def notebook(base: Path, method: str, rows: Rows, folder: Path, clock: Clock) ->
 
 
 def trl(base: Path, method: str, rows: Rows, folder: Path, clock: Clock, variant: str) -> Any:
-    """TRL's SFTTrainer: `default`, `packed` or `grouped`, the last two without recomputation, which is faster."""
+    """Train with TRL's SFTTrainer: `default`, or `packed` or `grouped` without recomputation, which is faster."""
     from datasets import Dataset  # noqa: PLC0415
     from trl import SFTConfig, SFTTrainer  # noqa: PLC0415
 
     steps, micro, batch, settings = math.ceil(len(rows) / BATCH), MICRO, BATCH, {}
     if variant == "packed":
-        # As many bins in a step as hold about as many tokens as the rows of a step.
+        # Enough bins per step for about as many tokens as in the rows of a step.
         mean = sum(len(row["input_ids"]) for row in rows) / len(rows)
         micro, batch = 1, max(1, round(BATCH * mean / PACK_LENGTH))
         settings = {"packing": True, "max_length": PACK_LENGTH, "gradient_checkpointing": False, "num_train_epochs": 1}
@@ -135,13 +135,13 @@ def trl(base: Path, method: str, rows: Rows, folder: Path, clock: Clock, variant
 
 
 @dataclass(frozen=True)
-class Gains:
-    """Which of Tunesmith's gains a run has.
+class Optimizations:
+    """Optimizations of Tunesmith that a run uses.
 
     Attributes:
-        flat: rows lie end to end, without padding.
-        chunked: logits at target positions only, in chunks.
-        compiled: norms and feed-forward layers are.
+        flat: True if rows are concatenated without padding.
+        chunked: True if logits are computed at target positions only, in chunks.
+        compiled: True if norms and feed-forward layers are compiled.
     """
 
     flat: bool = True
@@ -149,15 +149,15 @@ class Gains:
     compiled: bool = False
 
 
-def tunesmith(base: Path, method: str, folder: Path, clock: Clock, gains: Gains) -> float:
-    """Tunesmith's own run of a manifest, from the raw rows on; the held-out loss.
+def tunesmith(base: Path, method: str, folder: Path, clock: Clock, optimizations: Optimizations) -> float:
+    """Run a manifest with Tunesmith, from the raw rows on, and return the held-out loss.
 
     Args:
         base: folder of the base model.
         method: lora or qlora.
-        folder: with train.jsonl and validation.jsonl.
-        clock: gets the times.
-        gains: that it has.
+        folder: folder with train.jsonl and validation.jsonl.
+        clock: records the times.
+        optimizations: optimizations to use.
     """
     from tunesmith.api.finetunejob import FineTuneJob  # noqa: PLC0415
     from tunesmith.api.finetunejob_status import Stage  # noqa: PLC0415
@@ -171,9 +171,9 @@ def tunesmith(base: Path, method: str, folder: Path, clock: Clock, gains: Gains)
     from tunesmith_trainer.training import layout, loop  # noqa: PLC0415
     from tunesmith_trainer.training.checkpoint import Checkpoints  # noqa: PLC0415
 
-    if not gains.flat:
+    if not optimizations.flat:
         layout.loss_implementations = lambda *_: [
-            layout.LossImplementation(layout.Layout.PADDED, whole_logits=not gains.chunked)
+            layout.LossImplementation(layout.Layout.PADDED, whole_logits=not optimizations.chunked)
         ]
 
     class Timed(Progress):
@@ -199,7 +199,7 @@ def tunesmith(base: Path, method: str, folder: Path, clock: Clock, gains: Gains)
             "scheduler": "Constant",
             "warmupRatio": 0.0,
             "seed": SEED,
-            "torchCompile": gains.compiled,
+            "torchCompile": optimizations.compiled,
         },
         "resources": {"gpus": 0},
     }
@@ -222,47 +222,49 @@ def tunesmith(base: Path, method: str, folder: Path, clock: Clock, gains: Gains)
             reporter=Reporter(),
             checkpoints=checkpoints,
             interruption=Interruption(),
-            hung=lambda step, seconds: sys.exit(f"hangs after step {step}, {seconds} s"),
+            hung=lambda step, seconds: sys.exit(f"no progress for {seconds} s after step {step}"),
         )
         trained = loop.train(run)
-    assert trained.evaluation.loss is not None  # noqa: S101 - a run that ends has one
+    assert trained.evaluation.loss is not None  # noqa: S101 - a finished run has one
     return trained.evaluation.loss
 
 
 OTHERS: dict[str, Callable[..., Any]] = {
     "notebook": notebook,
-    "trl-default": lambda *given: trl(*given, variant="default"),
-    "trl-packed": lambda *given: trl(*given, variant="packed"),
-    "trl-grouped": lambda *given: trl(*given, variant="grouped"),
+    "trl-default": lambda *arguments: trl(*arguments, variant="default"),
+    "trl-packed": lambda *arguments: trl(*arguments, variant="packed"),
+    "trl-grouped": lambda *arguments: trl(*arguments, variant="grouped"),
 }
-OURS = {
-    "tunesmith-padded-logits": Gains(flat=False, chunked=False),
-    "tunesmith-padded": Gains(flat=False),
-    "tunesmith": Gains(),
-    "tunesmith-compiled": Gains(compiled=True),
+TUNESMITH = {
+    "tunesmith-padded-logits": Optimizations(flat=False, chunked=False),
+    "tunesmith-padded": Optimizations(flat=False),
+    "tunesmith": Optimizations(),
+    "tunesmith-compiled": Optimizations(compiled=True),
 }
 
 
 def main() -> None:
-    """Runs the contender that the arguments name."""
+    """Run the contender that the arguments name."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=(*OTHERS, *OURS))
+    parser.add_argument("name", choices=(*OTHERS, *TUNESMITH))
     parser.add_argument("method", choices=("lora", "qlora"))
     parser.add_argument("--base", type=Path, required=True, help="folder of the base model")
     parser.add_argument("--data", type=Path, required=True, help="folder with the rows, raw and tokenised")
-    parser.add_argument("--began", type=float, required=True, help="when the process was started, seconds")
-    given = parser.parse_args()
-    rows = json.loads((given.data / "tokens.json").read_text(encoding="utf-8"))
+    parser.add_argument(
+        "--began", type=float, required=True, help="time at which the process was started, in seconds since the epoch"
+    )
+    arguments = parser.parse_args()
+    rows = json.loads((arguments.data / "tokens.json").read_text(encoding="utf-8"))
     clock = Clock()
-    if given.name in OURS:
-        loss = tunesmith(given.base, given.method, given.data, clock, OURS[given.name])
+    if arguments.name in TUNESMITH:
+        loss = tunesmith(arguments.base, arguments.method, arguments.data, clock, TUNESMITH[arguments.name])
         peak = peak_memory()
     else:
-        model = OTHERS[given.name](given.base, given.method, rows["train"], given.data, clock)
+        model = OTHERS[arguments.name](arguments.base, arguments.method, rows["train"], arguments.data, clock)
         peak = peak_memory()
         model.eval()
         loss = held_out_loss(lambda ids: model(input_ids=ids).logits, rows["validation"])
-    print(figures(clock, rows["train"], began=given.began, peak=peak, loss=loss))
+    print(figures(clock, rows["train"], began=arguments.began, peak=peak, loss=loss))
 
 
 if __name__ == "__main__":

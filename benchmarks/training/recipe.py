@@ -1,4 +1,4 @@
-"""What all contenders have in common: the settings, the clock, the loss on held-out rows and the line of figures."""
+"""Settings, clock, held-out loss and result line that all contenders share."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ IGNORED = -100
 
 @dataclass
 class Clock:
-    """When training began, and when steps ended.
+    """Times of the start of training and of the end of each step.
 
     Attributes:
         times: seconds since the epoch.
-        busy: seconds of all the process's threads together.
+        busy: CPU seconds of all threads of the process.
     """
 
     times: list[float] = field(default_factory=list)
     busy: list[float] = field(default_factory=list)
 
     def tick(self) -> None:
-        """Takes both times."""
+        """Record both times."""
         self.times.append(time.time())
         self.busy.append(time.process_time())
 
 
 def peak_memory() -> int:
-    """Highest resident memory of this process so far, bytes."""
+    """Return the peak resident memory of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def held_out_loss(logits_of: Callable[[torch.Tensor], torch.Tensor], rows: Rows) -> float:
-    """Nats per target token, a row at a time.
+    """Return the loss in nats per target token, computed one row at a time.
 
     Args:
-        logits_of: the model: token ids of one row (1, length) to logits (1, length, vocabulary).
-        rows: with labels.
+        logits_of: maps token ids of one row (1, length) to logits (1, length, vocabulary).
+        rows: rows with labels.
     """
     total, targets = 0.0, 0
     with torch.inference_mode():
@@ -60,14 +60,14 @@ def held_out_loss(logits_of: Callable[[torch.Tensor], torch.Tensor], rows: Rows)
 
 
 def figures(clock: Clock, rows: Rows, *, began: float, peak: int, loss: float) -> str:
-    """The figures of a run as one JSON line.
+    """Return the results of a run as one line of JSON.
 
     Args:
-        clock: of the run.
-        rows: trained on.
-        began: when the process was started, seconds since the epoch.
-        peak: highest resident memory up to the end of training, bytes.
-        loss: on held-out rows, nats per target token.
+        clock: clock of the run.
+        rows: training rows.
+        began: time at which the process was started, in seconds since the epoch.
+        peak: peak resident memory up to the end of training, in bytes.
+        loss: held-out loss, in nats per target token.
     """
     return json.dumps(
         {

@@ -1,4 +1,4 @@
-"""Rows of real text whose lengths vary as those of instruction data do: what the standard library says of itself."""
+"""Rows of real text with lengths that vary like those of instruction data: docstrings of the standard library."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _MODULES = (
     "urllib.parse", "uuid", "zipfile",
 )  # fmt: skip
 LONGEST = 512
-"""Tokens; longer rows are dropped, and the notebook's are padded to it."""
+"""Maximum tokens of a row; longer ones are dropped, and the notebook pads to it."""
 _SEED = 4
-_LEAST_LETTERS = 40
+_MIN_CHARACTERS = 40
 
 
 def write(folder: Path, train: int, validation: int) -> tuple[Path, Path]:
-    """`train.jsonl` and `validation.jsonl` in `folder`: chat rows, the same for every run with one Python version."""
+    """Write chat rows to `train.jsonl` and `validation.jsonl`, the same in every run with one Python version."""
     rows = _rows()
     if train + validation > len(rows):
         sys.exit(f"there are {len(rows)} rows of text, not {train + validation}: lower --rows")
@@ -45,9 +45,9 @@ def _rows() -> list[list[dict[str, str]]]:
         for attribute, value in sorted(vars(module).items()):
             if attribute.startswith("_") or not (inspect.isroutine(value) or inspect.isclass(value)):
                 continue
-            said = value.__doc__
-            text = inspect.cleandoc(said) if isinstance(said, str) else ""
-            if len(text) >= _LEAST_LETTERS:
+            doc = value.__doc__
+            text = inspect.cleandoc(doc) if isinstance(doc, str) else ""
+            if len(text) >= _MIN_CHARACTERS:
                 texts.setdefault(text, f"{name}.{attribute}")
     return [
         [{"role": "user", "content": f"What does {name} do?"}, {"role": "assistant", "content": text}]

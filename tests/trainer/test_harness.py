@@ -571,7 +571,9 @@ def test_a_metric_that_only_one_of_the_two_has_does_not_lose_the_adapter(bench: 
     assert f"  {message}" in ran.lines
     assert (bench.output / "artifact/tunesmith.json").is_file()
     evaluation = json.loads((bench.output / "artifact/evaluation.json").read_text())
-    assert [(score["metric"], score["adapter"]) for score in evaluation["scores"]] == [("painted/exact_match,green", 0.4)]
+    assert [(score["metric"], score["adapter"]) for score in evaluation["scores"]] == [
+        ("painted/exact_match,green", 0.4)
+    ]
     assert [gate["passed"] for gate in evaluation["gates"]] == [True, False]
     assert [failure["message"] for failure in evaluation["failures"]] == [message]
 

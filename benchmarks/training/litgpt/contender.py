@@ -1,7 +1,7 @@
-"""One run of litgpt's LoRA fine-tuning on the rows of the others; prints its figures as one JSON line.
+"""Train once with litgpt's LoRA fine-tuning on the same rows, and print the results as one line of JSON.
 
-It is litgpt's own command, as a function, with its own padding, loss and optimizer. Only the rows come tokenised, and
-the learning rate is constant as that of the others.
+This calls litgpt's own command as a function, with its own padding, loss and optimizer. Only the rows are already
+tokenised, and the learning rate is constant like that of the others.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WEIGHTS = "lit_model.pth"
 
 
 class Tokens(Dataset[dict[str, Any]]):
-    """Rows as litgpt's collation takes them."""
+    """Rows in the format of litgpt's collation."""
 
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
@@ -56,10 +56,10 @@ class Rowwise(DataModule):  # type: ignore[misc] # without annotations
         self._clock = clock
 
     def connect(self, *given: Any, **named: Any) -> None:
-        """The rows are tokenised already."""
+        """Do nothing: the rows are already tokenised."""
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """In a shuffled order; training begins when it is first asked for a batch."""
+        """Return a loader in shuffled order; training starts when the first batch is requested."""
         clock = self._clock
 
         class Timed(DataLoader[Any]):
@@ -73,16 +73,18 @@ class Rowwise(DataModule):  # type: ignore[misc] # without annotations
         return Timed(rows, batch_size=MICRO, shuffle=True, generator=generator, collate_fn=get_sft_collate_fn())
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """A row at a time; litgpt tries two of them before it begins."""
+        """Return a loader of single rows; litgpt evaluates two of them before training."""
         return DataLoader(Tokens(self._rows["validation"]), batch_size=1, collate_fn=get_sft_collate_fn())
 
 
 def main() -> None:
-    """Trains once."""
+    """Train once."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", type=Path, required=True, help="folder of the base model, a name that litgpt knows")
     parser.add_argument("--data", type=Path, required=True, help="folder with tokens.json")
-    parser.add_argument("--began", type=float, required=True, help="when the process was started, seconds")
+    parser.add_argument(
+        "--began", type=float, required=True, help="time at which the process was started, in seconds since the epoch"
+    )
     given = parser.parse_args()
     rows: dict[str, Rows] = json.loads((given.data / "tokens.json").read_text(encoding="utf-8"))
     base = given.data / "litgpt" / given.base.name
@@ -107,7 +109,7 @@ def main() -> None:
             return litgpts_fit(**arguments)
 
         litgpts_fit, lora.fit = lora.fit, fit
-        lora.save_hyperparameters = lora.merge_lora = lambda *_, **__: None  # after training, for its command line
+        lora.save_hyperparameters = lora.merge_lora = lambda *_, **__: None  # run after training, for its command line
         lora.get_lr_scheduler = lambda optimizer, **_: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
         lora.setup(
             base,

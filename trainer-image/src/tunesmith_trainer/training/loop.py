@@ -145,7 +145,7 @@ def train(run: Run) -> Trained | None:
     Return the result on the first rank, None on the others.
 
     Raises:
-        InterruptedRunError: the process was asked to stop, and has saved its state.
+        InterruptedRunError: a signal requested to stop, and the state is saved.
         OutOfMemoryError: memory does not suffice; states what to change.
         LossDivergedError: the loss or its gradient is not finite; states the step.
         SelfCheckError: the model is not what was requested.
@@ -326,7 +326,7 @@ def _take_steps(run: Run, session: _Session) -> None:
     """Take all remaining optimizer steps, from the newest usable checkpoint.
 
     Raises:
-        InterruptedRunError: the process was asked to stop.
+        InterruptedRunError: a signal requested to stop.
         LossDivergedError: the loss or its gradient is not finite.
     """
     trainer, saver = session.trainer, session.saver
