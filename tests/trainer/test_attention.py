@@ -80,7 +80,7 @@ def results(attend: Any, inputs: list[torch.Tensor], **given: Any) -> list[torch
 
 @pytest.mark.usefixtures("kernel_on_cpu")
 @pytest.mark.parametrize("given", [{}, {"scaling": 0.5}, {"sliding_window": 4}, {"sliding_window": 1}])
-def test_the_kernel_is_asked_for_what_the_segments_compute(given: dict[str, Any]) -> None:
+def test_the_kernel_gets_the_arguments_for_the_segments(given: dict[str, Any]) -> None:
     bounds = torch.tensor(BOUNDS, dtype=torch.int32)
     by_segments = results(segment_attention, tensors(), cu_seq_lens_q=bounds, **given)
     by_kernel = results(varlen_attention, tensors(), cu_seq_lens_q=bounds, max_length_q=max(SIZES), **given)
@@ -89,7 +89,7 @@ def test_the_kernel_is_asked_for_what_the_segments_compute(given: dict[str, Any]
 
 
 @pytest.mark.usefixtures("kernel_on_cpu")
-def test_layers_that_leave_positions_in_float32_are_rounded_where_products_are() -> None:
+def test_float32_positions_are_rounded_like_products() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found, _ = varlen_attention(None, *tensors(), None)
         expected, _ = segment_attention(None, *tensors(), None)
@@ -100,14 +100,14 @@ def test_layers_that_leave_positions_in_float32_are_rounded_where_products_are()
 
 
 @pytest.mark.usefixtures("kernel_on_cpu")
-def test_without_bounds_a_row_is_one_sequence() -> None:
+def test_a_row_without_bounds_is_one_sequence() -> None:
     for found, expected in zip(
         results(varlen_attention, tensors()), results(segment_attention, tensors()), strict=True
     ):
         torch.testing.assert_close(found, expected)
 
 
-def test_bounds_that_the_host_knows_are_those_of_the_device() -> None:
+def test_bounds_on_the_host_equal_those_on_the_device() -> None:
     known = results(segment_attention, tensors(), sequence_bounds=BOUNDS, cu_seq_lens_q=None)
     read = results(segment_attention, tensors(), cu_seq_lens_q=torch.tensor(BOUNDS))
     assert all(torch.equal(*pair) for pair in zip(known, read, strict=True))
@@ -115,17 +115,17 @@ def test_bounds_that_the_host_knows_are_those_of_the_device() -> None:
 
 @pytest.mark.parametrize("attend", [segment_attention, varlen_attention])
 @pytest.mark.parametrize("given", [{"softcap": 50.0}, {"s_aux": torch.zeros(HEADS)}])
-def test_what_would_be_computed_wrongly_is_refused(attend: Any, given: dict[str, Any]) -> None:
+def test_unsupported_arguments_are_refused(attend: Any, given: dict[str, Any]) -> None:
     with pytest.raises(NotImplementedError, match="soft cap"):
         attend(None, *tensors(), None, **given)
 
 
-def test_dropout_is_not_left_out_in_silence() -> None:
+def test_dropout_is_not_silently_ignored() -> None:
     with pytest.raises(NotImplementedError, match="dropout"):
         varlen_attention(None, *tensors(), None, dropout=0.1)
 
 
-def test_pytorchs_operator_takes_what_it_is_given() -> None:
+def test_pytorchs_operator_accepts_the_arguments() -> None:
     # Meta tensors exercise the operators' real signatures and shapes, forward and backward.
     inputs = [part.detach().to("meta").requires_grad_() for part in tensors(torch.bfloat16)]
     bounds = torch.empty(len(BOUNDS), dtype=torch.int32, device="meta")
@@ -138,7 +138,7 @@ def test_pytorchs_operator_takes_what_it_is_given() -> None:
 
 @pytest.mark.usefixtures("kernel_on_cpu")
 @pytest.mark.parametrize(("dropout", "attention"), [(0.0, Attention.VARLEN), (0.1, Attention.SEGMENTS)])
-def test_a_base_whose_attention_drops_out_is_not_trained_by_the_kernel(
+def test_a_base_with_attention_dropout_is_not_trained_with_the_kernel(
     monkeypatch: pytest.MonkeyPatch, dropout: float, attention: Attention
 ) -> None:
     """Such a base drops nothing out in evaluation, so the refusal only appears in training."""
@@ -153,7 +153,7 @@ def test_a_base_whose_attention_drops_out_is_not_trained_by_the_kernel(
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_cpus_and_float32_have_segments_first_and_gpus_with_16_bits_the_kernel(
+def test_cpus_and_float32_try_segments_first_and_gpus_with_16_bits_the_kernel(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     padded = [LossImplementation(Layout.PADDED), LossImplementation(Layout.PADDED, whole_logits=True)]

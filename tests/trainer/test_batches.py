@@ -130,7 +130,7 @@ def test_ranks_share_all_micro_batches_and_have_the_same_number(ranks: int) -> N
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_fastest_layout_that_is_right_is_chosen_and_gives_each_rows_own_loss(architecture: str) -> None:
+def test_the_fastest_correct_layout_is_chosen_and_returns_each_rows_loss(architecture: str) -> None:
     config, layout = ARCHITECTURES[architecture]
     model, base = tiny(config)
     parts = rows(30, 7, 18)
@@ -202,7 +202,7 @@ def test_packing_changes_neither_loss_nor_adapter_of_a_step(bench: Workbench) ->
         assert torch.allclose(tensor, weights[False][name], atol=1e-5), name
 
 
-def test_a_head_that_is_trained_gets_its_gradient() -> None:
+def test_a_trained_head_gets_its_gradient() -> None:
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL))
     add_target_loss(base)
@@ -214,7 +214,7 @@ def test_a_head_that_is_trained_gets_its_gradient() -> None:
     assert close(gradient(model), expected)
 
 
-def test_generation_is_as_before(base_model: Any) -> None:
+def test_generation_is_unchanged(base_model: Any) -> None:
     base = AutoModelForCausalLM.from_pretrained(base_model)
     ids = torch.tensor([[5, 6, 7, 8]])
     before = base.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)

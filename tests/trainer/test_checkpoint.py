@@ -73,14 +73,14 @@ def checkpoints(folder: Path, reports: list[str], *, keep: int = 2) -> Checkpoin
     return Checkpoints(place, folder.parent / "scratch", binding=BINDING, keep=keep, report=reports.append)
 
 
-def test_a_whole_checkpoint_verifies(tmp_path: Path) -> None:
+def test_a_complete_checkpoint_verifies(tmp_path: Path) -> None:
     path = write(tmp_path, 4, BINDING, fill)
     verify(path, 4, BINDING)
     assert sorted(entry.name for entry in path.iterdir()) == [MANIFEST, "state", "weights"]
 
 
 @pytest.mark.parametrize(("damage", "words"), DAMAGES, ids=[damage.__name__ for damage, _ in DAMAGES])
-def test_damage_is_found_and_the_older_checkpoint_is_taken(
+def test_damage_is_detected_and_the_previous_checkpoint_is_used(
     tmp_path: Path, damage: Callable[[Path], None], words: str
 ) -> None:
     folder, reports = tmp_path / "checkpoints", list[str]()
@@ -96,7 +96,7 @@ def test_damage_is_found_and_the_older_checkpoint_is_taken(
     assert any("step 8 is damaged and not used" in line and words in line for line in reports)
 
 
-def test_where_none_is_usable_training_begins_anew_and_says_so(tmp_path: Path) -> None:
+def test_without_a_usable_checkpoint_training_starts_at_step_0_and_reports_it(tmp_path: Path) -> None:
     folder, reports = tmp_path / "checkpoints", list[str]()
     kept = checkpoints(folder, reports)
     kept.save(4, fill)
@@ -113,7 +113,7 @@ def test_the_checkpoints_of_another_run_are_refused(tmp_path: Path) -> None:
         checkpoints(tmp_path / "checkpoints", []).newest()
 
 
-def test_a_full_disk_leaves_the_older_checkpoint_and_nothing_else(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_only_the_previous_checkpoint(tmp_path: Path) -> None:
     def too_much(folder: Path) -> None:
         (folder / "weights").symlink_to("/dev/full")
         (folder / "weights").write_bytes(b"w" * 100_000)
@@ -131,7 +131,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_nothing_else(tmp_path: Path
     assert found.step == 4
 
 
-def test_what_a_killed_process_left_unfinished_is_not_a_checkpoint(tmp_path: Path) -> None:
+def test_an_unfinished_folder_is_not_a_checkpoint(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     kept = checkpoints(folder, [])
 
@@ -195,7 +195,7 @@ def saved(folder: Path, *, compiled: bool = False) -> tuple[StepTrainer, LocalCh
     return trainer, LocalCheckpoint(2, folder / "checkpoints" / name_of(2))
 
 
-def test_the_optimizers_state_comes_back_by_way_of_main_memory(tmp_path: Path) -> None:
+def test_the_optimizers_state_is_restored_through_main_memory(tmp_path: Path) -> None:
     """Tested on one of two ranks with GPUs; loaded states outlive the file."""
     before, checkpoint = saved(tmp_path / "first")
     trainer, _ = trained(tmp_path, steps=0)
@@ -212,7 +212,7 @@ def test_the_optimizers_state_comes_back_by_way_of_main_memory(tmp_path: Path) -
     assert str(checkpoint.path) not in Path("/proc/self/maps").read_text()
 
 
-def test_a_run_goes_on_with_the_kernels_it_began_with(tmp_path: Path) -> None:
+def test_a_run_resumes_with_the_same_compilation(tmp_path: Path) -> None:
     _, written = saved(tmp_path / "written")
     _, compiled = saved(tmp_path / "compiled", compiled=True)
     trainer, saver = trained(tmp_path, steps=0, compiled=True)
@@ -227,7 +227,7 @@ def test_a_run_goes_on_with_the_kernels_it_began_with(tmp_path: Path) -> None:
         saver.restore(compiled)
 
 
-def test_a_run_whose_last_step_is_done_needs_no_kernels(tmp_path: Path) -> None:
+def test_a_run_without_remaining_steps_needs_no_compilation(tmp_path: Path) -> None:
     before, compiled = saved(tmp_path / "compiled", compiled=True)
     trainer, saver = trained(tmp_path, steps=0)
     trainer.args.max_steps = 2
@@ -235,7 +235,7 @@ def test_a_run_whose_last_step_is_done_needs_no_kernels(tmp_path: Path) -> None:
     assert torch.equal(trainer.model.weight, before.model.weight)
 
 
-def test_only_the_rank_that_saves_gets_the_optimizers_states(tmp_path: Path) -> None:
+def test_only_the_saving_rank_gets_the_optimizers_states(tmp_path: Path) -> None:
     counts = [
         len(trained(tmp_path, steps=1, ranks=Ranks(rank=rank, size=2))[0].optimizer.state_dict()["state"])
         for rank in (0, 1)

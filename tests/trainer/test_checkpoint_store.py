@@ -109,7 +109,7 @@ def test_an_outage_is_retried_until_the_checkpoint_is_in_the_store(store: Store)
     assert_newest(store, 8)
 
 
-def test_in_an_outage_a_newer_checkpoint_takes_the_place_of_one_that_waits(store: Store) -> None:
+def test_during_an_outage_a_newer_checkpoint_replaces_a_waiting_one(store: Store) -> None:
     kept = store.checkpoints()
     saved(kept, 4)
     store.server.stop()
@@ -123,7 +123,7 @@ def test_in_an_outage_a_newer_checkpoint_takes_the_place_of_one_that_waits(store
     assert store.steps() == [name_of(4), name_of(16)]
 
 
-def test_what_a_killed_upload_left_is_not_used_and_displaces_nothing(store: Store) -> None:
+def test_remains_of_a_killed_upload_are_neither_used_nor_counted(store: Store) -> None:
     saved(store.checkpoints(), 4)
     half = store.server.filesystem()
     half.pipe_file(f"tunesmith/{PLACE}/{name_of(8)}/weights", b"8")
@@ -144,7 +144,7 @@ def test_what_a_killed_upload_left_is_not_used_and_displaces_nothing(store: Stor
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_damage_in_the_store_is_found_and_the_older_checkpoint_is_taken(
+def test_damage_in_the_store_is_detected_and_the_previous_checkpoint_is_used(
     store: Store, damage: Callable[[Path], None], words: str
 ) -> None:
     saved(store.checkpoints(), 4, 8)
@@ -154,13 +154,13 @@ def test_damage_in_the_store_is_found_and_the_older_checkpoint_is_taken(
     assert store.steps() == [name_of(4)]
 
 
-def test_only_the_newest_stay_in_the_store(store: Store) -> None:
+def test_only_the_newest_are_kept_in_the_store(store: Store) -> None:
     kept = store.checkpoints(keep=2)
     saved(kept, 4, 8, 12)
     assert store.steps() == [name_of(8), name_of(12)]
 
 
-def test_none_stay_when_they_are_removed_while_one_is_uploaded(store: Store) -> None:
+def test_none_remain_if_they_are_removed_during_an_upload(store: Store) -> None:
     kept = store.checkpoints()
     saved(kept, 4)
     assert kept.save(8, filled(8))
@@ -169,7 +169,7 @@ def test_none_stay_when_they_are_removed_while_one_is_uploaded(store: Store) -> 
     assert not store.stored.exists()
 
 
-def test_checkpoints_that_cannot_be_removed_are_told_and_fail_nothing(store: Store) -> None:
+def test_checkpoints_that_cannot_be_removed_are_reported_without_a_failure(store: Store) -> None:
     kept = store.checkpoints()
     saved(kept, 4)
     store.server.stop()

@@ -109,7 +109,7 @@ def test_results_are_equal_for_sequences_of_all_lengths(
     assert_equal_results(model, base, implementation, compiled)
 
 
-def test_results_are_equal_within_what_16_bits_round(compiled: Path) -> None:
+def test_results_are_equal_up_to_rounding_in_16_bits(compiled: Path) -> None:
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL), dtype=torch.bfloat16)
     model, implementation = adapted(base)
@@ -125,7 +125,7 @@ def test_results_are_equal_over_a_base_in_4_bits(base_model: Path, compiled: Pat
     assert_equal_results(model, base, implementation, compiled)
 
 
-def test_without_a_compiler_training_goes_on_unless_it_was_asked_for(
+def test_without_a_compiler_training_continues_unless_compilation_is_required(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
@@ -178,7 +178,9 @@ def test_a_kernel_with_wrong_gradients_is_not_used(compiled: Path, *, shared_out
     assert all(parameter.grad is None for parameter in base.parameters())
 
 
-def test_what_another_rank_cannot_compile_no_rank_does(monkeypatch: pytest.MonkeyPatch, compiled: Path) -> None:
+def test_layers_that_one_rank_cannot_compile_are_compiled_on_none(
+    monkeypatch: pytest.MonkeyPatch, compiled: Path
+) -> None:
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL))
     model, implementation = adapted(base)
@@ -189,7 +191,7 @@ def test_what_another_rank_cannot_compile_no_rank_does(monkeypatch: pytest.Monke
     assert not any(module._compiled_call_impl for module in base.modules())
 
 
-def test_an_architecture_without_such_layers_is_left_alone(tmp_path: Path) -> None:
+def test_an_architecture_without_such_layers_is_not_compiled(tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_config(
         GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2, activation_function="relu")
     )
@@ -204,7 +206,7 @@ def test_an_architecture_without_such_layers_is_left_alone(tmp_path: Path) -> No
     assert "GPT2LMHeadModel" in reports[0]
 
 
-def test_layers_are_compiled_on_gpus_in_runs_that_earn_it() -> None:
+def test_layers_are_compiled_on_gpus_in_long_runs() -> None:
     def spec(**resources: Any) -> FineTuneJobSpec:
         return FineTuneJobSpec.model_validate(
             {
@@ -238,7 +240,7 @@ def test_a_job_with_compiled_layers_has_the_curve_and_the_adapter_of_one_without
         assert float((adapters[1][name] - tensor).norm()) <= 1e-4 * float(tensor.norm()), name
 
 
-def test_a_job_that_wants_what_a_machine_cannot_compile_is_told_so(
+def test_a_job_that_requires_compilation_fails_where_it_is_not_possible(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(bench.folder))

@@ -28,23 +28,23 @@ def needs_what_has_none() -> torch.Tensor:
     return torch.zeros(3).put_(torch.tensor([1, 1]), torch.tensor([1.0, 2.0]), accumulate=False)
 
 
-def test_on_a_cpu_nothing_is_demanded() -> None:
+def test_deterministic_algorithms_are_not_required_on_a_cpu() -> None:
     assert run_deterministically(torch.device("cpu"), torch.are_deterministic_algorithms_enabled, print) is False
 
 
-def test_on_a_gpu_deterministic_algorithms_are_demanded() -> None:
+def test_deterministic_algorithms_are_required_on_a_gpu() -> None:
     assert run_deterministically(GPU, torch.are_deterministic_algorithms_enabled, print) is True
     assert not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
-def test_an_operation_without_one_is_told_and_the_run_goes_on() -> None:
+def test_an_operation_without_one_is_reported_and_the_run_continues() -> None:
     reports: list[str] = []
     with pytest.warns(UserWarning, match="put_ does not have a deterministic implementation"):
         assert run_deterministically(GPU, needs_what_has_none, reports.append).shape == (3,)
     assert reports == ["  put_ has no deterministic implementation: this run cannot be repeated bit for bit"]
 
 
-def test_another_failure_is_not_taken_for_that() -> None:
+def test_other_errors_are_raised() -> None:
     def fail() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 

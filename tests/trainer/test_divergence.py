@@ -32,16 +32,16 @@ FALLING = [3.0 - 0.02 * step for step in range(60)]
     ],
     ids=["nothing", "falling", "one odd batch", "not yet", "came back", "small", "less than two nats more"],
 )
-def test_a_run_that_may_still_learn_goes_on(losses: list[float]) -> None:
+def test_a_run_that_may_recover_continues(losses: list[float]) -> None:
     assert not diverged(losses)
 
 
 @pytest.mark.parametrize("first", [0.01, 1.0, 3.0])
-def test_a_loss_that_stays_far_above_the_first_ends_the_run(first: float) -> None:
+def test_a_loss_that_stays_far_above_the_start_stops_the_run(first: float) -> None:
     assert diverged([first] * 5 + [first * 2 + 2.1] * SUSTAINED_STEPS)
 
 
-def test_a_job_whose_loss_runs_away_is_stopped_at_its_last_good_checkpoint(bench: Workbench) -> None:
+def test_a_diverged_job_keeps_its_last_good_checkpoint(bench: Workbench) -> None:
     """Its learning rate grows to 1 for a head whose hidden states become large."""
     weights = load_file(bench.base / "model.safetensors")
     weights["model.norm.weight"] *= 5

@@ -66,13 +66,13 @@ def test_a_gate_passes_within_its_limits(case: str) -> None:
         assert "The artifact is kept" in failure
 
 
-def test_what_is_no_number_passes_no_gate() -> None:
+def test_a_loss_that_is_not_a_number_passes_no_gate() -> None:
     judged = _judge({"suite": "rows", "metric": "Loss", "max": 100}, EvaluationStatus(base_loss=2.0, loss=float("nan")))
     assert judged.gates is not None
     assert [gate.passed for gate in judged.gates] == [False]
 
 
-def test_a_suite_without_scores_passes_no_gate_and_leaves_the_others_theirs() -> None:
+def test_a_suite_without_scores_passes_no_gate_and_does_not_affect_others() -> None:
     suites = [
         {"name": "doors", "generation": {"dataset": {"uri": "s3://data/doors.jsonl"}}},
         {"name": "mine", "lmEval": {"tasks": ["painted"]}},
@@ -150,9 +150,7 @@ def test_metrics_of_both_are_paired(case: str) -> None:
         (float("inf"), {"max": 3}, "its score is not a finite number"),
     ],
 )
-def test_a_gate_that_is_missed_by_little_or_without_end_says_so(
-    value: float, limits: dict[str, float], message: str
-) -> None:
+def test_a_failed_gate_describes_the_value(value: float, limits: dict[str, float], message: str) -> None:
     suites = [{"name": "mine", "lmEval": {"tasks": ["painted"]}}]
     asked = {"suites": suites, "gates": [{"suite": "mine", "metric": "painted/acc"} | limits]}
     judged = gates.judge(Evaluation.model_validate(asked), LOSSES, {"mine": {"painted/acc": (0.25, value)}})
@@ -169,7 +167,7 @@ def _judge(gate: dict[str, Any], losses: EvaluationStatus) -> EvaluationStatus:
     )
 
 
-def test_base_and_adapter_answer_as_plain_transformers_and_peft_do(bench: Workbench, base_model: Path) -> None:
+def test_base_and_adapter_answer_like_plain_transformers_and_peft(bench: Workbench, base_model: Path) -> None:
     rows = chat_rows(5)
     job = _job(bench, rows, metric="ChrF", max_new_tokens=12)
     ran = bench.run("train", job)
@@ -213,7 +211,7 @@ def test_a_failed_gate_keeps_the_artifact_and_is_reported_again(bench: Workbench
     assert "max 0.001: FAILED" in card
 
 
-def test_bad_evaluation_data_is_found_on_the_cpu(bench: Workbench) -> None:
+def test_bad_evaluation_data_is_rejected_before_training(bench: Workbench) -> None:
     job = _job(bench, [{"messages": [{"role": "user", "content": "why"}]}])
     ran = bench.run("validate", job)
     assert (ran.code, ran.result.reason) == (2, FailureReason.DATASET_INVALID)
@@ -235,7 +233,7 @@ def test_the_last_answer_is_compared_whatever_its_weight(bench: Workbench, base_
     assert ran.code == 0, ran.result.message
 
 
-def test_a_job_that_learns_preferences_is_scored_on_answers(bench: Workbench, tmp_path: Path) -> None:
+def test_a_job_with_preferences_is_scored_on_answers(bench: Workbench, tmp_path: Path) -> None:
     """The suite's rows have their own format and columns."""
     file = write_rows(tmp_path / "doors.jsonl", chat_rows(2))
     pairs = [{"prompt": f"Door {number}?", "better": " green", "rejected": " blue"} for number in range(20)]
@@ -247,7 +245,7 @@ def test_a_job_that_learns_preferences_is_scored_on_answers(bench: Workbench, tm
     assert ran.code == 0, ran.result.message
 
 
-def test_answers_that_leave_the_context_are_refused(bench: Workbench) -> None:
+def test_answers_beyond_the_context_are_refused(bench: Workbench) -> None:
     ran = bench.run("validate", _job(bench, chat_rows(1), max_new_tokens=512))
     assert (ran.code, ran.result.reason) == (2, FailureReason.INVALID_SPEC)
     assert "lower maxNewTokens" in ran.result.message

@@ -357,7 +357,7 @@ def tasks(folder_of_tasks: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder_of_tasks
 
 
-def test_base_and_adapter_score_as_the_harness_alone_says(bench: Workbench, base_model: Path, tasks: Path) -> None:
+def test_scores_equal_those_of_the_harness_alone(bench: Workbench, base_model: Path, tasks: Path) -> None:
     asked = {"tasks": ["doors_choice", "doors_answer", "doors_text"], "limit": 7}
     gates = [
         {"suite": "tasks", "metric": "doors_choice/acc", "min": 0},
@@ -393,7 +393,7 @@ def test_base_and_adapter_score_as_the_harness_alone_says(bench: Workbench, base
 
 
 @pytest.mark.long
-def test_ranks_that_share_the_weights_score_together(tmp_path: Path, base_model: Path, tasks: Path) -> None:
+def test_ranks_with_sharded_weights_score_together(tmp_path: Path, base_model: Path, tasks: Path) -> None:
     # A suite that fails on one rank fails on the other too, and both continue.
     late = _folder(tmp_path / "mine", **{"colours.py": LATE})
     suites = [
@@ -414,7 +414,7 @@ def test_ranks_that_share_the_weights_score_together(tmp_path: Path, base_model:
     assert [failure.message.startswith(LATE_MESSAGE) for failure in evaluation.failures or []] == [True]
 
 
-def test_examples_before_the_questions_and_a_group(bench: Workbench, base_model: Path, tasks: Path) -> None:
+def test_few_shot_examples_and_a_group(bench: Workbench, base_model: Path, tasks: Path) -> None:
     asked = {"tasks": ["doors_all"], "numFewshot": 2}
     ran = bench.run("train", _job(bench, asked, [{"suite": "tasks", "metric": "doors_all/acc", "min": 1.01}]))
     assert (ran.code, ran.result.reason) == (2, FailureReason.GATE_FAILED)
@@ -426,7 +426,7 @@ def test_examples_before_the_questions_and_a_group(bench: Workbench, base_model:
     assert score.base == pytest.approx(_alone(model, base_model, asked, tasks)["doors_all"]["acc,none"], abs=1e-4)
 
 
-def test_virtual_tokens_come_before_what_is_scored(bench: Workbench, base_model: Path, tasks: Path) -> None:
+def test_virtual_tokens_are_not_scored(bench: Workbench, base_model: Path, tasks: Path) -> None:
     asked = {"tasks": ["doors_text"]}
     job = _job(bench, asked, [])
     job["spec"] |= {"method": {"promptTuning": {"virtualTokens": 4}}, "servable": "Ignored"}
@@ -444,7 +444,7 @@ def test_virtual_tokens_come_before_what_is_scored(bench: Workbench, base_model:
 
 @pytest.mark.usefixtures("tasks")
 @pytest.mark.parametrize("case", CASES)
-def test_what_cannot_be_scored_is_refused_on_the_cpu(bench: Workbench, case: str) -> None:
+def test_tasks_that_cannot_be_scored_are_refused_before_training(bench: Workbench, case: str) -> None:
     asked, gates, message = CASES[case]
     ran = bench.run("validate", _job(bench, asked, gates))
     assert ran.code == 2, ran.result.message
@@ -481,7 +481,7 @@ def _folder(place: Path, **changed: str) -> Path:
 
 
 @pytest.mark.usefixtures("tasks")
-def test_tasks_of_a_folder_are_scored_beside_others(bench: Workbench) -> None:
+def test_tasks_of_a_folder_are_scored_with_others(bench: Workbench) -> None:
     folder = _folder(bench.folder / "mine")
     asked = {"tasks": ["painted", "doors_choice"], "taskFolder": {"uri": f"file://{folder}"}}
     gates = [{"suite": "tasks", "metric": "painted/exact_match,green", "min": 0.4, "max": 0.4}]
@@ -502,7 +502,7 @@ def test_tasks_of_a_folder_are_scored_beside_others(bench: Workbench) -> None:
 
 
 @pytest.mark.usefixtures("tasks")
-def test_code_of_a_folder_that_fails_late_does_not_lose_the_adapter(bench: Workbench, base_model: Path) -> None:
+def test_task_code_that_fails_after_training_does_not_lose_the_adapter(bench: Workbench, base_model: Path) -> None:
     folder = _folder(bench.folder / "mine", **{"colours.py": LATE})
     job = bench.job(evaluation={"suites": [*_late(folder), {"name": "held-out", "heldOutLoss": {}}]})
     ran = bench.run("train", job, *CODE)
@@ -523,7 +523,7 @@ def test_code_of_a_folder_that_fails_late_does_not_lose_the_adapter(bench: Workb
 
 
 @pytest.mark.usefixtures("tasks")
-def test_a_task_that_fails_on_a_row_that_was_not_tried_does_not_lose_the_adapter(bench: Workbench) -> None:
+def test_a_task_that_fails_on_an_untried_row_does_not_lose_the_adapter(bench: Workbench) -> None:
     painted = PAINTED.replace("{{question}}", "{% if number == 100 %}{{ nowhere }}{% endif %}{{question}}")
     folder = _folder(bench.folder / "mine", **{"painted.yaml": painted})
     write_rows(folder / "rows/doors.jsonl", [{**ROWS[0], "number": number} for number in range(101)])
@@ -550,7 +550,7 @@ def test_a_gate_on_code_that_failed_does_not_pass(bench: Workbench) -> None:
 
 
 @pytest.mark.usefixtures("tasks")
-def test_a_metric_that_only_one_of_the_two_has_does_not_lose_the_adapter(bench: Workbench) -> None:
+def test_a_metric_of_base_or_adapter_alone_does_not_lose_the_adapter(bench: Workbench) -> None:
     painted = f"{PAINTED}process_results: !function colours.judged\n"
     folder = _folder(bench.folder / "mine", **{"colours.py": COLOURS + PARTIAL, "painted.yaml": painted})
     gates = [
@@ -612,7 +612,7 @@ def _late(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.usefixtures("tasks")
-def test_only_the_folder_that_was_validated_is_run(bench: Workbench) -> None:
+def test_only_the_validated_folder_is_run(bench: Workbench) -> None:
     folder = _folder(bench.folder / "mine")
     job = _job(bench, {"tasks": ["painted"], "taskFolder": {"uri": f"file://{folder}"}}, [])
     ran = bench.run("validate", job, *CODE)
@@ -633,7 +633,7 @@ def test_only_the_folder_that_was_validated_is_run(bench: Workbench) -> None:
 
 
 @pytest.mark.parametrize("command", ["validate", "train"])
-def test_the_code_of_a_folder_is_not_run_unasked(bench: Workbench, command: str) -> None:
+def test_task_code_is_not_run_without_permission(bench: Workbench, command: str) -> None:
     folder = _folder(bench.folder / "mine", **{"colours.py": "raise AssertionError\n"})
     job = _job(bench, {"tasks": ["painted"], "taskFolder": {"uri": f"file://{folder}"}}, [])
     ran = bench.run(command, job)
@@ -681,7 +681,7 @@ def test_a_folder_in_a_store_is_read_with_its_secret(
 
 
 @pytest.mark.usefixtures("tasks")
-def test_no_link_leads_out_of_a_folder(bench: Workbench) -> None:
+def test_links_in_a_task_folder_are_refused(bench: Workbench) -> None:
     folder = _folder(bench.folder / "mine")
     (folder / "rows/more.jsonl").symlink_to("/etc/passwd")
     job = _job(bench, {"tasks": ["painted"], "taskFolder": {"uri": f"file://{folder}"}}, [])
@@ -691,7 +691,7 @@ def test_no_link_leads_out_of_a_folder(bench: Workbench) -> None:
 
 
 @pytest.mark.usefixtures("tasks")
-def test_without_the_hub_a_task_of_the_harness_says_so(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_reported(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     ran = bench.run("validate", _job(bench, {"tasks": ["arc_easy"]}, []))
     assert (ran.code, ran.result.reason) == (3, FailureReason.STORAGE_UNAVAILABLE)

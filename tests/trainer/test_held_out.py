@@ -35,7 +35,7 @@ def with_validation(bench: Workbench, rows: list[Any], **spec: Any) -> dict[str,
     return job
 
 
-def test_held_out_rows_that_are_trained_on_are_told(bench: Workbench) -> None:
+def test_held_out_rows_in_the_training_data_are_reported(bench: Workbench) -> None:
     job = with_validation(bench, [OTHERS[0], ROWS[7], ROWS[0], OTHERS[1], ROWS[11], ROWS[7]])
     tokens = ("--tokens", f"file://{bench.folder}/tokens")
     found = AlsoTrained(
@@ -52,7 +52,7 @@ def test_held_out_rows_that_are_trained_on_are_told(bench: Workbench) -> None:
     assert "the loss on 5 held-out rows, 3 of which were trained on too." in card
 
 
-def test_the_same_row_is_found_in_another_format_with_other_columns(bench: Workbench) -> None:
+def test_the_same_row_is_found_in_other_formats_and_columns(bench: Workbench) -> None:
     """The key depends on a row's content, not on its format."""
     instructions = [{"instruction": "What is the colour of door 3?", "output": "It is blue, as in Brinewick.", "id": 7}]
     counted = bench.run("validate", with_validation(bench, instructions)).result.preflight
@@ -61,7 +61,7 @@ def test_the_same_row_is_found_in_another_format_with_other_columns(bench: Workb
     assert counted.also_trained[0].sentence.startswith("1 of 1 held-out rows is also trained on")
 
 
-def test_rows_that_no_weight_takes_are_not_trained_on(bench: Workbench) -> None:
+def test_rows_without_weight_are_not_trained_on(bench: Workbench) -> None:
     job = with_validation(bench, ROWS)
     job["spec"]["dataset"]["train"][0]["weight"] = 0.25
     counted = bench.run("validate", job).result.preflight
@@ -70,14 +70,14 @@ def test_rows_that_no_weight_takes_are_not_trained_on(bench: Workbench) -> None:
     assert (counted.rows, counted.also_trained[0].rows, counted.also_trained[0].scored_rows) == (3, 3, 12)
 
 
-def test_nothing_is_told_of_rows_that_differ(bench: Workbench) -> None:
+def test_different_rows_are_not_reported(bench: Workbench) -> None:
     job = with_validation(bench, OTHERS)
     counted = bench.run("validate", job).result.preflight
     assert counted is not None
     assert counted.also_trained is None
 
 
-def test_rows_of_a_suite_that_are_trained_on_are_told(bench: Workbench) -> None:
+def test_suite_rows_in_the_training_data_are_reported(bench: Workbench) -> None:
     file = write_rows(bench.folder / "suite.jsonl", [*OTHERS[:2], ROWS[5], ROWS[5]])
     suites = [
         {"name": "doors", "generation": {"dataset": {"uri": f"file://{file}"}, "maxNewTokens": 4}},
@@ -93,7 +93,7 @@ def test_rows_of_a_suite_that_are_trained_on_are_told(bench: Workbench) -> None:
     assert "that were not trained on; 2 of the 4 rows of suite doors were trained on too." in card
 
 
-def test_places_that_are_too_long_for_the_status_are_shown_by_their_ends(bench: Workbench) -> None:
+def test_locations_too_long_for_the_status_are_shortened(bench: Workbench) -> None:
     """In a folder or a glob, the file names of rows include all parent folders."""
     path = "/".join([letter * 90 for letter in "abc"])
     for name, rows in (("train", [*ROWS, ROWS[0]]), ("held-out", ROWS[3:]), ("suite", ROWS[4:])):
@@ -132,7 +132,7 @@ def divided(folder: Path, base: Path, rows: list[dict[str, Any]], objective: Obj
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_a_row_that_is_there_several_times_is_on_one_side(tmp_path: Path, base_model: Path, *, packing: bool) -> None:
+def test_a_repeated_row_is_on_one_side_of_the_split(tmp_path: Path, base_model: Path, *, packing: bool) -> None:
     rows = divided(tmp_path, base_model, ROWS * 3, ObjectiveName.SFT, duplicates="Keep", packing=packing)
     assert (rows.counted.rows, rows.counted.validation_rows) == (27, 9)
     assert rows.counted.also_trained is None
@@ -140,7 +140,7 @@ def test_a_row_that_is_there_several_times_is_on_one_side(tmp_path: Path, base_m
         assert {tuple(row) for row in rows.train["input_ids"]}.isdisjoint(map(tuple, rows.validation["input_ids"]))
 
 
-def test_both_answers_of_a_pair_are_on_one_side(tmp_path: Path, base_model: Path) -> None:
+def test_both_answers_of_a_pair_are_on_one_side_of_the_split(tmp_path: Path, base_model: Path) -> None:
     pairs = [{"prompt": f"Door {number}?", "chosen": " green", "rejected": " blue"} for number in range(20)]
     rows = divided(tmp_path, base_model, pairs, ObjectiveName.KTO)
     assert (rows.counted.rows, rows.counted.validation_rows) == (28, 12)

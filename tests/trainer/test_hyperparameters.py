@@ -34,7 +34,7 @@ def losses(bench: Workbench, name: str, method: dict[str, Any] | None = None, **
         return [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
 
 
-def test_every_optimizer_learns_in_its_own_way(bench: Workbench) -> None:
+def test_every_optimizer_trains_differently(bench: Workbench) -> None:
     method = {"lora": {"rank": 64, "alpha": 64}}  # smaller tensors have their state in 32 bits
     curves = {
         name: losses(bench, name.value, method, optimizer=name.value, learningRate=RATES.get(name, 0.005))
@@ -80,7 +80,7 @@ def test_gradient_checkpointing_changes_memory_and_not_the_result(bench: Workben
     assert kept[True] < kept[False] / 2
 
 
-def test_precision_is_that_of_weights_and_products(bench: Workbench) -> None:
+def test_precision_applies_to_weights_and_products(bench: Workbench) -> None:
     exact = losses(bench, "exact", precision=Precision.FLOAT32.value)
     rounded = losses(bench, "rounded", precision=Precision.BFLOAT16.value)
     assert rounded != exact
@@ -90,7 +90,7 @@ def test_precision_is_that_of_weights_and_products(bench: Workbench) -> None:
         assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
-def test_what_is_absent_is_decided_and_told(bench: Workbench) -> None:
+def test_absent_values_are_chosen_and_reported(bench: Workbench) -> None:
     resolved = bench.run("validate", bench.job()).result.resolved
     assert resolved is not None
     assert (resolved.precision, resolved.gradient_checkpointing) == (Precision.FLOAT32, False)
@@ -101,7 +101,7 @@ def test_what_is_absent_is_decided_and_told(bench: Workbench) -> None:
 
 
 @pytest.mark.parametrize("layout", Layout)
-def test_noise_has_the_size_that_each_rows_own_length_gives(layout: Layout) -> None:
+def test_noise_is_scaled_by_each_rows_length(layout: Layout) -> None:
     width, alpha, sizes = 64, 5.0, (400, 25)
     embedding = nn.Embedding(10, width)
     noise = EmbeddingNoise(embedding, alpha)

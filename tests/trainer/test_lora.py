@@ -51,7 +51,7 @@ def results(model: PeftModel, stored: torch.dtype, products: AbstractContextMana
     [(BITS32, BITS32, False), (BITS16, BITS16, True), (BITS16, BITS32, True), (BITS16, BITS16, False)],
     ids=["float32", "autocast", "autocast of float32", "bfloat16 with an adapter in float32"],
 )
-def test_a_layer_computes_what_pefts_does(
+def test_a_fused_layer_computes_the_same_as_pefts(
     base: torch.dtype, inputs: torch.dtype, *, autocast: bool, bias: bool, four_bits: bool
 ) -> None:
     def products() -> AbstractContextManager[Any]:
@@ -70,7 +70,7 @@ def test_a_layer_computes_what_pefts_does(
 
 
 @pytest.mark.parametrize("four_bits", [False, True], ids=["linear", "4 bits"])
-def test_nothing_is_kept_for_the_backward_pass_but_the_input_and_the_factors(*, four_bits: bool) -> None:
+def test_only_input_and_factors_are_kept_for_the_backward_pass(*, four_bits: bool) -> None:
     def kept(model: PeftModel) -> int:
         sizes: dict[int, int] = {}
 
@@ -92,7 +92,7 @@ def test_nothing_is_kept_for_the_backward_pass_but_the_input_and_the_factors(*, 
     assert kept(model) <= factors < before
 
 
-def test_a_layer_takes_no_positions_at_all() -> None:
+def test_a_layer_accepts_an_empty_input() -> None:
     """A head gets no positions if a rank's micro-batch has no target."""
     model = adapted(BITS32, four_bits=False)
     fuse(model)
@@ -107,7 +107,7 @@ def test_a_layer_takes_no_positions_at_all() -> None:
 
 @pytest.mark.parametrize("four_bits", [False, True], ids=["linear", "4 bits"])
 @pytest.mark.parametrize("settings", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}])
-def test_other_layers_stay_as_they_are(settings: dict[str, Any], *, four_bits: bool) -> None:
+def test_other_layers_are_not_changed(settings: dict[str, Any], *, four_bits: bool) -> None:
     model = adapted(BITS32, four_bits=four_bits, **settings)
     before = [type(module) for module in model.modules()]
     assert fuse(model) == 0
@@ -115,7 +115,7 @@ def test_other_layers_stay_as_they_are(settings: dict[str, Any], *, four_bits: b
 
 
 @pytest.mark.parametrize("four_bits", [False, True], ids=["linear", "4 bits"])
-def test_an_adapter_that_is_off_adds_nothing(*, four_bits: bool) -> None:
+def test_a_disabled_adapter_adds_nothing(*, four_bits: bool) -> None:
     model = adapted(BITS32, four_bits=four_bits)
     inputs = torch.ones(1, 2, WIDTH)
     fuse(model)

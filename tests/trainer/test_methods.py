@@ -66,7 +66,7 @@ def reload(base: Path, folder: Path) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", _VARIANTS)
-def test_a_variant_of_lora_reloads_in_plain_peft_as_it_was_trained(base_model: Path, tmp_path: Path, name: str) -> None:
+def test_lora_variants_reload_identically_in_plain_peft(base_model: Path, tmp_path: Path, name: str) -> None:
     fields, parameters = _VARIANTS[name]
     trial = try_method({"lora": {"rank": 4, "alpha": 8, **fields}}, base_model, tmp_path / "adapter")
     head = int(AutoModelForCausalLM.from_pretrained(base_model).lm_head.weight.numel()) if name == "lm_head" else 0
@@ -97,14 +97,14 @@ def test_a_variant_of_lora_reloads_in_plain_peft_as_it_was_trained(base_model: P
 
 
 @pytest.mark.parametrize("initialization", ["Gaussian", "EVA", "LoftQ"])
-def test_qlora_begins_as_asked(base_model: Path, tmp_path: Path, initialization: str) -> None:
+def test_qlora_is_initialised_as_requested(base_model: Path, tmp_path: Path, initialization: str) -> None:
     method = {"qlora": {"rank": 4, "alpha": 8, "initialization": initialization}}
     trial = try_method(method, base_model, tmp_path / "adapter")
     assert trial.losses[-1] < trial.losses[0]
     assert trial.servable.vllm
 
 
-def test_loftq_begins_nearer_to_the_base_than_4_bits_are(base_model: Path, tmp_path: Path) -> None:
+def test_loftq_starts_closer_to_the_base_than_4_bits(base_model: Path, tmp_path: Path) -> None:
     losses = {}
     for initialization in ("Default", "LoftQ"):
         method = {"qlora": {"rank": 16, "initialization": initialization}}
@@ -149,7 +149,7 @@ _REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", _REFUSED)
-def test_what_does_not_fit_the_base_is_refused_without_weights(base_model: Path, name: str) -> None:
+def test_specs_that_do_not_fit_the_base_are_refused_without_weights(base_model: Path, name: str) -> None:
     method, expected = _REFUSED[name]
     with pytest.raises(InvalidSpecError) as error:
         plan(method, base_model)
@@ -168,14 +168,14 @@ def test_what_does_not_fit_the_base_is_refused_without_weights(base_model: Path,
         ),
     ],
 )
-def test_combinations_that_cannot_be_are_refused_by_the_manifest(
+def test_impossible_combinations_are_refused_by_the_manifest(
     base_model: Path, method: dict[str, Any], expected: str
 ) -> None:
     with pytest.raises(ValidationError, match=expected):
         plan(method, base_model)
 
 
-def test_servable_required_refuses_before_training(base_model: Path) -> None:
+def test_servable_required_is_checked_before_training(base_model: Path) -> None:
     with pytest.raises(NotServableError, match="vLLM cannot serve that: remove dora"):
         plan({"lora": {"dora": True}}, base_model, servable="Required")
     assert not plan({"lora": {"dora": True}}, base_model).servable.vllm
@@ -265,20 +265,20 @@ _PEFT_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", _PEFT_REFUSED)
-def test_a_configuration_of_pefts_is_checked_without_weights(base_model: Path, name: str) -> None:
+def test_a_peft_configuration_is_checked_without_weights(base_model: Path, name: str) -> None:
     fields, expected = _PEFT_REFUSED[name]
     with pytest.raises(InvalidSpecError) as error:
         plan({"peft": fields}, base_model)
     assert expected in str(error.value)
 
 
-def test_what_cannot_be_merged_is_refused(base_model: Path) -> None:
+def test_merging_an_adapter_that_cannot_be_merged_is_refused(base_model: Path) -> None:
     with pytest.raises(InvalidSpecError, match="an adapter of promptTuning cannot be merged into the base's weights"):
         plan({"promptTuning": {}}, base_model, output={"merge": "Original"})
     assert plan({"adaLora": {}}, base_model, output={"merge": "Original"}).parameters
 
 
-def test_learning_rates_belong_to_the_method(bench: Workbench) -> None:
+def test_default_learning_rates_depend_on_the_method(bench: Workbench) -> None:
     rates = {}
     for method in ({"lora": {}}, {"promptTuning": {}}, {"peft": {"type": "VERA"}}, {"peft": {"type": "BOFT"}}):
         ran = bench.run("validate", bench.job(method=method, hyperparameters={"maxSteps": 1}))
@@ -287,7 +287,7 @@ def test_learning_rates_belong_to_the_method(bench: Workbench) -> None:
     assert list(rates.values()) == [2e-4, 1e-3, 1e-3, 1e-4]
 
 
-def test_lora_plus_raises_the_rate_of_b(bench: Workbench) -> None:
+def test_lora_plus_raises_the_learning_rate_of_b(bench: Workbench) -> None:
     moved = {}
     for ratio in (1.0, 16.0):
         method = {"lora": {"rank": 4, "alpha": 8, "loraPlusRatio": ratio, "targetModules": ["q_proj"]}}
@@ -302,7 +302,7 @@ def test_lora_plus_raises_the_rate_of_b(bench: Workbench) -> None:
     assert moved[16.0] == pytest.approx(16e-4, rel=1e-2)
 
 
-def test_ada_lora_takes_ranks_away_and_resumes_where_it_was(bench: Workbench) -> None:
+def test_ada_lora_removes_ranks_and_resumes(bench: Workbench) -> None:
     job = bench.job(
         method={"adaLora": {"initialRank": 6, "targetRank": 3, "targetModules": ["q_proj", "v_proj"]}},
         hyperparameters={"maxSteps": 8, "batchSize": 4},
@@ -326,7 +326,7 @@ def test_ada_lora_takes_ranks_away_and_resumes_where_it_was(bench: Workbench) ->
     assert resumed.result.artifact.digest == whole.result.artifact.digest
 
 
-def test_full_fine_tuning_makes_a_model(bench: Workbench, base_model: Path) -> None:
+def test_full_fine_tuning_produces_a_model(bench: Workbench, base_model: Path) -> None:
     job = bench.job(method={"full": {}}, hyperparameters={"maxSteps": 4, "batchSize": 4, "learningRate": 1e-3})
     ran = bench.run("train", job)
     assert ran.code == 0, ran.result.message
@@ -354,7 +354,7 @@ def test_full_fine_tuning_makes_a_model(bench: Workbench, base_model: Path) -> N
             assert position.chosen == pytest.approx(float(row[token]), abs=1e-4)
 
 
-def test_full_fine_tuning_begins_with_the_weights_as_they_are_stored(base_model: Path) -> None:
+def test_full_fine_tuning_starts_from_the_stored_weights(base_model: Path) -> None:
     """If they were first rounded to the type of the products, they would differ from those of sharded training."""
     base = load_model(base_model, torch.device("cpu"), None, torch.bfloat16, as_stored=True)
     assert base.config.dtype is torch.bfloat16
@@ -364,7 +364,7 @@ def test_full_fine_tuning_begins_with_the_weights_as_they_are_stored(base_model:
     assert {parameter.dtype for parameter in begun.values()} == {torch.float32}
 
 
-def test_no_copies_are_kept_of_weights_that_are_shared_out(base_model: Path) -> None:
+def test_no_copies_are_kept_of_sharded_weights(base_model: Path) -> None:
     """In bfloat16 the products use copies of the weights, which must be freed with the gathered weights."""
     spec = spec_of({"full": {}})
     base = load_model(base_model, torch.device("cpu"), None, torch.bfloat16, as_stored=True)
@@ -389,7 +389,7 @@ def test_no_copies_are_kept_of_weights_that_are_shared_out(base_model: Path) -> 
     assert first.data_ptr() != second.data_ptr()
 
 
-def test_full_fine_tuning_scores_the_base_as_it_was(bench: Workbench) -> None:
+def test_full_fine_tuning_scores_the_original_base(bench: Workbench) -> None:
     """The base's generated answers are requested after training."""
     generation = {"dataset": {"uri": f"file://{write_rows(bench.folder / 'asked.jsonl', chat_rows(4))}"}}
     suites = [{"name": "doors", "generation": {**generation, "metric": "ChrF", "maxNewTokens": 8}}]
@@ -412,12 +412,12 @@ def test_full_fine_tuning_scores_the_base_as_it_was(bench: Workbench) -> None:
         ({"servable": "Required"}, "serve its folder as the baseModel of a ServingPool"),
     ],
 )
-def test_what_full_fine_tuning_does_not_go_with(base_model: Path, spec: dict[str, Any], expected: str) -> None:
+def test_full_fine_tuning_refuses_incompatible_settings(base_model: Path, spec: dict[str, Any], expected: str) -> None:
     with pytest.raises((InvalidSpecError, NotServableError, ValidationError), match=expected):
         plan({"full": {}}, base_model, **spec)
 
 
-def test_servable_required_ends_the_validation(bench: Workbench) -> None:
+def test_servable_required_fails_the_validation(bench: Workbench) -> None:
     ran = bench.run("validate", bench.job(method={"lora": {"dora": True}}, servable="Required"))
     assert (ran.code, ran.result.reason) == (2, FailureReason.NOT_SERVABLE)
     told = bench.run("validate", bench.job(method={"lora": {"dora": True}})).result.preflight
@@ -434,7 +434,7 @@ def test_servable_required_ends_the_validation(bench: Workbench) -> None:
         ({"init_lora_weights": False}, "the untrained adapter changes the base's loss"),
     ],
 )
-def test_an_adapter_that_is_not_what_was_planned_ends_the_job(
+def test_an_adapter_that_differs_from_the_plan_fails_the_job(
     base_model: Path, change: dict[str, Any], expected: str
 ) -> None:
     method = {"lora": {"rank": 4, "alpha": 8}}
@@ -496,7 +496,7 @@ def test_a_base_in_bfloat16(bench: Workbench, half_base: Path, method: dict[str,
     ],
     ids=str,
 )
-def test_a_base_in_4_bits_and_bfloat16_is_trained_and_goes_on_where_it_was(
+def test_a_base_in_4_bits_and_bfloat16_is_trained_and_resumes(
     bench: Workbench, half_base: Path, method: dict[str, Any]
 ) -> None:
     hyper = {"maxSteps": 4, "batchSize": 4, "precision": "bfloat16", "learningRate": 0.01}
@@ -540,7 +540,7 @@ def tied_base(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Pat
     ],
     ids=str,
 )
-def test_what_a_base_in_4_bits_has_beside_them_is_in_the_type_of_the_products(
+def test_unquantised_weights_of_a_4_bit_base_have_the_type_of_the_products(
     tied_base: Path, fields: dict[str, Any], precision: torch.dtype, expected: torch.dtype
 ) -> None:
     """Embedding, output layer and norms, and the outputs of the layers."""
@@ -560,7 +560,7 @@ def test_what_a_base_in_4_bits_has_beside_them_is_in_the_type_of_the_products(
     assert getattr(output, "original_module", output).weight is embedding.weight
 
 
-def test_a_token_that_only_one_row_has_is_learned_and_one_that_none_has_is_refused(bench: Workbench) -> None:
+def test_a_token_in_one_row_is_learned_and_one_in_none_is_refused(bench: Workbench) -> None:
     tokenizer = AutoTokenizer.from_pretrained(bench.base)
     rare, absent = tokenizer.convert_tokens_to_ids("Z"), tokenizer.convert_tokens_to_ids("X")
 

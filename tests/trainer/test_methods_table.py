@@ -44,7 +44,7 @@ def verdict(method: dict[str, Any] | None, base: Path) -> tuple[str, str | None]
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-def test_the_table_says_what_the_validation_does(case: Case, table: dict[str, list[str]], base_model: Path) -> None:
+def test_the_table_agrees_with_the_validation(case: Case, table: dict[str, list[str]], base_model: Path) -> None:
     trains, vllm = verdict(case.method, base_model)
     in_4_bits, vllm_in_4_bits = verdict(case.quantized, base_model)
     row = table[case.name]

@@ -168,7 +168,7 @@ def settings(folder: Path) -> dict[str, Any]:
     }
 
 
-def test_dpo_is_trls(base_model: Path, tmp_path: Path) -> None:
+def test_dpo_equals_trls(base_model: Path, tmp_path: Path) -> None:
     trainer = DPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32),
         peft_config=ADAPTER,
@@ -184,7 +184,7 @@ def test_dpo_is_trls(base_model: Path, tmp_path: Path) -> None:
     assert loss == pytest.approx(expected, rel=1e-4)
 
 
-def test_kto_is_trls(base_model: Path, tmp_path: Path) -> None:
+def test_kto_equals_trls(base_model: Path, tmp_path: Path) -> None:
     trainer = KTOTrainer(
         model=AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32),
         peft_config=ADAPTER,
@@ -211,7 +211,7 @@ def read_pairs(folder: Path, base_model: Path) -> list[dict[str, Any]]:
     ]
 
 
-def test_kto_of_pairs_is_trls(base_model: Path, tmp_path: Path) -> None:
+def test_kto_of_pairs_equals_trls(base_model: Path, tmp_path: Path) -> None:
     arguments = settings(tmp_path) | {"per_device_train_batch_size": 2 * len(PAIRS)}
     trainer = KTOTrainer(
         model=AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32),
@@ -228,7 +228,7 @@ def test_kto_of_pairs_is_trls(base_model: Path, tmp_path: Path) -> None:
     assert loss == pytest.approx(expected, rel=1e-4)
 
 
-def test_pairs_train_kto_as_the_same_answers_with_labels_do(bench: Workbench) -> None:
+def test_pairs_train_kto_like_the_same_labelled_answers(bench: Workbench) -> None:
     labelled = [
         {"prompt": pair["prompt"], "completion": pair[answer], "label": answer == "chosen"}
         for pair in PAIRS
@@ -252,14 +252,14 @@ def test_pairs_train_kto_as_the_same_answers_with_labels_do(bench: Workbench) ->
     assert results[0] == results[1]
 
 
-def test_the_odds_ratio_is_trls() -> None:
+def test_the_odds_ratio_equals_trls() -> None:
     chosen, rejected = torch.tensor([-0.2, -3.0, -1e-4]), torch.tensor([-1.5, -0.4, -0.7])
     trl = SimpleNamespace(beta=0.3, accelerator=SimpleNamespace(device="cpu"))
     losses, *_ = ORPOTrainer.odds_ratio_loss(trl, chosen, rejected)
     assert torch.allclose(0.3 * preference.odds_ratio(chosen, rejected), -losses, rtol=1e-5)
 
 
-def test_an_answer_that_is_certain_has_a_finite_odds_ratio() -> None:
+def test_a_certain_answer_has_a_finite_odds_ratio() -> None:
     certain = torch.zeros(1, requires_grad=True)
     loss = preference.odds_ratio(certain, torch.tensor([-2.0]))
     loss.sum().backward()

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     [(1000, 8, 10, 100), (30, 8, 2, 3), (3, 4, 2, 4), (1000, 8, 1200, 1000), (1000, 8, 600, 500), (7, 32, 0, 1)],
     ids=["ten looks", "ten of few", "none in a very short run", "none where they are dear", "one", "nothing held out"],
 )
-def test_about_ten_looks_that_take_a_twentieth_of_the_time_at_most(
+def test_about_ten_scores_take_at_most_a_twentieth_of_the_time(
     steps: int, batch: int, held_out: int, every: int
 ) -> None:
     assert evaluation_interval(steps, batch, held_out) == every
 
 
-def test_looking_at_the_held_out_loss_while_training_changes_nothing(bench: Workbench) -> None:
+def test_scoring_during_training_does_not_change_the_result(bench: Workbench) -> None:
     hyper = {"maxSteps": 5, "batchSize": 4, "learningRate": 0.01}
     method = {"lora": {"rank": 4, "alpha": 8, "dropout": 0.1}}
     curves, weights = [], []

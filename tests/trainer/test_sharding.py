@@ -84,7 +84,7 @@ def sharded(folder: Path, base_model: Path, **spec: Any) -> Pods:
 
 
 @pytest.mark.parametrize("name", [*JOBS, *(pytest.param(name, marks=pytest.mark.long) for name in LONG_JOBS)])
-def test_two_that_share_the_weights_train_what_one_does(tmp_path: Path, base_model: Path, name: str) -> None:
+def test_two_ranks_with_sharded_weights_train_the_same_as_one(tmp_path: Path, base_model: Path, name: str) -> None:
     job = (JOBS | LONG_JOBS)[name]
     one = pods(tmp_path / "one", base_model, 1, **job)
     two = sharded(tmp_path / "two", base_model, **job)
@@ -137,7 +137,7 @@ def test_a_base_with_tied_weights_is_scored_and_packaged(
 
 
 @pytest.mark.parametrize("name", [pytest.param("lora with dropout", marks=pytest.mark.long), "full"])
-def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path: Path, base_model: Path, name: str) -> None:
+def test_a_stopped_run_resumes_to_the_identical_result(tmp_path: Path, base_model: Path, name: str) -> None:
     job = JOBS[name] | {
         "hyperparameters": FEW | {"maxSteps": 6, "learningRate": 0.001},
         "checkpoint": {"everySteps": 1},
@@ -164,7 +164,7 @@ def without_a_compiler_at_the_second(arguments: list[str], environment: dict[str
 
 
 @pytest.mark.long
-def test_a_rank_that_cannot_compile_ends_all_with_its_reason(
+def test_a_rank_that_cannot_compile_stops_all_with_its_reason(
     tmp_path: Path, base_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other rank waits for it within a layer."""
@@ -187,7 +187,7 @@ def _second_of_two() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_second_of_two")
 @pytest.mark.parametrize("keep", [True, False])
-def test_all_gather_an_optimizers_states_and_only_the_first_keeps_them(*, keep: bool) -> None:
+def test_all_ranks_gather_the_optimizers_states_and_only_the_first_keeps_them(*, keep: bool) -> None:
     mesh = init_device_mesh("cpu", (2,))
     shared_out = distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)], src_data_rank=None)
     parameters = [torch.nn.Parameter(shared_out), torch.nn.Parameter(torch.ones(3))]

@@ -17,11 +17,11 @@ ENDLESS = 60.0
     [([], FIRST_STEP_SECONDS), ([1.0] * 10, MIN_STEP_SECONDS), ([60.0] * 10, 1200.0), ([900.0] + [30.0] * 9, 600.0)],
     ids=["first step", "quick steps", "slow steps", "one that compiled"],
 )
-def test_the_time_that_a_step_may_take_follows_from_the_steps_before(seconds: list[float], allowed: float) -> None:
+def test_the_time_limit_of_a_step_follows_from_the_previous_steps(seconds: list[float], allowed: float) -> None:
     assert deadline(seconds) == allowed
 
 
-def test_a_hung_step_is_told_once_with_the_steps_that_were_done(tmp_path: object) -> None:
+def test_a_hung_step_is_reported_once_with_the_completed_steps(tmp_path: object) -> None:
     told: queue.Queue[tuple[int, float]] = queue.Queue()
     watchdog = Watchdog(
         lambda step, seconds: told.put((step, seconds)),
@@ -40,7 +40,7 @@ def test_a_hung_step_is_told_once_with_the_steps_that_were_done(tmp_path: object
     watchdog.stop()
 
 
-def test_what_is_no_step_may_take_its_time(tmp_path: object) -> None:
+def test_work_between_steps_has_a_longer_limit(tmp_path: object) -> None:
     told: queue.Queue[int] = queue.Queue()
     watchdog = Watchdog(lambda step, _: told.put(step), limit=lambda _: 0.1, pause=0.02)
     watchdog.on_train_begin(TrainingArguments(output_dir=str(tmp_path)), TrainerState(), TrainerControl())
@@ -49,7 +49,7 @@ def test_what_is_no_step_may_take_its_time(tmp_path: object) -> None:
     assert told.get(timeout=30) == 0  # another step, which hangs
 
 
-def test_what_is_no_step_may_not_take_for_ever(tmp_path: object) -> None:
+def test_work_between_steps_has_a_limit(tmp_path: object) -> None:
     told: queue.Queue[float] = queue.Queue()
     watchdog = Watchdog(lambda _, seconds: told.put(seconds), limit=lambda _: ENDLESS, pause=0.02, max_pause=0.2)
     watchdog.on_train_begin(TrainingArguments(output_dir=str(tmp_path)), TrainerState(), TrainerControl())

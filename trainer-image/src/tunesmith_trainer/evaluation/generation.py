@@ -89,7 +89,7 @@ def load(
             continue  # the rest is read only to report its errors
         example = _example(row, encoder.encode(_with_last_answer_as_target(row)), tokenizer)
         if not example.answer.strip():
-            raise DatasetInvalidError(f"{row.where}: there is no answer to compare with: add an answer or remove the row")
+            raise DatasetInvalidError(f"{row.where}: the row has no answer to compare with: add one or remove the row")
         if context is not None and len(example.prompt) + settings.max_new_tokens > context:
             raise InvalidSpecError(
                 f"evaluation suite {suite.name}: the prompt of {row.where} has {len(example.prompt)} tokens and "

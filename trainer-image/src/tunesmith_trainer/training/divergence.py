@@ -31,5 +31,5 @@ def far_above_start(losses: Sequence[float], steps: int = 1) -> bool:
 
 
 def diverged(losses: Sequence[float]) -> bool:
-    """Return True if the last 20 losses are far above the first: one unusual batch does not count, nor does a loss that recovers."""
+    """Return True if the last 20 losses are far above the start; single bad batches and brief rises do not count."""
     return far_above_start(losses, SUSTAINED_STEPS)
