@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,9 +19,10 @@ from tunesmith.cli.main import main
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     Import = Callable[..., tuple[int, str, str]]
+
+PAGE = Path(__file__).resolve().parents[2] / "docs/how-to/choose-a-method.md"
 
 
 @dataclass(frozen=True)
@@ -670,3 +672,11 @@ def test_a_key_of_lora_is_lost_with_another_method(imported: Import) -> None:
     assert code == 0, err
     assert "lora_r has no counterpart" in err
     assert parse_manifest(out).spec.method.name == "ia3"
+
+
+def test_the_documentation_shows_the_messages(imported: Import) -> None:
+    block = re.search(r"^\$ tunesmith import axolotl.*?\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    assert block is not None
+    code, _, printed = imported(KINDS["llama-3/qlora-1b.yml"].text)
+    assert code == 0
+    assert set(block[1].splitlines()[:-1]) <= set(printed.splitlines())
