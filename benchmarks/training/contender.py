@@ -211,7 +211,7 @@ def tunesmith(base: Path, method: str, folder: Path, clock: Clock, optimizations
     work.mkdir()
     prepared = prepare(job, stores, work, weights=True)
     place = stores.folder(f"file://{work}/checkpoints", what="checkpoints", missing=StorageUnavailableError)
-    checkpoints = Checkpoints(place, work / "scratch", binding="0" * 64, keep=1, report=lambda _: None)
+    checkpoints = Checkpoints(place, work / "scratch", binding="0" * 64, keep=1, write_line=lambda _: None)
     with (work / "log").open("w", encoding="utf-8") as log:
         run = loop.Run(
             job=job,

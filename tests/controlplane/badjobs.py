@@ -234,7 +234,7 @@ BAD_JOBS: dict[str, BadJob] = {
     "a misspelt module": invalid("did you mean q_proj?", method__lora__targetModules=["q_prj"]),
     "the output layer": invalid("remove it", method__lora__targetModules=["lm_head"]),
     "an embedding": invalid("is not a linear module", method__lora__targetModules=["embed_tokens"]),
-    "a template that is none": invalid("is no Jinja template: line 1", dataset__chatTemplate="{% if %}"),
+    "a template that is none": invalid("is not a valid Jinja template: line 1", dataset__chatTemplate="{% if %}"),
     "columns of another format": invalid(
         "which has messages, tools: remove it", dataset__format="Messages", dataset__columns={"chosen": "better"}
     ),
@@ -267,7 +267,7 @@ BAD_JOBS: dict[str, BadJob] = {
         "a row needs 'messages', or 'prompt' and 'completion'", {"question": "Who?", "reply": "Marta."}
     ),
     "columns that say two things": data(
-        "say which of them is meant with dataset.format", {"text": "a", "prompt": "b", "completion": "c"}
+        "select one of them with dataset.format", {"text": "a", "prompt": "b", "completion": "c"}
     ),
     "an unknown role": data("expected one of", chat(("bot", "a"), ("assistant", "b"))),
     "no answer": data("it must be the assistant's", chat(("user", "Who?"))),
@@ -292,7 +292,7 @@ BAD_JOBS: dict[str, BadJob] = {
     ),
     "one bad row, where none may be": data("line 9", *GOOD_ROWS, b"{", dataset__unusable="Error"),
     "a table without columns": rows_of("must hold the names of the columns", b",\n1,2\n", "train.csv"),
-    "half a gzip file": rows_of("no whole gzip file", gzip.compress(lines(*GOOD_ROWS))[:40], "train.jsonl.gz"),
+    "half a gzip file": rows_of("not a complete gzip file", gzip.compress(lines(*GOOD_ROWS))[:40], "train.jsonl.gz"),
     "a file of no known format": rows_of("give it one of the endings", lines(*GOOD_ROWS), "train.txt"),
     "a file that is not there": BadJob(
         Stage.VALIDATION,
@@ -302,7 +302,7 @@ BAD_JOBS: dict[str, BadJob] = {
     ),
     "a folder of other files": BadJob(
         Stage.VALIDATION,
-        "has no data files: their names end with",
+        "has no data files, whose names end with",
         reason=FailureReason.DATASET_NOT_FOUND,
         files={"rows/readme.md": b"rows"},
         train="rows",
@@ -323,7 +323,7 @@ BAD_JOBS: dict[str, BadJob] = {
     "pickled weights": base("it needs config.json, tokenizer.json", pickled, FailureReason.BASE_MODEL_NOT_FOUND),
     "an unknown architecture": base("config.json of the base model", rewrite("config.json", model_type="warp-drive")),
     "no language model": base("no causal language model that can be trained", rewrite("config.json", model_type="vit")),
-    "no chat template": base("use a chat model, give dataset.chatTemplate", without("chat_template.jinja")),
+    "no chat template": base("use a chat model, set dataset.chatTemplate", without("chat_template.jinja")),
     "answers that never stop": base("has no end token", without_end),
     "a base whose parts lie elsewhere": base(
         "names ../../other/model.safetensors, which the folder does not have: copy the whole base model",
@@ -405,7 +405,7 @@ BAD_JOBS: dict[str, BadJob] = {
     ),
     "a copy to the Hub without a token": BadJob(
         Stage.VALIDATION,
-        "put HF_TOKEN, a token that may write there, into the Secret mine",
+        "put HF_TOKEN, a token that may write to it, into the Secret mine",
         {"output": {"exports": [{"hub": "org/a", "secretRef": {"name": "mine"}}]}},
         FailureReason.ACCESS_DENIED,
         secrets={"mine": {}},

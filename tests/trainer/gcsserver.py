@@ -47,7 +47,7 @@ class GcsServer:
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
         while not self._answers():
-            assert self._process.poll() is None, "the emulator ended"
+            assert self._process.poll() is None, "the emulator exited"
             assert time.monotonic() < deadline, "the emulator does not answer"
             time.sleep(0.1)
         self._door = ThreadingHTTPServer(("127.0.0.1", 0), lambda *arguments: _Door(self, *arguments))

@@ -116,25 +116,25 @@ class _Handler(BaseHTTPRequestHandler):
     def _repository(self, name: str) -> StoredRepository | None:
         return self.hub.repositories.get(name) if self._token in {MAY_WRITE, MAY_READ} else None
 
-    def _create(self, asked: dict[str, Any]) -> None:
-        name = f"{asked['organization']}/{asked['name']}"
+    def _create(self, request: dict[str, Any]) -> None:
+        name = f"{request['organization']}/{request['name']}"
         if self._token not in {MAY_WRITE, MAY_READ}:
             self._answer(401, {"error": "Invalid username or password."})
-        elif self._token == MAY_READ or asked["organization"] != "org":
+        elif self._token == MAY_READ or request["organization"] != "org":
             self._answer(403, {"error": "You don't have the rights to create a model under this namespace"})
         elif name in self.hub.repositories:
             self._answer(409, {"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"})
         else:
-            self.hub.repositories[name] = StoredRepository(private=asked.get("visibility") == "private")
+            self.hub.repositories[name] = StoredRepository(private=request.get("visibility") == "private")
             self._answer(200, {"url": f"{self.hub.url}/{name}"})
 
-    def _preupload(self, name: str, asked: dict[str, Any]) -> None:
+    def _preupload(self, name: str, request: dict[str, Any]) -> None:
         found = self._repository(name)
         if found is None or self._token != MAY_WRITE:
             self._answer(403, {"error": "Authorization error."})
             return
         files = []
-        for file in asked["files"]:
+        for file in request["files"]:
             large = file["path"].endswith((".safetensors", ".png"))
             content = found.files.get(file["path"])
             oid = None
@@ -144,15 +144,15 @@ class _Handler(BaseHTTPRequestHandler):
             files.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         self._answer(200, {"files": files})
 
-    def _batch(self, asked: dict[str, Any]) -> None:
+    def _batch(self, request: dict[str, Any]) -> None:
         objects = [
-            {"oid": one["oid"], "size": one["size"]}
+            {"oid": blob["oid"], "size": blob["size"]}
             | (
                 {}
-                if one["oid"] in self.hub.objects
-                else {"actions": {"upload": {"href": f"{self.hub.url}/objects/{one['oid']}"}}}
+                if blob["oid"] in self.hub.objects
+                else {"actions": {"upload": {"href": f"{self.hub.url}/objects/{blob['oid']}"}}}
             )
-            for one in asked["objects"]
+            for blob in request["objects"]
         ]
         self._answer(200, {"transfer": "basic", "objects": objects})
 

@@ -65,7 +65,7 @@ class Container:
         )
         self._process.start()
 
-    def told(self, pattern: str) -> None:
+    def wait_for_output(self, pattern: str) -> None:
         """Wait until a line of output begins with `pattern`, or the process has exited."""
         deadline = time.monotonic() + self._seconds
         while not re.search(f"^{pattern}", self.output(), re.MULTILINE):
@@ -84,7 +84,7 @@ class Container:
         if self._process.pid is not None and self.is_alive():
             os.kill(self._process.pid, number)
 
-    def ended(self) -> int | None:
+    def wait(self) -> int | None:
         """Wait for the process and return its exit code; negative if a signal killed it."""
         self._process.join(self._seconds)
         return self._process.exitcode
@@ -124,18 +124,18 @@ class Pods:
             arguments += ["--tokens", f"file://{self.folder}/tokens-{index}"]
             self.containers.append(Container(arguments, environment, self.folder / f"log-{index}"))
 
-    def ended(self) -> list[int | None]:
+    def wait(self) -> list[int | None]:
         """Wait for all processes and return their exit codes."""
-        return [container.ended() for container in self.containers]
+        return [container.wait() for container in self.containers]
 
     def finish(self) -> None:
         self.start()
-        codes = self.ended()
+        codes = self.wait()
         assert codes == [0] * self.nodes, [self.log(index) for index in range(self.nodes)]
 
-    def strike(self, indices: tuple[int, ...], number: int, step: int, seconds: float = 0.0) -> None:
+    def interrupt(self, indices: tuple[int, ...], number: int, step: int, seconds: float = 0.0) -> None:
         """Send a signal to some pods `seconds` after the run has done `step` steps."""
-        self.containers[0].told(f"  step {step}/")
+        self.containers[0].wait_for_output(f"  step {step}/")
         time.sleep(seconds)  # at any point of a step or a write
         for index in indices:
             self.containers[index].signal(number)
@@ -171,14 +171,14 @@ def pods(folder: Path, base_model: Path, nodes: int, rows: list[Any] | None = No
     return Pods(folder, manifest, nodes)
 
 
-def assert_equal(one: Pods, other: Pods) -> None:
+def assert_equal(run: Pods, reference: Pods) -> None:
     """Assert that losses, gradient norms and weights are within 1e-4 of each other."""
-    points, others = one.curve(), other.curve()
+    points, others = run.curve(), reference.curve()
     assert [point["step"] for point in points] == [point["step"] for point in others]
     for point, expected in zip(points, others, strict=True):
         for name, value in expected.items():
             assert float(point[name] or 0) == pytest.approx(float(value or 0), rel=1e-4), (name, point, expected)
-    weights, expected_weights = one.weights(), other.weights()
+    weights, expected_weights = run.weights(), reference.weights()
     assert weights.keys() == expected_weights.keys()
     for name, tensor in weights.items():
         torch.testing.assert_close(tensor, expected_weights[name], rtol=1e-4, atol=1e-4, msg=name)

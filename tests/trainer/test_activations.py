@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tunesmith.api.methods.fields import Quantization
 from tunesmith_trainer.base_model.model import load_model
 from tunesmith_trainer.methods.wrap import wrap
-from tunesmith_trainer.preflight.memory import TOLERANCE, Run, Shape, estimate
+from tunesmith_trainer.preflight.memory import TOLERANCE, RunShape, Shape, estimate
 from tunesmith_trainer.training.loss import add_target_loss
 
 if TYPE_CHECKING:
@@ -91,9 +91,9 @@ def per_token_and_layer(measure: Any) -> float:
     ],
     ids=["all", "query and value", "dropout", "DoRA", "full"],
 )
-def test_the_estimate_is_near_what_autograd_keeps(lora: dict[str, Any] | None, precision: torch.dtype) -> None:
+def test_the_estimate_is_near_what_autograd_saves(lora: dict[str, Any] | None, precision: torch.dtype) -> None:
     def estimated(layers: int, tokens: int) -> int:
-        run = Run(
+        run = RunShape(
             adapter_parameters=0,
             adapted_inputs=0 if lora is None else INPUTS[len(lora["target_modules"])],
             tokens=tokens,
@@ -111,7 +111,7 @@ def test_the_estimate_is_near_what_autograd_keeps(lora: dict[str, Any] | None, p
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
-def test_a_base_in_4_bits_keeps_what_one_in_the_type_of_the_products_does(
+def test_a_4_bit_base_saves_as_much_as_one_in_the_type_of_the_products(
     tmp_path: Path, precision: torch.dtype, dropout: float
 ) -> None:
     method = {"qlora": {"rank": 8, "dropout": dropout}}
@@ -124,7 +124,7 @@ def test_a_base_in_4_bits_keeps_what_one_in_the_type_of_the_products_does(
         return wrap(base, plan(method, folder), rows_of(VOCABULARY), spec_of(method).method, 1)
 
     models = {layers: quantized(layers) for layers in (1, 2)}
-    run = Run(0, INPUTS[len(ALL)], 1, quantized=True, checkpointing=False, dropout=dropout > 0)
+    run = RunShape(0, INPUTS[len(ALL)], 1, quantized=True, checkpointing=False, dropout=dropout > 0)
     expected = estimate(
         Shape(HIDDEN, 1, INTERMEDIATE, VOCABULARY, 0, 0), replace(run, full_precision=precision is torch.float32)
     )

@@ -40,7 +40,7 @@ BAD_ROWS: dict[str, tuple[list[Any], str]] = {
     ),
     "rows over several lines": (
         [json.dumps(GOOD, indent=1)],
-        "column 2; a row must stand on one line, or in a list in a .json file",
+        "column 2; each row must be on one line, or in a list in a .json file",
     ),
     "not UTF-8": ([GOOD, b'{"messages": "\xff"}'], "train.jsonl line 2: is not UTF-8 at byte 15"),
     "nested too deeply": ([GOOD, "[" * 100_000], "train.jsonl line 2: is not JSON"),
@@ -75,7 +75,7 @@ BAD_ROWS: dict[str, tuple[list[Any], str]] = {
     ),
     "unknown key": (
         [messages(message("user", "a"), message("assistant", "b", mood="calm"))],
-        "message 2: unknown key 'mood', a message has content, name, reasoning_content, role",
+        "message 2: unknown key 'mood', expected one of content, name, reasoning_content, role",
     ),
     "a call without a name": (
         [messages(message("user", "a"), message("assistant", None, tool_calls=[{"id": "1"}]))],
@@ -83,16 +83,16 @@ BAD_ROWS: dict[str, tuple[list[Any], str]] = {
     ),
     "an image": (
         [messages(message("user", [{"type": "image", "url": "x"}]), message("assistant", "b"))],
-        "message 1 (user): 'content' has a part that is no text",
+        "message 1 (user): 'content' has a part that is not text",
     ),
     "tools that are no list": ([{**GOOD, "tools": 7}], "train.jsonl line 1: 'tools' is not a list of objects"),
     "a weight of a half": (
         [messages(message("user", "a"), message("assistant", "b", weight=0.5))],
-        "message 2 (assistant): 'weight' is 0.5; the assistant's may be 0 or 1",
+        "message 2 (assistant): 'weight' is 0.5; only the assistant's messages may have one, 0 or 1",
     ),
     "ends with the user": (
         [messages(message("user", "a"))],
-        "the last message is the user's: it must be the assistant's",
+        "the last message has the role user: it must be the assistant's",
     ),
     "starts with the assistant": ([messages(message("assistant", "a"))], "the first message is the assistant's"),
     "completion missing": ([{"prompt": "a"}], "train.jsonl line 1: 'completion' is missing"),
@@ -100,11 +100,11 @@ BAD_ROWS: dict[str, tuple[list[Any], str]] = {
     "null prompt": ([{"prompt": None, "completion": "b"}], "'prompt' is null, not a string"),
     "both forms": (
         [{**GOOD, "prompt": "a", "completion": "b"}],
-        "line 1: has the columns of Messages and PromptCompletion: say which of them is meant with dataset.format",
+        "line 1: has the columns of Messages and PromptCompletion: select one of them with dataset.format",
     ),
     "mixed forms": (
         [GOOD, {"prompt": "a", "completion": "b"}],
-        "train.jsonl line 2: 'messages' is missing (the rows before have it, from train.jsonl line 1 on)",
+        "train.jsonl line 2: 'messages' is missing (the rows from train.jsonl line 1 on have it)",
     ),
     "one row, nothing to hold out": ([GOOD], "the training rows need at least 2 rows: there are only 1"),
     "a prompt of messages with a text": (
@@ -113,7 +113,7 @@ BAD_ROWS: dict[str, tuple[list[Any], str]] = {
     ),
     "preferences": (
         [{"prompt": "a", "chosen": "b", "rejected": "c"}],
-        "holds what dataset.format calls Preference, which this objective cannot learn from; it learns from Messages",
+        "has the dataset.format Preference, which this objective cannot learn from; it learns from Messages",
     ),
     "several": ([GOOD, "x", GOOD, "y", "z", "{}", "{}"], "train.jsonl line 2: is not JSON"),
 }
@@ -134,7 +134,7 @@ def test_further_bad_rows_are_counted(bench: Workbench) -> None:
     assert "and 2 more rows with errors" in ran.result.message
 
 
-def test_rows_that_are_all_too_long_are_told_with_the_longest(bench: Workbench) -> None:
+def test_rows_that_are_all_too_long_are_reported_with_the_longest(bench: Workbench) -> None:
     job = bench.job()
     job["spec"]["dataset"]["maxLength"] = 16
     ran = bench.run("validate", job)
@@ -145,7 +145,7 @@ def test_rows_that_are_all_too_long_are_told_with_the_longest(bench: Workbench) 
 def test_rows_beyond_the_models_context_are_refused(bench: Workbench) -> None:
     ran = bench.run("validate", bench.job([*chat_rows(3), chat_row("Why?", "blue " * 600)]))
     assert (ran.code, ran.result.reason) == (2, FailureReason.INVALID_SPEC)
-    assert "the base model's context has 512: set dataset.maxLength to at most 512" in ran.result.message
+    assert "the base model's context of 512: set dataset.maxLength to at most 512" in ran.result.message
 
 
 SPECS: dict[str, tuple[dict[str, Any], FailureReason, str]] = {
@@ -232,10 +232,10 @@ def test_a_bad_spec_is_refused_on_the_cpu(bench: Workbench, name: str) -> None:
 
 
 MANIFESTS = {
-    "not YAML": ("a: [", "is not YAML"),
-    "empty": ("", "exactly one FineTuneJob, it holds 0"),
-    "two": ("kind: FineTuneJob\n---\nkind: FineTuneJob\n", "exactly one FineTuneJob, it holds 2"),
-    "another kind": ("kind: ServingPool\n", "is of kind 'ServingPool', not FineTuneJob"),
+    "not YAML": ("a: [", "is not valid YAML"),
+    "empty": ("", "exactly one FineTuneJob, it contains 0"),
+    "two": ("kind: FineTuneJob\n---\nkind: FineTuneJob\n", "exactly one FineTuneJob, it contains 2"),
+    "another kind": ("kind: ServingPool\n", "has the kind 'ServingPool' instead of FineTuneJob"),
     "no spec": ("kind: FineTuneJob\nmetadata: {name: a}\n", "spec: Field required"),
 }
 
@@ -254,13 +254,13 @@ def test_a_missing_manifest_is_named(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("command", ["validate", "train"])
-def test_files_of_the_machine_are_refused_in_a_cluster(bench: Workbench, command: str) -> None:
+def test_local_files_are_refused_in_a_cluster(bench: Workbench, command: str) -> None:
     ran = bench.run(command, bench.job(), allow_file=False, output=f"file://{bench.folder}/artifact")
     assert (ran.code, ran.result.reason) == (2, FailureReason.INVALID_SPEC)
     assert "file:// is allowed only where no cluster runs the job" in ran.result.message
 
 
-def test_a_folder_without_a_model_is_no_base(bench: Workbench, tmp_path: Path) -> None:
+def test_a_folder_without_a_model_is_refused(bench: Workbench, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/pytorch_model.bin").touch()
     ran = bench.run("validate", bench.job(baseModel={"uri": f"file://{tmp_path}/empty"}))
@@ -268,7 +268,7 @@ def test_a_folder_without_a_model_is_no_base(bench: Workbench, tmp_path: Path) -
     assert "it needs config.json, tokenizer.json and *.safetensors, and holds pytorch_model.bin" in ran.result.message
 
 
-def test_a_gpu_that_is_not_there_is_told(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_gpu_is_reported(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     ran = bench.run("train", bench.job(resources={"gpus": 1}))
     assert (ran.code, ran.result.reason) == (2, FailureReason.INVALID_SPEC)

@@ -83,7 +83,7 @@ def test_a_bad_job_is_refused_on_the_cpu(run: Run, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", of_stage(Stage.TRAINING))
-def test_what_only_training_can_find(run: Run, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_faults_that_only_training_can_find(run: Run, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     bad = BAD_JOBS[name]
     validated, trained = run(bad, "validate", "train")

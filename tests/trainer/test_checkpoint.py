@@ -70,7 +70,7 @@ def checkpoints(folder: Path, reports: list[str], *, keep: int = 2) -> Checkpoin
     folder.mkdir(exist_ok=True)
     stores = Stores(secrets=folder, allow_file=True)
     place = stores.folder(f"file://{folder}", what="the checkpoints", missing=StorageUnavailableError)
-    return Checkpoints(place, folder.parent / "scratch", binding=BINDING, keep=keep, report=reports.append)
+    return Checkpoints(place, folder.parent / "scratch", binding=BINDING, keep=keep, write_line=reports.append)
 
 
 def test_a_complete_checkpoint_verifies(tmp_path: Path) -> None:

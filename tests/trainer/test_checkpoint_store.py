@@ -50,7 +50,7 @@ class Store:
             self.folder / scratch,
             binding=BINDING,
             keep=keep,
-            report=self.reports.append,
+            write_line=self.reports.append,
             retry=Retry(attempts=1_000_000, first=0.1, longest=0.5),
         )
 

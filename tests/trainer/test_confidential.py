@@ -40,7 +40,7 @@ def mounted(bench: Workbench, **values: str) -> Path:
     ],
     ids=["two lines", "a space", "another language", "bytes"],
 )
-def test_a_malformed_token_is_reported_at_once_and_without_it(bench: Workbench, value: str, found: str) -> None:
+def test_a_malformed_token_is_reported_without_its_value(bench: Workbench, value: str, found: str) -> None:
     secrets = mounted(bench, HF_TOKEN=value)
     job = bench.job(baseModel={"uri": "hf://org/model", "secretRef": {"name": "mine"}})
     ran = bench.run("validate", job, "--secrets", str(secrets))
@@ -50,7 +50,7 @@ def test_a_malformed_token_is_reported_at_once_and_without_it(bench: Workbench, 
     assert not any(part in written for part in (FIRST, SECOND))
 
 
-def test_what_a_library_says_passes_without_the_credentials(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_of_libraries_are_shown_without_credentials(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object, **__: object) -> None:
         print(f"curl: > Authorization: Bearer {TOKEN}")  # noqa: T201 - as libraries do
         raise RuntimeError(f"Illegal header value b'Bearer {TOKEN}'")
@@ -65,7 +65,7 @@ def test_what_a_library_says_passes_without_the_credentials(bench: Workbench, mo
     assert any("Bearer ***" in line for line in ran.lines)
 
 
-def test_the_output_stays_a_stream_of_its_kind(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_output_keeps_the_interface_of_a_stream(capsys: pytest.CaptureFixture[str]) -> None:
     before = sys.stdout
     with clean_output(Scrubber({"HF_TOKEN": TOKEN})):
         sys.stdout.writelines([f"a {TOKEN}\n", "b\n"])

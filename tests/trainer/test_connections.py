@@ -118,18 +118,18 @@ def test_no_redirect_leads_to_a_refused_address(library: str, public: Server) ->
     url = f"http://127.0.0.1:{public.server_port}/a"
     with guarded(ONLY_ONE), pytest.raises(Exception) as raised:  # noqa: PT011 - of each library its own
         LIBRARIES[library](url)
-    told = denied(raised.value, "the data set")
-    assert isinstance(told, AccessDeniedError)
-    assert str(told).startswith(
+    failure = denied(raised.value, "the data set")
+    assert isinstance(failure, AccessDeniedError)
+    assert str(failure).startswith(
         "the data set leads to 127.0.0.2, an address of the pod itself, which jobs and pools may not reach"
     )
-    assert "the chart's value trainer.allowedAddresses" in str(told)
+    assert "the chart's value trainer.allowedAddresses" in str(failure)
     assert public.reached == [f"127.0.0.1:{public.server_port}"]
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
-def test_no_address_and_no_name_leads_there(library: str, host: str, public: Server) -> None:
+def test_no_address_or_name_reaches_a_refused_address(library: str, host: str, public: Server) -> None:
     public.reached.clear()
     with guarded({}), pytest.raises(Exception) as raised:  # noqa: PT011 - of each library its own
         LIBRARIES[library](f"http://{host}:{public.server_port}/a")
@@ -137,7 +137,7 @@ def test_no_address_and_no_name_leads_there(library: str, host: str, public: Ser
     assert public.reached == []
 
 
-def test_of_a_client_with_sockets_of_its_own_the_server_or_the_proxy_is_looked_at(
+def test_the_server_or_proxy_of_a_client_with_its_own_sockets_is_checked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     check_server("http://127.0.0.1:9")  # no guard is active
@@ -154,7 +154,7 @@ def test_of_a_client_with_sockets_of_its_own_the_server_or_the_proxy_is_looked_a
 
 
 @pytest.mark.parametrize("library", ["requests", "httpx2", "aiohttp"])
-def test_of_a_name_with_several_addresses_none_is_reached(
+def test_a_name_with_one_refused_address_is_refused(
     library: str, public: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     public.reached.clear()
@@ -171,7 +171,7 @@ def test_of_a_name_with_several_addresses_none_is_reached(
     assert public.reached == []
 
 
-def test_the_guard_ends_with_its_block_and_does_not_mind_other_sockets(public: Server, tmp_path: Path) -> None:
+def test_the_guard_ends_with_its_block_and_ignores_other_sockets(public: Server, tmp_path: Path) -> None:
     place = ("127.0.0.1", public.server_port)
     with guarded({}):
         with pytest.raises(AddressRefusedError):
@@ -189,7 +189,7 @@ def test_the_guard_ends_with_its_block_and_does_not_mind_other_sockets(public: S
     socket.create_connection(place).close()
 
 
-def test_a_list_that_cannot_be_read_stops_the_job() -> None:
+def test_a_malformed_list_stops_the_job() -> None:
     with (
         pytest.raises(InvalidSpecError, match="'s3' is no network"),
         guarded({ALLOWED_ADDRESSES: "s3"}),
@@ -226,7 +226,7 @@ def test_the_owners_own_machine_is_not_guarded(
 
 @pytest.mark.parametrize("part", ["base", "data", "export"])
 @pytest.mark.parametrize("endpoint", ["http://169.254.169.254", "http://127.0.0.2:9", "redirect"])
-def test_an_endpoint_in_a_users_secret_leads_nowhere_else(
+def test_an_endpoint_in_a_users_secret_must_be_allowed(
     bench: Workbench,
     uploaded: S3Server,
     public: Server,
@@ -255,7 +255,7 @@ def test_an_endpoint_in_a_users_secret_leads_nowhere_else(
     assert (ran.code, ran.result.reason, ran.result.retryable) == (2, FailureReason.ACCESS_DENIED, False)
 
 
-def test_a_copy_goes_to_no_hub_at_a_refused_address(public: Server) -> None:
+def test_an_export_to_a_hub_at_a_refused_address_is_refused(public: Server) -> None:
     """Neither directly nor by a redirect; a listed Hub is reached."""
     with HubServer() as hub:
         for address, listed in (
@@ -298,11 +298,11 @@ with guarded():
 """
 
 
-def test_the_hub_is_read_through_no_redirect_and_without_the_client_that_cannot_be_guarded(
+def test_the_hub_is_read_without_redirects_and_without_the_unguarded_client(
     public: Server,
 ) -> None:
     """Run in a separate process: the Hub's library reads its endpoint when it is imported."""
-    ended = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", READ_HUB],
         env=os.environ | ONLY_ONE | {"HF_ENDPOINT": f"http://127.0.0.1:{public.server_port}"},
         capture_output=True,
@@ -310,9 +310,9 @@ def test_the_hub_is_read_through_no_redirect_and_without_the_client_that_cannot_
         check=False,
         timeout=120,
     )
-    told, switched = ended.stdout.splitlines()
-    assert told.startswith("AccessDenied HF_ENDPOINT of "), ended.stderr
-    assert "for the data set hf://datasets/org/doors, leads to 127.0.0.2, " in told
+    shown, switched = done.stdout.splitlines()
+    assert shown.startswith("AccessDenied HF_ENDPOINT of "), done.stderr
+    assert "for the data set hf://datasets/org/doors, leads to 127.0.0.2, " in shown
     assert switched == "True False"
 
 
@@ -323,13 +323,13 @@ from tunesmith_trainer.process.ranks import Ranks
 
 ranks = Ranks(int(sys.argv[1]), 2, address="127.0.0.2", port=int(sys.argv[2]))
 with guarded({}):
-    ranks.meet("gloo", 60)
+    ranks.connect("gloo", 60)
     print(ranks.sum(1.0))
-    ranks.part()
+    ranks.disconnect()
 """
 
 
-def test_the_pods_of_a_job_find_each_other_at_addresses_that_no_manifest_names() -> None:
+def test_the_pods_of_a_job_connect_although_their_addresses_are_not_allowed() -> None:
     command = [sys.executable, "-c", MEET]
     port = str(free_port())
     pods = [subprocess.Popen([*command, rank, port], stdout=subprocess.PIPE, text=True) for rank in ("0", "1")]
@@ -343,10 +343,10 @@ class _Recording(BaseHTTPRequestHandler):
     """Answers that nothing exists, and records its requests."""
 
     server: Server
-    asked: list[tuple[str, str]]
+    recorded: list[tuple[str, str]]
 
     def _answer(self) -> None:
-        self.asked.append((self.headers.get("Authorization", ""), self.headers.get("X-Amz-Security-Token", "")))
+        self.recorded.append((self.headers.get("Authorization", ""), self.headers.get("X-Amz-Security-Token", "")))
         self.send_response(404)
         self.send_header("X-Error-Code", "RepoNotFound")
         self.send_header("Content-Length", "0")
@@ -361,16 +361,16 @@ class _Recording(BaseHTTPRequestHandler):
 class Place:
     """A server with its address and the credentials that were sent to it."""
 
-    def __init__(self, server: Server, asked: list[tuple[str, str]]) -> None:
-        self.asked = asked
+    def __init__(self, server: Server, recorded: list[tuple[str, str]]) -> None:
+        self.recorded = recorded
         self.url = f"http://127.0.0.1:{server.server_port}"
 
 
 @contextmanager
 def recording() -> Iterator[Place]:
-    asked: list[tuple[str, str]] = []
-    with serving(type("Handler", (_Recording,), {"asked": asked})) as server:
-        yield Place(server, asked)
+    recorded: list[tuple[str, str]] = []
+    with serving(type("Handler", (_Recording,), {"recorded": recorded})) as server:
+        yield Place(server, recorded)
 
 
 @pytest.fixture
@@ -424,42 +424,42 @@ def test_keys_of_a_secret_without_an_endpoint_go_to_aws(stores_own: Place, resol
     folder = of_a_secret(tmp_path, "s3://rows/data", **KEYS)
     with pytest.raises(StorageUnavailableError):
         folder.names()
-    assert (stores_own.asked, resolved) == ([], {"rows.s3.amazonaws.com"})
+    assert (stores_own.recorded, resolved) == ([], {"rows.s3.amazonaws.com"})
 
 
-def test_keys_of_a_secret_go_to_its_endpoint_with_nothing_of_the_stores(stores_own: Place, tmp_path: Path) -> None:
+def test_keys_of_a_secret_go_to_its_endpoint_without_the_stores_settings(stores_own: Place, tmp_path: Path) -> None:
     with recording() as mine:
         folder = of_a_secret(tmp_path, "s3://rows/data", **KEYS, AWS_ENDPOINT_URL=mine.url)
         with pytest.raises(DatasetNotFoundError):
             folder.names()
-        assert mine.asked
-        for authorization, token in mine.asked:
+        assert mine.recorded
+        for authorization, token in mine.recorded:
             assert authorization.startswith("AWS4-HMAC-SHA256 Credential=mine/")
             assert "/us-east-1/s3/aws4_request" in authorization
             assert token == ""
-    assert stores_own.asked == []
+    assert stores_own.recorded == []
 
 
 @pytest.mark.parametrize("uri", ["hf://datasets/org/doors", "hf://org/tiny"])
-def test_a_token_of_a_secret_goes_to_its_hub_alone(
+def test_a_token_of_a_secret_goes_only_to_its_hub(
     stores_own: Place, resolved: set[str], tmp_path: Path, uri: str
 ) -> None:
     with recording() as mine:
         named = of_a_secret(tmp_path / "named", uri, HF_TOKEN="hf_mine", HF_ENDPOINT=f"{mine.url}/")
         with pytest.raises(DatasetNotFoundError):
             named.names()
-        assert {authorization for authorization, _ in mine.asked} == {"Bearer hf_mine"}
+        assert {authorization for authorization, _ in mine.recorded} == {"Bearer hf_mine"}
     assert resolved == set()
     with pytest.raises(StorageUnavailableError):
         of_a_secret(tmp_path / "unnamed", uri, HF_TOKEN="hf_mine").names()
-    assert (stores_own.asked, resolved) == ([], {"huggingface.co"})
+    assert (stores_own.recorded, resolved) == ([], {"huggingface.co"})
 
 
-def test_a_copy_goes_to_the_hub_of_its_secret_alone(stores_own: Place, resolved: set[str]) -> None:
+def test_an_export_goes_only_to_the_hub_of_its_secret(stores_own: Place, resolved: set[str]) -> None:
     repository = repository_of({"HF_TOKEN": "hf_mine"}, Retry(attempts=1))
     with pytest.raises(StorageUnavailableError):
         repository.create()
-    assert (stores_own.asked, resolved) == ([], {"huggingface.co"})
+    assert (stores_own.recorded, resolved) == ([], {"huggingface.co"})
 
 
 # A folder's content cannot lead outside of it.
@@ -484,7 +484,7 @@ def read(claim: Path, uri: str) -> bytes:
     return bytes(folder.read(name))
 
 
-def test_a_link_leads_out_of_no_claim(claim: Path) -> None:
+def test_a_link_out_of_a_claim_is_refused(claim: Path) -> None:
     (claim / "data/in.jsonl").symlink_to("train.jsonl")
     (claim / "data/out.jsonl").symlink_to(claim.parent / "secret/key.jsonl")
     (claim / "away").symlink_to("../secret")
@@ -499,7 +499,7 @@ def test_a_link_leads_out_of_no_claim(claim: Path) -> None:
     assert opened(claim, "pvc://claim/x")[0].below("**/*.jsonl") == ["data/train.jsonl"]
 
 
-def test_a_base_model_on_a_claim_has_no_file_from_elsewhere(claim: Path, base_model: Path) -> None:
+def test_a_base_model_on_a_claim_with_a_link_out_of_it_is_refused(claim: Path, base_model: Path) -> None:
     """Its library opens files on its own, such as a chat template, which then becomes part of the artifact."""
     from tunesmith_trainer.base_model.model import fetch_base  # noqa: PLC0415 - takes seconds
 
@@ -535,7 +535,7 @@ class _Climbing(BaseHTTPRequestHandler):
         """Do not log requests: pytest shows what matters."""
 
 
-def test_a_store_that_lists_a_way_out_is_refused() -> None:
+def test_a_store_that_lists_a_path_out_of_its_folder_is_refused() -> None:
     with serving(_Climbing) as server:
         environ = {
             "AWS_ACCESS_KEY_ID": "a",

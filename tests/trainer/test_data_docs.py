@@ -18,7 +18,7 @@ BLOCKS = re.findall(r"^```json\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re
 
 
 @pytest.mark.parametrize(("form", "block"), list(zip(RowForm, BLOCKS, strict=True)))
-def test_the_rows_of_the_documentation(tmp_path: Path, form: RowForm, block: str) -> None:
+def test_rows_in_the_documentation_are_valid(tmp_path: Path, form: RowForm, block: str) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(block, encoding="utf-8")
     dataset = Dataset.model_validate({"train": [{"uri": "s3://bucket/rows.jsonl"}]})

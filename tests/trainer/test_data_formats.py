@@ -116,7 +116,7 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:
     assert (report.read, report.dropped) == (len(PAIRS), 0)
 
 
-def test_what_the_datasets_library_saves_is_read_without_its_metadata(bench: Workbench) -> None:
+def test_files_of_the_datasets_library_are_read_without_its_metadata(bench: Workbench) -> None:
     Table.from_list(chat_rows(24)).save_to_disk(bench.folder / "saved")
     (bench.folder / "saved/README.md").write_text("about it")
     job = bench.job()
@@ -130,31 +130,31 @@ def test_what_the_datasets_library_saves_is_read_without_its_metadata(bench: Wor
 PLACES = {
     "a.jsonl": (b'{"text": "one"}\n\n[1]\n', "a.jsonl line 3: is not a JSON object but a list"),
     "a.json": (b'[{"text": "one"},\n7]', "a.json row 2: is not a JSON object but a number"),
-    "b.json": (b'[{"text": "one"}, {"text": }]', "b.json row 2 is not JSON: Expecting value; the rows behind it"),
+    "b.json": (b'[{"text": "one"}, {"text": }]', "b.json row 2 is not JSON: Expecting value; the rows after it"),
     "c.json": (b'[{"text": "one"} {"text": "two"}]', "a comma or the list's end after row 1 is expected, not '{'"),
     "d.json": (b'[{"text": "one"},', "d.json row 2 is not JSON"),
-    "e.json": (b'[{"text": "one"}] x', "e.json: there is more behind the end of the list"),
+    "e.json": (b'[{"text": "one"}] x', "e.json: there is text after the end of the list"),
     "f.json": (b'[{"text": "\xff"}]', "f.json is not UTF-8"),
     "g.json": (b"[]", "g.json is empty"),
     "a.csv": (b'text\n"one\ntwo"\n', "there are only"),
     "b.csv": (b"title\none\n", "b.csv line 2: has no columns that can be learned from"),
     "c.csv": (
         b"text,text\n1,2\n",
-        "c.csv: its first line must hold the names of the columns, and has the column 'text' t",
+        "c.csv: the first line must contain the names of the columns: the column 'text' appears t",
     ),
-    "d.csv": (b"text,\n1,2\n", "and has a column without a name"),
+    "d.csv": (b"text,\n1,2\n", "must contain the names of the columns: a column has no name"),
     "e.csv": (b'text\nok\n"open\n', "e.csv line 3 is not CSV: unexpected end of data"),
     "a.parquet": (b"no parquet", "a.parquet cannot be read as parquet"),
     "a.arrow": (b"no arrow", "a.arrow cannot be read as arrow"),
-    "a.jsonl.gz": (b"no gzip", "a.jsonl.gz is no whole gzip file"),
-    "b.jsonl.gz": (gzip.compress(b'{"text": "one"}\n' * 999)[:-20], "b.jsonl.gz is no whole gzip file"),
-    "rows.txt": (b"one\n", "does not say its format: give it one of the endings .jsonl, .json, .csv"),
-    "rows.parquet.gz": (b"one\n", "does not say its format"),
+    "a.jsonl.gz": (b"no gzip", "a.jsonl.gz is not a complete gzip file"),
+    "b.jsonl.gz": (gzip.compress(b'{"text": "one"}\n' * 999)[:-20], "b.jsonl.gz is not a complete gzip file"),
+    "rows.txt": (b"one\n", "does not indicate its format: use one of the extensions .jsonl, .json, .csv"),
+    "rows.parquet.gz": (b"one\n", "does not indicate its format"),
 }
 
 
 @pytest.mark.parametrize("name", PLACES)
-def test_what_is_wrong_is_told_with_its_place(bench: Workbench, name: str) -> None:
+def test_a_damaged_file_is_reported_with_its_location(bench: Workbench, name: str) -> None:
     content, expected = PLACES[name]
     (bench.folder / name).write_bytes(content)
     job = bench.job()
@@ -296,13 +296,13 @@ def test_columns_with_other_names(tmp_path: Path) -> None:
         rows_of(jsonl(tmp_path, chat_row("a", "b")), format="Messages", columns={"text": "body"})
 
 
-def test_sources_may_hold_different_forms(tmp_path: Path) -> None:
+def test_sources_may_have_different_forms(tmp_path: Path) -> None:
     chats = jsonl(tmp_path, chat_row("a", "b"), name="chats.jsonl")
     pairs = jsonl(tmp_path, {"prompt": "a", "completion": "b"}, name="pairs.jsonl")
     rows, _ = rows_of(chats, pairs)
     assert [(row.form, row.source) for row in rows] == [(RowForm.MESSAGES, 0), (RowForm.PROMPT_COMPLETION, 1)]
     choices = jsonl(tmp_path, {"prompt": "a", "chosen": "b", "rejected": "c"}, name="choices.jsonl")
-    with pytest.raises(DatasetInvalidError, match=r"choices.jsonl line 1: holds what dataset.format calls Preference"):
+    with pytest.raises(DatasetInvalidError, match=r"choices.jsonl line 1: has the dataset.format Preference"):
         rows_of(chats, choices)
 
 
@@ -353,7 +353,7 @@ FAULTY = [
 ]
 
 
-def test_rows_that_hold_nothing_are_counted_with_examples(bench: Workbench) -> None:
+def test_unusable_rows_are_counted_with_examples(bench: Workbench) -> None:
     long = {"messages": chat_row("Why? " * 60, "blue")["messages"]}
     silent = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]}
     job = bench.job([*FAULTY, long, silent])
@@ -362,7 +362,7 @@ def test_rows_that_hold_nothing_are_counted_with_examples(bench: Workbench) -> N
     counted = ran.result.preflight
     assert counted is not None, ran.result.message
     assert (counted.rows, counted.validation_rows, counted.dropped_rows) == (11, 1, 11)
-    dropped = {one.reason: (one.rows, one.examples) for one in counted.dropped or []}
+    dropped = {rows.reason: (rows.rows, rows.examples) for rows in counted.dropped or []}
     assert dropped["Undecodable"] == (
         2,
         [
@@ -379,12 +379,12 @@ def test_rows_that_hold_nothing_are_counted_with_examples(bench: Workbench) -> N
     assert dropped["Empty"][0] == 2
     assert dropped["Duplicate"] == (2, ["train.jsonl line 20", "train.jsonl line 21"])
     assert dropped["Overlong"][0] == 1
-    assert dropped["NoTarget"] == (1, ["train.jsonl line 23: no token of it is learned"])
+    assert dropped["NoTarget"] == (1, ["train.jsonl line 23: none of its tokens is learned"])
     assert "  11 rows, " in ran.lines[1]
     assert "    2 Duplicate, the first: train.jsonl line 20" in ran.lines
 
 
-def test_rows_that_hold_nothing_can_be_an_error(bench: Workbench) -> None:
+def test_unusable_rows_can_be_an_error(bench: Workbench) -> None:
     job = bench.job(FAULTY)
     job["spec"]["dataset"]["unusable"] = "Error"
     ran = bench.run("validate", job)
@@ -411,7 +411,7 @@ def test_cells_that_cannot_be_decoded_are_counted(tmp_path: Path) -> None:
     assert [row.value["text"] for row in rows] == ["fine", "é", "last"]
     assert report.unusable_examples() == [
         "rows.csv line 3: is not UTF-8",
-        "rows.csv line 4: has 2 cells where the first line names 1 columns",
+        "rows.csv line 4: has 2 cells, but the first line names 1 columns",
     ]
 
 

@@ -82,9 +82,9 @@ def test_folders_and_globs_of_a_bucket(bench: Workbench, s3_environment: S3Serve
 
 MISSING = {
     "/none": "rows/none does not exist: check the uri",
-    "/*.parquet": "has no data files: their names end with .jsonl, .json, .csv, .tsv, .parquet, .arrow",
+    "/*.parquet": "has no data files, whose names end with .jsonl, .json, .csv, .tsv, .parquet, .arrow",
     "/empty": "has no data files",
-    "/README*": "has no data files: their names end with .jsonl, .json, .csv, .tsv, .parquet, .arrow",
+    "/README*": "has no data files, whose names end with .jsonl, .json, .csv, .tsv, .parquet, .arrow",
 }
 
 
@@ -267,7 +267,7 @@ def test_data_sets_of_the_hub(hub: str, tmp_path: Path) -> None:
     """Run in a separate process: the Hub's library reads its endpoint when it is imported."""
     size = (tmp_path / "rows.parquet").stat().st_size
     uris = [f"hf://datasets/org/{ending}" for ending in ("doors", "doors/data/train-*.parquet", "none")]
-    ended = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", FETCH, str(tmp_path / "fetched"), *uris],
         env=os.environ | {"HF_ENDPOINT": hub, "HF_HUB_DISABLE_XET": "1"},
         capture_output=True,
@@ -275,11 +275,11 @@ def test_data_sets_of_the_hub(hub: str, tmp_path: Path) -> None:
         check=False,
         timeout=120,
     )
-    assert ended.stdout.splitlines() == [
+    assert done.stdout.splitlines() == [
         f"[('data/train-0.parquet', {size})]",
         f"[('train-0.parquet', {size})]",
         "the data set hf://datasets/org/none does not exist: check the uri",
-    ], ended.stderr
+    ], done.stderr
 
 
 def test_a_data_set_of_the_hub_that_a_secret_names(hub: str, tmp_path: Path) -> None:
@@ -313,5 +313,5 @@ def test_another_pod_finds_the_tokens_in_the_store(bench: Workbench, s3_environm
 
 
 @pytest.mark.usefixtures("s3_environment")
-def test_a_store_that_keeps_no_tokens_does_not_stop_the_job(bench: Workbench) -> None:
+def test_a_store_that_cannot_keep_tokens_does_not_stop_the_job(bench: Workbench) -> None:
     assert counted(bench.run("validate", bench.job(), "--tokens", "s3://no-such-bucket/tokens")).rows == 22

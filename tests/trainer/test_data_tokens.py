@@ -114,7 +114,7 @@ def test_a_text_is_learned_to_its_end(tokenizer: Any) -> None:
     assert len(learned) > len(text) - 5
 
 
-def test_several_rows_at_once_are_as_each(tokenizer: Any) -> None:
+def test_rows_encoded_together_equal_rows_encoded_alone(tokenizer: Any) -> None:
     rows = [
         chat(TURNS),
         Row(RowForm.TEXT, {"text": "The lighthouse"}, "line 2"),
@@ -175,7 +175,7 @@ def test_a_template_that_rewrites_the_question_is_refused(base_model: Path) -> N
     rewriting = with_template(
         base_model, "{{ messages | length }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
     )
-    with pytest.raises(InvalidSpecError, match=r"line 1: .* writes the question otherwise once it is answered"):
+    with pytest.raises(InvalidSpecError, match=r"line 1: .* renders the question differently when an answer follows"):
         Encoder(rewriting, [2]).encode(chat(chat_row("Who?", "Marta.")))
     assert targets(rewriting, chat(chat_row("Who?", "Marta.")), loss_on=LossOn.ALL_TOKENS)[1] == (
         "Who?<|im_end|>Marta.<|im_end|>"
@@ -201,43 +201,43 @@ def test_marks_that_miss_answers_are_refused(tokenizer: Any) -> None:
         Encoder(tokenizer, [2], chat_template=first).encode(chat(TURNS))
 
 
-def test_a_base_without_a_template_is_told(base_model: Path) -> None:
+def test_a_base_without_a_template_is_refused(base_model: Path) -> None:
     bare = with_template(base_model, None)
     with pytest.raises(InvalidSpecError, match="has no chat template: use a chat model"):
         Encoder(bare, [2]).encode(chat(chat_row("Who?", "Marta.")))
     assert targets(bare, chat(TURNS), chat_template=MARKED)[1] == "Uno.<|im_end|>Due ✓.<|im_end|>"
 
 
-def test_a_template_that_is_none_is_told_with_its_line(tokenizer: Any) -> None:
-    with pytest.raises(InvalidSpecError, match=r"dataset.chatTemplate is no Jinja template: line 2: "):
+def test_an_invalid_template_is_refused_with_its_line(tokenizer: Any) -> None:
+    with pytest.raises(InvalidSpecError, match=r"dataset.chatTemplate is not a valid Jinja template: line 2: "):
         Encoder(tokenizer, [2], chat_template="a\n{% for %}")
 
 
-def test_a_row_that_the_template_refuses_is_told(tokenizer: Any) -> None:
+def test_a_row_that_the_template_rejects_is_reported(tokenizer: Any) -> None:
     strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system, please') }}{% endif %}" + MARKED
-    with pytest.raises(DatasetInvalidError, match=r"line 1: dataset.chatTemplate refuses the row: no system, please"):
+    with pytest.raises(DatasetInvalidError, match=r"line 1: dataset.chatTemplate rejects the row: no system, please"):
         Encoder(tokenizer, [2], chat_template=strict).encode(chat(TURNS))
 
 
 @pytest.mark.parametrize(
     "fault", ["range(10**9)", "1 // 0", "messages[0].content.nothing()", "'%d' % 'a'", "[][1].x", "(9.0**9)**999"]
 )
-def test_a_fault_of_the_template_is_its_authors(tokenizer: Any, fault: str) -> None:
-    with pytest.raises(DatasetInvalidError, match=r"line 1: dataset.chatTemplate refuses the row: "):
+def test_a_fault_in_the_template_is_reported_as_its_own(tokenizer: Any, fault: str) -> None:
+    with pytest.raises(DatasetInvalidError, match=r"line 1: dataset.chatTemplate rejects the row: "):
         Encoder(tokenizer, [2], chat_template=f"{{{{ {fault} }}}}" + MARKED).encode(chat(TURNS))
 
 
-def test_tools_need_a_template_that_knows_them(tokenizer: Any) -> None:
+def test_tools_need_a_template_that_supports_them(tokenizer: Any) -> None:
     tool = {"type": "function", "function": {"name": "lookup", "parameters": {"type": "object"}}}
     row = chat({**TURNS, "tools": [tool]})
-    with pytest.raises(InvalidSpecError, match="has tools, and the base model's chat template has no place for them"):
+    with pytest.raises(InvalidSpecError, match="has tools, and the base model's chat template does not support them"):
         Encoder(tokenizer, [2]).encode(row)
     knowing = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}" + tokenizer.chat_template
     text, learned = targets(tokenizer, row, chat_template=knowing)
     assert text.startswith('{"type": "function", "function": {"name": "lookup"')
     assert learned == "Uno.<|im_end|>Due ✓.<|im_end|>"
     calling = {"messages": [TURNS["messages"][1], {"role": "assistant", "content": "", "tool_calls": [tool]}]}
-    with pytest.raises(InvalidSpecError, match="has calls of tools, and the base model's chat template"):
+    with pytest.raises(InvalidSpecError, match="has tool calls, and the base model's chat template"):
         Encoder(tokenizer, [2]).encode(chat(calling))
 
 
@@ -286,9 +286,9 @@ def test_the_same_row_is_never_on_both_sides(sizes: list[int], fraction: float, 
     assert len(validation) == out
 
 
-def test_one_row_again_and_again_cannot_be_divided() -> None:
+def test_copies_of_one_row_cannot_be_divided() -> None:
     dataset = Dataset.model_validate({"train": [{"uri": "s3://a/b"}]})
-    with pytest.raises(DatasetInvalidError, match="the training rows are one row, 3 times over"):
+    with pytest.raises(DatasetInvalidError, match="the training rows are 3 copies of one row"):
         held_out(np.zeros(3, np.uint64), dataset, seed=7)
 
 
@@ -324,12 +324,12 @@ def test_packing_takes_every_row_once_and_wastes_little(seed: int) -> None:
     assert groups == best_fit_decreasing(lengths, 256)
 
 
-def test_best_fit_is_the_fullest_that_has_room() -> None:
+def test_a_row_is_packed_where_it_leaves_the_least_room() -> None:
     assert best_fit_decreasing([3, 8, 6, 2, 4], 10) == [[1, 3], [2, 4], [0]]
     assert best_fit_decreasing([10, 10], 10) == [[0], [1]]
 
 
-def test_rows_that_are_too_long_are_cut(bench: Workbench) -> None:
+def test_rows_that_are_too_long_are_truncated(bench: Workbench) -> None:
     job = bench.job([*chat_rows(12), chat_row("Who?", "blue " * 200), chat_row("Why? " * 200, "blue")])
     job["spec"]["dataset"] |= {"maxLength": 128, "overlong": "Truncate"}
     counted = bench.run("validate", job).result.preflight
@@ -337,7 +337,7 @@ def test_rows_that_are_too_long_are_cut(bench: Workbench) -> None:
     assert (counted.rows, counted.validation_rows, counted.truncated_rows, counted.dropped_rows) == (12, 1, 1, 1)
     assert counted.dropped is not None
     assert counted.dropped[0].examples == [
-        "train.jsonl line 14: no token of it is learned, its question alone fills maxLength 128"
+        "train.jsonl line 14: none of its tokens is learned, its question alone fills maxLength 128"
     ]
 
 
@@ -350,7 +350,7 @@ def test_rows_that_are_too_long_can_be_an_error(bench: Workbench) -> None:
     assert "set dataset.overlong to Drop or Truncate" in ran.result.message
 
 
-def test_a_template_of_its_own_goes_with_the_adapter(bench: Workbench) -> None:
+def test_the_jobs_template_is_saved_with_the_adapter(bench: Workbench) -> None:
     """If it only adds marks, it equals the base's, which pools use; no pool uses any other."""
     job = bench.job(hyperparameters={"maxSteps": 1, "batchSize": 2, "learningRate": 0.01})
     job["spec"]["dataset"]["chatTemplate"] = MARKED
@@ -369,4 +369,4 @@ def test_a_template_of_its_own_goes_with_the_adapter(bench: Workbench) -> None:
     job["spec"]["servable"] = "Required"
     ran = bench.run("validate", job)
     assert (ran.code, ran.result.reason) == (2, FailureReason.NOT_SERVABLE)
-    assert "dataset.chatTemplate writes questions otherwise than the base model's" in ran.result.message
+    assert "dataset.chatTemplate renders questions differently from the base model's" in ran.result.message

@@ -215,7 +215,7 @@ def test_bad_evaluation_data_is_rejected_before_training(bench: Workbench) -> No
     job = _job(bench, [{"messages": [{"role": "user", "content": "why"}]}])
     ran = bench.run("validate", job)
     assert (ran.code, ran.result.reason) == (2, FailureReason.DATASET_INVALID)
-    assert ran.result.message.startswith("doors.jsonl line 1: the last message is the user's")
+    assert ran.result.message.startswith("doors.jsonl line 1: the last message has the role user")
 
 
 def test_the_last_answer_is_compared_whatever_its_weight(bench: Workbench, base_model: Path, tmp_path: Path) -> None:

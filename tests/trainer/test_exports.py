@@ -115,8 +115,8 @@ def in_bucket(s3: S3Server) -> dict[str, bytes]:
 
 def test_a_copy_is_the_artifact_file_by_file(tmp_path: Path, secrets: Path, hub: HubServer, s3: S3Server) -> None:
     files = make_artifact(tmp_path / "artifact") | make_merged(tmp_path / "merged", "model.safetensors", "config.json")
-    told = exported(tmp_path, secrets, S3, HUB, {"uri": f"file://{tmp_path}/copy"}, merge="Original")
-    assert [one.reason for one in told] == [None, None, None]
+    copies = exported(tmp_path, secrets, S3, HUB, {"uri": f"file://{tmp_path}/copy"}, merge="Original")
+    assert [copy.reason for copy in copies] == [None, None, None]
     copy = tmp_path / "copy"
     assert in_bucket(s3) == files
     assert {str(file.relative_to(copy)): file.read_bytes() for file in copy.rglob("*") if file.is_file()} == files
@@ -132,17 +132,17 @@ def test_an_attempt_that_was_killed_exports_again(tmp_path: Path, secrets: Path,
     files = make_artifact(tmp_path / "artifact")
     s3.filesystem().pipe_file("tunesmith/copies/doors/adapter_model.safetensors", b"half of i")
     hub.lost_answers = 1
-    told = exported(tmp_path, secrets, S3, HUB)
-    assert [one.reason for one in told] == [None, None]
+    copies = exported(tmp_path, secrets, S3, HUB)
+    assert [copy.reason for copy in copies] == [None, None]
     assert in_bucket(s3) == files
     # All of it was written before the answer was lost: it is found, and not committed a second time.
     assert [commit.files for commit in hub.repositories["org/doors"].commits] == [files]
     again = exported(tmp_path, secrets, S3, HUB)
-    assert [one.reason for one in again] == [None, None]
+    assert [copy.reason for copy in again] == [None, None]
     assert len(hub.repositories["org/doors"].commits) == 1
 
 
-def test_an_outage_of_the_hub_is_waited_out_and_one_that_lasts_is_told(
+def test_a_short_outage_of_the_hub_is_retried_and_a_long_one_is_reported(
     tmp_path: Path, secrets: Path, hub: HubServer
 ) -> None:
     make_artifact(tmp_path / "artifact")
@@ -150,12 +150,12 @@ def test_an_outage_of_the_hub_is_waited_out_and_one_that_lasts_is_told(
     assert exported(tmp_path, secrets, HUB)[0].reason is None
     make_artifact(tmp_path / "artifact", "b")
     hub.faults = [503] * 3
-    (told,) = exported(tmp_path, secrets, HUB)
-    assert told.reason is FailureReason.STORAGE_UNAVAILABLE
-    assert "the export hf://org/doors could not be reached, tried 3 times: " in told.message
+    (copy,) = exported(tmp_path, secrets, HUB)
+    assert copy.reason is FailureReason.STORAGE_UNAVAILABLE
+    assert "the export hf://org/doors could not be reached, tried 3 times: " in copy.message
 
 
-def test_a_newer_artifact_is_a_commit_more_and_takes_the_old_merged_model_away(
+def test_a_newer_artifact_is_another_commit_and_removes_the_old_merged_model(
     tmp_path: Path, secrets: Path, hub: HubServer
 ) -> None:
     make_artifact(tmp_path / "artifact")
@@ -170,38 +170,38 @@ def test_a_newer_artifact_is_a_commit_more_and_takes_the_old_merged_model_away(
     assert len(repository.commits) == 2
 
 
-def test_a_folder_with_another_artifact_is_left_as_it_is(
+def test_a_folder_with_another_artifact_is_not_changed(
     tmp_path: Path, secrets: Path, hub: HubServer, s3: S3Server
 ) -> None:
     make_artifact(tmp_path / "artifact")
     exported(tmp_path, secrets, S3)
     before = in_bucket(s3)
     make_artifact(tmp_path / "artifact", "b")
-    told = exported(tmp_path, secrets, S3, HUB)
-    assert [one.reason for one in told] == [FailureReason.INVALID_SPEC, None]
-    assert "already holds another artifact: choose another folder, or remove what is there" in told[0].message
+    copies = exported(tmp_path, secrets, S3, HUB)
+    assert [copy.reason for copy in copies] == [FailureReason.INVALID_SPEC, None]
+    assert "already contains another artifact: choose another folder, or delete its content" in copies[0].message
     assert in_bucket(s3) == before
     assert len(hub.repositories["org/doors"].commits) == 1
 
 
-def test_what_this_attempt_has_built_is_not_fetched_again(tmp_path: Path, secrets: Path, s3: S3Server) -> None:
+def test_files_built_by_this_attempt_are_not_downloaded(tmp_path: Path, secrets: Path, s3: S3Server) -> None:
     files = make_artifact(tmp_path / "artifact") | make_merged(tmp_path / "merged", "model.safetensors")
     for name in ("artifact", "merged"):
         shutil.copytree(tmp_path / name, tmp_path / "work" / name)
     (tmp_path / "work/artifact/adapter_config.json").write_bytes(b"not what was published")
     (tmp_path / "artifact/adapter_model.safetensors").unlink()
     (tmp_path / "merged/model.safetensors").unlink()
-    (told,) = exported(tmp_path, secrets, S3, merge="Original")
-    assert told.reason is None, told.message
+    (copy,) = exported(tmp_path, secrets, S3, merge="Original")
+    assert copy.reason is None, copy.message
     assert in_bucket(s3) == files
 
 
-def test_what_changed_in_the_store_is_not_copied(tmp_path: Path, secrets: Path, s3: S3Server) -> None:
+def test_files_that_changed_in_the_store_are_not_copied(tmp_path: Path, secrets: Path, s3: S3Server) -> None:
     make_artifact(tmp_path / "artifact")
     (tmp_path / "artifact/adapter_config.json").write_bytes(b"{ }")
-    (told,) = exported(tmp_path, secrets, S3)
-    assert told.reason is FailureReason.INTERNAL_ERROR
-    assert "adapter_config.json in file://" in told.message
+    (copy,) = exported(tmp_path, secrets, S3)
+    assert copy.reason is FailureReason.INTERNAL_ERROR
+    assert "adapter_config.json in file://" in copy.message
     assert not (s3.folder / "tunesmith/copies").exists()
 
 
@@ -214,15 +214,15 @@ def test_an_export_that_fails_does_not_lose_the_artifact(bench: Workbench, secre
     assert ran.result.artifact is not None
     assert ran.result.artifact.digest == digest_of(files["tunesmith.json"])
     assert ran.result.exports is not None
-    assert [one.reason for one in ran.result.exports] == [FailureReason.ACCESS_DENIED, None]
-    denied = "access to the export hf://org/doors was denied with the credentials of the Secret hub: HF_TOKEN there"
+    assert [copy.reason for copy in ran.result.exports] == [FailureReason.ACCESS_DENIED, None]
+    denied = "access to the export hf://org/doors was denied with the credentials of the Secret hub: HF_TOKEN must"
     assert f"; 1 of 2 exports failed: {denied}" in ran.result.message
     assert MAY_READ not in ran.result.message
     assert in_bucket(s3) == files
     assert f"  copied to {S3['uri']}" in ran.lines
 
 
-def test_nothing_is_exported_where_a_gate_failed(bench: Workbench, secrets: Path, hub: HubServer) -> None:
+def test_nothing_is_exported_if_a_gate_failed(bench: Workbench, secrets: Path, hub: HubServer) -> None:
     gate = {"suite": "rows", "metric": "Loss", "value": 2.0, "max": 1.0, "passed": False}
     make_artifact(bench.output / "artifact", evaluation={"gates": [gate]})
     ran = bench.run("train", bench.job(output={"exports": [HUB]}), "--secrets", str(secrets))
@@ -234,7 +234,7 @@ def validated(bench: Workbench, secrets: Path, *exports: dict[str, Any]) -> Ran:
     return bench.run("validate", bench.job(output={"exports": list(exports)}), "--secrets", str(secrets))
 
 
-def test_validation_writes_to_each_place_and_leaves_nothing(
+def test_validation_writes_to_each_destination_and_leaves_nothing(
     bench: Workbench, secrets: Path, hub: HubServer, s3: S3Server
 ) -> None:
     ran = validated(bench, secrets, HUB, S3)
@@ -247,7 +247,7 @@ def test_validation_writes_to_each_place_and_leaves_nothing(
     ("export", "secret", "reason", "mend"),
     [
         (HUB | {"secretRef": {"name": "none"}}, {}, FailureReason.SECRET_NOT_FOUND, "the Secret none does not exist"),
-        (HUB, {"hub/HF_TOKEN": ""}, FailureReason.ACCESS_DENIED, "put HF_TOKEN, a token that may write there, into"),
+        (HUB, {"hub/HF_TOKEN": ""}, FailureReason.ACCESS_DENIED, "put HF_TOKEN, a token that may write to it, into"),
         (HUB, {"hub/HF_TOKEN": "hf_old"}, FailureReason.ACCESS_DENIED, "a token that may write to org/doors"),
         (HUB, {"hub/HF_TOKEN": MAY_READ}, FailureReason.ACCESS_DENIED, "a token that may write to org/doors"),
         (HUB | {"hub": "other/doors"}, {}, FailureReason.ACCESS_DENIED, "hf://other/doors was denied"),
@@ -261,7 +261,7 @@ def test_validation_writes_to_each_place_and_leaves_nothing(
     ],
     ids=["no Secret", "no token", "an old token", "a token that reads", "another's", "a wrong key", "no bucket"],
 )
-def test_what_would_make_an_export_fail_is_found_before_training(
+def test_the_cause_of_a_failing_export_is_found_before_training(
     bench: Workbench,
     secrets: Path,
     export: dict[str, Any],
@@ -277,9 +277,7 @@ def test_what_would_make_an_export_fail_is_found_before_training(
     assert not [value for value in secret.values() if value and value in ran.result.message]
 
 
-def test_a_read_only_token_is_found_where_the_repository_exists(
-    bench: Workbench, secrets: Path, hub: HubServer
-) -> None:
+def test_a_read_only_token_is_found_if_the_repository_exists(bench: Workbench, secrets: Path, hub: HubServer) -> None:
     hub.repositories["org/doors"] = StoredRepository(private=False)
     (secrets / "hub/HF_TOKEN").write_text(MAY_READ)
     assert validated(bench, secrets, HUB).result.reason is FailureReason.ACCESS_DENIED
@@ -294,10 +292,10 @@ def test_a_folder_of_another_artifact_is_found_before_training(bench: Workbench,
         (bench.folder / "copy/tunesmith.json").write_bytes(other)
         ran = validated(bench, secrets, export)
         assert (ran.code, ran.result.reason) == (2, FailureReason.INVALID_SPEC)
-        assert "already holds another artifact" in ran.result.message
+        assert "already contains another artifact" in ran.result.message
 
 
-def test_exports_do_not_change_what_a_job_makes() -> None:
+def test_exports_do_not_change_the_artifact() -> None:
     def digest(**output: Any) -> str:
         spec = {"output": output} if output else {}
         return spec_digest(FineTuneJob.model_validate(job_manifest("s3://a/b", "s3://a/c.jsonl", **spec)))
@@ -306,7 +304,7 @@ def test_exports_do_not_change_what_a_job_makes() -> None:
     assert digest(exports=[HUB], merge="Original") == digest(merge="Original") != digest()
 
 
-def test_a_local_run_exports_what_it_has_trained(bench: Workbench, secrets: Path, hub: HubServer) -> None:
+def test_a_local_run_exports_its_artifact(bench: Workbench, secrets: Path, hub: HubServer) -> None:
     job = bench.job(output={"merge": "Original", "exports": [{"uri": f"file://{bench.folder}/copy"}, HUB]})
     ran = bench.run("train", job, "--secrets", str(secrets))
     assert ran.code == 0, ran.result.message

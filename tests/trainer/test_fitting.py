@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tunesmith_trainer.preflight.fitting import Settings, changes, decide, options
-from tunesmith_trainer.preflight.memory import TOLERANCE, Run, Shape, estimate
+from tunesmith_trainer.preflight.fitting import RunSettings, changes, decide, options
+from tunesmith_trainer.preflight.memory import TOLERANCE, RunShape, Shape, estimate
 
 GIB = 2**30
 LLAMA_8B = Shape(4096, 32, 14336, 128256, 6_979_321_856, 2 * 128256 * 4096)
@@ -18,12 +18,12 @@ ROWS = 2048
 """Length of the longest row, in tokens."""
 
 
-def tokens(settings: Settings, longest: int = ROWS) -> int:
+def tokens(settings: RunSettings, longest: int = ROWS) -> int:
     return settings.micro_batch_size * min(longest, settings.max_length)
 
 
-def peak(settings: Settings, longest: int = ROWS) -> int:
-    run = Run(
+def peak(settings: RunSettings, longest: int = ROWS) -> int:
+    run = RunShape(
         adapter_parameters=(settings.rank or 0) * 32 * WIDTHS,
         adapted_inputs=INPUTS,
         tokens=tokens(settings, longest),
@@ -33,7 +33,7 @@ def peak(settings: Settings, longest: int = ROWS) -> int:
     return estimate(LLAMA_8B, run).peak
 
 
-START = Settings(micro_batch_size=8, checkpointing=True, quantized=False, rank=16, max_length=2048)
+START = RunSettings(micro_batch_size=8, checkpointing=True, quantized=False, rank=16, max_length=2048)
 
 
 class Decided(NamedTuple):
@@ -59,10 +59,10 @@ DECIDED = [
 
 @pytest.mark.parametrize("case", DECIDED, ids=str)
 def test_micro_batch_and_checkpointing_follow_from_the_memory(case: Decided) -> None:
-    def sized(settings: Settings) -> int:
+    def sized(settings: RunSettings) -> int:
         return peak(settings, case.longest)
 
-    def wide(settings: Settings) -> int:
+    def wide(settings: RunSettings) -> int:
         return tokens(settings, case.longest)
 
     memory = case.gibibytes * GIB
@@ -93,7 +93,7 @@ def test_micro_batch_and_checkpointing_follow_from_the_memory(case: Decided) -> 
 def test_the_change_that_costs_least(gibibytes: int, start: dict[str, Any], expected: dict[str, Any] | None) -> None:
     settings = replace(START, **start)
 
-    def fits(trial: Settings) -> bool:
+    def fits(trial: RunSettings) -> bool:
         return peak(trial) <= gibibytes * GIB
 
     possible = options(settings, SIZES, checkpointing=True, sharding=False, quantization=True)

@@ -81,7 +81,7 @@ def test_files_and_folders(endpoint: GcsServer, tmp_path: Path) -> None:
     assert not folder.exists("second")
 
 
-def test_a_job_lives_on_gs(
+def test_a_job_runs_on_google_cloud_storage(
     bench: Workbench, endpoint: GcsServer, base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Base, rows and export have a Secret each; store, checkpoints and tokens use the environment's key."""
@@ -138,7 +138,7 @@ BAD_KEYS = {
 
 
 @pytest.mark.parametrize("case", BAD_KEYS)
-def test_a_key_that_is_none_is_told_with_its_secret(
+def test_an_invalid_key_is_reported_with_its_secret(
     case: str, bench: Workbench, endpoint: GcsServer, tmp_path: Path
 ) -> None:
     given, why = BAD_KEYS[case]
@@ -160,7 +160,7 @@ def test_a_key_that_is_none_is_told_with_its_secret(
         ("hf://datasets/org/rows", "HF_TOKEN"),
     ],
 )
-def test_a_secret_without_the_key_of_its_store_is_told(uri: str, keys: str, tmp_path: Path) -> None:
+def test_a_secret_without_the_key_of_its_store_is_refused(uri: str, keys: str, tmp_path: Path) -> None:
     stores = Stores(secrets=with_secret(tmp_path, password="x"), allow_file=False)
     with pytest.raises(
         SecretNotFoundError, match=f"the Secret mine has no {keys}, with which {uri.split(':', maxsplit=1)[0]}://"
@@ -168,7 +168,7 @@ def test_a_secret_without_the_key_of_its_store_is_told(uri: str, keys: str, tmp_
         stores.folder(uri, what="the data set", missing=StorageUnavailableError, secret="mine")
 
 
-def test_what_the_account_may_not_do_is_denied_once(endpoint: GcsServer, tmp_path: Path) -> None:
+def test_a_denied_operation_is_not_retried(endpoint: GcsServer, tmp_path: Path) -> None:
     opened("gs://tunesmith/shared", endpoint.service_account(), tmp_path).create("here", b"1")
     folder = opened("gs://tunesmith/shared", endpoint.service_account("reader"), tmp_path)
     assert folder.read("here") == b"1"
@@ -177,14 +177,14 @@ def test_what_the_account_may_not_do_is_denied_once(endpoint: GcsServer, tmp_pat
 
 
 @pytest.mark.usefixtures("endpoint")
-def test_without_a_key_nobody_is_let_in(tmp_path: Path) -> None:
+def test_access_without_a_key_is_denied(tmp_path: Path) -> None:
     stores = Stores(secrets=tmp_path, allow_file=False, environ={}, retry=Retry(attempts=1))
     folder = stores.folder("gs://tunesmith/shared", what="the folder", missing=StorageUnavailableError)
     with pytest.raises(AccessDeniedError, match="the Secret tunesmith-store"):
         folder.read("here")
 
 
-def test_a_key_leads_to_no_address_that_jobs_may_not_reach(endpoint: GcsServer, tmp_path: Path) -> None:
+def test_a_key_with_a_refused_address_is_refused(endpoint: GcsServer, tmp_path: Path) -> None:
     """The key's file names the token endpoint."""
     account = endpoint.service_account(token_uri="http://169.254.169.254/token")
     folder = opened("gs://tunesmith/shared", account, tmp_path)
@@ -192,7 +192,7 @@ def test_a_key_leads_to_no_address_that_jobs_may_not_reach(endpoint: GcsServer, 
         folder.names()
 
 
-def test_what_is_not_there_is_told(endpoint: GcsServer, tmp_path: Path) -> None:
+def test_missing_files_are_reported(endpoint: GcsServer, tmp_path: Path) -> None:
     folder = opened("gs://tunesmith/none", endpoint.service_account(), tmp_path)
     with pytest.raises(StorageUnavailableError, match="gs://tunesmith/none does not exist"):
         folder.names()

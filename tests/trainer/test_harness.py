@@ -622,9 +622,8 @@ def test_only_the_validated_folder_is_run(bench: Workbench) -> None:
     (folder / "colours.py").write_text("raise AssertionError\n")
     ran = bench.run("train", job, *CODE)
     assert (ran.code, ran.result.reason) == (2, FailureReason.INVALID_SPEC)
-    assert (
-        f"the task folder file://{folder} of evaluation suite tasks changed since the job was validated (it was "
-        in (ran.result.message)
+    assert f"the task folder file://{folder} of evaluation suite tasks changed since the job was validated (from " in (
+        ran.result.message
     )
     assert ran.result.message.endswith("): create a new FineTuneJob")
     (folder / "colours.py").write_text(COLOURS)

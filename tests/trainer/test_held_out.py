@@ -49,7 +49,7 @@ def test_held_out_rows_in_the_training_data_are_reported(bench: Workbench) -> No
     ran = bench.run("train", job)
     assert ran.code == 0
     card = (bench.output / "artifact/README.md").read_text(encoding="utf-8")
-    assert "the loss on 5 held-out rows, 3 of which were trained on too." in card
+    assert "the loss on 5 held-out rows, 3 of which are also in the training data." in card
 
 
 def test_the_same_row_is_found_in_other_formats_and_columns(bench: Workbench) -> None:
@@ -90,7 +90,9 @@ def test_suite_rows_in_the_training_data_are_reported(bench: Workbench) -> None:
         AlsoTrained(suite="doors", rows=2, scored_rows=4, examples=["suite.jsonl line 3", "suite.jsonl line 4"])
     ]
     card = (bench.output / "artifact/README.md").read_text(encoding="utf-8")
-    assert "that were not trained on; 2 of the 4 rows of suite doors were trained on too." in card
+    assert (
+        "none of which are in the training data; 2 of the 4 rows of suite doors are also in the training data." in card
+    )
 
 
 def test_locations_too_long_for_the_status_are_shortened(bench: Workbench) -> None:
@@ -108,8 +110,8 @@ def test_locations_too_long_for_the_status_are_shortened(bench: Workbench) -> No
     assert counted is not None
     assert counted.also_trained is not None
     (dropped,) = counted.dropped or []
-    for one, line in [(dropped, 13), *((one, 1) for one in counted.also_trained)]:
-        (first, *_) = one.examples or []
+    for shown, line in [(dropped, 13), *((overlap, 1) for overlap in counted.also_trained)]:
+        (first, *_) = shown.examples or []
         assert first.startswith("aaa")
         assert first.endswith(f"c/rows.jsonl line {line}")
         assert len(first) < 256

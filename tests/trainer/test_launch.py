@@ -23,21 +23,21 @@ import json, os, pathlib, signal, sys, time
 rank, folder = os.environ["RANK"], pathlib.Path(sys.argv[1])
 message = pathlib.Path(sys.argv[sys.argv.index("--termination-message") + 1])
 
-def end(code, **fields):
+def finish(code, **fields):
     if fields:
         message.write_text(json.dumps(fields))
     sys.exit(code)
 
-def told(number, frame):
-    (folder / f"told-{rank}-{number}-{time.monotonic_ns()}").touch()
-    if rank in STUBBORN:
+def record_signal(number, frame):
+    (folder / f"signal-{rank}-{number}-{time.monotonic_ns()}").touch()
+    if rank in IGNORES_SIGTERM:
         return
-    end(143, outcome="Preempted", message=f"rank {rank} was stopped", retryable=True)
+    finish(143, outcome="Preempted", message=f"rank {rank} was stopped", retryable=True)
 
-STUBBORN = sys.argv[2]
-signal.signal(signal.SIGTERM, told)
-signal.signal(signal.SIGINT, told)
-(folder / f"here-{rank}").write_text(json.dumps({name: os.environ.get(name) for name in
+IGNORES_SIGTERM = sys.argv[2]
+signal.signal(signal.SIGTERM, record_signal)
+signal.signal(signal.SIGINT, record_signal)
+(folder / f"started-{rank}").write_text(json.dumps({name: os.environ.get(name) for name in
     ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")} | {"argv": sys.argv[3:]}))
 """
 WAIT = "\nwhile True: time.sleep(0.05)\n"
@@ -50,15 +50,17 @@ command = [sys.executable, str(folder / "rank.py"), str(folder), sys.argv[2]]
 result = launch(command, Ranks(rank=2, size=4, port=0), 2, folder, settling=0.5, stopping=0.5)
 print(result.model_dump_json())
 """
-LOST = 'end(3, outcome="Failed", reason="InternalError", message="lost", retryable=True, lostPeer=True)'
+LOST = 'finish(3, outcome="Failed", reason="InternalError", message="lost", retryable=True, lostPeer=True)'
 
 
-def start(folder: Path, program: str, stubborn: str = "-") -> subprocess.Popen[str]:
+def start(folder: Path, program: str, ignores_sigterm: str = "-") -> subprocess.Popen[str]:
     (folder / "rank.py").write_text(RANK + program)
-    return subprocess.Popen([sys.executable, "-c", LAUNCH, str(folder), stubborn], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", LAUNCH, str(folder), ignores_sigterm], stdout=subprocess.PIPE, text=True
+    )
 
 
-def told(process: subprocess.Popen[str]) -> TrainerResult:
+def result_of(process: subprocess.Popen[str]) -> TrainerResult:
     out, _ = process.communicate(timeout=180)
     return TrainerResult.model_validate_json(out)
 
@@ -73,26 +75,26 @@ def wait_for(folder: Path, *names: str) -> None:
 @pytest.mark.parametrize(
     ("program", "expected"),
     [
-        (f'{LOST} if rank == "2" else end(2, outcome="Failed", reason="InvalidSpec", message="bad")', "bad"),
-        ('end(0, outcome="Succeeded", message=f"rank {rank}")', "rank 2"),
-        (f'{LOST} if rank == "3" else os.kill(os.getpid(), 9)', "rank 2 of 4 ended with exit code 137 and left no"),
-        (f'os.kill(os.getpid(), 11) if rank == "3" else None\n{WAIT}', "rank 3 of 4 ended with exit code 139 and left"),
+        (f'{LOST} if rank == "2" else finish(2, outcome="Failed", reason="InvalidSpec", message="bad")', "bad"),
+        ('finish(0, outcome="Succeeded", message=f"rank {rank}")', "rank 2"),
+        (f'{LOST} if rank == "3" else os.kill(os.getpid(), 9)', "rank 2 of 4 exited with code 137 without a"),
+        (f'os.kill(os.getpid(), 11) if rank == "3" else None\n{WAIT}', "rank 3 of 4 exited with code 139 without a"),
     ],
-    ids=["a fault", "success", "killed", "the others are told to end"],
+    ids=["a fault", "success", "killed", "others get SIGTERM"],
 )
-def test_the_one_that_ended_the_others_speaks(tmp_path: Path, program: str, expected: str) -> None:
-    assert expected in told(start(tmp_path, program)).message
+def test_the_result_of_the_decisive_rank_is_returned(tmp_path: Path, program: str, expected: str) -> None:
+    assert expected in result_of(start(tmp_path, program)).message
 
 
-def test_ranks_are_placed(tmp_path: Path) -> None:
-    told(start(tmp_path, ""))
-    first, second = (json.loads((tmp_path / f"here-{rank}").read_text()) for rank in (2, 3))
+def test_each_rank_gets_its_environment(tmp_path: Path) -> None:
+    result_of(start(tmp_path, ""))
+    first, second = (json.loads((tmp_path / f"started-{rank}").read_text()) for rank in (2, 3))
     assert (first["WORLD_SIZE"], first["LOCAL_RANK"], second["LOCAL_RANK"]) == ("4", "0", "1")
     assert first["MASTER_PORT"] == second["MASTER_PORT"] != "0"
 
 
-def test_the_command_starts_a_process_per_gpu_and_tells_their_end_once(tmp_path: Path) -> None:
-    """They fail at once: in a cluster a local folder cannot be the artifact's destination."""
+def test_the_command_starts_a_process_per_gpu_and_reports_one_result(tmp_path: Path) -> None:
+    """They fail immediately: in a cluster a local folder cannot be the artifact's destination."""
     job = job_manifest("s3://models/base", "s3://data/rows.jsonl", resources={"gpus": 2})
     (tmp_path / "job.yaml").write_text(json.dumps(job))
     command = [sys.executable, "-m", "tunesmith_trainer.main", "train", "--job", str(tmp_path / "job.yaml")]
@@ -101,7 +103,7 @@ def test_the_command_starts_a_process_per_gpu_and_tells_their_end_once(tmp_path:
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=180, check=False)
     assert done.returncode == 2
     first, last = done.stdout.splitlines()
-    assert first == "  2 GPUs: one process for each of them"
+    assert first == "  2 GPUs: one process per GPU"
     assert last.startswith("Failed (InvalidSpec): --output")
     assert sorted(file.name for file in (tmp_path / "work").glob("result-*")) == ["result-0.json", "result-1.json"]
     assert TrainerResult.model_validate_json((tmp_path / "message").read_text()).reason == "InvalidSpec"
@@ -110,16 +112,18 @@ def test_the_command_starts_a_process_per_gpu_and_tells_their_end_once(tmp_path:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_reaches_every_rank_once(tmp_path: Path, number: signal.Signals) -> None:
     process = start(tmp_path, WAIT)
-    wait_for(tmp_path, "here-2", "here-3")
+    wait_for(tmp_path, "started-2", "started-3")
     process.send_signal(number)
-    assert told(process).message == "rank 2 was stopped"
-    assert sorted(name.name.rsplit("-", 1)[0] for name in tmp_path.glob("told-*")) == [
-        f"told-2-{int(number)}",
-        f"told-3-{int(number)}",
+    assert result_of(process).message == "rank 2 was stopped"
+    assert sorted(name.name.rsplit("-", 1)[0] for name in tmp_path.glob("signal-*")) == [
+        f"signal-2-{int(number)}",
+        f"signal-3-{int(number)}",
     ]
 
 
-def test_a_rank_that_does_not_end_is_killed(tmp_path: Path) -> None:
-    process = start(tmp_path, f'end(2, outcome="Failed", reason="InvalidSpec") if rank == "3" else None\n{WAIT}', "2")
-    assert told(process).reason == "InvalidSpec"
-    assert list(tmp_path.glob("told-2-15-*"))
+def test_a_rank_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
+    process = start(
+        tmp_path, f'finish(2, outcome="Failed", reason="InvalidSpec") if rank == "3" else None\n{WAIT}', "2"
+    )
+    assert result_of(process).reason == "InvalidSpec"
+    assert list(tmp_path.glob("signal-2-15-*"))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tunesmith_trainer.preflight.memory import TOLERANCE, Run, Shape, Verdict, estimate, verdict
+from tunesmith_trainer.preflight.memory import TOLERANCE, RunShape, Shape, Verdict, estimate, verdict
 
 GB, GIB = 10**9, 2**30
 QWEN = "QwenLM/Qwen, README, Profiling of Memory and Speed (A100-80, batch 1, LoRA r 64)"
@@ -33,16 +33,16 @@ class Point(NamedTuple):
     """One measurement, in bytes."""
 
     model: str
-    run: Run
+    run: RunShape
     measured: float
     source: str
 
 
-def qwen_run(model: str, tokens: int) -> Run:
+def qwen_run(model: str, tokens: int) -> RunShape:
     shape = SHAPES[model]
     wide, high = shape.hidden, shape.intermediate
     parameters = 64 * shape.layers * ((wide + 3 * wide) + 2 * wide + 3 * (wide + high))
-    return Run(parameters, 4 * wide + high, tokens, dropout=True)
+    return RunShape(parameters, 4 * wide + high, tokens, dropout=True)
 
 
 QWEN_LORA = {
@@ -59,35 +59,38 @@ POINTS = [
         for model, row in QWEN_LORA.items()
         for tokens, gigabytes in row.items()
     ),
-    Point("Qwen-7B", Run(143_130_624, 4 * 4096 + 11008, 2048, quantized=True), 13.9 * GB, QWEN),
-    Point("Llama-3.2-3B", Run(9_175_040, 2 * 3072, 3072, checkpointing=False), 22_273_851_392, PEFT),
-    Point("Llama-3.2-3B", Run(18_350_080, 2 * 3072, 3072, checkpointing=False), 22_538_092_544, PEFT),
-    Point("Llama-3.2-3B", Run(9_289_728, 2 * 3072, 3072, checkpointing=False, dora=True), 24_540_872_704, PEFT),
-    Point("Llama-3.2-3B", Run(9_461_760, 2 * 3072 + 8192, 3072, checkpointing=False), 24_712_839_168, PEFT),
-    Point("Llama-3.1-8B", Run(20_971_520, 6 * 4096 + 14336, 4096, fused_loss=True), 16.2 * GIB, TORCHTUNE),
+    Point("Qwen-7B", RunShape(143_130_624, 4 * 4096 + 11008, 2048, quantized=True), 13.9 * GB, QWEN),
+    Point("Llama-3.2-3B", RunShape(9_175_040, 2 * 3072, 3072, checkpointing=False), 22_273_851_392, PEFT),
+    Point("Llama-3.2-3B", RunShape(18_350_080, 2 * 3072, 3072, checkpointing=False), 22_538_092_544, PEFT),
+    Point("Llama-3.2-3B", RunShape(9_289_728, 2 * 3072, 3072, checkpointing=False, dora=True), 24_540_872_704, PEFT),
+    Point("Llama-3.2-3B", RunShape(9_461_760, 2 * 3072 + 8192, 3072, checkpointing=False), 24_712_839_168, PEFT),
+    Point("Llama-3.1-8B", RunShape(20_971_520, 6 * 4096 + 14336, 4096, fused_loss=True), 16.2 * GIB, TORCHTUNE),
     Point(
-        "Llama-3.1-8B", Run(20_971_520, 6 * 4096 + 14336, 4096, quantized=True, fused_loss=True), 7.4 * GIB, TORCHTUNE
+        "Llama-3.1-8B",
+        RunShape(20_971_520, 6 * 4096 + 14336, 4096, quantized=True, fused_loss=True),
+        7.4 * GIB,
+        TORCHTUNE,
     ),
 ]
 
 
 @pytest.mark.parametrize("point", POINTS, ids=lambda point: f"{point.model}-{point.run.tokens}-{point.measured:.3g}")
-def test_the_estimate_is_near_what_was_published(point: Point) -> None:
+def test_the_estimate_is_near_published_measurements(point: Point) -> None:
     peak = estimate(SHAPES[point.model], point.run).peak
     assert peak == pytest.approx(point.measured, rel=TOLERANCE), point.source
 
 
-def test_what_a_run_can_do_to_need_less() -> None:
-    shape, run = SHAPES["Llama-3.1-8B"], Run(20_971_520, 6 * 4096 + 14336, 8192)
+def test_settings_that_reduce_the_peak() -> None:
+    shape, run = SHAPES["Llama-3.1-8B"], RunShape(20_971_520, 6 * 4096 + 14336, 8192)
     whole, chunks = estimate(shape, run), estimate(shape, replace(run, logit_positions=512))
     assert whole.logits == 16 * chunks.logits
     assert whole.adapter - estimate(shape, replace(run, optimizer_bytes=2)).adapter == 6 * 20_971_520
     assert estimate(shape, replace(run, full_precision=True)).weights == 2 * whole.weights
 
 
-def test_what_ranks_share() -> None:
+def test_sharding_reduces_the_peak() -> None:
     """A layer or two and the embeddings are gathered while they are used; an adapter is never sharded."""
-    shape, run = SHAPES["Llama-3.1-8B"], Run(20_971_520, 6 * 4096 + 14336, 2048)
+    shape, run = SHAPES["Llama-3.1-8B"], RunShape(20_971_520, 6 * 4096 + 14336, 2048)
     layer, embeddings = shape.linear_parameters / shape.layers, shape.embedding_parameters
     whole, shared = estimate(shape, run), estimate(shape, replace(run, shards=8))
     assert shared.weights == pytest.approx(whole.weights / 8 + 2 * (2 * layer + embeddings))
@@ -97,8 +100,8 @@ def test_what_ranks_share() -> None:
     assert quantized[0] - quantized[1] == pytest.approx((0.5 * shape.linear_parameters + 2 * embeddings) / 16, rel=1e-6)
 
 
-def test_ranks_that_do_not_share_keep_a_copy_of_the_gradients() -> None:
-    run = Run(20_971_520, 6 * 4096 + 14336, 2048)
+def test_ranks_without_sharding_keep_a_copy_of_the_gradients() -> None:
+    run = RunShape(20_971_520, 6 * 4096 + 14336, 2048)
     alone, several = (estimate(SHAPES["Llama-3.1-8B"], replace(run, ddp=ddp)) for ddp in (False, True))
     assert several == replace(alone, adapter=alone.adapter + 4 * 20_971_520)
 
@@ -125,20 +128,22 @@ class Measured(NamedTuple):
     ],
     ids=str,
 )
-def test_what_is_whole_while_all_weights_are_trained_and_shared_out(measured: Measured) -> None:
+def test_gathered_parameters_and_gradients_of_sharded_full_training(measured: Measured) -> None:
     linear, embeddings = measured.layers * (4 * 1024**2 + 3 * 1024 * 4096), 2 * measured.vocabulary * 1024
     shape = Shape(1024, measured.layers, 4096, measured.vocabulary, linear, embeddings)
-    run = Run(linear + embeddings, 0, 16, checkpointing=measured.checkpointing, optimizer_bytes=0, full=True, shards=2)
+    run = RunShape(
+        linear + embeddings, 0, 16, checkpointing=measured.checkpointing, optimizer_bytes=0, full=True, shards=2
+    )
     found = estimate(shape, run)
     # The rank's own shards are allocated before.
     beyond = found.peak - found.overhead - 8 * run.adapter_parameters / run.shards
     assert beyond == pytest.approx(measured.megabytes * 10**6, rel=TOLERANCE)
 
 
-def test_ranks_share_the_optimizers_state_of_all_weights() -> None:
+def test_the_optimizers_state_of_all_weights_is_sharded() -> None:
     shape = SHAPES["Llama-3.1-8B"]
     parameters = shape.linear_parameters + shape.embedding_parameters
-    few, many = (estimate(shape, Run(parameters, 0, 2048, full=True, shards=shards)) for shards in (8, 16))
+    few, many = (estimate(shape, RunShape(parameters, 0, 2048, full=True, shards=shards)) for shards in (8, 16))
     assert (few.adapter - many.adapter) * 16 == pytest.approx(16 * parameters)
 
 

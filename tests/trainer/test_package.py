@@ -19,7 +19,7 @@ from tunesmith.api.objective import ObjectiveName
 from tunesmith.contracts.artifact import ArtifactManifest
 from tunesmith.contracts.parity import Parity
 from tunesmith_trainer.artifact.card import tags
-from tunesmith_trainer.artifact.curves import measured
+from tunesmith_trainer.artifact.curves import loss_label
 from tunesmith_trainer.artifact.main_memory import available_memory
 from tunesmith_trainer.artifact.parity import STREAMED, record
 
@@ -69,7 +69,7 @@ ON_DISK_LONG = {
 }
 
 
-def test_parity_is_what_plain_transformers_and_peft_say(bench: Workbench, base_model: Path) -> None:
+def test_parity_equals_plain_transformers_and_peft(bench: Workbench, base_model: Path) -> None:
     assert bench.run("train", bench.job()).code == 0
     folder = bench.output / "artifact"
     parity = Parity.model_validate_json((folder / "parity.json").read_text())
@@ -93,17 +93,17 @@ def test_parity_is_what_plain_transformers_and_peft_say(bench: Workbench, base_m
 
 
 @pytest.mark.parametrize("case", MERGES)
-def test_merged_weights_are_what_was_trained(bench: Workbench, case: str) -> None:
+def test_merged_weights_equal_the_trained_model(bench: Workbench, case: str) -> None:
     method, how, limit = MERGES[case]
     ran = bench.run("train", bench.job(method=method, output={"merge": how}))
     assert ran.code == 0, ran.result.message
     folder = bench.output / "merged"
     document: dict[str, Any] = json.loads((folder / "merged.json").read_text())
     assert document["merge"] == how
-    told = f"differ from what was trained by {document['relativeLogitError']:.2g} (relative, logits)"
-    assert re.fullmatch(rf"held-out loss .* %; merged weights {re.escape(told)}", ran.result.message)
-    place = "the base as published" if how == "Original" else "the 4-bit base turned back"
-    assert f"| Merged | into {place}; the weights {told} |" in _card(bench)
+    distance = f"differ from the trained model by {document['relativeLogitError']:.2g} (relative distance of logits)"
+    assert re.fullmatch(rf"held-out loss .* %; merged weights {re.escape(distance)}", ran.result.message)
+    place = "the base as published" if how == "Original" else "the dequantised 4-bit base"
+    assert f"| Merged | into {place}; the weights {distance} |" in _card(bench)
     assert f"| Precision | float32{', the base in nf4' if 'qlora' in method else ''} |" in _card(bench)
     if limit is None:
         assert document["relativeLogitError"] > 1e-3, "another base than the one that was trained on"
@@ -135,7 +135,7 @@ def _card(bench: Workbench) -> str:
 
 
 @pytest.mark.parametrize(("objective", "loss"), LOSSES.items())
-def test_the_card_says_what_was_trained_on_and_what_a_loss_is(
+def test_the_card_describes_the_data_and_the_loss(
     bench: Workbench, base_model: Path, objective: str | None, loss: str
 ) -> None:
     rows: list[dict[str, Any]] = [
@@ -174,17 +174,17 @@ def test_the_card_says_what_was_trained_on_and_what_a_loss_is(
 
 
 @pytest.mark.parametrize(("method", "names"), TAGS)
-def test_an_artifact_is_found_by_its_method(method: dict[str, Any], names: list[str]) -> None:
+def test_the_tags_name_the_method(method: dict[str, Any], names: list[str]) -> None:
     assert tags(Method.model_validate(method)) == [*names, "tunesmith"]
 
 
 @pytest.mark.parametrize("objective", ObjectiveName)
-def test_only_the_loss_of_answers_counts_tokens(objective: ObjectiveName) -> None:
+def test_only_the_loss_of_sft_is_per_token(objective: ObjectiveName) -> None:
     expected = "loss, nats per target token" if objective is ObjectiveName.SFT else f"loss of {objective.upper()}"
-    assert measured("loss", objective) == expected
+    assert loss_label("loss", objective) == expected
 
 
-def test_the_curves_are_a_picture(bench: Workbench) -> None:
+def test_the_curves_are_plotted(bench: Workbench) -> None:
     assert bench.run("train", bench.job()).code == 0
     png = (bench.output / "artifact/curves.png").read_bytes()
     assert png.startswith(b"\x89PNG")
@@ -200,7 +200,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", [*ON_DISK, *(pytest.param(name, marks=pytest.mark.long) for name in ON_DISK_LONG)])
-def test_an_adapter_says_the_same_with_layers_on_disk(published: Path, tmp_path: Path, name: str) -> None:
+def test_an_adapter_gives_the_same_logits_with_layers_on_disk(published: Path, tmp_path: Path, name: str) -> None:
     """Each weight is read when its layer is computed, whatever the method does with it."""
     method = next(case.method for case in CASES if case.name == name)
     try_method(method, published, tmp_path / "artifact")
@@ -217,13 +217,13 @@ def test_an_adapter_says_the_same_with_layers_on_disk(published: Path, tmp_path:
         assert parity == whole
 
 
-def test_every_method_that_may_be_read_from_disk_is_compared() -> None:
+def test_every_method_with_layers_on_disk_is_compared() -> None:
     assert {*ON_DISK.values(), *ON_DISK_LONG.values()} == STREAMED
 
 
 @pytest.mark.parametrize("share", [0.0, 0.7], ids=["all of it", "a part of it"])
 @pytest.mark.parametrize("method", [LORA, {"full": {}}], ids=["lora", "full"])
-def test_parity_of_a_base_that_memory_does_not_hold_is_the_same(
+def test_parity_of_a_base_larger_than_memory_is_the_same(
     bench: Workbench, base_model: Path, tmp_path: Path, method: dict[str, Any], share: float
 ) -> None:
     assert bench.run("train", bench.job(method=method)).code == 0
@@ -235,7 +235,7 @@ def test_parity_of_a_base_that_memory_does_not_hold_is_the_same(
     assert recorded == Parity.model_validate_json((folder / "parity.json").read_text())
 
 
-def test_available_memory_is_the_containers_where_it_has_a_limit(tmp_path: Path) -> None:
+def test_available_memory_is_the_containers_if_it_has_a_limit(tmp_path: Path) -> None:
     machine = tmp_path / "meminfo"
     machine.write_text("MemTotal:  9000 kB\nMemAvailable:  4000 kB\nHugePages_Total:  0\n")
     group = tmp_path / "cgroup"

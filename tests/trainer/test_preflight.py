@@ -52,7 +52,7 @@ def test_validation_estimates_the_peak_of_a_gpu(bench: Workbench) -> None:
     assert 800_000_000 < peak("qlora", 1) < peak("lora", 1) < peak("lora", 4) < 850_000_000
 
 
-def test_a_job_on_the_cpu_has_no_estimate_of_a_gpu(bench: Workbench) -> None:
+def test_a_job_on_the_cpu_has_no_gpu_estimate(bench: Workbench) -> None:
     found = validated(bench, "--gpu-memory-bytes", "1000", resources={"gpus": 0})
     assert (found.estimated_peak_bytes, found.verdict) == (None, None)
 
@@ -62,7 +62,7 @@ def test_without_the_gpus_memory_the_verdict_is_unknown(bench: Workbench) -> Non
     assert (found.verdict, found.gpu_memory_bytes, found.suggestion) == (Verdict.UNKNOWN, None, None)
 
 
-def test_a_job_that_fits_and_what_was_decided_for_it(bench: Workbench) -> None:
+def test_settings_are_decided_for_a_job_that_fits(bench: Workbench) -> None:
     ran = bench.run("validate", bench.job(**GPU), "--gpu-memory-bytes", str(10**10))
     assert ran.result.preflight is not None
     assert ran.result.resolved is not None
@@ -71,7 +71,7 @@ def test_a_job_that_fits_and_what_was_decided_for_it(bench: Workbench) -> None:
     assert (ran.result.resolved.micro_batch_size, ran.result.resolved.gradient_checkpointing) == (4, False)
 
 
-def test_what_was_decided_stays_on_another_gpu(bench: Workbench) -> None:
+def test_decided_settings_are_kept_on_another_gpu(bench: Workbench) -> None:
     job = bench.job(**GPU)
     job["status"] = {"resolved": {"microBatchSize": 2, "gradientCheckpointing": True, "totalSteps": 2}}
     again = bench.run("validate", job, "--gpu-memory-bytes", str(10**10)).result.resolved
@@ -79,7 +79,7 @@ def test_what_was_decided_stays_on_another_gpu(bench: Workbench) -> None:
     assert (again.micro_batch_size, again.gradient_checkpointing, again.total_steps) == (2, True, 2)
 
 
-def test_in_a_cluster_larger_nodes_are_a_way_out() -> None:
+def test_in_a_cluster_the_refusal_suggests_larger_gpus() -> None:
     counted = Preflight(
         estimated_peak_bytes=30 * 2**30,
         gpu_memory_bytes=15 * 2**30,
@@ -87,8 +87,8 @@ def test_in_a_cluster_larger_nodes_are_a_way_out() -> None:
         suggestion="it fits with rank: 8",
     )
     assert refusal(counted, cluster=True) == (
-        "the run needs about 30.0 GiB of GPU memory and the smallest GPU that it may get has 15.0 GiB: it fits with "
-        "rank: 8; where there are larger ones, keep it to them with scheduling.nodeSelector"
+        "the run needs about 30.0 GiB of GPU memory and the smallest GPU that it may be scheduled on has 15.0 GiB: "
+        "it fits with rank: 8; if the cluster has larger GPUs, select them with scheduling.nodeSelector"
     )
 
 
@@ -109,7 +109,7 @@ def wide(bench: Workbench, tmp_path: Path) -> Workbench:
     [
         (8, 16, "it fits with method.qlora instead of lora (about 4.5 GiB)"),
         (20, 512, "it fits with method.lora.rank: 128 (about 17.6 GiB)"),
-        (3, 16, "no change of this job makes it fit: it takes a GPU with about 4.2 GiB or a smaller base model"),
+        (3, 16, "no change of this job makes it fit: it needs a GPU with about 4.2 GiB, or a smaller base model"),
     ],
 )
 def test_a_job_that_cannot_fit_is_refused_with_the_change_that_fits(
@@ -138,7 +138,7 @@ ALL: dict[str, Any] = {"method": {"full": {}}, "hyperparameters": {"maxSteps": 3
         (80, {"gpus": 1}, {}, (None, Verdict.FITS)),
     ],
 )
-def test_weights_are_shared_out_where_they_do_not_fit_whole(
+def test_weights_are_sharded_if_they_do_not_fit_whole(
     wide: Workbench, gibibytes: int, resources: dict[str, Any], spec: dict[str, Any], expected: tuple[Any, Verdict]
 ) -> None:
     plain: dict[str, Any] = {"hyperparameters": {"maxSteps": 3, "batchSize": 8}}
@@ -163,7 +163,7 @@ def test_weights_are_shared_out_where_they_do_not_fit_whole(
         ),
     ],
 )
-def test_sharing_weights_out_is_proposed_where_it_is_possible(
+def test_sharding_is_proposed_if_it_is_possible(
     wide: Workbench, resources: dict[str, Any], spec: dict[str, Any], suggestion: str
 ) -> None:
     plain: dict[str, Any] = {"hyperparameters": {"maxSteps": 3, "batchSize": 8}}
@@ -173,14 +173,14 @@ def test_sharing_weights_out_is_proposed_where_it_is_possible(
 
 
 PLACES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "nobody is asked": ({"gpus": 1, "nodes": 2}, {}),
-    "FSDP2 is asked for": ({"gpus": 1, "nodes": 2, "dataParallelism": "FSDP2"}, {}),
+    "nothing is requested": ({"gpus": 1, "nodes": 2}, {}),
+    "FSDP2 is requested": ({"gpus": 1, "nodes": 2, "dataParallelism": "FSDP2"}, {}),
     "all weights": ({"gpus": 1, "nodes": 16}, {"method": {"full": {}}}),
 }
 
 
 @pytest.mark.parametrize("name", PLACES)
-def test_a_machine_that_trains_alone_shares_nothing_out(wide: Workbench, name: str) -> None:
+def test_a_machine_that_trains_alone_does_not_shard(wide: Workbench, name: str) -> None:
     """The manifest requests several nodes, which only a cluster has."""
     resources, spec = PLACES[name]
     manifest = wide.folder / "job.yaml"
@@ -199,19 +199,19 @@ def test_a_machine_that_trains_alone_shares_nothing_out(wide: Workbench, name: s
     assert alone.resolved.data_parallelism is None
     assert alone.preflight.verdict is Verdict.WILL_NOT_FIT
     assert "FSDP2" not in str(alone.preflight.suggestion)
-    one = prepared(1, 640).preflight.peak_parts
-    assert one is not None
-    weights = one.trainable_bytes / 16 if "method" in spec else one.weights_bytes / 2
+    parts = prepared(1, 640).preflight.peak_parts
+    assert parts is not None
+    weights = parts.trainable_bytes / 16 if "method" in spec else parts.weights_bytes / 2
     assert weights == pytest.approx(6.5e9, rel=0.03)  # not sharded, and no gradients to send
 
 
-def test_a_local_run_tells_that_it_is_alone(bench: Workbench) -> None:
+def test_a_local_run_trains_on_one_machine(bench: Workbench) -> None:
     shared = {"gpus": 0, "nodes": 2, "dataParallelism": "FSDP2"}
     resolved = {command: bench.run(command, bench.job(resources=shared)).result.resolved for command in COMMANDS}
-    assert {command: one.data_parallelism if one else None for command, one in resolved.items()} == COMMANDS
+    assert {command: found.data_parallelism if found else None for command, found in resolved.items()} == COMMANDS
 
 
-def test_several_ranks_that_do_not_share_keep_a_copy_of_the_gradients(wide: Workbench) -> None:
+def test_several_ranks_without_sharding_keep_a_copy_of_the_gradients(wide: Workbench) -> None:
     hyper = {"maxSteps": 3, "batchSize": 8, "microBatchSize": 1}
     trained = [
         parts.trainable_bytes
@@ -226,7 +226,7 @@ def test_several_ranks_that_do_not_share_keep_a_copy_of_the_gradients(wide: Work
     [({"qlora": {}}, 2), ({"qlora": {"quantization": {"computeType": "float32"}}}, 4)],
     ids=str,
 )
-def test_what_is_not_in_4_bits_counts_in_its_type(wide: Workbench, method: dict[str, Any], embeddings: int) -> None:
+def test_weights_outside_4_bits_count_in_their_type(wide: Workbench, method: dict[str, Any], embeddings: int) -> None:
     parts = validated(wide, method=method).peak_parts
     config = json.loads((wide.base / "config.json").read_text())
     linear = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
@@ -235,7 +235,7 @@ def test_what_is_not_in_4_bits_counts_in_its_type(wide: Workbench, method: dict[
     assert parts.weights_bytes == pytest.approx(0.516 * linear + embeddings * others, rel=1e-6)
 
 
-def test_what_cannot_be_computed_again_is_not_proposed_and_refused(wide: Workbench) -> None:
+def test_impossible_recomputation_is_not_proposed_and_is_refused(wide: Workbench) -> None:
     prefix: dict[str, Any] = GPU | {"method": {"prefixTuning": {}}}
     ran = wide.run("validate", wide.job(**prefix), "--gpu-memory-bytes", str(8 * 2**30))
     assert ran.result.reason is FailureReason.WILL_NOT_FIT
@@ -243,7 +243,7 @@ def test_what_cannot_be_computed_again_is_not_proposed_and_refused(wide: Workben
     again = prefix | {"hyperparameters": {"maxSteps": 3, "gradientCheckpointing": True}}
     ran = wide.run("validate", wide.job(**again))
     assert (ran.code, ran.result.reason) == (2, FailureReason.INVALID_SPEC)
-    assert "what method.prefixTuning trains is lost where activations are computed" in ran.result.message
+    assert "method.prefixTuning cannot be trained with recomputed activations" in ran.result.message
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_what_cannot_be_computed_again_is_not_proposed_and_refused(wide: Workben
         (8, "it fits with method.qlora instead of full (about"),
     ],
 )
-def test_an_adapter_is_proposed_where_all_weights_do_not_fit(wide: Workbench, gibibytes: int, suggestion: str) -> None:
+def test_an_adapter_is_proposed_if_all_weights_do_not_fit(wide: Workbench, gibibytes: int, suggestion: str) -> None:
     job = wide.job(**GPU, method={"full": {}}, hyperparameters={"maxSteps": 3, "batchSize": 4})
     ran = wide.run("validate", job, "--gpu-memory-bytes", str(gibibytes * 2**30))
     assert ran.result.reason is FailureReason.WILL_NOT_FIT
@@ -282,7 +282,7 @@ def test_a_shorter_length_is_proposed_last(wide: Workbench, how: dict[str, Any],
     assert str(ran.result.preflight.suggestion).startswith(suggestion)
 
 
-def test_the_command_estimate_shows_it(wide: Workbench) -> None:
+def test_the_estimate_command_shows_the_verdict(wide: Workbench) -> None:
     manifest = wide.folder / "job.yaml"
     manifest.write_text(yaml.safe_dump(wide.job(**GPU)))
     trainer = Path(sysconfig.get_path("scripts"), "tunesmith-trainer")

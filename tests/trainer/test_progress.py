@@ -12,11 +12,11 @@ from tunesmith.cli.progress import live_line
 from tunesmith.storage.credentials import Scrubber
 from tunesmith_trainer.main import progress_served
 from tunesmith_trainer.options import Command, RunOptions
-from tunesmith_trainer.process.ending import Ending
 from tunesmith_trainer.process.interruption import Interruption
 from tunesmith_trainer.process.metrics import exposition
 from tunesmith_trainer.process.progress import Progress
 from tunesmith_trainer.process.ranks import Ranks
+from tunesmith_trainer.process.termination import Termination
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,11 +49,11 @@ def training(out: io.StringIO, **changes: Any) -> Progress:
     return progress
 
 
-def test_a_local_run_and_a_followed_job_tell_a_step_in_the_same_words() -> None:
+def test_a_local_run_and_a_followed_job_show_a_step_in_the_same_words() -> None:
     out = io.StringIO()
     status = training(out).status
-    told = out.getvalue().splitlines()[-1]
-    assert told == LINE
+    shown = out.getvalue().splitlines()[-1]
+    assert shown == LINE
     job = FineTuneJob.model_validate(
         {
             "metadata": {"name": "doors"},
@@ -66,7 +66,7 @@ def test_a_local_run_and_a_followed_job_tell_a_step_in_the_same_words() -> None:
     )
     job.status = FineTuneJobStatus(phase=Phase.RUNNING, progress=status)
     assert status.update_time is not None
-    assert live_line(job, status.update_time) == f"Training{told}"
+    assert live_line(job, status.update_time) == f"Training{shown}"
 
 
 @pytest.mark.parametrize(
@@ -85,9 +85,9 @@ def test_a_line_that_is_rewritten_fits_its_terminal(monkeypatch: pytest.MonkeyPa
     assert terminal.getvalue() == f"Training\n\r\x1b[2K{line}"
 
 
-def test_metrics_of_losses_say_what_they_count() -> None:
+def test_descriptions_of_losses_have_their_unit() -> None:
     metrics = exposition(training(io.StringIO()).status).decode()
-    unit = "nats per target token for objective sft, the loss of the objective for others."
+    unit = "nats per target token for the objective sft, the objective's own loss for others."
     assert f"# HELP tunesmith_trainer_loss Training loss of the last step: {unit}\n" in metrics
     assert f"# HELP tunesmith_trainer_evaluation_loss Held-out loss: {unit}\n" in metrics
     assert "\ntunesmith_trainer_evaluation_loss 2.4\n" in metrics
@@ -98,8 +98,8 @@ def test_only_rank_0_serves_progress(tmp_path: Path) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = RunOptions(Command.TRAIN, tmp_path / "job.yaml", tmp_path, "json", progress_port=port)
-    ending = Ending(Progress("json", io.StringIO()), "json", None, Interruption(), Scrubber())
+    termination = Termination(Progress("json", io.StringIO()), "json", None, Interruption(), Scrubber())
     for ranks, served in ((Ranks(rank=0, size=2), True), (Ranks(rank=1, size=2), False)):
-        ending.ranks = ranks
-        with progress_served(options, ending), socket.socket() as client:
+        termination.ranks = ranks
+        with progress_served(options, termination), socket.socket() as client:
             assert (client.connect_ex(("127.0.0.1", port)) == 0) is served

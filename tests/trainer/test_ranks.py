@@ -37,20 +37,20 @@ print(launch(command, Ranks(size=2, port=0), 2, pathlib.Path(sys.argv[1])).model
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Pods:
-    """Run one process to the end."""
+    """Run one process until it has finished."""
     run = pods(tmp_path_factory.mktemp("alone"), base_model, 1)
     run.finish()
     return run
 
 
-def test_two_nodes_train_what_one_does(tmp_path: Path, base_model: Path, alone: Pods) -> None:
+def test_two_nodes_give_the_result_of_one(tmp_path: Path, base_model: Path, alone: Pods) -> None:
     two = pods(tmp_path, base_model, 2)
     two.finish()
     assert_equal(two, alone)
     first, second = two.result(0), two.result(1)
     assert first.artifact is not None
     assert (second.outcome, second.artifact) == (Outcome.SUCCEEDED, None)
-    assert second.message == "rank 1 of 2 is done; rank 0 has the result"
+    assert second.message == "rank 1 of 2 has finished; rank 0 has the result"
     assert "step 6/6" in two.log(0)
     assert "step" not in two.log(1)
 
@@ -66,12 +66,12 @@ def test_the_first_of_two_scores_the_suites(tmp_path: Path, base_model: Path) ->
     two.finish()
     first = two.result(0).evaluation
     assert first is not None
-    assert [(one.suite, one.metric) for one in first.scores or []] == [("rows", "Loss"), ("doors", "ExactMatch")]
+    assert [(score.suite, score.metric) for score in first.scores or []] == [("rows", "Loss"), ("doors", "ExactMatch")]
     assert [gate.passed for gate in first.gates or []] == [True]
 
 
 @dataclass(frozen=True)
-class Blow:
+class Interruption:
     """A signal to some pods, a number of seconds after a step was reported."""
 
     number: signal.Signals
@@ -80,10 +80,10 @@ class Blow:
     seconds: float = 0.0
 
 
-def random_blows(seed: int) -> tuple[Blow, ...]:
+def random_interruptions(seed: int) -> tuple[Interruption, ...]:
     chance = random.Random(seed)  # noqa: S311 - reproducible on purpose
     return tuple(
-        Blow(
+        Interruption(
             chance.choice([signal.SIGKILL, signal.SIGTERM]),
             chance.choice([(0,), (1,), (0, 1)]),
             chance.randint(1, 5),
@@ -93,23 +93,23 @@ def random_blows(seed: int) -> tuple[Blow, ...]:
     )
 
 
-BLOWS = [
-    (Blow(signal.SIGKILL, (1,), 3), Blow(signal.SIGTERM, (1,), 3)),
-    *(random_blows(seed) for seed in range(1, int(os.environ.get("TUNESMITH_RESUME_KILLS", "1")))),
+INTERRUPTIONS = [
+    (Interruption(signal.SIGKILL, (1,), 3), Interruption(signal.SIGTERM, (1,), 3)),
+    *(random_interruptions(seed) for seed in range(1, int(os.environ.get("TUNESMITH_RESUME_KILLS", "1")))),
 ]
 
 
-@pytest.mark.parametrize("blows", BLOWS, ids=range(len(BLOWS)))
-def test_pods_that_are_killed_or_stopped_go_on_together(
-    tmp_path: Path, base_model: Path, alone: Pods, blows: tuple[Blow, ...]
+@pytest.mark.parametrize("interruptions", INTERRUPTIONS, ids=range(len(INTERRUPTIONS)))
+def test_pods_that_are_killed_or_stopped_resume_together(
+    tmp_path: Path, base_model: Path, alone: Pods, interruptions: tuple[Interruption, ...]
 ) -> None:
     two = pods(tmp_path, base_model, 2)
-    for blow in blows:
+    for interruption in interruptions:
         two.start()
-        two.strike(blow.pods, blow.number, blow.step, blow.seconds)
-        codes = two.ended()
+        two.interrupt(interruption.pods, interruption.number, interruption.step, interruption.seconds)
+        codes = two.wait()
         for index, code in enumerate(codes):
-            if blow.number == signal.SIGKILL and index in blow.pods:
+            if interruption.number == signal.SIGKILL and index in interruption.pods:
                 assert code in {0, -signal.SIGKILL}
             else:
                 # finished before; stopped; lost the other, which stopped first
@@ -124,8 +124,8 @@ def test_pods_that_are_killed_or_stopped_go_on_together(
 def test_a_signal_to_one_pod_saves_and_stops_all(tmp_path: Path, base_model: Path) -> None:
     two = pods(tmp_path, base_model, 2, checkpoint={"everyMinutes": 60})
     two.start()
-    two.strike((1,), signal.SIGTERM, step=3)
-    assert two.ended() == [143, 143], [two.log(0), two.log(1)]
+    two.interrupt((1,), signal.SIGTERM, step=3)
+    assert two.wait() == [143, 143], [two.log(0), two.log(1)]
     assert two.result(0).outcome is Outcome.PREEMPTED
     step = re.fullmatch(r"stopped with another rank at step (\d) of 6; the checkpoint .*", two.result(0).message)
     assert step is not None, two.result(0).message
@@ -143,14 +143,14 @@ def test_a_large_checkpoint_may_take_longer_than_a_step(
 
 
 @pytest.mark.long
-def test_who_waits_for_a_checkpoint_notices_that_its_writer_is_gone(
+def test_a_rank_that_waits_for_a_checkpoint_notices_the_loss_of_its_writer(
     tmp_path: Path, base_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(processes, "_command", with_a_slow_save)
     two = pods(tmp_path, base_model, 2, hyperparameters=FEW)
     two.environment["SAVE_ENDS"] = "1"
     two.start()
-    assert two.ended() == [-signal.SIGKILL, 3], two.log(1)
+    assert two.wait() == [-signal.SIGKILL, 3], two.log(1)
     assert two.result(1).lost_peer
 
 
@@ -201,13 +201,13 @@ def test_two_processes_of_one_pod_read_the_data_once(tmp_path: Path, alone: Pods
     assert_equal(two, alone)
 
 
-def test_who_does_not_come_is_named() -> None:
+def test_ranks_that_do_not_connect_are_named() -> None:
     port = free_port()
-    with pytest.raises(PeersMissingError, match=r"rank 1, 2 of 3 did not come within 0 s: look at the pods"):
-        Ranks(rank=0, size=3, port=port).meet("gloo", seconds=0.1)
+    with pytest.raises(PeersMissingError, match=r"rank 1, 2 of 3 did not connect within 0 s: check the pods"):
+        Ranks(rank=0, size=3, port=port).connect("gloo", seconds=0.1)
     port = free_port()
     with pytest.raises(PeersMissingError, match=rf"rank 1 of 2 did not reach rank 0 at localhost:{port} within 0 s"):
-        Ranks(rank=1, size=2, port=port).meet("gloo", seconds=0.1)
+        Ranks(rank=1, size=2, port=port).connect("gloo", seconds=0.1)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_who_does_not_come_is_named() -> None:
     ],
     ids=str,
 )
-def test_a_process_knows_its_place(
+def test_ranks_follow_from_resources_and_environment(
     resources: dict[str, int], environment: dict[str, str], expected: tuple[int, int, int]
 ) -> None:
     ranks, count = of_pod(TrainingResources(**resources), environment)

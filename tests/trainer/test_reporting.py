@@ -103,7 +103,7 @@ def test_mlflow_has_one_run_with_each_step_once_over_attempts(tmp_path: Path, ml
     assert run.data.params == {"method.lora.rank": "4"}
 
 
-def test_wandb_keeps_each_step_under_one_id(tmp_path: Path) -> None:
+def test_wandb_has_one_run_with_each_step_once_over_attempts(tmp_path: Path) -> None:
     """Offline: whether the server continues the run with this id depends on W&B, and is not tested here."""
     made = reporter(tmp_path, {Tracker.WANDB: {"WANDB_MODE": "offline", "WANDB_PROJECT": "colours"}})
     for point in (CurvePoint(0, 0.0, evaluation_loss=3.0), *curve(1, 5), CurvePoint(5, 0.5, evaluation_loss=1.5)):
@@ -124,7 +124,7 @@ def test_wandb_keeps_each_step_under_one_id(tmp_path: Path) -> None:
     assert not any(record.WhichOneof("record_type") in {"output", "output_raw", "stats"} for record in records)
 
 
-def test_what_was_missed_in_an_outage_arrives_afterwards(tmp_path: Path, mlflow: str) -> None:
+def test_points_of_an_outage_are_sent_after_it(tmp_path: Path, mlflow: str) -> None:
     settings = {"MLFLOW_TRACKING_URI": mlflow, "MLFLOW_EXPERIMENT_NAME": "outage"}
     down = reporter(tmp_path, {Tracker.MLFLOW: settings | {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}})
     for point in curve(1, 3):
@@ -138,7 +138,9 @@ def test_what_was_missed_in_an_outage_arrives_afterwards(tmp_path: Path, mlflow:
 
 
 @pytest.mark.parametrize("answers", [False, True], ids=["that hangs", "that refuses"])
-def test_a_tracker_holds_nothing_up_and_its_password_is_not_told(tmp_path: Path, *, answers: bool) -> None:
+def test_a_failing_tracker_does_not_delay_training_and_its_password_is_not_shown(
+    tmp_path: Path, *, answers: bool
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         if answers:
@@ -165,7 +167,7 @@ def test_a_tracker_holds_nothing_up_and_its_password_is_not_told(tmp_path: Path,
         ("http://169.254.169.254", {"WANDB_MODE": "run"}),
     ],
 )
-def test_a_cluster_s_job_reports_to_no_such_server_of_weights_and_biases(
+def test_a_job_in_a_cluster_does_not_report_to_a_refused_wandb_server(
     tmp_path: Path, address: str, more: dict[str, str]
 ) -> None:
     settings = {"WANDB_API_KEY": "k" * 40, "WANDB_BASE_URL": address, **more}
@@ -175,7 +177,7 @@ def test_a_cluster_s_job_reports_to_no_such_server_of_weights_and_biases(
     assert "which jobs and pools may not reach: correct the address" in missed
 
 
-def test_a_cluster_s_job_reports_to_weights_and_biases(tmp_path: Path) -> None:
+def test_a_job_in_a_cluster_reports_to_wandb(tmp_path: Path) -> None:
     """The guard allows W&B's library to connect to its own process."""
     made = reporter(tmp_path, {Tracker.WANDB: {"WANDB_MODE": "offline"}}, guarded=True)
     made.add(CurvePoint(1, 0.1, 2.0, 0.01, 0.5, 100))
@@ -185,7 +187,7 @@ def test_a_cluster_s_job_reports_to_weights_and_biases(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("listed", ["10.0.0.0/8", "127.0.0.1/32"])
-def test_a_cluster_s_job_reports_only_where_it_may(
+def test_a_job_in_a_cluster_reports_only_to_allowed_addresses(
     tmp_path: Path, mlflow: str, monkeypatch: pytest.MonkeyPatch, listed: str
 ) -> None:
     monkeypatch.setenv(ALLOWED_ADDRESSES, listed)
@@ -202,15 +204,15 @@ def test_a_cluster_s_job_reports_only_where_it_may(
 
 
 @pytest.mark.parametrize(
-    ("secret", "told"),
+    ("secret", "message"),
     [
         (None, f"the Secret {REPORTING_SECRET} does not exist in this namespace"),
         ({"MLFLOW_TRACKING_URI": "http://mlflow.team:5000"}, "has no key WANDB_API_KEY"),
         ({"MLFLOW_TRACKING_URI": "file:///etc", "WANDB_API_KEY": "sesame"}, "MLFLOW_TRACKING_URI in the Secret"),
     ],
 )
-def test_a_secret_that_is_missing_or_wrong_is_told_before_anything_else(
-    tmp_path: Path, bench: Workbench, secret: dict[str, str] | None, told: str
+def test_a_missing_or_wrong_secret_is_reported_first(
+    tmp_path: Path, bench: Workbench, secret: dict[str, str] | None, message: str
 ) -> None:
     for name, value in (secret or {}).items():
         (tmp_path / "secrets" / REPORTING_SECRET).mkdir(parents=True, exist_ok=True)
@@ -219,7 +221,7 @@ def test_a_secret_that_is_missing_or_wrong_is_told_before_anything_else(
     ran = bench.run("validate", job, "--secrets", str(tmp_path / "secrets"), allow_file=False)
     assert ran.code == 2
     assert ran.result.reason in {FailureReason.SECRET_NOT_FOUND, FailureReason.INVALID_SPEC}
-    assert told in ran.result.message
+    assert message in ran.result.message
     assert "sesame" not in ran.result.message
 
 
@@ -260,11 +262,11 @@ def test_a_local_run_reports_to_mlflow_and_tensorboard(
     assert run.data.params == parameters_of(job, ran.result.resolved)
 
 
-def test_the_first_rank_alone_reports_and_goes_on_after_a_stop(tmp_path: Path, base_model: Path) -> None:
+def test_only_the_first_rank_reports_and_the_next_attempt_continues_its_run(tmp_path: Path, base_model: Path) -> None:
     run = pods(tmp_path, base_model, 2, output={"reporting": ["TensorBoard"]})
     run.start()
-    run.strike((0, 1), signal.SIGTERM, 3)
-    run.ended()
+    run.interrupt((0, 1), signal.SIGTERM, 3)
+    run.wait()
     run.finish()
     assert len(list((run.output / "tensorboard").iterdir())) == 1
     shown = events(run.output / "tensorboard")
@@ -272,7 +274,7 @@ def test_the_first_rank_alone_reports_and_goes_on_after_a_stop(tmp_path: Path, b
     assert [event.step for event in shown.Scalars("evaluationLoss")] == [0, 2, 4, 6]
 
 
-def test_event_files_lie_beside_the_artifact_in_the_store(
+def test_event_files_are_beside_the_artifact_in_the_store(
     tmp_path: Path, bench: Workbench, s3_environment: S3Server
 ) -> None:
     job = bench.job(output={"reporting": ["TensorBoard"]})

@@ -67,16 +67,16 @@ class Run:
 
     def finish(self) -> str:
         container = self.start()
-        assert container.ended() == 0, container.output()
+        assert container.wait() == 0, container.output()
         return container.output()
 
     def interrupt(self, number: int, step: int, delay: float) -> tuple[int | None, str]:
         """Send the signal `delay` seconds after the step is reported; return the exit code and the output."""
         container = self.start()
-        container.told(step_of(step))
+        container.wait_for_output(step_of(step))
         time.sleep(delay)  # at any point of a step or a write
         container.signal(number)
-        return container.ended(), container.output()
+        return container.wait(), container.output()
 
 
 def step_of(number: int) -> str:
@@ -106,16 +106,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Run:
     return run
 
 
-def same(one: Run, other: Run) -> None:
+def same(run: Run, expected: Run) -> None:
     name = "artifact/adapter_model.safetensors"
-    assert (one.output / name).read_bytes() == (other.output / name).read_bytes()
-    curves = [list(csv.DictReader((run.output / "metrics.csv").open())) for run in (one, other)]
+    assert (run.output / name).read_bytes() == (expected.output / name).read_bytes()
+    curves = [list(csv.DictReader((attempt.output / "metrics.csv").open())) for attempt in (run, expected)]
     assert curves[0] == curves[1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
 @pytest.mark.parametrize("seed", range(KILLS))
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+def test_a_killed_run_resumes_with_the_same_result(
     tmp_path: Path, whole: Run, number: signal.Signals, seed: int
 ) -> None:
     chance = random.Random(seed)  # noqa: S311 - reproducible on purpose
@@ -141,7 +141,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
 
 
 @pytest.mark.long
-def test_a_killed_run_with_compiled_layers_goes_on_to_the_same_bits(tmp_path: Path, base_model: Path) -> None:
+def test_a_killed_run_with_compiled_layers_resumes_with_the_same_bits(tmp_path: Path, base_model: Path) -> None:
     hyper = {"maxSteps": STEPS, "batchSize": 16, "microBatchSize": 4, "learningRate": 0.01, "torchCompile": True}
     path = manifest(tmp_path, base_model, hyperparameters=hyper)
     runs = [Run(tmp_path / name, path) for name in ("whole", "killed")]
@@ -174,7 +174,7 @@ def test_the_checkpoints_of_another_job_are_refused(tmp_path: Path, base_model: 
     run = Run(tmp_path, manifest(tmp_path, base_model, hyperparameters={"maxSteps": 5, "batchSize": 4}))
     shutil.copytree(whole.output / "checkpoints", run.output / "checkpoints")
     container = run.start()
-    assert container.ended() == 2, container.output()
+    assert container.wait() == 2, container.output()
     assert "holds checkpoints of another spec" in run.result().message
 
 
@@ -197,22 +197,22 @@ def attempts(tmp_path: Path, whole: Run, store: S3Server) -> Iterator[list[Run]]
     for run in runs:
         for container in run.started:
             container.signal(signal.SIGKILL)
-            container.ended()
+            container.wait()
 
 
-def test_an_outage_a_signal_and_a_kill_before_the_report_lose_nothing(
+def test_nothing_is_lost_by_an_outage_a_signal_and_a_kill_before_the_report(
     attempts: list[Run], whole: Run, store: S3Server
 ) -> None:
     first, second, third = attempts
     artifact, checkpoints = first.places[1].removeprefix("s3://"), first.places[3]
     container = first.start()
-    container.told(step_of(2))
+    container.wait_for_output(step_of(2))
     store.stop()
-    container.told(step_of(2 * EVERY))  # two checkpoints are due meanwhile
+    container.wait_for_output(step_of(2 * EVERY))  # two checkpoints are due meanwhile
     store.start()
-    container.told(step_of(3 * EVERY))
+    container.wait_for_output(step_of(3 * EVERY))
     container.signal(signal.SIGTERM)
-    assert container.ended() == 143, container.output()
+    assert container.wait() == 143, container.output()
     message = first.result().message
     saved = re.search(rf"at step (\d+) of {STEPS}; the checkpoint of step (\d+) is in {checkpoints}", message)
     assert saved is not None, message
@@ -223,7 +223,7 @@ def test_an_outage_a_signal_and_a_kill_before_the_report_lose_nothing(
     os.mkfifo(second.folder / "message")
     store.stop()
     container = second.start()
-    container.told(r".*\n")
+    container.wait_for_output(r".*\n")
     assert "could not be reached" in container.output().splitlines()[0]
     store.start()
     filesystem = store.filesystem()
@@ -233,12 +233,12 @@ def test_an_outage_a_signal_and_a_kill_before_the_report_lose_nothing(
         assert time.monotonic() < deadline
         time.sleep(0.1)
     container.signal(signal.SIGKILL)
-    container.ended()
+    container.wait()
     assert f"resumed from the checkpoint of step {saved[1]}" in container.output()
     assert "Succeeded" not in container.output()
 
     out = third.finish()
-    assert "an earlier attempt published this artifact; nothing was trained again" in out
+    assert "an earlier attempt has already published this artifact" in out
     reported = third.result().artifact
     assert reported is not None
     assert reported.digest == digest_of(filesystem.cat_file(f"{artifact}/{ARTIFACT_MANIFEST}"))
@@ -254,7 +254,7 @@ IMPATIENT = (
 """The trainer's command, with a step limit that spares the test a wait of five minutes."""
 
 
-def test_a_step_that_hangs_ends_the_attempt(tmp_path: Path, whole: Run) -> None:
+def test_a_step_that_hangs_stops_the_attempt(tmp_path: Path, whole: Run) -> None:
     """The reader of its output has stopped reading, as a container runtime may: the main thread waits forever."""
     run = Run(tmp_path, whole.manifest)
     unread, output = os.pipe()
@@ -269,11 +269,11 @@ def test_a_step_that_hangs_ends_the_attempt(tmp_path: Path, whole: Run) -> None:
         process.kill()
         process.wait()
         os.close(output)
-    said = os.read(unread, PIPE_BYTES).decode()
+    written = os.read(unread, PIPE_BYTES).decode()
     os.close(unread)
-    step = max(int(found) for found in re.findall(r"  step (\d+)/", said))
+    step = max(int(found) for found in re.findall(r"  step (\d+)/", written))
     result = run.result()
     assert (result.reason, result.retryable) == (FailureReason.INTERNAL_ERROR, True)
-    assert re.search(rf"training hangs: no sign of life for \d+ s after step ({step}|{step + 1});", result.message)
-    assert "the next attempt goes on from the last checkpoint" in result.message
+    assert re.search(rf"training hangs: no progress for \d+ s after step ({step}|{step + 1});", result.message)
+    assert "the next attempt resumes from the last checkpoint" in result.message
     assert sorted((run.output / "checkpoints").glob("step-*"))

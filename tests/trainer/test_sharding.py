@@ -145,8 +145,8 @@ def test_a_stopped_run_resumes_to_the_identical_result(tmp_path: Path, base_mode
     through, stopped = (sharded(tmp_path / kind, base_model, **job) for kind in ("through", "stopped"))
     through.finish()
     stopped.start()
-    stopped.strike((1,), signal.SIGTERM, step=2)
-    assert stopped.ended() == [143, 143], [stopped.log(0), stopped.log(1)]
+    stopped.interrupt((1,), signal.SIGTERM, step=2)
+    assert stopped.wait() == [143, 143], [stopped.log(0), stopped.log(1)]
     stopped.finish()
     assert stopped.result(0).resumed_from_step
     assert stopped.curve() == through.curve()
@@ -171,7 +171,7 @@ def test_a_rank_that_cannot_compile_stops_all_with_its_reason(
     monkeypatch.setattr(processes, "_command", without_a_compiler_at_the_second)
     two = sharded(tmp_path, base_model, **LONG_JOBS["full with compiled layers"])
     two.start()
-    assert two.ended() == [3, 2], [two.log(0), two.log(1)]
+    assert two.wait() == [3, 2], [two.log(0), two.log(1)]
     assert two.result(0).lost_peer
     assert two.result(1).reason is FailureReason.INVALID_SPEC
     assert "hyperparameters.torchCompile" in two.result(1).message

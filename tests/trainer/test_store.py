@@ -164,14 +164,14 @@ MISSING = {
 
 @pytest.mark.usefixtures("uploaded")
 @pytest.mark.parametrize("name", MISSING)
-def test_what_is_missing_is_named(bench: Workbench, name: str) -> None:
+def test_a_missing_input_is_named(bench: Workbench, name: str) -> None:
     spec, reason, expected = MISSING[name]
     ran = bench.run("validate", s3_job(**spec), allow_file=False)
     assert expected in ran.result.message
     assert (ran.code, ran.result.reason) == (2, reason)
 
 
-def test_an_outage_is_waited_out(tmp_path: Path) -> None:
+def test_a_short_outage_is_retried(tmp_path: Path) -> None:
     with S3Server(tmp_path / "s3") as server:
         server.filesystem().pipe_file("tunesmith/a.bin", os.urandom(100_000))
         retry = Retry(attempts=200, first=0.05, longest=0.2)
@@ -188,15 +188,15 @@ def test_an_outage_is_waited_out(tmp_path: Path) -> None:
         assert (tmp_path / "a.bin").stat().st_size == 100_000
 
 
-def test_an_outage_is_reported_while_it_is_waited_out_and_no_longer(tmp_path: Path) -> None:
+def test_an_outage_is_reported_until_the_store_answers(tmp_path: Path) -> None:
     with S3Server(tmp_path / "s3") as server:
         server.filesystem().pipe_file("tunesmith/a.bin", b"a")
-        told: list[str | None] = []
+        reported: list[str | None] = []
 
         def waiting(sentence: str | None) -> None:
-            if not told:
+            if not reported:
                 server.start()
-            told.append(sentence)
+            reported.append(sentence)
 
         stores = Stores(
             secrets=tmp_path,
@@ -208,7 +208,7 @@ def test_an_outage_is_reported_while_it_is_waited_out_and_no_longer(tmp_path: Pa
         folder = stores.folder("s3://tunesmith", what="the data set", missing=DatasetNotFoundError)
         server.stop()
         assert folder.names() == ["a.bin"]
-        *sentences, last = told
+        *sentences, last = reported
         assert last is None
         assert all(
             text is not None and text.startswith("the data set s3://tunesmith could not be reached")
@@ -246,14 +246,14 @@ def test_a_missing_endpoint_is_in_the_progress_of_a_running_job(tmp_path: Path) 
     assert "has no AWS_ENDPOINT_URL, so Amazon S3 was asked: add it if the store is another server's; next" in outage
 
 
-def test_an_outage_that_lasts_is_worth_another_attempt(s3: S3Server) -> None:
+def test_a_long_outage_is_retryable(s3: S3Server) -> None:
     environ = {**s3.environment(), "AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}"}
     with pytest.raises(StorageUnavailableError, match=r"could not be reached, tried 2 times") as raised:
         target("s3://tunesmith", environ=environ).names()
     assert raised.value.retryable
 
 
-def test_no_credentials_at_all_are_told(s3: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_credentials_are_reported(s3: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -262,7 +262,7 @@ def test_no_credentials_at_all_are_told(s3: S3Server, monkeypatch: pytest.Monkey
         target("s3://tunesmith", environ={"AWS_ENDPOINT_URL": s3.endpoint}).names()
 
 
-def test_a_download_appears_only_when_it_is_whole(uploaded: S3Server, tmp_path: Path) -> None:
+def test_a_download_appears_only_when_it_is_complete(uploaded: S3Server, tmp_path: Path) -> None:
     content = os.urandom(20_000_000)  # three ranges
     uploaded.filesystem().pipe_file("tunesmith/big.bin", content)
     folder = target("s3://tunesmith")
@@ -275,12 +275,12 @@ def test_a_download_appears_only_when_it_is_whole(uploaded: S3Server, tmp_path: 
 
 
 @pytest.mark.usefixtures("uploaded")
-def test_names_do_not_leave_their_folder() -> None:
+def test_names_cannot_leave_their_folder() -> None:
     with pytest.raises(ValueError, match="not the name of a file"):
         target("s3://tunesmith/store").read("../data/train.jsonl")
 
 
-def test_claims_are_read_where_they_are_mounted(tmp_path: Path) -> None:
+def test_claims_are_read_from_their_mounts(tmp_path: Path) -> None:
     write_rows(tmp_path / "claim/data/train.jsonl", chat_rows(2))
     stores = Stores(secrets=tmp_path, allow_file=False, claims=tmp_path)
     folder, name = stores.file("pvc://claim/data/train.jsonl", what="the data set", missing=DatasetNotFoundError)
@@ -295,7 +295,7 @@ def test_claims_are_read_where_they_are_mounted(tmp_path: Path) -> None:
 ODD = "run#1?x%20[1]"
 
 
-def test_a_local_run_writes_into_the_folder_that_is_named(bench: Workbench, tmp_path: Path) -> None:
+def test_a_local_run_writes_into_the_output_folder(bench: Workbench, tmp_path: Path) -> None:
     """Not into the one beside it, which a URL parser or a pattern would make of its name."""
     for neighbour in ("run", "run#1", "run#1?x 1", "run#12x%201"):
         (tmp_path / "runs" / neighbour).mkdir(parents=True)
@@ -313,7 +313,7 @@ def test_a_local_run_writes_into_the_folder_that_is_named(bench: Workbench, tmp_
         assert [file.name for file in neighbour.iterdir()] == ["results"], neighbour
 
 
-def test_what_is_removed_is_what_is_named(uploaded: S3Server) -> None:
+def test_only_the_named_folder_is_removed(uploaded: S3Server) -> None:
     filesystem = uploaded.filesystem()
     names = ["odd", "odd#1", ODD, "run#1?x%201", "run#12x%201", "run"]
     for name in names:
@@ -327,7 +327,7 @@ def test_what_is_removed_is_what_is_named(uploaded: S3Server) -> None:
 
 
 @pytest.mark.parametrize(
-    ("uri", "told"),
+    ("uri", "message"),
     [
         ("s3://tunesmith/a.jsonl?versionId=3", r"only the newest can be read: remove \?versionId=… from it"),
         ("az://tunesmith/run#1", r"has a '\?' or '#', which cannot be read there"),
@@ -336,9 +336,9 @@ def test_what_is_removed_is_what_is_named(uploaded: S3Server) -> None:
         ("S3://tunesmith/run", "is none of hf://, s3://"),
     ],
 )
-def test_a_place_that_cannot_be_meant_is_refused(uri: str, told: str) -> None:
+def test_an_impossible_location_is_refused(uri: str, message: str) -> None:
     stores = Stores(secrets=Path("/nonexistent"), allow_file=True)
-    with pytest.raises(InvalidSpecError, match=told):
+    with pytest.raises(InvalidSpecError, match=message):
         stores.folder(uri, what="the base model", missing=StorageUnavailableError)
 
 
@@ -358,7 +358,7 @@ def azure(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("azure")
-def test_credentials_in_no_usable_form_are_told_with_their_secret_and_without_them(tmp_path: Path) -> None:
+def test_malformed_credentials_are_reported_with_their_secret_without_values(tmp_path: Path) -> None:
     stores = mounted_secret(tmp_path, AZURE_STORAGE_CONNECTION_STRING=SECRET_VALUE)
     with pytest.raises(AccessDeniedError) as raised:
         stores.folder("az://data/rows", what="the data set", missing=DatasetNotFoundError, secret="mine")
@@ -370,7 +370,7 @@ def test_credentials_in_no_usable_form_are_told_with_their_secret_and_without_th
 
 
 @pytest.mark.usefixtures("azure")
-def test_an_account_of_a_secret_is_not_replaced_by_that_of_the_store(tmp_path: Path) -> None:
+def test_a_secrets_account_is_not_replaced_by_the_stores(tmp_path: Path) -> None:
     stores = mounted_secret(tmp_path, AZURE_STORAGE_ACCOUNT_NAME="mine", AZURE_STORAGE_ACCOUNT_KEY="a2V5")
     folder = stores.folder("az://data/rows", what="the data set", missing=DatasetNotFoundError, secret="mine")
     assert folder._filesystem.service_client.account_name == "mine"
@@ -381,7 +381,7 @@ def test_an_account_of_a_secret_is_not_replaced_by_that_of_the_store(tmp_path: P
 
 
 @pytest.mark.usefixtures("uploaded")
-def test_the_owner_of_a_jobs_folder_is_written_there_once(bench: Workbench, uploaded: S3Server) -> None:
+def test_the_owner_file_of_a_jobs_folder_is_written_once(bench: Workbench, uploaded: S3Server) -> None:
     job = s3_job()
     job["metadata"] |= {"namespace": "team", "uid": "uid-1"}
     folder = ("--job-folder", "s3://tunesmith/store/team/doors-uid-1", "--cluster")

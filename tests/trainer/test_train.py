@@ -102,7 +102,7 @@ def test_a_trained_adapter_reloads_in_plain_peft_with_the_same_loss(
     assert total / count == pytest.approx(evaluation.loss, abs=2e-4)
 
 
-def test_the_artifact_is_what_its_manifest_says(bench: Workbench, base_model: Path) -> None:
+def test_the_artifact_matches_its_manifest(bench: Workbench, base_model: Path) -> None:
     ran = bench.run("train", bench.job())
     folder = bench.output / "artifact"
     data = (folder / "tunesmith.json").read_bytes()
@@ -177,7 +177,7 @@ def test_a_folder_with_another_jobs_artifact_is_refused(bench: Workbench) -> Non
     assert bench.run("train", bench.job()).code == 0
     other = bench.run("train", bench.job(hyperparameters={"maxSteps": 2}))
     assert (other.code, other.result.reason) == (2, FailureReason.INVALID_SPEC)
-    assert "already holds the artifact of another spec" in other.result.message
+    assert "already contains the artifact of another spec" in other.result.message
 
 
 def test_micro_batches_do_not_change_the_result(bench: Workbench) -> None:
@@ -250,20 +250,20 @@ def test_json_output_ends_with_the_result(bench: Workbench) -> None:
     )
 
 
-def test_failed_runs_end_with_the_result_too(bench: Workbench) -> None:
+def test_output_of_failed_runs_ends_with_the_result(bench: Workbench) -> None:
     ran = bench.run("validate", bench.job([]), "-o", "json")
     last = json.loads(ran.lines[-1])
     assert (last["outcome"], last["reason"], last["artifact"]) == ("Failed", "DatasetInvalid", None)
 
 
-def test_people_get_lines_with_step_loss_and_eta(bench: Workbench) -> None:
+def test_text_output_has_lines_with_step_loss_and_eta(bench: Workbench) -> None:
     ran = bench.run("train", bench.job())
     step = r"  step 2/3 \(66 %\)  epoch 0\.\d  loss \d\.\d+  .*rate .* tok/s  \d+\.\d GB  ETA \d+ s"
     assert any(re.fullmatch(step, line) for line in ran.lines), ran.lines
     assert any(line.startswith("Succeeded: held-out loss ") for line in ran.lines)
 
 
-def test_progress_and_metrics_are_served_and_sigterm_ends_after_a_step(tmp_path: Path, base_model: Path) -> None:
+def test_progress_and_metrics_are_served_and_sigterm_stops_after_a_step(tmp_path: Path, base_model: Path) -> None:
     rows = write_rows(tmp_path / "train.jsonl", chat_rows(24))
     manifest = tmp_path / "job.yaml"
     hyper = {"maxSteps": 100_000, "batchSize": 4}

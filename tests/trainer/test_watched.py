@@ -28,7 +28,7 @@ def program(*lines: str) -> list[str]:
 
 
 @pytest.mark.parametrize("template", ENDLESS.values(), ids=ENDLESS.keys())
-def test_a_template_without_end_is_stopped(tmp_path: Path, template: str) -> None:
+def test_an_endless_template_is_stopped(tmp_path: Path, template: str) -> None:
     """Neither Python nor a signal can interrupt the second one: C code holds the interpreter lock."""
     lines = (
         "from types import SimpleNamespace",
@@ -51,9 +51,7 @@ def test_the_whole_command_has_a_deadline(tmp_path: Path) -> None:
     assert "the checks took longer than" in result.message
 
 
-def test_work_within_work_has_its_own_limit_and_then_the_outer_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nested_work_has_its_own_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slot = activity.create(tmp_path / "activity")
     monkeypatch.setenv(activity.ACTIVITY, str(tmp_path / "activity"))
     with activity.limited("outer", -1.0):
@@ -64,9 +62,9 @@ def test_work_within_work_has_its_own_limit_and_then_the_outer_one(
     assert activity.overdue(slot) is None
 
 
-def test_a_result_is_passed_on_and_a_crash_is_named(bench: Workbench) -> None:
+def test_a_result_is_returned_and_a_crash_is_reported(bench: Workbench) -> None:
     ran = bench.run("validate", bench.job(), "--deadline", "600")
     assert ran.code == 0
     assert ran.result.preflight is not None
     crashed = watched(program("import os, signal", "os.kill(os.getpid(), signal.SIGSEGV)"), bench.folder, 60.0)
-    assert (crashed.retryable, "exit code 139" in crashed.message) == (True, True)
+    assert (crashed.retryable, "exited with code 139" in crashed.message) == (True, True)

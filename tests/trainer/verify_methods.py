@@ -260,7 +260,7 @@ _HEAD = [
 ]
 
 
-def say(text: str) -> None:
+def write_line(text: str) -> None:
     """Print one line at once."""
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
@@ -298,7 +298,7 @@ def main() -> int:
                 key = f"{case.name}/{kind}"
                 tried[key] = try_case(method, base, work / key.replace(" ", "_"), merge)
                 outcome = tried[key].result.message if tried[key].result.reason else "trained"
-                say(f"{key}: {outcome}")
+                write_line(f"{key}: {outcome}")
                 if tried[key].result.reason and tried[key].result.reason != "InvalidSpec":
                     tried[key].problems.append(f"it fails: {tried[key].result.message}")
         compare_reloaded(tried, base, work)
@@ -306,11 +306,11 @@ def main() -> int:
             ask_engine(tried, base, arguments.engine, work)
     text = document(tried)
     if arguments.only:
-        say(text)
+        write_line(text)
     else:
         DOCUMENT.write_text(text)
     problems = [f"{key}: {problem}" for key, one in tried.items() for problem in one.problems]
-    say("\n".join(problems) or f"{len(tried)} passed, as their verdicts say")
+    write_line("\n".join(problems) or f"{len(tried)} passed, as their verdicts say")
     return 1 if problems else 0
 
 

@@ -17,31 +17,31 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """examples:
   tunesmith-trainer validate --job job.yaml --allow-file
-      checks manifest, data and base model on the CPU, without loading weights
+      checks the manifest, the data and the base model on the CPU, without loading weights
   tunesmith-trainer train --job job.yaml --output out --allow-file
       trains on this machine; the adapter is in out/artifact, the curves in out/metrics.csv
   tunesmith-trainer train --job /etc/tunesmith/job/job.yaml --output s3://tunesmith/store/default/demo-1/artifact
       what a training pod runs
 
-exit codes: 0 done, 2 the job must be changed, 3 worth another attempt, 143 stopped from outside
+exit codes: 0 succeeded, 2 the job must be changed, 3 another attempt may succeed, 143 stopped by a signal
 """
 
 
 def parse(argv: Sequence[str]) -> RunOptions:
     """Return the options in a command line; exit the process with code 2 if they are wrong."""
-    given = vars(_parser().parse_args(argv))
-    return RunOptions(**{**given, "command": Command(given["command"])})
+    arguments = vars(_parser().parse_args(argv))
+    return RunOptions(**{**arguments, "command": Command(arguments["command"])})
 
 
 def _parser() -> argparse.ArgumentParser:
     """Return a parser for the commands and their options; each option is stored under its name in RunOptions."""
-    whole = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="tunesmith-trainer",
         description="Trains a LoRA adapter from a FineTuneJob manifest.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = whole.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
         (Command.VALIDATE, "check the job on the CPU, without weights"),
         (Command.TRAIN, "train, evaluate, package and publish"),
@@ -61,22 +61,22 @@ def _parser() -> argparse.ArgumentParser:
                 "--gpu-memory-bytes",
                 type=int,
                 metavar="N",
-                help="memory of the GPU that the job will get, for the verdict (default: not known)",
+                help="memory of the GPU that the job will get, to decide if it fits (default: unknown)",
             )
             command.add_argument(
                 "--deadline",
                 dest="deadline_seconds",
                 type=float,
                 metavar="SECONDS",
-                help="run the checks in a process of their own that is stopped after so long, or when a chat template "
-                "or a pattern does not end (default: no limit)",
+                help="run the checks in a separate process that is stopped after this time, or when a chat template or "
+                "a pattern does not terminate (default: no limit)",
             )
         if name is Command.TRAIN:
             command.add_argument(
                 "--output",
                 required=True,
-                metavar="PLACE",
-                help="uri of the artifact's folder, or a folder here that gets artifact/, checkpoints/ and metrics.csv",
+                metavar="LOCATION",
+                help="URI of the artifact's folder, or a local folder for artifact/, checkpoints/ and metrics.csv",
             )
             command.add_argument(
                 "--checkpoints",
@@ -86,20 +86,20 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--tokens",
             metavar="URI",
-            help="folder that keeps the tokenised rows for the next attempt (default: tokens/ beside the artifact, of"
-            " train in a folder here; otherwise they are not kept)",
+            help="folder that keeps the tokenised rows for the next attempt (default: tokens/ beside the artifact if"
+            " `train` writes to a local folder; otherwise they are not kept)",
         )
         command.add_argument(
             "--job-folder",
             metavar="URI",
-            help=f"folder of the job in the store, which gets {OWNER_FILE} (default: none)",
+            help=f"folder of the job in the store, where {OWNER_FILE} is written (default: none)",
         )
         command.add_argument("--cluster", metavar="ID", help=f"the cluster's identity, for {OWNER_FILE}")
         command.add_argument(
             "--work",
             type=Path,
             metavar="DIR",
-            help=f"for downloads and temporary files (default: ${WORK_FOLDER}, or a temporary folder)",
+            help=f"folder for downloads and temporary files (default: ${WORK_FOLDER}, or a temporary folder)",
         )
         command.add_argument(
             "--secrets",
@@ -112,24 +112,24 @@ def _parser() -> argparse.ArgumentParser:
             "--termination-message",
             type=Path,
             metavar="FILE",
-            help=f"where the result goes as JSON (default: {TERMINATION_MESSAGE_PATH} if it is there)",
+            help=f"file that the result is written to as JSON (default: {TERMINATION_MESSAGE_PATH} if it exists)",
         )
         command.add_argument(
             "--progress-port",
             type=int,
             default=PROGRESS_PORT,
             metavar="PORT",
-            help="port of /progress and /metrics, 0 for none (default: %(default)s)",
+            help="port of /progress and /metrics; 0: they are not served (default: %(default)s)",
         )
         command.add_argument(
             "--allow-file",
             action="store_true",
-            help="allow file:// and folders of this machine: where no cluster runs the job",
+            help="allow file:// and local folders: for jobs that run outside a cluster",
         )
         command.add_argument(
             "--allow-task-code",
             action="store_true",
-            help="run the evaluation tasks that the job brings (lmEval.taskFolder), which are code",
+            help="run the evaluation tasks supplied with the job (lmEval.taskFolder), which are code",
         )
         command.add_argument(
             "-o",
@@ -138,4 +138,4 @@ def _parser() -> argparse.ArgumentParser:
             default="text",
             help="progress as text or one JSON object per line (default: text)",
         )
-    return whole
+    return parser

@@ -83,7 +83,7 @@ class SelfCheckError(TrainerError):
 
 
 class InterruptedRunError(Exception):
-    """Training was asked to stop from outside and saved its state; not a failure.
+    """Training was stopped by a signal and saved its state; not a failure.
 
     Args:
         step: optimizer steps done.

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 TOKEN = "HF_TOKEN"  # noqa: S105 - a name, not a secret
 _DENIED = frozenset({401, 403, 404})
 """Status codes of a denial: the Hub does not distinguish a missing repository from one that the token must not see."""
-_WORTH_A_RETRY = frozenset({408, 409, 412, 425, 429})
+_RETRYABLE = frozenset({408, 409, 412, 425, 429})
 _SERVER_ERROR = 500
 
 
@@ -49,7 +49,7 @@ class Repository:
         try:
             if not credentials.values.get(TOKEN):
                 raise AccessDeniedError(
-                    f"the export hf://{name} needs a token: put {TOKEN}, a token that may write there, into"
+                    f"the export hf://{name} needs a token: put {TOKEN}, a token that may write to it, into"
                     f" {credentials.source}"
                 )
             self._hub = hub_client(credentials)
@@ -63,20 +63,20 @@ class Repository:
             TrainerError: the token may not write to it, or the Hub is unavailable.
         """
 
-        def made() -> None:
+        def create() -> None:
             if not self._hub.repo_exists(self._name):
                 self._hub.create_repo(self._name, private=True, exist_ok=True)
             # Ask how a file is to be uploaded, which requires write access; this does not upload a small file.
             self._hub.preupload_lfs_files(self._name, [CommitOperationAdd("README.md", b"-")])
 
-        self._attempted(made)
+        self._attempt(create)
 
     def commit(self, files: Mapping[str, Path], last: str, folder: str, message: str) -> None:
-        """Commit all files in one commit; do nothing if the repository already holds them.
+        """Commit all files in one commit; do nothing if the repository already has them.
 
         Args:
             files: local files by their path in the repository.
-            last: path of the file that lists the hashes of all the others: if it is equal, all are.
+            last: path of the file that lists the hashes of all others: if it is the same, all are.
             folder: folder in the repository from which files not in `files` are removed; all others are kept.
             message: commit message.
 
@@ -84,12 +84,12 @@ class Repository:
             TrainerError: the token may not write to the repository, or the Hub is unavailable.
         """
 
-        def committed() -> None:
+        def commit() -> None:
             tree = self._hub.list_repo_tree(self._name, recursive=True)
-            there = {entry.path: entry.blob_id for entry in tree if isinstance(entry, RepoFile)}
-            if there.get(last) == _blob_id(files[last].read_bytes()):
+            existing = {entry.path: entry.blob_id for entry in tree if isinstance(entry, RepoFile)}
+            if existing.get(last) == _blob_id(files[last].read_bytes()):
                 return
-            old = [path for path in there if path.startswith(f"{folder}/") and path not in files]
+            old = [path for path in existing if path.startswith(f"{folder}/") and path not in files]
             self._hub.create_commit(
                 self._name,
                 [
@@ -99,24 +99,24 @@ class Repository:
                 commit_message=message,
             )
 
-        self._attempted(committed)
+        self._attempt(commit)
 
-    def _attempted(self, operation: Callable[[], T]) -> T:
-        return attempt(operation, self._understood, self._access, f"the export (hf://{self._name})")
+    def _attempt(self, operation: Callable[[], T]) -> T:
+        return attempt(operation, self._translate, self._access, f"the export (hf://{self._name})")
 
-    def _understood(self, error: Exception, tries: int) -> StorageError:
+    def _translate(self, error: Exception, tries: int) -> StorageError:
         where = f"the export hf://{self._name}"
         # A failed upload is wrapped in an error that does not state the cause.
         cause = error.__cause__ if type(error) is RuntimeError and isinstance(error.__cause__, Exception) else error
         status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
         if status in _DENIED:
             return AccessDeniedError(
-                f"access to {where} was denied with the credentials of {self._credentials.source}: {TOKEN} there must"
-                f" be a token that may write to {self._name}, and may make it where there is no such repository"
+                f"access to {where} was denied with the credentials of {self._credentials.source}: {TOKEN} must"
+                f" be a token that may write to {self._name}, or create that repository if it does not exist"
             )
-        refused = status is not None and status < _SERVER_ERROR and status not in _WORTH_A_RETRY
+        refused = status is not None and status < _SERVER_ERROR and status not in _RETRYABLE
         if refused or isinstance(error, ValueError):
-            return InvalidUriError(f"the Hub does not take {where}: {said(cause)}")
+            return InvalidUriError(f"the Hub does not accept {where}: {said(cause)}")
         tried = f", tried {tries} times" if tries > 1 else ""
         return UnavailableError(f"{where} could not be reached{tried}: {said(cause)}")
 

@@ -23,11 +23,11 @@ from tunesmith_trainer.errors import InterruptedRunError, InvalidSpecError, Stor
 from tunesmith_trainer.manifest import load_job
 from tunesmith_trainer.options import Command
 from tunesmith_trainer.process.confidential import clean_output, scrubber_of
-from tunesmith_trainer.process.ending import UPLOAD_SECONDS, Ending
 from tunesmith_trainer.process.interruption import Interruption
 from tunesmith_trainer.process.launch import LAUNCHED, die_with_parent, launch
 from tunesmith_trainer.process.progress import Progress, serve
 from tunesmith_trainer.process.ranks import PeerLostError, Ranks, lost_peer, of_pod
+from tunesmith_trainer.process.termination import UPLOAD_SECONDS, Termination
 from tunesmith_trainer.process.watched import watched
 
 if TYPE_CHECKING:
@@ -86,20 +86,20 @@ def run(argv: Sequence[str]) -> int:
 def _run(options: RunOptions, argv: Sequence[str], scrubber: Scrubber) -> int:
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(message)s")
     progress = Progress(options.format)
-    ending = Ending(progress, options.format, options.termination_message, Interruption(), scrubber)
+    termination = Termination(progress, options.format, options.termination_message, Interruption(), scrubber)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, ending.signalled)
+        signal.signal(number, termination.handle_signal)
     try:
         # A local run uses the network of its user, unguarded.
         with contextlib.nullcontext() if options.allow_file else guarded():
-            result = _execute(options, argv, ending, scrubber)
+            result = _execute(options, argv, termination, scrubber)
     except InterruptedRunError as error:
-        result = ending.interrupted(error, local=options.output_folder is not None)
+        result = termination.interrupted_result(error, local=options.output_folder is not None)
     except Exception as error:  # noqa: BLE001 - every error becomes a result
-        result = _failure(error, ending.ranks)
+        result = _failure(error, termination.ranks)
     if result.lost_peer:
-        result = ending.left_alone(result)
-    ending.tell(result)
+        result = termination.after_lost_peer(result)
+    termination.report(result)
     return int(result.exit_code)
 
 
@@ -132,23 +132,23 @@ def _report_outage(progress: Progress, scrubber: Scrubber, sentence: str | None)
     progress.update(outage=text)
 
 
-def _execute(options: RunOptions, argv: Sequence[str], ending: Ending, scrubber: Scrubber) -> TrainerResult:
+def _execute(options: RunOptions, argv: Sequence[str], termination: Termination, scrubber: Scrubber) -> TrainerResult:
     """Run the command in this process, or in child processes if it needs several or one that can be killed."""
     if options.command is Command.VALIDATE and options.deadline_seconds and LAUNCHED not in os.environ:
         with _work_folder(options.work) as work:
             return watched(_child_command(argv, work), work, options.deadline_seconds)
     job = load_job(options.job)
     if options.command is Command.TRAIN:
-        ending.ranks, count = of_pod(job.spec.resources, os.environ)
+        termination.ranks, count = of_pod(job.spec.resources, os.environ)
         if count > 1:
-            ending.progress.say(f"  {count} GPUs: one process for each of them")
+            termination.progress.write_line(f"  {count} GPUs: one process per GPU")
             with _work_folder(options.work) as work:
-                return launch(_child_command(argv, work), ending.ranks, count, work)
-        os.environ.update(ending.ranks.environment())
-        if not ending.ranks.first:
-            ending.progress.mute()
-    with progress_served(options, ending):
-        return _stage(options, job, ending, scrubber)
+                return launch(_child_command(argv, work), termination.ranks, count, work)
+        os.environ.update(termination.ranks.environment())
+        if not termination.ranks.first:
+            termination.progress.mute()
+    with progress_served(options, termination):
+        return _stage(options, job, termination, scrubber)
 
 
 def _child_command(argv: Sequence[str], work: Path) -> list[str]:
@@ -156,12 +156,12 @@ def _child_command(argv: Sequence[str], work: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def progress_served(options: RunOptions, ending: Ending) -> Iterator[None]:
+def progress_served(options: RunOptions, termination: Termination) -> Iterator[None]:
     """Serve the progress over HTTP while the block runs, on the first rank only."""
-    if not options.progress_port or not ending.ranks.first:
+    if not options.progress_port or not termination.ranks.first:
         yield
         return
-    server = serve(ending.progress, options.progress_port)
+    server = serve(termination.progress, options.progress_port)
     try:
         yield
     finally:
@@ -169,27 +169,27 @@ def progress_served(options: RunOptions, ending: Ending) -> Iterator[None]:
         server.server_close()
 
 
-def _stage(options: RunOptions, job: FineTuneJob, ending: Ending, scrubber: Scrubber) -> TrainerResult:
+def _stage(options: RunOptions, job: FineTuneJob, termination: Termination, scrubber: Scrubber) -> TrainerResult:
     """Run the command's stage."""
     # These imports take seconds: an invalid manifest is reported before them.
     from tunesmith_trainer.store import TRAINING_RETRY, Stores  # noqa: PLC0415
 
-    patient = options.command is Command.TRAIN and not options.allow_file
+    long_retries = options.command is Command.TRAIN and not options.allow_file
     stores = Stores(
         secrets=options.secrets,
         allow_file=options.allow_file,
-        retry=TRAINING_RETRY if patient else None,
-        waiting=partial(_report_outage, ending.progress, scrubber),
+        retry=TRAINING_RETRY if long_retries else None,
+        waiting=partial(_report_outage, termination.progress, scrubber),
     )
     stores.check_secrets()
-    if options.job_folder and options.cluster and ending.ranks.first:
+    if options.job_folder and options.cluster and termination.ranks.first:
         folder = stores.folder(options.job_folder, what="the job's folder", missing=StorageUnavailableError)
-        _sign(job, options.cluster, folder)
+        _record_owner(job, options.cluster, folder)
     with _work_folder(options.work) as work:
         # Libraries read the location of their cache when they are imported.
         from tunesmith_trainer import stages  # noqa: PLC0415
 
-        attempt = stages.Attempt(job, options, stores, work, ending)
+        attempt = stages.Attempt(job, options, stores, work, termination)
         return stages.validate(attempt) if options.command is Command.VALIDATE else _train(attempt)
 
 
@@ -198,7 +198,7 @@ def _train(attempt: Attempt) -> TrainerResult:
     from tunesmith_trainer import stages  # noqa: PLC0415
     from tunesmith_trainer.reporting.run import reporter_of  # noqa: PLC0415
 
-    options, ending = attempt.options, attempt.ending
+    options, termination = attempt.options, attempt.termination
     reporter = reporter_of(
         attempt.job,
         attempt.work,
@@ -211,8 +211,8 @@ def _train(attempt: Attempt) -> TrainerResult:
         result = stages.train(attempt, reporter)
     except Exception as error:
         # Checkpoints are uploaded from the work folder, which may be removed when the caller's block is left.
-        if ending.interruption.checkpoints is not None:
-            ending.interruption.checkpoints.flush(UPLOAD_SECONDS)
+        if termination.interruption.checkpoints is not None:
+            termination.interruption.checkpoints.flush(UPLOAD_SECONDS)
         stopped = isinstance(error, InterruptedRunError)
         missed = reporter.close(Outcome.PREEMPTED if stopped else Outcome.FAILED, {}, STOPPING_SECONDS)
         if missed is not None:
@@ -222,7 +222,7 @@ def _train(attempt: Attempt) -> TrainerResult:
     return result if missed is None else result.model_copy(update={"message": f"{result.message}; {missed}"})
 
 
-def _sign(job: FineTuneJob, cluster: str, folder: Folder) -> None:
+def _record_owner(job: FineTuneJob, cluster: str, folder: Folder) -> None:
     """Record the job's owner in its folder, once, before anything else is written there."""
     metadata = job.metadata
     owner = Owner(cluster=cluster, namespace=metadata.namespace, name=metadata.name, uid=metadata.uid)
@@ -230,9 +230,9 @@ def _sign(job: FineTuneJob, cluster: str, folder: Folder) -> None:
 
 
 @contextlib.contextmanager
-def _work_folder(asked: Path | None) -> Iterator[Path]:
+def _work_folder(option: Path | None) -> Iterator[Path]:
     default = os.environ.get(WORK_FOLDER)
-    folder = asked or (Path(default) if default else None)
+    folder = option or (Path(default) if default else None)
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="tunesmith-") as name:
             os.environ.setdefault("HF_HOME", f"{name}/huggingface")
@@ -242,7 +242,7 @@ def _work_folder(asked: Path | None) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InvalidSpecError(
-            f"cannot make the work folder {folder}: {error.strerror}; choose another with --work"
+            f"cannot create the work folder {folder}: {error.strerror}; choose another with --work"
         ) from None
     os.environ.setdefault("HF_HOME", str(folder / "huggingface"))
     yield folder

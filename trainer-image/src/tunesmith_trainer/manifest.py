@@ -42,13 +42,15 @@ def load_job(path: Path) -> FineTuneJob:
     except OSError as error:
         raise InvalidSpecError(f"cannot read the manifest {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InvalidSpecError(f"the manifest {path} is not YAML: {error}") from None
+        raise InvalidSpecError(f"the manifest {path} is not valid YAML: {error}") from None
     documents = [document for document in documents if document is not None]
     if len(documents) != 1 or not isinstance(documents[0], dict):
-        raise InvalidSpecError(f"the manifest {path} must hold exactly one FineTuneJob, it holds {len(documents)}")
+        raise InvalidSpecError(
+            f"the manifest {path} must contain exactly one FineTuneJob, it contains {len(documents)}"
+        )
     kind = documents[0].get("kind")
     if kind != "FineTuneJob":
-        raise InvalidSpecError(f"the manifest {path} is of kind {kind!r}, not FineTuneJob")
+        raise InvalidSpecError(f"the manifest {path} has the kind {kind!r} instead of FineTuneJob")
     try:
         return FineTuneJob.model_validate(documents[0])
     except ValidationError as error:
@@ -61,15 +63,15 @@ def _problems(error: ValidationError) -> str:
     for problem in error.errors(include_url=False):
         where = ".".join(str(part) for part in problem["loc"]) or "manifest"
         text = problem["msg"].removeprefix("Value error, ")
-        given = problem.get("input")
-        shown = f" (it is {given!r})" if isinstance(given, str | int | float) else ""
+        value = problem.get("input")
+        shown = f" (it is {value!r})" if isinstance(value, str | int | float) else ""
         lines.append(f"{where}: {text}{shown}")
     rest = len(lines) - _SHOWN_PROBLEMS
     return "; ".join(lines[:_SHOWN_PROBLEMS]) + (f"; and {rest} more" if rest > 0 else "")
 
 
 def spec_digest(job: FineTuneJob) -> str:
-    """Return `sha256:<64 hex>` of what determines the result: the spec without where and how often it runs."""
+    """Return `sha256:<64 hex>` of what determines the result: the spec without fields that only affect how it runs."""
     spec = job.spec
     if spec.output is not None:
         # Copies and reports do not affect the result: a job with them and one without produce the same.
@@ -100,6 +102,6 @@ def require_unchanged(what: str, before: str | None, now: str | None) -> None:
     """
     if before is not None and before != now:
         raise InvalidSpecError(
-            f"the {what} changed since the job was validated (it was {before[:19]}…, it is {str(now)[:19]}…): "
+            f"the {what} changed since the job was validated (from {before[:19]}… to {str(now)[:19]}…): "
             "create a new FineTuneJob"
         )

@@ -13,7 +13,7 @@ from tunesmith.api.finetunejob_status import EvaluationStatus, Stage
 from tunesmith.contracts.location import ARTIFACT_FOLDER, MERGED_FOLDER, beside_artifact
 from tunesmith.contracts.result import Outcome, TrainerResult
 from tunesmith_trainer.artifact import exports, merge, package
-from tunesmith_trainer.data.report import told
+from tunesmith_trainer.data.report import summary_lines
 from tunesmith_trainer.errors import InvalidSpecError, StorageUnavailableError, TrainerError
 from tunesmith_trainer.evaluation import gates
 from tunesmith_trainer.evaluation.folders import TaskCode
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from tunesmith.storage.folder import Folder
     from tunesmith_trainer.options import RunOptions
     from tunesmith_trainer.preflight.prepare import Prepared
-    from tunesmith_trainer.process.ending import Ending
     from tunesmith_trainer.process.progress import Progress
     from tunesmith_trainer.process.ranks import Ranks
+    from tunesmith_trainer.process.termination import Termination
     from tunesmith_trainer.reporting.reporter import Reporter
     from tunesmith_trainer.store import Stores
     from tunesmith_trainer.training.loop import Trained
@@ -51,24 +51,24 @@ class Attempt:
         options: options of the command.
         stores: opens the locations that the manifest and the options name.
         work: folder for downloads and temporary files.
-        ending: holds the progress, the ranks and a signal to stop; is given the checkpoints.
+        termination: has the progress, the ranks and a signal to stop; receives the checkpoints.
     """
 
     job: FineTuneJob
     options: RunOptions
     stores: Stores
     work: Path
-    ending: Ending
+    termination: Termination
 
     @property
     def progress(self) -> Progress:
         """Progress of this process."""
-        return self.ending.progress
+        return self.termination.progress
 
     @property
     def ranks(self) -> Ranks:
         """This process among those that train together."""
-        return self.ending.ranks
+        return self.termination.ranks
 
     @property
     def tokens(self) -> str | None:
@@ -111,17 +111,17 @@ def validate(attempt: Attempt) -> TrainerResult:
         gpu_memory=options.gpu_memory_bytes,
         tokens=_tokens(attempt, options.tokens),
         task_code=attempt.task_code,
-        say=progress.say,
+        write_line=progress.write_line,
     )
     counted = prepared.preflight
-    _say_counts(progress, prepared)
-    refused = _refused(attempt, prepared)
+    _write_counts(progress, prepared)
+    refused = _refusal(attempt, prepared)
     if refused is not None:
         return refused
     exports.check(job, attempt.stores)
     return TrainerResult(
         outcome=Outcome.SUCCEEDED,
-        message=f"{counted.rows} rows to train on with {counted.tokens} tokens, {counted.validation_rows} held out,"
+        message=f"{counted.rows} training rows with {counted.tokens} tokens, {counted.validation_rows} held out,"
         f" {counted.dropped_rows} dropped;"
         f" {counted.trainable_parameters} trainable parameters, {prepared.resolved.total_steps} steps",
         preflight=counted,
@@ -134,30 +134,30 @@ def train(attempt: Attempt, reporter: Reporter) -> TrainerResult:
 
     Raises:
         TrainerError: the job failed.
-        InterruptedRunError: the job was stopped from outside and saved its state.
+        InterruptedRunError: a signal stopped the job, which has saved its state.
     """
     target = _artifact_folder(attempt)
     published = package.find(target)
     if published is not None:
-        return _reused(attempt, target, *published)
+        return _reused_result(attempt, target, *published)
     prepared = _prepared(attempt)
-    refused = _refused(attempt, prepared)
+    refused = _refusal(attempt, prepared)
     if refused is not None:
         return refused
-    _say_counts(attempt.progress, prepared)
+    _write_counts(attempt.progress, prepared)
     checkpoints = _checkpoints(attempt, prepared, target)
     trained = _trained(attempt, reporter, prepared, target, checkpoints)
     ranks = attempt.ranks
     if trained is None:
-        ranks.part()
+        ranks.disconnect()
         return TrainerResult(
-            outcome=Outcome.SUCCEEDED, message=f"rank {ranks.rank} of {ranks.size} is done; rank 0 has the result"
+            outcome=Outcome.SUCCEEDED, message=f"rank {ranks.rank} of {ranks.size} has finished; rank 0 has the result"
         )
     manifest, artifact, merge_error = _published(attempt, prepared, trained, target)
     _clean_up(attempt, trained, checkpoints)
-    with contextlib.suppress(PeerLostError):  # a lost peer does not undo what is published
-        ranks.part()
-    result = _judged(
+    with contextlib.suppress(PeerLostError):  # the artifact is published already
+        ranks.disconnect()
+    result = _with_gates(
         TrainerResult(
             outcome=Outcome.SUCCEEDED,
             message=_summary(trained.evaluation, merge_error),
@@ -168,7 +168,7 @@ def train(attempt: Attempt, reporter: Reporter) -> TrainerResult:
             metrics=manifest.metrics,
         )
     )
-    return exports.exported(result, attempt.job, attempt.stores, target, attempt.work, attempt.progress)
+    return exports.with_exports(result, attempt.job, attempt.stores, target, attempt.work, attempt.progress)
 
 
 def _artifact_folder(attempt: Attempt) -> Folder:
@@ -182,17 +182,19 @@ def _artifact_folder(attempt: Attempt) -> Folder:
         return attempt.folder(options.output, "the artifact's folder")
     if not options.allow_file:
         raise InvalidSpecError(
-            f"--output {options.output} is a folder of this machine, which is allowed only where no cluster runs the"
-            " job: use a uri"
+            f"--output {options.output} is a local folder, which is not allowed for a job in a cluster: use a URI, or"
+            " add --allow-file if the job runs outside a cluster"
         )
     try:
         local.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InvalidSpecError(f"cannot make the folder {local}: {error.strerror}") from None
+        raise InvalidSpecError(f"cannot create the folder {local}: {error.strerror}; choose another --output") from None
     return attempt.folder(f"file://{local}/{ARTIFACT_FOLDER}", "the artifact's folder")
 
 
-def _reused(attempt: Attempt, target: Folder, manifest: ArtifactManifest, artifact: ArtifactStatus) -> TrainerResult:
+def _reused_result(
+    attempt: Attempt, target: Folder, manifest: ArtifactManifest, artifact: ArtifactStatus
+) -> TrainerResult:
     """Return the result of an artifact that an earlier attempt has published.
 
     Raises:
@@ -201,14 +203,15 @@ def _reused(attempt: Attempt, target: Folder, manifest: ArtifactManifest, artifa
     job, options = attempt.job, attempt.options
     if manifest.spec_digest not in (None, spec_digest(job)):
         raise InvalidSpecError(
-            f"{target.uri} already holds the artifact of another spec: choose another --output, or remove that folder"
+            f"{target.uri} already contains the artifact of another spec: choose another --output, or delete"
+            " that folder"
         )
     if options.output_folder is None:
         _remove(attempt, options.checkpoints, options.tokens)
-    result = _judged(
+    result = _with_gates(
         TrainerResult(
             outcome=Outcome.SUCCEEDED,
-            message="an earlier attempt published this artifact; nothing was trained again",
+            message="an earlier attempt has already published this artifact",
             artifact=artifact,
             evaluation=manifest.evaluation,
             metrics=manifest.metrics,
@@ -216,7 +219,7 @@ def _reused(attempt: Attempt, target: Folder, manifest: ArtifactManifest, artifa
     )
     if not attempt.ranks.first:
         return result
-    return exports.exported(result, job, attempt.stores, target, attempt.work, attempt.progress)
+    return exports.with_exports(result, job, attempt.stores, target, attempt.work, attempt.progress)
 
 
 def _prepared(attempt: Attempt) -> Prepared:
@@ -229,11 +232,13 @@ def _prepared(attempt: Attempt) -> Prepared:
     from tunesmith_trainer.training.device import choose_device, device_memory  # noqa: PLC0415
 
     job, ranks, progress = attempt.job, attempt.ranks, attempt.progress
-    wanted = job.spec.resources
-    device = choose_device(wanted.gpus, ranks.local_rank)
-    if wanted.nodes > 1 and POD_INDEX not in os.environ:
-        progress.say(f"  resources.nodes is {wanted.nodes}: this machine trains alone, to the same result")
-    ranks.meet("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
+    requested = job.spec.resources
+    device = choose_device(requested.gpus, ranks.local_rank)
+    if requested.nodes > 1 and POD_INDEX not in os.environ:
+        progress.write_line(
+            f"  resources.nodes is {requested.nodes}: outside a cluster one machine trains, with the same result"
+        )
+    ranks.connect("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
     progress.update(stage=Stage.PREPARING)
     # In a cluster the decisions of the CPU stage are kept; a local run has no such stage, and knows its GPU.
     memory = device_memory(device) if job.status.resolved is None else None
@@ -249,25 +254,25 @@ def _prepared(attempt: Attempt) -> Prepared:
             gpu_memory=memory,
             tokens=tokens,
             task_code=attempt.task_code,
-            say=progress.say,
+            write_line=progress.write_line,
         ),
     )
     if job.status.resolved is None and ranks.first:
         exports.check(job, attempt.stores)
     if not ranks.agree(prepared.resolved.model_dump_json()):
         raise InvalidSpecError(
-            "the base model, the data set or a task folder changed while the pods of this job read it: give the job"
-            " files of its own"
+            "the base model, the data set or a task folder changed while the pods of this job read it: use files that"
+            " do not change while a job runs"
         )
     return prepared
 
 
-def _say_counts(progress: Progress, prepared: Prepared) -> None:
-    for line in told(prepared.preflight):
-        progress.say(line)
+def _write_counts(progress: Progress, prepared: Prepared) -> None:
+    for line in summary_lines(prepared.preflight):
+        progress.write_line(line)
 
 
-def _refused(attempt: Attempt, prepared: Prepared) -> TrainerResult | None:
+def _refusal(attempt: Attempt, prepared: Prepared) -> TrainerResult | None:
     """Return the result of a job that cannot fit into its GPU; None if it may fit."""
     message = refusal(prepared.preflight, cluster=not attempt.options.allow_file)
     if message is None:
@@ -291,7 +296,7 @@ def _checkpoints(attempt: Attempt, prepared: Prepared, target: Folder) -> Checkp
         attempt.work / ("checkpoints" if ranks.first else f"checkpoints-{ranks.rank}"),
         binding=run_digest(attempt.job, prepared.resolved),
         keep=attempt.job.spec.checkpoint.keep,
-        report=attempt.progress.say,
+        write_line=attempt.progress.write_line,
     )
 
 
@@ -301,8 +306,8 @@ def _trained(
     """Train and score from the newest usable checkpoint; return the result on the first rank, None on the others."""
     from tunesmith_trainer.training import loop  # noqa: PLC0415
 
-    job, ending = attempt.job, attempt.ending
-    ending.interruption.checkpoints = checkpoints
+    job, termination = attempt.job, attempt.termination
+    termination.interruption.checkpoints = checkpoints
     begin(reporter, job, prepared.resolved, attempt.stores, target, attempt.options.output_folder)
     return loop.train(
         loop.Run(
@@ -313,8 +318,8 @@ def _trained(
             progress=attempt.progress,
             reporter=reporter,
             checkpoints=checkpoints,
-            interruption=ending.interruption,
-            hung=ending.hung,
+            interruption=termination.interruption,
+            hung=termination.hung,
         )
     )
 
@@ -364,7 +369,7 @@ def _tokens(attempt: Attempt, uri: str | None) -> Folder | None:
     return attempt.folder(uri, "the folder of tokenised rows") if uri else None
 
 
-def _judged(result: TrainerResult) -> TrainerResult:
+def _with_gates(result: TrainerResult) -> TrainerResult:
     """Return the result, marked as failed if a gate did not pass. The artifact stays published and reported."""
     evaluation = result.evaluation
     if evaluation is None:
@@ -383,4 +388,4 @@ def _summary(evaluation: EvaluationStatus, merge_error: float | None) -> str:
         f"held-out loss {evaluation.base_loss:.3f} (base) to {evaluation.loss:.3f} (adapter),"
         f" {-(evaluation.loss_reduction_percent or 0.0):+.0f} %"
     )
-    return losses if merge_error is None else f"{losses}; merged weights {merge.told(merge_error)}"
+    return losses if merge_error is None else f"{losses}; merged weights {merge.describe(merge_error)}"

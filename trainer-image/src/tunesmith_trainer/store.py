@@ -139,7 +139,7 @@ class Stores:
         values = self._secrets.get(secret)
         if not values:
             raise SecretNotFoundError(
-                f"the Secret {secret} does not exist, is empty or has no key that is read (nothing is mounted at"
+                f"the Secret {secret} does not exist, is empty or has no known key (nothing is mounted at"
                 f" {self._folder / secret}): create it, or remove the secretRef to use the store's credentials"
             )
         return _checked(Credentials(values, f"the Secret {secret}", Origin.SECRET))

@@ -9,7 +9,7 @@ from tunesmith.api.evaluation import LOSS
 from tunesmith.api.methods.declaration import ALL_LINEAR
 from tunesmith.api.output import Merge
 from tunesmith_trainer.artifact import merge
-from tunesmith_trainer.artifact.curves import measured
+from tunesmith_trainer.artifact.curves import loss_label
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tunesmith_trainer.preflight.prepare import Prepared
     from tunesmith_trainer.training.loop import Trained
 
-_MERGED = {Merge.ORIGINAL: "into the base as published", Merge.DEQUANTIZED: "into the 4-bit base turned back"}
+_MERGED = {Merge.ORIGINAL: "into the base as published", Merge.DEQUANTIZED: "into the dequantised 4-bit base"}
 
 
 def text(
@@ -53,8 +53,8 @@ def text(
         f"- {gate.suite}/{gate.metric}: {gate.value}, {_limits(gate)}: {'passed' if gate.passed else 'FAILED'}"
         for gate in evaluation.gates or []
     ]
-    failures = [f"- {one.suite}: {one.message}" for one in evaluation.failures or []]
-    held_out = measured("Held-out loss", spec.objective_name)
+    failures = [f"- {failure.suite}: {failure.message}" for failure in evaluation.failures or []]
+    held_out = loss_label("Held-out loss", spec.objective_name)
     change = f" ({-(evaluation.loss_reduction_percent or 0):+.1f} %)"
     return "\n".join(
         [
@@ -64,7 +64,7 @@ def text(
             f"# {job.metadata.name}",
             "",
             f"{_kind(prepared)} `{base}`, trained with Tunesmith on {counted.rows} rows, {counted.tokens} tokens.",
-            "The licence and the limits of that base model hold for it too.",
+            "The licence and the limitations of that base model apply to it too.",
             "",
             "## Results",
             "",
@@ -73,8 +73,8 @@ def text(
             f"| {held_out} | {evaluation.base_loss:.4f} | {evaluation.loss:.4f}{change} |",
             *scored,
             "",
-            f"Scored in one run; the loss on {counted.validation_rows} held-out rows{_trained_too(counted)}.",
-            "Whether answers are true, safe or fair was not measured.",
+            f"Scored in one run; the loss on {counted.validation_rows} held-out rows{_overlap(counted)}.",
+            "The truth, safety and fairness of its answers were not measured.",
             *(["", "Gates:", "", *gates] if gates else []),
             *(["", "Not scored:", "", *failures] if failures else []),
             "",
@@ -85,7 +85,7 @@ def text(
             "| | |",
             "|---|---|",
             f"| Objective | {_objective(spec)} |",
-            f"| Method | {_said(spec.method.name, spec.method.fields)} |",
+            f"| Method | {_described(spec.method.name, spec.method.fields)} |",
             f"| Modules | {', '.join(resolved.target_modules or []) or 'none'} |",
             f"| Steps, batch size | {resolved.total_steps}, {resolved.batch_size} |",
             f"| Learning rate | {resolved.learning_rate:g}, {spec.hyperparameters.scheduler} |",
@@ -108,15 +108,17 @@ def text(
     )
 
 
-def _trained_too(counted: Preflight) -> str:
+def _overlap(counted: Preflight) -> str:
     """Describe the overlap of scored and trained rows."""
-    found = counted.also_trained or []
-    held_out = sum(one.rows for one in found if one.suite is None)
-    text = f", {held_out} of which were trained on too" if held_out else " that were not trained on"
+    overlaps = counted.also_trained or []
+    held_out = sum(overlap.rows for overlap in overlaps if overlap.suite is None)
+    text = f", {held_out or 'none'} of which {'are also' if held_out else 'are'} in the training data"
     suites = [
-        f"{one.rows} of the {one.scored_rows} rows of suite {one.suite}" for one in found if one.suite is not None
+        f"{overlap.rows} of the {overlap.scored_rows} rows of suite {overlap.suite}"
+        for overlap in overlaps
+        if overlap.suite is not None
     ]
-    return text + (f"; {' and '.join(suites)} were trained on too" if suites else "")
+    return text + (f"; {' and '.join(suites)} are also in the training data" if suites else "")
 
 
 def _kind(prepared: Prepared) -> str:
@@ -126,16 +128,16 @@ def _kind(prepared: Prepared) -> str:
 def _loading(prepared: Prepared) -> list[str]:
     if prepared.planned.config is None:
         name, load = "transformers", "AutoModelForCausalLM"
-        about = []
+        comment = []
     else:
         name, load = "peft", "AutoPeftModelForCausalLM"
-        about = ["# base_model_name_or_path of adapter_config.json must be reachable"]
+        comment = ["# base_model_name_or_path of adapter_config.json must be reachable"]
     return [
         f"Load it with {name}:",
         "",
         "```python",
         f"from {name} import {load}",
-        *about,
+        *comment,
         f'model = {load}.from_pretrained("path/of/this/folder")',
         "```",
     ]
@@ -149,15 +151,15 @@ def tags(method: Method) -> list[str]:
 
 def _objective(spec: FineTuneJobSpec) -> str:
     name = spec.objective_name
-    return name.value if spec.objective is None else _said(name, getattr(spec.objective, name))
+    return name.value if spec.objective is None else _described(name, getattr(spec.objective, name))
 
 
-def _said(name: str, fields: ApiModel) -> str:
+def _described(name: str, fields: ApiModel) -> str:
     """Format the manifest's values, defaults included, such as `lora: rank 16, alpha 32`."""
-    said = [
+    settings = [
         f"{field} {_value(value)}" for field, value in fields.manifest().items() if value not in (False, [ALL_LINEAR])
     ]
-    return f"{name}: {', '.join(said)}" if said else name
+    return f"{name}: {', '.join(settings)}" if settings else name
 
 
 def _precision(prepared: Prepared, method: Method) -> str:
@@ -168,8 +170,9 @@ def _precision(prepared: Prepared, method: Method) -> str:
 def _sources(sources: Sequence[DatasetSource]) -> str:
     """Format the URIs, with the weights that are not 1."""
     return ", ".join(
-        _code(one.uri) + (f" (weight {one.weight:g})" if isinstance(one, TrainingSource) and one.weight != 1 else "")
-        for one in sources
+        _code(source.uri)
+        + (f" (weight {source.weight:g})" if isinstance(source, TrainingSource) and source.weight != 1 else "")
+        for source in sources
     )
 
 
@@ -181,7 +184,7 @@ def _held_out(dataset: Dataset) -> str:
 
 def _not_used(counted: Preflight) -> str:
     """Format the unused rows, such as `3 Overlong, 1 Duplicate`."""
-    return ", ".join(f"{one.rows} {one.reason}" for one in counted.dropped or []) or "none"
+    return ", ".join(f"{rows.rows} {rows.reason}" for rows in counted.dropped or []) or "none"
 
 
 def _base(source: BaseModelSource) -> str:
@@ -192,7 +195,7 @@ def _base(source: BaseModelSource) -> str:
 def _merged(spec: FineTuneJobSpec, error: float | None) -> list[str]:
     if spec.output is None or error is None:
         return []
-    return [f"| Merged | {_MERGED[spec.output.merge]}; the weights {merge.told(error)} |"]
+    return [f"| Merged | {_MERGED[spec.output.merge]}; the weights {merge.describe(error)} |"]
 
 
 def _code(uri: str) -> str:
@@ -209,7 +212,7 @@ def _value(value: object) -> str:
 def _serving(job: FineTuneJob, prepared: Prepared) -> list[str]:
     verdict = prepared.planned.servable
     if not verdict.vllm:
-        return [f"vLLM cannot serve it as it is: {verdict.reason}."]
+        return [f"vLLM cannot serve it in this form: {verdict.reason}."]
     return [
         "Serve it with Tunesmith, on a ServingPool of the same base model:",
         "",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tunesmith_trainer.reporting.curve import CurvePoint
 
 
-def measured(loss: str, objective: ObjectiveName) -> str:
+def loss_label(loss: str, objective: ObjectiveName) -> str:
     """Return the loss with its unit: `loss, nats per target token` or `loss of DPO`."""
     return f"{loss}, nats per target token" if objective is ObjectiveName.SFT else f"{loss} of {objective.upper()}"
 
@@ -33,7 +33,7 @@ def draw(path: Path, curve: Sequence[CurvePoint], objective: ObjectiveName) -> N
     if held_out:
         axes.plot(*zip(*held_out, strict=True), color="tab:orange", marker="o", label="held out")
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel(measured("loss", objective))
+    axes.set_ylabel(loss_label("loss", objective))
     axes.grid(alpha=0.3)
     if trained or held_out:
         axes.legend()

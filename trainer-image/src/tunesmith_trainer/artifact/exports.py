@@ -34,10 +34,10 @@ log = logging.getLogger(__name__)
 
 
 def check(job: FineTuneJob, stores: Stores) -> None:
-    """Find before training what would make an export fail: write to each destination.
+    """Check before training that each export can be written: write to each destination.
 
     Raises:
-        TrainerError: a Secret is missing, access is denied, the bucket does not exist, or it holds another artifact.
+        TrainerError: a Secret is missing, access is denied, the bucket does not exist, or it contains another artifact.
     """
     for export in job.spec.exports:
         if export.uri is None:
@@ -47,25 +47,25 @@ def check(job: FineTuneJob, stores: Stores) -> None:
         folder.check_writable()
         try:
             found = package.find(folder)
-        except SelfCheckError:  # not a manifest of ours
-            raise _taken(folder) from None
+        except SelfCheckError:  # not a manifest of an artifact
+            raise _occupied(folder) from None
         if found is not None and found[0].spec_digest != spec_digest(job):
-            raise _taken(folder)
+            raise _occupied(folder)
 
 
-def exported(
+def with_exports(
     result: TrainerResult, job: FineTuneJob, stores: Stores, published: Folder, work: Path, progress: Progress
 ) -> TrainerResult:
     """Return the result with the outcome of each copy; nothing is copied if a gate did not pass."""
-    wanted = job.spec.exports
-    if not wanted or result.outcome is not Outcome.SUCCEEDED:
+    exports = job.spec.exports
+    if not exports or result.outcome is not Outcome.SUCCEEDED:
         return result
     progress.update(stage=Stage.EXPORTING)
-    copies = export_all(job, stores, published, work, progress.say)
+    copies = export_all(job, stores, published, work, progress.write_line)
     failed = [copy.message for copy in copies if copy.reason is not None]
     message = result.message
     if failed:
-        message += f"; {len(failed)} of {len(wanted)} exports failed: {'; '.join(failed)}"
+        message += f"; {len(failed)} of {len(exports)} exports failed: {'; '.join(failed)}"
     return result.model_copy(update={"exports": copies, "message": message})
 
 
@@ -74,7 +74,7 @@ def export_all(
     stores: Stores,
     published: Folder,
     work: Path,
-    say: Callable[[str], None],
+    write_line: Callable[[str], None],
     retry: Retry = EXPORTING_RETRY,
 ) -> list[ExportResult]:
     """Copy the artifact to every destination of the job, and return the outcome of each copy.
@@ -86,22 +86,22 @@ def export_all(
         stores: opens the destinations.
         published: the artifact's folder in the store.
         work: local folder with the files that this attempt has built, or empty.
-        say: reports copies to people.
+        write_line: reports copies to people.
         retry: retries during outages.
     """
     files: dict[str, Path] = {}
-    gathered = _told("of the artifact", lambda: files.update(_gathered(job, stores, published, work, retry)))
+    gathered = _outcome("of the artifact", lambda: files.update(_gathered(job, stores, published, work, retry)))
     results = []
     for export in job.spec.exports:
         result = gathered
         if result.reason is None:
-            result = _told(export.place, partial(_copied, job, export, stores, files, retry))
-        say(f"  copied to {export.place}" if result.reason is None else f"  not copied: {result.message}")
+            result = _outcome(export.place, partial(_copy, job, export, stores, files, retry))
+        write_line(f"  copied to {export.place}" if result.reason is None else f"  not copied: {result.message}")
         results.append(result)
     return results
 
 
-def _told(place: str, operation: Callable[[], None]) -> ExportResult:
+def _outcome(place: str, operation: Callable[[], None]) -> ExportResult:
     """Run an operation and return its outcome; never raises."""
     try:
         operation()
@@ -109,15 +109,15 @@ def _told(place: str, operation: Callable[[], None]) -> ExportResult:
         return ExportResult(reason=error.reason, message=str(error))
     except Exception as error:
         log.exception("unexpected error in the export %s", place)
-        text = f"the export {place} failed, unexpected {type(error).__name__}; the log has the traceback"
+        text = f"the export {place} failed with an unexpected {type(error).__name__}; the log has the traceback"
         return ExportResult(reason=FailureReason.INTERNAL_ERROR, message=text)
     return ExportResult()
 
 
-def _copied(job: FineTuneJob, export: Export, stores: Stores, files: Mapping[str, Path], retry: Retry) -> None:
+def _copy(job: FineTuneJob, export: Export, stores: Stores, files: Mapping[str, Path], retry: Retry) -> None:
     data = files[ARTIFACT_MANIFEST].read_bytes()
     if export.uri is not None:
-        _to_folder(_folder(export, stores).child(retry=retry), files, data)
+        _copy_to_folder(_folder(export, stores).child(retry=retry), files, data)
         return
     repository = _repository(export, stores, retry)
     repository.create()
@@ -125,7 +125,7 @@ def _copied(job: FineTuneJob, export: Export, stores: Stores, files: Mapping[str
     repository.commit(files, ARTIFACT_MANIFEST, MERGED_FOLDER, message)
 
 
-def _to_folder(folder: Folder, files: Mapping[str, Path], manifest: bytes) -> None:
+def _copy_to_folder(folder: Folder, files: Mapping[str, Path], manifest: bytes) -> None:
     """Copy the files, the manifest last: if it exists, so do all the others."""
     if not folder.exists(ARTIFACT_MANIFEST):
         for path, file in files.items():
@@ -136,12 +136,12 @@ def _to_folder(folder: Folder, files: Mapping[str, Path], manifest: bytes) -> No
         if folder.create(ARTIFACT_MANIFEST, manifest):
             return
     if folder.read(ARTIFACT_MANIFEST) != manifest:
-        raise _taken(folder)
+        raise _occupied(folder)
 
 
-def _taken(folder: Folder) -> InvalidSpecError:
+def _occupied(folder: Folder) -> InvalidSpecError:
     return InvalidSpecError(
-        f"the export {folder.uri} already holds another artifact: choose another folder, or remove what is there"
+        f"the export {folder.uri} already contains another artifact: choose another folder, or delete its content"
     )
 
 
@@ -150,32 +150,32 @@ def _gathered(job: FineTuneJob, stores: Stores, published: Folder, work: Path, r
     published = published.child(retry=retry)
     found = package.find(published)
     if found is None:
-        raise SelfCheckError(f"{ARTIFACT_MANIFEST} in {published.uri} is gone since it was published")
+        raise SelfCheckError(f"{ARTIFACT_MANIFEST} in {published.uri} was deleted after it was published")
     manifest, _ = found
     folder = work / ARTIFACT_FOLDER
     hashes = {name: file.sha256 for name, file in manifest.files.items()}
-    files = {name: _here(name, digest, folder, published) for name, digest in hashes.items()}
+    files = {name: _local_copy(name, digest, folder, published) for name, digest in hashes.items()}
     if job.spec.output is not None and job.spec.output.merge is not Merge.NONE:
         uri = beside_artifact(published.uri, MERGED_FOLDER)
         beside = stores.folder(uri, what="the merged model", missing=StorageUnavailableError).child(retry=retry)
         (work / MERGED_FOLDER).mkdir(exist_ok=True)
         document = beside.read(merge.MANIFEST)
         for name, digest in json.loads(document)["files"].items():
-            files[f"{MERGED_FOLDER}/{name}"] = _here(name, digest, work / MERGED_FOLDER, beside)
+            files[f"{MERGED_FOLDER}/{name}"] = _local_copy(name, digest, work / MERGED_FOLDER, beside)
         (work / MERGED_FOLDER / merge.MANIFEST).write_bytes(document)
         files[f"{MERGED_FOLDER}/{merge.MANIFEST}"] = work / MERGED_FOLDER / merge.MANIFEST
     (folder / ARTIFACT_MANIFEST).write_bytes(published.read(ARTIFACT_MANIFEST))
     return {**files, ARTIFACT_MANIFEST: folder / ARTIFACT_MANIFEST}
 
 
-def _here(name: str, digest: str, folder: Path, source: Folder) -> Path:
+def _local_copy(name: str, digest: str, folder: Path, source: Folder) -> Path:
     """Return a local copy of a file of the store."""
     folder.mkdir(exist_ok=True)
     file = folder / name
     if not (file.is_file() and file_sha256(file) == digest):
         source.download(name, file)
         if file_sha256(file) != digest:
-            raise SelfCheckError(f"{name} in {source.uri} is not what was published: its hash differs")
+            raise SelfCheckError(f"{name} in {source.uri} differs from the published file: its hash is wrong")
     return file
 
 

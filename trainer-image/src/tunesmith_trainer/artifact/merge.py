@@ -29,7 +29,7 @@ MANIFEST = "merged.json"
 
 
 def merge(
-    how: Merge,
+    kind: Merge,
     base: Path,
     artifact: Path,
     target: Path,
@@ -43,7 +43,7 @@ def merge(
     """Write the merged model into `target`: sharded safetensors, tokenizer and `merged.json`.
 
     Args:
-        how: merge into the published base model, or into the dequantised 4-bit one.
+        kind: merge into the published base model, or into the dequantised 4-bit one.
         base: folder of the base model with its weights.
         artifact: folder of the saved adapter.
         target: folder to create.
@@ -61,7 +61,7 @@ def merge(
     """
     cpu = torch.device("cpu")
     loaded: Any
-    if how is Merge.DEQUANTIZED:
+    if kind is Merge.DEQUANTIZED:
         loaded = base_model.load_model(base, cpu, quantization, dtype).dequantize()
         loaded.is_loaded_in_4bit = False  # dequantize() does not reset it, and PEFT's IA3 checks it
     else:
@@ -79,7 +79,7 @@ def merge(
         raise SelfCheckError("the merged model's logits are not finite")
     error = relative_distance(found, trained)
     document = {
-        "merge": how.value,
+        "merge": kind.value,
         "dataType": str(serving_type(config)).removeprefix("torch."),
         "relativeLogitError": error,
         "files": {file.name: file_sha256(file) for file in sorted(target.iterdir())},
@@ -88,9 +88,9 @@ def merge(
     return error
 
 
-def told(error: float) -> str:
+def describe(error: float) -> str:
     """Format the distance for people."""
-    return f"differ from what was trained by {error:.2g} (relative, logits)"
+    return f"differ from the trained model by {error:.2g} (relative distance of logits)"
 
 
 def publish(folder: Path, target: Folder) -> None:

@@ -38,31 +38,31 @@ def read_by_layer(model: PeftModel) -> None:
     # Modules outside of the layers, such as the output embedding.
     adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     for block in (*layers, *adapted):
-        parts = [(part, hook) for part in block.modules() for hook in _reading(part)]
-        for part, _ in parts:
-            remove_hook_from_module(part)
-        if parts:
-            _attach(block, parts)
+        hooks = [(module, hook) for module in block.modules() for hook in _reading_hooks(module)]
+        for module, _ in hooks:
+            remove_hook_from_module(module)
+        if hooks:
+            _attach(block, hooks)
 
 
-def _attach(block: nn.Module, parts: Iterable[tuple[nn.Module, AlignDevicesHook]]) -> None:
-    def read(*_: Any) -> None:  # noqa: ANN401 - what torch gives
-        for part, hook in parts:
-            hook.pre_forward(part)
+def _attach(block: nn.Module, hooks: Iterable[tuple[nn.Module, AlignDevicesHook]]) -> None:
+    def read(*_: Any) -> None:  # noqa: ANN401 - whatever torch passes
+        for module, hook in hooks:
+            hook.pre_forward(module)
 
-    def give_back(*_: Any) -> None:  # noqa: ANN401 - what torch gives
-        for part, hook in parts:
-            hook.post_forward(part, None)
+    def release(*_: Any) -> None:  # noqa: ANN401 - whatever torch passes
+        for module, hook in hooks:
+            hook.post_forward(module, None)
 
     block.register_forward_pre_hook(read)
-    block.register_forward_hook(give_back)
+    block.register_forward_hook(release)
 
 
-def _reading(part: nn.Module) -> list[AlignDevicesHook]:
+def _reading_hooks(module: nn.Module) -> list[AlignDevicesHook]:
     """Return the hooks of a module that read its weights."""
-    hook = getattr(part, "_hf_hook", None)
+    hook = getattr(module, "_hf_hook", None)
     hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
-    return [one for one in hooks if isinstance(one, AlignDevicesHook) and one.offload]
+    return [hook for hook in hooks if isinstance(hook, AlignDevicesHook) and hook.offload]
 
 
 def hold_adapter(model: PeftModel, weights: Path, rounded: torch.dtype | None) -> None:
@@ -73,15 +73,15 @@ def hold_adapter(model: PeftModel, weights: Path, rounded: torch.dtype | None) -
         weights: file of the saved adapter.
         rounded: type to round its values to; None: keep the saved type.
     """
-    own = dict(model.named_parameters())
-    places = {id(tensor): name for name, tensor in own.items()}
+    parameters = dict(model.named_parameters())
+    names = {id(tensor): name for name, tensor in parameters.items()}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     saved = {name: tensor.to(rounded) for name, tensor in load_file(weights).items()}
     # PEFT saves under other names; given the parameters themselves, it returns the mapping.
-    named = get_peft_model_state_dict(model, state_dict=own, save_embedding_layers=False)
+    named = get_peft_model_state_dict(model, state_dict=parameters, save_embedding_layers=False)
     found = {
-        places[id(tensor)]: saved[name].to(device if tensor.device.type == "meta" else tensor.device, tensor.dtype)
+        names[id(tensor)]: saved[name].to(device if tensor.device.type == "meta" else tensor.device, tensor.dtype)
         for name, tensor in named.items()
-        if id(tensor) in places and name in saved
+        if id(tensor) in names and name in saved
     }
     model.load_state_dict(found, strict=False, assign=True)

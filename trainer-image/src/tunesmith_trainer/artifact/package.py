@@ -92,7 +92,7 @@ def _save_weights(
     """Save the adapter, or all weights, and return PEFT's configuration of it; empty if all weights were trained.
 
     Raises:
-        SelfCheckError: the saved files are not what was requested.
+        SelfCheckError: the saved files differ from what was requested.
     """
     if prepared.planned.config is None:
         full.save(trained.model, folder, config, parity.serving_type(config))
@@ -127,11 +127,11 @@ def _merge(
     Returns:
         Distance of the merged model from the trained one; None if nothing was merged.
     """
-    how = job.spec.output.merge if job.spec.output else Merge.NONE
-    if how is Merge.NONE:
+    kind = job.spec.output.merge if job.spec.output else Merge.NONE
+    if kind is Merge.NONE:
         return None
     return merge.merge(
-        how,
+        kind,
         prepared.base,
         folder,
         merged,
@@ -205,11 +205,11 @@ def _evaluation(evaluation: EvaluationStatus, prepared: Prepared) -> dict[str, o
     """Return the content of `evaluation.json`."""
     whole = evaluation.manifest()
     more: dict[str, object] = {name: whole.pop(name) for name in ("scores", "gates", "failures") if name in whole}
-    brought = [
+    supplied = [
         {"suite": suite, "uri": own.uri, "digest": own.digest} for suite, own in sorted(prepared.task_folders.items())
     ]
-    if brought:
-        more["taskFolders"] = brought
+    if supplied:
+        more["taskFolders"] = supplied
     return {"heldOutLoss": whole, "rows": prepared.preflight.validation_rows, **more}
 
 
@@ -226,7 +226,8 @@ def publish(folder: Path, manifest: ArtifactManifest, target: Folder) -> Artifac
         published = find(target)
     if published is None:
         raise SelfCheckError(
-            f"{ARTIFACT_MANIFEST} in {target.uri} was there when it was to be written, and is gone now"
+            f"{ARTIFACT_MANIFEST} in {target.uri} existed when this attempt was about to write it, and has since been"
+            " deleted"
         )
     return published[1]
 
@@ -235,7 +236,7 @@ def find(target: Folder) -> tuple[ArtifactManifest, ArtifactStatus] | None:
     """Return the artifact that an earlier attempt published, or None.
 
     Raises:
-        SelfCheckError: the manifest there is not valid.
+        SelfCheckError: the existing manifest is not valid.
     """
     if not target.exists(ARTIFACT_MANIFEST):
         return None
@@ -243,7 +244,7 @@ def find(target: Folder) -> tuple[ArtifactManifest, ArtifactStatus] | None:
     try:
         manifest = ArtifactManifest.model_validate_json(data)
     except ValueError:
-        raise SelfCheckError(f"{ARTIFACT_MANIFEST} in {target.uri} is damaged: remove it to publish anew") from None
+        raise SelfCheckError(f"{ARTIFACT_MANIFEST} in {target.uri} is damaged: delete it to publish again") from None
     return manifest, _status(target.uri, manifest, data)
 
 
@@ -261,8 +262,8 @@ def _check_error(error: float, job: FineTuneJob, prepared: Prepared, served: tor
     limit = _EXACT_LIMIT if exact else _ROUNDED_LIMIT
     if job.spec.method.quantization is None and not error <= limit:
         raise SelfCheckError(
-            f"the saved adapter, loaded again, is not what was trained: its logits differ by {error:.2g} of their norm,"
-            f" at most {limit:g} is expected"
+            f"the saved adapter, loaded again, differs from the trained one: its logits differ by {error:.2g} of their"
+            f" norm, the limit is {limit:g}"
         )
 
 
@@ -293,9 +294,9 @@ def check_saved(folder: Path, planned: MethodPlan) -> dict[str, Any]:
             if name in expected and tuple(tensor.shape) != expected[name]:
                 problem = f"{name} has the shape {list(tensor.shape)}, expected {list(expected[name])}"
             elif not bool(tensor.isfinite().all()):
-                problem = f"{name} has values that are not finite"
+                problem = f"{name} has non-finite values"
     if problem is not None:
-        raise SelfCheckError(f"the saved adapter is not what was trained: {problem}")
+        raise SelfCheckError(f"the saved adapter differs from the trained one: {problem}")
     return config
 
 

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 _ANSWER_TOKENS = 16
 _TOP = 5
 _DECIMALS = 5
-# Share of the remaining main memory: activations and file readers need some too.
-_SHARE = 0.8
+_WEIGHT_SHARE = 0.8
+"""Share of the remaining main memory that weights may use: activations and file readers need some too."""
 STREAMED = frozenset(
     {
         *("LORA", "IA3", "BEFT", "BOFT", "C3A", "DEFT", "FOURIERFT", "GRALORA", "HIRA", "HRA", "LILY", "LOHA", "LOKR"),
@@ -79,7 +79,7 @@ def record(
     adapter = (artifact / ADAPTER_CONFIG).exists()
     room, streams = get_max_memory(), not adapter or _streams(artifact)
     if streams:
-        room["cpu"] = int(_SHARE * available_memory()) if memory is None else memory
+        room["cpu"] = int(_WEIGHT_SHARE * available_memory()) if memory is None else memory
     model: Any = _loaded(base if adapter else artifact, dtype, room, offload)
     if adapter:
         model = _adapted(model, artifact, streams=streams)
@@ -87,25 +87,25 @@ def record(
     prompts = prompt_tokens(tokenizer)
     answers = []
     for ids in prompts:
-        given = batch_of_one(model, ids)
+        inputs = batch_of_one(model, ids)
         with torch.inference_mode(), _products(model, artifact):
             whole: Any = model.generate(
-                input_ids=given, attention_mask=torch.ones_like(given), generation_config=greedy
+                input_ids=inputs, attention_mask=torch.ones_like(inputs), generation_config=greedy
             )
         answers.append([int(token) for token in whole[0, len(ids) :]])
-    asked = list(zip(prompts, answers, strict=True))
+    probed = list(zip(prompts, answers, strict=True))
     with _products(model, artifact):
-        trained = [_positions(model, ids, answer) for ids, answer in asked]
+        trained = [_positions(model, ids, answer) for ids, answer in probed]
     logits = last_logits(model, prompts)
     if not adapter:
         model = _loaded(base, dtype, room, offload)
     # Inference mode first: weights that are read from disk were created in it, and the adapter can only be removed in
     # it.
     with torch.inference_mode(), model.disable_adapter() if adapter else nullcontext(), _products(model, artifact):
-        before = [_positions(model, ids, answer) for ids, answer in asked]
+        original = [_positions(model, ids, answer) for ids, answer in probed]
     probes = [
-        ParityProbe(prompt=prompt, prompt_token_ids=ids, answer_token_ids=answer, base=one, adapter=other)
-        for prompt, (ids, answer), one, other in zip(PROMPTS, asked, before, trained, strict=True)
+        ParityProbe(prompt=prompt, prompt_token_ids=ids, answer_token_ids=answer, base=of_base, adapter=of_adapter)
+        for prompt, (ids, answer), of_base, of_adapter in zip(PROMPTS, probed, original, trained, strict=True)
     ]
     return Parity(data_type=str(dtype).removeprefix("torch."), probes=probes), logits
 
@@ -168,13 +168,13 @@ def _positions(model: Any, prompt: list[int], answer: list[int]) -> list[ParityP
     scores = torch.log_softmax(logits[0, -len(answer) - 1 : -1].float(), dim=-1).cpu()
     positions = []
     for token, row in zip(answer, scores, strict=True):
-        values, places = row.topk(_TOP)
+        values, tokens = row.topk(_TOP)
         positions.append(
             ParityPosition(
                 chosen=round(float(row[token]), _DECIMALS),
                 top=[
-                    TokenLogProbability(token_id=int(place), log_probability=round(float(value), _DECIMALS))
-                    for value, place in zip(values, places, strict=True)
+                    TokenLogProbability(token_id=int(other), log_probability=round(float(value), _DECIMALS))
+                    for value, other in zip(values, tokens, strict=True)
                 ],
             )
         )

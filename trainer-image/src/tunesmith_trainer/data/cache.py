@@ -52,59 +52,61 @@ class TokenCache:
     """
 
     def __init__(self, scratch: Path, store: Folder | None) -> None:
-        here = store.local if store is not None else None
-        self._scratch = here or scratch
-        self._store = store.child(retry=_RETRY) if store is not None and here is None else None
+        local = store.local if store is not None else None
+        self._scratch = local or scratch
+        self._store = store.child(retry=_RETRY) if store is not None and local is None else None
 
     def get(self, key: str, make: Callable[[Path], Mapping[str, Counted]]) -> Cached:
         """Return the rows for a key; if none are cached, `make` writes `<name>.arrow` for each name it returns."""
         folder = self._scratch / key
-        found = self._here(folder) or self._stored(key, folder)
+        found = self._local(folder) or self._downloaded(key, folder)
         if found is not None:
             return found
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         counted = dict(make(folder))
         (folder / _MANIFEST).write_text(_document(folder, counted), encoding="utf-8")
-        self._keep(key, folder, list(counted))
+        self._upload(key, folder, list(counted))
         return Cached(folder, counted)
 
-    def _here(self, folder: Path) -> Cached | None:
+    def _local(self, folder: Path) -> Cached | None:
         try:
             document = json.loads((folder / _MANIFEST).read_bytes())
-            whole = all(file_sha256(folder / name) == sha256 for name, sha256 in document["files"].items())
+            intact = all(file_sha256(folder / name) == sha256 for name, sha256 in document["files"].items())
         except (OSError, ValueError, KeyError, AttributeError, TypeError):
             return None
-        return Cached(folder, _counted(document)) if whole and document.get("version") == _SCHEMA_VERSION else None
+        return Cached(folder, _counted(document)) if intact and document.get("version") == _SCHEMA_VERSION else None
 
-    def _stored(self, key: str, folder: Path) -> Cached | None:
+    def _downloaded(self, key: str, folder: Path) -> Cached | None:
         if self._store is None:
             return None
         try:
-            place = self._store.child(key)
-            if not place.exists(_MANIFEST):
+            stored = self._store.child(key)
+            if not stored.exists(_MANIFEST):
                 return None
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            document = json.loads(place.read(_MANIFEST))
+            document = json.loads(stored.read(_MANIFEST))
             for name in document["files"]:
-                place.download(name, folder / name)
-            place.download(_MANIFEST, folder / _MANIFEST)
+                stored.download(name, folder / name)
+            stored.download(_MANIFEST, folder / _MANIFEST)
         except (TrainerError, ValueError, KeyError, TypeError) as error:
-            log.warning("the tokenised rows in %s cannot be used and are made again: %s", self._store.uri, error)
+            log.warning(
+                "the tokenised rows in %s cannot be used, so the rows are tokenised again: %s", self._store.uri, error
+            )
             return None
-        return self._here(folder)
+        return self._local(folder)
 
-    def _keep(self, key: str, folder: Path, names: list[str]) -> None:
+    def _upload(self, key: str, folder: Path, names: list[str]) -> None:
         if self._store is None:
             return
-        place = self._store.child(key)
+        stored = self._store.child(key)
         try:
             for name in names:
-                place.upload(f"{name}.arrow", folder / f"{name}.arrow")
-            place.upload(_MANIFEST, folder / _MANIFEST)
+                stored.upload(f"{name}.arrow", folder / f"{name}.arrow")
+            stored.upload(_MANIFEST, folder / _MANIFEST)
         except TrainerError as error:
-            log.warning("the tokenised rows could not be kept in %s for the next attempt: %s", self._store.uri, error)
+            log.warning("the tokenised rows could not be stored in %s for the next attempt: %s", self._store.uri, error)
 
 
 def key_of(document: Mapping[str, Any]) -> str:
@@ -118,7 +120,8 @@ def _document(folder: Path, counted: Mapping[str, Counted]) -> str:
             "version": _SCHEMA_VERSION,
             "files": {f"{name}.arrow": file_sha256(folder / f"{name}.arrow") for name in counted},
             "counted": {
-                name: {"report": one.report.document(), "perSource": one.per_source} for name, one in counted.items()
+                name: {"report": counts.report.document(), "perSource": counts.per_source}
+                for name, counts in counted.items()
             },
         }
     )
@@ -126,5 +129,6 @@ def _document(folder: Path, counted: Mapping[str, Counted]) -> str:
 
 def _counted(document: Mapping[str, Any]) -> dict[str, Counted]:
     return {
-        name: Counted(RowReport.of(one["report"]), list(one["perSource"])) for name, one in document["counted"].items()
+        name: Counted(RowReport.of(counts["report"]), list(counts["perSource"]))
+        for name, counts in document["counted"].items()
     }

@@ -78,7 +78,7 @@ class _Rendered:
     special: bool
     """True if the tokenizer adds its special tokens; a template has already written them."""
     document: bool = False
-    """True if it is one text that ends only at its end, whatever tokens it contains."""
+    """True if it is one text without answers: end tokens inside it do not end it."""
 
 
 class Encoder:
@@ -125,35 +125,35 @@ class Encoder:
         if RowForm.PREFERENCE in forms:
             return [self._pair(row) for row in rows]
         if RowForm.UNPAIRED_PREFERENCE in forms:
-            return [self._judged(row) for row in rows]
+            return [self._unpaired(row) for row in rows]
         rendered = [self._rendered(row) for row in rows]
         result: list[Tokens | None] = [None] * len(rows)
         for special in (False, True):
-            places = [place for place, one in enumerate(rendered) if one.special is special]
-            if not places:
+            indices = [index for index, row_text in enumerate(rendered) if row_text.special is special]
+            if not indices:
                 continue
-            texts = [rendered[place].text for place in places]
-            for place, (ids, offsets) in zip(places, self._tokens(texts, special=special), strict=True):
-                result[place] = self._labelled(rendered[place], ids, offsets)
+            texts = [rendered[index].text for index in indices]
+            for index, (ids, offsets) in zip(indices, self._tokens(texts, special=special), strict=True):
+                result[index] = self._labelled(rendered[index], ids, offsets)
         return [tokens for tokens in result if tokens is not None]
 
     def _pair(self, row: Row) -> Tokens:
         """Encode a row of the form Preference: both answers, each after the same prompt."""
-        chosen, rejected = (self._answered(row, answer) for answer in ("chosen", "rejected"))
+        chosen, rejected = (self._prompt_and_answer(row, answer) for answer in ("chosen", "rejected"))
         return Tokens(
             chosen.input_ids + rejected.input_ids,
             chosen.labels + rejected.labels,
             [len(chosen.input_ids), len(rejected.input_ids)],
         )
 
-    def _judged(self, row: Row) -> Tokens:
+    def _unpaired(self, row: Row) -> Tokens:
         """Encode a row of the form UnpairedPreference."""
-        answered = self._answered(row, "completion")
-        return Tokens(answered.input_ids, answered.labels, desirable=bool(row.value["label"]))
+        encoded = self._prompt_and_answer(row, "completion")
+        return Tokens(encoded.input_ids, encoded.labels, desirable=bool(row.value["label"]))
 
-    def _answered(self, row: Row, answer: str) -> Tokens:
+    def _prompt_and_answer(self, row: Row, answer: str) -> Tokens:
         """Encode a prompt and one of its answers, which ends with an end token."""
-        prompt, ids = self._asked_and_answered(row, answer)
+        prompt, ids = self._prompt_and_answer_ids(row, answer)
         labels = [*[IGNORED] * len(prompt), *ids]
         labels[0] = IGNORED  # nothing precedes the first token, so nothing can predict it
         return Tokens(prompt + ids, labels)
@@ -183,18 +183,18 @@ class Encoder:
         text = self._template.render({"messages": value["prompt"] + value[answer], **tools}, row.where)
         if not text.startswith(prompt):
             raise InvalidSpecError(
-                f"{row.where}: the chat template writes the prompt otherwise once it is answered, so the answer"
-                " cannot be told apart: give a dataset.chatTemplate that does not"
+                f"{row.where}: the chat template renders the prompt differently when an answer follows, so the"
+                " answer cannot be located: set a dataset.chatTemplate that renders it the same"
             )
         return prompt, text
 
-    def _asked_and_answered(self, row: Row, answer: str) -> tuple[list[int], list[int]]:
+    def _prompt_and_answer_ids(self, row: Row, answer: str) -> tuple[list[int], list[int]]:
         """Tokenise prompt and answer separately, as in an engine: it receives the prompt and generates the answer."""
         prompt, text = self._texts(row, answer)
         special = isinstance(row.value["prompt"], str)
         ((prompt_ids, _),) = self._tokens([prompt], special=special)
         ((ids, _),) = self._tokens([text[len(prompt) :]], special=False)
-        ends = [place for place, token in enumerate(ids) if token in self._ends]
+        ends = [index for index, token in enumerate(ids) if token in self._ends]
         return prompt_ids, ids[: ends[-1] + 1] if ends else [*ids, self._end]
 
     def _tokens(self, texts: Sequence[str], *, special: bool) -> Iterable[tuple[list[int], Offsets]]:
@@ -212,40 +212,40 @@ class Encoder:
         starts = [start for start, _ in rendered.learned]
         begins = [left for left, _ in offsets]
         first = [bisect_left(begins, start) for start in starts]
-        if any(place and offsets[place - 1][1] > start for place, start in zip(first, starts, strict=True)):
+        if any(index and offsets[index - 1][1] > start for index, start in zip(first, starts, strict=True)):
             # A token across the boundary would hide the first word of an answer. A served prompt ends at the boundary
             # too.
-            ids, offsets = self._in_pieces(rendered, starts)
+            ids, offsets = self._tokens_of_passages(rendered, starts)
             begins = [left for left, _ in offsets]
             first = [bisect_left(begins, start) for start in starts]
         labels = [IGNORED] * len(ids)
-        for place, (_, end) in zip(first, rendered.learned, strict=True):
-            behind = bisect_left(begins, end)
-            if behind > place:
-                behind = behind if rendered.document else self._ended(ids, place, behind)
-                labels[place:behind] = ids[place:behind]
+        for index, (_, end) in zip(first, rendered.learned, strict=True):
+            after = bisect_left(begins, end)
+            if after > index:
+                after = after if rendered.document else self._answer_end(ids, index, after)
+                labels[index:after] = ids[index:after]
         begin = len(ids) - 1 if rendered.document else (first or [0])[-1]
         if rendered.learned and self._ends.isdisjoint(labels[begin:]):
-            last = max((place for place, label in enumerate(labels) if label != IGNORED), default=len(ids) - 1)
+            last = max((index for index, label in enumerate(labels) if label != IGNORED), default=len(ids) - 1)
             ids[last + 1 :] = [self._end]
             labels[last + 1 :] = [self._end]
         if labels:
             labels[0] = IGNORED  # nothing precedes the first token, so nothing can predict it
         return Tokens(ids, labels)
 
-    def _ended(self, ids: list[int], begin: int, end: int) -> int:
+    def _answer_end(self, ids: list[int], begin: int, end: int) -> int:
         """Return the end of an answer: after its last end token, which may directly follow the answer's marks."""
-        for place in range(end - 1, begin - 1, -1):
-            if ids[place] in self._ends:
-                return place + 1  # text that a template writes after it is never generated
+        for index in range(end - 1, begin - 1, -1):
+            if ids[index] in self._ends:
+                return index + 1  # text that a template writes after it is never generated
         return end + 1 if end < len(ids) and ids[end] in self._ends else end
 
-    def _in_pieces(self, rendered: _Rendered, starts: list[int]) -> tuple[list[int], Offsets]:
+    def _tokens_of_passages(self, rendered: _Rendered, starts: list[int]) -> tuple[list[int], Offsets]:
         ids: list[int] = []
         offsets: Offsets = []
         for begin, end in itertools.pairwise([0, *starts, len(rendered.text)]):
             pieces = self._tokens([rendered.text[begin:end]], special=rendered.special and begin == 0)
-            for more, places in pieces:
+            for more, spans in pieces:
                 ids += more
-                offsets += [(left + begin, right + begin) for left, right in places]
+                offsets += [(left + begin, right + begin) for left, right in spans]
         return ids, offsets

@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
     from pathlib import Path
 
-_LONGEST = 64 * 2**20
+_MAX_RECORD_BYTES = 64 * 2**20
 """Size limit of a record, in bytes."""
 _CHUNK = 2**20
 _BATCH = 512
 _BOM = b"\xef\xbb\xbf"
 _BLANK = b" \t\r\n"
-_OVER_SEVERAL_LINES = {
-    b"[": "; a list of rows is read from a file whose name ends with .json",
-    b"{": "; a row must stand on one line, or in a list in a .json file",
+_FIXES_OF_SEVERAL_LINES = {
+    b"[": "; a list of rows needs a file whose name ends with .json",
+    b"{": "; each row must be on one line, or in a list in a .json file",
 }
-csv.field_size_limit(_LONGEST)
+csv.field_size_limit(_MAX_RECORD_BYTES)
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class Record:
 
 def format_of(name: str) -> str | None:
     """Return the format that a file name indicates, such as "parquet"; None if it indicates none."""
-    stem = name.lower()
-    packed = stem.endswith(".gz")
-    ending = stem.removesuffix(".gz").rpartition(".")[2] if "." in stem else ""
-    known = ending in _TEXT_READERS or (ending in _COLUMNAR and not packed)
-    return ending if known else None
+    lower = name.lower()
+    compressed = lower.endswith(".gz")
+    extension = lower.removesuffix(".gz").rpartition(".")[2] if "." in lower else ""
+    known = extension in _TEXT_READERS or (extension in _COLUMNAR and not compressed)
+    return extension if known else None
 
 
 def records(file: DataFile, wanted: Collection[str] | None = None) -> Iterator[Record]:
@@ -71,21 +71,21 @@ def records(file: DataFile, wanted: Collection[str] | None = None) -> Iterator[R
         DatasetInvalidError: the name indicates no format, or the file is damaged so that the rows after the damage
             cannot be read.
     """
-    ending = format_of(file.name)
-    if ending is None:
+    data_format = format_of(file.name)
+    if data_format is None:
         raise DatasetInvalidError(
-            f"the name of {file.name} does not say its format: give it one of the endings {', '.join(ENDINGS)}"
+            f"the name of {file.name} does not indicate its format: use one of the extensions {', '.join(EXTENSIONS)}"
         )
     try:
-        if ending in _COLUMNAR:
-            yield from _COLUMNAR[ending](file, wanted)
+        if data_format in _COLUMNAR:
+            yield from _COLUMNAR[data_format](file, wanted)
         else:
-            yield from _TEXT_READERS[ending](file)
+            yield from _TEXT_READERS[data_format](file)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DatasetInvalidError(f"{file.name} is no whole gzip file: {error}") from None
+        raise DatasetInvalidError(f"{file.name} is not a complete gzip file: {error}") from None
     except pa.ArrowException as error:
         text = " ".join(str(error).split())[:200]
-        raise DatasetInvalidError(f"{file.name} cannot be read as {ending}: {text}") from None
+        raise DatasetInvalidError(f"{file.name} cannot be read as {data_format}: {text}") from None
 
 
 def _open(file: DataFile) -> IO[bytes]:
@@ -98,11 +98,13 @@ def _jsonl(file: DataFile) -> Iterator[Record]:
     """Yield one value per line; blank lines are skipped."""
     with _open(file) as lines:
         for number in itertools.count(1):
-            line = lines.readline(_LONGEST + 1)
+            line = lines.readline(_MAX_RECORD_BYTES + 1)
             if not line:
                 return
-            if len(line) > _LONGEST:
-                raise DatasetInvalidError(f"{file.name} line {number} is longer than 64 MiB: a line holds one row")
+            if len(line) > _MAX_RECORD_BYTES:
+                raise DatasetInvalidError(
+                    f"{file.name} line {number} is longer than 64 MiB: put each row on its own line"
+                )
             content = (line.removeprefix(_BOM) if number == 1 else line).strip(_BLANK)
             if content:
                 yield _decoded(content, f"{file.name} line {number}")
@@ -114,10 +116,10 @@ def _decoded(content: bytes, where: str) -> Record:
     except UnicodeDecodeError as error:
         return Record(where, problem=f"is not UTF-8 at byte {error.start + 1}")
     except json.JSONDecodeError as error:
-        mend = _OVER_SEVERAL_LINES.get(content, "")
-        return Record(where, problem=f"is not JSON: {error.msg} at column {error.colno}{mend}")
+        fix = _FIXES_OF_SEVERAL_LINES.get(content, "")
+        return Record(where, problem=f"is not JSON: {error.msg} at column {error.colno}{fix}")
     except (RecursionError, ValueError):  # ValueError: a number with thousands of digits
-        return Record(where, problem="is not JSON that can be read: it is nested too deeply, or a number is too long")
+        return Record(where, problem="is JSON that cannot be read: it is nested too deeply, or a number is too long")
 
 
 def _json(file: DataFile) -> Iterator[Record]:
@@ -145,7 +147,7 @@ def _json_list(file: DataFile) -> Iterator[Record]:
                 break
             text.expect(",", f"a comma or the list's end after row {number}")
         if text.next():
-            raise DatasetInvalidError(f"{file.name}: there is more behind the end of the list")
+            raise DatasetInvalidError(f"{file.name}: there is text after the end of the list: remove it")
 
 
 class _Window:
@@ -155,23 +157,23 @@ class _Window:
         self._raw = raw
         self._name = name
         self._text = ""
-        self._place = 0
+        self._position = 0
         self._rest = b""
-        self._ended = False
-        self._begun = False
+        self._at_end = False
+        self._started = False
 
     def next(self) -> str:
         """Return the next character that is not blank; "" at the end of the file."""
         while True:
-            while self._place < len(self._text) and self._text[self._place] in " \t\r\n":
-                self._place += 1
-            if self._place < len(self._text):
-                return self._text[self._place]
+            while self._position < len(self._text) and self._text[self._position] in " \t\r\n":
+                self._position += 1
+            if self._position < len(self._text):
+                return self._text[self._position]
             if not self._more():
                 return ""
 
     def skip(self) -> None:
-        self._place += 1
+        self._position += 1
 
     def expect(self, character: str, what: str) -> None:
         found = self.next()
@@ -185,38 +187,38 @@ class _Window:
         self.next()
         while True:
             try:
-                value, end = decoder.raw_decode(self._text, self._place)
+                value, end = decoder.raw_decode(self._text, self._position)
             except (ValueError, RecursionError) as error:
                 # An apparent error may only be a value that is cut off.
-                if len(self._text) - self._place < _LONGEST and self._more():
+                if len(self._text) - self._position < _MAX_RECORD_BYTES and self._more():
                     continue
-                told = error.msg if isinstance(error, json.JSONDecodeError) else "it is nested too deeply"
-                raise DatasetInvalidError(f"{where} is not JSON: {told}; the rows behind it cannot be read") from None
+                problem = error.msg if isinstance(error, json.JSONDecodeError) else "it is nested too deeply"
+                raise DatasetInvalidError(f"{where} is not JSON: {problem}; the rows after it cannot be read") from None
             if end == len(self._text) and self._more():
                 continue  # more digits may follow
-            self._place = end
+            self._position = end
             return value
 
     def _more(self) -> bool:
         """Read more of the file; return False at its end."""
-        if self._ended:
+        if self._at_end:
             return False
         # Read increasing amounts, so that a long row is not decoded from its start too often.
-        data = self._raw.read(max(_CHUNK, len(self._text) - self._place))
-        self._ended = not data
-        if not self._begun:
-            data, self._begun = data.removeprefix(_BOM), True
+        data = self._raw.read(max(_CHUNK, len(self._text) - self._position))
+        self._at_end = not data
+        if not self._started:
+            data, self._started = data.removeprefix(_BOM), True
         data = self._rest + data
         try:
             text, self._rest = data.decode("utf-8"), b""
         except UnicodeDecodeError as error:
-            cut = len(data) - error.start < 4 and not self._ended  # noqa: PLR2004 - bytes of a character, cut off
+            cut = len(data) - error.start < 4 and not self._at_end  # noqa: PLR2004 - bytes of a character, cut off
             if not cut:
                 raise DatasetInvalidError(f"{self._name} is not UTF-8: save it as UTF-8") from None
             text, self._rest = data[: error.start].decode("utf-8"), data[error.start :]
-        self._text = self._text[self._place :] + text
-        self._place = 0
-        return not self._ended or bool(text)
+        self._text = self._text[self._position :] + text
+        self._position = 0
+        return not self._at_end or bool(text)
 
 
 def _separated(file: DataFile, delimiter: str) -> Iterator[Record]:
@@ -235,7 +237,7 @@ def _separated(file: DataFile, delimiter: str) -> Iterator[Record]:
                     yield _row_of(names, cells, where)
         except csv.Error as error:
             raise DatasetInvalidError(
-                f"{file.name} line {line} is not {file.name.rpartition('.')[2].upper()}: {error}; the rows behind it "
+                f"{file.name} line {line} is not {file.name.rpartition('.')[2].upper()}: {error}; the rows after it "
                 "cannot be read"
             ) from None
 
@@ -243,13 +245,13 @@ def _separated(file: DataFile, delimiter: str) -> Iterator[Record]:
 def _check_header(names: list[str], file: str) -> None:
     doubled = sorted(name for name in set(names) if names.count(name) > 1)
     if doubled or not all(names):
-        told = "a column without a name" if "" in names else f"the column {doubled[0]!r} twice"
-        raise DatasetInvalidError(f"{file}: its first line must hold the names of the columns, and has {told}")
+        problem = "a column has no name" if "" in names else f"the column {doubled[0]!r} appears twice"
+        raise DatasetInvalidError(f"{file}: the first line must contain the names of the columns: {problem}")
 
 
 def _row_of(names: list[str], cells: list[str], where: str) -> Record:
     if len(cells) != len(names):
-        return Record(where, problem=f"has {len(cells)} cells where the first line names {len(names)} columns")
+        return Record(where, problem=f"has {len(cells)} cells, but the first line names {len(names)} columns")
     for cell in cells:
         try:
             cell.encode("utf-8")
@@ -315,4 +317,4 @@ _COLUMNAR: dict[str, Callable[[DataFile, Collection[str] | None], Iterator[Recor
     "parquet": _parquet,
     "arrow": _arrow,
 }
-ENDINGS = (*(f".{ending}" for ending in (*_TEXT_READERS, *_COLUMNAR)), *(f".{ending}.gz" for ending in _TEXT_READERS))
+EXTENSIONS = (*(f".{name}" for name in (*_TEXT_READERS, *_COLUMNAR)), *(f".{name}.gz" for name in _TEXT_READERS))

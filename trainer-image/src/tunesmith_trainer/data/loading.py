@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 _ENCODING = 2
 """Version of the encoding: increased when the same rows produce different tokens."""
-_DECIDING = {"format", "columns", "chat_template", "loss_on", "max_length", "overlong", "unusable", "duplicates"}
+_TOKEN_FIELDS = {"format", "columns", "chat_template", "loss_on", "max_length", "overlong", "unusable", "duplicates"}
 """Fields of the data set that the tokens depend on."""
 
 
@@ -52,7 +52,7 @@ class Rows:
         lengths: tokens of each element of `train`.
         keys: `Row.key` of the rows that are trained on.
         digest: `sha256:<64 hex>` of the content of all files.
-        counted: their part of `status.preflight`.
+        counted: their share of `status.preflight`.
     """
 
     train: Dataset
@@ -74,7 +74,7 @@ def load(
     seed: int,
     context: int | None,
     store: Folder | None = None,
-    say: Callable[[str], None] = lambda _: None,
+    write_line: Callable[[str], None] = lambda _: None,
 ) -> Rows:
     """Load the rows that a manifest names, ready to train on.
 
@@ -88,7 +88,7 @@ def load(
         seed: seed for choosing the held-out rows and the rows of a fractional weight.
         context: maximum tokens of the base model; None if its configuration does not state it.
         store: keeps the tokens for the next attempt.
-        say: reports progress to a person.
+        write_line: reports progress to a person.
 
     Raises:
         TrainerError: an input is missing, refused or unusable.
@@ -98,20 +98,20 @@ def load(
 
     def make(folder: Path) -> dict[str, Counted]:
         return {
-            name: tokenise(some, dataset, forms, encoder, folder / f"{name}.arrow", say)
+            name: tokenise(some, dataset, forms, encoder, folder / f"{name}.arrow", write_line)
             for name, some in sources.items()
         }
 
     key = _token_key(dataset, sources, content, forms, tokenizer)
     cached = TokenCache(work / "tokens", store).get(key, make)
     divided = _divided(cached, dataset, seed, context)
-    places = _weighted(divided, cached, dataset, seed)
-    train, lengths = _at(divided.rows, places), divided.sizes.lengths[places]
+    indices = _weighted(divided, cached, dataset, seed)
+    train, lengths = _at(divided.rows, indices), divided.sizes.lengths[indices]
     packed = None
     if dataset.packing:
-        packed = pack(cached.path("train"), places, lengths, dataset.max_length, work / "packed.arrow")
+        packed = pack(cached.path("train"), indices, lengths, dataset.max_length, work / "packed.arrow")
         train = open_rows(work / "packed.arrow")
-    keys = divided.sizes.keys[np.unique(places)]
+    keys = divided.sizes.keys[np.unique(indices)]
     return Rows(
         train=train,
         validation=divided.validation,
@@ -119,7 +119,7 @@ def load(
         keys=keys,
         digest=f"sha256:{content}",
         counted=Preflight(
-            rows=len(places),
+            rows=len(indices),
             validation_rows=len(divided.validation),
             dropped_rows=divided.report.dropped,
             dropped=divided.report.status(),
@@ -127,7 +127,7 @@ def load(
             truncated_rows=divided.report.truncated if dataset.overlong is Overlong.TRUNCATE else None,
             packed_sequences=None if packed is None else len(packed),
             tokens=int(lengths.sum()),
-            target_tokens=int(divided.sizes.targets[places].sum()),
+            target_tokens=int(divided.sizes.targets[indices].sum()),
         ),
     )
 
@@ -168,7 +168,7 @@ def _token_key(
             "files": {name: [len(source.files) for source in some] for name, some in sources.items()},
             "tokenizer": tokenizer,
             "forms": sorted(forms),
-            "dataset": dataset.model_dump(mode="json", include=_DECIDING),
+            "dataset": dataset.model_dump(mode="json", include=_TOKEN_FIELDS),
         }
     )
 
@@ -202,7 +202,7 @@ def _divided(cached: Cached, dataset: api.Dataset, seed: int, context: int | Non
         InvalidSpecError: a row is longer than the base model's context.
     """
     counted, limit = cached.counted["train"], dataset.max_length
-    counted.require("training rows", limit, least=1 if dataset.validation else 2)
+    counted.require("training rows", limit, minimum=1 if dataset.validation else 2)
     rows, sizes = open_rows(cached.path("train")), measure(cached.path("train"))
     chosen, out = held_out(sizes.keys, dataset, seed)
     _check_context(sizes.longest, context)
@@ -222,10 +222,10 @@ def _weighted(divided: _Divided, cached: Cached, dataset: api.Dataset, seed: int
         DatasetInvalidError: no row is left.
     """
     weights = [source.weight for source in dataset.train]
-    places = weighted(divided.chosen, cached.counted["train"].per_source, weights, seed)
-    if not len(places):
+    indices = weighted(divided.chosen, cached.counted["train"].per_source, weights, seed)
+    if not len(indices):
         raise DatasetInvalidError("the weights of dataset.train leave no row to train on: raise them")
-    return places
+    return indices
 
 
 def _also_trained(
@@ -253,9 +253,9 @@ def _also_trained(
     return [AlsoTrained(rows=len(shared), scored_rows=len(divided.validation), examples=examples)]
 
 
-def _at(rows: Dataset, places: IntArray) -> Dataset:
+def _at(rows: Dataset, indices: IntArray) -> Dataset:
     """Return the rows at these indices; the fingerprint only keeps `datasets` from hashing them."""
-    return rows.select(places, new_fingerprint="selected")
+    return rows.select(indices, new_fingerprint="selected")
 
 
 def _first_of(
@@ -274,6 +274,6 @@ def _first_of(
 def _check_context(longest: int, context: int | None) -> None:
     if context is not None and longest > context:
         raise InvalidSpecError(
-            f"a row has {longest} tokens and the base model's context has {context}: set dataset.maxLength "
+            f"a row has {longest} tokens, more than the base model's context of {context}: set dataset.maxLength "
             f"to at most {context}, which drops such rows"
         )

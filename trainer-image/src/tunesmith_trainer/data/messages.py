@@ -51,9 +51,11 @@ def chat_of(value: object, what: str) -> list[dict[str, Any]]:
     messages = messages_of(value, what)
     last, first = messages[-1]["role"], messages[0]["role"]
     if last != "assistant":
-        raise RowError(f"the last message is the {last}'s: it must be the assistant's, which is what is learned")
+        raise RowError(
+            f"the last message has the role {last}: it must be the assistant's answer, which is what is learned"
+        )
     if first == "assistant":
-        raise RowError("the first message is the assistant's: nothing was asked")
+        raise RowError("the first message is the assistant's: a message of the user must precede it")
     return messages
 
 
@@ -101,8 +103,8 @@ def _message(message: object, number: int) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise RowError(f"message {number} is {kind(message)}, not an object with 'role' and 'content'")
     if "from" in message and "role" not in message:
-        spoken = message["from"]
-        message = {"role": _SHAREGPT_ROLES.get(str(spoken), spoken), "content": message.get("value")} | {
+        speaker = message["from"]
+        message = {"role": _SHAREGPT_ROLES.get(str(speaker), speaker), "content": message.get("value")} | {
             key: value for key, value in message.items() if key not in {"from", "value"}
         }
     role, content = message.get("role"), message.get("content")
@@ -117,7 +119,7 @@ def _unusual_message(message: dict[str, Any], number: int) -> dict[str, Any]:
             raise RowError(f"message {number}: '{key}' is missing")
     unknown = sorted(str(key) for key, value in message.items() if key not in _KEYS and value is not None)
     if unknown:
-        raise RowError(f"message {number}: unknown key '{unknown[0]}', a message has {', '.join(sorted(_KEYS))}")
+        raise RowError(f"message {number}: unknown key '{unknown[0]}', expected one of {', '.join(sorted(_KEYS))}")
     role = message["role"]
     if role not in ROLES:
         raise RowError(f"message {number}: unknown role {role!r}, expected one of {', '.join(ROLES)}")
@@ -130,7 +132,9 @@ def _unusual_message(message: dict[str, Any], number: int) -> dict[str, Any]:
     weight = message.get("weight")
     if weight is not None:
         if weight not in {0, 1} or role != "assistant":
-            raise RowError(f"message {number} ({role}): 'weight' is {weight!r}; the assistant's may be 0 or 1")
+            raise RowError(
+                f"message {number} ({role}): 'weight' is {weight!r}; only the assistant's messages may have one, 0 or 1"
+            )
         result["weight"] = int(weight)
     return result
 
@@ -140,9 +144,9 @@ def _content(message: dict[str, Any], number: int) -> str:
     what = f"message {number} ({role}): 'content'"
     if isinstance(content, list):
         parts = [_present(part) for part in content]
-        strange = [part for part in parts if not isinstance(part, dict) or set(part) != {"type", "text"}]
-        if strange:
-            raise RowError(f"{what} has a part that is no text, and only text can be learned: remove it")
+        other = [part for part in parts if not isinstance(part, dict) or set(part) != {"type", "text"}]
+        if other:
+            raise RowError(f"{what} has a part that is not text, and only text can be learned: remove it")
         content = "\n".join(str(part["text"]) for part in parts)
     if not content and (role in _MAY_BE_EMPTY or message.get("tool_calls")) and (content is None or content == ""):
         return ""

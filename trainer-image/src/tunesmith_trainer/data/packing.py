@@ -28,18 +28,18 @@ def best_fit_decreasing(lengths: Sequence[int] | IntArray, capacity: int) -> lis
     """Bins by their exact remaining room."""
     rooms = 0
     """Bit set of the remaining rooms for which a bin exists."""
-    for place in np.argsort(-sizes, kind="stable").tolist():
-        size = int(sizes[place])
+    for index in np.argsort(-sizes, kind="stable").tolist():
+        size = int(sizes[index])
         enough = rooms >> size
         if enough:
             room = size + (enough & -enough).bit_length() - 1
             number = with_room[room].pop()
             if not with_room[room]:
                 rooms ^= 1 << room
-            bins[number].append(place)
+            bins[number].append(index)
         else:
             room, number = capacity, len(bins)
-            bins.append([place])
+            bins.append([index])
         with_room[room - size].append(number)
         rooms |= 1 << (room - size)
     return bins

@@ -15,7 +15,7 @@ EXAMPLES = 3
 _EXAMPLE_LENGTH = 160
 """Characters per example; a path in a store may be longer."""
 UNUSABLE = (DropReason.UNDECODABLE, DropReason.NULL, DropReason.EMPTY)
-"""Reasons that lie in the row itself: it contains nothing to learn."""
+"""Reasons in the row itself: it contains nothing to learn."""
 
 
 def shortened(example: str) -> str:
@@ -107,20 +107,20 @@ class RowReport:
         )
 
 
-def told(preflight: Preflight) -> list[str]:
+def summary_lines(preflight: Preflight) -> list[str]:
     """Return the counts as lines for people: the totals, then the unused rows by reason."""
     packed = f" in {preflight.packed_sequences} sequences" if preflight.packed_sequences is not None else ""
-    cut = f", {preflight.truncated_rows} cut" if preflight.truncated_rows else ""
+    truncated = f", {preflight.truncated_rows} truncated" if preflight.truncated_rows else ""
     total = (
         f"  {preflight.rows} rows{packed}, {preflight.tokens} tokens, {preflight.target_tokens} of them learned;"
-        f" {preflight.validation_rows} held out, {preflight.dropped_rows} dropped{cut}"
+        f" {preflight.validation_rows} held out, {preflight.dropped_rows} dropped{truncated}"
     )
     reasons = [
-        f"    {one.rows} {one.reason}" + (f", the first: {one.examples[0]}" if one.examples else "")
-        for one in preflight.dropped or []
+        f"    {rows.rows} {rows.reason}" + (f", the first: {rows.examples[0]}" if rows.examples else "")
+        for rows in preflight.dropped or []
     ]
     trained = [
-        f"    {one.sentence}" + (f"; the first: {one.examples[0]}" if one.examples else "")
-        for one in preflight.also_trained or []
+        f"    {overlap.sentence}" + (f"; the first: {overlap.examples[0]}" if overlap.examples else "")
+        for overlap in preflight.also_trained or []
     ]
     return [total, *reasons, *trained]

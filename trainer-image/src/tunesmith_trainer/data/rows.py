@@ -148,17 +148,17 @@ class _Reader:
         self.records += 1
         try:
             if record.problem is not None:
-                raise RowError(record.problem, DropReason.UNDECODABLE)  # noqa: TRY301 - one way out for all
+                raise RowError(record.problem, DropReason.UNDECODABLE)  # noqa: TRY301 - handled with the others
             form = self._form(record, source)
             value = _CHECKS[form](record.value, self.names)
         except RowError as error:
-            told = f"{record.where}: {error}"
+            problem = f"{record.where}: {error}"
             if error.reason is not None:
-                self.report.drop(error.reason, told)
+                self.report.drop(error.reason, problem)
             else:
                 self.mismatched += 1
                 if len(self.mismatches) < _SHOWN_PROBLEMS:
-                    self.mismatches.append(told)
+                    self.mismatches.append(problem)
             return None
         self.first.setdefault(source, (form, record.where))
         if self.mismatched:
@@ -189,8 +189,8 @@ class _Reader:
     def finish(self) -> None:
         """Raise DatasetInvalidError unless enough rows are usable."""
         unusable = self.report.unusable
-        refused = unusable and (self.dataset.unusable is UnusableRows.ERROR or 2 * unusable >= self.records)
-        if not self.mismatched and not refused:
+        too_many = unusable and (self.dataset.unusable is UnusableRows.ERROR or 2 * unusable >= self.records)
+        if not self.mismatched and not too_many:
             return
         shown = (self.mismatches + self.report.unusable_examples())[:_SHOWN_PROBLEMS]
         rest = self.mismatched + unusable - len(shown)
@@ -206,7 +206,7 @@ class _Reader:
         known = self.first.get(source)
         if known is not None:
             form, before = known
-            self._require(form, value, f" (the rows before have it, from {before} on)")
+            self._require(form, value, f" (the rows from {before} on have it)")
             return form
         if self.dataset.format is DataFormat.AUTO:
             form = self._detected(value)
@@ -229,7 +229,7 @@ class _Reader:
             found.remove(RowForm.PROMPT_COMPLETION if labelled else RowForm.UNPAIRED_PREFERENCE)
         if len(found) > 1:
             names = " and ".join(found)
-            raise RowError(f"has the columns of {names}: say which of them is meant with dataset.format")
+            raise RowError(f"has the columns of {names}: select one of them with dataset.format")
         if found:
             return found[0]
         for form in RowForm:
@@ -244,7 +244,9 @@ class _Reader:
     def _suggestion(self, form: RowForm | None, value: dict[str, Any]) -> str:
         for candidate in [form] if form is not None else SFT_FORMS_IN_ORDER:
             missing = [name for name in _REQUIRED[candidate] if self.names[name] not in value]
-            other = {name: next((one for one in _OTHER_NAMES.get(name, ()) if one in value), None) for name in missing}
+            other = {
+                name: next((known for known in _OTHER_NAMES.get(name, ()) if known in value), None) for name in missing
+            }
             if all(other.values()):
                 named = ", ".join(f"{name}: {column}" for name, column in other.items())
                 return f"; did you mean dataset.columns {{{named}}}?"
@@ -252,10 +254,10 @@ class _Reader:
 
     def _check_allowed(self, form: RowForm, where: str) -> None:
         if form not in self.forms:
-            able = ", ".join(one for one in RowForm if one in self.forms)
+            allowed = ", ".join(form for form in RowForm if form in self.forms)
             raise DatasetInvalidError(
-                f"{where}: holds what dataset.format calls {form}, which this objective cannot learn from; it learns"
-                f" from {able}: choose another objective, or set dataset.format and dataset.columns"
+                f"{where}: has the dataset.format {form}, which this objective cannot learn from; it learns"
+                f" from {allowed}: choose another objective, or set dataset.format and dataset.columns"
             )
         if self.dataset.format is DataFormat.AUTO or self.dataset.columns is None:
             return
@@ -287,7 +289,7 @@ def _tools(value: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
     return {"tools": tools} if tools else {}
 
 
-def _asked_and_answered(value: dict[str, Any], names: dict[str, str], *answers: str) -> dict[str, Any]:
+def _prompt_and_answers(value: dict[str, Any], names: dict[str, str], *answers: str) -> dict[str, Any]:
     """Return prompt and answers, either all as texts or all as messages."""
     result: dict[str, Any] = {}
     for name in ("prompt", *answers):
@@ -299,24 +301,26 @@ def _asked_and_answered(value: dict[str, Any], names: dict[str, str], *answers: 
         raise RowError(f"{shown}: prompt and answer must both be texts, or both lists of messages")
     for name in answers:
         if kinds == {list} and result[name][-1]["role"] != "assistant":
-            raise RowError(f"the last message of '{names[name]}' must be the assistant's, which is what is learned")
+            raise RowError(
+                f"the last message of '{names[name]}' must be the assistant's answer, which is what is learned"
+            )
     return result | _tools(value, names)
 
 
 def _prompt_completion(value: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    return _asked_and_answered(value, names, "completion")
+    return _prompt_and_answers(value, names, "completion")
 
 
 def _instruction(value: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
     """Return a chat with one question, with the input below the instruction."""
-    asked = text_of(value[names["instruction"]], f"'{names['instruction']}'")
-    about = value.get(names["input"])
-    if about is not None and not isinstance(about, str):
-        raise RowError(f"'{names['input']}' is {kind(about)}, not a string")
-    if about and about.strip():
-        asked = f"{asked}\n\n{about}"
+    question = text_of(value[names["instruction"]], f"'{names['instruction']}'")
+    extra = value.get(names["input"])
+    if extra is not None and not isinstance(extra, str):
+        raise RowError(f"'{names['input']}' is {kind(extra)}, not a string")
+    if extra and extra.strip():
+        question = f"{question}\n\n{extra}"
     answer = text_of(value[names["output"]], f"'{names['output']}'")
-    return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
 def _text(value: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
@@ -330,15 +334,18 @@ def _preference(value: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
         better = chat_of(chosen, f"'{names['chosen']}'")
         worse = chat_of(rejected, f"'{names['rejected']}'")
         pairs = enumerate(zip(better, worse, strict=False))
-        same = next((place for place, (one, other) in pairs if one != other), min(len(better), len(worse)))
+        same = next((index for index, (left, right) in pairs if left != right), min(len(better), len(worse)))
         same = min(same, len(better) - 1, len(worse) - 1)
         if same == 0:
-            raise RowError(f"'{names['chosen']}' and '{names['rejected']}' begin with different messages: no prompt")
+            raise RowError(
+                f"'{names['chosen']}' and '{names['rejected']}' begin with different messages, so they have no"
+                " common prompt"
+            )
         result = {"prompt": better[:same], "chosen": better[same:], "rejected": worse[same:], **_tools(value, names)}
     elif names["prompt"] not in value:
         raise RowError(f"'{names['prompt']}' is missing")
     else:
-        result = _asked_and_answered(value, names, "chosen", "rejected")
+        result = _prompt_and_answers(value, names, "chosen", "rejected")
     if result["chosen"] == result["rejected"]:
         raise RowError(f"'{names['chosen']}' and '{names['rejected']}' are the same", DropReason.NO_TARGET)
     return result
@@ -351,7 +358,7 @@ def _unpaired(value: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
     read_as = {"true": True, "false": False, "1": True, "0": False}.get(str(label).lower())
     if read_as is None:
         raise RowError(f"'{names['label']}' is {label!r}, not true or false")
-    return _asked_and_answered(value, names, "completion") | {"label": read_as}
+    return _prompt_and_answers(value, names, "completion") | {"label": read_as}
 
 
 _CHECKS: dict[RowForm, Callable[[dict[str, Any], dict[str, str]], dict[str, Any]]] = {

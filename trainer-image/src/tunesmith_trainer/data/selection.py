@@ -39,8 +39,8 @@ def held_out(keys: IntArray, dataset: Dataset, seed: int) -> tuple[IntArray, Int
     _, group, sizes = np.unique(keys, return_inverse=True, return_counts=True)
     if len(sizes) < 2:  # noqa: PLR2004 - one to train on, one to hold out
         raise DatasetInvalidError(
-            f"the training rows are one row, {count} times over, which cannot be trained on and held out: give other"
-            " rows, or dataset.validation"
+            f"the training rows are {count} copies of one row, which cannot be both trained on and held out: add other"
+            " rows, or set dataset.validation"
         )
     fraction = dataset.validation_fraction or DEFAULT_VALIDATION_FRACTION
     room = min(max(1, math.floor(count * fraction + 0.5)), count - 1)
@@ -61,22 +61,22 @@ def trained_too(scored: IntArray, trained: IntArray) -> IntArray:
     return np.flatnonzero(np.isin(scored, trained))
 
 
-def weighted(places: Sequence[int] | IntArray, counts: Sequence[int], weights: Sequence[float], seed: int) -> IntArray:
+def weighted(indices: Sequence[int] | IntArray, counts: Sequence[int], weights: Sequence[float], seed: int) -> IntArray:
     """Return row indices, each as often as the weight of its source specifies; the order of the rows is kept.
 
     Args:
-        places: indices of rows, ascending; rows are ordered by source.
+        indices: indices of rows, ascending; rows are ordered by source.
         counts: number of rows per source.
         weights: weight per source.
         seed: seed for choosing the rows of a fractional weight.
     """
-    rows = np.asarray(places, dtype=np.int64)
+    rows = np.asarray(indices, dtype=np.int64)
     ends = np.cumsum(counts)
     times = np.zeros(len(rows), dtype=np.int64)
     for number, weight in enumerate(weights):
-        mine = np.flatnonzero((rows >= ends[number] - counts[number]) & (rows < ends[number]))
+        of_source = np.flatnonzero((rows >= ends[number] - counts[number]) & (rows < ends[number]))
         whole = math.floor(weight)
-        times[mine] = whole
-        more = math.floor((weight - whole) * len(mine) + 0.5)
-        times[np.random.default_rng((seed, number)).choice(mine, size=more, replace=False)] += 1
+        times[of_source] = whole
+        more = math.floor((weight - whole) * len(of_source) + 0.5)
+        times[np.random.default_rng((seed, number)).choice(of_source, size=more, replace=False)] += 1
     return np.repeat(rows, times)

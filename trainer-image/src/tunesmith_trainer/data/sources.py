@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tunesmith_trainer.data.formats import ENDINGS, DataFile, format_of
+from tunesmith_trainer.data.formats import EXTENSIONS, DataFile, format_of
 from tunesmith_trainer.errors import DatasetInvalidError, DatasetNotFoundError
 from tunesmith_trainer.store import file_sha256
 
@@ -82,7 +82,8 @@ def _listed(source: DatasetSource, stores: Stores) -> tuple[Folder, list[str]]:
     if not parent.is_folder(name):
         if format_of(name) is None:
             raise DatasetInvalidError(
-                f"the name of {source.uri} does not say its format: give it one of the endings {', '.join(ENDINGS)}"
+                f"the name of {source.uri} does not indicate its format: use one of the extensions"
+                f" {', '.join(EXTENSIONS)}"
             )
         return parent, [name]
     folder = parent.child(name)
@@ -100,8 +101,8 @@ def _data_files(paths: list[str], uri: str) -> list[str]:
     ]
     if not found:
         raise DatasetNotFoundError(
-            f"the data set {uri} has no data files: their names end with {', '.join(ENDINGS)}"
-            + (f"; there is {', '.join(paths[:5])}" if paths else "")
+            f"the data set {uri} has no data files, whose names end with {', '.join(EXTENSIONS)}"
+            + (f"; it has {', '.join(paths[:5])}" if paths else "")
         )
     if len(found) > MAX_FILES:
         raise DatasetInvalidError(
@@ -111,7 +112,7 @@ def _data_files(paths: list[str], uri: str) -> list[str]:
     formats = {str(format_of(path)) for path in found}
     if len(formats) > 1:
         raise DatasetInvalidError(
-            f"the data set {uri} has files of several formats ({', '.join(sorted(formats))}), which may hold the same"
-            f" rows: choose with a glob, such as {uri.rstrip('/')}/**/*.{min(formats)}"
+            f"the data set {uri} has files of several formats ({', '.join(sorted(formats))}), which may contain the"
+            f" same rows: choose one format with a glob, such as {uri.rstrip('/')}/**/*.{min(formats)}"
         )
     return found

@@ -50,18 +50,18 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, given: str | None = None) -> None:
-        self._whose = "dataset.chatTemplate" if given else "the base model's chat template"
+        self._name = "dataset.chatTemplate" if given else "the base model's chat template"
         self._special = dict(tokenizer.special_tokens_map)
         self._text: str | None = given or (str(tokenizer.get_chat_template()) if tokenizer.chat_template else None)
         self._marked = self._text is not None and _MARKS.search(self._text) is not None
         if self._text is None:
             return
         try:
-            with limited(self._whose):  # constant expressions in it are evaluated here
+            with limited(self._name):  # constant expressions in it are evaluated here
                 compiled = _compile_jinja_template(self._text)
         except TemplateSyntaxError as error:
             raise InvalidSpecError(
-                f"{self._whose} is no Jinja template: line {error.lineno}: {error.message}"
+                f"{self._name} is not a valid Jinja template: line {error.lineno}: {error.message}"
             ) from None
         # The same rows give the same tokens on every day, also for an attempt that resumes tomorrow.
         compiled.environment.globals["strftime_now"] = _TODAY.strftime
@@ -85,7 +85,7 @@ class ChatTemplate:
             text, marks = self._render_marked(chat, where)
             if len(marks) != len(turns):
                 raise InvalidSpecError(
-                    f"{where}: {self._whose} marks {len(marks)} passages with {{% generation %}} for {len(turns)}"
+                    f"{where}: {self._name} marks {len(marks)} passages with {{% generation %}} for {len(turns)}"
                     " answers of the assistant: put the marks around the content of every answer"
                 )
             return text, [marks[turns.index(number)] for number in learned]
@@ -112,13 +112,13 @@ class ChatTemplate:
     def _rendered(self, chat: Chat, where: str, *, prompt: bool, marked: bool) -> Any:  # noqa: ANN401 - of transformers
         if self._text is None:
             raise InvalidSpecError(
-                "the base model has no chat template: use a chat model, give dataset.chatTemplate, or use a data set of"
-                " 'prompt' and 'completion' or of 'text'"
+                "the base model has no chat template: use a chat model, set dataset.chatTemplate, or use a data set"
+                " with 'prompt' and 'completion' or with 'text'"
             )
         if chat.get("tools") and "tools" not in self._text:
             raise InvalidSpecError(
-                f"{where}: has tools, and {self._whose} has no place for them: use a base model that knows tools, or"
-                " give dataset.chatTemplate"
+                f"{where}: has tools, and {self._name} does not support them: use a base model whose template"
+                " supports tools, or set dataset.chatTemplate"
             )
         messages = [
             {key: value for key, value in message.items() if key != "weight"} if "weight" in message else message
@@ -126,11 +126,11 @@ class ChatTemplate:
         ]
         if "tool_calls" not in self._text and any("tool_calls" in message for message in messages):
             raise InvalidSpecError(
-                f"{where}: has calls of tools, and {self._whose} has no place for them: use a base model that knows"
-                " tools, or give dataset.chatTemplate"
+                f"{where}: has tool calls, and {self._name} does not support them: use a base model whose template"
+                " supports tools, or set dataset.chatTemplate"
             )
         try:
-            with limited(f"{where}: {self._whose}" if where else self._whose):
+            with limited(f"{where}: {self._name}" if where else self._name):
                 return render_jinja_template(
                     conversations=[messages],
                     tools=chat.get("tools") or None,
@@ -141,11 +141,11 @@ class ChatTemplate:
                 )
         except MemoryError:
             raise DatasetInvalidError(
-                f"{where}: {self._whose} needs more memory than there is: shorten the row, or remove what grows in it"
+                f"{where}: {self._name} ran out of memory: shorten the row, or simplify the template"
             ) from None
         except _TEMPLATE_FAULTS as error:
             text = " ".join(str(error).split())[:300]
-            raise DatasetInvalidError(f"{where}: {self._whose} refuses the row: {text}") from None
+            raise DatasetInvalidError(f"{where}: {self._name} rejects the row: {text}") from None
 
     def _found(self, chat: Chat, text: str, number: int, where: str) -> Span:
         """Locate the answer of a message: between the texts of the chat before it and including it."""
@@ -157,13 +157,13 @@ class ChatTemplate:
             return len(before), len(through)
         if last:
             raise InvalidSpecError(
-                f"{where}: {self._whose} writes the question otherwise once it is answered, so the answer cannot be"
-                " told apart: give a dataset.chatTemplate with {% generation %} and {% endgeneration %} around the"
-                " answer, or learn all of it with dataset.lossOn AllTokens"
+                f"{where}: {self._name} renders the question differently when an answer follows, so the answer cannot"
+                " be located: set a dataset.chatTemplate with {% generation %} and {% endgeneration %} around the"
+                " answer, or learn the whole text with dataset.lossOn AllTokens"
             )
         raise InvalidSpecError(
-            f"{where}: {self._whose} changes earlier turns when later ones follow, so the assistant's turns cannot be"
-            " marked for the loss: learn the last answer only with dataset.lossOn Completion, or give a"
+            f"{where}: {self._name} changes earlier turns when later ones follow, so the assistant's turns cannot be"
+            " marked for the loss: learn only the last answer with dataset.lossOn Completion, or set a"
             " dataset.chatTemplate with {% generation %} and {% endgeneration %} around every answer"
         )
 
@@ -183,11 +183,11 @@ def same_prompts(tokenizer: PreTrainedTokenizerFast, given: str) -> bool:
         },
         {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "One?"}]},
     ]
-    own, other = ChatTemplate(tokenizer), ChatTemplate(tokenizer, given)
-    return _asked(own, chats) == _asked(other, chats)
+    own, replaced = ChatTemplate(tokenizer), ChatTemplate(tokenizer, given)
+    return _prompts(own, chats) == _prompts(replaced, chats)
 
 
-def _asked(template: ChatTemplate, chats: Sequence[Chat]) -> str:
+def _prompts(template: ChatTemplate, chats: Sequence[Chat]) -> str:
     texts: list[str | None] = []
     for chat in chats:
         try:

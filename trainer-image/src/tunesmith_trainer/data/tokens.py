@@ -35,11 +35,11 @@ T = TypeVar("T")
 
 _BATCH = 512
 """Rows that are tokenised and written at once."""
-_HELD = 200
+_MAX_ROWS_IN_MEMORY = 200
 """Rows whose pages are in memory at once: each may bring in 64 KiB around it."""
 _KEY = "key"
 """Column of `Row.key`, which is not used in training."""
-_TOLD = 50_000
+_PROGRESS_ROWS = 50_000
 """Rows between two progress lines."""
 
 
@@ -55,9 +55,9 @@ class Counted:
         """Number of rows that are used."""
         return sum(self.per_source)
 
-    def require(self, what: str, limit: int, least: int = 1) -> None:
+    def require(self, what: str, limit: int, minimum: int = 1) -> None:
         """Raise DatasetInvalidError if too few rows are left."""
-        if self.used >= least:
+        if self.used >= minimum:
             return
         report = self.report
         overlong = report.counts.get(DropReason.OVERLONG, 0)
@@ -69,9 +69,9 @@ class Counted:
             )
         elif report.dropped:
             dropped = report.status() or []
-            told = ", ".join(f"{one.rows} {one.reason} ({(one.examples or [''])[0]})" for one in dropped)
-            reason = f"there are only {self.used} of {report.read}, not used are {told}"
-        raise DatasetInvalidError(f"the {what} need at least {least} rows: {reason}")
+            shown = ", ".join(f"{rows.rows} {rows.reason} ({(rows.examples or [''])[0]})" for rows in dropped)
+            reason = f"only {self.used} of {report.read} rows can be used; dropped: {shown}"
+        raise DatasetInvalidError(f"the {what} need at least {minimum} rows: {reason}")
 
 
 def tokenise(
@@ -80,7 +80,7 @@ def tokenise(
     forms: Collection[RowForm],
     encoder: Encoder,
     path: Path,
-    say: Callable[[str], None],
+    write_line: Callable[[str], None],
 ) -> Counted:
     """Write the tokens of the usable rows to an Arrow file.
 
@@ -90,17 +90,17 @@ def tokenise(
         forms: row forms that the objective can learn from.
         encoder: turns rows into tokens.
         path: path of the Arrow file.
-        say: reports progress to a person.
+        write_line: reports progress to a person.
 
     Raises:
-        DatasetInvalidError: a row is unusable, or too long where that is an error.
+        DatasetInvalidError: a row is unusable, or too long if dataset.overlong is Error.
         InvalidSpecError: the chat template cannot be used.
     """
     report = RowReport()
     per_source, done = [0] * len(sources), 0
-    judged = RowForm.UNPAIRED_PREFERENCE in forms
-    paired = RowForm.PREFERENCE in forms and not judged
-    with _Writer(path, paired=paired, judged=judged, keyed=True) as writer:
+    unpaired = RowForm.UNPAIRED_PREFERENCE in forms
+    paired = RowForm.PREFERENCE in forms and not unpaired
+    with _Writer(path, paired=paired, unpaired=unpaired, keyed=True) as writer:
         for batch in _batched(read(sources, dataset, report, forms=forms), _BATCH):
             kept: list[Tokens] = []
             keys: list[int] = []
@@ -112,8 +112,8 @@ def tokenise(
                     per_source[row.source] += 1
             writer.write(kept, keys)
             before, done = done, done + len(batch)
-            if done // _TOLD > before // _TOLD:
-                say(f"  {done} rows tokenised")
+            if done // _PROGRESS_ROWS > before // _PROGRESS_ROWS:
+                write_line(f"  {done} rows tokenised")
     overlong = report.counts.get(DropReason.OVERLONG, 0)
     if overlong and dataset.overlong is Overlong.ERROR:
         raise DatasetInvalidError(
@@ -134,8 +134,8 @@ def _fitted(tokens: Tokens, where: str, dataset: api.Dataset, report: RowReport)
             return None
         tokens = tokens.cut(limit)
     if tokens.without_target:
-        cut = f", its question alone fills maxLength {limit}" if size > limit else ""
-        report.drop(DropReason.NO_TARGET, f"{where}: no token of it is learned{cut}")
+        explanation = f", its question alone fills maxLength {limit}" if size > limit else ""
+        report.drop(DropReason.NO_TARGET, f"{where}: none of its tokens is learned{explanation}")
         return None
     report.truncated += size > limit
     return tokens
@@ -175,12 +175,12 @@ def measure(path: Path) -> Sizes:
     return Sizes(np.concatenate(lengths), np.concatenate(targets), longest, np.concatenate(keys))
 
 
-def pack(rows: Path, places: IntArray, lengths: IntArray, capacity: int, path: Path) -> IntArray:
-    """Pack the rows at `places` into sequences of at most `capacity` tokens; `seq_lengths` has the size of each row.
+def pack(rows: Path, indices: IntArray, lengths: IntArray, capacity: int, path: Path) -> IntArray:
+    """Pack the rows at `indices` into sequences of at most `capacity` tokens; `seq_lengths` has the size of each row.
 
     Args:
         rows: Arrow file of tokenised rows.
-        places: indices of the rows to pack; an index may appear more than once.
+        indices: indices of the rows to pack; an index may appear more than once.
         lengths: tokens of each of these rows.
         capacity: tokens of a sequence.
         path: path of the Arrow file to write.
@@ -190,14 +190,14 @@ def pack(rows: Path, places: IntArray, lengths: IntArray, capacity: int, path: P
     """
     groups = best_fit_decreasing(lengths, capacity)
     sizes = [int(lengths[group].sum()) for group in groups]
-    read = _Reader(rows).rows(places[group].tolist() for group in groups)
+    read = _Reader(rows).rows(indices[group].tolist() for group in groups)
     with _Writer(path, paired=True) as writer:
-        for some in _batched(iter(groups), _BATCH):
+        for batch in _batched(iter(groups), _BATCH):
             ids, labels = [], []
-            for parts in itertools.islice(read, len(some)):
+            for parts in itertools.islice(read, len(batch)):
                 ids.append(np.concatenate([part for part, _ in parts]))
                 labels.append(np.concatenate([_first_ignored(part) for _, part in parts]))
-            writer.write_columns([_lists(ids), _lists(labels), _lists([lengths[group] for group in some])])
+            writer.write_columns([_lists(ids), _lists(labels), _lists([lengths[group] for group in batch])])
     return np.asarray(sizes, np.int64)
 
 
@@ -237,14 +237,14 @@ class _Reader:
             begins.append(begins[-1] + batch.num_rows)
         for group in groups:
             parts = []
-            for place in group:
-                number = bisect_right(begins, place) - 1
+            for index in group:
+                number = bisect_right(begins, index) - 1
                 offsets, ids, labels = columns[number]
-                begin, end = offsets[place - begins[number] : place - begins[number] + 2]
+                begin, end = offsets[index - begins[number] : index - begins[number] + 2]
                 parts.append((ids[begin:end], labels[begin:end]))
             yield parts
             read += len(group)
-            if read > _HELD:
+            if read > _MAX_ROWS_IN_MEMORY:
                 self.forget()
                 read = 0
 
@@ -259,14 +259,14 @@ class _Writer:
     Args:
         path: path of the file.
         paired: True if the rows have `seq_lengths`.
-        judged: True if the rows have `desirable`.
+        unpaired: True if the rows have `desirable`.
         keyed: True if the rows have `key`.
     """
 
-    def __init__(self, path: Path, *, paired: bool = False, judged: bool = False, keyed: bool = False) -> None:
+    def __init__(self, path: Path, *, paired: bool = False, unpaired: bool = False, keyed: bool = False) -> None:
         names = ["input_ids", "labels", *(["seq_lengths"] if paired else [])]
         fields = [pa.field(name, pa.list_(pa.int32())) for name in names]
-        fields += [pa.field("desirable", pa.bool_())] if judged else []
+        fields += [pa.field("desirable", pa.bool_())] if unpaired else []
         fields += [pa.field(_KEY, pa.uint64())] if keyed else []
         self._schema = pa.schema(fields)
         self._writer = pa.ipc.new_stream(str(path), self._schema)

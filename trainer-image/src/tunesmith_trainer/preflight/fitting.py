@@ -10,17 +10,17 @@ from tunesmith_trainer.preflight.memory import TOLERANCE
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    Peak = Callable[["Settings"], int]
+    Peak = Callable[["RunSettings"], int]
     Options = Mapping[str, Sequence[Any]]
 
 BUSY_TOKENS = 1024
 """Tokens per micro-batch that keep a GPU busy: beyond this, recomputing activations costs more than it gains."""
-_LEAST_RANK = 8
-_LEAST_LENGTH = 256
+_MIN_RANK = 8
+_MIN_LENGTH = 256
 
 
 @dataclass(frozen=True)
-class Settings:
+class RunSettings:
     """Settings of a run that determine its memory and that a user can change.
 
     Args:
@@ -43,18 +43,18 @@ class Settings:
 
 
 def decide(
-    asked: Settings,
+    fixed: RunSettings,
     micro_batch_sizes: Sequence[int],
     checkpointing: Sequence[bool],
     *,
     peak: Peak,
-    tokens: Callable[[Settings], int],
+    tokens: Callable[[RunSettings], int],
     gpu_memory: int,
-) -> Settings:
+) -> RunSettings:
     """Return the fastest settings that fit with a margin for the estimate's error; the smallest ones if none do.
 
     Args:
-        asked: the settings that are not decided here.
+        fixed: settings that are not decided here.
         micro_batch_sizes: micro-batch sizes to choose from.
         checkpointing: values of `checkpointing` to choose from.
         peak: estimates the peak memory, in bytes.
@@ -62,8 +62,8 @@ def decide(
         gpu_memory: memory of the GPU, in bytes.
     """
     candidates = [
-        replace(asked, micro_batch_size=size, checkpointing=again)
-        for again in sorted(checkpointing)
+        replace(fixed, micro_batch_size=size, checkpointing=recompute)
+        for recompute in sorted(checkpointing)
         for size in sorted(micro_batch_sizes, reverse=True)
     ]
     for room in (1 + TOLERANCE, 1.0):
@@ -72,18 +72,18 @@ def decide(
             continue
         largest = max(tokens(candidate) for candidate in fitting)
         return next(candidate for candidate in fitting if tokens(candidate) >= min(BUSY_TOKENS, largest))
-    return replace(asked, micro_batch_size=min(micro_batch_sizes), checkpointing=max(checkpointing))
+    return replace(fixed, micro_batch_size=min(micro_batch_sizes), checkpointing=max(checkpointing))
 
 
 def options(
-    start: Settings,
+    start: RunSettings,
     micro_batch_sizes: Sequence[int],
     *,
     checkpointing: bool,
     sharding: bool,
     quantization: bool,
 ) -> dict[str, list[Any]]:
-    """Return the possible changes by increasing cost to the user, each with its values, the mildest first.
+    """Return the possible changes by increasing cost to the user, each with its values, the smallest change first.
 
     The first three leave the result as it is and cost time; an adapter instead of all weights, 4 bits and a lower rank
     change it; a shorter maximum length drops rows.
@@ -102,16 +102,16 @@ def options(
         "sharded": [True] if sharding and not start.sharded else [],
         "full": [False] if start.full else [],
         "quantized": [True] if quantization and not start.quantized else [],
-        "rank": _halves(start.rank or 0, _LEAST_RANK),
-        "max_length": _halves(start.max_length, _LEAST_LENGTH),
+        "rank": _halves(start.rank or 0, _MIN_RANK),
+        "max_length": _halves(start.max_length, _MIN_LENGTH),
     }
 
 
-def changes(start: Settings, options: Options, fits: Callable[[Settings], bool]) -> dict[str, Any] | None:
+def changes(start: RunSettings, options: Options, fits: Callable[[RunSettings], bool]) -> dict[str, Any] | None:
     """Return the fields to change, with their values, so that a run fits; None if no combination of `options` does.
 
     Cheaper changes are exhausted before a more expensive one is tried. Then unnecessary changes are undone, the most
-    expensive first, and the others are made as mild as possible.
+    expensive first, and the others are made as small as possible.
     """
     strongest: dict[str, Any] = {}
     for name, values in options.items():
@@ -130,9 +130,9 @@ def changes(start: Settings, options: Options, fits: Callable[[Settings], bool])
     return strongest
 
 
-def _halves(value: int, least: int) -> list[int]:
+def _halves(value: int, minimum: int) -> list[int]:
     found = []
-    while value // 2 >= least:
+    while value // 2 >= minimum:
         value //= 2
         found.append(value)
     return found

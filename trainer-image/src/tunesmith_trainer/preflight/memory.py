@@ -57,7 +57,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunShape:
     """Memory-related settings of a run.
 
     Args:
@@ -109,7 +109,7 @@ class Estimate:
         return self.weights + self.adapter + self.activations + self.logits + self.overhead
 
 
-def estimate(shape: Shape, run: Run) -> Estimate:
+def estimate(shape: Shape, run: RunShape) -> Estimate:
     """Estimate the peak of a run, within TOLERANCE of measurements of similar runs."""
     width = 4 if run.full_precision else 2
     linear = _NF4 if run.quantized else width
@@ -122,18 +122,18 @@ def estimate(shape: Shape, run: Run) -> Estimate:
     positions = run.tokens if run.logit_positions is None else min(run.tokens, run.logit_positions)
     weights = linear * shape.linear_parameters + width * shape.embedding_parameters
     trained = (_TRAINABLE + run.optimizer_bytes + _BUCKETS * run.ddp) * run.adapter_parameters
-    a_layer = shape.linear_parameters / shape.layers
+    per_layer = shape.linear_parameters / shape.layers
     if run.shards == 1:
         kept = 0.0 if run.full and run.full_precision else weights
     elif run.full:
         gathered, gradients = _whole_while_trained(shape)
         # If a layer is recomputed, the products' copies of its weights are freed with it.
-        copies = 0.0 if run.full_precision else width * a_layer if run.checkpointing else weights
+        copies = 0.0 if run.full_precision else width * per_layer if run.checkpointing else weights
         kept = _FLOAT32 * gathered + copies
         trained = trained / run.shards + _FLOAT32 * gradients
     else:
         # A layer is gathered while another one is computed; embedding and output layer stay gathered throughout.
-        gathered = _GATHERED_LAYERS * linear * a_layer + width * shape.embedding_parameters
+        gathered = _GATHERED_LAYERS * linear * per_layer + width * shape.embedding_parameters
         constants = _NF4_CONSTANTS * shape.linear_parameters if run.quantized else 0.0
         kept = gathered + constants + (weights - constants) / run.shards
     return Estimate(
@@ -151,10 +151,10 @@ def _whole_while_trained(shape: Shape) -> tuple[float, float]:
     gradients with a copy that is sent. Before that, two layers are gathered in addition, and there are the output
     layer's gradient and one layer's with its copy.
     """
-    a_layer = shape.linear_parameters / shape.layers
+    per_layer = shape.linear_parameters / shape.layers
     embeddings, output = shape.embedding_parameters, shape.vocabulary * shape.hidden
     end = (float(embeddings), 2.0 * embeddings)
-    before = (embeddings + _GATHERED_LAYERS * a_layer, output + 2 * a_layer)
+    before = (embeddings + _GATHERED_LAYERS * per_layer, output + 2 * per_layer)
     return max(end, before, key=sum)
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tunesmith.api.finetunejob import FineTuneJobSpec
 
 _EVALUATIONS = 10
-_MOST_EVALUATION = 0.05
+_MAX_EVALUATION_SHARE = 0.05
 """Maximum time for evaluation, as a share of the training time."""
 
 
@@ -37,8 +37,8 @@ def micro_batch_sizes(spec: FineTuneJobSpec) -> list[int]:
     Each rank gets at least one micro-batch of each step.
     """
     batch = spec.hyperparameters.batch_size or DEFAULT_BATCH_SIZE
-    most = min(DEFAULT_MICRO_BATCH_SIZE, batch // spec.resources.ranks)
-    return [size for size in divisors(batch) if size <= most]
+    largest = min(DEFAULT_MICRO_BATCH_SIZE, batch // spec.resources.ranks)
+    return [size for size in divisors(batch) if size <= largest]
 
 
 def evaluation_interval(steps: int, batch: int, held_out: int) -> int:
@@ -49,7 +49,7 @@ def evaluation_interval(steps: int, batch: int, held_out: int) -> int:
         batch: rows per step.
         held_out: rows that are evaluated; each takes a third of a training row's time, its forward pass.
     """
-    affordable = math.ceil(held_out / 3 / (_MOST_EVALUATION * batch))
+    affordable = math.ceil(held_out / 3 / (_MAX_EVALUATION_SHARE * batch))
     return max(math.ceil(steps / _EVALUATIONS), affordable)
 
 

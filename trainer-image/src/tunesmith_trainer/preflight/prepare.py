@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from tunesmith_trainer.evaluation.folders import SuppliedTasks
     from tunesmith_trainer.methods.config import MethodPlan
     from tunesmith_trainer.methods.targets import Modules
-    from tunesmith_trainer.preflight.fitting import Settings
+    from tunesmith_trainer.preflight.fitting import RunSettings
     from tunesmith_trainer.store import Stores
 
 
@@ -94,7 +94,7 @@ def prepare(
     gpu_memory: int | None = None,
     tokens: Folder | None = None,
     task_code: TaskCode = TaskCode.REFUSED,
-    say: Callable[[str], None] = lambda _: None,
+    write_line: Callable[[str], None] = lambda _: None,
 ) -> Prepared:
     """Check, count and tokenise the inputs of a job.
 
@@ -107,22 +107,22 @@ def prepare(
         gpu_memory: memory of the GPU, in bytes; None if it is unknown.
         tokens: keeps the tokenised rows for the next attempt.
         task_code: permission to run tasks supplied with the job.
-        say: reports progress to a person.
+        write_line: reports progress to a person.
 
     Raises:
         TrainerError: an input is missing, refused or unusable.
     """
-    spec = job.spec if ranks is None else _of_ranks(job.spec, ranks)
+    spec = job.spec if ranks is None else _with_ranks(job.spec, ranks)
     before = job.status.resolved
     folders.check_permission(spec.evaluation, task_code)
     remote = model.open_base(spec.base_model, stores)
     base = _read_base(spec, model.fetch_base(remote, work / "base", weights=weights))
     planned = _planned(spec, base)
     fingerprint = _fingerprint(spec, LocalModelFolder(base.folder) if weights else remote)
-    rows = _rows(spec, base, stores, work, tokens, say)
+    rows = _rows(spec, base, stores, work, tokens, write_line)
     check_tokens(planned.config, rows.train)
     examples = _examples(spec, base, stores, work)
-    own = _own_tasks(spec, before, stores, work, say)
+    own = _own_tasks(spec, before, stores, work, write_line)
     sized = _sized(spec, base, planned, rows)
     run, sizes = _settings(spec, before, sized, gpu_memory, has_layers=model.can_be_sharded(base.config))
     now = plan.resolve(
@@ -138,7 +138,7 @@ def prepare(
         sharded=run.sharded,
     )
     resolved = plan.frozen(before, now)
-    counted = preflight.judge(_counted(rows, planned, examples), sized, spec, run, sizes, gpu_memory)
+    counted = preflight.judge(_counts(rows, planned, examples), sized, spec, run, sizes, gpu_memory)
     return Prepared(
         base=base.folder,
         train=rows.train,
@@ -187,7 +187,7 @@ def _read_base(spec: FineTuneJobSpec, folder: Path) -> _Base:
 
 def _planned(spec: FineTuneJobSpec, base: _Base) -> MethodPlan:
     """Return the adapter that the spec requests, on this base."""
-    with limited("spec.method: finding the modules that its names and patterns mean", _PLANNING_SECONDS):
+    with limited("spec.method: finding the modules that its names and patterns match", _PLANNING_SECONDS):
         return _with_template(plan_method(spec, base.modules), spec, base.tokenizer)
 
 
@@ -204,13 +204,13 @@ def _rows(
     stores: Stores,
     work: Path,
     tokens: Folder | None,
-    say: Callable[[str], None],
+    write_line: Callable[[str], None],
 ) -> Rows:
     """Return the job's rows, tokenised."""
-    asked = spec.dataset
-    encoder = data.Encoder(base.tokenizer, base.ends, chat_template=asked.chat_template, loss_on=asked.loss_on)
+    dataset = spec.dataset
+    encoder = data.Encoder(base.tokenizer, base.ends, chat_template=dataset.chat_template, loss_on=dataset.loss_on)
     return load_rows(
-        asked,
+        dataset,
         stores,
         work,
         encoder,
@@ -219,36 +219,36 @@ def _rows(
         seed=spec.hyperparameters.seed,
         context=base.context,
         store=tokens,
-        say=say,
+        write_line=write_line,
     )
 
 
 def _examples(spec: FineTuneJobSpec, base: _Base, stores: Stores, work: Path) -> dict[str, list[Example]]:
     """Return the prompts and expected answers of each generation suite."""
-    asked = spec.dataset
-    answers = data.Encoder(base.tokenizer, base.ends, chat_template=asked.chat_template, loss_on=LossOn.COMPLETION)
+    dataset = spec.dataset
+    answers = data.Encoder(base.tokenizer, base.ends, chat_template=dataset.chat_template, loss_on=LossOn.COMPLETION)
     return {
-        suite.name: load(suite, asked, stores, work / "data", answers, base.tokenizer, base.context)
+        suite.name: load(suite, dataset, stores, work / "data", answers, base.tokenizer, base.context)
         for suite in spec.suites
         if suite.generation is not None
     }
 
 
 def _own_tasks(
-    spec: FineTuneJobSpec, before: Resolved | None, stores: Stores, work: Path, say: Callable[[str], None]
+    spec: FineTuneJobSpec, before: Resolved | None, stores: Stores, work: Path, write_line: Callable[[str], None]
 ) -> dict[str, SuppliedTasks]:
     """Fetch and check the tasks of suites that run lm-evaluation-harness; return the supplied ones by suite.
 
     Args:
         spec: the job's spec.
         before: decisions of an earlier stage, with the digests of the task folders that it checked.
-        stores: opens the places of the folders.
+        stores: opens the locations of the folders.
         work: folder for the copies.
-        say: reports progress to a person.
+        write_line: reports progress to a person.
     """
     if spec.evaluation is None or all(suite.lm_eval is None for suite in spec.suites):
         return {}
-    say("  fetching the tasks of lm-evaluation-harness")
+    write_line("  fetching the tasks of lm-evaluation-harness")
     validated = {folder.suite: folder.digest for folder in (before.task_folders if before is not None else None) or []}
     own = folders.fetch(spec.evaluation, stores, work / "tasks", validated)
     harness.check(spec.evaluation, own)
@@ -266,9 +266,9 @@ def _sized(spec: FineTuneJobSpec, base: _Base, planned: MethodPlan, rows: Rows) 
     return preflight.sizing(spec, base.config, base.modules, planned.modules, trainable, rows.lengths)
 
 
-def _counted(rows: Rows, planned: MethodPlan, examples: dict[str, list[Example]]) -> Preflight:
+def _counts(rows: Rows, planned: MethodPlan, examples: dict[str, list[Example]]) -> Preflight:
     """Return the counts of rows and parameters, with the scored examples that are trained on too."""
-    by_suite = [also_trained(name, some, rows.keys) for name, some in examples.items()]
+    by_suite = [also_trained(name, scored, rows.keys) for name, scored in examples.items()]
     found = [*(rows.counted.also_trained or []), *(overlap for overlap in by_suite if overlap is not None)]
     return rows.counted.model_copy(
         update={
@@ -279,7 +279,7 @@ def _counted(rows: Rows, planned: MethodPlan, examples: dict[str, list[Example]]
     )
 
 
-def _of_ranks(spec: FineTuneJobSpec, ranks: int) -> FineTuneJobSpec:
+def _with_ranks(spec: FineTuneJobSpec, ranks: int) -> FineTuneJobSpec:
     """Return the spec with the actual number of nodes: outside a cluster it is one, whatever the manifest states."""
     nodes = max(1, ranks // max(1, spec.resources.gpus))
     return spec.model_copy(update={"resources": spec.resources.model_copy(update={"nodes": nodes})})
@@ -292,36 +292,38 @@ def _settings(
     gpu_memory: int | None,
     *,
     has_layers: bool,
-) -> tuple[Settings, list[int]]:
+) -> tuple[RunSettings, list[int]]:
     """Return micro-batch size, checkpointing and data parallelism of a run, and the possible micro-batch sizes.
 
     Raises:
         InvalidSpecError: recomputed activations or sharded weights are requested, but not possible.
     """
-    asked = spec.hyperparameters.micro_batch_size
+    requested = spec.hyperparameters.micro_batch_size
     before = frozen.micro_batch_size if frozen is not None else None
     sizes = plan.micro_batch_sizes(spec)
-    again, possible = spec.hyperparameters.gradient_checkpointing, preflight.can_recompute(spec)
-    if again and not possible:
+    recompute, possible = spec.hyperparameters.gradient_checkpointing, preflight.can_recompute(spec)
+    if recompute and not possible:
         raise InvalidSpecError(
-            f"hyperparameters.gradientCheckpointing: what method.{spec.method.name} trains is lost where activations"
-            " are computed again; set it to false"
+            f"hyperparameters.gradientCheckpointing: method.{spec.method.name} cannot be trained with recomputed"
+            " activations: set it to false"
         )
-    checkpointing = spec.resources.gpus > 0 and possible if again is None else again
-    run = preflight.settings_of(spec, micro_batch_size=before or asked or max(sizes), checkpointing=checkpointing)
+    checkpointing = spec.resources.gpus > 0 and possible if recompute is None else recompute
+    run = preflight.settings_of(spec, micro_batch_size=before or requested or max(sizes), checkpointing=checkpointing)
     if run.sharded and not has_layers:
         raise InvalidSpecError(
-            f"resources.dataParallelism: the layers of {spec.base_model.uri} are not known, so FSDP2 cannot share its"
-            " weights out: use DDP"
+            f"resources.dataParallelism: the layers of {spec.base_model.uri} are unknown, so FSDP2 cannot shard its"
+            " weights: use DDP"
         )
     if before is not None and frozen is not None:
         sharded = frozen.data_parallelism is DataParallelism.FSDP2 and spec.resources.ranks > 1
         return replace(run, checkpointing=bool(frozen.gradient_checkpointing), sharded=sharded), sizes
     if sized is None or gpu_memory is None:
         return run, sizes
-    ways = (False, True) if again is None and possible else (checkpointing,)
+    choices = (False, True) if recompute is None and possible else (checkpointing,)
     sharding = spec.resources.data_parallelism is None and spec.resources.ranks > 1 and spec.shardable and has_layers
-    return preflight.decided(sized, run, [asked] if asked else sizes, ways, gpu_memory, sharding=sharding), sizes
+    return preflight.decide_settings(
+        sized, run, [requested] if requested else sizes, choices, gpu_memory, sharding=sharding
+    ), sizes
 
 
 def _with_template(planned: MethodPlan, spec: FineTuneJobSpec, tokenizer: PreTrainedTokenizerFast) -> MethodPlan:
@@ -330,8 +332,8 @@ def _with_template(planned: MethodPlan, spec: FineTuneJobSpec, tokenizer: PreTra
     if spec.method.full is not None or template is None or same_prompts(tokenizer, template):
         return planned
     reason = (
-        "dataset.chatTemplate writes questions otherwise than the base model's chat template, which a pool of that base"
-        " model serves with: use the base model's own, with nothing but {% generation %} marks added, or serve the"
+        "dataset.chatTemplate renders questions differently from the base model's chat template, which a pool of that"
+        " base model uses: use the base model's own template, changed only by {% generation %} marks, or serve the"
         " merged model"
     )
     planned = replace(planned, servable=ServableStatus(vllm=False, reason=reason))

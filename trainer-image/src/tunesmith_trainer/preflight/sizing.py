@@ -12,8 +12,8 @@ from tunesmith.api.finetunejob_status import PeakParts, Verdict
 from tunesmith.api.hyperparameters import Optimizer, Precision
 from tunesmith.api.methods.lora import INITIALIZATIONS, LoraFields
 from tunesmith.api.placement import DataParallelism
-from tunesmith_trainer.preflight.fitting import Settings, changes, decide, options
-from tunesmith_trainer.preflight.memory import Estimate, Run, Shape, estimate, verdict
+from tunesmith_trainer.preflight.fitting import RunSettings, changes, decide, options
+from tunesmith_trainer.preflight.memory import Estimate, RunShape, Shape, estimate, verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -70,21 +70,21 @@ class Sizing:
     lengths: np.ndarray[Any, np.dtype[np.int64]]
     ranks: int = 1
 
-    def kept(self, settings: Settings) -> int:
+    def kept(self, settings: RunSettings) -> int:
         """Return the number of rows that are not longer than the settings allow."""
         return int(np.searchsorted(self.lengths, settings.max_length, side="right"))
 
-    def tokens(self, settings: Settings) -> int:
+    def tokens(self, settings: RunSettings) -> int:
         """Return the tokens of a micro-batch of the longest rows."""
         if self.shortened:
             return settings.micro_batch_size * min(int(self.lengths[-1]), settings.max_length)
         kept = self.kept(settings)
         return settings.micro_batch_size * int(self.lengths[kept - 1]) if kept else 0
 
-    def estimate(self, settings: Settings) -> Estimate:
+    def estimate(self, settings: RunSettings) -> Estimate:
         """Estimate the peak and its parts."""
         whole = self.shape.linear_parameters + self.shape.embedding_parameters
-        run = Run(
+        run = RunShape(
             adapter_parameters=whole if settings.full else self.trainable(settings.rank),
             adapted_inputs=0 if settings.full else self.adapted_inputs,
             tokens=self.tokens(settings),
@@ -101,7 +101,7 @@ class Sizing:
         )
         return estimate(self.shape, run)
 
-    def peak(self, settings: Settings) -> int:
+    def peak(self, settings: RunSettings) -> int:
         """Estimate the peak, in bytes."""
         return self.estimate(settings).peak
 
@@ -158,9 +158,9 @@ def _of_default_lora(linear: Mapping[str, tuple[int, int]]) -> Callable[[int | N
     return lambda _: parameters
 
 
-def settings_of(spec: FineTuneJobSpec, *, micro_batch_size: int, checkpointing: bool) -> Settings:
+def settings_of(spec: FineTuneJobSpec, *, micro_batch_size: int, checkpointing: bool) -> RunSettings:
     """Return the settings of a job that determine its memory."""
-    return Settings(
+    return RunSettings(
         micro_batch_size=micro_batch_size,
         checkpointing=checkpointing,
         quantized=spec.method.quantization is not None,
@@ -171,30 +171,30 @@ def settings_of(spec: FineTuneJobSpec, *, micro_batch_size: int, checkpointing: 
     )
 
 
-def decided(
+def decide_settings(
     sized: Sizing,
-    asked: Settings,
+    fixed: RunSettings,
     sizes: Sequence[int],
-    ways: Sequence[bool],
+    checkpointing: Sequence[bool],
     gpu_memory: int,
     *,
     sharding: bool,
-) -> Settings:
+) -> RunSettings:
     """Return the settings that the estimate chooses for a GPU's memory.
 
     Args:
         sized: quantities that determine the peak.
-        asked: settings that are not decided here.
+        fixed: settings that are not decided here.
         sizes: micro-batch sizes to choose from.
-        ways: values of checkpointing to choose from.
+        checkpointing: values of checkpointing to choose from.
         gpu_memory: memory of the GPU, in bytes.
         sharding: True if FSDP2 may be chosen, which is slower: only if nothing else fits.
     """
-    chosen = decide(asked, sizes, ways, peak=sized.peak, tokens=sized.tokens, gpu_memory=gpu_memory)
+    chosen = decide(fixed, sizes, checkpointing, peak=sized.peak, tokens=sized.tokens, gpu_memory=gpu_memory)
     if not sharding or sized.peak(chosen) <= gpu_memory:
         return chosen
-    shared = replace(asked, sharded=True)
-    other = decide(shared, sizes, ways, peak=sized.peak, tokens=sized.tokens, gpu_memory=gpu_memory)
+    sharded = replace(fixed, sharded=True)
+    other = decide(sharded, sizes, checkpointing, peak=sized.peak, tokens=sized.tokens, gpu_memory=gpu_memory)
     return other if sized.peak(other) <= gpu_memory else chosen
 
 
@@ -202,7 +202,7 @@ def judge(
     counted: Preflight,
     sized: Sizing | None,
     spec: FineTuneJobSpec,
-    run: Settings,
+    run: RunSettings,
     sizes: Sequence[int],
     gpu_memory: int | None,
 ) -> Preflight:
@@ -215,9 +215,9 @@ def judge(
     if sized is None:
         return counted.model_copy(update={"gpu_memory_bytes": gpu_memory, "verdict": Verdict.UNKNOWN})
     parts = sized.estimate(run)
-    says = verdict(parts.peak, gpu_memory)
+    outcome = verdict(parts.peak, gpu_memory)
     suggestion = None
-    if gpu_memory is not None and says is not Verdict.FITS:
+    if gpu_memory is not None and outcome is not Verdict.FITS:
         suggestion = suggest(sized, spec, run, sizes, gpu_memory)
     return counted.model_copy(
         update={
@@ -230,16 +230,16 @@ def judge(
                 overhead_bytes=parts.overhead,
             ),
             "gpu_memory_bytes": gpu_memory,
-            "verdict": says,
+            "verdict": outcome,
             "suggestion": suggestion,
         }
     )
 
 
-def suggest(sized: Sizing, spec: FineTuneJobSpec, run: Settings, sizes: Sequence[int], gpu_memory: int) -> str:
+def suggest(sized: Sizing, spec: FineTuneJobSpec, run: RunSettings, sizes: Sequence[int], gpu_memory: int) -> str:
     """Describe the cheapest change that fits according to the same estimate, in one sentence."""
 
-    def fits(trial: Settings) -> bool:
+    def fits(trial: RunSettings) -> bool:
         if trial.full and trial.quantized:
             return False  # weights in 4 bits cannot be trained
         enough = sized.shortened or sized.kept(trial) >= max(2, _KEPT_SHARE * len(sized.lengths))
@@ -257,20 +257,23 @@ def suggest(sized: Sizing, spec: FineTuneJobSpec, run: Settings, sizes: Sequence
     found = changes(run, possible, fits)
     if found is None:
         strongest = replace(run, **{name: values[-1] for name, values in possible.items() if values})
-        least = min(sized.peak(strongest), sized.peak(replace(strongest, max_length=run.max_length)))
+        smallest = min(sized.peak(strongest), sized.peak(replace(strongest, max_length=run.max_length)))
         return (
-            f"no change of this job makes it fit: it takes a GPU with about {gibibytes(least)} or a smaller base model"
+            f"no change of this job makes it fit: it needs a GPU with about {gibibytes(smallest)}, or a smaller base"
+            " model"
         )
-    then = replace(run, **found)
-    dropped = 0 if sized.shortened else len(sized.lengths) - sized.kept(then)
+    changed = replace(run, **found)
+    dropped = 0 if sized.shortened else len(sized.lengths) - sized.kept(changed)
     if "quantized" in found:
         found.pop("full", None)  # implied by method.qlora
-    words = [_words(name, value, spec.method.name, dropped, len(sized.lengths)) for name, value in found.items()]
-    listed = " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-    return f"it fits with {listed} (about {gibibytes(sized.peak(then))})"
+    descriptions = [
+        _describe(name, value, spec.method.name, dropped, len(sized.lengths)) for name, value in found.items()
+    ]
+    listed = " and ".join([", ".join(descriptions[:-1]), descriptions[-1]] if len(descriptions) > 1 else descriptions)
+    return f"it fits with {listed} (about {gibibytes(sized.peak(changed))})"
 
 
-def _words(name: str, value: int, method: str, dropped: int, rows: int) -> str:
+def _describe(name: str, value: int, method: str, dropped: int, rows: int) -> str:
     match name:
         case "micro_batch_size":
             return f"hyperparameters.microBatchSize: {value}"
@@ -317,11 +320,11 @@ def refusal(counted: Preflight, *, cluster: bool) -> str | None:
     if counted.verdict is not Verdict.WILL_NOT_FIT:
         return None
     peak, memory = counted.estimated_peak_bytes or 0, counted.gpu_memory_bytes or 0
-    gpu, or_else = "the GPU has", ""
+    gpu, alternative = "the GPU has", ""
     if cluster:
-        gpu = "the smallest GPU that it may get has"
-        or_else = "; where there are larger ones, keep it to them with scheduling.nodeSelector"
+        gpu = "the smallest GPU that it may be scheduled on has"
+        alternative = "; if the cluster has larger GPUs, select them with scheduling.nodeSelector"
     return (
         f"the run needs about {gibibytes(peak)} of GPU memory and {gpu} {gibibytes(memory)}: "
-        f"{counted.suggestion}{or_else}"
+        f"{counted.suggestion}{alternative}"
     )

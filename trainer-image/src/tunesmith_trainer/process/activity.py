@@ -52,12 +52,12 @@ def limited(what: str, seconds: float = 60.0) -> Iterator[None]:
         yield
         return
     text = what.encode("utf-8", "replace")[: _SIZE - _HEAD.size]
-    before = slot[: _HEAD.size + _HEAD.unpack_from(slot)[1]]
+    previous = slot[: _HEAD.size + _HEAD.unpack_from(slot)[1]]
     slot[: _HEAD.size + len(text)] = _HEAD.pack(time.monotonic() + seconds, len(text)) + text
     try:
         yield
     finally:
-        slot[: len(before)] = before
+        slot[: len(previous)] = previous
 
 
 def _slot() -> mmap.mmap | None:

@@ -41,7 +41,7 @@ class Interruption:
         self.checkpoints: SavedCheckpoints | None = None
         self.resumed_from_step: int | None = None
 
-    def asked(self, number: int) -> bool:
+    def record(self, number: int) -> bool:
         """Record a signal; return False if the process must exit: training does not check, or it is the second."""
         if not self.armed or self.signal is not None:
             return False

@@ -32,7 +32,7 @@ LAUNCHED = "TUNESMITH_LAUNCHED"
 SETTLING_SECONDS = 15.0
 """Seconds for ranks that lost a peer to notice it themselves."""
 STOPPING_SECONDS = 60.0
-"""Seconds between asking ranks to terminate and killing them."""
+"""Seconds between SIGTERM and SIGKILL for ranks that do not exit."""
 _POLL_SECONDS = 0.1
 _SET_PARENT_DEATH_SIGNAL = 1
 
@@ -42,7 +42,7 @@ class _Process:
     ranks: Ranks
     process: subprocess.Popen[bytes]
     message: Path
-    ended: int | None = None
+    exit_order: int | None = None
     """Position in the order of exits; None while it runs."""
 
     @property
@@ -70,8 +70,8 @@ def launch(
 ) -> TrainerResult:
     """Run `count` ranks and return the decisive result: that of the first rank, or of the one that failed.
 
-    Signals are passed on to all ranks, once each. If one fails, the others get time to exit on their own, are then
-    asked to terminate, and are finally killed.
+    Signals are passed on to all ranks, once each. If one fails, the others get time to exit on their own, then
+    receive SIGTERM, and finally SIGKILL.
 
     Args:
         command: the trainer's command; `--termination-message` is added.
@@ -79,7 +79,7 @@ def launch(
         count: number of ranks.
         folder: folder for their result files.
         settling: seconds that the others get to exit on their own.
-        stopping: seconds that they get after they were asked to terminate.
+        stopping: seconds that they get after SIGTERM.
     """
     if not first.port:
         first = replace(first, port=_free_port())
@@ -93,16 +93,16 @@ def launch(
     ]
 
     def pass_on(number: int, frame: object) -> None:  # noqa: ARG001 - a signal handler's signature
-        _tell(running, number)
+        _send_signal(running, number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, pass_on)
     _wait(running, settling, stopping)
-    return _speak(running)
+    return _decisive_result(running)
 
 
 def die_with_parent() -> None:
-    """Have this process killed when its launcher exits: an orphaned rank would write beside the next run."""
+    """Have this process killed when its launcher exits: an orphaned rank would write to the next run's folders."""
     if os.environ.get(LAUNCHED):
         kill_with_parent()
 
@@ -124,46 +124,46 @@ def _start(command: Sequence[str], ranks: Ranks, folder: Path, shared: dict[str,
 
 
 def _wait(running: list[_Process], settling: float, stopping: float) -> None:
-    ends, failed = 0, 0.0
-    told = killed = False
-    while any(one.ended is None for one in running):
-        for one in running:
-            if one.ended is None and one.process.poll() is not None:
-                one.ended = ends = ends + 1
-                if one.code and not failed:
-                    failed = time.monotonic()
-        since = time.monotonic() - failed if failed else 0.0
-        if since > settling and not told:
-            told = True
-            _tell(running, signal.SIGTERM)
+    exited, failed_at = 0, 0.0
+    terminated = killed = False
+    while any(rank.exit_order is None for rank in running):
+        for rank in running:
+            if rank.exit_order is None and rank.process.poll() is not None:
+                rank.exit_order = exited = exited + 1
+                if rank.code and not failed_at:
+                    failed_at = time.monotonic()
+        since = time.monotonic() - failed_at if failed_at else 0.0
+        if since > settling and not terminated:
+            terminated = True
+            _send_signal(running, signal.SIGTERM)
         if since > settling + stopping and not killed:
             killed = True
-            _tell(running, signal.SIGKILL)
+            _send_signal(running, signal.SIGKILL)
         time.sleep(_POLL_SECONDS)
 
 
-def _tell(running: list[_Process], number: int) -> None:
-    for one in running:
-        if one.process.poll() is None:
-            one.process.send_signal(number)
+def _send_signal(running: list[_Process], number: int) -> None:
+    for rank in running:
+        if rank.process.poll() is None:
+            rank.process.send_signal(number)
 
 
-def _speak(running: list[_Process]) -> TrainerResult:
-    failed = [one for one in running if one.code]
-    one = min(failed, key=lambda one: (culpability(one.result), one.ended), default=running[0])
-    if one.code == ExitCode.PREEMPTED:  # all were stopped, and the first rank knows what was saved
-        one = next(one for one in running if one.code == ExitCode.PREEMPTED)
-    result = one.result
+def _decisive_result(running: list[_Process]) -> TrainerResult:
+    failed = [rank for rank in running if rank.code]
+    decisive = min(failed, key=lambda rank: (culpability(rank.result), rank.exit_order), default=running[0])
+    if decisive.code == ExitCode.PREEMPTED:  # all were stopped, and the first rank's result has the checkpoint
+        decisive = next(rank for rank in running if rank.code == ExitCode.PREEMPTED)
+    result = decisive.result
     if result is not None:
         return result
-    name = f"rank {one.ranks.rank} of {one.ranks.size}"
-    if one.code == ExitCode.PREEMPTED:
+    name = f"rank {decisive.ranks.rank} of {decisive.ranks.size}"
+    if decisive.code == ExitCode.PREEMPTED:
         return TrainerResult(outcome=Outcome.PREEMPTED, message=f"{name} was stopped", retryable=True)
     return TrainerResult(
         outcome=Outcome.FAILED,
         reason=FailureReason.INTERNAL_ERROR,
-        message=f"{name} ended with exit code {one.code} and left no result; the log may say why",
-        retryable=one.code != ExitCode.USER_FAULT,
+        message=f"{name} exited with code {decisive.code} without a result; see its log",
+        retryable=decisive.code != ExitCode.USER_FAULT,
     )
 
 

@@ -11,10 +11,10 @@ from tunesmith.api.finetunejob_status import Stage
 if TYPE_CHECKING:
     from tunesmith.api.finetunejob_status import ProgressStatus
 
-_UNIT = "nats per target token for objective sft, the loss of the objective for others."
+_UNIT = "nats per target token for the objective sft, the objective's own loss for others."
 GAUGES = {
     "step": ("tunesmith_trainer_step", "Optimizer steps done."),
-    "total_steps": ("tunesmith_trainer_steps", "Optimizer steps in all."),
+    "total_steps": ("tunesmith_trainer_steps", "Optimizer steps of the whole run."),
     "epoch": ("tunesmith_trainer_epoch", "Passes over the training rows."),
     "loss": ("tunesmith_trainer_loss", f"Training loss of the last step: {_UNIT}"),
     "evaluation_loss": ("tunesmith_trainer_evaluation_loss", f"Held-out loss: {_UNIT}"),

@@ -38,7 +38,7 @@ class Progress:
         self._muted = False
 
     def mute(self) -> None:
-        """Stop writing until the end: another process of the run reports."""
+        """Stop writing until the last line: another process of the run reports."""
         self._muted = True
 
     @property
@@ -57,9 +57,9 @@ class Progress:
         with self._lock:
             before = self._status
             self._status = before.model_copy(update={**changes, "update_time": datetime.now(UTC)})
-            self._tell(before, self._status)
+            self._write_change(before, self._status)
 
-    def say(self, text: str) -> None:
+    def write_line(self, text: str) -> None:
         """Write one line for people; it is not written in JSON format."""
         with self._lock:
             if self._form == "text" and not self._muted:
@@ -70,7 +70,7 @@ class Progress:
         with self._lock:
             self._write(json.dumps(document) if self._form == "json" else text, rewrite=False)
 
-    def _tell(self, before: ProgressStatus, now: ProgressStatus) -> None:
+    def _write_change(self, before: ProgressStatus, now: ProgressStatus) -> None:
         if self._muted:
             return
         if self._form == "json":
@@ -104,15 +104,15 @@ def serve(progress: Progress, port: int) -> ThreadingHTTPServer:
 
         def do_GET(self) -> None:
             if self.path == "/progress":
-                self._answer(
+                self._respond(
                     "application/json", progress.status.model_dump_json(by_alias=True, exclude_none=True).encode()
                 )
             elif self.path == "/metrics":
-                self._answer(CONTENT_TYPE_PLAIN_0_0_4, exposition(progress.status))
+                self._respond(CONTENT_TYPE_PLAIN_0_0_4, exposition(progress.status))
             else:
                 self.send_error(404)
 
-        def _answer(self, kind: str, body: bytes) -> None:
+        def _respond(self, kind: str, body: bytes) -> None:
             self.send_response(200)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(body)))
@@ -126,14 +126,14 @@ def serve(progress: Progress, port: int) -> ThreadingHTTPServer:
         daemon_threads = True
 
         def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ANN401 - the standard library's signature
-            """Ignore errors: a client that disconnects during a response is no problem."""
+            """Ignore errors: a client that disconnects during a response is not a problem."""
 
     try:
         server = Server(("0.0.0.0", port), Handler)  # noqa: S104 - the operator connects from another pod
     except OSError as error:
         raise InvalidSpecError(
-            f"cannot serve progress on port {port}: {error.strerror}; choose another with --progress-port, or 0 for "
-            "none"
+            f"cannot serve progress on port {port}: {error.strerror}; choose another port with --progress-port, or 0"
+            " for none"
         ) from None
     threading.Thread(target=server.serve_forever, name="progress", daemon=True).start()
     return server

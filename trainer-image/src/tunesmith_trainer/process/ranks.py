@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 POD_INDEX = "JOB_COMPLETION_INDEX"
 """Environment variable set by the Job controller in each pod of an Indexed Job."""
-MEETING_SECONDS = 1800.0
+CONNECT_TIMEOUT_SECONDS = 1800.0
 """Seconds for all pods to be scheduled, to pull their image and to start."""
-_STEP = timedelta(minutes=30)
+_STEP_TIMEOUT = timedelta(minutes=30)
 """Time limit for the other ranks to reach the same point of a step."""
-_LONGEST = timedelta(days=2)
+_AGREEMENT_TIMEOUT = timedelta(days=2)
 """Time limit for the first rank to publish or wait for a store. The death of a rank is noticed at once."""
 _POLL_SECONDS = 0.5
 
@@ -43,7 +43,7 @@ class PeersMissingError(TrainerError):
 
 
 class PeerLostError(TrainerError):
-    """Another rank exited before this one was done with it."""
+    """Another rank exited while this one still needed it."""
 
     retryable = True
 
@@ -65,8 +65,8 @@ class Ranks:
     local_rank: int = 0
     address: str = "localhost"
     port: int = 29500
-    _agreeing: Any = field(default=None, init=False, repr=False, compare=False)
-    """Process group for agreements, separate from that of the gradients: on the CPU, with a long timeout."""
+    _agreement_group: Any = field(default=None, init=False, repr=False, compare=False)
+    """Process group for agreements, separate from the gradients' group: on the CPU, with a long timeout."""
 
     @property
     def first(self) -> bool:
@@ -90,7 +90,7 @@ class Ranks:
             "MASTER_PORT": str(self.port),
         }
 
-    def meet(self, backend: str, seconds: float = MEETING_SECONDS) -> None:
+    def connect(self, backend: str, seconds: float = CONNECT_TIMEOUT_SECONDS) -> None:
         """Wait for all ranks and join their process group.
 
         The waiting is done here and not in torch's library, which would handle signals only after it.
@@ -118,18 +118,18 @@ class Ranks:
             timeout=timedelta(seconds=60),
             wait_for_workers=False,
         )
-        store.set(_present(self.rank), b"1")
-        while missing := [rank for rank in range(self.size) if not store.check([_present(rank)])]:
+        store.set(_presence_key(self.rank), b"1")
+        while missing := [rank for rank in range(self.size) if not store.check([_presence_key(rank)])]:
             if time.monotonic() > deadline:
                 names = ", ".join(map(str, missing))
                 raise PeersMissingError(
-                    f"rank {names} of {self.size} did not come within {seconds:.0f} s: look at the pods that do not"
-                    " run; with scheduling.queue the pods of a job are admitted together or not at all"
+                    f"rank {names} of {self.size} did not connect within {seconds:.0f} s: check the pods that are not"
+                    " running; with scheduling.queue the pods of a job are admitted together or not at all"
                 )
             time.sleep(_POLL_SECONDS)
-        with self._peers():
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=_STEP)
-            self._agreeing = dist.new_group(backend="gloo", timeout=_LONGEST)
+        with self._translated_errors():
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=_STEP_TIMEOUT)
+            self._agreement_group = dist.new_group(backend="gloo", timeout=_AGREEMENT_TIMEOUT)
 
     def _await_first(self, deadline: float, seconds: float) -> None:
         while True:
@@ -140,18 +140,18 @@ class Ranks:
                 if time.monotonic() > deadline:
                     raise PeersMissingError(
                         f"rank {self.rank} of {self.size} did not reach rank 0 at {self.address}:{self.port} within"
-                        f" {seconds:.0f} s ({error}): look at its pod, and whether a NetworkPolicy keeps pods of one"
-                        " job apart"
+                        f" {seconds:.0f} s ({error}): check its pod, and that no NetworkPolicy blocks traffic between"
+                        " the pods of a job"
                     ) from None
                 time.sleep(_POLL_SECONDS)
             else:
                 return
 
-    def part(self) -> None:
+    def disconnect(self) -> None:
         """Wait until all ranks are done, and leave their process group.
 
         Raises:
-            PeerLostError: one of them exited otherwise.
+            PeerLostError: one of them exited before that.
         """
         if self.alone:
             return
@@ -168,15 +168,15 @@ class Ranks:
         """For each flag, return True if it is set on any rank."""
         if self.alone:
             return list(flags)
-        return [value > 0 for value in self._reduced([float(flag) for flag in flags] or [0.0], "max")][: len(flags)]
+        return [value > 0 for value in self._all_reduce([float(flag) for flag in flags] or [0.0], "max")][: len(flags)]
 
     def sum(self, *values: float) -> list[float]:
         """Return the sums over all ranks."""
-        return list(values) if self.alone else self._reduced(list(values), "sum")
+        return list(values) if self.alone else self._all_reduce(list(values), "sum")
 
     def of_first(self, value: int) -> int:
         """Return the first rank's value."""
-        return value if self.alone else int(self._reduced([float(value) if self.first else 0.0], "sum")[0])
+        return value if self.alone else int(self._all_reduce([float(value) if self.first else 0.0], "sum")[0])
 
     def agree(self, text: str) -> bool:
         """Return True if all ranks have the same text."""
@@ -197,18 +197,20 @@ class Ranks:
         made = made or pickle.loads(file.read_bytes())  # noqa: S301 - written a moment ago by this run
         return made[0]
 
-    def _reduced(self, values: Sequence[float], how: str) -> list[float]:
+    def _all_reduce(self, values: Sequence[float], operation: str) -> list[float]:
         import torch  # noqa: PLC0415
         import torch.distributed as dist  # noqa: PLC0415
 
         tensor = torch.tensor(values, dtype=torch.float64)
-        with self._peers():
-            dist.all_reduce(tensor, dist.ReduceOp.MAX if how == "max" else dist.ReduceOp.SUM, self._agreeing)
-        found: list[float] = tensor.tolist()
-        return found
+        with self._translated_errors():
+            dist.all_reduce(
+                tensor, dist.ReduceOp.MAX if operation == "max" else dist.ReduceOp.SUM, self._agreement_group
+            )
+        values_of_all: list[float] = tensor.tolist()
+        return values_of_all
 
     @contextlib.contextmanager
-    def _peers(self) -> Iterator[None]:
+    def _translated_errors(self) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
@@ -218,7 +220,7 @@ class Ranks:
             raise lost from error
 
 
-def _present(rank: int) -> str:
+def _presence_key(rank: int) -> str:
     return f"tunesmith/present/{rank}"
 
 
@@ -232,8 +234,8 @@ def lost_peer(error: Exception, ranks: Ranks) -> PeerLostError | None:
     if not isinstance(error, dist.DistError) and "gloo" not in str(error):
         return None
     return PeerLostError(
-        f"rank {ranks.rank} of {ranks.size} lost another rank, whose pod says why; the next attempt goes on from the"
-        " last checkpoint"
+        f"rank {ranks.rank} of {ranks.size} lost another rank: see the log of its pod; the next attempt resumes from"
+        " the last checkpoint"
     )
 
 

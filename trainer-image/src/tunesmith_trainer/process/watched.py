@@ -1,4 +1,4 @@
-"""Run a command in a child process that is killed if it, or a part of it, takes too long."""
+"""Run a command in a child process that is killed if it, or some work in it, takes too long."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def watched(command: Sequence[str], work: Path, deadline_seconds: float) -> Trai
         if what is not None or time.monotonic() >= deadline:
             process.kill()
             process.wait()
-            return _late(what, deadline_seconds)
+            return _timed_out(what, deadline_seconds)
         time.sleep(_POLL_SECONDS)
     result = TrainerResult.parse(message.read_text(encoding="utf-8")) if message.is_file() else None
-    return result or _silent(process.returncode)
+    return result or _without_result(process.returncode)
 
 
-def _late(what: str | None, deadline_seconds: float) -> TrainerResult:
+def _timed_out(what: str | None, deadline_seconds: float) -> TrainerResult:
     if what is None:
         return TrainerResult(
             outcome=Outcome.FAILED,
@@ -66,16 +66,15 @@ def _late(what: str | None, deadline_seconds: float) -> TrainerResult:
     return TrainerResult(
         outcome=Outcome.FAILED,
         reason=FailureReason.INVALID_SPEC,
-        message=f"{what} did not finish in time and was stopped: remove what repeats without end, or grows with each"
-        " repetition",
+        message=f"{what} did not finish in time and was stopped: remove endless loops, and expressions whose cost grows"
+        " with each repetition",
     )
 
 
-def _silent(code: int) -> TrainerResult:
+def _without_result(code: int) -> TrainerResult:
     return TrainerResult(
         outcome=Outcome.FAILED,
         reason=FailureReason.INTERNAL_ERROR,
-        message=f"the checks ended with exit code {code if code >= 0 else 128 - code} and left no result; the log may"
-        " say why",
+        message=f"the checks exited with code {code if code >= 0 else 128 - code} without a result; see the log",
         retryable=code != ExitCode.USER_FAULT,
     )

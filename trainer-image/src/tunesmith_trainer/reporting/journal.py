@@ -75,10 +75,10 @@ class JournalReader:
     def __init__(self, path: Path) -> None:
         self._file: BinaryIO = path.open("rb")
 
-    def read(self, most: int) -> list[Point | End]:
-        """Return the next entries, at most `most`."""
+    def read(self, limit: int) -> list[Point | End]:
+        """Return the next entries, at most `limit`."""
         entries: list[Point | End] = []
-        while len(entries) < most:
+        while len(entries) < limit:
             position = self._file.tell()
             line = self._file.readline()
             if not line.endswith(b"\n"):

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 RUN_TAG = "tunesmith.run"
 _STATUS = {"Succeeded": "FINISHED", "Failed": "FAILED", "Preempted": "KILLED"}
-_SENT_AT_ONCE = 500
+_METRICS_PER_REQUEST = 500
 """Metrics per request; MLflow accepts at most 1,000."""
-_PARAMETERS_AT_ONCE = 100
+_PARAMETERS_PER_REQUEST = 100
 
 
 class MlflowTracker:
@@ -47,8 +47,8 @@ class MlflowTracker:
             name: {metric.step for metric in client.get_metric_history(self._id, name)} for name in run.data.metrics
         }
         missing = [Param(name, value) for name, value in self._run.parameters.items() if name not in run.data.params]
-        for first in range(0, len(missing), _PARAMETERS_AT_ONCE):
-            client.log_batch(self._id, params=missing[first : first + _PARAMETERS_AT_ONCE])
+        for first in range(0, len(missing), _PARAMETERS_PER_REQUEST):
+            client.log_batch(self._id, params=missing[first : first + _PARAMETERS_PER_REQUEST])
 
     def write(self, points: Sequence[Point]) -> None:
         """Send the points that the run does not have."""
@@ -60,8 +60,8 @@ class MlflowTracker:
                 if point.step not in sent:
                     sent.add(point.step)
                     metrics.append(Metric(name, value, round(point.time * 1000), point.step))
-        for first in range(0, len(metrics), _SENT_AT_ONCE):
-            self._client.log_batch(self._id, metrics=metrics[first : first + _SENT_AT_ONCE])
+        for first in range(0, len(metrics), _METRICS_PER_REQUEST):
+            self._client.log_batch(self._id, metrics=metrics[first : first + _METRICS_PER_REQUEST])
 
     def finish(self, end: End) -> None:
         """Send the metrics and the outcome of the result."""

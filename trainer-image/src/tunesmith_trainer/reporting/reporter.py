@@ -35,16 +35,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_LOOKING_SECONDS = 5.0
+_CHECK_SECONDS = 5.0
 """Seconds between two checks of the state of a tracker's process."""
-_UPLOADING_SECONDS = 60.0
+_UPLOAD_SECONDS = 60.0
 """Seconds between two copies of the event files to the store."""
-_LONGEST_VALUE = 500
+_MAX_VALUE_CHARACTERS = 500
 """Maximum number of characters of a parameter, limited by MLflow."""
-_FAILING_SECONDS = 5.0
-"""Seconds after the end for a tracker that cannot be reached: it is tried once more."""
+_RETRY_SECONDS = 5.0
+"""Seconds after the last entry for a tracker that cannot be reached: it is tried once more."""
 _POLL_SECONDS = 0.05
-_PASSED_ON = (
+_PASSED_VARIABLES = (
     *("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "PYTHONPATH", "LD_LIBRARY_PATH"),
     *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
     ALLOWED_ADDRESSES,
@@ -58,7 +58,7 @@ _QUIET = {
     "GIT_PYTHON_REFRESH": "quiet",
     "PYTHONDONTWRITEBYTECODE": "1",
 }
-_PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+_TIMEOUTS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 """Short timeouts: the worker has its own retries."""
 
 
@@ -91,9 +91,9 @@ class Reporter:
         self._events = events
         self._workers: list[_Worker] = []
         self._journal: JournalWriter | None = None
-        self._looked = 0.0
+        self._checked = 0.0
         self._last = -1
-        self._ended = threading.Event()
+        self._finished = threading.Event()
         self._copying: threading.Thread | None = None
         self._not_copied: str | None = None
 
@@ -126,12 +126,12 @@ class Reporter:
         folder.mkdir(parents=True, exist_ok=True)
         self._journal = JournalWriter(folder / JOURNAL)
         for tracker, variables in settings.items():
-            own = folder / tracker.lower()
-            own.mkdir(exist_ok=True)
-            place = events if tracker is Tracker.TENSORBOARD else own
-            description = Description(tracker, run, name, parameters, str(place), guarded)
+            tracker_folder = folder / tracker.lower()
+            tracker_folder.mkdir(exist_ok=True)
+            target = events if tracker is Tracker.TENSORBOARD else tracker_folder
+            description = Description(tracker, run, name, parameters, str(target), guarded)
             (folder / f"state-{tracker}.json").unlink(missing_ok=True)
-            self._workers.append(_Worker(tracker, _started(folder, own, description, variables)))
+            self._workers.append(_Worker(tracker, _start_worker(folder, tracker_folder, description, variables)))
         if store is not None and Tracker.TENSORBOARD in settings:
             self._copying = threading.Thread(target=self._copy, args=(store, events), name="reporting", daemon=True)
             self._copying.start()
@@ -153,15 +153,15 @@ class Reporter:
         metrics = {name: float(value) for name, value in named.items() if value is not None and math.isfinite(value)}
         with suppress(OSError):  # a full disk must not stop training here
             self._journal.append(Point(point.step, time.time(), metrics))
-        if time.monotonic() - self._looked >= _LOOKING_SECONDS:
-            self._looked = time.monotonic()
+        if time.monotonic() - self._checked >= _CHECK_SECONDS:
+            self._checked = time.monotonic()
             self._warn()
 
     def replay(self, curve: Iterable[CurvePoint]) -> None:
         """Add the points of earlier attempts, after what was added: a tracker gets those that it does not have."""
-        before = self._last
+        last = self._last
         for point in curve:
-            if point.step > before:
+            if point.step > last:
                 self.add(point)
 
     def close(self, outcome: Outcome, metrics: Mapping[str, float], seconds: float) -> str | None:
@@ -177,28 +177,28 @@ class Reporter:
         self._journal.close()
         self._journal = None
         deadline = time.monotonic() + seconds
-        missed = []
+        undelivered = []
         for worker in self._workers:
-            state = self._awaited(worker, deadline)
+            state = self._await_state(worker, deadline)
             if not state.done:
-                missed.append(
+                undelivered.append(
                     f"{worker.tracker} ({state.problem or f'not everything was sent within {seconds:.0f} s'})"
                 )
         if self._copying is not None:
-            self._ended.set()
+            self._finished.set()
             self._copying.join(max(1.0, deadline - time.monotonic()))
             if self._copying.is_alive() or self._not_copied is not None:
-                missed.append(
-                    f"{Tracker.TENSORBOARD} ({self._not_copied or 'the store did not take the files in time'})"
+                undelivered.append(
+                    f"{Tracker.TENSORBOARD} ({self._not_copied or 'the store did not accept the files in time'})"
                 )
-        return f"not all steps were reported to {' and '.join(missed)}" if missed else None
+        return f"not all steps were reported to {' and '.join(undelivered)}" if undelivered else None
 
-    def _awaited(self, worker: _Worker, deadline: float) -> State:
+    def _await_state(self, worker: _Worker, deadline: float) -> State:
         """Wait for the final state of a worker; one whose tracker fails gets only a few more seconds."""
         assert self._folder is not None  # noqa: S101 - there are workers
         while worker.process.poll() is None and time.monotonic() < deadline:
             if read_state(self._folder, worker.tracker).problem is not None:
-                deadline = min(deadline, time.monotonic() + _FAILING_SECONDS)
+                deadline = min(deadline, time.monotonic() + _RETRY_SECONDS)
                 _wait(worker.process, deadline)
                 break
             time.sleep(_POLL_SECONDS)
@@ -214,17 +214,17 @@ class Reporter:
         for worker in self._workers:
             problem = read_state(self._folder, worker.tracker).problem
             if problem is None and worker.process.poll() is not None:
-                problem = f"its process ended with {worker.process.returncode}"
+                problem = f"its process exited with code {worker.process.returncode}"
             if problem is not None and not worker.warned:
                 worker.warned = True
-                log.warning("reporting to %s fails, training goes on: %s", worker.tracker, problem)
+                log.warning("reporting to %s fails, training continues: %s", worker.tracker, problem)
 
     def _copy(self, store: Folder, events: Path) -> None:
         """Keep the store's folder of event files identical to the local one."""
         fresh = False
         last = False
         while not last:
-            last = self._ended.wait(_UPLOADING_SECONDS)
+            last = self._finished.wait(_UPLOAD_SECONDS)
             files = sorted(events.glob("events.out.tfevents.*"))
             try:
                 if files and not fresh:
@@ -241,35 +241,40 @@ class Reporter:
 def parameters_of(job: FineTuneJob, resolved: Resolved) -> dict[str, str]:
     """Return the manifest's settings and those that were decided for the user, by dotted path."""
     spec = job.spec.manifest()
-    told = ("baseModel", "objective", "method", "hyperparameters")
-    parts: dict[str, Any] = {name: spec[name] for name in told if name in spec}
+    reported = ("baseModel", "objective", "method", "hyperparameters")
+    parts: dict[str, Any] = {name: spec[name] for name in reported if name in spec}
     flat = dict(_flat({**parts, "resolved": resolved.manifest()}))
     return {
-        name: text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…" for name, text in flat.items()
+        name: text if len(text) <= _MAX_VALUE_CHARACTERS else f"{text[: _MAX_VALUE_CHARACTERS - 1]}…"
+        for name, text in flat.items()
     }
 
 
 def _flat(document: Mapping[str, Any], path: str = "") -> Iterable[tuple[str, str]]:
     for name, value in document.items():
-        where = f"{path}{name}"
+        dotted = f"{path}{name}"
         if isinstance(value, dict) and value:
-            yield from _flat(value, f"{where}.")
+            yield from _flat(value, f"{dotted}.")
         else:
-            yield where, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            yield dotted, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _started(
-    folder: Path, own: Path, description: Description, variables: Mapping[str, str]
+def _start_worker(
+    folder: Path, tracker_folder: Path, description: Description, variables: Mapping[str, str]
 ) -> subprocess.Popen[bytes]:
-    environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-    environment |= {"WANDB_CACHE_DIR": str(own), "WANDB_DATA_DIR": str(own), "WANDB_CONFIG_DIR": str(own)}
+    environment = {name: os.environ[name] for name in _PASSED_VARIABLES if name in os.environ}
+    environment |= {
+        "WANDB_CACHE_DIR": str(tracker_folder),
+        "WANDB_DATA_DIR": str(tracker_folder),
+        "WANDB_CONFIG_DIR": str(tracker_folder),
+    }
     process = subprocess.Popen(  # noqa: S603 - our own command
         [sys.executable, "-m", "tunesmith_trainer.reporting.worker", str(folder)],
         stdin=subprocess.PIPE,
         # Libraries log addresses, and may log keys; problems are reported without them.
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env={**environment, **_QUIET, **_PATIENCE, **variables},
+        env={**environment, **_QUIET, **_TIMEOUTS, **variables},
         start_new_session=True,
     )
     with suppress(OSError):  # it has exited, which is detected later

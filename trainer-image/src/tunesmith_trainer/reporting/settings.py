@@ -38,8 +38,8 @@ def tracker_settings(
         if tracker not in PREFIXES:
             found[tracker] = {}
             continue
-        given = environ if local else _mounted(secrets, tracker)
-        values = {name: value for name, value in given.items() if name.startswith(PREFIXES[tracker]) and value}
+        variables = environ if local else _mounted(secrets, tracker)
+        values = {name: value for name, value in variables.items() if name.startswith(PREFIXES[tracker]) and value}
         _check(tracker, values, local=local)
         found[tracker] = values
     return found
@@ -50,7 +50,7 @@ def _mounted(secrets: Path, tracker: Tracker) -> dict[str, str]:
     files = [entry for entry in folder.iterdir() if entry.is_file()] if folder.is_dir() else []
     if not files:
         raise SecretNotFoundError(
-            f"output.reporting has {tracker}, and the Secret {REPORTING_SECRET} does not exist in this namespace or is"
+            f"output.reporting has {tracker}, but the Secret {REPORTING_SECRET} does not exist in this namespace or is"
             f" empty: create it with the key {_REQUIRED[tracker]}, or remove {tracker} from output.reporting"
         )
     return {file.name: file.read_text(encoding="utf-8").strip() for file in files}
@@ -62,15 +62,16 @@ def _check(tracker: Tracker, values: Mapping[str, str], *, local: bool) -> None:
     if required not in values and not (local and tracker is Tracker.WANDB):
         if local:
             raise InvalidSpecError(
-                f"output.reporting has {tracker}, and {required} is not in the environment: set it, or remove {tracker}"
+                f"output.reporting has {tracker}, but {required} is not in the environment: set it, or remove {tracker}"
             )
         raise SecretNotFoundError(
-            f"output.reporting has {tracker}, and the Secret {REPORTING_SECRET} has no key {required}: add it, or"
+            f"output.reporting has {tracker}, but the Secret {REPORTING_SECRET} has no key {required}: add it, or"
             f" remove {tracker} from output.reporting"
         )
     address = values.get(_ADDRESSES[tracker])
     if address is not None and (urlsplit(address).scheme not in {"http", "https"} or not urlsplit(address).hostname):
-        where = "the environment" if local else f"the Secret {REPORTING_SECRET}"
+        source = "the environment" if local else f"the Secret {REPORTING_SECRET}"
         raise InvalidSpecError(
-            f"{_ADDRESSES[tracker]} in {where} is no http:// or https:// address: {tracker} needs that of its server"
+            f"{_ADDRESSES[tracker]} in {source} is not an http:// or https:// address: set it to the"
+            f" address of the {tracker} server"
         )

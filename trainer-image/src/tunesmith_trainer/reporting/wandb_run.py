@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from tunesmith_trainer.reporting.journal import Description, End, Point
 
-_CONNECTING_SECONDS = 60
+_CONNECT_TIMEOUT_SECONDS = 60
 _SERVERS = ("WANDB_BASE_URL", "WANDB_HTTP_PROXY", "WANDB_HTTPS_PROXY")
 """Variables with the addresses that its client connects to; by default it is wandb.ai."""
 _UNCONNECTED = ("offline", "dryrun", "disabled")
@@ -38,12 +38,12 @@ class WandbTracker:
         settings = wandb.Settings(
             console="off",
             silent=True,
-            init_timeout=_CONNECTING_SECONDS,
+            init_timeout=_CONNECT_TIMEOUT_SECONDS,
             disable_git=True,
             disable_code=True,
             save_code=False,
             disable_job_creation=True,
-            # Trackers must not get command line, host or other users' processes on the GPU.
+            # Trackers must not receive the command line, host or other users' processes on the GPU.
             x_disable_meta=True,
             x_disable_stats=True,
             x_save_requirements=False,

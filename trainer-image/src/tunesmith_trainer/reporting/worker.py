@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 STATE = "state-{}.json"
 _READ_AT_ONCE = 1000
-_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 5.0
+_PAUSE_SECONDS, _MAX_PAUSE_SECONDS = 1.0, 5.0
 _SHOWN_CHARACTERS = 300
 
 
@@ -74,8 +74,8 @@ def follow(run: Description, folder: Path) -> None:
     reader = JournalReader(folder / JOURNAL)
     pause, sink, opened = _PAUSE_SECONDS, None, False
     end: End | None = None
-    given = {name: value for name, value in os.environ.items() if name.startswith(tuple(PREFIXES.values()))}
-    scrubber = Scrubber(given)
+    credentials = {name: value for name, value in os.environ.items() if name.startswith(tuple(PREFIXES.values()))}
+    scrubber = Scrubber(credentials)
     while True:
         try:
             if sink is None:
@@ -88,13 +88,13 @@ def follow(run: Description, folder: Path) -> None:
                 end = next((entry for entry in entries if isinstance(entry, End)), end)
             if end is not None:
                 sink.finish(end)
-            _tell(folder, run, State(done=end is not None))
+            _record_state(folder, run, State(done=end is not None))
         except Exception as error:  # noqa: BLE001 - every library has its own exceptions; they are handled here
             text = " ".join(scrubber.clean(_reason(error)).split())
-            _tell(folder, run, State(problem=text[:_SHOWN_CHARACTERS]))
+            _record_state(folder, run, State(problem=text[:_SHOWN_CHARACTERS]))
             reader.rewind()
             opened, end = False, None
-            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+            pause = min(2 * pause, _MAX_PAUSE_SECONDS)
         else:
             pause = _PAUSE_SECONDS
         if end is not None:
@@ -123,17 +123,17 @@ def _reason(error: BaseException) -> str:
     if refused is not None:
         return str(refused)
     first = error
-    while (behind := first.__cause__ or first.__context__) is not None:
-        first = behind
-    told = first if isinstance(first, OSError) else error
-    return f"{type(told).__name__}: {told}"
+    while (cause := first.__cause__ or first.__context__) is not None:
+        first = cause
+    shown = first if isinstance(first, OSError) else error
+    return f"{type(shown).__name__}: {shown}"
 
 
-def _tell(folder: Path, run: Description, state: State) -> None:
+def _record_state(folder: Path, run: Description, state: State) -> None:
     path = folder / STATE.format(run.tracker)
-    whole = path.with_suffix(".new")
-    whole.write_text(json.dumps({"problem": state.problem, "done": state.done}), encoding="utf-8")
-    whole.replace(path)
+    written = path.with_suffix(".new")
+    written.write_text(json.dumps({"problem": state.problem, "done": state.done}), encoding="utf-8")
+    written.replace(path)
 
 
 if __name__ == "__main__":

@@ -171,7 +171,7 @@ class Checkpoints:
         scratch: local folder for writing and downloading.
         binding: digest of everything that determines the run; a checkpoint with another one is refused.
         keep: number of the newest checkpoints to keep.
-        report: reports events to a person.
+        write_line: reports events to a person.
         retry: pauses between attempts to upload.
     """
 
@@ -182,7 +182,7 @@ class Checkpoints:
         *,
         binding: str,
         keep: int,
-        report: Callable[[str], None],
+        write_line: Callable[[str], None],
         retry: Retry = UPLOAD_RETRY,
     ) -> None:
         self.uri = folder.uri
@@ -190,7 +190,7 @@ class Checkpoints:
         self._scratch = scratch
         self._binding = binding
         self._keep = keep
-        self._report = report
+        self._write_line = write_line
         self._retry = retry
         self._last: int | None = None
         self._changed = threading.Condition()
@@ -222,7 +222,7 @@ class Checkpoints:
                 path = self._fetch(step)
                 verify(path, step, self._binding)
             except DamagedCheckpointError as error:
-                self._report(f"  the checkpoint of step {step} is damaged and will not be used: {error}")
+                self._write_line(f"  the checkpoint of step {step} is damaged and will not be used: {error}")
                 self._remove(step)
                 damaged += 1
             except OtherJobError:
@@ -234,7 +234,7 @@ class Checkpoints:
                 self._last = step
                 return LocalCheckpoint(step, path)
         if damaged:
-            self._report("  no checkpoint is usable: training starts at step 0")
+            self._write_line("  no checkpoint is usable: training starts at step 0")
         return None
 
     def at(self, step: int) -> LocalCheckpoint:
@@ -260,7 +260,9 @@ class Checkpoints:
             path = write(self._local or self._scratch, step, self._binding, fill)
         except CheckpointWriteError as error:
             kept = f"that of step {self._last} is kept" if self._last is not None else "no earlier one exists"
-            self._report(f"  the checkpoint of step {step} could not be written: {error}; {kept}, training continues")
+            self._write_line(
+                f"  the checkpoint of step {step} could not be written: {error}; {kept}, training continues"
+            )
             return False
         if self._local is not None:
             self._last = step
@@ -284,7 +286,7 @@ class Checkpoints:
         try:
             self._folder.remove()
         except TrainerError as error:
-            self._report(f"  the checkpoints in {self.uri} could not be removed ({error}): remove that folder")
+            self._write_line(f"  the checkpoints in {self.uri} could not be removed ({error}): remove that folder")
 
     @property
     def _local(self) -> Path | None:
@@ -337,7 +339,7 @@ class Checkpoints:
                     self._upload_with_retries(saved)
             except Exception:
                 log.exception("the checkpoint could not be uploaded")
-                self._report("  a checkpoint could not be uploaded; the log has the traceback, training continues")
+                self._write_line("  a checkpoint could not be uploaded; the log has the traceback, training continues")
             finally:
                 with self._changed:
                     self._uploading = False
@@ -351,7 +353,7 @@ class Checkpoints:
                 self._upload(saved)
             except TrainerError as error:
                 if not reported:
-                    self._report(
+                    self._write_line(
                         f"  the checkpoint of step {saved.step} cannot be uploaded: {error}; training continues, and"
                         " the upload will be retried"
                     )
@@ -362,7 +364,7 @@ class Checkpoints:
             else:
                 self._last = saved.step
                 if reported:
-                    self._report(f"  the checkpoint of step {saved.step} is now in the store")
+                    self._write_line(f"  the checkpoint of step {saved.step} is now in the store")
                 break
         shutil.rmtree(saved.path, ignore_errors=True)
 

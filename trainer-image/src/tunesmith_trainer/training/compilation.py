@@ -53,7 +53,7 @@ def compile_layers(
     base: PreTrainedModel,
     implementation: LossImplementation,
     cache: Path,
-    report: Callable[[str], None],
+    write_line: Callable[[str], None],
     ranks: Ranks,
     *,
     required: bool,
@@ -69,7 +69,7 @@ def compile_layers(
         base: the model inside it.
         implementation: layout and attention.
         cache: folder for compiled code.
-        report: reports to a person.
+        write_line: reports to a person.
         ranks: ranks that train together.
         required: True if the user requests it, so that it must work; otherwise layers that cannot be compiled stay as
             they are.
@@ -80,7 +80,7 @@ def compile_layers(
     layers = [module for name, module in base.named_modules() if _benefits(name, module)]
     if not layers:
         return _not_compiled(
-            f"a {type(base).__name__} has no layers that are known to benefit", report, required=required
+            f"a {type(base).__name__} has no layers that are known to benefit", write_line, required=required
         )
     # A pod's user has no name, which the compiler needs to name a folder; the few kernels need no process pool.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
@@ -104,13 +104,13 @@ def compile_layers(
     # If it was requested, do not wait for the others before raising: they may be in a layer that all ranks have to
     # gather.
     if (reason is None or not required) and not ranks.any(reason is not None)[0]:
-        report(f"  compiled {len(layers)} norms and feed-forward layers")
+        write_line(f"  compiled {len(layers)} norms and feed-forward layers")
         return True
     if reason is not None and not ranks.first:
-        log.warning("layers are not compiled: %s", reason)  # only the first rank can use `report`
+        log.warning("layers are not compiled: %s", reason)  # only the first rank can use `write_line`
     for layer in layers:
         layer._compiled_call_impl = None  # noqa: SLF001 - `compile` cannot be undone otherwise
-    return _not_compiled(reason or "another rank could not compile them, see its log", report, required=required)
+    return _not_compiled(reason or "another rank could not compile them, see its log", write_line, required=required)
 
 
 def _benefits(name: str, module: nn.Module) -> bool:
@@ -118,12 +118,12 @@ def _benefits(name: str, module: nn.Module) -> bool:
     return type(module).__name__.endswith(_NAMES) and "experts" not in name.split(".")
 
 
-def _not_compiled(reason: str, report: Callable[[str], None], *, required: bool) -> bool:
+def _not_compiled(reason: str, write_line: Callable[[str], None], *, required: bool) -> bool:
     if required:
         raise InvalidSpecError(
             f"hyperparameters.torchCompile: the model cannot be compiled on this machine ({reason}): set it to false"
         )
-    report(f"  layers are not compiled: {reason}")
+    write_line(f"  layers are not compiled: {reason}")
     return False
 
 

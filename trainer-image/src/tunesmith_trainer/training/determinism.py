@@ -14,7 +14,7 @@ T = TypeVar("T")
 _NOT_DETERMINISTIC = re.compile(r"(\S+) does not have a deterministic implementation")
 
 
-def run_deterministically(device: torch.device, run: Callable[[], T], report: Callable[[str], None]) -> T:
+def run_deterministically(device: torch.device, run: Callable[[], T], write_line: Callable[[str], None]) -> T:
     """Return the result of `run`, computed with PyTorch's deterministic algorithms on a GPU.
 
     If the model needs an operation that has none, this is reported and the run starts again without the requirement: a
@@ -24,7 +24,7 @@ def run_deterministically(device: torch.device, run: Callable[[], T], report: Ca
     Args:
         device: device of the computation.
         run: computation; may be called twice.
-        report: reports to a person.
+        write_line: reports to a person.
     """
     if device.type != "cuda":
         return run()
@@ -39,6 +39,6 @@ def run_deterministically(device: torch.device, run: Callable[[], T], report: Ca
         if match is None:
             raise
     # Outside of the handler, which would keep the first run's tensors alive.
-    report(f"  {match[1]} has no deterministic implementation: this run cannot be repeated bit for bit")
+    write_line(f"  {match[1]} has no deterministic implementation: this run cannot be repeated bit for bit")
     torch.use_deterministic_algorithms(mode=True, warn_only=True)
     return run()

@@ -152,7 +152,7 @@ def train(run: Run) -> Trained | None:
     """
     device = run.device
     try:
-        return run_deterministically(device, lambda: _train(run), run.progress.say)
+        return run_deterministically(device, lambda: _train(run), run.progress.write_line)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise _out_of_memory(run.job, run.prepared, device) from error
     except RuntimeError as error:
@@ -188,7 +188,7 @@ def _load(run: Run) -> tuple[PreTrainedModel, PeftModel]:
 
     def shard() -> None:
         kept = sharding.shard(base, device, run.ranks, full=full)
-        run.progress.say(
+        run.progress.write_line(
             f"  FSDP2: each of {run.ranks.size} processes keeps {kept / 2**20:,.1f} MiB of the base's weights"
         )
 
@@ -212,7 +212,7 @@ def _configure_computation(run: Run, base: PreTrainedModel, peft_model: PeftMode
         base,
         implementation,
         run.work / "compiled",
-        run.progress.say,
+        run.progress.write_line,
         run.ranks,
         required=bool(run.job.spec.hyperparameters.torch_compile),
     )
@@ -334,7 +334,7 @@ def _take_steps(run: Run, session: _Session) -> None:
     if saved is not None:
         saver.restore(saved)
         run.reporter.replay(session.curve)
-        run.progress.say(f"  resumed from the checkpoint of step {saved.step}")
+        run.progress.write_line(f"  resumed from the checkpoint of step {saved.step}")
         run.progress.update(step=saved.step)
     try:
         # A Trainer that resumes after its last step would take another one.
@@ -375,7 +375,7 @@ def _score_suites(
 
     Tasks, and the code of those supplied with a job, may fail on a model's output, which must not lose the adapter.
     """
-    suites, report = run.job.spec.suites, run.progress.say
+    suites, write_line = run.job.spec.suites, run.progress.write_line
     scores_by_suite: dict[str, dict[str, tuple[float, float]]] = {}
     failures = []
     for suite in suites:
@@ -383,7 +383,7 @@ def _score_suites(
             continue
         scores = _suite_scores(run, suite, peft_model)
         if isinstance(scores, SuiteFailure):
-            report(f"  not scored: {scores.message}")
+            write_line(f"  not scored: {scores.message}")
             failures.append(scores)
             continue
         base, adapter = scores
@@ -392,7 +392,7 @@ def _score_suites(
         )
         scores_by_suite[suite.name], omitted = gates.pair_scores(suite.name, base, adapter, other_scores=other_scores)
         if omitted is not None:
-            report(f"  {omitted.message}")
+            write_line(f"  {omitted.message}")
             failures.append(omitted)
     return scores_by_suite, failures
 
@@ -403,7 +403,7 @@ def _suite_scores(
     """Return a suite's scores of base and adapter by metric, or why there are none on this or another rank."""
     scores = []
     for adapted in (False, True):
-        run.progress.say(f"  evaluation suite {suite.name}: the {'adapter' if adapted else 'base model'}")
+        run.progress.write_line(f"  evaluation suite {suite.name}: the {'adapter' if adapted else 'base model'}")
         failure = None
         try:
             scores.append(_scores(suite, run.job, run.prepared, peft_model, adapter=adapted))

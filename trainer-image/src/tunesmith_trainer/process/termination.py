@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 UPLOAD_SECONDS = 40.0
 """Seconds for the last checkpoint to reach the store, out of the grace period between SIGTERM and SIGKILL."""
-_MOURNING_SECONDS = 5.0
+_PEER_GRACE_SECONDS = 5.0
 """Seconds between the loss of another rank and this process's exit."""
 
 
-class Ending:
+class Termination:
     """Writes the result of the process: termination message, last line of output, exit code.
 
     Args:
@@ -52,9 +52,9 @@ class Ending:
         default = Path(TERMINATION_MESSAGE_PATH)
         self._path = path or (default if default.exists() else None)
 
-    def tell(self, result: TrainerResult) -> None:
+    def report(self, result: TrainerResult) -> None:
         """Write the termination message and the last line of the output."""
-        result = self._resumed(result)
+        result = self._completed(result)
         self._write_message(result)
         text = f"{result.outcome}: {result.message}"
         if result.reason is not None:
@@ -64,47 +64,47 @@ class Ending:
         if LAUNCHED not in os.environ:
             self.progress.finish(_document(result), text)
 
-    def left_alone(self, result: TrainerResult) -> TrainerResult:
-        """Return the result after another rank was lost: that of a stop if this process was asked to stop as well."""
+    def after_lost_peer(self, result: TrainerResult) -> TrainerResult:
+        """Return the result after another rank was lost: Preempted if a signal stopped this process as well."""
         number = self.interruption.signal
         if number is not None:
             return TrainerResult(
                 outcome=Outcome.PREEMPTED,
-                message=f"stopped by {number.name}, and another rank ended before this step did",
+                message=f"stopped by {number.name}, and another rank exited before this step was finished",
                 retryable=True,
             )
         if POD_INDEX in os.environ and LAUNCHED not in os.environ:
-            # The first pod that is seen to fail terminates the others: it should be the one with the cause.
-            time.sleep(_MOURNING_SECONDS)
+            # Once a pod fails, the Job controller terminates the others: the pod with the cause should be the first.
+            time.sleep(_PEER_GRACE_SECONDS)
         return result
 
-    def interrupted(self, error: InterruptedRunError, *, local: bool) -> TrainerResult:
+    def interrupted_result(self, error: InterruptedRunError, *, local: bool) -> TrainerResult:
         """Return the result of a run that was stopped and saved its state."""
         checkpoints = self.interruption.checkpoints
         number = self.interruption.signal
         stopped = f"stopped by {number.name}" if number is not None else "stopped with another rank"
-        kept = "no checkpoint could be written"
+        saved = "no checkpoint could be written"
         if checkpoints is not None and checkpoints.last is not None:
-            kept = f"the checkpoint of step {checkpoints.last} is in {checkpoints.uri}"
-        go_on = "; run the same command again to go on from there" if local else ""
+            saved = f"the checkpoint of step {checkpoints.last} is in {checkpoints.uri}"
+        fix = "; run the same command again to resume from it" if local else ""
         return TrainerResult(
             outcome=Outcome.PREEMPTED,
-            message=f"{stopped} {error}; {kept if self.ranks.first else 'rank 0 has saved'}{go_on}",
+            message=f"{stopped} {error}; {saved if self.ranks.first else 'rank 0 has the checkpoint'}{fix}",
             retryable=True,
         )
 
-    def signalled(self, number: int, frame: object) -> None:  # noqa: ARG002 - a signal handler's signature
+    def handle_signal(self, number: int, frame: object) -> None:  # noqa: ARG002 - a signal handler's signature
         """Let training finish its step and save; at any other time, or on the second signal, exit."""
-        if self.interruption.asked(number):
-            _write_at_once(sys.stderr.fileno(), b"stopping after this step; a second signal stops at once\n")
+        if self.interruption.record(number):
+            _write_nonblocking(sys.stderr.fileno(), b"stopping after this step; a second signal stops immediately\n")
             return
         checkpoints = self.interruption.checkpoints
         if checkpoints is not None and self.interruption.signal is None:
             self.interruption.signal = signal.Signals(number)
             deadline = time.monotonic() + UPLOAD_SECONDS
-            while checkpoints.pending and time.monotonic() < deadline:  # without locks, see _end
+            while checkpoints.pending and time.monotonic() < deadline:  # without locks, see _exit
                 time.sleep(0.05)
-        self._end(
+        self._exit(
             TrainerResult(
                 outcome=Outcome.PREEMPTED,
                 message=f"stopped by {signal.Signals(number).name} in stage {self.progress.stage}",
@@ -113,28 +113,28 @@ class Ending:
         )
 
     def hung(self, step: int, seconds: float) -> None:
-        """Terminate the process from the watchdog's thread: the main thread does not respond."""
-        self._end(
+        """Terminate the process from the watchdog's thread, because the main thread does not respond."""
+        self._exit(
             TrainerResult(
                 outcome=Outcome.FAILED,
                 reason=FailureReason.INTERNAL_ERROR,
-                message=f"training hangs: no sign of life for {seconds:.0f} s after step {step}; the next attempt"
-                " goes on from the last checkpoint. If it happens again, look at the GPU's driver",
+                message=f"training hangs: no progress for {seconds:.0f} s after step {step}; the next attempt resumes"
+                " from the last checkpoint. If it happens again, check the GPU and its driver",
                 retryable=True,
             )
         )
 
-    def _end(self, result: TrainerResult) -> NoReturn:
+    def _exit(self, result: TrainerResult) -> NoReturn:
         """Exit at once; without locks, which the interrupted code may hold."""
-        result = self._resumed(result)
+        result = self._completed(result)
         with contextlib.suppress(OSError):
             self._write_message(result)
             line = json.dumps(_document(result)) if self._form == "json" else f"{result.outcome}: {result.message}"
             if LAUNCHED not in os.environ:
-                _write_at_once(sys.stdout.fileno(), f"\n{line}\n".encode())
+                _write_nonblocking(sys.stdout.fileno(), f"\n{line}\n".encode())
         os._exit(result.exit_code)
 
-    def _resumed(self, result: TrainerResult) -> TrainerResult:
+    def _completed(self, result: TrainerResult) -> TrainerResult:
         return cleaned(result, self._scrubber).model_copy(
             update={"resumed_from_step": self.interruption.resumed_from_step}
         )
@@ -144,8 +144,8 @@ class Ending:
             self._path.write_text(result.termination_message(), encoding="utf-8")
 
 
-def _write_at_once(descriptor: int, data: bytes) -> None:
-    """Write what fits without blocking: the process may be exiting because a reader has stopped reading."""
+def _write_nonblocking(descriptor: int, data: bytes) -> None:
+    """Write what fits without blocking: the process may be exiting because its reader stopped reading."""
     if select.select([], [descriptor], [], 0)[1]:
         os.write(descriptor, data[: select.PIPE_BUF])
 
