@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from multiprocessing.connection import Connection
 
-    from tunesmith.contracts.claims import Claim
+    from tunesmith.contracts.claims import ModelNameClaim
     from tunesmith.gateway.catalog import Model
 
 Object = dict[str, Any]
@@ -52,9 +52,9 @@ class RebuiltCatalog(Catalog):
 
     def __init__(self) -> None:
         super().__init__()
-        self._entries: dict[Any, tuple[Claim, Model]] = {}
+        self._entries: dict[Any, tuple[ModelNameClaim, Model]] = {}
 
-    def _claim(self, place: Any, claim: Claim, model: Model) -> None:
+    def _claim(self, place: Any, claim: ModelNameClaim, model: Model) -> None:
         self._entries[place] = claim, model
         self._rebuild()
 

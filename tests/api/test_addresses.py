@@ -6,7 +6,7 @@ from ipaddress import ip_address
 
 import pytest
 
-from tunesmith.contracts.addresses import parse_networks, refused
+from tunesmith.contracts.addresses import parse_networks, refused_kind
 
 POD, CLOUD, CLUSTER = "of the pod itself", "where clouds have their metadata", "private networks that clusters have"
 REFUSED = {
@@ -58,14 +58,14 @@ PUBLIC = (
 
 @pytest.mark.parametrize("address", REFUSED)
 def test_what_no_job_reaches_unless_it_is_listed(address: str) -> None:
-    told = refused(ip_address(address), ())
+    told = refused_kind(ip_address(address), ())
     assert told is not None
     assert REFUSED[address] in told
 
 
 @pytest.mark.parametrize("address", PUBLIC)
 def test_public_addresses_are_reached(address: str) -> None:
-    assert refused(ip_address(address), ()) is None
+    assert refused_kind(ip_address(address), ()) is None
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_public_addresses_are_reached(address: str) -> None:
     ],
 )
 def test_the_platforms_list(listed: str, address: str, *, reached: bool) -> None:
-    assert (refused(ip_address(address), parse_networks(listed)) is None) is reached
+    assert (refused_kind(ip_address(address), parse_networks(listed)) is None) is reached
 
 
 @pytest.mark.parametrize("text", ["s3.store.svc", "10.0.0.7/8", "10.0.0.0/33", "10.0.0.0-10.0.0.9"])

@@ -51,7 +51,7 @@ def test_check_names_what_would_change_and_writes_nothing(tmp_path: Path, capsys
 
 
 @pytest.mark.parametrize("kind", crd.KINDS, ids=lambda kind: kind.name)
-def test_every_field_is_described_and_bounded(kind: crd.Kind) -> None:
+def test_every_field_is_described_and_bounded(kind: crd.CustomResourceKind) -> None:
     root = structural_schema(kind.model)["properties"]
     for node in (*nodes(root["spec"]), *nodes(root["status"])):
         assert not {"$ref", "title", "const", "nullable"} & node.keys()

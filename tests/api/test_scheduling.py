@@ -8,7 +8,7 @@ from tunesmith.api.placement import Resources, Scheduling
 from tunesmith.contracts.scheduling import (
     DEFAULT_SCHEDULING,
     AllowedScheduling,
-    refusal,
+    scheduling_violation,
 )
 
 GPU = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
@@ -16,7 +16,9 @@ CONTROL_PLANE = {"key": "node-role.kubernetes.io/control-plane", "operator": "Ex
 
 
 def refused(scheduling: dict[str, Any], allowed: AllowedScheduling = DEFAULT_SCHEDULING, **resources: Any) -> str:
-    return refusal(Scheduling.model_validate(scheduling), Resources.model_validate(resources), allowed) or ""
+    return (
+        scheduling_violation(Scheduling.model_validate(scheduling), Resources.model_validate(resources), allowed) or ""
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tunesmith.api.conditions import CONDITIONS, REASONS, Condition, ConditionStatus, EventReason, Severity, severity_of
-from tunesmith.contracts.transitions import Notice, notices, unreadable_status
+from tunesmith.contracts.transitions import NewEvent, new_events, unreadable_status
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 TRUE, FALSE, UNKNOWN = ConditionStatus.TRUE, ConditionStatus.FALSE, ConditionStatus.UNKNOWN
@@ -22,34 +22,34 @@ def test_what_changed_is_reported_once_and_as_a_warning_if_somebody_must_act() -
         condition("Ready", FALSE, "FineTuneJobNotFound", "waits for job"),
         condition("Progressing", FALSE, "FineTuneJobNotFound", "waits for job"),
     ]
-    assert notices("AdapterDeployment", [], waits) == [Notice("FineTuneJobNotFound", "waits for job", "Normal")]
-    assert notices("AdapterDeployment", waits, waits) == []
+    assert new_events("AdapterDeployment", [], waits) == [NewEvent("FineTuneJobNotFound", "waits for job", "Normal")]
+    assert new_events("AdapterDeployment", waits, waits) == []
     broken = [waits[0], condition("Ready", FALSE, "RevisionFailed", "flipped byte"), waits[2]]
-    assert notices("AdapterDeployment", waits, broken) == [Notice("RevisionFailed", "flipped byte", "Warning")]
+    assert new_events("AdapterDeployment", waits, broken) == [NewEvent("RevisionFailed", "flipped byte", "Warning")]
     ready = [condition("Ready", TRUE, "Resident", "it answers")]
-    assert notices("AdapterDeployment", broken, ready) == [Notice("Resident", "it answers", "Normal")]
+    assert new_events("AdapterDeployment", broken, ready) == [NewEvent("Resident", "it answers", "Normal")]
 
 
 def test_a_detail_is_reported_only_when_it_ends_a_warning() -> None:
     well = [condition("Degraded", FALSE, "AsExpected", "no pod reports a problem")]
-    assert notices("ServingPool", [], well) == []
+    assert new_events("ServingPool", [], well) == []
     bad = [condition("Degraded", TRUE, "ImagePullFailed", "no image")]
-    assert notices("ServingPool", well, bad) == [Notice("ImagePullFailed", "no image", "Warning")]
-    assert notices("ServingPool", bad, well) == [Notice("AsExpected", "no pod reports a problem", "Normal")]
+    assert new_events("ServingPool", well, bad) == [NewEvent("ImagePullFailed", "no image", "Warning")]
+    assert new_events("ServingPool", bad, well) == [NewEvent("AsExpected", "no pod reports a problem", "Normal")]
 
 
 def test_a_refused_write_of_a_job_and_its_end_are_reported() -> None:
     created = [condition("Validated", UNKNOWN, "PodPending", "the validation Job is created")]
     refused = [condition("Validated", UNKNOWN, "WriteRefused", "exceeded quota")]
-    assert notices("FineTuneJob", [], created) == []
-    assert notices("FineTuneJob", created, refused) == [Notice("WriteRefused", "exceeded quota", "Warning")]
-    assert notices("FineTuneJob", refused, created) == [Notice("PodPending", created[0].message, "Normal")]
+    assert new_events("FineTuneJob", [], created) == []
+    assert new_events("FineTuneJob", created, refused) == [NewEvent("WriteRefused", "exceeded quota", "Warning")]
+    assert new_events("FineTuneJob", refused, created) == [NewEvent("PodPending", created[0].message, "Normal")]
 
 
 def test_a_reason_of_another_release_is_a_detail() -> None:
     later = [condition("Ready", TRUE, "Teleported", "it is there")]
     assert severity_of("AdapterDeployment", "Teleported") is Severity.DETAIL
-    assert notices("AdapterDeployment", [], later) == []
+    assert new_events("AdapterDeployment", [], later) == []
 
 
 @pytest.mark.parametrize("kind", REASONS)

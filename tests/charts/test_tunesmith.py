@@ -253,7 +253,7 @@ def test_the_external_url_is_what_users_are_told(template: Template) -> None:
     documents = template("tunesmith", {"gateway": {"externalUrl": url}})
     assert f"--gateway-url={url}" in container_of(documents, "operator")["command"]
     published = of_kind(documents, "ConfigMap")[installation.NAME]
-    assert installation.parse_installation(published) == installation.Installation(url, ("tunesmith-system",))
+    assert installation.parse_installation(published) == installation.InstallationInfo(url, ("tunesmith-system",))
     inside = of_kind(template("tunesmith"), "ConfigMap")[installation.NAME]["data"]["url"]
     assert inside == "http://tunesmith-gateway.tunesmith-system.svc"
 

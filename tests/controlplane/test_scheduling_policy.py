@@ -10,7 +10,7 @@ from apiserver import until
 from manifests import job, pool
 from rights import grant
 from tunesmith.api.placement import Resources, Scheduling
-from tunesmith.contracts.scheduling import DEFAULT_SCHEDULING, AllowedScheduling, refusal
+from tunesmith.contracts.scheduling import DEFAULT_SCHEDULING, AllowedScheduling, scheduling_violation
 
 if TYPE_CHECKING:
     from apiserver import ApiServer
@@ -103,7 +103,9 @@ def test_the_policy_decides_as_the_operator_does(apiserver: ApiServer, name: str
         changes = {"scheduling": scheduling, "resources": resources}
         for make, kind in ((job, "finetunejob"), (pool, "servingpool")):
             manifests.append(make(name, f"case-{number}", **changes))
-            sentence = refusal(Scheduling.model_validate(scheduling), Resources.model_validate(resources), RULES[name])
+            sentence = scheduling_violation(
+                Scheduling.model_validate(scheduling), Resources.model_validate(resources), RULES[name]
+            )
             expected[f"{kind}.tunesmith.dev/case-{number}"] = sentence is None
     done = apiserver.kubectl(
         *("create", "--dry-run=server", "--output=name", "-f", "-"),

@@ -184,7 +184,7 @@ CASES = {
         "Complete",
         {
             "Validated": ("True", "Valid"),
-            "Started": ("False", "Ended"),
+            "Started": ("False", "Finished"),
             "Published": ("True", "Published"),
             "Complete": ("True", "Complete"),
         },

@@ -14,7 +14,7 @@ from tunesmith.finetune.plan import StopJob
 QUOTA = Refusal("create", "Job", "the API server refuses Job team/tone: exceeded quota: none", RefusalCause.QUOTA)
 INVALID = Refusal("create", "Job", "the API server refuses Job team/tone: spec: Required value", RefusalCause.INVALID)
 TAKEN = Refusal("create", "Job", "Job tone-1 exists and does not belong to this FineTuneJob", RefusalCause.NAME_TAKEN)
-KEPT = Refusal("delete", "Job", 'cannot delete resource "jobs"', RefusalCause.RIGHT)
+KEPT = Refusal("delete", "Job", 'cannot delete resource "jobs"', RefusalCause.PERMISSION)
 NO_ROOM = "ResourceQuota gpus allows 0 of requests.nvidia.com/gpu"
 
 CASES = {
@@ -90,7 +90,7 @@ CASES = {
         ),
         (StopJob(owned_name("tone", UID, "1")),),
         "Failed",
-        {"Validated": ("True", "Valid"), "Failed": ("True", "OutOfMemory"), "Started": ("False", "Ended")},
+        {"Validated": ("True", "Valid"), "Failed": ("True", "OutOfMemory"), "Started": ("False", "Finished")},
     ),
     "a Job whose pods a quota refuses": Case(
         seen(job(validated(attempt(1))), attempts={1: kube_job("1", refused=NO_ROOM, age=timedelta(seconds=3))}),

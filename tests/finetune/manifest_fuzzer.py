@@ -22,10 +22,10 @@ from tunesmith.api.finetunejob import FineTuneJob
 from tunesmith.api.servingpool import ServingPool
 from tunesmith.autoscale.decide import Decision
 from tunesmith.contracts.location import owned_name, reads_foreign_store
-from tunesmith.contracts.network import Network
+from tunesmith.contracts.network import NetworkPolicySettings
 from tunesmith.contracts.progress import parse_progress
-from tunesmith.contracts.scheduling import DEFAULT_SCHEDULING, refusal
-from tunesmith.contracts.transitions import notices, unreadable_status
+from tunesmith.contracts.scheduling import DEFAULT_SCHEDULING, scheduling_violation
+from tunesmith.contracts.transitions import new_events, unreadable_status
 from tunesmith.finetune import render
 from tunesmith.finetune.observe import observe
 from tunesmith.finetune.plan import plan
@@ -47,7 +47,7 @@ NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 UID = "0f0e0d0c-0000-4000-8000-000000000001"
 INSTALLATION = render.Installation(JobSettings(store=STORE, trainer_image="localhost/trainer:1"), cluster="cluster")
 POOL_SETTINGS = PoolSettings(store=STORE, agent_image="localhost/agent:1", engine_image="localhost/engine:1")
-NETWORK = Network("tunesmith-system", "tunesmith")
+NETWORK = NetworkPolicySettings("tunesmith-system", "tunesmith")
 
 SEEDS: tuple[Object, ...] = (
     {
@@ -238,7 +238,7 @@ def _finetunejob(manifest: Object, chance: random.Random) -> str:
         decided = plan(seen, STORE)
         assert decided.status.conditions, "a plan without a condition"
         assert decided.status.phase is not None, "a plan without a phase"
-        notices("FineTuneJob", seen.job.status.conditions, decided.status.conditions)
+        new_events("FineTuneJob", seen.job.status.conditions, decided.status.conditions)
         reports(seen.job.status, decided.status)
         status = decided.status.manifest()
         _writable(status)
@@ -306,7 +306,9 @@ def _servingpool(manifest: Object, _: random.Random) -> str:
         pool = ServingPool.model_validate(manifest)
     except ValidationError:
         return "refused"
-    invalid = pool_render.reserved(pool) or refusal(pool.spec.scheduling, pool.spec.resources, DEFAULT_SCHEDULING)
+    invalid = pool_render.reserved(pool) or scheduling_violation(
+        pool.spec.scheduling, pool.spec.resources, DEFAULT_SCHEDULING
+    )
     reads_foreign_store(STORE, "team", pool.spec.base_model.uri)
     for rendered in (
         pool_render.deployment(pool, POOL_SETTINGS, pool.spec.replicas),

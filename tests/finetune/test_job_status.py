@@ -11,7 +11,7 @@ from worlds import ARTIFACT, NOW, STORE, attempt, condition, job, kube_job, pod,
 
 from tunesmith.api.conditions import find
 from tunesmith.api.finetunejob_status import ProgressStatus
-from tunesmith.contracts.transitions import notices
+from tunesmith.contracts.transitions import new_events
 from tunesmith.finetune.plan import plan
 from tunesmith.finetune.status import reports, without_reports
 
@@ -67,7 +67,7 @@ def test_the_status_tells_what_became_of_each_export() -> None:
         {"uri": "s3://copies/tone", "exported": True},
         {"hub": "org/tone", "exported": False, **DENIED},
     ]
-    changed = notices("FineTuneJob", before.status.conditions, status.conditions)
+    changed = new_events("FineTuneJob", before.status.conditions, status.conditions)
     told = [notice for notice in changed if notice.type == "Warning"]
     assert [(notice.reason, "access to the export was denied" in notice.message) for notice in told] == [
         ("ExportFailed", True)

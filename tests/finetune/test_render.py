@@ -15,7 +15,7 @@ from worlds import STORE, job
 from tunesmith.api.finetunejob import FineTuneJob
 from tunesmith.api.finetunejob_status import FineTuneJobStatus
 from tunesmith.contracts.location import CLAIMS_FOLDER
-from tunesmith.contracts.network import Network
+from tunesmith.contracts.network import NetworkPolicySettings
 from tunesmith.finetune.observe import TRAIN, VALIDATE
 from tunesmith.finetune.render import Installation, attempt, configuration, isolation, meeting, validation
 from tunesmith.finetune.settings import JobSettings
@@ -29,7 +29,7 @@ SETTINGS = JobSettings(
     allowed_addresses=("10.0.0.7/32",),
 )
 INSTALLATION = Installation(SETTINGS, cluster="0f0e0d0c-0000-4000-8000-00000000000c")
-NETWORK = Network(namespace="tunesmith-system", instance="tunesmith")
+NETWORK = NetworkPolicySettings(namespace="tunesmith-system", instance="tunesmith")
 EVERYTHING = job(
     baseModel={"uri": "hf://org/base", "secretRef": {"name": "hub"}},
     dataset={

@@ -10,7 +10,7 @@ import pytest
 from s3server import S3Server, free_port
 from webserver import ROWS, Server, web_server
 
-from tunesmith.contracts.connections import guarded, refusal
+from tunesmith.contracts.connections import guarded, refused_connection
 from tunesmith.contracts.environment import ALLOWED_ADDRESSES
 from tunesmith.storage.credentials import Credentials, Origin, environment_credentials
 from tunesmith.storage.errors import (
@@ -147,7 +147,7 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def at(web: Server) -> Folder:
-    access = Access(ONE_TRY, refusal=refusal)
+    access = Access(ONE_TRY, refusal=refused_connection)
     return open_folder(f"https://127.0.0.1:{web.server_port}", environment_credentials({}), access, what="the data")
 
 

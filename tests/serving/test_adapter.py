@@ -10,7 +10,7 @@ from tunesmith.api.adapterdeployment import AdapterDeployment, AdapterDeployment
 from tunesmith.api.conditions import AdapterDeploymentReason as Reason
 from tunesmith.api.conditions import find
 from tunesmith.autoscale.decide import Decision
-from tunesmith.contracts.claims import claim_of
+from tunesmith.contracts.claims import model_name_claim
 from tunesmith.serving.adapter import Observation, needs_slots, plan, wanted_copies
 from tunesmith.serving.source import Artifact, Unresolved
 
@@ -169,7 +169,10 @@ def test_a_silent_agent_is_unknown_not_failed(status: Build, pod: Build) -> None
 
 def test_the_loser_of_a_name_keeps_nothing(status: Build, pod: Build, adapter: Build, revision: Build) -> None:
     got = status(
-        artifact("a"), [pod("p", holds={A: "Resident"})], revisions=[revision("a")], lost_to=claim_of(adapter("older"))
+        artifact("a"),
+        [pod("p", holds={A: "Resident"})],
+        revisions=[revision("a")],
+        lost_to=model_name_claim(adapter("older")),
     )
     assert shown(got) == dict.fromkeys(("Resolved", "Ready", "Progressing"), "False ModelNameTaken")
     assert message(got, "Ready") == (

@@ -6,7 +6,7 @@ import pytest
 
 from tunesmith.contracts.agent import (
     MAX_EPOCH_LEAD,
-    SILENCE_SECONDS,
+    STALE_AFTER_SECONDS,
     DesiredAdapter,
     PodState,
     Residency,
@@ -56,9 +56,9 @@ def test_an_agent_that_forgot_its_list_gets_it_again(link: AgentLink) -> None:
     link.sent(LIST, (1, 5), 10.0)
     link.take(PodState(epoch=1, sequence=4), 10.1)
     assert not link.behind, "a line that was under way"
-    link.take(PodState(epoch=1, sequence=4), 10.1 + SILENCE_SECONDS)
+    link.take(PodState(epoch=1, sequence=4), 10.1 + STALE_AFTER_SECONDS)
     assert link.behind
-    link.take(held(1, 5), 10.2 + SILENCE_SECONDS)
+    link.take(held(1, 5), 10.2 + STALE_AFTER_SECONDS)
     assert not link.behind
 
 
@@ -99,8 +99,8 @@ def test_one_agent_that_is_outbid_leaves_the_others_alone(link: AgentLink) -> No
 def test_silence_makes_it_unknown(link: AgentLink) -> None:
     assert not link.heard(0.0)
     link.take(PodState(), 1.0)
-    assert link.heard(1.0 + SILENCE_SECONDS)
-    assert not link.heard(1.1 + SILENCE_SECONDS)
+    assert link.heard(1.0 + STALE_AFTER_SECONDS)
+    assert not link.heard(1.1 + STALE_AFTER_SECONDS)
 
 
 def test_a_heartbeat_is_no_news_and_residency_is(link: AgentLink) -> None:
@@ -109,7 +109,7 @@ def test_a_heartbeat_is_no_news_and_residency_is(link: AgentLink) -> None:
     resident = Residency(engine_name="team/a@1", digest=DIGEST, state=ResidencyState.RESIDENT)
     assert link.take(PodState(adapters=[resident]), 1.0)
     assert link.take(PodState(adapters=[resident], problem="the canary failed"), 1.1)
-    assert link.take(PodState(adapters=[resident]), 1.2 + SILENCE_SECONDS), "it was unknown meanwhile"
+    assert link.take(PodState(adapters=[resident]), 1.2 + STALE_AFTER_SECONDS), "it was unknown meanwhile"
 
 
 def test_the_token_is_not_printed() -> None:

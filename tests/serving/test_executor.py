@@ -110,7 +110,7 @@ async def test_an_accepted_write_forgets_the_refusal(executor: Executor, writes:
         (InvalidError('admission webhook "a.b" denied the request: no'), RefusalCause.POLICY),
         (UnavailableError('failed calling webhook "a.b": context deadline exceeded'), RefusalCause.POLICY),
         (ForbiddenError('pods "x" is forbidden: violates PodSecurity "restricted:latest"'), RefusalCause.POLICY),
-        (ForbiddenError('User "u" cannot create resource "jobs" in API group "batch"'), RefusalCause.RIGHT),
+        (ForbiddenError('User "u" cannot create resource "jobs" in API group "batch"'), RefusalCause.PERMISSION),
         (InvalidError('Job.batch "x" is invalid: spec.template.spec: Required value'), RefusalCause.INVALID),
     ],
 )

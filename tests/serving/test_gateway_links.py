@@ -13,7 +13,7 @@ from aiohttp import web
 from tunesmith.autoscale.demand import DemandBoard
 from tunesmith.cluster.watch import WatchEvent
 from tunesmith.contracts.agent import (
-    SILENCE_SECONDS,
+    STALE_AFTER_SECONDS,
     AdapterDemand,
     GatewayDemand,
     accepts,
@@ -96,7 +96,7 @@ async def test_a_pod_of_another_chart_with_the_same_component_is_neither_asked_n
             pod("tunesmith-operator", "127.0.2.2", component="operator"),
             pod("tunesmith-gateway-1", "127.0.2.1"),
         ]
-        board = DemandBoard(SILENCE_SECONDS)
+        board = DemandBoard(STALE_AFTER_SECONDS)
         settings = SimpleNamespace(namespace="tunesmith-system", instance="release")
         context: Any = SimpleNamespace(installation_keys=KEYS, cluster=Cluster(pods), settings=settings)
         task = asyncio.create_task(GatewayLinks(context, board).run())

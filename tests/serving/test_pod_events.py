@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from tunesmith.contracts.agent import MAX_ADAPTERS, GatewayDemand, PodState, Residency, ResidencyState
-from tunesmith.contracts.podevents import EventReader, EventWriter, StreamOutOfStepError
+from tunesmith.contracts.podevents import EventReader, EventWriter, StreamOutOfSyncError
 
 
 def residency(number: int, state: ResidencyState = ResidencyState.RESIDENT, message: str = "") -> Residency:
@@ -60,14 +60,14 @@ def test_a_reader_that_missed_a_line_notices() -> None:
     writer, reader = EventWriter(), EventReader()
     reader.read(writer.line(PodState(adapters=[residency(1)])))
     writer.line(PodState(adapters=[residency(1), residency(2)]))
-    with pytest.raises(StreamOutOfStepError, match="digest"):
+    with pytest.raises(StreamOutOfSyncError, match="digest"):
         reader.read(writer.line(PodState(adapters=[residency(1), residency(2)])))
 
 
 def test_a_stream_must_begin_with_a_snapshot() -> None:
     writer = EventWriter()
     writer.line(PodState())
-    with pytest.raises(StreamOutOfStepError, match="snapshot"):
+    with pytest.raises(StreamOutOfSyncError, match="snapshot"):
         EventReader().read(writer.line(PodState()))
 
 
@@ -78,7 +78,7 @@ def test_a_pod_cannot_fill_the_readers_memory() -> None:
     reader.read(writer.line(state))
     more = state.model_copy(update={"adapters": [*adapters, residency(MAX_ADAPTERS)]})
     line = writer.line(more)
-    with pytest.raises(StreamOutOfStepError, match=f"more than {MAX_ADAPTERS}"):
+    with pytest.raises(StreamOutOfSyncError, match=f"more than {MAX_ADAPTERS}"):
         reader.read(line)
 
 
@@ -119,7 +119,7 @@ def test_a_line_outside_the_contract_is_refused_without_repeating_it(case: str) 
 
 @pytest.mark.parametrize("line", [b"", b"x", b"[]", b"null", b"{}", b"[" * 100_000, b"\xff", b'{"a":' * 10_000])
 def test_what_is_no_line_is_refused(line: bytes) -> None:
-    with pytest.raises((ValidationError, StreamOutOfStepError)):
+    with pytest.raises((ValidationError, StreamOutOfSyncError)):
         EventReader().read(line)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from tunesmith.api.conditions import ServingPoolReason, find
 from tunesmith.autoscale.decide import Decision
-from tunesmith.contracts.claims import claim_of
+from tunesmith.contracts.claims import model_name_claim
 from tunesmith.serving.pod import PoolPod, Problem
 from tunesmith.serving.pool import PoolObservation, PoolPlan, plan
 from tunesmith.serving.rolling import Cause, Hold, Rollout
@@ -278,7 +278,7 @@ def test_a_rollout_is_progress(decide: Build, pod: Build) -> None:
 
 
 def test_a_base_whose_name_is_taken_is_degraded(decide: Build, adapter: Build, pod: Build) -> None:
-    got = decide([pod("p")], deployed=1, lost_to=claim_of(adapter("smol"))).status
+    got = decide([pod("p")], deployed=1, lost_to=model_name_claim(adapter("smol"))).status
     degraded = find(got.conditions, "Degraded")
     assert degraded is not None
     assert degraded.message == (

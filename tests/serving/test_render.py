@@ -13,7 +13,7 @@ import yaml
 
 from tunesmith.api.engine_arguments import reserved_argument, reserved_variable
 from tunesmith.contracts.environment import ADMIN_TOKEN_FILE, POD_UID, REQUESTS, SERVING_KEY_FILE
-from tunesmith.contracts.network import Network
+from tunesmith.contracts.network import NetworkPolicySettings
 from tunesmith.serving.render import (
     deployment,
     disruption_budget,
@@ -83,7 +83,7 @@ def test_golden(case: str, pool: Callable[..., ServingPool]) -> None:
         deployment(resource, SETTINGS, 2),
         key_secret(resource, {"control": b"the-control-key", "events": b"the-events-key"}),
         disruption_budget(resource),
-        isolation(resource, Network(namespace="tunesmith-system", instance="tunesmith")),
+        isolation(resource, NetworkPolicySettings(namespace="tunesmith-system", instance="tunesmith")),
     ]
     text = yaml.dump_all(built, Dumper=_NoAliases, sort_keys=False, width=120)
     place = GOLDEN / f"{case}.yaml"

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 import aiohttp
 from pydantic import ValidationError
 
-from tunesmith.contracts.agent import SILENCE_SECONDS
-from tunesmith.contracts.podevents import StreamOutOfStepError
+from tunesmith.contracts.agent import STALE_AFTER_SECONDS
+from tunesmith.contracts.podevents import StreamOutOfSyncError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
@@ -32,7 +32,7 @@ _BURST_BYTES = 8 * 1024 * 1024
 """Bytes that are read without delay. A faster stream is throttled to the rate by TCP flow control."""
 _CONNECT_SECONDS = 2.0
 _MIN_RETRY_SECONDS, _MAX_RETRY_SECONDS = 0.1, 2.0
-_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=SILENCE_SECONDS)
+_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=STALE_AFTER_SECONDS)
 _log = logging.getLogger(__name__)
 
 
@@ -152,7 +152,7 @@ class _Allowance:
 
 def _cause(error: Exception) -> str:
     """Return a short cause, without anything that the pod sent."""
-    if isinstance(error, StreamError | StreamOutOfStepError):
+    if isinstance(error, StreamError | StreamOutOfSyncError):
         return str(error)
     if isinstance(error, ValidationError):
         return "it sends a line that is not valid"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-from tunesmith.contracts.connections import refusal
+from tunesmith.contracts.connections import refused_connection
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
 from tunesmith.storage.credentials import Credentials, Scrubber
 from tunesmith.storage.errors import StorageError
@@ -196,7 +196,7 @@ def _fetch_hub(where: _Place, revision: str | None, credentials: Credentials) ->
         message = f"{what} is not on the Hub, or not for this token ({credentials.source}). {hint}."
         raise StoreError(message, permanent=False) from None
     except Exception as error:
-        refused = refusal(error)
+        refused = refused_connection(error)
         if refused is not None:
             raise StoreError(f"{uri} leads to {refused.explanation}.", permanent=False) from None
         if not isinstance(error, (HfHubHTTPError, OSError)):

@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 from tunesmith.api.credentials import STORE_SECRET
-from tunesmith.contracts.connections import refusal
+from tunesmith.contracts.connections import refused_connection
 from tunesmith.storage.credentials import Credentials, Origin, Scrubber, read_secret
 from tunesmith.storage.errors import InvalidUriError, StorageError
 from tunesmith.storage.folder import ONE_TRY, Access, open_folder
@@ -79,7 +79,9 @@ class StoreFolder:
 
     def __init__(self, uri: str, credentials: Credentials) -> None:
         self.uri = uri.rstrip("/")
-        access = Access(ONE_TRY, refusal=refusal, client=_CLIENT, failure=lambda error: store_error(error, credentials))
+        access = Access(
+            ONE_TRY, refusal=refused_connection, client=_CLIENT, failure=lambda error: store_error(error, credentials)
+        )
         self._folder = open_folder(self.uri, credentials, access)
 
     def list(self) -> list[StoredFile]:

@@ -38,5 +38,5 @@ def denied(error: BaseException, what: str) -> AccessDeniedError | None:
         error: error of any library; libraries wrap what their sockets raise.
         what: description of what would have been read or written.
     """
-    refusal = connections.refusal(error)
+    refusal = connections.refused_connection(error)
     return None if refusal is None else AccessDeniedError(f"{what} leads to {refusal.explanation}")

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tunesmith.contracts.connections import refusal
+from tunesmith.contracts.connections import refused_connection
 from tunesmith.contracts.location import CLAIMS_FOLDER
 from tunesmith.storage.credentials import Credentials, Origin, environment_credentials, read_secrets
 from tunesmith.storage.errors import (
@@ -122,7 +122,7 @@ class Stores:
         """Return the retries and error mapping of calls; `missing` is raised for what does not exist."""
         return Access(
             retry or self.retry,
-            refusal=refusal,
+            refusal=refused_connection,
             waiting=self._waiting,
             failure=lambda error: trainer_error(error, missing),
         )

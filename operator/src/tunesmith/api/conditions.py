@@ -139,7 +139,7 @@ class FineTuneJobReason(Reason):
     SUSPENDED = _normal("Suspended", "spec.suspend is true: set it to false to continue.")
     RESUMED = _detail("Resumed", "spec.suspend is false again.")
     RETRYING = _warning("Retrying", "The pause after an attempt that failed or was pre-empted.")
-    ENDED = _detail("Ended", "No attempt is running, because the job finished.")
+    FINISHED = _detail("Finished", "No attempt is running, because the job finished.")
     PUBLISHED = _normal("Published", "The adapter is in the store.")
     EXPORTED = _normal("Exported", "Every copy of spec.output.exports was written.")
     EXPORT_FAILED = _warning("ExportFailed", "A copy could not be written; the artifact in the store is complete.")

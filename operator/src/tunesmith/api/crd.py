@@ -48,7 +48,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Kind:
+class CustomResourceKind:
     """Kind of a custom resource: its model, names and `kubectl get` columns (at most 80 characters unless wide)."""
 
     model: type[ApiModel]
@@ -69,7 +69,7 @@ _WHY = Column("Why", "string", ".status.desiredReason", "Why that many pods are 
 _AGE = Column("Age", "date", ".metadata.creationTimestamp", "Time since creation.")
 
 KINDS = (
-    Kind(
+    CustomResourceKind(
         FineTuneJob,
         "finetunejobs",
         "ftj",
@@ -88,7 +88,7 @@ KINDS = (
             Column("Artifact", "string", ".status.artifact.uri", "Where the adapter lies.", wide=True),
         ),
     ),
-    Kind(
+    CustomResourceKind(
         ServingPool,
         "servingpools",
         "spool",
@@ -106,7 +106,7 @@ KINDS = (
         ),
         scale=True,
     ),
-    Kind(
+    CustomResourceKind(
         AdapterDeployment,
         "adapterdeployments",
         "adep",
@@ -132,7 +132,7 @@ _SCALE = {
 }
 
 
-def crd(kind: Kind) -> dict[str, Any]:
+def crd(kind: CustomResourceKind) -> dict[str, Any]:
     """Return the CustomResourceDefinition of a kind."""
     schema = structural_schema(kind.model)
     metadata_rules = {VALIDATIONS: schema[VALIDATIONS]} if VALIDATIONS in schema else {}

@@ -60,7 +60,7 @@ _BY_REASON: Final = {
 }  # fmt: skip
 RESERVED_ARGUMENTS: Final = {name: reason for reason, names in _BY_REASON.items() for name in names}
 """Reasons by reserved argument of `vllm serve`, in its long form."""
-_WHOLE: Final = ("--reasoning-parser",)
+_ALLOWED_PREFIXES: Final = ("--reasoning-parser",)
 """Arguments that are allowed although they are prefixes of reserved ones."""
 RESERVED_VARIABLES: Final = (
     "GLOO_SOCKET_IFNAME", "HF_HUB_OFFLINE", "HOME", "MASTER_ADDR", "NCCL_SOCKET_IFNAME", "PYTHON[A-Z]*",
@@ -91,7 +91,7 @@ def reserved_argument(argument: str) -> str | None:
     name = word[0].replace("_", "-")
     if name in RESERVED_ARGUMENTS:
         return f"{name} is reserved: {RESERVED_ARGUMENTS[name]}. Remove it."
-    if name in _WHOLE:
+    if name in _ALLOWED_PREFIXES:
         return None
     for reserved, reason in RESERVED_ARGUMENTS.items():
         if reserved.startswith(name):
@@ -109,11 +109,11 @@ def refused_arguments(arguments: Sequence[str]) -> list[str]:
     for index, argument in enumerate(arguments):
         if argument.startswith("--"):
             takes_value = "=" not in argument
-        wrong = reserved_argument(argument)
-        if wrong is None and not takes_value:
-            wrong = "" if argument.startswith("--") else "it is not the value of an argument. " + _POSITIONAL
-        if wrong:
-            sentences.append(f"spec.engine.args[{index}]: {wrong}")
+        problem = reserved_argument(argument)
+        if problem is None and not takes_value:
+            problem = "" if argument.startswith("--") else "it is not the value of an argument. " + _POSITIONAL
+        if problem:
+            sentences.append(f"spec.engine.args[{index}]: {problem}")
     return sentences
 
 
@@ -122,18 +122,17 @@ def reserved_variable(name: str) -> bool:
     return re.fullmatch("|".join(RESERVED_VARIABLES), name) is not None
 
 
-_NAMES = "[" + ",".join(f"'{name}'" for name in RESERVED_ARGUMENTS) + "]"
-_ARGUMENT_NAMES = (
+_RESERVED_CEL = "[" + ",".join(f"'{name}'" for name in RESERVED_ARGUMENTS) + "]"
+_ARGUMENT_NAMES_CEL = (
     "self.args.filter(a, a.startsWith('--'))"
     ".map(a, (a + '=').substring(0, (a + '=').indexOf('=')))"
     ".map(a, (a + '.').substring(0, (a + '.').indexOf('.')).replace('_', '-'))"
 )
-_FREE = f"[{', '.join(map(repr, _WHOLE))}]"
-ARGUMENTS_CEL: Final = (
-    f"!has(self.args) || {_ARGUMENT_NAMES}.all(a, a in {_FREE} || !{_NAMES}.exists(r, r.startsWith(a)))"
-)
+_ALLOWED_CEL = f"[{', '.join(map(repr, _ALLOWED_PREFIXES))}]"
+_RESERVED_ARGUMENT_CEL = f"!(a in {_ALLOWED_CEL}) && {_RESERVED_CEL}.exists(r, r.startsWith(a))"
+ARGUMENTS_CEL: Final = f"!has(self.args) || !{_ARGUMENT_NAMES_CEL}.exists(a, {_RESERVED_ARGUMENT_CEL})"
 ARGUMENTS_MESSAGE_CEL: Final = (
-    f"'engine.args: ' + {_ARGUMENT_NAMES}.filter(a, !(a in {_FREE}) && {_NAMES}.exists(r, r.startsWith(a)))[0] + "
+    f"'engine.args: ' + {_ARGUMENT_NAMES_CEL}.filter(a, {_RESERVED_ARGUMENT_CEL})[0] + "
     "' is reserved, or abbreviates a reserved argument. Remove it; docs/requests.md lists the reserved arguments with "
     "the reasons, and there are fields for most, such as engine.maxLoras'"
 )

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from tunesmith.api.credentials import SecretReference
 from tunesmith.api.dataset import DatasetSource
-from tunesmith.api.model import ApiModel, Matches, Rule
+from tunesmith.api.model import ApiModel, Rule, StringPattern
 from tunesmith.api.uri import TasksUri, secret_rule, uri_rules
 from tunesmith.storage.schemes import Use, prefixes
 
@@ -17,7 +17,7 @@ SuiteName = Annotated[str, Field(min_length=1, max_length=32, pattern=r"^[a-zA-Z
 TaskName = Annotated[
     str,
     Field(min_length=1, max_length=100),
-    Matches(
+    StringPattern(
         r"^[a-zA-Z0-9][-a-zA-Z0-9_.:()]*$",
         "a task of lmEval goes by its name in lm-evaluation-harness, such as arc_easy: a path or a uri is none",
     ),

@@ -28,8 +28,8 @@ def _finite(value: float | None) -> float | None:
 
 
 LOSS_UNIT = "nats per target token; with another objective than sft its own loss"
-Figure = Annotated[float | None, AfterValidator(_rounded)]
-Finite = Annotated[float | None, AfterValidator(_finite)]
+RoundedFloat = Annotated[float | None, AfterValidator(_rounded)]
+FiniteFloat = Annotated[float | None, AfterValidator(_finite)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
 """Number of items. Not every JSON reader represents larger integers exactly."""
 
@@ -78,7 +78,7 @@ class Resolved(StatusModel):
     task_folders: list[TaskFolderStatus] | None = Field(
         default=None, max_length=8, description="What lmEval.taskFolder of each suite holds; absent: no suite has one."
     )
-    learning_rate: Finite = Field(default=None, description="Peak learning rate.")
+    learning_rate: FiniteFloat = Field(default=None, description="Peak learning rate.")
     batch_size: Count | None = Field(default=None, description="Sequences per optimizer step.")
     micro_batch_size: Count | None = Field(default=None, description="Sequences per forward pass.")
     gradient_checkpointing: bool | None = Field(
@@ -234,13 +234,13 @@ class ProgressStatus(StatusModel):
     )
     step: Count | None = Field(default=None, description="Optimizer steps done.")
     total_steps: Count | None = Field(default=None, description="Optimizer steps in all.")
-    epoch: Figure = Field(default=None, description="Passes over the training rows.")
-    loss: Figure = Field(default=None, description=f"Training loss of the last step, {LOSS_UNIT}.")
-    evaluation_loss: Figure = Field(
+    epoch: RoundedFloat = Field(default=None, description="Passes over the training rows.")
+    loss: RoundedFloat = Field(default=None, description=f"Training loss of the last step, {LOSS_UNIT}.")
+    evaluation_loss: RoundedFloat = Field(
         default=None, description=f"Held-out loss of the adapter when it was last looked at, {LOSS_UNIT}."
     )
-    learning_rate: Finite = Field(default=None, description="Learning rate of the last step.")
-    tokens_per_second: Figure = Field(default=None, description="Tokens trained per second.")
+    learning_rate: FiniteFloat = Field(default=None, description="Learning rate of the last step.")
+    tokens_per_second: RoundedFloat = Field(default=None, description="Tokens trained per second.")
     memory_bytes: Count | None = Field(
         default=None, description="Peak memory: of the GPU, or resident memory on a CPU."
     )
@@ -309,8 +309,8 @@ class Score(StatusModel):
 
     suite: str = Field(max_length=32, description="Name of the suite.")
     metric: str = Field(max_length=MAX_METRIC, description="Name of the metric.")
-    base: Figure = Field(default=None, description="The base's score.")
-    adapter: Figure = Field(default=None, description="The adapter's score.")
+    base: RoundedFloat = Field(default=None, description="The base's score.")
+    adapter: RoundedFloat = Field(default=None, description="The adapter's score.")
 
 
 class GateStatus(StatusModel):
@@ -318,9 +318,9 @@ class GateStatus(StatusModel):
 
     suite: str = Field(max_length=32, description="Name of the suite.")
     metric: str = Field(max_length=MAX_METRIC, description="Name of the metric.")
-    value: Figure = Field(default=None, description="What was reached.")
-    min: Finite = Field(default=None, description="Least value that passes.")
-    max: Finite = Field(default=None, description="Greatest value that passes.")
+    value: RoundedFloat = Field(default=None, description="What was reached.")
+    min: FiniteFloat = Field(default=None, description="Least value that passes.")
+    max: FiniteFloat = Field(default=None, description="Greatest value that passes.")
     passed: bool = Field(description="Whether the value keeps the limits.")
 
 
@@ -335,9 +335,9 @@ class SuiteFailure(StatusModel):
 class EvaluationStatus(StatusModel):
     """Scores of base and adapter from the same run."""
 
-    base_loss: Figure = Field(default=None, description=f"Held-out loss of the base, {LOSS_UNIT}.")
-    loss: Figure = Field(default=None, description=f"Held-out loss of the adapter, {LOSS_UNIT}.")
-    loss_reduction_percent: Figure = Field(default=None, description="How far the held-out loss fell.")
+    base_loss: RoundedFloat = Field(default=None, description=f"Held-out loss of the base, {LOSS_UNIT}.")
+    loss: RoundedFloat = Field(default=None, description=f"Held-out loss of the adapter, {LOSS_UNIT}.")
+    loss_reduction_percent: RoundedFloat = Field(default=None, description="How far the held-out loss fell.")
     scores: list[Score] | None = Field(default=None, max_length=MAX_SCORES, description="Scores of evaluation.suites.")
     gates: list[GateStatus] | None = Field(default=None, max_length=16, description="What became of the gates.")
     failures: list[SuiteFailure] | None = Field(
@@ -373,7 +373,7 @@ class FineTuneJobStatus(StatusModel):
     paused_seconds: Count | None = Field(
         default=None, description="Seconds since startTime that the job was suspended or waited in a queue."
     )
-    gpu_seconds: Figure = Field(
+    gpu_seconds: RoundedFloat = Field(
         default=None,
         description="GPUs times the seconds that attempts held them, all attempts together; absent without a GPU.",
     )

@@ -98,9 +98,9 @@ fields."""
 QUANTIZED_CEL = (
     "("
     + " || ".join(
-        asked
+        present
         for name, fields in METHODS.items()
-        if (asked := fields.quantization_cel(f"self.method.{name}")) is not None
+        if (present := fields.quantization_cel(f"self.method.{name}")) is not None
     )
     + ")"
 )

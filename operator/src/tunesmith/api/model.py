@@ -52,7 +52,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Matches:
+class StringPattern:
     """Constraint on a string: the whole of it matches `pattern` (RE2); otherwise `message` is the error."""
 
     pattern: str
@@ -78,7 +78,7 @@ class Matches:
 ResourceName = Annotated[
     str,
     Field(min_length=1, max_length=253),
-    Matches(
+    StringPattern(
         r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$",
         "a name has lower-case letters, digits, '-' and '.', and begins and ends with a letter or digit",
     ),
@@ -100,7 +100,7 @@ class ApiModel(BaseModel):
     """Rules between the fields, checked here and, as CEL, by the API server."""
 
     @model_validator(mode="after")
-    def _obey_rules(self) -> Self:
+    def _check_rules(self) -> Self:
         broken = [rule.message for rule in self.rules if rule.holds is not None and not rule.holds(self)]
         if broken:
             raise ValueError("; ".join(broken))

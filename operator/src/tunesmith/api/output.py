@@ -8,14 +8,14 @@ from typing import Annotated
 from pydantic import Field
 
 from tunesmith.api.credentials import REPORTING_SECRET, SecretReference
-from tunesmith.api.model import ApiModel, Matches, Rule
+from tunesmith.api.model import ApiModel, Rule, StringPattern
 from tunesmith.api.uri import ExportUri, optional_uri_rules
 from tunesmith.storage.schemes import Use, prefixes
 
 Repository = Annotated[
     str,
     Field(max_length=193),
-    Matches(
+    StringPattern(
         r"^[A-Za-z0-9_]+([-.][A-Za-z0-9_]+)*/[A-Za-z0-9_]+([-.][A-Za-z0-9_]+)*$",
         "a repository of the Hugging Face Hub is organisation/name, of letters, digits and '_' with single '-' or "
         "'.' between them",

@@ -8,9 +8,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
-from tunesmith.api.model import INT_OR_STRING, VALIDATIONS, ApiModel, Matches, ResourceName, Rule
+from tunesmith.api.model import INT_OR_STRING, VALIDATIONS, ApiModel, ResourceName, Rule, StringPattern
 
-LEAST_MEMORY = "64Mi"
+MIN_MEMORY = "64Mi"
 _UNITS = {
     "m": Decimal("0.001"),
     **{unit: Decimal(1000) ** power for power, unit in enumerate(("k", "M", "G", "T"), 1)},
@@ -23,7 +23,7 @@ def _text(value: object) -> object:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-_QUANTITY = Matches(
+_QUANTITY = StringPattern(
     r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$",
     "a quantity is a number with an optional unit, such as 2, 500m, 8Gi or 1.5Gi",
 )
@@ -47,7 +47,7 @@ Quantity = Annotated[
 ExtendedResource = Annotated[
     str,
     Field(max_length=128),
-    Matches(
+    StringPattern(
         r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[a-zA-Z0-9]([-a-zA-Z0-9._]*[a-zA-Z0-9])?$",
         "an extended resource is a domain and a name, such as nvidia.com/gpu",
     ),
@@ -55,7 +55,7 @@ ExtendedResource = Annotated[
 LabelValue = Annotated[
     str,
     Field(max_length=63),
-    Matches(
+    StringPattern(
         r"^([a-zA-Z0-9]([-a-zA-Z0-9._]*[a-zA-Z0-9])?)?$",
         "a label's value has letters, digits, '-', '.' and '_', and begins and ends with a letter or digit",
     ),
@@ -75,9 +75,9 @@ class Resources(ApiModel):
         Rule(
             # `has`: the API server checks the default {} of resources before it fills in the defaults inside.
             "!has(self.memory) || !isQuantity(string(self.memory)) || "
-            f"quantity(string(self.memory)).compareTo(quantity('{LEAST_MEMORY}')) >= 0",
-            f"resources.memory is less than {LEAST_MEMORY}: write its unit, as in 8Gi",
-            lambda self: quantity_value(self.memory) >= quantity_value(LEAST_MEMORY),
+            f"quantity(string(self.memory)).compareTo(quantity('{MIN_MEMORY}')) >= 0",
+            f"resources.memory is less than {MIN_MEMORY}: write its unit, as in 8Gi",
+            lambda self: quantity_value(self.memory) >= quantity_value(MIN_MEMORY),
         ),
     )
 

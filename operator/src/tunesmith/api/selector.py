@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from tunesmith.api.model import ApiModel, Matches, Rule
+from tunesmith.api.model import ApiModel, Rule, StringPattern
 from tunesmith.api.placement import LabelValue
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ _NAME = r"[a-zA-Z0-9]([-a-zA-Z0-9._]{0,61}[a-zA-Z0-9])?"
 LabelKey = Annotated[
     str,
     Field(min_length=1, max_length=317),
-    Matches(
+    StringPattern(
         rf"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?{_NAME}$",
         "a label's key is a name, or a domain and a name, such as team or example.com/team",
     ),

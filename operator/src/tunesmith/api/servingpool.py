@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field
 from tunesmith.api import engine_arguments
 from tunesmith.api.conditions import Condition
 from tunesmith.api.finetunejob import BaseModelSource
-from tunesmith.api.model import API_VERSION, MAX_NAME, ApiModel, Matches, ObjectMeta, Rule, StatusModel
+from tunesmith.api.model import API_VERSION, MAX_NAME, ApiModel, ObjectMeta, Rule, StatusModel, StringPattern
 from tunesmith.api.placement import Resources, Scheduling
 from tunesmith.api.selector import LabelSelector
 
@@ -21,7 +21,7 @@ MAX_MODEL_NAME = 63
 ModelName = Annotated[
     str,
     Field(min_length=1, max_length=MAX_MODEL_NAME),
-    Matches(
+    StringPattern(
         r"^[a-zA-Z0-9]([-a-zA-Z0-9._]*[a-zA-Z0-9])?$",
         "a model name has letters, digits, '-', '.' and '_', and begins and ends with a letter or digit",
     ),
@@ -29,7 +29,7 @@ ModelName = Annotated[
 CacheSize = Annotated[
     str,
     Field(max_length=32),
-    Matches(r"^[0-9]+(Mi|Gi)$", "a cache size is a whole number with the unit Mi or Gi, such as 512Mi"),
+    StringPattern(r"^[0-9]+(Mi|Gi)$", "a cache size is a whole number with the unit Mi or Gi, such as 512Mi"),
 ]
 
 min_below_max = Rule(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from tunesmith.api.model import Matches, Rule
+from tunesmith.api.model import Rule, StringPattern
 from tunesmith.storage.schemes import SCHEMES, Use, examples, listed, pattern, prefixes
 
 if TYPE_CHECKING:
@@ -16,14 +16,16 @@ if TYPE_CHECKING:
 _MAX_URI = 1024
 
 BaseModelUri = Annotated[
-    str, Field(max_length=_MAX_URI), Matches(pattern(Use.BASE_MODEL), f"a uri is {examples(Use.BASE_MODEL)}")
+    str, Field(max_length=_MAX_URI), StringPattern(pattern(Use.BASE_MODEL), f"a uri is {examples(Use.BASE_MODEL)}")
 ]
-DataUri = Annotated[str, Field(max_length=_MAX_URI), Matches(pattern(Use.DATA), f"a uri is {examples(Use.DATA)}")]
-TasksUri = Annotated[str, Field(max_length=_MAX_URI), Matches(pattern(Use.TASKS), f"a uri is {examples(Use.TASKS)}")]
+DataUri = Annotated[str, Field(max_length=_MAX_URI), StringPattern(pattern(Use.DATA), f"a uri is {examples(Use.DATA)}")]
+TasksUri = Annotated[
+    str, Field(max_length=_MAX_URI), StringPattern(pattern(Use.TASKS), f"a uri is {examples(Use.TASKS)}")
+]
 ExportUri = Annotated[
     str,
     Field(max_length=_MAX_URI),
-    Matches(
+    StringPattern(
         pattern(Use.EXPORT),
         f"a copy goes to {examples(Use.EXPORT)}, without a slash at the end, or with hub: organisation/name to the "
         "Hugging Face Hub",
@@ -31,28 +33,32 @@ ExportUri = Annotated[
 ]
 
 LOCAL_ONLY = f"file:// works only in a local run: tunesmith run; in a cluster use {prefixes(Use.BASE_MODEL)}"
-_CLIMBS = "a uri must not contain '..': write the path itself"
+_PARENT_REFERENCE = "a uri must not contain '..': write the path itself"
 _WITH_CREDENTIALS = [f"{scheme.name}://" for scheme in SCHEMES if scheme.credentials]
 _WITHOUT = [f"{scheme.name}://" for scheme in SCHEMES if not scheme.credentials and not scheme.local_only]
 
 
-def _climbs_not(uri: Callable[[Any], str | None]) -> Callable[[Any], bool]:
+def _without_parent_reference(uri: Callable[[Any], str | None]) -> Callable[[Any], bool]:
     return lambda self: uri(self) is None or "/../" not in f"{uri(self)}/"
 
 
 uri_rules = (
     Rule("!self.uri.startsWith('file://')", LOCAL_ONLY),
-    Rule("!(self.uri + '/').contains('/../')", _CLIMBS, _climbs_not(lambda self: self.uri)),
+    Rule("!(self.uri + '/').contains('/../')", _PARENT_REFERENCE, _without_parent_reference(lambda self: self.uri)),
 )
 """Rules of every model with a `uri`. A local run accepts file://."""
 optional_uri_rules = (
     Rule("!has(self.uri) || !self.uri.startsWith('file://')", LOCAL_ONLY),
-    Rule("!has(self.uri) || !(self.uri + '/').contains('/../')", _CLIMBS, _climbs_not(lambda self: self.uri)),
+    Rule(
+        "!has(self.uri) || !(self.uri + '/').contains('/../')",
+        _PARENT_REFERENCE,
+        _without_parent_reference(lambda self: self.uri),
+    ),
 )
 """Rules of every model with an optional `uri`."""
-_NEEDS_NONE = " || ".join(f"self.uri.startsWith('{prefix}')" for prefix in _WITHOUT)
+_WITHOUT_CEL = " || ".join(f"self.uri.startsWith('{prefix}')" for prefix in _WITHOUT)
 secret_rule = Rule(
-    f"!has(self.secretRef) || !({_NEEDS_NONE})",
+    f"!has(self.secretRef) || !({_WITHOUT_CEL})",
     f"a secretRef gives the credentials of {listed(_WITH_CREDENTIALS, 'and')} uris; {listed(_WITHOUT, 'and')} uris are "
     "read without any: remove the secretRef",
     lambda self: self.secret_ref is None or not self.uri.startswith(tuple(_WITHOUT)),

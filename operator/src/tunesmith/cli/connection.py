@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from tunesmith.cluster.errors import ForbiddenError
-from tunesmith.contracts.installation import NAME, NAMESPACE, Installation, parse_installation
+from tunesmith.contracts.installation import CONFIG_MAP_NAME, DEFAULT_NAMESPACE, InstallationInfo, parse_installation
 
 if TYPE_CHECKING:
     from tunesmith.cluster.client import Cluster
@@ -27,11 +27,11 @@ async def connect() -> Cluster:
     return await Cluster.connect()
 
 
-async def read_installation(cluster: Cluster) -> Installation:
+async def read_installation(cluster: Cluster) -> InstallationInfo:
     """Return the published facts of the installation; without values if it is not found or may not be read."""
-    namespace = os.environ.get(NAMESPACE_VARIABLE) or NAMESPACE
+    namespace = os.environ.get(NAMESPACE_VARIABLE) or DEFAULT_NAMESPACE
     try:
-        found = await cluster.find("ConfigMap", NAME, namespace)
+        found = await cluster.find("ConfigMap", CONFIG_MAP_NAME, namespace)
     except ForbiddenError:
-        return Installation()
+        return InstallationInfo()
     return parse_installation(found or {})

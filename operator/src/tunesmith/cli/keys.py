@@ -13,7 +13,7 @@ from tunesmith.cli.errors import CliError, Exit
 from tunesmith.cli.output import Format, FormatOption, NamespaceOption, note, print_json, print_line, print_table
 from tunesmith.cluster.errors import AlreadyExistsError
 from tunesmith.contracts.apikey import KEY_KIND, KEY_LABEL, KEY_PREFIX, ApiKey, key_record, new_key, parse_key_record
-from tunesmith.contracts.installation import NAMESPACE as GATEWAY_NAMESPACE
+from tunesmith.contracts.installation import DEFAULT_NAMESPACE as GATEWAY_NAMESPACE
 
 _NAME = re.compile(r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")
 _NAMESPACE = re.compile(r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    Address = IPv4Address | IPv6Address
-    Network = IPv4Network | IPv6Network
+    IPAddress = IPv4Address | IPv6Address
+    IPNetwork = IPv4Network | IPv6Network
 
 _NAT64 = IPv6Network("64:ff9b::/96")
 _COMPATIBLE = IPv6Network("::/96")
@@ -25,7 +25,7 @@ _SPECIAL = tuple(
 )
 """Ranges that some releases of Python treat as public: protocol assignments, relays, local NAT64, discard-only, SRv6
 and site-local addresses."""
-_HOST_OF_AZURE = IPv4Address("168.63.129.16")
+_AZURE_HOST = IPv4Address("168.63.129.16")
 """A public address by its number, but the host of every virtual machine on Azure."""
 
 
@@ -34,13 +34,13 @@ def url_host(address: str) -> str:
     return f"[{address}]" if ":" in address else address
 
 
-def parse_networks(text: str) -> tuple[Network, ...]:
+def parse_networks(text: str) -> tuple[IPNetwork, ...]:
     """Return the networks of a list such as `10.96.0.0/16,fd00::7/128`.
 
     Raises:
         ValueError: an entry is not a network.
     """
-    networks: list[Network] = []
+    networks: list[IPNetwork] = []
     for part in filter(None, (part.strip() for part in text.split(","))):
         try:
             networks.append(ipaddress.ip_network(part))
@@ -49,20 +49,20 @@ def parse_networks(text: str) -> tuple[Network, ...]:
     return tuple(networks)
 
 
-def refused(address: Address, allowed: Iterable[Network]) -> str | None:
+def refused_kind(address: IPAddress, allowed: Iterable[IPNetwork]) -> str | None:
     """Return the kind of a refused address, such as "a multicast address"; None if the connection is allowed.
 
     An IPv6 address that embeds an IPv4 address is treated as that address.
     """
-    carried = _carried(address)
-    plain = carried if carried is not None else address
+    embedded = _embedded_ipv4(address)
+    plain = embedded if embedded is not None else address
     kind = _kind(plain)
     if kind is None or any(one in network for network in allowed for one in (address, plain)):
         return None
     return kind
 
 
-def _carried(address: Address) -> IPv4Address | None:
+def _embedded_ipv4(address: IPAddress) -> IPv4Address | None:
     """Return the IPv4 address that receives packets for this IPv6 address; None if it embeds none."""
     if isinstance(address, IPv4Address):
         return None
@@ -72,10 +72,10 @@ def _carried(address: Address) -> IPv4Address | None:
     return address.ipv4_mapped or address.sixtofour or (teredo[1] if teredo is not None else None)
 
 
-def _kind(address: Address) -> str | None:
+def _kind(address: IPAddress) -> str | None:
     if address.is_loopback or address.is_unspecified:
         return "an address of the pod itself"
-    if address.is_link_local or address == _HOST_OF_AZURE:
+    if address.is_link_local or address == _AZURE_HOST:
         return "an address where clouds have their metadata"
     if address.is_multicast:
         return "a multicast address"

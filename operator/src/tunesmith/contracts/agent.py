@@ -18,7 +18,7 @@ AGENT_PORT = 9000
 """Port of the agent: PUT /v1/adapters, GET /v1/events, POST /drain, GET /healthz, GET /metrics."""
 ENGINE_PORT = 8000
 """Port of vLLM."""
-SILENCE_SECONDS = 3.0
+STALE_AFTER_SECONDS = 3.0
 """Seconds without a line after which the state from an event stream is unknown."""
 HEARTBEAT_SECONDS = 1.0
 
@@ -132,7 +132,7 @@ def _hex(key: bytes, purpose: str) -> str:
 
 MAX_MESSAGE = 1000
 """Longest message of an agent, in characters."""
-MAX_WANTED = 1024
+MAX_DESIRED_ADAPTERS = 1024
 """Highest number of revisions that one pod may be asked to hold."""
 MAX_ADAPTERS = 2048
 """Highest number of revisions on one pod, with those still being unloaded."""
@@ -171,7 +171,7 @@ class DesiredAdapters(_WireModel):
 
     epoch: int = Field(ge=0, le=_MAX_NUMBER)
     sequence: int = Field(ge=0, le=_MAX_NUMBER)
-    adapters: list[DesiredAdapter] = Field(max_length=MAX_WANTED)
+    adapters: list[DesiredAdapter] = Field(max_length=MAX_DESIRED_ADAPTERS)
 
 
 def list_digest(adapters: Iterable[DesiredAdapter]) -> str:

@@ -26,7 +26,7 @@ def precedence(created: datetime | None, uid: str) -> tuple[datetime, str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
+class ModelNameClaim:
     """A claim on a global id, `<namespace>/<modelName>`."""
 
     model: str
@@ -42,22 +42,22 @@ class Claim:
         return f"{self.kind} {self.namespace}/{self.name}"
 
 
-def claim_of(resource: AdapterDeployment | ServingPool) -> Claim:
+def model_name_claim(resource: AdapterDeployment | ServingPool) -> ModelNameClaim:
     """Return the claim that a resource makes."""
     meta = resource.metadata
-    return Claim(resource.model, resource.kind, meta.namespace, meta.name, meta.uid, meta.creation_timestamp)
+    return ModelNameClaim(resource.model, resource.kind, meta.namespace, meta.name, meta.uid, meta.creation_timestamp)
 
 
-def owner(model: str, claims: Iterable[Claim]) -> Claim | None:
+def winner(model: str, claims: Iterable[ModelNameClaim]) -> ModelNameClaim | None:
     """Return the claim that holds the id, by `precedence`; None if nobody claims it."""
     rivals = (claim for claim in claims if claim.model == model)
     return min(rivals, key=lambda claim: precedence(claim.created, claim.uid), default=None)
 
 
-def lost_to(resource: AdapterDeployment | ServingPool, claims: Iterable[Claim]) -> Claim | None:
+def older_claim(resource: AdapterDeployment | ServingPool, claims: Iterable[ModelNameClaim]) -> ModelNameClaim | None:
     """Return the older claim on the resource's id; None if the resource holds the id itself."""
-    mine = claim_of(resource)
-    first = owner(mine.model, claims)
+    mine = model_name_claim(resource)
+    first = winner(mine.model, claims)
     return None if first is None or first.uid == mine.uid else first
 
 

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from tunesmith.contracts.addresses import parse_networks, refused
+from tunesmith.contracts.addresses import parse_networks, refused_kind
 from tunesmith.contracts.environment import ALLOWED_ADDRESSES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from tunesmith.contracts.addresses import Network
+    from tunesmith.contracts.addresses import IPNetwork
 
 NATIVE_CLIENTS = {
     "HF_HUB_DISABLE_XET": "1",  # Rust
@@ -50,7 +50,7 @@ class _Guard:
     """Audit hook. A process has a single one, since hooks cannot be removed."""
 
     def __init__(self) -> None:
-        self.allowed: tuple[Network, ...] | None = None
+        self.allowed: tuple[IPNetwork, ...] | None = None
         """Networks that are allowed besides public addresses; None: every connection is allowed."""
         self.installed = False
 
@@ -70,7 +70,7 @@ class _Guard:
             plain = ipaddress.ip_address(host.partition("%")[0])
         except ValueError:  # a name, which would be resolved after this check
             raise AddressRefusedError(f"{host}, a name, where only an address can be checked") from None
-        kind = refused(plain, self.allowed)
+        kind = refused_kind(plain, self.allowed)
         if kind is not None:
             raise AddressRefusedError(
                 f"{host}, {kind}, which jobs and pools may not reach: correct the address "
@@ -137,7 +137,7 @@ def check_server(url: str) -> None:
         _guard.refuse(str(address[0]))
 
 
-def refusal(error: BaseException) -> AddressRefusedError | None:
+def refused_connection(error: BaseException) -> AddressRefusedError | None:
     """Return the refused connection among the causes of an error of any library; None if there is none."""
     seen: set[int] = set()
     pending: list[BaseException | None] = [error]

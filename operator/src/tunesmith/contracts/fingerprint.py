@@ -17,7 +17,9 @@ from tunesmith.contracts.safetensors import LENGTH_BYTES, header_length, parse_h
 if TYPE_CHECKING:
     from pathlib import Path
 
-_PLACES = frozenset({"_name_or_path", "transformers_version", "_commit_hash", "name_or_path", "torch_dtype", "dtype"})
+_IGNORED_KEYS = frozenset(
+    {"_name_or_path", "transformers_version", "_commit_hash", "name_or_path", "torch_dtype", "dtype"}
+)
 _SAMPLE = 64
 
 
@@ -77,7 +79,7 @@ def base_fingerprint(folder: ModelFolder) -> str:
         digest.update(f"{label}\0{len(data)}\0".encode())
         digest.update(data)
 
-    config = {key: value for key, value in _json(folder, "config.json").items() if key not in _PLACES}
+    config = {key: value for key, value in _json(folder, "config.json").items() if key not in _IGNORED_KEYS}
     add("config", json.dumps(config, sort_keys=True).encode())
     add("tokenizer", folder.read("tokenizer.json"))
     add("chat_template", _chat_template(folder, names))
@@ -117,13 +119,13 @@ def _tensors(folder: ModelFolder, weights: list[str]) -> list[tuple[str, str, tu
             raise ValueError(f"{file} of the base model {error}") from None
         for name, tensor in tensors.items():
             length = min(_SAMPLE, tensor.end - tensor.start)
-            places = (
+            offsets = (
                 tensor.start,
                 tensor.start + (tensor.end - tensor.start - length) // 2,
                 tensor.end - length,
             )
-            sample = b"".join(folder.read(file, place, length) for place in places)
-            if len(sample) != length * len(places):
+            sample = b"".join(folder.read(file, offset, length) for offset in offsets)
+            if len(sample) != length * len(offsets):
                 raise ValueError(f"{file} of the base model ends before the data of tensor {name}: copy it again")
             found.append((name, tensor.dtype, tensor.shape, sample))
     return found

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-NAMESPACE = "tunesmith-system"
+DEFAULT_NAMESPACE = "tunesmith-system"
 """Default namespace of the installation."""
-NAME = "tunesmith-installation"
+CONFIG_MAP_NAME = "tunesmith-installation"
 
 
-class Installation(NamedTuple):
+class InstallationInfo(NamedTuple):
     """Public facts about an installation."""
 
     url: str = ""
@@ -21,8 +21,8 @@ class Installation(NamedTuple):
     """Namespaces whose pools any namespace may be allowed to use."""
 
 
-def parse_installation(config_map: Mapping[str, Any]) -> Installation:
+def parse_installation(config_map: Mapping[str, Any]) -> InstallationInfo:
     """Return the content of the ConfigMap; missing entries are empty."""
     data = config_map.get("data") or {}
     namespaces = str(data.get("sharedPoolNamespaces") or "").split(",")
-    return Installation(str(data.get("url") or ""), tuple(name for name in namespaces if name))
+    return InstallationInfo(str(data.get("url") or ""), tuple(name for name in namespaces if name))

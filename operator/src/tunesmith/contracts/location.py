@@ -75,13 +75,13 @@ def reads_foreign_store(store: str, namespace: str, uri: str) -> bool:
     return any(_reaches(_names(spelling), root, namespace) for spelling in _spellings(uri))
 
 
-def _reaches(wanted: tuple[str, ...], root: tuple[str, ...], namespace: str) -> bool:
+def _reaches(requested: tuple[str, ...], root: tuple[str, ...], namespace: str) -> bool:
     for number, name in enumerate(root):
-        if len(wanted) <= number or "**" in wanted[number]:
+        if len(requested) <= number or "**" in requested[number]:
             return True
-        if not fnmatchcase(name, wanted[number]) and name != wanted[number]:
+        if not fnmatchcase(name, requested[number]) and name != requested[number]:
             return False
-    return len(wanted) == len(root) or wanted[len(root)] != namespace
+    return len(requested) == len(root) or requested[len(root)] != namespace
 
 
 def _spellings(uri: str) -> set[str]:
@@ -92,8 +92,8 @@ def _spellings(uri: str) -> set[str]:
 
 def _names(uri: str) -> tuple[str, ...]:
     """Return the scheme, the bucket and the names of the path, without empty names and dots."""
-    scheme, place = split(uri)
-    bucket, *path = [name for name in place.split("/") if name not in {"", "."}] or [""]
+    scheme, rest = split(uri)
+    bucket, *path = [name for name in rest.split("/") if name not in {"", "."}] or [""]
     names: list[str] = []
     for name in path:
         if name == "..":
@@ -126,10 +126,10 @@ def engine_name(namespace: str, model_name: str, digest: str) -> str:
     return f"{namespace}/{model_name}@{match.group(1)[:12]}"
 
 
-def claim_of(uri: str) -> tuple[str, str] | None:
+def volume_claim(uri: str) -> tuple[str, str] | None:
     """Return the PersistentVolumeClaim of a uri and the folder in it; None for a uri of a store."""
-    name, place = split(uri)
+    name, path = split(uri)
     if not (name in BY_NAME and BY_NAME[name].mounted):
         return None
-    claim, _, folder = place.partition("/")
+    claim, _, folder = path.partition("/")
     return claim, folder.strip("/")

@@ -14,7 +14,7 @@ _PEERS = {"namespaceSelector", "podSelector", "ipBlock"}
 
 
 @dataclass(frozen=True)
-class Network:
+class NetworkPolicySettings:
     """Peers and settings of the installation for NetworkPolicies."""
 
     namespace: str

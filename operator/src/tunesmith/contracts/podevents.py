@@ -10,7 +10,7 @@ from tunesmith.contracts.agent import MAX_ADAPTERS, PodEvent, PodHeader, PodStat
 _HEADER = frozenset(PodHeader.model_fields)
 
 
-class StreamOutOfStepError(Exception):
+class StreamOutOfSyncError(Exception):
     """A line does not follow from the preceding ones; the reader needs another snapshot."""
 
 
@@ -30,13 +30,13 @@ class _Residencies:
         """Add or replace a revision."""
         self.remove(residency.engine_name)
         self.by_name[residency.engine_name] = residency
-        self._sum ^= _number(residency)
+        self._sum ^= _residency_hash(residency)
 
     def remove(self, name: str) -> None:
         """Remove a revision."""
         old = self.by_name.pop(name, None)
         if old is not None:
-            self._sum ^= _number(old)
+            self._sum ^= _residency_hash(old)
 
 
 class EventWriter:
@@ -87,11 +87,11 @@ class EventReader:
 
         Raises:
             ValidationError: it is not a line of such a stream.
-            StreamOutOfStepError: it does not follow from the preceding lines.
+            StreamOutOfSyncError: it does not follow from the preceding lines.
         """
         event = PodEvent.model_validate_json(line)
         if self._known is None and not event.snapshot:
-            raise StreamOutOfStepError("the stream does not begin with a snapshot")
+            raise StreamOutOfSyncError("the stream does not begin with a snapshot")
         known = self._known or _Residencies()
         names = {residency.engine_name for residency in event.changed} | set(event.removed)
         if event.snapshot:
@@ -102,9 +102,9 @@ class EventReader:
         for residency in event.changed:
             known.put(residency)
         if known.digest != event.residency_digest:
-            raise StreamOutOfStepError("the digest of the revisions differs")
+            raise StreamOutOfSyncError("the digest of the revisions differs")
         if len(known.by_name) > MAX_ADAPTERS:
-            raise StreamOutOfStepError(f"a pod cannot hold more than {MAX_ADAPTERS} revisions")
+            raise StreamOutOfSyncError(f"a pod cannot hold more than {MAX_ADAPTERS} revisions")
         header = PodHeader(**{name: getattr(event, name) for name in _HEADER})
         change = PodChange(event.snapshot, self._known is None or header != self._header, frozenset(names))
         self._known, self._header = known, header
@@ -131,7 +131,7 @@ class EventReader:
         return self._state
 
 
-def _number(residency: Residency) -> int:
+def _residency_hash(residency: Residency) -> int:
     text = "\0".join(
         (residency.engine_name, residency.digest, residency.state, residency.message, str(residency.permanent))
     )

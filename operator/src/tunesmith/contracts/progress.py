@@ -17,7 +17,7 @@ _FIGURES = {
     "learning_rate": "rate {:.1e}",
     "tokens_per_second": "{:.0f} tok/s",
 }
-_FIRST_TO_GO = ("memory", "learning_rate", "epoch", "tokens_per_second")
+_OMITTED_FIRST = ("memory", "learning_rate", "epoch", "tokens_per_second")
 """Figures that are omitted first on a narrow terminal."""
 
 
@@ -55,7 +55,7 @@ def step_line(progress: ProgressStatus, *, elapsed: float = 0.0, width: int | No
     if progress.eta_seconds is not None and progress.stage is Stage.TRAINING:
         figures["left"] = f"ETA {duration(progress.eta_seconds - elapsed)}"
     line = "  ".join(figures.values())
-    for name in _FIRST_TO_GO:
+    for name in _OMITTED_FIRST:
         if width is not None and len(line) > width:
             figures.pop(name, None)
             line = "  ".join(figures.values())

@@ -23,17 +23,17 @@ def pod_resources(spec: Mapping[str, Any], part: Literal["requests", "limits"]) 
 
     Containers and sidecars run together; each other init container runs with the sidecars that precede it.
     """
-    together: Mapping[str, Decimal] = {}
-    highest: Mapping[str, Decimal] = {}
+    running: Mapping[str, Decimal] = {}
+    peak: Mapping[str, Decimal] = {}
     for container in spec.get("initContainers") or ():
-        wanted = quantities((container.get("resources") or {}).get(part) or {})
+        requested = quantities((container.get("resources") or {}).get(part) or {})
         if container.get("restartPolicy") == "Always":
-            together = _sum(together, wanted)
+            running = _sum(running, requested)
         else:
-            highest = _most(highest, _sum(together, wanted))
+            peak = _maximum(peak, _sum(running, requested))
     for container in spec.get("containers") or ():
-        together = _sum(together, quantities((container.get("resources") or {}).get(part) or {}))
-    return _sum(_most(together, highest), quantities(spec.get("overhead") or {}))
+        running = _sum(running, quantities((container.get("resources") or {}).get(part) or {}))
+    return _sum(_maximum(running, peak), quantities(spec.get("overhead") or {}))
 
 
 def quantities(texts: Mapping[str, Any]) -> dict[str, Decimal]:
@@ -51,5 +51,5 @@ def _sum(first: Mapping[str, Decimal], second: Mapping[str, Decimal]) -> dict[st
     return {name: first.get(name, Decimal(0)) + second.get(name, Decimal(0)) for name in {*first, *second}}
 
 
-def _most(first: Mapping[str, Decimal], second: Mapping[str, Decimal]) -> dict[str, Decimal]:
+def _maximum(first: Mapping[str, Decimal], second: Mapping[str, Decimal]) -> dict[str, Decimal]:
     return {name: max(first.get(name, Decimal(0)), second.get(name, Decimal(0))) for name in {*first, *second}}

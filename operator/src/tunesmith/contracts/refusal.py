@@ -11,7 +11,7 @@ MAX_RETRY_SECONDS = 30.0
 """Longest time between retries of a refused write: no event announces that its cause is gone."""
 _QUOTA = re.compile(r"(exceeded|failed) quota: ")
 _POLICY = re.compile(r"denied (the )?request|failed calling webhook|violates PodSecurity")
-_RIGHT = re.compile(r'cannot [a-z]+ resource "')
+_PERMISSION = re.compile(r'cannot [a-z]+ resource "')
 
 
 class RefusalCause(StrEnum):
@@ -28,7 +28,7 @@ class RefusalCause(StrEnum):
 
     QUOTA = "Quota", "delete what uses the quota, or ask for a larger one"
     POLICY = "Policy", "change what the admission policy denies, or ask who owns it"
-    RIGHT = "Right", "give the operator the right that docs/reference/rbac.md lists"
+    PERMISSION = "Permission", "give the operator the right that docs/reference/rbac.md lists"
     INVALID = "Invalid", ""
     """The object itself is invalid: the same write is refused until the spec changes."""
     NAME_TAKEN = "NameTaken", ""
@@ -60,7 +60,7 @@ def cause_of(message: str, *, forbidden: bool) -> RefusalCause:
     for pattern, cause in (
         (_QUOTA, RefusalCause.QUOTA),
         (_POLICY, RefusalCause.POLICY),
-        (_RIGHT, RefusalCause.RIGHT),
+        (_PERMISSION, RefusalCause.PERMISSION),
     ):
         if pattern.search(message):
             return cause

@@ -25,7 +25,7 @@ _BITS = {
     "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
 """Bits per value, by data type."""
-_SHORTEST_ENTRY = 32
+_MIN_ENTRY_BYTES = 32
 """Fewest bytes of the header per tensor."""
 _VALUES_PER_TENSOR = 16
 """JSON values per tensor: seven, and some more that other writers may add."""
@@ -76,23 +76,23 @@ def parse_header(text: bytes, size: int | None, max_tensors: int | None = None) 
     Raises:
         ValueError: it is malformed, has too many tensors, or they overlap, leave gaps or do not fit their shapes.
     """
-    most = len(text) // _SHORTEST_ENTRY if max_tensors is None else max_tensors
+    allowed = len(text) // _MIN_ENTRY_BYTES if max_tensors is None else max_tensors
     try:
-        header = parse_object(text, max_bytes=MAX_HEADER_BYTES, max_values=_VALUES_PER_TENSOR * (most + 16))
+        header = parse_object(text, max_bytes=MAX_HEADER_BYTES, max_values=_VALUES_PER_TENSOR * (allowed + 16))
         _check_metadata(header.pop("__metadata__", {}))
-        if len(header) > most:
-            message = f"it has {len(header)} tensors, more than {most}"
+        if len(header) > allowed:
+            message = f"it has {len(header)} tensors, more than {allowed}"
             raise ValueError(message)  # noqa: TRY301 - as every other damage
         tensors = {name: _tensor(entry, LENGTH_BYTES + len(text)) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"has a damaged safetensors header: {error}") from None
-    place = LENGTH_BYTES + len(text)
+    expected = LENGTH_BYTES + len(text)
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
-        if tensor.start != place or 8 * (tensor.end - tensor.start) != tensor.count * _BITS[tensor.dtype]:
+        if tensor.start != expected or 8 * (tensor.end - tensor.start) != tensor.count * _BITS[tensor.dtype]:
             raise ValueError(f"is damaged: the bytes of {name} do not fit its shape or its neighbours")
-        place = tensor.end
-    if size is not None and place != size:
-        raise ValueError(f"is damaged: it has {size} bytes and its header describes {place}")
+        expected = tensor.end
+    if size is not None and expected != size:
+        raise ValueError(f"is damaged: it has {size} bytes and its header describes {expected}")
     return tensors
 
 

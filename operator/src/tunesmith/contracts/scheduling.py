@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from tunesmith.contracts.settings import COMMA_SEPARATED, MAX_ENTRIES, ChartValue, Matches
+from tunesmith.contracts.settings import COMMA_SEPARATED, MAX_ENTRIES, ChartValue, SettingPattern
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -27,7 +27,7 @@ _TAINT = (
 _Names = Annotated[
     tuple[
         Annotated[
-            str, Matches(r"[A-Za-z0-9][-A-Za-z0-9._/]*\*?|\*", "a name, or the beginning of names followed by *")
+            str, SettingPattern(r"[A-Za-z0-9][-A-Za-z0-9._/]*\*?|\*", "a name, or the beginning of names followed by *")
         ],
         ...,
     ],
@@ -35,7 +35,7 @@ _Names = Annotated[
     COMMA_SEPARATED,
 ]
 _Taints = Annotated[
-    tuple[Annotated[str, Matches(_TAINT, "key, key=value, key:effect or key=value:effect of a taint")], ...],
+    tuple[Annotated[str, SettingPattern(_TAINT, "key, key=value, key:effect or key=value:effect of a taint")], ...],
     Field(max_length=MAX_ENTRIES),
     COMMA_SEPARATED,
 ]
@@ -76,7 +76,7 @@ class AllowedScheduling(BaseModel):
 DEFAULT_SCHEDULING = AllowedScheduling()
 
 
-def refusal(scheduling: Scheduling, resources: Resources, allowed: AllowedScheduling) -> str | None:
+def scheduling_violation(scheduling: Scheduling, resources: Resources, allowed: AllowedScheduling) -> str | None:
     """Return why the installation does not allow such pods, as a sentence per field; None if it does."""
     refused = [
         _named(

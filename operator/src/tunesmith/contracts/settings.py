@@ -53,7 +53,7 @@ class Internal:
 
 
 @dataclass(frozen=True, slots=True)
-class Matches:
+class SettingPattern:
     """Annotation of a text that must match a pattern.
 
     Attributes:
@@ -91,11 +91,11 @@ COMMA_SEPARATED = BeforeValidator(_entries)
 """Annotation of a tuple whose flag is `a,b`."""
 
 Namespaces = Annotated[
-    tuple[Annotated[str, Matches("[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", "a valid name of a namespace")], ...],
+    tuple[Annotated[str, SettingPattern("[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", "a valid name of a namespace")], ...],
     Field(max_length=MAX_ENTRIES),
     COMMA_SEPARATED,
 ]
-StorageSize = Annotated[str, Matches("[1-9][0-9]*(Mi|Gi)", "a size such as 20Gi or 512Mi")]
+StorageSize = Annotated[str, SettingPattern("[1-9][0-9]*(Mi|Gi)", "a size such as 20Gi or 512Mi")]
 
 
 def _network(text: str) -> str:

@@ -6,7 +6,7 @@ import json
 import math
 from typing import Any
 
-_LONGEST_NUMBER = 32
+_MAX_DIGITS = 32
 """Highest number of digits of a number; conversion takes quadratic time."""
 
 
@@ -53,13 +53,13 @@ def _refuse_constant(name: str) -> float:
 
 
 def _integer(text: str) -> int:
-    if len(text) > _LONGEST_NUMBER:
+    if len(text) > _MAX_DIGITS:
         raise ValueError(f"a number has {len(text)} digits")
     return int(text)
 
 
 def _finite(text: str) -> float:
-    value = float(text) if len(text) <= _LONGEST_NUMBER else math.inf
+    value = float(text) if len(text) <= _MAX_DIGITS else math.inf
     if not math.isfinite(value):
-        raise ValueError(f"the number {text[:_LONGEST_NUMBER]} is too large or too long")
+        raise ValueError(f"the number {text[:_MAX_DIGITS]} is too large or too long")
     return value

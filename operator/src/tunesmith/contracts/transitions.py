@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
     from tunesmith.api.conditions import ConditionType, Reason
 
-Outcome = tuple[ConditionStatus, str, str]
+ConditionState = tuple[ConditionStatus, str, str]
 """Status, reason and message of a condition."""
 Type = TypeVar("Type", bound=str)
-LONGEST_MESSAGE = 4096
+MAX_MESSAGE = 4096
 _UNREADABLE: Mapping[str, tuple[Reason, Mapping[ConditionType, ConditionStatus]]] = {
     "FineTuneJob": (FailureReason.INVALID_SPEC, {FineTuneJobCondition.VALIDATED: ConditionStatus.FALSE}),
     "ServingPool": (
@@ -53,7 +53,7 @@ _UNREADABLE: Mapping[str, tuple[Reason, Mapping[ConditionType, ConditionStatus]]
 
 
 def conditions_of(
-    before: Sequence[Condition], outcomes: Mapping[Type, Outcome], generation: int | None, now: datetime
+    before: Sequence[Condition], outcomes: Mapping[Type, ConditionState], generation: int | None, now: datetime
 ) -> list[Condition]:
     """Return the conditions for the outcomes; previous conditions without an outcome are dropped.
 
@@ -63,11 +63,13 @@ def conditions_of(
         generation: the metadata.generation that was observed.
         now: the transition time of changed conditions.
     """
-    return updated([condition for condition in before if condition.type in outcomes], outcomes, generation, now)
+    return updated_conditions(
+        [condition for condition in before if condition.type in outcomes], outcomes, generation, now
+    )
 
 
-def updated(
-    before: Sequence[Condition], outcomes: Mapping[Type, Outcome], generation: int | None, now: datetime
+def updated_conditions(
+    before: Sequence[Condition], outcomes: Mapping[Type, ConditionState], generation: int | None, now: datetime
 ) -> list[Condition]:
     """Return the previous conditions, with those that have an outcome replaced."""
     conditions = list(before)
@@ -76,7 +78,7 @@ def updated(
             type=type_,
             status=status,
             reason=reason,
-            message=one_line(message, LONGEST_MESSAGE),
+            message=one_line(message, MAX_MESSAGE),
             last_transition_time=now,
             observed_generation=generation,
         )
@@ -93,7 +95,7 @@ def unreadable_status(manifest: Mapping[str, Any], message: str, now: datetime) 
     kept = status_of(manifest)
     reason, types = _UNREADABLE[manifest["kind"]]
     outcomes = {type_: (value, reason, message) for type_, value in types.items()}
-    conditions = updated(readable_conditions(kept), outcomes, manifest["metadata"].get("generation"), now)
+    conditions = updated_conditions(readable_conditions(kept), outcomes, manifest["metadata"].get("generation"), now)
     return {**kept, "reason": str(reason), "conditions": [condition.manifest() for condition in conditions]}
 
 
@@ -116,7 +118,7 @@ def readable_conditions(status: Mapping[str, Any]) -> list[Condition]:
 
 
 @dataclass(frozen=True)
-class Notice:
+class NewEvent:
     """An Event to write."""
 
     reason: str
@@ -124,7 +126,7 @@ class Notice:
     type: Literal["Normal", "Warning"] = "Normal"
 
 
-def notices(kind: str, before: Sequence[Condition], after: Sequence[Condition]) -> list[Notice]:
+def new_events(kind: str, before: Sequence[Condition], after: Sequence[Condition]) -> list[NewEvent]:
     """Return one Event for each reason among the conditions whose status or reason changed.
 
     The severity of the new reason decides: a warning becomes a Warning Event, news a Normal one, and a detail an Event
@@ -135,15 +137,15 @@ def notices(kind: str, before: Sequence[Condition], after: Sequence[Condition]) 
         before: conditions that were written last.
         after: conditions that are written now.
     """
-    found: dict[str, Notice] = {}
+    found: dict[str, NewEvent] = {}
     for condition in after:
         old = find(before, condition.type)
         if old is not None and (old.status, old.reason) == (condition.status, condition.reason):
             continue
         severity = severity_of(kind, condition.reason)
-        ends_warning = old is not None and severity_of(kind, old.reason) is Severity.WARNING
-        if severity is Severity.DETAIL and not ends_warning:
+        replaces_warning = old is not None and severity_of(kind, old.reason) is Severity.WARNING
+        if severity is Severity.DETAIL and not replaces_warning:
             continue
         type_: Literal["Normal", "Warning"] = "Warning" if severity is Severity.WARNING else "Normal"
-        found.setdefault(condition.reason, Notice(condition.reason, condition.message, type_))
+        found.setdefault(condition.reason, NewEvent(condition.reason, condition.message, type_))
     return list(found.values())

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 from pydantic import BeforeValidator, Field
 from pydantic_settings import SettingsConfigDict
 
-from tunesmith.contracts.network import Manifest, Network, parse_peers
+from tunesmith.contracts.network import Manifest, NetworkPolicySettings, parse_peers
 from tunesmith.contracts.scheduling import AllowedScheduling
 from tunesmith.contracts.settings import ChartValue, Internal
 from tunesmith.finetune.settings import JobSettings
@@ -67,6 +67,6 @@ class OperatorSettings(JobSettings, PoolSettings, AllowedScheduling, ClusterSett
     """Port of /metrics; 0: any free one."""
 
     @property
-    def network(self) -> Network:
+    def network(self) -> NetworkPolicySettings:
         """Parts of the installation that NetworkPolicies refer to."""
-        return Network(self.namespace, self.instance, self.network_policies, self.metrics_from)
+        return NetworkPolicySettings(self.namespace, self.instance, self.network_policies, self.metrics_from)

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tunesmith.api.conditions import EventReason
 from tunesmith.api.model import StatusModel
 from tunesmith.cluster.errors import ForbiddenError, InvalidError
-from tunesmith.contracts.transitions import notices, readable_conditions, status_of, unreadable_status
+from tunesmith.contracts.transitions import new_events, readable_conditions, status_of, unreadable_status
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from tunesmith.cluster.resources import Object
-    from tunesmith.contracts.transitions import Notice
+    from tunesmith.contracts.transitions import NewEvent
     from tunesmith.controller.context import Context
 
 S = TypeVar("S", bound=StatusModel)
@@ -32,7 +32,7 @@ class StatusWriter:
         manifest: Object,
         status: S,
         *,
-        reports: Callable[[S], Iterable[Notice]] = lambda _: (),
+        reports: Callable[[S], Iterable[NewEvent]] = lambda _: (),
         fallback: Callable[[S], S] | None = None,
     ) -> bool:
         """Write a status, and an Event for each condition that changed.
@@ -77,7 +77,7 @@ class StatusWriter:
             await self._context.recorder.event(manifest, EventReason.STATUS_REFUSED, message, type_="Warning")
             raise
 
-    async def _report(self, manifest: Object, written: Object, reports: Iterable[Notice]) -> None:
+    async def _report(self, manifest: Object, written: Object, reports: Iterable[NewEvent]) -> None:
         before, after = readable_conditions(status_of(manifest)), readable_conditions(status_of(written))
-        for notice in (*notices(manifest["kind"], before, after), *reports):
+        for notice in (*new_events(manifest["kind"], before, after), *reports):
             await self._context.recorder.event(written, notice.reason, notice.message, type_=notice.type)

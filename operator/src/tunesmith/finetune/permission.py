@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tunesmith.contracts.location import reads_foreign_store, writes_into_store
-from tunesmith.contracts.scheduling import refusal
+from tunesmith.contracts.scheduling import scheduling_violation
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,7 +40,7 @@ def forbidden(job: FineTuneJob, store: str, allowed: AllowedScheduling) -> str |
         allowed: scheduling that the installation allows.
     """
     found = [
-        refusal(job.spec.scheduling, job.spec.resources, allowed),
+        scheduling_violation(job.spec.scheduling, job.spec.resources, allowed),
         *(_read(where, source.uri, job, store) for where, source in sources(job)),
         *(
             _written(f"spec.output.exports[{number}].uri", export.uri, store)

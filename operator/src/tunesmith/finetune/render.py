@@ -12,13 +12,13 @@ from tunesmith.contracts.location import (
     CLAIMS_FOLDER,
     artifact_uri,
     checkpoints_uri,
-    claim_of,
     job_folder,
     owned_name,
     short_uid,
     tokens_uri,
+    volume_claim,
 )
-from tunesmith.contracts.network import Network, network_policy
+from tunesmith.contracts.network import NetworkPolicySettings, network_policy
 from tunesmith.contracts.progress import PROGRESS_PORT
 from tunesmith.contracts.result import ExitCode
 from tunesmith.finetune.observe import ATTEMPT_LABEL, COMPONENT_LABEL, CONTAINER, TRAIN, VALIDATE
@@ -166,7 +166,7 @@ def meeting(job: FineTuneJob) -> list[Object]:
     return [service]
 
 
-def isolation(job: FineTuneJob, network: Network) -> list[Object]:
+def isolation(job: FineTuneJob, network: NetworkPolicySettings) -> list[Object]:
     """Return the NetworkPolicy of the job's pods; empty if the platform disables policies and the job has one node.
 
     Pods on several nodes always have one: their traffic is neither encrypted nor authenticated.
@@ -390,5 +390,5 @@ def _keys(secret: str) -> Object:
 
 def _claims(job: FineTuneJob) -> list[str]:
     """Return the names of the PersistentVolumeClaims that the sources name, without duplicates."""
-    found = (claim_of(source.uri) for _, source in sources(job))
+    found = (volume_claim(source.uri) for _, source in sources(job))
     return list(dict.fromkeys(claim[0] for claim in found if claim is not None))

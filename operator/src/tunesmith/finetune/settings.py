@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from tunesmith.contracts.settings import ChartValue, Matches, StorageSize, WorkloadSettings
+from tunesmith.contracts.settings import ChartValue, SettingPattern, StorageSize, WorkloadSettings
 
 
 class JobSettings(WorkloadSettings):
@@ -13,7 +13,7 @@ class JobSettings(WorkloadSettings):
     trainer_image: Annotated[str, ChartValue("images.trainer", 'include "tunesmith.image" (list . "trainer")')]
     """Image of validation and training pods."""
     lm_eval_tasks: Annotated[
-        str, Matches("(/.+)?", "an absolute path in the trainer's image"), ChartValue("trainer.lmEvalTasks")
+        str, SettingPattern("(/.+)?", "an absolute path in the trainer's image"), ChartValue("trainer.lmEvalTasks")
     ] = ""
     """Folder in the trainer's image with the platform's own tasks for lm-evaluation-harness, whose functions training
     pods execute; empty: no folder."""

@@ -23,7 +23,7 @@ from tunesmith.api.finetunejob_status import (
     Resolved,
     Verdict,
 )
-from tunesmith.contracts.transitions import Notice, updated
+from tunesmith.contracts.transitions import NewEvent, updated_conditions
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -103,7 +103,7 @@ class Status:
         """Report that nothing blocks the removal of a terminal job's last Job any longer."""
         started = find(self._status.conditions, FineTuneJobCondition.STARTED)
         if started is not None and started.reason == FineTuneJobReason.WRITE_REFUSED:
-            self.waiting(FineTuneJobReason.ENDED, _NO_ATTEMPT)
+            self.waiting(FineTuneJobReason.FINISHED, _NO_ATTEMPT)
 
     def queued(self, queue: str, job: str, why: str) -> None:
         """Report that a queue is holding the attempt's Job back. `why`: Kueue's message; empty if there is none."""
@@ -258,13 +258,13 @@ class Status:
     def _end(self, type_: FineTuneJobCondition, reason: Reason, message: str) -> None:
         started = find(self._status.conditions, FineTuneJobCondition.STARTED)
         if started is not None and started.status is ConditionStatus.TRUE:
-            self.waiting(FineTuneJobReason.ENDED, _NO_ATTEMPT)
+            self.waiting(FineTuneJobReason.FINISHED, _NO_ATTEMPT)
         self._set(type_, ConditionStatus.TRUE, reason, message)
         self._status.completion_time = self._now
 
     def _set(self, type_: FineTuneJobCondition, status: ConditionStatus, reason: Reason, message: str) -> None:
         before = self._pause()
-        self._status.conditions = updated(
+        self._status.conditions = updated_conditions(
             self._status.conditions, {type_: (status, reason, message)}, self._job.metadata.generation, self._now
         )
         if before and not self._pause():
@@ -368,28 +368,28 @@ def without_reports(old: FineTuneJobStatus, new: FineTuneJobStatus) -> FineTuneJ
     )
 
 
-def reports(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Notice]:
+def reports(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[NewEvent]:
     """Return the Events about changes other than conditions: attempts, stages, rows and suites."""
     counted = new.preflight if old.preflight is None else None
     found = [
-        Notice(EventReason.SCORED_ROWS_TRAINED, rows.sentence, "Warning")
+        NewEvent(EventReason.SCORED_ROWS_TRAINED, rows.sentence, "Warning")
         for rows in (counted.also_trained if counted is not None else None) or []
     ]
     evaluation = new.evaluation if old.evaluation is None else None
     found += [
-        Notice(EventReason.SUITE_FAILED, failure.message, "Warning")
+        NewEvent(EventReason.SUITE_FAILED, failure.message, "Warning")
         for failure in (evaluation.failures if evaluation is not None else None) or []
     ]
     known = {attempt.name: attempt.outcome for attempt in old.attempts}
     found += [
-        Notice(_OUTCOMES[attempt.outcome], f"{attempt.name}: {attempt.message}", "Warning")
+        NewEvent(_OUTCOMES[attempt.outcome], f"{attempt.name}: {attempt.message}", "Warning")
         for attempt in new.attempts
         if attempt.outcome in _OUTCOMES and known.get(attempt.name) is not attempt.outcome
     ]
     before = old.progress.stage if old.progress is not None else None
     stage = new.progress.stage if new.progress is not None else None
     if stage is not None and stage is not before:
-        found.append(Notice(stage, f"the trainer is at stage {stage}"))
+        found.append(NewEvent(stage, f"the trainer is at stage {stage}"))
     return found
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tunesmith.api.adapterdeployment import AdapterDeployment, RevisionState
 from tunesmith.api.conditions import AdapterDeploymentCondition, find
 from tunesmith.api.servingpool import ServingPool
-from tunesmith.contracts.claims import Claim, claim_of, owner
+from tunesmith.contracts.claims import ModelNameClaim, model_name_claim, winner
 from tunesmith.contracts.labels import POOL_LABEL, POOL_UID_LABEL
 from tunesmith.gateway import errors
 
@@ -109,7 +109,7 @@ class Catalog:
 
     def __init__(self, shared_namespaces: Iterable[str] = ()) -> None:
         self._shared_namespaces = frozenset(shared_namespaces)
-        self._claims: dict[str, dict[_Place, tuple[Claim, Model]]] = {}
+        self._claims: dict[str, dict[_Place, tuple[ModelNameClaim, Model]]] = {}
         self._claimed: dict[_Place, str] = {}
         self._pools: dict[PoolKey, Pool] = {}
         self._pods: dict[tuple[str, str], _PodFacts] = {}
@@ -140,7 +140,7 @@ class Catalog:
         except ValueError:
             self._withdraw(place)
             raise
-        self._claim(place, claim_of(adapter), _adapter_model(adapter))
+        self._claim(place, model_name_claim(adapter), _adapter_model(adapter))
 
     def remove_adapter(self, document: Mapping[str, Any]) -> None:
         """Forget an AdapterDeployment."""
@@ -159,7 +159,7 @@ class Catalog:
             self.remove_pool(document)
             raise
         self._pools[key] = Pool(key=key, uid=pool.metadata.uid)
-        self._claim(_Place("ServingPool", *key), claim_of(pool), _base_model(pool))
+        self._claim(_Place("ServingPool", *key), model_name_claim(pool), _base_model(pool))
 
     def remove_pool(self, document: Mapping[str, Any]) -> None:
         """Forget a ServingPool."""
@@ -248,7 +248,7 @@ class Catalog:
             raise errors.model_ambiguous(bare_name, sorted(found))
         return next(iter(found.values()), None)
 
-    def _claim(self, place: _Place, claim: Claim, model: Model) -> None:
+    def _claim(self, place: _Place, claim: ModelNameClaim, model: Model) -> None:
         if self._claimed.get(place, claim.model) != claim.model:
             self._withdraw(place)
         self._claimed[place] = claim.model
@@ -273,8 +273,8 @@ class Catalog:
             _drop(self._shared, old.bare_name, model_id)
             self._open.pop(model_id, None)
         claims = self._claims.get(model_id, {}).values()
-        winner = owner(model_id, (claim for claim, _ in claims))
-        model = next((model for claim, model in claims if claim is winner), None)
+        holder = winner(model_id, (claim for claim, _ in claims))
+        model = next((model for claim, model in claims if claim is holder), None)
         if model is None:
             return
         self._models[model_id] = model

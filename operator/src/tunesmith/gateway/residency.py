@@ -10,7 +10,7 @@ from yarl import URL
 
 from tunesmith.contracts.addresses import url_host
 from tunesmith.contracts.agent import (
-    SILENCE_SECONDS,
+    STALE_AFTER_SECONDS,
     ResidencyState,
     events_keys,
     pod_tokens,
@@ -65,7 +65,7 @@ class Backend:
         """
         header = reader.header
         serving = header.engine_ready and not (header.draining or header.problem or header.stalled)
-        changed = now - self.heard > SILENCE_SECONDS or serving != self.serving
+        changed = now - self.heard > STALE_AFTER_SECONDS or serving != self.serving
         self.heard, self.serving = now, serving
         moved = set()
         for name in change.names:
@@ -84,7 +84,7 @@ class Backend:
 
     def usable(self, now: float) -> bool:
         """Return True if the pod can receive requests; reports that are too old do not count."""
-        return self.pod.ready and self.serving and now - self.heard <= SILENCE_SECONDS
+        return self.pod.ready and self.serving and now - self.heard <= STALE_AFTER_SECONDS
 
 
 class Residency:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from tunesmith.api.adapterdeployment import AdapterDeployment
     from tunesmith.autoscale.decide import Decision
-    from tunesmith.contracts.claims import Claim
+    from tunesmith.contracts.claims import ModelNameClaim
     from tunesmith.serving.pod import PoolPod
 
 SELECTOR = "tunesmith.dev/none=pods-are-shared"
@@ -50,7 +50,7 @@ class Observation:
 
     artifact: Artifact | Unresolved
     pool: ServingPool | Unresolved
-    lost_to: Claim | None
+    lost_to: ModelNameClaim | None
     pods: Sequence[PoolPod]
     unplaced: Mapping[str, str]
     decision: Decision

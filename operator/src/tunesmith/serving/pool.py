@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tunesmith.api.adapterdeployment import AdapterDeployment, Revision
     from tunesmith.api.servingpool import ServingPool
     from tunesmith.autoscale.decide import Decision
-    from tunesmith.contracts.claims import Claim
+    from tunesmith.contracts.claims import ModelNameClaim
     from tunesmith.contracts.refusal import Refusal
     from tunesmith.serving.pod import PoolPod
 
@@ -54,7 +54,7 @@ class PoolObservation:
     adapters: Sequence[AdapterDeployment]
     decision: Decision
     spread: bool = False
-    lost_to: Claim | None = None
+    lost_to: ModelNameClaim | None = None
     invalid: str | None = None
     refusal: Refusal | None = None
     unknown_demand: str | None = None
@@ -398,7 +398,7 @@ def _degraded(
     )
 
 
-def _taken(pool: ServingPool, by: Claim | None) -> str | None:
+def _taken(pool: ServingPool, by: ModelNameClaim | None) -> str | None:
     if by is None:
         return None
     return f"the model name {pool.model} belongs to {by.holder}, which is older: the base cannot be called under it"

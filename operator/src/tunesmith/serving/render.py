@@ -26,8 +26,8 @@ from tunesmith.contracts.environment import (
     SERVING_KEY_FILE,
 )
 from tunesmith.contracts.labels import POOL_LABEL, POOL_UID_LABEL
-from tunesmith.contracts.location import claim_of, owned_name
-from tunesmith.contracts.network import Network, network_policy
+from tunesmith.contracts.location import owned_name, volume_claim
+from tunesmith.contracts.network import NetworkPolicySettings, network_policy
 from tunesmith.contracts.ownership import controller_of
 from tunesmith.serving.pod import AGENT_CONTAINER, BASE_MODEL_CONTAINER, ENGINE_CONTAINER, READINESS_GATE
 
@@ -135,7 +135,7 @@ def key_secret(pool: ServingPool, files: Mapping[str, bytes]) -> Manifest:
     }
 
 
-def isolation(pool: ServingPool, network: Network) -> Manifest:
+def isolation(pool: ServingPool, network: NetworkPolicySettings) -> Manifest:
     """Return the NetworkPolicy of the pool's pods: gateways reach engines and agents, the operator reaches agents."""
     ingress = [network.admit(AGENT_PORT, "operator", "gateway"), network.admit(ENGINE_PORT, "gateway")]
     return network_policy(_metadata(pool, deployment_name(pool)), pod_selector(pool), ingress)
@@ -217,7 +217,7 @@ def _pod(pool: ServingPool, settings: PoolSettings) -> Manifest:
         "readinessGates": [{"conditionType": READINESS_GATE}],
         # A mounted base model needs no download: the agent computes its fingerprint.
         "initContainers": [
-            *([] if claim_of(pool.spec.base_model.uri) else [_base_model(pool, settings)]),
+            *([] if volume_claim(pool.spec.base_model.uri) else [_base_model(pool, settings)]),
             _agent(pool, settings),
         ],
         "containers": [_engine(pool, settings)],
@@ -430,7 +430,7 @@ def _restricted() -> Manifest:
 
 
 def _models(pool: ServingPool, *, read_only: bool) -> Manifest:
-    claim = claim_of(pool.spec.base_model.uri)
+    claim = volume_claim(pool.spec.base_model.uri)
     if claim is None:
         return _mount("models", "/models", read_only=read_only)
     return {**_mount("models", _BASE, read_only=True), **({"subPath": claim[1]} if claim[1] else {})}
@@ -448,13 +448,13 @@ def _volume_sizes(pool: ServingPool, settings: PoolSettings) -> dict[str, int]:
         "tmp-agent": _TEMPORARY_SIZE,
         "tmp-engine": _ENGINE_TEMPORARY_SIZE,
     }
-    if claim_of(pool.spec.base_model.uri) is None:
+    if volume_claim(pool.spec.base_model.uri) is None:
         sizes |= {"models": _bytes(settings.base_model_storage) * 17 // 16, "tmp-base-model": _TEMPORARY_SIZE}
     return sizes
 
 
 def _volumes(pool: ServingPool, settings: PoolSettings) -> list[Manifest]:
-    claim = claim_of(pool.spec.base_model.uri)
+    claim = volume_claim(pool.spec.base_model.uri)
     volumes: list[Manifest] = [
         *({"name": name, "emptyDir": {"sizeLimit": str(size)}} for name, size in _volume_sizes(pool, settings).items()),
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": pool.spec.resources.memory}},

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tunesmith.api.conditions import EventReason
-from tunesmith.contracts.transitions import Notice
+from tunesmith.contracts.transitions import NewEvent
 
 if TYPE_CHECKING:
     from tunesmith.api.adapterdeployment import AdapterDeploymentStatus
     from tunesmith.api.servingpool import ServingPoolStatus
 
 
-def scaled(unit: str, before: int | None, status: AdapterDeploymentStatus | ServingPoolStatus) -> list[Notice]:
+def scaled(unit: str, before: int | None, status: AdapterDeploymentStatus | ServingPoolStatus) -> list[NewEvent]:
     """Return the Event about a new number of wanted pods or copies; none for a resource that is new.
 
     Args:
@@ -24,4 +24,4 @@ def scaled(unit: str, before: int | None, status: AdapterDeploymentStatus | Serv
     if before is None or after is None or after == before:
         return []
     reason = EventReason.SCALED_UP if after > before else EventReason.SCALED_DOWN
-    return [Notice(reason, f"{before} → {after} {unit}: {status.desired_reason}")]
+    return [NewEvent(reason, f"{before} → {after} {unit}: {status.desired_reason}")]

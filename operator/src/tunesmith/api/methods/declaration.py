@@ -91,7 +91,7 @@ NOT_IN_PEFT: Final = NotInPeft()
 
 
 @dataclass(frozen=True)
-class Condition:
+class FieldCondition:
     """A condition on a method's fields.
 
     Args:
@@ -104,11 +104,11 @@ class Condition:
 
     def at(self, path: str) -> str:
         """Return the CEL expression: true if the fields at a path, such as `self.method.lora`, exist and satisfy it."""
-        asked = f"has({path})"
-        return asked if self.cel is None else f"({asked} && {self.cel.replace('{fields}', path)})"
+        present = f"has({path})"
+        return present if self.cel is None else f"({present} && {self.cel.replace('{fields}', path)})"
 
 
-ALWAYS: Final = Condition(None, lambda _: True)
+ALWAYS: Final = FieldCondition(None, lambda _: True)
 
 
 class MethodFields(ApiModel):
@@ -116,7 +116,7 @@ class MethodFields(ApiModel):
 
     declared: ClassVar[MethodTraits | None] = None
     """Traits of the method; None if they depend on its fields."""
-    sharding: ClassVar[Condition | None] = None
+    sharding: ClassVar[FieldCondition | None] = None
     """Condition for sharding the base's weights over ranks (FSDP2); None: never possible."""
     peft_names: ClassVar[dict[str, PeftName]] = {}
     """PEFT's names by attribute, collected from the fields' metadata."""
@@ -145,8 +145,8 @@ class MethodFields(ApiModel):
         info = cls.model_fields.get("quantization")
         if info is None:
             return None
-        asked = f"has({path})"
-        return asked if info.default_factory is not None else f"({asked} && has({path}.quantization))"
+        present = f"has({path})"
+        return present if info.default_factory is not None else f"({present} && has({path}.quantization))"
 
     @property
     def traits(self) -> MethodTraits:

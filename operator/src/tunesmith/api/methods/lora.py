@@ -9,7 +9,14 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from tunesmith.api.methods.declaration import ALL_LINEAR, NOT_IN_PEFT, Condition, MethodFields, MethodTraits, PeftName
+from tunesmith.api.methods.declaration import (
+    ALL_LINEAR,
+    NOT_IN_PEFT,
+    FieldCondition,
+    MethodFields,
+    MethodTraits,
+    PeftName,
+)
 from tunesmith.api.methods.fields import (
     Alpha,
     LoraDropout,
@@ -110,7 +117,7 @@ in_4_bits_rule = Rule(
     "weights in full; use them with method.lora",
     lambda self: self.initialization in _IN_4_BITS,
 )
-SHARDED_INITIALIZATION = Condition(
+SHARDED_INITIALIZATION = FieldCondition(
     f"(!has({{fields}}.initialization) || {{fields}}.initialization in {quoted(_SHARDED)})",
     lambda fields: fields.initialization in _SHARDED,
 )
@@ -120,7 +127,7 @@ class LoraFields(MethodFields):
     """Low-rank adaptation (LoRA, arXiv:2106.09685)."""
 
     declared = LORA
-    sharding: ClassVar[Condition | None] = SHARDED_INITIALIZATION
+    sharding: ClassVar[FieldCondition | None] = SHARDED_INITIALIZATION
     rules: ClassVar[tuple[Rule, ...]] = (
         *lora_rules,
         Rule(

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from tunesmith.api.methods.declaration import NOT_IN_PEFT, Condition
+from tunesmith.api.methods.declaration import NOT_IN_PEFT, FieldCondition
 from tunesmith.api.methods.fields import Quantization
 from tunesmith.api.methods.lora import SHARDED_INITIALIZATION, LoraFields, in_4_bits_rule, lora_rules
 
@@ -15,7 +15,7 @@ class QloraFields(LoraFields):
     """LoRA over a 4-bit base."""
 
     # DoRA needs the norms of weights before they are quantized to 4 bits.
-    sharding = Condition(
+    sharding = FieldCondition(
         f"{SHARDED_INITIALIZATION.cel} && !(has({{fields}}.dora) && {{fields}}.dora)",
         lambda fields: SHARDED_INITIALIZATION.holds(fields) and not fields.dora,
     )

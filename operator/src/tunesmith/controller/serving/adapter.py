@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from tunesmith.api.servingpool import ServingPool
 from tunesmith.autoscale.decide import Decision, decide_copies
-from tunesmith.contracts.claims import lost_to
+from tunesmith.contracts.claims import older_claim
 from tunesmith.controller.namespaces import KIND as NAMESPACE
 from tunesmith.controller.reconciler import Key, Result, Watch, key_of
 from tunesmith.controller.serving.state import MODEL, NAMES, SERVED_BY, SOURCE, WAITING, is_shared
@@ -81,7 +81,7 @@ class AdapterDeploymentReconciler:
         seen = Observation(
             artifact=artifact,
             pool=pool,
-            lost_to=lost_to(adapter, self._state.claims(adapter)),
+            lost_to=older_claim(adapter, self._state.claims(adapter)),
             pods=self._state.pods(serving) if serving is not None else (),
             unplaced=self._state.unplaced.get(serving.metadata.uid, {}) if serving is not None else {},
             decision=self._copies(adapter),

@@ -18,7 +18,7 @@ from tunesmith.cluster.watch import backoff
 from tunesmith.contracts.addresses import url_host
 from tunesmith.contracts.agent import (
     AGENT_PORT,
-    SILENCE_SECONDS,
+    STALE_AFTER_SECONDS,
     DesiredAdapter,
     DesiredAdapters,
     PodState,
@@ -85,7 +85,7 @@ class AgentLink:
 
     def heard(self, now: float) -> bool:
         """Return True if the latest line is recent."""
-        return now - self.heard_at <= SILENCE_SECONDS
+        return now - self.heard_at <= STALE_AFTER_SECONDS
 
     def take(self, state: PodState, now: float) -> bool:
         """Store the state after a line; return True if it affects the placement of adapters."""
@@ -126,7 +126,7 @@ class AgentLink:
         if self._sent is None or self._sent.adapters != self.desired:
             return True
         # Until the agent has reported the list once, lines that were already in flight may contain the previous one.
-        settled = self._sent.confirmed or self.heard_at > self._sent.at + SILENCE_SECONDS
+        settled = self._sent.confirmed or self.heard_at > self._sent.at + STALE_AFTER_SECONDS
         return settled and self.state is not None and not self._sent.is_held(self.state)
 
 

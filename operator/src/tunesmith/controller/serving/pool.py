@@ -19,12 +19,12 @@ from tunesmith.contracts.agent import (
     pod_tokens,
     serving_keys,
 )
-from tunesmith.contracts.claims import lost_to
+from tunesmith.contracts.claims import older_claim
 from tunesmith.contracts.environment import CONTROL_KEY, EVENTS_KEY, METRICS_DIGEST, SERVING_KEY
 from tunesmith.contracts.labels import POOL_LABEL
 from tunesmith.contracts.location import reads_foreign_store
 from tunesmith.contracts.refusal import MAX_RETRY_SECONDS
-from tunesmith.contracts.scheduling import refusal
+from tunesmith.contracts.scheduling import scheduling_violation
 from tunesmith.controller.reconciler import MANAGED, Key, Result, Watch, key_of, label_keys, owner_keys
 from tunesmith.controller.serving.agents import Target
 from tunesmith.controller.serving.pool_rollouts import PoolRollouts
@@ -118,7 +118,7 @@ class ServingPoolReconciler:
             adapters=attached,
             decision=decision,
             spread=spread,
-            lost_to=lost_to(pool, self._state.claims(pool)),
+            lost_to=older_claim(pool, self._state.claims(pool)),
             invalid=invalid,
             unknown_demand=self._state.demand.missing(time.monotonic()),
             rollout=rollout,
@@ -158,7 +158,7 @@ class ServingPoolReconciler:
                 f"spec.baseModel.uri {spec.base_model.uri} reaches into this installation's store outside the folder "
                 f"of namespace {pool.metadata.namespace}: name a place outside the store"
             )
-        return refusal(spec.scheduling, spec.resources, settings)
+        return scheduling_violation(spec.scheduling, spec.resources, settings)
 
     async def run(self) -> None:
         """Read the agents' streams and send them their lists."""

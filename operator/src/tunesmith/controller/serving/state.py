@@ -10,8 +10,8 @@ from tunesmith.api.adapterdeployment import AdapterDeployment
 from tunesmith.api.servingpool import ServingPool
 from tunesmith.autoscale.decide import Sample, Window
 from tunesmith.autoscale.demand import DemandBoard
-from tunesmith.contracts.agent import SILENCE_SECONDS
-from tunesmith.contracts.claims import Claim, claim_of, precedence
+from tunesmith.contracts.agent import STALE_AFTER_SECONDS
+from tunesmith.contracts.claims import ModelNameClaim, model_name_claim, precedence
 from tunesmith.contracts.labels import POOL_UID_LABEL
 from tunesmith.controller.executor import Executor
 from tunesmith.controller.parsed import Parsed
@@ -90,7 +90,7 @@ class ServingState:
         for kind, name, values in _INDEXES:
             context.caches[kind].index(name, values)
         self.agents = AgentLinks(context)
-        self.demand = DemandBoard(SILENCE_SECONDS, rises=self._wake_model)
+        self.demand = DemandBoard(STALE_AFTER_SECONDS, rises=self._wake_model)
         self.gateways = GatewayLinks(context, self.demand)
         self.unplaced: dict[str, Mapping[str, str]] = {}
         """Reasons why copies have no slot, by pool UID and engine name."""
@@ -99,10 +99,10 @@ class ServingState:
         self._pods: dict[str, dict[str, _SeenPod]] = {}
         self._pod_manifests: dict[str, tuple[int, Objects]] = {}
 
-    def claims(self, resource: AdapterDeployment | ServingPool) -> list[Claim]:
+    def claims(self, resource: AdapterDeployment | ServingPool) -> list[ModelNameClaim]:
         """Return all claims on the model name that a resource claims."""
-        adapters = [claim_of(adapter) for adapter in self.adapters.find(MODEL, resource.model)]
-        return adapters + [claim_of(pool) for pool in self.pools.find(MODEL, resource.model)]
+        adapters = [model_name_claim(adapter) for adapter in self.adapters.find(MODEL, resource.model)]
+        return adapters + [model_name_claim(pool) for pool in self.pools.find(MODEL, resource.model)]
 
     def candidates(self, adapter: AdapterDeployment, fingerprint: str | None) -> Candidates:
         """Return the pools that may serve an AdapterDeployment."""
