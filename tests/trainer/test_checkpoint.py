@@ -93,7 +93,7 @@ def test_damage_is_detected_and_the_previous_checkpoint_is_used(
     found = kept.newest()
     assert found is not None
     assert found.step == 4
-    assert any("step 8 is damaged and not used" in line and words in line for line in reports)
+    assert any("step 8 is damaged and will not be used" in line and words in line for line in reports)
 
 
 def test_without_a_usable_checkpoint_training_starts_at_step_0_and_reports_it(tmp_path: Path) -> None:
