@@ -178,9 +178,9 @@ class CountingFeed(Feed):
     expected = 0
     done: asyncio.Event
 
-    def take(self, kind: str, type_: str, document: Object) -> None:
+    def apply(self, kind: str, type_: str, document: Object) -> None:
         """Take one change."""
-        super().take(kind, type_, document)
+        super().apply(kind, type_, document)
         self.expected -= 1
         if self.expected <= 0:
             self.done.set()

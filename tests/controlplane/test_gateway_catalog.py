@@ -86,7 +86,7 @@ async def test_models_pods_and_keys_come_and_go(apiserver: ApiServer, namespace:
         internal_port=0,
         engine_port=ports[0],
         agent_port=ports[1],
-    ).within(512 * MIB)
+    ).for_memory(512 * MIB)
     await pod.start_engine()
     await pod.start_agent()
     try:
@@ -118,7 +118,7 @@ async def test_models_pods_and_keys_come_and_go(apiserver: ApiServer, namespace:
             await eventually(lambda: gateway.keys.find(key) is None, "the key is gone")
             assert await ask("base") == (401, "invalid_api_key")
             await asyncio.to_thread(apiserver.kubectl, "delete", "pod", "pod-1", "-n", namespace, "--grace-period=0")
-            await eventually(lambda: not gateway.residency._backends, "the pod is gone")
+            await eventually(lambda: not gateway.backends._by_uid, "the pod is gone")
     finally:
         await pod.stop()
 

@@ -46,7 +46,7 @@ async def start() -> AsyncIterator[Callable[..., Awaitable[Rig]]]:
                 engine_port=engine_port,
                 agent_port=agent_port,
                 **limits,
-            ).within(512 * MIB)
+            ).for_memory(512 * MIB)
             gateway = await stack.enter_async_context(Gateway(settings, lambda: watches.gateway_keys, watches))
             http = await stack.enter_async_context(aiohttp.ClientSession())
             rig = Rig(gateway, watches, http, (engine_port, agent_port))

@@ -1,6 +1,6 @@
 """A gateway in a process of its own, with the options, the log and the event loop of `tunesmith-gateway`.
 
-The cluster is played by stdin: one object a line. Run by `ProcessRig`.
+Objects of the cluster come from standard input, one per line. Run by `ProcessRig`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tunesmith.settings import read
 
 async def run(engine_port: int, agent_port: int, arguments: list[str]) -> None:
     pods = ("--host=127.0.0.1", f"--engine-port={engine_port}", f"--agent-port={agent_port}")
-    settings = main.bounded(read(GatewaySettings, [*arguments, *pods]))
+    settings = main.apply_memory_limit(read(GatewaySettings, [*arguments, *pods]))
     main.configure_log(settings.log_level)
     watches = Watches()
     reader = asyncio.StreamReader(limit=2**24)

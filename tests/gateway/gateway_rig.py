@@ -1,4 +1,4 @@
-"""What stands around a gateway: the cluster's watches, and pods that speak the agent's and the engine's protocol."""
+"""Surroundings of a gateway: the cluster's watches, and pods that speak the agent's and the engine's protocol."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def digest(character: str) -> str:
 
 async def eventually(condition: Callable[[], object], what: str) -> None:
     async with asyncio.timeout(DEADLINE):
-        while not condition():  # noqa: ASYNC110 - any condition, also one that tells nobody
+        while not condition():  # noqa: ASYNC110 - any condition, including those without an event
             await asyncio.sleep(0.01)
     assert condition(), what
 
@@ -55,21 +55,21 @@ class Watches:
         self._queues: dict[str, asyncio.Queue[WatchEvent]] = {}
         self.asked: dict[str, tuple[str | None, str]] = {}
         self.gateway_keys = GATEWAY_KEYS
-        """What the gateway's key file holds."""
+        """Content of the gateway's key file."""
         self.sync = asyncio.Event()
         self.sync.set()
 
     def put(self, document: dict[str, Any]) -> None:
-        self._tell("MODIFIED", document)
+        self._send_event("MODIFIED", document)
         metadata = document["metadata"]
         self._objects.setdefault(document["kind"], {})[metadata.get("namespace", ""), metadata["name"]] = document
 
     def delete(self, document: dict[str, Any]) -> None:
         metadata = document["metadata"]
         if self._objects.get(document["kind"], {}).pop((metadata.get("namespace", ""), metadata["name"]), None):
-            self._tell("DELETED", document)
+            self._send_event("DELETED", document)
 
-    def _tell(self, type_: Literal["MODIFIED", "DELETED"], document: dict[str, Any]) -> None:
+    def _send_event(self, type_: Literal["MODIFIED", "DELETED"], document: dict[str, Any]) -> None:
         if document["kind"] in self._queues:
             self._queues[document["kind"]].put_nowait(WatchEvent(type_, document))
 
@@ -111,15 +111,15 @@ class FakePod:
         self.ready = True
         self.seen: list[dict[str, Any]] = []
         self.running = 0
-        self.most_running = 0
-        self.left = 0
+        self.max_running = 0
+        self.disconnected = 0
         self.answer: Callable[[web.Request, dict[str, Any]], Awaitable[web.StreamResponse | None]] | None = None
         self.gate = asyncio.Event()
         self.gate.set()
         self.silent = False
         self.max_body_bytes = 8 * 1024 * 1024
         self.keys: Keys = GATEWAY_KEYS
-        self._told = asyncio.Condition()
+        self._changed = asyncio.Condition()
         self._runners: dict[str, web.AppRunner] = {}
 
     @property
@@ -170,13 +170,13 @@ class FakePod:
                     connection.close()
                 await runner.cleanup()
 
-    async def tell(self) -> None:
-        async with self._told:
-            self._told.notify_all()
+    async def notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
 
     async def hold(self, *names: str) -> None:
         self.resident |= set(names)
-        await self.tell()
+        await self.notify()
 
     async def _events(self, request: web.Request) -> web.StreamResponse:
         if not accepts(request.headers.get("Authorization", ""), self.tokens(events_keys)):
@@ -196,10 +196,10 @@ class FakePod:
                 ],
             )
             await response.write(writer.line(state))
-            async with self._told:
+            async with self._changed:
                 try:
                     async with asyncio.timeout(0.5):
-                        await self._told.wait()
+                        await self._changed.wait()
                 except TimeoutError:
                     continue
         await asyncio.Event().wait()
@@ -224,14 +224,14 @@ class FakePod:
         if model != self.base and model not in self.resident:
             return web.json_response({"error": {"message": f"no {model}", "type": "NotFoundError"}}, status=404)
         self.running += 1
-        self.most_running = max(self.most_running, self.running)
+        self.max_running = max(self.max_running, self.running)
         try:
             if body.get("stream"):
                 return await self._stream(request, model)
             await self.gate.wait()
             return web.Response(body=_completion(model, self.name), content_type="application/json")
         except (asyncio.CancelledError, ConnectionResetError):
-            self.left += 1
+            self.disconnected += 1
             raise
         finally:
             self.running -= 1
@@ -307,8 +307,12 @@ def adapter_manifest(
     if pool is not None:
         status["pool"] = {"namespace": pool[0], "name": pool[1]}
     status["revisions"] = [
-        {"digest": digest(one), "engineName": engine_name(namespace, model or name, digest(one)), "state": state}
-        for one in digests
+        {
+            "digest": digest(character),
+            "engineName": engine_name(namespace, model or name, digest(character)),
+            "state": state,
+        }
+        for character in digests
     ]
     return {
         "kind": "AdapterDeployment",
@@ -360,13 +364,13 @@ class Rig:
         return pod
 
     async def settled(self, pod: FakePod) -> None:
-        """The gateway knows what the pod holds."""
-        backends = self.gateway.residency._backends
+        """Wait until the gateway knows which models the pod holds."""
+        backends = self.gateway.backends._by_uid
 
         def known() -> bool:
             backend = backends.get(f"uid-{pod.name}")
             announced = pod.resident if pod.announced is None else pod.announced
-            return backend is not None and backend.resident == announced and backend.heard > 0
+            return backend is not None and backend.resident == announced and backend.last_report_at > 0
 
         await eventually(known, f"the state of {pod.name} is known")
 
@@ -389,9 +393,9 @@ class Rig:
 
 def free_ports(count: int) -> tuple[int, ...]:
     sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("0.0.0.0", 0))  # noqa: S104 - free on every loopback address
-    ports = tuple(one.getsockname()[1] for one in sockets)
-    for one in sockets:
-        one.close()
+    for listener in sockets:
+        listener.bind(("0.0.0.0", 0))  # noqa: S104 - free on every loopback address
+    ports = tuple(listener.getsockname()[1] for listener in sockets)
+    for listener in sockets:
+        listener.close()
     return ports

@@ -36,7 +36,7 @@ def test_model_and_salt_are_replaced_and_other_members_keep_their_bytes() -> Non
         b'{"cache_salt":"a","cache\\u005fsalt":"b","model":"one","\\u006dodel":"two"}',
     ],
 )
-def test_a_member_that_is_given_twice_is_sent_once_as_the_gateway_read_it(data: bytes) -> None:
+def test_a_duplicate_member_is_sent_once_as_the_gateway_read_it(data: bytes) -> None:
     assert parse(data, 128).model == "two"
     assert forwarded(data) == b'{"model":"team/pirate@1","cache_salt":"salt"}'
 
@@ -74,7 +74,7 @@ def test_a_large_body_is_sent_in_pieces_without_a_copy_of_it() -> None:
         b"null",
     ],
 )
-def test_what_is_not_a_json_object_is_refused(data: bytes) -> None:
+def test_a_body_that_is_not_a_json_object_is_refused(data: bytes) -> None:
     assert refused(data)[0] == "invalid_json"
 
 
@@ -94,11 +94,11 @@ def test_arrays_and_objects_are_bounded(unit: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("unit", "most"), [(b"1,", MAX_VALUES), (b'"",', MAX_STRINGS), (b'"[",', MAX_STRINGS), (b'"\\"",', MAX_STRINGS)]
+    ("unit", "limit"), [(b"1,", MAX_VALUES), (b'"",', MAX_STRINGS), (b'"[",', MAX_STRINGS), (b'"\\"",', MAX_STRINGS)]
 )
-def test_values_are_bounded(unit: bytes, most: int) -> None:
-    assert parse(b'{"model":"a","x":[' + unit * (most - 3) + b"0]}", 128)
-    assert refused(b'{"model":"a","x":[' + unit * (most + 2) + b"0]}")[0] == "body_too_complex"
+def test_values_are_bounded(unit: bytes, limit: int) -> None:
+    assert parse(b'{"model":"a","x":[' + unit * (limit - 3) + b"0]}", 128)
+    assert refused(b'{"model":"a","x":[' + unit * (limit + 2) + b"0]}")[0] == "body_too_complex"
 
 
 def test_top_level_members_are_bounded() -> None:
@@ -107,7 +107,7 @@ def test_top_level_members_are_bounded() -> None:
 
 
 @pytest.mark.parametrize("text", ["[[[{{{,,,", '\\"[', "\\", '\\\\"[', "a\\\\", '"', "☠[,"])
-def test_brackets_and_commas_in_strings_are_no_structure(text: str) -> None:
+def test_brackets_and_commas_in_strings_do_not_count(text: str) -> None:
     document = {"model": "a", "messages": [{"role": "user", "content": text * 20_000}] * 2, "tail": ["\\", '"']}
     data = json.dumps(document).encode()
     assert json.loads(forwarded(data)) == document | {"model": "team/pirate@1", "cache_salt": "salt"}

@@ -31,7 +31,7 @@ def put(catalog: Catalog, *documents: dict[str, Any]) -> None:
             catalog.put_adapter(document)
 
 
-def test_a_foreign_pool_that_is_open_to_all_claims_no_bare_name(catalog: Catalog) -> None:
+def test_an_open_pool_outside_the_shared_namespaces_has_no_bare_name(catalog: Catalog) -> None:
     put(catalog, pool_manifest("trap", "attacker", model="gpt"))
     with pytest.raises(ApiError, match="gpt"):
         catalog.resolve("gpt", KEY)
@@ -92,7 +92,7 @@ def test_an_adapter_that_changes_its_name_leaves_the_old_one(catalog: Catalog) -
     assert [model.id for model in catalog.visible(KEY)] == ["team/sailor"]
 
 
-def test_what_does_not_fit_the_schema_is_forgotten(catalog: Catalog) -> None:
+def test_an_object_that_no_longer_fits_the_schema_is_removed(catalog: Catalog) -> None:
     put(catalog, adapter_manifest("a"), pool_manifest("small", "platform", model="gpt"))
     with pytest.raises(ValueError, match="spec"):
         catalog.put_adapter({**adapter_manifest("a"), "spec": {}})
@@ -133,10 +133,10 @@ def test_after_any_changes_the_catalog_equals_one_read_from_scratch(seed: int) -
         place = (document["kind"], document["metadata"]["namespace"], document["metadata"]["name"])
         if numbers.random() < 0.3:
             objects.pop(place, None)
-            feed.take(document["kind"], "DELETED", document)
+            feed.apply(document["kind"], "DELETED", document)
         else:
             objects[place] = document
-            feed.take(document["kind"], "MODIFIED", document)
+            feed.apply(document["kind"], "MODIFIED", document)
         if step % 50 == 0:
             _assert_equal(catalog, objects, numbers)
     _assert_equal(catalog, objects, numbers)
@@ -146,7 +146,7 @@ def _assert_equal(catalog: Catalog, objects: dict[Any, dict[str, Any]], numbers:
     fresh = Catalog({"platform"})
     feed = _feed(KeyTable(), fresh)
     for document in numbers.sample(list(objects.values()), len(objects)):
-        feed.take(document["kind"], "ADDED", document)
+        feed.apply(document["kind"], "ADDED", document)
     for index in ("_models", "_by_namespace", "_open", "_shared", "_claims", "_claimed"):
         assert getattr(catalog, index) == getattr(fresh, index), index
     assert sorted(catalog.pods(), key=str) == sorted(fresh.pods(), key=str)
@@ -176,7 +176,7 @@ def test_after_any_changes_the_key_table_equals_one_read_from_scratch(seed: int)
         if numbers.random() < 0.1:
             record["data"]["hash"] = "no digest"
         deleted = numbers.random() < 0.3
-        feed.take("ConfigMap", "DELETED" if deleted else "MODIFIED", record)
+        feed.apply("ConfigMap", "DELETED" if deleted else "MODIFIED", record)
         if deleted:
             records.pop(name, None)
         else:
@@ -184,7 +184,7 @@ def test_after_any_changes_the_key_table_equals_one_read_from_scratch(seed: int)
     fresh = KeyTable()
     feed = _feed(fresh, Catalog())
     for record in numbers.sample(list(records.values()), len(records)):
-        feed.take("ConfigMap", "ADDED", record)
+        feed.apply("ConfigMap", "ADDED", record)
     assert (table._by_record, table._by_prefix) == (fresh._by_record, fresh._by_prefix)
     for number in range(7):
         found, again = table.find(f"sk-ts-{number}"), fresh.find(f"sk-ts-{number}")
@@ -199,7 +199,7 @@ def _feed(keys: KeyTable, catalog: Catalog) -> Feed:
     return feed
 
 
-def test_a_change_among_many_touches_no_other_object(catalog: Catalog) -> None:
+def test_a_change_reads_no_other_object(catalog: Catalog) -> None:
     keys = KeyTable()
     for number in range(300):
         put(catalog, adapter_manifest(f"a{number}"))

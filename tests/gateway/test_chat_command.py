@@ -56,7 +56,7 @@ async def test_options_reach_the_engine_and_json_names_the_revision(pirates: Rig
     assert [message["role"] for message in body["messages"]] == ["system", "user"]
 
 
-async def test_a_talk_keeps_what_was_said(pirates: Rig) -> None:
+async def test_a_conversation_keeps_earlier_messages(pirates: Rig) -> None:
     code, output, _ = await chat(pirates, "pirate", questions="Hello\nAnd then?\n")
     assert (code, output) == (0, "Ahoy there from pod-1\n" * 2)
     assert [message["content"] for message in pirates.pods[0].seen[1]["messages"]] == [
@@ -66,7 +66,7 @@ async def test_a_talk_keeps_what_was_said(pirates: Rig) -> None:
     ]
 
 
-async def test_the_gateways_sentence_is_shown(pirates: Rig) -> None:
+async def test_the_gateways_error_message_is_shown(pirates: Rig) -> None:
     code, output, problems = await chat(pirates, "parrot", "-m", "Hello")
     assert (code, output) == (1, "")
     assert problems.startswith("error: The model `parrot` does not exist or you do not have access to it.")

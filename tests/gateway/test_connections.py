@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from gateway_rig import adapter_manifest, eventually
-from tunesmith.gateway.connections import client_site
+from tunesmith.gateway.connections import client_network
 
 if TYPE_CHECKING:
     from gateway_rig import Rig
@@ -91,7 +91,7 @@ MALFORMED = [
 
 
 @pytest.mark.parametrize("data", MALFORMED)
-async def test_what_is_not_http_is_a_400_and_no_log_has_its_key(
+async def test_a_malformed_request_is_a_400_and_its_key_is_not_logged(
     rig: Rig, data: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -127,7 +127,7 @@ async def test_broken_chunks_are_refused(start: Start, body: bytes, caplog: pyte
     assert rig.key not in caplog.text
 
 
-async def test_what_a_client_chose_reaches_no_log(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+async def test_nothing_that_a_client_sends_is_logged(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     rig = await pirate(start, hold_seconds=0.1)
     rig.watches.put(adapter_manifest("later", digests=("b",)))
@@ -187,7 +187,7 @@ async def test_old_clients_and_other_methods(start: Start) -> None:
         assert status_of(answer) == (405, "method_not_allowed")
 
 
-async def test_an_upgrade_is_not_followed(start: Start) -> None:
+async def test_an_upgrade_is_ignored(start: Start) -> None:
     rig = await pirate(start)
     for line in (b"Upgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings", b"Upgrade: websocket\r\nConnection: Upgrade"):
         reader, writer = await asyncio.open_connection("127.0.0.1", rig.gateway.port)
@@ -204,7 +204,7 @@ async def test_pipelined_requests_are_answered_in_order(start: Start) -> None:
     assert re.findall(rb"HTTP/1\.1 (\d+) ", answer) == [b"200", b"404", b"200"]
 
 
-async def test_what_is_sent_far_ahead_of_an_answer_is_dropped(start: Start) -> None:
+async def test_a_client_that_sends_too_much_before_its_answer_is_disconnected(start: Start) -> None:
     rig = await pirate(start)
     pod = rig.pods[0]
     pod.gate.clear()
@@ -246,7 +246,7 @@ async def test_a_slow_body_is_a_408(start: Start) -> None:
     assert rig.gateway.proxy.budget.used == 0
 
 
-async def test_a_new_connection_replaces_an_idle_one_and_is_refused_where_all_work(start: Start) -> None:
+async def test_a_new_connection_replaces_an_idle_one_and_is_refused_if_all_are_busy(start: Start) -> None:
     rig = await pirate(start, max_connections=3, max_connections_per_address=3)
     pod = rig.pods[0]
     idle = [await asyncio.open_connection("127.0.0.1", rig.gateway.port) for _ in range(20)]
@@ -262,7 +262,7 @@ async def test_a_new_connection_replaces_an_idle_one_and_is_refused_where_all_wo
         writer.close()
 
 
-async def test_a_key_has_its_part_of_the_bytes_in_flight_and_all_keys_have_the_rest(start: Start) -> None:
+async def test_bytes_in_flight_are_limited_per_key_and_in_total(start: Start) -> None:
     rig = await pirate(start, max_in_flight_bytes=500_000, max_in_flight_bytes_per_key=300_000)
     other, third = rig.add_key("other", home="team"), rig.add_key("third", home="team")
     await eventually(lambda: rig.gateway.keys.find(third), "the keys are known")
@@ -293,5 +293,5 @@ async def test_a_key_has_its_part_of_the_bytes_in_flight_and_all_keys_have_the_r
         (None, ""),
     ],
 )
-def test_client_sites(peer: object, site: str) -> None:
-    assert client_site(peer) == site
+def test_the_network_by_which_a_clients_connections_are_counted(peer: object, site: str) -> None:
+    assert client_network(peer) == site

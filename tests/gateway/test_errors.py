@@ -76,12 +76,12 @@ async def test_each_mistake_has_its_error(
     assert pod.seen == []
 
 
-async def test_a_missing_model_is_told_in_openais_words(rig: Rig) -> None:
+async def test_a_missing_model_is_reported_with_openais_message(rig: Rig) -> None:
     status, error, _ = await send(rig, "POST", CHAT, b"{}")
     assert (status, error["message"], error["param"]) == (400, "you must provide a model parameter", "model")
 
 
-async def test_a_wrong_method_says_the_right_one(rig: Rig) -> None:
+async def test_a_wrong_method_is_answered_with_the_allowed_ones(rig: Rig) -> None:
     assert (await send(rig, "PUT", CHAT, b"{}"))[2] == "POST"
 
 
@@ -104,7 +104,7 @@ async def test_a_body_above_the_limit_is_refused(start: Callable[..., Awaitable[
         assert (response.status, (await response.json())["error"]["code"]) == (413, "request_too_large")
 
 
-async def test_other_tenants_models_are_not_told_from_unknown_ones(rig: Rig) -> None:
+async def test_other_tenants_models_look_like_unknown_ones(rig: Rig) -> None:
     rig.watches.put(adapter_manifest("secret", "rival"))
     await rig.add_pod("rival/secret@aaaaaaaaaaaa")
     status, hidden = await rig.chat("rival/secret")
@@ -121,14 +121,14 @@ async def test_a_key_calls_the_namespaces_and_models_it_names(rig: Rig) -> None:
     rig.watches.put(adapter_manifest("secret", "rival"))
     await rig.add_pod("rival/secret@aaaaaaaaaaaa", "team/pirate@aaaaaaaaaaaa")
     both = rig.add_key("both", home="team", namespaces=["team", "rival"])
-    one = rig.add_key("one", home="team", namespaces=["team", "rival"], models=["rival/secret"])
-    await eventually(lambda: rig.gateway.keys.find(one), "the keys are known")
+    key = rig.add_key("one", home="team", namespaces=["team", "rival"], models=["rival/secret"])
+    await eventually(lambda: rig.gateway.keys.find(key), "the keys are known")
     assert (await rig.chat("rival/secret", key=both))[0] == 200
-    assert (await rig.chat("rival/secret", key=one))[0] == 200
-    status, answer = await rig.chat("pirate", key=one)
+    assert (await rig.chat("rival/secret", key=key))[0] == 200
+    status, answer = await rig.chat("pirate", key=key)
     assert (status, answer["error"]["code"]) == (403, "model_forbidden")
-    assert (await rig.chat("serving/base", key=one))[0] == 403
-    async with rig.http.get(f"{rig.url}/v1/models", headers={"Authorization": f"Bearer {one}"}) as response:
+    assert (await rig.chat("serving/base", key=key))[0] == 403
+    async with rig.http.get(f"{rig.url}/v1/models", headers={"Authorization": f"Bearer {key}"}) as response:
         assert [model["id"] for model in (await response.json())["data"]] == ["rival/secret"]
 
 
@@ -150,7 +150,7 @@ async def test_a_bare_name_that_several_open_pools_offer_is_refused_with_their_i
     assert "elsewhere/base, serving/base" in answer["error"]["message"]
 
 
-async def test_a_key_ends_with_its_record(rig: Rig) -> None:
+async def test_a_key_is_refused_once_its_record_is_deleted(rig: Rig) -> None:
     rig.watches.put(pool_manifest())
     key = new_key()
     record = key_record("short", "tunesmith-system", key, home="team", namespaces=["team"], models=["*"])
@@ -161,7 +161,7 @@ async def test_a_key_ends_with_its_record(rig: Rig) -> None:
     assert (await send(rig, "GET", "/v1/models", None, f"Bearer {key}"))[0] == 401
 
 
-async def test_a_damaged_key_record_harms_no_other_key(rig: Rig) -> None:
+async def test_a_damaged_key_record_does_not_affect_other_keys(rig: Rig) -> None:
     broken = key_record("broken", "tunesmith-system", new_key(), home="team", namespaces=[], models=["*"])
     broken["data"]["namespaces"] = "bm90IEpTT04="
     rig.watches.put(broken)
@@ -184,7 +184,7 @@ async def test_only_keys_of_the_gateways_own_namespace_are_read(rig: Rig) -> Non
         ([condition("Resolved", "True", "Resolved")], ("a",), "Failed", "no pod could load it"),
     ],
 )
-async def test_a_model_that_cannot_come_says_why(
+async def test_a_model_that_is_not_ready_is_answered_with_the_reason(
     rig: Rig, conditions: list[dict[str, object]], digests: tuple[str, ...], state: str, reason: str
 ) -> None:
     rig.watches.put(adapter_manifest("pirate", digests=digests, state=state, conditions=conditions))
@@ -203,7 +203,7 @@ async def test_the_loser_of_two_claims_on_a_name_is_not_served(rig: Rig) -> None
     assert (await rig.chat("pirate"))[1]["model"] == "team/pirate@aaaaaaaaaaaa"
 
 
-async def test_before_the_cluster_is_read_everything_is_a_503(start: Callable[..., Awaitable[Rig]]) -> None:
+async def test_all_requests_are_a_503_until_the_cluster_is_read(start: Callable[..., Awaitable[Rig]]) -> None:
     rig = await start(synced=False)
     status, error, _ = await send(rig, "POST", CHAT, BODY)
     assert (status, error["code"]) == (503, "gateway_starting")

@@ -59,7 +59,7 @@ def error_of(text: bytes) -> str:
     return str(json.loads(last.removeprefix(b"data: "))["error"]["code"])
 
 
-async def test_the_head_comes_when_the_pod_accepts_the_request(start: Start) -> None:
+async def test_the_head_is_sent_when_the_pod_accepts_the_request(start: Start) -> None:
     rig = await pirate(start)
     token = asyncio.Event()
     rig.pods[0].answer = scripted(token, _chunk(PIRATE, "late"))
@@ -138,7 +138,7 @@ async def test_an_engines_refusal_after_the_head_is_an_event(start: Start) -> No
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-async def test_an_engine_that_is_silent_ends_the_request(start: Start, streamed: bool) -> None:  # noqa: FBT001
+async def test_a_silent_engine_fails_the_request(start: Start, streamed: bool) -> None:  # noqa: FBT001
     rig = await pirate(start, silence_seconds=0.3, answer_seconds=0.3)
     pod = rig.pods[0]
     pod.gate.clear()
@@ -148,7 +148,7 @@ async def test_an_engine_that_is_silent_ends_the_request(start: Start, streamed:
     else:
         status, answer, headers = await rig.post({"model": "pirate"})
         assert (status, answer["error"]["code"], headers["x-should-retry"]) == (504, "engine_silent", "false")
-    await eventually(lambda: pod.left == 1, "the engine was told")
+    await eventually(lambda: pod.disconnected == 1, "the engine request is closed")
 
 
 async def test_an_answer_may_take_longer_than_a_stream_may_be_silent(start: Start) -> None:
@@ -161,7 +161,7 @@ async def test_an_answer_may_take_longer_than_a_stream_may_be_silent(start: Star
     assert (await rig.chat("pirate"))[0] == 200
 
 
-async def test_a_stream_that_breaks_within_an_event_ends_with_an_error_of_its_own(start: Start) -> None:
+async def test_a_stream_interrupted_within_an_event_finishes_with_an_error_event(start: Start) -> None:
     rig = await pirate(start)
 
     seen = asyncio.Event()
@@ -184,7 +184,7 @@ async def test_a_stream_that_breaks_within_an_event_ends_with_an_error_of_its_ow
     assert error_of(text) == "engine_failed"
 
 
-async def test_an_answer_that_died_with_its_engine_is_not_repeated_by_the_stock_client(start: Start) -> None:
+async def test_the_openai_client_does_not_repeat_a_request_whose_engine_crashed(start: Start) -> None:
     rig = await pirate(start)
 
     async def die(request: web.Request, _: dict[str, Any]) -> web.Response:
@@ -218,9 +218,9 @@ async def test_a_large_answer_passes_in_pieces(start: Start) -> None:
     assert rig.gateway.proxy.budget.used == 0
 
 
-async def test_a_client_that_does_not_read_is_cut_off_and_the_engine_told(start: Start) -> None:
+async def test_a_client_that_does_not_read_is_disconnected_and_its_engine_request_closed(start: Start) -> None:
     rig = await pirate(start, write_seconds=0.3)
-    ended = asyncio.Event()
+    closed = asyncio.Event()
 
     async def endless(request: web.Request, _: dict[str, Any]) -> web.StreamResponse:
         response = web.StreamResponse(headers=SSE)
@@ -229,17 +229,17 @@ async def test_a_client_that_does_not_read_is_cut_off_and_the_engine_told(start:
             while True:
                 await response.write(_chunk(PIRATE, "x" * 60_000))
         finally:
-            ended.set()
+            closed.set()
 
     rig.pods[0].answer = endless
     async with stream(rig) as response:
         assert response.status == 200
         async with asyncio.timeout(10):
-            await ended.wait()
+            await closed.wait()
     await eventually(lambda: rig.gateway.proxy.budget.used == 0, "the bytes are returned")
 
 
-async def test_what_still_runs_when_the_gateway_ends_gets_an_error(start: Start) -> None:
+async def test_requests_still_running_at_shutdown_get_an_error(start: Start) -> None:
     rig = await pirate(start, drain_seconds=0.2)
     rig.watches.put(adapter_manifest("later", digests=("b",)))
     pod = rig.pods[0]
@@ -256,13 +256,13 @@ async def test_what_still_runs_when_the_gateway_ends_gets_an_error(start: Start)
         await eventually(lambda: pod.running == 2 and rig.gateway.demand.waiting["team/later"], "all are on their way")
         await rig.gateway.linger()
         await rig.gateway.__aexit__()
-        assert error_of(await streamed) == "gateway_ended"
-        assert (await whole)[1]["error"]["code"] == "gateway_ended"
-        assert (await held)[1]["error"]["code"] == "gateway_ending"
+        assert error_of(await streamed) == "gateway_shut_down"
+        assert (await whole)[1]["error"]["code"] == "gateway_shut_down"
+        assert (await held)[1]["error"]["code"] == "gateway_shutting_down"
 
 
 @pytest.mark.parametrize("path", ["/", "/health"])
-async def test_load_balancers_see_without_a_key_if_the_gateway_can_route(start: Start, path: str) -> None:
+async def test_the_health_paths_report_readiness_without_a_key(start: Start, path: str) -> None:
     rig = await start(synced=False)
     async with rig.http.get(rig.url + path) as response:
         assert (response.status, (await response.json())["error"]["code"]) == (503, "gateway_not_ready")
@@ -294,7 +294,7 @@ async def test_sequences_count_in_demand_and_load(start: Start) -> None:
     request = asyncio.create_task(rig.chat("pirate", n=5))
     await eventually(lambda: rig.pods[0].running == 1, "it runs")
     assert rig.gateway.demand.snapshot().models["team/pirate"].running == 5
-    assert [backend.in_flight for backend in rig.gateway.residency._backends.values()] == [5]
+    assert [backend.in_flight for backend in rig.gateway.backends._by_uid.values()] == [5]
     rig.pods[0].gate.set()
     assert (await request)[0] == 200
     assert not rig.gateway.demand.snapshot().models
@@ -314,7 +314,7 @@ async def test_sequences_count_in_demand_and_load(start: Start) -> None:
         (200, {"X-Huge": "y" * 20_000}, b"", 502),
     ],
 )
-async def test_odd_answers_of_engines_become_errors_in_the_schema(
+async def test_unusable_answers_of_engines_become_errors_in_the_schema(
     start: Start, status: int, headers: dict[str, str], body: bytes, seen: int
 ) -> None:
     rig = await pirate(start)
@@ -341,7 +341,7 @@ async def test_odd_answers_of_engines_become_errors_in_the_schema(
         b"",
     ],
 )
-async def test_engines_that_break_http_are_a_502(start: Start, raw: bytes) -> None:
+async def test_an_answer_that_is_not_http_is_a_502(start: Start, raw: bytes) -> None:
     rig = await pirate(start)
 
     async def odd(request: web.Request, _: dict[str, Any]) -> web.Response:

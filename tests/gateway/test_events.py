@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from tunesmith.gateway.events import MAX_HELD, EventStream, WrongModelError, names_model
+from tunesmith.gateway.events import MAX_HELD_BYTES, EventStream, WrongModelError, names_model
 
 NAME = "team/pirate@aaaaaaaaaaaa"
 RIGHT = b'data: {"id":"x","object":"chunk","created":1,"model":"%s","choices":[]}\n\n' % NAME.encode()
@@ -43,11 +43,11 @@ def test_a_model_named_inside_another_member_is_not_the_answers_model() -> None:
 
 
 @pytest.mark.parametrize("first", [b'data: {"error":{"message":"no"}}\n\n', b"data: [DONE]\n\n"])
-def test_errors_and_the_end_name_no_model(first: bytes) -> None:
+def test_errors_and_the_end_of_a_stream_need_no_model(first: bytes) -> None:
     assert b"".join(passed(first)) == first
 
 
-def test_events_pass_whole_however_they_are_cut() -> None:
+def test_events_pass_whole_however_they_are_split() -> None:
     text = RIGHT * 3
     for size in (1, 5, 100):
         stream, out = EventStream(NAME), b""
@@ -59,19 +59,19 @@ def test_events_pass_whole_however_they_are_cut() -> None:
         assert out + stream.end() == text
 
 
-def test_an_event_larger_than_what_is_kept_passes_in_pieces_once_it_names_the_model() -> None:
-    start = RIGHT[:-4] + b'"' + b"x" * MAX_HELD
+def test_a_very_large_event_passes_in_pieces_once_it_names_the_model() -> None:
+    start = RIGHT[:-4] + b'"' + b"x" * MAX_HELD_BYTES
     stream = EventStream(NAME)
     assert stream.feed(start) == start
     assert not stream.between_events
-    rest = b"y" * (MAX_HELD + 1)
+    rest = b"y" * (MAX_HELD_BYTES + 1)
     assert stream.feed(rest) == rest
     assert stream.feed(b'"]}\n\n') == b'"]}\n\n'
     assert stream.between_events
 
 
 def test_a_large_first_event_that_names_no_model_never_passes() -> None:
-    for start in (b"data: {" + b" " * MAX_HELD, b": " + b"x" * MAX_HELD):
+    for start in (b"data: {" + b" " * MAX_HELD_BYTES, b": " + b"x" * MAX_HELD_BYTES):
         with pytest.raises(WrongModelError):
             EventStream(NAME).feed(start)
 

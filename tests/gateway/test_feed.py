@@ -18,7 +18,7 @@ from tunesmith.gateway.catalog import Catalog
 from tunesmith.gateway.feed import Feed
 from tunesmith.gateway.keys import KeyTable
 from tunesmith.gateway.limits import MIB
-from tunesmith.gateway.server import Gateway, TaskEndedError
+from tunesmith.gateway.server import Gateway, TaskStoppedError
 from tunesmith.gateway.settings import GatewaySettings
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class ApiServer:
         del self.objects[f"{document['kind'].lower()}s"][document["metadata"]["name"]]
 
     def send(self, plural: str, event: Object | bytes | None) -> None:
-        """Send a line to whoever watches; None ends the stream."""
+        """Send a line to all watches; None closes the streams."""
         if plural in self._watches:
             line = event if event is None or isinstance(event, bytes) else json.dumps(event).encode() + b"\n"
             self._watches[plural].put_nowait(line)
@@ -146,19 +146,19 @@ async def world(
         await eventually(world.feed.synced, "everything is read")
         await eventually(lambda: api.watched(*PLURALS), "all is watched")
         yield world
-        assert not task.done(), "the watches ended"
+        assert not task.done(), "the watches stopped"
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_a_gateway_whose_watches_end_does_not_go_on_without_them() -> None:
-    settings = GatewaySettings(namespace=OWN_NAMESPACE, host="127.0.0.1", port=0, internal_port=0).within(512 * MIB)
+async def test_a_gateway_whose_watches_stop_exits() -> None:
+    settings = GatewaySettings(namespace=OWN_NAMESPACE, host="127.0.0.1", port=0, internal_port=0).for_memory(512 * MIB)
     async with Gateway(settings, lambda: GATEWAY_KEYS, Watches()) as gateway:
         stop = asyncio.Event()
         running = asyncio.create_task(gateway.run_until(stop))
         await eventually(gateway.feed.synced, "everything is read")
         gateway._tasks[0].cancel()
-        with pytest.raises(TaskEndedError, match="the task `watches` ended"):
+        with pytest.raises(TaskStoppedError, match="the task `watches` stopped"):
             await running
 
 
@@ -177,7 +177,7 @@ UNREADABLE = [
 
 
 @pytest.mark.parametrize("line", UNREADABLE, ids=range(len(UNREADABLE)))
-async def test_a_line_that_cannot_be_read_ends_no_watch_and_hides_no_deletion(world: World, line: bytes) -> None:
+async def test_an_unreadable_line_stops_no_watch_and_hides_no_deletion(world: World, line: bytes) -> None:
     api = world.api
     key, record = world.key("leaked")
     api.put(record)
@@ -194,7 +194,7 @@ async def test_a_line_that_cannot_be_read_ends_no_watch_and_hides_no_deletion(wo
     assert api.lists["servingpools"] == 1
 
 
-async def test_a_stream_that_is_cut_within_a_line_is_read_again(world: World) -> None:
+async def test_a_watch_interrupted_within_a_line_is_restarted(world: World) -> None:
     world.api.put(adapter_manifest("a"))
     await eventually(lambda: "team/a" in world.catalog._models, "the adapter is known")
     world.api.remove(adapter_manifest("a"))
@@ -203,7 +203,7 @@ async def test_a_stream_that_is_cut_within_a_line_is_read_again(world: World) ->
     await eventually(lambda: not world.catalog._models, "the adapter is gone")
 
 
-async def test_a_watch_that_is_started_again_removes_what_vanished_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_restarted_watch_removes_objects_deleted_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tunesmith.gateway.feed._RETRY_SECONDS", 0.0)
     rounds = [[pool_manifest("gone"), pool_manifest("stays", model="small")], [pool_manifest("stays", model="small")]]
 
@@ -227,7 +227,7 @@ async def test_a_watch_that_is_started_again_removes_what_vanished_meanwhile(mon
     await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_objects_that_are_not_of_the_schema_hide_no_other(world: World) -> None:
+async def test_objects_that_do_not_fit_the_schema_hide_no_others(world: World) -> None:
     broken: list[Any] = [None, 7, {}, {"modelName": 7}, {"modelName": "x", "baseModel": {"uri": "http://x"}}]
     for number, spec in enumerate(broken):
         world.api.put({**pool_manifest(f"broken-{number}"), "spec": spec})
@@ -239,32 +239,32 @@ async def test_objects_that_are_not_of_the_schema_hide_no_other(world: World) ->
     assert world.api.lists == dict.fromkeys(world.api.lists, 1)
 
 
-async def test_changes_that_come_together_are_reported_once(world: World) -> None:
+async def test_changes_that_arrive_together_are_reported_once(world: World) -> None:
     before = world.changes
     for number in range(200):
-        world.feed.take("ServingPool", "ADDED", pool_manifest(f"p{number}"))
+        world.feed.apply("ServingPool", "ADDED", pool_manifest(f"p{number}"))
     await eventually(lambda: world.changes > before, "the change is reported")
     assert world.changes == before + 1
 
 
 @pytest.mark.parametrize("stale_seconds", [0.3])
-async def test_without_a_sign_of_life_the_tables_are_stale(world: World) -> None:
+async def test_the_tables_are_stale_if_the_api_server_is_silent(world: World) -> None:
     bookmark = {"type": "BOOKMARK", "object": {"metadata": {"resourceVersion": "2"}}}
     await eventually(lambda: world.feed.problem() is not None, "silence is a problem")
     problem = world.feed.problem()
     assert problem is not None
-    assert "the API server was not heard for more than 0.3 s about ServingPool" in problem
+    assert "the API server sent nothing for more than 0.3 s about ServingPool" in problem
     for plural in PLURALS[:-1]:
         world.api.send(plural, bookmark)
     await eventually(lambda: "Pod" not in (world.feed.problem() or ""), "bookmarks are signs of life")
     world.api.send("configmaps", bookmark)
     for plural in PLURALS[:-1]:
         world.api.send(plural, bookmark)
-    await eventually(lambda: world.feed.problem() is None, "all kinds were heard")
+    await eventually(lambda: world.feed.problem() is None, "all kinds are current")
 
 
 @pytest.mark.parametrize("stale_seconds", [0.3])
-async def test_an_api_server_that_is_gone_makes_the_tables_stale_but_leaves_them(world: World) -> None:
+async def test_an_unreachable_api_server_leaves_the_tables_but_makes_them_stale(world: World) -> None:
     world.api.put(pool_manifest())
     await eventually(lambda: "serving/base" in world.catalog._models, "the pool is known")
     world.api.down = True

@@ -50,7 +50,7 @@ async def test_a_request_waits_for_the_first_pod_of_its_pool(patient: Rig) -> No
     assert (await request)[1]["model"] == "serving/base"
 
 
-async def test_after_the_time_of_grace_it_is_a_503_that_says_when_to_come_back(rig: Rig) -> None:
+async def test_a_request_that_waited_too_long_is_a_503_with_retry_after(rig: Rig) -> None:
     rig.watches.put(adapter_manifest("pirate"))
     await rig.add_pod()
     status, answer, headers = await rig.post({"model": "pirate"})
@@ -73,7 +73,7 @@ async def test_requests_above_the_bound_do_not_wait(
     assert {status for status, _ in await asyncio.gather(*held)} == {200}
 
 
-async def test_a_client_that_leaves_while_it_waits_is_forgotten(patient: Rig) -> None:
+async def test_a_waiting_client_that_disconnects_no_longer_counts(patient: Rig) -> None:
     pod = await patient.add_pod()
     request = asyncio.create_task(patient.chat("pirate"))
     await eventually(lambda: waiting(patient) == 1, "the request is held")
@@ -84,7 +84,7 @@ async def test_a_client_that_leaves_while_it_waits_is_forgotten(patient: Rig) ->
 
 
 async def pair(rig: Rig) -> tuple[FakePod, FakePod]:
-    """Two pods that hold the adapter; the first is the one that is asked first."""
+    """Two pods that hold the adapter; requests go to the first one."""
     pods = [await rig.add_pod(PIRATE), await rig.add_pod(PIRATE)]
     await rig.chat("pirate")
     pods.sort(key=lambda pod: len(pod.seen), reverse=True)
@@ -93,7 +93,7 @@ async def pair(rig: Rig) -> tuple[FakePod, FakePod]:
     return pods[0], pods[1]
 
 
-async def test_a_pod_whose_engine_refuses_connections_loses_no_request(patient: Rig) -> None:
+async def test_no_request_fails_if_an_engine_refuses_connections(patient: Rig) -> None:
     dead, alive = await pair(patient)
     await dead.stop("engine")
     statuses = [await patient.chat("pirate") for _ in range(20)]
@@ -101,7 +101,7 @@ async def test_a_pod_whose_engine_refuses_connections_loses_no_request(patient: 
     assert len(alive.seen) == 20
 
 
-async def test_a_pod_that_dies_altogether_loses_no_request(patient: Rig) -> None:
+async def test_no_request_fails_if_a_pod_crashes(patient: Rig) -> None:
     dead, alive = await pair(patient)
     await dead.stop()
     requests = [asyncio.create_task(patient.chat("pirate")) for _ in range(20)]
@@ -109,13 +109,13 @@ async def test_a_pod_that_dies_altogether_loses_no_request(patient: Rig) -> None
     assert len(alive.seen) == 20
 
 
-async def test_a_draining_pod_passes_its_requests_on(patient: Rig) -> None:
+async def test_requests_to_a_draining_pod_go_to_another(patient: Rig) -> None:
     draining, other = await pair(patient)
-    draining.draining = True  # its agent has not told yet
+    draining.draining = True  # its agent has not reported it yet
     assert (await patient.chat("pirate"))[1]["choices"][0]["message"]["content"] == other.name
 
 
-async def test_an_engine_that_restarted_empty_passes_its_requests_on(patient: Rig) -> None:
+async def test_requests_to_an_engine_that_restarted_without_adapters_go_to_another(patient: Rig) -> None:
     restarted, other = await pair(patient)
     restarted.announced = {PIRATE}  # what its agent still believes
     restarted.resident.clear()
@@ -124,7 +124,7 @@ async def test_an_engine_that_restarted_empty_passes_its_requests_on(patient: Ri
     assert len(restarted.seen) == 1
 
 
-async def test_while_every_engine_restarts_requests_wait_and_none_is_answered_by_the_base(patient: Rig) -> None:
+async def test_requests_wait_while_all_engines_restart_and_never_get_the_bases_answer(patient: Rig) -> None:
     pod = await patient.add_pod(PIRATE)
     pod.announced = {PIRATE}
     pod.resident.clear()
@@ -163,7 +163,7 @@ async def test_a_request_that_started_is_never_sent_twice(patient: Rig, stream: 
     assert (len(dying.seen), len(other.seen)) == (1, 0)
 
 
-async def test_a_503_that_does_not_say_not_started_is_never_sent_twice(patient: Rig) -> None:
+async def test_a_503_without_the_not_started_header_is_never_sent_twice(patient: Rig) -> None:
     overloaded, other = await pair(patient)
 
     async def refuse(_: web.Request, __: dict[str, Any]) -> web.Response:
@@ -174,7 +174,7 @@ async def test_a_503_that_does_not_say_not_started_is_never_sent_twice(patient: 
     assert (len(overloaded.seen), len(other.seen)) == (1, 0)
 
 
-async def test_a_stream_that_breaks_off_raises_in_the_stock_client(patient: Rig) -> None:
+async def test_an_interrupted_stream_raises_in_the_openai_client(patient: Rig) -> None:
     dying, other = await pair(patient)
     dying.gate.clear()
     async with openai.AsyncOpenAI(base_url=f"{patient.url}/v1", api_key=patient.key, max_retries=0) as client:
@@ -183,18 +183,18 @@ async def test_a_stream_that_breaks_off_raises_in_the_stock_client(patient: Rig)
         )
         assert (await anext(stream)).choices[0].delta.content == "Ahoy"
         await dying.stop("engine")
-        with pytest.raises(openai.APIError, match="ended before its answer was complete"):
+        with pytest.raises(openai.APIError, match="failed before its answer was complete"):
             async for _ in stream:
                 pass
     assert other.seen == []
 
 
-async def test_a_pod_that_is_deleted_finishes_what_it_works_on(patient: Rig) -> None:
+async def test_a_deleted_pod_finishes_its_running_requests(patient: Rig) -> None:
     pod = await patient.add_pod(PIRATE)
     pod.gate.clear()
     request = asyncio.create_task(patient.chat("pirate"))
     await eventually(lambda: pod.running == 1, "the engine works on it")
     patient.watches.delete(pod.manifest)
-    await eventually(lambda: not patient.gateway.residency._backends, "the pod is forgotten")
+    await eventually(lambda: not patient.gateway.backends._by_uid, "the pod is forgotten")
     pod.gate.set()
     assert (await request)[0] == 200

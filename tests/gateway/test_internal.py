@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 PIRATE = "team/pirate@aaaaaaaaaaaa"
 
 
-async def test_demand_is_streamed_to_whoever_has_the_token(rig: Rig) -> None:
+async def test_demand_is_streamed_to_clients_with_the_token(rig: Rig) -> None:
     rig.watches.put(adapter_manifest("pirate"))
     pod = await rig.add_pod(PIRATE)
     pod.gate.clear()
@@ -37,7 +37,7 @@ async def test_demand_is_streamed_to_whoever_has_the_token(rig: Rig) -> None:
         await until({})
 
 
-async def test_held_requests_are_demand_too(rig: Rig) -> None:
+async def test_held_requests_count_as_demand(rig: Rig) -> None:
     rig.watches.put(adapter_manifest("pirate"))
     await rig.add_pod()
     request = asyncio.create_task(rig.chat("pirate"))
@@ -68,7 +68,7 @@ async def test_metrics_count_by_model_and_code_and_never_by_unknown_names(rig: R
     assert "unheard-of" not in text
 
 
-async def test_while_it_ends_it_is_not_ready_and_still_answers(rig: Rig) -> None:
+async def test_a_gateway_that_shuts_down_is_not_ready_but_still_answers(rig: Rig) -> None:
     rig.watches.put(adapter_manifest("pirate"))
     await rig.add_pod(PIRATE)
     await rig.gateway.linger()

@@ -25,13 +25,13 @@ def samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], f
     }
 
 
-def test_the_exposition_is_what_prometheus_reads() -> None:
+def test_prometheus_can_read_the_exposition() -> None:
     demand = Demand()
     demand.add_running("team/a", 3)
     metrics = Metrics(demand, lambda _: True)
     for seconds in (0.01, 0.2, 1000.0):
-        metrics.ended("team/a", 200, seconds)
-    metrics.ended("", 404, 0.5)
+        metrics.finished("team/a", 200, seconds)
+    metrics.finished("", 404, 0.5)
     metrics.first_byte("team/a", 0.2)
     metrics.not_started("draining")
     metrics.malformed()
@@ -52,27 +52,27 @@ def test_the_exposition_is_what_prometheus_reads() -> None:
     assert seen["tunesmith_gateway_malformed_requests_total", ()] == 1
 
 
-def test_series_of_models_that_are_gone_are_removed() -> None:
+def test_series_of_deleted_models_are_removed() -> None:
     models = {"team/a", "team/b"}
     metrics = Metrics(Demand(), models.__contains__)
     for model in ("team/a", "team/b", ""):
-        metrics.ended(model, 200, 0.1)
+        metrics.finished(model, 200, 0.1)
     models.remove("team/a")
     labels = {dict(labels).get("model") for _, labels in samples(metrics)}
     assert labels & {"team/a", "team/b", ""} == {"team/b", ""}
 
 
-def test_models_that_come_and_go_without_a_scrape_leave_nothing() -> None:
+def test_series_of_deleted_models_are_removed_without_a_scrape() -> None:
     metrics = Metrics(Demand(), lambda _: False)
     for number in range(10_000):
-        metrics.ended(f"team/{number}", 200, 0.1)
+        metrics.finished(f"team/{number}", 200, 0.1)
     assert len(metrics._series) < 1000
 
 
-def test_pieces_are_small_however_many_models_there_are() -> None:
+def test_pieces_stay_small_with_many_models() -> None:
     metrics = Metrics(Demand(), lambda _: True)
     for number in range(10_000):
-        metrics.ended(f"team/{number}", 200, 0.1)
+        metrics.finished(f"team/{number}", 200, 0.1)
     assert max(map(len, metrics.exposition())) < 100_000
 
 
@@ -82,7 +82,7 @@ async def test_requests_are_answered_during_a_scrape_of_many_models(rig: Rig) ->
     metrics = rig.gateway.metrics
     metrics._exists = lambda _: True
     for number in range(3000):
-        metrics.ended(f"team/{number}", 200, 0.1)
+        metrics.finished(f"team/{number}", 200, 0.1)
     (token, *_) = metrics_tokens(rig.pods[0].keys)
     url, headers = f"{rig.internal_url}/metrics", {"Authorization": f"Bearer {token}"}
     answered = asyncio.Event()

@@ -31,12 +31,12 @@ def test_the_memory_limit_is_the_containers(tmp_path: Path, content: str, expect
 
 
 def test_budget_and_connections_follow_from_the_memory_limit() -> None:
-    limits = settings().within(512 * MIB)
+    limits = settings().for_memory(512 * MIB)
     assert limits.max_in_flight_bytes == pytest.approx(0.4 * 512 * MIB, abs=1)
     assert limits.max_in_flight_bytes_per_key == limits.max_in_flight_bytes // 2
     assert (limits.max_connections, limits.max_connections_per_address) == (2048, 1024)
-    assert settings().within(MIB).max_connections == 64
-    assert settings("--max-connections=7").within(512 * MIB).max_connections_per_address == 4
+    assert settings().for_memory(MIB).max_connections == 64
+    assert settings("--max-connections=7").for_memory(512 * MIB).max_connections_per_address == 4
 
 
 def test_flags_set_every_limit() -> None:
@@ -59,7 +59,7 @@ def test_flags_set_every_limit() -> None:
     }
     assert set(given) == set(Limits.model_fields)
     made = settings(*(f"--{name.replace('_', '-')}={value}" for name, value in given.items()))
-    assert made.within(512 * MIB).model_dump(include=set(given)) == given
+    assert made.for_memory(512 * MIB).model_dump(include=set(given)) == given
     assert made.problem() is None
 
 
@@ -80,10 +80,10 @@ def test_flags_set_every_limit() -> None:
         ("--port=70000", "--port: '70000' must be less than or equal to 65535"),
     ],
 )
-def test_values_that_cannot_be_used_are_refused(capsys: pytest.CaptureFixture[str], flag: str, sentence: str) -> None:
-    with pytest.raises(SystemExit) as ended:
+def test_invalid_values_are_refused(capsys: pytest.CaptureFixture[str], flag: str, sentence: str) -> None:
+    with pytest.raises(SystemExit) as exited:
         settings(flag)
-    assert ended.value.code == 2
+    assert exited.value.code == 2
     printed = capsys.readouterr().err
     assert sentence in printed
     assert printed.count("\n") == 1
@@ -92,10 +92,10 @@ def test_values_that_cannot_be_used_are_refused(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize("flag", ["--max-in-flight-bytes=1000", "--max-in-flight-bytes-per-key=1000"])
 def test_a_budget_below_one_request_is_refused(flag: str) -> None:
     with pytest.raises(ValueError, match=f"{flag.partition('=')[0]} is 1000, too small for one request: set it to "):
-        main.bounded(settings(flag))
+        main.apply_memory_limit(settings(flag))
 
 
-def test_the_gateways_key_must_be_there(tmp_path: Path) -> None:
+def test_a_missing_gateway_key_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot be read .*mount the Secret tunesmith-gateway-key"):
         main.gateway_keys(tmp_path / "key")
     (tmp_path / "key").write_bytes(b"")

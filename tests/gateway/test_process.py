@@ -75,7 +75,7 @@ async def test_mutated_requests(tmp_path: Path) -> None:
     await check(tmp_path, 1500, 7, lines.append)
 
 
-async def test_attacks_on_the_memory(tmp_path: Path) -> None:
+async def test_attacks_on_memory(tmp_path: Path) -> None:
     async with ProcessRig(tmp_path, "--header-seconds=2", "--hold-seconds=60") as rig:
         for number in range(2):
             await rig.another_key(f"key-{number}")
@@ -129,7 +129,7 @@ async def test_attacks_on_the_memory(tmp_path: Path) -> None:
         rig.check_log()
 
 
-async def test_a_process_that_ends_drains_and_exits_with_0(tmp_path: Path) -> None:
+async def test_a_terminated_process_drains_and_exits_with_0(tmp_path: Path) -> None:
     async with ProcessRig(tmp_path, "--drain-seconds=0.5") as rig:
         rig.pod.gate.clear()
         request = asyncio.create_task(rig.chat())
@@ -139,5 +139,5 @@ async def test_a_process_that_ends_drains_and_exits_with_0(tmp_path: Path) -> No
         assert await rig.end() == 0
         status, body = await request
         assert status == 502
-        assert b"gateway_ended" in body
+        assert b"gateway_shut_down" in body
         rig.check_log()

@@ -29,7 +29,7 @@ async def pirate(rig: Rig, *pods: str) -> None:
 
 
 @pytest.mark.parametrize("model", ["pirate", "team/pirate", PIRATE])
-async def test_an_adapter_answers_under_each_of_its_names_and_says_its_revision(rig: Rig, model: str) -> None:
+async def test_an_adapter_answers_under_each_of_its_names_with_its_revision(rig: Rig, model: str) -> None:
     await pirate(rig, "one")
     status, answer = await rig.chat(model)
     assert (status, answer["model"]) == (200, PIRATE)
@@ -52,7 +52,7 @@ async def test_a_bare_name_means_the_home_namespace_first(rig: Rig) -> None:
     assert (await rig.chat("base", key=other))[1]["model"] == "serving/base"
 
 
-async def test_everything_but_the_model_reaches_the_engine_as_it_was_sent(rig: Rig) -> None:
+async def test_everything_but_the_model_reaches_the_engine_unchanged(rig: Rig) -> None:
     await pirate(rig, "one")
     body = {"model": "pirate", "messages": [{"role": "user", "content": "né ☠"}], "temperature": 0.25, "seed": 7}
     status, _, headers = await rig.post(body)
@@ -84,7 +84,7 @@ async def test_a_client_that_waits_for_100_continue_gets_it(rig: Rig) -> None:
         assert (response.status, (await response.json())["model"]) == (200, PIRATE)
 
 
-async def test_the_stock_client_works_with_and_without_streaming(rig: Rig) -> None:
+async def test_the_openai_client_works_with_and_without_streaming(rig: Rig) -> None:
     await pirate(rig, "one")
     async with openai.AsyncOpenAI(base_url=f"{rig.url}/v1", api_key=rig.key, max_retries=0) as client:
         answer = await client.chat.completions.create(model="pirate", messages=MESSAGES)
@@ -117,14 +117,14 @@ async def test_chunks_arrive_before_the_answer_is_complete(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_the_engine_is_told_when_the_client_leaves(rig: Rig, stream: bool) -> None:  # noqa: FBT001 - pytest's way
+async def test_the_engine_request_is_closed_when_the_client_disconnects(rig: Rig, stream: bool) -> None:  # noqa: FBT001 - pytest's way
     await pirate(rig, "one")
     pod = rig.pods[0]
     pod.gate.clear()
     request = asyncio.create_task(rig.chat("pirate", stream=stream))
     await eventually(lambda: pod.running == 1, "the engine works on it")
     request.cancel()
-    await eventually(lambda: pod.left == 1 and pod.running == 0, "the engine saw the client leave")
+    await eventually(lambda: pod.disconnected == 1 and pod.running == 0, "the engine saw the client leave")
     await eventually(lambda: not rig.gateway.demand.snapshot().models, "the demand is gone")
 
 
@@ -138,7 +138,7 @@ async def test_the_newest_revision_that_a_pod_holds_answers(rig: Rig) -> None:
     assert (await rig.chat(PIRATE))[1]["model"] == PIRATE
 
 
-async def test_only_pods_that_hold_the_adapter_are_asked(rig: Rig) -> None:
+async def test_only_pods_that_hold_the_adapter_get_requests(rig: Rig) -> None:
     await pirate(rig, "one")
     for _ in range(3):
         await rig.add_pod("team/other@aaaaaaaaaaaa")
@@ -161,21 +161,21 @@ async def test_concurrent_requests_spread_over_the_pods_that_hold_the_adapter(ri
     assert {status for status, _ in await asyncio.gather(*requests)} == {200}
 
 
-async def test_pods_that_are_draining_stalled_not_ready_or_silent_get_nothing(
+async def test_pods_that_are_draining_stalled_not_ready_or_silent_get_no_requests(
     start: Callable[..., Awaitable[Rig]],
 ) -> None:
     rig = await start(hold_seconds=20)
     await pirate(rig, "draining", "stalled", "unready", "silent", "good")
     draining, stalled, unready, silent, good = rig.pods
     draining.draining = True
-    await draining.tell()
+    await draining.notify()
     stalled.stalled = "The engine has processed no token for 6 s."
-    await stalled.tell()
+    await stalled.notify()
     unready.ready = False
     rig.watches.put(unready.manifest)
     silent.silent = True
     await silent.stop("agent")
-    backends = rig.gateway.residency._backends
+    backends = rig.gateway.backends._by_uid
     loop = asyncio.get_running_loop()
     await eventually(
         lambda: [backends[f"uid-{pod.name}"].usable(loop.time()) for pod in rig.pods] == [False] * 4 + [True],
@@ -186,7 +186,7 @@ async def test_pods_that_are_draining_stalled_not_ready_or_silent_get_nothing(
     assert len(good.seen) == 10
 
 
-async def test_a_pod_cannot_take_another_pools_requests_by_its_labels(rig: Rig) -> None:
+async def test_a_pod_cannot_get_another_pools_requests_through_its_labels(rig: Rig) -> None:
     impostor = pool_manifest("pool", "evil")
     impostor["metadata"]["uid"] = rig.pool["metadata"]["uid"]
     rig.watches.put(rig.pool)
@@ -201,14 +201,14 @@ async def base_answers(_: web.Request, body: dict[str, Any]) -> None:
     body["model"] = "serving/base"
 
 
-async def test_an_answer_of_another_model_is_not_passed_on(rig: Rig) -> None:
+async def test_an_answer_of_another_model_is_not_relayed(rig: Rig) -> None:
     await pirate(rig, "one")
     rig.pods[0].answer = base_answers
     status, answer = await rig.chat("pirate")
     assert (status, answer["error"]["code"]) == (502, "wrong_model")
 
 
-async def test_a_stream_of_another_model_is_not_passed_on(rig: Rig) -> None:
+async def test_a_stream_of_another_model_is_not_relayed(rig: Rig) -> None:
     await pirate(rig, "one")
     rig.pods[0].answer = base_answers
     body = {"model": "pirate", "messages": MESSAGES, "stream": True}

@@ -13,11 +13,11 @@ def identity(pod: str) -> str:
     return pod
 
 
-def test_the_order_belongs_to_the_model_and_not_to_the_order_of_the_pods() -> None:
+def test_the_order_of_a_model_does_not_depend_on_the_order_of_the_pods() -> None:
     assert rank("team/pirate@1", PODS, identity) == rank("team/pirate@1", reversed(PODS), identity)
 
 
-def test_a_pod_that_goes_moves_only_its_own_models() -> None:
+def test_removing_a_pod_moves_only_its_own_models() -> None:
     models = [f"team/m{number}@1" for number in range(400)]
     for model in models:
         before = rank(model, PODS, identity)

@@ -1,4 +1,4 @@
-"""Streams of pods over HTTP: what a hostile pod sends ends neither its reader nor the readers of others."""
+"""Streams of pods over HTTP: a hostile pod stops neither its own reader nor the readers of others."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Pod:
-    """Answers a stream: the first connections as the test says, then as an agent."""
+    """Serve a stream: the first connections with the test's data, then as an agent."""
 
     def __init__(self) -> None:
         self.hostile: list[bytes | web.HTTPException] = []
@@ -46,7 +46,7 @@ class Pod:
 
 
 class Reading:
-    """What a reader made of a stream."""
+    """Epochs and causes that a reader reported."""
 
     def __init__(self) -> None:
         self.epochs: list[int] = []
@@ -55,11 +55,11 @@ class Reading:
     def opened(self) -> Callable[[bytes], None]:
         reader = EventReader()
 
-        def take(line: bytes) -> None:
+        def process(line: bytes) -> None:
             reader.read(line)
             self.epochs.append(reader.header.epoch)
 
-        return take
+        return process
 
 
 @asynccontextmanager
@@ -68,7 +68,7 @@ async def reading(stream: Stream) -> AsyncIterator[Reading]:
     async with aiohttp.ClientSession() as session:
         task = asyncio.create_task(follow(session, stream, found.opened, found.causes.append))
         yield found
-        assert not task.done(), "the reader ended"
+        assert not task.done(), "the reader stopped"
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
@@ -91,41 +91,41 @@ def stream(url: str) -> Stream:
 
 
 HOSTILE: dict[str, tuple[bytes | web.HTTPException, str]] = {
-    "no JSON": (b"<html>\n", "it sends a line that is not valid"),
-    "no object": (b"[]\n", "it sends a line that is not valid"),
-    "nested deeply": (b"[" * 100_000 + b"\n", "it sends a line that is not valid"),
+    "no JSON": (b"<html>\n", "a line is not valid"),
+    "no object": (b"[]\n", "a line is not valid"),
+    "nested deeply": (b"[" * 100_000 + b"\n", "a line is not valid"),
     "no snapshot": (b'{"residencyDigest":"0"}\n', "the stream does not begin with a snapshot"),
     "a line without end": (b"x" * (MAX_LINE_BYTES + 2**17), f"a line has more than {MAX_LINE_BYTES} bytes"),
-    "another status": (web.HTTPServiceUnavailable(), "it answers with status 503"),
-    "a redirect": (web.HTTPFound("http://127.0.0.1:1/"), "it answers with status 302"),
+    "another status": (web.HTTPServiceUnavailable(), "the response has status 503"),
+    "a redirect": (web.HTTPFound("http://127.0.0.1:1/"), "the response has status 302"),
 }
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-async def test_what_a_pod_should_not_send_ends_one_connection_only(pod: Pod, case: str) -> None:
+async def test_invalid_data_from_a_pod_closes_only_one_connection(pod: Pod, case: str) -> None:
     pod.hostile = [HOSTILE[case][0]]
     async with reading(stream(pod.url)) as found:
         await eventually(lambda: found.epochs == [1], "the next connection is read")
-        assert found.causes == [HOSTILE[case][1]]
+        assert HOSTILE[case][1] in found.causes
 
 
-async def test_what_takes_the_lines_may_fail_as_it_likes(pod: Pod) -> None:
+async def test_an_error_while_processing_a_line_does_not_stop_the_reader(pod: Pod) -> None:
     failures: list[Exception] = [RuntimeError("a fault"), KeyError("another"), RecursionError()]
     lines: list[bytes] = []
 
-    def take(line: bytes) -> None:
+    def process(line: bytes) -> None:
         if failures:
             raise failures.pop()
         lines.append(line)
 
     async with aiohttp.ClientSession() as session:
-        task = asyncio.create_task(follow(session, stream(pod.url), lambda: take))
+        task = asyncio.create_task(follow(session, stream(pod.url), lambda: process))
         await eventually(lambda: lines, "the stream is read again")
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_a_pod_that_knows_only_the_previous_key_is_heard(pod: Pod) -> None:
+async def test_a_pod_that_has_only_the_previous_key_is_read(pod: Pod) -> None:
     pod.tokens = ("old",)
     async with reading(stream(pod.url)) as found:
         await eventually(lambda: found.epochs, "the previous token is tried")
@@ -146,11 +146,11 @@ async def test_an_answer_that_is_not_http_is_not_repeated(caplog: pytest.LogCapt
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1/events"
         async with reading(stream(url)) as found:
             await eventually(lambda: found.causes, "the answer is refused")
-            assert found.causes[0] in {"its answer is not valid HTTP", "the connection was closed"}
+            assert found.causes[0] in {"the response is not valid HTTP", "the connection was closed"}
     assert "gotcha" not in caplog.text
 
 
-async def test_a_pod_that_is_not_there_is_named_by_its_cause() -> None:
+async def test_an_unreachable_pod_is_reported_with_the_cause() -> None:
     async with reading(stream("http://127.0.0.1:1/v1/events")) as found:
         await eventually(lambda: found.causes, "the connection fails")
         assert found.causes[0] == "connection refused"

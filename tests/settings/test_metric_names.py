@@ -41,7 +41,7 @@ def test_counters_and_histograms_are_named_as_prometheus_asks(components: dict[s
 
 def test_the_page_lists_what_the_gateway_exposes(components: dict[str, list[Any]]) -> None:
     metrics = Metrics(Demand(), lambda _: True)
-    metrics.ended("team/a", 200, 0.1)
+    metrics.finished("team/a", 200, 0.1)
     metrics.first_byte("team/a", 0.1)
     metrics.not_started("draining")
     exposed = {

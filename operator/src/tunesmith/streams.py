@@ -97,22 +97,22 @@ async def follow(
     """
     pause, reported = _MIN_RETRY_SECONDS, ""
     while True:
-        heard = False
+        received = False
         try:
-            take = opened()
+            process = opened()
             async with aclosing(_lines(session, stream)) as lines:
                 async for line in lines:
-                    take(line)
-                    heard = True
-            cause = "the stream ended"
-        except Exception as error:  # noqa: BLE001 - no line of a pod may end what reads it
+                    process(line)
+                    received = True
+            cause = "the pod closed the stream"
+        except Exception as error:  # noqa: BLE001 - no line of a pod may stop the reader
             cause = _cause(error)
         failed(cause)
         # Logged once: a pod that is starting or gone fails the same way for a long time.
-        if heard or cause != reported:
-            _log.info("the stream of %s broke: %s", stream.name, cause)
+        if received or cause != reported:
+            _log.info("the stream of %s was interrupted: %s", stream.name, cause)
         reported = cause
-        pause = _MIN_RETRY_SECONDS if heard else min(_MAX_RETRY_SECONDS, pause * 2)
+        pause = _MIN_RETRY_SECONDS if received else min(_MAX_RETRY_SECONDS, pause * 2)
         await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - spreads load
 
 
@@ -123,7 +123,7 @@ async def _lines(session: aiohttp.ClientSession, stream: Stream) -> AsyncGenerat
         if response.status == HTTPStatus.UNAUTHORIZED:
             stream.tokens.refused(token)
         if response.status != HTTPStatus.OK:
-            raise StreamError(f"it answers with status {response.status}")
+            raise StreamError(f"the response has status {response.status}")
         rest, allowance = b"", _Allowance()
         async for chunk in response.content.iter_any():
             await allowance.spend(len(chunk))
@@ -138,16 +138,16 @@ class _Allowance:
     """Allowance of bytes that may be read now."""
 
     def __init__(self) -> None:
-        self._left = float(_BURST_BYTES)
-        self._at = time.monotonic()
+        self._remaining = float(_BURST_BYTES)
+        self._updated_at = time.monotonic()
 
     async def spend(self, count: int) -> None:
         """Wait until `count` bytes may be read."""
         now = time.monotonic()
-        self._left = min(_BURST_BYTES, self._left + (now - self._at) * _BYTES_PER_SECOND) - count
-        self._at = now
-        if self._left < 0:
-            await asyncio.sleep(-self._left / _BYTES_PER_SECOND)
+        self._remaining = min(_BURST_BYTES, self._remaining + (now - self._updated_at) * _BYTES_PER_SECOND) - count
+        self._updated_at = now
+        if self._remaining < 0:
+            await asyncio.sleep(-self._remaining / _BYTES_PER_SECOND)
 
 
 def _cause(error: Exception) -> str:
@@ -155,7 +155,7 @@ def _cause(error: Exception) -> str:
     if isinstance(error, StreamError | StreamOutOfSyncError):
         return str(error)
     if isinstance(error, ValidationError):
-        return "it sends a line that is not valid"
+        return "a line is not valid"
     if isinstance(error, aiohttp.ServerTimeoutError | TimeoutError):
         return "connection timed out"
     if isinstance(error, aiohttp.ClientConnectorError):
@@ -164,6 +164,6 @@ def _cause(error: Exception) -> str:
     if isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientPayloadError | OSError):
         return "the connection was closed"
     if isinstance(error, aiohttp.ClientError):
-        return "its answer is not valid HTTP"
-    _log.error("a stream cannot be read", exc_info=error)
+        return "the response is not valid HTTP"
+    _log.error("unexpected error while reading a stream", exc_info=error)
     return type(error).__name__

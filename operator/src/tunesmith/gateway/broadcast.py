@@ -18,13 +18,13 @@ class Broadcast:
         """Return the event that the next change sets."""
         return self._event
 
-    def fire(self) -> None:
+    def notify(self) -> None:
         """Wake all tasks that wait for a change."""
         self._event.set()
         self._event = asyncio.Event()
 
 
-async def within(event: asyncio.Event, seconds: float) -> None:
+async def wait_for_event(event: asyncio.Event, seconds: float) -> None:
     """Wait for the event or until the timeout, whichever comes first."""
     try:
         async with asyncio.timeout(max(0.0, seconds)):

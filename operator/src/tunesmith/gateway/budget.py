@@ -28,7 +28,7 @@ class Budget:
         """Return an empty share for one request; `key` is the name of its API key."""
         return Share(self, key)
 
-    def take(self, key: str, count: int) -> None:
+    def reserve(self, key: str, count: int) -> None:
         """Reserve bytes.
 
         Raises:
@@ -42,7 +42,7 @@ class Budget:
         self.used += count
         self._by_key[key] += count
 
-    def give(self, key: str, count: int) -> None:
+    def release(self, key: str, count: int) -> None:
         """Release reserved bytes."""
         self.used -= count
         self._by_key[key] -= count
@@ -58,13 +58,13 @@ class Share:
         self._key = key
         self._count = 0
 
-    def grow(self, count: int) -> None:
+    def reserve(self, count: int) -> None:
         """Reserve more bytes.
 
         Raises:
             ApiError: the budget is used up.
         """
-        self._budget.take(self._key, count)
+        self._budget.reserve(self._key, count)
         self._count += count
 
     def set_to(self, count: int) -> None:
@@ -74,9 +74,9 @@ class Share:
             ApiError: the budget is used up.
         """
         if count > self._count:
-            self.grow(count - self._count)
+            self.reserve(count - self._count)
         elif count < self._count:
-            self._budget.give(self._key, self._count - count)
+            self._budget.release(self._key, self._count - count)
             self._count = count
 
     def __enter__(self) -> Self:

@@ -33,7 +33,7 @@ class Model:
         is_base: True for the pool's base model, False for an adapter.
         open_to: for a base, the namespaces that its pool admits; None: only the model's own namespace.
         created: Unix time in seconds.
-        not_ready: reason why it cannot be called yet; None if a pod holds it or is about to.
+        not_ready: reason why it cannot be called yet; None if a pod holds it or will soon.
         deployed: False for a revision that the AdapterDeployment does not list, or no longer lists.
     """
 
@@ -80,7 +80,7 @@ class Pod:
     ready: bool
 
 
-class _Place(NamedTuple):
+class _Claimant(NamedTuple):
     """A resource that claims a global id."""
 
     kind: str
@@ -88,7 +88,7 @@ class _Place(NamedTuple):
     name: str
 
 
-class _PodFacts(NamedTuple):
+class _PodRecord(NamedTuple):
     """The fields of a pod that routing depends on."""
 
     uid: str
@@ -109,10 +109,10 @@ class Catalog:
 
     def __init__(self, shared_namespaces: Iterable[str] = ()) -> None:
         self._shared_namespaces = frozenset(shared_namespaces)
-        self._claims: dict[str, dict[_Place, tuple[ModelNameClaim, Model]]] = {}
-        self._claimed: dict[_Place, str] = {}
+        self._claims: dict[str, dict[_Claimant, tuple[ModelNameClaim, Model]]] = {}
+        self._claimed: dict[_Claimant, str] = {}
         self._pools: dict[PoolKey, Pool] = {}
-        self._pods: dict[tuple[str, str], _PodFacts] = {}
+        self._pods: dict[tuple[str, str], _PodRecord] = {}
         self._models: dict[str, Model] = {}
         self._by_namespace: dict[str, dict[str, Model]] = {}
         self._open: dict[str, Model] = {}
@@ -132,25 +132,25 @@ class Catalog:
         """Add or replace an AdapterDeployment.
 
         Raises:
-            ValueError: it does not fit the schema; what was known of it is forgotten.
+            ValueError: it does not fit the schema; the earlier version is removed.
         """
-        place = _Place("AdapterDeployment", *_key_of(document))
+        claimant = _Claimant("AdapterDeployment", *_key_of(document))
         try:
             adapter = AdapterDeployment.model_validate(document)
         except ValueError:
-            self._withdraw(place)
+            self._withdraw(claimant)
             raise
-        self._claim(place, model_name_claim(adapter), _adapter_model(adapter))
+        self._claim(claimant, model_name_claim(adapter), _adapter_model(adapter))
 
     def remove_adapter(self, document: Mapping[str, Any]) -> None:
         """Forget an AdapterDeployment."""
-        self._withdraw(_Place("AdapterDeployment", *_key_of(document)))
+        self._withdraw(_Claimant("AdapterDeployment", *_key_of(document)))
 
     def put_pool(self, document: Mapping[str, Any]) -> None:
         """Add or replace a ServingPool.
 
         Raises:
-            ValueError: it does not fit the schema; what was known of it is forgotten.
+            ValueError: it does not fit the schema; the earlier version is removed.
         """
         key = _key_of(document)
         try:
@@ -159,13 +159,13 @@ class Catalog:
             self.remove_pool(document)
             raise
         self._pools[key] = Pool(key=key, uid=pool.metadata.uid)
-        self._claim(_Place("ServingPool", *key), model_name_claim(pool), _base_model(pool))
+        self._claim(_Claimant("ServingPool", *key), model_name_claim(pool), _base_model(pool))
 
     def remove_pool(self, document: Mapping[str, Any]) -> None:
         """Forget a ServingPool."""
         key = _key_of(document)
         self._pools.pop(key, None)
-        self._withdraw(_Place("ServingPool", *key))
+        self._withdraw(_Claimant("ServingPool", *key))
 
     def put_pod(self, document: Mapping[str, Any]) -> None:
         """Add or replace a pod of a pool."""
@@ -180,7 +180,7 @@ class Catalog:
             for condition in status.get("conditions") or ()
         )
         pool, pool_uid = labels.get(POOL_LABEL, ""), labels.get(POOL_UID_LABEL, "")
-        self._pods[key] = _PodFacts(metadata["uid"], *key, address, pool, pool_uid, ready)
+        self._pods[key] = _PodRecord(metadata["uid"], *key, address, pool, pool_uid, ready)
 
     def remove_pod(self, document: Mapping[str, Any]) -> None:
         """Forget a pod."""
@@ -248,19 +248,19 @@ class Catalog:
             raise errors.model_ambiguous(bare_name, sorted(found))
         return next(iter(found.values()), None)
 
-    def _claim(self, place: _Place, claim: ModelNameClaim, model: Model) -> None:
-        if self._claimed.get(place, claim.model) != claim.model:
-            self._withdraw(place)
-        self._claimed[place] = claim.model
-        self._claims.setdefault(claim.model, {})[place] = (claim, model)
+    def _claim(self, claimant: _Claimant, claim: ModelNameClaim, model: Model) -> None:
+        if self._claimed.get(claimant, claim.model) != claim.model:
+            self._withdraw(claimant)
+        self._claimed[claimant] = claim.model
+        self._claims.setdefault(claim.model, {})[claimant] = (claim, model)
         self._decide(claim.model)
 
-    def _withdraw(self, place: _Place) -> None:
-        model_id = self._claimed.pop(place, None)
+    def _withdraw(self, claimant: _Claimant) -> None:
+        model_id = self._claimed.pop(claimant, None)
         if model_id is None:
             return
         claims = self._claims[model_id]
-        del claims[place]
+        del claims[claimant]
         if not claims:
             del self._claims[model_id]
         self._decide(model_id)
@@ -321,7 +321,7 @@ def _adapter_model(adapter: AdapterDeployment) -> Model:
     not_ready = None
     # Revisions keep serving after their source is deleted, so their presence counts, not `Resolved`.
     if not revisions or pool is None:
-        not_ready = (resolved.message or resolved.reason) if resolved else "it was created a moment ago"
+        not_ready = (resolved.message or resolved.reason) if resolved else "it was just created"
     elif all(revision.state is RevisionState.FAILED for revision in revisions):
         not_ready = revisions[0].message or "no pod could load it"
     return Model(

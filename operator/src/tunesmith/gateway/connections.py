@@ -19,7 +19,7 @@ from aiohttp.http_exceptions import ContentEncodingError, LineTooLong
 from aiohttp.web_protocol import RequestHandler
 
 from tunesmith.gateway import errors
-from tunesmith.gateway.faults import described
+from tunesmith.gateway.faults import describe_error
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -35,11 +35,11 @@ MAX_AHEAD_BYTES = 64 * 1024
 _READ_BYTES = 32 * 1024
 _LINGERING_SECONDS = 5.0
 _SWEEP_SECONDS = 1.0
-_IPV6_SITE = 64
+_IPV6_PREFIX_LENGTH = 64
 """Prefix length of the IPv6 network that counts as one client."""
 
 
-def client_site(peer: object) -> str:
+def client_network(peer: object) -> str:
     """Return the client address that connections are counted by: an IPv4 address, or the /64 of an IPv6 one."""
     host = str(peer[0]) if isinstance(peer, tuple) and peer else ""
     try:
@@ -50,21 +50,21 @@ def client_site(peer: object) -> str:
         return host
     if address.ipv4_mapped is not None:
         return str(address.ipv4_mapped)
-    return str(ipaddress.ip_network((address, _IPV6_SITE), strict=False))
+    return str(ipaddress.ip_network((address, _IPV6_PREFIX_LENGTH), strict=False))
 
 
 class Connection(RequestHandler):
     """One connection of a client."""
 
-    __slots__ = ("_ahead", "_clients", "body", "header_started", "served", "since", "site", "working")
+    __slots__ = ("_ahead", "_clients", "body", "header_started", "network", "served", "waiting_since", "working")
 
     def __init__(self, clients: ClientServer, **settings: Any) -> None:  # noqa: ANN401 - aiohttp's
         super().__init__(clients, **settings)
         self._clients = clients
         self._ahead = 0
-        self.site = ""
-        self.since = 0.0
-        """Time at which the connection began to wait for a request."""
+        self.network = ""
+        self.waiting_since = 0.0
+        """Time since which the connection waits for a request."""
         self.header_started = False
         self.served = False
         self.working = False
@@ -72,10 +72,10 @@ class Connection(RequestHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Serve the connection, or refuse it if there are too many."""
-        self.since = self._clients.now()
-        self.site = client_site(transport.get_extra_info("peername"))
+        self.waiting_since = self._clients.now()
+        self.network = client_network(transport.get_extra_info("peername"))
         if not self._clients.admit(self):
-            transport.write(_REFUSAL)  # type: ignore[attr-defined]
+            transport.write(_TOO_MANY_CONNECTIONS)  # type: ignore[attr-defined]
             transport.close()
             return
         super().connection_made(transport)
@@ -94,7 +94,7 @@ class Connection(RequestHandler):
                     self.close()
                     return
         elif data and not self.header_started:
-            self.header_started, self.since = True, self._clients.now()
+            self.header_started, self.waiting_since = True, self._clients.now()
         super().data_received(data)
 
     def begin(self, request: web.BaseRequest) -> None:
@@ -104,14 +104,14 @@ class Connection(RequestHandler):
     def finish(self) -> None:
         """Record that the request's answer is complete, or all of it is in the send buffers."""
         self.working, self.header_started, self.body = False, False, None
-        self.since = self._clients.now()
+        self.waiting_since = self._clients.now()
 
     def overdue(self, now: float, limits: Limits) -> bool:
         """Return True if the connection waited too long for a request."""
         if self.working:
             return False
         first_or_partial = self.header_started or not self.served
-        return now - self.since > (limits.header_seconds if first_or_partial else limits.idle_seconds)
+        return now - self.waiting_since > (limits.header_seconds if first_or_partial else limits.idle_seconds)
 
     def handle_error(
         self,
@@ -122,7 +122,7 @@ class Connection(RequestHandler):
     ) -> web.StreamResponse:
         """Answer malformed requests and internal faults in OpenAI's schema, without repeating the request."""
         if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-            LOG.error("the answer to a request failed: %s", described(exc))
+            LOG.error("the answer to a request failed: %s", describe_error(exc))
             error = errors.internal()
         else:
             LOG.debug("a request is not valid HTTP: %s", type(exc).__name__)
@@ -130,13 +130,13 @@ class Connection(RequestHandler):
             error = _parse_error(exc)
         if request.writer.output_size > 0:
             raise ConnectionError("a part of another answer was sent already")
-        response = answer(error, secrets.token_hex(8))
+        response = error_response(error, secrets.token_hex(8))
         response.force_close()
         return response
 
     def log_exception(self, *_: Any, **named: Any) -> None:  # noqa: ANN401 - as aiohttp calls it
         """Log the type and the location of a fault, without its text, which may contain the client's data."""
-        LOG.error("a connection failed: %s", described(named.get("exc_info")))
+        LOG.error("a connection failed: %s", describe_error(named.get("exc_info")))
 
 
 def _parse_error(error: BaseException | None) -> errors.ApiError:
@@ -173,7 +173,7 @@ class ClientServer(web.Server):
         self._handler = handler
         self._limits = limits
         self._open: dict[Connection, None] = {}
-        self._sites: Counter[str] = Counter()
+        self._by_network: Counter[str] = Counter()
         self.now = now
         self.malformed = malformed
 
@@ -198,8 +198,10 @@ class ClientServer(web.Server):
 
     def admit(self, connection: Connection) -> bool:
         """Return True if the connection is accepted. An idle one is closed to make room for a new one."""
-        if self._sites[connection.site] >= self._limits.max_connections_per_address:
-            idle = next((other for other in self._open if not other.working and other.site == connection.site), None)
+        if self._by_network[connection.network] >= self._limits.max_connections_per_address:
+            idle = next(
+                (other for other in self._open if not other.working and other.network == connection.network), None
+            )
         elif len(self._open) >= self._limits.max_connections:
             idle = next((other for other in self._open if not other.working), None)
         else:
@@ -210,7 +212,7 @@ class ClientServer(web.Server):
             self.forget(idle)
             idle.force_close()
         self._open[connection] = None
-        self._sites[connection.site] += 1
+        self._by_network[connection.network] += 1
         return True
 
     def forget(self, connection: Connection) -> None:
@@ -218,9 +220,9 @@ class ClientServer(web.Server):
         if connection not in self._open:
             return
         del self._open[connection]
-        self._sites[connection.site] -= 1
-        if not self._sites[connection.site]:
-            del self._sites[connection.site]
+        self._by_network[connection.network] -= 1
+        if not self._by_network[connection.network]:
+            del self._by_network[connection.network]
 
     async def sweep(self) -> None:
         """Close connections that wait too long for a request, until cancelled."""
@@ -231,8 +233,8 @@ class ClientServer(web.Server):
                 connection.force_close()
 
 
-def answer(error: errors.ApiError, request_id: str) -> web.Response:
-    """Return the answer that reports an error."""
+def error_response(error: errors.ApiError, request_id: str) -> web.Response:
+    """Return the response that reports an error."""
     return web.Response(
         status=error.status,
         body=error.body(),
@@ -241,7 +243,7 @@ def answer(error: errors.ApiError, request_id: str) -> web.Response:
     )
 
 
-def _refusal() -> bytes:
+def _too_many_connections() -> bytes:
     error = errors.too_many_connections()
     body = error.body()
     head = (
@@ -251,4 +253,4 @@ def _refusal() -> bytes:
     return head.encode() + body
 
 
-_REFUSAL = _refusal()
+_TOO_MANY_CONNECTIONS = _too_many_connections()

@@ -7,7 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from tunesmith.contracts.agent import HEARTBEAT_SECONDS, AdapterDemand, GatewayDemand
-from tunesmith.gateway.broadcast import Broadcast, within
+from tunesmith.gateway.broadcast import Broadcast, wait_for_event
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -36,7 +36,7 @@ class Demand:
         counter[model] += count
         if not counter[model]:
             del counter[model]
-        self._changed.fire()
+        self._changed.notify()
 
     def snapshot(self) -> GatewayDemand:
         """Return the current counts; models without requests are omitted."""
@@ -54,4 +54,4 @@ class Demand:
             changed = self._changed.next()
             yield self.snapshot().model_dump_json(by_alias=True).encode() + b"\n"
             await asyncio.sleep(MIN_INTERVAL_SECONDS)
-            await within(changed, HEARTBEAT_SECONDS - MIN_INTERVAL_SECONDS)
+            await wait_for_event(changed, HEARTBEAT_SECONDS - MIN_INTERVAL_SECONDS)

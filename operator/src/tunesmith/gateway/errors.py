@@ -6,9 +6,9 @@ from http import HTTPStatus
 
 import orjson
 
-_SHOWN_NAME = 128
-_SHOWN_METHOD = 16
-_LAST_STATUS = 599
+_MAX_SHOWN_NAME = 128
+_MAX_SHOWN_METHOD = 16
+_MAX_STATUS = 599
 
 
 class ApiError(Exception):
@@ -71,7 +71,7 @@ def missing_key() -> ApiError:
     return ApiError(
         HTTPStatus.UNAUTHORIZED,
         "You didn't provide an API key. Send it in the header `Authorization: Bearer <key>`;"
-        " `tunesmith keys create` makes one.",
+        " `tunesmith keys create` creates one.",
         code="missing_api_key",
         headers={"WWW-Authenticate": "Bearer"},
     )
@@ -81,7 +81,7 @@ def invalid_key() -> ApiError:
     """401: the key is unknown. The message does not repeat it."""
     return ApiError(
         HTTPStatus.UNAUTHORIZED,
-        "Incorrect API key provided. `tunesmith keys list` shows the keys there are.",
+        "Incorrect API key provided. `tunesmith keys list` lists the existing keys.",
         code="invalid_api_key",
         headers={"WWW-Authenticate": "Bearer"},
     )
@@ -91,7 +91,7 @@ def model_not_found(model: str) -> ApiError:
     """404: the model does not exist, or its namespace is closed to the key; the response does not reveal which."""
     return ApiError(
         HTTPStatus.NOT_FOUND,
-        f"The model `{model[:_SHOWN_NAME]}` does not exist or you do not have access to it."
+        f"The model `{model[:_MAX_SHOWN_NAME]}` does not exist or you do not have access to it."
         " GET /v1/models lists those you may call.",
         code="model_not_found",
         param="model",
@@ -102,7 +102,7 @@ def model_ambiguous(model: str, ids: list[str]) -> ApiError:
     """400: several pools offer the bare name."""
     return ApiError(
         HTTPStatus.BAD_REQUEST,
-        f"The model `{model[:_SHOWN_NAME]}` is offered by several pools: use one of {', '.join(ids)}.",
+        f"The model `{model[:_MAX_SHOWN_NAME]}` is offered by several pools: use one of {', '.join(ids)}.",
         code="model_ambiguous",
         param="model",
     )
@@ -113,7 +113,7 @@ def model_forbidden(model: str) -> ApiError:
     return ApiError(
         HTTPStatus.FORBIDDEN,
         f"Your API key may not call the model `{model}`."
-        f" `tunesmith keys create NAME --model {model}` makes one that may.",
+        f" `tunesmith keys create NAME --model {model}` creates one that may.",
         code="model_forbidden",
         param="model",
     )
@@ -131,7 +131,7 @@ def wrong_type(name: str, type_: type) -> ApiError:
 
 
 def too_many_sequences(count: int) -> ApiError:
-    """400: the request asks for more sequences than one request may."""
+    """400: the request asks for more sequences than the gateway accepts."""
     return ApiError(
         HTTPStatus.BAD_REQUEST,
         f"The request asks for {count} sequences (choices × prompts), more than the gateway accepts in one request."
@@ -228,7 +228,7 @@ def unknown_url(method: str, path: str) -> ApiError:
     """404: the path is not served."""
     return ApiError(
         HTTPStatus.NOT_FOUND,
-        f"Invalid URL ({method[:_SHOWN_METHOD]} {path[:_SHOWN_NAME]}): the gateway serves /v1/chat/completions,"
+        f"Invalid URL ({method[:_MAX_SHOWN_METHOD]} {path[:_MAX_SHOWN_NAME]}): the gateway serves /v1/chat/completions,"
         " /v1/completions, /v1/models and /health.",
         code="unknown_url",
     )
@@ -238,7 +238,7 @@ def method_not_allowed(method: str, path: str, allowed: str) -> ApiError:
     """405: the path does not support the method."""
     return ApiError(
         HTTPStatus.METHOD_NOT_ALLOWED,
-        f"Not allowed to {method[:_SHOWN_METHOD]} on {path[:_SHOWN_NAME]}: use {allowed}.",
+        f"Not allowed to {method[:_MAX_SHOWN_METHOD]} on {path[:_MAX_SHOWN_NAME]}: use {allowed}.",
         code="method_not_allowed",
         headers={"Allow": allowed},
     )
@@ -258,7 +258,7 @@ def no_pod_ready(model: str, seconds: float) -> ApiError:
     """503: no pod held the model while the request waited."""
     return _unavailable(
         f"No pod that holds `{model}` became ready within {seconds:g} s. Try again later;"
-        " `tunesmith models` shows what it waits for.",
+        " `tunesmith models` shows the reason.",
         "no_pod_ready",
         5,
     )
@@ -286,7 +286,7 @@ def not_ready(reason: str) -> ApiError:
 def over_budget() -> ApiError:
     """503: the gateway has as many bytes in flight as its memory allows."""
     return _unavailable(
-        "The gateway has as many requests in memory as it can take. Try again later.", "gateway_overloaded", 2
+        "The gateway has as many bytes in flight as its memory allows. Try again later.", "gateway_overloaded", 2
     )
 
 
@@ -294,8 +294,7 @@ def key_over_budget(limit: int) -> ApiError:
     """429: the key's requests in flight use up its part of the gateway's memory."""
     return ApiError(
         HTTPStatus.TOO_MANY_REQUESTS,
-        f"Your API key has as many requests in flight as one key may have ({limit} bytes in all). Wait for some to"
-        " finish.",
+        f"Your API key has reached its limit of {limit} bytes in flight. Wait for some of its requests to finish.",
         code="too_many_bytes_in_flight",
         type_="rate_limit_error",
         headers={"Retry-After": "2"},
@@ -307,17 +306,17 @@ def too_many_connections() -> ApiError:
     return _unavailable("There are too many connections. Try again later.", "too_many_connections", 5)
 
 
-def ending() -> ApiError:
-    """503: the gateway shuts down before the request was started."""
-    return _unavailable("The gateway is about to end. Send the request again.", "gateway_ending", 1)
+def shutting_down() -> ApiError:
+    """503: the gateway shuts down before a pod has started the request."""
+    return _unavailable("The gateway is shutting down. Send the request again.", "gateway_shutting_down", 1)
 
 
 def cut_off() -> ApiError:
     """502: the gateway shuts down before the response is complete."""
     return ApiError(
         HTTPStatus.BAD_GATEWAY,
-        "The gateway ended before the answer was complete. Send the request again.",
-        code="gateway_ended",
+        "The gateway shut down before the answer was complete. Send the request again.",
+        code="gateway_shut_down",
         type_="server_error",
     )
 
@@ -335,8 +334,8 @@ def engine_failed(model: str) -> ApiError:
     """502: the engine accepted the request and failed before its response was complete."""
     return ApiError(
         HTTPStatus.BAD_GATEWAY,
-        f"The pod that answered for `{model}` ended before its answer was complete. The request is not repeated by the"
-        " gateway, since it had started; send it again if it is safe to repeat.",
+        f"The pod that answered for `{model}` failed before its answer was complete. The gateway does not repeat the"
+        " request, since it had started; send it again if it is safe to repeat.",
         code="engine_failed",
         type_="server_error",
         headers=_NO_RETRY,
@@ -347,7 +346,7 @@ def engine_silent(model: str, seconds: float) -> ApiError:
     """504: the engine accepted the request and sent nothing for too long."""
     return ApiError(
         HTTPStatus.GATEWAY_TIMEOUT,
-        f"The pod that answers for `{model}` sent nothing for {seconds:g} s. The request was cancelled.",
+        f"The pod that answers for `{model}` sent nothing for {seconds:g} s. The gateway cancelled the request.",
         code="engine_silent",
         type_="server_error",
         headers=_NO_RETRY,
@@ -357,8 +356,8 @@ def engine_silent(model: str, seconds: float) -> ApiError:
 def engine_error(model: str, status: int) -> ApiError:
     """Return the error for an engine's error status whose body is not an error in OpenAI's schema."""
     return ApiError(
-        status if HTTPStatus.BAD_REQUEST <= status <= _LAST_STATUS else HTTPStatus.BAD_GATEWAY,
-        f"The engine of `{model}` answered with status {status} and without an explanation.",
+        status if HTTPStatus.BAD_REQUEST <= status <= _MAX_STATUS else HTTPStatus.BAD_GATEWAY,
+        f"The engine of `{model}` answered with status {status} and no error message.",
         code="engine_error",
         type_="server_error",
         headers=_NO_RETRY,
@@ -369,7 +368,7 @@ def wrong_model(model: str) -> ApiError:
     """502: the engine's response names another model; it is discarded."""
     return ApiError(
         HTTPStatus.BAD_GATEWAY,
-        f"The engine answered with another model than `{model}`. The answer was discarded.",
+        f"The engine answered with a model other than `{model}`. The gateway discarded the answer.",
         code="wrong_model",
         type_="server_error",
         headers=_NO_RETRY,

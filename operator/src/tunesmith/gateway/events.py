@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-MAX_HELD = 64 * 1024
+MAX_HELD_BYTES = 64 * 1024
 """Bytes of an answer that are withheld until they show the right model, or until an event is complete."""
 EVENT_END = b"\n\n"
 COMMENT = b": keep-alive\n\n"
@@ -29,7 +29,7 @@ def names_model(start: bytes | bytearray, engine_name: str, *, complete: bool) -
     if found is not None:
         return bool(_loads(found.group(1)) == engine_name)
     if not complete:
-        return None if len(start) < MAX_HELD else False
+        return None if len(start) < MAX_HELD_BYTES else False
     document = _loads(start)
     return isinstance(document, dict) and document.get("model") == engine_name
 
@@ -74,7 +74,7 @@ class EventStream:
         """Return the bytes that may pass after this chunk.
 
         Raises:
-            WrongModelError: the first event names another model, or no model within `MAX_HELD` bytes.
+            WrongModelError: the first event names another model, or no model within `MAX_HELD_BYTES` bytes.
         """
         held = self._held
         if self.named and self.between_events and not held and chunk.endswith(EVENT_END):
@@ -90,7 +90,7 @@ class EventStream:
             del held[:end]
             self.between_events = True
             return ready
-        if len(held) <= MAX_HELD:
+        if len(held) <= MAX_HELD_BYTES:
             return b""
         if not self.named:
             self._check(bytes(held), complete=False)

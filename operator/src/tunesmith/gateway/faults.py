@@ -8,7 +8,7 @@ from pathlib import Path
 _FRAMES = 4
 
 
-def described(error: object) -> str:
+def describe_error(error: object) -> str:
     """Return the type of an exception and its innermost stack frames."""
     if not isinstance(error, BaseException):
         return "unknown"

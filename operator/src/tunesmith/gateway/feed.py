@@ -31,7 +31,7 @@ STALE_SECONDS = 180.0
 The API server sends a bookmark about once a minute, and a stream that is silent for 90 s is reopened."""
 _RETRY_SECONDS = 5.0
 _SLICE_SECONDS = 0.005
-"""Events are processed for this long before requests get their turn."""
+"""Events are processed for this long before other tasks run."""
 
 
 class Watcher(Protocol):
@@ -76,21 +76,21 @@ class Feed:
     ) -> None:
         self._watcher = watcher
         self._sources: list[_Source] = [
-            (kind, place) for kind in KINDS for place in ((namespace,) if kind == KEY_KIND else watched or (None,))
+            (kind, scope) for kind in KINDS for scope in ((namespace,) if kind == KEY_KIND else watched or (None,))
         ]
         self._keys = keys
         self._catalog = catalog
         self._changed = changed
         self._stale_seconds = stale_seconds
         self._synced: set[_Source] = set()
-        self._heard_at: dict[_Source, float] = {}
+        self._received_at: dict[_Source, float] = {}
         self._known: dict[str, set[tuple[str, str]]] = {kind: set() for kind in KINDS}
         self._change_pending = False
 
     @property
     def missing(self) -> list[str]:
         """Kinds that have not been read yet."""
-        return list(dict.fromkeys(kind for kind, place in self._sources if (kind, place) not in self._synced))
+        return list(dict.fromkeys(kind for kind, scope in self._sources if (kind, scope) not in self._synced))
 
     def synced(self) -> bool:
         """Return True if everything has been read once."""
@@ -101,10 +101,10 @@ class Feed:
         if self.missing:
             return f"not read yet: {', '.join(self.missing)}"
         now = time.monotonic()
-        ages = {_describe(source): now - self._heard_at[source] for source in self._sources}
+        ages = {_describe(source): now - self._received_at[source] for source in self._sources}
         stale = [f"{source} ({age:.0f} s)" for source, age in ages.items() if age > self._stale_seconds]
         if stale:
-            return f"the API server was not heard for more than {self._stale_seconds:g} s about {', '.join(stale)}"
+            return f"the API server sent nothing for more than {self._stale_seconds:g} s about {', '.join(stale)}"
         return None
 
     async def run(self) -> None:
@@ -125,7 +125,7 @@ class Feed:
             except ClusterError as error:
                 LOG.error("cannot watch %s: %s", kind, error)  # noqa: TRY400 - the message is sufficient
             except Exception:
-                LOG.exception("the watch of %s failed and is started again", kind)
+                LOG.exception("the watch of %s failed; restarting it", kind)
             await asyncio.sleep(_RETRY_SECONDS)
 
     async def _watch(self, source: _Source) -> None:
@@ -135,7 +135,7 @@ class Feed:
         listed: set[tuple[str, str]] | None = set()
 
         def alive() -> None:
-            self._heard_at[source] = time.monotonic()
+            self._received_at[source] = time.monotonic()
 
         events: AsyncGenerator[WatchEvent, None]
         fields = f"metadata.name={namespace}" if kind == "Namespace" and namespace is not None else ""
@@ -143,24 +143,24 @@ class Feed:
             kind, None if fields else namespace, labels=labels, fields=fields, alive=alive, keep=kept
         )
         async with aclosing(events):
-            turn = _Turn()
+            time_slice = _TimeSlice()
             async for event in events:
                 alive()
                 if event.type == "SYNCED":
                     if listed is not None:
                         known = {key for key in self._known[kind] if namespace in (None, key[kind == "Namespace"])}
-                        for vanished in known - listed:
-                            self.take(kind, "DELETED", _identity(*vanished))
-                            await turn.give()
+                        for unlisted in known - listed:
+                            self.apply(kind, "DELETED", _identity(*unlisted))
+                            await time_slice.pause_if_over()
                         listed = None
                     self._synced.add(source)
                 else:
                     if listed is not None:
                         listed.add(_key_of(event.object))
-                    self.take(kind, event.type, event.object)
-                await turn.give()
+                    self.apply(kind, event.type, event.object)
+                await time_slice.pause_if_over()
 
-    def take(self, kind: str, type_: str, document: dict[str, Any]) -> None:
+    def apply(self, kind: str, type_: str, document: dict[str, Any]) -> None:
         """Apply one change. An object that cannot be parsed is logged and skipped."""
         try:
             if type_ == "DELETED":
@@ -171,7 +171,7 @@ class Feed:
                 self._put(kind, document)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             metadata = document.get("metadata", {})
-            LOG.warning("%s %s/%s is ignored: %s", kind, metadata.get("namespace"), metadata.get("name"), error)
+            LOG.warning("ignoring %s %s/%s: %s", kind, metadata.get("namespace"), metadata.get("name"), error)
         if kind in {"ServingPool", "Pod"} and not self._change_pending:
             self._change_pending = True
             asyncio.get_running_loop().call_soon(self._report_change)
@@ -207,17 +207,17 @@ class Feed:
             self._catalog.remove_pod(document)
 
 
-class _Turn:
+class _TimeSlice:
     """Time for which events may be processed without a pause."""
 
     def __init__(self) -> None:
-        self._began = time.monotonic()
+        self._started = time.monotonic()
 
-    async def give(self) -> None:
-        """Let other tasks run if the turn is over."""
-        if time.monotonic() - self._began > _SLICE_SECONDS:
+    async def pause_if_over(self) -> None:
+        """Let other tasks run if the time is over."""
+        if time.monotonic() - self._started > _SLICE_SECONDS:
             await asyncio.sleep(0)
-            self._began = time.monotonic()
+            self._started = time.monotonic()
 
 
 def _identity(namespace: str, name: str) -> Object:

@@ -17,11 +17,11 @@ from tunesmith.gateway.reply import ANSWER_BYTES, EventReply, finish, prepare, w
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
 
+    from tunesmith.gateway.backends import Backend, BackendTable
     from tunesmith.gateway.demand import Demand
     from tunesmith.gateway.limits import Limits
     from tunesmith.gateway.metrics import Metrics
     from tunesmith.gateway.request import Call
-    from tunesmith.gateway.residency import Backend, Residency
 
 LOG = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Forwarder:
     def __init__(
         self,
         session: aiohttp.ClientSession,
-        residency: Residency,
+        backends: BackendTable,
         demand: Demand,
         metrics: Metrics,
         limits: Limits,
@@ -61,7 +61,7 @@ class Forwarder:
         closing: Callable[[], bool],
     ) -> None:
         self._session = session
-        self._residency = residency
+        self._backends = backends
         self._demand = demand
         self._metrics = metrics
         self._limits = limits
@@ -74,7 +74,7 @@ class Forwarder:
         Raises:
             NotStartedError: the pod did not accept it.
             ApiError: the pod accepted it and failed.
-            ClientLeftError: the client closed its connection.
+            ClientDisconnectedError: the client closed its connection.
         """
         call.started = True
         backend.in_flight += call.body.sequences
@@ -82,20 +82,20 @@ class Forwarder:
         upstream: aiohttp.ClientResponse | None = None
         try:
             token = backend.serving_tokens.current
-            upstream = await self._accepted(call, self._post(call, backend, engine_name, token))
+            upstream = await self._wait_for_head(call, self._post(call, backend, engine_name, token))
             if upstream.status == HTTPStatus.UNAUTHORIZED and backend.serving_tokens.refused(token):
                 raise NotStartedError(OTHER_TOKEN)
             await _raise_not_started(upstream)
             call.body = call.body.without_members()
             call.share.set_to(ANSWER_BYTES)
-            return await self._pass_on(call, upstream, engine_name)
+            return await self._relay(call, upstream, engine_name)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            self._residency.suspect(backend)
+            self._backends.suspect(backend)
             raise NotStartedError("connect") from error
         except (aiohttp.ClientError, OSError) as error:
             # Only the type: the text could repeat data from the engine.
             LOG.warning("request %s: pod %s: %s", call.request_id, backend.pod.name, type(error).__name__)
-            self._residency.suspect(backend)
+            self._backends.suspect(backend)
             raise errors.engine_failed(call.model.id) from error
         except events.WrongModelError:
             LOG.error("request %s: pod %s answered as another model", call.request_id, backend.pod.name)  # noqa: TRY400
@@ -120,12 +120,12 @@ class Forwarder:
         }
         return self._session.post(
             backend.url(call.request.rel_url.path),
-            data=bytes(pieces[0]) if len(pieces) == 1 else _sent(pieces),
+            data=bytes(pieces[0]) if len(pieces) == 1 else _iterate(pieces),
             headers=headers,
             allow_redirects=False,
         )
 
-    async def _accepted(
+    async def _wait_for_head(
         self, call: Call, post: Coroutine[None, None, aiohttp.ClientResponse]
     ) -> aiohttp.ClientResponse:
         """Wait for the head of the pod's answer and send comments to a client that waits for a stream."""
@@ -134,32 +134,32 @@ class Forwarder:
         task = asyncio.ensure_future(post)
         try:
             while not task.done():
-                left = deadline - self._clock()
-                if left <= 0:
+                remaining = deadline - self._clock()
+                if remaining <= 0:
                     raise errors.engine_silent(call.model.id, seconds)  # noqa: TRY301 - the handler closes a late response
                 if call.events is not None:
                     await call.events.comment_if_due()
-                    left = min(left, call.events.until_comment())
-                await asyncio.wait({task}, timeout=left)
+                    remaining = min(remaining, call.events.until_comment())
+                await asyncio.wait({task}, timeout=remaining)
             return task.result()
         except BaseException:
             if not task.cancel() and not task.cancelled() and task.exception() is None:
                 task.result().close()
             raise
 
-    async def _pass_on(self, call: Call, upstream: aiohttp.ClientResponse, engine_name: str) -> web.StreamResponse:
+    async def _relay(self, call: Call, upstream: aiohttp.ClientResponse, engine_name: str) -> web.StreamResponse:
         if upstream.status != HTTPStatus.OK:
-            raise await self._error(call, upstream)
+            raise await self._engine_error(call, upstream)
         if upstream.content_type == _EVENT_STREAM:
-            return await self._stream(call, upstream, engine_name)
+            return await self._relay_stream(call, upstream, engine_name)
         if call.events is not None and call.events.response is not None:
             raise errors.engine_error(call.model.id, upstream.status)
-        return await self._whole(call, upstream, engine_name)
+        return await self._relay_body(call, upstream, engine_name)
 
-    async def _error(self, call: Call, upstream: aiohttp.ClientResponse) -> errors.ApiError:
+    async def _engine_error(self, call: Call, upstream: aiohttp.ClientResponse) -> errors.ApiError:
         """Return the engine's error for the client."""
-        data = await self._start(call, upstream)
-        if upstream.status < HTTPStatus.BAD_REQUEST or len(data) > events.MAX_HELD or not events.is_error(data):
+        data = await self._read_start(call, upstream)
+        if upstream.status < HTTPStatus.BAD_REQUEST or len(data) > events.MAX_HELD_BYTES or not events.is_error(data):
             return errors.engine_error(call.model.id, upstream.status)
         headers = {}
         retry_after = upstream.headers.get("Retry-After", "")
@@ -173,10 +173,10 @@ class Forwarder:
         self._metrics.first_byte(call.model.id, self._clock() - call.arrived)
         return errors.RelayedError(upstream.status, data, headers)
 
-    async def _start(self, call: Call, upstream: aiohttp.ClientResponse) -> bytes:
-        """Return the whole body if it is small, otherwise its first `MAX_HELD` bytes or more."""
+    async def _read_start(self, call: Call, upstream: aiohttp.ClientResponse) -> bytes:
+        """Return the whole body if it is small, otherwise its first `MAX_HELD_BYTES` bytes or more."""
         start = bytearray()
-        while len(start) <= events.MAX_HELD and (chunk := await self._read(call, upstream)):
+        while len(start) <= events.MAX_HELD_BYTES and (chunk := await self._read(call, upstream)):
             start += chunk
         return bytes(start)
 
@@ -188,10 +188,10 @@ class Forwarder:
         except TimeoutError:
             raise errors.engine_silent(call.model.id, self._limits.silence_seconds) from None
 
-    async def _whole(self, call: Call, upstream: aiohttp.ClientResponse, engine_name: str) -> web.StreamResponse:
+    async def _relay_body(self, call: Call, upstream: aiohttp.ClientResponse, engine_name: str) -> web.StreamResponse:
         """Relay an answer that is not a stream, a large one in pieces, once its start shows the right model."""
-        start = await self._start(call, upstream)
-        small = len(start) <= events.MAX_HELD
+        start = await self._read_start(call, upstream)
+        small = len(start) <= events.MAX_HELD_BYTES
         if not events.names_model(start, engine_name, complete=small):
             raise events.WrongModelError
         self._metrics.first_byte(call.model.id, self._clock() - call.arrived)
@@ -218,7 +218,7 @@ class Forwarder:
             raise
         return response
 
-    async def _stream(self, call: Call, upstream: aiohttp.ClientResponse, engine_name: str) -> web.StreamResponse:
+    async def _relay_stream(self, call: Call, upstream: aiohttp.ClientResponse, engine_name: str) -> web.StreamResponse:
         """Relay server-sent events as they arrive, once the first one shows the right model."""
         reply = call.events = call.events or EventReply(
             call.request, call.request_id, call.share, self._limits, clock=self._clock, closing=self._closing
@@ -226,7 +226,7 @@ class Forwarder:
         await reply.begin()
         stream = events.EventStream(engine_name)
         first = True
-        while chunk := await self._next(call, reply, upstream):
+        while chunk := await self._next_chunk(call, reply, upstream):
             ready = stream.feed(chunk)
             await reply.write(ready)
             reply.between_events = stream.between_events
@@ -236,22 +236,22 @@ class Forwarder:
         await reply.write(stream.end())
         return await reply.finish()
 
-    async def _next(self, call: Call, reply: EventReply, upstream: aiohttp.ClientResponse) -> bytes:
+    async def _next_chunk(self, call: Call, reply: EventReply, upstream: aiohttp.ClientResponse) -> bytes:
         """Return the next bytes of a stream, empty at its end, and send comments to the client meanwhile."""
         deadline = self._clock() + self._limits.silence_seconds
         while True:
-            left = deadline - self._clock()
-            if left <= 0:
+            remaining = deadline - self._clock()
+            if remaining <= 0:
                 raise errors.engine_silent(call.model.id, self._limits.silence_seconds)
             await reply.comment_if_due()
             try:
-                async with asyncio.timeout(min(left, reply.until_comment())):
+                async with asyncio.timeout(min(remaining, reply.until_comment())):
                     return await upstream.content.readany()
             except TimeoutError:
                 continue
 
 
-async def _sent(pieces: list[bytes | memoryview]) -> AsyncIterator[bytes | memoryview]:
+async def _iterate(pieces: list[bytes | memoryview]) -> AsyncIterator[bytes | memoryview]:
     for piece in pieces:
         yield piece
 

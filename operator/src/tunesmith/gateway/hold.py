@@ -5,56 +5,56 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tunesmith.gateway import errors
-from tunesmith.gateway.broadcast import within
+from tunesmith.gateway.broadcast import wait_for_event
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
+    from tunesmith.gateway.backends import Backend, BackendTable
     from tunesmith.gateway.catalog import Catalog
     from tunesmith.gateway.demand import Demand
     from tunesmith.gateway.limits import Limits
     from tunesmith.gateway.request import Call
-    from tunesmith.gateway.residency import Backend, Residency
 
 _RETRY_PAUSE_SECONDS = 0.25
 
 
-class Hold:
+class RequestHold:
     """Assignment of pods to calls, which wait until a pod holds their model.
 
     Args:
         catalog: the models; they are resolved again after each wait.
-        residency: the pods.
+        backends: the pods.
         demand: counts of waiting calls.
         limits: bounds on the time and the number of waiting calls.
         clock: monotonic seconds.
     """
 
     def __init__(
-        self, catalog: Catalog, residency: Residency, demand: Demand, limits: Limits, *, clock: Callable[[], float]
+        self, catalog: Catalog, backends: BackendTable, demand: Demand, limits: Limits, *, clock: Callable[[], float]
     ) -> None:
         self._catalog = catalog
-        self._residency = residency
+        self._backends = backends
         self._demand = demand
         self._limits = limits
         self._clock = clock
         self._waiting = 0
 
-    async def pod(self, call: Call, refused: set[str]) -> tuple[Backend, str]:
+    async def wait_for_pod(self, call: Call, refused: set[str]) -> tuple[Backend, str]:
         """Return a pod for the newest revision that any usable pod holds, and the revision's name in the engine.
 
         Args:
-            call: its model is resolved again while it waits: revisions come and go.
+            call: its model is resolved again while it waits, since revisions change.
             refused: UIDs of pods that did not accept it; cleared after a pause, so that they are tried again.
 
         Raises:
             ApiError: the model cannot be called, no pod holds it in time, or too many calls wait.
-            ClientLeftError: the client closed its connection.
+            ClientDisconnectedError: the client closed its connection.
         """
         deadline = call.arrived + self._limits.hold_seconds
         while True:
-            changed = self._residency.changed.next()
+            changed = self._backends.changed.next()
             chosen = self._pick(call, refused)
             if chosen is not None:
                 return chosen
@@ -63,10 +63,10 @@ class Hold:
                 raise errors.model_not_found(model.engine_names[0])
             if model.not_ready is not None:
                 raise errors.model_not_ready(model.id, model.not_ready)
-            left = deadline - self._clock()
-            if left <= 0:
+            remaining = deadline - self._clock()
+            if remaining <= 0:
                 raise errors.no_pod_ready(model.id, self._limits.hold_seconds)
-            await self._wait(call, changed, min(left, _RETRY_PAUSE_SECONDS) if refused else left)
+            await self._wait(call, changed, min(remaining, _RETRY_PAUSE_SECONDS) if refused else remaining)
             refused.clear()
             call.model = self._catalog.resolve(call.body.model, call.key)
 
@@ -75,7 +75,7 @@ class Hold:
         if model.pool is None:
             return None
         for engine_name in model.engine_names:
-            backend = self._residency.pick(
+            backend = self._backends.pick(
                 model.pool, engine_name, is_base=model.is_base, excluded=refused, weight=call.body.sequences
             )
             if backend is not None:
@@ -87,7 +87,7 @@ class Hold:
 
         Raises:
             ApiError: too many calls wait already.
-            ClientLeftError: the client closed its connection.
+            ClientDisconnectedError: the client closed its connection.
         """
         if self._waiting >= self._limits.max_held_requests:
             raise errors.too_many_waiting(call.model.id)
@@ -95,12 +95,12 @@ class Hold:
         self._waiting += 1
         self._demand.add_waiting(model, call.body.sequences)
         try:
-            while not changed.is_set() and (left := until - self._clock()) > 0:
+            while not changed.is_set() and (remaining := until - self._clock()) > 0:
                 if call.events is None:
-                    await within(changed, left)
+                    await wait_for_event(changed, remaining)
                 else:
                     await call.events.comment_if_due()
-                    await within(changed, min(left, call.events.until_comment()))
+                    await wait_for_event(changed, min(remaining, call.events.until_comment()))
         finally:
             self._waiting -= 1
             self._demand.add_waiting(model, -call.body.sequences)

@@ -38,7 +38,7 @@ def internal_app(
 
     async def stream_demand(request: web.Request) -> web.StreamResponse:
         if not accepts(request.headers.get("Authorization", ""), demand_tokens(gateway_keys())):
-            raise web.HTTPUnauthorized(text="the demand stream needs the gateway token\n")
+            raise web.HTTPUnauthorized(text="the demand stream requires a token derived from the gateway's key\n")
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
         await response.prepare(request)
         async for line in demand.lines():

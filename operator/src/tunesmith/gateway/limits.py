@@ -54,17 +54,17 @@ class Limits(BaseModel):
     body_seconds: Annotated[_Seconds, ChartValue("gateway.limits.bodySeconds")] = 120
     """Seconds for the body of a request."""
     write_seconds: Annotated[_Seconds, ChartValue("gateway.limits.writeSeconds")] = 60
-    """Seconds for which a client may read nothing of its answer."""
+    """Longest time, in seconds, for which a client may read nothing of its answer."""
     idle_seconds: Annotated[_Seconds, ChartValue("gateway.limits.idleSeconds")] = 75
     """Seconds for which a connection is kept between two requests."""
     answer_seconds: Annotated[_Seconds, ChartValue("gateway.limits.answerSeconds")] = 1800
     """Seconds after which an engine must have begun an answer that is not a stream."""
     silence_seconds: Annotated[_Seconds, ChartValue("gateway.limits.silenceSeconds")] = 300
-    """Seconds for which an engine may send nothing within an answer or a stream."""
+    """Longest time, in seconds, for which an engine may send nothing within an answer or a stream."""
     comment_seconds: Annotated[_Seconds, ChartValue("gateway.limits.commentSeconds")] = 15
     """Seconds between the comments that keep a silent stream open."""
 
-    def within(self, memory: int) -> Self:
+    def for_memory(self, memory: int) -> Self:
         """Return the limits, those that are 0 replaced by values for the container's memory limit in bytes."""
         in_flight = self.max_in_flight_bytes or int(memory * _IN_FLIGHT_SHARE)
         connections = self.max_connections or max(64, min(65_536, memory // _BYTES_PER_CONNECTION))

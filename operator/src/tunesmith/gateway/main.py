@@ -14,9 +14,9 @@ import uvloop
 from tunesmith.cluster.client import Cluster
 from tunesmith.cluster.errors import ClusterError
 from tunesmith.contracts.keyfile import KeyFile
-from tunesmith.gateway.faults import described
+from tunesmith.gateway.faults import describe_error
 from tunesmith.gateway.limits import memory_limit
-from tunesmith.gateway.server import Gateway, TaskEndedError
+from tunesmith.gateway.server import Gateway, TaskStoppedError
 from tunesmith.gateway.settings import GatewaySettings
 from tunesmith.settings import read
 
@@ -36,7 +36,7 @@ def main() -> None:
     configure_log(settings.log_level)
     exempt_modules_from_collection()
     try:
-        limited, keys = bounded(settings), gateway_keys(settings.gateway_key_file)
+        limited, keys = apply_memory_limit(settings), gateway_keys(settings.gateway_key_file)
     except ValueError as error:
         sys.exit(_fail(str(error)))
     try:
@@ -44,7 +44,7 @@ def main() -> None:
             runner.run(_run(limited, keys))
     except ClusterError as error:
         sys.exit(_fail(str(error)))
-    except TaskEndedError as error:
+    except TaskStoppedError as error:
         sys.exit(_fail(str(error), 1))
     except OSError as error:
         sys.exit(_fail(f"cannot listen: {error}"))
@@ -70,13 +70,13 @@ def exempt_modules_from_collection() -> None:
     gc.freeze()
 
 
-def bounded(settings: GatewaySettings) -> GatewaySettings:
+def apply_memory_limit(settings: GatewaySettings) -> GatewaySettings:
     """Return the settings with the limits that depend on the memory of this container.
 
     Raises:
         ValueError: a limit is too small for one request.
     """
-    limited = settings.within(memory_limit())
+    limited = settings.for_memory(memory_limit())
     if problem := limited.problem():
         raise ValueError(problem)
     return limited
@@ -92,11 +92,11 @@ def gateway_keys(path: Path) -> KeyFile:
         return KeyFile(path)
     except OSError as error:
         raise ValueError(
-            f"the gateway's key {path} cannot be read ({error.strerror}): mount the Secret"
+            f"the gateway's key file {path} cannot be read ({error.strerror}): mount the Secret"
             " tunesmith-gateway-key, or name its file with --gateway-key-file"
         ) from None
     except ValueError as error:
-        raise ValueError(f"the gateway's key {path} cannot be used: {error}") from None
+        raise ValueError(f"the gateway's key file {path} cannot be used: {error}") from None
 
 
 async def _run(settings: GatewaySettings, keys: Callable[[], Keys]) -> None:
@@ -106,18 +106,18 @@ async def _run(settings: GatewaySettings, keys: Callable[[], Keys]) -> None:
 
 async def serve(settings: GatewaySettings, keys: Callable[[], Keys], watcher: Watcher) -> None:
     """Serve until SIGTERM or SIGINT, then drain."""
-    ended = asyncio.Event()
+    stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(_log_fault)
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, ended.set)
+        loop.add_signal_handler(number, stop.set)
     async with Gateway(settings, keys, watcher) as gateway:
         LOG.info("serving on port %d, internal port %d", gateway.port, gateway.internal_port)
-        await gateway.run_until(ended)
-        LOG.info("stopping: no new connections after %g s", settings.linger_seconds)
+        await gateway.run_until(stop)
+        LOG.info("shutting down: no new connections after %g s", settings.linger_seconds)
         await gateway.linger()
 
 
 def _log_fault(_: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
     """Log an unhandled exception without texts and objects that may contain a client's data."""
-    LOG.error("%s: %s", context.get("message"), described(context.get("exception")))
+    LOG.error("%s: %s", context.get("message"), describe_error(context.get("exception")))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _BOUNDS = (*map(str, _SECONDS), "+Inf")
 _MODELS_PER_PIECE = 25
-_PRUNED_AT = 256
+_PRUNE_INTERVAL = 256
 """Series of deleted models are removed at each exposition, and each time this many series have been added."""
 
 
@@ -33,7 +33,7 @@ RUNNING = GaugeMetricFamily(
 WAITING = GaugeMetricFamily("tunesmith_gateway_sequences_waiting", "Sequences that wait for a pod.", labels=["model"])
 REQUESTS = CounterMetricFamily(
     "tunesmith_gateway_requests",
-    "Requests that finished, by model and HTTP status (499: the client left).",
+    "Requests that finished, by model and HTTP status (499: the client closed its connection).",
     labels=["code", "model"],
 )
 DURATION = HistogramMetricFamily(
@@ -111,7 +111,7 @@ class Metrics:
         """Count a request that is not HTTP."""
         self._malformed.inc()
 
-    def ended(self, model: str, code: int, seconds: float) -> None:
+    def finished(self, model: str, code: int, seconds: float) -> None:
         """Count a request that finished."""
         series = self._of(model)
         series.codes[code] = series.codes.get(code, 0) + 1
@@ -146,7 +146,7 @@ class Metrics:
     def _of(self, model: str) -> _Series:
         series = self._series.get(model)
         if series is None:
-            if len(self._series) % _PRUNED_AT == _PRUNED_AT - 1:
+            if len(self._series) % _PRUNE_INTERVAL == _PRUNE_INTERVAL - 1:
                 self._prune()
             series = self._series[model] = _Series(model)
         return series

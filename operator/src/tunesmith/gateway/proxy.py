@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from tunesmith.gateway import errors
-from tunesmith.gateway.broadcast import within
+from tunesmith.gateway.broadcast import wait_for_event
 from tunesmith.gateway.budget import Budget
-from tunesmith.gateway.connections import answer
-from tunesmith.gateway.faults import described
+from tunesmith.gateway.connections import error_response
+from tunesmith.gateway.faults import describe_error
 from tunesmith.gateway.forward import OTHER_TOKEN, Forwarder, NotStartedError
-from tunesmith.gateway.hold import Hold
+from tunesmith.gateway.hold import RequestHold
 from tunesmith.gateway.models import models_body, names_models
-from tunesmith.gateway.reply import ANSWER_BYTES, ClientLeftError, write_large
+from tunesmith.gateway.reply import ANSWER_BYTES, ClientDisconnectedError, write_large
 from tunesmith.gateway.request import RequestReader, request_id, require
 
 if TYPE_CHECKING:
@@ -33,21 +33,21 @@ if TYPE_CHECKING:
 
     from tunesmith.contracts.agent import Keys
     from tunesmith.contracts.apikey import ApiKey
+    from tunesmith.gateway.backends import BackendTable
     from tunesmith.gateway.catalog import Catalog
     from tunesmith.gateway.demand import Demand
     from tunesmith.gateway.keys import KeyTable
     from tunesmith.gateway.limits import Limits
     from tunesmith.gateway.metrics import Metrics
     from tunesmith.gateway.request import Call
-    from tunesmith.gateway.residency import Residency
 
 LOG = logging.getLogger(__name__)
 
 GENERATE_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
 HEALTH_PATHS = frozenset({"/", "/health"})
-CLIENT_LEFT = 499
+CLIENT_CLOSED_REQUEST = 499
 """Status code in metrics and the log if the client closed the connection before the answer was complete."""
-_END_SECONDS = 5.0
+_CUT_OFF_SECONDS = 5.0
 """Time limit for sending the last events of cut-off streams."""
 
 
@@ -81,7 +81,7 @@ class Proxy:
         gateway_keys: Callable[[], Keys],
         keys: KeyTable,
         catalog: Catalog,
-        residency: Residency,
+        backends: BackendTable,
         demand: Demand,
         metrics: Metrics,
         limits: Limits,
@@ -106,13 +106,13 @@ class Proxy:
             return self.closing
 
         self._requests = RequestReader(gateway_keys, keys, catalog, limits, clock=clock, synced=synced, closing=closing)
-        self._hold = Hold(catalog, residency, demand, limits, clock=clock)
-        self._forwarder = Forwarder(session, residency, demand, metrics, limits, clock=clock, closing=closing)
+        self._hold = RequestHold(catalog, backends, demand, limits, clock=clock)
+        self._forwarder = Forwarder(session, backends, demand, metrics, limits, clock=clock, closing=closing)
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request."""
         exchange = _Exchange(request, request_id(request), self._clock())
-        code: int = CLIENT_LEFT
+        code: int = CLIENT_CLOSED_REQUEST
         try:
             response = await self._respond(exchange)
             code = response.status
@@ -121,29 +121,29 @@ class Proxy:
             if code >= HTTPStatus.INTERNAL_SERVER_ERROR:
                 LOG.warning("request %s for %s: %d %s", exchange.request_id, exchange.model or "-", code, error.message)
             response = await self._report(exchange, error)
-        except ClientLeftError:
-            response = _nobody()
+        except ClientDisconnectedError:
+            response = _no_response()
         finally:
-            self._metrics.ended(exchange.model, code, self._clock() - exchange.arrived)
+            self._metrics.finished(exchange.model, code, self._clock() - exchange.arrived)
         if self.closing and not response.prepared:
             response.force_close()
         return response
 
     async def drain(self, seconds: float) -> None:
         """Wait for running requests for at most `seconds`, then terminate the remaining ones with an error."""
-        await within(self._idle, seconds)
+        await wait_for_event(self._idle, seconds)
         if self._cutoffs:
-            LOG.warning("%d requests are cut off after %g s", len(self._cutoffs), seconds)
+            LOG.warning("cutting off %d requests after %g s", len(self._cutoffs), seconds)
         for cutoff in self._cutoffs:
             cutoff.reschedule(asyncio.get_running_loop().time())
-        await within(self._idle, _END_SECONDS)
+        await wait_for_event(self._idle, _CUT_OFF_SECONDS)
 
     async def _respond(self, exchange: _Exchange) -> web.StreamResponse:
         """Answer a request, or cut it off when the process shuts down.
 
         Raises:
             ApiError: the answer is an error.
-            ClientLeftError: the client closed its connection.
+            ClientDisconnectedError: the client closed its connection.
         """
         try:
             async with asyncio.timeout(None) as cutoff:
@@ -155,27 +155,27 @@ class Proxy:
                     self._cutoffs.discard(cutoff)
                     if not self._cutoffs:
                         self._idle.set()
-        except (errors.ApiError, ClientLeftError):
+        except (errors.ApiError, ClientDisconnectedError):
             raise
         except TimeoutError:
             if not cutoff.expired():  # the client's connection timed out
-                raise ClientLeftError from None
-            raise (errors.cut_off() if exchange.call and exchange.call.started else errors.ending()) from None
+                raise ClientDisconnectedError from None
+            raise (errors.cut_off() if exchange.call and exchange.call.started else errors.shutting_down()) from None
         except ConnectionError:
-            raise ClientLeftError from None
+            raise ClientDisconnectedError from None
         except Exception as error:  # noqa: BLE001 - an internal fault; its text may contain the client's data
-            LOG.error("request %s for %s: %s", exchange.request_id, exchange.model or "-", described(error))  # noqa: TRY400
+            LOG.error("request %s for %s: %s", exchange.request_id, exchange.model or "-", describe_error(error))  # noqa: TRY400
             raise errors.internal() from None
 
     async def _report(self, exchange: _Exchange, error: errors.ApiError) -> web.StreamResponse:
         """Report an error to the client: as an event once its stream has begun, otherwise as the answer."""
         events = exchange.call.events if exchange.call else None
         if events is None or events.response is None:
-            return answer(error, exchange.request_id)
+            return error_response(error, exchange.request_id)
         try:
             return await events.fail(error)
-        except ClientLeftError:
-            return _nobody()
+        except ClientDisconnectedError:
+            return _no_response()
 
     async def _answer(self, exchange: _Exchange) -> web.StreamResponse:
         request = exchange.request
@@ -201,7 +201,7 @@ class Proxy:
         """Hold and forward a call until a pod starts it."""
         refused: set[str] = set()
         while True:
-            backend, engine_name = await self._hold.pod(call, refused)
+            backend, engine_name = await self._hold.wait_for_pod(call, refused)
             try:
                 return await self._forwarder.forward(call, backend, engine_name)
             except NotStartedError as not_started:
@@ -218,13 +218,13 @@ class Proxy:
         if request.method == "HEAD" or len(body) <= ANSWER_BYTES:
             return _json(body)
         with self.budget.share(key.name) as whole, self.budget.share(key.name) as share:
-            whole.grow(len(body))
+            whole.reserve(len(body))
             return await write_large(request, body, share, self._limits)
 
 
-def _nobody() -> web.Response:
+def _no_response() -> web.Response:
     """Return a placeholder response, which aiohttp drops since the connection is closed."""
-    return web.Response(status=CLIENT_LEFT)
+    return web.Response(status=CLIENT_CLOSED_REQUEST)
 
 
 def _json(body: bytes) -> web.Response:

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 ANSWER_BYTES = 16 * 1024
 """Bytes of the budget that a running answer uses."""
-BEHIND_BYTES = 256 * 1024
+SLOW_CLIENT_BYTES = 256 * 1024
 """Bytes of the budget that an answer uses while the client reads more slowly than the pod answers."""
 
 
-class ClientLeftError(Exception):
+class ClientDisconnectedError(Exception):
     """The client closed its connection or stopped reading while the answer was written."""
 
 
@@ -31,12 +31,12 @@ async def prepare(request: web.BaseRequest, response: web.StreamResponse) -> Non
     """Send the head of an answer.
 
     Raises:
-        ClientLeftError: the client closed its connection.
+        ClientDisconnectedError: the client closed its connection.
     """
     try:
         await response.prepare(request)
     except ConnectionError:
-        raise ClientLeftError from None
+        raise ClientDisconnectedError from None
 
 
 async def write(
@@ -45,35 +45,35 @@ async def write(
     """Write a piece of an answer.
 
     Raises:
-        ClientLeftError: the client closed its connection, read nothing for `limits.write_seconds`, or reads more slowly
-            than the pod answers while the budget of bytes in flight is used up.
+        ClientDisconnectedError: the client closed its connection, read nothing for `limits.write_seconds`, or reads
+            more slowly than the pod answers while the budget of bytes in flight is used up.
     """
     transport = request.transport
     if transport is None:
-        raise ClientLeftError
+        raise ClientDisconnectedError
     # Unread data is buffered, in this connection and in the connection to the pod.
     try:
-        share.set_to(BEHIND_BYTES if transport.get_write_buffer_size() else ANSWER_BYTES)
+        share.set_to(SLOW_CLIENT_BYTES if transport.get_write_buffer_size() else ANSWER_BYTES)
     except ApiError:
         transport.abort()
-        raise ClientLeftError from None
-    await _within(request, response.write(data), limits.write_seconds)
+        raise ClientDisconnectedError from None
+    await _write_within(request, response.write(data), limits.write_seconds)
 
 
 async def finish(request: web.BaseRequest, response: web.StreamResponse, limits: Limits) -> None:
     """Complete an answer.
 
     Raises:
-        ClientLeftError: see `write`.
+        ClientDisconnectedError: see `write`.
     """
-    await _within(request, response.write_eof(), limits.write_seconds)
+    await _write_within(request, response.write_eof(), limits.write_seconds)
 
 
 async def write_large(request: web.BaseRequest, body: bytes, share: Share, limits: Limits) -> web.StreamResponse:
     """Send a JSON answer in pieces, so that a client that does not read it occupies little memory.
 
     Raises:
-        ClientLeftError: see `write`.
+        ClientDisconnectedError: see `write`.
     """
     response = web.StreamResponse(headers={"Content-Type": "application/json"})
     response.content_length = len(body)
@@ -84,16 +84,16 @@ async def write_large(request: web.BaseRequest, body: bytes, share: Share, limit
     return response
 
 
-async def _within(request: web.BaseRequest, writing: Awaitable[None], seconds: float) -> None:
+async def _write_within(request: web.BaseRequest, writing: Awaitable[None], seconds: float) -> None:
     try:
         async with asyncio.timeout(seconds):
             await writing
     except ConnectionError:
-        raise ClientLeftError from None
+        raise ClientDisconnectedError from None
     except TimeoutError:
         if request.transport is not None:
             request.transport.abort()
-        raise ClientLeftError from None
+        raise ClientDisconnectedError from None
 
 
 class EventReply:
@@ -134,7 +134,7 @@ class EventReply:
         """Send the head, once.
 
         Raises:
-            ClientLeftError: the client closed its connection.
+            ClientDisconnectedError: the client closed its connection.
         """
         if self.response is None:
             response = web.StreamResponse(
@@ -155,7 +155,7 @@ class EventReply:
         """Send bytes of events.
 
         Raises:
-            ClientLeftError: see the function `write`.
+            ClientDisconnectedError: see the function `write`.
         """
         response = await self.begin()
         if data:
@@ -170,7 +170,7 @@ class EventReply:
         """Send a comment if one is due and no event is incomplete.
 
         Raises:
-            ClientLeftError: see the function `write`.
+            ClientDisconnectedError: see the function `write`.
         """
         if self.until_comment():
             return
@@ -182,7 +182,7 @@ class EventReply:
         """Finish the stream with an event that reports an error.
 
         Raises:
-            ClientLeftError: see the function `write`.
+            ClientDisconnectedError: see the function `write`.
         """
         start = b"" if self.between_events else EVENT_END
         await self.write(start + b"data: " + error.body() + EVENT_END)
@@ -192,7 +192,7 @@ class EventReply:
         """Complete the stream.
 
         Raises:
-            ClientLeftError: see the function `write`.
+            ClientDisconnectedError: see the function `write`.
         """
         response = await self.begin()
         await finish(self._request, response, self._limits)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tunesmith.gateway.limits import Limits
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,64}")
-_KEY_MARK = "sk-"
+_SECRET_KEY_PREFIX = "sk-"  # noqa: S105 - not a key
 _ENCODINGS = frozenset({"", "identity", "gzip", "deflate"})
 
 
@@ -108,7 +108,7 @@ class RequestReader:
             ApiError: the body cannot be read or is not valid, or the key may not call the model.
             ConnectionError: the client closed its connection.
         """
-        share.grow(ANSWER_BYTES)
+        share.reserve(ANSWER_BYTES)
         body = parse(await read_body(request, share, self._limits), self._limits.max_sequences)
         model = self._resolve(body, key)
         events = None
@@ -128,9 +128,9 @@ class RequestReader:
 
 def request_id(request: web.BaseRequest) -> str:
     """Return the client's id of the request if it is valid in a log line and a header, otherwise a new id."""
-    given = request.headers.get("X-Request-Id", "")
-    if _REQUEST_ID.fullmatch(given) and _KEY_MARK not in given:
-        return given
+    requested = request.headers.get("X-Request-Id", "")
+    if _REQUEST_ID.fullmatch(requested) and _SECRET_KEY_PREFIX not in requested:
+        return requested
     return secrets.token_hex(8)
 
 
@@ -170,7 +170,7 @@ async def read_body(request: web.BaseRequest, share: Share, limits: Limits) -> b
         raise errors.body_too_large(limits.max_body_bytes)
     expectation = request.headers.get("Expect", "").lower()
     if expectation == "100-continue":
-        await _continue(request)
+        await _send_continue(request)
     elif expectation:
         raise errors.unknown_expectation()
     body = bytearray()
@@ -179,7 +179,7 @@ async def read_body(request: web.BaseRequest, share: Share, limits: Limits) -> b
             while chunk := await request.content.readany():
                 if len(body) + len(chunk) > limits.max_body_bytes:
                     raise errors.body_too_large(limits.max_body_bytes)
-                share.grow(len(chunk))
+                share.reserve(len(chunk))
                 body += chunk
     except TimeoutError:
         raise errors.body_too_slow(limits.body_seconds) from None
@@ -188,7 +188,7 @@ async def read_body(request: web.BaseRequest, share: Share, limits: Limits) -> b
     return body
 
 
-async def _continue(request: web.BaseRequest) -> None:
+async def _send_continue(request: web.BaseRequest) -> None:
     """Send 100 Continue: some clients, such as curl above 1 MiB, wait for it before they send the body."""
     await request.writer.write(b"HTTP/1.1 %d Continue\r\n\r\n" % HTTPStatus.CONTINUE)
     # The interim response does not count as the first bytes of the answer.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Self
 import aiohttp
 from aiohttp import web
 
+from tunesmith.gateway.backends import BackendTable
 from tunesmith.gateway.catalog import Catalog
 from tunesmith.gateway.connections import ClientServer
 from tunesmith.gateway.demand import Demand
@@ -18,7 +19,6 @@ from tunesmith.gateway.internal import internal_app
 from tunesmith.gateway.keys import KeyTable
 from tunesmith.gateway.metrics import Metrics
 from tunesmith.gateway.proxy import Proxy
-from tunesmith.gateway.residency import Residency
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,7 +43,7 @@ client has read it."""
 _READ_BYTES = 16 * 1024
 
 
-class TaskEndedError(Exception):
+class TaskStoppedError(Exception):
     """A task of the gateway stopped that must run as long as the process."""
 
 
@@ -61,7 +61,7 @@ class Gateway:
         loop = asyncio.get_running_loop()
         # Connections are unlimited, since the pods limit the load. Pods' answers are never compressed.
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_SECONDS, socket_factory=_socket),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_SECONDS, socket_factory=_engine_socket),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS),
             cookie_jar=aiohttp.DummyCookieJar(),
             skip_auto_headers=("Accept-Encoding", "User-Agent"),
@@ -71,7 +71,7 @@ class Gateway:
         self.keys = KeyTable()
         self.catalog = Catalog(settings.shared_namespaces)
         self.metrics = Metrics(self.demand, self.catalog.exists)
-        self.residency = Residency(
+        self.backends = BackendTable(
             self._session,
             gateway_keys,
             clock=loop.time,
@@ -84,14 +84,14 @@ class Gateway:
             settings.watch_namespaces,
             keys=self.keys,
             catalog=self.catalog,
-            changed=lambda: self.residency.sync(self.catalog.pods()),
+            changed=lambda: self.backends.sync(self.catalog.pods()),
         )
         self.proxy = Proxy(
             session=self._session,
             gateway_keys=gateway_keys,
             keys=self.keys,
             catalog=self.catalog,
-            residency=self.residency,
+            backends=self.backends,
             demand=self.demand,
             metrics=self.metrics,
             limits=settings,
@@ -126,7 +126,9 @@ class Gateway:
         await self._internal.setup()
         settings = self._settings
         await web.TCPSite(self._internal, settings.host or None, settings.internal_port).start()
-        await web.SockSite(self._clients, _listening(settings.host or None, settings.port), backlog=_BACKLOG).start()
+        await web.SockSite(
+            self._clients, _listening_socket(settings.host or None, settings.port), backlog=_BACKLOG
+        ).start()
         self._tasks = [
             asyncio.create_task(self.feed.run(), name="watches"),
             asyncio.create_task(self._server.sweep(), name="connections"),
@@ -144,7 +146,7 @@ class Gateway:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self.residency.close()
+        await self.backends.close()
         await self._session.close()
 
     @property
@@ -161,8 +163,8 @@ class Gateway:
         """Wait for `stop`.
 
         Raises:
-            TaskEndedError: a permanent task stopped. The process must exit, since for example deleted keys stay valid
-                without the watches.
+            TaskStoppedError: a permanent task stopped. The process must exit: without the watches, for example, deleted
+                keys stay valid.
         """
         stopped = asyncio.create_task(stop.wait())
         try:
@@ -172,7 +174,7 @@ class Gateway:
         for task in self._tasks:
             if task.done():
                 error = None if task.cancelled() else task.exception()
-                raise TaskEndedError(f"the task `{task.get_name()}` ended, the process restarts: {error!r}") from error
+                raise TaskStoppedError(f"the task `{task.get_name()}` stopped: {error!r}") from error
 
     async def linger(self) -> None:
         """Fail the readiness probe and keep serving until load balancers send no new connections."""
@@ -181,7 +183,7 @@ class Gateway:
 
     def _not_ready(self) -> str | None:
         if self.proxy.closing:
-            return "the gateway is about to end"
+            return "the gateway is shutting down"
         return self.feed.problem()
 
     def _request(
@@ -202,7 +204,7 @@ class Gateway:
         )
 
 
-def _listening(host: str | None, port: int) -> socket.socket:
+def _listening_socket(host: str | None, port: int) -> socket.socket:
     """Return the listening socket for clients, dual-stack if no host is given. Connections inherit its buffer sizes.
 
     Raises:
@@ -210,21 +212,21 @@ def _listening(host: str | None, port: int) -> socket.socket:
     """
     both = host is None and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both or ":" in (host or "") else socket.AF_INET
-    made = socket.create_server((host or "", port), family=family, backlog=_BACKLOG, dualstack_ipv6=both)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _CLIENT_BUFFER)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CLIENT_BUFFER)
-    return made
+    listener = socket.create_server((host or "", port), family=family, backlog=_BACKLOG, dualstack_ipv6=both)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _CLIENT_BUFFER)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CLIENT_BUFFER)
+    return listener
 
 
-def _socket(address: tuple[object, ...]) -> socket.socket:
+def _engine_socket(address: tuple[object, ...]) -> socket.socket:
     """Return a socket that detects within 20 s that the peer's machine is gone: answers may be silent for minutes."""
     family, type_, protocol = address[0], address[1], address[2]
-    made = socket.socket(family, type_, protocol)  # type: ignore[arg-type]
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _ENGINE_BUFFER)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CLIENT_BUFFER)
+    connection = socket.socket(family, type_, protocol)  # type: ignore[arg-type]
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _ENGINE_BUFFER)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CLIENT_BUFFER)
     if hasattr(socket, "TCP_KEEPIDLE"):
-        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5)
-        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
-        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
-    return made
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+    return connection

@@ -15,7 +15,7 @@ from tunesmith.settings import ClusterSettings
 
 GATEWAY_KEY_FILE = Path("/etc/tunesmith/gateway/key")
 _Port = Annotated[int, Field(ge=0, le=65535)]
-_POD = Internal("the Deployment's ports and probes name it")
+_POD = Internal("the Deployment's ports and probes refer to it")
 _POOLS = Internal("the same in all pool pods")
 
 
@@ -26,20 +26,20 @@ class GatewaySettings(Limits, ClusterSettings):
 
     program: ClassVar[str] = "tunesmith-gateway"
     description: ClassVar[str] = (
-        "Serve the OpenAI API in front of the ServingPools of a cluster: that of KUBECONFIG, or the pod's own."
+        "Serve the OpenAI API in front of the ServingPools of a cluster: the one of KUBECONFIG, or the pod's own."
     )
     example: ClassVar[str] = "--namespace tunesmith-system --gateway-key-file ./key --port 8000"
 
-    gateway_key_file: Annotated[Path, Internal("the Deployment mounts the Secret tunesmith-gateway-key there")] = (
-        GATEWAY_KEY_FILE
-    )
+    gateway_key_file: Annotated[
+        Path, Internal("the Deployment mounts the Secret tunesmith-gateway-key at this path")
+    ] = GATEWAY_KEY_FILE
     """File with the gateway's key and, during a rotation, the previous one."""
     host: Annotated[str, Internal("a pod listens on all its addresses")] = ""
     """Address to listen on; empty: all."""
     port: Annotated[_Port, _POD] = GATEWAY_PORT
-    """Port for clients; 0: any free one."""
+    """Port for clients; 0: any free port."""
     internal_port: Annotated[_Port, _POD] = GATEWAY_INTERNAL_PORT
-    """Port for demand, metrics and probes; 0: any free one."""
+    """Port for demand, metrics and probes; 0: any free port."""
     engine_port: Annotated[_Port, _POOLS] = ENGINE_PORT
     """Port of the engines."""
     agent_port: Annotated[_Port, _POOLS] = AGENT_PORT
@@ -55,5 +55,5 @@ class GatewaySettings(Limits, ClusterSettings):
         Field(ge=0, allow_inf_nan=False),
         ChartValue("gateway.drainSeconds", narrower={"type": "integer", "maximum": 86400}),
     ] = 600
-    """Seconds that running requests may take once new connections are refused; those that are left end with an
-    error."""
+    """Seconds that running requests may take once new connections are refused; the remaining ones are cut off
+    with an error."""

@@ -1,4 +1,4 @@
-"""Models that each pod holds, from the event streams of the pools' agents."""
+"""The pools' pods and the models that each of them holds, from the event streams of their agents."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ class Backend:
         self.pod = pod
         self.in_flight = 0
         self.suspect_until = 0.0
-        self.heard = float("-inf")
+        self.last_report_at = float("-inf")
         self.serving = False
         self.resident: set[str] = set()
-        place = (pod.pool.key[0], pod.pool.uid)
-        self.serving_tokens = Tokens(keys, lambda given: pod_tokens(serving_keys(given, *place), pod.uid))
-        events_tokens = Tokens(keys, lambda given: pod_tokens(events_keys(given, *place), pod.uid))
+        pool = (pod.pool.key[0], pod.pool.uid)
+        self.serving_tokens = Tokens(keys, lambda current: pod_tokens(serving_keys(current, *pool), pod.uid))
+        events_tokens = Tokens(keys, lambda current: pod_tokens(events_keys(current, *pool), pod.uid))
         self.events = Stream(f"pod {pod.name}", f"http://{host}:{agent_port}/v1/events", events_tokens)
         self._engine_url = URL(f"http://{host}:{engine_port}/")
 
@@ -57,7 +57,7 @@ class Backend:
         """Return the engine's URL for a path that starts with a slash."""
         return self._engine_url.with_path(path)
 
-    def take(self, reader: EventReader, change: PodChange, now: float) -> frozenset[str] | None:
+    def apply(self, reader: EventReader, change: PodChange, now: float) -> frozenset[str] | None:
         """Apply a line of the pod's stream.
 
         Returns:
@@ -65,8 +65,8 @@ class Backend:
         """
         header = reader.header
         serving = header.engine_ready and not (header.draining or header.problem or header.stalled)
-        changed = now - self.heard > STALE_AFTER_SECONDS or serving != self.serving
-        self.heard, self.serving = now, serving
+        changed = now - self.last_report_at > STALE_AFTER_SECONDS or serving != self.serving
+        self.last_report_at, self.serving = now, serving
         moved = set()
         for name in change.names:
             residency = reader.residency(name)
@@ -76,7 +76,7 @@ class Backend:
         self.resident ^= moved
         return frozenset(moved) if moved or changed else None
 
-    def forget_gone(self, reader: EventReader) -> frozenset[str]:
+    def remove_unlisted(self, reader: EventReader) -> frozenset[str]:
         """Remove and return the engine names that a new connection's snapshot does not list."""
         gone = frozenset(name for name in self.resident if reader.residency(name) is None)
         self.resident -= gone
@@ -84,10 +84,10 @@ class Backend:
 
     def usable(self, now: float) -> bool:
         """Return True if the pod can receive requests; reports that are too old do not count."""
-        return self.pod.ready and self.serving and now - self.heard <= STALE_AFTER_SECONDS
+        return self.pod.ready and self.serving and now - self.last_report_at <= STALE_AFTER_SECONDS
 
 
-class Residency:
+class BackendTable:
     """The pods of all pools.
 
     Args:
@@ -109,7 +109,7 @@ class Residency:
         self._keys = gateway_keys
         self._clock = clock
         self._ports = (engine_port, agent_port)
-        self._backends: dict[str, Backend] = {}
+        self._by_uid: dict[str, Backend] = {}
         self._streams: dict[str, asyncio.Task[None]] = {}
         self._by_pool: dict[PoolKey, dict[str, Backend]] = {}
         self._ranked: dict[tuple[PoolKey, str], tuple[Backend, ...]] = {}
@@ -119,16 +119,16 @@ class Residency:
         """Follow exactly these pods. Running requests on a removed pod continue."""
         wanted = {pod.uid: pod for pod in pods}
         changed = False
-        for uid in self._backends.keys() - wanted.keys():
+        for uid in self._by_uid.keys() - wanted.keys():
             self._forget(uid)
             changed = True
         for uid, pod in wanted.items():
-            backend = self._backends.get(uid)
+            backend = self._by_uid.get(uid)
             if backend is not None and (backend.pod.address, backend.pod.pool) != (pod.address, pod.pool):
                 self._forget(uid)
                 backend = None
             if backend is None:
-                backend = self._backends[uid] = Backend(pod, self._keys, *self._ports)
+                backend = self._by_uid[uid] = Backend(pod, self._keys, *self._ports)
                 self._by_pool.setdefault(pod.pool.key, {})[uid] = backend
                 self._streams[uid] = asyncio.create_task(self._follow(backend), name=f"events of {pod.name}")
                 self._forget_ranks(pod.pool.key)
@@ -136,10 +136,10 @@ class Residency:
             changed = changed or backend.pod != pod
             backend.pod = pod
         if changed:
-            self.changed.fire()
+            self.changed.notify()
 
     def _forget(self, uid: str) -> None:
-        pool = self._backends.pop(uid).pod.pool.key
+        pool = self._by_uid.pop(uid).pod.pool.key
         self._streams.pop(uid).cancel()
         del self._by_pool[pool][uid]
         if not self._by_pool[pool]:
@@ -157,7 +157,7 @@ class Residency:
             stream.cancel()
         await asyncio.gather(*streams, return_exceptions=True)
         self._streams.clear()
-        self._backends.clear()
+        self._by_uid.clear()
         self._by_pool.clear()
         self._ranked.clear()
 
@@ -209,15 +209,15 @@ class Residency:
         def opened() -> Callable[[bytes], None]:
             reader = EventReader()
 
-            def take(line: bytes) -> None:
+            def process(line: bytes) -> None:
                 change = reader.read(line)
-                gone = backend.forget_gone(reader) if change.snapshot else frozenset()
-                moved = backend.take(reader, change, self._clock())
+                gone = backend.remove_unlisted(reader) if change.snapshot else frozenset()
+                moved = backend.apply(reader, change, self._clock())
                 if moved is not None or gone:
                     for name in gone | (moved or frozenset()):
                         self._ranked.pop((backend.pod.pool.key, name), None)
-                    self.changed.fire()
+                    self.changed.notify()
 
-            return take
+            return process
 
         await follow(self._session, backend.events, opened)
