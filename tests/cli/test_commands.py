@@ -31,8 +31,8 @@ spec:
 """
 
 
-class Ended(NamedTuple):
-    """How a command ended."""
+class Exited(NamedTuple):
+    """Exit code and output of a command."""
 
     code: object
     stdout: str
@@ -40,27 +40,27 @@ class Ended(NamedTuple):
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
-    """Runs the program's entry point in this process, which saves seconds per case."""
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Exited]:
+    """Run the program's entry point in this process, which saves seconds per case."""
 
-    def run(*arguments: str | Path, **environment: str) -> Ended:
+    def run(*arguments: str | Path, **environment: str) -> Exited:
         for name in VARIABLES:
             monkeypatch.delenv(name, raising=False)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(sys, "argv", ["tunesmith", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exited:
             main()
-        return Ended(ended.value.code or 0, *capsys.readouterr())
+        return Exited(exited.value.code or 0, *capsys.readouterr())
 
     return run
 
 
-def test_no_credential_of_the_environment_is_in_an_error(command: Callable[..., Ended]) -> None:
+def test_no_credential_of_the_environment_is_in_an_error(command: Callable[..., Exited]) -> None:
     secret = "aSecretThatNobodyMaySee"
-    ended = command("models", KUBECONFIG=f"/nowhere/{secret}", AWS_SECRET_ACCESS_KEY=secret)
-    assert "there is no kubeconfig at /nowhere/***" in ended.stderr
-    assert secret not in ended.stderr + ended.stdout
+    exited = command("models", KUBECONFIG=f"/nowhere/{secret}", AWS_SECRET_ACCESS_KEY=secret)
+    assert "there is no kubeconfig at /nowhere/***" in exited.stderr
+    assert secret not in exited.stderr + exited.stdout
 
 
 def tunesmith(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -102,7 +102,7 @@ def verbs(group: Any = None, path: tuple[str, ...] = ()) -> list[str]:
 
 
 @pytest.mark.parametrize("name", verbs())
-def test_every_command_has_help_with_an_example(command: Callable[..., Ended], name: str) -> None:
+def test_every_command_has_help_with_an_example(command: Callable[..., Exited], name: str) -> None:
     done = command(*name.split(), "--help")
     assert done.code == 0
     assert "Example:" in done.stdout
@@ -110,7 +110,7 @@ def test_every_command_has_help_with_an_example(command: Callable[..., Ended], n
 
 
 @pytest.mark.parametrize("code", ["0", "2", "3", "143"])
-def test_run_is_the_trainer_with_its_exit_code(trainer: Path, manifest: Path, code: str) -> None:
+def test_run_executes_the_trainer_and_returns_its_exit_code(trainer: Path, manifest: Path, code: str) -> None:
     done = tunesmith(
         "run", "-f", manifest, "--output", "out", "-o", "json", TUNESMITH_TRAINER=str(trainer), EXIT_WITH=code
     )
@@ -120,7 +120,7 @@ def test_run_is_the_trainer_with_its_exit_code(trainer: Path, manifest: Path, co
     ]
 
 
-def test_run_allows_the_code_of_tasks_where_the_person_does(trainer: Path, manifest: Path) -> None:
+def test_run_passes_allow_task_code_to_the_trainer(trainer: Path, manifest: Path) -> None:
     asked = ("run", "-f", manifest, "--output", "out")
     for given in ((), ("--allow-task-code",)):
         done = tunesmith(*asked, *given, TUNESMITH_TRAINER=str(trainer))
@@ -136,14 +136,14 @@ def test_run_finds_the_trainer_on_the_path(trainer: Path, manifest: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "environment", "code", "sentence"),
     [
-        (("run", "-f", "absent.yaml", "--output", "out"), {}, 2, "there is no file absent.yaml"),
+        (("run", "-f", "absent.yaml", "--output", "out"), {}, 2, "the file absent.yaml does not exist"),
         (
             ("run", "-f", "JOB", "--output", "out"),
             {"TUNESMITH_TRAINER": "/nowhere"},
             1,
-            "$TUNESMITH_TRAINER is /nowhere, which is not a program",
+            "$TUNESMITH_TRAINER is /nowhere, which is not an executable",
         ),
-        (("submit", "-f", "absent.yaml"), {}, 2, "there is no file absent.yaml"),
+        (("submit", "-f", "absent.yaml"), {}, 2, "the file absent.yaml does not exist"),
         (("submit", "-f", "BAD"), {}, 2, "method needs exactly one of lora, qlora, adaLora"),
         (("submit", "-f", "LOCAL"), {}, 2, "file:// works only in a local run"),
         (("submit", "-f", "JOB"), {"KUBECONFIG": "/nowhere"}, 2, "there is no kubeconfig at /nowhere"),
@@ -151,7 +151,7 @@ def test_run_finds_the_trainer_on_the_path(trainer: Path, manifest: Path) -> Non
         (("keys", "create", "No Name"), {}, 2, "cannot be the name of a key"),
         (("keys", "create", "a", "-n", "Team"), {}, 2, "cannot be a namespace"),
         (("keys", "list"), {"KUBECONFIG": "/nowhere"}, 2, "there is no kubeconfig at /nowhere"),
-        (("compare", "one"), {}, 2, "give two jobs or more"),
+        (("compare", "one"), {}, 2, "name two or more jobs"),
         (("deploy", "a", "--pool", "a/b/c"), {}, 2, "--pool a/b/c is not a pool: write NAMESPACE/NAME, or NAME"),
         (("get", "thing", "a"), {}, 2, "'thing' is not a kind of resource: use job, adapter or pool"),
         (("wait", "job", "a", "--timeout", "soon"), {}, 2, "--timeout soon is not a duration: write seconds, minutes"),
@@ -166,8 +166,8 @@ def test_run_finds_the_trainer_on_the_path(trainer: Path, manifest: Path) -> Non
         ),
     ],
 )
-def test_each_mistake_is_one_sentence(
-    command: Callable[..., Ended],
+def test_each_user_error_is_one_line(
+    command: Callable[..., Exited],
     tmp_path: Path,
     manifest: Path,
     arguments: tuple[str, ...],
@@ -192,17 +192,17 @@ def test_each_mistake_is_one_sentence(
     assert done.stdout == ""
 
 
-def test_an_unexpected_failure_is_a_sentence_and_with_a_variable_a_traceback(
-    command: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_an_unexpected_error_is_one_line_or_a_traceback_on_request(
+    command: Callable[..., Exited], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def break_down(*_: object) -> None:
         raise RuntimeError("the disk is full")
 
     monkeypatch.setattr("tunesmith.cli.submit.read", break_down)
-    ended = command("submit", "-f", tmp_path / "job.yaml")
-    assert ended.code == 1
-    assert ended.stderr == (
-        "error: RuntimeError: the disk is full (a fault of tunesmith: TUNESMITH_TRACEBACK=1 shows where)\n"
+    exited = command("submit", "-f", tmp_path / "job.yaml")
+    assert exited.code == 1
+    assert exited.stderr == (
+        "error: RuntimeError: the disk is full (a bug in tunesmith: set TUNESMITH_TRACEBACK=1 for the traceback)\n"
     )
     monkeypatch.setattr(sys, "argv", ["tunesmith", "submit", "-f", "job.yaml"])
     monkeypatch.setenv("TUNESMITH_TRACEBACK", "1")
@@ -224,5 +224,5 @@ def test_a_shell_can_complete(words: str, offered: set[str]) -> None:
     assert set(done.stdout.split()) == offered
 
 
-def test_the_version_is_that_of_the_package() -> None:
+def test_the_version_is_the_packages() -> None:
     assert tunesmith("--version").stdout.strip() == version("tunesmith")

@@ -75,6 +75,6 @@ def test_only_fields_that_differ_are_shown_with_their_paths() -> None:
     ],
     ids=["same rows", "more rows, same held-out ones", "other held-out rows", "no loss"],
 )
-def test_the_lowest_loss_is_named_where_losses_can_be_compared(jobs: list[FineTuneJob], name: str | None) -> None:
+def test_the_lowest_loss_is_shown_if_losses_can_be_compared(jobs: list[FineTuneJob], name: str | None) -> None:
     found = best(jobs)
     assert (found.metadata.name if found else None) == name

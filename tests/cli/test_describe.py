@@ -85,7 +85,7 @@ SERVING = {
             "tunesmith artifact download sail -n team",
         ),
         (job(**FAILED), "OutOfMemory: no memory", "tunesmith logs sail -n team"),
-        (adapter(), "the operator has not seen it yet", "tunesmith wait adapter sail -n team"),
+        (adapter(), "the operator has not processed it yet", "tunesmith wait adapter sail -n team"),
         (
             adapter(conditions=[condition("Resolved", "False", "PoolNotFound", "waits for pool x")]),
             "waits for pool x",
@@ -144,17 +144,17 @@ def test_waiting_is_over_once_the_newest_spec_is_served(
         ),
     ],
 )
-def test_waiting_ends_where_nothing_but_a_change_helps(status: dict[str, Any], sentence: str) -> None:
+def test_waiting_stops_if_only_a_change_of_the_spec_helps(status: dict[str, Any], sentence: str) -> None:
     assert final_failure(adapter(**status)) == sentence
     assert final_failure(adapter(**{**status, "observedGeneration": 1})) is None
 
 
 @pytest.mark.parametrize("word", ["job", "jobs", "ftj", "FineTuneJob", "finetunejobs"])
-def test_a_kind_has_every_name_that_people_type(word: str) -> None:
+def test_a_kind_is_found_by_all_its_names(word: str) -> None:
     assert parse_kind(word) is Kind.JOB
 
 
-def test_a_resource_of_another_release_is_a_sentence() -> None:
+def test_a_resource_of_another_release_is_an_error_message() -> None:
     document = {"metadata": {"name": "a", "namespace": "team"}, "spec": {"later": 1}}
     with pytest.raises(CliError, match=r"ServingPool team/a does not fit this release of tunesmith: spec.modelName"):
         parse(Kind.POOL, document)
@@ -168,5 +168,5 @@ def test_an_age_is_written_as_kubectl_does(seconds: int, text: str) -> None:
     assert age(None, NOW) == "?"
 
 
-def test_a_pool_that_is_available_waits_for_nothing() -> None:
+def test_an_available_pool_is_not_waiting() -> None:
     assert waiting(pool(conditions=[condition("Available", "True", "PodsReady")])) == ""

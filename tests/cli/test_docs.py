@@ -31,7 +31,7 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize("command", SHOWN)
-def test_a_command_in_the_documentation_can_be_given(command: str) -> None:
+def test_commands_in_the_documentation_are_valid(command: str) -> None:
     found = typer.main.get_command(app)
     context = typer.Context(found, info_name="tunesmith")
     arguments = shlex.split(command, comments=True)
@@ -46,15 +46,15 @@ def test_a_command_in_the_documentation_can_be_given(command: str) -> None:
     found.make_context(str(found.name), arguments)  # raises where an option or an argument is not one of its own
 
 
-def test_a_command_that_does_not_exist_is_found() -> None:
+def test_an_unknown_command_is_detected() -> None:
     with pytest.raises(Exception, match="No such option: --no-such-option"):
-        test_a_command_in_the_documentation_can_be_given("submit -f job.yaml --no-such-option")
+        test_commands_in_the_documentation_are_valid("submit -f job.yaml --no-such-option")
     with pytest.raises(AssertionError, match="no-such-verb"):
-        test_a_command_in_the_documentation_can_be_given("no-such-verb")
+        test_commands_in_the_documentation_are_valid("no-such-verb")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_a_shell_block_holds_commands_and_no_output(page: Path) -> None:
+def test_shell_blocks_contain_commands_and_no_output(page: Path) -> None:
     """Output beside commands is in `console` blocks, whose commands have a prompt: what is in `sh` can be pasted."""
     first = [command.split()[0] for block in blocks(page) for command in commands(block)]
     others = [word for word in first if "=" not in word and word.rpartition("/")[2] not in PROGRAMS]

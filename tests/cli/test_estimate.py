@@ -40,10 +40,10 @@ MALFORMED = {"outcome": "Failed", "reason": "DatasetInvalid", "message": "line 3
 
 @pytest.fixture
 def estimate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Estimate:
-    """Runs the command with a trainer that writes its arguments down and reports what it is told to."""
-    trainer, said, manifest = tmp_path / "trainer", tmp_path / "arguments", tmp_path / "job.yaml"
+    """Run the command with a trainer that records its arguments and writes the given report."""
+    trainer, recorded, manifest = tmp_path / "trainer", tmp_path / "arguments", tmp_path / "job.yaml"
     trainer.write_text(f"""#!/bin/sh
-printf '%s\\n' "$@" > {said}
+printf '%s\\n' "$@" > {recorded}
 while [ "$1" != --termination-message ]; do shift; done
 [ -z "$REPORT" ] || printf '%s' "$REPORT" > "$2"
 """)
@@ -54,16 +54,16 @@ while [ "$1" != --termination-message ]; do shift; done
     def run(report: object, *arguments: str) -> tuple[int, str, str, list[str]]:
         monkeypatch.setenv("REPORT", json.dumps(report) if report is not None else "")
         monkeypatch.setattr(sys, "argv", ["tunesmith", "estimate", "-f", str(manifest), *arguments])
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exited:
             main()
         printed = capsys.readouterr()
-        code = ended.value.code
-        return int(code or 0), printed.out, printed.err, said.read_text().split("\n") if said.exists() else []
+        code = exited.value.code
+        return int(code or 0), printed.out, printed.err, recorded.read_text().split("\n") if recorded.exists() else []
 
     return run
 
 
-def test_the_answer_as_text(estimate: Estimate) -> None:
+def test_the_estimate_as_text(estimate: Estimate) -> None:
     code, out, err, arguments = estimate(SUCCEEDED, "--gpu-memory", "80GiB")
     assert (code, err) == (0, "")
     assert arguments[arguments.index("--gpu-memory-bytes") + 1] == str(80 * 2**30)
@@ -82,7 +82,7 @@ def test_the_answer_as_text(estimate: Estimate) -> None:
         assert f"{line}\n" in out
 
 
-def test_the_answer_as_json(estimate: Estimate) -> None:
+def test_the_estimate_as_json(estimate: Estimate) -> None:
     code, out, _, arguments = estimate(SUCCEEDED, "-o", "json")
     assert code == 0
     assert json.loads(out)["preflight"] == PREFLIGHT | {"verdict": "Fits"}
@@ -97,23 +97,23 @@ def test_a_job_that_will_not_fit(estimate: Estimate) -> None:
 
 
 @pytest.mark.parametrize(
-    ("report", "arguments", "code", "said"),
+    ("report", "arguments", "code", "message"),
     [
         (MALFORMED, (), 2, "DatasetInvalid: line 3 is not JSON"),
         (MALFORMED | {"retryable": True}, (), 3, "DatasetInvalid: line 3 is not JSON"),
-        (None, (), 1, "ended with 0 and no result"),
-        (SUCCEEDED, ("--gpu-memory", "lots"), 2, "--gpu-memory lots is no size: write it as 80GiB or 24GB"),
+        (None, (), 1, "exited with code 0 and without a result"),
+        (SUCCEEDED, ("--gpu-memory", "lots"), 2, "--gpu-memory lots is not a size: write it as 80GiB or 24GB"),
         (SUCCEEDED, ("--gpu-memory", "80"), 2, "--gpu-memory 80 is 80 bytes: write the unit, as in 80GiB"),
-        (SUCCEEDED, ("-f", "absent.yaml"), 2, "there is no file absent.yaml"),
+        (SUCCEEDED, ("-f", "absent.yaml"), 2, "the file absent.yaml does not exist"),
     ],
 )
-def test_what_goes_wrong_is_told(
+def test_failures_are_reported(
     estimate: Estimate,
     report: object,
     arguments: tuple[str, ...],
     code: int,
-    said: str,
+    message: str,
 ) -> None:
-    ended, out, err, _ = estimate(report, *arguments)
-    assert (ended, out) == (code, "")
-    assert said in err
+    exit_code, out, err, _ = estimate(report, *arguments)
+    assert (exit_code, out) == (code, "")
+    assert message in err

@@ -1,4 +1,4 @@
-"""What `tunesmith gc` would remove, and what it must never remove, decided from listings."""
+"""Decisions of `tunesmith gc` about removable and kept files, from listings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from tunesmith.cli.duration import duration
 from tunesmith.cli.errors import CliError, Exit
-from tunesmith.cli.garbage import Folder, Resources, StoredFile, folders, left, leftovers
+from tunesmith.cli.garbage import JobFolder, Resources, StoredFile, folders, leftovers, unneeded
 from tunesmith.cli.gc import _remove
 from tunesmith.cli.store import Store
 from tunesmith.contracts.location import TEMPORARY_FOLDER
@@ -34,7 +34,7 @@ FILES = [
 ]
 EVENTS = ["tensorboard/events.out.tfevents.1"]
 DAY = timedelta(days=1)
-TOO_YOUNG = "it was written to too short a time ago: see --older-than"
+TOO_YOUNG = "it was written more recently than --older-than allows"
 PUBLISHED = "it is a published artifact: --artifacts removes it too"
 
 
@@ -46,7 +46,7 @@ def resource(kind: str, uid: str = UID, name: str = "tone", **parts: Any) -> dic
     return {"kind": kind, "metadata": {"namespace": "team", "name": name, "uid": uid}, **parts}
 
 
-def judged(
+def decisions(
     *,
     files: list[StoredFile] | None = None,
     jobs: list[dict[str, Any]] | None = None,
@@ -55,20 +55,20 @@ def judged(
     artifacts: bool = True,
     older_than: timedelta = DAY,
 ) -> dict[str, str | None]:
-    """By part, why it is kept; None: it goes."""
+    """Return the reason for keeping each part; None if it is removable."""
     seen = Resources(cluster="here", jobs=jobs or [], others=others or [])
-    found = left(folders(stored(FILES) if files is None else files), seen)
+    found = unneeded(folders(stored(FILES) if files is None else files), seen)
     owners = {folder.path: owner for folder in found}
     parts = leftovers(found, owners, seen, STORE, now=NOW, older_than=older_than, artifacts=artifacts)
     return {part.part: part.kept for part in parts}
 
 
-def test_everything_of_a_deleted_job_goes() -> None:
-    assert judged() == {"tmp": None, "artifact": None}
+def test_all_files_of_a_deleted_job_are_removable() -> None:
+    assert decisions() == {"tmp": None, "artifact": None}
 
 
-def test_published_artifacts_go_only_where_that_is_asked_for() -> None:
-    assert judged(artifacts=False) == {"tmp": None, "artifact": PUBLISHED}
+def test_published_artifacts_are_removable_only_on_request() -> None:
+    assert decisions(artifacts=False) == {"tmp": None, "artifact": PUBLISHED}
 
 
 @pytest.mark.parametrize(
@@ -82,20 +82,20 @@ def test_published_artifacts_go_only_where_that_is_asked_for() -> None:
     ],
     ids=["new", "running", "suspended", "failed", "not complete"],
 )
-def test_nothing_of_a_job_that_is_there_goes(status: dict[str, Any]) -> None:
-    assert judged(jobs=[resource("FineTuneJob", status=status)]) == {}
+def test_files_of_an_incomplete_job_are_kept(status: dict[str, Any]) -> None:
+    assert decisions(jobs=[resource("FineTuneJob", status=status)]) == {}
 
 
-def test_of_a_complete_job_only_what_it_needed_until_then_goes() -> None:
+def test_only_temporary_files_of_a_complete_job_are_removable() -> None:
     complete = {
         "conditions": [{"type": "Complete", "status": "True"}],
         "artifact": {"uri": f"{STORE}/{FOLDER}/artifact"},
     }
-    assert judged(jobs=[resource("FineTuneJob", status=complete)], owner=None) == {"tmp": None}
+    assert decisions(jobs=[resource("FineTuneJob", status=complete)], owner=None) == {"tmp": None}
 
 
 def test_a_new_job_of_that_name_does_not_keep_the_old_ones_folder() -> None:
-    assert judged(jobs=[resource("FineTuneJob", OTHER_UID)]) == {"tmp": None, "artifact": None}
+    assert decisions(jobs=[resource("FineTuneJob", OTHER_UID)]) == {"tmp": None, "artifact": None}
 
 
 @pytest.mark.parametrize(
@@ -127,46 +127,46 @@ def test_a_new_job_of_that_name_does_not_keep_the_old_ones_folder() -> None:
     ],
     ids=["a revision", "a pool's base", "a job's base", "a job's data"],
 )
-def test_what_a_resource_names_anywhere_stays(user: dict[str, Any], what: str) -> None:
+def test_files_that_a_resource_refers_to_are_kept(user: dict[str, Any], what: str) -> None:
     jobs, others = ([user], []) if user["kind"] == "FineTuneJob" else ([], [user])
-    assert judged(jobs=jobs, others=others)["artifact"] == what
+    assert decisions(jobs=jobs, others=others)["artifact"] == what
 
 
-def test_the_checkpoints_of_a_deleted_job_whose_adapter_serves_go() -> None:
+def test_checkpoints_of_a_deleted_job_are_removable_while_its_adapter_serves() -> None:
     serving = {"revisions": [{"uri": f"{STORE}/{FOLDER}/artifact"}]}
-    assert judged(others=[resource("AdapterDeployment", OTHER_UID, "bot", status=serving)])["tmp"] is None
+    assert decisions(others=[resource("AdapterDeployment", OTHER_UID, "bot", status=serving)])["tmp"] is None
 
 
-def test_a_merged_model_that_was_never_published_with_its_adapter_stays_where_a_pool_serves_it() -> None:
+def test_an_unpublished_merged_model_is_kept_while_a_pool_serves_it() -> None:
     files = stored([*EVENTS, *FILES[2:]])
-    assert judged(files=files, artifacts=False) == {"tmp": None, "unpublished": None}
+    assert decisions(files=files, artifacts=False) == {"tmp": None, "unpublished": None}
     user = resource("ServingPool", OTHER_UID, "big", spec={"baseModel": {"uri": f"{STORE}/{FOLDER}/merged"}})
     kept = {"tmp": None, "unpublished": "ServingPool team/big uses it"}
-    assert judged(files=files, artifacts=False, others=[user]) == kept
+    assert decisions(files=files, artifacts=False, others=[user]) == kept
 
 
-def test_the_name_of_a_neighbour_is_no_use() -> None:
+def test_a_uri_with_the_same_prefix_is_not_a_reference() -> None:
     user = resource("ServingPool", OTHER_UID, spec={"baseModel": {"uri": f"{STORE}/{FOLDER}/artifact-2"}})
-    assert judged(others=[user]) == {"tmp": None, "artifact": None}
+    assert decisions(others=[user]) == {"tmp": None, "artifact": None}
 
 
 @pytest.mark.parametrize(
     ("owner", "why"),
     [
-        (None, "it has no owner.json, so whose it is is not known"),
+        (None, "it has no owner.json, so its owner is unknown"),
         (OURS.model_copy(update={"cluster": "elsewhere"}), "it belongs to another cluster"),
-        (OURS.model_copy(update={"uid": OTHER_UID}), "its owner.json is that of another FineTuneJob"),
+        (OURS.model_copy(update={"uid": OTHER_UID}), "its owner.json names another FineTuneJob"),
     ],
-    ids=["nobody's", "another cluster's", "a copy"],
+    ids=["without an owner", "another cluster's", "a copy"],
 )
-def test_what_is_not_surely_this_clusters_stays(owner: Owner | None, why: str) -> None:
-    assert judged(owner=owner) == {"tmp": why, "artifact": why}
+def test_folders_without_proof_of_ownership_are_kept(owner: Owner | None, why: str) -> None:
+    assert decisions(owner=owner) == {"tmp": why, "artifact": why}
 
 
-def test_what_was_written_to_recently_stays_as_a_whole() -> None:
+def test_a_folder_that_was_written_recently_is_kept_whole() -> None:
     old, new = stored(FILES[:-1]), stored(FILES[-1:], age=timedelta(minutes=5))
-    assert judged(files=old + new) == {"tmp": TOO_YOUNG, "artifact": TOO_YOUNG}
-    assert judged(files=old + new, older_than=timedelta(minutes=4)) == {"tmp": None, "artifact": None}
+    assert decisions(files=old + new) == {"tmp": TOO_YOUNG, "artifact": TOO_YOUNG}
+    assert decisions(files=old + new, older_than=timedelta(minutes=4)) == {"tmp": None, "artifact": None}
 
 
 @pytest.mark.parametrize(
@@ -179,13 +179,13 @@ def test_what_was_written_to_recently_stays_as_a_whole() -> None:
         f"team/tone-{UID[:-1]}/artifact/a",
     ],
 )
-def test_other_files_of_the_store_are_left_alone(path: str) -> None:
+def test_other_files_of_the_store_are_ignored(path: str) -> None:
     assert folders([StoredFile(path, 1, NOW - 2 * DAY)]) == []
 
 
-def test_names_with_hyphens_are_read_right() -> None:
+def test_job_names_with_hyphens_are_parsed() -> None:
     assert folders(stored(["tmp/a"], f"team/a-b-0f0e-{UID}")) == [
-        Folder("team", "a-b-0f0e", UID, tuple(stored(["tmp/a"], f"team/a-b-0f0e-{UID}")))
+        JobFolder("team", "a-b-0f0e", UID, tuple(stored(["tmp/a"], f"team/a-b-0f0e-{UID}")))
     ]
 
 
@@ -210,7 +210,7 @@ def test_names_with_hyphens_are_read_right() -> None:
         "events of what was published",
     ],
 )
-def test_an_artifact_loses_its_manifest_first_and_a_folder_its_owner_last(
+def test_the_manifest_is_removed_first_and_the_owner_last(
     names: list[str],
     artifacts: bool,  # noqa: FBT001 - a parameter of the cases
     expected: dict[str, list[str]],
@@ -229,27 +229,27 @@ def test_an_artifact_loses_its_manifest_first_and_a_folder_its_owner_last(
         f"s3://tunesmith/store/./{FOLDER}/artifact",
     ],
 )
-def test_what_a_resource_names_in_another_spelling_stays(uri: str) -> None:
+def test_files_referred_to_in_another_spelling_are_kept(uri: str) -> None:
     user = resource("AdapterDeployment", OTHER_UID, "bot", status={"revisions": [{"uri": uri}]})
-    assert judged(others=[user]) == {"tmp": None, "artifact": "AdapterDeployment team/bot uses it"}
+    assert decisions(others=[user]) == {"tmp": None, "artifact": "AdapterDeployment team/bot uses it"}
 
 
 @pytest.mark.parametrize(
     "uri", [STORE, f"{STORE}//", "S3://tunesmith/store", "s3://tunesmith//store", "s3://tunesmith/./store/"]
 )
-def test_a_store_has_one_spelling(uri: str) -> None:
+def test_uris_of_a_store_are_normalised(uri: str) -> None:
     assert Store(uri, ONE_TRY).uri == STORE
 
 
 @pytest.mark.parametrize("uri", [f"{STORE}?region=x", f"{STORE}#1", "s3://tunesmith/a/../store", "s3://tunesmith?x"])
 def test_a_store_with_more_than_bucket_and_folder_is_refused(uri: str) -> None:
-    with pytest.raises(CliError, match="write bucket and folder alone") as raised:
+    with pytest.raises(CliError, match="write only bucket and folder") as raised:
         Store(uri, ONE_TRY)
     assert raised.value.code == Exit.USAGE
 
 
 class Failing(Store):
-    """A store that does not remove what lies in one of its folders."""
+    """A store that cannot remove the files of one folder."""
 
     def __init__(self, folder: str) -> None:
         super().__init__(STORE, ONE_TRY)
@@ -263,8 +263,8 @@ class Failing(Store):
             self.removed.append(path)
 
 
-def test_a_folder_keeps_its_owner_where_a_part_of_it_could_not_be_removed() -> None:
-    """Without the owner what stayed would belong to nobody, and no later run would remove it."""
+def test_a_folder_keeps_its_owner_if_a_part_of_it_cannot_be_removed() -> None:
+    """Without the owner no later run would remove the remaining files."""
     seen = Resources(cluster="here", jobs=[], others=[])
     neighbour = f"team/zebra-{OTHER_UID}"
     found = folders(stored(FILES) + stored(FILES, neighbour))
@@ -275,7 +275,9 @@ def test_a_folder_keeps_its_owner_where_a_part_of_it_could_not_be_removed() -> N
     assert sorted(store.removed) == sorted(f"{neighbour}/{name}" for name in FILES)
     assert failed == {
         f"{STORE}/{FOLDER}/{TEMPORARY_FOLDER}": f"cannot remove {FOLDER}/{FILES[-1]}",
-        f"{STORE}/{FOLDER}": "another part of its folder was not, and owner.json goes last: run this again",
+        f"{STORE}/{FOLDER}": (
+            "another part of its folder was not, and owner.json must be removed last: run the command again"
+        ),
     }
 
 

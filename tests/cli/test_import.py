@@ -34,7 +34,7 @@ CONFIG: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    ("change", "arguments", "code", "said"),
+    ("change", "arguments", "code", "message"),
     [
         ({}, (), 0, ""),
         ({"layers_to_transform": [1, 2]}, (), 0, "layers_to_transform: [1, 2] has no counterpart"),
@@ -59,16 +59,16 @@ def test_import_peft(
     change: dict[str, Any],
     arguments: tuple[str, ...],
     code: int,
-    said: str,
+    message: str,
 ) -> None:
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(CONFIG | change))
     monkeypatch.setattr(sys, "argv", ["tunesmith", "import", "peft", str(file), "--data", "s3://b/t.jsonl", *arguments])
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exited:
         main()
     printed = capsys.readouterr()
-    assert (ended.value.code or 0) == code
-    assert said in printed.err
+    assert (exited.value.code or 0) == code
+    assert message in printed.err
     if code == 0:
         job = parse_manifest(printed.out)
         assert job.spec.base_model.uri == "hf://org/base"
@@ -162,10 +162,10 @@ def imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         file.write_text(json.dumps({"base_model_name_or_path": "org/base", "inference_mode": True} | config))
         command = ["tunesmith", "import", "peft", str(file), "--data", "s3://b/t.jsonl", *arguments]
         monkeypatch.setattr(sys, "argv", command)
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exited:
             main()
         printed = capsys.readouterr()
-        return int(ended.value.code or 0), printed.out, printed.err
+        return int(exited.value.code or 0), printed.out, printed.err
 
     return run
 
@@ -218,47 +218,47 @@ def test_every_field_of_every_method_is_imported_from_pefts_key(name: str) -> No
         config[peft.key] = peft.peft_value(fields[aliases[attribute]])
     found = adapter_of(config)
     assert found.method == {name: fields}
-    assert found.lost == {}
+    assert found.omitted == {}
 
 
 @pytest.mark.parametrize(
-    ("change", "code", "told"),
+    ("change", "code", "message"),
     [
         (
             {"init_lora_weights": "pissa_niter_4"},
             0,
-            "init_lora_weights: initialization FastPiSSA has Tunesmith's own number of iterations\n",
+            "init_lora_weights: initialization FastPiSSA uses Tunesmith's number of iterations\n",
         ),
         (
             {"init_lora_weights": "loftq"},
             0,
-            "init_lora_weights: method.qlora holds the base in 4 bits, and LoftQ makes up for what they lose in one it",
+            "init_lora_weights: method.qlora holds the base in 4 bits, and LoftQ compensates for the quant",
         ),
         ({"init_lora_weights": "mica"}, 0, ""),
         ({"init_lora_weights": "mica", "use_dora": True}, 1, "dora goes with initialization Default, Gaussian"),
         (
             {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 8}},
             0,
-            '{"loftq_bits": 8} has no counterpart and is left out: method.qlora holds the base in 4 bits, not in 8\n',
+            '{"loftq_bits": 8} has no counterpart and is omitted: method.qlora holds the base in 4 bits, not in 8\n',
         ),
         (
             {"peft_type": "IA3", "init_ia3_weights": False},
             0,
-            "init_ia3_weights: false has no counterpart and is left out: a new adapter changes nothing here, it does",
+            "init_ia3_weights: false has no counterpart and is omitted: a new adapter starts without an effect",
         ),
         (
             {"peft_type": "ADALORA", "init_lora_weights": "gaussian"},
             0,
-            'init_lora_weights: "gaussian" has no counterpart and is left out\n',
+            'init_lora_weights: "gaussian" has no counterpart and is omitted\n',
         ),
-        ({"init_lora_weights": "of my own"}, 0, 'init_lora_weights: "of my own" has no counterpart and is left out\n'),
+        ({"init_lora_weights": "of my own"}, 0, 'init_lora_weights: "of my own" has no counterpart and is omitted\n'),
     ],
 )
-def test_beginnings_of_an_adapter(imported: Import, change: dict[str, Any], code: int, told: str) -> None:
-    ended, out, err = imported({"peft_type": "LORA"} | change)
-    assert ended == code
-    assert told in err
-    assert bool(err) == bool(told)
+def test_initializations_of_an_adapter(imported: Import, change: dict[str, Any], code: int, message: str) -> None:
+    exit_code, out, err = imported({"peft_type": "LORA"} | change)
+    assert exit_code == code
+    assert message in err
+    assert bool(err) == bool(message)
     assert bool(out) == (code == 0)
 
 
@@ -276,4 +276,7 @@ def test_a_folder_has_no_revision(imported: Import) -> None:
     assert code == 0
     base = parse_manifest(out).spec.base_model
     assert (base.uri, base.revision) == ("file:///models/mine", None)
-    assert 'revision: "v2" has no counterpart and is left out: a folder has none; name an hf:// model in' in err
+    assert (
+        'revision: "v2" has no counterpart and is omitted: a folder has no revisions; set baseModel.uri to an hf://'
+        in err
+    )

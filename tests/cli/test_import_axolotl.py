@@ -31,7 +31,7 @@ class Kind:
 
     text: str
     spec: dict[str, Any]
-    lost: frozenset[str] = frozenset()
+    omitted: frozenset[str] = frozenset()
     changed: frozenset[str] = frozenset()
 
 
@@ -96,7 +96,7 @@ KINDS = {
             },
             "evaluation": {"everySteps": 25},
         },
-        lost=frozenset({"special_tokens", "evals_per_epoch"}),
+        omitted=frozenset({"special_tokens", "evals_per_epoch"}),
         changed=frozenset({"datasets[0].type"}),
     ),
     "llama-3/instruct-lora-8b.yml": Kind(
@@ -135,7 +135,7 @@ KINDS = {
             "method": {"lora": {"rank": 32, "alpha": 16, "targetModules": ["all-linear"]}},
             "hyperparameters": {"epochs": 4.0, "batchSize": 8, "optimizer": "AdamW", "warmupRatio": 0.03},
         },
-        lost=frozenset({"load_in_8bit", "chat_template", "warmup_steps"}),
+        omitted=frozenset({"load_in_8bit", "chat_template", "warmup_steps"}),
     ),
     "gemma3/gemma-3-1b-qlora.yml": Kind(
         """
@@ -168,7 +168,7 @@ KINDS = {
             },
             "hyperparameters": {"batchSize": 4, "microBatchSize": 1},
         },
-        lost=frozenset({"chat_template", "eot_tokens", "unfrozen_parameters"}),
+        omitted=frozenset({"chat_template", "eot_tokens", "unfrozen_parameters"}),
     ),
     "gemma3/gemma-3-4b-vision-qlora.yml": Kind(
         """
@@ -193,7 +193,7 @@ KINDS = {
             },
             "method": {"qlora": {"rank": 32}},
         },
-        lost=frozenset({"processor_type", "lora_target_modules"}),
+        omitted=frozenset({"processor_type", "lora_target_modules"}),
         changed=frozenset({"datasets[0].split"}),
     ),
     "llama-3/qlora-fsdp-70b.yaml": Kind(
@@ -215,7 +215,7 @@ KINDS = {
         fsdp_config: {fsdp_offload_params: true}
         """,
         {"dataset": {"maxLength": 512}, "hyperparameters": {"learningRate": 1e-5}},
-        lost=frozenset({"fsdp", "fsdp_config"}),
+        omitted=frozenset({"fsdp", "fsdp_config"}),
         changed=frozenset({"datasets[0].type"}),
     ),
     "archived/openllama-3b/lora.yml": Kind(
@@ -242,7 +242,7 @@ KINDS = {
             },
             "hyperparameters": {"maxSteps": 200, "warmupRatio": 0.05, "batchSize": 2},
         },
-        lost=frozenset({"load_in_8bit", "fp16"}),
+        omitted=frozenset({"load_in_8bit", "fp16"}),
     ),
     "llama-3/instruct-dpo-lora-8b.yml": Kind(
         """
@@ -311,7 +311,7 @@ KINDS = {
         mlflow_experiment_name: colours
         """,
         {"output": {"reporting": ["TensorBoard", "WandB"]}},
-        lost=frozenset({"wandb_log_model"}),
+        omitted=frozenset({"wandb_log_model"}),
         changed=frozenset({"wandb_project", "wandb_name"}),
     ),
     "mistral/mistral-qlora-orpo.yml": Kind(
@@ -330,7 +330,7 @@ KINDS = {
         num_epochs: 1
         """,
         {"objective": {"orpo": {"weight": 0.3}}, "dataset": {"format": "Preference"}},
-        lost=frozenset({"chat_template"}),
+        omitted=frozenset({"chat_template"}),
         changed=frozenset({"datasets[0].type"}),
     ),
     "llama-2/ia3.yml": Kind(
@@ -346,7 +346,7 @@ KINDS = {
         bf16: true
         """,
         {"method": {"ia3": {"targetModules": ["k_proj", "v_proj", "down_proj"], "feedforwardModules": ["down_proj"]}}},
-        lost=frozenset({"load_in_8bit"}),
+        omitted=frozenset({"load_in_8bit"}),
         changed=frozenset({"datasets[0].type"}),
     ),
 }
@@ -388,10 +388,10 @@ def imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         (tmp_path / "My config.yml").write_text(text)
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["tunesmith", "import", "axolotl", "My config.yml", *arguments])
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exited:
             main()
         printed = capsys.readouterr()
-        return int(ended.value.code or 0), printed.out, printed.err
+        return int(exited.value.code or 0), printed.out, printed.err
 
     return run
 
@@ -402,14 +402,14 @@ def holds(whole: Any, part: Any, folder: Path) -> None:
             holds(whole[key], value, folder)
     elif isinstance(part, list):
         assert len(whole) == len(part)
-        for one, other in zip(whole, part, strict=True):
-            holds(one, other, folder)
+        for actual, expected in zip(whole, part, strict=True):
+            holds(actual, expected, folder)
     else:
         assert whole == (part.replace("FOLDER", str(folder)) if isinstance(part, str) else part)
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_public_example_becomes_a_job_and_every_other_key_is_told(
+def test_a_public_example_becomes_a_job_and_all_other_keys_are_reported(
     imported: Import, tmp_path: Path, name: str
 ) -> None:
     kind = KINDS[name]
@@ -419,13 +419,13 @@ def test_a_public_example_becomes_a_job_and_every_other_key_is_told(
     assert job.metadata.name == "my-config"
     holds(job.spec.manifest(), kind.spec, tmp_path)
     lines = err.splitlines()
-    assert {line.split(" has no counterpart")[0] for line in lines if "has no counterpart" in line} == kind.lost
+    assert {line.split(" has no counterpart")[0] for line in lines if "has no counterpart" in line} == kind.omitted
     assert {
         line.split(": ")[0]
         for line in lines
-        if re.search("rendered by|the rows must|are taken|put it into the Secret|the name of the job", line)
+        if re.search("rendered by|the rows must|are chosen|put it into the Secret|the name of the job", line)
     } == kind.changed
-    assert imported(kind.text, "--strict")[0] == (1 if kind.lost else 0)
+    assert imported(kind.text, "--strict")[0] == (1 if kind.omitted else 0)
 
 
 def test_sources_columns_variants_and_checkpoints(imported: Import, tmp_path: Path) -> None:
@@ -448,69 +448,79 @@ def test_sources_columns_variants_and_checkpoints(imported: Import, tmp_path: Pa
     assert (spec.checkpoint.every_steps, spec.checkpoint.keep) == (50, 3)
     assert (spec.hyperparameters.neftune_noise_alpha, spec.hyperparameters.precision) == (5, "float32")
     assert spec.hyperparameters.torch_compile is True
-    assert 'datasets[0].type.format has no counterpart and is left out: it is "Q: {instruction}"' in err
+    assert 'datasets[0].type.format has no counterpart and is omitted: it is "Q: {instruction}"' in err
     assert "optimizer has no counterpart" in err
     assert "lora_layers_to_transform has no counterpart" in err
     assert "plugins" not in err
 
 
 @pytest.mark.parametrize(
-    ("name", "exports", "told"),
+    ("name", "exports", "message"),
     [("org/doors", [{"hub": "org/doors"}], ""), ("doors", None, "hub_model_id has no counterpart")],
 )
-def test_the_repository_that_is_pushed_to(
-    imported: Import, name: str, exports: list[dict[str, str]] | None, told: str
+def test_the_repository_for_the_push(
+    imported: Import, name: str, exports: list[dict[str, str]] | None, message: str
 ) -> None:
     code, out, err = imported(SMALL + f"hub_model_id: {name}\n")
     assert code == 0, err
     output = parse_manifest(out).spec.output
     assert (output.manifest()["exports"] if output else None) == exports
-    assert told in err
+    assert message in err
 
 
 SMALL = "base_model: org/base\ndatasets: [{path: org/rows, type: chat_template}]\nadapter: lora\n"
 
 
 @pytest.mark.parametrize(
-    ("text", "code", "said"),
+    ("text", "code", "message"),
     [
         ("base_model: a: b", 2, "is not valid YAML"),
         ("adapter: lora", 2, "base_model is missing: name the base model"),
         ("base_model: org/base\nadapter: lora", 2, "datasets is missing: name the rows to train on"),
         (SMALL.replace("org/rows", "http://example.org/rows.jsonl"), 2, "copy the rows to hf://, s3://, gs://, az://"),
-        (SMALL.replace("org/base", "base"), 1, "says what no FineTuneJob can: spec.baseModel.uri: a uri is hf://"),
-        (SMALL.replace("adapter: lora", "adapter: llama-adapter"), 2, "adapter is llama-adapter: lora, qlora and ia3"),
+        (
+            SMALL.replace("org/base", "base"),
+            1,
+            "has a value that a FineTuneJob does not accept: spec.baseModel.uri: a uri is hf://",
+        ),
+        (
+            SMALL.replace("adapter: lora", "adapter: llama-adapter"),
+            2,
+            "adapter is llama-adapter: use lora, qlora or ia3",
+        ),
         (SMALL + "micro_batch_size: auto", 2, 'micro_batch_size is "auto": write a number'),
         (SMALL + "rl: grpo", 2, "rl is grpo: dpo, orpo, kto can be imported"),
         (SMALL + "lora_r: 4096", 1, "spec.method.lora.rank is 4096: it must be at most 512"),
     ],
 )
-def test_what_cannot_be_imported_is_told(imported: Import, text: str, code: int, said: str) -> None:
-    ended, out, err = imported(text)
-    assert (ended, out) == (code, "")
-    assert said in err
+def test_a_configuration_that_cannot_be_imported_is_refused(
+    imported: Import, text: str, code: int, message: str
+) -> None:
+    exit_code, out, err = imported(text)
+    assert (exit_code, out) == (code, "")
+    assert message in err
 
 
 def test_tasks_of_the_harness_become_a_suite(imported: Import) -> None:
     plugin = (
         "plugins: [axolotl.integrations.lm_eval.LMEvalPlugin]\nlm_eval_batch_size: 8\nlm_eval_tasks: [arc_easy, mmlu]\n"
     )
-    ended, out, err = imported(SMALL + plugin)
-    assert ended == 0
+    code, out, err = imported(SMALL + plugin)
+    assert code == 0
     assert "lm_eval_tasks" not in err
     assert "plugins" not in err
     evaluation = parse_manifest(out).spec.evaluation
     assert evaluation is not None
     assert evaluation.manifest() == {"suites": [{"name": "lm-eval", "lmEval": {"tasks": ["arc_easy", "mmlu"]}}]}
-    ended, out, err = imported(SMALL + plugin + "lm_eval_post_train: false\n")
+    code, out, err = imported(SMALL + plugin + "lm_eval_post_train: false\n")
     assert parse_manifest(out).spec.evaluation is None
-    assert "lm_eval_tasks has no counterpart and is left out: lm_eval_post_train is false" in err
+    assert "lm_eval_tasks has no counterpart and is omitted: lm_eval_post_train is false" in err
 
 
 def test_without_an_adapter_all_weights_are_trained(imported: Import) -> None:
-    ended, out, err = imported(SMALL.replace("adapter: lora", "lora_r: 8"))
-    assert ended == 0
-    assert "lora_r has no counterpart and is left out: it has no effect without an adapter" in err
+    code, out, err = imported(SMALL.replace("adapter: lora", "lora_r: 8"))
+    assert code == 0
+    assert "lora_r has no counterpart and is omitted: it has no effect without an adapter" in err
     spec = parse_manifest(out).spec
     assert (spec.method.name, spec.method.full) == ("full", FullFields())
 
@@ -521,10 +531,10 @@ DEFAULTS = (
     "micro_batch_size: absent, so hyperparameters.microBatchSize is 1, as in Axolotl",
     "num_epochs: absent, so hyperparameters.epochs is 1.0, as in Axolotl",
 )
-LEAST = "val_set_size: some rows are always held out, so dataset.validationFraction is 0.001, the least"
+LEAST = "val_set_size: some rows are always held out, so dataset.validationFraction is 0.001, the minimum"
 
 
-def test_defaults_of_axolotl_are_written_and_told(imported: Import, tmp_path: Path) -> None:
+def test_defaults_of_axolotl_are_written_and_reported(imported: Import, tmp_path: Path) -> None:
     code, out, err = imported(SMALL, "--strict")
     assert code == 0, err
     for line in DEFAULTS:
@@ -546,7 +556,7 @@ def test_defaults_of_axolotl_are_written_and_told(imported: Import, tmp_path: Pa
     holds(parse_manifest(out).spec.manifest(), spec, tmp_path)
 
 
-def test_what_is_given_is_told_to_be_no_default(imported: Import, tmp_path: Path) -> None:
+def test_explicit_values_are_not_reported_as_defaults(imported: Import, tmp_path: Path) -> None:
     given = (
         "sequence_len: 1024\nmicro_batch_size: 4\ngradient_accumulation_steps: 2\nnum_epochs: 2\nval_set_size: 0.2\n"
     )
@@ -559,7 +569,7 @@ def test_what_is_given_is_told_to_be_no_default(imported: Import, tmp_path: Path
     holds(parse_manifest(out).spec.manifest(), spec, tmp_path)
 
 
-def test_steps_take_the_place_of_the_default_epochs(imported: Import) -> None:
+def test_steps_replace_the_default_epochs(imported: Import) -> None:
     code, out, err = imported(SMALL + "max_steps: 50\nmicro_batch_size: 3\n")
     assert code == 0, err
     found = parse_manifest(out).spec.hyperparameters
@@ -569,7 +579,7 @@ def test_steps_take_the_place_of_the_default_epochs(imported: Import) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "fraction", "told"),
+    ("text", "fraction", "message"),
     [
         ("val_set_size: 0\n", 0.001, LEAST),
         ("val_set_size: 0.0001\n", 0.001, LEAST),
@@ -578,33 +588,33 @@ def test_steps_take_the_place_of_the_default_epochs(imported: Import) -> None:
         ("test_datasets: [{path: org/held-out, type: chat_template}]\n", None, ""),
     ],
 )
-def test_the_share_of_the_rows_held_out(imported: Import, text: str, fraction: float | None, told: str) -> None:
+def test_the_share_of_the_rows_held_out(imported: Import, text: str, fraction: float | None, message: str) -> None:
     code, out, err = imported(SMALL + text)
     assert code == 0, err
     assert parse_manifest(out).spec.dataset.validation_fraction == fraction
-    assert told in err
-    assert ("val_set_size" in err) == bool(told)
+    assert message in err
+    assert ("val_set_size" in err) == bool(message)
 
 
 @pytest.mark.parametrize(
     ("key", "hint"),
     [
-        ("shuffle_merged_datasets", "training takes the rows in an order that hyperparameters.seed chooses"),
-        ("pretrain_multipack_attn", "packed rows never see each other; dataset.packing: false packs none"),
-        ("peft_autocast_adapter_dtype", "what is trained is always in float32"),
+        ("shuffle_merged_datasets", "rows are shuffled by hyperparameters.seed"),
+        ("pretrain_multipack_attn", "packed rows do not attend to each other; dataset.packing: false disables packing"),
+        ("peft_autocast_adapter_dtype", "trained weights are always in float32"),
         ("tokenizer_use_fast", "the base model's fast tokenizer is used"),
-        ("tokenizer_legacy", "the tokenizer is used as the base model's files set it up"),
+        ("tokenizer_legacy", "the tokenizer uses the settings in the base model's files"),
         ("save_safetensors", "weights are always written as safetensors"),
     ],
 )
-def test_what_is_switched_off_and_was_on_by_default_is_lost(imported: Import, key: str, hint: str) -> None:
+def test_a_key_that_is_off_but_on_by_default_is_reported(imported: Import, key: str, hint: str) -> None:
     code, out, err = imported(SMALL + f"{key}: false\n", "--strict")
     assert code == 1
-    assert f"{key} has no counterpart and is left out: {hint}" in err
+    assert f"{key} has no counterpart and is omitted: {hint}" in err
     parse_manifest(out)
 
 
-def test_what_is_off_without_being_said_is_not_lost(imported: Import) -> None:
+def test_a_key_that_is_off_by_default_is_not_reported(imported: Import) -> None:
     off = "load_in_8bit: false\ntf32: false\nstrict: false\ngptq: false\npeft_init_lora_weights: false\n"
     code, _, err = imported(SMALL + off, "--strict")
     assert code == 0, err
@@ -612,26 +622,26 @@ def test_what_is_off_without_being_said_is_not_lost(imported: Import) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "method", "initialization", "told"),
+    ("asked", "method", "initialization", "message"),
     [
         ("mica", "lora", "MiCA", ""),
-        ("pissa_niter_4", "lora", "FastPiSSA", "FastPiSSA has Tunesmith's own number of iterations"),
+        ("pissa_niter_4", "lora", "FastPiSSA", "FastPiSSA uses Tunesmith's number of iterations"),
         ("loftq", "qlora", "LoftQ", "method.qlora holds the base in 4 bits"),
     ],
 )
-def test_beginnings_of_an_adapter(imported: Import, asked: str, method: str, initialization: str, told: str) -> None:
+def test_initializations_of_an_adapter(
+    imported: Import, asked: str, method: str, initialization: str, message: str
+) -> None:
     code, out, err = imported(SMALL + f"peft_init_lora_weights: {asked}\n", "--strict")
     assert code == 0, err
     assert parse_manifest(out).spec.method.manifest()[method]["initialization"] == initialization
-    assert told in err
+    assert message in err
 
 
-def test_loftq_as_axolotl_asks_for_it_is_told(imported: Import) -> None:
+def test_axolotls_loftq_configuration_is_reported(imported: Import) -> None:
     code, _, err = imported(SMALL + "peft: {loftq_config: {loftq_bits: 4}}\n")
     assert code == 0
-    assert (
-        "peft has no counterpart and is left out: method.qlora with initialization LoftQ does what loftq_config" in err
-    )
+    assert "peft has no counterpart and is omitted: method.qlora with initialization LoftQ replaces loftq_config" in err
 
 
 def field_at(path: str) -> dict[str, Any]:
@@ -662,12 +672,12 @@ def test_no_key_has_two_meanings() -> None:
     trackers = [key for tracker in keys.trackers.values() for key in (tracker.switch, *tracker.keys)]
     translated = [*keys.fields, *{key for fields in keys.methods.values() for key in fields}, *keys.values, *trackers]
     assert len(translated) == len(set(translated))
-    assert not keys.needless & set(translated)
-    assert not keys.needless & keys.hints.keys()
+    assert not keys.ignored & set(translated)
+    assert not keys.ignored & keys.hints.keys()
     assert all(set(tracker.implied_by) <= set(tracker.keys) for tracker in keys.trackers.values())
 
 
-def test_a_key_of_lora_is_lost_with_another_method(imported: Import) -> None:
+def test_a_key_of_lora_is_omitted_with_another_method(imported: Import) -> None:
     code, out, err = imported(SMALL.replace("adapter: lora", "adapter: ia3\nlora_r: 8"))
     assert code == 0, err
     assert "lora_r has no counterpart" in err

@@ -24,7 +24,7 @@ def pod(name: str, minute: int) -> dict[str, Any]:
 
 
 class Api(BaseHTTPRequestHandler):
-    """Answers as an API server does."""
+    """Answer as an API server does."""
 
     asked: ClassVar[list[dict[str, list[str]]]]
     pods: ClassVar[list[dict[str, Any]]]
@@ -53,7 +53,7 @@ class Api(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, *_: object) -> None:
-        """Nothing: pytest's output is for failures."""
+        """Do not log requests: pytest's output is for failures."""
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Api]]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Ours)
     Thread(target=server.serve_forever, daemon=True).start()
     named = {"clusters": "cluster", "contexts": "context", "users": "user"}
-    config: dict[str, Any] = {plural: [{"name": "a", one: {}}] for plural, one in named.items()}
+    config: dict[str, Any] = {plural: [{"name": "a", singular: {}}] for plural, singular in named.items()}
     config["clusters"][0]["cluster"] = {"server": f"http://127.0.0.1:{server.server_port}"}
     config["contexts"][0]["context"] = {"cluster": "a", "user": "a", "namespace": "team"}
     path = tmp_path / "kubeconfig"
@@ -76,7 +76,7 @@ def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Api]]:
     server.server_close()
 
 
-def test_every_pod_is_shown_oldest_first_and_one_without_a_log_is_named(
+def test_logs_of_all_pods_are_shown_oldest_first_and_missing_ones_reported(
     api: type[Api], capsys: pytest.CaptureFixture[str]
 ) -> None:
     app(["logs", "sail", "--follow", "--tail", "5"], standalone_mode=False)
@@ -93,7 +93,9 @@ def test_json_names_the_pod_of_each_line(api: type[Api], capsys: pytest.CaptureF
     assert json.loads(capsys.readouterr().out.splitlines()[0]) == {"pod": "sail-validate", "line": "412 rows"}
 
 
-def test_a_job_without_pods_says_where_to_look(api: type[Api]) -> None:
+def test_a_job_without_pods_is_an_error_with_the_next_command(api: type[Api]) -> None:
     api.pods = []
-    with pytest.raises(Exception, match="the job is Pending: `tunesmith get job sail -n team` shows what was reported"):
+    with pytest.raises(
+        Exception, match="is Pending and has no pods in the cluster: `tunesmith get job sail -n team` shows its status"
+    ):
         app(["logs", "sail"], standalone_mode=False)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tunesmith.api.finetunejob import FineTuneJob
-from tunesmith.cli.progress import News, ended, live_line, result
+from tunesmith.cli.progress import News, final_condition, live_line, result
 from tunesmith.contracts.progress import duration
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -79,7 +79,7 @@ ATTEMPTS = [
         ({"phase": "Complete", "progress": TRAINING}, "Complete"),
     ],
 )
-def test_the_line_says_stage_step_loss_and_the_time_left(status: dict[str, Any], line: str) -> None:
+def test_the_line_has_stage_step_loss_and_remaining_time(status: dict[str, Any], line: str) -> None:
     assert live_line(job(**status), NOW + timedelta(seconds=10)) == line
 
 
@@ -91,7 +91,7 @@ def test_durations_read_well(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-def test_news_are_told_once_and_in_order() -> None:
+def test_news_are_reported_once_and_in_order() -> None:
     news = News()
     first = job(
         conditions=[
@@ -115,13 +115,13 @@ def test_only_warnings_of_the_events_are_news() -> None:
     assert news.of_event(warning) == []
 
 
-def test_the_result_has_the_form_of_a_local_run() -> None:
+def test_the_result_has_the_format_of_a_local_run() -> None:
     done = job(
         conditions=[condition("Complete", "True", "Completed", "held-out loss fell")],
         artifact={"uri": "s3://store/a", "digest": DIGEST, "sizeBytes": 1, "servable": {"vllm": True}},
         evaluation={"loss": 1.0, "baseLoss": 2.0},
     )
-    end = ended(done)
+    end = final_condition(done)
     assert end is not None
     assert result(done, end) == {
         "outcome": "Succeeded",
@@ -131,7 +131,7 @@ def test_the_result_has_the_form_of_a_local_run() -> None:
         "metrics": {"evaluationLoss": 1.0, "baseEvaluationLoss": 2.0},
     }
     failed = job(conditions=[condition("Failed", "True", "DatasetInvalid", "line 3 is not JSON")])
-    end = ended(failed)
+    end = final_condition(failed)
     assert end is not None
     assert result(failed, end)["reason"] == "DatasetInvalid"
-    assert ended(job(conditions=[condition("Complete", "False", "Running")])) is None
+    assert final_condition(job(conditions=[condition("Complete", "False", "Running")])) is None

@@ -349,19 +349,19 @@ BAD_JOBS: dict[str, BadJob] = {
         "the Secret tunesmith-store", FailureReason.ACCESS_DENIED, environment={"AWS_SECRET_ACCESS_KEY": "no"}
     ),
     "no keys": store(
-        "must give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+        "must have AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
         FailureReason.ACCESS_DENIED,
         environment={"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None},
     ),
     "a Secret of another store": store(
-        "the Secret mine has no GOOGLE_SERVICE_ACCOUNT_KEY, with which gs:// is reached: add the key, or remove",
+        "the Secret mine has no GOOGLE_SERVICE_ACCOUNT_KEY, which gs:// requires: add the key, or remove",
         FailureReason.SECRET_NOT_FOUND,
         uri="gs://data/rows.jsonl",
         secret="mine",
         secrets={"mine": {}},
     ),
     "a key that is none": store(
-        "GOOGLE_SERVICE_ACCOUNT_KEY of the Secret mine cannot be used for gs://: it is not JSON; give it whole",
+        "GOOGLE_SERVICE_ACCOUNT_KEY of the Secret mine cannot be used for gs://: it is not JSON; use the whole value",
         FailureReason.ACCESS_DENIED,
         uri="gs://data/rows.jsonl",
         secret="mine",

@@ -103,7 +103,7 @@ def test_a_failed_job_is_told_with_its_reason(apiserver: ApiServer, namespace: s
     set_status(apiserver, "finetunejob", namespace, "sail", phase="Failed", conditions=[failed])
     code, output, problems = tunesmith(apiserver, "submit", "-f", manifest, "-n", namespace, "-w", "-o", "json")
     sentence = f"error: FineTuneJob {namespace}/sail failed: DatasetInvalid: train.jsonl line 3: not JSON"
-    assert (code, problems) == (1, f"{sentence} (`tunesmith logs sail -n {namespace}` shows what its pods wrote)\n")
+    assert (code, problems) == (1, f"{sentence} (`tunesmith logs sail -n {namespace}` shows the logs of its pods)\n")
     last = json.loads(output.splitlines()[-1])
     assert (last["outcome"], last["reason"]) == ("Failed", "DatasetInvalid")
 
@@ -112,14 +112,14 @@ def test_submitting_again_says_that_nothing_was_started(apiserver: ApiServer, na
     again = ("submit", "-f", manifest, "-n", namespace)
     assert tunesmith(apiserver, *again)[0] == 0
     code, output, problems = tunesmith(apiserver, *again)
-    sentence = f"FineTuneJob {namespace}/sail exists already and is Pending: nothing was started.\n"
+    sentence = f"FineTuneJob {namespace}/sail already exists and is Pending: nothing was started.\n"
     assert (code, output, problems) == (0, sentence, f"Next: tunesmith wait job sail -n {namespace}\n")
     ended = [condition("Complete", "True", "Completed", "done")]
     set_status(apiserver, "finetunejob", namespace, "sail", phase="Complete", conditions=ended)
     code, output, _ = tunesmith(apiserver, *again)
     assert code == 0
     assert output == (
-        f"FineTuneJob {namespace}/sail has finished already (complete, without held-out rows): nothing was started."
+        f"FineTuneJob {namespace}/sail has already finished (complete, without held-out rows): nothing was started."
         " To train again, submit it under another name.\n"
     )
     code, output, _ = tunesmith(apiserver, *again, "-o", "json")
@@ -184,7 +184,7 @@ def test_a_key_is_shown_once_and_kept_hashed(apiserver: ApiServer, namespace: st
     code, _, problems = tunesmith(apiserver, *foreign)
     assert (code, "add --allow-namespace other" in problems) == (2, True)
     code, _, problems = tunesmith(apiserver, "keys", "create", "alice", *own)
-    assert (code, "there is a key alice already" in problems) == (1, True)
+    assert (code, "the key alice already exists" in problems) == (1, True)
 
     code, output, _ = tunesmith(apiserver, "keys", "create", "bob", "-n", "team", "-o", "json", *own)
     made = json.loads(output)
@@ -200,7 +200,7 @@ def test_a_key_is_shown_once_and_kept_hashed(apiserver: ApiServer, namespace: st
     assert tunesmith(apiserver, "keys", "delete", "alice", *own)[0] == 0
     assert not exists(apiserver, "configmap", namespace, "api-key-alice")
     code, _, problems = tunesmith(apiserver, "keys", "delete", "alice", *own)
-    assert (code, "has no key alice" in problems) == (1, True)
+    assert (code, "the key alice does not exist" in problems) == (1, True)
 
 
 def test_a_secret_that_is_no_key_is_never_deleted(apiserver: ApiServer, namespace: str) -> None:
@@ -237,11 +237,11 @@ def test_models_say_their_state_and_what_they_wait_for(apiserver: ApiServer, nam
         f"{namespace}/small",
         "",
     )
-    assert (base["kind"], base["message"]) == ("base", "the operator has not seen it yet")
+    assert (base["kind"], base["message"]) == ("base", "the operator has not processed it yet")
     code, output, _ = tunesmith(apiserver, "models", "-n", namespace)
     assert output.splitlines()[0].split() == ["MODEL", "KIND", "POOL", "STATE", "PODS", "WAITS", "FOR"]
     code, output, problems = tunesmith(apiserver, "models", "-n", "empty")
-    assert (code, output, "there are no models" in problems) == (0, "", True)
+    assert (code, output, "no models" in problems) == (0, "", True)
 
 
 def test_everything_of_a_namespace_is_listed_and_shown(apiserver: ApiServer, namespace: str) -> None:
@@ -269,7 +269,7 @@ def test_everything_of_a_namespace_is_listed_and_shown(apiserver: ApiServer, nam
     code, _, problems = tunesmith(apiserver, "get", "adapter", "pirate", "-n", namespace)
     assert code == 1
     assert problems == (
-        f"error: there is no AdapterDeployment {namespace}/pirate: `tunesmith list adapters -n {namespace}` shows"
+        f"error: AdapterDeployment {namespace}/pirate does not exist: `tunesmith list adapters -n {namespace}` lists"
         " those that exist\n"
     )
 
@@ -277,10 +277,10 @@ def test_everything_of_a_namespace_is_listed_and_shown(apiserver: ApiServer, nam
 def test_waiting_for_an_adapter_ends_when_it_serves_or_the_time_is_over(apiserver: ApiServer, namespace: str) -> None:
     apiserver.apply(adapter(namespace, "tone"))
     code, _, problems = tunesmith(apiserver, "wait", "adapter", "tone", "-n", namespace, "--timeout", "1s")
-    assert (code, "is not there yet after 0:00:01" in problems) == (1, True)
+    assert (code, "was not ready within 0:00:01" in problems) == (1, True)
     waiting = start(apiserver, "wait", "adapter", "tone", "-n", namespace)
     assert waiting.stdout is not None
-    assert waiting.stdout.readline() == "tone  the operator has not seen it yet\n"
+    assert waiting.stdout.readline() == "tone  the operator has not processed it yet\n"
     revision = {"digest": DIGEST, "engineName": f"{namespace}/tone@a", "state": "Resident", "readyReplicas": 1}
     set_status(
         apiserver,
@@ -296,7 +296,7 @@ def test_waiting_for_an_adapter_ends_when_it_serves_or_the_time_is_over(apiserve
     assert (waiting.returncode, output) == (0, f"tone serves: 1/1 pods of {namespace}/small\n")
     assert problems == f"Next: tunesmith chat {namespace}/tone\n"
     code, _, problems = tunesmith(apiserver, "wait", "pool", "small", "-n", namespace)
-    assert (code, f"there is no ServingPool {namespace}/small" in problems) == (1, True)
+    assert (code, f"ServingPool {namespace}/small does not exist" in problems) == (1, True)
 
 
 def test_a_job_is_paused_resumed_and_stopped_and_a_finished_one_is_left(apiserver: ApiServer, namespace: str) -> None:
@@ -319,7 +319,7 @@ def test_a_job_is_paused_resumed_and_stopped_and_a_finished_one_is_left(apiserve
     apiserver.apply(job(namespace, "tone"))
     set_status(apiserver, "finetunejob", namespace, "tone", conditions=[condition("Complete", "True", "Completed", "")])
     code, _, problems = tunesmith(apiserver, "cancel", *place)
-    assert (code, "has finished (Complete), there is nothing to stop" in problems) == (1, True)
+    assert (code, "has already finished (Complete), so it cannot be stopped" in problems) == (1, True)
     assert exists(apiserver, "finetunejob", namespace, "tone")
 
 
@@ -344,7 +344,7 @@ def test_an_adapter_is_deployed_and_moved_to_the_next_version(apiserver: ApiServ
 
     code, _, problems = tunesmith(apiserver, "deploy", "tone", "-n", namespace, "--pool", "large")
     assert code == 1
-    assert problems == f"error: there is no ServingPool {namespace}/large; these may be used: {namespace}/small\n"
+    assert problems == f"error: ServingPool {namespace}/large does not exist; {namespace} may use {namespace}/small\n"
     assert tunesmith(apiserver, "deploy", "absent", "-n", namespace)[0] == 1
     failed = [condition("Failed", "True", "OutOfMemory", "no memory")]
     set_status(apiserver, "finetunejob", namespace, "tone", phase="Failed", conditions=failed)

@@ -128,14 +128,14 @@ def test_what_deleted_jobs_left_goes_and_nothing_else(place: Place) -> None:
     ]
     assert "300 B would be freed: add --delete to remove them" in problems
     assert "2 kept: it belongs to another cluster" in problems
-    assert "2 kept: it has no owner.json, so whose it is is not known" in problems
+    assert "2 kept: it has no owner.json, so its owner is unknown" in problems
     assert "1 kept: it is a published artifact: --artifacts removes it too" in problems
     assert place.stored(deleted) == everything, "nothing is removed without --delete"
 
     code, output, _ = place.gc("--delete", "-o", "json")
     assert code == 0
     assert {row["kept"] for row in json.loads(output) if row["job"] == "deleted"} == {
-        "it was written to too short a time ago: see --older-than",
+        "it was written more recently than --older-than allows",
         "it is a published artifact: --artifacts removes it too",
     }
     assert place.stored(deleted) == everything, "a day must pass"
@@ -154,7 +154,7 @@ def test_what_deleted_jobs_left_goes_and_nothing_else(place: Place) -> None:
 
     code, output, problems = place.gc("--older-than", "0m")
     assert (code, output) == (0, "")
-    assert "there is nothing to remove" in problems
+    assert "nothing to remove" in problems
 
 
 def test_what_lies_beside_an_artifact_stays_with_it_and_goes_where_none_was_published(place: Place) -> None:
@@ -207,7 +207,7 @@ def test_however_the_store_is_spelled_what_serves_stays(place: Place, store: str
             "was denied with the credentials of the environment: check the keys",
         ),
         ((), {"AWS_SECRET_ACCESS_KEY": ""}, 1, "AWS_ACCESS_KEY_ID and no AWS_SECRET_ACCESS_KEY: add the key"),
-        ((), {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, 1, "must give AWS_ACCESS_KEY_ID and AWS_SECRET_"),
+        ((), {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, 1, "must have AWS_ACCESS_KEY_ID and AWS_SECRET_"),
         ((), {"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}, 1, "could not be reached, tried 5 times"),
         (("--store", "s3://tunesmith/stroe"), {}, 1, "the store s3://tunesmith/stroe does not exist: check the uri"),
         (("--store", "s3://tunesmiht/store"), {}, 1, "the store s3://tunesmiht/store does not exist: check the uri"),
@@ -215,7 +215,7 @@ def test_however_the_store_is_spelled_what_serves_stays(place: Place, store: str
             ("--store", "s3://tunesmith"),
             {},
             1,
-            "holds no folder of a FineTuneJob, <namespace>/<job>-<uid>: check --store",
+            "has no folder of a FineTuneJob, <namespace>/<job>-<uid>: check --store",
         ),
         (("--store", "abfs://tunesmith/store"), {}, 2, "write az://tunesmith/store"),
     ],

@@ -113,7 +113,7 @@ def test_rows_are_uploaded_with_the_keys_of_the_environment_or_of_the_namespaces
     (place.folder / "train.jsonl").write_text(ROW)
     to = f"s3://{place.server.bucket}/team/train.jsonl"
     code, output, problems = place.run("data", "upload", "train.jsonl", to, **place.server.environment())
-    assert (code, output) == (0, f"train.jsonl is uploaded to {to} ({len(ROW)} bytes).\n"), problems
+    assert (code, output) == (0, f"Uploaded train.jsonl to {to} ({len(ROW)} bytes).\n"), problems
     assert place.stored("team/train.jsonl").read_text() == ROW
     assert f"dataset: {{train: [{{uri: {to}}}]}}" in problems
 
@@ -141,9 +141,9 @@ def test_a_folder_is_uploaded_with_what_is_below_it(place: Place) -> None:
     [
         (ROW + "no\n", "s3://tunesmith/a.jsonl", {}, 2, "train.jsonl line 2 is not a JSON object"),
         ("\n", "s3://tunesmith/a.jsonl", {}, 2, "train.jsonl has no rows"),
-        (None, "s3://tunesmith/a.jsonl", {}, 2, "there is no file train.jsonl"),
-        (ROW, "tunesmith/a.jsonl", {}, 2, "tunesmith/a.jsonl is not a place in a store"),
-        (ROW, "s3://tunesmith/a.jsonl", {"AWS_SECRET_ACCESS_KEY": "wrong"}, 1, "keys: those of the environment"),
+        (None, "s3://tunesmith/a.jsonl", {}, 2, "the file train.jsonl does not exist"),
+        (ROW, "tunesmith/a.jsonl", {}, 2, "tunesmith/a.jsonl is not a URI of a store"),
+        (ROW, "s3://tunesmith/a.jsonl", {"AWS_SECRET_ACCESS_KEY": "wrong"}, 1, "keys come from the environment"),
     ],
     ids=["no JSON", "empty", "absent", "no uri", "wrong keys"],
 )
@@ -179,10 +179,10 @@ def test_an_artifact_that_is_not_the_published_one_is_refused(place: Place) -> N
     place.give_secret()
     place.publish("other", digest="sha256:" + "b" * 64)
     code, _, problems = place.run("artifact", "download", "other")
-    assert (code, "is not what the job published" in problems) == (1, True)
+    assert (code, "is not the published manifest" in problems) == (1, True)
     place.publish("outside", {"../escaped": WEIGHTS})
     code, _, problems = place.run("artifact", "download", "outside", "--output", "outside")
-    assert (code, "names '../escaped', which is not a file of its folder" in problems) == (1, True)
+    assert (code, "lists '../escaped', which is not a file in its folder" in problems) == (1, True)
     assert not (place.folder / "escaped").exists()
     place.apiserver.apply(job(place.namespace, "young"))
     code, _, problems = place.run("artifact", "download", "young")

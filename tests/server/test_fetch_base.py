@@ -274,7 +274,7 @@ def test_mistakes_end_with_a_sentence_and_outages_with_another_code(
         (f"{uri}-not", store.secret, 3, "check the uri"),
         ("s3://no-such-bucket/model", store.secret, 3, "s3://no-such-bucket/model"),
         ("s3://tunesmith/models", store.secret, 3, "check the uri"),
-        ("ftp://host/model", {}, 2, "is none of hf://, s3://, gs://, az://"),
+        ("ftp://host/model", {}, 2, "must begin with hf://, s3://, gs://, az://"),
         (uri, wrong, 3, "access to"),
         (uri, wrong, 3, "with the credentials of the Secret my-secret as written to the pod at 20"),
         (uri, elsewhere, 3, "could not be reached"),

@@ -103,24 +103,27 @@ def test_a_missing_endpoint_is_part_of_the_sentence(monkeypatch: pytest.MonkeyPa
     folder = open_folder("s3://b/x", of_secret(AWS_ACCESS_KEY_ID="id", AWS_SECRET_ACCESS_KEY="secret"), access)
     with pytest.raises(UnavailableError) as failure:
         folder.names()
-    told = "the Secret mine has no AWS_ENDPOINT_URL, so Amazon S3 was asked: add it if the store is another server's"
+    told = "the Secret mine has no AWS_ENDPOINT_URL, so Amazon S3 was used: add it if the store is on another server"
     assert "s3://b/x could not be reached, tried 2 times" in str(failure.value)
     assert told in str(failure.value)
     [wait] = waits
     assert told in wait
-    assert wait.endswith("; next try in 0 s")
+    assert wait.endswith("; retrying in 0 s")
 
 
 @pytest.mark.parametrize(
     ("uri", "sentence"),
     [
-        ("ftp://host/x", "the uri ftp://host/x is none of hf://, s3://, gs://, az://, https:// with a path"),
-        ("S3://b/x", "is none of hf://"),
-        ("s3:///b/x", "is none of hf://"),
-        ("pvc://claim/x", "is none of hf://"),
+        (
+            "ftp://host/x",
+            "the uri ftp://host/x must begin with hf://, s3://, gs://, az://, https://, followed by a path",
+        ),
+        ("S3://b/x", "must begin with hf://"),
+        ("s3:///b/x", "must begin with hf://"),
+        ("pvc://claim/x", "must begin with hf://"),
         ("file:///x", "file:// is allowed only where no cluster runs the job"),
         ("s3://b/a.jsonl?versionId=3", "names a version, and only the newest can be read"),
-        ("az://c/run#1", "has a '?' or '#', which cannot be read there"),
+        ("az://c/run#1", "has a '?' or '#', which Azure's library does not support"),
     ],
 )
 def test_a_uri_that_cannot_be_meant_is_refused(uri: str, sentence: str) -> None:
@@ -170,8 +173,8 @@ def test_a_file_of_a_web_server_is_read_and_downloaded(web: Server, tmp_path: Pa
         ("private.jsonl", AccessDeniedError, "/private.jsonl was denied"),
         ("broken.jsonl", UnavailableError, "/broken.jsonl could not be reached: 503"),
         ("whole.jsonl", InvalidUriError, "the server does not support range requests: copy the file to another store"),
-        ("longer.jsonl", InvalidUriError, "the server sends more than it announces"),
-        ("plain", InvalidUriError, "it redirects to 127.0.0.1 by plain HTTP"),
+        ("longer.jsonl", InvalidUriError, "the server sent more bytes than announced"),
+        ("plain", InvalidUriError, "it redirects to 127.0.0.1 over plain HTTP"),
         ("round", InvalidUriError, "it redirects 10 times"),
     ],
 )

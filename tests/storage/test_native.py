@@ -48,7 +48,7 @@ def opened(s3: S3Server, uri: str, **changes: str) -> Folder:
     return open_folder(uri, environment_credentials({**s3.environment(), **changes}), NATIVE, what="the store")
 
 
-def test_an_s3_store_is_listed_read_and_cleaned(s3: S3Server) -> None:
+def test_files_of_an_s3_store_are_listed_read_and_removed(s3: S3Server) -> None:
     folder = opened(s3, "s3://tunesmith/store")
     assert (folder.names(), folder.folders()) == ([], ["team"])
     assert (folder.child("team").names(), folder.child("team").folders()) == (["b"], ["a"])
@@ -100,7 +100,7 @@ def test_files_are_uploaded_created_once_and_downloaded(s3: S3Server, tmp_path: 
         ("s3://tunesmith/store", {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}"}, UnavailableError, "reached"),
     ],
 )
-def test_what_is_wrong_is_a_sentence(
+def test_errors_name_the_problem_and_the_fix(
     s3: S3Server, uri: str, changes: dict[str, str], kind: type[StorageError], sentence: str
 ) -> None:
     with pytest.raises(kind) as failure:
@@ -151,7 +151,7 @@ class Listings(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - http.server's name
-        """Nothing: pytest shows what matters."""
+        """Do not log requests: pytest's output is for failures."""
 
 
 class Server(ThreadingHTTPServer):
@@ -174,7 +174,7 @@ def serving() -> Iterator[Server]:
 
 
 @pytest.mark.parametrize("scheme", ["gs", "az"])
-def test_other_stores_are_listed_and_cleaned_with_the_keys_of_their_secrets(scheme: str) -> None:
+def test_files_of_other_stores_are_listed_and_removed_with_the_keys_of_their_secrets(scheme: str) -> None:
     with serving() as server:
         address = f"http://127.0.0.1:{server.server_port}"
         account = {

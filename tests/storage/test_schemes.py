@@ -60,7 +60,7 @@ def test_uris(use: Use, uri: str, *, accepted: bool) -> None:
         ("az://container/x", "az://container/x"),
     ],
 )
-def test_a_store_has_one_spelling_in_the_operator(given: str, store: str) -> None:
+def test_uris_of_the_operators_store_are_normalised(given: str, store: str) -> None:
     assert parse_store(given) == store
     assert read(OperatorSettings, [*REQUIRED, "--store", given]).store == store
 
@@ -73,11 +73,11 @@ def test_a_store_has_one_spelling_in_the_operator(given: str, store: str) -> Non
         ("/var/lib/adapters", "write s3://bucket/path, gs://bucket/path or az://container/path"),
         ("hf://org/name", "write s3://bucket/path"),
         ("https://example.org/x", "write s3://bucket/path"),
-        ("s3://b/x?versionId=1", "write bucket and folder alone"),
-        ("s3://b/../x", "write bucket and folder alone"),
+        ("s3://b/x?versionId=1", "write only bucket and folder"),
+        ("s3://b/../x", "write only bucket and folder"),
     ],
 )
-def test_what_is_not_a_store_is_refused_when_the_operator_starts(
+def test_an_invalid_store_is_refused_when_the_operator_starts(
     given: str, fix: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
@@ -92,16 +92,16 @@ def of_secret(**values: str) -> Credentials:
 @pytest.mark.parametrize(
     ("scheme", "values", "sentence"),
     [
-        ("s3", {}, "the Secret mine has no AWS_ACCESS_KEY_ID, with which s3:// is reached"),
+        ("s3", {}, "the Secret mine has no AWS_ACCESS_KEY_ID, which s3:// requires"),
         ("s3", {"AWS_ACCESS_KEY_ID": "id"}, "has AWS_ACCESS_KEY_ID and no AWS_SECRET_ACCESS_KEY: add the key"),
-        ("gs", {}, f"has no {GOOGLE_KEY}, with which gs:// is reached"),
+        ("gs", {}, f"has no {GOOGLE_KEY}, which gs:// requires"),
         ("az", {}, "has no AZURE_STORAGE_CONNECTION_STRING and no AZURE_STORAGE_ACCOUNT_NAME, with which az://"),
         (
             "az",
             {"AZURE_STORAGE_ACCOUNT_NAME": "name"},
-            "and no AZURE_STORAGE_ACCOUNT_KEY: add the key, or give AZURE_STORAGE_CONNECTION_STRING instead",
+            "and no AZURE_STORAGE_ACCOUNT_KEY: add the key, or use AZURE_STORAGE_CONNECTION_STRING instead",
         ),
-        ("hf", {"AWS_ACCESS_KEY_ID": "id"}, "has no HF_TOKEN, with which hf:// is reached"),
+        ("hf", {"AWS_ACCESS_KEY_ID": "id"}, "has no HF_TOKEN, which hf:// requires"),
     ],
 )
 def test_a_named_secret_must_have_the_keys_of_the_scheme(scheme: str, values: dict[str, str], sentence: str) -> None:
@@ -117,7 +117,7 @@ def test_a_mirror_of_the_hub_needs_no_token() -> None:
 
 
 @pytest.mark.parametrize("origin", [Origin.STORE_SECRET, Origin.ENVIRONMENT])
-def test_half_a_credential_is_refused_wherever_it_comes_from(origin: Origin) -> None:
+def test_an_incomplete_credential_is_refused_from_any_origin(origin: Origin) -> None:
     """The library would take the other half from somewhere else."""
     with pytest.raises(AccessDeniedError, match="has AWS_ACCESS_KEY_ID and no AWS_SECRET_ACCESS_KEY"):
         Credentials({"AWS_ACCESS_KEY_ID": "id"}, "the place", origin).check_keys(BY_NAME["s3"])
@@ -133,15 +133,13 @@ def test_half_a_credential_is_refused_wherever_it_comes_from(origin: Origin) -> 
         (Origin.ENVIRONMENT, KEYS, True),
     ],
 )
-def test_only_without_keys_of_its_own_a_pod_uses_its_identity(
-    origin: Origin, values: dict[str, str], *, ambient: bool
-) -> None:
+def test_a_pod_uses_its_identity_only_without_keys(origin: Origin, values: dict[str, str], *, ambient: bool) -> None:
     assert Credentials(values, "the place", origin).ambient(BY_NAME["s3"]) == ambient
 
 
 @pytest.mark.parametrize("variable", ["AWS_REGION", "AWS_DEFAULT_REGION"])
 @pytest.mark.parametrize("ambient", [True, False])
-def test_both_names_of_the_region_count_everywhere(variable: str, *, ambient: bool) -> None:
+def test_both_variables_of_the_region_are_read(variable: str, *, ambient: bool) -> None:
     options = BY_NAME["s3"].options({**KEYS, variable: "eu-north-1"}, Client(), ambient=ambient)
     assert options["client_kwargs"] == {"region_name": "eu-north-1"}
 
@@ -155,11 +153,11 @@ def test_both_names_of_the_region_count_everywhere(variable: str, *, ambient: bo
         ('{"type": "service_account", "token_uri": "u"}', "it has no client_email and no private_key"),
     ],
 )
-def test_a_malformed_google_key_is_reported_without_it(text: str, why: str) -> None:
+def test_a_malformed_google_key_is_reported_without_its_value(text: str, why: str) -> None:
     with pytest.raises(AccessDeniedError) as denied:
         of_secret(**{GOOGLE_KEY: text}).check_keys(BY_NAME["gs"])
     assert str(denied.value) == (
-        f"{GOOGLE_KEY} of the Secret mine cannot be used for gs://: {why}; give it whole and as the store issues it"
+        f"{GOOGLE_KEY} of the Secret mine cannot be used for gs://: {why}; use the whole value as the store issued it"
     )
 
 
@@ -176,6 +174,6 @@ def test_a_mounted_secret_is_read_whole_and_with_its_version(tmp_path: Path) -> 
         read_secret(tmp_path / "missing")
 
 
-def test_the_environment_is_checked_as_a_secret_is() -> None:
+def test_the_environment_is_checked_like_a_secret() -> None:
     with pytest.raises(AccessDeniedError, match="HF_TOKEN of the environment has several lines"):
         environment_credentials({"HF_TOKEN": "one\ntwo"}).check_values()

@@ -243,7 +243,9 @@ def test_a_missing_endpoint_is_in_the_progress_of_a_running_job(tmp_path: Path) 
         process.kill()
         process.wait()
     assert "could not be reached" in outage
-    assert "has no AWS_ENDPOINT_URL, so Amazon S3 was asked: add it if the store is another server's; next" in outage
+    assert (
+        "has no AWS_ENDPOINT_URL, so Amazon S3 was used: add it if the store is on another server; retrying" in outage
+    )
 
 
 def test_a_long_outage_is_retryable(s3: S3Server) -> None:
@@ -258,7 +260,7 @@ def test_missing_credentials_are_reported(s3: S3Server, monkeypatch: pytest.Monk
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(AccessDeniedError, match="must give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
+    with pytest.raises(AccessDeniedError, match="must have AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
         target("s3://tunesmith", environ={"AWS_ENDPOINT_URL": s3.endpoint}).names()
 
 
@@ -330,10 +332,10 @@ def test_only_the_named_folder_is_removed(uploaded: S3Server) -> None:
     ("uri", "message"),
     [
         ("s3://tunesmith/a.jsonl?versionId=3", r"only the newest can be read: remove \?versionId=… from it"),
-        ("az://tunesmith/run#1", r"has a '\?' or '#', which cannot be read there"),
+        ("az://tunesmith/run#1", r"has a '\?' or '#', which Azure's library does not support"),
         ("file://run/artifact", "with a path"),
         ("s3:///tunesmith/run", "with a path"),
-        ("S3://tunesmith/run", "is none of hf://, s3://"),
+        ("S3://tunesmith/run", "must begin with hf://, s3://"),
     ],
 )
 def test_an_impossible_location_is_refused(uri: str, message: str) -> None:
@@ -364,7 +366,7 @@ def test_malformed_credentials_are_reported_with_their_secret_without_values(tmp
         stores.folder("az://data/rows", what="the data set", missing=DatasetNotFoundError, secret="mine")
     assert str(raised.value) == (
         "AZURE_STORAGE_CONNECTION_STRING or AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY of the Secret mine"
-        " cannot be used for az://: the library refuses its form; give it whole and as the store issues it"
+        " cannot be used for az://: the library does not accept its format; use the whole value as the store issued it"
     )
     assert SECRET_VALUE not in "".join(traceback.format_exception(raised.value))
 

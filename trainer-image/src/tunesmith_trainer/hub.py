@@ -9,8 +9,9 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 
+from tunesmith.storage.diagnosis import describe
 from tunesmith.storage.errors import AccessDeniedError, InvalidUriError, StorageError, UnavailableError
-from tunesmith.storage.folder import attempt, said
+from tunesmith.storage.folder import attempt
 from tunesmith.storage.hub import hub_client
 
 if TYPE_CHECKING:
@@ -116,9 +117,9 @@ class Repository:
             )
         refused = status is not None and status < _SERVER_ERROR and status not in _RETRYABLE
         if refused or isinstance(error, ValueError):
-            return InvalidUriError(f"the Hub does not accept {where}: {said(cause)}")
+            return InvalidUriError(f"the Hub does not accept {where}: {describe(cause)}")
         tried = f", tried {tries} times" if tries > 1 else ""
-        return UnavailableError(f"{where} could not be reached{tried}: {said(cause)}")
+        return UnavailableError(f"{where} could not be reached{tried}: {describe(cause)}")
 
 
 def _blob_id(data: bytes) -> str:

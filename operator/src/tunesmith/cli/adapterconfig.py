@@ -45,13 +45,13 @@ class Adapter:
     Args:
         base: baseModel of the FineTuneJob.
         method: method of the FineTuneJob.
-        lost: keys without a counterpart, with a hint or "".
+        omitted: keys without a counterpart, with a hint or "".
         changed: keys whose counterpart behaves differently, with a description of the difference.
     """
 
     base: dict[str, Any]
     method: dict[str, Any]
-    lost: dict[str, str] = field(default_factory=dict)
+    omitted: dict[str, str] = field(default_factory=dict)
     changed: dict[str, str] = field(default_factory=dict)
 
 
@@ -62,13 +62,13 @@ def read_initialization(value: object) -> tuple[Initialization | None, str]:
     """
     found = initialization_of(value)
     if found is Initialization.FAST_PISSA:
-        return found, "initialization FastPiSSA has Tunesmith's own number of iterations"
-    loftq = "method.qlora holds the base in 4 bits, and LoftQ makes up for what they lose in one iteration"
+        return found, "initialization FastPiSSA uses Tunesmith's number of iterations"
+    loftq = "method.qlora holds the base in 4 bits, and LoftQ compensates for the quantization error in one iteration"
     return found, loftq if found is Initialization.LOFTQ else ""
 
 
 def adapter_of(config: dict[str, Any]) -> Adapter:
-    """Return the base and the method that train such an adapter, and the keys that are lost or changed.
+    """Return the base and the method that train such an adapter, and the keys that are omitted or changed.
 
     Methods for which FineTuneJobs have no fields become `peft`, with all of their keys.
 
@@ -76,7 +76,7 @@ def adapter_of(config: dict[str, Any]) -> Adapter:
         config: the file's content, which has `peft_type` and `base_model_name_or_path`.
     """
     kind = str(config["peft_type"])
-    given = {key: value for key, value in config.items() if key not in _NEUTRAL and _says_something(key, value)}
+    given = {key: value for key, value in config.items() if key not in _NEUTRAL and _has_effect(key, value)}
     adapter = Adapter({}, {})
     _read_base(config, adapter)
     name = _method_of(kind)
@@ -94,7 +94,7 @@ def adapter_of(config: dict[str, Any]) -> Adapter:
             del given[theirs.key]
     adapter.method = {name: fields}
     decided = model.declared.decided_by_training if model.declared is not None else frozenset()
-    adapter.lost |= {key: _hint(key, value, kind) for key, value in given.items() if key not in decided}
+    adapter.omitted |= {key: _hint(key, value, kind) for key, value in given.items() if key not in decided}
     return adapter
 
 
@@ -106,7 +106,7 @@ def _method_of(kind: str) -> str | None:
     )
 
 
-def _says_something(key: str, value: object) -> bool:
+def _has_effect(key: str, value: object) -> bool:
     """Return True if PEFT would behave differently without the key."""
     if value is False:
         return key in _ON_BY_DEFAULT
@@ -118,7 +118,7 @@ def _read_base(config: dict[str, Any], adapter: Adapter) -> None:
     folder = name.startswith("/")
     adapter.base = {"uri": f"file://{name}" if folder else f"hf://{name}"}
     if revision and folder:
-        adapter.lost["revision"] = "a folder has none; name an hf:// model in baseModel.uri to use it"
+        adapter.omitted["revision"] = "a folder has no revisions; set baseModel.uri to an hf:// model to use one"
     elif revision:
         adapter.base["revision"] = str(revision)
 
@@ -136,12 +136,12 @@ def _read_initialization(given: dict[str, Any], fields: dict[str, Any], adapter:
         config = given.pop("loftq_config", None)
         bits = config.get("loftq_bits", _LOFTQ_BITS) if isinstance(config, dict) else _LOFTQ_BITS
         if bits != _LOFTQ_BITS:
-            adapter.lost["loftq_config"] = f"method.qlora holds the base in {_LOFTQ_BITS} bits, not in {bits}"
+            adapter.omitted["loftq_config"] = f"method.qlora holds the base in {_LOFTQ_BITS} bits, not in {bits}"
     return found
 
 
 def _hint(key: str, value: object, kind: str) -> str:
     if value is not False or not key.startswith("init_"):
         return ""
-    begin = "a new adapter changes nothing here, it does not begin at random"
-    return f"{begin}; method.peft with type LORA takes {key}: false" if kind == "LORA" else begin
+    hint = "a new adapter starts without an effect on the base, not with random weights"
+    return f"{hint}; method.peft with type LORA accepts {key}: false" if kind == "LORA" else hint

@@ -35,7 +35,7 @@ def download(
     name: NameArgument,
     namespace: NamespaceOption = None,
     output: Annotated[
-        Path, typer.Option("--output", help="Folder that gets the files. It is made where missing, and must be empty.")
+        Path, typer.Option("--output", help="Folder for the files; it is created if missing and must be empty.")
     ] = Path("artifact"),
     output_format: FormatOption = Format.TEXT,
 ) -> None:
@@ -65,7 +65,7 @@ def download(
     if output_format is Format.JSON:
         print_json({"folder": str(output), "digest": artifact.digest, "files": files})
         return
-    print_line(f"{len(files)} files are in {output}; each has the hash that was published.")
+    print_line(f"Downloaded {len(files)} files to {output}; their hashes match the published ones.")
     note(f'Next: PeftModel.from_pretrained(base, "{output}") in Python, or tunesmith deploy {name}')
 
 
@@ -84,20 +84,22 @@ def fetch_artifact(folder: Folder, digest: str, output: Path) -> list[str]:
     data = folder.read(ARTIFACT_MANIFEST)
     if digest_of(data) != digest:
         raise CliError(
-            f"{folder.uri}/{ARTIFACT_MANIFEST} is not what the job published: its digest is {digest_of(data)}, that of"
-            f" the job's status {digest}"
+            f"{folder.uri}/{ARTIFACT_MANIFEST} is not the published manifest: its digest is {digest_of(data)}, but"
+            f" the job's status has {digest}"
         )
     try:
         manifest = ArtifactManifest.model_validate_json(data)
     except ValidationError:
-        raise CliError(f"{folder.uri}/{ARTIFACT_MANIFEST} is of another release: use the CLI of that release") from None
+        raise CliError(
+            f"{folder.uri}/{ARTIFACT_MANIFEST} was written by another release: use the CLI of that release"
+        ) from None
     for name, file in sorted(manifest.files.items()):
         if Path(name).name != name or name in {".", ".."}:
-            raise CliError(f"{folder.uri}/{ARTIFACT_MANIFEST} names {name!r}, which is not a file of its folder")
+            raise CliError(f"{folder.uri}/{ARTIFACT_MANIFEST} lists {name!r}, which is not a file in its folder")
         folder.download(name, output / name)
         if _hash(output / name) != file.sha256:
             (output / name).unlink()
-            raise CliError(f"{folder.uri}/{name} is damaged: its hash is not the one that was published")
+            raise CliError(f"{folder.uri}/{name} is damaged: its hash differs from the published one")
     (output / ARTIFACT_MANIFEST).write_bytes(data)
     return [*sorted(manifest.files), ARTIFACT_MANIFEST]
 

@@ -64,7 +64,7 @@ class AxolotlKeys(_Table):
     """Counterparts of Axolotl's keys.
 
     Attributes:
-        needless: keys that need no counterpart.
+        ignored: keys that need no counterpart.
         fields: paths in the spec by key; the value is copied.
         methods: fields by key, for each method.
         values: keys whose values are names.
@@ -74,7 +74,7 @@ class AxolotlKeys(_Table):
         hints: alternatives for keys without a counterpart.
     """
 
-    needless: frozenset[str]
+    ignored: frozenset[str]
     fields: dict[str, str]
     methods: dict[str, dict[str, str]]
     values: dict[str, NamedValues]

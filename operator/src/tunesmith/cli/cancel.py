@@ -1,4 +1,4 @@
-"""`tunesmith cancel`: stops or pauses a job."""
+"""`tunesmith cancel`: stop, pause or resume a job."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tunesmith.cli.connection import connect
 from tunesmith.cli.errors import CliError
 from tunesmith.cli.kinds import Kind, NameArgument, fetch, parse
 from tunesmith.cli.output import Format, FormatOption, NamespaceOption, note, print_json, print_line
-from tunesmith.cli.progress import ended
+from tunesmith.cli.progress import final_condition
 
 
 def cancel(
@@ -32,7 +32,7 @@ def cancel(
     Example: tunesmith cancel support --pause
     """
     if pause and resume:
-        raise typer.BadParameter("--pause and --resume exclude each other: give one of them")
+        raise typer.BadParameter("--pause and --resume exclude each other: use one of them")
     chosen = asyncio.run(_cancel(name, namespace, suspend=True if pause else False if resume else None))
     action = "paused" if pause else "resumed" if resume else "deleted"
     if output_format is Format.JSON:
@@ -51,11 +51,11 @@ async def _cancel(name: str, namespace: str | None, *, suspend: bool | None) -> 
     async with await connect() as cluster:
         chosen = namespace or cluster.namespace
         document = await fetch(cluster, Kind.JOB, chosen, name)
-        end = ended(parse(Kind.JOB, document))
+        end = final_condition(parse(Kind.JOB, document))
         if end is not None:
             raise CliError(
-                f"FineTuneJob {chosen}/{name} has finished ({end.type}), there is nothing to stop:"
-                f" `kubectl delete finetunejob {name} -n {chosen}` removes its record, its artifact stays in the store"
+                f"FineTuneJob {chosen}/{name} has already finished ({end.type}), so it cannot be stopped:"
+                f" `kubectl delete finetunejob {name} -n {chosen}` deletes it and keeps its artifact in the store"
             )
         if suspend is None:
             await cluster.delete(Kind.JOB.resource, name, chosen, uid=document["metadata"]["uid"])

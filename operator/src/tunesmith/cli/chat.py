@@ -1,4 +1,4 @@
-"""`tunesmith chat`: talks to a model through the gateway."""
+"""`tunesmith chat`: send questions to a model through the gateway."""
 
 from __future__ import annotations
 
@@ -52,17 +52,17 @@ def chat(
     key = next(filter(None, map(os.environ.get, KEY_VARIABLES)), None)
     if key is None:
         raise CliError(
-            "set TUNESMITH_API_KEY (or OPENAI_API_KEY) to an API key: `tunesmith keys create NAME` makes one",
+            "set TUNESMITH_API_KEY (or OPENAI_API_KEY) to an API key: `tunesmith keys create NAME` creates one",
             Exit.USAGE,
         )
     options = {"max_tokens": max_tokens, "temperature": temperature}
     request = {"model": model, **{name: value for name, value in options.items() if value is not None}}
     messages = [{"role": "system", "content": system}] if system else []
 
-    def ask(asked: list[dict[str, str]]) -> str:
-        return asyncio.run(_ask(address, key, request | {"messages": asked}, output_format))
+    def ask(conversation: list[dict[str, str]]) -> str:
+        return asyncio.run(_ask(address, key, request | {"messages": conversation}, output_format))
 
-    _talk(ask, messages, message, model)
+    _converse(ask, messages, message, model)
 
 
 def endpoint(url: str | None) -> str:
@@ -75,12 +75,12 @@ def endpoint(url: str | None) -> str:
     if not url:
         raise CliError(
             "set --url (or TUNESMITH_URL) to the gateway's address, such as https://llm.example.com: the cluster of the"
-            " kubeconfig does not tell it (the chart's value gateway.externalUrl)",
+            " kubeconfig does not publish it (the chart's value gateway.externalUrl)",
             Exit.USAGE,
         )
     parts = urlsplit(url)
     if parts.scheme not in {"http", "https"} or not parts.netloc:
-        raise CliError(f"{url!r} is not an address: it begins with http:// or https://", Exit.USAGE)
+        raise CliError(f"{url!r} is not an address: it must begin with http:// or https://", Exit.USAGE)
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}/v1/chat/completions"
 
 
@@ -93,7 +93,7 @@ async def _published_url() -> str:
         return ""
 
 
-def _talk(
+def _converse(
     ask: Callable[[list[dict[str, str]]], str], messages: list[dict[str, str]], message: str | None, model: str
 ) -> None:
     """Ask one question, or those on standard input, each with the preceding conversation."""
@@ -101,7 +101,7 @@ def _talk(
         ask([*messages, _user(message)])
         return
     if sys.stdin.isatty():
-        note(f"Talking to {model}. An empty line or Ctrl-D ends.")
+        note(f"Talking to {model}. An empty line or Ctrl-D exits.")
     for question in _questions():
         messages.append(_user(question))
         messages.append({"role": "assistant", "content": ask(messages)})
@@ -146,7 +146,7 @@ async def _ask(address: str, key: str, request: dict[str, Any], output_format: F
                     sys.stdout.flush()
     except (aiohttp.ClientError, OSError) as error:
         inside = (
-            " (an address inside the cluster: give the one that clients outside use with --url)"
+            " (this address works only inside the cluster: set --url to the external one)"
             if urlsplit(address).hostname is not None and str(urlsplit(address).hostname).endswith(".svc")
             else ""
         )
@@ -177,4 +177,4 @@ def _reason(status: int, body: str) -> str:
     try:
         return str(json.loads(body)["error"]["message"])
     except (ValueError, KeyError, TypeError):
-        return f"the gateway answered {status}: {body[:200].strip() or 'nothing'}"
+        return f"the gateway answered {status}: {body[:200].strip() or 'an empty body'}"

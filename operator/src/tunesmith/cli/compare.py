@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tunesmith.cluster.resources import Object
 
 _ABSENT = "-"
-_FEWEST = 2
+_MIN_JOBS = 2
 
 
 def compare(
@@ -32,12 +32,12 @@ def compare(
 ) -> None:
     """Show scores, steps and cost of jobs side by side, and every field of the spec in which they differ.
 
-    Losses can be compared where the jobs name the same dataset.validation, or have the same digest of the data.
+    Losses can be compared if the jobs name the same dataset.validation, or have the same digest of the data.
 
     Example: tunesmith compare support support-2
     """
-    if len(jobs) < _FEWEST:
-        raise CliError("give two jobs or more, as in `tunesmith compare support support-2`", Exit.USAGE)
+    if len(jobs) < _MIN_JOBS:
+        raise CliError("name two or more jobs, as in `tunesmith compare support support-2`", Exit.USAGE)
     documents = asyncio.run(_read(jobs, namespace))
     models = [parse(Kind.JOB, document) for document in documents]
     results = [figures(model) for model in models]
@@ -56,7 +56,7 @@ def compare(
     print_table(("", *jobs), rows, empty="")
     lowest = best(models)
     if lowest is None:
-        note("The losses cannot be compared: not every job is complete with held-out rows that are the same.")
+        note("The losses cannot be compared: not all jobs are complete, or their held-out rows differ.")
         return
     note(f"Lowest held-out loss: {lowest.metadata.name}")
     note(f"Next: tunesmith deploy {lowest.metadata.name} -n {lowest.metadata.namespace} --name ADAPTER")

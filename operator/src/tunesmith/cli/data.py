@@ -54,12 +54,12 @@ def upload(
         inner.upload(last, file)
         uris.append(f"{folder}/{name}")
         if output_format is Format.TEXT:
-            print_line(f"{file} is uploaded to {uris[-1]} ({file.stat().st_size} bytes).")
+            print_line(f"Uploaded {file} to {uris[-1]} ({file.stat().st_size} bytes).")
     if output_format is Format.JSON:
         print_json([{"uri": uri} for uri in uris])
         return
     named = uris[0] if len(uris) == 1 else f"{folder}/"
-    note(f"Next: name it in a FineTuneJob, `dataset: {{train: [{{uri: {named}}}]}}`, and tunesmith submit -f job.yaml")
+    note(f"Next: use it in a FineTuneJob, `dataset: {{train: [{{uri: {named}}}]}}`, and tunesmith submit -f job.yaml")
 
 
 def _targets(source: Path, destination: str) -> tuple[str, dict[str, Path]]:
@@ -71,7 +71,7 @@ def _targets(source: Path, destination: str) -> tuple[str, dict[str, Path]]:
     scheme, separator, path = destination.partition("://")
     if not separator or not scheme or "/" not in path.strip("/") + ("/" if path.endswith("/") else ""):
         raise CliError(
-            f"{destination} is not a place in a store: write s3://bucket/folder/ or s3://bucket/folder/rows.jsonl",
+            f"{destination} is not a URI of a store: use s3://bucket/folder/ or s3://bucket/folder/rows.jsonl",
             Exit.USAGE,
         )
     if source.is_dir():
@@ -80,7 +80,7 @@ def _targets(source: Path, destination: str) -> tuple[str, dict[str, Path]]:
             raise CliError(f"the folder {source} has no files", Exit.USAGE)
         return destination.rstrip("/"), files
     if not source.is_file():
-        raise CliError(f"there is no file {source}: give the path of the rows", Exit.USAGE)
+        raise CliError(f"the file {source} does not exist: pass the path of the rows", Exit.USAGE)
     if destination.endswith("/"):
         return destination.rstrip("/"), {source.name: source}
     folder, _, name = destination.rpartition("/")

@@ -13,7 +13,7 @@ from tunesmith.cli.errors import CliError, Exit
 from tunesmith.cli.kinds import Kind, fetch, parse
 from tunesmith.cli.output import FIELD_MANAGER, Format, FormatOption, NamespaceOption, note, print_json, print_line
 from tunesmith.cli.pools import usable_pools
-from tunesmith.cli.progress import ended
+from tunesmith.cli.progress import final_condition
 
 if TYPE_CHECKING:
     from tunesmith.api.finetunejob import FineTuneJob
@@ -53,9 +53,9 @@ def deploy(
     if output_format is Format.JSON:
         print_json(document)
         return
-    place = f"{document['metadata']['namespace']}/{document['metadata']['name']}"
+    adapter = f"{document['metadata']['namespace']}/{document['metadata']['name']}"
     print_line(
-        f"AdapterDeployment {place} is {'created' if created else 'changed'}: it serves the adapter of job {job}."
+        f"AdapterDeployment {adapter} is {'created' if created else 'changed'}: it serves the adapter of job {job}."
     )
     note(f"Next: tunesmith wait adapter {document['metadata']['name']} -n {document['metadata']['namespace']}")
 
@@ -98,21 +98,21 @@ async def _deploy(
 
 
 def _check_job(job: FineTuneJob) -> None:
-    """Raise a CliError for a job that will never publish an adapter that can be served."""
-    end, title = ended(job), f"FineTuneJob {job.metadata.namespace}/{job.metadata.name}"
+    """Raise a CliError for a job that cannot publish a servable adapter."""
+    end, title = final_condition(job), f"FineTuneJob {job.metadata.namespace}/{job.metadata.name}"
     if end is not None and end.type == "Failed":
-        raise CliError(f"{title} failed ({end.reason}) and has no adapter to serve: name another job")
+        raise CliError(f"{title} failed ({end.reason}) and has no adapter to serve: choose another job")
     artifact = job.status.artifact
     if artifact is not None and not artifact.servable.vllm:
-        raise CliError(f"vLLM cannot load the adapter of {title}: {artifact.servable.reason or 'no reason was given'}")
+        raise CliError(f"vLLM cannot load the adapter of {title}: {artifact.servable.reason or 'no reason reported'}")
 
 
-async def _check_pool(cluster: Cluster, namespace: str, wanted: dict[str, Any]) -> None:
+async def _check_pool(cluster: Cluster, namespace: str, requested: dict[str, Any]) -> None:
     """Raise a CliError if a pool of the adapter's namespace does not exist; pools of others may be unreadable."""
     pools = [pool["metadata"] for pool in await usable_pools(cluster, namespace)]
-    place = (wanted["namespace"] or namespace, wanted["name"])
-    if place[0] != namespace or place in {(pool["namespace"], pool["name"]) for pool in pools}:
+    pool_key = (requested["namespace"] or namespace, requested["name"])
+    if pool_key[0] != namespace or pool_key in {(pool["namespace"], pool["name"]) for pool in pools}:
         return
     names = sorted(f"{pool['namespace']}/{pool['name']}" for pool in pools)
-    usable = f"these may be used: {', '.join(names)}" if names else "there is none that this namespace may use"
-    raise CliError(f"there is no ServingPool {'/'.join(place)}; {usable}")
+    usable = f"{namespace} may use {', '.join(names)}" if names else f"{namespace} may not use any pool"
+    raise CliError(f"ServingPool {'/'.join(pool_key)} does not exist; {usable}")

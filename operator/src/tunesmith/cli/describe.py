@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 from tunesmith.api.adapterdeployment import AdapterDeployment
 from tunesmith.api.conditions import AdapterDeploymentCondition, ServingPoolCondition, find, is_true
 from tunesmith.api.finetunejob import FineTuneJob
-from tunesmith.cli.progress import ended, live_line
+from tunesmith.cli.progress import final_condition, live_line
 from tunesmith.contracts.progress import duration
 
 if TYPE_CHECKING:
     from tunesmith.api.servingpool import ServingPool
     from tunesmith.cli.kinds import Resource
 
-_UNSEEN = "the operator has not seen it yet"
+_UNOBSERVED = "the operator has not processed it yet"
 
 
 def state(resource: Resource) -> str:
@@ -26,7 +26,7 @@ def state(resource: Resource) -> str:
 def summary(resource: Resource, now: datetime) -> str:
     """Return one line: progress, result, or what the resource waits for."""
     if isinstance(resource, FineTuneJob):
-        end = ended(resource)
+        end = final_condition(resource)
         if end is None:
             return live_line(resource, now)
         return _loss(resource) if end.type == "Complete" else f"{end.reason}: {end.message}"
@@ -48,7 +48,7 @@ def waiting(resource: AdapterDeployment | ServingPool) -> str:
         condition = find(conditions, kind)
         if condition is not None and not is_true(conditions, kind):
             return condition.message or condition.reason
-    return "" if find(conditions, kinds[0]) is not None else _UNSEEN
+    return "" if find(conditions, kinds[0]) is not None else _UNOBSERVED
 
 
 def pods(resource: AdapterDeployment | ServingPool) -> str:
@@ -89,7 +89,7 @@ def lines(resource: Resource) -> list[tuple[str, str]]:
 
 def _job(job: FineTuneJob) -> list[tuple[str, str]]:
     status, found = job.status, []
-    end = ended(job)
+    end = final_condition(job)
     if end is None:
         found.append(("progress", live_line(job, datetime.now(UTC))))
         conditions = sorted(status.conditions, key=lambda condition: condition.last_transition_time)
@@ -148,17 +148,17 @@ def _of_pool(pool: ServingPool) -> list[tuple[str, str]]:
 
 def next_step(resource: Resource) -> str:
     """Return the next command to run; empty if there is none."""
-    place = f"{resource.metadata.name} -n {resource.metadata.namespace}"
+    target = f"{resource.metadata.name} -n {resource.metadata.namespace}"
     if isinstance(resource, FineTuneJob):
-        end = ended(resource)
+        end = final_condition(resource)
         if end is None:
-            return f"tunesmith wait job {place}"
+            return f"tunesmith wait job {target}"
         if end.type == "Failed":
-            return f"tunesmith logs {place}"
+            return f"tunesmith logs {target}"
         servable = resource.status.artifact is not None and resource.status.artifact.servable.vllm
-        return f"tunesmith deploy {place}" if servable else f"tunesmith artifact download {place}"
+        return f"tunesmith deploy {target}" if servable else f"tunesmith artifact download {target}"
     if isinstance(resource, AdapterDeployment):
-        return f"tunesmith wait adapter {place}" if waiting(resource) else f"tunesmith chat {resource.model}"
+        return f"tunesmith wait adapter {target}" if waiting(resource) else f"tunesmith chat {resource.model}"
     return f"tunesmith deploy JOB --pool {resource.metadata.namespace}/{resource.metadata.name}"
 
 

@@ -36,15 +36,15 @@ def estimate(
     allow_task_code: TaskCodeOption = False,
     output_format: FormatOption = Format.TEXT,
 ) -> None:
-    """Check a job on this machine, without a GPU or a cluster: rows, tokens, steps, peak memory, does it fit.
+    """Check a job on this machine, without a GPU or a cluster: rows, tokens, steps, peak memory, and whether it fits.
 
-    The data and the base's configuration are read, its weights are not. Exit codes: 0 it fits or that is unknown, 2 the
+    The data and the base's configuration are read, its weights are not. Exit codes: 0 it fits or this is unknown, 2 the
     job must be changed, 3 worth retrying.
 
     Example: tunesmith estimate -f job.yaml --gpu-memory 80GiB
     """
     if not filename.is_file():
-        raise CliError(f"there is no file {filename}: give the manifest's path with -f", Exit.USAGE)
+        raise CliError(f"the file {filename} does not exist: pass the manifest's path with -f", Exit.USAGE)
     memory = ["--gpu-memory-bytes", str(_bytes(gpu_memory))] if gpu_memory is not None else []
     more = [*memory, *task_code(allowed=allow_task_code)]
     result = _validate([*trainer_command(), "validate", "--job", str(filename), "--allow-file", *more])
@@ -62,7 +62,7 @@ def _bytes(text: str) -> int:
     try:
         size = int(quantity_value(text.removesuffix("B")))
     except ArithmeticError:
-        raise CliError(f"--gpu-memory {text} is no size: write it as 80GiB or 24GB", Exit.USAGE) from None
+        raise CliError(f"--gpu-memory {text} is not a size: write it as 80GiB or 24GB", Exit.USAGE) from None
     if size < _GIB // 4:
         raise CliError(f"--gpu-memory {text} is {size} bytes: write the unit, as in 80GiB", Exit.USAGE)
     return size
@@ -72,7 +72,7 @@ def _validate(command: list[str]) -> TrainerResult:
     with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
         path = Path(folder, "result.json")
         try:
-            ended = subprocess.run(  # noqa: S603 - our own arguments
+            process = subprocess.run(  # noqa: S603 - our own arguments
                 [*command, "--progress-port", "0", "--termination-message", str(path)],
                 check=False,
                 stdout=subprocess.DEVNULL,
@@ -83,7 +83,8 @@ def _validate(command: list[str]) -> TrainerResult:
             return TrainerResult.model_validate_json(path.read_text(encoding="utf-8"))
         except (OSError, ValidationError):
             raise CliError(
-                f"the trainer {command[0]} ended with {ended.returncode} and no result: is it of this release?"
+                f"the trainer {command[0]} exited with code {process.returncode} and without a result: check that it is"
+                " of this release"
             ) from None
 
 
@@ -126,7 +127,7 @@ def _verdicts(counted: Preflight) -> Iterator[tuple[str, str]]:
         yield "verdict", "the job has no GPU (resources.gpus: 0)"
         return
     unknown = counted.verdict is Verdict.UNKNOWN and counted.gpu_memory_bytes is None
-    yield "verdict", counted.verdict + (": tell the GPU's memory with --gpu-memory" if unknown else "")
+    yield "verdict", counted.verdict + (": set --gpu-memory" if unknown else "")
     if counted.suggestion is not None:
         yield "suggestion", counted.suggestion
 

@@ -17,7 +17,7 @@ from tunesmith.api.finetunejob import FineTuneJob
 from tunesmith.cli.describe import next_step
 from tunesmith.cli.errors import CliError
 from tunesmith.cli.output import Format, note, print_json, print_line
-from tunesmith.cli.progress import News, ended, live_line, result
+from tunesmith.cli.progress import News, final_condition, live_line, result
 from tunesmith.cluster.errors import ForbiddenError
 
 if TYPE_CHECKING:
@@ -90,9 +90,9 @@ class PlainView:
     def show(self, job: FineTuneJob, line: str) -> None:
         """Print at each change of the stage, and in between at a limited rate."""
         stage, now = line.partition("  ")[0], time.monotonic()
-        told = line.partition("  ETA")[0]
-        if stage != self._stage or (told != self._line and now - self._printed >= _LINE_SECONDS):
-            self._stage, self._line, self._printed = stage, told, now
+        without_eta = line.partition("  ETA")[0]
+        if stage != self._stage or (without_eta != self._line and now - self._printed >= _LINE_SECONDS):
+            self._stage, self._line, self._printed = stage, without_eta, now
             print_line(f"{job.metadata.name}  {line}")
 
 
@@ -136,13 +136,13 @@ async def follow(cluster: Cluster, namespace: str, name: str, output_format: For
         CliError: the job failed, was deleted, or does not exist.
     """
     view = view_for(output_format)
-    job, end = await _until_ended(cluster, namespace, name, view)
+    job, end = await _until_finished(cluster, namespace, name, view)
     if output_format is Format.JSON:
         print_json(result(job, end))
     if end.type == "Failed":
         raise CliError(
             f"FineTuneJob {namespace}/{name} failed: {end.reason}: {end.message}"
-            f" (`tunesmith logs {name} -n {namespace}` shows what its pods wrote)"
+            f" (`tunesmith logs {name} -n {namespace}` shows the logs of its pods)"
         )
     if output_format is Format.TEXT:
         print_line(f"{name} is complete: {end.message}".rstrip(": "))
@@ -153,7 +153,7 @@ async def follow(cluster: Cluster, namespace: str, name: str, output_format: For
             note(f"Next: {step}")
 
 
-async def _until_ended(cluster: Cluster, namespace: str, name: str, view: View) -> tuple[FineTuneJob, Condition]:
+async def _until_finished(cluster: Cluster, namespace: str, name: str, view: View) -> tuple[FineTuneJob, Condition]:
     changes: asyncio.Queue[_Change] = asyncio.Queue()
     followed = _Followed(f"{namespace}/{name}", view)
     started = time.monotonic()
@@ -162,12 +162,12 @@ async def _until_ended(cluster: Cluster, namespace: str, name: str, view: View) 
             while True:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_TICK_SECONDS):
-                        followed.take(await changes.get())
+                        followed.apply(await changes.get())
                 failed()
                 job = followed.job
                 if job is None:
                     continue
-                end = ended(job)
+                end = final_condition(job)
                 if end is not None:
                     return job, end
                 line = live_line(job, datetime.now(UTC))
@@ -193,7 +193,7 @@ class _Followed:
         self._view = view
         self._news = News()
 
-    def take(self, change: _Change) -> None:
+    def apply(self, change: _Change) -> None:
         """Apply a change and show its news.
 
         Raises:
@@ -208,7 +208,7 @@ class _Followed:
             self.job = FineTuneJob.model_validate(change.object)
             lines = self._news.of(self.job)
         elif self.job is None:
-            raise CliError(f"there is no FineTuneJob {self._title}")
+            raise CliError(f"FineTuneJob {self._title} does not exist")
         for line in lines:
             self._view.news(line)
 

@@ -35,7 +35,7 @@ class StoredFile:
 
 
 @dataclass(frozen=True)
-class Folder:
+class JobFolder:
     """The folder of a FineTuneJob, `<namespace>/<job>-<uid>`."""
 
     namespace: str
@@ -53,7 +53,7 @@ class Folder:
 class Leftover:
     """A part of a folder whose FineTuneJob no longer needs it."""
 
-    folder: Folder
+    folder: JobFolder
     part: str
     """`tmp`: files needed only during training; the rest is `artifact`, or `unpublished` if no artifact exists."""
     files: tuple[StoredFile, ...]
@@ -85,12 +85,12 @@ class Resources:
     others: Sequence[Object]
     """AdapterDeployments and ServingPools."""
 
-    def find(self, folder: Folder) -> Object | None:
+    def find(self, folder: JobFolder) -> Object | None:
         """Return the FineTuneJob that owns the folder, or None."""
         return next((job for job in self.jobs if job["metadata"]["uid"] == folder.uid), None)
 
     @cached_property
-    def told(self) -> list[tuple[str, str]]:
+    def references(self) -> list[tuple[str, str]]:
         """Every uri in a spec or a status, normalised, with the resource that contains it."""
         return [
             (normalised(text), f"{item['kind']} {item['metadata']['namespace']}/{item['metadata']['name']}")
@@ -102,7 +102,7 @@ class Resources:
     def user_of(self, root: str, parts: Iterable[str]) -> str | None:
         """Return a resource that contains the uri of the folder, of one of its parts or of a file in them, or None."""
         uris = [f"{root}/{part}" for part in parts]
-        for text, user in self.told:
+        for text, user in self.references:
             if text == root or any(text == uri or text.startswith(f"{uri}/") for uri in uris):
                 return user
         return None
@@ -113,7 +113,7 @@ def is_job_folder(name: str) -> bool:
     return _JOB_FOLDER.match(name) is not None
 
 
-def folders(files: Iterable[StoredFile]) -> list[Folder]:
+def folders(files: Iterable[StoredFile]) -> list[JobFolder]:
     """Return the folders of FineTuneJobs among the files of a store; other files are ignored."""
     found: dict[tuple[str, str], list[StoredFile]] = {}
     for file in files:
@@ -121,21 +121,21 @@ def folders(files: Iterable[StoredFile]) -> list[Folder]:
         if len(parts) > 2:  # noqa: PLR2004 - namespace, folder, file
             found.setdefault((parts[0], parts[1]), []).append(file)
     return [
-        Folder(namespace, match["name"], match["uid"], tuple(below))
+        JobFolder(namespace, match["name"], match["uid"], tuple(below))
         for (namespace, name), below in sorted(found.items())
         if (match := _JOB_FOLDER.match(name)) is not None
     ]
 
 
-def left(found: Iterable[Folder], seen: Resources) -> list[Folder]:
+def unneeded(found: Iterable[JobFolder], resources: Resources) -> list[JobFolder]:
     """Return the folders whose FineTuneJob is complete or deleted. If it is deleted, the owner has to be read."""
-    return [folder for folder in found if (job := seen.find(folder)) is None or _complete(job)]
+    return [folder for folder in found if (job := resources.find(folder)) is None or _complete(job)]
 
 
 def leftovers(
-    found: Iterable[Folder],
+    found: Iterable[JobFolder],
     owners: Mapping[str, Owner | None],
-    seen: Resources,
+    resources: Resources,
     store: str,
     *,
     now: datetime,
@@ -145,29 +145,29 @@ def leftovers(
     """Return the leftovers of complete and deleted FineTuneJobs in the store, with the reasons for keeping some.
 
     Args:
-        found: folders returned by `left`.
+        found: folders returned by `unneeded`.
         owners: content of `owner.json` by the folder's path; None if there is no such file.
-        seen: the cluster.
+        resources: the cluster.
         store: normalised uri of the store's root.
         now: current time, UTC.
         older_than: minimum age; a pod of a job that was just deleted may still write.
         artifacts: True if published artifacts may be removed too.
     """
-    found_parts = []
+    parts = []
     for folder in found:
-        gone = seen.find(folder) is None
-        for part, files in _parts(folder, gone=gone, artifacts=artifacts):
-            kept = _ownership(folder, owners.get(folder.path), seen) if gone else None
-            kept = kept or _use(folder, part, files, seen, store)
+        deleted = resources.find(folder) is None
+        for part, files in _parts(folder, deleted=deleted, artifacts=artifacts):
+            kept = _ownership(folder, owners.get(folder.path), resources) if deleted else None
+            kept = kept or _use(folder, part, files, resources, store)
             if kept is None and part == ARTIFACT and not artifacts:
                 kept = "it is a published artifact: --artifacts removes it too"
             if kept is None and max(file.modified for file in folder.files) > now - older_than:
-                kept = "it was written to too short a time ago: see --older-than"
-            found_parts.append(Leftover(folder, part, files, kept))
-    return found_parts
+                kept = "it was written more recently than --older-than allows"
+            parts.append(Leftover(folder, part, files, kept))
+    return parts
 
 
-def _parts(folder: Folder, *, gone: bool, artifacts: bool) -> Iterator[tuple[str, tuple[StoredFile, ...]]]:
+def _parts(folder: JobFolder, *, deleted: bool, artifacts: bool) -> Iterator[tuple[str, tuple[StoredFile, ...]]]:
     """Yield the folder's parts that its FineTuneJob does not need; for a complete job, the temporary part.
 
     For a deleted job that published nothing, the rest is removed like `tmp`: event files, a merged model, files of an
@@ -182,31 +182,31 @@ def _parts(folder: Folder, *, gone: bool, artifacts: bool) -> Iterator[tuple[str
     rest.sort(key=lambda file: (not file.path.endswith(f"/{ARTIFACT_MANIFEST}"), file.path))
     manifest = f"{ARTIFACT_FOLDER}/{ARTIFACT_MANIFEST}"
     published = any(file.path[below:] == manifest for file in rest)
-    if gone and (artifacts or not published):
+    if deleted and (artifacts or not published):
         (rest or temporary).extend(owner)
     if temporary:
         yield TEMPORARY_FOLDER, tuple(temporary)
-    if rest and gone:
+    if rest and deleted:
         yield ARTIFACT if published else UNPUBLISHED, tuple(rest)
 
 
-def _ownership(folder: Folder, owner: Owner | None, seen: Resources) -> str | None:
+def _ownership(folder: JobFolder, owner: Owner | None, resources: Resources) -> str | None:
     """Return the reason why the folder of a missing FineTuneJob may not belong to this cluster, or None."""
     if owner is None:
-        return f"it has no {OWNER_FILE}, so whose it is is not known"
-    if owner.cluster != seen.cluster:
+        return f"it has no {OWNER_FILE}, so its owner is unknown"
+    if owner.cluster != resources.cluster:
         return "it belongs to another cluster"
     if (owner.namespace, owner.name, owner.uid) != (folder.namespace, folder.name, folder.uid):
-        return f"its {OWNER_FILE} is that of another FineTuneJob"
+        return f"its {OWNER_FILE} names another FineTuneJob"
     return None
 
 
-def _use(folder: Folder, part: str, files: Iterable[StoredFile], seen: Resources, store: str) -> str | None:
+def _use(folder: JobFolder, part: str, files: Iterable[StoredFile], resources: Resources, store: str) -> str | None:
     """Return a sentence that names the user of the part, or None if it is unused."""
     below = len(folder.path) + 1
     others = set() if part == TEMPORARY_FOLDER else {file.path[below:].split("/")[0] for file in files}
     names = {TEMPORARY_FOLDER} | others
-    user = seen.user_of(f"{store}/{folder.path}", names)
+    user = resources.user_of(f"{store}/{folder.path}", names)
     return f"{user} uses it" if user is not None else None
 
 

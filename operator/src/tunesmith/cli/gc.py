@@ -33,7 +33,7 @@ def gc(
     namespace: NamespaceOption = None,
     all_namespaces: Annotated[bool, typer.Option("--all-namespaces", "-A", help="Those of every namespace.")] = False,  # noqa: FBT002 - typer's convention
     older_than: Annotated[
-        str, typer.Option("--older-than", help="Keep what was written to more recently: 30m, 24h, 7d.")
+        str, typer.Option("--older-than", help="Keep files written more recently than this: 30m, 24h, 7d.")
     ] = "24h",
     artifacts: Annotated[  # noqa: FBT002 - typer's convention
         bool, typer.Option("--artifacts", help="Also published artifacts that nothing in the cluster uses.")
@@ -45,24 +45,24 @@ def gc(
 
     Checkpoints are removed, and all files of deleted jobs that published nothing; published artifacts only with
     --artifacts. Files that a resource of the cluster refers to are kept, and so are the files of other clusters.
-    Credentials come from environment variables named like the keys of the store's Secret, such as AWS_ACCESS_KEY_ID,
+    Credentials come from environment variables with the names of the Secret's keys, such as AWS_ACCESS_KEY_ID,
     AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL and AWS_REGION. The command reads the resources of the whole cluster.
 
     Example: tunesmith gc --store s3://tunesmith/store -A --older-than 7d --delete
     """
     floor = duration(older_than, "--older-than")
     found, opened = asyncio.run(_find(store, namespace, floor, artifacts=artifacts, everywhere=all_namespaces))
-    going = [leftover for leftover in found if leftover.kept is None]
-    failed = _remove(opened, going) if delete else {}
+    removable = [leftover for leftover in found if leftover.kept is None]
+    failed = _remove(opened, removable) if delete else {}
     if output_format is Format.JSON:
         print_json([_document(opened, leftover, failed, deleted=delete) for leftover in found])
     else:
         print_table(
             ("NAMESPACE", "JOB", "WHAT", "FILES", "SIZE", "LAST WRITTEN"),
-            [_row(leftover) for leftover in going],
-            empty="there is nothing to remove",
+            [_row(leftover) for leftover in removable],
+            empty="nothing to remove",
         )
-        _explain(found, going, deleted=delete)
+        _explain(found, removable, deleted=delete)
     for uri, text in failed.items():
         note(f"error: {uri} was not removed: {text}")
     if failed:
@@ -81,41 +81,43 @@ async def _find(
         await asyncio.to_thread(opened.check)
         # List the store first, so that the folder of a FineTuneJob created meanwhile is not among the files.
         files = await asyncio.to_thread(opened.files, None if everywhere else namespace or cluster.namespace)
-        seen = garbage.Resources(
+        resources = garbage.Resources(
             cluster=(await cluster.get("Namespace", "kube-system"))["metadata"]["uid"],
             jobs=await cluster.list("FineTuneJob"),
             others=[*await cluster.list("AdapterDeployment"), *await cluster.list("ServingPool")],
         )
-    folders = garbage.left(garbage.folders(files), seen)
+    folders = garbage.unneeded(garbage.folders(files), resources)
     owners = {
         folder.path: await asyncio.to_thread(opened.owner, f"{folder.path}/{OWNER_FILE}")
         for folder in folders
         if any(file.path == f"{folder.path}/{OWNER_FILE}" for file in folder.files)
     }
     found = garbage.leftovers(
-        folders, owners, seen, opened.uri, now=datetime.now(UTC), older_than=older_than, artifacts=artifacts
+        folders, owners, resources, opened.uri, now=datetime.now(UTC), older_than=older_than, artifacts=artifacts
     )
     return found, opened
 
 
-def _remove(store: Store, going: list[Leftover]) -> dict[str, str]:
+def _remove(store: Store, removable: list[Leftover]) -> dict[str, str]:
     """Remove leftovers; return the errors by uri.
 
     After an error the other parts of the same folder are kept: the last one has the owner, without which the folder
     could not be removed later.
     """
     failed = {}
-    staying = set()
-    for leftover in going:
+    blocked = set()
+    for leftover in removable:
         uri, folder = store.uri_of(leftover), leftover.folder.path
-        if folder in staying:
-            failed[uri] = f"another part of its folder was not, and {OWNER_FILE} goes last: run this again"
+        if folder in blocked:
+            failed[uri] = (
+                f"another part of its folder was not, and {OWNER_FILE} must be removed last: run the command again"
+            )
             continue
         try:
             store.remove([file.path for file in leftover.files])
         except CliError as error:
             failed[uri] = str(error)
-            staying.add(folder)
+            blocked.add(folder)
     return failed
 
 
@@ -149,10 +151,10 @@ def _size(count: float) -> str:
     return f"{count:.1f} GB"
 
 
-def _explain(found: list[Leftover], going: list[Leftover], *, deleted: bool) -> None:
+def _explain(found: list[Leftover], removable: list[Leftover], *, deleted: bool) -> None:
     """Print notes about removed leftovers and the reasons why the others are kept."""
-    if going and not deleted:
-        note(f"{_size(sum(leftover.size for leftover in going))} would be freed: add --delete to remove them")
+    if removable and not deleted:
+        note(f"{_size(sum(leftover.size for leftover in removable))} would be freed: add --delete to remove them")
     kept: dict[str, int] = {}
     for leftover in found:
         if leftover.kept is not None:

@@ -30,7 +30,7 @@ def peft(
     config: Annotated[Path, typer.Argument(help="An adapter_config.json of PEFT.")],
     data: Annotated[str, typer.Option("--data", help="Uri of the training rows, which the file does not name.")],
     strict: Annotated[  # noqa: FBT002 - typer's convention
-        bool, typer.Option("--strict", help="Fail where a key has no counterpart.")
+        bool, typer.Option("--strict", help="Fail if a key has no counterpart.")
     ] = False,
 ) -> None:
     """Print the FineTuneJob that trains an adapter like this one; keys without a counterpart go to standard error.
@@ -39,25 +39,25 @@ def peft(
     """
     document = _read(config)
     if not isinstance(document.get("peft_type"), str):
-        raise CliError(f"{config}: peft_type is missing: give an adapter_config.json that PEFT wrote", Exit.USAGE)
+        raise CliError(f"{config}: peft_type is missing: use an adapter_config.json written by PEFT", Exit.USAGE)
     base = document.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise CliError(f"{config}: base_model_name_or_path is missing: write the base model's name there", Exit.USAGE)
+        raise CliError(f"{config}: base_model_name_or_path is missing: add the name of the base model", Exit.USAGE)
     found = adapter_of(document)
     for key, what in found.changed.items():
         note(f"{key}: {what}")
-    for key, hint in found.lost.items():
-        note(f"{key}: {json.dumps(document[key])} has no counterpart and is left out" + (f": {hint}" if hint else ""))
+    for key, hint in found.omitted.items():
+        note(f"{key}: {json.dumps(document[key])} has no counterpart and is omitted" + (f": {hint}" if hint else ""))
     _print(config, {"baseModel": found.base, "dataset": {"train": [{"uri": data}]}, "method": found.method})
-    if strict and found.lost:
-        raise CliError(f"{len(found.lost)} keys have no counterpart: {', '.join(found.lost)}")
+    if strict and found.omitted:
+        raise CliError(f"{len(found.omitted)} keys have no counterpart: {', '.join(found.omitted)}")
 
 
 @app.command()
 def axolotl(
     config: Annotated[Path, typer.Argument(help="A configuration of Axolotl (YAML).")],
     strict: Annotated[  # noqa: FBT002 - typer's convention
-        bool, typer.Option("--strict", help="Fail where a key has no counterpart.")
+        bool, typer.Option("--strict", help="Fail if a key has no counterpart.")
     ] = False,
 ) -> None:
     """Print the FineTuneJob that is equivalent to this file; keys without a counterpart go to standard error.
@@ -70,13 +70,13 @@ def axolotl(
         raise CliError(f"{config}: {error}", Exit.USAGE) from None
     for key, what in found.changed.items():
         note(f"{key}: {what}")
-    for key, hint in found.lost.items():
-        note(f"{key} has no counterpart and is left out" + (f": {hint}" if hint else ""))
-    if found.needless:
-        note(f"not needed here: {', '.join(found.needless)}")
+    for key, hint in found.omitted.items():
+        note(f"{key} has no counterpart and is omitted" + (f": {hint}" if hint else ""))
+    if found.ignored:
+        note(f"not needed: {', '.join(found.ignored)}")
     _print(config, found.spec)
-    if strict and found.lost:
-        raise CliError(f"{len(found.lost)} keys have no counterpart: {', '.join(found.lost)}")
+    if strict and found.omitted:
+        raise CliError(f"{len(found.omitted)} keys have no counterpart: {', '.join(found.omitted)}")
 
 
 def _print(config: Path, spec: dict[str, Any]) -> None:
@@ -87,7 +87,7 @@ def _print(config: Path, spec: dict[str, Any]) -> None:
     try:
         parse_manifest(text)
     except ManifestError as error:
-        raise CliError(f"{config} says what no FineTuneJob can: {error}") from None
+        raise CliError(f"{config} has a value that a FineTuneJob does not accept: {error}") from None
     print_line(text.rstrip())
 
 
@@ -106,5 +106,5 @@ def _read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CliError(f"{path} is not JSON: {error}", Exit.USAGE) from None
     if not isinstance(document, dict):
-        raise CliError(f"{path} is not a JSON object: give an adapter_config.json", Exit.USAGE)
+        raise CliError(f"{path} is not a JSON object: use an adapter_config.json", Exit.USAGE)
     return document

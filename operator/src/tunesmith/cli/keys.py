@@ -120,7 +120,7 @@ async def _create(
             )
         except AlreadyExistsError:
             raise CliError(
-                f"there is a key {name} already: choose another name, or remove it with `tunesmith keys delete {name}`"
+                f"the key {name} already exists: choose another name, or delete it with `tunesmith keys delete {name}`"
             ) from None
     if output_format is Format.JSON:
         print_json({"name": name, "key": key, "namespace": home, "namespaces": namespaces, "models": allowed})
@@ -153,7 +153,7 @@ async def _list(gateway_namespace: str, output_format: Format) -> None:
     print_table(
         ("NAME", "NAMESPACE", "MAY CALL", "MODELS", "CREATED"),
         [(name, home, ",".join(calls), ",".join(models), created) for name, home, calls, models, created in rows],
-        empty=f"there are no keys in {gateway_namespace}: make one with `tunesmith keys create NAME`",
+        empty=f"no keys in {gateway_namespace}: create one with `tunesmith keys create NAME`",
     )
 
 
@@ -163,7 +163,7 @@ async def _delete(name: str, gateway_namespace: str) -> None:
         labels = (record or {}).get("metadata", {}).get("labels") or {}
         if record is None or labels.get(KEY_LABEL) != "true":
             raise CliError(
-                f"{gateway_namespace} has no key {name}: list its keys with `tunesmith keys list "
+                f"the key {name} does not exist in {gateway_namespace}: list the keys with `tunesmith keys list "
                 f"--gateway-namespace {gateway_namespace}`"
             )
         await cluster.delete(KEY_KIND, KEY_PREFIX + name, gateway_namespace, uid=record["metadata"]["uid"])

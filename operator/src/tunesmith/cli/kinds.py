@@ -114,6 +114,6 @@ async def fetch(cluster: Cluster, kind: Kind, namespace: str, name: str) -> Obje
 def missing(kind: Kind, namespace: str, name: str) -> CliError:
     """Return the error about a resource that does not exist."""
     return CliError(
-        f"there is no {kind.resource} {namespace}/{name}: `tunesmith list {kind}s -n {namespace}` shows those that"
+        f"{kind.resource} {namespace}/{name} does not exist: `tunesmith list {kind}s -n {namespace}` lists those that"
         " exist"
     )

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from tunesmith.cli.connection import connect
-from tunesmith.cli.describe import age, state, summary
-from tunesmith.cli.errors import CliError
-from tunesmith.cli.kinds import Kind, OptionalKindArgument, parse
+from tunesmith.cli.kinds import Kind, OptionalKindArgument
 from tunesmith.cli.output import (
     AllNamespacesOption,
     Format,
@@ -20,23 +18,10 @@ from tunesmith.cli.output import (
     print_json,
     print_table,
 )
-from tunesmith.cli.pools import usable_pools
+from tunesmith.cli.rows import list_resources, resource_row
 
 if TYPE_CHECKING:
-    from tunesmith.cluster.client import Cluster
-    from tunesmith.cluster.resources import Object, Objects
-
-
-@dataclass(frozen=True)
-class Row:
-    """One resource."""
-
-    kind: str
-    namespace: str
-    name: str
-    state: str
-    age: str
-    message: str
+    from tunesmith.cli.rows import ResourceRow
 
 
 def list_(
@@ -65,43 +50,19 @@ def list_(
 
 def _nothing(kind: Kind | None, namespace: str | None) -> str:
     if kind is Kind.POOL:
-        return "there are no pools that this namespace may use: ask a platform engineer for a ServingPool"
+        return "no pools that this namespace may use: ask a platform engineer for a ServingPool"
     what = f"{kind}s" if kind is not None else "jobs, adapters or pools"
     place = f" in {namespace}" if namespace else ""
-    return f"there are no {what}{place}: `tunesmith submit -f job.yaml` starts a job"
+    return f"no {what}{place}: `tunesmith submit -f job.yaml` starts a job"
 
 
-async def _read(kind: Kind | None, namespace: str | None, *, everywhere: bool) -> list[Row]:
+async def _read(kind: Kind | None, namespace: str | None, *, everywhere: bool) -> list[ResourceRow]:
     async with await connect() as cluster:
         home = namespace or cluster.namespace
         now = datetime.now(UTC)
         rows = []
-        for wanted in Kind if kind is None else (kind,):
-            documents = await _documents(cluster, wanted, None if everywhere else home)
-            found = [_row(wanted, document, now) for document in documents]
+        for listed in Kind if kind is None else (kind,):
+            documents = await list_resources(cluster, listed, None if everywhere else home)
+            found = [resource_row(listed, document, now) for document in documents]
             rows += sorted(found, key=lambda row: (row.namespace, row.name))
     return rows
-
-
-async def _documents(cluster: Cluster, kind: Kind, namespace: str | None) -> Objects:
-    if kind is Kind.POOL and namespace is not None:
-        return await usable_pools(cluster, namespace)
-    return await cluster.list(kind.resource, namespace)
-
-
-def _row(kind: Kind, document: Object, now: datetime) -> Row:
-    """Return a resource's row, even if this release cannot parse the resource."""
-    metadata = document["metadata"]
-    try:
-        resource = parse(kind, document)
-    except CliError as error:
-        return Row(kind.value, metadata["namespace"], metadata["name"], "Unknown", "?", str(error))
-    created = resource.metadata.creation_timestamp
-    return Row(
-        kind=kind.value,
-        namespace=resource.metadata.namespace,
-        name=resource.metadata.name,
-        state=state(resource),
-        age=age(created, now),
-        message=summary(resource, now),
-    )

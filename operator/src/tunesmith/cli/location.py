@@ -55,4 +55,4 @@ def open_at(uri: str, credentials: Credentials, *, what: str) -> Folder:
 
 
 def _as_cli_error(error: StorageError) -> CliError:
-    return CliError(f"{error} (keys: those of the environment, otherwise the Secret {STORE_SECRET} of the namespace)")
+    return CliError(f"{error} (keys come from the environment, otherwise from the namespace's Secret {STORE_SECRET})")

@@ -48,8 +48,8 @@ async def _logs(name: str, namespace: str | None, tail: int | None, output_forma
         if not pods:
             phase = (job.get("status") or {}).get("phase") or "Pending"
             raise CliError(
-                f"no pod of FineTuneJob {chosen}/{name} is left in the cluster, the job is {phase}:"
-                f" `tunesmith get job {name} -n {chosen}` shows what was reported"
+                f"FineTuneJob {chosen}/{name} is {phase} and has no pods in the cluster:"
+                f" `tunesmith get job {name} -n {chosen}` shows its status"
             )
         for pod in pods:
             await _print_log(cluster, pod, tail, output_format, following=following and pod is pods[-1])

@@ -40,7 +40,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Train adapters and talk to them. The cluster is that of $KUBECONFIG (context: $KUBECONTEXT).",
+    help="Train adapters, deploy them and chat with them. The cluster is that of $KUBECONFIG (context: $KUBECONTEXT).",
 )
 app.command()(submit)
 app.command()(wait)
@@ -112,18 +112,16 @@ def main() -> NoReturn:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        note(f"error: {scrubber.clean(what)} (a fault of tunesmith: {TRACEBACK_VARIABLE}=1 shows where)")
+        note(f"error: {scrubber.clean(what)} (a bug in tunesmith: set {TRACEBACK_VARIABLE}=1 for the traceback)")
         sys.exit(Exit.FAILED)
     sys.exit()
 
 
 def _sentence(error: ClusterError) -> str:
     if isinstance(error, NotFoundError) and any(sign in str(error) for sign in _UNKNOWN_KIND):
-        return (
-            "this cluster does not know Tunesmith's resources: install the chart charts/tunesmith, or check $KUBECONFIG"
-        )
+        return "this cluster lacks Tunesmith's resources: install the chart charts/tunesmith, or check $KUBECONFIG"
     if isinstance(error, UnauthorizedError):
         return f"the cluster does not accept the credentials of the kubeconfig: {error}"
     if isinstance(error, ForbiddenError):
-        return f"the cluster does not allow it: {error}"
+        return f"the cluster denied the request: {error}"
     return str(error)

@@ -25,9 +25,9 @@ async def usable_pools(cluster: Cluster, namespace: str) -> Objects:
         found = await cluster.list("ServingPool")
     except ForbiddenError:
         found = await cluster.list("ServingPool", namespace)
-        for place in (await read_installation(cluster)).shared_pool_namespaces:
-            if place != namespace:
-                found += await _list_shared(cluster, place)
+        for shared in (await read_installation(cluster)).shared_pool_namespaces:
+            if shared != namespace:
+                found += await _list_shared(cluster, shared)
     labels = await _labels(cluster, namespace)
     return [pool for pool in found if _admits(pool, namespace, labels)]
 

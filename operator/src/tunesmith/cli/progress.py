@@ -29,7 +29,7 @@ def live_line(job: FineTuneJob, now: datetime) -> str:
     return f"{progress.stage.value}{attempt}  {step_line(progress, elapsed=elapsed)}".rstrip()
 
 
-def ended(job: FineTuneJob) -> Condition | None:
+def final_condition(job: FineTuneJob) -> Condition | None:
     """Return the condition with which the job finished, or None while it is unfinished."""
     for kind in (FineTuneJobCondition.COMPLETE, FineTuneJobCondition.FAILED):
         if is_true(job.status.conditions, kind):
@@ -55,19 +55,19 @@ class News:
     """Reports of conditions, failed attempts and warnings, each once."""
 
     def __init__(self) -> None:
-        self._told: set[tuple[str, ...]] = set()
+        self._reported: set[tuple[str, ...]] = set()
 
     def of(self, job: FineTuneJob) -> list[str]:
         """Return the news that were not reported yet, oldest first; the caller reports the final condition."""
         lines = []
-        for condition in sorted(job.status.conditions, key=lambda one: one.last_transition_time):
+        for condition in sorted(job.status.conditions, key=lambda condition: condition.last_transition_time):
             if condition.type in {FineTuneJobCondition.COMPLETE, FineTuneJobCondition.FAILED}:
                 continue
-            wrong = condition.status is ConditionStatus.FALSE and condition.message
-            if (condition.status is ConditionStatus.TRUE or wrong) and self._new(
+            failed = condition.status is ConditionStatus.FALSE and condition.message
+            if (condition.status is ConditionStatus.TRUE or failed) and self._new(
                 condition.type, condition.status, condition.message
             ):
-                lines.append(_sentence(condition.type if not wrong else condition.reason, condition.message))
+                lines.append(_sentence(condition.type if not failed else condition.reason, condition.message))
         lines += [
             _sentence(f"attempt {attempt.name} failed, {attempt.reason}", attempt.message or "")
             for attempt in job.status.attempts
@@ -83,9 +83,9 @@ class News:
         return []
 
     def _new(self, *key: str) -> bool:
-        if key in self._told:
+        if key in self._reported:
             return False
-        self._told.add(key)
+        self._reported.add(key)
         return True
 
 

@@ -27,7 +27,7 @@ TaskCodeOption = Annotated[
 def run(
     filename: Annotated[Path, typer.Option("--filename", "-f", help="The FineTuneJob manifest (YAML or JSON).")],
     output: Annotated[
-        Path, typer.Option("--output", help="Folder that gets artifact/ and metrics.csv. It is made where missing.")
+        Path, typer.Option("--output", help="Folder for artifact/ and metrics.csv; it is created if missing.")
     ],
     *,
     allow_task_code: TaskCodeOption = False,
@@ -43,7 +43,7 @@ def run(
     Example: tunesmith run -f job.yaml --output out
     """
     if not filename.is_file():
-        raise CliError(f"there is no file {filename}: give the manifest's path with -f", Exit.USAGE)
+        raise CliError(f"the file {filename} does not exist: pass the manifest's path with -f", Exit.USAGE)
     command = [
         *trainer_command(),
         *("train", "--job", str(filename), "--output", str(output), "--allow-file", "--progress-port", "0"),
@@ -70,13 +70,15 @@ def trainer_command() -> list[str]:
     """Return the command of this machine's trainer: $TUNESMITH_TRAINER, one on the PATH, or that of a checkout.
 
     Raises:
-        CliError: there is no trainer.
+        CliError: no trainer was found.
     """
     named = os.environ.get(TRAINER_VARIABLE)
     if named:
         found = shutil.which(named)
         if found is None:
-            raise CliError(f"${TRAINER_VARIABLE} is {named}, which is not a program")
+            raise CliError(
+                f"${TRAINER_VARIABLE} is {named}, which is not an executable: set it to the trainer's program"
+            )
         return [found]
     found = shutil.which(TRAINER)
     if found is not None:
@@ -84,12 +86,12 @@ def trainer_command() -> list[str]:
     project = _checkout()
     if project is None:
         raise CliError(
-            f"there is no trainer on this machine: install the package {TRAINER}, name its program in"
-            f" ${TRAINER_VARIABLE}, or run this from a checkout of Tunesmith"
+            f"no trainer on this machine: install the package {TRAINER}, set"
+            f" ${TRAINER_VARIABLE} to its program, or run the command from a checkout of Tunesmith"
         )
     program = project / ".venv" / "bin" / TRAINER
     if not program.is_file():
-        _make_environment(project)
+        _create_environment(project)
     return [str(program)]
 
 
@@ -102,14 +104,14 @@ def _checkout() -> Path | None:
     return None
 
 
-def _make_environment(project: Path) -> None:
+def _create_environment(project: Path) -> None:
     uv = os.environ.get("UV") or shutil.which("uv")
     if uv is None:
         raise CliError(
-            f"the trainer's environment {project / '.venv'} does not exist and uv, which makes it, is not on the PATH:"
-            " run `make environment-trainer` once"
+            f"the trainer's environment {project / '.venv'} does not exist and uv, which creates it, is not on the"
+            " PATH: run `make environment-trainer` once"
         )
-    note(f"making the trainer's environment in {project / '.venv'} (once; it holds PyTorch)")
-    ended = subprocess.run([uv, "sync", "--frozen", "--project", str(project)], check=False)  # noqa: S603 - our own arguments
-    if ended.returncode != 0:
-        raise CliError(f"uv could not make the trainer's environment {project / '.venv'}: see its message above")
+    note(f"creating the trainer's environment in {project / '.venv'} (once; it holds PyTorch)")
+    process = subprocess.run([uv, "sync", "--frozen", "--project", str(project)], check=False)  # noqa: S603 - our own arguments
+    if process.returncode != 0:
+        raise CliError(f"uv could not create the trainer's environment {project / '.venv'}: see its message above")

@@ -60,7 +60,7 @@ class Store:
             if any(is_job_folder(name) for name in self._folder.child(namespace).folders()):
                 return
         raise CliError(
-            f"{self.uri} holds no folder of a FineTuneJob, <namespace>/<job>-<uid>: check --store, which is the value"
+            f"{self.uri} has no folder of a FineTuneJob, <namespace>/<job>-<uid>: check --store, which is the value"
             " `store` of the chart, and the address of the server in the environment"
         )
 

@@ -16,7 +16,7 @@ from tunesmith.cli.errors import CliError, Exit
 from tunesmith.cli.follow import follow
 from tunesmith.cli.kinds import Kind, parse
 from tunesmith.cli.output import FIELD_MANAGER, Format, FormatOption, NamespaceOption, note, print_json, print_line
-from tunesmith.cli.progress import ended
+from tunesmith.cli.progress import final_condition
 
 if TYPE_CHECKING:
     from tunesmith.api.finetunejob import FineTuneJob
@@ -42,11 +42,11 @@ def submit(
         try:
             asyncio.run(_follow(submitted.namespace, name, output_format))
         except KeyboardInterrupt:
-            place = f"{name} -n {submitted.namespace}"
+            target = f"{name} -n {submitted.namespace}"
             note(
-                f"\nFineTuneJob {name} continues in the cluster. Follow it again: tunesmith wait job {place}\n"
-                f"Pause it, with a checkpoint: tunesmith cancel {place} --pause\n"
-                f"Stop it: tunesmith cancel {place}"
+                f"\nFineTuneJob {name} continues in the cluster. Follow it again: tunesmith wait job {target}\n"
+                f"Pause it, with a checkpoint: tunesmith cancel {target} --pause\n"
+                f"Stop it: tunesmith cancel {target}"
             )
             raise typer.Exit(Exit.INTERRUPTED) from None
     elif output_format is Format.JSON:
@@ -75,11 +75,11 @@ class Submitted(NamedTuple):
         title = f"FineTuneJob {self.namespace}/{self.job.metadata.name}"
         if self.created:
             return f"{title} is submitted."
-        end = ended(self.job)
+        end = final_condition(self.job)
         if end is None:
-            return f"{title} exists already and is {state(self.job)}: nothing was started."
+            return f"{title} already exists and is {state(self.job)}: nothing was started."
         return (
-            f"{title} has finished already ({summary(self.job, datetime.now(UTC))}): nothing was started. To train"
+            f"{title} has already finished ({summary(self.job, datetime.now(UTC))}): nothing was started. To train"
             " again, submit it under another name."
         )
 
@@ -93,7 +93,7 @@ def read(filename: Path) -> dict[str, Any]:
     try:
         text = filename.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise CliError(f"there is no file {filename}: give the manifest's path with -f", Exit.USAGE) from None
+        raise CliError(f"the file {filename} does not exist: pass the manifest's path with -f", Exit.USAGE) from None
     except (OSError, UnicodeDecodeError) as error:
         raise CliError(f"{filename} cannot be read: {error}", Exit.USAGE) from None
     try:
@@ -108,7 +108,7 @@ async def _apply(document: dict[str, Any], namespace: str | None) -> Submitted:
     written = metadata.get("namespace")
     if namespace and written and namespace != written:
         raise CliError(
-            f"the manifest says metadata.namespace: {written}, the command says -n {namespace}: keep one of them",
+            f"the manifest has metadata.namespace {written}, but the command line has -n {namespace}: keep one of them",
             Exit.USAGE,
         )
     async with await connect() as cluster:

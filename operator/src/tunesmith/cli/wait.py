@@ -69,7 +69,7 @@ async def _wait(kind: Kind, name: str, namespace: str | None, limit: timedelta |
                     await _until_serving(cluster, kind, chosen, name, output_format)
         except TimeoutError:
             raise CliError(
-                f"{kind.resource} {chosen}/{name} is not there yet after {limit}:"
+                f"{kind.resource} {chosen}/{name} was not ready within {limit}:"
                 f" `tunesmith get {kind} {name} -n {chosen}` shows what it waits for"
             ) from None
 
@@ -122,5 +122,5 @@ def final_failure(resource: AdapterDeployment | ServingPool) -> str | None:
         return resolved.message
     newest = next(iter(resource.status.revisions), None)
     if newest is not None and newest.state is RevisionState.FAILED:
-        return f"the newest version cannot be loaded: {newest.message or 'no reason was given'}"
+        return f"the newest version cannot be loaded: {newest.message or 'no reason reported'}"
     return None

@@ -31,12 +31,12 @@ _VERSION_LINK = "..data"
 _VERSION_FORMAT = "..%Y_%m_%d_%H_%M_%S"
 _PRINTABLE = re.compile(r"[\x21-\x7e]*")
 _USER_OF_URL = re.compile(r"(https?|ftp|socks5h?)://[^/@\s]*@", re.IGNORECASE)
-_REMOVED = "***"
-_SHORTEST = 4
+_REPLACEMENT = "***"
+_MIN_LENGTH = 4
 """Fewest characters of a value; shorter ones would match in any text."""
-_DISTINCT = 8
+_MIN_EMBEDDED_LENGTH = 8
 """Fewest characters of a value that is recognised inside a word."""
-_CUT = 12
+_MIN_PREFIX_LENGTH = 12
 """Fewest characters of a value's beginning that are recognised where a library or a limit cut off the rest."""
 
 
@@ -94,7 +94,7 @@ class Credentials:
         if named and scheme.credentials and not any(self.values.get(key) for key in scheme.keys):
             first = " and no ".join(keys[0] for keys in scheme.credentials)
             raise CredentialsMissingError(
-                f"{self.source} has no {first}, with which {scheme.name}:// is reached: add the key, or remove the"
+                f"{self.source} has no {first}, which {scheme.name}:// requires: add the key, or remove the"
                 " secretRef to use the store's credentials"
             )
         complete = any(given.issuperset(keys) for keys in scheme.credentials)
@@ -108,7 +108,7 @@ class Credentials:
         keys = max(scheme.credentials, key=lambda keys: len(given.intersection(keys)))
         missing = [key for key in keys if key not in given]
         others = [" and ".join(other) for other in scheme.credentials if other != keys]
-        instead = f", or give {' or '.join(others)} instead" if others else ""
+        instead = f", or use {' or '.join(others)} instead" if others else ""
         has = " and ".join(key for key in keys if key in given)
         return f"{self.source} has {has} and no {' and no '.join(missing)}: add the key{instead}"
 
@@ -117,8 +117,8 @@ def unusable(scheme: Scheme, credentials: Credentials, fault: str) -> str:
     """Return the message about a credential that cannot be used, which contains no part of its value."""
     keys = " or ".join(" and ".join(keys) for keys in scheme.credentials)
     return (
-        f"{keys} of {credentials.source} cannot be used for {scheme.name}://: {fault}; give it whole and as the store"
-        " issues it"
+        f"{keys} of {credentials.source} cannot be used for {scheme.name}://: {fault}; use the whole value as the store"
+        " issued it"
     )
 
 
@@ -193,7 +193,7 @@ def malformed(key: str, value: str, credentials: str) -> str | None:
         found = "has characters that are not printable ASCII"
     else:
         return None
-    return f"{key} of {credentials} {found}: put the value there alone, in one line and as its issuer gives it"
+    return f"{key} of {credentials} {found}: store only the value, on one line and exactly as issued"
 
 
 class Scrubber:
@@ -208,9 +208,9 @@ class Scrubber:
         forms = {form for text in texts for form in _forms(text)}
         self._long: dict[str, list[str]] = {}
         for form in forms:
-            if len(form) >= _DISTINCT:
-                self._long.setdefault(form[:_DISTINCT], []).append(form)
-        short = sorted(re.escape(form) for form in forms if _SHORTEST <= len(form) < _DISTINCT)
+            if len(form) >= _MIN_EMBEDDED_LENGTH:
+                self._long.setdefault(form[:_MIN_EMBEDDED_LENGTH], []).append(form)
+        short = sorted(re.escape(form) for form in forms if _MIN_LENGTH <= len(form) < _MIN_EMBEDDED_LENGTH)
         self._short = re.compile(rf"(?<![A-Za-z0-9])(?:{'|'.join(short)})(?![A-Za-z0-9])") if short else None
 
     def clean(self, text: str) -> str:
@@ -219,8 +219,8 @@ class Scrubber:
             if beginning in text:
                 text = _without(text, beginning, forms)
         if self._short is not None:
-            text = self._short.sub(_REMOVED, text)
-        return _USER_OF_URL.sub(rf"\1://{_REMOVED}@", text)
+            text = self._short.sub(_REPLACEMENT, text)
+        return _USER_OF_URL.sub(rf"\1://{_REPLACEMENT}@", text)
 
     def clean_fields(self, document: Any, names: frozenset[str]) -> Any:  # noqa: ANN401 - any JSON document
         """Return the JSON document with credentials removed from the texts in fields of these names."""
@@ -244,7 +244,7 @@ def _without(text: str, beginning: str, forms: Iterable[str]) -> str:
     pieces, position = [], 0
     while (found := text.find(beginning, position)) >= 0:
         length = max((_found(text[found : found + len(form)], form) for form in forms), default=0)
-        pieces += [text[position:found], _REMOVED if length else beginning]
+        pieces += [text[position:found], _REPLACEMENT if length else beginning]
         position = found + (length or len(beginning))
     return "".join([*pieces, text[position:]])
 
@@ -252,8 +252,8 @@ def _without(text: str, beginning: str, forms: Iterable[str]) -> str:
 def _found(text: str, form: str) -> int:
     """Return the length of the value's prefix at the start of the text; 0 if too short to identify the value."""
     pairs = enumerate(zip(text, form, strict=False))
-    same = next((number for number, (one, other) in pairs if one != other), len(text))
-    return same if same == len(form) or same >= _CUT else 0
+    same = next((number for number, (found, expected) in pairs if found != expected), len(text))
+    return same if same == len(form) or same >= _MIN_PREFIX_LENGTH else 0
 
 
 def _parts(key: str, value: str) -> Iterator[str]:
@@ -280,12 +280,12 @@ def _texts_of(document: str) -> Iterator[str]:
 
 def _forms(text: str) -> Iterator[str]:
     """Yield the forms in which programs write a text: plain, URL, JSON, repr, and base64 at its three offsets."""
-    if len(text) < _SHORTEST or text.startswith("-----"):
+    if len(text) < _MIN_LENGTH or text.startswith("-----"):
         return
     data = text.encode("utf-8", "surrogateescape")
     yield text
     yield from (quote(data, safe=""), quote_plus(data), json.dumps(text)[1:-1], repr(text)[1:-1])
-    if len(data) < _DISTINCT:
+    if len(data) < _MIN_EMBEDDED_LENGTH:
         return
     for offset in range(3):
         # Without the characters that share bits with the value's neighbours.

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from fsspec.implementations.local import LocalFileSystem
 
 from tunesmith.storage.credentials import unusable
+from tunesmith.storage.diagnosis import Target, diagnose
 from tunesmith.storage.errors import (
     AccessDeniedError,
     FullError,
     InvalidUriError,
-    NotFoundError,
     StorageError,
     UnavailableError,
 )
@@ -30,10 +30,6 @@ from tunesmith.storage.schemes import (
     SCHEMES,
     Client,
     Use,
-    generic_denied,
-    generic_invalid,
-    generic_missing,
-    generic_no_credentials,
     precondition_failed,
     split,
 )
@@ -51,7 +47,7 @@ CHUNK_BYTES = 8 * 2**20
 _WRITE_CHECK = "tunesmith-write-check"
 
 
-class Refusal(Protocol):
+class RefusedConnection(Protocol):
     """Refused connection, with the reason."""
 
     explanation: str
@@ -73,15 +69,15 @@ class Retry:
 ONE_TRY = Retry(attempts=1)
 
 
-def _unguarded(_: BaseException) -> Refusal | None:
+def _unguarded(_: BaseException) -> RefusedConnection | None:
     return None
 
 
-def _silent(_: str | None) -> None:
+def _no_report(_: str | None) -> None:
     return None
 
 
-def _as_it_is(error: StorageError) -> Exception:
+def _unchanged(error: StorageError) -> Exception:
     return error
 
 
@@ -99,21 +95,21 @@ class Access:
     """
 
     retry: Retry = field(default_factory=Retry)
-    refusal: Callable[[BaseException], Refusal | None] = _unguarded
-    waiting: Callable[[str | None], None] = _silent
+    refusal: Callable[[BaseException], RefusedConnection | None] = _unguarded
+    waiting: Callable[[str | None], None] = _no_report
     client: Client = field(default_factory=Client)
     native: bool = False
-    failure: Callable[[StorageError], Exception] = _as_it_is
+    failure: Callable[[StorageError], Exception] = _unchanged
 
 
 def attempt(
-    operation: Callable[[], T], understood: Callable[[Exception, int], StorageError], access: Access, server: str
+    operation: Callable[[], T], diagnosis: Callable[[Exception, int], StorageError], access: Access, server: str
 ) -> T:
     """Return the operation's result; retry it after temporary failures of the store.
 
     Args:
         operation: raises exceptions of the store's library, or StorageErrors.
-        understood: translates an exception of the library, given the number of tries so far.
+        diagnosis: translates an exception of the library, given the number of tries so far.
         access: settings of the calls.
         server: description of the server, for a refused address.
 
@@ -131,11 +127,11 @@ def attempt(
             if refused is not None:
                 failure: StorageError = AccessDeniedError(f"{server} leads to {refused.explanation}")
             else:
-                failure = error if isinstance(error, StorageError) else understood(error, tries)
+                failure = error if isinstance(error, StorageError) else diagnosis(error, tries)
             pause = next(pauses, None) if isinstance(failure, UnavailableError) else None
             if pause is None:
                 raise access.failure(failure) from error
-            access.waiting(f"{failure}; next try in {pause:.0f} s")
+            access.waiting(f"{failure}; retrying in {pause:.0f} s")
             time.sleep(pause)
         else:
             if tries > 1:
@@ -214,7 +210,7 @@ def _open(
         filesystem = _filesystem(scheme, credentials, access)
     except ImportError as error:
         raise InvalidUriError(
-            f"{_named(what, uri)}: {scheme.name}:// cannot be read here, as a library is missing ({error}): install"
+            f"{_named(what, uri)}: {scheme.name}:// cannot be read, because a library is missing ({error}): install"
             " tunesmith[storage]"
         ) from None
     except (ValueError, TypeError, KeyError):  # without their message, which may contain parts of a key
@@ -245,10 +241,10 @@ def _place(uri: str, what: str, claims: bool, *, allow_file: bool) -> tuple[Sche
         or (scheme.mounted and not claims)
     ):
         prefixes = ", ".join(f"{scheme.name}://" for scheme in known)
-        raise InvalidUriError(f"the uri {_named(what, uri, of=True)} is none of {prefixes} with a path")
+        raise InvalidUriError(f"the uri {_named(what, uri, of=True)} must begin with {prefixes}, followed by a path")
     if scheme.local_only and not allow_file:
         raise InvalidUriError(
-            f"{_named(what, uri)} is on this machine, and file:// is allowed only where no cluster runs the job"
+            f"{_named(what, uri)} is a local folder, and file:// is allowed only in runs without a cluster"
             " (tunesmith run): use s3:// or another store"
         )
     if scheme.reserved is not None and re.search(scheme.reserved[0], path):
@@ -407,7 +403,7 @@ class Folder:
                 place, start=offset or None, end=None if length is None else offset + length
             )
             if length is not None and len(data) > length:
-                raise UnavailableError(f"{self._where(name)}: the store sent more than it was asked for")
+                raise UnavailableError(f"{self._where(name)}: the store sent more bytes than requested")
             return data
 
         return b"" if length == 0 else self._attempt(got, name)
@@ -424,7 +420,7 @@ class Folder:
             if len(data) != wanted:
                 raise self._access.failure(
                     UnavailableError(
-                        f"{self._where(name)} ended after {offset + len(data)} of {size} bytes: it changed while it"
+                        f"{self._where(name)} has only {offset + len(data)} of {size} bytes: it changed while it"
                         " was read"
                     )
                 )
@@ -601,8 +597,8 @@ class Folder:
         for path in found:
             if not {".", ".."}.isdisjoint(path.split("/")):
                 raise AccessDeniedError(
-                    f"{self._where()}: the store lists {path!r} there, which leads out of the folder: remove it, or"
-                    " name another folder"
+                    f"{self._where()}: the store lists {path!r}, which leads out of the folder: remove it, or"
+                    " use another folder"
                 )
         return found
 
@@ -615,45 +611,8 @@ class Folder:
         where = self._where(name)
         endpoint = self._scheme.endpoint_of(self._credentials.values)
         server = f"{endpoint[0]} of {self._credentials.source}, for {where}," if endpoint else where
-        return attempt(operation, lambda error, tries: self._understood(error, where, tries), self._access, server)
-
-    def _understood(self, error: Exception, where: str, tries: int) -> StorageError:
-        scheme, source = self._scheme, self._credentials.source
-        if scheme.no_credentials(error) or generic_no_credentials(error):
-            keys = " or ".join(" and ".join(keys) for keys in scheme.credentials)
-            return AccessDeniedError(f"no complete credentials for {where}: {source} must give {keys}")
-        if scheme.denied(error) or generic_denied(error):
-            belongs = self._default_server() if scheme.keys_belong_to_server else ""
-            return AccessDeniedError(
-                f"access to {where} was denied with the credentials of {source}: check the keys there and what they may"
-                f" read and write{belongs}"
-            )
-        if scheme.missing(error) or generic_missing(error):
-            belongs = self._default_server() if scheme.keys_belong_to_server else ""
-            return NotFoundError(f"{where} does not exist: check the uri{self._bucket_hint(error)}{belongs}")
-        if scheme.invalid(error) or generic_invalid(error):
-            return InvalidUriError(f"the store does not accept the uri of {where}: {said(error)}")
-        tried = f", tried {tries} times" if tries > 1 else ""
-        return UnavailableError(f"{where} could not be reached{tried}: {said(error)}{self._default_server()}")
-
-    def _default_server(self) -> str:
-        if not self._scheme.endpoint or self._scheme.endpoint_of(self._credentials.values) is not None:
-            return ""
-        return (
-            f"; {self._credentials.source} has no {self._scheme.endpoint[0]}, so {self._scheme.default_server} was"
-            " asked: add it if the store is another server's"
-        )
-
-    def _bucket_hint(self, error: Exception) -> str:
-        bucket = self._path.split("/", 1)[0]
-        return f" (there is no bucket {bucket!r})" if self._scheme.no_bucket(error) else ""
-
-
-def said(error: Exception) -> str:
-    """Return an exception's message in one line of at most 300 characters."""
-    name = type(error).__name__
-    kind = name if not str(error) or "botocore" in type(error).__module__ else ""
-    return " ".join(f"{kind} {error}".split())[:300] or name
+        target = Target(where, self._path.split("/", 1)[0], self._scheme, self._credentials)
+        return attempt(operation, lambda error, tries: diagnose(error, target, tries), self._access, server)
 
 
 def _last(entry: dict[str, Any]) -> str:

@@ -60,12 +60,12 @@ class HttpsFileSystem(HTTPFileSystem):  # type: ignore[misc] # fsspec has no typ
         async with self._part(url, begin, stop - 1) as answer:
             first, last = _range_of(answer)[:2]
             if first != begin or last >= stop:
-                raise UnsuitableServerError("the server sends another part of the file than it was asked for")
+                raise UnsuitableServerError("the server sent a range other than the requested one")
             data = bytearray()
             async for piece in answer.content.iter_any():
                 data += piece
                 if len(data) > last - first + 1:
-                    raise UnsuitableServerError("the server sends more than it announces")
+                    raise UnsuitableServerError("the server sent more bytes than announced")
             return bytes(data)
 
     @asynccontextmanager
@@ -94,5 +94,7 @@ def _range_of(answer: aiohttp.ClientResponse) -> tuple[int, int, int]:
 
 async def _only_https(request: aiohttp.ClientRequest, handler: ClientHandlerType) -> aiohttp.ClientResponse:
     if request.url.scheme != "https":
-        raise UnsuitableServerError(f"it redirects to {request.url.host} by plain HTTP, which anybody may change")
+        raise UnsuitableServerError(
+            f"it redirects to {request.url.host} over plain HTTP, which is not protected against changes"
+        )
     return await handler(request)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import re
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ HUB = "https://huggingface.co"
 _BUCKET = r"[^/\s]+"
 _NAME = r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?"
 _DENIED_STATUS = frozenset({401, 403})
-_DENIED_S3_CODES = frozenset(
+DENIED_S3_CODES = frozenset(
     {
         "AccessDenied",
         "ExpiredToken",
@@ -29,9 +28,6 @@ _DENIED_S3_CODES = frozenset(
     }
 )
 """Codes of S3 servers that s3fs does not translate to PermissionError."""
-
-_NATIVE_DENIED = re.compile(rf"\b40[13] |<Code>({'|'.join(sorted(_DENIED_S3_CODES))}|AuthenticationFailed)</Code>")
-_NATIVE_MISSING = re.compile(r"<Code>(NoSuchBucket|ContainerNotFound)</Code>|\b404 ")
 
 
 class Use(StrEnum):
@@ -130,7 +126,7 @@ class Scheme:
     default_server: str = ""
     keys_belong_to_server: bool = False
     malformed: Callable[[Mapping[str, str]], str | None] = _nothing_wrong
-    unreadable: str = "the library refuses its form"
+    unreadable: str = "the library does not accept its format"
     reserved: tuple[str, str] | None = None
     lists: bool = True
     keeps_uri: bool = False
@@ -292,7 +288,7 @@ def causes(error: BaseException) -> Iterator[BaseException]:
         current = current.__cause__
 
 
-def _is(error: BaseException, *names: str) -> bool:
+def is_instance(error: BaseException, *names: str) -> bool:
     """Return True if the exception's class has one of these names, since this module imports no store's library."""
     return any(kind.__name__ in names for cause in causes(error) for kind in type(cause).__mro__)
 
@@ -309,7 +305,7 @@ def _s3_answer(error: BaseException) -> tuple[str, int]:
 
 def _s3_denied(error: BaseException) -> bool:
     code, status = _s3_answer(error)
-    return code in _DENIED_S3_CODES or code in {"401", "403"} or status in _DENIED_STATUS
+    return code in DENIED_S3_CODES or code in {"401", "403"} or status in _DENIED_STATUS
 
 
 def _hub_denied(error: BaseException) -> bool:
@@ -319,12 +315,12 @@ def _hub_denied(error: BaseException) -> bool:
 
 
 def _gs_denied(error: BaseException) -> bool:
-    refused = _is(error, "RefreshError") and "invalid_" in str(error)
+    refused = is_instance(error, "RefreshError") and "invalid_" in str(error)
     return refused or getattr(error, "code", None) in _DENIED_STATUS or str(error).startswith("Forbidden: ")
 
 
 def _az_denied(error: BaseException) -> bool:
-    return _is(error, "ClientAuthenticationError") or any(
+    return is_instance(error, "ClientAuthenticationError") or any(
         getattr(cause, "status_code", None) in _DENIED_STATUS for cause in causes(error)
     )
 
@@ -355,7 +351,9 @@ SCHEMES = (
         endpoint=("HF_ENDPOINT",),
         default_server="huggingface.co",
         denied=_hub_denied,
-        missing=lambda error: _is(error, "RepositoryNotFoundError", "RevisionNotFoundError", "EntryNotFoundError"),
+        missing=lambda error: is_instance(
+            error, "RepositoryNotFoundError", "RevisionNotFoundError", "EntryNotFoundError"
+        ),
     ),
     Scheme(
         name="s3",
@@ -387,17 +385,17 @@ SCHEMES = (
         ),
         list_options={"refresh": True},
         modified="LastModified",
-        no_credentials=lambda error: _is(error, "NoCredentialsError", "PartialCredentialsError"),
+        no_credentials=lambda error: is_instance(error, "NoCredentialsError", "PartialCredentialsError"),
         denied=_s3_denied,
         no_bucket=lambda error: _s3_answer(error)[0] == "NoSuchBucket",
-        invalid=lambda error: _is(error, "ParamValidationError"),
+        invalid=lambda error: is_instance(error, "ParamValidationError"),
     ),
     Scheme(
         name="gs",
         title="Google Cloud Storage",
         example="gs://bucket/path",
         uses=frozenset(Use),
-        # Not fsspec's registered class: it queries features over gRPC, which the guard does not see, and nothing here
+        # Not fsspec's registered class: it queries features over gRPC, which the guard does not see, and nothing
         # uses them.
         filesystem="gcsfs.core.GCSFileSystem",
         options=gs_options,
@@ -428,10 +426,10 @@ SCHEMES = (
         alone=frozenset({"AZURE_STORAGE_ACCOUNT_NAME"}),
         create_arguments="--from-literal=AZURE_STORAGE_CONNECTION_STRING='…'",
         key_note="the connection string, or the account's name and key",
-        reserved=(r"[?#]", "has a '?' or '#', which cannot be read there: give what it names another name"),
+        reserved=(r"[?#]", "has a '?' or '#', which Azure's library does not support: rename the blob"),
         modified="last_modified",
         denied=_az_denied,
-        missing=lambda error: _is(error, "ResourceNotFoundError"),
+        missing=lambda error: is_instance(error, "ResourceNotFoundError"),
     ),
     Scheme(
         name="pvc",
@@ -455,7 +453,7 @@ SCHEMES = (
         lists=False,
         keeps_uri=True,
         denied=_https_denied,
-        invalid=lambda error: _is(error, "UnsuitableServerError"),
+        invalid=lambda error: is_instance(error, "UnsuitableServerError"),
     ),
     Scheme(
         name="file",
@@ -546,42 +544,11 @@ def parse_store(uri: str) -> str:
     _, place = split(store)
     meant = canonical(store)
     if meant not in {None, store}:
-        raise ValueError(f"{uri} has another tool's name of its scheme: write {meant}")
+        raise ValueError(f"{uri} uses another tool's name of the scheme: write {meant}")
     if re.fullmatch(store_pattern(), store) is None:
         raise ValueError(f"{uri} is not a store: write {examples(Use.STORE)}")
     if not {"?", "#"}.isdisjoint(place) or ".." in place.split("/"):
         raise ValueError(
-            f"{uri} contains '?', '#' or '..': write bucket and folder alone, such as {examples(Use.STORE)}"
+            f"{uri} contains '?', '#' or '..': write only bucket and folder, such as {examples(Use.STORE)}"
         )
     return store
-
-
-def generic_denied(error: BaseException) -> bool:
-    """Return True for an exception that means, in every store, that access is denied."""
-    if any(isinstance(cause, PermissionError) for cause in causes(error)):
-        return True
-    # obstore has no such exception for listings.
-    native = type(error).__module__.startswith("obstore")
-    return native and (
-        _is(error, "PermissionDeniedError", "UnauthenticatedError") or _NATIVE_DENIED.search(str(error)) is not None
-    )
-
-
-def generic_no_credentials(error: BaseException) -> bool:
-    """Return True for an obstore exception that means that no credentials were found: it asked for the machine's."""
-    return (
-        type(error).__module__.startswith("obstore")
-        and re.search(r"169\.254\.|metadata\.google", str(error)) is not None
-    )
-
-
-def generic_invalid(error: BaseException) -> bool:
-    """Return True for an exception that means that no store can have such a name."""
-    return isinstance(error, OSError) and error.errno == errno.EINVAL
-
-
-def generic_missing(error: BaseException) -> bool:
-    """Return True for an exception that means, in every store, that something does not exist."""
-    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
-        return True
-    return type(error).__module__.startswith("obstore") and _NATIVE_MISSING.search(str(error)) is not None
