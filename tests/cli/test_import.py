@@ -46,7 +46,7 @@ CONFIG: dict[str, Any] = {
             {"init_lora_weights": False},
             ("--strict",),
             1,
-            "it does not begin at random; method.peft with type LORA takes init_lora_weights: false",
+            "not with random weights; method.peft with type LORA accepts init_lora_weights: false",
         ),
         ({"layers_to_transform": 0}, (), 0, "layers_to_transform: 0 has no counterpart"),
         ({"use_qalora": False, "lora_bias": False}, ("--strict",), 0, ""),

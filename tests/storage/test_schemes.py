@@ -95,7 +95,7 @@ def of_secret(**values: str) -> Credentials:
         ("s3", {}, "the Secret mine has no AWS_ACCESS_KEY_ID, which s3:// requires"),
         ("s3", {"AWS_ACCESS_KEY_ID": "id"}, "has AWS_ACCESS_KEY_ID and no AWS_SECRET_ACCESS_KEY: add the key"),
         ("gs", {}, f"has no {GOOGLE_KEY}, which gs:// requires"),
-        ("az", {}, "has no AZURE_STORAGE_CONNECTION_STRING and no AZURE_STORAGE_ACCOUNT_NAME, with which az://"),
+        ("az", {}, "has no AZURE_STORAGE_CONNECTION_STRING and no AZURE_STORAGE_ACCOUNT_NAME, which az:// requires"),
         (
             "az",
             {"AZURE_STORAGE_ACCOUNT_NAME": "name"},

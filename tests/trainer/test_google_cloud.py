@@ -163,7 +163,7 @@ def test_an_invalid_key_is_reported_with_its_secret(
 def test_a_secret_without_the_key_of_its_store_is_refused(uri: str, keys: str, tmp_path: Path) -> None:
     stores = Stores(secrets=with_secret(tmp_path, password="x"), allow_file=False)
     with pytest.raises(
-        SecretNotFoundError, match=f"the Secret mine has no {keys}, with which {uri.split(':', maxsplit=1)[0]}://"
+        SecretNotFoundError, match=f"the Secret mine has no {keys}, which {uri.split(':', maxsplit=1)[0]}:// requires"
     ):
         stores.folder(uri, what="the data set", missing=StorageUnavailableError, secret="mine")
 

@@ -72,11 +72,14 @@ def resource_row(kind: Kind, document: Object, now: datetime) -> ResourceRow:
 
 def model_row(resource: AdapterDeployment | ServingPool) -> ModelRow:
     """Return the row of the model that an adapter or a pool serves."""
-    is_adapter = isinstance(resource, AdapterDeployment)
+    if isinstance(resource, AdapterDeployment):
+        kind, pool = "adapter", adapter_pool(resource)
+    else:
+        kind, pool = "base", f"{resource.metadata.namespace}/{resource.metadata.name}"
     return ModelRow(
         model=resource.model,
-        kind="adapter" if is_adapter else "base",
-        pool=adapter_pool(resource) if is_adapter else f"{resource.metadata.namespace}/{resource.metadata.name}",
+        kind=kind,
+        pool=pool,
         state=state(resource),
         pods=pods(resource),
         message=waiting(resource),
