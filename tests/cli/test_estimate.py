@@ -1,4 +1,4 @@
-"""How `tunesmith estimate` asks the trainer and shows its answer; tests/trainer/test_preflight.py has the real one."""
+"""`tunesmith estimate` with a fake trainer; tests/trainer/test_preflight.py has the real one."""
 
 from __future__ import annotations
 

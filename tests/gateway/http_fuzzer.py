@@ -73,7 +73,7 @@ _MODELS = ("pirate", "team/pirate", "base", "serving/base", "nobody", "", "pi\0r
 
 @dataclass
 class Findings:
-    """What the gateway answered."""
+    """Answers of the gateway, and faults in them."""
 
     statuses: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)

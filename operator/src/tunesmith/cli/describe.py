@@ -52,9 +52,9 @@ def waiting(resource: AdapterDeployment | ServingPool) -> str:
 
 
 def pods(resource: AdapterDeployment | ServingPool) -> str:
-    """Return ready and wanted pods as `1/2`; `?` for a number that the operator has not decided."""
-    wanted = resource.status.desired_replicas
-    return f"{resource.status.ready_replicas or 0}/{'?' if wanted is None else wanted}"
+    """Return ready and desired pods as `1/2`; `?` for a number that the operator has not decided."""
+    desired = resource.status.desired_replicas
+    return f"{resource.status.ready_replicas or 0}/{'?' if desired is None else desired}"
 
 
 def adapter_pool(adapter: AdapterDeployment) -> str:

@@ -61,8 +61,8 @@ app.add_typer(keys.app, name="keys")
 app.add_typer(importing.app, name="import")
 
 
-def _show_version(wanted: bool) -> None:  # noqa: FBT001 - typer's convention
-    if wanted:
+def _show_version(requested: bool) -> None:  # noqa: FBT001 - typer's convention
+    if requested:
         print_line(version("tunesmith"))
         raise typer.Exit
 

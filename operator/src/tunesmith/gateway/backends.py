@@ -117,12 +117,12 @@ class BackendTable:
 
     def sync(self, pods: Iterable[Pod]) -> None:
         """Follow exactly these pods. Running requests on a removed pod continue."""
-        wanted = {pod.uid: pod for pod in pods}
+        listed = {pod.uid: pod for pod in pods}
         changed = False
-        for uid in self._by_uid.keys() - wanted.keys():
+        for uid in self._by_uid.keys() - listed.keys():
             self._forget(uid)
             changed = True
-        for uid, pod in wanted.items():
+        for uid, pod in listed.items():
             backend = self._by_uid.get(uid)
             if backend is not None and (backend.pod.address, backend.pod.pool) != (pod.address, pod.pool):
                 self._forget(uid)

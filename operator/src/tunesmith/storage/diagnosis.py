@@ -22,10 +22,10 @@ _NATIVE_MISSING = re.compile(r"<Code>(NoSuchBucket|ContainerNotFound)</Code>|\b4
 
 @dataclass(frozen=True)
 class Target:
-    """What an operation of a store refers to.
+    """File or folder that an operation of a store refers to.
 
     Attributes:
-        name: name of the file or folder, for messages.
+        name: its name in messages.
         bucket: name of the bucket.
         scheme: scheme of the uri.
         credentials: credentials of the store.

@@ -69,7 +69,7 @@ class Retry:
 ONE_TRY = Retry(attempts=1)
 
 
-def _unguarded(_: BaseException) -> RefusedConnection | None:
+def _no_refusal(_: BaseException) -> RefusedConnection | None:
     return None
 
 
@@ -95,7 +95,7 @@ class Access:
     """
 
     retry: Retry = field(default_factory=Retry)
-    refusal: Callable[[BaseException], RefusedConnection | None] = _unguarded
+    refusal: Callable[[BaseException], RefusedConnection | None] = _no_refusal
     waiting: Callable[[str | None], None] = _no_report
     client: Client = field(default_factory=Client)
     native: bool = False
@@ -195,10 +195,10 @@ def _open(
     claims: Path | None,
     allow_file: bool,
 ) -> Folder:
-    scheme, path = _place(uri, what, claims is not None, allow_file=allow_file)
+    scheme, path = _parse_uri(uri, what, claims is not None, allow_file=allow_file)
     root = None
     if scheme.mounted:
-        assert claims is not None  # noqa: S101 - _place has checked it
+        assert claims is not None  # noqa: S101 - _parse_uri has checked it
         root, path = claims / path.partition("/")[0], str(claims / path)
     elif scheme.keeps_uri:
         path = uri
@@ -230,7 +230,7 @@ def _filesystem(scheme: Scheme, credentials: Credentials, access: Access) -> Any
     return kind(**options, use_listings_cache=False, skip_instance_cache=True)
 
 
-def _place(uri: str, what: str, claims: bool, *, allow_file: bool) -> tuple[Scheme, str]:  # noqa: FBT001 - private
+def _parse_uri(uri: str, what: str, claims: bool, *, allow_file: bool) -> tuple[Scheme, str]:  # noqa: FBT001 - private
     name, path = split(uri)
     scheme = BY_NAME.get(name)
     known = [scheme for scheme in SCHEMES if (claims or not scheme.mounted) and (allow_file or not scheme.local_only)]
@@ -297,7 +297,7 @@ class Folder:
         self._access = access
         self._what = what
         self._root = root
-        self._stay_inside(self._path)
+        self._check_inside(self._path)
 
     @property
     def local(self) -> Path | None:
@@ -328,13 +328,13 @@ class Folder:
     def folders(self) -> list[str]:
         """Return the names of the folders directly in the folder, sorted; none if it does not exist."""
 
-        def listed() -> list[str]:
+        def operation() -> list[str]:
             try:
-                return self._inside(_last(entry) for entry in self._listing("directory"))
+                return self._check_names(_last(entry) for entry in self._listing("directory"))
             except FileNotFoundError:
                 return []
 
-        return self._attempt(listed)
+        return self._attempt(operation)
 
     def below(self, pattern: str | None = None) -> list[str]:
         """Return the sorted relative paths of all files in and below the folder, or of those that match a glob."""
@@ -346,23 +346,23 @@ class Folder:
         The list is empty if the folder does not exist.
         """
 
-        def found() -> list[StoredFile]:
+        def operation() -> list[StoredFile]:
             self._check_lists()
             self._filesystem.invalidate_cache()
             if pattern is None:
-                places = self._filesystem.find(self._path, detail=True)
+                entries = self._filesystem.find(self._path, detail=True)
             else:
-                places = self._filesystem.glob(f"{self._path}/{pattern}", detail=True)
+                entries = self._filesystem.glob(f"{self._path}/{pattern}", detail=True)
             prefix = f"{self._path.strip('/')}/"
             files = [
-                self._stored(entry, place.lstrip("/").removeprefix(prefix))
-                for place, entry in places.items()
-                if entry["type"] == "file" and place.lstrip("/").startswith(prefix)
+                self._stored(entry, path.lstrip("/").removeprefix(prefix))
+                for path, entry in entries.items()
+                if entry["type"] == "file" and path.lstrip("/").startswith(prefix)
             ]
-            self._inside(file.name for file in files)
+            self._check_names(file.name for file in files)
             return sorted(files, key=lambda file: file.name)
 
-        return self._attempt(found)
+        return self._attempt(operation)
 
     def check_links(self) -> None:
         """Check every link in and below the folder, before a library opens files in it directly.
@@ -373,12 +373,12 @@ class Folder:
         if self._root is not None:
             for path in Path(self._path).rglob("*"):
                 if path.is_symlink():
-                    self._stay_inside(str(path))
+                    self._check_inside(str(path))
 
     def exists(self, name: str) -> bool:
         """Return True if the file exists."""
-        place = self._at(name)
-        return self._attempt(lambda: self._is_there(place), name)
+        path = self._at(name)
+        return self._attempt(lambda: self._path_exists(path), name)
 
     def is_folder(self, name: str) -> bool:
         """Return True if the name is a folder's.
@@ -386,27 +386,27 @@ class Folder:
         Raises:
             Exception: the name does not exist, access is denied, or the store is unavailable.
         """
-        place = self._at(name)
-        return self._attempt(lambda: bool(self._info(place)["type"] == "directory"), name)
+        path = self._at(name)
+        return self._attempt(lambda: bool(self._info(path)["type"] == "directory"), name)
 
     def size(self, name: str) -> int:
         """Return the size of a file in bytes."""
-        place = self._at(name)
-        return self._attempt(lambda: int(self._filesystem.size(place) or 0), name)
+        path = self._at(name)
+        return self._attempt(lambda: int(self._filesystem.size(path) or 0), name)
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         """Return bytes of one file, by a ranged read."""
-        place = self._at(name)
+        path = self._at(name)
 
-        def got() -> bytes:
+        def operation() -> bytes:
             data: bytes = self._filesystem.cat_file(
-                place, start=offset or None, end=None if length is None else offset + length
+                path, start=offset or None, end=None if length is None else offset + length
             )
             if length is not None and len(data) > length:
                 raise UnavailableError(f"{self._where(name)}: the store sent more bytes than requested")
             return data
 
-        return b"" if length == 0 else self._attempt(got, name)
+        return b"" if length == 0 else self._attempt(operation, name)
 
     def pieces(self, name: str, size: int, offset: int = 0) -> Iterator[bytes]:
         """Yield the pieces of a file of `size` bytes, with retries between pieces.
@@ -445,30 +445,30 @@ class Folder:
 
     def upload(self, name: str, source: Path) -> None:
         """Write one file, replacing an existing one."""
-        place = self._at(name)
+        path = self._at(name)
 
-        def put() -> None:
+        def operation() -> None:
             self._prepare_writing()
-            self._filesystem.put_file(str(source), place)
+            self._filesystem.put_file(str(source), path)
 
-        self._attempt(put, name)
+        self._attempt(operation, name)
 
     def create(self, name: str, data: bytes) -> bool:
         """Write one small file if it does not exist; return False if it does.
 
         Stores with conditional writes use them, so that only one of two concurrent writers succeeds.
         """
-        place = self._at(name)
+        path = self._at(name)
 
-        def put() -> bool:
-            if self._is_there(place):
+        def operation() -> bool:
+            if self._path_exists(path):
                 return False
             self._prepare_writing()
             try:
                 if self._is_local:
-                    _write_exclusively(Path(place), data)
+                    _write_exclusively(Path(path), data)
                 else:
-                    self._filesystem.pipe_file(place, data, mode="create")
+                    self._filesystem.pipe_file(path, data, mode="create")
             except FileExistsError:
                 return False
             except OSError as error:
@@ -477,7 +477,7 @@ class Folder:
                 raise
             return True
 
-        return self._attempt(put, name)
+        return self._attempt(operation, name)
 
     def check_writable(self) -> None:
         """Write an empty file, and remove it if the credentials allow that.
@@ -485,40 +485,40 @@ class Folder:
         Raises:
             Exception: the folder is not writable.
         """
-        place = self._at(_WRITE_CHECK)
+        path = self._at(_WRITE_CHECK)
 
-        def put() -> None:
+        def operation() -> None:
             self._prepare_writing()
-            self._filesystem.pipe_file(place, b"")
+            self._filesystem.pipe_file(path, b"")
 
-        self._attempt(put)
+        self._attempt(operation)
         with contextlib.suppress(Exception):
-            self._filesystem.rm_file(place)
+            self._filesystem.rm_file(path)
 
     def remove(self) -> None:
         """Remove the folder and everything in it, if it exists."""
 
-        def removed() -> None:
+        def operation() -> None:
             self._check_written()
             with contextlib.suppress(FileNotFoundError):
                 if self._is_local or not has_magic(self._path):
                     self._filesystem.rm(self._path, recursive=True)
                     return
-                for place in self._filesystem.find(self._path):  # `rm` would interpret the name as a pattern
-                    self._filesystem.rm_file(place)
+                for path in self._filesystem.find(self._path):  # `rm` would interpret the name as a pattern
+                    self._filesystem.rm_file(path)
 
-        self._attempt(removed)
+        self._attempt(operation)
 
     def remove_file(self, name: str) -> None:
         """Remove one file in or below the folder, if it exists."""
 
-        def removed() -> None:
+        def operation() -> None:
             self._check_written()
             with contextlib.suppress(FileNotFoundError):
                 self._filesystem.rm_file(f"{self._path}/{name}")
 
-        self._inside([name])
-        self._attempt(removed, name)
+        self._check_names([name])
+        self._attempt(operation, name)
 
     def child(self, name: str = "", *, retry: Retry | None = None) -> Folder:
         """Return a folder in this one, or this one if `name` is empty; `retry` replaces the retry policy."""
@@ -543,13 +543,13 @@ class Folder:
         entries = self._filesystem.ls(self._path, detail=True, **self._scheme.list_options)
         return [entry for entry in entries if entry["type"] == kind and (kind != "file" or entry["name"][-1] != "/")]
 
-    def _info(self, place: str) -> dict[str, Any]:
-        info: dict[str, Any] = self._filesystem.info(place, **self._scheme.list_options)
+    def _info(self, path: str) -> dict[str, Any]:
+        info: dict[str, Any] = self._filesystem.info(path, **self._scheme.list_options)
         return info
 
-    def _is_there(self, place: str) -> bool:
+    def _path_exists(self, path: str) -> bool:
         try:
-            self._info(place)
+            self._info(path)
         except FileNotFoundError:
             return False
         return True
@@ -578,20 +578,20 @@ class Folder:
     def _at(self, name: str) -> str:
         if "/" in name or name in {"", ".", ".."}:
             raise ValueError(f"{name!r} is not the name of a file in a folder")
-        place = f"{self._path}/{name}"
-        self._stay_inside(place)
-        return place
+        path = f"{self._path}/{name}"
+        self._check_inside(path)
+        return path
 
-    def _stay_inside(self, place: str) -> None:
-        if self._root is not None and not Path(place).resolve().is_relative_to(self._root.resolve()):
+    def _check_inside(self, path: str) -> None:
+        if self._root is not None and not Path(path).resolve().is_relative_to(self._root.resolve()):
             raise self._access.failure(
                 AccessDeniedError(
-                    f"{self._where()}: {Path(place).name} leads out of the claim: put what it links to into the claim"
+                    f"{self._where()}: {Path(path).name} leads out of the claim: put what it links to into the claim"
                     " itself"
                 )
             )
 
-    def _inside(self, paths: Iterable[str]) -> list[str]:
+    def _check_names(self, paths: Iterable[str]) -> list[str]:
         """Return the paths that a store listed, sorted, after checking that they are inside the folder."""
         found = sorted(paths)
         for path in found:
@@ -604,8 +604,8 @@ class Folder:
 
     def _where(self, name: str = "") -> str:
         # A folder that represents a single file has that file's uri.
-        place = self.uri if not name or self.uri.endswith(f"/{name}") else f"{self.uri}/{name}"
-        return _named(self._what, place)
+        uri = self.uri if not name or self.uri.endswith(f"/{name}") else f"{self.uri}/{name}"
+        return _named(self._what, uri)
 
     def _attempt(self, operation: Callable[[], T], name: str = "") -> T:
         where = self._where(name)

@@ -60,21 +60,21 @@ class NativeFileSystem(FsspecStore):
         return found if detail else sorted(found)
 
     async def _cat_file(self, path: str, start: int | None = None, end: int | None = None, **_kwargs: object) -> bytes:
-        bucket, place = self._split_path(path)
+        bucket, path_in_bucket = self._split_path(path)
         store = self._construct_store(bucket)
         if start is None and end is None:
-            answer = await store.get_async(place)
+            answer = await store.get_async(path_in_bucket)
         elif end is None:
-            answer = await store.get_async(place, options={"range": {"offset": start or 0}})
+            answer = await store.get_async(path_in_bucket, options={"range": {"offset": start or 0}})
         else:
-            return (await store.get_range_async(place, start=start or 0, end=end)).to_bytes()
+            return (await store.get_range_async(path_in_bucket, start=start or 0, end=end)).to_bytes()
         return (await answer.bytes_async()).to_bytes()
 
     async def _pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **_kwargs: object) -> None:
-        bucket, place = self._split_path(path)
+        bucket, path_in_bucket = self._split_path(path)
         try:
             await self._construct_store(bucket).put_async(
-                place, value, mode="create" if mode == "create" else "overwrite"
+                path_in_bucket, value, mode="create" if mode == "create" else "overwrite"
             )
         except AlreadyExistsError:
             raise FileExistsError(path) from None

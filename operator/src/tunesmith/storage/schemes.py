@@ -517,21 +517,21 @@ def split(uri: str) -> tuple[str, str]:
 
     This is not a URL parser: in a path `#`, `?` and `%` are literal.
     """
-    name, _, place = uri.partition("://")
-    return name, place
+    name, _, path = uri.partition("://")
+    return name, path
 
 
 def normalised(uri: str) -> str:
     """Return the normal form of a bucket's uri: the scheme in lower case, single slashes between names."""
-    name, place = split(uri)
-    return f"{name.lower()}://{'/'.join(part for part in place.split('/') if part not in {'', '.'})}"
+    name, path = split(uri)
+    return f"{name.lower()}://{'/'.join(part for part in path.split('/') if part not in {'', '.'})}"
 
 
 def canonical(uri: str) -> str | None:
     """Return a bucket's uri with aliases of its scheme replaced by this table's name; None for other uris."""
-    name, place = split(uri)
+    name, path = split(uri)
     scheme = next((scheme for scheme in of(Use.STORE) if name == scheme.name or name in scheme.aliases), None)
-    return None if scheme is None else f"{scheme.name}://{place}"
+    return None if scheme is None else f"{scheme.name}://{path}"
 
 
 def parse_store(uri: str) -> str:
@@ -541,13 +541,13 @@ def parse_store(uri: str) -> str:
         ValueError: it cannot be a store's uri; the message names the fix.
     """
     store = normalised(uri)
-    _, place = split(store)
+    _, path = split(store)
     meant = canonical(store)
     if meant not in {None, store}:
         raise ValueError(f"{uri} uses another tool's name of the scheme: write {meant}")
     if re.fullmatch(store_pattern(), store) is None:
         raise ValueError(f"{uri} is not a store: write {examples(Use.STORE)}")
-    if not {"?", "#"}.isdisjoint(place) or ".." in place.split("/"):
+    if not {"?", "#"}.isdisjoint(path) or ".." in path.split("/"):
         raise ValueError(
             f"{uri} contains '?', '#' or '..': write only bucket and folder, such as {examples(Use.STORE)}"
         )
