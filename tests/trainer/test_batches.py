@@ -57,7 +57,7 @@ def rows(*sizes: int) -> list[dict[str, Any]]:
     """Return random rows; the second half of each is learned."""
     generator = torch.Generator().manual_seed(3)
     ids = [torch.randint(3, 300, (size,), generator=generator).tolist() for size in sizes]
-    return [{"input_ids": one, "labels": [-100] * (len(one) // 2) + one[len(one) // 2 :]} for one in ids]
+    return [{"input_ids": row, "labels": [-100] * (len(row) // 2) + row[len(row) // 2 :]} for row in ids]
 
 
 def packed(parts: list[dict[str, Any]]) -> dict[str, Any]:

@@ -57,13 +57,13 @@ def test_a_diverged_job_keeps_its_last_good_checkpoint(bench: Workbench) -> None
     )
     ran = bench.run("train", job)
     assert (ran.code, ran.result.reason, ran.result.retryable) == (2, FailureReason.LOSS_DIVERGED, False)
-    told = re.search(
+    found = re.search(
         rf"at step (\d+) of {steps}.* lower hyperparameters.learningRate.*; the last good checkpoint is that of step"
         rf" (\d+), in file://{bench.output}/checkpoints",
         ran.result.message,
     )
-    assert told is not None, ran.result.message
-    stopped, good = int(told[1]), int(told[2])
+    assert found is not None, ran.result.message
+    stopped, good = int(found[1]), int(found[2])
     assert stopped < steps
     # A watchdog that was still running would terminate this process in five minutes.
     for thread in [thread for thread in threading.enumerate() if thread.name == "watchdog"]:

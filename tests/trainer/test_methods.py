@@ -420,10 +420,10 @@ def test_full_fine_tuning_refuses_incompatible_settings(base_model: Path, spec: 
 def test_servable_required_fails_the_validation(bench: Workbench) -> None:
     ran = bench.run("validate", bench.job(method={"lora": {"dora": True}}, servable="Required"))
     assert (ran.code, ran.result.reason) == (2, FailureReason.NOT_SERVABLE)
-    told = bench.run("validate", bench.job(method={"lora": {"dora": True}})).result.preflight
-    assert told is not None
-    assert told.servable is not None
-    assert not told.servable.vllm
+    preflight = bench.run("validate", bench.job(method={"lora": {"dora": True}})).result.preflight
+    assert preflight is not None
+    assert preflight.servable is not None
+    assert not preflight.servable.vllm
 
 
 @pytest.mark.parametrize(
