@@ -142,7 +142,7 @@ _REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "rank of the base": (
         {"lora": {"rank": 64, "initialization": "PiSSA"}},
-        "takes rank 64 out of model.layers.0.self_attn.k_proj",
+        "needs rank 64 of model.layers.0.self_attn.k_proj",
     ),
     "rank of LoRA-GA": ({"lora": {"rank": 20, "initialization": "LoRAGA"}}, "lower rank to at most 16"),
 }
