@@ -39,7 +39,7 @@ def test_a_detail_is_reported_only_when_it_ends_a_warning() -> None:
 
 
 def test_a_refused_write_of_a_job_and_its_end_are_reported() -> None:
-    created = [condition("Validated", UNKNOWN, "PodPending", "the validation Job is created")]
+    created = [condition("Validated", UNKNOWN, "PodPending", "the validation Job is being created")]
     refused = [condition("Validated", UNKNOWN, "WriteRefused", "exceeded quota")]
     assert new_events("FineTuneJob", [], created) == []
     assert new_events("FineTuneJob", created, refused) == [NewEvent("WriteRefused", "exceeded quota", "Warning")]

@@ -137,11 +137,11 @@ async def test_an_event_is_one_object_however_often_it_is_told(cluster: Cluster,
     first, later = EventRecorder(cluster), EventRecorder(cluster)
     noon = datetime(2026, 1, 1, 12, tzinfo=UTC)
     for recorder in (first, first, later):
-        await recorder.event(about, "Started", "attempt 1 runs", now=noon)
+        await recorder.event(about, "Started", "attempt 1 is running", now=noon)
     await first.event(about, "Ended", "attempt 1 ended", type_="Warning", now=noon)
     events = await cluster.list("Event", namespace)
     assert sorted((event["reason"], event["type"]) for event in events) == [("Ended", "Warning"), ("Started", "Normal")]
-    await later.event(about, "Started", "attempt 1 runs", now=noon + timedelta(minutes=10))
+    await later.event(about, "Started", "attempt 1 is running", now=noon + timedelta(minutes=10))
     assert len(await cluster.list("Event", namespace)) == len(events) + 1
 
 

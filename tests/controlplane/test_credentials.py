@@ -99,7 +99,9 @@ async def test_a_secret_that_is_created_later_reaches_no_pod(guarded: ApiServer,
     parsed = FineTuneJob.model_validate(
         {**manifest, "metadata": {**manifest["metadata"], "uid": created["metadata"]["uid"]}}
     )
-    installation = render.Installation(JobSettings(store="s3://tunesmith/store", trainer_image="localhost/trainer:1"))
+    installation = render.JobInstallation(
+        JobSettings(store="s3://tunesmith/store", trainer_image="localhost/trainer:1")
+    )
     rendered = render.validation(parsed, installation)
     del rendered["metadata"]["ownerReferences"]
     pod = {

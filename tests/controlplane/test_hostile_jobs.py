@@ -147,8 +147,8 @@ async def test_scheduling_that_the_installation_does_not_allow_is_refused_at_onc
     [
         ({"output": {"exports": [{"uri": f"{STORE}/other/job-1/artifact"}]}}, "is in this installation's store"),
         ({"output": {"exports": [{"uri": STORE.replace("/store", "//%73tore/x")}]}}, "is in this installation's store"),
-        ({"dataset": {"train": [{"uri": f"{STORE}/other/job-1/tmp/tokens"}]}}, "reaches into this installation's"),
-        ({"baseModel": {"uri": f"{STORE}/other/job-1/merged"}}, "reaches into this installation's store"),
+        ({"dataset": {"train": [{"uri": f"{STORE}/other/job-1/tmp/tokens"}]}}, "is in this installation's store, but"),
+        ({"baseModel": {"uri": f"{STORE}/other/job-1/merged"}}, "is in this installation's store, but"),
     ],
     ids=["export", "export, spelled otherwise", "rows", "base model"],
 )

@@ -245,7 +245,7 @@ async def test_an_attempt_whose_job_is_deleted_is_followed_by_another(world: Wor
     await world.until_condition("Complete")
     attempts = (await world.status())["attempts"]
     assert [attempt["outcome"] for attempt in attempts] == ["Failed", "Succeeded"]
-    assert attempts[0]["message"] == f"Job {name} was deleted while it ran"
+    assert attempts[0]["message"] == f"Job {name} was deleted while it was running"
 
 
 async def test_a_deleted_job_takes_everything_with_it(world: World) -> None:

@@ -1,16 +1,16 @@
-"""Cases of a plan: jobs that are done or have failed, and copies of the artifact."""
+"""Plan cases: finished jobs and copies of the artifact."""
 
 from __future__ import annotations
 
-from plan_cases import DENIED, EXPORTS, FAR, GATE, NO_SCORES, UNSCORED, Case, ended, exported
-from worlds import UID, attempt, condition, job, kube_job, pod, seen, validated
+from plan_cases import DENIED, EXPORTS, FAR, GATE, NO_SCORES, UNSCORED, Case, exported, terminated_pod
+from worlds import UID, attempt, condition, job, kube_job, observed, pod, validated
 
 from tunesmith.contracts.location import owned_name
 from tunesmith.finetune.plan import StopJob
 
 CASES = {
     "a failed gate keeps the artifact": Case(
-        seen(job(validated(attempt(1))), attempts={1: kube_job("1", ended(2, GATE), failed=True)}),
+        observed(job(validated(attempt(1))), attempts={1: kube_job("1", terminated_pod(2, GATE), failed=True)}),
         (),
         "Failed",
         {"Validated": ("True", "Valid"), "Published": ("True", "Published"), "Failed": ("True", "GateFailed")},
@@ -18,17 +18,17 @@ CASES = {
         ("Failed",),
     ),
     "a job whose suite has no scores is complete": Case(
-        seen(job(validated(attempt(1))), attempts={1: kube_job("1", ended(0, UNSCORED), succeeded=True)}),
+        observed(job(validated(attempt(1))), attempts={1: kube_job("1", terminated_pod(0, UNSCORED), succeeded=True)}),
         (),
         "Complete",
         {"Validated": ("True", "Valid"), "Published": ("True", "Published"), "Complete": ("True", "Complete")},
         f"; {NO_SCORES}",
         ("Succeeded",),
     ),
-    "a job whose copies are made is complete": Case(
-        seen(
+    "a job whose exports succeed is complete": Case(
+        observed(
             job(validated(attempt(1)), output={"exports": EXPORTS}),
-            attempts={1: kube_job("1", ended(0, exported({}, {})), succeeded=True)},
+            attempts={1: kube_job("1", terminated_pod(0, exported({}, {})), succeeded=True)},
         ),
         (),
         "Complete",
@@ -41,10 +41,10 @@ CASES = {
         "copies are at s3://copies/tone, hf://org/tone",
         ("Succeeded",),
     ),
-    "a job whose copies fail is complete as well": Case(
-        seen(
+    "a job whose exports fail is complete too": Case(
+        observed(
             job(validated(attempt(1)), output={"exports": EXPORTS}),
-            attempts={1: kube_job("1", ended(0, exported({}, DENIED)), succeeded=True)},
+            attempts={1: kube_job("1", terminated_pod(0, exported({}, DENIED)), succeeded=True)},
         ),
         (),
         "Complete",
@@ -57,8 +57,8 @@ CASES = {
         "1 of 2 exports failed: access to the export was denied",
         ("Succeeded",),
     ),
-    "a complete job is left alone, whatever became of its Jobs": Case(
-        seen(
+    "a complete job is not changed when its Jobs are deleted": Case(
+        observed(
             job(
                 validated(
                     attempt(1, "Succeeded"), conditions=[condition("Complete", reason="Complete")], phase="Complete"
@@ -70,8 +70,8 @@ CASES = {
         {"Validated": ("True", "Valid"), "Complete": ("True", "Complete")},
         outcomes=("Succeeded",),
     ),
-    "what still runs of a failed job is stopped": Case(
-        seen(
+    "running Jobs of a failed job are stopped": Case(
+        observed(
             job(
                 validated(
                     attempt(1, "Failed", FAR),

@@ -1,56 +1,62 @@
-"""Cases of a plan: suspended jobs, queues and deadlines."""
+"""Plan cases: suspended jobs, queues and deadlines."""
 
 from __future__ import annotations
 
 from plan_cases import FAR, Case
-from worlds import UID, attempt, condition, job, kube_job, pod, seen, validated
+from worlds import UID, attempt, condition, job, kube_job, observed, pod, validated
 
 from tunesmith.contracts.location import owned_name
 from tunesmith.finetune.plan import CreateAttempt, StopJob
 
 CASES = {
     "a job created suspended waits": Case(
-        seen(job(suspend=True)), (), "Suspended", {"Suspended": ("True", "Suspended")}, "set it to false to continue"
+        observed(job(suspend=True)),
+        (),
+        "Suspended",
+        {"Suspended": ("True", "Suspended")},
+        "set it to false to continue",
     ),
-    "suspend is told before the Job is deleted": Case(
-        seen(job(validated(attempt(1)), suspend=True), attempts={1: kube_job("1", pod(running=True))}),
+    "suspension is recorded before the Job is deleted": Case(
+        observed(job(validated(attempt(1)), suspend=True), attempts={1: kube_job("1", pod(running=True))}),
         (),
         "Pending",
         {"Validated": ("True", "Valid"), "Suspended": ("False", "Stopping"), "Started": ("False", "Stopping")},
         "a checkpoint is saved first",
         ("Suspended",),
     ),
-    "then the Job is deleted": Case(
-        seen(job(validated(attempt(1, "Suspended")), suspend=True), attempts={1: kube_job("1", pod(running=True))}),
+    "the Job is deleted after the suspension is recorded": Case(
+        observed(job(validated(attempt(1, "Suspended")), suspend=True), attempts={1: kube_job("1", pod(running=True))}),
         (StopJob(owned_name("tone", UID, "1")),),
         "Pending",
         {"Validated": ("True", "Valid"), "Suspended": ("False", "Stopping"), "Started": ("False", "Stopping")},
         outcomes=("Suspended",),
     ),
-    "and when it is gone the job is suspended": Case(
-        seen(job(validated(attempt(1, "Suspended")), suspend=True)),
+    "a job is suspended once its Job is deleted": Case(
+        observed(job(validated(attempt(1, "Suspended")), suspend=True)),
         (),
         "Suspended",
         {"Validated": ("True", "Valid"), "Suspended": ("True", "Suspended")},
         outcomes=("Suspended",),
     ),
-    "a resumed job waits for the end of the attempt before": Case(
-        seen(job(validated(attempt(1, "Suspended"))), attempts={1: kube_job("1", pod(running=True), deleting=True)}),
+    "a resumed job waits until the previous attempt has stopped": Case(
+        observed(
+            job(validated(attempt(1, "Suspended"))), attempts={1: kube_job("1", pod(running=True), deleting=True)}
+        ),
         (),
         "Pending",
         {"Validated": ("True", "Valid"), "Suspended": ("False", "Stopping"), "Started": ("False", "Stopping")},
         outcomes=("Suspended",),
     ),
-    "a job is not suspended while a pod of a vanished Job still saves": Case(
-        seen(job(validated(attempt(1, "Suspended")), suspend=True), lingering=("tone-pod",)),
+    "a job is not suspended while a pod of a deleted Job is saving": Case(
+        observed(job(validated(attempt(1, "Suspended")), suspend=True), lingering=("tone-pod",)),
         (),
         "Pending",
         {"Validated": ("True", "Valid"), "Suspended": ("False", "Stopping"), "Started": ("False", "Stopping")},
         "pod tone-pod is being stopped",
         ("Suspended",),
     ),
-    "nor is there another attempt while it does": Case(
-        seen(job(validated(attempt(1, "Failed", FAR))), lingering=("tone-pod",)),
+    "no attempt starts while a pod of a deleted Job is saving": Case(
+        observed(job(validated(attempt(1, "Failed", FAR))), lingering=("tone-pod",)),
         (),
         "Pending",
         {"Validated": ("True", "Valid"), "Started": ("False", "Stopping")},
@@ -58,7 +64,7 @@ CASES = {
         ("Failed",),
     ),
     "a Job that is being deleted is not deleted again": Case(
-        seen(
+        observed(
             job(validated(attempt(1, "Suspended")), suspend=True),
             attempts={1: kube_job("1", pod(running=True), deleting=True)},
         ),
@@ -67,8 +73,8 @@ CASES = {
         {"Validated": ("True", "Valid"), "Suspended": ("False", "Stopping"), "Started": ("False", "Stopping")},
         outcomes=("Suspended",),
     ),
-    "a resumed job goes on, and the suspension is not counted": Case(
-        seen(
+    "a resumed job continues, and the suspension is not counted": Case(
+        observed(
             job(
                 validated(attempt(1, "Suspended"), conditions=[condition("Suspended", reason="Suspended")]),
                 maxAttempts=1,
@@ -79,8 +85,8 @@ CASES = {
         {"Validated": ("True", "Valid"), "Suspended": ("False", "Resumed"), "Started": ("False", "PodPending")},
         outcomes=("Suspended", "Running"),
     ),
-    "a job in a queue says so": Case(
-        seen(
+    "a job in a queue is reported": Case(
+        observed(
             job(validated(attempt(1)), scheduling={"queue": "team"}),
             attempts={1: kube_job("1", suspended=True)},
         ),
@@ -90,8 +96,8 @@ CASES = {
         "waits for queue team to admit it",
         ("Running",),
     ),
-    "a job in a queue says why": Case(
-        seen(
+    "the reason for waiting in a queue is reported": Case(
+        observed(
             job(validated(attempt(1)), scheduling={"queue": "team"}),
             attempts={1: kube_job("1", suspended=True, held_back="insufficient unused quota for nvidia.com/gpu")},
         ),
@@ -102,7 +108,7 @@ CASES = {
         ("Running",),
     ),
     "an admitted job trains": Case(
-        seen(
+        observed(
             job(validated(attempt(1)), scheduling={"queue": "team"}),
             attempts={1: kube_job("1", pod(running=True))},
         ),
@@ -112,7 +118,7 @@ CASES = {
         outcomes=("Running",),
     ),
     "a job over its deadline fails and is stopped": Case(
-        seen(
+        observed(
             job(validated(attempt(1), startTime="2026-11-24T11:59:00Z"), activeDeadlineSeconds=60),
             attempts={1: kube_job("1", pod(running=True))},
         ),
@@ -123,7 +129,7 @@ CASES = {
         ("Failed",),
     ),
     "pauses do not count towards the deadline": Case(
-        seen(
+        observed(
             job(validated(attempt(1), startTime="2026-11-24T11:59:00Z", pausedSeconds=1), activeDeadlineSeconds=60),
             attempts={1: kube_job("1", pod(running=True))},
         ),

@@ -1,11 +1,11 @@
-"""Cases of a plan: writes that the API server refused, and Jobs without their pods."""
+"""Plan cases: writes that the API server refused, and Jobs without their pods."""
 
 from __future__ import annotations
 
 from datetime import timedelta
 
-from plan_cases import FAR, VALID, Case, ended
-from worlds import UID, attempt, condition, job, kube_job, pod, seen, validated
+from plan_cases import FAR, VALID, Case, terminated_pod
+from worlds import UID, attempt, condition, job, kube_job, observed, pod, validated
 
 from tunesmith.contracts.location import owned_name
 from tunesmith.contracts.refusal import Refusal, RefusalCause
@@ -19,44 +19,44 @@ NO_ROOM = "ResourceQuota gpus allows 0 of requests.nvidia.com/gpu"
 
 CASES = {
     "a refused validation is retried": Case(
-        seen(job(), refusal=QUOTA),
+        observed(job(), refusal=QUOTA),
         (),
         "Validating",
         {"Validated": ("Unknown", "WriteRefused")},
         "exceeded quota: none; delete what uses the quota, or ask for a larger one; the operator tries again within",
     ),
     "a refused first attempt is not listed": Case(
-        seen(job(), validation=kube_job("validate", ended(0, VALID), succeeded=True), refusal=QUOTA),
+        observed(job(), validation=kube_job("validate", terminated_pod(0, VALID), succeeded=True), refusal=QUOTA),
         (),
         "Pending",
         {"Validated": ("True", "Valid"), "Started": ("False", "WriteRefused")},
     ),
     "a refused second attempt keeps the first": Case(
-        seen(job(validated(attempt(1, "Failed", ended=FAR))), refusal=QUOTA),
+        observed(job(validated(attempt(1, "Failed", age=FAR))), refusal=QUOTA),
         (),
         "Pending",
         {"Validated": ("True", "Valid"), "Started": ("False", "WriteRefused")},
         outcomes=("Failed",),
     ),
-    "a spec that leads to an invalid object fails the job": Case(
-        seen(job(), refusal=INVALID),
+    "a spec that results in an invalid object fails the job": Case(
+        observed(job(), refusal=INVALID),
         (),
         "Failed",
         {"Validated": ("Unknown", "PodPending"), "Failed": ("True", "InvalidSpec")},
         "spec: Required value",
     ),
-    "an invalid object after an attempt loses nothing of what was trained": Case(
-        seen(job(validated(attempt(1, "Failed", ended=FAR))), refusal=INVALID),
+    "an invalid object after an attempt keeps the training progress": Case(
+        observed(job(validated(attempt(1, "Failed", age=FAR))), refusal=INVALID),
         (),
         "Pending",
         {"Validated": ("True", "Valid"), "Started": ("False", "WriteRefused")},
         outcomes=("Failed",),
     ),
     "a name that is taken": Case(
-        seen(job(), refusal=TAKEN), (), "Validating", {"Validated": ("Unknown", "NameTaken")}, "does not belong"
+        observed(job(), refusal=TAKEN), (), "Validating", {"Validated": ("Unknown", "NameTaken")}, "does not belong"
     ),
     "a Job of a suspended job that may not be deleted": Case(
-        seen(
+        observed(
             job(validated(attempt(1, "Suspended")), suspend=True),
             attempts={1: kube_job("1", pod(running=True))},
             refusal=KEPT,
@@ -67,7 +67,7 @@ CASES = {
         outcomes=("Suspended",),
     ),
     "a Job of a finished job that may not be deleted": Case(
-        seen(
+        observed(
             job(validated(conditions=[condition("Failed", "True", "OutOfMemory")])),
             attempts={1: kube_job("1", pod(running=True))},
             refusal=KEPT,
@@ -76,8 +76,8 @@ CASES = {
         "Failed",
         {"Validated": ("True", "Valid"), "Failed": ("True", "OutOfMemory"), "Started": ("False", "WriteRefused")},
     ),
-    "what kept a finished job's Job is over": Case(
-        seen(
+    "a finished job's Job can be deleted again": Case(
+        observed(
             job(
                 validated(
                     conditions=[
@@ -93,7 +93,7 @@ CASES = {
         {"Validated": ("True", "Valid"), "Failed": ("True", "OutOfMemory"), "Started": ("False", "Finished")},
     ),
     "a Job whose pods a quota refuses": Case(
-        seen(job(validated(attempt(1))), attempts={1: kube_job("1", refused=NO_ROOM, age=timedelta(seconds=3))}),
+        observed(job(validated(attempt(1))), attempts={1: kube_job("1", refused=NO_ROOM, age=timedelta(seconds=3))}),
         (),
         "Pending",
         {"Validated": ("True", "Valid"), "Started": ("False", "PodsRefused")},
@@ -101,22 +101,22 @@ CASES = {
         ("Running",),
     ),
     "a validation whose pod a quota refuses": Case(
-        seen(job(), validation=kube_job("validate", refused=NO_ROOM)),
+        observed(job(), validation=kube_job("validate", refused=NO_ROOM)),
         (),
         "Validating",
         {"Validated": ("Unknown", "PodsRefused")},
         f"has no pod: {NO_ROOM}",
     ),
-    "an attempt without a pod says where to look": Case(
-        seen(job(validated(attempt(1))), attempts={1: kube_job("1")}),
+    "the message about an attempt without a pod names the command that shows the reason": Case(
+        observed(job(validated(attempt(1))), attempts={1: kube_job("1")}),
         (),
         "Pending",
         {"Validated": ("True", "Valid"), "Started": ("False", "PodsMissing")},
         "has no pod: an admission policy, a LimitRange or a missing PriorityClass may refuse it; `kubectl describe job",
         ("Running",),
     ),
-    "an attempt whose pods are a moment late": Case(
-        seen(job(validated(attempt(1))), attempts={1: kube_job("1", age=timedelta(seconds=5))}),
+    "an attempt whose pods were not created yet": Case(
+        observed(job(validated(attempt(1))), attempts={1: kube_job("1", age=timedelta(seconds=5))}),
         (),
         "Pending",
         {"Validated": ("True", "Valid"), "Started": ("False", "PodPending")},

@@ -45,7 +45,7 @@ API = "tunesmith.dev/v1alpha1"
 STORE = "s3://tunesmith/store"
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 UID = "0f0e0d0c-0000-4000-8000-000000000001"
-INSTALLATION = render.Installation(JobSettings(store=STORE, trainer_image="localhost/trainer:1"), cluster="cluster")
+INSTALLATION = render.JobInstallation(JobSettings(store=STORE, trainer_image="localhost/trainer:1"), cluster="cluster")
 POOL_SETTINGS = PoolSettings(store=STORE, agent_image="localhost/agent:1", engine_image="localhost/engine:1")
 NETWORK = NetworkPolicySettings("tunesmith-system", "tunesmith")
 
@@ -222,7 +222,7 @@ def _finetunejob(manifest: Object, chance: random.Random) -> str:
         render.configuration(job, render.VALIDATE),
         render.validation(job, INSTALLATION),
         render.configuration(job, render.TRAIN),
-        *render.meeting(job),
+        *render.rank_network(job),
         render.attempt(job, 1, INSTALLATION),
     ):
         _writable(rendered)
@@ -234,12 +234,12 @@ def _finetunejob(manifest: Object, chance: random.Random) -> str:
             sample = parse_progress(chance.choice(SAMPLES))
         except ValueError:
             sample = None
-        seen = observe(FineTuneJob.model_validate({**manifest, "status": status}), jobs, pods, sample, now)
-        decided = plan(seen, STORE)
+        observation = observe(FineTuneJob.model_validate({**manifest, "status": status}), jobs, pods, sample, now)
+        decided = plan(observation, STORE)
         assert decided.status.conditions, "a plan without a condition"
         assert decided.status.phase is not None, "a plan without a phase"
-        new_events("FineTuneJob", seen.job.status.conditions, decided.status.conditions)
-        reports(seen.job.status, decided.status)
+        new_events("FineTuneJob", observation.job.status.conditions, decided.status.conditions)
+        reports(observation.job.status, decided.status)
         status = decided.status.manifest()
         _writable(status)
     return "planned"
@@ -316,8 +316,8 @@ def _servingpool(manifest: Object, _: random.Random) -> str:
         pool_render.isolation(pool, NETWORK),
     ):
         _writable(rendered)
-    seen = pools.PoolObservation(None, (), (), Decision(pool.spec.replicas, "as wanted"), invalid=invalid)
-    status = pools.plan(pool, seen, NOW).status
+    observation = pools.PoolObservation(None, (), (), Decision(pool.spec.replicas, "as wanted"), invalid=invalid)
+    status = pools.plan(pool, observation, NOW).status
     assert status.conditions, "a pool without a condition"
     _writable(status.manifest())
     return "planned"
@@ -331,7 +331,7 @@ def _adapterdeployment(manifest: Object, _: random.Random) -> str:
     pool = ServingPool.model_validate({**SEEDS[2], "status": {"baseModelFingerprint": "sha256:f"}})
     job = FineTuneJob.model_validate(SEEDS[1])
     for of in (None, job):
-        seen = adapters.Observation(
+        observation = adapters.Observation(
             artifact=resolve_artifact(adapter, of, STORE),
             pool=choose_pool(adapter, "sha256:f", candidates(adapter, "sha256:f", [pool], ())),
             lost_to=None,
@@ -340,7 +340,7 @@ def _adapterdeployment(manifest: Object, _: random.Random) -> str:
             decision=Decision(adapter.spec.replicas, "as wanted"),
             url="",
         )
-        status = adapters.plan(adapter, seen, NOW)
+        status = adapters.plan(adapter, observation, NOW)
         assert status.conditions, "an adapter without a condition"
         _writable(status.manifest())
     return "planned"

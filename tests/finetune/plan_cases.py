@@ -1,4 +1,4 @@
-"""What a case of a plan is, and what pods say in several of them."""
+"""Plan cases, and results of pods that several of them share."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def result(**fields: Any) -> str:
     return json.dumps(fields)
 
 
-def exported(*told: dict[str, Any]) -> str:
-    return result(outcome="Succeeded", artifact=ARTIFACT, exports=told)
+def exported(*reports: dict[str, Any]) -> str:
+    return result(outcome="Succeeded", artifact=ARTIFACT, exports=reports)
 
 
-def ended(exit_code: int, message: str = "", **fields: Any) -> Any:
-    return pod(exit_code=exit_code, ended=NOW, termination_message=message, **fields)
+def terminated_pod(exit_code: int, message: str = "", **fields: Any) -> Any:
+    return pod(exit_code=exit_code, finished_at=NOW, termination_message=message, **fields)
 
 
 DONE = result(outcome="Succeeded", artifact=ARTIFACT, evaluation={"baseLoss": 3.0, "loss": 1.5})
@@ -67,12 +67,12 @@ SECRET = 'secret "tunesmith-store" not found'
 
 @dataclass(frozen=True)
 class Case:
-    """What is seen, and what is to be done and said: actions, phase, {condition: (status, reason)}."""
+    """An observation with the expected actions, phase and conditions, as {type: (status, reason)}."""
 
-    seen: Observation
+    observation: Observation
     actions: tuple[Action, ...]
     phase: str
     conditions: dict[str, tuple[str, str]]
     message: str = ""
-    """In the message of any condition."""
+    """Part of the message of any condition."""
     outcomes: tuple[str, ...] = ()

@@ -6,8 +6,8 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from plan_cases import DENIED, DONE, EXPORTS, FAR, NO_SCORES, UNSCORED, ended, exported, result
-from worlds import ARTIFACT, NOW, STORE, attempt, condition, job, kube_job, pod, seen, validated
+from plan_cases import DENIED, DONE, EXPORTS, FAR, NO_SCORES, UNSCORED, exported, result, terminated_pod
+from worlds import ARTIFACT, NOW, STORE, attempt, condition, job, kube_job, observed, pod, validated
 
 from tunesmith.api.conditions import find
 from tunesmith.api.finetunejob_status import ProgressStatus
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 def test_the_whole_status_of_a_complete_job() -> None:
-    attempts = {1: kube_job("1", ended(0, DONE, started=NOW - FAR, node="node1"), succeeded=True)}
-    status = plan(seen(job(validated(attempt(1))), attempts=attempts), STORE).status
+    attempts = {1: kube_job("1", terminated_pod(0, DONE, started=NOW - FAR, node="node1"), succeeded=True)}
+    status = plan(observed(job(validated(attempt(1))), attempts=attempts), STORE).status
     assert status.artifact is not None
     assert status.artifact.uri == ARTIFACT["uri"]
     assert status.start_time == NOW - FAR
@@ -33,43 +33,45 @@ def test_the_whole_status_of_a_complete_job() -> None:
     assert status.evaluation.loss == 1.5
 
 
-def test_rows_that_are_scored_and_trained_on_are_told_once_as_a_warning() -> None:
+def test_rows_that_are_scored_and_trained_on_are_reported_once_as_a_warning() -> None:
     trained = {"rows": 12, "scoredRows": 200, "examples": ["held-out.jsonl line 3"]}
     message = result(outcome="Succeeded", preflight={"rows": 90, "validationRows": 200, "alsoTrained": [trained]})
     before = job()
-    status = plan(seen(before, validation=kube_job("validate", ended(0, message), succeeded=True)), STORE).status
+    status = plan(
+        observed(before, validation=kube_job("validate", terminated_pod(0, message), succeeded=True)), STORE
+    ).status
     assert status.preflight is not None
     assert status.preflight.manifest()["alsoTrained"] == [trained]
     sentence = "12 of 200 held-out rows are also trained on: evaluation.loss flatters the adapter"
-    told = [notice for notice in reports(before.status, status) if notice.type == "Warning"]
-    assert [(notice.reason, sentence in notice.message) for notice in told] == [("ScoredRowsTrained", True)]
-    assert sentence in next(one.message for one in status.conditions if one.type == "Validated")
+    warnings = [notice for notice in reports(before.status, status) if notice.type == "Warning"]
+    assert [(notice.reason, sentence in notice.message) for notice in warnings] == [("ScoredRowsTrained", True)]
+    assert sentence in next(entry.message for entry in status.conditions if entry.type == "Validated")
     assert [notice for notice in reports(status, status) if notice.type == "Warning"] == []
 
 
-def test_a_suite_without_scores_is_told_once_as_a_warning() -> None:
-    attempts = {1: kube_job("1", ended(0, UNSCORED), succeeded=True)}
+def test_a_suite_without_scores_is_reported_once_as_a_warning() -> None:
+    attempts = {1: kube_job("1", terminated_pod(0, UNSCORED), succeeded=True)}
     before = job(validated(attempt(1)))
-    status = plan(seen(before, attempts=attempts), STORE).status
-    told = [notice for notice in reports(before.status, status) if notice.type == "Warning"]
-    assert [(notice.reason, notice.message) for notice in told] == [("SuiteFailed", NO_SCORES)]
+    status = plan(observed(before, attempts=attempts), STORE).status
+    warnings = [notice for notice in reports(before.status, status) if notice.type == "Warning"]
+    assert [(notice.reason, notice.message) for notice in warnings] == [("SuiteFailed", NO_SCORES)]
     assert [notice for notice in reports(status, status) if notice.type == "Warning"] == []
 
 
-def test_the_status_tells_what_became_of_each_export() -> None:
-    """Where it went is what the spec says: a pod that says more is not heard."""
+def test_the_status_has_the_outcome_of_each_export() -> None:
+    """Destinations come from the spec; those that a pod reports are ignored."""
     forged = {**DENIED, "uri": "s3://elsewhere"}
-    attempts = {1: kube_job("1", ended(0, exported({}, forged, {})), succeeded=True)}
+    attempts = {1: kube_job("1", terminated_pod(0, exported({}, forged, {})), succeeded=True)}
     before = job(validated(attempt(1)), output={"exports": EXPORTS})
-    status = plan(seen(before, attempts=attempts), STORE).status
+    status = plan(observed(before, attempts=attempts), STORE).status
     assert status.artifact is not None
     assert status.artifact.manifest()["exports"] == [
         {"uri": "s3://copies/tone", "exported": True},
         {"hub": "org/tone", "exported": False, **DENIED},
     ]
     changed = new_events("FineTuneJob", before.status.conditions, status.conditions)
-    told = [notice for notice in changed if notice.type == "Warning"]
-    assert [(notice.reason, "access to the export was denied" in notice.message) for notice in told] == [
+    warnings = [notice for notice in changed if notice.type == "Warning"]
+    assert [(notice.reason, "access to the export was denied" in notice.message) for notice in warnings] == [
         ("ExportFailed", True)
     ]
 
@@ -84,42 +86,42 @@ def test_the_status_tells_what_became_of_each_export() -> None:
     ids=["succeeded", "pre-empted", "failed"],
 )
 @pytest.mark.parametrize("step", [None, 12])
-def test_an_attempt_tells_the_step_that_it_went_on_from(
+def test_an_attempt_has_the_step_from_which_it_resumed(
     step: int | None, code: int, message: dict[str, Any], fields: dict[str, Any]
 ) -> None:
-    attempts = {1: kube_job("1", ended(code, result(**message, resumedFromStep=step)), **fields)}
-    status = plan(seen(job(validated(attempt(1))), attempts=attempts), STORE).status
+    attempts = {1: kube_job("1", terminated_pod(code, result(**message, resumedFromStep=step)), **fields)}
+    status = plan(observed(job(validated(attempt(1))), attempts=attempts), STORE).status
     assert status.attempts[0].resumed_from_step == step
 
 
-def test_what_was_resolved_first_stays() -> None:
+def test_values_that_were_resolved_first_are_kept() -> None:
     first = {"learningRate": 1e-4, "batchSize": 8}
     done = result(outcome="Succeeded", artifact=ARTIFACT, resolved={"learningRate": 5e-4, "totalSteps": 30})
-    attempts = {1: kube_job("1", ended(0, done), succeeded=True)}
-    status = plan(seen(job(validated(attempt(1), resolved=first)), attempts=attempts), STORE).status
+    attempts = {1: kube_job("1", terminated_pod(0, done), succeeded=True)}
+    status = plan(observed(job(validated(attempt(1), resolved=first)), attempts=attempts), STORE).status
     assert status.resolved is not None
     assert (status.resolved.learning_rate, status.resolved.batch_size, status.resolved.total_steps) == (1e-4, 8, 30)
 
 
 @pytest.mark.parametrize(
-    ("name", "told", "sample", "step"),
+    ("name", "recorded", "sample", "step"),
     [
         ("the first", None, {"step": 1}, 1),
         ("too soon", {"step": 1, "stage": "Training", "updateTime": 0}, {"step": 2, "updateTime": 9}, 1),
         ("after 10 s", {"step": 1, "stage": "Training", "updateTime": 0}, {"step": 2, "updateTime": 10}, 2),
         ("another stage", {"step": 1, "stage": "Loading", "updateTime": 0}, {"step": 2, "updateTime": 1}, 2),
-        ("a loss that is no number", None, {"step": 1, "loss": float("nan")}, 1),
+        ("a loss that is not a number", None, {"step": 1, "loss": float("nan")}, 1),
     ],
 )
-def test_progress_is_told_every_10_seconds_and_at_each_stage(
-    name: str, told: dict[str, Any] | None, sample: dict[str, Any], step: int
+def test_progress_is_recorded_every_10_seconds_and_at_each_stage(
+    name: str, recorded: dict[str, Any] | None, sample: dict[str, Any], step: int
 ) -> None:
     def stamped(document: dict[str, Any]) -> dict[str, Any]:
         seconds = document.get("updateTime", 0)
         return {"stage": "Training", **document, "updateTime": (NOW + timedelta(seconds=seconds)).isoformat()}
 
-    progress = {"progress": stamped(told)} if told is not None else {}
-    observation = seen(
+    progress = {"progress": stamped(recorded)} if recorded is not None else {}
+    observation = observed(
         job(validated(attempt(1), **progress)),
         attempts={1: kube_job("1", pod(running=True))},
         progress=ProgressStatus.model_validate(stamped(sample)),
@@ -130,15 +132,15 @@ def test_progress_is_told_every_10_seconds_and_at_each_stage(
     assert "NaN" not in json.dumps(status.manifest())
 
 
-def test_time_passes_as_it_does_for_the_operator() -> None:
-    """A pod that says it is 2020, then 2099, then 2020 again gets no GPU seconds by that, and blocks nothing."""
+def test_a_pods_clock_does_not_affect_gpu_seconds() -> None:
+    """A pod that reports 2020, then 2099, then 2020 again neither adds GPU seconds nor blocks the count."""
     current = job(validated(attempt(1)), resources={"gpus": 1})
     attempts = {1: kube_job("1", pod(started=NOW, running=True))}
     found = []
-    for seconds, said in ((10, "2020"), (20, "2099"), (30, "2020"), (40, "2099"), (50, "0001")):
-        sample = ProgressStatus.model_validate({"step": seconds, "updateTime": f"{said}-01-01T00:00:00+14:00"})
+    for seconds, year in ((10, "2020"), (20, "2099"), (30, "2020"), (40, "2099"), (50, "0001")):
+        sample = ProgressStatus.model_validate({"step": seconds, "updateTime": f"{year}-01-01T00:00:00+14:00"})
         now = NOW + timedelta(seconds=seconds)
-        status = plan(replace(seen(current, attempts=attempts, progress=sample), now=now), STORE).status
+        status = plan(replace(observed(current, attempts=attempts, progress=sample), now=now), STORE).status
         assert status.progress is not None
         assert status.progress.update_time is not None
         assert status.progress.update_time <= now
@@ -151,8 +153,8 @@ def test_time_passes_as_it_does_for_the_operator() -> None:
 
 def test_a_status_that_is_refused_is_written_without_what_pods_reported() -> None:
     before = job(validated(attempt(1), resolved={"totalSteps": 30}))
-    words = result(outcome="Failed", reason="DatasetInvalid", message="whatever the API server refuses")
-    status = plan(seen(before, attempts={1: kube_job("1", ended(2, words), failed=True)}), STORE).status
+    report = result(outcome="Failed", reason="DatasetInvalid", message="whatever the API server refuses")
+    status = plan(observed(before, attempts={1: kube_job("1", terminated_pod(2, report), failed=True)}), STORE).status
     kept = without_reports(before.status, status)
     assert "whatever" not in json.dumps(kept.manifest())
     assert kept.phase == "Failed"
@@ -165,17 +167,17 @@ def test_a_status_that_is_refused_is_written_without_what_pods_reported() -> Non
 
 
 @pytest.mark.parametrize("pause", ["Suspended", "Admitted"])
-def test_a_pause_is_added_up_when_it_ends(pause: str) -> None:
-    held = condition(pause, "True" if pause == "Suspended" else "False", "Queued")
-    status = validated(attempt(1), conditions=[held], startTime="2026-11-24T11:30:00Z")
-    observation = seen(
+def test_a_pause_is_added_once_it_is_over(pause: str) -> None:
+    paused = condition(pause, "True" if pause == "Suspended" else "False", "Queued")
+    status = validated(attempt(1), conditions=[paused], startTime="2026-11-24T11:30:00Z")
+    observation = observed(
         job(status, activeDeadlineSeconds=60, scheduling={"queue": "team"}),
         attempts={1: kube_job("1", pod(running=True))},
     )
-    decided = plan(observation, STORE)
-    assert decided.status.phase == "Running"
-    assert decided.status.paused_seconds == 30 * 60
-    assert decided.look_again == timedelta(seconds=60)
+    decision = plan(observation, STORE)
+    assert decision.status.phase == "Running"
+    assert decision.status.paused_seconds == 30 * 60
+    assert decision.requeue_after == timedelta(seconds=60)
 
 
 TWO_GPUS = {"resources": {"gpus": 2, "nodes": 2}, "scheduling": {"queue": "team"}}
@@ -188,10 +190,12 @@ def test_gpu_seconds_are_those_of_all_attempts() -> None:
     def at(seconds: float) -> datetime:
         return start + timedelta(seconds=seconds)
 
-    def told(of: FineTuneJob, seconds: float, attempts: dict[int, JobView], *, progress: bool = False) -> FineTuneJob:
+    def next_job(
+        of: FineTuneJob, seconds: float, attempts: dict[int, JobView], *, progress: bool = False
+    ) -> FineTuneJob:
         sample = ProgressStatus(step=1, update_time=at(seconds)) if progress else None
-        looked = replace(seen(of, attempts=attempts, progress=sample), now=at(seconds))
-        return of.model_copy(update={"status": plan(looked, STORE).status})
+        observation = replace(observed(of, attempts=attempts, progress=sample), now=at(seconds))
+        return of.model_copy(update={"status": plan(observation, STORE).status})
 
     def pods(**fields: Any) -> tuple[PodView, ...]:
         return tuple(pod(index=index, **fields) for index in range(2))
@@ -199,8 +203,8 @@ def test_gpu_seconds_are_those_of_all_attempts() -> None:
     runs = {1: kube_job("1", *pods(started=at(0), running=True), size=2)}
     waits = {1: kube_job("1", suspended=True, size=2)}
     again = {1: kube_job("1", *pods(started=at(3690), running=True), size=2)}
-    ends = [ended(0, DONE, started=at(3690), index=index) for index in range(2)]
-    done = {1: kube_job("1", *(replace(one, ended=at(3700)) for one in ends), size=2, succeeded=True)}
+    members = [terminated_pod(0, DONE, started=at(3690), index=index) for index in range(2)]
+    done = {1: kube_job("1", *(replace(member, finished_at=at(3700)) for member in members), size=2, succeeded=True)}
     current = job(validated(attempt(1)), **TWO_GPUS)
     found = []
     for seconds, attempts, progress in (
@@ -213,19 +217,19 @@ def test_gpu_seconds_are_those_of_all_attempts() -> None:
         (3700, done, False),
         (3800, done, False),
     ):
-        current = told(current, seconds, attempts, progress=progress)
+        current = next_job(current, seconds, attempts, progress=progress)
         found.append(current.status.gpu_seconds)
     assert found == [0, 240, 240, 360, 360, 360, 400, 400]
 
 
 def test_a_job_without_gpus_has_no_gpu_seconds() -> None:
-    attempts = {1: kube_job("1", ended(0, DONE, started=NOW - FAR), succeeded=True)}
+    attempts = {1: kube_job("1", terminated_pod(0, DONE, started=NOW - FAR), succeeded=True)}
     of = job(validated(attempt(1)), resources={"gpus": 0})
-    assert plan(seen(of, attempts=attempts), STORE).status.gpu_seconds is None
+    assert plan(observed(of, attempts=attempts), STORE).status.gpu_seconds is None
 
 
 def test_a_transition_time_stays_while_the_status_of_a_condition_does() -> None:
-    observation = seen(job(validated(attempt(1))), attempts={1: kube_job("1", pod(running=True))})
+    observation = observed(job(validated(attempt(1))), attempts={1: kube_job("1", pod(running=True))})
     first = plan(observation, STORE).status
     later = replace(
         observation, job=observation.job.model_copy(update={"status": first}), now=NOW + timedelta(minutes=1)

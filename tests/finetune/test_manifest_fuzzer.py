@@ -5,7 +5,7 @@ from __future__ import annotations
 from manifest_fuzzer import run
 
 
-def test_every_manifest_is_refused_or_leads_to_a_plan_with_a_condition() -> None:
+def test_every_manifest_is_refused_or_gets_a_plan_with_a_condition() -> None:
     found = run(seed=2026, count=600)
     for kind in ("FineTuneJob", "ServingPool", "AdapterDeployment"):
         assert found[kind, "planned"] > 5

@@ -25,7 +25,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES)
 def test_plan(case: Case) -> None:
-    decided = plan(case.seen, STORE)
+    decided = plan(case.observation, STORE)
     assert decided.actions == case.actions
     status = decided.status
     assert {entry.type: (entry.status, entry.reason) for entry in status.conditions} == case.conditions
@@ -36,11 +36,11 @@ def test_plan(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_plan_made_twice_says_the_same(case: Case) -> None:
-    """The status that was written leads to no other one while nothing changes."""
-    first = plan(case.seen, STORE)
+def test_a_second_plan_does_not_change_the_status(case: Case) -> None:
+    """The written status is stable while nothing else changes."""
+    first = plan(case.observation, STORE)
     if first.actions:
         return
-    again = replace(case.seen, job=case.seen.job.model_copy(update={"status": first.status}))
+    again = replace(case.observation, job=case.observation.job.model_copy(update={"status": first.status}))
     second = plan(again, STORE)
     assert second.status.manifest() == first.status.manifest()

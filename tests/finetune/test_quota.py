@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tunesmith.finetune.quota import lack_of_quota
+from tunesmith.finetune.quota import quota_shortage
 
 Object = dict[str, Any]
 POD = {
@@ -53,7 +53,7 @@ def priority(operator: str, *values: str) -> Object:
         ([{"metadata": {"name": "new"}, "spec": {"hard": {"pods": "0"}}}], ""),
     ],
 )
-def test_a_quota_without_room_is_named(quotas: list[Object], expected: str) -> None:
-    found = lack_of_quota(POD, quotas)
+def test_the_message_names_the_quota_without_room(quotas: list[Object], expected: str) -> None:
+    found = quota_shortage(POD, quotas)
     assert expected in found
     assert bool(found) is bool(expected)

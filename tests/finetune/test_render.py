@@ -17,7 +17,7 @@ from tunesmith.api.finetunejob_status import FineTuneJobStatus
 from tunesmith.contracts.location import CLAIMS_FOLDER
 from tunesmith.contracts.network import NetworkPolicySettings
 from tunesmith.finetune.observe import TRAIN, VALIDATE
-from tunesmith.finetune.render import Installation, attempt, configuration, isolation, meeting, validation
+from tunesmith.finetune.render import JobInstallation, attempt, configuration, isolation, rank_network, validation
 from tunesmith.finetune.settings import JobSettings
 from tunesmith.storage.schemes import STORE_KEYS
 
@@ -28,7 +28,7 @@ SETTINGS = JobSettings(
     lm_eval_tasks="/opt/tasks",
     allowed_addresses=("10.0.0.7/32",),
 )
-INSTALLATION = Installation(SETTINGS, cluster="0f0e0d0c-0000-4000-8000-00000000000c")
+INSTALLATION = JobInstallation(SETTINGS, cluster="0f0e0d0c-0000-4000-8000-00000000000c")
 NETWORK = NetworkPolicySettings(namespace="tunesmith-system", instance="tunesmith")
 EVERYTHING = job(
     baseModel={"uri": "hf://org/base", "secretRef": {"name": "hub"}},
@@ -52,7 +52,7 @@ RENDERED = {
     "attempt-gpu": attempt(EVERYTHING, 2, INSTALLATION),
     "attempt-nodes": attempt(SEVERAL, 1, INSTALLATION),
     "isolation": isolation(EVERYTHING, NETWORK),
-    "meeting": [*isolation(SEVERAL, NETWORK), *meeting(SEVERAL)],
+    "rank_network": [*isolation(SEVERAL, NETWORK), *rank_network(SEVERAL)],
     "attempt-cpu": attempt(job(resources={"gpus": 0, "cpu": "1", "memory": "4Gi"}), 1, INSTALLATION),
 }
 
@@ -82,30 +82,30 @@ def test_what_validation_resolved_goes_into_the_manifest_of_every_attempt() -> N
     assert "status" not in yaml.safe_load(configuration(validated, VALIDATE)["data"]["job.yaml"])
 
 
-def test_one_node_needs_no_meeting() -> None:
-    assert meeting(EVERYTHING) == []
+def test_one_node_needs_no_rank_network() -> None:
+    assert rank_network(EVERYTHING) == []
 
 
-def test_only_pods_on_several_nodes_are_isolated_where_the_platform_wants_no_policies() -> None:
+def test_without_network_policies_only_pods_on_several_nodes_are_isolated() -> None:
     unwanted = replace(NETWORK, policies=False)
     assert isolation(EVERYTHING, unwanted) == []
     assert isolation(SEVERAL, unwanted) == isolation(SEVERAL, NETWORK)
 
 
-def test_whoever_reads_metrics_reaches_training_pods() -> None:
+def test_training_pods_accept_requests_for_metrics() -> None:
     monitoring = {"namespaceSelector": {"matchLabels": {"team": "sre"}}}
     [policy] = isolation(EVERYTHING, replace(NETWORK, metrics_from=(monitoring,)))
     assert policy["spec"]["ingress"][0]["from"] == [NETWORK.component("operator"), monitoring]
 
 
-def test_no_secret_value_or_token_reaches_a_pod_by_itself() -> None:
+def test_pods_contain_no_secret_value_and_no_token() -> None:
     for name in ("validation", "attempt-gpu"):
         pod: dict[str, Any] = RENDERED[name]["spec"]["template"]["spec"]
         assert pod["automountServiceAccountToken"] is False
         assert "AWS_" not in json.dumps(pod["containers"])
 
 
-def test_a_secret_that_is_named_is_mounted_with_the_keys_of_stores_alone() -> None:
+def test_a_referenced_secret_is_mounted_with_store_keys_only() -> None:
     named = job(
         baseModel={"uri": "s3://a/base", "secretRef": {"name": "db-password"}}, output={"reporting": ["MLflow"]}
     )
@@ -116,7 +116,7 @@ def test_a_secret_that_is_named_is_mounted_with_the_keys_of_stores_alone() -> No
         assert "items" not in volumes["secret-1"]["secret"]
 
 
-def test_tasks_that_a_job_brings_are_mounted_and_run_only_where_the_platform_says_so() -> None:
+def test_task_folders_are_mounted_and_run_only_where_the_platform_allows_them() -> None:
     folders = [{"uri": "s3://a/tasks", "secretRef": {"name": "tasks"}}, {"uri": "pvc://tasks/mine"}]
     suites = [
         {"name": f"t{number}", "lmEval": {"tasks": ["a"], "taskFolder": folder}}
@@ -124,7 +124,7 @@ def test_tasks_that_a_job_brings_are_mounted_and_run_only_where_the_platform_say
     ]
     asking = job(evaluation={"suites": suites})
     for allowed in (False, True):
-        installation = Installation(SETTINGS.model_copy(update={"allow_task_folders": allowed}))
+        installation = JobInstallation(SETTINGS.model_copy(update={"allow_task_folders": allowed}))
         for rendered in (validation(asking, installation), attempt(asking, 1, installation)):
             pod = rendered["spec"]["template"]["spec"]
             assert ("--allow-task-code" in pod["containers"][0]["args"]) is allowed
@@ -133,7 +133,7 @@ def test_tasks_that_a_job_brings_are_mounted_and_run_only_where_the_platform_say
 
 
 @pytest.mark.parametrize(("reporting", "mounted"), [(["MLflow"], True), (["WandB"], True), (["TensorBoard"], False)])
-def test_the_secret_of_trackers_is_mounted_where_one_has_a_server(reporting: list[str], *, mounted: bool) -> None:
+def test_the_reporting_secret_is_mounted_if_a_tracker_has_a_server(reporting: list[str], *, mounted: bool) -> None:
     asking = job(output={"reporting": reporting})
     for rendered in (validation(asking, INSTALLATION), attempt(asking, 1, INSTALLATION)):
         pod = rendered["spec"]["template"]["spec"]

@@ -1,4 +1,4 @@
-"""Observations of a FineTuneJob, in few words."""
+"""Builders of observations of a FineTuneJob."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ARTIFACT = {
 
 
 def manifest(**spec: Any) -> dict[str, Any]:
-    """A minimal FineTuneJob with other fields of its spec."""
+    """Return a minimal FineTuneJob with additional fields of the spec."""
     return {
         "apiVersion": "tunesmith.dev/v1alpha1",
         "kind": "FineTuneJob",
@@ -44,15 +44,15 @@ def condition(type_: str, status: str = "True", reason: str = "Valid") -> dict[s
 
 
 def validated(*attempts: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """The status of a job that passed validation."""
+    """Return the status of a job that passed validation."""
     return {"conditions": [condition("Validated"), *more.pop("conditions", [])], "attempts": list(attempts), **more}
 
 
-def attempt(number: int, outcome: str = "Running", ended: timedelta | None = None) -> dict[str, Any]:
-    """An attempt of the status; `ended` so long ago."""
+def attempt(number: int, outcome: str = "Running", age: timedelta | None = None) -> dict[str, Any]:
+    """Return an attempt of the status. `age`: time since it finished."""
     found: dict[str, Any] = {"name": owned_name("tone", UID, str(number)), "outcome": outcome}
-    if ended is not None:
-        found |= {"endTime": (NOW - ended).isoformat(), "reason": "StoreUnavailable", "message": "no answer"}
+    if age is not None:
+        found |= {"endTime": (NOW - age).isoformat(), "reason": "StoreUnavailable", "message": "no answer"}
     return found
 
 
@@ -64,5 +64,5 @@ def kube_job(suffix: str, *pods: PodView, age: timedelta = timedelta(minutes=1),
     return JobView(name=owned_name("tone", UID, suffix), created=NOW - age, pods=pods, **fields)
 
 
-def seen(of: FineTuneJob, **fields: Any) -> Observation:
+def observed(of: FineTuneJob, **fields: Any) -> Observation:
     return Observation(job=of, now=NOW, **fields)

@@ -28,7 +28,7 @@ from tunesmith.finetune.observe import (
     observe,
 )
 from tunesmith.finetune.plan import Action, CreateAttempt, CreateValidation, StopJob, plan
-from tunesmith.finetune.quota import lack_of_quota
+from tunesmith.finetune.quota import quota_shortage
 from tunesmith.finetune.status import reports, without_reports
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from tunesmith.controller.context import Context
 
 KIND = "FineTuneJob"
-_POD_PATIENCE = timedelta(seconds=2)
+_POD_CREATION_TIME = timedelta(seconds=2)
 """Time that the Job controller may take to create the pods of a Job."""
 _log = logging.getLogger(__name__)
 
@@ -60,8 +60,8 @@ class FineTuneJobReconciler:
         self._progress = ProgressPoller(self._running_pods, self._progressed)
 
     @property
-    def _installation(self) -> render.Installation:
-        return render.Installation(self._context.settings, self._context.cluster_uid)
+    def _installation(self) -> render.JobInstallation:
+        return render.JobInstallation(self._context.settings, self._context.cluster_uid)
 
     @property
     def watches(self) -> Sequence[Watch]:
@@ -89,30 +89,30 @@ class FineTuneJobReconciler:
         self._uids[key] = finetunejob.metadata.uid
         now, jobs = self._context.now(), await self._jobs(manifest)
         pods = self._pods(manifest, jobs)
-        seen = observe(
+        observation = observe(
             finetunejob,
             jobs,
             pods,
             self._progress.newest(pods),
             now,
             await self._workloads(jobs),
-            await self._lacks_of_quota(jobs, now),
+            await self._quota_shortages(jobs, now),
         )
         decide = partial(plan, store=self._context.settings.store, allowed=self._context.settings)
-        decided = decide(seen)
+        decision = decide(observation)
         by_name = {job["metadata"]["name"]: job for job in jobs}
-        for action in decided.actions:
-            refusal = await self._do(finetunejob, decided.status, action, by_name)
+        for action in decision.actions:
+            refusal = await self._do(finetunejob, decision.status, action, by_name)
             if refusal is not None:
-                decided = decide(replace(seen, refusal=refusal))
+                decision = decide(replace(observation, refusal=refusal))
                 break
         await self._statuses.write(
             manifest,
-            decided.status,
+            decision.status,
             reports=partial(reports, finetunejob.status),
             fallback=partial(without_reports, finetunejob.status),
         )
-        return Result(decided.look_again.total_seconds() if decided.look_again is not None else None)
+        return Result(decision.requeue_after.total_seconds() if decision.requeue_after is not None else None)
 
     async def run(self) -> None:
         """Pull the progress of running pods."""
@@ -161,29 +161,29 @@ class FineTuneJobReconciler:
         for pod in await self._context.cluster.list("Pod", job["metadata"]["namespace"], labels=labels):
             self._context.caches["Pod"].put(pod)
 
-    async def _lacks_of_quota(self, jobs: Objects, now: datetime) -> dict[str, str]:
+    async def _quota_shortages(self, jobs: Objects, now: datetime) -> dict[str, str]:
         """Return the reasons why a ResourceQuota leaves no room for missing pods, by name of the Job.
 
         Quotas are read only while pods are missing, since the Job controller reports refused pods only by Events.
         """
         found: dict[str, str] = {}
         for job in jobs:
-            if not self._lacks_pods(job, now):
+            if not self._misses_pods(job, now):
                 continue
             metadata = job["metadata"]
             with contextlib.suppress(NotFoundError, ForbiddenError):
                 quotas = await self._context.cluster.list("ResourceQuota", metadata["namespace"])
-                whole = await self._context.cluster.get("Job", metadata["name"], metadata["namespace"])
-                found[metadata["name"]] = lack_of_quota(whole["spec"]["template"]["spec"], quotas)
+                full = await self._context.cluster.get("Job", metadata["name"], metadata["namespace"])
+                found[metadata["name"]] = quota_shortage(full["spec"]["template"]["spec"], quotas)
         return found
 
-    def _lacks_pods(self, job: Object, now: datetime) -> bool:
+    def _misses_pods(self, job: Object, now: datetime) -> bool:
         metadata, spec = job["metadata"], job.get("spec", {})
         if spec.get("suspend") or "deletionTimestamp" in metadata or _is_finished(job):
             return False
         age = now - datetime.fromisoformat(metadata["creationTimestamp"])
         indexes = {index_of(pod) for pod in self._context.caches["Pod"].owned(metadata["uid"])}
-        return age >= _POD_PATIENCE and len(indexes) < spec.get("parallelism", 1)
+        return age >= _POD_CREATION_TIME and len(indexes) < spec.get("parallelism", 1)
 
     async def _do(
         self, job: FineTuneJob, status: FineTuneJobStatus, action: Action, jobs: dict[str, Object]
@@ -197,8 +197,8 @@ class FineTuneJobReconciler:
                 # The status of the plan has the values that validation resolved in this pass.
                 resolved = job.model_copy(update={"status": status})
                 rendered = render.attempt(job, number, self._installation)
-                beside = [*render.isolation(job, self._context.settings.network), *render.meeting(job)]
-                return await self._create(job, *beside, render.configuration(resolved, TRAIN), rendered)
+                supporting = [*render.isolation(job, self._context.settings.network), *render.rank_network(job)]
+                return await self._create(job, *supporting, render.configuration(resolved, TRAIN), rendered)
             case StopJob(name):
                 # The Job remains until its pods are deleted, so that later passes see whether one is still saving.
                 return await self._executor.delete(job.metadata.uid, jobs[name], "Foreground")
@@ -211,7 +211,7 @@ class FineTuneJobReconciler:
         try:
             return gpu_memory_bytes(job, await self._context.cluster.list("Node", labels=selector))
         except ForbiddenError as error:
-            _log.warning("the GPUs' memory is not known: %s", error)
+            _log.warning("the GPU memory is unknown: %s", error)
             return None
 
     async def _create(self, job: FineTuneJob, *items: Object) -> Refusal | None:
@@ -234,7 +234,7 @@ class FineTuneJobReconciler:
         if found is None:
             return None
         if not is_job_of(job.metadata, found):
-            message = f"Job {name} exists and does not belong to this FineTuneJob: delete it, so that it can be created"
+            message = f"Job {name} exists and does not belong to this FineTuneJob: delete it"
             return name_taken("create", rendered, message)
         self._context.caches["Job"].put(found)
         return None

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 Object = dict[str, Any]
 _MIB = 2**20
-_STATE = "node.kubernetes.io/"
-_KEEPS_OFF = frozenset({"NoSchedule", "NoExecute"})
+_CONDITION_TAINT_PREFIX = "node.kubernetes.io/"
+_EXCLUDING_EFFECTS = frozenset({"NoSchedule", "NoExecute"})
 
 
 def gpu_memory_bytes(job: FineTuneJob, nodes: Iterable[Object]) -> int | None:
@@ -49,9 +49,11 @@ def _may_run(job: FineTuneJob, node: Object) -> bool:
     taints = [
         taint
         for taint in node.get("spec", {}).get("taints") or ()
-        if taint["key"] != resource and not taint["key"].startswith(_STATE)
+        if taint["key"] != resource and not taint["key"].startswith(_CONDITION_TAINT_PREFIX)
     ]
-    if any(not tolerates(taint, wanted.tolerations or []) for taint in taints if taint.get("effect") in _KEEPS_OFF):
+    if any(
+        not tolerates(taint, wanted.tolerations or []) for taint in taints if taint.get("effect") in _EXCLUDING_EFFECTS
+    ):
         return False
     allocatable = str(node.get("status", {}).get("allocatable", {}).get(resource, "0"))
     return allocatable.isdecimal() and int(allocatable) >= job.spec.resources.gpus

@@ -25,7 +25,7 @@ COMPONENT_LABEL = "app.kubernetes.io/component"
 ATTEMPT_LABEL = "tunesmith.dev/attempt"
 INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
 WORKLOAD_LABEL = "kueue.x-k8s.io/job-uid"
-_LONGEST_REASON = 1024
+_MAX_REASON_LENGTH = 1024
 VALIDATE = "validate"
 TRAIN = "train"
 _NUMBER = re.compile(r"[0-9]{1,9}")
@@ -51,12 +51,12 @@ class PodView:
     waiting_message: str = ""
     started: datetime | None = None
     running: bool = False
-    ended: datetime | None = None
+    finished_at: datetime | None = None
     exit_code: int | None = None
     out_of_memory: bool = False
     disrupted: bool = False
     """True if it was evicted or pre-empted, or its node disappeared."""
-    late: bool = False
+    deadline_exceeded: bool = False
     """True if it was stopped at the pod's activeDeadlineSeconds."""
     eviction: str = ""
     """The kubelet's message, if it evicted the pod."""
@@ -78,7 +78,7 @@ class JobView:
     failed: bool = False
     failure_message: str = ""
     """The Job controller's message; with a rule of the pod failure policy it has the exit code or the disruption."""
-    ended: datetime | None = None
+    finished_at: datetime | None = None
     size: int = 1
     """Number of pods that it runs at the same time."""
     suspended: bool = False
@@ -166,13 +166,15 @@ def observe(
             by_owner.setdefault(owner["uid"], []).append(pod)
     jobs = [job for job in jobs if is_job_of(metadata, job)]
     known = {job["metadata"]["uid"] for job in jobs}
-    waits = {(workload["metadata"].get("labels") or {}).get(WORKLOAD_LABEL): workload for workload in workloads}
+    workloads_by_job = {
+        (workload["metadata"].get("labels") or {}).get(WORKLOAD_LABEL): workload for workload in workloads
+    }
     validation: JobView | None = None
     attempts: dict[int, JobView] = {}
     for job in jobs:
         labels = job["metadata"].get("labels") or {}
         uid, name = job["metadata"]["uid"], job["metadata"]["name"]
-        held = held_back(waits[uid]) if uid in waits else ""
+        held = held_back(workloads_by_job[uid]) if uid in workloads_by_job else ""
         view = _job(job, by_owner.get(uid, ()), held, refused.get(name, ""))
         if name == _owned(metadata, VALIDATE):
             validation = view
@@ -189,7 +191,7 @@ def observe(
             for owner, owned in by_owner.items()
             if owner not in known
             for pod in owned
-            if _writes(pod, metadata)
+            if _may_write(pod, metadata)
         ),
     )
 
@@ -219,7 +221,7 @@ def _owned(finetunejob: ObjectMeta, suffix: str) -> str:
     return owned_name(finetunejob.name, finetunejob.uid, suffix)
 
 
-def _writes(pod: Object, finetunejob: ObjectMeta) -> bool:
+def _may_write(pod: Object, finetunejob: ObjectMeta) -> bool:
     """Return True if the pod is one of the FineTuneJob's attempts and has not terminated."""
     attempt = (pod["metadata"].get("labels") or {}).get(ATTEMPT_LABEL, "")
     owner = _controller(pod, finetunejob, "Job")
@@ -236,7 +238,7 @@ def held_back(workload: Object) -> str:
         for condition in conditions
         if condition["type"] == type_ and condition["status"] == status and condition.get("message")
     ]
-    return "; ".join(dict.fromkeys(waiting))[:_LONGEST_REASON]
+    return "; ".join(dict.fromkeys(waiting))[:_MAX_REASON_LENGTH]
 
 
 def _job(job: Object, pods: Iterable[Object], held: str, refused: str) -> JobView:
@@ -246,14 +248,14 @@ def _job(job: Object, pods: Iterable[Object], held: str, refused: str) -> JobVie
         if condition["status"] == "True"
     }
     failed = conditions.get("Failed")
-    end = failed or conditions.get("Complete") or {}
+    finished = failed or conditions.get("Complete") or {}
     return JobView(
         name=job["metadata"]["name"],
         created=_required(job["metadata"]["creationTimestamp"]),
         succeeded="Complete" in conditions,
         failed=failed is not None,
         failure_message=(failed or {}).get("message", ""),
-        ended=_time(end.get("lastTransitionTime")),
+        finished_at=_time(finished.get("lastTransitionTime")),
         size=job.get("spec", {}).get("parallelism", 1),
         suspended=bool(job.get("spec", {}).get("suspend")),
         held_back=held,
@@ -273,32 +275,32 @@ def _pod(pod: Object) -> PodView:
     status = pod.get("status") or {}
     conditions = {condition["type"]: condition for condition in status.get("conditions") or ()}
     scheduled = conditions.get("PodScheduled", {})
-    placed = scheduled.get("status") == "True"
+    is_scheduled = scheduled.get("status") == "True"
     container: Object = next(
         (entry for entry in status.get("containerStatuses") or () if entry["name"] == CONTAINER), {}
     )
     state = container.get("state") or {}
-    waiting, running, ended = state.get("waiting") or {}, state.get("running"), state.get("terminated") or {}
+    waiting, running, terminated = state.get("waiting") or {}, state.get("running"), state.get("terminated") or {}
     return PodView(
         name=pod["metadata"]["name"],
         created=_required(pod["metadata"]["creationTimestamp"]),
         index=index_of(pod),
         node=pod.get("spec", {}).get("nodeName"),
-        scheduled=_time(scheduled.get("lastTransitionTime")) if placed else None,
+        scheduled=_time(scheduled.get("lastTransitionTime")) if is_scheduled else None,
         unschedulable=scheduled.get("message", "")
-        if scheduled.get("reason") == "Unschedulable" and not placed
+        if scheduled.get("reason") == "Unschedulable" and not is_scheduled
         else None,
         waiting_reason=waiting.get("reason"),
         waiting_message=waiting.get("message", ""),
-        started=_time((running or ended).get("startedAt")) if running or ended else None,
+        started=_time((running or terminated).get("startedAt")) if running or terminated else None,
         running=running is not None,
-        ended=_time(ended.get("finishedAt")),
-        exit_code=ended.get("exitCode"),
-        out_of_memory=ended.get("reason") == "OOMKilled",
+        finished_at=_time(terminated.get("finishedAt")),
+        exit_code=terminated.get("exitCode"),
+        out_of_memory=terminated.get("reason") == "OOMKilled",
         disrupted=conditions.get("DisruptionTarget", {}).get("status") == "True" or status.get("reason") == "Evicted",
-        late=status.get("reason") == "DeadlineExceeded",
+        deadline_exceeded=status.get("reason") == "DeadlineExceeded",
         eviction=status.get("message", "") if status.get("reason") == "Evicted" else "",
-        termination_message=ended.get("message", ""),
+        termination_message=terminated.get("message", ""),
     )
 
 

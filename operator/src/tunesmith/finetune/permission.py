@@ -56,8 +56,8 @@ def _read(where: str, uri: str, job: FineTuneJob, store: str) -> str | None:
     if not reads_foreign_store(store, namespace, uri):
         return None
     return (
-        f"{where}.uri {uri} reaches into this installation's store outside the folder of namespace {namespace}: name a "
-        f"place in {store}/{namespace}/, or one outside the store"
+        f"{where}.uri {uri} is in this installation's store, but outside the folder of namespace {namespace}: use a "
+        f"location in {store}/{namespace}/ or outside the store"
     )
 
 
@@ -65,6 +65,6 @@ def _written(where: str, uri: str, store: str) -> str | None:
     if not writes_into_store(store, uri):
         return None
     return (
-        f"{where} {uri} is in this installation's store {store}, or would hold it: only the operator chooses places "
-        "there; name a folder outside the store"
+        f"{where} {uri} is in this installation's store {store} or contains it; only the operator writes there: "
+        "use a location outside the store"
     )

@@ -19,14 +19,14 @@ _MUST_BE_SET = frozenset({"cpu", "memory", "requests.cpu", "requests.memory", "l
 """Resources that every container must set if a quota bounds them (the API server's quota evaluator of pods)."""
 
 
-def lack_of_quota(pod: Mapping[str, Any], quotas: Iterable[Object]) -> str:
+def quota_shortage(pod: Mapping[str, Any], quotas: Iterable[Object]) -> str:
     """Return a sentence on a ResourceQuota that leaves no room for one more pod; empty if each has room.
 
     Args:
         pod: the pod's spec.
         quotas: the ResourceQuotas of its namespace.
     """
-    wanted = _wanted(pod)
+    required = _required(pod)
     for quota in quotas:
         if not all(_matches(pod, scope) for scope in _scopes(quota)):
             continue
@@ -34,7 +34,7 @@ def lack_of_quota(pod: Mapping[str, Any], quotas: Iterable[Object]) -> str:
         hard, used = status.get("hard") or {}, status.get("used") or {}
         limits, amounts = quantities(hard), quantities(used)
         for name, limit in limits.items():
-            amount = wanted.get(name)
+            amount = required.get(name)
             if amount is None and name in _MUST_BE_SET:
                 return (
                     f"ResourceQuota {quota['metadata']['name']} needs {name} on every container, which this pod does "
@@ -48,7 +48,7 @@ def lack_of_quota(pod: Mapping[str, Any], quotas: Iterable[Object]) -> str:
     return ""
 
 
-def _wanted(pod: Mapping[str, Any]) -> dict[str, Decimal]:
+def _required(pod: Mapping[str, Any]) -> dict[str, Decimal]:
     requests, limits = pod_resources(pod, "requests"), pod_resources(pod, "limits")
     return {
         PODS: Decimal(1),

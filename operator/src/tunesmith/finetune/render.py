@@ -44,7 +44,7 @@ GRACE_SECONDS = 120
 VALIDATION_MEMORY = "2Gi"
 VALIDATION_SECONDS = 6 * 3600
 """Time for the checks of a job's data, after which the trainer stops with a message."""
-_BEYOND_VALIDATION_SECONDS = 1800
+_VALIDATION_MARGIN_SECONDS = 1800
 """Further time for the start of the pod, and for a trainer that does not stop."""
 _VALIDATION_RESOURCES = {
     "requests": {"cpu": "500m", "memory": VALIDATION_MEMORY},
@@ -57,7 +57,7 @@ _MANIFEST_SUFFIXES = {VALIDATE: "spec", TRAIN: "resolved"}
 
 
 @dataclass(frozen=True)
-class Installation:
+class JobInstallation:
     """Settings of the installation that apply to every job."""
 
     settings: JobSettings
@@ -92,7 +92,7 @@ def configuration(job: FineTuneJob, stage: str) -> Object:
     }
 
 
-def validation(job: FineTuneJob, installation: Installation, gpu_memory_bytes: int | None = None) -> Object:
+def validation(job: FineTuneJob, installation: JobInstallation, gpu_memory_bytes: int | None = None) -> Object:
     """Return the Job that checks data, base model and settings on a CPU.
 
     The Job controller retries it after retryable failures, and replaces disrupted pods.
@@ -110,13 +110,13 @@ def validation(job: FineTuneJob, installation: Installation, gpu_memory_bytes: i
     if gpu_memory_bytes is not None:
         arguments += ["--gpu-memory-bytes", str(gpu_memory_bytes)]
     pod = _pod(job, installation, labels, arguments, _VALIDATION_RESOURCES)
-    pod["spec"]["activeDeadlineSeconds"] = VALIDATION_SECONDS + _BEYOND_VALIDATION_SECONDS
+    pod["spec"]["activeDeadlineSeconds"] = VALIDATION_SECONDS + _VALIDATION_MARGIN_SECONDS
     # A validation needs no GPU, so only the constraints that exclude nodes apply.
     pod["spec"].pop("runtimeClassName", None)
     return _job(job, VALIDATE, labels, pod, rules, retries=_VALIDATION_RETRIES)
 
 
-def attempt(job: FineTuneJob, number: int, installation: Installation) -> Object:
+def attempt(job: FineTuneJob, number: int, installation: JobInstallation) -> Object:
     """Return the Job of an attempt: one pod per node, no retries; if one fails, the Job controller stops the others.
 
     The cause of the failure remains in the Job after the pods are gone.
@@ -127,14 +127,14 @@ def attempt(job: FineTuneJob, number: int, installation: Installation) -> Object
         _on_disruption("FailJob"),
         *(_on_exit_codes("FailJob", code) for code in (ExitCode.USER_FAULT, ExitCode.RETRYABLE, ExitCode.PREEMPTED)),
     ]
-    place = artifact_uri(installation.settings.store, metadata.namespace, metadata.name, metadata.uid)
+    artifact = artifact_uri(installation.settings.store, metadata.namespace, metadata.name, metadata.uid)
     checkpoints = checkpoints_uri(installation.settings.store, metadata.namespace, metadata.name, metadata.uid)
-    arguments = ["train", "--job", f"{JOB_FOLDER}/{JOB_FILE}", "--output", place, "--checkpoints", checkpoints]
+    arguments = ["train", "--job", f"{JOB_FOLDER}/{JOB_FILE}", "--output", artifact, "--checkpoints", checkpoints]
     arguments += ["--tokens", _tokens(job, installation), *_ownership(job, installation), *_permissions(installation)]
     pod = _pod(job, installation, labels, arguments, _resources(job))
     manifest = _job(job, str(number), labels, pod, rules, retries=0)
     if job.spec.resources.nodes > 1:
-        _join(job, manifest)
+        _distribute(job, manifest)
     queue = job.spec.scheduling.queue
     if queue is not None:
         # Created suspended and never written again: from now on the queue decides when its pods run.
@@ -143,7 +143,7 @@ def attempt(job: FineTuneJob, number: int, installation: Installation) -> Object
     return manifest
 
 
-def meeting(job: FineTuneJob) -> list[Object]:
+def rank_network(job: FineTuneJob) -> list[Object]:
     """Return the Service through which pods on several nodes find each other; empty for a single node.
 
     All attempts share it, since their pods' names differ.
@@ -154,7 +154,7 @@ def meeting(job: FineTuneJob) -> list[Object]:
     service = {
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": {**_metadata(job, TRAIN, labels), "name": _meeting_name(job)},
+        "metadata": {**_metadata(job, TRAIN, labels), "name": _rank_service_name(job)},
         # The other pods must find the first one before it is ready, because it waits for them.
         "spec": {
             "clusterIP": "None",
@@ -171,29 +171,29 @@ def isolation(job: FineTuneJob, network: NetworkPolicySettings) -> list[Object]:
 
     Pods on several nodes always have one: their traffic is neither encrypted nor authenticated.
     """
-    several = job.spec.resources.nodes > 1
-    if not network.policies and not several:
+    is_distributed = job.spec.resources.nodes > 1
+    if not network.policies and not is_distributed:
         return []
     pods = {JOB_LABEL: job.metadata.name}
     training = {**pods, COMPONENT_LABEL: TRAIN}
     ingress = [network.admit(PROGRESS_PORT, "operator")]
-    if several:
+    if is_distributed:
         ingress.append({"from": [{"podSelector": {"matchLabels": training}}]})
     return [network_policy(_metadata(job, "network", {}), pods, ingress)]
 
 
-def _meeting_name(job: FineTuneJob) -> str:
+def _rank_service_name(job: FineTuneJob) -> str:
     # A Service's name must begin with a letter; a FineTuneJob's may begin with a digit.
     return f"ranks-{job.metadata.name}-{short_uid(job.metadata.uid)}"
 
 
-def _join(job: FineTuneJob, manifest: Object) -> None:
+def _distribute(job: FineTuneJob, manifest: Object) -> None:
     """Change a Job with one pod into one with a pod per node."""
     nodes = job.spec.resources.nodes
     manifest["spec"] |= {"completionMode": "Indexed", "completions": nodes, "parallelism": nodes}
     template = manifest["spec"]["template"]
     pod = template["spec"]
-    pod["subdomain"] = _meeting_name(job)
+    pod["subdomain"] = _rank_service_name(job)
     pod["topologySpreadConstraints"] = [
         {
             "maxSkew": 1,
@@ -203,7 +203,7 @@ def _join(job: FineTuneJob, manifest: Object) -> None:
         }
     ]
     pod["containers"][0]["env"] += [
-        {"name": "MASTER_ADDR", "value": f"{manifest['metadata']['name']}-0.{_meeting_name(job)}"},
+        {"name": "MASTER_ADDR", "value": f"{manifest['metadata']['name']}-0.{_rank_service_name(job)}"},
         {"name": "MASTER_PORT", "value": str(MASTER_PORT)},
     ]
 
@@ -259,7 +259,7 @@ def _labels(job: FineTuneJob, labels: dict[str, str]) -> dict[str, str]:
 
 
 def _pod(
-    job: FineTuneJob, installation: Installation, labels: dict[str, str], arguments: list[str], resources: Object
+    job: FineTuneJob, installation: JobInstallation, labels: dict[str, str], arguments: list[str], resources: Object
 ) -> Object:
     secrets, claims = _secrets(job), _claims(job)
     # The ranks of a pod exchange gradients through shared memory, which is 64 MiB by default.
@@ -296,7 +296,7 @@ def _pod(
                         {"name": ALLOWED_ADDRESSES, "value": ",".join(installation.settings.allowed_addresses)},
                     ],
                     "ports": [{"name": "progress", "containerPort": PROGRESS_PORT}],
-                    "resources": _with_disk(resources, installation.settings.job_storage),
+                    "resources": _with_storage(resources, installation.settings.job_storage),
                     "securityContext": {
                         "allowPrivilegeEscalation": False,
                         "readOnlyRootFilesystem": True,
@@ -327,7 +327,7 @@ def _pod(
                 # Optional: the kubelet would wait silently for a missing Secret; the trainer reports which one is
                 # missing.
                 *(
-                    {"name": f"secret-{index}", "secret": {"secretName": name, "optional": True, **_keys(name)}}
+                    {"name": f"secret-{index}", "secret": {"secretName": name, "optional": True, **_secret_items(name)}}
                     for index, name in enumerate(secrets)
                 ),
                 *(
@@ -340,15 +340,15 @@ def _pod(
 
 
 def _resources(job: FineTuneJob) -> Object:
-    wanted = job.spec.resources
-    gpus = {wanted.gpu_resource: str(wanted.gpus)} if wanted.gpus else {}
+    requested = job.spec.resources
+    gpus = {requested.gpu_resource: str(requested.gpus)} if requested.gpus else {}
     return {
-        "requests": {"cpu": wanted.cpu, "memory": wanted.memory, **gpus},
-        "limits": {"memory": wanted.memory, **gpus},
+        "requests": {"cpu": requested.cpu, "memory": requested.memory, **gpus},
+        "limits": {"memory": requested.memory, **gpus},
     }
 
 
-def _with_disk(resources: Object, storage: str) -> Object:
+def _with_storage(resources: Object, storage: str) -> Object:
     """Return the resources with a limit on everything that the pod writes to its node's disk, volumes included."""
     return {
         "requests": {**resources["requests"], "ephemeral-storage": _REQUESTED_STORAGE},
@@ -356,7 +356,7 @@ def _with_disk(resources: Object, storage: str) -> Object:
     }
 
 
-def _ownership(job: FineTuneJob, installation: Installation) -> list[str]:
+def _ownership(job: FineTuneJob, installation: JobInstallation) -> list[str]:
     if not installation.cluster:
         return []
     metadata = job.metadata
@@ -364,12 +364,12 @@ def _ownership(job: FineTuneJob, installation: Installation) -> list[str]:
     return ["--job-folder", folder, "--cluster", installation.cluster]
 
 
-def _permissions(installation: Installation) -> list[str]:
+def _permissions(installation: JobInstallation) -> list[str]:
     # An argument, because no key of the Secret with the pod's variables can set it.
     return ["--allow-task-code"] if installation.settings.allow_task_folders else []
 
 
-def _tokens(job: FineTuneJob, installation: Installation) -> str:
+def _tokens(job: FineTuneJob, installation: JobInstallation) -> str:
     metadata = job.metadata
     return tokens_uri(installation.settings.store, metadata.namespace, metadata.name, metadata.uid)
 
@@ -383,7 +383,7 @@ def _secrets(job: FineTuneJob) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _keys(secret: str) -> Object:
+def _secret_items(secret: str) -> Object:
     """Return the volume items of a Secret: the stores' keys only, but all keys of the reporting Secret."""
     return {} if secret == REPORTING_SECRET else {"items": [{"key": key, "path": key} for key in STORE_KEYS]}
 

@@ -37,7 +37,7 @@ PROGRESS_INTERVAL = timedelta(seconds=10)
 _NO_ATTEMPT = "no attempt is running"
 
 
-class Status:
+class StatusBuilder:
     """Builder of the next status from the current one and from reported changes. `build` is called once, at the end."""
 
     def __init__(self, job: FineTuneJob, now: datetime) -> None:
@@ -66,7 +66,7 @@ class Status:
             self._status.preflight = result.preflight or self._status.preflight
             self._status.resolved = merged(self._status.resolved, result.resolved)
         flight = self._status.preflight
-        message = "nothing is wrong with the data, the base model and the settings"
+        message = "the data, the base model and the settings are valid"
         if flight is not None and flight.rows is not None:
             message = (
                 f"{flight.rows} rows to train on, {flight.validation_rows or 0} held out, "
@@ -85,30 +85,30 @@ class Status:
 
     def begin_attempt(self, number: int) -> None:
         """Report that an attempt's Job is about to be created."""
-        self.waiting(FineTuneJobReason.POD_PENDING, f"the Job of attempt {number} is created")
+        self.waiting(FineTuneJobReason.POD_PENDING, f"the Job of attempt {number} is being created")
         self._status.progress = None
 
     def waiting(self, reason: Reason, message: str) -> None:
         """Report that no pod is training."""
         self._set(FineTuneJobCondition.STARTED, ConditionStatus.FALSE, reason, message)
 
-    def held(self, reason: Reason, message: str) -> None:
+    def blocked(self, reason: Reason, message: str) -> None:
         """Report what blocks the current stage, validation or training."""
         if self.validated or self.terminal:
             self.waiting(reason, message)
         else:
             self.validating(reason, message)
 
-    def released(self) -> None:
+    def unblocked(self) -> None:
         """Report that nothing blocks the removal of a terminal job's last Job any longer."""
         started = find(self._status.conditions, FineTuneJobCondition.STARTED)
         if started is not None and started.reason == FineTuneJobReason.WRITE_REFUSED:
             self.waiting(FineTuneJobReason.FINISHED, _NO_ATTEMPT)
 
-    def queued(self, queue: str, job: str, why: str) -> None:
-        """Report that a queue is holding the attempt's Job back. `why`: Kueue's message; empty if there is none."""
+    def queued(self, queue: str, job: str, reason: str) -> None:
+        """Report that a queue is holding the attempt's Job back. `reason`: Kueue's message; empty if there is none."""
         message = f"Job {job} waits for queue {queue} to admit it: " + (
-            why or f"`kubectl describe job {job}` and `kubectl describe localqueue {queue}` show what it waits for"
+            reason or f"see `kubectl describe job {job}` and `kubectl describe localqueue {queue}`"
         )
         self._set(FineTuneJobCondition.ADMITTED, ConditionStatus.FALSE, FineTuneJobReason.QUEUED, message)
         self.waiting(FineTuneJobReason.QUEUED, message)
@@ -118,9 +118,9 @@ class Status:
         message = f"queue {queue} admitted the Job"
         self._set(FineTuneJobCondition.ADMITTED, ConditionStatus.TRUE, FineTuneJobReason.ADMITTED, message)
 
-    def stopping(self, what: str) -> None:
-        """Report that spec.suspend is stopping an attempt, which has time to save. `what`: its Job or its pod."""
-        message = f"{what} is being stopped: a checkpoint is saved first"
+    def stopping(self, item: str) -> None:
+        """Report that spec.suspend is stopping an attempt, which has time to save. `item`: its Job or its pod."""
+        message = f"{item} is being stopped: a checkpoint is saved first"
         self._set(FineTuneJobCondition.SUSPENDED, ConditionStatus.FALSE, FineTuneJobReason.STOPPING, message)
         self.waiting(FineTuneJobReason.STOPPING, message)
 
@@ -161,19 +161,19 @@ class Status:
     def started(self, number: int, outage: str | None = None) -> None:
         """Report that the pods of an attempt are running. `outage`: the store that they are waiting for, if any."""
         reason: Reason = FineTuneJobReason.RUNNING
-        message = f"attempt {number} runs"
+        message = f"attempt {number} is running"
         if outage is not None:
-            reason, message = FailureReason.STORAGE_UNAVAILABLE, f"{message}, and waits: {outage}"
+            reason, message = FailureReason.STORAGE_UNAVAILABLE, f"{message}, but waits for storage: {outage}"
         self._set(FineTuneJobCondition.STARTED, ConditionStatus.TRUE, reason, message)
 
-    def attempts(self, attempts: dict[int, Attempt]) -> None:
+    def record_attempts(self, attempts: dict[int, Attempt]) -> None:
         """Record the attempts by their number."""
         self._status.attempts = [attempt for _, attempt in sorted(attempts.items())]
         starts = [attempt.start_time for attempt in self._status.attempts if attempt.start_time is not None]
         if starts and self._status.start_time is None:
             self._status.start_time = min(starts)
 
-    def progress(self, sample: ProgressStatus | None) -> None:
+    def record_progress(self, sample: ProgressStatus | None) -> None:
         """Record the newest progress if the stage changed, or the recorded one is at least 10 s older."""
         if sample is None:
             return
@@ -192,7 +192,7 @@ class Status:
             if attempt.outcome is AttemptOutcome.RUNNING:
                 attempt.outcome, attempt.end_time, attempt.reason = AttemptOutcome.FAILED, self._now, reason
                 attempt.message = message[:2048]
-        self._end(FineTuneJobCondition.FAILED, reason, message)
+        self._finish(FineTuneJobCondition.FAILED, reason, message)
 
     def published(self, result: TrainerResult) -> str:
         """Report that the adapter is in the store; return a sentence with its uri."""
@@ -206,14 +206,14 @@ class Status:
             self._status.progress = progress.model_copy(update={"evaluation_loss": result.evaluation.loss})
         self._status.resolved = merged(self._status.resolved, result.resolved)
         self._status.preflight = self._status.preflight or result.preflight
-        place = f"the adapter is at {result.artifact.uri}"
-        self._set(FineTuneJobCondition.PUBLISHED, ConditionStatus.TRUE, FineTuneJobReason.PUBLISHED, place)
-        return place
+        message = f"the adapter is at {result.artifact.uri}"
+        self._set(FineTuneJobCondition.PUBLISHED, ConditionStatus.TRUE, FineTuneJobReason.PUBLISHED, message)
+        return message
 
     def _exported(self, result: TrainerResult) -> list[ExportStatus] | None:
         """Return the outcome of each copy. Destinations come from the spec, never from a pod's report."""
-        wanted = self._job.spec.exports
-        if not wanted or result.exports is None:
+        requested = self._job.spec.exports
+        if not requested or result.exports is None:
             return None
         exports = [
             ExportStatus(
@@ -223,27 +223,29 @@ class Status:
                 reason=report.reason,
                 message=report.message[:1024] or None,
             )
-            for export, report in zip(wanted, result.exports, strict=False)
+            for export, report in zip(requested, result.exports, strict=False)
         ]
         failed = [export.message or "" for export in exports if not export.exported]
-        if failed or len(exports) < len(wanted):
-            message = f"{len(wanted) - len(exports) + len(failed)} of {len(wanted)} exports failed: {'; '.join(failed)}"
+        if failed or len(exports) < len(requested):
+            message = (
+                f"{len(requested) - len(exports) + len(failed)} of {len(requested)} exports failed: {'; '.join(failed)}"
+            )
             status, reason = ConditionStatus.FALSE, FineTuneJobReason.EXPORT_FAILED
         else:
-            message = f"copies are at {', '.join(export.place for export in wanted)}"
+            message = f"copies are at {', '.join(export.place for export in requested)}"
             status, reason = ConditionStatus.TRUE, FineTuneJobReason.EXPORTED
         self._set(FineTuneJobCondition.EXPORTED, status, reason, message)
         return exports
 
     def complete(self, result: TrainerResult) -> None:
         """Report that the adapter is published and the job is finished."""
-        place = self.published(result)
-        evaluation, message = self._status.evaluation, place
+        location = self.published(result)
+        evaluation, message = self._status.evaluation, location
         if evaluation is not None and evaluation.base_loss is not None and evaluation.loss is not None:
-            message = f"held-out loss went from {evaluation.base_loss:.4g} to {evaluation.loss:.4g}; {place}"
+            message = f"held-out loss went from {evaluation.base_loss:.4g} to {evaluation.loss:.4g}; {location}"
         if evaluation is not None and evaluation.failures:
             message = f"{message}; {evaluation.unscored}"
-        self._end(FineTuneJobCondition.COMPLETE, FineTuneJobReason.COMPLETE, message)
+        self._finish(FineTuneJobCondition.COMPLETE, FineTuneJobReason.COMPLETE, message)
 
     def build(self) -> FineTuneJobStatus:
         """Return the status to write."""
@@ -255,7 +257,7 @@ class Status:
         self._status.phase, self._status.reason = summary(self._status)
         return self._status
 
-    def _end(self, type_: FineTuneJobCondition, reason: Reason, message: str) -> None:
+    def _finish(self, type_: FineTuneJobCondition, reason: Reason, message: str) -> None:
         started = find(self._status.conditions, FineTuneJobCondition.STARTED)
         if started is not None and started.status is ConditionStatus.TRUE:
             self.waiting(FineTuneJobReason.FINISHED, _NO_ATTEMPT)
@@ -304,11 +306,11 @@ def _memory(counted: Preflight) -> str:
     """Return a clause on whether the run fits; empty for a job without a GPU."""
     if counted.estimated_peak_bytes is None or counted.verdict is None:
         return ""
-    about = f"; about {counted.estimated_peak_bytes / 2**30:.1f} GiB of GPU memory"
+    estimate = f"; about {counted.estimated_peak_bytes / 2**30:.1f} GiB of GPU memory"
     if counted.gpu_memory_bytes is None:
-        return about
+        return estimate
     doubt = f", which may not fit: {counted.suggestion}" if counted.verdict is Verdict.UNKNOWN else ""
-    return f"{about} of {counted.gpu_memory_bytes / 2**30:.1f}{doubt}"
+    return f"{estimate} of {counted.gpu_memory_bytes / 2**30:.1f}{doubt}"
 
 
 def summary(status: FineTuneJobStatus) -> tuple[Phase, str | None]:
@@ -360,7 +362,7 @@ def without_reports(old: FineTuneJobStatus, new: FineTuneJobStatus) -> FineTuneJ
                 condition
                 if condition in old.conditions
                 else condition.model_copy(
-                    update={"message": "the API server refuses what the pod reported: see the events and the pod's log"}
+                    update={"message": "the API server refuses the pod's report: see the events and the pod's log"}
                 )
                 for condition in new.conditions
             ],
@@ -389,7 +391,7 @@ def reports(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[NewEvent]:
     before = old.progress.stage if old.progress is not None else None
     stage = new.progress.stage if new.progress is not None else None
     if stage is not None and stage is not before:
-        found.append(NewEvent(stage, f"the trainer is at stage {stage}"))
+        found.append(NewEvent(stage, f"the trainer reached stage {stage}"))
     return found
 
 

@@ -155,8 +155,8 @@ class ServingPoolReconciler:
         settings, spec = self._context.settings, pool.spec
         if reads_foreign_store(settings.store, pool.metadata.namespace, spec.base_model.uri):
             return (
-                f"spec.baseModel.uri {spec.base_model.uri} reaches into this installation's store outside the folder "
-                f"of namespace {pool.metadata.namespace}: name a place outside the store"
+                f"spec.baseModel.uri {spec.base_model.uri} is in this installation's store, but outside the folder "
+                f"of namespace {pool.metadata.namespace}: use a location outside the store"
             )
         return scheduling_violation(spec.scheduling, spec.resources, settings)
 
