@@ -24,7 +24,7 @@ sys.path.insert(0, str(REPOSITORY / "server-image/src"))  # the agent's settings
 from tunesmith.contracts.settings import ChartValue  # noqa: E402
 from tunesmith.controller.settings import OperatorSettings  # noqa: E402
 from tunesmith.gateway.settings import GatewaySettings  # noqa: E402
-from tunesmith.settings import ProgramSettings, default_of, flag_of, meaning_of, place_of  # noqa: E402
+from tunesmith.settings import ProgramSettings, default_of, description_of, flag_of, source_of  # noqa: E402
 from tunesmith_server.settings import FetchBaseSettings, ServeSettings  # noqa: E402
 
 CHART = REPOSITORY / "charts/tunesmith"
@@ -54,7 +54,7 @@ def value_at(values: Schema, path: str) -> Any:  # noqa: ANN401 - a value of any
 
 def flag_lines(model: type[ProgramSettings], field: str, values: Schema) -> list[str]:
     """Return the lines of the template that pass a field's flag; none for an internal one."""
-    place = place_of(model, field)
+    place = source_of(model, field)
     if not isinstance(place, ChartValue):
         return []
     flag, default, value = flag_of(field), model.model_fields[field].default, f".Values.{place.path}"
@@ -95,12 +95,12 @@ def value_schemas() -> dict[str, Schema]:
     for model in DEPLOYED.values():
         properties = model.model_json_schema()["properties"]
         for field in model.model_fields:
-            place = place_of(model, field)
+            place = source_of(model, field)
             if not isinstance(place, ChartValue) or place.expression:
                 continue
             given = {**properties[field], **(place.narrower or {})}
             kept = {key: value for key, value in given.items() if key not in {"default", "description", "title"}}
-            made = {"type": kept.pop("type"), **kept, "description": meaning_of(model, field)}
+            made = {"type": kept.pop("type"), **kept, "description": description_of(model, field)}
             if found.setdefault(place.path, made) != made:
                 raise ValueError(
                     f"the programs expect different things of {place.path}: {made} and {found[place.path]}"
@@ -152,10 +152,10 @@ def page() -> str:
         parts += ["```sh", f"{model.program} {model.example}", "```", ""]
         parts += ["| Flag | Set by | Default | Meaning |", "|---|---|---|---|"]
         for field in model.model_fields:
-            place, default = place_of(model, field), default_of(model, field)
+            place, default = source_of(model, field), default_of(model, field)
             setter = f"`{place.path}`" if isinstance(place, ChartValue) else place.reason
             shown = "required" if default is None else (f"`{default}`" if default else "")
-            parts.append(f"| `--{flag_of(field)}` | {setter} | {shown} | {meaning_of(model, field)} |")
+            parts.append(f"| `--{flag_of(field)}` | {setter} | {shown} | {description_of(model, field)} |")
     return "\n".join(parts) + "\n"
 
 

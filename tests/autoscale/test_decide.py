@@ -29,7 +29,7 @@ def trace(
     rule: AdapterAutoscaling = RULE,
     start: int | None = None,
 ) -> list[Decision]:
-    """One decision per second; a load of None is a second in which no gateway was heard."""
+    """One decision per second; a load of None is a second in which no gateway reported."""
     window, current, decisions = Window(), start, []
     for second in range(seconds):
         requests = load(second)
@@ -39,7 +39,7 @@ def trace(
     return decisions
 
 
-def test_load_brings_copies_within_seconds_and_they_leave_after_the_delay() -> None:
+def test_load_adds_copies_within_seconds_and_the_delay_removes_them() -> None:
     sizes = [decision.replicas for decision in trace(lambda second: 24 if 100 <= second < 200 else 0, 300)]
     assert sizes[99] == 1
     assert sizes[102] == 3, "two seconds after the load came"
@@ -47,7 +47,7 @@ def test_load_brings_copies_within_seconds_and_they_leave_after_the_delay() -> N
     assert sizes[262] == 1
 
 
-def test_a_single_blip_is_not_a_load() -> None:
+def test_a_short_spike_adds_no_copy() -> None:
     assert {decision.replicas for decision in trace(lambda second: 16 if second == 100 else 0, 200)} == {1}
 
 
@@ -56,12 +56,12 @@ def test_a_wave_shorter_than_the_delay_keeps_its_copies() -> None:
     assert set(sizes[10:]) == {4}
 
 
-def test_silent_gateways_shrink_nothing() -> None:
+def test_nothing_shrinks_while_gateways_are_silent() -> None:
     sizes = [decision.replicas for decision in trace(lambda second: 24 if second < 70 else None, 400)]
     assert set(sizes[5:]) == {3}
 
 
-def test_after_silence_a_whole_delay_must_be_seen() -> None:
+def test_after_silence_a_complete_delay_must_be_observed() -> None:
     sizes = [
         decision.replicas
         for decision in trace(lambda second: None if second == 100 else (24 if second < 70 else 0), 400)
@@ -76,7 +76,7 @@ def test_a_partial_view_may_grow() -> None:
     assert decide_copies(window, 1, RULE).replicas == 4
 
 
-def test_time_that_nobody_observed_shrinks_nothing() -> None:
+def test_nothing_shrinks_after_unobserved_time() -> None:
     window, sizes = Window(), {}
     for second in [*range(70), *range(200, 300)]:
         window.add(Sample(float(second), 0), 60)
@@ -92,15 +92,15 @@ def test_after_a_restart_nothing_shrinks_before_the_delay_was_observed() -> None
     assert sizes[60] == 1
 
 
-def test_without_a_delay_copies_leave_at_once() -> None:
+def test_without_a_delay_copies_are_removed_immediately() -> None:
     quick = RULE.model_copy(update={"scale_down_delay_seconds": 0})
     sizes = [decision.replicas for decision in trace(lambda second: 24 if second < 5 else 0, 10, quick)]
     assert (sizes[4], sizes[5]) == (3, 1)
 
 
-def once(requests: int, current: int | None, rule: AdapterAutoscaling = RULE, *, seen: float = 60.0) -> Decision:
+def once(requests: int, current: int | None, rule: AdapterAutoscaling = RULE, *, seconds: float = 60.0) -> Decision:
     window = Window()
-    for at in range(int(seen) + 1):
+    for at in range(int(seconds) + 1):
         window.add(Sample(float(at), requests), rule.scale_down_delay_seconds)
     return decide_copies(window, current, rule)
 
@@ -120,17 +120,17 @@ def test_the_reason_is_a_sentence(requests: int, current: int | None, replicas: 
     assert once(requests, current) == Decision(replicas, reason)
 
 
-def test_limits_hold_at_once_when_they_change() -> None:
+def test_changed_limits_apply_immediately() -> None:
     lower = RULE.model_copy(update={"max_replicas": 2})
-    assert once(0, 4, lower, seen=1.0).replicas == 2
+    assert once(0, 4, lower, seconds=1.0).replicas == 2
     higher = RULE.model_copy(update={"min_replicas": 3})
-    assert once(0, 1, higher, seen=1.0).replicas == 3
+    assert once(0, 1, higher, seconds=1.0).replicas == 3
 
 
-def test_what_is_waited_for_is_said() -> None:
-    assert once(0, None, seen=0).reason == "0 requests running or waiting, 8 per copy: 1 copy"
-    assert once(0, 3, seen=1.0).reason == (
-        "0 requests running or waiting, 8 per copy; 3 copies while demand is not known for 60 s"
+def test_the_reason_names_the_missing_demand() -> None:
+    assert once(0, None, seconds=0).reason == "0 requests running or waiting, 8 per copy: 1 copy"
+    assert once(0, 3, seconds=1.0).reason == (
+        "0 requests running or waiting, 8 per copy; 3 copies until demand has been known for 60 s"
     )
 
 
@@ -138,42 +138,44 @@ def test_what_is_waited_for_is_said() -> None:
     ("copies", "slots", "expected"),
     [
         ({}, 4, (0, "")),
-        ({"t/a": 1, "t/b": 2}, 4, (2, "t/b wants 2 copies, each on a pod of its own")),
+        ({"t/a": 1, "t/b": 2}, 4, (2, "t/b needs 2 copies, each on a separate pod")),
         ({"t/a": 2, "t/b": 2, "t/c": 1}, 2, (3, "5 copies of adapters, 2 slots per pod")),
-        ({"t/a": 1}, 1, (1, "t/a wants 1 copy, each on a pod of its own")),
+        ({"t/a": 1}, 1, (1, "t/a needs 1 copy, each on a separate pod")),
     ],
 )
 def test_pods_for_copies(copies: dict[str, int], slots: int, expected: tuple[int, str]) -> None:
     assert pods_for_copies(copies, slots) == expected
 
 
-def pool_once(samples: list[Sample], current: int | None, why: str = "") -> Decision:
+def pool_once(samples: list[Sample], current: int | None, reason: str = "") -> Decision:
     window = Window()
     for sample in samples:
         window.add(sample, POOL.scale_down_delay_seconds)
-    return decide_pods(window, current, POOL, why)
+    return decide_pods(window, current, POOL, reason)
 
 
 def test_a_pool_grows_for_copies_for_load_and_up_to_its_limit() -> None:
-    why = "t/b wants 2 copies, each on a pod of its own"
-    assert pool_once([Sample(0.0, 0, floor=2)], 1, why) == Decision(2, f"{why}: 2 pods")
-    assert pool_once([Sample(0.0, 40, floor=1)], 1, why) == Decision(
+    reason = "t/b needs 2 copies, each on a separate pod"
+    assert pool_once([Sample(0.0, 0, floor=2)], 1, reason) == Decision(2, f"{reason}: 2 pods")
+    assert pool_once([Sample(0.0, 40, floor=1)], 1, reason) == Decision(
         3, "40 requests running or waiting, 16 per pod: 3 pods"
     )
-    assert pool_once([Sample(0.0, 0, floor=5)], 1, why) == Decision(3, f"{why}: 5 pods, limited to 3 by maxReplicas")
+    assert pool_once([Sample(0.0, 0, floor=5)], 1, reason) == Decision(
+        3, f"{reason}: 5 pods, limited to 3 by maxReplicas"
+    )
 
 
 def test_a_pool_keeps_its_pods_for_the_delay_after_copies_left() -> None:
     before = [Sample(float(second), 0, floor=2) for second in range(100)]
     just_left = [*before, Sample(100.0, 0, floor=1)]
     assert pool_once(just_left, 2).replicas == 2
-    long_gone = [*before, *(Sample(float(second), 0, floor=1) for second in range(100, 161))]
-    assert pool_once(long_gone, 2, "t/a wants 1 copy, each on a pod of its own") == Decision(
-        1, "t/a wants 1 copy, each on a pod of its own: 1 pod"
+    removed = [*before, *(Sample(float(second), 0, floor=1) for second in range(100, 161))]
+    assert pool_once(removed, 2, "t/a needs 1 copy, each on a separate pod") == Decision(
+        1, "t/a needs 1 copy, each on a separate pod: 1 pod"
     )
 
 
-def test_loaded_pods_is_what_the_last_seconds_need() -> None:
+def test_loaded_pods_follow_the_demand_of_the_last_seconds() -> None:
     window = Window()
     window.add(Sample(0.0, 17), 60)
     assert loaded_pods(window, POOL) == 2

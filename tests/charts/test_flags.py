@@ -9,7 +9,7 @@ import pytest
 from tunesmith.contracts.settings import ChartValue
 from tunesmith.controller.settings import OperatorSettings
 from tunesmith.gateway.settings import GatewaySettings
-from tunesmith.settings import ProgramSettings, place_of, read
+from tunesmith.settings import ProgramSettings, read, source_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -40,7 +40,7 @@ OTHER: dict[str, Any] = {
 def placed(model: type[ProgramSettings]) -> Iterator[tuple[str, ChartValue]]:
     """The fields that a value sets as it is."""
     for field in model.model_fields:
-        place = place_of(model, field)
+        place = source_of(model, field)
         if isinstance(place, ChartValue) and not place.expression:
             yield field, place
 

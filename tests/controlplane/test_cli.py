@@ -96,7 +96,7 @@ def test_a_job_is_followed_to_its_result(apiserver: ApiServer, namespace: str, m
     assert (code, last["outcome"], last["artifact"]) == (0, "Succeeded", {"uri": "s3://store/a", "digest": DIGEST})
 
 
-def test_a_failed_job_is_told_with_its_reason(apiserver: ApiServer, namespace: str, manifest: Path) -> None:
+def test_the_reason_of_a_failed_job_is_reported(apiserver: ApiServer, namespace: str, manifest: Path) -> None:
     code, output, _ = tunesmith(apiserver, "submit", "-f", manifest, "-n", namespace)
     assert (code, output) == (0, f"FineTuneJob {namespace}/sail is submitted.\n")
     failed = condition("Failed", "True", "DatasetInvalid", "train.jsonl line 3: not JSON")

@@ -54,7 +54,7 @@ async def test_apply_is_the_full_intent(cluster: Cluster, namespace: str) -> Non
     assert "managedFields" not in applied["metadata"]
 
 
-async def test_errors_say_what_to_do(cluster: Cluster, namespace: str) -> None:
+async def test_errors_name_the_fix(cluster: Cluster, namespace: str) -> None:
     old = await cluster.create(config_map(namespace))
     with pytest.raises(AlreadyExistsError):
         await cluster.create(config_map(namespace))
@@ -72,7 +72,7 @@ async def test_errors_say_what_to_do(cluster: Cluster, namespace: str) -> None:
     assert not await cluster.delete("ConfigMap", "settings", namespace)
 
 
-async def test_a_server_that_is_not_there_is_unavailable(apiserver: ApiServer, tmp_path: Path) -> None:
+async def test_an_unreachable_server_is_unavailable(apiserver: ApiServer, tmp_path: Path) -> None:
     kubeconfig = tmp_path / "kubeconfig"
     kubeconfig.write_text(apiserver.kubeconfig.read_text().replace(apiserver.url, "https://127.0.0.1:1"))
     results = []
@@ -82,7 +82,7 @@ async def test_a_server_that_is_not_there_is_unavailable(apiserver: ApiServer, t
     assert results == [("list", "Pod", "unavailable")]
 
 
-async def test_a_missing_kubeconfig_is_told_in_a_sentence(tmp_path: Path) -> None:
+async def test_a_missing_kubeconfig_is_reported_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"there is no kubeconfig at .*: set KUBECONFIG to one"):
         await Cluster.connect(kubeconfig=tmp_path / "nothing")
 
@@ -98,7 +98,7 @@ async def test_lists_of_any_length_are_complete(
     assert items[0]["kind"] == "ConfigMap"
 
 
-async def test_a_watch_tells_every_change_and_what_was_missed_meanwhile(
+async def test_a_watch_yields_every_change_including_missed_ones(
     apiserver: ApiServer, cluster: Cluster, namespace: str, tmp_path: Path
 ) -> None:
     for name in ("deleted", "changed"):
@@ -132,7 +132,7 @@ async def test_a_watch_tells_every_change_and_what_was_missed_meanwhile(
         cable.cut()
 
 
-async def test_an_event_is_one_object_however_often_it_is_told(cluster: Cluster, namespace: str) -> None:
+async def test_a_repeated_event_is_one_object(cluster: Cluster, namespace: str) -> None:
     about = await cluster.create(config_map(namespace))
     first, later = EventRecorder(cluster), EventRecorder(cluster)
     noon = datetime(2026, 1, 1, 12, tzinfo=UTC)

@@ -147,7 +147,7 @@ def gateway_process(*arguments: str, **environment: str) -> subprocess.Popen[str
     )
 
 
-def test_the_process_becomes_ready_and_ends_with_0(apiserver: ApiServer, namespace: str, key_file: Path) -> None:
+def test_the_process_becomes_ready_and_exits_with_0(apiserver: ApiServer, namespace: str, key_file: Path) -> None:
     port, internal = free_port(), free_port()
     process = gateway_process(
         *("--namespace", namespace, "--gateway-key-file", str(key_file)),
@@ -178,7 +178,7 @@ def test_the_process_becomes_ready_and_ends_with_0(apiserver: ApiServer, namespa
         ),
     ],
 )
-def test_wrong_settings_are_told_in_a_sentence(arguments: tuple[str, ...], sentence: str) -> None:
+def test_invalid_settings_are_reported_in_a_sentence(arguments: tuple[str, ...], sentence: str) -> None:
     process = gateway_process(*arguments)
     _, problems = process.communicate(timeout=SECONDS)
     assert process.returncode == 2

@@ -231,7 +231,7 @@ def test_however_the_store_is_spelled_what_serves_stays(place: Place, store: str
         "another tool's name",
     ],
 )
-def test_what_is_wrong_is_told_in_a_sentence(
+def test_invalid_fields_are_reported_in_a_sentence(
     place: Place, arguments: tuple[str, ...], variables: dict[str, str], code: int, words: str
 ) -> None:
     place.folder("deleted")

@@ -152,7 +152,7 @@ async def test_scheduling_that_the_installation_does_not_allow_is_refused_at_onc
     ],
     ids=["export", "export, spelled otherwise", "rows", "base model"],
 )
-async def test_a_place_in_the_store_of_others_fails_the_job_before_a_pod(
+async def test_a_location_of_another_namespace_fails_the_job_before_a_pod_starts(
     world: World, changes: dict[str, Any], sentence: str
 ) -> None:
     await world.submit(**changes)
@@ -183,7 +183,7 @@ async def test_a_pre_emption_is_followed_by_a_pause(world: World) -> None:
     assert (created[2] - created[1]).total_seconds() >= 9
 
 
-async def test_a_container_that_cannot_start_ends_the_attempt_and_not_the_job(world: World) -> None:
+async def test_a_container_that_cannot_start_fails_the_attempt_and_not_the_job(world: World) -> None:
     broken = iter([True])
 
     def script(pod: Object) -> Ending | Waiting:
@@ -212,7 +212,7 @@ SAMPLES = (
 )
 
 
-async def test_what_a_pod_reports_never_blocks_the_status(world: World) -> None:
+async def test_reports_of_a_pod_never_block_the_status(world: World) -> None:
     asked: list[int] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -252,7 +252,7 @@ async def test_what_a_pod_reports_never_blocks_the_status(world: World) -> None:
     assert (await world.status())["artifact"]["uri"].startswith(STORE)
 
 
-async def test_an_object_nested_without_end_stops_nobody(world: World, server: ApiServer) -> None:
+async def test_a_deeply_nested_object_does_not_affect_others(world: World, server: ApiServer) -> None:
     """The API server accepts 10,000 levels in a field without a schema; Python's parser gives up at 1,000."""
     world.kubelet.script = published
     levels = '{"a":' * 4000 + "1" + "}" * 4000

@@ -88,7 +88,7 @@ async def test_bad_data_fails_without_a_training_job(world: World) -> None:
     assert len(await world.jobs()) == 1
 
 
-async def test_a_job_that_will_not_fit_into_its_nodes_takes_no_training_pod(world: World) -> None:
+async def test_a_job_that_does_not_fit_its_nodes_gets_no_training_pod(world: World) -> None:
     labels = {"nvidia.com/gpu.memory": "15360", "namespace": world.namespace}
     node = {"apiVersion": "v1", "kind": "Node", "metadata": {"generateName": "gpu-", "labels": labels}}
     name = (await world.cluster.create(node))["metadata"]["name"]
@@ -115,7 +115,7 @@ async def test_a_job_that_will_not_fit_into_its_nodes_takes_no_training_pod(worl
     assert len(await world.jobs()) == 1
 
 
-async def test_what_validation_decided_is_told_to_every_attempt(world: World) -> None:
+async def test_values_resolved_by_validation_reach_every_attempt(world: World) -> None:
     decided = {"microBatchSize": 2, "gradientCheckpointing": True, "totalSteps": 30}
     told = []
 
@@ -134,7 +134,7 @@ async def test_what_validation_decided_is_told_to_every_attempt(world: World) ->
     assert [json.loads(item["data"]["job.yaml"])["status"] for item in manifests] == [{"resolved": decided}] * 2
 
 
-async def test_a_failure_worth_it_is_retried_and_then_the_attempts_are_exhausted(world: World) -> None:
+async def test_a_retryable_failure_is_retried_until_attempts_are_exhausted(world: World) -> None:
     def script(pod: Object) -> Ending:
         if pod["spec"]["containers"][0]["args"][0] == "validate":
             return published(pod)
@@ -150,7 +150,7 @@ async def test_a_failure_worth_it_is_retried_and_then_the_attempts_are_exhausted
     assert len(await world.jobs()) == 3
 
 
-async def test_the_users_fault_while_training_is_not_retried(world: World) -> None:
+async def test_a_user_error_while_training_is_not_retried(world: World) -> None:
     def script(pod: Object) -> Ending:
         if pod["spec"]["containers"][0]["args"][0] == "validate":
             return published(pod)
@@ -189,7 +189,7 @@ async def test_out_of_memory_fails_with_advice(world: World) -> None:
     assert "raise it, or lower hyperparameters.microBatchSize" in condition["message"]
 
 
-async def test_an_export_that_failed_is_told_of_a_complete_job(world: World) -> None:
+async def test_a_failed_export_of_a_complete_job_is_reported(world: World) -> None:
     denied = {"reason": "AccessDenied", "message": "access to the export hf://org/tone was denied"}
     mounted: list[str] = []
 
@@ -212,7 +212,7 @@ async def test_an_export_that_failed_is_told_of_a_complete_job(world: World) -> 
     ]
 
 
-async def test_an_artifact_elsewhere_is_not_believed(world: World) -> None:
+async def test_an_artifact_at_another_location_is_rejected(world: World) -> None:
     def script(pod: Object) -> Ending:
         ending = published(pod)
         return Ending(message=ending.message.replace(f"{STORE}/{world.namespace}", f"{STORE}/somebody-else"))
@@ -224,7 +224,7 @@ async def test_an_artifact_elsewhere_is_not_believed(world: World) -> None:
     assert "artifact" not in await world.status()
 
 
-async def test_a_missing_secret_is_told_while_the_job_waits(world: World) -> None:
+async def test_a_missing_secret_is_reported_while_the_job_waits(world: World) -> None:
     world.kubelet.script = lambda _: Waiting("CreateContainerConfigError", 'secret "tunesmith-store" not found')
     await world.submit()
     condition = await world.until_condition("Validated", "Unknown", reason="SecretNotFound")
@@ -266,7 +266,7 @@ async def test_a_deleted_job_takes_everything_with_it(world: World) -> None:
     await until(gone, "the removal of everything that the job owned")
 
 
-async def test_a_suspended_job_stops_and_goes_on_with_another_attempt(world: World) -> None:
+async def test_a_suspended_job_stops_and_resumes_with_another_attempt(world: World) -> None:
     def script(pod: Object) -> Ending | Running:
         return Running() if pod["metadata"]["labels"].get("tunesmith.dev/attempt") == "1" else published(pod)
 
@@ -321,7 +321,7 @@ async def let_go(world: World, pod: Object) -> None:
     await world.cluster.patch("Pod", pod["metadata"]["name"], world.namespace, {"metadata": {"finalizers": left}})
 
 
-async def test_the_next_attempt_waits_for_the_end_of_a_pod_that_saves(world: World) -> None:
+async def test_the_next_attempt_waits_for_a_pod_that_is_saving(world: World) -> None:
     def script(pod: Object) -> Ending | Running:
         return Running() if pod["metadata"]["labels"].get("tunesmith.dev/attempt") == "1" else published(pod)
 
@@ -347,7 +347,7 @@ async def test_the_next_attempt_waits_for_the_end_of_a_pod_that_saves(world: Wor
     assert outcomes == ["Suspended", "Succeeded"]
 
 
-async def test_the_next_attempt_waits_for_a_pod_whose_job_somebody_deleted(world: World) -> None:
+async def test_the_next_attempt_waits_for_a_pod_whose_job_was_deleted(world: World) -> None:
     def script(pod: Object) -> Ending | Running:
         return Running() if pod["metadata"]["labels"].get("tunesmith.dev/attempt") == "1" else published(pod)
 
@@ -364,7 +364,7 @@ async def test_the_next_attempt_waits_for_a_pod_whose_job_somebody_deleted(world
     assert outcomes == ["Failed", "Succeeded"]
 
 
-async def test_a_queue_takes_a_running_attempt_away_and_admits_the_next(world: World) -> None:
+async def test_a_queue_evicts_a_running_attempt_and_admits_the_next(world: World) -> None:
     """As Kueue pre-empts. Here the Job controller sees that the pod failed before it is gone, and fails the Job."""
 
     def script(pod: Object) -> Ending | Running:
@@ -581,7 +581,7 @@ async def test_a_job_on_two_nodes_is_one_attempt(world: World) -> None:
     assert [attempt["outcome"] for attempt in status["attempts"]] == ["Succeeded"]
 
 
-async def test_one_lost_pod_of_two_ends_the_attempt(world: World) -> None:
+async def test_losing_one_of_two_pods_fails_the_attempt(world: World) -> None:
     lost = json.dumps(
         {"outcome": "Failed", "reason": "InternalError", "message": "lost", "retryable": True, "lostPeer": True}
     )

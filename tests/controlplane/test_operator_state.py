@@ -44,7 +44,7 @@ def test_a_late_deletion_does_not_remove_the_next_object_of_that_name() -> None:
     assert cache.get("team", "a") is not None
 
 
-def test_a_list_tells_what_was_missed() -> None:
+def test_a_list_yields_missed_changes() -> None:
     cache = Cache("Job")
     for each in (item("kept", 1), item("changed", 2), item("deleted", 3), item("written-after-the-list", 30)):
         cache.put(each)
@@ -81,7 +81,7 @@ class Clock:
         return self.now
 
 
-async def test_a_key_is_queued_once_and_worked_on_by_one() -> None:
+async def test_a_key_is_queued_once_and_processed_by_one_worker() -> None:
     queue = WorkQueue()
     for key in (A, B, A):
         queue.add(key)
@@ -112,7 +112,7 @@ async def test_failures_wait_longer_each_time_until_one_success() -> None:
     assert queue.failed(A) <= 0.1
 
 
-async def test_a_change_waits_for_the_end_of_a_rest() -> None:
+async def test_a_change_during_a_rest_is_processed_after_it() -> None:
     clock = Clock()
     queue = WorkQueue(clock)
     queue.add(A)
@@ -142,7 +142,7 @@ async def test_an_earlier_date_wins_over_a_later_one() -> None:
         await asyncio.wait_for(queue.get(), 0.05)
 
 
-async def test_a_change_during_a_failing_reconcile_is_looked_at_at_once() -> None:
+async def test_a_change_during_a_failing_reconcile_is_reconciled_immediately() -> None:
     queue = WorkQueue(Clock())
     queue.add(A)
     assert await queue.get() == A
@@ -151,7 +151,7 @@ async def test_a_change_during_a_failing_reconcile_is_looked_at_at_once() -> Non
     assert await queue.get() == A
 
 
-async def test_a_worker_is_cancelled_even_where_a_key_comes_at_the_same_moment() -> None:
+async def test_a_worker_is_cancelled_even_if_a_key_is_added_at_the_same_moment() -> None:
     queue = WorkQueue()
     queue.add_after(B, 100.0)
     waiting = asyncio.ensure_future(queue.get())
@@ -163,7 +163,7 @@ async def test_a_worker_is_cancelled_even_where_a_key_comes_at_the_same_moment()
         await waiting
 
 
-async def test_a_worker_whose_keys_wait_for_nothing_lets_others_run() -> None:
+async def test_a_worker_whose_keys_need_no_io_lets_others_run() -> None:
     queue = WorkQueue()
     keys = [Key("FineTuneJob", "team", str(number)) for number in range(100)]
     for key in keys:

@@ -209,7 +209,7 @@ WORDS = {
 
 
 @pytest.mark.parametrize("cause", WORDS)
-async def test_a_job_whose_jobs_are_refused_shows_why_and_continues(
+async def test_a_job_whose_jobs_are_refused_reports_the_reason_and_continues(
     world: World, server: ApiServer, stopwatch: Callable[[str], None], cause: str
 ) -> None:
     world.kubelet.script = published
@@ -226,7 +226,7 @@ async def test_a_job_whose_jobs_are_refused_shows_why_and_continues(
     await world.until_condition("Complete")
 
 
-async def test_a_refused_attempt_loses_nothing_of_the_validation(world: World, server: ApiServer) -> None:
+async def test_a_refused_attempt_keeps_the_validation(world: World, server: ApiServer) -> None:
     world.kubelet.script = lambda _: None
     await world.submit()
 
@@ -259,7 +259,7 @@ async def test_a_refused_attempt_loses_nothing_of_the_validation(world: World, s
     ],
     ids=["pods", "GPUs"],
 )
-async def test_a_job_whose_pods_a_quota_refuses_shows_why_and_continues(
+async def test_a_job_whose_pods_a_quota_refuses_reports_the_reason_and_continues(
     world: World, server: ApiServer, stopwatch: Callable[[str], None], hard: Object, words: str
 ) -> None:
     world.kubelet.script = published
@@ -279,7 +279,7 @@ async def test_a_job_whose_pods_a_quota_refuses_shows_why_and_continues(
     stopwatch("continued")
 
 
-async def test_a_job_whose_pods_a_policy_refuses_says_where_to_look(
+async def test_a_job_whose_pods_a_policy_refuses_names_the_command_to_run(
     world: World, server: ApiServer, stopwatch: Callable[[str], None]
 ) -> None:
     world.kubelet.script = published
@@ -318,7 +318,7 @@ async def until_pool_available(world: World) -> None:
 
 @pytest.mark.parametrize("cause", WORDS)
 @pytest.mark.usefixtures("pods")
-async def test_a_pool_whose_deployment_is_refused_shows_why_and_continues(
+async def test_a_pool_whose_deployment_is_refused_reports_the_reason_and_continues(
     world: World, server: ApiServer, stopwatch: Callable[[str], None], cause: str
 ) -> None:
     refused = Refused(server, world.namespace, "deployments")
@@ -335,7 +335,7 @@ async def test_a_pool_whose_deployment_is_refused_shows_why_and_continues(
 
 @pytest.mark.parametrize("cause", ["quota", "policy"])
 @pytest.mark.usefixtures("pods")
-async def test_a_pool_whose_pods_are_refused_shows_why_and_continues(
+async def test_a_pool_whose_pods_are_refused_reports_the_reason_and_continues(
     world: World, server: ApiServer, stopwatch: Callable[[str], None], cause: str
 ) -> None:
     refused = Refused(server, world.namespace, "pods")

@@ -117,7 +117,7 @@ def test_the_policy_decides_as_the_operator_does(apiserver: ApiServer, name: str
 
 
 @pytest.mark.usefixtures("ruled")
-def test_what_an_older_list_admitted_can_still_be_labelled_and_suspended(
+def test_objects_that_an_older_policy_admitted_can_still_be_changed(
     apiserver: ApiServer,
 ) -> None:
     apiserver.apply(job("rules-open", "older", scheduling={"priorityClassName": "batch"}))

@@ -126,7 +126,7 @@ async def world(operator: Operator, cluster: Cluster) -> AsyncIterator[World]:
     await cluster.delete("Namespace", found.namespace)
 
 
-async def test_from_a_job_that_does_not_exist_yet_to_an_adapter_that_answers(world: World) -> None:
+async def test_an_adapter_whose_job_is_created_later_serves_requests(world: World) -> None:
     await world.pool()
     await world.serve("pirate", "talk")
     waiting = await world.until_condition("pirate", "Ready", "False", "FineTuneJobNotFound")
@@ -154,7 +154,7 @@ async def test_from_a_job_that_does_not_exist_yet_to_an_adapter_that_answers(wor
     assert (pool_status["adapters"], pool_status["slotsUsed"], pool_status["slotsFree"]) == (1, 1, 7)
 
 
-async def test_what_users_write_into_metadata_is_not_read_and_survives(world: World) -> None:
+async def test_metadata_of_users_is_ignored_and_preserved(world: World) -> None:
     note = "x" * 250_000
     made = await world.pool()
     metadata = {"annotations": {"example.com/note": note}, "labels": {"example.com/team": "a"}}
@@ -170,7 +170,7 @@ async def test_what_users_write_into_metadata_is_not_read_and_survives(world: Wo
     assert made["spec"] == (await world.get("small", "ServingPool"))["spec"]
 
 
-async def test_the_pool_owns_its_objects_and_mends_them(world: World) -> None:
+async def test_the_pool_owns_its_objects_and_restores_them(world: World) -> None:
     made = await world.pool(replicas=2)
     await world.until_condition("small", "Available", "True", kind="ServingPool")
     for kind in ("Deployment", "Secret", "PodDisruptionBudget"):
@@ -193,7 +193,7 @@ async def test_the_pool_owns_its_objects_and_mends_them(world: World) -> None:
     await until(gone, "all objects of the pool are gone")
 
 
-async def test_of_two_claims_on_one_name_the_older_wins_until_it_leaves(world: World) -> None:
+async def test_the_older_of_two_claims_on_a_name_wins_until_it_is_deleted(world: World) -> None:
     await world.pool()
     await world.train("talk")
     await world.serve("first", "talk", modelName="pirate")
@@ -220,7 +220,7 @@ async def test_of_two_claims_on_one_name_the_older_wins_until_it_leaves(world: W
     await world.until_condition("second", "Ready", "True", "Resident")
 
 
-async def test_a_damaged_artifact_is_told_and_others_go_on(world: World) -> None:
+async def test_a_damaged_artifact_is_reported_and_others_keep_serving(world: World) -> None:
     broken = world.engine_name("broken", "flipped")
     world.pods.damaged.add(broken)
     await world.pool()
@@ -233,7 +233,7 @@ async def test_a_damaged_artifact_is_told_and_others_go_on(world: World) -> None
     await world.until_condition("good", "Ready", "True", "Resident")
 
 
-async def test_a_failed_job_is_told_with_its_reason(world: World) -> None:
+async def test_the_reason_of_a_failed_job_is_reported(world: World) -> None:
     await world.pool()
     await world.train("bad")
     await world.serve("pirate", "bad")
@@ -242,7 +242,7 @@ async def test_a_failed_job_is_told_with_its_reason(world: World) -> None:
     assert "line 3 of data.jsonl is not JSON" in told["message"]
 
 
-async def test_labels_of_a_namespace_decide_who_may_attach(world: World) -> None:
+async def test_namespace_labels_decide_which_adapters_may_attach(world: World) -> None:
     made = await world.cluster.create(
         {"apiVersion": "v1", "kind": "Namespace", "metadata": {"generateName": "platform-"}}
     )
@@ -252,7 +252,7 @@ async def test_labels_of_a_namespace_decide_who_may_attach(world: World) -> None
     await world.train("talk")
     await world.serve("pirate", "talk", pool={"name": "small", "namespace": platform})
     refused = await world.until_condition("pirate", "Resolved", "False", "PoolNotAllowed")
-    assert f"ServingPool {platform}/small does not let namespace {world.namespace} attach" in refused["message"]
+    assert f"ServingPool {platform}/small does not allow namespace {world.namespace} to attach" in refused["message"]
     await world.cluster.patch("Namespace", world.namespace, None, {"metadata": labels})
     await world.until_condition("pirate", "Resolved", "True")
 
@@ -267,7 +267,7 @@ async def test_labels_of_a_namespace_decide_who_may_attach(world: World) -> None
     await world.cluster.delete("Namespace", platform)
 
 
-async def test_another_job_rolls_out_and_a_source_that_vanishes_leaves_it_serving(world: World) -> None:
+async def test_another_job_rolls_out_and_keeps_serving_after_its_source_is_deleted(world: World) -> None:
     await world.pool()
     await world.train("one")
     await world.train("two")
@@ -282,7 +282,7 @@ async def test_another_job_rolls_out_and_a_source_that_vanishes_leaves_it_servin
     assert both in held, "the old one stayed until the new one was there"
     await world.cluster.delete("FineTuneJob", "two", world.namespace)
     resolved = await world.until_condition("pirate", "Resolved", "False", "FineTuneJobNotFound")
-    assert resolved["message"].endswith("goes on serving")
+    assert resolved["message"].endswith("keeps serving")
     assert (await world.condition("pirate", "Ready"))["status"] == "True"
 
 
@@ -300,7 +300,7 @@ async def test_scale_by_hand_and_not_beside_autoscaling(world: World) -> None:
     await world.until_holders(world.engine_name("plain", "talk"), 1)
 
 
-async def test_more_copies_than_pods_say_so(world: World) -> None:
+async def test_more_copies_than_pods_are_reported(world: World) -> None:
     await world.pool()
     await world.train("talk")
     await world.serve("pirate", "talk", replicas=2)
@@ -308,7 +308,7 @@ async def test_more_copies_than_pods_say_so(world: World) -> None:
     assert "the pool has 1 pod and two copies never share one" in found["message"]
 
 
-async def test_load_takes_one_adapter_to_a_second_pod_and_back(world: World) -> None:
+async def test_load_adds_a_copy_on_a_second_pod_and_removes_it(world: World) -> None:
     await world.pool(
         autoscaling={"minReplicas": 1, "maxReplicas": 2, "targetConcurrency": 64, "scaleDownDelaySeconds": 3}
     )
@@ -331,7 +331,7 @@ async def test_load_takes_one_adapter_to_a_second_pod_and_back(world: World) -> 
         )
         pool_status = (await world.get("small", "ServingPool"))["status"]
         assert pool_status["desiredReason"] == (
-            f"{world.namespace}/busy wants 2 copies, each on a pod of its own: 2 pods"
+            f"{world.namespace}/busy needs 2 copies, each on a separate pod: 2 pods"
         )
         await front.set()
         await world.until(lambda: len(world.pods.agents) == 1, "the pool has one pod again")
@@ -341,7 +341,7 @@ async def test_load_takes_one_adapter_to_a_second_pod_and_back(world: World) -> 
     await world.until_condition("busy", "Ready", "True")
 
 
-async def test_without_gateways_nothing_shrinks(world: World) -> None:
+async def test_nothing_shrinks_without_gateways(world: World) -> None:
     await world.pool(replicas=2)
     await world.train("talk")
     await world.serve("pirate", "talk", replicas=2)
@@ -493,7 +493,7 @@ async def test_a_silent_agent_makes_it_unknown(world: World) -> None:
     await world.until_condition("pirate", "Ready", "True", "Resident")
 
 
-async def test_a_rotated_installation_key_reaches_all_and_interrupts_nobody(world: World) -> None:
+async def test_a_rotated_installation_key_reaches_every_pod_without_interruption(world: World) -> None:
     await world.pool()
     await world.train("talk")
     await world.serve("first", "talk")
@@ -533,7 +533,7 @@ async def test_a_rotated_installation_key_reaches_all_and_interrupts_nobody(worl
     assert (await world.condition("first", "Ready"))["lastTransitionTime"] == ready["lastTransitionTime"]
 
 
-async def test_a_deleted_lease_locks_nobody_out(world: World) -> None:
+async def test_agents_accept_the_leader_after_the_lease_was_deleted(world: World) -> None:
     await world.pool()
     await world.train("talk")
     await world.serve("first", "talk")
@@ -551,7 +551,7 @@ async def test_a_deleted_lease_locks_nobody_out(world: World) -> None:
     assert agent.lists[-1].epoch > before
 
 
-async def test_somebody_elses_list_is_replaced(world: World) -> None:
+async def test_a_list_from_another_client_is_replaced(world: World) -> None:
     await world.pool()
     await world.train("talk")
     await world.serve("pirate", "talk")

@@ -316,7 +316,7 @@ def _servingpool(manifest: Object, _: random.Random) -> str:
         pool_render.isolation(pool, NETWORK),
     ):
         _writable(rendered)
-    observation = pools.PoolObservation(None, (), (), Decision(pool.spec.replicas, "as wanted"), invalid=invalid)
+    observation = pools.PoolObservation(None, (), (), Decision(pool.spec.replicas, "as desired"), invalid=invalid)
     status = pools.plan(pool, observation, NOW).status
     assert status.conditions, "a pool without a condition"
     _writable(status.manifest())
@@ -331,13 +331,13 @@ def _adapterdeployment(manifest: Object, _: random.Random) -> str:
     pool = ServingPool.model_validate({**SEEDS[2], "status": {"baseModelFingerprint": "sha256:f"}})
     job = FineTuneJob.model_validate(SEEDS[1])
     for of in (None, job):
-        observation = adapters.Observation(
+        observation = adapters.AdapterObservation(
             artifact=resolve_artifact(adapter, of, STORE),
             pool=choose_pool(adapter, "sha256:f", candidates(adapter, "sha256:f", [pool], ())),
             lost_to=None,
             pods=(),
             unplaced={},
-            decision=Decision(adapter.spec.replicas, "as wanted"),
+            decision=Decision(adapter.spec.replicas, "as desired"),
             url="",
         )
         status = adapters.plan(adapter, observation, NOW)

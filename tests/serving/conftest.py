@@ -108,7 +108,7 @@ def revision() -> Callable[..., Revision]:
 
 @pytest.fixture
 def pod() -> Callable[..., PoolPod]:
-    def build(name: str, *, ready: bool = True, heard: bool = True, engine: bool = True, **more: Any) -> PoolPod:
+    def build(name: str, *, ready: bool = True, is_reporting: bool = True, engine: bool = True, **more: Any) -> PoolPod:
         """`holds`: residency by engine name, as a state or as (state, message, permanent)."""
         adapters = []
         for engine_name, entry in more.pop("holds", {}).items():
@@ -139,7 +139,7 @@ def pod() -> Callable[..., PoolPod]:
                 stalled=more.pop("stalled", ""),
                 adapters=adapters,
             ),
-            "heard": heard,
+            "is_reporting": is_reporting,
             **more,
         }
         return PoolPod(name=name, ready=ready, **fields)

@@ -231,21 +231,21 @@ class World:
         """Let each agent report its next state; True if one did."""
         reported = False
         for pod, link in self._links():
-            wanted = {adapter.engine_name: adapter for adapter in link.desired or ()}
+            desired = {adapter.engine_name: adapter for adapter in link.desired or ()}
             held = {entry.engine_name for entry in link.state.adapters} if link.state is not None else set()
-            missing = [name for name in wanted if name not in held][:batch]
-            if link.state is not None and not missing and held <= wanted.keys():
+            missing = [name for name in desired if name not in held][:batch]
+            if link.state is not None and not missing and held <= desired.keys():
                 continue
-            names = [*(name for name in held if name in wanted), *missing]
+            names = [*(name for name in held if name in desired), *missing]
             state = PodState(
                 engine_ready=True,
                 base_model_fingerprint=FINGERPRINT,
                 adapters=[
-                    Residency(engine_name=name, digest=wanted[name].digest, state=ResidencyState.RESIDENT)
+                    Residency(engine_name=name, digest=desired[name].digest, state=ResidencyState.RESIDENT)
                     for name in sorted(names)
                 ],
             )
-            link.take(state, float("inf"))
+            link.record_state(state, float("inf"))
             reported = True
             labels = pod["metadata"]["labels"]
             self.context.queue.add(Key("ServingPool", "team", labels["tunesmith.dev/pool"]))

@@ -11,7 +11,7 @@ from tunesmith.api.conditions import AdapterDeploymentReason as Reason
 from tunesmith.api.conditions import find
 from tunesmith.autoscale.decide import Decision
 from tunesmith.contracts.claims import model_name_claim
-from tunesmith.serving.adapter import Observation, needs_slots, plan, wanted_copies
+from tunesmith.serving.adapter import AdapterObservation, desired_copies, needs_slots, plan
 from tunesmith.serving.source import Artifact, Unresolved
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def status(adapter: Build, pool: Build, start: datetime) -> Callable[..., Adapte
         lost_to: Any = None,
     ) -> AdapterDeploymentStatus:
         old = {"revisions": [revision.manifest() for revision in revisions], **(before or {})}
-        seen = Observation(
+        observation = AdapterObservation(
             artifact=source,
             pool=pool() if chosen is None else chosen,
             lost_to=lost_to,
@@ -51,7 +51,7 @@ def status(adapter: Build, pool: Build, start: datetime) -> Callable[..., Adapte
             decision=Decision(copies, "spec.replicas"),
             url="http://gateway/v1",
         )
-        return plan(adapter(status=old), seen, start)
+        return plan(adapter(status=old), observation, start)
 
     return build
 
@@ -70,7 +70,7 @@ def names(status: AdapterDeploymentStatus) -> list[str]:
     return [f"{revision.engine_name[-1]} {revision.state} {revision.ready_replicas}" for revision in status.revisions]
 
 
-def test_without_a_source_it_waits_and_says_for_what(status: Build) -> None:
+def test_an_adapter_without_a_source_waits_and_reports_the_reason(status: Build) -> None:
     got = status(MISSING)
     assert got.phase == "Waiting"
     assert shown(got) == {
@@ -119,7 +119,7 @@ def test_a_resolved_source_becomes_a_revision(status: Build) -> None:
         ),
     ],
 )
-def test_conditions_follow_the_agents(
+def test_conditions_follow_agent_reports(
     holds: dict[str, Any],
     ready: bool,  # noqa: FBT001 - a column of the table
     expected: dict[str, str],
@@ -130,7 +130,7 @@ def test_conditions_follow_the_agents(
     assert shown(got) == {"Resolved": "True Resolved", **expected}
 
 
-def test_a_damaged_artifact_is_told_with_the_agents_words(status: Build, pod: Build) -> None:
+def test_the_agents_message_about_a_damaged_artifact_is_reported(status: Build, pod: Build) -> None:
     got = status(artifact("a"), [pod("p", holds={A: DAMAGED})])
     assert got.phase == "Failed"
     assert message(got, "Ready") == (
@@ -149,25 +149,27 @@ def test_copies_are_counted_by_pods(status: Build, pod: Build) -> None:
     assert shown(got)["Progressing"] == "True Loading"
 
 
-def test_no_free_slot_is_told(status: Build, pod: Build) -> None:
+def test_a_missing_slot_is_reported(status: Build, pod: Build) -> None:
     got = status(artifact("a"), [pod("p")], unplaced={A: "all 1 slots are taken"})
     assert shown(got)["Ready"] == "False NoFreeSlot"
-    assert message(got, "Ready") == "revision aaaaaaaaaaaa waits for a place: all 1 slots are taken"
+    assert message(got, "Ready") == "no adapter slot is free for revision aaaaaaaaaaaa: all 1 slots are taken"
 
 
-def test_more_copies_than_pods_serve_and_say_so(status: Build, pod: Build) -> None:
+def test_an_adapter_with_more_copies_than_pods_serves_and_reports_the_missing_slot(status: Build, pod: Build) -> None:
     got = status(artifact("a"), [pod("p", holds={A: "Resident"})], copies=2, unplaced={A: "the pool has 1 pod"})
     assert shown(got) == {"Resolved": "True Resolved", "Ready": "True Resident", "Progressing": "True NoFreeSlot"}
     assert got.revisions[0].message == "the pool has 1 pod"
 
 
 def test_a_silent_agent_is_unknown_not_failed(status: Build, pod: Build) -> None:
-    got = status(artifact("a"), [pod("p", holds={A: "Resident"}, heard=False)])
+    got = status(artifact("a"), [pod("p", holds={A: "Resident"}, is_reporting=False)])
     assert shown(got)["Ready"] == "Unknown AgentSilent"
     assert got.ready_replicas == 0
 
 
-def test_the_loser_of_a_name_keeps_nothing(status: Build, pod: Build, adapter: Build, revision: Build) -> None:
+def test_an_adapter_whose_name_is_taken_keeps_no_revision(
+    status: Build, pod: Build, adapter: Build, revision: Build
+) -> None:
     got = status(
         artifact("a"),
         [pod("p", holds={A: "Resident"})],
@@ -182,14 +184,14 @@ def test_the_loser_of_a_name_keeps_nothing(status: Build, pod: Build, adapter: B
     assert (got.revisions, got.model, got.pool) == ([], None, None)
 
 
-def test_a_new_digest_comes_beside_the_one_that_serves(status: Build, pod: Build, revision: Build) -> None:
+def test_a_new_digest_is_added_beside_the_serving_one(status: Build, pod: Build, revision: Build) -> None:
     got = status(artifact("b"), [pod("p", holds={A: "Resident"})], revisions=[revision("a", state="Resident", ready=1)])
     assert names(got) == ["b Pending 0", "a Resident 1"]
     assert shown(got)["Ready"] == "True PreviousRevision"
     assert shown(got)["Progressing"] == "True Loading"
 
 
-def test_the_old_one_stays_until_the_new_one_is_on_every_pod(status: Build, pod: Build, revision: Build) -> None:
+def test_the_old_revision_stays_until_the_new_one_is_on_every_pod(status: Build, pod: Build, revision: Build) -> None:
     both, old = pod("p", holds={A: "Resident", B: "Resident"}), pod("q", holds={A: "Resident", B: "Loading"})
     known = [revision("b"), revision("a")]
     assert names(status(artifact("b"), [both, old], revisions=known, copies=2)) == ["b Resident 1", "a Resident 2"]
@@ -197,7 +199,7 @@ def test_the_old_one_stays_until_the_new_one_is_on_every_pod(status: Build, pod:
     assert names(status(artifact("b"), done, revisions=known, copies=2)) == ["b Resident 2"]
 
 
-def test_the_old_one_goes_on_when_the_new_one_is_damaged(status: Build, pod: Build, revision: Build) -> None:
+def test_the_old_revision_keeps_serving_if_the_new_one_is_damaged(status: Build, pod: Build, revision: Build) -> None:
     got = status(artifact("b"), [pod("p", holds={A: "Resident", B: DAMAGED})], revisions=[revision("b"), revision("a")])
     assert names(got) == ["b Failed 0", "a Resident 1"]
     assert got.phase == "Ready"
@@ -205,7 +207,7 @@ def test_the_old_one_goes_on_when_the_new_one_is_damaged(status: Build, pod: Bui
     assert shown(got)["Progressing"] == "False RevisionFailed"
 
 
-def test_what_failed_stays_failed_until_it_is_resident(status: Build, pod: Build, revision: Build) -> None:
+def test_a_failed_revision_stays_failed_until_it_is_resident(status: Build, pod: Build, revision: Build) -> None:
     failed = revision("a", state="Failed").model_copy(update={"message": "damaged (pod p)"})
     before = {"pool": {"name": "base", "namespace": "team"}, "observedGeneration": 1}
 
@@ -214,7 +216,7 @@ def test_what_failed_stays_failed_until_it_is_resident(status: Build, pod: Build
         return str(got.revisions[0].state), got.revisions[0].message
 
     assert then(pod("p")) == ("Failed", "damaged (pod p)"), "it has no slot"
-    assert then(pod("q", holds={A: "Loading"})) == ("Failed", "damaged (pod p)"), "it is tried again"
+    assert then(pod("q", holds={A: "Loading"})) == ("Failed", "damaged (pod p)"), "it is retried"
     assert then(pod("q", holds={A: DAMAGED}))[1] == "adapter_model.safetensors has another SHA-256 (pod q)"
     assert then(pod("q", holds={A: "Resident"}))[0] == "Resident"
     assert then(pod("p"), observedGeneration=0)[0] == "Pending", "the spec has changed"
@@ -234,7 +236,7 @@ def test_back_to_an_earlier_digest(status: Build, pod: Build, revision: Build) -
     assert names(got) == ["a Resident 1"]
 
 
-def test_a_source_that_vanished_leaves_the_revision_serving(status: Build, pod: Build, revision: Build) -> None:
+def test_a_revision_keeps_serving_after_its_source_is_deleted(status: Build, pod: Build, revision: Build) -> None:
     got = status(MISSING, [pod("p", holds={A: "Resident"})], revisions=[revision("a")])
     assert names(got) == ["a Resident 1"]
     assert shown(got) == {
@@ -242,22 +244,22 @@ def test_a_source_that_vanished_leaves_the_revision_serving(status: Build, pod: 
         "Ready": "True Resident",
         "Progressing": "False Settled",
     }
-    assert message(got, "Resolved") == "waits for FineTuneJob job; revision aaaaaaaaaaaa goes on serving"
+    assert message(got, "Resolved") == "waits for FineTuneJob job; revision aaaaaaaaaaaa keeps serving"
 
 
-def test_a_pool_that_is_gone_is_forgotten(status: Build, revision: Build) -> None:
+def test_a_deleted_pool_is_removed_from_the_status(status: Build, revision: Build) -> None:
     before = {"pool": {"name": "base", "namespace": "team"}}
-    gone = status(
+    deleted = status(
         artifact("a"), revisions=[revision("a")], before=before, chosen=Unresolved(Reason.POOL_NOT_FOUND, "waits")
     )
-    assert gone.pool is None
+    assert deleted.pool is None
     other = status(
         artifact("a"), revisions=[revision("a")], before=before, chosen=Unresolved(Reason.BASE_MODEL_MISMATCH, "no")
     )
     assert other.pool is not None
 
 
-def test_another_model_name_starts_anew(status: Build, pod: Build, revision: Build) -> None:
+def test_another_model_name_starts_with_new_revisions(status: Build, pod: Build, revision: Build) -> None:
     other = "team/sailor@aaaaaaaaaaaa"
     got = status(artifact("a"), [pod("p", holds={other: "Resident"})], revisions=[revision("a", "team/sailor")])
     assert [entry.engine_name for entry in got.revisions] == [A]
@@ -266,27 +268,27 @@ def test_another_model_name_starts_anew(status: Build, pod: Build, revision: Bui
 def test_transition_times_and_reasons_stay_while_nothing_changes(
     adapter: Build, pool: Build, pod: Build, start: datetime
 ) -> None:
-    def seen(copies: int, why: str) -> Observation:
-        return Observation(
-            artifact("a"), pool(), None, [pod("p", holds={A: "Resident"})], {}, Decision(copies, why), ""
+    def observed(copies: int, reason: str) -> AdapterObservation:
+        return AdapterObservation(
+            artifact("a"), pool(), None, [pod("p", holds={A: "Resident"})], {}, Decision(copies, reason), ""
         )
 
-    first = plan(adapter(), seen(1, "3 requests"), start)
-    again = plan(adapter(status=first.manifest()), seen(1, "4 requests"), start + timedelta(minutes=5))
+    first = plan(adapter(), observed(1, "3 requests"), start)
+    again = plan(adapter(status=first.manifest()), observed(1, "4 requests"), start + timedelta(minutes=5))
     assert again == first
-    more = plan(adapter(status=first.manifest()), seen(2, "9 requests"), start + timedelta(minutes=5))
+    more = plan(adapter(status=first.manifest()), observed(2, "9 requests"), start + timedelta(minutes=5))
     assert more.desired_reason == "9 requests"
 
 
-def test_wanted_copies(revision: Build) -> None:
-    def want(*revisions: Revision) -> list[tuple[str, int]]:
-        return [(entry.engine_name[-1], copies) for entry, copies in wanted_copies(revisions, 3)]
+def test_desired_copies(revision: Build) -> None:
+    def desired(*revisions: Revision) -> list[tuple[str, int]]:
+        return [(entry.engine_name[-1], copies) for entry, copies in desired_copies(revisions, 3)]
 
-    assert want() == []
-    assert want(revision("a")) == [("a", 3)]
-    assert want(revision("b"), revision("a", state="Resident", ready=2)) == [("a", 2), ("b", 3)]
-    assert want(revision("b"), revision("a")) == [("a", 1), ("b", 3)]
-    assert want(revision("b", state="Failed"), revision("a", state="Resident", ready=1)) == [("a", 3), ("b", 1)]
+    assert desired() == []
+    assert desired(revision("a")) == [("a", 3)]
+    assert desired(revision("b"), revision("a", state="Resident", ready=2)) == [("a", 2), ("b", 3)]
+    assert desired(revision("b"), revision("a")) == [("a", 1), ("b", 3)]
+    assert desired(revision("b", state="Failed"), revision("a", state="Resident", ready=1)) == [("a", 3), ("b", 1)]
 
 
 def test_an_adapter_that_cannot_be_loaded_needs_no_slots(adapter: Build, revision: Build) -> None:
@@ -299,7 +301,7 @@ def test_an_adapter_that_cannot_be_loaded_needs_no_slots(adapter: Build, revisio
     assert needs(revision("b", state="Failed"), revision("a", state="Resident", ready=1))
 
 
-def test_the_status_of_an_adapter_is_what_the_crd_takes(status: Build, pod: Build, adapter: Build) -> None:
+def test_the_status_of_an_adapter_fits_the_crd(status: Build, pod: Build, adapter: Build) -> None:
     got = status(artifact("a"), [pod("p", holds={A: "Resident"})])
     document = got.manifest()
     assert AdapterDeployment.model_validate({**adapter().manifest(), "status": document}).status == got

@@ -32,84 +32,84 @@ def link() -> AgentLink:
     return AgentLink(Target("pod team/p", "10.0.0.1", tokens(), tokens()))
 
 
-def held(epoch: int, sequence: int, adapters: tuple[DesiredAdapter, ...] = LIST) -> PodState:
+def reported(epoch: int, sequence: int, adapters: tuple[DesiredAdapter, ...] = LIST) -> PodState:
     return PodState(epoch=epoch, sequence=sequence, list_digest=list_digest(adapters))
 
 
-def test_nothing_is_sent_before_it_was_decided(link: AgentLink) -> None:
-    link.take(PodState(), 0.0)
-    assert not link.behind
+def test_nothing_is_sent_before_the_list_is_known(link: AgentLink) -> None:
+    link.record_state(PodState(), 0.0)
+    assert not link.needs_push
 
 
 def test_a_list_is_sent_until_it_is_accepted(link: AgentLink) -> None:
-    link.tell(LIST)
-    assert link.behind
+    link.set_desired(LIST)
+    assert link.needs_push
     assert link.wake.is_set()
-    link.sent(LIST, (1, 5), 10.0)
-    assert not link.behind
-    link.tell(())
-    assert link.behind
+    link.record_sent(LIST, (1, 5), 10.0)
+    assert not link.needs_push
+    link.set_desired(())
+    assert link.needs_push
 
 
-def test_an_agent_that_forgot_its_list_gets_it_again(link: AgentLink) -> None:
-    link.tell(LIST)
-    link.sent(LIST, (1, 5), 10.0)
-    link.take(PodState(epoch=1, sequence=4), 10.1)
-    assert not link.behind, "a line that was under way"
-    link.take(PodState(epoch=1, sequence=4), 10.1 + STALE_AFTER_SECONDS)
-    assert link.behind
-    link.take(held(1, 5), 10.2 + STALE_AFTER_SECONDS)
-    assert not link.behind
+def test_an_agent_that_lost_its_list_gets_it_again(link: AgentLink) -> None:
+    link.set_desired(LIST)
+    link.record_sent(LIST, (1, 5), 10.0)
+    link.record_state(PodState(epoch=1, sequence=4), 10.1)
+    assert not link.needs_push, "a line that was in flight"
+    link.record_state(PodState(epoch=1, sequence=4), 10.1 + STALE_AFTER_SECONDS)
+    assert link.needs_push
+    link.record_state(reported(1, 5), 10.2 + STALE_AFTER_SECONDS)
+    assert not link.needs_push
 
 
 @pytest.mark.parametrize(
     "state",
-    [held(1, 4), held(1, 6), held(9, 5), held(1, 5, ()), PodState(epoch=1, sequence=5)],
+    [reported(1, 4), reported(1, 6), reported(9, 5), reported(1, 5, ()), PodState(epoch=1, sequence=5)],
     ids=["older", "newer", "a later epoch", "another list of this number", "no list"],
 )
-def test_once_it_was_reported_any_other_list_is_noticed_at_once(link: AgentLink, state: PodState) -> None:
-    link.tell(LIST)
-    link.sent(LIST, (1, 5), 10.0)
-    link.take(held(1, 5), 10.1)
-    assert not link.behind
+def test_after_the_list_was_reported_any_other_list_triggers_a_push(link: AgentLink, state: PodState) -> None:
+    link.set_desired(LIST)
+    link.record_sent(LIST, (1, 5), 10.0)
+    link.record_state(reported(1, 5), 10.1)
+    assert not link.needs_push
     link.wake.clear()
-    link.take(state, 10.2)
-    assert link.behind
+    link.record_state(state, 10.2)
+    assert link.needs_push
     assert link.wake.is_set()
 
 
 def test_a_leader_outbids_what_an_agent_reports(link: AgentLink) -> None:
     assert link.number(7, 1) == (7, 1), "nothing is known yet"
-    link.take(held(3, 900), 0.0)
+    link.record_state(reported(3, 900), 0.0)
     assert link.number(7, 1) == (7, 1)
-    link.take(held(7, 900), 0.0)
+    link.record_state(reported(7, 900), 0.0)
     assert link.number(7, 899) == (8, 899)
     assert link.number(7, 900) == (8, 900), "another list may have this number"
     assert link.number(7, 901) == (7, 901)
-    link.take(held(500, 2**53), 0.0)
+    link.record_state(reported(500, 2**53), 0.0)
     assert link.number(7, 901) == (501, 901)
 
 
-def test_one_agent_that_is_outbid_leaves_the_others_alone(link: AgentLink) -> None:
+def test_outbidding_an_agent_does_not_affect_others(link: AgentLink) -> None:
     other = AgentLink(Target("pod team/q", "10.0.0.2", tokens(), tokens()))
-    link.take(held(2**53 - 1, 1), 0.0)
+    link.record_state(reported(2**53 - 1, 1), 0.0)
     assert other.number(7, 1) == (7, 1)
 
 
-def test_silence_makes_it_unknown(link: AgentLink) -> None:
-    assert not link.heard(0.0)
-    link.take(PodState(), 1.0)
-    assert link.heard(1.0 + STALE_AFTER_SECONDS)
-    assert not link.heard(1.1 + STALE_AFTER_SECONDS)
+def test_a_silent_agent_is_not_reporting(link: AgentLink) -> None:
+    assert not link.is_reporting(0.0)
+    link.record_state(PodState(), 1.0)
+    assert link.is_reporting(1.0 + STALE_AFTER_SECONDS)
+    assert not link.is_reporting(1.1 + STALE_AFTER_SECONDS)
 
 
-def test_a_heartbeat_is_no_news_and_residency_is(link: AgentLink) -> None:
-    assert link.take(PodState(), 0.0)
-    assert not link.take(PodState(epoch=3, sequence=9), 0.5)
+def test_residency_affects_placement_and_heartbeats_do_not(link: AgentLink) -> None:
+    assert link.record_state(PodState(), 0.0)
+    assert not link.record_state(PodState(epoch=3, sequence=9), 0.5)
     resident = Residency(engine_name="team/a@1", digest=DIGEST, state=ResidencyState.RESIDENT)
-    assert link.take(PodState(adapters=[resident]), 1.0)
-    assert link.take(PodState(adapters=[resident], problem="the canary failed"), 1.1)
-    assert link.take(PodState(adapters=[resident]), 1.2 + STALE_AFTER_SECONDS), "it was unknown meanwhile"
+    assert link.record_state(PodState(adapters=[resident]), 1.0)
+    assert link.record_state(PodState(adapters=[resident], problem="the canary failed"), 1.1)
+    assert link.record_state(PodState(adapters=[resident]), 1.2 + STALE_AFTER_SECONDS), "it was unknown meanwhile"
 
 
 def test_the_token_is_not_printed() -> None:
@@ -127,17 +127,17 @@ def test_the_other_token_is_tried_once_per_refusal() -> None:
     keys = [(b"new", b"old")]
     both = Tokens(lambda: keys[0], lambda given: tuple(key.decode() for key in given))
     assert both.current == "new"
-    assert both.refused("new"), "there is another one"
+    assert both.refused("new"), "there is another token"
     assert both.current == "old"
-    assert both.refused("new"), "another request has found that out already"
+    assert both.refused("new"), "another request was refused before"
     assert both.current == "old"
-    assert not both.refused("old"), "none is left"
+    assert not both.refused("old"), "no other token exists"
     keys[0] = (b"newest", b"new")
     assert both.current == "newest"
     assert not tokens("only").refused("only")
 
 
-def test_gateways_of_another_chart_or_release_are_not_ours() -> None:
+def test_gateways_of_another_chart_or_release_are_not_followed() -> None:
     ours = component_labels("tunesmith", "gateway")
     assert ours != component_labels("another-release", "gateway")
     for foreign in ("loki", "kong"):

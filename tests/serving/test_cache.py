@@ -25,7 +25,7 @@ def pod(name: str = "p", version: int = 1, **metadata: Any) -> dict[str, Any]:
     }
 
 
-def test_what_nobody_reads_is_not_kept() -> None:
+def test_fields_that_are_never_read_are_not_cached() -> None:
     large = {f"note-{number}": "x" * 4096 for number in range(64)}
     item = pod(
         annotations={**large, "controller.kubernetes.io/pod-deletion-cost": "-1000"},
@@ -92,7 +92,7 @@ def test_an_index_follows_every_change() -> None:
     assert (names(cache, "a"), names(cache, "b"), len(cache), cache.list()) == ([], [], 0, [])
 
 
-def test_a_revision_never_comes_back() -> None:
+def test_an_index_revision_is_never_reused() -> None:
     cache = Cache("Pod")
     cache.index("node", name_of_node)
     cache.put(pod("p", labels={"tunesmith.dev/node": "a"}))

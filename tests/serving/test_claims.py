@@ -20,7 +20,7 @@ def test_the_older_of_two_adapters_holds_the_name(adapter: Callable[..., Adapter
     assert taken.holder == "AdapterDeployment team/old"
 
 
-def test_of_two_of_one_age_the_uid_decides(adapter: Callable[..., AdapterDeployment]) -> None:
+def test_the_uid_decides_between_claims_of_equal_age(adapter: Callable[..., AdapterDeployment]) -> None:
     claims = [model_name_claim(adapter("b", modelName="pirate")), model_name_claim(adapter("a", modelName="pirate"))]
     first = winner("team/pirate", claims)
     assert first is not None
@@ -48,6 +48,6 @@ def test_a_base_and_an_adapter_share_the_names(
     assert older_claim(base, [model_name_claim(base), model_name_claim(early)]) == model_name_claim(early)
 
 
-def test_the_same_name_in_two_namespaces_is_no_conflict(adapter: Callable[..., AdapterDeployment]) -> None:
+def test_the_same_name_in_two_namespaces_does_not_conflict(adapter: Callable[..., AdapterDeployment]) -> None:
     here, there = adapter("here", modelName="pirate"), adapter("there", namespace="other", age=60, modelName="pirate")
     assert older_claim(here, [model_name_claim(here), model_name_claim(there)]) is None

@@ -44,7 +44,7 @@ def executor(writes: Writes, clock: list[float]) -> Executor:
     return Executor(cast("Any", writes), lambda: clock[0])
 
 
-async def test_what_was_applied_a_moment_ago_is_not_applied_again(
+async def test_a_recently_applied_object_is_not_applied_again(
     executor: Executor, writes: Writes, clock: list[float]
 ) -> None:
     for _ in range(3):
@@ -57,7 +57,7 @@ async def test_what_was_applied_a_moment_ago_is_not_applied_again(
     assert len(writes.applied) == 3
 
 
-async def test_a_watched_object_that_somebody_changed_is_applied_again(executor: Executor, writes: Writes) -> None:
+async def test_a_changed_watched_object_is_applied_again(executor: Executor, writes: Writes) -> None:
     await executor.apply("uid", MANIFEST, -1)
     await executor.apply("uid", MANIFEST, 1)
     assert len(writes.applied) == 1
@@ -83,7 +83,7 @@ async def test_a_refusal_is_returned_and_the_write_repeated_with_growing_delays(
     assert await executor.apply("uid", changed) is None, "a changed object is tried at once"
 
 
-async def test_an_accepted_write_forgets_the_refusal(executor: Executor, writes: Writes, clock: list[float]) -> None:
+async def test_an_accepted_write_discards_the_refusal(executor: Executor, writes: Writes, clock: list[float]) -> None:
     writes.refusal = ForbiddenError("exceeded quota: pods")
     assert await executor.create("uid", MANIFEST) is not None
     assert len(writes.applied) == 1
@@ -122,7 +122,7 @@ async def test_a_refusal_has_a_cause(executor: Executor, writes: Writes, error: 
     assert cause.fix in refused.sentence
 
 
-async def test_what_may_succeed_later_is_left_to_the_queue(executor: Executor, writes: Writes) -> None:
+async def test_temporary_errors_are_raised_for_the_queue(executor: Executor, writes: Writes) -> None:
     writes.refusal = UnavailableError("503")
     with pytest.raises(UnavailableError):
         await executor.apply("uid", MANIFEST)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
-from tunesmith.autoscale.demand import DemandBoard
+from tunesmith.autoscale.demand import DemandTracker
 from tunesmith.cluster.watch import WatchEvent
 from tunesmith.contracts.agent import (
     STALE_AFTER_SECONDS,
@@ -79,7 +79,7 @@ async def gateway(request: web.Request) -> web.StreamResponse:
         await asyncio.sleep(0.2)
 
 
-async def test_a_pod_of_another_chart_with_the_same_component_is_neither_asked_nor_waited_for(
+async def test_a_pod_of_another_chart_with_the_same_component_is_ignored(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[str] = []
@@ -96,15 +96,15 @@ async def test_a_pod_of_another_chart_with_the_same_component_is_neither_asked_n
             pod("tunesmith-operator", "127.0.2.2", component="operator"),
             pod("tunesmith-gateway-1", "127.0.2.1"),
         ]
-        board = DemandBoard(STALE_AFTER_SECONDS)
+        tracker = DemandTracker(STALE_AFTER_SECONDS)
         settings = SimpleNamespace(namespace="tunesmith-system", instance="release")
         context: Any = SimpleNamespace(installation_keys=KEYS, cluster=Cluster(pods), settings=settings)
-        task = asyncio.create_task(GatewayLinks(context, board).run())
+        task = asyncio.create_task(GatewayLinks(context, tracker).run())
         async with asyncio.timeout(10):
-            while not board.read(["team/pirate"], time.monotonic()).complete:
+            while not tracker.read(["team/pirate"], time.monotonic()).complete:
                 assert not task.done()
                 await asyncio.sleep(0.01)
-        assert board.read(["team/pirate"], time.monotonic()).requests == 3
+        assert tracker.read(["team/pirate"], time.monotonic()).requests == 3
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
     assert asked == []

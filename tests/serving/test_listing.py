@@ -54,7 +54,7 @@ async def cluster() -> AsyncIterator[Cluster]:
     await runner.cleanup()
 
 
-async def test_one_page_at_a_time_is_held_completely(cluster: Cluster) -> None:
+async def test_only_one_page_is_in_memory_completely(cluster: Cluster) -> None:
     await cluster.list_at("AdapterDeployment", page_size=1, keep=kept)
     tracemalloc.start()
     try:

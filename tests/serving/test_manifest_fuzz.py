@@ -97,7 +97,7 @@ def mutated(kind: str, name: str, dice: random.Random) -> dict[str, Any]:
     }
 
 
-async def test_no_manifest_ends_in_an_error_without_a_condition() -> None:
+async def test_every_manifest_gets_a_condition_instead_of_an_error() -> None:
     dice = random.Random(SEED)  # noqa: S311 - repeatable
     world = World()
     world.add_pool("base", replicas=1)

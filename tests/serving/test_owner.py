@@ -51,7 +51,7 @@ def test_a_pod_of_the_pool(made: dict[str, Any], pool: Callable[..., ServingPool
         pytest.param(lambda pod: pod["ownerReferences"][0].update(name="other-abc12"), id="another ReplicaSet"),
     ],
 )
-def test_a_pod_that_only_looks_like_it(
+def test_a_pod_that_only_resembles_one_of_the_pool(
     change: Callable[[dict[str, Any]], object], made: dict[str, Any], pool: Callable[..., ServingPool]
 ) -> None:
     change(made["metadata"])

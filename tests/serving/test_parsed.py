@@ -14,7 +14,7 @@ def manifest(kind: str, spec: dict[str, Any], status: object = None) -> dict[str
     return {"kind": kind, "metadata": metadata, "spec": spec} | ({} if status is None else {"status": status})
 
 
-def test_a_status_that_cannot_be_read_is_observed_again() -> None:
+def test_an_unreadable_status_is_recomputed() -> None:
     cache = Cache("AdapterDeployment")
     cache.put(manifest("AdapterDeployment", {"adapterFrom": {"fineTuneJob": {"name": "job"}}}, {"revisions": 3}))
     found = Parsed(cache, AdapterDeployment).get("team", "x")
@@ -31,7 +31,7 @@ def test_the_sentence_names_the_field() -> None:
     assert parsed.error(item).startswith("spec.replicas does not fit the schema of this release: ")
 
 
-def test_a_record_that_cannot_be_read_is_not_observed_again() -> None:
+def test_an_unreadable_record_is_not_recomputed() -> None:
     """A job whose attempts are unknown would be trained again."""
     cache = Cache("FineTuneJob")
     spec = {

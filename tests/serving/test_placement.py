@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from tunesmith.serving.placement import Placement, PlacementPod, Wanted, evacuated, place, victims
+from tunesmith.serving.placement import DesiredRevision, Placement, PlacementPod, evacuated, place, victims
 
 
 def pods(*contents: str, ready: bool = True) -> list[PlacementPod]:
@@ -18,9 +18,9 @@ def pods(*contents: str, ready: bool = True) -> list[PlacementPod]:
     return built
 
 
-def wanted(text: str) -> list[Wanted]:
+def wanted(text: str) -> list[DesiredRevision]:
     """`a2 b1`: two copies of a, one of b, in this order of precedence."""
-    return [Wanted(word[0], int(word[1:])) for word in text.split()]
+    return [DesiredRevision(word[0], int(word[1:])) for word in text.split()]
 
 
 def shown(placement: Placement) -> str:
@@ -61,11 +61,11 @@ def test_place(want: str, there: list[str], slots: int, expected: str) -> None:
             4,
             "the pool has 2 pods and two copies never share one: raise its replicas or lower the copies",
         ),
-        ("a1 b1", ["a"], 1, "all 1 slots of the pool's 1 pod are taken: raise its replicas or engine.maxLoras"),
+        ("a1 b1", ["a"], 1, "all 1 slots of the pool's 1 pod are in use: raise its replicas or engine.maxLoras"),
         ("a1", [], 1, "the pool has no pod yet"),
     ],
 )
-def test_unplaced_copies_say_why(want: str, there: list[str], slots: int, reason: str) -> None:
+def test_unplaced_copies_have_a_reason(want: str, there: list[str], slots: int, reason: str) -> None:
     result = place(wanted(want), pods(*there), slots)
     assert [entry.reason for entry in result.unplaced] == [reason]
     assert result.unplaced_reason(result.unplaced[0].revision) == reason
@@ -79,13 +79,11 @@ def test_unplaced_copies_say_why(want: str, there: list[str], slots: int, reason
         pytest.param("a1", ["ax", ""], 2, "ax -", id="it stays where it is while there is room"),
         pytest.param("a1", ["ax", ""], 1, "a x", id="it moves to a slot that is left over"),
         pytest.param("a2", ["x", "x"], 1, "a a", id="second copies come before it"),
-        pytest.param("a1", ["a"], 1, "a", id="without room it has no place"),
+        pytest.param("a1", ["a"], 1, "a", id="without room it has no slot"),
     ],
 )
-def test_what_cannot_be_loaded_has_only_slots_that_are_left_over(
-    want: str, there: list[str], slots: int, expected: str
-) -> None:
-    result = place([Wanted("x", 1, spare=True), *wanted(want)], pods(*there), slots)
+def test_a_failed_revision_gets_only_free_slots(want: str, there: list[str], slots: int, expected: str) -> None:
+    result = place([DesiredRevision("x", 1, spare=True), *wanted(want)], pods(*there), slots)
     assert shown(result) == expected
     assert result.unplaced == ()
     assert result.spare == {"x"}
@@ -96,7 +94,7 @@ def test_ready_pods_come_first() -> None:
     assert shown(place(wanted("a1"), [starting, ready], 4)) == "- a"
 
 
-def test_a_revision_whose_pod_is_not_ready_gets_a_place_on_one_that_is() -> None:
+def test_a_revision_whose_pod_is_not_ready_gets_a_slot_on_a_ready_pod() -> None:
     down, up = replace(pods("(a)")[0], ready=False), pods("", "b")[1]
     first = place(wanted("a1 b1"), [down, up], 2)
     assert first.pods == {"p0": ("a",), "p1": ("a", "b")}
@@ -105,7 +103,7 @@ def test_a_revision_whose_pod_is_not_ready_gets_a_place_on_one_that_is() -> None
     assert place(wanted("a1 b1"), [down, up], 1).pods == {"p0": ("a",), "p1": ("b",)}, "not without a free slot"
 
 
-def test_spread_moves_to_an_empty_pod_and_breaks_only_after_making() -> None:
+def test_spread_moves_to_an_empty_pod_and_removes_only_after_loading() -> None:
     first = place(wanted("a1 b1"), pods("ab", ""), 4, spread=True)
     moved = next(iter(first.pods["p1"]))
     assert first.pods["p0"] == ("a", "b"), "the old copy stays until the new one is resident"
@@ -116,7 +114,7 @@ def test_spread_moves_to_an_empty_pod_and_breaks_only_after_making() -> None:
     assert sorted(shown(done).split()) == ["a", "b"]
 
 
-def test_a_victim_keeps_what_is_not_resident_elsewhere_yet() -> None:
+def test_a_victim_keeps_revisions_that_are_not_resident_elsewhere() -> None:
     leaving = [pods("a")[0], replace(pods("", "b")[1], victim=True)]
     moving = place(wanted("a1 b1"), leaving, 4)
     assert moving.pods == {"p0": ("a", "b"), "p1": ("b",)}
@@ -144,7 +142,7 @@ def test_victims_are_not_ready_then_emptiest_then_youngest() -> None:
 
 
 def _settle(
-    want: list[Wanted], crew: list[PlacementPod], slots: int, *, spread: bool
+    want: list[DesiredRevision], crew: list[PlacementPod], slots: int, *, spread: bool
 ) -> tuple[Placement, list[PlacementPod]]:
     """Let the agents load what they are told to, until nothing changes."""
     for _ in range(12):
@@ -169,11 +167,11 @@ def _settle(
 
 
 @pytest.mark.parametrize("seed", range(200))
-def test_whatever_happens_the_rules_hold(seed: int) -> None:
+def test_invariants_hold_for_random_events(seed: int) -> None:
     chance = random.Random(seed)  # noqa: S311 - a test's own randomness
     slots, spread = chance.randint(1, 4), chance.random() < 0.5
     crew = [PlacementPod(f"p{rank}", ready=True, age_rank=rank) for rank in range(chance.randint(1, 6))]
-    want = [Wanted(letter, chance.randint(1, 4)) for letter in "abcdefgh"[: chance.randint(1, 8)]]
+    want = [DesiredRevision(letter, chance.randint(1, 4)) for letter in "abcdefgh"[: chance.randint(1, 8)]]
     for step in range(6):
         result, crew = _settle(want, crew, slots, spread=spread)
         missing = sum(entry.copies for entry in result.unplaced)
@@ -200,12 +198,12 @@ def test_a_copy_is_kept_until_gateways_reach_its_replacement() -> None:
     def lists(*, reachable: bool) -> dict[str, tuple[str, ...]]:
         old = PlacementPod("old", ready=True, present=frozenset("a"), resident=frozenset("a"), victim=True)
         new = PlacementPod("new", ready=True, present=frozenset("a"), resident=frozenset("a"), reachable=reachable)
-        return dict(place([Wanted("a", 1)], [old, new], 2).pods)
+        return dict(place([DesiredRevision("a", 1)], [old, new], 2).pods)
 
     assert lists(reachable=False) == {"old": ("a",), "new": ("a",)}
     assert lists(reachable=True) == {"old": (), "new": ("a",)}
 
 
-def test_while_no_pod_that_stays_is_ready_one_that_leaves_holds_what_is_new() -> None:
+def test_a_leaving_pod_gets_new_revisions_while_no_other_pod_is_ready() -> None:
     old, new = PlacementPod("old", ready=True, victim=True), PlacementPod("new", ready=False)
-    assert place([Wanted("a", 1)], [old, new], 2).pods["old"] == ("a",)
+    assert place([DesiredRevision("a", 1)], [old, new], 2).pods["old"] == ("a",)

@@ -39,7 +39,7 @@ def container(name: str, **state: Any) -> dict[str, Any]:
                 ]
             },
             "Unschedulable",
-            "no node takes it: 0/1 nodes",
+            "it cannot be scheduled: 0/1 nodes",
             id="unschedulable",
         ),
         pytest.param(
@@ -209,7 +209,7 @@ def test_no_problem(status: dict[str, Any]) -> None:
     assert observe_pod(pod(**status)).problem is None
 
 
-def test_what_is_read() -> None:
+def test_observed_fields() -> None:
     manifest = pod(
         podIP="10.0.0.1",
         conditions=[{"type": "Ready", "status": "True"}, {"type": "tunesmith.dev/adapters", "status": "False"}],
@@ -241,51 +241,51 @@ def test_an_agent_that_cannot_be_reached() -> None:
         "the operator cannot reach its agent at 10.0.0.5:9000: allow TCP port 9000 from the operator's pods, "
         "if a NetworkPolicy of namespace team or of the operator's namespace denies it"
     )
-    unheard = observe_pod(pod(**RUNNING), unheard_seconds=6.0, stream_error="Cannot connect\x1b\n(timeout)")
-    assert "10.0.0.5:9000 (Cannot connect (timeout)): allow" in (found(unheard) or ("", ""))[1]
+    silent = observe_pod(pod(**RUNNING), silent_seconds=6.0, stream_error="Cannot connect\x1b\n(timeout)")
+    assert "10.0.0.5:9000 (Cannot connect (timeout)): allow" in (found(silent) or ("", ""))[1]
 
 
 def test_a_stalled_engine_is_a_problem_and_keeps_its_adapters() -> None:
     state = PodState(engine_ready=True, stalled="The engine has processed no token for 6 s.")
     ready = pod(**{**RUNNING, "conditions": [{"type": "Ready", "status": "True"}]})
-    stalled = observe_pod(ready, state, heard=True)
+    stalled = observe_pod(ready, state, is_reporting=True)
     assert found(stalled) == ("EngineUnhealthy", state.stalled)
     assert stalled.engine_up
     assert not stalled.answering
     assert not stalled.serving
-    assert observe_pod(ready, state.model_copy(update={"stalled": ""}), heard=True).serving
+    assert observe_pod(ready, state.model_copy(update={"stalled": ""}), is_reporting=True).serving
 
 
 @pytest.mark.parametrize(
     "observed",
     [
-        pytest.param(observe_pod(pod(**RUNNING), PodState(), heard=True), id="heard"),
-        pytest.param(observe_pod(pod(**RUNNING), unheard_seconds=1.0), id="the operator has just begun to listen"),
+        pytest.param(observe_pod(pod(**RUNNING), PodState(), is_reporting=True), id="reporting"),
+        pytest.param(observe_pod(pod(**RUNNING), silent_seconds=1.0), id="the operator has just started"),
         pytest.param(observe_pod(pod(**{**RUNNING, "podIP": None})), id="no address yet"),
         pytest.param(observe_pod(pod(phase="Pending", podIP="10.0.0.5")), id="the agent does not run yet"),
     ],
 )
-def test_reachable_or_too_early_to_tell(observed: PoolPod) -> None:
+def test_a_reachable_or_new_agent_is_not_a_problem(observed: PoolPod) -> None:
     assert found(observed) is None
 
 
 def test_an_agent_may_take_some_seconds_to_start() -> None:
     started = NOW.isoformat()
     agent = {"name": "agent", "image": "x", "state": {"running": {"startedAt": started}}}
-    unheard = observe_pod(
-        pod(**{**RUNNING, "initContainerStatuses": [agent]}), unheard_seconds=19.0, stream_error="connection refused"
+    silent = observe_pod(
+        pod(**{**RUNNING, "initContainerStatuses": [agent]}), silent_seconds=19.0, stream_error="connection refused"
     )
-    assert found(unheard, NOW + timedelta(seconds=19)) is None
-    assert (found(unheard, NOW + timedelta(seconds=20)) or ("",))[0] == "AgentUnreachable"
+    assert found(silent, NOW + timedelta(seconds=19)) is None
+    assert (found(silent, NOW + timedelta(seconds=20)) or ("",))[0] == "AgentUnreachable"
 
 
-def test_an_agent_that_is_connected_and_says_nothing_is_silent() -> None:
-    assert (found(observe_pod(pod(**RUNNING), PodState(), unheard_seconds=6.0)) or ("",))[0] == "AgentSilent"
+def test_an_agent_that_is_connected_but_does_not_report_is_silent() -> None:
+    assert (found(observe_pod(pod(**RUNNING), PodState(), silent_seconds=6.0)) or ("",))[0] == "AgentSilent"
 
 
-def test_the_agents_own_problem_is_reported_and_takes_the_pod_from_requests() -> None:
+def test_the_agents_own_problem_is_reported_and_stops_requests_to_the_pod() -> None:
     state = PodState(engine_ready=True, problem="the canary's answer changed after adapter team/huge was loaded")
-    observed = observe_pod(pod(**RUNNING), state, heard=True)
+    observed = observe_pod(pod(**RUNNING), state, is_reporting=True)
     assert found(observed) == ("EngineUnhealthy", state.problem)
     assert not observed.answering
 
@@ -296,7 +296,7 @@ def test_an_engine_that_restarts_repeatedly_stays_reported_for_a_while() -> None
 
     def restarted(count: int) -> PoolPod:
         engine = container("engine", restartCount=count, state={"running": {}}, lastState={"terminated": terminated})
-        return observe_pod(pod(**{**RUNNING, "containerStatuses": [engine]}), PodState(), heard=True)
+        return observe_pod(pod(**{**RUNNING, "containerStatuses": [engine]}), PodState(), is_reporting=True)
 
     assert found(restarted(1)) is None
     assert found(restarted(3)) == (

@@ -42,7 +42,7 @@ def test_a_stream_is_a_snapshot_then_changes_then_short_heartbeats() -> None:
     assert reader.residency(adapters[0].engine_name) is None
 
 
-def test_random_histories_arrive_as_they_are_written() -> None:
+def test_random_histories_are_read_as_written() -> None:
     numbers = random.Random(3)  # noqa: S311 - repeatable, no secret
     writer, reader = EventWriter(), EventReader()
     for step in range(500):
@@ -118,7 +118,7 @@ def test_a_line_outside_the_contract_is_refused_without_repeating_it(case: str) 
 
 
 @pytest.mark.parametrize("line", [b"", b"x", b"[]", b"null", b"{}", b"[" * 100_000, b"\xff", b'{"a":' * 10_000])
-def test_what_is_no_line_is_refused(line: bytes) -> None:
+def test_an_invalid_line_is_refused(line: bytes) -> None:
     with pytest.raises((ValidationError, StreamOutOfSyncError)):
         EventReader().read(line)
 
@@ -129,7 +129,7 @@ def test_fields_of_a_later_release_are_ignored() -> None:
     assert reader.header.epoch == 1
 
 
-def test_a_long_message_is_cut_where_it_is_made() -> None:
+def test_a_long_message_is_truncated_by_the_writer() -> None:
     made = residency(1, ResidencyState.FAILED, "x" * 5000)
     assert len(made.message) == 1000
     reader = EventReader()

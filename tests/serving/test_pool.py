@@ -11,7 +11,7 @@ from tunesmith.autoscale.decide import Decision
 from tunesmith.contracts.claims import model_name_claim
 from tunesmith.serving.pod import PoolPod, Problem
 from tunesmith.serving.pool import PoolObservation, PoolPlan, plan
-from tunesmith.serving.rolling import Cause, Hold, Rollout
+from tunesmith.serving.rolling import Cause, Rollout, RolloutHold
 
 if TYPE_CHECKING:
     from tunesmith.api.adapterdeployment import AdapterDeployment
@@ -35,10 +35,10 @@ def decide(pool: Build, start: datetime) -> Callable[..., PoolPlan]:
         deployment = (
             {"spec": {"replicas": deployed}, "status": deployment_status or {}} if deployed is not None else None
         )
-        seen = PoolObservation(
+        observation = PoolObservation(
             deployment=deployment, pods=pods, adapters=adapters, decision=Decision(wanted, "spec.replicas"), **more
         )
-        return plan(pool(engine={"maxLoras": slots}), seen, start)
+        return plan(pool(engine={"maxLoras": slots}), observation, start)
 
     return build
 
@@ -67,7 +67,7 @@ def shown(status: ServingPoolStatus) -> dict[str, str]:
     return {condition.type: f"{condition.status} {condition.reason}" for condition in status.conditions}
 
 
-def test_a_new_pool_has_the_pods_that_are_wanted(decide: Build) -> None:
+def test_a_new_pool_has_the_desired_pods(decide: Build) -> None:
     got = decide(wanted=2)
     assert got.replicas == 2
     assert shown(got.status) == {
@@ -79,7 +79,7 @@ def test_a_new_pool_has_the_pods_that_are_wanted(decide: Build) -> None:
     assert got.status.phase == "Pending"
 
 
-def test_each_pod_gets_its_whole_list(decide: Build, serving: Build, pod: Build) -> None:
+def test_each_pod_gets_its_complete_list(decide: Build, serving: Build, pod: Build) -> None:
     got = decide(
         [pod("p"), pod("q", created=pod("p").created + timedelta(1))],
         [serving("one", "a", 2), serving("two", "b")],
@@ -100,18 +100,18 @@ def test_an_adapter_that_cannot_be_loaded_keeps_no_slot(decide: Build, serving: 
     assert got.unplaced == {}
     assert (got.status.slots_used, got.status.slots_free) == (1, 0)
     alone = decide([pod("p", ready=False)], [broken], deployed=1)
-    assert lists(alone) == {"p": ["broken@" + "b" * 12]}, "it is tried again where nobody else needs the slot"
+    assert lists(alone) == {"p": ["broken@" + "b" * 12]}, "it is retried because no other adapter needs the slot"
     assert (alone.status.slots_used, alone.status.slots_free) == (0, 4)
     assert alone.gates == {"p": True}, "the pod does not wait for it"
 
 
-def test_a_stopping_pod_has_no_part(decide: Build, serving: Build, pod: Build) -> None:
+def test_a_stopping_pod_is_ignored(decide: Build, serving: Build, pod: Build) -> None:
     got = decide([pod("p", stopping=True), pod("q")], [serving("one", "a")], deployed=1)
     assert set(got.assigned) == {"q"}
     assert got.status.replicas == 1
 
 
-def test_a_draining_pod_gives_its_copies_away(decide: Build, serving: Build, pod: Build) -> None:
+def test_copies_of_a_draining_pod_move(decide: Build, serving: Build, pod: Build) -> None:
     held = {"team/one@" + "a" * 12: "Resident"}
     got = decide([pod("p", holds=held, draining=True), pod("q")], [serving("one", "a")], deployed=1)
     assert lists(got) == {"p": ["one@" + "a" * 12], "q": ["one@" + "a" * 12]}
@@ -119,10 +119,10 @@ def test_a_draining_pod_gives_its_copies_away(decide: Build, serving: Build, pod
 
 def test_a_silent_agent_keeps_its_copies_while_its_pod_is_ready(decide: Build, serving: Build, pod: Build) -> None:
     held = {"team/one@" + "a" * 12: "Resident"}
-    got = decide([pod("p", holds=held, heard=False), pod("q")], [serving("one", "a")], wanted=2, deployed=2)
+    got = decide([pod("p", holds=held, is_reporting=False), pod("q")], [serving("one", "a")], wanted=2, deployed=2)
     assert lists(got) == {"p": ["one@" + "a" * 12], "q": []}
     lost = decide(
-        [pod("p", holds=held, heard=False, ready=False), pod("q")], [serving("one", "a")], wanted=2, deployed=2
+        [pod("p", holds=held, is_reporting=False, ready=False), pod("q")], [serving("one", "a")], wanted=2, deployed=2
     )
     assert lists(lost)["q"] == ["one@" + "a" * 12]
 
@@ -135,7 +135,7 @@ def test_a_stalled_engine_keeps_its_copies(decide: Build, serving: Build, pod: B
     assert got.status.ready_replicas == 1
 
 
-def test_copies_without_a_place_are_told(decide: Build, serving: Build, pod: Build) -> None:
+def test_copies_without_a_slot_are_reported(decide: Build, serving: Build, pod: Build) -> None:
     got = decide([pod("p")], [serving("one", "a", 2)], deployed=1)
     assert got.unplaced == {
         "team/one@"
@@ -164,14 +164,14 @@ def test_the_pod_with_the_fewest_copies_leaves_after_it_was_marked_and_emptied(
     assert lists(done)["q"] == []
 
 
-def test_the_pod_that_was_marked_stays_the_one_that_leaves(decide: Build, serving: Build, pod: Build) -> None:
+def test_a_marked_pod_stays_marked(decide: Build, serving: Build, pod: Build) -> None:
     one = "team/one@" + "a" * 12
     marked = pod("p", holds={one: "Resident"}, deletion_cost="-1000")
     got = decide([marked, pod("q", created=marked.created + timedelta(1))], [serving("one", "a")], deployed=2)
     assert got.costs == {}
 
 
-def test_a_pool_that_grows_again_takes_the_mark_back(decide: Build, serving: Build, pod: Build) -> None:
+def test_a_pool_that_grows_again_removes_the_mark(decide: Build, serving: Build, pod: Build) -> None:
     got = decide([pod("p", deletion_cost="-1000"), pod("q")], [serving("one", "a")], wanted=2, deployed=2)
     assert got.costs == {"p": 0}
 
@@ -193,16 +193,16 @@ START = datetime(2026, 1, 1, tzinfo=UTC)
         pytest.param({}, {}, id="not resident"),
         pytest.param({"holds": {ONE: "Loading"}}, {}, id="loading"),
         pytest.param({"holds": {ONE: "Resident"}}, {"p": True}, id="resident"),
-        pytest.param({"holds": {ONE: ("Failed", "flipped byte", True)}}, {"p": True}, id="failed for good"),
+        pytest.param({"holds": {ONE: ("Failed", "flipped byte", True)}}, {"p": True}, id="failed permanently"),
         pytest.param(
-            {"holds": {ONE: ("Failed", "no answer", False)}}, {"p": True}, id="failed, and nobody else has it"
+            {"holds": {ONE: ("Failed", "no answer", False)}}, {"p": True}, id="failed, and no other pod has it"
         ),
         pytest.param({"holds": {ONE: "Resident"}, "problem_of_agent": "canary"}, {}, id="unfit"),
         pytest.param({"gate": True, "problem_of_agent": "canary"}, {"p": False}, id="closes when it is unfit"),
         pytest.param({"containers_ready_since": START - timedelta(seconds=31)}, {"p": True}, id="loading for too long"),
         pytest.param({"holds": {ONE: "Resident"}, "heard": False}, {}, id="unknown"),
         pytest.param({"gate": True}, {}, id="stays open for the others"),
-        pytest.param({"gate": True, "engine": False}, {"p": False}, id="closes when the engine is gone"),
+        pytest.param({"gate": True, "engine": False}, {"p": False}, id="closes when the engine stops"),
     ],
 )
 def test_the_readiness_gate(
@@ -241,7 +241,7 @@ def test_conditions(pods: list[str], conditions: dict[str, str], phase: str, dec
         "problem": lambda: pod(
             "p", ready=False, problem=Problem(ServingPoolReason.IMAGE_PULL_FAILED, "image x cannot be pulled")
         ),
-        "silent": lambda: pod("p", heard=False),
+        "silent": lambda: pod("p", is_reporting=False),
     }
     got = decide([kinds[kind]() for kind in pods], deployed=1).status
     assert shown(got) == {**conditions, "Updated": "True PodsCurrent"}
@@ -250,14 +250,15 @@ def test_conditions(pods: list[str], conditions: dict[str, str], phase: str, dec
 
 def test_a_pods_problem_names_the_pod(decide: Build, pod: Build) -> None:
     got = decide(
-        [pod("p", ready=False, problem=Problem(ServingPoolReason.UNSCHEDULABLE, "no node takes it: 0/1"))], deployed=1
+        [pod("p", ready=False, problem=Problem(ServingPoolReason.UNSCHEDULABLE, "it cannot be scheduled: 0/1"))],
+        deployed=1,
     )
     degraded = find(got.status.conditions, "Degraded")
     assert degraded is not None
-    assert degraded.message == "pod p: no node takes it: 0/1"
+    assert degraded.message == "pod p: it cannot be scheduled: 0/1"
 
 
-def test_refused_pods_are_told(decide: Build) -> None:
+def test_refused_pods_are_reported(decide: Build) -> None:
     failure = {"conditions": [{"type": "ReplicaFailure", "status": "True", "message": "exceeded quota"}]}
     got = decide(deployed=1, deployment_status=failure).status
     degraded = find(got.conditions, "Degraded")
@@ -265,7 +266,7 @@ def test_refused_pods_are_told(decide: Build) -> None:
     assert (degraded.reason, degraded.message) == ("PodsRefused", "the API server refuses the pods: exceeded quota")
 
 
-def test_an_invalid_spec_is_told_everywhere(decide: Build) -> None:
+def test_an_invalid_spec_is_reported_in_every_condition(decide: Build) -> None:
     got = decide(invalid="engine.args must not hold --port").status
     assert set(shown(got).values()) == {"False InvalidSpec", "True InvalidSpec"}
 
@@ -287,7 +288,7 @@ def test_a_base_whose_name_is_taken_is_degraded(decide: Build, adapter: Build, p
     )
 
 
-def test_the_fingerprint_is_what_the_pods_report(pool: Build, pod: Build, start: datetime) -> None:
+def test_the_fingerprint_is_taken_from_the_pods(pool: Build, pod: Build, start: datetime) -> None:
     def fingerprint(known: str | None, *pods: PoolPod) -> str | None:
         resource: ServingPool = pool(fingerprint=known)
         return plan(resource, PoolObservation(None, pods, (), Decision(1, "")), start).status.base_model_fingerprint
@@ -328,12 +329,12 @@ def test_a_replacement_that_fails_leaves_the_old_pod_serving(decide: Build, serv
         rollout=rollout,
         max_surge=1,
     )
-    assert lists(got)["old"] == ["one@" + "a" * 12, "two@" + "b" * 12], "also what came meanwhile"
+    assert lists(got)["old"] == ["one@" + "a" * 12, "two@" + "b" * 12], "including later adapters"
     updated = find(got.status.conditions, "Updated")
     assert updated is not None
     assert (updated.reason, updated.message) == (
         "UpdateFailed",
-        "pod new: image y is missing; 1 with the previous settings continue",
+        "pod new: image y is missing; 1 with the previous settings keep running",
     )
 
 
@@ -352,18 +353,22 @@ def test_without_a_surge_pod_the_next_one_is_emptied_first(decide: Build, servin
     assert full.replicas == 3
 
 
-def test_a_pool_that_waits_for_its_turn_says_so(decide: Build, pod: Build) -> None:
+def test_a_pool_that_waits_for_its_turn_reports_it(decide: Build, pod: Build) -> None:
     rollout = Rollout("team/base", change=Cause.INSTALLATION, serves=True)
     got = decide(
-        [pod("p")], deployed=1, rollout=rollout, hold=Hold("waits for the update of ServingPool team/a"), running=4
+        [pod("p")],
+        deployed=1,
+        rollout=rollout,
+        hold=RolloutHold("waits for the update of ServingPool team/a"),
+        running=4,
     )
     updated = find(got.status.conditions, "Updated")
     assert updated is not None
     assert updated.reason == "UpdatePending"
     assert updated.message == (
-        "this release of the installation replaces the pods: waits for the update of ServingPool team/a. When it "
-        "begins, the pool's only pod that serves stops before its replacement starts, since no surge pod is possible: "
-        "no request is answered until that is ready; running requests (4 now) have 60 s to finish"
+        "this release of the installation replaces the pods: waits for the update of ServingPool team/a. When the "
+        "replacement begins, the pool's only serving pod stops before its replacement starts, because no surge pod is "
+        "possible: no request is answered until the replacement is ready; running requests (4 now) have 60 s to finish"
     )
-    blocked = decide([pod("p")], deployed=1, rollout=rollout, hold=Hold("x fails", failed=True)).status
+    blocked = decide([pod("p")], deployed=1, rollout=rollout, hold=RolloutHold("x fails", failed=True)).status
     assert shown(blocked)["Updated"] == "False UpdateBlocked"

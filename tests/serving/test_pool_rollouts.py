@@ -26,11 +26,11 @@ class Nodes:
 
     busy: dict[str, bool]
     forbidden: bool = False
-    asked: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
 
     async def list(self, _: str, *, labels: str) -> list[Any]:
         assert labels == ""
-        self.asked.append("nodes")
+        self.requests.append("nodes")
         if self.forbidden:
             raise ForbiddenError("nodes is forbidden")
         allocatable = {"cpu": "32", "memory": "256Gi", "nvidia.com/gpu": "1", "ephemeral-storage": "4Ti", "pods": "110"}
@@ -39,7 +39,7 @@ class Nodes:
 
     async def list_at(self, _: str, *, fields: str, keep: Callable[[Any], Any]) -> tuple[list[Any], str]:
         node = fields.partition(",")[0].removeprefix("spec.nodeName=")
-        self.asked.append(node)
+        self.requests.append(node)
         pod = {"spec": {"containers": [{"resources": {"requests": {"nvidia.com/gpu": "1"}}}]}}
         return ([keep(pod)] if self.busy[node] else []), "1"
 
@@ -53,42 +53,42 @@ def rollouts(pool: Build) -> Callable[..., Any]:
     return build
 
 
-def test_nothing_begins_before_every_pool_was_observed(rollouts: Build) -> None:
+def test_no_replacement_starts_before_every_pool_was_observed(rollouts: Build) -> None:
     turns, pools = rollouts()
-    assert turns.turn("uid-a", WAITING["a"], lambda: pools) is not None
-    turns.turn("uid-b", WAITING["b"], lambda: pools)
-    turns.turn("uid-c", WAITING["c"], lambda: pools)
-    assert turns.turn("uid-a", WAITING["a"], lambda: pools) is None
+    assert turns.record("uid-a", WAITING["a"], lambda: pools) is not None
+    turns.record("uid-b", WAITING["b"], lambda: pools)
+    turns.record("uid-c", WAITING["c"], lambda: pools)
+    assert turns.record("uid-a", WAITING["a"], lambda: pools) is None
 
 
-def test_two_workers_never_begin_two_pools(rollouts: Build) -> None:
+def test_two_workers_never_start_two_replacements(rollouts: Build) -> None:
     turns, pools = rollouts()
     for name in "abca":
-        turns.turn(f"uid-{name}", WAITING[name], lambda: pools)
-    held = turns.turn("uid-b", WAITING["b"], lambda: pools)
+        turns.record(f"uid-{name}", WAITING[name], lambda: pools)
+    held = turns.record("uid-b", WAITING["b"], lambda: pools)
     assert held is not None
     assert held.message.startswith("waits for the update of ServingPool team/a")
 
 
-def test_a_pool_that_cannot_be_updated_or_is_gone_does_not_stop_the_others(rollouts: Build) -> None:
+def test_a_pool_that_cannot_be_updated_or_was_deleted_does_not_block_others(rollouts: Build) -> None:
     turns, pools = rollouts()
     for name in "abc":
-        turns.turn(f"uid-{name}", WAITING[name], lambda: pools)
+        turns.record(f"uid-{name}", WAITING[name], lambda: pools)
     turns.withdraw("uid-a")
-    assert turns.turn("uid-b", WAITING["b"], lambda: pools) is None
+    assert turns.record("uid-b", WAITING["b"], lambda: pools) is None
     turns.forget("uid-b")
-    assert turns.turn("uid-c", WAITING["c"], lambda: pools[2:]) is None
+    assert turns.record("uid-c", WAITING["c"], lambda: pools[2:]) is None
 
 
-def test_a_pool_that_fails_stops_the_next_ones_until_it_is_fixed(rollouts: Build) -> None:
+def test_a_failing_replacement_blocks_others_until_it_is_fixed(rollouts: Build) -> None:
     turns, pools = rollouts()
     failing = replace(WAITING["a"], change=None, cause=Cause.INSTALLATION, unfinished=True, failure="pod x: y")
     for name, rollout in (("a", failing), ("b", WAITING["b"]), ("c", WAITING["c"])):
-        held = turns.turn(f"uid-{name}", rollout, lambda: pools)
+        held = turns.record(f"uid-{name}", rollout, lambda: pools)
     assert held is not None
     assert held.failed
-    turns.turn("uid-a", replace(failing, unfinished=False, failure=None), lambda: pools)
-    assert turns.turn("uid-b", WAITING["b"], lambda: pools) is None
+    turns.record("uid-a", replace(failing, unfinished=False, failure=None), lambda: pools)
+    assert turns.record("uid-b", WAITING["b"], lambda: pools) is None
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_a_pool_that_fails_stops_the_next_ones_until_it_is_fixed(rollouts: Build
         pytest.param(Nodes({"n1": True, "n2": False}), True, id="one is free"),
         pytest.param(Nodes({"n1": True, "n2": True}), False, id="none is free"),
         pytest.param(Nodes({}), False, id="no node"),
-        pytest.param(Nodes({"n1": False}, forbidden=True), None, id="not allowed to know"),
+        pytest.param(Nodes({"n1": False}, forbidden=True), None, id="forbidden"),
     ],
 )
 async def test_room(nodes: Nodes, expected: object, rollouts: Build, pool: Build) -> None:
@@ -106,9 +106,9 @@ async def test_room(nodes: Nodes, expected: object, rollouts: Build, pool: Build
     wanted: ServingPool = pool()
     rendered = deployment(wanted, PoolSettings(store="s3://x", agent_image="a", engine_image="e"), 1)
     assert await turns.has_room(wanted, rendered) is expected
-    asked = len(nodes.asked)
+    requests = len(nodes.requests)
     assert await turns.has_room(wanted, rendered) is expected
-    assert len(nodes.asked) == asked, "known for 30 s"
+    assert len(nodes.requests) == requests, "known for 30 s"
     now[0] = 31.0
     await turns.has_room(wanted, rendered)
-    assert len(nodes.asked) == 2 * asked
+    assert len(nodes.requests) == 2 * requests

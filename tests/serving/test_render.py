@@ -106,7 +106,7 @@ def test_every_container_passes_pod_security_restricted(case: str, pool: Callabl
         }
 
 
-def test_each_container_gets_the_keys_that_it_needs_and_no_other(pool: Callable[..., ServingPool]) -> None:
+def test_each_container_gets_only_the_keys_that_it_needs(pool: Callable[..., ServingPool]) -> None:
     spec = deployment(pool("base", **CASES["gpu"]), SETTINGS, 1)["spec"]["template"]["spec"]
     entries = {
         volume["name"]: {item["key"] for item in volume["secret"]["items"]}
@@ -128,7 +128,7 @@ def test_the_engine_has_no_credentials_of_the_store(pool: Callable[..., ServingP
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_volume_and_container_has_a_limit_of_storage(case: str, pool: Callable[..., ServingPool]) -> None:
+def test_every_volume_and_container_has_a_storage_limit(case: str, pool: Callable[..., ServingPool]) -> None:
     spec = deployment(pool("base", **CASES[case]), SETTINGS, 1)["spec"]["template"]["spec"]
     volumes = {volume["name"]: volume["emptyDir"] for volume in spec["volumes"] if "emptyDir" in volume}
     assert all(volume["sizeLimit"] for volume in volumes.values())
@@ -141,7 +141,7 @@ def test_every_volume_and_container_has_a_limit_of_storage(case: str, pool: Call
         assert container["resources"]["requests"]["ephemeral-storage"] == "256Mi"
 
 
-def test_keys_are_mounted_and_never_variables(pool: Callable[..., ServingPool]) -> None:
+def test_keys_are_mounted_and_never_set_as_variables(pool: Callable[..., ServingPool]) -> None:
     for case, more in (("cpu", set()), ("gpu", {"hub"}), ("claim", set())):
         spec = deployment(pool("base", **CASES[case]), SETTINGS, 1)["spec"]["template"]["spec"]
         containers = [*spec["initContainers"], *spec["containers"]]
@@ -150,7 +150,7 @@ def test_keys_are_mounted_and_never_variables(pool: Callable[..., ServingPool]) 
         assert names == {"tunesmith-store"} | more
 
 
-def test_the_pods_fit_the_selector(pool: Callable[..., ServingPool]) -> None:
+def test_the_pods_match_the_selector(pool: Callable[..., ServingPool]) -> None:
     spec = deployment(pool(), SETTINGS, 1)["spec"]
     assert spec["selector"]["matchLabels"].items() <= spec["template"]["metadata"]["labels"].items()
     assert selector_text(pool()) == "tunesmith.dev/pool=base,tunesmith.dev/pool-uid=uid-base"
@@ -167,7 +167,7 @@ def test_a_stopping_pod_has_time_to_drain(pool: Callable[..., ServingPool]) -> N
         ({}, None),
         ({"args": ["--enable-prefix-caching", "--seed=1"]}, None),
         (
-            {"args": ["--middleware=mine", "--port", "1"]},
+            {"args": ["--middleware=rollout", "--port", "1"]},
             (
                 "spec.engine.args[0]: --middleware is reserved: the pool sets it, most from fields of its own. "
                 "Remove it. spec.engine.args[1]: --port is reserved: the gateway and the agent reach the engine at"
@@ -235,7 +235,7 @@ def test_settings_of_the_pool_cannot_be_overridden(
         assert found.startswith(sentence)
 
 
-def test_what_clients_may_ask_reaches_the_engine(pool: Callable[..., ServingPool]) -> None:
+def test_request_limits_are_passed_to_the_engine(pool: Callable[..., ServingPool]) -> None:
     def engine(**requests: Any) -> tuple[list[str], dict[str, Any]]:
         container = deployment(pool(requests=requests), SETTINGS, 1)["spec"]["template"]["spec"]["containers"][0]
         variables = {variable["name"]: variable.get("value", "") for variable in container["env"]}
@@ -263,7 +263,7 @@ def test_the_middleware_reads_the_variables_that_the_operator_sets() -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_whatever_the_pool_sets_on_the_engine_is_reserved(case: str, pool: Callable[..., ServingPool]) -> None:
+def test_arguments_and_variables_that_the_pool_sets_are_reserved(case: str, pool: Callable[..., ServingPool]) -> None:
     given = pool(
         **{"baseModel": {"uri": "s3://models/base"}, "requests": {"maxTokens": 9, "allowChatTemplate": True}}
         | CASES[case]

@@ -24,7 +24,7 @@ def pod(cpu: str, gpus: int = 0) -> dict[str, Any]:
     return {"containers": [{"resources": {"requests": requests}}]}
 
 
-def test_what_a_pod_requests() -> None:
+def test_requests_of_a_pod() -> None:
     spec = {
         "overhead": {"cpu": "10m"},
         "initContainers": [

@@ -26,7 +26,7 @@ def artifact(*, vllm: bool = True, reason: str | None = None) -> dict[str, Any]:
     return {"uri": "s3://elsewhere/x", "digest": DIGEST, "sizeBytes": 1, "servable": {"vllm": vllm, "reason": reason}}
 
 
-def test_a_complete_job_gives_its_artifact_at_the_place_the_operator_computes(
+def test_the_artifact_of_a_complete_job_is_at_the_computed_location(
     adapter: Callable[..., AdapterDeployment], job: Callable[..., FineTuneJob]
 ) -> None:
     done = job(conditions=[condition("Complete")], artifact=artifact(), resolved={"baseModelFingerprint": "sha256:f"})
@@ -71,7 +71,7 @@ def test_a_complete_job_gives_its_artifact_at_the_place_the_operator_computes(
         ),
     ],
 )
-def test_what_is_waited_for(
+def test_the_reason_for_waiting_is_reported(
     status: dict[str, Any] | None,
     reason: str,
     message: str,
@@ -144,7 +144,7 @@ def test_choose_pool(
         ({"ia3": {}}, None),
     ],
 )
-def test_the_rank_that_the_published_adapter_has_at_least(method: dict[str, Any], rank: int | None) -> None:
+def test_lower_bound_of_the_published_rank(method: dict[str, Any], rank: int | None) -> None:
     assert Method.model_validate(method).published_rank == rank
 
 
@@ -177,7 +177,7 @@ def test_an_adapter_gets_no_pool_that_cannot_load_its_rank(
         )
 
 
-def test_no_matching_pool_says_what_to_create(
+def test_the_message_about_no_matching_pool_names_the_fix(
     adapter: Callable[..., AdapterDeployment], pool: Callable[..., ServingPool]
 ) -> None:
     found = choose(
@@ -210,8 +210,8 @@ def test_a_selector_admits_namespaces_by_their_labels(
     assert (found.reason if isinstance(found, Unresolved) else found.metadata.name) == expected
     if isinstance(found, Unresolved):
         assert found.message == (
-            "ServingPool platform/shared does not let namespace team attach adapters: ask its owners to admit it in "
-            "spec.allowedNamespaces, or name another pool; namespace team may attach to ServingPool team/own"
+            "ServingPool platform/shared does not allow namespace team to attach adapters: ask its owners to admit "
+            "it in spec.allowedNamespaces, or name another pool; namespace team may attach to ServingPool team/own"
         )
 
 
@@ -227,10 +227,10 @@ def test_a_missing_pool_is_reported_with_those_that_may_be_used(
     )
     alone = choose(named, "sha256:f", [])
     assert isinstance(alone, Unresolved)
-    assert alone.message.endswith("; no ServingPool lets namespace team attach this adapter")
+    assert alone.message.endswith("; no ServingPool allows namespace team to attach this adapter")
 
 
-def test_the_pool_that_serves_now_is_kept_when_another_comes(
+def test_the_serving_pool_is_kept_when_another_is_created(
     adapter: Callable[..., AdapterDeployment], pool: Callable[..., ServingPool]
 ) -> None:
     serving = adapter(status={"pool": {"name": "two", "namespace": "team"}})
@@ -239,7 +239,7 @@ def test_the_pool_that_serves_now_is_kept_when_another_comes(
     assert found.metadata.name == "two"
 
 
-def test_a_source_that_vanished_keeps_its_pool(
+def test_an_adapter_whose_source_was_deleted_keeps_its_pool(
     adapter: Callable[..., AdapterDeployment], pool: Callable[..., ServingPool]
 ) -> None:
     serving = adapter(status={"pool": {"name": "two", "namespace": "team"}})
@@ -263,12 +263,12 @@ def test_foreign_pools_are_named_and_their_names_are_bounded(
     assert isinstance(found, Unresolved)
     assert found.message == (
         "no ServingPool of namespace team or shared by the platform serves the base of this adapter; ServingPools "
-        "other/p0, other/p1, other/p2, other/p3, other/p4 and 4 more would take it if spec.pool named it: its owners "
+        "other/p0, other/p1, other/p2, other/p3, other/p4 and 4 more would accept it if named in spec.pool: its owners "
         "can read the adapter and the requests"
     )
 
 
-def test_a_pool_of_its_own_namespace_is_enough(
+def test_a_pool_in_the_own_namespace_needs_no_other(
     adapter: Callable[..., AdapterDeployment], pool: Callable[..., ServingPool]
 ) -> None:
     found = choose(adapter(), "sha256:f", [pool("evil", namespace="other", allowedNamespaces=OPEN), pool("base")])

@@ -16,26 +16,26 @@ async def forever() -> None:
     await asyncio.Event().wait()
 
 
-async def test_a_task_that_ends_or_fails_ends_the_process() -> None:
+async def test_a_task_that_returns_or_fails_stops_the_process() -> None:
     async def ends() -> None:
         return
 
     async def fails() -> None:
         raise KeyError("a fault")
 
-    with pytest.raises(RuntimeError, match="ended that never should"):
+    with pytest.raises(RuntimeError, match="permanent task of the operator returned"):
         await _until(asyncio.Event(), forever(), ends())
     with pytest.raises(KeyError):
         await _until(asyncio.Event(), forever(), fails())
 
 
-async def test_a_stop_is_no_fault() -> None:
+async def test_stopping_is_not_an_error() -> None:
     stop = asyncio.Event()
     stop.set()
     await _until(stop, forever())
 
 
-async def test_watches_that_are_cancelled_start_again(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_cancelled_watches_are_restarted(monkeypatch: pytest.MonkeyPatch) -> None:
     """kopf cancels every task of its loop when one of its own ends."""
     faults: list[BaseException] = [asyncio.CancelledError(), RuntimeError("a fault")]
     running = asyncio.Event()

@@ -96,13 +96,13 @@ async def test_from_creation_to_ready_is_linear() -> None:
         pytest.param(Key("ServingPool", "team", "base"), id="pool"),
     ],
 )
-async def test_one_key_costs_the_same_whatever_else_is_there(key: Key) -> None:
+async def test_the_cost_of_a_key_does_not_depend_on_other_objects(key: Key) -> None:
     found = {}
     for count in (SMALL, LARGE):
         world = await settled(count)
         await world.reconcile(key)
         found[count] = await calls(world.reconcile(key))
-    # A pool looks at each of its pods, of which there are four times as many.
+    # A pool observes each of its pods, of which there are four times as many.
     pods = LARGE // SMALL if key.kind == "ServingPool" else 2
     assert found[LARGE] <= pods * found[SMALL]
 
@@ -117,7 +117,7 @@ async def test_a_change_of_one_adapter_reconciles_that_one_and_its_pool() -> Non
     assert world.passes["ServingPool"] <= 6
 
 
-async def test_an_adapter_that_is_loaded_does_not_wake_the_others() -> None:
+async def test_loading_an_adapter_does_not_requeue_others() -> None:
     world = await world_of(LARGE)
     world.passes.clear()
     await world.converge(batch=1)

@@ -12,7 +12,7 @@ import yaml
 from tunesmith.contracts.settings import ChartValue
 from tunesmith.controller.settings import OperatorSettings
 from tunesmith.gateway.settings import GatewaySettings
-from tunesmith.settings import ProgramSettings, place_of
+from tunesmith.settings import ProgramSettings, source_of
 
 CHART = Path(__file__).resolve().parents[2] / "charts/tunesmith"
 VALUES = yaml.safe_load((CHART / "values.yaml").read_text())
@@ -30,7 +30,7 @@ def at(values: dict[str, Any], path: str) -> Any:
 @pytest.mark.parametrize(("model", "field"), FIELDS)
 def test_a_setting_has_a_place_and_a_meaning(model: type[ProgramSettings], field: str) -> None:
     assert model.model_fields[field].description, "docs/reference/settings.md and --help show it"
-    place = place_of(model, field)
+    place = source_of(model, field)
     if isinstance(place, ChartValue):
         assert place.expression or at(SCHEMA["properties"], place.path.replace(".", ".properties."))
 
@@ -38,7 +38,7 @@ def test_a_setting_has_a_place_and_a_meaning(model: type[ProgramSettings], field
 @pytest.mark.parametrize(("model", "field"), FIELDS)
 def test_the_chart_has_the_programs_default(model: type[ProgramSettings], field: str) -> None:
     """A value that values.yaml does not list, such as those of gateway.limits, is the program's default."""
-    place, info = place_of(model, field), model.model_fields[field]
+    place, info = source_of(model, field), model.model_fields[field]
     if not isinstance(place, ChartValue) or place.expression or info.is_required():
         return
     value = at(VALUES, place.path)
@@ -55,5 +55,5 @@ def test_a_setting_without_a_place_is_refused() -> None:
         program: ClassVar[str] = "x"
         one: int = 1
 
-    with pytest.raises(TypeError, match=r"Unplaced\.one has no place: annotate it with ChartValue"):
-        place_of(Unplaced, "one")
+    with pytest.raises(TypeError, match=r"Unplaced\.one has no source: annotate it with ChartValue"):
+        source_of(Unplaced, "one")

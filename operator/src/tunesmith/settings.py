@@ -122,7 +122,7 @@ def flag_of(field: str) -> str:
     return field.replace("_", "-")
 
 
-def place_of(model: type[ProgramSettings], field: str) -> ChartValue | Internal:
+def source_of(model: type[ProgramSettings], field: str) -> ChartValue | Internal:
     """Return the source from which an installation sets a field.
 
     Raises:
@@ -131,7 +131,7 @@ def place_of(model: type[ProgramSettings], field: str) -> ChartValue | Internal:
     for entry in model.model_fields[field].metadata:
         if isinstance(entry, ChartValue | Internal):
             return entry
-    raise TypeError(f"{model.__name__}.{field} has no place: annotate it with ChartValue(…) or Internal(…)")
+    raise TypeError(f"{model.__name__}.{field} has no source: annotate it with ChartValue(…) or Internal(…)")
 
 
 def default_of(model: type[ProgramSettings], field: str) -> str | None:
@@ -150,17 +150,17 @@ def default_of(model: type[ProgramSettings], field: str) -> str | None:
     return ",".join(map(str, info.default)) if isinstance(info.default, tuple) else str(info.default)
 
 
-def meaning_of(model: type[ProgramSettings], field: str) -> str:
+def description_of(model: type[ProgramSettings], field: str) -> str:
     """Return the description of a field, on one line."""
     return " ".join((model.model_fields[field].description or "").split())
 
 
 def _help(model: type[ProgramSettings], field: str) -> str:
-    default, place = default_of(model, field), place_of(model, field)
+    default, source = default_of(model, field), source_of(model, field)
     notes = ["required" if default is None else f"default: {default or 'empty'}"]
-    if isinstance(place, ChartValue):
-        notes.append(f"chart: {place.path}")
-    return f"{meaning_of(model, field)} ({'; '.join(notes)})".replace("%", "%%")
+    if isinstance(source, ChartValue):
+        notes.append(f"chart: {source.path}")
+    return f"{description_of(model, field)} ({'; '.join(notes)})".replace("%", "%%")
 
 
 def _sentence(model: type[ProgramSettings], detail: ErrorDetails) -> str:
@@ -168,8 +168,8 @@ def _sentence(model: type[ProgramSettings], detail: ErrorDetails) -> str:
     if not detail["loc"]:
         return message
     field = str(detail["loc"][0])
-    place = place_of(model, field)
-    flag = f"--{flag_of(field)}" + (f" (chart value {place.path})" if isinstance(place, ChartValue) else "")
+    setting = source_of(model, field)
+    flag = f"--{flag_of(field)}" + (f" (chart value {setting.path})" if isinstance(setting, ChartValue) else "")
     if detail["type"] == "missing":
         return f"{flag} is missing: set it, or the variable {VARIABLE_PREFIX}{field.upper()}"
     if detail["type"] == "value_error":

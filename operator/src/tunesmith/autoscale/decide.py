@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tunesmith.api.servingpool import PoolAutoscaling
 
 UP_SECONDS = 2.0
-GAP_SECONDS = 10.0
+MAX_GAP_SECONDS = 10.0
 """Longest gap between samples; in a longer one demand was unobserved: another replica led, or writes failed."""
 
 
@@ -66,13 +66,13 @@ class Window:
         if samples[0].at > newest - seconds or any(not sample.complete for sample in self._last(seconds)):
             return False
         pairs = pairwise(samples)
-        return all(later.at - earlier.at <= GAP_SECONDS for earlier, later in pairs if newest - later.at < seconds)
+        return all(later.at - earlier.at <= MAX_GAP_SECONDS for earlier, later in pairs if newest - later.at < seconds)
 
-    def most_requests(self, seconds: float) -> int:
+    def max_requests(self, seconds: float) -> int:
         """Return the highest number of requests in the last `seconds`."""
         return max(sample.requests for sample in self._last(seconds))
 
-    def highest_floor(self, seconds: float) -> int:
+    def max_floor(self, seconds: float) -> int:
         """Return the highest floor in the last `seconds`."""
         return max(sample.floor for sample in self._last(seconds))
 
@@ -100,16 +100,16 @@ def decide_copies(window: Window, current: int | None, rule: AdapterAutoscaling)
     return _decide(window, current, rule, ("copy", "copies"), "")
 
 
-def decide_pods(window: Window, current: int | None, rule: PoolAutoscaling, why_floor: str) -> Decision:
+def decide_pods(window: Window, current: int | None, rule: PoolAutoscaling, floor_reason: str) -> Decision:
     """Decide the number of pods of a pool.
 
     Args:
         window: samples of the demand for the pool's adapters and base together, with `pods_for_copies` as their floor.
         current: desired pods so far; None for a new pool.
         rule: the pool's limits.
-        why_floor: the reason that `pods_for_copies` returned.
+        floor_reason: the reason that `pods_for_copies` returned.
     """
-    return _decide(window, current, rule, ("pod", "pods"), why_floor)
+    return _decide(window, current, rule, ("pod", "pods"), floor_reason)
 
 
 def pods_for_copies(copies: Mapping[str, int], slots: int) -> tuple[int, str]:
@@ -123,10 +123,10 @@ def pods_for_copies(copies: Mapping[str, int], slots: int) -> tuple[int, str]:
         return 0, ""
     total = sum(copies.values())
     by_slots = ceil(total / slots)
-    most = max(copies, key=lambda name: (copies[name], name))
-    if by_slots > copies[most]:
+    largest = max(copies, key=lambda name: (copies[name], name))
+    if by_slots > copies[largest]:
         return by_slots, f"{_count(total, ('copy', 'copies'))} of adapters, {_count(slots, ('slot', 'slots'))} per pod"
-    return copies[most], f"{most} wants {_count(copies[most], ('copy', 'copies'))}, each on a pod of its own"
+    return copies[largest], f"{largest} needs {_count(copies[largest], ('copy', 'copies'))}, each on a separate pod"
 
 
 def loaded_pods(window: Window, rule: PoolAutoscaling) -> int:
@@ -139,7 +139,7 @@ def _decide(
     current: int | None,
     rule: AdapterAutoscaling | PoolAutoscaling,
     unit: tuple[str, str],
-    why_floor: str,
+    floor_reason: str,
 ) -> Decision:
     low, high, target, delay = (
         rule.min_replicas,
@@ -152,29 +152,31 @@ def _decide(
     load = f"{_requests(ceil(window.requests()))}, {target} per {unit[0]}"
     if max(by_load, floor) > current:
         size = max(by_load, floor)
-        return _limited(size, low, high, f"{load if by_load >= floor else why_floor}: {_count(size, unit)}")
+        return _limited(size, low, high, f"{load if by_load >= floor else floor_reason}: {_count(size, unit)}")
     if current > low and not window.complete(delay):
-        return _limited(current, low, high, f"{load}; {_count(current, unit)} while demand is not known for {delay} s")
-    most = window.most_requests(delay)
-    size = max(low, ceil(most / target), window.highest_floor(delay))
+        return _limited(
+            current, low, high, f"{load}; {_count(current, unit)} until demand has been known for {delay} s"
+        )
+    peak = window.max_requests(delay)
+    size = max(low, ceil(peak / target), window.max_floor(delay))
     if size < current:
         reason = (
-            why_floor
-            if floor == size > ceil(most / target)
-            else f"at most {_requests(most)} in the last {delay} s, {target} per {unit[0]}"
+            floor_reason
+            if floor == size > ceil(peak / target)
+            else f"at most {_requests(peak)} in the last {delay} s, {target} per {unit[0]}"
         )
         return _limited(size, low, high, f"{reason}: {_count(size, unit)}")
     return _limited(
-        current, low, high, f"{load if by_load >= floor or not why_floor else why_floor}: {_count(current, unit)}"
+        current, low, high, f"{load if by_load >= floor or not floor_reason else floor_reason}: {_count(current, unit)}"
     )
 
 
-def _limited(wanted: int, low: int, high: int, sentence: str) -> Decision:
-    if wanted > high:
+def _limited(size: int, low: int, high: int, sentence: str) -> Decision:
+    if size > high:
         return Decision(high, f"{sentence}, limited to {high} by maxReplicas")
-    if wanted < low:
+    if size < low:
         return Decision(low, f"{sentence}, raised to {low} by minReplicas")
-    return Decision(wanted, sentence)
+    return Decision(size, sentence)
 
 
 def _requests(count: int) -> str:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from tunesmith.contracts.agent import GatewayDemand
 
-_PATIENCE_SECONDS = 10.0
+_REPORT_SILENCE_SECONDS = 10.0
 """Seconds of silence after which a gateway is reported; a shorter silence only keeps sizes from shrinking."""
 
 
@@ -31,7 +31,7 @@ class Demand:
 @dataclass
 class _Gateway:
     name: str
-    heard: float
+    last_report_at: float
     """Time of the last line, in seconds on a monotonic clock; before the first line, time at which the gateway
     appeared."""
     counts: Mapping[str, int] | None = None
@@ -40,26 +40,28 @@ class _Gateway:
     """Cause of the last failed connection; empty after a line."""
 
 
-class DemandBoard:
+class DemandTracker:
     """The latest line of each gateway's demand stream."""
 
-    def __init__(self, silence_seconds: float, rises: Callable[[str], None] = lambda _: None) -> None:
-        """Create an empty board.
+    def __init__(self, silence_seconds: float, on_first_requests: Callable[[str], None] = lambda _: None) -> None:
+        """Create an empty tracker.
 
         Args:
             silence_seconds: seconds without a line after which a gateway's demand is unknown.
-            rises: called with the global id of a model when a gateway reports its first requests.
+            on_first_requests: called with the global id of a model when a gateway reports its first requests.
         """
         self._silence = silence_seconds
-        self._rises = rises
+        self._on_first_requests = on_first_requests
         self._gateways: dict[str, _Gateway] = {}
-        self._asked: float | None = None
+        self._first_read_at: float | None = None
         self._listed = False
 
     def expect(self, gateways: Mapping[str, str], now: float) -> None:
         """Set the existing gateways, as names by UID, and discard the lines of all others."""
         self._listed = True
-        self._gateways = {uid: self._gateways.get(uid) or _Gateway(name, heard=now) for uid, name in gateways.items()}
+        self._gateways = {
+            uid: self._gateways.get(uid) or _Gateway(name, last_report_at=now) for uid, name in gateways.items()
+        }
 
     def record(self, uid: str, line: GatewayDemand, now: float) -> None:
         """Record a line of an existing gateway. `now`: seconds on a monotonic clock."""
@@ -67,13 +69,13 @@ class DemandBoard:
         if gateway is None:
             return
         before = gateway.counts or {}
-        gateway.heard, gateway.error = now, ""
+        gateway.last_report_at, gateway.error = now, ""
         gateway.counts = {model: demand.running + demand.waiting for model, demand in line.models.items()}
         for model, count in gateway.counts.items():
             if count and not before.get(model):
-                self._rises(model)
+                self._on_first_requests(model)
 
-    def fail(self, uid: str, error: str) -> None:
+    def record_error(self, uid: str, error: str) -> None:
         """Record why a gateway could not be read."""
         gateway = self._gateways.get(uid)
         if gateway is not None:
@@ -84,21 +86,21 @@ class DemandBoard:
         fresh = [
             gateway.counts
             for gateway in self._gateways.values()
-            if gateway.counts is not None and now - gateway.heard <= self._silence
+            if gateway.counts is not None and now - gateway.last_report_at <= self._silence
         ]
         complete = bool(fresh) and len(fresh) == len(self._gateways)
         return Demand(sum(counts.get(model, 0) for model in models for counts in fresh), complete)
 
-    def missing(self, now: float) -> str | None:
+    def unknown_reason(self, now: float) -> str | None:
         """Return a sentence on why demand is not completely known; None if it is, or was until a moment ago."""
-        self._asked = now if self._asked is None else self._asked
+        self._first_read_at = now if self._first_read_at is None else self._first_read_at
         if not self._gateways:
-            waited = self._listed or now - self._asked > _PATIENCE_SECONDS
+            waited = self._listed or now - self._first_read_at > _REPORT_SILENCE_SECONDS
             return "no gateway is running" if waited else None
         silent = self._silent(now)
         if not silent:
             return None
-        more = f" ({len(silent) - 1} more as well)" if len(silent) > 1 else ""
+        more = f" (and {len(silent) - 1} more)" if len(silent) > 1 else ""
         error = f": {silent[0].error}" if silent[0].error else ""
         return f"{silent[0].name} does not report its requests on port {GATEWAY_INTERNAL_PORT}{more}{error}"
 
@@ -107,5 +109,7 @@ class DemandBoard:
         return len(self._silent(now))
 
     def _silent(self, now: float) -> list[_Gateway]:
-        silent = (gateway for gateway in self._gateways.values() if now - gateway.heard > _PATIENCE_SECONDS)
+        silent = (
+            gateway for gateway in self._gateways.values() if now - gateway.last_report_at > _REPORT_SILENCE_SECONDS
+        )
         return sorted(silent, key=lambda gateway: gateway.name)

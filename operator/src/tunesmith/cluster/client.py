@@ -458,7 +458,7 @@ class Cluster:
             ) from error
         except ValueError as error:
             result = UnavailableError.label
-            raise UnavailableError(f"the API server at {self.server} answered what is not JSON: {error}") from error
+            raise UnavailableError(f"the API server at {self.server} returned invalid JSON: {error}") from error
         finally:
             if response is not None and (timeout is _STREAM_TIMEOUT or timeout is _LOG_TIMEOUT):
                 _abort(response)

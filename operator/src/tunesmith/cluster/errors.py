@@ -106,4 +106,4 @@ _BY_STATUS: dict[int, type[ClusterError]] = {
 def error_of(status: int, reason: str, message: str) -> ClusterError:
     """Return the error for an HTTP status and the `reason` and `message` of the API server's Status object."""
     kind = AlreadyExistsError if reason == "AlreadyExists" else _BY_STATUS.get(status, UnavailableError)
-    return kind(message or reason or f"the API server answered {status}", status=status, reason=reason)
+    return kind(message or reason or f"the API server returned status {status}", status=status, reason=reason)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tunesmith.cluster.client import Cluster
     from tunesmith.cluster.resources import Object
 
-_SILENCE = timedelta(minutes=10)
+_REPEAT_INTERVAL = timedelta(minutes=10)
 _MAX_REMEMBERED = 10_000
 _MAX_MESSAGE = 1024
 
@@ -45,13 +45,13 @@ class EventRecorder:
         namespace = metadata.get("namespace") or "default"
         digest = hashlib.sha256("\0".join((metadata["uid"], type_, reason, message)).encode()).hexdigest()[:16]
         last = self._written.get(digest)
-        if last is not None and now - last < _SILENCE:
+        if last is not None and now - last < _REPEAT_INTERVAL:
             return
         if len(self._written) >= _MAX_REMEMBERED:
             self._written.clear()
         self._written[digest] = now
         # Another process finds the name taken during the same period.
-        period = int(now.timestamp() // _SILENCE.total_seconds())
+        period = int(now.timestamp() // _REPEAT_INTERVAL.total_seconds())
         name = f"{metadata['name']}.{digest}{period:08x}"
         stamp = now.strftime("%Y-%m-%dT%H:%M:%SZ")
         manifest: Object = {

@@ -17,8 +17,8 @@ _CONDITION = ("type", "status", "reason", "message", "lastTransitionTime", "obse
 _CONTAINER = ("name", "image", "ready", "restartCount", "state", "lastState")
 PAGE_SIZE = 10
 """Objects per request when all are listed; each may have 1.5 MB."""
-_LONGEST = 4096
-_MOST = 32
+_MAX_LENGTH = 4096
+_MAX_ENTRIES = 32
 """Highest number of entries of a list or mapping; no object that the operator creates has more."""
 
 
@@ -34,13 +34,13 @@ def _metadata(metadata: Mapping[str, Any]) -> Object:
         entries = {
             key: value
             for key, value in (metadata.get(name) or {}).items()
-            if key.startswith(prefixes) and len(value) <= _LONGEST
+            if key.startswith(prefixes) and len(value) <= _MAX_LENGTH
         }
         if entries:
-            found[name] = dict(list(entries.items())[:_MOST])
+            found[name] = dict(list(entries.items())[:_MAX_ENTRIES])
     owners = metadata.get("ownerReferences")
     if owners is not None:
-        found["ownerReferences"] = [_fields(owner, _OWNER) for owner in owners[:_MOST]]
+        found["ownerReferences"] = [_fields(owner, _OWNER) for owner in owners[:_MAX_ENTRIES]]
     return found
 
 
@@ -54,7 +54,7 @@ def _pod(item: Object) -> Object:
     found = _fields(status, ("phase", "reason", "message", "podIP", "startTime"))
     found["conditions"] = _conditions(status)
     for name in ("initContainerStatuses", "containerStatuses"):
-        found[name] = [_bounded(_fields(entry, _CONTAINER)) for entry in (status.get(name) or ())[:_MOST]]
+        found[name] = [_bounded(_fields(entry, _CONTAINER)) for entry in (status.get(name) or ())[:_MAX_ENTRIES]]
     return _reduced(item, _fields(item.get("spec") or {}, ("nodeName",)), found)
 
 
@@ -92,11 +92,11 @@ def _fields(mapping: Mapping[str, Any], names: tuple[str, ...]) -> Object:
 
 
 def _conditions(status: Mapping[str, Any]) -> list[Object]:
-    return [_bounded(_fields(entry, _CONDITION)) for entry in (status.get("conditions") or ())[:_MOST]]
+    return [_bounded(_fields(entry, _CONDITION)) for entry in (status.get("conditions") or ())[:_MAX_ENTRIES]]
 
 
 def _bounded(entry: Object) -> Object:
     return {
-        name: value[:_LONGEST] if isinstance(value, str) else _bounded(value) if isinstance(value, dict) else value
+        name: value[:_MAX_LENGTH] if isinstance(value, str) else _bounded(value) if isinstance(value, dict) else value
         for name, value in entry.items()
     }

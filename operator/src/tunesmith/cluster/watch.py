@@ -95,7 +95,7 @@ async def watch(
                     yield event
         except _UNREADABLE as error:
             unreadable += 1
-            _log.warning("the watch of %s has a line that cannot be read (%s): it lists again", kind, error)
+            _log.warning("the watch of %s received an unreadable line (%s): listing again", kind, error)
             await asyncio.sleep(backoff(unreadable))
 
 
@@ -123,7 +123,7 @@ async def _follow(
         except ExpiredError:
             return
         except ClusterError as error:
-            _log.info("the watch of %s broke: %s", kind, error)
+            _log.info("the watch of %s was interrupted: %s", kind, error)
             await asyncio.sleep(backoff(failures))
         else:
             alive()

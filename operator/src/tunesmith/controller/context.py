@@ -68,7 +68,7 @@ class Context:
             AlreadyExistsError: an object of that name exists.
         """
         self._check()
-        return self._seen(await self.cluster.create(manifest))
+        return self._cached(await self.cluster.create(manifest))
 
     async def apply(self, manifest: Object) -> Object:
         """Apply the full intent on the server side. A Secret is overwritten, since the operator must not read it."""
@@ -76,7 +76,7 @@ class Context:
         if manifest["kind"] == "Secret":
             await self.cluster.overwrite(manifest)
             return manifest
-        return self._seen(await self.cluster.apply(manifest))
+        return self._cached(await self.cluster.apply(manifest))
 
     async def patch(
         self, item: Object, body: Object, *, type_: PatchType = "merge", subresource: str | None = None
@@ -89,7 +89,7 @@ class Context:
         self._check()
         metadata = item["metadata"]
         body = {**body, "metadata": {**body.get("metadata", {}), "uid": metadata["uid"]}}
-        return self._seen(
+        return self._cached(
             await self.cluster.patch(
                 item["kind"], metadata["name"], metadata.get("namespace"), body, type_=type_, subresource=subresource
             )
@@ -102,7 +102,7 @@ class Context:
             ConflictError: the object changed since it was read; its key is requeued automatically.
         """
         self._check()
-        return self._seen(await self.cluster.replace_status(manifest))
+        return self._cached(await self.cluster.replace_status(manifest))
 
     async def delete(self, item: Object, propagation: Propagation = "Background") -> bool:
         """Delete this incarnation of an object and its dependents; return False if it is already deleted.
@@ -119,7 +119,7 @@ class Context:
         if not self.may_write():
             raise NotLeadingError("this replica no longer leads")
 
-    def _seen(self, item: Object) -> Object:
+    def _cached(self, item: Object) -> Object:
         if self.caches[item["kind"]].put(item):
             self.written(item)
         return item

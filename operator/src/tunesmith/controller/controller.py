@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tunesmith.controller.reconciler import Reconciler
 
 T = TypeVar("T")
-_STUCK_SECONDS = 120.0
+_HUNG_SECONDS = 120.0
 _SECOND_LIST_SECONDS = 5.0
 _READ_KEYS_SECONDS = 10.0
 _WRITE_KEYS_SECONDS = 300.0
@@ -55,23 +55,23 @@ class Controller:
             context.settings.watch_namespaces,
             self._selectors(),
             self.observe,
-            self._watches_ended,
+            self._watches_stopped,
         )
-        context.written = self._enqueue_readers
+        context.written = self._enqueue_dependents
         context.metrics.queue_depth.set_function(lambda: context.queue.depth)
 
     def unhealthy(self) -> list[str]:
         """Return the reasons to restart the process: a reconcile that does not return, stopped watches."""
         now = time.monotonic()
-        stuck = [key for key, since in self._busy.items() if now - since > _STUCK_SECONDS]
-        problems = [f"{key} has been reconciled for more than {_STUCK_SECONDS:.0f} s" for key in stuck]
-        return [*problems, "the watches ended for good"] if self._watcher.died else problems
+        hung = [key for key, since in self._busy.items() if now - since > _HUNG_SECONDS]
+        problems = [f"{key} has been reconciling for more than {_HUNG_SECONDS:.0f} s" for key in hung]
+        return [*problems, "the watches stopped permanently"] if self._watcher.died else problems
 
     def unready(self) -> list[str]:
         """Return the reasons why the process cannot work now: its state of the cluster is missing or stale."""
         if self._listed is None:
             return ["the caches are not synced"]
-        problems = [] if self._watcher.alive else ["the watches do not run"]
+        problems = [] if self._watcher.alive else ["the watches are not running"]
         age = time.monotonic() - self._listed
         if age > 3 * self._context.settings.relist_seconds:
             problems.append(f"the last complete list is {age:.0f} s old")
@@ -112,7 +112,7 @@ class Controller:
         await self._namespaces.read.wait()
         self._context.epoch = epoch
         await self._keys_known.wait()
-        self._context.cluster_uid = await self._patiently("the cluster's identity", self._cluster_uid)
+        self._context.cluster_uid = await self._read_with_retries("the cluster's identity", self._cluster_uid)
         self._enqueue_all()
         self._context.metrics.leading.set(1)
         self._leading = True
@@ -142,7 +142,7 @@ class Controller:
                 keys = await installation_keys(context.cluster, context.settings.namespace)
                 if keys != context.installation_keys:
                     if context.installation_keys:
-                        _log.info("the installation key changed: the keys of gateways and pools follow")
+                        _log.info("the installation key changed: the keys of gateways and pools are being renewed")
                     context.installation_keys, written = keys, float("-inf")
                     self._keys_known.set()
                     if self._leading:
@@ -167,21 +167,21 @@ class Controller:
             for item in self._context.caches[kind].list():
                 self._context.queue.add(key_of(item))
 
-    async def _patiently(self, what: str, read: Callable[[], Awaitable[T]]) -> T:
+    async def _read_with_retries(self, subject: str, read: Callable[[], Awaitable[T]]) -> T:
         failures = 0
         while True:
             try:
                 return await read()
             except ClusterError as error:
                 failures += 1
-                _log.warning("%s cannot be read: %s", what, error)
+                _log.warning("%s cannot be read: %s", subject, error)
                 await asyncio.sleep(backoff(failures))
 
     async def _cluster_uid(self) -> str:
         try:
             return str((await self._context.cluster.get("Namespace", "kube-system"))["metadata"]["uid"])
         except ForbiddenError as error:
-            _log.warning("tunesmith gc will keep what deleted jobs leave in the store: %s", error)
+            _log.warning("tunesmith gc will keep the files of deleted jobs in the store: %s", error)
             return ""
 
     async def stop(self) -> None:
@@ -227,7 +227,7 @@ class Controller:
                 except Exception:  # noqa: BLE001 - an object of a tenant must not terminate the process
                     _log.exception("%s cannot be read", key_of(item))
 
-    def _enqueue_readers(self, item: Object) -> None:
+    def _enqueue_dependents(self, item: Object) -> None:
         """Enqueue keys of other kinds that depend on an object that a reconciler wrote."""
         if item["kind"] in self._reconcilers:
             self._enqueue_watching(item)
@@ -247,11 +247,11 @@ class Controller:
             except ClusterError as error:
                 result = error.label
                 delay = queue.failed(key)
-                _log.info("%s: %s; again in %.1f s", key, error, delay)
+                _log.info("%s: %s; retrying in %.1f s", key, error, delay)
             except Exception:  # noqa: BLE001 - one key's failure must not stop the worker
                 result = "error"
                 delay = queue.failed(key)
-                _log.exception("%s: reconcile failed; again in %.1f s", key, delay)
+                _log.exception("%s: reconcile failed; retrying in %.1f s", key, delay)
             else:
                 result = "ok"
                 queue.done(key, outcome.requeue_after, outcome.rest)
@@ -270,7 +270,7 @@ class Controller:
             failures += 1
             await asyncio.sleep(backoff(failures))
 
-    def _watches_ended(self) -> None:
+    def _watches_stopped(self) -> None:
         self._context.metrics.watch_restarts.inc()
         # A complete list finds the changes that are missed until the watches run again.
         self._relist.set()

@@ -44,7 +44,7 @@ class Election:
         self._identity = identity
         self._seconds = seconds
         self._lease: Object = {}
-        self._seen: tuple[str, float] = ("", 0.0)
+        self._last_version: tuple[str, float] = ("", 0.0)
         self._until = 0.0
 
     def leads(self) -> bool:
@@ -64,14 +64,14 @@ class Election:
             _log.info("%s leads, epoch %d", self._identity, epoch)
             leading = asyncio.ensure_future(lead(epoch))
             try:
-                await self._hold(leading)
+                await self._keep_renewing(leading)
             finally:
                 self._until = 0.0
                 leading.cancel()
                 await asyncio.wait([leading])
             if not leading.cancelled():
                 leading.result()
-            _log.warning("%s lost the lease and waits for it", self._identity)
+            _log.warning("%s lost the lease and is waiting for it", self._identity)
 
     async def release(self) -> None:
         """Release the Lease if this replica holds it, so that another one takes over immediately."""
@@ -87,16 +87,16 @@ class Election:
     async def _acquire(self) -> int:
         while True:
             try:
-                if await self._try():
+                if await self._try_acquire():
                     return int(self._lease["metadata"]["annotations"][EPOCH])
             except (AlreadyExistsError, ConflictError):
                 continue
             except ClusterError as error:
-                _log.warning("the lease cannot be read or taken: %s", error)
+                _log.warning("the lease cannot be read or acquired: %s", error)
             await asyncio.sleep(self._seconds / 5)
 
-    async def _try(self) -> bool:
-        """Take the Lease if it is free, expired, or held by this replica since before a restart."""
+    async def _try_acquire(self) -> bool:
+        """Acquire the Lease if it is free, expired, or held by this replica since before a restart."""
         started = time.monotonic()
         lease = await self._cluster.find("Lease", LEASE_NAME, self._namespace)
         if lease is None:
@@ -111,11 +111,11 @@ class Election:
             self._until = started + self._seconds * 0.8
             return True
         version = lease["metadata"]["resourceVersion"]
-        if version != self._seen[0]:
-            self._seen = (version, started)
+        if version != self._last_version[0]:
+            self._last_version = (version, started)
         spec = lease.get("spec") or {}
         duration = spec.get("leaseDurationSeconds") or self._seconds
-        if spec.get("holderIdentity") not in ("", None, self._identity) and started - self._seen[1] < duration:
+        if spec.get("holderIdentity") not in ("", None, self._identity) and started - self._last_version[1] < duration:
             return False
         lease["spec"] = self._spec(int(spec.get("leaseTransitions") or 0) + 1)
         annotations = lease["metadata"].get("annotations") or {}
@@ -124,7 +124,7 @@ class Election:
         self._until = started + self._seconds * 0.8
         return True
 
-    async def _hold(self, leading: asyncio.Future[None]) -> None:
+    async def _keep_renewing(self, leading: asyncio.Future[None]) -> None:
         """Renew until the Lease is lost or `leading` finishes."""
         while not leading.done() and self.leads():
             await asyncio.wait([leading], timeout=self._seconds / 5)
@@ -134,7 +134,7 @@ class Election:
                 async with asyncio.timeout(max(0.0, self._until - started)):
                     self._lease = await self._cluster.replace(renewed)
             except ConflictError:
-                _log.warning("another replica took the lease")
+                _log.warning("another replica acquired the lease")
                 return
             except (ClusterError, TimeoutError) as error:
                 _log.warning("the lease was not renewed: %s", error or "no answer in time")

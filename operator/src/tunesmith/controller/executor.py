@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from tunesmith.cluster.resources import Object
     from tunesmith.controller.context import Context
 
-_APPLY_AGAIN_SECONDS = 300.0
+_REAPPLY_SECONDS = 300.0
 _FIRST_DELAY_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
-class _Outcome:
+class _LastWrite:
     """The latest response to a write. `refusal`: None if it was accepted."""
 
     digest: str
@@ -43,7 +43,7 @@ class Executor:
     def __init__(self, context: Context, clock: Callable[[], float] = time.monotonic) -> None:
         self._context = context
         self._clock = clock
-        self._outcomes: dict[str, dict[str, _Outcome]] = {}
+        self._last_writes: dict[str, dict[str, _LastWrite]] = {}
 
     async def apply(self, owner: str, manifest: Object, generation: int | None = None) -> Refusal | None:
         """Apply an object unless it is unchanged since this process recently applied it.
@@ -53,9 +53,9 @@ class Executor:
             manifest: the full intent.
             generation: the observed generation; None if the object is not watched.
         """
-        last = self._outcomes.get(owner, {}).get(_place("apply", manifest))
+        last = self._last_writes.get(owner, {}).get(_place("apply", manifest))
         if last is not None and last.refusal is None and last.digest == _digest(manifest):
-            is_fresh = self._clock() - last.at < _APPLY_AGAIN_SECONDS
+            is_fresh = self._clock() - last.at < _REAPPLY_SECONDS
             if is_fresh and (generation is None or generation == last.generation):
                 return None
         return await self._send(
@@ -95,7 +95,7 @@ class Executor:
 
     def forget(self, owner: str) -> None:
         """Discard the records of a deleted owner's objects."""
-        self._outcomes.pop(owner, None)
+        self._last_writes.pop(owner, None)
 
     async def _send(
         self,
@@ -107,9 +107,9 @@ class Executor:
         digest: str = "",
         subresource: str = "",
     ) -> Refusal | None:
-        outcomes = self._outcomes.setdefault(owner, {})
+        last_writes = self._last_writes.setdefault(owner, {})
         place, now = _place(verb, item) + subresource, self._clock()
-        last = outcomes.get(place)
+        last = last_writes.get(place)
         before = last if last is not None and last.refusal is not None and last.digest == digest else None
         if before is not None and now - before.at < before.delay:
             return before.refusal
@@ -120,12 +120,12 @@ class Executor:
             if refusal is None:
                 raise
             delay = max(_FIRST_DELAY_SECONDS, 2 * before.delay) if before is not None else _FIRST_DELAY_SECONDS
-            outcomes[place] = _Outcome(digest, now, refusal=refusal, delay=min(MAX_RETRY_SECONDS, delay))
+            last_writes[place] = _LastWrite(digest, now, refusal=refusal, delay=min(MAX_RETRY_SECONDS, delay))
             return refusal
         if verb == "apply" and isinstance(written, dict):
-            outcomes[place] = _Outcome(digest, now, written["metadata"].get("generation"))
+            last_writes[place] = _LastWrite(digest, now, written["metadata"].get("generation"))
         else:
-            outcomes.pop(place, None)
+            last_writes.pop(place, None)
         return None
 
 
@@ -141,11 +141,11 @@ def describe(item: Object) -> str:
 
 def _refusal(verb: str, item: Object, error: ClusterError) -> Refusal | None:
     """Return the refusal for an error; None if the API server was merely unable to respond."""
-    what = describe(item) if verb in {"apply", "create"} else f"to {verb} {describe(item)}"
+    target = describe(item) if verb in {"apply", "create"} else f"to {verb} {describe(item)}"
     cause = cause_of(str(error), forbidden=isinstance(error, ForbiddenError))
     if isinstance(error, UnavailableError) and cause is RefusalCause.INVALID:
         return None
-    return Refusal(verb, item["kind"], f"the API server refuses {what}: {error}", cause)
+    return Refusal(verb, item["kind"], f"the API server refuses {target}: {error}", cause)
 
 
 def _place(verb: str, item: Object) -> str:

@@ -95,7 +95,7 @@ async def _until(stop: asyncio.Event, *endless: object) -> None:
         for task in done:
             task.result()
         if not stop.is_set():
-            raise RuntimeError("a task of the operator ended that never should")
+            raise RuntimeError("a permanent task of the operator returned")
     finally:
         for task in tasks:
             task.cancel()

@@ -98,8 +98,8 @@ class NamespaceFollower:
         events = self._cluster.watch(KIND, fields=f"metadata.name={name}" if name else "", keep=_reduced)
         async for event in events:
             if event.type == "SYNCED":
-                for vanished in self._vanished(name, listed):
-                    self._labels.remove(vanished)
+                for namespace in self._deleted(name, listed):
+                    self._labels.remove(namespace)
                 listed = None
                 self._done(name)
                 continue
@@ -113,7 +113,7 @@ class NamespaceFollower:
             if changed:
                 self._changed(event.object)
 
-    def _vanished(self, name: str, listed: set[str] | None) -> list[str]:
+    def _deleted(self, name: str, listed: set[str] | None) -> list[str]:
         """Return the known namespaces that are missing from the first list of a watch."""
         if listed is None:
             return []

@@ -88,7 +88,7 @@ class Parsed(Generic[M]):
             except ValidationError:
                 pass
             else:
-                _log.warning("the status of %s does not fit the schema of this release and is written again", place)
+                _log.warning("the status of %s does not fit the schema of this release and is recomputed", place)
                 return model
         _log.warning("%s: %s", place, self.error(manifest))
         return None

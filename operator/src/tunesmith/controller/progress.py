@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _INTERVAL_SECONDS = 2.0
 _TIMEOUT = aiohttp.ClientTimeout(total=1.0)
-_AT_ONCE = 32
+_MAX_CONCURRENT = 32
 _OK = 200
 
 
@@ -52,8 +52,8 @@ class ProgressPoller:
 
     async def run(self) -> None:
         """Poll every 2 s. Runs until cancelled."""
-        slots = asyncio.Semaphore(_AT_ONCE)
-        connector = aiohttp.TCPConnector(limit=_AT_ONCE, force_close=True)
+        slots = asyncio.Semaphore(_MAX_CONCURRENT)
+        connector = aiohttp.TCPConnector(limit=_MAX_CONCURRENT, force_close=True)
         async with aiohttp.ClientSession(timeout=_TIMEOUT, connector=connector) as session:
             while True:
                 pods = [pod for pod in self._pods() if pod.get("status", {}).get("podIP")]

@@ -46,7 +46,7 @@ class Watcher:
         namespaces: Sequence[str],
         selectors: Mapping[str, str],
         observe: Callable[[str | None, Object], None],
-        ended: Callable[[], None],
+        stopped: Callable[[], None],
     ) -> None:
         """Initialise; `start` starts the watches.
 
@@ -55,13 +55,13 @@ class Watcher:
             namespaces: namespaces to watch; empty: all.
             selectors: label selector by kind; "" for all objects of the kind.
             observe: called with the event's type (None if the object existed before) and the object.
-            ended: called when the watches have stopped and are about to be restarted.
+            stopped: called when the watches have stopped and are about to be restarted.
         """
         self._cluster = cluster
         self._namespaces = namespaces
         self._selectors = selectors
         self._observe = observe
-        self._ended = ended
+        self._stopped = stopped
         self._stop = threading.Event()
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kopf", daemon=True)
@@ -106,12 +106,12 @@ class Watcher:
                         )
                     )
             except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - they are restarted after any error
-                _log.warning("the watches ended: %s: %s", type(error).__name__, error)
+                _log.warning("the watches stopped: %s: %s", type(error).__name__, error)
             self._ready.clear()
             if self._stop.is_set():
                 return
             failures = 0 if time.monotonic() - started > _MAX_BACKOFF_SECONDS else failures + 1
-            self._call(self._ended)
+            self._call(self._stopped)
             self._stop.wait(min(_MAX_BACKOFF_SECONDS, 0.5 * 2.0 ** min(failures, 6)))
 
     def _call(self, function: Callable[..., None], *arguments: Any) -> None:  # noqa: ANN401 - passed through

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _FIRST_BACKOFF_SECONDS = 0.1
 _MAX_BACKOFF_SECONDS = 30.0
-_PATIENCE = 3
+_IMMEDIATE_RETRIES = 3
 
 
 class WorkQueue:
@@ -28,7 +28,7 @@ class WorkQueue:
         self._ready: deque[Key] = deque()
         self._queued: set[Key] = set()
         self._running: set[Key] = set()
-        self._again: set[Key] = set()
+        self._requeued: set[Key] = set()
         self._later: list[tuple[float, int, Key]] = []
         self._due: dict[Key, float] = {}
         self._failures: dict[Key, int] = {}
@@ -42,12 +42,12 @@ class WorkQueue:
     @property
     def depth(self) -> int:
         """Number of keys that are due and wait for a worker."""
-        return len(self._queued) + len(self._again)
+        return len(self._queued) + len(self._requeued)
 
     def add(self, key: Key) -> None:
         """Make the key due now, or once its processing or its rest is over."""
         if key in self._running:
-            self._again.add(key)
+            self._requeued.add(key)
         elif (rest := self._rests.get(key, 0.0) - self._clock()) > 0:
             self.add_after(key, rest)
         elif key not in self._queued:
@@ -113,15 +113,15 @@ class WorkQueue:
         failures = self._failures.get(key, 0)
         self._failures[key] = failures + 1
         delay = min(_MAX_BACKOFF_SECONDS, _FIRST_BACKOFF_SECONDS * 2.0 ** min(failures, 20)) * random.uniform(0.5, 1.0)  # noqa: S311 - spreads load
-        if failures >= _PATIENCE:
+        if failures >= _IMMEDIATE_RETRIES:
             # A reconcile that fails repeatedly while it changes objects that it watches must not spin.
-            self._again.discard(key)
+            self._requeued.discard(key)
         self._finish(key)
         self.add_after(key, delay)
         return delay
 
     def _finish(self, key: Key) -> None:
         self._running.discard(key)
-        if key in self._again:
-            self._again.discard(key)
+        if key in self._requeued:
+            self._requeued.discard(key)
             self.add(key)

@@ -35,16 +35,16 @@ if TYPE_CHECKING:
     from tunesmith.serving.pod import PoolPod
 
 SELECTOR = "tunesmith.dev/none=pods-are-shared"
-_LONGEST_MESSAGE = 2000
-_ON_ITS_WAY = (ResidencyState.DOWNLOADING, ResidencyState.LOADING)
+_MAX_MESSAGE_LENGTH = 2000
+_IN_PROGRESS = (ResidencyState.DOWNLOADING, ResidencyState.LOADING)
 
 
 @dataclass(frozen=True)
-class Observation:
+class AdapterObservation:
     """Observed state from which an AdapterDeployment's status is computed.
 
     `lost_to`: the older claim on the model name. `pods`: pods of the chosen pool, or of the one that keeps serving.
-    `unplaced`: reason why copies have no slot, by engine name. `decision`: the wanted copies. `unknown_demand`: reason
+    `unplaced`: reason why copies have no slot, by engine name. `decision`: the desired copies. `unknown_demand`: reason
     why the demand is not completely known, None if it is.
     """
 
@@ -58,49 +58,54 @@ class Observation:
     unknown_demand: str | None = None
 
 
-def plan(adapter: AdapterDeployment, seen: Observation, now: datetime) -> AdapterDeploymentStatus:
+def plan(adapter: AdapterDeployment, observation: AdapterObservation, now: datetime) -> AdapterDeploymentStatus:
     """Compute the whole status."""
-    verdict = _Verdict(adapter, seen, _revisions(adapter, seen))
-    outcomes = {
-        AdapterDeploymentCondition.RESOLVED: verdict.resolved(),
-        AdapterDeploymentCondition.READY: verdict.ready(),
-        AdapterDeploymentCondition.PROGRESSING: verdict.progressing(),
+    builder = _ConditionBuilder(adapter, observation, _revisions(adapter, observation))
+    conditions = {
+        AdapterDeploymentCondition.RESOLVED: builder.resolved(),
+        AdapterDeploymentCondition.READY: builder.ready(),
+        AdapterDeploymentCondition.PROGRESSING: builder.progressing(),
     }
     if adapter.spec.autoscaling is not None:
-        outcomes[AdapterDeploymentCondition.SCALING_ACTIVE] = verdict.scaling()
+        conditions[AdapterDeploymentCondition.SCALING_ACTIVE] = builder.scaling()
     holders = [
         pod
-        for pod in seen.pods
-        if not pod.stopping and any(revision.engine_name in pod.resident for revision in verdict.revisions)
+        for pod in observation.pods
+        if not pod.stopping and any(revision.engine_name in pod.resident for revision in builder.revisions)
     ]
     old = adapter.status
     # The reason explains the choice of this size; it is not rewritten with every request.
-    kept = (old.desired_replicas, old.observed_generation) == (seen.decision.replicas, adapter.metadata.generation)
+    is_same_size = (old.desired_replicas, old.observed_generation) == (
+        observation.decision.replicas,
+        adapter.metadata.generation,
+    )
     return AdapterDeploymentStatus(
-        phase=verdict.phase(),
-        reason=outcomes[AdapterDeploymentCondition.READY][1],
-        conditions=conditions_of(adapter.status.conditions, outcomes, adapter.metadata.generation, now),
+        phase=builder.phase(),
+        reason=conditions[AdapterDeploymentCondition.READY][1],
+        conditions=conditions_of(adapter.status.conditions, conditions, adapter.metadata.generation, now),
         observed_generation=adapter.metadata.generation,
-        pool=_pool(adapter, seen) if seen.lost_to is None else None,
-        model=adapter.model if seen.lost_to is None else None,
-        revisions=verdict.revisions,
-        desired_replicas=seen.decision.replicas,
-        desired_reason=old.desired_reason if kept and old.desired_reason else one_line(seen.decision.reason, 1024),
+        pool=_pool(adapter, observation) if observation.lost_to is None else None,
+        model=adapter.model if observation.lost_to is None else None,
+        revisions=builder.revisions,
+        desired_replicas=observation.decision.replicas,
+        desired_reason=old.desired_reason
+        if is_same_size and old.desired_reason
+        else one_line(observation.decision.reason, 1024),
         replicas=len(holders),
         ready_replicas=sum(1 for pod in holders if pod.ready and pod.answering),
         selector=SELECTOR,
-        url=seen.url or None,
+        url=observation.url or None,
     )
 
 
-def _pool(adapter: AdapterDeployment, seen: Observation) -> PoolReference | None:
-    if isinstance(seen.pool, ServingPool):
-        return reference(seen.pool)
-    gone = seen.pool.reason in (Reason.POOL_NOT_FOUND, Reason.POOL_NOT_ALLOWED)
+def _pool(adapter: AdapterDeployment, observation: AdapterObservation) -> PoolReference | None:
+    if isinstance(observation.pool, ServingPool):
+        return reference(observation.pool)
+    gone = observation.pool.reason in (Reason.POOL_NOT_FOUND, Reason.POOL_NOT_ALLOWED)
     return None if gone or not adapter.status.revisions else adapter.status.pool
 
 
-def wanted_copies(revisions: Sequence[Revision], desired: int) -> list[tuple[Revision, int]]:
+def desired_copies(revisions: Sequence[Revision], desired: int) -> list[tuple[Revision, int]]:
     """Return each revision with the number of pods that should hold it, serving revisions first.
 
     A revision that failed permanently is tried on one pod if a slot is free, since a newer pod may be able to load it.
@@ -118,28 +123,28 @@ def needs_slots(adapter: AdapterDeployment) -> bool:
     return any(revision.state is not RevisionState.FAILED for revision in adapter.status.revisions)
 
 
-def _revisions(adapter: AdapterDeployment, seen: Observation) -> list[Revision]:
-    if seen.lost_to is not None:
+def _revisions(adapter: AdapterDeployment, observation: AdapterObservation) -> list[Revision]:
+    if observation.lost_to is not None:
         return []
     prefix = f"{adapter.model}@"
     known = [revision for revision in adapter.status.revisions if revision.engine_name.startswith(prefix)]
-    if isinstance(seen.artifact, Artifact) and isinstance(seen.pool, ServingPool):
+    if isinstance(observation.artifact, Artifact) and isinstance(observation.pool, ServingPool):
         namespace, _, model_name = adapter.model.partition("/")
         newest = Revision(
-            digest=seen.artifact.digest,
-            uri=seen.artifact.uri,
-            engine_name=engine_name(namespace, model_name, seen.artifact.digest),
+            digest=observation.artifact.digest,
+            uri=observation.artifact.uri,
+            engine_name=engine_name(namespace, model_name, observation.artifact.digest),
             state=RevisionState.PENDING,
         )
         before = next((revision for revision in known if revision.engine_name == newest.engine_name), None)
-        if before is not None and before.state is RevisionState.FAILED and _is_same_trial(adapter, seen.pool):
+        if before is not None and before.state is RevisionState.FAILED and _is_unchanged(adapter, observation.pool):
             newest = before.model_copy(update={"uri": newest.uri})
         known = [newest, *(revision for revision in known if revision.engine_name != newest.engine_name)]
-    observed = [_observed(revision, seen) for revision in known]
+    observed = [_observed(revision, observation) for revision in known]
     if not observed:
         return []
     newest, older = observed[0], observed[1:]
-    if _settled(newest, seen):
+    if _settled(newest, observation):
         return [newest]
     # Of the older revisions keep only serving ones; those that were resident a moment ago may serve again.
     serving = [revision for revision in older if revision.ready_replicas > 0] or [
@@ -148,21 +153,21 @@ def _revisions(adapter: AdapterDeployment, seen: Observation) -> list[Revision]:
     return [newest, *(serving or older)[:1]]
 
 
-def _is_same_trial(adapter: AdapterDeployment, pool: ServingPool) -> bool:
+def _is_unchanged(adapter: AdapterDeployment, pool: ServingPool) -> bool:
     """Return True if neither the spec nor the pool has changed since the status was written."""
     status = adapter.status
     return status.observed_generation == adapter.metadata.generation and status.pool == reference(pool)
 
 
-def _settled(revision: Revision, seen: Observation) -> bool:
-    answering = sum(1 for pod in seen.pods if pod.answering)
-    return revision.ready_replicas >= max(1, min(seen.decision.replicas, answering))
+def _settled(revision: Revision, observation: AdapterObservation) -> bool:
+    answering = sum(1 for pod in observation.pods if pod.answering)
+    return revision.ready_replicas >= max(1, min(observation.decision.replicas, answering))
 
 
-def _observed(revision: Revision, seen: Observation) -> Revision:
+def _observed(revision: Revision, observation: AdapterObservation) -> Revision:
     found = [
         (pod, entry)
-        for pod in seen.pods
+        for pod in observation.pods
         if not pod.stopping and (entry := pod.residency(revision.engine_name)) is not None
     ]
     resident = [pod for pod, entry in found if entry.state is ResidencyState.RESIDENT]
@@ -171,14 +176,14 @@ def _observed(revision: Revision, seen: Observation) -> Revision:
     message = (
         f"{failures[0][1].message or 'it could not be loaded'} (pod {failures[0][0].name})"
         if failures
-        else (revision.message if has_failed else seen.unplaced.get(revision.engine_name))
+        else (revision.message if has_failed else observation.unplaced.get(revision.engine_name))
     )
     if resident:
         state = RevisionState.RESIDENT
     elif has_failed or any(entry.permanent for _, entry in failures):
         # It stays failed while it is retried or has no slot, so that it does not compete with loadable revisions.
         state = RevisionState.FAILED
-    elif failures or any(entry.state in _ON_ITS_WAY for _, entry in found):
+    elif failures or any(entry.state in _IN_PROGRESS for _, entry in found):
         state = RevisionState.LOADING
     else:
         state = RevisionState.PENDING
@@ -186,25 +191,25 @@ def _observed(revision: Revision, seen: Observation) -> Revision:
         update={
             "state": state,
             "ready_replicas": sum(1 for pod in resident if pod.ready and pod.answering),
-            "message": one_line(message, _LONGEST_MESSAGE) if message else None,
+            "message": one_line(message, _MAX_MESSAGE_LENGTH) if message else None,
         }
     )
 
 
-_Outcome = tuple[ConditionStatus, Reason, str]
+_ConditionState = tuple[ConditionStatus, Reason, str]
 
 
-class _Verdict:
-    """Conditions that follow from one observation."""
+class _ConditionBuilder:
+    """Builder of the conditions that follow from one observation."""
 
-    def __init__(self, adapter: AdapterDeployment, seen: Observation, revisions: list[Revision]) -> None:
+    def __init__(self, adapter: AdapterDeployment, observation: AdapterObservation, revisions: list[Revision]) -> None:
         self.adapter = adapter
-        self.seen = seen
+        self.observation = observation
         self.revisions = revisions
         self.serving = next((revision for revision in revisions if revision.ready_replicas > 0), None)
 
-    def resolved(self) -> _Outcome:
-        taken = self.seen.lost_to
+    def resolved(self) -> _ConditionState:
+        taken = self.observation.lost_to
         if taken is not None:
             return (
                 ConditionStatus.FALSE,
@@ -214,11 +219,11 @@ class _Verdict:
                     "which is older: choose another spec.modelName"
                 ),
             )
-        for part in (self.seen.artifact, self.seen.pool):
+        for part in (self.observation.artifact, self.observation.pool):
             if isinstance(part, Unresolved):
-                goes_on = f"; revision {short(self.serving.digest)} goes on serving" if self.serving else ""
-                return ConditionStatus.FALSE, part.reason, part.message + goes_on
-        artifact, pool = self.seen.artifact, self.seen.pool
+                serving = f"; revision {short(self.serving.digest)} keeps serving" if self.serving else ""
+                return ConditionStatus.FALSE, part.reason, part.message + serving
+        artifact, pool = self.observation.artifact, self.observation.pool
         assert isinstance(artifact, Artifact)  # noqa: S101 - the loop above returned otherwise
         assert isinstance(pool, ServingPool)  # noqa: S101
         return (
@@ -230,12 +235,12 @@ class _Verdict:
             ),
         )
 
-    def ready(self) -> _Outcome:
+    def ready(self) -> _ConditionState:
         if self.serving is not None:
             newest = self.revisions[0]
             if newest is not self.serving and newest.state is RevisionState.FAILED:
                 message = (
-                    f"revision {short(self.serving.digest)} goes on serving, since "
+                    f"revision {short(self.serving.digest)} keeps serving, because "
                     f"{short(newest.digest)} cannot be loaded: {newest.message}"
                 )
                 return ConditionStatus.TRUE, Reason.PREVIOUS_REVISION, message
@@ -249,40 +254,42 @@ class _Verdict:
             )
         silent = [
             pod.name
-            for pod in self.seen.pods
-            if pod.ready and not pod.heard and any(revision.engine_name in pod.resident for revision in self.revisions)
+            for pod in self.observation.pods
+            if pod.ready
+            and not pod.is_reporting
+            and any(revision.engine_name in pod.resident for revision in self.revisions)
         ]
         if silent:
             return (
                 ConditionStatus.UNKNOWN,
                 Reason.AGENT_SILENT,
-                f"the agent of pod {silent[0]} reports nothing: whether it still holds the adapter is unknown",
+                f"the agent of pod {silent[0]} does not report, so it is unknown whether the pod holds the adapter",
             )
-        _, reason, message = self._what_is_missing()
+        _, reason, message = self._why_not_settled()
         return ConditionStatus.FALSE, reason, message
 
-    def progressing(self) -> _Outcome:
+    def progressing(self) -> _ConditionState:
         newest = next(iter(self.revisions), None)
-        if newest is not None and newest.ready_replicas >= self.seen.decision.replicas:
-            message = f"revision {short(newest.digest)} is resident on {newest.ready_replicas} ready pods as wanted"
+        if newest is not None and newest.ready_replicas >= self.observation.decision.replicas:
+            message = f"revision {short(newest.digest)} is resident on {newest.ready_replicas} ready pods, as desired"
             return ConditionStatus.FALSE, Reason.SETTLED, message.replace(" 1 ready pods", " 1 ready pod")
-        moving, reason, message = self._what_is_missing()
+        moving, reason, message = self._why_not_settled()
         return ConditionStatus.TRUE if moving else ConditionStatus.FALSE, reason, message
 
-    def scaling(self) -> _Outcome:
-        if self.seen.unknown_demand is not None:
-            message = f"{self.seen.unknown_demand}: no copy is removed"
+    def scaling(self) -> _ConditionState:
+        if self.observation.unknown_demand is not None:
+            message = f"{self.observation.unknown_demand}: no copy is removed"
             return ConditionStatus.FALSE, Reason.GATEWAY_SILENT, message
         return ConditionStatus.TRUE, Reason.DEMAND_KNOWN, "every gateway reports its requests"
 
     def phase(self) -> AdapterPhase:
         if self.serving is not None:
             return AdapterPhase.READY
-        if self.seen.lost_to is not None or (self.revisions and self.revisions[0].state is RevisionState.FAILED):
+        if self.observation.lost_to is not None or (self.revisions and self.revisions[0].state is RevisionState.FAILED):
             return AdapterPhase.FAILED
         return AdapterPhase.LOADING if self.revisions else AdapterPhase.WAITING
 
-    def _what_is_missing(self) -> tuple[bool, Reason, str]:
+    def _why_not_settled(self) -> tuple[bool, Reason, str]:
         """Return True if progress is being made, and the reason why the newest revision is not resident everywhere."""
         _, reason, message = self.resolved()
         if not self.revisions:
@@ -290,23 +297,23 @@ class _Verdict:
         newest = self.revisions[0]
         if newest.state is RevisionState.FAILED:
             return False, Reason.REVISION_FAILED, f"revision {short(newest.digest)} cannot be loaded: {newest.message}"
-        if isinstance(self.seen.pool, Unresolved):
+        if isinstance(self.observation.pool, Unresolved):
             return False, reason, message
-        if newest.engine_name in self.seen.unplaced:
+        if newest.engine_name in self.observation.unplaced:
             return (
                 True,
                 Reason.NO_FREE_SLOT,
-                f"revision {short(newest.digest)} waits for a place: {self.seen.unplaced[newest.engine_name]}",
+                (
+                    f"no adapter slot is free for revision {short(newest.digest)}: "
+                    f"{self.observation.unplaced[newest.engine_name]}"
+                ),
             )
-        if not any(pod.answering for pod in self.seen.pods):
-            pool = self.seen.pool
+        if not any(pod.answering for pod in self.observation.pods):
+            pool = self.observation.pool
             return (
                 True,
                 Reason.POOL_NOT_READY,
-                (
-                    f"no pod of ServingPool {pool.metadata.namespace}/{pool.metadata.name} "
-                    "is ready: its conditions say why"
-                ),
+                (f"no pod of ServingPool {pool.metadata.namespace}/{pool.metadata.name} is ready: see its conditions"),
             )
         detail = f": {newest.message}" if newest.message else ""
         return True, Reason.LOADING, f"revision {short(newest.digest)} is being loaded{detail}"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class DesiredRevision:
     """A revision and the number of pods that should hold it.
 
     `spare`: it could not be loaded. It is retried if a slot is free, and never takes one from another revision.
@@ -76,29 +76,31 @@ class Placement:
 
 
 @dataclass
-class _Board:
+class _Assignment:
     slots: int
     pods: list[PlacementPod]
     targets: dict[str, set[str]] = field(default_factory=dict)
     load: dict[str, int] = field(default_factory=dict)
-    claims: dict[str, int] = field(default_factory=dict)
-    """Wanted copies that are already on the pod and are not assigned yet."""
+    reserved: dict[str, int] = field(default_factory=dict)
+    """Desired copies that are already on the pod and are not assigned yet."""
 
-    def put(self, revision: str, pod: PlacementPod) -> None:
+    def assign(self, revision: str, pod: PlacementPod) -> None:
         self.targets[revision].add(pod.name)
         self.load[pod.name] += 1
         if revision in pod.present:
-            self.claims[pod.name] -= 1
+            self.reserved[pod.name] -= 1
 
-    def open_to(self, revision: str) -> list[PlacementPod]:
+    def pods_with_slot_for(self, revision: str) -> list[PlacementPod]:
         return [pod for pod in self.pods if pod.name not in self.targets[revision] and self.load[pod.name] < self.slots]
 
 
-def place(wanted: Sequence[Wanted], pods: Iterable[PlacementPod], slots: int, *, spread: bool = False) -> Placement:
+def place(
+    desired: Sequence[DesiredRevision], pods: Iterable[PlacementPod], slots: int, *, spread: bool = False
+) -> Placement:
     """Assign revisions to pods.
 
     Args:
-        wanted: revisions in order of precedence: if slots are scarce, every revision gets its first copy before any
+        desired: revisions in order of precedence: if slots are scarce, every revision gets its first copy before any
             gets a second, and among equals the earlier one wins.
         pods: the pool's pods, without those that are stopping.
         slots: number of revisions that one pod can hold.
@@ -107,53 +109,53 @@ def place(wanted: Sequence[Wanted], pods: Iterable[PlacementPod], slots: int, *,
     Returns:
         An assignment in which no pod has more than `slots` revisions or the same revision twice.
     """
-    everyone = sorted(pods, key=lambda pod: (pod.age_rank, pod.name))
-    spare, wanted = [item for item in wanted if item.spare], [item for item in wanted if not item.spare]
-    staying = [pod for pod in everyone if not pod.victim]
-    names = {item.revision for item in wanted}
-    board = _Board(
+    all_pods = sorted(pods, key=lambda pod: (pod.age_rank, pod.name))
+    spare, desired = [item for item in desired if item.spare], [item for item in desired if not item.spare]
+    staying = [pod for pod in all_pods if not pod.victim]
+    names = {item.revision for item in desired}
+    assignment = _Assignment(
         slots=slots,
         pods=staying,
-        targets={item.revision: set() for item in wanted},
+        targets={item.revision: set() for item in desired},
         load={pod.name: 0 for pod in staying},
-        claims={pod.name: len(pod.present & names) for pod in staying},
+        reserved={pod.name: len(pod.present & names) for pod in staying},
     )
-    for copy in range(max((item.copies for item in wanted), default=0)):
-        asking = [item.revision for item in wanted if item.copies > copy]
+    for copy in range(max((item.copies for item in desired), default=0)):
+        requesting = [item.revision for item in desired if item.copies > copy]
         # First keep existing copies, then assign the missing ones, so that no copy loses its slot to a new one.
-        missing = [revision for revision in asking if not _keep(board, revision)]
+        missing = [revision for revision in requesting if not _keep(assignment, revision)]
         for revision in missing:
-            _fill(board, revision)
+            _fill(assignment, revision)
     if spread:
-        _even_out(board)
+        _even_out(assignment)
     assigned = {
-        pod.name: {revision for revision, names in board.targets.items() if pod.name in names} for pod in everyone
+        pod.name: {revision for revision, names in assignment.targets.items() if pod.name in names} for pod in all_pods
     }
-    _hold(wanted, everyone, board, assigned)
-    _cover(wanted, everyone, slots, assigned)
+    _keep_answering(desired, all_pods, assignment, assigned)
+    _cover_unready(desired, all_pods, slots, assigned)
     _fill_spare_slots(spare, staying, slots, assigned)
     return Placement(
         pods={name: tuple(sorted(revisions)) for name, revisions in assigned.items()},
-        targets={revision: frozenset(names) for revision, names in board.targets.items()},
-        unplaced=tuple(_unplaced(wanted, staying, board)),
+        targets={revision: frozenset(names) for revision, names in assignment.targets.items()},
+        unplaced=tuple(_unplaced(desired, staying, assignment)),
         spare=frozenset(item.revision for item in spare),
     )
 
 
-def victims(pods: Iterable[PlacementPod], wanted_pods: int, copies: Mapping[str, int]) -> frozenset[str]:
+def victims(pods: Iterable[PlacementPod], desired_pods: int, copies: Mapping[str, int]) -> frozenset[str]:
     """Return the pods to remove when the pool shrinks, or when a surge pod exists.
 
     Outdated pods come first, then those that are not ready, then those with the fewest copies, then the newest.
 
     Args:
         pods: pods that are not stopping.
-        wanted_pods: number of pods that stay.
+        desired_pods: number of pods that stay.
         copies: number of revisions that each pod is to hold now, by pod name.
     """
     ranked = sorted(
         pods, key=lambda pod: (not pod.outdated, pod.ready, copies.get(pod.name, 0), -pod.age_rank, pod.name)
     )
-    return frozenset(pod.name for pod in ranked[: max(0, len(ranked) - wanted_pods)])
+    return frozenset(pod.name for pod in ranked[: max(0, len(ranked) - desired_pods)])
 
 
 def evacuated(placement: Placement, pods: Iterable[PlacementPod]) -> bool:
@@ -161,11 +163,11 @@ def evacuated(placement: Placement, pods: Iterable[PlacementPod]) -> bool:
     return not any(placement.pods.get(pod.name) for pod in pods if pod.victim)
 
 
-def _keep(board: _Board, revision: str) -> bool:
-    current = [pod for pod in board.open_to(revision) if revision in pod.present]
+def _keep(assignment: _Assignment, revision: str) -> bool:
+    current = [pod for pod in assignment.pods_with_slot_for(revision) if revision in pod.present]
     if not current:
         return False
-    board.put(
+    assignment.assign(
         revision,
         min(
             current,
@@ -175,64 +177,71 @@ def _keep(board: _Board, revision: str) -> bool:
     return True
 
 
-def _fill(board: _Board, revision: str) -> bool:
-    candidates = board.open_to(revision)
+def _fill(assignment: _Assignment, revision: str) -> bool:
+    candidates = assignment.pods_with_slot_for(revision)
     if not candidates:
         return False
 
     def preference(pod: PlacementPod) -> tuple[bool, bool, int, str]:
-        displaces = board.load[pod.name] + board.claims[pod.name] >= board.slots
+        displaces = assignment.load[pod.name] + assignment.reserved[pod.name] >= assignment.slots
         return (
             displaces,
             not pod.ready,
-            board.load[pod.name] + board.claims[pod.name],
+            assignment.load[pod.name] + assignment.reserved[pod.name],
             _rendezvous(revision, pod.name),
         )
 
-    board.put(revision, min(candidates, key=preference))
+    assignment.assign(revision, min(candidates, key=preference))
     return True
 
 
-def _even_out(board: _Board) -> None:
-    ready = [pod for pod in board.pods if pod.ready]
+def _even_out(assignment: _Assignment) -> None:
+    ready = [pod for pod in assignment.pods if pod.ready]
     while ready:
-        low = min(ready, key=lambda pod: (board.load[pod.name], pod.age_rank))
-        high = max(ready, key=lambda pod: (board.load[pod.name], -pod.age_rank))
+        low = min(ready, key=lambda pod: (assignment.load[pod.name], pod.age_rank))
+        high = max(ready, key=lambda pod: (assignment.load[pod.name], -pod.age_rank))
         movable = [
-            revision for revision, names in board.targets.items() if high.name in names and low.name not in names
+            revision for revision, names in assignment.targets.items() if high.name in names and low.name not in names
         ]
-        if board.load[high.name] - board.load[low.name] < 2 or not movable:  # noqa: PLR2004 - a difference of one cannot be evened out
+        if assignment.load[high.name] - assignment.load[low.name] < 2 or not movable:  # noqa: PLR2004 - a difference of one cannot be evened out
             return
         # A revision that is already being loaded goes first, so that the same input always continues the same move.
         revision = min(movable, key=lambda name: (name not in low.present, _rendezvous(name, low.name)))
-        board.targets[revision].remove(high.name)
-        board.targets[revision].add(low.name)
-        board.load[high.name] -= 1
-        board.load[low.name] += 1
+        assignment.targets[revision].remove(high.name)
+        assignment.targets[revision].add(low.name)
+        assignment.load[high.name] -= 1
+        assignment.load[low.name] += 1
 
 
-def _hold(wanted: Sequence[Wanted], pods: Sequence[PlacementPod], board: _Board, assigned: dict[str, set[str]]) -> None:
+def _keep_answering(
+    desired: Sequence[DesiredRevision],
+    pods: Sequence[PlacementPod],
+    assignment: _Assignment,
+    assigned: dict[str, set[str]],
+) -> None:
     """Keep copies that answer now while their targets do not."""
-    for item in wanted:
-        targets = board.targets[item.revision]
+    for item in desired:
+        targets = assignment.targets[item.revision]
         answering = sum(
             1 for pod in pods if pod.name in targets and pod.ready and pod.reachable and item.revision in pod.resident
         )
         spare = [
             pod
             for pod in pods
-            if pod.name not in targets and item.revision in pod.resident and len(assigned[pod.name]) < board.slots
+            if pod.name not in targets and item.revision in pod.resident and len(assigned[pod.name]) < assignment.slots
         ]
         spare.sort(key=lambda pod: (not pod.ready, pod.victim, pod.age_rank, pod.name))
         for pod in spare[: max(0, len(targets) - answering)]:
             assigned[pod.name].add(item.revision)
 
 
-def _cover(wanted: Sequence[Wanted], pods: Sequence[PlacementPod], slots: int, assigned: dict[str, set[str]]) -> None:
+def _cover_unready(
+    desired: Sequence[DesiredRevision], pods: Sequence[PlacementPod], slots: int, assigned: dict[str, set[str]]
+) -> None:
     """Assign a ready pod to each revision whose pods are all unready (an engine restarts, a node is lost)."""
     # If no remaining pod is ready, for example in a failing replacement, use a pod that is to be removed.
     ready = [pod for pod in pods if pod.ready and not pod.victim] or [pod for pod in pods if pod.ready]
-    for item in wanted:
+    for item in desired:
         if any(item.revision in assigned[pod.name] for pod in ready):
             continue
         free = [pod for pod in ready if len(assigned[pod.name]) < slots]
@@ -242,7 +251,7 @@ def _cover(wanted: Sequence[Wanted], pods: Sequence[PlacementPod], slots: int, a
 
 
 def _fill_spare_slots(
-    spare: Sequence[Wanted], pods: Sequence[PlacementPod], slots: int, assigned: dict[str, set[str]]
+    spare: Sequence[DesiredRevision], pods: Sequence[PlacementPod], slots: int, assigned: dict[str, set[str]]
 ) -> None:
     """Assign free slots to revisions that could not be loaded, preferably on the pods where they are."""
     for item in spare:
@@ -260,23 +269,25 @@ def _fill_spare_slots(
             assigned[pod.name].add(item.revision)
 
 
-def _unplaced(wanted: Sequence[Wanted], staying: Sequence[PlacementPod], board: _Board) -> list[Unplaced]:
+def _unplaced(
+    desired: Sequence[DesiredRevision], staying: Sequence[PlacementPod], assignment: _Assignment
+) -> list[Unplaced]:
     found = []
-    for item in wanted:
-        missing = item.copies - len(board.targets[item.revision])
+    for item in desired:
+        missing = item.copies - len(assignment.targets[item.revision])
         if missing <= 0:
             continue
         if not staying:
             reason = "the pool has no pod yet"
-        elif len(board.targets[item.revision]) == len(staying):
+        elif len(assignment.targets[item.revision]) == len(staying):
             reason = (
                 f"the pool has {len(staying)} pod{'s' * (len(staying) != 1)} and two copies never "
                 "share one: raise its replicas or lower the copies"
             )
         else:
             reason = (
-                f"all {len(staying) * board.slots} slots of the pool's {len(staying)} "
-                f"pod{'s' * (len(staying) != 1)} are taken: "
+                f"all {len(staying) * assignment.slots} slots of the pool's {len(staying)} "
+                f"pod{'s' * (len(staying) != 1)} are in use: "
                 "raise its replicas or engine.maxLoras"
             )
         found.append(Unplaced(item.revision, missing, reason))

@@ -26,17 +26,17 @@ DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
 BASE_MODEL_CONTAINER = "base-model"
 AGENT_CONTAINER = "agent"
 ENGINE_CONTAINER = "engine"
-PROBLEM_LENGTH = 600
-_OF_CONTAINER = {
+MAX_PROBLEM_LENGTH = 600
+_CONTAINER_PROBLEMS = {
     BASE_MODEL_CONTAINER: (ServingPoolReason.BASE_MODEL_UNAVAILABLE, "the base model cannot be fetched"),
     AGENT_CONTAINER: (ServingPoolReason.AGENT_FAILED, "the agent stopped"),
     ENGINE_CONTAINER: (ServingPoolReason.ENGINE_FAILED, "the engine stopped"),
 }
-_UNHEARD_SECONDS = 5.0
+_SILENT_AGENT_SECONDS = 5.0
 """Time without a line after which a running agent is reported."""
 _AGENT_START_SECONDS = 20.0
 """Time that a new container may take to start its agent, and the network to learn its address."""
-_REPEATEDLY = 3
+_MIN_RESTARTS = 3
 _RECENT = timedelta(minutes=10)
 """Time for which a container has to run until the kubelet resets its restart back-off."""
 
@@ -66,9 +66,9 @@ class PoolPod:
     deleted, or has finished. `problem`: problem reported by the API server. `failed_at`: time at which the pod
     finished. `restarts`: restarts of a container that is running again. `agent_since`: start time of the agent's
     container, None while it does not run. `template`: digest of its template. `state`: the agent's latest state, None
-    before the first line. `heard`: True if the latest line is recent. `unheard_seconds`: time for which the operator
-    has read the agent's stream without receiving a line, None while it does not read it. `stream_error`: error that
-    broke that stream.
+    before the first line. `is_reporting`: True if the latest line is recent. `silent_seconds`: time for which the
+    operator has read the agent's stream without receiving a line, None while it does not read it. `stream_error`:
+    error that broke that stream.
     """
 
     namespace: str
@@ -87,15 +87,15 @@ class PoolPod:
     containers_ready_since: datetime | None = None
     template: str | None = None
     state: PodState | None = None
-    heard: bool = False
-    unheard_seconds: float | None = None
+    is_reporting: bool = False
+    silent_seconds: float | None = None
     stream_error: str = ""
 
     @property
     def engine_up(self) -> bool:
         """True if its engine holds its adapters and accepts requests, as far as is currently known."""
         return (
-            self.heard
+            self.is_reporting
             and not self.stopping
             and self.state is not None
             and self.state.engine_ready
@@ -111,7 +111,7 @@ class PoolPod:
     @property
     def serving(self) -> bool:
         """True if it receives requests: it is ready, and its agent does not contradict that."""
-        return self.ready and not self.stopping and (self.answering or not self.heard)
+        return self.ready and not self.stopping and (self.answering or not self.is_reporting)
 
     def residency(self, engine_name: str) -> Residency | None:
         """Return the agent's latest report about a revision, or None."""
@@ -137,8 +137,8 @@ def observe_pod(
     manifest: Mapping[str, Any],
     state: PodState | None = None,
     *,
-    heard: bool = False,
-    unheard_seconds: float | None = None,
+    is_reporting: bool = False,
+    silent_seconds: float | None = None,
     stream_error: str = "",
 ) -> PoolPod:
     """Return the pod of a manifest, with its agent's reports."""
@@ -146,7 +146,7 @@ def observe_pod(
     conditions = {condition["type"]: condition for condition in status.get("conditions") or ()}
     gate = conditions.get(READINESS_GATE)
     annotations = metadata.get("annotations") or {}
-    over = status.get("phase") in {"Failed", "Succeeded"}
+    is_finished = status.get("phase") in {"Failed", "Succeeded"}
     return PoolPod(
         namespace=metadata["namespace"],
         name=metadata["name"],
@@ -156,16 +156,16 @@ def observe_pod(
         ready=_is_true(conditions.get("Ready")),
         gate=None if gate is None else _is_true(gate),
         deletion_cost=annotations.get(DELETION_COST),
-        stopping=bool(metadata.get("deletionTimestamp")) or over,
-        problem=_failed_pod(status) if over else next(_problems(status, conditions), None),
-        failed_at=_newest_change(status) if over and not metadata.get("deletionTimestamp") else None,
+        stopping=bool(metadata.get("deletionTimestamp")) or is_finished,
+        problem=_finished_pod_problem(status) if is_finished else next(_problems(status, conditions), None),
+        failed_at=_newest_change(status) if is_finished and not metadata.get("deletionTimestamp") else None,
         restarts=next(_restarts(status), None),
         agent_since=_running_since(status, AGENT_CONTAINER, metadata["creationTimestamp"]),
         template=annotations.get(TEMPLATE_ANNOTATION),
         containers_ready_since=_true_since(conditions.get("ContainersReady")),
         state=state,
-        heard=heard,
-        unheard_seconds=unheard_seconds,
+        is_reporting=is_reporting,
+        silent_seconds=silent_seconds,
         stream_error=stream_error,
     )
 
@@ -177,15 +177,15 @@ def current_problem(pod: PoolPod, now: datetime) -> Problem | None:
         return pod.problem if recent else None
     if pod.problem is not None:
         return pod.problem
-    if pod.heard and pod.state is not None and (pod.state.problem or pod.state.stalled):
+    if pod.is_reporting and pod.state is not None and (pod.state.problem or pod.state.stalled):
         message = pod.state.problem or pod.state.stalled
-        return Problem(ServingPoolReason.ENGINE_UNHEALTHY, one_line(message, PROBLEM_LENGTH))
-    if _unheard_for(pod, now) >= _UNHEARD_SECONDS:
+        return Problem(ServingPoolReason.ENGINE_UNHEALTHY, one_line(message, MAX_PROBLEM_LENGTH))
+    if _silent_for(pod, now) >= _SILENT_AGENT_SECONDS:
         return _unreachable(pod)
     restarts = pod.restarts
     if (
         restarts is not None
-        and restarts.count >= _REPEATEDLY
+        and restarts.count >= _MIN_RESTARTS
         and restarts.last is not None
         and now - restarts.last <= _RECENT
     ):
@@ -193,19 +193,19 @@ def current_problem(pod: PoolPod, now: datetime) -> Problem | None:
     return None
 
 
-def _unheard_for(pod: PoolPod, now: datetime) -> float:
-    if pod.heard or not pod.address or pod.agent_since is None:
+def _silent_for(pod: PoolPod, now: datetime) -> float:
+    if pod.is_reporting or not pod.address or pod.agent_since is None:
         return 0.0
     if (now - pod.agent_since).total_seconds() < _AGENT_START_SECONDS:
         return 0.0
-    return (now - pod.agent_since).total_seconds() if pod.unheard_seconds is None else pod.unheard_seconds
+    return (now - pod.agent_since).total_seconds() if pod.silent_seconds is None else pod.silent_seconds
 
 
 def _unreachable(pod: PoolPod) -> Problem | None:
     if pod.state is not None and not pod.stream_error:
         return Problem(
             ServingPoolReason.AGENT_SILENT,
-            "its agent is connected and reports nothing: what the pod holds is unknown",
+            "its agent is connected but does not report, so the adapters of the pod are unknown",
         )
     host = url_host(pod.address or "")
     error = f" ({one_line(pod.stream_error, 200)})" if pod.stream_error else ""
@@ -241,13 +241,13 @@ def _running_since(status: Mapping[str, Any], name: str, created: str) -> dateti
     return None if running is None else _time(running.get("startedAt") or created)
 
 
-def _failed_pod(status: Mapping[str, Any]) -> Problem | None:
+def _finished_pod_problem(status: Mapping[str, Any]) -> Problem | None:
     """Return the reason why a finished pod stopped, although pool pods should run indefinitely."""
     conditions = {condition["type"]: condition for condition in status.get("conditions") or ()}
     disruption = conditions.get("DisruptionTarget") or {}
     reason = status.get("reason") or disruption.get("reason") or status["phase"]
     message = status.get("message") or disruption.get("message") or "its containers finished"
-    return Problem(ServingPoolReason.POD_FAILED, f"it finished ({one_line(reason, 64)}): {_cut(message)}")
+    return Problem(ServingPoolReason.POD_FAILED, f"it finished ({one_line(reason, 64)}): {_truncated(message)}")
 
 
 def _newest_change(status: Mapping[str, Any]) -> datetime | None:
@@ -263,7 +263,7 @@ def _problems(status: Mapping[str, Any], conditions: Mapping[str, Mapping[str, A
     scheduled = conditions.get("PodScheduled")
     if scheduled is not None and scheduled.get("status") == "False":
         message = scheduled.get("message") or scheduled.get("reason") or "the scheduler gave no reason"
-        yield Problem(ServingPoolReason.UNSCHEDULABLE, f"no node takes it: {_cut(message)}")
+        yield Problem(ServingPoolReason.UNSCHEDULABLE, f"it cannot be scheduled: {_truncated(message)}")
     for container in _containers(status):
         waiting = (container.get("state") or {}).get("waiting") or {}
         reason, name = waiting.get("reason", ""), container["name"]
@@ -271,23 +271,23 @@ def _problems(status: Mapping[str, Any], conditions: Mapping[str, Mapping[str, A
             yield Problem(
                 ServingPoolReason.IMAGE_PULL_FAILED,
                 f"image {one_line(str(container.get('image')), 256)} of {name} cannot be pulled: "
-                f"{_cut(waiting.get('message') or reason)}",
+                f"{_truncated(waiting.get('message') or reason)}",
             )
         elif reason in CONFIGURATION_REASONS:
             yield Problem(
                 ServingPoolReason.CONFIGURATION,
-                f"container {name} cannot be started: {_cut(waiting.get('message') or reason)}",
+                f"container {name} cannot be started: {_truncated(waiting.get('message') or reason)}",
             )
-        elif not _is_up(container) and (end := _end(container)) is not None:
-            yield end
+        elif not _is_up(container) and (problem := _termination(container)) is not None:
+            yield problem
 
 
 def _restarts(status: Mapping[str, Any]) -> Iterator[Restarts]:
     for container in _containers(status):
         count = container.get("restartCount", 0)
-        if count and _is_up(container) and (end := _end(container)) is not None:
+        if count and _is_up(container) and (problem := _termination(container)) is not None:
             last = ((container.get("lastState") or {}).get("terminated") or {}).get("finishedAt")
-            yield Restarts(Problem(end.reason, f"{end.message}; it is running again"), count, _time(last))
+            yield Restarts(Problem(problem.reason, f"{problem.message}; it is running again"), count, _time(last))
 
 
 def _is_up(container: Mapping[str, Any]) -> bool:
@@ -295,18 +295,20 @@ def _is_up(container: Mapping[str, Any]) -> bool:
     return "running" in (container.get("state") or {}) and container.get("ready", True)
 
 
-def _end(container: Mapping[str, Any]) -> Problem | None:
+def _termination(container: Mapping[str, Any]) -> Problem | None:
     """Return the container's latest termination as a problem; None if there is none, or it is expected."""
     name = container["name"]
     for where in ("state", "lastState"):
-        ended = (container.get(where) or {}).get("terminated")
-        if not ended or (name == BASE_MODEL_CONTAINER and ended.get("exitCode", 0) == 0):
+        terminated = (container.get(where) or {}).get("terminated")
+        if not terminated or (name == BASE_MODEL_CONTAINER and terminated.get("exitCode", 0) == 0):
             continue
-        cause = "out of memory" if ended.get("reason") == "OOMKilled" else f"exit code {ended.get('exitCode', 0)}"
+        cause = (
+            "out of memory" if terminated.get("reason") == "OOMKilled" else f"exit code {terminated.get('exitCode', 0)}"
+        )
         count = container.get("restartCount", 0)
         restarts = f", restarted {count} time{'' if count == 1 else 's'}" if count else ""
-        text = _last_line(ended.get("message") or "")
-        kind, what = _OF_CONTAINER.get(name, (ServingPoolReason.ENGINE_FAILED, f"container {name} stopped"))
+        text = _last_line(terminated.get("message") or "")
+        kind, what = _CONTAINER_PROBLEMS.get(name, (ServingPoolReason.ENGINE_FAILED, f"container {name} stopped"))
         return Problem(kind, f"{what} ({cause}{restarts}){f': {text}' if text else ''}")
     return None
 
@@ -318,9 +320,9 @@ def _last_line(message: str) -> str:
         document = json.loads(text)
     except (ValueError, RecursionError):
         lines = [line.strip() for line in text.splitlines() if line.strip()]
-        return _cut(lines[-1]) if lines else ""
-    return _cut(str(document.get("message") or "")) if isinstance(document, dict) else _cut(text)
+        return _truncated(lines[-1]) if lines else ""
+    return _truncated(str(document.get("message") or "")) if isinstance(document, dict) else _truncated(text)
 
 
-def _cut(text: str) -> str:
-    return one_line(text, PROBLEM_LENGTH)
+def _truncated(text: str) -> str:
+    return one_line(text, MAX_PROBLEM_LENGTH)

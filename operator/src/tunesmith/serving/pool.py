@@ -14,11 +14,11 @@ from tunesmith.api.servingpool import PoolPhase, ServingPoolStatus
 from tunesmith.contracts.agent import DesiredAdapter, ResidencyState
 from tunesmith.contracts.sentence import one_line
 from tunesmith.contracts.transitions import conditions_of
-from tunesmith.serving.adapter import wanted_copies
-from tunesmith.serving.placement import Placement, PlacementPod, Wanted, evacuated, place, victims
+from tunesmith.serving.adapter import desired_copies
+from tunesmith.serving.placement import DesiredRevision, Placement, PlacementPod, evacuated, place, victims
 from tunesmith.serving.pod import Problem, current_problem
 from tunesmith.serving.render import selector_text
-from tunesmith.serving.rolling import Hold, Rollout, interruption
+from tunesmith.serving.rolling import Rollout, RolloutHold, interruption
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -42,10 +42,10 @@ class PoolObservation:
     """Observed state from which a pool's plan is computed.
 
     `deployment`: as observed. `pods`: all pods of the pool, including stopping ones. `adapters`: attached
-    AdapterDeployments, in order of precedence. `decision`: the wanted pods. `spread`: see `placement.place`.
+    AdapterDeployments, in order of precedence. `decision`: the desired pods. `spread`: see `placement.place`.
     `invalid`: reason why the spec cannot be rendered. `refusal`: refused write of one of the pool's objects.
     `unknown_demand`: reason why the demand is not completely known, None if it is. `rollout`: the pods compared with
-    the wanted template. `hold`: reason why their replacement does not begin. `max_surge`: see `rolling.surge`.
+    the desired template. `hold`: reason why their replacement does not begin. `max_surge`: see `rolling.surge`.
     `running`: current number of requests for the pool's models, None if unknown.
     """
 
@@ -59,7 +59,7 @@ class PoolObservation:
     refusal: Refusal | None = None
     unknown_demand: str | None = None
     rollout: Rollout = field(default_factory=lambda: Rollout(""))
-    hold: Hold | None = None
+    hold: RolloutHold | None = None
     max_surge: int = 0
     running: int | None = None
 
@@ -89,23 +89,23 @@ class PlacementMemory:
 
     def __init__(self) -> None:
         self._adapters: Sequence[AdapterDeployment] | None = None
-        self._wanted: tuple[dict[str, Revision], list[Wanted]] = ({}, [])
+        self._desired: tuple[dict[str, Revision], list[DesiredRevision]] = ({}, [])
         self._input: object = None
         self._output: tuple[Placement, frozenset[str]] = (Placement({}, {}), frozenset())
         self._assigned: Mapping[str, tuple[DesiredAdapter, ...]] = {}
 
-    def wanted(self, adapters: Sequence[AdapterDeployment]) -> tuple[dict[str, Revision], list[Wanted]]:
-        """Return the revisions by engine name, and the number of pods that each wants."""
+    def desired(self, adapters: Sequence[AdapterDeployment]) -> tuple[dict[str, Revision], list[DesiredRevision]]:
+        """Return the revisions by engine name, and the number of pods that each needs."""
         if self._adapters is not adapters:
-            self._wanted = _wanted(adapters)
+            self._desired = _desired_revisions(adapters)
             self._adapters = adapters
-        return self._wanted
+        return self._desired
 
     def place(
-        self, pool: ServingPool, seen: PoolObservation, living: Sequence[PoolPod]
+        self, pool: ServingPool, observation: PoolObservation, living: Sequence[PoolPod]
     ) -> tuple[Placement, frozenset[str], Mapping[str, tuple[DesiredAdapter, ...]]]:
         """Return the placement, the pods to remove, and the complete list of each pod's adapters."""
-        revisions, wanted = self.wanted(seen.adapters)
+        revisions, desired = self.desired(observation.adapters)
         pods = tuple(
             (
                 pod.name,
@@ -119,12 +119,12 @@ class PlacementMemory:
             )
             for pod in living
         )
-        size = (seen.decision.replicas, seen.spread, pool.spec.engine.max_loras)
-        given = (pods, wanted, revisions, size, seen.rollout.outdated, seen.max_surge)
-        if self._input != given:
-            self._output = _placement(pool, seen, living, wanted)
+        size = (observation.decision.replicas, observation.spread, pool.spec.engine.max_loras)
+        inputs = (pods, desired, revisions, size, observation.rollout.outdated, observation.max_surge)
+        if self._input != inputs:
+            self._output = _placement(pool, observation, living, desired)
             self._assigned = {name: self._list(name, keys, revisions) for name, keys in self._output[0].pods.items()}
-            self._input = given
+            self._input = inputs
         return *self._output, self._assigned
 
     def _list(self, pod: str, keys: Sequence[str], revisions: Mapping[str, Revision]) -> tuple[DesiredAdapter, ...]:
@@ -136,20 +136,24 @@ class PlacementMemory:
         return old if old is not None and old == new else new
 
 
-def plan(pool: ServingPool, seen: PoolObservation, now: datetime, memory: PlacementMemory | None = None) -> PoolPlan:
+def plan(
+    pool: ServingPool, observation: PoolObservation, now: datetime, memory: PlacementMemory | None = None
+) -> PoolPlan:
     """Return all decisions about a pool. `memory`: cache of earlier calls for the pool."""
-    living = [pod for pod in seen.pods if not pod.stopping]
-    placement, leaving, assigned = (memory or PlacementMemory()).place(pool, seen, living)
+    living = [pod for pod in observation.pods if not pod.stopping]
+    placement, leaving, assigned = (memory or PlacementMemory()).place(pool, observation, living)
     costs = {pod.name: _VICTIM_COST if pod.name in leaving else 0 for pod in living}
-    current = _replicas(seen.deployment)
-    marked = all(_is_marked(pod) for pod in living if pod.name in leaving)
-    empty = evacuated(
+    current = _replicas(observation.deployment)
+    is_marked = all(_is_marked(pod) for pod in living if pod.name in leaving)
+    is_empty = evacuated(
         placement, [PlacementPod(pod.name, ready=pod.ready, victim=pod.name in leaving) for pod in living]
     )
     # The Deployment's controller removes an outdated pod once a new one is ready.
-    may_open = not seen.rollout.outdated or _is_covered(placement, living, leaving)
-    shrinks = current is not None and seen.decision.replicas < current
-    replicas = current if shrinks and not (marked and empty) and current is not None else seen.decision.replicas
+    may_open = not observation.rollout.outdated or _is_covered(placement, living, leaving)
+    shrinks = current is not None and observation.decision.replicas < current
+    replicas = (
+        current if shrinks and not (is_marked and is_empty) and current is not None else observation.decision.replicas
+    )
     return PoolPlan(
         replicas=replicas,
         assigned=assigned,
@@ -162,24 +166,26 @@ def plan(pool: ServingPool, seen: PoolObservation, now: datetime, memory: Placem
             and gate is not None
         },
         unplaced={entry.revision: entry.reason for entry in placement.unplaced},
-        status=_status(pool, seen, living, placement, now),
+        status=_status(pool, observation, living, placement, now),
     )
 
 
-def _wanted(adapters: Sequence[AdapterDeployment]) -> tuple[dict[str, Revision], list[Wanted]]:
-    """Return the revisions by engine name, and the number of pods that each wants, in order of precedence."""
+def _desired_revisions(adapters: Sequence[AdapterDeployment]) -> tuple[dict[str, Revision], list[DesiredRevision]]:
+    """Return the revisions by engine name, and the number of pods that each needs, in order of precedence."""
     revisions: dict[str, Revision] = {}
-    wanted: list[Wanted] = []
+    desired: list[DesiredRevision] = []
     for adapter in adapters:
-        for revision, copies in wanted_copies(adapter.status.revisions, adapter.status.desired_replicas or 1):
+        for revision, copies in desired_copies(adapter.status.revisions, adapter.status.desired_replicas or 1):
             if revision.engine_name not in revisions and revision.uri is not None:
                 revisions[revision.engine_name] = revision
-                wanted.append(Wanted(revision.engine_name, copies, spare=revision.state is RevisionState.FAILED))
-    return revisions, wanted
+                desired.append(
+                    DesiredRevision(revision.engine_name, copies, spare=revision.state is RevisionState.FAILED)
+                )
+    return revisions, desired
 
 
 def _placement(
-    pool: ServingPool, seen: PoolObservation, living: Sequence[PoolPod], wanted: Sequence[Wanted]
+    pool: ServingPool, observation: PoolObservation, living: Sequence[PoolPod], desired: Sequence[DesiredRevision]
 ) -> tuple[Placement, frozenset[str]]:
     ages = {pod.name: rank for rank, pod in enumerate(sorted(living, key=lambda pod: (pod.created, pod.name)))}
 
@@ -193,7 +199,7 @@ def _placement(
                 present=pod.present,
                 resident=pod.resident,
                 victim=pod.name in leaving,
-                outdated=pod.name in seen.rollout.outdated,
+                outdated=pod.name in observation.rollout.outdated,
             )
             for pod in living
         ]
@@ -202,27 +208,27 @@ def _placement(
     draining = frozenset(pod.name for pod in living if _drains(pod))
     slots = pool.spec.engine.max_loras
     candidates = pods(draining)
-    before = place(wanted, candidates, slots)
+    before = place(desired, candidates, slots)
     marked = {pod.name for pod in living if _is_marked(pod)}
     # Prefer pods that were chosen before, so that consecutive passes remove the same pods.
     counts = {name: -1 if name in marked else len(keys) for name, keys in before.pods.items()}
     staying = [pod for pod in candidates if not pod.victim]
-    leaving = draining | victims(staying, seen.decision.replicas, counts)
-    placement = place(wanted, pods(leaving), slots, spread=seen.spread)
-    following = _next_to_be_replaced(seen, staying, leaving, counts)
+    leaving = draining | victims(staying, observation.decision.replicas, counts)
+    placement = place(desired, pods(leaving), slots, spread=observation.spread)
+    following = _next_to_be_replaced(observation, staying, leaving, counts)
     if following is None:
         return placement, leaving
     # Without a surge pod, the next pod is emptied while the previous one's replacement starts, if others have slots.
-    ahead = place(wanted, pods(leaving | {following}), slots, spread=seen.spread)
+    ahead = place(desired, pods(leaving | {following}), slots, spread=observation.spread)
     fits = sum(entry.copies for entry in ahead.unplaced) <= sum(entry.copies for entry in placement.unplaced)
     return (ahead, leaving | {following}) if fits else (placement, leaving)
 
 
 def _next_to_be_replaced(
-    seen: PoolObservation, staying: Sequence[PlacementPod], leaving: frozenset[str], counts: Mapping[str, int]
+    observation: PoolObservation, staying: Sequence[PlacementPod], leaving: frozenset[str], counts: Mapping[str, int]
 ) -> str | None:
     outdated = [pod for pod in staying if pod.outdated and pod.name not in leaving]
-    if seen.max_surge or leaving or len(outdated) == len(staying):
+    if observation.max_surge or leaving or len(outdated) == len(staying):
         return None
     return min(outdated, key=lambda pod: (pod.ready, counts.get(pod.name, 0), pod.name)).name if outdated else None
 
@@ -240,7 +246,7 @@ def _counts_as_ready(pod: PoolPod) -> bool:
 
     A stalled engine keeps them too: loading them elsewhere would burden the pods that get its requests.
     """
-    return pod.engine_up or (pod.ready and not pod.heard)
+    return pod.engine_up or (pod.ready and not pod.is_reporting)
 
 
 def _replicas(deployment: Mapping[str, Any] | None) -> int | None:
@@ -255,13 +261,13 @@ def _awaited(assigned: Sequence[DesiredAdapter], placement: Placement) -> list[D
 def _gate(
     pod: PoolPod, assigned: Sequence[DesiredAdapter], living: Sequence[PoolPod], now: datetime, *, may_open: bool
 ) -> bool | None:
-    """Return the wanted state of the readiness gate; None to leave it unchanged.
+    """Return the desired state of the readiness gate; None to leave it unchanged.
 
     An open gate stays open while the engine is up, so that loading an adapter does not interrupt the others. An adapter
     that cannot be loaded must not delay the others for long either. `may_open`: True if every adapter of the pods to
     remove is resident elsewhere.
     """
-    if not pod.heard or pod.state is None:
+    if not pod.is_reporting or pod.state is None:
         return None
     if not pod.state.engine_ready or pod.state.problem:
         return False
@@ -292,104 +298,115 @@ def _settled(pod: PoolPod, adapter: DesiredAdapter, others: Sequence[PoolPod]) -
 
 
 def _status(
-    pool: ServingPool, seen: PoolObservation, living: Sequence[PoolPod], placement: Placement, now: datetime
+    pool: ServingPool, observation: PoolObservation, living: Sequence[PoolPod], placement: Placement, now: datetime
 ) -> ServingPoolStatus:
     ready = sum(1 for pod in living if pod.serving)
     used = sum(len(frozenset(keys) - placement.spare) for keys in placement.pods.values())
     fingerprint, differing = _fingerprint(pool, living)
-    problem = _first_problem(seen, living, ready, now)
-    outcomes = {
-        ServingPoolCondition.AVAILABLE: _available(seen, ready, living, problem),
-        ServingPoolCondition.PROGRESSING: _progressing(seen, ready, living),
-        ServingPoolCondition.DEGRADED: _degraded(pool, seen, living, problem, differing),
-        ServingPoolCondition.UPDATED: _updated(pool, seen, living),
+    problem = _first_problem(observation, living, ready, now)
+    conditions = {
+        ServingPoolCondition.AVAILABLE: _available(observation, ready, living, problem),
+        ServingPoolCondition.PROGRESSING: _progressing(observation, ready, living),
+        ServingPoolCondition.DEGRADED: _degraded(pool, observation, living, problem, differing),
+        ServingPoolCondition.UPDATED: _updated(pool, observation, living),
     }
     if pool.spec.autoscaling is not None:
-        outcomes[ServingPoolCondition.SCALING_ACTIVE] = _scaling(seen)
-    phase, decisive = _phase(outcomes)
+        conditions[ServingPoolCondition.SCALING_ACTIVE] = _scaling(observation)
+    phase, decisive = _phase(conditions)
     old = pool.status
     # The reason explains the choice of this size; it is not rewritten with every request.
-    kept = (old.desired_replicas, old.observed_generation) == (seen.decision.replicas, pool.metadata.generation)
+    is_same_size = (old.desired_replicas, old.observed_generation) == (
+        observation.decision.replicas,
+        pool.metadata.generation,
+    )
     return ServingPoolStatus(
         phase=phase,
-        reason=outcomes[decisive][1],
-        conditions=conditions_of(pool.status.conditions, outcomes, pool.metadata.generation, now),
+        reason=conditions[decisive][1],
+        conditions=conditions_of(pool.status.conditions, conditions, pool.metadata.generation, now),
         observed_generation=pool.metadata.generation,
         base_model_fingerprint=fingerprint,
-        desired_replicas=seen.decision.replicas,
-        desired_reason=old.desired_reason if kept and old.desired_reason else one_line(seen.decision.reason, 1024),
+        desired_replicas=observation.decision.replicas,
+        desired_reason=old.desired_reason
+        if is_same_size and old.desired_reason
+        else one_line(observation.decision.reason, 1024),
         replicas=len(living),
         ready_replicas=ready,
-        adapters=len(seen.adapters),
+        adapters=len(observation.adapters),
         slots_used=used,
         slots_free=max(0, len(living) * pool.spec.engine.max_loras - used),
         selector=selector_text(pool),
     )
 
 
-_Outcome = tuple[ConditionStatus, Reason, str]
+_ConditionState = tuple[ConditionStatus, Reason, str]
 _TRUE, _FALSE, _UNKNOWN = ConditionStatus.TRUE, ConditionStatus.FALSE, ConditionStatus.UNKNOWN
 
 
-def _phase(outcomes: Mapping[ServingPoolCondition, _Outcome]) -> tuple[PoolPhase, ServingPoolCondition]:
+def _phase(conditions: Mapping[ServingPoolCondition, _ConditionState]) -> tuple[PoolPhase, ServingPoolCondition]:
     """Return the phase and the condition from which it is derived."""
-    if outcomes[ServingPoolCondition.DEGRADED][0] is _TRUE:
+    if conditions[ServingPoolCondition.DEGRADED][0] is _TRUE:
         return PoolPhase.DEGRADED, ServingPoolCondition.DEGRADED
-    available = outcomes[ServingPoolCondition.AVAILABLE][0] is _TRUE
+    available = conditions[ServingPoolCondition.AVAILABLE][0] is _TRUE
     return PoolPhase.AVAILABLE if available else PoolPhase.PENDING, ServingPoolCondition.AVAILABLE
 
 
-def _available(seen: PoolObservation, ready: int, living: Sequence[PoolPod], problem: Problem | None) -> _Outcome:
-    wanted = max(seen.decision.replicas, len(living))
-    if any(pod.serving and pod.heard for pod in living):
-        return _TRUE, Reason.PODS_READY, f"{ready} of {wanted} pods ready"
+def _available(
+    observation: PoolObservation, ready: int, living: Sequence[PoolPod], problem: Problem | None
+) -> _ConditionState:
+    desired = max(observation.decision.replicas, len(living))
+    if any(pod.serving and pod.is_reporting for pod in living):
+        return _TRUE, Reason.PODS_READY, f"{ready} of {desired} pods ready"
     if ready:
-        message = problem.message if problem else "their agents report nothing"
-        return _UNKNOWN, Reason.AGENT_SILENT, f"{ready} of {wanted} pods are ready for Kubernetes; {message}"
-    if seen.invalid is not None:
-        return _FALSE, Reason.INVALID_SPEC, seen.invalid
-    if seen.refusal is not None:
-        return _FALSE, Reason.WRITE_REFUSED, seen.refusal.sentence
-    if seen.decision.replicas == 0:
+        message = problem.message if problem else "their agents do not report"
+        return _UNKNOWN, Reason.AGENT_SILENT, f"{ready} of {desired} pods are ready in Kubernetes; {message}"
+    if observation.invalid is not None:
+        return _FALSE, Reason.INVALID_SPEC, observation.invalid
+    if observation.refusal is not None:
+        return _FALSE, Reason.WRITE_REFUSED, observation.refusal.sentence
+    if observation.decision.replicas == 0:
         return _FALSE, Reason.SCALED_TO_ZERO, "replicas is 0: raise it to serve"
     if problem is not None:
         return _FALSE, problem.reason, problem.message
-    return _FALSE, Reason.NO_POD_READY, f"0 of {seen.decision.replicas} pods ready"
+    return _FALSE, Reason.NO_POD_READY, f"0 of {observation.decision.replicas} pods ready"
 
 
-def _progressing(seen: PoolObservation, ready: int, living: Sequence[PoolPod]) -> _Outcome:
-    wanted = seen.decision.replicas
-    status = (seen.deployment or {}).get("status") or {}
-    if seen.invalid is not None:
-        return _FALSE, Reason.INVALID_SPEC, seen.invalid
-    if seen.refusal is not None:
-        return _FALSE, Reason.WRITE_REFUSED, seen.refusal.sentence
-    if seen.deployment is not None and status.get("updatedReplicas", 0) < min(wanted, status.get("replicas", 0)):
+def _progressing(observation: PoolObservation, ready: int, living: Sequence[PoolPod]) -> _ConditionState:
+    desired = observation.decision.replicas
+    status = (observation.deployment or {}).get("status") or {}
+    if observation.invalid is not None:
+        return _FALSE, Reason.INVALID_SPEC, observation.invalid
+    if observation.refusal is not None:
+        return _FALSE, Reason.WRITE_REFUSED, observation.refusal.sentence
+    if observation.deployment is not None and status.get("updatedReplicas", 0) < min(
+        desired, status.get("replicas", 0)
+    ):
         updated = status.get("updatedReplicas", 0)
-        return _TRUE, Reason.ROLLING_OUT, f"{updated} of {wanted} pods have the current settings"
-    if ready < wanted or len(living) != wanted:
-        return _TRUE, Reason.SCALING, f"{ready} of {wanted} wanted pods ready, {len(living)} exist"
-    return _FALSE, Reason.SETTLED, f"{wanted} pod{'' if wanted == 1 else 's'} as wanted"
+        return _TRUE, Reason.ROLLING_OUT, f"{updated} of {desired} pods have the current settings"
+    if ready < desired or len(living) != desired:
+        return _TRUE, Reason.SCALING, f"{ready} of {desired} desired pods ready, {len(living)} exist"
+    return _FALSE, Reason.SETTLED, f"{desired} pod{'' if desired == 1 else 's'}, as desired"
 
 
 def _degraded(
     pool: ServingPool,
-    seen: PoolObservation,
+    observation: PoolObservation,
     living: Sequence[PoolPod],
     problem: Problem | None,
     differing: str | None,
-) -> _Outcome:
-    silent = next((pod.name for pod in living if pod.ready and not pod.heard), None)
+) -> _ConditionState:
+    silent = next((pod.name for pod in living if pod.ready and not pod.is_reporting), None)
     sentences: list[tuple[Reason, str | None]] = [
-        (Reason.INVALID_SPEC, seen.invalid),
-        (Reason.WRITE_REFUSED, seen.refusal.sentence if seen.refusal is not None else None),
-        (Reason.PODS_REFUSED, refusal_of_pods(seen.deployment)),
+        (Reason.INVALID_SPEC, observation.invalid),
+        (Reason.WRITE_REFUSED, observation.refusal.sentence if observation.refusal is not None else None),
+        (Reason.PODS_REFUSED, refusal_of_pods(observation.deployment)),
         (Reason.AS_EXPECTED, None) if problem is None else (problem.reason, problem.message),
         (Reason.FINGERPRINTS_DIFFER, differing),
-        (Reason.MODEL_NAME_TAKEN, _taken(pool, seen.lost_to)),
+        (Reason.MODEL_NAME_TAKEN, _taken(pool, observation.lost_to)),
         (
             Reason.AGENT_SILENT,
-            None if silent is None else f"the agent of pod {silent} reports nothing: what the pod holds is unknown",
+            None
+            if silent is None
+            else f"the agent of pod {silent} does not report, so the adapters of the pod are unknown",
         ),
     ]
     return next(
@@ -404,42 +421,51 @@ def _taken(pool: ServingPool, by: ModelNameClaim | None) -> str | None:
     return f"the model name {pool.model} belongs to {by.holder}, which is older: the base cannot be called under it"
 
 
-def _updated(pool: ServingPool, seen: PoolObservation, living: Sequence[PoolPod]) -> _Outcome:
-    rollout = seen.rollout
-    if seen.invalid is not None:
-        return _FALSE, Reason.INVALID_SPEC, seen.invalid
-    if seen.refusal is not None:
-        return _FALSE, Reason.WRITE_REFUSED, seen.refusal.sentence
-    if seen.hold is not None:
-        reason = Reason.UPDATE_BLOCKED if seen.hold.failed else Reason.UPDATE_PENDING
-        impact = interruption(pool, living, frozenset(pod.name for pod in living), seen.max_surge, seen.running)
-        message = f"this release of the installation replaces the pods: {seen.hold.message}. When it begins, {impact}"
+def _updated(pool: ServingPool, observation: PoolObservation, living: Sequence[PoolPod]) -> _ConditionState:
+    rollout = observation.rollout
+    if observation.invalid is not None:
+        return _FALSE, Reason.INVALID_SPEC, observation.invalid
+    if observation.refusal is not None:
+        return _FALSE, Reason.WRITE_REFUSED, observation.refusal.sentence
+    if observation.hold is not None:
+        reason = Reason.UPDATE_BLOCKED if observation.hold.failed else Reason.UPDATE_PENDING
+        impact = interruption(
+            pool, living, frozenset(pod.name for pod in living), observation.max_surge, observation.running
+        )
+        message = (
+            f"this release of the installation replaces the pods: {observation.hold.message}. When the replacement "
+            f"begins, {impact}"
+        )
         return _FALSE, reason, message
     if rollout.change is not None:
-        impact = interruption(pool, living, frozenset(pod.name for pod in living), seen.max_surge, seen.running)
+        impact = interruption(
+            pool, living, frozenset(pod.name for pod in living), observation.max_surge, observation.running
+        )
         return _FALSE, Reason.ROLLING_OUT, f"the pods are being replaced: {impact}"
     if rollout.failure is not None and rollout.unfinished:
-        kept = f"; {len(rollout.outdated)} with the previous settings continue" if rollout.outdated else ""
+        kept = f"; {len(rollout.outdated)} with the previous settings keep running" if rollout.outdated else ""
         return _FALSE, Reason.UPDATE_FAILED, f"{rollout.failure}{kept}"
     if rollout.outdated:
-        impact = interruption(pool, living, rollout.outdated, seen.max_surge, seen.running)
+        impact = interruption(pool, living, rollout.outdated, observation.max_surge, observation.running)
         current = len(living) - len(rollout.outdated)
         return _FALSE, Reason.ROLLING_OUT, f"{current} of {len(living)} pods have the current settings: {impact}"
     return _TRUE, Reason.PODS_CURRENT, "every pod has the current settings"
 
 
-def _scaling(seen: PoolObservation) -> _Outcome:
-    if seen.unknown_demand is not None:
-        return _FALSE, Reason.GATEWAY_SILENT, f"{seen.unknown_demand}: no pod is removed"
+def _scaling(observation: PoolObservation) -> _ConditionState:
+    if observation.unknown_demand is not None:
+        return _FALSE, Reason.GATEWAY_SILENT, f"{observation.unknown_demand}: no pod is removed"
     return _TRUE, Reason.DEMAND_KNOWN, "every gateway reports its requests"
 
 
-def _first_problem(seen: PoolObservation, living: Sequence[PoolPod], ready: int, now: datetime) -> Problem | None:
+def _first_problem(
+    observation: PoolObservation, living: Sequence[PoolPod], ready: int, now: datetime
+) -> Problem | None:
     """Return the first pod's problem, with the number of other pods that have one.
 
     Pods that finished count while there are too few ready ones.
     """
-    finished = [pod for pod in seen.pods if pod.stopping] if ready < seen.decision.replicas else []
+    finished = [pod for pod in observation.pods if pod.stopping] if ready < observation.decision.replicas else []
     found = [(pod, problem) for pod in (*living, *finished) if (problem := current_problem(pod, now)) is not None]
     if not found:
         return None

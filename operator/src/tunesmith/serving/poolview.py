@@ -31,4 +31,4 @@ class PoolView:
 
 
 def _facts(pod: PoolPod) -> tuple[object, ...]:
-    return pod.uid, pod.ready, pod.stopping, pod.heard, pod.answering
+    return pod.uid, pod.ready, pod.stopping, pod.is_reporting, pod.answering

@@ -54,10 +54,10 @@ _TEMPORARY_SIZE = 2**30
 _ENGINE_TEMPORARY_SIZE = 20 * 2**30
 """Storage for the engine's compiled kernels and caches."""
 _REQUESTED_STORAGE = "256Mi"
-_GRACE_BEYOND_DRAIN = 30
+_DRAIN_MARGIN_SECONDS = 30
 _START_SECONDS = 3600
 _PROBE_SECONDS = 5
-_CPU_PATIENCE = ["--hang-seconds", "120", "--stall-seconds", "60"]
+_CPU_TIMEOUTS = ["--hang-seconds", "120", "--stall-seconds", "60"]
 """Agent arguments for the time without a token that an engine on CPUs may need: while another engine was starting on
 the same cores, one was measured to generate none for more than 30 s."""
 # The kubelet's HTTP hooks cannot send a token from a file, so the engine's container calls its agent with the token
@@ -205,7 +205,7 @@ def _pod(pool: ServingPool, settings: PoolSettings) -> Manifest:
     return {
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
-        "terminationGracePeriodSeconds": pool.spec.drain_seconds + _GRACE_BEYOND_DRAIN,
+        "terminationGracePeriodSeconds": pool.spec.drain_seconds + _DRAIN_MARGIN_SECONDS,
         "securityContext": {
             "runAsNonRoot": True,
             "runAsUser": _USER,
@@ -274,7 +274,7 @@ def _agent(pool: ServingPool, settings: PoolSettings) -> Manifest:
             "--max-lora-rank", str(engine.max_lora_rank),
             "--max-loras", str(engine.max_loras),
             "--drain-seconds", str(pool.spec.drain_seconds),
-            *([] if pool.spec.resources.gpus else _CPU_PATIENCE),
+            *([] if pool.spec.resources.gpus else _CPU_TIMEOUTS),
         ],
         "env": [*_small_variables(settings), _POD_UID],
         "ports": [{"name": "agent", "containerPort": AGENT_PORT, "protocol": "TCP"}],

@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 Manifest = dict[str, Any]
 _SPEC_ANNOTATION = "tunesmith.dev/template-spec"
 _CAUSE_ANNOTATION = "tunesmith.dev/template-cause"
-_BESIDE_TEMPLATE = {"replicas", "autoscaling", "allowed_namespaces", "rolling_update"}
+_FIELDS_WITHOUT_EFFECT = {"replicas", "autoscaling", "allowed_namespaces", "rolling_update"}
 """Fields of a pool's spec that do not affect its pods."""
-_ROOM_PATIENCE = timedelta(seconds=60)
+_SURGE_SCHEDULING_TIMEOUT = timedelta(seconds=60)
 """Time after which a surge pod that cannot be scheduled is abandoned."""
-_FAILURE_PATIENCE = timedelta(minutes=3)
+_SCHEDULING_TIMEOUT = timedelta(minutes=3)
 
 
 class Cause(StrEnum):
@@ -44,13 +44,13 @@ class Cause(StrEnum):
 
 @dataclass(frozen=True)
 class Rollout:
-    """Observed state of a pool's pods compared with the wanted template.
+    """Observed state of a pool's pods compared with the desired template.
 
-    `pool`: its namespace and name. `change`: cause of the difference between the wanted template and the Deployment's,
+    `pool`: its namespace and name. `change`: cause of the difference between the desired template and the Deployment's,
     None if they are equal. `serves`: True if it has serving pods. `outdated`: names of pods whose template is not the
     Deployment's. `cause`: cause of the Deployment's template. `unfinished`: True if pods with the Deployment's template
-    do not serve yet, or some are outdated. `failure`: problem of a pod with the Deployment's template. `stuck`: True if
-    such a pod cannot be scheduled.
+    do not serve yet, or some are outdated. `failure`: problem of a pod with the Deployment's template.
+    `is_unschedulable`: True if such a pod cannot be scheduled.
     """
 
     pool: str
@@ -60,7 +60,7 @@ class Rollout:
     cause: Cause | None = None
     unfinished: bool = False
     failure: str | None = None
-    stuck: bool = False
+    is_unschedulable: bool = False
 
     @property
     def namespace(self) -> str:
@@ -68,7 +68,7 @@ class Rollout:
         return self.pool.partition("/")[0]
 
     @property
-    def waits(self) -> bool:
+    def is_waiting(self) -> bool:
         """True if the pool must wait for its turn."""
         return self.change is Cause.INSTALLATION and self.serves
 
@@ -79,7 +79,7 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class Hold:
+class RolloutHold:
     """A sentence on why a pool's replacement does not begin. `failed`: True if another pool's replacement failed."""
 
     message: str
@@ -117,7 +117,7 @@ def observe_rollout(
     pods: Sequence[PoolPod],
     now: datetime,
 ) -> Rollout:
-    """Compare the wanted template with the Deployment and its pods.
+    """Compare the desired template with the Deployment and its pods.
 
     Args:
         pool: the ServingPool.
@@ -128,7 +128,7 @@ def observe_rollout(
     """
     name = f"{pool.metadata.namespace}/{pool.metadata.name}"
     living = [pod for pod in pods if not pod.stopping]
-    serves = any(pod.serving and pod.heard for pod in living)
+    serves = any(pod.serving and pod.is_reporting for pod in living)
     if deployment is None:
         return Rollout(name, serves=serves)
     annotations = deployment["metadata"].get("annotations") or {}
@@ -146,40 +146,42 @@ def observe_rollout(
         cause=Cause(cause) if cause in set(Cause) else None,
         unfinished=bool(outdated) or not all(pod.serving for pod in updated),
         failure=_failure(deployment, updated, now),
-        stuck=bool(outdated) and any(_unscheduled(pod) and now - pod.created >= _ROOM_PATIENCE for pod in updated),
+        is_unschedulable=bool(outdated)
+        and any(_unscheduled(pod) and now - pod.created >= _SURGE_SCHEDULING_TIMEOUT for pod in updated),
     )
 
 
-def hold(mine: Rollout, rollouts: Iterable[Rollout], *, complete: bool) -> Hold | None:
+def find_hold(rollout: Rollout, rollouts: Iterable[Rollout], *, complete: bool) -> RolloutHold | None:
     """Return the reason why the pool's pods are not replaced yet; None if they may be replaced.
 
     Args:
-        mine: rollout of the pool.
+        rollout: rollout of the pool.
         rollouts: rollouts of all pools.
         complete: True if all pools have been observed since this process became the leader.
     """
-    if not mine.waits:
+    if not rollout.is_waiting:
         return None
     if not complete:
-        return Hold("waits until all pools have been observed")
-    others = sorted(rollouts, key=lambda rollout: rollout.pool)
-    active = [rollout for rollout in others if rollout.active]
-    failed = [rollout for rollout in active if rollout.failure is not None]
-    stopped = {rollout.namespace for rollout in failed}
+        return RolloutHold("waits until all pools have been observed")
+    others = sorted(rollouts, key=lambda other: other.pool)
+    active = [other for other in others if other.active]
+    failed = [other for other in active if other.failure is not None]
+    stopped = {other.namespace for other in failed}
     if len(stopped) == 1:  # no evidence yet that the installation is the cause
-        failed = [rollout for rollout in failed if rollout.namespace == mine.namespace]
+        failed = [other for other in failed if other.namespace == rollout.namespace]
     if failed:
-        return Hold(
-            f"the update of ServingPool {failed[0].pool} fails: {failed[0].failure}; others wait until that is fixed",
+        return RolloutHold(
+            f"the update of ServingPool {failed[0].pool} is failing: {failed[0].failure}; other pools wait until it is "
+            "fixed",
             failed=True,
         )
-    waiting = [rollout.pool for rollout in others if rollout.waits and rollout.namespace not in stopped]
-    place = f"number {waiting.index(mine.pool) + 1} of {len(waiting)} that wait" if mine.pool in waiting else "waits"
-    running = [rollout for rollout in active if rollout.failure is None]
+    waiting = [other.pool for other in others if other.is_waiting and other.namespace not in stopped]
+    position = f" (position {waiting.index(rollout.pool) + 1} of {len(waiting)})" if rollout.pool in waiting else ""
+    running = [other for other in active if other.failure is None]
     if running:
-        return Hold(f"waits for the update of ServingPool {running[0].pool} ({place})")
-    if waiting and waiting[0] != mine.pool:
-        return Hold(f"waits for the update of ServingPool {waiting[0]} ({place})")
+        return RolloutHold(f"waits for the update of ServingPool {running[0].pool}{position}")
+    if waiting and waiting[0] != rollout.pool:
+        return RolloutHold(f"waits for the update of ServingPool {waiting[0]}{position}")
     return None
 
 
@@ -190,12 +192,12 @@ def surge(
 
     Args:
         pool: the ServingPool.
-        replicas: number of wanted pods.
+        replicas: number of desired pods.
         rollout: its observed state.
         deployment: the observed Deployment, or None.
         has_room: True if a node has room for one more pod; None if unknown.
     """
-    if rollout.stuck:
+    if rollout.is_unschedulable:
         return 0
     if pool.spec.rolling_update.max_surge is not None:
         return pool.spec.rolling_update.max_surge
@@ -206,10 +208,12 @@ def surge(
     return 1 if replicas <= 1 or has_room else 0
 
 
-def asks_for_room(pool: ServingPool, replicas: int, rollout: Rollout) -> bool:
+def needs_room_check(pool: ServingPool, replicas: int, rollout: Rollout) -> bool:
     """Return True if `surge` depends on whether a node has room."""
-    moves = rollout.change is not None or bool(rollout.outdated)
-    return moves and not rollout.stuck and pool.spec.rolling_update.max_surge is None and replicas > 1
+    replaces_pods = rollout.change is not None or bool(rollout.outdated)
+    return (
+        replaces_pods and not rollout.is_unschedulable and pool.spec.rolling_update.max_surge is None and replicas > 1
+    )
 
 
 def interruption(
@@ -229,16 +233,16 @@ def interruption(
     now = "" if running is None else f" ({running} now)"
     drained = f"running requests{now} have {pool.spec.drain_seconds} s to finish"
     if not leaving:
-        return "no pod that serves is replaced"
+        return "no serving pod is replaced"
     if max_surge:
-        return f"each pod stops after its replacement is ready and holds its adapters; {drained}"
+        return f"each pod stops after its replacement is ready and has loaded its adapters; {drained}"
     if len(serving) == 1:
         return (
-            f"the pool's only pod that serves stops before its replacement starts, since no surge pod is possible: no "
-            f"request is answered until that is ready; {drained}"
+            f"the pool's only serving pod stops before its replacement starts, because no surge pod is possible: no "
+            f"request is answered until the replacement is ready; {drained}"
         )
-    once = _on_one_pod_only(leaving, serving)
-    adapters = f"{once} adapter{' is' if once == 1 else 's are'} on one pod only and may have to be loaded again"
+    count = _on_one_pod_only(leaving, serving)
+    adapters = f"{count} adapter{' is' if count == 1 else 's are'} on one pod only and may have to be loaded again"
     return f"each pod stops before its replacement starts, one at a time; {adapters}; {drained}"
 
 
@@ -253,11 +257,11 @@ def _on_one_pod_only(leaving: Sequence[PoolPod], serving: Sequence[PoolPod]) -> 
 def _failure(deployment: Mapping[str, Any], updated: Sequence[PoolPod], now: datetime) -> str | None:
     for pod in updated:
         problem = current_problem(pod, now)
-        if problem is not None and not (_unscheduled(pod) and now - pod.created < _FAILURE_PATIENCE):
+        if problem is not None and not (_unscheduled(pod) and now - pod.created < _SCHEDULING_TIMEOUT):
             return f"pod {pod.name}: {problem.message}"
     conditions = (deployment.get("status") or {}).get("conditions") or ()
     exceeded = any(condition.get("reason") == "ProgressDeadlineExceeded" for condition in conditions)
-    return "the new pods are not ready in time" if exceeded else None
+    return "the new pods did not become ready in time" if exceeded else None
 
 
 def _unscheduled(pod: PoolPod) -> bool:
@@ -265,7 +269,7 @@ def _unscheduled(pod: PoolPod) -> bool:
 
 
 def _spec_digest(pool: ServingPool) -> str:
-    return _digest(pool.spec.model_dump(mode="json", exclude_defaults=True, exclude=_BESIDE_TEMPLATE))
+    return _digest(pool.spec.model_dump(mode="json", exclude_defaults=True, exclude=_FIELDS_WITHOUT_EFFECT))
 
 
 def _digest(document: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tunesmith.api.placement import Toleration
 
 Object = dict[str, Any]
-_KEEPS_OFF = frozenset({"NoSchedule", "NoExecute"})
+_EXCLUDING_EFFECTS = frozenset({"NoSchedule", "NoExecute"})
 
 
 def candidates(
@@ -49,7 +49,7 @@ def _accepts(node: Object, tolerations: Sequence[Toleration]) -> bool:
         condition.get("type") == "Ready" and condition.get("status") == "True"
         for condition in status.get("conditions") or ()
     )
-    taints = [taint for taint in spec.get("taints") or () if taint.get("effect") in _KEEPS_OFF]
+    taints = [taint for taint in spec.get("taints") or () if taint.get("effect") in _EXCLUDING_EFFECTS]
     return ready and not spec.get("unschedulable") and all(tolerates(taint, tolerations) for taint in taints)
 
 

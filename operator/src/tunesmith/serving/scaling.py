@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 def scaled(unit: str, before: int | None, status: AdapterDeploymentStatus | ServingPoolStatus) -> list[NewEvent]:
-    """Return the Event about a new number of wanted pods or copies; none for a resource that is new.
+    """Return the Event about a new number of desired pods or copies; none for a resource that is new.
 
     Args:
         unit: `pods` or `copies`.
-        before: the number that was wanted; None: the resource is new.
+        before: the number that was desired; None: the resource is new.
         status: the status that is written now.
     """
     after = status.desired_replicas

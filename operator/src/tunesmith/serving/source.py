@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tunesmith.api.finetunejob import FineTuneJob
     from tunesmith.api.servingpool import ServingPool
 
-_MOST_NAMES = 5
+_MAX_NAMES = 5
 
 
 @dataclass(frozen=True)
@@ -178,17 +178,18 @@ def choose_pool(
         return Unresolved(
             Reason.SEVERAL_POOLS, f"{_names(matching)} serve the base of this adapter: name one of them in spec.pool"
         )
-    silent = [pool for pool in pools.own if pool.status.base_model_fingerprint is None]
-    if silent:
+    unreported = [pool for pool in pools.own if pool.status.base_model_fingerprint is None]
+    if unreported:
         return Unresolved(
             Reason.POOL_NOT_REPORTED,
-            f"waits for {_names(silent)} to report the fingerprint of the base; spec.pool names a pool without waiting",
+            f"waits for {_names(unreported)} to report the fingerprint of the base; set spec.pool to choose a "
+            "pool without waiting",
         )
     if pools.foreign:
         return Unresolved(
             Reason.POOL_NOT_NAMED,
             f"no ServingPool of namespace {namespace} or shared by the platform serves the base of this adapter; "
-            f"{_names(pools.foreign)} would take it if spec.pool named it: its owners can read the adapter and the "
+            f"{_names(pools.foreign)} would accept it if named in spec.pool: its owners can read the adapter and the "
             "requests",
         )
     return Unresolved(
@@ -207,11 +208,11 @@ def _accepting(pool: ServingPool | Unresolved, rank: int | None) -> ServingPool 
     """Return the pool if its engine loads adapters of that rank."""
     if isinstance(pool, Unresolved) or _accepts(pool, rank):
         return pool
-    name, most = f"{pool.metadata.namespace}/{pool.metadata.name}", pool.spec.engine.max_lora_rank
+    name, max_rank = f"{pool.metadata.namespace}/{pool.metadata.name}", pool.spec.engine.max_lora_rank
     return Unresolved(
         Reason.RANK_TOO_HIGH,
-        f"the adapter has rank {rank} and ServingPool {name} loads ranks up to {most}: raise its engine.maxLoraRank, "
-        "name another pool in spec.pool, or train with a lower rank",
+        f"the adapter has rank {rank} and ServingPool {name} loads ranks up to {max_rank}: raise its "
+        "engine.maxLoraRank, name another pool in spec.pool, or train with a lower rank",
     )
 
 
@@ -238,16 +239,16 @@ def _named(
     if not pools.admitted:
         return Unresolved(
             Reason.POOL_NOT_ALLOWED,
-            f"ServingPool {namespace}/{wanted.name} does not let namespace "
-            f"{adapter.metadata.namespace} attach adapters: ask its owners to admit it in spec.allowedNamespaces, or "
-            f"name another pool; {_usable(adapter, pools)}",
+            f"ServingPool {namespace}/{wanted.name} does not allow namespace "
+            f"{adapter.metadata.namespace} to attach adapters: ask its owners to admit it in spec.allowedNamespaces, "
+            f"or name another pool; {_usable(adapter, pools)}",
         )
-    theirs = pool.status.base_model_fingerprint
-    if fingerprint is not None and theirs is not None and fingerprint != theirs:
+    pool_fingerprint = pool.status.base_model_fingerprint
+    if fingerprint is not None and pool_fingerprint is not None and fingerprint != pool_fingerprint:
         return Unresolved(
             Reason.BASE_MODEL_MISMATCH,
             f"the adapter was trained on the base {short(fingerprint)} and ServingPool "
-            f"{namespace}/{wanted.name} serves {short(theirs)} "
+            f"{namespace}/{wanted.name} serves {short(pool_fingerprint)} "
             f"({pool.spec.base_model.uri}): name a pool with the base that the FineTuneJob names",
         )
     return pool
@@ -257,14 +258,14 @@ def _usable(adapter: AdapterDeployment, pools: Candidates) -> str:
     """Return the part of a sentence that names the pools that would accept the adapter."""
     namespace, others = adapter.metadata.namespace, [*pools.own, *pools.foreign]
     if not others:
-        return f"no ServingPool lets namespace {namespace} attach this adapter"
+        return f"no ServingPool allows namespace {namespace} to attach this adapter"
     return f"namespace {namespace} may attach to {_names(others)}"
 
 
 def _names(pools: Sequence[ServingPool]) -> str:
     names = sorted(f"{pool.metadata.namespace}/{pool.metadata.name}" for pool in pools)
-    if len(names) > _MOST_NAMES:
-        names = [*names[:_MOST_NAMES], f"{len(names) - _MOST_NAMES} more"]
+    if len(names) > _MAX_NAMES:
+        names = [*names[:_MAX_NAMES], f"{len(names) - _MAX_NAMES} more"]
     return (
         f"ServingPool{'s' * (len(names) > 1)} "
         f"{' and '.join([', '.join(names[:-1]), names[-1]] if len(names) > 1 else names)}"

@@ -15,7 +15,7 @@ from tunesmith.contracts.claims import older_claim
 from tunesmith.controller.namespaces import KIND as NAMESPACE
 from tunesmith.controller.reconciler import Key, Result, Watch, key_of
 from tunesmith.controller.serving.state import MODEL, NAMES, SERVED_BY, SOURCE, WAITING, is_shared
-from tunesmith.serving.adapter import Observation, plan
+from tunesmith.serving.adapter import AdapterObservation, plan
 from tunesmith.serving.scaling import scaled
 from tunesmith.serving.source import Artifact, choose_pool, resolve_artifact
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 KIND = "AdapterDeployment"
 _TICK_SECONDS = 1.0
 _IDLE_TICK_SECONDS = 9.0
-_LOST_SECONDS = 60.0
+_NAME_TAKEN_SECONDS = 60.0
 _UNSETTLED_SECONDS = 0.3
 
 
@@ -78,17 +78,17 @@ class AdapterDeploymentReconciler:
         if serving is not None and adapter.status.revisions and not self._state.settled(serving):
             # The adapters of the pods are not known yet, and reporting that would make the status flicker.
             return Result(_UNSETTLED_SECONDS)
-        seen = Observation(
+        observation = AdapterObservation(
             artifact=artifact,
             pool=pool,
             lost_to=older_claim(adapter, self._state.claims(adapter)),
             pods=self._state.pods(serving) if serving is not None else (),
             unplaced=self._state.unplaced.get(serving.metadata.uid, {}) if serving is not None else {},
             decision=self._copies(adapter),
-            unknown_demand=self._state.demand.missing(time.monotonic()),
+            unknown_demand=self._state.demand.unknown_reason(time.monotonic()),
             url=_client_url(self._context.settings.gateway_url),
         )
-        status = plan(adapter, seen, self._context.now())
+        status = plan(adapter, observation, self._context.now())
         old = adapter.status.pool
         written = await self._state.statuses.write(
             manifest, status, reports=partial(scaled, "copies", adapter.status.desired_replicas)
@@ -96,12 +96,12 @@ class AdapterDeploymentReconciler:
         if written and old is not None and old != status.pool:
             # The old pool is no longer indexed for this adapter, and has to remove it from its pods.
             self._context.queue.add(Key("ServingPool", old.namespace or key.namespace, old.name))
-        if seen.lost_to is not None:
+        if observation.lost_to is not None:
             # A change of the owner's claim makes the key due; this covers missed changes.
-            return Result(_LOST_SECONDS)
+            return Result(_NAME_TAKEN_SECONDS)
         if adapter.spec.autoscaling is None:
             return Result()
-        idle = seen.decision.replicas == adapter.spec.autoscaling.min_replicas == adapter.status.desired_replicas
+        idle = observation.decision.replicas == adapter.spec.autoscaling.min_replicas == adapter.status.desired_replicas
         # The first request to a model makes the key due immediately.
         return Result(_IDLE_TICK_SECONDS if idle else _TICK_SECONDS)
 
@@ -134,7 +134,7 @@ class AdapterDeploymentReconciler:
         Empty unless something changed that their status depends on, since a pool's status changes with each of them.
         """
         place, current = key_of(pool), self._context.caches["ServingPool"].get(*key_of(pool)[1:])
-        view = None if current is None else _view_of_pool(current)
+        view = None if current is None else _pool_facts(current)
         if self._pools.get(place) == view:
             return ()
         if view is None:
@@ -171,7 +171,7 @@ class AdapterDeploymentReconciler:
         return {found for name in models for item in self._adapters.find(MODEL, name) if (found := key_of(item)) != key}
 
 
-def _view_of_pool(pool: Object) -> tuple[object, ...]:
+def _pool_facts(pool: Object) -> tuple[object, ...]:
     metadata, spec, status = pool["metadata"], pool["spec"], pool.get("status") or {}
     return (
         metadata["uid"],

@@ -64,7 +64,7 @@ class _Sent:
     at: float
     confirmed: bool = False
 
-    def is_held(self, state: PodState) -> bool:
+    def is_reported_by(self, state: PodState) -> bool:
         """Return True if the agent reports exactly this list."""
         return (state.epoch, state.sequence, state.list_digest) == (*self.number, self.digest)
 
@@ -75,7 +75,7 @@ class AgentLink:
     def __init__(self, target: Target) -> None:
         self.target = target
         self.state: PodState | None = None
-        self.heard_at = float("-inf")
+        self.last_report_at = float("-inf")
         self.since = time.monotonic()
         self.error = ""
         """Error of the latest connection to the agent; empty after a line."""
@@ -83,27 +83,29 @@ class AgentLink:
         self.desired: tuple[DesiredAdapter, ...] | None = None
         self._sent: _Sent | None = None
 
-    def heard(self, now: float) -> bool:
+    def is_reporting(self, now: float) -> bool:
         """Return True if the latest line is recent."""
-        return now - self.heard_at <= STALE_AFTER_SECONDS
+        return now - self.last_report_at <= STALE_AFTER_SECONDS
 
-    def take(self, state: PodState, now: float) -> bool:
+    def record_state(self, state: PodState, now: float) -> bool:
         """Store the state after a line; return True if it affects the placement of adapters."""
-        news = not self.heard(now) or self.state is None or _placement(state) != _placement(self.state)
-        self.state, self.heard_at, self.error = state, now, ""
-        if self._sent is not None and self._sent.is_held(state):
+        affects_placement = (
+            not self.is_reporting(now) or self.state is None or _placement(state) != _placement(self.state)
+        )
+        self.state, self.last_report_at, self.error = state, now, ""
+        if self._sent is not None and self._sent.is_reported_by(state):
             self._sent = _confirmed(self._sent)
-        if self.behind:
+        if self.needs_push:
             self.wake.set()
-        return news
+        return affects_placement
 
-    def tell(self, desired: tuple[DesiredAdapter, ...]) -> None:
+    def set_desired(self, desired: tuple[DesiredAdapter, ...]) -> None:
         """Set the complete list that the pod should have."""
         if desired != self.desired:
             self.desired = desired
             self.wake.set()
 
-    def sent(self, adapters: tuple[DesiredAdapter, ...], number: tuple[int, int], now: float) -> None:
+    def record_sent(self, adapters: tuple[DesiredAdapter, ...], number: tuple[int, int], now: float) -> None:
         """Record that the agent accepted a list under a number."""
         self._sent = _Sent(adapters, number, list_digest(adapters), now)
 
@@ -119,15 +121,15 @@ class AgentLink:
         return epoch, sequence
 
     @property
-    def behind(self) -> bool:
+    def needs_push(self) -> bool:
         """True if the agent has not accepted the list, or reports a different one."""
         if self.desired is None:
             return False
         if self._sent is None or self._sent.adapters != self.desired:
             return True
         # Until the agent has reported the list once, lines that were already in flight may contain the previous one.
-        settled = self._sent.confirmed or self.heard_at > self._sent.at + STALE_AFTER_SECONDS
-        return settled and self.state is not None and not self._sent.is_held(self.state)
+        settled = self._sent.confirmed or self.last_report_at > self._sent.at + STALE_AFTER_SECONDS
+        return settled and self.state is not None and not self._sent.is_reported_by(self.state)
 
 
 def _confirmed(sent: _Sent) -> _Sent:
@@ -145,7 +147,7 @@ class AgentLinks:
         self._context = context
         self._links: dict[str, dict[str, AgentLink]] = {}
         self._changed: dict[str, Callable[[], None]] = {}
-        self._dirty = asyncio.Event()
+        self._links_changed = asyncio.Event()
         self._sequence = 0
 
     def of(self, pool: str) -> Mapping[str, AgentLink]:
@@ -166,7 +168,7 @@ class AgentLinks:
             for uid, target in targets.items()
         }
         if links.keys() != old.keys() or any(links[uid] is not old[uid] for uid in links):
-            self._dirty.set()
+            self._links_changed.set()
         self._links[pool], self._changed[pool] = links, changed
         if not links:
             del self._links[pool], self._changed[pool]
@@ -184,14 +186,14 @@ class AgentLinks:
         async with aiohttp.ClientSession(connector=connector, trust_env=False) as session:
             try:
                 while True:
-                    self._dirty.clear()
-                    wanted = {link: pool for pool, links in self._links.items() for link in links.values()}
-                    for link in tasks.keys() - wanted.keys():
+                    self._links_changed.clear()
+                    current = {link: pool for pool, links in self._links.items() for link in links.values()}
+                    for link in tasks.keys() - current.keys():
                         tasks.pop(link).cancel()
-                    for link in wanted.keys() - tasks.keys():
-                        tasks[link] = asyncio.create_task(self._serve(session, link, wanted[link]))
-                        tasks[link].add_done_callback(lambda _: self._dirty.set())
-                    await self._dirty.wait()
+                    for link in current.keys() - tasks.keys():
+                        tasks[link] = asyncio.create_task(self._serve(session, link, current[link]))
+                        tasks[link].add_done_callback(lambda _: self._links_changed.set())
+                    await self._links_changed.wait()
                     for task in tasks.values():
                         if task.done():
                             task.result()
@@ -209,12 +211,12 @@ class AgentLinks:
         def opened() -> Callable[[bytes], None]:
             reader = EventReader()
 
-            def take(line: bytes) -> None:
+            def read(line: bytes) -> None:
                 reader.read(line)
-                if link.take(reader.state, time.monotonic()) and pool in self._changed:
+                if link.record_state(reader.state, time.monotonic()) and pool in self._changed:
                     self._changed[pool]()
 
-            return take
+            return read
 
         def failed(error: str) -> None:
             link.error = error
@@ -226,21 +228,21 @@ class AgentLinks:
         while True:
             await link.wake.wait()
             link.wake.clear()
-            if not link.heard(time.monotonic()) or not self._context.may_write():
+            if not link.is_reporting(time.monotonic()) or not self._context.may_write():
                 continue  # the next line wakes this task again
-            if not link.behind or link.desired is None:
+            if not link.needs_push or link.desired is None:
                 continue
-            desired, number = link.desired, link.number(self._context.epoch, self._next())
+            desired, number = link.desired, link.number(self._context.epoch, self._next_sequence())
             try:
                 problem = await _put(session, link.target, number, desired)
             except (aiohttp.ClientError, OSError, TimeoutError) as error:
                 problem = type(error).__name__
             except Exception as error:  # noqa: BLE001 - it must not stop the reading of streams
-                _log.exception("the list of %s cannot be sent", link.target.name)
+                _log.exception("the adapters of %s cannot be sent", link.target.name)
                 problem = type(error).__name__
             if problem is None:
                 failures = 0
-                link.sent(desired, number, time.monotonic())
+                link.record_sent(desired, number, time.monotonic())
                 continue
             # 409: another replica leads by now, or the agent has a higher number, which its next line reports.
             failures += 1
@@ -248,7 +250,7 @@ class AgentLinks:
             await asyncio.sleep(min(2.0, backoff(failures)))
             link.wake.set()
 
-    def _next(self) -> int:
+    def _next_sequence(self) -> int:
         # Increases across restarts too: without leader election two processes may start in the same second.
         self._sequence = max(self._sequence + 1, int(time.time() * 1000))
         return self._sequence
@@ -276,4 +278,4 @@ async def _put(
             if response.status == HTTPStatus.OK:
                 return None
             if response.status != HTTPStatus.UNAUTHORIZED or not target.control_tokens.refused(token):
-                return f"it answers with status {response.status}"
+                return f"it returned status {response.status}"

@@ -15,17 +15,17 @@ from tunesmith.contracts.network import component_labels
 from tunesmith.streams import Stream, Tokens, follow
 
 if TYPE_CHECKING:
-    from tunesmith.autoscale.demand import DemandBoard
+    from tunesmith.autoscale.demand import DemandTracker
     from tunesmith.cluster.resources import Object
     from tunesmith.controller.context import Context
 
 
 class GatewayLinks:
-    """The gateways' demand streams, which update the board."""
+    """The gateways' demand streams, which update the tracker."""
 
-    def __init__(self, context: Context, board: DemandBoard) -> None:
+    def __init__(self, context: Context, tracker: DemandTracker) -> None:
         self._context = context
-        self._board = board
+        self._tracker = tracker
 
     async def run(self) -> None:
         """Follow every gateway pod of this release. Runs until cancelled.
@@ -54,20 +54,20 @@ class GatewayLinks:
                         if stream is not None:
                             streams[uid] = stream
                             tasks[uid] = asyncio.create_task(self._listen(session, uid, stream))
-                    self._board.expect({uid: stream.name for uid, stream in streams.items()}, time.monotonic())
+                    self._tracker.expect({uid: stream.name for uid, stream in streams.items()}, time.monotonic())
             finally:
                 for task in tasks.values():
                     task.cancel()
                 await asyncio.gather(*tasks.values(), return_exceptions=True)
 
     async def _listen(self, session: aiohttp.ClientSession, uid: str, stream: Stream) -> None:
-        def take(line: bytes) -> None:
-            self._board.record(uid, GatewayDemand.model_validate_json(line), time.monotonic())
+        def read(line: bytes) -> None:
+            self._tracker.record(uid, GatewayDemand.model_validate_json(line), time.monotonic())
 
         def failed(error: str) -> None:
-            self._board.fail(uid, error)
+            self._tracker.record_error(uid, error)
 
-        await follow(session, stream, lambda: take, failed)
+        await follow(session, stream, lambda: read, failed)
 
     def _stream(self, pod: Object) -> Stream | None:
         """Return the stream of a running gateway, or None. A stopping one counts too, since it still has requests."""

@@ -34,7 +34,7 @@ from tunesmith.serving.pod import DELETION_COST, READINESS_GATE
 from tunesmith.serving.pool import PlacementMemory, PoolObservation, PoolPlan, plan, refusal_of_pods
 from tunesmith.serving.poolview import PoolView
 from tunesmith.serving.render import deployment, disruption_budget, isolation, key_secret, reserved
-from tunesmith.serving.rolling import asks_for_room, cause_of, observe_rollout, stamped, surge
+from tunesmith.serving.rolling import cause_of, needs_room_check, observe_rollout, stamped, surge
 from tunesmith.serving.scaling import scaled
 from tunesmith.streams import Tokens
 
@@ -59,8 +59,8 @@ _RETRY = "tunesmith.dev/retry"
 """Annotation of a Deployment whose pods are refused, changed to trigger a retry."""
 _REST = 4
 """Rest after a decision, as a multiple of its duration: one pool takes at most a fifth of the operator's time."""
-_LEAST_REST_SECONDS = 0.1
-_MOST_REST_SECONDS = 2.0
+_MIN_REST_SECONDS = 0.1
+_MAX_REST_SECONDS = 2.0
 
 
 class ServingPoolReconciler:
@@ -109,10 +109,10 @@ class ServingPoolReconciler:
         observed, pods = self._state.deployment(pool), self._state.pods(pool)
         rendered = deployment(pool, self._context.settings, decision.replicas)
         rollout = observe_rollout(pool, rendered, observed, pods, self._context.now())
-        hold = self._rollouts.turn(pool.metadata.uid, rollout, self._state.pools.list)
-        asks = asks_for_room(pool, decision.replicas, rollout)
-        has_room = await self._rollouts.has_room(pool, rendered) if asks else None
-        seen = PoolObservation(
+        hold = self._rollouts.record(pool.metadata.uid, rollout, self._state.pools.list)
+        needs_check = needs_room_check(pool, decision.replicas, rollout)
+        has_room = await self._rollouts.has_room(pool, rendered) if needs_check else None
+        observation = PoolObservation(
             deployment=observed,
             pods=pods,
             adapters=attached,
@@ -120,7 +120,7 @@ class ServingPoolReconciler:
             spread=spread,
             lost_to=older_claim(pool, self._state.claims(pool)),
             invalid=invalid,
-            unknown_demand=self._state.demand.missing(time.monotonic()),
+            unknown_demand=self._state.demand.unknown_reason(time.monotonic()),
             rollout=rollout,
             hold=hold,
             running=self._running(pool, attached, rollout),
@@ -128,21 +128,21 @@ class ServingPoolReconciler:
         )
         started = time.perf_counter()
         memory = self._placements.setdefault(pool.metadata.uid, PlacementMemory())
-        decided = plan(pool, seen, self._context.now(), memory)
-        rest = min(_MOST_REST_SECONDS, _REST * (time.perf_counter() - started))
-        refused = await self._apply(pool, seen, decided.replicas) if invalid is None else None
+        pool_plan = plan(pool, observation, self._context.now(), memory)
+        rest = min(_MAX_REST_SECONDS, _REST * (time.perf_counter() - started))
+        refused = await self._apply(pool, observation, pool_plan.replicas) if invalid is None else None
         if invalid is not None or refused is not None:
             self._rollouts.withdraw(pool.metadata.uid)
-        refused = await self._act(pool, decided) or refused
+        refused = await self._act(pool, pool_plan) or refused
         if refused is not None:
-            decided = plan(pool, replace(seen, refusal=refused), self._context.now(), memory)
-        self._wake_adapters(pool, seen, decided, attached)
-        if not self._differs_in_requests_only(pool, decided.status):
+            pool_plan = plan(pool, replace(observation, refusal=refused), self._context.now(), memory)
+        self._wake_adapters(pool, observation, pool_plan, attached)
+        if not self._differs_in_requests_only(pool, pool_plan.status):
             await self._state.statuses.write(
-                manifest, decided.status, reports=partial(scaled, "pods", pool.status.desired_replicas)
+                manifest, pool_plan.status, reports=partial(scaled, "pods", pool.status.desired_replicas)
             )
             self._written[pool.metadata.uid] = time.monotonic()
-        return Result(_TICK_SECONDS, rest if rest > _LEAST_REST_SECONDS else 0.0)
+        return Result(_TICK_SECONDS, rest if rest > _MIN_REST_SECONDS else 0.0)
 
     def _differs_in_requests_only(self, pool: ServingPool, status: ServingPoolStatus) -> bool:
         """Return True if only the number of running requests changed, and a status was written a moment ago."""
@@ -197,7 +197,7 @@ class ServingPoolReconciler:
             self._written.pop(uid, None)
 
     def _pods(self, pool: ServingPool, attached: Sequence[AdapterDeployment]) -> tuple[Decision, bool]:
-        """Return the wanted pods, and True if adapters may move to spread them."""
+        """Return the desired pods, and True if adapters may move to spread them."""
         rule = pool.spec.autoscaling
         if rule is None:
             self._state.forget_window(pool.metadata.uid)
@@ -208,13 +208,13 @@ class ServingPoolReconciler:
         window = self._state.window(pool.metadata.uid, models, rule.scale_down_delay_seconds, floor)
         return decide_pods(window, pool.status.desired_replicas, rule, why), loaded_pods(window, rule) > 1
 
-    async def _apply(self, pool: ServingPool, seen: PoolObservation, replicas: int) -> Refusal | None:
+    async def _apply(self, pool: ServingPool, observation: PoolObservation, replicas: int) -> Refusal | None:
         """Apply each of the pool's objects, even if others are refused; return one of the refusals."""
         refusals = [
             await self._executor.apply(pool.metadata.uid, key_secret(pool, self._pool_keys(pool))),
             await self._executor.apply(pool.metadata.uid, disruption_budget(pool)),
             *[await self._executor.apply(pool.metadata.uid, policy) for policy in self._policies(pool)],
-            await self._apply_deployment(pool, seen, replicas),
+            await self._apply_deployment(pool, observation, replicas),
         ]
         return next((refusal for refusal in reversed(refusals) if refusal is not None), None)
 
@@ -225,21 +225,23 @@ class ServingPoolReconciler:
         demand = self._state.demand.read([pool.model, *(adapter.model for adapter in attached)], time.monotonic())
         return demand.requests if demand.complete else None
 
-    async def _apply_deployment(self, pool: ServingPool, seen: PoolObservation, replicas: int) -> Refusal | None:
+    async def _apply_deployment(self, pool: ServingPool, observation: PoolObservation, replicas: int) -> Refusal | None:
         """Apply the Deployment, but only its number of pods until their replacement may begin."""
-        observed = seen.deployment
-        if seen.hold is not None and observed is not None:
+        observed = observation.deployment
+        if observation.hold is not None and observed is not None:
             if observed["spec"].get("replicas") == replicas:
                 return None
             return await self._executor.patch(pool.metadata.uid, observed, {"spec": {"replicas": replicas}})
-        wanted = stamped(
-            deployment(pool, self._context.settings, replicas, seen.max_surge), pool, cause_of(seen.rollout)
+        manifest = stamped(
+            deployment(pool, self._context.settings, replicas, observation.max_surge),
+            pool,
+            cause_of(observation.rollout),
         )
         if refusal_of_pods(observed) is not None:
             # Kubernetes retries after up to 17 minutes, but at once after a change, which it copies to the ReplicaSet.
-            wanted["metadata"]["annotations"][_RETRY] = str(int(self._context.now().timestamp() // MAX_RETRY_SECONDS))
+            manifest["metadata"]["annotations"][_RETRY] = str(int(self._context.now().timestamp() // MAX_RETRY_SECONDS))
         generation = observed["metadata"]["generation"] if observed is not None else -1
-        return await self._executor.apply(pool.metadata.uid, wanted, generation)
+        return await self._executor.apply(pool.metadata.uid, manifest, generation)
 
     def _policies(self, pool: ServingPool) -> list[Object]:
         network = self._context.settings.network
@@ -256,20 +258,20 @@ class ServingPoolReconciler:
             METRICS_DIGEST: keys_file(metrics_digests(gateway)),
         }
 
-    async def _act(self, pool: ServingPool, decided: PoolPlan) -> Refusal | None:
+    async def _act(self, pool: ServingPool, pool_plan: PoolPlan) -> Refusal | None:
         """Send the lists, and set deletion costs and gates; return the refusal of one of these writes."""
         refused: Refusal | None = None
         links = self._state.agents.of(pool.metadata.uid)
         for pod in self._state.pod_manifests(pool):
             name, link = pod["metadata"]["name"], links.get(pod["metadata"]["uid"])
-            if link is not None and name in decided.assigned:
-                link.tell(decided.assigned[name])
+            if link is not None and name in pool_plan.assigned:
+                link.set_desired(pool_plan.assigned[name])
             try:
-                if name in decided.costs:
-                    cost = {"annotations": {DELETION_COST: str(decided.costs[name])}}
+                if name in pool_plan.costs:
+                    cost = {"annotations": {DELETION_COST: str(pool_plan.costs[name])}}
                     refused = await self._executor.patch(pool.metadata.uid, pod, {"metadata": cost}) or refused
-                if name in decided.gates:
-                    refused = await self._set_gate(pool, pod, is_open=decided.gates[name]) or refused
+                if name in pool_plan.gates:
+                    refused = await self._set_gate(pool, pod, is_open=pool_plan.gates[name]) or refused
             except (NotFoundError, ConflictError):
                 continue  # the pod is deleted; the cache will be updated soon
         return refused
@@ -286,12 +288,16 @@ class ServingPoolReconciler:
         return await self._executor.patch(pool.metadata.uid, pod, body, type_="strategic", subresource="status")
 
     def _wake_adapters(
-        self, pool: ServingPool, seen: PoolObservation, decided: PoolPlan, attached: Iterable[AdapterDeployment]
+        self,
+        pool: ServingPool,
+        observation: PoolObservation,
+        pool_plan: PoolPlan,
+        attached: Iterable[AdapterDeployment],
     ) -> None:
         """Make the adapters due whose status depends on changes of the pods or the placement."""
         uid = pool.metadata.uid
-        self._state.unplaced[uid] = decided.unplaced
-        view = PoolView(tuple(seen.pods), decided.unplaced)
+        self._state.unplaced[uid] = pool_plan.unplaced
+        view = PoolView(tuple(observation.pods), pool_plan.unplaced)
         changed = view.changed_since(self._views.get(uid))
         self._views[uid] = view
         if changed is None:

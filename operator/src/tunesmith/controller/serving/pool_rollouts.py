@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tunesmith.cluster.errors import ClusterError
 from tunesmith.contracts.quantities import pod_requests
-from tunesmith.serving.rolling import Cause, Hold, Rollout, hold
+from tunesmith.serving.rolling import Cause, Rollout, RolloutHold, find_hold
 from tunesmith.serving.room import candidates, has_room
 
 if TYPE_CHECKING:
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from tunesmith.cluster.resources import Object
     from tunesmith.controller.context import Context
 
-_ROOM_SECONDS = 30.0
-_MOST_NODES = 20
-_LIVING = "spec.nodeName={},status.phase!=Succeeded,status.phase!=Failed"
+_ROOM_CHECK_SECONDS = 30.0
+_MAX_NODES = 20
+_UNFINISHED_PODS = "spec.nodeName={},status.phase!=Succeeded,status.phase!=Failed"
 
 
 class PoolRollouts:
@@ -30,9 +30,9 @@ class PoolRollouts:
         self._context = context
         self._clock = clock
         self._rollouts: dict[str, Rollout] = {}
-        self._rooms: dict[str, tuple[float, bool | None]] = {}
+        self._room_checks: dict[str, tuple[float, bool | None]] = {}
 
-    def turn(self, uid: str, rollout: Rollout, pools: Callable[[], Iterable[ServingPool]]) -> Hold | None:
+    def record(self, uid: str, rollout: Rollout, pools: Callable[[], Iterable[ServingPool]]) -> RolloutHold | None:
         """Record a pool's rollout; return the reason why its pods are not replaced yet, or None.
 
         Args:
@@ -41,10 +41,10 @@ class PoolRollouts:
             pools: returns all pools.
         """
         self._rollouts[uid] = rollout
-        if not rollout.waits:
+        if not rollout.is_waiting:
             return None
         complete = all(pool.metadata.uid in self._rollouts for pool in pools())
-        found = hold(rollout, self._rollouts.values(), complete=complete)
+        found = find_hold(rollout, self._rollouts.values(), complete=complete)
         if found is None:
             # Record its start now, since another worker may decide before the Deployment is written.
             self._rollouts[uid] = replace(rollout, change=None, cause=Cause.INSTALLATION, unfinished=True)
@@ -59,7 +59,7 @@ class PoolRollouts:
     def forget(self, uid: str) -> None:
         """Discard a deleted pool."""
         self._rollouts.pop(uid, None)
-        self._rooms.pop(uid, None)
+        self._room_checks.pop(uid, None)
 
     async def has_room(self, pool: ServingPool, rendered: Object) -> bool | None:
         """Return True if a node has room for one more of the pool's pods; None if that cannot be determined.
@@ -67,14 +67,14 @@ class PoolRollouts:
         Nodes and pods are read at most every 30 s while pods are replaced, which is much cheaper than watching them.
         """
         uid, now = pool.metadata.uid, self._clock()
-        at, known = self._rooms.get(uid, (float("-inf"), None))
-        if now - at < _ROOM_SECONDS:
+        at, known = self._room_checks.get(uid, (float("-inf"), None))
+        if now - at < _ROOM_CHECK_SECONDS:
             return known
         try:
             found = await self._find_room(pool, rendered)
         except ClusterError:
             found = None
-        self._rooms[uid] = (now, found)
+        self._room_checks[uid] = (now, found)
         return found
 
     async def _find_room(self, pool: ServingPool, rendered: Object) -> bool:
@@ -82,8 +82,8 @@ class PoolRollouts:
         scheduling, cluster = pool.spec.scheduling, self._context.cluster
         labels = ",".join(f"{key}={value}" for key, value in (scheduling.node_selector or {}).items())
         nodes = {node["metadata"]["name"]: node for node in await cluster.list("Node", labels=labels)}
-        for name in candidates(nodes.values(), requests, scheduling.tolerations or ())[:_MOST_NODES]:
-            used, _ = await cluster.list_at("Pod", fields=_LIVING.format(name), keep=_requests_of)
+        for name in candidates(nodes.values(), requests, scheduling.tolerations or ())[:_MAX_NODES]:
+            used, _ = await cluster.list_at("Pod", fields=_UNFINISHED_PODS.format(name), keep=_requests_of)
             if has_room(nodes[name], requests, [pod["requests"] for pod in used]):
                 return True
         return False

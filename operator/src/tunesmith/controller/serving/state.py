@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 from tunesmith.api.adapterdeployment import AdapterDeployment
 from tunesmith.api.servingpool import ServingPool
 from tunesmith.autoscale.decide import Sample, Window
-from tunesmith.autoscale.demand import DemandBoard
+from tunesmith.autoscale.demand import DemandTracker
 from tunesmith.contracts.agent import STALE_AFTER_SECONDS
 from tunesmith.contracts.claims import ModelNameClaim, model_name_claim, precedence
 from tunesmith.contracts.labels import POOL_UID_LABEL
@@ -41,13 +41,13 @@ OPEN_BASE = "open-base"
 """Index of ServingPools that may admit other namespaces, by the fingerprint of their base."""
 POOL = "pool"
 """Index of pods by their pool's UID."""
-_MOST_FOREIGN = 50
-_PATIENCE_SECONDS = 5.0
+_MAX_FOREIGN_POOLS = 50
+_FIRST_REPORT_SECONDS = 5.0
 _SAMPLE_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
-class _SeenPod:
+class _ObservedPod:
     """A pod, and the versions of its manifest and of its agent's state."""
 
     pod: PoolPod
@@ -62,8 +62,8 @@ class _SeenPod:
         pod = observe_pod(
             manifest,
             link.state,
-            heard=link.heard(now),
-            unheard_seconds=now - max(link.heard_at, link.since),
+            is_reporting=link.is_reporting(now),
+            silent_seconds=now - max(link.last_report_at, link.since),
             stream_error=link.error,
         )
         return cls(pod, version, link.state)
@@ -73,8 +73,8 @@ class _SeenPod:
         if self.version != manifest["metadata"]["resourceVersion"]:
             return False
         if link is None:
-            return self.pod.unheard_seconds is None
-        return self.pod.heard and link.heard(now) and link.state is self.state
+            return self.pod.silent_seconds is None
+        return self.pod.is_reporting and link.is_reporting(now) and link.state is self.state
 
 
 class ServingState:
@@ -90,13 +90,13 @@ class ServingState:
         for kind, name, values in _INDEXES:
             context.caches[kind].index(name, values)
         self.agents = AgentLinks(context)
-        self.demand = DemandBoard(STALE_AFTER_SECONDS, rises=self._wake_model)
+        self.demand = DemandTracker(STALE_AFTER_SECONDS, on_first_requests=self._wake_model)
         self.gateways = GatewayLinks(context, self.demand)
         self.unplaced: dict[str, Mapping[str, str]] = {}
         """Reasons why copies have no slot, by pool UID and engine name."""
         self._windows: dict[str, tuple[float, Window]] = {}
         self._attached: dict[str, tuple[object, tuple[AdapterDeployment, ...]]] = {}
-        self._pods: dict[str, dict[str, _SeenPod]] = {}
+        self._pods: dict[str, dict[str, _ObservedPod]] = {}
         self._pod_manifests: dict[str, tuple[int, Objects]] = {}
 
     def claims(self, resource: AdapterDeployment | ServingPool) -> list[ModelNameClaim]:
@@ -116,7 +116,7 @@ class ServingState:
         if named is None or not named.admits(adapter.metadata.namespace, labels):
             for namespace in {adapter.metadata.namespace, *shared}:
                 found += self.pools.list(namespace)
-            found += self.pools.find(OPEN_BASE, fingerprint or "")[:_MOST_FOREIGN]
+            found += self.pools.find(OPEN_BASE, fingerprint or "")[:_MAX_FOREIGN_POOLS]
         pools = {pool.metadata.uid: pool for pool in found if pool is not None}
         return candidates(adapter, fingerprint, pools.values(), shared, labels)
 
@@ -155,10 +155,10 @@ class ServingState:
             uid = manifest["metadata"]["uid"]
             link, old = links.get(uid), known.get(uid)
             if old is None or not old.is_current(manifest, link, now):
-                old = _SeenPod.observe(manifest, link, now)
+                old = _ObservedPod.observe(manifest, link, now)
             found[uid] = old
         self._pods[pool.metadata.uid] = found
-        return [seen.pod for seen in found.values()]
+        return [observed.pod for observed in found.values()]
 
     def pod_manifests(self, pool: ServingPool) -> Objects:
         """Return the manifests of the pool's pods."""
@@ -181,7 +181,7 @@ class ServingState:
             if not pod.ready or pod.stopping or pod.state is not None:
                 continue
             link = links.get(pod.uid)
-            if link is None or now - link.since < _PATIENCE_SECONDS:
+            if link is None or now - link.since < _FIRST_REPORT_SECONDS:
                 return False
         return True
 
