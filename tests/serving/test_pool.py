@@ -200,7 +200,7 @@ START = datetime(2026, 1, 1, tzinfo=UTC)
         pytest.param({"holds": {ONE: "Resident"}, "problem_of_agent": "canary"}, {}, id="unfit"),
         pytest.param({"gate": True, "problem_of_agent": "canary"}, {"p": False}, id="closes when it is unfit"),
         pytest.param({"containers_ready_since": START - timedelta(seconds=31)}, {"p": True}, id="loading for too long"),
-        pytest.param({"holds": {ONE: "Resident"}, "heard": False}, {}, id="unknown"),
+        pytest.param({"holds": {ONE: "Resident"}, "is_reporting": False}, {}, id="unknown"),
         pytest.param({"gate": True}, {}, id="stays open for the others"),
         pytest.param({"gate": True, "engine": False}, {"p": False}, id="closes when the engine stops"),
     ],
