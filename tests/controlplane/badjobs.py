@@ -271,7 +271,7 @@ BAD_JOBS: dict[str, BadJob] = {
     ),
     "an unknown role": data("expected one of", chat(("bot", "a"), ("assistant", "b"))),
     "no answer": data("it must be the assistant's", chat(("user", "Who?"))),
-    "an answer to nothing": data("nothing was asked", chat(("assistant", "Marta."))),
+    "an answer to nothing": data("a message of the user must precede it", chat(("assistant", "Marta."))),
     "a picture": data(
         "only text can be learned: remove it",
         chat(("user", [{"type": "image", "image": "a.png"}]), ("assistant", "A door.")),
@@ -291,9 +291,9 @@ BAD_JOBS: dict[str, BadJob] = {
         dataset__overlong="Error",
     ),
     "one bad row, where none may be": data("line 9", *GOOD_ROWS, b"{", dataset__unusable="Error"),
-    "a table without columns": rows_of("must hold the names of the columns", b",\n1,2\n", "train.csv"),
+    "a table without columns": rows_of("must contain the names of the columns", b",\n1,2\n", "train.csv"),
     "half a gzip file": rows_of("not a complete gzip file", gzip.compress(lines(*GOOD_ROWS))[:40], "train.jsonl.gz"),
-    "a file of no known format": rows_of("give it one of the endings", lines(*GOOD_ROWS), "train.txt"),
+    "a file of no known format": rows_of("use one of the extensions", lines(*GOOD_ROWS), "train.txt"),
     "a file that is not there": BadJob(
         Stage.VALIDATION,
         "none.jsonl does not exist",
@@ -309,7 +309,7 @@ BAD_JOBS: dict[str, BadJob] = {
     ),
     "a folder of two formats": BadJob(
         Stage.VALIDATION,
-        "choose with a glob",
+        "choose one format with a glob",
         reason=FailureReason.DATASET_INVALID,
         files={"rows/a.jsonl": lines(*GOOD_ROWS), "rows/b.csv": b"text\na\n"},
         train="rows",
@@ -399,7 +399,7 @@ BAD_JOBS: dict[str, BadJob] = {
     ),
     "a copy with a Secret that is not there": BadJob(
         Stage.VALIDATION,
-        "the Secret absent does not exist, is empty or has no key that is read",
+        "the Secret absent does not exist, is empty or has no known key",
         {"output": {"exports": [{"hub": "org/a", "secretRef": {"name": "absent"}}]}},
         FailureReason.SECRET_NOT_FOUND,
     ),

@@ -36,14 +36,14 @@ BAD_ROWS: dict[str, tuple[list[Any], str]] = {
     "not an object": ([GOOD, "[1, 2]"], "train.jsonl line 2: is not a JSON object but a list"),
     "a JSON array file": (
         ["[", json.dumps(GOOD) + ",", json.dumps(GOOD), "]"],
-        "line 1: is not JSON: Expecting value at column 2; a list of rows is read from a file whose name ends with",
+        "line 1: is not JSON: Expecting value at column 2; a list of rows needs a file whose name ends with",
     ),
     "rows over several lines": (
         [json.dumps(GOOD, indent=1)],
         "column 2; each row must be on one line, or in a list in a .json file",
     ),
     "not UTF-8": ([GOOD, b'{"messages": "\xff"}'], "train.jsonl line 2: is not UTF-8 at byte 15"),
-    "nested too deeply": ([GOOD, "[" * 100_000], "train.jsonl line 2: is not JSON"),
+    "nested too deeply": ([GOOD, "[" * 100_000], "train.jsonl line 2: is JSON that cannot be read"),
     "null messages": ([{"messages": None}], "train.jsonl line 1: 'messages' is null, not a list"),
     "empty messages": ([{"messages": []}], "train.jsonl line 1: 'messages' is empty"),
     "message is a string": ([messages("hello")], "message 1 is a string, not an object"),
@@ -115,7 +115,7 @@ BAD_ROWS: dict[str, tuple[list[Any], str]] = {
         [{"prompt": "a", "chosen": "b", "rejected": "c"}],
         "has the dataset.format Preference, which this objective cannot learn from; it learns from Messages",
     ),
-    "several": ([GOOD, "x", GOOD, "y", "z", "{}", "{}"], "train.jsonl line 2: is not JSON"),
+    "several": ([GOOD, "x", GOOD, "y", "z", "{}", "{}"], "train.jsonl line 2: is JSON that cannot be read"),
 }
 
 
@@ -217,7 +217,7 @@ SPECS: dict[str, tuple[dict[str, Any], FailureReason, str]] = {
     "no secret": (
         {"dataset": {"train": [{"uri": "s3://bucket/rows.jsonl", "secretRef": {"name": "absent"}}]}},
         FailureReason.SECRET_NOT_FOUND,
-        "the Secret absent does not exist, is empty or has no key that is read",
+        "the Secret absent does not exist, is empty or has no known key",
     ),
 }
 

@@ -101,7 +101,7 @@ def test_a_folder_with_the_rows_in_two_formats_is_refused(bench: Workbench, part
     ran = validated(bench, {"train": [{"uri": f"file://{parts}"}]})
     assert (ran.code, ran.result.reason) == (2, FailureReason.DATASET_INVALID)
     assert "has files of several formats (jsonl, parquet)" in ran.result.message
-    assert f"choose with a glob, such as file://{parts}/**/*.jsonl" in ran.result.message
+    assert f"choose one format with a glob, such as file://{parts}/**/*.jsonl" in ran.result.message
     assert counted(validated(bench, {"train": [{"uri": f"file://{parts}/**/*.jsonl"}]})).rows == 18
 
 

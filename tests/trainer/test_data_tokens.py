@@ -188,7 +188,7 @@ def test_earlier_answers_that_a_template_shortens(base_model: Path) -> None:
     unmarked = marked.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     shortening = with_template(base_model, unmarked)
     with pytest.raises(
-        InvalidSpecError, match=r"changes earlier turns .* the last answer only with dataset.lossOn Comp"
+        InvalidSpecError, match=r"changes earlier turns .* learn only the last answer with dataset.lossOn Comp"
     ):
         Encoder(shortening, [2]).encode(chat(TURNS))
     assert targets(shortening, chat(TURNS), loss_on=LossOn.COMPLETION)[1] == "Due ✓.<|im_end|>"

@@ -668,7 +668,7 @@ def test_a_folder_in_a_store_is_read_with_its_secret(
     arguments = [*CODE, "--secrets", str(bench.folder / "secrets")]
     ran = bench.run("validate", job, *arguments)
     assert (ran.code, ran.result.reason) == (2, FailureReason.SECRET_NOT_FOUND)
-    assert "the Secret keys does not exist, is empty or has no key that is read" in ran.result.message
+    assert "the Secret keys does not exist, is empty or has no known key" in ran.result.message
     (bench.folder / "secrets/keys").mkdir(parents=True)
     for name, value in s3_environment.environment().items():
         (bench.folder / "secrets/keys" / name).write_text(value)

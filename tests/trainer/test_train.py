@@ -169,7 +169,7 @@ def test_a_second_attempt_finds_the_artifact_and_does_not_train(bench: Workbench
     assert second.result.artifact == first.result.artifact
     assert second.result.evaluation == first.result.evaluation
     assert second.result.metrics == first.result.metrics
-    assert "nothing was trained again" in second.result.message
+    assert "an earlier attempt has already published this artifact" in second.result.message
     assert weights.stat().st_mtime_ns == written
 
 
