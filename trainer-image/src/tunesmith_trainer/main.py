@@ -148,7 +148,7 @@ def _execute(options: RunOptions, argv: Sequence[str], termination: Termination,
         if not termination.ranks.first:
             termination.progress.mute()
     with progress_served(options, termination):
-        return _stage(options, job, termination, scrubber)
+        return _run_stage(options, job, termination, scrubber)
 
 
 def _child_command(argv: Sequence[str], work: Path) -> list[str]:
@@ -169,7 +169,7 @@ def progress_served(options: RunOptions, termination: Termination) -> Iterator[N
         server.server_close()
 
 
-def _stage(options: RunOptions, job: FineTuneJob, termination: Termination, scrubber: Scrubber) -> TrainerResult:
+def _run_stage(options: RunOptions, job: FineTuneJob, termination: Termination, scrubber: Scrubber) -> TrainerResult:
     """Run the command's stage."""
     # These imports take seconds: an invalid manifest is reported before them.
     from tunesmith_trainer.store import TRAINING_RETRY, Stores  # noqa: PLC0415

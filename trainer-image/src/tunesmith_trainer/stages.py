@@ -319,7 +319,7 @@ def _trained(
             reporter=reporter,
             checkpoints=checkpoints,
             interruption=termination.interruption,
-            hung=termination.hung,
+            hung=termination.stop_hung_training,
         )
     )
 

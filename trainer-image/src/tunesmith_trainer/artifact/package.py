@@ -279,10 +279,10 @@ def check_saved(folder: Path, planned: MethodPlan) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     expected = {}
     for name, rank in planned.ranks.items():
-        wide, high = planned.modules[name]
+        in_features, out_features = planned.modules[name]
         saved = rank * 2 if planned.doubled else rank
-        expected[f"base_model.model.{name}.lora_A.weight"] = (saved, wide)
-        expected[f"base_model.model.{name}.lora_B.weight"] = (high, saved)
+        expected[f"base_model.model.{name}.lora_A.weight"] = (saved, in_features)
+        expected[f"base_model.model.{name}.lora_B.weight"] = (out_features, saved)
     problem: str | None = None
     with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as tensors:
         names = set(tensors.keys())

@@ -93,20 +93,20 @@ def load(
     Raises:
         TrainerError: an input is missing, refused or unusable.
     """
-    sources = _fetched(dataset, stores, work)
+    sources = _fetch(dataset, stores, work)
     content = _content_digest(sources)
 
     def make(folder: Path) -> dict[str, Counted]:
         return {
-            name: tokenise(some, dataset, forms, encoder, folder / f"{name}.arrow", write_line)
-            for name, some in sources.items()
+            name: tokenise(group, dataset, forms, encoder, folder / f"{name}.arrow", write_line)
+            for name, group in sources.items()
         }
 
     key = _token_key(dataset, sources, content, forms, tokenizer)
     cached = TokenCache(work / "tokens", store).get(key, make)
-    divided = _divided(cached, dataset, seed, context)
-    indices = _weighted(divided, cached, dataset, seed)
-    train, lengths = _at(divided.rows, indices), divided.sizes.lengths[indices]
+    divided = _divide(cached, dataset, seed, context)
+    indices = _epoch_indices(divided, cached, dataset, seed)
+    train, lengths = _select(divided.rows, indices), divided.sizes.lengths[indices]
     packed = None
     if dataset.packing:
         packed = pack(cached.path("train"), indices, lengths, dataset.max_length, work / "packed.arrow")
@@ -132,7 +132,7 @@ def load(
     )
 
 
-def _fetched(dataset: api.Dataset, stores: Stores, work: Path) -> dict[str, list[Source]]:
+def _fetch(dataset: api.Dataset, stores: Stores, work: Path) -> dict[str, list[Source]]:
     """Fetch the files by part of the data set: `train`, and `validation` if there is one.
 
     Raises:
@@ -147,9 +147,9 @@ def _fetched(dataset: api.Dataset, stores: Stores, work: Path) -> dict[str, list
 def _content_digest(sources: Mapping[str, list[Source]]) -> str:
     """Return 64 hex digits of the content of all files."""
     digest = hashlib.sha256()
-    for name, some in sources.items():
+    for name, group in sources.items():
         digest.update(f"{name}\n".encode())
-        add_content(some, digest)
+        add_content(group, digest)
     return digest.hexdigest()
 
 
@@ -165,7 +165,7 @@ def _token_key(
         {
             "encoding": [_ENCODING, version("transformers"), version("tokenizers")],
             "content": content,
-            "files": {name: [len(source.files) for source in some] for name, some in sources.items()},
+            "files": {name: [len(source.files) for source in group] for name, group in sources.items()},
             "tokenizer": tokenizer,
             "forms": sorted(forms),
             "dataset": dataset.model_dump(mode="json", include=_TOKEN_FIELDS),
@@ -194,7 +194,7 @@ class _Divided:
     report: RowReport
 
 
-def _divided(cached: Cached, dataset: api.Dataset, seed: int, context: int | None) -> _Divided:
+def _divide(cached: Cached, dataset: api.Dataset, seed: int, context: int | None) -> _Divided:
     """Divide the tokenised rows into training and held-out rows.
 
     Raises:
@@ -207,7 +207,7 @@ def _divided(cached: Cached, dataset: api.Dataset, seed: int, context: int | Non
     chosen, out = held_out(sizes.keys, dataset, seed)
     _check_context(sizes.longest, context)
     if not dataset.validation:
-        return _Divided(rows, sizes, chosen, _at(rows, out), None, counted.report)
+        return _Divided(rows, sizes, chosen, _select(rows, out), None, counted.report)
     held = cached.counted["validation"]
     held.require("held-out rows", limit)
     validation, scored = open_rows(cached.path("validation")), measure(cached.path("validation"))
@@ -215,7 +215,7 @@ def _divided(cached: Cached, dataset: api.Dataset, seed: int, context: int | Non
     return _Divided(rows, sizes, chosen, validation, scored, counted.report.add(held.report))
 
 
-def _weighted(divided: _Divided, cached: Cached, dataset: api.Dataset, seed: int) -> IntArray:
+def _epoch_indices(divided: _Divided, cached: Cached, dataset: api.Dataset, seed: int) -> IntArray:
     """Return the row indices of an epoch, each as often as the weight of its source specifies.
 
     Raises:
@@ -249,16 +249,16 @@ def _also_trained(
     shared = divided.scored.keys[trained_too(divided.scored.keys, keys)]
     if not len(shared):
         return None
-    examples = _first_of(set(shared.tolist()), sources["validation"], dataset, forms)
+    examples = _first_locations(set(shared.tolist()), sources["validation"], dataset, forms)
     return [AlsoTrained(rows=len(shared), scored_rows=len(divided.validation), examples=examples)]
 
 
-def _at(rows: Dataset, indices: IntArray) -> Dataset:
+def _select(rows: Dataset, indices: IntArray) -> Dataset:
     """Return the rows at these indices; the fingerprint only keeps `datasets` from hashing them."""
     return rows.select(indices, new_fingerprint="selected")
 
 
-def _first_of(
+def _first_locations(
     keys: Collection[int], sources: list[Source], dataset: api.Dataset, forms: Collection[RowForm]
 ) -> list[str]:
     """Read the files again to locate the first rows with these keys: the cache does not store locations."""

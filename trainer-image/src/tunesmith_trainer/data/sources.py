@@ -41,7 +41,7 @@ def fetch(sources: Sequence[DatasetSource], stores: Stores, folder: Path) -> lis
         DatasetNotFoundError: a file does not exist, or a folder or a glob has no data files.
         DatasetInvalidError: a folder has files of several formats, or a file's name does not indicate a format.
     """
-    return [_fetched(source, stores, folder / str(number)) for number, source in enumerate(sources)]
+    return [_fetch(source, stores, folder / str(number)) for number, source in enumerate(sources)]
 
 
 def add_content(sources: Iterable[Source], digest: hashlib._Hash) -> None:
@@ -51,7 +51,7 @@ def add_content(sources: Iterable[Source], digest: hashlib._Hash) -> None:
             digest.update(f"{file_sha256(file.path)}\n".encode())
 
 
-def _fetched(source: DatasetSource, stores: Stores, target: Path) -> Source:
+def _fetch(source: DatasetSource, stores: Stores, target: Path) -> Source:
     base, paths = _listed(source, stores)
     files = []
     for path in paths:

@@ -126,7 +126,7 @@ def estimate(shape: Shape, run: RunShape) -> Estimate:
     if run.shards == 1:
         kept = 0.0 if run.full and run.full_precision else weights
     elif run.full:
-        gathered, gradients = _whole_while_trained(shape)
+        gathered, gradients = _gathered_at_peak(shape)
         # If a layer is recomputed, the products' copies of its weights are freed with it.
         copies = 0.0 if run.full_precision else width * per_layer if run.checkpointing else weights
         kept = _FLOAT32 * gathered + copies
@@ -144,7 +144,7 @@ def estimate(shape: Shape, run: RunShape) -> Estimate:
     )
 
 
-def _whole_while_trained(shape: Shape) -> tuple[float, float]:
+def _gathered_at_peak(shape: Shape) -> tuple[float, float]:
     """Return the gathered parameters, and the gradients before they are sharded, if FSDP2 trains all weights.
 
     At the larger of two moments of the backward pass. At its end these are embedding and output layer, and their

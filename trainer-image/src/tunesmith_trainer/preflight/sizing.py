@@ -134,14 +134,14 @@ def sizing(
     if spec.method.full is not None:
         # Also count what LoRA with its defaults would train: it is proposed if all weights do not fit.
         adapted = modules.linear
-        trainable = _of_default_lora(modules.linear)
+        trainable = _default_lora_parameters(modules.linear)
     quantization = spec.method.quantization
-    linear = sum(wide * high for wide, high in modules.linear.values())
+    linear = sum(in_features * out_features for in_features, out_features in modules.linear.values())
     shape = Shape(hidden, layers, intermediate, vocabulary, linear, modules.parameters - linear)
     return Sizing(
         shape=shape,
         trainable=trainable,
-        adapted_inputs=sum(wide for wide, _ in adapted.values()) // layers,
+        adapted_inputs=sum(in_features for in_features, _ in adapted.values()) // layers,
         dropout=spec.method.dropout > 0,
         dora=isinstance(spec.method.fields, LoraFields) and spec.method.fields.dora,
         optimizer_bytes=_OPTIMIZER_BYTES[spec.hyperparameters.optimizer],
@@ -153,8 +153,8 @@ def sizing(
     )
 
 
-def _of_default_lora(linear: Mapping[str, tuple[int, int]]) -> Callable[[int | None], int]:
-    parameters = LoraFields().rank * sum(wide + high for wide, high in linear.values())
+def _default_lora_parameters(linear: Mapping[str, tuple[int, int]]) -> Callable[[int | None], int]:
+    parameters = LoraFields().rank * sum(in_features + out_features for in_features, out_features in linear.values())
     return lambda _: parameters
 
 

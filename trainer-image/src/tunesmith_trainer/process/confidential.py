@@ -22,7 +22,7 @@ def scrubber_of(secrets: Path, environment: Mapping[str, str]) -> Scrubber:
     return Scrubber(secret_values(environment), *read_secrets(secrets).values())
 
 
-def cleaned(result: TrainerResult, scrubber: Scrubber) -> TrainerResult:
+def clean_result(result: TrainerResult, scrubber: Scrubber) -> TrainerResult:
     """Return the result with the credentials removed from its sentences."""
     document = result.model_dump(mode="json", by_alias=True)
     return TrainerResult.model_validate(scrubber.clean_fields(document, _TEXTS))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from tunesmith.api.conditions import FailureReason
 from tunesmith.contracts.result import TERMINATION_MESSAGE_PATH, Outcome, TrainerResult
-from tunesmith_trainer.process.confidential import cleaned
+from tunesmith_trainer.process.confidential import clean_result
 from tunesmith_trainer.process.launch import LAUNCHED
 from tunesmith_trainer.process.ranks import POD_INDEX, Ranks
 
@@ -112,7 +112,7 @@ class Termination:
             )
         )
 
-    def hung(self, step: int, seconds: float) -> None:
+    def stop_hung_training(self, step: int, seconds: float) -> None:
         """Terminate the process from the watchdog's thread, because the main thread does not respond."""
         self._exit(
             TrainerResult(
@@ -135,7 +135,7 @@ class Termination:
         os._exit(result.exit_code)
 
     def _completed(self, result: TrainerResult) -> TrainerResult:
-        return cleaned(result, self._scrubber).model_copy(
+        return clean_result(result, self._scrubber).model_copy(
             update={"resumed_from_step": self.interruption.resumed_from_step}
         )
 

@@ -45,18 +45,18 @@ def watched(command: Sequence[str], work: Path, deadline_seconds: float) -> Trai
         signal.signal(number, pass_on)
     deadline = time.monotonic() + deadline_seconds
     while process.poll() is None:
-        what = overdue(slot)
-        if what is not None or time.monotonic() >= deadline:
+        late_work = overdue(slot)
+        if late_work is not None or time.monotonic() >= deadline:
             process.kill()
             process.wait()
-            return _timed_out(what, deadline_seconds)
+            return _timed_out(late_work, deadline_seconds)
         time.sleep(_POLL_SECONDS)
     result = TrainerResult.parse(message.read_text(encoding="utf-8")) if message.is_file() else None
     return result or _without_result(process.returncode)
 
 
-def _timed_out(what: str | None, deadline_seconds: float) -> TrainerResult:
-    if what is None:
+def _timed_out(late_work: str | None, deadline_seconds: float) -> TrainerResult:
+    if late_work is None:
         return TrainerResult(
             outcome=Outcome.FAILED,
             reason=FailureReason.DEADLINE_EXCEEDED,
@@ -66,8 +66,8 @@ def _timed_out(what: str | None, deadline_seconds: float) -> TrainerResult:
     return TrainerResult(
         outcome=Outcome.FAILED,
         reason=FailureReason.INVALID_SPEC,
-        message=f"{what} did not finish in time and was stopped: remove endless loops, and expressions whose cost grows"
-        " with each repetition",
+        message=f"{late_work} did not finish in time and was stopped: remove endless loops, and expressions whose cost"
+        " grows with each repetition",
     )
 
 
