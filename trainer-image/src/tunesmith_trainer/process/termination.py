@@ -86,7 +86,7 @@ class Termination:
         saved = "no checkpoint could be written"
         if checkpoints is not None and checkpoints.last is not None:
             saved = f"the checkpoint of step {checkpoints.last} is in {checkpoints.uri}"
-        fix = "; run the same command again to resume from it" if local else ""
+        fix = "; run the same command again to resume" if local else ""
         return TrainerResult(
             outcome=Outcome.PREEMPTED,
             message=f"{stopped} {error}; {saved if self.ranks.first else 'rank 0 has the checkpoint'}{fix}",
