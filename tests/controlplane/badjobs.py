@@ -322,11 +322,13 @@ BAD_JOBS: dict[str, BadJob] = {
     ),
     "pickled weights": base("it needs config.json, tokenizer.json", pickled, FailureReason.BASE_MODEL_NOT_FOUND),
     "an unknown architecture": base("config.json of the base model", rewrite("config.json", model_type="warp-drive")),
-    "no language model": base("no causal language model that can be trained", rewrite("config.json", model_type="vit")),
+    "no language model": base(
+        "is not a causal language model that this release can train", rewrite("config.json", model_type="vit")
+    ),
     "no chat template": base("use a chat model, set dataset.chatTemplate", without("chat_template.jinja")),
     "answers that never stop": base("has no end token", without_end),
     "a base whose parts lie elsewhere": base(
-        "names ../../other/model.safetensors, which the folder does not have: copy the whole base model",
+        "names ../../other/model.safetensors, which the folder does not contain: copy the whole base model",
         parts_elsewhere,
         FailureReason.BASE_MODEL_NOT_FOUND,
     ),

@@ -187,7 +187,7 @@ def test_layers_that_one_rank_cannot_compile_are_compiled_on_none(
     monkeypatch.setattr(Ranks, "any", lambda *_: [True])
     reports: list[str] = []
     assert not compile_layers(model, base, implementation, compiled, reports.append, Ranks(), required=False)
-    assert reports == ["  layers are not compiled: they cannot be at another rank, whose log says why"]
+    assert reports == ["  layers are not compiled: another rank could not compile them, see its log"]
     assert not any(module._compiled_call_impl for module in base.modules())
 
 

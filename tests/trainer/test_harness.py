@@ -468,7 +468,7 @@ def test_only_the_platform_adds_tasks(bench: Workbench, monkeypatch: pytest.Monk
     monkeypatch.setenv(LM_EVAL_TASKS, str(bench.folder / "nowhere"))
     ran = bench.run("validate", _job(bench, {"tasks": ["doors_choice"]}, []))
     assert (ran.code, ran.result.reason) == (2, FailureReason.INVALID_SPEC)
-    assert "which is no folder here" in ran.result.message
+    assert "which is not a local folder" in ran.result.message
 
 
 def _folder(place: Path, **changed: str) -> Path:
@@ -637,7 +637,7 @@ def test_task_code_is_not_run_without_permission(bench: Workbench, command: str)
     job = _job(bench, {"tasks": ["painted"], "taskFolder": {"uri": f"file://{folder}"}}, [])
     ran = bench.run(command, job)
     assert (ran.code, ran.result.reason, ran.result.retryable) == (2, FailureReason.INVALID_SPEC, False)
-    assert "give --allow-task-code if you trust it" in ran.result.message
+    assert "pass --allow-task-code if you trust it" in ran.result.message
 
 
 @pytest.mark.usefixtures("tasks")
@@ -686,7 +686,7 @@ def test_links_in_a_task_folder_are_refused(bench: Workbench) -> None:
     job = _job(bench, {"tasks": ["painted"], "taskFolder": {"uri": f"file://{folder}"}}, [])
     ran = bench.run("validate", job, *CODE)
     assert (ran.code, ran.result.reason) == (2, FailureReason.INVALID_SPEC)
-    assert "rows/more.jsonl is a link: put what it links to into the folder itself" in ran.result.message
+    assert "rows/more.jsonl is a link: replace it with a copy of its target" in ran.result.message
 
 
 @pytest.mark.usefixtures("tasks")

@@ -236,7 +236,10 @@ _PEFT_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"type": "VERA", "config": {"target_modules": ["q_proj", "v_prj"]}},
         "no module named v_prj; did you mean v_proj?",
     ),
-    "expression": ({"type": "VERA", "config": {"target_modules": ".*nothing"}}, "no module of the base model fits"),
+    "expression": (
+        {"type": "VERA", "config": {"target_modules": ".*nothing"}},
+        "no module of the base model has a name that matches",
+    ),
     "a path": (
         {"type": "LORA", "config": {"corda_config": {"cache_file": "/etc/passwd"}}},
         "method.peft.config.corda_config.cache_file names files or code, which a job cannot use",
@@ -251,7 +254,10 @@ _PEFT_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "for 'pissa_niter_4' use method.lora.initialization: FastPiSSA",
     ),
     "no effect": ({"type": "LORA", "config": {"use_qalora": True}}, "it has no effect on a base"),
-    "base cut for good": ({"type": "LORA", "config": {"kasa_config": {}}}, "KaSA cuts the base's weights for good"),
+    "base cut for good": (
+        {"type": "LORA", "config": {"kasa_config": {}}},
+        "KaSA truncates the base's weights permanently",
+    ),
     "not in 4 bits": (
         {"type": "LOHA", "quantization": {}},
         "LOHA cannot be trained on a base in 4 bits, it works on the weights themselves",
