@@ -148,7 +148,7 @@ def test_the_agent_refuses_exactly_what_validation_calls_unservable(
         (
             {"peft": {"type": "lily", "config": {"r": 4, "target_modules": _QV}}},
             "vLLM loads LORA adapters only, and this is LILY",
-            "use method.lora; this one cannot be merged",
+            "use method.lora; this adapter cannot be merged",
         ),
     ],
     ids=["DoRA", "IA3", "Lily"],
