@@ -13,7 +13,7 @@ export UV := $(CACHE)/uv-$(UV_VERSION)/uv
 unexport PYTHONDONTWRITEBYTECODE
 STEP := .ci/step
 RUN := $(UV) run --frozen --no-sync
-CLUSTER := $(RUN) python e2e/cluster/cluster.py
+CLUSTER := $(RUN) python -m e2e.cluster
 GENERATE_CRDS := python -m tunesmith.api.crd --output crds --output charts/tunesmith/files/crds --schemas crds/schemas \
   --reference docs/reference/api.md --stores docs/reference/stores.md
 comma := ,
@@ -24,7 +24,7 @@ help: ## List the targets
 
 demo: environment environment-trainer model ## Train and serve an adapter on a local cluster (KUBECONTEXT=name: on that cluster)
 	@$(MAKE) cluster-up images
-	@$(RUN) python e2e/demo.py
+	@$(RUN) python -m e2e.demo
 
 test: environment environment-trainer environment-server model ## Run all tests, with a real cluster at their end
 	@.ci/test
@@ -37,26 +37,26 @@ verify-resume: environment-trainer ## Kill training 20 times with SIGKILL and SI
 	  $(UV) run --frozen --no-sync --project trainer-image pytest tests/trainer/test_resume.py tests/trainer/test_ranks.py
 
 verify-methods: environment-trainer environment-server ## Train, reload, merge and serve every method; writes docs/methods.md
-	@$(STEP) --live "methods" $(UV) run --frozen --no-sync --project trainer-image python tests/trainer/verify_methods.py \
+	@$(STEP) --live "methods" $(UV) run --frozen --no-sync --project trainer-image python -m tests.trainer.verify_methods \
 	  --engine server-image/engine-cpu/.venv
 
 verify-data: environment-trainer model ## Validate a million rows: peak memory, and that a second attempt finds the tokens
 	@$(STEP) --last '^(passed|failed)' "a million rows" $(UV) run --frozen --no-sync --project trainer-image \
-	  python tests/trainer/verify_data.py --base $(CACHE)/models/SmolLM2-135M-Instruct
+	  python -m tests.trainer.verify_data --base $(CACHE)/models/SmolLM2-135M-Instruct
 
 verify-fuzz-gateway: environment ## Send 20,000 mutated requests to a gateway: answers, log and memory (REQUESTS=, SEED=)
-	@$(STEP) --last '^(passed|Assert)' "fuzz the gateway" $(RUN) python tests/gateway/http_fuzzer.py \
+	@$(STEP) --last '^(passed|Assert)' "fuzz the gateway" $(RUN) python -m tests.gateway.http_fuzzer \
 	  --requests $(or $(REQUESTS),20000) --seed $(or $(SEED),1)
 
 verify-fuzz-adapters: environment-server ## Check 10,000 mutated adapters as an agent does (MUTATIONS=)
 	@$(STEP) --last '^(passed|failed)' "fuzz the adapter check" $(RUN) --project server-image python \
-	  tests/server/fuzz_adapters.py --mutations $(or $(MUTATIONS),10000)
+	  -m tests.server.fuzz_adapters --mutations $(or $(MUTATIONS),10000)
 
 benchmark-operator: environment ## Measure the operator's work with up to 4,000 adapters in a namespace
-	@$(STEP) --live "operator" $(RUN) python benchmarks/operator/benchmark.py
+	@$(STEP) --live "operator" $(RUN) python -m benchmarks.operator.benchmark
 
 benchmark-gateway: environment ## Measure how a gateway reads 10,000 adapters and 10,000 API keys; fails above 3 s of CPU or a pause of 100 ms
-	@$(STEP) --live "gateway" $(RUN) python benchmarks/gateway/benchmark.py
+	@$(STEP) --live "gateway" $(RUN) python -m benchmarks.gateway.benchmark
 
 benchmark-training: environment-trainer model ## Compare the speed of training with other ways (ROWS=64 REPEATS=3)
 	@mkdir -p out
@@ -108,7 +108,7 @@ environment-server: $(UV)
 	@$(STEP) "environment: engine" $(UV) sync --frozen --project server-image/engine-cpu
 
 verify-fuzz-manifests: environment ## 10,000 mutated manifests through models and plans, 1,000 through an API server and the operator
-	@$(STEP) --last '^(passed|Assert)' "manifests: models and plans" $(RUN) python tests/finetune/manifest_fuzzer.py --count 10000
+	@$(STEP) --last '^(passed|Assert)' "manifests: models and plans" $(RUN) python -m tests.finetune.manifest_fuzzer --count 10000
 	@$(STEP) "programs of the cluster" $(CLUSTER) build
 	@$(STEP) --last ' (passed|failed).* in ' "manifests: API server" $(RUN) pytest -m long tests/controlplane/test_manifest_fuzz.py
 

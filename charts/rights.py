@@ -77,8 +77,8 @@ def helm() -> str:
     folders = os.pathsep.join([str(REPOSITORY / ".cluster/bin"), os.environ.get("PATH", "")])
     if found := shutil.which("helm", path=folders):
         return found
-    sys.path.insert(0, str(REPOSITORY / "e2e/cluster"))
-    import binaries  # noqa: PLC0415 - of the local cluster, only where it is needed
+    sys.path.insert(0, str(REPOSITORY))
+    from e2e.cluster import binaries  # noqa: PLC0415 - of the local cluster, only where it is needed
 
     return str(binaries.build("helm") / "helm")
 

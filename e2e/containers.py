@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from installation import Object
+    from e2e.installation import Object
 
 _SAMPLE_SECONDS = 0.05
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from installation import DEMO, Object, condition, get, items, until
+from e2e.installation import DEMO, Object, condition, get, items, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """The main job on a real cluster: installs Tunesmith, trains an adapter, serves it, and asks it and its base.
 
 `make demo` runs it once the cluster has the images. Everything stays running; run again, it does what is missing.
@@ -15,7 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
-from installation import (
+from openai import OpenAI
+from rich.console import Console
+from rich.table import Table
+
+from e2e.installation import (
     DEMO,
     GATEWAY,
     REPOSITORY,
@@ -41,9 +44,6 @@ from installation import (
     tunesmith,
     until,
 )
-from openai import OpenAI
-from rich.console import Console
-from rich.table import Table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

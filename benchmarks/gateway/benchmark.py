@@ -21,9 +21,7 @@ import uvloop
 import yaml
 from aiohttp import web
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "gateway"))
-
-from gateway_rig import adapter_manifest, pool_manifest
+from tests.gateway.gateway_rig import adapter_manifest, pool_manifest
 from tunesmith.cluster.client import Cluster
 from tunesmith.contracts.apikey import key_record
 from tunesmith.gateway.catalog import Catalog

@@ -9,14 +9,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import sys
 import time
 import tracemalloc
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "serving"))
-
-from operatorworld import World
+from tests.serving.operatorworld import World
 from tunesmith.cluster.resources import named, resource_of
 from tunesmith.controller.reconciler import Key
 

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import pytest
-from installation import REPOSITORY
-from stage import SINGLE, Stage, pool_manifest
-from trial import GRAIN_SECONDS, TOLERANCE, Outcome, Trial, table
-from victim import Victim
+
+from e2e.attacks.stage import SINGLE, Stage, pool_manifest
+from e2e.attacks.trial import GRAIN_SECONDS, TOLERANCE, Outcome, Trial, table
+from e2e.attacks.victim import Victim
+from e2e.installation import REPOSITORY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from installation import Object
+    from e2e.installation import Object
 
 TABLE = REPOSITORY / "out/attacks.md"
 KEEP = "TUNESMITH_ATTACKS_KEEP"

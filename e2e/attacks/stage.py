@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
-from artifacts import Template
-from containers import container_status, processes_of
-from custom_resources import API_VERSION, adapter_manifest, job_manifest
-from demo import JOB, NODE_PORT
-from installation import (
+
+from e2e.attacks.artifacts import Template
+from e2e.containers import container_status, processes_of
+from e2e.custom_resources import API_VERSION, adapter_manifest, job_manifest
+from e2e.demo import JOB, NODE_PORT
+from e2e.installation import (
     DEMO,
     STORE,
     SYSTEM,
@@ -36,7 +37,6 @@ from installation import (
     tunesmith,
     until,
 )
-
 from tunesmith.contracts.agent import Keys, parse_keys
 from tunesmith.contracts.apikey import KEY_KIND, KEY_PREFIX
 from tunesmith.contracts.artifact import digest_of

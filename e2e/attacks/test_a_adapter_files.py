@@ -11,18 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from artifacts import CONFIG, WEIGHTS, Template, build, header_of_many_tensors
-from containers import container_status, processes_of
-from demo import MODEL
-from installation import condition, get
-from stage import ADAPTER, HOSTILE, PLATFORM, POOL, VICTIM
-from wire import CHAT, Client
+
+from e2e.attacks.artifacts import CONFIG, WEIGHTS, Template, build, header_of_many_tensors
+from e2e.attacks.stage import ADAPTER, HOSTILE, PLATFORM, POOL, VICTIM
+from e2e.attacks.wire import CHAT, Client
+from e2e.containers import container_status, processes_of
+from e2e.demo import MODEL
+from e2e.installation import condition, get
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from stage import Stage
-    from trial import Trial
+    from e2e.attacks.stage import Stage
+    from e2e.attacks.trial import Trial
 
     Craft = Callable[[Path, Template], str]
 

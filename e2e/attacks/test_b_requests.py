@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import pytest
-from containers import PeakMemory
-from installation import condition, get, until
 from openai import APIStatusError, OpenAI
-from stage import (
+
+from e2e.attacks.stage import (
     HOSTILE,
     PLATFORM,
     Stage,
@@ -23,13 +22,15 @@ from stage import (
     gateway_processes,
     gateway_restarts,
 )
-from wire import CHAT, COMPLETIONS, Client, Reply, status_of
+from e2e.attacks.wire import CHAT, COMPLETIONS, Client, Reply, status_of
+from e2e.containers import PeakMemory
+from e2e.installation import condition, get, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from installation import Object
-    from trial import Trial
+    from e2e.attacks.trial import Trial
+    from e2e.installation import Object
 
 MEMORY_LIMIT = 512 * 2**20
 """Of the gateway's container, as the demo installs it."""

@@ -9,10 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
-from containers import container_status, processes_of, resident_bytes
-from custom_resources import adapter_manifest, job_manifest
-from demo import JOB
-from installation import (
+
+from e2e.attacks.stage import (
+    GATEWAY_LABELS,
+    HOSTILE,
+    PLATFORM,
+    POOL,
+    VICTIM,
+    gateway_pods,
+    listening,
+    plain_pod,
+    pool_manifest,
+)
+from e2e.attacks.wire import CHAT, Client
+from e2e.containers import container_status, processes_of, resident_bytes
+from e2e.custom_resources import adapter_manifest, job_manifest
+from e2e.demo import JOB
+from e2e.installation import (
     STORE,
     SYSTEM,
     InstallationError,
@@ -24,15 +37,12 @@ from installation import (
     kubectl,
     until,
 )
-from stage import GATEWAY_LABELS, HOSTILE, PLATFORM, POOL, VICTIM, gateway_pods, listening, plain_pod, pool_manifest
-from wire import CHAT, Client
-
 from tunesmith.contracts.agent import AGENT_PORT, pod_tokens
 
 if TYPE_CHECKING:
-    from installation import Object
-    from stage import Stage
-    from trial import Trial
+    from e2e.attacks.stage import Stage
+    from e2e.attacks.trial import Trial
+    from e2e.installation import Object
 
 SPEC: dict[str, Any] = yaml.safe_load(JOB.read_text())["spec"]
 OPERATOR = f"system:serviceaccount:{SYSTEM}:tunesmith-operator"

@@ -9,8 +9,11 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from artifacts import build
-from installation import (
+
+from e2e.attacks.artifacts import build
+from e2e.attacks.stage import HOSTILE, PLATFORM, SINGLE, pool_manifest
+from e2e.attacks.wire import CHAT, Client
+from e2e.installation import (
     InstallationError,
     apply,
     condition,
@@ -19,15 +22,13 @@ from installation import (
     store_secret,
     until,
 )
-from stage import HOSTILE, PLATFORM, SINGLE, pool_manifest
-from wire import CHAT, Client
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from installation import Object
-    from stage import Stage
-    from trial import Trial
+    from e2e.attacks.stage import Stage
+    from e2e.attacks.trial import Trial
+    from e2e.installation import Object
 
 
 @pytest.mark.attack("D2, D5", "a pool whose engines end at once: told, and its pods can be evicted")

@@ -11,14 +11,15 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from containers import container_status
-from installation import SYSTEM, apply, condition, delete, get, items, kubectl, until
-from stage import HOSTILE, gateway_pods, plain_pod
-from wire import Client
+
+from e2e.attacks.stage import HOSTILE, gateway_pods, plain_pod
+from e2e.attacks.wire import Client
+from e2e.containers import container_status
+from e2e.installation import SYSTEM, apply, condition, delete, get, items, kubectl, until
 
 if TYPE_CHECKING:
-    from stage import Stage
-    from trial import Trial
+    from e2e.attacks.stage import Stage
+    from e2e.attacks.trial import Trial
 
 pytestmark = pytest.mark.installation
 LEASE = "tunesmith-operator"

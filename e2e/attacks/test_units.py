@@ -9,10 +9,11 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from installation import REPOSITORY
+
+from e2e.installation import REPOSITORY
 
 if TYPE_CHECKING:
-    from trial import Outcome
+    from e2e.attacks.trial import Outcome
 
 PYTHON = {
     "operator": sys.executable,

@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from installation import until
+from e2e.installation import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from victim import Figures, Victim
+    from e2e.attacks.victim import Figures, Victim
 
 STATUS_SECONDS = 10.0
 RECOVERY_SECONDS = 60.0

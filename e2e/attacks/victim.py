@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from demo import QUESTIONS
-from installation import InstallationError, until
+from e2e.demo import QUESTIONS
+from e2e.installation import InstallationError, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

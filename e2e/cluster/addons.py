@@ -12,11 +12,11 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
 
-import binaries
-from archive import ensure_program_image
-from layout import DNS_ADDRESS, SOURCES, ClusterError, Layout
-from s3 import ensure_bucket
-from steps import output_of, wait_until
+from e2e.cluster import binaries
+from e2e.cluster.archive import ensure_program_image
+from e2e.cluster.layout import DNS_ADDRESS, SOURCES, ClusterError, Layout
+from e2e.cluster.s3 import ensure_bucket
+from e2e.cluster.steps import output_of, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

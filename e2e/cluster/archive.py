@@ -11,8 +11,8 @@ import tarfile
 import tempfile
 from typing import TYPE_CHECKING
 
-from layout import ClusterError, Layout
-from steps import output_of
+from e2e.cluster.layout import ClusterError, Layout
+from e2e.cluster.steps import output_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

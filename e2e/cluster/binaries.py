@@ -10,8 +10,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from layout import SOURCES, ClusterError, Layout, cache_folder
-from steps import output_of, run_logged, step
+from e2e.cluster.layout import SOURCES, ClusterError, Layout, cache_folder
+from e2e.cluster.steps import output_of, run_logged, step
 
 KUBERNETES_COMPONENTS = (
     "etcd",

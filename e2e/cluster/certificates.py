@@ -7,8 +7,8 @@ import json
 import os
 from typing import TYPE_CHECKING
 
-from layout import API_PORT, API_SERVICE_ADDRESS, NODE_NAME, Layout
-from steps import output_of
+from e2e.cluster.layout import API_PORT, API_SERVICE_ADDRESS, NODE_NAME, Layout
+from e2e.cluster.steps import output_of
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from layout import BRIDGE, PORTS, ClusterError, Layout
-from steps import output_of
+from e2e.cluster.layout import BRIDGE, PORTS, ClusterError, Layout
+from e2e.cluster.steps import output_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -17,12 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import addons
-import binaries
-from archive import ctr, import_layout, imported_images, program_image, program_reference
-from layers import export_image
-from layout import REPOSITORY, SOURCES, ClusterError, Layout, cache_folder
-from steps import output_of, run_logged, say, step
+from e2e.cluster import addons, binaries
+from e2e.cluster.archive import ctr, import_layout, imported_images, program_image, program_reference
+from e2e.cluster.layers import export_image
+from e2e.cluster.layout import REPOSITORY, SOURCES, ClusterError, Layout, cache_folder
+from e2e.cluster.steps import output_of, run_logged, say, step
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -13,7 +13,7 @@ import os
 import tarfile
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from layout import ClusterError
+from e2e.cluster.layout import ClusterError
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from layout import (
+from e2e.cluster.layout import (
     API_PORT,
     BRIDGE,
     CNI_NETWORK,
@@ -17,7 +17,7 @@ from layout import (
     STORAGE_CLASS,
     Layout,
 )
-from processes import Component
+from e2e.cluster.processes import Component
 
 ETCD = "https://127.0.0.1:2379"
 CNI_PLUGINS = Path("/usr/lib/cni")

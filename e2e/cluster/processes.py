@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from layout import ClusterError, Layout
-from steps import last_line
+from e2e.cluster.layout import ClusterError, Layout
+from e2e.cluster.steps import last_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

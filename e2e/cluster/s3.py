@@ -8,7 +8,7 @@ import hmac
 import http.client
 from urllib.parse import quote
 
-from layout import ClusterError
+from e2e.cluster.layout import ClusterError
 
 REGION = "us-east-1"
 

@@ -7,11 +7,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import host
-import processes
-from archive import ctr
-from layout import ClusterError, Layout, cache_folder
-from steps import step, wait_until
+from e2e.cluster import host, processes
+from e2e.cluster.archive import ctr
+from e2e.cluster.layout import ClusterError, Layout, cache_folder
+from e2e.cluster.steps import step, wait_until
 
 
 def _remove_containers(layout: Layout) -> None:

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 import yaml
-from custom_resources import adapter_manifest, finished_job, job_manifest, ready_adapter
-from demo import JOB, NODE_PORT, QUESTIONS, VALUES, api_key
-from installation import (
+from openai import OpenAI
+
+from e2e.custom_resources import adapter_manifest, finished_job, job_manifest, ready_adapter
+from e2e.demo import JOB, NODE_PORT, QUESTIONS, VALUES, api_key
+from e2e.installation import (
     DEMO,
     Object,
     apply,
@@ -21,7 +23,6 @@ from installation import (
     get,
     in_store,
 )
-from openai import OpenAI
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

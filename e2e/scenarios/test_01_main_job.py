@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from custom_resources import engine_name, ready_adapter
-from installation import DEMO, SYSTEM, condition, get, items, kubectl
+from e2e.custom_resources import engine_name, ready_adapter
+from e2e.installation import DEMO, SYSTEM, condition, get, items, kubectl
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from installation import Object
     from openai import OpenAI
+
+    from e2e.installation import Object
 
     Answer = Callable[[str, str], tuple[str, str]]
 

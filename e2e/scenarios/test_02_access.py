@@ -8,8 +8,9 @@ import urllib.request
 from typing import TYPE_CHECKING
 
 import pytest
-from custom_resources import pool_pods
-from installation import DEMO
+
+from e2e.custom_resources import pool_pods
+from e2e.installation import DEMO
 
 if TYPE_CHECKING:
     from openai import OpenAI

@@ -6,11 +6,11 @@ import random
 import time
 from typing import TYPE_CHECKING
 
-from custom_resources import finished_job
-from installation import DEMO, SYSTEM, apply, condition, delete, items, kubectl
+from e2e.custom_resources import finished_job
+from e2e.installation import DEMO, SYSTEM, apply, condition, delete, items, kubectl
 
 if TYPE_CHECKING:
-    from installation import Object
+    from e2e.installation import Object
 
 KILLS = 10
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from custom_resources import adapter_manifest, ready_adapter
-from installation import DEMO, apply, condition, delete, get, in_store, until
+from e2e.custom_resources import adapter_manifest, ready_adapter
+from e2e.installation import DEMO, apply, condition, delete, get, in_store, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from installation import Object
+    from e2e.installation import Object
 
     Answer = Callable[[str, str], tuple[str, str]]
 

@@ -8,10 +8,11 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from containers import container_status, processes_of
-from custom_resources import engine_name, pool_pods, ready_adapter
-from installation import DEMO, condition, get, until
 from openai import APIConnectionError, APIStatusError, APITimeoutError
+
+from e2e.containers import container_status, processes_of
+from e2e.custom_resources import engine_name, pool_pods, ready_adapter
+from e2e.installation import DEMO, condition, get, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
-from custom_resources import pool_pods, ready_adapter
-from installation import DEMO, InstallationError, get, kubectl, until
+
+from e2e.custom_resources import pool_pods, ready_adapter
+from e2e.installation import DEMO, InstallationError, get, kubectl, until
 
 if TYPE_CHECKING:
     from openai import OpenAI

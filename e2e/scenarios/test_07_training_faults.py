@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 import yaml
-from custom_resources import TRAINED_SECONDS, finished_job, job_manifest
-from demo import JOB
-from installation import DEMO, apply, condition, delete, get, in_store, items, kubectl, until
+
+from e2e.custom_resources import TRAINED_SECONDS, finished_job, job_manifest
+from e2e.demo import JOB
+from e2e.installation import DEMO, apply, condition, delete, get, in_store, items, kubectl, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from installation import Object
+    from e2e.installation import Object
 
 STEPS = 24
 SOME_STEPS = 3

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 import yaml
-from custom_resources import finished_job, job_manifest
-from demo import JOB
-from installation import DEMO, apply, condition, delete, get, in_store, items, until
+
+from e2e.custom_resources import finished_job, job_manifest
+from e2e.demo import JOB
+from e2e.installation import DEMO, apply, condition, delete, get, in_store, items, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from installation import Object
+    from e2e.installation import Object
 
 NODES = {
     "one-node": {"nodes": 1},

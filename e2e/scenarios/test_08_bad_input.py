@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 import yaml
-from custom_resources import adapter_manifest, finished_job, job_manifest
-from demo import JOB
-from installation import (
+
+from e2e.custom_resources import adapter_manifest, finished_job, job_manifest
+from e2e.demo import JOB
+from e2e.installation import (
     DEMO,
     apply,
     condition,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from installation import Object
+    from e2e.installation import Object
 
 DENIED = "demo-denied"
 SPEC = yaml.safe_load(JOB.read_text())["spec"]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from custom_resources import ready_adapter
-from demo import RELEASE, VALUES
-from installation import DEMO, GATEWAY, REPOSITORY, SYSTEM, get, helm, items, kubectl
+from e2e.custom_resources import ready_adapter
+from e2e.demo import RELEASE, VALUES
+from e2e.installation import DEMO, GATEWAY, REPOSITORY, SYSTEM, get, helm, items, kubectl
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from installation import Object
+    from e2e.installation import Object
 
     Answer = Callable[[str, str], tuple[str, str]]
 

@@ -7,8 +7,9 @@ import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
-from documentation import REPOSITORY, blocks, commands
-from installation import (
+
+from e2e.documentation import REPOSITORY, blocks, commands
+from e2e.installation import (
     DEMO,
     STATE,
     SYSTEM,

@@ -17,18 +17,14 @@ from typing import Any
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPOSITORY / "e2e/cluster"))
+from e2e.cluster import addons, host, processes, s3
+from e2e.cluster.layout import NODE_NAME, Layout
+from e2e.cluster.steps import wait_until
 
-import addons  # noqa: E402
-import host  # noqa: E402
-import processes  # noqa: E402
-import s3  # noqa: E402
-from layout import NODE_NAME, Layout  # noqa: E402
-from steps import wait_until  # noqa: E402
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 LAYOUT = Layout()
-COMMAND = [sys.executable, str(REPOSITORY / "e2e/cluster/cluster.py")]
+COMMAND = [sys.executable, "-m", "e2e.cluster"]
 WATCHED_FOLDERS = (
     "/run",
     "/run/containerd",
@@ -47,7 +43,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def cluster(command: str) -> str:
-    done = subprocess.run([*COMMAND, command], capture_output=True, text=True, check=False)
+    done = subprocess.run([*COMMAND, command], capture_output=True, text=True, check=False, cwd=REPOSITORY)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -108,7 +104,7 @@ def test_the_cluster_survives_what_happens_to_it_and_leaves_nothing() -> None:
 
     # killed half-way, at three stages of its start
     for program in ("etcd", "containerd", "kubelet"):
-        start = subprocess.Popen([*COMMAND, "up"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        start = subprocess.Popen([*COMMAND, "up"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=REPOSITORY)
         deadline = time.monotonic() + 120
         while not any(Path(path).name == program for path in components().values()):
             assert time.monotonic() < deadline, f"{program} was not started"

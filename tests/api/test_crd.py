@@ -8,7 +8,7 @@ import yaml
 from jsonschema import Draft7Validator
 from pydantic import Field
 
-from manifests import job
+from tests.controlplane.manifests import job
 from tunesmith.api import crd
 from tunesmith.api.finetunejob import FineTuneJob
 from tunesmith.api.model import ApiModel, ObjectMeta

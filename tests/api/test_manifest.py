@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from manifests import LOCAL_ONLY, REFUSED_JOBS, job
+from tests.controlplane.manifests import LOCAL_ONLY, REFUSED_JOBS, job
 from tunesmith.api.manifest import ManifestError, parse_manifest
 
 MINIMAL = """\

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from apiserver import ApiServer
+from tests.controlplane.apiserver import ApiServer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

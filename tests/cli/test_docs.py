@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 import typer
-from documentation import PAGES, blocks, commands, name_of
 from typer.core import TyperGroup
 
+from e2e.documentation import PAGES, blocks, commands, name_of
 from tunesmith.cli.main import app
 
 if TYPE_CHECKING:

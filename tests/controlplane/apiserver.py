@@ -1,6 +1,6 @@
 """A real etcd and kube-apiserver for tests: no kubelet, no scheduler, nothing that needs root.
 
-The programs come from $KUBEBUILDER_ASSETS, or from .cluster/bin, which `python3 e2e/cluster/cluster.py build` (and so
+The programs come from $KUBEBUILDER_ASSETS, or from .cluster/bin, which `python3 -m e2e.cluster build` (and so
 `make cluster-up`) fills. The controller manager is optional; with it, owner references and Jobs work as in a cluster.
 """
 
@@ -48,7 +48,7 @@ def program(name: str) -> Path:
     folder = Path(assets) if assets else ROOT / ".cluster" / "bin"
     if not (folder / name).exists():
         raise FileNotFoundError(
-            f"{name} is not in {folder}: run `.venv/bin/python e2e/cluster/cluster.py build`, or set KUBEBUILDER_ASSETS"
+            f"{name} is not in {folder}: run `.venv/bin/python -m e2e.cluster build`, or set KUBEBUILDER_ASSETS"
         )
     return folder / name
 

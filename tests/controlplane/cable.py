@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from apiserver import ApiServer
+    from tests.controlplane.apiserver import ApiServer
 
 
 class Cable:

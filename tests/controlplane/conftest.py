@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from apiserver import ApiServer
-from operatorprocess import Operator
-from rights import grant
-from trainingworld import World
+from tests.controlplane.apiserver import ApiServer
+from tests.controlplane.operatorprocess import Operator
+from tests.controlplane.rights import grant
+from tests.controlplane.trainingworld import World
 from tunesmith.cluster.client import Cluster
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 from typing import TYPE_CHECKING, Self
 
-from apiserver import free_port
+from tests.controlplane.apiserver import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
-from kubelet import now
-from operatorprocess import until
+from tests.controlplane.kubelet import now
+from tests.controlplane.operatorprocess import until
 from tunesmith.cluster.errors import ConflictError, NotFoundError
 from tunesmith.contracts.agent import (
     AGENT_PORT,

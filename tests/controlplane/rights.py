@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from apiserver import ROOT, program
+from tests.controlplane.apiserver import ROOT, program
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from apiserver import ApiServer
+    from tests.controlplane.apiserver import ApiServer
 
 RIGHTS = {
     "ServiceAccount",

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from badjobs import BAD_JOBS, Stage
-from manifests import job
+from tests.controlplane.badjobs import BAD_JOBS, Stage
+from tests.controlplane.manifests import job
 from tunesmith.api.manifest import ManifestError, parse_manifest
 
 if TYPE_CHECKING:
-    from apiserver import ApiServer
+    from tests.controlplane.apiserver import ApiServer
 
 AT_APPLY = [name for name, bad in BAD_JOBS.items() if bad.stage is Stage.APPLY]
 

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from apiserver import until
-from manifests import adapter, job, pool
+from tests.controlplane.apiserver import until
+from tests.controlplane.manifests import adapter, job, pool
 from tunesmith.contracts.apikey import key_digest, parse_key_record
 
 if TYPE_CHECKING:
-    from apiserver import ApiServer
+    from tests.controlplane.apiserver import ApiServer
 
 pytestmark = pytest.mark.controlplane
 

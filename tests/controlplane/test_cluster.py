@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cable import Cable
-from operatorprocess import until
+from tests.controlplane.cable import Cable
+from tests.controlplane.operatorprocess import until
 from tunesmith.cluster.client import Cluster
 from tunesmith.cluster.errors import (
     AlreadyExistsError,
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from apiserver import ApiServer
+    from tests.controlplane.apiserver import ApiServer
 
 pytestmark = pytest.mark.controlplane
 Object = dict[str, Any]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from manifests import API, LOCAL_ONLY, REFUSED_JOBS, adapter, job, pool
+from tests.controlplane.manifests import API, LOCAL_ONLY, REFUSED_JOBS, adapter, job, pool
 from tunesmith.api.adapterdeployment import AdapterDeployment
 from tunesmith.api.finetunejob import FORMATS, FineTuneJob
 from tunesmith.api.manifest import parse_manifest
@@ -16,7 +16,7 @@ from tunesmith.api.servingpool import ServingPool
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from apiserver import ApiServer
+    from tests.controlplane.apiserver import ApiServer
     from tunesmith.api.dataset import DataFormat
     from tunesmith.api.objective import ObjectiveName
 

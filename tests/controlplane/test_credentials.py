@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from manifests import job, pool
-from operatorprocess import until
-from rights import grant
+from tests.controlplane.manifests import job, pool
+from tests.controlplane.operatorprocess import until
+from tests.controlplane.rights import grant
 from tunesmith.api.credentials import CREDENTIALS_LABEL
 from tunesmith.api.finetunejob import FineTuneJob
 from tunesmith.finetune import render
 from tunesmith.finetune.settings import JobSettings
 
 if TYPE_CHECKING:
-    from apiserver import ApiServer
+    from tests.controlplane.apiserver import ApiServer
 
 pytestmark = pytest.mark.controlplane
 Object = dict[str, Any]

@@ -20,11 +20,11 @@ from threading import Event, Thread
 from typing import TYPE_CHECKING
 
 import pytest
-from documentation import PAGES, REPOSITORY, blocks, commands, name_of
-from s3server import S3Server
 
-from apiserver import ApiServer, program, until
-from rights import kubeconfig_of
+from e2e.documentation import PAGES, REPOSITORY, blocks, commands, name_of
+from tests.controlplane.apiserver import ApiServer, program, until
+from tests.controlplane.rights import kubeconfig_of
+from tests.trainer.s3server import S3Server
 from tunesmith.cluster.client import Cluster
 from tunesmith.cluster.errors import ClusterError
 from tunesmith.contracts.artifact import ArtifactAdapter, ArtifactBase, ArtifactFile, ArtifactManifest, digest_of

@@ -11,7 +11,7 @@ import yaml
 from tunesmith.api.manifest import parse_manifest
 
 if TYPE_CHECKING:
-    from apiserver import ApiServer
+    from tests.controlplane.apiserver import ApiServer
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 MANIFESTS = [

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 
-from apiserver import free_port, until
-from gateway_rig import GATEWAY_KEYS, FakePod, eventually, free_ports
-from manifests import adapter, pool
+from tests.controlplane.apiserver import free_port, until
+from tests.controlplane.manifests import adapter, pool
+from tests.gateway.gateway_rig import GATEWAY_KEYS, FakePod, eventually, free_ports
 from tunesmith.cluster.client import Cluster
 from tunesmith.contracts.agent import keys_file
 from tunesmith.contracts.apikey import key_record, new_key
@@ -27,7 +27,7 @@ from tunesmith.gateway.server import Gateway
 from tunesmith.gateway.settings import GatewaySettings
 
 if TYPE_CHECKING:
-    from apiserver import ApiServer
+    from tests.controlplane.apiserver import ApiServer
 
 pytestmark = pytest.mark.controlplane
 

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 import obstore
 import pytest
 from obstore.store import S3Store
-from s3server import S3Server
 
-from manifests import adapter, job, pool
+from tests.controlplane.manifests import adapter, job, pool
+from tests.trainer.s3server import S3Server
 from tunesmith.contracts.owner import Owner
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from apiserver import ApiServer
+    from tests.controlplane.apiserver import ApiServer
 
 pytestmark = pytest.mark.controlplane
 

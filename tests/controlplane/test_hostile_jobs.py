@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kubelet import Ending, Running, Waiting, published
-from manifests import API, job
-from operatorprocess import STORE, until
-from trainingworld import KIND, World
+from tests.controlplane.kubelet import Ending, Running, Waiting, published
+from tests.controlplane.manifests import API, job
+from tests.controlplane.operatorprocess import STORE, until
+from tests.controlplane.trainingworld import KIND, World
 from tunesmith.cluster.errors import ForbiddenError
 from tunesmith.contracts.location import owned_name
 from tunesmith.contracts.progress import PROGRESS_PORT
 
 if TYPE_CHECKING:
-    from apiserver import ApiServer
+    from tests.controlplane.apiserver import ApiServer
 
 
 pytestmark = pytest.mark.controlplane

@@ -6,13 +6,13 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from manifest_fuzzer import mutants
 
-from operatorprocess import until
+from tests.controlplane.operatorprocess import until
+from tests.finetune.manifest_fuzzer import mutants
 from tunesmith.cluster.errors import ClusterError
 
 if TYPE_CHECKING:
-    from operatorprocess import Operator
+    from tests.controlplane.operatorprocess import Operator
     from tunesmith.cluster.client import Cluster
 
 pytestmark = [pytest.mark.controlplane, pytest.mark.long]

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kubelet import DIGEST, Ending, Running, Waiting, failed, published, result
-from operatorprocess import STORE, until
-from trainingworld import KIND, World
+from tests.controlplane.kubelet import DIGEST, Ending, Running, Waiting, failed, published, result
+from tests.controlplane.operatorprocess import STORE, until
+from tests.controlplane.trainingworld import KIND, World
 from tunesmith.cluster.errors import AlreadyExistsError, NotFoundError
 
 if TYPE_CHECKING:
-    from operatorprocess import Operator
+    from tests.controlplane.operatorprocess import Operator
 
 
 pytestmark = pytest.mark.controlplane

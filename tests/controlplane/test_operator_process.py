@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from apiserver import ApiServer
-from cable import Cable
-from manifests import job
-from operatorprocess import Operator, until
+from tests.controlplane.apiserver import ApiServer
+from tests.controlplane.cable import Cable
+from tests.controlplane.manifests import job
+from tests.controlplane.operatorprocess import Operator, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

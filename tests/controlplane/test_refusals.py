@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kubelet import published
-from manifests import pool
-from operatorprocess import until
-from poolkubelet import PoolKubelet
-from trainingworld import KIND
+from tests.controlplane.kubelet import published
+from tests.controlplane.manifests import pool
+from tests.controlplane.operatorprocess import until
+from tests.controlplane.poolkubelet import PoolKubelet
+from tests.controlplane.trainingworld import KIND
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
-    from apiserver import ApiServer
-    from trainingworld import World
+    from tests.controlplane.apiserver import ApiServer
+    from tests.controlplane.trainingworld import World
 
 pytestmark = pytest.mark.controlplane
 Object = dict[str, Any]

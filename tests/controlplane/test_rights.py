@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from apiserver import until
-from manifests import job, pool
-from operatorprocess import Operator
-from operatorprocess import until as eventually
-from rights import grant, kubeconfig_of
+from tests.controlplane.apiserver import until
+from tests.controlplane.manifests import job, pool
+from tests.controlplane.operatorprocess import Operator
+from tests.controlplane.operatorprocess import until as eventually
+from tests.controlplane.rights import grant, kubeconfig_of
 from tunesmith.cluster.client import Cluster
 from tunesmith.cluster.errors import ForbiddenError
 from tunesmith.gateway.catalog import Catalog
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from apiserver import ApiServer
+    from tests.controlplane.apiserver import ApiServer
 
     Kubectl = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from apiserver import until
-from manifests import job, pool
-from rights import grant
+from tests.controlplane.apiserver import until
+from tests.controlplane.manifests import job, pool
+from tests.controlplane.rights import grant
 from tunesmith.api.placement import Resources, Scheduling
 from tunesmith.contracts.scheduling import DEFAULT_SCHEDULING, AllowedScheduling, scheduling_violation
 
 if TYPE_CHECKING:
-    from apiserver import ApiServer
+    from tests.controlplane.apiserver import ApiServer
 
 pytestmark = pytest.mark.controlplane
 

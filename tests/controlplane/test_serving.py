@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kubelet import Kubelet, failed, published, result
-from manifests import adapter, job, pool
-from operatorprocess import STORE, until
-from poolkubelet import FINGERPRINT, PoolKubelet, gateway
+from tests.controlplane.kubelet import Kubelet, failed, published, result
+from tests.controlplane.manifests import adapter, job, pool
+from tests.controlplane.operatorprocess import STORE, until
+from tests.controlplane.poolkubelet import FINGERPRINT, PoolKubelet, gateway
 from tunesmith.cluster.errors import InvalidError
 from tunesmith.contracts.agent import list_digest, parse_keys, pod_tokens
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from apiserver import ApiServer
-    from operatorprocess import Operator
+    from tests.controlplane.apiserver import ApiServer
+    from tests.controlplane.operatorprocess import Operator
     from tunesmith.cluster.client import Cluster
     from tunesmith.contracts.agent import Keys
 

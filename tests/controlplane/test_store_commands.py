@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from s3server import S3Server
 
-from manifests import job
+from tests.controlplane.manifests import job
+from tests.trainer.s3server import S3Server
 from tunesmith.contracts.artifact import ArtifactAdapter, ArtifactBase, ArtifactFile, ArtifactManifest, digest_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from apiserver import ApiServer
+    from tests.controlplane.apiserver import ApiServer
 
 pytestmark = pytest.mark.controlplane
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kubelet import Kubelet
-from manifests import job
-from operatorprocess import until
+from tests.controlplane.kubelet import Kubelet
+from tests.controlplane.manifests import job
+from tests.controlplane.operatorprocess import until
 
 if TYPE_CHECKING:
     from tunesmith.cluster.client import Cluster

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from plan_cases import FAR, Case
-from worlds import UID, attempt, condition, job, kube_job, observed, pod, validated
-
+from tests.finetune.plan_cases import FAR, Case
+from tests.finetune.worlds import UID, attempt, condition, job, kube_job, observed, pod, validated
 from tunesmith.contracts.location import owned_name
 from tunesmith.finetune.plan import CreateAttempt, StopJob
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from plan_cases import FAR, VALID, Case, terminated_pod
-from worlds import UID, attempt, condition, job, kube_job, observed, pod, validated
-
+from tests.finetune.plan_cases import FAR, VALID, Case, terminated_pod
+from tests.finetune.worlds import UID, attempt, condition, job, kube_job, observed, pod, validated
 from tunesmith.contracts.location import owned_name
 from tunesmith.contracts.refusal import Refusal, RefusalCause
 from tunesmith.finetune.plan import StopJob

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from plan_cases import MALFORMED, NODE_FULL, PLACED, SECRET, SILENT_STORE, TIGHT, VALID, Case, terminated_pod
-from worlds import NOW, UID, job, kube_job, observed, pod, validated
-
+from tests.finetune.plan_cases import (
+    MALFORMED,
+    NODE_FULL,
+    PLACED,
+    SECRET,
+    SILENT_STORE,
+    TIGHT,
+    VALID,
+    Case,
+    terminated_pod,
+)
+from tests.finetune.worlds import NOW, UID, job, kube_job, observed, pod, validated
 from tunesmith.api.finetunejob_status import ProgressStatus
 from tunesmith.contracts.location import owned_name
 from tunesmith.finetune.plan import CreateAttempt, CreateValidation, StopJob

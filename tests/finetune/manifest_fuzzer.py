@@ -1,6 +1,6 @@
 """Manifests as a careless or a hostile user writes them, and what must hold of each.
 
-`python tests/finetune/manifest_fuzzer.py --count 10000 --seed 1` runs it alone; a seed gives the same manifests again.
+`python -m tests.finetune.manifest_fuzzer --count 10000 --seed 1` runs it alone; a seed gives the same manifests again.
 """
 
 from __future__ import annotations

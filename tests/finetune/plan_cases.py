@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from worlds import ARTIFACT, NOW, pod
+from tests.finetune.worlds import ARTIFACT, NOW, pod
 
 if TYPE_CHECKING:
     from tunesmith.finetune.observe import Observation

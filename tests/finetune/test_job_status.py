@@ -6,9 +6,9 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from plan_cases import DENIED, DONE, EXPORTS, FAR, NO_SCORES, UNSCORED, exported, result, terminated_pod
-from worlds import ARTIFACT, NOW, STORE, attempt, condition, job, kube_job, observed, pod, validated
 
+from tests.finetune.plan_cases import DENIED, DONE, EXPORTS, FAR, NO_SCORES, UNSCORED, exported, result, terminated_pod
+from tests.finetune.worlds import ARTIFACT, NOW, STORE, attempt, condition, job, kube_job, observed, pod, validated
 from tunesmith.api.conditions import find
 from tunesmith.api.finetunejob_status import ProgressStatus
 from tunesmith.contracts.transitions import new_events

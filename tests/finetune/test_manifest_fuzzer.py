@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from manifest_fuzzer import run
+from tests.finetune.manifest_fuzzer import run
 
 
 def test_every_manifest_is_refused_or_gets_a_plan_with_a_condition() -> None:

@@ -3,8 +3,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from worlds import job
 
+from tests.finetune.worlds import job
 from tunesmith.finetune.nodes import gpu_memory_bytes
 
 MIB = 2**20

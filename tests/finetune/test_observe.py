@@ -3,9 +3,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from plan_cases import NODE_FULL
-from worlds import NOW, UID, job
 
+from tests.finetune.plan_cases import NODE_FULL
+from tests.finetune.worlds import NOW, UID, job
 from tunesmith.contracts.location import owned_name
 from tunesmith.finetune.classify import find_obstacle, job_outcome
 from tunesmith.finetune.observe import observe

@@ -3,18 +3,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import cases_of_attempts
-import cases_of_endings
-import cases_of_pauses
-import cases_of_refusals
-import cases_of_validation
 import pytest
-from worlds import STORE
 
+from tests.finetune import cases_of_attempts, cases_of_endings, cases_of_pauses, cases_of_refusals, cases_of_validation
+from tests.finetune.worlds import STORE
 from tunesmith.finetune.plan import plan
 
 if TYPE_CHECKING:
-    from plan_cases import Case
+    from tests.finetune.plan_cases import Case
 
 CASES = [
     pytest.param(case, id=name)

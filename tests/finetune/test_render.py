@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import yaml
-from worlds import STORE, job
 
+from tests.finetune.worlds import STORE, job
 from tunesmith.api.finetunejob import FineTuneJob
 from tunesmith.api.finetunejob_status import FineTuneJobStatus
 from tunesmith.contracts.location import CLAIMS_FOLDER

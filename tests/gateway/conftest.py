@@ -9,7 +9,7 @@ import aiohttp
 import pytest
 import uvloop
 
-from gateway_rig import OWN_NAMESPACE, Rig, Watches, eventually, free_ports
+from tests.gateway.gateway_rig import OWN_NAMESPACE, Rig, Watches, eventually, free_ports
 from tunesmith.gateway.limits import MIB
 from tunesmith.gateway.server import Gateway
 from tunesmith.gateway.settings import GatewaySettings

@@ -11,7 +11,7 @@ import sys
 
 import uvloop
 
-from gateway_rig import Watches
+from tests.gateway.gateway_rig import Watches
 from tunesmith.gateway import main
 from tunesmith.gateway.settings import GatewaySettings
 from tunesmith.settings import read

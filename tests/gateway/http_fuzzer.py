@@ -1,6 +1,6 @@
 """Sends mutated requests to a gateway process and checks each answer, the log and the memory.
 
-`make verify-fuzz-gateway` sends 20,000: `python tests/gateway/http_fuzzer.py --requests 20000 --seed 1`.
+`make verify-fuzz-gateway` sends 20,000: `python -m tests.gateway.http_fuzzer --requests 20000 --seed 1`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import h11
 import uvloop
 
-from process_rig import MEMORY_LIMIT, MIB, ProcessRig
+from tests.gateway.process_rig import MEMORY_LIMIT, MIB, ProcessRig
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import aiohttp
 
-from gateway_rig import (
+from tests.gateway.gateway_rig import (
     GATEWAY_KEYS,
     OWN_NAMESPACE,
     FakePod,
@@ -71,14 +71,15 @@ class ProcessRig:
         with self.log.open("wb") as log:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
-                str(Path(__file__).parent / "gateway_process.py"),
+                "-m",
+                "tests.gateway.gateway_process",
                 str(self._engine_port),
                 str(self._agent_port),
                 *arguments,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+                env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
             )
         self.http = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
         self.put(self.pod.pool)

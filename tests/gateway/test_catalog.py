@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from gateway_rig import adapter_manifest, pool_manifest
+from tests.gateway.gateway_rig import adapter_manifest, pool_manifest
 from tunesmith.contracts.apikey import ApiKey, key_digest, key_record
 from tunesmith.contracts.labels import POOL_LABEL, POOL_UID_LABEL
 from tunesmith.gateway.catalog import Catalog

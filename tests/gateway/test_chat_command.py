@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from gateway_rig import adapter_manifest
+from tests.gateway.gateway_rig import adapter_manifest
 
 if TYPE_CHECKING:
-    from gateway_rig import Rig
+    from tests.gateway.gateway_rig import Rig
 
 PROGRAM = Path(sys.executable).with_name("tunesmith")
 PIRATE = "team/pirate@aaaaaaaaaaaa"

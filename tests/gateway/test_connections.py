@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from gateway_rig import adapter_manifest, eventually
+from tests.gateway.gateway_rig import adapter_manifest, eventually
 from tunesmith.gateway.connections import client_network
 
 if TYPE_CHECKING:
-    from gateway_rig import Rig
+    from tests.gateway.gateway_rig import Rig
 
 PIRATE = "team/pirate@aaaaaaaaaaaa"
 BODY = b'{"model":"pirate"}'

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from gateway_rig import adapter_manifest, condition, eventually, pool_manifest
+from tests.gateway.gateway_rig import adapter_manifest, condition, eventually, pool_manifest
 from tunesmith.contracts.apikey import key_record, new_key
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from gateway_rig import Rig
+    from tests.gateway.gateway_rig import Rig
 
 CHAT = "/v1/chat/completions"
 BODY = b'{"model": "pirate", "messages": []}'

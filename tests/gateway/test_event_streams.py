@@ -10,14 +10,14 @@ import openai
 import pytest
 from aiohttp import web
 
-from gateway_rig import _chunk, adapter_manifest, eventually
+from tests.gateway.gateway_rig import _chunk, adapter_manifest, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     import aiohttp
 
-    from gateway_rig import Rig
+    from tests.gateway.gateway_rig import Rig
 
 PIRATE = "team/pirate@aaaaaaaaaaaa"
 SSE = {"Content-Type": "text/event-stream; charset=utf-8"}

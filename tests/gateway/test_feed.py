@@ -10,7 +10,7 @@ import pytest
 import yaml
 from aiohttp import web
 
-from gateway_rig import GATEWAY_KEYS, OWN_NAMESPACE, Watches, adapter_manifest, eventually, pool_manifest
+from tests.gateway.gateway_rig import GATEWAY_KEYS, OWN_NAMESPACE, Watches, adapter_manifest, eventually, pool_manifest
 from tunesmith.cluster.client import Cluster
 from tunesmith.cluster.watch import WatchEvent
 from tunesmith.contracts.apikey import key_record, new_key

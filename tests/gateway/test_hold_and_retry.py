@@ -9,12 +9,12 @@ import openai
 import pytest
 from aiohttp import web
 
-from gateway_rig import adapter_manifest, eventually
+from tests.gateway.gateway_rig import adapter_manifest, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from gateway_rig import FakePod, Rig
+    from tests.gateway.gateway_rig import FakePod, Rig
 
 PIRATE = "team/pirate@aaaaaaaaaaaa"
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from gateway_rig import GATEWAY_KEYS, adapter_manifest, eventually
+from tests.gateway.gateway_rig import GATEWAY_KEYS, adapter_manifest, eventually
 from tunesmith.contracts.agent import AdapterDemand, GatewayDemand, demand_tokens, metrics_tokens
 
 if TYPE_CHECKING:
-    from gateway_rig import Rig
+    from tests.gateway.gateway_rig import Rig
 
 PIRATE = "team/pirate@aaaaaaaaaaaa"
 

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from gateway_rig import adapter_manifest, eventually
+from tests.gateway.gateway_rig import adapter_manifest, eventually
 from tunesmith.contracts.agent import metrics_tokens
 from tunesmith.gateway.demand import Demand
 from tunesmith.gateway.metrics import Metrics
 
 if TYPE_CHECKING:
-    from gateway_rig import Rig
+    from tests.gateway.gateway_rig import Rig
 
 PIRATE = "team/pirate@aaaaaaaaaaaa"
 

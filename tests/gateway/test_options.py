@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from gateway_rig import GATEWAY_KEYS
+from tests.gateway.gateway_rig import GATEWAY_KEYS
 from tunesmith.contracts.agent import keys_file
 from tunesmith.gateway import main
 from tunesmith.gateway.limits import MIB, Limits, memory_limit

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from aiohttp import web
 
-from http_fuzzer import check
-from process_rig import MEMORY_LIMIT, MIB, PIRATE, ProcessRig
+from tests.gateway.http_fuzzer import check
+from tests.gateway.process_rig import MEMORY_LIMIT, MIB, PIRATE, ProcessRig
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -9,12 +9,12 @@ import openai
 import pytest
 from aiohttp import web
 
-from gateway_rig import adapter_manifest, eventually, pool_manifest
+from tests.gateway.gateway_rig import adapter_manifest, eventually, pool_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from gateway_rig import Rig
+    from tests.gateway.gateway_rig import Rig
 
 PIRATE = "team/pirate@aaaaaaaaaaaa"
 NEWER = "team/pirate@bbbbbbbbbbbb"

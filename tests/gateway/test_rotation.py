@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from gateway_rig import GATEWAY_KEYS, adapter_manifest
+from tests.gateway.gateway_rig import GATEWAY_KEYS, adapter_manifest
 
 if TYPE_CHECKING:
-    from gateway_rig import Rig
+    from tests.gateway.gateway_rig import Rig
     from tunesmith.contracts.agent import Keys
 
 OLD = GATEWAY_KEYS

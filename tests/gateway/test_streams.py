@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from gateway_rig import eventually
+from tests.gateway.gateway_rig import eventually
 from tunesmith.contracts.agent import PodState, accepts
 from tunesmith.contracts.podevents import EventReader, EventWriter
 from tunesmith.streams import MAX_LINE_BYTES, Stream, Tokens, _Allowance, follow

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from server_rig import Artifact, MissingPartError, S3Server, make_adapter, model_folder
 
+from tests.server.server_rig import Artifact, MissingPartError, S3Server, make_adapter, model_folder
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint
 
 if TYPE_CHECKING:

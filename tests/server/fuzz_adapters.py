@@ -3,7 +3,7 @@
 Every mutation must end with the adapter placed or a sentence, within the limits of the child. A mutation that is placed
 must be one that the engine can take: its tensors are read again and their ratios are within the limit.
 
-Example: uv run --project server-image python tests/server/fuzz_adapters.py --mutations 10000
+Example: uv run --project server-image python -m tests.server.fuzz_adapters --mutations 10000
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from local_artifacts import (
+
+from tests.server.local_artifacts import (
     HEIGHT,
     MODULES,
     RANK,
@@ -36,7 +37,6 @@ from local_artifacts import (
     make_base,
     safetensors_bytes,
 )
-
 from tunesmith.contracts.agent import DesiredAdapter
 from tunesmith_server.artifact import PodLimits, fetch_artifact
 from tunesmith_server.lora import UnfitAdapterError
@@ -237,8 +237,8 @@ def fuzz(seeds: range, work: Path) -> FuzzReport:
     base = make_base(work / "base")
     limits = limits_of(base)
     sound = LocalArtifact.make(work / "sound")
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # for the process that forks the children
-    sandbox = Sandbox(["fuzz_adapters"])
+    os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])  # for the process that forks the children
+    sandbox = Sandbox(["tests.server.fuzz_adapters"])
     report = FuzzReport()
     adapters = work / "adapters"
     for seed in seeds:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from server_rig import STORE, write_safetensors
 
+from tests.server.server_rig import STORE, write_safetensors
 from tunesmith.contracts.agent import DesiredAdapter
 from tunesmith.contracts.artifact import digest_of
 from tunesmith.contracts.location import engine_name

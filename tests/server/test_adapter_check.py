@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from local_artifacts import (
+
+from tests.server.local_artifacts import (
     HEIGHT,
     MODULES,
     RANK,
@@ -19,8 +20,7 @@ from local_artifacts import (
     make_base,
     safetensors_bytes,
 )
-from server_rig import write_safetensors
-
+from tests.server.server_rig import write_safetensors
 from tunesmith_server.artifact import PodLimits, fetch_artifact, remove_revision, stored_digests
 from tunesmith_server.base_weights import MEASURED_WHOLE, read_base_weights
 from tunesmith_server.lora import UnfitAdapterError, weight_bounds

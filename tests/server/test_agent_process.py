@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import pytest
-from server_rig import (
+
+from tests.server.server_rig import (
     CONTROL_KEY,
     CONTROL_TOKEN,
     EVENTS_TOKEN,
@@ -24,7 +25,6 @@ from server_rig import (
     listens,
     wait_until,
 )
-
 from tunesmith.contracts.agent import (
     MAX_EPOCH_LEAD,
     DesiredAdapter,

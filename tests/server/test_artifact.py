@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from server_rig import STORE, Artifact, S3Server, write_safetensors
 
+from tests.server.server_rig import STORE, Artifact, S3Server, write_safetensors
 from tunesmith.contracts.agent import DesiredAdapter
 from tunesmith.contracts.artifact import ArtifactFile
 from tunesmith.contracts.safetensors import read_tensors

@@ -7,8 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from server_rig import vllm_program
 
+from tests.server.server_rig import vllm_program
 from tunesmith.api.engine_arguments import RESERVED_ARGUMENTS, reserved_argument
 
 REVIEWED = Path(__file__).with_name("reviewed_arguments.txt")

@@ -16,9 +16,9 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 from gcsfs.core import GCSFileSystem
-from gcsserver import GcsServer
-from server_rig import REPOSITORY, S3Server, write_safetensors, write_secret
 
+from tests.server.server_rig import REPOSITORY, S3Server, write_safetensors, write_secret
+from tests.trainer.gcsserver import GcsServer
 from tunesmith.api.credentials import STORE_SECRET
 from tunesmith.contracts.environment import ALLOWED_ADDRESSES
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint

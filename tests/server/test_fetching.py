@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sandbox_children import allocates, dies, leaves, never_ends, was_killed
-from server_rig import STORE, Artifact, S3Server, write_secret
 
+from tests.server.sandbox_children import allocates, dies, leaves, never_ends, was_killed
+from tests.server.server_rig import STORE, Artifact, S3Server, write_secret
 from tunesmith.contracts.agent import DesiredAdapter
 from tunesmith_server.artifact import PodLimits, stored_digests
 from tunesmith_server.base_weights import read_base_weights
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="module")
 def sandbox() -> Iterator[Sandbox]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # for the process that forks the children
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))  # for the process that forks the children
         yield Sandbox([])
 
 

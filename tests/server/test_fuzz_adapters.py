@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fuzz_adapters import fuzz
+from tests.server.fuzz_adapters import fuzz
 
 if TYPE_CHECKING:
     from pathlib import Path

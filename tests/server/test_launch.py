@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from server_rig import has_ipv6
 
+from tests.server.server_rig import has_ipv6
 from tunesmith_server import middleware
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from server_rig import vllm_program
 
+from tests.server.server_rig import vllm_program
 from tunesmith_server import middleware
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from server_rig import (
+
+from tests.server.server_rig import (
     BASE_NAME,
     MissingPartError,
     Pod,
@@ -21,8 +22,7 @@ from server_rig import (
     wait_until,
     write_safetensors,
 )
-from test_serving_pod import ServingPod
-
+from tests.server.test_serving_pod import ServingPod
 from tunesmith.contracts.agent import ResidencyState
 from tunesmith.contracts.safetensors import read_tensors
 

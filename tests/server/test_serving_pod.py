@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from server_rig import (
+
+from tests.server.server_rig import (
     BASE_NAME,
     CONTROL_TOKEN,
     EVENTS_TOKEN,
@@ -31,7 +32,6 @@ from server_rig import (
     make_adapter,
     wait_until,
 )
-
 from tunesmith.contracts.agent import PodState, Residency, ResidencyState
 from tunesmith.contracts.podevents import EventReader
 from tunesmith_server import middleware

@@ -7,9 +7,9 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
-from s3server import S3Server, free_port
-from webserver import ROWS, Server, web_server
 
+from tests.trainer.s3server import S3Server, free_port
+from tests.trainer.webserver import ROWS, Server, web_server
 from tunesmith.contracts.connections import guarded, refused_connection
 from tunesmith.contracts.environment import ALLOWED_ADDRESSES
 from tunesmith.storage.credentials import Credentials, Origin, environment_credentials

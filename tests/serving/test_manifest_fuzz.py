@@ -12,7 +12,7 @@ import os
 import random
 from typing import Any
 
-from operatorworld import World
+from tests.serving.operatorworld import World
 
 COUNT = int(os.environ.get("TUNESMITH_FUZZ_MANIFESTS", "400"))
 SEED = int(os.environ.get("TUNESMITH_FUZZ_SEED", "1"))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from operatorworld import Recorder, World
+from tests.serving.operatorworld import Recorder, World
 from tunesmith.api.servingpool import ServingPoolStatus
 from tunesmith.serving.scaling import scaled
 

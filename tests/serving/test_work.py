@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from operatorworld import World
+from tests.serving.operatorworld import World
 from tunesmith.controller.reconciler import Key
 
 if TYPE_CHECKING:

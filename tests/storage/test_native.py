@@ -15,8 +15,8 @@ from urllib.parse import unquote
 import obstore
 import pytest
 from obstore.store import S3Store
-from s3server import S3Server, free_port
 
+from tests.trainer.s3server import S3Server, free_port
 from tunesmith.storage.credentials import environment_credentials
 from tunesmith.storage.errors import AccessDeniedError, NotFoundError, StorageError, UnavailableError
 from tunesmith.storage.folder import ONE_TRY, Access, Folder, open_folder

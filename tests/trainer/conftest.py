@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from s3server import S3Server
-from tiny_model import make
-from trainer_rig import Workbench, chat_rows, write_rows
 
+from tests.trainer.s3server import S3Server
+from tests.trainer.tiny_model import make
+from tests.trainer.trainer_rig import Workbench, chat_rows, write_rows
 from tunesmith.contracts.environment import ALLOWED_ADDRESSES
 
 if TYPE_CHECKING:

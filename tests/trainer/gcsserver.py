@@ -16,7 +16,8 @@ from urllib.parse import parse_qs
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from google.auth import jwt
-from s3server import free_port
+
+from tests.trainer.s3server import free_port
 
 if TYPE_CHECKING:
     from types import TracebackType

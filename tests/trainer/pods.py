@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import yaml
-from s3server import free_port
 from safetensors.torch import load_file
-from trainer_rig import chat_rows, job_manifest, write_rows
 
+from tests.trainer.s3server import free_port
+from tests.trainer.trainer_rig import chat_rows, job_manifest, write_rows
 from tunesmith.contracts.result import TrainerResult
 
 if TYPE_CHECKING:

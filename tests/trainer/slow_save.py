@@ -7,9 +7,9 @@ import signal
 import time
 from typing import TYPE_CHECKING, Any
 
-import pods
 import torch
 
+from tests.trainer import pods
 from tunesmith_trainer.training import watchdog
 
 if TYPE_CHECKING:

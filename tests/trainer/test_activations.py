@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from methods_rig import plan, rows_of, spec_of
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.trainer.methods_rig import plan, rows_of, spec_of
 from tunesmith.api.methods.fields import Quantization
 from tunesmith_trainer.base_model.model import load_model
 from tunesmith_trainer.methods.wrap import wrap

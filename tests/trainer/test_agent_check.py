@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from methods_cases import CASES, LOFTQ, Case
-from methods_rig import plan, try_method
 
+from tests.trainer.methods_cases import CASES, LOFTQ, Case
+from tests.trainer.methods_rig import plan, try_method
 from tunesmith.api.finetunejob_status import ServableStatus
 from tunesmith.contracts.agent import DesiredAdapter
 from tunesmith.contracts.artifact import ArtifactAdapter, ArtifactBase, ArtifactFile, ArtifactManifest, digest_of

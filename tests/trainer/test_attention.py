@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_model import SMALL
 from torch.nn.attention import varlen
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from tests.trainer.tiny_model import SMALL
 from tunesmith_trainer.training import layout
 from tunesmith_trainer.training.attention import Attention, has_varlen_kernel, segment_attention, varlen_attention
 from tunesmith_trainer.training.batches import Layout

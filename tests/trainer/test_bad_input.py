@@ -4,8 +4,8 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from trainer_rig import Workbench, chat_row, chat_rows, write_rows
 
+from tests.trainer.trainer_rig import Workbench, chat_row, chat_rows, write_rows
 from tunesmith.api.conditions import FailureReason
 from tunesmith_trainer.main import run
 

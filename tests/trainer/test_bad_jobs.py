@@ -7,17 +7,17 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from trainer_rig import job_manifest
 
-from badjobs import BAD_JOBS, GOOD_ROWS, BadJob, Stage, changed, lines
+from tests.controlplane.badjobs import BAD_JOBS, GOOD_ROWS, BadJob, Stage, changed, lines
+from tests.trainer.trainer_rig import job_manifest
 from tunesmith.contracts.environment import ALLOWED_ADDRESSES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from s3server import S3Server
-    from trainer_rig import Ran, Workbench
+    from tests.trainer.s3server import S3Server
+    from tests.trainer.trainer_rig import Ran, Workbench
 
     Run = Callable[..., list[Ran]]
 

@@ -10,7 +10,6 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from tiny_model import SMALL
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -22,6 +21,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from tests.trainer.tiny_model import SMALL
 from tunesmith_trainer.training.attention import Attention
 from tunesmith_trainer.training.batches import (
     Collator,
@@ -37,7 +37,8 @@ from tunesmith_trainer.training.loss import add_target_loss
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from trainer_rig import Workbench
+
+    from tests.trainer.trainer_rig import Workbench
 
 SEGMENTS = LossImplementation(Layout.FLAT, Attention.SEGMENTS)
 LENGTHS = [5, 9, 3, 7, 8, 2, 6]

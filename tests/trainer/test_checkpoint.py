@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from checkpoint_damage import flip, lose_a_file, lose_the_manifest, truncate
 from datasets import Dataset
 from transformers import TrainingArguments
 
+from tests.trainer.checkpoint_damage import flip, lose_a_file, lose_the_manifest, truncate
 from tunesmith.api.checkpoint import Checkpoint
 from tunesmith_trainer.errors import InvalidSpecError, StorageUnavailableError
 from tunesmith_trainer.process.interruption import Interruption

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import pytest
-from checkpoint_damage import flip, lose_a_file, lose_the_manifest, truncate
-from s3server import S3Server
 
+from tests.trainer.checkpoint_damage import flip, lose_a_file, lose_the_manifest, truncate
+from tests.trainer.s3server import S3Server
 from tunesmith.storage.folder import Retry
 from tunesmith_trainer.errors import StorageUnavailableError
 from tunesmith_trainer.store import Stores

@@ -10,9 +10,9 @@ import torch._inductor.config
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
-from tiny_model import SMALL
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
+from tests.trainer.tiny_model import SMALL
 from tunesmith.api.conditions import FailureReason
 from tunesmith.api.finetunejob import FineTuneJobSpec
 from tunesmith.api.hyperparameters import COMPILED_STEPS
@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from trainer_rig import Workbench
     from transformers import PretrainedConfig
+
+    from tests.trainer.trainer_rig import Workbench
 
 NO_COMPILER = torch._inductor.config.patch({"cpp.cxx": ("/no/compiler",)})
 BATCHES = [(30, 7, 18), (5, 9), (40,), (100, 3, 50, 2), (2,)]

@@ -16,7 +16,7 @@ from tunesmith_trainer.store import Stores
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from trainer_rig import Workbench
+    from tests.trainer.trainer_rig import Workbench
 
 FIRST, SECOND = "hf_firstLineOfTheToken", "secondLineOfTheToken"
 TOKEN = "hf_tokenThatNobodyMaySee"

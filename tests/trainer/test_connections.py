@@ -18,10 +18,10 @@ import aiohttp
 import httpx2
 import pytest
 import requests
-from hubserver import MAY_WRITE, HubServer
-from s3server import free_port
-from trainer_rig import chat_rows, s3_job, write_rows
 
+from tests.trainer.hubserver import MAY_WRITE, HubServer
+from tests.trainer.s3server import free_port
+from tests.trainer.trainer_rig import chat_rows, s3_job, write_rows
 from tunesmith.api.conditions import FailureReason
 from tunesmith.contracts.connections import AddressRefusedError, between_ranks, check_server
 from tunesmith.contracts.environment import ALLOWED_ADDRESSES
@@ -40,9 +40,8 @@ from tunesmith_trainer.store import Stores
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from s3server import S3Server
-    from trainer_rig import Workbench
-
+    from tests.trainer.s3server import S3Server
+    from tests.trainer.trainer_rig import Workbench
     from tunesmith.storage.folder import Folder
 
 ONLY_ONE = {ALLOWED_ADDRESSES: "127.0.0.1/32"}

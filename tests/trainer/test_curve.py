@@ -11,10 +11,10 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from trainer_rig import Workbench, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
+from tests.trainer.trainer_rig import Workbench, write_rows
 from tunesmith_trainer.manifest import load_job
 from tunesmith_trainer.preflight.prepare import prepare
 from tunesmith_trainer.store import Stores

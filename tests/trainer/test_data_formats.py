@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset as Table
-from trainer_rig import Workbench, chat_row, chat_rows, write_rows
 
+from tests.trainer.trainer_rig import Workbench, chat_row, chat_rows, write_rows
 from tunesmith.api.conditions import FailureReason
 from tunesmith.api.dataset import Dataset
 from tunesmith.api.objective import ObjectiveName

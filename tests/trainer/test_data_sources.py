@@ -14,9 +14,9 @@ from urllib.parse import parse_qs
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from trainer_rig import Workbench, chat_row, chat_rows, write_rows
-from webserver import web_server
 
+from tests.trainer.trainer_rig import Workbench, chat_row, chat_rows, write_rows
+from tests.trainer.webserver import web_server
 from tunesmith.api.conditions import FailureReason
 from tunesmith.api.dataset import DatasetSource
 from tunesmith.storage.folder import Retry
@@ -27,9 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from s3server import S3Server
-    from trainer_rig import Ran
-
+    from tests.trainer.s3server import S3Server
+    from tests.trainer.trainer_rig import Ran
     from tunesmith.api.finetunejob_status import Preflight
 
 PARTS = {

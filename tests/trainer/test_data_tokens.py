@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from trainer_rig import Workbench, chat_row, chat_rows
 
+from tests.trainer.trainer_rig import Workbench, chat_row, chat_rows
 from tunesmith.api.conditions import FailureReason
 from tunesmith.api.dataset import Dataset, LossOn
 from tunesmith_trainer.base_model import model

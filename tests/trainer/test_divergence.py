@@ -14,7 +14,7 @@ from tunesmith.api.conditions import FailureReason
 from tunesmith_trainer.training.divergence import SUSTAINED_STEPS, diverged, far_above_start
 
 if TYPE_CHECKING:
-    from trainer_rig import Workbench
+    from tests.trainer.trainer_rig import Workbench
 
 FALLING = [3.0 - 0.02 * step for step in range(60)]
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from peft import PeftModel
-from trainer_rig import Workbench, chat_rows, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.trainer.trainer_rig import Workbench, chat_rows, write_rows
 from tunesmith.api.conditions import FailureReason
 from tunesmith.api.dataset import Dataset, LossOn
 from tunesmith.api.evaluation import Evaluation, GenerationMetric, Suite

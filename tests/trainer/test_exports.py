@@ -7,9 +7,9 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hubserver import MAY_READ, MAY_WRITE, HubServer, StoredRepository
-from trainer_rig import Ran, Workbench, job_manifest
 
+from tests.trainer.hubserver import MAY_READ, MAY_WRITE, HubServer, StoredRepository
+from tests.trainer.trainer_rig import Ran, Workbench, job_manifest
 from tunesmith.api.conditions import FailureReason
 from tunesmith.api.finetunejob import FineTuneJob
 from tunesmith.contracts.artifact import ArtifactManifest, digest_of
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from s3server import S3Server
-
+    from tests.trainer.s3server import S3Server
     from tunesmith.contracts.result import ExportResult
 
 HUB = {"hub": "org/doors", "secretRef": {"name": "hub"}}

@@ -7,9 +7,9 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from gcsserver import GcsServer
-from trainer_rig import Workbench, chat_rows, job_manifest, write_rows
 
+from tests.trainer.gcsserver import GcsServer
+from tests.trainer.trainer_rig import Workbench, chat_rows, job_manifest, write_rows
 from tunesmith.api.conditions import FailureReason
 from tunesmith.contracts.artifact import ArtifactManifest
 from tunesmith.contracts.environment import ALLOWED_ADDRESSES

@@ -15,17 +15,17 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from peft import PeftModel
-from pods import pods
-from trainer_rig import Workbench, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.trainer.pods import pods
+from tests.trainer.trainer_rig import Workbench, write_rows
 from tunesmith.api.conditions import FailureReason
 from tunesmith.contracts.environment import LM_EVAL_TASKS
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from s3server import S3Server
+    from tests.trainer.s3server import S3Server
 
 ROWS = [
     {

@@ -6,8 +6,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from trainer_rig import Workbench, chat_row, chat_rows, write_rows
 
+from tests.trainer.trainer_rig import Workbench, chat_row, chat_rows, write_rows
 from tunesmith.api.dataset import Dataset
 from tunesmith.api.finetunejob_status import AlsoTrained
 from tunesmith.api.objective import ObjectiveName

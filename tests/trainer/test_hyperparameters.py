@@ -19,7 +19,7 @@ from tunesmith_trainer.training.neftune import EmbeddingNoise
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from trainer_rig import Workbench
+    from tests.trainer.trainer_rig import Workbench
 
 RATES = {Optimizer.LION: 1e-3, Optimizer.SGD: 1.0}
 

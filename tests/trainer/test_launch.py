@@ -10,8 +10,8 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from trainer_rig import job_manifest
 
+from tests.trainer.trainer_rig import job_manifest
 from tunesmith.contracts.result import TrainerResult
 
 if TYPE_CHECKING:

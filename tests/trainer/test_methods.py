@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from methods_rig import PROMPTS, distance, plan, rows_of, spec_of, try_method
 from peft import PeftModel
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from trainer_rig import chat_row, chat_rows, write_rows
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from tests.trainer.methods_rig import PROMPTS, distance, plan, rows_of, spec_of, try_method
+from tests.trainer.trainer_rig import chat_row, chat_rows, write_rows
 from tunesmith.api.conditions import FailureReason
 from tunesmith.contracts.artifact import ArtifactManifest
 from tunesmith.contracts.parity import Parity
@@ -28,7 +28,7 @@ from tunesmith_trainer.methods.wrap import wrap
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from trainer_rig import Workbench
+    from tests.trainer.trainer_rig import Workbench
 
 # 2 layers of q, o (64→64), k, v (64→32), gate, up (64→128), down (128→64)
 _INPUTS, _OUTPUTS = 2 * (4 * 64 + 2 * 64 + 128), 2 * (2 * 64 + 2 * 32 + 2 * 128 + 64)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from methods_cases import CASES, Case
-from methods_rig import plan
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from pydantic import ValidationError
 
+from tests.trainer.methods_cases import CASES, Case
+from tests.trainer.methods_rig import plan
 from tunesmith.api.method import METHODS
 from tunesmith.api.methods.peft import OTHER_METHODS
 from tunesmith_trainer.errors import InvalidSpecError

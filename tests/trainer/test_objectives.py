@@ -10,11 +10,11 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from trainer_rig import write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
+from tests.trainer.trainer_rig import write_rows
 from tunesmith.api import dataset as api
 from tunesmith.api.objective import DpoFields, KtoFields, Objective, ObjectiveName, OrpoFields
 from tunesmith_trainer.data import Encoder
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from peft import PeftModel
-    from trainer_rig import Workbench
+
+    from tests.trainer.trainer_rig import Workbench
 
 FLAT, PADDED = LossImplementation(Layout.FLAT, Attention.SEGMENTS), LossImplementation(Layout.PADDED)
 ADAPTER = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)

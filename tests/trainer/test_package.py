@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from methods_cases import CASES
-from methods_rig import distance, try_method
 from peft import PeftModel
-from tiny_model import make
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from tests.trainer.methods_cases import CASES
+from tests.trainer.methods_rig import distance, try_method
+from tests.trainer.tiny_model import make
 from tunesmith.api.method import Method
 from tunesmith.api.objective import ObjectiveName
 from tunesmith.contracts.artifact import ArtifactManifest
@@ -26,7 +26,7 @@ from tunesmith_trainer.artifact.parity import STREAMED, record
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from trainer_rig import Workbench
+    from tests.trainer.trainer_rig import Workbench
 
 QLORA = {"qlora": {"rank": 4, "alpha": 8}}
 LORA = {"lora": {"rank": 4, "alpha": 8}}

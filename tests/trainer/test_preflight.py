@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
-from trainer_rig import chat_row, chat_rows
 
+from tests.trainer.trainer_rig import chat_row, chat_rows
 from tunesmith.api.conditions import FailureReason
 from tunesmith.api.finetunejob_status import Preflight, Verdict
 from tunesmith.api.placement import DataParallelism
@@ -22,8 +22,7 @@ from tunesmith_trainer.preflight.sizing import refusal
 from tunesmith_trainer.store import Stores
 
 if TYPE_CHECKING:
-    from trainer_rig import Workbench
-
+    from tests.trainer.trainer_rig import Workbench
     from tunesmith_trainer.preflight.prepare import Prepared
 
 ESTIMATE = Path(__file__).resolve().parents[2] / ".venv" / "bin" / "tunesmith"

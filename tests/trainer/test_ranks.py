@@ -11,13 +11,13 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import pods as processes
 import pytest
-from pods import Pods, assert_equal, pods
-from s3server import free_port
-from slow_save import with_a_slow_save
-from trainer_rig import chat_rows, write_rows
 
+from tests.trainer import pods as processes
+from tests.trainer.pods import Pods, assert_equal, pods
+from tests.trainer.s3server import free_port
+from tests.trainer.slow_save import with_a_slow_save
+from tests.trainer.trainer_rig import chat_rows, write_rows
 from tunesmith.api.placement import TrainingResources
 from tunesmith.contracts.result import Outcome, TrainerResult
 from tunesmith_trainer.process.ranks import PeersMissingError, Ranks, of_pod

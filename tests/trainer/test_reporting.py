@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 from mlflow import MlflowClient
-from pods import pods
-from trackers import events, mlflow_server, wandb_records
 
+from tests.trainer.pods import pods
+from tests.trainer.trackers import events, mlflow_server, wandb_records
 from tunesmith.api.conditions import FailureReason
 from tunesmith.api.credentials import REPORTING_SECRET
 from tunesmith.api.finetunejob import FineTuneJob
@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mlflow.entities import Run
-    from s3server import S3Server
-    from trainer_rig import Workbench
+
+    from tests.trainer.s3server import S3Server
+    from tests.trainer.trainer_rig import Workbench
 
 SECONDS = 120.0
 

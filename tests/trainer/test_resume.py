@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
-from pods import ONE_THREAD, Container
-from s3server import S3Server
-from trainer_rig import chat_rows, job_manifest, write_rows
 
+from tests.trainer.pods import ONE_THREAD, Container
+from tests.trainer.s3server import S3Server
+from tests.trainer.trainer_rig import chat_rows, job_manifest, write_rows
 from tunesmith.api.conditions import FailureReason
 from tunesmith.contracts.artifact import digest_of
 from tunesmith.contracts.location import ARTIFACT_MANIFEST, artifact_uri, checkpoints_uri

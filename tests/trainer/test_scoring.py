@@ -10,7 +10,7 @@ import pytest
 from tunesmith_trainer.preflight.plan import evaluation_interval
 
 if TYPE_CHECKING:
-    from trainer_rig import Workbench
+    from tests.trainer.trainer_rig import Workbench
 
 
 @pytest.mark.parametrize(

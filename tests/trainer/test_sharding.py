@@ -7,19 +7,19 @@ import shutil
 import signal
 from typing import TYPE_CHECKING, Any
 
-import pods as processes
 import pytest
 import torch
 import torch._inductor.config
 import torch.distributed as dist
-from pods import Pods, assert_equal, pods
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from trainer_rig import chat_rows, write_rows
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.trainer import pods as processes
+from tests.trainer.pods import Pods, assert_equal, pods
+from tests.trainer.trainer_rig import chat_rows, write_rows
 from tunesmith.api.conditions import FailureReason
 from tunesmith_trainer.base_model.sharding import use_full_optimizer_states
 

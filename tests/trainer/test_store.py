@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from s3server import S3Server, free_port
-from trainer_rig import Workbench, chat_rows, s3_job, write_rows
 
+from tests.trainer.s3server import S3Server, free_port
+from tests.trainer.trainer_rig import Workbench, chat_rows, s3_job, write_rows
 from tunesmith.api.conditions import FailureReason
 from tunesmith.contracts.artifact import ArtifactManifest, digest_of
 from tunesmith.contracts.environment import ALLOWED_ADDRESSES

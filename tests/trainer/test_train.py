@@ -18,11 +18,11 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from s3server import free_port
 from safetensors.torch import load_file, save_file
-from trainer_rig import Workbench, chat_rows, job_manifest, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from tests.trainer.s3server import free_port
+from tests.trainer.trainer_rig import Workbench, chat_rows, job_manifest, write_rows
 from tunesmith.api.conditions import FailureReason
 from tunesmith.contracts.artifact import ArtifactManifest, digest_of
 from tunesmith.contracts.fingerprint import LocalModelFolder, base_fingerprint

@@ -13,7 +13,7 @@ from tunesmith_trainer.process.watched import watched
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from trainer_rig import Workbench
+    from tests.trainer.trainer_rig import Workbench
 
 ENDLESS = {
     "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",

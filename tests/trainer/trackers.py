@@ -12,9 +12,10 @@ import urllib.request
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from s3server import free_port
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record
+
+from tests.trainer.s3server import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -1,6 +1,6 @@
 """Check that a million rows are validated and tokenised in bounded memory, and that a second attempt reuses the tokens.
 
-    python tests/trainer/verify_data.py --base FOLDER [--rows 1000000]
+    python -m tests.trainer.verify_data --base FOLDER [--rows 1000000]
 
 Runs `tunesmith-trainer validate` twice over generated chats, prints what each run took, and fails where the peak of
 resident memory is above 1.5 GB or the second run tokenises again.
@@ -19,7 +19,8 @@ import time
 from pathlib import Path
 
 import yaml
-from trainer_rig import job_manifest
+
+from tests.trainer.trainer_rig import job_manifest
 
 _LIMIT = 1.5e9
 _WORDS = ("lighthouse", "Brinewick", "green", "Marta", "keeps", "the", "harbour", "boat", "of", "and", "door", "blue")

@@ -3,7 +3,7 @@
 Each goes through the trainer's own command on a tiny model, is loaded again by plain PEFT in another process, merged,
 and, with --engine, loaded by a real vLLM that must reproduce its parity.json.
 
-Example: uv run --project trainer-image python tests/trainer/verify_methods.py --engine server-image/engine-cpu/.venv
+Example: uv run --project trainer-image python -m tests.trainer.verify_methods --engine server-image/engine-cpu/.venv
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from methods_cases import CASES, LOFTQ, PEFT_TYPES, Case
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from tiny_model import make
-from trainer_rig import chat_rows, job_manifest, write_rows
 from transformers import AutoModelForCausalLM
 
+from tests.trainer.methods_cases import CASES, LOFTQ, PEFT_TYPES, Case
+from tests.trainer.tiny_model import make
+from tests.trainer.trainer_rig import chat_rows, job_manifest, write_rows
 from tunesmith.api.methods.fields import Quantization
 from tunesmith.contracts.result import TrainerResult
 from tunesmith.contracts.servability import ADAPTER_CONFIG
@@ -143,7 +143,9 @@ def compare_reloaded(tried: dict[str, Tried], base: Path, work: Path) -> None:
     # LoftQ's adapters belong to the published base, from which the trained one differs slightly.
     artifacts = {key: (str(one.artifact), key.endswith("/4-bit") and LOFTQ not in key) for key, one in done.items()}
     listed.write_text(json.dumps({"base": str(base), "artifacts": artifacts}))
-    subprocess.run([sys.executable, __file__, "--reload", str(listed)], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "tests.trainer.verify_methods", "--reload", str(listed)], check=True, capture_output=True
+    )
     for key, logits in json.loads(listed.with_suffix(".answers").read_text()).items():
         one = done[key]
         assert one.trained is not None

@@ -1,9 +1,8 @@
-#!/usr/bin/env python3
 """A real one-node Kubernetes on this machine, for `make demo` and the end-to-end tests.
 
-    python3 e2e/cluster/cluster.py up        # build what is missing, start, wait until it is usable
-    python3 e2e/cluster/cluster.py images    # build the project's images and bring them into the cluster
-    python3 e2e/cluster/cluster.py down      # stop and leave nothing behind but the cache
+    python3 -m e2e.cluster up        # build what is missing, start, wait until it is usable
+    python3 -m e2e.cluster images    # build the project's images and bring them into the cluster
+    python3 -m e2e.cluster down      # stop and leave nothing behind but the cache
 
 State lies in .cluster/ of the checkout: the kubeconfig in .cluster/kubeconfig, logs in .cluster/log, programs (kubectl,
 helm, kubeconform) in .cluster/bin. What is dear to build is cached in ${XDG_CACHE_HOME:-~/.cache}/tunesmith.
@@ -24,17 +23,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import addons
-import binaries
-import certificates
-import host
-import images
-import node
-import processes
-import teardown
-from archive import ensure_program_image, program_reference
-from layout import NODE_NAME, ClusterError, Layout, cache_folder
-from steps import output_of, say, step, wait_until
+from e2e.cluster import addons, binaries, certificates, host, images, node, processes, teardown
+from e2e.cluster.archive import ensure_program_image, program_reference
+from e2e.cluster.layout import NODE_NAME, ClusterError, Layout, cache_folder
+from e2e.cluster.steps import output_of, say, step, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -204,13 +196,15 @@ def status(layout: Layout) -> None:
         if not name.startswith("containerd-shim"):
             say(f"  {name:24} pid {process.pid}")
     if not layout.kubeconfig.exists():
-        raise ClusterError(f"there is no cluster in {layout.state}: start it with `python3 e2e/cluster/cluster.py up`")
+        raise ClusterError(f"there is no cluster in {layout.state}: start it with `python3 -m e2e.cluster up`")
     say(addons.kubectl(layout, "get", "nodes,pods", "--all-namespaces", "-o", "wide"))
 
 
 def main() -> int:
     """Command line: see the module's docstring and `--help`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python3 -m e2e.cluster", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, text: str, example: str) -> argparse.ArgumentParser:
@@ -225,26 +219,26 @@ def main() -> int:
     command(
         "up",
         "start the cluster, or what of it does not run, and wait until it is usable",
-        "python3 e2e/cluster/cluster.py up",
+        "python3 -m e2e.cluster up",
     )
-    command("down", "stop the cluster and leave nothing of it behind", "python3 e2e/cluster/cluster.py down")
-    command("status", "show processes, node and pods", "python3 e2e/cluster/cluster.py status")
+    command("down", "stop the cluster and leave nothing of it behind", "python3 -m e2e.cluster down")
+    command("status", "show processes, node and pods", "python3 -m e2e.cluster status")
     delivery = command(
         "images",
         "build the project's images and bring them into the cluster; writes their references to .cluster/images.json",
-        "python3 e2e/cluster/cluster.py images operator agent",
+        "python3 -m e2e.cluster images operator agent",
     )
     known = [image.name for image in images.IMAGES]
     delivery.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}; all when none is named")
     command(
         "build",
         "build the cluster's programs and link them into .cluster/bin; starts nothing",
-        "python3 e2e/cluster/cluster.py build",
+        "python3 -m e2e.cluster build",
     )
     command(
         "assets",
         "build etcd and kube-apiserver and print their folder, for tests against a bare API server",
-        "KUBEBUILDER_ASSETS=$(python3 e2e/cluster/cluster.py assets) uv run pytest tests/controlplane",
+        "KUBEBUILDER_ASSETS=$(python3 -m e2e.cluster assets) uv run pytest tests/controlplane",
     )
     arguments = parser.parse_args()
     try:

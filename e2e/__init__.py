@@ -1,0 +1,1 @@
+"""Demo and scenarios on a real cluster."""

@@ -1,0 +1,1 @@
+"""Attacks on an installation, with a victim that is measured meanwhile."""

@@ -1,0 +1,1 @@
+"""Local one-node Kubernetes."""
