@@ -1,4 +1,4 @@
-"""Which addresses a job may reach."""
+"""Addresses to which a job may connect."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from tunesmith.contracts.addresses import parse_networks, refused_kind
 
-POD, CLOUD, CLUSTER = "of the pod itself", "where clouds have their metadata", "private networks that clusters have"
+POD, CLOUD, CLUSTER = "of the pod itself", "a link-local or cloud metadata address", "of a private network"
 REFUSED = {
     "127.0.0.1": POD,
     "127.255.255.254": POD,
@@ -35,7 +35,7 @@ REFUSED = {
     "64:ff9b:1::a00:7": CLUSTER,
     "224.0.0.1": "a multicast address",
     "ff02::1": "a multicast address",
-    # what carries an address of IPv4 is as that one
+    # an IPv6 address that embeds an IPv4 address is treated as that address
     "::ffff:10.0.0.7": CLUSTER,
     "::ffff:169.254.169.254": CLOUD,
     "64:ff9b::127.0.0.1": POD,
@@ -57,14 +57,14 @@ PUBLIC = (
 
 
 @pytest.mark.parametrize("address", REFUSED)
-def test_what_no_job_reaches_unless_it_is_listed(address: str) -> None:
-    told = refused_kind(ip_address(address), ())
-    assert told is not None
-    assert REFUSED[address] in told
+def test_special_addresses_are_refused_unless_listed(address: str) -> None:
+    kind = refused_kind(ip_address(address), ())
+    assert kind is not None
+    assert REFUSED[address] in kind
 
 
 @pytest.mark.parametrize("address", PUBLIC)
-def test_public_addresses_are_reached(address: str) -> None:
+def test_public_addresses_are_allowed(address: str) -> None:
     assert refused_kind(ip_address(address), ()) is None
 
 
@@ -83,13 +83,13 @@ def test_public_addresses_are_reached(address: str) -> None:
         ("169.254.169.254/32", "169.254.169.254", True),
     ],
 )
-def test_the_platforms_list(listed: str, address: str, *, reached: bool) -> None:
+def test_listed_networks_are_allowed(listed: str, address: str, *, reached: bool) -> None:
     assert (refused_kind(ip_address(address), parse_networks(listed)) is None) is reached
 
 
 @pytest.mark.parametrize("text", ["s3.store.svc", "10.0.0.7/8", "10.0.0.0/33", "10.0.0.0-10.0.0.9"])
-def test_what_is_no_network_is_named(text: str) -> None:
-    with pytest.raises(ValueError, match=f"'{text}' is no network such as"):
+def test_an_invalid_network_is_named(text: str) -> None:
+    with pytest.raises(ValueError, match=f"'{text}' is not a network such as"):
         parse_networks(f"10.96.0.0/16,{text}")
 
 

@@ -12,7 +12,7 @@ def condition(status: ConditionStatus, time: datetime, type_: str = "Ready", mes
     return Condition(type=type_, status=status, reason="Because", message=message, last_transition_time=time)
 
 
-def test_a_new_condition_is_added_behind_the_others() -> None:
+def test_a_new_condition_is_appended() -> None:
     conditions = set_condition(
         [condition(ConditionStatus.TRUE, NOW, "Resolved")], condition(ConditionStatus.FALSE, NOW)
     )
@@ -22,7 +22,7 @@ def test_a_new_condition_is_added_behind_the_others() -> None:
     assert find(conditions, "Progressing") is None
 
 
-def test_the_transition_time_stays_while_the_status_does() -> None:
+def test_the_transition_time_is_kept_while_the_status_is_unchanged() -> None:
     before = [condition(ConditionStatus.FALSE, NOW, message="one of two pods")]
     (after,) = set_condition(before, condition(ConditionStatus.FALSE, LATER, message="two of two pods"))
     assert (after.last_transition_time, after.message) == (NOW, "two of two pods")

@@ -81,7 +81,7 @@ def fingerprint(folder: Path) -> str:
 
 
 class TestBaseFingerprint:
-    def test_names_and_places_do_not_count(self, model: Path) -> None:
+    def test_names_and_paths_do_not_count(self, model: Path) -> None:
         before = fingerprint(model)
         (model / "config.json").write_text(json.dumps({"_name_or_path": "/mirror", "dtype": "x", "hidden_size": 4}))
         (model / "README.md").write_text("another mirror")
@@ -110,7 +110,7 @@ class TestBaseFingerprint:
         (model / file).write_bytes(content)
         assert fingerprint(model) != before
 
-    def test_what_is_missing_is_named(self, model: Path) -> None:
+    def test_missing_files_are_named(self, model: Path) -> None:
         (model / "tokenizer.json").unlink()
         (model / "model.safetensors").unlink()
         with pytest.raises(ValueError, match=r"has no tokenizer\.json, no \*\.safetensors"):
@@ -126,22 +126,22 @@ class TestBaseFingerprint:
             struct.pack("<Q", 50) + b"{}",
             tensors({"a": bytes(300)})[:-200],
         ],
-        ids=["empty", "no size", "no object", "no offsets", "cut header", "cut data"],
+        ids=["empty", "invalid size", "not an object", "no offsets", "cut header", "cut data"],
     )
     def test_damaged_weights_are_an_error_that_names_the_file(self, model: Path, content: bytes) -> None:
         (model / "model.safetensors").write_bytes(content)
         with pytest.raises(ValueError, match=r"^model\.safetensors of the base model"):
             fingerprint(model)
 
-    @pytest.mark.parametrize(("content", "said"), [("{", "is not JSON"), ("[]", "is not a JSON object")])
-    def test_damaged_config_is_an_error(self, model: Path, content: str, said: str) -> None:
+    @pytest.mark.parametrize(("content", "message"), [("{", "is not JSON"), ("[]", "is not a JSON object")])
+    def test_damaged_config_is_an_error(self, model: Path, content: str, message: str) -> None:
         (model / "config.json").write_text(content)
-        with pytest.raises(ValueError, match=rf"config\.json of the base model {said}"):
+        with pytest.raises(ValueError, match=rf"config\.json of the base model {message}"):
             fingerprint(model)
 
 
 class TestLocation:
-    def test_artifact_lies_under_the_namespace(self) -> None:
+    def test_an_artifact_is_in_its_namespaces_folder(self) -> None:
         uri = artifact_uri(STORE + "/", "team", "tone", "uid")
         assert uri == "s3://tunesmith/store/team/tone-uid/artifact"
         assert namespace_of_artifact(STORE, uri) == "team"
@@ -156,7 +156,7 @@ class TestLocation:
             "s3://tunesmith/store/team",
         ],
     )
-    def test_what_lies_elsewhere_has_no_namespace(self, uri: str) -> None:
+    def test_uris_outside_the_store_have_no_namespace(self, uri: str) -> None:
         assert namespace_of_artifact(STORE, uri) is None
 
     @pytest.mark.parametrize(
@@ -168,18 +168,18 @@ class TestLocation:
             "s3:///tunesmith/store///team",
         ],
     )
-    def test_a_place_in_a_bucket_has_one_spelling_to_compare_with(self, uri: str) -> None:
+    def test_spellings_of_a_uri_are_normalised(self, uri: str) -> None:
         assert normalised(uri) == "s3://tunesmith/store/team"
 
-    def test_engine_name_carries_the_digest(self) -> None:
+    def test_engine_name_contains_the_digest(self) -> None:
         assert engine_name("team", "tone", DIGEST) == "team/tone@abababababab"
 
     @pytest.mark.parametrize("digest", ["", "ab" * 32, DIGEST.upper(), DIGEST + "\n", DIGEST[:-1]])
-    def test_engine_name_of_no_digest_is_an_error(self, digest: str) -> None:
+    def test_engine_name_of_an_invalid_digest_is_an_error(self, digest: str) -> None:
         with pytest.raises(ValueError, match="is not a digest of the form"):
             engine_name("team", "tone", digest)
 
-    def test_owned_names_tell_two_uids_apart_and_leave_room_for_pods(self) -> None:
+    def test_owned_names_differ_by_uid_and_leave_room_for_pods(self) -> None:
         assert owned_name("tone", "a", "1") != owned_name("tone", "b", "1")
         assert len(owned_name("n" * MAX_NAME, "uid", "validate") + "-12345") <= 63
         assert len(owned_name("n" * MAX_NAME, "uid", "pool") + "-1234567890") <= 63  # the ReplicaSet's hash
@@ -384,13 +384,13 @@ class TestResult:
 
 
 class TestProgress:
-    def test_progress_is_read(self) -> None:
+    def test_progress_is_parsed(self) -> None:
         assert parse_progress(b'{"stage": "Training", "step": 3, "loss": 1.23456}').loss == 1.2346
 
     @pytest.mark.parametrize(
         "body", [b"", b"<html>", b"[]", b'{"step": -1}', b'{"stage": "Sleeping"}', b" " * (PROGRESS_MAX_BYTES + 1)]
     )
-    def test_what_is_no_progress_is_an_error(self, body: bytes) -> None:
+    def test_invalid_progress_is_an_error(self, body: bytes) -> None:
         with pytest.raises(ValueError, match=r"progress|validation error|is not JSON"):
             parse_progress(body)
 
@@ -408,13 +408,13 @@ def test_keys_differ_by_installation_pool_namespace_purpose_and_pod() -> None:
     assert control_keys(first, "team", "uid") == control_keys(first, "team", "uid")
 
 
-def test_control_keys_cannot_be_derived_from_what_a_gateway_holds() -> None:
+def test_control_keys_cannot_be_derived_from_gateway_keys() -> None:
     installation = (b"an installation key",)
     gateway = gateway_keys(installation)
     assert control_keys(gateway, "team", "uid") != control_keys(installation, "team", "uid")
 
 
-def test_during_a_rotation_all_is_derived_from_both_keys() -> None:
+def test_during_a_rotation_tokens_are_derived_from_both_keys() -> None:
     old, new = b"the previous installation key", b"the current installation key"
     both = pod_tokens(serving_keys(gateway_keys((new, old)), "team", "uid"), "pod")
     assert both == tuple(pod_tokens(serving_keys(gateway_keys((key,)), "team", "uid"), "pod")[0] for key in (new, old))

@@ -32,7 +32,7 @@ def test_the_documentation_lists_them_with_their_reasons() -> None:
         "--speculative-config", "--tokenizer-mode", "--tool-call-parser", "qwen3", "-1", "{}", "a=--host",
     ],
 )  # fmt: skip
-def test_what_tunes_the_engine_is_the_platforms_choice(argument: str) -> None:
+def test_tuning_arguments_are_allowed(argument: str) -> None:
     assert reserved_argument(argument) is None
 
 

@@ -24,19 +24,19 @@ OUTSIDE = ["s3://tunesmith/stores/x", "s3://other/store/x", "gs://tunesmith/stor
 
 
 @pytest.mark.parametrize("uri", INSIDE)
-def test_every_spelling_of_a_place_in_the_store_is_recognised(uri: str) -> None:
+def test_every_spelling_of_a_uri_in_the_store_is_recognised(uri: str) -> None:
     assert writes_into_store(STORE, uri)
     assert reads_foreign_store(STORE, "team", uri)
 
 
 @pytest.mark.parametrize("uri", OUTSIDE)
-def test_places_outside_the_store(uri: str) -> None:
+def test_uris_outside_the_store(uri: str) -> None:
     assert not writes_into_store(STORE, uri)
     assert not reads_foreign_store(STORE, "team", uri)
 
 
 @pytest.mark.parametrize("uri", ["s3://tunesmith", "s3://tunesmith/"])
-def test_a_folder_that_holds_the_store_is_part_of_it(uri: str) -> None:
+def test_a_parent_folder_of_the_store_counts_as_the_store(uri: str) -> None:
     assert writes_into_store(STORE, uri)
     assert reads_foreign_store(STORE, "team", uri)
 
@@ -56,9 +56,9 @@ def test_a_folder_that_holds_the_store_is_part_of_it(uri: str) -> None:
         ("pvc://tunesmith/store/other", False),
     ],
 )
-def test_a_namespace_reads_its_own_folder_of_the_store_alone(uri: str, *, foreign: bool) -> None:
+def test_a_namespace_reads_only_its_own_folder_of_the_store(uri: str, *, foreign: bool) -> None:
     assert reads_foreign_store(STORE, "team", uri) is foreign
 
 
-def test_a_container_of_azure_may_name_its_account() -> None:
+def test_an_azure_container_may_include_its_account() -> None:
     assert writes_into_store("az://tunesmith/store", "az://tunesmith@account.dfs.core.windows.net/store/x")

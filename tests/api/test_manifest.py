@@ -25,13 +25,13 @@ def problems(text: str, *, allow_file: bool = True) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("case", REFUSED_JOBS)
-def test_what_the_api_server_refuses_is_refused_with_a_sentence(case: str) -> None:
+def test_manifests_that_the_api_server_refuses_are_refused(case: str) -> None:
     changes, _, sentence = REFUSED_JOBS[case]
     (problem,) = problems(json.dumps(job("team", **changes)), allow_file=False)
     assert sentence in problem
 
 
-def test_all_mistakes_are_told_at_once() -> None:
+def test_all_mistakes_are_reported_at_once() -> None:
     text = MINIMAL.replace("method: {lora: {}}", "method: {lora: {rank: 0, alpha: 0}}\n  maxAttempts: 99")
     assert problems(text) == (
         "spec.method.lora.rank is 0: it must be at least 1",
@@ -67,12 +67,12 @@ def test_all_mistakes_are_told_at_once() -> None:
         ("{lora: {}}", "lora", 'spec.method is "lora": it must be an object with fields'),
         ("[{uri: s3://data/train.jsonl}]", "s3://data/train.jsonl", "it must be a list"),
         ("name: tone", f"name: {'n' * 41}", "metadata.name must have at most 40 characters"),
-        ("{lora: {}}", "{lora: {}, lora: {rank: 8}}", "line 7: the manifest is not valid YAML: lora stands twice"),
+        ("{lora: {}}", "{lora: {}, lora: {rank: 8}}", "line 7: the manifest is not valid YAML: lora appears twice"),
         ("{lora: {}}", "{lora: {}", "line 8: the manifest is not valid YAML"),
         ("kind: FineTuneJob", "kind: FineTuneJob\n---\nkind: FineTuneJob", "the manifest has 2 documents"),
     ],
 )
-def test_mistakes_are_told_with_their_mend(old: str, new: str, sentence: str) -> None:
+def test_mistakes_are_reported_with_their_fix(old: str, new: str, sentence: str) -> None:
     assert old in MINIMAL
     assert sentence in "\n".join(problems(MINIMAL.replace(old, new)))
 
@@ -85,11 +85,11 @@ def test_empty_manifest(text: str) -> None:
 @pytest.mark.parametrize(
     "text", ["just text", "[1, 2]", "\x00", "a: &a [*a]", "? [1]\n: 2", "{1: 2}", "a: !!python/none"]
 )
-def test_what_is_no_manifest_is_refused(text: str) -> None:
+def test_invalid_manifests_are_refused(text: str) -> None:
     assert problems(text)
 
 
-def test_numbers_are_read_as_kubernetes_reads_them() -> None:
+def test_numbers_are_parsed_as_by_kubernetes() -> None:
     text = MINIMAL + "  hyperparameters: {learningRate: 2e-4}\n  resources: {cpu: 2}\n"
     spec = parse_manifest(text).spec
     assert spec.hyperparameters.learning_rate == 0.0002
@@ -101,7 +101,7 @@ def test_numbers_that_are_not_finite_are_refused(value: str) -> None:
     assert "learningRate" in problems(MINIMAL + f"  hyperparameters: {{learningRate: {value}}}\n")[0]
 
 
-def test_dates_in_metadata_stay_text() -> None:
+def test_dates_in_metadata_are_strings() -> None:
     text = MINIMAL.replace("{name: tone}", "{name: tone, annotations: {made: 2026-01-02}}")
     assert parse_manifest(text).metadata.annotations == {"made": "2026-01-02"}
 

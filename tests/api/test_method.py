@@ -19,7 +19,7 @@ def nested(levels: int) -> Any:
 
 
 @pytest.mark.parametrize("config", [{}, {"r": 4, "target_modules": ["a"]}, {"a": nested(7)}, {"a": [1] * 1000}])
-def test_a_config_of_the_size_of_pefts_is_accepted(config: dict[str, Any]) -> None:
+def test_a_config_of_normal_size_is_accepted(config: dict[str, Any]) -> None:
     assert PeftFields(type="LOHA", config=config).config == config
 
 
@@ -45,7 +45,7 @@ def test_a_manifest_with_one_method_is_read_as_that_method(name: str) -> None:
     assert 0 < method.learning_rate < 1
 
 
-def test_a_type_of_peft_has_its_traits_in_one_place() -> None:
+def test_a_peft_type_has_one_declaration_of_traits() -> None:
     typed = [fields.declared.peft_type for fields in METHODS.values() if fields.declared is not None]
     assert set(typed) & set(OTHER_METHODS) == {"LORA"}, "method.peft takes LoRA's variants as well"
 
@@ -81,7 +81,7 @@ def test_every_initialization_has_its_traits() -> None:
         ("of my own", None),
     ],
 )
-def test_initializations_are_known_by_the_names_of_peft(value: object, found: Initialization | None) -> None:
+def test_initializations_are_found_by_pefts_names(value: object, found: Initialization | None) -> None:
     assert initialization_of(value) is found
 
 
@@ -108,7 +108,7 @@ def test_methods_whose_base_can_be_sharded(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in {"lora", "full", "peft"}])
-def test_a_method_has_the_field_quantization_or_a_reason_why_not(name: str) -> None:
+def test_a_method_has_the_field_quantization_or_a_reason(name: str) -> None:
     fields = METHODS[name]
     assert fields.declared is not None
     assert ("quantization" in fields.model_fields) == (fields.declared.not_quantized is None)

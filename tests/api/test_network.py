@@ -1,4 +1,4 @@
-"""The option that names who may read metrics."""
+"""Option with the peers that may read metrics."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ def test_peers_are_read_from_json() -> None:
 
 
 @pytest.mark.parametrize("text", ["{}", "[1]", '[{"namespace": "a"}]', "[", '[{"ipBlock": {}, "port": 1}]'])
-def test_what_is_no_list_of_peers_is_refused(text: str) -> None:
+def test_an_invalid_list_of_peers_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is not a JSON list of NetworkPolicy peers"):
         parse_peers(text)

@@ -49,7 +49,7 @@ def test_labels_match_as_in_kubernetes(selector: dict[str, Any], paid: bool, fre
         {"from": "Selector", "selector": {"matchLabels": {"tier": "a b"}}},
     ],
 )
-def test_what_contradicts_itself_is_refused(document: dict[str, Any]) -> None:
+def test_contradictory_selectors_are_refused(document: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         AllowedNamespaces.model_validate(document)
 

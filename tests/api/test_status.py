@@ -7,13 +7,13 @@ import pytest
 from tunesmith.api.finetunejob_status import FineTuneJobStatus, ProgressStatus
 
 
-def test_figures_have_four_decimals() -> None:
+def test_floats_have_four_decimals() -> None:
     progress = ProgressStatus(loss=1.23456789, learning_rate=0.00012345)
     assert progress.manifest() == {"loss": 1.2346, "learningRate": 0.00012345}
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
-def test_a_figure_that_json_cannot_carry_is_left_out(loss: float) -> None:
+def test_a_non_finite_float_is_omitted(loss: float) -> None:
     assert ProgressStatus(step=3, loss=loss).manifest() == {"step": 3}
 
 

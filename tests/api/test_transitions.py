@@ -16,7 +16,7 @@ def condition(type_: str, status: ConditionStatus, reason: str, message: str = "
     return Condition(type=type_, status=status, reason=reason, message=message, last_transition_time=NOW)
 
 
-def test_what_changed_is_reported_once_and_as_a_warning_if_somebody_must_act() -> None:
+def test_a_change_is_reported_once_with_its_severity() -> None:
     waits = [
         condition("Resolved", FALSE, "FineTuneJobNotFound", "waits for job"),
         condition("Ready", FALSE, "FineTuneJobNotFound", "waits for job"),
@@ -30,7 +30,7 @@ def test_what_changed_is_reported_once_and_as_a_warning_if_somebody_must_act() -
     assert new_events("AdapterDeployment", broken, ready) == [NewEvent("Resident", "it answers", "Normal")]
 
 
-def test_a_detail_is_reported_only_when_it_ends_a_warning() -> None:
+def test_a_detail_is_reported_only_if_it_replaces_a_warning() -> None:
     well = [condition("Degraded", FALSE, "AsExpected", "no pod reports a problem")]
     assert new_events("ServingPool", [], well) == []
     bad = [condition("Degraded", TRUE, "ImagePullFailed", "no image")]
@@ -87,12 +87,12 @@ def test_a_spec_that_cannot_be_read_has_a_condition_and_the_status_stays(status:
         ("FineTuneJob", {"Validated": "False"}),
     ],
 )
-def test_what_cannot_be_read_does_not_go_on(kind: str, expected: dict[str, str]) -> None:
+def test_unreadable_resources_have_false_conditions(kind: str, expected: dict[str, str]) -> None:
     found = unreadable_status(manifest(kind), "x", NOW)
     assert {condition["type"]: condition["status"] for condition in found["conditions"]} == expected
 
 
-def test_a_record_of_a_newer_release_is_kept() -> None:
+def test_the_status_of_a_newer_release_is_kept() -> None:
     status = {"attempts": [{"name": "x-1", "outcome": "Paused"}], "phase": "Running"}
     found = unreadable_status(manifest("FineTuneJob", status), "status.attempts.0.outcome", NOW)
     assert {name: found[name] for name in status} == status

@@ -235,7 +235,7 @@ def test_every_field_of_every_method_is_imported_from_pefts_key(name: str) -> No
             "init_lora_weights: method.qlora holds the base in 4 bits, and LoftQ compensates for the quant",
         ),
         ({"init_lora_weights": "mica"}, 0, ""),
-        ({"init_lora_weights": "mica", "use_dora": True}, 1, "dora goes with initialization Default, Gaussian"),
+        ({"init_lora_weights": "mica", "use_dora": True}, 1, "dora supports initialization Default, Gaussian"),
         (
             {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 8}},
             0,

@@ -158,7 +158,7 @@ BAD_JOBS: dict[str, BadJob] = {
     "a rank of 1024": apply("less than or equal to 512", "it must be at most 512", method__lora__rank=1024),
     "all modules and one": apply("remove it or the other names", method__lora__targetModules=["all-linear", "q_proj"]),
     "DoRA over PiSSA": apply(
-        "choose one of them, or remove dora", method={"lora": {"dora": True, "initialization": "PiSSA"}}
+        "use one of them, or remove dora", method={"lora": {"dora": True, "initialization": "PiSSA"}}
     ),
     "PiSSA in 4 bits": apply("use them with method.lora", method={"qlora": {"initialization": "PiSSA"}}),
     "3 bits": apply('supported values: "nf4"', "it must be nf4", method={"qlora": {"quantization": {"type": "int3"}}}),
@@ -184,21 +184,21 @@ BAD_JOBS: dict[str, BadJob] = {
         dataset__train=[{"uri": "https://example.org/a.jsonl", "secretRef": {"name": "mine"}}],
     ),
     "a bucket alone": apply("s3://bucket/path", baseModel__uri="s3://models"),
-    "a path that climbs": apply("write the path itself", baseModel__uri="pvc://claim/../other"),
+    "a path that climbs": apply("write the resolved path", baseModel__uri="pvc://claim/../other"),
     "a file of this machine": apply("in a cluster use hf://, s3://", baseModel__uri="file:///models/base"),
     "a model as a data set": apply("hf://datasets/organisation/name", dataset__train=[{"uri": "hf://org/base"}]),
-    "a revision of a bucket": apply("name a copy of that revision in the uri", baseModel__revision="main"),
-    "memory without a unit": apply("write its unit, as in 8Gi", resources={"memory": 8}),
+    "a revision of a bucket": apply("set the uri to a copy of that revision", baseModel__revision="main"),
+    "memory without a unit": apply("add its unit, as in 8Gi", resources={"memory": 8}),
     "a GPU without a domain": apply("such as nvidia.com/gpu", resources={"gpuResource": "gpu"}),
     "a Secret with capitals": apply("lower-case letters", baseModel__secretRef={"name": "Store"}),
     "a queue that is no name": apply("begins and ends with a letter or digit", scheduling__queue="-team"),
-    "a toleration of nothing": apply("set it, or name the key", scheduling={"tolerations": [{"value": "a"}]}),
+    "a toleration of nothing": apply("set the operator, or the key", scheduling={"tolerations": [{"value": "a"}]}),
     "a gate on no suite": apply(
         "correct its name",
         evaluation={"suites": [_SUITE], "gates": [{"suite": "rwos", "metric": "Loss", "max": 1}]},
     ),
     "a gate without a limit": apply(
-        "needs min or max", evaluation={"suites": [_SUITE], "gates": [{"suite": "rows", "metric": "Loss"}]}
+        "must have min or max", evaluation={"suites": [_SUITE], "gates": [{"suite": "rows", "metric": "Loss"}]}
     ),
     "a task that there is not": invalid(
         "did you mean arc_easy?", evaluation={"suites": [{"name": "tasks", "lmEval": {"tasks": ["arc_esay"]}}]}
@@ -215,9 +215,11 @@ BAD_JOBS: dict[str, BadJob] = {
         guarded=True,
     ),
     "4 bits turned back that never were": apply("use Original", output={"merge": "Dequantized"}),
-    "a copy to a claim": apply("a copy goes to s3://bucket/path", output={"exports": [{"uri": "pvc://claim/copy"}]}),
+    "a copy to a claim": apply(
+        "a uri of a copy is s3://bucket/path", output={"exports": [{"uri": "pvc://claim/copy"}]}
+    ),
     "a copy to two places in one": apply(
-        "keep one, remove the other", output={"exports": [{"uri": "s3://copies/a", "hub": "org/a"}]}
+        "remove the other", output={"exports": [{"uri": "s3://copies/a", "hub": "org/a"}]}
     ),
     "a copy to no repository": apply("is organisation/name", output={"exports": [{"hub": "name"}]}),
     "checkpoints by steps and by time": apply("keep one of them", checkpoint={"everySteps": 5, "everyMinutes": 1}),
@@ -229,7 +231,7 @@ BAD_JOBS: dict[str, BadJob] = {
     "nothing to compare with": apply(
         "set hyperparameters.batchSize to 2 or more", objective={"kto": {}}, hyperparameters={"batchSize": 1}
     ),
-    "more GPUs than rows of a step": apply("must be at least their number", resources={"gpus": 16}),
+    "more GPUs than rows of a step": apply("must be at least resources.nodes", resources={"gpus": 16}),
     # the spec, refused on the CPU: the base model must be looked at
     "a misspelt module": invalid("did you mean q_proj?", method__lora__targetModules=["q_prj"]),
     "the output layer": invalid("remove it", method__lora__targetModules=["lm_head"]),
@@ -373,14 +375,14 @@ BAD_JOBS: dict[str, BadJob] = {
         "remove the secretRef", dataset__train=[{"uri": "pvc://claim/rows.jsonl", "secretRef": {"name": "mine"}}]
     ),
     "an endpoint at the cloud's metadata": store(
-        "169.254.169.254, an address where clouds have their metadata, which jobs and pools may not reach",
+        "169.254.169.254, a link-local or cloud metadata address, which jobs and pools may not reach",
         FailureReason.ACCESS_DENIED,
         secret="mine",
         secrets={"mine": {"AWS_ENDPOINT_URL": "http://169.254.169.254/latest"}},
         guarded=True,
     ),
     "an endpoint in the cluster": store(
-        "ask the platform to list it in the chart's value trainer.allowedAddresses",
+        "ask the platform's administrators to add it to the chart's value trainer.allowedAddresses",
         FailureReason.ACCESS_DENIED,
         secret="mine",
         secrets={"mine": {"AWS_ENDPOINT_URL": "http://10.96.0.10:9000"}},

@@ -7,9 +7,9 @@ from typing import Any
 
 API = "tunesmith.dev/v1alpha1"
 REMOVE = object()
-LOCAL_ONLY = "file:// works only in a local run: tunesmith run"
+LOCAL_ONLY = "file:// uris work only in a local run (tunesmith run)"
 ONE_METHOD = (
-    "method needs exactly one of lora, qlora, adaLora, ia3, prefixTuning, promptTuning, pTuning, full, peft: "
+    "method must have exactly one of lora, qlora, adaLora, ia3, prefixTuning, promptTuning, pTuning, full, peft: "
     "keep one and remove the others"
 )
 
@@ -48,44 +48,46 @@ def manifest(kind: str, namespace: str, name: str, spec: dict[str, Any], changes
 
 
 URI = "a uri is hf://organisation/name, s3://bucket/path, gs://bucket/path, az://container/path or pvc://claim/path"
-EPOCHS = "hyperparameters.epochs and hyperparameters.maxSteps exclude each other: keep one of them"
-DIVIDE = "hyperparameters.microBatchSize must divide hyperparameters.batchSize (8 when absent): change one of them"
-CHECKPOINT = "checkpoint.everySteps and checkpoint.everyMinutes exclude each other: keep one of them"
-HUB_DATA = "a data set on the Hugging Face Hub is hf://datasets/organisation/name, with a folder, a file or a glob"
-TEXTS = "dataset.format Text learns every token as it stands: remove dataset.lossOn and dataset.chatTemplate"
-HELD_OUT = "dataset.validation and dataset.validationFraction exclude each other: keep one of them"
+EPOCHS = "hyperparameters.epochs and hyperparameters.maxSteps are mutually exclusive: remove one of them"
+DIVIDE = "hyperparameters.microBatchSize must divide hyperparameters.batchSize (8 if absent): change one of them"
+CHECKPOINT = "checkpoint.everySteps and checkpoint.everyMinutes are mutually exclusive: remove one of them"
+HUB_DATA = "a data set on the Hugging Face Hub is hf://datasets/organisation/name, followed by a folder, a file"
+TEXTS = (
+    "dataset.format Text trains on every token of the unchanged text: remove dataset.lossOn and dataset.chatTemplate"
+)
+HELD_OUT = "dataset.validation and dataset.validationFraction are mutually exclusive: remove one of them"
 QUANTITY = "a quantity is a number with an optional unit, such as 2, 500m, 8Gi or 1.5Gi"
-MEMORY = "resources.memory is less than 64Mi: write its unit, as in 8Gi"
+MEMORY = "resources.memory is less than 64Mi: add its unit, as in 8Gi"
 EXTENDED = "an extended resource is a domain and a name, such as nvidia.com/gpu"
 LABEL = "a label's value has letters, digits, '-', '.' and '_', and begins and ends with a letter or digit"
 NAME = "a name has lower-case letters, digits, '-' and '.', and begins and ends with a letter or digit"
-DORA = "dora goes with initialization Default, Gaussian, Orthogonal, EVA: choose one of them, or remove dora"
-EVEN = "initialization Orthogonal needs an even rank: change rank"
-FULL_WEIGHTS = "qlora.initialization is Default, Gaussian, EVA or LoftQ: the others need the base's weights in full"
-FEWER_RANKS = "adaLora.targetRank must be less than adaLora.initialRank: ranks are only taken away"
-INNER = "ia3.feedforwardModules are some of ia3.targetModules: name them there too"
-UNFIT = "dataset.format does not go with the objective: dpo, orpo and kto learn from Preference"
-FULL = "method.full goes with objective sft and orpo"
+DORA = "dora supports initialization Default, Gaussian, Orthogonal, EVA only: use one of them, or remove dora"
+EVEN = "initialization Orthogonal needs an even rank: change the rank"
+FULL_WEIGHTS = "qlora.initialization must be Default, Gaussian, EVA or LoftQ, because the others need unquantized"
+FEWER_RANKS = "adaLora.targetRank must be less than adaLora.initialRank, because ranks are only reduced"
+INNER = "ia3.feedforwardModules must be a subset of ia3.targetModules: add them to ia3.targetModules"
+UNFIT = "dataset.format does not match the objective: dpo, orpo and kto train on Preference"
+FULL = "method.full supports the objectives sft and orpo only"
 UNSUPPORTED = 'Unsupported value: "int3": supported values: "nf4"'
 FROM_ONE = "in body should be greater than or equal to 1"
 UP_TO_512 = "in body should be less than or equal to 512"
 SHARED = {"gpus": 2, "dataParallelism": "FSDP2"}
-ALONE = "resources.dataParallelism is about several processes, and there is one"
-UNSHARED = "resources.dataParallelism: FSDP2 goes with lora, qlora, ia3 and full"
-WHOLE = "hyperparameters.optimizer: with FSDP2, method.full is trained with AdamW or SGD"
-IDLE = "hyperparameters.batchSize (8 when absent) leaves nothing to do for some of resources.nodes"
+ALONE = "resources.dataParallelism needs several processes: remove it"
+UNSHARED = "resources.dataParallelism: FSDP2 supports lora, qlora, ia3 and full"
+WHOLE = "hyperparameters.optimizer: with FSDP2, method.full supports AdamW and SGD only"
+IDLE = "hyperparameters.batchSize (8 if absent) must be at least resources.nodes"
 
 JSONL = "s3://data/rows.jsonl"
 LOSS_SUITE = {"name": "rows", "heldOutLoss": {}}
-DEQUANTIZED = "output.merge: Dequantized belongs to method.qlora"
-ONE_PLACE = "an entry of output.exports needs exactly one of uri and hub: keep one, remove the other"
-SAME_PLACE = "two entries of output.exports name the same place: remove one"
-COPY = "a copy goes to s3://bucket/path, gs://bucket/path or az://container/path, without a slash at the end, or with"
-REPOSITORY = "a repository of the Hugging Face Hub is organisation/name, of letters, digits and '_' with single '-'"
-ONE_SUITE = "a suite of evaluation.suites needs exactly one of heldOutLoss, generation and lmEval: keep one and"
-NO_SUITE = "a gate of evaluation.gates names a suite that is not in evaluation.suites: correct its name"
-NO_METRIC = "a gate of evaluation.gates names a metric that its suite does not have: heldOutLoss has Loss and"
-NO_LIMIT = "a gate of evaluation.gates needs min or max: without a limit it would always hold"
+DEQUANTIZED = "output.merge: Dequantized needs a base model in 4 bits (method.qlora"
+ONE_PLACE = "an entry of output.exports must have exactly one of uri and hub: remove the other"
+SAME_PLACE = "two entries of output.exports have the same destination: remove one of them"
+COPY = "a uri of a copy is s3://bucket/path, gs://bucket/path or az://container/path, without a trailing slash"
+REPOSITORY = "a repository of the Hugging Face Hub is organisation/name, with letters, digits, '_', and single '-'"
+ONE_SUITE = "a suite of evaluation.suites must have exactly one of heldOutLoss, generation and lmEval: keep one and"
+NO_SUITE = "a gate of evaluation.gates refers to a suite that is not in evaluation.suites: correct its name"
+NO_METRIC = "a gate of evaluation.gates refers to a metric that its suite does not have: heldOutLoss has Loss and"
+NO_LIMIT = "a gate of evaluation.gates must have min or max: without them it would always pass"
 
 # case → (what is changed in a minimal job, what `kubectl apply` says, what a local run says)
 REFUSED_JOBS: dict[str, tuple[dict[str, Any], str, str]] = {
@@ -102,8 +104,8 @@ REFUSED_JOBS: dict[str, tuple[dict[str, Any], str, str]] = {
     "labels for dpo": ({"dataset__format": "UnpairedPreference", "objective": {"dpo": {}}}, UNFIT, UNFIT),
     "a Secret for a claim": (
         {"baseModel": {"uri": "pvc://claim/model", "secretRef": {"name": "mine"}}},
-        "pvc:// and https:// uris are read without any: remove the secretRef",
-        "pvc:// and https:// uris are read without any: remove the secretRef",
+        "pvc:// and https:// uris are read without credentials: remove the secretRef",
+        "pvc:// and https:// uris are read without credentials: remove the secretRef",
     ),
     "more GPUs than sequences": ({"resources": {"gpus": 16}}, IDLE, IDLE),
     "more nodes than sequences": ({"resources": {"gpus": 0, "nodes": 9}}, IDLE, IDLE),
@@ -148,7 +150,7 @@ REFUSED_JOBS: dict[str, tuple[dict[str, Any], str, str]] = {
     "method left out": (
         {"method": REMOVE},
         "spec.method: Required value",
-        "spec.method is missing: Exactly one method.",
+        "spec.method is missing: Fine-tuning method; exactly one field.",
     ),
     "rank 0": (
         {"method__lora__rank": 0},
@@ -224,8 +226,8 @@ REFUSED_JOBS: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "a task that is a path": (
         {"evaluation": {"suites": [{"name": "a", "lmEval": {"tasks": ["./tasks/mine.yaml"]}}]}},
-        "a task of lmEval goes by its name in lm-evaluation-harness",
-        "a task of lmEval goes by its name in lm-evaluation-harness",
+        "a task of lmEval is a task name of lm-evaluation-harness",
+        "a task of lmEval is a task name of lm-evaluation-harness",
     ),
     "a gate on a task that is not scored": (
         {
@@ -239,8 +241,8 @@ REFUSED_JOBS: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "two suites of one name": (
         {"evaluation": {"suites": [LOSS_SUITE, LOSS_SUITE]}},
-        "two suites of evaluation.suites have the same name: rename one",
-        "two suites of evaluation.suites have the same name: rename one",
+        "two suites of evaluation.suites have the same name: rename one of them",
+        "two suites of evaluation.suites have the same name: rename one of them",
     ),
     "a gate on no suite": (
         {"evaluation": {"suites": [LOSS_SUITE], "gates": [{"suite": "rwos", "metric": "Loss", "max": 1}]}},
@@ -284,15 +286,15 @@ REFUSED_JOBS: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "an export that leaves its folder": (
         {"output": {"exports": [{"uri": "s3://bucket/../b"}]}},
-        "a uri must not contain '..': write the path itself",
-        "a uri must not contain '..': write the path itself",
+        "a uri must not contain '..': write the resolved path",
+        "a uri must not contain '..': write the resolved path",
     ),
     "a repository without its organisation": ({"output": {"exports": [{"hub": "name"}]}}, REPOSITORY, REPOSITORY),
     "a repository's name with two dots": ({"output": {"exports": [{"hub": "org/a..b"}]}}, REPOSITORY, REPOSITORY),
     "no exports": (
         {"output": {"exports": []}},
         "spec.output.exports in body should have at least 1 items",
-        "spec.output.exports is empty: Places that get a copy",
+        "spec.output.exports is empty: Destinations of copies",
     ),
     "nine exports": (
         {"output": {"exports": [{"hub": f"org/n{number}"} for number in range(9)]}},
@@ -335,8 +337,8 @@ REFUSED_JOBS: dict[str, tuple[dict[str, Any], str, str]] = {
     "a bucket alone": ({"baseModel__uri": "s3://bucket"}, URI, URI),
     "a uri that leaves its folder": (
         {"baseModel__uri": "pvc://claim/../other"},
-        "a uri must not contain '..': write the path itself",
-        "spec.baseModel: a uri must not contain '..': write the path itself",
+        "a uri must not contain '..': write the resolved path",
+        "spec.baseModel: a uri must not contain '..': write the resolved path",
     ),
     "an https uri": ({"baseModel__uri": "https://x/y"}, URI, URI),
     "a Secret's name with capitals": ({"baseModel__secretRef": {"name": "Store"}}, NAME, NAME),
@@ -346,24 +348,24 @@ REFUSED_JOBS: dict[str, tuple[dict[str, Any], str, str]] = {
     "a GPU's name without a domain": ({"resources": {"gpuResource": "gpu"}}, EXTENDED, EXTENDED),
     "a revision of a bucket": (
         {"baseModel__revision": "main"},
-        "baseModel.revision belongs to an hf:// uri: remove it, or name a copy of that revision in the uri",
-        "baseModel.revision belongs to an hf:// uri: remove it, or name a copy of that revision in the uri",
+        "baseModel.revision is only for hf:// uris: remove it, or set the uri to a copy of that revision",
+        "baseModel.revision is only for hf:// uris: remove it, or set the uri to a copy of that revision",
     ),
     "all-linear and a name": (
         {"method__lora__targetModules": ["all-linear", "q_proj"]},
-        "targetModules: all-linear stands for all of them; remove it or the other names",
-        "targetModules: all-linear stands for all of them; remove it or the other names",
+        "targetModules: all-linear includes all linear modules: remove it or the other names",
+        "targetModules: all-linear includes all linear modules: remove it or the other names",
     ),
     "a claim's name with capitals": ({"baseModel__uri": "pvc://Claim/base"}, URI, URI),
     "a toleration without a key": (
         {"scheduling": {"tolerations": [{"value": "a"}]}},
-        "a toleration without a key has the operator Exists: set it, or name the key",
-        "a toleration without a key has the operator Exists: set it, or name the key",
+        "a toleration without a key must have the operator Exists: set the operator, or the key",
+        "a toleration without a key must have the operator Exists: set the operator, or the key",
     ),
     "a toleration of anything with a value": (
         {"scheduling": {"tolerations": [{"key": "a", "operator": "Exists", "value": "b"}]}},
-        "a toleration with the operator Exists has no value: remove the value, or use Equal",
-        "a toleration with the operator Exists has no value: remove the value, or use Equal",
+        "a toleration with the operator Exists must not have a value: remove the value, or use Equal",
+        "a toleration with the operator Exists must not have a value: remove the value, or use Equal",
     ),
     "a label's value with a space": ({"scheduling": {"nodeSelector": {"zone": "a b"}}}, LABEL, LABEL),
     "negative CPU": ({"resources": {"cpu": -1}}, QUANTITY, f"spec.resources.cpu: {QUANTITY}"),

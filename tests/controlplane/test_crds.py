@@ -24,10 +24,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.controlplane
 
-AUTOSCALED = "replicas is decided by autoscaling: remove autoscaling first"
-IMMUTABLE = (
-    "spec is immutable but for suspend and activeDeadlineSeconds: a FineTuneJob describes one training run; create"
-)
+AUTOSCALED = "replicas is set by autoscaling: remove autoscaling first"
+IMMUTABLE = "spec is immutable except for suspend and activeDeadlineSeconds: create"
 
 
 def assert_refused(apiserver: ApiServer, document: dict[str, Any], sentence: str, *arguments: str) -> None:
@@ -61,15 +59,15 @@ def test_server_side_apply_says_the_same(apiserver: ApiServer) -> None:
 
 
 def test_name_that_leaves_no_room_for_names_of_pods_is_refused(apiserver: ApiServer, namespace: str) -> None:
-    at_most = "metadata.name must have at most 40 characters: names of"
-    assert_refused(apiserver, job(namespace, name="n" * 41), f"{at_most} Jobs and pods are made from it")
+    at_most = "metadata.name must have at most 40 characters, because it is part of the names of"
+    assert_refused(apiserver, job(namespace, name="n" * 41), f"{at_most} Jobs and pods")
     apiserver.apply(job(namespace, name="n" * 40))
-    assert_refused(apiserver, pool(namespace, name="n" * 41), f"{at_most} pods are made from it")
+    assert_refused(apiserver, pool(namespace, name="n" * 41), f"{at_most} pods")
     apiserver.apply(pool(namespace, name="n" * 40))
-    several = "metadata.name must have no '.' where resources.nodes is more than 1: names of hosts are made from it"
+    several = "metadata.name must not contain '.' if resources.nodes is above 1, because it is part of host names"
     assert_refused(apiserver, job(namespace, name="a.b", resources__nodes=2), several)
     apiserver.apply(job(namespace, name="a.b"))
-    too_long = "metadata.name has more than 63 characters and is the model's name: set spec.modelName to a shorter one"
+    too_long = "metadata.name has more than 63 characters, the limit of a model name: set spec.modelName"
     assert_refused(apiserver, adapter(namespace, name="n" * 64), too_long)
     apiserver.apply(adapter(namespace, name="n" * 64, modelName="short"))
 
@@ -184,10 +182,10 @@ REFUSED_POOLS = {
         )
         for words in (["foo"], [""], ["--seed=1", "foo"], ["--max-num-seqs 8"], ["--seed=1", "--a\tb"])
     },
-    "a short form": ({"engine": {"args": ["-tp=2"]}}, "engine.args must not hold short forms: write the long name"),
+    "a short form": ({"engine": {"args": ["-tp=2"]}}, "engine.args must not contain short forms: write the long name"),
     "a variable that the pool sets": (
         {"engine": {"env": [{"name": "PYTHONPATH", "value": "/mine"}]}},
-        "engine.env must not hold what the pool sets, loads code or opens the engine: remove it; reserved are GLOO_",
+        "engine.env must not contain reserved variables: remove them; reserved are GLOO_",
     ),
     "no choice at all": ({"requests": {"maxChoices": 0}}, "spec.requests.maxChoices in body should be greater than"),
     "a cache without a unit": (
@@ -201,15 +199,15 @@ REFUSED_POOLS = {
     ),
     "a selector that is missing": (
         {"allowedNamespaces": {"from": "Selector"}},
-        "allowedNamespaces.selector belongs to from: Selector, which needs it: set both, or remove the selector",
+        "allowedNamespaces.selector and from: Selector require each other: set both, or remove the selector",
     ),
     "a selector that nothing uses": (
         {"allowedNamespaces": {"selector": {"matchLabels": {"tier": "paid"}}}},
-        "allowedNamespaces.selector belongs to from: Selector, which needs it: set both, or remove the selector",
+        "allowedNamespaces.selector and from: Selector require each other: set both, or remove the selector",
     ),
     "a requirement without values": (
         {"allowedNamespaces": {"from": "Selector", "selector": {"matchExpressions": [{"key": "a", "operator": "In"}]}}},
-        "In and NotIn need values, Exists and DoesNotExist take none: change operator or values",
+        "In and NotIn require values, Exists and DoesNotExist must not have any: change operator or values",
     ),
 }
 
@@ -222,9 +220,9 @@ def test_serving_pool_is_refused_with_a_sentence(apiserver: ApiServer, case: str
 
 def test_pool_keeps_its_base_and_its_name(apiserver: ApiServer, namespace: str) -> None:
     apiserver.apply(pool(namespace))
-    sentence = "baseModel is immutable: adapters belong to one base; create another ServingPool"
+    sentence = "baseModel is immutable, because adapters belong to it: create another ServingPool"
     assert_refused(apiserver, pool(namespace, baseModel__uri="s3://models/other"), sentence)
-    sentence = "modelName is immutable: clients call the base under it; create another ServingPool"
+    sentence = "modelName is immutable, because clients use it: create another ServingPool"
     assert_refused(apiserver, pool(namespace, modelName="other"), sentence)
     apiserver.apply(pool(namespace, replicas=2, engine={"maxLoras": 4}, drainSeconds=10))
 

@@ -294,7 +294,7 @@ async def test_scale_by_hand_and_not_beside_autoscaling(world: World) -> None:
     await world.until_condition("plain", "Ready", "True")
     await world.cluster.scale("AdapterDeployment", "plain", world.namespace, 2)
     await world.until_holders(world.engine_name("plain", "talk"), 2)
-    with pytest.raises(InvalidError, match="replicas is decided by autoscaling: remove autoscaling first"):
+    with pytest.raises(InvalidError, match="replicas is set by autoscaling: remove autoscaling first"):
         await world.cluster.scale("AdapterDeployment", "auto", world.namespace, 2)
     await world.cluster.scale("AdapterDeployment", "plain", world.namespace, 1)
     await world.until_holders(world.engine_name("plain", "talk"), 1)

@@ -184,7 +184,7 @@ CASES = {
         (),
         "Pending",
         {"Validated": ("True", "Valid"), "Started": ("False", "NotAllowed")},
-        "attempt 2 is not created: spec.scheduling.priorityClassName names high",
+        "attempt 2 is not created: spec.scheduling.priorityClassName is high",
         ("Preempted",),
     ),
     "a published adapter completes the job": Case(

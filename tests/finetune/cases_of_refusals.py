@@ -22,7 +22,7 @@ CASES = {
         (),
         "Validating",
         {"Validated": ("Unknown", "WriteRefused")},
-        "exceeded quota: none; delete what uses the quota, or ask for a larger one; the operator tries again within",
+        "exceeded quota: none; delete objects that use the quota, or raise it; retrying within",
     ),
     "a refused first attempt is not listed": Case(
         observed(job(), validation=kube_job("validate", terminated_pod(0, VALID), succeeded=True), refusal=QUOTA),

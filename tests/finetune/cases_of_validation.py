@@ -130,7 +130,7 @@ CASES = {
         (),
         "Failed",
         {"Validated": ("False", "NotAllowed"), "Failed": ("True", "NotAllowed")},
-        "spec.scheduling.priorityClassName names system-node-critical, which this installation does not allow",
+        "spec.scheduling.priorityClassName is system-node-critical, which this installation does not allow",
     ),
     "an export into another job's folder": Case(
         observed(job(output={"exports": [{"uri": "s3://tunesmith//store/./other/job-1/artifact"}]})),

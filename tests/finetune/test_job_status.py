@@ -42,7 +42,7 @@ def test_rows_that_are_scored_and_trained_on_are_reported_once_as_a_warning() ->
     ).status
     assert status.preflight is not None
     assert status.preflight.manifest()["alsoTrained"] == [trained]
-    sentence = "12 of 200 held-out rows are also trained on: evaluation.loss flatters the adapter"
+    sentence = "12 of 200 held-out rows are also trained on, so evaluation.loss overrates the adapter"
     warnings = [notice for notice in reports(before.status, status) if notice.type == "Warning"]
     assert [(notice.reason, sentence in notice.message) for notice in warnings] == [("ScoredRowsTrained", True)]
     assert sentence in next(entry.message for entry in status.conditions if entry.type == "Validated")

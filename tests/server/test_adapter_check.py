@@ -193,7 +193,7 @@ _PAIR = {_A: _entry([RANK, WIDTH], 0, _SIZE_A), _B: _entry([HEIGHT, RANK], _SIZE
     ("header", "sentence"),
     [
         (json.dumps(_PAIR)[:-1] + f', "{_A}": {json.dumps(_PAIR[_A])}}}', "appears twice"),
-        (json.dumps(_PAIR | {"__metadata__": {"a": 1}}), "__metadata__ must be an object of texts"),
+        (json.dumps(_PAIR | {"__metadata__": {"a": 1}}), "__metadata__ must be an object with string values"),
         (json.dumps(_PAIR | {"__metadata__": {"a": "x" * 12_000}}), "has a header of"),
         (json.dumps(_PAIR | {"../../x": _entry([0], 0, 0)}), "the tensor ../../x is none of a LoRA adapter"),
         (json.dumps(_PAIR | {f"{_A}x": _entry([0], _SIZE_A + _SIZE_B, 0)}), "is none of a LoRA adapter"),

@@ -70,7 +70,7 @@ def test_the_flags_of_a_pool_pod_are_the_agents(containers: dict[str, list[str]]
         (["serve", "--storage=1", "--secret=/s", "--store=s3://b/s"], "--pod-uid is missing: set it, or the variable"),
         (["serve", "--max-loras=many"], "--max-loras: 'many' must be a valid integer"),
         (["serve", "--hang-seconds=0"], "--hang-seconds: '0' must be greater than 0"),
-        (["serve", "--allowed-addresses=here"], "--allowed-addresses: 'here' is no network such as"),
+        (["serve", "--allowed-addresses=here"], "--allowed-addresses: 'here' is not a network such as"),
         (["fetch-base", "--storage=0"], "--storage: '0' must be greater than or equal to 1"),
         (["fetch-base", "--pod-uid=x"], "unrecognized arguments: --pod-uid=x"),
         (["serv"], "invalid choice: 'serv'"),

@@ -75,7 +75,7 @@ async def test_a_refusal_is_returned_and_the_write_repeated_with_growing_delays(
         refused = await executor.apply("uid", MANIFEST)
         assert refused is not None
         assert refused.message == "the API server refuses Secret team/keys: exceeded quota: pods"
-        assert refused.sentence.endswith("; the operator tries again within 30 s")
+        assert refused.sentence.endswith("; retrying within 30 s")
         attempts.append(len(writes.applied))
     assert [attempts.count(number) for number in (1, 2, 3, 4)] == [5, 10, 20, 30]
     writes.refusal = None

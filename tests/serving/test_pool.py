@@ -267,7 +267,7 @@ def test_refused_pods_are_reported(decide: Build) -> None:
 
 
 def test_an_invalid_spec_is_reported_in_every_condition(decide: Build) -> None:
-    got = decide(invalid="engine.args must not hold --port").status
+    got = decide(invalid="engine.args must not contain --port").status
     assert set(shown(got).values()) == {"False InvalidSpec", "True InvalidSpec"}
 
 

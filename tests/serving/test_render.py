@@ -169,8 +169,8 @@ def test_a_stopping_pod_has_time_to_drain(pool: Callable[..., ServingPool]) -> N
         (
             {"args": ["--middleware=rollout", "--port", "1"]},
             (
-                "spec.engine.args[0]: --middleware is reserved: the pool sets it, most from fields of its own. "
-                "Remove it. spec.engine.args[1]: --port is reserved: the gateway and the agent reach the engine at"
+                "spec.engine.args[0]: --middleware is reserved: it is set by the pool, usually from a field of its "
+                "spec. Remove it. spec.engine.args[1]: --port is reserved: the gateway and the agent reach the engine"
             ),
         ),
         *(
@@ -203,12 +203,12 @@ def test_a_stopping_pod_has_time_to_drain(pool: Callable[..., ServingPool]) -> N
             {"args": ["--seed=1", "--trust-rem"]},
             (
                 "spec.engine.args[1]: --trust-rem abbreviates --trust-remote-code, which is reserved: it runs code "
-                "that is not the engine's. Remove it."
+                "from outside the engine. Remove it."
             ),
         ),
         ({"args": ["foo"]}, "spec.engine.args[0]: it is not the value of an argument. Write --name=value"),
         ({"args": ["--seed=1", "foo"]}, "spec.engine.args[1]: it is not the value of an argument."),
-        ({"args": ["--max-num-seqs 8"]}, "spec.engine.args[0]: the name of an argument has no spaces."),
+        ({"args": ["--max-num-seqs 8"]}, "spec.engine.args[0]: the name of an argument must not contain spaces."),
         ({"args": ["--cudagraph-capture-sizes", "1", "2"]}, None),
         ({"args": ["--enable-auto-tool-choice", "--tool-call-parser=hermes"]}, None),
         ({"args": ["--sse-keep-alive-interval=15", "--max-num-seqs", "-1", "--seed=-1"]}, None),

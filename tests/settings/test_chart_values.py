@@ -1,4 +1,4 @@
-"""Every setting names the chart's value that sets it, or the reason that there is none."""
+"""Every setting declares the chart value that sets it, or the reason for having none."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def at(values: dict[str, Any], path: str) -> Any:
 
 
 @pytest.mark.parametrize(("model", "field"), FIELDS)
-def test_a_setting_has_a_place_and_a_meaning(model: type[ProgramSettings], field: str) -> None:
+def test_a_setting_has_a_source_and_a_description(model: type[ProgramSettings], field: str) -> None:
     assert model.model_fields[field].description, "docs/reference/settings.md and --help show it"
     place = source_of(model, field)
     if isinstance(place, ChartValue):
@@ -36,7 +36,7 @@ def test_a_setting_has_a_place_and_a_meaning(model: type[ProgramSettings], field
 
 
 @pytest.mark.parametrize(("model", "field"), FIELDS)
-def test_the_chart_has_the_programs_default(model: type[ProgramSettings], field: str) -> None:
+def test_the_charts_default_is_the_programs(model: type[ProgramSettings], field: str) -> None:
     """A value that values.yaml does not list, such as those of gateway.limits, is the program's default."""
     place, info = source_of(model, field), model.model_fields[field]
     if not isinstance(place, ChartValue) or place.expression or info.is_required():
@@ -50,7 +50,7 @@ def test_the_charts_own_values_match_its_schema() -> None:
     jsonschema.validate(VALUES, SCHEMA)
 
 
-def test_a_setting_without_a_place_is_refused() -> None:
+def test_a_setting_without_a_source_is_refused() -> None:
     class Unplaced(ProgramSettings):
         program: ClassVar[str] = "x"
         one: int = 1

@@ -32,7 +32,7 @@ def test_each_component_has_one_prefix(components: dict[str, list[Any]]) -> None
         assert [row.name for row in rows if not row.name.startswith(f"tunesmith_{component}_")] == []
 
 
-def test_counters_and_histograms_are_named_as_prometheus_asks(components: dict[str, list[Any]]) -> None:
+def test_counters_and_histograms_follow_prometheus_naming(components: dict[str, list[Any]]) -> None:
     for row in (row for rows in components.values() for row in rows):
         assert row.name.endswith("_total") == (row.type == "counter"), row.name
         assert row.type != "histogram" or row.name.endswith(("_seconds", "_bytes")), row.name

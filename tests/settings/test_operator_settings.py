@@ -15,9 +15,9 @@ REQUIRED = (
 
 
 def refused(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as error:
         read(OperatorSettings, flags)
-    assert ended.value.code == 2
+    assert error.value.code == 2
     return capsys.readouterr().err
 
 
@@ -43,7 +43,7 @@ def test_flags_lists_and_defaults() -> None:
     assert settings.identity != read(OperatorSettings, REQUIRED).identity
 
 
-def test_a_variable_is_used_where_the_flag_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variable_is_used_if_the_flag_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("WATCH_NAMESPACES", "a,b"), ("NETWORK_POLICIES", "false"), ("JOB_STORAGE", "1Gi")):
         monkeypatch.setenv(f"TUNESMITH_{name}", value)
     settings = read(OperatorSettings, [*REQUIRED, "--job-storage=2Gi"])
@@ -65,7 +65,7 @@ def test_a_variable_is_used_where_the_flag_is_absent(monkeypatch: pytest.MonkeyP
         ("--max-adapter-ratio=much", "'much' must be a valid number"),
         (
             "--allowed-addresses=10.0.0.7/8",
-            "(chart value trainer.allowedAddresses): '10.0.0.7/8' is no network such as",
+            "(chart value trainer.allowedAddresses): '10.0.0.7/8' is not a network such as",
         ),
         ("--allowed-tolerations=a=b=c", "(chart value scheduling.allowedTolerations): 'a=b=c' is not key, key=value"),
         ("--allowed-runtime-classes=a b", "(chart value scheduling.allowedRuntimeClasses): 'a b' is not a name"),
@@ -88,7 +88,7 @@ def test_a_wrong_value_is_refused_with_its_flag_and_the_charts_value(
     assert sentence in refused(capsys, *REQUIRED, flag)
 
 
-def test_every_fault_is_named_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_errors_are_reported_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(capsys, "--namespace=system", "--workers=none")
     assert "--store (chart value store) is missing" in message
     assert "--trainer-image (chart value images.trainer) is missing" in message
@@ -96,9 +96,9 @@ def test_every_fault_is_named_at_once(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_help_names_the_chart_value_the_variables_and_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as error:
         read(OperatorSettings, ["--help"])
-    assert ended.value.code == 0
+    assert error.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "(default: 4; chart: serving.maxAdapterRatio)" in text
     assert "TUNESMITH_LOG_LEVEL" in text

@@ -143,11 +143,11 @@ def test_the_agent_refuses_exactly_what_validation_calls_unservable(
 @pytest.mark.parametrize(
     ("method", "reason", "remedy"),
     [
-        ({"lora": {"rank": 4, "dora": True}}, "the adapter uses DoRA; vLLM cannot serve that", "remove dora ("),
-        ({"ia3": {}}, "vLLM loads LORA adapters only, and this is IA3", "use method.lora, or serve merged"),
+        ({"lora": {"rank": 4, "dora": True}}, "the adapter uses DoRA; vLLM does not support that", "remove dora ("),
+        ({"ia3": {}}, "vLLM loads LORA adapters only, not IA3", "use method.lora, or serve merged"),
         (
             {"peft": {"type": "lily", "config": {"r": 4, "target_modules": _QV}}},
-            "vLLM loads LORA adapters only, and this is LILY",
+            "vLLM loads LORA adapters only, not LILY",
             "use method.lora; this adapter cannot be merged",
         ),
     ],

@@ -149,11 +149,11 @@ def test_rows_beyond_the_models_context_are_refused(bench: Workbench) -> None:
 
 
 SPECS: dict[str, tuple[dict[str, Any], FailureReason, str]] = {
-    "no method": ({"method": {}}, FailureReason.INVALID_SPEC, "method needs exactly one of lora, qlora, adaLora"),
+    "no method": ({"method": {}}, FailureReason.INVALID_SPEC, "method must have exactly one of lora, qlora, adaLora"),
     "two methods": (
         {"method": {"lora": {}, "qlora": {}}},
         FailureReason.INVALID_SPEC,
-        "method needs exactly one of lora, qlora, adaLora",
+        "method must have exactly one of lora, qlora, adaLora",
     ),
     "rank 0": ({"method": {"lora": {"rank": 0}}}, FailureReason.INVALID_SPEC, "spec.method.lora.rank"),
     "rank -4": ({"method": {"lora": {"rank": -4}}}, FailureReason.INVALID_SPEC, "(it is -4)"),
@@ -181,7 +181,7 @@ SPECS: dict[str, tuple[dict[str, Any], FailureReason, str]] = {
     "all-linear and a name": (
         {"method": {"lora": {"targetModules": ["all-linear", "q_proj"]}}},
         FailureReason.INVALID_SPEC,
-        "all-linear stands for all",
+        "all-linear includes all",
     ),
     "micro batch": (
         {"hyperparameters": {"batchSize": 8, "microBatchSize": 3}},
@@ -193,7 +193,11 @@ SPECS: dict[str, tuple[dict[str, Any], FailureReason, str]] = {
         FailureReason.INVALID_SPEC,
         "exclude each other",
     ),
-    "more GPUs than sequences": ({"resources": {"gpus": 16}}, FailureReason.INVALID_SPEC, "leaves nothing to do"),
+    "more GPUs than sequences": (
+        {"resources": {"gpus": 16}},
+        FailureReason.INVALID_SPEC,
+        "must be at least resources.nodes",
+    ),
     "no base": (
         {"baseModel": {"uri": "file:///nowhere/model"}},
         FailureReason.BASE_MODEL_NOT_FOUND,

@@ -208,7 +208,10 @@ def test_a_store_in_the_cluster_must_be_listed(bench: Workbench, monkeypatch: py
         ran = bench.run(command, s3_job(), allow_file=False, output="s3://tunesmith/store/listed/artifact")
         assert (ran.code, ran.result.reason, ran.result.retryable) == (2, FailureReason.ACCESS_DENIED, False)
         assert "127.0.0.1, an address of the pod itself, which jobs and pools may not reach" in ran.result.message
-        assert "ask the platform to list it in the chart's value trainer.allowedAddresses" in ran.result.message
+        assert (
+            "ask the platform's administrators to add it to the chart's value trainer.allowedAddresses"
+            in ran.result.message
+        )
 
 
 def test_the_owners_own_machine_is_not_guarded(

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 ROWS = chat_rows(12)
 OTHERS = [chat_row(f"Who keeps light {number}?", "Old Marta.") for number in range(4)]
 TOLD = (
-    "3 of 5 held-out rows are also trained on: evaluation.loss flatters the adapter, take them out of"
-    " dataset.validation or of dataset.train"
+    "3 of 5 held-out rows are also trained on, so evaluation.loss overrates the adapter: remove them from"
+    " dataset.validation or from dataset.train"
 )
 
 

@@ -159,12 +159,12 @@ def test_specs_that_do_not_fit_the_base_are_refused_without_weights(base_model: 
 @pytest.mark.parametrize(
     ("method", "expected"),
     [
-        ({"lora": {"dora": True, "initialization": "PiSSA"}}, "dora goes with initialization Default"),
+        ({"lora": {"dora": True, "initialization": "PiSSA"}}, "dora supports initialization Default"),
         ({"lora": {"rank": 3, "initialization": "Orthogonal"}}, "needs an even rank"),
-        ({"lora": {"initialization": "LoftQ"}}, "makes up for what 4 bits lose: use it with method.qlora"),
+        ({"lora": {"initialization": "LoftQ"}}, "compensates for quantization: use it with method.qlora"),
         (
             {"qlora": {"initialization": "PiSSA"}},
-            "the others need the base's weights in full; use them with method.lora",
+            "the others need unquantized weights: use them with method.lora",
         ),
     ],
 )
@@ -176,7 +176,7 @@ def test_impossible_combinations_are_refused_by_the_manifest(
 
 
 def test_servable_required_is_checked_before_training(base_model: Path) -> None:
-    with pytest.raises(NotServableError, match="vLLM cannot serve that: remove dora"):
+    with pytest.raises(NotServableError, match="vLLM does not support that: remove dora"):
         plan({"lora": {"dora": True}}, base_model, servable="Required")
     assert not plan({"lora": {"dora": True}}, base_model).servable.vllm
     assert plan({"lora": {"rsLora": True}}, base_model, servable="Required").servable.vllm
@@ -414,7 +414,7 @@ def test_full_fine_tuning_scores_the_original_base(bench: Workbench) -> None:
     ("spec", "expected"),
     [
         ({"output": {"merge": "Original"}}, "makes no adapter to merge"),
-        ({"objective": {"dpo": {}}}, "method.full goes with objective sft and orpo"),
+        ({"objective": {"dpo": {}}}, "method.full supports the objectives sft and orpo only"),
         ({"servable": "Required"}, "serve its folder as the baseModel of a ServingPool"),
     ],
 )

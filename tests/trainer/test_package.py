@@ -127,7 +127,7 @@ def test_merged_weights_equal_the_trained_model(bench: Workbench, case: str) -> 
 def test_a_merge_without_a_quantized_base_is_refused(bench: Workbench) -> None:
     ran = bench.run("validate", bench.job(output={"merge": "Dequantized"}))
     assert ran.code == 2
-    assert "belongs to method.qlora" in ran.result.message
+    assert "needs a base model in 4 bits (method.qlora" in ran.result.message
 
 
 def _card(bench: Workbench) -> str:

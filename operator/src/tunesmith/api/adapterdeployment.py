@@ -40,13 +40,16 @@ class AdapterAutoscaling(ApiModel):
 
     rules = (min_below_max,)
 
-    min_replicas: int = Field(default=1, ge=1, le=1000, description="Fewest pods.")
-    max_replicas: int = Field(ge=1, le=1000, description="Most pods.")
+    min_replicas: int = Field(default=1, ge=1, le=1000, description="Minimum number of pods.")
+    max_replicas: int = Field(ge=1, le=1000, description="Maximum number of pods.")
     target_concurrency: int = Field(
-        default=8, ge=1, le=10000, description="Running and waiting requests for this adapter per pod that holds it."
+        default=8,
+        ge=1,
+        le=10000,
+        description="Target number of running and waiting requests per pod on which the adapter is resident.",
     )
     scale_down_delay_seconds: int = Field(
-        default=120, ge=0, le=86400, description="Seconds that fewer copies must be enough before one is removed."
+        default=120, ge=0, le=86400, description="Seconds for which fewer copies must suffice before one is removed."
     )
 
 
@@ -55,18 +58,24 @@ class AdapterDeploymentSpec(ApiModel):
 
     rules = (replicas_or_autoscaling,)
 
-    adapter_from: AdapterSource = Field(description="Where the adapter comes from.")
+    adapter_from: AdapterSource = Field(description="Source of the adapter.")
     pool: PoolReference | None = Field(
-        default=None, description="Absent: the one attachable pool whose base fingerprint matches."
+        default=None,
+        description="ServingPool to attach to. Absent: the only pool that allows this namespace and has the "
+        "adapter's base model.",
     )
-    model_name: ModelName | None = Field(default=None, description="Name that clients call. Absent: metadata.name.")
+    model_name: ModelName | None = Field(
+        default=None, description="Model name in clients' requests. Absent: metadata.name."
+    )
     replicas: int = Field(
         default=1,
         ge=1,
         le=1000,
-        description="Pods that keep the adapter resident. With autoscaling it must stay as it is.",
+        description="Number of pods on which the adapter is resident. Immutable while autoscaling is set.",
     )
-    autoscaling: AdapterAutoscaling | None = Field(default=None, description="Absent: replicas decides.")
+    autoscaling: AdapterAutoscaling | None = Field(
+        default=None, description="Autoscaling of the replicas. Absent: replicas is used."
+    )
 
 
 class RevisionState(StrEnum):
@@ -85,12 +94,17 @@ class Revision(StatusModel):
     uri: str | None = Field(
         default=None,
         max_length=1024,
-        description="Folder of the artifact in the store; pods that come later load it from there.",
+        description="Folder of the artifact in the store, from which pods load it.",
     )
-    engine_name: str = Field(max_length=256, description="Its name in the engine and in replies.")
-    state: RevisionState = Field(description="How far it is.")
-    ready_replicas: int = Field(default=0, ge=0, description="Ready pods on which it is resident.")
-    message: str | None = Field(default=None, max_length=2048, description="Why it is not resident everywhere.")
+    engine_name: str = Field(max_length=256, description="Name of the revision in the engine and in responses.")
+    state: RevisionState = Field(
+        description="State of the revision. Pending: not requested from a pod yet. Loading: being downloaded or "
+        "loaded. Resident: loaded on a ready pod. Failed: cannot be loaded; see message."
+    )
+    ready_replicas: int = Field(default=0, ge=0, description="Number of ready pods on which the revision is resident.")
+    message: str | None = Field(
+        default=None, max_length=2048, description="Reason why the revision is not resident on every pod."
+    )
 
 
 class AdapterPhase(StrEnum):
@@ -105,31 +119,39 @@ class AdapterPhase(StrEnum):
 class AdapterDeploymentStatus(StatusModel):
     """Observed state of an AdapterDeployment."""
 
-    phase: AdapterPhase | None = Field(default=None, description="Derived from the conditions.")
+    phase: AdapterPhase | None = Field(
+        default=None,
+        description="Summary of the conditions. Waiting: there is no revision yet. Loading: no revision is "
+        "resident yet. Ready: requests are answered. Failed: a problem needs action; see reason.",
+    )
     reason: str | None = Field(
         default=None, max_length=64, description="Reason of the condition that the phase is derived from."
     )
     conditions: list[Condition] = Field(
         default_factory=list,
         max_length=16,
-        description="Resolved, Ready, Progressing; with autoscaling ScalingActive.",
+        description="Conditions: Resolved, Ready, Progressing and, with autoscaling, ScalingActive.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
     )
-    observed_generation: int | None = Field(default=None, description="The metadata.generation that was acted on.")
-    pool: PoolReference | None = Field(default=None, description="The pool that serves it.")
-    model: str | None = Field(default=None, max_length=320, description="Global id: <namespace>/<modelName>.")
+    observed_generation: int | None = Field(default=None, description="Observed metadata.generation.")
+    pool: PoolReference | None = Field(default=None, description="ServingPool that serves the adapter.")
+    model: str | None = Field(
+        default=None, max_length=320, description="Global ID of the model: <namespace>/<modelName>."
+    )
     revisions: list[Revision] = Field(default_factory=list, max_length=8, description="Revisions, newest first.")
-    desired_replicas: int | None = Field(default=None, description="Pods that should hold the adapter now.")
-    desired_reason: str | None = Field(default=None, max_length=1024, description="Why that many.")
-    replicas: int | None = Field(default=None, description="Pods that hold the adapter.")
-    ready_replicas: int | None = Field(default=None, description="Ready pods that hold the adapter.")
+    desired_replicas: int | None = Field(default=None, description="Desired number of pods with the adapter.")
+    desired_reason: str | None = Field(default=None, max_length=1024, description="Reason for desiredReplicas.")
+    replicas: int | None = Field(default=None, description="Number of pods with the adapter.")
+    ready_replicas: int | None = Field(default=None, description="Number of ready pods with the adapter.")
     selector: str | None = Field(
-        default=None, max_length=256, description="For /scale; matches no pod, since pods are shared between adapters."
+        default=None,
+        max_length=256,
+        description="Label selector for the scale subresource. It matches no pod, because adapters share pods.",
     )
     url: str | None = Field(
         default=None,
         max_length=512,
-        description="The endpoint for clients: the chart's gateway.externalUrl, or the Service inside the cluster.",
+        description="Endpoint for clients: the chart's gateway.externalUrl, or the Service in the cluster.",
     )
 
 
@@ -140,7 +162,7 @@ class AdapterDeployment(ApiModel):
     rules = (
         Rule(
             "has(self.spec.modelName) || size(self.metadata.name) <= 63",
-            "metadata.name has more than 63 characters and is the model's name: set spec.modelName to a shorter one",
+            "metadata.name has more than 63 characters, the limit of a model name: set spec.modelName",
             lambda self: self.spec.model_name is not None or len(self.metadata.name) <= MAX_MODEL_NAME,
         ),
     )
@@ -153,5 +175,5 @@ class AdapterDeployment(ApiModel):
 
     @property
     def model(self) -> str:
-        """Global id of the model, `<namespace>/<modelName>`."""
+        """Global ID of the model, `<namespace>/<modelName>`."""
         return f"{self.metadata.namespace}/{self.spec.model_name or self.metadata.name}"

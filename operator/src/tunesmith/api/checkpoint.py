@@ -15,21 +15,23 @@ class Checkpoint(ApiModel):
     rules = (
         Rule(
             "!(has(self.everySteps) && has(self.everyMinutes))",
-            "checkpoint.everySteps and checkpoint.everyMinutes exclude each other: keep one of them",
+            "checkpoint.everySteps and checkpoint.everyMinutes are mutually exclusive: remove one of them",
             lambda self: self.every_steps is None or self.every_minutes is None,
         ),
     )
 
     every_steps: int | None = Field(
-        default=None, ge=1, le=10_000_000, description="Optimizer steps between two checkpoints."
+        default=None, ge=1, le=10_000_000, description="Number of optimizer steps between two checkpoints."
     )
     every_minutes: float | None = Field(
         default=None,
         ge=0.1,
         le=1440,
-        description="Minutes between two checkpoints. Absent, with no everySteps: 10.",
+        description="Minutes between two checkpoints. Absent without everySteps: 10.",
     )
-    keep: int = Field(default=2, ge=1, le=100, description="Newest checkpoints that are kept until the job is done.")
+    keep: int = Field(
+        default=2, ge=1, le=100, description="Number of most recent checkpoints that are kept until the job finishes."
+    )
 
     def due(self, *, steps: int, seconds: float) -> bool:
         """Return True if a checkpoint is due.

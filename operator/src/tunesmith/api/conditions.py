@@ -27,25 +27,25 @@ class Condition(StatusModel):
 
     type: str = Field(max_length=64, description="Type of the condition, in CamelCase.")
     status: ConditionStatus = Field(description="True, False or Unknown.")
-    reason: str = Field(max_length=64, description="Why, as a CamelCase word for programs.")
+    reason: str = Field(max_length=64, description="Machine-readable reason, in CamelCase.")
     message: str = Field(
         default="",
         max_length=4096,
-        description="Why, as a sentence for people: what is wrong, where, and how to fix it.",
+        description="Human-readable message: the problem, its location and the fix.",
     )
-    last_transition_time: datetime = Field(description="When the status last changed.")
+    last_transition_time: datetime = Field(description="Time of the last change of the status.")
     observed_generation: int | None = Field(
-        default=None, ge=0, description="The metadata.generation that the condition was set for."
+        default=None, ge=0, description="metadata.generation for which the condition was set."
     )
 
 
 class Severity(StrEnum):
-    """Severity of a reason. It decides which Events are written about the resource."""
+    """Severity of a reason. It determines which Events are recorded for the resource."""
 
     DETAIL = "Detail"
-    """An ordinary step. An Event is written only if it replaces a warning."""
+    """An ordinary step: an Event is recorded only if it replaces a warning."""
     NORMAL = "Normal"
-    """News that needs no action: an Event of type Normal."""
+    """A change that needs no action: an Event of type Normal."""
     WARNING = "Warning"
     """A problem that needs action: an Event of type Warning."""
 
@@ -101,19 +101,19 @@ class FineTuneJobCondition(ConditionType):
     STARTED = "Started", "True while every pod of an attempt is running."
     SUSPENDED = "Suspended", "True while spec.suspend keeps the job from running."
     PUBLISHED = "Published", "True once the adapter is in the store."
-    EXPORTED = "Exported", "With spec.output.exports: True if every copy is where it was wanted."
+    EXPORTED = "Exported", "With spec.output.exports: True if every copy was written."
     COMPLETE = "Complete", "Terminal: the adapter is published."
-    FAILED = "Failed", "Terminal: the job did not succeed, and the reason says why."
+    FAILED = "Failed", "Terminal: the job did not succeed, for the given reason."
 
 
 class ServingPoolCondition(ConditionType):
     """Condition types of a ServingPool."""
 
-    AVAILABLE = "Available", "True while at least one pod serves."
+    AVAILABLE = "Available", "True while at least one pod is ready."
     PROGRESSING = "Progressing", "True while pods are being started, stopped or replaced."
-    DEGRADED = "Degraded", "True while something is wrong that somebody should act on."
+    DEGRADED = "Degraded", "True while a problem needs action."
     UPDATED = "Updated", "True if every pod has the current settings."
-    SCALING_ACTIVE = "ScalingActive", "With autoscaling: True if the demand is completely known."
+    SCALING_ACTIVE = "ScalingActive", "With autoscaling: True if every gateway reports its demand."
 
 
 class AdapterDeploymentCondition(ConditionType):
@@ -122,93 +122,95 @@ class AdapterDeploymentCondition(ConditionType):
     RESOLVED = "Resolved", "True if the artifact and a pool for it were found."
     READY = "Ready", "True while requests for the model are answered."
     PROGRESSING = "Progressing", "True while a revision is being loaded."
-    SCALING_ACTIVE = "ScalingActive", "With autoscaling: True if the demand is completely known."
+    SCALING_ACTIVE = "ScalingActive", "With autoscaling: True if every gateway reports its demand."
 
 
 class FineTuneJobReason(Reason):
     """Reasons of a FineTuneJob's conditions besides those in FailureReason."""
 
-    POD_PENDING = _detail("PodPending", "A Job or its pod was created a moment ago, or the pod is being started.")
+    POD_PENDING = _detail("PodPending", "A Job or its pod was just created, or the pod is starting.")
     VALIDATING = _detail("Validating", "The CPU stage is checking data, base model and settings.")
-    VALID = _normal("Valid", "The CPU stage found nothing wrong.")
+    VALID = _normal("Valid", "The CPU stage found no problem.")
     QUEUED = _normal("Queued", "The queue in scheduling.queue has not admitted the attempt's Job.")
     ADMITTED = _normal("Admitted", "The queue admitted the attempt's Job.")
-    UNSCHEDULABLE = _warning("Unschedulable", "No node takes the pod. The message is the scheduler's.")
+    UNSCHEDULABLE = _warning("Unschedulable", "No node fits the pod. The message is the scheduler's.")
     RUNNING = _normal("Running", "An attempt is running.")
-    STOPPING = _detail("Stopping", "An attempt is being stopped, and may save a checkpoint first.")
+    STOPPING = _detail("Stopping", "An attempt is being stopped and may save a checkpoint first.")
     SUSPENDED = _normal("Suspended", "spec.suspend is true: set it to false to continue.")
-    RESUMED = _detail("Resumed", "spec.suspend is false again.")
-    RETRYING = _warning("Retrying", "The pause after an attempt that failed or was pre-empted.")
-    FINISHED = _detail("Finished", "No attempt is running, because the job finished.")
+    RESUMED = _detail("Resumed", "spec.suspend was set to false.")
+    RETRYING = _warning("Retrying", "An attempt failed or was pre-empted. The next one starts after a back-off period.")
+    FINISHED = _detail("Finished", "No attempt is running because the job has finished.")
     PUBLISHED = _normal("Published", "The adapter is in the store.")
     EXPORTED = _normal("Exported", "Every copy of spec.output.exports was written.")
-    EXPORT_FAILED = _warning("ExportFailed", "A copy could not be written; the artifact in the store is complete.")
+    EXPORT_FAILED = _warning("ExportFailed", "A copy could not be written. The artifact in the store is complete.")
     COMPLETE = _normal("Complete", "The adapter is published and the job is finished.")
-    NAME_TAKEN = _warning("NameTaken", "A Job with the name that this job needs belongs to somebody else: delete it.")
+    NAME_TAKEN = _warning(
+        "NameTaken", "A Job that this FineTuneJob does not own has the name that it needs: delete that Job."
+    )
     WRITE_REFUSED = _warning(
         "WriteRefused",
-        "The API server refuses an object that the job needs: a quota, an admission policy or missing rights of "
-        "the operator. The message is the API server's. The write is retried, and the job continues once it is "
-        "accepted.",
+        "The API server rejects an object that the job needs, because of a quota, an admission policy or missing "
+        "permissions of the operator. The message is the API server's. The write is retried, and the job continues "
+        "once it is accepted.",
     )
     PODS_REFUSED = _warning(
         "PodsRefused",
-        "A Job exists and a ResourceQuota of the namespace leaves no room for its pods. The job continues once "
-        "there is room.",
+        "A Job exists, but a ResourceQuota of the namespace does not allow its pods. The job continues once the "
+        "quota allows them.",
     )
     PODS_MISSING = _warning(
         "PodsMissing",
-        "A Job exists without all of its pods, and no ResourceQuota explains it. `kubectl describe job` shows "
-        "what refuses them: an admission policy, a LimitRange or a missing PriorityClass.",
+        "A Job exists without all of its pods, and no ResourceQuota is the cause. `kubectl describe job` shows "
+        "the cause, such as an admission policy, a LimitRange or a missing PriorityClass.",
     )
 
 
 class FailureReason(Reason):
-    """Reasons for the failure of a FineTuneJob, an attempt or an export. The message names the fix."""
+    """Reasons for the failure of a FineTuneJob, an attempt or an export. The message contains the fix."""
 
-    INVALID_SPEC = _warning("InvalidSpec", "The manifest is wrong; found by the validation, or by a newer release.")
-    BASE_MODEL_NOT_FOUND = _warning("BaseModelNotFound", "The base model is not at its uri.")
+    INVALID_SPEC = _warning("InvalidSpec", "The manifest is invalid. Found by the CPU stage, or by a newer release.")
+    BASE_MODEL_NOT_FOUND = _warning("BaseModelNotFound", "The base model does not exist at its uri.")
     SECRET_NOT_FOUND = _warning(
         "SecretNotFound",
-        "The Secret `tunesmith-store`, `tunesmith-reporting` or that of a secretRef is missing. Create it: a job "
-        "that waits for it continues.",
+        "The Secret `tunesmith-store`, `tunesmith-reporting` or the Secret of a secretRef is missing. Create it: a "
+        "waiting job then continues.",
     )
     ACCESS_DENIED = _warning(
         "AccessDenied",
-        "The store refuses the credentials of the Secret that the message names, or a uri leads to an address "
-        "that jobs may not reach or out of its claim.",
+        "The store rejects the credentials of the Secret that the message names, or a uri leads to an address "
+        "that jobs may not reach, or outside of its PersistentVolumeClaim.",
     )
-    DATASET_NOT_FOUND = _warning("DatasetNotFound", "No rows are at the uri.")
+    DATASET_NOT_FOUND = _warning("DatasetNotFound", "The uri has no rows.")
     DATASET_INVALID = _warning(
         "DatasetInvalid",
-        "Rows have a different format than those before them; or half of all rows or more are unusable; or "
-        "`overlong: Error` or `unusable: Error` refuses a row. The message has file and line. A few bad rows are "
-        "dropped and counted in status.preflight.dropped.",
+        "Rows differ in format from the preceding ones, at least half of all rows are unusable, or "
+        "`overlong: Error` or `unusable: Error` rejects a row. The message contains the file and line. Fewer "
+        "unusable rows are dropped and counted in status.preflight.dropped.",
     )
     WILL_NOT_FIT = _warning(
         "WillNotFit",
-        "The estimate says that the GPU's memory is too small. The message has the change that fits.",
+        "The estimated memory exceeds the GPU's. The message suggests a change that fits.",
     )
     NOT_SERVABLE = _warning(
         "NotServable",
-        "`servable` is `Required` and vLLM cannot load what the method makes. The message has the nearest method "
-        "that it can load.",
+        "`servable` is `Required` and vLLM cannot load the result of the method. The message suggests the "
+        "closest method whose result it can load.",
     )
     OUT_OF_MEMORY = _warning(
         "OutOfMemory",
         "A pod or its GPU ran out of memory: lower microBatchSize or maxLength, use method.qlora, or raise "
-        "resources.memory, as the message says.",
+        "resources.memory, as the message suggests.",
     )
     LOSS_DIVERGED = _warning(
         "LossDiverged",
-        "The loss was not a number any more, or stayed far above that of the first steps: lower learningRate.",
+        "The loss became NaN or infinite, or stayed far above that of the first steps: lower learningRate.",
     )
     GATE_FAILED = _warning(
         "GateFailed",
-        "A score is outside the limits of evaluation.gates. The artifact is published; nothing of it is exported,"
-        " and no AdapterDeployment serves it.",
+        "A score is outside the limits of evaluation.gates. The artifact is published but not exported, and no"
+        " AdapterDeployment serves it.",
     )
-    STORAGE_UNAVAILABLE = _warning("StoreUnavailable", "The store cannot be reached; a pod that runs waits for it.")
+    STORAGE_UNAVAILABLE = _warning("StoreUnavailable", "The store cannot be reached. A running pod waits for it.")
     IMAGE_PULL_FAILED = _warning("ImagePullFailed", "The trainer's image cannot be pulled.")
     DEADLINE_EXCEEDED = _warning(
         "DeadlineExceeded",
@@ -216,91 +218,99 @@ class FailureReason(Reason):
     )
     ATTEMPTS_EXHAUSTED = _warning(
         "AttemptsExhausted",
-        "maxAttempts attempts failed for reasons that are worth a retry. The message has the last.",
+        "maxAttempts attempts failed for retryable reasons. The message contains the last one.",
     )
     NOT_ALLOWED = _warning(
         "NotAllowed",
-        "The installation does not let jobs of this namespace name such a PriorityClass, RuntimeClass, taint, "
-        "node label or GPU resource, or a uri is in a part of the store that is not this namespace's.",
+        "The installation does not allow the PriorityClass, RuntimeClass, toleration, node label or GPU resource "
+        "of the job, or a uri is in another namespace's part of the store.",
     )
     OUT_OF_DISK = _warning("OutOfDisk", "The job's files filled the disk of its node, or a volume of its pod.")
     NO_PROGRESS = _warning(
         "NoProgress",
-        "Ten attempts in a row were pre-empted or evicted before they trained further than those before them. The"
-        " pause between two attempts is 5 seconds, doubles up to 5 minutes, and is short again after progress.",
+        "Ten attempts in a row were pre-empted or evicted before they advanced beyond the preceding ones. The"
+        " back-off between two attempts starts at 5 seconds, doubles up to 5 minutes, and is reset by progress.",
     )
-    INTERNAL_ERROR = _warning("InternalError", "A fault of Tunesmith. The pod's log says more.")
+    INTERNAL_ERROR = _warning("InternalError", "A fault in Tunesmith. See the pod's log.")
 
 
 class ServingPoolReason(Reason):
     """Reasons of a ServingPool's conditions."""
 
-    PODS_READY = _normal("PodsReady", "At least one pod serves.")
+    PODS_READY = _normal("PodsReady", "At least one pod is ready.")
     NO_POD_READY = _normal("NoPodReady", "No pod is ready yet, and none reports a problem.")
     SCALED_TO_ZERO = _normal("ScaledToZero", "spec.replicas is 0: raise it to serve.")
-    ROLLING_OUT = _normal("RollingOut", "Pods are being replaced, because their settings changed.")
+    ROLLING_OUT = _normal("RollingOut", "Pods are being replaced because their settings changed.")
     PODS_CURRENT = _normal("PodsCurrent", "Every pod has the current settings.")
-    UPDATE_PENDING = _normal("UpdatePending", "A new release of the installation changes the pods; other pools first.")
+    UPDATE_PENDING = _normal(
+        "UpdatePending", "A new release of the installation changes the pods. Other pools are updated first."
+    )
     UPDATE_BLOCKED = _warning(
         "UpdateBlocked",
-        "The update of another pool fails, and this one waits until it is fixed.",
+        "The update of another pool fails. This pool waits until it is fixed.",
     )
     UPDATE_FAILED = _warning("UpdateFailed", "Pods with the current settings do not become ready.")
-    SCALING = _detail("Scaling", "The number of ready pods is not the wanted one yet.")
-    SETTLED = _detail("Settled", "The pool has the wanted number of ready pods.")
+    SCALING = _detail("Scaling", "The number of ready pods differs from desiredReplicas.")
+    SETTLED = _detail("Settled", "The pool has desiredReplicas ready pods.")
     AS_EXPECTED = _detail("AsExpected", "No pod reports a problem.")
-    INVALID_SPEC = _warning("InvalidSpec", "The spec is wrong, or the installation does not allow it.")
-    MODEL_NAME_TAKEN = _warning("ModelNameTaken", "An older resource has the model name of the base.")
-    UNSCHEDULABLE = _warning("Unschedulable", "No node takes a pod. The message is the scheduler's.")
+    INVALID_SPEC = _warning("InvalidSpec", "The spec is invalid, or the installation does not allow it.")
+    MODEL_NAME_TAKEN = _warning("ModelNameTaken", "An older resource has the pool's model name.")
+    UNSCHEDULABLE = _warning("Unschedulable", "No node fits a pod. The message is the scheduler's.")
     IMAGE_PULL_FAILED = _warning("ImagePullFailed", "An image of the pods cannot be pulled.")
-    CONFIGURATION = _warning("ContainerConfigError", "The kubelet cannot start a container, such as for a Secret.")
+    CONFIGURATION = _warning(
+        "ContainerConfigError", "The kubelet cannot start a container, for example because a Secret is missing."
+    )
     BASE_MODEL_UNAVAILABLE = _warning("BaseModelUnavailable", "The base model cannot be fetched.")
-    ENGINE_FAILED = _warning("EngineFailed", "The engine stopped. The message has the last line of its log.")
+    ENGINE_FAILED = _warning("EngineFailed", "The engine stopped. The message contains the last line of its log.")
     ENGINE_UNHEALTHY = _warning(
         "EngineUnhealthy",
-        "The engine runs but must not get requests: its canary's answer changed, or it hangs.",
+        "The engine is running but receives no requests: its canary's answer changed, or it hangs.",
     )
     AGENT_FAILED = _warning("AgentFailed", "The agent of a pod stopped.")
-    AGENT_SILENT = _warning("AgentSilent", "The agent of a pod reports nothing, so what the pod holds is unknown.")
+    AGENT_SILENT = _warning("AgentSilent", "The agent of a pod does not report, so the pod's adapters are unknown.")
     AGENT_UNREACHABLE = _warning("AgentUnreachable", "The operator cannot connect to the agent of a running pod.")
     POD_FAILED = _warning("PodFailed", "A pod was evicted or its node was shut down.")
-    PODS_REFUSED = _warning("PodsRefused", "The API server refuses the pool's pods. The message is the API server's.")
+    PODS_REFUSED = _warning("PodsRefused", "The API server rejects the pool's pods. The message is the API server's.")
     WRITE_REFUSED = _warning(
         "WriteRefused",
-        "The API server refuses an object of the pool: a quota, an admission policy or missing rights of the "
-        "operator. The message is the API server's. The write is retried.",
+        "The API server rejects an object of the pool, because of a quota, an admission policy or missing permissions "
+        "of the operator. The message is the API server's. The write is retried.",
     )
     DEMAND_KNOWN = _detail("DemandKnown", "Every gateway reports its requests.")
     GATEWAY_SILENT = _warning("GatewaySilent", "A gateway does not report its requests, so nothing is scaled down.")
-    FINGERPRINTS_DIFFER = _warning("FingerprintsDiffer", "The pods fetched different contents of the base model.")
+    FINGERPRINTS_DIFFER = _warning("FingerprintsDiffer", "The pods downloaded different versions of the base model.")
 
 
 class AdapterDeploymentReason(Reason):
     """Reasons of an AdapterDeployment's conditions."""
 
-    INVALID_SPEC = _warning("InvalidSpec", "The spec does not fit the schema of this release.")
+    INVALID_SPEC = _warning("InvalidSpec", "The spec does not match the schema of this release.")
     RESOLVED = _normal("Resolved", "The artifact and a pool for it were found.")
     FINE_TUNE_JOB_NOT_FOUND = _normal("FineTuneJobNotFound", "The FineTuneJob does not exist yet.")
     FINE_TUNE_JOB_RUNNING = _normal("FineTuneJobRunning", "The FineTuneJob is not complete yet.")
-    FINE_TUNE_JOB_FAILED = _warning("FineTuneJobFailed", "The FineTuneJob failed: name another one.")
-    NOT_SERVABLE = _warning("NotServable", "The engine cannot load the adapter that the FineTuneJob made.")
+    FINE_TUNE_JOB_FAILED = _warning("FineTuneJobFailed", "The FineTuneJob failed: refer to another one.")
+    NOT_SERVABLE = _warning("NotServable", "The engine cannot load the FineTuneJob's adapter.")
     POOL_NOT_FOUND = _warning("PoolNotFound", "The ServingPool in spec.pool does not exist.")
-    POOL_NOT_ALLOWED = _warning("PoolNotAllowed", "The ServingPool does not let this namespace attach adapters.")
-    POOL_NOT_NAMED = _warning("PoolNotNamed", "Only pools of foreign namespaces have the base: name one in spec.pool.")
-    POOL_NOT_REPORTED = _normal("PoolNotReported", "A pool has not reported the fingerprint of its base yet.")
-    NO_MATCHING_POOL = _warning("NoMatchingPool", "No pool that this namespace may use has the adapter's base.")
-    SEVERAL_POOLS = _warning("SeveralPools", "Several pools have the adapter's base: name one in spec.pool.")
-    BASE_MODEL_MISMATCH = _warning("BaseModelMismatch", "The pool's base is not the one the adapter was trained on.")
-    RANK_TOO_HIGH = _warning("RankTooHigh", "The adapter's rank is above engine.maxLoraRank of the pool.")
-    MODEL_NAME_TAKEN = _warning("ModelNameTaken", "An older resource has the model name: choose another one.")
+    POOL_NOT_ALLOWED = _warning("PoolNotAllowed", "The ServingPool does not allow adapters of this namespace.")
+    POOL_NOT_NAMED = _warning("PoolNotNamed", "Only pools in other namespaces have the base model: set spec.pool.")
+    POOL_NOT_REPORTED = _normal("PoolNotReported", "A pool has not reported the fingerprint of its base model yet.")
+    NO_MATCHING_POOL = _warning("NoMatchingPool", "No pool that allows this namespace has the adapter's base model.")
+    SEVERAL_POOLS = _warning("SeveralPools", "Several pools have the adapter's base model: set spec.pool.")
+    BASE_MODEL_MISMATCH = _warning(
+        "BaseModelMismatch", "The pool's base model is not the one that the adapter was trained on."
+    )
+    RANK_TOO_HIGH = _warning("RankTooHigh", "The adapter's rank exceeds engine.maxLoraRank of the pool.")
+    MODEL_NAME_TAKEN = _warning("ModelNameTaken", "An older resource has the model name: set another spec.modelName.")
     RESIDENT = _normal("Resident", "The newest revision is resident on a ready pod.")
-    PREVIOUS_REVISION = _normal("PreviousRevision", "The previous revision serves until the newest one is resident.")
-    REVISION_FAILED = _warning("RevisionFailed", "The newest revision cannot be loaded. The message says why.")
+    PREVIOUS_REVISION = _normal("PreviousRevision", "The previous revision is served until the newest one is resident.")
+    REVISION_FAILED = _warning(
+        "RevisionFailed", "The newest revision cannot be loaded. The message contains the cause."
+    )
     POOL_NOT_READY = _normal("PoolNotReady", "No pod of the pool is ready.")
-    AGENT_SILENT = _warning("AgentSilent", "The agent of a pod that held the adapter reports nothing.")
+    AGENT_SILENT = _warning("AgentSilent", "The agent of a pod that had the adapter does not report.")
     NO_FREE_SLOT = _warning("NoFreeSlot", "No pod of the pool has a free adapter slot.")
     LOADING = _normal("Loading", "The newest revision is being loaded.")
-    SETTLED = _detail("Settled", "The newest revision is on as many ready pods as wanted.")
+    SETTLED = _detail("Settled", "The newest revision is resident on desiredReplicas ready pods.")
     DEMAND_KNOWN = _detail("DemandKnown", "Every gateway reports its requests.")
     GATEWAY_SILENT = _warning("GatewaySilent", "A gateway does not report its requests, so no copy is removed.")
 
@@ -310,11 +320,15 @@ class EventReason(Reason):
 
     ATTEMPT_FAILED = _warning("AttemptFailed", "An attempt of a FineTuneJob failed.")
     ATTEMPT_PREEMPTED = _warning("AttemptPreempted", "An attempt of a FineTuneJob was pre-empted.")
-    SCORED_ROWS_TRAINED = _warning("ScoredRowsTrained", "Rows that are scored are trained on too.")
+    SCORED_ROWS_TRAINED = _warning("ScoredRowsTrained", "Rows are used both for scoring and for training.")
     SUITE_FAILED = _warning("SuiteFailed", "A suite of spec.evaluation could not be scored.")
-    SCALED_UP = _normal("ScaledUp", "More pods of a pool, or copies of an adapter, are wanted. The message says why.")
-    SCALED_DOWN = _normal("ScaledDown", "Fewer pods of a pool, or copies of an adapter, are wanted.")
-    STATUS_REFUSED = _warning("StatusRefused", "The API server refuses the status, which is out of date until then.")
+    SCALED_UP = _normal(
+        "ScaledUp", "desiredReplicas of a pool or an adapter increased. The message contains the cause."
+    )
+    SCALED_DOWN = _normal("ScaledDown", "desiredReplicas of a pool or an adapter decreased.")
+    STATUS_REFUSED = _warning(
+        "StatusRefused", "The API server rejects the status, which stays out of date until it accepts it."
+    )
 
 
 CONDITIONS: Mapping[str, type[ConditionType]] = {

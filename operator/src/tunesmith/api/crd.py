@@ -63,9 +63,9 @@ class CustomResourceKind:
         return self.model.__name__
 
 
-_PHASE = Column("Phase", "string", ".status.phase", "Derived from the conditions.")
+_PHASE = Column("Phase", "string", ".status.phase", "Summary of the conditions.")
 _REASON = Column("Reason", "string", ".status.reason", "Reason of the condition that the phase is derived from.")
-_WHY = Column("Why", "string", ".status.desiredReason", "Why that many pods are wanted.", wide=True)
+_WHY = Column("Why", "string", ".status.desiredReason", "Reason for the desired number of pods.", wide=True)
 _AGE = Column("Age", "date", ".metadata.creationTimestamp", "Time since creation.")
 
 KINDS = (
@@ -76,16 +76,18 @@ KINDS = (
         (
             _PHASE,
             _REASON,
-            Column("Step", "integer", ".status.progress.step", "Optimizer steps done."),
+            Column("Step", "integer", ".status.progress.step", "Completed optimizer steps."),
             Column("Loss", "number", ".status.progress.loss", f"Training loss, {LOSS_UNIT}."),
             _AGE,
-            Column("Of", "integer", ".status.progress.totalSteps", "Optimizer steps in all.", wide=True),
+            Column("Of", "integer", ".status.progress.totalSteps", "Total number of optimizer steps.", wide=True),
             Column("Eval", "number", ".status.progress.evaluationLoss", f"Held-out loss, {LOSS_UNIT}.", wide=True),
-            Column("Stage", "string", ".status.progress.stage", "What the trainer is doing.", wide=True),
+            Column("Stage", "string", ".status.progress.stage", "Stage of the trainer.", wide=True),
             Column("ETA", "integer", ".status.progress.etaSeconds", "Seconds until the last step.", wide=True),
-            Column("GPUSeconds", "number", ".status.gpuSeconds", "GPUs times seconds, all attempts.", wide=True),
+            Column(
+                "GPUSeconds", "number", ".status.gpuSeconds", "GPUs times seconds, summed over all attempts.", wide=True
+            ),
             Column("Node", "string", ".status.attempts[-1:].node", "Node of the latest attempt.", wide=True),
-            Column("Artifact", "string", ".status.artifact.uri", "Where the adapter lies.", wide=True),
+            Column("Artifact", "string", ".status.artifact.uri", "Folder of the artifact in the store.", wide=True),
         ),
     ),
     CustomResourceKind(
@@ -95,13 +97,13 @@ KINDS = (
         (
             _PHASE,
             _REASON,
-            Column("Ready", "integer", ".status.readyReplicas", "Pods that are ready."),
-            Column("Want", "integer", ".status.desiredReplicas", "Pods that are wanted now."),
+            Column("Ready", "integer", ".status.readyReplicas", "Number of ready pods."),
+            Column("Want", "integer", ".status.desiredReplicas", "Desired number of pods."),
             _AGE,
-            Column("Adapters", "integer", ".status.adapters", "AdapterDeployments that are attached.", wide=True),
-            Column("Free", "integer", ".status.slotsFree", "Adapter copies that would still fit.", wide=True),
-            Column("Model", "string", ".spec.modelName", "Name under which the base is callable.", wide=True),
-            Column("Base", "string", ".spec.baseModel.uri", "The base model.", wide=True),
+            Column("Adapters", "integer", ".status.adapters", "Number of attached AdapterDeployments.", wide=True),
+            Column("Free", "integer", ".status.slotsFree", "Free adapter slots.", wide=True),
+            Column("Model", "string", ".spec.modelName", "Model name of the base.", wide=True),
+            Column("Base", "string", ".spec.baseModel.uri", "Uri of the base model.", wide=True),
             _WHY,
         ),
         scale=True,
@@ -113,12 +115,12 @@ KINDS = (
         (
             _PHASE,
             _REASON,
-            Column("Ready", "integer", ".status.readyReplicas", "Ready pods that hold the adapter."),
-            Column("Want", "integer", ".status.desiredReplicas", "Pods that should hold the adapter now."),
+            Column("Ready", "integer", ".status.readyReplicas", "Number of ready pods with the adapter."),
+            Column("Want", "integer", ".status.desiredReplicas", "Desired number of pods with the adapter."),
             _AGE,
-            Column("Pool", "string", ".status.pool.name", "The pool that serves it.", wide=True),
-            Column("Model", "string", ".status.model", "Name that clients call.", wide=True),
-            Column("URL", "string", ".status.url", "The endpoint for clients.", wide=True),
+            Column("Pool", "string", ".status.pool.name", "ServingPool that serves the adapter.", wide=True),
+            Column("Model", "string", ".status.model", "Global ID of the model.", wide=True),
+            Column("URL", "string", ".status.url", "Endpoint for clients.", wide=True),
             _WHY,
         ),
         scale=True,
@@ -204,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--schemas", type=Path, help="folder for the JSON schemas, named as kubeconform expects")
     parser.add_argument("--reference", type=Path, help="file for the API reference, in Markdown")
     parser.add_argument("--stores", type=Path, help="file for the reference of stores, in Markdown")
-    parser.add_argument("--check", action="store_true", help="write nothing, fail when a file would change")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a file would change")
     options = parser.parse_args(arguments)
     stale = []
     for path, content in generated(options.output, options.schemas, options.reference, options.stores).items():

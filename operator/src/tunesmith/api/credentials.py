@@ -25,7 +25,7 @@ class SecretReference(ApiModel):
     """Reference to a Secret in the namespace of the resource."""
 
     name: ResourceName = Field(
-        description=f"Name of the Secret. It needs the label {CREDENTIALS_LABEL} with the value true. Its keys are the "
-        f"store's own variables. {' '.join(_keys(scheme) for scheme in SCHEMES if scheme.credentials)} docs/reference/"
-        "stores.md explains them."
+        description=f"Name of the Secret. It must have the label {CREDENTIALS_LABEL}=true. Its keys are the "
+        f"environment variables of the store's client. "
+        f"{' '.join(_keys(scheme) for scheme in SCHEMES if scheme.credentials)} See docs/reference/stores.md."
     )

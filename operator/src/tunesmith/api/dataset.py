@@ -66,20 +66,20 @@ class DatasetSource(ApiModel):
         secret_rule,
         Rule(
             "!self.uri.startsWith('hf://') || self.uri.startsWith('hf://datasets/')",
-            "a data set on the Hugging Face Hub is hf://datasets/organisation/name, with a folder, a file or a glob "
-            "behind it where not all its files are rows to train on",
+            "a data set on the Hugging Face Hub is hf://datasets/organisation/name, followed by a folder, a file or a "
+            "glob if it has files other than training rows",
             lambda self: not self.uri.startswith("hf://") or self.uri.startswith("hf://datasets/"),
         ),
     )
 
     uri: DataUri = Field(
-        description="A file, a folder (all data files in and below it, sorted by path) or a glob (*, ?, [a-z], **). "
-        "The name says the format: .jsonl, .json (a list, or a row per line), .csv, .tsv, .parquet, .arrow; .gz "
-        f"behind the text ones. A data set of the Hub is hf://datasets/org/name[@revision]/…; {prefixes(Use.DATA)}, "
-        "locally file://. https:// names one file.",
+        description="File, folder (all data files in and below it, sorted by path) or glob (*, ?, [a-z], **). "
+        "Supported extensions: .jsonl, .json (a list, or one row per line), .csv, .tsv, .parquet, .arrow; .gz "
+        f"after those of text formats. A data set of the Hub is hf://datasets/org/name[@revision]/…; "
+        f"{prefixes(Use.DATA)}, in a local run also file://. https:// names one file.",
     )
     secret_ref: SecretReference | None = Field(
-        default=None, description="Credentials for the uri; absent: those of the store."
+        default=None, description="Credentials for the uri. Absent: those of the store."
     )
 
 
@@ -90,25 +90,25 @@ class TrainingSource(DatasetSource):
         default=1.0,
         ge=0.001,
         le=1000,
-        description="How often each row is taken per epoch. A fraction is a share of the rows, chosen by the seed: "
-        "0.25 takes a quarter of them, 2.5 takes all twice and half of them a third time.",
+        description="Number of times each row is used per epoch. A fraction selects a share of the rows by the seed: "
+        "0.25 uses a quarter of the rows; 2.5 uses all rows twice and half of them a third time.",
     )
 
 
 class Columns(ApiModel):
     """Column names in the files. An absent one is the name of its field."""
 
-    messages: ColumnName | None = Field(default=None, description="A list of messages.")
+    messages: ColumnName | None = Field(default=None, description="List of messages.")
     tools: ColumnName | None = Field(default=None, description="Tools that a chat may call, as JSON schemas.")
-    prompt: ColumnName | None = Field(default=None, description="What is asked: a text or messages.")
-    completion: ColumnName | None = Field(default=None, description="The answer: a text or messages.")
-    instruction: ColumnName | None = Field(default=None, description="What is to be done.")
-    input: ColumnName | None = Field(default=None, description="What the instruction is about; may be missing.")
-    output: ColumnName | None = Field(default=None, description="The answer to an instruction.")
-    text: ColumnName | None = Field(default=None, description="A text.")
-    chosen: ColumnName | None = Field(default=None, description="The better answer: a text or messages.")
-    rejected: ColumnName | None = Field(default=None, description="The worse answer: a text or messages.")
-    label: ColumnName | None = Field(default=None, description="Whether the completion is a good one.")
+    prompt: ColumnName | None = Field(default=None, description="Prompt: text or messages.")
+    completion: ColumnName | None = Field(default=None, description="Answer: text or messages.")
+    instruction: ColumnName | None = Field(default=None, description="Instruction.")
+    input: ColumnName | None = Field(default=None, description="Input of the instruction; optional.")
+    output: ColumnName | None = Field(default=None, description="Answer to the instruction.")
+    text: ColumnName | None = Field(default=None, description="Text.")
+    chosen: ColumnName | None = Field(default=None, description="Preferred answer: text or messages.")
+    rejected: ColumnName | None = Field(default=None, description="Rejected answer: text or messages.")
+    label: ColumnName | None = Field(default=None, description="True if the completion is desirable.")
 
 
 class Dataset(ApiModel):
@@ -117,12 +117,13 @@ class Dataset(ApiModel):
     rules = (
         Rule(
             "!(has(self.validation) && has(self.validationFraction))",
-            "dataset.validation and dataset.validationFraction exclude each other: keep one of them",
+            "dataset.validation and dataset.validationFraction are mutually exclusive: remove one of them",
             lambda self: self.validation is None or self.validation_fraction is None,
         ),
         Rule(
             "self.format != 'Text' || ((!has(self.lossOn) || self.lossOn == 'AllTokens') && !has(self.chatTemplate))",
-            "dataset.format Text learns every token as it stands: remove dataset.lossOn and dataset.chatTemplate",
+            "dataset.format Text trains on every token of the unchanged text: remove dataset.lossOn and "
+            "dataset.chatTemplate",
             lambda self: (
                 self.format is not DataFormat.TEXT
                 or (self.loss_on in {None, LossOn.ALL_TOKENS} and self.chat_template is None)
@@ -140,44 +141,51 @@ class Dataset(ApiModel):
         default=None,
         ge=0.001,
         le=0.5,
-        description="Share of the training rows that is held out, chosen by the seed. Absent with no validation: 0.1.",
+        description="Share of the training rows that is held out, selected by the seed. Absent without validation: "
+        "0.1.",
     )
     format: DataFormat = Field(
         default=DataFormat.AUTO,
-        description="What the rows hold. Messages: messages (and tools). PromptCompletion: prompt, completion. "
-        "Instruction: instruction, input, output, rendered as a chat. Text: text. Preference: prompt, chosen, "
-        "rejected. UnpairedPreference: prompt, completion, label. Auto: for each source, what its first row holds.",
+        description="Format of the rows, by their fields. Messages: messages (and tools). PromptCompletion: prompt, "
+        "completion. Instruction: instruction, input, output, rendered as a chat. Text: text. Preference: prompt, "
+        "chosen, rejected. UnpairedPreference: prompt, completion, label. Auto: detected from the first row of each "
+        "source.",
     )
-    columns: Columns | None = Field(default=None, description="Names of the columns, where the files have others.")
+    columns: Columns | None = Field(
+        default=None, description="Names of the columns, if they differ from the fields' names."
+    )
     chat_template: str | None = Field(
         default=None,
         min_length=1,
         max_length=32768,
-        description="Chat template (Jinja) in the place of the base model's; it must be served with the adapter. "
-        "Absent: the base model's.",
+        description="Chat template (Jinja) that replaces the base model's. It must also be used for serving. Absent: "
+        "the base model's.",
     )
     loss_on: LossOn | None = Field(
         default=None,
-        description="What is learned. Completion: the last answer. AssistantTurns: every answer of a chat, found by "
-        "the template's {% generation %} marks, or by rendering the chat up to each. AllTokens: questions too. Absent: "
-        "AssistantTurns of messages, AllTokens of Text, Completion of the others.",
+        description="Tokens that contribute to the loss. Completion: the last answer. AssistantTurns: every answer of "
+        "a chat, found by the template's {% generation %} marks, or by rendering the chat up to each answer. "
+        "AllTokens: all tokens, including prompts. Absent: AssistantTurns for Messages, AllTokens for Text, "
+        "otherwise Completion.",
     )
-    max_length: int = Field(default=2048, ge=16, le=131072, description="Longest row, in tokens.")
+    max_length: int = Field(default=2048, ge=16, le=131072, description="Maximum length of a row, in tokens.")
     overlong: Overlong = Field(
         default=Overlong.DROP,
-        description="Rows with more than maxLength tokens: Drop; Truncate (the end is lost, and a row of which nothing "
-        "to learn is left is dropped); or Error. Counted in status.preflight.",
+        description="Handling of rows with more than maxLength tokens. Drop: drop the row. Truncate: remove the end, "
+        "and drop the row if no trained token is left. Error: fail the job. Counted in status.preflight.",
     )
     unusable: UnusableRows = Field(
         default=UnusableRows.DROP,
-        description="Rows that cannot be decoded, or have nothing where text must be: Drop, counted with examples in "
-        "status.preflight, and an error where they are half of a data set or more; or Error.",
+        description="Handling of rows that cannot be decoded or lack required text. Drop: drop the row and count it, "
+        "with examples, in status.preflight; the job fails if they are at least half of a data set. Error: fail the "
+        "job.",
     )
     duplicates: DuplicateRows = Field(
-        default=DuplicateRows.DROP, description="Rows that were there before: Drop (counted) or Keep."
+        default=DuplicateRows.DROP,
+        description="Handling of repeated rows. Drop: drop and count them. Keep: train on them.",
     )
     packing: bool = Field(
         default=False,
-        description="Fill sequences of maxLength tokens with several rows each. Rows do not see each other; a step of "
-        "batchSize sequences learns from more rows.",
+        description="Pack several rows into sequences of maxLength tokens. Attention does not cross rows; a step of "
+        "batchSize sequences trains on more rows.",
     )

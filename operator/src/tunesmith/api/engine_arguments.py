@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _BY_REASON: Final = {
-    "the pool sets it, most from fields of its own": (
+    "it is set by the pool, usually from a field of its spec": (
         "--dtype", "--enable-lora", "--kv-cache-memory-bytes", "--max-cpu-loras", "--max-lora-rank", "--max-loras",
         "--max-model-len", "--middleware", "--model", "--no-enable-lora", "--override-generation-config",
         "--scheduling-policy", "--served-model-name", "--structured-outputs-config", "--tensor-parallel-size",
         "--trust-request-chat-template",
     ),
-    "it reads arguments that nobody checked": ("--config", "--help"),
+    "it reads unchecked arguments": ("--config", "--help"),
     "the gateway and the agent reach the engine at one address, over plain HTTP, with their own tokens": (
         "--api-key", "--enable-ssl-refresh", "--grpc", "--grpc-port", "--headless", "--host", "--port", "--root-path",
         "--ssl-ca-certs", "--ssl-cert-reqs", "--ssl-certfile", "--ssl-ciphers", "--ssl-keyfile", "--tokens-only",
@@ -33,27 +33,27 @@ _BY_REASON: Final = {
         "--nnodes", "--node-rank", "--pipeline-parallel-size",
     ),
     "the agent's checks of the engine use it": ("--max-logprobs",),
-    "it opens a port or a connection, or writes files, that nobody guards": (
+    "it opens an unprotected port or connection, or writes files": (
         "--ec-transfer-config", "--kv-events-config", "--kv-transfer-config", "--profiler-config", "--tool-server",
         "--weight-transfer-config",
     ),
-    "it runs code that is not the engine's": (
+    "it runs code from outside the engine": (
         "--io-processor-plugin", "--log-config-file", "--logging-config", "--logits-processors",
         "--model-class-overrides", "--reasoning-parser-plugin", "--scheduler-cls", "--tool-parser-plugin",
         "--trust-remote-code", "--worker-cls", "--worker-extension-cls",
     ),
-    "the engine must serve the base model whose fingerprint the adapters name": (
+    "the engine must serve the base model with the adapters' fingerprint": (
         "--chat-template", "--code-revision", "--config-format", "--download-dir", "--hf-config-path", "--hf-overrides",
         "--hf-token", "--ignore-patterns", "--load-format", "--model-loader-extra-config", "--revision",
         "--skip-tokenizer-init", "--tokenizer", "--tokenizer-revision",
     ),
-    "only the agent loads adapters, after it has checked them": (
+    "only the agent loads adapters, after checking them": (
         "--default-mm-loras", "--lora-modules", "--lora-target-modules",
     ),
-    "it writes what clients send and get into the log": (
+    "it logs requests and responses": (
         "--enable-log-deltas", "--enable-log-outputs", "--enable-log-requests",
     ),
-    "it lets a client reach what is not the client's": (
+    "it gives clients access to files or data of others": (
         "--allowed-local-media-path", "--enable-mm-embeds", "--enable-prompt-embeds", "--enable-trace-replay",
         "--mm-hasher-algorithm", "--prefix-caching-hash-algo", "--trust-request-mm-kwargs",
     ),
@@ -87,7 +87,7 @@ def reserved_argument(argument: str) -> str | None:
     if word is None:
         return None
     if re.search(r"\s", word[0]):
-        return "the name of an argument has no spaces. Write the value after = or as the next element."
+        return "the name of an argument must not contain spaces. Write the value after = or as the next element."
     name = word[0].replace("_", "-")
     if name in RESERVED_ARGUMENTS:
         return f"{name} is reserved: {RESERVED_ARGUMENTS[name]}. Remove it."

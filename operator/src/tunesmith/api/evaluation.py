@@ -19,7 +19,7 @@ TaskName = Annotated[
     Field(min_length=1, max_length=100),
     StringPattern(
         r"^[a-zA-Z0-9][-a-zA-Z0-9_.:()]*$",
-        "a task of lmEval goes by its name in lm-evaluation-harness, such as arc_easy: a path or a uri is none",
+        "a task of lmEval is a task name of lm-evaluation-harness, such as arc_easy, not a path or a uri",
     ),
 ]
 LOSS = "Loss"
@@ -48,15 +48,18 @@ class Generation(ApiModel):
     """Answers to the prompts of a data set, by greedy decoding, compared with the data set's answers."""
 
     dataset: DatasetSource = Field(
-        description="Rows as in dataset.train, in any of its formats but texts and preferences; the last answer counts."
+        description="Rows as in dataset.train, in any format except Text, Preference and UnpairedPreference. The "
+        "last answer is the expected one."
     )
     metric: GenerationMetric = Field(
         default=GenerationMetric.EXACT_MATCH,
-        description="ExactMatch and Contains: share of rows, 0 to 1, without regard to blanks at the ends. Bleu and "
-        "ChrF: sacrebleu's corpus scores, 0 to 100.",
+        description="ExactMatch and Contains: share of rows, 0 to 1, ignoring leading and trailing white space. Bleu "
+        "and ChrF: corpus scores of sacrebleu, 0 to 100.",
     )
-    max_new_tokens: int = Field(default=128, ge=1, le=4096, description="Longest answer, in tokens.")
-    limit: int | None = Field(default=None, ge=1, le=100_000, description="Rows from the first on; absent: all.")
+    max_new_tokens: int = Field(default=128, ge=1, le=4096, description="Maximum length of an answer, in tokens.")
+    limit: int | None = Field(
+        default=None, ge=1, le=100_000, description="Number of rows, from the first. Absent: all."
+    )
 
 
 class TaskFolder(ApiModel):
@@ -67,17 +70,17 @@ class TaskFolder(ApiModel):
         secret_rule,
         Rule(
             "!self.uri.startsWith('hf://') || self.uri.startsWith('hf://datasets/')",
-            "a folder of tasks on the Hugging Face Hub is hf://datasets/organisation/name, with a folder behind it",
+            "a folder of tasks on the Hugging Face Hub is hf://datasets/organisation/name, followed by a folder",
             lambda self: not self.uri.startswith("hf://") or self.uri.startswith("hf://datasets/"),
         ),
     )
 
     uri: TasksUri = Field(
-        description="A folder with YAML files of tasks and groups, and the Python files that they name. "
-        f"{prefixes(Use.TASKS)} (hf://datasets/org/name[@revision]/…); locally file://.",
+        description="Folder with YAML files of tasks and groups, and the Python files that they refer to. "
+        f"{prefixes(Use.TASKS)} (hf://datasets/org/name[@revision]/…); in a local run also file://.",
     )
     secret_ref: SecretReference | None = Field(
-        default=None, description="Credentials for the uri; absent: those of the store."
+        default=None, description="Credentials for the uri. Absent: those of the store."
     )
 
 
@@ -87,22 +90,22 @@ class LmEval(ApiModel):
     tasks: list[TaskName] = Field(
         min_length=1,
         max_length=8,
-        description="Names of tasks, such as arc_easy, or of groups that have a score of their own, such as mmlu. "
-        "Their data comes from the Hugging Face Hub. Tasks that run code from the Hub or of the model are refused.",
+        description="Names of tasks, such as arc_easy, or of groups with an aggregate score, such as mmlu. Their data "
+        "comes from the Hugging Face Hub. Tasks that run code from the Hub or of the model are rejected.",
     )
     limit: int | None = Field(
-        default=None, ge=1, le=100_000, description="Rows of each task, from the first on; absent: all."
+        default=None, ge=1, le=100_000, description="Number of rows of each task, from the first. Absent: all."
     )
     num_fewshot: int | None = Field(
         default=None,
         ge=0,
         le=64,
-        description="Answered examples before each question; absent: as many as the task says.",
+        description="Number of solved examples before each question. Absent: the task's default.",
     )
     task_folder: TaskFolder | None = Field(
         default=None,
-        description="Tasks of the job's own, beside those of the harness and of the platform. They are code that is "
-        "run in the trainer's pods: refused unless the platform allows it (trainer.allowTaskFolders of the chart).",
+        description="Additional tasks of the job. They are code that runs in the trainer's pods, so they are rejected "
+        "unless the platform allows them (trainer.allowTaskFolders of the chart).",
     )
 
 
@@ -112,14 +115,14 @@ class Suite(ApiModel):
     rules = (
         Rule(
             "[has(self.heldOutLoss), has(self.generation), has(self.lmEval)].exists_one(given, given)",
-            "a suite of evaluation.suites needs exactly one of heldOutLoss, generation and lmEval: keep one and remove "
-            "the others",
+            "a suite of evaluation.suites must have exactly one of heldOutLoss, generation and lmEval: keep one and "
+            "remove the others",
             lambda self: [self.held_out_loss, self.generation, self.lm_eval].count(None) == 2,  # noqa: PLR2004
         ),
     )
 
-    name: SuiteName = Field(description="Name that gates and scores go by.")
-    held_out_loss: HeldOutLoss | None = Field(default=None, description="The loss on the held-out rows.")
+    name: SuiteName = Field(description="Name of the suite, to which gates and scores refer.")
+    held_out_loss: HeldOutLoss | None = Field(default=None, description="Loss on the held-out rows.")
     generation: Generation | None = Field(default=None, description="Answers compared with those of a data set.")
     lm_eval: LmEval | None = Field(default=None, description="Tasks of lm-evaluation-harness.")
 
@@ -138,26 +141,26 @@ class Gate(ApiModel):
     rules = (
         Rule(
             "has(self.min) || has(self.max)",
-            "a gate of evaluation.gates needs min or max: without a limit it would always hold",
+            "a gate of evaluation.gates must have min or max: without them it would always pass",
             lambda self: self.min is not None or self.max is not None,
         ),
         Rule(
             "!has(self.min) || !has(self.max) || self.min <= self.max",
-            "a gate of evaluation.gates has a min above its max, which nothing can keep: swap them",
+            "a gate of evaluation.gates has a min above its max: swap them",
             lambda self: self.min is None or self.max is None or self.min <= self.max,
         ),
     )
 
-    suite: SuiteName = Field(description="Name of a suite.")
+    suite: SuiteName = Field(description="Name of the suite.")
     metric: str = Field(
         min_length=1,
         max_length=MAX_METRIC,
-        description="Loss or LossReductionPercent of heldOutLoss; of generation its metric; of lmEval a task and one "
-        "of its metrics, such as arc_easy/acc_norm or gsm8k/exact_match,strict-match. With Gain behind a metric of "
-        "generation or lmEval: adapter less base.",
+        description="Metric of the suite. heldOutLoss: Loss or LossReductionPercent. generation: its metric. lmEval: "
+        "a task and one of its metrics, such as arc_easy/acc_norm or gsm8k/exact_match,strict-match. The suffix Gain "
+        "on a metric of generation or lmEval: score of the adapter minus that of the base model.",
     )
-    min: float | None = Field(default=None, description="Least value that passes.")
-    max: float | None = Field(default=None, description="Greatest value that passes.")
+    min: float | None = Field(default=None, description="Minimum value that passes.")
+    max: float | None = Field(default=None, description="Maximum value that passes.")
 
 
 class Evaluation(ApiModel):
@@ -167,7 +170,7 @@ class Evaluation(ApiModel):
         Rule(
             "!has(self.gates) || has(self.suites) && "
             "self.gates.all(gate, self.suites.exists(suite, suite.name == gate.suite))",
-            "a gate of evaluation.gates names a suite that is not in evaluation.suites: correct its name",
+            "a gate of evaluation.gates refers to a suite that is not in evaluation.suites: correct its name",
             lambda self: {gate.suite for gate in self.gates or []} <= {suite.name for suite in self.suites or []},
         ),
         Rule(
@@ -176,9 +179,9 @@ class Evaluation(ApiModel):
             "(has(suite.heldOutLoss) ? gate.metric in ['Loss', 'LossReductionPercent'] : has(suite.lmEval) ? "
             "suite.lmEval.tasks.exists(task, gate.metric.startsWith(task + '/')) : !has(suite.generation) || "
             "gate.metric == suite.generation.metric || gate.metric == suite.generation.metric + 'Gain')))",
-            "a gate of evaluation.gates names a metric that its suite does not have: heldOutLoss has Loss and "
-            "LossReductionPercent, generation has its metric and the same with Gain behind it, lmEval has "
-            "<task>/<metric> and the same with Gain behind it",
+            "a gate of evaluation.gates refers to a metric that its suite does not have: heldOutLoss has Loss and "
+            "LossReductionPercent, generation has its metric, lmEval has <task>/<metric>; the latter two also with the "
+            "suffix Gain",
             lambda self: all(
                 suite.has_metric(gate.metric)
                 for gate in self.gates or []
@@ -187,8 +190,8 @@ class Evaluation(ApiModel):
             ),
         ),
         Rule(
-            "!has(self.suites) || self.suites.all(one, self.suites.exists_one(other, other.name == one.name))",
-            "two suites of evaluation.suites have the same name: rename one",
+            "!has(self.suites) || self.suites.all(suite, self.suites.exists_one(other, other.name == suite.name))",
+            "two suites of evaluation.suites have the same name: rename one of them",
             lambda self: len({suite.name for suite in self.suites or []}) == len(self.suites or []),
         ),
     )
@@ -196,12 +199,16 @@ class Evaluation(ApiModel):
     every_steps: int | None = Field(
         default=None,
         ge=1,
-        description="Optimizer steps between two looks at the held-out loss while training. Absent: about ten looks, "
-        "fewer where they would take more than a twentieth of the time. It is always taken before and after.",
+        description="Number of optimizer steps between two measurements of the held-out loss during training. Absent: "
+        "about ten measurements, fewer if they would take more than 5 % of the time. The loss is always measured "
+        "before and after training.",
     )
     suites: list[Suite] | None = Field(
-        default=None, min_length=1, max_length=8, description="What is scored, after training."
+        default=None, min_length=1, max_length=8, description="Suites of scores, computed after training."
     )
     gates: list[Gate] | None = Field(
-        default=None, min_length=1, max_length=16, description="Limits that decide between Complete and GateFailed."
+        default=None,
+        min_length=1,
+        max_length=16,
+        description="Thresholds for the scores. If one is missed, the job fails with GateFailed.",
     )

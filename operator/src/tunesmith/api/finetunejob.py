@@ -29,20 +29,20 @@ class BaseModelSource(ApiModel):
         secret_rule,
         Rule(
             "!has(self.revision) || self.uri.startsWith('hf://')",
-            "baseModel.revision belongs to an hf:// uri: remove it, or name a copy of that revision in the uri",
+            "baseModel.revision is only for hf:// uris: remove it, or set the uri to a copy of that revision",
             lambda self: self.revision is None or self.uri.startswith("hf://"),
         ),
     )
 
     uri: BaseModelUri = Field(
-        description=f"Folder in the layout of the Hugging Face Hub: {examples(Use.BASE_MODEL)}; file:// in a local "
-        "run only.",
+        description=f"Folder in the layout of a Hugging Face model repository: {examples(Use.BASE_MODEL)}; file:// "
+        "in a local run only.",
     )
     revision: str | None = Field(
-        default=None, max_length=128, description="Commit, tag or branch of an hf:// model; absent: main."
+        default=None, max_length=128, description="Commit, tag or branch of an hf:// model. Absent: main."
     )
     secret_ref: SecretReference | None = Field(
-        default=None, description="Credentials for the uri; absent: those of the store."
+        default=None, description="Credentials for the uri. Absent: those of the store."
     )
 
 
@@ -72,8 +72,8 @@ class FineTuneJobSpec(ApiModel):
             "(has(self.hyperparameters.microBatchSize) ? self.hyperparameters.microBatchSize : 1) * "
             "(has(self.resources.nodes) ? self.resources.nodes : 1) * "
             "(has(self.resources.gpus) && self.resources.gpus > 1 ? self.resources.gpus : 1)",
-            f"hyperparameters.batchSize ({DEFAULT_BATCH_SIZE} when absent) leaves nothing to do for some of "
-            "resources.nodes × resources.gpus: it must be at least their number times microBatchSize (1 when absent)",
+            f"hyperparameters.batchSize ({DEFAULT_BATCH_SIZE} if absent) must be at least "
+            "resources.nodes × resources.gpus × microBatchSize (1 if absent): raise it or lower the others",
             lambda self: (
                 (self.hyperparameters.batch_size or DEFAULT_BATCH_SIZE)
                 >= (self.hyperparameters.micro_batch_size or 1) * self.resources.ranks
@@ -81,18 +81,18 @@ class FineTuneJobSpec(ApiModel):
         ),
         Rule(
             "!has(self.objective) || has(self.objective.sft) || !has(self.dataset.packing) || !self.dataset.packing",
-            "dataset.packing belongs to objective.sft: preference rows are not packed, set it to false",
+            "dataset.packing is only for objective.sft, because preference rows are not packed: set it to false",
             lambda self: not (self.dataset.packing and self.learns_preferences),
         ),
         Rule(
             "!has(self.objective) || !has(self.objective.kto) || !has(self.hyperparameters.batchSize) || "
             "self.hyperparameters.batchSize > 1",
-            "objective.kto compares the rows of a step with each other: set hyperparameters.batchSize to 2 or more",
+            "objective.kto compares the rows of a step: set hyperparameters.batchSize to 2 or more",
             lambda self: self.objective_name is not ObjectiveName.KTO or self.hyperparameters.batch_size != 1,
         ),
         Rule(
             "!has(self.objective) || has(self.objective.sft) || !has(self.dataset.lossOn)",
-            "dataset.lossOn belongs to objective.sft: dpo, orpo and kto compare whole answers, remove it",
+            "dataset.lossOn is only for objective.sft, because dpo, orpo and kto compare whole answers: remove it",
             lambda self: not (self.dataset.loss_on and self.learns_preferences),
         ),
         Rule(
@@ -100,19 +100,19 @@ class FineTuneJobSpec(ApiModel):
             "has(self.objective) && !has(self.objective.sft) : "
             "self.dataset.format == 'UnpairedPreference' ? has(self.objective) && has(self.objective.kto) : "
             "!has(self.objective) || has(self.objective.sft))",
-            "dataset.format does not go with the objective: dpo, orpo and kto learn from Preference, kto from "
-            "UnpairedPreference too, sft from the others; change one of them",
+            "dataset.format does not match the objective: dpo, orpo and kto train on Preference, kto also on "
+            "UnpairedPreference, sft on the other formats; change one of them",
             lambda self: self.dataset.format is DataFormat.AUTO or self.dataset.format in FORMATS[self.objective_name],
         ),
         Rule(
             "!has(self.method.full) || !has(self.objective) || has(self.objective.sft) || has(self.objective.orpo)",
-            "method.full goes with objective sft and orpo: dpo and kto compare with the base at each step, which full "
-            "fine-tuning changes; use another method or objective",
+            "method.full supports the objectives sft and orpo only: dpo and kto need the unchanged base model at each "
+            "step; use another method or objective",
             lambda self: self.method.full is None or self.objective_name not in {ObjectiveName.DPO, ObjectiveName.KTO},
         ),
         Rule(
             f"!has(self.output) || !has(self.output.merge) || self.output.merge != 'Dequantized' || {QUANTIZED_CEL}",
-            "output.merge: Dequantized belongs to method.qlora and to quantization, this base is not in 4 bits: use "
+            "output.merge: Dequantized needs a base model in 4 bits (method.qlora or a method's quantization): use "
             "Original",
             lambda self: (
                 self.output is None
@@ -122,16 +122,15 @@ class FineTuneJobSpec(ApiModel):
         ),
         Rule(
             f"!({_SHARDED_CEL}) || {SHARDABLE_CEL}",
-            f"resources.dataParallelism: FSDP2 goes with {', '.join(SHARDABLE[:-1])} and {SHARDABLE[-1]}, without dora"
-            " of qlora and the initializations that look at rows (EVA, CorDA, LoRAGA) or compute the base's weights"
-            " again (LoftQ): use another method or initialization, or DDP",
+            f"resources.dataParallelism: FSDP2 supports {', '.join(SHARDABLE[:-1])} and {SHARDABLE[-1]}, except dora of"
+            " qlora and the initializations EVA, CorDA, LoRAGA and LoftQ: use another method or initialization, or DDP",
             lambda self: self.resources.data_parallelism is not DataParallelism.FSDP2 or self.method.shardable,
         ),
         Rule(
             f"!({_SHARDED_CEL} && has(self.method.full)) || !has(self.hyperparameters.optimizer) || "
             f"self.hyperparameters.optimizer in {quoted(SHARDED_OPTIMIZERS)}",
-            f"hyperparameters.optimizer: with FSDP2, method.full is trained with {' or '.join(SHARDED_OPTIMIZERS)}; the"
-            " others need each weight whole",
+            f"hyperparameters.optimizer: with FSDP2, method.full supports {' and '.join(SHARDED_OPTIMIZERS)} only: use"
+            " one of them, or DDP",
             lambda self: (
                 self.resources.data_parallelism is not DataParallelism.FSDP2
                 or self.method.full is None
@@ -140,46 +139,47 @@ class FineTuneJobSpec(ApiModel):
         ),
     )
 
-    base_model: BaseModelSource = Field(description="The model to adapt.")
-    dataset: Dataset = Field(description="The rows to learn from.")
-    objective: Objective | None = Field(
-        default=None, description="What is learned from the rows, exactly one; absent: sft."
+    base_model: BaseModelSource = Field(description="Base model to adapt.")
+    dataset: Dataset = Field(description="Rows to train on.")
+    objective: Objective | None = Field(default=None, description="Training objective; exactly one field. Absent: sft.")
+    method: Method = Field(description="Fine-tuning method; exactly one field.")
+    hyperparameters: Hyperparameters = Field(
+        default_factory=Hyperparameters, description="Hyperparameters of the training run."
     )
-    method: Method = Field(description="Exactly one method.")
-    hyperparameters: Hyperparameters = Field(default_factory=Hyperparameters, description="How the optimizer runs.")
     evaluation: Evaluation | None = Field(
-        default=None, description="What base and adapter are scored on; absent: the held-out loss, without a limit."
+        default=None, description="Evaluation of base model and adapter. Absent: the held-out loss, without gates."
     )
-    output: Output | None = Field(default=None, description="What is written beside the adapter; absent: nothing.")
+    output: Output | None = Field(default=None, description="Outputs besides the adapter. Absent: none.")
     servable: Servable = Field(
         default=Servable.IGNORED,
-        description="Must vLLM be able to load the result as it is? Required fails the job with NotServable before it "
-        "trains where it cannot; Ignored trains anyway. status.preflight.servable tells either way.",
+        description="Requirement that vLLM can load the result. Required: the job fails with NotServable before "
+        "training if it cannot. Ignored: the job trains in any case. See status.preflight.servable.",
     )
     resources: TrainingResources = Field(
-        default_factory=TrainingResources, description="What the training pods ask for, and how many there are."
+        default_factory=TrainingResources, description="Resources and number of the training pods."
     )
     scheduling: TrainingScheduling = Field(
-        default_factory=TrainingScheduling, description="Where the pods may run, and which queue admits them."
+        default_factory=TrainingScheduling, description="Scheduling constraints and queue of the training pods."
     )
-    checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="How often the training state is saved.")
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="Interval and retention of checkpoints.")
     max_attempts: int = Field(
         default=3,
         ge=1,
         le=10,
-        description="Attempts after failures that are worth a retry. Pre-emptions and suspensions are not counted.",
+        description="Maximum number of attempts that fail for retryable reasons. Pre-emptions and suspensions do not "
+        "count.",
     )
     active_deadline_seconds: int | None = Field(
         default=None,
         ge=1,
         le=2**31 - 1,
-        description="Seconds after status.startTime at which the job fails, not counting the time that it is suspended"
-        " or waits in a queue; absent: no limit. May be changed while the job runs.",
+        description="Seconds after status.startTime at which the job fails, excluding time suspended or in a queue."
+        " Absent: no limit. Mutable.",
     )
     suspend: bool = Field(
         default=False,
-        description="True stops the running attempt with a checkpoint and starts no other; false goes on from there."
-        " May be changed at any time.",
+        description="True: save a checkpoint, stop the running attempt and start no other. False: resume from the last"
+        " checkpoint. Mutable.",
     )
 
     @property
@@ -228,8 +228,7 @@ FineTuneJobSpec.rules = (
         " && ".join(
             _kept(str(field.alias)) for name, field in FineTuneJobSpec.model_fields.items() if name not in _MUTABLE
         ),
-        "spec is immutable but for suspend and activeDeadlineSeconds: a FineTuneJob describes one training run; "
-        "create another FineTuneJob under a new name",
+        "spec is immutable except for suspend and activeDeadlineSeconds: create another FineTuneJob under a new name",
     ),
     *FineTuneJobSpec.rules,
 )
@@ -242,12 +241,12 @@ class FineTuneJob(ApiModel):
     rules = (
         Rule(
             "size(self.metadata.name) <= 40",
-            "metadata.name must have at most 40 characters: names of Jobs and pods are made from it",
+            "metadata.name must have at most 40 characters, because it is part of the names of Jobs and pods",
             lambda self: len(self.metadata.name) <= MAX_NAME,
         ),
         Rule(
             "!has(self.spec.resources.nodes) || self.spec.resources.nodes <= 1 || !self.metadata.name.contains('.')",
-            "metadata.name must have no '.' where resources.nodes is more than 1: names of hosts are made from it",
+            "metadata.name must not contain '.' if resources.nodes is above 1, because it is part of host names",
             lambda self: self.spec.resources.nodes <= 1 or "." not in self.metadata.name,
         ),
     )

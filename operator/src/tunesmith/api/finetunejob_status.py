@@ -27,7 +27,7 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-LOSS_UNIT = "nats per target token; with another objective than sft its own loss"
+LOSS_UNIT = "nats per target token; for objectives other than sft, the objective's own loss"
 RoundedFloat = Annotated[float | None, AfterValidator(_rounded)]
 FiniteFloat = Annotated[float | None, AfterValidator(_finite)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -62,8 +62,8 @@ class Phase(StrEnum):
 class TaskFolderStatus(StatusModel):
     """Folder with the job's own evaluation tasks."""
 
-    suite: str = Field(max_length=32, description="Name of the suite that brings it.")
-    digest: str = Field(max_length=71, description="SHA-256 of the names and the content of its files.")
+    suite: str = Field(max_length=32, description="Name of the suite with the folder.")
+    digest: str = Field(max_length=71, description="SHA-256 of the names and contents of its files.")
 
 
 class Resolved(StatusModel):
@@ -76,34 +76,33 @@ class Resolved(StatusModel):
         default=None, max_length=128, description="SHA-256 over the training and held-out rows."
     )
     task_folders: list[TaskFolderStatus] | None = Field(
-        default=None, max_length=8, description="What lmEval.taskFolder of each suite holds; absent: no suite has one."
+        default=None, max_length=8, description="Task folders of the suites (lmEval.taskFolder). Absent: none."
     )
     learning_rate: FiniteFloat = Field(default=None, description="Peak learning rate.")
     batch_size: Count | None = Field(default=None, description="Sequences per optimizer step.")
     micro_batch_size: Count | None = Field(default=None, description="Sequences per forward pass.")
     gradient_checkpointing: bool | None = Field(
-        default=None, description="Whether activations are computed again in the backward pass, which saves memory."
+        default=None, description="True if activations are recomputed in the backward pass, which saves memory."
     )
     torch_compile: bool | None = Field(
-        default=None, description="Whether norms and feed-forward layers are compiled, where that is possible."
+        default=None, description="True if norms and feed-forward layers are compiled where possible."
     )
     precision: Precision | None = Field(
         default=None, description="Type of the frozen weights and of the matrix products."
     )
     data_parallelism: DataParallelism | None = Field(
-        default=None, description="What each of several GPUs holds of the base model; absent with one process."
+        default=None, description="Distribution of the base model over GPUs. Absent with one process."
     )
-    total_steps: Count | None = Field(default=None, description="Optimizer steps.")
+    total_steps: Count | None = Field(default=None, description="Total number of optimizer steps.")
     evaluation_every_steps: Count | None = Field(
-        default=None, description="Optimizer steps between two looks at the held-out loss while training."
+        default=None,
+        description="Number of optimizer steps between two measurements of the held-out loss during training.",
     )
-    target_modules: list[ModuleName] | None = Field(
-        default=None, max_length=64, description="Modules that get an adapter."
-    )
+    target_modules: list[ModuleName] | None = Field(default=None, max_length=64, description="Modules with an adapter.")
 
 
 class Verdict(StrEnum):
-    """Verdict on whether a run fits into a GPU's memory."""
+    """Result of the comparison of the estimated memory with the GPU's."""
 
     FITS = "Fits"
     WILL_NOT_FIT = "WillNotFit"
@@ -113,11 +112,11 @@ class Verdict(StrEnum):
 class PeakParts(StatusModel):
     """Parts of a GPU's estimated peak memory."""
 
-    weights_bytes: Count = Field(description="The base model.")
-    trainable_bytes: Count = Field(description="Trained parameters, their gradients and the optimizer's state.")
-    activations_bytes: Count = Field(description="What the backward pass needs of the forward pass of a micro-batch.")
-    logits_bytes: Count = Field(description="Scores over the vocabulary, and the loss.")
-    overhead_bytes: Count = Field(description="Context, workspaces and fragmentation.")
+    weights_bytes: Count = Field(description="Weights of the base model, bytes.")
+    trainable_bytes: Count = Field(description="Trained parameters, their gradients and the optimizer's state, bytes.")
+    activations_bytes: Count = Field(description="Activations that a micro-batch keeps for the backward pass, bytes.")
+    logits_bytes: Count = Field(description="Logits over the vocabulary, and the loss, bytes.")
+    overhead_bytes: Count = Field(description="Context, workspaces and fragmentation, bytes.")
 
 
 class DropReason(StrEnum):
@@ -135,12 +134,13 @@ class DroppedRows(StatusModel):
     """Rows that were dropped for one reason."""
 
     reason: DropReason = Field(
-        description="Undecodable: no JSON, no UTF-8, or too many or few cells. Null, Empty: nothing where text must "
-        "be. Duplicate: was there before. Overlong: more than maxLength tokens. NoTarget: no token of it is learned."
+        description="Reason for dropping the rows. Undecodable: not JSON, not UTF-8, or a wrong number of cells. Null, "
+        "Empty: required text is null or empty. Duplicate: repeats an earlier row. Overlong: more than maxLength "
+        "tokens. NoTarget: no token contributes to the loss."
     )
-    rows: Count = Field(description="How many.")
+    rows: Count = Field(description="Number of dropped rows.")
     examples: list[Annotated[str, Field(max_length=256)]] | None = Field(
-        default=None, max_length=3, description="The first of them: file, line and what is wrong."
+        default=None, max_length=3, description="First dropped rows, each with file, line and problem."
     )
 
 
@@ -148,12 +148,12 @@ class AlsoTrained(StatusModel):
     """Rows that are both scored and trained on."""
 
     suite: str | None = Field(
-        default=None, max_length=32, description="Suite of evaluation.suites that has them; absent: the held-out rows."
+        default=None, max_length=32, description="Suite of evaluation.suites with the rows. Absent: the held-out rows."
     )
-    rows: int = Field(ge=1, description="How many.")
-    scored_rows: int = Field(ge=1, description="Of how many.")
+    rows: int = Field(ge=1, description="Number of rows that are both scored and trained on.")
+    scored_rows: int = Field(ge=1, description="Number of scored rows.")
     examples: list[Annotated[str, Field(max_length=256)]] | None = Field(
-        default=None, max_length=3, description="The first of them: file and line."
+        default=None, max_length=3, description="First of these rows, each with file and line."
     )
 
     @property
@@ -161,92 +161,92 @@ class AlsoTrained(StatusModel):
         """Effect of the overlap, and how to remove it."""
         are = "is" if self.rows == 1 else "are"
         if self.suite is None:
-            which, scores, place = "held-out rows", "evaluation.loss flatters", "dataset.validation"
+            which, scores, source = "held-out rows", "evaluation.loss overrates", "dataset.validation"
         else:
-            which, scores, place = f"rows of suite {self.suite}", "its scores flatter", "the suite's data set"
+            which, scores, source = f"rows of suite {self.suite}", "its scores overrate", "the suite's data set"
         return (
-            f"{self.rows} of {self.scored_rows} {which} {are} also trained on: {scores} the adapter, take them out of"
-            f" {place} or of dataset.train"
+            f"{self.rows} of {self.scored_rows} {which} {are} also trained on, so {scores} the adapter: remove them "
+            f"from {source} or from dataset.train"
         )
 
 
 class ServableStatus(StatusModel):
     """Result of the check that an engine can load the adapter."""
 
-    vllm: bool = Field(description="Whether vLLM can serve the adapter.")
-    reason: str | None = Field(default=None, max_length=1024, description="Why not.")
+    vllm: bool = Field(description="True if vLLM can serve the adapter.")
+    reason: str | None = Field(default=None, max_length=1024, description="Reason why vLLM cannot serve the adapter.")
 
 
 class Preflight(StatusModel):
-    """Counts of the CPU stage, and whether the run fits into the GPU."""
+    """Results of the CPU stage: counts and the memory estimate."""
 
     rows: Count | None = Field(
         default=None,
-        description="Training rows of an epoch, with the sources' weights; for objective.kto a pair of answers is two.",
+        description="Number of training rows per epoch, including the sources' weights. For objective.kto a pair "
+        "counts as two.",
     )
-    validation_rows: Count | None = Field(default=None, description="Held-out rows.")
+    validation_rows: Count | None = Field(default=None, description="Number of held-out rows.")
     dropped_rows: Count | None = Field(
-        default=None, description="Rows that are not used, of the training and held-out rows; why stands in dropped."
+        default=None, description="Number of training and held-out rows that were dropped; see dropped."
     )
     dropped: list[DroppedRows] | None = Field(
-        default=None, max_length=8, description="By reason, the rows that are not used; absent: all are."
+        default=None, max_length=8, description="Dropped rows by reason. Absent: none."
     )
     also_trained: list[AlsoTrained] | None = Field(
         default=None,
         max_length=9,
-        description="Rows that are scored and trained on too, which flatters the scores; absent: there are none.",
+        description="Rows that are both scored and trained on, which makes the scores too good. Absent: none.",
     )
     truncated_rows: Count | None = Field(
-        default=None, description="Rows that lost their end to maxLength; absent: overlong is not Truncate."
+        default=None, description="Number of rows truncated to maxLength. Absent: overlong is not Truncate."
     )
     packed_sequences: Count | None = Field(
-        default=None, description="Sequences that the training rows are packed into; absent without packing."
+        default=None, description="Number of sequences into which the training rows are packed. Absent without packing."
     )
-    tokens: Count | None = Field(default=None, description="Tokens in the training rows.")
-    target_tokens: Count | None = Field(default=None, description="Tokens of those that are learned.")
-    trainable_parameters: Count | None = Field(default=None, description="Parameters that are trained.")
-    servable: ServableStatus | None = Field(
-        default=None, description="Whether vLLM will be able to load the result as it is."
-    )
+    tokens: Count | None = Field(default=None, description="Number of tokens in the training rows.")
+    target_tokens: Count | None = Field(default=None, description="Number of these tokens that contribute to the loss.")
+    trainable_parameters: Count | None = Field(default=None, description="Number of trained parameters.")
+    servable: ServableStatus | None = Field(default=None, description="Prediction of whether vLLM can load the result.")
     estimated_peak_bytes: Count | None = Field(
-        default=None, description="Estimated peak memory of the GPU, bytes, within about 15 %; absent without a GPU."
+        default=None, description="Estimated peak memory of a GPU, bytes, within about 15 %. Absent without a GPU."
     )
-    peak_parts: PeakParts | None = Field(default=None, description="What the estimated peak is made of.")
+    peak_parts: PeakParts | None = Field(default=None, description="Parts of estimatedPeakBytes.")
     gpu_memory_bytes: Count | None = Field(
-        default=None, description="Memory of the smallest GPU that the job may get, bytes; absent: not known."
+        default=None, description="Memory of the smallest GPU on which the job may run, bytes. Absent: unknown."
     )
     verdict: Verdict | None = Field(
         default=None,
-        description="Whether it fits; Unknown where the GPU's memory is not known, or where the estimate's own error"
-        " could decide it.",
+        description="Result of the memory check: Fits, WillNotFit, or Unknown if the GPU's memory is unknown or the"
+        " difference is within the error of the estimate.",
     )
     suggestion: str | None = Field(
-        default=None, max_length=1024, description="The change that makes it fit and costs least."
+        default=None, max_length=1024, description="Least costly change with which the run fits."
     )
 
 
 class ProgressStatus(StatusModel):
     """Progress of the running attempt."""
 
-    stage: Stage | None = Field(default=None, description="What the trainer is doing.")
+    stage: Stage | None = Field(default=None, description="Current stage of the trainer.")
     outage: str | None = Field(
-        default=None, max_length=2048, description="A store that does not answer, and when it is tried again."
+        default=None, max_length=2048, description="Store that does not respond, and the time of the next try."
     )
-    step: Count | None = Field(default=None, description="Optimizer steps done.")
-    total_steps: Count | None = Field(default=None, description="Optimizer steps in all.")
-    epoch: RoundedFloat = Field(default=None, description="Passes over the training rows.")
+    step: Count | None = Field(default=None, description="Completed optimizer steps.")
+    total_steps: Count | None = Field(default=None, description="Total number of optimizer steps.")
+    epoch: RoundedFloat = Field(default=None, description="Completed passes over the training rows.")
     loss: RoundedFloat = Field(default=None, description=f"Training loss of the last step, {LOSS_UNIT}.")
     evaluation_loss: RoundedFloat = Field(
-        default=None, description=f"Held-out loss of the adapter when it was last looked at, {LOSS_UNIT}."
+        default=None, description=f"Latest held-out loss of the adapter, {LOSS_UNIT}."
     )
     learning_rate: FiniteFloat = Field(default=None, description="Learning rate of the last step.")
-    tokens_per_second: RoundedFloat = Field(default=None, description="Tokens trained per second.")
+    tokens_per_second: RoundedFloat = Field(default=None, description="Training throughput, tokens per second.")
     memory_bytes: Count | None = Field(
-        default=None, description="Peak memory: of the GPU, or resident memory on a CPU."
+        default=None, description="Peak memory of the GPU, or peak resident memory on a CPU, bytes."
     )
-    eta_seconds: Count | None = Field(default=None, description="Seconds until the last step.")
+    eta_seconds: Count | None = Field(default=None, description="Estimated seconds until the last step.")
     update_time: AwareDatetime | None = Field(
-        default=None, description="When the trainer wrote this, never later than the operator read it."
+        default=None,
+        description="Time at which the trainer reported the progress, at most the time at which the operator read it.",
     )
 
 
@@ -264,21 +264,24 @@ class Attempt(StatusModel):
     """One Job of the training stage."""
 
     name: str = Field(max_length=63, description="Name of the Job.")
-    start_time: datetime | None = Field(default=None, description="When its pod started, the last time.")
-    end_time: datetime | None = Field(default=None, description="When it ended.")
-    outcome: AttemptOutcome = Field(default=AttemptOutcome.RUNNING, description="How it ended.")
-    reason: FailureReason | None = Field(default=None, description="Why it failed.")
-    message: str | None = Field(default=None, max_length=2048, description="Why it failed, as a sentence.")
+    start_time: datetime | None = Field(default=None, description="Time of the last start of its pod.")
+    end_time: datetime | None = Field(default=None, description="Time at which the attempt finished.")
+    outcome: AttemptOutcome = Field(
+        default=AttemptOutcome.RUNNING, description="Outcome of the attempt; Running until it finishes."
+    )
+    reason: FailureReason | None = Field(default=None, description="Reason for the failure.")
+    message: str | None = Field(default=None, max_length=2048, description="Human-readable message about the failure.")
     resumed_from_step: Count | None = Field(
-        default=None, description="Step of the checkpoint that it went on from. Absent: it began at step 0."
+        default=None, description="Step of the checkpoint from which the attempt resumed. Absent: it began at step 0."
     )
     last_step: Count | None = Field(
-        default=None, description="Last optimizer step that was seen of it. Absent: none, or it is running."
+        default=None, description="Last observed optimizer step. Absent: none was observed, or the attempt is running."
     )
     node: str | None = Field(
         default=None,
         max_length=280,
-        description="Node that ran it; of several, that of the first pod, and how many more there are.",
+        description="Node of the attempt's pod. With several pods: that of the first one, and the number of the "
+        "others.",
     )
 
 
@@ -287,20 +290,22 @@ class ExportStatus(StatusModel):
 
     uri: str | None = Field(default=None, max_length=1024, description="Folder of the copy.")
     hub: str | None = Field(default=None, max_length=193, description="Repository of the Hugging Face Hub.")
-    exported: bool = Field(description="Whether the whole copy is there.")
-    reason: FailureReason | None = Field(default=None, description="Why it is not.")
-    message: str | None = Field(default=None, max_length=1024, description="Why it is not, as a sentence.")
+    exported: bool = Field(description="True if the copy is complete.")
+    reason: FailureReason | None = Field(default=None, description="Reason why the copy is incomplete.")
+    message: str | None = Field(
+        default=None, max_length=1024, description="Human-readable message about the failure of the copy."
+    )
 
 
 class ArtifactStatus(StatusModel):
     """The published adapter."""
 
-    uri: str = Field(max_length=1024, description="Folder in the store.")
+    uri: str = Field(max_length=1024, description="Folder of the artifact in the store.")
     digest: str = Field(max_length=71, pattern=r"^sha256:[0-9a-f]{64}$", description="SHA-256 of tunesmith.json.")
-    size_bytes: Count = Field(description="Size of the folder.")
-    servable: ServableStatus = Field(description="Whether an engine can load it.")
+    size_bytes: Count = Field(description="Size of the folder, bytes.")
+    servable: ServableStatus = Field(description="Result of the check that an engine can load the artifact.")
     exports: list[ExportStatus] | None = Field(
-        default=None, max_length=8, description="What became of spec.output.exports, in their order."
+        default=None, max_length=8, description="Outcomes of spec.output.exports, in the same order."
     )
 
 
@@ -309,8 +314,8 @@ class Score(StatusModel):
 
     suite: str = Field(max_length=32, description="Name of the suite.")
     metric: str = Field(max_length=MAX_METRIC, description="Name of the metric.")
-    base: RoundedFloat = Field(default=None, description="The base's score.")
-    adapter: RoundedFloat = Field(default=None, description="The adapter's score.")
+    base: RoundedFloat = Field(default=None, description="Score of the base model.")
+    adapter: RoundedFloat = Field(default=None, description="Score of the adapter.")
 
 
 class GateStatus(StatusModel):
@@ -318,18 +323,18 @@ class GateStatus(StatusModel):
 
     suite: str = Field(max_length=32, description="Name of the suite.")
     metric: str = Field(max_length=MAX_METRIC, description="Name of the metric.")
-    value: RoundedFloat = Field(default=None, description="What was reached.")
-    min: FiniteFloat = Field(default=None, description="Least value that passes.")
-    max: FiniteFloat = Field(default=None, description="Greatest value that passes.")
-    passed: bool = Field(description="Whether the value keeps the limits.")
+    value: RoundedFloat = Field(default=None, description="Score of the adapter.")
+    min: FiniteFloat = Field(default=None, description="Minimum value that passes.")
+    max: FiniteFloat = Field(default=None, description="Maximum value that passes.")
+    passed: bool = Field(description="True if the value is within the limits.")
 
 
 class SuiteFailure(StatusModel):
     """A suite that could not be scored. The artifact is published nevertheless."""
 
     suite: str = Field(max_length=32, description="Name of the suite.")
-    reason: FailureReason = Field(description="Why it has no scores.")
-    message: str = Field(max_length=1024, description="Why it has no scores, as a sentence.")
+    reason: FailureReason = Field(description="Reason for the missing scores.")
+    message: str = Field(max_length=1024, description="Human-readable message about the missing scores.")
 
 
 class EvaluationStatus(StatusModel):
@@ -337,54 +342,64 @@ class EvaluationStatus(StatusModel):
 
     base_loss: RoundedFloat = Field(default=None, description=f"Held-out loss of the base, {LOSS_UNIT}.")
     loss: RoundedFloat = Field(default=None, description=f"Held-out loss of the adapter, {LOSS_UNIT}.")
-    loss_reduction_percent: RoundedFloat = Field(default=None, description="How far the held-out loss fell.")
+    loss_reduction_percent: RoundedFloat = Field(default=None, description="Reduction of the held-out loss, percent.")
     scores: list[Score] | None = Field(default=None, max_length=MAX_SCORES, description="Scores of evaluation.suites.")
-    gates: list[GateStatus] | None = Field(default=None, max_length=16, description="What became of the gates.")
+    gates: list[GateStatus] | None = Field(default=None, max_length=16, description="Outcomes of evaluation.gates.")
     failures: list[SuiteFailure] | None = Field(
         default=None,
         max_length=8,
-        description="Suites whose tasks failed on what the models say; they have no scores, or not all, and gates on"
-        " those that are missing do not pass. Absent: all were scored.",
+        description="Suites that could not be scored completely, because their tasks failed on the models' answers."
+        " Gates on missing scores do not pass. Absent: none.",
     )
 
     @property
     def unscored(self) -> str:
         """Messages of the suites without scores, as one sentence; empty if all were scored."""
-        return "; ".join(one.message for one in self.failures or [])
+        return "; ".join(failure.message for failure in self.failures or [])
 
 
 class FineTuneJobStatus(StatusModel):
     """Observed state of a FineTuneJob."""
 
-    phase: Phase | None = Field(default=None, description="Derived from the conditions.")
+    phase: Phase | None = Field(
+        default=None,
+        description="Summary of the conditions. Pending: waiting for a pod. Validating: the CPU stage is running. "
+        "Queued: waiting for the queue. Running: an attempt is running. Suspended: spec.suspend is true. Complete, "
+        "Failed: terminal.",
+    )
     reason: str | None = Field(
         default=None, max_length=64, description="Reason of the condition that the phase is derived from."
     )
     conditions: list[Condition] = Field(
         default_factory=list,
         max_length=16,
-        description="Validated, Admitted (with a queue), Started, Suspended, Published, Exported (with exports), and "
-        "Complete or Failed.",
+        description="Conditions: Validated, Admitted (with a queue), Started, Suspended, Published, Exported (with "
+        "exports), and Complete or Failed.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
     )
-    observed_generation: Count | None = Field(default=None, description="The metadata.generation that was acted on.")
-    start_time: datetime | None = Field(default=None, description="When the first attempt started.")
-    completion_time: datetime | None = Field(default=None, description="When the job became terminal.")
+    observed_generation: Count | None = Field(default=None, description="Observed metadata.generation.")
+    start_time: datetime | None = Field(default=None, description="Start time of the first attempt.")
+    completion_time: datetime | None = Field(
+        default=None, description="Time at which the job became Complete or Failed."
+    )
     paused_seconds: Count | None = Field(
-        default=None, description="Seconds since startTime that the job was suspended or waited in a queue."
+        default=None, description="Seconds since startTime during which the job was suspended or in a queue."
     )
     gpu_seconds: RoundedFloat = Field(
         default=None,
-        description="GPUs times the seconds that attempts held them, all attempts together; absent without a GPU.",
+        description="GPUs times the seconds for which they were in use, summed over all attempts. Absent without a "
+        "GPU.",
     )
-    resolved: Resolved | None = Field(default=None, description="Decided for the user, and the inputs' digests.")
-    preflight: Preflight | None = Field(default=None, description="What the CPU stage counted.")
-    progress: ProgressStatus | None = Field(default=None, description="How far the running attempt is.")
+    resolved: Resolved | None = Field(
+        default=None, description="Values that were chosen for absent fields, and digests of the inputs."
+    )
+    preflight: Preflight | None = Field(default=None, description="Results of the CPU stage.")
+    progress: ProgressStatus | None = Field(default=None, description="Progress of the running attempt.")
     attempts: list[Attempt] = Field(
         default_factory=list,
         max_length=100,
         description="Attempts, oldest first.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
     )
-    evaluation: EvaluationStatus | None = Field(default=None, description="Held-out loss before and after.")
+    evaluation: EvaluationStatus | None = Field(default=None, description="Scores of base model and adapter.")
     artifact: ArtifactStatus | None = Field(default=None, description="The published adapter.")

@@ -40,7 +40,7 @@ class Hyperparameters(ApiModel):
     rules = (
         Rule(
             "!(has(self.epochs) && has(self.maxSteps))",
-            "hyperparameters.epochs and hyperparameters.maxSteps exclude each other: keep one of them",
+            "hyperparameters.epochs and hyperparameters.maxSteps are mutually exclusive: remove one of them",
             lambda self: self.epochs is None or self.max_steps is None,
         ),
         Rule(
@@ -48,7 +48,7 @@ class Hyperparameters(ApiModel):
             "!has(self.microBatchSize) || self.microBatchSize < 1 || "
             f"(has(self.batchSize) ? self.batchSize : {DEFAULT_BATCH_SIZE}) % self.microBatchSize == 0",
             "hyperparameters.microBatchSize must divide hyperparameters.batchSize "
-            f"({DEFAULT_BATCH_SIZE} when absent): change one of them",
+            f"({DEFAULT_BATCH_SIZE} if absent): change one of them",
             lambda self: (
                 not self.micro_batch_size or (self.batch_size or DEFAULT_BATCH_SIZE) % self.micro_batch_size == 0
             ),
@@ -56,61 +56,71 @@ class Hyperparameters(ApiModel):
     )
 
     epochs: float | None = Field(
-        default=None, ge=0.01, le=1000, description="Passes over the training rows. Absent with no maxSteps: 3."
+        default=None,
+        ge=0.01,
+        le=1000,
+        description="Number of passes over the training rows. Absent without maxSteps: 3.",
     )
-    max_steps: int | None = Field(default=None, ge=1, le=10_000_000, description="Optimizer steps.")
+    max_steps: int | None = Field(default=None, ge=1, le=10_000_000, description="Number of optimizer steps.")
     learning_rate: float | None = Field(
         default=None,
         ge=1e-8,
         le=1.0,
-        description="Peak learning rate. Absent: the method's own, 2e-4 for lora and qlora; a tenth of it where the "
-        "objective is dpo, orpo or kto.",
+        description="Peak learning rate. Absent: the method's default, such as 2e-4 for lora and qlora; a tenth of "
+        "it if the objective is dpo, orpo or kto.",
     )
     batch_size: int | None = Field(
-        default=None, ge=1, le=65536, description="Sequences per optimizer step, over all GPUs and nodes. Absent: 8."
+        default=None,
+        ge=1,
+        le=65536,
+        description="Number of sequences per optimizer step, over all GPUs and nodes. Absent: 8.",
     )
     micro_batch_size: int | None = Field(
         default=None,
         ge=1,
         le=4096,
-        description="Sequences per forward pass; must divide batchSize. Absent: batchSize, at most 8.",
+        description="Number of sequences per forward pass; must divide batchSize. Absent: batchSize, at most 8.",
     )
     scheduler: Literal["Cosine", "Linear", "Constant"] = Field(
         default="Cosine", description="Shape of the learning rate after warm-up."
     )
     warmup_ratio: float = Field(
-        default=0.03, ge=0.0, le=0.5, description="Share of the steps that raise the learning rate from 0."
+        default=0.03, ge=0.0, le=0.5, description="Share of the steps in which the learning rate rises from 0."
     )
     optimizer: Optimizer = Field(
         default=Optimizer.ADAMW,
-        description="AdamW8bit keeps AdamW's state in 8 bits, a quarter of the memory; Adafactor keeps sums of rows and"
-        " columns; Lion (learning rate a third to a tenth of AdamW's) and SGD keep one value or none per parameter.",
+        description="Optimizer. AdamW8bit keeps AdamW's state in 8 bits, a quarter of the memory; Adafactor keeps "
+        "sums of rows and columns; Lion (learning rate a third to a tenth of AdamW's) and SGD keep one value or none "
+        "per parameter.",
     )
     weight_decay: float = Field(default=0.0, ge=0.0, le=1.0, description="Weight decay of the optimizer.")
     max_grad_norm: float = Field(
-        default=1.0, ge=0.0, le=1000.0, description="Gradients are clipped to this norm; 0 does not clip."
+        default=1.0,
+        ge=0.0,
+        le=1000.0,
+        description="Maximum norm of the gradients, to which they are clipped. 0: no clipping.",
     )
     gradient_checkpointing: bool | None = Field(
         default=None,
-        description="Compute activations again in the backward pass: less memory, about a third more time. "
-        "Absent: decided by the GPU's memory; never on a CPU.",
+        description="Recompute activations in the backward pass: less memory, about a third more time. "
+        "Absent: only if the GPU's memory requires it; never on a CPU.",
     )
     torch_compile: bool | None = Field(
         default=None,
-        description="Compile norms and feed-forward layers into kernels of their own (torch.compile), which takes up to"
-        " a minute once: fewer passes over the activations. Absent: on a GPU, in runs of at least "
-        f"{COMPILED_STEPS} steps, where the layers compile and give equal results.",
+        description="Compile norms and feed-forward layers (torch.compile): faster steps, after up to a minute of"
+        " compilation. Absent: only on a GPU, in runs of at least "
+        f"{COMPILED_STEPS} steps, and if the layers compile and give equal results.",
     )
     precision: Precision | None = Field(
         default=None,
-        description="Type of the frozen weights and of the matrix products; what is trained is in float32 either way. "
-        "Absent: bfloat16 on a GPU, float32 on a CPU.",
+        description="Data type of the frozen weights and of matrix products. Trained weights are float32 in either "
+        "case. Absent: bfloat16 on a GPU, float32 on a CPU.",
     )
     neftune_noise_alpha: float | None = Field(
         default=None,
         ge=0.1,
         le=100.0,
-        description="Scale of uniform noise on the embeddings while training (NEFTune, arXiv:2310.05914), such as 5. "
+        description="Scale of uniform noise on the embeddings during training (NEFTune, arXiv:2310.05914), such as 5. "
         "Absent: none.",
     )
     seed: int = Field(default=42, ge=0, le=2_147_483_647, description="Seed of initialisation, order and dropout.")

@@ -67,7 +67,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if key.tag != "tag:yaml.org,2002:merge":
                 if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands twice", key.start_mark)
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} appears twice", key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
 
@@ -118,7 +118,7 @@ def _envelope(document: dict[str, Any]) -> Iterator[str]:
     if not isinstance(metadata, dict) or not metadata.get("name"):
         yield "metadata.name is missing: give the job a name"
     if not isinstance(document.get("spec"), dict):
-        yield "spec is missing: it says what to train, on what and how"
+        yield "spec is missing: it must contain baseModel, dataset and method"
 
 
 def _nulls(node: object, path: str) -> Iterator[str]:
@@ -191,7 +191,7 @@ _EXPECTED = {
 def _unknown(path: str, name: str, known: Iterable[str]) -> str:
     names = list(known)
     meant = _meant(name, names)
-    return f"{path} is not a known field{meant or ': known here are ' + ', '.join(names)}"
+    return f"{path} is not a known field{meant or ': known fields are ' + ', '.join(names)}"
 
 
 def _meant(found: str, known: list[str]) -> str:

@@ -25,14 +25,20 @@ if TYPE_CHECKING:
 class Method(ApiModel):
     """Exactly one fine-tuning method."""
 
-    lora: LoraFields | None = Field(default=None, description="LoRA over the base in its own precision.")
-    qlora: QloraFields | None = Field(default=None, description="LoRA over a base in 4 bits: less memory, slower.")
-    ada_lora: AdaLoraFields | None = Field(default=None, description="LoRA that learns where rank is needed.")
-    ia3: Ia3Fields | None = Field(default=None, description="Learned scales: the fewest parameters.")
+    lora: LoraFields | None = Field(default=None, description="LoRA on the base model in its own precision.")
+    qlora: QloraFields | None = Field(
+        default=None, description="LoRA on the base model in 4 bits: less memory, slower."
+    )
+    ada_lora: AdaLoraFields | None = Field(
+        default=None, description="LoRA with ranks that are distributed during training."
+    )
+    ia3: Ia3Fields | None = Field(default=None, description="Trained scales of activations: fewest parameters.")
     prefix_tuning: PrefixTuningFields | None = Field(default=None, description="Trained keys and values.")
     prompt_tuning: PromptTuningFields | None = Field(default=None, description="Trained prompt embeddings.")
-    p_tuning: PTuningFields | None = Field(default=None, description="Prompt embeddings made by a small network.")
-    full: FullFields | None = Field(default=None, description="Train all weights: the artifact is a whole model.")
+    p_tuning: PTuningFields | None = Field(default=None, description="Prompt embeddings from a small trained network.")
+    full: FullFields | None = Field(
+        default=None, description="Full fine-tuning of all weights. The artifact is a complete model."
+    )
     peft: PeftFields | None = Field(default=None, description="Any other method of PEFT, with PEFT's own fields.")
 
     @property
@@ -117,7 +123,7 @@ SHARDABLE_CEL = (
 Method.rules = (
     Rule(
         f"[{', '.join(f'has(self.{name})' for name in METHODS)}].exists_one(given, given)",
-        f"method needs exactly one of {', '.join(METHODS)}: keep one and remove the others",
+        f"method must have exactly one of {', '.join(METHODS)}: keep one and remove the others",
         lambda self: len([name for name in _NAMES if getattr(self, name) is not None]) == 1,
     ),
 )

@@ -26,13 +26,13 @@ class DpoFields(ApiModel):
     """Direct preference optimisation (DPO, arXiv:2305.18290): raises the chosen answer relative to the rejected one."""
 
     beta: float = Field(
-        default=0.1, ge=0.001, le=10.0, description="How strongly the adapter is held to the base: higher is closer."
+        default=0.1, ge=0.001, le=10.0, description="Strength of the penalty for deviating from the base model."
     )
     label_smoothing: float = Field(
         default=0.0,
         ge=0.0,
         le=0.49,
-        description="Share of the pairs that may stand the wrong way round (arXiv:2305.18290).",
+        description="Assumed share of pairs with swapped answers (arXiv:2305.18290).",
     )
 
 
@@ -40,7 +40,7 @@ class OrpoFields(ApiModel):
     """Odds ratio preference optimisation (ORPO, arXiv:2403.07691): learns chosen answers, penalises rejected ones."""
 
     weight: float = Field(
-        default=0.1, ge=0.001, le=10.0, description="Weight of the odds ratio beside the chosen answer's own loss (λ)."
+        default=0.1, ge=0.001, le=10.0, description="Weight of the odds ratio relative to the chosen answer's loss (λ)."
     )
 
 
@@ -51,10 +51,14 @@ class KtoFields(ApiModel):
     """
 
     beta: float = Field(
-        default=0.1, ge=0.001, le=10.0, description="How strongly the adapter is held to the base: higher is closer."
+        default=0.1, ge=0.001, le=10.0, description="Strength of the penalty for deviating from the base model."
     )
-    desirable_weight: float = Field(default=1.0, ge=0.01, le=100.0, description="Weight of a good answer's loss.")
-    undesirable_weight: float = Field(default=1.0, ge=0.01, le=100.0, description="Weight of a bad answer's loss.")
+    desirable_weight: float = Field(
+        default=1.0, ge=0.01, le=100.0, description="Weight of the loss of desirable answers."
+    )
+    undesirable_weight: float = Field(
+        default=1.0, ge=0.01, le=100.0, description="Weight of the loss of undesirable answers."
+    )
 
 
 class Objective(ApiModel):
@@ -63,15 +67,21 @@ class Objective(ApiModel):
     rules = (
         Rule(
             f"[{', '.join(f'has(self.{name})' for name in ObjectiveName)}].exists_one(given, given)",
-            "objective needs exactly one of sft, dpo, orpo and kto: keep one and remove the others",
+            "objective must have exactly one of sft, dpo, orpo and kto: keep one and remove the others",
             lambda self: len([name for name in ObjectiveName if getattr(self, name) is not None]) == 1,
         ),
     )
 
-    sft: SftFields | None = Field(default=None, description="Learn the answers as they stand.")
-    dpo: DpoFields | None = Field(default=None, description="Learn from pairs, held to the base.")
-    orpo: OrpoFields | None = Field(default=None, description="Learn from pairs, without the base as reference.")
-    kto: KtoFields | None = Field(default=None, description="Learn from answers marked as good or bad.")
+    sft: SftFields | None = Field(default=None, description="Supervised fine-tuning on the answers.")
+    dpo: DpoFields | None = Field(
+        default=None, description="Preference optimisation on pairs, with the base model as reference."
+    )
+    orpo: OrpoFields | None = Field(
+        default=None, description="Preference optimisation on pairs, without a reference model."
+    )
+    kto: KtoFields | None = Field(
+        default=None, description="Preference optimisation on answers labelled desirable or undesirable."
+    )
 
     @property
     def name(self) -> ObjectiveName:

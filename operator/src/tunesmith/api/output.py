@@ -17,8 +17,8 @@ Repository = Annotated[
     Field(max_length=193),
     StringPattern(
         r"^[A-Za-z0-9_]+([-.][A-Za-z0-9_]+)*/[A-Za-z0-9_]+([-.][A-Za-z0-9_]+)*$",
-        "a repository of the Hugging Face Hub is organisation/name, of letters, digits and '_' with single '-' or "
-        "'.' between them",
+        "a repository of the Hugging Face Hub is organisation/name, with letters, digits, '_', and single '-' or '.' "
+        "between them",
     ),
 ]
 
@@ -44,7 +44,7 @@ class Export(ApiModel):
     rules = (
         Rule(
             "has(self.uri) != has(self.hub)",
-            "an entry of output.exports needs exactly one of uri and hub: keep one, remove the other",
+            "an entry of output.exports must have exactly one of uri and hub: remove the other",
             lambda self: (self.uri is None) != (self.hub is None),
         ),
         *optional_uri_rules,
@@ -56,17 +56,17 @@ class Export(ApiModel):
     )
     hub: Repository | None = Field(
         default=None,
-        description="Model repository of the Hugging Face Hub, organisation/name; made, and private, where there is "
-        "none. One commit holds the whole copy.",
+        description="Model repository of the Hugging Face Hub, organisation/name. It is created as private if it does "
+        "not exist. The copy is one commit.",
     )
     secret_ref: SecretReference | None = Field(
         default=None,
-        description="Credentials that may write there: those of a store, or HF_TOKEN of the Hub; absent: those of the "
-        "store.",
+        description="Credentials with write access to the destination: those of a store, or HF_TOKEN of the Hub. "
+        "Absent: those of the store.",
     )
 
     @property
-    def place(self) -> str:
+    def destination(self) -> str:
         """Uri of the destination."""
         return self.uri or f"hf://{self.hub}"
 
@@ -84,35 +84,35 @@ class Output(ApiModel):
 
     rules = (
         Rule(
-            "!has(self.exports) || self.exports.all(one, self.exports.filter(other, has(one.uri) ? has(other.uri) && "
-            "other.uri == one.uri : has(one.hub) && has(other.hub) && other.hub == one.hub).size() < 2)",
-            "two entries of output.exports name the same place: remove one",
-            lambda self: len({export.place for export in self.exports or []}) == len(self.exports or []),
+            "!has(self.exports) || self.exports.all(copy, self.exports.filter(other, has(copy.uri) ? has(other.uri) && "
+            "other.uri == copy.uri : has(copy.hub) && has(other.hub) && other.hub == copy.hub).size() < 2)",
+            "two entries of output.exports have the same destination: remove one of them",
+            lambda self: len({export.destination for export in self.exports or []}) == len(self.exports or []),
         ),
     )
 
     merge: Merge = Field(
         default=Merge.NONE,
-        description="Full weights, in the folder merged beside the artifact, with their measured distance from what "
-        "was trained: Original merges into the base as published, Dequantized (of a base in 4 bits) into that base "
-        "turned back, which is what was trained on. Never merged in 4 bits.",
+        description="Merged model, written to the folder merged next to the artifact, with its measured distance from "
+        "the trained model. None: not written. Original: the adapter is merged into the original base model. "
+        "Dequantized: it is merged into the dequantized 4-bit base model on which it was trained.",
     )
     exports: list[Export] | None = Field(
         default=None,
         min_length=1,
         max_length=8,
-        description="Places that get a copy of the artifact once it is published, with the merged model as its folder "
-        "merged. What is served is always the artifact in the store. A copy that fails does not fail the job; "
-        "nothing is copied where a gate failed.",
+        description="Destinations of copies of the published artifact, including the merged model as its folder "
+        "merged. Pools always serve the artifact in the store. A failed copy does not fail the job. "
+        "Nothing is copied if a gate failed.",
     )
     reporting: list[Tracker] | None = Field(
         default=None,
         max_length=3,
         json_schema_extra={"x-kubernetes-list-type": "set"},
-        description="Trackers that get the metrics of each step: TensorBoard writes event files into the folder "
-        "tensorboard beside the artifact; MLflow and WandB (Weights & Biases) take address and key from the Secret "
-        f"{REPORTING_SECRET} of the namespace, in a local run from the environment. One that cannot be reached never "
-        "stops the job. Absent: none.",
+        description="Trackers to which the metrics of each step are reported. TensorBoard: event files in the folder "
+        "tensorboard next to the artifact. MLflow, WandB (Weights & Biases): address and key are read from the Secret "
+        f"{REPORTING_SECRET} of the namespace, or from the environment in a local run. An unreachable tracker does "
+        "not fail the job. Absent: none.",
     )
 
     @property

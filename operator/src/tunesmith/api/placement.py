@@ -76,15 +76,13 @@ class Resources(ApiModel):
             # `has`: the API server checks the default {} of resources before it fills in the defaults inside.
             "!has(self.memory) || !isQuantity(string(self.memory)) || "
             f"quantity(string(self.memory)).compareTo(quantity('{MIN_MEMORY}')) >= 0",
-            f"resources.memory is less than {MIN_MEMORY}: write its unit, as in 8Gi",
+            f"resources.memory is less than {MIN_MEMORY}: add its unit, as in 8Gi",
             lambda self: quantity_value(self.memory) >= quantity_value(MIN_MEMORY),
         ),
     )
 
-    gpus: int = Field(default=1, ge=0, le=16, description="GPUs per pod. 0 runs on the CPU.")
-    gpu_resource: ExtendedResource = Field(
-        default="nvidia.com/gpu", description="Extended resource that stands for one GPU."
-    )
+    gpus: int = Field(default=1, ge=0, le=16, description="Number of GPUs per pod. 0: the pod runs on the CPU.")
+    gpu_resource: ExtendedResource = Field(default="nvidia.com/gpu", description="Extended resource of one GPU.")
     cpu: Quantity = Field(default="1", description="CPU request, as a Kubernetes quantity.")
     memory: Quantity = Field(default="8Gi", description="Memory request and limit, as a Kubernetes quantity.")
 
@@ -103,8 +101,7 @@ class TrainingResources(Resources):
         *Resources.rules,
         Rule(
             "!has(self.dataParallelism) || (has(self.gpus) ? self.gpus : 1) > 1 || (has(self.nodes) && self.nodes > 1)",
-            "resources.dataParallelism is about several processes, and there is one: remove it, or set gpus or nodes "
-            "to 2 or more",
+            "resources.dataParallelism needs several processes: remove it, or set gpus or nodes to 2 or more",
             lambda self: self.data_parallelism is None or self.ranks > 1,
         ),
     )
@@ -113,15 +110,15 @@ class TrainingResources(Resources):
         default=1,
         ge=1,
         le=64,
-        description="Pods that train together, on nodes of their own where there are enough; each gets gpus, cpu and "
-        "memory.",
+        description="Number of pods that train together, on separate nodes if possible. gpus, cpu and memory are per "
+        "pod.",
     )
 
     data_parallelism: DataParallelism | None = Field(
         default=None,
-        description="What each of several GPUs holds: DDP all of the base model, FSDP2 an equal part of every layer, "
-        "which is gathered while the layer is computed: slower, and for base models that one GPU does not hold. "
-        "Absent: FSDP2 where the job fits into the GPUs only so.",
+        description="Distribution of the base model over several GPUs. DDP: each GPU has a full copy. FSDP2: each GPU "
+        "has a shard of every layer, which is gathered when the layer is computed; slower, for base models that do not "
+        "fit on one GPU. Absent: FSDP2 if the job fits only with it, otherwise DDP.",
     )
 
     @property
@@ -136,23 +133,23 @@ class Toleration(ApiModel):
     rules = (
         Rule(
             "self.operator != 'Exists' || !has(self.value)",
-            "a toleration with the operator Exists has no value: remove the value, or use Equal",
+            "a toleration with the operator Exists must not have a value: remove the value, or use Equal",
             lambda self: self.operator != "Exists" or self.value is None,
         ),
         Rule(
             "has(self.key) || self.operator == 'Exists'",
-            "a toleration without a key has the operator Exists: set it, or name the key",
+            "a toleration without a key must have the operator Exists: set the operator, or the key",
             lambda self: self.key is not None or self.operator == "Exists",
         ),
     )
 
-    key: str | None = Field(
-        default=None, min_length=1, max_length=317, description="Taint key; absent matches every key."
+    key: str | None = Field(default=None, min_length=1, max_length=317, description="Taint key. Absent: every key.")
+    operator: Literal["Exists", "Equal"] = Field(
+        default="Equal", description="Operator. Exists: any value. Equal: the given value."
     )
-    operator: Literal["Exists", "Equal"] = Field(default="Equal", description="Exists or Equal.")
     value: str | None = Field(default=None, max_length=63, description="Taint value, for Equal.")
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
-        default=None, description="Taint effect; absent matches every effect."
+        default=None, description="Taint effect. Absent: every effect."
     )
 
 
@@ -160,9 +157,9 @@ class Scheduling(ApiModel):
     """Constraints on the nodes of pods."""
 
     node_selector: dict[Annotated[str, Field(max_length=317)], LabelValue] | None = Field(
-        default=None, max_length=32, description="Labels a node must have."
+        default=None, max_length=32, description="Labels that a node must have."
     )
-    tolerations: list[Toleration] | None = Field(default=None, max_length=32, description="Taints that are tolerated.")
+    tolerations: list[Toleration] | None = Field(default=None, max_length=32, description="Tolerations of the pods.")
     priority_class_name: ResourceName | None = Field(default=None, description="PriorityClass of the pods.")
     runtime_class_name: ResourceName | None = Field(default=None, description="RuntimeClass of the pods.")
 
@@ -177,7 +174,7 @@ class TrainingScheduling(Scheduling):
     queue: LabelValue | None = Field(
         default=None,
         min_length=1,
-        description="Kueue LocalQueue of this namespace that admits the attempts; absent: they start at once.",
+        description="Kueue LocalQueue of the namespace that admits the attempts. Absent: attempts start immediately.",
     )
 
     def pod_fields(self) -> dict[str, Any]:

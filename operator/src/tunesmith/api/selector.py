@@ -42,15 +42,15 @@ class SelectorRequirement(ApiModel):
     rules = (
         Rule(
             "(self.operator in ['In', 'NotIn']) == (has(self.values) && size(self.values) > 0)",
-            "In and NotIn need values, Exists and DoesNotExist take none: change operator or values",
+            "In and NotIn require values, Exists and DoesNotExist must not have any: change operator or values",
             lambda self: (self.operator in _WITH_VALUES) == bool(self.values),
         ),
     )
 
     key: LabelKey = Field(description="Key of the label.")
     operator: SelectorOperator = Field(
-        description="In, NotIn: the value is, or is not, one of values; NotIn holds without the label as well. Exists, "
-        "DoesNotExist: the label is there, or not, whatever its value."
+        description="Operator. In: the label's value is in values. NotIn: it is not, or the label is absent. Exists: "
+        "the label is present. DoesNotExist: the label is absent."
     )
     values: list[LabelValue] | None = Field(default=None, max_length=32, description="Values for In and NotIn.")
 

@@ -42,7 +42,7 @@ replicas_or_autoscaling = Rule(
     # unchanged.
     "!has(self.autoscaling) || (oldSelf.hasValue() && self.replicas == oldSelf.value().replicas) || "
     "(self.replicas == 1 && !(oldSelf.hasValue() && has(oldSelf.value().autoscaling)))",
-    "replicas is decided by autoscaling: remove autoscaling first",
+    "replicas is set by autoscaling: remove autoscaling first",
     old=True,
 )
 
@@ -50,8 +50,10 @@ replicas_or_autoscaling = Rule(
 class EnvironmentVariable(ApiModel):
     """A variable of the engine's container."""
 
-    name: str = Field(min_length=1, max_length=128, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", description="Name.")
-    value: str = Field(default="", max_length=4096, description="Value. Not for secrets.")
+    name: str = Field(
+        min_length=1, max_length=128, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", description="Name of the variable."
+    )
+    value: str = Field(default="", max_length=4096, description="Value of the variable. Not for secrets.")
 
 
 class Engine(ApiModel):
@@ -61,7 +63,7 @@ class Engine(ApiModel):
     rules = (
         Rule(
             engine_arguments.ARGUMENTS_CEL,
-            "engine.args must not hold reserved arguments nor abbreviations of them: remove them; docs/requests.md "
+            "engine.args must not contain reserved arguments or abbreviations of them: remove them; docs/requests.md "
             "lists them with the reasons, and there are fields for most, such as engine.maxLoras",
             message_cel=engine_arguments.ARGUMENTS_MESSAGE_CEL,
         ),
@@ -72,39 +74,42 @@ class Engine(ApiModel):
         ),
         Rule(
             engine_arguments.SHORT_CEL,
-            "engine.args must not hold short forms: write the long name of each argument",
+            "engine.args must not contain short forms: write the long name of each argument",
         ),
         Rule(
             engine_arguments.VARIABLES_CEL,
-            "engine.env must not hold what the pool sets, loads code or opens the engine: remove it; reserved are "
+            "engine.env must not contain reserved variables: remove them; reserved are "
             + ", ".join(engine_arguments.RESERVED_VARIABLES),
         ),
     )
 
     image: str | None = Field(
-        default=None, min_length=1, max_length=512, description="vLLM's image. Absent: the installation's default."
+        default=None, min_length=1, max_length=512, description="Image of vLLM. Absent: the installation's default."
     )
     max_loras: int = Field(
-        default=8, ge=1, le=256, description="Adapters that one pod keeps resident (vLLM's --max-loras)."
+        default=8, ge=1, le=256, description="Maximum number of resident adapters per pod (vLLM's --max-loras)."
     )
     max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = Field(
-        default=64, description="Highest rank that is accepted (vLLM's --max-lora-rank)."
+        default=64, description="Maximum rank of an adapter (vLLM's --max-lora-rank)."
     )
     max_model_length: int | None = Field(
-        default=None, ge=16, le=10_000_000, description="Longest request, in tokens. Absent: the model's own limit."
+        default=None,
+        ge=16,
+        le=10_000_000,
+        description="Maximum length of a request with its answer, in tokens. Absent: the model's limit.",
     )
     data_type: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        default="auto", description="Precision of the weights."
+        default="auto", description="Data type of the weights."
     )
     kv_cache_memory: CacheSize | None = Field(
         default=None,
-        description="KV cache size. Absent: decided by vLLM; needed on a CPU.",
+        description="Size of the KV cache. Absent: chosen by vLLM. Required on a CPU.",
     )
     args: list[Annotated[str, Field(max_length=1024)]] | None = Field(
-        default=None, max_length=64, description="More arguments of `vllm serve`."
+        default=None, max_length=64, description="Additional arguments of `vllm serve`."
     )
     env: list[EnvironmentVariable] | None = Field(
-        default=None, max_length=64, description="More variables of the engine's container."
+        default=None, max_length=64, description="Additional environment variables of the engine's container."
     )
 
 
@@ -113,46 +118,47 @@ class PoolAutoscaling(ApiModel):
 
     rules = (min_below_max,)
 
-    min_replicas: int = Field(default=1, ge=1, le=1000, description="Fewest pods.")
-    max_replicas: int = Field(ge=1, le=1000, description="Most pods.")
+    min_replicas: int = Field(default=1, ge=1, le=1000, description="Minimum number of pods.")
+    max_replicas: int = Field(ge=1, le=1000, description="Maximum number of pods.")
     target_concurrency: int = Field(
         default=16,
         ge=1,
         le=10000,
-        description="Requests, of all adapters and the base, that one pod should handle at once.",
+        description="Target number of concurrent requests per pod, over all adapters and the base model.",
     )
     scale_down_delay_seconds: int = Field(
-        default=120, ge=0, le=86400, description="Seconds that fewer pods must be enough before one is removed."
+        default=120, ge=0, le=86400, description="Seconds for which fewer pods must suffice before one is removed."
     )
 
 
 class Requests(ApiModel):
-    """Limits on requests to the shared engine. Other requests are refused with 400 and an explanation."""
+    """Limits on requests to the shared engine. Other requests are rejected with status 400 and an explanation."""
 
     allow_prompt_logprobs: bool = Field(
         default=False,
-        description="Accept prompt_logprobs, and echo with logprobs: a long prompt takes memory for its whole length "
-        "times the vocabulary. Refused on CPUs in any case.",
+        description="Accept prompt_logprobs, and echo with logprobs: they take memory for the prompt's length "
+        "times the vocabulary. Always rejected on CPUs.",
     )
     allow_media_urls: bool = Field(
         default=False,
-        description="Let the engine fetch http:// and https:// images, sounds and videos that clients name; it can "
-        "reach what the pod can reach. data: URLs are always accepted.",
+        description="Allow the engine to download images, audio and video from http:// and https:// URLs of clients, "
+        "with the network access of the pod. data: URLs are always accepted.",
     )
     allow_chat_template: bool = Field(
         default=False,
-        description="Accept chat_template, which is a program that the engine runs for all clients, and any "
-        "chat_template_kwargs. Otherwise chat_template_kwargs takes at most 16 plain values: they are data for the "
-        "model's own template, such as enable_thinking.",
+        description="Accept chat_template, a program that runs in the shared engine, and any chat_template_kwargs. "
+        "Otherwise chat_template_kwargs accepts at most 16 plain values for the model's own template, such as "
+        "enable_thinking.",
     )
     max_tokens: int | None = Field(
         default=None,
         ge=1,
         le=10_000_000,
-        description="Most tokens of one answer; also for requests that name no limit. Absent: the model's length.",
+        description="Maximum number of tokens of an answer, also for requests without a limit. Absent: the model's "
+        "length.",
     )
     max_choices: int = Field(
-        default=16, ge=1, le=1024, description="Most sequences of one request: n or beams, times prompts."
+        default=16, ge=1, le=1024, description="Maximum number of sequences per request: n or beams, times prompts."
     )
 
 
@@ -161,9 +167,9 @@ class RollingUpdate(ApiModel):
 
     max_surge: Literal[0, 1] | None = Field(
         default=None,
-        description="1: a pod stops after its replacement is ready and holds its adapters, which takes room for one "
-        "more pod meanwhile; 0 is used if no node has room for 60 s. 0: it stops before. Absent: 1 for a pool of one "
-        "pod or where a node has room, otherwise 0.",
+        description="Number of additional pods during an update. 1: a pod stops after its replacement is ready and has "
+        "loaded the adapters; 0 is used if no node has room for 60 s. 0: a pod stops before its replacement starts. "
+        "Absent: 1 for a pool of one pod or if a node has room, otherwise 0.",
     )
 
 
@@ -173,7 +179,7 @@ class AllowedNamespaces(ApiModel):
     rules = (
         Rule(
             "(has(self.from) && self.from == 'Selector') == has(self.selector)",
-            "allowedNamespaces.selector belongs to from: Selector, which needs it: set both, or remove the selector",
+            "allowedNamespaces.selector and from: Selector require each other: set both, or remove the selector",
             lambda self: (self.from_ == "Selector") == (self.selector is not None),
         ),
     )
@@ -181,10 +187,12 @@ class AllowedNamespaces(ApiModel):
     from_: Literal["Same", "All", "Selector"] = Field(
         default="Same",
         alias="from",
-        description="Same: the pool's own namespace. All: every namespace. Selector: the pool's own, and those whose "
-        "labels match selector.",
+        description="Namespaces that are allowed. Same: the pool's own. All: every namespace. Selector: the pool's "
+        "own, and those whose labels match selector.",
     )
-    selector: LabelSelector | None = Field(default=None, description="Labels of namespaces, for from: Selector.")
+    selector: LabelSelector | None = Field(
+        default=None, description="Label selector of namespaces, for from: Selector."
+    )
 
     def admits(self, own: str, namespace: str, labels: Mapping[str, str] | None) -> bool:
         """Return True if a namespace may attach adapters and call the base.
@@ -205,30 +213,34 @@ class ServingPoolSpec(ApiModel):
     rules = (
         Rule(
             "self.baseModel == oldSelf.baseModel",
-            "baseModel is immutable: adapters belong to one base; create another ServingPool",
+            "baseModel is immutable, because adapters belong to it: create another ServingPool",
         ),
         Rule(
             "self.modelName == oldSelf.modelName",
-            "modelName is immutable: clients call the base under it; create another ServingPool",
+            "modelName is immutable, because clients use it: create another ServingPool",
         ),
         replicas_or_autoscaling,
     )
 
-    model_name: ModelName = Field(description="Name under which the base itself is callable.")
-    base_model: BaseModelSource = Field(description="The base model.")
-    engine: Engine = Field(default_factory=Engine, description="The vLLM server's settings.")
-    resources: Resources = Field(default_factory=Resources, description="What one engine container asks for.")
-    scheduling: Scheduling = Field(default_factory=Scheduling, description="Where the pods may run.")
-    replicas: int = Field(default=1, ge=0, le=1000, description="Pods. With autoscaling it must stay as it is.")
-    autoscaling: PoolAutoscaling | None = Field(default=None, description="Absent: replicas decides.")
+    model_name: ModelName = Field(description="Model name of the base model in clients' requests.")
+    base_model: BaseModelSource = Field(description="Base model of the pool.")
+    engine: Engine = Field(default_factory=Engine, description="Settings of the vLLM server.")
+    resources: Resources = Field(default_factory=Resources, description="Resources of each engine container.")
+    scheduling: Scheduling = Field(default_factory=Scheduling, description="Scheduling constraints of the pods.")
+    replicas: int = Field(default=1, ge=0, le=1000, description="Number of pods. Immutable while autoscaling is set.")
+    autoscaling: PoolAutoscaling | None = Field(
+        default=None, description="Autoscaling of the pods. Absent: replicas is used."
+    )
     drain_seconds: int = Field(
-        default=60, ge=0, le=3600, description="Seconds that a stopping pod waits for its running requests."
+        default=60, ge=0, le=3600, description="Seconds for which a terminating pod waits for its running requests."
     )
     rolling_update: RollingUpdate = Field(
         default_factory=RollingUpdate, description="Replacement of the pods when their template changes."
     )
-    allowed_namespaces: AllowedNamespaces = Field(default_factory=AllowedNamespaces, description="Who may attach.")
-    requests: Requests = Field(default_factory=Requests, description="What clients may ask of the shared engine.")
+    allowed_namespaces: AllowedNamespaces = Field(
+        default_factory=AllowedNamespaces, description="Namespaces that may attach adapters and call the base model."
+    )
+    requests: Requests = Field(default_factory=Requests, description="Limits on clients' requests.")
 
 
 class PoolPhase(StrEnum):
@@ -242,28 +254,32 @@ class PoolPhase(StrEnum):
 class ServingPoolStatus(StatusModel):
     """Observed state of a ServingPool."""
 
-    phase: PoolPhase | None = Field(default=None, description="Derived from the conditions.")
+    phase: PoolPhase | None = Field(
+        default=None,
+        description="Summary of the conditions. Pending: no pod is ready. Available: at least one pod is ready. "
+        "Degraded: a problem needs action; see reason.",
+    )
     reason: str | None = Field(
         default=None, max_length=64, description="Reason of the condition that the phase is derived from."
     )
     conditions: list[Condition] = Field(
         default_factory=list,
         max_length=16,
-        description="Available, Progressing, Degraded, Updated; with autoscaling ScalingActive.",
+        description="Conditions: Available, Progressing, Degraded, Updated and, with autoscaling, ScalingActive.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
     )
-    observed_generation: int | None = Field(default=None, description="The metadata.generation that was acted on.")
+    observed_generation: int | None = Field(default=None, description="Observed metadata.generation.")
     base_model_fingerprint: str | None = Field(
-        default=None, max_length=128, description="Content fingerprint of the base, as the pods report it."
+        default=None, max_length=128, description="Content fingerprint of the base model, as reported by the pods."
     )
-    desired_replicas: int | None = Field(default=None, description="Pods that are wanted now.")
-    desired_reason: str | None = Field(default=None, max_length=1024, description="Why that many.")
-    replicas: int | None = Field(default=None, description="Pods that exist.")
-    ready_replicas: int | None = Field(default=None, description="Pods that are ready.")
-    adapters: int | None = Field(default=None, description="AdapterDeployments that are attached.")
-    slots_used: int | None = Field(default=None, description="Adapter copies placed on the pods.")
-    slots_free: int | None = Field(default=None, description="Adapter copies that would still fit.")
-    selector: str | None = Field(default=None, max_length=256, description="Label selector for /scale.")
+    desired_replicas: int | None = Field(default=None, description="Desired number of pods.")
+    desired_reason: str | None = Field(default=None, max_length=1024, description="Reason for desiredReplicas.")
+    replicas: int | None = Field(default=None, description="Number of pods.")
+    ready_replicas: int | None = Field(default=None, description="Number of ready pods.")
+    adapters: int | None = Field(default=None, description="Number of attached AdapterDeployments.")
+    slots_used: int | None = Field(default=None, description="Number of used adapter slots of the pods.")
+    slots_free: int | None = Field(default=None, description="Number of free adapter slots of the pods.")
+    selector: str | None = Field(default=None, max_length=256, description="Label selector for the scale subresource.")
 
 
 class ServingPool(ApiModel):
@@ -273,7 +289,7 @@ class ServingPool(ApiModel):
     rules = (
         Rule(
             "size(self.metadata.name) <= 40",
-            "metadata.name must have at most 40 characters: names of pods are made from it",
+            "metadata.name must have at most 40 characters, because it is part of the names of pods",
             lambda self: len(self.metadata.name) <= MAX_NAME,
         ),
     )
@@ -290,5 +306,5 @@ class ServingPool(ApiModel):
 
     @property
     def model(self) -> str:
-        """Global id of the base, `<namespace>/<modelName>`."""
+        """Global ID of the base, `<namespace>/<modelName>`."""
         return f"{self.metadata.namespace}/{self.spec.model_name}"

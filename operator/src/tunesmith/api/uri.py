@@ -27,13 +27,13 @@ ExportUri = Annotated[
     Field(max_length=_MAX_URI),
     StringPattern(
         pattern(Use.EXPORT),
-        f"a copy goes to {examples(Use.EXPORT)}, without a slash at the end, or with hub: organisation/name to the "
-        "Hugging Face Hub",
+        f"a uri of a copy is {examples(Use.EXPORT)}, without a trailing slash; copies to the Hugging Face Hub use hub: "
+        "organisation/name",
     ),
 ]
 
-LOCAL_ONLY = f"file:// works only in a local run: tunesmith run; in a cluster use {prefixes(Use.BASE_MODEL)}"
-_PARENT_REFERENCE = "a uri must not contain '..': write the path itself"
+LOCAL_ONLY = f"file:// uris work only in a local run (tunesmith run): in a cluster use {prefixes(Use.BASE_MODEL)}"
+_PARENT_REFERENCE = "a uri must not contain '..': write the resolved path"
 _WITH_CREDENTIALS = [f"{scheme.name}://" for scheme in SCHEMES if scheme.credentials]
 _WITHOUT = [f"{scheme.name}://" for scheme in SCHEMES if not scheme.credentials and not scheme.local_only]
 
@@ -59,8 +59,8 @@ optional_uri_rules = (
 _WITHOUT_CEL = " || ".join(f"self.uri.startsWith('{prefix}')" for prefix in _WITHOUT)
 secret_rule = Rule(
     f"!has(self.secretRef) || !({_WITHOUT_CEL})",
-    f"a secretRef gives the credentials of {listed(_WITH_CREDENTIALS, 'and')} uris; {listed(_WITHOUT, 'and')} uris are "
-    "read without any: remove the secretRef",
+    f"secretRef is only for {listed(_WITH_CREDENTIALS, 'and')} uris; {listed(_WITHOUT, 'and')} uris are read without "
+    "credentials: remove the secretRef",
     lambda self: self.secret_ref is None or not self.uri.startswith(tuple(_WITHOUT)),
 )
 """Rule of every model with a `uri` and a `secretRef`."""

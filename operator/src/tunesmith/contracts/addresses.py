@@ -45,7 +45,9 @@ def parse_networks(text: str) -> tuple[IPNetwork, ...]:
         try:
             networks.append(ipaddress.ip_network(part))
         except ValueError as error:
-            raise ValueError(f"{part!r} is no network such as 10.96.0.0/16, 10.0.0.7/32 or fd00::/8: {error}") from None
+            raise ValueError(
+                f"{part!r} is not a network such as 10.96.0.0/16, 10.0.0.7/32 or fd00::/8: {error}"
+            ) from None
     return tuple(networks)
 
 
@@ -57,7 +59,7 @@ def refused_kind(address: IPAddress, allowed: Iterable[IPNetwork]) -> str | None
     embedded = _embedded_ipv4(address)
     plain = embedded if embedded is not None else address
     kind = _kind(plain)
-    if kind is None or any(one in network for network in allowed for one in (address, plain)):
+    if kind is None or any(candidate in network for network in allowed for candidate in (address, plain)):
         return None
     return kind
 
@@ -76,8 +78,8 @@ def _kind(address: IPAddress) -> str | None:
     if address.is_loopback or address.is_unspecified:
         return "an address of the pod itself"
     if address.is_link_local or address == _AZURE_HOST:
-        return "an address where clouds have their metadata"
+        return "a link-local or cloud metadata address"
     if address.is_multicast:
         return "a multicast address"
     public = address.is_global and not any(address in network for network in _SPECIAL)
-    return None if public else "an address of the private networks that clusters have"
+    return None if public else "an address of a private network"

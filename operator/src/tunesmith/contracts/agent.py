@@ -23,7 +23,7 @@ STALE_AFTER_SECONDS = 3.0
 HEARTBEAT_SECONDS = 1.0
 
 
-METRICS_REFUSAL = "metrics need the token of the Secret tunesmith-metrics-token in the release's namespace\n"
+METRICS_REFUSAL = "metrics require the token in the Secret tunesmith-metrics-token of the release's namespace\n"
 Keys = tuple[bytes, ...]
 """A key and its predecessors, newest first. There are several while the installation key is being rotated: clients
 present the newest accepted one, and servers accept all. A file has one key per line, in this order."""
@@ -39,9 +39,11 @@ def parse_keys(content: bytes) -> Keys:
     """
     keys = tuple(line.strip() for line in content.splitlines() if line.strip())
     if not keys:
-        raise ValueError("there is no key")
+        raise ValueError("the file contains no key")
     if len(keys) > _MAX_KEYS:
-        raise ValueError(f"there are {len(keys)} keys, at most {_MAX_KEYS} are expected: the current and the previous")
+        raise ValueError(
+            f"the file contains {len(keys)} keys; at most {_MAX_KEYS} are allowed: the current and the previous one"
+        )
     if min(map(len, keys)) < _MIN_KEY_LENGTH:
         raise ValueError(f"a key is shorter than {_MIN_KEY_LENGTH} characters")
     return keys
@@ -133,7 +135,7 @@ def _hex(key: bytes, purpose: str) -> str:
 MAX_MESSAGE = 1000
 """Longest message of an agent, in characters."""
 MAX_DESIRED_ADAPTERS = 1024
-"""Highest number of revisions that one pod may be asked to hold."""
+"""Highest number of desired revisions of one pod."""
 MAX_ADAPTERS = 2048
 """Highest number of revisions on one pod, with those still being unloaded."""
 MAX_MODELS = 20_000
@@ -159,7 +161,7 @@ Message = Annotated[str, BeforeValidator(lambda text: text[:MAX_MESSAGE] if isin
 
 
 class DesiredAdapter(_WireModel):
-    """A revision that a pod should hold."""
+    """Desired revision of a pod."""
 
     engine_name: EngineName
     digest: Digest
@@ -215,12 +217,11 @@ class PodHeader(_WireModel):
     draining: bool = False
     problem: Message = Field(
         default="",
-        description="Why the pod must not get requests although its engine answers /health; empty: nothing is known "
-        "against it.",
+        description="Reason why the pod must not receive requests although its engine answers /health; empty: none.",
     )
     stalled: Message = Field(
         default="",
-        description="Why the pod gets no requests for now although it keeps its adapters; empty: its engine computes.",
+        description="Reason why the pod temporarily receives no requests although it keeps its adapters; empty: none.",
     )
 
 
@@ -246,8 +247,10 @@ class PodEvent(PodHeader):
 class AdapterDemand(_WireModel):
     """Requests for one model at one gateway replica."""
 
-    running: int = Field(default=0, ge=0, le=MAX_REQUESTS, description="Forwarded to a pod and not finished.")
-    waiting: int = Field(default=0, ge=0, le=MAX_REQUESTS, description="Held by the gateway.")
+    running: int = Field(
+        default=0, ge=0, le=MAX_REQUESTS, description="Requests that were forwarded to a pod and have not finished."
+    )
+    waiting: int = Field(default=0, ge=0, le=MAX_REQUESTS, description="Requests that wait in the gateway.")
 
 
 class GatewayDemand(_WireModel):
@@ -256,7 +259,7 @@ class GatewayDemand(_WireModel):
     models: dict[Annotated[str, Field(max_length=200)], AdapterDemand] = Field(
         default_factory=dict,
         max_length=MAX_MODELS,
-        description="By global id, <namespace>/<modelName>, of adapters and of pools' bases.",
+        description="Demand by global ID, <namespace>/<modelName>, of adapters and base models.",
     )
 
 

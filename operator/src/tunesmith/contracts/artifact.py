@@ -30,14 +30,16 @@ class ArtifactBase(StatusModel):
 class ArtifactAdapter(StatusModel):
     """Properties of the adapter that the engine must support."""
 
-    method: str = Field(description="Its name in the manifest, such as lora.")
-    rank: int | None = Field(default=None, ge=1, description="As it was saved; absent where the method has none.")
+    method: str = Field(description="Name of the method in the manifest, such as lora.")
+    rank: int | None = Field(
+        default=None, ge=1, description="Rank of the saved adapter; absent for methods without a rank."
+    )
     alpha: float | None = None
     target_modules: list[str]
     relative_logit_error: float | None = Field(
         default=None,
-        description="Distance of the saved adapter, at the serving precision on the base as published, from what was "
-        "trained: norm of the difference of logits over their norm.",
+        description="Relative error of the saved adapter's logits, at the serving precision on the original base "
+        "model, compared with the trained model.",
     )
 
 
@@ -50,7 +52,7 @@ class ArtifactManifest(StatusModel):
     adapter: ArtifactAdapter
     dataset_digest: str
     spec_digest: str | None = Field(
-        default=None, description="SHA-256 of what in the job's spec determines the result."
+        default=None, description="SHA-256 of the fields of the job's spec that determine the result."
     )
     hyperparameters: dict[str, Any]
     versions: dict[str, str]

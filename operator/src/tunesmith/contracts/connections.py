@@ -42,7 +42,7 @@ class AddressRefusedError(PermissionError):
 
     def __init__(self, explanation: str) -> None:
         # Constant: for a name with several addresses some libraries keep a single exception only if all are equal.
-        super().__init__("this address may not be reached")
+        super().__init__("connection to a refused address")
         self.explanation = explanation
 
 
@@ -69,13 +69,12 @@ class _Guard:
         try:
             plain = ipaddress.ip_address(host.partition("%")[0])
         except ValueError:  # a name, which would be resolved after this check
-            raise AddressRefusedError(f"{host}, a name, where only an address can be checked") from None
+            raise AddressRefusedError(f"{host}, a host name, which cannot be checked; use an address") from None
         kind = refused_kind(plain, self.allowed)
         if kind is not None:
             raise AddressRefusedError(
-                f"{host}, {kind}, which jobs and pools may not reach: correct the address "
-                "or, if it is meant, ask the platform to list "
-                "it in the chart's value trainer.allowedAddresses"
+                f"{host}, {kind}, which jobs and pools may not reach: correct the address, or "
+                "ask the platform's administrators to add it to the chart's value trainer.allowedAddresses"
             )
 
 

@@ -113,7 +113,7 @@ def _tensors(folder: ModelFolder, weights: list[str]) -> list[tuple[str, str, tu
             size = header_length(folder.read(file, 0, LENGTH_BYTES), None)
             text = folder.read(file, LENGTH_BYTES, size)
             if len(text) != size:
-                raise ValueError("ends within its header: copy it again")  # noqa: TRY301 - as every other damage
+                raise ValueError("is truncated within its header: copy it again")  # noqa: TRY301 - as every other damage
             tensors = parse_header(text, None)
         except ValueError as error:
             raise ValueError(f"{file} of the base model {error}") from None
@@ -126,6 +126,8 @@ def _tensors(folder: ModelFolder, weights: list[str]) -> list[tuple[str, str, tu
             )
             sample = b"".join(folder.read(file, offset, length) for offset in offsets)
             if len(sample) != length * len(offsets):
-                raise ValueError(f"{file} of the base model ends before the data of tensor {name}: copy it again")
+                raise ValueError(
+                    f"{file} of the base model is truncated before the end of tensor {name}: copy it again"
+                )
             found.append((name, tensor.dtype, tensor.shape, sample))
     return found

@@ -45,5 +45,5 @@ class KeyFile:
                     self._keys, self._content = parse_keys(content), content
                     _log.info("read new keys from %s", self._path)
             except (OSError, ValueError) as error:
-                _log.warning("%s keeps its last keys: %s", self._path, error)
+                _log.warning("keeping the last keys of %s: %s", self._path, error)
         return self._keys

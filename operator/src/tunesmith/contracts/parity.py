@@ -21,16 +21,16 @@ class TokenLogProbability(StatusModel):
 class ParityPosition(StatusModel):
     """Log-probabilities at one position of the answer, given all preceding tokens."""
 
-    chosen: float = Field(description="Log-probability of the answer's token.")
-    top: list[TokenLogProbability] = Field(description="The most probable tokens, most probable first.")
+    chosen: float = Field(description="Log-probability of the token in the answer.")
+    top: list[TokenLogProbability] = Field(description="Most probable tokens, in descending order.")
 
 
 class ParityProbe(StatusModel):
     """A prompt, an answer, and the log-probabilities of the answer's tokens."""
 
-    prompt: str = Field(description="The user's message; without a chat template, the text itself.")
+    prompt: str = Field(description="Message of the user; without a chat template, the text.")
     prompt_token_ids: list[int] = Field(min_length=1)
-    answer_token_ids: list[int] = Field(min_length=1, description="The adapter's answer, decoded greedily.")
+    answer_token_ids: list[int] = Field(min_length=1, description="Answer of the adapter, decoded greedily.")
     base: list[ParityPosition]
     adapter: list[ParityPosition]
 
@@ -39,5 +39,5 @@ class Parity(StatusModel):
     """Content of the file. To check an engine, send prompt and answer as token ids and compare log-probabilities."""
 
     schema_version: Literal[1] = 1
-    data_type: str = Field(description="Type of the weights that it was computed with, such as bfloat16.")
+    data_type: str = Field(description="Data type of the weights, such as bfloat16.")
     probes: list[ParityProbe]

@@ -1,4 +1,4 @@
-"""Quantities of resources that pods ask for."""
+"""Quantities of the resources that pods request."""
 
 from __future__ import annotations
 

@@ -26,9 +26,9 @@ class RefusalCause(StrEnum):
         member.fix = fix
         return member
 
-    QUOTA = "Quota", "delete what uses the quota, or ask for a larger one"
-    POLICY = "Policy", "change what the admission policy denies, or ask who owns it"
-    PERMISSION = "Permission", "give the operator the right that docs/reference/rbac.md lists"
+    QUOTA = "Quota", "delete objects that use the quota, or raise it"
+    POLICY = "Policy", "change the fields that the admission policy denies, or ask its owner"
+    PERMISSION = "Permission", "grant the operator the permission listed in docs/reference/rbac.md"
     INVALID = "Invalid", ""
     """The object itself is invalid: the same write is refused until the spec changes."""
     NAME_TAKEN = "NameTaken", ""
@@ -52,7 +52,7 @@ class Refusal:
     def sentence(self) -> str:
         """Sentence with the message, the fix, and the time of the next try."""
         fix = f"; {self.cause.fix}" if self.cause.fix else ""
-        return f"{self.message}{fix}; the operator tries again within {MAX_RETRY_SECONDS:.0f} s"
+        return f"{self.message}{fix}; retrying within {MAX_RETRY_SECONDS:.0f} s"
 
 
 def cause_of(message: str, *, forbidden: bool) -> RefusalCause:

@@ -92,7 +92,7 @@ def parse_header(text: bytes, size: int | None, max_tensors: int | None = None) 
             raise ValueError(f"is damaged: the bytes of {name} do not fit its shape or its neighbours")
         expected = tensor.end
     if size is not None and expected != size:
-        raise ValueError(f"is damaged: it has {size} bytes and its header describes {expected}")
+        raise ValueError(f"is damaged: it has {size} bytes, but its header describes {expected}")
     return tensors
 
 
@@ -113,7 +113,7 @@ def read_tensors(path: Path, *, limit: int = MAX_HEADER_BYTES, max_tensors: int 
 
 def _check_metadata(metadata: object) -> None:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("__metadata__ must be an object of texts")
+        raise ValueError("__metadata__ must be an object with string values")
 
 
 def _tensor(entry: dict[str, object], data: int) -> Tensor:

@@ -26,9 +26,7 @@ _TAINT = (
 
 _Names = Annotated[
     tuple[
-        Annotated[
-            str, SettingPattern(r"[A-Za-z0-9][-A-Za-z0-9._/]*\*?|\*", "a name, or the beginning of names followed by *")
-        ],
+        Annotated[str, SettingPattern(r"[A-Za-z0-9][-A-Za-z0-9._/]*\*?|\*", "a name, or a prefix followed by *")],
         ...,
     ],
     Field(max_length=MAX_ENTRIES),
@@ -42,19 +40,19 @@ _Taints = Annotated[
 
 
 class AllowedScheduling(BaseModel):
-    """Settings of the operator: the values that `spec.scheduling` and `resources.gpuResource` may have."""
+    """Settings of the operator: permitted values of `spec.scheduling` and `resources.gpuResource`."""
 
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     allowed_priority_classes: Annotated[_Names, ChartValue("scheduling.allowedPriorityClasses")] = ()
-    """PriorityClasses that jobs and pools may name; a name that ends in * allows every name with that prefix."""
+    """PriorityClasses that jobs and pools may use; a trailing * matches every suffix."""
     allowed_tolerations: Annotated[_Taints, ChartValue("scheduling.allowedTolerations")] = (
         "nvidia.com/gpu",
         "amd.com/gpu",
     )
     """Taints that jobs and pools may tolerate, each key[=value][:effect]."""
     allowed_runtime_classes: Annotated[_Names, ChartValue("scheduling.allowedRuntimeClasses")] = ("nvidia",)
-    """RuntimeClasses that jobs and pools may name."""
+    """RuntimeClasses that jobs and pools may use."""
     allowed_node_selectors: Annotated[_Names, ChartValue("scheduling.allowedNodeSelectorKeys")] = (
         "kubernetes.io/arch",
         "node.kubernetes.io/instance-type",
@@ -63,7 +61,7 @@ class AllowedScheduling(BaseModel):
         "nvidia.com/gpu.*",
         "nvidia.com/mig.*",
     )
-    """Keys of node labels by which jobs and pools may choose their nodes."""
+    """Keys of node labels that the nodeSelector of jobs and pools may contain."""
     allowed_gpu_resources: Annotated[_Names, ChartValue("scheduling.allowedGpuResources")] = (
         "nvidia.com/gpu*",
         "nvidia.com/mig-*",
@@ -110,14 +108,15 @@ def tolerates(taint: Mapping[str, Any], tolerations: Iterable[Toleration]) -> bo
 def _named(field: str, value: str | None, entries: Sequence[str], setting: str) -> str | None:
     if value is None or any(_matches(value, entry) for entry in entries):
         return None
-    return f"spec.scheduling.{field} names {value}, which {_not_allowed(entries, setting)}"
+    verb = "has the key" if field == "nodeSelector" else "is"
+    return f"spec.scheduling.{field} {verb} {value}, which {_not_allowed(entries, setting)}"
 
 
 def _gpu(resources: Resources, entries: Sequence[str]) -> str | None:
     value = resources.gpu_resource
     if not resources.gpus or any(_matches(value, entry) for entry in entries):
         return None
-    return f"spec.resources.gpuResource names {value}, which {_not_allowed(entries, 'GpuResources')}"
+    return f"spec.resources.gpuResource is {value}, which {_not_allowed(entries, 'GpuResources')}"
 
 
 def _toleration(number: int, toleration: Toleration, entries: Sequence[str]) -> str | None:

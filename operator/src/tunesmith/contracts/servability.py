@@ -124,13 +124,13 @@ def check_adapter_config(config: Mapping[str, Any]) -> LoraConfig:
     """
     if config.get("peft_type") not in SERVED_TYPES:
         raise UnservableError(
-            f"vLLM loads {', '.join(SERVED_TYPES)} adapters only, and this is {_shown(config.get('peft_type'))}",
+            f"vLLM loads {', '.join(SERVED_TYPES)} adapters only, not {_shown(config.get('peft_type'))}",
             ("peft_type",),
         )
     if config.get("task_type") is not None and config["task_type"] != "CAUSAL_LM":
-        raise UnservableError(f"the adapter's task is {_shown(config['task_type'])}; CAUSAL_LM is needed")
+        raise UnservableError(f"the adapter's task is {_shown(config['task_type'])}; it must be CAUSAL_LM")
     if used := _unsupported(config):
-        raise UnservableError(f"the adapter uses {', '.join(used.values())}; vLLM cannot serve that", tuple(used))
+        raise UnservableError(f"the adapter uses {', '.join(used.values())}; vLLM does not support that", tuple(used))
     for key, value in config.items():
         if key not in _ALLOWED:
             raise UnservableError(
@@ -138,7 +138,7 @@ def check_adapter_config(config: Mapping[str, Any]) -> LoraConfig:
             )
         fits, expected = _ALLOWED[key]
         if not fits(value):
-            raise UnservableError(f"{key} of {ADAPTER_CONFIG} must be {expected}, and is {_shown(value)}")
+            raise UnservableError(f"{key} of {ADAPTER_CONFIG} must be {expected}, not {_shown(value)}")
     missing = [key for key in ("r", "lora_alpha", "target_modules") if config.get(key) is None]
     if missing:
         raise UnservableError(f"{ADAPTER_CONFIG} has no {', no '.join(missing)}")
@@ -164,7 +164,7 @@ def check_rank(config: LoraConfig, max_rank: int, limit: str) -> None:
         UnservableError: the highest rank exceeds `max_rank`.
     """
     if config.highest_rank > max_rank:
-        raise UnservableError(f"the adapter's rank is {config.highest_rank} and {limit} is {max_rank}", ("r",))
+        raise UnservableError(f"the adapter's rank is {config.highest_rank}; {limit} is {max_rank}", ("r",))
 
 
 def split_tensor_name(name: str) -> tuple[str, Literal["A", "B"]]:
@@ -176,7 +176,8 @@ def split_tensor_name(name: str) -> tuple[str, Literal["A", "B"]]:
     suffix = next((suffix for suffix in TENSOR_SUFFIXES if name.endswith(suffix)), None)
     if suffix is None or not name.startswith(TENSOR_PREFIX):
         raise UnservableError(
-            f"the tensor {name} is none of a LoRA adapter: {TENSOR_PREFIX}<module>.lora_A.weight and lora_B are"
+            f"the tensor {name} is not one of a LoRA adapter: names are {TENSOR_PREFIX}<module>.lora_A.weight or "
+            "lora_B.weight"
         )
     return name.removeprefix(TENSOR_PREFIX).removesuffix(suffix), TENSOR_SUFFIXES[suffix]
 
@@ -192,10 +193,10 @@ def check_pairs(names: Iterable[str]) -> dict[str, dict[Literal["A", "B"], str]]
         module, matrix = split_tensor_name(name)
         matrices = modules.setdefault(module, {})
         if matrix in matrices:
-            raise UnservableError(f"{name} is there twice, as the weight of a layer and of an embedding")
+            raise UnservableError(f"{name} appears twice, as a weight of a layer and of an embedding")
         matrices[matrix] = name
     if not modules:
-        raise UnservableError(f"{ADAPTER_WEIGHTS} holds no tensors")
+        raise UnservableError(f"{ADAPTER_WEIGHTS} contains no tensors")
     for module, matrices in modules.items():
         if len(matrices) != len(set(TENSOR_SUFFIXES.values())):
             raise UnservableError(f"{module} has only one of lora_A and lora_B")
@@ -228,7 +229,7 @@ _UNSUPPORTED = {
     "monteclora_config": "MonteCLoRA",
     "kasa_config": "KaSA",
     "arrow_config": "Arrow",
-    "auto_map": "code of its own (auto_map)",
+    "auto_map": "custom code (auto_map)",
 }
 
 
@@ -287,7 +288,7 @@ def _is_pattern(fits: Callable[[object], bool]) -> Callable[[object], bool]:
 
 
 _FLAG = (_is_flag, "true or false")
-_TEXT = (_is_text, f"a text of at most {_MAX_TEXT} characters")
+_TEXT = (_is_text, f"a string of at most {_MAX_TEXT} characters")
 _SETTINGS = (_is_settings, "an object or null")
 _NAMES = (
     _are_names,

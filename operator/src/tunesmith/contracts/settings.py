@@ -120,7 +120,7 @@ class WorkloadSettings(BaseModel):
         Field(json_schema_extra={"pattern": f"^$|{store_pattern()}"}),
         ChartValue("store"),
     ]
-    """Bucket and folder where artifacts are published, such as s3://tunesmith/store."""
+    """Bucket and folder of the store in which artifacts are published, such as s3://tunesmith/store."""
     image_pull_policy: Annotated[Literal["Always", "IfNotPresent", "Never"], ChartValue("images.pullPolicy")] = (
         "IfNotPresent"
     )
@@ -131,4 +131,4 @@ class WorkloadSettings(BaseModel):
         COMMA_SEPARATED,
         ChartValue("trainer.allowedAddresses"),
     ] = ()
-    """Networks that pods of jobs and pools may reach beside public addresses, such as 10.0.0.7/32,fd00::/8."""
+    """Networks besides public addresses to which pods of jobs and pools may connect, such as 10.0.0.7/32,fd00::/8."""

@@ -232,7 +232,7 @@ class StatusBuilder:
             )
             status, reason = ConditionStatus.FALSE, FineTuneJobReason.EXPORT_FAILED
         else:
-            message = f"copies are at {', '.join(export.place for export in requested)}"
+            message = f"copies are at {', '.join(export.destination for export in requested)}"
             status, reason = ConditionStatus.TRUE, FineTuneJobReason.EXPORTED
         self._set(FineTuneJobCondition.EXPORTED, status, reason, message)
         return exports

@@ -95,8 +95,8 @@ def export_all(
     for export in job.spec.exports:
         result = gathered
         if result.reason is None:
-            result = _outcome(export.place, partial(_copy, job, export, stores, files, retry))
-        write_line(f"  copied to {export.place}" if result.reason is None else f"  not copied: {result.message}")
+            result = _outcome(export.destination, partial(_copy, job, export, stores, files, retry))
+        write_line(f"  copied to {export.destination}" if result.reason is None else f"  not copied: {result.message}")
         results.append(result)
     return results
 

@@ -29,7 +29,7 @@ class AdaLoraFields(MethodFields):
         *target_rules,
         Rule(
             "self.targetRank < self.initialRank",
-            "adaLora.targetRank must be less than adaLora.initialRank: ranks are only taken away",
+            "adaLora.targetRank must be less than adaLora.initialRank, because ranks are only reduced",
             lambda self: self.target_rank < self.initial_rank,
         ),
     )
@@ -46,13 +46,13 @@ class AdaLoraFields(MethodFields):
     modules_to_save: ModulesToSave = None
     # Fractions of the run; PEFT expects steps.
     warmup_ratio: Annotated[float, NOT_IN_PEFT] = Field(
-        default=0.1, ge=0.0, le=0.4, description="Share of the steps before ranks are taken away."
+        default=0.1, ge=0.0, le=0.4, description="Share of the steps at the start before ranks are reduced."
     )
     final_ratio: Annotated[float, NOT_IN_PEFT] = Field(
         default=0.2, ge=0.0, le=0.4, description="Share of the steps at the end in which ranks are fixed."
     )
     interval: Annotated[int, PeftName("deltaT")] = Field(
-        default=1, ge=1, le=10_000, description="Steps between two allocations of the ranks."
+        default=1, ge=1, le=10_000, description="Number of steps between two allocations of the ranks."
     )
     orthogonality: Annotated[float, PeftName("orth_reg_weight")] = Field(
         default=0.5, ge=0.001, le=10.0, description="Weight of the loss that keeps the matrices orthogonal."

@@ -92,7 +92,7 @@ NOT_IN_PEFT: Final = NotInPeft()
 
 @dataclass(frozen=True)
 class FieldCondition:
-    """A condition on a method's fields.
+    """Condition on a method's fields.
 
     Args:
         cel: CEL expression with `{fields}` as the placeholder for the fields' path; None: they only have to exist.

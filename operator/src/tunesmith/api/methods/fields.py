@@ -16,7 +16,7 @@ Alpha = Annotated[int, Field(ge=1, le=4096)]
 target_rules = (
     Rule(
         "!('all-linear' in self.targetModules) || size(self.targetModules) == 1",
-        "targetModules: all-linear stands for all of them; remove it or the other names",
+        "targetModules: all-linear includes all linear modules: remove it or the other names",
         lambda self: ALL_LINEAR not in self.target_modules or len(self.target_modules) == 1,
     ),
 )
@@ -26,7 +26,7 @@ TargetModules = Annotated[
     Field(
         min_length=1,
         max_length=64,
-        description="Linear modules that get an adapter, by name; all-linear for all but the head.",
+        description="Names of the linear modules with an adapter. all-linear: all except the output layer.",
     ),
     PeftName("target_modules", modules=True),
 ]
@@ -35,7 +35,8 @@ ModulesToSave = Annotated[
     Field(
         min_length=1,
         max_length=64,
-        description="Modules that are trained whole and saved with the adapter, such as lm_head. vLLM cannot serve it.",
+        description="Modules that are fully trained and saved with the adapter, such as lm_head. vLLM cannot serve "
+        "such an adapter.",
     ),
     PeftName("modules_to_save", modules=True),
 ]
@@ -48,15 +49,15 @@ class Quantization(ApiModel):
     """Quantisation of the frozen base in memory (QLoRA, arXiv:2305.14314)."""
 
     type: Literal["nf4"] = Field(default="nf4", description="4-bit NormalFloat.")
-    double_quantization: bool = Field(default=True, description="Quantise the quantisation constants too.")
+    double_quantization: bool = Field(default=True, description="Also quantise the quantisation constants.")
     compute_type: Literal["bfloat16", "float32"] | None = Field(
-        default=None, description="Type of the matrix products. Absent: bfloat16 on a GPU, float32 on a CPU."
+        default=None, description="Data type of matrix products. Absent: bfloat16 on a GPU, float32 on a CPU."
     )
 
 
 OptionalQuantization = Annotated[
     Quantization | None,
-    Field(description="Holds the frozen base in 4 bits. Absent: in its own precision."),
+    Field(description="Quantisation of the frozen base model to 4 bits. Absent: its own precision."),
     NOT_IN_PEFT,
 ]
 

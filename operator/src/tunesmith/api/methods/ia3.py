@@ -20,7 +20,7 @@ class Ia3Fields(MethodFields):
         Rule(
             "!has(self.feedforwardModules) || (has(self.targetModules) && "
             "self.feedforwardModules.all(name, name in self.targetModules))",
-            "ia3.feedforwardModules are some of ia3.targetModules: name them there too",
+            "ia3.feedforwardModules must be a subset of ia3.targetModules: add them to ia3.targetModules",
             lambda self: set(self.feedforward_modules or []) <= set(self.target_modules or []),
         ),
     )
@@ -29,12 +29,12 @@ class Ia3Fields(MethodFields):
         default=None,
         min_length=1,
         max_length=64,
-        description="Linear modules that get scales. Absent: those that PEFT names for the model's architecture.",
+        description="Linear modules with trained scales. Absent: PEFT's defaults for the model's architecture.",
     )
     feedforward_modules: Annotated[list[ModuleName] | None, PeftName("feedforward_modules", modules=True)] = Field(
         default=None,
         max_length=64,
-        description="Those of them whose input is scaled, not their output. Absent: as targetModules.",
+        description="Modules of targetModules whose input is scaled instead of their output. Absent: PEFT's defaults.",
     )
     modules_to_save: ModulesToSave = None
     quantization: OptionalQuantization = None

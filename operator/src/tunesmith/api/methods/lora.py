@@ -101,20 +101,20 @@ lora_rules = (
     *target_rules,
     Rule(
         f"!self.dora || self.initialization in {quoted(_WITH_DORA)}",
-        f"dora goes with initialization {', '.join(_WITH_DORA)}: choose one of them, or remove dora",
+        f"dora supports initialization {', '.join(_WITH_DORA)} only: use one of them, or remove dora",
         lambda self: not self.dora or self.initialization in _WITH_DORA,
     ),
     Rule(
         "self.initialization != 'Orthogonal' || self.rank % 2 == 0",
-        "initialization Orthogonal needs an even rank: change rank",
+        "initialization Orthogonal needs an even rank: change the rank",
         lambda self: self.initialization is not Initialization.ORTHOGONAL or self.rank % 2 == 0,
     ),
 )
 """Rules of lora and qlora."""
 in_4_bits_rule = Rule(
     f"self.initialization in {quoted(_IN_4_BITS)}",
-    f"qlora.initialization is {', '.join(_IN_4_BITS[:-1])} or {_IN_4_BITS[-1]}: the others need the base's "
-    "weights in full; use them with method.lora",
+    f"qlora.initialization must be {', '.join(_IN_4_BITS[:-1])} or {_IN_4_BITS[-1]}, because the others need "
+    "unquantized weights: use them with method.lora",
     lambda self: self.initialization in _IN_4_BITS,
 )
 SHARDED_INITIALIZATION = FieldCondition(
@@ -132,7 +132,7 @@ class LoraFields(MethodFields):
         *lora_rules,
         Rule(
             "self.initialization != 'LoftQ'",
-            "initialization LoftQ makes up for what 4 bits lose: use it with method.qlora",
+            "initialization LoftQ compensates for quantization: use it with method.qlora",
             lambda self: self.initialization is not Initialization.LOFTQ,
         ),
     )
@@ -148,13 +148,14 @@ class LoraFields(MethodFields):
     )
     dora: Annotated[bool, PeftName("use_dora")] = Field(
         default=False,
-        description="Train magnitude and direction apart (DoRA, arXiv:2402.09353). vLLM serves it merged only.",
+        description="Train magnitude and direction separately (DoRA, arXiv:2402.09353). vLLM can only serve the "
+        "merged model.",
     )
     rank_pattern: Annotated[dict[ModuleName, Rank] | None, PeftName("rank_pattern")] = Field(
-        default=None, max_length=64, description="Ranks that differ from rank, by name of the module."
+        default=None, max_length=64, description="Ranks that differ from rank, by module name."
     )
     alpha_pattern: Annotated[dict[ModuleName, Alpha] | None, PeftName("alpha_pattern")] = Field(
-        default=None, max_length=64, description="Alphas that differ from alpha, by name of the module."
+        default=None, max_length=64, description="Alphas that differ from alpha, by module name."
     )
     modules_to_save: ModulesToSave = None
     initialization: Annotated[
@@ -162,9 +163,9 @@ class LoraFields(MethodFields):
         PeftName("init_lora_weights", {name: traits.peft for name, traits in INITIALIZATIONS.items()}),
     ] = Field(
         default=Initialization.DEFAULT,
-        description="How the matrices begin. EVA, CorDA and LoRAGA look at training rows first. PiSSA, FastPiSSA, "
-        "OLoRA, CorDA and LoRAGA change the base while training, LoftQ (qlora only) makes up for the 4 bits; they are "
-        "saved as plain LoRA of twice the rank, on the base as it was published.",
+        description="Initial values of the matrices. EVA, CorDA and LoRAGA are computed from training rows. PiSSA, "
+        "FastPiSSA, OLoRA, CorDA and LoRAGA change the base model during training and are saved as plain LoRA of twice "
+        "the rank, for the unchanged base model. LoftQ (qlora only) compensates for quantization.",
     )
 
     @property
@@ -177,5 +178,6 @@ class LoraFields(MethodFields):
         default=None,
         ge=1.0,
         le=128.0,
-        description="Learning rate of the B matrices over that of the A matrices (LoRA+, arXiv:2402.12354). Absent: 1.",
+        description="Ratio of the learning rate of the B matrices to that of the A matrices (LoRA+, "
+        "arXiv:2402.12354). Absent: 1.",
     )

@@ -86,7 +86,7 @@ def _bounded(config: dict[str, Any]) -> dict[str, Any]:
         if count > _MAX_CONFIG_VALUES:
             raise ValueError(f"method.peft.config has more than {_MAX_CONFIG_VALUES} values: remove some")
     if any(isinstance(node, dict | list) and node for node in level):
-        raise ValueError(f"method.peft.config is nested more than {_MAX_CONFIG_DEPTH} levels deep: no field of PEFT is")
+        raise ValueError(f"method.peft.config is nested more than {_MAX_CONFIG_DEPTH} levels deep: flatten it")
     return config
 
 
@@ -99,7 +99,7 @@ class PeftFields(MethodFields):
     config: Annotated[dict[str, Any], AfterValidator(_bounded), NOT_IN_PEFT] = Field(
         default={},
         max_length=64,
-        description="Fields of PEFT's own config class, as PEFT names them. Those that take paths are refused.",
+        description="Fields of PEFT's configuration class, under PEFT's names. Fields with paths are rejected.",
         json_schema_extra={"x-kubernetes-preserve-unknown-fields": True},
     )
     quantization: OptionalQuantization = None

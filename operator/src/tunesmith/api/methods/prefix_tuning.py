@@ -22,8 +22,8 @@ class PrefixTuningFields(VirtualTokensFields):
     )
 
     projection: Annotated[bool, PeftName("prefix_projection")] = Field(
-        default=False, description="Make them with a small network, left out of the artifact."
+        default=False, description="Compute the vectors with a small network, which is not part of the artifact."
     )
     encoder_hidden_size: Annotated[int | None, PeftName("encoder_hidden_size")] = Field(
-        default=None, ge=1, le=65536, description="Width of that network. Absent: the model's hidden size."
+        default=None, ge=1, le=65536, description="Width of the network. Absent: the model's hidden size."
     )

@@ -27,7 +27,7 @@ class PromptTuningFields(VirtualTokensFields):
         default=None,
         min_length=1,
         max_length=4096,
-        description="Text whose embeddings they begin as. Absent: those of tokens at random.",
+        description="Text whose embeddings are the initial values. Absent: those of random tokens.",
     )
 
     def peft_values_of_run(self, total_steps: int, base_model: str) -> dict[str, Any]:  # noqa: ARG002 - as in the base class

@@ -22,5 +22,5 @@ class QloraFields(LoraFields):
     rules = (*lora_rules, in_4_bits_rule)
 
     quantization: Annotated[Quantization, NOT_IN_PEFT] = Field(
-        default_factory=Quantization, description="How the base is quantised."
+        default_factory=Quantization, description="Quantisation of the base model."
     )
