@@ -1,4 +1,4 @@
-"""What a request to a shared engine may ask; each parameter against real vLLM is in test_engine_parameters.py."""
+"""Parameters that a request to a shared engine may set; test_serving_pod.py sends them to real vLLM."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ def module() -> Iterator[ModuleType]:
     sys.path.remove(str(FOLDER))
 
 
-def ask(module: ModuleType, route: str = CHAT, version: str = GPU, policy: Any = None, **parameters: Any) -> Any:
+def checked(module: ModuleType, route: str = CHAT, version: str = GPU, policy: Any = None, **parameters: Any) -> Any:
+    checks = importlib.import_module("tunesmith_checks")
     body = {"model": "m", **({"messages": MESSAGES} if route == CHAT else {"prompt": "hello"}), **parameters}
-    return module.refusal(route, body, module.Policy.parse(json.dumps(policy or {}), version))
+    return module.request_refusal(route, body, checks.Policy.parse(json.dumps(policy or {}), version))
 
 
-def test_the_middleware_needs_the_standard_library_only() -> None:
+def test_the_middleware_imports_the_standard_library_only() -> None:
     # tunesmith_server is imported for annotations only; test_serving_pod.py runs the modules without it.
     names = {path.stem for path in FOLDER.glob("tunesmith_*.py")} | {"__future__", "tunesmith_server"}
     for path in FOLDER.glob("tunesmith_*.py"):
@@ -68,7 +69,7 @@ def test_every_parameter_of_vllm_is_in_the_table(module: ModuleType, route: str,
     }
     assert len(fields) > 40
     known = {parameter for parameter, rows in module.PARAMETERS.items() if any(route in row.routes for row in rows)}
-    assert fields - known - {"_DEFAULT_SAMPLING_PARAMS"} == set(), "decide about them in tunesmith_parameters.py"
+    assert fields - known - {"_DEFAULT_SAMPLING_PARAMS"} == set(), "add them to the table in tunesmith_parameters.py"
 
 
 SERVED: list[tuple[str, dict[str, Any]]] = [
@@ -133,9 +134,9 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     (CHAT, {"top_logprobs": 21}, "top_logprobs", "from 0 to 20"),
     (COMPLETIONS, {"logprobs": True}, "logprobs", "from 0 to 20"),
     (COMPLETIONS, {"logprobs": -1}, "logprobs", "from 0 to 20"),
-    (CHAT, {"priority": -5}, "priority", "before the others"),
-    (CHAT, {"request_id": "x"}, "request_id", "same one"),
-    (CHAT, {"session_id": "x"}, "session_id", "same one"),
+    (CHAT, {"priority": -5}, "priority", "precedence over the others"),
+    (CHAT, {"request_id": "x"}, "request_id", "same value"),
+    (CHAT, {"session_id": "x"}, "session_id", "same value"),
     (CHAT, {"kv_transfer_params": {}}, "kv_transfer_params", "exchange their caches"),
     (CHAT, {"ec_transfer_params": {}}, "ec_transfer_params", "exchange their caches"),
     (CHAT, {"vllm_xargs": {"a": 1}}, "vllm_xargs", "extensions"),
@@ -174,7 +175,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     ),
     (CHAT, {"tools": [{"function": {"parameters": {"allOf": [{}] * 9}}}]}, "tools", "allOf of more than 8"),
     (CHAT, {"tools": [{"function": {}}] * 129}, "tools", "at most 128"),
-    (CHAT, {"tools": MANY_TOOLS, "tool_choice": "required"}, "tools", "32768 bytes where tool_choice"),
+    (CHAT, {"tools": MANY_TOOLS, "tool_choice": "required"}, "tools", "32768 bytes if tool_choice"),
     (CHAT, {"tools": MANY_TOOLS, "tool_choice": {"function": {"name": "f"}}}, "tools", "32768 bytes"),
     (CHAT, {"tools": [{"function": {"strict": True}}, *MANY_TOOLS]}, "tools", "32768 bytes"),
     (CHAT, {"tools": MANY_TOOLS * 4}, "tools", "262144 bytes"),
@@ -184,15 +185,15 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("route", "parameters"), SERVED)
-def test_what_clients_use_is_served(module: ModuleType, route: str, parameters: dict[str, Any]) -> None:
-    assert ask(module, route, **parameters) is None
+def test_common_requests_are_accepted(module: ModuleType, route: str, parameters: dict[str, Any]) -> None:
+    assert checked(module, route, **parameters) is None
 
 
 @pytest.mark.parametrize(("route", "parameters", "parameter", "sentence"), REFUSED)
-def test_what_a_shared_engine_cannot_take_is_refused_with_a_sentence(
+def test_requests_that_a_shared_engine_cannot_serve_are_refused(
     module: ModuleType, route: str, parameters: dict[str, Any], parameter: str, sentence: str
 ) -> None:
-    refusal = ask(module, route, **parameters)
+    refusal = checked(module, route, **parameters)
     assert refusal.parameter == parameter
     assert sentence in refusal.message
     assert refusal.message.endswith(".")
@@ -211,26 +212,26 @@ def test_what_a_shared_engine_cannot_take_is_refused_with_a_sentence(
         {"type": "image_url", "image_url": None, "uuid": "another-client's"},
     ],
 )
-def test_the_engine_fetches_nothing_for_clients(module: ModuleType, content: dict[str, Any]) -> None:
+def test_the_engine_fetches_no_urls_for_clients(module: ModuleType, content: dict[str, Any]) -> None:
     messages = [{"role": "system", "content": "x"}, {"role": "user", "content": [content]}]
-    assert ask(module, messages=messages).message.startswith("messages[1].content ")
+    assert checked(module, messages=messages).message.startswith("messages[1].content ")
 
 
 def test_a_pool_may_allow_more(module: ModuleType) -> None:
     url = [{"content": [{"type": "image_url", "image_url": {"url": "https://example.org/x.png"}}]}]
     file = [{"content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}]
-    assert ask(module, policy={"allowMediaUrls": True}, messages=url) is None
-    assert "neither a data: nor an http(s)" in ask(module, policy={"allowMediaUrls": True}, messages=file).message
-    assert ask(module, policy={"allowChatTemplate": True}, chat_template="{{ x }}") is None
-    assert ask(module, policy={"maxChoices": 100}, n=100) is None
-    assert "at most 64, the limit" in ask(module, policy={"maxTokens": 64}, max_completion_tokens=65).message
-    assert "at most 64, the limit" in ask(module, policy={"maxTokens": 64}, min_tokens=65).message
+    assert checked(module, policy={"allowMediaUrls": True}, messages=url) is None
+    assert "neither a data: nor an http(s)" in checked(module, policy={"allowMediaUrls": True}, messages=file).message
+    assert checked(module, policy={"allowChatTemplate": True}, chat_template="{{ x }}") is None
+    assert checked(module, policy={"maxChoices": 100}, n=100) is None
+    assert "at most 64, the limit" in checked(module, policy={"maxTokens": 64}, max_completion_tokens=65).message
+    assert "at most 64, the limit" in checked(module, policy={"maxTokens": 64}, min_tokens=65).message
 
 
 @pytest.mark.parametrize("parameters", [{"echo": True}, {"echo": True, "logprobs": True}, {"prompt_logprobs": 0}])
-def test_a_chat_that_is_echoed_asks_for_those_of_its_prompt(module: ModuleType, parameters: dict[str, Any]) -> None:
-    assert ask(module, CHAT, CPU, {"allowPromptLogprobs": True}, **parameters).code == "unsupported_by_engine"
-    refusal = ask(module, CHAT, GPU, **parameters)
+def test_an_echoed_chat_requests_prompt_log_probabilities(module: ModuleType, parameters: dict[str, Any]) -> None:
+    assert checked(module, CHAT, CPU, {"allowPromptLogprobs": True}, **parameters).code == "unsupported_by_engine"
+    refusal = checked(module, CHAT, GPU, **parameters)
     assert "requests.allowPromptLogprobs" in refusal.message
     assert refusal.parameter in parameters
 
@@ -238,8 +239,8 @@ def test_a_chat_that_is_echoed_asks_for_those_of_its_prompt(module: ModuleType, 
 @pytest.mark.parametrize("parameters", [{"prompt_logprobs": 1}, {"echo": True, "logprobs": 1}, {"prompt_logprobs": 0}])
 def test_log_probabilities_of_prompts_depend_on_pool_and_engine(module: ModuleType, parameters: dict[str, Any]) -> None:
     allowed = {"allowPromptLogprobs": True}
-    assert "requests.allowPromptLogprobs" in ask(module, COMPLETIONS, GPU, **parameters).message
-    assert ask(module, COMPLETIONS, GPU, allowed, **parameters) is None
-    refusal = ask(module, COMPLETIONS, CPU, allowed, **parameters)
+    assert "requests.allowPromptLogprobs" in checked(module, COMPLETIONS, GPU, **parameters).message
+    assert checked(module, COMPLETIONS, GPU, allowed, **parameters) is None
+    refusal = checked(module, COMPLETIONS, CPU, allowed, **parameters)
     assert refusal.code == "unsupported_by_engine"
     assert "runs on CPUs" in refusal.message

@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> None:
     try:
         os.execvp(command[0], command)  # noqa: S606 - the engine's own program
     except OSError as error:
-        raise SystemExit(f"vllm cannot be started ({error.strerror}): the engine's image must bring it.") from None
+        raise SystemExit(f"vllm cannot be started ({error.strerror}): the engine's image must contain it.") from None
 
 
 if __name__ == "__main__":

@@ -2,14 +2,14 @@
 
 It requires this pod's token on every route except `GET /health`, reserves the routes that clients do not need for the
 agent, makes `model` mandatory (without it vLLM answers with the base model), refuses requests that a shared engine
-cannot take, counts requests and tokens per model, and refuses new work while draining. It runs inside vLLM's
+cannot serve, counts requests and tokens per model, and refuses new work while draining. It runs inside vLLM's
 interpreter, so it uses the standard library only. Its state belongs to one process: vLLM must run with one API server.
 
 The environment is read when the module is imported, so that vLLM does not start without it:
     TUNESMITH_SERVING_KEY_FILE: file with the pool's serving keys, one per line, newest first; reread when it changes.
     TUNESMITH_POD_UID: UID of this pod. A client's token is the HMAC-SHA256 of the UID under a serving key.
     TUNESMITH_ADMIN_TOKEN_FILE: file with the agent's token.
-    TUNESMITH_REQUESTS: JSON of the pool's `spec.requests`; absent: the defaults. See tunesmith_parameters.
+    TUNESMITH_REQUESTS: JSON of the pool's `spec.requests`; absent: the defaults. See tunesmith_checks.Policy.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, MutableMapping
 
-    from tunesmith_server.middleware import tunesmith_parameters
+    from tunesmith_server.middleware import tunesmith_checks, tunesmith_parameters
 
     Scope = MutableMapping[str, Any]
     Message = MutableMapping[str, Any]
@@ -38,7 +38,9 @@ if TYPE_CHECKING:
     Send = Callable[[Message], Awaitable[None]]
     App = Callable[[Scope, Receive, Send], Awaitable[None]]
 else:
-    import tunesmith_parameters  # beside this file, which the agent puts on the engine's PYTHONPATH
+    # Beside this file, which the agent puts on the engine's PYTHONPATH.
+    import tunesmith_checks
+    import tunesmith_parameters
 
 MAX_BODY_BYTES = 32 * 1024 * 1024
 """Largest request body, in bytes; 413 above it."""
@@ -82,7 +84,7 @@ def _token(variable: str) -> bytes:
         ) from None
     if len(token) < MIN_TOKEN_LENGTH:
         raise SystemExit(
-            f"The token file {name} of {variable} holds {len(token)} characters, fewer than {MIN_TOKEN_LENGTH}: "
+            f"The token file {name} of {variable} contains {len(token)} characters, fewer than {MIN_TOKEN_LENGTH}: "
             "write a real token into it."
         )
     return token
@@ -95,9 +97,12 @@ class _ServingTokens:
         self._content = _token("TUNESMITH_SERVING_KEY_FILE")
         self._path = Path(os.environ["TUNESMITH_SERVING_KEY_FILE"])
         self._pod_uid = _variable("TUNESMITH_POD_UID", "the UID of this pod").encode()
-        self._tokens = self._derived(self._content)
+        self._tokens = self._derive(self._content)
         if not self._tokens:
-            raise SystemExit(f"The file {self._path} of TUNESMITH_SERVING_KEY_FILE holds no key: write one a line.")
+            raise SystemExit(
+                f"The file {self._path} of TUNESMITH_SERVING_KEY_FILE contains no keys of at least "
+                f"{MIN_TOKEN_LENGTH} characters: write one key per line into it."
+            )
         self._read_at = time.monotonic()
 
     def accept(self, token: bytes) -> bool:
@@ -110,15 +115,15 @@ class _ServingTokens:
         return any(equal)
 
     def _reread(self) -> None:
-        """Read the file again if it changed; if it is missing or damaged, the last tokens stay valid."""
+        """Read the file again if it changed; if it is missing or damaged, the previous tokens stay valid."""
         try:
             content = self._path.read_bytes().strip()
         except OSError:
             return
-        if content != self._content and (tokens := self._derived(content)):
+        if content != self._content and (tokens := self._derive(content)):
             self._content, self._tokens = content, tokens
 
-    def _derived(self, content: bytes) -> list[bytes]:
+    def _derive(self, content: bytes) -> list[bytes]:
         keys = [line.strip() for line in content.splitlines() if len(line.strip()) >= MIN_TOKEN_LENGTH]
         return [hmac.new(key, self._pod_uid, hashlib.sha256).hexdigest().encode() for key in keys]
 
@@ -130,9 +135,9 @@ def _engine_version() -> str:
         return ""
 
 
-def _policy() -> tunesmith_parameters.Policy:
+def _policy() -> tunesmith_checks.Policy:
     try:
-        return tunesmith_parameters.Policy.parse(os.environ.get("TUNESMITH_REQUESTS", "{}"), _engine_version())
+        return tunesmith_checks.Policy.parse(os.environ.get("TUNESMITH_REQUESTS", "{}"), _engine_version())
     except ValueError as error:
         raise SystemExit(
             f"The environment variable TUNESMITH_REQUESTS cannot be used: {error}. "
@@ -168,9 +173,9 @@ class Middleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
         if scope["type"] == "lifespan":
-            await self._app(scope, _end_of(scope, receive), send)
+            await self._app(scope, _guard_shutdown(scope, receive), send)
         elif scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008, "reason": "websockets are not served"})
+            await send({"type": "websocket.close", "code": 1008, "reason": "WebSockets are not supported"})
         else:
             await self._http(scope, receive, send)
 
@@ -226,7 +231,7 @@ class Middleware:
         their slots.
         """
         body = await _read_body(scope, receive) or b""
-        name, number = _registered(scope, body)
+        name, number = _registered_adapter(scope, body)
         reply: list[Message] = []
 
         async def keep(message: Message) -> None:
@@ -235,11 +240,11 @@ class Middleware:
         await self._app(scope, _replay(body, receive), keep)
         if number is not None and reply[0]["status"] == 200:  # noqa: PLR2004 - HTTP
             self._unloaded.setdefault(name, set()).add(number)
-            await self._free(scope, name)
+            await self._free_slots(scope, name)
         for message in reply:
             await send(message)
 
-    async def _free(self, scope: Scope, name: str) -> None:
+    async def _free_slots(self, scope: Scope, name: str) -> None:
         """Remove the unloaded adapters with a name from the engine, once none of their requests is running."""
         if self._in_flight.get(name):
             return
@@ -247,7 +252,7 @@ class Middleware:
             try:
                 await scope["app"].state.engine_client.remove_lora(number)
             except Exception as error:  # noqa: BLE001 - vLLM's own; the engine continues to serve
-                sys.stderr.write(f"tunesmith: the slot of the adapter {name} is not freed: {error!r}\n")
+                sys.stderr.write(f"tunesmith: the slot of the adapter {name} could not be freed:  {error!r}\n")
                 sys.stderr.flush()
 
     def _state(self) -> dict[str, Any]:
@@ -280,9 +285,9 @@ class Middleware:
                 param="model",
             )
             return
-        refused = tunesmith_parameters.refusal(_route(scope), document, POLICY)
-        if refused is not None:
-            await _refuse(send, 400, refused.code, refused.message, param=refused.parameter)
+        refusal = tunesmith_parameters.request_refusal(_route(scope), document, POLICY)
+        if refusal is not None:
+            await _refuse(send, 400, refusal.code, refusal.message, param=refusal.parameter)
             return
         # No await between the check and the count: a drain either refuses a request or waits for it.
         if self._draining:
@@ -294,9 +299,11 @@ class Middleware:
         observer = _Reply(send, self._count, model)
         if document.get("stream"):
             # Tokens are counted from the usage in every event; it is removed for a client that did not request it.
-            asked = document.get("stream_options") or {}
-            observer.hide_usage(final=not asked.get("include_usage"), others=not asked.get("continuous_usage_stats"))
-            document["stream_options"] = {**asked, "include_usage": True, "continuous_usage_stats": True}
+            requested = document.get("stream_options") or {}
+            observer.hide_usage(
+                final=not requested.get("include_usage"), others=not requested.get("continuous_usage_stats")
+            )
+            document["stream_options"] = {**requested, "include_usage": True, "continuous_usage_stats": True}
         # Pass on the checked document, not the client's bytes: another parser may read those differently.
         body = json.dumps(document).encode()
         scope = {
@@ -314,7 +321,7 @@ class Middleware:
             if not self._in_flight[model]:
                 del self._in_flight[model]
                 if model in self._unloaded:
-                    task = asyncio.create_task(self._free(scope, model))
+                    task = asyncio.create_task(self._free_slots(scope, model))
                     self._tasks.add(task)
                     task.add_done_callback(self._tasks.discard)
 
@@ -371,9 +378,9 @@ class _Reply:
         """Return the complete events so far, without the usage that the client did not request."""
         body, self._rest = self._rest + body, b""
         if not last and not body.endswith(b"\n\n"):
-            whole, found, rest = body.rpartition(b"\n\n")
+            complete, separator, rest = body.rpartition(b"\n\n")
             if len(rest) < _EVENT_BYTES:
-                body, self._rest = whole + found, rest
+                body, self._rest = complete + separator, rest
         if b'"usage"' not in body:
             return body
         events = body.split(b"\n\n")
@@ -407,7 +414,7 @@ class _Reply:
         return True
 
 
-def _registered(scope: Scope, body: bytes) -> tuple[str, int | None]:
+def _registered_adapter(scope: Scope, body: bytes) -> tuple[str, int | None]:
     """Return the name in the body of an unload request, and the engine's number of that adapter or None."""
     try:
         name = str(json.loads(body)["lora_name"])
@@ -416,7 +423,7 @@ def _registered(scope: Scope, body: bytes) -> tuple[str, int | None]:
         return "", None
 
 
-def _end_of(scope: Scope, receive: Receive) -> Receive:
+def _guard_shutdown(scope: Scope, receive: Receive) -> Receive:
     """Return a receive for the lifespan scope: a server that stops because its engine died must not exit with 0."""
 
     async def guarded() -> Message:
@@ -443,21 +450,21 @@ def _parse(body: bytes) -> dict[str, Any]:
     Raises:
         ValueError: the body is not such an object; the message continues "The request body …".
     """
-    if sum(map(body.count, (b",", b"[", b"{"))) > tunesmith_parameters.MAX_VALUES:
-        raise ValueError(f"has more than {tunesmith_parameters.MAX_VALUES} values")
+    if sum(map(body.count, (b",", b"[", b"{"))) > tunesmith_checks.MAX_VALUES:
+        raise ValueError(f"has more than {tunesmith_checks.MAX_VALUES} values")
     try:
         document = json.loads(body, parse_constant=_no_number)
         json.dumps(document, ensure_ascii=False).encode()
     except UnicodeError:
         raise ValueError("has characters that are not Unicode (a lone surrogate)") from None
     except RecursionError:
-        raise ValueError(f"nests deeper than {tunesmith_parameters.MAX_DEPTH} levels") from None
+        raise ValueError(f"nests deeper than {tunesmith_checks.MAX_DEPTH} levels") from None
     except ValueError:
         raise ValueError("is not JSON") from None
     if not isinstance(document, dict):
         raise ValueError("is not a JSON object")  # noqa: TRY004 - one kind of error for the caller
-    if tunesmith_parameters.too_deep(document):
-        raise ValueError(f"nests deeper than {tunesmith_parameters.MAX_DEPTH} levels")
+    if tunesmith_checks.too_deep(document):
+        raise ValueError(f"nests deeper than {tunesmith_checks.MAX_DEPTH} levels")
     return document
 
 
