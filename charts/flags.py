@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes what follows from the models of the programs' settings.
+"""Writes the files that are generated from the models of the programs' settings.
 
 - charts/tunesmith/templates/_flags.tpl: the flags of the operator and the gateway, from the chart's values;
 - the schemas of those values in charts/tunesmith/values.schema.json, whose other parts are written by hand;
@@ -89,7 +89,7 @@ def value_schemas() -> dict[str, Schema]:
     """Return the schema of each value of the chart that sets a field, by its path.
 
     Raises:
-        ValueError: two programs expect different things of one value.
+        ValueError: two programs have different schemas for one value.
     """
     found: dict[str, Schema] = {}
     for model in DEPLOYED.values():
@@ -103,13 +103,13 @@ def value_schemas() -> dict[str, Schema]:
             made = {"type": kept.pop("type"), **kept, "description": description_of(model, field)}
             if found.setdefault(place.path, made) != made:
                 raise ValueError(
-                    f"the programs expect different things of {place.path}: {made} and {found[place.path]}"
+                    f"the programs have different schemas for {place.path}:  {made} and {found[place.path]}"
                 )
     return found
 
 
 def schema() -> str:
-    """Return the schema of the chart's values, with those that set fields as their models have them."""
+    """Return the schema of the chart's values, in which values that set fields have the schemas of the models."""
     complete = json.loads(SCHEMA.read_text())
     for path, made in value_schemas().items():
         *sections, name = path.split(".")
@@ -122,11 +122,11 @@ def schema() -> str:
 
 
 def compact(value: object, indent: int = 0, before: int = 0) -> str:
-    """Return JSON in which an object that fits into its line is on one.
+    """Return JSON in which an object is on one line if it fits.
 
     Args:
-        value: what to write.
-        indent: of the line.
+        value: value to write.
+        indent: indentation of the line.
         before: characters on the line before the value.
     """
     line = json.dumps(value, ensure_ascii=False)

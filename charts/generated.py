@@ -1,4 +1,4 @@
-"""Writes generated files, or checks that they are current; for the programs that make them."""
+"""Writes generated files, or checks that they are current; used by the generators."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def write_or_check(contents: Mapping[Path, str], source: str) -> int:
 
     Args:
         contents: wanted text by file.
-        source: what the files are made from, for the sentence about one that differs.
+        source: source of the files, for the message about a file that differs.
 
     Returns:
         The exit code: 1 if a file differs and `--check` was given, otherwise 0.

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Writes docs/reference/rbac.md: who can do what to which object, from the rendered chart `tunesmith`.
+"""Writes docs/reference/rbac.md, the rights of every role and service account, from the rendered chart `tunesmith`.
 
-helm comes from .cluster/bin or PATH; where neither has it, it is built as for the local cluster. With `--check` nothing
+helm comes from .cluster/bin or PATH; if it is in neither, it is built as for the local cluster. With `--check` nothing
 is written: the exit code is 1 if the file would change.
 """
 
@@ -23,34 +23,34 @@ NAMESPACE = "tunesmith-system"
 Object = dict[str, Any]
 
 _REASONS = {
-    ("operator", "finetunejobs"): "the resources that it works for",
-    ("operator", "finetunejobs/status"): "what it observed of them",
+    ("operator", "finetunejobs"): "the resources that it reconciles",
+    ("operator", "finetunejobs/status"): "their observed state",
     ("operator", "servingpools/finalizers"): "owner references that block deletion, where the API server checks them",
     ("operator", "jobs"): "validation and attempts",
     ("operator", "workloads"): "why Kueue holds a Job back",
     ("operator", "deployments"): "pools",
     ("operator", "poddisruptionbudgets"): "pools",
-    ("operator", "pods"): "what runs and why not; the deletion cost of pool pods",
+    ("operator", "pods"): "state of pods and reasons for failures; the deletion cost of pool pods",
     ("operator", "pods/status"): "the readiness gate of pool pods",
     ("operator", "configmaps"): "the manifest that a training pod reads",
-    ("operator", "services"): "by which the pods of a job on several nodes find each other",
-    ("operator", "networkpolicies"): "who may connect to pool and training pods",
+    ("operator", "services"): "addresses by which the pods of a job on several nodes connect",
+    ("operator", "networkpolicies"): "permitted connections to pool and training pods",
     ("operator", "secrets"): "the keys of pools and gateways, written without being read",
-    ("operator", "events"): "what happened to a resource",
+    ("operator", "events"): "events of a resource",
     ("operator", "resourcequotas"): "why the pods of a Job are refused",
-    ("operator", "namespaces"): "their labels, by which pools choose who may attach",
+    ("operator", "namespaces"): "their labels, which pools match to decide who may attach",
     ("operator", "nodes"): "the memory of GPUs, from the nodes' labels",
-    ("operator", "leases"): "which replica leads",
+    ("operator", "leases"): "leader election",
     ("gateway", "servingpools"): "models that can be called",
     ("gateway", "pods"): "addresses of pool pods",
-    ("gateway", "namespaces"): "their labels, by which pools choose who may call the base",
+    ("gateway", "namespaces"): "their labels, which pools match to decide who may call the base model",
     ("gateway", "configmaps"): "the hashes of API keys",
     ("every authenticated user", "configmaps"): "the gateway's address and the namespaces of shared pools",
     ("every authenticated user", "servingpools"): "pools in the namespaces of shared pools (`rbac.discovery`)",
     ("role view", "finetunejobs"): "in the built-in role `view` (and `edit`, `admin`)",
     ("role edit", "finetunejobs"): "in the built-in role `edit` (and `admin`)",
     ("role edit", "adapterdeployments/scale"): "in the built-in role `edit` (and `admin`)",
-    ("role admin", "servingpools"): "in the built-in role `admin`: a pool takes GPUs",
+    ("role admin", "servingpools"): "in the built-in role `admin`: a pool uses GPUs",
     ("role admin", "servingpools/scale"): "in the built-in role `admin`",
 }
 _SPECIAL = {
@@ -73,7 +73,7 @@ class Row(NamedTuple):
 
 
 def helm() -> str:
-    """Return the path of helm, built where there is none."""
+    """Return the path of helm, which is built if it is missing."""
     folders = os.pathsep.join([str(REPOSITORY / ".cluster/bin"), os.environ.get("PATH", "")])
     if found := shutil.which("helm", path=folders):
         return found

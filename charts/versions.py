@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Records the content of each chart's version in charts/versions.txt: a chart that changes gets another version.
+"""Checks that a chart which differs from its last release has a new version.
 
-A line is the chart, its version, and the SHA-256 of all its files. A version that is recorded keeps its content: raise
-`version` in Chart.yaml, describe the change in CHANGELOG.md and run `make generate`. While a version is not released,
-`--again` records its content again. The Python packages have the version of the chart `tunesmith`. With `--check`
-nothing is written: the exit code is 1 if something is missing.
+charts/versions.txt has a line for each released version of a chart: the chart, the version, and the SHA-256 of all its
+files. A released version keeps its content: raise `version` in Chart.yaml and describe the change in CHANGELOG.md. The
+Python packages have the version of the chart `tunesmith`. The exit code is 1 if one of these rules is violated.
+
+With `--release` the current versions are first recorded as released.
 """
 
 from __future__ import annotations
@@ -32,27 +33,28 @@ def content_digest(chart: Path) -> str:
     return digest.hexdigest()
 
 
-def problem(chart: Path, recorded: dict[tuple[str, str], str], changes: str) -> str | None:
-    """Return what is wrong with a chart's version, as a sentence; None if it is recorded with this content."""
-    version = yaml.safe_load((chart / "Chart.yaml").read_text())["version"]
-    digest = recorded.get((chart.name, version))
+def version_of(chart: Path) -> str:
+    """Return the version in a chart's Chart.yaml."""
+    return str(yaml.safe_load((chart / "Chart.yaml").read_text())["version"])
+
+
+def chart_problem(chart: Path, released: dict[tuple[str, str], str], changes: str) -> str | None:
+    """Return a sentence if a chart's version is not in the changelog or was released with other content, else None."""
+    version = version_of(chart)
     if f"\n## {version}\n" not in changes:
         return (
             f"charts/{chart.name} has the version {version}, which CHANGELOG.md does not describe: add `## {version}`"
         )
-    if digest is None:
-        return f"charts/{chart.name} {version} is not recorded in charts/versions.txt: run `make generate`"
-    if digest != content_digest(chart):
+    if released.get((chart.name, version)) not in {None, content_digest(chart)}:
         return (
-            f"charts/{chart.name} differs from what is recorded as {version}: raise `version` in its Chart.yaml, "
-            f"describe the change in CHANGELOG.md and run `make generate`; if {version} is not released yet, run "
-            "`python charts/versions.py --again`"
+            f"charts/{chart.name} differs from its release {version}: raise `version` in its Chart.yaml and describe "
+            "the change in CHANGELOG.md"
         )
     return None
 
 
 def package_problem(folder: Path) -> str | None:
-    """Return a sentence if a Python package has another version than the chart that installs it; None if it has not."""
+    """Return a sentence if a Python package and the chart that installs it have different versions, else None."""
     app = yaml.safe_load((CHARTS / "tunesmith/Chart.yaml").read_text())["appVersion"]
     version = tomllib.loads((folder / "pyproject.toml").read_text())["project"]["version"]
     if version == app:
@@ -66,17 +68,14 @@ def package_problem(folder: Path) -> str | None:
 def main() -> int:
     """Command line: see the module's docstring."""
     lines = RECORD.read_text().splitlines() if RECORD.is_file() else []
-    recorded = {(name, version): digest for name, version, digest in (line.split() for line in lines)}
-    if "--check" not in sys.argv[1:]:
+    released = {(name, version): digest for name, version, digest in (line.split() for line in lines)}
+    if "--release" in sys.argv[1:]:
         for name in NAMES:
-            chart = CHARTS / name
-            place = (name, yaml.safe_load((chart / "Chart.yaml").read_text())["version"])
-            if place not in recorded or "--again" in sys.argv[1:]:
-                recorded[place] = content_digest(chart)
+            released.setdefault((name, version_of(CHARTS / name)), content_digest(CHARTS / name))
         RECORD.write_text(
-            "".join(f"{name} {version} {digest}\n" for (name, version), digest in sorted(recorded.items()))
+            "".join(f"{name} {version} {digest}\n" for (name, version), digest in sorted(released.items()))
         )
-    problems = [found for name in NAMES if (found := problem(CHARTS / name, recorded, CHANGES.read_text()))]
+    problems = [found for name in NAMES if (found := chart_problem(CHARTS / name, released, CHANGES.read_text()))]
     problems += [found for name in PACKAGES if (found := package_problem(CHARTS.parent / name))]
     print("\n".join(problems), end="\n" if problems else "")
     return 1 if problems else 0

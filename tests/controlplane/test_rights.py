@@ -148,21 +148,21 @@ CREATED: dict[str, tuple[Object, str]] = {
     ),
     "a port of the host": (
         deployment(containers=container(ports=[{"containerPort": 80, "hostPort": 80}])),
-        "no port of the host",
+        "no host ports",
     ),
     "a pod of root": (deployment(securityContext={"runAsUser": 0}), "standard restricted"),
     "an unconfined pod": (
         deployment(securityContext={"runAsNonRoot": True, "seccompProfile": {"type": "Unconfined"}}),
         "standard restricted",
     ),
-    "a pod in its host's network": (deployment(hostNetwork=True), "no namespace of their host"),
-    "a pod in its host's processes": (deployment(hostPID=True), "no namespace of their host"),
-    "a pod on a chosen node": (deployment(nodeName="control-plane"), "placed by the scheduler"),
+    "a pod in its host's network": (deployment(hostNetwork=True), "no host namespaces"),
+    "a pod in its host's processes": (deployment(hostPID=True), "no host namespaces"),
+    "a pod on a chosen node": (deployment(nodeName="control-plane"), "no nodeName"),
     "a pod with a token": (deployment(automountServiceAccountToken=True), "not its token"),
     "a pod with the operator's account": (deployment(serviceAccountName="tunesmith-operator"), "no service account"),
     "a pod that evicts the cluster's own": (
         deployment(priorityClassName="system-node-critical"),
-        "no priority class of the cluster's own",
+        "no system priority class",
     ),
     "a folder of the host": (deployment(volumes=volume(hostPath={"path": "/"})), "are of the types emptyDir"),
     "a token as a volume": (
@@ -175,7 +175,7 @@ CREATED: dict[str, tuple[Object, str]] = {
     ),
     "the installation key as a volume": (
         deployment(volumes=volume(secret={"secretName": "tunesmith-installation-key"})),
-        "never see the installation's keys",
+        "never mount the installation's keys",
     ),
     "variables of a user's Secret": (
         deployment(containers=container(envFrom=[{"secretRef": {"name": "mine"}}])),
@@ -188,7 +188,7 @@ CREATED: dict[str, tuple[Object, str]] = {
         "from tunesmith-store alone",
     ),
     **{
-        what: (deployment(containers=container(**changes)), "get a user's Secret, and nothing that makes them run")
+        what: (deployment(containers=container(**changes)), "get a user's Secret, without settings that make them run")
         for what, changes in {
             "a user's Secret in another image": {"image": "docker.io/evil:1"},
             "a user's Secret in an image whose name begins so": {"image": "localhost/agent-evil:1"},
@@ -224,7 +224,7 @@ CREATED: dict[str, tuple[Object, str]] = {
                 "labels": {**LABELS, "tunesmith.dev/api-key": "true"},
             },
         },
-        "makes no API keys",
+        "creates no API keys",
     ),
     "another Secret of the installation": (
         without(secret(SYSTEM, "api-key-forged"), "ownerReferences"),

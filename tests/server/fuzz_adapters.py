@@ -40,7 +40,7 @@ from tests.server.local_artifacts import (
 from tunesmith.contracts.agent import DesiredAdapter
 from tunesmith_server.artifact import PodLimits, fetch_artifact
 from tunesmith_server.lora import UnfitAdapterError
-from tunesmith_server.sandbox import ChildEndedError, ChildLimits, Sandbox
+from tunesmith_server.sandbox import ChildExitedError, ChildLimits, Sandbox
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -251,7 +251,7 @@ def fuzz(seeds: range, work: Path) -> FuzzReport:
         child = sandbox.start(check_in_child, arguments, LIMITS)
         try:
             outcome, (message, memory) = child.receive(SECONDS)
-        except ChildEndedError as error:
+        except ChildExitedError as error:
             outcome, message, memory = "ended", str(error), 0
         child.close()
         report.longest = max(report.longest, time.monotonic() - start)

@@ -59,7 +59,7 @@ def test_what_was_published_as_unservable_is_refused(limits: PodLimits, tmp_path
     artifact = LocalArtifact.make(tmp_path / "made")
     artifact.manifest["servable"] = {"vllm": False, "reason": "it has a chat template of its own"}
     assert refusal(artifact, limits, tmp_path) == (
-        "it was published as one that vLLM cannot serve: it has a chat template of its own"
+        "it was published as an adapter that vLLM cannot serve: it has a chat template of its own"
     )
 
 

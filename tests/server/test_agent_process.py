@@ -194,7 +194,7 @@ async def test_without_an_engine_adapters_are_fetched_and_wait(
     await put(http, {"epoch": 1, "sequence": 1, "adapters": [sound, unfit]})
     state = await until(http, lambda state: {entry.state for entry in state.adapters} == {"Loading", "Failed"})
     by_name = {entry.engine_name: entry for entry in state.adapters}
-    assert by_name[sound["engineName"]].message == "the engine is not up"
+    assert by_name[sound["engineName"]].message == "the engine is not ready"
     assert by_name[unfit["engineName"]].permanent
     assert "DoRA" in by_name[unfit["engineName"]].message
     assert not state.engine_ready

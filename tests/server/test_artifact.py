@@ -163,7 +163,7 @@ def _nothing(weights: dict[str, Any]) -> None:
         (_lonely, "q_proj has only one of lora_A and lora_B"),
         (_extra_layer, "the base model has no model.layers.99.self_attn.q_proj.weight"),
         (_wrong_prefix, "is none of a LoRA adapter"),
-        (_norm, "model.norm of the base model is no linear layer"),
+        (_norm, "model.norm of the base model is not a linear layer"),
         (_nothing, "holds no tensors"),
     ],
 )

@@ -58,7 +58,7 @@ async def answered(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
 
 
 async def test_one_address_cannot_hold_all_connections(connect: Connect) -> None:
-    async with agent(Connections(most=8, most_per_address=3)) as port:
+    async with agent(Connections(max_connections=8, max_per_address=3)) as port:
         held = [await connect(port, "127.0.3.1") for _ in range(3)]
         assert all([await answered(*connection) for connection in held])
         assert await closed((await connect(port, "127.0.3.1"))[0])
@@ -74,7 +74,7 @@ async def test_one_address_cannot_hold_all_connections(connect: Connect) -> None
 
 
 async def test_all_addresses_together_are_bounded(connect: Connect) -> None:
-    async with agent(Connections(most=4, most_per_address=3)) as port:
+    async with agent(Connections(max_connections=4, max_per_address=3)) as port:
         held = [await connect(port, f"127.0.3.{number}") for number in range(1, 5)]
         assert all([await answered(*connection) for connection in held])
         assert await closed((await connect(port, "127.0.3.9"))[0])

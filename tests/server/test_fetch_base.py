@@ -245,7 +245,7 @@ def test_a_complete_download_is_not_repeated_and_a_broken_one_is_finished(
     target = tmp_path / "base"
     assert fetch(uri, target, store.secret).returncode == 0
     again = fetch(uri, target, {**store.secret, "AWS_ENDPOINT_URL": "http://127.0.0.1:9"})
-    assert (again.returncode, "is here already" in again.stdout) == (0, True)
+    assert (again.returncode, "is already downloaded" in again.stdout) == (0, True)
     (target / "model.safetensors").unlink()
     (target / ".model.safetensors.part").write_bytes(b"half")
     assert fetch(uri, target, store.secret).returncode == 0
@@ -312,15 +312,15 @@ def test_a_base_model_that_exceeds_its_volume_is_refused_before_its_download(
 ) -> None:
     ended = fetch(uri, tmp_path / "base", store.secret, "--storage", "1000")
     assert ended.returncode == 2
-    assert "bytes and the pod's volume for it may take 1000: ask the platform to raise" in ended.stderr
+    assert "bytes and the pod's volume for it is limited to 1000 bytes: ask the platform's" in ended.stderr
     assert list((tmp_path / "base").iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("removed", "sentence"),
     [
-        ("config.json", "holds no config.json"),
-        ("model.safetensors", "holds no .safetensors"),
+        ("config.json", "contains no config.json"),
+        ("model.safetensors", "contains no .safetensors"),
         ("tokenizer.json", "no tokenizer.json"),
     ],
 )
@@ -379,7 +379,10 @@ def test_models_of_the_hub_arrive_at_the_asked_revision(hub: dict[str, str], mod
 def test_a_model_that_the_hub_has_not_is_named(hub: dict[str, str], tmp_path: Path) -> None:
     ended = fetch("hf://org/none", tmp_path / "base", hub)
     assert ended.returncode == 3
-    assert "hf://org/none, revision main is not on the Hub, or not for this token (the Secret my-secret" in ended.stderr
+    assert (
+        "hf://org/none, revision main does not exist on the Hub, or this token has no access to it (the Secret my-"
+        in ended.stderr
+    )
 
 
 class Redirecting(BaseHTTPRequestHandler):

@@ -14,7 +14,7 @@ from tunesmith_server.artifact import PodLimits, stored_digests
 from tunesmith_server.base_weights import read_base_weights
 from tunesmith_server.fetching import ArtifactFetcher, FetchSettings, Journal
 from tunesmith_server.lora import UnfitAdapterError
-from tunesmith_server.sandbox import ChildEndedError, ChildLimits, Sandbox
+from tunesmith_server.sandbox import ChildExitedError, ChildLimits, Sandbox
 from tunesmith_server.store import StoreError
 
 if TYPE_CHECKING:
@@ -33,16 +33,16 @@ def sandbox() -> Iterator[Sandbox]:
     [
         (never_ends, 0.5, "took more than 0.5 seconds"),
         (never_ends, 120.0, "needed more than 1 seconds of processor time"),
-        (dies, 120.0, "ended with SIGSEGV"),
-        (leaves, 120.0, "ended with exit code 7"),
-        (was_killed, 120.0, "was killed, probably for its memory"),
+        (dies, 120.0, "was terminated by SIGSEGV"),
+        (leaves, 120.0, "exited with code 7"),
+        (was_killed, 120.0, "was killed, probably because memory ran out"),
     ],
 )
 def test_the_death_of_a_child_is_a_sentence(
     sandbox: Sandbox, function: Callable[..., None], seconds: float, sentence: str
 ) -> None:
     child = sandbox.start(function, (), ChildLimits(memory=64 * 2**20, cpu_seconds=1))
-    with pytest.raises(ChildEndedError, match=sentence):
+    with pytest.raises(ChildExitedError, match=sentence):
         child.receive(seconds)
     child.close()
 
@@ -62,7 +62,7 @@ def test_what_was_checked_when_the_agent_died_is_not_checked_again(tmp_path: Pat
     for _ in range(2):
         after = Journal(tmp_path)
         after.refuse("sha256:first")
-        with pytest.raises(UnfitAdapterError, match="the agent ended while it checked the adapter's files"):
+        with pytest.raises(UnfitAdapterError, match="the agent exited while it checked the adapter's files"):
             after.refuse("sha256:fatal")
     (tmp_path / "checking.json").write_text("{")
     Journal(tmp_path).refuse("sha256:fatal")
@@ -137,7 +137,7 @@ def test_an_endpoint_that_is_not_listed_is_never_connected_to(
 def test_a_full_volume_is_a_sentence_before_the_download(
     make: Callable[..., ArtifactFetcher], adapter: Callable[..., Artifact], settings: FetchSettings, store: S3Server
 ) -> None:
-    with pytest.raises(StoreError, match="the pod's volume for adapters has 1000 bytes, 0 are taken") as full:
+    with pytest.raises(StoreError, match="the pod's volume for adapters has 1000 bytes, 0 are in use") as full:
         make(storage=1000).fetch(wanted(adapter(), store))
     assert not full.value.permanent
     assert list(settings.adapters.iterdir()) == []

@@ -144,11 +144,11 @@ async def test_an_engine_is_warm_before_it_is_ready(watch: Watch) -> None:
     watch.engine.answering.clear()
     await watch.step(times=3)
     assert not watch.guard.ready
-    assert watch.guard.loads([A]) == []
+    assert watch.guard.allowed_loads([A]) == []
     watch.engine.answering.set()
     await watch.step(times=2)
     assert watch.guard.ready
-    assert watch.guard.loads([A, B]) == [A, B]
+    assert watch.guard.allowed_loads([A, B]) == [A, B]
     assert {"logprobs", "use_beam_search", "response_format"} <= {key for body in watch.engine.asked for key in body}
 
 
@@ -192,7 +192,7 @@ async def test_an_adapter_that_changes_the_bases_answers_is_refused_for_good(wat
     assert watch.engine.restarts == [watch.guard.problem]
     assert f"after the adapter {A.engine_name} was loaded" in watch.guard.problem
     assert list(watch.guard.refused) == [A.digest]
-    assert watch.guard.loads([B]) == []
+    assert watch.guard.allowed_loads([B]) == []
     watch.engine.reboot()
     await watch.started()
     assert not watch.guard.problem
@@ -232,14 +232,14 @@ async def test_of_several_that_were_loaded_each_is_tried_alone(watch: Watch) -> 
     assert watch.guard.refused == {}
     watch.engine.reboot()
     await watch.started()
-    assert watch.guard.loads([A, B]) == [A]
+    assert watch.guard.allowed_loads([A, B]) == [A]
     watch.engine.load(A)
     watch.engine.answering.clear()
     await watch.step()
-    assert watch.guard.loads([B]) == [], "A is being tried"
+    assert watch.guard.allowed_loads([B]) == [], "A is being tried"
     watch.engine.answering.set()
     await watch.step()
-    assert watch.guard.loads([B]) == [B]
+    assert watch.guard.allowed_loads([B]) == [B]
     watch.engine.load(B)
     watch.engine.answer = lambda: BAD
     await watch.step(times=CONFIRMATIONS)
@@ -260,10 +260,10 @@ async def test_an_adapter_that_damages_on_request_puts_no_blame_on_one_that_is_l
         assert watch.guard.refused == {}
         watch.engine.reboot()
         await watch.started()
-        assert watch.guard.loads([A, B]) == [B], "it is tried before A can be used"
+        assert watch.guard.allowed_loads([A, B]) == [B], "it is tried before A can be used"
         watch.engine.load(B)
         await watch.step()
-        assert watch.guard.loads([A]) == [A]
+        assert watch.guard.allowed_loads([A]) == [A]
         watch.engine.load(A)
         await watch.step()
         del watch.engine.resident[B.engine_name]
@@ -283,7 +283,7 @@ async def test_one_on_trial_that_is_not_wanted_any_more_keeps_nobody_waiting(wat
     watch.engine.reboot()
     await watch.started()
     other = DesiredAdapter(engine_name=f"team/c@{'c' * 12}", digest=f"sha256:{'c' * 64}", uri="s3://s/team/c")
-    assert watch.guard.loads([other]) == [other]
+    assert watch.guard.allowed_loads([other]) == [other]
 
 
 async def test_a_suspect_by_use_is_refused_after_a_second_incident(watch: Watch) -> None:
@@ -414,7 +414,7 @@ def test_a_canary_fits_into_any_model(length: int) -> None:
 
 async def test_an_adapter_whose_load_never_ends_is_refused(watch: Watch) -> None:
     await watch.started()
-    await watch.guard.stuck(A.engine_name, f"/adapters/{A.digest.removeprefix('sha256:')}")
+    await watch.guard.load_hung(A.engine_name, f"/adapters/{A.digest.removeprefix('sha256:')}")
     assert list(watch.guard.refused) == [A.digest]
     assert A.engine_name in watch.guard.problem
     assert len(watch.engine.restarts) == 1

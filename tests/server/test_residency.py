@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 
 from tunesmith.contracts.agent import DesiredAdapter, ResidencyState
-from tunesmith_server.residency import UNLOAD_SECONDS, Failure, Observation, Plan, plan
+from tunesmith_server.residency import UNLOAD_SECONDS, Failure, PodObservation, PodPlan, plan
 
 A, B, C = (
     DesiredAdapter(engine_name=f"team/{name}@{name * 12}", digest=f"sha256:{name * 64}", uri=f"s3://s/team/{name}")
     for name in "abc"
 )
 FOLDERS = {adapter.digest: f"/adapters/{adapter.digest[7:]}" for adapter in (A, B, C)}
-IDLE = Observation(
+IDLE = PodObservation(
     now=100.0,
     desired=[A, B],
     folders=FOLDERS,
@@ -31,7 +31,7 @@ def holding(*adapters: DesiredAdapter) -> dict[str, str]:
     return {adapter.engine_name: FOLDERS[adapter.digest] for adapter in adapters}
 
 
-def states(result: Plan) -> dict[str, ResidencyState]:
+def states(result: PodPlan) -> dict[str, ResidencyState]:
     return {residency.engine_name: residency.state for residency in result.report}
 
 

@@ -12,7 +12,7 @@ from tunesmith_server.artifact import adapter_folder, remove_leftovers, remove_r
 from tunesmith_server.engine import EngineClient, EngineDownError, EngineSilentError, EngineSnapshot, LoadRefusedError
 from tunesmith_server.guard import Guard
 from tunesmith_server.lora import UnfitAdapterError
-from tunesmith_server.residency import MAX_LOAD_REFUSALS, Failure, Observation, plan
+from tunesmith_server.residency import MAX_LOAD_REFUSALS, Failure, PodObservation, plan
 from tunesmith_server.retention import Retention
 from tunesmith_server.store import StoreError
 
@@ -112,7 +112,7 @@ class Agent:
                 while not await self._drained():  # noqa: ASYNC110 - the engine is another process: it is polled
                     await asyncio.sleep(PERIOD_SECONDS / 2)
         except TimeoutError:
-            log.warning("requests still run after %s s of draining", self._settings.drain_seconds)
+            log.warning("requests are still running after %s s of draining", self._settings.drain_seconds)
             return False
         return True
 
@@ -156,7 +156,7 @@ class Agent:
             self._downloads[adapter.digest] = asyncio.create_task(self._download(adapter))
         for name in steps.unloads:
             await self._unload(name)
-        loads = self._guard.loads(steps.loads)
+        loads = self._guard.allowed_loads(steps.loads)
         for adapter in loads:
             await self._load(adapter)
         if loads or steps.unloads:
@@ -194,14 +194,14 @@ class Agent:
             snapshot = await self._engine.observe()
         except EngineDownError as error:
             if self._snapshot is not None:
-                log.warning("engine down: %s", error)
+                log.warning("the engine is down: %s", error)
             self._snapshot = None
             self._metrics.engine_ready(ready=False)
             return
         self._metrics.engine_ready(ready=True)
         self._metrics.engine_totals(snapshot.state)
         if snapshot.state.boot_id != self._boot_id:
-            self._engine_booted(snapshot)
+            self._record_boot(snapshot)
         self._snapshot = snapshot
         folder = {a.engine_name: str(adapter_folder(self._settings.adapters, a.digest)) for a in self._wanted()}
         now = time.monotonic()
@@ -211,13 +211,13 @@ class Agent:
             if folder.get(name) != path
         }
 
-    def _engine_booted(self, snapshot: EngineSnapshot) -> None:
+    def _record_boot(self, snapshot: EngineSnapshot) -> None:
         """Forget the refusals of the previous process, and that it was drained.
 
         The kubelet also runs the preStop hook, which drains, before it restarts a container whose liveness probe
         failed. In a pod that is being deleted no container is restarted.
         """
-        log.info("engine up, boot %s", snapshot.state.boot_id)
+        log.info("the engine is up, boot %s", snapshot.state.boot_id)
         if self._boot_id is not None:
             self._draining = False
         for name in self._refused.copy():
@@ -227,11 +227,11 @@ class Agent:
     def _wanted(self) -> list[DesiredAdapter]:
         return self._desired.current.adapters if self._desired.current else []
 
-    def _observation(self) -> Observation:
+    def _observation(self) -> PodObservation:
         snapshot = self._snapshot
         # Before the first list, no adapter is known to be unwanted.
         known = self._desired.current is not None
-        return Observation(
+        return PodObservation(
             now=time.monotonic(),
             desired=self._wanted(),
             folders={digest: str(adapter_folder(self._settings.adapters, digest)) for digest in self._stored},
@@ -268,7 +268,7 @@ class Agent:
             self._fail(adapter, message, permanent=False)
         except Exception as error:
             log.exception("download of %s", adapter.engine_name)
-            self._fail(adapter, f"the agent failed: {type(error).__name__}: {error}", permanent=False)
+            self._fail(adapter, f"the agent could not download it: {type(error).__name__}: {error}", permanent=False)
         finally:
             self._downloads.pop(adapter.digest, None)
             self._wake.set()
@@ -283,7 +283,7 @@ class Agent:
             self._fail(adapter, str(error), permanent=final)
             self._refused.add(name)
         except EngineSilentError:
-            await self._guard.stuck(name, str(adapter_folder(self._settings.adapters, adapter.digest)))
+            await self._guard.load_hung(name, str(adapter_folder(self._settings.adapters, adapter.digest)))
         except EngineDownError as error:
             log.warning("loading %s: %s", name, error)
         else:

@@ -28,7 +28,7 @@ WRITE_SECONDS = 10.0
 """Time within which a reader must accept a line; otherwise it is disconnected."""
 MIN_INTERVAL_SECONDS = 0.05
 """Time within which changes are combined into one line."""
-OPEN = "/healthz"
+UNAUTHENTICATED_PATH = "/healthz"
 DRAIN = "/drain"
 EVENTS = "/v1/events"
 METRICS = "/metrics"
@@ -84,7 +84,7 @@ class AgentApi:
         application = web.Application(middlewares=[self._guard], client_max_size=MAX_BODY_BYTES)
         application.add_routes(
             [
-                web.get(OPEN, self._healthz),
+                web.get(UNAUTHENTICATED_PATH, self._healthz),
                 web.put("/v1/adapters", self._put),
                 web.get(EVENTS, self._events),
                 web.post(DRAIN, self._drain),
@@ -98,7 +98,7 @@ class AgentApi:
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         presented = request.headers.get("Authorization", "")
-        if request.path != OPEN and not self._credentials.admit(request.path, presented):
+        if request.path != UNAUTHENTICATED_PATH and not self._credentials.admit(request.path, presented):
             return web.json_response(
                 {"error": f"The token for {request.method} of this path is missing or wrong."},
                 status=401,
@@ -114,11 +114,11 @@ class AgentApi:
             wanted = DesiredAdapters.model_validate_json(await request.read())
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
-            place = ".".join(map(str, first["loc"])) or "the body"
-            return web.json_response({"error": f"{place}: {first['msg']}"}, status=400)
+            field = ".".join(map(str, first["loc"])) or "the body"
+            return web.json_response({"error": f"{field}: {first['msg']}"}, status=400)
         names = [adapter.engine_name for adapter in wanted.adapters]
         if len(set(names)) < len(names):
-            return web.json_response({"error": "adapters: an engine name stands in the list twice"}, status=400)
+            return web.json_response({"error": "adapters: an engine name appears twice in the list"}, status=400)
         try:
             await self._agent.put(wanted)
         except OutdatedError as error:
@@ -149,7 +149,7 @@ class AgentApi:
         except ConnectionResetError:
             return response  # the reader has disconnected
         except TimeoutError:
-            log.warning("a reader of the events did not take a line within %g s", WRITE_SECONDS)
+            log.warning("a reader of the events did not accept a line within %g s", WRITE_SECONDS)
             if request.transport is not None:
                 request.transport.abort()
             return response

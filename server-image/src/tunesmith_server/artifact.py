@@ -223,7 +223,7 @@ def check_manifest(document: bytes, digest: str, limits: PodLimits, bounds: Weig
         )
     manifest = _parse_manifest(document)
     if not manifest.servable.vllm:
-        raise UnfitAdapterError(f"it was published as one that vLLM cannot serve: {manifest.servable.reason}")
+        raise UnfitAdapterError(f"it was published as an adapter that vLLM cannot serve: {manifest.servable.reason}")
     _check_files(manifest.files, limits, bounds)
     if manifest.base.fingerprint != limits.fingerprint:
         raise UnfitAdapterError(
@@ -238,19 +238,19 @@ def _check_files(files: Mapping[str, ArtifactFile], limits: PodLimits, bounds: W
         raise UnfitAdapterError(f"{ARTIFACT_MANIFEST} lists {len(files)} files, more than {MAX_FILES}")
     for name in files:
         if name != PurePosixPath(name).name or name.startswith(".") or name == ARTIFACT_MANIFEST:
-            raise UnfitAdapterError(f"{ARTIFACT_MANIFEST} lists {name[:80]!a}, which is no plain file name")
+            raise UnfitAdapterError(f"{ARTIFACT_MANIFEST} lists {name[:80]!a}, which is not a plain file name")
         if name != ADAPTER_WEIGHTS and PurePosixPath(name).suffix not in ALLOWED_SUFFIXES:
             raise UnfitAdapterError(
-                f"{ARTIFACT_MANIFEST} lists {name[:80]!a}; weights travel as {ADAPTER_WEIGHTS} only, never as code or "
-                "pickle"
+                f"{ARTIFACT_MANIFEST} lists {name[:80]!a}; the only file with weights is "
+                f"{ADAPTER_WEIGHTS}, and code and pickle files are refused"
             )
     if missing := {ADAPTER_CONFIG, ADAPTER_WEIGHTS} - set(files):
         raise UnfitAdapterError(f"the artifact has no {' and no '.join(sorted(missing))}")
-    for name, most in ((ADAPTER_CONFIG, MAX_CONFIG_BYTES), (ADAPTER_WEIGHTS, bounds.size)):
-        if files[name].size_bytes > most:
+    for name, maximum in ((ADAPTER_CONFIG, MAX_CONFIG_BYTES), (ADAPTER_WEIGHTS, bounds.size)):
+        if files[name].size_bytes > maximum:
             raise UnfitAdapterError(
                 f"{name} has {files[name].size_bytes} bytes; an adapter of this base model with the pool's "
-                f"engine.maxLoraRank of {limits.max_rank} has at most {most}"
+                f"engine.maxLoraRank of {limits.max_rank} has at most {maximum}"
             )
 
 
@@ -260,8 +260,8 @@ def _parse_manifest(document: bytes) -> ArtifactManifest:
         return ArtifactManifest.model_validate(parsed)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise UnfitAdapterError(f"{ARTIFACT_MANIFEST} is malformed: {place}: {first['msg']}") from None
+        field = ".".join(map(str, first["loc"]))
+        raise UnfitAdapterError(f"{ARTIFACT_MANIFEST} is malformed: {field}: {first['msg']}") from None
     except (ValueError, RecursionError) as error:
         raise UnfitAdapterError(f"{ARTIFACT_MANIFEST} is malformed: {error}") from None
 

@@ -86,7 +86,7 @@ def fetch_base(uri: str, revision: str | None, target: Path, credentials: Creden
         revision: commit, tag or branch of an hf:// model.
         target: folder; created if missing.
         credentials: credentials for the URI; HF_TOKEN for hf://.
-        storage: bytes that the model may take.
+        storage: highest number of bytes of the model.
 
     Raises:
         StoreError: the store does not provide the model.
@@ -94,16 +94,18 @@ def fetch_base(uri: str, revision: str | None, target: Path, credentials: Creden
     """
     target.mkdir(parents=True, exist_ok=True)
     if _is_complete(target, uri, revision):
-        log.info("base model: %s is here already", uri)
+        log.info("base model: %s is already downloaded", uri)
     else:
-        place = _Place(uri, target, storage)
-        files = _fetch_hub(place, revision, credentials) if uri.startswith("hf://") else _fetch(place, credentials)
+        download = _Download(uri, target, storage)
+        files = (
+            _fetch_hub(download, revision, credentials) if uri.startswith("hf://") else _fetch(download, credentials)
+        )
         marker = Marker(uri, revision, {file.name: file.size for file in files})
         (target / MARKER).write_text(json.dumps(asdict(marker)))
     try:
         return base_fingerprint(LocalModelFolder(target))
     except ValueError as error:
-        raise BaseModelError(f"{uri} is no base model: {error}.") from None
+        raise BaseModelError(f"{uri} is not a base model: {error}.") from None
 
 
 def _is_complete(target: Path, uri: str, revision: str | None) -> bool:
@@ -122,7 +124,7 @@ def _is_complete(target: Path, uri: str, revision: str | None) -> bool:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Download:
     """Source and target of a download."""
 
     uri: str
@@ -130,20 +132,22 @@ class _Place:
     storage: int
 
 
-def _selected(files: list[StoredFile], place: _Place) -> list[StoredFile]:
+def _selected(files: list[StoredFile], download: _Download) -> list[StoredFile]:
     """Return the files of a model that are used, after checking that they are a model and fit on the disk."""
-    uri, target = place.uri, place.target
+    uri, target = download.uri, download.target
     chosen = [file for file in files if PurePosixPath(file.name).suffix in SUFFIXES and not file.name.startswith(".")]
     names = {file.name for file in chosen}
     if "config.json" not in names:
-        raise BaseModelError(f"{uri} holds no config.json: it is no base model in the Hugging Face layout.")
+        raise BaseModelError(f"{uri} contains no config.json: it is not a base model in the Hugging Face layout.")
     if not any(name.endswith(".safetensors") for name in names):
-        raise BaseModelError(f"{uri} holds no .safetensors file; weights are read from safetensors only. Convert it.")
-    needed = sum(file.size for file in chosen)
-    if needed > place.storage:
         raise BaseModelError(
-            f"{uri} has {needed} bytes and the pod's volume for it may take {place.storage}: ask the platform to raise "
-            "the chart's value serving.baseModelStorage."
+            f"{uri} contains no .safetensors files; weights are read from safetensors only. Convert it."
+        )
+    needed = sum(file.size for file in chosen)
+    if needed > download.storage:
+        raise BaseModelError(
+            f"{uri} has {needed} bytes and the pod's volume for it is limited to {download.storage} bytes: ask the "
+            "platform's administrators to raise the chart's value serving.baseModelStorage."
         )
     free = shutil.disk_usage(target).free
     if needed > free:
@@ -151,21 +155,21 @@ def _selected(files: list[StoredFile], place: _Place) -> list[StoredFile]:
     return chosen
 
 
-def _fetch(where: _Place, credentials: Credentials) -> list[StoredFile]:
-    target = where.target
-    folder = StoreFolder(where.uri, credentials)
-    chosen = _selected(folder.list(), where)
+def _fetch(download: _Download, credentials: Credentials) -> list[StoredFile]:
+    target = download.target
+    folder = StoreFolder(download.uri, credentials)
+    chosen = _selected(folder.list(), download)
     progress = Progress(sum(file.size for file in chosen))
 
     def fetch(file: StoredFile) -> None:
-        place = target / file.name
-        if place.is_file() and place.stat().st_size == file.size:
+        path = target / file.name
+        if path.is_file() and path.stat().st_size == file.size:
             progress.add(file.size)
             return
         part = target / f".{file.name}.part"
         part.unlink(missing_ok=True)
         folder.download(file.name, part, file.size, progress.add)
-        part.replace(place)
+        part.replace(path)
 
     with ThreadPoolExecutor(PARALLEL_FILES) as pool:
         for done in as_completed([pool.submit(fetch, file) for file in chosen]):
@@ -173,8 +177,8 @@ def _fetch(where: _Place, credentials: Credentials) -> list[StoredFile]:
     return chosen
 
 
-def _fetch_hub(where: _Place, revision: str | None, credentials: Credentials) -> list[StoredFile]:
-    uri, target = where.uri, where.target
+def _fetch_hub(download: _Download, revision: str | None, credentials: Credentials) -> list[StoredFile]:
+    uri, target = download.uri, download.target
     repository = uri.removeprefix("hf://").strip("/")
     try:
         hub = hub_client(credentials)
@@ -183,7 +187,7 @@ def _fetch_hub(where: _Place, revision: str | None, credentials: Credentials) ->
     try:
         found = hub.model_info(repository, revision=revision, files_metadata=True)
         files = [StoredFile(entry.rfilename, entry.size or 0) for entry in found.siblings or []]
-        chosen = _selected([file for file in files if "/" not in file.name], where)
+        chosen = _selected([file for file in files if "/" not in file.name], download)
         progress = Progress(sum(file.size for file in chosen))
         for file in chosen:
             hub.hf_hub_download(repository, file.name, revision=found.sha, local_dir=target)
@@ -193,7 +197,7 @@ def _fetch_hub(where: _Place, revision: str | None, credentials: Credentials) ->
         hint = "Check its name, and HF_TOKEN of the Secret if it is private or gated"
         if isinstance(error, GatedRepoError):
             hint = "It is gated: accept its terms and put HF_TOKEN into the Secret"
-        message = f"{what} is not on the Hub, or not for this token ({credentials.source}). {hint}."
+        message = f"{what} does not exist on the Hub, or this token has no access to it ({credentials.source}). {hint}."
         raise StoreError(message, permanent=False) from None
     except Exception as error:
         refused = refused_connection(error)

@@ -68,11 +68,11 @@ class BaseWeights:
             return nominal
         path = self.folder / self.files[name]
         if tensor.count <= MEASURED_WHOLE:
-            places = list(range(0, tensor.count, _BLOCK))
+            offsets = list(range(0, tensor.count, _BLOCK))
         else:
             last = MEASURED_WHOLE // _BLOCK - 1
-            places = [(tensor.count - _BLOCK) * number // last for number in range(last + 1)]
-        squares = math.fsum(float(np.dot(block, block)) for block in blocks(path, tensor, places, _BLOCK))
+            offsets = [(tensor.count - _BLOCK) * number // last for number in range(last + 1)]
+        squares = math.fsum(float(np.dot(block, block)) for block in blocks(path, tensor, offsets, _BLOCK))
         total = squares * max(1.0, tensor.count / MEASURED_WHOLE)
         return math.sqrt(total) if math.isfinite(total) and total > 0 else nominal
 

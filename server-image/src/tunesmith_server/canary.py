@@ -102,10 +102,10 @@ def agrees(reference: CanaryAnswer | None, answer: CanaryAnswer | None) -> bool:
     if reference is None or answer is None or len(answer.tokens) < len(reference.tokens):
         return False
     pairs = zip(reference.tokens, reference.log_probabilities, strict=True)
-    for place, (token, expected) in enumerate(pairs):
-        if answer.tokens[place] != token:
-            rival = answer.alternatives[place].get(token)
-            return rival is not None and answer.log_probabilities[place] - rival <= TOLERANCE
-        if abs(answer.log_probabilities[place] - expected) > TOLERANCE:
+    for position, (token, expected) in enumerate(pairs):
+        if answer.tokens[position] != token:
+            rival = answer.alternatives[position].get(token)
+            return rival is not None and answer.log_probabilities[position] - rival <= TOLERANCE
+        if abs(answer.log_probabilities[position] - expected) > TOLERANCE:
             return False
     return True

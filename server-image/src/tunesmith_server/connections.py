@@ -27,20 +27,20 @@ class Connections:
 
     def __init__(
         self,
-        most: int = MAX_CONNECTIONS,
-        most_per_address: int = MAX_CONNECTIONS_PER_ADDRESS,
+        max_connections: int = MAX_CONNECTIONS,
+        max_per_address: int = MAX_CONNECTIONS_PER_ADDRESS,
         first_request_seconds: float = FIRST_REQUEST_SECONDS,
     ) -> None:
-        self._most = most
-        self._most_per_address = most_per_address
+        self._max_connections = max_connections
+        self._max_per_address = max_per_address
         self._first_request_seconds = first_request_seconds
         self._open: dict[RequestHandler, str] = {}
         self._by_address: Counter[str] = Counter()
-        self._asked: weakref.WeakSet[RequestHandler] = weakref.WeakSet()
+        self._requested: weakref.WeakSet[RequestHandler] = weakref.WeakSet()
 
     def admit(self, connection: RequestHandler, address: str) -> bool:
         """Count one more connection from an address and return True, or return False if it may not be served."""
-        if len(self._open) >= self._most or self._by_address[address] >= self._most_per_address:
+        if len(self._open) >= self._max_connections or self._by_address[address] >= self._max_per_address:
             return False
         self._open[connection] = address
         self._by_address[address] += 1
@@ -60,11 +60,11 @@ class Connections:
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         """Record that a connection has sent a request."""
-        self._asked.add(request.protocol)
+        self._requested.add(request.protocol)
         return await handler(request)
 
     def _close_without_request(self, connection: RequestHandler) -> None:
-        if connection in self._open and connection not in self._asked:
+        if connection in self._open and connection not in self._requested:
             connection.force_close()
 
 

@@ -43,7 +43,9 @@ class DesiredFile:
                 self.current = DesiredAdapters.model_validate_json(self._path.read_bytes())
                 self.digest = list_digest(self.current.adapters)
             except ValidationError as error:
-                raise ValueError(f"{self._path} is damaged; delete the pod to start anew: {error}") from None
+                raise ValueError(
+                    f"{self._path} is damaged; delete the pod, so that a new one replaces it: {error}"
+                ) from None
 
     def put(self, wanted: DesiredAdapters, now: float) -> None:
         """Accept a list and save it.
@@ -67,11 +69,11 @@ class DesiredFile:
             known = None  # it was accepted while the clock was wrong
         number = (wanted.epoch, wanted.sequence)
         if known is not None and number == (known.epoch, known.sequence) and digest != self.digest:
-            raise OutdatedError(f"another list with epoch {wanted.epoch}, sequence {wanted.sequence} is known")
+            raise OutdatedError(f"this pod has another list with epoch {wanted.epoch}, sequence {wanted.sequence}")
         if known is not None and number < (known.epoch, known.sequence):
             raise OutdatedError(
                 f"epoch {wanted.epoch}, sequence {wanted.sequence} is older than epoch {known.epoch}, "
-                f"sequence {known.sequence}, which this pod holds"
+                f"sequence {known.sequence}, which this pod has"
             )
         temporary = self._path.with_suffix(".tmp")
         with temporary.open("wb") as file:

@@ -107,12 +107,12 @@ class EngineClient:
         if status != 200:  # noqa: PLR2004 - HTTP
             raise EngineDownError(f"the engine's health check answers {status}")
         try:
-            state = EngineState.model_validate(await self._ask("GET", "/tunesmith/state"))
-            models = await self._ask("GET", "/v1/models")
+            state = EngineState.model_validate(await self._call_json("GET", "/tunesmith/state"))
+            models = await self._call_json("GET", "/v1/models")
             resident = {entry["id"]: entry["root"] for entry in models["data"] if entry.get("parent") is not None}
             base = next(entry for entry in models["data"] if entry.get("parent") is None)
         except (ValidationError, KeyError, TypeError, AttributeError, StopIteration) as error:
-            raise EngineDownError(f"the engine's answer is not understood: {error}") from None
+            raise EngineDownError(f"the engine's answer is malformed: {error}") from None
         return EngineSnapshot(state, resident, str(base["id"]), int(base.get("max_model_len") or 2048))
 
     async def load(self, name: str, path: str) -> None:
@@ -134,7 +134,7 @@ class EngineClient:
                     return
             except EngineSilentError as error:
                 raise EngineDownError(str(error)) from None
-        raise LoadRefusedError(f"vLLM does not load it ({status}): {text}")
+        raise LoadRefusedError(f"vLLM refused to load it ({status}): {text}")
 
     async def unload(self, name: str) -> None:
         """Unload an adapter; do nothing if it is not loaded.
@@ -145,7 +145,7 @@ class EngineClient:
         """
         status, text = await self._call("POST", "/v1/unload_lora_adapter", POLL_SECONDS, {"lora_name": name})
         if status not in {200, 404}:
-            raise LoadRefusedError(f"vLLM does not unload it ({status}): {text}")
+            raise LoadRefusedError(f"vLLM refused to unload it ({status}): {text}")
 
     async def drain(self) -> None:
         """Make the engine refuse new requests from now on.
@@ -153,7 +153,7 @@ class EngineClient:
         Raises:
             EngineDownError: the engine does not answer.
         """
-        await self._ask("POST", "/tunesmith/drain")
+        await self._call_json("POST", "/tunesmith/drain")
 
     async def complete(self, body: dict[str, object]) -> str:
         """Send a completion request of the agent and return the reply's text, also for a server error.
@@ -186,7 +186,7 @@ class EngineClient:
         """
         await self._call("POST", "/tunesmith/restart", POLL_SECONDS, {"reason": reason})
 
-    async def _ask(self, method: str, path: str) -> Any:  # noqa: ANN401 - JSON
+    async def _call_json(self, method: str, path: str) -> Any:  # noqa: ANN401 - JSON
         status, text = await self._call(method, path, POLL_SECONDS)
         if status != 200:  # noqa: PLR2004 - HTTP
             raise EngineDownError(f"the engine answers {status} to {method} {path}: {text}")

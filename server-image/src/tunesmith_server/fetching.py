@@ -22,7 +22,7 @@ from tunesmith_server.artifact import (
     stored_sizes,
 )
 from tunesmith_server.lora import UnfitAdapterError, weight_bounds
-from tunesmith_server.sandbox import Channel, Child, ChildEndedError, ChildLimits, Sandbox
+from tunesmith_server.sandbox import Channel, Child, ChildExitedError, ChildLimits, Sandbox
 from tunesmith_server.store import StoreError, StoreFolder, read_credentials, set_proxies
 
 if TYPE_CHECKING:
@@ -33,11 +33,11 @@ JOURNAL = "checking.json"
 SILENCE_SECONDS = 120.0
 """Longest time without data from the store."""
 PROCESSOR_SECONDS = 30
-"""Processor time allowed for a download with its checks, plus one second for each `_CHECKED_PER_SECOND` bytes."""
-_CHECKED_SLOWLY = 5
+"""Processor time allowed for a download with its checks, plus one second for each `_CHECKED_BYTES_PER_SECOND` bytes."""
+_WALL_CLOCK_FACTOR = 5
 """Factor for the wall-clock limit of a check, since the node may be busy: the limit of processor time stops an endless
 check."""
-_CHECKED_PER_SECOND = 20_000_000
+_CHECKED_BYTES_PER_SECOND = 20_000_000
 _MEMORY = 160 * 2**20
 """Memory of a child, in bytes; `_MEMORY_PER_HEADER_BYTE` is added for each byte of the header."""
 _MEMORY_PER_HEADER_BYTE = 12
@@ -66,7 +66,7 @@ class Journal:
         except FileNotFoundError:
             self._fatal = set()
         except (OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("%s cannot be read, and is written again: %s", self._path, error)
+            log.warning("%s cannot be read and is replaced: %s", self._path, error)
             self._fatal = set()
         self._checking: set[str] = set()
         self._write()
@@ -75,7 +75,7 @@ class Journal:
         """Raise UnfitAdapterError if the agent died while it checked this digest."""
         if digest in self._fatal:
             raise UnfitAdapterError(
-                "the agent ended while it checked the adapter's files, so they are not checked again on this pod: "
+                "the agent exited while it checked the adapter's files, so they are not checked again on this pod: "
                 "publish the adapter again, or delete the pod if its node or memory was the cause"
             )
 
@@ -107,7 +107,7 @@ class FetchSettings:
         adapters: folder of adapters.
         state: folder of the agent's state.
         secret: folder of the mounted Secret with the store's credentials.
-        storage: bytes that all adapters of the pod may take.
+        storage: highest number of bytes of all adapters of the pod.
         allowed_addresses: networks that may be reached besides public addresses, in the format of the platform's list.
     """
 
@@ -134,8 +134,8 @@ class ArtifactFetcher:
         self._journal = Journal(settings.state)
         self._sandbox = Sandbox([_MAIN, *_library(limits.store)])
         bounds = weight_bounds(limits.base, limits.max_rank)
-        processor = PROCESSOR_SECONDS + bounds.size // _CHECKED_PER_SECOND
-        self._check_seconds = _CHECKED_SLOWLY * processor
+        processor = PROCESSOR_SECONDS + bounds.size // _CHECKED_BYTES_PER_SECOND
+        self._check_seconds = _WALL_CLOCK_FACTOR * processor
         memory = _MEMORY + _MEMORY_PER_HEADER_BYTE * bounds.header
         self._child_limits = ChildLimits(memory, cpu_seconds=processor)
         self._one_check = threading.Lock()
@@ -179,7 +179,7 @@ class ArtifactFetcher:
         while True:
             try:
                 kind, value = child.receive(SILENCE_SECONDS)
-            except ChildEndedError as error:
+            except ChildExitedError as error:
                 raise StoreError(f"the download {error}", permanent=False) from None
             if kind == "check":
                 self._supervise_check(child, digest)
@@ -197,7 +197,7 @@ class ArtifactFetcher:
             child.answer()
             try:
                 kind, value = child.receive(self._check_seconds)
-            except ChildEndedError as error:
+            except ChildExitedError as error:
                 if self._closed:
                     raise StoreError("the agent is stopping", permanent=False) from None
                 raise UnfitAdapterError(f"the check of the adapter's files {error}") from None
@@ -210,8 +210,9 @@ class ArtifactFetcher:
             taken = sum(stored_sizes(self._settings.adapters).values()) + sum(self._reserved.values())
             if taken + size > self._settings.storage:
                 return (
-                    f"the pod's volume for adapters has {self._settings.storage} bytes, {taken} are taken, and the "
-                    f"adapter needs {size}: detach adapters, or ask the platform to raise serving.adapterStorage"
+                    f"the pod's volume for adapters has {self._settings.storage} bytes, {taken} are in use, and the "
+                    f"adapter needs {size}: detach adapters, or ask the platform's administrators to raise "
+                    "serving.adapterStorage"
                 )
             self._reserved[digest] = size
             return ""
@@ -235,7 +236,7 @@ class _SupervisedSteps(Steps):
 
     @contextmanager
     def checking(self) -> Iterator[None]:
-        self._channel.ask("check")
+        self._channel.request("check")
         try:
             yield
         except (UnfitAdapterError, OSError):
@@ -250,7 +251,7 @@ class _SupervisedSteps(Steps):
         self._channel.send("checked")
 
     def reserve(self, size: int) -> None:
-        full = self._channel.ask("reserve", size)
+        full = self._channel.request("reserve", size)
         if full:
             raise StoreError(full, permanent=False)
 

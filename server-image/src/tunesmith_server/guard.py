@@ -92,7 +92,7 @@ class _Boot:
     used: dict[str, int] = field(default_factory=dict)
     progress: tuple[object, ...] = ()
     progress_at: float = float("-inf")
-    looked_at: float = float("-inf")
+    counters_read_at: float = float("-inf")
 
 
 class Guard:
@@ -147,7 +147,7 @@ class Guard:
         """Adapters in the engine whose first canary has not passed."""
         return frozenset(self._resident) - self._boot.verified
 
-    def loads(self, wanted: Sequence[DesiredAdapter]) -> list[DesiredAdapter]:
+    def allowed_loads(self, wanted: Sequence[DesiredAdapter]) -> list[DesiredAdapter]:
         """Return the adapters that may be loaded now: none while the engine is suspect; those on trial first, alone."""
         if self.problem or self._boot.differing or not self.ready:
             return []
@@ -157,7 +157,7 @@ class Guard:
         return on_trial[:1] or list(wanted)
 
     async def step(self, snapshot: EngineSnapshot | None, now: float) -> None:
-        """Observe the engine: start a canary if one is due, and judge one that does not finish.
+        """Observe the engine: start a canary if one is due, and restart an engine on which one does not finish.
 
         Args:
             snapshot: current snapshot of the engine; None while it does not answer.
@@ -167,11 +167,11 @@ class Guard:
             self._forget_check()
             return
         if snapshot.state.boot_id != self._boot_id:
-            self._booted(snapshot)
+            self._record_boot(snapshot)
         self._resident = {name: _digest(path) for name, path in snapshot.resident.items()}
         self._boot.verified &= set(self._resident)
         if self.problem:
-            return  # it is about to exit
+            return  # the engine is shutting down
         await self._observe_progress(snapshot, now)
         self._observe_stall(now)
         if self._check is None:
@@ -185,7 +185,7 @@ class Guard:
                     "is restarted."
                 )
 
-    async def stuck(self, name: str, path: str) -> None:
+    async def load_hung(self, name: str, path: str) -> None:
         """Restart the engine because it did not finish loading an adapter, and refuse the adapter from now on."""
         self._refuse(frozenset({_digest(path)}), f"vLLM did not finish loading {name}; it is refused on this pod.")
         await self._restart(f"The engine did not finish loading the adapter {name}: it hangs and is restarted.")
@@ -194,7 +194,7 @@ class Guard:
         """Stop the background task."""
         self._forget_check()
 
-    def _booted(self, snapshot: EngineSnapshot) -> None:
+    def _record_boot(self, snapshot: EngineSnapshot) -> None:
         self._forget_check()
         self._boot_id = snapshot.state.boot_id
         self._boot = _Boot(used=_requests(snapshot))
@@ -224,9 +224,9 @@ class Guard:
         if not busy or passed != self._boot.progress[:-1]:
             self._boot.progress, self._boot.progress_at = (*passed, None), now
             return
-        if now - self._boot.looked_at < PROGRESS_SECONDS:
+        if now - self._boot.counters_read_at < PROGRESS_SECONDS:
             return
-        self._boot.looked_at = now
+        self._boot.counters_read_at = now
         try:
             processed = await self._engine.processed_tokens()
         except EngineDownError:
@@ -257,9 +257,9 @@ class Guard:
     def _start(self, check: Coroutine[None, None, None], now: float) -> None:
         self._check_started = now
         self._check = asyncio.create_task(check)
-        self._check.add_done_callback(self._ended)
+        self._check.add_done_callback(self._check_finished)
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _check_finished(self, task: asyncio.Task[None]) -> None:
         if task is self._check:
             self._check = None
         if not task.cancelled() and (error := task.exception()) is not None:
@@ -286,7 +286,7 @@ class Guard:
             return
         except RequestRefusedError as error:
             if not self.ready:
-                self.problem = f"The engine does not take the agent's check of its answers: {error}"
+                self.problem = f"The engine refuses the agent's canary request: {error}"
                 log.exception("%s", self.problem)
                 return
             answer = None  # the engine accepted this request before; log-probabilities that are NaN cause a 400
@@ -306,7 +306,7 @@ class Guard:
             self._boot.differing += 1
             log.warning("canary: the base model's answer differs (%d of %d)", self._boot.differing, CONFIRMATIONS)
             if self._boot.differing >= CONFIRMATIONS:
-                await self._condemn(snapshot)
+                await self._find_cause(snapshot)
 
     async def _try(self, body: dict[str, object]) -> None:
         """Send a request whose answer does not matter."""
@@ -321,13 +321,13 @@ class Guard:
         if passed:
             self._save(on_trial=self._record.on_trial - passed)
 
-    async def _condemn(self, snapshot: EngineSnapshot) -> None:
+    async def _find_cause(self, snapshot: EngineSnapshot) -> None:
         """Determine which adapters may have changed the base model's answers, and restart the engine."""
         loaded, now = self.unverified, _requests(snapshot)
         used = {name for name in self._resident if now.get(name, 0) > self._boot.used.get(name, 0)} - loaded
         if not loaded and not used:
             if self._record.unexplained >= MAX_UNEXPLAINED:
-                log.error("canary: the base model's answers change without an adapter; this is only logged from now on")
+                log.error("canary: the base model's answers change without an adapter; further changes are only logged")
                 self._boot.differing = 0
                 return
             self._save(unexplained=self._record.unexplained + 1)
@@ -336,17 +336,17 @@ class Guard:
             )
             return
         if len(loaded) == 1 and not used:
-            self._condemn_one(self._digests(loaded))
+            self._refuse_harmful(self._digests(loaded))
         else:
             before = self._record.suspected
             suspected = before & self._digests(used) or self._digests(used)
             self._save(on_trial=self._record.on_trial | self._digests(loaded), suspected=suspected)
             if not loaded and before and len(suspected) == 1:
-                self._condemn_one(suspected)
-        what = [f"{_named(names)} {verb}" for names, verb in ((loaded, "loaded"), (used, "used")) if names]
-        await self._restart(f"The base model's answers changed after {' and '.join(what)}: the engine is restarted.")
+                self._refuse_harmful(suspected)
+        events = [f"{_adapters_phrase(names)} {verb}" for names, verb in ((loaded, "loaded"), (used, "used")) if names]
+        await self._restart(f"The base model's answers changed after {' and '.join(events)}: the engine is restarted.")
 
-    def _condemn_one(self, digest: frozenset[str]) -> None:
+    def _refuse_harmful(self, digest: frozenset[str]) -> None:
         self._refuse(
             digest, "It changes the answers of the base model and of other adapters; it is refused on this pod."
         )
@@ -384,7 +384,7 @@ def _read_record(path: Path) -> GuardRecord:
     except FileNotFoundError:
         return GuardRecord()
     except (OSError, ValidationError) as error:
-        log.warning("%s cannot be read and is written again: %s", path, type(error).__name__)
+        log.warning("%s cannot be read and is replaced: %s", path, type(error).__name__)
         return GuardRecord()
 
 
@@ -393,7 +393,7 @@ def _digest(path: str) -> str:
     return f"sha256:{name}" if re.fullmatch("[0-9a-f]{64}", name) else name
 
 
-def _named(names: Collection[str]) -> str:
+def _adapters_phrase(names: Collection[str]) -> str:
     listed = ", ".join(sorted(names))
     return f"the adapter {listed} was" if len(names) == 1 else f"the adapters {listed} were"
 

@@ -171,7 +171,7 @@ def _magnitude(path: Path, module: str, parts: dict[str, Tensor], scaling: float
     if max(largest_a, largest_b * max(scaling, 1.0)) > LARGEST_VALUE:
         raise UnfitAdapterError(
             f"{module} has values of up to {max(largest_a, largest_b):.3g} with a scaling of {scaling:.3g}, more than "
-            f"16-bit floats hold ({LARGEST_VALUE:g}); train again"
+            f"the largest 16-bit float ({LARGEST_VALUE:g}); train again"
         )
     row_norms = np.sqrt(np.diagonal(gram_a))
     if float(np.max(row_norms)) > LARGEST_ROW:
@@ -190,7 +190,7 @@ def _gram(blocks: Iterator[NDArray[np.float64]], rank: int, part: str) -> tuple[
     for block in blocks:
         peak = float(np.max(np.abs(block), initial=0.0))
         if not math.isfinite(peak):
-            raise UnfitAdapterError(f"{part} holds values that are infinite or not a number; train again")
+            raise UnfitAdapterError(f"{part} contains values that are infinite or not a number; train again")
         largest = max(largest, peak)
         gram += block @ block.T
     return gram, largest
@@ -214,7 +214,7 @@ def _check_module(module: str, first: Tensor, second: Tensor, config: LoraConfig
         raise UnfitAdapterError(f"the base model has no {module}.weight: the adapter belongs to another model")
     shape = base.tensors[name].shape
     if len(shape) != 2:  # noqa: PLR2004 - a matrix
-        raise UnfitAdapterError(f"{module} of the base model is no linear layer; LoRA does not apply to it")
+        raise UnfitAdapterError(f"{module} of the base model is not a linear layer; LoRA does not apply to it")
     if 0 in shape:
         raise UnfitAdapterError(f"{module} of the base model has no values; LoRA does not apply to it")
     outputs, inputs = reversed(shape) if config.fan_in_fan_out or embedding else shape

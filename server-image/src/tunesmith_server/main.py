@@ -57,9 +57,9 @@ def run(arguments: list[str]) -> int:
         else:
             _fetch_base(read(FetchBaseSettings, flags))
     except (SetupError, BaseModelError) as error:
-        return _end(str(error), ExitCode.USER_FAULT)
+        return _report_exit(str(error), ExitCode.USER_FAULT)
     except StoreError as error:
-        return _end(str(error), ExitCode.USER_FAULT if error.permanent else ExitCode.RETRYABLE)
+        return _report_exit(str(error), ExitCode.USER_FAULT if error.permanent else ExitCode.RETRYABLE)
     return ExitCode.DONE
 
 
@@ -80,8 +80,8 @@ def _fetch_base(settings: FetchBaseSettings) -> None:
             fingerprint = fetch_base(settings.uri, settings.revision, target, credentials, settings.storage)
     except ValueError as error:
         raise SetupError(f"{error}.") from None
-    place = settings.fingerprint_file or target.with_name(f"{target.name}.fingerprint")
-    place.write_text(fingerprint + "\n")
+    path = settings.fingerprint_file or target.with_name(f"{target.name}.fingerprint")
+    path.write_text(fingerprint + "\n")
     log.info("base model: %s, fingerprint %s", settings.uri, fingerprint)
 
 
@@ -127,13 +127,13 @@ async def serve(settings: ServeSettings) -> None:
             except OSError as error:
                 raise SetupError(f"Port {settings.port} cannot be listened on: {error.strerror}.") from None
             loop = asyncio.create_task(agent.run())
-            ended = asyncio.create_task(stop.wait())
-            log.info("agent serves on port %d for base %s", settings.port, fingerprint)
-            await asyncio.wait({loop, ended}, return_when=asyncio.FIRST_COMPLETED)
+            stopped = asyncio.create_task(stop.wait())
+            log.info("the agent listens on port %d; base model fingerprint %s", settings.port, fingerprint)
+            await asyncio.wait({loop, stopped}, return_when=asyncio.FIRST_COMPLETED)
             if loop.done():
                 loop.result()
             loop.cancel()
-            ended.cancel()
+            stopped.cancel()
 
 
 def prepare_engine(state: Path) -> str:
@@ -175,7 +175,9 @@ def _base_weights(base_model: Path) -> BaseWeights:
     except (OSError, ValueError) as error:
         raise SetupError(f"The base model at {base_model} cannot be used: {error}.") from None
     if not weights.tensors:
-        raise SetupError(f"The base model's folder {base_model} holds no safetensors files; mount it into the agent.")
+        raise SetupError(
+            f"The base model's folder {base_model} contains no safetensors files: mount the model into the agent."
+        )
     return weights
 
 
@@ -195,7 +197,7 @@ def _read(path: Path, what: str) -> str:
         raise SetupError(f"{path} with {what} cannot be read: {error.strerror}. Check the pod's volumes.") from None
 
 
-def _end(message: str, code: ExitCode) -> int:
+def _report_exit(message: str, code: ExitCode) -> int:
     """Write the reason for the exit to the log and to the container's termination message; return the exit code."""
     sys.stderr.write(f"tunesmith-agent: {message}\n")
     termination = Path(TERMINATION_MESSAGE_PATH)

@@ -36,7 +36,7 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Observation:
+class PodObservation:
     """Observed state of the pod.
 
     Attributes:
@@ -65,7 +65,7 @@ class Observation:
 
 
 @dataclass
-class Plan:
+class PodPlan:
     """Actions to take now, and state to report."""
 
     downloads: list[DesiredAdapter] = field(default_factory=list)
@@ -74,60 +74,62 @@ class Plan:
     report: list[Residency] = field(default_factory=list)
 
 
-def plan(seen: Observation) -> Plan:
+def plan(observed: PodObservation) -> PodPlan:
     """Return the next downloads, loads and unloads, and the state of every revision."""
-    result = Plan()
-    engine = seen.engine or {}
-    paths = {adapter.engine_name: seen.folders.get(adapter.digest) for adapter in seen.desired}
+    result = PodPlan()
+    engine = observed.engine or {}
+    paths = {adapter.engine_name: observed.folders.get(adapter.digest) for adapter in observed.desired}
     unwanted = [name for name, path in engine.items() if name not in paths or paths[name] != path]
     for name in unwanted:
-        waited = seen.now - seen.unwanted_since.get(name, seen.now)
-        if not seen.in_flight.get(name) or waited >= UNLOAD_SECONDS:
+        waited = observed.now - observed.unwanted_since.get(name, observed.now)
+        if not observed.in_flight.get(name) or waited >= UNLOAD_SECONDS:
             result.unloads.append(name)
-    free = seen.max_loras - len(engine)
+    free = observed.max_loras - len(engine)
     fetching: set[str] = set()
-    for place, adapter in enumerate(seen.desired):
-        if place >= seen.max_loras:
+    for index, adapter in enumerate(observed.desired):
+        if index >= observed.max_loras:
             message = (
-                f"the pod keeps {seen.max_loras} adapters (engine.maxLoras) and {len(seen.desired)} are wanted: "
-                "raise maxLoras, add pods or detach adapters"
+                f"the pod has {observed.max_loras} adapter slots (engine.maxLoras) for {len(observed.desired)} "
+                "adapters: raise maxLoras, add pods or detach adapters"
             )
             result.report.append(_residency(adapter, ResidencyState.FAILED, message))
             continue
-        residency, needs = _next(adapter, seen, free)
+        residency, action = _next(adapter, observed, free)
         result.report.append(residency)
-        if needs == "load":
+        if action == "load":
             free -= 1
             result.loads.append(adapter)
-        elif needs == "download" and adapter.digest not in fetching:
+        elif action == "download" and adapter.digest not in fetching:
             fetching.add(adapter.digest)
             result.downloads.append(adapter)
     wanted = {residency.engine_name for residency in result.report}
     result.report += [
-        Residency(engine_name=name, digest="", state=ResidencyState.UNLOADING, message="its requests end first")
+        Residency(
+            engine_name=name, digest="", state=ResidencyState.UNLOADING, message="its running requests finish first"
+        )
         for name in unwanted
         if name not in wanted
     ]
     return result
 
 
-def _next(adapter: DesiredAdapter, seen: Observation, free: int) -> tuple[Residency, str]:
-    path = seen.folders.get(adapter.digest)
-    held = (seen.engine or {}).get(adapter.engine_name)
-    failure = seen.failures.get(adapter.engine_name)
-    if held is not None and held == path:
-        if adapter.engine_name in seen.unverified:
-            return _residency(adapter, ResidencyState.LOADING, "the engine's answers are checked with it"), ""
+def _next(adapter: DesiredAdapter, observed: PodObservation, free: int) -> tuple[Residency, str]:
+    path = observed.folders.get(adapter.digest)
+    loaded = (observed.engine or {}).get(adapter.engine_name)
+    failure = observed.failures.get(adapter.engine_name)
+    if loaded is not None and loaded == path:
+        if adapter.engine_name in observed.unverified:
+            return _residency(adapter, ResidencyState.LOADING, "the engine's answers are being checked with it"), ""
         return _residency(adapter, ResidencyState.RESIDENT), ""
-    if failure is not None and (failure.permanent or seen.now < failure.retry_at):
+    if failure is not None and (failure.permanent or observed.now < failure.retry_at):
         return _residency(adapter, ResidencyState.FAILED, failure.message, permanent=failure.permanent), ""
     if path is None:
-        needs = "" if adapter.digest in seen.downloading else "download"
-        return _residency(adapter, ResidencyState.DOWNLOADING), needs
-    if seen.engine is None:
-        return _residency(adapter, ResidencyState.LOADING, "the engine is not up"), ""
-    if held is not None or free <= 0:
-        return _residency(adapter, ResidencyState.LOADING, "waits until another adapter is unloaded"), ""
+        action = "" if adapter.digest in observed.downloading else "download"
+        return _residency(adapter, ResidencyState.DOWNLOADING), action
+    if observed.engine is None:
+        return _residency(adapter, ResidencyState.LOADING, "the engine is not ready"), ""
+    if loaded is not None or free <= 0:
+        return _residency(adapter, ResidencyState.LOADING, "no adapter slot is free"), ""
     return _residency(adapter, ResidencyState.LOADING), "load"
 
 

@@ -40,11 +40,13 @@ class Retention:
             running: engine names with requests in the engine.
             now: monotonic seconds.
         """
-        ends = {name.rpartition("@")[2] for name in running}
+        running_revisions = {name.rpartition("@")[2] for name in running}
         idle = {
             digest
             for digest, folder in folders.items()
-            if digest not in wanted and folder not in registered and digest.removeprefix("sha256:")[:12] not in ends
+            if digest not in wanted
+            and folder not in registered
+            and digest.removeprefix("sha256:")[:12] not in running_revisions
         }
         self._unused_since = {digest: self._unused_since.get(digest, now) for digest in idle}
         return sorted(digest for digest, since in self._unused_since.items() if now - since >= GRACE_SECONDS)

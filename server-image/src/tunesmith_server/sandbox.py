@@ -24,7 +24,7 @@ _EXIT_SECONDS = 5.0
 _MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 
 
-class ChildEndedError(Exception):
+class ChildExitedError(Exception):
     """The child exited without a result. The message is a clause, such as "needed more than 256 MiB of memory"."""
 
 
@@ -73,7 +73,7 @@ class Channel:
         """Send a message to the parent."""
         self._connection.send_bytes(json.dumps([kind, value]).encode())
 
-    def ask(self, kind: str, value: object = None) -> Any:  # noqa: ANN401 - JSON
+    def request(self, kind: str, value: object = None) -> Any:  # noqa: ANN401 - JSON
         """Send a message to the parent and return its answer."""
         self.send(kind, value)
         return json.loads(self._connection.recv_bytes(_MAX_MESSAGE_BYTES))
@@ -91,16 +91,16 @@ class Child:
         """Return the next message.
 
         Raises:
-            ChildEndedError: the child exited, or was killed because it sent nothing for `seconds`.
+            ChildExitedError: the child exited, or was killed because it sent nothing for `seconds`.
         """
         try:
             if not self._connection.poll(seconds):
                 self.kill()
-                raise ChildEndedError(f"took more than {seconds:g} seconds")
+                raise ChildExitedError(f"took more than {seconds:g} seconds")
             kind, value = json.loads(self._connection.recv_bytes(_MAX_MESSAGE_BYTES))
         except (EOFError, OSError, ValueError):
             self._process.join(_EXIT_SECONDS)
-            raise ChildEndedError(self._cause()) from None
+            raise ChildExitedError(self._cause()) from None
         return str(kind), value
 
     def answer(self, value: object = None) -> None:
@@ -124,10 +124,10 @@ class Child:
         if code == -signal.SIGXCPU:
             return f"needed more than {self._limits.cpu_seconds} seconds of processor time"
         if code == -signal.SIGKILL:
-            return "was killed, probably for its memory"
+            return "was killed, probably because memory ran out"
         if code is not None and code < 0:
-            return f"ended with {signal.Signals(-code).name}"
-        return f"ended with exit code {code}"
+            return f"was terminated by {signal.Signals(-code).name}"
+        return f"exited with code {code}"
 
 
 def _run(

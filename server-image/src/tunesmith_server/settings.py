@@ -23,11 +23,11 @@ from tunesmith_server.guard import CANARY_SECONDS, HANG_SECONDS, STALL_SECONDS
 _KEYS = Path(AGENT_KEYS_FOLDER)
 _POD = Internal("the operator sets it in the pods of a pool")
 _SIZE = Internal("the operator sets it from serving.adapterStorage or serving.baseModelStorage")
-_BY_HAND = Internal("the default fits the pods of a pool")
+_DEFAULT_FITS = Internal("the default fits the pods of a pool")
 _Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class _Reading(ProgramSettings):
+class _StoreReaderSettings(ProgramSettings):
     """Settings of commands that read from a store."""
 
     secret: Annotated[Path, _POD]
@@ -38,7 +38,7 @@ class _Reading(ProgramSettings):
     """Networks that may be reached besides public addresses, such as 10.0.0.7/32,fd00::/8."""
 
 
-class FetchBaseSettings(_Reading):
+class FetchBaseSettings(_StoreReaderSettings):
     """Settings of `fetch-base`."""
 
     program: ClassVar[str] = "tunesmith-agent fetch-base"
@@ -54,16 +54,16 @@ class FetchBaseSettings(_Reading):
     target: Annotated[Path, _POD]
     """Folder to fill."""
     storage: Annotated[int, Field(ge=1), _SIZE]
-    """Bytes that the base model may take."""
+    """Highest number of bytes of the base model."""
     fingerprint_file: Annotated[Path | None, _POD] = None
     """File for the fingerprint; absent: the target's name with the suffix .fingerprint."""
 
 
-class ServeSettings(_Reading):
+class ServeSettings(_StoreReaderSettings):
     """Settings of `serve`."""
 
     program: ClassVar[str] = "tunesmith-agent serve"
-    description: ClassVar[str] = "Keep the engine's adapters as the operator wants them."
+    description: ClassVar[str] = "Keep the engine's adapters equal to the operator's list."
     example: ClassVar[str] = (
         "--pod-uid 1234 --store s3://bucket/store --secret /etc/tunesmith/secrets/tunesmith-store"
         " --storage 20000000000 --max-lora-rank 16 --max-loras 8"
@@ -92,7 +92,7 @@ class ServeSettings(_Reading):
     store: Annotated[str, Internal("the operator sets it from store")]
     """URI of the store; artifacts outside it are refused."""
     storage: Annotated[int, Field(ge=1), _SIZE]
-    """Bytes that all adapters may take."""
+    """Highest number of bytes of all adapters."""
     max_adapter_ratio: Annotated[
         float, Field(gt=0, allow_inf_nan=False), Internal("the operator sets it from serving.maxAdapterRatio")
     ] = DEFAULT_MAX_ADAPTER_RATIO
@@ -103,7 +103,7 @@ class ServeSettings(_Reading):
     """Number of adapters that may be resident at once."""
     drain_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False), _POD] = 60
     """Seconds that /drain waits for running requests."""
-    canary_seconds: Annotated[_Seconds, _BY_HAND] = CANARY_SECONDS
+    canary_seconds: Annotated[_Seconds, _DEFAULT_FITS] = CANARY_SECONDS
     """Seconds between two checks of an idle engine's answers."""
     hang_seconds: Annotated[_Seconds, _POD] = HANG_SECONDS
     """Seconds without a token after which an engine counts as hung."""

@@ -92,7 +92,7 @@ class StoreFolder:
         """
         files = self._folder.files()
         if not files:
-            message = f"{self.uri} is missing or holds no files: check the uri and the bucket."
+            message = f"{self.uri} does not exist or contains no files: check the uri and the bucket."
             raise StoreError(message, permanent=False)
         return files
 

@@ -41,11 +41,11 @@ def rows(path: Path, tensor: Tensor, piece: int = 1 << 20) -> Iterator[NDArray[n
         yield _as_float64(matrix[start : start + step], tensor.dtype)
 
 
-def blocks(path: Path, tensor: Tensor, places: Iterable[int], size: int) -> Iterator[NDArray[np.float64]]:
-    """Yield values of a tensor as float64, in storage order: at most `size` from each place on."""
+def blocks(path: Path, tensor: Tensor, offsets: Iterable[int], size: int) -> Iterator[NDArray[np.float64]]:
+    """Yield values of a tensor as float64, in storage order: at most `size` from each offset."""
     stored = _mapped(path, tensor)
-    for place in places:
-        yield _as_float64(stored[place : place + size], tensor.dtype)
+    for offset in offsets:
+        yield _as_float64(stored[offset : offset + size], tensor.dtype)
 
 
 def _mapped(path: Path, tensor: Tensor) -> NDArray[Any]:

@@ -190,7 +190,7 @@ def _prompt_logprobs_parameter(body: Mapping[str, Any]) -> str:
 def _requests_prompt_logprobs(body: Mapping[str, Any]) -> bool:
     if body.get("prompt_logprobs") is not None:
         return True
-    # vLLM takes a chat's top_logprobs, 0 unless it is set, for those of an echoed prompt.
+    # For an echoed prompt, vLLM uses a chat's top_logprobs, which is 0 unless it is set.
     return bool(body.get("echo")) and ("messages" in body or body.get("logprobs") is not None)
 
 
