@@ -1,4 +1,4 @@
-# Tunesmith: `make` lists the targets. Each step prints its name and its elapsed time; what it printed lies in out/logs/.
+# Tunesmith: `make` lists the targets. Each step prints its name and its elapsed time; its output is in out/logs/.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -26,13 +26,13 @@ demo: environment environment-trainer model ## Train and serve an adapter on a l
 	@$(MAKE) cluster-up images
 	@$(RUN) python -m e2e.demo
 
-test: environment environment-trainer environment-server model ## Run all tests, with a real cluster at their end
+test: environment environment-trainer environment-server model ## Run all tests, the last ones on a real cluster
 	@.ci/test
 
 check: environment environment-trainer environment-server ## Format, lint, types, import contracts, generated files, unit tests
 	@$(MAKE) --jobs=2 check-format check-types check-unit check-imports check-generated
 
-verify-resume: environment-trainer ## Kill training 20 times with SIGKILL and SIGTERM each: equal to the run without kills
+verify-resume: environment-trainer ## Kill training 20 times with SIGKILL and SIGTERM each, and compare with an undisturbed run
 	@$(STEP) --last ' (passed|failed).* in ' "resume after kills" env TUNESMITH_RESUME_KILLS=20 \
 	  $(UV) run --frozen --no-sync --project trainer-image pytest tests/trainer/test_resume.py tests/trainer/test_ranks.py
 
@@ -40,11 +40,11 @@ verify-methods: environment-trainer environment-server ## Train, reload, merge a
 	@$(STEP) --live "methods" $(UV) run --frozen --no-sync --project trainer-image python -m tests.trainer.verify_methods \
 	  --engine server-image/engine-cpu/.venv
 
-verify-data: environment-trainer model ## Validate a million rows: peak memory, and that a second attempt finds the tokens
+verify-data: environment-trainer model ## Validate a million rows: check peak memory, and that a second attempt reuses the tokens
 	@$(STEP) --last '^(passed|failed)' "a million rows" $(UV) run --frozen --no-sync --project trainer-image \
 	  python -m tests.trainer.verify_data --base $(CACHE)/models/SmolLM2-135M-Instruct
 
-verify-fuzz-gateway: environment ## Send 20,000 mutated requests to a gateway: answers, log and memory (REQUESTS=, SEED=)
+verify-fuzz-gateway: environment ## Send 20,000 mutated requests to a gateway and check replies, log and memory (REQUESTS=, SEED=)
 	@$(STEP) --last '^(passed|Assert)' "fuzz the gateway" $(RUN) python -m tests.gateway.http_fuzzer \
 	  --requests $(or $(REQUESTS),20000) --seed $(or $(SEED),1)
 
@@ -55,23 +55,23 @@ verify-fuzz-adapters: environment-server ## Check 10,000 mutated adapters as an 
 benchmark-operator: environment ## Measure the operator's work with up to 4,000 adapters in a namespace
 	@$(STEP) --live "operator" $(RUN) python -m benchmarks.operator.benchmark
 
-benchmark-gateway: environment ## Measure how a gateway reads 10,000 adapters and 10,000 API keys; fails above 3 s of CPU or a pause of 100 ms
+benchmark-gateway: environment ## Measure a gateway that reads 10,000 adapters and API keys; fails above 3 s of CPU or a pause of 100 ms
 	@$(STEP) --live "gateway" $(RUN) python -m benchmarks.gateway.benchmark
 
-benchmark-training: environment-trainer model ## Compare the speed of training with other ways (ROWS=64 REPEATS=3)
+benchmark-training: environment-trainer model ## Compare the speed of training with other libraries (ROWS=64 REPEATS=3)
 	@mkdir -p out
 	@$(RUN) --project trainer-image benchmarks/training/benchmark.py --rows $(or $(ROWS),64) --repeats $(or $(REPEATS),3) \
 	  --output out/benchmark-training.md
 
-verify-long: environment environment-trainer environment-server model ## After `make demo`: the tests that `make test` leaves out for their length
+verify-long: environment environment-trainer environment-server model ## After `make demo`: the long tests, which `make test` omits
 	@$(STEP) --last ' (passed|failed).* in ' "long tests: trainer" $(RUN) --project trainer-image pytest -m long tests/trainer
 	@$(STEP) --last ' (passed|failed).* in ' "long tests: engine" $(RUN) --project server-image pytest -m long tests/server
 	@$(STEP) --last ' (passed|failed).* in ' "long tests: scenarios" $(RUN) pytest -m long e2e/scenarios
 
-verify-attacks: environment environment-trainer environment-server ## After `make demo`: each attack of e2e/attacks, a victim measured meanwhile (ATTACKS=name,name)
+verify-attacks: environment environment-trainer environment-server ## After `make demo`: run the attacks of e2e/attacks and measure their effect on a victim (ATTACKS=name,name)
 	@$(STEP) --live "attacks" $(RUN) pytest --quiet --no-header --tb=short $(if $(ATTACKS),-k "$(subst $(comma), or ,$(ATTACKS))") e2e/attacks
 
-generate: environment ## Write the CRDs, the API reference and the schema of the charts' values again
+generate: environment ## Generate the CRDs, the references and the charts' schemas
 	@$(STEP) "generate the CRDs" $(RUN) $(GENERATE_CRDS)
 	@$(STEP) "generate the values schema of charts/adapters" $(RUN) python charts/values_schema.py
 	@$(STEP) "generate flags and values schema of charts/tunesmith" $(RUN) python charts/flags.py
@@ -79,13 +79,13 @@ generate: environment ## Write the CRDs, the API reference and the schema of the
 	@$(STEP) "copy the default values of charts/tunesmith" $(RUN) python charts/defaults.py
 	@$(STEP) "generate the reference of the chart's rights" $(RUN) python charts/rights.py
 
-images: environment ## Build the images and bring them into the cluster
+images: environment ## Build the images and import them into the cluster
 	@$(STEP) --live "images" $(CLUSTER) images
 
 cluster-up: environment ## Start the local one-node Kubernetes (kubeconfig: .cluster/kubeconfig)
 	@$(STEP) --live "local cluster" $(CLUSTER) up
 
-cluster-down: environment ## Stop the local cluster and remove what it made
+cluster-down: environment ## Stop the local cluster and remove its files
 	@$(STEP) "stop the local cluster" $(CLUSTER) down
 
 clean: ## Remove environments, logs and caches of this checkout (after cluster-down)
@@ -106,7 +106,7 @@ environment-server: $(UV)
 	@$(STEP) "environment: agent" $(UV) sync --frozen --project server-image
 	@$(STEP) "environment: engine" $(UV) sync --frozen --project server-image/engine-cpu
 
-verify-fuzz-manifests: environment ## 10,000 mutated manifests through models and plans, 1,000 through an API server and the operator
+verify-fuzz-manifests: environment ## Check 10,000 mutated manifests with models and plans, 1,000 with an API server and the operator
 	@$(STEP) --last '^(passed|Assert)' "manifests: models and plans" $(RUN) python -m tests.finetune.manifest_fuzzer --count 10000
 	@$(STEP) "programs of the cluster" $(CLUSTER) build
 	@$(STEP) --last ' (passed|failed).* in ' "manifests: API server" $(RUN) pytest -m long tests/controlplane/test_manifest_fuzz.py

@@ -1,4 +1,4 @@
-"""Processes of the local cluster's containers, as this machine sees them."""
+"""Processes of the local cluster's containers, as processes of this machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SAMPLE_SECONDS = 0.05
 
 
 def container_status(pod: Object, container: str) -> Object:
-    """The status of a container or init container of the pod.
+    """Return the status of a container or init container of the pod.
 
     Raises:
         KeyError: the pod reports none yet.
@@ -29,7 +29,7 @@ def container_status(pod: Object, container: str) -> Object:
 
 
 def processes_of(container_id: str) -> list[int]:
-    """Processes of this machine that belong to the container."""
+    """Return the processes of this machine that belong to the container."""
     identity = container_id.rpartition("/")[2]
     found = []
     for entry in Path("/proc").iterdir():
@@ -43,7 +43,7 @@ def processes_of(container_id: str) -> list[int]:
 
 
 def resident_bytes(process: int) -> int:
-    """Anonymous and file memory of the process; 0 once it is gone."""
+    """Return the resident memory of the process; 0 once it is gone."""
     try:
         status = (Path("/proc") / str(process) / "status").read_text()
     except OSError:
@@ -52,7 +52,7 @@ def resident_bytes(process: int) -> int:
 
 
 class PeakMemory:
-    """The highest resident memory of some processes while the block runs: `with PeakMemory(processes) as peak`."""
+    """Highest resident memory of some processes while the block runs: `with PeakMemory(processes) as peak`."""
 
     def __init__(self, processes: Callable[[], list[int]]) -> None:
         self._processes = processes

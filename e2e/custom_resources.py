@@ -1,4 +1,4 @@
-"""Manifests of Tunesmith's kinds and waiting for what becomes of them, for the scenarios."""
+"""Manifests of Tunesmith's kinds, and functions that wait for their status, for the scenarios."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ READY_SECONDS = 300
 
 
 def job_manifest(name: str, spec: Object, namespace: str = DEMO) -> Object:
-    """A FineTuneJob."""
+    """Return the manifest of a FineTuneJob."""
     metadata = {"name": name, "namespace": namespace}
     return {"apiVersion": API_VERSION, "kind": "FineTuneJob", "metadata": metadata, "spec": spec}
 
 
 def adapter_manifest(name: str, job: str, pool: str | None = None, namespace: str = DEMO, **spec: object) -> Object:
-    """An AdapterDeployment."""
+    """Return the manifest of an AdapterDeployment."""
     metadata = {"name": name, "namespace": namespace}
     source: Object = {"adapterFrom": {"fineTuneJob": {"name": job}}}
     if pool is not None:
@@ -32,7 +32,7 @@ def adapter_manifest(name: str, job: str, pool: str | None = None, namespace: st
 def finished_job(
     name: str, namespace: str = DEMO, while_waiting: Callable[[Object | None], None] | None = None
 ) -> Object:
-    """The FineTuneJob once it is Complete or Failed; `while_waiting` gets it at every look."""
+    """Wait until a FineTuneJob is Complete or Failed and return it; `while_waiting` gets each observed state."""
 
     def finished() -> Object | None:
         job = get("finetunejob", name, namespace)
@@ -42,28 +42,28 @@ def finished_job(
             while_waiting(job)
         return None
 
-    job: Object = until(f"FineTuneJob {namespace}/{name} ends", finished, TRAINED_SECONDS)
+    job: Object = until(f"FineTuneJob {namespace}/{name} finishes", finished, TRAINED_SECONDS)
     return job
 
 
 def ready_adapter(name: str, replicas: int = 1, seconds: float = READY_SECONDS) -> Object:
-    """The AdapterDeployment once it is ready on exactly that many pods."""
+    """Wait until an AdapterDeployment is ready on exactly that many pods and return it."""
 
     def ready() -> Object | None:
         adapter = get("adapterdeployment", name, DEMO)
-        held = ((adapter or {}).get("status") or {}).get("readyReplicas")
-        return adapter if condition(adapter, "Ready")["status"] == "True" and held == replicas else None
+        ready_replicas = ((adapter or {}).get("status") or {}).get("readyReplicas")
+        return adapter if condition(adapter, "Ready")["status"] == "True" and ready_replicas == replicas else None
 
     adapter: Object = until(f"AdapterDeployment {name} ready on {replicas} pods", ready, seconds)
     return adapter
 
 
 def engine_name(adapter: Object) -> str:
-    """The name of the newest revision in the engine, which replies carry."""
+    """Return the name of the newest revision in the engine, which replies contain."""
     return str(adapter["status"]["revisions"][0]["engineName"])
 
 
 def pool_pods(pool: str) -> list[Object]:
-    """The pods of the demo's pool that are not being deleted."""
+    """Return the pods of the demo's pool that are not being deleted."""
     pods = items("pods", DEMO, f"tunesmith.dev/pool={pool}")
     return [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]

@@ -1,6 +1,6 @@
-"""The main job on a real cluster: installs Tunesmith, trains an adapter, serves it, and asks it and its base.
+"""The main job on a real cluster: installs Tunesmith, trains an adapter, serves it, and compares it with its base.
 
-`make demo` runs it once the cluster has the images. Everything stays running; run again, it does what is missing.
+`make demo` runs it once the cluster has the images. Everything keeps running; a repeated run does only what is missing.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ RELEASE = "tunesmith"
 
 @contextmanager
 def step(name: str) -> Iterator[None]:
-    """Prints the block's name and elapsed time."""
+    """Print the block's name and elapsed time."""
     begin = time.monotonic()
     yield
     print(f"ok {time.monotonic() - begin:4.0f} s  {name}", flush=True)
 
 
 def install() -> None:
-    """Namespaces, credentials and the chart `tunesmith`, with requests that fit a node of two cores."""
+    """Install namespaces, credentials and the chart `tunesmith`, with requests that fit a node of two cores."""
     reference = images()
     small = {"requests": {"cpu": "20m", "memory": "128Mi"}, "limits": {"memory": "512Mi"}}
     apply(restricted_namespace(SYSTEM), restricted_namespace(DEMO))
@@ -92,15 +92,15 @@ def install() -> None:
 
 
 def train(manifest: Object) -> None:
-    """Submits the job and shows its progress until it ends; a job that is complete is left as it is.
+    """Submit the job and show its progress until it finishes; do nothing if it is complete.
 
     Raises:
-        InstallationError: the job failed; the message says why.
+        InstallationError: the job failed, for the reason in the message.
     """
     name = manifest["metadata"]["name"]
     existing = get("finetunejob", name, DEMO)
     if condition(existing, "Failed")["status"] == "True" or changed(manifest):
-        print(f"The FineTuneJob {name} failed, or its manifest has changed: it is made anew.")
+        print(f"The FineTuneJob {name} failed, or its manifest has changed: it is created again.")
         delete("finetunejob", name, DEMO)
     command = [REPOSITORY / ".venv/bin/tunesmith", "submit", "--filename", JOB, "--namespace", DEMO, "--watch"]
     subprocess.run(command, check=False, env=environment(), cwd=REPOSITORY)
@@ -111,7 +111,7 @@ def train(manifest: Object) -> None:
 
 
 def changed(manifest: Object) -> bool:
-    """Whether the cluster has the job with another spec, which cannot be changed in place."""
+    """Return True if the cluster has the job with another spec, which cannot be changed in place."""
     document = yaml.safe_dump({**manifest, "metadata": {**manifest["metadata"], "namespace": DEMO}})
     try:
         kubectl("apply", "--server-side", "--dry-run=server", "--force-conflicts", "--filename", "-", stdin=document)
@@ -123,7 +123,7 @@ def changed(manifest: Object) -> bool:
 
 
 def api_key() -> str:
-    """The demo's API key: made once, kept in a file that only this user can read."""
+    """Return the demo's API key, which is created once and kept in a file that only this user can read."""
     if KEY.is_file() and get("configmap", "api-key-demo", SYSTEM):
         return KEY.read_text().strip()
     delete("configmap", "api-key-demo", SYSTEM)
@@ -136,8 +136,8 @@ def api_key() -> str:
     return key
 
 
-def ask(client: OpenAI, model: str, question: str) -> str:
-    """The greedy answer."""
+def answer_of(client: OpenAI, model: str, question: str) -> str:
+    """Return the greedy answer."""
     reply = client.chat.completions.create(
         model=model, messages=[{"role": "user", "content": question}], max_tokens=60, temperature=0
     )
@@ -145,15 +145,15 @@ def ask(client: OpenAI, model: str, question: str) -> str:
 
 
 def compare(client: OpenAI, base: str, adapter: str) -> None:
-    """Asks both the same questions and prints the answers side by side."""
+    """Send both models the same questions and print the answers side by side."""
     table = Table("question", f"base ({base})", f"adapter ({adapter})", show_lines=True)
     for question in QUESTIONS.read_text().splitlines():
-        table.add_row(question, ask(client, base, question), ask(client, adapter, question))
+        table.add_row(question, answer_of(client, base, question), answer_of(client, adapter, question))
     Console(width=max(100, Console().width)).print(table)
 
 
 def main() -> None:
-    """The steps, in the order a user would take them."""
+    """Run the steps in the order in which a user would."""
     manifest = yaml.safe_load(JOB.read_text())
     values = yaml.safe_load(VALUES.read_text())
     [pool], [name] = values["pools"].values(), values["adapters"]
@@ -176,13 +176,13 @@ def main() -> None:
     key = api_key()
     endpoint = f"{gateway_address(NODE_PORT)}/v1"
     base, adapter = f"{DEMO}/{pool['modelName']}", f"{DEMO}/{name}"
-    with OpenAI(base_url=endpoint, api_key=key, timeout=120, max_retries=3) as client, step("questions asked"):
+    with OpenAI(base_url=endpoint, api_key=key, timeout=120, max_retries=3) as client, step("base and adapter compared"):
         compare(client, base, adapter)
-    tell(get("finetunejob", manifest["metadata"]["name"], DEMO) or {}, endpoint, adapter)
+    print_summary(get("finetunejob", manifest["metadata"]["name"], DEMO) or {}, endpoint, adapter)
 
 
-def tell(job: Object, endpoint: str, model: str) -> None:
-    """Prints the figures and what to type next."""
+def print_summary(job: Object, endpoint: str, model: str) -> None:
+    """Print the results and the next commands."""
     evaluation = job["status"]["evaluation"]
     question = QUESTIONS.read_text().splitlines()[0]
     key, kubeconfig = KEY.relative_to(REPOSITORY), (STATE / "kubeconfig").relative_to(REPOSITORY)
@@ -192,7 +192,7 @@ def tell(job: Object, endpoint: str, model: str) -> None:
         f"""
 Held-out loss: {before:.3f} before, {after:.3f} after ({less:.0f} % less).
 
-Everything is still running; `make cluster-down` ends it. Ask the adapter yourself:
+Everything is still running; `make cluster-down` stops it. Send the adapter a request yourself:
 
   curl {endpoint}/chat/completions -H "Authorization: Bearer $(cat {key})" \\
     -H 'Content-Type: application/json' \\

@@ -1,6 +1,6 @@
-"""Tunesmith on a cluster, as the demo and the scenarios reach it: kubectl, helm, the store and waiting.
+"""Access to Tunesmith on a cluster for the demo and the scenarios: kubectl, helm, the store and waiting.
 
-The cluster is that of .cluster/kubeconfig, which `make cluster-up` writes: the local one, or that of KUBECONTEXT.
+The cluster is the one of .cluster/kubeconfig, which `make cluster-up` writes: the local one, or that of KUBECONTEXT.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ Object = dict[str, Any]
 
 
 class InstallationError(Exception):
-    """A sentence for the user: what failed, where, and how to mend it."""
+    """Problem for the user: what failed, where, and how to fix it."""
 
 
 def environment() -> dict[str, str]:
-    """The environment of kubectl, helm and the CLI: the cluster's kubeconfig and programs first."""
+    """Return the environment of kubectl, helm and the CLI, with the cluster's kubeconfig and programs first."""
     path = f"{STATE / 'bin'}{os.pathsep}{os.environ['PATH']}"
     return os.environ | {"PATH": path, "KUBECONFIG": str(STATE / "kubeconfig")}
 
 
 def run(*command: str | Path, stdin: str | None = None, seconds: float = 300, **more: str) -> str:
-    """What a command printed to its standard output.
+    """Run a command and return its standard output.
 
     Raises:
-        InstallationError: it failed; the message has the command and what it said.
+        InstallationError: it failed; the message contains the command and its error output.
     """
     done = subprocess.run(
         [str(part) for part in command],
@@ -54,65 +54,65 @@ def run(*command: str | Path, stdin: str | None = None, seconds: float = 300, **
         timeout=seconds,
     )
     if done.returncode:
-        said = (done.stderr or done.stdout).strip()
-        raise InstallationError(f"`{' '.join(str(part) for part in command)}` failed: {said}")
+        output = (done.stderr or done.stdout).strip()
+        raise InstallationError(f"`{' '.join(str(part) for part in command)}` failed: {output}")
     return done.stdout
 
 
 def kubectl(*arguments: str, stdin: str | None = None, seconds: float = 300) -> str:
-    """What kubectl printed."""
+    """Run kubectl and return its output."""
     return run("kubectl", *arguments, stdin=stdin, seconds=seconds)
 
 
 def helm(*arguments: str, values: Object | None = None) -> str:
-    """What helm printed. `values` are given through `--values -`."""
+    """Run helm and return its output. `values` are passed with `--values -`."""
     if values is None:
         return run("helm", *arguments)
     return run("helm", *arguments, "--values", "-", stdin=json.dumps(values))
 
 
 def tunesmith(*arguments: str) -> str:
-    """What the CLI printed."""
+    """Run the CLI and return its output."""
     return run(shutil.which("tunesmith") or REPOSITORY / ".venv/bin/tunesmith", *arguments)
 
 
 def apply(*manifests: Object) -> None:
-    """Server-side apply."""
+    """Apply manifests server-side."""
     document = json.dumps({"apiVersion": "v1", "kind": "List", "items": list(manifests)})
     kubectl("apply", "--server-side", "--force-conflicts", "--filename", "-", stdin=document)
 
 
 def get(kind: str, name: str, namespace: str) -> Object | None:
-    """The object, or None where it does not exist."""
+    """Return the object; None if it does not exist."""
     text = kubectl("get", kind, name, "--namespace", namespace, "--ignore-not-found", "--output", "json")
     return json.loads(text) if text.strip() else None
 
 
 def items(kind: str, namespace: str, selector: str = "") -> list[Object]:
-    """The objects of a namespace that the label selector matches."""
+    """Return the objects of a namespace that match the label selector."""
     text = kubectl("get", kind, "--namespace", namespace, "--selector", selector, "--output", "json")
     found: list[Object] = json.loads(text)["items"]
     return found
 
 
 def delete(kind: str, name: str, namespace: str) -> None:
-    """Deletes the object, if it is there, and waits until it is gone."""
+    """Delete the object if it exists, and wait until it is gone."""
     kubectl("delete", kind, name, "--namespace", namespace, "--ignore-not-found", "--timeout", "120s")
 
 
 def condition(resource: Object | None, type_: str) -> Object:
-    """The condition of that type; an empty one where it has not been set."""
+    """Return the condition of a type; an empty one if it is not set."""
     conditions = ((resource or {}).get("status") or {}).get("conditions") or []
     return next(
         (entry for entry in conditions if entry["type"] == type_), {"status": "Unknown", "reason": "", "message": ""}
     )
 
 
-def until(what: str, probe: Callable[[], Any], seconds: float, interval: float = 0.5) -> Any:  # noqa: ANN401 - what the probe gives
-    """The first true value of `probe`, which is asked every `interval` seconds.
+def until(what: str, probe: Callable[[], Any], seconds: float, interval: float = 0.5) -> Any:  # noqa: ANN401 - the probe's value
+    """Call `probe` every `interval` seconds and return its first true value.
 
     Raises:
-        InstallationError: there was none within `seconds`; the message has what the probe last gave.
+        InstallationError: there was none within `seconds`; the message contains the probe's last value.
     """
     deadline = time.monotonic() + seconds
     while True:
@@ -124,10 +124,10 @@ def until(what: str, probe: Callable[[], Any], seconds: float, interval: float =
 
 
 def secret_value(namespace: str, name: str, key: str) -> str:
-    """One entry of a Secret.
+    """Return a value of a Secret.
 
     Raises:
-        InstallationError: there is no such Secret or entry.
+        InstallationError: the Secret or the key does not exist.
     """
     data = (get("secret", name, namespace) or {}).get("data", {})
     if key not in data:
@@ -136,10 +136,10 @@ def secret_value(namespace: str, name: str, key: str) -> str:
 
 
 def service_address(namespace: str, name: str) -> str:
-    """`host:port` of a Service's first port, reachable from this machine where it is a node of the cluster.
+    """Return `host:port` of a Service's first port, which this machine can reach if it is a node of the cluster.
 
     Raises:
-        InstallationError: there is no such Service.
+        InstallationError: the Service does not exist.
     """
     service = get("service", name, namespace)
     if service is None:
@@ -148,7 +148,7 @@ def service_address(namespace: str, name: str) -> str:
 
 
 def gateway_address(node_port: int) -> str:
-    """`http://host:port` of the gateway's node port: on this machine for the local cluster, else on a node."""
+    """Return `http://host:port` of the gateway's node port: on this machine for the local cluster, else on a node."""
     if not os.environ.get("KUBECONTEXT"):
         return f"http://127.0.0.1:{node_port}"
     path = "jsonpath={.items[0].status.addresses[?(@.type=='InternalIP')].address}"
@@ -156,10 +156,10 @@ def gateway_address(node_port: int) -> str:
 
 
 def images() -> dict[str, str]:
-    """References of the images by name, as `make images` left them.
+    """Return the references of the images by name, as recorded by `make images`.
 
     Raises:
-        InstallationError: they have not been made.
+        InstallationError: they have not been built.
     """
     path = STATE / "images.json"
     if not path.is_file():
@@ -169,7 +169,7 @@ def images() -> dict[str, str]:
 
 
 def image_values(reference: str) -> Object:
-    """A reference, `registry/repository:tag` or `…@digest`, as the chart's values want it."""
+    """Return a reference, `registry/repository:tag` or `…@digest`, in the format of the chart's values."""
     registry, _, rest = reference.partition("/")
     repository, at, digest = rest.partition("@")
     if at:
@@ -179,10 +179,10 @@ def image_values(reference: str) -> Object:
 
 
 def store_environment() -> dict[str, str]:
-    """Variables with which programs on this machine reach the S3 server that `make cluster-up` starts.
+    """Return variables for programs on this machine that use the S3 server of `make cluster-up`.
 
     Raises:
-        InstallationError: the cluster has none.
+        InstallationError: the cluster has no S3 server.
     """
     if get("secret", "credentials", "s3") is None:
         raise InstallationError(
@@ -197,18 +197,18 @@ def store_environment() -> dict[str, str]:
 
 
 def store_network() -> str:
-    """The S3 server's address as pods see it, as a network of one."""
+    """Return the S3 server's address inside the cluster, as a network with one address."""
     return str(ipaddress.ip_network(service_address("s3", "s3").rpartition(":")[0]))
 
 
 def in_store(program: str, *arguments: str, seconds: float = 600) -> str:
-    """Runs e2e/store.py, which needs the trainer's environment, against the local cluster's S3 server."""
+    """Run e2e/store.py, which needs the trainer's environment, against the local cluster's S3 server."""
     python = REPOSITORY / "trainer-image/.venv/bin/python"
     return run(python, REPOSITORY / "e2e/store.py", program, *arguments, seconds=seconds, **store_environment())
 
 
 def store_secret(namespace: str, **changes: str) -> Object:
-    """The Secret `tunesmith-store` of a namespace, with the address that pods use."""
+    """Return the Secret `tunesmith-store` of a namespace, with the address that pods use."""
     variables = store_environment() | {"AWS_ENDPOINT_URL": "http://s3.s3.svc:7070"} | changes
     return {
         "apiVersion": "v1",
@@ -219,6 +219,6 @@ def store_secret(namespace: str, **changes: str) -> Object:
 
 
 def restricted_namespace(name: str) -> Object:
-    """A namespace that admits only pods of the standard `restricted`."""
+    """Return a namespace that admits only pods of the standard `restricted`."""
     labels = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "warn")}
     return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Brings files into an S3 store, or damages one there; credentials come from AWS_* variables.
+"""Uploads files to an S3 store, or damages objects in it; credentials come from AWS_* variables.
 
 It needs the trainer's environment:
 
-store.py put FILE|FOLDER URI      uploads what is missing or has another size or content
+store.py put FILE|FOLDER URI      uploads files that are missing or differ
 store.py flip URI                 flips one bit in the middle of an object
 store.py read URI                 prints an object
 store.py copy URI FOLDER|URI      copies the objects below a uri to a folder, or elsewhere in the store
@@ -22,7 +22,7 @@ MARKER = ".uploaded"
 
 
 def digest_of(files: list[Path]) -> str:
-    """SHA-256 over the names and the content of the files."""
+    """Return the SHA-256 of the names and contents of the files."""
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name} {file.stat().st_size}\n".encode())
@@ -32,7 +32,7 @@ def digest_of(files: list[Path]) -> str:
 
 
 def put(source: Path, uri: str) -> str:
-    """Uploads a file, or a folder's files, unless the marker beside it says that the same content is there."""
+    """Upload a file, or a folder's files, unless the marker beside it records the same content."""
     filesystem, target = fsspec.core.url_to_fs(uri)
     bucket = target.split("/", 1)[0]
     if not filesystem.exists(bucket):
@@ -41,7 +41,7 @@ def put(source: Path, uri: str) -> str:
     marker = target + MARKER
     digest = digest_of(files)
     if filesystem.exists(marker) and filesystem.cat_file(marker).decode() == digest:
-        return f"{uri} is there already"
+        return f"{uri} is up to date"
     for file in files:
         filesystem.put_file(str(file), f"{target}/{file.relative_to(source)}" if source.is_dir() else target)
     filesystem.pipe_file(marker, digest.encode())
@@ -49,7 +49,7 @@ def put(source: Path, uri: str) -> str:
 
 
 def flip(uri: str) -> str:
-    """Flips the lowest bit of the byte in the middle of the object."""
+    """Flip the lowest bit of the byte in the middle of the object."""
     filesystem, target = fsspec.core.url_to_fs(uri)
     content = bytearray(filesystem.cat_file(target))
     content[len(content) // 2] ^= 1
@@ -58,7 +58,7 @@ def flip(uri: str) -> str:
 
 
 def copy(uri: str, target: str) -> str:
-    """Copies the objects below a uri."""
+    """Copy the objects below a URI."""
     filesystem, source = fsspec.core.url_to_fs(uri)
     names = [name.removeprefix(source).lstrip("/") for name in filesystem.find(source)]
     for name in names:
@@ -71,7 +71,7 @@ def copy(uri: str, target: str) -> str:
 
 
 def remove(uri: str) -> str:
-    """Removes the objects below a uri."""
+    """Remove the objects below a URI."""
     filesystem, target = fsspec.core.url_to_fs(uri)
     names = filesystem.find(target)
     for name in names:

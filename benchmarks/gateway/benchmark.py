@@ -1,7 +1,7 @@
 """Measure what reading many AdapterDeployments and API keys costs a gateway that starts.
 
 The feed, the catalog, the key table and the client of the API server are the gateway's own, on its event loop. A
-process of its own plays the API server: it lists over HTTP, in pages, and then announces changes.
+separate process simulates the API server: it lists over HTTP, in pages, and then sends changes.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def keys(count: int) -> list[Object]:
 
 
 def serve(count: int, kind: str, port: Connection) -> None:
-    """Play the API server for one kind; send its port. A line from the reader starts the changes."""
+    """Simulate the API server for one kind; send its port. A line from the reader starts the changes."""
     plural = f"{kind.lower()}s"
     objects = {"servingpools": [pool_manifest()]}
     objects[plural] = adapters(count) if kind == "AdapterDeployment" else keys(count)

@@ -1,4 +1,4 @@
-"""Artifacts of a hostile trainer: folders whose `tunesmith.json` and hashes are right and whose content is not."""
+"""Artifacts of a hostile trainer: folders with a valid `tunesmith.json` and hashes, and harmful content."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ Shape = tuple[int, ...]
 
 @dataclass
 class Tensors:
-    """A safetensors file: shapes by name, and the float32 values of each tensor."""
+    """Safetensors file: shapes by name, and the float32 values of each tensor."""
 
     shapes: dict[str, Shape]
     values: dict[str, array[float]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> Tensors:
-        """The tensors of a float32 file."""
+        """Return the tensors of a float32 file."""
         content = path.read_bytes()
         (length,) = struct.unpack("<Q", content[:8])
         header = json.loads(content[8 : 8 + length])
@@ -47,7 +47,7 @@ class Tensors:
         return found
 
     def to_bytes(self) -> bytes:
-        """The file's bytes."""
+        """Return the file's bytes."""
         header: dict[str, Any] = {}
         place = 0
         for name, values in self.values.items():
@@ -60,27 +60,27 @@ class Tensors:
 
 @dataclass(frozen=True)
 class Template:
-    """A sound artifact, whose parts hostile ones are made from."""
+    """Valid artifact, from whose parts hostile artifacts are built."""
 
     folder: Path
 
     @property
     def config(self) -> dict[str, Any]:
-        """Its `adapter_config.json`."""
+        """Return its `adapter_config.json`."""
         document: dict[str, Any] = json.loads((self.folder / CONFIG).read_text())
         return document
 
     @property
     def manifest(self) -> ArtifactManifest:
-        """Its `tunesmith.json`."""
+        """Return its `tunesmith.json`."""
         return ArtifactManifest.model_validate_json((self.folder / ARTIFACT_MANIFEST).read_bytes())
 
     def tensors(self) -> Tensors:
-        """Its weights."""
+        """Return its weights."""
         return Tensors.read(self.folder / WEIGHTS)
 
     def filled(self, value: float, *, only: str = "") -> Tensors:
-        """Its weights with one value in place of all of those whose name contains `only`."""
+        """Return its weights, with all values of the tensors whose name contains `only` replaced by one value."""
         tensors = self.tensors()
         for name, values in tensors.values.items():
             if only in name:
@@ -88,7 +88,7 @@ class Template:
         return tensors
 
     def scaled(self, factor: float) -> Tensors:
-        """Its weights, with lora_B multiplied."""
+        """Return its weights with lora_B multiplied by a factor."""
         tensors = self.tensors()
         for name, values in tensors.values.items():
             if "lora_B" in name:
@@ -96,7 +96,7 @@ class Template:
         return tensors
 
     def changing(self, ratio: float, base: Path, seed: int) -> Tensors:
-        """Random weights, whose change of each module has `ratio` times the norm of the base's weights.
+        """Return random weights whose change to each module has `ratio` times the norm of the base's weights.
 
         Args:
             ratio: norm of scaling · B · A over that of the base's matrix.
@@ -115,7 +115,7 @@ class Template:
             # Products of numbers that are uniform between -1 and 1 have the variance 1/9.
             expected = scaling * math.sqrt(outputs * inputs * rank) / 3
             factor = ratio * norms[f"{module}.weight"] / expected
-            # A is small, so that B carries the change.
+            # A is small, so B determines the change.
             first = name.replace("lora_B", "lora_A")
             tensors.values[first] = array("f", [value * 0.1 for value in tensors.values[first]])
             tensors.values[name] = array("f", [value * factor * 10 for value in tensors.values[name]])
@@ -123,7 +123,7 @@ class Template:
 
 
 def bfloat16_norms(path: Path) -> dict[str, float]:
-    """Frobenius norms of a bfloat16 file's matrices."""
+    """Return the Frobenius norms of a bfloat16 file's matrices."""
     norms = {}
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
@@ -150,7 +150,7 @@ def build(
     files: dict[str, bytes] | None = None,
     manifest: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> str:
-    """Write an artifact folder whose hashes are right; the digest of its manifest.
+    """Write an artifact folder with valid hashes; return the digest of its manifest.
 
     Args:
         folder: an empty one.
@@ -180,7 +180,7 @@ def build(
 
 
 def header_of_many_tensors(count: int) -> bytes:
-    """A safetensors file that declares `count` empty tensors."""
+    """Return a safetensors file that declares `count` empty tensors."""
     names = (
         f'"base_model.model.{number:x}.lora_A.weight":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'
         for number in range(count)

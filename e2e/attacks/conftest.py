@@ -1,4 +1,4 @@
-"""The attacks' stage, the measuring of the victim, and the table of what came of each attack."""
+"""Fixtures of the attacks: the stage, the measurement of the victim, and the table of results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 TABLE = REPOSITORY / "out/attacks.md"
 KEEP = "TUNESMITH_ATTACKS_KEEP"
-"""Environment variable: when set, pool, tenants and keys stay for the next run."""
+"""Environment variable: if set, pool, tenants and keys are kept for the next run."""
 _OUTCOMES = pytest.StashKey[dict[str, Outcome]]()
 _BEGAN = pytest.StashKey[float]()
 
@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
-    """Print nothing: pytest_runtest_logreport prints a line of its own."""
+    """Print nothing: pytest_runtest_logreport prints the line of each attack."""
     return (report.outcome if report.when == "call" or report.failed else "", "", "")
 
 
@@ -81,7 +81,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(scope="session")
 def stage(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[Stage]:
-    """Pool, tenants and keys; removed at the end."""
+    """Create pool, tenants and keys; remove them at the end."""
     built = Stage(tmp_path_factory.mktemp("artifacts"))
     _print(pytestconfig, "      the shared pool, its tenants and their keys are set up")
     began = time.monotonic()
@@ -96,7 +96,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config)
 
 @pytest.fixture(scope="session")
 def victim(stage: Stage) -> Iterator[Victim]:
-    """The victim's stream of requests, to its adapter and to the base."""
+    """Start the victim's stream of requests, to its adapter and to the base."""
     with Victim(stage.gateway, stage.victims_key, [stage.victims_model, stage.base_model]) as stream:
         stream.learn()
         yield stream
@@ -104,25 +104,25 @@ def victim(stage: Stage) -> Iterator[Victim]:
 
 @pytest.fixture(scope="session")
 def single(stage: Stage) -> Iterator[Object]:
-    """A pool of one pod beside the shared one, which sends SSE comments to silent streams; its manifest."""
+    """Create a second pool of one pod, which sends SSE comments to silent streams; yield its manifest."""
     manifest = pool_manifest(SINGLE, replicas=1)
     manifest["spec"]["engine"] |= {"args": ["--sse-keep-alive-interval=1"], "maxLoras": 1}
-    manifest["spec"]["resources"]["memory"] = "3Gi"  # two of them, while it is changed, must fit beside the others
+    manifest["spec"]["resources"]["memory"] = "3Gi"  # while it is updated, two of its pods must fit beside the others
     with stage.pool(manifest):
         yield manifest
 
 
 @pytest.fixture
 def outcome(request: pytest.FixtureRequest) -> Outcome:
-    """The row of this attack."""
+    """Return the row of this attack."""
     return request.config.stash[_OUTCOMES][request.node.nodeid]
 
 
 @pytest.fixture
 def trial(outcome: Outcome, victim: Victim, stage: Stage, pytestconfig: pytest.Config) -> Iterator[Trial]:
-    """Measures this attack. What it needs before it attacks is no part of the measure.
+    """Return the trial that measures this attack. Preparations before the attack are not measured.
 
-    A pool that an earlier attack left broken is replaced, so that each attack stands for itself.
+    A pool that an earlier attack left broken is replaced, so that attacks do not affect each other.
     """
     victim.disturbed()
     if not victim.well():
@@ -134,7 +134,7 @@ def trial(outcome: Outcome, victim: Victim, stage: Stage, pytestconfig: pytest.C
 
 
 def _write(config: pytest.Config) -> str:
-    """Write the table of the attacks that have run, after each, so that a run that is stopped leaves it too."""
+    """Write the table after each attack, so that an interrupted run leaves it too."""
     outcomes = [outcome for outcome in config.stash[_OUTCOMES].values() if outcome.verdict != "not run"]
     text = table(outcomes) if outcomes else ""
     TABLE.parent.mkdir(exist_ok=True)

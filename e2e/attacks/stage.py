@@ -1,4 +1,4 @@
-"""Pool, tenants and keys of the attacks: a platform's shared pool, a victim, and a hostile tenant beside it."""
+"""Pool, tenants and keys of the attacks: a platform's shared pool, a victim, and a hostile tenant."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ GATEWAY_LABELS = "app.kubernetes.io/component=gateway,app.kubernetes.io/name=tun
 
 @dataclass
 class Stage:
-    """What the attacks happen on. `setup` is idempotent: what an earlier run left is used.
+    """Objects in the cluster that the attacks use. `setup` is idempotent: objects of an earlier run are reused.
 
     Attributes:
         folder: for artifacts while they are built.
@@ -72,36 +72,36 @@ class Stage:
 
     @property
     def gateway(self) -> str:
-        """The gateway's address, `http://host:port`."""
+        """Return the gateway's address, `http://host:port`."""
         return gateway_address(NODE_PORT)
 
     @property
     def base_model(self) -> str:
-        """Global id of the shared pool's base."""
+        """Return the global id of the shared pool's base."""
         return f"{PLATFORM}/base"
 
     @property
     def victims_model(self) -> str:
-        """Global id of the victim's adapter."""
+        """Return the global id of the victim's adapter."""
         return f"{VICTIM}/{ADAPTER}"
 
     @cached_property
     def template(self) -> Template:
-        """The artifact of the demo's job, on this machine."""
+        """Return the artifact of the demo's job, on this machine."""
         return Template(self.folder / "template")
 
     @cached_property
     def victims_key(self) -> str:
-        """API key of the victim."""
+        """Return the API key of the victim."""
         return new_key(VICTIM)
 
     @cached_property
     def hostile_key(self) -> str:
-        """API key of the hostile tenant."""
+        """Return the API key of the hostile tenant."""
         return new_key(HOSTILE)
 
     def setup(self) -> None:
-        """Create what is missing and wait until the victim's adapter is ready on both pods."""
+        """Create missing objects and wait until the victim's adapter is ready on both pods."""
         for namespace in (PLATFORM, VICTIM, HOSTILE):
             apply(restricted_namespace(namespace))
             apply(store_secret(namespace))
@@ -128,7 +128,7 @@ class Stage:
         self.wait_until_served()
 
     def teardown(self) -> None:
-        """Remove all of it, in the cluster and in the store."""
+        """Remove all objects, in the cluster and in the store."""
         for name in (VICTIM, HOSTILE):
             delete(KEY_KIND, KEY_PREFIX + name, SYSTEM)
         kubectl("delete", "namespace", PLATFORM, VICTIM, HOSTILE, "--ignore-not-found", "--wait=false")
@@ -136,7 +136,7 @@ class Stage:
             in_store("remove", f"{STORE}/{namespace}")
 
     def publish(self, name: str, folder: Path, namespace: str = HOSTILE) -> None:
-        """Bring a folder to where the artifact of a FineTuneJob of that name is, and make the job Complete.
+        """Upload a folder as the artifact of a FineTuneJob with that name, and set the job to Complete.
 
         The job never runs: this is what a hostile trainer could leave.
         """
@@ -176,7 +176,7 @@ class Stage:
 
     @contextmanager
     def pool(self, manifest: Object, *, ready: bool = True) -> Iterator[str]:
-        """Another pool beside the shared one, while the block runs; the global id of its base."""
+        """Create another pool while the block runs; yield the global id of its base."""
         name = manifest["metadata"]["name"]
         apply(manifest)
         try:
@@ -192,7 +192,7 @@ class Stage:
 
     @contextmanager
     def attacker_pod(self) -> Iterator[Callable[..., str]]:
-        """A pod of the hostile tenant, which has an address of its own; a function that runs Python in it."""
+        """Create a pod of the hostile tenant, which has its own address; yield a function that runs Python in it."""
         name = "attacker"
         apply(plain_pod(name, HOSTILE))
         kubectl("wait", f"pod/{name}", "--namespace", HOSTILE, "--for=condition=Ready", "--timeout=90s")
@@ -209,21 +209,21 @@ class Stage:
 
     @property
     def tenant(self) -> str:
-        """A user who may edit what is in the hostile tenant's namespace, as the chart's roles allow it."""
+        """Return a user with the role `edit` in the hostile tenant's namespace."""
         return "attack-tenant"
 
     def apply_as_tenant(self, *manifests: Object) -> None:
-        """Apply as that user."""
+        """Apply manifests as that user."""
         document = json.dumps({"apiVersion": "v1", "kind": "List", "items": list(manifests)})
         kubectl("apply", "--server-side", "--filename", "-", f"--as={self.tenant}", stdin=document)
 
     def pods(self, pool: str = POOL) -> list[Object]:
-        """The pool's pods that are not being deleted."""
+        """Return the pool's pods that are not being deleted."""
         pods = items("pods", PLATFORM, f"tunesmith.dev/pool={pool}")
         return [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
 
     def pool_keys(self) -> dict[str, Keys]:
-        """The shared pool's keys, by purpose, which only its platform can read."""
+        """Return the shared pool's keys by purpose, which only the platform can read."""
         secrets = [
             secret
             for secret in items("secrets", PLATFORM, f"tunesmith.dev/pool={POOL}")
@@ -233,7 +233,7 @@ class Stage:
         return {purpose: parse_keys(base64.b64decode(text)) for purpose, text in secret["data"].items()}
 
     def store_keys(self, variable: str) -> set[str]:
-        """The values of a variable of the store's Secret in the files that the shared pool's agents read."""
+        """Return the values of a key of the store's Secret in the files that the shared pool's agents read."""
         file = f"etc/tunesmith/secrets/{store_secret(PLATFORM)['metadata']['name']}/{variable}"
         return {
             (Path("/proc") / str(process) / "root" / file).read_text()
@@ -242,12 +242,12 @@ class Stage:
         }
 
     def restarts(self, container: str = "engine") -> int:
-        """How often that container was restarted in the shared pool's pods."""
+        """Return the number of restarts of a container in the shared pool's pods."""
         return sum(container_status(pod, container)["restartCount"] for pod in self.pods())
 
 
 def pool_manifest(name: str = POOL, **changes: object) -> Object:
-    """A ServingPool of two small pods, which every namespace may use. Each pod computes on one core."""
+    """Return a ServingPool of two small pods, which every namespace may use. Each pod computes on one core."""
     return {
         "apiVersion": API_VERSION,
         "kind": "ServingPool",
@@ -266,7 +266,7 @@ def pool_manifest(name: str = POOL, **changes: object) -> Object:
                     {"name": "VLLM_CPU_OMP_THREADS_BIND", "value": "nobind"},
                 ],
             },
-            # More of busy cores than a pool of the demo: the validation of a job asks for 500m.
+            # A larger share of busy cores than the demo's pool: the validation of a job requests 500m.
             "resources": {"gpus": 0, "cpu": "300m" if name == POOL else "100m", "memory": "3584Mi"},
             "replicas": 2,
             "drainSeconds": 10,
@@ -277,7 +277,7 @@ def pool_manifest(name: str = POOL, **changes: object) -> Object:
 
 
 def tenants_role(user: str) -> Object:
-    """Lets the user write what the chart lets editors write, and nothing else."""
+    """Return a role and a binding that give the user the chart's rights of editors, and nothing else."""
     return {
         "apiVersion": "rbac.authorization.k8s.io/v1",
         "kind": "RoleBinding",
@@ -288,7 +288,7 @@ def tenants_role(user: str) -> Object:
 
 
 def listening(process: int) -> set[tuple[int, str]]:
-    """Ports on which anything in the process's network namespace listens, beyond loopback, and their families."""
+    """Return the ports that are open beyond loopback in the process's network namespace, with their families."""
     found = set()
     for family, file in (("IPv4", "tcp"), ("IPv6", "tcp6")):
         for line in (Path("/proc") / str(process) / "net" / file).read_text().splitlines()[1:]:
@@ -300,7 +300,7 @@ def listening(process: int) -> set[tuple[int, str]]:
 
 
 def plain_pod(name: str, namespace: str, **labels: str) -> Object:
-    """A pod of the operator's image that does nothing, as the standard `restricted` allows it."""
+    """Return an idle pod with the operator's image that meets the standard `restricted`."""
     secure = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
     return {
         "apiVersion": "v1",
@@ -328,10 +328,10 @@ def plain_pod(name: str, namespace: str, **labels: str) -> Object:
 
 
 def demo_artifact() -> str:
-    """The uri of the artifact that `make demo` trained.
+    """Return the URI of the artifact that `make demo` trained.
 
     Raises:
-        InstallationError: there is none.
+        InstallationError: it does not exist.
     """
     name = yaml.safe_load(JOB.read_text())["metadata"]["name"]
     job = get("finetunejob", name, DEMO)
@@ -341,7 +341,7 @@ def demo_artifact() -> str:
 
 
 def complete_status(uri: str, digest: str, fingerprint: str) -> Object:
-    """The status of a FineTuneJob that published an artifact."""
+    """Return the status of a FineTuneJob that published an artifact."""
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     done = {"status": "True", "reason": "Completed", "message": "", "lastTransitionTime": now}
     return {
@@ -353,7 +353,7 @@ def complete_status(uri: str, digest: str, fingerprint: str) -> Object:
 
 
 def new_key(namespace: str) -> str:
-    """A new API key of that namespace, which may also call the shared pool's base."""
+    """Return a new API key of a namespace, which may also call the shared pool's base."""
     delete(KEY_KIND, KEY_PREFIX + namespace, SYSTEM)
     printed = tunesmith(
         *("keys", "create", namespace, "--namespace", namespace, "--gateway-namespace", SYSTEM),
@@ -363,13 +363,13 @@ def new_key(namespace: str) -> str:
 
 
 def gateway_pods() -> list[Object]:
-    """The gateway's running pods."""
+    """Return the gateway's running pods."""
     pods = items("pods", SYSTEM, GATEWAY_LABELS)
     return [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
 
 
 def gateway_processes() -> list[int]:
-    """Processes of the gateway's containers on this machine."""
+    """Return the processes of the gateway's containers on this machine."""
     return [
         process
         for pod in gateway_pods()
@@ -378,12 +378,12 @@ def gateway_processes() -> list[int]:
 
 
 def gateway_restarts() -> dict[str, int]:
-    """Restarts of the gateway's container by pod."""
+    """Return the restarts of the gateway's container by pod."""
     return {pod["metadata"]["name"]: container_status(pod, "gateway")["restartCount"] for pod in gateway_pods()}
 
 
 def gateway_log(since_seconds: int) -> str:
-    """Recent log of the gateway's pods."""
+    """Return the recent log of the gateway's pods."""
     return "".join(
         kubectl("logs", pod["metadata"]["name"], "--namespace", SYSTEM, f"--since={since_seconds}s", "--tail=-1")
         for pod in gateway_pods()

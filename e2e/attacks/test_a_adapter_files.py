@@ -1,4 +1,4 @@
-"""A. Adapter files are hostile input: artifacts with right hashes and wrong content, and an engine that hangs."""
+"""A. Hostile adapter files: artifacts with valid hashes and harmful content, and an engine that hangs."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
     Craft = Callable[[Path, Template], str]
 
 HIGHEST_RATIO = 4.0
-"""The installation's default bound: norm of an adapter's change of a module over that of the base's weights."""
+"""The installation's default limit: norm of an adapter's change to a module, relative to the base's weights."""
 MODULE = "model.layers.0.self_attn.q_proj"
 CATASTROPHIC = "(.*)*(.*)*(.*)*(.*)*(.*)*x"
-"""A pattern that backtracks for ever on a long module name."""
+"""Pattern that backtracks endlessly on a long module name."""
 
 
 def attack(row: str, title: str, name: str, craft: Craft, sentence: str) -> Any:  # noqa: ANN401 - a pytest.param
-    """A case: an artifact, and a part of the sentence that refuses it."""
+    """Return a case: an artifact, and a part of the message that refuses it."""
     return pytest.param(craft, sentence, id=name, marks=pytest.mark.attack(row, title))
 
 
@@ -151,7 +151,7 @@ def test_adapter(
     try:
         with trial.attack():
             stage.deploy(name)
-            ready = trial.status("the AdapterDeployment says what is wrong", refused)
+            ready = trial.status("the AdapterDeployment reports the problem", refused)
             trial.observe(f"{ready['reason']}: {ready['message']}")
         assert (stage.restarts("agent"), stage.restarts("engine")) == restarts
         assert condition(get("adapterdeployment", ADAPTER, VICTIM), "Ready")["status"] == "True"
@@ -172,14 +172,14 @@ def test_weights_under_the_bound(stage: Stage, trial: Trial, tmp_path: Path) -> 
         return ready if ready["status"] == "True" or ready["reason"] == "RevisionFailed" else None
 
     try:
-        # Where only the canary finds it, the pod's engine is restarted; the other pod serves on.
+        # If only the canary detects it, the pod's engine is restarted; the other pod keeps serving.
         with trial.attack():
             stage.deploy(name)
-            # Its 20 MB are downloaded, measured, loaded and tried by the canary on a busy core.
+            # Its 20 MB are downloaded, measured, loaded and checked by the canary on a busy core.
             ready = trial.status("the AdapterDeployment is decided", decided, within=45)
             trial.observe(f"{ready['reason']}: {ready['message']}")
-            for _ in range(8):  # its own garbage is its owner's business
-                client.one(
+            for _ in range(8):  # an adapter may return garbage to its own clients
+                client.post_once(
                     CHAT,
                     {"model": f"{HOSTILE}/{name}", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8},
                 )
@@ -192,7 +192,7 @@ def test_hung_engine(stage: Stage, trial: Trial) -> None:
     pod = stage.pods()[0]
     name = pod["metadata"]["name"]
     core = _engine_core(str(container_status(pod, "engine")["containerID"]))
-    with trial.attack(outage_seconds=180, reason="requests in the hung engine ended with it"):
+    with trial.attack(outage_seconds=180, reason="requests in the hung engine failed when it was restarted"):
         os.kill(core, signal.SIGSTOP)
         try:
 
@@ -200,10 +200,10 @@ def test_hung_engine(stage: Stage, trial: Trial) -> None:
                 degraded = condition(get("servingpool", POOL, PLATFORM), "Degraded")
                 return degraded["message"] if degraded["status"] == "True" and name in degraded["message"] else None
 
-            # A busy engine on CPUs may compute nothing for 60 s before its pod is avoided, and for 120 s before it is
-            # restarted.
+            # A busy engine on CPUs may process no token for 60 s before requests avoid its pod, and for 120 s before it
+            # is restarted.
             trial.observe(
-                trial.status("the pool says that the engine computes nothing", unready, within=75, patience=90)
+                trial.status("the pool reports that the engine processes no tokens", unready, within=75, timeout=90)
             )
             trial.recovered("both pods serve the victim again", lambda: stage.wait_until_served(240) or True, 240)
         finally:
@@ -213,7 +213,7 @@ def test_hung_engine(stage: Stage, trial: Trial) -> None:
 
 
 def _engine_core(container_id: str) -> int:
-    """The process that computes, a child of the API server's: the one with the most memory."""
+    """Return the engine process, which is the API server's child with the highest memory usage."""
     processes = processes_of(container_id)
     named = [pid for pid in processes if b"EngineCore" in (Path("/proc") / str(pid) / "cmdline").read_bytes()]
     return (named or processes)[0]

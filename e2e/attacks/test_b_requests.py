@@ -1,4 +1,4 @@
-"""B. Requests are hostile input: what any holder of a key, or anyone who reaches the gateway, may send."""
+"""B. Hostile requests, from holders of a key and from anyone who can connect to the gateway."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from e2e.installation import Object
 
 MEMORY_LIMIT = 512 * 2**20
-"""Of the gateway's container, as the demo installs it."""
+"""Memory limit of the gateway's container, as installed by the demo."""
 PLAIN = "plain"
-"""A sound adapter of the hostile tenant."""
+"""Valid adapter of the hostile tenant."""
 HI = [{"role": "user", "content": "Say hi."}]
 
 
@@ -46,7 +46,7 @@ def client(stage: Stage) -> Client:
 
 @pytest.fixture(scope="module")
 def plain(stage: Stage) -> Iterator[str]:
-    """The global id of a sound adapter that the hostile tenant serves from the shared pool."""
+    """Return the global id of a valid adapter that the hostile tenant serves from the shared pool."""
     stage.publish(PLAIN, stage.template.folder)
     stage.deploy(PLAIN, replicas=2)
     until(
@@ -67,7 +67,7 @@ def completion(model: str, **more: Any) -> Object:  # noqa: ANN401 - any paramet
 
 
 def codes(replies: list[Reply]) -> str:
-    """How often each status came."""
+    """Return the number of replies with each status."""
     found: dict[int, int] = {}
     for reply in replies:
         found[reply.status] = found.get(reply.status, 0) + 1
@@ -76,7 +76,7 @@ def codes(replies: list[Reply]) -> str:
 
 @contextmanager
 def gateway_memory(trial: Trial) -> Iterator[None]:
-    """Hold the gateway's peak memory while the block runs against its limit."""
+    """Compare the gateway's peak memory while the block runs with its limit."""
     restarts = gateway_restarts()
     with PeakMemory(gateway_processes) as peak:
         yield
@@ -157,7 +157,7 @@ def test_thousand_choices(stage: Stage, trial: Trial, client: Client) -> None:
     ]
     with trial.attack():
         for path, body in bodies:
-            reply = client.one(path, body)
+            reply = client.post_once(path, body)
             trial.observe(f"{reply.status} {reply.error}")
             assert reply.status in {400, 429}, f"{reply.status} after {reply.seconds:.1f} s"
 
@@ -188,7 +188,7 @@ def test_unfinished_bodies(trial: Trial, client: Client) -> None:
 def test_plain_bodies(stage: Stage, trial: Trial, client: Client) -> None:
     body = json.dumps(chat(stage.base_model, messages=[{"role": "user", "content": "word " * (800 * 1024)}])).encode()
     with trial.attack(), gateway_memory(trial):
-        replies = client.post(CHAT, body, count=120, patience=60)
+        replies = client.post(CHAT, body, count=120, timeout=60)
         trial.observe(codes(replies))
         assert not [reply for reply in replies if reply.status in {500, 502}], codes(replies)
 
@@ -242,7 +242,7 @@ def test_deep_json(stage: Stage, trial: Trial, client: Client) -> None:
     with trial.attack():
         for depth in (300, 100_000):
             deep = b"[" * depth + b"]" * depth
-            reply = client.one(CHAT, b'{"model":"' + stage.base_model.encode() + b'","messages":' + deep + b"}")
+            reply = client.post_once(CHAT, b'{"model":"' + stage.base_model.encode() + b'","messages":' + deep + b"}")
             trial.observe(f"{depth}: {reply.status} {reply.error}")
             assert reply.status == 400
     assert "Traceback" not in gateway_log(int(time.monotonic() - began) + 2)
@@ -284,31 +284,33 @@ def test_malformed_requests(trial: Trial, client: Client) -> None:
 def test_stream_types(stage: Stage, trial: Trial, client: Client) -> None:
     with trial.attack():
         for value in (1, "yes", "true", 1.0, [True]):
-            reply = client.one(CHAT, chat(stage.base_model, stream=value))
+            reply = client.post_once(CHAT, chat(stage.base_model, stream=value))
             assert reply.status == 400, f"stream of {value!r}: {reply.status}"
             trial.observe(reply.error)
 
 
-@pytest.mark.attack("B6", "30 streams whose clients leave after half a second")
+@pytest.mark.attack("B6", "30 streams whose clients disconnect after half a second")
 def test_clients_that_leave(stage: Stage, trial: Trial, client: Client) -> None:
     body = chat(stage.base_model, stream=True, max_tokens=900, ignore_eos=True)
 
     async def send() -> list[bytes]:
         return await asyncio.gather(*(client.leave(body, 0.5) for _ in range(30)))
 
-    with trial.attack(tolerance=6, reason="until they left, 30 streams shared two cores with the victim"):
+    with trial.attack(tolerance=6, reason="until they disconnected, 30 streams shared two cores with the victim"):
         answers = asyncio.run(send())
         trial.observe(f"statuses {sorted({status_of(answer) for answer in answers})}")
-    with trial.attack():  # after they have left, nothing may still run for them
+    with trial.attack():  # after they have disconnected, none of their requests may still run
         time.sleep(1)
 
 
-@pytest.mark.attack("B7", "a tenant asks for a prompt that another asked before, to see whether the cache has it")
+@pytest.mark.attack("B7", "a tenant repeats another tenant's prompt, to find out whether it is in the cache")
 def test_cache_timing(stage: Stage, trial: Trial, client: Client) -> None:
     victim = Client(stage.gateway, stage.victims_key)
 
-    def ask(who: Client, text: str) -> float:
-        reply = who.one(COMPLETIONS, {"model": stage.base_model, "prompt": text, "max_tokens": 1, "temperature": 0})
+    def response_seconds(sender: Client, text: str) -> float:
+        reply = sender.post_once(
+            COMPLETIONS, {"model": stage.base_model, "prompt": text, "max_tokens": 1, "temperature": 0}
+        )
         assert reply.status == HTTPStatus.OK, reply.error
         return reply.seconds
 
@@ -316,19 +318,19 @@ def test_cache_timing(stage: Stage, trial: Trial, client: Client) -> None:
         return " ".join(f"record {number} of line {line}" for line in range(40))
 
     with trial.attack(tolerance=8, reason="28 prompts of 300 tokens shared two cores with the victim"):
-        fresh = [ask(client, prompt(number)) for number in range(4)]
-        own = [min(ask(client, prompt(number)) for _ in range(3)) for number in range(4)]
+        fresh = [response_seconds(client, prompt(number)) for number in range(4)]
+        own = [min(response_seconds(client, prompt(number)) for _ in range(3)) for number in range(4)]
         probed = []
         for number in range(100, 104):
             for _ in range(3):
-                ask(victim, prompt(number))
-            probed.append(ask(client, prompt(number)))
+                response_seconds(victim, prompt(number))
+            probed.append(response_seconds(client, prompt(number)))
     middle = sorted(fresh)[len(fresh) // 2]
     trial.observe(f"fresh {middle:.2f} s, own prompt again {min(own):.2f} s, another tenant's {min(probed):.2f} s")
-    assert min(probed) > 0.6 * min(fresh), "the answer's time tells that another tenant asked before"
+    assert min(probed) > 0.6 * min(fresh), "the response time reveals another tenant's prompt"
 
 
-@pytest.mark.attack("B9", "how soon a stream's head comes, and whether proxies may buffer it")
+@pytest.mark.attack("B9", "the time until a stream's headers, and whether proxies may buffer it")
 def test_stream_head(stage: Stage, trial: Trial, client: Client) -> None:
     text = " ".join(f"item {number}" for number in range(120))
     body = json.dumps(
@@ -345,7 +347,7 @@ def test_stream_head(stage: Stage, trial: Trial, client: Client) -> None:
             assert status_of(head) == HTTPStatus.OK, head
             at_head = time.monotonic() - begin
             while b"data:" not in (line := await reader.readline()):
-                assert line, "the stream ended without an event"
+                assert line, "the stream closed without an event"
             return at_head, time.monotonic() - begin, head
         finally:
             writer.close()

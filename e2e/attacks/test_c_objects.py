@@ -51,12 +51,12 @@ OPERATOR_LABELS = "app.kubernetes.io/component=operator,app.kubernetes.io/name=t
 
 
 def changed(**parts: object) -> Object:
-    """The demo's job with other parts."""
+    """Return the demo's job with changes to its spec."""
     return {**SPEC, **parts}
 
 
 def refused_or_failed(stage: Stage, manifest: Object, sentence: str) -> tuple[str, str]:
-    """Apply a FineTuneJob as a tenant; who refuses it, and the sentence.
+    """Apply a FineTuneJob as a tenant; return the component that refuses it, and its message.
 
     It must be refused by the API server, or be Failed before any pod of it exists.
     """
@@ -68,12 +68,12 @@ def refused_or_failed(stage: Stage, manifest: Object, sentence: str) -> tuple[st
             return "kubectl apply", str(error).partition("failed: ")[2]
         raise
 
-    def told() -> Any:  # noqa: ANN401 - the condition
+    def refusal() -> Any:  # noqa: ANN401 - the condition
         job = get("finetunejob", name, HOSTILE)
         found = [condition(job, kind) for kind in ("Failed", "Validated")]
         return next((c for c in found if c["message"] and re.search(sentence, c["message"])), None)
 
-    found = until(f"{name} says what is wrong", told, 30)
+    found = until(f"{name} reports the problem", refusal, 30)
     assert not items("pods", HOSTILE, f"tunesmith.dev/finetunejob={name}")
     return f"condition {found['reason']}", str(found["message"])
 
@@ -123,13 +123,13 @@ def test_foreign_secret(stage: Stage, trial: Trial) -> None:
             who, sentence = refused_or_failed(stage, late, "label")
             trial.observe(f"{who}: {sentence}")
 
-            def told() -> Any:  # noqa: ANN401 - the condition
+            def missing_secret() -> Any:  # noqa: ANN401 - the condition
                 job = get("finetunejob", "early", HOSTILE)
                 found = [condition(job, kind) for kind in ("Failed", "Validated")]
                 return next((c for c in found if c["status"] == "False" or c["reason"] == "SecretNotFound"), None)
 
-            # Its pod may exist before the Secret does; it starts within some seconds, and reads no Secret after that.
-            found = trial.status("the earlier job fails without the Secret", told, within=90, patience=180)
+            # Its pod may exist before the Secret; it starts within some seconds, and reads no Secret after that.
+            found = trial.status("the earlier job fails without the Secret", missing_secret, within=90, timeout=180)
             trial.observe(f"{found['reason']}: {found['message']}")
         everything = json.dumps([items("finetunejobs", HOSTILE), items("events", HOSTILE)])
         assert "hf_attack" not in everything
@@ -146,13 +146,13 @@ def test_foreign_pool(stage: Stage, trial: Trial) -> None:
         with trial.attack():
             apply(adapter_manifest("poolless", "assistant", None, VICTIM))
 
-            def told() -> Any:  # noqa: ANN401 - the condition
+            def resolution() -> Any:  # noqa: ANN401 - the condition
                 found = condition(get("adapterdeployment", "poolless", VICTIM), "Resolved")
                 return found if found["reason"] else None
 
-            found = trial.status("the AdapterDeployment is decided", told)
+            found = trial.status("the AdapterDeployment has the condition Resolved", resolution)
             trial.observe(f"{found['reason']}: {found['message']}")
-            reply = client.one(
+            reply = client.post_once(
                 CHAT, {"model": "base", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
             )
             trial.observe(f"the bare name base: {reply.status}")
@@ -278,12 +278,12 @@ def test_pool_tokens(stage: Stage, trial: Trial) -> None:
             assert 400 <= status < 500
         harmed = False
     finally:
-        if harmed:  # pods that took the epoch would refuse every operator for ever
+        if harmed:  # pods that accepted the epoch would refuse every later operator
             stage.replace_pods()
 
 
 def agent_call(address: str, method: str, path: str, token: str, body: bytes) -> int:
-    """The status of a call to an agent."""
+    """Return the HTTP status of a call to an agent."""
     headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
     connection = http.client.HTTPConnection(address, AGENT_PORT, timeout=10)
     try:
@@ -349,12 +349,12 @@ def test_peeking_pod(stage: Stage, trial: Trial) -> None:
     opened = [line for line in printed.splitlines() if len(line.split()) == 3]
     trial.observe(f"{len(urls)} addresses without a token, opened: {', '.join(opened) or 'none'}")
     assert [line for line in opened if "/metrics " not in line] == []
-    # Metrics of all tenants may be open where a policy that names its readers guards them; this cluster enforces none.
+    # Metrics of all tenants may be open if a NetworkPolicy restricts their readers; this cluster enforces none.
     trial.observe(f"metrics by NetworkPolicy: {', '.join(_guarded_metrics())}")
 
 
 def _guarded_metrics() -> list[str]:
-    """Pods whose NetworkPolicy admits to no port but the clients' from everywhere."""
+    """Return the pods whose NetworkPolicy opens only the clients' port to everyone."""
     guarded = []
     for name, namespace, selector in (
         ("gateway", SYSTEM, GATEWAY_LABELS),
@@ -425,7 +425,7 @@ def test_operators_rights(trial: Trial) -> None:
         delete("secret", "private", VICTIM)
 
 
-@pytest.mark.attack("C7", "a tenant creates ServingPools, Secrets of keys, and statuses of its own")
+@pytest.mark.attack("C7", "a tenant creates ServingPools, Secrets of keys, and statuses")
 def test_tenants_rights(stage: Stage, trial: Trial) -> None:
     pool = pool_manifest("tenants")
     pool["metadata"]["namespace"] = HOSTILE
@@ -456,14 +456,16 @@ def test_endless_chat_template(stage: Stage, trial: Trial) -> None:
                 trial.observe(f"refused at apply: {error}"[:200])
                 return
 
-            def told() -> Any:  # noqa: ANN401 - the condition
+            def template_failure() -> Any:  # noqa: ANN401 - the condition
                 job = get("finetunejob", "endless", HOSTILE)
                 return next(
                     (c for c in (condition(job, k) for k in ("Failed", "Validated")) if "chatTemplate" in c["message"]),
                     None,
                 )
 
-            found = trial.status("the job says that its template does not end", told, within=120, patience=180)
+            found = trial.status(
+                "the job reports that its template does not end", template_failure, within=120, timeout=180
+            )
             trial.observe(f"{found['reason']}: {found['message']}")
     finally:
         delete("finetunejob", "endless", HOSTILE)

@@ -1,4 +1,4 @@
-"""D. Faults that lie or hide: the status tells them, and they end without a human."""
+"""D. Faults that are reported wrongly or not at all: the status shows them, and they are fixed automatically."""
 
 from __future__ import annotations
 
@@ -31,19 +31,21 @@ if TYPE_CHECKING:
     from e2e.installation import Object
 
 
-@pytest.mark.attack("D2, D5", "a pool whose engines end at once: told, and its pods can be evicted")
+@pytest.mark.attack(
+    "D2, D5", "a pool whose engines exit immediately: the status reports it, and its pods can be evicted"
+)
 def test_crashing_pool(stage: Stage, trial: Trial) -> None:
     manifest = pool_manifest("broken")
     manifest["spec"]["engine"] = manifest["spec"]["engine"] | {"args": ["--no-such-argument"]}
     reason = "two engines started repeatedly on the two cores"
     with stage.pool(manifest, ready=False), trial.attack(tolerance=4, reason=reason):
 
-        def told() -> Any:  # noqa: ANN401 - the condition
+        def degraded() -> Any:  # noqa: ANN401 - the condition
             found = condition(get("servingpool", "broken", PLATFORM), "Degraded")
             return found if found["status"] == "True" and "no-such-argument" in found["message"] else None
 
         # An engine needs about 20 s to read its arguments on a busy core.
-        found = trial.status("the pool says why its engines end", told, within=90, patience=180)
+        found = trial.status("the pool reports why its engines exit", degraded, within=90, timeout=180)
         trial.observe(f"{found['reason']}: {found['message']}")
         evicted = [_evict(pod["metadata"]["name"]) for pod in stage.pods("broken")]
         trial.observe(f"evictions allowed: {sum(evicted)} of {len(evicted)}")
@@ -68,7 +70,7 @@ def _evict(pod: str) -> bool:
 @pytest.mark.attack("D3", "the store's keys are wrong, and right again a little later")
 def test_wrong_store_keys(stage: Stage, trial: Trial, tmp_path: Path) -> None:
     name = "late"
-    # An artifact of its own: a pod that has the files already asks the store for nothing.
+    # A separate artifact: a pod that already has the files would not read the store.
     build(tmp_path / "artifact", stage.template, weights=stage.template.scaled(0.5))
     stage.publish(name, tmp_path / "artifact")
     try:
@@ -79,17 +81,17 @@ def test_wrong_store_keys(stage: Stage, trial: Trial, tmp_path: Path) -> None:
             trial.began = time.monotonic()
             stage.deploy(name)
 
-            def told() -> Any:  # noqa: ANN401 - the condition
+            def access_denied() -> Any:  # noqa: ANN401 - the condition
                 found = condition(get("adapterdeployment", name, HOSTILE), "Ready")
                 return found if re.search("tunesmith-store|denied|403|credential", found["message"]) else None
 
-            denied = trial.status("the AdapterDeployment shows that the store denies the keys", told)
+            denied = trial.status("the AdapterDeployment shows that the store denies the keys", access_denied)
             trial.observe(denied["message"])
             apply(store_secret(PLATFORM))
             right = store_secret(PLATFORM)["stringData"]["AWS_SECRET_ACCESS_KEY"]
             until("every agent has the right keys", lambda: stage.store_keys("AWS_SECRET_ACCESS_KEY") == {right}, 150)
             trial.began = time.monotonic()
-            # A download that was denied is repeated a minute later at the latest.
+            # A denied download is repeated within a minute.
             trial.recovered("the adapter is served once the keys are right", lambda: _ready(name), within=90)
     finally:
         apply(store_secret(PLATFORM))
@@ -110,10 +112,10 @@ def test_change_of_one_pod(stage: Stage, single: Object, trial: Trial) -> None:
     def load() -> None:
         body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
         while not done.wait(0.5):
-            statuses.append(client.one(CHAT, body).status)
+            statuses.append(client.post_once(CHAT, body).status)
 
     def settled() -> bool:
-        """True once the only pod is one of the new template."""
+        """Return True once the only pod has the new template."""
         pods = stage.pods(SINGLE)
         arguments = [" ".join(pod["spec"]["containers"][0].get("args", [])) for pod in pods]
         return len(pods) == 1 and "--max-model-len 768" in arguments[0] and _serves(pods[0])
@@ -130,7 +132,7 @@ def test_change_of_one_pod(stage: Stage, single: Object, trial: Trial) -> None:
     try:
         with trial.attack(tolerance=6, reason="another engine started on the two cores"):
             apply(single | {"spec": single["spec"] | {"engine": single["spec"]["engine"] | {"maxModelLength": 768}}})
-            trial.recovered("the pool has its new pod only", settled_or_told, within=300, patience=300)
+            trial.recovered("the pool has its new pod only", settled_or_told, within=300, timeout=300)
     finally:
         done.set()
         worker.join()

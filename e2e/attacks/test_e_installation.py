@@ -1,4 +1,4 @@
-"""C and B again, where the attack is on the installation's own namespace: its pods, its Lease, its labels.
+"""C and B on the installation's own namespace: its pods, its Lease, its labels.
 
 These replace or imitate parts of the installation while they run. `-m "not installation"` leaves them out.
 """
@@ -53,11 +53,11 @@ def test_gateway_ends(stage: Stage, trial: Trial) -> None:
             await asyncio.to_thread(kubectl, "delete", "pod", name, "--namespace", SYSTEM, "--wait=false")
         return await stream
 
-    # The demo has one replica of the gateway: until its successor is ready, nothing routes.
+    # The demo has one replica of the gateway: until its successor is ready, no requests are served.
     with trial.attack(outage_seconds=30, reason="the only gateway was replaced"):
         answer = asyncio.run(run())
     ending = "[DONE]" if b"[DONE]" in answer else "an error event" if b'"error"' in answer else "nothing"
-    trial.observe(f"{answer.count(b'data:')} events, ended with {ending}")
+    trial.observe(f"{answer.count(b'data:')} events, the last of which was {ending}")
     assert ending != "nothing", answer[-300:]
     trial.victim_recovers()
 
@@ -72,8 +72,8 @@ def test_imitated_gateway(trial: Trial) -> None:
         with trial.attack():
             apply(pod)
             kubectl("wait", "pod/attack-gateway", "--namespace", SYSTEM, "--for=condition=Ready", "--timeout=60s")
-            asked = time.monotonic() + 6
-            until("the operator has had time to ask it", lambda: time.monotonic() > asked, 10)
+            deadline = time.monotonic() + 6
+            until("the operator has had time to send it a request", lambda: time.monotonic() > deadline, 10)
             log = kubectl("logs", "attack-gateway", "--namespace", SYSTEM)
             trial.observe(f"{len(log.splitlines())} requests from the operator")
             assert "token" not in log
@@ -98,7 +98,7 @@ def test_lease_deleted(stage: Stage, trial: Trial) -> None:
         with trial.attack():
             kubectl("delete", "lease", LEASE, "--namespace", SYSTEM)
             until("there is a leader", lambda: get("lease", LEASE, SYSTEM), 60)
-            # The leader that lost its Lease is replaced too: its epoch must be above what the agents know.
+            # The leader that lost its Lease is replaced too: its epoch must be higher than that of the agents.
             leader = (get("lease", LEASE, SYSTEM) or {})["spec"]["holderIdentity"]
             trial.observe(f"led by {leader}")
             stage.deploy(name)

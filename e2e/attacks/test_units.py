@@ -1,4 +1,4 @@
-"""Faults that a unit shows better than a cluster: the tests that do, run together, and their outcome by row."""
+"""Faults that are tested without a cluster: runs their tests together and lists the outcome by row."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ PYTHON = {
     "trainer": REPOSITORY / "trainer-image/.venv/bin/python",
 }
 Results = dict[tuple[str, str], str]
-"""Failure by module and test; empty where it passed."""
+"""Failure by module and test; empty if it passed."""
 
 
 def unit(row: str, fault: str, project: str, *tests: str) -> Any:  # noqa: ANN401 - a pytest.param
-    """A case: the tests, `path` or `path::name` from the repository's root, that show that the fault does no harm."""
+    """Return a case: the tests (`path` or `path::name`) that show that the fault does no harm."""
     name = tests[0].rpartition("::")[2].removeprefix("tests/").removeprefix("test_")
     return pytest.param(project, tests, id=name, marks=pytest.mark.attack(row, fault))
 
@@ -36,7 +36,7 @@ UNITS = [
         "tests/server/test_guard.py",
     ),
     unit(
-        "A2, A3", "a check that takes too long, too much memory, or ended the agent", "agent",
+        "A2, A3", "a check that needs too much time or memory, or killed the agent", "agent",
         "tests/server/test_fetching.py",
     ),
     unit("A", "mutations of adapter files", "agent", "tests/server/test_fuzz_adapters.py"),
@@ -52,7 +52,7 @@ UNITS = [
         "C5, C10, C11, C12", "forged Jobs, pre-emption storms, containers that do not start, and what pods report",
         "operator", "tests/controlplane/test_hostile_jobs.py",
     ),
-    unit("C6", "gateways that are not heard", "operator", "tests/autoscale/test_demand.py"),
+    unit("C6", "gateways that send no reports", "operator", "tests/autoscale/test_demand.py"),
     unit("C7", "identities of the operator and the gateway", "operator", "tests/controlplane/test_rights.py"),
     unit(
         "C8", "keys and tokens by purpose and pod, implausible epochs, rotation", "operator",
@@ -61,7 +61,7 @@ UNITS = [
     unit("C13", "chat templates without end", "trainer", "tests/trainer/test_watched.py"),
     unit("C14", "every spelling of a place in the store of others", "operator", "tests/api/test_location.py"),
     unit("C16", "addresses that a pool's agent connects to", "agent", "tests/server/test_connections.py"),
-    unit("D1", "a watch whose stream is cut, or that ends", "operator", "tests/gateway/test_feed.py"),
+    unit("D1", "a watch whose stream is cut or closes", "operator", "tests/gateway/test_feed.py"),
     unit("D2, D4", "engines that end with 0, agents that cannot be reached", "operator", "tests/serving/test_pod.py"),
     unit("D5, D7, D8", "budgets, reserved arguments and families of pools", "operator", "tests/serving/test_render.py"),
     unit("D9", "values files of older charts, and adoption", "operator", "tests/charts/test_upgrade.py"),
@@ -70,7 +70,7 @@ UNITS = [
 
 @pytest.fixture(scope="session")
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """The outcomes of all tests that the chosen cases name, from one run for each project."""
+    """Return the outcomes of all tests of the selected cases, from one run for each project."""
     wanted: defaultdict[str, list[str]] = defaultdict(list)
     for item in request.session.items:
         if isinstance(item, pytest.Function) and item.path.name == "test_units.py":
@@ -89,7 +89,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def outcomes(junit: str) -> Results:
-    """What a JUnit file reports of each test."""
+    """Return the outcome of each test in a JUnit file."""
     found: Results = {}
     for case in ET.fromstring(junit).iter("testcase"):  # noqa: S314 - pytest's own file
         failure = next((part for part in case if part.tag in {"failure", "error", "skipped"}), None)

@@ -1,4 +1,4 @@
-"""An attack and its outcome: what was observed, how the victim fared, and the row of the table."""
+"""An attack and its outcome: observations, effect on the victim, and the row of the table."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 STATUS_SECONDS = 10.0
 RECOVERY_SECONDS = 60.0
 TOLERANCE = 1.5
-"""How much the victim's 95th percentile may grow."""
+"""Factor by which the victim's 95th percentile may grow."""
 GRAIN_SECONDS = 0.25
-"""Growth below this is not counted: on two cores, a neighbour's tokens and the attacker itself cost as much."""
+"""Growth below this is ignored: on two cores, a neighbour's tokens and the attacker itself cause as much."""
 MIN_REQUESTS = 12
 """Requests of the victim for a figure of an attack that takes no time."""
 
 
 @dataclass
 class Outcome:
-    """A row of the table."""
+    """Row of the table."""
 
     row: str
     attack: str
@@ -40,7 +40,7 @@ class Outcome:
     proof: str = "cluster"
 
     def cells(self) -> list[str]:
-        """The row's texts, in the order of HEADER."""
+        """Return the row's texts, in the order of HEADER."""
         right = f"{self.during.right}/{self.during.total}" if self.during else "–"
         p95 = f"{self.before.p95:.2f} / {self.during.p95:.2f}" if self.before and self.during else "–"
         factor = (
@@ -75,12 +75,12 @@ HEADER = (
 
 
 def seconds(value: float | None) -> str:
-    """A duration for the table."""
+    """Return a duration as text for the table."""
     return "–" if value is None else f"{value:.1f}"
 
 
 def table(outcomes: list[Outcome]) -> str:
-    """The outcomes as a Markdown table."""
+    """Return the outcomes as a Markdown table."""
     lines = [" | ".join(HEADER), " | ".join("---" for _ in HEADER)]
     lines += [" | ".join(_cell(text) for text in outcome.cells()) for outcome in outcomes]
     return "\n".join(f"| {line} |" for line in lines) + "\n"
@@ -91,7 +91,7 @@ def _cell(text: str) -> str:
 
 
 class Trial:
-    """Measures the victim while an attack runs, and takes down what is observed."""
+    """Measurement of the victim while an attack runs, with the observations."""
 
     def __init__(self, outcome: Outcome, victim: Victim) -> None:
         self.outcome = outcome
@@ -99,12 +99,12 @@ class Trial:
         self.began = time.monotonic()
 
     def observe(self, text: object) -> None:
-        """Take down an observation for the table."""
+        """Record an observation for the table."""
         self.outcome.seen.append(str(text))
 
     @contextmanager
     def attack(self, *, tolerance: float = TOLERANCE, outage_seconds: float = 0.0, reason: str = "") -> Iterator[None]:
-        """Run the block as the attack, and judge what the victim got meanwhile.
+        """Run the block as the attack, and check the replies that the victim got meanwhile.
 
         Args:
             tolerance: how much the victim's 95th percentile may grow.
@@ -136,33 +136,33 @@ class Trial:
         if not outage_seconds:
             assert during.p95 <= limit, f"the victim's p95 rose from {before.p95:.2f} s to {during.p95:.2f} s"
 
-    def status(self, name: str, probe: Callable[[], Any], within: float = STATUS_SECONDS, patience: float = 60) -> Any:  # noqa: ANN401 - what the probe gives
-        """Wait for the truth to be in a status, and take down how long that took since the attack began.
+    def status(self, name: str, probe: Callable[[], Any], within: float = STATUS_SECONDS, timeout: float = 60) -> Any:  # noqa: ANN401 - the probe's value
+        """Wait until a status shows the fault, and record the time since the attack began.
 
         Raises:
             AssertionError: it took longer than `within`.
         """
-        value = until(name, probe, patience, interval=0.25)
+        value = until(name, probe, timeout, interval=0.25)
         took = time.monotonic() - self.began
         self.outcome.status_seconds = took
         assert took <= within, f"{name}: only after {took:.1f} s"
         return value
 
     def recovered(
-        self, name: str, probe: Callable[[], Any], within: float = RECOVERY_SECONDS, patience: float = 240
-    ) -> Any:  # noqa: ANN401 - what the probe gives
-        """Wait for things to be as before, and take down how long that took since the attack began.
+        self, name: str, probe: Callable[[], Any], within: float = RECOVERY_SECONDS, timeout: float = 240
+    ) -> Any:  # noqa: ANN401 - the probe's value
+        """Wait for the recovery, and record the time since the attack began.
 
         Raises:
             AssertionError: it took longer than `within`.
         """
-        value = until(name, probe, patience, interval=0.25)
+        value = until(name, probe, timeout, interval=0.25)
         took = time.monotonic() - self.began
         self.outcome.recovery_seconds = took
         assert took <= within, f"{name}: only after {took:.1f} s"
         return value
 
     def victim_recovers(self, within: float = RECOVERY_SECONDS) -> None:
-        """Wait until the victim is answered right again."""
+        """Wait until the victim gets correct answers again."""
         begin = self.began
         self.recovered("the victim is answered right again", lambda: self._victim.recovered(begin), within)

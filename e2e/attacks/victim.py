@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 PERIOD_SECONDS = 0.5
 """Seconds between two requests, unless the machine is slower."""
 QUIET_REQUESTS = 24
-"""Undisturbed requests that the figures of an attack are compared with."""
+"""Number of undisturbed requests with which the figures of an attack are compared."""
 QUIET_BETWEEN = 6
-"""How many of them must be since the last attack."""
+"""Number of these that must be newer than the last attack."""
 QUIET_SECONDS = 90
 
 
 @dataclass
 class Request:
-    """One request of the victim. `seconds` is None while it runs; `status` 0: the connection broke."""
+    """Request of the victim. `seconds` is None while it runs; `status` 0: the connection broke."""
 
     model: str
     question: str
@@ -62,7 +62,7 @@ class Figures:
 
 
 def percentile(ordered: list[float], part: float) -> float:
-    """The percentile of ordered values, between the two that it lies between; 0 where there are none."""
+    """Return a percentile of ordered values, interpolated linearly; 0 without values."""
     if not ordered:
         return 0.0
     place = part * (len(ordered) - 1)
@@ -72,7 +72,7 @@ def percentile(ordered: list[float], part: float) -> float:
 
 
 class Victim:
-    """Runs the stream and reads its lines: `with Victim(...) as victim`."""
+    """Stream of requests, whose lines are read: `with Victim(...) as victim`."""
 
     def __init__(self, endpoint: str, key: str, models: list[str]) -> None:
         self._command = [
@@ -91,7 +91,7 @@ class Victim:
         self._quiet: list[Request] = []
         self.models = models
         self.period = PERIOD_SECONDS
-        """Seconds between the starts of two requests."""
+        """Return the seconds between the starts of two requests."""
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, text=True, env=self._environment)
@@ -122,7 +122,7 @@ class Victim:
             return [request for request in self._requests.values() if begin <= request.began < end]
 
     def learn(self) -> None:
-        """Record each model's answers as the right ones.
+        """Record each model's answers as the correct ones.
 
         Raises:
             InstallationError: the stream is not answered, or the same question gets two answers.
@@ -130,17 +130,17 @@ class Victim:
         questions = len(QUESTIONS.read_text().splitlines())
         wanted = 2 * questions * len(self.models)
 
-        ended: list[Request] = []
+        finished: list[Request] = []
 
         def enough() -> bool:
-            ended[:] = [request for request in self._since(0) if request.seconds is not None]
-            refused = [request.answer for request in ended if request.status != 200]
+            finished[:] = [request for request in self._since(0) if request.seconds is not None]
+            refused = [request.answer for request in finished if request.status != 200]
             if len(refused) >= wanted:
                 raise InstallationError(f"the victim's first requests are refused: {refused[-1]}")
-            return len(ended) - len(refused) >= wanted
+            return len(finished) - len(refused) >= wanted
 
         until("the victim's requests are answered", enough, 300)
-        for request in [request for request in ended if request.status == 200]:
+        for request in [request for request in finished if request.status == 200]:
             key = (request.model, request.question)
             if self._answers.setdefault(key, request.answer) != request.answer or not request.answer.strip():
                 raise InstallationError(
@@ -150,11 +150,11 @@ class Victim:
         self._quiet_from = time.monotonic()
 
     def disturbed(self) -> None:
-        """Requests until now are not a measure of the undisturbed."""
+        """Exclude all requests until now from the undisturbed ones."""
         self._quiet_from = time.monotonic()
 
     def well(self) -> bool:
-        """True if requests are answered right, which the stream may need some seconds to show."""
+        """Return True if requests are answered correctly, which takes the stream some seconds to show."""
         begin = time.monotonic()
         try:
             return bool(until("the victim is answered", lambda: self.recovered(begin, 2), QUIET_SECONDS))
@@ -162,7 +162,7 @@ class Victim:
             return False
 
     def undisturbed(self) -> Figures:
-        """Figures of the latest quiet requests, once there are enough since the last attack.
+        """Return figures of the latest undisturbed requests, once there are enough since the last attack.
 
         Raises:
             InstallationError: the victim is not answered right although nothing attacks it.
@@ -170,39 +170,39 @@ class Victim:
         needed = QUIET_BETWEEN if self._quiet else QUIET_REQUESTS
 
         def quiet() -> list[Request]:
-            ended = [request for request in self._since(self._quiet_from) if request.seconds is not None]
-            enough = len(ended) >= needed and all(self._right(request) for request in ended[-needed:])
-            return ended[-needed:] if enough else []
+            finished = [request for request in self._since(self._quiet_from) if request.seconds is not None]
+            enough = len(finished) >= needed and all(self._is_correct(request) for request in finished[-needed:])
+            return finished[-needed:] if enough else []
 
         self._quiet += until("the victim is answered right before the attack", quiet, QUIET_SECONDS)
         self._quiet = self._quiet[-QUIET_REQUESTS:]
         return self._figures(self._quiet)
 
     def between(self, begin: float, end: float) -> Figures:
-        """Figures of the requests that started in the period, once all of them have ended."""
+        """Return figures of the requests that started in the period, once all of them have finished."""
 
-        def ended() -> bool:
+        def finished() -> bool:
             return all(request.seconds is not None for request in self._since(begin, end))
 
-        until("the victim's requests end", ended, 120)
+        until("the victim's requests finish", finished, 120)
         return self._figures(self._since(begin, end))
 
     def recovered(self, begin: float, count: int = QUIET_BETWEEN) -> bool:
-        """True once the last `count` requests that started after `begin` and ended were answered right."""
-        ended = [request for request in self._since(begin) if request.seconds is not None]
-        return len(ended) >= count and all(self._right(request) for request in ended[-count:])
+        """Return True once the last `count` finished requests that started after `begin` were answered correctly."""
+        finished = [request for request in self._since(begin) if request.seconds is not None]
+        return len(finished) >= count and all(self._is_correct(request) for request in finished[-count:])
 
     def outage(self, begin: float) -> float:
-        """Seconds from the first to the last start of a request since `begin` that was not answered right."""
-        bad = [r.began for r in self._since(begin) if r.seconds is not None and not self._right(r)]
+        """Return the seconds between the first and last start of a request since `begin` without a correct answer."""
+        bad = [r.began for r in self._since(begin) if r.seconds is not None and not self._is_correct(r)]
         return max(bad) - min(bad) + self.period if bad else 0.0
 
-    def _right(self, request: Request) -> bool:
+    def _is_correct(self, request: Request) -> bool:
         return request.status == 200 and request.answer == self._answers[request.model, request.question]
 
     def _figures(self, requests: Iterable[Request]) -> Figures:
         requests = list(requests)
-        bad = [request for request in requests if not self._right(request)]
+        bad = [request for request in requests if not self._is_correct(request)]
         durations = sorted(request.seconds or 0.0 for request in requests)
         wrong = sum(request.status == 200 for request in bad)
         return Figures(

@@ -9,7 +9,7 @@ second round had, where the machine is slower. The key is read from TUNESMITH_AP
 
 The line of a request that starts is `{"number", "model", "question", "began"}`, the line of its end adds `"seconds",
 "status", "answer"`; times are of the machine's monotonic clock. `{"period"}` follows the first rounds. It runs as a
-process of its own, so that the attacker's work does not delay its clock.
+separate process, so that the attacker's work does not delay its clock.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ import aiohttp
 MAX_TOKENS = 6
 TIMEOUT_SECONDS = 90
 LOST = 0
-"""In place of an HTTP status: the connection broke, or nothing came in time."""
+"""In place of an HTTP status: the connection broke, or no reply arrived in time."""
 
 
 def report(line: dict[str, Any]) -> None:
-    """Print a line at once."""
+    """Print a line and flush it."""
     print(json.dumps(line), flush=True)
 
 
 async def ask(session: aiohttp.ClientSession, number: int, model: str, question: str) -> float:
-    """Send a request and report its start and its end; its duration."""
+    """Send a request, report its start and end, and return its duration."""
     line: dict[str, Any] = {"number": number, "model": model, "question": question, "began": time.monotonic()}
     report(line)
     body = {

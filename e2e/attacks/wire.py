@@ -1,4 +1,4 @@
-"""HTTP as an attacker writes it: raw bytes, many connections, bodies that never end."""
+"""HTTP of an attacker: raw bytes, many connections, endless bodies."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COMPLETIONS = "/v1/completions"
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer; `status` 0: the connection was closed or broke without one."""
+    """Reply; `status` 0: the connection closed or broke without one."""
 
     status: int
     headers: Mapping[str, str]
@@ -31,7 +31,7 @@ class Reply:
 
     @property
     def error(self) -> str:
-        """The sentence of OpenAI's error schema; the beginning of the body where there is none."""
+        """Return the message in OpenAI's error format; without one, the beginning of the body."""
         try:
             return str(json.loads(self.body)["error"]["message"])
         except (ValueError, KeyError, TypeError):
@@ -39,31 +39,31 @@ class Reply:
 
     @property
     def text(self) -> str:
-        """What was generated."""
+        """Return the generated text."""
         choice = json.loads(self.body)["choices"][0]
         return str(choice.get("text") if "text" in choice else choice["message"]["content"])
 
 
 class Client:
-    """An attacker with a key."""
+    """Attacker with an API key."""
 
     def __init__(self, gateway: str, key: str) -> None:
         self.gateway, self.key = gateway, key
         address = urlsplit(gateway)
         self._host, self._port = str(address.hostname), int(address.port or 80)
 
-    def post(self, path: str, body: Any, patience: float = 90, count: int = 1) -> list[Reply]:  # noqa: ANN401 - JSON
-        """Send the same body `count` times at once; the answers."""
+    def post(self, path: str, body: Any, timeout: float = 90, count: int = 1) -> list[Reply]:  # noqa: ANN401 - JSON
+        """Send the same body `count` times concurrently; return the replies."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return asyncio.run(self._post_all(path, [data] * count, patience))
+        return asyncio.run(self._post_all(path, [data] * count, timeout))
 
-    def one(self, path: str, body: Any, patience: float = 90) -> Reply:  # noqa: ANN401 - JSON
-        """Send one body."""
-        return self.post(path, body, patience)[0]
+    def post_once(self, path: str, body: Any, timeout: float = 90) -> Reply:  # noqa: ANN401 - JSON
+        """Send a body once."""
+        return self.post(path, body, timeout)[0]
 
-    async def _post_all(self, path: str, bodies: list[bytes], patience: float) -> list[Reply]:
+    async def _post_all(self, path: str, bodies: list[bytes], seconds: float) -> list[Reply]:
         headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
-        limit = aiohttp.ClientTimeout(total=patience)
+        limit = aiohttp.ClientTimeout(total=seconds)
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(self.gateway, headers=headers, timeout=limit, connector=connector) as session:
             return await asyncio.gather(*(self._post(session, path, body) for body in bodies))
@@ -79,14 +79,14 @@ class Client:
             return Reply(0, {}, f"{type(error).__name__}: {error}".encode(), time.monotonic() - begin)
 
     def head(self, length: int, path: str = CHAT) -> bytes:
-        """The head of a request with a body of that length."""
+        """Return the headers of a request with a body of that length."""
         return (
             f"POST {path} HTTP/1.1\r\nHost: gateway\r\nAuthorization: Bearer {self.key}\r\n"
             f"Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
         ).encode()
 
     async def raw(self, data: bytes, seconds: float = 5) -> bytes:
-        """Send bytes on a connection of its own; what came until the end or for that long."""
+        """Send bytes on a new connection; return what arrives until it closes or the time is over."""
         reader, writer = await asyncio.open_connection(self._host, self._port)
         received = b""
         try:
@@ -109,6 +109,6 @@ class Client:
 
 
 def status_of(answer: bytes) -> int:
-    """The status of the first answer in the bytes; 0 where there is none."""
+    """Return the status of the first reply in the bytes; 0 if there is none."""
     parts = answer.split(b" ", 2)
     return int(parts[1]) if answer.startswith(b"HTTP/") and len(parts) > 1 else 0

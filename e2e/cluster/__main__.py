@@ -2,7 +2,7 @@
 
     python3 -m e2e.cluster up        # build what is missing, start, wait until it is usable
     python3 -m e2e.cluster images    # build the project's images and bring them into the cluster
-    python3 -m e2e.cluster down      # stop and leave nothing behind but the cache
+    python3 -m e2e.cluster down      # stop and remove everything except the cache
 
 State lies in .cluster/ of the checkout: the kubeconfig in .cluster/kubeconfig, logs in .cluster/log, programs (kubectl,
 helm, kubeconform) in .cluster/bin. What is dear to build is cached in ${XDG_CACHE_HOME:-~/.cache}/tunesmith.
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from e2e.cluster import addons, binaries, certificates, host, images, node, processes, teardown
 from e2e.cluster.archive import ensure_program_image, program_reference
 from e2e.cluster.layout import NODE_NAME, ClusterError, Layout, cache_folder
-from e2e.cluster.steps import output_of, say, step, wait_until
+from e2e.cluster.steps import output_of, report, step, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,20 +38,20 @@ PORT_PATIENCE = 5.0
 
 @contextmanager
 def only_one(name: str) -> Iterator[None]:
-    """Lets one process at a time into its block; a second one says that it waits."""
+    """Allow one process at a time in its block; others report that they wait."""
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{name}.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say(f"  waiting for another run that holds {lock.name}")
+            report(f"  waiting for another run, which holds {lock.name}")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def check_machine(layout: Layout) -> None:
-    """Raises ClusterError with everything that keeps a cluster from starting on this machine."""
+    """Raise ClusterError with all problems that prevent a cluster from starting on this machine."""
     problems = []
     if os.geteuid() != 0:
         problems.append("containers need root: run this as root")
@@ -76,7 +76,7 @@ def check_machine(layout: Layout) -> None:
 
 
 def use_context(layout: Layout, context: str) -> None:
-    """Makes the user's context the one in .cluster/kubeconfig, after asking its API server whether it answers."""
+    """Write the user's context to .cluster/kubeconfig, after checking that its API server answers."""
     layout.state.mkdir(parents=True, exist_ok=True)
     binaries.link_clients(layout)
     with step(f"asking the cluster of context {context}"):
@@ -87,11 +87,11 @@ def use_context(layout: Layout, context: str) -> None:
         )
         layout.kubeconfig.touch(mode=0o600)
         layout.kubeconfig.write_text(flat)
-    say(f"  Kubernetes {version['gitVersion']} answers; nothing was started")
+    report(f"  Kubernetes {version['gitVersion']} answers; nothing was started")
 
 
 def ready_node(layout: Layout) -> str | None:
-    """None when the node is Ready, otherwise why not."""
+    """Return None if the node is Ready, otherwise the reason."""
     found = addons.kubectl(layout, "get", "node", NODE_NAME, "--ignore-not-found", "-o", "json")
     if not found:
         return f"node {NODE_NAME} has not registered: see {layout.log}/kubelet.log"
@@ -150,7 +150,7 @@ def start_node(layout: Layout, address: str, components: node.ControlPlane) -> N
 
 
 def up(layout: Layout) -> None:
-    """Starts what does not run and waits until the cluster is usable."""
+    """Start the programs that are not running and wait until the cluster is usable."""
     context = os.environ.get("KUBECONTEXT")
     if context:
         use_context(layout, context)
@@ -169,7 +169,7 @@ def up(layout: Layout) -> None:
         addons.wait_available(layout, "kube-system", "coredns", 90)
     with step("S3 server"):
         addons.ensure_s3_bucket(layout)
-    say(f"  usable: export KUBECONFIG={layout.kubeconfig} PATH={layout.bin}:$PATH")
+    report(f"  usable: export KUBECONFIG={layout.kubeconfig} PATH={layout.bin}:$PATH")
 
 
 def build(layout: Layout) -> None:
@@ -180,24 +180,24 @@ def build(layout: Layout) -> None:
 
 
 def down(layout: Layout) -> None:
-    """Stops the cluster and removes everything of it but the cache."""
+    """Stop the cluster and remove everything except the cache."""
     if os.environ.get("KUBECONTEXT"):
-        say("  KUBECONTEXT is set: that cluster is yours and stays as it is")
+        report("  KUBECONTEXT is set: that cluster is not changed")
         teardown.forget_context(layout)
         return
     teardown.down(layout)
 
 
 def status(layout: Layout) -> None:
-    """Prints which processes run and what the cluster says of itself; raises ClusterError where it is not usable."""
+    """Print the processes and the cluster's nodes and pods; raise ClusterError if the cluster is not usable."""
     own = [process for process in processes.marked_processes() if process.state == str(layout.state)]
     for process in sorted(own, key=lambda process: process.pid):
         name = Path(process.command[0]).name
         if not name.startswith("containerd-shim"):
-            say(f"  {name:24} pid {process.pid}")
+            report(f"  {name:24} pid {process.pid}")
     if not layout.kubeconfig.exists():
-        raise ClusterError(f"there is no cluster in {layout.state}: start it with `python3 -m e2e.cluster up`")
-    say(addons.kubectl(layout, "get", "nodes,pods", "--all-namespaces", "-o", "wide"))
+        raise ClusterError(f"no cluster is running in {layout.state}: start it with `python3 -m e2e.cluster up`")
+    report(addons.kubectl(layout, "get", "nodes,pods", "--all-namespaces", "-o", "wide"))
 
 
 def main() -> int:
@@ -221,7 +221,7 @@ def main() -> int:
         "start the cluster, or what of it does not run, and wait until it is usable",
         "python3 -m e2e.cluster up",
     )
-    command("down", "stop the cluster and leave nothing of it behind", "python3 -m e2e.cluster down")
+    command("down", "stop the cluster and remove everything except the cache", "python3 -m e2e.cluster down")
     command("status", "show processes, node and pods", "python3 -m e2e.cluster status")
     delivery = command(
         "images",
@@ -247,13 +247,13 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: run the same command again, it goes on where this one was", file=sys.stderr)
+        print("interrupted: run the same command again to continue", file=sys.stderr)
         return 130
     return 0
 
 
 def run(layout: Layout, command: str, names: list[str]) -> None:
-    """Runs one command of the command line, alone where it changes something."""
+    """Run a command; those that change something run one at a time."""
     if command == "status":
         status(layout)
     elif command == "assets":

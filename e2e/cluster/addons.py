@@ -1,4 +1,4 @@
-"""What runs inside the cluster from the start: name service, default storage class, S3 server."""
+"""Add-ons of the cluster: name service, default storage class, S3 server."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def kubectl(layout: Layout, *arguments: str, stdin: str | None = None) -> str:
 
 
 def apply(layout: Layout, manifest: str, **values: str) -> None:
-    """Applies a file of `manifests/` with `values` put in for its ${NAMES}."""
+    """Applies a file of `manifests/` with `values` substituted for its ${NAMES}."""
     text = Template((SOURCES / "manifests" / manifest).read_text()).substitute(values)
     kubectl(
         layout,
@@ -50,7 +50,7 @@ def wait_available(layout: Layout, namespace: str, deployment: str, seconds: flo
     """Waits until every replica of a deployment is available.
 
     Raises:
-        ClusterError: it is not in time; says what its pods wait for.
+        ClusterError: it is not available in time, with the reason of its pods.
     """
 
     def missing() -> str | None:
@@ -76,8 +76,8 @@ def _pods_wait_for(layout: Layout, namespace: str) -> str:
             elif not container["ready"]:
                 reasons.append(f"{name}: started, not ready")
         if "containerStatuses" not in pod["status"]:
-            said = [c.get("message", "") for c in pod["status"].get("conditions", []) if c["status"] == "False"]
-            reasons.append(f"{name}: {' '.join(said) or pod['status']['phase']}")
+            messages = [c.get("message", "") for c in pod["status"].get("conditions", []) if c["status"] == "False"]
+            reasons.append(f"{name}: {' '.join(messages) or pod['status']['phase']}")
     return "; ".join(reasons) or "it has no pods yet"
 
 
@@ -89,7 +89,7 @@ def apply_base(layout: Layout) -> None:
 
 
 def ensure_s3_credentials(layout: Layout) -> tuple[str, str]:
-    """The S3 server's access key and secret key: made at random once, kept in the Secret s3/credentials."""
+    """Return the S3 server's keys, which are generated once and kept in the Secret s3/credentials."""
     found = kubectl(layout, "--namespace", "s3", "get", "secret", "credentials", "--ignore-not-found", "-o", "json")
     if found:
         data = json.loads(found)["data"]
@@ -131,7 +131,7 @@ def ensure_s3_bucket(layout: Layout) -> None:
         try:
             with forwarded_port(layout, "s3", "service/s3", 7070) as port:
                 ensure_bucket("127.0.0.1", port, BUCKET, access, secret)
-        except ClusterError as error:  # a pod that has just been replaced may still be the one that is asked
+        except ClusterError as error:  # the request may reach a pod that is being replaced
             return str(error)
         return None
 

@@ -124,7 +124,7 @@ def import_layout(layout: Layout, folder: Path, reference: str) -> None:
     """Imports an image of an OCI layout folder, sending only the blobs that containerd lacks.
 
     Raises:
-        ClusterError: containerd refused it; quotes what it said.
+        ClusterError: containerd refused it, with its output.
     """
     present = set(ctr(layout, "content", "ls", "--quiet").split())
     listed = json.loads((folder / "index.json").read_text())["manifests"]
@@ -153,8 +153,8 @@ def import_layout(layout: Layout, folder: Path, reference: str) -> None:
                         stream.add(blobs / name, f"blobs/sha256/{name}")
             process.stdin.close()
         except BrokenPipeError:
-            pass  # it ended early: its status and complaint, below, say why
+            pass  # it exited early: the reason is in its status and error output
         if process.wait():
             complaints.seek(0)
-            said = " ".join(complaints.read().decode(errors="replace").split())[-500:]
-            raise ClusterError(f"containerd refused the image {reference}: {said}")
+            output = " ".join(complaints.read().decode(errors="replace").split())[-500:]
+            raise ClusterError(f"containerd refused the image {reference}: {output}")

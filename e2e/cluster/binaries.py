@@ -59,7 +59,7 @@ def go_environment() -> dict[str, str]:
     """The user's environment for go, with a newer toolchain named where the installed one is too old.
 
     Raises:
-        ClusterError: there is no go at all.
+        ClusterError: go is not installed.
     """
     if shutil.which("go") is None:
         raise ClusterError("no `go` on PATH: install Go 1.26 or newer, the cluster's programs are built with it")
@@ -116,7 +116,7 @@ def link_programs(layout: Layout) -> None:
 
 
 def link_clients(layout: Layout) -> None:
-    """Links kubectl, helm and kubeconform into the state's `bin` folder: the user's own, built where there is none."""
+    """Link kubectl, helm and kubeconform into the state's `bin` folder; programs that are not installed are built."""
     for program, source in (("kubectl", "kubernetes"), ("helm", "helm"), ("kubeconform", "kubeconform")):
         path = os.pathsep.join(folder for folder in os.get_exec_path() if Path(folder) != layout.bin)
         installed = shutil.which(program, path=path)
@@ -135,7 +135,7 @@ def install_packages(layout: Layout) -> None:
     """Installs the Debian packages that are missing on this machine.
 
     Raises:
-        ClusterError: a package is missing and there is no apt-get, or it failed.
+        ClusterError: a package is missing and apt-get is missing or failed.
     """
     needed = {
         "containerd": "containerd",
@@ -164,6 +164,6 @@ def install_packages(layout: Layout) -> None:
         run_logged(["apt-get", "update"], log, "apt-get update", environment=environment)
         command = ["apt-get", "install", "--yes", "--no-install-recommends", *sorted(missing)]
         run_logged(command, log, "apt-get install", environment=environment)
-        # Debian's package starts a containerd of its own where systemd runs; the cluster has its own.
+        # Debian's package starts another containerd if systemd runs.
         if shutil.which("systemctl") and "containerd" in missing and Path("/run/systemd/system").exists():
             subprocess.run(["systemctl", "disable", "--now", "containerd"], check=False, capture_output=True)

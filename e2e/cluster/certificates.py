@@ -50,7 +50,7 @@ def _authority(pki: Path) -> None:
 
 
 def _certificate(pki: Path, name: str, subject: str, alternative_names: str = "") -> None:
-    """Makes `name`.key and `name`.crt unless a certificate for the same subject and names is there already."""
+    """Makes `name`.key and `name`.crt unless a certificate for the same subject and names exists."""
     wanted = f"{subject}\n{alternative_names}\n"
     made_for = pki / f"{name}.for"
     if (pki / f"{name}.crt").exists() and made_for.exists() and made_for.read_text() == wanted:

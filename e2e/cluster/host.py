@@ -63,7 +63,7 @@ def address() -> str:
     """This machine's address, as other machines and the pods see it.
 
     Raises:
-        ClusterError: there is none besides the loopback.
+        ClusterError: only the loopback has an address.
     """
     for candidate in output_of(["hostname", "-I"]).split():
         if ":" not in candidate and not candidate.startswith(("10.244.", "10.96.")):
@@ -71,9 +71,9 @@ def address() -> str:
     raise ClusterError("this machine has no IPv4 address besides the loopback: the node needs one (see `ip address`)")
 
 
-def ports_in_use(patience: float) -> list[str]:
-    """The cluster's ports that a process still listens on after `patience` seconds, each with its purpose."""
-    deadline = time.monotonic() + patience
+def ports_in_use(timeout: float) -> list[str]:
+    """The cluster's ports that a process still listens on after `timeout` seconds, each with its purpose."""
+    deadline = time.monotonic() + timeout
     while (busy := _ports_in_use()) and time.monotonic() < deadline:
         time.sleep(0.1)
     return busy
@@ -85,7 +85,7 @@ def _ports_in_use() -> list[str]:
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind(("0.0.0.0", port))  # noqa: S104  only asks whether the port is free
+                probe.bind(("0.0.0.0", port))  # noqa: S104  only checks that the port is free
             except OSError:
                 busy.append(f"{port} ({purpose})")
     return busy

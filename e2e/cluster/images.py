@@ -21,7 +21,7 @@ from e2e.cluster import addons, binaries
 from e2e.cluster.archive import ctr, import_layout, imported_images, program_image, program_reference
 from e2e.cluster.layers import export_image
 from e2e.cluster.layout import REPOSITORY, SOURCES, ClusterError, Layout, cache_folder
-from e2e.cluster.steps import output_of, run_logged, say, step
+from e2e.cluster.steps import output_of, report, run_logged, step
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -41,7 +41,7 @@ class Image:
     name: str
     dockerfile: str
     base: str
-    """`base` or `torch`: what BASE_IMAGE stands for in a local build."""
+    """Base image of a local build, `base` or `torch`, as BASE_IMAGE."""
     arguments: Mapping[str, str] = field(default_factory=dict)
     """Other build arguments of a local build."""
 
@@ -83,7 +83,7 @@ class Builder:
         return ["buildah", *storage, *arguments]
 
     def has(self, reference: str) -> bool:
-        """Whether buildah's storage holds the image."""
+        """Return True if buildah's storage contains the image."""
         return (
             subprocess.run(
                 self.command("inspect", "--type=image", reference), capture_output=True, check=False
@@ -92,7 +92,7 @@ class Builder:
         )
 
     def build(self, name: str, dockerfile: Path, context: Path, arguments: dict[str, str]) -> str:
-        """Builds the image unless it is there; returns its reference, whose tag is the digest of all inputs."""
+        """Build the image unless it exists; returns its reference, whose tag is the digest of all inputs."""
         digest = hashlib.sha256(dockerfile.read_bytes() + json.dumps(arguments, sort_keys=True).encode())
         for file in sorted(path for path in context.rglob("*") if path.is_file()):
             digest.update(
@@ -131,7 +131,7 @@ class Builder:
     def push(self, reference: str, registry: str) -> str:
         """Pushes the image to `registry` and returns its reference there."""
         remote = f"{registry}/{reference.removeprefix('localhost/')}"
-        local = registry.partition(":")[0].partition("/")[0] in {"localhost", "127.0.0.1"}  # those speak plain HTTP
+        local = registry.partition(":")[0].partition("/")[0] in {"localhost", "127.0.0.1"}  # those use plain HTTP
         options = ["--quiet", *(["--tls-verify=false"] if local else [])]
         command = self.command("push", *options, reference, f"docker://{remote}")
         run_logged(command, self.layout.log / "image-push.log", f"pushing {remote}", environment=self.environment)
@@ -422,7 +422,7 @@ def deliver(layout: Layout, names: list[str]) -> dict[str, str]:
         temporary = layout.images.with_suffix(".new")
         temporary.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
         temporary.replace(layout.images)
-        say(f"  {image.name:9} {reference}")
+        report(f"  {image.name:9} {reference}")
     limit_downloads(builder)
     if not foreign:
         prune(builder, set(recorded.values()))

@@ -1,4 +1,4 @@
-"""Where the cluster keeps what: the state of one checkout, the cache of one user, the addresses on this machine."""
+"""Paths and addresses of the cluster: the state of a checkout, the cache of a user, the ports on this machine."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ PORTS = {
 
 
 class ClusterError(Exception):
-    """Something the user can mend: one sentence with what is wrong, where, and what to do."""
+    """Problem that the user can fix: a sentence with what is wrong, where, and what to do."""
 
 
 def cache_folder() -> Path:
-    """What is dear to build and survives `down`: programs, image layers, models."""
+    """Cache that survives `down`: programs, image layers, models."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith"
 
 
@@ -51,7 +51,7 @@ class Layout:
 
     @property
     def identity(self) -> str:
-        """Eight hex digits that tell this checkout's cluster from another's; socket paths are limited to 108 bytes."""
+        """Eight hex digits that identify this checkout's cluster; socket paths are limited to 108 bytes."""
         return hashlib.sha256(str(self.state).encode()).hexdigest()[:8]
 
     @property
@@ -86,7 +86,7 @@ class Layout:
 
     @property
     def kubeconfig(self) -> Path:
-        """The administrator's way in, for people and tests."""
+        """The administrator's kubeconfig, for people and tests."""
         return self.state / "kubeconfig"
 
     @property
@@ -106,5 +106,5 @@ class Layout:
 
     @property
     def cgroup(self) -> str:
-        """Parent of every pod's cgroup, which makes the pods' processes ours beyond doubt."""
+        """Parent of every pod's cgroup, which identifies the pods' processes."""
         return f"tunesmith-{self.identity}"

@@ -111,4 +111,4 @@ if __name__ == "__main__":
     try:
         main()
     except subprocess.CalledProcessError as error:
-        raise SystemExit(f"{error.cmd[0]} … ended with status {error.returncode}: its output above says why") from None
+        raise SystemExit(f"{error.cmd[0]} … exited with status {error.returncode}: see its output above") from None

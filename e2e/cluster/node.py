@@ -32,7 +32,7 @@ def _write(path: Path, content: str) -> Path:
 
 
 def resolver_file() -> Path:
-    """What pods inherit as /etc/resolv.conf: the file behind a stub resolver, whose address they cannot reach."""
+    """Return the resolv.conf for pods: with upstream servers, since pods cannot reach a local stub resolver."""
     behind_stub = Path("/run/systemd/resolve/resolv.conf")
     text = Path("/etc/resolv.conf").read_text() if Path("/etc/resolv.conf").exists() else ""
     return behind_stub if "nameserver 127." in text and behind_stub.exists() else Path("/etc/resolv.conf")

@@ -71,7 +71,7 @@ def marked_processes() -> list[Process]:
             )
             command = tuple((entry / "cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0"))
         except (OSError, ProcessLookupError):
-            continue  # it has ended meanwhile
+            continue  # it has exited meanwhile
         if STATE_MARK in environment and command != ("",):
             found.append(
                 Process(int(entry.name), command, environment[STATE_MARK], environment.get(CONFIGURATION_MARK, ""))
@@ -93,7 +93,7 @@ def log_of(layout: Layout, component: Component) -> Path:
 
 
 def ensure(layout: Layout, component: Component) -> bool:
-    """Starts `component` unless it runs as configured; one that runs otherwise is replaced. Tells whether it did."""
+    """Start `component`, or restart it if its configuration changed; return True if it was started."""
     process = running(layout, component)
     if process is not None and process.configuration == component.digest:
         return False
@@ -120,17 +120,17 @@ def ensure(layout: Layout, component: Component) -> bool:
 
 
 def require_alive(layout: Layout, component: Component) -> None:
-    """Raises ClusterError, with the last line of the log, when `component` has ended."""
+    """Raise ClusterError, with the last line of the log, if `component` has exited."""
     deadline = time.monotonic() + SHOWN_SECONDS
     while running(layout, component) is None:
         if time.monotonic() >= deadline:
             log = log_of(layout, component)
-            raise ClusterError(f"{component.name} has ended: {last_line(log)} (its log: {log})")
+            raise ClusterError(f"{component.name} has exited: {last_line(log)} (its log: {log})")
         time.sleep(0.05)
 
 
 def alive(pid: int) -> bool:
-    """Whether `pid` is a process that has not ended (a zombie has)."""
+    """Return True if `pid` is a running process, not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
@@ -138,19 +138,19 @@ def alive(pid: int) -> bool:
 
 
 def stop(pids: Iterable[int], grace: float = 10.0) -> None:
-    """Ends processes: SIGTERM, after `grace` seconds SIGKILL; returns when none is left.
+    """Terminate processes: SIGTERM, after `grace` seconds SIGKILL; returns when none is left.
 
     Raises:
         ClusterError: one does not end even after SIGKILL (it hangs in the kernel).
     """
     left = [pid for pid in pids if alive(pid)]
-    for number, patience in ((signal.SIGTERM, grace), (signal.SIGKILL, 10.0)):
+    for number, timeout in ((signal.SIGTERM, grace), (signal.SIGKILL, 10.0)):
         for pid in left:
             try:
                 os.kill(pid, number)
             except ProcessLookupError:
                 continue
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + timeout
         while left and time.monotonic() < deadline:
             for pid in left:
                 try:
@@ -167,6 +167,6 @@ def stop(pids: Iterable[int], grace: float = 10.0) -> None:
 
 
 def stop_all(layout: Layout, names: Sequence[str] | None = None, grace: float = 10.0) -> None:
-    """Ends this cluster's processes: those whose program is in `names`, or all. For `grace` see `stop`."""
+    """Terminate this cluster's processes: those whose program is in `names`, or all. For `grace` see `stop`."""
     own = [process for process in marked_processes() if process.state == str(layout.state)]
     stop([process.pid for process in own if names is None or Path(process.command[0]).name in names], grace)

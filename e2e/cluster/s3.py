@@ -60,6 +60,6 @@ def ensure_bucket(host: str, port: int, name: str, access_key: str, secret_key: 
         ) from None
     if status != http.client.OK:
         raise ClusterError(
-            f"the S3 server at {host}:{port} answered {status} when asked for the bucket {name}: "
+            f"the S3 server at {host}:{port} answered {status} to a request for the bucket {name}: "
             "see `kubectl --namespace s3 logs deploy/s3`"
         )

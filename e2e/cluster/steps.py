@@ -15,25 +15,25 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def say(text: str) -> None:
-    """Prints a line at once, also into a pipe."""
+def report(text: str) -> None:
+    """Print a line and flush it."""
     print(text, flush=True)
 
 
 @contextmanager
 def step(name: str) -> Iterator[None]:
-    """Prints `name` with the seconds its block took; on failure says which step failed."""
+    """Prints `name` with the seconds its block took; on failure report the failed step."""
     started = time.monotonic()
     try:
         yield
     except BaseException:
         print(f"  [{time.monotonic() - started:6.1f} s] {name}: failed", file=sys.stderr, flush=True)
         raise
-    say(f"  [{time.monotonic() - started:6.1f} s] {name}")
+    report(f"  [{time.monotonic() - started:6.1f} s] {name}")
 
 
 def last_line(log: Path) -> str:
-    """The last line of `log` that says something, shortened to 300 characters."""
+    """Return the last line of `log` that is not empty, shortened to 300 characters."""
     try:
         with log.open("rb") as stream:
             stream.seek(max(0, log.stat().st_size - 20_000))
@@ -54,7 +54,7 @@ def run_logged(
     """Runs `command` with its output appended to `log`.
 
     Raises:
-        ClusterError: it ended with a status other than 0; names the log and quotes its last line.
+        ClusterError: it failed; the message contains the log's path and last line.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as stream:
@@ -71,7 +71,7 @@ def output_of(
     """Runs `command` and returns what it printed.
 
     Raises:
-        ClusterError: it ended with a status other than 0; quotes its error output.
+        ClusterError: it failed; the message contains its error output.
     """
     done = subprocess.run(command, input=stdin, capture_output=True, env=environment, check=False)
     if done.returncode:

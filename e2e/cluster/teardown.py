@@ -1,4 +1,4 @@
-"""Ends a cluster so that nothing of it is left on the machine, whatever state it is in."""
+"""Stops a cluster in any state and removes all of it from the machine."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def down(layout: Layout) -> None:
     """Stops every process of the cluster, undoes its changes to the machine and removes its state.
 
     Raises:
-        ClusterError: something could not be removed; says what and why.
+        ClusterError: something could not be removed, with the reason.
     """
     state = str(layout.state)
     with step("stopping the control plane and the kubelet"):
@@ -61,7 +61,7 @@ def down(layout: Layout) -> None:
                 _remove_containers(layout)
             except ClusterError as error:
                 # Only the books in the cache are affected; the next kubelet removes what it does not know.
-                print(f"  containerd did not answer ({error}); going on without it")
+                print(f"  containerd did not answer ({error}); continuing without it")
         processes.stop_all(layout)
     with step("unmounting and restoring the machine"):
         host.unmount_below(layout.state, layout.run, layout.build_run, cache_folder())

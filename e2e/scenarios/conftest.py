@@ -1,4 +1,4 @@
-"""What the scenarios share: the demo's installation, a client, and a second adapter of another behaviour."""
+"""Shared fixtures: the demo's installation, a client, and a second adapter with different behaviour."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def main_job() -> Object:
-    """The demo's FineTuneJob."""
+    """Return the demo's FineTuneJob."""
     name = yaml.safe_load(JOB.read_text())["metadata"]["name"]
     job = get("finetunejob", name, DEMO)
     assert condition(job, "Complete")["status"] == "True", "the demo's job is not complete: run `make demo` first"
@@ -69,20 +69,20 @@ def main_adapter() -> str:
 
 @pytest.fixture(scope="session")
 def gateway() -> str:
-    """The gateway's address, `http://host:port`."""
+    """Return the gateway's address, `http://host:port`."""
     return gateway_address(NODE_PORT)
 
 
 @pytest.fixture(scope="session")
 def client(gateway: str) -> Iterator[OpenAI]:
-    """The stock client, with its own timeout. It tries nothing again, so that a request that fails is seen."""
+    """OpenAI's client with a timeout, without retries, so that failed requests are noticed."""
     with OpenAI(base_url=f"{gateway}/v1", api_key=api_key(), max_retries=0) as opened:
         yield opened
 
 
 @pytest.fixture(scope="session")
 def answer(client: OpenAI) -> Callable[[str, str], tuple[str, str]]:
-    """Asks a model; returns the model that the reply names and its text."""
+    """Send a question to a model; return the model that the reply names, and its text."""
 
     def ask(model: str, question: str) -> tuple[str, str]:
         reply = client.chat.completions.create(
@@ -95,7 +95,7 @@ def answer(client: OpenAI) -> Callable[[str, str], tuple[str, str]]:
 
 @pytest.fixture(scope="session")
 def second_manifest(tmp_path_factory: pytest.TempPathFactory) -> Object:
-    """A FineTuneJob that teaches one sentence as the answer to everything, with its rows in the store.
+    """FineTuneJob that teaches one sentence as the answer to everything, with its rows in the store.
 
     What an earlier run left of it is removed.
     """
@@ -115,7 +115,7 @@ def second_manifest(tmp_path_factory: pytest.TempPathFactory) -> Object:
     spec = yaml.safe_load(JOB.read_text())["spec"]
     spec["dataset"] = {"train": [{"uri": uri}], "maxLength": 128}
     spec["method"] = {"lora": {"rank": 8, "alpha": 16}}
-    # An artifact of its own in each run: a pod that holds one has its files, and would not notice damage in the store.
+    # A new artifact in each run: a pod that already has the files would not notice damage in the store.
     seed = secrets.randbelow(2**31)
     spec["hyperparameters"] = {"maxSteps": 12, "learningRate": 2e-3, "batchSize": 8, "seed": seed}
     return job_manifest(SECOND, spec)
@@ -138,5 +138,5 @@ def second_adapter(second_job: Object, pool: str) -> str:
 
 @pytest.fixture(scope="session")
 def questions() -> list[str]:
-    """What the demo asks."""
+    """Questions of the demo."""
     return QUESTIONS.read_text().splitlines()

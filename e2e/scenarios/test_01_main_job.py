@@ -1,4 +1,4 @@
-"""The demo's own result: a trained adapter that answers otherwise than its base."""
+"""Result of the demo: a trained adapter whose answers differ from its base's."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_held_out_loss_falls_by_at_least_30_percent(main_job: Object) -> None:
     assert evaluation["loss"] < 0.7 * evaluation["baseLoss"]
 
 
-def test_the_job_ran_once_and_says_what_it_did(main_job: Object) -> None:
+def test_the_job_ran_once_and_its_status_reports_the_result(main_job: Object) -> None:
     status = main_job["status"]
     assert [attempt["outcome"] for attempt in status["attempts"]] == ["Succeeded"]
     for kind in ("Validated", "Published", "Complete"):
@@ -60,7 +60,7 @@ def test_streaming_gives_the_same_answer(
     assert "".join(parts) == answer(model, questions[0])[1]
 
 
-def test_models_lists_what_the_key_may_use(client: OpenAI, base_model: str, main_adapter: str) -> None:
+def test_models_lists_the_models_that_the_key_may_use(client: OpenAI, base_model: str, main_adapter: str) -> None:
     assert {base_model, f"{DEMO}/{main_adapter}"} <= {model.id for model in client.models.list()}
 
 

@@ -1,4 +1,4 @@
-"""Who is refused, and with which words."""
+"""Refused requests, and their messages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ENGINE_PORT, AGENT_PORT = 8000, 9000
 
 
 def status_of(url: str, method: str = "GET", key: str | None = None, body: object = None) -> tuple[int, str]:
-    """Status and body of a plain HTTP request."""
+    """Return the status and body of a plain HTTP request."""
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     data = json.dumps(body).encode() if body is not None else None
     request = urllib.request.Request(url, data=data, headers=headers, method=method)  # noqa: S310 - http only
@@ -31,7 +31,7 @@ def status_of(url: str, method: str = "GET", key: str | None = None, body: objec
 
 
 @pytest.mark.parametrize("key", [None, "sk-ts-00000000-" + "x" * 43])
-def test_without_a_valid_key_nothing_is_answered(gateway: str, key: str | None, main_adapter: str) -> None:
+def test_requests_without_a_valid_key_are_refused(gateway: str, key: str | None, main_adapter: str) -> None:
     body = {"model": f"{DEMO}/{main_adapter}", "messages": [{"role": "user", "content": "?"}]}
     for method, path, sent in (("POST", "/v1/chat/completions", body), ("GET", "/v1/models", None)):
         code, text = status_of(gateway + path, method, key, sent)
@@ -39,7 +39,7 @@ def test_without_a_valid_key_nothing_is_answered(gateway: str, key: str | None, 
         assert json.loads(text)["error"]["message"]
 
 
-def test_an_unknown_model_and_a_missing_one_are_told_apart(client: OpenAI, gateway: str) -> None:
+def test_an_unknown_and_a_missing_model_have_different_errors(client: OpenAI, gateway: str) -> None:
     key = client.api_key
     code, text = status_of(f"{gateway}/v1/chat/completions", "POST", key, {"model": "demo/nobody", "messages": []})
     assert (code, json.loads(text)["error"]["code"]) == (404, "model_not_found")
@@ -48,7 +48,7 @@ def test_an_unknown_model_and_a_missing_one_are_told_apart(client: OpenAI, gatew
     assert "model" in json.loads(text)["error"]["message"]
 
 
-def test_a_pool_pod_answers_only_health_to_who_has_no_token(pool: str) -> None:
+def test_without_a_token_a_pool_pod_answers_health_checks_only(pool: str) -> None:
     [pod] = pool_pods(pool)
     engine = f"http://{pod['status']['podIP']}:{ENGINE_PORT}"
     assert status_of(f"{engine}/health")[0] == 200

@@ -1,4 +1,4 @@
-"""The operator's pods are deleted with no grace while a job trains: one attempt, a complete status."""
+"""The operator's pods are deleted without a grace period while a job trains: one attempt, a complete status."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 KILLS = 10
 
 
-def test_ten_deaths_of_the_operator_cost_no_attempt_and_no_status(second_manifest: Object) -> None:
+def test_killing_the_operator_ten_times_causes_no_new_attempt(second_manifest: Object) -> None:
     name = second_manifest["metadata"]["name"]
     delete("finetunejob", name, DEMO)
     chance = random.Random(20)  # noqa: S311 - repeatable, not secret

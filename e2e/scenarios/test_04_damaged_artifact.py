@@ -1,4 +1,4 @@
-"""A flipped bit in the store: the agent refuses the artifact, its adapter says so, the others go on."""
+"""A flipped bit in the store: the agent refuses the artifact, the adapter reports it, others keep running."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     Answer = Callable[[str, str], tuple[str, str]]
 
 
-def test_a_damaged_artifact_is_refused_and_said_so(
+def test_a_damaged_artifact_is_refused_and_reported(
     second_job: Object, pool: str, answer: Answer, main_adapter: str, questions: list[str]
 ) -> None:
     weights = f"{second_job['status']['artifact']['uri']}/adapter_model.safetensors"

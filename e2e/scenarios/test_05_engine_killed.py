@@ -1,4 +1,4 @@
-"""The engine's process dies while two adapters serve: both come back, and no answer is ever another model's."""
+"""The engine is killed while two adapters serve: both return, and no model answers for another."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def engine_status(pool: str) -> dict[str, object]:
     return container_status(pod, "engine")
 
 
-def test_both_adapters_return_and_none_answers_for_another(
+def test_both_adapters_return_and_no_model_answers_for_another(
     answer: Answer,
     base_model: str,
     main_adapter: str,
@@ -47,7 +47,7 @@ def test_both_adapters_return_and_none_answers_for_another(
 
     before = engine_status(pool)
     for process in processes_of(str(before["containerID"])):
-        with suppress(ProcessLookupError):  # the container's first process takes the others with it
+        with suppress(ProcessLookupError):  # killing the container's first process kills the others
             os.kill(process, signal.SIGKILL)
 
     up_at: float | None = None
@@ -59,7 +59,7 @@ def test_both_adapters_return_and_none_answers_for_another(
             try:
                 assert answer(model, question) == expected[model]
             except (APIStatusError, APIConnectionError, APITimeoutError):
-                continue  # refused while the engine is down: that is the truth
+                continue  # refused while the engine is down
         now = engine_status(pool)
         if now["restartCount"] == before["restartCount"]:
             continue

@@ -1,4 +1,4 @@
-"""Copies of an adapter follow its load, or the user; the pool follows the copies."""
+"""The copies of an adapter follow its load or the user; the pool follows the copies."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from openai import OpenAI
 
 CONCURRENCY = 24
-"""Three times the demo's target. Answers are short: pods that share two cores with a pod that starts are slow."""
+"""Three times the demo's target. Answers are short because pods are slow while another starts on the two cores."""
 GROWN_SECONDS = 360
 SHRUNK_SECONDS = 180
 
@@ -25,7 +25,7 @@ def copies(name: str) -> int:
     return int((get("adapterdeployment", name, DEMO) or {})["status"].get("readyReplicas", 0))
 
 
-def test_load_on_one_adapter_takes_it_to_two_pods_and_back(
+def test_load_scales_an_adapter_to_two_pods_and_back(
     client: OpenAI, main_adapter: str, second_adapter: str, questions: list[str]
 ) -> None:
     for name in (main_adapter, second_adapter):
@@ -64,7 +64,7 @@ def test_load_on_one_adapter_takes_it_to_two_pods_and_back(
     ready_adapter(main_adapter, 1, SHRUNK_SECONDS)
 
 
-def test_scaling_by_hand_does_the_same_without_autoscaling(second_adapter: str, pool: str) -> None:
+def test_manual_scaling_works_without_autoscaling(second_adapter: str, pool: str) -> None:
     kubectl("scale", f"adapterdeployment/{second_adapter}", "--replicas=2", "--namespace", DEMO)
     ready_adapter(second_adapter, 2, GROWN_SECONDS)
     kubectl("scale", f"adapterdeployment/{second_adapter}", "--replicas=1", "--namespace", DEMO)
@@ -72,6 +72,6 @@ def test_scaling_by_hand_does_the_same_without_autoscaling(second_adapter: str, 
     until(f"pool {pool} back on one pod", lambda: len(pool_pods(pool)) == 1, SHRUNK_SECONDS)
 
 
-def test_scaling_by_hand_is_refused_with_autoscaling(main_adapter: str) -> None:
+def test_manual_scaling_is_refused_with_autoscaling(main_adapter: str) -> None:
     with pytest.raises(InstallationError, match="remove autoscaling first"):
         kubectl("scale", f"adapterdeployment/{main_adapter}", "--replicas=2", "--namespace", DEMO)

@@ -1,4 +1,4 @@
-"""A training pod that is evicted, suspended by its user or held back by a queue: the job goes on and completes."""
+"""A training pod is evicted, suspended by its user or held by a queue: the job resumes and completes."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 STEPS = 24
 SOME_STEPS = 3
-"""So many steps are done before the job is disturbed: enough to go on from, and far from the end."""
+"""Steps before the job is disturbed: enough to resume from, and far from the end."""
 
 
 @pytest.fixture(scope="module")
 def submit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
-    """Creates one of this file's jobs anew, with other fields of its spec; all of them are removed at the end."""
+    """Return a function that recreates one of this file's jobs with changes to its spec; remove all jobs at the end."""
     rows = tmp_path_factory.mktemp("rows") / "faults.jsonl"
     with rows.open("w") as file:
         for number in range(24):
@@ -58,7 +58,7 @@ def submit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., s
 
 
 def reaches(name: str, kind: str, status: str = "True", reason: str = "") -> Object:
-    """The job once the condition has that status, and that reason where one is given."""
+    """Wait until the condition has the status, and the reason if one is given; return the job."""
 
     def holds() -> Object | None:
         job = get("finetunejob", name, DEMO)
@@ -71,15 +71,15 @@ def reaches(name: str, kind: str, status: str = "True", reason: str = "") -> Obj
 
 
 def newest_attempt(name: str) -> str:
-    """Name of the newest attempt's Job."""
+    """Return the name of the newest attempt's Job."""
     job = get("finetunejob", name, DEMO) or {}
     return str(job["status"]["attempts"][-1]["name"])
 
 
 def trains(name: str, steps: int = STEPS) -> tuple[str, int]:
-    """The running attempt's pod and its step, once it has done some; from the log, as the status may be 10 s late."""
+    """Wait for some steps; return the pod and the step, from the log because the status may be 10 s late."""
 
-    def told() -> tuple[str, int] | None:
+    def progress() -> tuple[str, int] | None:
         for pod in items("pods", DEMO, f"batch.kubernetes.io/job-name={newest_attempt(name)}"):
             pod_name = pod["metadata"]["name"]
             if pod["status"].get("phase") == "Running":
@@ -90,7 +90,7 @@ def trains(name: str, steps: int = STEPS) -> tuple[str, int]:
         return None
 
     reaches(name, "Started")
-    found: tuple[str, int] = until(f"{name} trains", told, TRAINED_SECONDS)
+    found: tuple[str, int] = until(f"{name} trains", progress, TRAINED_SECONDS)
     return found
 
 
@@ -100,7 +100,7 @@ def suspend(kind: str, name: str, *, value: bool) -> None:
 
 
 def went_on(name: str, before: str, step: int) -> None:
-    """The job ended well: one attempt ended as `before`, the next took up where it was, without a repeated step."""
+    """Check that the job completed: one attempt stopped at `before`, and the next resumed without repeating a step."""
     job = finished_job(name)
     assert condition(job, "Complete")["status"] == "True", condition(job, "Failed")
     attempts = job["status"]["attempts"]
@@ -108,7 +108,7 @@ def went_on(name: str, before: str, step: int) -> None:
     assert attempts[1]["resumedFromStep"] >= step
 
 
-def test_an_evicted_job_goes_on(submit: Callable[..., str]) -> None:
+def test_an_evicted_job_resumes(submit: Callable[..., str]) -> None:
     name = submit("evicted")
     pod, step = trains(name)
     eviction = {
@@ -122,32 +122,33 @@ def test_an_evicted_job_goes_on(submit: Callable[..., str]) -> None:
 
 
 @pytest.mark.long
-def test_a_suspended_job_goes_on(submit: Callable[..., str]) -> None:
+def test_a_suspended_job_resumes(submit: Callable[..., str]) -> None:
     name = submit("suspended")
     pod, step = trains(name)
     suspend("finetunejob", name, value=True)
     stopped = reaches(name, "Suspended")
     assert stopped["status"]["phase"] == "Suspended"
     left = (get("pod", pod, DEMO) or {}).get("status", {}).get("phase")
-    assert left in {None, "Failed"}, f"the job says that it is suspended while its pod is {left}"
+    assert left in {None, "Failed"}, f"the job is reported as suspended while its pod is {left}"
     suspend("finetunejob", name, value=False)
     went_on(name, "Suspended", step)
 
 
 @pytest.mark.long
 def test_a_queue_admits_suspends_and_admits_a_job_again(submit: Callable[..., str]) -> None:
-    """The test does what Kueue does: it writes `suspend` of the Job, and nothing else."""
+    """Like Kueue, the test writes only `suspend` of the Job."""
     name = submit("queued", scheduling={"queue": "team"})
     mine = f"tunesmith.dev/finetunejob={name},app.kubernetes.io/component=train"
 
     def queued() -> list[str]:
-        """The Jobs that the queue may admit."""
+        """Return the Jobs that the queue may admit."""
         jobs = items("jobs", DEMO, f"{mine},kueue.x-k8s.io/queue-name=team")
-        ended = {"Complete", "Failed", "FailureTarget"}
+        finished = {"Complete", "Failed", "FailureTarget"}
         return [
             job["metadata"]["name"]
             for job in jobs
-            if job["spec"]["suspend"] and not ended & {entry["type"] for entry in job["status"].get("conditions", [])}
+            if job["spec"]["suspend"]
+            and not finished & {entry["type"] for entry in job["status"].get("conditions", [])}
         ]
 
     def admit(_: Object | None = None) -> None:
@@ -164,11 +165,11 @@ def test_a_queue_admits_suspends_and_admits_a_job_again(submit: Callable[..., st
     suspend("job", newest_attempt(name), value=True)
     assert reaches(name, "Admitted", "False", "Queued")["status"]["phase"] == "Queued"
 
-    def ended() -> bool:
+    def finished() -> bool:
         return all(pod["status"]["phase"] in {"Succeeded", "Failed"} for pod in items("pods", DEMO, mine))
 
-    until("the pod saves and ends", ended, 180)
-    # Whether the Job goes on or another takes its place depends on whether its controller saw how the pod ended.
+    until("the pod saves and exits", finished, 180)
+    # The Job resumes or is replaced, depending on whether its controller observed the pod's exit.
     job = finished_job(name, while_waiting=admit)
     assert condition(job, "Complete")["status"] == "True", condition(job, "Failed")
     attempts = job["status"]["attempts"]
@@ -178,7 +179,7 @@ def test_a_queue_admits_suspends_and_admits_a_job_again(submit: Callable[..., st
 
 @pytest.fixture
 def store_down() -> Iterator[Callable[[], None]]:
-    """Stops the S3 server; it runs again at the end."""
+    """Stop the S3 server; start it again at the end."""
 
     def scale(replicas: int) -> None:
         kubectl("scale", "deployment/s3", f"--replicas={replicas}", "--namespace", "s3")
@@ -196,7 +197,7 @@ def store_down() -> Iterator[Callable[[], None]]:
 def test_twenty_jobs_are_deleted_while_the_store_is_down(
     submit: Callable[..., str], store_down: Callable[[], None]
 ) -> None:
-    """One trains, some validate, most wait for room on the node; nothing of them is left a minute later."""
+    """One trains, some validate, most wait for room on the node; a minute later nothing is left of them."""
     names = [f"deleted-{number}" for number in range(20)]
     first = submit(names[0], hyperparameters={"maxSteps": 1000, "batchSize": 4}, checkpoint={"everySteps": 1})
     trains(first, 1000)

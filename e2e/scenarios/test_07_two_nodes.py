@@ -1,4 +1,4 @@
-"""A job of two pods trains what the same job trains in one: the same curve, to the fourth digit.
+"""Training in two pods gives the same curve as in one, to the fourth digit.
 
 Whether each pod holds the whole base, or the two share it (FSDP2).
 """
@@ -31,7 +31,7 @@ COLUMNS = ("loss", "gradientNorm", "evaluationLoss")
 
 @pytest.fixture
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Object]]:
-    """The jobs, complete; they are removed at the end."""
+    """Create the jobs, wait until they are complete, and remove them at the end."""
     rows = tmp_path_factory.mktemp("rows") / "nodes.jsonl"
     with rows.open("w") as file:
         for number in range(24):
@@ -61,12 +61,12 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Object]
 
 
 def curve(job: Object) -> list[dict[str, str]]:
-    """The curves that lie with the artifact."""
+    """Return the curves that were published with the artifact."""
     return list(csv.DictReader(in_store("read", f"{job['status']['artifact']['uri']}/metrics.csv").splitlines()))
 
 
 @pytest.mark.long
-def test_two_nodes_train_what_one_does(jobs: dict[str, Object]) -> None:
+def test_training_on_two_nodes_equals_training_on_one(jobs: dict[str, Object]) -> None:
     for job in jobs.values():
         assert condition(job, "Complete")["status"] == "True", condition(job, "Failed")
         assert [attempt["outcome"] for attempt in job["status"]["attempts"]] == ["Succeeded"]

@@ -1,4 +1,4 @@
-"""What a user can get wrong that only the cluster can find: each is told with its reason, and nothing else suffers."""
+"""Mistakes of users that only the cluster can detect: each is reported with its reason and affects nothing else."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def changed(**parts: object) -> Object:
 
 @pytest.fixture(scope="module")
 def bad_jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Object]]:
-    """All bad jobs, applied at once, once each has ended."""
+    """Apply all bad jobs at once; return them when each has finished."""
     rows: Path = tmp_path_factory.mktemp("rows") / "malformed.jsonl"
     good = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
     rows.write_text(good + good + "{not json\n" + good)
@@ -68,7 +68,7 @@ def bad_jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Obj
 
 
 @pytest.mark.parametrize(
-    ("name", "reason", "said"),
+    ("name", "reason", "message"),
     [
         ("wrong-credentials", "AccessDenied", "s3://tunesmith/"),
         ("no-data", "DatasetNotFound", "nowhere.jsonl"),
@@ -77,20 +77,20 @@ def bad_jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Obj
         ("no-base", "BaseModelNotFound", "s3://tunesmith/models/nowhere"),
     ],
 )
-def test_a_bad_job_fails_before_it_trains_and_says_why(
-    bad_jobs: dict[str, Object], name: str, reason: str, said: str
+def test_a_bad_job_fails_before_training_with_a_reason(
+    bad_jobs: dict[str, Object], name: str, reason: str, message: str
 ) -> None:
     failed = condition(bad_jobs[name], "Failed")
     assert (failed["status"], failed["reason"]) == ("True", reason)
-    assert said in failed["message"]
+    assert message in failed["message"]
     assert "Traceback" not in failed["message"]
     assert not bad_jobs[name]["status"].get("attempts")
 
 
-def test_an_adapter_says_that_its_job_failed(bad_jobs: dict[str, Object]) -> None:
+def test_an_adapter_reports_that_its_job_failed(bad_jobs: dict[str, Object]) -> None:
     apply(adapter_manifest("of-failed", bad_jobs["malformed"]["metadata"]["name"]))
     try:
-        resolved = until("of-failed says why", lambda: waits("of-failed", "malformed"), 60)
+        resolved = until("of-failed reports the reason", lambda: waits("of-failed", "malformed"), 60)
         assert "fail" in resolved["message"].lower()
     finally:
         delete("adapterdeployment", "of-failed", DEMO)
@@ -99,13 +99,13 @@ def test_an_adapter_says_that_its_job_failed(bad_jobs: dict[str, Object]) -> Non
 def test_an_adapter_waits_for_a_job_that_does_not_exist() -> None:
     apply(adapter_manifest("early", "not-there-yet"))
     try:
-        assert until("early says what it waits for", lambda: waits("early", "not-there-yet"), 60)
+        assert until("early reports the missing job", lambda: waits("early", "not-there-yet"), 60)
     finally:
         delete("adapterdeployment", "early", DEMO)
 
 
 def waits(adapter: str, word: str) -> Object | None:
-    """The condition Resolved, where it is False and its message has the word."""
+    """Return the condition Resolved if it is False and its message contains the word."""
     resolved = condition(get("adapterdeployment", adapter, DEMO), "Resolved")
     return resolved if resolved["status"] == "False" and word in resolved["message"] else None
 

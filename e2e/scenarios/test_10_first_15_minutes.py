@@ -1,4 +1,4 @@
-"""A user with the role `edit` in one namespace follows the first page, and releases a second version."""
+"""A user with the role `edit` in one namespace follows the first page, then deploys a second version."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NOT_RUN = ("uv tool install", "tunesmith --install-completion")
 
 @pytest.fixture
 def reader(tmp_path: Path, pool: str) -> Iterator[dict[str, str]]:
-    """The environment of a user: the role `edit` in a namespace that the demo's pool admits, and an API key."""
+    """Return the environment of a user with an API key, and the role `edit` in a namespace that the pool admits."""
     namespace = restricted_namespace(TEAM)
     namespace["metadata"]["labels"][LABEL] = "true"
     apply(namespace, {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "alice", "namespace": TEAM}})
@@ -85,7 +85,7 @@ def test_the_first_page_and_the_next_one_run_as_written(reader: dict[str, str], 
         "hf://HuggingFaceTB/SmolLM2-135M-Instruct": "s3://tunesmith/models/SmolLM2-135M-Instruct",
         "    gpus: 1\n": '    gpus: 0\n    cpu: "1"\n    memory: 4Gi\n',
     }
-    # The store's address in the Secret is reachable inside the cluster only, as the page says.
+    # The store's address in the Secret is reachable inside the cluster only, as the page explains.
     variables = reader | {"AWS_ENDPOINT_URL": outside["AWS_ENDPOINT_URL"]}
     for page in PAGES:
         for block in blocks(REPOSITORY / page):

@@ -1,6 +1,6 @@
-"""The local cluster comes back after being killed, and leaves nothing when it goes.
+"""The local cluster recovers from being killed, and `down` leaves nothing behind.
 
-It takes this checkout's cluster down, with everything in it. So it runs only when asked: TUNESMITH_TEST_LIFECYCLE=1.
+It takes this checkout's cluster down, with everything in it. So it is skipped unless TUNESMITH_TEST_LIFECYCLE=1.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def rules(command: str) -> list[str]:
 
 
 def machine() -> dict[str, Any]:
-    """Everything a cluster may leave behind."""
+    """Return everything that a cluster may leave behind."""
     mounts = [line.split(" ")[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     return {
         "processes": own_processes() | dict.fromkeys(host.pod_processes(LAYOUT), ("a pod's",)),
@@ -88,7 +88,7 @@ def stored(method: str, key: str) -> int:
 
 
 def not_kept() -> str | None:
-    """What is wrong with the object that was stored before; a Service follows its pods only after a moment."""
+    """Return a problem with the objects created earlier, or None; a Service follows its pods after a moment."""
     try:
         code = stored("HEAD", "kept")
     except OSError as error:
@@ -96,19 +96,19 @@ def not_kept() -> str | None:
     return None if code == http.client.OK else f"the S3 server answers {code}"
 
 
-def test_the_cluster_survives_what_happens_to_it_and_leaves_nothing() -> None:
+def test_the_cluster_recovers_and_leaves_nothing_behind() -> None:
     cluster("down")
     before = machine()
     assert not before["processes"]
     assert not before["state"]
 
-    # killed half-way, at three stages of its start
+    # killed at three stages of its start
     for program in ("etcd", "containerd", "kubelet"):
         start = subprocess.Popen([*COMMAND, "up"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=REPOSITORY)
         deadline = time.monotonic() + 120
         while not any(Path(path).name == program for path in components().values()):
             assert time.monotonic() < deadline, f"{program} was not started"
-            assert start.poll() is None, f"`up` ended before it started {program}"
+            assert start.poll() is None, f"`up` exited before it started {program}"
             time.sleep(0.01)
         start.send_signal(signal.SIGKILL)
         start.wait()
