@@ -122,7 +122,7 @@ def test_change_of_one_pod(stage: Stage, single: Object, trial: Trial) -> None:
 
     sentences: dict[str, None] = {}
 
-    def settled_or_told() -> bool:
+    def settled_or_reported() -> bool:
         pool = get("servingpool", SINGLE, PLATFORM)
         sentences.update({condition(pool, kind)["message"]: None for kind in ("Progressing", "Updated")})
         return settled()
@@ -132,7 +132,7 @@ def test_change_of_one_pod(stage: Stage, single: Object, trial: Trial) -> None:
     try:
         with trial.attack(tolerance=6, reason="another engine started on the two cores"):
             apply(single | {"spec": single["spec"] | {"engine": single["spec"]["engine"] | {"maxModelLength": 768}}})
-            trial.recovered("the pool has its new pod only", settled_or_told, within=300, timeout=300)
+            trial.recovered("the pool has its new pod only", settled_or_reported, within=300, timeout=300)
     finally:
         done.set()
         worker.join()

@@ -68,7 +68,7 @@ def rendered(helm: Callable[..., subprocess.CompletedProcess[str]]) -> Callable[
 
 @pytest.fixture(scope="session")
 def template(rendered: Callable[..., subprocess.CompletedProcess[str]]) -> Callable[..., list[dict[str, Any]]]:
-    """The documents of a chart; `tunesmith` gets the two values that it cannot do without."""
+    """Return the documents of a chart; `tunesmith` gets the two required values."""
 
     def documents(chart: str, values: dict[str, Any] | None = None) -> list[dict[str, Any]]:
         values = dict(values or {})

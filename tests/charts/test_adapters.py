@@ -1,4 +1,4 @@
-"""The chart `adapters`: specs pass through unchanged, nonsense is refused by name."""
+"""The chart `adapters`: specs pass through unchanged, invalid values are refused by name."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_values_of_the_demo(template: Template) -> None:
         ({"adapter": {}}, "adapter"),
     ],
 )
-def test_nonsense_is_refused_by_name(rendered: Helm, values: dict[str, Any], field: str) -> None:
+def test_invalid_values_are_refused_by_name(rendered: Helm, values: dict[str, Any], field: str) -> None:
     done = rendered("adapters", values)
     assert done.returncode != 0
     assert field in done.stderr

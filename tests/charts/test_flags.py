@@ -89,7 +89,7 @@ def test_the_charts_defaults_are_the_programs(template: Template, component: str
     assert {field: getattr(found, field) for field in defaults} == defaults
 
 
-def test_what_the_release_and_its_objects_set(template: Template) -> None:
+def test_values_set_by_the_release(template: Template) -> None:
     found = settings(
         template, "operator", {"networkPolicy": {"metricsFrom": [PEER]}, "images": {"trainer": {"tag": "7"}}}
     )

@@ -1,4 +1,4 @@
-"""The chart `tunesmith`: what it renders, what it refuses."""
+"""The chart `tunesmith`: rendered objects and refused values."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def test_users_write_what_their_role_allows(template: Template, role: str, resou
     assert ({"update", "patch"} <= verbs) is writes
 
 
-def test_user_roles_can_be_left_out(template: Template) -> None:
+def test_user_roles_can_be_omitted(template: Template) -> None:
     roles = of_kind(template("tunesmith", {"rbac": {"aggregateToUserRoles": False}}), "ClusterRole")
     assert set(roles) == {
         *("tunesmith-operator", "tunesmith-operator-cluster", "tunesmith-gateway", "tunesmith-gateway-cluster")
@@ -248,7 +248,7 @@ def test_gateway_service_and_its_url_agree(template: Template) -> None:
     assert "--gateway-url=http://tunesmith-gateway.tunesmith-system.svc:8000" in operator["command"]
 
 
-def test_the_external_url_is_what_users_are_told(template: Template) -> None:
+def test_the_external_url_is_published(template: Template) -> None:
     url = "https://llm.example.com"
     documents = template("tunesmith", {"gateway": {"externalUrl": url}})
     assert f"--gateway-url={url}" in container_of(documents, "operator")["command"]
@@ -258,7 +258,7 @@ def test_the_external_url_is_what_users_are_told(template: Template) -> None:
     assert inside == "http://tunesmith-gateway.tunesmith-system.svc"
 
 
-def test_everybody_may_find_the_installation_and_its_shared_pools(template: Template) -> None:
+def test_every_user_may_read_the_installation_and_shared_pools(template: Template) -> None:
     values = {"serving": {"sharedPoolNamespaces": ["models", "more"]}}
     documents = template("tunesmith", values)
     everybody = [
@@ -314,7 +314,7 @@ def test_the_grace_period_of_gateway_pods_follows_their_drain(template: Template
         assert f"--drain-seconds={drain}" in container_of(documents, "gateway")["command"]
 
 
-def test_unhealthy_pods_hold_up_no_drain_of_a_node(template: Template) -> None:
+def test_unhealthy_pods_do_not_block_a_drain(template: Template) -> None:
     budgets = of_kind(template("tunesmith", {"gateway": {"maxUnavailable": "20%"}}), "PodDisruptionBudget")
     assert {name: budget["spec"]["maxUnavailable"] for name, budget in budgets.items()} == {
         "tunesmith-operator": 1,
@@ -323,7 +323,7 @@ def test_unhealthy_pods_hold_up_no_drain_of_a_node(template: Template) -> None:
     assert {budget["spec"]["unhealthyPodEvictionPolicy"] for budget in budgets.values()} == {"AlwaysAllow"}
 
 
-def test_pods_are_spread_as_the_values_say(template: Template) -> None:
+def test_pods_are_spread_according_to_the_values(template: Template) -> None:
     zones = [{"topologyKey": "topology.kubernetes.io/zone", "maxSkew": 2, "whenUnsatisfiable": "DoNotSchedule"}]
     deployments = of_kind(template("tunesmith", {"gateway": {"topologySpread": zones}}), "Deployment")
     for component, expected in (("gateway", zones[0]), ("operator", {"topologyKey": "kubernetes.io/hostname"})):
@@ -333,7 +333,7 @@ def test_pods_are_spread_as_the_values_say(template: Template) -> None:
         assert spread["labelSelector"] == deployment["selector"]
 
 
-def test_with_listed_namespaces_nothing_else_is_granted_but_nodes(template: Template) -> None:
+def test_with_listed_namespaces_rights_are_limited_to_them_and_nodes(template: Template) -> None:
     documents = template(
         "tunesmith",
         {"watchNamespaces": ["team-a", "team-b"], "rbac": {"aggregateToUserRoles": False, "discovery": False}},

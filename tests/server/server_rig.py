@@ -58,13 +58,13 @@ class MissingPartError(Exception):
     """A program or file that the tests need is not on this machine."""
 
 
-def find(what: str, variable: str, candidates: list[Path], mend: str) -> Path:
+def find(what: str, variable: str, candidates: list[Path], fix: str) -> Path:
     """The first that exists of the environment variable's path and the candidates."""
     named = os.environ.get(variable)
     for path in [Path(named)] if named else candidates:
         if path.exists():
             return path
-    raise MissingPartError(f"{what} was not found at {named or candidates}: {mend}, or set {variable}.")
+    raise MissingPartError(f"{what} was not found at {named or candidates}: {fix}, or set {variable}.")
 
 
 def vllm_program() -> Path:

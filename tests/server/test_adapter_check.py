@@ -51,11 +51,11 @@ def refusal(artifact: LocalArtifact, limits: PodLimits, folder: Path, manifest: 
     return str(refused.value)
 
 
-def test_a_sound_adapter_is_placed(limits: PodLimits, tmp_path: Path) -> None:
+def test_a_valid_adapter_is_accepted(limits: PodLimits, tmp_path: Path) -> None:
     assert check(LocalArtifact.make(tmp_path / "made"), limits, tmp_path).is_dir()
 
 
-def test_what_was_published_as_unservable_is_refused(limits: PodLimits, tmp_path: Path) -> None:
+def test_an_adapter_published_as_unservable_is_refused(limits: PodLimits, tmp_path: Path) -> None:
     artifact = LocalArtifact.make(tmp_path / "made")
     artifact.manifest["servable"] = {"vllm": False, "reason": "it has a chat template of its own"}
     assert refusal(artifact, limits, tmp_path) == (
@@ -136,8 +136,8 @@ def cancelling() -> dict[str, np.ndarray[Any, Any]]:
 @pytest.mark.parametrize(
     ("tensors", "config", "sentence"),
     [
-        (scaled("AB", 1e30), {}, "more than 16-bit floats hold (65504)"),
-        (scaled("A", 1e30), {}, "more than 16-bit floats hold (65504)"),
+        (scaled("AB", 1e30), {}, "more than the largest 16-bit float (65504)"),
+        (scaled("A", 1e30), {}, "more than the largest 16-bit float (65504)"),
         (scaled("AB", 30), {}, f"changes {MODULES[0]} by"),
         (scaled("AB", 1), {"lora_alpha": 65536}, "more than the platform's limit of 4"),
         (scaled("AB", 1), {"alpha_pattern": {MODULES[3]: 60_000}}, f"changes {MODULES[3]} by"),
@@ -228,8 +228,8 @@ class CountingSource(LocalSource):
         return data
 
 
-def test_a_header_of_many_tensors_is_not_even_read(limits: PodLimits, tmp_path: Path) -> None:
-    """As that of 86 MB which ended the agent: the file is small here, and says so of its header only."""
+def test_a_header_with_too_many_tensors_is_not_read(limits: PodLimits, tmp_path: Path) -> None:
+    """A header of 86 MB once killed the agent; in this test, only the declared length is that large."""
     bounds = weight_bounds(limits.base, limits.max_rank)
     config = LocalArtifact.make(tmp_path / "made").files["adapter_config.json"]
     header = b"{" + b" " * (bounds.header + 1) + b"}"
@@ -254,7 +254,7 @@ def test_weights_larger_than_the_base_allows_are_not_downloaded(limits: PodLimit
         assert sentence in refusal(artifact, limits, tmp_path, json.dumps(manifest).encode())
 
 
-def test_files_are_removed_when_nothing_can_read_them(tmp_path: Path) -> None:
+def test_files_are_removed_when_they_are_no_longer_used(tmp_path: Path) -> None:
     digest, other = f"sha256:{'a' * 64}", f"sha256:{'b' * 64}"
     folders = {digest: "/adapters/a", other: "/adapters/b"}
     retention = Retention()

@@ -1,4 +1,4 @@
-"""The agent's process and its HTTP API, while no engine is up. What it does with one is in test_serving_pod.py."""
+"""The agent's process and its HTTP API, without an engine; test_serving_pod.py tests it with one."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ async def until(http: aiohttp.ClientSession, condition: Callable[[PodState], Any
             reader.read(line)
             if condition(reader.state):
                 return reader.state
-    raise AssertionError("the event stream ended")
+    raise AssertionError("the event stream closed")
 
 
 async def put(http: aiohttp.ClientSession, body: Any) -> tuple[int, Any]:
@@ -126,7 +126,7 @@ async def test_a_rotated_key_is_accepted_beside_the_previous_one(http: aiohttp.C
     assert await accepted(new)
 
 
-async def test_the_first_line_says_what_the_pod_is_and_the_heart_beats(
+async def test_the_stream_begins_with_the_state_and_sends_heartbeats(
     http: aiohttp.ClientSession, fingerprint: str
 ) -> None:
     async with http.get("/v1/events", headers=EVENTS) as events:
@@ -157,7 +157,7 @@ async def test_a_malformed_list_is_refused_and_changes_nothing(
     assert (await until(http, bool)).sequence == 0
 
 
-async def test_a_list_of_somebody_else_is_outbid_and_shows(http: aiohttp.ClientSession) -> None:
+async def test_a_foreign_list_is_replaced_and_visible(http: aiohttp.ClientSession) -> None:
     """One request with the highest epoch that is plausible locks the operator out until its next list only."""
     epoch = int(time.time()) + MAX_EPOCH_LEAD - 600
     assert (await put(http, {"epoch": epoch, "sequence": 2**53, "adapters": []}))[0] == 200
@@ -170,7 +170,7 @@ async def test_a_list_of_somebody_else_is_outbid_and_shows(http: aiohttp.ClientS
     assert held.list_digest == list_digest([DesiredAdapter.model_validate(ENTRY)])
 
 
-async def test_lists_only_go_forward_and_outlive_the_agent(
+async def test_older_lists_are_refused_and_lists_survive_the_agent(
     http: aiohttp.ClientSession, agent: Container, pod: Pod
 ) -> None:
     assert await put(http, {"epoch": 2, "sequence": 7, "adapters": []}) == (200, {"epoch": 2, "sequence": 7})
@@ -205,7 +205,7 @@ async def test_without_an_engine_adapters_are_fetched_and_wait(
     assert 'tunesmith_agent_adapters{state="Loading"} 1.0' in text
 
 
-async def test_an_artifact_that_appears_later_is_fetched_after_the_list_says_so(
+async def test_an_artifact_that_appears_later_is_fetched_for_a_new_list(
     http: aiohttp.ClientSession, adapter: Callable[..., Artifact], store: S3Server
 ) -> None:
     entry = adapter().publish(store)
@@ -236,13 +236,13 @@ async def test_a_pod_whose_engine_is_down_drains_at_once(http: aiohttp.ClientSes
         (lambda pod: (pod.state.mkdir(), (pod.state / "desired.json").write_text("{")), "is damaged"),
     ],
 )
-def test_a_pod_that_is_set_up_wrongly_is_told_so(pod: Pod, damage: Callable[[Pod], Any], sentence: str) -> None:
+def test_errors_in_the_pods_setup_are_reported(pod: Pod, damage: Callable[[Pod], Any], sentence: str) -> None:
     damage(pod)
     container = agent_container(pod)
-    ended = subprocess.run(container._command, capture_output=True, text=True, check=False, timeout=60)
-    assert ended.returncode == 2
-    assert sentence in ended.stderr
-    assert "Traceback" not in ended.stderr
+    done = subprocess.run(container._command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_the_state_is_one_line_of_json(pod: Pod, agent: Container) -> None:

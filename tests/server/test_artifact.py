@@ -1,4 +1,4 @@
-"""What the agent takes from the store and what it refuses, with a real S3 server and real artifacts."""
+"""Artifacts that the agent accepts or refuses, with a real S3 server and real artifacts."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def tensors(artifact: Artifact) -> dict[str, np.ndarray[Any, Any]]:
     }
 
 
-def test_a_sound_artifact_lies_in_the_folder_of_its_digest(
+def test_a_valid_artifact_is_stored_in_the_folder_of_its_digest(
     adapter: Callable[..., Artifact], limits: PodLimits, folder: Path, store: S3Server
 ) -> None:
     artifact = adapter()
@@ -78,7 +78,7 @@ def test_a_sound_artifact_lies_in_the_folder_of_its_digest(
 
 
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json", "tunesmith.json"])
-def test_a_flipped_bit_anywhere_is_found(
+def test_a_flipped_bit_anywhere_is_detected(
     adapter: Callable[..., Artifact], limits: PodLimits, folder: Path, store: S3Server, file: str
 ) -> None:
     entry = adapter().publish(store)
@@ -106,7 +106,7 @@ def test_a_flipped_bit_anywhere_is_found(
         ({"rank_pattern": {"(": 4}}, "regular expressions are not accepted"),
     ],
 )
-def test_what_the_engine_cannot_serve_is_refused_by_name(
+def test_unsupported_configurations_are_refused_by_name(
     adapter: Callable[..., Artifact],
     limits: PodLimits,
     folder: Path,
@@ -209,10 +209,10 @@ def test_a_damaged_weights_file_is_refused(
     ("dtype", "bits", "sentence"),
     [
         ("F16", 0x2C00, None),  # 1/16
-        ("F16", 0x7BFF, "more than 16-bit floats hold"),
+        ("F16", 0x7BFF, "more than the largest 16-bit float"),
         ("F16", 0x7C00, "infinite or not a number"),
         ("BF16", 0x3D80, None),
-        ("BF16", 0x7F7F, "more than 16-bit floats hold"),
+        ("BF16", 0x7F7F, "more than the largest 16-bit float"),
         ("BF16", 0xFF80, "infinite or not a number"),
     ],
 )
@@ -249,7 +249,7 @@ def test_half_precision_is_checked_bit_by_bit(
         ("tunesmith.json", "no plain file name"),
     ],
 )
-def test_only_expected_files_are_taken(
+def test_unexpected_files_are_refused(
     adapter: Callable[..., Artifact], limits: PodLimits, folder: Path, store: S3Server, name: str, sentence: str
 ) -> None:
     artifact = adapter()
@@ -282,7 +282,7 @@ def test_an_adapter_of_another_base_is_refused(
         ({"engineName": "team"}, "is not the engine name of a revision"),
     ],
 )
-def test_locations_outside_the_namespace_are_never_asked_for(
+def test_locations_outside_the_namespace_are_never_read(
     adapter: Callable[..., Artifact],
     limits: PodLimits,
     folder: Path,
@@ -294,7 +294,7 @@ def test_locations_outside_the_namespace_are_never_asked_for(
     assert sentence in refusal(entry | change, limits, folder, store)
 
 
-def test_what_is_missing_in_the_store_is_named(
+def test_missing_objects_are_named(
     adapter: Callable[..., Artifact], limits: PodLimits, folder: Path, store: S3Server
 ) -> None:
     entry = adapter().publish(store)
@@ -313,7 +313,7 @@ def test_what_is_missing_in_the_store_is_named(
         ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "could not be reached"),
     ],
 )
-def test_a_store_that_does_not_answer_as_it_should(
+def test_a_store_that_misbehaves_is_reported(
     adapter: Callable[..., Artifact],
     limits: PodLimits,
     folder: Path,
@@ -328,7 +328,7 @@ def test_a_store_that_does_not_answer_as_it_should(
     assert store.secret["AWS_SECRET_ACCESS_KEY"] not in str(failure.value)
 
 
-def test_what_a_killed_download_left_is_removed(folder: Path) -> None:
+def test_leftovers_of_a_killed_download_are_removed(folder: Path) -> None:
     (folder / ".incoming-x/artifact").mkdir(parents=True)
     (folder / ("a" * 64)).mkdir()
     remove_leftovers(folder)

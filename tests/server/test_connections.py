@@ -1,4 +1,4 @@
-"""The bounds of the agent's connections: nobody keeps the operator out by holding them."""
+"""Limits of the agent's connections: no client can block the operator by holding them."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def test_a_malformed_credential_is_reported_without_it(
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that looks like a model, with files that must not travel."""
+    """A folder that looks like a model, with files that must not be downloaded."""
     folder = tmp_path_factory.mktemp("model")
     (folder / "config.json").write_text('{"model_type": "llama"}')
     (folder / "tokenizer.json").write_text("{}")
@@ -105,20 +105,20 @@ def fetch(
     )
 
 
-def test_the_model_and_its_fingerprint_arrive_and_nothing_that_is_code(
+def test_the_model_is_downloaded_without_code_and_with_its_fingerprint(
     uri: str, model: Path, store: S3Server, tmp_path: Path
 ) -> None:
     target = tmp_path / "base"
-    ended = fetch(uri, target, store.secret)
-    assert ended.returncode == 0, ended.stderr
+    done = fetch(uri, target, store.secret)
+    assert done.returncode == 0, done.stderr
     names = {path.name for path in target.iterdir() if not path.name.startswith(".")}
     assert names == {"config.json", "tokenizer.json", "model.safetensors"}
     assert (tmp_path / "base.fingerprint").read_text().strip() == base_fingerprint(LocalModelFolder(model))
-    assert "(100 %)" in ended.stdout
+    assert "(100 %)" in done.stdout
 
 
-def test_a_model_on_gs_arrives_with_the_key_of_the_secret(model: Path, tmp_path: Path) -> None:
-    """Of the Secret alone: the environment has no credentials."""
+def test_a_model_on_gs_is_downloaded_with_the_key_of_the_secret(model: Path, tmp_path: Path) -> None:
+    """The environment has no credentials."""
     with GcsServer() as server:
         account = server.service_account()
         place = GCSFileSystem(token=account, endpoint_url=server.endpoint, skip_instance_cache=True)
@@ -136,9 +136,9 @@ def test_a_model_on_gs_arrives_with_the_key_of_the_secret(model: Path, tmp_path:
         }
         for name, (key, code, words) in given.items():
             secret = {GOOGLE_KEY: json.dumps(key)}
-            ended = fetch(location, tmp_path / name, secret, environment=environment)
-            assert (ended.returncode, words in ended.stdout + ended.stderr) == (code, True), ended.stderr
-            assert "PRIVATE" not in ended.stderr
+            done = fetch(location, tmp_path / name, secret, environment=environment)
+            assert (done.returncode, words in done.stdout + done.stderr) == (code, True), done.stderr
+            assert "PRIVATE" not in done.stderr
         assert (tmp_path / "a key/model.safetensors").is_file()
         assert server.scope == "read_only"
 
@@ -196,24 +196,24 @@ class Blobs(BaseHTTPRequestHandler):
         """Nothing: pytest shows what matters."""
 
 
-def test_a_model_on_az_arrives_with_a_connection_string(model: Path, tmp_path: Path) -> None:
+def test_a_model_on_az_is_downloaded_with_a_connection_string(model: Path, tmp_path: Path) -> None:
     accounts: set[str] = set()
     with serving(type("Handler", (Blobs,), {"folder": model, "accounts": accounts})) as address:
         place = f"BlobEndpoint={address}/devaccount"
         given = f"DefaultEndpointsProtocol=http;AccountName=devaccount;AccountKey=a2V5;{place}"
         secret = {"AZURE_STORAGE_CONNECTION_STRING": f"{given}\n"}
         environment = {"AZURE_STORAGE_CONNECTION_STRING": "AccountName=the-stores;AccountKey=a2V5"}
-        ended = fetch("az://models/tiny", tmp_path / "base", secret, environment=environment)
-    assert ended.returncode == 0, ended.stderr
+        done = fetch("az://models/tiny", tmp_path / "base", secret, environment=environment)
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "base/model.safetensors").is_file()
     assert accounts == {"SharedKey devaccount"}
 
 
-def test_a_connection_string_that_is_none_is_told_without_it(tmp_path: Path) -> None:
-    ended = fetch("az://models/tiny", tmp_path / "base", {"AZURE_STORAGE_CONNECTION_STRING": "a-secret-value"})
-    assert ended.returncode == 3
-    assert "AZURE_STORAGE_CONNECTION_STRING or AZURE_STORAGE_ACCOUNT_NAME and" in ended.stderr
-    assert "a-secret-value" not in ended.stdout + ended.stderr
+def test_an_invalid_connection_string_is_reported_without_it(tmp_path: Path) -> None:
+    done = fetch("az://models/tiny", tmp_path / "base", {"AZURE_STORAGE_CONNECTION_STRING": "a-secret-value"})
+    assert done.returncode == 3
+    assert "AZURE_STORAGE_CONNECTION_STRING or AZURE_STORAGE_ACCOUNT_NAME and" in done.stderr
+    assert "a-secret-value" not in done.stdout + done.stderr
 
 
 def test_an_account_of_a_secret_is_not_replaced_by_that_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,10 +224,10 @@ def test_an_account_of_a_secret_is_not_replaced_by_that_of_the_environment(monke
 
 
 def test_keys_of_a_secret_do_not_go_to_the_endpoint_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: set[str] = set()
+    hosts: set[str] = set()
 
     def resolve(host: str, *_: object, **__: object) -> None:
-        asked.add(host)
+        hosts.add(host)
         raise socket.gaierror(socket.EAI_NONAME, "no such name")
 
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
@@ -236,7 +236,7 @@ def test_keys_of_a_secret_do_not_go_to_the_endpoint_of_the_environment(monkeypat
     secret = {"AWS_ACCESS_KEY_ID": "mine", "AWS_SECRET_ACCESS_KEY": "mine"}
     with pytest.raises(StoreError, match="could not be reached"):
         StoreFolder("s3://models/tiny", Credentials(secret, "the Secret my-secret", Origin.SECRET)).list()
-    assert asked == {"models.s3.amazonaws.com"}
+    assert hosts == {"models.s3.amazonaws.com"}
 
 
 def test_a_complete_download_is_not_repeated_and_a_broken_one_is_finished(
@@ -264,7 +264,7 @@ def test_another_model_replaces_the_files_of_the_last_one(uri: str, store: S3Ser
     assert names == {"config.json", "tokenizer.json", "part.safetensors"}
 
 
-def test_mistakes_end_with_a_sentence_and_outages_with_another_code(
+def test_mistakes_and_outages_have_messages_and_different_exit_codes(
     uri: str, store: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(ALLOWED_ADDRESSES, "127.0.0.1/32")
@@ -283,9 +283,9 @@ def test_mistakes_end_with_a_sentence_and_outages_with_another_code(
     for number, (location, secret, code, sentence) in enumerate(cases):
         folder = write_secret(tmp_path / f"{number}/my-secret", secret)
         arguments = ["--target", str(tmp_path / "base"), "--secret", str(folder), "--storage", str(2**20)]
-        ended = run(["fetch-base", "--uri", location, *arguments])
+        exit_code = run(["fetch-base", "--uri", location, *arguments])
         printed = capsys.readouterr().err
-        assert (ended, sentence in printed) == (code, True), (location, printed)
+        assert (exit_code, sentence in printed) == (code, True), (location, printed)
         assert store.secret["AWS_SECRET_ACCESS_KEY"] not in printed
 
 
@@ -310,9 +310,9 @@ def test_a_changed_secret_is_read_whole_and_has_a_later_version(tmp_path: Path) 
 def test_a_base_model_that_exceeds_its_volume_is_refused_before_its_download(
     uri: str, store: S3Server, tmp_path: Path
 ) -> None:
-    ended = fetch(uri, tmp_path / "base", store.secret, "--storage", "1000")
-    assert ended.returncode == 2
-    assert "bytes and the pod's volume for it is limited to 1000 bytes: ask the platform's" in ended.stderr
+    done = fetch(uri, tmp_path / "base", store.secret, "--storage", "1000")
+    assert done.returncode == 2
+    assert "bytes and the pod's volume for it is limited to 1000 bytes: ask the platform's" in done.stderr
     assert list((tmp_path / "base").iterdir()) == []
 
 
@@ -324,16 +324,16 @@ def test_a_base_model_that_exceeds_its_volume_is_refused_before_its_download(
         ("tokenizer.json", "no tokenizer.json"),
     ],
 )
-def test_a_folder_that_is_no_model_is_refused(
+def test_a_folder_without_a_model_is_refused(
     uri: str, store: S3Server, tmp_path: Path, removed: str, sentence: str
 ) -> None:
     store.files.rm(f"{uri}/{removed}")
-    ended = fetch(uri, tmp_path / "base", store.secret)
-    assert (ended.returncode, sentence in ended.stderr) == (2, True), ended.stderr
+    done = fetch(uri, tmp_path / "base", store.secret)
+    assert (done.returncode, sentence in done.stderr) == (2, True), done.stderr
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the Hub's API as a download needs, over one folder."""
+    """The part of the Hub's API that a download needs, over one folder."""
 
     folder: Path
     commit = "c" * 40
@@ -369,24 +369,26 @@ def hub(model: Path) -> Iterator[dict[str, str]]:
         yield {"HF_ENDPOINT": address}
 
 
-def test_models_of_the_hub_arrive_at_the_asked_revision(hub: dict[str, str], model: Path, tmp_path: Path) -> None:
-    ended = fetch("hf://org/tiny", tmp_path / "base", hub, "--revision", "v1")
-    assert ended.returncode == 0, ended.stderr
+def test_models_of_the_hub_are_downloaded_at_the_requested_revision(
+    hub: dict[str, str], model: Path, tmp_path: Path
+) -> None:
+    done = fetch("hf://org/tiny", tmp_path / "base", hub, "--revision", "v1")
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "base.fingerprint").read_text().strip() == base_fingerprint(LocalModelFolder(model))
     assert not (tmp_path / "base/modeling.py").exists()
 
 
-def test_a_model_that_the_hub_has_not_is_named(hub: dict[str, str], tmp_path: Path) -> None:
-    ended = fetch("hf://org/none", tmp_path / "base", hub)
-    assert ended.returncode == 3
+def test_a_model_that_is_missing_on_the_hub_is_named(hub: dict[str, str], tmp_path: Path) -> None:
+    done = fetch("hf://org/none", tmp_path / "base", hub)
+    assert done.returncode == 3
     assert (
         "hf://org/none, revision main does not exist on the Hub, or this token has no access to it (the Secret my-"
-        in ended.stderr
+        in done.stderr
     )
 
 
 class Redirecting(BaseHTTPRequestHandler):
-    """A Hub, or a store, that leads elsewhere: to another address of this machine, as to one of the cluster."""
+    """A Hub or store that redirects to another address of this machine, in place of one in the cluster."""
 
     def do_GET(self) -> None:
         self.send_response(307)
@@ -410,9 +412,7 @@ class Redirecting(BaseHTTPRequestHandler):
         pytest.param("az://models/tiny", marks=pytest.mark.long),  # 90 s
     ],
 )
-def test_no_endpoint_and_no_redirect_leads_to_an_address_that_is_not_listed(
-    location: str, listed: str, tmp_path: Path
-) -> None:
+def test_endpoints_and_redirects_to_unlisted_addresses_are_refused(location: str, listed: str, tmp_path: Path) -> None:
     with serving(Redirecting) as address:
         blobs = (
             f"DefaultEndpointsProtocol=http;AccountName=devaccount;AccountKey=a2V5;BlobEndpoint={address}/devaccount"
@@ -426,7 +426,7 @@ def test_no_endpoint_and_no_redirect_leads_to_an_address_that_is_not_listed(
         }
         environment = {ALLOWED_ADDRESSES: listed, "STORAGE_EMULATOR_HOST": address}
         # Of the store's Secret: without a key, gs:// is read with the identity of the pod.
-        ended = fetch(location, tmp_path / "base", secret, environment=environment, name=STORE_SECRET)
+        done = fetch(location, tmp_path / "base", secret, environment=environment, name=STORE_SECRET)
     refused = "127.0.0.2" if listed else "127.0.0.1"
-    assert ended.returncode == 3
-    assert f"leads to {refused}, an address of the pod itself, which jobs and pools may not reach" in ended.stderr
+    assert done.returncode == 3
+    assert f"leads to {refused}, an address of the pod itself, which jobs and pools may not reach" in done.stderr

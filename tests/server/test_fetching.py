@@ -1,4 +1,4 @@
-"""Downloads in child processes: their limits, what a child's death becomes, and what is left of an agent that died."""
+"""Downloads in child processes: their limits, the errors of killed children, and the journal of a killed agent."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def sandbox() -> Iterator[Sandbox]:
         (was_killed, 120.0, "was killed, probably because memory ran out"),
     ],
 )
-def test_the_death_of_a_child_is_a_sentence(
+def test_the_exit_of_a_child_is_reported(
     sandbox: Sandbox, function: Callable[..., None], seconds: float, sentence: str
 ) -> None:
     child = sandbox.start(function, (), ChildLimits(memory=64 * 2**20, cpu_seconds=1))
@@ -53,7 +53,7 @@ def test_a_child_gets_no_more_memory_than_its_limit(sandbox: Sandbox) -> None:
     child.close()
 
 
-def test_what_was_checked_when_the_agent_died_is_not_checked_again(tmp_path: Path) -> None:
+def test_a_check_that_killed_the_agent_is_not_repeated(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     with journal.checking("sha256:first"):
         pass
@@ -134,7 +134,7 @@ def test_an_endpoint_that_is_not_listed_is_never_connected_to(
     assert not refused.value.permanent
 
 
-def test_a_full_volume_is_a_sentence_before_the_download(
+def test_a_full_volume_is_reported_before_the_download(
     make: Callable[..., ArtifactFetcher], adapter: Callable[..., Artifact], settings: FetchSettings, store: S3Server
 ) -> None:
     with pytest.raises(StoreError, match="the pod's volume for adapters has 1000 bytes, 0 are in use") as full:
@@ -143,7 +143,7 @@ def test_a_full_volume_is_a_sentence_before_the_download(
     assert list(settings.adapters.iterdir()) == []
 
 
-def test_a_check_that_takes_too_long_fails_the_adapter_for_good(
+def test_a_check_that_takes_too_long_fails_permanently(
     make: Callable[..., ArtifactFetcher], adapter: Callable[..., Artifact], store: S3Server
 ) -> None:
     fetcher = make()

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def test_every_mutation_of_an_adapter_ends_with_a_sentence_or_is_sound(tmp_path: Path) -> None:
+def test_every_mutated_adapter_is_valid_or_refused_with_a_message(tmp_path: Path) -> None:
     report = fuzz(range(100), tmp_path)
     assert report.wrong == []
     assert report.outcomes["refused"] > 60

@@ -1,4 +1,4 @@
-"""The watch over an engine: when an answer is another one, when an engine hangs, and who is to blame."""
+"""Guard of the engine: changed answers, hangs, and the search for the adapter that caused them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ BAD = reply("!", "!", "!", log_probability=-9.0)
 
 
 class Engine:
-    """An engine of which a test decides what it holds, answers and processes."""
+    """Simulated engine: tests set its adapters, answers and processed tokens."""
 
     def __init__(self) -> None:
         self.boot = 0
@@ -59,7 +59,7 @@ class Engine:
         self.answer: Callable[[], str] = lambda: GOOD
         self.answering = asyncio.Event()
         self.answering.set()
-        self.asked: list[dict[str, Any]] = []
+        self.requests_sent: list[dict[str, Any]] = []
         self.restarts: list[str] = []
 
     def snapshot(self) -> EngineSnapshot:
@@ -71,7 +71,7 @@ class Engine:
         self.resident |= {a.engine_name: f"/adapters/{a.digest.removeprefix('sha256:')}" for a in adapters}
 
     async def complete(self, body: dict[str, Any]) -> str:
-        self.asked.append(body)
+        self.requests_sent.append(body)
         await self.answering.wait()
         return self.answer() if body["model"] == BASE else GOOD
 
@@ -149,7 +149,9 @@ async def test_an_engine_is_warm_before_it_is_ready(watch: Watch) -> None:
     await watch.step(times=2)
     assert watch.guard.ready
     assert watch.guard.allowed_loads([A, B]) == [A, B]
-    assert {"logprobs", "use_beam_search", "response_format"} <= {key for body in watch.engine.asked for key in body}
+    assert {"logprobs", "use_beam_search", "response_format"} <= {
+        key for body in watch.engine.requests_sent for key in body
+    }
 
 
 async def test_an_engine_that_warms_up_has_more_time(watch: Watch) -> None:
@@ -162,13 +164,13 @@ async def test_an_engine_that_warms_up_has_more_time(watch: Watch) -> None:
     assert watch.engine.restarts == [watch.guard.problem]
 
 
-async def test_an_idle_engine_is_asked_now_and_then(watch: Watch) -> None:
+async def test_an_idle_engine_gets_a_canary_periodically(watch: Watch) -> None:
     await watch.started()
-    before = len(watch.engine.asked)
+    before = len(watch.engine.requests_sent)
     await watch.step(times=10)
-    assert len(watch.engine.asked) == before
+    assert len(watch.engine.requests_sent) == before
     await watch.step(CANARY_SECONDS)
-    assert len(watch.engine.asked) == before + 1
+    assert len(watch.engine.requests_sent) == before + 1
     assert not watch.guard.problem
 
 
@@ -181,10 +183,12 @@ async def test_an_adapter_gets_requests_once_its_canary_passed(watch: Watch) -> 
     watch.engine.answering.set()
     await watch.step()
     assert watch.guard.unverified == set()
-    assert A.engine_name in {body["model"] for body in watch.engine.asked}, "it computed before the base was asked"
+    assert A.engine_name in {body["model"] for body in watch.engine.requests_sent}, (
+        "it computed before the base model's canary"
+    )
 
 
-async def test_an_adapter_that_changes_the_bases_answers_is_refused_for_good(watch: Watch) -> None:
+async def test_an_adapter_that_changes_the_bases_answers_is_refused_permanently(watch: Watch) -> None:
     await watch.started()
     watch.engine.load(A)
     watch.engine.answer = lambda: BAD
@@ -222,7 +226,7 @@ async def test_a_single_differing_answer_is_noise(watch: Watch) -> None:
     assert watch.guard.unverified == set()
 
 
-async def test_of_several_that_were_loaded_each_is_tried_alone(watch: Watch) -> None:
+async def test_after_several_loads_each_adapter_is_tried_alone(watch: Watch) -> None:
     await watch.started()
     watch.engine.load(A, B)
     watch.engine.answer = lambda: BAD
@@ -246,7 +250,7 @@ async def test_of_several_that_were_loaded_each_is_tried_alone(watch: Watch) -> 
     assert list(watch.guard.refused) == [B.digest]
 
 
-async def test_an_adapter_that_damages_on_request_puts_no_blame_on_one_that_is_loaded_meanwhile(watch: Watch) -> None:
+async def test_an_adapter_that_damages_when_used_does_not_incriminate_a_loaded_one(watch: Watch) -> None:
     await watch.started()
     watch.engine.load(A)
     await watch.step()
@@ -275,7 +279,7 @@ async def test_an_adapter_that_damages_on_request_puts_no_blame_on_one_that_is_l
     assert list(watch.guard.refused) == [A.digest]
 
 
-async def test_one_on_trial_that_is_not_wanted_any_more_keeps_nobody_waiting(watch: Watch) -> None:
+async def test_an_unwanted_adapter_on_trial_does_not_block_others(watch: Watch) -> None:
     await watch.started()
     watch.engine.load(A, B)
     watch.engine.answer = lambda: BAD
@@ -303,7 +307,7 @@ async def test_a_suspect_by_use_is_refused_after_a_second_incident(watch: Watch)
     assert len(watch.engine.restarts) == 2
 
 
-async def test_an_engine_that_is_not_deterministic_is_not_restarted_for_ever(watch: Watch) -> None:
+async def test_a_nondeterministic_engine_is_not_restarted_endlessly(watch: Watch) -> None:
     for _ in range(MAX_UNEXPLAINED + 2):
         await watch.started()
         watch.engine.answer = lambda: BAD
@@ -320,7 +324,7 @@ async def test_an_engine_without_a_token_hangs(watch: Watch) -> None:
     watch.engine.answering.clear()
     await watch.step(times=2)
     await watch.step(QUIET_SECONDS)
-    assert watch.engine.asked[-1]["priority"] == canary.FIRST_PRIORITY
+    assert watch.engine.requests_sent[-1]["priority"] == canary.FIRST_PRIORITY
     await watch.step(PROGRESS_SECONDS)
     assert not watch.guard.problem
     await watch.step(HANG_SECONDS)
@@ -377,7 +381,7 @@ async def test_a_busy_engine_with_a_long_queue_does_not_hang(watch: Watch) -> No
     assert not watch.guard.problem
 
 
-async def test_an_engine_that_is_down_is_nobodys_fault(watch: Watch) -> None:
+async def test_no_adapter_is_suspected_while_the_engine_is_down(watch: Watch) -> None:
     await watch.started()
 
     def down() -> str:
@@ -412,7 +416,7 @@ def test_a_canary_fits_into_any_model(length: int) -> None:
         assert prompt + answer <= length
 
 
-async def test_an_adapter_whose_load_never_ends_is_refused(watch: Watch) -> None:
+async def test_an_adapter_whose_load_hangs_is_refused(watch: Watch) -> None:
     await watch.started()
     await watch.guard.load_hung(A.engine_name, f"/adapters/{A.digest.removeprefix('sha256:')}")
     assert list(watch.guard.refused) == [A.digest]
@@ -420,14 +424,14 @@ async def test_an_adapter_whose_load_never_ends_is_refused(watch: Watch) -> None
     assert len(watch.engine.restarts) == 1
 
 
-async def test_a_restarted_agent_goes_on_with_the_reference_of_a_running_engine(watch: Watch) -> None:
+async def test_a_restarted_agent_keeps_the_reference_of_a_running_engine(watch: Watch) -> None:
     await watch.started()
     watch.engine.load(A)
     await watch.step()
     watch.guard = watch.new_guard()
-    asked = len(watch.engine.asked)
+    sent = len(watch.engine.requests_sent)
     watch.engine.answer = lambda: BAD
     await watch.step(times=CONFIRMATIONS + 1)
     assert watch.guard.ready
-    assert len(watch.engine.asked) - asked == CONFIRMATIONS
+    assert len(watch.engine.requests_sent) - sent == CONFIRMATIONS
     assert "although no adapter was used" in watch.guard.problem

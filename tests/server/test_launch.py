@@ -1,4 +1,4 @@
-"""How the engine is started."""
+"""Start of the engine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def launch() -> ModuleType:
     return loaded
 
 
-def test_it_listens_on_both_families_where_there_are_two(launch: ModuleType) -> None:
+def test_it_listens_on_both_address_families(launch: ModuleType) -> None:
     assert launch.host() == ("::" if has_ipv6() else "0.0.0.0")  # noqa: S104
 
 
@@ -41,12 +41,12 @@ def test_a_machine_without_ipv6_is_served_on_ipv4(launch: ModuleType, monkeypatc
     assert launch.host() == "0.0.0.0"  # noqa: S104
 
 
-def test_an_address_that_takes_ipv6_only_is_not_used(launch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_that_accepts_ipv6_only_is_not_used(launch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch.socket.socket, "getsockopt", lambda *_arguments: 1, raising=False)
     assert launch.host() == "0.0.0.0"  # noqa: S104
 
 
-def test_it_becomes_the_engine(tmp_path: Path) -> None:
+def test_it_replaces_itself_with_the_engine(tmp_path: Path) -> None:
     program = tmp_path / "vllm"
     program.write_text('#!/bin/sh\necho "$@"\nexit 7\n')
     program.chmod(0o755)

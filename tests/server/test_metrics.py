@@ -1,4 +1,4 @@
-"""The agent's metrics: the engine's totals are counters that begin again with the engine."""
+"""Metrics of the agent: the engine's totals are counters that restart with the engine."""
 
 from __future__ import annotations
 

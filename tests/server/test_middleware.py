@@ -43,20 +43,20 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 class Engine:
-    """What stands behind the middleware: answers with what it got, in two pieces, when it is told to."""
+    """Application after the middleware: echoes the request in two pieces, when the test allows it."""
 
     def __init__(self, status: int = 200) -> None:
         self.status = status
         self.cut_off = False
         self.bodies: list[bytes] = []
-        self.ended: list[str] = []
+        self.closed: list[str] = []
         self.go = asyncio.Event()
         self.go.set()
         self.reply = [b'{"choices": [], ', b'"usage": {"prompt_tokens": 3, "total_tokens": 5, "completion_tokens": 2}}']
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
-            self.ended.append(scope["type"])
+            self.closed.append(scope["type"])
             return
         self.bodies.append((await receive())["body"])
         await send({"type": "http.response.start", "status": self.status, "headers": []})
@@ -66,7 +66,7 @@ class Engine:
             await send({"type": "http.response.body", "body": piece, "more_body": True})
         if not self.cut_off:
             await send({"type": "http.response.body", "body": b""})
-        self.ended.append((await receive())["type"])
+        self.closed.append((await receive())["type"])
 
 
 class Exchange:
@@ -168,7 +168,7 @@ async def test_websockets_are_refused_and_lifespan_passes(module: ModuleType) ->
     await app({"type": "websocket", "path": "/v1/realtime", "headers": []}, None, send)
     await app({"type": "lifespan"}, None, send)
     assert [message["type"] for message in sent] == ["websocket.close"]
-    assert engine.ended == ["lifespan"]
+    assert engine.closed == ["lifespan"]
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ async def test_requests_and_tokens_are_counted_while_they_stream(module: ModuleT
     await running
     after = await state(app)
     assert [json.loads(body) for body in engine.bodies] == [HELLO]
-    assert engine.ended == ["http.disconnect"]
+    assert engine.closed == ["http.disconnect"]
     assert after["inFlight"] == {}
     assert after["totals"] == {"m": {"requests": 1, "promptTokens": 3, "completionTokens": 2}}
 
@@ -224,7 +224,7 @@ async def test_requests_and_tokens_are_counted_while_they_stream(module: ModuleT
 @pytest.mark.parametrize(
     ("options", "shown"), [(None, False), ({"include_usage": False}, False), ({"include_usage": True}, True)]
 )
-async def test_usage_of_a_stream_is_shown_only_to_who_asked(
+async def test_usage_of_a_stream_is_sent_only_if_requested(
     module: ModuleType,
     options: dict[str, bool] | None,
     shown: bool,  # noqa: FBT001
@@ -241,7 +241,7 @@ async def test_usage_of_a_stream_is_shown_only_to_who_asked(
     assert (await state(app))["totals"]["m"] == {"requests": 1, "promptTokens": 3, "completionTokens": 2}
 
 
-async def test_models_that_the_engine_does_not_know_leave_no_trace(module: ModuleType) -> None:
+async def test_unknown_models_are_not_counted(module: ModuleType) -> None:
     app = module.Middleware(Engine(status=404))
     await Exchange(app, CHAT, HELLO | {"model": "nobody"}).run()
     assert (await state(app))["totals"] == {}
@@ -263,7 +263,7 @@ async def test_a_failing_engine_is_not_counted_as_running(module: ModuleType) ->
     assert (await state(app))["inFlight"] == {}
 
 
-async def test_draining_refuses_new_requests_and_ends_running_ones(module: ModuleType) -> None:
+async def test_draining_refuses_new_requests_and_finishes_running_ones(module: ModuleType) -> None:
     engine = Engine()
     engine.go.clear()
     app = module.Middleware(engine)
@@ -301,12 +301,12 @@ def test_without_token_files_the_engine_does_not_start(
         ({"TUNESMITH_SERVING_KEY_FILE": str(tmp_path / "token"), "TUNESMITH_POD_UID": "uid"}, sentence),
         ({"TUNESMITH_POD_UID": "uid"}, "TUNESMITH_SERVING_KEY_FILE is not set"),
     ):
-        ended = subprocess.run(
+        done = subprocess.run(
             [sys.executable, MODULE], env=variables, capture_output=True, text=True, check=False, timeout=60
         )
-        assert ended.returncode == 1
-        assert expected in ended.stderr
-        assert "Traceback" not in ended.stderr
+        assert done.returncode == 1
+        assert expected in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 USAGE = b',"usage":{"prompt_tokens":%d,"completion_tokens":%d}'
@@ -345,7 +345,7 @@ async def test_usage_before_the_end_of_a_reply_is_counted(module: ModuleType) ->
     assert (await state(app))["totals"]["m"] == {"requests": 1, "promptTokens": 3, "completionTokens": 2}
 
 
-async def test_the_engine_gets_what_was_checked(module: ModuleType) -> None:
+async def test_the_engine_gets_the_checked_document(module: ModuleType) -> None:
     engine = Engine()
     twice = b'{"model": "a", "messages": [{"role": "user", "content": "x"}], "n": 1000, "n": 1, "model": "m"}'
     assert (await Exchange(module.Middleware(engine), CHAT, twice).run()).status == 200
@@ -360,14 +360,14 @@ async def test_the_agents_requests_are_neither_checked_nor_counted(module: Modul
 
 
 async def test_only_the_agent_restarts_the_engine(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    ended: asyncio.Future[tuple[int, str]] = asyncio.get_running_loop().create_future()
-    monkeypatch.setattr(module, "_exit", lambda code, reason: ended.set_result((code, reason)))
+    exited: asyncio.Future[tuple[int, str]] = asyncio.get_running_loop().create_future()
+    monkeypatch.setattr(module, "_exit", lambda code, reason: exited.set_result((code, reason)))
     app = module.Middleware(Engine())
     assert (await Exchange(app, "/tunesmith/restart", {"reason": "x"}, token=POOL).run()).status == 403
     assert (await Exchange(app, "/tunesmith/restart", {}, token=ADMIN).run()).status == 400
     assert (await Exchange(app, "/tunesmith/restart", {"reason": "its canary failed"}, token=ADMIN).run()).status == 200
     assert (await Exchange(app, CHAT, HELLO).run()).code == "not_started"
-    code, reason = await ended
+    code, reason = await exited
     assert code != 0
     assert "its canary failed" in reason
 
@@ -400,12 +400,12 @@ def test_a_policy_that_cannot_be_read_stops_the_engine(tmp_path: Path) -> None:
     files = {name: str(tmp_path / "token") for name in ("TUNESMITH_SERVING_KEY_FILE", "TUNESMITH_ADMIN_TOKEN_FILE")}
     for text in ("{", "[]", '{"maxChoices": 0}', '{"maxChoices": true}', '{"allowMediaUrls": 1}', '{"unknown": 1}'):
         variables = {**files, "TUNESMITH_POD_UID": "uid", "TUNESMITH_REQUESTS": text}
-        ended = subprocess.run(
+        done = subprocess.run(
             [sys.executable, MODULE], env=variables, capture_output=True, text=True, check=False, timeout=60
         )
-        assert ended.returncode == 1
-        assert "TUNESMITH_REQUESTS cannot be used" in ended.stderr
-        assert "Traceback" not in ended.stderr
+        assert done.returncode == 1
+        assert "TUNESMITH_REQUESTS cannot be used" in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 class LoraEngine(Engine):

@@ -1,4 +1,4 @@
-"""What the agent does next, as a table of situations."""
+"""Plan of the agent, as a table of situations."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ def names(adapters: list[DesiredAdapter]) -> list[str]:
     return [adapter.engine_name for adapter in adapters]
 
 
-def test_what_is_here_is_loaded_and_what_is_not_is_fetched() -> None:
+def test_stored_adapters_are_loaded_and_others_downloaded() -> None:
     result = plan(replace(IDLE, folders={A.digest: FOLDERS[A.digest]}))
     assert (result.loads, result.downloads, result.unloads) == ([A], [B], [])
     assert states(result) == {A.engine_name: ResidencyState.LOADING, B.engine_name: ResidencyState.DOWNLOADING}
 
 
-def test_what_is_held_needs_nothing() -> None:
+def test_loaded_adapters_need_no_action() -> None:
     result = plan(replace(IDLE, engine=holding(A, B)))
     assert result.loads == result.downloads == result.unloads == []
     assert set(states(result).values()) == {ResidencyState.RESIDENT}
 
 
-def test_downloads_go_on_while_the_engine_is_down_and_nothing_is_resident() -> None:
+def test_downloads_continue_while_the_engine_is_down() -> None:
     result = plan(replace(IDLE, engine=None, folders={A.digest: FOLDERS[A.digest]}))
     assert (result.loads, result.downloads) == ([], [B])
     assert states(result) == {A.engine_name: ResidencyState.LOADING, B.engine_name: ResidencyState.DOWNLOADING}
@@ -78,7 +78,9 @@ def test_a_name_with_other_weights_is_unloaded_first() -> None:
         ({C.engine_name: 1}, 100.0 - UNLOAD_SECONDS, [C.engine_name]),
     ],
 )
-def test_what_is_not_wanted_stays_while_it_works(in_flight: dict[str, int], since: float, unloads: list[str]) -> None:
+def test_an_unwanted_adapter_stays_while_it_has_requests(
+    in_flight: dict[str, int], since: float, unloads: list[str]
+) -> None:
     result = plan(
         replace(IDLE, desired=[A], engine=holding(A, C), in_flight=in_flight, unwanted_since={C.engine_name: since})
     )
@@ -92,12 +94,12 @@ def test_a_new_adapter_waits_for_the_slot_of_an_old_one() -> None:
     assert states(result)[B.engine_name] is ResidencyState.LOADING
 
 
-def test_more_adapters_than_slots_are_refused_with_the_mend() -> None:
+def test_more_adapters_than_slots_are_refused_with_a_fix() -> None:
     result = plan(replace(IDLE, desired=[A, B, C]))
     last = result.report[-1]
     assert names(result.loads) == names([A, B])
     assert (last.engine_name, last.state, last.permanent) == (C.engine_name, ResidencyState.FAILED, False)
-    assert "keeps 2 adapters (engine.maxLoras) and 3 are wanted" in last.message
+    assert "has 2 adapter slots (engine.maxLoras) for 3 adapters" in last.message
 
 
 @pytest.mark.parametrize(
@@ -108,7 +110,7 @@ def test_more_adapters_than_slots_are_refused_with_the_mend() -> None:
         (Failure("now", permanent=False, attempts=1, retry_at=100.0), [A, B]),
     ],
 )
-def test_a_failure_holds_up_only_its_own_adapter(failure: Failure, loads: list[DesiredAdapter]) -> None:
+def test_a_failure_delays_only_its_own_adapter(failure: Failure, loads: list[DesiredAdapter]) -> None:
     result = plan(replace(IDLE, failures={A.engine_name: failure}))
     assert result.loads == loads
     assert (states(result)[A.engine_name] is ResidencyState.FAILED) is (A not in loads)

@@ -1,4 +1,4 @@
-"""A real engine that an adapter damages, that hangs, or that dies: the agent finds it, and the pod recovers."""
+"""A real engine that an adapter damages, that hangs, or that dies: the agent detects it, and the pod recovers."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def restarted(pod: ServingPod) -> int:
     return code
 
 
-def test_an_adapter_that_damages_the_engine_is_found_and_refused(pod: ServingPod) -> None:
+def test_an_adapter_that_damages_the_engine_is_detected_and_refused(pod: ServingPod) -> None:
     pod.want("pirate")
     pod.wait_resident("pirate")
     before = base_answer(pod), pod.complete(pod.entries["pirate"]["engineName"])

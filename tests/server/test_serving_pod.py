@@ -200,7 +200,7 @@ def test_every_route_but_health_refuses_a_caller_without_the_pools_token(pod: Se
 
 
 @pytest.mark.usefixtures("served")
-def test_clients_reach_only_what_they_need(pod: ServingPod) -> None:
+def test_clients_can_use_only_the_routes_that_they_need(pod: ServingPod) -> None:
     body = {"lora_name": "x", "lora_path": "/"}
     statuses = {
         path: call(f"{pod.pod.engine_url}{path}", method, body).status
@@ -416,7 +416,7 @@ def test_both_address_families_are_served(pod: ServingPod) -> None:
         assert call(f"http://{host}:{pod.pod.engine_port}/health").status == 200
 
 
-def test_a_damaged_artifact_is_refused_and_the_others_go_on(pod: ServingPod, served: dict[str, str]) -> None:
+def test_a_damaged_artifact_is_refused_and_others_keep_serving(pod: ServingPod, served: dict[str, str]) -> None:
     pod.want("pirate", "poet", "flipped")
 
     def failed() -> Residency | None:
@@ -440,7 +440,7 @@ def test_a_lower_sequence_is_refused(pod: ServingPod, served: dict[str, str]) ->
     assert pod.answers() == served
 
 
-def test_an_adapter_that_is_wanted_no_more_is_unloaded(pod: ServingPod, served: dict[str, str]) -> None:
+def test_an_unwanted_adapter_is_unloaded(pod: ServingPod, served: dict[str, str]) -> None:
     pod.want("poet")
     wait_until(lambda: pod.residency("pirate") is None, "pirate is gone", 60)
     body = {"model": pod.entries["pirate"]["engineName"], "prompt": PROMPT}
@@ -467,7 +467,7 @@ def test_the_base_answers_as_itself_beside_adapters_after_many_were_loaded(
             assert [text for model, text in zip(models, texts, strict=True) if model == BASE_NAME] == [base, base]
 
 
-def test_the_agents_death_changes_nothing(pod: ServingPod, served: dict[str, str]) -> None:
+def test_killing_the_agent_interrupts_nothing(pod: ServingPod, served: dict[str, str]) -> None:
     pod.agent.kill()
     assert pod.answers() == served
     pod.agent.start()
@@ -488,7 +488,7 @@ def test_a_killed_engine_gets_its_adapters_back(pod: ServingPod, served: dict[st
 
 
 @pytest.mark.usefixtures("served")
-def test_a_draining_pod_ends_what_runs_and_refuses_the_rest(pod: ServingPod) -> None:
+def test_a_draining_pod_finishes_requests_and_refuses_new_ones(pod: ServingPod) -> None:
     model = pod.entries["pirate"]["engineName"]
     body = {"model": model, "prompt": PROMPT, "max_tokens": 60, "temperature": 0, "ignore_eos": True, "stream": True}
     drained: list[Answer] = []

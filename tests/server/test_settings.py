@@ -1,4 +1,4 @@
-"""The agent's flags: those that the operator renders into pool pods, and the sentences about wrong ones."""
+"""The agent's flags: those that the operator renders into pool pods, and the errors for wrong ones."""
 
 from __future__ import annotations
 
@@ -79,9 +79,9 @@ def test_the_flags_of_a_pool_pod_are_the_agents(containers: dict[str, list[str]]
 def test_a_wrong_flag_is_refused_by_name(
     capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str
 ) -> None:
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as done:
         run(arguments)
-    assert ended.value.code == 2
+    assert done.value.code == 2
     assert sentence in capsys.readouterr().err
 
 

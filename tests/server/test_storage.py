@@ -44,7 +44,7 @@ def opened(s3: S3Server, path: str, access: Access = QUICK, **changes: str) -> F
     return open_folder(f"s3://tunesmith/{path}", of_secret(**{**s3.environment(), **changes}), access, what="the data")
 
 
-def test_what_is_written_is_listed_read_and_removed(s3: S3Server, tmp_path: Path) -> None:
+def test_files_are_written_listed_read_and_removed(s3: S3Server, tmp_path: Path) -> None:
     folder = opened(s3, "files")
     content = os.urandom(9_000_000)
     (tmp_path / "big.bin").write_bytes(content)
@@ -94,8 +94,8 @@ def test_refused_keys_are_reported_without_them(
     assert not any(value in str(failure.value) for value in changes.values())
 
 
-def test_a_missing_endpoint_is_part_of_the_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Amazon is asked then, which knows neither the keys nor the bucket of another server, or cannot be reached."""
+def test_a_missing_endpoint_is_part_of_the_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request then goes to Amazon, which does not have the keys and bucket of another server, or is unreachable."""
     proxy = f"http://127.0.0.1:{free_port()}"
     monkeypatch.setenv("HTTPS_PROXY", proxy)
     waits: list[str] = []
@@ -103,11 +103,11 @@ def test_a_missing_endpoint_is_part_of_the_sentence(monkeypatch: pytest.MonkeyPa
     folder = open_folder("s3://b/x", of_secret(AWS_ACCESS_KEY_ID="id", AWS_SECRET_ACCESS_KEY="secret"), access)
     with pytest.raises(UnavailableError) as failure:
         folder.names()
-    told = "the Secret mine has no AWS_ENDPOINT_URL, so Amazon S3 was used: add it if the store is on another server"
+    hint = "the Secret mine has no AWS_ENDPOINT_URL, so Amazon S3 was used: add it if the store is on another server"
     assert "s3://b/x could not be reached, tried 2 times" in str(failure.value)
-    assert told in str(failure.value)
+    assert hint in str(failure.value)
     [wait] = waits
-    assert told in wait
+    assert hint in wait
     assert wait.endswith("; retrying in 0 s")
 
 
@@ -126,7 +126,7 @@ def test_a_missing_endpoint_is_part_of_the_sentence(monkeypatch: pytest.MonkeyPa
         ("az://c/run#1", "has a '?' or '#', which Azure's library does not support"),
     ],
 )
-def test_a_uri_that_cannot_be_meant_is_refused(uri: str, sentence: str) -> None:
+def test_an_invalid_uri_is_refused(uri: str, sentence: str) -> None:
     with pytest.raises(InvalidUriError) as refused:
         open_folder(uri, environment_credentials({}), QUICK)
     assert sentence in str(refused.value)
@@ -178,9 +178,7 @@ def test_a_file_of_a_web_server_is_read_and_downloaded(web: Server, tmp_path: Pa
         ("round", InvalidUriError, "it redirects 10 times"),
     ],
 )
-def test_what_a_web_server_does_wrong_is_reported(
-    web: Server, name: str, kind: type[StorageError], sentence: str
-) -> None:
+def test_errors_of_a_web_server_are_reported(web: Server, name: str, kind: type[StorageError], sentence: str) -> None:
     with pytest.raises(kind) as failure:
         at(web).read(name, 0, 1)
     assert sentence in str(failure.value)
@@ -189,7 +187,7 @@ def test_what_a_web_server_does_wrong_is_reported(
 @pytest.mark.parametrize(
     ("allowed", "name", "refused"), [("", "rows.jsonl", "127.0.0.1"), ("127.0.0.1/32", "elsewhere", "127.0.0.2")]
 )
-def test_neither_a_uri_nor_a_redirect_leads_to_an_address_that_is_not_listed(
+def test_uris_and_redirects_to_unlisted_addresses_are_refused(
     web: Server, allowed: str, name: str, refused: str
 ) -> None:
     with (
