@@ -157,8 +157,8 @@ def _nothing(weights: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (_nan, "lora_B of model.layers.0.self_attn.q_proj holds values that are infinite or not a number"),
-        (_infinite, "lora_A of model.layers.0.self_attn.q_proj holds values that are infinite or not a number"),
+        (_nan, "lora_B of model.layers.0.self_attn.q_proj contains values that are infinite or not a number"),
+        (_infinite, "lora_A of model.layers.0.self_attn.q_proj contains values that are infinite or not a number"),
         (_narrow, "has the shape [8, 64] and the base model and rank 8 need [8, 576]"),
         (_lonely, "q_proj has only one of lora_A and lora_B"),
         (_extra_layer, "the base model has no model.layers.99.self_attn.q_proj.weight"),
@@ -238,15 +238,15 @@ def test_half_precision_is_checked_bit_by_bit(
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("adapter_model.bin", "never as code or pickle"),
-        ("weights.pt", "never as code or pickle"),
-        ("modeling.py", "never as code or pickle"),
-        ("other.safetensors", "never as code or pickle"),
-        ("../../escape.json", "no plain file name"),
-        ("/etc/passwd", "no plain file name"),
-        ("..", "no plain file name"),
-        (".hidden.json", "no plain file name"),
-        ("tunesmith.json", "no plain file name"),
+        ("adapter_model.bin", "code and pickle files are refused"),
+        ("weights.pt", "code and pickle files are refused"),
+        ("modeling.py", "code and pickle files are refused"),
+        ("other.safetensors", "code and pickle files are refused"),
+        ("../../escape.json", "not a plain file name"),
+        ("/etc/passwd", "not a plain file name"),
+        ("..", "not a plain file name"),
+        (".hidden.json", "not a plain file name"),
+        ("tunesmith.json", "not a plain file name"),
     ],
 )
 def test_unexpected_files_are_refused(
