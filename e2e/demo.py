@@ -176,7 +176,10 @@ def main() -> None:
     key = api_key()
     endpoint = f"{gateway_address(NODE_PORT)}/v1"
     base, adapter = f"{DEMO}/{pool['modelName']}", f"{DEMO}/{name}"
-    with OpenAI(base_url=endpoint, api_key=key, timeout=120, max_retries=3) as client, step("base and adapter compared"):
+    with (
+        OpenAI(base_url=endpoint, api_key=key, timeout=120, max_retries=3) as client,
+        step("base and adapter compared"),
+    ):
         compare(client, base, adapter)
     print_summary(get("finetunejob", manifest["metadata"]["name"], DEMO) or {}, endpoint, adapter)
 
