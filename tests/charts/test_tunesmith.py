@@ -252,9 +252,9 @@ def test_the_external_url_is_published(template: Template) -> None:
     url = "https://llm.example.com"
     documents = template("tunesmith", {"gateway": {"externalUrl": url}})
     assert f"--gateway-url={url}" in container_of(documents, "operator")["command"]
-    published = of_kind(documents, "ConfigMap")[installation.NAME]
+    published = of_kind(documents, "ConfigMap")[installation.CONFIG_MAP_NAME]
     assert installation.parse_installation(published) == installation.InstallationInfo(url, ("tunesmith-system",))
-    inside = of_kind(template("tunesmith"), "ConfigMap")[installation.NAME]["data"]["url"]
+    inside = of_kind(template("tunesmith"), "ConfigMap")[installation.CONFIG_MAP_NAME]["data"]["url"]
     assert inside == "http://tunesmith-gateway.tunesmith-system.svc"
 
 
@@ -273,7 +273,7 @@ def test_every_user_may_read_the_installation_and_shared_pools(template: Templat
     }
     assert set(rules(documents, "tunesmith-installation")) == {("", "configmaps", "get")}
     [rule] = of_kind(documents, "Role")["tunesmith-installation"]["rules"]
-    assert rule["resourceNames"] == [installation.NAME]
+    assert rule["resourceNames"] == [installation.CONFIG_MAP_NAME]
     assert {verb for _, _, verb in rules(documents, "tunesmith-shared-pools")} == {"get", "list", "watch"}
     closed = template("tunesmith", {**values, "rbac": {"discovery": False}})
     bindings = [document for document in closed if document["kind"].endswith("RoleBinding")]

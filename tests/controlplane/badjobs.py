@@ -163,14 +163,14 @@ BAD_JOBS: dict[str, BadJob] = {
     "PiSSA in 4 bits": apply("use them with method.lora", method={"qlora": {"initialization": "PiSSA"}}),
     "3 bits": apply('supported values: "nf4"', "it must be nf4", method={"qlora": {"quantization": {"type": "int3"}}}),
     "a misspelt field": apply("spec.hyperparameters.learningrate", "learningRate?", hyperparameters__learningrate=0.1),
-    "epochs and steps": apply("keep one of them", hyperparameters={"epochs": 1, "maxSteps": 10}),
+    "epochs and steps": apply("remove one of them", hyperparameters={"epochs": 1, "maxSteps": 10}),
     "a micro-batch that does not divide": apply(
         "change one of them", hyperparameters={"batchSize": 8, "microBatchSize": 3}
     ),
     "a learning rate of 10": apply("less than or equal to 1", "it must be at most 1", hyperparameters__learningRate=10),
     "no rows at all": apply("at least 1 items", "Sources of the training rows", dataset__train=[]),
     "held out twice": apply(
-        "keep one of them",
+        "remove one of them",
         dataset__validation=[{"uri": "s3://data/held.jsonl"}],
         dataset__validationFraction=0.1,
     ),
@@ -222,7 +222,7 @@ BAD_JOBS: dict[str, BadJob] = {
         "remove the other", output={"exports": [{"uri": "s3://copies/a", "hub": "org/a"}]}
     ),
     "a copy to no repository": apply("is organisation/name", output={"exports": [{"hub": "name"}]}),
-    "checkpoints by steps and by time": apply("keep one of them", checkpoint={"everySteps": 5, "everyMinutes": 1}),
+    "checkpoints by steps and by time": apply("remove one of them", checkpoint={"everySteps": 5, "everyMinutes": 1}),
     "a deadline of no time": apply("greater than or equal to 1", "it must be at least 1", activeDeadlineSeconds=0),
     "a name of 41 letters": apply("at most 40 characters", name="n" * 41),
     "two objectives": apply("keep one and remove the others", objective={"dpo": {}, "kto": {}}),

@@ -171,7 +171,7 @@ def test_the_process_becomes_ready_and_exits_with_0(apiserver: ApiServer, namesp
     ("arguments", "sentence"),
     [
         ((), "--namespace (chart value .Release.Namespace) is missing"),
-        (("--namespace", "a", "--gateway-key-file", "/nowhere"), "the gateway's key /nowhere cannot be read"),
+        (("--namespace", "a", "--gateway-key-file", "/nowhere"), "the gateway's key file /nowhere cannot be read"),
         (
             ("--namespace", "a", "--hold-seconds", "-1"),
             "--hold-seconds (chart value gateway.holdSeconds): '-1' must be",

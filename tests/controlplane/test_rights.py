@@ -158,8 +158,8 @@ CREATED: dict[str, tuple[Object, str]] = {
     "a pod in its host's network": (deployment(hostNetwork=True), "no host namespaces"),
     "a pod in its host's processes": (deployment(hostPID=True), "no host namespaces"),
     "a pod on a chosen node": (deployment(nodeName="control-plane"), "no nodeName"),
-    "a pod with a token": (deployment(automountServiceAccountToken=True), "not its token"),
-    "a pod with the operator's account": (deployment(serviceAccountName="tunesmith-operator"), "no service account"),
+    "a pod with a token": (deployment(automountServiceAccountToken=True), "without its token"),
+    "a pod with the operator's account": (deployment(serviceAccountName="tunesmith-operator"), "use the default service account"),
     "a pod that evicts the cluster's own": (
         deployment(priorityClassName="system-node-critical"),
         "no system priority class",
@@ -179,13 +179,13 @@ CREATED: dict[str, tuple[Object, str]] = {
     ),
     "variables of a user's Secret": (
         deployment(containers=container(envFrom=[{"secretRef": {"name": "mine"}}])),
-        "from tunesmith-store alone",
+        "from tunesmith-store only",
     ),
     "a variable of a user's Secret": (
         deployment(
             containers=container(env=[{"name": "A", "valueFrom": {"secretKeyRef": {"name": "mine", "key": "a"}}}])
         ),
-        "from tunesmith-store alone",
+        "from tunesmith-store only",
     ),
     **{
         what: (deployment(containers=container(**changes)), "get a user's Secret, without settings that make them run")

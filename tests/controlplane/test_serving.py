@@ -417,7 +417,7 @@ async def test_a_changed_pool_of_one_pod_never_stops_serving(world: World) -> No
     await world.cluster.patch("ServingPool", "small", world.namespace, {"spec": {"drainSeconds": 7}})
     await world.until(lambda: len(world.pods.agents) == 2, "a surge pod exists")
     rolling = await world.until_condition("small", "Updated", "False", "RollingOut", kind="ServingPool")
-    assert "each pod stops after its replacement is ready and holds its adapters" in rolling["message"]
+    assert "each pod stops after its replacement is ready and has loaded its adapters" in rolling["message"]
     assert old in world.pods.agents
     (new,) = set(world.pods.agents) - {old}
     await world.pods.agents[new].set(engine_ready=True)

@@ -121,7 +121,7 @@ def test_a_missing_endpoint_is_part_of_the_message(monkeypatch: pytest.MonkeyPat
         ("S3://b/x", "must begin with hf://"),
         ("s3:///b/x", "must begin with hf://"),
         ("pvc://claim/x", "must begin with hf://"),
-        ("file:///x", "file:// is allowed only where no cluster runs the job"),
+        ("file:///x", "file:// is allowed only in runs without a cluster"),
         ("s3://b/a.jsonl?versionId=3", "names a version, and only the newest can be read"),
         ("az://c/run#1", "has a '?' or '#', which Azure's library does not support"),
     ],

@@ -144,7 +144,7 @@ def test_the_agent_refuses_exactly_what_validation_calls_unservable(
     ("method", "reason", "remedy"),
     [
         ({"lora": {"rank": 4, "dora": True}}, "the adapter uses DoRA; vLLM does not support that", "remove dora ("),
-        ({"ia3": {}}, "vLLM loads LORA adapters only, not IA3", "use method.lora, or serve merged"),
+        ({"ia3": {}}, "vLLM loads LORA adapters only, not IA3", "use method.lora, or merge the adapter"),
         (
             {"peft": {"type": "lily", "config": {"r": 4, "target_modules": _QV}}},
             "vLLM loads LORA adapters only, not LILY",

@@ -115,7 +115,7 @@ BAD_ROWS: dict[str, tuple[list[Any], str]] = {
         [{"prompt": "a", "chosen": "b", "rejected": "c"}],
         "has the dataset.format Preference, which this objective cannot learn from; it learns from Messages",
     ),
-    "several": ([GOOD, "x", GOOD, "y", "z", "{}", "{}"], "train.jsonl line 2: is JSON that cannot be read"),
+    "several": ([GOOD, "x", GOOD, "y", "z", "{}", "{}"], "train.jsonl line 2: is not JSON"),
 }
 
 
@@ -191,7 +191,7 @@ SPECS: dict[str, tuple[dict[str, Any], FailureReason, str]] = {
     "epochs and steps": (
         {"hyperparameters": {"epochs": 1, "maxSteps": 3}},
         FailureReason.INVALID_SPEC,
-        "exclude each other",
+        "mutually exclusive",
     ),
     "more GPUs than sequences": (
         {"resources": {"gpus": 16}},
@@ -261,7 +261,7 @@ def test_a_missing_manifest_is_named(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_local_files_are_refused_in_a_cluster(bench: Workbench, command: str) -> None:
     ran = bench.run(command, bench.job(), allow_file=False, output=f"file://{bench.folder}/artifact")
     assert (ran.code, ran.result.reason) == (2, FailureReason.INVALID_SPEC)
-    assert "file:// is allowed only where no cluster runs the job" in ran.result.message
+    assert "file:// is allowed only in runs without a cluster" in ran.result.message
 
 
 def test_a_folder_without_a_model_is_refused(bench: Workbench, tmp_path: Path) -> None:

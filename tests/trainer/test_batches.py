@@ -158,7 +158,7 @@ def test_neither_micro_batches_nor_ranks_change_loss_and_gradient() -> None:
         for rank in range(ranks):
             step = Collator(size, 0, Layout.FLAT, rank, ranks)(parts)["step"]
             seen.add((step.counts, step.tokens, len(step.micro_batches)))
-            with SEGMENTS.attending(base):
+            with SEGMENTS.use_attention(base):
                 for batch in step.micro_batches:
                     output = model(**batch, target_loss=True)
                     output.summed.backward()
@@ -180,7 +180,7 @@ def test_fused_layers_change_neither_loss_nor_gradient() -> None:
         assert fuse(model) == 4
         assert choose_loss_implementation(model, base) == SEGMENTS
         model.zero_grad()
-        with SEGMENTS.attending(base):
+        with SEGMENTS.use_attention(base):
             output = model(**Collator(8, 0, Layout.FLAT).join(parts), target_loss=True)
             output.summed.backward()
         assert output.summed.item() == pytest.approx(loss, rel=1e-5)
@@ -220,7 +220,7 @@ def test_generation_is_unchanged(base_model: Any) -> None:
     ids = torch.tensor([[5, 6, 7, 8]])
     before = base.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
     add_target_loss(base)
-    with SEGMENTS.attending(base):
+    with SEGMENTS.use_attention(base):
         base(input_ids=ids)
     after = base.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
     assert before.tolist() == after.tolist()

@@ -190,7 +190,7 @@ def test_the_guard_ends_with_its_block_and_ignores_other_sockets(public: Server,
 
 def test_a_malformed_list_stops_the_job() -> None:
     with (
-        pytest.raises(InvalidSpecError, match="'s3' is no network"),
+        pytest.raises(InvalidSpecError, match="'s3' is not a network"),
         guarded({ALLOWED_ADDRESSES: "s3"}),
     ):
         pass
