@@ -159,7 +159,10 @@ CREATED: dict[str, tuple[Object, str]] = {
     "a pod in its host's processes": (deployment(hostPID=True), "no host namespaces"),
     "a pod on a chosen node": (deployment(nodeName="control-plane"), "no nodeName"),
     "a pod with a token": (deployment(automountServiceAccountToken=True), "without its token"),
-    "a pod with the operator's account": (deployment(serviceAccountName="tunesmith-operator"), "use the default service account"),
+    "a pod with the operator's account": (
+        deployment(serviceAccountName="tunesmith-operator"),
+        "use the default service account",
+    ),
     "a pod that evicts the cluster's own": (
         deployment(priorityClassName="system-node-critical"),
         "no system priority class",
