@@ -133,9 +133,9 @@ KINDS = {
                 "columns": {"messages": "turns"},
             },
             "method": {"lora": {"rank": 32, "alpha": 16, "targetModules": ["all-linear"]}},
-            "hyperparameters": {"epochs": 4.0, "batchSize": 8, "optimizer": "AdamW", "warmupRatio": 0.03},
+            "hyperparameters": {"epochs": 4.0, "batchSize": 8, "optimizer": "AdamW", "warmupSteps": 10},
         },
-        omitted=frozenset({"load_in_8bit", "chat_template", "warmup_steps"}),
+        omitted=frozenset({"load_in_8bit", "chat_template"}),
     ),
     "gemma3/gemma-3-1b-qlora.yml": Kind(
         """
@@ -231,6 +231,7 @@ KINDS = {
         max_steps: 200
         num_epochs: 4
         warmup_steps: 10
+        cosine_min_lr_ratio: 0.1
         bfloat16: false
         fp16: true
         """,
@@ -240,7 +241,7 @@ KINDS = {
                 "format": "Text",
                 "columns": {"text": "body"},
             },
-            "hyperparameters": {"maxSteps": 200, "warmupRatio": 0.05, "batchSize": 2},
+            "hyperparameters": {"maxSteps": 200, "warmupSteps": 10, "minLearningRateRatio": 0.1, "batchSize": 2},
         },
         omitted=frozenset({"load_in_8bit", "fp16"}),
     ),
@@ -549,7 +550,6 @@ def test_defaults_of_axolotl_are_written_and_reported(imported: Import, tmp_path
             "microBatchSize": 1,
             "optimizer": "AdamW",
             "scheduler": "Cosine",
-            "warmupRatio": 0.03,
             "weightDecay": 0.0,
         },
     }

@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 
 from tests.trainer.checkpoint_damage import flip, lose_a_file, lose_the_manifest, truncate
 from tunesmith.api.checkpoint import Checkpoint
+from tunesmith.api.hyperparameters import Scheduler
 from tunesmith_trainer.errors import InvalidSpecError, StorageUnavailableError
 from tunesmith_trainer.process.interruption import Interruption
 from tunesmith_trainer.process.ranks import Ranks
@@ -34,6 +35,7 @@ from tunesmith_trainer.training.checkpoint import (
     write,
 )
 from tunesmith_trainer.training.saving import NotCompiledError, Saver
+from tunesmith_trainer.training.schedule import Schedule
 from tunesmith_trainer.training.trainer import StepTrainer
 
 if TYPE_CHECKING:
@@ -162,7 +164,7 @@ def trained(
     torch.manual_seed(0)
     unused: Any = None
     arguments = TrainingArguments(
-        output_dir=str(folder), max_steps=9, use_cpu=True, report_to="none", optim="adamw_torch", warmup_steps=3
+        output_dir=str(folder), max_steps=9, use_cpu=True, report_to="none", optim="adamw_torch"
     )
     trainer = StepTrainer(
         model=torch.nn.Linear(3, 2),
@@ -173,6 +175,7 @@ def trained(
         objective=unused,
         ranks=ranks,
         callbacks=[],
+        schedule=Schedule(Scheduler.COSINE, 9, 3, 0.0),
         compiled=compiled,
     )
     saver = Saver(checkpoints(folder / "checkpoints", []), Checkpoint(), Interruption(), [], ranks, paused=nullcontext)

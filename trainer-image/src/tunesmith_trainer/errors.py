@@ -75,6 +75,12 @@ class LossDivergedError(TrainerError):
     reason = FailureReason.LOSS_DIVERGED
 
 
+class NothingLearnedError(TrainerError):
+    """The trained weights are those of the start."""
+
+    reason = FailureReason.NOTHING_LEARNED
+
+
 class SelfCheckError(TrainerError):
     """The result differs from what was requested: a fault of the trainer or of its libraries."""
 

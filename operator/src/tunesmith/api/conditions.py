@@ -205,6 +205,11 @@ class FailureReason(Reason):
         "LossDiverged",
         "The loss became NaN or infinite, or stayed far above that of the first steps: lower learningRate.",
     )
+    NOTHING_LEARNED = _warning(
+        "NothingLearned",
+        "Training left the adapter as it was at the start: raise learningRate or the number of steps, as the message "
+        "suggests.",
+    )
     GATE_FAILED = _warning(
         "GateFailed",
         "A score is outside the limits of evaluation.gates. The artifact is published but not exported, and no"

@@ -94,6 +94,9 @@ class Resolved(StatusModel):
         default=None, description="Distribution of the base model over GPUs. Absent with one process."
     )
     total_steps: Count | None = Field(default=None, description="Total number of optimizer steps.")
+    warmup_steps: Count | None = Field(
+        default=None, description="Number of optimizer steps in which the learning rate rises."
+    )
     evaluation_every_steps: Count | None = Field(
         default=None,
         description="Number of optimizer steps between two measurements of the held-out loss during training.",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Literal
 
 from pydantic import Field
 
@@ -13,6 +12,7 @@ DEFAULT_EPOCHS = 3.0
 DEFAULT_BATCH_SIZE = 8
 DEFAULT_MICRO_BATCH_SIZE = 8
 """Upper bound of the default; batchSize if that is lower."""
+DEFAULT_WARMUP_RATIO = 0.03
 COMPILED_STEPS = 200
 """Fewest optimizer steps for which compiling, which takes about a minute, saves time."""
 
@@ -25,6 +25,14 @@ class Optimizer(StrEnum):
     ADAFACTOR = "Adafactor"
     LION = "Lion"
     SGD = "SGD"
+
+
+class Scheduler(StrEnum):
+    """Shape of the learning rate after warm-up."""
+
+    COSINE = "Cosine"
+    LINEAR = "Linear"
+    CONSTANT = "Constant"
 
 
 class Precision(StrEnum):
@@ -52,6 +60,23 @@ class Hyperparameters(ApiModel):
             lambda self: (
                 not self.micro_batch_size or (self.batch_size or DEFAULT_BATCH_SIZE) % self.micro_batch_size == 0
             ),
+        ),
+        Rule(
+            "!(has(self.warmupRatio) && has(self.warmupSteps))",
+            "hyperparameters.warmupRatio and hyperparameters.warmupSteps are mutually exclusive: remove one of them",
+            lambda self: self.warmup_ratio is None or self.warmup_steps is None,
+        ),
+        Rule(
+            "!has(self.warmupSteps) || !has(self.maxSteps) || self.warmupSteps <= self.maxSteps",
+            "hyperparameters.warmupSteps must not exceed hyperparameters.maxSteps, or the run would never reach its "
+            "learning rate: lower warmupSteps",
+            lambda self: self.warmup_steps is None or self.max_steps is None or self.warmup_steps <= self.max_steps,
+        ),
+        Rule(
+            "!has(self.minLearningRateRatio) || !has(self.scheduler) || self.scheduler != 'Constant'",
+            "hyperparameters.minLearningRateRatio is only for the schedulers Cosine and Linear, because the learning "
+            "rate of Constant does not fall: remove it, or use another scheduler",
+            lambda self: self.min_learning_rate_ratio is None or self.scheduler is not Scheduler.CONSTANT,
         ),
     )
 
@@ -81,11 +106,29 @@ class Hyperparameters(ApiModel):
         le=4096,
         description="Number of sequences per forward pass; must divide batchSize. Absent: batchSize, at most 8.",
     )
-    scheduler: Literal["Cosine", "Linear", "Constant"] = Field(
-        default="Cosine", description="Shape of the learning rate after warm-up."
+    scheduler: Scheduler = Field(
+        default=Scheduler.COSINE,
+        description="Shape of the learning rate after warm-up. Cosine and Linear fall towards minLearningRateRatio.",
     )
-    warmup_ratio: float = Field(
-        default=0.03, ge=0.0, le=0.5, description="Share of the steps in which the learning rate rises from 0."
+    min_learning_rate_ratio: float | None = Field(
+        default=None,
+        ge=0.0,
+        lt=1.0,
+        description="Learning rate towards which Cosine and Linear fall, as a share of learningRate. Absent: 0.",
+    )
+    warmup_ratio: float | None = Field(
+        default=None,
+        ge=0.0,
+        le=0.5,
+        description="Share of the steps in which the learning rate rises to learningRate; see warmupSteps. Absent "
+        f"without warmupSteps: {DEFAULT_WARMUP_RATIO}.",
+    )
+    warmup_steps: int | None = Field(
+        default=None,
+        ge=0,
+        le=10_000_000,
+        description="Number of steps in which the learning rate rises to learningRate: with n of them, step k is taken "
+        "at k/n of it. 0: no warm-up. Absent: warmupRatio of the steps, rounded up.",
     )
     optimizer: Optimizer = Field(
         default=Optimizer.ADAMW,

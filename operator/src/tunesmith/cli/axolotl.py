@@ -316,9 +316,8 @@ class _Reader:
         self.default("micro_batch_size", "hyperparameters.microBatchSize", micro)
         if "max_steps" not in self._given:
             self.default("num_epochs", "hyperparameters.epochs", self.read("num_epochs", _EPOCHS))
-        if "warmup_steps" in self._given and "max_steps" in self._given:
-            steps, total = self.number("warmup_steps", 0), self.number("max_steps", 1)
-            self.put("hyperparameters.warmupRatio", round(steps / max(total, 1), 4))
+        if self._given.get("lr_scheduler", "cosine") == "cosine" and "cosine_min_lr_ratio" in self._given:
+            self.put("hyperparameters.minLearningRateRatio", self.read("cosine_min_lr_ratio"))
         every = self._given.get("eval_steps")
         if isinstance(every, int) and every >= 1:
             self.put("evaluation.everySteps", self.read("eval_steps"))

@@ -171,7 +171,9 @@ def _manifest(
     resolved = prepared.resolved
     hyper = job.spec.hyperparameters.model_dump(mode="json", by_alias=True, exclude_none=True)
     decided = resolved.model_dump(
-        mode="json", by_alias=True, include={"learning_rate", "batch_size", "micro_batch_size", "total_steps"}
+        mode="json",
+        by_alias=True,
+        include={"learning_rate", "batch_size", "micro_batch_size", "total_steps", "warmup_steps"},
     )
     return ArtifactManifest(
         files={

@@ -11,15 +11,18 @@ from tunesmith.api.hyperparameters import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_EPOCHS,
     DEFAULT_MICRO_BATCH_SIZE,
+    DEFAULT_WARMUP_RATIO,
     Precision,
 )
 from tunesmith.api.placement import DataParallelism
+from tunesmith_trainer.errors import InvalidSpecError
 from tunesmith_trainer.manifest import require_unchanged
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from tunesmith.api.finetunejob import FineTuneJobSpec
+    from tunesmith.api.hyperparameters import Hyperparameters
 
 _EVALUATIONS = 10
 _MAX_EVALUATION_SHARE = 0.05
@@ -53,6 +56,27 @@ def evaluation_interval(steps: int, batch: int, held_out: int) -> int:
     return max(math.ceil(steps / _EVALUATIONS), affordable)
 
 
+def warmup_steps(hyper: Hyperparameters, steps: int) -> int:
+    """Return the number of steps in which the learning rate rises.
+
+    Args:
+        hyper: the job's hyperparameters.
+        steps: steps of the run.
+
+    Raises:
+        InvalidSpecError: the run has fewer steps than its warm-up.
+    """
+    if hyper.warmup_steps is None:
+        ratio = DEFAULT_WARMUP_RATIO if hyper.warmup_ratio is None else hyper.warmup_ratio
+        return math.ceil(ratio * steps)
+    if hyper.warmup_steps > steps:
+        raise InvalidSpecError(
+            f"hyperparameters.warmupSteps is {hyper.warmup_steps}, but the run has {steps} steps, so it would never "
+            "reach its learning rate: lower warmupSteps, or raise hyperparameters.epochs"
+        )
+    return hyper.warmup_steps
+
+
 def resolve(
     spec: FineTuneJobSpec,
     *,
@@ -79,6 +103,9 @@ def resolve(
         micro_batch_size: sequences per forward pass.
         checkpointing: True if activations are recomputed.
         sharded: True if the base's weights are sharded over the ranks.
+
+    Raises:
+        InvalidSpecError: the run has fewer steps than its warm-up.
     """
     hyper = spec.hyperparameters
     batch = hyper.batch_size or DEFAULT_BATCH_SIZE
@@ -97,6 +124,7 @@ def resolve(
         precision=hyper.precision or (Precision.BFLOAT16 if spec.resources.gpus else Precision.FLOAT32),
         data_parallelism=parallelism if spec.resources.ranks > 1 else None,
         total_steps=steps,
+        warmup_steps=warmup_steps(hyper, steps),
         evaluation_every_steps=every or evaluation_interval(steps, batch, held_out),
         target_modules=targets,
     )

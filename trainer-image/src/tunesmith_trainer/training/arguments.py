@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from transformers import TrainingArguments
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     from tunesmith.api.finetunejob import FineTuneJob
     from tunesmith_trainer.preflight.prepare import Prepared
 
-_SCHEDULERS = {"Cosine": "cosine", "Linear": "linear", "Constant": "constant_with_warmup"}
 _OPTIMIZERS = {
     Optimizer.ADAMW: "adamw_torch",
     Optimizer.ADAMW_8BIT: "adamw_bnb_8bit",
@@ -41,8 +39,6 @@ def arguments(job: FineTuneJob, prepared: Prepared, work: Path, device: torch.de
         per_device_train_batch_size=resolved.micro_batch_size,
         gradient_accumulation_steps=1,
         learning_rate=resolved.learning_rate,
-        lr_scheduler_type=_SCHEDULERS[hyper.scheduler],
-        warmup_steps=math.ceil(hyper.warmup_ratio * resolved.total_steps),
         weight_decay=hyper.weight_decay,
         max_grad_norm=hyper.max_grad_norm,
         optim=_OPTIMIZERS[hyper.optimizer],

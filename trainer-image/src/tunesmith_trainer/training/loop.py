@@ -22,6 +22,7 @@ from tunesmith_trainer.errors import (
     InterruptedRunError,
     InvalidSpecError,
     LossDivergedError,
+    NothingLearnedError,
     OutOfMemoryError,
     TrainerError,
 )
@@ -42,7 +43,9 @@ from tunesmith_trainer.training.neftune import EmbeddingNoise
 from tunesmith_trainer.training.objectives import step_objective
 from tunesmith_trainer.training.progress_callback import ProgressCallback
 from tunesmith_trainer.training.saving import Saver
+from tunesmith_trainer.training.schedule import Schedule
 from tunesmith_trainer.training.scoring import Scoring
+from tunesmith_trainer.training.start import StartingWeights
 from tunesmith_trainer.training.trainer import StepTrainer
 from tunesmith_trainer.training.watchdog import Watchdog
 
@@ -120,6 +123,13 @@ class Run:
         """Optimizer steps of the whole run."""
         return _resolved(self.prepared.resolved.total_steps)
 
+    @property
+    def schedule(self) -> Schedule:
+        """Learning rate over the steps."""
+        hyper = self.job.spec.hyperparameters
+        warmup, minimum = _resolved(self.prepared.resolved.warmup_steps), hyper.min_learning_rate_ratio or 0.0
+        return Schedule(hyper.scheduler, self.steps, warmup, minimum)
+
 
 def _resolved(value: int | None) -> int:
     assert value is not None  # noqa: S101 - prepare() fills everything
@@ -148,6 +158,7 @@ def train(run: Run) -> Trained | None:
         InterruptedRunError: a signal requested to stop, and the state is saved.
         OutOfMemoryError: memory does not suffice; states what to change.
         LossDivergedError: the loss or its gradient is not finite; states the step.
+        NothingLearnedError: training changed no weight; states what to raise.
         SelfCheckError: the model is not what was requested.
     """
     device = run.device
@@ -238,6 +249,7 @@ class _Session:
     progress_callback: ProgressCallback
     saver: Saver
     watchdog: Watchdog
+    start: StartingWeights
     curve: list[CurvePoint]
 
 
@@ -268,6 +280,7 @@ def _build_session(
         objective=objective,
         ranks=ranks,
         callbacks=[progress_callback],
+        schedule=run.schedule,
         compiled=compiled,
         noise=None if alpha is None else EmbeddingNoise(base.get_input_embeddings(), alpha),
     )
@@ -276,7 +289,8 @@ def _build_session(
     saver = Saver(run.checkpoints, spec.checkpoint, run.interruption, curve, ranks, watchdog.paused)
     saver.attach(trainer)
     trainer.add_callback(watchdog)
-    session = _Session(peft_model, trainer, collate, progress_callback, saver, watchdog, curve)
+    start = StartingWeights(peft_model, ranks)
+    session = _Session(peft_model, trainer, collate, progress_callback, saver, watchdog, start, curve)
     every = prepared.resolved.evaluation_every_steps
     if every is not None:
 
@@ -298,6 +312,7 @@ def _train_and_score(run: Run, session: _Session) -> EvaluationStatus:
 
     Raises:
         LossDivergedError: one of them is not finite.
+        NothingLearnedError: training changed no weight.
     """
     progress, curve = run.progress, session.curve
     progress.update(stage=Stage.EVALUATING, step=0, total_steps=run.steps, epoch=0.0)
@@ -311,6 +326,8 @@ def _train_and_score(run: Run, session: _Session) -> EvaluationStatus:
     run.reporter.add(curve[-1])
     progress.update(stage=Stage.TRAINING)
     _take_steps(run, session)
+    if session.start.unchanged():
+        raise _nothing_learned(run, session.model)
 
     progress.update(stage=Stage.EVALUATING, eta_seconds=0)
     after = _held_out_loss(run, session, adapter=True)
@@ -320,6 +337,19 @@ def _train_and_score(run: Run, session: _Session) -> EvaluationStatus:
         )
     session.progress_callback.record_score(after)
     return EvaluationStatus(base_loss=before, loss=after, loss_reduction_percent=100 * (before - after) / before)
+
+
+def _nothing_learned(run: Run, peft_model: PeftModel) -> NothingLearnedError:
+    trained = [name for name, parameter in peft_model.named_parameters() if parameter.requires_grad]
+    if all("trainable_tokens_" in name for name in trained):
+        change = "use rows that contain the trained tokens"
+    else:
+        rate = run.prepared.resolved.learning_rate
+        change = f"raise hyperparameters.learningRate (it is {rate:g}), or hyperparameters.maxSteps or epochs"
+    steps = "the only step" if run.steps == 1 else f"the {run.steps} steps"
+    return NothingLearnedError(
+        f"{steps} changed none of the trained weights, so the result is the base model: {change}"
+    )
 
 
 def _take_steps(run: Run, session: _Session) -> None:

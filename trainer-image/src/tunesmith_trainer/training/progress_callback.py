@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from tunesmith_trainer.errors import LossDivergedError, SelfCheckError
+from tunesmith_trainer.errors import LossDivergedError, NothingLearnedError
 from tunesmith_trainer.reporting.curve import CurvePoint
 
 if TYPE_CHECKING:
@@ -69,7 +69,10 @@ class ProgressCallback(TrainerCallback):
             if not any(gradient is not None and bool(gradient.abs().sum() > 0) for gradient in gradients):
                 finite = all(gradient is None or bool(torch.isfinite(gradient).all()) for gradient in gradients)
                 if finite:
-                    raise SelfCheckError("no gradient reaches the adapter at step 1, so it would learn nothing")
+                    raise NothingLearnedError(
+                        "no gradient reaches the adapter at step 1, so it would learn nothing: the loss of this step's "
+                        "rows does not depend on the trained weights; check the rows and the modules of the method"
+                    )
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Record an optimizer step."""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tunesmith_trainer.training.batches import Step, StepPlan
     from tunesmith_trainer.training.neftune import EmbeddingNoise
     from tunesmith_trainer.training.objectives import StepObjective, Terms
+    from tunesmith_trainer.training.schedule import Schedule
 
 
 class StepTrainer(Trainer):
@@ -43,6 +44,7 @@ class StepTrainer(Trainer):
         callbacks: callbacks; on_substep_end is called after each micro-batch.
         compiled: True if some layers are compiled; they run compiled within the steps.
         noise: noise on the embeddings, or None.
+        schedule: learning rate of each step.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class StepTrainer(Trainer):
         ranks: Ranks,
         callbacks: list[TrainerCallback],
         *,
+        schedule: Schedule,
         compiled: bool = False,
         noise: EmbeddingNoise | None = None,
     ) -> None:
@@ -72,6 +75,7 @@ class StepTrainer(Trainer):
         self._ranks = ranks
         self.compiled = compiled
         self._noise = noise
+        self._schedule = schedule
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return a loader of one optimizer step per element and one pass per run; every rank sees all steps."""
@@ -84,6 +88,14 @@ class StepTrainer(Trainer):
         if self.is_distributed_loading_by_transformers:
             sharding.use_full_optimizer_states(optimizer, keep=self._ranks.first)
         return optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Create the scheduler of the run's schedule; the Trainer's would take the first step at the rate 0."""
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, self._schedule.factor)
+        self.lr_scheduler = scheduler
+        return scheduler
 
     def training_step(
         self,
