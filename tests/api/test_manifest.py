@@ -4,18 +4,9 @@ import json
 
 import pytest
 
+from tests.api.bad_manifests import BAD_MANIFESTS, MINIMAL
 from tests.controlplane.manifests import LOCAL_ONLY, REFUSED_JOBS, job
 from tunesmith.api.manifest import ManifestError, parse_manifest
-
-MINIMAL = """\
-apiVersion: tunesmith.dev/v1alpha1
-kind: FineTuneJob
-metadata: {name: tone}
-spec:
-  baseModel: {uri: s3://models/base}
-  dataset: {train: [{uri: s3://data/train.jsonl}]}
-  method: {lora: {}}
-"""
 
 
 def problems(text: str, *, allow_file: bool = True) -> tuple[str, ...]:
@@ -40,46 +31,10 @@ def test_all_mistakes_are_reported_at_once() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "sentence"),
-    [
-        ("kind: FineTuneJob", "kind: Job", 'kind is "Job": it must be FineTuneJob'),
-        ("kind: FineTuneJob\n", "", "kind is missing: write kind: FineTuneJob"),
-        ("v1alpha1", "v2", 'apiVersion is "tunesmith.dev/v2": it must be tunesmith.dev/v1alpha1'),
-        ("metadata: {name: tone}\n", "", "metadata.name is missing: give the job a name"),
-        ("spec:", "spce:", "spce is not a known field; did you mean spec?"),
-        (
-            "uri: s3://models/base",
-            "url: s3://models/base",
-            "spec.baseModel.url is not a known field; did you mean uri?",
-        ),
-        ("  baseModel:", "  base_model:", "spec.base_model is not a known field; did you mean baseModel?"),
-        (
-            "method: {lora: {}}",
-            "method: {lora: {}}\n  hyperparameters: {scheduler: cosine}",
-            'spec.hyperparameters.scheduler is "cosine": it must be Cosine or Linear or Constant; did you mean Cosine?',
-        ),
-        (
-            "{lora: {}}",
-            "{lora: }",
-            "spec.method.lora has no value: give it one (an object with all defaults is {}) or remove the line",
-        ),
-        ("{lora: {}}", "lora", 'spec.method is "lora": it must be an object with fields'),
-        ("[{uri: s3://data/train.jsonl}]", "s3://data/train.jsonl", "it must be a list"),
-        ("name: tone", f"name: {'n' * 41}", "metadata.name must have at most 40 characters"),
-        ("{lora: {}}", "{lora: {}, lora: {rank: 8}}", "line 7: the manifest is not valid YAML: lora appears twice"),
-        ("{lora: {}}", "{lora: {}", "line 8: the manifest is not valid YAML"),
-        ("kind: FineTuneJob", "kind: FineTuneJob\n---\nkind: FineTuneJob", "the manifest has 2 documents"),
-    ],
-)
-def test_mistakes_are_reported_with_their_fix(old: str, new: str, sentence: str) -> None:
-    assert old in MINIMAL
-    assert sentence in "\n".join(problems(MINIMAL.replace(old, new)))
-
-
-@pytest.mark.parametrize("text", ["", "---\n", "# nothing\n"])
-def test_empty_manifest(text: str) -> None:
-    assert problems(text) == ("the manifest is empty: write a FineTuneJob into it",)
+@pytest.mark.parametrize("case", BAD_MANIFESTS)
+def test_mistakes_are_reported_with_their_fix(case: str) -> None:
+    text, sentence = BAD_MANIFESTS[case]
+    assert sentence in "\n".join(problems(text))
 
 
 @pytest.mark.parametrize(
@@ -115,3 +70,21 @@ def test_file_uris_are_for_local_runs() -> None:
 def test_manifest_round_trip() -> None:
     parsed = parse_manifest(MINIMAL)
     assert parse_manifest(json.dumps(parsed.manifest())) == parsed
+
+
+def test_json_is_not_read_as_yaml() -> None:
+    # In YAML a pair of surrogates is two invalid characters, and a tab is not white space.
+    document = parse_manifest(MINIMAL).manifest()
+    document["spec"]["dataset"]["columns"] = {"prompt": "😀"}
+    assert parse_manifest(json.dumps(document, indent="\t")).spec.dataset.columns.prompt == "😀"
+
+
+def test_values_are_read_as_the_api_server_reads_them() -> None:
+    fields = "{batchSize: 8.0, learningRate: .5e-3, epochs: 0x2}"
+    config = "{type: VERA, config: {projection_prng_key: 7.0, at: 1:30, on: 2026-01-02, none: }}"
+    spec = parse_manifest(MINIMAL.replace("{lora: {}}", f"{{peft: {config}}}") + f"  hyperparameters: {fields}\n").spec
+    assert (spec.hyperparameters.batch_size, spec.hyperparameters.learning_rate) == (8, 0.0005)
+    assert spec.hyperparameters.epochs == 2
+    assert json.dumps(spec.method.peft.config) == (
+        '{"projection_prng_key": 7, "at": "1:30", "true": "2026-01-02", "none": null}'
+    )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 import typer
 
+from tests.api.bad_manifests import BAD_MANIFESTS
 from tunesmith.cli.main import app, main
 
 if TYPE_CHECKING:
@@ -192,13 +193,27 @@ def test_each_user_error_is_one_line(
     assert done.stdout == ""
 
 
+@pytest.mark.parametrize("arguments", [("submit",), ("run", "--output", "out"), ("estimate",)])
+@pytest.mark.parametrize("case", BAD_MANIFESTS)
+def test_every_command_reads_a_manifest_in_the_same_way(
+    command: Callable[..., Exited], tmp_path: Path, case: str, arguments: tuple[str, ...]
+) -> None:
+    text, sentence = BAD_MANIFESTS[case]
+    manifest = tmp_path / "job.yaml"
+    manifest.write_text(text)
+    done = command(*arguments, "-f", manifest, TUNESMITH_TRAINER="/nowhere")
+    assert (done.code, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {manifest}: ")
+    assert sentence in done.stderr
+
+
 def test_an_unexpected_error_is_one_line_or_a_traceback_on_request(
     command: Callable[..., Exited], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def break_down(*_: object) -> None:
+    def break_down(*_: object, **__: object) -> None:
         raise RuntimeError("the disk is full")
 
-    monkeypatch.setattr("tunesmith.cli.submit.read", break_down)
+    monkeypatch.setattr("tunesmith.cli.submit.read_manifest", break_down)
     exited = command("submit", "-f", tmp_path / "job.yaml")
     assert exited.code == 1
     assert exited.stderr == (

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.api.bad_manifests import MINIMAL
 from tunesmith.cli.main import main
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ while [ "$1" != --termination-message ]; do shift; done
 [ -z "$REPORT" ] || printf '%s' "$REPORT" > "$2"
 """)
     trainer.chmod(0o755)
-    manifest.touch()
+    manifest.write_text(MINIMAL)
     monkeypatch.setenv("TUNESMITH_TRAINER", str(trainer))
 
     def run(report: object, *arguments: str) -> tuple[int, str, str, list[str]]:

@@ -6,19 +6,16 @@ import hashlib
 import json
 from typing import TYPE_CHECKING
 
-import yaml
-from pydantic import ValidationError
-
-from tunesmith.api.finetunejob import FineTuneJob
+from tunesmith.api.manifest import ManifestError, parse_manifest
 from tunesmith.api.output import Output
 from tunesmith_trainer.errors import InvalidSpecError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from tunesmith.api.finetunejob import FineTuneJob
     from tunesmith.api.finetunejob_status import Resolved
 
-_SHOWN_PROBLEMS = 5
 _WITHOUT_EFFECT = {
     "resources",
     "scheduling",
@@ -35,39 +32,14 @@ def load_job(path: Path) -> FineTuneJob:
     """Load the FineTuneJob from a YAML or JSON file.
 
     Raises:
-        InvalidSpecError: the file is missing, is not YAML or is not a valid FineTuneJob.
+        InvalidSpecError: the file cannot be read, or the API server would refuse the manifest.
     """
     try:
-        documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise InvalidSpecError(f"cannot read the manifest {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InvalidSpecError(f"the manifest {path} is not valid YAML: {error}") from None
-    documents = [document for document in documents if document is not None]
-    if len(documents) != 1 or not isinstance(documents[0], dict):
-        raise InvalidSpecError(
-            f"the manifest {path} must contain exactly one FineTuneJob, it contains {len(documents)}"
-        )
-    kind = documents[0].get("kind")
-    if kind != "FineTuneJob":
-        raise InvalidSpecError(f"the manifest {path} has the kind {kind!r} instead of FineTuneJob")
-    try:
-        return FineTuneJob.model_validate(documents[0])
-    except ValidationError as error:
-        raise InvalidSpecError(f"the manifest {path} is not valid: {_problems(error)}") from None
-
-
-def _problems(error: ValidationError) -> str:
-    """Return the problems, such as `spec.method.lora.rank: Input should be greater than or equal to 1 (it is 0)`."""
-    lines = []
-    for problem in error.errors(include_url=False):
-        where = ".".join(str(part) for part in problem["loc"]) or "manifest"
-        text = problem["msg"].removeprefix("Value error, ")
-        value = problem.get("input")
-        shown = f" (it is {value!r})" if isinstance(value, str | int | float) else ""
-        lines.append(f"{where}: {text}{shown}")
-    rest = len(lines) - _SHOWN_PROBLEMS
-    return "; ".join(lines[:_SHOWN_PROBLEMS]) + (f"; and {rest} more" if rest > 0 else "")
+        return parse_manifest(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidSpecError(f"cannot read the manifest {path}: {error}") from None
+    except ManifestError as error:
+        raise InvalidSpecError("\n".join(f"{path}: {problem}" for problem in error.problems)) from None
 
 
 def spec_digest(job: FineTuneJob) -> str:

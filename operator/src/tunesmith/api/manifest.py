@@ -5,24 +5,28 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import ValidationError
 
 from tunesmith.api.finetunejob import FineTuneJob
+from tunesmith.api.method import METHODS
 from tunesmith.api.model import API_VERSION
 from tunesmith.api.schema import resolved_schema
 from tunesmith.api.uri import LOCAL_ONLY
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Iterator
+    from collections.abc import Hashable, Iterable, Iterator, Mapping
 
     from pydantic_core import ErrorDetails
 
     from tunesmith.api.schema import Schema
 
 _MAX_SHOWN = 60
+_EXACT = 2**53
+"""Whole numbers below it are exact as floats."""
 
 
 class ManifestError(ValueError):
@@ -44,13 +48,13 @@ def parse_manifest(text: str, *, allow_file: bool = True) -> FineTuneJob:
         ManifestError: the text is not a FineTuneJob that the API server would accept; it lists all mistakes.
     """
     document = load_document(text)
-    problems = [*_envelope(document), *_nulls(document.get("spec"), "spec")]
+    schema = _schema()
+    problems = [*_envelope(document), *_nulls(document.get("spec"), "spec", _node(schema, ("spec",)))]
     if problems:
         raise ManifestError(problems)
     try:
         job = FineTuneJob.model_validate_json(json.dumps(document), strict=True, by_alias=True, by_name=False)
     except ValidationError as error:
-        schema = resolved_schema(FineTuneJob)
         raise ManifestError(dict.fromkeys(_sentence(detail, schema) for detail in error.errors())) from None
     if not allow_file and (
         local := [path for path, uri in _uris(document["spec"], "spec") if uri.startswith("file://")]
@@ -59,8 +63,13 @@ def parse_manifest(text: str, *, allow_file: bool = True) -> FineTuneJob:
     return job
 
 
+@cache
+def _schema() -> Schema:
+    return resolved_schema(FineTuneJob)
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML loader that reads as Kubernetes does: 2e-4 is a number, dates are text, a repeated key is an error."""
+    """YAML loader that reads as Kubernetes does: 2e-4 is a number, dates and times are text, keys are unique."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:  # noqa: FBT001, FBT002 - PyYAML's signature
         seen = set()
@@ -72,24 +81,29 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+_NUMBERS = {
+    "tag:yaml.org,2002:int": r"[-+]?(0b[01_]+|0[0-7_]+|0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)",
+    "tag:yaml.org,2002:float": r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}
+"""Plain scalars that are numbers, without YAML 1.1's times such as 1:30. An integer matches both and is an integer."""
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in {*_NUMBERS, "tag:yaml.org,2002:timestamp"}]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+for _tag, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(f"^({_pattern})$"), list("-+.0123456789"))
 
 
 def load_document(text: str) -> dict[str, Any]:
-    """Return the only YAML (or JSON) document in a text, unchanged.
+    """Return the only YAML (or JSON) document in a text. As in Kubernetes, 8.0 is the whole number 8.
 
     Raises:
         ManifestError: the text is not a single mapping.
     """
     try:
-        documents = [document for document in yaml.load_all(text, Loader=_Loader) if document is not None]
-        json.dumps(documents)
+        document = _json_document(text)
+        documents = [document] if document is not None else _yaml_documents(text)
     except yaml.MarkedYAMLError as error:
         place = f"line {error.problem_mark.line + 1}" if error.problem_mark else "the manifest"
         raise ManifestError([f"{place}: the manifest is not valid YAML: {error.problem or error}"]) from None
@@ -102,6 +116,50 @@ def load_document(text: str) -> dict[str, Any]:
     if not isinstance(documents[0], dict):
         raise ManifestError(["the manifest is not a mapping: it begins with apiVersion and kind"])
     return documents[0]
+
+
+def _json_document(text: str) -> dict[str, Any] | None:
+    """Return the JSON object in a text; None if the text is not JSON, which is then read as YAML.
+
+    Raises:
+        ValueError: a key appears twice.
+    """
+    if not text.lstrip().startswith("{"):
+        return None
+    repeated: list[str] = []
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        repeated.extend(name for name in dict.fromkeys(names) if names.count(name) > 1)
+        return dict(pairs)
+
+    try:
+        document = json.loads(text, object_pairs_hook=unique, parse_constant=_refuse)
+    except json.JSONDecodeError:
+        return None
+    if repeated:
+        raise ValueError(f"{repeated[0]} appears twice")
+    found: dict[str, Any] = _with_whole_numbers(document)
+    return found
+
+
+def _refuse(constant: str) -> None:
+    raise json.JSONDecodeError(f"{constant} is not JSON", constant, 0)
+
+
+def _yaml_documents(text: str) -> list[Any]:
+    documents = [document for document in yaml.load_all(text, Loader=_Loader) if document is not None]
+    json.dumps(documents)  # raises an error for cycles and for values that JSON does not have
+    return [_with_whole_numbers(document) for document in documents]
+
+
+def _with_whole_numbers(node: Any) -> Any:  # noqa: ANN401 - any YAML value
+    """Return the node with floats that are whole numbers as integers, as the API server stores them."""
+    if isinstance(node, dict):
+        return {key: _with_whole_numbers(child) for key, child in node.items()}
+    if isinstance(node, list):
+        return [_with_whole_numbers(child) for child in node]
+    return int(node) if isinstance(node, float) and node.is_integer() and abs(node) < _EXACT else node
 
 
 def _envelope(document: dict[str, Any]) -> Iterator[str]:
@@ -121,16 +179,18 @@ def _envelope(document: dict[str, Any]) -> Iterator[str]:
         yield "spec is missing: it must contain baseModel, dataset and method"
 
 
-def _nulls(node: object, path: str) -> Iterator[str]:
+def _nulls(node: object, path: str, schema: Schema) -> Iterator[str]:
     """Yield a sentence per field without a value: the API server refuses it; dropping it could change the meaning."""
+    if schema.get("x-kubernetes-preserve-unknown-fields"):
+        return
     if isinstance(node, dict):
         for key, child in node.items():
             if child is None:
                 yield f"{path}.{key} has no value: give it one (an object with all defaults is {{}}) or remove the line"
-            yield from _nulls(child, f"{path}.{key}")
+            yield from _nulls(child, f"{path}.{key}", _node(schema, (str(key),)))
     if isinstance(node, list):
         for index, child in enumerate(node):
-            yield from _nulls(child, f"{path}[{index}]")
+            yield from _nulls(child, f"{path}[{index}]", _node(schema, (index,)))
 
 
 def _uris(node: object, path: str) -> Iterator[tuple[str, str]]:
@@ -154,7 +214,8 @@ def _sentence(detail: ErrorDetails, schema: Schema) -> str:
         case "missing":
             return f"{path} is missing: {_node(schema, location).get('description', 'it is required')}"
         case "extra_forbidden":
-            return _unknown(path, str(location[-1]), _node(schema, location[:-1]).get("properties", {}))
+            known = _node(schema, location[:-1]).get("properties", {})
+            return _unknown(path, str(location[-1]), known, _peft_names(location[:-1]))
         case "value_error":
             return f"{path}: {context['error']}" if path else str(context["error"])
         case "literal_error" | "enum":
@@ -188,10 +249,20 @@ _EXPECTED = {
 }
 
 
-def _unknown(path: str, name: str, known: Iterable[str]) -> str:
+def _unknown(path: str, name: str, known: Iterable[str], synonyms: Mapping[str, str] | None = None) -> str:
     names = list(known)
-    meant = _meant(name, names)
+    meant = f"; did you mean {synonyms[name]}?" if synonyms and name in synonyms else _meant(name, names)
     return f"{path} is not a known field{meant or ': known fields are ' + ', '.join(names)}"
+
+
+def _peft_names(location: tuple[int | str, ...]) -> dict[str, str]:
+    """Return the names of a method's fields by PEFT's names; empty for other objects."""
+    match location:
+        case ("spec", "method", str(name)) if name in METHODS:
+            model = METHODS[name]
+            return {found.key: str(model.model_fields[field].alias) for field, found in model.peft_names.items()}
+        case _:
+            return {}
 
 
 def _meant(found: str, known: list[str]) -> str:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from tunesmith.api.finetunejob_status import Verdict
 from tunesmith.api.placement import quantity_value
 from tunesmith.cli.errors import CliError, Exit
+from tunesmith.cli.manifest import read_manifest
 from tunesmith.cli.output import Format, FormatOption, note, print_json, print_line
 from tunesmith.cli.run import TaskCodeOption, task_code, trainer_command
 from tunesmith.contracts.result import ExitCode, TrainerResult
@@ -43,8 +44,8 @@ def estimate(
 
     Example: tunesmith estimate -f job.yaml --gpu-memory 80GiB
     """
-    if not filename.is_file():
-        raise CliError(f"the file {filename} does not exist: pass the manifest's path with -f", Exit.USAGE)
+    if output_format is Format.TEXT:  # otherwise the trainer, which reads in the same way, writes the result
+        read_manifest(filename, allow_file=True)
     memory = ["--gpu-memory-bytes", str(_bytes(gpu_memory))] if gpu_memory is not None else []
     more = [*memory, *task_code(allowed=allow_task_code)]
     result = _validate([*trainer_command(), "validate", "--job", str(filename), "--allow-file", *more])

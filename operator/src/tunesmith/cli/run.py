@@ -10,7 +10,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from tunesmith.cli.errors import CliError, Exit
+from tunesmith.cli.errors import CliError
+from tunesmith.cli.manifest import read_manifest
 from tunesmith.cli.output import Format, FormatOption, note
 
 TRAINER = "tunesmith-trainer"
@@ -42,8 +43,8 @@ def run(
 
     Example: tunesmith run -f job.yaml --output out
     """
-    if not filename.is_file():
-        raise CliError(f"the file {filename} does not exist: pass the manifest's path with -f", Exit.USAGE)
+    if output_format is Format.TEXT:  # otherwise the trainer, which reads in the same way, prints the result
+        read_manifest(filename, allow_file=True)
     command = [
         *trainer_command(),
         *("train", "--job", str(filename), "--output", str(output), "--allow-file", "--progress-port", "0"),

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from tunesmith.api.manifest import ManifestError, load_document, parse_manifest
 from tunesmith.cli.connection import connect
 from tunesmith.cli.describe import next_step, state, summary
 from tunesmith.cli.errors import CliError, Exit
 from tunesmith.cli.follow import follow
 from tunesmith.cli.kinds import Kind, parse
+from tunesmith.cli.manifest import read_manifest
 from tunesmith.cli.output import FIELD_MANAGER, Format, FormatOption, NamespaceOption, note, print_json, print_line
 from tunesmith.cli.progress import final_condition
 
@@ -35,7 +35,7 @@ def submit(
 
     Example: tunesmith submit -f job.yaml --watch
     """
-    document = read(filename)
+    document = read_manifest(filename, allow_file=False)
     name = document["metadata"]["name"]
     submitted = asyncio.run(_apply(document, namespace))
     if watch:
@@ -82,25 +82,6 @@ class Submitted(NamedTuple):
             f"{title} has already finished ({summary(self.job, datetime.now(UTC))}): nothing was started. To train"
             " again, submit it under another name."
         )
-
-
-def read(filename: Path) -> dict[str, Any]:
-    """Return the manifest in a file, checked as far as possible without a cluster.
-
-    Raises:
-        CliError: the file is missing, or the API server would refuse the manifest; the message lists all mistakes.
-    """
-    try:
-        text = filename.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise CliError(f"the file {filename} does not exist: pass the manifest's path with -f", Exit.USAGE) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CliError(f"{filename} cannot be read: {error}", Exit.USAGE) from None
-    try:
-        parse_manifest(text, allow_file=False)
-        return load_document(text)
-    except ManifestError as error:
-        raise CliError("\n".join(f"{filename}: {problem}" for problem in error.problems), Exit.USAGE) from None
 
 
 async def _apply(document: dict[str, Any], namespace: str | None) -> Submitted:
