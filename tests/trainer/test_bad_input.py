@@ -159,7 +159,7 @@ SPECS: dict[str, tuple[dict[str, Any], FailureReason, str]] = {
         "method must have exactly one of lora, qlora, adaLora",
     ),
     "rank 0": ({"method": {"lora": {"rank": 0}}}, FailureReason.INVALID_SPEC, "spec.method.lora.rank"),
-    "rank -4": ({"method": {"lora": {"rank": -4}}}, FailureReason.INVALID_SPEC, "(it is -4)"),
+    "rank -4": ({"method": {"lora": {"rank": -4}}}, FailureReason.INVALID_SPEC, "rank is -4: it must be at least 1"),
     "unknown field": ({"method": {"lora": {"rnak": 4}}}, FailureReason.INVALID_SPEC, "spec.method.lora.rnak"),
     "unknown module": (
         {"method": {"lora": {"targetModules": ["q_prj"]}}},
