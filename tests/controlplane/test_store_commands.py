@@ -182,7 +182,7 @@ def test_an_artifact_that_is_not_the_published_one_is_refused(place: Place) -> N
     assert (code, "is not the published manifest" in problems) == (1, True)
     place.publish("outside", {"../escaped": WEIGHTS})
     code, _, problems = place.run("artifact", "download", "outside", "--output", "outside")
-    assert (code, "lists '../escaped', which is not a file in its folder" in problems) == (1, True)
+    assert (code, "lists '../escaped', which is not a file of an adapter" in problems) == (1, True)
     assert not (place.folder / "escaped").exists()
     place.apiserver.apply(job(place.namespace, "young"))
     code, _, problems = place.run("artifact", "download", "young")

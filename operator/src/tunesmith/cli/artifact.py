@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Published adapters in the store.")
 _CHUNK_BYTES = 2**20
+_PARTIAL = ".partial"
+"""Folder in the output for files that are being downloaded; an interrupted download leaves only this."""
 
 
 @app.callback()
@@ -49,7 +52,7 @@ def download(
     # Imported lazily: its libraries take a second to import, for which other commands should not wait.
     from tunesmith.cli.location import find_credentials, open_at  # noqa: PLC0415
 
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if output.exists() and (not output.is_dir() or any(entry.name != _PARTIAL for entry in output.iterdir())):
         raise CliError(f"{output} exists and is not an empty folder: name another one with --output", Exit.USAGE)
     job = asyncio.run(_read(name, namespace))
     artifact = job.status.artifact
@@ -76,7 +79,9 @@ async def _read(name: str, namespace: str | None) -> FineTuneJob:
 
 
 def fetch_artifact(folder: Folder, digest: str, output: Path) -> list[str]:
-    """Download the files that an artifact's manifest lists, the manifest last; return their names.
+    """Download the files that an artifact's manifest lists; return their names, the manifest's last.
+
+    The output contains none of them until all are complete and checked.
 
     Raises:
         CliError: a file is missing, or its hash is not the published one.
@@ -93,15 +98,24 @@ def fetch_artifact(folder: Folder, digest: str, output: Path) -> list[str]:
         raise CliError(
             f"{folder.uri}/{ARTIFACT_MANIFEST} was written by another release: use the CLI of that release"
         ) from None
-    for name, file in sorted(manifest.files.items()):
-        if Path(name).name != name or name in {".", ".."}:
-            raise CliError(f"{folder.uri}/{ARTIFACT_MANIFEST} lists {name!r}, which is not a file in its folder")
-        folder.download(name, output / name)
-        if _hash(output / name) != file.sha256:
-            (output / name).unlink()
-            raise CliError(f"{folder.uri}/{name} is damaged: its hash differs from the published one")
-    (output / ARTIFACT_MANIFEST).write_bytes(data)
-    return [*sorted(manifest.files), ARTIFACT_MANIFEST]
+    for name in manifest.files:
+        if Path(name).name != name or name in {".", "..", ARTIFACT_MANIFEST, _PARTIAL}:
+            raise CliError(f"{folder.uri}/{ARTIFACT_MANIFEST} lists {name!r}, which is not a file of an adapter")
+    names = [*sorted(manifest.files), ARTIFACT_MANIFEST]
+    partial = output / _PARTIAL
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        for name, file in sorted(manifest.files.items()):
+            folder.download(name, partial / name)
+            if _hash(partial / name) != file.sha256:
+                raise CliError(f"{folder.uri}/{name} is damaged: its hash differs from the published one")
+        (partial / ARTIFACT_MANIFEST).write_bytes(data)
+        for name in names:
+            (partial / name).rename(output / name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return names
 
 
 def _hash(path: Path) -> str:

@@ -14,7 +14,7 @@ import typer
 
 from tunesmith.cli.connection import connect, read_installation
 from tunesmith.cli.errors import CliError, Exit
-from tunesmith.cli.output import Format, FormatOption, note, print_json, print_line
+from tunesmith.cli.output import Format, FormatOption, note, print_json, print_line, print_part
 from tunesmith.cluster.errors import ClusterError
 
 if TYPE_CHECKING:
@@ -142,8 +142,7 @@ async def _ask(address: str, key: str, request: dict[str, Any], output_format: F
                 piece = choice.get("delta", {}).get("content") or ""
                 answer += piece
                 if output_format is Format.TEXT:
-                    sys.stdout.write(piece)
-                    sys.stdout.flush()
+                    print_part(piece)
     except (aiohttp.ClientError, OSError) as error:
         inside = (
             " (this address works only inside the cluster: set --url to the external one)"

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from pathlib import Path  # noqa: TC003 - typer reads the annotations
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 
+from tunesmith.api.dataset import DatasetSource
 from tunesmith.cli.errors import CliError, Exit
 from tunesmith.cli.output import Format, FormatOption, NamespaceOption, note, print_json, print_line
+from tunesmith.storage.schemes import canonical, normalised
 
 app = typer.Typer(no_args_is_help=True, help="Training data in a store.")
 _LINES = ".jsonl"
@@ -41,7 +45,8 @@ def upload(
     from tunesmith.cli.location import find_credentials, open_at  # noqa: PLC0415
 
     folder, names = _targets(source, destination)
-    for file in names.values():
+    for name, file in names.items():
+        _check_uri(f"{folder}/{name}")
         _check(file)
     credentials = asyncio.run(find_credentials(folder, namespace))
     opened = open_at(folder, credentials, what="the destination")
@@ -74,8 +79,11 @@ def _targets(source: Path, destination: str) -> tuple[str, dict[str, Path]]:
             f"{destination} is not a URI of a store: use s3://bucket/folder/ or s3://bucket/folder/rows.jsonl",
             Exit.USAGE,
         )
+    if canonical(destination) == destination:
+        # The libraries of stores disagree on empty names between slashes.
+        destination = normalised(destination) + ("/" if destination.endswith("/") else "")
     if source.is_dir():
-        files = {path.relative_to(source).as_posix(): path for path in sorted(source.rglob("*")) if path.is_file()}
+        files = {path.relative_to(source).as_posix(): path for path in _files(source)}
         if not files:
             raise CliError(f"the folder {source} has no files", Exit.USAGE)
         return destination.rstrip("/"), files
@@ -87,17 +95,49 @@ def _targets(source: Path, destination: str) -> tuple[str, dict[str, Path]]:
     return folder, {name: source}
 
 
+def _files(folder: Path) -> list[Path]:
+    """Return the files in and below a folder, sorted.
+
+    Raises:
+        CliError: a link leads out of the folder, or not to a file.
+    """
+    paths, root = sorted(folder.rglob("*")), folder.resolve()
+    for path in paths:
+        if path.is_symlink() and not (path.is_file() and path.resolve().is_relative_to(root)):
+            raise CliError(
+                f"{path} is a link that does not lead to a file in {folder}: remove it, or replace it with what it"
+                " links to",
+                Exit.USAGE,
+            )
+    return [path for path in paths if path.is_file()]
+
+
+def _check_uri(uri: str) -> None:
+    """Refuse a uri that no job could read.
+
+    Raises:
+        CliError: a FineTuneJob does not accept it.
+    """
+    try:
+        DatasetSource(uri=uri)
+    except ValidationError as error:
+        reason = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+        raise CliError(f"a FineTuneJob does not accept the uri {uri!r}: {reason}", Exit.USAGE) from None
+
+
 def _check(path: Path) -> None:
-    """Refuse a JSONL file that no job could read, before it is uploaded.
+    """Refuse a file that no job could read, before it is uploaded.
 
     Raises:
         CliError: the file cannot be read, is empty, or has a line that is not a JSON object.
     """
+    if not os.access(path, os.R_OK):
+        raise CliError(f"{path} cannot be read: change its permissions, or use another file", Exit.USAGE)
     if path.suffix != _LINES:
         return
     rows = 0
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from tunesmith.api.finetunejob import FineTuneJob
 from tunesmith.cli.describe import next_step
 from tunesmith.cli.errors import CliError
-from tunesmith.cli.output import Format, note, print_json, print_line
+from tunesmith.cli.kinds import Kind, parse
+from tunesmith.cli.output import Format, note, print_json, print_line, single_line, visible
 from tunesmith.cli.progress import News, final_condition, live_line, result
 from tunesmith.cluster.errors import ForbiddenError
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from tunesmith.api.conditions import Condition
+    from tunesmith.api.finetunejob import FineTuneJob
     from tunesmith.cluster.client import Cluster
 
 _TICK_SECONDS = 1.0
@@ -62,11 +63,11 @@ class TerminalView:
 
     def news(self, line: str) -> None:
         """Print above the live line."""
-        self._console.print(Text(line))
+        self._console.print(Text(visible(single_line(line))))
 
     def show(self, job: FineTuneJob, line: str) -> None:
         """Replace the live line."""
-        self._live.update(Text(f"{job.metadata.name}  {line}"))
+        self._live.update(Text(visible(f"{job.metadata.name}  {line}")))
 
 
 class PlainView:
@@ -85,7 +86,7 @@ class PlainView:
 
     def news(self, line: str) -> None:
         """Print the line."""
-        print_line(line)
+        print_line(single_line(line))
 
     def show(self, job: FineTuneJob, line: str) -> None:
         """Print at each change of the stage, and in between at a limited rate."""
@@ -205,7 +206,7 @@ class _Followed:
         elif change.type == "DELETED":
             raise CliError(f"FineTuneJob {self._title} was deleted")
         elif change.type != "SYNCED":
-            self.job = FineTuneJob.model_validate(change.object)
+            self.job = parse(Kind.JOB, change.object)
             lines = self._news.of(self.job)
         elif self.job is None:
             raise CliError(f"FineTuneJob {self._title} does not exist")

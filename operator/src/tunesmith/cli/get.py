@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from tunesmith.cli.connection import connect
 from tunesmith.cli.describe import lines, next_step
 from tunesmith.cli.kinds import KindArgument, NameArgument, fetch, parse
-from tunesmith.cli.output import Format, FormatOption, NamespaceOption, note, print_json, print_line
+from tunesmith.cli.output import Format, FormatOption, NamespaceOption, note, print_json, print_line, single_line
 
 if TYPE_CHECKING:
     from tunesmith.cli.kinds import Kind
@@ -35,7 +35,7 @@ def get(
     described = lines(resource)
     width = max(len(head) for head, _ in described) + 2
     for head, text in described:
-        print_line(f"{head:<{width}}{text}".rstrip())
+        print_line(f"{head:<{width}}{single_line(text)}".rstrip())
     step = next_step(resource)
     if step:
         note(f"Next: {step}")

@@ -15,8 +15,8 @@ from tunesmith.cluster.errors import AlreadyExistsError
 from tunesmith.contracts.apikey import KEY_KIND, KEY_LABEL, KEY_PREFIX, ApiKey, key_record, new_key, parse_key_record
 from tunesmith.contracts.installation import DEFAULT_NAMESPACE as GATEWAY_NAMESPACE
 
-_NAME = re.compile(r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")
-_NAMESPACE = re.compile(r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
+_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
+_NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 _MAX_NAME = 200
 _MAX_NAMESPACE = 63
 
@@ -87,7 +87,7 @@ def delete(
 
 
 def _check(what: str, value: str, pattern: re.Pattern[str], longest: int) -> None:
-    if not pattern.match(value) or len(value) > longest:
+    if not pattern.fullmatch(value) or len(value) > longest:
         raise CliError(
             f"{value!r} cannot be {what}: use at most {longest} lower-case letters, digits and hyphens", Exit.USAGE
         )

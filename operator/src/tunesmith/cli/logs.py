@@ -68,7 +68,8 @@ async def _print_log(
             if output_format is Format.JSON:
                 print_json({"pod": name, "line": text})
             else:
-                print_line(text)
+                # Progress bars overwrite their line.
+                print_line(text.rstrip("\r").replace("\r", "\n"))
     except (NotFoundError, InvalidError) as error:
         # A pod that was removed meanwhile, or whose container has not started.
         note(f"pod {name} has no log: {error}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from importlib.metadata import version
@@ -22,7 +23,7 @@ from tunesmith.cli.get import get
 from tunesmith.cli.list import list_
 from tunesmith.cli.logs import logs
 from tunesmith.cli.models import models
-from tunesmith.cli.output import note, print_line
+from tunesmith.cli.output import note, print_line, single_line
 from tunesmith.cli.run import run
 from tunesmith.cli.submit import submit
 from tunesmith.cli.wait import wait
@@ -95,6 +96,9 @@ def main() -> NoReturn:
     """Run a command. A failure is a sentence on standard error; see `Exit` for the exit codes."""
     # The environment may have the keys of a store, and libraries include their arguments in errors.
     allow_deep_objects()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # characters that the user's locale lacks
     scrubber = Scrubber(secret_values(os.environ))
     try:
         app()
@@ -102,11 +106,15 @@ def main() -> NoReturn:
         note(f"error: {scrubber.clean(str(error))}")
         sys.exit(error.code)
     except ClusterError as error:
-        note(f"error: {scrubber.clean(_sentence(error))}")
+        note(f"error: {scrubber.clean(single_line(_sentence(error)))}")
         sys.exit(Exit.USAGE if isinstance(error, ConfigurationError) else Exit.FAILED)
     except BrokenPipeError:
         # The reader of standard output has closed it.
         sys.stderr.close()
+        sys.exit(Exit.FAILED)
+    except OSError as error:
+        # Of the user's machine: a full disk, a folder without permission.
+        note(f"error: {scrubber.clean(_of_machine(error))}")
         sys.exit(Exit.FAILED)
     except Exception as error:
         if os.environ.get(TRACEBACK_VARIABLE):
@@ -115,6 +123,11 @@ def main() -> NoReturn:
         note(f"error: {scrubber.clean(what)} (a bug in tunesmith: set {TRACEBACK_VARIABLE}=1 for the traceback)")
         sys.exit(Exit.FAILED)
     sys.exit()
+
+
+def _of_machine(error: OSError) -> str:
+    place = f"{error.filename}: " if error.filename is not None else ""
+    return f"{place}{error.strerror or error or type(error).__name__}"
 
 
 def _sentence(error: ClusterError) -> str:

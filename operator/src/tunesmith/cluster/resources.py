@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from tunesmith.api.model import GROUP, VERSION
+from tunesmith.cluster.errors import InvalidError
 
 Object = dict[str, Any]
 """A Kubernetes object, as parsed JSON."""
@@ -26,12 +28,27 @@ class Resource(NamedTuple):
         return f"{self.group}/{self.version}" if self.group else self.version
 
     def path(self, namespace: str | None = None, name: str | None = None, subresource: str | None = None) -> str:
-        """Return the URL path of the collection, of an object or of its subresource."""
+        """Return the URL path of the collection, of an object or of its subresource.
+
+        Raises:
+            InvalidError: the name would be the path of something else.
+        """
         parts = ["/apis/" + self.api_version if self.group else "/api/" + self.version]
         if namespace is not None and self.namespaced:
-            parts += ["namespaces", namespace]
-        parts += [part for part in (self.plural, name, subresource) if part is not None]
+            parts += ["namespaces", _segment("Namespace", namespace)]
+        parts.append(self.plural)
+        if name is not None:
+            parts.append(_segment(self.kind, name))
+        if subresource is not None:
+            parts.append(subresource)
         return "/".join(parts)
+
+
+def _segment(kind: str, name: str) -> str:
+    # The API server decodes the path before it splits it, so an escaped slash is a slash.
+    if name in {"", ".", ".."} or not {"/", "%"}.isdisjoint(name):
+        raise InvalidError(f"{name!r} cannot be the name of a {kind}: use the name that a list of them shows")
+    return quote(name, safe="")
 
 
 _RESOURCES = (

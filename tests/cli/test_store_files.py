@@ -1,0 +1,123 @@
+"""`tunesmith data upload` and `tunesmith artifact download`: files that are never uploaded, or never taken as whole."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tunesmith.cli.artifact import fetch_artifact
+from tunesmith.cli.data import _files, _targets
+from tunesmith.cli.errors import CliError
+from tunesmith.cli.main import app
+from tunesmith.contracts.artifact import ArtifactAdapter, ArtifactBase, ArtifactFile, ArtifactManifest, digest_of
+from tunesmith.storage.credentials import Credentials, Origin
+from tunesmith.storage.folder import ONE_TRY, Access, Folder, open_folder
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"}
+
+
+def publish(folder: Path, files: dict[str, bytes]) -> str:
+    manifest = ArtifactManifest(
+        files={
+            name: ArtifactFile(sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data))
+            for name, data in files.items()
+        },
+        base=ArtifactBase(fingerprint="sha256:f", uri="s3://models/base"),
+        adapter=ArtifactAdapter(method="lora", rank=8, target_modules=["q_proj"]),
+        dataset_digest="sha256:d",
+        hyperparameters={},
+        versions={},
+        servable={"vllm": True},
+    ).to_bytes()
+    folder.mkdir()
+    (folder / "tunesmith.json").write_bytes(manifest)
+    for name, data in files.items():
+        if name not in {"tunesmith.json", ".."} and "/" not in name:
+            (folder / name).write_bytes(data)
+    return digest_of(manifest)
+
+
+def opened(folder: Path) -> Folder:
+    access = Access(ONE_TRY, failure=lambda error: CliError(str(error)))
+    return open_folder(f"file://{folder}", Credentials({}, "none", Origin.ENVIRONMENT), access, allow_file=True)
+
+
+def test_an_interrupted_download_leaves_no_file_of_the_adapter_and_can_be_repeated(tmp_path: Path) -> None:
+    digest = publish(tmp_path / "artifact", FILES)
+    output = tmp_path / "output"
+    output.mkdir()
+
+    class Interrupted(Folder):
+        def download(self, name: str, target: Path) -> None:
+            if name == "adapter_model.safetensors":
+                raise KeyboardInterrupt
+            super().download(name, target)
+
+    folder = opened(tmp_path / "artifact")
+    folder.__class__ = Interrupted
+    with pytest.raises(KeyboardInterrupt):
+        fetch_artifact(folder, digest, output)
+    assert not any((output / name).exists() for name in FILES)
+
+    (output / ".partial").mkdir(exist_ok=True)  # as after SIGKILL
+    (output / ".partial" / "old.bin").write_bytes(b"old")
+    fetch_artifact(opened(tmp_path / "artifact"), digest, output)
+    assert {path.name for path in output.iterdir()} == {*FILES, "tunesmith.json"}
+
+
+@pytest.mark.parametrize("name", ["../escaped", "tunesmith.json", ".partial", ".."])
+def test_a_manifest_with_an_impossible_name_is_refused_before_anything_is_downloaded(tmp_path: Path, name: str) -> None:
+    digest = publish(tmp_path / "artifact", FILES | {name: b"x"})
+    with pytest.raises(CliError, match=f"lists {re.escape(repr(name))}, which is not a file of an adapter"):
+        fetch_artifact(opened(tmp_path / "artifact"), digest, tmp_path / "output")
+    assert not (tmp_path / "output").exists()
+    assert not (tmp_path / "escaped").exists()
+
+
+@pytest.mark.parametrize("target", ["outside.txt", "folder", "missing"])
+def test_a_link_out_of_the_folder_is_not_uploaded(tmp_path: Path, target: str) -> None:
+    (tmp_path / "outside.txt").write_text("secret")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "a.txt").symlink_to(tmp_path / target)
+    with pytest.raises(CliError, match=r"a\.txt is a link that does not lead to a file in"):
+        _files(tmp_path / "rows")
+
+
+def test_a_link_inside_the_folder_is_uploaded(tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "a.txt").write_text("a")
+    (tmp_path / "rows" / "b.txt").symlink_to("a.txt")
+    assert [path.name for path in _files(tmp_path / "rows")] == ["a.txt", "b.txt"]
+
+
+@pytest.mark.parametrize(
+    ("destination", "expected"),
+    [
+        ("s3://bucket//a//rows.jsonl", "s3://bucket/a/rows.jsonl"),
+        ("s3://bucket//", "s3://bucket/rows.jsonl"),
+        ("s3://bucket/a/", "s3://bucket/a/rows.jsonl"),
+    ],
+)
+def test_a_destination_with_empty_names_is_the_uri_that_a_job_reads(
+    tmp_path: Path, destination: str, expected: str
+) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    folder, files = _targets(tmp_path / "rows.jsonl", destination)
+    assert [f"{folder}/{name}" for name in files] == [expected]
+
+
+@pytest.mark.parametrize("destination", ["s3://bucket/../rows.jsonl", "s3://bucket/new\nline", "S3://bucket/a.jsonl"])
+def test_a_uri_that_no_job_could_read_is_refused_before_the_upload(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, destination: str
+) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    (tmp_path / "rows.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\n')
+    with pytest.raises(CliError, match="a FineTuneJob does not accept the uri"):
+        app(["data", "upload", str(tmp_path / "rows.jsonl"), destination], standalone_mode=False)
