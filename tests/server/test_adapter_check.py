@@ -68,7 +68,7 @@ def test_an_adapter_published_as_unservable_is_refused(limits: PodLimits, tmp_pa
     [
         (
             {"lora_alpha": 1e30},
-            "lora_alpha of adapter_config.json must be a number above 0, at most 65536, and is 1e+30",
+            "lora_alpha of adapter_config.json must be a number above 0, at most 65536, not 1e+30",
         ),
         ({"lora_alpha": 0}, "lora_alpha of adapter_config.json must be a number above 0"),
         ({"lora_alpha": True}, "lora_alpha of adapter_config.json must be a number above 0"),
@@ -87,7 +87,7 @@ def test_an_adapter_published_as_unservable_is_refused(limits: PodLimits, tmp_pa
         ({"é\u202e": 1}, "has the key '\\xe9\\u202e', which is not one of PEFT's LoRA"),
         ({"task_type": {}}, "the adapter's task is {}"),
         ({"init_lora_weights": "lora_ga"}, "the initialization lora_ga, which changes the base or is unknown"),
-        ({"use_rslora": "yes"}, "use_rslora of adapter_config.json must be true or false, and is yes"),
+        ({"use_rslora": "yes"}, "use_rslora of adapter_config.json must be true or false, not yes"),
         ({"kasa_config": {"beta": 1}}, "the adapter uses KaSA"),
     ],
 )
@@ -195,8 +195,8 @@ _PAIR = {_A: _entry([RANK, WIDTH], 0, _SIZE_A), _B: _entry([HEIGHT, RANK], _SIZE
         (json.dumps(_PAIR)[:-1] + f', "{_A}": {json.dumps(_PAIR[_A])}}}', "appears twice"),
         (json.dumps(_PAIR | {"__metadata__": {"a": 1}}), "__metadata__ must be an object with string values"),
         (json.dumps(_PAIR | {"__metadata__": {"a": "x" * 12_000}}), "has a header of"),
-        (json.dumps(_PAIR | {"../../x": _entry([0], 0, 0)}), "the tensor ../../x is none of a LoRA adapter"),
-        (json.dumps(_PAIR | {f"{_A}x": _entry([0], _SIZE_A + _SIZE_B, 0)}), "is none of a LoRA adapter"),
+        (json.dumps(_PAIR | {"../../x": _entry([0], 0, 0)}), "the tensor ../../x is not one of a LoRA adapter"),
+        (json.dumps(_PAIR | {f"{_A}x": _entry([0], _SIZE_A + _SIZE_B, 0)}), "is not one of a LoRA adapter"),
         (json.dumps(_PAIR | {_B: _entry([HEIGHT, 0], _SIZE_A, 0)}), "is damaged: it has"),
         (json.dumps(_PAIR | {_B: _entry([HEIGHT, 2**62], _SIZE_A, 2**64)}), "do not fit its shape"),
         (json.dumps(_PAIR | {_B: _entry([-HEIGHT, -RANK], _SIZE_A, _SIZE_B)}), "must be natural numbers"),

@@ -162,9 +162,9 @@ def _nothing(weights: dict[str, Any]) -> None:
         (_narrow, "has the shape [8, 64] and the base model and rank 8 need [8, 576]"),
         (_lonely, "q_proj has only one of lora_A and lora_B"),
         (_extra_layer, "the base model has no model.layers.99.self_attn.q_proj.weight"),
-        (_wrong_prefix, "is none of a LoRA adapter"),
+        (_wrong_prefix, "is not one of a LoRA adapter"),
         (_norm, "model.norm of the base model is not a linear layer"),
-        (_nothing, "holds no tensors"),
+        (_nothing, "contains no tensors"),
     ],
 )
 def test_weights_that_do_not_fit_the_base_are_refused(

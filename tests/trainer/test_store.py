@@ -333,8 +333,8 @@ def test_only_the_named_folder_is_removed(uploaded: S3Server) -> None:
     [
         ("s3://tunesmith/a.jsonl?versionId=3", r"only the newest can be read: remove \?versionId=… from it"),
         ("az://tunesmith/run#1", r"has a '\?' or '#', which Azure's library does not support"),
-        ("file://run/artifact", "with a path"),
-        ("s3:///tunesmith/run", "with a path"),
+        ("file://run/artifact", "followed by a path"),
+        ("s3:///tunesmith/run", "followed by a path"),
         ("S3://tunesmith/run", "must begin with hf://, s3://"),
     ],
 )
