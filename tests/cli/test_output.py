@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from tunesmith.cli.errors import CliError
+from tunesmith.cli.main import app
 from tunesmith.cli.output import print_json, print_table, visible
 from tunesmith.cluster.errors import InvalidError
 from tunesmith.cluster.resources import resource_of
@@ -62,8 +64,22 @@ class Api(BaseHTTPRequestHandler):
         else:
             self._answer(404, {"reason": "NotFound", "message": "not found"})
 
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        kind = self.path.split("/")[1]
+        event = {
+            "cut": json.dumps({"choices": [{"delta": {"content": "half"}}]}),
+            "garbage": "{nope",
+            "list": "[1]",
+            "null": "null",
+            "numbers": '{"choices": [5]}',
+        }[kind]
+        self._send(200, f"data: {event}\n\n".encode())
+
     def _answer(self, status: int, document: object) -> None:
-        data = json.dumps(document).encode()
+        self._send(status, json.dumps(document).encode())
+
+    def _send(self, status: int, data: bytes) -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -167,6 +183,17 @@ def test_a_full_disk_is_not_reported_as_a_bug(environment: dict[str, str]) -> No
             check=False,
         )
     assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
+
+
+@pytest.mark.parametrize("kind", ["cut", "garbage", "list", "null", "numbers"])
+def test_an_answer_that_is_not_whole_or_not_a_gateways_is_an_error(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setenv("TUNESMITH_API_KEY", "sk-key")
+    server = json.loads(Path(environment["KUBECONFIG"]).read_text())["clusters"][0]["cluster"]["server"]
+    expected = "the answer is incomplete" if kind == "cut" else "does not answer like a gateway"
+    with pytest.raises(CliError, match=expected):
+        app(["chat", "m", "-m", "q", "--url", f"{server}/{kind}"], standalone_mode=False)
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../pods/x", "sail/status", "sail%2Fstatus"])

@@ -126,3 +126,14 @@ async def test_temporary_errors_are_raised_for_the_queue(executor: Executor, wri
     writes.refusal = UnavailableError("503")
     with pytest.raises(UnavailableError):
         await executor.apply("uid", MANIFEST)
+
+
+async def test_a_long_refusal_keeps_one_line_and_its_fix(executor: Executor, writes: Writes) -> None:
+    hostile = 'admission webhook "x" denied the request: \x1b[2J' + "secret\nline " * 100_000
+    writes.refusal = ForbiddenError(hostile)
+    refusal = await executor.create("uid", MANIFEST)
+    assert refusal is not None
+    assert refusal.cause is RefusalCause.POLICY
+    assert len(refusal.sentence) < 4096
+    assert refusal.sentence.endswith("or ask its owner; retrying within 30 s")
+    assert refusal.sentence.isprintable()

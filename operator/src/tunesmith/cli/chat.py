@@ -143,6 +143,12 @@ async def _ask(address: str, key: str, request: dict[str, Any], output_format: F
                 answer += piece
                 if output_format is Format.TEXT:
                     print_part(piece)
+    except BrokenPipeError:
+        raise  # of standard output; the client has its own class
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        raise CliError(
+            f"{address} does not answer like a gateway ({type(error).__name__}): check --url or TUNESMITH_URL"
+        ) from error
     except (aiohttp.ClientError, OSError) as error:
         inside = (
             " (this address works only inside the cluster: set --url to the external one)"
@@ -161,14 +167,21 @@ async def _ask(address: str, key: str, request: dict[str, Any], output_format: F
 
 
 async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
-    """Yield the JSON of each server-sent event."""
+    """Yield the JSON of each server-sent event.
+
+    Raises:
+        CliError: the stream ended before the answer did.
+    """
     rest = b""
     async for chunk in response.content.iter_any():
         *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
             data = line.removeprefix(b"data:").strip()
-            if line.startswith(b"data:") and data != b"[DONE]":
+            if data == b"[DONE]":
+                return
+            if line.startswith(b"data:"):
                 yield json.loads(data)
+    raise CliError("the answer is incomplete, because the gateway closed the stream: send the question again")
 
 
 def _reason(status: int, body: str) -> str:

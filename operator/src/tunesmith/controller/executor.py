@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from tunesmith.cluster.errors import ClusterError, ForbiddenError, InvalidError, UnavailableError
 from tunesmith.contracts.refusal import MAX_RETRY_SECONDS, Refusal, RefusalCause, cause_of
+from tunesmith.contracts.sentence import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 _REAPPLY_SECONDS = 300.0
 _FIRST_DELAY_SECONDS = 5.0
+_MAX_MESSAGE = 2048
+"""Most characters of the API server's message that are kept."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,9 @@ def _refusal(verb: str, item: Object, error: ClusterError) -> Refusal | None:
     cause = cause_of(str(error), forbidden=isinstance(error, ForbiddenError))
     if isinstance(error, UnavailableError) and cause is RefusalCause.INVALID:
         return None
-    return Refusal(verb, item["kind"], f"the API server refuses {target}: {error}", cause)
+    # A webhook's message may be long; the fix, which follows it, must not be cut.
+    message = one_line(str(error), _MAX_MESSAGE)
+    return Refusal(verb, item["kind"], f"the API server refuses {target}: {message}", cause)
 
 
 def _place(verb: str, item: Object) -> str:

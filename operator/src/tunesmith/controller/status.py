@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tunesmith.api.conditions import EventReason
 from tunesmith.api.model import StatusModel
 from tunesmith.cluster.errors import ForbiddenError, InvalidError
+from tunesmith.contracts.sentence import one_line
 from tunesmith.contracts.transitions import new_events, readable_conditions, status_of, unreadable_status
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from tunesmith.controller.context import Context
 
 S = TypeVar("S", bound=StatusModel)
+_MAX_MESSAGE = 800
+"""Most characters of the API server's message that are kept; an Event's message has at most 1024."""
 _log = logging.getLogger(__name__)
 
 
@@ -72,8 +75,9 @@ class StatusWriter:
             return await self._context.replace_status({**manifest, "status": document})
         except (InvalidError, ForbiddenError) as error:
             place = f"{manifest['kind']} {manifest['metadata'].get('namespace')}/{manifest['metadata']['name']}"
-            _log.warning("the status of %s is refused: %s", place, error)
-            message = f"the API server refuses the status, which is out of date: {error}"
+            reason = one_line(str(error), _MAX_MESSAGE)
+            _log.warning("the status of %s is refused: %s", place, reason)
+            message = f"the API server refuses the status, which is out of date: {reason}"
             await self._context.recorder.event(manifest, EventReason.STATUS_REFUSED, message, type_="Warning")
             raise
 

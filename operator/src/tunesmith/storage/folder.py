@@ -7,6 +7,7 @@ import errno
 import importlib
 import os
 import re
+import secrets
 import time
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -621,7 +622,7 @@ def _last(entry: dict[str, Any]) -> str:
 
 def _write_exclusively(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = path.with_name(f".{path.name}.{os.getpid()}")
+    whole = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     whole.write_bytes(data)
     try:
         os.link(whole, path)  # the name appears with its complete content, or not at all
