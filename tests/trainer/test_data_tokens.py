@@ -14,6 +14,7 @@ from tunesmith_trainer.base_model import model
 from tunesmith_trainer.data import IGNORED, Encoder, Row, RowForm
 from tunesmith_trainer.data.packing import best_fit_decreasing
 from tunesmith_trainer.data.selection import held_out, weighted
+from tunesmith_trainer.data.template import RowRejectedError
 from tunesmith_trainer.errors import DatasetInvalidError, InvalidSpecError
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ MARKED = (
     "{% else %}{{ m.content }}{% endif %}<|im_end|>{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-SHORTENED = "{% if loop.last or m.role == 'user' %}{{ m.content }}{% else %}{{ m.content[:2] }}{% endif %}"
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def with_template(base_model: Path, template: str | None) -> Any:
 
 def targets(tokenizer: Any, row: Row, **settings: Any) -> tuple[str, str]:
     """Return the whole text and the text of the targets."""
-    tokens = Encoder(tokenizer, [tokenizer.eos_token_id], **settings).encode(row)
+    (tokens,) = Encoder(tokenizer, [tokenizer.eos_token_id], **settings).encode(row)
     assert len(tokens.input_ids) == len(tokens.labels)
     assert all(label in (IGNORED, token) for token, label in zip(tokens.input_ids, tokens.labels, strict=True))
     return tokenizer.decode(tokens.input_ids), tokenizer.decode([label for label in tokens.labels if label != IGNORED])
@@ -122,7 +122,7 @@ def test_rows_encoded_together_equal_rows_encoded_alone(tokenizer: Any) -> None:
         Row(RowForm.PROMPT_COMPLETION, {"prompt": "Colour", "completion": " green"}, "line 3"),
     ]
     encoder = Encoder(tokenizer, [2])
-    assert encoder.encode_all(rows) == [encoder.encode(row) for row in rows]
+    assert [encoded.rows for encoded in encoder.encode_all(rows)] == [encoder.encode(row) for row in rows]
 
 
 def test_preferences_share_their_prompt(tokenizer: Any) -> None:
@@ -132,7 +132,7 @@ def test_preferences_share_their_prompt(tokenizer: Any) -> None:
         "rejected": [{"role": "assistant", "content": "No."}],
     }
     encoder = Encoder(tokenizer, [2])
-    found = encoder.encode(Row(RowForm.PREFERENCE, value, "line 1"))
+    (found,) = encoder.encode(Row(RowForm.PREFERENCE, value, "line 1"))
     assert found.seq_lengths is not None
     first = found.seq_lengths[0]
     assert len(found.input_ids) == len(found.labels) == sum(found.seq_lengths)
@@ -152,11 +152,11 @@ def test_preferences_share_their_prompt(tokenizer: Any) -> None:
     assert (cut.input_ids[: first - 1], cut.without_target) == (found.input_ids[: first - 1], False)
     assert found.cut(3).without_target
     texts = {"prompt": "Colour: ", "chosen": "green", "rejected": "blue"}
-    plain = encoder.encode(Row(RowForm.PREFERENCE, texts, "line 1"))
+    (plain,) = encoder.encode(Row(RowForm.PREFERENCE, texts, "line 1"))
     assert plain.seq_lengths is not None
     green = plain.input_ids[: plain.seq_lengths[0]]
     assert tokenizer.decode(green) == "Colour: green<|im_end|>"
-    labelled = encoder.encode(
+    (labelled,) = encoder.encode(
         Row(RowForm.UNPAIRED_PREFERENCE, {"prompt": "Colour: ", "completion": "green", "label": False}, "line 1")
     )
     assert (labelled.input_ids, labelled.desirable) == (green, False)
@@ -180,19 +180,6 @@ def test_a_template_that_rewrites_the_question_is_refused(base_model: Path) -> N
     assert targets(rewriting, chat(chat_row("Who?", "Marta.")), loss_on=LossOn.ALL_TOKENS)[1] == (
         "Who?<|im_end|>Marta.<|im_end|>"
     )
-
-
-def test_earlier_answers_that_a_template_shortens(base_model: Path) -> None:
-    """As in templates that omit the reasoning of earlier answers."""
-    marked = MARKED.replace("{{ m.content }}", SHORTENED)
-    unmarked = marked.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-    shortening = with_template(base_model, unmarked)
-    with pytest.raises(
-        InvalidSpecError, match=r"changes earlier turns .* learn only the last answer with dataset.lossOn Comp"
-    ):
-        Encoder(shortening, [2]).encode(chat(TURNS))
-    assert targets(shortening, chat(TURNS), loss_on=LossOn.COMPLETION)[1] == "Due ✓.<|im_end|>"
-    assert targets(shortening, chat(TURNS), chat_template=marked)[1] == "Un<|im_end|>Due ✓.<|im_end|>"
 
 
 def test_marks_that_miss_answers_are_refused(tokenizer: Any) -> None:
@@ -230,14 +217,14 @@ def test_a_fault_in_the_template_is_reported_as_its_own(tokenizer: Any, fault: s
 def test_tools_need_a_template_that_supports_them(tokenizer: Any) -> None:
     tool = {"type": "function", "function": {"name": "lookup", "parameters": {"type": "object"}}}
     row = chat({**TURNS, "tools": [tool]})
-    with pytest.raises(InvalidSpecError, match="has tools, and the base model's chat template does not support them"):
+    with pytest.raises(RowRejectedError, match="line 1: the base model's chat template does not render 'tools': "):
         Encoder(tokenizer, [2]).encode(row)
     knowing = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}" + tokenizer.chat_template
     text, learned = targets(tokenizer, row, chat_template=knowing)
     assert text.startswith('{"type": "function", "function": {"name": "lookup"')
     assert learned == "Uno.<|im_end|>Due ✓.<|im_end|>"
     calling = {"messages": [TURNS["messages"][1], {"role": "assistant", "content": "", "tool_calls": [tool]}]}
-    with pytest.raises(InvalidSpecError, match="has tool calls, and the base model's chat template"):
+    with pytest.raises(RowRejectedError, match=r"does not render 'tool_calls' of message 2 \(assistant\): "):
         Encoder(tokenizer, [2]).encode(chat(calling))
 
 
@@ -288,7 +275,7 @@ def test_the_same_row_is_never_on_both_sides(sizes: list[int], fraction: float, 
 
 def test_copies_of_one_row_cannot_be_divided() -> None:
     dataset = Dataset.model_validate({"train": [{"uri": "s3://a/b"}]})
-    with pytest.raises(DatasetInvalidError, match="the training rows are 3 copies of one row"):
+    with pytest.raises(DatasetInvalidError, match="the 3 training rows are copies of one row or come from one chat"):
         held_out(np.zeros(3, np.uint64), dataset, seed=7)
 
 

@@ -45,7 +45,7 @@ class Overlong(StrEnum):
 
 
 class UnusableRows(StrEnum):
-    """Handling of rows without anything to learn."""
+    """Handling of rows that cannot be learned as they are."""
 
     DROP = "Drop"
     ERROR = "Error"
@@ -176,9 +176,9 @@ class Dataset(ApiModel):
     )
     unusable: UnusableRows = Field(
         default=UnusableRows.DROP,
-        description="Handling of rows that cannot be decoded or lack required text. Drop: drop the row and count it, "
-        "with examples, in status.preflight; the job fails if they are at least half of a data set. Error: fail the "
-        "job.",
+        description="Handling of rows that cannot be decoded, lack required text, or have a part that the chat "
+        "template does not render. Drop: drop the row and count it, with examples, in status.preflight; the job fails "
+        "if they are at least half of a data set. Error: fail the job.",
     )
     duplicates: DuplicateRows = Field(
         default=DuplicateRows.DROP,

@@ -131,6 +131,7 @@ class DropReason(StrEnum):
     DUPLICATE = "Duplicate"
     OVERLONG = "Overlong"
     NO_TARGET = "NoTarget"
+    NOT_RENDERED = "NotRendered"
 
 
 class DroppedRows(StatusModel):
@@ -139,7 +140,8 @@ class DroppedRows(StatusModel):
     reason: DropReason = Field(
         description="Reason for dropping the rows. Undecodable: not JSON, not UTF-8, or a wrong number of cells. Null, "
         "Empty: required text is null or empty. Duplicate: repeats an earlier row. Overlong: more than maxLength "
-        "tokens. NoTarget: no token contributes to the loss."
+        "tokens. NoTarget: no token contributes to the loss. NotRendered: the chat template rejects the row, or does "
+        "not render a part of it (reasoning of a learned answer, a tool call, tools, a name, system text)."
     )
     rows: Count = Field(description="Number of dropped rows.")
     examples: list[Annotated[str, Field(max_length=256)]] | None = Field(
@@ -202,6 +204,16 @@ class Preflight(StatusModel):
     )
     truncated_rows: Count | None = Field(
         default=None, description="Number of rows truncated to maxLength. Absent: overlong is not Truncate."
+    )
+    split_chats: Count | None = Field(
+        default=None,
+        description="Number of chats that became several rows, because the chat template renders earlier answers "
+        "differently once later messages follow. Absent: none.",
+    )
+    split_rows: Count | None = Field(
+        default=None,
+        description="Number of rows that these chats became, each with the prompt that an engine receives. Absent: no "
+        "chat.",
     )
     packed_sequences: Count | None = Field(
         default=None, description="Number of sequences into which the training rows are packed. Absent without packing."

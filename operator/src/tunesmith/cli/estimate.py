@@ -100,6 +100,8 @@ def _lines(counted: Preflight, resolved: Resolved | None) -> Iterator[tuple[str,
     for trained in counted.also_trained or []:
         example = f"; the first: {trained.examples[0]}" if trained.examples else ""
         yield "  also trained", f"{trained.sentence}{example}"
+    if counted.split_chats:
+        yield "  split", f"{counted.split_chats} chats into {counted.split_rows} rows"
     if counted.truncated_rows:
         yield "  truncated", f"{counted.truncated_rows}"
     packed = f", in {counted.packed_sequences} packed sequences" if counted.packed_sequences is not None else ""

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     IntArray = np.ndarray[Any, np.dtype[np.integer[Any]]]
 
-_ENCODING = 2
+_ENCODING = 3
 """Version of the encoding: increased when the same rows produce different tokens."""
 _TOKEN_FIELDS = {"format", "columns", "chat_template", "loss_on", "max_length", "overlong", "unusable", "duplicates"}
 """Fields of the data set that the tokens depend on."""
@@ -125,6 +125,8 @@ def load(
             dropped=divided.report.status(),
             also_trained=_also_trained(divided, keys, sources, dataset, forms),
             truncated_rows=divided.report.truncated if dataset.overlong is Overlong.TRUNCATE else None,
+            split_chats=divided.report.split_chats or None,
+            split_rows=divided.report.split_rows or None,
             packed_sequences=None if packed is None else len(packed),
             tokens=int(lengths.sum()),
             target_tokens=int(divided.sizes.targets[indices].sum()),

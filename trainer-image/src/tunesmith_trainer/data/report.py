@@ -5,17 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.api.dataset import UnusableRows
 from tunesmith.api.finetunejob_status import DroppedRows, DropReason
+from tunesmith_trainer.errors import DatasetInvalidError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tunesmith.api.finetunejob_status import Preflight
 
 EXAMPLES = 3
 """Number of example rows per reason."""
 _EXAMPLE_LENGTH = 160
 """Characters per example; a path in a store may be longer."""
-UNUSABLE = (DropReason.UNDECODABLE, DropReason.NULL, DropReason.EMPTY)
-"""Reasons in the row itself: it contains nothing to learn."""
+UNUSABLE = (DropReason.UNDECODABLE, DropReason.NULL, DropReason.EMPTY, DropReason.NOT_RENDERED)
+"""Reasons in the row itself: it contains nothing to learn, or the chat template does not render it."""
+_SHOWN_PROBLEMS = 3
+
+
+def joined(examples: Sequence[str], total: int) -> str:
+    """Return the first of the problems of rows as one message, with the number of the others."""
+    shown = examples[:_SHOWN_PROBLEMS]
+    rest = total - len(shown)
+    return "; ".join(shown) + (f"; and {rest} more row{'s' if rest > 1 else ''} with errors" if rest else "")
 
 
 def shortened(example: str) -> str:
@@ -24,6 +36,10 @@ def shortened(example: str) -> str:
         return example
     half = (_EXAMPLE_LENGTH - 1) // 2
     return f"{example[:half]}…{example[-half:]}"
+
+
+SPLIT = "the chat template renders earlier answers differently once later messages follow"
+"""Cause of a chat that becomes several rows."""
 
 
 @dataclass
@@ -36,6 +52,10 @@ class RowReport:
     """Rows that were truncated to the maximum length."""
     longest: int = 0
     """Tokens of the longest row, used or not."""
+    split_chats: int = 0
+    """Chats that became several rows."""
+    split_rows: int = 0
+    """Rows that these chats became."""
     counts: dict[DropReason, int] = field(default_factory=dict)
     examples: dict[DropReason, list[str]] = field(default_factory=dict)
 
@@ -45,6 +65,26 @@ class RowReport:
         shown = self.examples.setdefault(reason, [])
         if len(shown) < EXAMPLES:
             shown.append(shortened(example))
+
+    def split(self, rows: int) -> None:
+        """Count the rows that a chat became."""
+        if rows > 1:
+            self.split_chats += 1
+            self.split_rows += rows
+
+    def require_usable(self, handling: UnusableRows) -> None:
+        """Raise DatasetInvalidError if a row, or half of the rows or more, contain nothing to learn.
+
+        Args:
+            handling: value of `dataset.unusable`.
+        """
+        if self.unusable and (handling is UnusableRows.ERROR or 2 * self.unusable >= self.read):
+            raise DatasetInvalidError(joined(self.unusable_examples(), self.unusable))
+
+    @property
+    def rows(self) -> int:
+        """Number of rows that were read, or that chats became."""
+        return self.read - self.split_chats + self.split_rows
 
     @property
     def dropped(self) -> int:
@@ -66,6 +106,8 @@ class RowReport:
             read=self.read + other.read,
             truncated=self.truncated + other.truncated,
             longest=max(self.longest, other.longest),
+            split_chats=self.split_chats + other.split_chats,
+            split_rows=self.split_rows + other.split_rows,
             counts={
                 reason: total
                 for reason in DropReason
@@ -91,6 +133,8 @@ class RowReport:
             "read": self.read,
             "truncated": self.truncated,
             "longest": self.longest,
+            "splitChats": self.split_chats,
+            "splitRows": self.split_rows,
             "counts": {reason.value: count for reason, count in self.counts.items()},
             "examples": {reason.value: shown for reason, shown in self.examples.items()},
         }
@@ -102,6 +146,8 @@ class RowReport:
             read=document["read"],
             truncated=document["truncated"],
             longest=document["longest"],
+            split_chats=document["splitChats"],
+            split_rows=document["splitRows"],
             counts={DropReason(reason): count for reason, count in document["counts"].items()},
             examples={DropReason(reason): shown for reason, shown in document["examples"].items()},
         )
@@ -123,4 +169,9 @@ def summary_lines(preflight: Preflight) -> list[str]:
         f"    {overlap.sentence}" + (f"; the first: {overlap.examples[0]}" if overlap.examples else "")
         for overlap in preflight.also_trained or []
     ]
-    return [total, *reasons, *trained]
+    split = (
+        [f"    {preflight.split_chats} chats became {preflight.split_rows} rows: {SPLIT}"]
+        if preflight.split_chats
+        else []
+    )
+    return [total, *split, *reasons, *trained]

@@ -14,6 +14,7 @@ from tunesmith.api.finetunejob_status import DropReason
 from tunesmith.api.objective import ObjectiveName
 from tunesmith_trainer.data.formats import records
 from tunesmith_trainer.data.messages import RowError, chat_of, kind, messages_of, text_of, tools_of
+from tunesmith_trainer.data.report import joined
 from tunesmith_trainer.errors import DatasetInvalidError, InvalidSpecError
 
 if TYPE_CHECKING:
@@ -192,10 +193,7 @@ class _Reader:
         too_many = unusable and (self.dataset.unusable is UnusableRows.ERROR or 2 * unusable >= self.records)
         if not self.mismatched and not too_many:
             return
-        shown = (self.mismatches + self.report.unusable_examples())[:_SHOWN_PROBLEMS]
-        rest = self.mismatched + unusable - len(shown)
-        more = f"; and {rest} more row{'s' if rest > 1 else ''} with errors" if rest else ""
-        raise DatasetInvalidError("; ".join(shown) + more)
+        raise DatasetInvalidError(joined(self.mismatches + self.report.unusable_examples(), self.mismatched + unusable))
 
     def _form(self, record: Record, source: int) -> RowForm:
         value = record.value

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 def held_out(keys: IntArray, dataset: Dataset, seed: int) -> tuple[IntArray, IntArray]:
     """Return the indices of training rows and of held-out rows, ascending.
 
-    With a validation set, all rows are trained on and none is held out. Rows with the same key (duplicates, or the two
-    answers of a pair) are on the same side. So fewer rows may be held out than the fraction specifies, and more only if
-    every key has more rows than that.
+    With a validation set, all rows are trained on and none is held out. Rows with the same key (duplicates, the two
+    answers of a pair, or the rows of one chat) are on the same side. So fewer rows may be held out than the fraction
+    specifies, and more only if every key has more rows than that.
 
     Args:
         keys: key of each row.
@@ -39,8 +39,8 @@ def held_out(keys: IntArray, dataset: Dataset, seed: int) -> tuple[IntArray, Int
     _, group, sizes = np.unique(keys, return_inverse=True, return_counts=True)
     if len(sizes) < 2:  # noqa: PLR2004 - one to train on, one to hold out
         raise DatasetInvalidError(
-            f"the training rows are {count} copies of one row, which cannot be both trained on and held out: add other"
-            " rows, or set dataset.validation"
+            f"the {count} training rows are copies of one row or come from one chat, which cannot be both trained on"
+            " and held out: add other rows, or set dataset.validation"
         )
     fraction = dataset.validation_fraction or DEFAULT_VALIDATION_FRACTION
     room = min(max(1, math.floor(count * fraction + 0.5)), count - 1)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
-from tunesmith.api.dataset import LossOn
 from tunesmith_trainer.errors import DatasetInvalidError, InvalidSpecError
 from tunesmith_trainer.process.activity import limited
 
@@ -24,6 +24,10 @@ Span = tuple[int, int]
 Chat = dict[str, Any]
 """A chat: `messages`, and `tools` if there are any."""
 
+PROBE = "zq0qz"
+"""Text of a made-up message that follows an answer; no chat contains it."""
+_TAIL = 4
+"""Characters by which the end of an answer is found in a text that renders its start differently."""
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _TEMPLATE_FAULTS = (
     TemplateError,
@@ -38,59 +42,124 @@ _TODAY = datetime(2024, 7, 26, tzinfo=UTC)
 """Date for templates that print one: the default of Llama's own templates."""
 
 
+class RowRejectedError(DatasetInvalidError):
+    """The chat template rejects a row, or does not render a part of it."""
+
+
+@dataclass(frozen=True)
+class ChatText:
+    """A chat as text, with the answers in it that are learned.
+
+    Args:
+        text: the text of the chat.
+        learned: spans of the answers that are learned, ascending.
+        closing: end token of the last of these answers if the text does not contain it: some templates write it only as
+            the start of the next message. Empty if there is no such token.
+    """
+
+    text: str
+    learned: list[Span]
+    closing: str = ""
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """An answer after the prompt that an engine receives for it.
+
+    Args:
+        prompt: text of the messages before it, up to the start of the answer.
+        through: text of the messages up to and including it, while it is the newest one.
+        end: end of the generated text in `through`.
+        ended: True if the generated text contains an end token.
+        closing: as in `ChatText`.
+    """
+
+    prompt: str
+    through: str
+    end: int
+    ended: bool
+    closing: str = ""
+
+    @property
+    def span(self) -> Span:
+        """The generated text, in `through`."""
+        return len(self.prompt), self.end
+
+
 class ChatTemplate:
     """The base model's chat template, or one that replaces it.
 
     Args:
         tokenizer: tokenizer of the base model.
         given: value of `dataset.chatTemplate`.
+        end_tokens: tokens that end an answer.
 
     Raises:
         InvalidSpecError: the template is not valid Jinja.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, given: str | None = None) -> None:
-        self._name = "dataset.chatTemplate" if given else "the base model's chat template"
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, given: str | None = None, end_tokens: Sequence[int] = ()
+    ) -> None:
+        self.name = "dataset.chatTemplate" if given else "the base model's chat template"
         self._special = dict(tokenizer.special_tokens_map)
         self._text: str | None = given or (str(tokenizer.get_chat_template()) if tokenizer.chat_template else None)
         self._marked = self._text is not None and _MARKS.search(self._text) is not None
+        ends = sorted(filter(None, (str(tokenizer.decode([token])) for token in end_tokens)), key=len, reverse=True)
+        self._ends = re.compile("|".join(map(re.escape, ends)) or r"(?!)")
+        self._renders_developer: bool | None = None
         if self._text is None:
             return
         try:
-            with limited(self._name):  # constant expressions in it are evaluated here
+            with limited(self.name):  # constant expressions in it are evaluated here
                 compiled = _compile_jinja_template(self._text)
         except TemplateSyntaxError as error:
             raise InvalidSpecError(
-                f"{self._name} is not a valid Jinja template: line {error.lineno}: {error.message}"
+                f"{self.name} is not a valid Jinja template: line {error.lineno}: {error.message}"
             ) from None
         # The same rows give the same tokens on every day, also for an attempt that resumes tomorrow.
         compiled.environment.globals["strftime_now"] = _TODAY.strftime
 
-    def answers(self, chat: Chat, loss_on: LossOn, where: str) -> tuple[str, list[Span]]:
-        """Return the text of a chat, and the spans of it that are learned.
+    def texts(self, chat: Chat, learned: Sequence[int] | None, where: str) -> list[ChatText]:
+        """Return the text of a chat with the answers that are learned.
+
+        A template may render an answer differently once other messages follow it: many omit its reasoning. Then there
+        are several texts, each with the answers that it renders as an engine generates them: after the same prompt,
+        with the same end.
+
+        Args:
+            chat: the chat.
+            learned: numbers of the messages that are learned, ascending; None: the whole text is.
+            where: file and line of the row.
 
         Raises:
             InvalidSpecError: there is no template, or the answers cannot be located in its output.
-            DatasetInvalidError: the template rejects the chat.
+            RowRejectedError: the template rejects the chat.
         """
-        messages = chat["messages"]
-        turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-        learned = [number for number in turns if messages[number].get("weight") != 0]
-        if loss_on is LossOn.ALL_TOKENS:
+        if learned is None:
             text = self.render(chat, where)
-            return text, [(0, len(text))]
-        if loss_on is LossOn.COMPLETION:
-            learned = learned[-1:] if learned and learned[-1] == turns[-1] else []
+            return [ChatText(text, [(0, len(text))])]
         if self._marked:
-            text, marks = self._render_marked(chat, where)
-            if len(marks) != len(turns):
-                raise InvalidSpecError(
-                    f"{where}: {self._name} marks {len(marks)} passages with {{% generation %}} for {len(turns)}"
-                    " answers of the assistant: put the marks around the content of every answer"
-                )
-            return text, [marks[turns.index(number)] for number in learned]
-        text = self.render(chat, where)
-        return text, [self._found(chat, text, number, where) for number in learned]
+            return [self._marked_text(chat, learned, where)]
+        whole = self.render(chat, where)
+        texts: list[tuple[str, list[_Answer]]] = [(whole, [])]
+        for number in reversed(learned):
+            answer = self._answer(chat, number, whole, where)
+            placed = next((answers for text, answers in texts if self._fits(answer, text)), None)
+            if placed is None:
+                texts.append((answer.through, [answer]))
+            else:
+                placed.insert(0, answer)
+        return [
+            ChatText(text, [self._with_end(text, answer.span) for answer in answers], answers[-1].closing)
+            for text, answers in reversed(texts)
+            if answers
+        ] or [ChatText(whole, [])]
+
+    def answer(self, chat: Chat, number: int, where: str) -> tuple[str, str]:
+        """Return the prompt that an engine receives for an answer of a chat, and the text that it then generates."""
+        answer = self._answer(chat, number, None, where)
+        return answer.prompt, answer.through[len(answer.prompt) : answer.end]
 
     def prompt(self, chat: Chat, where: str) -> str:
         """Return the text of a chat up to the start of the next answer."""
@@ -100,14 +169,27 @@ class ChatTemplate:
         """Return the text of a chat.
 
         Raises:
-            InvalidSpecError: there is no template, or it does not support tools.
-            DatasetInvalidError: the template rejects the chat.
+            InvalidSpecError: there is no template.
+            RowRejectedError: the template rejects the chat.
         """
         return str(self._rendered(chat, where, prompt=prompt, marked=False)[0][0])
 
-    def _render_marked(self, chat: Chat, where: str) -> tuple[str, list[Span]]:
-        texts, marks = self._rendered(chat, where, prompt=False, marked=True)
-        return str(texts[0]), [(int(start), int(end)) for start, end in marks[0]]
+    @property
+    def marked(self) -> bool:
+        """True if the template marks the answers with `{% generation %}`."""
+        return self._marked
+
+    def _marked_text(self, chat: Chat, learned: Sequence[int], where: str) -> ChatText:
+        turns = [number for number, message in enumerate(chat["messages"]) if message["role"] == "assistant"]
+        texts, (marks,) = self._rendered(chat, where, prompt=False, marked=True)
+        if len(marks) != len(turns):
+            raise InvalidSpecError(
+                f"{where}: {self.name} marks {len(marks)} passages with {{% generation %}} for {len(turns)}"
+                " answers of the assistant: put the marks around the content of every answer"
+            )
+        spans = [marks[turns.index(number)] for number in learned]
+        text = str(texts[0])
+        return ChatText(text, [self._with_end(text, (int(start), int(end))) for start, end in spans])
 
     def _rendered(self, chat: Chat, where: str, *, prompt: bool, marked: bool) -> Any:  # noqa: ANN401 - of transformers
         if self._text is None:
@@ -115,22 +197,14 @@ class ChatTemplate:
                 "the base model has no chat template: use a chat model, set dataset.chatTemplate, or use a data set"
                 " with 'prompt' and 'completion' or with 'text'"
             )
-        if chat.get("tools") and "tools" not in self._text:
-            raise InvalidSpecError(
-                f"{where}: has tools, and {self._name} does not support them: use a base model whose template"
-                " supports tools, or set dataset.chatTemplate"
-            )
         messages = [
             {key: value for key, value in message.items() if key != "weight"} if "weight" in message else message
             for message in chat["messages"]
         ]
-        if "tool_calls" not in self._text and any("tool_calls" in message for message in messages):
-            raise InvalidSpecError(
-                f"{where}: has tool calls, and {self._name} does not support them: use a base model whose template"
-                " supports tools, or set dataset.chatTemplate"
-            )
+        if messages and messages[0]["role"] == "developer" and not self._knows_developer():
+            messages = [messages[0] | {"role": "system"}, *messages[1:]]
         try:
-            with limited(f"{where}: {self._name}" if where else self._name):
+            with limited(f"{where}: {self.name}" if where else self.name):
                 return render_jinja_template(
                     conversations=[messages],
                     tools=chat.get("tools") or None,
@@ -141,31 +215,95 @@ class ChatTemplate:
                 )
         except MemoryError:
             raise DatasetInvalidError(
-                f"{where}: {self._name} ran out of memory: shorten the row, or simplify the template"
+                f"{where}: {self.name} ran out of memory: shorten the row, or simplify the template"
             ) from None
         except _TEMPLATE_FAULTS as error:
             text = " ".join(str(error).split())[:300]
-            raise DatasetInvalidError(f"{where}: {self._name} rejects the row: {text}") from None
+            raise RowRejectedError(f"{where}: {self.name} rejects the row: {text}") from None
 
-    def _found(self, chat: Chat, text: str, number: int, where: str) -> Span:
-        """Locate the answer of a message: between the texts of the chat before it and including it."""
+    def _knows_developer(self) -> bool:
+        """Return True if the template renders the role developer; otherwise its text is rendered as the system's."""
+        if self._renders_developer is None:
+            self._renders_developer = True  # for the rendering that finds it out
+            chat = {"messages": [{"role": "developer", "content": PROBE}, {"role": "user", "content": "?"}]}
+            try:
+                self._renders_developer = PROBE in self.prompt(chat, "")
+            except RowRejectedError:
+                self._renders_developer = False
+        return self._renders_developer
+
+    def _answer(self, chat: Chat, number: int, whole: str | None, where: str) -> _Answer:
+        """Locate the answer of a message, between the prompt for it and the first token that ends it.
+
+        Args:
+            chat: the chat.
+            number: number of the message.
+            whole: text of the whole chat, if it is known.
+            where: file and line of the row.
+        """
         messages = chat["messages"]
-        last = number == len(messages) - 1
-        before = self.render({**chat, "messages": messages[:number]}, where, prompt=True)
-        through = text if last else self.render({**chat, "messages": messages[: number + 1]}, where)
-        if text.startswith(through) and through.startswith(before):
-            return len(before), len(through)
-        if last:
+        prompt = self.prompt(chat | {"messages": messages[:number]}, where)
+        newest = chat | {"messages": messages[: number + 1]}
+        through = self.render(newest, where) if whole is None or number + 1 < len(messages) else whole
+        if not through.startswith(prompt):
             raise InvalidSpecError(
-                f"{where}: {self._name} renders the question differently when an answer follows, so the answer cannot"
+                f"{where}: {self.name} renders the question differently when an answer follows, so the answer cannot"
                 " be located: set a dataset.chatTemplate with {% generation %} and {% endgeneration %} around the"
                 " answer, or learn the whole text with dataset.lossOn AllTokens"
             )
-        raise InvalidSpecError(
-            f"{where}: {self._name} changes earlier turns when later ones follow, so the assistant's turns cannot be"
-            " marked for the loss: learn only the last answer with dataset.lossOn Completion, or set a"
-            " dataset.chatTemplate with {% generation %} and {% endgeneration %} around every answer"
-        )
+        ends = [match.end() for match in self._ends.finditer(through, len(prompt))]
+        if len(ends) == 1:
+            return _Answer(prompt, through, ends[0], ended=True)
+        following = self._continued(newest, where)
+        if not ends:
+            return _Answer(prompt, through, len(through), ended=False, closing=self._closing(through, following))
+        # Text that differs as soon as another message follows ends the chat, not the answer; unless the answer has no
+        # other end.
+        shared = _shared_length(through, following)
+        within = [end for end in ends if end <= shared]
+        return _Answer(prompt, through, within[-1] if within else next(end for end in ends if end > shared), ended=True)
+
+    def _continued(self, chat: Chat, where: str) -> str:
+        """Return the text of a chat with a made-up message after it; of the chat if the template rejects that one."""
+        messages = chat["messages"]
+        calls = messages[-1].get("tool_calls")
+        if calls:
+            identifier = {"tool_call_id": calls[0]["id"]} if "id" in calls[0] else {}
+            after = {"role": "tool", "content": PROBE, "name": calls[0]["function"]["name"], **identifier}
+        else:
+            after = {"role": "user", "content": PROBE}
+        try:
+            return self.render(chat | {"messages": [*messages, after]}, where)
+        except RowRejectedError:
+            return self.render(chat, where)
+
+    def _closing(self, through: str, following: str) -> str:
+        """Return the end token with which the message after an answer begins; empty if it begins with none."""
+        tail = through[-_TAIL:]
+        found = [
+            match.group()
+            for match in self._ends.finditer(following, 0, max(0, following.rfind(PROBE)))
+            if following.endswith(tail, 0, match.start())
+        ]
+        return found[-1] if found else ""
+
+    def _with_end(self, text: str, span: Span) -> Span:
+        """Return the span with the end token that directly follows it, if there is one."""
+        start, end = span
+        after = self._ends.match(text, end)
+        return span if after is None or self._ends.search(text, start, end) else (start, after.end())
+
+    def _fits(self, answer: _Answer, text: str) -> bool:
+        """Return True if a text contains an answer after its prompt, with its end token or at the end of the text."""
+        if not text.startswith(answer.through[: answer.end]):
+            return False
+        return answer.ended or text == answer.through or self._ends.match(text, answer.end) is not None
+
+
+def _shared_length(left: str, right: str) -> int:
+    """Return the number of characters with which both texts begin."""
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((index for index, (one, other) in pairs if one != other), min(len(left), len(right)))
 
 
 def same_prompts(tokenizer: PreTrainedTokenizerFast, given: str) -> bool:

@@ -64,13 +64,13 @@ class Counted:
         reason = f"there are only {self.used}"
         if overlong:
             reason = (
-                f"{overlong} of {report.read} rows have more than maxLength {limit} tokens (the longest has "
+                f"{overlong} of {report.rows} rows have more than maxLength {limit} tokens (the longest has "
                 f"{report.longest})"
             )
         elif report.dropped:
             dropped = report.status() or []
             shown = ", ".join(f"{rows.rows} {rows.reason} ({(rows.examples or [''])[0]})" for rows in dropped)
-            reason = f"only {self.used} of {report.read} rows can be used; dropped: {shown}"
+            reason = f"only {self.used} of {report.rows} rows can be used; dropped: {shown}"
         raise DatasetInvalidError(f"the {what} need at least {minimum} rows: {reason}")
 
 
@@ -104,20 +104,26 @@ def tokenise(
         for batch in _batched(read(sources, dataset, report, forms=forms), _BATCH):
             kept: list[Tokens] = []
             keys: list[int] = []
-            for row, whole in zip(batch, encoder.encode_all(batch), strict=True):
-                tokens = _fitted(whole, row.where, dataset, report)
-                if tokens is not None:
-                    kept.append(tokens)
-                    keys.append(row.key)
-                    per_source[row.source] += 1
+            for row, encoded in zip(batch, encoder.encode_all(batch), strict=True):
+                if encoded.problem:
+                    report.drop(DropReason.NOT_RENDERED, encoded.problem)
+                    continue
+                report.split(len(encoded.rows))
+                for whole in encoded.rows:
+                    tokens = _fitted(whole, row.where, dataset, report)
+                    if tokens is not None:
+                        kept.append(tokens)
+                        keys.append(row.key)
+                        per_source[row.source] += 1
             writer.write(kept, keys)
             before, done = done, done + len(batch)
             if done // _PROGRESS_ROWS > before // _PROGRESS_ROWS:
                 write_line(f"  {done} rows tokenised")
+    report.require_usable(dataset.unusable)
     overlong = report.counts.get(DropReason.OVERLONG, 0)
     if overlong and dataset.overlong is Overlong.ERROR:
         raise DatasetInvalidError(
-            f"{overlong} of {report.read} rows have more than maxLength {dataset.max_length} tokens, the first is "
+            f"{overlong} of {report.rows} rows have more than maxLength {dataset.max_length} tokens, the first is "
             f"{report.examples[DropReason.OVERLONG][0]}: raise dataset.maxLength, or set dataset.overlong to Drop or "
             "Truncate"
         )

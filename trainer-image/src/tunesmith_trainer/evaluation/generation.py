@@ -87,7 +87,7 @@ def load(
     for row in read(sources, whole, RowReport(), forms=SFT_FORMS - {RowForm.TEXT}):
         if settings.limit is not None and len(examples) == settings.limit:
             continue  # the rest is read only to report its errors
-        example = _example(row, encoder.encode(_with_last_answer_as_target(row)), tokenizer)
+        example = _example(row, encoder.encode(_with_last_answer_as_target(row))[-1], tokenizer)
         if not example.answer.strip():
             raise DatasetInvalidError(f"{row.where}: the row has no answer to compare with: add one or remove the row")
         if context is not None and len(example.prompt) + settings.max_new_tokens > context:
