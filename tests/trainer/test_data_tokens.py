@@ -217,14 +217,14 @@ def test_a_fault_in_the_template_is_reported_as_its_own(tokenizer: Any, fault: s
 def test_tools_need_a_template_that_supports_them(tokenizer: Any) -> None:
     tool = {"type": "function", "function": {"name": "lookup", "parameters": {"type": "object"}}}
     row = chat({**TURNS, "tools": [tool]})
-    with pytest.raises(RowRejectedError, match="line 1: the base model's chat template does not render 'tools': "):
+    with pytest.raises(RowRejectedError, match="line 1: 'tools' is not rendered by the base model's chat template"):
         Encoder(tokenizer, [2]).encode(row)
     knowing = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}" + tokenizer.chat_template
     text, learned = targets(tokenizer, row, chat_template=knowing)
     assert text.startswith('{"type": "function", "function": {"name": "lookup"')
     assert learned == "Uno.<|im_end|>Due ✓.<|im_end|>"
     calling = {"messages": [TURNS["messages"][1], {"role": "assistant", "content": "", "tool_calls": [tool]}]}
-    with pytest.raises(RowRejectedError, match=r"does not render 'tool_calls' of message 2 \(assistant\): "):
+    with pytest.raises(RowRejectedError, match=r"line 1: message 2 \(assistant\): 'tool_calls' is not rendered"):
         Encoder(tokenizer, [2]).encode(chat(calling))
 
 

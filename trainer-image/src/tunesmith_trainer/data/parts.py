@@ -78,11 +78,8 @@ class PartCheck:
             omitted = omitted or [part for part in own if not _shows(text, part.text)]
         if omitted:
             place = omitted[0].message
-            of = "" if place is None else f" of message {place + 1} ({chat['messages'][place]['role']})"
-            raise RowRejectedError(
-                f"{where}: {self._template.name} does not render {omitted[0].what}{of}: remove it, use a base model"
-                " whose template renders it, or set dataset.chatTemplate"
-            )
+            message = "" if place is None else f"message {place + 1} ({chat['messages'][place]['role']}): "
+            raise RowRejectedError(f"{where}: {message}{omitted[0].what} is not rendered by {self._template.name}")
 
     def _omitted_in_shape(self, chat: Chat, learned: Sequence[int] | None, *, split: bool) -> list[_Part] | None:
         """Return the parts that are not rendered in chats of this shape; None if the shape alone does not decide it."""

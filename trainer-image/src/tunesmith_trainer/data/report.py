@@ -21,6 +21,10 @@ _EXAMPLE_LENGTH = 160
 UNUSABLE = (DropReason.UNDECODABLE, DropReason.NULL, DropReason.EMPTY, DropReason.NOT_RENDERED)
 """Reasons in the row itself: it contains nothing to learn, or the chat template does not render it."""
 _SHOWN_PROBLEMS = 3
+_NOT_RENDERED_FIX = (
+    ": remove what is not rendered from the rows, use a base model whose template renders it, or set"
+    " dataset.chatTemplate"
+)
 
 
 def joined(examples: Sequence[str], total: int) -> str:
@@ -79,7 +83,8 @@ class RowReport:
             handling: value of `dataset.unusable`.
         """
         if self.unusable and (handling is UnusableRows.ERROR or 2 * self.unusable >= self.read):
-            raise DatasetInvalidError(joined(self.unusable_examples(), self.unusable))
+            fix = _NOT_RENDERED_FIX if self.counts.get(DropReason.NOT_RENDERED) else ""
+            raise DatasetInvalidError(joined(self.unusable_examples(), self.unusable) + fix)
 
     @property
     def rows(self) -> int:
