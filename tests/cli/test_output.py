@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import socket
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import pytest
+from aiohttp import ClientTimeout
 
 from tunesmith.cli.errors import CliError
 from tunesmith.cli.main import app
 from tunesmith.cli.output import print_json, print_table, visible
-from tunesmith.cluster.errors import InvalidError
+from tunesmith.cluster.errors import InvalidError, UnavailableError
 from tunesmith.cluster.resources import resource_of
 
 if TYPE_CHECKING:
@@ -207,3 +209,20 @@ def test_a_name_is_never_the_path_of_something_else(name: str) -> None:
 def test_a_name_is_never_a_query() -> None:
     path = resource_of("FineTuneJob").path("team", "sail?dryRun=All#x")
     assert path == f"{JOBS}/sail%3FdryRun%3DAll%23x"
+
+
+def test_a_silent_api_server_is_named_with_the_timeout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        config = {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "current-context": "a",
+            "clusters": [{"name": "a", "cluster": {"server": f"http://127.0.0.1:{silent.getsockname()[1]}"}}],
+            "contexts": [{"name": "a", "context": {"cluster": "a", "user": "a"}}],
+            "users": [{"name": "a", "user": {}}],
+        }
+        (tmp_path / "kubeconfig").write_text(json.dumps(config))
+        monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
+        monkeypatch.setattr("tunesmith.cluster.client._REQUEST_TIMEOUT", ClientTimeout(total=0.1))
+        with pytest.raises(UnavailableError, match="cannot be reached: TimeoutError"):
+            app(["list", "jobs"], standalone_mode=False)

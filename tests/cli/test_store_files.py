@@ -14,7 +14,7 @@ from tunesmith.cli.errors import CliError
 from tunesmith.cli.main import app
 from tunesmith.contracts.artifact import ArtifactAdapter, ArtifactBase, ArtifactFile, ArtifactManifest, digest_of
 from tunesmith.storage.credentials import Credentials, Origin
-from tunesmith.storage.folder import ONE_TRY, Access, Folder, open_folder
+from tunesmith.storage.folder import ONE_TRY, Access, Folder, Retry, open_folder
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -121,3 +121,15 @@ def test_a_uri_that_no_job_could_read_is_refused_before_the_upload(
     (tmp_path / "rows.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\n')
     with pytest.raises(CliError, match="a FineTuneJob does not accept the uri"):
         app(["data", "upload", str(tmp_path / "rows.jsonl"), destination], standalone_mode=False)
+
+
+def test_an_outage_of_the_store_is_reported_before_each_retry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b", "ENDPOINT_URL": "http://127.0.0.1:1"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setattr("tunesmith.cli.location._RETRY", Retry(attempts=2, first=0))
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    with pytest.raises(CliError, match="tried 2 times"):
+        app(["data", "upload", str(tmp_path / "rows.jsonl"), "s3://bucket/rows.jsonl"], standalone_mode=False)
+    assert "retrying in 0 s" in capsys.readouterr().err

@@ -156,7 +156,7 @@ async def _ask(address: str, key: str, request: dict[str, Any], output_format: F
             else ""
         )
         raise CliError(
-            f"the gateway at {address} cannot be reached: {error or type(error).__name__}{inside}"
+            f"the gateway at {address} cannot be reached: {str(error) or type(error).__name__}{inside}"
         ) from error
     finally:
         if output_format is Format.TEXT and answer:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from tunesmith.api.credentials import STORE_SECRET
 from tunesmith.cli.connection import connect
 from tunesmith.cli.errors import CliError
+from tunesmith.cli.output import note
 from tunesmith.cluster.errors import ClusterError
 from tunesmith.storage.credentials import Credentials, Origin, environment_credentials, secret_values
 from tunesmith.storage.folder import Access, Retry, open_folder
@@ -51,7 +52,14 @@ def open_at(uri: str, credentials: Credentials, *, what: str) -> Folder:
     Raises:
         CliError: the uri is not that of a store, or the credentials cannot be used. Calls of the folder also raise it.
     """
-    return open_folder(uri, credentials, Access(_RETRY, native=True, failure=_as_cli_error), what=what)
+    return open_folder(
+        uri, credentials, Access(_RETRY, waiting=_waiting, native=True, failure=_as_cli_error), what=what
+    )
+
+
+def _waiting(message: str | None) -> None:
+    if message is not None:
+        note(message)
 
 
 def _as_cli_error(error: StorageError) -> CliError:

@@ -454,7 +454,7 @@ class Cluster:
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             result = UnavailableError.label
             raise UnavailableError(
-                f"the API server at {self.server} cannot be reached: {error or type(error).__name__}"
+                f"the API server at {self.server} cannot be reached: {str(error) or type(error).__name__}"
             ) from error
         except ValueError as error:
             result = UnavailableError.label
