@@ -39,7 +39,8 @@ CONFIG: dict[str, Any] = {
         ({}, (), 0, ""),
         ({"layers_to_transform": [1, 2]}, (), 0, "layers_to_transform: [1, 2] has no counterpart"),
         ({"layers_to_transform": [1, 2]}, ("--strict",), 1, "1 keys have no counterpart: layers_to_transform"),
-        ({"target_modules": ".*proj"}, (), 0, 'target_modules: ".*proj" has no counterpart'),
+        ({"task_type": "SEQ_CLS"}, (), 2, "task_type is SEQ_CLS: a FineTuneJob trains causal language models only"),
+        ({"base_model_name_or_path": "bloom"}, (), 2, "bloom, without an organisation: write organisation/bloom"),
         ({"peft_type": None}, (), 2, "peft_type is missing"),
         ({"r": 4096}, (), 1, "spec.method.lora.rank is 4096: it must be at most 512"),
         (
@@ -74,6 +75,32 @@ def test_import_peft(
         assert job.spec.base_model.uri == "hf://org/base"
         assert job.spec.method.lora is not None
         assert (job.spec.method.lora.rank, job.spec.method.lora.alpha, job.spec.method.lora.dropout) == (8, 16, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "method"),
+    [
+        (r".*\.(q|v)_proj", {"lora": {"rank": 8, "targetModules": ["q_proj", "v_proj"]}}),
+        (r".*\.c_attn$", {"lora": {"rank": 8, "targetModules": ["c_attn"]}}),
+        (
+            r".*language_model.*(q|v)_proj",
+            {"peft": {"type": "LORA", "config": {"r": 8, "target_modules": r".*language_model.*(q|v)_proj"}}},
+        ),
+        (r".*_proj", {"peft": {"type": "LORA", "config": {"r": 8, "target_modules": ".*_proj"}}}),
+    ],
+)
+def test_a_pattern_of_modules_is_kept(pattern: str, method: dict[str, Any]) -> None:
+    config = {"peft_type": "LORA", "base_model_name_or_path": "org/base", "r": 8, "target_modules": pattern}
+    found = adapter_of(config)
+    assert found.omitted == {}
+    assert found.method == method
+
+
+def test_names_from_before_the_hub_had_organisations() -> None:
+    config = {"peft_type": "PREFIX_TUNING", "base_model_name_or_path": "gpt2", "task_type": "CAUSAL_LM"}
+    found = adapter_of(config)
+    assert found.base == {"uri": "hf://openai-community/gpt2"}
+    assert found.changed == {"base_model_name_or_path": "the model gpt2 is now openai-community/gpt2"}
 
 
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

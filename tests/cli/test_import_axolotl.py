@@ -14,6 +14,7 @@ from tunesmith.api.finetunejob import FineTuneJob
 from tunesmith.api.manifest import parse_manifest
 from tunesmith.api.methods.full import FullFields
 from tunesmith.api.schema import resolved_schema
+from tunesmith.cli.axolotl import translate
 from tunesmith.cli.axolotl_keys import axolotl_keys
 from tunesmith.cli.main import main
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     Import = Callable[..., tuple[int, str, str]]
 
-PAGE = Path(__file__).resolve().parents[2] / "docs/how-to/choose-a-method.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs/how-to/import.md"
 
 
 @dataclass(frozen=True)
@@ -191,10 +192,10 @@ KINDS = {
                 "format": "Messages",
                 "validationFraction": 0.01,
             },
-            "method": {"qlora": {"rank": 32}},
+            "method": {"peft": {"config": {"r": 32}, "quantization": {"type": "nf4"}}},
         },
-        omitted=frozenset({"processor_type", "lora_target_modules"}),
-        changed=frozenset({"datasets[0].split"}),
+        omitted=frozenset({"processor_type"}),
+        changed=frozenset({"datasets[0].split", "lora_target_modules"}),
     ),
     "llama-3/qlora-fsdp-70b.yaml": Kind(
         """
@@ -424,7 +425,7 @@ def test_a_public_example_becomes_a_job_and_all_other_keys_are_reported(
     assert {
         line.split(": ")[0]
         for line in lines
-        if re.search("rendered by|the rows must|are chosen|put it into the Secret|the name of the job", line)
+        if re.search("rendered by|the rows must|are chosen|put it into the Secret|the name of the job|regular expression", line)
     } == kind.changed
     assert imported(kind.text, "--strict")[0] == (1 if kind.omitted else 0)
 
@@ -690,3 +691,38 @@ def test_the_documentation_shows_the_messages(imported: Import) -> None:
     code, _, printed = imported(KINDS["llama-3/qlora-1b.yml"].text)
     assert code == 0
     assert set(block[1].splitlines()[:-1]) <= set(printed.splitlines())
+
+
+MINIMAL = {"base_model": "org/base", "datasets": [{"path": "org/rows", "type": "alpaca"}], "adapter": "lora"}
+PATTERN = r"model.layers.[\d]+.(mlp|self_attn).(up|down|gate|q|k|v|o)_proj"
+
+
+def test_intervals_that_are_a_share_of_the_run() -> None:
+    shares = {"save_steps": 0.25, "eval_steps": 0.1}
+    found = translate(MINIMAL | shares | {"max_steps": 90}, "/")
+    assert found.omitted == {}
+    assert found.spec["checkpoint"] == {"everySteps": 23}
+    assert found.spec["evaluation"] == {"everySteps": 9}
+    found = translate(MINIMAL | shares, "/")
+    assert set(found.omitted) == set(shares)
+    assert "set checkpoint.everySteps to 0.25 of the steps" in found.omitted["save_steps"]
+    assert "checkpoint" not in found.spec
+
+
+def test_a_pattern_of_modules_is_kept() -> None:
+    given = {"lora_target_modules": PATTERN, "lora_r": 8, "peft_use_rslora": True, "loraplus_lr_ratio": 16}
+    found = translate(MINIMAL | given, "/")
+    config = {"r": 8, "use_rslora": True, "target_modules": PATTERN}
+    assert found.spec["method"] == {"peft": {"type": "LORA", "config": config}}
+    assert set(found.omitted) == {"loraplus_lr_ratio"}
+    found = translate(MINIMAL | {"adapter": "qlora", "lora_target_modules": PATTERN}, "/")
+    assert found.spec["method"]["peft"]["quantization"] == {}
+    found = translate(MINIMAL | {"lora_target_modules": r".*\.(q|v)_proj"}, "/")
+    assert found.spec["method"] == {"lora": {"targetModules": ["q_proj", "v_proj"]}}
+
+
+def test_the_lowest_rate_of_a_cosine_schedule() -> None:
+    found = translate(MINIMAL | {"lr_scheduler": "cosine", "cosine_min_lr_ratio": 0.1}, "/")
+    assert found.spec["hyperparameters"]["minLearningRateRatio"] == 0.1
+    found = translate(MINIMAL | {"lr_scheduler": "constant", "cosine_min_lr_ratio": 0.1}, "/")
+    assert "cosine_min_lr_ratio" in found.omitted

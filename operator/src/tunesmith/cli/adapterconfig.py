@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from tunesmith.api.method import METHODS
+from tunesmith.api.methods.declaration import ALL_LINEAR
 from tunesmith.api.methods.lora import Initialization, LoraFields, initialization_of
 
 _EMPTY: tuple[Any, ...] = (None, [], {}, "none")
@@ -36,6 +38,19 @@ _DEFAULTS = {
     "tfinal": 0,
 }
 _LOFTQ_BITS = 4
+_CAUSAL_LM = "CAUSAL_LM"
+_OLD_NAMES = {
+    **{name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "openai-gpt")},
+    "distilgpt2": "distilbert/distilgpt2",
+    "ctrl": "Salesforce/ctrl",
+}
+"""Current names of models that were on the Hugging Face Hub before it had organisations."""
+_LAST_PARTS = re.compile(r"\^?\.\*\\\.(?:\(\??:?(?P<choices>\w+(?:\|\w+)*)\))?(?P<end>\w*)\$?")
+"""Regular expression for modules by the last part of their names alone, such as `.*\\.(q|v)_proj`."""
+
+
+class UnsupportedAdapterError(ValueError):
+    """No FineTuneJob trains such an adapter."""
 
 
 @dataclass
@@ -67,19 +82,44 @@ def read_initialization(value: object) -> tuple[Initialization | None, str]:
     return found, loftq if found is Initialization.LOFTQ else ""
 
 
+def names_of_pattern(pattern: str) -> list[str] | None:
+    """Return the names of modules to which PEFT's regular expression is equivalent; None if there are none."""
+    found = _LAST_PARTS.fullmatch(pattern)
+    if found is None or not (found["choices"] or found["end"]):
+        return None
+    return [f"{choice}{found['end']}" for choice in (found["choices"] or "").split("|")]
+
+
 def adapter_of(config: dict[str, Any]) -> Adapter:
     """Return the base and the method that train such an adapter, and the keys that are omitted or changed.
 
-    Methods for which FineTuneJobs have no fields become `peft`, with all of their keys.
+    Methods for which FineTuneJobs have no fields become `peft`, with all of their keys, and so does a LoRA adapter
+    whose modules are given by a regular expression.
 
     Args:
         config: the file's content, which has `peft_type` and `base_model_name_or_path`.
+
+    Raises:
+        UnsupportedAdapterError: the adapter is of another task, or its base has no usable name.
     """
+    task = config.get("task_type")
+    if task not in (None, _CAUSAL_LM):
+        raise UnsupportedAdapterError(
+            f"task_type is {task}: a FineTuneJob trains causal language models only ({_CAUSAL_LM})"
+        )
     kind = str(config["peft_type"])
     given = {key: value for key, value in config.items() if key not in _NEUTRAL and _has_effect(key, value)}
     adapter = Adapter({}, {})
     _read_base(config, adapter)
     name = _method_of(kind)
+    targets = given.get("target_modules")
+    if isinstance(targets, str) and targets != ALL_LINEAR:
+        names = names_of_pattern(targets)
+        if names is not None:
+            given["target_modules"] = names
+        elif name is not None and _accepts_keys(name):
+            adapter.changed["target_modules"] = "it is a regular expression, which method.peft keeps"
+            name = None
     if name is None:
         adapter.method = {"peft": {"type": kind, "config": given}}
         return adapter
@@ -96,6 +136,12 @@ def adapter_of(config: dict[str, Any]) -> Adapter:
     decided = model.declared.decided_by_training if model.declared is not None else frozenset()
     adapter.omitted |= {key: _hint(key, value, kind) for key, value in given.items() if key not in decided}
     return adapter
+
+
+def _accepts_keys(name: str) -> bool:
+    """Return True if `method.peft` accepts the type of a method that has its own fields."""
+    declared = METHODS[name].declared
+    return declared is not None and declared.takes_peft_config
 
 
 def _method_of(kind: str) -> str | None:
@@ -116,6 +162,14 @@ def _has_effect(key: str, value: object) -> bool:
 def _read_base(config: dict[str, Any], adapter: Adapter) -> None:
     name, revision = config["base_model_name_or_path"], config.get("revision")
     folder = name.startswith("/")
+    if name in _OLD_NAMES:
+        adapter.changed["base_model_name_or_path"] = f"the model {name} is now {_OLD_NAMES[name]}"
+        name = _OLD_NAMES[name]
+    elif "/" not in name:
+        raise UnsupportedAdapterError(
+            f"base_model_name_or_path is {name}, without an organisation: write organisation/{name} as on the Hugging"
+            " Face Hub, or the absolute path of a folder"
+        )
     adapter.base = {"uri": f"file://{name}" if folder else f"hf://{name}"}
     if revision and folder:
         adapter.omitted["revision"] = "a folder has no revisions; set baseModel.uri to an hf:// model to use one"

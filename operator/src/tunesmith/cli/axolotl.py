@@ -8,45 +8,28 @@ differs from Tunesmith's, Axolotl's is written to the spec and reported.
 from __future__ import annotations
 
 import json
-import posixpath
 import re
 from dataclasses import dataclass, field
-from typing import Any
 
 from tunesmith.api.credentials import REPORTING_SECRET
-from tunesmith.api.methods.lora import Initialization
-from tunesmith.cli.adapterconfig import read_initialization
+from tunesmith.api.methods.lora import Initialization, LoraFields
+from tunesmith.cli.adapterconfig import names_of_pattern, read_initialization
 from tunesmith.cli.axolotl_keys import axolotl_keys
-from tunesmith.storage.schemes import Use, canonical, prefixes
+from tunesmith.cli.translation import (
+    EMPTY,
+    Document,
+    Draft,
+    Translation,
+    UntranslatableError,
+    file_uri,
+    model_uri,
+    remote_uri,
+)
+from tunesmith.storage.schemes import Use, prefixes
 
-_EMPTY: tuple[object, ...] = (None, "", [], {})
-_MIN_HELD_OUT, _MAX_HELD_OUT = 0.001, 0.5
 _EPOCHS, _LENGTH, _MICRO_BATCH, _ACCUMULATION = 1.0, 512, 1, 1
 """Axolotl's defaults that differ from Tunesmith's (src/axolotl/utils/schemas/)."""
 _LOCAL = re.compile(r"^(/|\./|\.\./)|\.(jsonl|json|csv|tsv|parquet|arrow)(\.gz)?$")
-Document = dict[str, Any]
-
-
-@dataclass
-class Translation:
-    """Result of translating a configuration.
-
-    Args:
-        spec: spec of the FineTuneJob.
-        omitted: keys without a counterpart, with a hint or "".
-        ignored: keys that need no counterpart.
-        changed: keys whose counterpart behaves differently, with a description of the difference, and absent keys
-            whose default was written.
-    """
-
-    spec: Document = field(default_factory=dict)
-    omitted: dict[str, str] = field(default_factory=dict)
-    ignored: list[str] = field(default_factory=list)
-    changed: dict[str, str] = field(default_factory=dict)
-
-
-class UntranslatableError(ValueError):
-    """The configuration cannot be expressed as a FineTuneJob."""
 
 
 def translate(config: Document, folder: str) -> Translation:
@@ -59,7 +42,7 @@ def translate(config: Document, folder: str) -> Translation:
     Raises:
         UntranslatableError: the configuration has no equivalent; the message names the key and the alternatives.
     """
-    given = {key: value for key, value in config.items() if value not in _EMPTY}
+    given = {key: value for key, value in config.items() if value not in EMPTY}
     reader = _Reader(given, folder)
     reader.base_model()
     reader.method()
@@ -73,67 +56,36 @@ def translate(config: Document, folder: str) -> Translation:
     return reader.finish()
 
 
-class _Reader:
+class _Reader(Draft):
     def __init__(self, given: Document, folder: str) -> None:
-        self._given = given
-        self._folder = folder
         self._keys = axolotl_keys()
-        self._changed: dict[str, str] = {}
-        self._translated: set[str] = set()
-        self._spec: dict[str, Document] = {}
+        super().__init__("Axolotl", given, self._keys.hints)
+        self._folder = folder
         self._method = "lora"
-        self._omitted: dict[str, str] = {}
-
-    def read(self, key: str, default: Any = None) -> Any:  # noqa: ANN401 - any YAML value
-        """Return the key's value and mark the key as translated."""
-        self._translated.add(key)
-        return self._given.get(key, default)
-
-    def number(self, key: str, default: float) -> float:
-        """Return the value of a key that must be a number."""
-        value = self.read(key, default)
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            raise UntranslatableError(f"{key} is {json.dumps(value)}: write a number") from None
-
-    def put(self, path: str, value: object) -> None:
-        """Set a field of the spec."""
-        part, name = path.split(".")
-        self._spec.setdefault(part, {})[name] = value
-
-    def default(self, key: str, path: str, value: object) -> None:
-        """Set a field, and report it if the key is absent and the value is therefore Axolotl's default."""
-        self.put(path, value)
-        if key not in self._given:
-            self._changed[key] = f"absent, so {path} is {value}, as in Axolotl"
-
-    def omit(self, key: str, hint: str = "") -> None:
-        """Record that a key, or a part of one, has no counterpart."""
-        self._omitted[key] = hint or self._keys.hints.get(key.rsplit(".", 1)[-1], "")
+        self._pattern: str | None = None
 
     def fields(self) -> None:
         """Translate keys whose value is copied or mapped by a table of names."""
         method = self._keys.methods.get("lora" if self._method == "qlora" else self._method, {})
         for key, path in {**self._keys.fields, **{key: f"method.{name}" for key, name in method.items()}}.items():
-            if key in self._given:
+            if key in self.given:
                 self.put(path, self.read(key))
         for key, named in self._keys.values.items():
-            value = named.values.get(str(self._given.get(key)))
+            value = named.values.get(str(self.given.get(key)))
             if value is not None:
                 self.put(named.field, value)
                 self.read(key)
 
     def exports(self) -> None:
         """Translate the Hugging Face Hub repository to which the adapter is pushed."""
-        if "/" in str(self._given.get("hub_model_id")):
+        if "/" in str(self.given.get("hub_model_id")):
             self.put("output.exports", [{"hub": self.read("hub_model_id")}])
 
     def finish(self) -> Translation:
         """Return the translation, with the remaining keys sorted into ignored and omitted."""
         ignored = []
-        for key, value in self._given.items():
-            if key in self._translated:
+        for key, value in self.given.items():
+            if key in self.translated:
                 continue
             if value is False:
                 if key in self._keys.on_by_default:
@@ -142,18 +94,33 @@ class _Reader:
                 ignored.append(key)
             else:
                 self.omit(key)
-        method = self._spec.pop("method", {})
-        spec: Document = {"baseModel": self._spec.pop("baseModel"), "dataset": self._spec.pop("dataset")}
-        return Translation(
-            spec | {"method": {self._method: method}} | self._spec, self._omitted, sorted(ignored), self._changed
-        )
+        method = {self._method: self.spec.pop("method", {})}
+        if self._pattern is not None:
+            method = {"peft": self._peft_method(method[self._method], self._pattern)}
+        spec: Document = {"baseModel": self.spec.pop("baseModel"), "dataset": self.spec.pop("dataset")}
+        return Translation(spec | {"method": method} | self.spec, self.omitted, sorted(ignored), self.changed)
+
+    def _peft_method(self, fields: Document, pattern: str) -> Document:
+        """Return method.peft, which keeps a regular expression of modules, for the fields of lora or qlora."""
+        names = {
+            str(LoraFields.model_fields[attribute].alias): name for attribute, name in LoraFields.peft_names.items()
+        }
+        config = {names[name].key: names[name].peft_value(value) for name, value in fields.items() if name in names}
+        for key, name in self._keys.methods["lora"].items():
+            if name in fields and name not in names:
+                self.omit(
+                    key, "method.peft, which keeps the regular expression of lora_target_modules, does not have it"
+                )
+        self.changed["lora_target_modules"] = "it is a regular expression, which method.peft keeps"
+        quantization = {"quantization": {}} if self._method == "qlora" else {}
+        return {"type": "LORA", "config": config | {"target_modules": pattern}} | quantization
 
     def base_model(self) -> None:
         name = self.read("base_model")
         if not isinstance(name, str):
             raise UntranslatableError("base_model is missing: name the base model")
-        self.put("baseModel.uri", _model_uri(name, self._folder))
-        if "revision_of_model" in self._given:
+        self.put("baseModel.uri", model_uri(name, self._folder))
+        if "revision_of_model" in self.given:
             self.put("baseModel.revision", str(self.read("revision_of_model")))
 
     def method(self) -> None:
@@ -165,9 +132,9 @@ class _Reader:
             return
         if adapter is None:
             self._method = "full"
-            for key in [key for key in self._given if key.startswith(("lora_", "peft_"))]:
+            for key in [key for key in self.given if key.startswith(("lora_", "peft_"))]:
                 self.omit(key, "it has no effect without an adapter")
-                del self._given[key]
+                del self.given[key]
             return
         if adapter not in ("lora", "qlora"):  # YAML values may be unhashable
             raise UntranslatableError(f"adapter is {adapter}: use lora, qlora or ia3, or omit it to train all weights")
@@ -178,48 +145,52 @@ class _Reader:
 
     def _initialization(self) -> None:
         key = "peft_init_lora_weights"
-        value = self._given.get(key)
+        value = self.given.get(key)
         found, what = read_initialization(value)
         if found is not None:
             self.put("method.initialization", found.value)
             if found is Initialization.LOFTQ:
                 self._method = "qlora"
             if what:
-                self._changed[key] = what
+                self.changed[key] = what
         if found is not None or value is True:
             self.read(key)
 
     def _targets(self) -> None:
-        names = self._given.get("lora_target_modules")
-        if self._given.get("lora_target_linear"):
-            self._translated |= {"lora_target_linear", "lora_target_modules"}
+        names = self.given.get("lora_target_modules")
+        if self.given.get("lora_target_linear"):
+            self.translated |= {"lora_target_linear", "lora_target_modules"}
             self.put("method.targetModules", ["all-linear"])
         elif isinstance(names, list):
             self.put("method.targetModules", self.read("lora_target_modules"))
         elif names == "all-linear":
             self.put("method.targetModules", [self.read("lora_target_modules")])
-        elif names is not None:
-            self.omit("lora_target_modules", "it is a pattern; targetModules accepts names of modules")
-            self._translated.add("lora_target_modules")
+        elif isinstance(names, str):
+            self.read("lora_target_modules")
+            equivalent = names_of_pattern(names)
+            if equivalent is not None:
+                self.put("method.targetModules", equivalent)
+            else:
+                self._pattern = names
 
     def objective(self) -> None:
-        if "rl" not in self._given:
+        if "rl" not in self.given:
             return
         name = str(self.read("rl"))
         if name not in self._keys.objectives:
             raise UntranslatableError(f"rl is {name}: {', '.join(self._keys.objectives)} can be imported")
         keys = self._keys.objectives[name].fields
-        fields = {ours: self.read(theirs) for theirs, ours in keys.items() if theirs in self._given}
+        fields = {ours: self.read(theirs) for theirs, ours in keys.items() if theirs in self.given}
         self.put(f"objective.{name}", fields)
 
     def dataset(self) -> None:
-        sources = self.read("datasets") or self._given.get("pretraining_dataset")
-        if self._given.get("pretraining_dataset"):
-            self._translated.add("pretraining_dataset")
+        sources = self.read("datasets") or self.given.get("pretraining_dataset")
+        if self.given.get("pretraining_dataset"):
+            self.translated.add("pretraining_dataset")
             sources = [{"type": "completion"} | entry for entry in _entries(sources)]
         if not sources:
             raise UntranslatableError("datasets is missing: name the rows to train on")
-        objective = self._keys.objectives.get(str(self._given.get("rl")))
+        objective = self._keys.objectives.get(str(self.given.get("rl")))
         form = objective.format if objective is not None else None
         rows = [
             _Rows.of(entry, f"datasets[{number}]", self._folder, form) for number, entry in enumerate(_entries(sources))
@@ -229,8 +200,8 @@ class _Reader:
             for number, entry in enumerate(_entries(self.read("test_datasets", default=[])))
         ]
         for source in (*rows, *held_out):
-            self._omitted |= source.omitted
-            self._changed |= source.changed
+            self.omitted |= source.omitted
+            self.changed |= source.changed
         self.put(
             "dataset.train",
             [
@@ -247,37 +218,29 @@ class _Reader:
             self.omit("datasets[].field_*", "dataset.columns applies to all sources: rename the columns")
         elif columns[0]:
             self.put("dataset.columns", columns[0])
-        share = self.number("val_set_size", 0)
         if held_out:
+            self.read("val_set_size")
             self.put("dataset.validation", [{"uri": uri} for source in held_out for uri in source.uris])
-        elif share < _MIN_HELD_OUT:
-            self.put("dataset.validationFraction", _MIN_HELD_OUT)
-            self._changed["val_set_size"] = (
-                f"some rows are always held out, so dataset.validationFraction is {_MIN_HELD_OUT}, the minimum; "
-                "raise it for a more precise held-out loss"
-            )
-        elif share <= _MAX_HELD_OUT:
-            self.put("dataset.validationFraction", share)
         else:
-            self.omit("val_set_size")
+            self.held_out_share("val_set_size")
         self.default("sequence_len", "dataset.maxLength", self.read("sequence_len", _LENGTH))
         self._rows()
 
     def _rows(self) -> None:
         """Translate the options for reading rows."""
-        plugins = self._given.get("plugins")
+        plugins = self.given.get("plugins")
         if isinstance(plugins, list) and all(
             re.search("liger|cut_cross_entropy|lm_eval", str(name)) for name in plugins
         ):
             self.read("plugins")  # fused kernels, which Tunesmith chooses automatically, and evaluation
         if self.read("train_on_inputs", default=False):
             self.put("dataset.lossOn", "AllTokens")
-        if self._given.get("chat_template") == "tokenizer_default":
+        if self.given.get("chat_template") == "tokenizer_default":
             self.read("chat_template")
-        template = self._given.get("chat_template_jinja")
+        template = self.given.get("chat_template_jinja")
         if isinstance(template, str) and "{%" in template:
             self.put("dataset.chatTemplate", self.read("chat_template_jinja"))
-            if self._given.get("chat_template") == "jinja":
+            if self.given.get("chat_template") == "jinja":
                 self.read("chat_template")
         if not self.read("dataset_exact_deduplication", default=False):
             self.put("dataset.duplicates", "Keep")
@@ -287,15 +250,15 @@ class _Reader:
         trackers = []
         for tracker, keys in self._keys.trackers.items():
             enabled = self.read(keys.switch)
-            given = [key for key in keys.keys if key in self._given]
+            given = [key for key in keys.keys if key in self.given]
             for key in given if enabled is not False else ():
                 variable = keys.variables.get(key)
-                self._changed[key] = (
+                self.changed[key] = (
                     f"put it into the Secret {REPORTING_SECRET} as {variable}"
                     if variable is not None
                     else "the run has the namespace and the name of the job, in all attempts"
                 )
-            self._translated.update(given)
+            self.translated.update(given)
             if enabled or (enabled is None and set(keys.implied_by) & set(given)):
                 trackers.append(tracker.value)
         if trackers:
@@ -303,8 +266,8 @@ class _Reader:
 
     def evaluation(self) -> None:
         """Translate Axolotl's plugin for lm-evaluation-harness."""
-        tasks = self._given.get("lm_eval_tasks")
-        if self._given.get("lm_eval_post_train") is False:
+        tasks = self.given.get("lm_eval_tasks")
+        if self.given.get("lm_eval_post_train") is False:
             return
         if isinstance(tasks, list) and tasks:
             self.put("evaluation.suites", [{"name": "lm-eval", "lmEval": {"tasks": self.read("lm_eval_tasks")}}])
@@ -314,19 +277,20 @@ class _Reader:
         batch = micro * int(self.number("gradient_accumulation_steps", _ACCUMULATION))
         self.default("gradient_accumulation_steps", "hyperparameters.batchSize", batch)
         self.default("micro_batch_size", "hyperparameters.microBatchSize", micro)
-        if "max_steps" not in self._given:
+        if "max_steps" not in self.given:
             self.default("num_epochs", "hyperparameters.epochs", self.read("num_epochs", _EPOCHS))
-        if self._given.get("lr_scheduler", "cosine") == "cosine" and "cosine_min_lr_ratio" in self._given:
+        if self.given.get("lr_scheduler", "cosine") == "cosine" and "cosine_min_lr_ratio" in self.given:
             self.put("hyperparameters.minLearningRateRatio", self.read("cosine_min_lr_ratio"))
-        every = self._given.get("eval_steps")
-        if isinstance(every, int) and every >= 1:
-            self.put("evaluation.everySteps", self.read("eval_steps"))
-        again = self._given.get("gradient_checkpointing")
+        self.interval("eval_steps", "evaluation.everySteps")
+        self.interval("save_steps", "checkpoint.everySteps")
+        if "cosine_min_lr_ratio" in self.given and self.given.get("lr_scheduler", "cosine") == "cosine":
+            self.put("hyperparameters.minLearningRateRatio", self.read("cosine_min_lr_ratio"))
+        again = self.given.get("gradient_checkpointing")
         if isinstance(again, bool):
             self.put("hyperparameters.gradientCheckpointing", self.read("gradient_checkpointing"))
-        if isinstance(self._given.get("torch_compile"), bool):
+        if isinstance(self.given.get("torch_compile"), bool):
             self.put("hyperparameters.torchCompile", self.read("torch_compile"))
-        bfloat16, half = self.read("bf16", default=self._given.get("bfloat16", "auto")), self._given.get("fp16")
+        bfloat16, half = self.read("bf16", default=self.given.get("bfloat16", "auto")), self.given.get("fp16")
         if not bfloat16 and not half:
             self.put("hyperparameters.precision", "float32")
 
@@ -345,7 +309,7 @@ class _Rows:
     @classmethod
     def of(cls, entry: Document, where: str, folder: str, preference: str | None) -> _Rows:
         """Return the rows of an entry, preference rows if their format is given."""
-        remaining = {key: value for key, value in entry.items() if value not in _EMPTY}
+        remaining = {key: value for key, value in entry.items() if value not in EMPTY}
         rows = cls(_data_uris(remaining, where, folder))
         kind = remaining.pop("type", None)
         if preference is None:
@@ -386,7 +350,7 @@ class _Rows:
                 self._column(name, kind.get(f"field_{name}"))
             known = {"field_instruction", "field_input", "field_output"}
             remaining |= {
-                f"type.{key}": value for key, value in kind.items() if key not in known and value not in _EMPTY
+                f"type.{key}": value for key, value in kind.items() if key not in known and value not in EMPTY
             }
         elif kind == "alpaca":
             self.format = "Instruction"
@@ -423,13 +387,6 @@ def _entries(value: object) -> list[Document]:
     return [entry if isinstance(entry, dict) else {"path": str(entry)} for entry in value]
 
 
-def _model_uri(name: str, folder: str) -> str:
-    stored = canonical(name)
-    if stored is not None:
-        return stored.rstrip("/")
-    return _file_uri(name, folder) if name.startswith(("/", "./", "../")) else f"hf://{name}"
-
-
 def _data_uris(entry: Document, where: str, folder: str) -> list[str]:
     """Remove path, data_files and revision from the entry and return their uris."""
     path, files = entry.pop("path", None), entry.pop("data_files", [])
@@ -438,25 +395,13 @@ def _data_uris(entry: Document, where: str, folder: str) -> list[str]:
         raise UntranslatableError(f"{where}.path is missing: name the rows")
     if path.startswith("http://"):
         raise UntranslatableError(f"{where}.path is {path}: copy the rows to {prefixes(Use.DATA)}")
-    if (uri := _remote(path)) is not None:
+    if (uri := remote_uri(path)) is not None:
         return [uri]
     if path in {"json", "csv", "parquet", "arrow", "text"} and files:
-        return [_remote(name) or _file_uri(name, folder) for name in files]
+        return [remote_uri(name) or file_uri(name, folder) for name in files]
     if _LOCAL.search(path):
-        root = _file_uri(path, folder)
+        root = file_uri(path, folder)
     else:
         revision = entry.pop("revision", None)
         root = f"hf://datasets/{path}" + (f"@{revision}" if revision else "")
     return [f"{root}/{name}" for name in files] or [root]
-
-
-def _remote(name: str) -> str | None:
-    """Return the uri of remote rows; None if the name is not one."""
-    if name.startswith("https://"):
-        return name
-    stored = canonical(name)
-    return None if stored is None else stored.rstrip("/")
-
-
-def _file_uri(path: str, folder: str) -> str:
-    return f"file://{posixpath.normpath(posixpath.join(folder, path))}"

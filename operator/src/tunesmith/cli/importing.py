@@ -12,12 +12,17 @@ import yaml
 
 from tunesmith.api.manifest import ManifestError, load_document, parse_manifest
 from tunesmith.api.model import API_VERSION, MAX_NAME
-from tunesmith.cli.adapterconfig import adapter_of
-from tunesmith.cli.axolotl import UntranslatableError, translate
+from tunesmith.cli.adapterconfig import UnsupportedAdapterError, adapter_of
+from tunesmith.cli.axolotl import translate as translate_axolotl
 from tunesmith.cli.errors import CliError, Exit
+from tunesmith.cli.llamafactory import translate as translate_llamafactory
+from tunesmith.cli.openai_job import translate as translate_openai
 from tunesmith.cli.output import note, print_line
+from tunesmith.cli.translation import Translation, UntranslatableError
 
 app = typer.Typer(no_args_is_help=True, help="Write a FineTuneJob from another tool's configuration.")
+
+StrictOption = Annotated[bool, typer.Option("--strict", help="Fail if a key has no counterpart.")]
 
 
 @app.callback()
@@ -29,21 +34,22 @@ def options() -> None:
 def peft(
     config: Annotated[Path, typer.Argument(help="An adapter_config.json of PEFT.")],
     data: Annotated[str, typer.Option("--data", help="Uri of the training rows, which the file does not name.")],
-    strict: Annotated[  # noqa: FBT002 - typer's convention
-        bool, typer.Option("--strict", help="Fail if a key has no counterpart.")
-    ] = False,
+    strict: StrictOption = False,  # noqa: FBT002 - typer's convention
 ) -> None:
     """Print the FineTuneJob that trains an adapter like this one; keys without a counterpart go to standard error.
 
     Example: tunesmith import peft adapter_config.json --data s3://bucket/train.jsonl > job.yaml
     """
-    document = _read(config)
+    document = _read(config, "an adapter_config.json")
     if not isinstance(document.get("peft_type"), str):
         raise CliError(f"{config}: peft_type is missing: use an adapter_config.json written by PEFT", Exit.USAGE)
     base = document.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise CliError(f"{config}: base_model_name_or_path is missing: add the name of the base model", Exit.USAGE)
-    found = adapter_of(document)
+    try:
+        found = adapter_of(document)
+    except UnsupportedAdapterError as error:
+        raise CliError(f"{config}: {error}", Exit.USAGE) from None
     for key, what in found.changed.items():
         note(f"{key}: {what}")
     for key, hint in found.omitted.items():
@@ -56,32 +62,80 @@ def peft(
 @app.command()
 def axolotl(
     config: Annotated[Path, typer.Argument(help="A configuration of Axolotl (YAML).")],
-    strict: Annotated[  # noqa: FBT002 - typer's convention
-        bool, typer.Option("--strict", help="Fail if a key has no counterpart.")
-    ] = False,
+    strict: StrictOption = False,  # noqa: FBT002 - typer's convention
 ) -> None:
     """Print the FineTuneJob that is equivalent to this file; keys without a counterpart go to standard error.
 
     Example: tunesmith import axolotl config.yaml > job.yaml
     """
     try:
-        found = translate(load_document(_text(config)), str(Path.cwd()))
+        found = translate_axolotl(load_document(_text(config)), str(Path.cwd()))
     except (ManifestError, UntranslatableError) as error:
         raise CliError(f"{config}: {error}", Exit.USAGE) from None
+    _report(config, found, strict=strict)
+
+
+@app.command()
+def llamafactory(
+    config: Annotated[Path, typer.Argument(help="A training configuration of LLaMA-Factory (YAML or JSON).")],
+    dataset_info: Annotated[
+        Path | None,
+        typer.Option("--dataset-info", help="The dataset_info.json. Absent: that of the configuration's dataset_dir."),
+    ] = None,
+    strict: StrictOption = False,  # noqa: FBT002 - typer's convention
+) -> None:
+    """Print the FineTuneJob that is equivalent to this file; keys without a counterpart go to standard error.
+
+    Example: tunesmith import llamafactory qwen3_lora_sft.yaml --dataset-info data/dataset_info.json > job.yaml
+    """
+    try:
+        document = load_document(_text(config))
+        info = dataset_info or Path(str(document.get("dataset_dir") or "data"), "dataset_info.json")
+        data_folder = str(Path.cwd() / info.parent)
+        found = translate_llamafactory(document, _read(info, "a dataset_info.json"), str(Path.cwd()), data_folder)
+    except (ManifestError, UntranslatableError) as error:
+        raise CliError(f"{config}: {error}", Exit.USAGE) from None
+    _report(config, found, strict=strict)
+
+
+@app.command()
+def openai(
+    job: Annotated[Path, typer.Argument(help="A fine-tuning job: the JSON of GET /v1/fine_tuning/jobs/ID.")],
+    base: Annotated[str, typer.Option("--base", help="Uri of the base model, since OpenAI's cannot be downloaded.")],
+    data: Annotated[str, typer.Option("--data", help="Uri of the JSONL of training_file.")],
+    validation: Annotated[
+        str | None,
+        typer.Option("--validation", help="Uri of the JSONL of validation_file. Absent: a share of the training rows."),
+    ] = None,
+    strict: StrictOption = False,  # noqa: FBT002 - typer's convention
+) -> None:
+    """Print the FineTuneJob for OpenAI's; keys without a counterpart go to standard error.
+
+    Example: tunesmith import openai job.json --base hf://org/model --data s3://bucket/train.jsonl > job.yaml
+    """
+    try:
+        found = translate_openai(_read(job, "a fine-tuning job of OpenAI's API"), base, data, validation)
+    except UntranslatableError as error:
+        raise CliError(f"{job}: {error}", Exit.USAGE) from None
+    _report(job, found, strict=strict)
+
+
+def _report(config: Path, found: Translation, *, strict: bool) -> None:
+    """Print the manifest, and report the keys that were not copied."""
     for key, what in found.changed.items():
         note(f"{key}: {what}")
     for key, hint in found.omitted.items():
         note(f"{key} has no counterpart and is omitted" + (f": {hint}" if hint else ""))
     if found.ignored:
         note(f"not needed: {', '.join(found.ignored)}")
-    _print(config, found.spec)
+    _print(config, found.spec, found.name)
     if strict and found.omitted:
         raise CliError(f"{len(found.omitted)} keys have no counterpart: {', '.join(found.omitted)}")
 
 
-def _print(config: Path, spec: dict[str, Any]) -> None:
+def _print(config: Path, spec: dict[str, Any], chosen: str | None = None) -> None:
     """Print the manifest after checking that the API server would accept it."""
-    name = re.sub(r"[^a-z0-9]+", "-", config.stem.lower()).strip("-")[:MAX_NAME].strip("-") or "imported"
+    name = re.sub(r"[^a-z0-9]+", "-", (chosen or config.stem).lower()).strip("-")[:MAX_NAME].strip("-") or "imported"
     manifest = {"apiVersion": API_VERSION, "kind": "FineTuneJob", "metadata": {"name": name}, "spec": spec}
     text = yaml.safe_dump(manifest, sort_keys=False)
     try:
@@ -100,11 +154,11 @@ def _text(path: Path) -> str:
         raise CliError(f"{path} is not UTF-8", Exit.USAGE) from None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, what: str) -> dict[str, Any]:
     try:
         document = json.loads(_text(path))
     except ValueError as error:
         raise CliError(f"{path} is not JSON: {error}", Exit.USAGE) from None
     if not isinstance(document, dict):
-        raise CliError(f"{path} is not a JSON object: use an adapter_config.json", Exit.USAGE)
+        raise CliError(f"{path} is not a JSON object: use {what}", Exit.USAGE)
     return document
