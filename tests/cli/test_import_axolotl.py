@@ -425,7 +425,9 @@ def test_a_public_example_becomes_a_job_and_all_other_keys_are_reported(
     assert {
         line.split(": ")[0]
         for line in lines
-        if re.search("rendered by|the rows must|are chosen|put it into the Secret|the name of the job|regular expression", line)
+        if re.search(
+            "rendered by|the rows must|are chosen|put it into the Secret|the name of the job|regular expression", line
+        )
     } == kind.changed
     assert imported(kind.text, "--strict")[0] == (1 if kind.omitted else 0)
 
