@@ -112,7 +112,7 @@ class _Reader(Draft):
                     key, "method.peft, which keeps the regular expression of lora_target_modules, does not have it"
                 )
         self.changed["lora_target_modules"] = "it is a regular expression, which method.peft keeps"
-        quantization = {"quantization": {}} if self._method == "qlora" else {}
+        quantization: Document = {"quantization": {}} if self._method == "qlora" else {}
         return {"type": "LORA", "config": config | {"target_modules": pattern}} | quantization
 
     def base_model(self) -> None:
