@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from tests.finetune.plan_cases import DENIED, EXPORTS, FAR, GATE, NO_SCORES, UNSCORED, Case, exported, terminated_pod
+from tests.finetune.plan_cases import (
+    DENIED,
+    EXPORTS,
+    FAR,
+    GATE,
+    NO_SCORES,
+    STOPPED_EARLY,
+    UNSCORED,
+    Case,
+    exported,
+    terminated_pod,
+)
 from tests.finetune.worlds import UID, attempt, condition, job, kube_job, observed, pod, validated
 from tunesmith.contracts.location import owned_name
 from tunesmith.finetune.plan import StopJob
@@ -22,6 +33,16 @@ CASES = {
         "Complete",
         {"Validated": ("True", "Valid"), "Published": ("True", "Published"), "Complete": ("True", "Complete")},
         f"; {NO_SCORES}",
+        ("Succeeded",),
+    ),
+    "a job that stopped early is complete": Case(
+        observed(
+            job(validated(attempt(1))), attempts={1: kube_job("1", terminated_pod(0, STOPPED_EARLY), succeeded=True)}
+        ),
+        (),
+        "Complete",
+        {"Validated": ("True", "Valid"), "Published": ("True", "Published"), "Complete": ("True", "StoppedEarly")},
+        "training stopped early, after step 18 of 30; held-out loss went from 3 to 1.5 at step 12; the adapter is at",
         ("Succeeded",),
     ),
     "a job whose exports succeed is complete": Case(

@@ -52,6 +52,12 @@ UNSCORED = result(
         "failures": [{"suite": "mine", "reason": "InvalidSpec", "message": NO_SCORES}],
     },
 )
+STOPPED_EARLY = result(
+    outcome="Succeeded",
+    artifact=ARTIFACT,
+    resolved={"totalSteps": 30},
+    evaluation={"baseLoss": 3.0, "loss": 1.5, "publishedStep": 12, "stoppedEarlyAt": 18},
+)
 GATE = result(outcome="Failed", reason="GateFailed", message="loss 1.5 is above 1", artifact=ARTIFACT)
 OUTAGE = result(outcome="Failed", reason="StoreUnavailable", message="no answer", retryable=True)
 SILENT_STORE = "the data set s3://data/a.jsonl could not be reached; the Secret has no AWS_ENDPOINT_URL"

@@ -69,6 +69,12 @@ class OutOfMemoryError(TrainerError):
     reason = FailureReason.OUT_OF_MEMORY
 
 
+class OutOfDiskError(TrainerError):
+    """A file that the run needs cannot be written to the local disk."""
+
+    reason = FailureReason.OUT_OF_DISK
+
+
 class LossDivergedError(TrainerError):
     """The loss or the gradient is no longer a finite number."""
 

@@ -384,8 +384,9 @@ def _with_gates(result: TrainerResult) -> TrainerResult:
 
 
 def _summary(evaluation: EvaluationStatus, merge_error: float | None) -> str:
+    stopped = f"stopped early after step {evaluation.stopped_early_at}; " if evaluation.stopped_early_at else ""
     losses = (
-        f"held-out loss {evaluation.base_loss:.3f} (base) to {evaluation.loss:.3f} (adapter),"
-        f" {-(evaluation.loss_reduction_percent or 0.0):+.0f} %"
+        f"{stopped}held-out loss {evaluation.base_loss:.3f} (base) to {evaluation.loss:.3f} (adapter of step"
+        f" {evaluation.published_step}), {-(evaluation.loss_reduction_percent or 0.0):+.0f} %"
     )
     return losses if merge_error is None else f"{losses}; merged weights {merge.describe(merge_error)}"

@@ -144,6 +144,11 @@ class FineTuneJobReason(Reason):
     EXPORTED = _normal("Exported", "Every copy of spec.output.exports was written.")
     EXPORT_FAILED = _warning("ExportFailed", "A copy could not be written. The artifact in the store is complete.")
     COMPLETE = _normal("Complete", "The adapter is published and the job is finished.")
+    STOPPED_EARLY = _normal(
+        "StoppedEarly",
+        "The adapter is published and the job is finished. evaluation.earlyStopping stopped training before its last "
+        "step, because the held-out loss had stopped falling.",
+    )
     NAME_TAKEN = _warning(
         "NameTaken", "A Job that this FineTuneJob does not own has the name that it needs: delete that Job."
     )

@@ -163,6 +163,32 @@ class Gate(ApiModel):
     max: float | None = Field(default=None, description="Maximum value that passes.")
 
 
+class Publish(StrEnum):
+    """Step whose weights are published."""
+
+    BEST = "Best"
+    LAST = "Last"
+
+
+class EarlyStopping(ApiModel):
+    """Condition under which training stops before its last step. What it has learned is published."""
+
+    patience: int = Field(
+        default=3,
+        ge=1,
+        le=10_000,
+        description="Number of consecutive measurements of the held-out loss without an improvement after which "
+        "training stops.",
+    )
+    min_delta: float = Field(
+        default=0.0,
+        ge=0.0,
+        le=1000.0,
+        description="An improvement is a held-out loss that is lower than that of the last improvement by more than "
+        "this.",
+    )
+
+
 class Evaluation(ApiModel):
     """Suites that score base and adapter in the same run, and gates for the adapter's scores."""
 
@@ -200,8 +226,19 @@ class Evaluation(ApiModel):
         default=None,
         ge=1,
         description="Number of optimizer steps between two measurements of the held-out loss during training. Absent: "
-        "about ten measurements, fewer if they would take more than 5 % of the time. The loss is always measured "
-        "before and after training.",
+        "about ten measurements, fewer if they would take more than 5 % of the time and earlyStopping is absent. The "
+        "loss is always measured before training and after the last step.",
+    )
+    publish: Publish | None = Field(
+        default=None,
+        description="Step whose weights are published, scored and merged. Best: the one with the lowest held-out loss "
+        "among those at which it was measured, the earlier one of two equal ones. Absent: Best for the objective sft, "
+        "Last for the others and for method.adaLora.",
+    )
+    early_stopping: EarlyStopping | None = Field(
+        default=None,
+        description="Stop once the held-out loss has stopped falling: the job is then Complete with the reason "
+        "StoppedEarly. Absent: all steps are taken.",
     )
     suites: list[Suite] | None = Field(
         default=None, min_length=1, max_length=8, description="Suites of scores, computed after training."

@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field
 from tunesmith.api.checkpoint import Checkpoint
 from tunesmith.api.credentials import SecretReference
 from tunesmith.api.dataset import DataFormat, Dataset
-from tunesmith.api.evaluation import Evaluation, Suite
+from tunesmith.api.evaluation import EarlyStopping, Evaluation, Publish, Suite
 from tunesmith.api.finetunejob_status import FineTuneJobStatus
 from tunesmith.api.hyperparameters import DEFAULT_BATCH_SIZE, Hyperparameters, Optimizer
 from tunesmith.api.method import QUANTIZED_CEL, SHARDABLE, SHARDABLE_CEL, Method
@@ -137,6 +137,13 @@ class FineTuneJobSpec(ApiModel):
                 or self.hyperparameters.optimizer in SHARDED_OPTIMIZERS
             ),
         ),
+        Rule(
+            "!has(self.method.adaLora) || !has(self.evaluation) || !has(self.evaluation.earlyStopping) && "
+            "(!has(self.evaluation.publish) || self.evaluation.publish == 'Last')",
+            "evaluation.publish: Best and evaluation.earlyStopping do not support method.adaLora, whose ranks are "
+            "final only after the last step: remove them, or use another method",
+            lambda self: self.method.ada_lora is None or (self.publish is Publish.LAST and self.early_stopping is None),
+        ),
     )
 
     base_model: BaseModelSource = Field(description="Base model to adapt.")
@@ -192,6 +199,18 @@ class FineTuneJobSpec(ApiModel):
         """True if the base's weights can be sharded over ranks."""
         whole = self.method.full is not None and self.hyperparameters.optimizer not in SHARDED_OPTIMIZERS
         return self.method.shardable and not whole
+
+    @property
+    def publish(self) -> Publish:
+        """Step whose weights are published."""
+        if self.evaluation is not None and self.evaluation.publish is not None:
+            return self.evaluation.publish
+        return Publish.LAST if self.learns_preferences or self.method.ada_lora is not None else Publish.BEST
+
+    @property
+    def early_stopping(self) -> EarlyStopping | None:
+        """Condition under which training stops early; None if all steps are taken."""
+        return self.evaluation.early_stopping if self.evaluation is not None else None
 
     @property
     def suites(self) -> list[Suite]:

@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import AfterValidator, AwareDatetime, Field
 
 from tunesmith.api.conditions import Condition, FailureReason
-from tunesmith.api.evaluation import MAX_METRIC, MAX_SCORES
+from tunesmith.api.evaluation import MAX_METRIC, MAX_SCORES, Publish
 from tunesmith.api.hyperparameters import Precision
 from tunesmith.api.methods.fields import ModuleName
 from tunesmith.api.model import StatusModel
@@ -101,6 +101,7 @@ class Resolved(StatusModel):
         default=None,
         description="Number of optimizer steps between two measurements of the held-out loss during training.",
     )
+    publish: Publish | None = Field(default=None, description="Step whose weights are published.")
     target_modules: list[ModuleName] | None = Field(default=None, max_length=64, description="Modules with an adapter.")
 
 
@@ -248,6 +249,9 @@ class ProgressStatus(StatusModel):
     )
     step: Count | None = Field(default=None, description="Completed optimizer steps.")
     total_steps: Count | None = Field(default=None, description="Total number of optimizer steps.")
+    stopped_early: bool | None = Field(
+        default=None, description="True if evaluation.earlyStopping stopped training at this step. Absent: it did not."
+    )
     epoch: RoundedFloat = Field(default=None, description="Completed passes over the training rows.")
     loss: RoundedFloat = Field(default=None, description=f"Training loss of the last step, {LOSS_UNIT}.")
     evaluation_loss: RoundedFloat = Field(
@@ -358,6 +362,14 @@ class EvaluationStatus(StatusModel):
     base_loss: RoundedFloat = Field(default=None, description=f"Held-out loss of the base, {LOSS_UNIT}.")
     loss: RoundedFloat = Field(default=None, description=f"Held-out loss of the adapter, {LOSS_UNIT}.")
     loss_reduction_percent: RoundedFloat = Field(default=None, description="Reduction of the held-out loss, percent.")
+    published_step: Count | None = Field(
+        default=None, description="Optimizer step of the published weights, to which all scores of the adapter refer."
+    )
+    stopped_early_at: Count | None = Field(
+        default=None,
+        description="Optimizer step after which evaluation.earlyStopping stopped training. Absent: all steps were "
+        "taken.",
+    )
     scores: list[Score] | None = Field(default=None, max_length=MAX_SCORES, description="Scores of evaluation.suites.")
     gates: list[GateStatus] | None = Field(default=None, max_length=16, description="Outcomes of evaluation.gates.")
     failures: list[SuiteFailure] | None = Field(

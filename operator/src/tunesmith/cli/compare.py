@@ -96,6 +96,7 @@ def _scores(job: FineTuneJob) -> dict[str, str | None]:
     found = {
         "held-out loss, base": _figure(scores.base_loss),
         "held-out loss, adapter": _figure(scores.loss),
+        "published step": None if scores.published_step is None else str(scores.published_step),
     }
     found |= {f"{score.suite} {score.metric}": _figure(score.adapter) for score in scores.scores or []}
     found |= {

@@ -167,4 +167,5 @@ def _loss(job: FineTuneJob) -> str:
     if scores is None or scores.loss is None or scores.base_loss is None:
         return "complete, without held-out rows"
     less = f" ({scores.loss_reduction_percent:.0f} % less)" if scores.loss_reduction_percent is not None else ""
-    return f"loss {scores.base_loss:.3f} before, {scores.loss:.3f} after{less}"
+    at = f", at step {scores.published_step}" if scores.published_step is not None else ""
+    return f"loss {scores.base_loss:.3f} before, {scores.loss:.3f} after{less}{at}"

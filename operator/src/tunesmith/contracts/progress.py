@@ -45,7 +45,8 @@ def step_line(progress: ProgressStatus, *, elapsed: float = 0.0, width: int | No
     figures: dict[str, str] = {}
     if progress.step is not None and progress.total_steps:
         share = 100 * progress.step // progress.total_steps
-        figures["step"] = f"step {progress.step}/{progress.total_steps} ({share} %)"
+        stopped = ", stopped early" if progress.stopped_early else ""
+        figures["step"] = f"step {progress.step}/{progress.total_steps} ({share} %{stopped})"
     for name, form in _FIGURES.items():
         value = getattr(progress, name)
         if value is not None:

@@ -240,12 +240,19 @@ class StatusBuilder:
     def complete(self, result: TrainerResult) -> None:
         """Report that the adapter is published and the job is finished."""
         location = self.published(result)
-        evaluation, message = self._status.evaluation, location
-        if evaluation is not None and evaluation.base_loss is not None and evaluation.loss is not None:
-            message = f"held-out loss went from {evaluation.base_loss:.4g} to {evaluation.loss:.4g}; {location}"
-        if evaluation is not None and evaluation.failures:
-            message = f"{message}; {evaluation.unscored}"
-        self._finish(FineTuneJobCondition.COMPLETE, FineTuneJobReason.COMPLETE, message)
+        evaluation, resolved = self._status.evaluation, self._status.resolved
+        reason, parts = FineTuneJobReason.COMPLETE, [location]
+        if evaluation is not None:
+            of_total = f" of {resolved.total_steps}" if resolved is not None and resolved.total_steps else ""
+            if evaluation.base_loss is not None and evaluation.loss is not None:
+                at = f" at step {evaluation.published_step}" if evaluation.published_step is not None else ""
+                parts.insert(0, f"held-out loss went from {evaluation.base_loss:.4g} to {evaluation.loss:.4g}{at}")
+            if evaluation.stopped_early_at is not None:
+                reason = FineTuneJobReason.STOPPED_EARLY
+                parts.insert(0, f"training stopped early, after step {evaluation.stopped_early_at}{of_total}")
+            if evaluation.failures:
+                parts.append(evaluation.unscored)
+        self._finish(FineTuneJobCondition.COMPLETE, reason, "; ".join(parts))
 
     def build(self) -> FineTuneJobStatus:
         """Return the status to write."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from tunesmith.api.dataset import Dataset, DatasetSource
     from tunesmith.api.finetunejob import BaseModelSource, FineTuneJob, FineTuneJobSpec
-    from tunesmith.api.finetunejob_status import GateStatus, Preflight
+    from tunesmith.api.finetunejob_status import EvaluationStatus, GateStatus, Preflight
     from tunesmith.api.method import Method
     from tunesmith.api.model import ApiModel
     from tunesmith_trainer.preflight.prepare import Prepared
@@ -87,7 +87,7 @@ def text(
             f"| Objective | {_objective(spec)} |",
             f"| Method | {_described(spec.method.name, spec.method.fields)} |",
             f"| Modules | {', '.join(resolved.target_modules or []) or 'none'} |",
-            f"| Steps, batch size | {resolved.total_steps}, {resolved.batch_size} |",
+            f"| Steps, batch size | {_steps(prepared, evaluation)}, {resolved.batch_size} |",
             f"| Learning rate | {resolved.learning_rate:g}, {spec.hyperparameters.scheduler} |",
             f"| Precision | {_precision(prepared, spec.method)} |",
             f"| Seed | {spec.hyperparameters.seed} |",
@@ -106,6 +106,16 @@ def text(
             "",
         ]
     )
+
+
+def _steps(prepared: Prepared, evaluation: EvaluationStatus) -> str:
+    """Format the steps, such as `30, stopped early after 24, published 18`."""
+    parts = [str(prepared.resolved.total_steps)]
+    if evaluation.stopped_early_at is not None:
+        parts.append(f"stopped early after {evaluation.stopped_early_at}")
+    if evaluation.published_step not in (None, evaluation.stopped_early_at or prepared.resolved.total_steps):
+        parts.append(f"published {evaluation.published_step}")
+    return ", ".join(parts)
 
 
 def _overlap(counted: Preflight) -> str:

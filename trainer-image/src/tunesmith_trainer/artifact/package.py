@@ -45,6 +45,8 @@ CURVES = "metrics.csv"
 PICTURE = "curves.png"
 _EXACT_LIMIT, _ROUNDED_LIMIT = 1e-3, 1e-1
 """Limits of the relative distance of logits: in float32, and where weights or products are rounded to fewer bits."""
+_BESIDE_LOSS = ("publishedStep", "stoppedEarlyAt", "scores", "gates", "failures")
+"""Fields of the scores that `evaluation.json` does not have under `heldOutLoss`."""
 _VERSIONED = ("tunesmith-trainer", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")
 
 
@@ -116,7 +118,7 @@ def _write_scores(job: FineTuneJob, prepared: Prepared, trained: Trained, folder
     """Write the scores and the curves."""
     _write_json(folder / "evaluation.json", _evaluation(trained.evaluation, prepared))
     write_curves(folder / CURVES, trained.curve)
-    curves.draw(folder / PICTURE, trained.curve, job.spec.objective_name)
+    curves.draw(folder / PICTURE, trained.curve, job.spec.objective_name, trained.evaluation.published_step)
 
 
 def _merge(
@@ -206,7 +208,7 @@ def metrics_of(evaluation: EvaluationStatus) -> dict[str, float]:
 def _evaluation(evaluation: EvaluationStatus, prepared: Prepared) -> dict[str, object]:
     """Return the content of `evaluation.json`."""
     whole = evaluation.manifest()
-    more: dict[str, object] = {name: whole.pop(name) for name in ("scores", "gates", "failures") if name in whole}
+    more: dict[str, object] = {name: whole.pop(name) for name in _BESIDE_LOSS if name in whole}
     supplied = [
         {"suite": suite, "uri": own.uri, "digest": own.digest} for suite, own in sorted(prepared.task_folders.items())
     ]

@@ -77,6 +77,15 @@ def warmup_steps(hyper: Hyperparameters, steps: int) -> int:
     return hyper.warmup_steps
 
 
+def evaluation_every(spec: FineTuneJobSpec, steps: int, batch: int, held_out: int) -> int:
+    """Return the steps between two evaluations of the held-out loss; early stopping always gets about ten."""
+    if spec.evaluation is not None and spec.evaluation.every_steps is not None:
+        return spec.evaluation.every_steps
+    if spec.early_stopping is not None:
+        return math.ceil(steps / _EVALUATIONS)
+    return evaluation_interval(steps, batch, held_out)
+
+
 def resolve(
     spec: FineTuneJobSpec,
     *,
@@ -110,7 +119,6 @@ def resolve(
     hyper = spec.hyperparameters
     batch = hyper.batch_size or DEFAULT_BATCH_SIZE
     steps = hyper.max_steps or max(1, math.ceil((hyper.epochs or DEFAULT_EPOCHS) * math.ceil(rows / batch)))
-    every = spec.evaluation.every_steps if spec.evaluation is not None else None
     parallelism = DataParallelism.FSDP2 if sharded else DataParallelism.DDP
     return Resolved(
         base_model_fingerprint=fingerprint,
@@ -125,7 +133,8 @@ def resolve(
         data_parallelism=parallelism if spec.resources.ranks > 1 else None,
         total_steps=steps,
         warmup_steps=warmup_steps(hyper, steps),
-        evaluation_every_steps=every or evaluation_interval(steps, batch, held_out),
+        evaluation_every_steps=evaluation_every(spec, steps, batch, held_out),
+        publish=spec.publish,
         target_modules=targets,
     )
 

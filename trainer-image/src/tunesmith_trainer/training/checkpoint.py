@@ -102,7 +102,7 @@ def write(parent: Path, step: int, binding: str, fill: Callable[[Path], None]) -
         _sync(parent)
     except Exception as error:
         # torch and safetensors have their own exceptions for a full disk.
-        text = _full_disk(error, parent)
+        text = describe_disk_problem(error, parent)
         shutil.rmtree(unfinished, ignore_errors=True)
         if text is None:
             raise
@@ -412,7 +412,7 @@ def _remove_unfinished(parent: Path) -> None:
             shutil.rmtree(remnant, ignore_errors=True)
 
 
-def _full_disk(error: Exception, parent: Path) -> str | None:
+def describe_disk_problem(error: Exception, parent: Path) -> str | None:
     """Describe the problem with the disk; None if the error has another cause."""
     cause: BaseException | None = error
     while cause is not None:

@@ -12,6 +12,7 @@ import torch
 from transformers import set_seed
 
 from tunesmith.api.conditions import FailureReason
+from tunesmith.api.evaluation import Publish
 from tunesmith.api.finetunejob_status import EvaluationStatus, Stage, SuiteFailure
 from tunesmith.api.placement import DataParallelism
 from tunesmith_trainer.base_model import model, sharding
@@ -32,6 +33,7 @@ from tunesmith_trainer.methods.wrap import wrap
 from tunesmith_trainer.reporting.curve import CurvePoint
 from tunesmith_trainer.training.arguments import arguments
 from tunesmith_trainer.training.batches import Collator, StepPlan, row_lengths
+from tunesmith_trainer.training.best import BestWeights
 from tunesmith_trainer.training.compilation import compile_layers
 from tunesmith_trainer.training.determinism import run_deterministically
 from tunesmith_trainer.training.device import choose_device
@@ -46,6 +48,7 @@ from tunesmith_trainer.training.saving import Saver
 from tunesmith_trainer.training.schedule import Schedule
 from tunesmith_trainer.training.scoring import Scoring
 from tunesmith_trainer.training.start import StartingWeights
+from tunesmith_trainer.training.stopping import stops_early
 from tunesmith_trainer.training.trainer import StepTrainer
 from tunesmith_trainer.training.watchdog import Watchdog
 
@@ -138,7 +141,7 @@ def _resolved(value: int | None) -> int:
 
 @dataclass
 class Trained:
-    """A trained adapter with its scores and curves."""
+    """A trained adapter, that of the published step, with its scores and curves."""
 
     model: PeftModel
     evaluation: EvaluationStatus
@@ -250,6 +253,7 @@ class _Session:
     saver: Saver
     watchdog: Watchdog
     start: StartingWeights
+    best: BestWeights | None
     curve: list[CurvePoint]
 
 
@@ -286,11 +290,21 @@ def _build_session(
     )
     hooks.attach(trainer, peft_model, spec.method)
     watchdog = Watchdog(run.hung)
-    saver = Saver(run.checkpoints, spec.checkpoint, run.interruption, curve, ranks, watchdog.paused)
+    best = None
+    if prepared.resolved.publish is Publish.BEST:
+        best = BestWeights(peft_model, run.work, ranks, sharded=run.sharded)
+
+    def stop() -> bool:
+        # All ranks after the same step.
+        return ranks.any(ranks.first and stops_early(spec.early_stopping, curve))[0]
+
+    saver = Saver(
+        run.checkpoints, spec.checkpoint, run.interruption, curve, ranks, watchdog.paused, best=best, stopped=stop
+    )
     saver.attach(trainer)
     trainer.add_callback(watchdog)
     start = StartingWeights(peft_model, ranks)
-    session = _Session(peft_model, trainer, collate, progress_callback, saver, watchdog, start, curve)
+    session = _Session(peft_model, trainer, collate, progress_callback, saver, watchdog, start, best, curve)
     every = prepared.resolved.evaluation_every_steps
     if every is not None:
 
@@ -298,7 +312,12 @@ def _build_session(
             with watchdog.paused():
                 return _held_out_loss(run, session, adapter=True)
 
-        trainer.add_callback(Scoring(every, score, progress_callback))
+        def keep(step: int, loss: float) -> None:
+            if best is not None:
+                with watchdog.paused():
+                    best.offer(step, loss)
+
+        trainer.add_callback(Scoring(every, score, progress_callback, keep, stop))
     return session
 
 
@@ -308,7 +327,7 @@ def _held_out_loss(run: Run, session: _Session, *, adapter: bool) -> float:
 
 
 def _train_and_score(run: Run, session: _Session) -> EvaluationStatus:
-    """Train, and return the held-out losses before and after.
+    """Train, choose the weights to publish, and return the held-out losses of the base and of these weights.
 
     Raises:
         LossDivergedError: one of them is not finite.
@@ -325,35 +344,77 @@ def _train_and_score(run: Run, session: _Session) -> EvaluationStatus:
     curve.append(CurvePoint(step=0, epoch=0.0, evaluation_loss=before))
     run.reporter.add(curve[-1])
     progress.update(stage=Stage.TRAINING)
-    _take_steps(run, session)
+    last = _take_steps(run, session)
+    stopped = last < run.steps
+    if stopped:
+        progress.write_line(f"  stopped early after step {last} of {run.steps}: the held-out loss has stopped falling")
+    progress.update(stage=Stage.EVALUATING, eta_seconds=0, stopped_early=stopped or None)
+    published, loss = _load_published(run, session, last, _last_loss(run, session, last))
     if session.start.unchanged():
-        raise _nothing_learned(run, session.model)
-
-    progress.update(stage=Stage.EVALUATING, eta_seconds=0)
-    after = _held_out_loss(run, session, adapter=True)
-    if not math.isfinite(after):
-        raise LossDivergedError(
-            f"the held-out loss is {after} after step {run.steps}: lower hyperparameters.learningRate"
-        )
-    session.progress_callback.record_score(after)
-    return EvaluationStatus(base_loss=before, loss=after, loss_reduction_percent=100 * (before - after) / before)
+        raise _nothing_learned(run, session.model, published)
+    return EvaluationStatus(
+        base_loss=before,
+        loss=loss,
+        loss_reduction_percent=100 * (before - loss) / before,
+        published_step=published,
+        stopped_early_at=last if stopped else None,
+    )
 
 
-def _nothing_learned(run: Run, peft_model: PeftModel) -> NothingLearnedError:
+def _last_loss(run: Run, session: _Session, last: int) -> float:
+    """Return the held-out loss after the last step, which was measured already if training stopped early.
+
+    Raises:
+        LossDivergedError: it is not finite.
+    """
+    point = session.curve[-1]
+    if point.step == last and point.evaluation_loss is not None:
+        return point.evaluation_loss
+    loss = _held_out_loss(run, session, adapter=True)
+    if not math.isfinite(loss):
+        raise LossDivergedError(f"the held-out loss is {loss} after step {last}: lower hyperparameters.learningRate")
+    session.progress_callback.record_score(loss)
+    return loss
+
+
+def _load_published(run: Run, session: _Session, last: int, loss: float) -> tuple[int, float]:
+    """Load the weights to publish into the model.
+
+    Args:
+        run: the run.
+        session: its model, with the weights of the last step.
+        last: the last step.
+        loss: its held-out loss.
+
+    Returns:
+        Their step and their held-out loss.
+    """
+    best = session.best
+    if best is None or best.step is None or best.step == last or loss < best.loss:
+        return last, loss
+    best.load()
+    run.progress.write_line(
+        f"  the weights of step {best.step} are published: their held-out loss is {best.loss:.4f}, that of the last"
+        f" step, {last}, is {loss:.4f}"
+    )
+    return best.step, best.loss
+
+
+def _nothing_learned(run: Run, peft_model: PeftModel, steps: int) -> NothingLearnedError:
     trained = [name for name, parameter in peft_model.named_parameters() if parameter.requires_grad]
     if all("trainable_tokens_" in name for name in trained):
         change = "use rows that contain the trained tokens"
     else:
         rate = run.prepared.resolved.learning_rate
         change = f"raise hyperparameters.learningRate (it is {rate:g}), or hyperparameters.maxSteps or epochs"
-    steps = "the only step" if run.steps == 1 else f"the {run.steps} steps"
+    which = "the only step" if steps == 1 else f"the {steps} steps"
     return NothingLearnedError(
-        f"{steps} changed none of the trained weights, so the result is the base model: {change}"
+        f"{which} changed none of the trained weights, so the result is the base model: {change}"
     )
 
 
-def _take_steps(run: Run, session: _Session) -> None:
-    """Take all remaining optimizer steps, from the newest usable checkpoint.
+def _take_steps(run: Run, session: _Session) -> int:
+    """Take all remaining optimizer steps, from the newest usable checkpoint, and return the last one's number.
 
     Raises:
         InterruptedRunError: a signal requested to stop.
@@ -361,14 +422,15 @@ def _take_steps(run: Run, session: _Session) -> None:
     """
     trainer, saver = session.trainer, session.saver
     saved = _newest_checkpoint(run.checkpoints, run.ranks)
+    remaining = True
     if saved is not None:
-        saver.restore(saved)
+        remaining = saver.restore(saved)
         run.reporter.replay(session.curve)
         run.progress.write_line(f"  resumed from the checkpoint of step {saved.step}")
         run.progress.update(step=saved.step)
     try:
         # A Trainer that resumes after its last step would take another one.
-        if saved is None or saved.step < trainer.args.max_steps:
+        if remaining:
             trainer.train(resume_from_checkpoint=None if saved is None else str(saved.path))
     except LossDivergedError as error:
         raise LossDivergedError(f"{error}; {saver.describe_last_checkpoint()}") from error
@@ -376,6 +438,7 @@ def _take_steps(run: Run, session: _Session) -> None:
         run.interruption.armed = False
     if saver.interrupted_at is not None:
         raise InterruptedRunError(saver.interrupted_at, trainer.args.max_steps)
+    return trainer.state.global_step if saved is None or remaining else saved.step
 
 
 def _newest_checkpoint(checkpoints: Checkpoints, ranks: Ranks) -> LocalCheckpoint | None:

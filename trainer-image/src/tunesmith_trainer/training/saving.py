@@ -15,25 +15,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from tunesmith_trainer.base_model import sharding
 from tunesmith_trainer.errors import LossDivergedError, TrainerError
 from tunesmith_trainer.methods import hooks
 from tunesmith_trainer.reporting.curve import CurvePoint
+from tunesmith_trainer.training import weights
 from tunesmith_trainer.training.divergence import SUSTAINED_STEPS, diverged, far_above_start
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
-    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
     from tunesmith.api.checkpoint import Checkpoint
     from tunesmith_trainer.process.interruption import Interruption
     from tunesmith_trainer.process.ranks import Ranks
+    from tunesmith_trainer.training.best import BestWeights
     from tunesmith_trainer.training.checkpoint import Checkpoints, LocalCheckpoint
     from tunesmith_trainer.training.trainer import StepTrainer
 
@@ -61,6 +62,8 @@ class Saver(TrainerCallback):
         curve: curve of the run; a restored checkpoint replaces its content.
         ranks: ranks that train together; the first one saves for all.
         paused: context manager within which the time does not count towards a step.
+        best: best weights so far, which checkpoints contain too; None if the last ones are published.
+        stopped: returns True if the curve shows that training has stopped early.
         clock: returns the time in seconds.
     """
 
@@ -72,6 +75,8 @@ class Saver(TrainerCallback):
         curve: list[CurvePoint],
         ranks: Ranks,
         paused: Callable[[], AbstractContextManager[None]],
+        best: BestWeights | None = None,
+        stopped: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._checkpoints = checkpoints
@@ -80,6 +85,8 @@ class Saver(TrainerCallback):
         self._curve = curve
         self._ranks = ranks
         self._paused = paused
+        self._best = best
+        self._stopped = stopped
         self._clock = clock
         self._saved_step = 0
         self._saved_at = clock()
@@ -95,8 +102,11 @@ class Saver(TrainerCallback):
         trainer._load_optimizer_and_scheduler = self._load_optimizer  # noqa: SLF001 - it loads all onto each rank's GPU
         trainer.add_callback(self)
 
-    def restore(self, saved: LocalCheckpoint) -> None:
-        """Restore the curve and the counters; the Trainer's `resume_from_checkpoint` does the rest.
+    def restore(self, saved: LocalCheckpoint) -> bool:
+        """Restore the curve, the best weights and the counters; the Trainer's `resume_from_checkpoint` does the rest.
+
+        Returns:
+            True if steps are left. Otherwise the weights are loaded too, because the Trainer does not run.
 
         Raises:
             NotCompiledError: layers cannot be compiled as before; states what to change.
@@ -104,13 +114,15 @@ class Saver(TrainerCallback):
         trainer = self._attached
         run = json.loads((saved.path / RUN_STATE).read_text(encoding="utf-8"))
         self._curve[:] = [CurvePoint(**point) for point in run["curve"]]
-        if saved.step >= trainer.args.max_steps:
-            # No steps are left, so the Trainer does not load them.
-            self._load_weights(str(saved.path))
-        else:
-            self._restore_compilation(saved.step, compiled=run.get("compiled", trainer.compiled))
+        if self._best is not None:
+            self._best.restore(saved.path, saved.step, run.get("best"), WEIGHTS)
         self._saved_step = saved.step
         self._interruption.resumed_from_step = saved.step
+        if saved.step >= trainer.args.max_steps or self._stopped():
+            self._load_weights(str(saved.path))
+            return False
+        self._restore_compilation(saved.step, compiled=run.get("compiled", trainer.compiled))
+        return True
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -177,48 +189,42 @@ class Saver(TrainerCallback):
             # Keep the newest checkpoint from before the loss diverged; the next step is checked again.
             return
         with self._paused():
-            weights = _trainable(trainer, keep=self._ranks.first)
+            trained = weights.gather(_unwrapped(trainer), keep=self._ranks.first)
             optimizer = trainer.optimizer.state_dict()
             if self._ranks.first:
-                self._write(step, weights, optimizer)
+                self._write(step, trained, optimizer)
             # Wait here and not in the next step, whose time is limited.
             self._ranks.wait()
         # If it could not be written, it is tried again after the next interval, not at every step.
         self._saved_step, self._saved_at = step, self._clock()
 
-    def _write(self, step: int, weights: dict[str, torch.Tensor], optimizer: dict[str, Any]) -> None:
-        for name, tensor in weights.items():
+    def _write(self, step: int, trained: dict[str, torch.Tensor], optimizer: dict[str, Any]) -> None:
+        for name, tensor in trained.items():
             if not bool(tensor.isfinite().all()):
                 raise LossDivergedError(
                     f"{name} has values that are not finite after step {step} of {self._attached.state.max_steps}:"
                     " lower hyperparameters.learningRate"
                 )
-        self._checkpoints.save(step, lambda folder: self._fill(folder, weights, optimizer))
+        self._checkpoints.save(step, lambda folder: self._fill(folder, trained, optimizer))
 
-    def _fill(self, folder: Path, weights: dict[str, torch.Tensor], optimizer: dict[str, Any]) -> None:
+    def _fill(self, folder: Path, trained: dict[str, torch.Tensor], optimizer: dict[str, Any]) -> None:
         trainer = self._attached
-        save_file(weights, folder / WEIGHTS)
+        save_file(trained, folder / WEIGHTS)
         torch.save(optimizer, folder / OPTIMIZER_NAME)
         torch.save(trainer.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
         trainer._save_rng_state(str(folder))  # noqa: SLF001
         state = copy.copy(trainer.state)
         state.log_history = []  # the curve contains it
         state.save_to_json(str(folder / TRAINER_STATE))
-        run = {"curve": [asdict(point) for point in self._curve], "compiled": trainer.compiled}
+        best = self._best.save(folder, trainer.state.global_step) if self._best is not None else None
+        run = {"curve": [asdict(point) for point in self._curve], "compiled": trainer.compiled, "best": best}
         (folder / RUN_STATE).write_text(json.dumps(run), encoding="utf-8")
-        hooks.save_state(trainer.accelerator.unwrap_model(trainer.model), folder)
+        hooks.save_state(_unwrapped(trainer), folder)
 
     def _load_weights(self, folder: str, model: object = None) -> None:
-        trainer = self._attached
-        stored = load_file(f"{folder}/{WEIGHTS}")
-        parameters = {name: tensor for name, tensor in _parameters(trainer).items() if tensor.requires_grad}
-        if set(stored) != set(parameters):
-            difference = min(set(stored) ^ set(parameters))
-            raise RuntimeError(f"the checkpoint and the model differ in the trainable parameter {difference}")
-        with torch.no_grad():
-            for name, tensor in stored.items():
-                parameters[name].copy_(sharding.shard_like(tensor, parameters[name]))
-        hooks.load_state(trainer.accelerator.unwrap_model(trainer.model), Path(folder))
+        trained = _unwrapped(self._attached)
+        weights.load(trained, Path(folder) / WEIGHTS)
+        hooks.load_state(trained, Path(folder))
 
     def _load_optimizer(self, folder: str) -> None:
         trainer = self._attached
@@ -245,16 +251,6 @@ class Saver(TrainerCallback):
         self._attached.compiled = compiled
 
 
-def _parameters(trainer: Trainer) -> dict[str, torch.nn.Parameter]:
-    return dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
-
-
-def _trainable(trainer: Trainer, *, keep: bool) -> dict[str, torch.Tensor]:
-    """Return the trained weights, whole and in main memory if `keep`; every rank must call it for sharded ones."""
-    trained = {
-        name: tensor
-        for name, tensor in _parameters(trainer).items()
-        if tensor.requires_grad and (keep or sharding.is_sharded(tensor))
-    }
-    found = {name: sharding.full_tensor_of(tensor, keep=keep) for name, tensor in trained.items()}
-    return found if keep else {}
+def _unwrapped(trainer: StepTrainer) -> torch.nn.Module:
+    model: torch.nn.Module = trainer.accelerator.unwrap_model(trainer.model)
+    return model
